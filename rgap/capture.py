@@ -1,0 +1,283 @@
+"""Capture: the gradient that a client with these inputs and targets would send."""
+
+from __future__ import annotations
+
+import warnings
+from types import TracebackType
+
+import torch
+from torch import Tensor, nn
+
+from rgap.losses import Loss
+from rgap.update import Update
+
+__all__ = ["capture"]
+
+
+def capture(
+    model: nn.Module,
+    inputs: Tensor,
+    targets: Tensor,
+    loss: str | Loss | nn.Module = "cross_entropy",
+    *,
+    share_labels: bool = False,
+    share_batch_size: bool = True,
+    dtype: torch.dtype | None = None,
+    value_range: tuple[float, float] | None = (0.0, 1.0),
+) -> Update:
+    """The `Update` of one batch: ``G_i = dL/dW_i`` for every parameter of ``model``.
+
+    The model is left as it was: mode, ``.grad``, parameters, buffers, hooks, dtype and the global
+    random state. It runs once through `torch.func.functional_call` on detached copies of its
+    parameters and buffers, so that a layer that updates a buffer updates a copy. Forward hooks of
+    the user run, as they did on the client. Neither ``inputs`` nor ``targets`` are kept.
+
+    Args:
+        model: any module in eval mode (batch norm and dropout in train mode are refused) whose
+            ``forward`` takes one tensor and returns one.
+        inputs: [B, *shape], floating; cast to the precision that is computed in.
+        targets: class indices [B] for cross-entropy, else as `Loss` says.
+        loss: name, `Loss`, or a PyTorch loss module.
+        share_labels: put ``targets`` in the update, for a setting in which the client sends them.
+        share_batch_size: put B in the update.
+        dtype: None computes truly in the model's own dtype, autocast switched off;
+            ``torch.float64`` computes in float64 on copies.
+        value_range: range of the input values that the attacker may assume, None for none.
+
+    Returns:
+        The update, gradients in the order of ``model.named_parameters()``. A parameter used in
+        several places has the sum of their gradients; an unused one has zeros.
+
+    Raises:
+        ValueError: bad values, shapes or a model in a state whose gradient no one can invert; the
+            message names the tensor or module and what to write instead.
+        TypeError: integer or complex inputs, outputs that are no tensor.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3)).eval()
+        >>> update = capture(model, torch.rand(2, 3, 2, 2), torch.tensor([0, 2]))
+        >>> list(update.gradients), update.input_shape, update.labels
+        (['1.weight', '1.bias'], (3, 2, 2), None)
+    """
+    loss = Loss.of(loss)
+    parameters = _parameters(model)
+    _check_mode(model)
+    _check_inputs(inputs)
+    _check_range(inputs, value_range)
+    if not isinstance(targets, Tensor):
+        raise TypeError(
+            f"targets: expected a tensor, got {type(targets).__name__}; write "
+            "torch.tensor(targets)."
+        )
+    if share_labels and not share_batch_size:
+        raise ValueError(
+            "share_labels=True gives the batch size away; write share_batch_size=True as well."
+        )
+    if dtype is not None and not dtype.is_floating_point:
+        raise TypeError(f"dtype: expected a floating dtype such as torch.float64, got {dtype}.")
+
+    first = next(iter(parameters.values()))
+    with torch.inference_mode(False), torch.enable_grad():
+        copies = {name: _copy(p, dtype).requires_grad_() for name, p in parameters.items()}
+        buffers = {name: _copy(b, dtype) for name, b in model.named_buffers()}
+        data = inputs.detach().to(device=first.device, dtype=dtype or first.dtype, copy=True)
+        wanted = targets.detach().to(device=first.device, copy=True)
+        with torch.autocast(first.device.type, enabled=False):
+            gradients = _gradients(model, copies, buffers, data, wanted, loss)
+    return Update(
+        gradients=gradients,
+        buffers=dict(model.named_buffers()),
+        batch_size=int(inputs.shape[0]) if share_batch_size else None,
+        labels=targets if share_labels else None,
+        loss=loss,
+        input_shape=tuple(inputs.shape[1:]),
+        value_range=value_range,
+        dtype=dtype,  # type: ignore[arg-type]  # None: the coarsest of the gradients' own
+    )
+
+
+def _gradients(
+    model: nn.Module,
+    parameters: dict[str, Tensor],
+    buffers: dict[str, Tensor],
+    inputs: Tensor,
+    targets: Tensor,
+    loss: Loss,
+) -> dict[str, Tensor]:
+    devices = [inputs.device.index or 0] if inputs.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        before = _random_state(inputs.device)
+        try:
+            outputs = torch.func.functional_call(model, {**parameters, **buffers}, (inputs,))
+        except RuntimeError as error:
+            raise ValueError(_forward_failed(model, inputs, error)) from error
+        random = any(
+            not torch.equal(a, b)
+            for a, b in zip(before, _random_state(inputs.device), strict=True)
+        )
+        _check_outputs(model, inputs, outputs, random)
+        loss.check_targets(outputs, targets)
+        value = loss(outputs, targets)
+        found = torch.autograd.grad(value, list(parameters.values()), materialize_grads=True)
+    return dict(zip(parameters, found, strict=True))
+
+
+def _parameters(model: nn.Module) -> dict[str, Tensor]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}.")
+    parameters = dict(model.named_parameters())
+    if not parameters:
+        raise ValueError(f"model: the {type(model).__name__} has no parameters, so no gradient.")
+    for name, parameter in parameters.items():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ValueError(
+                f"model: {name!r} is not initialised yet; run model(inputs) once before capture."
+            )
+        if parameter.is_meta:
+            raise ValueError(f"model: {name!r} is on the meta device and has no values.")
+        if not parameter.is_floating_point():
+            raise TypeError(f"model: {name!r} has dtype {parameter.dtype}, expected a real one.")
+    frozen = [name for name, p in parameters.items() if not p.requires_grad]
+    if frozen:
+        raise ValueError(
+            "model: frozen parameters (requires_grad=False) have no gradient in a client's "
+            f"update: {', '.join(frozen)}. Write model.requires_grad_(True) if the client trained "
+            "them."
+        )
+    return parameters
+
+
+def _check_mode(model: nn.Module) -> None:
+    """Refuse train-mode layers: their gradient depends on a mask or on the rest of the batch."""
+    for name, module in model.named_modules():
+        if not module.training:
+            continue
+        kind = type(module).__name__
+        where = f"model: {name or 'the model itself'} ({kind}) is in train mode"
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise ValueError(
+                f"{where}: it normalises by the statistics of the batch, which mix the samples "
+                "and are not in the update. Write model.eval() before capture."
+            )
+        dropout = float(getattr(module, "dropout", 0.0) or 0.0) if _has_rate(module) else 0.0
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            dropout = module.p
+        if dropout > 0 or isinstance(module, nn.RReLU):
+            raise ValueError(
+                f"{where}: it draws random numbers that are not in the update. Write "
+                "model.eval() before capture."
+            )
+
+
+def _has_rate(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "dropout", None), float) and isinstance(
+        module, nn.RNNBase | nn.MultiheadAttention
+    )
+
+
+def _check_inputs(inputs: Tensor) -> None:
+    if not isinstance(inputs, Tensor):
+        raise TypeError(
+            f"inputs: expected a tensor [B, ...], got {type(inputs).__name__}; write "
+            "torch.as_tensor(inputs)."
+        )
+    if inputs.is_complex():
+        raise TypeError(f"inputs: expected real numbers, got {inputs.dtype}.")
+    if not inputs.is_floating_point():
+        raise TypeError(
+            f"inputs: expected floating numbers, got {inputs.dtype}; for pictures write "
+            "inputs.float() / 255."
+        )
+    if inputs.ndim < 2:
+        raise ValueError(
+            f"inputs: expected [B, ...] with a batch dimension, got shape {tuple(inputs.shape)}; "
+            "write inputs.unsqueeze(0) for a single sample."
+        )
+    if inputs.numel() == 0:
+        raise ValueError(
+            f"inputs: expected at least one sample (batch size 1), got shape "
+            f"{tuple(inputs.shape)}."
+        )
+    bad = int((~torch.isfinite(inputs)).sum())
+    if bad:
+        raise ValueError(
+            f"inputs: NaN or infinity in {bad} of {inputs.numel()} values; clean the batch first, "
+            "for instance with torch.nan_to_num(inputs)."
+        )
+
+
+def _check_range(inputs: Tensor, value_range: tuple[float, float] | None) -> None:
+    if value_range is None:
+        return
+    low, high = value_range
+    if float(inputs.min()) < low or float(inputs.max()) > high:
+        warnings.warn(
+            f"inputs: some values lie outside value_range=({low:g}, {high:g}), which the update "
+            "would declare to the attacker; write value_range=None, or the range after "
+            "normalisation.",
+            stacklevel=3,
+        )
+
+
+def _check_outputs(model: nn.Module, inputs: Tensor, outputs: object, random: bool) -> None:
+    kind = type(model).__name__
+    if not isinstance(outputs, Tensor):
+        raise TypeError(
+            f"model: {kind}.forward returned a {type(outputs).__name__}, expected one tensor; wrap "
+            "it in a module whose forward returns the logits only."
+        )
+    if random:
+        raise ValueError(
+            f"model: {kind}.forward drew random numbers, which are not in the update, so its "
+            "gradient is no function of the data. Write model.eval() before capture, or take the "
+            "noise out."
+        )
+    if outputs.ndim == 0 or outputs.shape[0] != inputs.shape[0]:
+        raise ValueError(
+            f"model: expected {inputs.shape[0]} outputs for inputs {tuple(inputs.shape)}, got "
+            f"shape {tuple(outputs.shape)}; write inputs.unsqueeze(0) for a single sample."
+        )
+    if not outputs.requires_grad:
+        raise ValueError(
+            f"model: the output of {kind} does not depend on its parameters (detached, or "
+            "computed under torch.no_grad)."
+        )
+    if not bool(torch.isfinite(outputs).all()):
+        raise ValueError(
+            f"model: the output of {kind} has NaN or infinity; check its parameters, or write "
+            "dtype=torch.float64 if it overflowed."
+        )
+
+
+def _copy(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Detached copy; only floating tensors change dtype (a batch counter stays an integer)."""
+    floating = tensor.is_floating_point()
+    return tensor.detach().to(dtype=dtype if floating else None, copy=True)
+
+
+def _random_state(device: torch.device) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return states
+
+
+def _forward_failed(model: nn.Module, inputs: Tensor, error: RuntimeError) -> str:
+    """Name the innermost module in which ``forward`` failed, read off the traceback.
+
+    Hooks would name it too, but a failing model must be left without them.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    where = ""
+    trace: TracebackType | None = error.__traceback__
+    while trace is not None:
+        module = trace.tb_frame.f_locals.get("self")
+        if id(module) in names and isinstance(module, nn.Module):
+            name = names[id(module)]
+            where = f" in {name} ({module})" if name else ""
+        trace = trace.tb_next
+    return (
+        f"model: the forward pass failed{where} for inputs of shape {tuple(inputs.shape)}: "
+        f"{str(error).splitlines()[0]}. Write inputs of the shape the model was built for."
+    )

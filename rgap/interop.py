@@ -1,0 +1,220 @@
+"""Updates in other libraries' shapes, as keyword arguments of `rgap.Update`.
+
+Plain dicts, lists and arrays in, so that neither breaching nor Flower is imported. Each function
+answers three questions that the formats leave open: which tensor belongs to which name, which way
+the sign points, and how many local steps lie between.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+__all__ = ["breaching_fields", "delta_fields", "ndarray_fields"]
+
+# In a plain state dict nothing marks a buffer; these names are batch norm's.
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def delta_fields(
+    before: nn.Module | Mapping[str, Tensor],
+    after: nn.Module | Mapping[str, Tensor],
+    lr: float,
+    steps: int = 1,
+) -> dict[str, Any]:
+    """``(before - after) / (lr * steps)`` by name; see `rgap.Update.from_delta`."""
+    rate = _rate(lr, steps)
+    start, buffers = _state(before, "before")
+    end, _ = _state(after, "after")
+    if isinstance(after, nn.Module) and not isinstance(before, nn.Module):
+        # Only the module says which entries are parameters, and in which order.
+        buffers |= {k: v for k, v in start.items() if k not in end and k in after.state_dict()}
+        start = {**{k: start[k] for k in end if k in start}, **_without(start, end, buffers)}
+    elif isinstance(before, nn.Module):
+        end = {k: v for k, v in end.items() if k in start or k not in before.state_dict()}
+    for one, other, name in ((start, end, "after"), (end, start, "before")):
+        absent = [key for key in one if key not in other]
+        if absent:
+            raise ValueError(
+                f"{name}: {absent[0]!r} is missing, expected the same parameters before and "
+                "after; write model.state_dict() of the same model twice."
+            )
+    gradients = {}
+    for key, first in start.items():
+        last = end[key]
+        if not isinstance(first, Tensor) or not isinstance(last, Tensor):
+            raise TypeError(f"before, after: {key!r} is no tensor; write torch.as_tensor(array).")
+        if first.shape != last.shape:
+            raise ValueError(
+                f"after: {key!r} has shape {tuple(last.shape)}, expected {tuple(first.shape)} as "
+                "before."
+            )
+        gradients[key] = _difference(first, last.to(first.device), rate)
+    return {
+        "gradients": gradients,
+        "buffers": buffers,
+        "local_steps": steps,
+        "dtype": _coarsest(start),
+    }
+
+
+def breaching_fields(
+    server_payload: Any, shared_data: Any, model: nn.Module | None = None
+) -> dict[str, Any]:
+    """The fields in breaching's payload and shared data; see `rgap.Update.from_breaching`."""
+    payload = _single(server_payload, "server_payload")
+    shared = _single(shared_data, "shared_data")
+    about = _get(shared, "metadata") or {}
+    data = _get(payload, "metadata") or {}
+    arrays = _require(shared, "gradients", "shared_data")
+    names = _names(model, len(arrays))
+    gradients = dict(zip(names, arrays, strict=True))
+    fields: dict[str, Any] = {"gradients": gradients}
+
+    hyper = _get(about, "local_hyperparams")
+    if hyper:
+        rate = _rate(_require(hyper, "lr", "local_hyperparams"), int(_get(hyper, "steps") or 1))
+        # breaching shares p_local - p_server, the opposite sign of a gradient.
+        fields["gradients"] = {
+            name: _difference(torch.zeros_like(delta), delta, rate)
+            for name, delta in gradients.items()
+        }
+        fields["local_steps"] = int(_get(hyper, "steps") or 1)
+        fields["dtype"] = _coarsest(gradients)
+
+    buffers = _get(payload, "buffers") or _get(shared, "buffers")
+    if buffers and model is not None:
+        kept = [name for name, _ in model.named_buffers()]
+        if len(kept) != len(buffers):
+            raise ValueError(
+                f"server_payload: {len(buffers)} buffers, expected the model's {len(kept)}; give "
+                "the model that the server distributed."
+            )
+        fields["buffers"] = dict(zip(kept, buffers, strict=True))
+    points = _get(about, "num_data_points")
+    fields["batch_size"] = None if points is None else int(points)
+    fields["labels"] = _get(about, "labels")
+    shape = _get(data, "shape")
+    fields["input_shape"] = None if shape is None else tuple(int(n) for n in shape)
+    fields["value_range"] = _normalised_range(data)
+    return fields
+
+
+def ndarray_fields(
+    model: nn.Module, arrays: Sequence[Any], lr: float | None, steps: int = 1
+) -> dict[str, Any]:
+    """The fields in a list of arrays in state-dict order; see `rgap.Update.from_ndarrays`."""
+    parameters = dict(model.named_parameters())
+    state = list(model.state_dict())
+    if len(arrays) == len(parameters):
+        names = list(parameters)
+    elif len(arrays) == len(state):
+        names = state
+    else:
+        raise ValueError(
+            f"arrays: expected {len(parameters)} (one per parameter of the {type(model).__name__}) "
+            f"or {len(state)} (one per entry of model.state_dict()), got {len(arrays)}."
+        )
+    tensors = {name: _tensor(name, array) for name, array in zip(names, arrays, strict=True)}
+    known = dict(model.named_buffers())
+    buffers = {name: tensors[name] for name in names if name in known}
+    sent = {name: tensors[name] for name in parameters if name in tensors}
+    if lr is None:
+        return {"gradients": sent, "buffers": buffers}
+    before = {name: p.detach() for name, p in parameters.items()}
+    # The client's buffers have moved on with training; the gradient was taken at the model's.
+    return {**delta_fields(before, sent, lr, steps), "buffers": known}
+
+
+def _difference(before: Tensor, after: Tensor, rate: float) -> Tensor:
+    """In float64, so that only the client's own rounding is in the result."""
+    wide = (before.detach().double() - after.detach().double()) / rate
+    return wide.to(torch.promote_types(before.dtype, torch.float32))
+
+
+def _rate(lr: float, steps: int) -> float:
+    if not (math.isfinite(lr) and lr > 0):
+        raise ValueError(f"lr: expected a positive learning rate, got {lr!r}.")
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps: expected a whole number of local steps, at least 1, got {steps}.")
+    return float(lr) * steps
+
+
+def _state(
+    state: nn.Module | Mapping[str, Tensor], name: str
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Parameters and buffers of a module or state dict."""
+    if isinstance(state, nn.Module):
+        return dict(state.named_parameters()), dict(state.named_buffers())
+    if not isinstance(state, Mapping):
+        raise TypeError(
+            f"{name}: expected a module or state dict, got {type(state).__name__}; write "
+            "model.state_dict()."
+        )
+    buffers = {k: v for k, v in state.items() if k.rpartition(".")[2] in _STATISTICS}
+    return _without(state, buffers), buffers
+
+
+def _without(state: Mapping[str, Tensor], *others: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {k: v for k, v in state.items() if not any(k in other for other in others)}
+
+
+def _coarsest(tensors: Mapping[str, Tensor]) -> torch.dtype | None:
+    dtypes = [t.dtype for t in tensors.values() if t.is_floating_point()]
+    return max(dtypes, key=lambda d: torch.finfo(d).eps) if dtypes else None
+
+
+def _tensor(name: str, array: Any) -> Tensor:
+    values = np.asarray(array)
+    if values.dtype.kind not in "fiub":
+        raise TypeError(f"arrays: {name!r} has dtype {values.dtype}, expected real numbers.")
+    return torch.from_numpy(np.ascontiguousarray(values)).reshape(values.shape)
+
+
+def _names(model: nn.Module | None, count: int) -> list[str]:
+    if model is None:
+        return [str(place) for place in range(count)]
+    names = [name for name, _ in model.named_parameters()]
+    if len(names) != count:
+        raise ValueError(
+            f"shared_data: {count} gradients, expected the {len(names)} parameters of the "
+            f"{type(model).__name__}; give the model that the server distributed."
+        )
+    return names
+
+
+def _get(holder: Any, key: str) -> Any:
+    """``holder[key]`` of a dict or configuration object, None when absent."""
+    if isinstance(holder, Mapping):
+        return holder.get(key)
+    return getattr(holder, key, None)
+
+
+def _require(holder: Any, key: str, name: str) -> Any:
+    value = _get(holder, key)
+    if value is None:
+        raise ValueError(f"{name}: the entry {key!r} is missing, expected breaching's own dict.")
+    return value
+
+
+def _single(item: Any, name: str) -> Any:
+    """One dict, or breaching's list of one per query."""
+    if isinstance(item, list | tuple):
+        if len(item) != 1:
+            raise ValueError(f"{name}: expected one query, got {len(item)}; pass {name}[i].")
+        return item[0]
+    return item
+
+
+def _normalised_range(data: Any) -> tuple[float, float]:
+    """Range of pictures in [0, 1] after breaching's normalisation by mean and std."""
+    mean, std = _get(data, "mean"), _get(data, "std")
+    if mean is None or std is None or _get(data, "normalize") is False:
+        return (0.0, 1.0)
+    pairs = list(zip(mean, std, strict=True))
+    return min(-m / s for m, s in pairs), max((1.0 - m) / s for m, s in pairs)

@@ -1,0 +1,382 @@
+"""The update: what a client sent, and what is known about how it was computed."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import operator
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from rgap.losses import Loss
+
+__all__ = ["Update"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class Update:
+    """One client's gradient, by parameter name, with what the attacker knows of its origin.
+
+    The tensors are copied on construction, so a later ``optimizer.zero_grad()`` or ``backward()``
+    does not change an update. `dataclasses.replace` works and validates again.
+
+    Args:
+        gradients: gradient of the loss by parameter name, in the order of
+            ``model.named_parameters()``; floating, finite.
+        buffers: the model's buffers at capture (batch-norm running statistics); empty: the
+            model's own are used.
+        batch_size: number of samples, None when unknown.
+        labels: targets the client shared, None when it kept them.
+        loss: the loss that was differentiated, a name or a `Loss`.
+        input_shape: shape of one sample, without the batch dimension.
+        value_range: (low, high) that every input value lies in, None when unbounded.
+        dtype: precision the client computed in; None takes the coarsest of the gradients' dtypes.
+        local_steps: 1 for a gradient. More says that ``gradients`` is an average over that many
+            local steps (FedAvg), which is no gradient at the model's parameters.
+
+    Raises:
+        TypeError: something that is no floating tensor where one is needed.
+        ValueError: NaN or infinity, an empty update, a batch size below 1, an empty range.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(4, 3)
+        >>> loss = torch.nn.functional.cross_entropy(model(torch.ones(1, 4)), torch.tensor([2]))
+        >>> loss.backward()
+        >>> update = Update({n: p.grad for n, p in model.named_parameters()}, batch_size=1)
+        >>> update
+        Update(2 tensors, 15 numbers, float32, batch_size=1, loss='cross_entropy', labels unknown)
+    """
+
+    gradients: dict[str, Tensor]
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+    batch_size: int | None = None
+    labels: Tensor | None = None
+    loss: Loss = field(default_factory=Loss)
+    input_shape: tuple[int, ...] | None = None
+    value_range: tuple[float, float] | None = (0.0, 1.0)
+    dtype: torch.dtype = None  # type: ignore[assignment]  # filled in by __post_init__
+    local_steps: int = 1
+
+    def __post_init__(self) -> None:
+        gradients = {
+            name: _gradient(name, tensor)
+            for name, tensor in _named(self.gradients, "gradients").items()
+        }
+        if not gradients:
+            raise ValueError(
+                "gradients: expected at least one tensor by parameter name, got none; write "
+                "Update({name: p.grad for name, p in model.named_parameters()})."
+            )
+        buffers = {
+            name: _buffer(name, tensor) for name, tensor in _named(self.buffers, "buffers").items()
+        }
+        dtype = self.dtype
+        if dtype is None:
+            dtype = max((g.dtype for g in gradients.values()), key=lambda d: torch.finfo(d).eps)
+        elif not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"dtype: expected a floating torch.dtype, got {dtype!r}.")
+        batch_size = None if self.batch_size is None else _count("batch_size", self.batch_size)
+        shape = self.input_shape
+        if shape is not None:
+            shape = tuple(_count("input_shape", n) for n in shape)
+        self._fill(
+            gradients=gradients,
+            buffers=buffers,
+            dtype=dtype,
+            batch_size=batch_size,
+            labels=_labels(self.labels, batch_size),
+            loss=Loss.of(self.loss),
+            input_shape=shape,
+            value_range=_range(self.value_range),
+            local_steps=_count("local_steps", self.local_steps),
+        )
+
+    def _fill(self, **values: Any) -> None:
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    def __repr__(self) -> str:
+        numbers = sum(g.numel() for g in self.gradients.values())
+        parts = [
+            f"{len(self.gradients)} tensors",
+            f"{numbers:,} numbers",
+            str(self.dtype).removeprefix("torch."),
+            f"batch_size={self.batch_size}",
+            f"loss={self.loss.name!r}",
+            "labels unknown" if self.labels is None else "labels shared",
+        ]
+        if self.local_steps > 1:
+            parts.append(f"average of {self.local_steps} local steps")
+        return f"Update({', '.join(parts)})"
+
+    def check(self, model: nn.Module) -> None:
+        """Raise unless this update has the form of a gradient of ``model``.
+
+        Names, order and shapes are compared with ``model.named_parameters()``, the buffers' with
+        ``model.named_buffers()``. That the numbers come from this model is another question, which
+        only the equations answer (status ``INCONSISTENT``).
+
+        Raises:
+            ValueError: a missing, extra, misplaced or misshapen tensor (named), or gradients that
+                are zero everywhere. A single zero tensor passes: dead units make one.
+
+        Example:
+            >>> import torch
+            >>> model = torch.nn.Linear(2, 1)
+            >>> Update({"weight": torch.ones(1, 2)}).check(model)
+            Traceback (most recent call last):
+            ...
+            ValueError: gradients: 'bias' is missing, ...
+        """
+        parameters = dict(model.named_parameters())
+        _check_names(self.gradients, parameters, type(model).__name__)
+        _check_shapes("gradients", self.gradients, parameters)
+        buffers = dict(model.named_buffers())
+        for name in self.buffers:
+            if name not in buffers:
+                raise ValueError(
+                    f"buffers: {name!r} is not a buffer of the {type(model).__name__}; capture "
+                    "from the model that is inverted, or write "
+                    "dataclasses.replace(update, buffers={})."
+                )
+        _check_shapes("buffers", self.buffers, buffers)
+        if all(not bool(g.any()) for g in self.gradients.values()):
+            raise ValueError(
+                f"gradients: every tensor is zero, from {next(iter(self.gradients))!r} on, so the "
+                "update says nothing about the data. Expected a gradient; capture it before "
+                "optimizer.zero_grad(), and in float64 if it underflowed."
+            )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file (no pickle), atomically; see `load`."""
+        from rgap import storage
+
+        storage.write(path, {f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Update:
+        """Read a file that `save` wrote; names, order, dtypes and values come back unchanged.
+
+        Raises:
+            ValueError: a pickle (refused before anything is unpickled), a truncated file, or a
+                safetensors file that is no update; the message says which call to write instead.
+            FileNotFoundError: no such file.
+        """
+        from rgap import storage
+
+        return cls(**storage.read(path))
+
+    @classmethod
+    def from_delta(
+        cls,
+        before: nn.Module | Mapping[str, Tensor],
+        after: nn.Module | Mapping[str, Tensor],
+        lr: float,
+        steps: int = 1,
+        **fields: Any,
+    ) -> Update:
+        """Update from parameters before and after local SGD: ``(before - after) / (lr * steps)``.
+
+        Plain SGD moves *against* the gradient, so the sign is opposite to the difference
+        ``after - before`` that federated averaging sends. For ``steps > 1`` the result is an
+        average of gradients at different parameters, recorded as ``local_steps=steps``. Rounding
+        of ``after`` leaves an absolute error of about ``eps * |parameter| / (lr * steps)``, usually
+        far above the gradient's own rounding. Momentum, weight decay and Adam do not fit.
+
+        Args:
+            before, after: modules or state dicts. Batch-norm statistics in a state dict become
+                ``buffers``, with their values from ``before``.
+            lr: learning rate.
+            steps: local steps.
+            **fields: any other field of `Update`, for instance ``batch_size=8``.
+
+        Example:
+            >>> import torch
+            >>> delta = Update.from_delta(
+            ...     {"w": torch.tensor([1.0])}, {"w": torch.tensor([0.5])}, lr=0.25)
+            >>> delta.gradients["w"]
+            tensor([2.])
+        """
+        from rgap import interop
+
+        return cls(**{**interop.delta_fields(before, after, lr, steps), **fields})
+
+    @classmethod
+    def from_breaching(
+        cls,
+        server_payload: Any,
+        shared_data: Any,
+        *,
+        model: nn.Module | None = None,
+        **fields: Any,
+    ) -> Update:
+        """Update from what ``breaching`` hands to its attackers; breaching is not imported.
+
+        Args:
+            server_payload: its dict of ``parameters``, ``buffers`` and ``metadata`` (or a list of
+                one such dict).
+            shared_data: its dict of ``gradients``, ``buffers`` and ``metadata`` (or a list of
+                one). With ``local_hyperparams`` in its metadata the gradients are a parameter
+                difference after local steps, and are turned into `from_delta`'s average.
+            model: gives the tensors their names; without it they are called ``"0"``, ``"1"`` ...
+            **fields: any other field of `Update`, for instance ``loss=...``.
+        """
+        from rgap import interop
+
+        return cls(**{**interop.breaching_fields(server_payload, shared_data, model), **fields})
+
+    @classmethod
+    def from_ndarrays(
+        cls,
+        model: nn.Module,
+        arrays: Iterable[Any],
+        *,
+        lr: float | None = None,
+        steps: int = 1,
+        **fields: Any,
+    ) -> Update:
+        """Update from a list of NumPy arrays in ``model.state_dict()``'s order, as Flower sends.
+
+        Args:
+            model: the model as the server sent it out.
+            arrays: one per parameter, or one per entry of ``model.state_dict()``.
+            lr: None when the arrays are gradients. Flower's clients usually return their
+                *parameters after training*: then give the learning rate (and ``steps``), and the
+                arrays are compared with the model's parameters as in `from_delta`.
+            **fields: any other field of `Update`.
+        """
+        from rgap import interop
+
+        return cls(**{**interop.ndarray_fields(model, list(arrays), lr, steps), **fields})
+
+
+def _named(tensors: Any, what: str) -> dict[str, Any]:
+    if not isinstance(tensors, Mapping):
+        raise TypeError(
+            f"{what}: expected a dict of tensors by name, got {type(tensors).__name__}; write "
+            "dict(zip(names, tensors)) with names = [n for n, _ in model.named_parameters()]."
+        )
+    return dict(tensors)
+
+
+def _gradient(name: str, tensor: Any) -> Tensor:
+    if tensor is None:
+        raise TypeError(
+            f"gradients: {name!r} is None (no backward pass reached it); write "
+            "torch.zeros_like(parameter) if the model does not use it."
+        )
+    if not isinstance(tensor, Tensor):
+        raise TypeError(
+            f"gradients: {name!r} is a {type(tensor).__name__}, expected a torch.Tensor; write "
+            "torch.as_tensor(array), or Update.from_ndarrays(model, arrays)."
+        )
+    if not tensor.is_floating_point():
+        raise TypeError(
+            f"gradients: {name!r} has dtype {tensor.dtype}, expected a floating dtype; a gradient "
+            "of real parameters is real: write .float() if these are whole-number values."
+        )
+    if tensor.is_meta:
+        raise ValueError(f"gradients: {name!r} is on the meta device and has no values.")
+    dense = tensor.detach().to_dense() if tensor.is_sparse else tensor.detach().clone()
+    bad = int((~torch.isfinite(dense)).sum())
+    if bad:
+        raise ValueError(
+            f"gradients: {name!r} has NaN or infinity in {bad} of {dense.numel()} entries; "
+            "capture again in float64, or drop the client's update."
+        )
+    return dense
+
+
+def _buffer(name: str, tensor: Any) -> Tensor:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"buffers: {name!r} is a {type(tensor).__name__}, expected a torch.Tensor.")
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        raise ValueError(f"buffers: {name!r} has NaN or infinity.")
+    return tensor.detach().clone()
+
+
+def _count(name: str, value: Any) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected whole numbers, got {value!r}.") from None
+    if isinstance(value, bool) or number < 1:
+        raise ValueError(f"{name}: expected at least 1, got {value!r}.")
+    return number
+
+
+def _labels(labels: Any, batch_size: int | None) -> Tensor | None:
+    if labels is None:
+        return None
+    if not isinstance(labels, Tensor):
+        raise TypeError(
+            f"labels: expected a tensor, got {type(labels).__name__}; write torch.tensor(labels)."
+        )
+    if labels.ndim == 0 or (batch_size is not None and labels.shape[0] != batch_size):
+        raise ValueError(
+            f"labels: expected one target per sample (batch_size={batch_size}), got shape "
+            f"{tuple(labels.shape)}."
+        )
+    return labels.detach().clone()
+
+
+def _range(value_range: Any) -> tuple[float, float] | None:
+    if value_range is None:
+        return None
+    low, high = (float(v) for v in value_range)
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise ValueError(
+            f"value_range: expected (low, high) with low < high, got {value_range!r}; write None "
+            "for values without bounds."
+        )
+    return low, high
+
+
+def _check_names(got: dict[str, Tensor], expected: dict[str, Tensor], model: str) -> None:
+    missing = [name for name in expected if name not in got]
+    extra = [name for name in got if name not in expected]
+    if extra and missing and all(name.isdigit() for name in got):
+        raise ValueError(
+            f"gradients: the tensors are numbered, not named, expected {missing[0]!r} first; write "
+            "Update.from_breaching(server_payload, shared_data, model=model)."
+        )
+    if missing:
+        also = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        found = f"; it has {', '.join(map(repr, extra[:3]))} instead" if extra else ""
+        raise ValueError(
+            f"gradients: {missing[0]!r} is missing{also}, expected the {len(expected)} parameters "
+            f"of the {model}{found}. Write Update({{n: p.grad for n, p in "
+            "model.named_parameters()})."
+        )
+    if extra:
+        raise ValueError(
+            f"gradients: {extra[0]!r} is not a parameter of the {model}; write "
+            "dataclasses.replace(update, gradients={n: update.gradients[n] for n, _ in "
+            "model.named_parameters()}) if it does not belong."
+        )
+    for place, (have, want) in enumerate(zip(got, expected, strict=True)):
+        if have != want:
+            raise ValueError(
+                f"gradients: the order differs from the model's at place {place}: expected "
+                f"{want!r}, got {have!r}. Names that follow another order may be mixed up; if "
+                "they are right, write dataclasses.replace(update, gradients={n: "
+                "update.gradients[n] for n, _ in model.named_parameters()})."
+            )
+
+
+def _check_shapes(what: str, got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    for name, tensor in got.items():
+        if tensor.shape != expected[name].shape:
+            raise ValueError(
+                f"{what}: {name!r} has shape {tuple(tensor.shape)}, expected "
+                f"{tuple(expected[name].shape)} as in the model; was it captured from a model with "
+                "other widths? Build the model that the client trained."
+            )
