@@ -8,6 +8,7 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
+from rgap import validation
 from rgap.losses import Loss
 from rgap.update import Update
 
@@ -113,8 +114,7 @@ def _gradients(
         except RuntimeError as error:
             raise ValueError(_forward_failed(model, inputs, error)) from error
         random = any(
-            not torch.equal(a, b)
-            for a, b in zip(before, _random_state(inputs.device), strict=True)
+            not torch.equal(a, b) for a, b in zip(before, _random_state(inputs.device), strict=True)
         )
         _check_outputs(model, inputs, outputs, random)
         loss.check_targets(outputs, targets)
@@ -126,7 +126,7 @@ def _gradients(
 def _parameters(model: nn.Module) -> dict[str, Tensor]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}.")
-    parameters = dict(model.named_parameters())
+    parameters: dict[str, Tensor] = dict(model.named_parameters())
     if not parameters:
         raise ValueError(f"model: the {type(model).__name__} has no parameters, so no gradient.")
     for name, parameter in parameters.items():
@@ -196,15 +196,9 @@ def _check_inputs(inputs: Tensor) -> None:
         )
     if inputs.numel() == 0:
         raise ValueError(
-            f"inputs: expected at least one sample (batch size 1), got shape "
-            f"{tuple(inputs.shape)}."
+            f"inputs: expected at least one sample (batch size 1), got shape {tuple(inputs.shape)}."
         )
-    bad = int((~torch.isfinite(inputs)).sum())
-    if bad:
-        raise ValueError(
-            f"inputs: NaN or infinity in {bad} of {inputs.numel()} values; clean the batch first, "
-            "for instance with torch.nan_to_num(inputs)."
-        )
+    validation.require_finite("inputs", inputs, "write torch.nan_to_num(inputs) or clean the batch")
 
 
 def _check_range(inputs: Tensor, value_range: tuple[float, float] | None) -> None:

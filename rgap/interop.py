@@ -29,24 +29,18 @@ def delta_fields(
 ) -> dict[str, Any]:
     """``(before - after) / (lr * steps)`` by name; see `rgap.Update.from_delta`."""
     rate = _rate(lr, steps)
-    start, buffers = _state(before, "before")
-    end, _ = _state(after, "after")
-    if isinstance(after, nn.Module) and not isinstance(before, nn.Module):
-        # Only the module says which entries are parameters, and in which order.
-        buffers |= {k: v for k, v in start.items() if k not in end and k in after.state_dict()}
-        start = {**{k: start[k] for k in end if k in start}, **_without(start, end, buffers)}
-    elif isinstance(before, nn.Module):
-        end = {k: v for k, v in end.items() if k in start or k not in before.state_dict()}
-    for one, other, name in ((start, end, "after"), (end, start, "before")):
-        absent = [key for key in one if key not in other]
+    first_state, last_state = _state(before, "before"), _state(after, "after")
+    names, buffer_names = _roles(before, after, first_state)
+    for name, state in (("before", first_state), ("after", last_state)):
+        absent = [key for key in names if key not in state]
         if absent:
             raise ValueError(
                 f"{name}: {absent[0]!r} is missing, expected the same parameters before and "
                 "after; write model.state_dict() of the same model twice."
             )
     gradients = {}
-    for key, first in start.items():
-        last = end[key]
+    for key in names:
+        first, last = first_state[key], last_state[key]
         if not isinstance(first, Tensor) or not isinstance(last, Tensor):
             raise TypeError(f"before, after: {key!r} is no tensor; write torch.as_tensor(array).")
         if first.shape != last.shape:
@@ -57,9 +51,10 @@ def delta_fields(
         gradients[key] = _difference(first, last.to(first.device), rate)
     return {
         "gradients": gradients,
-        "buffers": buffers,
+        # The gradient was taken at the statistics that the client started with.
+        "buffers": {key: first_state[key] for key in buffer_names if key in first_state},
         "local_steps": steps,
-        "dtype": _coarsest(start),
+        "dtype": _coarsest({key: first_state[key] for key in names}),
     }
 
 
@@ -69,7 +64,7 @@ def breaching_fields(
     """The fields in breaching's payload and shared data; see `rgap.Update.from_breaching`."""
     payload = _single(server_payload, "server_payload")
     shared = _single(shared_data, "shared_data")
-    about = _get(shared, "metadata") or {}
+    about = _get(shared, "metadata") or shared  # older versions keep it flat
     data = _get(payload, "metadata") or {}
     arrays = _require(shared, "gradients", "shared_data")
     names = _names(model, len(arrays))
@@ -145,23 +140,29 @@ def _rate(lr: float, steps: int) -> float:
     return float(lr) * steps
 
 
-def _state(
-    state: nn.Module | Mapping[str, Tensor], name: str
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Parameters and buffers of a module or state dict."""
+def _state(state: nn.Module | Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     if isinstance(state, nn.Module):
-        return dict(state.named_parameters()), dict(state.named_buffers())
+        return {**dict(state.named_parameters()), **dict(state.named_buffers())}
     if not isinstance(state, Mapping):
         raise TypeError(
             f"{name}: expected a module or state dict, got {type(state).__name__}; write "
             "model.state_dict()."
         )
-    buffers = {k: v for k, v in state.items() if k.rpartition(".")[2] in _STATISTICS}
-    return _without(state, buffers), buffers
+    return dict(state)
 
 
-def _without(state: Mapping[str, Tensor], *others: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {k: v for k, v in state.items() if not any(k in other for other in others)}
+def _roles(
+    before: nn.Module | Mapping[str, Tensor],
+    after: nn.Module | Mapping[str, Tensor],
+    state: dict[str, Tensor],
+) -> tuple[list[str], list[str]]:
+    """Names of the parameters, in order, and of the buffers."""
+    for model in (before, after):
+        if isinstance(model, nn.Module):
+            return [n for n, _ in model.named_parameters()], [n for n, _ in model.named_buffers()]
+    keys = [*state, *(key for key in after if key not in state)]  # type: ignore[union-attr]
+    buffers = [key for key in keys if key.rpartition(".")[2] in _STATISTICS]
+    return [key for key in keys if key not in buffers], buffers
 
 
 def _coarsest(tensors: Mapping[str, Tensor]) -> torch.dtype | None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rgap import validation
+
 __all__ = ["LabelEstimate", "idlg"]
 
 
@@ -87,10 +89,8 @@ def idlg(weight_gradient: Tensor, bias_gradient: Tensor | None = None) -> LabelE
             "the head's weight gradient has rank above one: more than one sample, or an average "
             "over local steps"
         )
-    if bias_gradient is not None:
-        oriented = [bias_gradient.detach().double()]
-    else:
-        oriented = [v, -v]  # the scalar between v and k may be negative
+    # Without a bias the scalar between v and k may be negative.
+    oriented = [v, -v] if bias_gradient is None else [bias_gradient.detach().double()]
     if single:
         if bias_gradient is None:
             return undecided("a single logit without a bias: the sign of the features is unknown")
@@ -169,5 +169,4 @@ def _check(weight: Tensor, bias: Tensor | None) -> None:
             continue
         if not tensor.is_floating_point():
             raise ValueError(f"{name}: expected a floating dtype, got {tensor.dtype}.")
-        if not bool(torch.isfinite(tensor).all()):
-            raise ValueError(f"{name}: has NaN or infinity; capture again in float64.")
+        validation.require_finite(name, tensor, "capture again in float64")

@@ -16,7 +16,6 @@ With ``reduction="sum"`` s = 1. Label smoothing e replaces y by ``(1 - e) y + e 
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import math
 from dataclasses import dataclass
@@ -25,29 +24,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Loss"]
+from rgap import validation
+from rgap.targets import (
+    BINARY,
+    CROSS_ENTROPY,
+    SQUARED,
+    check,
+    outside,
+    require_outputs,
+    require_shape,
+)
 
-CROSS_ENTROPY = "cross_entropy"
-BINARY = "binary_cross_entropy_with_logits"
-SQUARED = "mse_loss"
+__all__ = ["Loss"]
 
 _TARGETS = {
     CROSS_ENTROPY: ("index", "probability"),
     BINARY: ("index", "probability"),
     SQUARED: ("value",),
-}
-# What people write instead; answered with the name to write, never silently translated.
-_ALIASES = {
-    "ce": CROSS_ENTROPY,
-    "crossentropy": CROSS_ENTROPY,
-    "crossentropyloss": CROSS_ENTROPY,
-    "nll_loss": CROSS_ENTROPY,
-    "bce": BINARY,
-    "bcewithlogitsloss": BINARY,
-    "binary_cross_entropy": BINARY,
-    "mse": SQUARED,
-    "mseloss": SQUARED,
-    "l2": SQUARED,
 }
 # 2**16 label vectors is the most that anyone can usefully enumerate.
 _MOST_LOGITS_LISTED = 16
@@ -89,7 +82,7 @@ class Loss:
 
     def __post_init__(self) -> None:
         if self.name not in _TARGETS:
-            raise ValueError(_unknown(self.name))
+            raise ValueError(validation.unknown_loss(self.name, list(_TARGETS)))
         if self.reduction not in ("mean", "sum"):
             raise ValueError(
                 f"Loss.reduction: expected 'mean' or 'sum', got {self.reduction!r}; a client sends "
@@ -139,7 +132,7 @@ class Loss:
         }
         for kind, name in names.items():
             if isinstance(loss, kind):
-                _refuse_options(loss)
+                validation.refuse_loss_options(loss)
                 smoothing = float(getattr(loss, "label_smoothing", 0.0))
                 return cls(name, reduction=str(loss.reduction), label_smoothing=smoothing)
         raise TypeError(
@@ -155,11 +148,11 @@ class Loss:
         are checked by `check_targets`.
         """
         if self.name == CROSS_ENTROPY:
-            self._check_outputs(outputs)
+            require_outputs(self.name, outputs)
             if targets.is_floating_point():
                 targets = self.dense(targets, outputs)
             else:
-                _require_shape(self, targets, (outputs.shape[0],), outputs)
+                require_shape(self.name, outputs, targets, index=True)
                 targets = targets.long()
             return F.cross_entropy(
                 outputs, targets, reduction=self.reduction, label_smoothing=self.label_smoothing
@@ -193,7 +186,7 @@ class Loss:
                 f"direction: expected the outputs' shape {tuple(outputs.shape)}, got "
                 f"{tuple(direction.shape)}."
             )
-        self._check_outputs(outputs)
+        require_outputs(self.name, outputs)
         scale = self._scale(outputs)
         if self.name == CROSS_ENTROPY:
             p = torch.softmax(outputs, dim=1)
@@ -214,7 +207,7 @@ class Loss:
                 f"cotangent: expected the outputs' shape {tuple(outputs.shape)}, got "
                 f"{tuple(cotangent.shape)}."
             )
-        self._check_outputs(outputs)
+        require_outputs(self.name, outputs)
         scale = self._scale(outputs)
         if self.name == CROSS_ENTROPY:
             smoothed = torch.softmax(outputs, dim=1) - cotangent / scale
@@ -244,7 +237,7 @@ class Loss:
             return labels, float((dense - nearest).abs().max()) if finite else math.inf
         if not finite:
             return dense, math.inf
-        return dense, self._outside(dense)
+        return dense, outside(self.name, dense) if self.targets == "probability" else 0.0
 
     def admissible(self, classes: int) -> list[int] | list[tuple[int, ...]] | None:
         """Every target one sample can have with ``classes`` outputs, or None when continuous.
@@ -276,15 +269,12 @@ class Loss:
         Targets that are dense already pass through. Targets [B] are taken for outputs [B, 1] by
         the binary and the squared loss, as labels usually come.
         """
-        self._check_outputs(outputs)
+        require_outputs(self.name, outputs)
         if self.name == CROSS_ENTROPY and not targets.is_floating_point():
-            _require_shape(self, targets, (outputs.shape[0],), outputs)
+            require_shape(self.name, outputs, targets, index=True)
             return F.one_hot(targets.long(), outputs.shape[1]).to(outputs.dtype)
-        column = outputs.ndim == 2 and outputs.shape[1] == 1
-        if column and self.name != CROSS_ENTROPY and targets.shape == outputs.shape[:1]:
-            targets = targets.unsqueeze(1)
-        _require_shape(self, targets, tuple(outputs.shape), outputs)
-        return targets.to(outputs.dtype)
+        require_shape(self.name, outputs, targets)
+        return targets.to(outputs.dtype).reshape(outputs.shape)  # [B] to [B, 1]
 
     def check_targets(self, outputs: Tensor, targets: Tensor) -> None:
         """Raise unless ``targets`` are admissible for ``outputs``: kind, shape and values.
@@ -294,71 +284,7 @@ class Loss:
             ValueError: wrong shape, an index out of range, a probability outside [0, 1] or rows
                 that do not sum to 1, NaN or infinity.
         """
-        if targets.is_complex():
-            raise TypeError(f"targets: expected real numbers, got {targets.dtype}.")
-        if self.name == CROSS_ENTROPY and self.targets == "index":
-            self._check_indices(outputs, targets)
-            return
-        if self.name != BINARY or self.targets != "index":
-            if not targets.is_floating_point():
-                raise TypeError(
-                    f"targets: {self.name} with targets={self.targets!r} expects floating numbers "
-                    f"of shape {tuple(outputs.shape)}, got {targets.dtype}; write targets.float()"
-                    + (", or Loss(targets='index')." if self.targets == "probability" else ".")
-                )
-        dense = self.dense(targets, outputs)
-        if not bool(torch.isfinite(dense).all()):
-            raise ValueError("targets: contain NaN or infinity.")
-        if self.targets == "value":
-            return
-        if self.targets == "index":
-            if not bool(((dense == 0) | (dense == 1)).all()):
-                raise ValueError(
-                    f"targets: {self.name} expects labels 0 and 1; for soft labels write "
-                    f"Loss({self.name!r}, targets='probability')."
-                )
-            return
-        tolerance = max(1e-4, 8.0 * torch.finfo(targets.dtype).eps)
-        if self._outside(dense) > tolerance:
-            rows = " and rows that sum to 1" if self.name == CROSS_ENTROPY else ""
-            raise ValueError(f"targets: expected probabilities in [0, 1]{rows}.")
-
-    def _check_indices(self, outputs: Tensor, targets: Tensor) -> None:
-        self._check_outputs(outputs)
-        if targets.is_floating_point() or targets.dtype == torch.bool:
-            raise TypeError(
-                "targets: cross_entropy expects class indices, a long tensor of shape "
-                f"({outputs.shape[0]},), got {targets.dtype} of shape {tuple(targets.shape)}; "
-                "for soft targets write Loss('cross_entropy', targets='probability')."
-            )
-        _require_shape(self, targets, (outputs.shape[0],), outputs)
-        classes = outputs.shape[1]
-        if bool(((targets < 0) | (targets >= classes)).any()):
-            raise ValueError(
-                f"targets: expected class indices 0 to {classes - 1} (the model has {classes} "
-                f"outputs), got {int(targets.min())} to {int(targets.max())}; ignore_index is not "
-                "offered, leave those samples out of the batch."
-            )
-
-    def _check_outputs(self, outputs: Tensor) -> None:
-        if self.name != CROSS_ENTROPY:
-            if outputs.ndim == 0:
-                raise ValueError(f"outputs: {self.name} expects [B] or [B, C], got a scalar.")
-            return
-        if outputs.ndim != 2 or outputs.shape[1] < 2:
-            raise ValueError(
-                f"outputs: cross_entropy expects [B, C] with C >= 2, got {tuple(outputs.shape)}; "
-                "for a single logit write loss='binary_cross_entropy_with_logits'."
-            )
-
-    def _outside(self, dense: Tensor) -> float:
-        """How far soft targets lie outside [0, 1] (and their rows from summing to 1)."""
-        if self.targets == "value" or dense.numel() == 0:
-            return 0.0
-        worst = max(float((-dense).max()), float((dense - 1).max()), 0.0)
-        if self.name == CROSS_ENTROPY:
-            worst = max(worst, float((dense.sum(dim=1) - 1).abs().max()))
-        return worst
+        check(self.name, self.targets, outputs, targets)
 
     def _smoothed(self, dense: Tensor) -> Tensor:
         eps = self.label_smoothing
@@ -368,34 +294,3 @@ class Loss:
         if self.reduction == "sum":
             return 1.0
         return 1.0 / (outputs.shape[0] if self.name == CROSS_ENTROPY else outputs.numel())
-
-
-def _require_shape(loss: Loss, targets: Tensor, expected: tuple[int, ...], outputs: Tensor) -> None:
-    if tuple(targets.shape) != tuple(expected):
-        raise ValueError(
-            f"targets: {loss.name} with outputs {tuple(outputs.shape)} expects shape "
-            f"{tuple(expected)}, got {tuple(targets.shape)} ({targets.dtype})."
-        )
-
-
-def _refuse_options(loss: nn.Module) -> None:
-    for option in ("weight", "pos_weight"):
-        if getattr(loss, option, None) is not None:
-            raise ValueError(
-                f"loss: {type(loss).__name__}({option}=...) is not supported: weights break the "
-                f"identity between the gradient and the label counts. Leave {option} out."
-            )
-    if getattr(loss, "ignore_index", -100) != -100:
-        raise ValueError(
-            f"loss: {type(loss).__name__}(ignore_index=...) is not supported; leave the ignored "
-            "samples out of the batch."
-        )
-
-
-def _unknown(name: object) -> str:
-    known = ", ".join(map(repr, _TARGETS))
-    text = f"loss: expected one of {known}, got {name!r}"
-    key = str(name).lower()
-    close = difflib.get_close_matches(key, list(_TARGETS), n=1)
-    guess = _ALIASES.get(key) or (close[0] if close else None)
-    return f"{text}; write loss={guess!r}." if guess else f"{text}."

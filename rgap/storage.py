@@ -78,8 +78,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
                         "was edited. Write it again with update.save(path)."
                     )
             groups = {
-                g: {k.removeprefix(f"{g}/"): file.get_tensor(k) for k in wanted[g]}
-                for g in _GROUPS
+                g: {k.removeprefix(f"{g}/"): file.get_tensor(k) for k in wanted[g]} for g in _GROUPS
             }
             labels = file.get_tensor("labels") if "labels" in names else None
     except SafetensorError as error:
@@ -151,6 +150,4 @@ def _refuse_foreign(path: str | os.PathLike[str]) -> None:
         )
     if len(start) < 9:
         raise ValueError(f"{path}: {size} bytes, too short for a safetensors file; copy it again.")
-    raise ValueError(
-        f"{path}: not a safetensors file; expected one that update.save(path) wrote."
-    )
+    raise ValueError(f"{path}: not a safetensors file; expected one that update.save(path) wrote.")

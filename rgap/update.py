@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import operator
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rgap import interop, storage, validation
 from rgap.losses import Loss
 
 __all__ = ["Update"]
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,8 +64,8 @@ class Update:
 
     def __post_init__(self) -> None:
         gradients = {
-            name: _gradient(name, tensor)
-            for name, tensor in _named(self.gradients, "gradients").items()
+            name: validation.gradient(name, tensor)
+            for name, tensor in validation.named(self.gradients, "gradients").items()
         }
         if not gradients:
             raise ValueError(
@@ -76,27 +73,30 @@ class Update:
                 "Update({name: p.grad for name, p in model.named_parameters()})."
             )
         buffers = {
-            name: _buffer(name, tensor) for name, tensor in _named(self.buffers, "buffers").items()
+            name: validation.buffer(name, tensor)
+            for name, tensor in validation.named(self.buffers, "buffers").items()
         }
         dtype = self.dtype
         if dtype is None:
             dtype = max((g.dtype for g in gradients.values()), key=lambda d: torch.finfo(d).eps)
         elif not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise TypeError(f"dtype: expected a floating torch.dtype, got {dtype!r}.")
-        batch_size = None if self.batch_size is None else _count("batch_size", self.batch_size)
+        batch_size = (
+            None if self.batch_size is None else validation.count("batch_size", self.batch_size)
+        )
         shape = self.input_shape
         if shape is not None:
-            shape = tuple(_count("input_shape", n) for n in shape)
+            shape = tuple(validation.count("input_shape", n) for n in shape)
         self._fill(
             gradients=gradients,
             buffers=buffers,
             dtype=dtype,
             batch_size=batch_size,
-            labels=_labels(self.labels, batch_size),
+            labels=validation.labels(self.labels, batch_size),
             loss=Loss.of(self.loss),
             input_shape=shape,
-            value_range=_range(self.value_range),
-            local_steps=_count("local_steps", self.local_steps),
+            value_range=validation.bounds(self.value_range),
+            local_steps=validation.count("local_steps", self.local_steps),
         )
 
     def _fill(self, **values: Any) -> None:
@@ -137,8 +137,8 @@ class Update:
             ValueError: gradients: 'bias' is missing, ...
         """
         parameters = dict(model.named_parameters())
-        _check_names(self.gradients, parameters, type(model).__name__)
-        _check_shapes("gradients", self.gradients, parameters)
+        validation.check_names(self.gradients, parameters, type(model).__name__)
+        validation.check_shapes("gradients", self.gradients, parameters)
         buffers = dict(model.named_buffers())
         for name in self.buffers:
             if name not in buffers:
@@ -147,7 +147,7 @@ class Update:
                     "from the model that is inverted, or write "
                     "dataclasses.replace(update, buffers={})."
                 )
-        _check_shapes("buffers", self.buffers, buffers)
+        validation.check_shapes("buffers", self.buffers, buffers)
         if all(not bool(g.any()) for g in self.gradients.values()):
             raise ValueError(
                 f"gradients: every tensor is zero, from {next(iter(self.gradients))!r} on, so the "
@@ -157,8 +157,6 @@ class Update:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file (no pickle), atomically; see `load`."""
-        from rgap import storage
-
         storage.write(path, {f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
 
     @classmethod
@@ -170,8 +168,6 @@ class Update:
                 safetensors file that is no update; the message says which call to write instead.
             FileNotFoundError: no such file.
         """
-        from rgap import storage
-
         return cls(**storage.read(path))
 
     @classmethod
@@ -192,8 +188,9 @@ class Update:
         far above the gradient's own rounding. Momentum, weight decay and Adam do not fit.
 
         Args:
-            before, after: modules or state dicts. Batch-norm statistics in a state dict become
-                ``buffers``, with their values from ``before``.
+            before: module or state dict that the client started with. Batch-norm statistics in a
+                state dict become ``buffers``, with these values.
+            after: the same, after training.
             lr: learning rate.
             steps: local steps.
             **fields: any other field of `Update`, for instance ``batch_size=8``.
@@ -205,8 +202,6 @@ class Update:
             >>> delta.gradients["w"]
             tensor([2.])
         """
-        from rgap import interop
-
         return cls(**{**interop.delta_fields(before, after, lr, steps), **fields})
 
     @classmethod
@@ -229,8 +224,6 @@ class Update:
             model: gives the tensors their names; without it they are called ``"0"``, ``"1"`` ...
             **fields: any other field of `Update`, for instance ``loss=...``.
         """
-        from rgap import interop
-
         return cls(**{**interop.breaching_fields(server_payload, shared_data, model), **fields})
 
     @classmethod
@@ -249,134 +242,9 @@ class Update:
             model: the model as the server sent it out.
             arrays: one per parameter, or one per entry of ``model.state_dict()``.
             lr: None when the arrays are gradients. Flower's clients usually return their
-                *parameters after training*: then give the learning rate (and ``steps``), and the
-                arrays are compared with the model's parameters as in `from_delta`.
+                *parameters after training*: then give the learning rate, and the arrays are
+                compared with the model's parameters as in `from_delta`.
+            steps: local steps, where ``lr`` is given.
             **fields: any other field of `Update`.
         """
-        from rgap import interop
-
         return cls(**{**interop.ndarray_fields(model, list(arrays), lr, steps), **fields})
-
-
-def _named(tensors: Any, what: str) -> dict[str, Any]:
-    if not isinstance(tensors, Mapping):
-        raise TypeError(
-            f"{what}: expected a dict of tensors by name, got {type(tensors).__name__}; write "
-            "dict(zip(names, tensors)) with names = [n for n, _ in model.named_parameters()]."
-        )
-    return dict(tensors)
-
-
-def _gradient(name: str, tensor: Any) -> Tensor:
-    if tensor is None:
-        raise TypeError(
-            f"gradients: {name!r} is None (no backward pass reached it); write "
-            "torch.zeros_like(parameter) if the model does not use it."
-        )
-    if not isinstance(tensor, Tensor):
-        raise TypeError(
-            f"gradients: {name!r} is a {type(tensor).__name__}, expected a torch.Tensor; write "
-            "torch.as_tensor(array), or Update.from_ndarrays(model, arrays)."
-        )
-    if not tensor.is_floating_point():
-        raise TypeError(
-            f"gradients: {name!r} has dtype {tensor.dtype}, expected a floating dtype; a gradient "
-            "of real parameters is real: write .float() if these are whole-number values."
-        )
-    if tensor.is_meta:
-        raise ValueError(f"gradients: {name!r} is on the meta device and has no values.")
-    dense = tensor.detach().to_dense() if tensor.is_sparse else tensor.detach().clone()
-    bad = int((~torch.isfinite(dense)).sum())
-    if bad:
-        raise ValueError(
-            f"gradients: {name!r} has NaN or infinity in {bad} of {dense.numel()} entries; "
-            "capture again in float64, or drop the client's update."
-        )
-    return dense
-
-
-def _buffer(name: str, tensor: Any) -> Tensor:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"buffers: {name!r} is a {type(tensor).__name__}, expected a torch.Tensor.")
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-        raise ValueError(f"buffers: {name!r} has NaN or infinity.")
-    return tensor.detach().clone()
-
-
-def _count(name: str, value: Any) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name}: expected whole numbers, got {value!r}.") from None
-    if isinstance(value, bool) or number < 1:
-        raise ValueError(f"{name}: expected at least 1, got {value!r}.")
-    return number
-
-
-def _labels(labels: Any, batch_size: int | None) -> Tensor | None:
-    if labels is None:
-        return None
-    if not isinstance(labels, Tensor):
-        raise TypeError(
-            f"labels: expected a tensor, got {type(labels).__name__}; write torch.tensor(labels)."
-        )
-    if labels.ndim == 0 or (batch_size is not None and labels.shape[0] != batch_size):
-        raise ValueError(
-            f"labels: expected one target per sample (batch_size={batch_size}), got shape "
-            f"{tuple(labels.shape)}."
-        )
-    return labels.detach().clone()
-
-
-def _range(value_range: Any) -> tuple[float, float] | None:
-    if value_range is None:
-        return None
-    low, high = (float(v) for v in value_range)
-    if not (math.isfinite(low) and math.isfinite(high) and low < high):
-        raise ValueError(
-            f"value_range: expected (low, high) with low < high, got {value_range!r}; write None "
-            "for values without bounds."
-        )
-    return low, high
-
-
-def _check_names(got: dict[str, Tensor], expected: dict[str, Tensor], model: str) -> None:
-    missing = [name for name in expected if name not in got]
-    extra = [name for name in got if name not in expected]
-    if extra and missing and all(name.isdigit() for name in got):
-        raise ValueError(
-            f"gradients: the tensors are numbered, not named, expected {missing[0]!r} first; write "
-            "Update.from_breaching(server_payload, shared_data, model=model)."
-        )
-    if missing:
-        also = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        found = f"; it has {', '.join(map(repr, extra[:3]))} instead" if extra else ""
-        raise ValueError(
-            f"gradients: {missing[0]!r} is missing{also}, expected the {len(expected)} parameters "
-            f"of the {model}{found}. Write Update({{n: p.grad for n, p in "
-            "model.named_parameters()})."
-        )
-    if extra:
-        raise ValueError(
-            f"gradients: {extra[0]!r} is not a parameter of the {model}; write "
-            "dataclasses.replace(update, gradients={n: update.gradients[n] for n, _ in "
-            "model.named_parameters()}) if it does not belong."
-        )
-    for place, (have, want) in enumerate(zip(got, expected, strict=True)):
-        if have != want:
-            raise ValueError(
-                f"gradients: the order differs from the model's at place {place}: expected "
-                f"{want!r}, got {have!r}. Names that follow another order may be mixed up; if "
-                "they are right, write dataclasses.replace(update, gradients={n: "
-                "update.gradients[n] for n, _ in model.named_parameters()})."
-            )
-
-
-def _check_shapes(what: str, got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    for name, tensor in got.items():
-        if tensor.shape != expected[name].shape:
-            raise ValueError(
-                f"{what}: {name!r} has shape {tuple(tensor.shape)}, expected "
-                f"{tuple(expected[name].shape)} as in the model; was it captured from a model with "
-                "other widths? Build the model that the client trained."
-            )

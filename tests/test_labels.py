@@ -19,8 +19,15 @@ def network(activation: type[nn.Module], classes: int, bias: bool, seed: int = 0
 
 
 def head_gradient(
-    activation: type[nn.Module], label: int, *, classes: int, bias: bool, seed: int,
-    dtype: torch.dtype | None = None, batch: int = 1, **loss: object,
+    activation: type[nn.Module],
+    label: int,
+    *,
+    classes: int,
+    bias: bool,
+    seed: int,
+    dtype: torch.dtype | None = None,
+    batch: int = 1,
+    **loss: object,
 ) -> tuple[Tensor, Tensor | None]:
     model = network(activation, classes, bias, seed)
     inputs = torch.rand(batch, 3, 2, 2, generator=torch.Generator().manual_seed(seed + 100))
@@ -80,9 +87,7 @@ def test_more_than_one_sample_is_refused_not_answered() -> None:
 
 def test_label_smoothing_can_hide_the_label_but_not_turn_it() -> None:
     for seed in range(10):
-        weight, b = head_gradient(
-            nn.ReLU, 1, classes=4, bias=True, seed=seed, label_smoothing=0.3
-        )
+        weight, b = head_gradient(nn.ReLU, 1, classes=4, bias=True, seed=seed, label_smoothing=0.3)
         found = idlg(weight, b).labels
         assert found is None or found.tolist() == [1]
 
@@ -128,7 +133,7 @@ def test_subnormal_rows_keep_their_sign() -> None:
 def test_bad_shapes_and_values() -> None:
     with pytest.raises(ValueError, match="weight_gradient: expected the head's"):
         idlg(torch.ones(3))
-    with pytest.raises(ValueError, match="bias_gradient: expected .3."):
+    with pytest.raises(ValueError, match=r"bias_gradient: expected \[3\]"):
         idlg(torch.ones(3, 2), torch.ones(2))
     with pytest.raises(ValueError, match="NaN"):
         idlg(torch.full((3, 2), float("nan")))

@@ -1,0 +1,192 @@
+"""What is refused, and in which words: one place that checks tensors, targets and updates.
+
+Every message says what was expected, what came, and what to write instead, and names the tensor.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# What people write instead; answered with the name to write, never silently translated.
+_MEANT = {
+    "ce": "cross_entropy",
+    "crossentropy": "cross_entropy",
+    "crossentropyloss": "cross_entropy",
+    "nll_loss": "cross_entropy",
+    "bce": "binary_cross_entropy_with_logits",
+    "bcewithlogitsloss": "binary_cross_entropy_with_logits",
+    "binary_cross_entropy": "binary_cross_entropy_with_logits",
+    "mse": "mse_loss",
+    "mseloss": "mse_loss",
+    "l2": "mse_loss",
+}
+
+
+def require_finite(name: str, tensor: Tensor, advice: str) -> None:
+    """Raise ValueError if ``tensor`` has NaN or infinity, counting them; ``advice`` ends it."""
+    bad = int((~torch.isfinite(tensor)).sum())
+    if bad:
+        raise ValueError(
+            f"{name} has NaN or infinity in {bad} of {tensor.numel()} entries; {advice}."
+        )
+
+
+def named(tensors: Any, what: str) -> dict[str, Any]:
+    """A plain dict of ``tensors``."""
+    if not isinstance(tensors, Mapping):
+        raise TypeError(
+            f"{what}: expected a dict of tensors by name, got {type(tensors).__name__}; write "
+            "dict(zip(names, tensors)) with names = [n for n, _ in model.named_parameters()]."
+        )
+    return dict(tensors)
+
+
+def gradient(name: str, tensor: Any) -> Tensor:
+    """A dense copy of one gradient, or the reason why it is none."""
+    if tensor is None:
+        raise TypeError(
+            f"gradients: {name!r} is None (no backward pass reached it); write "
+            "torch.zeros_like(parameter) if the model does not use it."
+        )
+    if not isinstance(tensor, Tensor):
+        raise TypeError(
+            f"gradients: {name!r} is a {type(tensor).__name__}, expected a torch.Tensor; write "
+            "torch.as_tensor(array), or Update.from_ndarrays(model, arrays)."
+        )
+    if not tensor.is_floating_point():
+        raise TypeError(
+            f"gradients: {name!r} has dtype {tensor.dtype}, expected a floating dtype; a gradient "
+            "of real parameters is real: write .float() if these are whole-number values."
+        )
+    if tensor.is_meta:
+        raise ValueError(f"gradients: {name!r} is on the meta device and has no values.")
+    dense = tensor.detach().to_dense() if tensor.is_sparse else tensor.detach().clone()
+    require_finite(
+        f"gradients: {name!r}", dense, "capture again in float64, or drop the client's update"
+    )
+    return dense
+
+
+def buffer(name: str, tensor: Any) -> Tensor:
+    """A copy of one buffer."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"buffers: {name!r} is a {type(tensor).__name__}, expected a torch.Tensor.")
+    if tensor.is_floating_point():
+        require_finite(f"buffers: {name!r}", tensor, "the model's own statistics are broken")
+    return tensor.detach().clone()
+
+
+def count(name: str, value: Any) -> int:
+    """A whole number of at least 1."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected whole numbers, got {value!r}.") from None
+    if isinstance(value, bool) or number < 1:
+        raise ValueError(f"{name}: expected at least 1, got {value!r}.")
+    return number
+
+
+def labels(labels: Any, batch_size: int | None) -> Tensor | None:
+    """A copy of the labels, one per sample."""
+    if labels is None:
+        return None
+    if not isinstance(labels, Tensor):
+        raise TypeError(
+            f"labels: expected a tensor, got {type(labels).__name__}; write torch.tensor(labels)."
+        )
+    if labels.ndim == 0 or (batch_size is not None and labels.shape[0] != batch_size):
+        raise ValueError(
+            f"labels: expected one target per sample (batch_size={batch_size}), got shape "
+            f"{tuple(labels.shape)}."
+        )
+    return labels.detach().clone()
+
+
+def bounds(value_range: Any) -> tuple[float, float] | None:
+    """The range of values as two floats."""
+    if value_range is None:
+        return None
+    low, high = (float(v) for v in value_range)
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise ValueError(
+            f"value_range: expected (low, high) with low < high, got {value_range!r}; write None "
+            "for values without bounds."
+        )
+    return low, high
+
+
+def check_names(got: Mapping[str, Tensor], expected: Mapping[str, Tensor], model: str) -> None:
+    """Raise unless names and order are the model's."""
+    missing = [name for name in expected if name not in got]
+    extra = [name for name in got if name not in expected]
+    if extra and missing and all(name.isdigit() for name in got):
+        raise ValueError(
+            f"gradients: the tensors are numbered, not named, expected {missing[0]!r} first; write "
+            "Update.from_breaching(server_payload, shared_data, model=model)."
+        )
+    if missing:
+        also = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        found = f"; it has {', '.join(map(repr, extra[:3]))} instead" if extra else ""
+        raise ValueError(
+            f"gradients: {missing[0]!r} is missing{also}, expected the {len(expected)} parameters "
+            f"of the {model}{found}. Write Update({{n: p.grad for n, p in "
+            "model.named_parameters()})."
+        )
+    if extra:
+        raise ValueError(
+            f"gradients: {extra[0]!r} is not a parameter of the {model}; write "
+            "dataclasses.replace(update, gradients={n: update.gradients[n] for n, _ in "
+            "model.named_parameters()}) if it does not belong."
+        )
+    for place, (have, want) in enumerate(zip(got, expected, strict=True)):
+        if have != want:
+            raise ValueError(
+                f"gradients: the order differs from the model's at place {place}: expected "
+                f"{want!r}, got {have!r}. Names that follow another order may be mixed up; if "
+                "they are right, write dataclasses.replace(update, gradients={n: "
+                "update.gradients[n] for n, _ in model.named_parameters()})."
+            )
+
+
+def check_shapes(what: str, got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Raise unless every tensor has its shape in the model."""
+    for name, tensor in got.items():
+        if tensor.shape != expected[name].shape:
+            raise ValueError(
+                f"{what}: {name!r} has shape {tuple(tensor.shape)}, expected "
+                f"{tuple(expected[name].shape)} as in the model; was it captured from a model with "
+                "other widths? Build the model that the client trained."
+            )
+
+
+def refuse_loss_options(loss: nn.Module) -> None:
+    """Raise if a PyTorch loss module has an option that `rgap.Loss` has not."""
+    for option in ("weight", "pos_weight"):
+        if getattr(loss, option, None) is not None:
+            raise ValueError(
+                f"loss: {type(loss).__name__}({option}=...) is not supported: weights break the "
+                f"identity between the gradient and the label counts. Leave {option} out."
+            )
+    if getattr(loss, "ignore_index", -100) != -100:
+        raise ValueError(
+            f"loss: {type(loss).__name__}(ignore_index=...) is not supported; leave the ignored "
+            "samples out of the batch."
+        )
+
+
+def unknown_loss(name: object, names: list[str]) -> str:
+    """The message for a loss that is not among ``names``."""
+    known = ", ".join(map(repr, names))
+    text = f"loss: expected one of {known}, got {name!r}"
+    key = str(name).lower()
+    close = difflib.get_close_matches(key, names, n=1)
+    guess = _MEANT.get(key) or (close[0] if close else None)
+    return f"{text}; write loss={guess!r}." if guess else f"{text}."

@@ -1,0 +1,166 @@
+"""Updates from parameter differences, breaching and Flower."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from rgap.capture import capture
+from rgap.update import Update
+
+
+def model(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Sigmoid(), nn.Flatten(), nn.Linear(16, 5)
+    ).eval()
+
+
+INPUTS = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(7))
+TARGETS = torch.tensor([1, 4])
+
+
+def trained(steps: int, lr: float) -> tuple[nn.Module, nn.Module]:
+    before, after = model().double(), model().double()
+    optimiser = torch.optim.SGD(after.parameters(), lr=lr)
+    for _ in range(steps):
+        optimiser.zero_grad()
+        nn.functional.cross_entropy(after(INPUTS.double()), TARGETS).backward()
+        optimiser.step()
+    return before, after
+
+
+@pytest.mark.parametrize("kinds", ["mm", "ds", "md", "dm"])
+def test_delta_of_one_step_is_the_gradient(kinds: str) -> None:
+    before, after = trained(1, 0.5)
+    first = before if kinds[0] == "m" else before.state_dict()
+    last = after if kinds[1] == "m" else after.state_dict()
+    found = Update.from_delta(first, last, lr=0.5, batch_size=2)
+    truth = capture(before, INPUTS, TARGETS)
+    found.check(before)
+    assert found.batch_size == 2 and found.local_steps == 1
+    assert list(found.buffers) == list(truth.buffers)
+    for name, gradient in truth.gradients.items():
+        assert torch.allclose(found.gradients[name], gradient, rtol=0, atol=1e-14)
+
+
+def test_delta_records_several_steps() -> None:
+    before, after = trained(3, 0.1)
+    found = Update.from_delta(before, after, lr=0.1, steps=3)
+    assert found.local_steps == 3 and "3 local steps" in repr(found)
+
+
+def test_delta_of_half_precision_does_not_round_again() -> None:
+    found = Update.from_delta(
+        {"w": torch.tensor([1.0], dtype=torch.bfloat16)},
+        {"w": torch.tensor([0.5], dtype=torch.bfloat16)},
+        lr=0.3,
+    )
+    assert found.gradients["w"].item() == pytest.approx(0.5 / 0.3, rel=1e-6)
+    assert found.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("after", "lr", "steps", "match"),
+    [
+        ({}, 0.1, 1, "after: 'w' is missing"),
+        ({"w": torch.ones(1), "v": torch.ones(1)}, 0.1, 1, "before: 'v' is missing"),
+        ({"w": torch.ones(2)}, 0.1, 1, "shape"),
+        ({"w": torch.ones(1)}, 0.0, 1, "lr"),
+        ({"w": torch.ones(1)}, float("nan"), 1, "lr"),
+        ({"w": torch.ones(1)}, 0.1, 0, "steps"),
+    ],
+)
+def test_bad_deltas(after: dict[str, torch.Tensor], lr: float, steps: int, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        Update.from_delta({"w": torch.ones(1)}, after, lr, steps)
+    with pytest.raises(TypeError, match="state_dict"):
+        Update.from_delta([1], after, 0.1)  # type: ignore[arg-type]
+
+
+def payloads(network: nn.Module, **about: object) -> tuple[dict[str, object], dict[str, object]]:
+    truth = capture(network, INPUTS, TARGETS)
+    server = {
+        "parameters": list(network.parameters()),
+        "buffers": list(network.buffers()),
+        "metadata": SimpleNamespace(
+            shape=(3, 4, 4), classes=5, mean=[0.5, 0.4, 0.5], std=[0.25, 0.2, 0.2], normalize=True
+        ),
+    }
+    metadata = {"num_data_points": 2, "labels": None, "local_hyperparams": None, **about}
+    shared = {"gradients": list(truth.gradients.values()), "buffers": None, "metadata": metadata}
+    return server, shared
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_breaching(listed: bool) -> None:
+    network = model()
+    server, shared = payloads(network, labels=TARGETS)
+    found = (
+        Update.from_breaching([server], [shared], model=network)
+        if listed
+        else Update.from_breaching(server, shared, model=network)
+    )
+    found.check(network)
+    assert found.batch_size == 2 and found.input_shape == (3, 4, 4)
+    assert found.labels is not None and found.labels.tolist() == [1, 4]
+    assert found.value_range == pytest.approx((-2.5, 3.0))
+    assert list(found.buffers) == [n for n, _ in network.named_buffers()]
+
+
+def test_breaching_without_names_says_what_to_write() -> None:
+    network = model()
+    found = Update.from_breaching(*payloads(network))
+    assert list(found.gradients) == list("012345")
+    with pytest.raises(ValueError, match="model=model"):
+        found.check(network)
+
+
+def test_breaching_local_updates_have_the_opposite_sign() -> None:
+    before, after = trained(2, 0.5)
+    server, shared = payloads(before, local_hyperparams={"lr": 0.5, "steps": 2})
+    pairs = zip(after.parameters(), before.parameters(), strict=True)
+    shared["gradients"] = [(a - b).detach() for a, b in pairs]
+    found = Update.from_breaching(server, shared, model=before)
+    expected = Update.from_delta(before, after, lr=0.5, steps=2)
+    assert found.local_steps == 2
+    for name, gradient in expected.gradients.items():
+        assert torch.allclose(found.gradients[name], gradient, rtol=1e-12)
+
+
+def test_bad_breaching_data() -> None:
+    network = model()
+    server, shared = payloads(network)
+    with pytest.raises(ValueError, match="one query, got 2"):
+        Update.from_breaching([server, server], shared)
+    with pytest.raises(ValueError, match="'gradients' is missing"):
+        Update.from_breaching(server, {})
+    with pytest.raises(ValueError, match="expected the 2 parameters"):
+        Update.from_breaching(server, shared, model=nn.Linear(2, 2))
+
+
+def test_ndarrays_by_parameter_and_by_state_dict() -> None:
+    network = model()
+    truth = capture(network, INPUTS, TARGETS)
+    arrays = [g.numpy() for g in truth.gradients.values()]
+    found = Update.from_ndarrays(network, arrays, batch_size=2)
+    found.check(network)
+    assert all(torch.equal(found.gradients[k], v) for k, v in truth.gradients.items())
+    with pytest.raises(ValueError, match="expected 6 .* or 9"):
+        Update.from_ndarrays(network, arrays[:-1])
+    with pytest.raises(TypeError, match="real numbers"):
+        Update.from_ndarrays(network, [a.astype(object) for a in arrays])
+
+
+def test_ndarrays_of_a_flower_client() -> None:
+    before, after = trained(1, 0.5)
+    arrays = [value.numpy() for value in after.state_dict().values()]
+    found = Update.from_ndarrays(before, arrays, lr=0.5)
+    found.check(before)
+    truth = capture(before, INPUTS, TARGETS)
+    for name, gradient in truth.gradients.items():
+        assert torch.allclose(found.gradients[name], gradient, rtol=0, atol=1e-14)
+    assert list(found.buffers) == list(truth.buffers)
