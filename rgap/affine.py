@@ -1,0 +1,295 @@
+"""Affine maps z = W u + b of a network: linear layers and convolutions of any dimension.
+
+A convolution of any number of spatial dimensions goes through the same code: explicit padding per
+side (so that even kernels with ``'same'`` fit), stride, dilation and groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from math import prod
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+from torch.nn import grad as nn_grad
+
+_CONV: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_TRANSPOSE: dict[int, Callable[..., Tensor]] = {
+    1: F.conv_transpose1d,
+    2: F.conv_transpose2d,
+    3: F.conv_transpose3d,
+}
+_WEIGHT: dict[int, Callable[..., Tensor]] = {
+    1: nn_grad.conv1d_weight,
+    2: nn_grad.conv2d_weight,
+    3: nn_grad.conv3d_weight,
+}
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where the taps of an N-d convolution fall; one entry per spatial dimension.
+
+    Attributes:
+        kernel: kernel size.
+        stride: step between outputs.
+        padding: zeros added before and after the picture, ``(low, high)`` per dimension.
+        dilation: step between taps.
+        groups: number of independent channel groups.
+
+    >>> Geometry((3,), (2,), ((1, 1),), (1,), 1).out_space((8,))
+    (4,)
+    """
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    def out_space(self, space: tuple[int, ...]) -> tuple[int, ...]:
+        """Output size ⌊(n + low + high − d(k − 1) − 1)/s⌋ + 1 per dimension; < 1: does not fit."""
+        return tuple(
+            (n + low + high - d * (k - 1) - 1) // s + 1
+            for n, (low, high), d, k, s in zip(
+                space, self.padding, self.dilation, self.kernel, self.stride, strict=True
+            )
+        )
+
+    def leftover(self, space: tuple[int, ...]) -> tuple[int, ...]:
+        """Padded positions at the far end that no tap reads, because the stride skips them."""
+        return tuple(
+            (n + low + high - d * (k - 1) - 1) % s
+            for n, (low, high), d, k, s in zip(
+                space, self.padding, self.dilation, self.kernel, self.stride, strict=True
+            )
+        )
+
+    def symmetric(self) -> bool:
+        """True if every dimension is padded alike on both sides."""
+        return all(low == high for low, high in self.padding)
+
+    def pad_list(self, sign: int = 1) -> list[int]:
+        """Padding in the order of ``torch.nn.functional.pad``: last dimension first."""
+        return [sign * side for pair in reversed(self.padding) for side in pair]
+
+
+@dataclass(frozen=True, eq=False)
+class Affine:
+    """z = W u + b with W a matrix or a convolution, in float64.
+
+    Every method takes a batch of any size, ``[B, *in_shape]`` or ``[B, *out_shape]``, changes no
+    argument and can be differentiated and mapped by :mod:`torch.func`.
+
+    Attributes:
+        name: path of the layer in the model.
+        kind: ``"linear"``, ``"conv1d"``, ``"conv2d"`` or ``"conv3d"``.
+        weight: W, ``[m, n]`` or ``[F, C/groups, *kernel]``.
+        bias: b, ``[m]`` or ``[F]``, or None.
+        weight_name: name of W in ``model.named_parameters()``.
+        bias_name: name of b there, or None.
+        in_shape: shape of one u, without the batch dimension.
+        out_shape: shape of one z.
+        geometry: of a convolution; None for a linear layer.
+
+    >>> w = torch.tensor([[1.0, 2.0]], dtype=torch.float64)
+    >>> layer = Affine("fc", "linear", w, None, "fc.weight", None, (2,), (1,), None)
+    >>> layer.forward(torch.tensor([[3.0, 4.0]], dtype=torch.float64)).item()
+    11.0
+    >>> layer.adjoint(torch.tensor([[5.0]], dtype=torch.float64)).tolist()
+    [[5.0, 10.0]]
+    """
+
+    name: str
+    kind: str
+    weight: Tensor
+    bias: Tensor | None
+    weight_name: str
+    bias_name: str | None
+    in_shape: tuple[int, ...]
+    out_shape: tuple[int, ...]
+    geometry: Geometry | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """W u + b, ``[B, *in_shape]`` → ``[B, *out_shape]``."""
+        out = self.linear(x)
+        if self.bias is None:
+            return out
+        return out + self.bias.reshape(-1, *(1 for _ in self.out_shape[1:]))
+
+    def linear(self, dx: Tensor) -> Tensor:
+        """W du, without the bias."""
+        self._check("linear", dx, self.in_shape)
+        geometry = self.geometry
+        if geometry is None:
+            return dx @ self.weight.T
+        dx, padding = self._padded(dx, geometry)
+        return _CONV[len(geometry.kernel)](
+            dx, self.weight, None, geometry.stride, padding, geometry.dilation, geometry.groups
+        )
+
+    def adjoint(self, k: Tensor) -> Tensor:
+        """Wᵀ k, ``[B, *out_shape]`` → ``[B, *in_shape]``: the cotangent at u."""
+        self._check("adjoint", k, self.out_shape)
+        geometry = self.geometry
+        if geometry is None:
+            return k @ self.weight
+        symmetric = geometry.symmetric()
+        out = _TRANSPOSE[len(geometry.kernel)](
+            k,
+            self.weight,
+            None,
+            stride=geometry.stride,
+            padding=tuple(low for low, _ in geometry.padding) if symmetric else 0,
+            output_padding=geometry.leftover(self.in_shape[1:]),
+            groups=geometry.groups,
+            dilation=geometry.dilation,
+        )
+        return out if symmetric else F.pad(out, geometry.pad_list(-1))
+
+    def weight_gradient(self, x: Tensor, k: Tensor) -> Tensor:
+        """G = Σ_b k_b u_bᵀ (for a convolution: correlated), the shape of ``weight``.
+
+        Args:
+            x: inputs u, ``[B, *in_shape]``.
+            k: cotangents ∂L/∂z, ``[B, *out_shape]``.
+        """
+        self._check("weight_gradient", x, self.in_shape)
+        self._check("weight_gradient", k, self.out_shape)
+        geometry = self.geometry
+        if geometry is None:
+            return k.T @ x
+        x, padding = self._padded(x, geometry)
+        return _WEIGHT[len(geometry.kernel)](
+            x,
+            self.weight.shape,
+            k,
+            geometry.stride,
+            padding,
+            geometry.dilation,
+            geometry.groups,
+        )
+
+    def bias_gradient(self, k: Tensor) -> Tensor:
+        """∂L/∂b = Σ k over samples and positions, ``[m]`` or ``[F]``."""
+        self._check("bias_gradient", k, self.out_shape)
+        return k.sum((0, *range(2, k.ndim)))
+
+    def squared(self) -> Affine:
+        """The map with squared weights and no bias: it adds up variances."""
+        return replace(self, weight=self.weight.square(), bias=None)
+
+    def to(self, device: torch.device | str) -> Affine:
+        """The same map with its tensors on ``device``."""
+        bias = None if self.bias is None else self.bias.to(device)
+        return replace(self, weight=self.weight.to(device), bias=bias)
+
+    @staticmethod
+    def _padded(x: Tensor, geometry: Geometry) -> tuple[Tensor, int | tuple[int, ...]]:
+        if geometry.symmetric():
+            return x, tuple(low for low, _ in geometry.padding)
+        return F.pad(x, geometry.pad_list()), 0
+
+    def _check(self, what: str, x: Tensor, shape: tuple[int, ...]) -> None:
+        if x.ndim != len(shape) + 1 or tuple(x.shape[1:]) != shape:
+            raise ValueError(
+                f"'{self.name}' ({self.kind}) {what}: expected [B, {', '.join(map(str, shape))}], "
+                f"got {list(x.shape)}"
+            )
+
+
+def linear(
+    name: str,
+    weight: Tensor,
+    bias: Tensor | None,
+    names: tuple[str, str | None],
+    in_shape: tuple[int, ...],
+) -> Affine:
+    """A linear layer ``[B, n]`` → ``[B, m]``; copies the parameters in float64.
+
+    Raises:
+        ValueError: if ``in_shape`` is not ``(n,)``.
+    """
+    out, width = weight.shape
+    if in_shape != (width,):
+        hint = "put a flatten before it" if prod(in_shape) == width else (
+            "write the input_shape that the model was built for"
+        )
+        raise ValueError(
+            f"'{name}' (linear) expects [B, {width}], got [B, {', '.join(map(str, in_shape))}]; "
+            f"{hint}"
+        )
+    return Affine(name, "linear", _copy(weight), None if bias is None else _copy(bias),
+                  names[0], names[1], in_shape, (out,), None)
+
+
+def convolution(
+    name: str,
+    weight: Tensor,
+    bias: Tensor | None,
+    names: tuple[str, str | None],
+    in_shape: tuple[int, ...],
+    *,
+    stride: int | tuple[int, ...] = 1,
+    padding: str | int | tuple[int, ...] = 0,
+    dilation: int | tuple[int, ...] = 1,
+    groups: int = 1,
+) -> Affine:
+    """A convolution of ``weight.ndim − 2`` dimensions, arguments as in ``torch.nn.Conv2d``.
+
+    Raises:
+        ValueError: if ``in_shape`` has other channels or is smaller than the kernel.
+    """
+    dims = weight.ndim - 2
+    kind = f"conv{dims}d"
+    kernel = tuple(weight.shape[2:])
+    steps = per_dimension(dilation, dims)
+    geometry = Geometry(
+        kernel, per_dimension(stride, dims), _sides(padding, kernel, steps), steps, groups
+    )
+    channels = weight.shape[1] * groups
+    got = ", ".join(map(str, in_shape))
+    axes = ("length",) if dims == 1 else ("depth", "height", "width")[-dims:]
+    if len(in_shape) != dims + 1 or in_shape[0] != channels:
+        hint = ""
+        if len(in_shape) == dims + 2:
+            hint = "; write input_shape without the batch dimension"
+        raise ValueError(
+            f"'{name}' ({kind}) expects [B, {channels}, {', '.join(axes)}], got [B, {got}]{hint}"
+        )
+    space = geometry.out_space(in_shape[1:])
+    if min(space) < 1:
+        raise ValueError(
+            f"'{name}' ({kind}) expects at least one position of its kernel {kernel} (dilation "
+            f"{steps}, padding {geometry.padding}), got [B, {got}]; write a larger input_shape"
+        )
+    return Affine(name, kind, _copy(weight), None if bias is None else _copy(bias),
+                  names[0], names[1], in_shape, (weight.shape[0], *space), geometry)
+
+
+def per_dimension(value: int | tuple[int, ...], dims: int) -> tuple[int, ...]:
+    """``3`` → ``(3, 3)``, as PyTorch reads sizes.
+
+    >>> per_dimension(3, 2)
+    (3, 3)
+    """
+    if isinstance(value, int):
+        return (value,) * dims
+    return tuple(value) * dims if len(value) == 1 else tuple(value)
+
+
+def _sides(
+    padding: str | int | tuple[int, ...], kernel: tuple[int, ...], dilation: tuple[int, ...]
+) -> tuple[tuple[int, int], ...]:
+    if padding == "valid":
+        return tuple((0, 0) for _ in kernel)
+    if isinstance(padding, str):  # 'same': PyTorch puts the odd zero at the far end
+        spans = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        return tuple((span // 2, span - span // 2) for span in spans)
+    return tuple((p, p) for p in per_dimension(padding, len(kernel)))
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to(torch.float64, copy=True)

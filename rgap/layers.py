@@ -1,0 +1,313 @@
+"""From PyTorch's modules and functions to affine maps and steps: one registry.
+
+``build`` knows what to make of a module.  A functional call (``F.relu``, ``x.flatten(1)``,
+``torch.sigmoid``) is rewritten as the module of the same meaning first, so each kind has one
+handler.  What is not in the registry raises :class:`Unsupported`, with the reason.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rgap import activations as act
+from rgap import affine
+from rgap.affine import Affine
+from rgap.ops import BatchNorm, LinearMap, Op, Opaque, Pad, Rearrange, Reshape
+
+Shape = tuple[int, ...]
+Names = Mapping[int, str]  # id of a parameter → its name in the model
+Piece = Affine | Op | None  # None: the identity
+Handler = Callable[[Any, str, Shape, Names], Piece]
+
+HANDLERS: dict[type[nn.Module], Handler] = {}
+
+
+class Unsupported(Exception):  # noqa: N818  (a signal inside the package, never seen by users)
+    """A layer that no chain can hold; ``reason`` says why in plain words."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+def register(*modules: type[nn.Module]) -> Callable[[Handler], Handler]:
+    """Make a function the handler of module classes."""
+
+    def add(handler: Handler) -> Handler:
+        for module in modules:
+            HANDLERS[module] = handler
+        return handler
+
+    return add
+
+
+def build(module: nn.Module, name: str, in_shape: Shape, names: Names) -> Piece:
+    """The affine map or step that ``module`` is, for inputs ``[B, *in_shape]``.
+
+    Args:
+        module: a leaf of the model.
+        name: its path.
+        in_shape: without the batch dimension.
+        names: parameter names by ``id``.
+
+    Raises:
+        Unsupported: if the registry has no such module, or not with these options.
+        ValueError: if the shape does not fit.
+    """
+    for kind in type(module).__mro__:
+        if kind in HANDLERS:
+            return HANDLERS[kind](module, name, in_shape, names)
+    what = f"{type(module).__name__} is not among the layers that the equations cover"
+    if isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)):
+        what = f"{type(module).__name__} normalises by the statistics of its own input"
+    raise Unsupported(what)
+
+
+def parameter_name(owner: str, what: str, value: Any, names: Names) -> str:
+    """Name of a parameter in the model; refuses what is computed from other parameters."""
+    if id(value) not in names:
+        raise Unsupported(
+            f"the {what} of '{owner}' is no parameter of the model but computed from others "
+            "(weight norm, parametrisation or a plain tensor)"
+        )
+    return names[id(value)]
+
+
+def affine_map(
+    name: str, weight: Tensor, bias: Tensor | None, in_shape: Shape, names: Names, **options: Any
+) -> Affine:
+    """A linear layer (matrix weight) or a convolution (weight of 3 to 5 dimensions)."""
+    weight_name = parameter_name(name, "weight", weight, names)
+    both = (weight_name, None if bias is None else parameter_name(name, "bias", bias, names))
+    if weight.ndim == 2:
+        if len(in_shape) > 1 and in_shape[-1] == weight.shape[1]:
+            raise Unsupported(
+                f"the linear layer is applied along [B, {', '.join(map(str, in_shape))}], once "
+                "for every position, not once for every sample"
+            )
+        return affine.linear(name, weight, bias, both, in_shape)
+    return affine.convolution(name, weight, bias, both, in_shape, **options)
+
+
+@register(nn.Linear)
+def _linear(module: nn.Linear, name: str, in_shape: Shape, names: Names) -> Piece:
+    return affine_map(name, module.weight, module.bias, in_shape, names)
+
+
+@register(nn.Conv1d, nn.Conv2d, nn.Conv3d)
+def _conv(module: nn.Conv2d, name: str, in_shape: Shape, names: Names) -> Piece:
+    if module.padding_mode != "zeros":
+        raise Unsupported(
+            f"{type(module).__name__} with padding_mode={module.padding_mode!r}: only 'zeros' is "
+            "covered"
+        )
+    return affine_map(
+        name, module.weight, module.bias, in_shape, names, stride=module.stride,
+        padding=module.padding, dilation=module.dilation, groups=module.groups,
+    )  # fmt: skip
+
+
+@register(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+def _batch_norm(module: nn.BatchNorm2d, name: str, in_shape: Shape, names: Names) -> Piece:
+    if module.running_mean is None or module.running_var is None:
+        raise Unsupported(
+            f"{type(module).__name__} with track_running_stats=False mixes the samples of the "
+            "batch even in eval mode"
+        )
+    dims = {nn.BatchNorm1d: (1, 2), nn.BatchNorm2d: (3,), nn.BatchNorm3d: (4,)}
+    kind = type(module).__name__.lower().replace("batchnorm", "batch_norm")
+    if in_shape[0] != module.num_features or len(in_shape) not in dims.get(type(module), (1, 3)):
+        raise ValueError(
+            f"'{name}' ({kind}) expects [B, {module.num_features}, ...], got "
+            f"[B, {', '.join(map(str, in_shape))}]; write the input_shape the model was built for"
+        )
+    deviation = (_double(module.running_var) + module.eps).sqrt()
+    pairs = [
+        None if p is None else (parameter_name(name, what, p, names), _double(p))
+        for what, p in (("weight", module.weight), ("bias", module.bias))
+    ]
+    mean = _double(module.running_mean)
+    return BatchNorm(name, kind, in_shape, mean, deviation, pairs[0], pairs[1])
+
+
+@register(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d,
+          nn.AlphaDropout, nn.FeatureAlphaDropout)  # fmt: skip
+def _nothing(module: nn.Module, name: str, in_shape: Shape, names: Names) -> Piece:
+    return None
+
+
+@register(nn.PReLU)
+def _prelu(module: nn.PReLU, name: str, in_shape: Shape, names: Names) -> Piece:
+    weight_name = parameter_name(name, "weight", module.weight, names)
+    return act.PReLU(name, in_shape, module.weight, weight_name)
+
+
+@register(nn.LeakyReLU, nn.RReLU)
+def _leaky(module: Any, name: str, in_shape: Shape, names: Names) -> Piece:
+    if isinstance(module, nn.RReLU):  # eval mode: the mean of its random slopes
+        return act.LeakyReLU(name, in_shape, (module.lower + module.upper) / 2)
+    if module.negative_slope == 0:
+        return act.ReLU(name, in_shape)
+    return act.LeakyReLU(name, in_shape, module.negative_slope)
+
+
+_PLAIN: dict[type[nn.Module], tuple[type[act.Activation], tuple[str, ...]]] = {
+    nn.ReLU: (act.ReLU, ()),
+    nn.Sigmoid: (act.Sigmoid, ()),
+    nn.Tanh: (act.Tanh, ()),
+    nn.ELU: (act.ELU, ("alpha",)),
+    nn.SELU: (act.SELU, ()),
+    nn.CELU: (act.CELU, ("alpha",)),
+    nn.Softplus: (act.Softplus, ("beta", "threshold")),
+    nn.Softsign: (act.Softsign, ()),
+    nn.LogSigmoid: (act.LogSigmoid, ()),
+}
+
+
+@register(*_PLAIN)
+def _activation(module: nn.Module, name: str, in_shape: Shape, names: Names) -> Piece:
+    made, options = _PLAIN[type(module)]
+    return made(name, in_shape, *(getattr(module, option) for option in options))
+
+
+_CLOSED: dict[type[nn.Module], str] = {
+    nn.GELU: "gelu", nn.SiLU: "silu", nn.Mish: "mish", nn.Hardtanh: "hardtanh",
+    nn.ReLU6: "relu6", nn.Hardswish: "hardswish", nn.Hardsigmoid: "hardsigmoid",
+    nn.Hardshrink: "hardshrink", nn.Softshrink: "softshrink", nn.Tanhshrink: "tanhshrink",
+    nn.Threshold: "threshold",
+}  # fmt: skip
+
+
+@register(*_CLOSED)
+def _closed(module: nn.Module, name: str, in_shape: Shape, names: Names) -> Piece:
+    return act.Opaque(name, in_shape, _out_of_place(module), _CLOSED[type(module)])
+
+
+_LOSSY: dict[type[nn.Module], tuple[str, str]] = {
+    **{
+        kind: (f"{prefix}max_pool{dims}d", "keeps the winner but not its place")
+        for dims, prefix, kind in (
+            (1, "", nn.MaxPool1d), (2, "", nn.MaxPool2d), (3, "", nn.MaxPool3d),
+            (1, "adaptive_", nn.AdaptiveMaxPool1d), (2, "adaptive_", nn.AdaptiveMaxPool2d),
+            (3, "adaptive_", nn.AdaptiveMaxPool3d),
+        )
+    },
+    nn.LPPool1d: ("lp_pool1d", "keeps a norm of each window, not its entries"),
+    nn.LPPool2d: ("lp_pool2d", "keeps a norm of each window, not its entries"),
+    nn.Softmax: ("softmax", "leaves a constant added to its inputs open"),
+    nn.LogSoftmax: ("log_softmax", "leaves a constant added to its inputs open"),
+    nn.Softmin: ("softmin", "leaves a constant added to its inputs open"),
+    nn.LocalResponseNorm: ("local_response_norm", "divides by a norm of its own input"),
+}  # fmt: skip
+
+
+@register(*_LOSSY)
+def _lossy(module: Any, name: str, in_shape: Shape, names: Names) -> Piece:
+    kind, reason = _LOSSY[type(module)]
+    if getattr(module, "return_indices", False):
+        raise Unsupported(f"{kind} with return_indices=True returns two tensors")
+    if "softm" in kind and (module.dim is None or module.dim in (0, -1 - len(in_shape))):
+        raise Unsupported(f"{kind} needs dim=1 or another dimension that is not the batch")
+    return Opaque(name, kind, in_shape, _fitting(module.forward, name, kind, in_shape), reason)
+
+
+_AVERAGES: dict[type[nn.Module], str] = {
+    nn.AvgPool1d: "avg_pool1d", nn.AvgPool2d: "avg_pool2d", nn.AvgPool3d: "avg_pool3d",
+    nn.AdaptiveAvgPool1d: "adaptive_avg_pool1d", nn.AdaptiveAvgPool2d: "adaptive_avg_pool2d",
+    nn.AdaptiveAvgPool3d: "adaptive_avg_pool3d",
+}  # fmt: skip
+
+
+@register(*_AVERAGES)
+def _average(module: nn.Module, name: str, in_shape: Shape, names: Names) -> Piece:
+    kind = _AVERAGES[type(module)]
+    dims = int(kind[-2])
+    if len(in_shape) != dims + 1:
+        raise ValueError(
+            f"'{name}' ({kind}) expects {dims + 1} dimensions after the batch, got "
+            f"[B, {', '.join(map(str, in_shape))}]; write the input_shape the model was built for"
+        )
+    return LinearMap(name, kind, in_shape, _fitting(module.forward, name, kind, in_shape))
+
+
+@register(nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d,
+          nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)  # fmt: skip
+def _pad(module: nn.ConstantPad2d, name: str, in_shape: Shape, names: Names) -> Piece:
+    return Pad(name, in_shape, tuple(module.padding), float(module.value))
+
+
+@register(nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle)
+def _rearrange(module: nn.Module, name: str, in_shape: Shape, names: Names) -> Piece:
+    kind = type(module).__name__.lower().replace("pixel", "pixel_").replace("channel", "channel_")
+    return rearrangement(module.forward, name, kind, in_shape)
+
+
+def rearrangement(
+    function: Callable[[Tensor], Tensor], name: str, kind: str, in_shape: Shape
+) -> Piece:
+    """The step that moves values without changing them, found by moving their indices.
+
+    Raises:
+        Unsupported: if the samples do not stay apart.
+    """
+    size = torch.Size(in_shape).numel()
+    index = torch.arange(size, dtype=torch.float64)
+    probe = torch.stack([index + size * sample for sample in range(3)]).reshape(3, *in_shape)
+    out = _fitting(function, name, kind, in_shape)(probe)
+    apart = out.ndim >= 1 and out.shape[0] == 3
+    if not apart or any(not torch.equal(out[i], out[0] + size * i) for i in (1, 2)):
+        raise Unsupported(
+            f"{kind} of [B, {', '.join(map(str, in_shape))}] mixes the batch dimension with others"
+        )
+    places = out[0].long()
+    if torch.equal(places.flatten(), torch.arange(size)):
+        same = tuple(places.shape) == in_shape
+        return None if same else Reshape(name, kind, in_shape, tuple(places.shape))
+    return Rearrange(name, kind, in_shape, places)
+
+
+def linear_function(
+    function: Callable[[Tensor], Tensor], name: str, kind: str, in_shape: Shape
+) -> Op:
+    """A function that is linear in every sample, such as a mean over positions.
+
+    Raises:
+        Unsupported: if the samples do not stay apart.
+    """
+    size = torch.Size(in_shape).numel()
+    probe = torch.arange(3 * size, dtype=torch.float64).square().reshape(3, *in_shape)
+    out = _fitting(function, name, kind, in_shape)(probe)
+    if out.ndim < 2 or out.shape[0] != 3 or not torch.allclose(function(probe[1:2]), out[1:2]):
+        raise Unsupported(f"{kind} mixes the samples of the batch")
+    return LinearMap(name, kind, in_shape, function)
+
+
+def _fitting(
+    function: Callable[[Tensor], Tensor], name: str, kind: str, in_shape: Shape
+) -> Callable[[Tensor], Tensor]:
+    """``function`` if inputs ``[B, *in_shape]`` fit it, else a ValueError that names the layer."""
+    try:
+        function(torch.zeros(3, *in_shape, dtype=torch.float64))
+    except (RuntimeError, IndexError, ValueError) as error:
+        raise ValueError(
+            f"'{name}' ({kind}) does not accept [B, {', '.join(map(str, in_shape))}]: "
+            f"{str(error).splitlines()[0]}; write the input_shape the model was built for"
+        ) from error
+    return function
+
+
+def _out_of_place(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    if getattr(module, "inplace", False):
+        module = copy.copy(module)
+        module.inplace = False  # type: ignore[assignment]
+    function: Callable[[Tensor], Tensor] = module.forward
+    return function
+
+
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.detach().to(torch.float64, copy=True)
