@@ -214,15 +214,26 @@ def linear(
     """
     out, width = weight.shape
     if in_shape != (width,):
-        hint = "put a flatten before it" if prod(in_shape) == width else (
-            "write the input_shape that the model was built for"
+        hint = (
+            "put a flatten before it"
+            if prod(in_shape) == width
+            else ("write the input_shape that the model was built for")
         )
         raise ValueError(
             f"'{name}' (linear) expects [B, {width}], got [B, {', '.join(map(str, in_shape))}]; "
             f"{hint}"
         )
-    return Affine(name, "linear", _copy(weight), None if bias is None else _copy(bias),
-                  names[0], names[1], in_shape, (out,), None)
+    return Affine(
+        name,
+        "linear",
+        _copy(weight),
+        None if bias is None else _copy(bias),
+        names[0],
+        names[1],
+        in_shape,
+        (out,),
+        None,
+    )
 
 
 def convolution(
@@ -265,8 +276,17 @@ def convolution(
             f"'{name}' ({kind}) expects at least one position of its kernel {kernel} (dilation "
             f"{steps}, padding {geometry.padding}), got [B, {got}]; write a larger input_shape"
         )
-    return Affine(name, kind, _copy(weight), None if bias is None else _copy(bias),
-                  names[0], names[1], in_shape, (weight.shape[0], *space), geometry)
+    return Affine(
+        name,
+        kind,
+        _copy(weight),
+        None if bias is None else _copy(bias),
+        names[0],
+        names[1],
+        in_shape,
+        (weight.shape[0], *space),
+        geometry,
+    )
 
 
 def per_dimension(value: int | tuple[int, ...], dims: int) -> tuple[int, ...]:

@@ -16,17 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from rgap import activations as act
-from rgap.layers import (
-    Names,
-    Piece,
-    Shape,
-    Unsupported,
-    affine_map,
-    build,
-    linear_function,
-    rearrangement,
-)
-from rgap.ops import Pad, Scale
+from rgap.layers import Names, Piece, affine_map, build
+from rgap.ops import Pad
+from rgap.probing import Shape, Unsupported, linear_function, rearrangement
+from rgap.scaling import Scale
 
 DATA = object()  # stands for the data-dependent tensor among the arguments
 
@@ -262,7 +255,7 @@ def _table() -> dict[Callable[..., Any] | str, Callable[[Call], Piece]]:
         nn.Hardshrink: (F.hardshrink, torch.hardshrink, "hardshrink"),
         nn.Softshrink: (F.softshrink,),
         nn.Tanhshrink: (F.tanhshrink,),
-        nn.Threshold: (F.threshold, torch.threshold, F.threshold_),
+        nn.Threshold: (F.threshold, torch.threshold),
         nn.AvgPool1d: (F.avg_pool1d,),
         nn.AvgPool2d: (F.avg_pool2d,),
         nn.AvgPool3d: (F.avg_pool3d,),

@@ -17,22 +17,16 @@ from torch import Tensor, nn
 from rgap import activations as act
 from rgap import affine
 from rgap.affine import Affine
-from rgap.ops import BatchNorm, LinearMap, Op, Opaque, Pad, Rearrange, Reshape
+from rgap.ops import Op, Pad
+from rgap.pooling import LinearMap, Opaque
+from rgap.probing import Shape, Unsupported, fitting, rearrangement
+from rgap.scaling import BatchNorm
 
-Shape = tuple[int, ...]
 Names = Mapping[int, str]  # id of a parameter → its name in the model
 Piece = Affine | Op | None  # None: the identity
 Handler = Callable[[Any, str, Shape, Names], Piece]
 
 HANDLERS: dict[type[nn.Module], Handler] = {}
-
-
-class Unsupported(Exception):  # noqa: N818  (a signal inside the package, never seen by users)
-    """A layer that no chain can hold; ``reason`` says why in plain words."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
 
 
 def register(*modules: type[nn.Module]) -> Callable[[Handler], Handler]:
@@ -213,7 +207,7 @@ def _lossy(module: Any, name: str, in_shape: Shape, names: Names) -> Piece:
         raise Unsupported(f"{kind} with return_indices=True returns two tensors")
     if "softm" in kind and (module.dim is None or module.dim in (0, -1 - len(in_shape))):
         raise Unsupported(f"{kind} needs dim=1 or another dimension that is not the batch")
-    return Opaque(name, kind, in_shape, _fitting(module.forward, name, kind, in_shape), reason)
+    return Opaque(name, kind, in_shape, fitting(module.forward, name, kind, in_shape), reason)
 
 
 _AVERAGES: dict[type[nn.Module], str] = {
@@ -232,7 +226,7 @@ def _average(module: nn.Module, name: str, in_shape: Shape, names: Names) -> Pie
             f"'{name}' ({kind}) expects {dims + 1} dimensions after the batch, got "
             f"[B, {', '.join(map(str, in_shape))}]; write the input_shape the model was built for"
         )
-    return LinearMap(name, kind, in_shape, _fitting(module.forward, name, kind, in_shape))
+    return LinearMap(name, kind, in_shape, fitting(module.forward, name, kind, in_shape))
 
 
 @register(nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d,
@@ -245,60 +239,6 @@ def _pad(module: nn.ConstantPad2d, name: str, in_shape: Shape, names: Names) -> 
 def _rearrange(module: nn.Module, name: str, in_shape: Shape, names: Names) -> Piece:
     kind = type(module).__name__.lower().replace("pixel", "pixel_").replace("channel", "channel_")
     return rearrangement(module.forward, name, kind, in_shape)
-
-
-def rearrangement(
-    function: Callable[[Tensor], Tensor], name: str, kind: str, in_shape: Shape
-) -> Piece:
-    """The step that moves values without changing them, found by moving their indices.
-
-    Raises:
-        Unsupported: if the samples do not stay apart.
-    """
-    size = torch.Size(in_shape).numel()
-    index = torch.arange(size, dtype=torch.float64)
-    probe = torch.stack([index + size * sample for sample in range(3)]).reshape(3, *in_shape)
-    out = _fitting(function, name, kind, in_shape)(probe)
-    apart = out.ndim >= 1 and out.shape[0] == 3
-    if not apart or any(not torch.equal(out[i], out[0] + size * i) for i in (1, 2)):
-        raise Unsupported(
-            f"{kind} of [B, {', '.join(map(str, in_shape))}] mixes the batch dimension with others"
-        )
-    places = out[0].long()
-    if torch.equal(places.flatten(), torch.arange(size)):
-        same = tuple(places.shape) == in_shape
-        return None if same else Reshape(name, kind, in_shape, tuple(places.shape))
-    return Rearrange(name, kind, in_shape, places)
-
-
-def linear_function(
-    function: Callable[[Tensor], Tensor], name: str, kind: str, in_shape: Shape
-) -> Op:
-    """A function that is linear in every sample, such as a mean over positions.
-
-    Raises:
-        Unsupported: if the samples do not stay apart.
-    """
-    size = torch.Size(in_shape).numel()
-    probe = torch.arange(3 * size, dtype=torch.float64).square().reshape(3, *in_shape)
-    out = _fitting(function, name, kind, in_shape)(probe)
-    if out.ndim < 2 or out.shape[0] != 3 or not torch.allclose(function(probe[1:2]), out[1:2]):
-        raise Unsupported(f"{kind} mixes the samples of the batch")
-    return LinearMap(name, kind, in_shape, function)
-
-
-def _fitting(
-    function: Callable[[Tensor], Tensor], name: str, kind: str, in_shape: Shape
-) -> Callable[[Tensor], Tensor]:
-    """``function`` if inputs ``[B, *in_shape]`` fit it, else a ValueError that names the layer."""
-    try:
-        function(torch.zeros(3, *in_shape, dtype=torch.float64))
-    except (RuntimeError, IndexError, ValueError) as error:
-        raise ValueError(
-            f"'{name}' ({kind}) does not accept [B, {', '.join(map(str, in_shape))}]: "
-            f"{str(error).splitlines()[0]}; write the input_shape the model was built for"
-        ) from error
-    return function
 
 
 def _out_of_place(module: nn.Module) -> Callable[[Tensor], Tensor]:

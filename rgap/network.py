@@ -155,13 +155,36 @@ def parse(model: nn.Module, input_shape: Sequence[int]) -> Chain:
             "parse(network) with the network that was trained"
         )
     _refuse_train_mode(model)
-    found, barrier, output = links(model, shape)
+    try:
+        found, barrier, output = links(model, shape)
+    except ValueError as error:
+        fits = _fitting_shape(model, shape)
+        if fits is None:
+            raise
+        raise ValueError(f"{error}; input_shape={fits} would fit") from error
     stages = _assemble(found)
     if barrier is None and not stages:
         barrier = Barrier(
             type(model).__name__, "model", "it has no linear or convolutional layer", ADVICE_NONE
         )
-    return Chain(stages, barrier, shape, output, parameters)
+    device = next(model.parameters()).device
+    return Chain(stages, barrier, shape, output, parameters).to(device)
+
+
+def _fitting_shape(model: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """A common picture shape that the model accepts, for the message that refuses ``shape``."""
+    if len(shape) > 1 and shape[0] == 1:
+        shape = shape[1:] if len(shape) > 3 else shape
+    sizes = (28, 32, 64, 96, 128, 224, 256, 299)
+    tries = [(c, *shape[1:]) for c in (1, 3)] if len(shape) > 1 else []
+    tries += [shape, *((c, n, n) for n in sizes for c in dict.fromkeys((shape[0], 1, 3)))]
+    for candidate in tries:
+        try:
+            links(model, candidate)
+        except ValueError:
+            continue
+        return candidate
+    return None
 
 
 def _assemble(found: Sequence[Link]) -> tuple[Stage, ...]:

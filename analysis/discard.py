@@ -1,0 +1,293 @@
+"""How much of its input each layer's gradient discards, as a function of the batch size."""
+
+from __future__ import annotations
+
+import html
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from math import inf, prod
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from rgap.losses import Loss
+from rgap.network import parse
+from rgap.systems import gradient_constraint
+from rgap.systems.ranks import overlap_bound, stage_joint_rank, weight_row_space
+
+from .probe import Probe, probe_layers
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.figure import Figure
+
+log = logging.getLogger(__name__)
+METHODS = ("exact", "formula")
+
+
+@dataclass(frozen=True)
+class AuditRow:
+    """One layer at one batch size.
+
+    Attributes:
+        layer: module path.
+        kind: "linear", "conv1d", "conv2d" or "conv3d".
+        batch_size: B.
+        unknowns: entries of the layer's input for the batch (before a pool that leads into it).
+        gradient_rank: rank of the gradient constraints.
+        weight_rank: rank of the weight constraints.
+        joint_rank: of both together.
+        nullity: unknowns − joint_rank.
+        discard: nullity / unknowns.
+        condition: σ_1/σ_r of the gradient constraints over what they determine.
+    """
+
+    layer: str
+    kind: str
+    batch_size: int
+    unknowns: int
+    gradient_rank: int
+    weight_rank: int
+    joint_rank: int
+    nullity: int
+    discard: float
+    condition: float
+
+
+@dataclass(frozen=True)
+class Audit:
+    """The table of a network: layer by batch size.
+
+    Attributes:
+        model: name of the network's class.
+        method: how the joint ranks were found.
+        rows: batch size by batch size, within each in forward order.
+        notes: what the reader should know about single layers.
+    """
+
+    model: str
+    method: str
+    rows: tuple[AuditRow, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """The audited batch sizes."""
+        return tuple(dict.fromkeys(row.batch_size for row in self.rows))
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The audited layers, in forward order."""
+        return tuple(dict.fromkeys(row.layer for row in self.rows))
+
+    @property
+    def largest_exact_batch(self) -> int:
+        """Largest audited batch size at which no layer discards anything; 0 if there is none."""
+        exact = [
+            b for b in self.batch_sizes
+            if all(row.nullity == 0 for row in self.rows if row.batch_size == b)
+        ]
+        return max(exact, default=0)
+
+    def row(self, layer: str, batch_size: int) -> AuditRow:
+        """One cell of the table.
+
+        Raises:
+            KeyError: naming what there is.
+        """
+        for row in self.rows:
+            if row.layer == layer and row.batch_size == batch_size:
+                return row
+        raise KeyError(
+            f"expected a layer of {list(self.layers)} and a batch size of "
+            f"{list(self.batch_sizes)}, got {layer!r} and {batch_size}"
+        )
+
+    def explain(self) -> str:
+        """The table in plain words: where the recursion would stop, and how much is missing."""
+        lines = []
+        for batch in self.batch_sizes:
+            rows = [row for row in self.rows if row.batch_size == batch]
+            short = [row for row in reversed(rows) if row.nullity]
+            if not short:
+                lines.append(f"B = {batch}: every layer determines its input.")
+                continue
+            first = short[0]
+            lines.append(
+                f"B = {batch}: from the output down, '{first.layer}' ({first.kind}) is the first "
+                f"layer that falls short: {first.nullity} of {first.unknowns} equations are "
+                f"missing ({first.discard:.1%})."
+            )
+        lines.append(
+            "Per layer and in sequence; a layer below can still fix what one above leaves open."
+        )
+        return "\n".join([*lines, *self.notes])
+
+    def plot(self) -> Figure:
+        """The discard heat map, layer by batch size."""
+        from .plots import discard_heatmap
+
+        return discard_heatmap(self)
+
+    def to_frame(self) -> pandas.DataFrame:
+        """The rows as a pandas data frame."""
+        import pandas
+
+        return pandas.DataFrame([asdict(row) for row in self.rows])
+
+    def summary(self) -> dict[str, Any]:
+        """The table as plain numbers, for JSON."""
+        rows = [asdict(row) for row in self.rows]
+        for row in rows:
+            row["condition"] = None if row["condition"] == inf else row["condition"]
+        return {
+            "model": self.model,
+            "method": self.method,
+            "largest_exact_batch": self.largest_exact_batch,
+            "rows": rows,
+            "notes": list(self.notes),
+        }
+
+    def _repr_html_(self) -> str:
+        names = ("layer", "kind", "batch_size", "unknowns", "gradient_rank", "weight_rank",
+                 "joint_rank", "nullity")
+        head = "".join(f"<th>{name.replace('_', ' ')}</th>" for name in names)
+        body = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(str(getattr(row, n)))}</td>" for n in names)
+            + "</tr>"
+            for row in self.rows
+        )
+        return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def audit(
+    model: nn.Module,
+    input_shape: Sequence[int],
+    batch_sizes: Sequence[int] = (1, 2, 4, 8),
+    *,
+    loss: str | Loss = "cross_entropy",
+    inputs: Tensor | None = None,
+    method: str = "exact",
+    seed: int = 0,
+) -> Audit:
+    """Measure which part of its input every layer's gradient determines.
+
+    Per layer and batch size: rank of the gradient constraints ``Σ k ⊗ u = G``, of the weight
+    constraints ``W u = z − b``, and of both together, at the inputs and cotangents of a probe
+    batch.  Works on any network, chain or not.
+
+    Args:
+        model: in eval mode; left as it was.
+        input_shape: of one sample, for example (3, 32, 32).
+        batch_sizes: the batch sizes B to audit.
+        loss: of the client.
+        inputs: probe pictures [N, *input_shape], N ≥ max(batch_sizes); random if None.
+        method: "exact" (numerical rank by principal angles between row spaces) or "formula"
+            (closed-form upper bound on the joint rank; fast at any size).
+        seed: of the probe.
+
+    Returns:
+        The :class:`Audit`.
+
+    Raises:
+        ValueError: batch size below 1, unknown method, too few probe pictures, a shape that does
+            not fit, train mode.
+
+    >>> import rgap
+    >>> table = audit(rgap.models.lenet(seed=0), (3, 32, 32), batch_sizes=(1,))
+    >>> table.largest_exact_batch
+    1
+    """
+    shape = tuple(int(n) for n in input_shape)
+    batches = _checked(batch_sizes)
+    if method not in METHODS:
+        raise ValueError(f"expected method in {list(METHODS)}, got {method!r}; write method='exact'")
+    loss = Loss.of(loss)
+    chain = parse(model, shape)
+    before = {stage.name: prod(stage.in_shape) for stage in chain.stages}
+    pictures = _pictures(inputs, shape, max(batches), seed)
+    spaces: dict[str, Any] = {}
+    rows = []
+    for batch in batches:
+        targets = _targets(model, pictures[:batch], loss, seed)
+        for probe in probe_layers(model, pictures[:batch], targets, loss):
+            rows.append(_row(probe, batch, method, before.get(probe.affine.name), spaces))
+    return Audit(type(model).__name__, method, tuple(rows), _notes(rows, method))
+
+
+def _row(
+    probe: Probe, batch: int, method: str, before: int | None, spaces: dict[str, Any]
+) -> AuditRow:
+    affine = probe.affine
+    samples = len(probe.inputs)  # more than the batch for a layer applied along a sequence
+    kronecker = gradient_constraint(affine, probe.cotangents)
+    gradient = kronecker.rank()
+    weight = spaces.get(affine.name)
+    if weight is None:
+        weight = spaces[affine.name] = weight_row_space(affine)
+    weight_rank = samples * weight.rank.rank
+    own = samples * prod(affine.in_shape)
+    if method == "exact":
+        joint = stage_joint_rank(affine, kronecker, samples, weight=weight).rank
+    else:
+        shared = overlap_bound(affine, probe.cotangents)
+        joint = min(own, gradient.rank + weight_rank - shared)
+    # A pool that leads into the layer discards too: its input is the unknown, of higher dimension.
+    unknowns = max(own, batch * (before or 0))
+    nullity = unknowns - joint
+    return AuditRow(
+        affine.name, affine.kind, batch, unknowns, gradient.rank, weight_rank, joint, nullity,
+        nullity / unknowns, gradient.condition,
+    )
+
+
+def _checked(batch_sizes: Sequence[int]) -> tuple[int, ...]:
+    batches = tuple(int(b) for b in batch_sizes)
+    if not batches or min(batches) < 1:
+        raise ValueError(
+            f"expected batch sizes >= 1, got {list(batch_sizes)}; write batch_sizes=(1, 2, 4, 8)"
+        )
+    return batches
+
+
+def _pictures(inputs: Tensor | None, shape: tuple[int, ...], count: int, seed: int) -> Tensor:
+    if inputs is None:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.rand(count, *shape, generator=generator, dtype=torch.float64)
+    if tuple(inputs.shape[1:]) != shape or len(inputs) < count:
+        raise ValueError(
+            f"expected inputs of shape [{count} or more, {', '.join(map(str, shape))}], got "
+            f"{list(inputs.shape)}; give one probe picture per sample of the largest batch"
+        )
+    return inputs.double()
+
+
+def _targets(model: nn.Module, pictures: Tensor, loss: Loss, seed: int) -> Tensor:
+    """Targets that differ from sample to sample as far as the classes go."""
+    parameter = next(model.parameters())
+    with torch.no_grad():
+        outputs = model(pictures.to(parameter))
+    classes = outputs.shape[-1] if outputs.ndim > 1 else 1
+    generator = torch.Generator().manual_seed(seed)
+    if loss.name == "cross_entropy":
+        return torch.randperm(max(classes, len(pictures)), generator=generator)[
+            : len(pictures)
+        ] % classes
+    if loss.name == "mse_loss":
+        return torch.rand(outputs.shape, generator=generator, dtype=torch.float64)
+    return (torch.rand(outputs.shape, generator=generator) < 0.5).double()
+
+
+def _notes(rows: Sequence[AuditRow], method: str) -> tuple[str, ...]:
+    notes = []
+    if method == "formula":
+        notes.append(
+            "joint_rank is the closed-form upper bound, equal to the rank for generic weights; "
+            "method='exact' measures it."
+        )
+    dead = sorted({row.layer for row in rows if row.gradient_rank == 0})
+    if dead:
+        notes.append(f"No gradient at all reaches {dead}: their cotangents are zero.")
+    return tuple(notes)

@@ -1,0 +1,236 @@
+"""The certificate: what may be called exact, and what every other outcome is called.
+
+``EXACT`` needs all of: (a) every alternative label, root or sign refuted, (b) every stage with
+nullity 0 and a clear gap, (c) the whole update reproduced within the tolerance of its precision,
+(d) an error bound, from noise sampled through the whole update, that is small against the data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from rgap.capture import capture
+from rgap.head import HeadCandidate
+from rgap.polish import Polished
+from rgap.precision import Known
+from rgap.recovery import Candidate, Recovery, Status
+from rgap.recursion import Descent
+from rgap.reports import layer_reports
+
+if TYPE_CHECKING:
+    from rgap.invert import Problem
+
+REFUTED = 100.0  # an alternative is refuted when it misses by this many standard errors
+CLEAR = 10.0  # smallest gap between the last determined direction and the cutoff
+SAFETY = 10.0  # error bound over the largest predicted standard error
+USEFUL = 0.1  # an error bound above this share of the value range certifies nothing
+BEYOND = 1.0  # a range refutes a candidate that leaves it by more than this many widths
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One candidate that reached the data."""
+
+    descent: Descent
+    polished: Polished
+    target: Tensor
+    labels: Tensor
+    distance: float
+    tolerance: float
+
+    @property
+    def inputs(self) -> Tensor:
+        """The recovered batch, float64."""
+        return self.polished.data.value
+
+    @property
+    def bound(self) -> float:
+        """Largest error of any entry: SAFETY standard errors, more if the misfit is larger."""
+        std = float(self.polished.data.std.max())
+        return SAFETY * std * max(1.0, self.polished.misfit)
+
+
+def rank_one_tolerance(problem: Problem) -> float:
+    """Relative residual of G − k xᵀ that precision and noise explain."""
+    g = problem.gradients[problem.chain.stages[-1].affine.weight_name]
+    scale = float(g.norm() / g.numel() ** 0.5)
+    return min(0.3, 100 * (problem.precision.unit + problem.precision.noise / max(scale, 1e-300)))
+
+
+def scaled(answer: Answer, ratio: float, candidate: HeadCandidate) -> Answer:
+    """The answer of a root that differs from another one by a positive scale alone."""
+    data = answer.polished.data
+    wider = Known(
+        ratio * data.value,
+        ratio * data.error
+        + data.value * ratio * candidate.features.error.norm(dim=-1, keepdim=True).reshape(
+            -1, *([1] * (data.value.ndim))
+        ) / candidate.features.value.norm(),
+    )
+    return replace(
+        answer, polished=replace(answer.polished, data=wider), target=candidate.target,
+        labels=candidate.labels, distance=candidate.distance, tolerance=candidate.tolerance,
+    )
+
+
+def contradiction(problem: Problem, descent: Descent) -> Recovery:
+    """INCONSISTENT, naming the layer whose equations do not fit."""
+    index, misfit = descent.worst
+    stage = problem.chain.stages[index]
+    relative = descent.solutions[index].solution.stats.residual
+    return stopped(
+        problem, Status.INCONSISTENT,
+        f"the gradient of '{stage.name}' contradicts the layers above it: residual "
+        f"{misfit:.2g} standard errors ({relative:.1e} of the gradient); is the update from "
+        "another model, loss or precision?", descent,
+    )
+
+
+def stopped(problem: Problem, status: Status, reason: str, descent: Descent | None) -> Recovery:
+    """A recovery without inputs."""
+    return Recovery(
+        inputs=None, labels=problem.labels, status=status,
+        layers=layer_reports(problem, descent), residual=None, predicted_error=None,
+        error_bound=None, reason=reason, warnings=_warnings(problem),
+    )
+
+
+def certify(problem: Problem, answers: Sequence[Answer]) -> Recovery:
+    """Decide the status of the candidates that reached the data."""
+    scored = [(answer, *replay(problem, answer)) for answer in answers]
+    tolerance = REFUTED
+    fitting = [s for s in scored if s[0].polished.misfit <= tolerance and _target_fits(s[0])]
+    if not fitting:
+        return _misfit(problem, min(scored, key=lambda s: s[0].polished.misfit))
+    inside = [s for s in fitting if _excess(s[0].inputs, problem.value_range) <= BEYOND]
+    kept = inside or fitting
+    best, residual, _ = min(kept, key=lambda s: s[0].polished.misfit)
+    if len(kept) > 1:
+        return _assemble(
+            problem, best, residual, Status.AMBIGUOUS,
+            f"{len(kept)} batches send exactly this update; no equation tells them apart",
+            tuple(Candidate(a.inputs, a.labels, r) for a, r, _ in kept),
+        )
+    status, reason = _verdict(problem, best)
+    return _assemble(problem, best, residual, status, reason, ())
+
+
+def _verdict(problem: Problem, answer: Answer) -> tuple[Status, str]:
+    for index, step in answer.descent.solutions.items():
+        joint = step.solution.stats.joint
+        if joint.nullity or joint.gap < CLEAR:
+            name = problem.chain.stages[index].name
+            return Status.UNDERDETERMINED, (
+                f"'{name}' is too badly conditioned at this precision: its worst direction is "
+                f"known to {1 / max(joint.smallest, 1e-300):.1e} only"
+            )
+    low, high = problem.value_range or (0.0, 1.0)
+    if not answer.bound <= USEFUL * (high - low):
+        return Status.UNDERDETERMINED, (
+            f"the equations have full rank but at this precision the error can reach "
+            f"{answer.bound:.2g}"
+        )
+    return Status.EXACT, (
+        f"every stage is determined, the update is reproduced, no entry is off by more than "
+        f"{answer.bound:.1e}"
+    )
+
+
+def _target_fits(answer: Answer) -> bool:
+    return answer.distance <= answer.tolerance
+
+
+def _misfit(problem: Problem, scored: tuple[Answer, float, dict[str, float]]) -> Recovery:
+    answer, residual, by_name = scored
+    if not _target_fits(answer) and answer.polished.misfit <= REFUTED:
+        stage = problem.chain.stages[-1].name
+        reason = (
+            f"the gradient of '{stage}' fits no admissible target of {problem.update.loss.name}: "
+            f"the nearest one is {answer.distance:.2g} away (tolerance {answer.tolerance:.1e}); "
+            "is the loss, its reduction or the model another one?"
+        )
+    else:
+        name = max(answer.polished.misfits, key=lambda n: answer.polished.misfits[n])
+        reason = (
+            f"no batch reproduces the update: '{name}' misses by "
+            f"{answer.polished.misfits[name]:.2g} standard errors ({by_name.get(name, 0):.1e} "
+            "relative); is the update from another model, loss or precision?"
+        )
+    return replace(
+        stopped(problem, Status.INCONSISTENT, reason, answer.descent), residual=residual
+    )
+
+
+def replay(problem: Problem, answer: Answer) -> tuple[float, dict[str, float]]:
+    """Relative difference between the update and the gradient of the recovered batch.
+
+    The loss and the target are used here, not the observed head cotangent: this is what the
+    client would send for the answer.
+    """
+    shape = (problem.batch, *problem.chain.input_shape)
+    targets = answer.labels
+    again = capture(
+        problem.model, answer.inputs.reshape(shape), targets, problem.update.loss,
+        dtype=torch.float64,
+    )
+    parts, total, scale = {}, 0.0, 0.0
+    for name, sent in problem.gradients.items():
+        gap = float((again.gradients[name].to(sent) - sent).norm())
+        size = float(sent.norm())
+        parts[name] = gap / size if size > 0 else gap
+        total, scale = total + gap**2, scale + size**2
+    return (total / scale) ** 0.5 if scale > 0 else total**0.5, parts
+
+
+def _assemble(
+    problem: Problem, answer: Answer, residual: float, status: Status, reason: str,
+    candidates: tuple[Candidate, ...],
+) -> Recovery:
+    show = status in (Status.EXACT, Status.AMBIGUOUS)
+    predicted = answer.polished.data.error.square().flatten(2).mean((0, 2)).sqrt()
+    return Recovery(
+        inputs=answer.inputs if show else None,
+        labels=answer.labels if show else None,
+        status=status,
+        layers=layer_reports(problem, answer.descent),
+        residual=residual,
+        predicted_error=predicted,
+        error_bound=answer.bound,
+        reason=reason,
+        candidates=candidates,
+        warnings=_warnings(problem),
+    )
+
+
+def _excess(inputs: Tensor, bounds: tuple[float, float] | None) -> float:
+    """How far the data leave their range, in widths of the range."""
+    if bounds is None:
+        return 0.0
+    low, high = bounds
+    over = torch.maximum(inputs - high, low - inputs).max()
+    return float(over.clamp_min(0) / (high - low))
+
+
+def _warnings(problem: Problem) -> tuple[str, ...]:
+    """Underflow in the head's gradient."""
+    head = problem.chain.stages[-1].affine if problem.chain.stages else None
+    if head is None:
+        return ()
+    found = []
+    info = torch.finfo(problem.update.dtype)
+    for name in filter(None, (head.bias_name, head.weight_name)):
+        g = problem.update.gradients[name].abs()
+        low = int(((g > 0) & (g < info.smallest_normal)).sum())
+        rows = g.flatten(1).amax(1) if g.ndim > 1 else g
+        gone = int((rows == 0).sum())
+        if low or gone:
+            found.append(
+                f"head gradient '{name}' underflowed in {problem.update.dtype}: {gone} rows are "
+                f"zero, {low} entries are subnormal"
+            )
+    return tuple(found)

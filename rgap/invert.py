@@ -1,0 +1,362 @@
+"""The one way through the house: update → head → recursion → polish → certificate → Recovery."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from rgap import certificate
+from rgap.bias import rank_one_residual
+from rgap.head import HeadCandidate, HeadFailure, features_from_bias, solve_head, target_of
+from rgap.network import Chain, Stage, parse
+from rgap.ops import LinearMap, Rearrange, Reshape
+from rgap.polish import polish
+from rgap.precision import Known, Precision
+from rgap.progress import Progress
+from rgap.recovery import Recovery, Status
+from rgap.recursion import Descent, descend
+from rgap.update import Update
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Head:
+    """Known features of the last layer, for studies that start below the head.
+
+    Attributes:
+        features: input of the last affine map, [B, n].
+        cotangents: k at its output, [B, m].
+    """
+
+    features: Tensor
+    cotangents: Tensor
+
+
+def invert(
+    model: nn.Module,
+    update: Update,
+    *,
+    labels: Tensor | None = None,
+    batch_size: int | None = None,
+    head: Head | None = None,
+    value_range: tuple[float, float] | None = None,
+    noise: float = 0.0,
+    device: torch.device | str | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> Recovery:
+    """Recover from an update what its equations determine, and certify it.
+
+    The head gives features and label of a single sample (B = 1), the recursion solves one linear
+    system a stage down to the data, Gauss–Newton on the whole update polishes, a replay through
+    the model certifies.  The model is left as it was found.
+
+    Args:
+        model: the network that the update was computed on, in eval mode.
+        update: what the client sent.
+        labels: the labels if they are known, [B]; found from the update otherwise.
+        batch_size: overrides ``update.batch_size``.
+        head: known head features, to study the recursion of a batch below the head.
+        value_range: range of the data; default the update's.  It only ever refutes candidates
+            that leave it by more than its full width.
+        noise: standard deviation of noise added to every entry of the update.
+        device: where to compute; default the CPU.
+        seed: of the sampled errors; the global random state is not touched.
+        progress: show progress on a terminal.
+
+    Returns:
+        A :class:`Recovery`; its ``status`` and ``reason`` say how far the update determines the
+        batch, and ``explain()`` says it layer by layer.
+
+    Raises:
+        ValueError: the update does not belong to a model of this shape, the batch size or the
+            input shape is unknown, or the model is in train mode.
+
+    >>> import rgap, torch
+    >>> model = rgap.models.lenet(seed=0)
+    >>> picture = rgap.photos.load(count=1, dtype=torch.float32)
+    >>> update = rgap.capture(model, picture, torch.tensor([3]))
+    >>> recovery = rgap.invert(model, update)
+    >>> recovery.status.name, recovery.labels.tolist()
+    ('EXACT', [3])
+    """
+    start = time.perf_counter()
+    problem = _prepare(model, update, batch_size, value_range, noise, labels, device, seed)
+    with Progress(progress) as show:
+        recovery = _run(problem, head, show)
+    return replace(recovery, seconds=time.perf_counter() - start)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """An update and its model, checked and in float64, ready to be solved."""
+
+    model: nn.Module
+    update: Update
+    chain: Chain
+    gradients: dict[str, Tensor]
+    precision: Precision
+    batch: int
+    labels: Tensor | None
+    value_range: tuple[float, float] | None
+
+
+def _prepare(
+    model: nn.Module,
+    update: Update,
+    batch_size: int | None,
+    value_range: tuple[float, float] | None,
+    noise: float,
+    labels: Tensor | None,
+    device: torch.device | str | None,
+    seed: int,
+) -> Problem:
+    update.check(model)
+    batch = update.batch_size if batch_size is None else batch_size
+    if batch is None:
+        raise ValueError(
+            "expected a batch size, got an update that does not state one; write "
+            "rgap.invert(model, update, batch_size=1)"
+        )
+    if batch < 1:
+        raise ValueError(f"expected batch_size >= 1, got {batch}; write batch_size=1")
+    if update.input_shape is None:
+        raise ValueError(
+            "expected an input shape, got an update that does not state one; write "
+            "dataclasses.replace(update, input_shape=(3, 32, 32))"
+        )
+    if update.local_steps > 1:
+        raise ValueError(
+            f"expected one gradient, got the sum of {update.local_steps} local steps: the weights "
+            "moved between them and the equations of one step do not hold; ask the client for "
+            "local_steps=1"
+        )
+    chain = parse(model, update.input_shape)
+    place = torch.device("cpu") if device is None else torch.device(device)
+    if place.type != "cpu":
+        chain = chain.to(place)
+    gradients = {n: g.detach().to(place, torch.float64) for n, g in update.gradients.items()}
+    precision = Precision(update.dtype, noise, seed=seed)
+    bounds = update.value_range if value_range is None else value_range
+    return Problem(model, update, chain, gradients, precision, batch,
+                   update.labels if labels is None else labels, bounds)
+
+
+def _run(problem: Problem, head: Head | None, show: Progress) -> Recovery:
+    chain = problem.chain
+    if not chain.stages:
+        return certificate.stopped(problem, Status.UNSUPPORTED, _barrier_words(chain), None)
+    if head is not None:
+        known = _exact(head.features, problem), _exact(head.cotangents, problem)
+        descent = _descend(problem, len(chain.stages) - 1, *known, show)
+        return _finish_batch(problem, descent, known[1], show)
+    if problem.batch > 1:
+        return certificate.stopped(
+            problem, Status.UNDERDETERMINED,
+            f"every gradient row mixes the {problem.batch} samples of the batch; separating them "
+            "at the head is not part of this version (give head=rgap.Head(...) to study the "
+            "layers below)", None,
+        )
+    lowest = _lowest_fully_connected(chain, problem.gradients)
+    if lowest is not None:
+        return _from_bias(problem, lowest, show)
+    return _from_head(problem, show)
+
+
+def _from_bias(problem: Problem, index: int, show: Progress) -> Recovery:
+    """B = 1: the bias attack at the lowest fully connected stage starts the recursion there."""
+    chain = problem.chain
+    stage = chain.stages[index]
+    show.stage(f"bias attack at {stage.name}")
+    weight, bias = _head_gradients(stage, problem.gradients)
+    assert bias is not None
+    x, k = features_from_bias(weight, bias, problem.precision)
+    misfit = rank_one_residual(weight, x.value[0], k.value[0])
+    if misfit > certificate.rank_one_tolerance(problem):
+        return certificate.stopped(
+            problem, Status.INCONSISTENT,
+            f"the gradient of '{stage.name}' is not of rank one (relative residual {misfit:.1e}): "
+            "it mixes several samples or does not come with this bias gradient", None,
+        )
+    descent = _descend(problem, index, x, k, show)
+    return _conclude(problem, [(descent, None, [])], show)
+
+
+def _from_head(problem: Problem, show: Progress) -> Recovery:
+    """B = 1, no fully connected stage with a bias: the loss fixes the scale of the features."""
+    chain = problem.chain
+    index = len(chain.stages) - 1
+    stage = chain.stages[index]
+    if stage.affine.geometry is not None:
+        return certificate.stopped(
+            problem, Status.UNSUPPORTED,
+            f"the last layer '{stage.name}' is a {stage.affine.kind}, the head equations need a "
+            "fully connected one; rgap.analysis.audit still measures every layer", None,
+        )
+    show.stage(f"head equations at {stage.name}")
+    weight, bias = _head_gradients(stage, problem.gradients)
+    found = solve_head(stage, weight, bias, problem.update.loss, problem.precision)
+    if isinstance(found, HeadFailure):
+        status = Status.UNDERDETERMINED if found.consistent else Status.INCONSISTENT
+        return certificate.stopped(problem, status, found.reason, None)
+    runs = []
+    for family in _families(_matching(found, problem.labels), chain):
+        first = family[0]
+        descent = _descend(problem, index, first.features, first.cotangent, show)
+        runs.append((descent, first.cotangent, family))
+    return _conclude(problem, runs, show)
+
+
+Run = tuple[Descent, Known | None, list[HeadCandidate]]
+
+
+def _families(found: list[HeadCandidate], chain: Chain) -> list[list[HeadCandidate]]:
+    """Candidates that one descent answers together.
+
+    In a chain without biases whose activations are positively homogeneous, (c·x, k/c) satisfies
+    every equation below the head that (x, k) does: roots of one sign differ by a scale alone.
+    """
+    homogeneous = all(
+        stage.affine.bias is None
+        and all(isinstance(op, Reshape) or getattr(op, "homogeneous", False) for op in stage.tail)
+        and all(isinstance(op, (Reshape, Rearrange, LinearMap)) for op in stage.lead)
+        for stage in chain.stages
+    )
+    if not homogeneous:
+        return [[candidate] for candidate in found]
+    signs = (True, False)
+    groups = [[c for c in found if (c.scale > 0) is positive] for positive in signs]
+    return [group for group in groups if group]
+
+
+def _conclude(problem: Problem, runs: list[Run], show: Progress) -> Recovery:
+    """Refute candidates, polish what is left, certify."""
+    if not runs:
+        return certificate.stopped(
+            problem, Status.INCONSISTENT, "the stated labels contradict the head's gradient", None
+        )
+    alive = [run for run in runs if not run[0].refuted]
+    if not alive:
+        return certificate.contradiction(problem, min((r[0] for r in runs), key=_worst))
+    reached = [run for run in alive if run[0].data is not None]
+    if not reached:
+        descent = alive[0][0]
+        halt = descent.require_halt()
+        status = Status.UNDERDETERMINED if halt.supported else Status.UNSUPPORTED
+        return certificate.stopped(problem, status, halt.reason, descent)
+    show.stage("polish on the whole update")
+    answers = []
+    for descent, kappa, family in reached:
+        answer = _answer(problem, descent, _kappa(problem, descent) if kappa is None else kappa)
+        answers.append(answer)
+        answers += [
+            certificate.scaled(answer, other.scale / family[0].scale, other)
+            for other in family[1:]
+        ]
+    return certificate.certify(problem, answers)
+
+
+def _worst(descent: Descent) -> float:
+    return descent.worst[1]
+
+
+def _answer(problem: Problem, descent: Descent, kappa: Known) -> certificate.Answer:
+    low, high = problem.value_range or (0.0, 1.0)
+    polished = polish(
+        problem.chain, problem.gradients, descent.require_data(), kappa, problem.precision,
+        descent.preconditioner(problem.chain), high - low,
+    )
+    stage = problem.chain.stages[-1]
+    features = _features(problem.chain, polished.data)
+    target, tolerance = target_of(stage, features, kappa, problem.update.loss, problem.precision)
+    labels, distance = problem.update.loss.read(target)
+    return certificate.Answer(descent, polished, target, labels, float(distance), tolerance)
+
+
+def _kappa(problem: Problem, descent: Descent) -> Known:
+    """Cotangent at the head: known from the descent, or read off the head's own gradient."""
+    last = len(problem.chain.stages) - 1
+    if last in descent.cotangents:
+        return descent.cotangents[last]
+    stage = problem.chain.stages[-1]
+    weight, bias = _head_gradients(stage, problem.gradients)
+    if bias is not None:
+        return Known(bias[None], problem.precision.normal(
+            torch.full_like(bias, problem.precision.noise))[:, None])
+    x = _features(problem.chain, descent.require_data())
+    scale = x.value[0].square().sum().clamp_min(1e-300)
+    k = weight @ x.value[0] / scale
+    std = (weight.abs() * problem.precision.unit).square() + problem.precision.noise**2
+    error = problem.precision.normal(std.sqrt()) @ x.value[0] / scale
+    return Known(k[None], error[:, None])
+
+
+def _features(chain: Chain, data: Known) -> Known:
+    """Input of the last affine map, with the ensemble carried up by finite differences."""
+    def rise(x: Tensor) -> Tensor:
+        for stage in chain.stages[:-1]:
+            for op in stage.lead:
+                x = op.forward(x)
+            x = stage.affine.forward(x)
+            for op in stage.tail:
+                x = op.forward(x)
+        for op in chain.stages[-1].lead:
+            x = op.forward(x)
+        return x
+
+    value = rise(data.value)
+    size = data.error.abs().max().clamp_min(1e-300)
+    step = 1e-6 / size  # a small multiple of the error, far above rounding
+    moved = rise((data.value[None] + step * data.error).flatten(0, 1))
+    error = (moved.reshape(len(data.error), *value.shape) - value) / step
+    return Known(value, error)
+
+
+def _finish_batch(problem: Problem, descent: Descent, kappa: Known, show: Progress) -> Recovery:
+    """Head features given: the recursion alone decides."""
+    return _conclude(problem, [(descent, kappa, [])], show)
+
+
+def _descend(
+    problem: Problem, index: int, x: Known, k: Known, show: Progress
+) -> Descent:
+    return descend(problem.chain, problem.gradients, index, x, k, problem.precision, show.stage)
+
+
+def _exact(value: Tensor, problem: Problem) -> Known:
+    """A given value, known to the precision of the client's arithmetic."""
+    value = value.detach().double()
+    return Known(value, problem.precision.rounding(value))
+
+
+def _head_gradients(stage: Stage, gradients: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    name = stage.affine.bias_name
+    return gradients[stage.affine.weight_name], None if name is None else gradients[name]
+
+
+def _lowest_fully_connected(chain: Chain, gradients: dict[str, Tensor]) -> int | None:
+    """Index of the lowest fully connected stage whose bias gradient carries its input."""
+    for stage in chain.stages:
+        name = stage.affine.bias_name
+        if stage.affine.geometry is None and name is not None and bool((gradients[name] != 0).any()):
+            return stage.index
+    return None
+
+
+def _matching(found: list[HeadCandidate], labels: Tensor | None) -> list[HeadCandidate]:
+    if labels is None:
+        return found
+    wanted = labels.flatten().double()
+    return [c for c in found if torch.equal(c.labels.flatten().double(), wanted)]
+
+
+def _barrier_words(chain: Chain) -> str:
+    barrier = chain.barrier
+    assert barrier is not None
+    return f"'{barrier.node}' ({barrier.kind}): {barrier.reason}; {barrier.advice}"
+

@@ -1,0 +1,81 @@
+"""Error carried with every value: an ensemble of perturbations that travels with the estimate.
+
+A client computes in finite precision.  Each of its operations rounds, so every number that the
+recursion recovers has an error, and the errors of different numbers are correlated.  They are
+represented by S sampled perturbations (a Monte Carlo of linear error propagation): the spread of
+the samples weighs the rows of the next stage's equations, and at the end it is the predicted
+error of the picture.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+GROWTH = 2.0  # rounding of an accumulated sum over the rounding of its terms
+
+
+@dataclass(frozen=True)
+class Known:
+    """A value [B, ...] and the ensemble of its errors [S, B, ...]."""
+
+    value: Tensor
+    error: Tensor
+
+    @property
+    def std(self) -> Tensor:
+        """Standard error of each entry, [B, ...]."""
+        return self.error.square().mean(0).sqrt()
+
+
+@dataclass
+class Precision:
+    """Sampled errors of numbers computed in ``dtype`` and sent with additional noise.
+
+    Attributes:
+        dtype: precision of the client's arithmetic.
+        noise: standard deviation of noise added to every entry of the update.
+        samples: size S of the ensemble.
+        seed: of the private generator; the global random state is not touched.
+    """
+
+    dtype: torch.dtype = torch.float32
+    noise: float = 0.0
+    samples: int = 24
+    seed: int = 0
+    generator: torch.Generator = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(self.seed)
+
+    @property
+    def unit(self) -> float:
+        """Unit roundoff u of the client's arithmetic."""
+        return torch.finfo(self.dtype).eps / 2
+
+    @property
+    def floor(self) -> float:
+        """Half the smallest subnormal number: the absolute rounding near zero."""
+        info = torch.finfo(self.dtype)
+        return info.smallest_normal * info.eps / 2
+
+    def normal(self, std: Tensor) -> Tensor:
+        """S samples with the given standard deviation, [S, *std.shape]."""
+        draw = torch.randn(
+            (self.samples, *std.shape), generator=self.generator, dtype=torch.float64
+        )
+        return draw.to(std.device) * std
+
+    def rounding(self, value: Tensor) -> Tensor:
+        """S samples of the error of one rounded operation with result ``value``."""
+        return self.normal(value.abs() * self.unit + self.floor)
+
+    def sum_std(self, squares: Tensor) -> Tensor:
+        """Standard error of a sum whose squared terms add up to ``squares``."""
+        return squares.clamp_min(0).sqrt() * (GROWTH * self.unit) + self.floor
+
+    def update_std(self, squares: Tensor) -> Tensor:
+        """Standard error of a gradient entry: rounding of its sum, and the stated noise."""
+        return (self.sum_std(squares).square() + self.noise**2).sqrt()

@@ -1,0 +1,250 @@
+"""What ``invert`` returns: the batch if it is determined, and why it is or is not."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import cached_property
+from math import inf, isfinite, log10
+
+from torch import Tensor
+
+
+class Status(Enum):
+    """How far the update determines the batch; the value says what the status promises."""
+
+    EXACT = (
+        "the update determines the batch: every other answer is refuted and the error is bounded"
+    )
+    COMPLETED = "a prior filled the dimensions that the equations leave open"
+    UNDERDETERMINED = "the equations leave some of the batch open"
+    AMBIGUOUS = "several batches send exactly this update; all of them are in `candidates`"
+    INCONSISTENT = "the update does not fit the model as declared"
+    UNSUPPORTED = "a step of this network has no inverse in closed form"
+
+    @property
+    def explanation(self) -> str:
+        """The status in words."""
+        return str(self.value)
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """The equations of one stage, as ``invert`` met them.
+
+    Attributes:
+        layer: module path.
+        kind: "linear", "conv2d", ...
+        unknowns: B·n entries of the stage's input.
+        gradient_rank: rank of the gradient constraints, or None if not reached.
+        joint_rank: rank of gradient and weight constraints together.
+        nullity: unknowns − joint_rank.
+        gap: how far the rank decision is from the other side (infinite: nothing was cut).
+        condition: condition number of the error-weighted system.
+        residual: relative residual of the gradient constraints at the answer.
+        seconds: time spent.
+        route: "gradient", "cholesky", "lsmr", "bias attack", "head equations", "rank only",
+            "not reached".
+        note: what stopped the recursion here, or "".
+    """
+
+    layer: str
+    kind: str
+    unknowns: int
+    gradient_rank: int | None
+    joint_rank: int | None
+    nullity: int | None
+    gap: float
+    condition: float
+    residual: float
+    seconds: float
+    route: str
+    note: str = ""
+    _weight_rank: Callable[[], int] | None = field(default=None, repr=False, compare=False)
+    _null_space: Callable[[int], Tensor] | None = field(default=None, repr=False, compare=False)
+
+    @cached_property
+    def weight_rank(self) -> int | None:
+        """Rank of the weight constraints of the batch (computed when first asked for)."""
+        return None if self._weight_rank is None else self._weight_rank()
+
+    @property
+    def determined(self) -> bool:
+        """True if the stage's equations fix its input."""
+        return self.nullity == 0
+
+    def __getstate__(self) -> dict[str, object]:
+        """State without the callables, so that reports pickle and deep-copy."""
+        state = dict(self.__dict__)
+        state["_weight_rank"] = None
+        state["_null_space"] = None
+        return state
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One of several batches that send the same update."""
+
+    inputs: Tensor
+    labels: Tensor | None
+    residual: float
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """The answer to one update.
+
+    Attributes:
+        inputs: recovered batch [B, *input_shape], or None when it is not determined.
+        labels: recovered labels [B] (soft or real-valued targets [B, C]), or None.
+        status: see :class:`Status`.
+        layers: one :class:`LayerReport` per stage, in forward order.
+        residual: relative difference between the update and the replayed one.
+        predicted_error: rms error per picture, from sampled noise through the whole update.
+        error_bound: largest error of any entry that the certificate allows, or None.
+        candidates: the alternatives when ``AMBIGUOUS``.
+        reason: one sentence that says why the status is what it is.
+        warnings: what the reader should know (underflow, small gaps).
+        seconds: wall time.
+    """
+
+    inputs: Tensor | None
+    labels: Tensor | None
+    status: Status
+    layers: tuple[LayerReport, ...]
+    residual: float | None
+    predicted_error: Tensor | None
+    error_bound: float | None
+    reason: str
+    candidates: tuple[Candidate, ...] = ()
+    warnings: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+    @property
+    def exact(self) -> bool:
+        """True if the status is ``EXACT``."""
+        return self.status is Status.EXACT
+
+    def layer(self, name: str) -> LayerReport:
+        """The report of one layer by module path.
+
+        Raises:
+            KeyError: naming the layers there are.
+        """
+        for report in self.layers:
+            if report.layer == name:
+                return report
+        raise KeyError(f"expected one of {[r.layer for r in self.layers]}, got {name!r}")
+
+    def null_space(self, name: str, count: int = 8) -> Tensor:
+        """Directions of a stage's input that its equations do not see, [≤count, B, *in_shape].
+
+        Orthonormal, chosen at random in the null space.  Empty for a determined stage.
+
+        Raises:
+            KeyError: unknown layer.
+            ValueError: the recursion did not reach the layer.
+        """
+        report = self.layer(name)
+        if report._null_space is None:
+            raise ValueError(
+                f"expected a layer that the recursion reached, got {name!r} "
+                f"(route: {report.route}); the reached ones are "
+                f"{[r.layer for r in self.layers if r._null_space is not None]}"
+            )
+        return report._null_space(count)
+
+    def explain(self) -> str:
+        """The recovery in plain words, layer by layer from the output down."""
+        lines = [f"{self.status.name}: {self.reason}"]
+        for report in reversed(self.layers):
+            lines.append("  " + _sentence(report))
+        if self.error_bound is not None and self.predicted_error is not None:
+            rms = float(self.predicted_error.max())
+            lines.append(
+                f"The predicted error is {rms:.2g} rms ({_decibel(rms)} for pictures in [0, 1]), "
+                f"no entry is off by more than {self.error_bound:.2g}."
+            )
+        if self.residual is not None:
+            lines.append(f"Replaying the answer reproduces the update to {self.residual:.2g}.")
+        for number, candidate in enumerate(self.candidates):
+            lines.append(
+                f"Candidate {number}: labels {_labels(candidate.labels)}, replay residual "
+                f"{candidate.residual:.2g}."
+            )
+        lines += [f"Note: {warning}" for warning in self.warnings]
+        return "\n".join(lines)
+
+    def summary(self) -> dict[str, object]:
+        """The recovery as plain numbers, for JSON."""
+        fields = (
+            "layer", "kind", "unknowns", "gradient_rank", "joint_rank", "nullity", "gap",
+            "condition", "residual", "seconds", "route", "note",
+        )
+        return {
+            "status": self.status.name,
+            "reason": self.reason,
+            "labels": None if self.labels is None else self.labels.tolist(),
+            "residual": self.residual,
+            "predicted_error": (
+                None if self.predicted_error is None else self.predicted_error.tolist()
+            ),
+            "error_bound": self.error_bound,
+            "candidates": len(self.candidates),
+            "warnings": list(self.warnings),
+            "seconds": self.seconds,
+            "layers": [{f: _plain(getattr(r, f)) for f in fields} for r in self.layers],
+        }
+
+    def __repr__(self) -> str:
+        shape = None if self.inputs is None else tuple(self.inputs.shape)
+        return (
+            f"Recovery({self.status.name}, inputs={shape}, labels={_labels(self.labels)}, "
+            f"error_bound={self.error_bound}, reason={self.reason!r})"
+        )
+
+    def _repr_html_(self) -> str:
+        head = "<tr><th>layer</th><th>unknowns</th><th>rank</th><th>missing</th><th>route</th></tr>"
+        rows = "".join(
+            f"<tr><td>{html.escape(r.layer)}</td><td>{r.unknowns}</td>"
+            f"<td>{'–' if r.joint_rank is None else r.joint_rank}</td>"
+            f"<td>{'–' if r.nullity is None else r.nullity}</td><td>{html.escape(r.route)}</td></tr>"
+            for r in self.layers
+        )
+        return (
+            f"<div><b>{self.status.name}</b> {html.escape(self.reason)}"
+            f"<table>{head}{rows}</table></div>"
+        )
+
+
+def _sentence(report: LayerReport) -> str:
+    if report.route == "not reached":
+        return f"{report.layer} ({report.kind}): not reached."
+    if report.nullity:
+        text = (
+            f"{report.layer} ({report.kind}): {report.joint_rank} independent equations for "
+            f"{report.unknowns} unknowns, {report.nullity} missing"
+        )
+    else:
+        text = (
+            f"{report.layer} ({report.kind}): {report.unknowns} unknowns, all determined "
+            f"[{report.route}]"
+        )
+        if isfinite(report.condition) and report.condition > 0:
+            text += f", condition {report.condition:.1e}"
+        text += f", residual {report.residual:.1e}"
+    return text + (f". {report.note}" if report.note else ".")
+
+
+def _decibel(rms: float) -> str:
+    return "∞ dB" if rms <= 0 else f"{-20 * log10(rms):.0f} dB"
+
+
+def _labels(labels: Tensor | None) -> object:
+    return None if labels is None else labels.tolist()
+
+
+def _plain(value: object) -> object:
+    return None if isinstance(value, float) and value in (inf, -inf) else value

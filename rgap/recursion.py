@@ -1,0 +1,283 @@
+"""The recursion: from the features of one stage down to the data, one linear system a stage.
+
+``k_{i−1} = (W_iᵀ k_i) ⊙ φ'(z_{i−1})``, ``z_{i−1} = φ^{-1}(x_i)``, and x_{i−1} from the gradient and
+weight constraints of stage i−1.  Every value travels with an ensemble of its errors.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from math import prod
+
+import torch
+from torch import Tensor
+
+from rgap.activations import Activation
+from rgap.network import Chain, Stage
+from rgap.ops import Op, Reshape
+from rgap.precision import Known, Precision
+from rgap.systems import weight_constraint
+from rgap.systems.stage import StageSolution, solve_stage
+
+log = logging.getLogger(__name__)
+
+Watcher = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Halt:
+    """Where and why the recursion ended before the data.
+
+    Attributes:
+        stage: name of the layer whose equations fall short, or of the step that has no inverse.
+        reason: in plain words, with the number of missing equations.
+        supported: False when the step cannot be inverted at all (max-pool, GELU).
+    """
+
+    stage: str
+    reason: str
+    supported: bool
+
+
+@dataclass
+class Descent:
+    """What the recursion recovered: stage solutions from the top down, and the data if it got there.
+
+    Attributes:
+        solutions: by stage index.
+        data: the input of stage 0 with its ensemble, or None.
+        halt: why it ended early, or None.
+        inputs: recovered inputs x_i by stage index.
+    """
+
+    solutions: dict[int, StageSolution] = field(default_factory=dict)
+    inputs: dict[int, Known] = field(default_factory=dict)
+    cotangents: dict[int, Known] = field(default_factory=dict)
+    data: Known | None = None
+    halt: Halt | None = None
+
+    def require_data(self) -> Known:
+        """The recovered data.
+
+        Raises:
+            ValueError: the recursion ended before it.
+        """
+        if self.data is None:
+            raise ValueError(f"the recursion ended at '{self.require_halt().stage}'")
+        return self.data
+
+    def require_halt(self) -> Halt:
+        """Why the recursion ended early.
+
+        Raises:
+            ValueError: it did not.
+        """
+        if self.halt is None:
+            raise ValueError("the recursion reached the data")
+        return self.halt
+
+    def preconditioner(self, chain: Chain) -> Callable[[Tensor], Tensor] | None:
+        """The data stage's factored equations as an approximate inverse of the whole update's.
+
+        Acts on directions [S, B, *input_shape]; None if the data came straight from a bias.
+        """
+        step, stage = self.solutions.get(0), chain.stages[0]
+        simple = all(op.elementwise or isinstance(op, Reshape) for op in stage.lead)
+        if step is None or step.factor is None or not simple:
+            return None
+        made = step.factor
+
+        def inverse(v: Tensor) -> Tensor:
+            coupling = weight_constraint(stage.affine, v.shape[1])
+            u = v
+            for op in stage.lead:  # (L⁻¹)ᵀ: a reshape is orthogonal, a scaling its own transpose
+                u = _map(op.forward, u) if isinstance(op, Reshape) else _affine_error(op, u)
+            table = coupling.unfold(u.flatten(0, 1), u.shape[0])
+            solved = coupling.fold(made.precondition(table)).reshape(u.shape)
+            for op in reversed(stage.lead):
+                solved = _affine_error(op, solved)
+            return solved
+
+        return inverse
+
+    @property
+    def worst(self) -> tuple[int, float]:
+        """Stage whose equations contradict each other most, with its weighted rms residual."""
+        found = [(step.misfit, index) for index, step in self.solutions.items()]
+        misfit, index = max(found, default=(0.0, -1))
+        return index, misfit
+
+    @property
+    def refuted(self) -> bool:
+        """True if the equations of some stage contradict the features it started from."""
+        return self.worst[1] > REFUTED
+
+
+def descend(
+    chain: Chain,
+    gradients: Mapping[str, Tensor],
+    start: int,
+    features: Known,
+    cotangent: Known,
+    precision: Precision,
+    watch: Watcher | None = None,
+) -> Descent:
+    """Recover the inputs of the stages below ``start`` from its input and cotangent.
+
+    Args:
+        chain: the network as stages.
+        gradients: ∂L/∂W and ∂L/∂b by parameter name, float64.
+        start: index of the stage whose affine input u and cotangent k are known.
+        features: u_start, the input of that stage's affine map, [B, *affine.in_shape].
+        cotangent: k_start, [B, *affine.out_shape].
+        precision: of the update; draws the error ensemble.
+        watch: called with the name of each stage before it is solved.
+
+    Returns:
+        The :class:`Descent`; ``data`` is None when ``halt`` says where it ended.
+    """
+    descent = Descent()
+    known, k = features, cotangent
+    for index in range(start, -1, -1):
+        stage = chain.stages[index]
+        if index < start:
+            if watch is not None:
+                watch(stage.name)
+            step = solve_stage(
+                stage.affine, gradients[stage.affine.weight_name], known, k, precision
+            )
+            descent.solutions[index] = step
+            if step.solution.value is None:
+                descent.halt = _shortfall(stage, step)
+                return descent
+            known = step.solution.value
+            if step.misfit > REFUTED:
+                descent.halt = Halt(stage.name, "the equations contradict each other", True)
+                return descent
+        descent.cotangents[index] = k
+        cot = Known(
+            stage.affine.adjoint(k.value), _map(stage.affine.adjoint, k.error)
+        )
+        cot = Known(cot.value, cot.error + precision.rounding(cot.value))
+        passed = _lift(stage, known, cot)
+        if isinstance(passed, Halt):
+            descent.halt = passed
+            return descent
+        known, cot = passed
+        descent.inputs[index] = known
+        if index == 0:
+            break
+        through = _through(chain.stages[index - 1].tail, known, cot, precision)
+        if isinstance(through, Halt):
+            descent.halt = through
+            return descent
+        known, k = through
+    if chain.complete:
+        descent.data = known
+    else:
+        barrier = chain.barrier
+        assert barrier is not None
+        descent.halt = Halt(barrier.node, f"{barrier.reason}; {barrier.advice}", supported=False)
+    return descent
+
+
+def _shortfall(stage: Stage, step: StageSolution) -> Halt:
+    stats = step.solution.stats
+    if stats.joint.nullity == 0:
+        return Halt(
+            stage.name,
+            f"the equations of '{stage.name}' have full rank {stats.unknowns}, but at the "
+            "precision of what is known above them some directions stay open",
+            supported=True,
+        )
+    return Halt(
+        stage.name,
+        f"the equations of '{stage.name}' have rank {stats.joint.rank} for {stats.unknowns} "
+        f"unknowns: {stats.joint.nullity} equations are missing",
+        supported=True,
+    )
+
+
+def _lift(stage: Stage, u: Known, cot: Known) -> tuple[Known, Known] | Halt:
+    """From the affine map's input u to the stage's input x, through the lead; k alike."""
+    for op in reversed(stage.lead):
+        if op.barrier is not None:
+            return Halt(op.name, op.barrier, supported=False)
+        missing = u.value.shape[0] * (prod(op.in_shape) - prod(op.out_shape))
+        if missing > 0:
+            return Halt(
+                op.name,
+                f"'{op.name}' ({op.kind}) maps {prod(op.in_shape)} values to "
+                f"{prod(op.out_shape)}: {missing} equations are missing",
+                supported=True,
+            )
+        u = Known(op.inverse(u.value), _affine_error(op, u.error))
+        cot = Known(op.adjoint(cot.value), _map(op.adjoint, cot.error))
+    return u, cot
+
+
+def _through(
+    tail: tuple[Op, ...], x: Known, k: Known, precision: Precision
+) -> tuple[Known, Known] | Halt:
+    """From a stage's output x and the cotangent there to its pre-activation z and k."""
+    for op in reversed(tail):
+        if op.barrier is not None:
+            return Halt(op.name, op.barrier, supported=False)
+        if isinstance(op, Activation):
+            x, k = _invert_activation(op, x, k, precision)
+        else:
+            x = Known(op.inverse(x.value), _affine_error(op, x.error))
+            k = Known(op.adjoint(k.value), _map(op.adjoint, k.error))
+    return x, k
+
+
+def _invert_activation(
+    op: Activation, x: Known, k: Known, precision: Precision
+) -> tuple[Known, Known]:
+    """z = φ^{-1}(x) and k ⊙ φ'(z), with the errors of both.
+
+    A unit of a piecewise linear φ whose sign the error leaves open shows up in the ensemble: its
+    slope is taken at each perturbed value.  One-sided units (ReLU at 0) carry no equation: their
+    z gets an infinite error, hence weight 0, and their k is 0.
+    """
+    # The client's own φ rounded its result, so even an exact x fixes z only to that precision.
+    error = x.error + precision.rounding(x.value)
+    value = x.value
+    if op.one_sided:
+        std = error.square().mean(0).sqrt()
+        active = value > 6.0 * std
+        zero = torch.zeros_like(value)
+        z = Known(
+            torch.where(active, value, zero),
+            torch.where(active, error, torch.full_like(error, UNKNOWN)),
+        )
+        mask = active.to(value)
+        return z, Known(k.value * mask, k.error * mask)
+    slope = op.slope(value)
+    if op.homogeneous:
+        bend = op.slope(value + error) - slope
+    else:
+        bend = op.slope_derivative(value) * error
+    z = Known(op.inverse(value), (error / slope.clamp_min(1e-300)).clamp(-UNKNOWN, UNKNOWN))
+    product = k.value * slope
+    spread = k.error * slope + k.value * bend + precision.rounding(product)
+    return z, Known(product, spread)
+
+
+REFUTED = 100.0  # rms residual, in standard errors, at which equations contradict each other
+UNKNOWN = 1e150  # error of a pre-activation that no equation fixes; its row gets weight 0
+
+
+def _map(function: Callable[[Tensor], Tensor], ensemble: Tensor) -> Tensor:
+    """Apply a batched linear map to [S, B, ...]."""
+    out = function(ensemble.flatten(0, 1))
+    return out.reshape(*ensemble.shape[:2], *out.shape[1:])
+
+
+def _affine_error(op: Op, error: Tensor) -> Tensor:
+    """D(op^{-1}) error for an affine op: op^{-1}(e) − op^{-1}(0)."""
+    zero = op.inverse(torch.zeros_like(error[0]))
+    return _map(op.inverse, error) - zero
+

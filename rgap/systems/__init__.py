@@ -1,0 +1,48 @@
+"""The linear equations of one stage: gradient, weight and virtual constraints, by layer kind.
+
+Dispatch by the kind of the affine map; an unknown kind raises and names the layer.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from rgap.affine import Affine
+from rgap.solvers.kronecker import Kronecker
+
+from . import convnd, linear
+
+
+class WeightConstraint(Protocol):
+    """What every layer kind offers of its weight block (see ``convnd`` and ``linear``)."""
+
+    rows: int
+
+    def apply(self, x: Tensor) -> Tensor: ...
+    def adjoint(self, y: Tensor) -> Tensor: ...
+    def add_gram(self, weights: Tensor, into: Tensor) -> None: ...
+    def fold(self, x: Tensor) -> Tensor: ...
+    def unfold(self, u: Tensor, count: int = 1) -> Tensor: ...
+
+
+def gradient_constraint(affine: Affine, cotangent: Tensor) -> Kronecker:
+    """The matrix of the gradient constraint of ``affine`` for the cotangent k [B, *out]."""
+    if affine.geometry is None:
+        return linear.gradient_constraint(affine, cotangent)
+    return convnd.gradient_constraint(affine, cotangent)
+
+
+def gradient_rows(affine: Affine, gradient: Tensor) -> Tensor:
+    """∂L/∂W laid out as right-hand sides of the gradient constraint, [..., C, rows]."""
+    if affine.geometry is None:
+        return linear.gradient_rows(affine, gradient)
+    return convnd.gradient_rows(affine, gradient)
+
+
+def weight_constraint(affine: Affine, batch: int) -> WeightConstraint:
+    """The weight constraint of ``affine`` for a batch of ``batch`` samples."""
+    if affine.geometry is None:
+        return linear.WeightConstraint(affine, batch)
+    return convnd.WeightConstraint(affine, batch)

@@ -1,0 +1,134 @@
+"""Equations of a convolution in any number of dimensions, in the unknown input u [B, C, *space].
+
+* gradient constraint: ``Σ_{b,o} k[b,f,o] u[b,c, s·o + d·δ − p] = G[f,c,δ]``; the same matrix
+  ``K[(f,δ),(b,position)]`` for every channel c of the group (Kronecker structure I_C ⊗ K);
+* weight constraint: ``W ⋆ u = z − b``; the same map for every sample (I_B ⊗ W).
+
+Padding is never an unknown: taps that fall outside the picture are left out of both.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from math import prod
+
+import torch
+from torch import Tensor
+
+from rgap.affine import Affine, Geometry
+from rgap.solvers.kronecker import Kronecker
+
+
+def taps(geometry: Geometry, space: tuple[int, ...], out: tuple[int, ...]) -> Tensor:
+    """Input position that output o reads through kernel offset δ, [offsets, outputs]; −1: padding.
+
+    >>> g = Geometry((3,), (2,), ((1, 1),), (1,), 1)
+    >>> taps(g, (4,), (2,)).tolist()
+    [[-1, 1], [0, 2], [1, 3]]
+    """
+    per_axis = []
+    for axis, size in enumerate(space):
+        reach = torch.arange(out[axis]) * geometry.stride[axis] - geometry.padding[axis][0]
+        offset = torch.arange(geometry.kernel[axis]) * geometry.dilation[axis]
+        position = offset[:, None] + reach[None, :]
+        per_axis.append(torch.where((position >= 0) & (position < size), position, -1))
+    rows = []
+    for offset in product(*(range(k) for k in geometry.kernel)):
+        position = torch.zeros(1, dtype=torch.long)
+        inside = torch.ones(1, dtype=torch.bool)
+        for axis, size in enumerate(space):
+            line = per_axis[axis][offset[axis]]
+            position = (position[:, None] * size + line.clamp_min(0)[None, :]).flatten()
+            inside = (inside[:, None] & (line >= 0)[None, :]).flatten()
+        rows.append(torch.where(inside, position, -1))
+    return torch.stack(rows)
+
+
+def gradient_constraint(affine: Affine, cotangent: Tensor) -> Kronecker:
+    """K of the gradient constraint, [groups, (F/groups)·offsets, B·positions].
+
+    Args:
+        affine: a convolution.
+        cotangent: k = ∂L/∂z, [B, F, *out].
+    """
+    geometry = _geometry(affine)
+    space, out = affine.in_shape[1:], affine.out_shape[1:]
+    table = taps(geometry, space, out).to(cotangent.device)
+    batch, filters = cotangent.shape[:2]
+    k = cotangent.reshape(batch, filters, -1).transpose(0, 1)  # [F, B, O]
+    matrix = k.new_zeros(filters, table.shape[0], batch, prod(space))
+    for offset, position in enumerate(table):
+        inside = position >= 0
+        matrix[:, offset, :, position[inside]] = k[:, :, inside]
+    matrix = matrix.reshape(geometry.groups, -1, batch * prod(space))
+    return Kronecker(matrix, affine.in_shape[0])
+
+
+def gradient_rows(affine: Affine, gradient: Tensor) -> Tensor:
+    """∂L/∂W as right-hand sides, [..., F, C/g, *kernel] → [..., C, (F/g)·offsets]."""
+    geometry = _geometry(affine)
+    batch = gradient.shape[: gradient.ndim - affine.weight.ndim]
+    g = gradient.reshape(
+        *batch, geometry.groups, -1, affine.weight.shape[1], prod(geometry.kernel)
+    )
+    return g.movedim(-2, -3).flatten(-2).flatten(-3, -2)
+
+
+class WeightConstraint:
+    """W of the weight constraint as a coupling of the table u[c, (b, position)]."""
+
+    def __init__(self, affine: Affine, batch: int) -> None:
+        self.affine = affine
+        self.batch = batch
+        self.rows = batch * prod(affine.out_shape)
+
+    def apply(self, x: Tensor) -> Tensor:
+        """W ⋆ u without bias: [S, C, B·positions] → [S, B·F·outputs]."""
+        return self.affine.linear(self.fold(x)).reshape(x.shape[0], -1)
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        """Wᵀ y: [S, B·F·outputs] → [S, C, B·positions]."""
+        out = self.affine.adjoint(y.reshape(-1, *self.affine.out_shape))
+        return self.unfold(out, y.shape[0])
+
+    def fold(self, x: Tensor) -> Tensor:
+        """Table [S, C, B·positions] → samples [S·B, C, *space]."""
+        x = x.reshape(x.shape[0], x.shape[1], self.batch, -1).transpose(1, 2)
+        return x.reshape(-1, *self.affine.in_shape)
+
+    def unfold(self, u: Tensor, count: int = 1) -> Tensor:
+        """Samples [S·B, C, *space] → table [S, C, B·positions]."""
+        u = u.reshape(count, self.batch, self.affine.in_shape[0], -1)
+        return u.transpose(1, 2).flatten(2)
+
+    def add_gram(self, weights: Tensor, into: Tensor) -> None:
+        """Add Wᵀ diag(weights) W, one pair of kernel offsets at a time.
+
+        For offsets δ, δ' and output o the entry of positions (o+δ, o+δ') is
+        Σ_f w[f,c,δ] w[f,c',δ'] weights[f,o]: a small product per pair, scattered.
+        """
+        geometry = _geometry(self.affine)
+        groups = geometry.groups
+        filters, per_group = self.affine.weight.shape[:2]
+        w = self.affine.weight.reshape(groups, filters // groups, per_group, -1)
+        space, out = self.affine.in_shape[1:], self.affine.out_shape[1:]
+        table = taps(geometry, space, out).to(weights.device)
+        d = weights.reshape(self.batch, groups, filters // groups, -1)
+        positions = prod(space)
+        view = into.reshape(into.shape[0], self.batch, positions, into.shape[0], self.batch, -1)
+        for b in range(self.batch):
+            for g in range(groups):
+                own = slice(g * per_group, (g + 1) * per_group)
+                block = view[own, b, :, own, b, :]
+                for i, first in enumerate(table):
+                    scaled = torch.einsum("fc,fo->cfo", w[g, :, :, i], d[b, g])
+                    for j, second in enumerate(table):
+                        both = (first >= 0) & (second >= 0)
+                        part = torch.einsum("cfo,fe->oce", scaled[:, :, both], w[g, :, :, j])
+                        block[:, first[both], :, second[both]] += part
+
+
+def _geometry(affine: Affine) -> Geometry:
+    if affine.geometry is None:
+        raise TypeError(f"expected a convolution, got {affine.kind} '{affine.name}'")
+    return affine.geometry

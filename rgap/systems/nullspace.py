@@ -1,0 +1,39 @@
+"""Directions of a stage's input that neither its gradient nor its weights see."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rgap.affine import Affine
+from rgap.solvers.linear import Stacked, null_projection
+
+from . import gradient_constraint, weight_constraint
+
+
+def null_directions(
+    affine: Affine, cotangent: Tensor, nullity: int, count: int, seed: int = 0
+) -> Tensor:
+    """Up to ``count`` orthonormal random null directions, [count, B, *in_shape].
+
+    Args:
+        affine: the stage's affine map.
+        cotangent: k at its output, [B, *out_shape].
+        nullity: dimension of the null space.
+        count: how many directions to draw.
+        seed: of the private generator.
+    """
+    batch = cotangent.shape[0]
+    gradient = gradient_constraint(affine, cotangent)
+    scale = float(gradient.spectra.max())
+    gradient = gradient.scaled(torch.full(gradient.matrix.shape[:2], 1 / max(scale, 1e-300)))
+    coupling = weight_constraint(affine, batch)
+    weights = torch.ones(coupling.rows, dtype=torch.float64) / affine.weight.norm()
+    stacked = Stacked(gradient, coupling, weights)
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.randn(
+        min(count, nullity), stacked.shape[1], generator=generator, dtype=torch.float64
+    )
+    directions = null_projection(stacked, draws)
+    table = directions.reshape(len(directions), affine.in_shape[0], -1)
+    return coupling.fold(table).reshape(len(directions), batch, *affine.in_shape)

@@ -1,0 +1,212 @@
+"""Solve one stage: from its gradient, its pre-activation z and its cotangent k to its input u.
+
+The rows are weighed by what is known of their error (generalised least squares): gradient rows
+by the update's precision and the error of k, weight rows by the error of z.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from rgap.affine import Affine
+from rgap.precision import Known, Precision
+from rgap.solvers.kronecker import Factor, Kronecker, factor
+from rgap.solvers.rank import Rank
+from rgap.solvers.solution import Result, Solution, Stats
+
+from . import WeightConstraint, gradient_constraint, gradient_rows, weight_constraint
+from .ranks import stage_joint_rank
+
+log = logging.getLogger(__name__)
+
+DETERMINED = 0.1  # a direction with a larger standard error, in units of the input, is open
+
+
+@dataclass(frozen=True)
+class StageSolution:
+    """The input of a stage with its error, and how it was found."""
+
+    solution: Solution[Known | None]
+    factor: Factor | None
+    cotangent: Tensor
+    gradient_misfit: float  # rms of the weighted gradient residuals; about 1 when consistent
+    weight_misfit: float  # the same for the weight rows
+    seconds: float
+
+    @property
+    def misfit(self) -> float:
+        """The larger of the two misfits."""
+        return max(self.gradient_misfit, self.weight_misfit)
+
+
+def solve_stage(
+    affine: Affine, gradient: Tensor, z: Known, k: Known, precision: Precision
+) -> StageSolution:
+    """Solve ``K u = G`` and ``W u = z − b`` for u [B, *in_shape] with errors.
+
+    Args:
+        affine: the stage's affine map.
+        gradient: ∂L/∂W as sent, shape of the weight, float64.
+        z: pre-activation [B, *out_shape] with its ensemble.
+        k: cotangent at z with its ensemble.
+        precision: of the update.
+    """
+    start = time.perf_counter()
+    stage = _Stage(affine, gradient, z, k, precision)
+    solution, made = stage.solve()
+    misfits = (0.0, 0.0) if solution.value is None else stage.misfits(solution.value.value)
+    return StageSolution(solution, made, k.value, *misfits, time.perf_counter() - start)
+
+
+class _Stage:
+    def __init__(
+        self, affine: Affine, gradient: Tensor, z: Known, k: Known, precision: Precision
+    ) -> None:
+        self.affine, self.k, self.z, self.precision = affine, k, z, precision
+        self.batch = z.value.shape[0]
+        self.unknowns = self.batch * prod(affine.in_shape)
+        self.gradient = gradient
+        self.rows = gradient_rows(affine, gradient)
+        self.kronecker = gradient_constraint(affine, k.value)
+        self.coupling: WeightConstraint = weight_constraint(affine, self.batch)
+        bias = affine.forward(torch.zeros(1, *affine.in_shape, dtype=torch.float64))
+        self.target = (z.value - bias.to(z.value)).flatten()
+        self.gradient_weights = torch.ones(self.kronecker.matrix.shape[:2])
+        self.weight_weights = torch.ones_like(self.target)
+
+    def solve(self) -> tuple[Solution[Known | None], Factor | None]:
+        own = self.kronecker.rank(noise=self.matrix_noise())
+        self.weigh(self.ridge())
+        made, route = None, "gradient"
+        if own.nullity == 0:
+            made = factor(self.kronecker, self.gradient_weights, None, None)
+        if made is None or self.weight_rows_help(made):
+            ceiling = self.kronecker.rank().rank + self.batch * min(
+                prod(self.affine.in_shape), prod(self.affine.out_shape)
+            )
+            stacked = None
+            if ceiling >= self.unknowns:
+                stacked = factor(
+                    self.kronecker, self.gradient_weights, self.coupling, self.weight_weights
+                )
+            if stacked is not None and stacked.smallest * DETERMINED > 1.0:
+                made, route = stacked, "cholesky"
+        if made is None:
+            joint = stage_joint_rank(self.affine, self.kronecker, self.batch, self.matrix_noise())
+            stats = Stats("rank only", self.unknowns, own.rank, joint, joint.condition, 0.0)
+            return Solution(None, Result.DEFICIENT, stats), None
+        known, iterations = self.compute(made)
+        full = Rank(
+            self.unknowns, self.unknowns, 1.0 / DETERMINED, made.smallest * DETERMINED,
+            made.largest, made.smallest, self.unknowns,
+        )
+        residual = self.residual(known.value)
+        stats = Stats(route, self.unknowns, own.rank, full, made.condition, residual, iterations)
+        return Solution(known, Result.SOLVED, stats), made
+
+    def matrix_noise(self) -> float:
+        """Norm of the error of K over the norm of K, for the rank decision."""
+        groups, rows, size = self.kronecker.matrix.shape
+        scale = float(self.kronecker.spectra.max())
+        entry = float(self.k.error.square().mean().sqrt()) + self.precision.unit * float(
+            self.k.value.square().mean().sqrt()
+        )
+        return entry * (rows**0.5 + size**0.5) / scale if scale > 0 else 0.0
+
+    def ridge(self) -> Tensor:
+        """A first look at u from the gradient block alone, to weigh rows with; [C, P]."""
+        matrix = self.kronecker.matrix
+        groups, rows, size = matrix.shape
+        rhs = self.rows.reshape(groups, -1, rows).transpose(1, 2)
+        wide = rows < size
+        gram = matrix @ matrix.transpose(1, 2) if wide else matrix.transpose(1, 2) @ matrix
+        damp = 1e-6 * gram.diagonal(dim1=1, dim2=2).amax(1).clamp_min(1e-300)
+        gram = gram + damp[:, None, None] * torch.eye(gram.shape[-1], dtype=gram.dtype)
+        if wide:
+            x = matrix.transpose(1, 2) @ torch.linalg.solve(gram, rhs)
+        else:
+            x = torch.linalg.solve(gram, matrix.transpose(1, 2) @ rhs)
+        return x.transpose(1, 2).reshape(-1, size)
+
+    def weigh(self, table: Tensor) -> None:
+        """Set the weights of both blocks from an estimate of u."""
+        u = self.coupling.fold(table[None])
+        std = self.precision.update_std(self.squares(u))
+        carried = self.carried(u)
+        variance = gradient_rows(self.affine, std.square() + carried.square().mean(0))
+        groups, rows, _ = self.kronecker.matrix.shape
+        filters = self.affine.weight.shape[0] // groups
+        per_filter = variance.reshape(groups, -1, filters, rows // filters).mean((1, 3))
+        std_rows = per_filter.sqrt().repeat_interleave(rows // filters, 1)
+        self.gradient_weights = 1.0 / std_rows.clamp_min(1e-300)
+        forward = self.affine_squares(u)
+        variance = self.z.std.square() + self.precision.sum_std(forward).square()
+        self.weight_weights = 1.0 / variance.flatten().sqrt().clamp_min(1e-300)
+
+    def squares(self, u: Tensor) -> Tensor:
+        """Σ k² u², the squared terms of each gradient entry."""
+        return self.affine.weight_gradient(u.square(), self.k.value.square())
+
+    def affine_squares(self, u: Tensor) -> Tensor:
+        """Σ w² u² (+ b²), the squared terms of each pre-activation."""
+        return self.affine.squared().linear(u.square())
+
+    def carried(self, u: Tensor) -> Tensor:
+        """What the error of k does to the gradient rows, [S, *weight.shape]."""
+        return torch.stack([self.affine.weight_gradient(u, e) for e in self.k.error])
+
+    def weight_rows_help(self, made: Factor) -> bool:
+        """True if the weight rows add information worth a factorisation to a full gradient block.
+
+        Compares the information per unknown of the two blocks; the weight rows are skipped where
+        the gradient rows already give all but a few per cent of the accuracy.
+        """
+        inverse = torch.cholesky_inverse(made.cholesky).diagonal(dim1=-2, dim2=-1)
+        per_channel = self.kronecker.channels // inverse.shape[0]
+        own = inverse.repeat_interleave(per_channel, 0)  # variance by the gradient rows, [C, P]
+        shape = (self.batch, *self.affine.out_shape)
+        extra = self.affine.squared().adjoint(self.weight_weights.square().reshape(shape))
+        information = self.coupling.unfold(extra)[0]
+        gain = own * information  # relative gain in information, an upper bound
+        return bool(gain.median() > 0.5)
+
+    def compute(self, made: Factor) -> tuple[Known, int]:
+        """Solve for u, then once more for every member of the ensemble."""
+        main = self.weighted(made, self.rows[None], self.target[None])
+        table, iterations = made.solve(main, tolerance=max(1e-15, 1e-3 * self.precision.unit))
+        u = self.coupling.fold(table)
+        noise = self.precision.normal(self.precision.update_std(self.squares(u)))
+        forward = self.precision.normal(self.precision.sum_std(self.affine_squares(u)))
+        rows = gradient_rows(self.affine, noise - self.carried(u))
+        coupled = (self.z.error + forward).flatten(1)
+        errors, _ = made.solve(self.weighted(made, rows, coupled), iterations=0)
+        folded = self.coupling.fold(errors)
+        return Known(u, folded.reshape(len(errors), *u.shape)), iterations
+
+    def weighted(self, made: Factor, rows: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
+        groups, count, _ = self.kronecker.matrix.shape
+        scaled = rows.reshape(rows.shape[0], groups, -1, count) * self.gradient_weights[:, None, :]
+        first = scaled.reshape(rows.shape)
+        return first, None if made.coupling is None else target * self.weight_weights
+
+    def residual(self, u: Tensor) -> float:
+        """Relative residual of the gradient rows."""
+        gap = self.affine.weight_gradient(u, self.k.value) - self.gradient
+        return float(gap.norm() / self.gradient.norm().clamp_min(1e-300))
+
+    def misfits(self, u: Tensor) -> tuple[float, float]:
+        """Weighted rms residuals of the gradient and of the weight rows."""
+        gap = gradient_rows(
+            self.affine, self.affine.weight_gradient(u, self.k.value) - self.gradient
+        )
+        groups, count, _ = self.kronecker.matrix.shape
+        scaled = gap.reshape(groups, -1, count) * self.gradient_weights[:, None, :]
+        weight = (self.affine.linear(u).flatten() - self.target) * self.weight_weights
+        return float(scaled.square().mean().sqrt()), float(weight.square().mean().sqrt())
+

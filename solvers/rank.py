@@ -1,0 +1,126 @@
+"""Numerical rank: the one place where a tolerance decides what counts as zero."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import inf
+
+import torch
+from torch import Tensor
+
+SMALL_GAP = 10.0  # below this ratio σ_r/σ_{r+1} the two sides of the cutoff are not separated
+
+
+def resolve_rcond(
+    rcond: float | None,
+    shape: tuple[int, int],
+    dtype: torch.dtype = torch.float64,
+    noise: float = 0.0,
+) -> float:
+    """Relative cutoff below which a singular value counts as zero.
+
+    ``rcond`` wins when it is given.  Otherwise the cutoff is ``max(shape)`` rounding units of
+    ``dtype`` (the convention of ``numpy.linalg.matrix_rank``), or the relative ``noise`` of the
+    matrix entries where that is larger: the precision of the *data* decides a rank, not the
+    precision of the arithmetic.
+
+    Args:
+        rcond: explicit relative cutoff, or None.
+        shape: rows and columns of the matrix.
+        dtype: precision in which the entries are known.
+        noise: relative error of the entries, 0 if they carry only rounding.
+
+    Returns:
+        The cutoff relative to the largest singular value.
+
+    Raises:
+        ValueError: if ``rcond`` or ``noise`` is negative.
+
+    >>> resolve_rcond(None, (100, 80)) < 1e-13
+    True
+    >>> resolve_rcond(1e-6, (100, 80))
+    1e-06
+    """
+    if rcond is not None:
+        if rcond < 0:
+            raise ValueError(f"expected rcond >= 0, got {rcond}; write rcond=None for the default")
+        return float(rcond)
+    if noise < 0:
+        raise ValueError(f"expected noise >= 0, got {noise}; write the relative standard deviation")
+    return float(max(max(shape) * torch.finfo(dtype).eps, noise))
+
+
+@dataclass(frozen=True)
+class Rank:
+    """A numerical rank together with what it was decided from.
+
+    Attributes:
+        rank: number of singular values above ``cutoff``.
+        size: number of columns (unknowns); ``nullity`` is ``size - rank``.
+        cutoff: absolute cutoff.
+        gap: σ_r / σ_{r+1}; infinite when nothing was cut or what was cut is exactly zero.
+        largest, smallest: σ_1 and σ_r.
+        alternative: the rank on the other side of the widest nearby gap when ``gap`` is small,
+            otherwise ``rank`` itself.
+    """
+
+    rank: int
+    size: int
+    cutoff: float
+    gap: float
+    largest: float
+    smallest: float
+    alternative: int
+
+    @property
+    def nullity(self) -> int:
+        """Unknowns that the equations leave open."""
+        return self.size - self.rank
+
+    @property
+    def condition(self) -> float:
+        """σ_1/σ_r over the determined part."""
+        return self.largest / self.smallest if self.smallest > 0 else inf
+
+    @property
+    def clear(self) -> bool:
+        """True when the singular values on both sides of the cutoff are well separated."""
+        return self.gap >= SMALL_GAP
+
+
+def numerical_rank(singular: Tensor, size: int, rcond: float) -> Rank:
+    """Count singular values above ``rcond`` times the largest, and measure the gap there.
+
+    Args:
+        singular: singular values in any order, [r].
+        size: number of columns of the matrix they belong to.
+        rcond: relative cutoff from :func:`resolve_rcond`.
+
+    Returns:
+        The :class:`Rank`.
+
+    >>> numerical_rank(torch.tensor([3.0, 1.0, 1e-17]), 3, 1e-12).rank
+    2
+    """
+    values = singular.double().flatten().sort(descending=True).values
+    if values.numel() == 0 or float(values[0]) == 0.0:
+        return Rank(0, size, 0.0, inf, 0.0, 0.0, 0)
+    largest = float(values[0])
+    cutoff = rcond * largest
+    rank = int((values > cutoff).sum())
+    smallest = float(values[rank - 1])
+    below = float(values[rank]) if rank < values.numel() else 0.0
+    gap = smallest / below if below > 0 else inf
+    return Rank(rank, size, cutoff, gap, largest, smallest, _alternative(values, rank, gap))
+
+
+def _alternative(values: Tensor, rank: int, gap: float) -> int:
+    """Rank at the widest ratio between neighbours within three decades of the cutoff."""
+    if gap >= SMALL_GAP:
+        return rank
+    positive = values.clamp_min(torch.finfo(values.dtype).tiny)
+    ratios = positive[:-1] / positive[1:]
+    near = (positive[:-1] < positive[rank - 1] * 1e3) & (positive[:-1] > positive[rank - 1] / 1e3)
+    if not bool(near.any()):
+        return rank
+    return int(torch.where(near, ratios, torch.zeros_like(ratios)).argmax()) + 1

@@ -1,0 +1,72 @@
+"""What every solver returns: the value, a result that explains itself, and its statistics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Generic, TypeVar
+
+from .rank import Rank
+
+T = TypeVar("T")
+
+
+class Result(Enum):
+    """How a solve ended; the text says what it means and what to do next."""
+
+    SOLVED = "solved: the equations determine the unknowns"
+    DEFICIENT = (
+        "rank deficient: the equations leave directions open; the value is None or one of many "
+        "solutions, add equations or a prior"
+    )
+    NOT_CONVERGED = (
+        "not converged: the iteration limit came first; raise max_iterations or the memory budget"
+    )
+
+    @property
+    def explanation(self) -> str:
+        """The result in words a user can act on."""
+        return str(self.value)
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Numbers of one solve.
+
+    Attributes:
+        route: how it was solved, for example "gradient", "cholesky", "lsmr".
+        unknowns: number of unknowns.
+        gradient_rank: rank of the gradient block alone (None if it was not needed).
+        joint: rank of all equations together.
+        condition: condition number of the error-weighted system that was solved.
+        residual: relative residual of the gradient block.
+        iterations: refinement or LSMR iterations.
+    """
+
+    route: str
+    unknowns: int
+    gradient_rank: int | None
+    joint: Rank
+    condition: float
+    residual: float
+    iterations: int = 0
+
+
+@dataclass(frozen=True)
+class Solution(Generic[T]):
+    """Value, result and statistics of one solve.
+
+    >>> from rgap.solvers.rank import Rank
+    >>> rank = Rank(2, 2, 0.0, float("inf"), 1.0, 1.0, 2)
+    >>> Solution(1.5, Result.SOLVED, Stats("demo", 2, 2, rank, 1.0, 0.0)).solved
+    True
+    """
+
+    value: T
+    result: Result
+    stats: Stats
+
+    @property
+    def solved(self) -> bool:
+        """True if the equations determined every unknown."""
+        return self.result is Result.SOLVED

@@ -1,0 +1,165 @@
+"""Joint rank of a Kronecker block and a sample-wise block from the angle between row spaces.
+
+rank [I_C ⊗ K; I_B ⊗ W] = rank(I_C ⊗ K) + rank(I_B ⊗ W) − dim(row space ∩ row space), and the
+intersection is the set of principal vectors at angle zero.  Only the small matrix of inner
+products between the two orthonormal bases is formed, never the stacked system.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import inf
+
+import torch
+from torch import Tensor
+
+from .kronecker import Kronecker, extremes
+from .rank import Rank, numerical_rank, resolve_rcond
+
+SUSPECT = 1e-3  # sines below this are recomputed without cancellation
+
+
+@dataclass(frozen=True)
+class RowSpace:
+    """Orthonormal rows [rank, columns] with the rank decision behind them."""
+
+    basis: Tensor
+    rank: Rank
+
+
+def row_space(matrix: Tensor, rcond: float | None = None, noise: float = 0.0) -> RowSpace:
+    """Orthonormal basis of the row space of a dense matrix [rows, columns].
+
+    A well-conditioned matrix of full row rank goes through two rounds of Cholesky QR, which costs
+    a tenth of an SVD; everything else through the SVD.
+    """
+    rows, columns = matrix.shape
+    if 64 < rows <= columns:
+        basis = _cholesky_qr(matrix)
+        if basis is not None:
+            largest, smallest, orthonormal = basis
+            return RowSpace(orthonormal, Rank(rows, columns, 0.0, inf, largest, smallest, rows))
+    _, values, vh = torch.linalg.svd(matrix, full_matrices=False)
+    rank = numerical_rank(values, columns, resolve_rcond(rcond, (rows, columns), noise=noise))
+    return RowSpace(vh[: rank.rank], rank)
+
+
+def full_column_rank(gram: Tensor) -> tuple[float, float] | None:
+    """(σ_1, σ_n) when AᵀA is safely positive definite (cond A < 1e6), otherwise None."""
+    lower, info = torch.linalg.cholesky_ex(gram)
+    if bool(info.any()):
+        return None
+    largest, smallest = extremes(gram, lower)
+    return (largest, smallest) if smallest > 1e-6 * largest else None
+
+
+def _cholesky_qr(matrix: Tensor) -> tuple[float, float, Tensor] | None:
+    gram = matrix @ matrix.T
+    ends = full_column_rank(gram)
+    if ends is None:
+        return None
+    first = torch.linalg.solve_triangular(torch.linalg.cholesky(gram), matrix, upper=False)
+    again = torch.linalg.cholesky(first @ first.T)
+    return (*ends, torch.linalg.solve_triangular(again, first, upper=False))
+
+
+def joint_rank(
+    gradient: Kronecker,
+    sample_rows: Tensor,
+    batch: int,
+    rcond: float | None = None,
+    noise: float = 0.0,
+) -> Rank:
+    """Rank of [I_C ⊗ K; I_B ⊗ W] by principal angles.
+
+    Args:
+        gradient: the Kronecker block, K [groups, rows, B·N].
+        sample_rows: orthonormal rows of W for one sample, [rank W, C, N].
+        batch: number of samples B.
+        rcond: relative cutoff on singular values and on the sine of an angle.
+        noise: relative error of the entries of K.
+
+    Returns:
+        The joint :class:`Rank`; ``smallest`` is the smallest sine above the cutoff (σ in units
+        where both blocks have orthonormal rows) and ``gap`` the ratio of sines at the cutoff.
+    """
+    groups, rows, size = gradient.matrix.shape
+    channels, positions = gradient.channels, size // batch
+    total = channels * size
+    tolerance = resolve_rcond(rcond, (rows, size), noise=noise)
+    bases = _group_bases(gradient, rcond, noise)
+    gradient_rank = sum(b.shape[0] for b in bases) * (channels // groups)
+    weight_rank = batch * sample_rows.shape[0]
+    # Angles inherit the error of both bases, amplified by the smallest singular value kept.
+    cutoff = max(tolerance * 1e2, 1e-10)
+    sines = _sines(bases, sample_rows, batch, channels // groups, positions, cutoff)
+    shared = int((sines <= cutoff).sum())
+    kept = sines[sines > cutoff]
+    smallest = float(kept.min()) if kept.numel() else 1.0
+    dropped = float(sines[sines <= cutoff].max()) if shared else 0.0
+    gap = smallest / dropped if dropped > 0 else inf
+    rank = gradient_rank + weight_rank - shared
+    return Rank(rank, total, cutoff, gap, 1.0, smallest, rank)
+
+
+def _group_bases(gradient: Kronecker, rcond: float | None, noise: float) -> list[Tensor]:
+    _, values, vh = torch.linalg.svd(gradient.matrix, full_matrices=False)
+    tolerance = resolve_rcond(rcond, tuple(gradient.matrix.shape[1:]), noise=noise)
+    size = gradient.matrix.shape[-1]
+    return [
+        v[: numerical_rank(s, size, tolerance).rank] for s, v in zip(values, vh, strict=True)
+    ]
+
+
+def _sines(
+    bases: list[Tensor], q: Tensor, batch: int, per_group: int, positions: int, cutoff: float
+) -> Tensor:
+    """Sines of the principal angles between the two row spaces, the small ones accurately."""
+    blocks = []
+    for g, basis in enumerate(bases):
+        v = basis.reshape(-1, batch, positions)
+        own = q[:, g * per_group : (g + 1) * per_group, :]
+        # rows (channel, i), columns (sample, j): ⟨v_i restricted to channel and sample, q_j⟩
+        inner = torch.einsum("ibn,jcn->cibj", v, own)
+        blocks.append(inner.reshape(per_group * v.shape[0], batch * q.shape[0]))
+    t = torch.cat(blocks)
+    if min(t.shape) == 0:
+        return torch.ones(0, dtype=q.dtype)
+    flip = t.shape[0] > t.shape[1]
+    small = t.T @ t if flip else t @ t.T
+    values, vectors = torch.linalg.eigh(small)
+    squared = (1.0 - values).clamp_min(0.0)
+    sines = squared.sqrt()
+    suspect = sines < SUSPECT
+    if not bool(suspect.any()):
+        return sines
+    # sin² = 1 − cos² has lost half the digits here: measure the distance between the spaces.
+    chosen = vectors[:, suspect]
+    across = t @ chosen if flip else t.T @ chosen
+    exact = _distance(bases, q, batch, per_group, positions, chosen, across, flip)
+    return torch.cat([sines[~suspect], exact])
+
+
+def _distance(
+    bases: list[Tensor],
+    q: Tensor,
+    batch: int,
+    per_group: int,
+    positions: int,
+    chosen: Tensor,
+    across: Tensor,
+    flip: bool,
+) -> Tensor:
+    """Singular values of (vectors in one space) − (their projection on the other)."""
+    in_gradient, in_weight = (across, chosen) if flip else (chosen, across)
+    count = chosen.shape[1]
+    rows = []
+    start = 0
+    for basis in bases:
+        stop = start + per_group * basis.shape[0]
+        part = in_gradient[start:stop].reshape(per_group, basis.shape[0], count)
+        rows.append(torch.einsum("ip,cik->kcp", basis, part))
+        start = stop
+    gradient = torch.cat(rows, dim=1)
+    weight = torch.einsum("jcn,bjk->kcbn", q, in_weight.reshape(batch, q.shape[0], count))
+    return torch.linalg.svdvals(gradient.flatten(1) - weight.reshape(count, -1))

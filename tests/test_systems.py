@@ -1,0 +1,154 @@
+"""Every stage's equations against the dense matrix that autograd writes down."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import Geometry, dense_blocks, dense_rank, layers
+from rgap.layers import build
+from rgap.precision import Known, Precision
+from rgap.systems import gradient_constraint, gradient_rows, weight_constraint
+from rgap.systems.nullspace import null_directions
+from rgap.systems.ranks import overlap_bound, stage_joint_rank, weight_row_space
+from rgap.systems.stage import solve_stage
+from torch import Tensor
+
+MASKS = st.sampled_from([0.0, 0.0, 0.3, 0.7])
+
+
+def draw_batch(case: Geometry, masked: float) -> tuple[object, Tensor, Tensor]:
+    """The layer's affine map, an input batch and a cotangent with dead units."""
+    generator = torch.Generator().manual_seed(case.seed)
+    names = {id(p): n for n, p in case.module.named_parameters()}
+    affine = build(case.module, "layer", case.shape, names)
+    x = torch.rand(case.batch, *case.shape, generator=generator, dtype=torch.float64)
+    k = torch.randn(case.batch, *affine.out_shape, generator=generator, dtype=torch.float64)
+    alive = torch.rand(k.shape, generator=generator) >= masked
+    return affine, x, k * alive
+
+
+@settings(max_examples=320, deadline=None)
+@given(case=layers(), masked=MASKS)
+def test_ranks_and_solution_equal_the_dense_reference(case: Geometry, masked: float) -> None:
+    affine, x, k = draw_batch(case, masked)
+    rows_k, rows_w = dense_blocks(case.module, k, case.shape)
+    stacked = torch.cat([rows_k, rows_w])
+    kronecker = gradient_constraint(affine, k)
+    assert kronecker.rank().rank == dense_rank(rows_k)
+    weight = weight_row_space(affine)
+    assert case.batch * weight.rank.rank == dense_rank(rows_w)
+    joint = stage_joint_rank(affine, kronecker, case.batch, weight=weight)
+    # rows of unit size: a block of tiny cotangents must not vanish next to the weights
+    balanced = torch.cat([rows_k / rows_k.norm().clamp_min(1e-300), rows_w / rows_w.norm().clamp_min(1e-300)])
+    singular = torch.linalg.svdvals(balanced)
+    expected = dense_rank(balanced)
+    assert joint.rank == expected, singular
+    if not masked:
+        bound = dense_rank(rows_k) + dense_rank(rows_w) - overlap_bound(affine, k)
+        assert joint.rank <= max(bound, 0) or bound < 0 or affine.geometry is not None
+    solved = solve_stage(
+        affine, affine.weight_gradient(x, k), exact(affine.forward(x)), exact(k),
+        Precision(torch.float64),
+    )
+    if expected == stacked.shape[1] and singular[-1] > 1e-5 * singular[0]:
+        assert solved.solution.solved
+        target = torch.cat([rows_k, rows_w]) @ x.flatten()
+        dense = torch.linalg.lstsq(stacked, target[:, None]).solution.flatten()
+        assert (solved.solution.value.value.flatten() - x.flatten()).abs().max() < 1e-8
+        assert (solved.solution.value.value.flatten() - dense).abs().max() < 1e-8
+    if expected < stacked.shape[1]:
+        assert not solved.solution.solved
+        assert solved.solution.stats.joint.nullity == stacked.shape[1] - expected
+
+
+def exact(value: Tensor) -> Known:
+    return Known(value, Precision(torch.float64, seed=1).rounding(value))
+
+
+@settings(max_examples=60, deadline=None)
+@given(case=layers(), masked=MASKS)
+def test_blocks_are_the_dense_ones(case: Geometry, masked: float) -> None:
+    affine, x, k = draw_batch(case, masked)
+    rows_k, rows_w = dense_blocks(case.module, k, case.shape)
+    coupling = weight_constraint(affine, case.batch)
+    table = coupling.unfold(x)
+    assert torch.equal(coupling.fold(table), x)
+    image = gradient_constraint(affine, k).apply(table)[0]
+    sent = gradient_rows(affine, affine.weight_gradient(x, k))
+    assert torch.allclose(image, sent, atol=1e-12)
+    assert torch.allclose(rows_k @ x.flatten(), affine.weight_gradient(x, k).flatten(), atol=1e-12)
+    assert torch.allclose(coupling.apply(table).flatten(), rows_w @ x.flatten(), atol=1e-12)
+    y = torch.randn(1, coupling.rows, dtype=torch.float64)
+    assert torch.allclose((coupling.apply(table) * y).sum(), (table * coupling.adjoint(y)).sum())
+    weights = torch.rand(coupling.rows, dtype=torch.float64)
+    size = table.shape[1] * table.shape[2]
+    gram = torch.zeros(size, size, dtype=torch.float64)
+    coupling.add_gram(weights, gram.view(*table.shape[1:], *table.shape[1:]))
+    moved = torch.stack(
+        [coupling.apply(e.reshape(table.shape)).flatten() for e in torch.eye(size).double()], 1
+    )
+    assert torch.allclose(gram, (moved.T * weights) @ moved, atol=1e-10)
+
+
+def test_overlap_bound_is_met_by_generic_weights() -> None:
+    hits = 0
+    for seed in range(40):
+        generator = torch.Generator().manual_seed(seed)
+        module = torch.nn.Conv2d(2, 3, 3, 1, 1).double()
+        with torch.no_grad():
+            module.weight.copy_(torch.randn(3, 2, 3, 3, generator=generator, dtype=torch.float64))
+        names = {id(p): n for n, p in module.named_parameters()}
+        affine = build(module, "layer", (2, 6, 6), names)
+        k = torch.randn(3, *affine.out_shape, generator=generator, dtype=torch.float64)
+        kronecker = gradient_constraint(affine, k)
+        weight = weight_row_space(affine)
+        joint = stage_joint_rank(affine, kronecker, 3, weight=weight)
+        bound = min(
+            joint.size, kronecker.rank().rank + 3 * weight.rank.rank - overlap_bound(affine, k)
+        )
+        assert joint.rank <= bound
+        hits += joint.rank == bound
+    assert hits >= 36
+
+
+def test_null_directions_are_seen_by_neither_block() -> None:
+    torch.manual_seed(0)
+    module = torch.nn.Conv2d(3, 2, 3, 2, 1).double()
+    names = {id(p): n for n, p in module.named_parameters()}
+    affine = build(module, "layer", (3, 8, 8), names)
+    k = torch.randn(2, *affine.out_shape, dtype=torch.float64)
+    joint = stage_joint_rank(affine, gradient_constraint(affine, k), 2)
+    assert joint.nullity > 0
+    directions = null_directions(affine, k, joint.nullity, 4)
+    assert directions.shape == (4, 2, 3, 8, 8)
+    for direction in directions:
+        assert affine.linear(direction).abs().max() < 1e-8
+        assert affine.weight_gradient(direction, k).abs().max() < 1e-8
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv2d"])
+def test_predicted_error_matches_the_error_made(kind: str) -> None:
+    torch.manual_seed(1)
+    if kind == "linear":
+        module, shape, batch = torch.nn.Linear(40, 12), (40,), 3
+    else:
+        module, shape, batch = torch.nn.Conv2d(2, 8, 3, 1, 1), (2, 8, 8), 1
+    names = {id(p): n for n, p in module.named_parameters()}
+    affine = build(module, "layer", shape, names)
+    precision = Precision(torch.float64, noise=1e-6)
+    ratios = []
+    for trial in range(10):
+        x = torch.rand(batch, *shape, dtype=torch.float64)
+        k = torch.randn(batch, *affine.out_shape, dtype=torch.float64)
+        g = affine.weight_gradient(x, k)
+        z = Known(affine.forward(x), Precision(torch.float64, seed=trial).normal(
+            torch.full((batch, *affine.out_shape), 1e-6, dtype=torch.float64)))
+        sent = g + 1e-6 * torch.randn_like(g)
+        noisy = Known(z.value + 1e-6 * torch.randn_like(z.value), z.error)
+        solved = solve_stage(affine, sent, noisy, Known(k, 0 * exact(k).error), precision)
+        found = solved.solution.value
+        true = float((found.value - x).square().mean().sqrt())
+        ratios.append(float(found.error.square().mean().sqrt()) / true)
+    assert 0.6 < sum(ratios) / len(ratios) < 1.6
