@@ -10,14 +10,13 @@ from math import inf, prod
 from typing import TYPE_CHECKING, Any
 
 import torch
+from rgap.analysis.probe import Probe, probe_layers
 from torch import Tensor, nn
 
 from rgap.losses import Loss
 from rgap.network import parse
 from rgap.systems import gradient_constraint
 from rgap.systems.ranks import overlap_bound, stage_joint_rank, weight_row_space
-
-from .probe import Probe, probe_layers
 
 if TYPE_CHECKING:
     import pandas
@@ -86,7 +85,8 @@ class Audit:
     def largest_exact_batch(self) -> int:
         """Largest audited batch size at which no layer discards anything; 0 if there is none."""
         exact = [
-            b for b in self.batch_sizes
+            b
+            for b in self.batch_sizes
             if all(row.nullity == 0 for row in self.rows if row.batch_size == b)
         ]
         return max(exact, default=0)
@@ -127,7 +127,7 @@ class Audit:
 
     def plot(self) -> Figure:
         """The discard heat map, layer by batch size."""
-        from .plots import discard_heatmap
+        from rgap.analysis.plots import discard_heatmap
 
         return discard_heatmap(self)
 
@@ -151,11 +151,20 @@ class Audit:
         }
 
     def _repr_html_(self) -> str:
-        names = ("layer", "kind", "batch_size", "unknowns", "gradient_rank", "weight_rank",
-                 "joint_rank", "nullity")
+        names = (
+            "layer",
+            "kind",
+            "batch_size",
+            "unknowns",
+            "gradient_rank",
+            "weight_rank",
+            "joint_rank",
+            "nullity",
+        )
         head = "".join(f"<th>{name.replace('_', ' ')}</th>" for name in names)
         body = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(str(getattr(row, n)))}</td>" for n in names)
+            "<tr>"
+            + "".join(f"<td>{html.escape(str(getattr(row, n)))}</td>" for n in names)
             + "</tr>"
             for row in self.rows
         )
@@ -203,7 +212,9 @@ def audit(
     shape = tuple(int(n) for n in input_shape)
     batches = _checked(batch_sizes)
     if method not in METHODS:
-        raise ValueError(f"expected method in {list(METHODS)}, got {method!r}; write method='exact'")
+        raise ValueError(
+            f"expected method in {list(METHODS)}, got {method!r}; write method='exact'"
+        )
     loss = Loss.of(loss)
     chain = parse(model, shape)
     before = {stage.name: prod(stage.in_shape) for stage in chain.stages}
@@ -238,8 +249,16 @@ def _row(
     unknowns = max(own, batch * (before or 0))
     nullity = unknowns - joint
     return AuditRow(
-        affine.name, affine.kind, batch, unknowns, gradient.rank, weight_rank, joint, nullity,
-        nullity / unknowns, gradient.condition,
+        affine.name,
+        affine.kind,
+        batch,
+        unknowns,
+        gradient.rank,
+        weight_rank,
+        joint,
+        nullity,
+        nullity / unknowns,
+        gradient.condition,
     )
 
 
@@ -272,9 +291,10 @@ def _targets(model: nn.Module, pictures: Tensor, loss: Loss, seed: int) -> Tenso
     classes = outputs.shape[-1] if outputs.ndim > 1 else 1
     generator = torch.Generator().manual_seed(seed)
     if loss.name == "cross_entropy":
-        return torch.randperm(max(classes, len(pictures)), generator=generator)[
-            : len(pictures)
-        ] % classes
+        return (
+            torch.randperm(max(classes, len(pictures)), generator=generator)[: len(pictures)]
+            % classes
+        )
     if loss.name == "mse_loss":
         return torch.rand(outputs.shape, generator=generator, dtype=torch.float64)
     return (torch.rand(outputs.shape, generator=generator) < 0.5).double()

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from rgap.affine import Affine
+from rgap.layers import build
 from rgap.losses import Loss
-from rgap.layers import Unsupported, build
-
+from rgap.probing import Unsupported
 
 log = logging.getLogger(__name__)
 

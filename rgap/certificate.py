@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,12 +17,10 @@ from rgap.capture import capture
 from rgap.head import HeadCandidate
 from rgap.polish import Polished
 from rgap.precision import Known
+from rgap.problem import Problem
 from rgap.recovery import Candidate, Recovery, Status
 from rgap.recursion import Descent
 from rgap.reports import layer_reports
-
-if TYPE_CHECKING:
-    from rgap.invert import Problem
 
 REFUTED = 100.0  # an alternative is refuted when it misses by this many standard errors
 CLEAR = 10.0  # smallest gap between the last determined direction and the cutoff
@@ -68,13 +65,20 @@ def scaled(answer: Answer, ratio: float, candidate: HeadCandidate) -> Answer:
     wider = Known(
         ratio * data.value,
         ratio * data.error
-        + data.value * ratio * candidate.features.error.norm(dim=-1, keepdim=True).reshape(
+        + data.value
+        * ratio
+        * candidate.features.error.norm(dim=-1, keepdim=True).reshape(
             -1, *([1] * (data.value.ndim))
-        ) / candidate.features.value.norm(),
+        )
+        / candidate.features.value.norm(),
     )
     return replace(
-        answer, polished=replace(answer.polished, data=wider), target=candidate.target,
-        labels=candidate.labels, distance=candidate.distance, tolerance=candidate.tolerance,
+        answer,
+        polished=replace(answer.polished, data=wider),
+        target=candidate.target,
+        labels=candidate.labels,
+        distance=candidate.distance,
+        tolerance=candidate.tolerance,
     )
 
 
@@ -84,19 +88,27 @@ def contradiction(problem: Problem, descent: Descent) -> Recovery:
     stage = problem.chain.stages[index]
     relative = descent.solutions[index].solution.stats.residual
     return stopped(
-        problem, Status.INCONSISTENT,
+        problem,
+        Status.INCONSISTENT,
         f"the gradient of '{stage.name}' contradicts the layers above it: residual "
         f"{misfit:.2g} standard errors ({relative:.1e} of the gradient); is the update from "
-        "another model, loss or precision?", descent,
+        "another model, loss or precision?",
+        descent,
     )
 
 
 def stopped(problem: Problem, status: Status, reason: str, descent: Descent | None) -> Recovery:
     """A recovery without inputs."""
     return Recovery(
-        inputs=None, labels=problem.labels, status=status,
-        layers=layer_reports(problem, descent), residual=None, predicted_error=None,
-        error_bound=None, reason=reason, warnings=_warnings(problem),
+        inputs=None,
+        labels=problem.labels,
+        status=status,
+        layers=layer_reports(problem, descent),
+        residual=None,
+        predicted_error=None,
+        error_bound=None,
+        reason=reason,
+        warnings=_warnings(problem),
     )
 
 
@@ -112,7 +124,10 @@ def certify(problem: Problem, answers: Sequence[Answer]) -> Recovery:
     best, residual, _ = min(kept, key=lambda s: s[0].polished.misfit)
     if len(kept) > 1:
         return _assemble(
-            problem, best, residual, Status.AMBIGUOUS,
+            problem,
+            best,
+            residual,
+            Status.AMBIGUOUS,
             f"{len(kept)} batches send exactly this update; no equation tells them apart",
             tuple(Candidate(a.inputs, a.labels, r) for a, r, _ in kept),
         )
@@ -161,9 +176,7 @@ def _misfit(problem: Problem, scored: tuple[Answer, float, dict[str, float]]) ->
             f"{answer.polished.misfits[name]:.2g} standard errors ({by_name.get(name, 0):.1e} "
             "relative); is the update from another model, loss or precision?"
         )
-    return replace(
-        stopped(problem, Status.INCONSISTENT, reason, answer.descent), residual=residual
-    )
+    return replace(stopped(problem, Status.INCONSISTENT, reason, answer.descent), residual=residual)
 
 
 def replay(problem: Problem, answer: Answer) -> tuple[float, dict[str, float]]:
@@ -175,7 +188,10 @@ def replay(problem: Problem, answer: Answer) -> tuple[float, dict[str, float]]:
     shape = (problem.batch, *problem.chain.input_shape)
     targets = answer.labels
     again = capture(
-        problem.model, answer.inputs.reshape(shape), targets, problem.update.loss,
+        problem.model,
+        answer.inputs.reshape(shape),
+        targets,
+        problem.update.loss,
         dtype=torch.float64,
     )
     parts, total, scale = {}, 0.0, 0.0
@@ -188,7 +204,11 @@ def replay(problem: Problem, answer: Answer) -> tuple[float, dict[str, float]]:
 
 
 def _assemble(
-    problem: Problem, answer: Answer, residual: float, status: Status, reason: str,
+    problem: Problem,
+    answer: Answer,
+    residual: float,
+    status: Status,
+    reason: str,
     candidates: tuple[Candidate, ...],
 ) -> Recovery:
     show = status in (Status.EXACT, Status.AMBIGUOUS)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from rgap import activations as act
 from rgap.layers import Names, Piece, affine_map, build
@@ -182,7 +182,7 @@ def _nothing(call: Call) -> Piece:
 
 
 def _arithmetic(call: Call) -> Piece:
-    """y = scale ⊙ x + shift with constants."""
+    """Y = scale ⊙ x + shift with constants."""
     kind = call.kind.strip("_").removeprefix("i") if call.kind != "index" else call.kind
     divides = kind in ("truediv", "div", "divide", "true_divide")
     if divides and not (call.args and call.args[0] is DATA):

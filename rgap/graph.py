@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor, fx, nn
 
 from rgap.affine import Affine
-from rgap.probing import Shape
 from rgap.ops import Op
+from rgap.probing import Shape
 from rgap.tracing import Traced, kind_of, module_of, path_of, propagate, trace
 
 Link = Affine | Op
@@ -47,7 +47,7 @@ def links(model: nn.Module, shape: Shape) -> tuple[list[Link], Barrier | None, S
     """
     try:
         graph = trace(model)
-    except Exception as error:  # noqa: BLE001  (torch.fx raises whatever the forward raises)
+    except Exception as error:
         reason = f"torch.fx cannot trace its forward: {_first_line(error)}"
         if isinstance(error, fx.proxy.TraceError):
             reason = (

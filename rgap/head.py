@@ -51,8 +51,11 @@ class HeadCandidate:
     @property
     def uncertainty(self) -> float:
         """Relative error of the features."""
-        return float(self.features.error.norm() / len(self.features.error) ** 0.5
-                     / self.features.value.norm())
+        return float(
+            self.features.error.norm()
+            / len(self.features.error) ** 0.5
+            / self.features.value.norm()
+        )
 
     @property
     def admissible(self) -> bool:
@@ -141,8 +144,12 @@ def target_of(
     target = loss.targets_from(outputs, k.value / slopes)
     # The client's softmax rounds in absolute terms (p − 1), its logits relatively.
     dz = torch.stack([stage.affine.linear(e) for e in x.error])
-    scale = float(loss.targets_from(outputs, torch.ones_like(k.value)).sub(
-        loss.targets_from(outputs, torch.zeros_like(k.value))).abs().max())
+    scale = float(
+        loss.targets_from(outputs, torch.ones_like(k.value))
+        .sub(loss.targets_from(outputs, torch.zeros_like(k.value)))
+        .abs()
+        .max()
+    )
     own = float(k.error.abs().max()) * scale / float(slopes.abs().min().clamp_min(1e-300))
     width = float(dz.abs().max()) + float(z.abs().max()) * precision.unit * 16
     tolerance = 30 * (own + width + 16 * precision.unit * max(1.0, scale * precision.unit))
@@ -192,10 +199,16 @@ def _without_bias(
 
 
 def _scaled(
-    stage: Stage, gradient: Tensor, u: Tensor, v: Tensor, alpha: float, target: Tensor,
-    loss: Loss, precision: Precision,
+    stage: Stage,
+    gradient: Tensor,
+    u: Tensor,
+    v: Tensor,
+    alpha: float,
+    target: Tensor,
+    loss: Loss,
+    precision: Precision,
 ) -> tuple[Known, Known]:
-    """x = αu and k = v/α with errors: of the gradient's entries, and of α through the loss."""
+    """X = αu and k = v/α with errors: of the gradient's entries, and of α through the loss."""
     std = (gradient.abs() * precision.unit + precision.floor).square() + precision.noise**2
     noise = precision.normal(std.sqrt())
     vv = v.square().sum()
@@ -264,8 +277,10 @@ def _zeros(function: Callable[[Tensor], Tensor], grid: Tensor) -> list[float]:
     brackets = _changes(grid, values)
     size = values.abs()
     dips = torch.nonzero(
-        (size[1:-1] < size[:-2]) & (size[1:-1] < size[2:])
-        & (values[1:-1] * values[:-2] > 0) & (values[1:-1] * values[2:] > 0)
+        (size[1:-1] < size[:-2])
+        & (size[1:-1] < size[2:])
+        & (values[1:-1] * values[:-2] > 0)
+        & (values[1:-1] * values[2:] > 0)
     ).flatten()
     for i in dips.tolist():
         fine = torch.linspace(float(grid[i]), float(grid[i + 2]), 2001, dtype=torch.float64)

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from rgap import certificate
 from rgap.bias import rank_one_residual
 from rgap.head import HeadCandidate, HeadFailure, features_from_bias, solve_head, target_of
-from rgap.network import Chain, Stage, parse
-from rgap.ops import LinearMap, Rearrange, Reshape
+from rgap.network import Chain, Stage
+from rgap.ops import Rearrange, Reshape
 from rgap.polish import polish
-from rgap.precision import Known, Precision
+from rgap.pooling import LinearMap
+from rgap.precision import Known
+from rgap.problem import Problem, prepare
 from rgap.progress import Progress
 from rgap.recovery import Recovery, Status
 from rgap.recursion import Descent, descend
@@ -86,65 +88,10 @@ def invert(
     ('EXACT', [3])
     """
     start = time.perf_counter()
-    problem = _prepare(model, update, batch_size, value_range, noise, labels, device, seed)
+    problem = prepare(model, update, batch_size, value_range, noise, labels, device, seed)
     with Progress(progress) as show:
         recovery = _run(problem, head, show)
     return replace(recovery, seconds=time.perf_counter() - start)
-
-
-@dataclass(frozen=True)
-class Problem:
-    """An update and its model, checked and in float64, ready to be solved."""
-
-    model: nn.Module
-    update: Update
-    chain: Chain
-    gradients: dict[str, Tensor]
-    precision: Precision
-    batch: int
-    labels: Tensor | None
-    value_range: tuple[float, float] | None
-
-
-def _prepare(
-    model: nn.Module,
-    update: Update,
-    batch_size: int | None,
-    value_range: tuple[float, float] | None,
-    noise: float,
-    labels: Tensor | None,
-    device: torch.device | str | None,
-    seed: int,
-) -> Problem:
-    update.check(model)
-    batch = update.batch_size if batch_size is None else batch_size
-    if batch is None:
-        raise ValueError(
-            "expected a batch size, got an update that does not state one; write "
-            "rgap.invert(model, update, batch_size=1)"
-        )
-    if batch < 1:
-        raise ValueError(f"expected batch_size >= 1, got {batch}; write batch_size=1")
-    if update.input_shape is None:
-        raise ValueError(
-            "expected an input shape, got an update that does not state one; write "
-            "dataclasses.replace(update, input_shape=(3, 32, 32))"
-        )
-    if update.local_steps > 1:
-        raise ValueError(
-            f"expected one gradient, got the sum of {update.local_steps} local steps: the weights "
-            "moved between them and the equations of one step do not hold; ask the client for "
-            "local_steps=1"
-        )
-    chain = parse(model, update.input_shape)
-    place = torch.device("cpu") if device is None else torch.device(device)
-    if place.type != "cpu":
-        chain = chain.to(place)
-    gradients = {n: g.detach().to(place, torch.float64) for n, g in update.gradients.items()}
-    precision = Precision(update.dtype, noise, seed=seed)
-    bounds = update.value_range if value_range is None else value_range
-    return Problem(model, update, chain, gradients, precision, batch,
-                   update.labels if labels is None else labels, bounds)
 
 
 def _run(problem: Problem, head: Head | None, show: Progress) -> Recovery:
@@ -157,10 +104,12 @@ def _run(problem: Problem, head: Head | None, show: Progress) -> Recovery:
         return _finish_batch(problem, descent, known[1], show)
     if problem.batch > 1:
         return certificate.stopped(
-            problem, Status.UNDERDETERMINED,
+            problem,
+            Status.UNDERDETERMINED,
             f"every gradient row mixes the {problem.batch} samples of the batch; separating them "
             "at the head is not part of this version (give head=rgap.Head(...) to study the "
-            "layers below)", None,
+            "layers below)",
+            None,
         )
     lowest = _lowest_fully_connected(chain, problem.gradients)
     if lowest is not None:
@@ -179,9 +128,11 @@ def _from_bias(problem: Problem, index: int, show: Progress) -> Recovery:
     misfit = rank_one_residual(weight, x.value[0], k.value[0])
     if misfit > certificate.rank_one_tolerance(problem):
         return certificate.stopped(
-            problem, Status.INCONSISTENT,
+            problem,
+            Status.INCONSISTENT,
             f"the gradient of '{stage.name}' is not of rank one (relative residual {misfit:.1e}): "
-            "it mixes several samples or does not come with this bias gradient", None,
+            "it mixes several samples or does not come with this bias gradient",
+            None,
         )
     descent = _descend(problem, index, x, k, show)
     return _conclude(problem, [(descent, None, [])], show)
@@ -194,9 +145,11 @@ def _from_head(problem: Problem, show: Progress) -> Recovery:
     stage = chain.stages[index]
     if stage.affine.geometry is not None:
         return certificate.stopped(
-            problem, Status.UNSUPPORTED,
+            problem,
+            Status.UNSUPPORTED,
             f"the last layer '{stage.name}' is a {stage.affine.kind}, the head equations need a "
-            "fully connected one; rgap.analysis.audit still measures every layer", None,
+            "fully connected one; rgap.analysis.audit still measures every layer",
+            None,
         )
     show.stage(f"head equations at {stage.name}")
     weight, bias = _head_gradients(stage, problem.gradients)
@@ -255,8 +208,7 @@ def _conclude(problem: Problem, runs: list[Run], show: Progress) -> Recovery:
         answer = _answer(problem, descent, _kappa(problem, descent) if kappa is None else kappa)
         answers.append(answer)
         answers += [
-            certificate.scaled(answer, other.scale / family[0].scale, other)
-            for other in family[1:]
+            certificate.scaled(answer, other.scale / family[0].scale, other) for other in family[1:]
         ]
     return certificate.certify(problem, answers)
 
@@ -268,8 +220,13 @@ def _worst(descent: Descent) -> float:
 def _answer(problem: Problem, descent: Descent, kappa: Known) -> certificate.Answer:
     low, high = problem.value_range or (0.0, 1.0)
     polished = polish(
-        problem.chain, problem.gradients, descent.require_data(), kappa, problem.precision,
-        descent.preconditioner(problem.chain), high - low,
+        problem.chain,
+        problem.gradients,
+        descent.require_data(),
+        kappa,
+        problem.precision,
+        descent.preconditioner(problem.chain),
+        high - low,
     )
     stage = problem.chain.stages[-1]
     features = _features(problem.chain, polished.data)
@@ -286,8 +243,10 @@ def _kappa(problem: Problem, descent: Descent) -> Known:
     stage = problem.chain.stages[-1]
     weight, bias = _head_gradients(stage, problem.gradients)
     if bias is not None:
-        return Known(bias[None], problem.precision.normal(
-            torch.full_like(bias, problem.precision.noise))[:, None])
+        return Known(
+            bias[None],
+            problem.precision.normal(torch.full_like(bias, problem.precision.noise))[:, None],
+        )
     x = _features(problem.chain, descent.require_data())
     scale = x.value[0].square().sum().clamp_min(1e-300)
     k = weight @ x.value[0] / scale
@@ -298,6 +257,7 @@ def _kappa(problem: Problem, descent: Descent) -> Known:
 
 def _features(chain: Chain, data: Known) -> Known:
     """Input of the last affine map, with the ensemble carried up by finite differences."""
+
     def rise(x: Tensor) -> Tensor:
         for stage in chain.stages[:-1]:
             for op in stage.lead:
@@ -322,9 +282,7 @@ def _finish_batch(problem: Problem, descent: Descent, kappa: Known, show: Progre
     return _conclude(problem, [(descent, kappa, [])], show)
 
 
-def _descend(
-    problem: Problem, index: int, x: Known, k: Known, show: Progress
-) -> Descent:
+def _descend(problem: Problem, index: int, x: Known, k: Known, show: Progress) -> Descent:
     return descend(problem.chain, problem.gradients, index, x, k, problem.precision, show.stage)
 
 
@@ -343,7 +301,11 @@ def _lowest_fully_connected(chain: Chain, gradients: dict[str, Tensor]) -> int |
     """Index of the lowest fully connected stage whose bias gradient carries its input."""
     for stage in chain.stages:
         name = stage.affine.bias_name
-        if stage.affine.geometry is None and name is not None and bool((gradients[name] != 0).any()):
+        if (
+            stage.affine.geometry is None
+            and name is not None
+            and bool((gradients[name] != 0).any())
+        ):
             return stage.index
     return None
 
@@ -359,4 +321,3 @@ def _barrier_words(chain: Chain) -> str:
     barrier = chain.barrier
     assert barrier is not None
     return f"'{barrier.node}' ({barrier.kind}): {barrier.reason}; {barrier.advice}"
-

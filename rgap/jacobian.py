@@ -73,8 +73,17 @@ class Linearisation:
                     cotangents.insert(0, k)
                     k = op.pull(before, k)
             matrix = gradient_constraint(stage.affine, k).matrix
-            node = _Node(stage, u, z, k, lead_inputs, tail_inputs, cotangents, matrix,
-                         _patches(stage.affine, u))
+            node = _Node(
+                stage,
+                u,
+                z,
+                k,
+                lead_inputs,
+                tail_inputs,
+                cotangents,
+                matrix,
+                _patches(stage.affine, u),
+            )
             self.nodes.insert(0, node)
             k = stage.affine.adjoint(k)
             for op, before in zip(reversed(stage.lead), reversed(lead_inputs), strict=True):
@@ -191,8 +200,11 @@ class Linearisation:
             directions.append(value)
             value = _push(op, before, value)
         steps = zip(
-            reversed(node.stage.tail), reversed(node.tail_inputs), reversed(directions),
-            reversed(node.tail_cotangents), strict=True,
+            reversed(node.stage.tail),
+            reversed(node.tail_inputs),
+            reversed(directions),
+            reversed(node.tail_cotangents),
+            strict=True,
         )
         for op, before, direction, above in steps:
             dk = _pull(op, before, dk)
@@ -224,7 +236,7 @@ class Linearisation:
         return bar, on_z
 
     def _rows(self, node: _Node, du: Tensor, dk: Tensor) -> Rows:
-        """dG = K du + U dk, and d∂b = Σ dk."""
+        """DG = K du + U dk, and d∂b = Σ dk."""
         affine = node.stage.affine
         count = du.shape[0]
         table = weight_constraint(affine, self.x.shape[0]).unfold(du.flatten(0, 1), count)
@@ -245,8 +257,10 @@ class Linearisation:
         table = torch.einsum(
             "grp,sgcr->sgcp", node.matrix, y.reshape(y.shape[0], groups, -1, count)
         ).flatten(1, 2)
-        return weight_constraint(affine, self.x.shape[0]).fold(table).reshape(
-            y.shape[0], *node.u.shape
+        return (
+            weight_constraint(affine, self.x.shape[0])
+            .fold(table)
+            .reshape(y.shape[0], *node.u.shape)
         )
 
     def _rows_k(self, node: _Node, rows: Rows) -> Tensor:

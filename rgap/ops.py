@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 Function = Callable[[Tensor], Tensor]
 _Op = TypeVar("_Op", bound="Op")
@@ -109,19 +109,19 @@ class Reshape(Op):
     affine = True
 
     def forward(self, x: Tensor) -> Tensor:
-        """x in the output's shape."""
+        """X in the output's shape."""
         return x.reshape(*leading(x, self.in_shape), *self.out_shape)
 
     def linear(self, dx: Tensor) -> Tensor:
-        """dx in the output's shape."""
+        """Dx in the output's shape."""
         return self.forward(dx)
 
     def adjoint(self, k: Tensor) -> Tensor:
-        """k in the input's shape."""
+        """K in the input's shape."""
         return k.reshape(*leading(k, self.out_shape), *self.in_shape)
 
     def inverse(self, y: Tensor) -> Tensor:
-        """y in the input's shape."""
+        """Y in the input's shape."""
         return self.adjoint(y)
 
 
@@ -195,19 +195,19 @@ class Pad(Op):
             self.barrier = f"'{name}' (pad) cuts values away; {ADVICE}"
 
     def forward(self, x: Tensor) -> Tensor:
-        """x with its border."""
+        """X with its border."""
         return F.pad(x, self.sides, value=self.value)
 
     def linear(self, dx: Tensor) -> Tensor:
-        """dx with a border of zeros."""
+        """Dx with a border of zeros."""
         return F.pad(dx, self.sides)
 
     def adjoint(self, k: Tensor) -> Tensor:
-        """k without the border."""
+        """K without the border."""
         return F.pad(k, [-side for side in self.sides])
 
     def inverse(self, y: Tensor) -> Tensor:
-        """y without the border."""
+        """Y without the border."""
         return super().inverse(y) if self.barrier else self.adjoint(y)
 
 

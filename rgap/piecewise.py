@@ -39,7 +39,7 @@ class Activation(Op):
         super().__init__(name, self.kind_name, in_shape, barrier=reason)
 
     def pull(self, x: Tensor, k: Tensor) -> Tensor:
-        """k ⊙ φ'(z) at the input z = ``x``."""
+        """K ⊙ φ'(z) at the input z = ``x``."""
         return k * self.derivative(x)
 
     def derivative(self, z: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ class Activation(Op):
         raise NotImplementedError
 
     def inverse(self, y: Tensor) -> Tensor:
-        """z with φ(z) = y; a y that rounding moved out of :attr:`domain` is moved back inside."""
+        """Z with φ(z) = y; a y that rounding moved out of :attr:`domain` is moved back inside."""
         if self.barrier is not None:
             raise ValueError(self.barrier)
         return self._inverse(self._inside(y))
@@ -61,7 +61,7 @@ class Activation(Op):
         raise ValueError(self.barrier)
 
     def slope_derivative(self, x: Tensor) -> Tensor:
-        """d slope / dx, from the output x."""
+        """D slope / dx, from the output x."""
         raise ValueError(self.barrier)
 
     def _inverse(self, x: Tensor) -> Tensor:

@@ -119,9 +119,7 @@ def _weights(point: Linearisation, kappa: Known, precision: Precision) -> Rows:
         for name, rows in carried.items():
             pooled[name] = pooled[name] + _pool(rows[0].square()) / count
     return {
-        name: pooled[name].sqrt().clamp_min(1e-300).reciprocal().reshape(
-            -1, *([1] * (s.ndim - 1))
-        )
+        name: pooled[name].sqrt().clamp_min(1e-300).reciprocal().reshape(-1, *([1] * (s.ndim - 1)))
         for name, s in squares.items()
     }
 

@@ -45,7 +45,7 @@ class LinearMap(Op):
         return pulled.reshape(*lead, *self.in_shape)
 
     def inverse(self, y: Tensor) -> Tensor:
-        """x from L x where L has full column rank (a pool with as many outputs as inputs)."""
+        """X from L x where L has full column rank (a pool with as many outputs as inputs)."""
         if self._inverse is None:
             return super().inverse(y)
         lead = leading(y, self.out_shape)
@@ -53,7 +53,7 @@ class LinearMap(Op):
         return (rows @ self._inverse.T).reshape(*lead, *self.in_shape)
 
     def _pseudo_inverse(self) -> Tensor | None:
-        """pinv of the map of one channel; pools treat channels alike."""
+        """Pinv of the map of one channel; pools treat channels alike."""
         size = prod(self.in_shape[1:])
         too_large = size > 4096  # a dense inverse of 128 MB; larger pools are named instead
         if len(self.in_shape) < 2 or self.out_shape[0] != self.in_shape[0] or too_large:

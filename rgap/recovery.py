@@ -180,8 +180,18 @@ class Recovery:
     def summary(self) -> dict[str, object]:
         """The recovery as plain numbers, for JSON."""
         fields = (
-            "layer", "kind", "unknowns", "gradient_rank", "joint_rank", "nullity", "gap",
-            "condition", "residual", "seconds", "route", "note",
+            "layer",
+            "kind",
+            "unknowns",
+            "gradient_rank",
+            "joint_rank",
+            "nullity",
+            "gap",
+            "condition",
+            "residual",
+            "seconds",
+            "route",
+            "note",
         )
         return {
             "status": self.status.name,

@@ -157,9 +157,7 @@ def descend(
                 descent.halt = Halt(stage.name, "the equations contradict each other", True)
                 return descent
         descent.cotangents[index] = k
-        cot = Known(
-            stage.affine.adjoint(k.value), _map(stage.affine.adjoint, k.error)
-        )
+        cot = Known(stage.affine.adjoint(k.value), _map(stage.affine.adjoint, k.error))
         cot = Known(cot.value, cot.error + precision.rounding(cot.value))
         passed = _lift(stage, known, cot)
         if isinstance(passed, Halt):
@@ -236,7 +234,7 @@ def _through(
 def _invert_activation(
     op: Activation, x: Known, k: Known, precision: Precision
 ) -> tuple[Known, Known]:
-    """z = φ^{-1}(x) and k ⊙ φ'(z), with the errors of both.
+    """Z = φ^{-1}(x) and k ⊙ φ'(z), with the errors of both.
 
     A unit of a piecewise linear φ whose sign the error leaves open shows up in the ensemble: its
     slope is taken at each perturbed value.  One-sided units (ReLU at 0) carry no equation: their
@@ -280,4 +278,3 @@ def _affine_error(op: Op, error: Tensor) -> Tensor:
     """D(op^{-1}) error for an affine op: op^{-1}(e) − op^{-1}(0)."""
     zero = op.inverse(torch.zeros_like(error[0]))
     return _map(op.inverse, error) - zero
-

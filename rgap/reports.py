@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from math import inf, prod
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from rgap.network import Stage
+from rgap.problem import Problem
 from rgap.recovery import LayerReport
 from rgap.recursion import Descent
 from rgap.systems.nullspace import null_directions
 from rgap.systems.ranks import weight_row_space
-
-if TYPE_CHECKING:
-    from rgap.invert import Problem
 
 
 def layer_reports(problem: Problem, descent: Descent | None) -> tuple[LayerReport, ...]:
@@ -35,14 +32,40 @@ def _report(problem: Problem, descent: Descent | None, stage: Stage) -> LayerRep
     if descent is None or stage.index not in descent.cotangents:
         step = None if descent is None else descent.solutions.get(stage.index)
         if step is None:
-            return LayerReport(stage.name, affine.kind, unknowns, None, None, None, inf, inf, inf,
-                               0.0, "not reached", note, weight_rank)
+            return LayerReport(
+                stage.name,
+                affine.kind,
+                unknowns,
+                None,
+                None,
+                None,
+                inf,
+                inf,
+                inf,
+                0.0,
+                "not reached",
+                note,
+                weight_rank,
+            )
     assert descent is not None
     step = descent.solutions.get(stage.index)
     if step is None:  # where the recursion started: all of u was read off the gradient
         route = "bias attack" if affine.bias_name is not None else "head equations"
-        return LayerReport(stage.name, affine.kind, unknowns, unknowns, unknowns, 0, inf, 1.0,
-                           0.0, 0.0, route, note, weight_rank)
+        return LayerReport(
+            stage.name,
+            affine.kind,
+            unknowns,
+            unknowns,
+            unknowns,
+            0,
+            inf,
+            1.0,
+            0.0,
+            0.0,
+            route,
+            note,
+            weight_rank,
+        )
     stats = step.solution.stats
     cotangent = step.cotangent
 
@@ -52,7 +75,18 @@ def _report(problem: Problem, descent: Descent | None, stage: Stage) -> LayerRep
         return null_directions(affine, cotangent, stats.joint.nullity, count)
 
     return LayerReport(
-        stage.name, affine.kind, unknowns, stats.gradient_rank, stats.joint.rank,
-        stats.joint.nullity, stats.joint.gap, stats.condition, stats.residual, step.seconds,
-        stats.route, note, weight_rank, null_space,
+        stage.name,
+        affine.kind,
+        unknowns,
+        stats.gradient_rank,
+        stats.joint.rank,
+        stats.joint.nullity,
+        stats.joint.gap,
+        stats.condition,
+        stats.residual,
+        step.seconds,
+        stats.route,
+        note,
+        weight_rank,
+        null_space,
     )

@@ -38,15 +38,15 @@ class Scale(Op):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        """scale ⊙ x + shift."""
+        """Scale ⊙ x + shift."""
         return x * self.scale + self.shift
 
     def linear(self, dx: Tensor) -> Tensor:
-        """scale ⊙ dx."""
+        """Scale ⊙ dx."""
         return dx * self.scale
 
     def adjoint(self, k: Tensor) -> Tensor:
-        """scale ⊙ k."""
+        """Scale ⊙ k."""
         return k * self.scale
 
     def inverse(self, y: Tensor) -> Tensor:

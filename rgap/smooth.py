@@ -10,7 +10,7 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from rgap.piecewise import Activation
 
@@ -41,7 +41,7 @@ class Sigmoid(Activation):
         return -self.derivative(z) * torch.tanh(z / 2)
 
     def slope(self, x: Tensor) -> Tensor:
-        """x (1 − x)."""
+        """X (1 − x)."""
         return x * (1 - x)
 
     def slope_derivative(self, x: Tensor) -> Tensor:

@@ -67,7 +67,10 @@ class Iterate:
 
 
 def solve_lsmr(
-    stacked: Stacked, rhs: Tensor, start: Tensor | None = None, limit: int = 4000,
+    stacked: Stacked,
+    rhs: Tensor,
+    start: Tensor | None = None,
+    limit: int = 4000,
     tolerance: float = 1e-13,
 ) -> Iterate:
     """Least-squares solution closest to ``start``, columns scaled to unit norm.

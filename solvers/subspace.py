@@ -106,9 +106,7 @@ def _group_bases(gradient: Kronecker, rcond: float | None, noise: float) -> list
     _, values, vh = torch.linalg.svd(gradient.matrix, full_matrices=False)
     tolerance = resolve_rcond(rcond, tuple(gradient.matrix.shape[1:]), noise=noise)
     size = gradient.matrix.shape[-1]
-    return [
-        v[: numerical_rank(s, size, tolerance).rank] for s, v in zip(values, vh, strict=True)
-    ]
+    return [v[: numerical_rank(s, size, tolerance).rank] for s, v in zip(values, vh, strict=True)]
 
 
 def _sines(

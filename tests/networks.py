@@ -22,8 +22,17 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 
 def small_conv(
-    activation: str, *, channels: int = 6, classes: int = 5, bias: bool = True, depth: int = 2,
-    size: int = 8, stride: int = 1, seed: int = 0, scale: float = 0.0, norm: bool = False,
+    activation: str,
+    *,
+    channels: int = 6,
+    classes: int = 5,
+    bias: bool = True,
+    depth: int = 2,
+    size: int = 8,
+    stride: int = 1,
+    seed: int = 0,
+    scale: float = 0.0,
+    norm: bool = False,
 ) -> nn.Module:
     """A convolutional chain on [2, size, size] pictures; ``scale`` > 0: uniform weights."""
     with torch.random.fork_rng(devices=[]):
@@ -46,8 +55,13 @@ def small_conv(
 
 
 def small_mlp(
-    activation: str, *, classes: int = 5, bias: bool = True, seed: int = 0,
-    widths: tuple[int, ...] = (24, 16), inputs: int = 32,
+    activation: str,
+    *,
+    classes: int = 5,
+    bias: bool = True,
+    seed: int = 0,
+    widths: tuple[int, ...] = (24, 16),
+    inputs: int = 32,
 ) -> nn.Module:
     """A fully connected chain on [2, 4, 4] inputs."""
     with torch.random.fork_rng(devices=[]):

@@ -8,8 +8,9 @@ from statistics import median
 import pytest
 import torch
 from networks import picture, small_conv, small_mlp
-from rgap import Status, capture, invert
 from torch import Tensor, nn
+
+from rgap import Status, capture, invert
 
 BINARY = "binary_cross_entropy_with_logits"
 
@@ -32,8 +33,21 @@ def draw_case(seed: int) -> Case:
     def pick(options: list[object]) -> object:
         return options[int(torch.randint(len(options), (1,), generator=generator))]
 
-    activation = str(pick(["sigmoid", "tanh", "leaky_relu", "elu", "softplus", "selu", "softsign",
-                           "prelu", "relu"]))
+    activation = str(
+        pick(
+            [
+                "sigmoid",
+                "tanh",
+                "leaky_relu",
+                "elu",
+                "softplus",
+                "selu",
+                "softsign",
+                "prelu",
+                "relu",
+            ]
+        )
+    )
     dtype = pick([torch.float32, torch.float64])
     kind = pick(["conv", "conv", "conv", "deficient", "mlp", "binary"])
     classes = int(pick([3, 5, 10]))
@@ -52,8 +66,15 @@ def draw_case(seed: int) -> Case:
         stride = 2 if kind == "deficient" else 1
         scale = float(pick([0.0, 0.3]))
         norm = bool(pick([False, False, True]))
-        model = small_conv(activation, channels=channels, classes=classes, stride=stride,
-                           seed=seed, scale=scale, norm=norm and not scale)
+        model = small_conv(
+            activation,
+            channels=channels,
+            classes=classes,
+            stride=stride,
+            seed=seed,
+            scale=scale,
+            norm=norm and not scale,
+        )
         x, loss, target = picture((2, 8, 8), seed), "cross_entropy", label
         determined = kind == "conv" and activation != "relu" and scale == 0.0
     return Case(f"{kind}-{activation}-{dtype}-{seed}", model, x, target, loss, dtype, determined)

@@ -38,7 +38,8 @@ def system(
     k = Kronecker(draw(groups, rows, size), channels)
     w = DenseCoupling(draw(extra, channels * size), channels)
     blocks = [
-        torch.block_diag(*[k.matrix[c // (channels // groups)] for c in range(channels)]), w.matrix
+        torch.block_diag(*[k.matrix[c // (channels // groups)] for c in range(channels)]),
+        w.matrix,
     ]
     return k, w, torch.cat(blocks)
 

@@ -7,13 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import Geometry, dense_blocks, dense_rank, layers
+from torch import Tensor
+
 from rgap.layers import build
 from rgap.precision import Known, Precision
 from rgap.systems import gradient_constraint, gradient_rows, weight_constraint
 from rgap.systems.nullspace import null_directions
 from rgap.systems.ranks import overlap_bound, stage_joint_rank, weight_row_space
 from rgap.systems.stage import solve_stage
-from torch import Tensor
 
 MASKS = st.sampled_from([0.0, 0.0, 0.3, 0.7])
 
@@ -41,7 +42,9 @@ def test_ranks_and_solution_equal_the_dense_reference(case: Geometry, masked: fl
     assert case.batch * weight.rank.rank == dense_rank(rows_w)
     joint = stage_joint_rank(affine, kronecker, case.batch, weight=weight)
     # rows of unit size: a block of tiny cotangents must not vanish next to the weights
-    balanced = torch.cat([rows_k / rows_k.norm().clamp_min(1e-300), rows_w / rows_w.norm().clamp_min(1e-300)])
+    balanced = torch.cat(
+        [rows_k / rows_k.norm().clamp_min(1e-300), rows_w / rows_w.norm().clamp_min(1e-300)]
+    )
     singular = torch.linalg.svdvals(balanced)
     expected = dense_rank(balanced)
     assert joint.rank == expected, singular
@@ -49,7 +52,10 @@ def test_ranks_and_solution_equal_the_dense_reference(case: Geometry, masked: fl
         bound = dense_rank(rows_k) + dense_rank(rows_w) - overlap_bound(affine, k)
         assert joint.rank <= max(bound, 0) or bound < 0 or affine.geometry is not None
     solved = solve_stage(
-        affine, affine.weight_gradient(x, k), exact(affine.forward(x)), exact(k),
+        affine,
+        affine.weight_gradient(x, k),
+        exact(affine.forward(x)),
+        exact(k),
         Precision(torch.float64),
     )
     if expected == stacked.shape[1] and singular[-1] > 1e-5 * singular[0]:
@@ -143,8 +149,12 @@ def test_predicted_error_matches_the_error_made(kind: str) -> None:
         x = torch.rand(batch, *shape, dtype=torch.float64)
         k = torch.randn(batch, *affine.out_shape, dtype=torch.float64)
         g = affine.weight_gradient(x, k)
-        z = Known(affine.forward(x), Precision(torch.float64, seed=trial).normal(
-            torch.full((batch, *affine.out_shape), 1e-6, dtype=torch.float64)))
+        z = Known(
+            affine.forward(x),
+            Precision(torch.float64, seed=trial).normal(
+                torch.full((batch, *affine.out_shape), 1e-6, dtype=torch.float64)
+            ),
+        )
         sent = g + 1e-6 * torch.randn_like(g)
         noisy = Known(z.value + 1e-6 * torch.randn_like(z.value), z.error)
         solved = solve_stage(affine, sent, noisy, Known(k, 0 * exact(k).error), precision)

@@ -68,9 +68,7 @@ def gradient_rows(affine: Affine, gradient: Tensor) -> Tensor:
     """∂L/∂W as right-hand sides, [..., F, C/g, *kernel] → [..., C, (F/g)·offsets]."""
     geometry = _geometry(affine)
     batch = gradient.shape[: gradient.ndim - affine.weight.ndim]
-    g = gradient.reshape(
-        *batch, geometry.groups, -1, affine.weight.shape[1], prod(geometry.kernel)
-    )
+    g = gradient.reshape(*batch, geometry.groups, -1, affine.weight.shape[1], prod(geometry.kernel))
     return g.movedim(-2, -3).flatten(-2).flatten(-3, -2)
 
 

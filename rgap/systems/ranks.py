@@ -43,12 +43,18 @@ def stage_joint_rank(
     size = prod(affine.in_shape)
     if weight.rank.rank == size:
         return Rank(
-            batch * size, batch * size, 0.0, weight.rank.gap, weight.rank.largest,
-            weight.rank.smallest, batch * size,
+            batch * size,
+            batch * size,
+            0.0,
+            weight.rank.gap,
+            weight.rank.largest,
+            weight.rank.smallest,
+            batch * size,
         )
     channels = affine.in_shape[0]
-    return joint_rank(gradient, weight.basis.reshape(-1, channels, size // channels), batch,
-                      noise=noise)
+    return joint_rank(
+        gradient, weight.basis.reshape(-1, channels, size // channels), batch, noise=noise
+    )
 
 
 def overlap_bound(affine: Affine, cotangent: torch.Tensor, rcond: float = 1e-10) -> int:

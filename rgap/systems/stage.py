@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rgap.affine import Affine
 from rgap.precision import Known, Precision
-from rgap.solvers.kronecker import Factor, Kronecker, factor
+from rgap.solvers.kronecker import Factor, factor
 from rgap.solvers.rank import Rank
 from rgap.solvers.solution import Result, Solution, Stats
 
@@ -103,8 +103,13 @@ class _Stage:
             return Solution(None, Result.DEFICIENT, stats), None
         known, iterations = self.compute(made)
         full = Rank(
-            self.unknowns, self.unknowns, 1.0 / DETERMINED, made.smallest * DETERMINED,
-            made.largest, made.smallest, self.unknowns,
+            self.unknowns,
+            self.unknowns,
+            1.0 / DETERMINED,
+            made.smallest * DETERMINED,
+            made.largest,
+            made.smallest,
+            self.unknowns,
         )
         residual = self.residual(known.value)
         stats = Stats(route, self.unknowns, own.rank, full, made.condition, residual, iterations)
@@ -209,4 +214,3 @@ class _Stage:
         scaled = gap.reshape(groups, -1, count) * self.gradient_weights[:, None, :]
         weight = (self.affine.linear(u).flatten() - self.target) * self.weight_weights
         return float(scaled.square().mean().sqrt()), float(weight.square().mean().sqrt())
-

@@ -1,0 +1,7 @@
+"""Measures equations and recoveries: how much of a batch each layer's gradient determines."""
+
+from __future__ import annotations
+
+from rgap.analysis.discard import Audit, AuditRow, audit
+
+__all__ = ["Audit", "AuditRow", "audit"]

@@ -1,0 +1,89 @@
+"""What a client's gradient gives away: rank, exact recovery and certificates.
+
+    update   = rgap.capture(model, inputs, targets)      what the client sends
+    recovery = rgap.invert(model, update)                what it determines, certified
+    audit    = rgap.analysis.audit(model, (3, 32, 32))   why, layer by layer
+
+Names are loaded on first use (PEP 562), so that ``import rgap`` and ``rgap --help`` do not wait
+for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from rgap._version import __version__
+
+if TYPE_CHECKING:
+    from rgap import analysis, models, photos, solvers
+    from rgap.capture import capture
+    from rgap.invert import Head, invert
+    from rgap.labels import LabelEstimate, idlg
+    from rgap.losses import Loss
+    from rgap.recovery import Candidate, LayerReport, Recovery, Status
+    from rgap.update import Update
+
+_HOMES = {
+    "Candidate": "recovery",
+    "Head": "invert",
+    "LabelEstimate": "labels",
+    "LayerReport": "recovery",
+    "Loss": "losses",
+    "Recovery": "recovery",
+    "Status": "recovery",
+    "Update": "update",
+    "capture": "capture",
+    "idlg": "labels",
+    "invert": "invert",
+}
+_ROOMS = ("analysis", "models", "photos", "solvers")
+
+__all__ = [
+    "Candidate",
+    "Head",
+    "LabelEstimate",
+    "LayerReport",
+    "Loss",
+    "Recovery",
+    "Status",
+    "Update",
+    "__version__",
+    "analysis",
+    "capture",
+    "idlg",
+    "invert",
+    "models",
+    "photos",
+    "solvers",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"rgap.{name}")
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"rgap.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'rgap' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+class _Package(ModuleType):
+    """Keeps ``rgap.capture`` and ``rgap.invert`` the functions.
+
+    The import system binds a submodule to its package once it is loaded, and so would put the
+    module ``rgap.invert`` in the place of the function.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, ModuleType) and _HOMES.get(name) == name:
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

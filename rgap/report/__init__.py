@@ -1,0 +1,1 @@
+"""Pages, tables and the demo: what people look at."""

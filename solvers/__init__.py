@@ -1,0 +1,1 @@
+"""Numerics: operators, factorisations and ranks; knows nothing of networks or attacks."""
