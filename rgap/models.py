@@ -61,7 +61,9 @@ def lenet(
         classes: number of logits.
         channels: of each convolution.
         activation: after each convolution.
-        input_shape, seed, weights: as above.
+        input_shape: of one sample.
+        seed: as above.
+        weights: as above.
 
     Raises:
         TypeError: an ``activation`` that gives no module.
@@ -165,7 +167,9 @@ def mlp(
         widths: of the hidden layers; empty for a linear classifier.
         classes: number of logits.
         activation: after each hidden layer.
-        input_shape, seed, weights: as above.
+        input_shape: of one sample.
+        seed: as above.
+        weights: as above.
 
     Raises:
         TypeError: an ``activation`` that gives no module.
@@ -198,7 +202,9 @@ def lenet5(
     Args:
         classes: number of logits.
         activation: after each layer but the last.
-        input_shape, seed, weights: as above.
+        input_shape: of one sample.
+        seed: as above.
+        weights: as above.
 
     Raises:
         TypeError: an ``activation`` that gives no module.
@@ -239,7 +245,9 @@ def vgg(
         channels: of the two convolutions before each pooling.
         width: of the first fully connected layer.
         activation: after each layer but the last.
-        input_shape, seed, weights: as above.
+        input_shape: of one sample.
+        seed: as above.
+        weights: as above.
 
     Raises:
         TypeError: an ``activation`` that gives no module.
@@ -278,7 +286,9 @@ def resnet(
         classes: number of logits.
         channels: of each block; the first is the stem's too, each later block halves the picture.
         activation: in the stem and twice in each block.
-        input_shape, seed, weights: as above.
+        input_shape: of one sample.
+        seed: as above.
+        weights: as above.
 
     Raises:
         TypeError: an ``activation`` that gives no module.
