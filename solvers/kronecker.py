@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .rank import Rank, numerical_rank, resolve_rcond
+from .svd import singular_values
 
 
 class Coupling(Protocol):
@@ -60,7 +61,7 @@ class Kronecker:
     @cached_property
     def spectra(self) -> Tensor:
         """Singular values of each K_γ, [groups, min(rows, P)]."""
-        return torch.linalg.svdvals(self.matrix)
+        return singular_values(self.matrix)
 
     def rank(self, rcond: float | None = None, noise: float = 0.0) -> Rank:
         """Rank of the whole block, summed over groups with one cutoff per group."""

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from .kronecker import Kronecker, extremes
 from .rank import Rank, numerical_rank, resolve_rcond
+from .svd import right_singular_vectors, singular_values
 
+SMALL = 800  # matrices up to this size are decomposed in full
 SUSPECT = 1e-3  # sines below this are recomputed without cancellation
 
 
@@ -39,7 +41,7 @@ def row_space(matrix: Tensor, rcond: float | None = None, noise: float = 0.0) ->
         if basis is not None:
             largest, smallest, orthonormal = basis
             return RowSpace(orthonormal, Rank(rows, columns, 0.0, inf, largest, smallest, rows))
-    _, values, vh = torch.linalg.svd(matrix, full_matrices=False)
+    values, vh = right_singular_vectors(matrix)
     rank = numerical_rank(values, columns, resolve_rcond(rcond, (rows, columns), noise=noise))
     return RowSpace(vh[: rank.rank], rank)
 
@@ -61,6 +63,44 @@ def _cholesky_qr(matrix: Tensor) -> tuple[float, float, Tensor] | None:
     first = torch.linalg.solve_triangular(torch.linalg.cholesky(gram), matrix, upper=False)
     again = torch.linalg.cholesky(first @ first.T)
     return (*ends, torch.linalg.solve_triangular(again, first, upper=False))
+
+
+def top_eigenpairs(matrix: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """Every eigenpair of a symmetric matrix with spectrum in [0, 1] above ``threshold``, and more.
+
+    Large matrices go through subspace iteration with the inverse of (1 + δ)I − M, which separates
+    eigenvalues near 1 by 1/δ; that none is left out is proved by a Cholesky factorisation of
+    ``threshold·I − M`` with the found ones taken away.  Where the proof fails, and for small
+    matrices, the full decomposition decides.
+
+    Args:
+        matrix: [n, n], a product of orthonormal bases, so 0 ≤ M ≤ 1 up to rounding.
+        threshold: in (0, 1).
+
+    Returns:
+        Eigenvalues [m] and eigenvectors [n, m], at least those above the threshold.
+    """
+    size = matrix.shape[0]
+    if size <= SMALL:
+        return tuple(torch.linalg.eigh(matrix))
+    eye = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
+    shifted, info = torch.linalg.cholesky_ex((1.0 + 1e-8) * eye - matrix)
+    generator = torch.Generator().manual_seed(0)
+    block = 192
+    while not bool(info) and 2 * block <= size:
+        vectors = torch.randn(size, block, generator=generator, dtype=matrix.dtype).to(matrix)
+        for _ in range(3):
+            vectors = torch.linalg.qr(torch.cholesky_solve(vectors, shifted)).Q
+        values, rotation = torch.linalg.eigh(vectors.T @ matrix @ vectors)
+        vectors = vectors @ rotation
+        if float(values[0]) < threshold:
+            above = vectors[:, values > threshold]
+            rest = threshold * eye - matrix + above @ above.T
+            if not bool(torch.linalg.cholesky_ex(rest).info):
+                return values, vectors
+            break
+        block *= 2
+    return tuple(torch.linalg.eigh(matrix))
 
 
 def joint_rank(
@@ -103,7 +143,7 @@ def joint_rank(
 
 
 def _group_bases(gradient: Kronecker, rcond: float | None, noise: float) -> list[Tensor]:
-    _, values, vh = torch.linalg.svd(gradient.matrix, full_matrices=False)
+    values, vh = right_singular_vectors(gradient.matrix)
     tolerance = resolve_rcond(rcond, tuple(gradient.matrix.shape[1:]), noise=noise)
     size = gradient.matrix.shape[-1]
     return [v[: numerical_rank(s, size, tolerance).rank] for s, v in zip(values, vh, strict=True)]
@@ -125,7 +165,7 @@ def _sines(
         return torch.ones(0, dtype=q.dtype)
     flip = t.shape[0] > t.shape[1]
     small = t.T @ t if flip else t @ t.T
-    values, vectors = torch.linalg.eigh(small)
+    values, vectors = top_eigenpairs(small, 1.0 - SUSPECT**2)
     squared = (1.0 - values).clamp_min(0.0)
     sines = squared.sqrt()
     suspect = sines < SUSPECT
@@ -160,4 +200,4 @@ def _distance(
         start = stop
     gradient = torch.cat(rows, dim=1)
     weight = torch.einsum("jcn,bjk->kcbn", q, in_weight.reshape(batch, q.shape[0], count))
-    return torch.linalg.svdvals(gradient.flatten(1) - weight.reshape(count, -1))
+    return singular_values(gradient.flatten(1) - weight.reshape(count, -1))

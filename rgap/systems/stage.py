@@ -25,6 +25,8 @@ from .ranks import stage_joint_rank
 
 log = logging.getLogger(__name__)
 
+TRUSTED = 1e6  # condition up to which a Cholesky factor proves full rank
+HOPELESS = 1e10  # condition beyond which the factor no longer serves as a preconditioner
 DETERMINED = 0.1  # a direction with a larger standard error, in units of the input, is open
 
 
@@ -95,7 +97,7 @@ class _Stage:
                 stacked = factor(
                     self.kronecker, self.gradient_weights, self.coupling, self.weight_weights
                 )
-            if stacked is not None and stacked.smallest * DETERMINED > 1.0:
+            if stacked is not None and self.determined(stacked):
                 made, route = stacked, "cholesky"
         if made is None:
             joint = stage_joint_rank(self.affine, self.kronecker, self.batch, self.matrix_noise())
@@ -114,6 +116,19 @@ class _Stage:
         residual = self.residual(known.value)
         stats = Stats(route, self.unknowns, own.rank, full, made.condition, residual, iterations)
         return Solution(known, Result.SOLVED, stats), made
+
+    def determined(self, made: Factor) -> bool:
+        """True if every direction is known to ``DETERMINED``.
+
+        A Cholesky factor exists for singular matrices too, once rounding lifts the zero: beyond
+        ``TRUSTED`` its smallest singular value says nothing, and the ranks decide.
+        """
+        if made.smallest * DETERMINED <= 1.0:
+            return False
+        if made.condition <= TRUSTED:
+            return True
+        joint = stage_joint_rank(self.affine, self.kronecker, self.batch, self.matrix_noise())
+        return made.condition <= HOPELESS and joint.nullity == 0 and joint.clear
 
     def matrix_noise(self) -> float:
         """Norm of the error of K over the norm of K, for the rank decision."""
@@ -190,7 +205,8 @@ class _Stage:
         forward = self.precision.normal(self.precision.sum_std(self.affine_squares(u)))
         rows = gradient_rows(self.affine, noise - self.carried(u))
         coupled = (self.z.error + forward).flatten(1)
-        errors, _ = made.solve(self.weighted(made, rows, coupled), iterations=0)
+        steps = 0 if made.condition <= TRUSTED else 30
+        errors, _ = made.solve(self.weighted(made, rows, coupled), steps, tolerance=1e-2)
         folded = self.coupling.fold(errors)
         return Known(u, folded.reshape(len(errors), *u.shape)), iterations
 
