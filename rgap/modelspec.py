@@ -1,0 +1,289 @@
+"""A network from a string: a built-in name with options, or ``package.module:factory``.
+
+What the command line accepts::
+
+    lenet                              a built-in network
+    lenet:activation=tanh,classes=100  with options
+    mypackage.nets:build               whatever build() returns; the current directory is importable
+
+The network comes back in eval mode.  Weights that no file gives are drawn with seed 0, so that two
+commands which name the same network meet the same weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["load_weights", "resolve"]
+
+SEED = 0
+_WORDS = {"true": True, "false": False, "none": None}
+
+
+def resolve(spec: str, weights: str | os.PathLike[str] | None = None) -> nn.Module:
+    """Build the network that ``spec`` names and load ``weights`` into it.
+
+    Args:
+        spec: a built-in name, ``name:key=value,...``, or ``package.module:factory`` (a function,
+            an ``nn.Module`` class, or a module object), optionally ``...:factory:key=value,...``.
+            Lists of sizes are written ``512x512``.
+        weights: a safetensors file with exactly the network's tensors, or None.
+
+    Returns:
+        The network in eval mode.  The global random state is left as it was.
+
+    Raises:
+        ValueError: a name, option, factory or weights file that does not work; the message says
+            what to write instead.
+
+    >>> resolve("lenet:classes=7").training
+    False
+    >>> resolve("lenett")
+    Traceback (most recent call last):
+    ...
+    ValueError: model: expected a built-in network ... got 'lenett'; did you mean 'lenet'?
+    """
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        model = _build(spec.strip())
+    model.eval()
+    if weights is not None:
+        load_weights(model, weights)
+    return model
+
+
+def _build(spec: str) -> nn.Module:
+    from rgap.models import BUILTIN
+
+    name, _, rest = spec.partition(":")
+    if name in BUILTIN:
+        options = _options(rest, BUILTIN[name], name)
+        if "seed" in (_parameters(BUILTIN[name]) or ()):
+            options.setdefault("seed", SEED)
+        return _call(BUILTIN[name], options, name)
+    if not rest or "=" in rest.partition(":")[0]:
+        close = difflib.get_close_matches(name, BUILTIN, n=1)
+        raise ValueError(
+            f"model: expected a built-in network ({', '.join(BUILTIN)}) or package.module:factory, "
+            f"got {spec!r}" + (f"; did you mean {close[0]!r}?" if close else "")
+        )
+    return _imported(name, rest)
+
+
+def _imported(module_name: str, rest: str) -> nn.Module:
+    from torch import nn
+
+    attribute, _, text = rest.partition(":")
+    where = f"{module_name}:{attribute}"
+    with _current_directory_importable():
+        made: Any = _attribute(_module(module_name), module_name, attribute)
+        if not isinstance(made, nn.Module):
+            if not callable(made):
+                raise ValueError(
+                    f"model: expected {where!r} to be a factory or a torch.nn.Module, got a "
+                    f"{type(made).__name__}; name a function that returns the network"
+                )
+            made = _call(made, _options(text, made, where), where)
+        elif text:
+            raise ValueError(f"model: {where!r} is a network already, it takes no options")
+    return made  # type: ignore[no-any-return]
+
+
+def _module(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (name == error.name or name.startswith(error.name + ".")):
+            raise ValueError(
+                f"model: importing {name!r} failed: it needs the module {error.name!r}, which is "
+                "not installed"
+            ) from error
+        here = [path.stem for path in Path.cwd().glob("*.py")]
+        close = difflib.get_close_matches(name, here, n=1)
+        raise ValueError(
+            f"model: no module {error.name!r}, looked for in the current directory "
+            f"({Path.cwd()}) and among the installed packages"
+            + (f"; did you mean {close[0]!r}?" if close else "; write package.module:factory")
+        ) from error
+    except Exception as error:  # a user's module may raise anything while it is imported
+        raise ValueError(
+            f"model: importing {name!r} failed: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _attribute(module: Any, name: str, attribute: str) -> Any:
+    found = module
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            names = [n for n, v in vars(found).items() if callable(v) and not n.startswith("_")]
+            close = difflib.get_close_matches(part, names, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"it has {_listed(names)}"
+            raise ValueError(f"model: the module {name!r} has no {attribute!r}; {hint}")
+        found = getattr(found, part)
+    return found
+
+
+def _call(factory: Callable[..., Any], options: dict[str, Any], name: str) -> nn.Module:
+    from torch import nn
+
+    try:
+        made = factory(**options)
+    except Exception as error:  # a user's factory may raise anything
+        raise ValueError(
+            f"model: {name}({_written(options)}) failed: {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(made, nn.Module):
+        raise ValueError(
+            f"model: expected {name}() to return a torch.nn.Module, got a {type(made).__name__}; "
+            "does the factory end in `return model`?"
+        )
+    return made
+
+
+def _options(text: str, factory: Callable[..., Any], name: str) -> dict[str, Any]:
+    """``key=value,...`` as keyword arguments of ``factory``."""
+    options: dict[str, Any] = {}
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        key, equals, value = (part.strip() for part in item.partition("="))
+        if not equals or not value:
+            raise ValueError(
+                f"model: expected options key=value for {name!r}, got {item!r}; write "
+                f"{name}:{key or 'key'}=value"
+            )
+        options[key] = _value(value)
+    accepted = _parameters(factory)
+    unknown = [] if accepted is None else [key for key in options if key not in accepted]
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], accepted or (), n=1)
+        raise ValueError(
+            f"model: {name!r} has no option {unknown[0]!r}"
+            + (
+                f"; did you mean {close[0]!r}?"
+                if close
+                else f"; it takes {_listed(accepted or ())}"
+            )
+        )
+    return options
+
+
+def _parameters(factory: Callable[..., Any]) -> tuple[str, ...] | None:
+    """Names of the keywords that ``factory`` takes; None where it takes any, or will not say."""
+    try:
+        parameters = inspect.signature(factory).parameters.values()
+    except ValueError:
+        return None
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return None
+    return tuple(p.name for p in parameters if p.kind is not p.POSITIONAL_ONLY)
+
+
+def _value(text: str) -> Any:
+    """A number, a truth value, sizes written ``512x512``, or the text itself."""
+    if text.lower() in _WORDS:
+        return _WORDS[text.lower()]
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    sizes = text.split("x")
+    if all(part.isdigit() for part in sizes):
+        return tuple(int(part) for part in sizes)
+    return text
+
+
+def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Load a safetensors file into ``model``, strictly: every tensor, and none besides.
+
+    A file whose floating tensors are float64 turns the model into float64, so that no digit is
+    lost.  No pickle is opened.
+
+    Args:
+        model: changed in place.
+        path: the file.
+
+    Raises:
+        ValueError: no safetensors file, missing, unexpected or misshapen tensors (named).
+    """
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file, load_model
+
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(f"weights: no file {file}")
+    _refuse_pickle(file)
+    try:
+        tensors = load_file(file)
+    except SafetensorError as error:
+        raise ValueError(
+            f"weights: {file} is not a safetensors file ({error}); write it with "
+            "safetensors.torch.save_model(model, path)"
+        ) from error
+    expected = model.state_dict()
+    unexpected = [name for name in tensors if name not in expected]
+    # Tied tensors are stored once; the safetensors library knows which names are the same one.
+    for name, tensor in tensors.items():
+        if name in expected and tensor.shape != expected[name].shape:
+            raise ValueError(
+                f"weights: {name!r} has shape {tuple(tensor.shape)} in {file}, expected "
+                f"{tuple(expected[name].shape)}; was it saved from a network with other options?"
+            )
+    floating = {t.dtype for t in tensors.values() if t.is_floating_point()}
+    if floating == {torch.float64}:
+        model.double()
+    missing, _ = load_model(model, file, strict=False)
+    if missing or unexpected:
+        parts = [
+            f"{what} {_listed(names)}"
+            for what, names in (("lacks", sorted(missing)), ("has besides", unexpected))
+            if names
+        ]
+        raise ValueError(
+            f"weights: {file} does not fit the {type(model).__name__}: it {' and '.join(parts)}; "
+            "write it with safetensors.torch.save_model(model, path)"
+        )
+
+
+def _refuse_pickle(file: Path) -> None:
+    with file.open("rb") as stream:
+        start = stream.read(9)
+    if (start[:1] == b"\x80" or start[:4] == b"PK\x03\x04") and start[8:9] != b"{":
+        raise ValueError(
+            f"weights: {file} is a pickle (torch.save), expected safetensors; it was not opened, "
+            "because unpickling runs code. If you trust it, write "
+            "safetensors.torch.save_file(torch.load(path, weights_only=True), "
+            f"{str(file.with_suffix('.safetensors'))!r}) and give that file"
+        )
+
+
+@contextlib.contextmanager
+def _current_directory_importable() -> Iterator[None]:
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):  # the user's module may have changed sys.path
+            sys.path.remove(here)
+
+
+def _listed(names: Iterable[str], most: int = 6) -> str:
+    found = list(names)
+    more = f" and {len(found) - most} more" if len(found) > most else ""
+    return (", ".join(map(repr, found[:most])) or "nothing") + more
+
+
+def _written(options: dict[str, Any]) -> str:
+    return ", ".join(f"{key}={value!r}" for key, value in options.items())
