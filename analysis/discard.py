@@ -192,7 +192,7 @@ def audit(
         input_shape: of one sample, for example (3, 32, 32).
         batch_sizes: the batch sizes B to audit.
         loss: of the client.
-        inputs: probe pictures [N, *input_shape], N ≥ max(batch_sizes); random if None.
+        inputs: probe pictures ``[N, *input_shape]``, N ≥ max(batch_sizes); random if None.
         method: "exact" (numerical rank by principal angles between row spaces) or "formula"
             (closed-form upper bound on the joint rank; fast at any size).
         seed: of the probe.

@@ -36,7 +36,7 @@ def capture(
     Args:
         model: any module in eval mode (batch norm and dropout in train mode are refused) whose
             ``forward`` takes one tensor and returns one.
-        inputs: [B, *shape], floating; cast to the precision that is computed in.
+        inputs: ``[B, *shape]``, floating; cast to the precision that is computed in.
         targets: class indices [B] for cross-entropy, else as `Loss` says.
         loss: name, `Loss`, or a PyTorch loss module.
         share_labels: put ``targets`` in the update, for a setting in which the client sends them.

@@ -97,7 +97,7 @@ class Recovery:
     """The answer to one update.
 
     Attributes:
-        inputs: recovered batch [B, *input_shape], or None when it is not determined.
+        inputs: recovered batch ``[B, *input_shape]``, or None when it is not determined.
         labels: recovered labels [B] (soft or real-valued targets [B, C]), or None.
         status: see :class:`Status`.
         layers: one :class:`LayerReport` per stage, in forward order.
@@ -139,7 +139,7 @@ class Recovery:
         raise KeyError(f"expected one of {[r.layer for r in self.layers]}, got {name!r}")
 
     def null_space(self, name: str, count: int = 8) -> Tensor:
-        """Directions of a stage's input that its equations do not see, [≤count, B, *in_shape].
+        """Directions of a stage's input that its equations do not see, ``[≤count, B, *in_shape]``.
 
         Orthonormal, chosen at random in the null space.  Empty for a determined stage.
 
