@@ -11,7 +11,6 @@ from math import floor, isfinite, log10
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -108,6 +107,7 @@ def psnr(original: Tensor, recovered: Tensor, value_range: tuple[float, float] =
         recovered: of the same shape.
         value_range: of the data.
 
+    >>> import torch
     >>> round(psnr(torch.zeros(3, 2, 2), torch.full((3, 2, 2), 1e-5)), 6)
     100.0
     """
@@ -146,6 +146,7 @@ def side_by_side(
     Raises:
         ValueError: shapes that are no pictures or do not match, or too many or too few titles.
 
+    >>> import torch
     >>> figure = side_by_side(torch.zeros(2, 3, 4, 4), None)
     >>> [axes.texts[0].get_text() for axes in figure.axes if axes.texts]
     ['not determined', 'not determined']

@@ -192,6 +192,7 @@ def replay(problem: Problem, answer: Answer) -> tuple[float, dict[str, float]]:
         answer.inputs.reshape(shape),
         targets,
         problem.update.loss,
+        value_range=None,
         dtype=torch.float64,
     )
     parts, total, scale = {}, 0.0, 0.0
