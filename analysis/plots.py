@@ -17,9 +17,10 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
     from rgap.analysis.discard import Audit
 
-__all__ = ["discard_heatmap", "psnr", "side_by_side"]
+__all__ = ["discard_heatmap", "percent", "psnr", "side_by_side"]
 
 Pictures = Tensor | Sequence[Tensor | None]
 
@@ -72,7 +73,7 @@ def discard_heatmap(audit: Audit) -> Figure:
             values[i, j] = row.discard
             ink = _readable(row.discard)
             axes.text(
-                j, i - 0.14, _percent(row.discard), ha="center", va="center", color=ink, fontsize=11
+                j, i - 0.14, percent(row.discard), ha="center", va="center", color=ink, fontsize=11
             )
             axes.text(
                 j, i + 0.22, f"{row.nullity:,}", ha="center", va="center", color=ink, fontsize=7.5
@@ -118,6 +119,19 @@ def psnr(original: Tensor, recovered: Tensor, value_range: tuple[float, float] =
         recovered.detach().cpu().double(), original.detach().cpu().double(), float(high - low)
     )
     return float(value)
+
+
+def percent(share: float) -> str:
+    """A percentage that reads 0% and 100% only where that is the exact count.
+
+    >>> percent(0.0), percent(1152 / 6144), percent(1e-5), percent(0.99999)
+    ('0%', '18.8%', '<0.1%', '>99.9%')
+    """
+    if share in (0.0, 1.0):
+        return f"{share:.0%}"
+    if share < 0.001:
+        return "<0.1%"
+    return ">99.9%" if share > 0.999 else f"{share:.1%}"
 
 
 def side_by_side(
@@ -268,15 +282,6 @@ def _frame(axes: Axes) -> None:
 
 def _quality(value: float) -> str:
     return f"PSNR {value:.1f} dB" if isfinite(value) else "identical"
-
-
-def _percent(share: float) -> str:
-    """A percentage that reads 0% and 100% only where that is the exact count."""
-    if share in (0.0, 1.0):
-        return f"{share:.0%}"
-    if share < 0.001:
-        return "<0.1%"
-    return ">99.9%" if share > 0.999 else f"{share:.1%}"
 
 
 def _readable(share: float) -> str:

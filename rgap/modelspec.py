@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["load_weights", "resolve"]
+__all__ = ["expected", "load_weights", "resolve"]
 
 SEED = 0
 _WORDS = {"true": True, "false": False, "none": None}
@@ -63,6 +63,24 @@ def resolve(spec: str, weights: str | os.PathLike[str] | None = None) -> nn.Modu
     if weights is not None:
         load_weights(model, weights)
     return model
+
+
+def expected(spec: str) -> tuple[tuple[int, ...] | None, str]:
+    """Input shape (None if unknown) and loss that the network of ``spec`` is usually used with.
+
+    >>> expected("fcn3")
+    ((1, 28, 28), 'binary_cross_entropy_with_logits')
+    >>> expected("mypackage.nets:build")
+    (None, 'cross_entropy')
+    """
+    from rgap.models import INPUT_SHAPES, LOSSES
+
+    name, _, rest = spec.strip().partition(":")
+    if name not in INPUT_SHAPES:
+        return None, "cross_entropy"
+    stated = dict(item.strip().partition("=")[::2] for item in rest.split(",")).get("input_shape")
+    shape = INPUT_SHAPES[name] if stated is None else _value(stated)
+    return shape, LOSSES[name]
 
 
 def _build(spec: str) -> nn.Module:

@@ -1,0 +1,430 @@
+"""The command line: ``rgap demo | capture | audit | invert``.
+
+Nothing here imports torch until a command needs it, so that ``rgap --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rgap._version import __version__
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from torch import Tensor
+
+__all__ = ["app", "main"]
+
+EXIT_CODES = """**Exit codes:** 0 success, for `invert`: EXACT · 1 recovered, but not exactly
+(COMPLETED, UNDERDETERMINED, AMBIGUOUS) · 2 wrong usage or input · 3 INCONSISTENT: the update does
+not fit the model · 4 UNSUPPORTED: a step of the network cannot be inverted."""
+_CODES = {"EXACT": 0, "INCONSISTENT": 3, "UNSUPPORTED": 4}
+_HINTS = {
+    "model": "A built-in network (lenet, cnn6, cnn6d, fcn3, mlp, lenet5, vgg, resnet), with "
+    "options as in lenet:activation=tanh,classes=100, or package.module:factory.",
+    "weights": "Safetensors file with the network's weights; without it they are drawn with "
+    "seed 0, the same in every command.",
+    "loss": "cross_entropy, binary_cross_entropy_with_logits or mse_loss; default: the built-in "
+    "network's own, else cross_entropy.",
+    "json": "Print one JSON document on standard output and nothing else.",
+}
+
+app = typer.Typer(
+    name="rgap",
+    help="What a client's gradient gives away about its data: counted, recovered, certified.",
+    epilog=EXIT_CODES,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=_HINTS["model"], show_default=False)]
+Weights = Annotated[Path | None, typer.Option(help=_HINTS["weights"], show_default=False)]
+LossName = Annotated[str | None, typer.Option(help=_HINTS["loss"], show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help=_HINTS["json"])]
+Seed = Annotated[int, typer.Option(help="Of everything that is drawn at random.", min=0)]
+
+
+class Precision(StrEnum):
+    """What a client may compute in."""
+
+    float32 = "float32"
+    float64 = "float64"
+
+
+class Method(StrEnum):
+    """How `rgap audit` finds joint ranks."""
+
+    exact = "exact"
+    formula = "formula"
+
+
+class Reduction(StrEnum):
+    """How the loss of a batch is formed."""
+
+    mean = "mean"
+    sum = "sum"
+
+
+@app.callback()
+def options(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+) -> None:
+    """What a client's gradient gives away about its data: counted, recovered, certified."""
+    if version:
+        typer.echo(f"rgap {__version__}")
+        raise typer.Exit
+    context.obj = debug
+
+
+@app.command()
+def demo(
+    context: typer.Context,
+    output: Annotated[Path, typer.Option(help="Folder for the figures.")] = Path("demo"),
+    as_json: Json = False,
+    seed: Seed = 0,
+) -> None:
+    """See it work: recover photographs, see where it stops and why (under a minute)."""
+    with _clean(context):
+        from rgap.report.demo import run
+        from rgap.report.story import tell
+
+        found = run(output, seed=seed, console=_stderr())
+        if as_json:
+            _print_json(found.summary())
+        else:
+            _stdout().print(tell(found))
+
+
+@app.command()
+def capture(
+    context: typer.Context,
+    model: Model,
+    images: Annotated[
+        list[str],
+        typer.Option(
+            help="Picture file, folder of pictures, or shipped photographs photos:0-3; "
+            "repeat for more.",
+            show_default=False,
+        ),
+    ],
+    labels: Annotated[
+        str,
+        typer.Option(
+            help="One per picture, as in 3,5; for mse_loss the target numbers.", show_default=False
+        ),
+    ],
+    output: Annotated[Path, typer.Option(help="Where to write the update.")] = Path(
+        "update.safetensors"
+    ),
+    loss: LossName = None,
+    reduction: Annotated[Reduction, typer.Option(help="Of the loss.")] = Reduction.mean,
+    dtype: Annotated[
+        Precision | None,
+        typer.Option(
+            help="Precision the client computes in; default: the model's own.", show_default=False
+        ),
+    ] = None,
+    weights: Weights = None,
+    input_shape: Annotated[
+        str | None,
+        typer.Option(
+            help="Crop and resize pictures to channels,height,width; default: what a built-in "
+            "network takes, else the files' own size.",
+            show_default=False,
+        ),
+    ] = None,
+    share_labels: Annotated[
+        bool, typer.Option("--share-labels", help="Put the labels in the update.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Write the update that a client with these pictures and labels would send."""
+    with _clean(context):
+        import torch
+
+        import rgap
+        from rgap.losses import Loss
+        from rgap.modelspec import expected, resolve
+        from rgap.report.pictures import read_pictures
+
+        _check_output(output, ".safetensors")
+        network = resolve(model, weights)
+        shape, usual = expected(model)
+        chosen = Loss(loss or usual, reduction=reduction.value)
+        pictures = read_pictures(images, _shape(input_shape) or shape)
+        update = rgap.capture(
+            network,
+            pictures,
+            _targets(labels, len(pictures), chosen.name),
+            chosen,
+            share_labels=share_labels,
+            dtype=None if dtype is None else getattr(torch, dtype.value),
+        )
+        update.save(output)
+        if as_json:
+            _print_json(
+                {
+                    "output": str(output),
+                    "batch_size": update.batch_size,
+                    "input_shape": list(update.input_shape or ()),
+                    "loss": chosen.name,
+                    "reduction": chosen.reduction,
+                    "dtype": str(update.dtype).removeprefix("torch."),
+                    "labels_shared": share_labels,
+                    "tensors": len(update.gradients),
+                    "numbers": sum(g.numel() for g in update.gradients.values()),
+                }
+            )
+        else:
+            typer.echo(f"{update}\nwritten to {output}")
+
+
+@app.command()
+def audit(
+    context: typer.Context,
+    model: Model,
+    input_shape: Annotated[
+        str | None,
+        typer.Option(
+            help="Shape of one sample, as in 3,32,32; default: the built-in network's, else "
+            "3,32,32.",
+            show_default=False,
+        ),
+    ] = None,
+    batch_sizes: Annotated[str, typer.Option(help="Batch sizes to audit.")] = "1,2,4,8",
+    loss: LossName = None,
+    method: Annotated[
+        Method, typer.Option(help="Measured ranks, or their closed-form bound (fast).")
+    ] = Method.exact,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Write the heat map: .png, .pdf or .svg.", show_default=False),
+    ] = None,
+    weights: Weights = None,
+    as_json: Json = False,
+    seed: Seed = 0,
+) -> None:
+    """Count, layer by layer, how much of a batch the gradient determines."""
+    with _clean(context):
+        from rgap.modelspec import expected, resolve
+        from rgap.report.pictures import figure_format, save_figure
+        from rgap.report.tables import audit_table
+
+        if plot is not None:
+            figure_format(plot)
+            _check_output(plot)
+        batches = _whole(batch_sizes, "--batch-sizes", "1,2,4,8")
+        network = resolve(model, weights)
+        shape, usual = expected(model)
+        wanted = _shape(input_shape) or shape or (3, 32, 32)
+        from rgap.analysis.discard import audit as measure
+
+        with _waiting("counting equations"):
+            found = measure(
+                network, wanted, batches, loss=loss or usual, method=method.value, seed=seed
+            )
+            if plot is not None:
+                save_figure(found.plot(), plot)
+        if as_json:
+            _print_json({**found.summary(), "plot": None if plot is None else str(plot)})
+            return
+        console = _stdout()
+        console.print(audit_table(found))
+        console.print(found.explain(), highlight=False)
+        if plot is not None:
+            console.print(f"Heat map: {plot}", highlight=False, soft_wrap=True)
+
+
+@app.command(epilog=EXIT_CODES)
+def invert(
+    context: typer.Context,
+    model: Model,
+    update: Annotated[Path, typer.Argument(help="What `rgap capture` wrote.", show_default=False)],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where recovered pictures go: a new folder, a .png (batch of one), or a "
+            ".safetensors file with every digit.",
+            show_default=False,
+        ),
+    ] = None,
+    weights: Weights = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(help="If the update does not state it.", min=1, show_default=False),
+    ] = None,
+    labels: Annotated[
+        str | None, typer.Option(help="If they are known, as in 3,5.", show_default=False)
+    ] = None,
+    noise: Annotated[
+        float, typer.Option(help="Standard deviation of noise in every entry.", min=0.0)
+    ] = 0.0,
+    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, …")] = "cpu",
+    explain: Annotated[bool, typer.Option("--explain", help="Say it layer by layer.")] = False,
+    as_json: Json = False,
+    seed: Seed = 0,
+) -> None:
+    """Recover from an update what its equations determine, and say what they do not."""
+    with _clean(context):
+        import rgap
+        from rgap.modelspec import resolve
+        from rgap.report.results import check_target, print_recovery, write_recovery
+
+        if not update.is_file():
+            raise ValueError(f"UPDATE: no file {update}; write one with rgap capture")
+        sent = rgap.Update.load(update)
+        if output is not None:
+            check_target(output, sent)
+        network = resolve(model, weights)
+        known = None if labels is None else _targets(labels, None, sent.loss.name)
+        found = rgap.invert(
+            network,
+            sent,
+            labels=known,
+            batch_size=batch_size,
+            noise=noise,
+            device=_device(device),
+            seed=seed,
+            progress=True,
+        )
+        written = None if output is None else write_recovery(found, output, sent.value_range)
+        if as_json:
+            _print_json({**found.summary(), "output": None if written is None else str(written)})
+        else:
+            print_recovery(_stdout(), found, explain=explain)
+            if written is not None:
+                _stdout().print(f"Pictures: {written}", highlight=False, soft_wrap=True)
+        if output is not None and written is None:
+            several = "several batches fit; name a folder for all of them"
+            why = several if found.candidates else "the batch is not determined"
+            _say(f"nothing written to {output}: {why}")
+    raise typer.Exit(_CODES.get(found.status.name, 1))
+
+
+def main() -> None:
+    """Entry point of the ``rgap`` command."""
+    app()
+
+
+@contextmanager
+def _clean(context: typer.Context) -> Iterator[None]:
+    """Bad input ends in one line on standard error and exit code 2; warnings are one line too."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: _say(f"warning: {message}")
+        if context.obj:
+            yield
+            return
+        try:
+            yield
+        except (ValueError, TypeError, OSError, ImportError) as error:
+            _say(f"error: {error}")
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            _say("interrupted")
+            raise typer.Exit(130) from None
+
+
+def _say(text: str) -> None:
+    typer.echo(f"rgap: {' '.join(text.split())}", err=True)
+
+
+def _stdout() -> Console:
+    from rich.console import Console
+
+    # A pipe has no width of its own; 80 columns would cut tables that a file can hold.
+    return Console() if sys.stdout.isatty() else Console(width=120)
+
+
+def _stderr() -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+@contextmanager
+def _waiting(text: str) -> Iterator[None]:
+    console = _stderr()
+    if not console.is_terminal:
+        yield
+        return
+    with console.status(f"{text} …"):
+        yield
+
+
+def _print_json(document: dict[str, Any]) -> None:
+    from rgap.report.results import finite
+
+    typer.echo(json.dumps(finite(document), indent=2, allow_nan=False))
+
+
+def _check_output(path: Path, suffix: str | None = None) -> None:
+    """Refuse before the work what could not be written after it."""
+    if suffix is not None and path.suffix.lower() != suffix:
+        raise ValueError(
+            f"--output: expected a {suffix} file, got {path}; write {path.with_suffix(suffix)}"
+        )
+    if path.is_dir():
+        raise ValueError(f"expected a file name, got the folder {path}")
+    if not path.parent.is_dir():
+        raise ValueError(f"no folder {path.parent} to write {path.name} to; create it first")
+
+
+def _shape(text: str | None) -> tuple[int, ...] | None:
+    return None if text is None else _whole(text, "--input-shape", "3,32,32")
+
+
+def _whole(text: str, option: str, example: str) -> tuple[int, ...]:
+    try:
+        numbers = tuple(int(part) for part in text.replace("x", ",").split(","))
+    except ValueError:
+        numbers = ()
+    if not numbers or min(numbers) < 1:
+        raise ValueError(f"{option}: expected whole numbers such as {example}, got {text!r}")
+    return numbers
+
+
+def _targets(text: str, count: int | None, loss: str) -> Tensor:
+    """``3,5`` as targets of ``loss`` for ``count`` pictures."""
+    import torch
+
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--labels: expected numbers such as 3,5, got {text!r}") from None
+    if loss == "mse_loss":
+        if count is not None and len(numbers) % count:
+            raise ValueError(
+                f"--labels: expected the same number of targets for each of {count} pictures, got "
+                f"{len(numbers)} numbers"
+            )
+        return torch.tensor(numbers, dtype=torch.float64).reshape(count or 1, -1)
+    if any(number != int(number) for number in numbers):
+        raise ValueError(f"--labels: {loss} expects whole numbers such as 3,5, got {text!r}")
+    if count is not None and len(numbers) != count:
+        raise ValueError(f"--labels: expected {count}, one per picture, got {len(numbers)}")
+    return torch.tensor([int(number) for number in numbers])
+
+
+def _device(name: str) -> str:
+    import torch
+
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device: {name!r} does not work here ({reason}); try cpu") from None
+    return name

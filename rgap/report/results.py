@@ -1,0 +1,146 @@
+"""A recovery on the terminal and in files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rgap.report.pictures import replacing, save_picture, save_tensors
+from rgap.report.tables import recovery_table, status_text
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from torch import Tensor
+
+    from rgap.recovery import Recovery
+    from rgap.update import Update
+
+__all__ = ["check_target", "finite", "print_recovery", "write_recovery"]
+
+TENSORS, PICTURE = ".safetensors", ".png"
+
+
+def finite(value: Any) -> Any:
+    """``value`` with every infinite or undefined number as None, for strict JSON.
+
+    >>> finite({"gap": float("inf"), "ranks": (1, float("nan"), 2.5)})
+    {'gap': None, 'ranks': [1, None, 2.5]}
+    """
+    if isinstance(value, dict):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    if isinstance(value, float) and not abs(value) < float("inf"):
+        return None
+    return value
+
+
+def print_recovery(console: Console, recovery: Recovery, *, explain: bool) -> None:
+    """Status and reason, the table of equations, and with ``explain`` every layer in words."""
+    console.print(status_text(recovery.status.name), end="")
+    if explain:
+        head, _, rest = recovery.explain().partition(": ")
+        console.print(f": {rest}" if head == recovery.status.name else f"\n{head}", **_PLAIN)
+    else:
+        console.print(f": {recovery.reason}", **_PLAIN)
+        for warning in recovery.warnings:
+            console.print(f"Note: {warning}", **_PLAIN)
+    if recovery.labels is not None:
+        console.print(f"Labels: {_written(recovery.labels)}", **_PLAIN)
+    for number, candidate in enumerate(recovery.candidates):
+        if not explain:
+            console.print(
+                f"Candidate {number}: labels {_written(candidate.labels)}, replay residual "
+                f"{candidate.residual:.1e}",
+                **_PLAIN,
+            )
+    if recovery.layers:
+        console.print(recovery_table(recovery))
+
+
+_PLAIN: dict[str, Any] = {"highlight": False, "markup": False}
+
+
+def check_target(output: Path, update: Update) -> None:
+    """Refuse before the work what could not be written after it.
+
+    Raises:
+        ValueError: a folder that holds something, a suffix for something else, inputs that are no
+            pictures.
+    """
+    if not output.parent.is_dir():
+        raise ValueError(f"--output: no folder {output.parent} to write to; create it first")
+    if output.suffix.lower() == TENSORS:
+        if output.is_dir():
+            raise ValueError(f"--output: expected a file name, got the folder {output}")
+        return
+    shape = update.input_shape or ()
+    if len(shape) != 3 or shape[0] not in (1, 3):
+        raise ValueError(
+            f"--output: the inputs have shape {list(shape)} and are no pictures; write --output "
+            f"{output.with_suffix(TENSORS)}"
+        )
+    if output.suffix.lower() == PICTURE:
+        if output.is_dir():
+            raise ValueError(f"--output: expected a file name, got the folder {output}")
+        if update.batch_size not in (None, 1):
+            raise ValueError(
+                f"--output: the batch has {update.batch_size} pictures; write --output "
+                f"{output.with_suffix('')} for a folder"
+            )
+    elif output.suffix:
+        raise ValueError(
+            f"--output: expected a folder, a .png or a .safetensors file, got {output}"
+        )
+    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"--output: {output} exists already; name a new folder")
+
+
+def write_recovery(
+    recovery: Recovery, output: Path, value_range: tuple[float, float] | None
+) -> Path | None:
+    """Write the recovered pictures, or every candidate's; None if there is nothing to write.
+
+    A folder gets ``picture-0.png`` … and ``recovery.safetensors`` with ``inputs`` and ``labels``
+    in full precision; for an ambiguous answer ``candidate-0-picture-0.png`` … and the tensors of
+    every candidate.
+    """
+    suffix, bounds = output.suffix.lower(), value_range or (0.0, 1.0)
+    # One picture in place of several candidates would hide that they are several.
+    if recovery.inputs is None or (suffix == PICTURE and len(recovery.candidates) > 1):
+        return None
+    tensors = _tensors(recovery)
+    metadata = {"status": recovery.status.name, "reason": recovery.reason}
+    if suffix == TENSORS:
+        save_tensors(tensors, output, metadata)
+    elif suffix == PICTURE:
+        save_picture(recovery.inputs[0], output, bounds)
+    else:
+        with replacing(output) as beside:
+            beside.mkdir()
+            save_tensors(tensors, beside / "recovery.safetensors", metadata)
+            for name, pictures in tensors.items():
+                if name.endswith("inputs"):
+                    prefix = "" if name == "inputs" else name.removesuffix("inputs")
+                    for number, picture in enumerate(pictures):
+                        save_picture(picture, beside / f"{prefix}picture-{number}.png", bounds)
+    return output
+
+
+def _tensors(recovery: Recovery) -> dict[str, Tensor]:
+    answers = (
+        [(f"candidate-{n}-", c.inputs, c.labels) for n, c in enumerate(recovery.candidates)]
+        if recovery.candidates
+        else [("", recovery.inputs, recovery.labels)]
+    )
+    found: dict[str, Tensor] = {}
+    for prefix, inputs, labels in answers:
+        if inputs is not None:
+            found[f"{prefix}inputs"] = inputs
+        if labels is not None:
+            found[f"{prefix}labels"] = labels
+    return found
+
+
+def _written(labels: Tensor | None) -> str:
+    return "unknown" if labels is None else ", ".join(f"{n:g}" for n in labels.flatten().tolist())

@@ -1,0 +1,121 @@
+"""Tables for a terminal: the audit of a network, the equations behind a recovery."""
+
+from __future__ import annotations
+
+from math import isfinite
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+from rich.text import Text
+
+from rgap.analysis.plots import percent
+
+if TYPE_CHECKING:
+    from rgap.analysis.discard import Audit, AuditRow
+    from rgap.recovery import LayerReport, Recovery
+
+__all__ = ["audit_matrix", "audit_table", "recovery_table", "status_text"]
+
+_COLOURS = {
+    "EXACT": "bold green",
+    "COMPLETED": "yellow",
+    "UNDERDETERMINED": "yellow",
+    "AMBIGUOUS": "yellow",
+    "INCONSISTENT": "bold red",
+    "UNSUPPORTED": "magenta",
+}
+
+
+def audit_table(audit: Audit) -> Table:
+    """Every row of an audit, one block per batch size, layers in forward order.
+
+    >>> from rgap.analysis.discard import Audit, AuditRow
+    >>> row = AuditRow("fc", "linear", 2, 64, 20, 16, 48, 16, 0.25, 3.0)
+    >>> audit_table(Audit("Sequential", "exact", (row,))).row_count
+    1
+    """
+    joint = "joint rank" if audit.method == "exact" else "joint rank ≤"
+    table = _table(f"Equations of every layer's gradient: {audit.model}")
+    table.add_column("B", justify="right", style="bold")
+    table.add_column("layer")
+    table.add_column("kind", style="dim")
+    for name in ("unknowns", "gradient rank", "weight rank", joint, "missing", "discard"):
+        table.add_column(name, justify="right")
+    for batch in audit.batch_sizes:
+        rows = [row for row in audit.rows if row.batch_size == batch]
+        for place, row in enumerate(rows):
+            table.add_row(
+                str(batch) if place == 0 else "",
+                row.layer,
+                row.kind,
+                f"{row.unknowns:,}",
+                f"{row.gradient_rank:,}",
+                f"{row.weight_rank:,}",
+                f"{row.joint_rank:,}",
+                *_shortfall(row),
+                end_section=place == len(rows) - 1,
+            )
+    return table
+
+
+def audit_matrix(audit: Audit) -> Table:
+    """The discard alone, layer by batch size: the heat map in figures."""
+    table = _table("Share of each layer's input that its gradient discards")
+    table.add_column("layer")
+    table.add_column("kind", style="dim")
+    cells = {(row.layer, row.batch_size): row for row in audit.rows}
+    kinds = {row.layer: row.kind for row in audit.rows}
+    for batch in audit.batch_sizes:
+        table.add_column(f"B = {batch}", justify="right")
+    for layer in audit.layers:
+        found = (cells.get((layer, batch)) for batch in audit.batch_sizes)
+        shares = [Text("–") if row is None else _shortfall(row)[1] for row in found]
+        table.add_row(layer, kinds[layer], *shares)
+    return table
+
+
+def recovery_table(recovery: Recovery) -> Table:
+    """The layers of a recovery from the output down, which is the order they are solved in."""
+    table = _table("Equations, from the output down to the data")
+    table.add_column("layer")
+    table.add_column("kind", style="dim")
+    for name in ("unknowns", "rank", "missing", "condition"):
+        table.add_column(name, justify="right")
+    table.add_column("route")
+    for report in reversed(recovery.layers):
+        table.add_row(
+            report.layer,
+            report.kind,
+            f"{report.unknowns:,}",
+            _count(report.joint_rank),
+            _missing(report),
+            f"{report.condition:.1e}" if report.condition and isfinite(report.condition) else "–",
+            report.route,
+        )
+    return table
+
+
+def status_text(name: str) -> Text:
+    """A status in its colour: green for what is certain, red for what contradicts itself."""
+    return Text(name, style=_COLOURS.get(name, ""))
+
+
+def _table(title: str) -> Table:
+    from rich import box
+
+    return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+
+
+def _shortfall(row: AuditRow) -> tuple[Text, Text]:
+    style = "green" if row.nullity == 0 else "yellow" if row.discard < 0.5 else "red"
+    return Text(f"{row.nullity:,}", style=style), Text(percent(row.discard), style=style)
+
+
+def _missing(report: LayerReport) -> Text:
+    if report.nullity is None:
+        return Text("–", style="dim")
+    return Text(f"{report.nullity:,}", style="bold yellow" if report.nullity else "green")
+
+
+def _count(rank: int | None) -> str:
+    return "–" if rank is None else f"{rank:,}"
