@@ -10,13 +10,15 @@ from math import inf, prod
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rgap.analysis.probe import Probe, probe_layers
 from torch import Tensor, nn
 
+from rgap.affine import Affine
+from rgap.analysis.probe import Probe, probe_layers
 from rgap.losses import Loss
 from rgap.network import parse
+from rgap.solvers.subspace import RowSpace
 from rgap.systems import gradient_constraint
-from rgap.systems.ranks import overlap_bound, stage_joint_rank, weight_row_space
+from rgap.systems.ranks import overlap_bound, stage_joint_rank, weight_row_spaces
 
 if TYPE_CHECKING:
     import pandas
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 METHODS = ("exact", "formula")
+LARGEST = 20_000  # inputs of a layer; a basis of its weight constraints then takes 3 GB
 
 
 @dataclass(frozen=True)
@@ -185,7 +188,8 @@ def audit(
 
     Per layer and batch size: rank of the gradient constraints ``Σ k ⊗ u = G``, of the weight
     constraints ``W u = z − b``, and of both together, at the inputs and cotangents of a probe
-    batch.  Works on any network, chain or not.
+    batch.  Works on any network, chain or not.  A unit whose cotangent is exactly 0 (a ReLU that
+    is off, a place that lost a max-pool) has no known z and so no weight constraint.
 
     Args:
         model: in eval mode; left as it was.
@@ -201,7 +205,7 @@ def audit(
         The :class:`Audit`.
 
     Raises:
-        ValueError: batch size below 1, unknown method, too few probe pictures, a shape that does
+        ValueError: a layer too large for exact ranks, batch size below 1, unknown method, too few probe pictures, a shape that does
             not fit, train mode.
 
     >>> import rgap
@@ -219,29 +223,28 @@ def audit(
     chain = parse(model, shape)
     before = {stage.name: prod(stage.in_shape) for stage in chain.stages}
     pictures = _pictures(inputs, shape, max(batches), seed)
-    spaces: dict[str, Any] = {}
+    spaces: dict[str, RowSpace] = {}
     rows = []
     for batch in batches:
         targets = _targets(model, pictures[:batch], loss, seed)
         for probe in probe_layers(model, pictures[:batch], targets, loss):
+            _refuse_large(probe.affine, method)
             rows.append(_row(probe, batch, method, before.get(probe.affine.name), spaces))
     return Audit(type(model).__name__, method, tuple(rows), _notes(rows, method))
 
 
 def _row(
-    probe: Probe, batch: int, method: str, before: int | None, spaces: dict[str, Any]
+    probe: Probe, batch: int, method: str, before: int | None, spaces: dict[str, RowSpace]
 ) -> AuditRow:
     affine = probe.affine
     samples = len(probe.inputs)  # more than the batch for a layer applied along a sequence
     kronecker = gradient_constraint(affine, probe.cotangents)
     gradient = kronecker.rank()
-    weight = spaces.get(affine.name)
-    if weight is None:
-        weight = spaces[affine.name] = weight_row_space(affine)
-    weight_rank = samples * weight.rank.rank
+    weight = _weight_spaces(affine, probe.active, spaces)
+    weight_rank = sum(space.rank.rank for space in weight)
     own = samples * prod(affine.in_shape)
     if method == "exact":
-        joint = stage_joint_rank(affine, kronecker, samples, weight=weight).rank
+        joint = stage_joint_rank(affine, kronecker, weight).rank
     else:
         shared = overlap_bound(affine, probe.cotangents)
         joint = min(own, gradient.rank + weight_rank - shared)
@@ -260,6 +263,26 @@ def _row(
         nullity / unknowns,
         gradient.condition,
     )
+
+
+def _refuse_large(affine: Affine, method: str) -> None:
+    size = prod(affine.in_shape)
+    if size > LARGEST:
+        raise ValueError(
+            f"expected layers of at most {LARGEST} inputs for method={method!r}, got '{affine.name}' "
+            f"with {size}: its weight constraints alone would be a matrix of "
+            f"{8e-9 * size**2:.0f} GB; audit a smaller input_shape, whose layers have the same "
+            "structure"
+        )
+
+
+def _weight_spaces(affine: Affine, active: Tensor, spaces: dict[str, RowSpace]) -> list[RowSpace]:
+    """Row spaces per sample; the one of a layer with no unit off is kept from audit to audit."""
+    if not bool(active.all()):
+        return weight_row_spaces(affine, active)
+    if affine.name not in spaces:
+        spaces[affine.name] = weight_row_spaces(affine, active[:1])[0]
+    return [spaces[affine.name]] * len(active)
 
 
 def _checked(batch_sizes: Sequence[int]) -> tuple[int, ...]:

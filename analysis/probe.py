@@ -25,11 +25,17 @@ class Probe:
         affine: the layer.
         inputs: u, [B, *in_shape], float64.
         cotangents: k, [B, *out_shape], float64.
+        active: where z can be known from above, [B, *out_shape]: where k is not 0.
     """
 
     affine: Affine
     inputs: Tensor
     cotangents: Tensor
+
+    @property
+    def active(self) -> Tensor:
+        """False where nothing came back: the layers above say nothing about such a z."""
+        return self.cotangents != 0
 
 
 def probe_layers(model: nn.Module, inputs: Tensor, targets: Tensor, loss: Loss) -> list[Probe]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+UNKNOWN = 1e150  # standard error of a value that no equation fixes
 GROWTH = 2.0  # rounding of an accumulated sum over the rounding of its terms
 
 
@@ -28,6 +29,11 @@ class Known:
     def std(self) -> Tensor:
         """Standard error of each entry, [B, ...]."""
         return self.error.square().mean(0).sqrt()
+
+    @property
+    def known(self) -> Tensor:
+        """False where no equation fixes the entry, as for the z of a ReLU that is off, [B, ...]."""
+        return self.error.abs().amax(0) < UNKNOWN
 
 
 @dataclass

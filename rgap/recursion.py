@@ -17,7 +17,7 @@ from torch import Tensor
 from rgap.activations import Activation
 from rgap.network import Chain, Stage
 from rgap.ops import Op, Reshape
-from rgap.precision import Known, Precision
+from rgap.precision import UNKNOWN, Known, Precision
 from rgap.systems import weight_constraint
 from rgap.systems.stage import StageSolution, solve_stage
 
@@ -234,7 +234,7 @@ def _through(
 def _invert_activation(
     op: Activation, x: Known, k: Known, precision: Precision
 ) -> tuple[Known, Known]:
-    """Z = φ^{-1}(x) and k ⊙ φ'(z), with the errors of both.
+    """The pre-activation φ^{-1}(x) and k ⊙ φ'(z), with the errors of both.
 
     A unit of a piecewise linear φ whose sign the error leaves open shows up in the ensemble: its
     slope is taken at each perturbed value.  One-sided units (ReLU at 0) carry no equation: their
@@ -265,7 +265,6 @@ def _invert_activation(
 
 
 REFUTED = 100.0  # rms residual, in standard errors, at which equations contradict each other
-UNKNOWN = 1e150  # error of a pre-activation that no equation fixes; its row gets weight 0
 
 
 def _map(function: Callable[[Tensor], Tensor], ensemble: Tensor) -> Tensor:

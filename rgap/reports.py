@@ -12,7 +12,7 @@ from rgap.problem import Problem
 from rgap.recovery import LayerReport
 from rgap.recursion import Descent
 from rgap.systems.nullspace import null_directions
-from rgap.systems.ranks import weight_row_space
+from rgap.systems.ranks import weight_row_spaces
 
 
 def layer_reports(problem: Problem, descent: Descent | None) -> tuple[LayerReport, ...]:
@@ -25,7 +25,10 @@ def _report(problem: Problem, descent: Descent | None, stage: Stage) -> LayerRep
     unknowns = batch * prod(affine.in_shape)
 
     def weight_rank() -> int:
-        return batch * weight_row_space(affine).rank.rank
+        active = torch.ones(batch, *affine.out_shape, dtype=torch.bool)
+        step = None if descent is None else descent.solutions.get(stage.index)
+        spaces = weight_row_spaces(affine, active if step is None else step.active)
+        return sum(space.rank.rank for space in spaces)
 
     halt = None if descent is None else descent.halt
     note = halt.reason if halt is not None and halt.stage == stage.name else ""
@@ -67,12 +70,12 @@ def _report(problem: Problem, descent: Descent | None, stage: Stage) -> LayerRep
             weight_rank,
         )
     stats = step.solution.stats
-    cotangent = step.cotangent
+    cotangent, active = step.cotangent, step.active
 
     def null_space(count: int) -> Tensor:
         if stats.joint.nullity == 0:
             return torch.empty(0, batch, *affine.in_shape, dtype=torch.float64)
-        return null_directions(affine, cotangent, stats.joint.nullity, count)
+        return null_directions(affine, cotangent, active, stats.joint.nullity, count)
 
     return LayerReport(
         stage.name,

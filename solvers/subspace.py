@@ -7,6 +7,7 @@ products between the two orthonormal bases is formed, never the stacked system.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 
@@ -105,8 +106,7 @@ def top_eigenpairs(matrix: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
 
 def joint_rank(
     gradient: Kronecker,
-    sample_rows: Tensor,
-    batch: int,
+    sample_rows: Sequence[Tensor],
     rcond: float | None = None,
     noise: float = 0.0,
 ) -> Rank:
@@ -114,8 +114,7 @@ def joint_rank(
 
     Args:
         gradient: the Kronecker block, K [groups, rows, B·N].
-        sample_rows: orthonormal rows of W for one sample, [rank W, C, N].
-        batch: number of samples B.
+        sample_rows: orthonormal rows of W, one [rank W_b, C, N] for each of the B samples.
         rcond: relative cutoff on singular values and on the sine of an angle.
         noise: relative error of the entries of K.
 
@@ -124,15 +123,15 @@ def joint_rank(
         where both blocks have orthonormal rows) and ``gap`` the ratio of sines at the cutoff.
     """
     groups, rows, size = gradient.matrix.shape
-    channels, positions = gradient.channels, size // batch
+    channels, batch = gradient.channels, len(sample_rows)
     total = channels * size
     tolerance = resolve_rcond(rcond, (rows, size), noise=noise)
     bases = _group_bases(gradient, rcond, noise)
     gradient_rank = sum(b.shape[0] for b in bases) * (channels // groups)
-    weight_rank = batch * sample_rows.shape[0]
+    weight_rank = sum(len(q) for q in sample_rows)
     # Angles inherit the error of both bases, amplified by the smallest singular value kept.
     cutoff = max(tolerance * 1e2, 1e-10)
-    sines = _sines(bases, sample_rows, batch, channels // groups, positions, cutoff)
+    sines = _sines(bases, sample_rows, channels // groups, size // batch)
     shared = int((sines <= cutoff).sum())
     kept = sines[sines > cutoff]
     smallest = float(kept.min()) if kept.numel() else 1.0
@@ -150,19 +149,19 @@ def _group_bases(gradient: Kronecker, rcond: float | None, noise: float) -> list
 
 
 def _sines(
-    bases: list[Tensor], q: Tensor, batch: int, per_group: int, positions: int, cutoff: float
+    bases: list[Tensor], samples: Sequence[Tensor], per_group: int, positions: int
 ) -> Tensor:
     """Sines of the principal angles between the two row spaces, the small ones accurately."""
     blocks = []
     for g, basis in enumerate(bases):
-        v = basis.reshape(-1, batch, positions)
-        own = q[:, g * per_group : (g + 1) * per_group, :]
+        v = basis.reshape(-1, len(samples), positions)
+        own = slice(g * per_group, (g + 1) * per_group)
         # rows (channel, i), columns (sample, j): ⟨v_i restricted to channel and sample, q_j⟩
-        inner = torch.einsum("ibn,jcn->cibj", v, own)
-        blocks.append(inner.reshape(per_group * v.shape[0], batch * q.shape[0]))
+        parts = [torch.einsum("in,jcn->cij", v[:, b], q[:, own]) for b, q in enumerate(samples)]
+        blocks.append(torch.cat(parts, 2).flatten(0, 1))
     t = torch.cat(blocks)
     if min(t.shape) == 0:
-        return torch.ones(0, dtype=q.dtype)
+        return t.new_ones(0)
     flip = t.shape[0] > t.shape[1]
     small = t.T @ t if flip else t @ t.T
     values, vectors = top_eigenpairs(small, 1.0 - SUSPECT**2)
@@ -174,23 +173,19 @@ def _sines(
     # sin² = 1 − cos² has lost half the digits here: measure the distance between the spaces.
     chosen = vectors[:, suspect]
     across = t @ chosen if flip else t.T @ chosen
-    exact = _distance(bases, q, batch, per_group, positions, chosen, across, flip)
+    exact = _distance(bases, samples, per_group, *((across, chosen) if flip else (chosen, across)))
     return torch.cat([sines[~suspect], exact])
 
 
 def _distance(
     bases: list[Tensor],
-    q: Tensor,
-    batch: int,
+    samples: Sequence[Tensor],
     per_group: int,
-    positions: int,
-    chosen: Tensor,
-    across: Tensor,
-    flip: bool,
+    in_gradient: Tensor,
+    in_weight: Tensor,
 ) -> Tensor:
     """Singular values of (vectors in one space) − (their projection on the other)."""
-    in_gradient, in_weight = (across, chosen) if flip else (chosen, across)
-    count = chosen.shape[1]
+    count = in_gradient.shape[1]
     rows = []
     start = 0
     for basis in bases:
@@ -199,5 +194,8 @@ def _distance(
         rows.append(torch.einsum("ip,cik->kcp", basis, part))
         start = stop
     gradient = torch.cat(rows, dim=1)
-    weight = torch.einsum("jcn,bjk->kcbn", q, in_weight.reshape(batch, q.shape[0], count))
+    shares = in_weight.split([len(q) for q in samples])
+    weight = torch.stack(
+        [torch.einsum("jcn,jk->kcn", q, own) for q, own in zip(samples, shares, strict=True)], 2
+    )
     return singular_values(gradient.flatten(1) - weight.reshape(count, -1))

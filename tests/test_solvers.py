@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
+
 from rgap.solvers.kronecker import Kronecker, factor
 from rgap.solvers.linear import Stacked, null_projection, solve_lsmr
 from rgap.solvers.rank import numerical_rank, resolve_rcond
-from rgap.solvers.subspace import joint_rank, row_space
-from torch import Tensor
+from rgap.solvers.subspace import SMALL, joint_rank, row_space, top_eigenpairs
+from rgap.solvers.svd import right_singular_vectors, singular_values
 
 
 class DenseCoupling:
@@ -91,10 +93,10 @@ def test_joint_rank_counts_a_planted_intersection() -> None:
     planted[1] = k.matrix[0].T @ torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64)
     rows = torch.cat([w.matrix, planted.flatten()[None]])
     basis = row_space(rows).basis.reshape(-1, 3, 6)
-    found = joint_rank(k, basis, 1)
+    found = joint_rank(k, [basis])
     assert found.rank == 12 + 6 - 1
     assert found.clear
-    assert joint_rank(k, row_space(w.matrix).basis.reshape(-1, 3, 6), 1).rank == 17
+    assert joint_rank(k, [row_space(w.matrix).basis.reshape(-1, 3, 6)]).rank == 17
 
 
 def test_row_space_by_cholesky_agrees_with_svd() -> None:
@@ -140,3 +142,26 @@ def test_rcond_follows_the_noise_and_refuses_nonsense() -> None:
         resolve_rcond(-1.0, (2, 2))
     with pytest.raises(ValueError, match="expected noise >= 0"):
         resolve_rcond(None, (2, 2), noise=-1.0)
+
+
+def test_top_eigenpairs_finds_everything_above_the_threshold() -> None:
+    size = SMALL + 50
+    q = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64)).Q
+    values = torch.linspace(0.0, 0.99, size, dtype=torch.float64)
+    values[-300:] = 1.0 - 1e-9 * torch.arange(300)  # more than one block holds
+    matrix = (q * values) @ q.T
+    found, vectors = top_eigenpairs(matrix, 1 - 1e-6)
+    assert int((found > 1 - 1e-6).sum()) == 300
+    kept = vectors[:, found > 1 - 1e-6]
+    assert (q[:, -300:] @ (q[:, -300:].T @ kept) - kept).abs().max() < 1e-6
+
+
+def test_long_matrices_have_lapacks_singular_values() -> None:
+    for shape in ((3, 40), (40, 3), (2, 5, 30), (6, 6)):
+        matrix = torch.randn(*shape, dtype=torch.float64)
+        expected = torch.linalg.svdvals(matrix)
+        assert torch.allclose(singular_values(matrix), expected)
+        values, vh = right_singular_vectors(matrix)
+        assert torch.allclose(values, expected)
+        projected = matrix @ vh.transpose(-1, -2) @ vh
+        assert torch.allclose(projected, matrix)

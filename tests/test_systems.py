@@ -9,38 +9,40 @@ from hypothesis import strategies as st
 from reference import Geometry, dense_blocks, dense_rank, layers
 from torch import Tensor
 
+from rgap.affine import Affine
 from rgap.layers import build
-from rgap.precision import Known, Precision
+from rgap.precision import UNKNOWN, Known, Precision
 from rgap.systems import gradient_constraint, gradient_rows, weight_constraint
 from rgap.systems.nullspace import null_directions
-from rgap.systems.ranks import overlap_bound, stage_joint_rank, weight_row_space
+from rgap.systems.ranks import overlap_bound, stage_joint_rank, weight_row_spaces
 from rgap.systems.stage import solve_stage
 
 MASKS = st.sampled_from([0.0, 0.0, 0.3, 0.7])
 
 
-def draw_batch(case: Geometry, masked: float) -> tuple[object, Tensor, Tensor]:
-    """The layer's affine map, an input batch and a cotangent with dead units."""
+def draw_batch(case: Geometry, masked: float) -> tuple[Affine, Tensor, Tensor, Tensor]:
+    """The layer's affine map, an input batch, a cotangent with dead units, and the live ones."""
     generator = torch.Generator().manual_seed(case.seed)
     names = {id(p): n for n, p in case.module.named_parameters()}
     affine = build(case.module, "layer", case.shape, names)
     x = torch.rand(case.batch, *case.shape, generator=generator, dtype=torch.float64)
     k = torch.randn(case.batch, *affine.out_shape, generator=generator, dtype=torch.float64)
     alive = torch.rand(k.shape, generator=generator) >= masked
-    return affine, x, k * alive
+    return affine, x, k * alive, alive
 
 
 @settings(max_examples=320, deadline=None)
 @given(case=layers(), masked=MASKS)
 def test_ranks_and_solution_equal_the_dense_reference(case: Geometry, masked: float) -> None:
-    affine, x, k = draw_batch(case, masked)
+    affine, x, k, alive = draw_batch(case, masked)
     rows_k, rows_w = dense_blocks(case.module, k, case.shape)
+    rows_w = rows_w[alive.flatten()]  # the z of a dead unit is unknown
     stacked = torch.cat([rows_k, rows_w])
     kronecker = gradient_constraint(affine, k)
     assert kronecker.rank().rank == dense_rank(rows_k)
-    weight = weight_row_space(affine)
-    assert case.batch * weight.rank.rank == dense_rank(rows_w)
-    joint = stage_joint_rank(affine, kronecker, case.batch, weight=weight)
+    weight = weight_row_spaces(affine, alive)
+    assert sum(space.rank.rank for space in weight) == dense_rank(rows_w)
+    joint = stage_joint_rank(affine, kronecker, weight)
     # rows of unit size: a block of tiny cotangents must not vanish next to the weights
     balanced = torch.cat(
         [rows_k / rows_k.norm().clamp_min(1e-300), rows_w / rows_w.norm().clamp_min(1e-300)]
@@ -49,12 +51,11 @@ def test_ranks_and_solution_equal_the_dense_reference(case: Geometry, masked: fl
     expected = dense_rank(balanced)
     assert joint.rank == expected, singular
     if not masked:
-        bound = dense_rank(rows_k) + dense_rank(rows_w) - overlap_bound(affine, k)
-        assert joint.rank <= max(bound, 0) or bound < 0 or affine.geometry is not None
+        assert joint.rank <= dense_rank(rows_k) + dense_rank(rows_w) - overlap_bound(affine, k)
     solved = solve_stage(
         affine,
         affine.weight_gradient(x, k),
-        exact(affine.forward(x)),
+        with_unknown(exact(affine.forward(x)), alive),
         exact(k),
         Precision(torch.float64),
     )
@@ -69,6 +70,10 @@ def test_ranks_and_solution_equal_the_dense_reference(case: Geometry, masked: fl
         assert solved.solution.stats.joint.nullity == stacked.shape[1] - expected
 
 
+def with_unknown(z: Known, alive: Tensor) -> Known:
+    return Known(z.value * alive, torch.where(alive, z.error, UNKNOWN))
+
+
 def exact(value: Tensor) -> Known:
     return Known(value, Precision(torch.float64, seed=1).rounding(value))
 
@@ -76,7 +81,7 @@ def exact(value: Tensor) -> Known:
 @settings(max_examples=60, deadline=None)
 @given(case=layers(), masked=MASKS)
 def test_blocks_are_the_dense_ones(case: Geometry, masked: float) -> None:
-    affine, x, k = draw_batch(case, masked)
+    affine, x, k, _ = draw_batch(case, masked)
     rows_k, rows_w = dense_blocks(case.module, k, case.shape)
     coupling = weight_constraint(affine, case.batch)
     table = coupling.unfold(x)
@@ -109,11 +114,10 @@ def test_overlap_bound_is_met_by_generic_weights() -> None:
         affine = build(module, "layer", (2, 6, 6), names)
         k = torch.randn(3, *affine.out_shape, generator=generator, dtype=torch.float64)
         kronecker = gradient_constraint(affine, k)
-        weight = weight_row_space(affine)
-        joint = stage_joint_rank(affine, kronecker, 3, weight=weight)
-        bound = min(
-            joint.size, kronecker.rank().rank + 3 * weight.rank.rank - overlap_bound(affine, k)
-        )
+        weight = weight_row_spaces(affine, torch.ones(k.shape, dtype=torch.bool))
+        joint = stage_joint_rank(affine, kronecker, weight)
+        rows = kronecker.rank().rank + sum(space.rank.rank for space in weight)
+        bound = min(joint.size, rows - overlap_bound(affine, k))
         assert joint.rank <= bound
         hits += joint.rank == bound
     assert hits >= 36
@@ -125,9 +129,11 @@ def test_null_directions_are_seen_by_neither_block() -> None:
     names = {id(p): n for n, p in module.named_parameters()}
     affine = build(module, "layer", (3, 8, 8), names)
     k = torch.randn(2, *affine.out_shape, dtype=torch.float64)
-    joint = stage_joint_rank(affine, gradient_constraint(affine, k), 2)
+    active = torch.ones(k.shape, dtype=torch.bool)
+    weight = weight_row_spaces(affine, active)
+    joint = stage_joint_rank(affine, gradient_constraint(affine, k), weight)
     assert joint.nullity > 0
-    directions = null_directions(affine, k, joint.nullity, 4)
+    directions = null_directions(affine, k, active, joint.nullity, 4)
     assert directions.shape == (4, 2, 3, 8, 8)
     for direction in directions:
         assert affine.linear(direction).abs().max() < 1e-8

@@ -12,13 +12,19 @@ from . import gradient_constraint, weight_constraint
 
 
 def null_directions(
-    affine: Affine, cotangent: Tensor, nullity: int, count: int, seed: int = 0
+    affine: Affine,
+    cotangent: Tensor,
+    active: Tensor,
+    nullity: int,
+    count: int,
+    seed: int = 0,
 ) -> Tensor:
     """Up to ``count`` orthonormal random null directions, [count, B, *in_shape].
 
     Args:
         affine: the stage's affine map.
         cotangent: k at its output, [B, *out_shape].
+        active: True where z is known, [B, *out_shape].
         nullity: dimension of the null space.
         count: how many directions to draw.
         seed: of the private generator.
@@ -28,7 +34,7 @@ def null_directions(
     scale = float(gradient.spectra.max())
     gradient = gradient.scaled(torch.full(gradient.matrix.shape[:2], 1 / max(scale, 1e-300)))
     coupling = weight_constraint(affine, batch)
-    weights = torch.ones(coupling.rows, dtype=torch.float64) / affine.weight.norm()
+    weights = active.flatten().double() / affine.weight.norm()
     stacked = Stacked(gradient, coupling, weights)
     generator = torch.Generator().manual_seed(seed)
     draws = torch.randn(

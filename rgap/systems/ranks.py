@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import inf, prod
 
 import torch
+from torch import Tensor
 
 from rgap.affine import Affine
 from rgap.solvers.kronecker import Kronecker
@@ -13,11 +15,33 @@ from rgap.solvers.subspace import RowSpace, full_column_rank, joint_rank, row_sp
 
 from . import weight_constraint
 
+LARGE = 32  # filters per group up to which the span of the shared equations is measured
 
-def weight_row_space(affine: Affine, rcond: float | None = None) -> RowSpace:
-    """Row space of W for one sample, basis [rank, C·positions] in the order of ``in_shape``."""
+
+def weight_row_spaces(affine: Affine, active: Tensor) -> list[RowSpace]:
+    """Row space of the weight constraints of every sample, from the rows whose z is known.
+
+    Args:
+        affine: the layer.
+        active: True where z is known, [B, *out_shape]; a ReLU that is off leaves its row out.
+
+    Returns:
+        One row space per sample, basis [rank, C·positions] in the order of ``in_shape``.
+    """
+    full: RowSpace | None = None
+    found = []
+    for mask in active:
+        if bool(mask.all()):
+            full = full or _row_space(affine, None)
+            found.append(full)
+        else:
+            found.append(_row_space(affine, mask.flatten()))
+    return found
+
+
+def _row_space(affine: Affine, mask: Tensor | None) -> RowSpace:
     size = prod(affine.in_shape)
-    if prod(affine.out_shape) >= size > 64:
+    if mask is None and prod(affine.out_shape) >= size > 64:
         coupling = weight_constraint(affine, 1)
         gram = torch.zeros(size, size, dtype=torch.float64)
         channels = affine.in_shape[0]
@@ -25,39 +49,34 @@ def weight_row_space(affine: Affine, rcond: float | None = None) -> RowSpace:
         coupling.add_gram(ones, gram.view(channels, -1, channels, size // channels))
         extremes = full_column_rank(gram)
         if extremes is not None:
-            return RowSpace(torch.empty(0, size), Rank(size, size, 0.0, inf, *extremes, size))
+            identity = torch.eye(size, dtype=torch.float64)
+            return RowSpace(identity, Rank(size, size, 0.0, inf, *extremes, size))
     identity = torch.eye(size, dtype=torch.float64).reshape(size, *affine.in_shape)
     dense = affine.linear(identity).reshape(size, -1).T
-    return row_space(dense, rcond)
+    return row_space(dense if mask is None else dense[mask.to(dense.device)])
 
 
 def stage_joint_rank(
-    affine: Affine,
-    gradient: Kronecker,
-    batch: int,
-    noise: float = 0.0,
-    weight: RowSpace | None = None,
+    affine: Affine, gradient: Kronecker, weight: Sequence[RowSpace], noise: float = 0.0
 ) -> Rank:
-    """Rank of gradient and weight constraints together, ``rank ≤ B·n``."""
-    weight = weight_row_space(affine) if weight is None else weight
+    """Rank of gradient and weight constraints together, ``rank ≤ B·n``.
+
+    Args:
+        affine: the layer.
+        gradient: its gradient constraint.
+        weight: row space of the weight constraints of every sample.
+        noise: relative error of the cotangents.
+    """
     size = prod(affine.in_shape)
-    if weight.rank.rank == size:
-        return Rank(
-            batch * size,
-            batch * size,
-            0.0,
-            weight.rank.gap,
-            weight.rank.largest,
-            weight.rank.smallest,
-            batch * size,
-        )
-    channels = affine.in_shape[0]
-    return joint_rank(
-        gradient, weight.basis.reshape(-1, channels, size // channels), batch, noise=noise
-    )
+    if all(space.rank.rank == size for space in weight):
+        worst = min(weight, key=lambda space: space.rank.smallest).rank
+        total = len(weight) * size
+        return Rank(total, total, 0.0, worst.gap, worst.largest, worst.smallest, total)
+    shape = (-1, affine.in_shape[0], size // affine.in_shape[0])
+    return joint_rank(gradient, [space.basis.reshape(shape) for space in weight], noise=noise)
 
 
-def overlap_bound(affine: Affine, cotangent: torch.Tensor, rcond: float = 1e-10) -> int:
+def overlap_bound(affine: Affine, cotangent: Tensor, rcond: float = 1e-10) -> int:
     """Dimension of span{W_fᵀ k_f'}: equations that both blocks contain.
 
     The identity Σ_u w_f(u) (K_f' x)_u = ⟨k_f', W_f x⟩ puts W_fᵀ k_f' into both row spaces
@@ -76,8 +95,11 @@ def overlap_bound(affine: Affine, cotangent: torch.Tensor, rcond: float = 1e-10)
     groups = affine.geometry.groups
     filters = affine.out_shape[0]
     per_group = filters // groups
-    if bool((cotangent != 0).all()):
-        return groups * per_group**2  # nothing is masked: independent for generic weights
+    if per_group > LARGE:
+        dense = cotangent.transpose(0, 1).flatten(1).reshape(groups, per_group, -1)
+        kernels = affine.weight.flatten(1).reshape(groups, per_group, -1)
+        ranks = torch.linalg.matrix_rank(dense) * torch.linalg.matrix_rank(kernels)
+        return int(ranks.sum())  # independent factors have independent products, generically
     total = 0
     for group in range(groups):
         own = range(group * per_group, (group + 1) * per_group)

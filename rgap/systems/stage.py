@@ -21,7 +21,7 @@ from rgap.solvers.rank import Rank
 from rgap.solvers.solution import Result, Solution, Stats
 
 from . import WeightConstraint, gradient_constraint, gradient_rows, weight_constraint
-from .ranks import stage_joint_rank
+from .ranks import stage_joint_rank, weight_row_spaces
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +37,7 @@ class StageSolution:
     solution: Solution[Known | None]
     factor: Factor | None
     cotangent: Tensor
+    active: Tensor  # True where z is known, [B, *out_shape]
     gradient_misfit: float  # rms of the weighted gradient residuals; about 1 when consistent
     weight_misfit: float  # the same for the weight rows
     seconds: float
@@ -63,7 +64,7 @@ def solve_stage(
     stage = _Stage(affine, gradient, z, k, precision)
     solution, made = stage.solve()
     misfits = (0.0, 0.0) if solution.value is None else stage.misfits(solution.value.value)
-    return StageSolution(solution, made, k.value, *misfits, time.perf_counter() - start)
+    return StageSolution(solution, made, k.value, z.known, *misfits, time.perf_counter() - start)
 
 
 class _Stage:
@@ -89,9 +90,7 @@ class _Stage:
         if own.nullity == 0:
             made = factor(self.kronecker, self.gradient_weights, None, None)
         if made is None or self.weight_rows_help(made):
-            ceiling = self.kronecker.rank().rank + self.batch * min(
-                prod(self.affine.in_shape), prod(self.affine.out_shape)
-            )
+            ceiling = self.kronecker.rank().rank + int(self.z.known.sum())
             stacked = None
             if ceiling >= self.unknowns:
                 stacked = factor(
@@ -100,7 +99,7 @@ class _Stage:
             if stacked is not None and self.determined(stacked):
                 made, route = stacked, "cholesky"
         if made is None:
-            joint = stage_joint_rank(self.affine, self.kronecker, self.batch, self.matrix_noise())
+            joint = self.joint_rank()
             stats = Stats("rank only", self.unknowns, own.rank, joint, joint.condition, 0.0)
             return Solution(None, Result.DEFICIENT, stats), None
         known, iterations = self.compute(made)
@@ -127,8 +126,13 @@ class _Stage:
             return False
         if made.condition <= TRUSTED:
             return True
-        joint = stage_joint_rank(self.affine, self.kronecker, self.batch, self.matrix_noise())
+        joint = self.joint_rank()
         return made.condition <= HOPELESS and joint.nullity == 0 and joint.clear
+
+    def joint_rank(self) -> Rank:
+        """Rank of both blocks, of the rows that are known at all."""
+        spaces = weight_row_spaces(self.affine, self.z.known)
+        return stage_joint_rank(self.affine, self.kronecker, spaces, self.matrix_noise())
 
     def matrix_noise(self) -> float:
         """Norm of the error of K over the norm of K, for the rank decision."""
