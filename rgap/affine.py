@@ -15,6 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn import grad as nn_grad
 
+from rgap.geometry import Geometry, per_dimension, sides_of
+
+__all__ = ["Affine", "Geometry", "convolution", "linear"]
+
 _CONV: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _TRANSPOSE: dict[int, Callable[..., Tensor]] = {
     1: F.conv_transpose1d,
@@ -26,54 +30,6 @@ _WEIGHT: dict[int, Callable[..., Tensor]] = {
     2: nn_grad.conv2d_weight,
     3: nn_grad.conv3d_weight,
 }
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """Where the taps of an N-d convolution fall; one entry per spatial dimension.
-
-    Attributes:
-        kernel: kernel size.
-        stride: step between outputs.
-        padding: zeros added before and after the picture, ``(low, high)`` per dimension.
-        dilation: step between taps.
-        groups: number of independent channel groups.
-
-    >>> Geometry((3,), (2,), ((1, 1),), (1,), 1).out_space((8,))
-    (4,)
-    """
-
-    kernel: tuple[int, ...]
-    stride: tuple[int, ...]
-    padding: tuple[tuple[int, int], ...]
-    dilation: tuple[int, ...]
-    groups: int
-
-    def out_space(self, space: tuple[int, ...]) -> tuple[int, ...]:
-        """Output size ⌊(n + low + high − d(k − 1) − 1)/s⌋ + 1 per dimension; < 1: does not fit."""
-        return tuple(
-            (n + low + high - d * (k - 1) - 1) // s + 1
-            for n, (low, high), d, k, s in zip(
-                space, self.padding, self.dilation, self.kernel, self.stride, strict=True
-            )
-        )
-
-    def leftover(self, space: tuple[int, ...]) -> tuple[int, ...]:
-        """Padded positions at the far end that no tap reads, because the stride skips them."""
-        return tuple(
-            (n + low + high - d * (k - 1) - 1) % s
-            for n, (low, high), d, k, s in zip(
-                space, self.padding, self.dilation, self.kernel, self.stride, strict=True
-            )
-        )
-
-    def symmetric(self) -> bool:
-        """True if every dimension is padded alike on both sides."""
-        return all(low == high for low, high in self.padding)
-
-    def pad_list(self, sign: int = 1) -> list[int]:
-        """Padding in the order of ``torch.nn.functional.pad``: last dimension first."""
-        return [sign * side for pair in reversed(self.padding) for side in pair]
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,6 +133,26 @@ class Affine:
         self._check("bias_gradient", k, self.out_shape)
         return k.sum((0, *range(2, k.ndim)))
 
+    def bordered(self, sides: tuple[int, ...]) -> Affine:
+        """The convolution of what a border of zeros was put around: the border as its padding.
+
+        Args:
+            sides: of the border, as for ``torch.nn.functional.pad``, last dimension first.
+        """
+        geometry = self.geometry
+        if geometry is None or len(sides) > 2 * len(geometry.kernel) or min(sides) < 0:
+            raise ValueError(
+                f"'{self.name}' ({self.kind}): expected a border along the dimensions of a "
+                f"convolution, got sides {sides}"
+            )
+        wider = geometry.bordered(sides)
+        channels, *space = self.in_shape
+        added = [
+            sum(new) - sum(old) for new, old in zip(wider.padding, geometry.padding, strict=True)
+        ]
+        inner = tuple(n - more for n, more in zip(space, added, strict=True))
+        return replace(self, in_shape=(channels, *inner), geometry=wider)
+
     def squared(self) -> Affine:
         """The map with squared weights and no bias: it adds up variances."""
         return replace(self, weight=self.weight.square(), bias=None)
@@ -258,7 +234,7 @@ def convolution(
     kernel = tuple(weight.shape[2:])
     steps = per_dimension(dilation, dims)
     geometry = Geometry(
-        kernel, per_dimension(stride, dims), _sides(padding, kernel, steps), steps, groups
+        kernel, per_dimension(stride, dims), sides_of(padding, kernel, steps), steps, groups
     )
     channels = weight.shape[1] * groups
     got = ", ".join(map(str, in_shape))
@@ -287,28 +263,6 @@ def convolution(
         (weight.shape[0], *space),
         geometry,
     )
-
-
-def per_dimension(value: int | tuple[int, ...], dims: int) -> tuple[int, ...]:
-    """``3`` → ``(3, 3)``, as PyTorch reads sizes.
-
-    >>> per_dimension(3, 2)
-    (3, 3)
-    """
-    if isinstance(value, int):
-        return (value,) * dims
-    return tuple(value) * dims if len(value) == 1 else tuple(value)
-
-
-def _sides(
-    padding: str | int | tuple[int, ...], kernel: tuple[int, ...], dilation: tuple[int, ...]
-) -> tuple[tuple[int, int], ...]:
-    if padding == "valid":
-        return tuple((0, 0) for _ in kernel)
-    if isinstance(padding, str):  # 'same': PyTorch puts the odd zero at the far end
-        spans = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-        return tuple((span // 2, span - span // 2) for span in spans)
-    return tuple((p, p) for p in per_dimension(padding, len(kernel)))
 
 
 def _copy(tensor: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,70 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rgap import activations as act
-from rgap.layers import Names, Piece, affine_map, build
-from rgap.ops import Pad
-from rgap.probing import Shape, Unsupported, linear_function, rearrangement
+from rgap.calls import DATA, Call
+from rgap.layers import Piece, affine_map, build, padded, parameter_name, prelu
+from rgap.probing import Unsupported, linear_function, rearrangement
 from rgap.scaling import Scale
-
-DATA = object()  # stands for the data-dependent tensor among the arguments
-
-
-@dataclass(frozen=True)
-class Call:
-    """A traced call of a function or method with exactly one data-dependent tensor.
-
-    Attributes:
-        name: of the node.
-        target: the function, or the method's name.
-        args: with :data:`DATA` in the data's place and a method's object first.
-        kwargs: likewise.
-        in_shape: of the data, without the batch dimension.
-        names: parameter names by ``id``.
-    """
-
-    name: str
-    target: Callable[..., Any] | str
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    in_shape: Shape
-    names: Names
-
-    @property
-    def kind(self) -> str:
-        """Name of the function or method."""
-        if isinstance(self.target, str):
-            return self.target
-        return getattr(self.target, "__name__", str(self.target))
-
-    def options(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Arguments after the data, which must come first."""
-        if self.args and self.args[0] is DATA:
-            return self.args[1:], self.kwargs
-        if not self.args and self.kwargs.get("input") is DATA:
-            return (), {k: v for k, v in self.kwargs.items() if k != "input"}
-        raise Unsupported(f"{self.kind} with the data in another place than the first")
-
-    def on(self, x: Tensor) -> Any:
-        """The call with ``x`` as its data."""
-        return evaluate(self.target, *substitute((self.args, self.kwargs), x))
-
-
-def evaluate(target: Callable[..., Any] | str, args: Any, kwargs: Any) -> Any:
-    """Call a function, or the method of its first argument."""
-    if isinstance(target, str):
-        return getattr(args[0], target)(*args[1:], **kwargs)
-    return target(*args, **kwargs)
-
-
-def substitute(value: Any, x: Tensor) -> Any:
-    """``value`` with ``x`` for :data:`DATA` everywhere."""
-    if value is DATA:
-        return x
-    if isinstance(value, (tuple, list)):
-        return type(value)(substitute(v, x) for v in value)
-    if isinstance(value, dict):
-        return {k: substitute(v, x) for k, v in value.items()}
-    return value
 
 
 def build_call(call: Call) -> Piece:
@@ -98,7 +37,12 @@ def build_call(call: Call) -> Piece:
 def _as_module(make: Callable[..., nn.Module]) -> Callable[[Call], Piece]:
     def handler(call: Call) -> Piece:
         args, kwargs = call.options()
-        return build(make(*args, **kwargs), call.name, call.in_shape, call.names)
+        try:
+            module = make(*args, **kwargs)
+        except TypeError:  # the function has options that the module has not
+            given = ", ".join([*map(repr, args), *(f"{k}={v!r}" for k, v in kwargs.items())])
+            raise Unsupported(f"{call.kind} with {given}") from None
+        return build(module, call.name, call.in_shape, call.names)
 
     return handler
 
@@ -153,10 +97,31 @@ def _pad(call: Call) -> Piece:
     mode = given.get("mode", "constant")
     if mode != "constant":
         raise Unsupported(f"pad with mode={mode!r}: only constant borders are covered")
-    sides = tuple(given["pad"])
-    if len(sides) > 2 * len(call.in_shape):
-        raise Unsupported("pad along the batch dimension")
-    return Pad(call.name, call.in_shape, sides, float(given.get("value") or 0.0))
+    return padded(call.name, call.in_shape, tuple(given["pad"]), float(given.get("value") or 0.0))
+
+
+def _prelu(call: Call) -> Piece:
+    weight = _arguments(call, "weight")["weight"]
+    weight_name = parameter_name(call.name, "weight", weight, call.names)
+    return prelu(call.name, weight, weight_name, call.in_shape)
+
+
+def _convert(call: Call) -> Piece:
+    """A change of precision or device: nothing in float64, unless it rounds to fewer digits."""
+    for value in (*call.args, *call.kwargs.values()):
+        dtype = value.dtype if isinstance(value, Tensor) else value
+        if isinstance(dtype, torch.dtype) and dtype not in (torch.float32, torch.float64):
+            raise Unsupported(f"{call.kind} rounds the data to {dtype}")
+    return None
+
+
+def _attribute(call: Call) -> Piece:
+    name = call.args[1]
+    if name == "data":
+        raise Unsupported("x.data cuts the gradient off")
+    if name not in ("T", "mT", "H", "mH"):  # x.shape, x.device: no tensor
+        raise Unsupported(f"the attribute {name!r} is not among the steps that the equations cover")
+    return rearrangement(call.on, call.name, name, call.in_shape)
 
 
 def _rearranged(call: Call) -> Piece:
@@ -196,6 +161,8 @@ def _arithmetic(call: Call) -> Piece:
     exact = Call(
         call.name, call.target, _double(call.args), _double(call.kwargs), call.in_shape, call.names
     )
+    if not call.in_shape and any(isinstance(v, Tensor) and v.numel() > 1 for v in call.args):
+        raise Unsupported(f"{call.kind} of one number per sample with a whole tensor")
     zero = torch.zeros(1, *call.in_shape, dtype=torch.float64)
     shift = exact.on(zero)
     if shift.shape != zero.shape:
@@ -282,9 +249,14 @@ def _table() -> dict[Callable[..., Any] | str, Callable[[Call], Piece]]:
         torch.unsqueeze, torch.flip, torch.roll, torch.unflatten, torch.swapaxes, torch.movedim,
         F.pixel_shuffle, F.pixel_unshuffle, operator.getitem, "view", "reshape", "flatten",
         "permute", "transpose", "squeeze", "unsqueeze", "flip", "roll", "unflatten", "swapaxes",
-        "movedim", "narrow", "view_as", "mT")  # fmt: skip
+        "movedim", "narrow", "view_as", "expand", "repeat", "repeat_interleave",
+        torch.repeat_interleave)  # fmt: skip
+    put(_attribute, getattr)
+    put(_prelu, F.prelu, torch.prelu, "prelu")
+    put(_convert, "to", "type_as")
+    put(_as_module(nn.Upsample), F.interpolate)
     put(_linear_call, torch.mean, torch.sum, "mean", "sum")
-    put(_nothing, "contiguous", "clone", "float", "double", "to", "type_as", torch.clone)
+    put(_nothing, "contiguous", "clone", "float", "double", "requires_grad_", torch.clone)
     put(_arithmetic, operator.add, operator.sub, operator.mul, operator.truediv, operator.neg,
         operator.iadd, operator.isub, operator.imul, operator.itruediv, torch.add, torch.sub,
         torch.mul, torch.div, torch.neg, "add", "sub", "mul", "div", "neg", "add_", "sub_",

@@ -7,9 +7,18 @@ from dataclasses import dataclass
 from torch import Tensor, fx, nn
 
 from rgap.affine import Affine
+from rgap.isolation import first_line
 from rgap.ops import Op
-from rgap.probing import Shape
-from rgap.tracing import Traced, kind_of, module_of, path_of, propagate, trace
+from rgap.probing import PROBE, Shape
+from rgap.tracing import (
+    Traced,
+    kind_of,
+    module_of,
+    path_of,
+    propagate,
+    result_of,
+    trace,
+)
 
 Link = Affine | Op
 
@@ -45,30 +54,25 @@ def links(model: nn.Module, shape: Shape) -> tuple[list[Link], Barrier | None, S
     Returns:
         ``(links, barrier, output_shape)``.
     """
+    kind = type(model).__name__
     try:
         graph = trace(model)
     except Exception as error:
-        reason = f"torch.fx cannot trace its forward: {_first_line(error)}"
-        if isinstance(error, fx.proxy.TraceError):
-            reason = (
-                "its forward decides by values of the data (control flow), which torch.fx cannot "
-                "trace"
-            )
-        return [], Barrier(type(model).__name__, "control flow", reason, ADVICE_NONE), ()
-    output = next(node for node in graph.nodes if node.op == "output")
-    result = output.args[0]
-    kind = type(model).__name__
+        return [], Barrier(kind, "control flow", _untraceable(model, error), ADVICE_NONE), ()
+    result = result_of(graph)
     if not isinstance(result, fx.Node):
-        reason = f"it returns {type(result).__name__} instead of one tensor"
+        what = type(result).__name__.removeprefix("immutable_")
+        reason = f"it returns a {what} instead of one tensor; write a forward that returns one"
         return [], Barrier("output", kind, reason, ADVICE_NONE), ()
-    inputs = [node for node in graph.nodes if node.op == "placeholder"]
     live = _ancestors(result)
-    inputs = [node for node in inputs if node in live]
-    if len(inputs) != 1 or str(inputs[0].target).startswith("*"):
-        reason = f"its forward reads {len(inputs)} inputs instead of one tensor"
+    inputs = [node for node in graph.nodes if node.op == "placeholder" and node in live]
+    starred = any(str(node.target).startswith("*") for node in inputs)
+    if len(inputs) != 1 or starred:
+        got = "*args" if starred else f"{len(inputs)} inputs"
+        reason = f"its forward reads {got} instead of one tensor; write forward(self, x)"
         return [], Barrier("input", kind, reason, ADVICE_NONE), ()
     traced = propagate(model, [node for node in graph.nodes if node in live], shape)
-    found, barrier = _walk(model, traced, result)
+    found, barrier = _walk(model, traced, result, _overwritten(model, graph, live))
     value = traced[result].value
     out = tuple(value.shape[1:]) if isinstance(value, Tensor) else ()
     return found, barrier, out
@@ -86,7 +90,10 @@ def _ancestors(node: fx.Node) -> set[fx.Node]:
 
 
 def _walk(
-    model: nn.Module, traced: dict[fx.Node, Traced], result: fx.Node
+    model: nn.Module,
+    traced: dict[fx.Node, Traced],
+    result: fx.Node,
+    overwritten: dict[fx.Node, str],
 ) -> tuple[list[Link], Barrier | None]:
     """From the output down to the data or the first node that is no link."""
     uses = _parameter_uses(model, traced)
@@ -100,7 +107,11 @@ def _walk(
         shared = _shared(model, node, uses)
         if reason is None and shared is not None:
             reason = shared
+        if reason is None:
+            reason = overwritten.get(node)
         if reason is not None:
+            node = _culprit(traced, node)
+            reason = traced[node].reason or reason
             above = any(isinstance(link, Affine) for link in found)
             advice = ADVICE_PART if above else ADVICE_NONE
             barrier = Barrier(path_of(model, node), kind_of(model, node), reason, advice)
@@ -112,20 +123,68 @@ def _walk(
     return found[::-1], None
 
 
+def _culprit(traced: dict[fx.Node, Traced], node: fx.Node) -> fx.Node:
+    """The node that hands no batch of known shape on: the LSTM below an ``out[0]``."""
+    while (source := traced[node].source) is not None and traced[source].reason is not None:
+        value = traced[source].value
+        if isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == PROBE:
+            break
+        node = source
+    return node
+
+
+def _overwritten(model: nn.Module, graph: fx.Graph, live: set[fx.Node]) -> dict[fx.Node, str]:
+    """Nodes whose values an in-place call changes behind the graph's back, each with the reason.
+
+    ``h.mul_(2)`` with its result thrown away has no edge to the output, yet ``h`` is another.
+    """
+    reasons: dict[fx.Node, str] = {}
+    for node in graph.nodes:
+        if node not in live and _in_place(model, node):
+            reason = (
+                f"'{path_of(model, node)}' changes it in place and its result is not used, which "
+                "the graph cannot show; write x = f(x) instead of f(x)"
+            )
+            reasons.update(dict.fromkeys(_ancestors(node) - {node}, reason))
+    return reasons
+
+
+def _in_place(model: nn.Module, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return bool(getattr(module_of(model, node), "inplace", False))
+    name = str(getattr(node.target, "__name__", node.target))
+    marked = name.endswith("_") and not name.endswith("__") and not name.startswith("_")
+    return marked or bool(node.kwargs.get("inplace")) or node.kwargs.get("out") is not None
+
+
+def _untraceable(model: nn.Module, error: Exception) -> str:
+    """Why torch.fx found no graph, and what to write instead."""
+    if isinstance(error, fx.proxy.TraceError):
+        return (
+            "its forward decides by values or sizes of the data, or loops over them (control "
+            "flow), which torch.fx cannot trace"
+        )
+    for wrapper, what in (("_orig_mod", "compiled"), ("module", "wrapped")):
+        inner = getattr(model, wrapper, None)
+        if isinstance(inner, nn.Module):
+            return f"it is a {what} model; write model.{wrapper} instead of model"
+    return f"torch.fx cannot trace its forward: {first_line(error)}"
+
+
 def _parameter_uses(
     model: nn.Module, traced: dict[fx.Node, Traced]
 ) -> dict[int, list[tuple[fx.Node, str]]]:
     """For every parameter (by id): the nodes that compute with it, and its path there."""
     uses: dict[int, list[tuple[fx.Node, str]]] = {}
-    for node in traced:
+    for node, step in traced.items():
         if node.op == "call_module":
             prefix = f"{node.target}." if node.target else ""
             for name, p in module_of(model, node).named_parameters():
                 uses.setdefault(id(p), []).append((node, prefix + name))
-        elif node.op == "get_attr" and isinstance(traced[node].value, nn.Parameter):
+        elif node.op == "get_attr" and isinstance(step.value, nn.Parameter):
             for user in node.users:
                 if user in traced:
-                    uses.setdefault(id(traced[node].value), []).append((user, str(node.target)))
+                    uses.setdefault(id(step.value), []).append((user, str(node.target)))
     return uses
 
 
@@ -147,8 +206,3 @@ def _shared(
                 where = f"'{other[1]}' and '{own}' are the same parameter"
         return f"{where}: the update holds only the sum of both gradients"
     return None
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

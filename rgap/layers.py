@@ -57,6 +57,10 @@ def build(module: nn.Module, name: str, in_shape: Shape, names: Names) -> Piece:
         if kind in HANDLERS:
             return HANDLERS[kind](module, name, in_shape, names)
     what = f"{type(module).__name__} is not among the layers that the equations cover"
+    if isinstance(module, torch.jit.ScriptModule):
+        what = "a TorchScript module has no forward to read; write the module it was made from"
+    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        what = f"{type(module).__name__} wraps a model; write model.module instead of model"
     if isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)):
         what = f"{type(module).__name__} normalises by the statistics of its own input"
     raise Unsupported(what)
@@ -69,6 +73,8 @@ def parameter_name(owner: str, what: str, value: Any, names: Names) -> str:
             f"the {what} of '{owner}' is no parameter of the model but computed from others "
             "(weight norm, parametrisation or a plain tensor)"
         )
+    if not value.is_floating_point():
+        raise Unsupported(f"the {what} of '{owner}' is {value.dtype}: it needs real numbers")
     return names[id(value)]
 
 
@@ -135,10 +141,17 @@ def _nothing(module: nn.Module, name: str, in_shape: Shape, names: Names) -> Pie
     return None
 
 
+def prelu(name: str, weight: Tensor, weight_name: str, in_shape: Shape) -> Piece:
+    """PReLU with one slope, or one for every channel."""
+    if not in_shape:  # PyTorch takes the batch of [B] numbers for the channels
+        raise Unsupported("prelu of one number per sample, without a channel dimension")
+    return act.PReLU(name, in_shape, weight, weight_name)
+
+
 @register(nn.PReLU)
 def _prelu(module: nn.PReLU, name: str, in_shape: Shape, names: Names) -> Piece:
     weight_name = parameter_name(name, "weight", module.weight, names)
-    return act.PReLU(name, in_shape, module.weight, weight_name)
+    return prelu(name, module.weight, weight_name, in_shape)
 
 
 @register(nn.LeakyReLU, nn.RReLU)
@@ -232,13 +245,33 @@ def _average(module: nn.Module, name: str, in_shape: Shape, names: Names) -> Pie
 @register(nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d,
           nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)  # fmt: skip
 def _pad(module: nn.ConstantPad2d, name: str, in_shape: Shape, names: Names) -> Piece:
-    return Pad(name, in_shape, tuple(module.padding), float(module.value))
+    return padded(name, in_shape, tuple(module.padding), float(module.value))
+
+
+def padded(name: str, in_shape: Shape, sides: tuple[int, ...], value: float) -> Piece:
+    """A constant border; ``sides`` as for ``torch.nn.functional.pad``."""
+    if len(sides) > 2 * len(in_shape):
+        raise Unsupported("pad along the batch dimension")
+    piece = Pad(name, in_shape, sides, value)
+    if min(piece.out_shape) < 1:
+        raise ValueError(
+            f"'{name}' (pad) cuts [B, {', '.join(map(str, in_shape))}] down to nothing; write a "
+            "larger input_shape"
+        )
+    return piece
 
 
 @register(nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle)
 def _rearrange(module: nn.Module, name: str, in_shape: Shape, names: Names) -> Piece:
     kind = type(module).__name__.lower().replace("pixel", "pixel_").replace("channel", "channel_")
     return rearrangement(module.forward, name, kind, in_shape)
+
+
+@register(nn.Upsample)
+def _upsample(module: nn.Upsample, name: str, in_shape: Shape, names: Names) -> Piece:
+    if module.mode != "nearest":
+        raise Unsupported(f"upsample with mode={module.mode!r}: only 'nearest' is covered")
+    return rearrangement(module.forward, name, "upsample", in_shape)
 
 
 def _out_of_place(module: nn.Module) -> Callable[[Tensor], Tensor]:

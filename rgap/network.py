@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from rgap.affine import Affine
+from rgap.checking import disagreement, fitting_shape, refuse_unready
 from rgap.graph import ADVICE_NONE, Barrier, Link, links
-from rgap.ops import Op, Rearrange, Reshape
+from rgap.ops import Op, Pad, Rearrange, Reshape
 
 __all__ = ["Barrier", "Chain", "Stage", "parse"]
 
@@ -86,6 +87,14 @@ class Chain:
     parameters: tuple[str, ...]
 
     @property
+    def steps(self) -> tuple[Link, ...]:
+        """Every affine map and step, in forward order."""
+        found: list[Link] = []
+        for stage in self.stages:
+            found += [*stage.lead, stage.affine, *stage.tail]
+        return tuple(found)
+
+    @property
     def complete(self) -> bool:
         """True if the stages reach from the data to the output."""
         return self.barrier is None
@@ -125,6 +134,8 @@ def parse(model: nn.Module, input_shape: Sequence[int]) -> Chain:
     """The chain that ``model`` is, for inputs ``[B, *input_shape]``.
 
     The model keeps its mode, parameters, buffers, hooks and attributes; nothing random is drawn.
+    It runs once, on two random inputs (forward hooks do too), and a chain that does not compute
+    the same becomes a barrier: no trace shows a hook that changes an output.
 
     Args:
         model: in eval mode where it has dropout or batch norm; float32 or float64.
@@ -154,11 +165,11 @@ def parse(model: nn.Module, input_shape: Sequence[int]) -> Chain:
             f"model: {type(model).__name__} has no parameters, so its update says nothing; write "
             "parse(network) with the network that was trained"
         )
-    _refuse_train_mode(model)
+    refuse_unready(model)
     try:
         found, barrier, output = links(model, shape)
     except ValueError as error:
-        fits = _fitting_shape(model, shape)
+        fits = fitting_shape(model, shape)
         if fits is None:
             raise
         raise ValueError(f"{error}; input_shape={fits} would fit") from error
@@ -168,23 +179,12 @@ def parse(model: nn.Module, input_shape: Sequence[int]) -> Chain:
             type(model).__name__, "model", "it has no linear or convolutional layer", ADVICE_NONE
         )
     device = next(model.parameters()).device
-    return Chain(stages, barrier, shape, output, parameters).to(device)
-
-
-def _fitting_shape(model: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    """A common picture shape that the model accepts, for the message that refuses ``shape``."""
-    if len(shape) > 1 and shape[0] == 1:
-        shape = shape[1:] if len(shape) > 3 else shape
-    sizes = (28, 32, 64, 96, 128, 224, 256, 299)
-    tries = [(c, *shape[1:]) for c in (1, 3)] if len(shape) > 1 else []
-    tries += [shape, *((c, n, n) for n in sizes for c in dict.fromkeys((shape[0], 1, 3)))]
-    for candidate in tries:
-        try:
-            links(model, candidate)
-        except ValueError:
-            continue
-        return candidate
-    return None
+    chain = Chain(stages, barrier, shape, output, parameters).to(device)
+    reason = disagreement(model, chain.steps, chain.input_shape, complete=chain.complete)
+    if reason is None:
+        return chain
+    failure = Barrier(type(model).__name__, "forward", reason, ADVICE_NONE)
+    return replace(chain, stages=(), barrier=failure)
 
 
 def _assemble(found: Sequence[Link]) -> tuple[Stage, ...]:
@@ -198,10 +198,26 @@ def _assemble(found: Sequence[Link]) -> tuple[Stage, ...]:
         cut = len(rest) if index + 1 == len(at) else _tail_length(rest)
         affine = found[place]
         assert isinstance(affine, Affine)
-        lead, tail = _steps(found[start:place]), _steps(rest[:cut])
-        stages.append(Stage(index, affine.name, lead, affine, tail))
+        lead, tail = list(_steps(found[start:place])), _steps(rest[:cut])
+        while lead and (sides := _border(lead[-1], affine)):
+            affine = affine.bordered(sides)
+            lead.pop()
+        stages.append(Stage(index, affine.name, tuple(lead), affine, tail))
         start = place + 1 + cut
     return tuple(stages)
+
+
+def _border(op: Op, affine: Affine) -> tuple[int, ...]:
+    """Sides of a border of zeros that ``op`` puts around a convolution's picture, else ``()``.
+
+    As padding of the convolution the zeros are known; as its input they would be unknowns.
+    """
+    if not isinstance(op, Pad) or affine.geometry is None or op.value != 0:
+        return ()
+    spatial = 2 * len(affine.geometry.kernel)
+    if min(op.sides) < 0 or any(op.sides[spatial:]):
+        return ()
+    return op.sides[:spatial]
 
 
 def _tail_length(rest: Sequence[Link]) -> int:
@@ -229,7 +245,7 @@ def _shape(input_shape: Sequence[int]) -> tuple[int, ...]:
     try:
         shape = tuple(int(n) for n in input_shape)
         whole = all(int(n) == n for n in input_shape)
-    except TypeError:
+    except (TypeError, ValueError, OverflowError):
         raise TypeError(
             f"input_shape: expected whole numbers, got {input_shape!r}; {example}"
         ) from None
@@ -238,25 +254,3 @@ def _shape(input_shape: Sequence[int]) -> tuple[int, ...]:
             f"input_shape: expected whole numbers of at least 1, got {input_shape!r}; {example}"
         )
     return shape
-
-
-def _refuse_train_mode(model: nn.Module) -> None:
-    """Raise if a module draws random numbers or mixes the batch because of its mode."""
-    for name, module in model.named_modules():
-        if not module.training:
-            continue
-        path = name or type(model).__name__
-        kind = type(module).__name__
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            raise ValueError(
-                f"'{path}' ({kind}) is in train mode: it mixes the samples of the batch; write "
-                "model.eval() before capture, parse and invert"
-            )
-        random = isinstance(module, nn.RReLU) or (
-            isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
-        )
-        if random:
-            raise ValueError(
-                f"'{path}' ({kind}) is in train mode: it draws random numbers that the update "
-                "does not state; write model.eval() before capture, parse and invert"
-            )

@@ -12,6 +12,8 @@ from rgap.pooling import LinearMap
 
 Shape = tuple[int, ...]
 
+PROBE = 7  # batch size of every trial: samples that mix show, and x[:3] is not the whole batch
+
 
 class Unsupported(Exception):  # noqa: N818  (a signal inside the package, never seen by users)
     """A layer that no chain can hold; ``reason`` says why in plain words."""
@@ -31,10 +33,12 @@ def rearrangement(
     """
     size = torch.Size(in_shape).numel()
     index = torch.arange(size, dtype=torch.float64)
-    probe = torch.stack([index + size * sample for sample in range(3)]).reshape(3, *in_shape)
+    probe = torch.stack([index + size * sample for sample in range(PROBE)]).reshape(
+        PROBE, *in_shape
+    )
     out = fitting(function, name, kind, in_shape)(probe)
-    apart = out.ndim >= 1 and out.shape[0] == 3
-    if not apart or any(not torch.equal(out[i], out[0] + size * i) for i in (1, 2)):
+    apart = out.ndim >= 1 and out.shape[0] == PROBE
+    if not apart or any(not torch.equal(out[i], out[0] + size * i) for i in range(1, PROBE)):
         raise Unsupported(
             f"{kind} of [B, {', '.join(map(str, in_shape))}] mixes the batch dimension with others"
         )
@@ -54,9 +58,9 @@ def linear_function(
         Unsupported: if the samples do not stay apart.
     """
     size = torch.Size(in_shape).numel()
-    probe = torch.arange(3 * size, dtype=torch.float64).square().reshape(3, *in_shape)
+    probe = torch.arange(PROBE * size, dtype=torch.float64).square().reshape(PROBE, *in_shape)
     out = fitting(function, name, kind, in_shape)(probe)
-    if out.ndim < 2 or out.shape[0] != 3 or not torch.allclose(function(probe[1:2]), out[1:2]):
+    if out.ndim < 1 or out.shape[0] != PROBE or not torch.allclose(function(probe[1:2]), out[1:2]):
         raise Unsupported(f"{kind} mixes the samples of the batch")
     return LinearMap(name, kind, in_shape, function)
 
@@ -66,7 +70,7 @@ def fitting(
 ) -> Callable[[Tensor], Tensor]:
     """``function`` if inputs ``[B, *in_shape]`` fit it, else a ValueError that names the layer."""
     try:
-        function(torch.zeros(3, *in_shape, dtype=torch.float64))
+        function(torch.zeros(PROBE, *in_shape, dtype=torch.float64))
     except (RuntimeError, IndexError, ValueError) as error:
         raise ValueError(
             f"'{name}' ({kind}) does not accept [B, {', '.join(map(str, in_shape))}]: "

@@ -29,7 +29,11 @@ class Scale(Op):
         super().__init__(name, kind, in_shape)
         self.scale = scale
         self.shift = shift
-        dead = torch.nonzero(scale.reshape(scale.shape[0], -1).eq(0).any(1)).flatten().tolist()
+        dead = (
+            torch.nonzero(scale.reshape(scale.shape[0] if scale.ndim else 1, -1).eq(0).any(1))
+            .flatten()
+            .tolist()
+        )
         if dead:
             self.barrier = (
                 f"'{name}' ({kind}) has scale 0 in channel {dead[0]}"

@@ -15,13 +15,14 @@ from torch.nn import functional as F
 from rgap.piecewise import Activation
 
 _INF = math.inf
+_THRESHOLD = 18.0  # below it softplus's step to the identity is more than 1.5e-8
 
 
 class Sigmoid(Activation):
     """φ(z) = 1/(1 + e^{−z}).
 
     >>> op = Sigmoid("act", (1,))
-    >>> op.inverse(op.forward(torch.tensor([[0.25]], dtype=torch.float64))).item()
+    >>> round(op.inverse(op.forward(torch.tensor([[0.25]], dtype=torch.float64))).item(), 12)
     0.25
     """
 
@@ -163,7 +164,12 @@ class Softplus(Activation):
     def __init__(
         self, name: str, in_shape: tuple[int, ...], beta: float = 1.0, threshold: float = 20.0
     ) -> None:
-        reason = None if beta > 0 else f"has beta = {beta:g}: it needs beta > 0"
+        reason = None
+        if beta <= 0:
+            reason = f"has beta = {beta:g}: it needs beta > 0"
+        # At the threshold φ drops by log(1 + e^{−threshold})/β, 2e-9 at PyTorch's 20.
+        elif threshold < _THRESHOLD:
+            reason = f"has threshold = {threshold:g}: φ drops there, so outputs occur twice"
         super().__init__(name, in_shape, reason)
         self.beta, self.threshold = beta, threshold
 

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from rgap.functional import DATA, Call, build_call, evaluate
+from rgap.calls import DATA, Call, evaluate
+from rgap.functional import build_call
+from rgap.isolation import first_line, meta_copy, on_meta, untouched
 from rgap.layers import Names, Piece, build
-from rgap.probing import Shape, Unsupported
+from rgap.probing import PROBE, Shape, Unsupported
 
-PROBE = 3  # batch size of the shapes that are propagated: a batch of 1 would hide mixed samples
 UNKNOWN = object()  # value of a node that PyTorch cannot tell without data
 _MERGES = {
     "add": "adds two branches (a skip connection)", "iadd": "adds two branches (a skip connection)",
@@ -44,9 +43,20 @@ class Traced:
     source: fx.Node | None = None
 
 
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, torch.jit.ScriptModule) or super().is_leaf_module(
+            m, module_qualified_name
+        )
+
+
 def trace(model: nn.Module) -> fx.Graph:
-    """The graph of ``model.forward``; what the forward stores on modules is put back."""
-    tracer = fx.Tracer()
+    """The graph of ``model.forward``; what the forward stores on modules is put back.
+
+    Every ``get_attr`` node carries its value in ``node.meta["value"]``: constants that the forward
+    makes (``torch.tensor([0.5])``) belong to the trace, not to the model.
+    """
+    tracer = _Tracer()
     graph = fx.Graph()
     if tracer.is_leaf_module(model, ""):
         graph.output(graph.call_module("", (graph.placeholder("input"),)))
@@ -56,24 +66,43 @@ def trace(model: nn.Module) -> fx.Graph:
         for name, p in list(inspect.signature(model.forward).parameters.items())[1:]
         if p.default is not inspect.Parameter.empty
     }
-    with _untouched(model):
-        return tracer.trace(model, concrete_args=defaults or None)
+    with untouched(model, hooks=False):
+        graph = tracer.trace(model, concrete_args=defaults or None)
+        for node in graph.nodes:
+            if node.op == "get_attr":
+                node.meta["value"] = attribute(model, str(node.target))
+    return graph
+
+
+def result_of(graph: fx.Graph) -> Any:
+    """What the forward returns; a default such as ``sizes=(1, 2)`` makes fx wrap it in a list."""
+    result = next(node for node in graph.nodes if node.op == "output").args[0]
+    info = getattr(graph._codegen, "pytree_info", None)
+    if info is not None and info.out_spec is not None and info.out_spec.is_leaf():
+        return result[0]
+    return result
 
 
 def propagate(model: nn.Module, nodes: Sequence[fx.Node], shape: Shape) -> dict[fx.Node, Traced]:
+    """Shape and meaning of every node, for inputs ``[B, *shape]``.
+
+    Raises:
+        ValueError: if a layer does not accept the shape that reaches it.
+    """
     names = {id(p): name for name, p in model.named_parameters()}
     traced: dict[fx.Node, Traced] = {}
     for node in nodes:
         if node.op == "placeholder":
             traced[node] = Traced(_meta(shape), data=True)
         elif node.op == "get_attr":
-            traced[node] = Traced(attribute(model, str(node.target)), data=False)
+            traced[node] = Traced(node.meta["value"], data=False)
         else:
             traced[node] = _step(model, node, traced, names)
     return traced
 
 
 def attribute(model: nn.Module, path: str) -> Any:
+    """The value at a dotted path."""
     value: Any = model
     for part in path.split("."):
         value = getattr(value, part)
@@ -81,42 +110,24 @@ def attribute(model: nn.Module, path: str) -> Any:
 
 
 def module_of(model: nn.Module, node: fx.Node) -> nn.Module:
-    return model.get_submodule(str(node.target))
+    """The module that a ``call_module`` node calls."""
+    return model.get_submodule(str(node.target)) if node.target else model
 
 
 def path_of(model: nn.Module, node: fx.Node) -> str:
+    """Path of the node's module, or the name of the call."""
     if node.op != "call_module":
         return node.name
     return str(node.target) or type(model).__name__
 
 
 def kind_of(model: nn.Module, node: fx.Node) -> str:
+    """The module's class, or the function's name."""
     if node.op == "call_module":
         return type(module_of(model, node)).__name__
+    if node.target is getattr:
+        return f"getattr {node.args[1]}"
     return str(getattr(node.target, "__name__", node.target))
-
-
-@contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
-    """Restore every module's attributes: a forward may write to ``self``."""
-    kept = [
-        (m, dict(m.__dict__), dict(m._parameters), dict(m._buffers), dict(m._modules))
-        for m in model.modules()
-    ]
-    try:
-        yield
-    finally:
-        for module, attributes, parameters, buffers, modules in kept:
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
-            for own, saved in (
-                (module._parameters, parameters),
-                (module._buffers, buffers),
-                (module._modules, modules),
-            ):
-                if own != saved:
-                    own.clear()
-                    own.update(saved)  # type: ignore[arg-type]
 
 
 def _step(model: nn.Module, node: fx.Node, traced: dict[fx.Node, Traced], names: Names) -> Traced:
@@ -128,18 +139,23 @@ def _step(model: nn.Module, node: fx.Node, traced: dict[fx.Node, Traced], names:
     if len(sources) > 1 or _mentions(node, sources[0]) > 1:
         name = str(getattr(node.target, "__name__", node.target)).strip("_")
         reason = _MERGES.get(name, "joins branches that both depend on the data")
+        if node.op == "call_module":
+            reason = "is called with several tensors that depend on the data"
         return _refused(model, node, traced, reason, sources[0])
     source = sources[0]
     before = traced[source].value
     if not isinstance(before, Tensor):
         return _refused(model, node, traced, "the shape of its input is not known", source)
     in_shape = tuple(before.shape[1:])
-    if before.ndim < 2 or before.shape[0] != PROBE:
+    if before.ndim < 1 or before.shape[0] != PROBE:
         return _refused(model, node, traced, "its input has no batch dimension", source)
     try:
         piece = _piece(model, node, traced, in_shape, names)
     except Unsupported as refusal:
         return _refused(model, node, traced, refusal.reason, source)
+    except (TypeError, RuntimeError, LookupError, AttributeError, AssertionError) as error:
+        reason = f"its arguments cannot be read as a step: {first_line(error)}"
+        return _refused(model, node, traced, reason, source)
     out_shape = in_shape if piece is None else piece.out_shape
     return Traced(_meta(out_shape), data=True, piece=piece, source=source)
 
@@ -148,9 +164,12 @@ def _piece(
     model: nn.Module, node: fx.Node, traced: dict[fx.Node, Traced], in_shape: Shape, names: Names
 ) -> Piece:
     if node.op == "call_module":
-        if len(node.args) != 1 or node.kwargs:
+        if len(node.args) + len(node.kwargs) != 1 or set(node.kwargs) - {"input"}:
             raise Unsupported("it is called with more than the data")
-        return build(module_of(model, node), path_of(model, node), in_shape, names)
+        module = module_of(model, node)
+        if "forward" in vars(module) and not isinstance(module, torch.jit.ScriptModule):
+            raise Unsupported("its forward was replaced by another function")
+        return build(module, path_of(model, node), in_shape, names)
 
     def place(n: fx.Node) -> Any:
         return DATA if traced[n].data else traced[n].value
@@ -184,16 +203,19 @@ def _evaluate(model: nn.Module, node: fx.Node, traced: dict[fx.Node, Traced]) ->
 
     def place(n: fx.Node) -> Any:
         value = traced[n].value
-        return value.to("meta") if data and isinstance(value, Tensor) else value
+        return on_meta(value) if data and isinstance(value, Tensor) else value
 
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), place)
     target: Any = node.target
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
             if node.op == "call_module":
-                # forward of a copy, not the module itself: no hook may notice.
-                module = copy.deepcopy(module_of(model, node)).to("meta", torch.float64)
-                return module.forward(*args, **kwargs)
+                module = meta_copy(module_of(model, node))
+                try:
+                    return module.forward(*args, **kwargs)
+                except (RuntimeError, NotImplementedError):  # an embedding wants whole numbers
+                    whole = [a.long() if isinstance(a, Tensor) else a for a in args]
+                    return module.forward(*whole, **kwargs)
             return evaluate(target, args, kwargs)
     except Exception as error:
         merge = str(getattr(target, "__name__", target)).strip("_") in _MERGES

@@ -1,0 +1,149 @@
+"""Is the chain the network?  Checks before and after a model is read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+from rgap.graph import Link, links
+from rgap.isolation import first_line, untouched
+from rgap.probing import Shape
+
+
+def disagreement(
+    model: nn.Module, steps: Sequence[Link], shape: Shape, *, complete: bool
+) -> str | None:
+    """Why a chain is not what its model computes, or None.
+
+    Args:
+        model: runs once, on two random inputs; it is left as it was.
+        steps: of the chain, in forward order.
+        shape: of one input of the model.
+        complete: False: the steps are the part above a barrier; it is compared from its first
+            module on, where the model is given such inputs without an error.
+    """
+    entry = None
+    if not complete:
+        modules = {name for name, _ in model.named_modules() if name}
+        steps = steps[next((i for i, s in enumerate(steps) if s.name in modules), len(steps)) :]
+        entry = steps[0].name if steps else None
+    if not steps or any(p.is_meta for p in model.parameters()):
+        return None
+    try:
+        with untouched(model):
+            torch.manual_seed(1)  # not the state that a constant of the trace was drawn from
+            gap = _difference(model, steps, shape, entry)
+    except Exception as error:
+        inputs = f"[B, {', '.join(map(str, shape))}]"
+        return None if entry else f"it fails on inputs {inputs}: {first_line(error)}"
+    precision = torch.finfo(next(model.parameters()).dtype).eps
+    if gap is None or gap <= max(1e-3, 32 * precision):
+        return None
+    hooks = [
+        name or type(model).__name__
+        for name, m in model.named_modules()
+        if m._forward_hooks or m._forward_pre_hooks
+    ]
+    return (
+        f"its output differs from the traced one by {gap:.2g} of its size: a hook, a replaced "
+        "forward, a random number or a decision by type changes it"
+        + (f" (hooks are on {', '.join(map(repr, hooks))})" if hooks else "")
+    )
+
+
+def _difference(
+    model: nn.Module,
+    steps: Sequence[Link],
+    shape: Shape,
+    entry: str | None,
+) -> float | None:
+    """‖chain − model‖∞/‖model‖∞; inf: other shapes; None: nothing to compare with."""
+    first = next(model.parameters())
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(2, *shape, generator=generator, dtype=torch.float64).to(first.device)
+    seen = [] if entry is not None else [x]
+    hook = None
+    if entry is not None:
+        hook = model.get_submodule(entry).register_forward_pre_hook(
+            lambda module, args: seen.extend(a.double() for a in args)
+        )
+    try:
+        with torch.no_grad():
+            expected = model(x.to(first.dtype))
+    finally:
+        if hook is not None:
+            hook.remove()
+    if len(seen) != 1 or tuple(seen[0].shape[1:]) != steps[0].in_shape:
+        return None  # called more than once, or the steps begin with a fused border
+    got = seen[0]
+    for step in steps:
+        got = step.forward(got)
+    if not isinstance(expected, Tensor) or expected.shape != got.shape:
+        return math.inf
+    expected = expected.double()
+    if not bool(expected.isfinite().all()):
+        return None
+    scale = max(float(expected.abs().max()), torch.finfo(torch.float32).tiny)
+    return float((got - expected).abs().max()) / scale
+
+
+def fitting_shape(model: nn.Module, shape: Shape) -> Shape | None:
+    """A shape that the model accepts, for the message that refuses ``shape``."""
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    layer = next((m for m in model.modules() if isinstance(m, kinds)), None)
+    tries: list[Shape] = [shape[1:]] if len(shape) > 1 and shape[0] == 1 else []
+    if isinstance(layer, nn.Linear):
+        width = layer.in_features
+        sides = [(c, math.isqrt(width // c)) for c in (1, 3) if width % c == 0]
+        tries += [(c, n, n) for c, n in sides if c * n * n == width and len(shape) == 3]
+        tries += [(width,), (*shape[:-1], width)]
+    elif layer is not None:
+        dims, channels = len(layer.kernel_size), layer.in_channels
+        sizes = (8, 16, 28, 32, 48, 64, 96, 128, 224, 256, 299)
+        tries += [(channels, *shape[-dims:])] if len(shape) >= dims else []
+        tries += [(channels, *(n,) * dims) for n in (sizes if dims < 3 else (8, 16, 32))]
+    return next((one for one in tries if _accepts(model, one)), None)
+
+
+def _accepts(model: nn.Module, shape: Shape) -> bool:
+    first = next(model.parameters())
+    try:
+        if not links(model, shape)[0]:
+            return False
+        with torch.no_grad(), untouched(model, hooks=False):
+            model(torch.zeros(2, *shape, dtype=first.dtype, device=first.device))
+    except Exception:
+        return False
+    return True
+
+
+def refuse_unready(model: nn.Module) -> None:
+    """Raise if a module has no weights yet, or draws or mixes the batch because of its mode."""
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, UninitializedParameter):
+            raise ValueError(
+                f"model: the parameter '{name}' of a lazy layer has no shape yet; call "
+                "model(example) once before"
+            )
+    for name, module in model.named_modules():
+        if not module.training:
+            continue
+        path = name or type(model).__name__
+        kind = type(module).__name__
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise ValueError(
+                f"'{path}' ({kind}) is in train mode: it mixes the samples of the batch; write "
+                "model.eval() before capture, parse and invert"
+            )
+        random = isinstance(module, nn.RReLU) or (
+            isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
+        )
+        if random:
+            raise ValueError(
+                f"'{path}' ({kind}) is in train mode: it draws random numbers that the update "
+                "does not state; write model.eval() before capture, parse and invert"
+            )

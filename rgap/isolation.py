@@ -1,0 +1,89 @@
+"""Running a model without leaving traces in it, or without running it at all."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def untouched(model: nn.Module, *, hooks: bool = True) -> Iterator[None]:
+    """Restore what a forward may write: attributes, buffers, lists on modules, random state.
+
+    Args:
+        model: the module that is about to run.
+        hooks: False: its forward hooks do not run.
+    """
+    modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    kept = [(m, dict(m.__dict__)) for m in modules]
+    inside = [
+        (value, copy.copy(value))
+        for m in modules
+        for value in m.__dict__.values()
+        if isinstance(value, (list, dict, set))
+    ]
+    tensors = [
+        (t, t.detach().clone())
+        for m in modules
+        for t in (*m._buffers.values(), *m.__dict__.values())
+        if isinstance(t, Tensor) and not t.is_meta
+    ]
+    if not hooks:
+        for m in modules:
+            for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"):
+                m.__dict__[name] = type(m.__dict__[name])()
+    devices = {t.device for t in model.parameters() if t.is_cuda}
+    try:
+        with torch.random.fork_rng(devices=list(devices)):
+            yield
+    finally:
+        for module, attributes in kept:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+        for value, saved in inside:
+            _refill(value, saved)
+        with torch.no_grad():
+            for tensor, before in tensors:
+                if not torch.equal(tensor, before):
+                    tensor.copy_(before)
+
+
+def _refill(value: Any, saved: Any) -> None:
+    """Give a list, dict or set the members it had; by identity, tensors have no ``==``."""
+    if isinstance(value, dict):
+        same = [(k, id(v)) for k, v in value.items()] == [(k, id(v)) for k, v in saved.items()]
+    else:
+        same = [id(v) for v in value] == [id(v) for v in saved]
+    if same:
+        return
+    value.clear()
+    (value.extend if isinstance(value, list) else value.update)(saved)
+
+
+def meta_copy(module: nn.Module) -> nn.Module:
+    """The module without its values: its forward tells shapes, and no hook notices."""
+    memo: dict[int, Any] = {}
+    for m in module.modules():
+        for value in (*m._parameters.values(), *m._buffers.values(), *vars(m).values()):
+            if isinstance(value, nn.Parameter):
+                memo[id(value)] = nn.Parameter(on_meta(value), requires_grad=False)
+            elif isinstance(value, Tensor):
+                memo[id(value)] = on_meta(value)
+    return copy.deepcopy(module, memo)
+
+
+def on_meta(value: Tensor) -> Tensor:
+    """The shape of a tensor alone, in the precision of the chain."""
+    dtype = torch.float64 if value.is_floating_point() else value.dtype
+    return torch.empty(value.shape, dtype=dtype, device="meta")
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its class."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
