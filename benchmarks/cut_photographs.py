@@ -151,9 +151,9 @@ CROPS: dict[str, tuple[str, int, int, int]] = {
     "cat-stripes": ("chelsea", 30, 64, 96),
     "coffee-board": ("coffee", 0, 180, 96),
     "pagoda-trees": ("china", 320, 300, 120),
-    "dahlia-second": ("flower", 300, 363, 64),
     "astronaut-flag": ("astronaut", 0, 96, 112),
     "cat-forehead": ("chelsea", 170, 0, 72),
+    "dahlia-second": ("flower", 300, 363, 64),
     "pagoda-forest": ("china", 0, 316, 108),
     "astronaut-orbiter": ("astronaut", 352, 160, 112),
     "cat-cheek": ("chelsea", 60, 170, 120),
@@ -174,7 +174,7 @@ def cut(picture: NDArray[np.uint8], left: int, top: int, side: int) -> NDArray[n
     if crop.shape != (side, side, 3):
         raise SystemExit(f"crop {(left, top, side)} leaves the picture {picture.shape}")
     weights = averaging(side)
-    average = np.einsum("ai,ijc,bj->abc", weights, crop, weights)
+    average = np.einsum("ai,ijc,bj->abc", weights, crop, weights, optimize=True)
     return np.asarray(np.rint(average), dtype=np.uint8)
 
 

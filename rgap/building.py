@@ -65,7 +65,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 
 def _activation(activation: Activation) -> Callable[[], nn.Module]:
-    """A function that makes one, tried once so that a wrong one is named before any layer is."""
+    """A function that makes one activation, or says why it cannot."""
     if isinstance(activation, str):
         if activation not in ACTIVATIONS:
             close = difflib.get_close_matches(activation.lower(), ACTIVATIONS, n=1)
@@ -83,18 +83,21 @@ def _activation(activation: Activation) -> Callable[[], nn.Module]:
         )
     if not callable(activation):
         raise TypeError(f"{wanted}, got {activation!r}; write torch.nn.Sigmoid or 'sigmoid'.")
-    try:
-        made: object = activation()
-    except TypeError as error:
-        raise TypeError(
-            f"{wanted}, but calling {activation!r} without arguments failed ({error}); write "
-            "lambda: torch.nn.LeakyReLU(0.2) to fix its arguments."
-        ) from error
-    if not isinstance(made, nn.Module):
-        raise TypeError(
-            f"{wanted}, but {activation!r} returned {type(made).__name__}; write torch.nn.Sigmoid."
-        )
-    return activation
+
+    def make() -> nn.Module:
+        try:
+            made: object = activation()
+        except TypeError as error:
+            raise TypeError(
+                f"{wanted}, but calling {activation!r} without arguments failed ({error}); write "
+                "lambda: torch.nn.LeakyReLU(0.2) to fix its arguments."
+            ) from error
+        if not isinstance(made, nn.Module):
+            kind = type(made).__name__
+            raise TypeError(f"{wanted}, but {activation!r} returned {kind}; write nn.Sigmoid.")
+        return made
+
+    return make
 
 
 @contextmanager
@@ -147,7 +150,8 @@ def drawn(make: Callable[[], Net], seed: int | None, weights: Weights) -> Net:
                 if isinstance(module, _LAYERS):
                     for parameter in module.parameters():
                         nn.init.uniform_(parameter, -0.5, 0.5)
-    return model.eval()
+    # A PReLU follows torch's default device and dtype, whatever the layers around it do.
+    return model.to(**_PLACE).eval()
 
 
 class Plan:

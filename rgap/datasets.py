@@ -274,11 +274,12 @@ def _idx(root: Path, stem: str, ndim: int) -> NDArray[np.uint8]:
     except (OSError, EOFError) as error:
         raise ValueError(f"path: {file} cannot be unpacked ({error}); copy it again.") from error
     head = 4 + 4 * ndim
-    shape = tuple(int(n) for n in np.frombuffer(raw[4:head], ">u4"))
-    if raw[:4] != bytes((0, 0, 8, ndim)) or len(raw) != head + math.prod(shape) or not raw[head:]:
+    magic = bytes((0, 0, 8, ndim))
+    shape = tuple(int(n) for n in np.frombuffer(raw[4:head].ljust(4 * ndim, b"\0"), ">u4"))
+    if raw[:4] != magic or len(raw) != head + math.prod(shape) or len(raw) == head:
         raise ValueError(
             f"path: {file} is no idx{ndim} file of bytes: expected it to begin with "
-            f"{bytes((0, 0, 8, ndim)).hex()}, got {raw[:4].hex()} and {len(raw)} bytes in all; "
+            f"{magic.hex()}, got {raw[:4].hex()} and {len(raw)} bytes in all; "
             "copy it again from the original set."
         )
     return np.frombuffer(raw, np.uint8, offset=head).reshape(shape)

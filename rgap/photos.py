@@ -13,9 +13,9 @@ the crop of every photograph. All loaders return values in [0, 1], ``[N, channel
 from __future__ import annotations
 
 import functools
+import io
 from importlib import resources
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import torch
@@ -53,9 +53,9 @@ _NAMES = (
     "cat-stripes",
     "coffee-board",
     "pagoda-trees",
-    "dahlia-second",
     "astronaut-flag",
     "cat-forehead",
+    "dahlia-second",
     "pagoda-forest",
     "astronaut-orbiter",
     "cat-cheek",
@@ -154,11 +154,10 @@ def folder(
 @functools.cache
 def _photograph(name: str) -> Tensor:
     """One photograph [3, 64, 64], float64; shared, so never handed out as it is."""
-    with (resources.files("rgap.data") / f"{name}.png").open("rb") as stream:
-        return _read(stream)
+    return _read(io.BytesIO((resources.files("rgap.data") / f"{name}.png").read_bytes()))
 
 
-def _read(source: Path | IO[bytes]) -> Tensor:
+def _read(source: Path | io.BytesIO) -> Tensor:
     """A picture [3, H, W], float64: its whole-number values over the largest."""
     from matplotlib.image import imread
 
