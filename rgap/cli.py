@@ -17,16 +17,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rgap._version import __version__
+from rgap.arguments import (
+    check_output,
+    shape_of,
+    targets_of,
+    usable_device,
+    whole_numbers,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from torch import Tensor
 
 __all__ = ["app", "main"]
 
-EXIT_CODES = """**Exit codes:** 0 success, for `invert`: EXACT · 1 recovered, but not exactly
-(COMPLETED, UNDERDETERMINED, AMBIGUOUS) · 2 wrong usage or input · 3 INCONSISTENT: the update does
-not fit the model · 4 UNSUPPORTED: a step of the network cannot be inverted."""
+EXIT_CODES = """Exit codes:
+
+- 0: success; for invert, EXACT: recovered and certified
+- 1: not recovered exactly: COMPLETED, UNDERDETERMINED or AMBIGUOUS
+- 2: wrong usage or bad input
+- 3: INCONSISTENT: the update does not fit the model as declared
+- 4: UNSUPPORTED: a step of the network cannot be inverted"""
 _CODES = {"EXACT": 0, "INCONSISTENT": 3, "UNSUPPORTED": 4}
 _HINTS = {
     "model": "A built-in network (lenet, cnn6, cnn6d, fcn3, mlp, lenet5, vgg, resnet), with "
@@ -52,7 +62,7 @@ app = typer.Typer(
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=_HINTS["model"], show_default=False)]
 Weights = Annotated[Path | None, typer.Option(help=_HINTS["weights"], show_default=False)]
 LossName = Annotated[str | None, typer.Option(help=_HINTS["loss"], show_default=False)]
-Json = Annotated[bool, typer.Option("--json", help=_HINTS["json"])]
+Json = Annotated[bool, typer.Option("--json", help=_HINTS["json"], metavar="")]
 Seed = Annotated[int, typer.Option(help="Of everything that is drawn at random.", min=0)]
 
 
@@ -77,16 +87,26 @@ class Reduction(StrEnum):
     sum = "sum"
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"rgap {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def options(
     context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", is_eager=True, callback=_version, metavar=""
+        ),
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show tracebacks of errors.", metavar="")
+    ] = False,
 ) -> None:
     """What a client's gradient gives away about its data: counted, recovered, certified."""
-    if version:
-        typer.echo(f"rgap {__version__}")
-        raise typer.Exit
     context.obj = debug
 
 
@@ -148,7 +168,7 @@ def capture(
         ),
     ] = None,
     share_labels: Annotated[
-        bool, typer.Option("--share-labels", help="Put the labels in the update.")
+        bool, typer.Option("--share-labels", help="Put the labels in the update.", metavar="")
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -161,15 +181,15 @@ def capture(
         from rgap.modelspec import expected, resolve
         from rgap.report.pictures import read_pictures
 
-        _check_output(output, ".safetensors")
+        check_output(output, ".safetensors")
         network = resolve(model, weights)
         shape, usual = expected(model)
         chosen = Loss(loss or usual, reduction=reduction.value)
-        pictures = read_pictures(images, _shape(input_shape) or shape)
+        pictures = read_pictures(images, shape_of(input_shape) or shape)
         update = rgap.capture(
             network,
             pictures,
-            _targets(labels, len(pictures), chosen.name),
+            targets_of(labels, len(pictures), chosen.name),
             chosen,
             share_labels=share_labels,
             dtype=None if dtype is None else getattr(torch, dtype.value),
@@ -226,11 +246,11 @@ def audit(
 
         if plot is not None:
             figure_format(plot)
-            _check_output(plot)
-        batches = _whole(batch_sizes, "--batch-sizes", "1,2,4,8")
+            check_output(plot)
+        batches = whole_numbers(batch_sizes, "--batch-sizes", "1,2,4,8")
         network = resolve(model, weights)
         shape, usual = expected(model)
-        wanted = _shape(input_shape) or shape or (3, 32, 32)
+        wanted = shape_of(input_shape) or shape or (3, 32, 32)
         from rgap.analysis.discard import audit as measure
 
         with _waiting("counting equations"):
@@ -253,7 +273,9 @@ def audit(
 def invert(
     context: typer.Context,
     model: Model,
-    update: Annotated[Path, typer.Argument(help="What `rgap capture` wrote.", show_default=False)],
+    update: Annotated[
+        Path, typer.Argument(metavar="UPDATE", help="What rgap capture wrote.", show_default=False)
+    ],
     output: Annotated[
         Path | None,
         typer.Option(
@@ -274,7 +296,9 @@ def invert(
         float, typer.Option(help="Standard deviation of noise in every entry.", min=0.0)
     ] = 0.0,
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, …")] = "cpu",
-    explain: Annotated[bool, typer.Option("--explain", help="Say it layer by layer.")] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Say it layer by layer.", metavar="")
+    ] = False,
     as_json: Json = False,
     seed: Seed = 0,
 ) -> None:
@@ -290,14 +314,14 @@ def invert(
         if output is not None:
             check_target(output, sent)
         network = resolve(model, weights)
-        known = None if labels is None else _targets(labels, None, sent.loss.name)
+        known = None if labels is None else targets_of(labels, None, sent.loss.name)
         found = rgap.invert(
             network,
             sent,
             labels=known,
             batch_size=batch_size,
             noise=noise,
-            device=_device(device),
+            device=usable_device(device),
             seed=seed,
             progress=True,
         )
@@ -369,62 +393,3 @@ def _print_json(document: dict[str, Any]) -> None:
     from rgap.report.results import finite
 
     typer.echo(json.dumps(finite(document), indent=2, allow_nan=False))
-
-
-def _check_output(path: Path, suffix: str | None = None) -> None:
-    """Refuse before the work what could not be written after it."""
-    if suffix is not None and path.suffix.lower() != suffix:
-        raise ValueError(
-            f"--output: expected a {suffix} file, got {path}; write {path.with_suffix(suffix)}"
-        )
-    if path.is_dir():
-        raise ValueError(f"expected a file name, got the folder {path}")
-    if not path.parent.is_dir():
-        raise ValueError(f"no folder {path.parent} to write {path.name} to; create it first")
-
-
-def _shape(text: str | None) -> tuple[int, ...] | None:
-    return None if text is None else _whole(text, "--input-shape", "3,32,32")
-
-
-def _whole(text: str, option: str, example: str) -> tuple[int, ...]:
-    try:
-        numbers = tuple(int(part) for part in text.replace("x", ",").split(","))
-    except ValueError:
-        numbers = ()
-    if not numbers or min(numbers) < 1:
-        raise ValueError(f"{option}: expected whole numbers such as {example}, got {text!r}")
-    return numbers
-
-
-def _targets(text: str, count: int | None, loss: str) -> Tensor:
-    """``3,5`` as targets of ``loss`` for ``count`` pictures."""
-    import torch
-
-    try:
-        numbers = [float(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"--labels: expected numbers such as 3,5, got {text!r}") from None
-    if loss == "mse_loss":
-        if count is not None and len(numbers) % count:
-            raise ValueError(
-                f"--labels: expected the same number of targets for each of {count} pictures, got "
-                f"{len(numbers)} numbers"
-            )
-        return torch.tensor(numbers, dtype=torch.float64).reshape(count or 1, -1)
-    if any(number != int(number) for number in numbers):
-        raise ValueError(f"--labels: {loss} expects whole numbers such as 3,5, got {text!r}")
-    if count is not None and len(numbers) != count:
-        raise ValueError(f"--labels: expected {count}, one per picture, got {len(numbers)}")
-    return torch.tensor([int(number) for number in numbers])
-
-
-def _device(name: str) -> str:
-    import torch
-
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device: {name!r} does not work here ({reason}); try cpu") from None
-    return name

@@ -39,7 +39,6 @@ def tell(demo: Demo) -> RenderableType:
 
 
 def _single_table(cases: tuple[Case, ...]) -> Table:
-    from rich import box
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("network")
