@@ -23,6 +23,7 @@ from rgap.recursion import Descent
 from rgap.reports import layer_reports
 
 REFUTED = 100.0  # an alternative is refuted when it misses by this many standard errors
+FITS = 10.0  # an exact answer reproduces every parameter's gradient to this many
 CLEAR = 10.0  # smallest gap between the last determined direction and the cutoff
 SAFETY = 10.0  # error bound over the largest predicted standard error
 USEFUL = 0.1  # an error bound above this share of the value range certifies nothing
@@ -119,6 +120,17 @@ def certify(problem: Problem, answers: Sequence[Answer]) -> Recovery:
     fitting = [s for s in scored if s[0].polished.misfit <= tolerance and _target_fits(s[0])]
     if not fitting:
         return _misfit(problem, min(scored, key=lambda s: s[0].polished.misfit))
+    if problem.labels is not None:
+        fitting = [s for s in fitting if _same_labels(s[0].labels, problem.labels)]
+        if not fitting:
+            found = scored[0][0].labels.flatten().tolist()
+            return stopped(
+                problem,
+                Status.INCONSISTENT,
+                f"the stated labels {problem.labels.flatten().tolist()} contradict the update, "
+                f"whose head gradient says {found}; write labels=None to take those",
+                scored[0][0].descent,
+            )
     inside = [s for s in fitting if _excess(s[0].inputs, problem.value_range) <= BEYOND]
     kept = inside or fitting
     best, residual, _ = min(kept, key=lambda s: s[0].polished.misfit)
@@ -138,12 +150,18 @@ def certify(problem: Problem, answers: Sequence[Answer]) -> Recovery:
 def _verdict(problem: Problem, answer: Answer) -> tuple[Status, str]:
     for index, step in answer.descent.solutions.items():
         joint = step.solution.stats.joint
-        if joint.nullity or joint.gap < CLEAR:
+        if joint is None or joint.nullity or joint.gap < CLEAR:
             name = problem.chain.stages[index].name
             return Status.UNDERDETERMINED, (
                 f"'{name}' is too badly conditioned at this precision: its worst direction is "
-                f"known to {1 / max(joint.smallest, 1e-300):.1e} only"
+                f"known to {0.0 if joint is None else 1 / max(joint.smallest, 1e-300):.1e} only"
             )
+    if answer.polished.misfit > FITS:
+        worst = max(answer.polished.misfits, key=lambda n: answer.polished.misfits[n])
+        return Status.UNDERDETERMINED, (
+            f"the answer reproduces '{worst}' only to {answer.polished.misfit:.1f} standard errors: "
+            "too far for a certificate, too near to be refuted; state the noise of the update"
+        )
     low, high = problem.value_range or (0.0, 1.0)
     if not answer.bound <= USEFUL * (high - low):
         return Status.UNDERDETERMINED, (
@@ -153,6 +171,13 @@ def _verdict(problem: Problem, answer: Answer) -> tuple[Status, str]:
     return Status.EXACT, (
         f"every stage is determined, the update is reproduced, no entry is off by more than "
         f"{answer.bound:.1e}"
+    )
+
+
+def _same_labels(found: Tensor, stated: Tensor) -> bool:
+    """Class indices agree exactly, soft and real-valued targets to three digits."""
+    return found.numel() == stated.numel() and torch.allclose(
+        found.flatten().double().cpu(), stated.flatten().double().cpu(), rtol=1e-3, atol=1e-3
     )
 
 

@@ -11,16 +11,17 @@ from torch import Tensor, nn
 
 from rgap import certificate
 from rgap.bias import rank_one_residual
-from rgap.head import HeadCandidate, HeadFailure, features_from_bias, solve_head, target_of
-from rgap.network import Chain, Stage
+from rgap.head import HeadCandidate, HeadFailure, features_from_bias, solve_head
+from rgap.network import Chain
 from rgap.ops import Rearrange, Reshape
-from rgap.polish import polish
 from rgap.pooling import LinearMap
 from rgap.precision import Known
 from rgap.problem import Problem, prepare
 from rgap.progress import Progress
+from rgap.readout import head_cotangent, head_gradients, read_answer
 from rgap.recovery import Recovery, Status
 from rgap.recursion import Descent, descend
+from rgap.systems.stage import BUDGET
 from rgap.update import Update
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ def invert(
     device: torch.device | str | None = None,
     seed: int = 0,
     progress: bool = False,
+    memory_budget: float = BUDGET,
 ) -> Recovery:
     """Recover from an update what its equations determine, and certify it.
 
@@ -70,6 +72,8 @@ def invert(
         device: where to compute; default the CPU.
         seed: of the sampled errors; the global random state is not touched.
         progress: show progress on a terminal.
+        memory_budget: bytes; a layer whose equations need more is solved without forming any
+            matrix, by LSMR.
 
     Returns:
         A :class:`Recovery`; its ``status`` and ``reason`` say how far the update determines the
@@ -88,7 +92,9 @@ def invert(
     ('EXACT', [3])
     """
     start = time.perf_counter()
-    problem = prepare(model, update, batch_size, value_range, noise, labels, device, seed)
+    problem = prepare(
+        model, update, batch_size, value_range, noise, labels, device, seed, memory_budget
+    )
     with Progress(progress) as show:
         recovery = _run(problem, head, show)
     return replace(recovery, seconds=time.perf_counter() - start)
@@ -122,7 +128,7 @@ def _from_bias(problem: Problem, index: int, show: Progress) -> Recovery:
     chain = problem.chain
     stage = chain.stages[index]
     show.stage(f"bias attack at {stage.name}")
-    weight, bias = _head_gradients(stage, problem.gradients)
+    weight, bias = head_gradients(stage, problem.gradients)
     assert bias is not None
     x, k = features_from_bias(weight, bias, problem.precision)
     misfit = rank_one_residual(weight, x.value[0], k.value[0])
@@ -152,7 +158,7 @@ def _from_head(problem: Problem, show: Progress) -> Recovery:
             None,
         )
     show.stage(f"head equations at {stage.name}")
-    weight, bias = _head_gradients(stage, problem.gradients)
+    weight, bias = head_gradients(stage, problem.gradients)
     found = solve_head(stage, weight, bias, problem.update.loss, problem.precision)
     if isinstance(found, HeadFailure):
         status = Status.UNDERDETERMINED if found.consistent else Status.INCONSISTENT
@@ -205,76 +211,27 @@ def _conclude(problem: Problem, runs: list[Run], show: Progress) -> Recovery:
     show.stage("polish on the whole update")
     answers = []
     for descent, kappa, family in reached:
-        answer = _answer(problem, descent, _kappa(problem, descent) if kappa is None else kappa)
+        known = head_cotangent(problem, descent) if kappa is None else kappa
+        answer = read_answer(problem, descent, known)
         answers.append(answer)
         answers += [
             certificate.scaled(answer, other.scale / family[0].scale, other) for other in family[1:]
         ]
-    return certificate.certify(problem, answers)
+    recovery = certificate.certify(problem, answers)
+    unsettled = [run[0].require_halt() for run in alive if run[0].data is None]
+    if recovery.status is Status.EXACT and unsettled:
+        return certificate.stopped(
+            problem,
+            Status.UNDERDETERMINED,
+            f"one answer reproduces the update, but another root at the head is not refuted: its "
+            f"recursion stops at '{unsettled[0].stage}' ({unsettled[0].reason})",
+            reached[0][0],
+        )
+    return recovery
 
 
 def _worst(descent: Descent) -> float:
     return descent.worst[1]
-
-
-def _answer(problem: Problem, descent: Descent, kappa: Known) -> certificate.Answer:
-    low, high = problem.value_range or (0.0, 1.0)
-    polished = polish(
-        problem.chain,
-        problem.gradients,
-        descent.require_data(),
-        kappa,
-        problem.precision,
-        descent.preconditioner(problem.chain),
-        high - low,
-    )
-    stage = problem.chain.stages[-1]
-    features = _features(problem.chain, polished.data)
-    target, tolerance = target_of(stage, features, kappa, problem.update.loss, problem.precision)
-    labels, distance = problem.update.loss.read(target)
-    return certificate.Answer(descent, polished, target, labels, float(distance), tolerance)
-
-
-def _kappa(problem: Problem, descent: Descent) -> Known:
-    """Cotangent at the head: known from the descent, or read off the head's own gradient."""
-    last = len(problem.chain.stages) - 1
-    if last in descent.cotangents:
-        return descent.cotangents[last]
-    stage = problem.chain.stages[-1]
-    weight, bias = _head_gradients(stage, problem.gradients)
-    if bias is not None:
-        return Known(
-            bias[None],
-            problem.precision.normal(torch.full_like(bias, problem.precision.noise))[:, None],
-        )
-    x = _features(problem.chain, descent.require_data())
-    scale = x.value[0].square().sum().clamp_min(1e-300)
-    k = weight @ x.value[0] / scale
-    std = (weight.abs() * problem.precision.unit).square() + problem.precision.noise**2
-    error = problem.precision.normal(std.sqrt()) @ x.value[0] / scale
-    return Known(k[None], error[:, None])
-
-
-def _features(chain: Chain, data: Known) -> Known:
-    """Input of the last affine map, with the ensemble carried up by finite differences."""
-
-    def rise(x: Tensor) -> Tensor:
-        for stage in chain.stages[:-1]:
-            for op in stage.lead:
-                x = op.forward(x)
-            x = stage.affine.forward(x)
-            for op in stage.tail:
-                x = op.forward(x)
-        for op in chain.stages[-1].lead:
-            x = op.forward(x)
-        return x
-
-    value = rise(data.value)
-    size = data.error.abs().max().clamp_min(1e-300)
-    step = 1e-6 / size  # a small multiple of the error, far above rounding
-    moved = rise((data.value[None] + step * data.error).flatten(0, 1))
-    error = (moved.reshape(len(data.error), *value.shape) - value) / step
-    return Known(value, error)
 
 
 def _finish_batch(problem: Problem, descent: Descent, kappa: Known, show: Progress) -> Recovery:
@@ -283,18 +240,15 @@ def _finish_batch(problem: Problem, descent: Descent, kappa: Known, show: Progre
 
 
 def _descend(problem: Problem, index: int, x: Known, k: Known, show: Progress) -> Descent:
-    return descend(problem.chain, problem.gradients, index, x, k, problem.precision, show.stage)
+    return descend(
+        problem.chain, problem.gradients, index, x, k, problem.precision, show.stage, problem.budget
+    )
 
 
 def _exact(value: Tensor, problem: Problem) -> Known:
     """A given value, known to the precision of the client's arithmetic."""
     value = value.detach().double()
     return Known(value, problem.precision.rounding(value))
-
-
-def _head_gradients(stage: Stage, gradients: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-    name = stage.affine.bias_name
-    return gradients[stage.affine.weight_name], None if name is None else gradients[name]
 
 
 def _lowest_fully_connected(chain: Chain, gradients: dict[str, Tensor]) -> int | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +12,8 @@ from torch import Tensor, nn
 from rgap.network import Chain, parse
 from rgap.precision import Precision
 from rgap.update import Update
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,7 @@ class Problem:
     batch: int
     labels: Tensor | None
     value_range: tuple[float, float] | None
+    budget: float
 
 
 def prepare(
@@ -35,7 +40,9 @@ def prepare(
     labels: Tensor | None,
     device: torch.device | str | None,
     seed: int,
+    budget: float,
 ) -> Problem:
+    """Check an update against its model and bring both to float64; arguments as for ``invert``."""
     update.check(model)
     batch = update.batch_size if batch_size is None else batch_size
     if batch is None:
@@ -56,6 +63,7 @@ def prepare(
             "moved between them and the equations of one step do not hold; ask the client for "
             "local_steps=1"
         )
+    model = _with_buffers(model, update)
     chain = parse(model, update.input_shape)
     place = torch.device("cpu") if device is None else torch.device(device)
     if place.type != "cpu":
@@ -72,4 +80,23 @@ def prepare(
         batch,
         update.labels if labels is None else labels,
         bounds,
+        budget,
     )
+
+
+def _with_buffers(model: nn.Module, update: Update) -> nn.Module:
+    """The model with the client's running statistics, a copy where they differ from its own."""
+    own = dict(model.named_buffers())
+    other = {
+        name: sent
+        for name, sent in update.buffers.items()
+        if not torch.allclose(own[name].double(), sent.to(own[name].device).double(), rtol=1e-6)
+    }
+    if not other:
+        return model
+    log.info("the client's buffers differ from the model's and are used: %s", ", ".join(other))
+    twin = copy.deepcopy(model)
+    for name, buffer in twin.named_buffers():
+        if name in other:
+            buffer.copy_(other[name])
+    return twin

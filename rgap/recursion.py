@@ -19,7 +19,7 @@ from rgap.network import Chain, Stage
 from rgap.ops import Op, Reshape
 from rgap.precision import UNKNOWN, Known, Precision
 from rgap.systems import weight_constraint
-from rgap.systems.stage import StageSolution, solve_stage
+from rgap.systems.stage import BUDGET, StageSolution, solve_stage
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class Halt:
 
 @dataclass
 class Descent:
-    """What the recursion recovered: stage solutions from the top down, and the data if it got there.
+    """What the recursion recovered, from the top down, and the data if it got there.
 
     Attributes:
         solutions: by stage index.
@@ -123,6 +123,7 @@ def descend(
     cotangent: Known,
     precision: Precision,
     watch: Watcher | None = None,
+    budget: float = BUDGET,
 ) -> Descent:
     """Recover the inputs of the stages below ``start`` from its input and cotangent.
 
@@ -134,6 +135,7 @@ def descend(
         cotangent: k_start, [B, *affine.out_shape].
         precision: of the update; draws the error ensemble.
         watch: called with the name of each stage before it is solved.
+        budget: bytes above which a stage is solved without forming a matrix.
 
     Returns:
         The :class:`Descent`; ``data`` is None when ``halt`` says where it ended.
@@ -146,7 +148,7 @@ def descend(
             if watch is not None:
                 watch(stage.name)
             step = solve_stage(
-                stage.affine, gradients[stage.affine.weight_name], known, k, precision
+                stage.affine, gradients[stage.affine.weight_name], known, k, precision, budget
             )
             descent.solutions[index] = step
             if step.solution.value is None:
@@ -183,6 +185,14 @@ def descend(
 
 def _shortfall(stage: Stage, step: StageSolution) -> Halt:
     stats = step.solution.stats
+    if stats.joint is None:
+        return Halt(
+            stage.name,
+            f"two solves of the {stats.unknowns} unknowns of '{stage.name}' from different starts "
+            "end at different answers: directions are open, or too badly conditioned for LSMR; a "
+            "larger memory_budget counts them",
+            supported=True,
+        )
     if stats.joint.nullity == 0:
         return Halt(
             stage.name,

@@ -73,18 +73,19 @@ def _report(problem: Problem, descent: Descent | None, stage: Stage) -> LayerRep
     cotangent, active = step.cotangent, step.active
 
     def null_space(count: int) -> Tensor:
-        if stats.joint.nullity == 0:
+        nullity = count if stats.joint is None else stats.joint.nullity
+        if nullity == 0:
             return torch.empty(0, batch, *affine.in_shape, dtype=torch.float64)
-        return null_directions(affine, cotangent, active, stats.joint.nullity, count)
+        return null_directions(affine, cotangent, active, nullity, count)
 
     return LayerReport(
         stage.name,
         affine.kind,
         unknowns,
         stats.gradient_rank,
-        stats.joint.rank,
-        stats.joint.nullity,
-        stats.joint.gap,
+        None if stats.joint is None else stats.joint.rank,
+        None if stats.joint is None else stats.joint.nullity,
+        inf if stats.joint is None else stats.joint.gap,
         stats.condition,
         stats.residual,
         step.seconds,

@@ -6,12 +6,27 @@ Used where the normal matrix would not fit the memory budget, and to project on 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from scipy.sparse.linalg import LinearOperator, lsmr
 from torch import Tensor
 
 from .kronecker import Coupling, Kronecker
+
+
+class Products(Protocol):
+    """A matrix known by its products with vectors."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+
+    def apply(self, x: Tensor) -> Tensor:
+        """A x."""
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        """Aᵀ y."""
 
 
 @dataclass(frozen=True)
@@ -41,20 +56,6 @@ class Stacked:
         first = self.gradient.adjoint(y[:cut].reshape(1, self.gradient.channels, rows))
         return (first + self.coupling.adjoint((y[cut:] * self.weights)[None])).flatten()
 
-    def operator(self) -> LinearOperator:
-        """A as a SciPy operator."""
-        place = self.weights.device
-
-        def to(x: object) -> Tensor:
-            return torch.as_tensor(x, dtype=torch.float64, device=place).flatten()
-
-        return LinearOperator(
-            self.shape,
-            matvec=lambda x: self.apply(to(x)).cpu().numpy(),
-            rmatvec=lambda y: self.adjoint(to(y)).cpu().numpy(),
-            dtype=float,
-        )
-
 
 @dataclass(frozen=True)
 class Iterate:
@@ -67,20 +68,29 @@ class Iterate:
 
 
 def solve_lsmr(
-    stacked: Stacked,
+    system: Products,
     rhs: Tensor,
     start: Tensor | None = None,
     limit: int = 4000,
     tolerance: float = 1e-13,
 ) -> Iterate:
-    """Least-squares solution closest to ``start``, columns scaled to unit norm.
+    """Least-squares solution closest to ``start``.
 
     What lies in the null space of A keeps its value from ``start``: two random starts that end
     at the same answer show that there is no null space.
     """
-    operator = stacked.operator()
-    x0 = torch.zeros(stacked.shape[1], dtype=torch.float64) if start is None else start.flatten()
-    gap = rhs - stacked.apply(x0)
+
+    def to(x: object) -> Tensor:
+        return torch.as_tensor(x, dtype=torch.float64, device=rhs.device).flatten()
+
+    operator = LinearOperator(
+        system.shape,
+        matvec=lambda x: system.apply(to(x)).cpu().numpy(),
+        rmatvec=lambda y: system.adjoint(to(y)).cpu().numpy(),
+        dtype=float,
+    )
+    x0 = rhs.new_zeros(system.shape[1]) if start is None else start.flatten()
+    gap = rhs - system.apply(x0)
     result = lsmr(
         operator, gap.cpu().numpy(), atol=tolerance, btol=tolerance, conlim=1e14, maxiter=limit
     )

@@ -37,7 +37,8 @@ class Stats:
         route: how it was solved, for example "gradient", "cholesky", "lsmr".
         unknowns: number of unknowns.
         gradient_rank: rank of the gradient block alone (None if it was not needed).
-        joint: rank of all equations together.
+        joint: rank of all equations together; None where a matrix-free solve found directions
+            open without counting them.
         condition: condition number of the error-weighted system that was solved.
         residual: relative residual of the gradient block.
         iterations: refinement or LSMR iterations.
@@ -46,7 +47,7 @@ class Stats:
     route: str
     unknowns: int
     gradient_rank: int | None
-    joint: Rank
+    joint: Rank | None
     condition: float
     residual: float
     iterations: int = 0

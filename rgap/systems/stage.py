@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass
-from math import prod
+from math import inf, prod
 
 import torch
 from torch import Tensor
@@ -21,10 +21,12 @@ from rgap.solvers.rank import Rank
 from rgap.solvers.solution import Result, Solution, Stats
 
 from . import WeightConstraint, gradient_constraint, gradient_rows, weight_constraint
+from .matrixfree import AGREE, memory, solve_matrix_free
 from .ranks import stage_joint_rank, weight_row_spaces
 
 log = logging.getLogger(__name__)
 
+BUDGET = 4e9  # bytes; 11,000 unknowns
 TRUSTED = 1e6  # condition up to which a Cholesky factor proves full rank
 HOPELESS = 1e10  # condition beyond which the factor no longer serves as a preconditioner
 DETERMINED = 0.1  # a direction with a larger standard error, in units of the input, is open
@@ -49,7 +51,12 @@ class StageSolution:
 
 
 def solve_stage(
-    affine: Affine, gradient: Tensor, z: Known, k: Known, precision: Precision
+    affine: Affine,
+    gradient: Tensor,
+    z: Known,
+    k: Known,
+    precision: Precision,
+    budget: float = BUDGET,
 ) -> StageSolution:
     """Solve ``K u = G`` and ``W u = z − b`` for u [B, *in_shape] with errors.
 
@@ -59,12 +66,38 @@ def solve_stage(
         z: pre-activation [B, *out_shape] with its ensemble.
         k: cotangent at z with its ensemble.
         precision: of the update.
+        budget: bytes above which the equations are solved without forming a matrix.
     """
     start = time.perf_counter()
+    if memory(affine, len(z.value)) > budget:
+        return _without_matrix(affine, gradient, z, k, precision, start)
     stage = _Stage(affine, gradient, z, k, precision)
     solution, made = stage.solve()
     misfits = (0.0, 0.0) if solution.value is None else stage.misfits(solution.value.value)
     return StageSolution(solution, made, k.value, z.known, *misfits, time.perf_counter() - start)
+
+
+def _without_matrix(
+    affine: Affine, gradient: Tensor, z: Known, k: Known, precision: Precision, start: float
+) -> StageSolution:
+    found = solve_matrix_free(affine, gradient, z, k, precision)
+    unknowns = len(z.value) * prod(affine.in_shape)
+    solved = found.value is not None
+    agreement = 1.0 / max(found.disagreement, 1e-300)
+    rank = Rank(unknowns if solved else 0, unknowns, AGREE, agreement, 1.0, 1.0, unknowns)
+    residual = inf
+    if found.value is not None:
+        gap = affine.weight_gradient(found.value.value, k.value) - gradient
+        residual = float(gap.norm() / gradient.norm().clamp_min(1e-300))
+    stats = Stats(
+        "lsmr", unknowns, None, rank if solved else None, found.condition, residual,
+        found.iterations,
+    )  # fmt: skip
+    result = Result.SOLVED if solved else Result.DEFICIENT
+    seconds = time.perf_counter() - start
+    return StageSolution(
+        Solution(found.value, result, stats), None, k.value, z.known, *found.misfits, seconds
+    )
 
 
 class _Stage:

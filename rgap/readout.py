@@ -1,0 +1,81 @@
+"""From recovered data back up to the head: its cotangent, its target, its label."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rgap.certificate import Answer
+from rgap.head import target_of
+from rgap.network import Chain, Stage
+from rgap.polish import polish
+from rgap.precision import Known
+from rgap.problem import Problem
+from rgap.recursion import Descent
+
+
+def read_answer(problem: Problem, descent: Descent, kappa: Known) -> Answer:
+    """Polish what the recursion recovered and read its label at the head."""
+    low, high = problem.value_range or (0.0, 1.0)
+    polished = polish(
+        problem.chain,
+        problem.gradients,
+        descent.require_data(),
+        kappa,
+        problem.precision,
+        descent.preconditioner(problem.chain),
+        high - low,
+    )
+    stage = problem.chain.stages[-1]
+    features = top_features(problem.chain, polished.data)
+    target, tolerance = target_of(stage, features, kappa, problem.update.loss, problem.precision)
+    labels, distance = problem.update.loss.read(target)
+    return Answer(descent, polished, target, labels, float(distance), tolerance)
+
+
+def head_cotangent(problem: Problem, descent: Descent) -> Known:
+    """Cotangent at the head: known from the descent, or read off the head's own gradient."""
+    last = len(problem.chain.stages) - 1
+    if last in descent.cotangents:
+        return descent.cotangents[last]
+    stage = problem.chain.stages[-1]
+    weight, bias = head_gradients(stage, problem.gradients)
+    if bias is not None:
+        return Known(
+            bias[None],
+            problem.precision.normal(torch.full_like(bias, problem.precision.noise))[:, None],
+        )
+    x = top_features(problem.chain, descent.require_data())
+    scale = x.value[0].square().sum().clamp_min(1e-300)
+    k = weight @ x.value[0] / scale
+    std = (weight.abs() * problem.precision.unit).square() + problem.precision.noise**2
+    error = problem.precision.normal(std.sqrt()) @ x.value[0] / scale
+    return Known(k[None], error[:, None])
+
+
+def top_features(chain: Chain, data: Known) -> Known:
+    """Input of the last affine map, with the ensemble carried up by finite differences."""
+
+    def rise(x: Tensor) -> Tensor:
+        for stage in chain.stages[:-1]:
+            for op in stage.lead:
+                x = op.forward(x)
+            x = stage.affine.forward(x)
+            for op in stage.tail:
+                x = op.forward(x)
+        for op in chain.stages[-1].lead:
+            x = op.forward(x)
+        return x
+
+    value = rise(data.value)
+    size = data.error.abs().max().clamp_min(1e-300)
+    step = 1e-6 / size  # a small multiple of the error, far above rounding
+    moved = rise((data.value[None] + step * data.error).flatten(0, 1))
+    error = (moved.reshape(len(data.error), *value.shape) - value) / step
+    return Known(value, error)
+
+
+def head_gradients(stage: Stage, gradients: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """∂L/∂W and ∂L/∂b (or None) of a stage."""
+    name = stage.affine.bias_name
+    return gradients[stage.affine.weight_name], None if name is None else gradients[name]
