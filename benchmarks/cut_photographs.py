@@ -61,7 +61,7 @@ SOURCES = {
         "skimage/data/astronaut.png",
         "Eileen Collins",
         "NASA",
-        "public domain (may be freely used, says NASA)",
+        "public domain (no known copyright restrictions)",
         "https://flic.kr/p/r9qvLn",
     ),
     "chelsea": Source(
