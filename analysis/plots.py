@@ -144,7 +144,7 @@ def side_by_side(
     """Draw each original above what was recovered of it and the amplified error.
 
     One column per picture.  The caption under a recovered picture is its PSNR; the error panel
-    shows the largest error of a pixel's channels, times the power of ten written above it.
+    shows the largest error of a pixel's channels, times the factor written above it.
 
     Args:
         originals: pictures [B, C, H, W] with C = 1 (grey) or 3 (RGB), or a list of [C, H, W] of
@@ -246,14 +246,25 @@ def _show(axes: Axes, picture: Tensor, value_range: tuple[float, float]) -> None
 
 def _error(axes: Axes, original: Tensor, answer: Tensor, value_range: tuple[float, float]) -> None:
     error = (answer - original).abs().amax(0) / (value_range[1] - value_range[0])
-    largest = float(error.max())
-    exponent = max(0, floor(-log10(largest))) if largest > 0 and isfinite(largest) else 0
-    axes.imshow(
-        (error * 10.0**exponent).numpy(), cmap="magma", vmin=0, vmax=1, interpolation="nearest"
-    )
-    scale = f"× $10^{{{exponent}}}$" if exponent else "× 1"
-    axes.set_title(scale if largest > 0 else "no error at all", fontsize=9, color=_INK)
+    factor, written = _amplification(float(error.max()))
+    axes.imshow((error * factor).numpy(), cmap="magma", vmin=0, vmax=1, interpolation="nearest")
+    axes.set_title(written, fontsize=9, color=_INK)
     _frame(axes)
+
+
+def _amplification(largest: float) -> tuple[float, str]:
+    """The largest 1, 2 or 5 times a power of ten that keeps the error in range, and its title."""
+    if largest == 0:
+        return 1.0, "no error at all"
+    if not isfinite(largest) or largest > 0.5:
+        return 1.0, "error × 1"
+    exponent = floor(-log10(largest))
+    digit = max(d for d in (1, 2, 5) if d == 1 or d * 10.0**exponent * largest <= 1)
+    factor = digit * 10.0**exponent
+    if factor < 1000:
+        return factor, f"error × {factor:g}"
+    power = f"10^{{{exponent}}}"
+    return factor, f"error × ${power}$" if digit == 1 else f"error × ${digit} \\cdot {power}$"
 
 
 def _undetermined(axes: Axes, original: Tensor) -> None:

@@ -7,6 +7,7 @@ from math import inf, log10
 
 import pytest
 import torch
+
 from rgap.analysis.discard import Audit, AuditRow
 from rgap.analysis.plots import discard_heatmap, percent, psnr, side_by_side
 
@@ -67,14 +68,14 @@ def test_psnr_is_the_formula_without_a_cap(error: float, span: float) -> None:
     assert psnr(original, original) == inf
 
 
-def test_side_by_side_amplifies_by_the_power_in_the_title() -> None:
+def test_side_by_side_amplifies_by_the_factor_in_the_title() -> None:
     original = torch.full((1, 3, 4, 4), 0.5, dtype=torch.float64)
     figure = side_by_side(original, original + 3e-6, titles=["a cat"])
     top, middle, bottom = figure.axes
     assert top.get_title() == "a cat"
     assert middle.get_xlabel() == "PSNR 110.5 dB"
-    assert bottom.get_title() == "× $10^{5}$"
-    assert float(bottom.images[0].get_array().max()) == pytest.approx(0.3)
+    assert bottom.get_title() == r"error × $2 \cdot 10^{5}$"
+    assert float(bottom.images[0].get_array().max()) == pytest.approx(0.6)
     assert [a.get_ylabel() for a in figure.axes] == ["original", "recovered", "error"]
 
 

@@ -1,0 +1,262 @@
+"""The command line: what it prints, what it writes, how it ends."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file, save_model
+from typer.testing import CliRunner
+
+from rgap.cli import app
+from rgap.modelspec import load_weights, resolve
+
+NETS = """
+from torch import nn
+
+def build(classes=5, slope=0.2):
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.LeakyReLU(slope), nn.Flatten(), nn.Linear(512, classes)
+    )
+
+def pooled():
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(128, 5)
+    )
+
+def number():
+    return 3
+
+def broken():
+    raise RuntimeError("no such width")
+
+constant = 4
+"""
+CAPTURE = ["--images", "photos:0", "--labels", "2", "--input-shape", "3,8,8"]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "clinets.py").write_text(NETS)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def _fresh_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "clinets", raising=False)
+
+
+def call(*arguments: str, code: int = 0) -> Any:
+    result = CliRunner().invoke(app, list(arguments))
+    assert result.exit_code == code, result.output
+    return SimpleNamespace(out=result.stdout, err=result.stderr)
+
+
+def refused(*arguments: str) -> str:
+    """The one line on standard error of a call that ends with code 2."""
+    before = sorted(path.name for path in Path().iterdir() if path.name != "__pycache__")
+    shown = call(*arguments, code=2)
+    assert shown.out == ""
+    assert "Traceback" not in shown.err
+    lines = shown.err.strip().splitlines()
+    assert len(lines) == 1, shown.err
+    assert sorted(p.name for p in Path().iterdir() if p.name != "__pycache__") == before
+    return str(lines[0])
+
+
+def test_capture_then_invert_recovers_the_photograph(here: Path) -> None:
+    call("capture", "clinets:build", *CAPTURE, "--output", "u.safetensors", "--dtype", "float64")
+    shown = call("invert", "clinets:build", "u.safetensors", "--output", "found", "--json")
+    document = json.loads(shown.out)
+    assert document["status"] == "EXACT"
+    assert document["labels"] == [2]
+    assert document["output"] == "found"
+    assert sorted(p.name for p in (here / "found").iterdir()) == [
+        "picture-0.png",
+        "recovery.safetensors",
+    ]
+    from rgap import photos
+
+    truth = photos.load(1, size=8)
+    found = load_file(here / "found" / "recovery.safetensors")["inputs"]
+    assert float((found - truth).abs().max()) < 1e-6
+    shown = call("invert", "clinets:build", "u.safetensors", "--output", "one.png", "--explain")
+    assert "EXACT" in shown.out
+    assert "all determined" in shown.out
+    from matplotlib.image import imread
+
+    assert abs(imread("one.png") - truth[0].movedim(0, -1).numpy()).max() <= 0.5 / 255 + 1e-6
+    message = refused("invert", "clinets:build", "u.safetensors", "--output", "found")
+    assert "found exists already" in message
+
+
+def test_exit_codes_of_what_is_not_exact() -> None:
+    two = ["--images", "photos:0-1", "--labels", "2,2", "--input-shape", "3,8,8"]
+    call("capture", "clinets:build", *two, "--output", "two.safetensors")
+    shown = call("invert", "clinets:build", "two.safetensors", "--output", "none", code=1)
+    assert "UNDERDETERMINED" in shown.out
+    assert "nothing written" in shown.err
+    assert not Path("none").exists()
+    call("capture", "clinets:build", *CAPTURE, "--output", "u.safetensors")
+    shown = call("invert", "clinets:build:slope=0.5", "u.safetensors", code=3)
+    assert "INCONSISTENT" in shown.out
+    call("capture", "clinets:pooled", *CAPTURE, "--output", "p.safetensors")
+    shown = call("invert", "clinets:pooled", "p.safetensors", "--json", code=4)
+    assert json.loads(shown.out)["status"] == "UNSUPPORTED"
+
+
+def test_audit_prints_a_table_or_one_document(here: Path) -> None:
+    arguments = ("audit", "clinets:build", "--input-shape", "3,8,8", "--batch-sizes", "1,2")
+    shown = call(*arguments, "--plot", "heat.png")
+    assert "gradient rank" in shown.out
+    assert "B = 1" in shown.out
+    assert (here / "heat.png").read_bytes().startswith(b"\x89PNG")
+    document = json.loads(call(*arguments, "--json", "--method", "formula").out)
+    assert document["method"] == "formula"
+    assert [row["batch_size"] for row in document["rows"]] == [1, 1, 2, 2]
+
+
+def test_capture_from_files_and_what_it_shares(here: Path) -> None:
+    from PIL import Image
+
+    folder = here / "pictures"
+    folder.mkdir()
+    for n in range(2):
+        Image.new("RGB", (20, 12), (255 * n, 51, 0)).save(folder / f"{n}.png")
+    shown = call(
+        "capture", "clinets:build", "--images", "pictures", "--labels", "1,4", "--json",
+        "--input-shape", "3,8,8", "--share-labels", "--reduction", "sum",
+    )  # fmt: skip
+    assert json.loads(shown.out)["labels_shared"] is True
+    from rgap import Update, capture
+
+    update = Update.load("update.safetensors")
+    assert update.labels is not None
+    assert update.labels.tolist() == [1, 4]
+    pictures = torch.tensor([[0.0, 0.2, 0.0], [1.0, 0.2, 0.0]])[:, :, None, None].expand(2, 3, 8, 8)
+    again = capture(
+        resolve("clinets:build"), pictures, torch.tensor([1, 4]), torch.nn.CrossEntropyLoss(
+            reduction="sum"
+        )
+    )  # fmt: skip
+    for name, sent in update.gradients.items():
+        torch.testing.assert_close(sent, again.gradients[name])
+
+
+def test_weights_files(here: Path) -> None:
+    model = resolve("clinets:build").double()
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+    save_model(model, "right.safetensors")
+    again = resolve("clinets:build", "right.safetensors")
+    assert torch.equal(again[0].weight, model[0].weight)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    torch.save(state, "state.pt")
+    with pytest.raises(ValueError, match=r"is a pickle .* weights_only=True.*state\.safetensors"):
+        load_weights(model, "state.pt")
+    state["extra"] = state.pop("0.bias")
+    save_file(state, "wrong.safetensors")
+    with pytest.raises(ValueError, match=r"lacks '0.bias' and has besides 'extra'"):
+        load_weights(model, "wrong.safetensors")
+    with pytest.raises(ValueError, match=r"'3.bias' has shape \(5,\)"):
+        resolve("clinets:build:classes=6", "right.safetensors")
+    Path("text.safetensors").write_text("hello, world")
+    with pytest.raises(ValueError, match="is not a safetensors file"):
+        load_weights(model, "text.safetensors")
+    with pytest.raises(ValueError, match="no file"):
+        load_weights(model, "absent.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("lenett", "did you mean 'lenet'"),
+        ("lenet:clases=3", "did you mean 'classes'"),
+        ("lenet:classes", "expected options key=value"),
+        ("clinet:build", "no module 'clinet'.*did you mean 'clinets'"),
+        ("clinets:biuld", "has no 'biuld'; did you mean 'build'"),
+        ("clinets:number", "return a torch.nn.Module, got a int"),
+        ("clinets:constant", "to be a factory"),
+        ("clinets:broken", "RuntimeError: no such width"),
+    ],
+)
+def test_models_that_cannot_be_built(spec: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        resolve(spec)
+
+
+def test_one_name_is_one_network_and_the_random_state_stays() -> None:
+    state = torch.get_rng_state()
+    first, second = resolve("clinets:build:classes=4"), resolve("clinets:build:classes=4")
+    assert torch.equal(first[0].weight, second[0].weight)
+    assert first[3].out_features == 4
+    assert not first.training
+    assert torch.equal(state, torch.get_rng_state())
+    assert resolve("lenet:activation=tanh,classes=7").act1.__class__ is torch.nn.Tanh
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("capture", "clinets:build", *CAPTURE, "--output", "u.pt"), "u.safetensors"),
+        (("capture", "clinets:build", *CAPTURE, "--output", "no/u.safetensors"), "no folder no"),
+        (("capture", "clinets:build", *CAPTURE[:3], "x"), "expected numbers such as 3,5"),
+        (("capture", "clinets:build", *CAPTURE[:3], "1,2"), "expected 1, one per picture, got 2"),
+        (("capture", "clinets:build", "--images", "a.png", "--labels", "1"), "photos:0-3"),
+        (("capture", "clinets:build", "--images", "photos:99", "--labels", "1"), "0 to 31"),
+        (("capture", "clinets:build", "--images", "clinets.py", "--labels", "1"), "no picture"),
+        (("capture", "clinets:build", *CAPTURE, "--loss", "mse"), "mse_loss"),
+        (("audit", "clinets:build", "--input-shape", "3,8"), "shape"),
+        (("audit", "clinets:build", "--batch-sizes", "0"), "--batch-sizes"),
+        (("audit", "clinets:build", "--plot", "heat.doc"), "heat.png"),
+        (("invert", "clinets:build", "absent.safetensors"), "no file absent.safetensors"),
+        (("invert", "clinets:build", "clinets.py"), "not a safetensors file"),
+        (("demo", "--output", "clinets.py"), "expected a folder"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing_behind(
+    arguments: tuple[str, ...], words: str
+) -> None:
+    assert words in refused(*arguments)
+
+
+def test_usage_errors_and_exit_codes_are_documented() -> None:
+    call("invert", code=2)
+    call("audit", "lenet", "--method", "guess", code=2)
+    shown = call("invert", "--help").out
+    for word in ("EXACT", "UNDERDETERMINED", "INCONSISTENT", "UNSUPPORTED"):
+        assert word in shown
+
+
+def test_help_and_version_do_not_import_torch() -> None:
+    code = (
+        "import sys; from rgap.cli import app\n"
+        "for argument in ('--help', '--version'):\n"
+        "    app([argument], standalone_mode=False)\n"
+        "heavy = {'torch', 'numpy', 'matplotlib'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "Commands" in done.stdout
+
+
+def test_a_real_process_ends_with_the_code_and_one_line() -> None:
+    program = [sys.executable, "-c", "from rgap.cli import main; main()"]
+    done = subprocess.run(
+        [*program, "invert", "lenet", "absent.safetensors"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("rgap: error: ")
+    assert len(done.stderr.strip().splitlines()) == 1
