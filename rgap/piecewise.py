@@ -15,6 +15,8 @@ from torch import Tensor
 from rgap.ops import ADVICE, Function, Op
 
 _INF = math.inf
+# Their second derivative is 0, and PyTorch has none for hardsigmoid.
+_PIECEWISE = ("hardsigmoid", "hardtanh", "relu6", "hardshrink", "softshrink", "threshold")
 
 
 class Activation(Op):
@@ -243,5 +245,7 @@ class Opaque(Activation):
 
     def second_derivative(self, z: Tensor) -> Tensor:
         """φ''(z), by differentiating twice."""
+        if self.kind in _PIECEWISE:
+            return torch.zeros_like(z)
         bend: Tensor = torch.func.vjp(self.derivative, z)[1](torch.ones_like(z))[0]
         return bend

@@ -153,6 +153,34 @@ class CELU(ELU):
 
     def __init__(self, name: str, in_shape: tuple[int, ...], alpha: float = 1.0) -> None:
         super().__init__(name, in_shape, alpha, 1.0, 1 / alpha)
+        # PyTorch rounds α to float32 in the derivative, and only there: the gradients it sends
+        # are those of this rate, 4e-8 off for α = 0.7.
+        self.backward_rate = 1 / float(torch.tensor(alpha, dtype=torch.float32))
+
+    def derivative(self, z: Tensor) -> Tensor:
+        """1 or e^{z/α}, with PyTorch's α."""
+        low = self.amplitude * self.backward_rate * torch.exp(z.clamp_max(0) * self.backward_rate)
+        return torch.where(z > 0, torch.ones_like(z), low)
+
+    def second_derivative(self, z: Tensor) -> Tensor:
+        """0 or e^{z/α}/α, with PyTorch's α."""
+        return torch.where(z > 0, torch.zeros_like(z), self.derivative(z) * self.backward_rate)
+
+    def slope(self, x: Tensor) -> Tensor:
+        """1 or (1 + x/α)^q, with q = α over PyTorch's α."""
+        if self.barrier:
+            return super().slope(x)
+        power = self.backward_rate / self.rate
+        low = (1 + x.clamp_max(0) / self.amplitude).clamp_min(0).pow(power)
+        return torch.where(x > 0, torch.ones_like(x), self.amplitude * self.backward_rate * low)
+
+    def slope_derivative(self, x: Tensor) -> Tensor:
+        """0 or 1/α, to the precision of PyTorch's α."""
+        if self.barrier:
+            return super().slope_derivative(x)
+        power = self.backward_rate / self.rate
+        low = (1 + x.clamp_max(0) / self.amplitude).clamp_min(1e-300).pow(power - 1)
+        return torch.where(x > 0, torch.zeros_like(x), self.backward_rate * power * low)
 
 
 class Softplus(Activation):
