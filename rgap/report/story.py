@@ -31,6 +31,7 @@ def tell(demo: Demo) -> RenderableType:
         _heading("2  Two pictures in one gradient"),
         *(_text(line) for line in _pair_lines(demo.pair)),
         _heading("3  Where the information goes"),
+        _text("Share of each layer's input that its gradient discards, by batch size B:"),
         _indented(audit_matrix(demo.audit)),
         *(_text(line) for line in _audit_lines(demo.audit)),
         _heading(f"Done in {demo.seconds:.0f} s. Look at the pictures"),
@@ -80,7 +81,10 @@ def _pair_lines(case: Case) -> list[str]:
         f"{answer.status.name}: {answer.reason}.",
     ]
     for report in reversed(answer.layers):
-        if report.nullity is None or report.route in ("not reached", "head equations"):
+        if report is answer.layers[-1]:  # its input is what was given
+            lines.append(f"• {report.layer}: given.")
+            continue
+        if report.nullity is None or report.route == "not reached":
             continue
         lines.append(
             f"• {report.layer}: all {report.unknowns:,} unknowns of its input are determined."

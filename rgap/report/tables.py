@@ -60,7 +60,7 @@ def audit_table(audit: Audit) -> Table:
 
 def audit_matrix(audit: Audit) -> Table:
     """The discard alone, layer by batch size: the heat map in figures."""
-    table = _table("Share of each layer's input that its gradient discards")
+    table = _table(None)
     table.add_column("layer")
     table.add_column("kind", style="dim")
     cells = {(row.layer, row.batch_size): row for row in audit.rows}
@@ -100,7 +100,7 @@ def status_text(name: str) -> Text:
     return Text(name, style=_COLOURS.get(name, ""))
 
 
-def _table(title: str) -> Table:
+def _table(title: str | None) -> Table:
     from rich import box
 
     return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
