@@ -41,4 +41,5 @@ pygments_style = "friendly"
 html_theme = "furo"
 html_title = f"rgap {release}"
 html_theme_options = {"navigation_with_keys": True}
+html_show_copyright = False
 html_show_sphinx = False
