@@ -182,8 +182,11 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str, str, list[
                 "returns a tuple", []),
     "a dict": (lambda: Written(lambda m, x: {"logits": m.fc(x)}, fc=Lin(4, 2)), (4,), "output",
                "returns a dict", []),
-    "complex weights": (lambda: nn.Sequential(Lin(4, 2).to(torch.complex64)), (4,), "0",
-                        "complex64", []),
+    "complex weights": (
+        lambda: Written(lambda m, x: F.linear(x, m.w),
+                        w=nn.Parameter(torch.zeros(2, 4, dtype=torch.complex64))),
+        (4,), "linear", "complex64: it needs real numbers", [],
+    ),
     "forward replaced": (lambda: patched(1), (4,), "1", "forward was replaced", ["2"]),
     "root forward replaced": (lambda: patched(None), (4,), "Sequential", "output differs", []),
     "hook on a layer": (lambda: hooked("0.0"), (4,), "Sequential", "hooks are on '0.0'", []),
@@ -242,7 +245,7 @@ def test_the_part_above_a_barrier_is_the_models(name: str) -> None:
 @pytest.mark.parametrize("name", ["a tuple", "control flow", "wrapped"])
 def test_a_chain_without_stages_says_so(name: str) -> None:
     chain = parsed(name)
-    with pytest.raises(ValueError, match="has no stages: .*call the model itself"):
+    with pytest.raises(ValueError, match=r"has no stages: .*call the model itself"):
         chain.forward(torch.zeros(1, 4, dtype=torch.float64))
 
 

@@ -112,14 +112,9 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], list[str]]] = {
         ),
         (2, 6, 6), ["one", "conv2d", "three", "linear"],
     ),
-    "view by size": (
-        lambda: Written(lambda m, x: m.fc(torch.tanh(m.c(x)).view(x.size(0), -1)),
-                        c=nn.Conv2d(1, 2, 3), fc=nn.Linear(8, 3)),
-        (1, 4, 4), ["c", "fc"],
-    ),
     "reshape, einops-like permute": (
         lambda: Written(
-            lambda m, x: m.fc(m.c(x).permute(0, 2, 3, 1).contiguous().reshape(x.shape[0], -1)),
+            lambda m, x: m.fc(m.c(x).permute(0, 2, 3, 1).contiguous().reshape(x.size(0), -1)),
             c=nn.Conv2d(1, 2, 3), fc=nn.Linear(8, 3),
         ),
         (1, 4, 4), ["c", "fc"],
