@@ -93,7 +93,7 @@ def discard_heatmap(audit: Audit) -> Figure:
     bar.ax.set_yticklabels(["0%", "25%", "50%", "75%", "100%"])
     bar.ax.tick_params(length=0, labelsize=8, labelcolor=_INK)
     bar.set_label("missing equations / unknowns", fontsize=9, color=_INK)
-    bar.outline.set_visible(False)  # type: ignore[operator]  # a Spine, which matplotlib types loosely
+    bar.outline.set_visible(False)
     return figure
 
 
