@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -257,6 +258,8 @@ def audit(
             found = measure(
                 network, wanted, batches, loss=loss or usual, method=method.value, seed=seed
             )
+            # The name that was asked for says more than nn.Sequential.
+            found = replace(found, model=model)
             if plot is not None:
                 save_figure(found.plot(), plot)
         if as_json:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -147,6 +147,7 @@ def run(output: Path, *, seed: int = 0, console: Console | None = None) -> Demo:
         step(f"LeNet: counting equations for batches of {', '.join(map(str, BATCHES))}")
         probe = photos.load(count=max(BATCHES))
         table = audit(lenet, (3, 32, 32), BATCHES, inputs=probe, seed=seed)
+        table = replace(table, model="LeNet")  # its class is a plain Sequential
     files = tuple(output / name for name in ("recovered.png", "discard.png", "demo.json"))
     demo = Demo(tuple(single), pair, table, files, time.perf_counter() - start)
     _write(demo)
