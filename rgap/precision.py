@@ -63,9 +63,13 @@ class Precision:
 
     @property
     def floor(self) -> float:
-        """Half the smallest subnormal number: the absolute rounding near zero."""
+        """Half the smallest subnormal number: the absolute rounding near zero.
+
+        At least 1e-140, below which variances leave the range of float64: a softmax that is sure
+        of itself sends cotangents down to 1e-300, and they say nothing.
+        """
         info = torch.finfo(self.dtype)
-        return info.smallest_normal * info.eps / 2
+        return max(info.smallest_normal * info.eps / 2, 1e-140)
 
     def normal(self, std: Tensor) -> Tensor:
         """S samples with the given standard deviation, [S, *std.shape]."""
