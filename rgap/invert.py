@@ -163,7 +163,7 @@ def _from_head(problem: Problem, show: Progress) -> Recovery:
     if isinstance(found, HeadFailure):
         status = Status.UNDERDETERMINED if found.consistent else Status.INCONSISTENT
         return certificate.stopped(problem, status, found.reason, None)
-    runs = []
+    runs: list[Run] = []
     for family in _families(_matching(found, problem.labels), chain):
         first = family[0]
         descent = _descend(problem, index, first.features, first.cotangent, show)

@@ -8,6 +8,7 @@ softmax out of all other equations.)
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 
@@ -306,8 +307,8 @@ def _unrows(affine: Affine, rows: Tensor, count: int) -> Tensor:
     return split.reshape(count, *affine.weight.shape)
 
 
-def _flat(function: object, ensemble: Tensor) -> Tensor:
-    out = function(ensemble.flatten(0, 1))  # type: ignore[operator]
+def _flat(function: Callable[[Tensor], Tensor], ensemble: Tensor) -> Tensor:
+    out = function(ensemble.flatten(0, 1))
     return out.reshape(*ensemble.shape[:2], *out.shape[1:])
 
 

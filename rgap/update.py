@@ -76,7 +76,7 @@ class Update:
             name: validation.buffer(name, tensor)
             for name, tensor in validation.named(self.buffers, "buffers").items()
         }
-        dtype = self.dtype
+        dtype: torch.dtype | None = self.dtype
         if dtype is None:
             dtype = max((g.dtype for g in gradients.values()), key=lambda d: torch.finfo(d).eps)
         elif not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):

@@ -110,4 +110,5 @@ def null_projection(stacked: Stacked, vectors: Tensor, limit: int = 4000) -> Ten
     if not kept:
         return vectors[:0]
     q, r = torch.linalg.qr(torch.stack(kept).T)
-    return q[:, r.diagonal().abs() > 1e-9].T
+    basis: Tensor = q[:, r.diagonal().abs() > 1e-9].T
+    return basis

@@ -83,7 +83,8 @@ def top_eigenpairs(matrix: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     """
     size = matrix.shape[0]
     if size <= SMALL:
-        return tuple(torch.linalg.eigh(matrix))
+        values, vectors = torch.linalg.eigh(matrix)
+        return values, vectors
     eye = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
     shifted, info = torch.linalg.cholesky_ex((1.0 + 1e-8) * eye - matrix)
     generator = torch.Generator().manual_seed(0)
@@ -101,7 +102,8 @@ def top_eigenpairs(matrix: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
                 return values, vectors
             break
         block *= 2
-    return tuple(torch.linalg.eigh(matrix))
+    values, vectors = torch.linalg.eigh(matrix)
+    return values, vectors
 
 
 def joint_rank(
@@ -143,8 +145,8 @@ def joint_rank(
 
 def _group_bases(gradient: Kronecker, rcond: float | None, noise: float) -> list[Tensor]:
     values, vh = right_singular_vectors(gradient.matrix)
-    tolerance = resolve_rcond(rcond, tuple(gradient.matrix.shape[1:]), noise=noise)
-    size = gradient.matrix.shape[-1]
+    _, rows, size = gradient.matrix.shape
+    tolerance = resolve_rcond(rcond, (rows, size), noise=noise)
     return [v[: numerical_rank(s, size, tolerance).rank] for s, v in zip(values, vh, strict=True)]
 
 
@@ -194,7 +196,7 @@ def _distance(
         rows.append(torch.einsum("ip,cik->kcp", basis, part))
         start = stop
     gradient = torch.cat(rows, dim=1)
-    shares = in_weight.split([len(q) for q in samples])
+    shares = torch.split(in_weight, [len(q) for q in samples])
     weight = torch.stack(
         [torch.einsum("jcn,jk->kcn", q, own) for q, own in zip(samples, shares, strict=True)], 2
     )

@@ -19,7 +19,8 @@ def singular_values(matrix: Tensor) -> Tensor:
     >>> singular_values(torch.eye(2, 9, dtype=torch.float64)).tolist()
     [1.0, 1.0]
     """
-    return torch.linalg.svdvals(_triangle(_tall(matrix)))
+    values: Tensor = torch.linalg.svdvals(_triangle(_tall(matrix)))
+    return values
 
 
 def right_singular_vectors(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,5 +46,5 @@ def _tall(matrix: Tensor) -> Tensor:
 def _triangle(matrix: Tensor) -> Tensor:
     """R of the QR factorisation where the matrix is tall enough to gain from it."""
     if matrix.shape[-2] > LONG * matrix.shape[-1]:
-        return torch.linalg.qr(matrix, mode="r").R
+        matrix = torch.linalg.qr(matrix, mode="r").R
     return matrix

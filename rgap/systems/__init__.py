@@ -20,11 +20,20 @@ class WeightConstraint(Protocol):
 
     rows: int
 
-    def apply(self, x: Tensor) -> Tensor: ...
-    def adjoint(self, y: Tensor) -> Tensor: ...
-    def add_gram(self, weights: Tensor, into: Tensor) -> None: ...
-    def fold(self, x: Tensor) -> Tensor: ...
-    def unfold(self, u: Tensor, count: int = 1) -> Tensor: ...
+    def apply(self, x: Tensor) -> Tensor:
+        """W x without bias: tables [S, C, P] → rows [S, rows]."""
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        """Wᵀ y: rows [S, rows] → tables [S, C, P]."""
+
+    def add_gram(self, weights: Tensor, into: Tensor) -> None:
+        """Add Wᵀ diag(weights) W to the view ``into`` of shape [C, P, C, P]."""
+
+    def fold(self, x: Tensor) -> Tensor:
+        """Tables [S, C, P] → samples [S·B, *in_shape]."""
+
+    def unfold(self, u: Tensor, count: int = 1) -> Tensor:
+        """Samples [S·B, *in_shape] → tables [S, C, P]."""
 
 
 def gradient_constraint(affine: Affine, cotangent: Tensor) -> Kronecker:

@@ -33,11 +33,11 @@ def taps(geometry: Geometry, space: tuple[int, ...], out: tuple[int, ...]) -> Te
         position = offset[:, None] + reach[None, :]
         per_axis.append(torch.where((position >= 0) & (position < size), position, -1))
     rows = []
-    for offset in product(*(range(k) for k in geometry.kernel)):
+    for offsets in product(*(range(k) for k in geometry.kernel)):
         position = torch.zeros(1, dtype=torch.long)
         inside = torch.ones(1, dtype=torch.bool)
         for axis, size in enumerate(space):
-            line = per_axis[axis][offset[axis]]
+            line = per_axis[axis][offsets[axis]]
             position = (position[:, None] * size + line.clamp_min(0)[None, :]).flatten()
             inside = (inside[:, None] & (line >= 0)[None, :]).flatten()
         rows.append(torch.where(inside, position, -1))

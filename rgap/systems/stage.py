@@ -185,10 +185,11 @@ class _Stage:
         gram = matrix @ matrix.transpose(1, 2) if wide else matrix.transpose(1, 2) @ matrix
         damp = 1e-6 * gram.diagonal(dim1=1, dim2=2).amax(1).clamp_min(1e-300)
         gram = gram + damp[:, None, None] * torch.eye(gram.shape[-1], dtype=gram.dtype)
+        if not wide:
+            rhs = matrix.transpose(1, 2) @ rhs
+        x: Tensor = torch.linalg.solve(gram, rhs)
         if wide:
-            x = matrix.transpose(1, 2) @ torch.linalg.solve(gram, rhs)
-        else:
-            x = torch.linalg.solve(gram, matrix.transpose(1, 2) @ rhs)
+            x = matrix.transpose(1, 2) @ x
         return x.transpose(1, 2).reshape(-1, size)
 
     def weigh(self, table: Tensor) -> None:
