@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import logging
 from dataclasses import dataclass
+from math import inf
 
 import torch
 from torch import Tensor, nn
 
+from rgap import validation
 from rgap.network import Chain, parse
 from rgap.precision import Precision
 from rgap.update import Update
@@ -44,14 +46,21 @@ def prepare(
 ) -> Problem:
     """Check an update against its model and bring both to float64; arguments as for ``invert``."""
     update.check(model)
-    batch = update.batch_size if batch_size is None else batch_size
-    if batch is None:
+    stated = update.batch_size if batch_size is None else batch_size
+    if stated is None:
         raise ValueError(
             "expected a batch size, got an update that does not state one; write "
             "rgap.invert(model, update, batch_size=1)"
         )
-    if batch < 1:
-        raise ValueError(f"expected batch_size >= 1, got {batch}; write batch_size=1")
+    batch = validation.count("batch_size", stated)
+    known = validation.labels(update.labels if labels is None else labels, batch)
+    if not 0.0 <= noise < inf:
+        raise ValueError(
+            f"noise: expected a standard deviation, a finite number of at least 0, got {noise!r}; "
+            "write noise=0.0 for an update without added noise"
+        )
+    bounds = update.value_range if value_range is None else validation.bounds(value_range)
+    place = _device(device)
     if update.input_shape is None:
         raise ValueError(
             "expected an input shape, got an update that does not state one; write "
@@ -63,14 +72,12 @@ def prepare(
             "moved between them and the equations of one step do not hold; ask the client for "
             "local_steps=1"
         )
-    model = _with_buffers(model, update)
+    model = _as_on_the_client(model, update)
     chain = parse(model, update.input_shape)
-    place = torch.device("cpu") if device is None else torch.device(device)
     if place.type != "cpu":
         chain = chain.to(place)
     gradients = {n: g.detach().to(place, torch.float64) for n, g in update.gradients.items()}
     precision = Precision(update.dtype, noise, seed=seed)
-    bounds = update.value_range if value_range is None else value_range
     return Problem(
         model,
         update,
@@ -78,25 +85,48 @@ def prepare(
         gradients,
         precision,
         batch,
-        update.labels if labels is None else labels,
+        known,
         bounds,
         budget,
     )
 
 
-def _with_buffers(model: nn.Module, update: Update) -> nn.Module:
-    """The model with the client's running statistics, a copy where they differ from its own."""
+def _as_on_the_client(model: nn.Module, update: Update) -> nn.Module:
+    """The model as the client had it: its running statistics, every parameter trained.
+
+    A copy where that differs from the model given: other buffers, or parameters that the server
+    froze in its own copy (the update has their gradients, so the client trained them).
+    """
     own = dict(model.named_buffers())
     other = {
         name: sent
         for name, sent in update.buffers.items()
-        if not torch.allclose(own[name].double(), sent.to(own[name].device).double(), rtol=1e-6)
+        if not torch.equal(own[name].double().cpu(), sent.double().cpu())
     }
-    if not other:
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    if not other and not frozen:
         return model
-    log.info("the client's buffers differ from the model's and are used: %s", ", ".join(other))
+    if other:
+        log.info("the client's buffers differ from the model's and are used: %s", ", ".join(other))
     twin = copy.deepcopy(model)
     for name, buffer in twin.named_buffers():
         if name in other:
             buffer.copy_(other[name])
+    for parameter in twin.parameters():
+        parameter.requires_grad_()
     return twin
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    """The device to compute on, tried out."""
+    if device is None:
+        return torch.device("cpu")
+    try:
+        place = torch.device(device)
+        torch.zeros(1, device=place)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ValueError(
+            f"device: expected one that computes on this machine, got {device!r} "
+            f"({str(error).splitlines()[0]}); write device='cpu'"
+        ) from error
+    return place

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
-from math import inf, isfinite, log10
+from math import isfinite, log10
 
 from torch import Tensor
 
@@ -83,7 +83,7 @@ class LayerReport:
         return state
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Candidate:
     """One of several batches that send the same update."""
 
@@ -92,9 +92,9 @@ class Candidate:
     residual: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Recovery:
-    """The answer to one update.
+    """The answer to one update; two recoveries are equal only if they are the same object.
 
     Attributes:
         inputs: recovered batch ``[B, *input_shape]``, or None when it is not determined.
@@ -145,9 +145,18 @@ class Recovery:
 
         Raises:
             KeyError: unknown layer.
-            ValueError: the recursion did not reach the layer.
+            ValueError: the recursion did not reach the layer, a count below 1, or a recovery that
+                was copied or unpickled (the equations do not travel along).
         """
         report = self.layer(name)
+        if count < 1:
+            raise ValueError(f"count: expected at least 1 direction, got {count}; write count=8")
+        if report._null_space is None and report.route != "not reached":
+            raise ValueError(
+                f"expected a recovery as rgap.invert returned it, got one that was copied or "
+                f"unpickled: the equations of {name!r} did not travel along; call "
+                "rgap.invert(model, update) again"
+            )
         if report._null_space is None:
             raise ValueError(
                 f"expected a layer that the recursion reached, got {name!r} "
@@ -160,15 +169,17 @@ class Recovery:
         """The recovery in plain words, layer by layer from the output down."""
         lines = [f"{self.status.name}: {self.reason}"]
         for report in reversed(self.layers):
-            lines.append("  " + _sentence(report))
-        if self.error_bound is not None and self.predicted_error is not None:
+            lines.append("  " + _sentence(report, self.reason))
+        given = self.inputs is not None
+        if given and self.error_bound is not None and self.predicted_error is not None:
             rms = float(self.predicted_error.max())
             lines.append(
                 f"The predicted error is {rms:.2g} rms ({_decibel(rms)} for pictures in [0, 1]), "
                 f"no entry is off by more than {self.error_bound:.2g}."
             )
         if self.residual is not None:
-            lines.append(f"Replaying the answer reproduces the update to {self.residual:.2g}.")
+            which = "answer" if given else "nearest answer (not returned)"
+            lines.append(f"Replaying the {which} reproduces the update to {self.residual:.2g}.")
         for number, candidate in enumerate(self.candidates):
             lines.append(
                 f"Candidate {number}: labels {_labels(candidate.labels)}, replay residual "
@@ -178,7 +189,7 @@ class Recovery:
         return "\n".join(lines)
 
     def summary(self) -> dict[str, object]:
-        """The recovery as plain numbers, for JSON."""
+        """The recovery as plain numbers, for JSON; None where a number is not finite."""
         fields = (
             "layer",
             "kind",
@@ -196,15 +207,13 @@ class Recovery:
         return {
             "status": self.status.name,
             "reason": self.reason,
-            "labels": None if self.labels is None else self.labels.tolist(),
-            "residual": self.residual,
-            "predicted_error": (
-                None if self.predicted_error is None else self.predicted_error.tolist()
-            ),
-            "error_bound": self.error_bound,
+            "labels": _plain(self.labels),
+            "residual": _plain(self.residual),
+            "predicted_error": _plain(self.predicted_error),
+            "error_bound": _plain(self.error_bound),
             "candidates": len(self.candidates),
             "warnings": list(self.warnings),
-            "seconds": self.seconds,
+            "seconds": _plain(self.seconds),
             "layers": [{f: _plain(getattr(r, f)) for f in fields} for r in self.layers],
         }
 
@@ -220,7 +229,8 @@ class Recovery:
         rows = "".join(
             f"<tr><td>{html.escape(r.layer)}</td><td>{r.unknowns}</td>"
             f"<td>{'–' if r.joint_rank is None else r.joint_rank}</td>"
-            f"<td>{'–' if r.nullity is None else r.nullity}</td><td>{html.escape(r.route)}</td></tr>"
+            f"<td>{'–' if r.nullity is None else r.nullity}</td>"
+            f"<td>{html.escape(r.route)}</td></tr>"
             for r in self.layers
         )
         return (
@@ -229,23 +239,27 @@ class Recovery:
         )
 
 
-def _sentence(report: LayerReport) -> str:
+def _sentence(report: LayerReport, reason: str) -> str:
+    """One layer in words; its note unless ``reason``, which is printed above, says it already."""
     if report.route == "not reached":
         return f"{report.layer} ({report.kind}): not reached."
-    if report.nullity:
-        text = (
-            f"{report.layer} ({report.kind}): {report.joint_rank} independent equations for "
-            f"{report.unknowns} unknowns, {report.nullity} missing"
+    text = f"{report.layer} ({report.kind}): "
+    if report.nullity is None:
+        text += f"{report.unknowns} unknowns, some of them open [{report.route}]"
+    elif report.nullity:
+        text += (
+            f"{report.joint_rank} independent equations for {report.unknowns} unknowns, "
+            f"{report.nullity} missing"
         )
+    elif report.note:
+        text += f"{report.unknowns} unknowns, full rank, not solved [{report.route}]"
     else:
-        text = (
-            f"{report.layer} ({report.kind}): {report.unknowns} unknowns, all determined "
-            f"[{report.route}]"
-        )
-        if isfinite(report.condition) and report.condition > 0:
-            text += f", condition {report.condition:.1e}"
+        text += f"{report.unknowns} unknowns, all determined [{report.route}]"
+    if not report.nullity and isfinite(report.condition) and report.condition > 0:
+        text += f", condition {report.condition:.1e}"
+    if not report.nullity and report.route != "rank only" and isfinite(report.residual):
         text += f", residual {report.residual:.1e}"
-    return text + (f". {report.note}" if report.note else ".")
+    return text + (f"; {report.note}." if report.note and report.note not in reason else ".")
 
 
 def _decibel(rms: float) -> str:
@@ -257,4 +271,9 @@ def _labels(labels: Tensor | None) -> object:
 
 
 def _plain(value: object) -> object:
-    return None if isinstance(value, float) and value in (inf, -inf) else value
+    """Numbers that JSON has: None for what is not finite, lists for tensors."""
+    if isinstance(value, Tensor):
+        value = value.tolist()
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not isfinite(value) else value

@@ -68,6 +68,7 @@ def _report(problem: Problem, descent: Descent | None, stage: Stage) -> LayerRep
             route,
             note,
             weight_rank,
+            lambda count: torch.empty(0, batch, *affine.in_shape, dtype=torch.float64),
         )
     stats = step.solution.stats
     cotangent, active = step.cotangent, step.active
