@@ -205,8 +205,8 @@ def audit(
         The :class:`Audit`.
 
     Raises:
-        ValueError: a layer too large for exact ranks, batch size below 1, unknown method, too few probe pictures, a shape that does
-            not fit, train mode.
+        ValueError: a layer too large for exact ranks, batch size below 1, unknown method, too few
+            probe pictures, a shape that does not fit, train mode.
 
     >>> import rgap
     >>> table = audit(rgap.models.lenet(seed=0), (3, 32, 32), batch_sizes=(1,))
@@ -269,8 +269,8 @@ def _refuse_large(affine: Affine, method: str) -> None:
     size = prod(affine.in_shape)
     if size > LARGEST:
         raise ValueError(
-            f"expected layers of at most {LARGEST} inputs for method={method!r}, got '{affine.name}' "
-            f"with {size}: its weight constraints alone would be a matrix of "
+            f"expected layers of at most {LARGEST} inputs for method={method!r}, got "
+            f"'{affine.name}' with {size}: its weight constraints alone would be a matrix of "
             f"{8e-9 * size**2:.0f} GB; audit a smaller input_shape, whose layers have the same "
             "structure"
         )

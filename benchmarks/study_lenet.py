@@ -33,6 +33,7 @@ GOAL = {torch.float64: 200.0, torch.float32: 90.0}
 
 
 def main() -> int:
+    """Run what the command line asks for, print one line a group, say what was missed."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--photographs", type=int, default=20)
     parser.add_argument("--start", type=int, default=0)
@@ -113,8 +114,9 @@ def cramer_rao(model: nn.Module, x: Tensor, label: Tensor, update: rgap.Update) 
     for name, parts in columns.items():
         jacobian = torch.cat(parts)
         gap = (update.gradients[name].double() - exact.gradients[name]).square()
-        rows = gap if gap.ndim == 1 else gap.flatten(1).mean(1, keepdim=True).expand(gap.shape[0], gap[0].numel())
-        jacobian = jacobian / rows.flatten().sqrt().clamp_min(1e-30)
+        if gap.ndim > 1:  # one variance a row of the layer
+            gap = gap.flatten(1).mean(1, keepdim=True).expand(len(gap), gap[0].numel())
+        jacobian = jacobian / gap.flatten().sqrt().clamp_min(1e-30)
         normal += jacobian @ jacobian.T
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(normal))
     return -10 * math.log10(float(inverse.trace()) / x.numel())
@@ -127,6 +129,7 @@ HEADER = (
 
 
 def line(activation: str, weights: str, dtype: torch.dtype, runs: list[dict]) -> str:
+    """One row of the table: PSNR, outcomes and the honesty of the stated errors."""
     psnr = sorted(run.get("psnr", 0.0) for run in runs)
     ratios = sorted(run["bound"] / run["worst"] for run in runs if "worst" in run)
     return (
@@ -150,6 +153,7 @@ def honest(run: dict) -> bool:
 
 
 def verdict(runs: list[dict]) -> int:
+    """Print the totals and every miss; 1 if an EXACT was off by more than its bound."""
     wrong = [r for r in runs if r["status"] == "EXACT" and r["worst"] > r["bound"]]
     print(
         f"\n{sum(map(reached, runs))} of {len(runs)} reached; predicted error within a factor 3 in "

@@ -7,21 +7,18 @@ root and every admissible target is a candidate until an equation refutes it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from scipy.optimize import brentq
 from torch import Tensor
 
-from rgap.activations import Activation
 from rgap.bias import bias_attack, rank_one_residual
 from rgap.losses import Loss
 from rgap.network import Stage
-from rgap.precision import Known, Precision
+from rgap.precision import UNKNOWN, Known, Precision
+from rgap.roots import cotangent_rounding, entry, reproduced, roots, scale_equation, tail
 
-DECADES = (-7.0, 7.0)  # of the scale α, around the size at which the logits are of order one
-GRID = 3000
+NORMALISED = 8 * torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True)
@@ -108,8 +105,13 @@ def features_from_bias(
     # dx = (δG − k-error·xᵀ)ᵀ k / ‖k‖², up to second order
     std = (weight_gradient.abs() * precision.unit + precision.floor).square()
     noise_g = precision.normal((std + precision.noise**2).sqrt())
-    scaled = k / k.square().sum()
+    size = k.abs().max()
+    scaled = k / size  # ‖∂b‖² underflows long before ∂b does
+    scaled = scaled / scaled.square().sum() / size
     dx = torch.einsum("smn,m->sn", noise_g, scaled) - (noise_k @ scaled)[:, None] * x
+    # The sums above round in float64: with many rows that is more than what is left of theirs.
+    dx = dx + precision.normal(x.abs() * torch.finfo(torch.float64).eps)
+    dx = dx.nan_to_num(UNKNOWN).clamp(-UNKNOWN, UNKNOWN)
     return Known(x[None], dx[:, None]), Known(k[None], noise_k[:, None])
 
 
@@ -140,7 +142,7 @@ def target_of(
 ) -> tuple[Tensor, float]:
     """Dense target [1, C] that explains k at the recovered features, and its tolerance."""
     z = stage.affine.forward(x.value)
-    outputs, slopes = _tail(stage, z)
+    outputs, slopes = tail(stage, z)
     target = loss.targets_from(outputs, k.value / slopes)
     # The client's softmax rounds in absolute terms (p − 1), its logits relatively.
     dz = torch.stack([stage.affine.linear(e) for e in x.error])
@@ -153,17 +155,9 @@ def target_of(
     own = float(k.error.abs().max()) * scale / float(slopes.abs().min().clamp_min(1e-300))
     width = float(dz.abs().max()) + float(z.abs().max()) * precision.unit * 16
     tolerance = 30 * (own + width + 16 * precision.unit * max(1.0, scale * precision.unit))
+    if loss.targets == "probability":  # rows sum to 1 as stored, usually in float32
+        tolerance = max(tolerance, NORMALISED)
     return target, min(tolerance, 0.05)
-
-
-def _tail(stage: Stage, z: Tensor) -> tuple[Tensor, Tensor]:
-    """Network output and dφ/dz of an element-wise tail on the head (ones without a tail)."""
-    slopes = torch.ones_like(z)
-    for op in stage.tail:
-        if isinstance(op, Activation):
-            slopes = slopes * op.derivative(z)
-        z = op.forward(z)
-    return z, slopes.reshape(z.shape)
 
 
 def _without_bias(
@@ -177,16 +171,11 @@ def _without_bias(
             "a free scale; 1 equation is missing",
             consistent=True,
         )
-    left, values, right = torch.linalg.svd(gradient, full_matrices=False)
-    u, v = right[0], left[:, 0] * values[0]
+    u = torch.linalg.svd(gradient, full_matrices=False).Vh[0]
+    v = gradient @ u  # row by row to full relative precision, unlike the left singular vector
     found = []
-    for alpha, target in _roots(stage, u, v, loss):
-        outputs, slopes = _tail(stage, stage.affine.forward((alpha * u)[None]))
-        k = loss.cotangent(outputs, target) * slopes
-        miss = float((alpha * k[0] - v).norm() / v.norm())
-        explained = 100 * (precision.unit * abs(alpha) / float(v.norm()) + precision.unit)
-        explained += 10 * precision.noise * max(1.0, gradient.numel() ** 0.5) / float(values[0])
-        if miss <= min(max(explained, 1e-9), 0.05):
+    for alpha, target in roots(stage, u, v, loss, precision):
+        if reproduced(stage, u, v, alpha, target, loss, precision):
             x, cot = _scaled(stage, gradient, u, v, alpha, target, loss, precision)
             candidate = _candidate(stage, gradient, x, cot, loss, precision)
             found.append(replace(candidate, scale=alpha))
@@ -215,83 +204,15 @@ def _scaled(
     du = torch.einsum("smn,m->sn", noise, v) / vv
     du = du - (du @ u)[:, None] * u
     dv = noise @ u
-    # α from the largest entry: f(α) = α k_j(α) − v_j, so dα = (dv_j + α·rounding of k) / f'(α)
-    j = int(v.abs().argmax())
-    equation = _scale_equation(stage, u, v, loss, target)
+    # α from one entry: f(α) = α k_j(α) − v_j, so dα = (dv_j + α·rounding of k) / f'(α)
+    j = entry(v, loss, target)
+    equation = scale_equation(stage, u, v, loss, target)
     ends = alpha * torch.tensor([1 + 1e-6, 1 - 1e-6], dtype=torch.float64)
     high, low = equation(ends)
     derivative = float((high - low) / (2e-6 * alpha))
-    rounding = precision.normal(torch.tensor(2 * precision.unit * abs(alpha)).double())
+    own = cotangent_rounding(stage, alpha * u, target, loss, precision)
+    rounding = precision.normal(2 * abs(alpha) * own[j])
     dalpha = (dv[:, j] + rounding) / (derivative if derivative else 1e-300)
     dx = dalpha[:, None] * u + alpha * du
     dk = dv / alpha - dalpha[:, None] * v / alpha**2
     return Known((alpha * u)[None], dx[:, None]), Known((v / alpha)[None], dk[:, None])
-
-
-def _roots(stage: Stage, u: Tensor, v: Tensor, loss: Loss) -> list[tuple[float, Tensor]]:
-    """Scales α and dense targets with α k_j(α) = v_j in the largest entry j of v."""
-    logits = stage.affine.linear(u[None]).abs().max()
-    unit = 1.0 / float(logits.clamp_min(1e-30))
-    grid = unit * torch.logspace(*DECADES, GRID, dtype=torch.float64)
-    found: list[tuple[float, Tensor]] = []
-    for sign in (1.0, -1.0):
-        for target in _targets(loss, sign * v):
-            equation = _scale_equation(stage, u, v, loss, target)
-            found += [(root, target) for root in _zeros(equation, sign * grid)]
-    return found
-
-
-def _scale_equation(
-    stage: Stage, u: Tensor, v: Tensor, loss: Loss, target: Tensor
-) -> Callable[[Tensor], Tensor]:
-    """α ↦ α k_j(α) − v_j for a vector of scales, j the largest entry of v."""
-    j = int(v.abs().argmax())
-
-    def equation(alpha: Tensor) -> Tensor:
-        outputs, slopes = _tail(stage, stage.affine.forward(alpha[:, None] * u))
-        k = loss.cotangent(outputs, target.expand_as(outputs)) * slopes
-        if loss.reduction == "mean":  # the scales are a batch here; the client's batch was one
-            k = k * outputs.shape[0]
-        return alpha * k[:, j] - v[j]
-
-    return equation
-
-
-def _targets(loss: Loss, v: Tensor) -> list[Tensor]:
-    """Dense one-hot or 0–1 targets whose cotangent can have the signs of v."""
-    classes = v.numel()
-    outputs = torch.zeros(1, classes, dtype=torch.float64)
-    if loss.name == "binary_cross_entropy_with_logits":
-        return [(v < 0).double()[None]]
-    if loss.label_smoothing == 0 and classes > 2:
-        negative = torch.nonzero(v < 0).flatten()
-        choices = negative.tolist() if len(negative) == 1 else []
-    else:
-        choices = list(range(classes))
-    return [loss.dense(torch.tensor([c]), outputs) for c in choices]
-
-
-def _zeros(function: Callable[[Tensor], Tensor], grid: Tensor) -> list[float]:
-    """Roots of a function along a grid: sign changes, and pairs hidden at a local extremum."""
-    values = function(grid)
-    brackets = _changes(grid, values)
-    size = values.abs()
-    dips = torch.nonzero(
-        (size[1:-1] < size[:-2])
-        & (size[1:-1] < size[2:])
-        & (values[1:-1] * values[:-2] > 0)
-        & (values[1:-1] * values[2:] > 0)
-    ).flatten()
-    for i in dips.tolist():
-        fine = torch.linspace(float(grid[i]), float(grid[i + 2]), 2001, dtype=torch.float64)
-        brackets += _changes(fine, function(fine))
-
-    def scalar(alpha: float) -> float:
-        return float(function(torch.tensor([alpha], dtype=torch.float64)))
-
-    return [float(brentq(scalar, *ends, xtol=1e-300, rtol=1e-15)) for ends in brackets]
-
-
-def _changes(grid: Tensor, values: Tensor) -> list[tuple[float, float]]:
-    where = torch.nonzero(values[:-1] * values[1:] < 0).flatten().tolist()
-    return [(float(grid[i]), float(grid[i + 1])) for i in where]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -105,9 +106,12 @@ def _run(problem: Problem, head: Head | None, show: Progress) -> Recovery:
     if not chain.stages:
         return certificate.stopped(problem, Status.UNSUPPORTED, _barrier_words(chain), None)
     if head is not None:
-        known = _exact(head.features, problem), _exact(head.cotangents, problem)
-        descent = _descend(problem, len(chain.stages) - 1, *known, show)
-        return _finish_batch(problem, descent, known[1], show)
+        show.stage("recursion from the given head")
+        top = chain.stages[-1].affine
+        x = _given("features", head.features, top.in_shape, problem)
+        kappa = _given("cotangents", head.cotangents, top.out_shape, problem)
+        descent = _descend(problem, len(chain.stages) - 1, x, kappa, show)
+        return _conclude(problem, [(descent, kappa, [])], show)
     if problem.batch > 1:
         return certificate.stopped(
             problem,
@@ -234,20 +238,21 @@ def _worst(descent: Descent) -> float:
     return descent.worst[1]
 
 
-def _finish_batch(problem: Problem, descent: Descent, kappa: Known, show: Progress) -> Recovery:
-    """Head features given: the recursion alone decides."""
-    return _conclude(problem, [(descent, kappa, [])], show)
-
-
 def _descend(problem: Problem, index: int, x: Known, k: Known, show: Progress) -> Descent:
     return descend(
         problem.chain, problem.gradients, index, x, k, problem.precision, show.stage, problem.budget
     )
 
 
-def _exact(value: Tensor, problem: Problem) -> Known:
+def _given(name: str, value: Tensor, shape: tuple[int, ...], problem: Problem) -> Known:
     """A given value, known to the precision of the client's arithmetic."""
-    value = value.detach().double()
+    if value.ndim < 2 or len(value) != problem.batch or value[0].numel() != prod(shape):
+        raise ValueError(
+            f"expected head.{name} of shape {[problem.batch, *shape]}, got {list(value.shape)}; "
+            f"write rgap.Head(features, cotangents) with the input of the last layer and the "
+            "cotangent at its output, one row per sample"
+        )
+    value = value.detach().to(problem.chain.stages[-1].affine.weight).reshape(-1, *shape)
     return Known(value, problem.precision.rounding(value))
 
 

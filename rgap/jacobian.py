@@ -241,7 +241,7 @@ class Linearisation:
         affine = node.stage.affine
         count = du.shape[0]
         table = weight_constraint(affine, self.x.shape[0]).unfold(du.flatten(0, 1), count)
-        groups, rows, size = node.matrix.shape
+        groups, _, size = node.matrix.shape
         first = torch.einsum("grp,sgcp->sgcr", node.matrix, table.reshape(count, groups, -1, size))
         k = _filters(dk, groups)  # [S, g, F/g, B·out]
         second = torch.einsum("gtp,sgfp->sgft", node.patches, k)

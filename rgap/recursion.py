@@ -264,10 +264,8 @@ def _invert_activation(
         mask = active.to(value)
         return z, Known(k.value * mask, k.error * mask)
     slope = op.slope(value)
-    if op.homogeneous:
-        bend = op.slope(value + error) - slope
-    else:
-        bend = op.slope_derivative(value) * error
+    curved = op.slope_derivative(value) * error
+    bend = op.slope(value + error) - slope if op.homogeneous else curved
     z = Known(op.inverse(value), (error / slope.clamp_min(1e-300)).clamp(-UNKNOWN, UNKNOWN))
     product = k.value * slope
     spread = k.error * slope + k.value * bend + precision.rounding(product)

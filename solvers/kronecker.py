@@ -44,13 +44,13 @@ class Kronecker:
 
     def apply(self, x: Tensor) -> Tensor:
         """K x: [S, C, P] → [S, C, rows]."""
-        groups, rows, size = self.matrix.shape
+        groups, _, size = self.matrix.shape
         x = x.reshape(x.shape[0], groups, -1, size)
         return torch.einsum("grp,sgcp->sgcr", self.matrix, x).flatten(1, 2)
 
     def adjoint(self, y: Tensor) -> Tensor:
         """Kᵀ y: [S, C, rows] → [S, C, P]."""
-        groups, rows, size = self.matrix.shape
+        groups, rows, _ = self.matrix.shape
         y = y.reshape(y.shape[0], groups, -1, rows)
         return torch.einsum("grp,sgcr->sgcp", self.matrix, y).flatten(1, 2)
 

@@ -181,11 +181,11 @@ def test_the_model_is_left_as_it_was_after_an_error(model: nn.Module) -> None:
 
 
 def test_random_state_is_left_as_it_was(model: nn.Module) -> None:
-    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
     python_state = random.getstate()
     capture(model, INPUTS, TARGETS)
     assert torch.equal(torch.get_rng_state(), torch_state)
-    assert np.array_equal(np.random.get_state()[1], numpy_state)
+    assert np.array_equal(np.random.get_state()[1], numpy_state)  # noqa: NPY002
     assert random.getstate() == python_state
 
 

@@ -149,7 +149,7 @@ def test_ndarrays_by_parameter_and_by_state_dict() -> None:
     found = Update.from_ndarrays(network, arrays, batch_size=2)
     found.check(network)
     assert all(torch.equal(found.gradients[k], v) for k, v in truth.gradients.items())
-    with pytest.raises(ValueError, match="expected 6 .* or 9"):
+    with pytest.raises(ValueError, match=r"expected 6 .* or 9"):
         Update.from_ndarrays(network, arrays[:-1])
     with pytest.raises(TypeError, match="real numbers"):
         Update.from_ndarrays(network, [a.astype(object) for a in arrays])

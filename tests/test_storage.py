@@ -173,7 +173,7 @@ def test_a_listed_tensor_that_is_absent(update: Update, tmp_path: Path) -> None:
     length = struct.unpack("<Q", raw[:8])[0]
     metadata = json.loads(raw[8 : 8 + length])["__metadata__"]
     save_file({"gradients/0.weight": torch.ones(1)}, tmp_path / "u", metadata=metadata)
-    with pytest.raises(ValueError, match="'gradients/0.bias' that its metadata lists is missing"):
+    with pytest.raises(ValueError, match=r"'gradients/0\.bias' that its metadata lists is missing"):
         Update.load(tmp_path / "u")
 
 

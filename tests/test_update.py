@@ -129,9 +129,9 @@ def test_check_names_what_is_wrong(update: Update) -> None:
     for gradients, match in cases:
         with pytest.raises(ValueError, match=match):
             dataclasses.replace(update, gradients=gradients).check(model())
-    with pytest.raises(ValueError, match="'1.other' is not a buffer"):
+    with pytest.raises(ValueError, match=r"'1\.other' is not a buffer"):
         dataclasses.replace(update, buffers={"1.other": torch.ones(1)}).check(model())
-    with pytest.raises(ValueError, match="buffers: '1.running_var' has shape"):
+    with pytest.raises(ValueError, match=r"buffers: '1\.running_var' has shape"):
         dataclasses.replace(update, buffers={"1.running_var": torch.ones(9)}).check(model())
 
 

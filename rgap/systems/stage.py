@@ -169,7 +169,7 @@ class _Stage:
 
     def matrix_noise(self) -> float:
         """Norm of the error of K over the norm of K, for the rank decision."""
-        groups, rows, size = self.kronecker.matrix.shape
+        _, rows, size = self.kronecker.matrix.shape
         scale = float(self.kronecker.spectra.max())
         entry = float(self.k.error.square().mean().sqrt()) + self.precision.unit * float(
             self.k.value.square().mean().sqrt()

@@ -1,0 +1,172 @@
+"""The scale of the features under a head without a bias: every root of one scalar equation.
+
+``G = k xᵀ`` fixes x = α u up to α, and the loss fixes α: ``α k(α) = G u``.  Different targets and
+signs give different equations, each with up to two roots; all of them are found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import log10
+
+import torch
+from scipy.optimize import brentq
+from torch import Tensor
+
+from rgap.activations import Activation
+from rgap.losses import Loss
+from rgap.network import Stage
+from rgap.precision import Precision
+
+__all__ = ["cotangent_rounding", "entry", "reproduced", "roots", "scale_equation", "tail"]
+
+BELOW, ABOVE = 1e-4, 1e7  # range of the scale α around its natural sizes, see ``_scales``
+GRID = 215  # scales a decade
+
+
+def tail(stage: Stage, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Network output and dφ/dz of an element-wise tail on the head (ones without a tail)."""
+    slopes = torch.ones_like(z)
+    for op in stage.tail:
+        if isinstance(op, Activation):
+            slopes = slopes * op.derivative(z)
+        z = op.forward(z)
+    return z, slopes.reshape(z.shape)
+
+
+def reproduced(
+    stage: Stage,
+    u: Tensor,
+    v: Tensor,
+    alpha: float,
+    target: Tensor,
+    loss: Loss,
+    precision: Precision,
+) -> bool:
+    """True if α k(α) is v in every row, within what rounding and noise explain."""
+    outputs, slopes = tail(stage, stage.affine.forward((alpha * u)[None]))
+    k = (loss.cotangent(outputs, target) * slopes)[0]
+    slack = 100 * abs(alpha) * cotangent_rounding(stage, alpha * u, target, loss, precision)
+    slack = slack + 100 * precision.floor * u.numel() ** 0.5
+    slack = slack + 10 * precision.noise * max(1.0, (v.numel() * u.numel()) ** 0.5)
+    relative = torch.maximum(100 * precision.unit * v.abs(), 1e-9 * v.norm())
+    return bool(((alpha * k - v).abs() <= torch.maximum(slack, relative)).all())
+
+
+def cotangent_rounding(
+    stage: Stage, x: Tensor, target: Tensor, loss: Loss, precision: Precision
+) -> Tensor:
+    """Standard error [m] of the client's own k at features x [n].
+
+    Its logits z round relatively, so p is off by unit·|z| of itself; p − y rounds to ``unit`` in
+    absolute terms where y is not 0: next to a softmax that is sure of itself the row of the label
+    says little, the other rows still all.
+    """
+    z = stage.affine.forward(x[None])
+    outputs, slopes = tail(stage, z)
+    k = loss.cotangent(outputs, target)[0]
+    ones = torch.ones_like(outputs)
+    inverse = loss.targets_from(outputs, 0 * ones) - loss.targets_from(outputs, ones)
+    present = (target[0] != 0) | (loss.label_smoothing > 0)
+    absolute = present / inverse[0].abs()
+    return precision.unit * (k.abs() * (1 + float(z.abs().max())) + absolute) * slopes[0].abs()
+
+
+def roots(
+    stage: Stage, u: Tensor, v: Tensor, loss: Loss, precision: Precision
+) -> list[tuple[float, Tensor]]:
+    """Scales α and dense targets with α k_j(α) = v_j in one entry j of v."""
+    found: list[tuple[float, Tensor]] = []
+    for sign in (1.0, -1.0):
+        for target in _targets(loss, sign * v, 6 * precision.noise):
+            equation = scale_equation(stage, u, v, loss, target)
+            grid = _scales(stage, u, v, loss, target)
+            found += [(root, target) for root in _zeros(equation, sign * grid)]
+    return found
+
+
+def _scales(stage: Stage, u: Tensor, v: Tensor, loss: Loss, target: Tensor) -> Tensor:
+    """Positive scales to look for roots at.
+
+    α has two natural sizes: 1/‖W u‖, at which the logits are of order one, and |v_j / k_j(0)|,
+    the root where they are small (weights of 0, or orthogonal to the features).
+    """
+    logits = float(stage.affine.linear(u[None]).abs().max())
+    outputs, slopes = tail(stage, stage.affine.forward(0.0 * u[None]))
+    rest = (loss.cotangent(outputs, target) * slopes)[0]
+    sizes = [float(v.abs().max() / rest.abs().max().clamp_min(1e-300))]
+    if logits > 1e-100 * float(stage.affine.weight.abs().max()):
+        sizes.append(1.0 / logits)
+    low, high = log10(BELOW * min(sizes)), log10(ABOVE * max(sizes))
+    return torch.logspace(low, high, int(GRID * (high - low)), dtype=torch.float64)
+
+
+def scale_equation(
+    stage: Stage, u: Tensor, v: Tensor, loss: Loss, target: Tensor
+) -> Callable[[Tensor], Tensor]:
+    """α ↦ α k_j(α) − v_j for a vector of scales, j from ``entry``."""
+    j = entry(v, loss, target)
+
+    def equation(alpha: Tensor) -> Tensor:
+        outputs, slopes = tail(stage, stage.affine.forward(alpha[:, None] * u))
+        k = loss.cotangent(outputs, target.expand_as(outputs)) * slopes
+        if loss.reduction == "mean":  # the scales are a batch here; the client's batch was one
+            k = k * outputs.shape[0]
+        return alpha * k[:, j] - v[j]
+
+    return equation
+
+
+def entry(v: Tensor, loss: Loss, target: Tensor) -> int:
+    """Entry of v that fixes the scale: the largest one that is not rounded to absolute precision.
+
+    In the row of the label the client's p − 1 cancels; the largest other row is p itself.
+    """
+    size = v.abs()
+    if loss.name == "cross_entropy":
+        size = size.masked_fill(target[0] > 0.5, 0.0)
+    return int((size if bool((size > 0).any()) else v.abs()).argmax())
+
+
+def _targets(loss: Loss, v: Tensor, slack: float) -> list[Tensor]:
+    """Dense one-hot or 0–1 targets whose cotangent can have the signs of v, give or take noise."""
+    classes = v.numel()
+    outputs = torch.zeros(1, classes, dtype=torch.float64)
+    if loss.name == "binary_cross_entropy_with_logits":
+        return [(v < 0).double()[None]]
+    if loss.label_smoothing == 0 and classes > 2:
+        # Only the label's row is negative, as large as all others together; where p = 1 in the
+        # client's precision it is 0.
+        rows = torch.arange(classes)
+        least = torch.nonzero(v == v.min()).flatten()
+        fits = [c for c in least if float(v[c]) <= 0 and bool((v[rows != c] >= -slack).all())]
+        choices = [int(c) for c in fits]
+    else:
+        choices = list(range(classes))
+    return [loss.dense(torch.tensor([c]), outputs) for c in choices]
+
+
+def _zeros(function: Callable[[Tensor], Tensor], grid: Tensor) -> list[float]:
+    """Roots of a function along a grid: sign changes, and pairs hidden at a local extremum."""
+    values = function(grid)
+    brackets = _changes(grid, values)
+    size = values.abs()
+    dips = torch.nonzero(
+        (size[1:-1] < size[:-2])
+        & (size[1:-1] < size[2:])
+        & (values[1:-1] * values[:-2] > 0)
+        & (values[1:-1] * values[2:] > 0)
+    ).flatten()
+    for i in dips.tolist():
+        fine = torch.linspace(float(grid[i]), float(grid[i + 2]), 2001, dtype=torch.float64)
+        brackets += _changes(fine, function(fine))
+
+    def scalar(alpha: float) -> float:
+        return float(function(torch.tensor([alpha], dtype=torch.float64)))
+
+    return [float(brentq(scalar, *ends, xtol=1e-300, rtol=1e-15)) for ends in brackets]
+
+
+def _changes(grid: Tensor, values: Tensor) -> list[tuple[float, float]]:
+    where = torch.nonzero(values[:-1] * values[1:] < 0).flatten().tolist()
+    return [(float(grid[i]), float(grid[i + 1])) for i in where]
