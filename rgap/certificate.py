@@ -160,7 +160,8 @@ def _verdict(problem: Problem, answer: Answer) -> tuple[Status, str]:
         worst = max(answer.polished.misfits, key=lambda n: answer.polished.misfits[n])
         return Status.UNDERDETERMINED, (
             f"the answer reproduces '{worst}' only to {answer.polished.misfit:.1f} standard "
-            "errors: too far for a certificate, too near to be refuted; state the noise of the update"
+            "errors: too far for a certificate, too near to be refuted; state the noise of the "
+            "update"
         )
     low, high = problem.value_range or (0.0, 1.0)
     if not answer.bound <= USEFUL * (high - low):
