@@ -59,14 +59,23 @@ class Activation(Op):
         return self._inverse(self._inside(y))
 
     def slope(self, x: Tensor) -> Tensor:
-        """φ'(φ^{-1}(x)) from the output x."""
-        raise ValueError(self.barrier)
+        """φ'(φ^{-1}(x)) from the output x, at least 0; x outside :attr:`domain` as in ``inverse``.
+
+        The polynomials below know nothing of the domain: x (1 − x) is negative beyond 1, where
+        rounding or noise moves a saturated sigmoid, and would turn the sign of its cotangent.
+        """
+        if self.barrier is not None:
+            raise ValueError(self.barrier)
+        return self._slope(self._inside(x))
 
     def slope_derivative(self, x: Tensor) -> Tensor:
         """D slope / dx, from the output x."""
         raise ValueError(self.barrier)
 
     def _inverse(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _slope(self, x: Tensor) -> Tensor:
         raise NotImplementedError
 
     def _inside(self, x: Tensor) -> Tensor:
@@ -97,7 +106,7 @@ class Identity(Activation):
         """0."""
         return torch.zeros_like(z)
 
-    def slope(self, x: Tensor) -> Tensor:
+    def _slope(self, x: Tensor) -> Tensor:
         """1."""
         return torch.ones_like(x)
 
@@ -175,9 +184,9 @@ class LeakyReLU(Activation):
         """0."""
         return torch.zeros_like(z)
 
-    def slope(self, x: Tensor) -> Tensor:
+    def _slope(self, x: Tensor) -> Tensor:
         """1 or s, by the sign of x."""
-        return super().slope(x) if self.barrier else self.derivative(x)
+        return self.derivative(x)
 
     def slope_derivative(self, x: Tensor) -> Tensor:
         """0."""

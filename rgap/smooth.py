@@ -41,7 +41,7 @@ class Sigmoid(Activation):
         """−φ'(z) tanh(z/2)."""
         return -self.derivative(z) * torch.tanh(z / 2)
 
-    def slope(self, x: Tensor) -> Tensor:
+    def _slope(self, x: Tensor) -> Tensor:
         """X (1 − x)."""
         return x * (1 - x)
 
@@ -74,7 +74,7 @@ class Tanh(Activation):
         """−2 tanh z φ'(z)."""
         return -2 * torch.tanh(z) * self.derivative(z)
 
-    def slope(self, x: Tensor) -> Tensor:
+    def _slope(self, x: Tensor) -> Tensor:
         """(1 − x)(1 + x)."""
         return (1 - x) * (1 + x)
 
@@ -120,10 +120,8 @@ class ELU(Activation):
         low = self.amplitude * self.rate**2 * torch.exp(z.clamp_max(0) * self.rate)
         return torch.where(z > 0, torch.zeros_like(z), low)
 
-    def slope(self, x: Tensor) -> Tensor:
+    def _slope(self, x: Tensor) -> Tensor:
         """P or r (x + a)."""
-        if self.barrier:
-            return super().slope(x)
         return torch.where(x > 0, torch.full_like(x, self.scale), self.rate * (x + self.amplitude))
 
     def slope_derivative(self, x: Tensor) -> Tensor:
@@ -166,10 +164,8 @@ class CELU(ELU):
         """0 or e^{z/α}/α, with PyTorch's α."""
         return torch.where(z > 0, torch.zeros_like(z), self.derivative(z) * self.backward_rate)
 
-    def slope(self, x: Tensor) -> Tensor:
+    def _slope(self, x: Tensor) -> Tensor:
         """1 or (1 + x/α)^q, with q = α over PyTorch's α."""
-        if self.barrier:
-            return super().slope(x)
         power = self.backward_rate / self.rate
         low = (1 + x.clamp_max(0) / self.amplitude).clamp_min(0).pow(power)
         return torch.where(x > 0, torch.ones_like(x), self.amplitude * self.backward_rate * low)
@@ -216,10 +212,8 @@ class Softplus(Activation):
         bend = self.beta * torch.sigmoid(t) * torch.sigmoid(-t)
         return torch.where(t > self.threshold, torch.zeros_like(z), bend)
 
-    def slope(self, x: Tensor) -> Tensor:
+    def _slope(self, x: Tensor) -> Tensor:
         """1 − e^{−βx}, or 1."""
-        if self.barrier:
-            return super().slope(x)
         t = x * self.beta
         return torch.where(t > self.threshold, torch.ones_like(x), -torch.expm1(-t))
 
@@ -258,7 +252,7 @@ class Softsign(Activation):
         """−2 sign(z)/(1 + |z|)³."""
         return -2 * z.sign() * (1 + z.abs()).pow(-3)
 
-    def slope(self, x: Tensor) -> Tensor:
+    def _slope(self, x: Tensor) -> Tensor:
         """(1 − |x|)²."""
         return (1 - x.abs()).square()
 
@@ -288,7 +282,7 @@ class LogSigmoid(Activation):
         """−σ(z) σ(−z)."""
         return -torch.sigmoid(z) * torch.sigmoid(-z)
 
-    def slope(self, x: Tensor) -> Tensor:
+    def _slope(self, x: Tensor) -> Tensor:
         """1 − e^x."""
         return -torch.expm1(x)
 

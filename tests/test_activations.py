@@ -168,6 +168,19 @@ def test_inverse_of_a_rounded_output_is_finite_and_monotone(name: str) -> None:
         assert (z.diff() >= 0).all()
 
 
+@pytest.mark.parametrize("name", [*INVERTIBLE, "relu"])
+def test_no_slope_is_negative_outside_the_domain(name: str) -> None:
+    """An output that noise moved out of the domain is saturated: its slope is next to nothing."""
+    _, op = pair(name)
+    x = torch.linspace(-3, 3, 601, dtype=torch.float64).reshape(1, 1, -1).expand(1, 3, -1)
+    slope = op.slope(x)
+    assert (slope >= 0).all() and slope.isfinite().all()
+    low, high = op.domain
+    outside = (x <= low) | (x >= high)
+    assert bool(outside.any()) == any(math.isfinite(end) for end in (low, high))
+    assert (slope[outside] < 1e-15).all()
+
+
 @pytest.mark.parametrize("name", INVERTIBLE)
 def test_domain_holds_every_output(name: str) -> None:
     _, op = pair(name)
