@@ -9,6 +9,7 @@ remove what squaring the condition number costs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -16,6 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .positive import backsolve, cholesky_in_place, extremes
 from .rank import Rank, numerical_rank, resolve_rcond
 from .svd import singular_values
 
@@ -90,8 +92,32 @@ class Factor:
     coupling: Coupling | None
     weights: Tensor | None  # of the coupling rows, [rows]
     cholesky: Tensor
-    largest: float
-    smallest: float
+
+    @cached_property
+    def extremes(self) -> tuple[float, float]:
+        """Estimated largest and smallest singular value of A, by subspace iteration."""
+        channels, size = self.gradient.channels, self.gradient.matrix.shape[2]
+
+        def columns(operator: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+            return lambda x: operator(x.T.reshape(-1, channels, size)).flatten(1).T
+
+        largest, smallest = extremes(
+            columns(lambda x: self.adjoint(self.apply(x))),
+            columns(self.precondition),
+            channels * size,
+            self.cholesky,
+        )
+        return largest**0.5, smallest**0.5
+
+    @property
+    def largest(self) -> float:
+        """Estimated σ_1 of A."""
+        return self.extremes[0]
+
+    @property
+    def smallest(self) -> float:
+        """Estimated σ_n of A."""
+        return self.extremes[1]
 
     @property
     def condition(self) -> float:
@@ -113,19 +139,13 @@ class Factor:
 
     def precondition(self, x: Tensor) -> Tensor:
         """(AᵀA)⁻¹ x by the Cholesky factor."""
-        return self._backsolve(x, self.cholesky)
-
-    @staticmethod
-    def _backsolve(x: Tensor, cholesky: Tensor) -> Tensor:
-        if cholesky.ndim == 3:  # one P×P factor per group, all channels of the group at once
-            groups = cholesky.shape[0]
+        if self.cholesky.ndim == 3:  # one P×P factor per group, all channels of the group at once
+            groups = self.cholesky.shape[0]
             table = x.reshape(x.shape[0], groups, -1, x.shape[-1])
-            rhs = table.permute(1, 3, 0, 2).flatten(2)
-            out = torch.cholesky_solve(rhs, cholesky)
+            out = backsolve(self.cholesky, table.permute(1, 3, 0, 2).flatten(2))
             out = out.reshape(groups, x.shape[-1], x.shape[0], -1).permute(2, 0, 3, 1)
             return out.reshape(x.shape)
-        flat = x.reshape(x.shape[0], -1)
-        return torch.cholesky_solve(flat.T, cholesky).T.reshape(x.shape)
+        return backsolve(self.cholesky, x.reshape(x.shape[0], -1).T).T.reshape(x.shape)
 
     def solve(
         self, rhs: tuple[Tensor, Tensor | None], iterations: int = 60, tolerance: float = 1e-15
@@ -196,7 +216,6 @@ def factor(
     weighted = gradient.scaled(gradient_weights)
     blocks = weighted.matrix.transpose(1, 2) @ weighted.matrix  # [groups, P, P]
     if coupling is None or coupling_weights is None:
-        lower, info = torch.linalg.cholesky_ex(blocks)
         matrix = blocks
     else:
         groups, _, size = gradient.matrix.shape
@@ -206,25 +225,8 @@ def factor(
         for c in range(channels):
             view[c, :, c, :] = blocks[c // (channels // groups)]
         coupling.add_gram(coupling_weights.square(), view)
-        lower, info = torch.linalg.cholesky_ex(matrix)
-    if bool(info.any()):
-        return None
-    largest, smallest = extremes(matrix, lower)
-    return Factor(weighted, coupling, coupling_weights, lower, largest, smallest)
-
-
-def extremes(matrix: Tensor, lower: Tensor) -> tuple[float, float]:
-    """Extreme singular values of A from AᵀA and its Cholesky factor, by subspace iteration."""
-    generator = torch.Generator().manual_seed(0)
-    shape = (*matrix.shape[:-2], matrix.shape[-1], min(4, matrix.shape[-1]))
-    start = torch.randn(shape, generator=generator, dtype=matrix.dtype).to(matrix.device)
-    up, down = torch.linalg.qr(start).Q, torch.linalg.qr(start).Q
-    for _ in range(2):
-        up = torch.linalg.qr(matrix @ up).Q
-        down = torch.linalg.qr(torch.cholesky_solve(down, lower)).Q
-    largest = float(torch.linalg.matrix_norm(matrix @ up, 2).max())
-    inverse = float(torch.linalg.matrix_norm(torch.cholesky_solve(down, lower), 2).max())
-    return largest**0.5, inverse**-0.5 if inverse > 0 else 0.0
+    lower = cholesky_in_place(matrix)
+    return None if lower is None else Factor(weighted, coupling, coupling_weights, lower)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

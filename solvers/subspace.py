@@ -14,7 +14,8 @@ from math import inf
 import torch
 from torch import Tensor
 
-from .kronecker import Kronecker, extremes
+from .kronecker import Kronecker
+from .positive import backsolve, extremes
 from .rank import Rank, numerical_rank, resolve_rcond
 from .svd import right_singular_vectors, singular_values
 
@@ -52,7 +53,8 @@ def full_column_rank(gram: Tensor) -> tuple[float, float] | None:
     lower, info = torch.linalg.cholesky_ex(gram)
     if bool(info.any()):
         return None
-    largest, smallest = extremes(gram, lower)
+    squares = extremes(lambda x: gram @ x, lambda x: backsolve(lower, x), len(gram), gram)
+    largest, smallest = squares[0] ** 0.5, squares[1] ** 0.5
     return (largest, smallest) if smallest > 1e-6 * largest else None
 
 
@@ -92,7 +94,7 @@ def top_eigenpairs(matrix: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     while not bool(info) and 2 * block <= size:
         vectors = torch.randn(size, block, generator=generator, dtype=matrix.dtype).to(matrix)
         for _ in range(3):
-            vectors = torch.linalg.qr(torch.cholesky_solve(vectors, shifted)).Q
+            vectors = torch.linalg.qr(backsolve(shifted, vectors)).Q
         values, rotation = torch.linalg.eigh(vectors.T @ matrix @ vectors)
         vectors = vectors @ rotation
         if float(values[0]) < threshold:

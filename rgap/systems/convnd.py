@@ -9,7 +9,7 @@ Padding is never an unknown: taps that fall outside the picture are left out of 
 
 from __future__ import annotations
 
-from itertools import product
+from itertools import combinations_with_replacement, product
 from math import prod
 
 import torch
@@ -100,10 +100,11 @@ class WeightConstraint:
         return u.transpose(1, 2).flatten(2)
 
     def add_gram(self, weights: Tensor, into: Tensor) -> None:
-        """Add Wᵀ diag(weights) W, one pair of kernel offsets at a time.
+        """Add Wᵀ diag(weights) W, one difference of kernel offsets at a time.
 
         For offsets δ, δ' and output o the entry of positions (o+δ, o+δ') is
-        Σ_f w[f,c,δ] w[f,c',δ'] weights[f,o]: a small product per pair, scattered.
+        Σ_f w[f,c,δ] w[f,c',δ'] weights[f,o].  Pairs with the same δ' − δ meet in the same
+        entries: they are summed first, and scattered once, with their mirror image.
         """
         geometry = _geometry(self.affine)
         groups = geometry.groups
@@ -114,16 +115,34 @@ class WeightConstraint:
         d = weights.reshape(self.batch, groups, filters // groups, -1)
         positions = prod(space)
         view = into.reshape(into.shape[0], self.batch, positions, into.shape[0], self.batch, -1)
-        for b in range(self.batch):
-            for g in range(groups):
-                own = slice(g * per_group, (g + 1) * per_group)
-                block = view[own, b, :, own, b, :]
-                for i, first in enumerate(table):
-                    scaled = torch.einsum("fc,fo->cfo", w[g, :, :, i], d[b, g])
-                    for j, second in enumerate(table):
-                        both = (first >= 0) & (second >= 0)
-                        part = torch.einsum("cfo,fe->oce", scaled[:, :, both], w[g, :, :, j])
-                        block[:, first[both], :, second[both]] += part
+        for b, g in product(range(self.batch), range(groups)):
+            own = slice(g * per_group, (g + 1) * per_group)
+            block = view[own, b, :, own, b, :]
+            scaled = torch.einsum("fci,fo->icfo", w[g], d[b, g])
+            for pairs in _differences(geometry.kernel):
+                total = w.new_zeros(per_group, per_group, positions)
+                partner = torch.full((positions,), -1, device=table.device)
+                for i, j in pairs:
+                    both = (table[i] >= 0) & (table[j] >= 0)
+                    first = table[i, both]
+                    part = torch.einsum("cfo,fe->ceo", scaled[i][:, :, both], w[g, :, :, j])
+                    total.index_add_(2, first, part)
+                    partner[first] = table[j, both]
+                used = torch.nonzero(partner >= 0).flatten()
+                entries = total[:, :, used].permute(2, 0, 1)
+                block[:, used, :, partner[used]] += entries
+                if pairs[0][0] != pairs[0][1]:
+                    block[:, partner[used], :, used] += entries.transpose(1, 2)
+
+
+def _differences(kernel: tuple[int, ...]) -> list[list[tuple[int, int]]]:
+    """Pairs i ≤ j of flat kernel offsets, gathered by their difference."""
+    offsets = list(product(*(range(k) for k in kernel)))
+    found: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+    for (i, first), (j, second) in combinations_with_replacement(enumerate(offsets), 2):
+        step = tuple(b - a for a, b in zip(first, second, strict=True))
+        found.setdefault(step, []).append((i, j))
+    return list(found.values())
 
 
 def _geometry(affine: Affine) -> Geometry:
