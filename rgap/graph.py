@@ -47,6 +47,11 @@ class Barrier:
     reason: str
     advice: str
 
+    @property
+    def words(self) -> str:
+        """Which node it is, why it is one, and what still can be done."""
+        return f"'{self.node}' ({self.kind}): {self.reason}; {self.advice}"
+
 
 def links(model: nn.Module, shape: Shape) -> tuple[list[Link], Barrier | None, Shape]:
     """Links from the barrier (or the data) to the output, in forward order.

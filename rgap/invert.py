@@ -104,7 +104,8 @@ def invert(
 def _run(problem: Problem, head: Head | None, show: Progress) -> Recovery:
     chain = problem.chain
     if not chain.stages:
-        return certificate.stopped(problem, Status.UNSUPPORTED, _barrier_words(chain), None)
+        assert chain.barrier is not None
+        return certificate.stopped(problem, Status.UNSUPPORTED, chain.barrier.words, None)
     if head is not None:
         show.stage("recursion from the given head")
         top = chain.stages[-1].affine
@@ -211,7 +212,10 @@ def _conclude(problem: Problem, runs: list[Run], show: Progress) -> Recovery:
         descent = alive[0][0]
         halt = descent.require_halt()
         status = Status.UNDERDETERMINED if halt.supported else Status.UNSUPPORTED
-        return certificate.stopped(problem, status, halt.reason, descent)
+        reason, barrier = halt.reason, problem.chain.barrier
+        if barrier is not None and halt.stage == barrier.node:
+            reason = barrier.words  # unlike a step's reason, the halt's does not name the node
+        return certificate.stopped(problem, status, reason, descent)
     show.stage("polish on the whole update")
     answers = []
     for descent, kappa, family in reached:
@@ -274,9 +278,3 @@ def _matching(found: list[HeadCandidate], labels: Tensor | None) -> list[HeadCan
         return found
     wanted = labels.flatten().double()
     return [c for c in found if torch.equal(c.labels.flatten().double(), wanted)]
-
-
-def _barrier_words(chain: Chain) -> str:
-    barrier = chain.barrier
-    assert barrier is not None
-    return f"'{barrier.node}' ({barrier.kind}): {barrier.reason}; {barrier.advice}"
