@@ -106,15 +106,20 @@ def sizes(chain: Chain, descent: Descent) -> list[Json]:
     for index, step in sorted(descent.solutions.items()):
         affine = chain.stages[index].affine
         rows = affine.weight.numel() + math.prod(affine.out_shape)
-        factored = [] if step.factor is None else list(step.factor.cholesky.shape)
+        unknowns = math.prod(affine.in_shape)
+        block = math.prod(affine.in_shape[1:])
+        groups = 1 if affine.geometry is None else affine.geometry.groups
         layers.append(
             {
                 "layer": affine.name,
                 "index": index,
                 "rows": rows,
-                "unknowns": math.prod(affine.in_shape),
+                "unknowns": unknowns,
                 "route": step.solution.stats.route,
-                "factored": factored,
+                "factored": {
+                    "cholesky": [unknowns, unknowns],
+                    "gradient": [groups, block, block],
+                }[step.solution.stats.route],
                 "seconds": step.seconds,
             }
         )

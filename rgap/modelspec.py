@@ -18,14 +18,16 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from rgap.weights import listed, load_weights
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["expected", "load_weights", "resolve"]
+__all__ = ["expected", "resolve"]
 
 SEED = 0
 _WORDS = {"true": True, "false": False, "none": None}
@@ -148,7 +150,7 @@ def _attribute(module: Any, name: str, attribute: str) -> Any:
         if not hasattr(found, part):
             names = [n for n, v in vars(found).items() if callable(v) and not n.startswith("_")]
             close = difflib.get_close_matches(part, names, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"it has {_listed(names)}"
+            hint = f"did you mean {close[0]!r}?" if close else f"it has {listed(names)}"
             raise ValueError(f"model: the module {name!r} has no {attribute!r}; {hint}")
         found = getattr(found, part)
     return found
@@ -191,7 +193,7 @@ def _options(text: str, factory: Callable[..., Any], name: str) -> dict[str, Any
             + (
                 f"; did you mean {close[0]!r}?"
                 if close
-                else f"; it takes {_listed(accepted or ())}"
+                else f"; it takes {listed(accepted or ())}"
             )
         )
     return options
@@ -221,71 +223,6 @@ def _value(text: str) -> Any:
     return text
 
 
-def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Load a safetensors file into ``model``, strictly: every tensor, and none besides.
-
-    A file whose floating tensors are float64 turns the model into float64, so that no digit is
-    lost.  No pickle is opened.
-
-    Args:
-        model: changed in place.
-        path: the file.
-
-    Raises:
-        ValueError: no safetensors file, missing, unexpected or misshapen tensors (named).
-    """
-    import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file, load_model
-
-    file = Path(path)
-    if not file.is_file():
-        raise ValueError(f"weights: no file {file}")
-    _refuse_pickle(file)
-    try:
-        tensors = load_file(file)
-    except SafetensorError as error:
-        raise ValueError(
-            f"weights: {file} is not a safetensors file ({error}); write it with "
-            "safetensors.torch.save_model(model, path)"
-        ) from error
-    expected = model.state_dict()
-    unexpected = [name for name in tensors if name not in expected]
-    # Tied tensors are stored once; the safetensors library knows which names are the same one.
-    for name, tensor in tensors.items():
-        if name in expected and tensor.shape != expected[name].shape:
-            raise ValueError(
-                f"weights: {name!r} has shape {tuple(tensor.shape)} in {file}, expected "
-                f"{tuple(expected[name].shape)}; was it saved from a network with other options?"
-            )
-    floating = {t.dtype for t in tensors.values() if t.is_floating_point()}
-    if floating == {torch.float64}:
-        model.double()
-    missing, _ = load_model(model, file, strict=False)
-    if missing or unexpected:
-        parts = [
-            f"{what} {_listed(names)}"
-            for what, names in (("lacks", sorted(missing)), ("has besides", unexpected))
-            if names
-        ]
-        raise ValueError(
-            f"weights: {file} does not fit the {type(model).__name__}: it {' and '.join(parts)}; "
-            "write it with safetensors.torch.save_model(model, path)"
-        )
-
-
-def _refuse_pickle(file: Path) -> None:
-    with file.open("rb") as stream:
-        start = stream.read(9)
-    if (start[:1] == b"\x80" or start[:4] == b"PK\x03\x04") and start[8:9] != b"{":
-        raise ValueError(
-            f"weights: {file} is a pickle (torch.save), expected safetensors; it was not opened, "
-            "because unpickling runs code. If you trust it, write "
-            "safetensors.torch.save_file(torch.load(path, weights_only=True), "
-            f"{str(file.with_suffix('.safetensors'))!r}) and give that file"
-        )
-
-
 @contextlib.contextmanager
 def _current_directory_importable() -> Iterator[None]:
     here = str(Path.cwd())
@@ -295,12 +232,6 @@ def _current_directory_importable() -> Iterator[None]:
     finally:
         with contextlib.suppress(ValueError):  # the user's module may have changed sys.path
             sys.path.remove(here)
-
-
-def _listed(names: Iterable[str], most: int = 6) -> str:
-    found = list(names)
-    more = f" and {len(found) - most} more" if len(found) > most else ""
-    return (", ".join(map(repr, found[:most])) or "nothing") + more
 
 
 def _written(options: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 
 import torch
@@ -150,7 +150,8 @@ def descend(
             step = solve_stage(
                 stage.affine, gradients[stage.affine.weight_name], known, k, precision, budget
             )
-            descent.solutions[index] = step
+            # Only the first factor is needed again; each is as large as the matrix of its layer.
+            descent.solutions[index] = step if index == 0 else replace(step, factor=None)
             if step.solution.value is None:
                 descent.halt = _shortfall(stage, step)
                 return descent

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from math import log10
 
 import torch
-from scipy.optimize import brentq
 from torch import Tensor
 
 from rgap.activations import Activation
@@ -148,6 +147,8 @@ def _targets(loss: Loss, v: Tensor, slack: float) -> list[Tensor]:
 
 def _zeros(function: Callable[[Tensor], Tensor], grid: Tensor) -> list[float]:
     """Roots of a function along a grid: sign changes, and pairs hidden at a local extremum."""
+    from scipy.optimize import brentq  # most of a second; heads with a bias never get here
+
     values = function(grid)
     brackets = _changes(grid, values)
     size = values.abs()

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file, save_model
 from typer.testing import CliRunner
 
 from rgap.cli import app
-from rgap.modelspec import load_weights, resolve
+from rgap.modelspec import resolve
 
 NETS = """
 from torch import nn
