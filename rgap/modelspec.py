@@ -190,11 +190,7 @@ def _options(text: str, factory: Callable[..., Any], name: str) -> dict[str, Any
         close = difflib.get_close_matches(unknown[0], accepted or (), n=1)
         raise ValueError(
             f"model: {name!r} has no option {unknown[0]!r}"
-            + (
-                f"; did you mean {close[0]!r}?"
-                if close
-                else f"; it takes {listed(accepted or ())}"
-            )
+            + (f"; did you mean {close[0]!r}?" if close else f"; it takes {listed(accepted or ())}")
         )
     return options
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file, save_model
+from safetensors.torch import load_file, save_model
 from typer.testing import CliRunner
 
 from rgap.cli import app
@@ -150,28 +150,15 @@ def test_capture_from_files_and_what_it_shares(here: Path) -> None:
         torch.testing.assert_close(sent, again.gradients[name])
 
 
-def test_weights_files(here: Path) -> None:
+def test_weights_come_from_a_file(here: Path) -> None:
     model = resolve("clinets:build").double()
     with torch.no_grad():
         model[0].weight.mul_(2)
     save_model(model, "right.safetensors")
     again = resolve("clinets:build", "right.safetensors")
     assert torch.equal(again[0].weight, model[0].weight)
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    torch.save(state, "state.pt")
-    with pytest.raises(ValueError, match=r"is a pickle .* weights_only=True.*state\.safetensors"):
-        load_weights(model, "state.pt")
-    state["extra"] = state.pop("0.bias")
-    save_file(state, "wrong.safetensors")
-    with pytest.raises(ValueError, match=r"lacks '0.bias' and has besides 'extra'"):
-        load_weights(model, "wrong.safetensors")
     with pytest.raises(ValueError, match=r"'3.bias' has shape \(5,\)"):
         resolve("clinets:build:classes=6", "right.safetensors")
-    Path("text.safetensors").write_text("hello, world")
-    with pytest.raises(ValueError, match="is not a safetensors file"):
-        load_weights(model, "text.safetensors")
-    with pytest.raises(ValueError, match="no file"):
-        load_weights(model, "absent.safetensors")
 
 
 @pytest.mark.parametrize(

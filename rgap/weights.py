@@ -1,0 +1,123 @@
+"""A network's weights from a safetensors file: all of them, or the network stays as it was."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+__all__ = ["listed", "load_weights"]
+
+
+def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Load a safetensors file into ``model``, strictly: every tensor, and none besides.
+
+    A file whose floating tensors are float64 turns the model into float64, so that no digit is
+    lost.  No pickle is opened.
+
+    Args:
+        model: changed in place, but not at all if the file does not fit.
+        path: the file.
+
+    Raises:
+        ValueError: no safetensors file, missing, unexpected or misshapen tensors (named).
+
+    >>> import tempfile
+    >>> import torch
+    >>> from safetensors.torch import save_model
+    >>> saved, model = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_model(saved, f"{folder}/weights.safetensors")
+    ...     load_weights(model, f"{folder}/weights.safetensors")
+    >>> torch.equal(model.weight, saved.weight)
+    True
+    """
+    import torch
+
+    file = Path(path)
+    tensors = _read(file)
+    expected = model.state_dict()
+    for name, tensor in tensors.items():
+        if name in expected and tensor.shape != expected[name].shape:
+            raise ValueError(
+                f"weights: {name!r} has shape {tuple(tensor.shape)} in {file}, expected "
+                f"{tuple(expected[name].shape)}; was it saved from a network with other options?"
+            )
+    stored = {name: _stored(name, expected, tensors) for name in expected}
+    missing = sorted(name for name, other in stored.items() if other is None)
+    unexpected = [name for name in tensors if name not in expected]
+    if missing or unexpected:
+        parts = [
+            f"{what} {listed(names)}"
+            for what, names in (("lacks", missing), ("has besides", unexpected))
+            if names
+        ]
+        raise ValueError(
+            f"weights: {file} does not fit the {type(model).__name__}: it {' and '.join(parts)}; "
+            "write it with safetensors.torch.save_model(model, path)"
+        )
+    if {t.dtype for t in tensors.values() if t.is_floating_point()} == {torch.float64}:
+        model.double()
+    model.load_state_dict({n: tensors[other] for n, other in stored.items() if other is not None})
+
+
+def listed(names: Iterable[str], most: int = 6) -> str:
+    """Names in quotes, for an error message; the first ``most`` of many.
+
+    >>> listed(["fc.weight", "fc.bias"], most=1)
+    "'fc.weight' and 1 more"
+    """
+    found = list(names)
+    more = f" and {len(found) - most} more" if len(found) > most else ""
+    return (", ".join(map(repr, found[:most])) or "nothing") + more
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not file.is_file():
+        raise ValueError(f"weights: no file {file}")
+    _refuse_pickle(file)
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise ValueError(
+            f"weights: {file} is not a safetensors file ({error}); write it with "
+            "safetensors.torch.save_model(model, path)"
+        ) from error
+
+
+def _stored(name: str, expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> str | None:
+    """The name under which the file has a tensor: tied ones are stored once, under either name."""
+    if name in tensors:
+        return name
+    wanted = expected[name]
+    if wanted.numel() == 0:  # an address says nothing about what is empty
+        return None
+    for other in tensors:
+        tensor = expected.get(other)
+        if (
+            tensor is not None
+            and tensor.data_ptr() == wanted.data_ptr()
+            and tensor.shape == wanted.shape
+            and tensor.stride() == wanted.stride()
+        ):
+            return other
+    return None
+
+
+def _refuse_pickle(file: Path) -> None:
+    with file.open("rb") as stream:
+        start = stream.read(9)
+    if (start[:1] == b"\x80" or start[:4] == b"PK\x03\x04") and start[8:9] != b"{":
+        raise ValueError(
+            f"weights: {file} is a pickle (torch.save), expected safetensors; it was not opened, "
+            "because unpickling runs code. If you trust it, write "
+            "safetensors.torch.save_file(torch.load(path, weights_only=True), "
+            f"{str(file.with_suffix('.safetensors'))!r}) and give that file"
+        )
