@@ -7,18 +7,21 @@ import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import inf, prod
+from operator import index
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from rgap.affine import Affine
+from rgap.analysis.overlap import shared_equations
 from rgap.analysis.probe import Probe, probe_layers
 from rgap.losses import Loss
 from rgap.network import parse
 from rgap.solvers.subspace import RowSpace
 from rgap.systems import gradient_constraint
-from rgap.systems.ranks import overlap_bound, stage_joint_rank, weight_row_spaces
+from rgap.systems.ranks import stage_joint_rank, weight_row_spaces
+from rgap.validation import require_finite
 
 if TYPE_CHECKING:
     import pandas
@@ -135,8 +138,18 @@ class Audit:
         return discard_heatmap(self)
 
     def to_frame(self) -> pandas.DataFrame:
-        """The rows as a pandas data frame."""
-        import pandas
+        """The rows as a pandas data frame.
+
+        Raises:
+            ImportError: pandas is not installed; it is the extra ``frames``.
+        """
+        try:
+            import pandas
+        except ModuleNotFoundError as error:
+            raise ImportError(
+                "expected pandas for a data frame, got no such module; write "
+                "pip install 'rgap[frames]', or take the numbers from audit.summary()"
+            ) from error
 
         return pandas.DataFrame([asdict(row) for row in self.rows])
 
@@ -198,7 +211,7 @@ def audit(
         loss: of the client.
         inputs: probe pictures ``[N, *input_shape]``, N ≥ max(batch_sizes); random if None.
         method: "exact" (numerical rank by principal angles between row spaces) or "formula"
-            (closed-form upper bound on the joint rank; fast at any size).
+            (closed-form upper bound on the joint rank from the ranks of the two blocks).
         seed: of the probe.
 
     Returns:
@@ -246,7 +259,7 @@ def _row(
     if method == "exact":
         joint = stage_joint_rank(affine, kronecker, weight).rank
     else:
-        shared = overlap_bound(affine, probe.cotangents)
+        shared = shared_equations(affine, probe.cotangents, probe.active)
         joint = min(own, gradient.rank + weight_rank - shared)
     # A pool that leads into the layer discards too: its input is the unknown, of higher dimension.
     unknowns = max(own, batch * (before or 0))
@@ -286,10 +299,14 @@ def _weight_spaces(affine: Affine, active: Tensor, spaces: dict[str, RowSpace]) 
 
 
 def _checked(batch_sizes: Sequence[int]) -> tuple[int, ...]:
-    batches = tuple(int(b) for b in batch_sizes)
+    try:
+        batches = tuple(index(b) for b in batch_sizes)
+    except TypeError:
+        batches = ()
     if not batches or min(batches) < 1:
         raise ValueError(
-            f"expected batch sizes >= 1, got {list(batch_sizes)}; write batch_sizes=(1, 2, 4, 8)"
+            f"expected batch sizes, whole numbers >= 1, got {batch_sizes!r}; write "
+            "batch_sizes=(1, 2, 4, 8)"
         )
     return batches
 
@@ -298,11 +315,13 @@ def _pictures(inputs: Tensor | None, shape: tuple[int, ...], count: int, seed: i
     if inputs is None:
         generator = torch.Generator().manual_seed(seed)
         return torch.rand(count, *shape, generator=generator, dtype=torch.float64)
+    inputs = torch.as_tensor(inputs)
     if tuple(inputs.shape[1:]) != shape or len(inputs) < count:
         raise ValueError(
             f"expected inputs of shape [{count} or more, {', '.join(map(str, shape))}], got "
             f"{list(inputs.shape)}; give one probe picture per sample of the largest batch"
         )
+    require_finite("inputs", inputs, "give probe pictures of finite numbers, or write inputs=None")
     return inputs.double()
 
 
@@ -311,6 +330,11 @@ def _targets(model: nn.Module, pictures: Tensor, loss: Loss, seed: int) -> Tenso
     parameter = next(model.parameters())
     with torch.no_grad():
         outputs = model(pictures.to(parameter))
+    if not isinstance(outputs, Tensor):
+        raise ValueError(
+            f"expected one tensor from {type(model).__name__}.forward, got a "
+            f"{type(outputs).__name__}; wrap it in a module whose forward returns the logits only"
+        )
     classes = outputs.shape[-1] if outputs.ndim > 1 else 1
     generator = torch.Generator().manual_seed(seed)
     if loss.name == "cross_entropy":
@@ -327,7 +351,7 @@ def _notes(rows: Sequence[AuditRow], method: str) -> tuple[str, ...]:
     notes = []
     if method == "formula":
         notes.append(
-            "joint_rank is the closed-form upper bound, equal to the rank for generic weights; "
+            "joint_rank is the closed-form upper bound, as a rule equal to the rank; "
             "method='exact' measures it."
         )
     dead = sorted({row.layer for row in rows if row.gradient_rank == 0})

@@ -92,6 +92,6 @@ def _note(name: str, module: nn.Module, calls: list[tuple[str, nn.Module, Tensor
     def hook(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         fresh = output if output.requires_grad else output.requires_grad_()
         calls.append((name, layer, args[0], fresh))
-        return fresh
+        return fresh.clone()  # what comes next may overwrite its input, nn.ReLU(inplace=True) does
 
     module.register_forward_hook(hook)
