@@ -112,7 +112,9 @@ def _run(problem: Problem, head: Head | None, show: Progress) -> Recovery:
         x = _given("features", head.features, top.in_shape, problem)
         kappa = _given("cotangents", head.cotangents, top.out_shape, problem)
         descent = _descend(problem, len(chain.stages) - 1, x, kappa, show)
-        return _conclude(problem, [(descent, kappa, [])], show)
+        recovery = _conclude(problem, [(descent, kappa, [])], show)
+        *below, last = recovery.layers
+        return replace(recovery, layers=(*below, replace(last, route="given")))
     if problem.batch > 1:
         return certificate.stopped(
             problem,

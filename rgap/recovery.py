@@ -45,8 +45,8 @@ class LayerReport:
         condition: condition number of the error-weighted system.
         residual: relative residual of the gradient constraints at the answer.
         seconds: time spent.
-        route: "gradient", "cholesky", "lsmr", "bias attack", "head equations", "rank only",
-            "not reached".
+        route: "given", "gradient", "cholesky", "lsmr", "bias attack", "head equations",
+            "rank only", "not reached".
         note: what stopped the recursion here, or "".
     """
 
@@ -168,18 +168,23 @@ class Recovery:
     def explain(self) -> str:
         """The recovery in plain words, layer by layer from the output down."""
         lines = [f"{self.status.name}: {self.reason}"]
+        if self.layers:
+            lines.append("The input of each layer, from the output down:")
         for report in reversed(self.layers):
             lines.append("  " + _sentence(report, self.reason))
         given = self.inputs is not None
         if given and self.error_bound is not None and self.predicted_error is not None:
             rms = float(self.predicted_error.max())
             lines.append(
-                f"The predicted error is {rms:.2g} rms ({_decibel(rms)} for pictures in [0, 1]), "
-                f"no entry is off by more than {self.error_bound:.2g}."
+                f"The predicted error is {rms:.2g} rms (PSNR {_decibel(rms)} for pictures in "
+                f"[0, 1]); the certified bound for every entry is {self.error_bound:.2g}."
             )
         if self.residual is not None:
             which = "answer" if given else "nearest answer (not returned)"
-            lines.append(f"Replaying the {which} reproduces the update to {self.residual:.2g}.")
+            lines.append(
+                f"Replaying the {which} through the model gives the update up to a relative "
+                f"difference of {self.residual:.2g}."
+            )
         for number, candidate in enumerate(self.candidates):
             lines.append(
                 f"Candidate {number}: labels {_labels(candidate.labels)}, replay residual "
@@ -239,27 +244,38 @@ class Recovery:
         )
 
 
+_ROUTES = {
+    "given": "given",
+    "bias attack": "read off its own gradient [bias attack]",
+    "head equations": "read off its own gradient and the loss [head equations]",
+    "gradient": "determined by its gradient alone [gradient]",
+    "cholesky": "determined by its gradient and its weights [cholesky]",
+    "lsmr": "determined by its gradient and its weights [lsmr]",
+}
+"""What a reader learns from a route that led through, by its name in the table."""
+
+
 def _sentence(report: LayerReport, reason: str) -> str:
     """One layer in words; its note unless ``reason``, which is printed above, says it already."""
+    text = f"{report.layer} ({report.kind}): {report.unknowns} unknowns, "
     if report.route == "not reached":
-        return f"{report.layer} ({report.kind}): not reached."
-    text = f"{report.layer} ({report.kind}): "
+        return text + "not reached."
+    note = f": {report.note}." if report.note and report.note not in reason else "."
+    stop = f"the recursion stops here{note}"
     if report.nullity is None:
-        text += f"{report.unknowns} unknowns, some of them open [{report.route}]"
-    elif report.nullity:
-        text += (
-            f"{report.joint_rank} independent equations for {report.unknowns} unknowns, "
-            f"{report.nullity} missing"
-        )
-    elif report.note:
-        text += f"{report.unknowns} unknowns, full rank, not solved [{report.route}]"
+        return f"{text}some of them open [{report.route}]; {stop}"
+    if report.nullity:
+        return f"{text}{report.nullity} of them open; {stop}"
+    if report.note:
+        text += f"as many independent equations [{report.route}]"
     else:
-        text += f"{report.unknowns} unknowns, all determined [{report.route}]"
-    if not report.nullity and isfinite(report.condition) and report.condition > 0:
-        text += f", condition {report.condition:.1e}"
-    if not report.nullity and report.route != "rank only" and isfinite(report.residual):
-        text += f", residual {report.residual:.1e}"
-    return text + (f"; {report.note}." if report.note and report.note not in reason else ".")
+        text += _ROUTES.get(report.route, f"all determined [{report.route}]")
+    # Only a system that was solved has these two; a layer that was read off has none.
+    numbers = {"condition": report.condition, "residual": report.residual}
+    if report.route in ("gradient", "cholesky", "lsmr"):
+        shown = [f"{name} {value:.1e}" for name, value in numbers.items() if isfinite(value)]
+        text += "".join(f", {part}" for part in shown)
+    return f"{text}; {stop}" if report.note else f"{text}."
 
 
 def _decibel(rms: float) -> str:

@@ -273,6 +273,8 @@ def test_a_batch_below_a_known_head_is_recovered(labels: list[int]) -> None:
     recovery = invert(model, update, head=head_of(model, x, targets))
     assert error(recovery, x) < 1e-6
     assert labels_of(recovery) == labels
+    assert recovery.layers[-1].route == "given"
+    assert "fc (linear): 864 unknowns, given." in recovery.explain()
     wrong = head_of(model, picture((2, 6, 6), 6, batch=2).double(), targets)
     refuted = invert(model, update, head=wrong)
     assert refuted.status is Status.INCONSISTENT
