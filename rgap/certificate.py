@@ -21,6 +21,7 @@ from rgap.problem import Problem
 from rgap.recovery import Candidate, Recovery, Status
 from rgap.recursion import Descent
 from rgap.reports import layer_reports
+from rgap.symptoms import compression, warnings
 
 REFUTED = 100.0  # an alternative is refuted when it misses by this many standard errors
 FITS = 10.0  # an exact answer reproduces every parameter's gradient to this many
@@ -99,7 +100,10 @@ def contradiction(problem: Problem, descent: Descent) -> Recovery:
 
 
 def stopped(problem: Problem, status: Status, reason: str, descent: Descent | None) -> Recovery:
-    """A recovery without inputs."""
+    """A recovery without inputs; a compressed update gets the compression as part of its reason."""
+    looks = compression(problem.gradients)
+    if looks is not None:
+        reason += f"; the update itself looks compressed, which no equation here models: {looks}"
     return Recovery(
         inputs=None,
         labels=problem.labels,
@@ -109,7 +113,7 @@ def stopped(problem: Problem, status: Status, reason: str, descent: Descent | No
         predicted_error=None,
         error_bound=None,
         reason=reason,
-        warnings=_warnings(problem),
+        warnings=warnings(problem),
     )
 
 
@@ -250,7 +254,7 @@ def _assemble(
         error_bound=answer.bound,
         reason=reason,
         candidates=candidates,
-        warnings=_warnings(problem),
+        warnings=warnings(problem),
     )
 
 
@@ -261,23 +265,3 @@ def _excess(inputs: Tensor, bounds: tuple[float, float] | None) -> float:
     low, high = bounds
     over = torch.maximum(inputs - high, low - inputs).max()
     return float(over.clamp_min(0) / (high - low))
-
-
-def _warnings(problem: Problem) -> tuple[str, ...]:
-    """Underflow in the head's gradient."""
-    head = problem.chain.stages[-1].affine if problem.chain.stages else None
-    if head is None:
-        return ()
-    found = []
-    info = torch.finfo(problem.update.dtype)
-    for name in filter(None, (head.bias_name, head.weight_name)):
-        g = problem.update.gradients[name].abs()
-        low = int(((g > 0) & (g < info.smallest_normal)).sum())
-        rows = g.flatten(1).amax(1) if g.ndim > 1 else g
-        gone = int((rows == 0).sum())
-        if low or gone:
-            found.append(
-                f"head gradient '{name}' underflowed in {problem.update.dtype}: {gone} rows are "
-                f"zero, {low} entries are subnormal"
-            )
-    return tuple(found)
