@@ -125,8 +125,9 @@ class Update:
         only the equations answer (status ``INCONSISTENT``).
 
         Raises:
-            ValueError: a missing, extra, misplaced or misshapen tensor (named), or gradients that
-                are zero everywhere. A single zero tensor passes: dead units make one.
+            ValueError: a missing, extra, misplaced or misshapen tensor (named), NaN or infinity
+                written into one since construction, or gradients that are zero everywhere. A
+                single zero tensor passes: dead units make one.
 
         Example:
             >>> import torch
@@ -148,6 +149,8 @@ class Update:
                     "dataclasses.replace(update, buffers={})."
                 )
         validation.check_shapes("buffers", self.buffers, buffers)
+        for name, tensor in self.gradients.items():  # they may have been written to since
+            validation.finite_gradient(name, tensor)
         if all(not bool(g.any()) for g in self.gradients.values()):
             raise ValueError(
                 f"gradients: every tensor is zero, from {next(iter(self.gradients))!r} on, so the "

@@ -28,6 +28,14 @@ _MEANT = {
     "l2": "mse_loss",
 }
 
+# What to write for a count that is refused; 1 where nothing else is usual.
+_EXAMPLES = {
+    "input_shape": "(3, 32, 32)",
+    "channels": "12",
+    "classes": "10",
+    "widths": "(512, 512)",
+}
+
 
 def require_finite(name: str, tensor: Tensor, advice: str) -> None:
     """Raise ValueError if ``tensor`` has NaN or infinity, counting them; ``advice`` ends it."""
@@ -68,10 +76,15 @@ def gradient(name: str, tensor: Any) -> Tensor:
     if tensor.is_meta:
         raise ValueError(f"gradients: {name!r} is on the meta device and has no values.")
     dense = tensor.detach().to_dense() if tensor.is_sparse else tensor.detach().clone()
-    require_finite(
-        f"gradients: {name!r}", dense, "capture again in float64, or drop the client's update"
-    )
+    finite_gradient(name, dense)
     return dense
+
+
+def finite_gradient(name: str, tensor: Tensor) -> None:
+    """Raise ValueError if one gradient has NaN or infinity."""
+    require_finite(
+        f"gradients: {name!r}", tensor, "capture again in float64, or drop the client's update"
+    )
 
 
 def buffer(name: str, tensor: Any) -> Tensor:
@@ -85,12 +98,13 @@ def buffer(name: str, tensor: Any) -> Tensor:
 
 def count(name: str, value: Any) -> int:
     """A whole number of at least 1."""
+    advice = f"write {name}={_EXAMPLES.get(name, '1')}"
     try:
         number = operator.index(value)
     except TypeError:
-        raise TypeError(f"{name}: expected whole numbers, got {value!r}.") from None
+        raise TypeError(f"{name}: expected whole numbers, got {value!r}; {advice}.") from None
     if isinstance(value, bool) or number < 1:
-        raise ValueError(f"{name}: expected at least 1, got {value!r}.")
+        raise ValueError(f"{name}: expected at least 1, got {value!r}; {advice}.")
     return number
 
 
