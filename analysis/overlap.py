@@ -42,7 +42,7 @@ def shared_equations(
         pairs = pairs[pairs[:, 0] == pairs[:, 1]][:LARGEST]
     if not len(pairs):
         return 0
-    products = torch.cat([_products(affine, cotangent, part) for part in pairs.split(CHUNK)])
+    products = torch.cat([_products(affine, cotangent, part) for part in torch.split(pairs, CHUNK)])
     products = products / products.norm(dim=1, keepdim=True).clamp_min(1e-300)
     values = torch.linalg.eigvalsh(products @ products.T)
     return int((values > rcond * values.max()).sum())
