@@ -71,12 +71,11 @@ class Precision:
         info = torch.finfo(self.dtype)
         return max(info.smallest_normal * info.eps / 2, 1e-140)
 
-    def normal(self, std: Tensor) -> Tensor:
-        """S samples with the given standard deviation, [S, *std.shape]."""
-        draw = torch.randn(
-            (self.samples, *std.shape), generator=self.generator, dtype=torch.float64
-        )
-        return draw.to(std.device) * std
+    def normal(self, std: Tensor, samples: int | None = None) -> Tensor:
+        """S samples with the given standard deviation, [S, *std.shape]; S = 1, say, on request."""
+        shape = (self.samples if samples is None else samples, *std.shape)
+        draw = torch.randn(shape, generator=self.generator, dtype=torch.float32)  # 3 times as fast
+        return draw.to(std.device).double().mul_(std)
 
     def rounding(self, value: Tensor) -> Tensor:
         """S samples of the error of one rounded operation with result ``value``."""

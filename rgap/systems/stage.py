@@ -196,8 +196,10 @@ class _Stage:
         """Set the weights of both blocks from an estimate of u."""
         u = self.coupling.fold(table[None])
         std = self.precision.update_std(self.squares(u))
-        carried = self.carried(u)
-        variance = gradient_rows(self.affine, std.square() + carried.square().mean(0))
+        carried = torch.zeros_like(std)
+        for error in self.k.error:
+            carried += self.affine.weight_gradient(u, error).square_()
+        variance = gradient_rows(self.affine, std.square() + carried / len(self.k.error))
         groups, rows, _ = self.kronecker.matrix.shape
         filters = self.affine.weight.shape[0] // groups
         per_filter = variance.reshape(groups, -1, filters, rows // filters).mean((1, 3))
@@ -214,10 +216,6 @@ class _Stage:
     def affine_squares(self, u: Tensor) -> Tensor:
         """Σ w² u² (+ b²), the squared terms of each pre-activation."""
         return self.affine.squared().linear(u.square())
-
-    def carried(self, u: Tensor) -> Tensor:
-        """What the error of k does to the gradient rows, [S, *weight.shape]."""
-        return torch.stack([self.affine.weight_gradient(u, e) for e in self.k.error])
 
     def weight_rows_help(self, made: Factor) -> bool:
         """True if the weight rows add information worth a factorisation to a full gradient block.
@@ -239,13 +237,18 @@ class _Stage:
         main = self.weighted(made, self.rows[None], self.target[None])
         table, iterations = made.solve(main, tolerance=max(1e-15, 1e-3 * self.precision.unit))
         u = self.coupling.fold(table)
-        noise = self.precision.normal(self.precision.update_std(self.squares(u)))
+        std = self.precision.update_std(self.squares(u))
         forward = self.precision.normal(self.precision.sum_std(self.affine_squares(u)))
-        rows = gradient_rows(self.affine, noise - self.carried(u))
         coupled = (self.z.error + forward).flatten(1)
         steps = 0 if made.condition <= TRUSTED else 30
-        errors, _ = made.solve(self.weighted(made, rows, coupled), steps, tolerance=1e-2)
-        folded = self.coupling.fold(errors)
+        errors = []
+        # One member at a time: each has as many rows as the layer has weights.
+        for error, target in zip(self.k.error, coupled, strict=True):
+            noise = self.precision.normal(std, samples=1)
+            noise -= self.affine.weight_gradient(u, error)
+            rows = self.weighted(made, gradient_rows(self.affine, noise), target[None])
+            errors.append(made.solve(rows, steps, tolerance=1e-2)[0])
+        folded = self.coupling.fold(torch.cat(errors))
         return Known(u, folded.reshape(len(errors), *u.shape)), iterations
 
     def weighted(self, made: Factor, rows: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
