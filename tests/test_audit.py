@@ -27,7 +27,7 @@ Ranks = tuple[int, int, int]
 
 
 def dense_ranks(model: nn.Module, x: Tensor) -> dict[str, Ranks]:
-    """Ranks of K, W and [K; W] of every layer; k is the derivative by a zero added to its output."""
+    """Ranks of K, W and [K; W] of every layer; k is the derivative by a zero added to z."""
     met: dict[str, tuple[nn.Module, Tensor, Tensor]] = {}
     names = {module: name for name, module in model.named_modules()}
 
