@@ -5,15 +5,9 @@ Nothing here imports torch until a command needs it, so that ``rgap --help`` ans
 
 from __future__ import annotations
 
-import json
-import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -25,9 +19,8 @@ from rgap.arguments import (
     usable_device,
     whole_numbers,
 )
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from rgap.console import clean, print_json, say, stderr, stdout, waiting
+from rgap.options import Json, LossName, Method, Model, Precision, Reduction, Seed, Weights
 
 __all__ = ["app", "main"]
 
@@ -39,15 +32,6 @@ EXIT_CODES = """Exit codes:
 - 3: INCONSISTENT: the update does not fit the model as declared
 - 4: UNSUPPORTED: a step of the network cannot be inverted"""
 _CODES = {"EXACT": 0, "INCONSISTENT": 3, "UNSUPPORTED": 4}
-_HINTS = {
-    "model": "A built-in network (lenet, cnn6, cnn6d, fcn3, mlp, lenet5, vgg, resnet), with "
-    "options as in lenet:activation=tanh,classes=100, or package.module:factory.",
-    "weights": "Safetensors file with the network's weights; without it they are drawn with "
-    "seed 0, the same in every command.",
-    "loss": "cross_entropy, binary_cross_entropy_with_logits or mse_loss; default: the built-in "
-    "network's own, else cross_entropy.",
-    "json": "Print one JSON document on standard output and nothing else.",
-}
 
 app = typer.Typer(
     name="rgap",
@@ -59,33 +43,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-Model = Annotated[str, typer.Argument(metavar="MODEL", help=_HINTS["model"], show_default=False)]
-Weights = Annotated[Path | None, typer.Option(help=_HINTS["weights"], show_default=False)]
-LossName = Annotated[str | None, typer.Option(help=_HINTS["loss"], show_default=False)]
-Json = Annotated[bool, typer.Option("--json", help=_HINTS["json"], metavar="")]
-Seed = Annotated[int, typer.Option(help="Of everything that is drawn at random.", min=0)]
-
-
-class Precision(StrEnum):
-    """What a client may compute in."""
-
-    float32 = "float32"
-    float64 = "float64"
-
-
-class Method(StrEnum):
-    """How `rgap audit` finds joint ranks."""
-
-    exact = "exact"
-    formula = "formula"
-
-
-class Reduction(StrEnum):
-    """How the loss of a batch is formed."""
-
-    mean = "mean"
-    sum = "sum"
 
 
 def _version(wanted: bool) -> None:
@@ -119,15 +76,15 @@ def demo(
     seed: Seed = 0,
 ) -> None:
     """See it work: recover photographs, see where it stops and why (under a minute)."""
-    with _clean(context):
+    with clean(context):
         from rgap.report.demo import run
         from rgap.report.story import tell
 
-        found = run(output, seed=seed, console=_stderr())
+        found = run(output, seed=seed, console=stderr())
         if as_json:
-            _print_json(found.summary())
+            print_json(found.summary())
         else:
-            _stdout().print(tell(found))
+            stdout().print(tell(found))
 
 
 @app.command()
@@ -174,7 +131,7 @@ def capture(
     as_json: Json = False,
 ) -> None:
     """Write the update that a client with these pictures and labels would send."""
-    with _clean(context):
+    with clean(context):
         import torch
 
         import rgap
@@ -197,7 +154,7 @@ def capture(
         )
         update.save(output)
         if as_json:
-            _print_json(
+            print_json(
                 {
                     "output": str(output),
                     "batch_size": update.batch_size,
@@ -240,7 +197,7 @@ def audit(
     seed: Seed = 0,
 ) -> None:
     """Count, layer by layer, how much of a batch the gradient determines."""
-    with _clean(context):
+    with clean(context):
         from rgap.modelspec import expected, resolve
         from rgap.report.pictures import figure_format, save_figure
         from rgap.report.tables import audit_table
@@ -254,7 +211,7 @@ def audit(
         wanted = shape_of(input_shape) or shape or (3, 32, 32)
         from rgap.analysis.discard import audit as measure
 
-        with _waiting("counting equations"):
+        with waiting("counting equations"):
             found = measure(
                 network, wanted, batches, loss=loss or usual, method=method.value, seed=seed
             )
@@ -263,9 +220,9 @@ def audit(
             if plot is not None:
                 save_figure(found.plot(), plot)
         if as_json:
-            _print_json({**found.summary(), "plot": None if plot is None else str(plot)})
+            print_json({**found.summary(), "plot": None if plot is None else str(plot)})
             return
-        console = _stdout()
+        console = stdout()
         console.print(audit_table(found))
         console.print(found.explain(), highlight=False)
         if plot is not None:
@@ -306,7 +263,7 @@ def invert(
     seed: Seed = 0,
 ) -> None:
     """Recover from an update what its equations determine, and say what they do not."""
-    with _clean(context):
+    with clean(context):
         import rgap
         from rgap.modelspec import resolve
         from rgap.report.results import check_target, print_recovery, write_recovery
@@ -330,69 +287,18 @@ def invert(
         )
         written = None if output is None else write_recovery(found, output, sent.value_range)
         if as_json:
-            _print_json({**found.summary(), "output": None if written is None else str(written)})
+            print_json({**found.summary(), "output": None if written is None else str(written)})
         else:
-            print_recovery(_stdout(), found, explain=explain)
+            print_recovery(stdout(), found, explain=explain)
             if written is not None:
-                _stdout().print(f"Pictures: {written}", highlight=False, soft_wrap=True)
+                stdout().print(f"Pictures: {written}", highlight=False, soft_wrap=True)
         if output is not None and written is None:
             several = "several batches fit; name a folder for all of them"
             why = several if found.candidates else "the batch is not determined"
-            _say(f"nothing written to {output}: {why}")
+            say(f"nothing written to {output}: {why}")
     raise typer.Exit(_CODES.get(found.status.name, 1))
 
 
 def main() -> None:
     """Entry point of the ``rgap`` command."""
     app()
-
-
-@contextmanager
-def _clean(context: typer.Context) -> Iterator[None]:
-    """Bad input ends in one line on standard error and exit code 2; warnings are one line too."""
-    with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_: _say(f"warning: {message}")
-        if context.obj:
-            yield
-            return
-        try:
-            yield
-        except (ValueError, TypeError, OSError, ImportError) as error:
-            _say(f"error: {error}")
-            raise typer.Exit(2) from None
-        except KeyboardInterrupt:
-            _say("interrupted")
-            raise typer.Exit(130) from None
-
-
-def _say(text: str) -> None:
-    typer.echo(f"rgap: {' '.join(text.split())}", err=True)
-
-
-def _stdout() -> Console:
-    from rich.console import Console
-
-    # A pipe has no width of its own; 80 columns would cut tables that a file can hold.
-    return Console() if sys.stdout.isatty() else Console(width=120)
-
-
-def _stderr() -> Console:
-    from rich.console import Console
-
-    return Console(stderr=True)
-
-
-@contextmanager
-def _waiting(text: str) -> Iterator[None]:
-    console = _stderr()
-    if not console.is_terminal:
-        yield
-        return
-    with console.status(f"{text} …"):
-        yield
-
-
-def _print_json(document: dict[str, Any]) -> None:
-    from rgap.report.results import finite
-
-    typer.echo(json.dumps(finite(document), indent=2, allow_nan=False))

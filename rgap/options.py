@@ -1,0 +1,48 @@
+"""Arguments and options that several commands share, and the choices that an option offers."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["Json", "LossName", "Method", "Model", "Precision", "Reduction", "Seed", "Weights"]
+
+_HINTS = {
+    "model": "A built-in network (lenet, cnn6, cnn6d, fcn3, mlp, lenet5, vgg, resnet), with "
+    "options as in lenet:activation=tanh,classes=100, or package.module:factory.",
+    "weights": "Safetensors file with the network's weights; without it they are drawn with "
+    "seed 0, the same in every command.",
+    "loss": "cross_entropy, binary_cross_entropy_with_logits or mse_loss; default: the built-in "
+    "network's own, else cross_entropy.",
+    "json": "Print one JSON document on standard output and nothing else.",
+}
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=_HINTS["model"], show_default=False)]
+Weights = Annotated[Path | None, typer.Option(help=_HINTS["weights"], show_default=False)]
+LossName = Annotated[str | None, typer.Option(help=_HINTS["loss"], show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help=_HINTS["json"], metavar="")]
+Seed = Annotated[int, typer.Option(help="Of everything that is drawn at random.", min=0)]
+
+
+class Precision(StrEnum):
+    """What a client may compute in."""
+
+    float32 = "float32"
+    float64 = "float64"
+
+
+class Method(StrEnum):
+    """How `rgap audit` finds joint ranks."""
+
+    exact = "exact"
+    formula = "formula"
+
+
+class Reduction(StrEnum):
+    """How the loss of a batch is formed."""
+
+    mean = "mean"
+    sum = "sum"
