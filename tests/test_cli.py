@@ -150,6 +150,18 @@ def test_capture_from_files_and_what_it_shares(here: Path) -> None:
         torch.testing.assert_close(sent, again.gradients[name])
 
 
+@pytest.mark.parametrize("spec", ["lenet:classes=7", "clinets:build"])
+def test_an_audit_calls_the_network_what_it_was_asked_for(spec: str) -> None:
+    """The class of both is a plain Sequential."""
+    quick = ("--batch-sizes", "1", "--method", "formula", "--input-shape", "3,8,8")
+    if spec.startswith("lenet"):
+        spec = f"{spec},input_shape=3x8x8"
+    assert json.loads(call("audit", spec, *quick, "--json").out)["model"] == spec
+    shown = call("audit", spec, *quick).out
+    assert f"Equations of every layer's gradient: {spec}" in shown
+    assert "Sequential" not in shown
+
+
 def test_weights_come_from_a_file(here: Path) -> None:
     model = resolve("clinets:build").double()
     with torch.no_grad():
