@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import inf
 
 import torch
 from torch import Tensor
@@ -28,7 +29,6 @@ FITS = 10.0  # an exact answer reproduces every parameter's gradient to this man
 CLEAR = 10.0  # smallest gap between the last determined direction and the cutoff
 SAFETY = 10.0  # error bound over the largest predicted standard error
 USEFUL = 0.1  # an error bound above this share of the value range certifies nothing
-BEYOND = 1.0  # a range refutes a candidate that leaves it by more than this many widths
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,18 @@ def certify(problem: Problem, answers: Sequence[Answer]) -> Recovery:
                 f"whose head gradient says {found}; write labels=None to take those",
                 scored[0][0].descent,
             )
-    inside = [s for s in fitting if _excess(s[0].inputs, problem.value_range) <= BEYOND]
+    inside = [s for s in fitting if _excess(s[0], problem) <= problem.slack]
+    low, high = problem.value_range or (-inf, inf)
+    if not inside and problem.slack == 0:
+        found = fitting[0][0]
+        return stopped(
+            problem,
+            Status.INCONSISTENT,
+            f"the stated value_range [{low:g}, {high:g}] contradicts the update, which determines "
+            f"values in [{float(found.inputs.min()):.3g}, {float(found.inputs.max()):.3g}]; write "
+            "the range of the data as the network sees them",
+            found.descent,
+        )
     kept = inside or fitting
     best, residual, _ = min(kept, key=lambda s: s[0].polished.misfit)
     if len(kept) > 1:
@@ -148,6 +159,8 @@ def certify(problem: Problem, answers: Sequence[Answer]) -> Recovery:
             tuple(Candidate(a.inputs, a.labels, r) for a, r, _ in kept),
         )
     status, reason = _verdict(problem, best)
+    if len(kept) < len(fitting):
+        reason += f"; others would send this update too, with values outside [{low:g}, {high:g}]"
     return _assemble(problem, best, residual, status, reason, ())
 
 
@@ -258,10 +271,10 @@ def _assemble(
     )
 
 
-def _excess(inputs: Tensor, bounds: tuple[float, float] | None) -> float:
-    """How far the data leave their range, in widths of the range."""
-    if bounds is None:
+def _excess(answer: Answer, problem: Problem) -> float:
+    """How far the data leave their range beyond what their error explains, in its widths."""
+    if problem.value_range is None:
         return 0.0
-    low, high = bounds
-    over = torch.maximum(inputs - high, low - inputs).max()
-    return float(over.clamp_min(0) / (high - low))
+    low, high = problem.value_range
+    over = float(torch.maximum(answer.inputs - high, low - answer.inputs).max()) - answer.bound
+    return max(over, 0.0) / (high - low)

@@ -67,8 +67,9 @@ def invert(
         labels: the labels if they are known, [B]; found from the update otherwise.
         batch_size: overrides ``update.batch_size``.
         head: known head features, to study the recursion of a batch below the head.
-        value_range: range of the data; default the update's.  It only ever refutes candidates
-            that leave it by more than its full width.
+        value_range: range of the data.  Candidates that leave it by more than their error are
+            refuted; the range that the update declares, the default, refutes only those that
+            leave it by more than its full width.
         noise: standard deviation of noise added to every entry of the update.
         device: where to compute; default the CPU.
         seed: of the sampled errors; the global random state is not touched.

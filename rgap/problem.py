@@ -17,6 +17,8 @@ from rgap.update import Update
 
 log = logging.getLogger(__name__)
 
+BEYOND = 1.0  # slack of a range that nobody stated for this recovery: data are often normalised
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -30,6 +32,7 @@ class Problem:
     batch: int
     labels: Tensor | None
     value_range: tuple[float, float] | None
+    slack: float  # widths of the range by which a candidate may leave it
     budget: float
 
 
@@ -60,6 +63,7 @@ def prepare(
             "write noise=0.0 for an update without added noise"
         )
     bounds = update.value_range if value_range is None else validation.bounds(value_range)
+    slack = BEYOND if value_range is None else 0.0
     place = _device(device)
     if update.input_shape is None:
         raise ValueError(
@@ -87,6 +91,7 @@ def prepare(
         batch,
         known,
         bounds,
+        slack,
         budget,
     )
 

@@ -23,7 +23,8 @@ def backsolve(lower: Tensor, rhs: Tensor) -> Tensor:
     """(LLᵀ)⁻¹ rhs for right-hand sides [..., n, m]."""
     # torch.cholesky_solve copies the factor first: ten times slower for a few columns.
     half = torch.linalg.solve_triangular(lower, rhs, upper=False)
-    return torch.linalg.solve_triangular(lower.mT, half, upper=True)
+    solved: Tensor = torch.linalg.solve_triangular(lower.mT, half, upper=True)
+    return solved
 
 
 def extremes(

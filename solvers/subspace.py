@@ -20,6 +20,7 @@ from .rank import Rank, numerical_rank, resolve_rcond
 from .svd import right_singular_vectors, singular_values
 
 SMALL = 800  # matrices up to this size are decomposed in full
+SAFE = 1e3  # of the cutoff: an estimated σ_n above it needs no SVD
 SUSPECT = 1e-3  # sines below this are recomputed without cancellation
 
 
@@ -35,9 +36,15 @@ def row_space(matrix: Tensor, rcond: float | None = None, noise: float = 0.0) ->
     """Orthonormal basis of the row space of a dense matrix [rows, columns].
 
     A well-conditioned matrix of full row rank goes through two rounds of Cholesky QR, which costs
-    a tenth of an SVD; everything else through the SVD.
+    a tenth of an SVD.  One of clearly full column rank, by its triangular factor, has all of space
+    for its row space.  Everything else goes through the SVD.
     """
     rows, columns = matrix.shape
+    if rows >= columns > 64:
+        ends = _triangular_extremes(matrix)
+        if ends[1] > SAFE * resolve_rcond(rcond, (rows, columns), noise=noise) * ends[0]:
+            identity = torch.eye(columns, dtype=matrix.dtype, device=matrix.device)
+            return RowSpace(identity, Rank(columns, columns, 0.0, inf, *ends, columns))
     if 64 < rows <= columns:
         basis = _cholesky_qr(matrix)
         if basis is not None:
@@ -56,6 +63,17 @@ def full_column_rank(gram: Tensor) -> tuple[float, float] | None:
     squares = extremes(lambda x: gram @ x, lambda x: backsolve(lower, x), len(gram), gram)
     largest, smallest = squares[0] ** 0.5, squares[1] ** 0.5
     return (largest, smallest) if smallest > 1e-6 * largest else None
+
+
+def _triangular_extremes(matrix: Tensor) -> tuple[float, float]:
+    """Estimated (σ_1, σ_n) of a tall matrix from its QR factor, which loses nothing of σ_n."""
+    upper = torch.linalg.qr(matrix, mode="r").R
+    if float(upper.diagonal().abs().min()) == 0.0:
+        return 1.0, 0.0
+    squares = extremes(
+        lambda x: upper.T @ (upper @ x), lambda x: backsolve(upper.T, x), upper.shape[1], upper
+    )
+    return squares[0] ** 0.5, squares[1] ** 0.5
 
 
 def _cholesky_qr(matrix: Tensor) -> tuple[float, float, Tensor] | None:
@@ -130,11 +148,13 @@ def joint_rank(
     channels, batch = gradient.channels, len(sample_rows)
     total = channels * size
     tolerance = resolve_rcond(rcond, (rows, size), noise=noise)
-    bases = _group_bases(gradient, rcond, noise)
-    gradient_rank = sum(b.shape[0] for b in bases) * (channels // groups)
     weight_rank = sum(len(q) for q in sample_rows)
     # Angles inherit the error of both bases, amplified by the smallest singular value kept.
     cutoff = max(tolerance * 1e2, 1e-10)
+    if weight_rank == total:  # the weight rows span everything, no angle is asked for
+        return Rank(total, total, cutoff, inf, 1.0, 1.0, total)
+    bases = _group_bases(gradient, rcond, noise)
+    gradient_rank = sum(b.shape[0] for b in bases) * (channels // groups)
     sines = _sines(bases, sample_rows, channels // groups, size // batch)
     shared = int((sines <= cutoff).sum())
     kept = sines[sines > cutoff]
