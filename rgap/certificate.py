@@ -64,14 +64,13 @@ def rank_one_tolerance(problem: Problem) -> float:
 def scaled(answer: Answer, ratio: float, candidate: HeadCandidate) -> Answer:
     """The answer of a root that differs from another one by a positive scale alone."""
     data = answer.polished.data
+    members = candidate.features.error[: len(data.error)]  # the full solve carries fewer of them
     wider = Known(
         ratio * data.value,
         ratio * data.error
         + data.value
         * ratio
-        * candidate.features.error.norm(dim=-1, keepdim=True).reshape(
-            -1, *([1] * (data.value.ndim))
-        )
+        * members.norm(dim=-1, keepdim=True).reshape(-1, *([1] * (data.value.ndim)))
         / candidate.features.value.norm(),
     )
     return replace(
