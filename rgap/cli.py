@@ -5,7 +5,6 @@ Nothing here imports torch until a command needs it, so that ``rgap --help`` ans
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -302,7 +301,4 @@ def invert(
 
 def main() -> None:
     """Entry point of the ``rgap`` command."""
-    # Before torch is loaded: threads that wait give their core away.  On a machine that is busy
-    # with anything else this is several times faster, on an idle one as fast.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app()
