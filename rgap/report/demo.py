@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -128,7 +129,7 @@ def run(output: Path, *, seed: int = 0, console: Console | None = None) -> Demo:
     first, second, third = (
         photos.load(count=1, start=(seed + i) % count).float() for i in (0, 5, 9)
     )
-    with _Steps(console) as step:
+    with _one_thread(), _Steps(console) as step:
         step("LeNet: recovering a photograph from its gradient")
         lenet = models.lenet(seed=seed)
         single = [_attack("LeNet, sigmoid", lenet, "cross_entropy", first, (3,))]
@@ -217,6 +218,17 @@ def _write(demo: Demo) -> None:
     save_figure(discard_heatmap(demo.audit), discard)
     with replacing(numbers) as beside:
         beside.write_text(json.dumps(finite(demo.summary()), indent=2, allow_nan=False) + "\n")
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """A second thread gains a third on systems this small, and loses far more on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class _Steps:
