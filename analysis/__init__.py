@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from rgap.analysis.discard import Audit, AuditRow, audit
+from rgap.analysis.discard import audit
+from rgap.analysis.table import Audit, AuditRow
 
 __all__ = ["Audit", "AuditRow", "audit"]

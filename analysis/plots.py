@@ -18,7 +18,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from rgap.analysis.discard import Audit
+    from rgap.analysis.table import Audit
 
 __all__ = ["discard_heatmap", "percent", "psnr", "side_by_side"]
 
@@ -46,7 +46,7 @@ def discard_heatmap(audit: Audit) -> Figure:
     Raises:
         ValueError: an audit without rows.
 
-    >>> from rgap.analysis.discard import Audit, AuditRow
+    >>> from rgap.analysis.table import Audit, AuditRow
     >>> row = AuditRow("fc", "linear", 2, 64, 20, 16, 48, 16, 0.25, 3.0)
     >>> figure = discard_heatmap(Audit("Sequential", "exact", (row,)))
     >>> [text.get_text() for text in figure.axes[0].texts]

@@ -31,7 +31,7 @@ def main() -> int:
     options = parser.parse_args()
     missed = 0
     for name in options.rows:
-        print(f"\n{name}: {ROWS[name].__doc__}", flush=True)
+        print(f"\n{name}: {ROWS[name].__doc__.splitlines()[0]}", flush=True)
         for index in range(options.photographs):
             missed += ROWS[name](index)
     print(f"\n{missed} missed" if missed else "\nall reached")
@@ -39,7 +39,11 @@ def main() -> int:
 
 
 def cnn6(index: int) -> int:
-    """B = 1, float32, both labels, logits of both signs, small and large: >= 100 dB, EXACT."""
+    """B = 1, float32, both labels, logits of both signs: >= 100 dB, EXACT.
+
+    For t = ±1.5 with the label on the same side, the scaled picture of the other root of
+    t(σ(t) − y) sends the same update: there both must be returned, the true one at >= 100 dB.
+    """
     missed = 0
     picture = rgap.photos.load(1, start=index, dtype=torch.float32)
     for wanted in (0.0, -0.0, 1.5, -1.5):  # 0: as large as it is drawn
@@ -51,7 +55,8 @@ def cnn6(index: int) -> int:
         for label in (0.0, 1.0):
             update = rgap.capture(model, picture, torch.tensor([label]), BINARY)
             case = f"photograph {index}, logit {logit:+.3f}, label {label:.0f}"
-            missed += report(model, update, picture, torch.tensor([label]), 100.0, case)
+            twofold = abs(wanted) > 1 and (wanted > 0) == (label > 0)
+            missed += report(model, update, picture, torch.tensor([label]), 100.0, case, twofold)
     return missed
 
 
@@ -109,25 +114,39 @@ def mlp(index: int) -> int:
 
 
 def report(
-    model: nn.Module, update: rgap.Update, x: Tensor, label: Tensor, goal: float, case: str
+    model: nn.Module,
+    update: rgap.Update,
+    x: Tensor,
+    label: Tensor,
+    goal: float,
+    case: str,
+    twofold: bool = False,
 ) -> int:
-    """Invert, print one line, and say whether the goal was missed."""
+    """Invert, print one line, and say whether the goal was missed.
+
+    ``twofold``: two pictures send this update, and AMBIGUOUS with both is the right answer.
+    """
     start = time.perf_counter()
     recovery = rgap.invert(model, update)
     seconds = time.perf_counter() - start
     if recovery.inputs is None:
         print(f"  {case}: {recovery.status.name}: {recovery.reason}", flush=True)
         return 1
-    error = recovery.inputs - x
-    psnr = -10 * math.log10(max(float(error.square().mean()), 1e-300))
-    right = recovery.labels.flatten().tolist() == label.tolist()
-    kept = float(error.abs().max()) <= recovery.error_bound
+    answers = [(c.inputs, c.labels) for c in recovery.candidates]
+    answers = answers or [(recovery.inputs, recovery.labels)]
+    found, labels = min(answers, key=lambda a: float((a[0] - x).square().mean()))
+    squared = float((found - x).square().mean())
+    psnr = -10 * math.log10(squared) if squared > 0 else math.inf
+    right = labels.flatten().tolist() == label.tolist()
+    kept = float((found - x).abs().max()) <= recovery.error_bound
+    status = recovery.status.name + (f" ({len(answers)})" if recovery.candidates else "")
     print(
-        f"  {case}: {recovery.status.name}, {psnr:.1f} dB, label {'found' if right else 'WRONG'}, "
+        f"  {case}: {status}, {psnr:.1f} dB, label {'found' if right else 'WRONG'}, "
         f"within its bound: {kept}, {seconds:.1f} s",
         flush=True,
     )
-    return int(not (recovery.exact and right and kept and psnr >= goal))
+    expected = rgap.Status.AMBIGUOUS if twofold else rgap.Status.EXACT
+    return int(not (recovery.status is expected and right and kept and psnr >= goal))
 
 
 ROWS = {"cnn6": cnn6, "cnn6d": cnn6d, "lenet_pair": lenet_pair, "fcn3": fcn3, "mlp": mlp}

@@ -137,14 +137,14 @@ def certify(problem: Problem, answers: Sequence[Answer]) -> Recovery:
     inside = [s for s in fitting if _excess(s[0], problem) <= problem.slack]
     low, high = problem.value_range or (-inf, inf)
     if not inside and problem.slack == 0:
-        found = fitting[0][0]
+        first = fitting[0][0]
         return stopped(
             problem,
             Status.INCONSISTENT,
             f"the stated value_range [{low:g}, {high:g}] contradicts the update, which determines "
-            f"values in [{float(found.inputs.min()):.3g}, {float(found.inputs.max()):.3g}]; write "
+            f"values in [{float(first.inputs.min()):.3g}, {float(first.inputs.max()):.3g}]; write "
             "the range of the data as the network sees them",
-            found.descent,
+            first.descent,
         )
     kept = inside or fitting
     best, residual, _ = min(kept, key=lambda s: s[0].polished.misfit)

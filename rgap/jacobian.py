@@ -10,19 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import prod
 
 import torch
 from torch import Tensor
 
 from rgap.activations import Activation
-from rgap.affine import Affine
+from rgap.bilinear import Bilinear, Rows
 from rgap.network import Chain, Stage
 from rgap.ops import Op
 from rgap.precision import Precision
-from rgap.systems import convnd, gradient_constraint, gradient_rows, weight_constraint
-
-Rows = dict[str, Tensor]  # by parameter name, each [S, *parameter.shape]
 
 
 @dataclass(frozen=True)
@@ -36,8 +32,7 @@ class _Node:
     lead_inputs: list[Tensor]
     tail_inputs: list[Tensor]
     tail_cotangents: list[Tensor]  # cotangent at the output of each tail op
-    matrix: Tensor  # K, [groups, rows, P]
-    patches: Tensor  # U, [groups, C/g·offsets, B·outputs]
+    gradient: Bilinear  # G(u, k)
 
 
 class Linearisation:
@@ -73,19 +68,10 @@ class Linearisation:
                 for op, before in zip(reversed(stage.tail), reversed(tail_inputs), strict=True):
                     cotangents.insert(0, k)
                     k = op.pull(before, k)
-            matrix = gradient_constraint(stage.affine, k).matrix
-            node = _Node(
-                stage,
-                u,
-                z,
-                k,
-                lead_inputs,
-                tail_inputs,
-                cotangents,
-                matrix,
-                _patches(stage.affine, u),
+            gradient = Bilinear(stage.affine, u, k)
+            self.nodes.insert(
+                0, _Node(stage, u, z, k, lead_inputs, tail_inputs, cotangents, gradient)
             )
-            self.nodes.insert(0, node)
             k = stage.affine.adjoint(k)
             for op, before in zip(reversed(stage.lead), reversed(lead_inputs), strict=True):
                 k = op.pull(before, k)
@@ -135,7 +121,7 @@ class Linearisation:
                 dk = self._pull_tail(node, dz[i], dk)
                 if inject is not None:
                     dk = dk + inject.rounding(node.k)
-            rows |= self._rows(node, du[i], dk)
+            rows |= node.gradient.push(du[i], dk)
             if i:
                 dk = _flat(node.stage.affine.adjoint, dk)
                 for op, before in zip(
@@ -151,8 +137,8 @@ class Linearisation:
         bar_u = []
         bar_k: Tensor | None = None
         for i, node in enumerate(self.nodes):
-            bar_u.append(self._rows_u(node, rows))
-            own = self._rows_k(node, rows)
+            bar_u.append(node.gradient.pull_u(rows))
+            own = node.gradient.pull_k(rows)
             if bar_k is not None:
                 for op, before in zip(node.stage.lead, node.lead_inputs, strict=True):
                     bar_k = _push(op, before, bar_k)
@@ -235,76 +221,6 @@ class Linearisation:
         if on_z is None:
             on_z = torch.zeros_like(bar).reshape(bar.shape[0], *node.z.shape)
         return bar, on_z
-
-    def _rows(self, node: _Node, du: Tensor, dk: Tensor) -> Rows:
-        """DG = K du + U dk, and d∂b = Σ dk."""
-        affine = node.stage.affine
-        count = du.shape[0]
-        table = weight_constraint(affine, self.x.shape[0]).unfold(du.flatten(0, 1), count)
-        groups, _, size = node.matrix.shape
-        first = torch.einsum("grp,sgcp->sgcr", node.matrix, table.reshape(count, groups, -1, size))
-        k = _filters(dk, groups)  # [S, g, F/g, B·out]
-        second = torch.einsum("gtp,sgfp->sgft", node.patches, k)
-        shape = (count, *affine.weight.shape)
-        out = {affine.weight_name: _unrows(affine, first, count) + second.reshape(shape)}
-        if affine.bias_name is not None:
-            out[affine.bias_name] = k.sum(-1).flatten(1)
-        return out
-
-    def _rows_u(self, node: _Node, rows: Rows) -> Tensor:
-        affine = node.stage.affine
-        y = gradient_rows(affine, rows[affine.weight_name])
-        groups, count, _ = node.matrix.shape
-        table = torch.einsum(
-            "grp,sgcr->sgcp", node.matrix, y.reshape(y.shape[0], groups, -1, count)
-        ).flatten(1, 2)
-        return (
-            weight_constraint(affine, self.x.shape[0])
-            .fold(table)
-            .reshape(y.shape[0], *node.u.shape)
-        )
-
-    def _rows_k(self, node: _Node, rows: Rows) -> Tensor:
-        affine = node.stage.affine
-        y = rows[affine.weight_name]
-        groups = node.patches.shape[0]
-        y = y.reshape(y.shape[0], groups, -1, node.patches.shape[1])
-        k = torch.einsum("gtp,sgft->sgfp", node.patches, y).flatten(1, 2)
-        if affine.bias_name is not None:
-            k = k + rows[affine.bias_name][:, :, None]
-        batch = self.x.shape[0]
-        k = k.reshape(k.shape[0], k.shape[1], batch, -1).transpose(1, 2)
-        return k.reshape(k.shape[0], *node.k.shape)
-
-
-def _patches(affine: Affine, u: Tensor) -> Tensor:
-    """U with G = U k: the inputs that meet each filter entry, [g, C/g·offsets, B·outputs]."""
-    if affine.geometry is None:
-        return u.T.unsqueeze(0)
-    groups = affine.geometry.groups
-    space, out = affine.in_shape[1:], affine.out_shape[1:]
-    table = convnd.taps(affine.geometry, space, out).to(u.device)
-    flat = u.flatten(2)
-    padded = torch.cat([flat, flat.new_zeros(*flat.shape[:2], 1)], 2)  # −1 reads the zero
-    picked = padded[:, :, table]  # [B, C, offsets, outputs]
-    picked = picked.permute(1, 2, 0, 3)
-    return picked.reshape(groups, -1, u.shape[0] * prod(out))
-
-
-def _filters(dk: Tensor, groups: int) -> Tensor:
-    """[S, B, F, *out] → [S, g, F/g, B·out]."""
-    k = dk.reshape(dk.shape[0], dk.shape[1], dk.shape[2], -1).transpose(1, 2)
-    return k.reshape(k.shape[0], groups, k.shape[1] // groups, -1)
-
-
-def _unrows(affine: Affine, rows: Tensor, count: int) -> Tensor:
-    """Inverse of ``gradient_rows``: [S, g, C/g, (F/g)·offsets] → [S, *weight.shape]."""
-    if affine.geometry is None:
-        return rows.reshape(count, rows.shape[2], -1).transpose(1, 2)
-    groups = affine.geometry.groups
-    offsets = prod(affine.geometry.kernel)
-    split = rows.reshape(count, groups, rows.shape[2], -1, offsets).transpose(2, 3)
-    return split.reshape(count, *affine.weight.shape)
 
 
 def _flat(function: Callable[[Tensor], Tensor], ensemble: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rgap.jacobian import Linearisation, Rows
+from rgap.bilinear import Rows
+from rgap.jacobian import Linearisation
 from rgap.network import Chain
 from rgap.precision import Known, Precision
 

@@ -8,8 +8,8 @@ from math import inf, log10
 import pytest
 import torch
 
-from rgap.analysis.discard import Audit, AuditRow
 from rgap.analysis.plots import discard_heatmap, percent, psnr, side_by_side
+from rgap.analysis.table import Audit, AuditRow
 
 
 def row(layer: str, batch: int, unknowns: int, nullity: int) -> AuditRow:

@@ -20,8 +20,9 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from rgap import models, photos
-from rgap.analysis.discard import Audit, audit
+from rgap.analysis.discard import audit
 from rgap.analysis.plots import discard_heatmap, psnr, side_by_side
+from rgap.analysis.table import Audit
 from rgap.capture import capture
 from rgap.invert import Head, invert
 from rgap.recovery import Recovery

@@ -13,7 +13,7 @@ from rich.text import Text
 from rgap.report.tables import audit_matrix, status_text
 
 if TYPE_CHECKING:
-    from rgap.analysis.discard import Audit
+    from rgap.analysis.table import Audit
     from rgap.report.demo import Case, Demo
 
 __all__ = ["tell"]

@@ -11,7 +11,7 @@ from rich.text import Text
 from rgap.analysis.plots import percent
 
 if TYPE_CHECKING:
-    from rgap.analysis.discard import Audit, AuditRow
+    from rgap.analysis.table import Audit, AuditRow
     from rgap.recovery import LayerReport, Recovery
 
 __all__ = ["audit_matrix", "audit_table", "recovery_table", "status_text"]
@@ -29,7 +29,7 @@ _COLOURS = {
 def audit_table(audit: Audit) -> Table:
     """Every row of an audit, one block per batch size, layers in forward order.
 
-    >>> from rgap.analysis.discard import Audit, AuditRow
+    >>> from rgap.analysis.table import Audit, AuditRow
     >>> row = AuditRow("fc", "linear", 2, 64, 20, 16, 48, 16, 0.25, 3.0)
     >>> audit_table(Audit("Sequential", "exact", (row,))).row_count
     1
