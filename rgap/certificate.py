@@ -16,16 +16,16 @@ from torch import Tensor
 
 from rgap.capture import capture
 from rgap.head import HeadCandidate
-from rgap.polish import Polished
+from rgap.polish import FITS, Polished
 from rgap.precision import Known
 from rgap.problem import Problem
 from rgap.recovery import Candidate, Recovery, Status
 from rgap.recursion import Descent
 from rgap.reports import layer_reports
 from rgap.symptoms import compression, warnings
+from rgap.systems.stage import DETERMINED
 
 REFUTED = 100.0  # an alternative is refuted when it misses by this many standard errors
-FITS = 10.0  # an exact answer reproduces every parameter's gradient to this many
 CLEAR = 10.0  # smallest gap between the last determined direction and the cutoff
 SAFETY = 10.0  # error bound over the largest predicted standard error
 USEFUL = 0.1  # an error bound above this share of the value range certifies nothing
@@ -166,7 +166,8 @@ def certify(problem: Problem, answers: Sequence[Answer]) -> Recovery:
 def _verdict(problem: Problem, answer: Answer) -> tuple[Status, str]:
     for index, step in answer.descent.solutions.items():
         joint = step.solution.stats.joint
-        if joint is None or joint.nullity or joint.gap < CLEAR:
+        clear = joint is not None and not joint.nullity and joint.gap >= CLEAR
+        if not clear and answer.polished.worst > DETERMINED / CLEAR:
             name = problem.chain.stages[index].name
             return Status.UNDERDETERMINED, (
                 f"'{name}' is too badly conditioned at this precision: its worst direction is "

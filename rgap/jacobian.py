@@ -97,6 +97,7 @@ class Linearisation:
                 step: the result is then a sample of what rounding does to the update.
         """
         du, dz = [], []
+        rounded: list[list[Tensor]] = []  # error of each activation's output
         value = dx
         for node in self.nodes:
             for op, before in zip(node.stage.lead, node.lead_inputs, strict=True):
@@ -109,21 +110,26 @@ class Linearisation:
             dz.append(value)
             if node.stage.index == len(self.nodes) - 1:
                 break
+            rounded.append([])
             for op, before in zip(node.stage.tail, node.tail_inputs, strict=True):
                 value = _push(op, before, value)
                 if inject is not None and isinstance(op, Activation):
-                    value = value + inject.rounding(op.forward(before))
+                    rounded[-1].append(inject.rounding(op.forward(before)))
+                    value = value + rounded[-1][-1]
         dk = torch.zeros_like(dz[-1]) if dkappa is None else dkappa
         rows: Rows = {}
         for i in range(len(self.nodes) - 1, -1, -1):
             node = self.nodes[i]
             if i < len(self.nodes) - 1:
-                dk = self._pull_tail(node, dz[i], dk)
+                dk = self._pull_tail(node, dz[i], dk, rounded[i])
                 if inject is not None:
                     dk = dk + inject.rounding(node.k)
             rows |= node.gradient.push(du[i], dk)
             if i:
                 dk = _flat(node.stage.affine.adjoint, dk)
+                if inject is not None:
+                    terms = node.stage.affine.squared().adjoint(node.k.square())
+                    dk = dk + inject.normal(inject.sum_std(terms))
                 for op, before in zip(
                     reversed(node.stage.lead), reversed(node.lead_inputs), strict=True
                 ):
@@ -179,8 +185,9 @@ class Linearisation:
         return out
 
     @staticmethod
-    def _pull_tail(node: _Node, dz: Tensor, dk: Tensor) -> Tensor:
-        """d(k at z) from dz and d(k at the tail's output)."""
+    def _pull_tail(node: _Node, dz: Tensor, dk: Tensor, rounded: list[Tensor]) -> Tensor:
+        """d(k at z) from dz, d(k at the tail's output) and the rounding of the activations."""
+        rounded = list(rounded)
         directions = []
         value = dz
         for op, before in zip(node.stage.tail, node.tail_inputs, strict=True):
@@ -197,6 +204,10 @@ class Linearisation:
             dk = _pull(op, before, dk)
             if isinstance(op, Activation):
                 dk = dk + above * op.second_derivative(before) * direction
+                own = rounded.pop() if rounded else None
+                if own is not None and op.slope_from_output:
+                    # 1 − y² of a saturated y: all that is left of it may be the rounding of y.
+                    dk = dk + above * op.slope_derivative(op.forward(before)) * own
         return dk
 
     @staticmethod

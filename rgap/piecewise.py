@@ -27,6 +27,7 @@ class Activation(Op):
         one_sided: True for ReLU: x > 0 is an equality, x = 0 only says z ≤ 0.
         odd: φ(−z) = −φ(z).
         homogeneous: φ(c z) = c φ(z) for c > 0.
+        slope_from_output: autograd computes φ' from the rounded output, not from the input.
     """
 
     elementwise = True
@@ -34,6 +35,7 @@ class Activation(Op):
     one_sided: bool = False
     odd: bool = False
     homogeneous: bool = False
+    slope_from_output: bool = False
     domain: tuple[float, float] = (-_INF, _INF)
 
     def __init__(self, name: str, in_shape: tuple[int, ...], barrier: str | None = None) -> None:

@@ -10,8 +10,9 @@ Jacobian.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import inf
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from torch import Tensor
 from rgap.bilinear import Rows
 from rgap.jacobian import Linearisation
 from rgap.network import Chain
+from rgap.normal import Inverse, Normal
 from rgap.precision import Known, Precision
 
 log = logging.getLogger(__name__)
@@ -26,9 +28,8 @@ log = logging.getLogger(__name__)
 STEPS = 4  # Gauss–Newton steps at most
 BRIEF, FULL = 12, 300  # CG iterations of a step: while the recursion is accurate, and where not
 SAMPLES = 4  # noise samples of the full solve; each averages over all pixels
+FITS = 10.0  # misfit up to which the update counts as reproduced; above, a full solve follows
 HARD = 2e-5  # predicted rms error, in widths of the value range, from which the full solve pays
-
-Inverse = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class Polished:
         iterations: CG iterations used in all.
         full: True if the solve on the whole update converged and the errors are its own;
             otherwise they are the recursion's, which the polish can only have lowered.
+        worst: standard error of the direction that the whole update fixes least; infinite where
+            its normal matrix was not needed, or not formed.
     """
 
     data: Known
@@ -49,6 +52,7 @@ class Polished:
     misfits: dict[str, float]
     iterations: int
     full: bool
+    worst: float = inf
 
 
 def polish(
@@ -78,30 +82,49 @@ def polish(
     if precondition is None:
         return Polished(start, max(misfits.values()), misfits, 0, full=False)
     hard = float(start.error.square().mean().sqrt()) > HARD * width
-    limit, x, used = (FULL if hard else BRIEF), start.value, 0
-    done = False
-    for _ in range(STEPS if hard else 1):
-        rhs = {name: r[None] for name, r in _residual(point, gradients).items()}
-        dx, count, done = _normal_solve(point, weights, rhs, precondition, limit, 1e-3)
-        used += count
-        trial = Linearisation(chain, x + dx[0], kappa.value)
-        fresh = _misfits(trial, gradients, weights)
-        if not _objective(fresh, gradients) < _objective(misfits, gradients):
-            break
-        settled = _objective(fresh, gradients) > 0.98 * _objective(misfits, gradients)
-        x, point, misfits = x + dx[0], trial, fresh
-        if settled:
-            break
-    data, full = Known(x, start.error), False
+    used = 0
+    if not hard:
+        point, misfits, used, _ = _step(point, misfits, gradients, weights, precondition, BRIEF)
+        hard = max(misfits.values()) > FITS
+    data, full, worst = Known(point.x, start.error), False, inf
     if hard:
-        few = replace(precision, samples=SAMPLES, seed=precision.seed + 1)
-        noise = _noise(point, Known(kappa.value, kappa.error[:SAMPLES]), few)
-        errors, count, full = _normal_solve(point, weights, noise, precondition, FULL, 3e-2)
+        factored = Normal(point, weights).factored()
+        if factored is not None:
+            precondition, worst = factored.inverse, factored.worst()
+        for _ in range(STEPS):
+            before = _objective(misfits, gradients)
+            point, misfits, count, full = _step(
+                point, misfits, gradients, weights, precondition, FULL
+            )
+            used += count
+            if _objective(misfits, gradients) > 0.98 * before:
+                break
+        samples = SAMPLES if factored is None else precision.samples
+        few = replace(precision, samples=samples, seed=precision.seed + 1)
+        noise = _noise(point, Known(kappa.value, kappa.error[:samples]), few)
+        errors, count, done = Normal(point, weights).solve(noise, precondition, FULL, 3e-2)
         used, full = used + count, full and done
-        if full:
-            data = Known(x, errors)
+        data = Known(point.x, errors if full else start.error)
     log.debug("polish: %d iterations, misfit %.2g, full %s", used, max(misfits.values()), full)
-    return Polished(data, max(misfits.values()), misfits, used, full)
+    return Polished(data, max(misfits.values()), misfits, used, full, worst if full else inf)
+
+
+def _step(
+    point: Linearisation,
+    misfits: dict[str, float],
+    gradients: Mapping[str, Tensor],
+    weights: Rows,
+    precondition: Inverse,
+    limit: int,
+) -> tuple[Linearisation, dict[str, float], int, bool]:
+    """One Gauss–Newton step, undone where it does not lower the objective."""
+    rhs = {name: r[None] for name, r in _residual(point, gradients).items()}
+    dx, count, done = Normal(point, weights).solve(rhs, precondition, limit, 1e-3)
+    trial = Linearisation(point.chain, point.x + dx[0], point.kappa)
+    fresh = _misfits(trial, gradients, weights)
+    if _objective(fresh, gradients) < _objective(misfits, gradients):
+        point, misfits = trial, fresh
+    return point, misfits, count, done
 
 
 def _weights(point: Linearisation, kappa: Known, precision: Precision) -> Rows:
@@ -140,40 +163,6 @@ def _pool(variance: Tensor) -> Tensor:
     return variance if variance.ndim == 1 else variance.flatten(1).mean(1)
 
 
-def _normal_solve(
-    point: Linearisation,
-    weights: Rows,
-    rhs: Rows,
-    precondition: Inverse,
-    limit: int,
-    tolerance: float,
-) -> tuple[Tensor, int, bool]:
-    """(JᵀΣ⁻¹J)⁻¹ JᵀΣ⁻¹ rhs by preconditioned CG, all right-hand sides at once."""
-
-    def normal(v: Tensor) -> Tensor:
-        image = point.jvp(v)
-        return point.vjp({n: image[n] * weights[n].square() for n in image})
-
-    residual = point.vjp({n: rhs[n] * weights[n].square() for n in rhs})
-    x = torch.zeros_like(residual)
-    z = precondition(residual)
-    direction, energy = z, _dot(residual, z)
-    first = energy.clone()
-    for iteration in range(limit):
-        image = normal(direction)
-        curvature = _dot(direction, image)
-        alpha = torch.where(curvature > 0, energy / curvature.clamp_min(1e-300), 0 * energy)
-        x = x + _scale(alpha, direction)
-        residual = residual - _scale(alpha, image)
-        z = precondition(residual)
-        fresh = _dot(residual, z)
-        if bool((fresh <= tolerance**2 * first).all()):
-            return x, iteration + 1, True
-        direction = z + _scale(fresh / energy.clamp_min(1e-300), direction)
-        energy = fresh
-    return x, limit, False
-
-
 def _residual(point: Linearisation, gradients: Mapping[str, Tensor]) -> Rows:
     return {name: gradients[name] - g for name, g in point.gradients().items()}
 
@@ -189,11 +178,3 @@ def _objective(misfits: Mapping[str, float], gradients: Mapping[str, Tensor]) ->
     """Σ of squared weighted residuals; infinite if any is not a number."""
     total = sum(m * m * gradients[name].numel() for name, m in misfits.items())
     return total if total == total else float("inf")
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return (a.flatten(1) * b.flatten(1)).sum(1)
-
-
-def _scale(factor: Tensor, x: Tensor) -> Tensor:
-    return x * factor.reshape(-1, *([1] * (x.ndim - 1)))

@@ -28,6 +28,7 @@ class Sigmoid(Activation):
 
     kind_name = "sigmoid"
     domain = (0.0, 1.0)
+    slope_from_output = True
 
     def forward(self, x: Tensor) -> Tensor:
         """σ(z)."""
@@ -61,6 +62,7 @@ class Tanh(Activation):
     kind_name = "tanh"
     domain = (-1.0, 1.0)
     odd = True
+    slope_from_output = True
 
     def forward(self, x: Tensor) -> Tensor:
         """Tanh z."""
