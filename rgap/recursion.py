@@ -161,8 +161,10 @@ def descend(
                 return descent
         descent.cotangents[index] = k
         cot = Known(stage.affine.adjoint(k.value), _map(stage.affine.adjoint, k.error))
-        cot = Known(cot.value, cot.error + precision.rounding(cot.value))
-        passed = _lift(stage, known, cot)
+        # The terms of the client's sum rounded, however small a result they cancel to.
+        terms = stage.affine.squared().adjoint(k.value.square())
+        cot = Known(cot.value, cot.error + precision.normal(precision.sum_std(terms)))
+        passed = _lift(stage, known, cot, precision)
         if isinstance(passed, Halt):
             descent.halt = passed
             return descent
@@ -176,12 +178,23 @@ def descend(
             return descent
         known, k = through
     if chain.complete:
-        descent.data = known
+        descent.halt = _cut(chain.stages[0], known)
+        descent.data = known if descent.halt is None else None
     else:
         barrier = chain.barrier
         assert barrier is not None
         descent.halt = Halt(barrier.node, f"{barrier.reason}; {barrier.advice}", supported=False)
     return descent
+
+
+def _cut(stage: Stage, data: Known) -> Halt | None:
+    """What a ReLU of the data themselves leaves open."""
+    missing = int((~data.known).sum())
+    for op in stage.lead if missing else ():
+        if isinstance(op, Activation) and op.one_sided:
+            reason = f"'{op.name}' ({op.kind}) sets {missing} values of the data to 0: {missing}"
+            return Halt(op.name, f"{reason} equations are missing", supported=True)
+    return None
 
 
 def _shortfall(stage: Stage, step: StageSolution) -> Halt:
@@ -209,7 +222,7 @@ def _shortfall(stage: Stage, step: StageSolution) -> Halt:
     )
 
 
-def _lift(stage: Stage, u: Known, cot: Known) -> tuple[Known, Known] | Halt:
+def _lift(stage: Stage, u: Known, cot: Known, precision: Precision) -> tuple[Known, Known] | Halt:
     """From the affine map's input u to the stage's input x, through the lead; k alike."""
     for op in reversed(stage.lead):
         if op.barrier is not None:
@@ -222,6 +235,9 @@ def _lift(stage: Stage, u: Known, cot: Known) -> tuple[Known, Known] | Halt:
                 f"{prod(op.out_shape)}: {missing} equations are missing",
                 supported=True,
             )
+        if isinstance(op, Activation):  # of the data, or above a pooling: relu(pool(conv(x)))
+            u, cot = _invert_activation(op, u, cot, precision)
+            continue
         u = Known(op.inverse(u.value), _affine_error(op, u.error))
         cot = Known(op.adjoint(cot.value), _map(op.adjoint, cot.error))
     return u, cot
