@@ -180,9 +180,11 @@ def _without_bias(
             candidate = _candidate(stage, gradient, x, cot, loss, precision)
             found.append(replace(candidate, scale=alpha))
     if not found:
+        gone = int((gradient == 0).all(1).sum())
+        lost = f": {gone} of its {len(v)} rows underflowed to 0 and tell neither" if gone else ""
         return HeadFailure(
-            f"no scale and no target of {loss.name} reproduce the gradient of '{stage.name}'",
-            consistent=False,
+            f"no scale and no target of {loss.name} reproduce the gradient of '{stage.name}'{lost}",
+            consistent=gone > 0,
         )
     return sorted(found, key=lambda candidate: candidate.uncertainty)
 

@@ -93,3 +93,18 @@ def test_a_cotangent_that_nearly_cancels_is_not_taken_for_a_contradiction(
         assert recovery.status is Status.EXACT, (seed, recovery.reason)
         assert recovery.inputs is not None and recovery.error_bound is not None
         assert float((recovery.inputs - x).abs().max()) <= recovery.error_bound
+
+
+def test_rows_that_underflowed_are_no_contradiction() -> None:
+    """Logits of a binary loss that are sure of themselves send rows of zeros: open, no more."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        layers = [nn.Flatten(), nn.Linear(32, 40, bias=False), nn.Tanh()]
+        model = nn.Sequential(*layers, nn.Linear(40, 10, bias=False)).eval()
+        nn.init.uniform_(model[3].weight, -100, 100)
+        y = (model(X) > 0).float()
+        y[0, 0] = 1 - y[0, 0]  # one wrong answer, so that something is sent
+    update = capture(model, X, y, "binary_cross_entropy_with_logits")
+    assert bool((update.gradients["3.weight"] == 0).all(1).any())
+    recovery = invert(model, update)
+    assert recovery.status is Status.UNDERDETERMINED and "underflowed to 0" in recovery.reason
