@@ -166,8 +166,9 @@ def certify(problem: Problem, answers: Sequence[Answer]) -> Recovery:
 def _verdict(problem: Problem, answer: Answer) -> tuple[Status, str]:
     for index, step in answer.descent.solutions.items():
         joint = step.solution.stats.joint
-        clear = joint is not None and not joint.nullity and joint.gap >= CLEAR
-        if not clear and answer.polished.worst > DETERMINED / CLEAR:
+        sharp = joint is not None and joint.gap >= CLEAR
+        sharp = sharp or answer.polished.worst <= DETERMINED / CLEAR
+        if joint is None or joint.nullity or not sharp:
             name = problem.chain.stages[index].name
             return Status.UNDERDETERMINED, (
                 f"'{name}' is too badly conditioned at this precision: its worst direction is "
