@@ -49,6 +49,12 @@ def prepare(
 ) -> Problem:
     """Check an update against its model and bring both to float64; arguments as for ``invert``."""
     update.check(model)
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(
+                f"model: {name!r} is on the meta device and has no values; write "
+                "model.to_empty(device='cpu') and load the weights that the update was computed on"
+            )
     stated = update.batch_size if batch_size is None else batch_size
     if stated is None:
         raise ValueError(

@@ -108,3 +108,11 @@ def test_rows_that_underflowed_are_no_contradiction() -> None:
     assert bool((update.gradients["3.weight"] == 0).all(1).any())
     recovery = invert(model, update)
     assert recovery.status is Status.UNDERDETERMINED and "underflowed to 0" in recovery.reason
+
+
+def test_a_model_without_values_is_refused_by_name() -> None:
+    """On the meta device there is nothing to solve with."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(32, 3))
+    update = capture(model, X, torch.tensor([1]))
+    with pytest.raises(ValueError, match=r"'1\.weight' is on the meta device"):
+        invert(model.to("meta"), update)
