@@ -82,7 +82,7 @@ class Normal:
         if size > LARGEST:
             return None
         eye = torch.eye(size, dtype=x.dtype, device=x.device).reshape(size, *x.shape)
-        matrix = torch.cat([self.apply(part).flatten(1) for part in eye.split(COLUMNS)])
+        matrix = torch.cat([self.apply(part).flatten(1) for part in torch.split(eye, COLUMNS)])
         matrix = (matrix + matrix.T) / 2
         lower = cholesky_in_place(matrix.clone())
         return None if lower is None else Factored(matrix, lower)
