@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import inf
 
 import torch
@@ -229,16 +230,14 @@ def replay(problem: Problem, answer: Answer) -> tuple[float, dict[str, float]]:
     The loss and the target are used here, not the observed head cotangent: this is what the
     client would send for the answer.
     """
-    shape = (problem.batch, *problem.chain.input_shape)
-    targets = answer.labels
-    again = capture(
-        problem.model,
-        answer.inputs.reshape(shape),
-        targets,
-        problem.update.loss,
-        value_range=None,
-        dtype=torch.float64,
+    inputs = answer.inputs.reshape(problem.batch, *problem.chain.input_shape)
+    sender = partial(
+        capture, problem.model, inputs, answer.labels, problem.update.loss, value_range=None
     )
+    try:
+        again = sender(dtype=torch.float64)
+    except ValueError:  # a forward that casts to a precision of its own
+        again = sender(dtype=problem.update.dtype)
     parts, total, scale = {}, 0.0, 0.0
     for name, sent in problem.gradients.items():
         gap = float((again.gradients[name].to(sent) - sent).norm())

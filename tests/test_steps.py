@@ -116,3 +116,22 @@ def test_a_model_without_values_is_refused_by_name() -> None:
     update = capture(model, X, torch.tensor([1]))
     with pytest.raises(ValueError, match=r"'1\.weight' is on the meta device"):
         invert(model.to("meta"), update)
+
+
+class Casting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(32, 48), nn.Linear(48, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(torch.tanh(self.fc1(x.to(torch.float32).flatten(1))))
+
+
+def test_a_forward_with_a_precision_of_its_own_is_replayed_in_it() -> None:
+    torch.manual_seed(0)
+    model, x = Casting().eval(), torch.rand(1, 2, 4, 4)
+    recovery = invert(model, capture(model, x, torch.tensor([1])))
+    assert recovery.status is Status.EXACT, recovery.reason
+    assert recovery.inputs is not None
+    assert recovery.error_bound is not None
+    assert float((recovery.inputs - x).abs().max()) <= recovery.error_bound < 0.01
