@@ -25,7 +25,7 @@ def bias_attack(weight_gradient: Tensor, bias_gradient: Tensor) -> Tensor:
         ValueError: if the bias gradient is zero: then no row carries the input.
 
     >>> x, k = torch.tensor([1.0, 2.0]), torch.tensor([0.5, -1.0, 3.0])
-    >>> bias_attack(torch.outer(k, x), k)
+    >>> bias_attack(torch.outer(k, x), k).round(decimals=4)
     tensor([1., 2.])
     """
     scale = bias_gradient.abs().max()

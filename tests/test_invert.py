@@ -489,16 +489,7 @@ def test_stated_noise_is_in_the_bound_or_the_answer_is_withheld(
     assert silent.status is not Status.EXACT, "noise that is not stated refutes every answer"
 
 
-@pytest.mark.parametrize(
-    "dtype",
-    [
-        torch.float32,
-        pytest.param(
-            torch.float64,
-            marks=pytest.mark.xfail(strict=True, reason="LSMR stops short of float64's precision"),
-        ),
-    ],
-)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_small_memory_budget_takes_the_route_without_matrices(
     model: nn.Module, dtype: torch.dtype
 ) -> None:
