@@ -39,7 +39,7 @@ class Probe:
 
 
 def probe_layers(model: nn.Module, inputs: Tensor, targets: Tensor, loss: Loss) -> list[Probe]:
-    """Run a batch forward and backward on a float64 copy and note u and k of every layer.
+    """Run a batch forward and backward on a float64 copy on the CPU; note u and k of every layer.
 
     Works on any network, chain or not: skip connections, max-pool, attention.  A layer that is
     called several times is listed once per call; a layer that the equations do not cover is logged
@@ -57,14 +57,14 @@ def probe_layers(model: nn.Module, inputs: Tensor, targets: Tensor, loss: Loss) 
     Raises:
         ValueError: a model without such layers.
     """
-    twin = copy.deepcopy(model).double()
+    twin = copy.deepcopy(model).cpu().double()
     calls: list[tuple[str, nn.Module, Tensor, Tensor]] = []
     for name, module in twin.named_modules():
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
         if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
             _note(name, module, calls)
-    outputs = twin(inputs.detach().double())
+    outputs = twin(inputs.detach().cpu().double())
     value = loss(outputs, targets)
     if not calls:
         raise ValueError(
