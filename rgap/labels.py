@@ -56,6 +56,7 @@ def idlg(weight_gradient: Tensor, bias_gradient: Tensor | None = None) -> LabelE
         away; 1 for a single logit, which has nothing to balance.
 
     Raises:
+        TypeError: not tensors.
         ValueError: shapes that are not a head's, NaN or infinity.
 
     Source: iDLG (Zhao, Mopuri and Bilen 2020), which reads the signs of G's rows and so needs
@@ -154,6 +155,12 @@ def _along_singular_vector(gradient: Tensor) -> tuple[Tensor, bool]:
 
 
 def _check(weight: Tensor, bias: Tensor | None) -> None:
+    for name, given in (("weight", weight), ("bias", bias)):
+        if given is not None and not isinstance(given, Tensor):
+            raise TypeError(
+                f"{name}_gradient: expected a tensor, got {type(given).__name__}; write "
+                f"update.gradients['<last layer>.{name}'], or rgap.invert(model, update).labels."
+            )
     if weight.ndim != 2 or weight.numel() == 0:
         raise ValueError(
             f"weight_gradient: expected the head's [C, d], got shape {tuple(weight.shape)}; write "

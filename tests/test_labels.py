@@ -139,3 +139,11 @@ def test_bad_shapes_and_values() -> None:
         idlg(torch.full((3, 2), float("nan")))
     with pytest.raises(ValueError, match="floating"):
         idlg(torch.ones(3, 2, dtype=torch.long))
+
+
+def test_a_model_in_the_place_of_its_gradient_is_refused() -> None:
+    model = nn.Linear(3, 4)
+    with pytest.raises(TypeError, match=r"got Linear; write update\.gradients"):
+        idlg(model)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="bias_gradient: expected a tensor, got str"):
+        idlg(torch.ones(4, 3), "bias")  # type: ignore[arg-type]
