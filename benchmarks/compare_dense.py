@@ -9,7 +9,8 @@ its own (``dense_measure.py``):
 * ``rgap.recursion.descend`` from the head that rgap found, until the data is there;
 * ``rgap.invert`` end to end, with head, polish and certificate;
 * ``scipy.linalg.lstsq`` of the stacked dense matrix [K; W] of every layer below the head, given
-  the true cotangents and pre-activations: the solve alone is timed, not the building;
+  the true cotangents and pre-activations; the table of routes counts the building of the matrix, as
+  it does for rgap, the table of layers the solve alone;
 * one Cholesky factorisation of every size that the recursion factored: the floor of any route that
   factors the normal equations once.
 
@@ -247,7 +248,7 @@ def overview(networks: Json) -> Table:
                 table.add_row("", label, "over the limit", "", "", "", *memory(largest))
                 continue
             mark = "" if all(one["measured"] for one in found) else "≈ "
-            total = sum(one["seconds"] for one in found)
+            total = sum(one["seconds"] + one.get("build", 0.0) for one in found)
             table.add_row(
                 "", label, f"{mark}{total:.2f}", f"{mark}{total / seconds:.1f} × recursion",
                 "-", "-", *memory(largest),

@@ -240,16 +240,23 @@ class _Stage:
         std = self.precision.update_std(self.squares(u))
         forward = self.precision.normal(self.precision.sum_std(self.affine_squares(u)))
         coupled = (self.z.error + forward).flatten(1)
-        steps = 0 if made.condition <= TRUSTED else 30
-        errors = []
         # One member at a time: each has as many rows as the layer has weights.
-        for error, target in zip(self.k.error, coupled, strict=True):
-            noise = self.precision.normal(std, samples=1)
-            noise -= self.affine.weight_gradient(u, error)
-            rows = self.weighted(made, gradient_rows(self.affine, noise), target[None])
-            errors.append(made.solve(rows, steps, tolerance=1e-2)[0])
-        folded = self.coupling.fold(torch.cat(errors))
+        members = (
+            self.weighted(made, self.perturbed(std, u, error), target[None])
+            for error, target in zip(self.k.error, coupled, strict=True)
+        )
+        if made.condition <= TRUSTED:
+            errors = made.precondition(torch.cat([made.adjoint(member) for member in members]))
+        else:
+            errors = torch.cat([made.solve(member, 30, tolerance=1e-2)[0] for member in members])
+        folded = self.coupling.fold(errors)
         return Known(u, folded.reshape(len(errors), *u.shape)), iterations
+
+    def perturbed(self, std: Tensor, u: Tensor, error: Tensor) -> Tensor:
+        """What one draw of the update's own error and one error of k do to the gradient rows."""
+        noise = self.precision.normal(std, samples=1)
+        noise -= self.affine.weight_gradient(u, error)
+        return gradient_rows(self.affine, noise)
 
     def weighted(self, made: Factor, rows: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
         groups, count, _ = self.kronecker.matrix.shape
