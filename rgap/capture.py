@@ -119,7 +119,13 @@ def _gradients(
         _check_outputs(model, inputs, outputs, random)
         loss.check_targets(outputs, targets)
         value = loss(outputs, targets)
-        found = torch.autograd.grad(value, list(parameters.values()), materialize_grads=True)
+        try:
+            found = torch.autograd.grad(value, list(parameters.values()), materialize_grads=True)
+        except RuntimeError as error:
+            raise ValueError(
+                f"model: the backward pass of {type(model).__name__} failed: "
+                f"{str(error).splitlines()[0]}. Write a forward whose steps are differentiable."
+            ) from error
     return dict(zip(parameters, found, strict=True))
 
 

@@ -183,3 +183,17 @@ def test_a_false_value_range_is_pointed_out() -> None:
         assert capture(network, 2 * INPUTS, TARGETS, value_range=None).value_range is None
         update: Update = capture(network, 2 * INPUTS, TARGETS, value_range=(0, 2))
     assert update.value_range == (0.0, 2.0)
+
+
+class Stepped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.low, self.high = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.high(self.low(x) // 0.25)
+
+
+def test_a_backward_pass_that_fails_is_named() -> None:
+    with pytest.raises(ValueError, match="backward pass of Stepped failed"):
+        capture(Stepped().eval(), torch.rand(1, 4), torch.tensor([1]))
