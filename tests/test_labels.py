@@ -51,7 +51,7 @@ def test_every_label_is_found(activation: type[nn.Module], bias: bool, dtype: to
             assert found.counts is not None and found.counts.tolist() == [
                 int(c == label) for c in range(4)
             ]
-            assert found.confidence > 0.999 and found.reason == ""
+            assert found.least > 0.999 and found.reason == ""
 
 
 def test_features_of_both_signs_defeat_row_signs_but_not_this_rule() -> None:
@@ -66,7 +66,7 @@ def test_two_classes_need_a_bias() -> None:
         weight, bias = head_gradient(nn.Tanh, label, classes=2, bias=True, seed=1)
         with_bias, without = idlg(weight, bias), idlg(weight)
         assert with_bias.labels is not None and with_bias.labels.tolist() == [label]
-        assert without.labels is None and without.confidence == 0.0
+        assert without.labels is None and without.least == 0.0
         assert "sign of the features" in without.reason
 
 
@@ -99,7 +99,7 @@ def test_underflowed_label_entry_is_flagged(scale: float) -> None:
     for bias in (cotangent, None):
         found = idlg(torch.outer(cotangent, features), bias)
         assert found.labels is not None and found.labels.tolist() == [1]
-        assert "underflowed" in found.reason and found.confidence < 1e-12
+        assert "underflowed" in found.reason and found.least < 1e-12
 
 
 @pytest.mark.parametrize(

@@ -1,36 +1,14 @@
-"""Labels read off the head's gradient, before anything is solved."""
+"""iDLG: the label of a single sample, from the signs in the head's gradient."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from rgap import validation
+from rgap.labels.result import LabelEstimate
 
-__all__ = ["LabelEstimate", "idlg"]
-
-
-@dataclass(frozen=True, eq=False)
-class LabelEstimate:
-    """Labels, how sure they are, and under which assumptions; ``labels`` is None when undecided.
-
-    Attributes:
-        labels: class indices [B], long, or None.
-        counts: how often each class occurs [C], long, or None.
-        confidence: a measured number in [0, 1], whose meaning ``method`` says; 0 when undecided.
-        method: name of the rule that was used.
-        assumptions: what must hold for ``labels`` to be right.
-        reason: why nothing was decided, or a flag on the evidence; empty when all is clear.
-    """
-
-    labels: Tensor | None
-    counts: Tensor | None
-    confidence: float
-    method: str
-    assumptions: tuple[str, ...]
-    reason: str = ""
+__all__ = ["check_gradients", "idlg"]
 
 
 def idlg(weight_gradient: Tensor, bias_gradient: Tensor | None = None) -> LabelEstimate:
@@ -51,9 +29,9 @@ def idlg(weight_gradient: Tensor, bias_gradient: Tensor | None = None) -> LabelE
         bias_gradient: gradient of the head's bias [C], None if it has none.
 
     Returns:
-        The estimate. ``confidence`` is ``1 - |sum v| / sum |v|``: 1 where the entries balance as
-        the rows of a cross-entropy's cotangent must, 0 where the label's own entry was rounded
-        away; 1 for a single logit, which has nothing to balance.
+        The estimate. ``confidence`` is ``1 - |sum v| / sum |v|``, the same for every class: 1 where
+        the entries balance as the rows of a cross-entropy's cotangent must, 0 where the label's
+        own entry was rounded away; 1 for a single logit, which has nothing to balance.
 
     Raises:
         TypeError: not tensors.
@@ -69,7 +47,7 @@ def idlg(weight_gradient: Tensor, bias_gradient: Tensor | None = None) -> LabelE
         >>> idlg(torch.outer(k, features)).labels
         tensor([1])
     """
-    _check(weight_gradient, bias_gradient)
+    check_gradients(weight_gradient, bias_gradient)
     classes = weight_gradient.shape[0]
     single = classes == 1
     method = "single negative entry of the " + (
@@ -82,7 +60,7 @@ def idlg(weight_gradient: Tensor, bias_gradient: Tensor | None = None) -> LabelE
     )
 
     def undecided(reason: str) -> LabelEstimate:
-        return LabelEstimate(None, None, 0.0, method, assumptions, reason)
+        return LabelEstimate.undecided(max(classes, 2), method, assumptions, reason)
 
     v, parallel = _along_singular_vector(weight_gradient)
     if not parallel:
@@ -110,10 +88,10 @@ def idlg(weight_gradient: Tensor, bias_gradient: Tensor | None = None) -> LabelE
         )
         return undecided(f"{why}; {underflow}" if underflow else why)
     label, k = found.popitem()
-    labels = torch.tensor([label])
     balance = 1.0 if single else 1.0 - float(k.sum().abs() / k.abs().sum())
-    counts = torch.bincount(labels, minlength=max(classes, 2))
-    return LabelEstimate(labels, counts, balance, method, assumptions, underflow)
+    counts = torch.bincount(torch.tensor([label]), minlength=max(classes, 2))
+    confidence = torch.full((len(counts),), balance, dtype=torch.float64)
+    return LabelEstimate.of(counts, confidence, method, assumptions, underflow)
 
 
 def _possible_labels(k: Tensor) -> list[int]:
@@ -154,7 +132,8 @@ def _along_singular_vector(gradient: Tensor) -> tuple[Tensor, bool]:
     return v, bool((off <= noise).all())
 
 
-def _check(weight: Tensor, bias: Tensor | None) -> None:
+def check_gradients(weight: Tensor, bias: Tensor | None) -> None:
+    """Raise unless these are the gradients of a head: [C, d] and [C] or None, finite."""
     for name, given in (("weight", weight), ("bias", bias)):
         if given is not None and not isinstance(given, Tensor):
             raise TypeError(

@@ -1,0 +1,215 @@
+"""One entry for every method: finds the head of a model and its gradient in an update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rgap.labels.columns import gradinversion
+from rgap.labels.head import HeadGradient, refuse_loss
+from rgap.labels.identity import exact
+from rgap.labels.impact import llg, llg_star
+from rgap.labels.likelihood import best
+from rgap.labels.restoration import ilrg
+from rgap.labels.result import LabelEstimate
+from rgap.labels.separable import rlg
+from rgap.labels.signs import idlg
+from rgap.network import Stage, parse
+from rgap.update import Update
+
+__all__ = ["METHODS", "estimate", "head_features", "head_gradient"]
+
+PROBES = 32
+MOVED = "average over {} local steps: the model's weights are those before the first"
+
+
+def _single(head: HeadGradient) -> LabelEstimate:
+    found = idlg(head.weight_gradient, head.bias_gradient)
+    if head.batch_size == 1:
+        return found
+    reason = f"expected one sample, got a batch of {head.batch_size}"
+    return LabelEstimate.undecided(head.classes, "idlg", found.assumptions, reason)
+
+
+METHODS: dict[str, Callable[[HeadGradient], LabelEstimate]] = {
+    "best": best,
+    "exact": exact,
+    "ilrg": ilrg,
+    "rlg": rlg,
+    "llg_star": llg_star,
+    "llg": llg,
+    "gradinversion": gradinversion,
+    "idlg": _single,
+}
+"""Every method by its name, each from a `HeadGradient` to a `LabelEstimate`."""
+
+
+def estimate(
+    model: nn.Module,
+    update: Update,
+    *,
+    method: str = "best",
+    batch_size: int | None = None,
+    features: Tensor | None = None,
+) -> LabelEstimate:
+    """The labels of the batch behind ``update``, as far as one method can say.
+
+    Only the last fully connected layer is looked at; what lies below it need not be invertible,
+    nor a chain. The model runs on a few dummy inputs, on a copy.
+
+    Args:
+        model: as the client had it before the update; its mode and values stay.
+        update: the gradient; for `Update.from_delta` over several steps see ``batch_size``.
+        method: a key of ``METHODS``.
+        batch_size: B, if the update does not state it or to overrule it. For an average over local
+            steps write the number of different samples: B if every step used the same ones.
+        features: the head's inputs for the batch [B, d], where known; `exact` needs them.
+
+    Returns:
+        The estimate.
+
+    Raises:
+        ValueError: an unknown method, an unknown batch size, soft or real-valued targets, a model
+            whose output is not a fully connected layer, an update of another model.
+        TypeError: a model or an update that is none.
+
+    Example:
+        >>> import torch
+        >>> import rgap
+        >>> from rgap.labels import estimate
+        >>> model = rgap.models.lenet(activation="sigmoid", seed=0)
+        >>> update = rgap.capture(model, rgap.photos.load(4).float(), torch.tensor([3, 1, 3, 7]))
+        >>> estimate(model, update).labels
+        tensor([1, 3, 3, 7])
+    """
+    if method not in METHODS:
+        raise ValueError(
+            f"method: expected one of {', '.join(map(repr, METHODS))}, got {method!r}; write "
+            "method='best'."
+        )
+    found = METHODS[method](head_gradient(model, update, batch_size, features))
+    if update.local_steps > 1 and found.decided:
+        flag = MOVED.format(update.local_steps)
+        found = replace(found, reason=f"{found.reason}; {flag}" if found.reason else flag)
+    return found
+
+
+def head_gradient(
+    model: nn.Module,
+    update: Update,
+    batch_size: int | None = None,
+    features: Tensor | None = None,
+) -> HeadGradient:
+    """The last layer's part of an update, with its weights and its inputs on dummy data.
+
+    Arguments and errors as for `estimate`.
+    """
+    if not isinstance(update, Update):
+        raise TypeError(
+            f"update: expected an rgap.Update, got {type(update).__name__}; write "
+            "rgap.capture(model, inputs, targets) or rgap.Update(gradients)."
+        )
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}.")
+    update.check(model)
+    stated = update.batch_size if batch_size is None else batch_size
+    if stated is None:
+        raise ValueError(
+            "batch_size: expected a number of samples, got an update that does not state one; "
+            "write batch_size=8."
+        )
+    stage = _head(model, update)
+    refuse_loss(update.loss, stage.out_shape[0])
+    name = stage.affine.bias_name
+    return HeadGradient(
+        update.gradients[stage.affine.weight_name],
+        None if name is None else update.gradients[name],
+        stated,
+        stage.affine.weight,
+        stage.affine.bias,
+        update.loss,
+        features,
+        _probes(model, update, stage),
+        update.local_steps,
+    )
+
+
+def head_features(model: nn.Module, update: Update, inputs: Tensor) -> Tensor | None:
+    """The head's input for ``inputs`` [N, *input_shape], as [N, d] in float64.
+
+    None where the layer cannot be observed: a head that is no module of its own.
+    """
+    return _features(model, update, _head(model, update), inputs)
+
+
+def _head(model: nn.Module, update: Update) -> Stage:
+    """The last stage, if it is a fully connected layer whose output is the model's."""
+    if update.input_shape is None:
+        raise ValueError(
+            "input_shape: expected the shape of one sample, got an update that does not state it; "
+            "write dataclasses.replace(update, input_shape=(3, 32, 32))."
+        )
+    chain = parse(model, update.input_shape)
+    if not chain.stages:
+        why = f": {chain.barrier.reason}" if chain.barrier is not None else ""
+        raise ValueError(
+            f"model: expected a fully connected last layer, {type(model).__name__} has none that "
+            f"can be found{why}. Write a forward that returns that layer's logits."
+        )
+    stage = chain.stages[-1]
+    if stage.affine.kind != "linear" or len(stage.affine.in_shape) != 1:
+        raise ValueError(
+            f"model: expected a fully connected last layer, got '{stage.name}' "
+            f"({stage.affine.kind}, {list(stage.affine.in_shape)} to "
+            f"{list(stage.affine.out_shape)}); labels are read from the layer that makes the "
+            "logits."
+        )
+    if stage.tail:
+        raise ValueError(
+            f"model: expected logits, got '{stage.tail[-1].kind}' after the last layer "
+            f"'{stage.name}'; write a forward that returns its input, as "
+            f"torch.nn.functional.{update.loss.name} takes."
+        )
+    return stage
+
+
+def _probes(model: nn.Module, update: Update, stage: Stage) -> Tensor | None:
+    """The head's input on random, zero and one pictures."""
+    low, high = update.value_range or (0.0, 1.0)
+    shape = update.input_shape or ()
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.rand((PROBES, *shape), generator=generator)
+    flat = torch.stack([torch.zeros(shape), torch.ones(shape)])
+    return _features(model, update, stage, low + (high - low) * torch.cat([noise, flat]))
+
+
+def _features(model: nn.Module, update: Update, stage: Stage, inputs: Tensor) -> Tensor | None:
+    modules = dict(model.named_modules())
+    layer = modules.get(stage.affine.weight_name.rpartition(".")[0])
+    if not isinstance(layer, nn.Linear):
+        return None
+    seen: list[Tensor] = []
+
+    def note(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+        seen.append(arguments[0].detach().double().cpu())
+
+    place = next(model.parameters()).device
+    copies = {
+        name: t.detach().to(torch.float64) if t.is_floating_point() else t.detach().clone()
+        for name, t in [*model.named_parameters(), *model.named_buffers()]
+    }
+    for name, sent in update.buffers.items():
+        copies[name] = sent.to(place, copies[name].dtype)
+    handle = layer.register_forward_pre_hook(note)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.func.functional_call(model, copies, (inputs.detach().to(place).double(),))
+    finally:
+        handle.remove()
+    if len(seen) != 1:
+        return None
+    return seen[0].reshape(len(inputs), -1)
