@@ -104,12 +104,12 @@ class HeadGradient:
 
     @cached_property
     def rows(self) -> Tensor:
-        """``s * dW``, [C, d], float64: ``sum_i (p_ij - y_ij) x_i``."""
-        return self.weight_gradient.detach().double() * self.scale
+        """``s * dW``, [C, d], float64, on the CPU: ``sum_i (p_ij - y_ij) x_i``."""
+        return self.weight_gradient.detach().double().cpu() * self.scale
 
     @cached_property
     def sums(self) -> Tensor:
-        """``s * db + e B / C``, [C], float64: ``sum_i p_ij - (1 - e) n_j``.
+        """``s * db + e B / C``, [C], float64, on the CPU: ``sum_i p_ij - (1 - e) n_j``.
 
         Raises:
             ValueError: a head without a bias; look at ``bias_gradient`` first.
@@ -117,7 +117,7 @@ class HeadGradient:
         if self.bias_gradient is None:
             raise ValueError("bias_gradient: expected [C], got a head without a bias.")
         smoothed = self.loss.label_smoothing * self.batch_size / self.classes
-        return self.bias_gradient.detach().double() * self.scale + smoothed
+        return self.bias_gradient.detach().double().cpu() * self.scale + smoothed
 
     @property
     def nonnegative(self) -> bool | None:
@@ -125,8 +125,8 @@ class HeadGradient:
         known = self.probes if self.features is None else self.features
         return None if known is None or not known.numel() else bool((known >= 0).all())
 
-    def probabilities(self, features: Tensor) -> Tensor:
-        """``softmax(W x + b)``, [N, d] → [N, C].
+    def head_parameters(self) -> tuple[Tensor, Tensor]:
+        """W [C, d] and b [C] (zeros without a bias), float64, on the CPU.
 
         Raises:
             ValueError: the head's weights were not given.
@@ -136,10 +136,18 @@ class HeadGradient:
                 "weight: expected the head's [C, d], got None; write HeadGradient(..., "
                 "weight=model.head.weight, bias=model.head.bias)."
             )
-        logits = features.double() @ self.weight.detach().double().T
-        if self.bias is not None:
-            logits = logits + self.bias.detach().double()
-        return torch.softmax(logits, dim=1)
+        weight = self.weight.detach().double().cpu()
+        bias = None if self.bias is None else self.bias.detach().double().cpu()
+        return weight, weight.new_zeros(len(weight)) if bias is None else bias
+
+    def probabilities(self, features: Tensor) -> Tensor:
+        """``softmax(W x + b)``, [N, d] → [N, C].
+
+        Raises:
+            ValueError: the head's weights were not given.
+        """
+        weight, bias = self.head_parameters()
+        return torch.softmax(features.detach().double().cpu() @ weight.T + bias, dim=1)
 
 
 def refuse_loss(loss: Loss, logits: int) -> None:

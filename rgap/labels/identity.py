@@ -60,7 +60,7 @@ def exact(head: HeadGradient) -> LabelEstimate:
             f"an average over {head.local_steps} local steps: the weights moved between them, and "
             "the identity holds for one gradient",
         )
-    features = head.features.detach().double()
+    features = head.features.detach().double().cpu()
     expected = head.probabilities(features).sum(dim=0)
     if head.bias_gradient is not None:
         estimates = (expected - head.sums) / head.sharpness
@@ -90,7 +90,7 @@ def _open(head: HeadGradient, reason: str) -> LabelEstimate:
 
 
 def _ones(features: Tensor) -> Tensor | None:
-    """v with ``X v = 1``, of least norm, or None."""
+    """The v of least norm with ``X v = 1``, or None."""
     ones = features.new_ones(len(features))
     v = torch.linalg.pinv(features) @ ones
     return v if float((features @ v - ones).abs().max()) < 1e-6 else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["nearest_counts"]
+__all__ = ["nearest_counts", "nearest_simplex"]
 
 
 def nearest_counts(values: Tensor, total: int) -> Tensor:
@@ -42,10 +42,7 @@ def nearest_counts(values: Tensor, total: int) -> Tensor:
     v = values.detach().double()
     # Multiplicity in units of 1 is lost where |v| is beyond 2**52; only order matters there.
     v = (v - v.max()).clamp_min(-float(total) - 1.0)
-    ordered = v.sort(descending=True).values
-    shifts = (ordered.cumsum(0) - total) / torch.arange(1, len(v) + 1, device=v.device)
-    last = int((ordered > shifts).sum()) - 1
-    x = (v - shifts[max(last, 0)]).clamp_min(0.0)
+    x = nearest_simplex(v, total)
     counts = x.floor().long()
     missing = total - int(counts.sum())
     if missing > 0:  # rounding of x itself can make it one more or less than the fractions
@@ -57,3 +54,17 @@ def nearest_counts(values: Tensor, total: int) -> Tensor:
         spare = torch.where(counts > 0, x - counts, torch.inf)
         counts[spare.argsort(stable=True)[:-missing]] -= 1
     return counts
+
+
+def nearest_simplex(values: Tensor, total: float) -> Tensor:
+    """Euclidean projection of ``values`` [C] on ``x >= 0`` with ``sum(x) = total``, real-valued.
+
+    Example:
+        >>> nearest_simplex(torch.tensor([0.5, 2.0, -1.0]), 2.0)
+        tensor([0.2500, 1.7500, 0.0000])
+    """
+    ordered = values.sort(descending=True).values
+    places = torch.arange(1, len(values) + 1, device=values.device)
+    shifts = (ordered.cumsum(0) - total) / places
+    last = int((ordered > shifts).sum()) - 1
+    return (values - shifts[max(last, 0)]).clamp_min(0.0)

@@ -66,9 +66,10 @@ def solve(head: HeadGradient, sums: Tensor) -> Tensor:
 
 
 def class_probabilities(head: HeadGradient, sums: Tensor) -> Tensor:
-    """``softmax(W dW_j / db_j + b)`` for every class j, [C, C]; the common mean where db_j = 0."""
+    """``softmax(W dW_j / db_j + b)`` for every class j, [C, C]; x = 0 where db_j is."""
     smoothed = head.loss.label_smoothing * head.batch_size / head.classes
     divisor = (sums - smoothed)[:, None]
-    tiny = torch.finfo(torch.float64).tiny
-    means = head.rows / torch.where(divisor.abs() > tiny, divisor, torch.inf)
-    return head.probabilities(means)
+    # An entry below the rounding of the largest one is rounding itself.
+    eps = torch.finfo(head.weight_gradient.dtype).eps
+    lost = divisor.abs() <= eps * divisor.abs().max()
+    return head.probabilities(head.rows / torch.where(lost, torch.inf, divisor))

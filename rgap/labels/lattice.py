@@ -1,0 +1,118 @@
+"""Counts nearest to an estimate whose errors are correlated: a lattice search with odds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rgap.labels.integers import nearest_counts
+
+__all__ = ["Lattice", "search"]
+
+REACH = 3.0  # standard deviations to look along a principal direction
+FIRST, SECOND = 61, 9  # at most so many places along the first and the second of them
+SWAPS = 200
+
+
+@dataclass(frozen=True)
+class Lattice:
+    """The likeliest counts and how sure each one is.
+
+    Attributes:
+        counts: long [C].
+        confidence: of every class, the share of the likelihood, among all counts looked at, that
+            goes to counts with the same number for that class.
+    """
+
+    counts: Tensor
+    confidence: Tensor
+
+
+def search(estimates: Tensor, covariance: Tensor, total: int) -> Lattice:
+    """Counts n that minimise ``(n - v)^T S^-1 (n - v)`` with ``n >= 0`` and ``sum(n) = total``.
+
+    Rounding is the special case of uncorrelated errors. Errors of label counts are not: a wrong
+    mean feature moves all of them together, mostly along one direction, and rounding one by one
+    undoes that. The search rounds from places along the two principal directions of S, within
+    three standard deviations, then moves single labels between classes while that helps.
+
+    Args:
+        estimates: v, [C].
+        covariance: S, [C, C], positive definite.
+        total: what the counts add up to.
+
+    Returns:
+        The counts found, with their odds against all others looked at.
+
+    Source: the closest-vector problem of integer least squares (Teunissen 1995).
+
+    Example:
+        >>> v = torch.tensor([2.6, 1.4, 3.0], dtype=torch.float64)
+        >>> u = torch.tensor([1.0, -1.0, 0.0], dtype=torch.float64)
+        >>> search(v, 0.01 * torch.eye(3).double(), 7).counts
+        tensor([3, 1, 3])
+        >>> search(v + 0.3 * u, torch.outer(u, u) + 0.01 * torch.eye(3).double(), 7).counts
+        tensor([3, 1, 3])
+    """
+    precision = torch.linalg.inv(covariance)
+    found = torch.unique(_rounded_along(estimates, covariance, total), dim=0)
+    best = found[_costs(found, estimates, precision).argmin()]
+    for _ in range(SWAPS):
+        gains, moves = _swaps(best, estimates, precision)
+        if float(gains.min()) >= -1e-9:
+            break
+        best = moves(int(gains.argmin()))
+    gains, moves = _swaps(best, estimates, precision)
+    near = gains.argsort()[: 8 * len(best)]
+    near = near[torch.isfinite(gains[near])]
+    beside = [moves(int(place)) for place in near]
+    every = torch.unique(torch.stack([best, *found, *beside]), dim=0)
+    costs = _costs(every, estimates, precision)
+    odds = torch.softmax(-costs / 2.0, dim=0)
+    same = (every == best).double()
+    return Lattice(best, (odds @ same).clamp(0.0, 1.0))
+
+
+def _costs(counts: Tensor, estimates: Tensor, precision: Tensor) -> Tensor:
+    away = counts.double() - estimates
+    return torch.einsum("ni,ij,nj->n", away, precision, away)
+
+
+def _rounded_along(estimates: Tensor, covariance: Tensor, total: int) -> Tensor:
+    """Nearest counts from places along the two principal directions, [N, C]."""
+    values, vectors = torch.linalg.eigh(covariance)
+    places = estimates[None]
+    for order, most in ((-1, FIRST), (-2, SECOND)):
+        if len(values) < -order:
+            continue
+        step = values[order].clamp_min(0.0).sqrt() * vectors[:, order]
+        # Half a count between places is as fine as rounding can tell.
+        number = min(int(4.0 * REACH * float(step.abs().max())), most // 2)
+        along = torch.linspace(-REACH, REACH, 2 * number + 1, dtype=torch.float64)
+        if not number:
+            along = along.new_zeros(1)
+        places = (places[:, None] + along[:, None] * step).flatten(0, 1)
+    return torch.stack([nearest_counts(place, total) for place in places])
+
+
+def _swaps(
+    counts: Tensor, estimates: Tensor, precision: Tensor
+) -> tuple[Tensor, Callable[[int], Tensor]]:
+    """Change of cost for every move of one label from class j to class i, [C * C], and the move."""
+    slope = precision @ (counts.double() - estimates)
+    own = precision.diagonal()
+    gains = 2.0 * (slope[:, None] - slope) + own[:, None] + own - 2.0 * precision
+    gains[:, counts == 0] = torch.inf
+    gains.fill_diagonal_(torch.inf)
+
+    def moved(place: int) -> Tensor:
+        up, down = divmod(place, len(counts))
+        other = counts.clone()
+        other[up] += 1
+        other[down] -= 1
+        return other
+
+    return gains.flatten(), moved
