@@ -1,4 +1,4 @@
-"""The command line: ``rgap demo | capture | audit | invert``.
+"""The command line: ``rgap demo | capture | audit | invert | labels``.
 
 Nothing here imports torch until a command needs it, so that ``rgap --help`` answers at once.
 """
@@ -19,6 +19,7 @@ from rgap.arguments import (
     usable_device,
     whole_numbers,
 )
+from rgap.commands import labels
 from rgap.console import clean, print_json, say, stderr, stdout, waiting
 from rgap.options import Json, LossName, Method, Model, Precision, Reduction, Seed, Weights
 
@@ -297,6 +298,9 @@ def invert(
             why = several if found.candidates else "the batch is not determined"
             say(f"nothing written to {output}: {why}")
     raise typer.Exit(_CODES.get(found.status.name, 1))
+
+
+app.command(name="labels")(labels)
 
 
 def main() -> None:

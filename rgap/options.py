@@ -8,7 +8,17 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["Json", "LossName", "Method", "Model", "Precision", "Reduction", "Seed", "Weights"]
+__all__ = [
+    "Json",
+    "LabelMethod",
+    "LossName",
+    "Method",
+    "Model",
+    "Precision",
+    "Reduction",
+    "Seed",
+    "Weights",
+]
 
 _HINTS = {
     "model": "A built-in network (lenet, cnn6, cnn6d, fcn3, mlp, lenet5, vgg, resnet), with "
@@ -39,6 +49,20 @@ class Method(StrEnum):
 
     exact = "exact"
     formula = "formula"
+
+
+class LabelMethod(StrEnum):
+    """How `rgap labels` reads labels; a test compares the names with `rgap.labels.METHODS`."""
+
+    best = "best"
+    exact = "exact"
+    ilrg = "ilrg"
+    rlg = "rlg"
+    llg_star = "llg_star"
+    llg = "llg"
+    gradinversion = "gradinversion"
+    idlg = "idlg"
+    all = "all"
 
 
 class Reduction(StrEnum):

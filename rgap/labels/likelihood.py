@@ -10,7 +10,7 @@ both times s. Everything happens in the C logits of W m, not in the d features: 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,11 +30,15 @@ ASSUMPTIONS = (
     "their logits scatter by less than about 1",
 )
 STEPS = 20
+REFITS = 2  # with the counts held at whole numbers
+WIDE = 1.0
 # Variance of a row whose class does not occur, in samples: what the fixed softmax of a class mean
 # leaves unexplained. Of no consequence within a factor 10.
 FLOOR = 0.05
 # Standard deviation that every count keeps for what the model of the errors leaves out.
 SPREAD = 0.05
+DOUBT = 0.3  # relative error of what the scatter adds to the counts
+SIZES = 0.25  # relative scatter of the features' sizes, where row sums stand for a bias gradient
 DIRECTIONS = 8
 
 
@@ -45,10 +49,12 @@ class Fit:
     Attributes:
         estimates: counts before projection on the simplex, [C].
         covariance: of their errors, [C, C].
+        spread: standard deviation of a sample's logits, the largest of any class.
     """
 
     estimates: Tensor
     covariance: Tensor
+    spread: float
 
 
 def best(head: HeadGradient) -> LabelEstimate:
@@ -60,7 +66,8 @@ def best(head: HeadGradient) -> LabelEstimate:
     ``db_j / n_j`` (generalised least squares; the rows of absent classes give the mean almost
     exactly). The scatter that is left tells how logits vary within the batch: it bends the mean
     softmax (a second-order term) and gives the covariance of the counts' errors, which lie along
-    few directions. The counts are then found in that metric, not by rounding.
+    few directions. The counts are then found in that metric, not by rounding, and both steps are
+    repeated with these counts.
 
     Args:
         head: the gradient, with ``weight`` (and ``bias``) of the model. Without ``bias_gradient``
@@ -68,7 +75,9 @@ def best(head: HeadGradient) -> LabelEstimate:
 
     Returns:
         The estimate; ``estimates`` are the real-valued counts. ``confidence`` is the share of
-        the likelihood that goes to counts with the same number for that class.
+        the likelihood that goes to counts with the same number for that class, with errors
+        widened to what the fit leaves unexplained. ``reason`` flags logits that scatter by more
+        than 1, where it is still too sure: a trained network.
 
     Raises:
         ValueError: no ``weight``.
@@ -86,20 +95,31 @@ def best(head: HeadGradient) -> LabelEstimate:
     if isinstance(found, str):
         return LabelEstimate.undecided(head.classes, METHOD, ASSUMPTIONS, found)
     sums, reason = found
-    fit = _fit(head, sums)
+    guessed = head.bias_gradient is None
+    fit = _fit(head, sums, guessed)
+    for _ in range(REFITS):
+        lattice = search(fit.estimates, fit.covariance, head.batch_size)
+        fit = _fit(head, sums, guessed, lattice.counts.double())
+        away = lattice.counts - fit.estimates
+        excess = float(away @ torch.linalg.solve(fit.covariance, away)) / (head.classes - 1)
+        # Errors larger than the fit's own account of them (Birge's ratio).
+        fit = replace(fit, covariance=fit.covariance * max(excess, 1.0))
     lattice = search(fit.estimates, fit.covariance, head.batch_size)
+    if fit.spread > WIDE:
+        wide = f"logits scatter by {fit.spread:.1f} within the batch: the counts are a guess"
+        reason = f"{reason}; {wide}" if reason else wide
     return LabelEstimate.of(
         lattice.counts, lattice.confidence, METHOD, ASSUMPTIONS, reason, fit.estimates
     )
 
 
-def _fit(head: HeadGradient, sums: Tensor) -> Fit:
+def _fit(head: HeadGradient, sums: Tensor, guessed: bool, known: Tensor | None = None) -> Fit:
+    """Iterate the two equations, counts free or held at ``known``; sums ``guessed`` or sent."""
     weight, bias = head.head_parameters()
     batch, sharp = head.batch_size, head.sharpness
     cotangents = sums - head.loss.label_smoothing * batch / head.classes
-    rows = head.rows.cpu() @ weight.T
-    estimates = solve(head, sums).cpu()
-    counts = nearest_simplex(estimates, batch)
+    rows = head.rows @ weight.T
+    counts = nearest_simplex(solve(head, sums), batch) if known is None else known
     apart = torch.zeros_like(rows)  # logits of class means minus those of the batch's mean
     shared = torch.zeros_like(rows)  # sum_k n_k P_kj (m_k - m)
     for step in range(STEPS):
@@ -112,12 +132,16 @@ def _fit(head: HeadGradient, sums: Tensor) -> Fit:
         scatter = _scatter(counts, apart)
         probabilities = _mean_softmax(mean + bias + apart, scatter, counts)
         estimates = (counts @ probabilities - sums) / sharp
-        counts = nearest_simplex(estimates, batch)
+        if known is None:
+            counts = nearest_simplex(estimates, batch)
         shared = (counts[:, None] * probabilities).T @ apart
     p = torch.softmax(mean + bias, dim=0)
     moves = batch * (scatter * p - torch.outer(scatter @ p, p)) / sharp
-    covariance = moves.T @ moves / information + SPREAD**2 * torch.eye(len(p)).double()
-    return Fit(estimates, covariance)
+    bent = counts @ (probabilities - torch.softmax(mean + bias + apart, dim=1)) / sharp
+    alone = SPREAD**2 + (DOUBT * bent) ** 2 + (SIZES**2 * counts if guessed else 0.0)
+    covariance = moves.T @ moves / information + torch.diag(alone)
+    spread = (scatter - (scatter @ p)[:, None]).norm(dim=0).max()
+    return Fit(estimates, covariance, float(spread))
 
 
 def _scatter(counts: Tensor, apart: Tensor) -> Tensor:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 
-from scipy.optimize import brentq
+from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from rgap.labels.columns import signs_unknown
@@ -12,6 +12,7 @@ from rgap.labels.head import HeadGradient
 
 __all__ = ["bias_sums"]
 
+STEP, PLACES = 0.02, 400  # of the logarithm of a: a factor 3000
 FLAG = "no bias: its gradient was estimated from row sums and a class that does not occur"
 
 
@@ -20,11 +21,13 @@ def bias_sums(head: HeadGradient) -> tuple[Tensor, str] | str:
 
     The row sums ``r_j = sum_i (p_ij - y_ij) |x_i|_1`` of features of one sign are the bias gradient
     times their mean size a. In a batch with B < C some class does not occur, and there
-    ``B p_j(a) = r_j / a`` with ``p(a) = softmax(a W u + b)``, u = the mean feature of size 1; every
-    other class has ``B p_j(a) > r_j / a``. So a is the smallest size at which all counts are
-    non-negative, refined on the classes whose count is then zero.
+    ``B p_j(a) = r_j / a`` with ``p(a) = softmax(a W u)``, u = the mean feature of size 1, while
+    every class that occurs has ``B p_j(a) > r_j / a``. So a is the size at which the C - B classes
+    that fit best do so best.
     """
     if head.bias_gradient is not None:
+        if not bool(head.bias_gradient.any()):
+            return "the bias gradient is zero: it underflowed, or the loss was minimal"
         return head.sums, ""
     if head.nonnegative is not True:
         return f"the head has no bias gradient, and {signs_unknown(head)}"
@@ -41,28 +44,20 @@ def bias_sums(head: HeadGradient) -> tuple[Tensor, str] | str:
         return "the head has no bias gradient and its weight gradient is zero"
     unit = (r @ head.rows / energy)[None]
 
-    def surplus(size: float) -> Tensor:
-        return head.batch_size * head.probabilities(size * unit)[0] - r / size
+    absent = head.classes - head.batch_size  # at least so many do not occur
 
-    high = float(r.abs().max())
-    for _ in range(60):
-        if float(surplus(high).min()) >= 0.0:
-            break
-        high *= 2.0
-    else:
+    def misfit(log_size: float) -> float:
+        size = math.exp(log_size)
+        # Relative, or a size at which the softmax is all but zero would fit every absent class.
+        ratio = r / (size * head.batch_size * head.probabilities(size * unit)[0].clamp_min(1e-300))
+        return float((1.0 - ratio).abs().sort().values[:absent].square().sum())
+
+    # sum |n_j - B p_j| <= 2 B, so that no smaller size is possible.
+    least = math.log(float(r.abs().sum()) / (2.0 * head.batch_size))
+    grid = [least + STEP * k for k in range(PLACES)]
+    values = [misfit(place) for place in grid]
+    k = values.index(min(values))
+    if not 0 < k < PLACES - 1:
         return "the head has no bias gradient, and no size of its features fits the model"
-    low = high / 2.0
-    while float(surplus(low).min()) >= 0.0 and low > 1e-9 * high:
-        low /= 2.0
-    size = _root(lambda a: float(surplus(a).min()), low, high) or high
-    for _ in range(3):
-        absent = surplus(size) < 0.5
-        size = _root(lambda a, at=absent: float(surplus(a)[at].sum()), size / 2, size * 2) or size
-    return r / size, FLAG
-
-
-def _root(f: Callable[[float], float], low: float, high: float) -> float:
-    """Where f crosses zero between two ends, or 0.0 if it has one sign there."""
-    if f(low) * f(high) > 0.0:
-        return 0.0
-    return float(brentq(f, low, high))
+    found = minimize_scalar(misfit, bounds=(grid[k - 1], grid[k + 1]), method="bounded")
+    return r / math.exp(float(found.x)), FLAG
