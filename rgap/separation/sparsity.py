@@ -27,14 +27,17 @@ __all__ = ["SparseSeparation", "sparse_separation"]
 
 NOISE = 16.0  # error of an entry of G over unit·(size of its row): sums of B terms, safely
 CHECKS = 16  # rows that a kernel is tried on before all rows are
-HITS = 64  # kernels of one round that are looked at closely
+HITS = 16  # kernels of one round that are looked at closely
 LEAVES = 1 << 15  # kernels of one round
 SHARED = 10  # levels of the tree at which subsets branch
 SLICE = 4  # rows that each level of the tree chooses from
-PREFERENCES = (4.0, 1.0, 0.0, 2.0)  # for units that are off in the mean picture, round by round
+# How strongly units are preferred that are off in the mean picture (0) or in the weighted mean of
+# least norm, which is close to the darkest picture (1), by pairs of rounds.
+PREFERENCES = ((4.0, 0), (2.0, 1), (1.0, 0), (0.0, 0), (4.0, 1), (2.0, 0))
 UNDECIDED = 0.05  # largest share of pre-activations too close to zero to know their sign
 EXCHANGES = 8  # rows of a direction that are tried without
-STEPS = 40  # exchanges of rows from one kernel, those to the most zeros first
+STEPS = 8  # exchanges of rows from one kernel, those to the most zeros first
+NEW = 1e-3  # share of a kernel outside the span of the directions found
 SIFTED = 4096  # kernels of one round that are compared with those seen
 LOOSE = 1e-4  # zero of a kernel in single precision
 
@@ -79,7 +82,7 @@ class _Layer:
     weights: Tensor  # w [B]: ∂b = L w
     forward: Tensor  # M = W V [m, B]
     bias: Tensor  # b [m]
-    centre: Tensor  # z of the live units in the mean picture, [live]
+    centres: Tensor  # z of the live units in two weighted means of the batch, [2, live]
     loose: float  # largest entry of a kernel on a row of ``white`` that counts as zero
     noise: float  # largest error of an entry of R
     scale: float  # what G and ∂b were divided by
@@ -178,7 +181,9 @@ def sparse_separation(
     start = time.perf_counter()
     _check(weight_gradient, bias_gradient, weight, bias, rank)
 
-    def refused(reason: str, agreement: float = 0.0, tried: int = 0, found: int = 0) -> SparseSeparation:
+    def refused(
+        reason: str, agreement: float = 0.0, tried: int = 0, found: int = 0
+    ) -> SparseSeparation:
         spent = time.perf_counter() - start
         return SparseSeparation(None, None, agreement, tried, spent, reason, found)
 
@@ -240,8 +245,8 @@ class _Search:
         self.needed = min(2, self.checks)
         self.width = max(1, min(SLICE, (rows - self.checks) // max(1, rank - 1)))
         self.columns = layer.white.T.contiguous()
-        z = layer.centre
-        self.lean = (z - z.mean()) / z.std().clamp_min(1e-30)
+        z = layer.centres
+        self.lean = (z - z.mean(1, keepdim=True)) / z.std(1, keepdim=True).clamp_min(1e-30)
         self.seen: set[bytes] = set()
         if rank == 1:
             one = torch.ones(1, dtype=torch.float64)
@@ -267,37 +272,68 @@ class _Search:
         # Kernels within the planes that are left: e = t_2 n_1 − t_1 n_2 for a row u and t = uᵀN.
         tested = self.layer.white[torch.cat([slices[-1], checks])]
         planes = (tested @ basis.flatten(0, 1).reshape(2, rank, -1)).unbind(0)
-        hits, passed = [], []
+        subsets, passed, kernels = [], [], []
         for pivot, row in enumerate(slices[-1]):
             first, second = planes[0][pivot], planes[1][pivot]
             size = self.layer.loose * (first * first + second * second).sqrt_()
-            values = torch.addcmul(second * planes[0][self.width :], first, planes[1][self.width :], value=-1)
+            values = second * planes[0][self.width :]
+            values = torch.addcmul(values, first, planes[1][self.width :], value=-1)
             zero = values.abs_() < size
-            good = torch.nonzero(zero.sum(0, dtype=torch.uint8) >= self.needed).flatten()
-            hits.append(torch.cat([picks[:, good].T, row.expand(len(good), 1)], 1))
-            passed.append(zero[:, good].T)
-        subsets, zero = torch.cat(hits), torch.cat(passed)
-        shuffle = torch.randperm(len(subsets), generator=self.generator)[:SIFTED]
-        picks, zero = subsets[shuffle], zero[shuffle]
-        for _ in range(HITS):
-            new = ~self.found.contains(picks)
-            picks, zero = picks[new], zero[new]
-            if not len(picks) or self.count >= goal or time.perf_counter() > deadline:
-                break
-            self._look(torch.cat([picks[0], checks[zero[0]]]), order)
-            picks, zero = picks[1:], zero[1:]
+            hits = torch.nonzero(zero.sum(0, dtype=torch.uint8) >= self.needed).flatten()
+            subsets.append(torch.cat([picks[:, hits].T, row.expand(len(hits), 1)], 1))
+            passed.append(zero[:, hits].T)
+            kernels.append((second[hits] * basis[0][:, hits] - first[hits] * basis[1][:, hits]).T)
+        self._sift(torch.cat(subsets), torch.cat(passed), torch.cat(kernels), order, goal, deadline)
         self.rounds += 1
         return int(basis.shape[2]) * self.width
 
+    def _sift(
+        self,
+        picks: Tensor,
+        passed: Tensor,
+        kernels: Tensor,
+        order: Tensor,
+        goal: int,
+        deadline: float,
+    ) -> None:
+        """Look at the hits of a round, those with the most zeros first.
+
+        Every other round leaves out what lies in the span of the directions found: a sample that
+        is still missing is no mixture of the others.
+        """
+        checks = order[-self.checks :]
+        votes = passed.sum(1) + torch.rand(len(passed), generator=self.generator)
+        best = votes.argsort(descending=True)[:SIFTED]
+        picks, passed = picks[best], passed[best]
+        kernels = torch.nn.functional.normalize(kernels[best])
+        before = -1
+        for _ in range(HITS):
+            new = ~self.found.contains(picks)
+            if self.rounds % 2 == 0 and self.count != before:
+                before = self.count
+                known = self._known()
+                new &= (kernels - kernels @ known @ known.T).norm(dim=1) > NEW
+            picks, passed, kernels = picks[new], passed[new], kernels[new]
+            if not len(picks) or self.count >= goal or time.perf_counter() > deadline:
+                break
+            self._look(torch.cat([picks[0], checks[passed[0]]]), order)
+            picks, passed, kernels = picks[1:], passed[1:], kernels[1:]
+
+    def _known(self) -> Tensor:
+        """Orthonormal basis [B, F] of the sparsest directions found, F < B."""
+        kept = torch.nonzero(self.found.kept).flatten()
+        zeros = self.found.zeros[kept].sum(1)
+        best = kept[zeros.argsort(descending=True, stable=True)[: self.layer.rows.shape[1] - 1]]
+        white = torch.nn.functional.normalize(self.found.directions[best] * self.layer.sigma)
+        return torch.linalg.qr(white.T)[0].float()
+
     def _order(self) -> Tensor:
         """Rows of this round, for the levels of the tree and for the checks, weighted at random."""
-        uniform = torch.rand(len(self.lean), generator=self.generator, dtype=torch.float64)
+        uniform = torch.rand(self.lean.shape[1], generator=self.generator, dtype=torch.float64)
         keys = -torch.log(-torch.log(uniform.clamp(1e-300, 1 - 1e-16)))  # Gumbel: top-k sampling
-        preference = PREFERENCES[self.rounds % len(PREFERENCES)] if self.guided else 0.0
-        keys -= preference * self.lean
-        if preference and self.count:
-            share = self.found.zeros[self.found.kept].double().mean(0)
-            keys += preference * share
+        if self.guided:
+            strength, centre = PREFERENCES[(self.rounds // 2) % len(PREFERENCES)]
+            keys -= strength * self.lean[centre]
         rank = self.layer.white.shape[1]
         top = keys.argsort(descending=True)[: (rank - 1) * self.width + self.checks]
         return top[torch.randperm(len(top), generator=self.generator)]
@@ -398,6 +434,8 @@ class _Search:
             if torch.equal(now, zeros):
                 break
             zeros = now
+        if bool((self.found.kept & (self.found.zeros == zeros).all(1)).any()):
+            return []
         error = noise * rank**0.5 / gap
         near: list[Tensor] = []
         mixture = False
@@ -409,9 +447,17 @@ class _Search:
             others = self._planes(rest, rest[:0])
             mixture = mixture or len(others) >= 2
             near += others
+        mixture = mixture or self._mixed(zeros, needed)
         good = not mixture and error < 0.1 and int(zeros.sum()) >= rank - 1 + self.needed
         self.found = self.found.with_one(vh[-1], zeros, error, good)
         return near
+
+    def _mixed(self, zeros: Tensor, needed: Tensor) -> bool:
+        """True if the kernel without the rows that only it needs is spanned by sparser ones."""
+        common = zeros.clone()
+        common[torch.nonzero(zeros).flatten()[needed]] = False
+        sparser = self.found.kept & (self.found.zeros.sum(1) > zeros.sum())
+        return int((sparser & (self.found.zeros | ~common).all(1)).sum()) >= len(needed) + 1
 
 
 def _right(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -492,14 +538,17 @@ def _layer(
         return f"{len(live)} units have a gradient; {rank} samples need at least {rank + 1}"
     white = mixed / sigma
     weights = white.T @ bias_gradient / sigma
-    misfit = float((mixed @ weights - bias_gradient).norm() / bias_gradient.norm().clamp_min(1e-300))
+    misfit = float(
+        (mixed @ weights - bias_gradient).norm() / bias_gradient.norm().clamp_min(1e-300)
+    )
     if misfit > 1e3 * floor / float(sigma[-1]):
         return (
             f"the bias gradient is not in the range of the weight gradient (relative distance "
             f"{misfit:.1e}): they are not of one fully connected layer"
         )
-    # Least squares over the rows: a weighted mean of the batch, and a fair guess at each picture.
+    # Two points of the batch's affine hull: least squares over the rows, and the least norm.
     mean = gradient.T @ bias_gradient / bias_gradient.square().sum()
+    nearest = basis @ weights / weights.square().sum()
     sizes = sizes.clamp_min(1e-3 * float(sizes[live].median()))
     # Rounding of G's entries averages out over the row, rounding of the product with V does not.
     noise = NOISE * unit / gradient.shape[1] ** 0.5 + NOISE * 2**-53
@@ -515,7 +564,7 @@ def _layer(
         weights=weights,
         forward=weight @ basis,
         bias=bias,
-        centre=(weight @ mean + bias)[live],
+        centres=(torch.stack([mean, nearest]) @ weight.T + bias)[:, live],
         loose=min(max(LOOSE, error), 30 * LOOSE),
         noise=noise,
         scale=scale,
