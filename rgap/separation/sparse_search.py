@@ -37,11 +37,14 @@ class Found:
     errors: Tensor  # relative error of each direction, [F]
     kept: Tensor  # [F], boolean
 
-    def contains(self, picks: Tensor) -> Tensor:
-        """True where all rows of a subset [H, B − 1] are zeros of one direction, [H]."""
-        if not len(self.zeros):
-            return torch.zeros(len(picks), dtype=torch.bool)
-        return self.zeros[:, picks].all(2).any(0)
+    def contains(self, picks: Tensor, since: int) -> Tensor:
+        """True where all rows of a subset [H, B − 1] are zeros of one direction, [H].
+
+        Directions before place ``since`` were asked already.
+        """
+        zeros = self.zeros[since:].float()
+        mask = torch.zeros(len(picks), zeros.shape[1]).scatter_(1, picks, 1.0)
+        return (mask @ zeros.T > picks.shape[1] - 0.5).any(1)
 
     def with_one(self, direction: Tensor | None, zeros: Tensor, error: float, kept: bool) -> Found:
         """One direction more, or rows that are done with."""
@@ -130,9 +133,10 @@ class Search:
         best = votes.argsort(descending=True)[:SIFTED]
         picks, passed = picks[best], passed[best]
         kernels = torch.nn.functional.normalize(kernels[best])
-        before = -1
+        before, asked = -1, 0
         for _ in range(HITS):
-            new = ~self.found.contains(picks)
+            new = ~self.found.contains(picks, asked)
+            asked = len(self.found.kept)
             if self.rounds % 2 == 0 and self.count != before:
                 before = self.count
                 known = self._known()
