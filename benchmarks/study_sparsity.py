@@ -1,6 +1,6 @@
 """Batches of a ReLU network: the sparsity route beside the library's own, by batch size.
 
-    python benchmarks/study_sparsity.py                        B = 2 ... 25, half an hour on 2 cores
+    python benchmarks/study_sparsity.py                        B = 2 ... 25, up to an hour
     python benchmarks/study_sparsity.py --sizes 4 8 --seeds 1  a minute
     python benchmarks/study_sparsity.py --uniform              rows drawn uniformly, as published
 

@@ -133,7 +133,8 @@ def sparse_separation(
                     answer.agreement,
                     tried,
                     time.perf_counter() - start,
-                    f"the signs of all {answer.cotangents.numel()} pre-activations fit",
+                    f"the signs of {answer.cotangents.numel()} pre-activations fit, "
+                    f"{answer.undecided:.1%} of them too close to zero to tell",
                     done,
                     answer.error,
                 )
