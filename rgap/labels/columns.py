@@ -44,6 +44,10 @@ def gradinversion(head: HeadGradient) -> LabelEstimate:
         return LabelEstimate.undecided(
             head.classes, METHOD, ASSUMPTIONS, "label smoothing gives rows of absent classes signs"
         )
+    if not bool(head.rows.any()):
+        return LabelEstimate.undecided(
+            head.classes, METHOD, ASSUMPTIONS, "the weight gradient is zero"
+        )
     lowest = head.rows.min(dim=1).values
     proved = lowest < 0
     if head.batch_size > head.classes:

@@ -78,6 +78,8 @@ class HeadGradient:
         ):
             _check(name, tensor, shape)
         if rows == 1:
+            # The mean over one logit's elements is the mean over the batch.
+            object.__setattr__(self, "loss", Loss(CROSS_ENTROPY, reduction=self.loss.reduction))
             for name in ("weight_gradient", "bias_gradient"):
                 tensor = getattr(self, name)
                 if tensor is not None:

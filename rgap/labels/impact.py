@@ -92,6 +92,8 @@ def llg_star(head: HeadGradient) -> LabelEstimate:
 def _unfit(head: HeadGradient) -> str:
     if head.nonnegative is not True:
         return signs_unknown(head)
+    if not bool(head.rows.any()):
+        return "the weight gradient is zero"
     return "label smoothing changes the impact of a sample" if head.loss.label_smoothing else ""
 
 
