@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from rgap._version import __version__
 
 if TYPE_CHECKING:
-    from rgap import analysis, models, photos, solvers
+    from rgap import analysis, labels, models, photos, solvers
     from rgap.capture import capture
     from rgap.invert import Head, invert
     from rgap.labels import LabelEstimate, idlg
@@ -39,7 +39,7 @@ _HOMES = {
     "idlg": "labels",
     "invert": "invert",
 }
-_ROOMS = ("analysis", "models", "photos", "solvers")
+_ROOMS = ("analysis", "labels", "models", "photos", "solvers")
 
 __all__ = [
     "Candidate",
@@ -55,6 +55,7 @@ __all__ = [
     "capture",
     "idlg",
     "invert",
+    "labels",
     "models",
     "photos",
     "solvers",

@@ -70,8 +70,10 @@ def _read(
     """One method's answer; `exact` inverts the update for the features that it needs."""
     from dataclasses import replace
 
+    import torch
+
     import rgap
-    from rgap.labels import estimate, head_features
+    from rgap.labels import LabelEstimate, estimate, head_features
 
     if method != "exact":
         return estimate(network, sent, method=method, batch_size=batch_size)
@@ -83,4 +85,8 @@ def _read(
     if recovery.inputs is None or not recovery.exact:
         return replace(undecided, reason=f"{recovery.status.name}: {recovery.reason}")
     features = head_features(network, sent, recovery.inputs)
+    if features is None and recovery.labels is not None:  # certified, but not by the identity
+        counts = torch.bincount(recovery.labels, minlength=len(undecided.confidence))
+        sure = torch.ones(len(counts), dtype=torch.float64)
+        return LabelEstimate.of(counts, sure, method, ("the recovery is exact",))
     return estimate(network, sent, method=method, batch_size=batch_size, features=features)

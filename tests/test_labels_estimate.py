@@ -98,6 +98,28 @@ def test_what_lies_below_the_head_does_not_matter(model: Callable[[], nn.Module]
     assert not any(module._forward_pre_hooks for module in network.modules())
 
 
+class Functional(nn.Module):
+    """A head that is a parameter, not a module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3072, 40)
+        self.w = nn.Parameter(torch.randn(10, 40) / 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(torch.tanh(self.fc(x.flatten(1))).square(), self.w)
+
+
+def test_a_head_that_is_no_module() -> None:
+    torch.manual_seed(0)
+    model = Functional().eval()
+    update = rgap.capture(model, photographs(), TARGETS, dtype=torch.float64)
+    features = head_features(model, update, photographs())
+    assert features is not None and bool((features >= 0).all())
+    found = estimate(model, update, method="exact", features=features)
+    assert found.labels is not None and found.labels.tolist() == FOUND
+
+
 def test_one_logit() -> None:
     model = rgap.models.mlp((64,), classes=1, activation="sigmoid", seed=0)
     targets = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0])

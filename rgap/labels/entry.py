@@ -18,7 +18,7 @@ from rgap.labels.restoration import ilrg
 from rgap.labels.result import LabelEstimate
 from rgap.labels.separable import rlg
 from rgap.labels.signs import idlg
-from rgap.network import Stage, parse
+from rgap.network import Chain, parse
 from rgap.update import Update
 
 __all__ = ["METHODS", "estimate", "head_features", "head_gradient"]
@@ -122,7 +122,8 @@ def head_gradient(
             "batch_size: expected a number of samples, got an update that does not state one; "
             "write batch_size=8."
         )
-    stage = _head(model, update)
+    chain = _chain(model, update)
+    stage = chain.stages[-1]
     refuse_loss(update.loss, stage.out_shape[0])
     name = stage.affine.bias_name
     return HeadGradient(
@@ -133,21 +134,22 @@ def head_gradient(
         stage.affine.bias,
         update.loss,
         features,
-        _probes(model, update, stage),
+        _probes(model, update, chain),
         update.local_steps,
     )
 
 
 def head_features(model: nn.Module, update: Update, inputs: Tensor) -> Tensor | None:
-    """The head's input for ``inputs`` [N, *input_shape], as [N, d] in float64.
+    """The head's input [N, d] in float64 for ``inputs``, ``[N, *input_shape]``.
 
-    None where the layer cannot be observed: a head that is no module of its own.
+    None where they cannot be observed: a head that is no module of its own, above something that
+    is no chain. Errors as for `estimate`.
     """
-    return _features(model, update, _head(model, update), inputs)
+    return _features(model, update, _chain(model, update), inputs)
 
 
-def _head(model: nn.Module, update: Update) -> Stage:
-    """The last stage, if it is a fully connected layer whose output is the model's."""
+def _chain(model: nn.Module, update: Update) -> Chain:
+    """The model's stages, of which the last is a fully connected layer whose output is its own."""
     if update.input_shape is None:
         raise ValueError(
             "input_shape: expected the shape of one sample, got an update that does not state it; "
@@ -174,42 +176,50 @@ def _head(model: nn.Module, update: Update) -> Stage:
             f"'{stage.name}'; write a forward that returns its input, as "
             f"torch.nn.functional.{update.loss.name} takes."
         )
-    return stage
+    return chain
 
 
-def _probes(model: nn.Module, update: Update, stage: Stage) -> Tensor | None:
+def _probes(model: nn.Module, update: Update, chain: Chain) -> Tensor | None:
     """The head's input on random, zero and one pictures."""
     low, high = update.value_range or (0.0, 1.0)
-    shape = update.input_shape or ()
     generator = torch.Generator().manual_seed(0)
-    noise = torch.rand((PROBES, *shape), generator=generator)
-    flat = torch.stack([torch.zeros(shape), torch.ones(shape)])
-    return _features(model, update, stage, low + (high - low) * torch.cat([noise, flat]))
+    noise = torch.rand((PROBES, *chain.input_shape), generator=generator)
+    flat = torch.stack([torch.zeros(chain.input_shape), torch.ones(chain.input_shape)])
+    return _features(model, update, chain, low + (high - low) * torch.cat([noise, flat]))
 
 
-def _features(model: nn.Module, update: Update, stage: Stage, inputs: Tensor) -> Tensor | None:
-    modules = dict(model.named_modules())
-    layer = modules.get(stage.affine.weight_name.rpartition(".")[0])
+def _features(model: nn.Module, update: Update, chain: Chain, inputs: Tensor) -> Tensor | None:
+    """What enters the head, seen from a hook; by the chain where the head is no module."""
+    stage = chain.stages[-1]
+    place = next(model.parameters()).device
+    data = inputs.detach().to(place, torch.float64)
+    layer = dict(model.named_modules()).get(stage.affine.weight_name.rpartition(".")[0])
     if not isinstance(layer, nn.Linear):
-        return None
+        return _along(chain, data).cpu() if chain.complete else None
     seen: list[Tensor] = []
 
     def note(_: nn.Module, arguments: tuple[Any, ...]) -> None:
         seen.append(arguments[0].detach().double().cpu())
 
-    place = next(model.parameters()).device
     copies = {
         name: t.detach().to(torch.float64) if t.is_floating_point() else t.detach().clone()
         for name, t in [*model.named_parameters(), *model.named_buffers()]
     }
     for name, sent in update.buffers.items():
-        copies[name] = sent.to(place, copies[name].dtype)
+        copies[name] = sent.to(place, copies[name].dtype, copy=True)
     handle = layer.register_forward_pre_hook(note)
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.func.functional_call(model, copies, (inputs.detach().to(place).double(),))
+            torch.func.functional_call(model, copies, (data,))
     finally:
         handle.remove()
-    if len(seen) != 1:
-        return None
-    return seen[0].reshape(len(inputs), -1)
+    return seen[0].reshape(len(data), -1) if len(seen) == 1 else None
+
+
+def _along(chain: Chain, data: Tensor) -> Tensor:
+    x = data
+    for stage in chain.stages[:-1]:
+        x = stage.forward(x)[1]
+    for op in chain.stages[-1].lead:
+        x = op.forward(x)
+    return x

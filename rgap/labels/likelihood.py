@@ -152,7 +152,8 @@ def _scatter(counts: Tensor, apart: Tensor) -> Tensor:
     classes = max(float((counts > 0.3).sum()) - 1.0, 1.0)
     roots = (counts / classes).sqrt()[:, None] * apart
     _, s, v = torch.linalg.svd(roots, full_matrices=False)
-    return s[:DIRECTIONS, None] * v[:DIRECTIONS]
+    kept: Tensor = s[:DIRECTIONS, None] * v[:DIRECTIONS]
+    return kept
 
 
 def _mean_softmax(logits: Tensor, scatter: Tensor, counts: Tensor) -> Tensor:

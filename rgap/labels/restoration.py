@@ -62,7 +62,8 @@ def solve(head: HeadGradient, sums: Tensor) -> Tensor:
     eye = torch.eye(head.classes, dtype=p.dtype, device=p.device)
     system = torch.cat([torch.ones_like(p[:1]), p.T - head.sharpness * eye])
     right = torch.cat([sums.new_tensor([float(head.batch_size)]), sums])
-    return torch.linalg.pinv(system) @ right
+    solution: Tensor = torch.linalg.pinv(system) @ right
+    return solution
 
 
 def class_probabilities(head: HeadGradient, sums: Tensor) -> Tensor:
