@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from scipy.linalg import lstsq
 from torch import Tensor
 
 from rgap.labels.head import HeadGradient
@@ -92,5 +93,6 @@ def _open(head: HeadGradient, reason: str) -> LabelEstimate:
 def _ones(features: Tensor) -> Tensor | None:
     """The v of least norm with ``X v = 1``, or None."""
     ones = features.new_ones(len(features))
-    v = torch.linalg.pinv(features) @ ones
+    solution = lstsq(features.numpy(), ones.numpy(), lapack_driver="gelsy")[0]
+    v = torch.from_numpy(solution)
     return v if float((features @ v - ones).abs().max()) < 1e-6 else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -61,24 +60,33 @@ def search(estimates: Tensor, covariance: Tensor, total: int) -> Lattice:
     found = torch.unique(_rounded_along(estimates, covariance, total), dim=0)
     best = found[_costs(found, estimates, precision).argmin()]
     for _ in range(SWAPS):
-        gains, moves = _swaps(best, estimates, precision)
-        if float(gains.min()) >= -1e-9:
+        gains = _swaps(best, estimates, precision)
+        up, down = divmod(int(gains.argmin()), len(best))
+        if float(gains[up, down]) >= -1e-9:
             break
-        best = moves(int(gains.argmin()))
-    gains, moves = _swaps(best, estimates, precision)
-    near = gains.argsort()[: 8 * len(best)]
-    near = near[torch.isfinite(gains[near])]
-    beside = [moves(int(place)) for place in near]
-    every = torch.unique(torch.stack([best, *found, *beside]), dim=0)
-    costs = _costs(every, estimates, precision)
-    odds = torch.softmax(-costs / 2.0, dim=0)
-    same = (every == best).double()
-    return Lattice(best, (odds @ same).clamp(0.0, 1.0))
+        best = best.clone()
+        best[up] += 1
+        best[down] -= 1
+    return Lattice(best, _confidence(best, found, estimates, precision))
+
+
+def _confidence(best: Tensor, found: Tensor, estimates: Tensor, precision: Tensor) -> Tensor:
+    """Share of the likelihood of all counts looked at that agrees with ``best``, per class.
+
+    Looked at are ``best``, every single move of a label from it, and the ``found`` further away.
+    """
+    moves = torch.exp(-_swaps(best, estimates, precision).clamp_min(0.0) / 2.0)
+    far = found[(found - best).abs().sum(dim=1) > 2]
+    # Rounding may leave a cost below the best one's; no weight above 1.
+    own = _costs(best[None], estimates, precision)
+    odds = torch.exp(-(_costs(far, estimates, precision) - own).clamp_min(0.0) / 2.0)
+    different = moves.sum(dim=0) + moves.sum(dim=1) + odds @ (far != best).double()
+    return 1.0 - different / (1.0 + moves.sum() + odds.sum())
 
 
 def _costs(counts: Tensor, estimates: Tensor, precision: Tensor) -> Tensor:
     away = counts.double() - estimates
-    return torch.einsum("ni,ij,nj->n", away, precision, away)
+    return ((away @ precision) * away).sum(dim=1)
 
 
 def _rounded_along(estimates: Tensor, covariance: Tensor, total: int) -> Tensor:
@@ -98,21 +106,10 @@ def _rounded_along(estimates: Tensor, covariance: Tensor, total: int) -> Tensor:
     return torch.stack([nearest_counts(place, total) for place in places])
 
 
-def _swaps(
-    counts: Tensor, estimates: Tensor, precision: Tensor
-) -> tuple[Tensor, Callable[[int], Tensor]]:
-    """Change of cost for every move of one label from class j to class i, [C * C], and the move."""
+def _swaps(counts: Tensor, estimates: Tensor, precision: Tensor) -> Tensor:
+    """Change of cost for every move of one label to class i from class j, [C, C]."""
     slope = precision @ (counts.double() - estimates)
     own = precision.diagonal()
     gains = 2.0 * (slope[:, None] - slope) + own[:, None] + own - 2.0 * precision
     gains[:, counts == 0] = torch.inf
-    gains.fill_diagonal_(torch.inf)
-
-    def moved(place: int) -> Tensor:
-        up, down = divmod(place, len(counts))
-        other = counts.clone()
-        other[up] += 1
-        other[down] -= 1
-        return other
-
-    return gains.flatten(), moved
+    return gains.fill_diagonal_(torch.inf)

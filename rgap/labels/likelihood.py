@@ -123,21 +123,23 @@ def _fit(head: HeadGradient, sums: Tensor, guessed: bool, known: Tensor | None =
     apart = torch.zeros_like(rows)  # logits of class means minus those of the batch's mean
     shared = torch.zeros_like(rows)  # sum_k n_k P_kj (m_k - m)
     for step in range(STEPS):
+        occurs = counts > 0.0
         noise = sharp * counts + FLOOR
         information = (cotangents.square() / noise).sum()
         mean = (cotangents / noise) @ (rows - shared) / information
         # Shrunk by count / noise: a class of half a sample has half a mean.
         moved = (torch.outer(cotangents, mean) + shared - rows) * (counts / noise**2)[:, None]
         apart = moved if step == 0 else (apart + moved) / 2.0
-        scatter = _scatter(counts, apart)
-        probabilities = _mean_softmax(mean + bias + apart, scatter, counts)
-        estimates = (counts @ probabilities - sums) / sharp
+        held, logits = counts[occurs], mean + bias + apart[occurs]
+        scatter = _scatter(held, apart[occurs])
+        probabilities = _mean_softmax(logits, scatter, held)
+        estimates = (held @ probabilities - sums) / sharp
+        bent = held @ (probabilities - torch.softmax(logits, dim=1)) / sharp
+        shared = (held[:, None] * probabilities).T @ apart[occurs]
         if known is None:
             counts = nearest_simplex(estimates, batch)
-        shared = (counts[:, None] * probabilities).T @ apart
     p = torch.softmax(mean + bias, dim=0)
     moves = batch * (scatter * p - torch.outer(scatter @ p, p)) / sharp
-    bent = counts @ (probabilities - torch.softmax(mean + bias + apart, dim=1)) / sharp
     alone = SPREAD**2 + (DOUBT * bent) ** 2 + (SIZES**2 * counts if guessed else 0.0)
     covariance = moves.T @ moves / information + torch.diag(alone)
     spread = (scatter - (scatter @ p)[:, None]).norm(dim=0).max()
@@ -151,13 +153,13 @@ def _scatter(counts: Tensor, apart: Tensor) -> Tensor:
     """
     classes = max(float((counts > 0.3).sum()) - 1.0, 1.0)
     roots = (counts / classes).sqrt()[:, None] * apart
-    _, s, v = torch.linalg.svd(roots, full_matrices=False)
-    kept: Tensor = s[:DIRECTIONS, None] * v[:DIRECTIONS]
-    return kept
+    # The Gram matrix is K by K and its eigenvectors always converge; s V^T = U^T roots.
+    _, u = torch.linalg.eigh(roots @ roots.T)
+    return u[:, -DIRECTIONS:].T @ roots
 
 
 def _mean_softmax(logits: Tensor, scatter: Tensor, counts: Tensor) -> Tensor:
-    """Mean softmax over the samples of every class around its mean, [C, C].
+    """Mean softmax over the samples of every class around its mean, [K, C].
 
     A cubature of two points per direction; a class of n samples scatters by 1 - 1/n around its
     own mean, so a single sample not at all.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.linalg import svd
 from scipy.optimize import linprog
-from torch import Tensor
 
 from rgap.labels.head import HeadGradient
 from rgap.labels.result import LabelEstimate
@@ -84,13 +84,12 @@ def rlg(head: HeadGradient) -> LabelEstimate:
 
 def _column_space(head: HeadGradient) -> NDArray[np.float64]:
     """Orthonormal basis of the gradient's column space, [C, rank], rank at most B."""
-    rows = head.rows.cpu()
-    u, s, _ = torch.linalg.svd(rows, full_matrices=False)
+    rows = head.rows.numpy()
+    u, s, _ = svd(rows, full_matrices=False, lapack_driver="gesvd")
     eps = torch.finfo(head.weight_gradient.dtype).eps
-    rank = int((s > s[0] * eps * max(rows.shape)).sum()) if float(s[0]) > 0 else 0
-    kept: Tensor = u[:, : min(rank, head.batch_size)]
-    array: NDArray[np.float64] = kept.numpy()
-    return array
+    rank = int((s > s[0] * eps * max(rows.shape)).sum()) if s[0] > 0 else 0
+    basis: NDArray[np.float64] = u[:, : min(rank, head.batch_size)]
+    return basis
 
 
 def _separation(basis: NDArray[np.float64], label: int) -> float:
