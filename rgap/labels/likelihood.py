@@ -135,9 +135,9 @@ def _fit(head: HeadGradient, sums: Tensor, guessed: bool, known: Tensor | None =
         probabilities = _mean_softmax(logits, scatter, held)
         estimates = (held @ probabilities - sums) / sharp
         bent = held @ (probabilities - torch.softmax(logits, dim=1)) / sharp
-        shared = (held[:, None] * probabilities).T @ apart[occurs]
         if known is None:
             counts = nearest_simplex(estimates, batch)
+        shared = (counts[occurs, None] * probabilities).T @ apart[occurs]
     p = torch.softmax(mean + bias, dim=0)
     moves = batch * (scatter * p - torch.outer(scatter @ p, p)) / sharp
     alone = SPREAD**2 + (DOUBT * bent) ** 2 + (SIZES**2 * counts if guessed else 0.0)
