@@ -15,6 +15,7 @@ from math import inf
 import torch
 from torch import Tensor
 
+from rgap.batches import Rows
 from rgap.capture import capture
 from rgap.head import HeadCandidate
 from rgap.polish import FITS, Polished
@@ -42,6 +43,7 @@ class Answer:
     labels: Tensor
     distance: float
     tolerance: float
+    rows: Rows | None = None  # of a batch; labels are theirs
 
     @property
     def inputs(self) -> Tensor:
@@ -125,9 +127,9 @@ def certify(problem: Problem, answers: Sequence[Answer]) -> Recovery:
     if not fitting:
         return _misfit(problem, min(scored, key=lambda s: s[0].polished.misfit))
     if problem.labels is not None:
-        fitting = [s for s in fitting if _same_labels(s[0].labels, problem.labels)]
+        fitting = [s for s in fitting if _same_labels(s[0], problem.labels)]
         if not fitting:
-            found = scored[0][0].labels.flatten().tolist()
+            found = _sent(scored[0][0]).flatten().tolist()
             return stopped(
                 problem,
                 Status.INCONSISTENT,
@@ -194,8 +196,19 @@ def _verdict(problem: Problem, answer: Answer) -> tuple[Status, str]:
     )
 
 
-def _same_labels(found: Tensor, stated: Tensor) -> bool:
+def _sent(answer: Answer) -> Tensor:
+    """The labels of the whole batch; sorted where the order is not in the update."""
+    if answer.rows is None:
+        return answer.labels
+    labels = answer.rows.expanded(answer.inputs)[1]
+    return labels.sort().values if answer.rows.labels.ndim == 1 else labels
+
+
+def _same_labels(answer: Answer, stated: Tensor) -> bool:
     """Class indices agree exactly, soft and real-valued targets to three digits."""
+    found = _sent(answer)
+    if answer.rows is not None and found.ndim == 1:
+        stated = stated.flatten().sort().values
     return found.numel() == stated.numel() and torch.allclose(
         found.flatten().double().cpu(), stated.flatten().double().cpu(), rtol=1e-3, atol=1e-3
     )
@@ -231,9 +244,10 @@ def replay(problem: Problem, answer: Answer) -> tuple[float, dict[str, float]]:
     client would send for the answer.
     """
     inputs = answer.inputs.reshape(problem.batch, *problem.chain.input_shape)
-    sender = partial(
-        capture, problem.model, inputs, answer.labels, problem.update.loss, value_range=None
-    )
+    labels = answer.labels
+    if answer.rows is not None:
+        inputs, labels = answer.rows.expanded(inputs)
+    sender = partial(capture, problem.model, inputs, labels, problem.update.loss, value_range=None)
     try:
         again = sender(dtype=torch.float64)
     except ValueError:  # a forward that casts to a precision of its own
@@ -257,8 +271,12 @@ def _assemble(
 ) -> Recovery:
     show = status in (Status.EXACT, Status.AMBIGUOUS)
     predicted = answer.polished.data.error.square().flatten(2).mean((0, 2)).sqrt()
+    inputs, copies = answer.inputs, None
+    if answer.rows is not None:
+        inputs, predicted = inputs[answer.rows.picture], predicted[answer.rows.picture]
+        copies = answer.rows.copies if bool((answer.rows.copies > 1).any()) else None
     return Recovery(
-        inputs=answer.inputs if show else None,
+        inputs=inputs if show else None,
         labels=answer.labels if show else None,
         status=status,
         layers=layer_reports(problem, answer.descent),
@@ -268,6 +286,7 @@ def _assemble(
         reason=reason,
         candidates=candidates,
         warnings=warnings(problem),
+        multiplicities=copies if show else None,
     )
 
 

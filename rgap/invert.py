@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from rgap import certificate
+from rgap.batches import batch_of, start, with_separation
+from rgap.batchloss import BatchLoss
 from rgap.bias import rank_one_residual
 from rgap.head import HeadCandidate, HeadFailure, features_from_bias, solve_head
 from rgap.network import Chain
@@ -19,9 +21,11 @@ from rgap.pooling import LinearMap
 from rgap.precision import Known
 from rgap.problem import Problem, prepare
 from rgap.progress import Progress
-from rgap.readout import head_cotangent, head_gradients, read_answer
+from rgap.readout import head_cotangent, head_gradients, read_answer, read_batch
 from rgap.recovery import Recovery, Status
 from rgap.recursion import Descent, descend
+from rgap.separation.batch import Unseparated
+from rgap.separation.route import mixed, separate
 from rgap.systems.stage import BUDGET
 from rgap.update import Update
 
@@ -93,13 +97,13 @@ def invert(
     >>> recovery.status.name, recovery.labels.tolist()
     ('EXACT', [3])
     """
-    start = time.perf_counter()
+    began = time.perf_counter()
     problem = prepare(
         model, update, batch_size, value_range, noise, labels, device, seed, memory_budget
     )
     with Progress(progress) as show:
         recovery = _run(problem, head, show)
-    return replace(recovery, seconds=time.perf_counter() - start)
+    return replace(recovery, seconds=time.perf_counter() - began)
 
 
 def _run(problem: Problem, head: Head | None, show: Progress) -> Recovery:
@@ -116,19 +120,24 @@ def _run(problem: Problem, head: Head | None, show: Progress) -> Recovery:
         recovery = _conclude(problem, [(descent, kappa, [])], show)
         *below, last = recovery.layers
         return replace(recovery, layers=(*below, replace(last, route="given")))
-    if problem.batch > 1:
-        return certificate.stopped(
-            problem,
-            Status.UNDERDETERMINED,
-            f"every gradient row mixes the {problem.batch} samples of the batch; separating them "
-            "at the head is not part of this version (give head=rgap.Head(...) to study the "
-            "layers below)",
-            None,
-        )
+    if problem.stated != 1 and (problem.batch > 1 or mixed(batch_of(problem))):
+        return _from_batch(problem, show)
     lowest = _lowest_fully_connected(chain, problem.gradients)
     if lowest is not None:
         return _from_bias(problem, lowest, show)
     return _from_head(problem, show)
+
+
+def _from_batch(problem: Problem, show: Progress) -> Recovery:
+    """B > 1: tell the samples apart at the lowest stage that can, and descend from there."""
+    found = separate(batch_of(problem), show.stage)
+    if isinstance(found, Unseparated):
+        status = Status.UNDERDETERMINED if found.consistent else Status.INCONSISTENT
+        return certificate.stopped(problem, status, found.reason, None)
+    problem = start(problem, found)
+    descent = _descend(problem, found.stage.index, found.features, found.cotangents, show)
+    descent = with_separation(problem, descent, found)
+    return _conclude(problem, [(descent, found.head, [])], show)
 
 
 def _from_bias(problem: Problem, index: int, show: Progress) -> Recovery:
@@ -179,7 +188,7 @@ def _from_head(problem: Problem, show: Progress) -> Recovery:
     return _conclude(problem, runs, show)
 
 
-Run = tuple[Descent, Known | None, list[HeadCandidate]]
+Run = tuple[Descent, Known | BatchLoss | None, list[HeadCandidate]]
 
 
 def _families(found: list[HeadCandidate], chain: Chain) -> list[list[HeadCandidate]]:
@@ -222,6 +231,9 @@ def _conclude(problem: Problem, runs: list[Run], show: Progress) -> Recovery:
     show.stage("polish on the whole update")
     answers = []
     for descent, kappa, family in reached:
+        if isinstance(kappa, BatchLoss):
+            answers.append(read_batch(problem, descent, kappa))
+            continue
         known = head_cotangent(problem, descent) if kappa is None else kappa
         answer = read_answer(problem, descent, known)
         answers.append(answer)

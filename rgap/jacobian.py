@@ -1,9 +1,10 @@
 """The update as a function of the data, linearised: Jacobian products for whole ensembles.
 
 With the cotangent κ at the head fixed, ``g(x) = ∂⟨κ, f_θ(x)⟩/∂θ``.  One pass forward and one back
-give J v for S directions at once, the transposed passes Jᵀ y; the Jacobian is never formed.  (The
-client's κ, rounded as it was, is read off the head; taking it as given keeps the rounding of the
-softmax out of all other equations.)
+give J v for S directions at once, the transposed passes Jᵀ y; the Jacobian is never formed.  (At
+B = 1 the client's κ, rounded as it was, is read off the head; taking it as given keeps the rounding
+of the softmax out of all other equations.  In a batch κ follows from the loss, and its derivative
+is part of J.)
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rgap.activations import Activation
+from rgap.batchloss import BatchLoss
 from rgap.bilinear import Bilinear, Rows
 from rgap.network import Chain, Stage
 from rgap.ops import Op
@@ -41,11 +43,12 @@ class Linearisation:
     Args:
         chain: a complete chain.
         x: data [B, *input_shape], float64.
-        kappa: cotangent at the head's pre-activation, [B, *head.out_shape].
+        kappa: cotangent at the head's pre-activation, [B, *head.out_shape], held fixed; or the
+            loss that gives it.
     """
 
-    def __init__(self, chain: Chain, x: Tensor, kappa: Tensor) -> None:
-        self.chain, self.x, self.kappa = chain, x, kappa
+    def __init__(self, chain: Chain, x: Tensor, kappa: Tensor | BatchLoss) -> None:
+        self.chain, self.x, self.source = chain, x, kappa
         self.nodes: list[_Node] = []
         forward = []
         value = x
@@ -61,7 +64,8 @@ class Linearisation:
                 tail_inputs.append(value)
                 value = op.forward(value)
             forward.append((stage, u, z, lead_inputs, tail_inputs))
-        k = kappa
+        self.outputs = value
+        k = self.kappa = kappa.cotangent(value) if isinstance(kappa, BatchLoss) else kappa
         for stage, u, z, lead_inputs, tail_inputs in reversed(forward):
             cotangents: list[Tensor] = []
             if stage.index < len(chain.stages) - 1:
@@ -75,6 +79,16 @@ class Linearisation:
             k = stage.affine.adjoint(k)
             for op, before in zip(reversed(stage.lead), reversed(lead_inputs), strict=True):
                 k = op.pull(before, k)
+
+    def moved(self, x: Tensor) -> Linearisation:
+        """The same update map linearised at another batch."""
+        return Linearisation(self.chain, x, self.source)
+
+    def bend(self, dz: Tensor) -> Tensor:
+        """(∂κ/∂z) dz at the head for directions [S, B, ...]; symmetric, 0 where κ is held."""
+        if not isinstance(self.source, BatchLoss):
+            return torch.zeros_like(dz)
+        return self.source.curvature(self.outputs, dz)
 
     def gradients(self) -> Rows:
         """g(x): the update's weight and bias gradients, by parameter name."""
@@ -96,7 +110,28 @@ class Linearisation:
             inject: add the rounding of the client's own forward and backward pass at every
                 step: the result is then a sample of what rounding does to the update.
         """
-        du, dz = [], []
+        rows: Rows = {}
+        for node, (du, dk) in zip(self.nodes, self.tangents(dx, dkappa, inject), strict=True):
+            rows |= node.gradient.push(du, dk)
+        return rows
+
+    def tangents(
+        self,
+        dx: Tensor,
+        dkappa: Tensor | None = None,
+        inject: Precision | None = None,
+        dz_first: Tensor | None = None,
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Directions (du, dk) of every stage for directions dx, sample by sample.
+
+        Args:
+            dx: [S, B, *input_shape].
+            dkappa: as for :meth:`jvp`.
+            inject: as for :meth:`jvp`.
+            dz_first: added to the direction of the first stage's pre-activation.
+        """
+        du: list[Tensor] = []
+        dz: list[Tensor] = []
         rounded: list[list[Tensor]] = []  # error of each activation's output
         value = dx
         for node in self.nodes:
@@ -104,6 +139,8 @@ class Linearisation:
                 value = _push(op, before, value)
             du.append(value)
             value = _flat(node.stage.affine.linear, value)
+            if dz_first is not None and not dz:
+                value = value + dz_first
             if inject is not None:
                 squares = node.stage.affine.squared().linear(node.u.square())
                 value = value + inject.normal(inject.sum_std(squares))
@@ -116,15 +153,17 @@ class Linearisation:
                 if inject is not None and isinstance(op, Activation):
                     rounded[-1].append(inject.rounding(op.forward(before)))
                     value = value + rounded[-1][-1]
-        dk = torch.zeros_like(dz[-1]) if dkappa is None else dkappa
-        rows: Rows = {}
+        dk = self.bend(dz[-1])
+        if dkappa is not None:
+            dk = dk + dkappa
+        found: list[tuple[Tensor, Tensor]] = []
         for i in range(len(self.nodes) - 1, -1, -1):
             node = self.nodes[i]
             if i < len(self.nodes) - 1:
                 dk = self._pull_tail(node, dz[i], dk, rounded[i])
                 if inject is not None:
                     dk = dk + inject.rounding(node.k)
-            rows |= node.gradient.push(du[i], dk)
+            found.insert(0, (du[i], dk))
             if i:
                 dk = _flat(node.stage.affine.adjoint, dk)
                 if inject is not None:
@@ -134,7 +173,7 @@ class Linearisation:
                     reversed(node.stage.lead), reversed(node.lead_inputs), strict=True
                 ):
                     dk = _pull(op, before, dk)
-        return rows
+        return found
 
     def vjp(self, rows: Rows) -> Tensor:
         """Jᵀ y for S row vectors: the directions [S, B, *input_shape]."""
@@ -150,6 +189,7 @@ class Linearisation:
                     bar_k = _push(op, before, bar_k)
                 own = own + _flat(node.stage.affine.linear, bar_k)
             if i == last:
+                bar_z[i] = self.bend(own)
                 break
             bar_k, bar_z[i] = self._push_tail(node, own)
         back: Tensor | None = None

@@ -85,6 +85,15 @@ class Precision:
         """Standard error of a sum whose squared terms add up to ``squares``."""
         return squares.clamp_min(0).sqrt() * (GROWTH * self.unit) + self.floor
 
-    def update_std(self, squares: Tensor) -> Tensor:
-        """Standard error of a gradient entry: rounding of its sum, and the stated noise."""
-        return (self.sum_std(squares).square() + self.noise**2).sqrt()
+    def update_std(self, squares: Tensor, total: Tensor | None = None) -> Tensor:
+        """Standard error of a gradient entry: rounding of its sum, and the stated noise.
+
+        Args:
+            squares: sum of the squared terms.
+            total: the sum itself, of the samples of a batch: where all terms have one sign each
+                partial sum is as large as the total, and so is what it rounds.
+        """
+        variance = self.sum_std(squares).square() + self.noise**2
+        if total is not None:
+            variance = variance + (self.unit * total).square()
+        return variance.sqrt()

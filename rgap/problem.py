@@ -29,7 +29,8 @@ class Problem:
     chain: Chain
     gradients: dict[str, Tensor]
     precision: Precision
-    batch: int
+    batch: int  # rows of what is recovered: different pictures
+    stated: int | None  # batch size, where the update or the caller says it
     labels: Tensor | None
     value_range: tuple[float, float] | None
     slack: float  # widths of the range by which a candidate may leave it
@@ -56,13 +57,12 @@ def prepare(
                 "model.to_empty(device='cpu') and load the weights that the update was computed on"
             )
     stated = update.batch_size if batch_size is None else batch_size
-    if stated is None:
-        raise ValueError(
-            "expected a batch size, got an update that does not state one; write "
-            "rgap.invert(model, update, batch_size=1)"
-        )
-    batch = validation.count("batch_size", stated)
-    known = validation.labels(update.labels if labels is None else labels, batch)
+    known = update.labels if labels is None else labels
+    if stated is None and isinstance(known, Tensor):
+        stated = len(known)
+    if stated is not None:
+        stated = validation.count("batch_size", stated)
+        known = validation.labels(known, stated)
     if not 0.0 <= noise < inf:
         raise ValueError(
             f"noise: expected a standard deviation, a finite number of at least 0, got {noise!r}; "
@@ -94,7 +94,8 @@ def prepare(
         chain,
         gradients,
         precision,
-        batch,
+        stated or 1,
+        stated,
         known,
         bounds,
         slack,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rgap.batches import label_identity, rows_of
+from rgap.batchloss import BatchLoss
 from rgap.certificate import Answer
 from rgap.head import target_of
 from rgap.network import Chain, Stage
@@ -31,6 +33,27 @@ def read_answer(problem: Problem, descent: Descent, kappa: Known) -> Answer:
     target, tolerance = target_of(stage, features, kappa, problem.update.loss, problem.precision)
     labels, distance = problem.update.loss.read(target)
     return Answer(descent, polished, target, labels, float(distance), tolerance)
+
+
+def read_batch(problem: Problem, descent: Descent, head: BatchLoss) -> Answer:
+    """Polish the pictures of a batch all together and check their labels by the identity."""
+    low, high = problem.value_range or (0.0, 1.0)
+    polished = polish(
+        problem.chain,
+        problem.gradients,
+        descent.require_data(),
+        head,
+        problem.precision,
+        descent.preconditioner(problem.chain),
+        high - low,
+    )
+    stage = problem.chain.stages[-1]
+    features = top_features(problem.chain, polished.data)
+    error = torch.stack([stage.affine.linear(e) for e in features.error])
+    logits = Known(stage.affine.forward(features.value), error)
+    _, distance, tolerance = label_identity(problem, head, logits)
+    rows = rows_of(head, problem.labels)
+    return Answer(descent, polished, head.targets, rows.labels, distance, tolerance, rows)
 
 
 def head_cotangent(problem: Problem, descent: Descent) -> Known:

@@ -46,7 +46,7 @@ class LayerReport:
         residual: relative residual of the gradient constraints at the answer.
         seconds: time spent.
         route: "given", "gradient", "cholesky", "lsmr", "bias attack", "head equations",
-            "rank only", "not reached".
+            "separation", "rank only", "not reached".
         note: what stopped the recursion here, or "".
     """
 
@@ -108,6 +108,9 @@ class Recovery:
         reason: one sentence that says why the status is what it is.
         warnings: what the reader should know (underflow, small gaps).
         seconds: wall time.
+        multiplicities: how often each row of ``inputs`` occurs in the batch [B'], or None where
+            every one occurs once.  The order of a batch is not in its gradient: rows are sorted
+            by label.
     """
 
     inputs: Tensor | None
@@ -121,6 +124,7 @@ class Recovery:
     candidates: tuple[Candidate, ...] = ()
     warnings: tuple[str, ...] = ()
     seconds: float = 0.0
+    multiplicities: Tensor | None = None
 
     @property
     def exact(self) -> bool:
@@ -185,6 +189,10 @@ class Recovery:
                 f"Replaying the {which} through the model gives the update up to a relative "
                 f"difference of {self.residual:.2g}."
             )
+        if self.multiplicities is not None:
+            for row, m in enumerate(self.multiplicities.tolist()):
+                if m > 1:
+                    lines.append(f"Picture {row} occurs {m} times in the batch.")
         for number, candidate in enumerate(self.candidates):
             lines.append(
                 f"Candidate {number}: labels {_labels(candidate.labels)}, replay residual "
@@ -216,6 +224,7 @@ class Recovery:
             "residual": _plain(self.residual),
             "predicted_error": _plain(self.predicted_error),
             "error_bound": _plain(self.error_bound),
+            "multiplicities": _plain(self.multiplicities),
             "candidates": len(self.candidates),
             "warnings": list(self.warnings),
             "seconds": _plain(self.seconds),
@@ -246,6 +255,7 @@ class Recovery:
 
 _ROUTES = {
     "given": "given",
+    "separation": "separated sample by sample [separation]",
     "bias attack": "read off its own gradient [bias attack]",
     "head equations": "read off its own gradient and the loss [head equations]",
     "gradient": "determined by its gradient alone [gradient]",

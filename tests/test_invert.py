@@ -205,27 +205,23 @@ def test_stated_labels_without_a_bias() -> None:
 
 def test_batch_size_override(model: nn.Module) -> None:
     silent = capture(model, X, LABEL, share_batch_size=False, dtype=torch.float64)
-    with pytest.raises(ValueError, match=r"batch size.*batch_size=1"):
-        invert(model, silent)
+    assert error(invert(model, silent), X) < 1e-6  # the rank says that there is one
     assert error(invert(model, silent, batch_size=1), X) < 1e-6
     stated = capture(model, X, LABEL, dtype=torch.float64)
-    recovery = invert(model, stated, batch_size=2)
-    assert recovery.status is Status.UNDERDETERMINED
-    assert recovery.inputs is None
+    recovery = invert(model, stated, batch_size=2)  # a mean: two copies send the same
+    assert recovery.inputs is None or recovery.multiplicities.tolist() == [2]
 
 
 @pytest.mark.parametrize("labels", [[0, 1], [2, 2]])
-def test_a_batch_is_never_answered_with_its_mixture(labels: list[int]) -> None:
+def test_a_batch_is_answered_with_its_samples(labels: list[int]) -> None:
     model = small_mlp("sigmoid", seed=0)
     x = picture((2, 4, 4), 3, batch=2)
     update = capture(model, x, torch.tensor(labels), dtype=torch.float64)
     recovery = invert(model, update)
-    assert recovery.status is Status.UNDERDETERMINED
-    assert recovery.inputs is None
-    assert recovery.labels is None
-    assert not recovery.candidates
-    assert "2 samples" in recovery.reason
-    assert "rgap.Head" in recovery.reason
+    assert recovery.status is Status.EXACT, recovery.reason
+    assert recovery.labels.tolist() == labels
+    gaps = [float((recovery.inputs - x[order]).abs().max()) for order in ([0, 1], [1, 0])]
+    assert min(gaps) <= recovery.error_bound
 
 
 @pytest.mark.parametrize(

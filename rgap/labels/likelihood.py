@@ -155,7 +155,8 @@ def _scatter(counts: Tensor, apart: Tensor) -> Tensor:
     roots = (counts / classes).sqrt()[:, None] * apart
     # The Gram matrix is K by K and its eigenvectors always converge; s V^T = U^T roots.
     _, u = torch.linalg.eigh(roots @ roots.T)
-    return u[:, -DIRECTIONS:].T @ roots
+    chosen: Tensor = u[:, -DIRECTIONS:].T @ roots
+    return chosen
 
 
 def _mean_softmax(logits: Tensor, scatter: Tensor, counts: Tensor) -> Tensor:

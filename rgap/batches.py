@@ -1,0 +1,138 @@
+"""A batch that was told apart: where its recursion starts, and what its head says of the labels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import inf
+
+import torch
+from torch import Tensor
+
+from rgap.batchloss import BatchLoss, loss_scale
+from rgap.precision import Known
+from rgap.problem import Problem
+from rgap.recursion import Descent
+from rgap.separation.batch import Batch, Separated
+from rgap.solvers.kronecker import factor
+from rgap.solvers.rank import Rank
+from rgap.solvers.solution import Result, Solution, Stats
+from rgap.systems import gradient_constraint
+from rgap.systems.stage import DETERMINED, StageSolution
+from rgap.targets import CROSS_ENTROPY
+
+
+def batch_of(problem: Problem) -> Batch:
+    """What separating needs to know of a problem."""
+    return Batch(
+        problem.chain,
+        problem.gradients,
+        problem.update.loss,
+        problem.precision,
+        problem.stated,
+    )
+
+
+def separated_stage(problem: Problem, found: Separated) -> StageSolution:
+    """The separated stage as the recursion reports its own: ranks, errors, a factor to polish with.
+
+    The factor is that of the gradient rows alone, ``Kᵀ Σ⁻¹ K``, the same for every input feature.
+    """
+    affine = found.stage.affine
+    unknowns = found.features.value.numel()
+    k, x = found.cotangents.value.flatten(1), found.features.value.flatten(1)
+    std = problem.precision.update_std(k.square().T @ x.square(), k.T @ x)
+    weights = std.square().mean(1).sqrt().clamp_min(1e-300).reciprocal()
+    made = factor(gradient_constraint(affine, k), weights[None], None, None)
+    gradient = found.mixture.gradient
+    residual = float((k.T @ x - gradient).norm() / gradient.norm())
+    gap = DETERMINED / max(found.worst, 1e-300)
+    ratio = found.mixture.ratio
+    rank = Rank(unknowns, unknowns, 0.0, gap, 1.0, ratio, unknowns)
+    stats = Stats("separation", unknowns, unknowns, rank, 1.0 / ratio, residual)
+    return StageSolution(
+        Solution(found.features, Result.SOLVED, stats),
+        made,
+        found.cotangents.value,
+        torch.ones(len(x), *affine.out_shape, dtype=torch.bool),
+        0.0,
+        0.0,
+        found.seconds,
+    )
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What is reported of a batch: a row for every picture and label that it occurs with.
+
+    Attributes:
+        picture: index of the recovered picture, [rows].
+        labels: [rows], or dense targets [rows, C].
+        copies: how often the row occurs, [rows].
+    """
+
+    picture: Tensor
+    labels: Tensor
+    copies: Tensor
+
+    def expanded(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """The batch as the client had it, up to its order: every copy a row of its own."""
+        index = self.picture.repeat_interleave(self.copies)
+        return inputs[index], self.labels.repeat_interleave(self.copies, 0)
+
+
+def rows_of(head: BatchLoss, stated: Tensor | None) -> Rows:
+    """The reported rows, by label; in the order of the stated labels where they agree."""
+    if head.loss.targets != "index":
+        count = len(head.targets)
+        return Rows(torch.arange(count), head.targets, head.copies.long())
+    counts = head.targets * head.copies[:, None]
+    if head.targets.shape[1] == 1:  # one logit: label 1 as often as its target says
+        counts = torch.cat([head.copies[:, None] - counts, counts], 1)
+    counts = counts.round().long()
+    label, picture = counts.T.nonzero(as_tuple=True)
+    copies = counts[picture, label]
+    if stated is not None and bool((copies == 1).all()) and len(stated.flatten()) == len(label):
+        order = stated.flatten().long().argsort(stable=True)
+        if torch.equal(stated.flatten().long()[order], label):
+            back = order.argsort()
+            label, picture, copies = label[back], picture[back], copies[back]
+    return Rows(picture, label, copies)
+
+
+def label_identity(
+    problem: Problem, head: BatchLoss, logits: Known
+) -> tuple[Tensor | None, float, float]:
+    """Class counts by the identity, their distance from those that were found, and the tolerance.
+
+    ``n_j = Σ m p_j − ∂b_j/s`` under cross-entropy (label smoothing taken out); None where the head
+    has no bias or the loss has no such identity.
+    """
+    stage, loss = problem.chain.stages[-1], head.loss
+    name = stage.affine.bias_name
+    if name is None or loss.name != CROSS_ENTROPY:
+        return None, 0.0, inf
+    bias = problem.gradients[name]
+    total = float(head.copies.sum())
+    s = loss_scale(loss, total, len(bias))
+    p = torch.softmax(logits.value, 1)
+    smoothing = loss.label_smoothing
+    expected = (head.copies[:, None] * p).sum(0)
+    counts = (expected - bias / s - total * smoothing / len(bias)) / (1.0 - smoothing)
+    found = (head.copies[:, None] * head.targets).sum(0)
+    dp = p * (logits.error - (p * logits.error).sum(-1, keepdim=True))
+    moved = (head.copies[:, None] * dp).sum(1).square().mean(0).sqrt()
+    precision = problem.precision
+    own = total * (4.0 * precision.unit) + precision.noise / s
+    tolerance = 30.0 * float((moved + own).max()) / (1.0 - smoothing)
+    return counts, float((counts - found).abs().max()), min(tolerance, 0.25)
+
+
+def start(problem: Problem, found: Separated) -> Problem:
+    """The problem with one row a different picture."""
+    return replace(problem, batch=len(found.features.value))
+
+
+def with_separation(problem: Problem, descent: Descent, found: Separated) -> Descent:
+    """The descent with the stage that it started from."""
+    descent.solutions[found.stage.index] = separated_stage(problem, found)
+    return descent

@@ -1,0 +1,71 @@
+"""The head's cotangent of a whole batch as a function of its outputs.
+
+With R different pictures of which picture b occurs m_b times in a batch of B,
+``κ_b = s m_b ∂ℓ(z_b, t_b)/∂z_b``: s = 1/B for a mean over the batch and 1 for a sum, t_b the
+average target of its copies.  For B = 1 the client's κ can be read off the update; in a batch it
+cannot, and depends on the data.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from rgap.losses import Loss
+from rgap.precision import Known, Precision
+from rgap.targets import CROSS_ENTROPY
+
+
+@dataclass(frozen=True)
+class BatchLoss:
+    """The loss of a batch with its targets.
+
+    Attributes:
+        loss: the client's.
+        targets: t, dense, before label smoothing, [R, C].
+        copies: m, [R], float64.
+    """
+
+    loss: Loss
+    targets: Tensor
+    copies: Tensor
+
+    @property
+    def scale(self) -> Tensor:
+        """s·m of every picture, [R, 1]."""
+        s = loss_scale(self.loss, float(self.copies.sum()), self.targets.shape[1])
+        return (s * self.copies)[:, None]
+
+    def cotangent(self, outputs: Tensor) -> Tensor:
+        """κ at outputs z [R, C]."""
+        return self.scale * self._single.cotangent(outputs, self.targets)
+
+    def curvature(self, outputs: Tensor, directions: Tensor) -> Tensor:
+        """dκ for directions dz [S, R, C]; symmetric."""
+        count, rows, classes = directions.shape
+        flat = self._single.cotangent_jvp(
+            outputs.expand(count, -1, -1).reshape(-1, classes), directions.reshape(-1, classes)
+        )
+        return self.scale * flat.reshape(count, rows, classes)
+
+    def known(self, outputs: Tensor, precision: Precision) -> Known:
+        """κ with what the client's own evaluation of the loss rounds, [R, C].
+
+        A softmax rounds p relative to itself, and p − 1 relative to 1.
+        """
+        kappa = self.cotangent(outputs)
+        near = torch.maximum(kappa.abs(), self.scale * self.targets.abs())
+        return Known(kappa, precision.normal(2.0 * near * precision.unit + precision.floor))
+
+    @property
+    def _single(self) -> Loss:
+        return replace(self.loss, reduction="sum")
+
+
+def loss_scale(loss: Loss, batch: float, classes: int) -> float:
+    """s: what the reduction divides by."""
+    if loss.reduction == "sum":
+        return 1.0
+    return 1.0 / (batch if loss.name == CROSS_ENTROPY else batch * classes)

@@ -1,0 +1,85 @@
+"""A batch to be separated, and what separating it gives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from rgap.batchloss import BatchLoss
+from rgap.losses import Loss
+from rgap.network import Chain, Stage
+from rgap.precision import Known, Precision
+
+from .mixture import Mixture, mixture
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What separating needs to know of an update.
+
+    Attributes:
+        chain: the network.
+        gradients: by parameter name, float64.
+        loss: the client's.
+        precision: of the update.
+        size: stated batch size, or None.
+    """
+
+    chain: Chain
+    gradients: Mapping[str, Tensor]
+    loss: Loss
+    precision: Precision
+    size: int | None
+
+    def mixture(self, index: int) -> Mixture:
+        """Of a fully connected stage."""
+        stage = self.chain.stages[index]
+        name = stage.affine.bias_name
+        bias = None if name is None else self.gradients[name]
+        gradient = self.gradients[stage.affine.weight_name]
+        return mixture(stage, gradient, bias, self.precision)
+
+    @property
+    def classes(self) -> int:
+        """Entries of an output."""
+        return self.chain.stages[-1].affine.out_shape[0]
+
+
+@dataclass(frozen=True)
+class Separated:
+    """The samples of a batch at one stage.
+
+    Attributes:
+        stage: where.
+        features: u, [R, *in_shape], one row a different picture.
+        cotangents: k, [R, *out_shape].
+        head: targets and multiplicities.
+        mixture: U, S, V of the stage's gradient.
+        worst: largest standard error of any direction that the equations leave a sample.
+        route: which equations, in words.
+        seconds: time spent.
+    """
+
+    stage: Stage
+    features: Known
+    cotangents: Known
+    head: BatchLoss
+    mixture: Mixture
+    worst: float
+    route: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Unseparated:
+    """Why the samples could not be told apart.
+
+    Attributes:
+        reason: in plain words, with the numbers.
+        consistent: False if the update contradicts what was stated.
+    """
+
+    reason: str
+    consistent: bool = True

@@ -1,0 +1,159 @@
+"""Which target belongs to a sample: the cotangent that lies in the range of the gradient.
+
+A sample x of the mixture has one cotangent k with ``(I − UUᵀ) k = 0`` and ``xᵀ G⁺ k = 1``
+(Wedderburn: exactly then taking k xᵀ away lowers the rank of G by one).  With the loss's scale left
+out of k the second reads ``xᵀ G⁺ k = B/m`` for a picture that occurs m times in a batch of B.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from rgap.losses import Loss
+from rgap.network import Chain
+from rgap.targets import CROSS_ENTROPY
+
+from .mixture import Mixture
+
+LISTED = 32  # classes up to which each is tried; above, the head's own gradient shortlists
+SHORT = 6  # classes that each root puts on that list
+FITS = 0.05  # share of k outside the range of G that an admitted target may have
+BETTER = 3.0  # times as much the next target must miss by
+
+
+@dataclass(frozen=True)
+class Identity:
+    """The target of one root.
+
+    Attributes:
+        kappa: cotangent at the head, with the loss's scale left out, [C].
+        dual: S⁻¹Uᵀk scaled to be 1 on the root, [R].
+        share: xᵀG⁺k: B/m for a mean, 1/m for a sum; NaN for a continuous target, whose κ it
+            scales to 1.
+        outside: share of k outside the range of G.
+        next: the same for the second best target.
+        label: the class, or None for a continuous target.
+    """
+
+    kappa: Tensor
+    dual: Tensor
+    share: float
+    outside: float
+    next: float
+    label: int | None
+
+    @property
+    def accepted(self) -> bool:
+        """True if this target fits and no other does."""
+        return self.outside <= FITS and self.next > BETTER * self.outside and self.share != 0.0
+
+
+def identify(
+    chain: Chain, samples: Mixture, head: Mixture, roots: Tensor, loss: Loss
+) -> list[Identity]:
+    """The target of every root.
+
+    Args:
+        chain: the network.
+        samples: mixture of the stage that the roots belong to.
+        head: mixture of the last stage.
+        roots: [S, R].
+        loss: the client's.
+    """
+    logits, pull = _logits(chain, samples, roots)
+    single = replace(loss, reduction="sum")
+    labels = _labels(single, logits, head)
+    if labels is None:
+        return continuous(chain, samples, roots, loss)
+    kappas = [single.cotangent(logits, torch.full((len(roots),), c)) for c in labels]
+    table = torch.stack(kappas, 1)  # [S, options, C]
+    k = torch.stack([pull(kappa)[0].flatten(1) for kappa in kappas], 1)  # [S, options, m]
+    outside = samples.outside(k)
+    found = []
+    for q, own, kappa, miss in zip(roots, k, table, outside, strict=True):
+        order = miss.argsort()
+        best = int(order[0])
+        dual = samples.dual(own[best])
+        share = float(q @ dual)
+        second = float(miss[order[1]]) if len(order) > 1 else 1.0
+        found.append(
+            Identity(kappa[best], dual / share, share, float(miss[best]), second, labels[best])
+        )
+    return found
+
+
+def continuous(chain: Chain, samples: Mixture, roots: Tensor, loss: Loss) -> list[Identity]:
+    """κ with ``(I − UUᵀ) Jᵀκ = 0`` of every root: any target, where one direction fits."""
+    logits, pull = _logits(chain, samples, roots)
+    eye = torch.eye(logits.shape[1]).to(logits)
+    jacobian = torch.stack([pull(e.expand_as(logits))[0].flatten(1) for e in eye], 1)
+    centred = loss.name == CROSS_ENTROPY
+    return [_free(samples, q, own, centred) for q, own in zip(roots, jacobian, strict=True)]
+
+
+def _logits(
+    chain: Chain, samples: Mixture, roots: Tensor
+) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor]]]:
+    affine = samples.stage.affine
+    z = affine.forward((roots @ samples.right.T).reshape(-1, *affine.in_shape))
+    logits, pull = torch.func.vjp(partial(rise, chain, samples.stage.index), z)[:2]
+    return logits, pull
+
+
+def rise(chain: Chain, index: int, z: Tensor) -> Tensor:
+    """Logits [S, C] of pre-activations z [S, *out_shape] of stage ``index``."""
+    for stage in chain.stages[index:]:
+        if stage.index > index:
+            for op in stage.lead:
+                z = op.forward(z)
+            z = stage.affine.forward(z)
+        for op in stage.tail:
+            z = op.forward(z)
+    return z
+
+
+def _labels(loss: Loss, logits: Tensor, head: Mixture) -> list[int] | None:
+    """Class indices worth trying, shortlisted where there are many; None if continuous."""
+    classes = logits.shape[1]
+    if loss.targets != "index":
+        return None
+    if loss.name != CROSS_ENTROPY:
+        return [0, 1] if classes == 1 else None
+    if classes <= LISTED:
+        return list(range(classes))
+    found: set[int] = set()
+    eye = torch.eye(classes).to(logits)
+    for p in torch.softmax(logits, 1):
+        found |= set(head.outside(p - eye).argsort()[:SHORT].tolist())
+    return sorted(found)
+
+
+def _free(samples: Mixture, q: Tensor, jacobian: Tensor, centred: bool) -> Identity:
+    """The weakest direction of (I − UUᵀ) Jᵀ.
+
+    Args:
+        samples: the mixture.
+        q: the root, [R].
+        jacobian: Jᵀ of every logit, [C, m].
+        centred: the entries of κ sum to 0 (cross-entropy).
+    """
+    basis = torch.eye(len(jacobian)).to(jacobian)
+    if centred:
+        basis = torch.linalg.qr(basis - 1.0 / len(basis)).Q[:, :-1].T
+    rows = basis @ jacobian
+    gap = rows - (rows @ samples.left) @ samples.left.T
+    left, values, _ = torch.linalg.svd(gap, full_matrices=False)
+    kappa = left[:, -1] @ basis
+    k = kappa @ jacobian
+    size = float(k.norm().clamp_min(1e-300))
+    dual = samples.dual(k)
+    share = float(q @ dual)
+    second = float(values[-2]) / size if len(values) > 1 else 1.0
+    return Identity(
+        kappa / share, dual / share, float("nan"), float(values[-1]) / size, second, None
+    )

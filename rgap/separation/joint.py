@@ -1,0 +1,207 @@
+"""All samples of a mixture polished together on every gradient from their layer up.
+
+In the row space of G the unknowns are the R² entries of Q.  Each sample touches a gradient only
+through its own ``dk uᵀ + k duᵀ``, so that JᵀΣ⁻¹J is made of inner products between samples and is
+formed and factored as a whole.  This uses what the separation leaves aside: every gradient at once,
+each entry weighed by its error.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from rgap.batchloss import BatchLoss
+from rgap.bilinear import Rows
+from rgap.jacobian import Linearisation
+from rgap.network import Chain
+from rgap.precision import Precision
+from rgap.solvers.positive import backsolve, cholesky_in_place, extremes
+from rgap.weighing import objective, residuals, row_misfits, row_weights, update_noise
+
+from .mixture import Mixture
+
+log = logging.getLogger(__name__)
+
+LARGEST = 128  # samples up to which the normal matrix is formed: R⁴ entries
+FACTORS, CHORDS = 4, 4  # factorisations, and steps with each
+SETTLED = 0.98  # decrease of the objective that ends the steps
+RIDGES = (0.0, 1e-14, 1e-12, 1e-10, 1e-8)  # of the diagonal, until a factor exists
+
+
+@dataclass(frozen=True)
+class Joint:
+    """Q after the last step.
+
+    Attributes:
+        roots: Q, [R, R].
+        errors: ensemble, [S, R, R]; None where the normal matrix is singular to working precision.
+        misfit: largest weighted rms residual of a parameter.
+        worst: standard error of the direction that is fixed least.
+    """
+
+    roots: Tensor
+    errors: Tensor | None
+    misfit: float
+    worst: float
+
+
+def polish_jointly(
+    chain: Chain,
+    samples: Mixture,
+    gradients: Mapping[str, Tensor],
+    roots: Tensor,
+    head: BatchLoss,
+    across: Tensor,
+    precision: Precision,
+) -> Joint | None:
+    """Gauss–Newton on Q, or None where the layers above are not all fully connected.
+
+    Args:
+        chain: the network.
+        samples: the mixture.
+        gradients: the update by parameter name.
+        roots: Q, [R, R].
+        head: targets and multiplicities.
+        across: errors of the samples across the row space, [S, R, n]; noise for Q.
+        precision: of the update.
+    """
+    index = samples.stage.index
+    if samples.rank > LARGEST or any(s.affine.geometry for s in chain.stages[index:]):
+        return None
+    small = _reduced(chain, samples)
+    sent = {n: gradients[n] for n in _names(small)}
+    first = small.stages[0].affine
+    sent[first.weight_name] = sent[first.weight_name] @ samples.right
+    point = Linearisation(small, roots, head)
+    dz = samples.stage.affine.linear(_flat(across, samples)).reshape(*across.shape[:2], -1)
+    leak = _pushed(point, dz)
+    kappa = head.known(point.outputs, precision)
+    weights = row_weights(point, kappa, precision, leak)
+    misfits = row_misfits(point, sent, weights)
+    log.debug("joint polish of %d samples starts at misfit %.2g", samples.rank, _top(misfits))
+    lower, matrix, ridge = None, None, 0.0
+    for _ in range(FACTORS):
+        matrix = normal_matrix(point, weights)
+        lower, ridge = _factor(matrix)
+        if lower is None:
+            return None
+        begin = objective(misfits, sent)
+        for _ in range(CHORDS):
+            before = objective(misfits, sent)
+            trial = point.moved(point.x + _solve(lower, point, weights, residuals(point, sent)))
+            fresh = row_misfits(trial, sent, weights)
+            if objective(fresh, sent) < before:
+                point, misfits = trial, fresh
+            if objective(misfits, sent) > SETTLED * before:
+                break
+        if objective(misfits, sent) > SETTLED * begin:
+            break
+    assert lower is not None and matrix is not None
+    if ridge:
+        log.debug("joint polish ends at misfit %.2g, singular", _top(misfits))
+        return Joint(point.x, None, _top(misfits), float("inf"))
+    drawn = replace(precision, seed=precision.seed + 1)
+    noise = update_noise(point, kappa, drawn)
+    noise = {n: noise[n] + leak[n] for n in noise}
+    errors = torch.cat(
+        [
+            _solve(lower, point, weights, {n: noise[n][s] for n in noise})[None]
+            for s in range(precision.samples)
+        ]
+    )
+    smallest = extremes(lambda v: matrix @ v, lambda v: backsolve(lower, v), len(matrix), matrix)[1]
+    worst = smallest**-0.5 if smallest > 0 else float("inf")
+    log.debug("joint polish ends at misfit %.2g, worst direction %.2g", _top(misfits), worst)
+    return Joint(point.x, errors, _top(misfits), worst)
+
+
+def normal_matrix(point: Linearisation, weights: Rows) -> Tensor:
+    """JᵀΣ⁻¹J over the entries of x [R, n], for a chain of fully connected stages; [R·n, R·n].
+
+    With k_b^r, u_b^r the directions that entry r of sample b causes, each stage adds
+    ``⟨dk_b^r u_b + k_b du_b^r, dk_a^s u_a + k_a du_a^s⟩`` and the bias ``⟨dk_b^r, dk_a^s⟩``.
+    """
+    count, size = point.x.shape
+    eye = torch.eye(size).to(point.x)
+    tangents = point.tangents(eye[:, None, :].expand(size, count, size))
+    matrix = point.x.new_zeros(count, size, count, size)
+    for node, (du, dk) in zip(point.nodes, tangents, strict=True):
+        affine = node.stage.affine
+        w = weights[affine.weight_name].flatten().square()
+        k, u = node.k.flatten(1), node.u.flatten(1)
+        du, dk = du.flatten(2), dk.flatten(2)  # [r, b, n], [r, b, m]
+        kk, uu = (k * w) @ k.T, u @ u.T
+        kd = torch.einsum("bm,sam->bas", k * w, dk)
+        ud = torch.einsum("bn,san->bas", u, du)
+        own = weights[affine.bias_name].flatten().square() if affine.bias_name else None
+        flat_dk, flat_du = dk.transpose(0, 1), du.transpose(0, 1)  # [b, r, ...]
+        for b in range(count):
+            block = matrix[b]  # [r, a, s]
+            block += (flat_dk[b] * w @ flat_dk.flatten(0, 1).T).view_as(block) * uu[b][:, None]
+            block += kd[:, b].T[:, :, None] * ud[b][None]
+            block += ud[:, b].T[:, :, None] * kd[b][None]
+            block += (flat_du[b] @ flat_du.flatten(0, 1).T).view_as(block) * kk[b][:, None]
+            if own is not None:
+                block += (flat_dk[b] * own @ flat_dk.flatten(0, 1).T).view_as(block)
+    flat = matrix.reshape(count * size, count * size)
+    return (flat + flat.T) / 2
+
+
+def _reduced(chain: Chain, samples: Mixture) -> Chain:
+    """The stages from the mixture's up, as functions of q: the first weight is W V."""
+    bottom = samples.stage
+    affine = replace(
+        bottom.affine, weight=bottom.affine.weight @ samples.right, in_shape=(samples.rank,)
+    )
+    stages = [replace(bottom, index=0, lead=(), affine=affine)]
+    for stage in chain.stages[bottom.index + 1 :]:
+        stages.append(replace(stage, index=stage.index - bottom.index))
+    return replace(chain, stages=tuple(stages), barrier=None, input_shape=(samples.rank,))
+
+
+def _names(chain: Chain) -> list[str]:
+    found = []
+    for stage in chain.stages:
+        found += [n for n in (stage.affine.weight_name, stage.affine.bias_name) if n is not None]
+    return found
+
+
+def _flat(across: Tensor, samples: Mixture) -> Tensor:
+    return across.reshape(-1, *samples.stage.affine.in_shape)
+
+
+def _pushed(point: Linearisation, dz: Tensor) -> Rows:
+    """What an error of the first pre-activation does to every row, beside the first gradient."""
+    zero = point.x.new_zeros(len(dz), *point.x.shape)
+    rows: Rows = {}
+    for node, (du, dk) in zip(point.nodes, point.tangents(zero, dz_first=dz), strict=True):
+        rows |= node.gradient.push(du, dk)
+    return rows
+
+
+def _factor(matrix: Tensor) -> tuple[Tensor | None, float]:
+    """A Cholesky factor and the ridge that it took."""
+    diagonal = matrix.diagonal()
+    for ridge in RIDGES:
+        trial = matrix.clone()
+        trial.diagonal().add_(ridge * diagonal)
+        lower = cholesky_in_place(trial)
+        if lower is not None:
+            return lower, ridge
+    return None, 0.0
+
+
+def _solve(lower: Tensor, point: Linearisation, weights: Rows, rows: Rows) -> Tensor:
+    """(JᵀΣ⁻¹J)⁻¹ JᵀΣ⁻¹ r, [R, n]."""
+    scaled = {n: (rows[n] * weights[n].square())[None] for n in rows}
+    rhs = point.vjp(scaled)[0]
+    return backsolve(lower, rhs.flatten()[:, None])[:, 0].reshape(rhs.shape)
+
+
+def _top(misfits: Mapping[str, float]) -> float:
+    return max(misfits.values())

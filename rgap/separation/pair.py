@@ -1,0 +1,92 @@
+"""Samples of a batch from two consecutive fully connected layers.
+
+Every sample of the lower layer's row space must map into the upper layer's: B − 1 unknowns a
+sample, width − B equations, whatever the activation and the labels.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+
+from torch import Tensor
+
+from .batch import Batch, Separated, Unseparated
+from .consistency import Between
+from .finish import finish
+from .identify import Identity, continuous, identify
+from .mixture import Mixture
+from .peeling import Collected, collect
+from .targets import possible
+
+OPEN = 1e-9  # σ_min of a sample's equations, relative, at which a direction is open
+
+
+def separate_pair(
+    batch: Batch, consistency: Between, top: Mixture, watch: Callable[[str], None] | None = None
+) -> Separated | Unseparated:
+    """All samples of a batch at the lower of two fully connected layers.
+
+    Args:
+        batch: the update.
+        consistency: of the pair.
+        top: mixture of the head.
+        watch: told of the progress.
+    """
+    began = time.perf_counter()
+    lower = consistency.samples
+    stage = lower.stage
+    found = collect(
+        consistency,
+        lambda roots, _: identify_roots(batch, lower, top, roots),
+        partial(possible, batch, lower.rank),
+        batch.precision.seed,
+        watch=watch,
+    )
+    if not found.complete:
+        return Unseparated(_shortfall(consistency, found))
+    return finish(
+        batch,
+        consistency,
+        found.roots,
+        found.identities,
+        f"every sample of '{stage.name}' must map into the row space of "
+        f"'{consistency.above.stage.name}': {consistency.equations} equations for "
+        f"{lower.rank - 1} unknowns a sample",
+        began,
+    )
+
+
+def identify_roots(batch: Batch, samples: Mixture, top: Mixture, roots: Tensor) -> list[Identity]:
+    """The target of every root; one picture with several labels where no single class fits."""
+    found = identify(batch.chain, samples, top, roots, batch.loss)
+    missing = [i for i, identity in enumerate(found) if not identity.accepted]
+    if not missing or batch.classes > samples.gradient.shape[0] - samples.rank:
+        return found
+    again = continuous(batch.chain, samples, roots[missing], batch.loss)
+    for i, identity in zip(missing, again, strict=True):
+        if identity.accepted:
+            found[i] = identity
+    return found
+
+
+def _shortfall(consistency: Between, found: Collected) -> str:
+    lower = consistency.samples
+    name = lower.stage.name
+    said = (
+        f"{len(found.roots)} of the {lower.rank} samples of '{name}' found in {found.starts} "
+        f"starts (σ_B/σ_1 {lower.ratio:.1e} there, {consistency.above.ratio:.1e} at "
+        f"'{consistency.above.stage.name}')"
+    )
+    if found.open:
+        return (
+            f"{said}; {found.open} starts ended on lines of solutions: samples that share a whole "
+            "pattern of active units cannot be told apart by these equations"
+        )
+    if found.rejected < 1.0:
+        return (
+            f"{said}; points that satisfy the equations were no samples: the nearest target misses "
+            f"by {found.rejected:.1e}"
+        )
+    return said

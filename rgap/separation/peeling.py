@@ -1,0 +1,183 @@
+"""Collect the samples of a mixture one after the other, without ever subtracting one.
+
+Levenberg–Marquardt from many starts ends at some samples.  Each found one, once its target is
+known, has a dual d with ``d·q = 1`` on itself and 0 on all others: the samples that are left lie in
+the affine subspace ``w·q = 1, d·q = 0``, of one dimension less.  What subtracting k xᵀ does to the
+row space of G this does to the unknowns, but each root is polished on the original equations, so
+that errors do not add up.  Where w − Σd vanishes, all samples have been found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rgap.solvers.least_squares import levenberg_marquardt, refine
+
+from .consistency import Consistency, Restricted
+from .identify import Identity
+
+STARTS = 16
+ROUNDS = 4  # without a new sample, each with twice the starts, until it gives up
+ROOT = 1e-3  # relative cost above which a point is no root at any precision
+LIKELY = 100.0  # times the cost that rounding explains, at which it still counts as a root
+FLAT = 1e-6  # σ of a direction that no equation of a root sees, relative
+APART = 0.5  # d·q of a sample that is the dual's own; all others have 0
+
+Identify = Callable[[Tensor, Consistency], list[Identity]]
+
+
+@dataclass(frozen=True)
+class Collected:
+    """The samples found.
+
+    Attributes:
+        roots: rows q, [F, R].
+        identities: target and dual of each.
+        remainder: ‖w − Σd‖/‖w‖: 0 when all were found.
+        starts: Levenberg–Marquardt runs in all.
+        rejected: the smallest share of k outside the range among roots without a target.
+        open: roots without a target whose own equations leave a direction open.
+    """
+
+    roots: Tensor
+    identities: list[Identity]
+    remainder: float
+    starts: int
+    rejected: float
+    open: int
+
+    @property
+    def complete(self) -> bool:
+        """True if there is one root for every dimension of the mixture."""
+        return len(self.roots) == self.roots.shape[1]
+
+
+def collect(
+    consistency: Consistency,
+    identify: Identify,
+    possible: Callable[[Identity], bool],
+    seed: int = 0,
+    starts: int = STARTS,
+    watch: Callable[[str], None] | None = None,
+) -> Collected:
+    """All roots of ``(I − PPᵀ) f(q) = 0, w·q = 1`` that are samples.
+
+    Args:
+        consistency: f, P and the mixture.
+        identify: targets of a few roots.
+        possible: False for a target that a stated batch size rules out.
+        seed: of the starts.
+        starts: at once; twice as many after a round without a new sample.
+        watch: told of the progress.
+    """
+    samples = consistency.samples
+    w, rank = samples.weights, samples.rank
+    generator = torch.Generator().manual_seed(seed)
+    roots = w.new_zeros(0, rank)
+    duals = w.new_zeros(0, rank)
+    identities: list[Identity] = []
+    tried, idle, rejected, lines = 0, 0, 1.0, 0
+    while len(roots) < rank and idle < ROUNDS:
+        count = starts * 2**idle
+        begun = consistency.begin(count, idle, generator)
+        left = restricted(begun, w, duals)
+        start = _starts(left, roots, duals, count, generator)
+        tried += count
+        ends = levenberg_marquardt(left, start, tolerance=1e-24, enough=0.7)
+        good = ends.cost.argsort()[: int((ends.cost < ROOT).sum())]
+        good = good[_distinct(left.rows(ends.value[good]))]
+        before = len(roots)
+        if len(good):
+            whole = restricted(begun.at(good), w, w.new_zeros(0, rank))
+            fresh, fits = _polished(whole, left.rows(ends.value[good]))
+            found = identify(fresh[fits], begun.at(good[fits]))
+            for q, identity in zip(fresh[fits], found, strict=True):
+                known = bool((duals @ q > APART).any()) if len(duals) else False
+                if known:
+                    continue
+                if not (identity.accepted and possible(identity)):
+                    rejected = min(rejected, identity.outside)
+                    lines += _open(consistency, w, q)
+                    continue
+                roots = torch.cat([roots, q[None]])
+                duals = torch.cat([duals, identity.dual[None]])
+                identities.append(identity)
+                if len(roots) == rank:
+                    break
+        idle = 0 if len(roots) > before else idle + 1
+        if watch is not None:
+            watch(f"separating samples: {len(roots)} of {rank}")
+    remainder = float((w - duals.sum(0)).norm() / w.norm())
+    return Collected(roots, identities, remainder, tried, rejected, lines)
+
+
+def restricted(consistency: Consistency, w: Tensor, duals: Tensor) -> Restricted:
+    """The subspace ``w·q = 1``, ``d·q = 0`` for every found d."""
+    rows = torch.cat([w[None], duals])
+    size = rows.norm(dim=1, keepdim=True)
+    full, upper = torch.linalg.qr((rows / size).T, mode="complete")
+    count = len(rows)
+    rhs = torch.zeros(count, 1).to(w)
+    rhs[0] = 1.0 / float(size[0])
+    inner = torch.linalg.solve_triangular(upper[:count].T, rhs, upper=False)
+    return Restricted(consistency, (full[:, :count] @ inner)[:, 0], full[:, count:])
+
+
+def _starts(
+    left: Restricted, roots: Tensor, duals: Tensor, count: int, generator: torch.Generator
+) -> Tensor:
+    """Half of the starts at random, half at rows of G without what was found: affine mixtures."""
+    samples = left.consistency.samples
+    unknowns = left.directions.shape[1]
+    spread = left.origin.norm() / max(unknowns, 1) ** 0.5
+    t: Tensor = torch.randn(count, unknowns, generator=generator, dtype=torch.float64).to(spread)
+    t *= spread
+    t *= 10.0 ** (2.0 * torch.rand(count, 1, generator=generator, dtype=torch.float64) - 1.0).to(t)
+    bias = samples.bias_gradient
+    assert bias is not None
+    heavy = bias.abs() > 1e-3 * bias.abs().max()
+    rows = (samples.left * samples.values)[heavy] / bias[heavy, None]
+    half = count // 2
+    pick = torch.randint(0, len(rows), (half,), generator=generator)
+    q = rows[pick]
+    if len(duals):
+        q = q - (q @ duals.T) @ roots
+    q = q / (q @ samples.weights)[:, None]
+    chosen = left.coordinates(q)
+    usable = chosen.isfinite().all(1) & (chosen.norm(dim=1) < 1e3 * left.origin.norm())
+    t[:half][usable] = chosen[usable]
+    return t
+
+
+def _distinct(q: Tensor) -> Tensor:
+    """Indices of one root of every cluster, the first."""
+    kept: list[int] = []
+    for i, row in enumerate(q):
+        if all(float((row - q[j]).norm()) > 1e-3 * float(row.norm()) for j in kept):
+            kept.append(i)
+    return torch.tensor(kept, dtype=torch.long)
+
+
+def _polished(whole: Restricted, q: Tensor) -> tuple[Tensor, Tensor]:
+    """Roots of the original equations next to q, and which miss by no more than rounding."""
+    ends = levenberg_marquardt(whole, whole.coordinates(q), max_iterations=25)
+    moved = whole.rows(refine(whole, ends.value))
+    near = (moved - q).norm(dim=1) < 0.1 * q.norm(dim=1)
+    moved = torch.where(near[:, None], moved, q)
+    cost = whole.cost(whole.coordinates(moved))
+    limit = LIKELY * whole.consistency.tolerance(whole.consistency.value(moved))
+    return moved, (cost <= limit).nonzero().flatten()
+
+
+def _open(consistency: Consistency, w: Tensor, q: Tensor) -> bool:
+    """True if the equations leave a direction open at q: a line of solutions."""
+    whole = restricted(consistency, w, w.new_zeros(0, len(w)))
+    if whole.directions.shape[1] == 0:
+        return False
+    slope = consistency.derivative(q[None])[1][0] @ whole.directions
+    values = torch.linalg.svdvals(consistency.project(slope.T))
+    return float(values[-1]) < FLAT * float(values[0])

@@ -1,0 +1,77 @@
+"""Which equations separate the samples of a batch, and why.
+
+A pair of fully connected layers in a row separates any batch up to about their width.  Without one
+the loss has to: at a softmax head up to C − 1 samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from rgap.piecewise import Activation, Identity
+
+from .batch import Batch, Separated, Unseparated
+from .consistency import Between, steps_between
+from .mixture import Mixture
+from .pair import separate_pair
+from .softmax import separate_head, unfit
+
+Watcher = Callable[[str], None]
+
+
+def separate(batch: Batch, watch: Watcher | None = None) -> Separated | Unseparated:
+    """Tell the samples of a batch apart, at the lowest stage where equations do."""
+    chain = batch.chain
+    head = chain.stages[-1]
+    if head.affine.geometry is not None:
+        return Unseparated(
+            f"the last layer '{head.name}' is a {head.affine.kind}; separating a batch needs "
+            "fully connected ones"
+        )
+    if any(isinstance(op, Activation) and not isinstance(op, Identity) for op in head.tail):
+        return Unseparated(f"an activation follows the last layer '{head.name}'")
+    top = batch.mixture(head.index)
+    whys = []
+    for index in range(len(chain.stages) - 1):
+        steps = steps_between(chain, index)
+        if isinstance(steps, str):
+            continue
+        lower, upper = batch.mixture(index), batch.mixture(index + 1)
+        why = _unfit(batch, lower, upper)
+        if why is None:
+            return separate_pair(
+                batch, Between.of(lower, upper, steps, batch.precision), top, watch
+            )
+        whys.append(why)
+    alone = "; ".join(whys) or "no two fully connected layers in a row"
+    why_not = unfit(batch, top)
+    if why_not is not None:
+        return Unseparated(f"{alone}; {why_not.reason}", why_not.consistent)
+    return separate_head(batch, top, watch)
+
+
+def _unfit(batch: Batch, lower: Mixture, upper: Mixture) -> str | None:
+    """Why a pair of layers does not separate the batch, or None if it does."""
+    name, above = lower.stage.name, upper.stage.name
+    width = upper.gradient.shape[1]
+    if lower.bias_gradient is None:
+        return f"'{name}' has no bias: nothing fixes the scale of a sample of its row space"
+    if lower.rank == 0 or not bool((lower.bias_gradient != 0).any()):
+        return f"the gradient of '{name}' is zero"
+    if lower.rank != upper.rank:
+        return (
+            f"the gradients of '{name}' and '{above}' have different ranks, {lower.rank} and "
+            f"{upper.rank}: one of them lost samples"
+        )
+    if lower.rank - 1 > width - lower.rank:
+        return (
+            f"'{above}' with {width} inputs gives {width - lower.rank} equations a sample for "
+            f"{lower.rank - 1} unknowns"
+        )
+    return None
+
+
+def mixed(batch: Batch) -> bool:
+    """True if the gradient of some fully connected layer has a rank above one."""
+    stages = [s for s in batch.chain.stages if s.affine.geometry is None]
+    return any(batch.mixture(stage.index).rank > 1 for stage in stages)

@@ -1,0 +1,151 @@
+"""Samples of a batch from a softmax head alone.
+
+The cotangent p − e_c of every sample lies in the range of the head's gradient: for each class c
+about C − B equations in B − 1 unknowns, one sample at a time.  Repeated labels are no defect of
+rank; they only make samples hard to tell apart, by how little their probabilities differ.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from rgap.targets import CROSS_ENTROPY
+
+from .batch import Batch, Separated, Unseparated
+from .consistency import AtHead, Consistency
+from .finish import finish
+from .identify import Identity
+from .mixture import Mixture
+from .peeling import Collected, collect
+from .targets import possible
+
+FEWEST = 8  # classes that are always tried
+NEAR = 0.1  # share of p − e_c outside the range of G up to which class c may well occur
+PER_CLASS = 4  # starts at once for each class of the pool, at most ``MOST`` in all
+LEAST, MOST = 16, 64
+
+
+def unfit(batch: Batch, head: Mixture) -> Unseparated | None:
+    """Why the head alone cannot separate the batch, or None if it can."""
+    name, classes = head.stage.name, head.gradient.shape[0]
+    loss = batch.loss
+    if loss.name != CROSS_ENTROPY or loss.targets != "index":
+        return Unseparated(
+            f"the head '{name}' under {loss.name} with targets {loss.targets!r} leaves samples and "
+            f"targets free to mix: {head.rank}×{head.rank} numbers that no equation fixes"
+        )
+    if head.bias_gradient is None:
+        return Unseparated(
+            f"the head '{name}' has no bias: nothing fixes the scale of a sample of its row space"
+        )
+    if head.rank == 0:
+        return Unseparated(f"the gradient of '{name}' is zero")
+    if batch.size is not None and batch.size >= classes and head.rank == classes - 1:
+        return Unseparated(
+            f"a softmax head with {classes} classes has a gradient of rank at most {classes - 1}: "
+            f"it cannot tell {batch.size} samples apart, whatever they are"
+        )
+    if head.rank == classes - 1 and batch.size is None:
+        return Unseparated(
+            f"the gradient of '{name}' has the largest rank that {classes} classes allow, "
+            f"{classes - 1}: the batch may be larger, state its size"
+        )
+    return None
+
+
+def separate_head(
+    batch: Batch, head: Mixture, watch: Callable[[str], None] | None = None
+) -> Separated | Unseparated:
+    """All samples of a batch at the head.
+
+    Args:
+        batch: the update.
+        head: mixture of the last stage; :func:`unfit` must have passed it.
+        watch: told of the progress.
+    """
+    began = time.perf_counter()
+    pool, clear = likely(batch, head)
+    consistency = AtHead.of(head, batch.loss.label_smoothing, pool, clear, batch.precision)
+    found = collect(
+        consistency,
+        partial(identify_classes, head),
+        partial(possible, batch, head.rank),
+        batch.precision.seed,
+        starts=max(LEAST, min(MOST, PER_CLASS * len(consistency.pool))),
+        watch=watch,
+    )
+    if not found.complete:
+        return Unseparated(_shortfall(consistency, found))
+    return conclude(batch, consistency, found.roots, found.identities, began)
+
+
+def conclude(
+    batch: Batch,
+    consistency: AtHead,
+    roots: Tensor,
+    identities: list[Identity],
+    began: float,
+) -> Separated | Unseparated:
+    """Samples from the roots and classes of a head."""
+    labels = torch.tensor([identity.label for identity in identities])
+    own = AtHead.of(
+        consistency.samples, consistency.smoothing, labels, len(labels), batch.precision
+    ).labelled(labels)
+    name, rank = consistency.samples.stage.name, consistency.samples.rank
+    return finish(
+        batch,
+        own,
+        roots,
+        identities,
+        f"every cotangent p − e_c must lie in the range of the gradient of '{name}': "
+        f"{consistency.equations} equations for {rank - 1} unknowns a sample",
+        began,
+    )
+
+
+def likely(batch: Batch, head: Mixture) -> tuple[Tensor, int]:
+    """Classes by how near p − e_c is to the range of G at the mean of the batch, nearest first.
+
+    Two classes that both occur differ by a vector of that range, up to what p varies.  The number
+    says how many of them are clearly nearer than the others.
+    """
+    classes = head.gradient.shape[0]
+    w = head.weights
+    middle = (w / (w @ w)) @ head.right.T
+    p = torch.softmax(head.stage.affine.forward(middle[None]), 1)
+    miss = head.outside(p - torch.eye(classes).to(p))
+    order = miss.argsort()
+    clear = int((miss < max(NEAR, 5.0 * float(miss.min()))).sum())
+    return order[: max(FEWEST, 2 * head.rank)], clear
+
+
+def identify_classes(head: Mixture, roots: Tensor, at: Consistency) -> list[Identity]:
+    """Class, dual and share of every root; its class is part of its equations."""
+    assert isinstance(at, AtHead)
+    classes = head.gradient.shape[0]
+    p = torch.softmax(roots @ at.matrix.T + at.shift, 1)
+    dense = (1.0 - at.smoothing) * torch.eye(classes).to(p) + at.smoothing / classes
+    found = []
+    for q, row, label in zip(roots, p, at.labels.tolist(), strict=True):
+        kappa = row - dense[label]
+        outside = head.outside(row - dense)
+        others = outside[torch.arange(classes) != label]
+        dual = head.dual(kappa)
+        share = float(q @ dual)
+        second = float(others.min()) if head.rank < classes - 2 else 1.0
+        found.append(Identity(kappa, dual / share, share, float(outside[label]), second, label))
+    return found
+
+
+def _shortfall(consistency: AtHead, found: Collected) -> str:
+    head = consistency.samples
+    return (
+        f"{len(found.roots)} of the {head.rank} samples at the head '{head.stage.name}' found in "
+        f"{found.starts} starts ({consistency.equations} equations for {head.rank - 1} unknowns a "
+        f"sample, σ_B/σ_1 {head.ratio:.1e})"
+    )

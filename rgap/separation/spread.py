@@ -1,0 +1,153 @@
+"""Errors of separated samples: what the rounding of the client's sums does to X and K.
+
+To first order, with L = Kᵀ, an error E of G and e of ∂b moves the samples by ``dX = L⁺E`` across
+the row space of G; inside it each q follows its own consistency equations, whose subspace moves
+too.  K follows from X through the layers above and the loss: reading it off Kᵀ = G X⁺ would divide
+by the smallest singular value.  Every member of the ensemble is one draw of all rounding errors
+together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from rgap.batchloss import BatchLoss
+from rgap.network import Chain
+from rgap.precision import Known, Precision
+from rgap.solvers.least_squares import refine
+
+from .consistency import Consistency, Restricted
+from .identify import rise
+
+EPS = 2 * torch.finfo(torch.float64).eps  # norm of what a decomposition in float64 rounds
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Samples with their errors.
+
+    Attributes:
+        roots: Q, polished once more, [R, R].
+        features: X, [R, *in_shape].
+        across: the part of the errors across the row space of G, [S, R, n].
+        worst: the largest standard error of any direction that a sample could move along, in
+            units of that sample's norm; infinite where a direction is open.
+    """
+
+    roots: Tensor
+    features: Known
+    across: Tensor
+    worst: float
+
+
+def spread(
+    consistency: Consistency,
+    whole: Restricted,
+    roots: Tensor,
+    chain: Chain,
+    head: BatchLoss,
+    precision: Precision,
+) -> Spread:
+    """X of all roots, polished once more, with an ensemble of their errors.
+
+    Args:
+        consistency: f and P.
+        whole: its restriction to ``w·q = 1``.
+        roots: Q, [R, R].
+        chain: the network.
+        head: targets and multiplicities.
+        precision: of the update.
+    """
+    samples = consistency.samples
+    inverses, roots, smallest = _inverses(consistency, whole, roots)
+    affine = samples.stage.affine
+    x = roots @ samples.right.T
+    k = cotangents(chain, samples.stage.index, _shaped(x, affine.in_shape), head).flatten(1)
+    f, slope = consistency.derivative(roots)
+    share = f @ consistency.basis  # P^T f, [R, p]
+    own = consistency.rounding(x, precision)
+    above = k
+    if consistency.source is not samples.stage:  # f is the input of another layer
+        affine_above = consistency.source.affine
+        above = cotangents(chain, consistency.source.index, _shaped(f, affine_above.in_shape), head)
+    wobble = consistency.basis_errors(above, f, precision)
+    back = roots / samples.values  # rows of Q S^-1
+    w = samples.weights
+    std = precision.update_std(k.square().T @ x.square(), k.T @ x)
+    std_bias = precision.update_std(k.square().sum(0), k.sum(0))
+    # A standard error of f along each direction, for the verdict on the worst of them.
+    entries = (own.square().mean() + _blur(consistency, share).square().mean()).sqrt()
+    worst = float(entries) / max(smallest, 1e-300)
+    own_arithmetic = float(samples.values[0]) * EPS / (len(k[0]) + len(x[0])) ** 0.5
+    std = (std.square() + own_arithmetic**2).sqrt()
+    errors, leaks = [], []
+    for _ in range(precision.samples):
+        e = precision.normal(std, samples=1)[0]
+        e_bias = precision.normal(std_bias, samples=1)[0]
+        across = back @ (samples.left.T @ e)
+        across = across - (across @ samples.right) @ samples.right.T
+        along = back @ (samples.left.T @ (e @ (samples.right @ w) - e_bias))
+        shift = along[:, None] * w / (w @ w)
+        moved = (slope @ shift[:, :, None])[:, :, 0] + consistency.push(x, across)
+        moved = moved + precision.normal(own, samples=1)[0]
+        moved = moved - share @ wobble(e)
+        dt = -(inverses @ consistency.project(moved)[:, :, None])[:, :, 0]
+        dq = shift + dt @ whole.directions.T
+        errors.append(dq @ samples.right.T + across)
+        leaks.append(across)
+    features = Known(_shaped(x, affine.in_shape), _shaped(torch.stack(errors), affine.in_shape, 2))
+    return Spread(roots, features, torch.stack(leaks), worst)
+
+
+def cotangents(chain: Chain, index: int, u: Tensor, head: BatchLoss) -> Tensor:
+    """Cotangent k of stage ``index`` for its inputs u [R, *in_shape], from the loss down."""
+    z = chain.stages[index].affine.forward(u)
+    logits, pull = torch.func.vjp(partial(rise, chain, index), z)[:2]
+    found: Tensor = pull(head.cotangent(logits))[0]
+    return found
+
+
+def cotangents_above(chain: Chain, index: int, features: Known, head: BatchLoss) -> Known:
+    """K with the errors that it inherits from the features, by finite differences."""
+    k = cotangents(chain, index, features.value, head)
+    size = features.error.abs().max().clamp_min(1e-300)
+    step = 1e-6 * features.value.abs().max() / size
+    moved = [cotangents(chain, index, features.value + step * e, head) for e in features.error]
+    return Known(k, (torch.stack(moved) - k) / step)
+
+
+def _shaped(x: Tensor, shape: tuple[int, ...], leading: int = 1) -> Tensor:
+    out: Tensor = x.reshape(*x.shape[:leading], *shape)
+    return out
+
+
+def _blur(consistency: Consistency, share: Tensor) -> Tensor:
+    out: Tensor = torch.linalg.vector_norm(share * consistency.blur, dim=1)
+    return out
+
+
+def _inverses(
+    consistency: Consistency, whole: Restricted, roots: Tensor
+) -> tuple[Tensor, Tensor, float]:
+    """Pseudo-inverses of the equations of every root, the root after two last steps, σ_min.
+
+    By QR: the normal equations that led here lose half the digits where two samples are alike.
+    """
+    inverses, polished, smallest = [], [], float("inf")
+    for i, q in enumerate(roots):
+        alone = replace(whole, consistency=consistency.at(torch.tensor([i])))
+        t = refine(alone, alone.coordinates(q[None]))
+        polished.append(alone.rows(t)[0])
+        if t.shape[1] == 0:
+            inverses.append(q.new_zeros(0, consistency.basis.shape[0]))
+            continue
+        slope = alone.consistency.derivative(alone.rows(t))[1][0] @ whole.directions
+        basis, upper = torch.linalg.qr(consistency.project(slope.T).T)
+        inverse = torch.linalg.solve_triangular(upper, basis.T, upper=True)
+        inverses.append(inverse.nan_to_num(0.0))
+        smallest = min(smallest, float(torch.linalg.svdvals(upper)[-1]))
+    return torch.stack(inverses), torch.stack(polished), smallest

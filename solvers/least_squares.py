@@ -1,0 +1,158 @@
+"""Levenberg–Marquardt for many starts of one small non-linear least-squares problem at once.
+
+Every start has its own damping; one batched factorisation an iteration serves all of them.  The
+equations hand over cost, gradient and Gauss–Newton matrix, so that residuals with many more rows
+than unknowns never have to be stored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+FIRST = 1e-2  # damping of the first step, relative to the diagonal of the Gauss–Newton matrix
+EASIER, HARDER = 0.2, 4.0  # what a step that helps and one that does not do to it
+LEAST, MOST = 1e-14, 1e8
+STILL = 1e-9  # a step this small against the unknowns changes nothing any more
+
+
+class Equations(Protocol):
+    """A non-linear least-squares problem, evaluated at S points at once."""
+
+    def cost(self, t: Tensor) -> Tensor:
+        """‖r(t)‖² in units in which 1 is no information at all, [S, n] → [S]."""
+
+    def normal(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Cost [S], Jᵀr [S, n] and JᵀJ [S, n, n]."""
+
+
+class Linearised(Protocol):
+    """The same problem with its Jacobian at hand."""
+
+    def cost(self, t: Tensor) -> Tensor:
+        """‖r(t)‖², [S, n] → [S]."""
+
+    def linear(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Residual [S, m] and Jacobian [S, m, n]."""
+
+
+@dataclass(frozen=True)
+class Roots:
+    """Where the starts ended.
+
+    Attributes:
+        value: [S, n].
+        cost: ‖r‖² there, [S]; infinite where a start left the numbers.
+        settled: the last step changed nothing any more, or the cost is below the tolerance, [S].
+        iterations: done.
+    """
+
+    value: Tensor
+    cost: Tensor
+    settled: Tensor
+    iterations: int
+
+
+def levenberg_marquardt(
+    equations: Equations,
+    start: Tensor,
+    *,
+    tolerance: float = 0.0,
+    enough: float = 1.0,
+    max_iterations: int = 60,
+) -> Roots:
+    """Minimise ``‖r(t)‖²`` from every start; corresponds to ``scipy.optimize.least_squares``.
+
+    Args:
+        equations: cost, gradient and Gauss–Newton matrix.
+        start: [S, n].
+        tolerance: cost at which a start counts as settled.
+        enough: share of the starts that must settle before all of them stop.
+        max_iterations: evaluations of the Gauss–Newton matrix at most.
+
+    Returns:
+        The :class:`Roots`, in the order of the starts.
+
+    Source: Marquardt (1963), with the damping scaled by the diagonal.
+
+    >>> class Circle:
+    ...     def cost(self, t):
+    ...         return (t.square().sum(1) - 1.0).square()
+    ...     def normal(self, t):
+    ...         r, j = t.square().sum(1) - 1.0, 2 * t
+    ...         return r.square(), j * r[:, None], j[:, :, None] * j[:, None, :]
+    >>> found = levenberg_marquardt(Circle(), torch.tensor([[3.0, 0.0], [0.1, 0.1]]).double())
+    >>> found.value.norm(dim=1).allclose(torch.ones(2).double())
+    True
+    """
+    t = start.clone()
+    if t.shape[1] == 0:  # nothing is unknown
+        return Roots(t, equations.cost(t), torch.ones(len(t), dtype=torch.bool), 0)
+    damping = t.new_full((len(t),), FIRST)
+    cost, gradient, matrix = equations.normal(t)
+    settled = torch.zeros(len(t), dtype=torch.bool, device=t.device)
+    done = 0
+    while done < max_iterations:
+        done += 1
+        step, solved = _step(gradient, matrix, damping)
+        trial = t + step
+        fresh = equations.cost(trial).nan_to_num(torch.inf)
+        better = solved & (fresh < cost)
+        # Checked before the damping grows: a refused step is short, which proves nothing.
+        small = step.norm(dim=1) <= STILL * t.norm(dim=1)
+        settled = (fresh.minimum(cost) <= tolerance) | (solved & small)
+        damping = torch.where(better, damping * EASIER, damping * HARDER).clamp(LEAST, MOST)
+        t = torch.where(better[:, None], trial, t)
+        if float(settled.double().mean()) >= enough:
+            cost = torch.where(better, fresh, cost)
+            break
+        cost, gradient, matrix = equations.normal(t)
+    return Roots(t, cost.nan_to_num(torch.inf), settled, done)
+
+
+def refine(equations: Linearised, t: Tensor, steps: int = 4) -> Tensor:
+    """Last Gauss–Newton steps by QR: the normal equations lose half the digits of a flat direction.
+
+    A step that does not lower the cost is not taken.
+
+    Args:
+        equations: residual and Jacobian.
+        t: near a minimum, [S, n].
+        steps: at most.
+    """
+    if t.shape[1] == 0:
+        return t
+    cost = equations.cost(t)
+    for _ in range(steps):
+        residual, jacobian = equations.linear(t)
+        step = triangular_solve(jacobian, residual)
+        trial = t - step
+        fresh = equations.cost(trial).nan_to_num(torch.inf)
+        better = fresh < cost
+        if not bool(better.any()):
+            break
+        t = torch.where(better[:, None], trial, t)
+        cost = torch.where(better, fresh, cost)
+    return t
+
+
+def triangular_solve(jacobian: Tensor, residual: Tensor) -> Tensor:
+    """``J⁺ r`` by QR for S tall Jacobians [S, m, n], [S, m] → [S, n]; 0 without full rank."""
+    basis, upper = torch.linalg.qr(jacobian)
+    rhs = basis.transpose(1, 2) @ residual[:, :, None]
+    out: Tensor = torch.linalg.solve_triangular(upper, rhs, upper=True)[:, :, 0]
+    fine = out.isfinite().all(1, keepdim=True)
+    return torch.where(fine, out, torch.zeros_like(out))
+
+
+def _step(gradient: Tensor, matrix: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
+    """Damped Gauss–Newton steps and which of them could be computed."""
+    diagonal = matrix.diagonal(dim1=1, dim2=2)
+    scale = diagonal + 1e-12 * diagonal.amax(1, keepdim=True)
+    lower, info = torch.linalg.cholesky_ex(matrix + torch.diag_embed(damping[:, None] * scale))
+    step = -torch.cholesky_solve(gradient[:, :, None], lower)[:, :, 0]
+    fine = (info == 0) & step.isfinite().all(1)
+    return torch.where(fine[:, None], step, torch.zeros_like(step)), fine
