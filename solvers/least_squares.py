@@ -99,7 +99,7 @@ def levenberg_marquardt(
         done += 1
         step, solved = _step(gradient, matrix, damping)
         trial = t + step
-        fresh = equations.cost(trial).nan_to_num(torch.inf)
+        fresh = equations.cost(trial).nan_to_num(torch.inf, posinf=torch.inf)
         better = solved & (fresh < cost)
         # Checked before the damping grows: a refused step is short, which proves nothing.
         small = step.norm(dim=1) <= STILL * t.norm(dim=1)
@@ -110,7 +110,7 @@ def levenberg_marquardt(
             cost = torch.where(better, fresh, cost)
             break
         cost, gradient, matrix = equations.normal(t)
-    return Roots(t, cost.nan_to_num(torch.inf), settled, done)
+    return Roots(t, cost.nan_to_num(torch.inf, posinf=torch.inf), settled, done)
 
 
 def refine(equations: Linearised, t: Tensor, steps: int = 4) -> Tensor:
@@ -130,7 +130,7 @@ def refine(equations: Linearised, t: Tensor, steps: int = 4) -> Tensor:
         residual, jacobian = equations.linear(t)
         step = triangular_solve(jacobian, residual)
         trial = t - step
-        fresh = equations.cost(trial).nan_to_num(torch.inf)
+        fresh = equations.cost(trial).nan_to_num(torch.inf, posinf=torch.inf)
         better = fresh < cost
         if not bool(better.any()):
             break
