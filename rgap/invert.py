@@ -137,7 +137,9 @@ def _from_batch(problem: Problem, show: Progress) -> Recovery:
     problem = start(problem, found)
     descent = _descend(problem, found.stage.index, found.features, found.cotangents, show)
     descent = with_separation(problem, descent, found)
-    return _conclude(problem, [(descent, found.head, [])], show)
+    recovery = _conclude(problem, [(descent, found.head, [])], show)
+    notes = (found.note,) if found.note else ()
+    return replace(recovery, warnings=(*notes, *recovery.warnings))
 
 
 def _from_bias(problem: Problem, index: int, show: Progress) -> Recovery:

@@ -30,6 +30,7 @@ STEPS = 4  # Gauss–Newton steps at most
 BRIEF, FULL = 12, 300  # CG iterations of a step: while the recursion is accurate, and where not
 SAMPLES = 4  # noise samples of the full solve; each averages over all pixels
 FITS = 10.0  # misfit up to which the update counts as reproduced; above, a full solve follows
+MEMBERS = 8  # of the ensemble that a settled start is measured with
 HARD = 2e-5  # predicted rms error, in widths of the value range, from which the full solve pays
 
 
@@ -64,6 +65,7 @@ def polish(
     precision: Precision,
     precondition: Inverse | None,
     width: float = 1.0,
+    settled: bool = False,
 ) -> Polished:
     """Minimise ``Σ ‖(g(x) − g)/σ‖²`` from a start that is already close.
 
@@ -76,22 +78,23 @@ def polish(
         precondition: approximate inverse of the normal matrix on [S, B, *input_shape]; None
             where the data came straight from a bias attack, which leaves nothing to polish.
         width: of the value range, the unit of ``HARD``.
+        settled: the start was polished on the whole update already; its misfit is measured in
+            units that its own error is part of.
     """
     if isinstance(kappa, BatchLoss):
         point = Linearisation(chain, start.value, kappa)
         kappa = kappa.known(point.outputs, precision)
     else:
         point = Linearisation(chain, start.value, kappa.value)
-    weights = row_weights(point, kappa, precision)
+    few = start.error[:MEMBERS] if settled else start.error[:0]
+    weights = row_weights(point, kappa, precision, (point.jvp(e[None]) for e in few))
     misfits = row_misfits(point, gradients, weights)
-    if precondition is None:
+    if settled or precondition is None:
         return Polished(start, max(misfits.values()), misfits, 0, full=False)
     hard = float(start.error.square().mean().sqrt()) > HARD * width
     used = 0
-    log.debug("polish starts at misfits %s", misfits)
     if not hard:
         point, misfits, used, _ = _step(point, misfits, gradients, weights, precondition, BRIEF)
-        log.debug("after %d iterations %s", used, misfits)
         hard = max(misfits.values()) > FITS
     data, full, worst = Known(point.x, start.error), False, inf
     if hard:

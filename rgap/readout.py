@@ -46,6 +46,7 @@ def read_batch(problem: Problem, descent: Descent, head: BatchLoss) -> Answer:
         problem.precision,
         descent.preconditioner(problem.chain),
         high - low,
+        settled=descent.solutions[0].solution.stats.route == "separation",
     )
     stage = problem.chain.stages[-1]
     features = top_features(problem.chain, polished.data)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -14,20 +14,25 @@ from rgap.precision import Known, Precision
 
 
 def row_weights(
-    point: Linearisation, kappa: Known, precision: Precision, leak: Rows | None = None
+    point: Linearisation,
+    kappa: Known,
+    precision: Precision,
+    others: Iterable[Rows] = (),
 ) -> Rows:
     """1/σ per gradient entry, pooled over each filter.
 
     σ holds the rounding of the entry's own sum, the stated noise, and what the client's rounding
-    at every other step does to the entry, sampled one member at a time; and ``leak``, samples of
-    any other error, by parameter name [S, *parameter.shape].
+    at every other step does to the entry, sampled one member at a time; and ``others``, samples
+    of any other error, by parameter name [1, *parameter.shape].
     """
     single = replace(precision, samples=1, seed=precision.seed + 2)
     zero = torch.zeros((1, *point.x.shape), dtype=torch.float64, device=point.x.device)
     squares = _update_std(point, precision)
     pooled = {name: _pool(s.square()) for name, s in squares.items()}
-    for name, rows in (leak or {}).items():
-        pooled[name] = pooled[name] + _pool(rows.square().mean(0))
+    drawn = [{name: _pool(rows[0].square()) for name, rows in one.items()} for one in others]
+    for one in drawn:
+        for name, variance in one.items():
+            pooled[name] = pooled[name] + variance / len(drawn)
     count = min(8, len(kappa.error))
     for member in range(count):
         carried = point.jvp(zero, kappa.error[member : member + 1], inject=single)

@@ -59,6 +59,7 @@ class Separated:
         mixture: U, S, V of the stage's gradient.
         worst: largest standard error of any direction that the equations leave a sample.
         route: which equations, in words.
+        note: what a reader should know of pictures that occur more than once, or "".
         seconds: time spent.
     """
 
@@ -69,6 +70,7 @@ class Separated:
     mixture: Mixture
     worst: float
     route: str
+    note: str
     seconds: float
 
 

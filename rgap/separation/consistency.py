@@ -23,6 +23,9 @@ from rgap.precision import Precision
 from .mixture import Mixture
 
 
+VANISHED = 1e-40  # ‖f‖² below which f is nothing
+
+
 @dataclass(frozen=True)
 class Consistency(ABC):
     """f and P.
@@ -59,6 +62,10 @@ class Consistency(ABC):
     def at(self, index: Tensor) -> Consistency:
         """The equations of some of the starts."""
         return self
+
+    def kinds(self, count: int) -> Tensor:
+        """A number for the equations of each of ``count`` starts, equal where they are, [count]."""
+        return torch.zeros(count, dtype=torch.long)
 
     @abstractmethod
     def push(self, x: Tensor, dx: Tensor) -> Tensor:
@@ -248,6 +255,10 @@ class AtHead(Consistency):
         order = torch.randperm(min(size, len(self.pool)), generator=generator)
         return replace(self, labels=self.pool[order.repeat(count // len(order) + 1)[:count]])
 
+    def kinds(self, count: int) -> Tensor:
+        """The class of every start."""
+        return self.labels
+
     def labelled(self, labels: Tensor) -> AtHead:
         """One class a row."""
         return replace(self, labels=labels)
@@ -314,7 +325,9 @@ class Restricted:
     def cost(self, t: Tensor) -> Tensor:
         """‖(I − PPᵀ) f‖² / ‖f‖²."""
         f = self.consistency.value(self.rows(t))
-        return self.consistency.project(f).square().sum(1) / _size(f)
+        cost = self.consistency.project(f).square().sum(1) / _size(f)
+        # A saturated softmax says nothing: p = e_c lies in every subspace.
+        return torch.where(_size(f) > VANISHED, cost, torch.full_like(cost, torch.inf))
 
     def normal(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Cost, Jᵀr and JᵀJ."""

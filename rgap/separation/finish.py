@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from rgap.precision import Known
 
+from .alike import hidden_distance, remark, widened
 from .batch import Batch, Separated, Unseparated
 from .consistency import Consistency
-from .identify import Identity, rise
+from .identify import rise
 from .joint import polish_jointly
 from .mixture import Mixture
-from .peeling import restricted
+from .peeling import Collected, Identify, restricted
 from .spread import cotangents_above, spread
-from .targets import batch_loss
+from .targets import batch_loss, confirmed
 
 
 def finish(
     batch: Batch,
     consistency: Consistency,
-    roots: Tensor,
-    identities: Sequence[Identity],
+    found: Collected,
+    naming: Identify,
     route: str,
     began: float,
 ) -> Separated | Unseparated:
@@ -32,31 +31,41 @@ def finish(
     Args:
         batch: the update.
         consistency: of the roots, row by row.
-        roots: Q, [R, R].
-        identities: their targets.
+        found: all roots.
+        naming: targets of roots.
         route: which equations, in words.
         began: ``time.perf_counter()`` at the start.
     """
     samples = consistency.samples
     stage = samples.stage
     affine = stage.affine
-    features = (roots @ samples.right.T).reshape(-1, *affine.in_shape)
+    features = (found.roots @ samples.right.T).reshape(-1, *affine.in_shape)
     logits = rise(batch.chain, stage.index, affine.forward(features))
-    head = batch_loss(batch, logits, identities)
+    head = batch_loss(batch, logits, found.identities)
     if isinstance(head, Unseparated):
         return head
     whole = restricted(consistency, samples.weights, samples.weights.new_zeros(0, samples.rank))
-    result = spread(consistency, whole, roots, batch.chain, head, batch.precision)
+    result = spread(consistency, whole, found.roots, batch.chain, head, batch.precision)
     known, worst = result.features, result.worst / float(result.roots.norm(dim=1).mean())
     joint = polish_jointly(
         batch.chain, samples, batch.gradients, result.roots, head, result.across, batch.precision
     )
     if joint is not None and joint.errors is not None:
-        known = _lifted(samples, joint.roots, joint.errors, result.across)
-        worst = joint.worst / float(joint.roots.norm(dim=1).mean())
+        together = _lifted(samples, joint.roots, joint.errors, result.across)
+        # All rows at once also see what the client's backward pass rounds; one root does not.
+        if float(together.error.norm()) < float(known.error.norm()):
+            known, worst = together, joint.worst / float(joint.roots.norm(dim=1).mean())
     elif joint is not None:
         inside = (result.features.error.flatten(2) - result.across) @ samples.right
         known = _lifted(samples, joint.roots, inside, result.across)
+    roots = known.value.flatten(1) @ samples.right
+    doubt = confirmed(batch, head, naming(roots, consistency))
+    if doubt is not None:
+        return Unseparated(f"{doubt} (σ_B/σ_1 {samples.ratio:.1e} at '{stage.name}')")
+    distance = hidden_distance(batch.chain, samples, head, known.value, batch.precision)
+    note = remark(samples, head, distance, known.value)
+    if note:
+        known = widened(known, distance, batch.precision)
     return Separated(
         stage,
         known,
@@ -65,6 +74,7 @@ def finish(
         samples,
         worst,
         route,
+        note,
         time.perf_counter() - began,
     )
 

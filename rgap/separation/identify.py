@@ -23,6 +23,7 @@ from .mixture import Mixture
 LISTED = 32  # classes up to which each is tried; above, the head's own gradient shortlists
 SHORT = 6  # classes that each root puts on that list
 FITS = 0.05  # share of k outside the range of G that an admitted target may have
+SIMILAR = 4.0  # times the weight of a root's cotangent that a rival's may have, or its inverse
 BETTER = 3.0  # times as much the next target must miss by
 
 
@@ -73,18 +74,35 @@ def identify(
     kappas = [single.cotangent(logits, torch.full((len(roots),), c)) for c in labels]
     table = torch.stack(kappas, 1)  # [S, options, C]
     k = torch.stack([pull(kappa)[0].flatten(1) for kappa in kappas], 1)  # [S, options, m]
-    outside = samples.outside(k)
-    found = []
-    for q, own, kappa, miss in zip(roots, k, table, outside, strict=True):
-        order = miss.argsort()
-        best = int(order[0])
-        dual = samples.dual(own[best])
-        share = float(q @ dual)
-        second = float(miss[order[1]]) if len(order) > 1 else 1.0
-        found.append(
-            Identity(kappa[best], dual / share, share, float(miss[best]), second, labels[best])
-        )
-    return found
+    best = samples.outside(k).argmin(1).tolist()
+    return [
+        replace(choose(samples, q, own, kappa, i), label=labels[i])
+        for q, own, kappa, i in zip(roots, k, table, best, strict=True)
+    ]
+
+
+def choose(samples: Mixture, q: Tensor, k: Tensor, kappa: Tensor, best: int) -> Identity:
+    """One of several targets for a root, and how far the next one is.
+
+    A rival has to give its cotangent a similar weight: one that belongs to another sample of the
+    batch lies in the range as well, but is 0 on this one.
+
+    Args:
+        samples: the mixture.
+        q: the root, [R].
+        k: cotangents of the targets, [options, m].
+        kappa: at the head, [options, C].
+        best: the target chosen.
+    """
+    outside, duals = samples.outside(k), samples.dual(k)
+    shares = duals @ q
+    share = float(shares[best])
+    rivals = (shares / share > 1.0 / SIMILAR) & (shares / share < SIMILAR)
+    rivals[best] = False
+    second = float(outside[rivals].min()) if bool(rivals.any()) else 1.0
+    return Identity(
+        kappa[best], duals[best] / share, share, float(outside[best]), second, label=best
+    )
 
 
 def continuous(chain: Chain, samples: Mixture, roots: Tensor, loss: Loss) -> list[Identity]:

@@ -81,7 +81,8 @@ def polish_jointly(
     dz = samples.stage.affine.linear(_flat(across, samples)).reshape(*across.shape[:2], -1)
     leak = _pushed(point, dz)
     kappa = head.known(point.outputs, precision)
-    weights = row_weights(point, kappa, precision, leak)
+    single = [{n: leak[n][s : s + 1] for n in leak} for s in range(len(across))]
+    weights = row_weights(point, kappa, precision, single)
     misfits = row_misfits(point, sent, weights)
     log.debug("joint polish of %d samples starts at misfit %.2g", samples.rank, _top(misfits))
     lower, matrix, ridge = None, None, 0.0

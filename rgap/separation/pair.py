@@ -13,12 +13,12 @@ from functools import partial
 from torch import Tensor
 
 from .batch import Batch, Separated, Unseparated
-from .consistency import Between
+from .consistency import Between, Consistency
 from .finish import finish
 from .identify import Identity, continuous, identify
 from .mixture import Mixture
 from .peeling import Collected, collect
-from .targets import possible
+from .targets import admissible
 
 OPEN = 1e-9  # σ_min of a sample's equations, relative, at which a direction is open
 
@@ -37,10 +37,14 @@ def separate_pair(
     began = time.perf_counter()
     lower = consistency.samples
     stage = lower.stage
+
+    def naming(roots: Tensor, _: Consistency) -> list[Identity]:
+        return identify_roots(batch, lower, top, roots)
+
     found = collect(
         consistency,
-        lambda roots, _: identify_roots(batch, lower, top, roots),
-        partial(possible, batch, lower.rank),
+        naming,
+        partial(admissible, batch, lower.rank),
         batch.precision.seed,
         watch=watch,
     )
@@ -49,8 +53,8 @@ def separate_pair(
     return finish(
         batch,
         consistency,
-        found.roots,
-        found.identities,
+        found,
+        naming,
         f"every sample of '{stage.name}' must map into the row space of "
         f"'{consistency.above.stage.name}': {consistency.equations} equations for "
         f"{lower.rank - 1} unknowns a sample",

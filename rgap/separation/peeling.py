@@ -23,7 +23,7 @@ from .identify import Identity
 STARTS = 16
 ROUNDS = 4  # without a new sample, each with twice the starts, until it gives up
 ROOT = 1e-3  # relative cost above which a point is no root at any precision
-LIKELY = 100.0  # times the cost that rounding explains, at which it still counts as a root
+LIKELY = 1e4  # times the cost that rounding explains, at which it still counts as a root
 FLAT = 1e-6  # σ of a direction that no equation of a root sees, relative
 APART = 0.5  # d·q of a sample that is the dual's own; all others have 0
 
@@ -59,7 +59,7 @@ class Collected:
 def collect(
     consistency: Consistency,
     identify: Identify,
-    possible: Callable[[Identity], bool],
+    admissible: Callable[[Identity], bool],
     seed: int = 0,
     starts: int = STARTS,
     watch: Callable[[str], None] | None = None,
@@ -69,7 +69,7 @@ def collect(
     Args:
         consistency: f, P and the mixture.
         identify: targets of a few roots.
-        possible: False for a target that a stated batch size rules out.
+        admissible: False for a target that cannot belong to a sample.
         seed: of the starts.
         starts: at once; twice as many after a round without a new sample.
         watch: told of the progress.
@@ -84,27 +84,29 @@ def collect(
     while len(roots) < rank and idle < ROUNDS:
         count = starts * 2**idle
         begun = consistency.begin(count, idle, generator)
-        left = restricted(begun, w, duals)
+        # Every other round without success looks everywhere: duals of rough roots mislead.
+        left = restricted(begun, w, duals if idle % 2 == 0 else duals[:0])
         start = _starts(left, roots, duals, count, generator)
         tried += count
         ends = levenberg_marquardt(left, start, tolerance=1e-24, enough=0.7)
-        good = ends.cost.argsort()[: int((ends.cost < ROOT).sum())]
-        good = good[_distinct(left.rows(ends.value[good]))]
+        forced = left.directions.shape[1] == 0  # nothing is free: polish what is left
+        good = ends.cost.argsort()[: count if forced else int((ends.cost < ROOT).sum())]
+        good = good[_distinct(left.rows(ends.value[good]), begun.kinds(count)[good])]
         before = len(roots)
         if len(good):
             whole = restricted(begun.at(good), w, w.new_zeros(0, rank))
             fresh, fits = _polished(whole, left.rows(ends.value[good]))
             found = identify(fresh[fits], begun.at(good[fits]))
             for q, identity in zip(fresh[fits], found, strict=True):
-                known = bool((duals @ q > APART).any()) if len(duals) else False
-                if known:
+                same = torch.tensor([i.label == identity.label for i in identities])
+                if len(duals) and bool(((duals @ q > APART) & same).any()):
                     continue
-                if not (identity.accepted and possible(identity)):
+                if not admissible(identity):
                     rejected = min(rejected, identity.outside)
                     lines += _open(consistency, w, q)
                     continue
                 roots = torch.cat([roots, q[None]])
-                duals = torch.cat([duals, identity.dual[None]])
+                duals = _orthogonal(torch.cat([duals, identity.dual[None]]), roots)
                 identities.append(identity)
                 if len(roots) == rank:
                     break
@@ -113,6 +115,12 @@ def collect(
             watch(f"separating samples: {len(roots)} of {rank}")
     remainder = float((w - duals.sum(0)).norm() / w.norm())
     return Collected(roots, identities, remainder, tried, rejected, lines)
+
+
+def _orthogonal(duals: Tensor, roots: Tensor) -> Tensor:
+    """The nearest duals that are 1 on their own root and 0 on the others that were found."""
+    gap = torch.eye(len(roots)).to(roots) - duals @ roots.T
+    return duals + torch.linalg.lstsq(roots, gap.T, driver="gelsd").solution.T
 
 
 def restricted(consistency: Consistency, w: Tensor, duals: Tensor) -> Restricted:
@@ -153,11 +161,12 @@ def _starts(
     return t
 
 
-def _distinct(q: Tensor) -> Tensor:
-    """Indices of one root of every cluster, the first."""
+def _distinct(q: Tensor, kinds: Tensor) -> Tensor:
+    """Indices of one root of every cluster, the first; roots of different equations stay."""
     kept: list[int] = []
     for i, row in enumerate(q):
-        if all(float((row - q[j]).norm()) > 1e-3 * float(row.norm()) for j in kept):
+        near = 1e-3 * float(row.norm())
+        if all(kinds[i] != kinds[j] or float((row - q[j]).norm()) > near for j in kept):
             kept.append(i)
     return torch.tensor(kept, dtype=torch.long)
 

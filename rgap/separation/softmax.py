@@ -19,10 +19,10 @@ from rgap.targets import CROSS_ENTROPY
 from .batch import Batch, Separated, Unseparated
 from .consistency import AtHead, Consistency
 from .finish import finish
-from .identify import Identity
+from .identify import Identity, choose
 from .mixture import Mixture
 from .peeling import Collected, collect
-from .targets import possible
+from .targets import admissible
 
 FEWEST = 8  # classes that are always tried
 NEAR = 0.1  # share of p − e_c outside the range of G up to which class c may well occur
@@ -74,25 +74,24 @@ def separate_head(
     found = collect(
         consistency,
         partial(identify_classes, head),
-        partial(possible, batch, head.rank),
+        partial(admissible, batch, head.rank),
         batch.precision.seed,
         starts=max(LEAST, min(MOST, PER_CLASS * len(consistency.pool))),
         watch=watch,
     )
     if not found.complete:
         return Unseparated(_shortfall(consistency, found))
-    return conclude(batch, consistency, found.roots, found.identities, began)
+    return conclude(batch, consistency, found, began)
 
 
 def conclude(
     batch: Batch,
     consistency: AtHead,
-    roots: Tensor,
-    identities: list[Identity],
+    found: Collected,
     began: float,
 ) -> Separated | Unseparated:
     """Samples from the roots and classes of a head."""
-    labels = torch.tensor([identity.label for identity in identities])
+    labels = torch.tensor([identity.label for identity in found.identities])
     own = AtHead.of(
         consistency.samples, consistency.smoothing, labels, len(labels), batch.precision
     ).labelled(labels)
@@ -100,8 +99,8 @@ def conclude(
     return finish(
         batch,
         own,
-        roots,
-        identities,
+        found,
+        partial(identify_classes, consistency.samples),
         f"every cotangent p − e_c must lie in the range of the gradient of '{name}': "
         f"{consistency.equations} equations for {rank - 1} unknowns a sample",
         began,
@@ -127,19 +126,13 @@ def likely(batch: Batch, head: Mixture) -> tuple[Tensor, int]:
 def identify_classes(head: Mixture, roots: Tensor, at: Consistency) -> list[Identity]:
     """Class, dual and share of every root; its class is part of its equations."""
     assert isinstance(at, AtHead)
-    classes = head.gradient.shape[0]
+    classes = len(at.shift)
     p = torch.softmax(roots @ at.matrix.T + at.shift, 1)
     dense = (1.0 - at.smoothing) * torch.eye(classes).to(p) + at.smoothing / classes
-    found = []
-    for q, row, label in zip(roots, p, at.labels.tolist(), strict=True):
-        kappa = row - dense[label]
-        outside = head.outside(row - dense)
-        others = outside[torch.arange(classes) != label]
-        dual = head.dual(kappa)
-        share = float(q @ dual)
-        second = float(others.min()) if head.rank < classes - 2 else 1.0
-        found.append(Identity(kappa, dual / share, share, float(outside[label]), second, label))
-    return found
+    return [
+        choose(head, q, row - dense, row - dense, label)
+        for q, row, label in zip(roots, p, at.labels.tolist(), strict=True)
+    ]
 
 
 def _shortfall(consistency: AtHead, found: Collected) -> str:

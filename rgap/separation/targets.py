@@ -12,20 +12,60 @@ from torch.nn import functional as F
 from rgap.batchloss import BatchLoss, loss_scale
 
 from .batch import Batch, Unseparated
-from .identify import Identity
-from .multiplicity import batch_of, multiplicity, split_counts, whole
+from .identify import FITS, Identity
+from .multiplicity import WHOLE, batch_of, multiplicity, split_counts, whole
 
 
-def possible(batch: Batch, rank: int, identity: Identity) -> bool:
-    """False if the stated batch size rules the multiplicity of this sample out."""
+ROUGH = 20.0  # times its weight by which a sample may seem off before all are polished together
+
+
+def single(batch: Batch, rank: int) -> bool:
+    """True if as many samples were sent as the gradient tells apart: each occurs once."""
+    return batch.size == rank and batch.loss.targets == "index"
+
+
+def admissible(batch: Batch, rank: int, identity: Identity) -> bool:
+    """True if a root with this target can be a sample of the batch.
+
+    Where each sample is known to occur once, its weight is not needed: a rough value will do, and
+    :func:`confirmed` asks again after the polish.
+    """
     if identity.label is None:
-        return True
-    if batch.size is None and batch.loss.reduction == "mean":
-        return identity.share > 0
-    if identity.share <= 0:
+        return identity.accepted
+    m = _copies(batch, identity, batch.size or 1)
+    if single(batch, rank):
+        best = identity.outside <= FITS and identity.outside < identity.next
+        return best and 1.0 / ROUGH < m < ROUGH
+    if not identity.accepted:
         return False
-    m = multiplicity(identity.share, batch.loss, batch.size or 1, batch.classes)
+    if batch.size is None and batch.loss.reduction == "mean":
+        return m > 0
     return whole(m, None if batch.size is None else batch.size - rank + 1)
+
+
+def confirmed(batch: Batch, head: BatchLoss, identities: Sequence[Identity]) -> str | None:
+    """Why the targets of the polished samples are not certain, or None where they are."""
+    for row, (identity, copies) in enumerate(zip(identities, head.copies.tolist(), strict=True)):
+        if identity.label is None:
+            continue
+        if not identity.accepted:
+            return (
+                f"the label of sample {row} is not certain: its cotangent misses the range of the "
+                f"gradient by {identity.outside:.1e}, that of the next class by {identity.next:.1e}"
+            )
+        m = _copies(batch, identity, int(head.copies.sum()))
+        if abs(m - copies) > WHOLE * max(1.0, copies):
+            return (
+                f"sample {row} weighs {m:.2f} of what {copies:.0f} of a batch of "
+                f"{int(head.copies.sum())} do"
+            )
+    return None
+
+
+def _copies(batch: Batch, identity: Identity, size: int) -> float:
+    if identity.share <= 0:
+        return 0.0
+    return multiplicity(identity.share, batch.loss, size, batch.classes)
 
 
 def batch_loss(
@@ -53,15 +93,17 @@ def batch_loss(
     targets, copies = [], []
     for identity, z in zip(identities, logits, strict=True):
         if identity.label is not None:
-            m = multiplicity(identity.share, batch.loss, size, batch.classes)
+            m = 1.0
+            if not single(batch, len(identities)):
+                m = _copies(batch, identity, size)
             if not whole(m, size):
                 return _fractional(batch, size, m)
             targets.append(_one_hot(batch, identity.label, z))
             copies.append(float(round(m)))
             continue
         excess = identity.kappa / loss_scale(batch.loss, size, batch.classes)
-        single = replace(batch.loss, reduction="sum")
-        dense = single.targets_from(z[None], excess[None])[0]
+        summed = replace(batch.loss, reduction="sum")
+        dense = summed.targets_from(z[None], excess[None])[0]
         if batch.loss.targets != "index":
             targets.append(dense)
             copies.append(1.0)

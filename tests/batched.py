@@ -1,0 +1,119 @@
+"""Batches of small fully connected networks, and what a recovery of them has to keep to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+
+import rgap
+from rgap.losses import Loss
+from rgap.precision import Precision
+from rgap.recovery import Recovery
+from rgap.separation.batch import Batch
+
+SHAPE = (3, 4, 4)
+KINDS: dict[str, Callable[[], nn.Module]] = {
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "relu": nn.ReLU,
+    "leaky_relu": lambda: nn.LeakyReLU(0.2),
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+}
+
+
+def mlp(
+    activation: str,
+    seed: int,
+    *,
+    widths: tuple[int, ...] = (32, 32),
+    classes: int = 5,
+    dtype: torch.dtype = torch.float64,
+    bias: bool = True,
+    gain: float = 1.0,
+) -> nn.Module:
+    """``[3, 4, 4]`` → widths → classes; ``bias`` is the first layer's."""
+    sizes = (48, *widths, classes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        parts: list[nn.Module] = [nn.Flatten()]
+        for i, (width, out) in enumerate(pairwise(sizes)):
+            parts += [nn.Linear(width, out, bias=bias or i > 0), KINDS[activation]()]
+        model = nn.Sequential(*parts[:-1]).to(dtype).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(gain)
+    return model
+
+
+def pictures(
+    count: int, seed: int, dtype: torch.dtype = torch.float64, apart: float = 1.0
+) -> Tensor:
+    """Random pictures in [0, 1]; ``apart`` below 1 makes them alike."""
+    generator = torch.Generator().manual_seed(seed)
+    own = torch.rand(count, *SHAPE, generator=generator, dtype=torch.float64)
+    common = torch.rand(1, *SHAPE, generator=generator, dtype=torch.float64)
+    return (apart * own + (1.0 - apart) * common).to(dtype)
+
+
+def labels(kind: str, count: int, classes: int, seed: int) -> Tensor:
+    """Distinct (as far as they go), equal or random labels."""
+    generator = torch.Generator().manual_seed(seed)
+    if kind == "equal":
+        return torch.full((count,), seed % classes)
+    if kind == "distinct":
+        return torch.randperm(classes, generator=generator)[torch.arange(count) % classes]
+    return torch.randint(0, classes, (count,), generator=generator)
+
+
+def batch_of(model: nn.Module, x: Tensor, y: Tensor, loss: str | Loss = "cross_entropy") -> Batch:
+    """What separating is told of the update of a batch, with its true size."""
+    update = rgap.capture(model, x, y, loss=loss)
+    gradients = {name: g.double() for name, g in update.gradients.items()}
+    chain = rgap.network.parse(model, tuple(x.shape[1:]))
+    return Batch(chain, gradients, update.loss, Precision(update.dtype), len(x))
+
+
+def expanded(recovery: Recovery) -> tuple[Tensor, Tensor]:
+    """Rows and labels, each as often as it occurs."""
+    assert recovery.inputs is not None and recovery.labels is not None
+    copies = recovery.multiplicities
+    if copies is None:
+        copies = torch.ones(len(recovery.inputs), dtype=torch.long)
+    return (
+        recovery.inputs.repeat_interleave(copies, 0),
+        recovery.labels.repeat_interleave(copies, 0),
+    )
+
+
+def distance(recovery: Recovery, x: Tensor, y: Tensor) -> float:
+    """Largest error of any entry at the best one-to-one match of pictures with their labels.
+
+    Infinite where the number of samples or any label is wrong.
+    """
+    found, named = expanded(recovery)
+    if len(found) != len(x):
+        return float("inf")
+    gaps = (found.double().flatten(1)[:, None] - x.double().flatten(1)[None]).abs().amax(2)
+    if y.is_floating_point():
+        gaps = gaps.maximum((named.double()[:, None] - y.double()[None]).flatten(2).abs().amax(2))
+    else:
+        gaps[named[:, None] != y[None]] = 1e6
+    rows, columns = linear_sum_assignment(gaps.numpy())
+    worst = float(gaps[rows, columns].max())
+    return float("inf") if worst >= 1e6 else worst
+
+
+def certified(recovery: Recovery, x: Tensor, y: Tensor) -> bool:
+    """True if ``EXACT``; asserts that every picture then is within its bound, and every label."""
+    if not recovery.exact:
+        assert recovery.error_bound is None
+        return False
+    assert recovery.error_bound is not None
+    error = distance(recovery, x, y)
+    assert error <= recovery.error_bound, (error, recovery.error_bound, recovery.reason)
+    return True
