@@ -1,0 +1,124 @@
+"""The polish of all samples together: its normal matrix against the dense one, its errors."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from batched import batch_of, mlp, pictures
+from torch import Tensor
+from torch.nn import functional as F
+
+from rgap.batchloss import BatchLoss
+from rgap.jacobian import Linearisation
+from rgap.losses import Loss
+from rgap.network import parse
+from rgap.separation.batch import Batch
+from rgap.separation.joint import LARGEST, normal_matrix, polish_jointly
+
+F64 = torch.float64
+
+
+def dense(point: Linearisation, weights: dict[str, Tensor]) -> Tensor:
+    """JᵀWJ, one column of J at a time."""
+    size = point.x.numel()
+    columns = []
+    for i in range(size):
+        direction = torch.zeros(size, dtype=F64)
+        direction[i] = 1.0
+        rows = point.jvp(direction.reshape(1, *point.x.shape))
+        columns.append(torch.cat([(rows[n] * weights[n])[0].flatten() for n in weights]))
+    jacobian = torch.stack(columns, 1)
+    return jacobian.T @ jacobian
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("widths", [(6,), (7, 5), (5, 6, 4)])
+@pytest.mark.parametrize("activation", ["gelu", "relu", "tanh"])
+def test_normal_matrix_is_dense_jtwj(activation: str, widths: tuple[int, ...], bias: bool) -> None:
+    model = mlp(activation, 2, widths=widths, bias=bias)
+    x = pictures(3, 2).flatten(1)
+    chain = parse(model, (48,))
+    targets = F.one_hot(torch.tensor([1, 1, 4]), 5).double()
+    head = BatchLoss(Loss(), targets, torch.tensor([1.0, 2.0, 1.0], dtype=F64))
+    point = Linearisation(chain, x, head)
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        name: (
+            0.1 + torch.rand(len(g), generator=generator, dtype=F64)
+        ).reshape(-1, *([1] * (g.ndim - 1)))
+        for name, g in point.gradients().items()
+    }  # fmt: skip
+    expected = dense(point, weights)
+    found = normal_matrix(point, weights)
+    assert float(expected.norm()) > 0  # not every unit is off
+    assert torch.equal(found, found.T)
+    assert float((found - expected).norm()) < 1e-13 * float(expected.norm())
+
+
+def separated(
+    size: int, dtype: torch.dtype = F64, activation: str = "gelu"
+) -> tuple[Batch, Tensor, BatchLoss]:
+    """A batch, the true coordinates Q of its samples, and their loss."""
+    model = mlp(activation, 11, dtype=dtype)
+    x, y = pictures(size, 4, dtype), torch.arange(size) % 3
+    batch = batch_of(model, x, y)
+    roots = x.double().flatten(1) @ batch.mixture(0).right
+    targets = F.one_hot(y, 5).double()
+    return batch, roots, BatchLoss(batch.loss, targets, torch.ones(size, dtype=F64))
+
+
+def polished(batch: Batch, roots: Tensor, head: BatchLoss):
+    samples = batch.mixture(0)
+    across = torch.zeros(batch.precision.samples, len(roots), 48, dtype=F64)
+    found = polish_jointly(
+        batch.chain, samples, batch.gradients, roots, head, across, batch.precision
+    )
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("size", [2, 5])
+def test_the_polish_ends_at_the_truth(size: int) -> None:
+    batch, roots, head = separated(size)
+    noise = torch.randn(roots.shape, generator=torch.Generator().manual_seed(1), dtype=F64)
+    joint = polished(batch, roots + 1e-6 * noise, head)
+    error = (joint.roots - roots).norm() / roots.norm()
+    assert float(error) < 1e-12
+    assert joint.misfit < 10.0
+    assert joint.worst < 1e-9
+
+
+@pytest.mark.parametrize("activation", ["gelu", "tanh", "relu"])
+def test_the_errors_have_the_size_of_the_error(activation: str) -> None:
+    """Gradients truly computed in float32: the ensemble is neither blind nor without hope."""
+    ratios = []
+    for size in (2, 3, 4):
+        batch, roots, head = separated(size, torch.float32, activation)
+        joint = polished(batch, roots, head)
+        assert joint.errors is not None and joint.errors.shape[1:] == roots.shape
+        predicted = joint.errors.square().mean().sqrt()
+        ratios.append(float((joint.roots - roots).square().mean().sqrt() / predicted))
+    assert max(ratios) < 4.0
+    assert min(ratios) > 0.02
+
+
+def test_a_wrong_target_shows_in_the_misfit() -> None:
+    batch, roots, head = separated(3)
+    absent = F.one_hot(torch.tensor([0, 1, 4]), 5).double()
+    wrong = replace(head, targets=absent)
+    assert polished(batch, roots, head).misfit < 10.0
+    assert polished(batch, roots, wrong).misfit > 1e6
+
+
+def test_too_many_samples_are_left_as_they_are() -> None:
+    batch, roots, head = separated(3)
+    samples = batch.mixture(0)
+    rank = replace(samples.triplets.rank, rank=LARGEST + 1)
+    large = replace(samples, triplets=replace(samples.triplets, rank=rank))
+    across = torch.zeros(batch.precision.samples, 3, 48, dtype=F64)
+    found = polish_jointly(
+        batch.chain, large, batch.gradients, roots, head, across, batch.precision
+    )
+    assert found is None
