@@ -13,7 +13,7 @@ import rgap
 
 PHOTOGRAPHS = 32
 MINIBATCH, RATE, POOL = 32, 1e-3, 240
-SOFT = rgap.Loss("cross_entropy", targets="dense")
+SOFT = rgap.Loss("cross_entropy", targets="probability")
 
 
 def split(seed: int) -> tuple[list[int], list[int]]:
@@ -156,7 +156,7 @@ def _bare(batch: int, solved: bool) -> Callable[[int], Case]:
 def _bare_loss(loss: str) -> Callable[[int], Case]:
     def make(seed: int) -> Case:
         dense = _soft(2, seed)
-        kind = "mse" if loss == "mse" else SOFT
+        kind = "mse_loss" if loss == "mse" else SOFT
         words = "squared error" if loss == "mse" else "soft targets"
         return Case(f"bare head, {words}, B = 2", _head(seed), pictures(2, seed), dense, kind)
 
@@ -166,7 +166,7 @@ def _bare_loss(loss: str) -> Callable[[int], Case]:
 def _pair_loss(loss: str) -> Callable[[int], Case]:
     def make(seed: int) -> Case:
         dense = _soft(4, seed)
-        kind = "mse" if loss == "mse" else SOFT
+        kind = "mse_loss" if loss == "mse" else SOFT
         words = "squared error" if loss == "mse" else "soft targets"
         title = f"GELU pair, {words}, B = 4"
         return Case(title, _mlp(seed=seed), pictures(4, seed), dense, kind, solved=True)
