@@ -1,4 +1,4 @@
-"""Networks and batches of ``study_batches.py``: trained networks, and batches that must be refused."""
+"""Networks and batches of ``study_batches.py``: trained ones, and batches at an edge."""
 
 from __future__ import annotations
 

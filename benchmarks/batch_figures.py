@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from batch_pictures import middle
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 INK, MUTED = "#1a1a1a", "#6b6b6b"
 # From Okabe and Ito's palette, of different lightness; line style and marker tell them apart too.
@@ -102,7 +106,7 @@ def _height(value: str, runs: list[dict]) -> float:
     return sum(good) / len(good)
 
 
-def _plain(axes) -> None:  # noqa: ANN001
+def _plain(axes: Axes) -> None:
     """No box, light grid."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#dddddd", lw=0.6)

@@ -8,10 +8,10 @@
 Rows: ``activations`` (3072-512-512-10, six activations), ``sizes`` (width 1024, up to 256
 samples), ``limit`` (width 64, batch sizes around half of it), ``trained`` (after 0, 100 and 1000
 steps of Adam on other photographs), ``edges`` (batches that the method must refuse, or nearly).
-A batch counts as recovered if the status is EXACT, every sample is there once with its label, and no
-entry is off by more than the certified bound.  Exit status 1 if an EXACT is anything else, or if a
-row misses its goal.  ``--output`` appends one JSON line a batch; ``--read`` prints the
-tables and draws the figure from such a file, without running anything.
+A batch counts as recovered if the status is EXACT, every sample is there once with its label, and
+no entry is off by more than the certified bound.  Exit status 1 if an EXACT is anything else, or if
+a row misses its goal.  ``--output`` appends one JSON line a batch; ``--read`` prints the tables and
+draws the figure from such a file, without running anything.
 """
 
 from __future__ import annotations
