@@ -11,7 +11,8 @@ with all labels right and no feature off by more than 100 ε σ_1/σ_B of the la
 batch is flagged, or solved as well as the errors say that its answer states (six standard errors).
 Beyond the law samples may be nearer to each other than those errors; they then come as copies of
 one, ``merged``.  ``missed``: flagged though the ratio is above 100 ε.  ``wrong``: an answer beyond
-its error or with a wrong label, silently.  Each cell runs in a process of its own, whose peak memory is shown.
+its error or with a wrong label, silently.  Each cell runs in a process of its own, whose peak
+memory is shown.
 """
 
 from __future__ import annotations
@@ -226,8 +227,8 @@ def wrong(run: Run) -> bool:
 
 HEADER = (
     f"{'C':>4} {'network':7} {'B':>3} {'labels':8} {'dtype':7} {'runs':>4} {'law':>4} "
-    f"{'solved':>6} {'merged':>6} {'flagged':>7} {'missed':>6} {'wrong':>5} {'σ_B/σ_1':>16} {'error/law':>9} "
-    f"{'true/pred':>9} {'s':>6} {'GiB':>5}"
+    f"{'solved':>6} {'merged':>6} {'flagged':>7} {'missed':>6} {'wrong':>5} {'σ_B/σ_1':>16} "
+    f"{'error/law':>9} {'true/pred':>9} {'s':>6} {'GiB':>5}"
 )
 
 
