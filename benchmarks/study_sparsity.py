@@ -2,11 +2,17 @@
 
     python benchmarks/study_sparsity.py                        B = 2 ... 25, up to an hour
     python benchmarks/study_sparsity.py --sizes 4 8 --seeds 1  a minute
-    python benchmarks/study_sparsity.py --uniform              rows drawn uniformly, as published
+    python benchmarks/study_sparsity.py --uniform              rows drawn uniformly
 
 A network 3072-200-200-200-200-200-10 with biases, photographs as inputs.  Success: every picture
 within 1e-3 in every entry.  Beyond 32 pictures of a batch, mirrored ones and windows of the larger
 originals join.
+
+The sparsity route is a re-implementation of the idea, for one CPU, and a weaker peer than the
+published code, which draws many millions of subsets on a GPU.  ``--uniform`` is not the published
+algorithm unchanged either: drawn rows are uniform, but each kernel is still followed by a walk over
+exchanges of single rows.  A batch that it does not solve here within its time says nothing about
+the published one.
 """
 
 from __future__ import annotations
