@@ -9,7 +9,7 @@ within 1e-3 in every entry.  Beyond 32 pictures of a batch, mirrored ones and wi
 originals join.
 
 The sparsity route is a re-implementation of the idea, for one CPU, and a weaker peer than the
-published code, which draws many millions of subsets on a GPU.  ``--uniform`` is not the published
+published code, which runs on a GPU.  ``--uniform`` is not the published
 algorithm unchanged either: drawn rows are uniform, but each kernel is still followed by a walk over
 exchanges of single rows.  A batch that it does not solve here within its time says nothing about
 the published one.
