@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections import Counter
@@ -172,10 +173,11 @@ def outcome(
 ) -> Run:
     """Capture, invert, compare."""
     update = rgap.capture(model, x, y, loss, dtype=getattr(torch, dtype))
-    start = time.perf_counter()
+    start, spent = time.perf_counter(), time.process_time()
     recovery = rgap.invert(model, update)
     run: Run = {
         "seconds": time.perf_counter() - start,
+        "cpu": time.process_time() - spent,  # of all threads: steadier on a shared machine
         "status": recovery.status.name,
         "reason": recovery.reason,
         "warnings": list(recovery.warnings),
@@ -236,7 +238,7 @@ def wrong(run: Run) -> bool:
 
 HEADER = (
     f"{'network':16} {'B':>3} {'labels':9} {'dtype':8} {'recovered':>9} {'min dB':>7} "
-    f"{'median':>7} {'true/pred':>9} {'s/batch':>7} {'wrong':>5}  status"
+    f"{'median':>7} {'true/pred':>9} {'s/batch':>7} {'cpu s':>6} {'wrong':>5}  status"
 )
 
 
@@ -256,7 +258,8 @@ def lines(runs: list[Run]) -> list[str]:
         f"{name:16} {first['size']:3} {first['labels']:9} {first['dtype']:8} "
         f"{len(done):3} of {len(runs):2} {min(psnr, default=0.0):7.1f} {middle(psnr):7.1f} "
         f"{middle([run['honesty'] for run in done]):9.2f} "
-        f"{middle([run['seconds'] for run in runs]):7.1f} {sum(map(wrong, runs)):5}  "
+        f"{middle([run['seconds'] for run in runs]):7.1f} "
+        f"{middle([run.get('cpu', math.nan) for run in runs]):6.1f} {sum(map(wrong, runs)):5}  "
         + ", ".join(f"{count} {status}" for status, count in statuses.items())
     ]
 

@@ -151,13 +151,14 @@ def one(cell: dict, seed: int) -> Run:
     batch = Batch(chain, gradients, Loss(), Precision(dtype), size)
     head = chain.stages[-1]
     values = torch.linalg.svdvals(gradients[head.affine.weight_name])
-    start = time.perf_counter()
+    start, spent = time.perf_counter(), time.process_time()
     top = batch.mixture(head.index)
     found = unfit(batch, top) or separate_head(batch, top)
     run: Run = {
         **cell,
         "seed": seed,
         "seconds": time.perf_counter() - start,
+        "cpu": time.process_time() - spent,  # of all threads: steadier on a shared machine
         "threads": torch.get_num_threads(),
         "ratio": float(values[size - 1] / values[0]),
         "eps": torch.finfo(dtype).eps,
@@ -228,7 +229,7 @@ def wrong(run: Run) -> bool:
 HEADER = (
     f"{'C':>4} {'network':7} {'B':>3} {'labels':8} {'dtype':7} {'runs':>4} {'law':>4} "
     f"{'solved':>6} {'merged':>6} {'flagged':>7} {'missed':>6} {'wrong':>5} {'σ_B/σ_1':>16} "
-    f"{'error/law':>9} {'true/pred':>9} {'s':>6} {'GiB':>5}"
+    f"{'error/law':>9} {'true/pred':>9} {'s':>6} {'cpu s':>6} {'GiB':>5}"
 )
 
 
@@ -247,7 +248,8 @@ def line(runs: list[Run]) -> str:
         f"{sum(map(wrong, runs)):5} {min(ratios):7.0e}..{max(ratios):7.0e} "
         f"{max(of_law, default=float('nan')):9.1e} "
         f"{middle([r['honesty'] for r in runs if r['returned']]):9.2f} "
-        f"{middle([r['seconds'] for r in runs]):6.2f} {max(r['memory'] for r in runs):5.2f}"
+        f"{middle([r['seconds'] for r in runs]):6.2f} "
+        f"{middle([r.get('cpu', float('nan')) for r in runs]):6.2f} {max(r['memory'] for r in runs):5.2f}"
     )
 
 
