@@ -249,7 +249,8 @@ def line(runs: list[Run]) -> str:
         f"{max(of_law, default=float('nan')):9.1e} "
         f"{middle([r['honesty'] for r in runs if r['returned']]):9.2f} "
         f"{middle([r['seconds'] for r in runs]):6.2f} "
-        f"{middle([r.get('cpu', float('nan')) for r in runs]):6.2f} {max(r['memory'] for r in runs):5.2f}"
+        f"{middle([r.get('cpu', float('nan')) for r in runs]):6.2f} "
+        f"{max(r['memory'] for r in runs):5.2f}"
     )
 
 
