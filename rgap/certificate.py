@@ -52,9 +52,17 @@ class Answer:
 
     @property
     def bound(self) -> float:
-        """Largest error of any entry: SAFETY standard errors, more if the misfit is larger."""
+        """Largest error of any entry: SAFETY standard errors, more if the misfit is larger.
+
+        A batch comes out of an orthogonal decomposition in float64, whose rounding can gather in
+        a few entries: eps times the norm of the sample.
+        """
         std = float(self.polished.data.std.max())
-        return SAFETY * std * max(1.0, self.polished.misfit)
+        bound = SAFETY * std * max(1.0, self.polished.misfit)
+        if self.rows is None:
+            return bound
+        norm = float(torch.linalg.vector_norm(self.inputs.flatten(1), dim=1).max())
+        return max(bound, 3.0 * SAFETY * torch.finfo(torch.float64).eps * norm)
 
 
 def rank_one_tolerance(problem: Problem) -> float:
@@ -161,9 +169,26 @@ def certify(problem: Problem, answers: Sequence[Answer]) -> Recovery:
             tuple(Candidate(a.inputs, a.labels, r) for a, r, _ in kept),
         )
     status, reason = _verdict(problem, best)
+    if status is Status.EXACT and best.rows is not None and bool((best.rows.copies > 1).any()):
+        status, reason = Status.AMBIGUOUS, _copies(best.rows)
     if len(kept) < len(fitting):
         reason += f"; others would send this update too, with values outside [{low:g}, {high:g}]"
-    return _assemble(problem, best, residual, status, reason, ())
+    itself = (
+        (Candidate(best.inputs[best.rows.picture], best.labels, residual),) if best.rows else ()
+    )
+    listed = itself if status is Status.AMBIGUOUS else ()
+    return _assemble(problem, best, residual, status, reason, listed)
+
+
+def _copies(rows: Rows) -> str:
+    """Copies cannot be certified: their like, moved apart where no layer looks, send the same."""
+    row = int((rows.copies > 1).nonzero()[0])
+    m = int(rows.copies[row])
+    return (
+        f"the update is that of {len(rows.copies)} different pictures, of which picture {row} "
+        f"occurs {m} times; {m} pictures around it that differ only in directions no layer sees "
+        "send the same, only their mean is certain"
+    )
 
 
 def _verdict(problem: Problem, answer: Answer) -> tuple[Status, str]:

@@ -24,7 +24,7 @@ from rgap.progress import Progress
 from rgap.readout import head_cotangent, head_gradients, read_answer, read_batch
 from rgap.recovery import Recovery, Status
 from rgap.recursion import Descent, descend
-from rgap.separation.batch import Unseparated
+from rgap.separation.batch import Separated, Unseparated
 from rgap.separation.route import mixed, separate
 from rgap.systems.stage import BUDGET
 from rgap.update import Update
@@ -120,17 +120,20 @@ def _run(problem: Problem, head: Head | None, show: Progress) -> Recovery:
         recovery = _conclude(problem, [(descent, kappa, [])], show)
         *below, last = recovery.layers
         return replace(recovery, layers=(*below, replace(last, route="given")))
-    if problem.stated != 1 and (problem.batch > 1 or mixed(batch_of(problem))):
-        return _from_batch(problem, show)
+    if problem.stated != 1:
+        found = separate(batch_of(problem), show.stage)
+        # One sample of a batch of unknown size has routes of its own where this one has none.
+        single = problem.stated is None and not mixed(batch_of(problem))
+        if not (single and isinstance(found, Unseparated)):
+            return _from_batch(problem, found, show)
     lowest = _lowest_fully_connected(chain, problem.gradients)
     if lowest is not None:
         return _from_bias(problem, lowest, show)
     return _from_head(problem, show)
 
 
-def _from_batch(problem: Problem, show: Progress) -> Recovery:
-    """B > 1: tell the samples apart at the lowest stage that can, and descend from there."""
-    found = separate(batch_of(problem), show.stage)
+def _from_batch(problem: Problem, found: Separated | Unseparated, show: Progress) -> Recovery:
+    """B > 1: the samples were told apart at some stage; descend from there."""
     if isinstance(found, Unseparated):
         status = Status.UNDERDETERMINED if found.consistent else Status.INCONSISTENT
         return certificate.stopped(problem, status, found.reason, None)

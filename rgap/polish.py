@@ -86,8 +86,8 @@ def polish(
         kappa = kappa.known(point.outputs, precision)
     else:
         point = Linearisation(chain, start.value, kappa.value)
-    few = start.error[:MEMBERS] if settled else start.error[:0]
-    weights = row_weights(point, kappa, precision, (point.jvp(e[None]) for e in few))
+    own = start.error[:MEMBERS] if settled else start.error[:0]
+    weights = row_weights(point, kappa, precision, (point.jvp(e[None]) for e in own))
     misfits = row_misfits(point, gradients, weights)
     if settled or precondition is None:
         return Polished(start, max(misfits.values()), misfits, 0, full=False)

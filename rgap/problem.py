@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from rgap import validation
 from rgap.network import Chain, parse
 from rgap.precision import Precision
+from rgap.targets import CROSS_ENTROPY
 from rgap.update import Update
 
 log = logging.getLogger(__name__)
@@ -86,6 +87,7 @@ def prepare(
     chain = parse(model, update.input_shape)
     if place.type != "cpu":
         chain = chain.to(place)
+    _check_labels(known, update, chain)
     gradients = {n: g.detach().to(place, torch.float64) for n, g in update.gradients.items()}
     precision = Precision(update.dtype, noise, seed=seed)
     return Problem(
@@ -127,6 +129,21 @@ def _as_on_the_client(model: nn.Module, update: Update) -> nn.Module:
     for parameter in twin.parameters():
         parameter.requires_grad_()
     return twin
+
+
+def _check_labels(labels: Tensor | None, update: Update, chain: Chain) -> None:
+    """Stated class indices lie in the range of the model's outputs."""
+    loss = update.loss
+    if labels is None or loss.targets != "index" or labels.is_floating_point():
+        return
+    outputs = chain.output_shape[0] if chain.output_shape else 0
+    classes = max(outputs, 2) if loss.name == CROSS_ENTROPY else 2
+    low, high = int(labels.min()), int(labels.max())
+    if outputs and (low < 0 or high >= classes):
+        raise ValueError(
+            f"labels: expected class indices from 0 to {classes - 1}, got values from {low} to "
+            f"{high}; write labels=None to have them found"
+        )
 
 
 def _device(device: torch.device | str | None) -> torch.device:

@@ -16,6 +16,7 @@ from torch import Tensor
 FIRST = 1e-2  # damping of the first step, relative to the diagonal of the Gauss–Newton matrix
 EASIER, HARDER = 0.2, 4.0  # what a step that helps and one that does not do to it
 LEAST, MOST = 1e-14, 1e8
+BEND = 0.1  # share of a step at which the residual's second derivative is measured
 STILL = 1e-9  # a step this small against the unknowns changes nothing any more
 
 
@@ -137,6 +138,73 @@ def refine(equations: Linearised, t: Tensor, steps: int = 4) -> Tensor:
         t = torch.where(better[:, None], trial, t)
         cost = torch.where(better, fresh, cost)
     return t
+
+
+def geodesic(
+    equations: Linearised,
+    start: Tensor,
+    *,
+    tolerance: float = 0.0,
+    enough: float = 0.0,
+    max_iterations: int = 300,
+) -> Roots:
+    """Levenberg–Marquardt by QR with geodesic acceleration, for small, badly conditioned problems.
+
+    The normal equations of :func:`levenberg_marquardt` stall in a narrow curved valley; here each
+    step bends along it by the second derivative of the residual in its own direction.
+
+    Args:
+        equations: residual and Jacobian.
+        start: [S, n].
+        tolerance: cost at which a start counts as solved.
+        enough: share of the starts that must be solved before all stop; at least one.
+        max_iterations: at most.
+
+    Source: Transtrum and Sethna (2012).
+
+    >>> class Valley:  # of Rosenbrock
+    ...     def cost(self, t):
+    ...         return self.linear(t)[0].square().sum(1)
+    ...     def linear(self, t):
+    ...         x, y = t[:, 0], t[:, 1]
+    ...         r = torch.stack([1 - x, 1e3 * (y - x * x)], 1)
+    ...         j = torch.stack([torch.stack([-1 + 0 * x, 0 * x], 1),
+    ...                          torch.stack([-2e3 * x, 1e3 + 0 * x], 1)], 1)
+    ...         return r, j
+    >>> found = geodesic(Valley(), torch.tensor([[-1.2, 1.0]]).double(), tolerance=1e-24)
+    >>> bool((found.value - 1).abs().max() < 1e-9)
+    True
+    """
+    t, cost = start.clone(), equations.cost(start).nan_to_num(torch.inf)
+    size = t.shape[1]
+    damping = t.new_full((len(t),), FIRST * 0.1)
+    done = 0
+    while done < max_iterations and int((cost <= tolerance).sum()) < max(1, enough * len(t)):
+        done += 1
+        residual, jacobian = equations.linear(t)
+        rows = residual.shape[1]
+        scale = jacobian.square().sum((1, 2)) / size
+        eye = torch.eye(size).to(t) * (damping * scale).sqrt()[:, None, None]
+        basis, upper = torch.linalg.qr(torch.cat([jacobian, eye], 1))
+        across = basis[:, :rows].transpose(1, 2)
+
+        def solve(r: Tensor, across: Tensor = across, upper: Tensor = upper) -> Tensor:
+            rhs = across @ r[:, :, None]
+            out: Tensor = torch.linalg.solve_triangular(upper, rhs, upper=True)[:, :, 0]
+            return -out
+
+        velocity = solve(residual)
+        ahead = equations.linear(t + BEND * velocity)[0]
+        along = (jacobian @ velocity[:, :, None])[:, :, 0]
+        bend = solve(2.0 / BEND * ((ahead - residual) / BEND - along))
+        gentle = 2.0 * bend.norm(dim=1) < 0.75 * velocity.norm(dim=1)
+        trial = t + velocity + 0.5 * torch.where(gentle[:, None], bend, torch.zeros_like(bend))
+        fresh = equations.cost(trial).nan_to_num(torch.inf)
+        better = gentle & (fresh < cost)
+        t = torch.where(better[:, None], trial, t)
+        cost = torch.where(better, fresh, cost)
+        damping = torch.where(better, damping * EASIER, damping * 2.0).clamp(1e-18, MOST)
+    return Roots(t, cost, cost <= tolerance, done)
 
 
 def triangular_solve(jacobian: Tensor, residual: Tensor) -> Tensor:

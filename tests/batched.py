@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import rgap
 from rgap.losses import Loss
 from rgap.precision import Precision
-from rgap.recovery import Recovery
+from rgap.recovery import Recovery, Status
 from rgap.separation.batch import Batch
 
 SHAPE = (3, 4, 4)
@@ -106,6 +106,15 @@ def distance(recovery: Recovery, x: Tensor, y: Tensor) -> float:
     rows, columns = linear_sum_assignment(gaps.numpy())
     worst = float(gaps[rows, columns].max())
     return float("inf") if worst >= 1e6 else worst
+
+
+def counted(recovery: Recovery, x: Tensor, y: Tensor) -> bool:
+    """True if copies were found as such: ``AMBIGUOUS``, and every picture within its bound."""
+    if recovery.inputs is None:
+        return False
+    assert recovery.status is Status.AMBIGUOUS and recovery.error_bound is not None
+    assert distance(recovery, x, y) <= recovery.error_bound
+    return True
 
 
 def certified(recovery: Recovery, x: Tensor, y: Tensor) -> bool:

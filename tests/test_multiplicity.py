@@ -35,7 +35,6 @@ def test_the_smallest_batch_has_the_true_proportions(copies: list[int], reductio
     proportions(copies, reduction)
 
 
-@pytest.mark.xfail(strict=True, reason="2 : 9 is taken for 1 : 5, within a tenth of a copy")
 @pytest.mark.parametrize("copies", [[2, 9], [9, 2]])
 def test_uneven_copies_have_the_true_proportions(copies: list[int]) -> None:
     """The weights are exact here: a tenth of a copy is no rounding."""

@@ -1,8 +1,8 @@
 """How far pictures that count as copies of one may in truth be apart.
 
 Two samples x ± δ with one label send the gradient of two copies of x up to second order,
-``2 (∂k/∂x δ) δᵀ``.  Where that is below the noise no equation sees it: repeated labels are no defect
-of rank but of conditioning, ‖x_a − x_b‖·‖k_a − k_b‖.
+``2 (∂k/∂x δ) δᵀ``.  Where that is below the noise no equation sees it: repeated labels are no
+defect of rank but of conditioning, ‖x_a − x_b‖·‖k_a − k_b‖.
 """
 
 from __future__ import annotations
@@ -21,11 +21,17 @@ DRAWS = 4
 
 
 def hidden_distance(
-    chain: Chain, samples: Mixture, head: BatchLoss, features: Tensor, precision: Precision
+    chain: Chain,
+    samples: Mixture,
+    head: BatchLoss,
+    features: Tensor,
+    precision: Precision,
+    counted: bool,
 ) -> Tensor:
     """Largest ‖δ‖ that the rank of G leaves unseen, [R]; 0 for pictures that occur once.
 
     For directions drawn at random; one that the layers above do not see at all is never seen.
+    Where the batch size is not ``counted`` (not stated), each picture may stand for several.
     """
     index, rows = samples.stage.index, len(features)
     k = cotangents(chain, index, features, head).flatten(1)
@@ -40,7 +46,8 @@ def hidden_distance(
         gain = gain.minimum(change.norm(dim=1))
     cutoff = max(samples.triplets.rank.cutoff, samples.noise * float(samples.values[0]))
     distance = (cutoff / (2.0 * gain.clamp_min(1e-300))).sqrt()
-    return torch.where(head.copies > 1, distance, torch.zeros(rows).to(distance))
+    several = (head.copies > 1) | (not counted)
+    return torch.where(several, distance, torch.zeros(rows).to(distance))
 
 
 def widened(known: Known, distance: Tensor, precision: Precision) -> Known:
@@ -51,10 +58,15 @@ def widened(known: Known, distance: Tensor, precision: Precision) -> Known:
 
 
 def remark(samples: Mixture, head: BatchLoss, distance: Tensor, features: Tensor) -> str:
-    """What to tell a reader about pictures that count as copies; empty where there are none."""
-    if not bool((head.copies > 1).any()):
-        return ""
+    """What to tell a reader about pictures that may be several; empty where there are none."""
     apart = float((distance / features.flatten(1).norm(dim=1).clamp_min(1e-300)).max())
+    if not bool((head.copies > 1).any()):
+        if apart == 0.0:
+            return ""
+        return (
+            f"no batch size is stated: {samples.rank} is the smallest that fits; each picture may "
+            f"stand for several that differ by less than {apart:.1e} of its norm"
+        )
     total, rank = int(head.copies.sum()), samples.rank
     beneath = samples.triplets.beneath
     ratio = float(beneath[0] / samples.values[0]) if len(beneath) else 0.0

@@ -22,7 +22,6 @@ from rgap.precision import Precision
 
 from .mixture import Mixture
 
-
 VANISHED = 1e-40  # ‖f‖² below which f is nothing
 
 

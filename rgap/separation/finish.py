@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+
 from torch import Tensor
 
+from rgap.batchloss import BatchLoss
 from rgap.precision import Known
 
 from .alike import hidden_distance, remark, widened
@@ -14,8 +16,10 @@ from .identify import rise
 from .joint import polish_jointly
 from .mixture import Mixture
 from .peeling import Collected, Identify, restricted
-from .spread import cotangents_above, spread
+from .spread import across_errors, cotangents, cotangents_above, spread
 from .targets import batch_loss, confirmed
+
+OPEN = 0.1  # standard error of a direction, of the samples' norm, from which it counts as open
 
 
 def finish(
@@ -58,11 +62,56 @@ def finish(
     elif joint is not None:
         inside = (result.features.error.flatten(2) - result.across) @ samples.right
         known = _lifted(samples, joint.roots, inside, result.across)
-    roots = known.value.flatten(1) @ samples.right
-    doubt = confirmed(batch, head, naming(roots, consistency))
+    doubt = confirmed(batch, head, naming(known.value.flatten(1) @ samples.right, consistency))
     if doubt is not None:
         return Unseparated(f"{doubt} (σ_B/σ_1 {samples.ratio:.1e} at '{stage.name}')")
-    distance = hidden_distance(batch.chain, samples, head, known.value, batch.precision)
+    return _separated(batch, samples, known, head, worst, route, began)
+
+
+def finish_together(
+    batch: Batch, consistency: Consistency, found: Collected, route: str, began: float
+) -> Separated | Unseparated:
+    """The same where one sample's own equations do not determine it: errors from all together."""
+    samples = consistency.samples
+    stage = samples.stage
+    x = (found.roots @ samples.right.T).reshape(-1, *stage.affine.in_shape)
+    head = batch_loss(batch, stage.affine.forward(x), found.identities)
+    if isinstance(head, Unseparated):
+        return head
+    k = cotangents(batch.chain, stage.index, x, head).flatten(1)
+    across = across_errors(samples, found.roots, k, batch.precision)
+    joint = polish_jointly(
+        batch.chain, samples, batch.gradients, found.roots, head, across, batch.precision
+    )
+    if joint is None or joint.errors is None:
+        return Unseparated(
+            f"the equations of the {samples.rank} samples at '{stage.name}' are singular to "
+            f"working precision (σ_B/σ_1 {samples.ratio:.1e})"
+        )
+    worst = joint.worst / float(joint.roots.norm(dim=1).mean())
+    if not worst < OPEN:
+        return Unseparated(
+            f"the worst direction of the {samples.rank} samples at '{stage.name}' is known to "
+            f"{worst:.1e} of their norm only (σ_B/σ_1 {samples.ratio:.1e})"
+        )
+    known = _lifted(samples, joint.roots, joint.errors, across)
+    return _separated(batch, samples, known, head, worst, route, began)
+
+
+def _separated(
+    batch: Batch,
+    samples: Mixture,
+    known: Known,
+    head: BatchLoss,
+    worst: float,
+    route: str,
+    began: float,
+) -> Separated:
+    """With what copies may differ by, and the cotangents."""
+    stage = samples.stage
+    distance = hidden_distance(
+        batch.chain, samples, head, known.value, batch.precision, batch.size is not None
+    )
     note = remark(samples, head, distance, known.value)
     if note:
         known = widened(known, distance, batch.precision)

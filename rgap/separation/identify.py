@@ -74,7 +74,9 @@ def identify(
     kappas = [single.cotangent(logits, torch.full((len(roots),), c)) for c in labels]
     table = torch.stack(kappas, 1)  # [S, options, C]
     k = torch.stack([pull(kappa)[0].flatten(1) for kappa in kappas], 1)  # [S, options, m]
-    best = samples.outside(k).argmin(1).tolist()
+    # A cotangent of the wrong sign is parallel to the right one where there are two classes.
+    wrong = torch.einsum("sor,sr->so", samples.dual(k), roots) <= 0
+    best = (samples.outside(k) + 10.0 * wrong).argmin(1).tolist()
     return [
         replace(choose(samples, q, own, kappa, i), label=labels[i])
         for q, own, kappa, i in zip(roots, k, table, best, strict=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 
 LARGEST = 128  # samples up to which the normal matrix is formed: R⁴ entries
 FACTORS, CHORDS = 4, 4  # factorisations, and steps with each
+DENSE = 2**23  # entries of J up to which a head alone is solved by QR
 SETTLED = 0.98  # decrease of the objective that ends the steps
 RIDGES = (0.0, 1e-14, 1e-12, 1e-10, 1e-8)  # of the diagonal, until a factor exists
 
@@ -85,16 +87,15 @@ def polish_jointly(
     weights = row_weights(point, kappa, precision, single)
     misfits = row_misfits(point, sent, weights)
     log.debug("joint polish of %d samples starts at misfit %.2g", samples.rank, _top(misfits))
-    lower, matrix, ridge = None, None, 0.0
+    solver: _Dense | _Formed | None = None
     for _ in range(FACTORS):
-        matrix = normal_matrix(point, weights)
-        lower, ridge = _factor(matrix)
-        if lower is None:
+        solver = _solver(point, weights)
+        if solver is None:
             return None
         begin = objective(misfits, sent)
         for _ in range(CHORDS):
             before = objective(misfits, sent)
-            trial = point.moved(point.x + _solve(lower, point, weights, residuals(point, sent)))
+            trial = point.moved(point.x + solver.solve(residuals(point, sent)))
             fresh = row_misfits(trial, sent, weights)
             if objective(fresh, sent) < before:
                 point, misfits = trial, fresh
@@ -102,23 +103,79 @@ def polish_jointly(
                 break
         if objective(misfits, sent) > SETTLED * begin:
             break
-    assert lower is not None and matrix is not None
-    if ridge:
-        log.debug("joint polish ends at misfit %.2g, singular", _top(misfits))
-        return Joint(point.x, None, _top(misfits), float("inf"))
+    assert solver is not None
+    worst = solver.worst()
+    log.debug("joint polish ends at misfit %.2g, worst direction %.2g", _top(misfits), worst)
+    if worst == float("inf"):
+        return Joint(point.x, None, _top(misfits), worst)
     drawn = replace(precision, seed=precision.seed + 1)
     noise = update_noise(point, kappa, drawn)
     noise = {n: noise[n] + leak[n] for n in noise}
-    errors = torch.cat(
-        [
-            _solve(lower, point, weights, {n: noise[n][s] for n in noise})[None]
-            for s in range(precision.samples)
-        ]
-    )
-    smallest = extremes(lambda v: matrix @ v, lambda v: backsolve(lower, v), len(matrix), matrix)[1]
-    worst = smallest**-0.5 if smallest > 0 else float("inf")
-    log.debug("joint polish ends at misfit %.2g, worst direction %.2g", _top(misfits), worst)
-    return Joint(point.x, errors, _top(misfits), worst)
+    errors = [solver.solve({n: noise[n][s] for n in noise}) for s in range(precision.samples)]
+    return Joint(point.x, torch.stack(errors), _top(misfits), worst)
+
+
+class _Formed:
+    """JᵀΣ⁻¹J formed and factored; ``ridge`` where it is singular to working precision."""
+
+    def __init__(self, point: Linearisation, weights: Rows, lower: Tensor, ridge: float) -> None:
+        self.point, self.weights, self.lower, self.ridge = point, weights, lower, ridge
+
+    def solve(self, rows: Rows) -> Tensor:
+        """(JᵀΣ⁻¹J)⁻¹ JᵀΣ⁻¹ r, [R, n]."""
+        scaled = {n: (rows[n] * self.weights[n].square())[None] for n in rows}
+        rhs = self.point.vjp(scaled)[0]
+        return backsolve(self.lower, rhs.flatten()[:, None])[:, 0].reshape(rhs.shape)
+
+    def worst(self) -> float:
+        """Standard error of the direction that is fixed least; infinite with a ridge."""
+        if self.ridge:
+            return float("inf")
+        lower = self.lower
+        smallest = extremes(
+            lambda v: lower @ (lower.T @ v), lambda v: backsolve(lower, v), len(lower), lower
+        )[1]
+        return smallest**-0.5 if smallest > 0 else float("inf")
+
+
+class _Dense:
+    """Σ^{-1/2} J itself, by QR: for a head alone, where the normal matrix may lose half the digits.
+
+    Args:
+        point: of a chain of one stage.
+        weights: Σ^{-1/2}.
+    """
+
+    def __init__(self, point: Linearisation, weights: Rows) -> None:
+        count, size = point.x.shape
+        self.shape, self.weights = point.x.shape, weights
+        eye = torch.eye(count * size).to(point.x).reshape(-1, count, size)
+        rows = point.jvp(eye)
+        table = torch.cat([(rows[n] * weights[n]).flatten(1) for n in sorted(rows)], 1).T
+        self.basis, self.upper = torch.linalg.qr(table)
+
+    def solve(self, rows: Rows) -> Tensor:
+        """J⁺ r, [R, n]."""
+        rhs = torch.cat([(rows[n] * self.weights[n]).flatten() for n in sorted(rows)])
+        out: Tensor = torch.linalg.solve_triangular(
+            self.upper, (self.basis.T @ rhs)[:, None], upper=True
+        )
+        return out[:, 0].nan_to_num(0.0).reshape(self.shape)
+
+    def worst(self) -> float:
+        """Standard error of the direction that is fixed least."""
+        values = torch.linalg.svdvals(self.upper)
+        smallest, largest = float(values[-1]), float(values[0])
+        return 1.0 / smallest if smallest > 1e-15 * largest else float("inf")
+
+
+def _solver(point: Linearisation, weights: Rows) -> _Dense | _Formed | None:
+    unknowns = point.x.numel()
+    rows = sum(prod(node.stage.affine.weight.shape) for node in point.nodes)
+    if len(point.nodes) == 1 and rows * unknowns <= DENSE:
+        return _Dense(point, weights)
+    lower, ridge = _factor(normal_matrix(point, weights))
+    return None if lower is None else _Formed(point, weights, lower, ridge)
 
 
 def normal_matrix(point: Linearisation, weights: Rows) -> Tensor:
@@ -195,13 +252,6 @@ def _factor(matrix: Tensor) -> tuple[Tensor | None, float]:
         if lower is not None:
             return lower, ridge
     return None, 0.0
-
-
-def _solve(lower: Tensor, point: Linearisation, weights: Rows, rows: Rows) -> Tensor:
-    """(JᵀΣ⁻¹J)⁻¹ JᵀΣ⁻¹ r, [R, n]."""
-    scaled = {n: (rows[n] * weights[n].square())[None] for n in rows}
-    rhs = point.vjp(scaled)[0]
-    return backsolve(lower, rhs.flatten()[:, None])[:, 0].reshape(rhs.shape)
 
 
 def _top(misfits: Mapping[str, float]) -> float:

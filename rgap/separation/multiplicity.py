@@ -16,6 +16,7 @@ from rgap.batchloss import loss_scale
 from rgap.losses import Loss
 
 WHOLE = 0.25  # distance from a whole number at which a count is refused
+NEAR = 0.02  # the same where no batch size is stated: any ratios are near some fractions
 MOST = 1024  # copies of one picture that are looked for where no batch size is stated
 
 
@@ -54,8 +55,10 @@ def smallest_batch(shares: Sequence[float], loss: Loss, classes: int) -> int | N
         return None
     for copies in range(1, MOST + 1):  # of the picture that occurs least
         batch = round(copies * max(ratios))
+        if abs(batch - copies * max(ratios)) > NEAR * batch:
+            continue
         counts = [batch / ratio for ratio in ratios]
-        near = all(abs(m - round(m)) <= 0.1 and round(m) >= 1 for m in counts)
+        near = all(abs(m - round(m)) <= NEAR * m and round(m) >= 1 for m in counts)
         if near and sum(round(m) for m in counts) == batch:
             return batch
     return None

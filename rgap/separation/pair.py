@@ -18,7 +18,7 @@ from .finish import finish
 from .identify import Identity, continuous, identify
 from .mixture import Mixture
 from .peeling import Collected, collect
-from .targets import admissible
+from .targets import admissible, contradicted
 
 OPEN = 1e-9  # σ_min of a sample's equations, relative, at which a direction is open
 
@@ -49,7 +49,7 @@ def separate_pair(
         watch=watch,
     )
     if not found.complete:
-        return Unseparated(_shortfall(consistency, found))
+        return contradicted(batch, found) or Unseparated(_shortfall(consistency, found))
     return finish(
         batch,
         consistency,

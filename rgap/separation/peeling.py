@@ -41,6 +41,7 @@ class Collected:
         starts: Levenberg–Marquardt runs in all.
         rejected: the smallest share of k outside the range among roots without a target.
         open: roots without a target whose own equations leave a direction open.
+        refused: targets of roots that are samples, but not of the batch that was stated.
     """
 
     roots: Tensor
@@ -49,6 +50,7 @@ class Collected:
     starts: int
     rejected: float
     open: int
+    refused: tuple[Identity, ...] = ()
 
     @property
     def complete(self) -> bool:
@@ -80,6 +82,7 @@ def collect(
     roots = w.new_zeros(0, rank)
     duals = w.new_zeros(0, rank)
     identities: list[Identity] = []
+    refused: list[Identity] = []
     tried, idle, rejected, lines = 0, 0, 1.0, 0
     while len(roots) < rank and idle < ROUNDS:
         count = starts * 2**idle
@@ -102,6 +105,8 @@ def collect(
                 if len(duals) and bool(((duals @ q > APART) & same).any()):
                     continue
                 if not admissible(identity):
+                    if identity.accepted:
+                        refused.append(identity)
                     rejected = min(rejected, identity.outside)
                     lines += _open(consistency, w, q)
                     continue
@@ -114,13 +119,14 @@ def collect(
         if watch is not None:
             watch(f"separating samples: {len(roots)} of {rank}")
     remainder = float((w - duals.sum(0)).norm() / w.norm())
-    return Collected(roots, identities, remainder, tried, rejected, lines)
+    return Collected(roots, identities, remainder, tried, rejected, lines, tuple(refused))
 
 
 def _orthogonal(duals: Tensor, roots: Tensor) -> Tensor:
     """The nearest duals that are 1 on their own root and 0 on the others that were found."""
     gap = torch.eye(len(roots)).to(roots) - duals @ roots.T
-    return duals + torch.linalg.lstsq(roots, gap.T, driver="gelsd").solution.T
+    found: Tensor = duals + torch.linalg.lstsq(roots, gap.T, driver="gelsd").solution.T
+    return found
 
 
 def restricted(consistency: Consistency, w: Tensor, duals: Tensor) -> Restricted:

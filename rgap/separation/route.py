@@ -31,6 +31,17 @@ def separate(batch: Batch, watch: Watcher | None = None) -> Separated | Unsepara
     if any(isinstance(op, Activation) and not isinstance(op, Identity) for op in head.tail):
         return Unseparated(f"an activation follows the last layer '{head.name}'")
     top = batch.mixture(head.index)
+    for stage in chain.stages:
+        if batch.size is None or stage.affine.geometry is not None:
+            continue
+        rank = batch.mixture(stage.index).triplets.rank
+        if rank.rank > batch.size and rank.clear:
+            return Unseparated(
+                f"the gradient of '{stage.name}' has rank {rank.rank} (σ_{rank.rank}/σ_1 "
+                f"{rank.smallest / rank.largest:.1e}): more than the stated batch_size="
+                f"{batch.size} allows",
+                consistent=False,
+            )
     whys = []
     for index in range(len(chain.stages) - 1):
         steps = steps_between(chain, index)

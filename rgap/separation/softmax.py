@@ -14,20 +14,29 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from rgap.batchloss import loss_scale
+from rgap.labels.head import HeadGradient
+from rgap.labels.likelihood import best
+from rgap.solvers.least_squares import geodesic, levenberg_marquardt
 from rgap.targets import CROSS_ENTROPY
 
 from .batch import Batch, Separated, Unseparated
 from .consistency import AtHead, Consistency
-from .finish import finish
+from .coupled import SCATTERS, Coupled, agreement, refined
+from .finish import finish, finish_together
 from .identify import Identity, choose
 from .mixture import Mixture
 from .peeling import Collected, collect
-from .targets import admissible
+from .targets import admissible, contradicted
 
 FEWEST = 8  # classes that are always tried
 NEAR = 0.1  # share of p − e_c outside the range of G up to which class c may well occur
 PER_CLASS = 4  # starts at once for each class of the pool, at most ``MOST`` in all
 LEAST, MOST = 16, 64
+SMALL = 10  # samples up to which many accelerated starts are affordable
+STARTS = 48
+FEW = 32  # samples up to which all scatters are tried
+AGREE = 3  # starts that have to end at the same batch
 
 
 def unfit(batch: Batch, head: Mixture) -> Unseparated | None:
@@ -69,6 +78,8 @@ def separate_head(
         watch: told of the progress.
     """
     began = time.perf_counter()
+    if head.gradient.shape[0] - 1 - head.rank < head.rank - 1:
+        return _together(batch, head, began, watch)
     pool, clear = likely(batch, head)
     consistency = AtHead.of(head, batch.loss.label_smoothing, pool, clear, batch.precision)
     found = collect(
@@ -80,8 +91,67 @@ def separate_head(
         watch=watch,
     )
     if not found.complete:
-        return Unseparated(_shortfall(consistency, found))
+        return contradicted(batch, found) or Unseparated(_shortfall(consistency, found))
     return conclude(batch, consistency, found, began)
+
+
+def _together(
+    batch: Batch, head: Mixture, began: float, watch: Callable[[str], None] | None
+) -> Separated | Unseparated:
+    """Near the limit B = C − 1: all samples at once, with the likeliest labels."""
+    name, rank, classes = head.stage.name, head.rank, head.gradient.shape[0]
+    equations = classes * rank
+    if batch.size is not None and batch.size != rank:
+        return Unseparated(
+            f"the gradient of the head '{name}' tells {rank} of {batch.size} samples apart, and "
+            f"its {classes} classes leave too few equations to say which of them are copies"
+        )
+    estimate = best(_labels_of(batch, head))
+    if estimate.counts is None or rank == 1:
+        return Unseparated(f"the labels at the head '{name}' are not determined: {estimate.reason}")
+    labels = torch.repeat_interleave(torch.arange(len(estimate.counts)), estimate.counts)
+    problem = Coupled(
+        head, labels, loss_scale(batch.loss, rank, classes), batch.loss.label_smoothing
+    )
+    generator = torch.Generator().manual_seed(batch.precision.seed)
+    if watch is not None:
+        watch(f"separating {rank} samples at '{name}' together")
+    floor = problem.floor(batch.precision)
+    # A batch whose labels all differ is solved from the means of its classes at once.
+    first = problem.starts(len(SCATTERS) if rank <= FEW else 2, generator)
+    runs = len(first)
+    found = levenberg_marquardt(problem, first, tolerance=floor)
+    answer = agreement(problem, refined(problem, found.value), floor)
+    if isinstance(answer, str) and rank <= SMALL:
+        runs += STARTS
+        many = geodesic(
+            problem, problem.starts(STARTS, generator), tolerance=floor, enough=AGREE / STARTS
+        )
+        answer = agreement(problem, refined(problem, many.value), floor)
+    if isinstance(answer, str):
+        return Unseparated(
+            f"{runs} starts at the head '{name}' ({equations} equations for {rank * (rank - 1)} "
+            f"unknowns, σ_B/σ_1 {head.ratio:.1e}, labels {labels.tolist()}): {answer}; samples of "
+            "one label differ by the curvature of the softmax alone"
+        )
+    roots = answer
+    consistency = AtHead.of(
+        head, batch.loss.label_smoothing, labels, len(labels), batch.precision
+    ).labelled(labels)
+    identities = identify_classes(head, roots, consistency)
+    gathered = Collected(roots, identities, 0.0, runs, 1.0, 0)
+    route = (
+        f"K(Q)ᵀQ = US for all samples of '{name}' together: {equations} equations for "
+        f"{rank * (rank - 1)} unknowns"
+    )
+    return finish_together(batch, consistency, gathered, route, began)
+
+
+def _labels_of(batch: Batch, head: Mixture) -> HeadGradient:
+    affine = head.stage.affine
+    return HeadGradient(
+        head.gradient, head.bias_gradient, head.rank, affine.weight, affine.bias, batch.loss
+    )
 
 
 def conclude(

@@ -22,6 +22,7 @@ from rgap.solvers.least_squares import refine
 
 from .consistency import Consistency, Restricted
 from .identify import rise
+from .mixture import Mixture
 
 EPS = 2 * torch.finfo(torch.float64).eps  # norm of what a decomposition in float64 rounds
 
@@ -88,8 +89,7 @@ def spread(
     for _ in range(precision.samples):
         e = precision.normal(std, samples=1)[0]
         e_bias = precision.normal(std_bias, samples=1)[0]
-        across = back @ (samples.left.T @ e)
-        across = across - (across @ samples.right) @ samples.right.T
+        across = _across(samples, back, e)
         along = back @ (samples.left.T @ (e @ (samples.right @ w) - e_bias))
         shift = along[:, None] * w / (w @ w)
         moved = (slope @ shift[:, :, None])[:, :, 0] + consistency.push(x, across)
@@ -101,6 +101,21 @@ def spread(
         leaks.append(across)
     features = Known(_shaped(x, affine.in_shape), _shaped(torch.stack(errors), affine.in_shape, 2))
     return Spread(roots, features, torch.stack(leaks), worst)
+
+
+def across_errors(samples: Mixture, roots: Tensor, k: Tensor, precision: Precision) -> Tensor:
+    """Errors of the samples across the row space of G, where nothing else is known, [S, R, n]."""
+    x = roots @ samples.right.T
+    std = precision.update_std(k.square().T @ x.square(), k.T @ x)
+    back = roots / samples.values
+    drawn = (precision.normal(std, samples=1)[0] for _ in range(precision.samples))
+    return torch.stack([_across(samples, back, e) for e in drawn])
+
+
+def _across(samples: Mixture, back: Tensor, e: Tensor) -> Tensor:
+    """L⁺E (I − VVᵀ), with rows Q S⁻¹ in ``back``."""
+    moved: Tensor = back @ (samples.left.T @ e)
+    return moved - (moved @ samples.right) @ samples.right.T
 
 
 def cotangents(chain: Chain, index: int, u: Tensor, head: BatchLoss) -> Tensor:

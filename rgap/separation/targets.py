@@ -14,8 +14,9 @@ from rgap.batchloss import BatchLoss, loss_scale
 from .batch import Batch, Unseparated
 from .identify import FITS, Identity
 from .multiplicity import WHOLE, batch_of, multiplicity, split_counts, whole
+from .peeling import Collected
 
-
+SURE = 1e-4  # share of k outside the range of G at which a root is a sample beyond doubt
 ROUGH = 20.0  # times its weight by which a sample may seem off before all are polished together
 
 
@@ -54,7 +55,7 @@ def confirmed(batch: Batch, head: BatchLoss, identities: Sequence[Identity]) -> 
                 f"gradient by {identity.outside:.1e}, that of the next class by {identity.next:.1e}"
             )
         m = _copies(batch, identity, int(head.copies.sum()))
-        if abs(m - copies) > WHOLE * max(1.0, copies):
+        if abs(m - copies) > WHOLE * min(copies, 2.0):
             return (
                 f"sample {row} weighs {m:.2f} of what {copies:.0f} of a batch of "
                 f"{int(head.copies.sum())} do"
@@ -86,9 +87,18 @@ def batch_loss(
     if size is None:
         return Unseparated(
             f"no batch size explains how much each of the {len(shares)} samples weighs (B/m = "
-            f"{', '.join(f'{float(v):.3g}' for v in shares[:8])}); is the update a plain gradient "
-            "of this loss?",
-            consistent=False,
+            f"{', '.join(f'{float(v):.3g}' for v in shares[:8])}); state batch_size",
+        )
+    continuous = batch.loss.targets != "index"
+    if continuous and batch.size is None:
+        return Unseparated(
+            f"under {batch.loss.name} with targets {batch.loss.targets!r} nothing says how often "
+            "each picture occurs; state batch_size"
+        )
+    if continuous and size != len(identities):
+        return Unseparated(
+            f"{len(identities)} different pictures in a batch of {size}: under {batch.loss.name} a "
+            "target and how often it occurs cannot be told apart"
         )
     targets, copies = [], []
     for identity, z in zip(identities, logits, strict=True):
@@ -104,7 +114,7 @@ def batch_loss(
         excess = identity.kappa / loss_scale(batch.loss, size, batch.classes)
         summed = replace(batch.loss, reduction="sum")
         dense = summed.targets_from(z[None], excess[None])[0]
-        if batch.loss.targets != "index":
+        if continuous:
             targets.append(dense)
             copies.append(1.0)
             continue
@@ -113,7 +123,6 @@ def batch_loss(
             return Unseparated(
                 "the cotangent of one sample belongs to no class, nor to one picture with several "
                 "labels; is the loss, its targets or the model another one?",
-                consistent=False,
             )
         targets.append(found[1] / found[0])
         copies.append(float(found[0]))
@@ -133,9 +142,18 @@ def _one_hot(batch: Batch, label: int, z: Tensor) -> Tensor:
     return F.one_hot(torch.tensor(label), len(z)).to(z)
 
 
+def contradicted(batch: Batch, found: Collected) -> Unseparated | None:
+    """A stated batch size in which samples that were found would not occur whole times."""
+    sure = [i for i in found.refused if i.outside < SURE and i.label is not None]
+    if batch.size is None or not sure:
+        return None
+    ratio = _copies(batch, sure[0], batch.size)
+    return _fractional(batch, batch.size, ratio)
+
+
 def _fractional(batch: Batch, size: int, m: float) -> Unseparated:
     return Unseparated(
         f"at a batch size of {size} one picture would occur {m:.2f} times; the update contradicts "
         f"{'the stated' if batch.size is not None else 'every'} batch size",
-        consistent=False,
+        consistent=batch.size is None,
     )
