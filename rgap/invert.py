@@ -61,15 +61,16 @@ def invert(
 ) -> Recovery:
     """Recover from an update what its equations determine, and certify it.
 
-    The head gives features and label of a single sample (B = 1), the recursion solves one linear
-    system a stage down to the data, Gauss–Newton on the whole update polishes, a replay through
-    the model certifies.  The model is left as it was found.
+    The head gives features and label of a single sample (B = 1); the samples of a batch are told
+    apart below two fully connected layers or at a softmax head, whatever their labels.  The
+    recursion solves one linear system a stage down to the data, Gauss–Newton on the whole update
+    polishes, a replay through the model certifies.  The model is left as it was found.
 
     Args:
         model: the network that the update was computed on, in eval mode.
         update: what the client sent.
         labels: the labels if they are known, [B]; found from the update otherwise.
-        batch_size: overrides ``update.batch_size``.
+        batch_size: overrides ``update.batch_size``; where neither says it, it is found.
         head: known head features, to study the recursion of a batch below the head.
         value_range: range of the data.  Candidates that leave it by more than their error are
             refuted; the range that the update declares, the default, refutes only those that
@@ -83,11 +84,12 @@ def invert(
 
     Returns:
         A :class:`Recovery`; its ``status`` and ``reason`` say how far the update determines the
-        batch, and ``explain()`` says it layer by layer.
+        batch, and ``explain()`` says it layer by layer.  The order of a batch is not in its
+        gradient: rows come by label, or in the order of stated labels.
 
     Raises:
-        ValueError: the update does not belong to a model of this shape, the batch size or the
-            input shape is unknown, or the model is in train mode.
+        ValueError: the update does not belong to a model of this shape, the input shape is
+            unknown, labels are out of range, or the model is in train mode.
 
     >>> import rgap, torch
     >>> model = rgap.models.lenet(seed=0)
@@ -142,7 +144,7 @@ def _from_batch(problem: Problem, found: Separated | Unseparated, show: Progress
     descent = with_separation(problem, descent, found)
     recovery = _conclude(problem, [(descent, found.head, [])], show)
     notes = (found.note,) if found.note else ()
-    return replace(recovery, warnings=(*notes, *recovery.warnings))
+    return replace(recovery, separation=found.route, warnings=(*notes, *recovery.warnings))
 
 
 def _from_bias(problem: Problem, index: int, show: Progress) -> Recovery:

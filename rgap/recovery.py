@@ -108,6 +108,7 @@ class Recovery:
         reason: one sentence that says why the status is what it is.
         warnings: what the reader should know (underflow, small gaps).
         seconds: wall time.
+        separation: which equations told the samples of a batch apart, and where; "" for one sample.
         multiplicities: how often each row of ``inputs`` occurs in the batch [B'], or None where
             every one occurs once.  The order of a batch is not in its gradient: rows are sorted
             by label.
@@ -124,6 +125,7 @@ class Recovery:
     candidates: tuple[Candidate, ...] = ()
     warnings: tuple[str, ...] = ()
     seconds: float = 0.0
+    separation: str = ""
     multiplicities: Tensor | None = None
 
     @property
@@ -172,6 +174,8 @@ class Recovery:
     def explain(self) -> str:
         """The recovery in plain words, layer by layer from the output down."""
         lines = [f"{self.status.name}: {self.reason}"]
+        if self.separation:
+            lines.append(f"Samples told apart: {self.separation}.")
         if self.layers:
             lines.append("The input of each layer, from the output down:")
         for report in reversed(self.layers):
@@ -225,6 +229,7 @@ class Recovery:
             "predicted_error": _plain(self.predicted_error),
             "error_bound": _plain(self.error_bound),
             "multiplicities": _plain(self.multiplicities),
+            "separation": self.separation,
             "candidates": len(self.candidates),
             "warnings": list(self.warnings),
             "seconds": _plain(self.seconds),

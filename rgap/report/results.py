@@ -47,6 +47,10 @@ def print_recovery(console: Console, recovery: Recovery, *, explain: bool) -> No
             console.print(f"Note: {warning}", **_PLAIN)
     if recovery.labels is not None:
         console.print(f"Labels: {_written(recovery.labels)}", **_PLAIN)
+    if recovery.multiplicities is not None:
+        console.print(f"Copies of each: {_written(recovery.multiplicities)}", **_PLAIN)
+    if recovery.separation and not explain:
+        console.print(f"Samples told apart: {recovery.separation}", **_PLAIN)
     for number, candidate in enumerate(recovery.candidates):
         if not explain:
             console.print(

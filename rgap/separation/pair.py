@@ -56,8 +56,8 @@ def separate_pair(
         found,
         naming,
         f"every sample of '{stage.name}' must map into the row space of "
-        f"'{consistency.above.stage.name}': {consistency.equations} equations for "
-        f"{lower.rank - 1} unknowns a sample",
+        f"'{consistency.above.stage.name}' (for each {consistency.equations} equations, unknowns: "
+        f"{lower.rank - 1})",
         began,
     )
 

@@ -34,9 +34,9 @@ NEAR = 0.1  # share of p − e_c outside the range of G up to which class c may 
 PER_CLASS = 4  # starts at once for each class of the pool, at most ``MOST`` in all
 LEAST, MOST = 16, 64
 SMALL = 10  # samples up to which many accelerated starts are affordable
-STARTS = 48
+STARTS = 32
 FEW = 32  # samples up to which all scatters are tried
-AGREE = 3  # starts that have to end at the same batch
+AGREE = 2  # starts that have to end at the same batch
 
 
 def unfit(batch: Batch, head: Mixture) -> Unseparated | None:
@@ -171,8 +171,8 @@ def conclude(
         own,
         found,
         partial(identify_classes, consistency.samples),
-        f"every cotangent p − e_c must lie in the range of the gradient of '{name}': "
-        f"{consistency.equations} equations for {rank - 1} unknowns a sample",
+        f"every cotangent p − e_c must lie in the range of the gradient of '{name}' "
+        f"(for each {consistency.equations} equations, unknowns: {rank - 1})",
         began,
     )
 
