@@ -160,7 +160,7 @@ class Linearisation:
         for i in range(len(self.nodes) - 1, -1, -1):
             node = self.nodes[i]
             if i < len(self.nodes) - 1:
-                dk = self._pull_tail(node, dz[i], dk, rounded[i])
+                dk = self._pull_tail(node, dz[i], dk, rounded[i], inject)
                 if inject is not None:
                     dk = dk + inject.rounding(node.k)
             found.insert(0, (du[i], dk))
@@ -225,7 +225,9 @@ class Linearisation:
         return out
 
     @staticmethod
-    def _pull_tail(node: _Node, dz: Tensor, dk: Tensor, rounded: list[Tensor]) -> Tensor:
+    def _pull_tail(
+        node: _Node, dz: Tensor, dk: Tensor, rounded: list[Tensor], inject: Precision | None
+    ) -> Tensor:
         """d(k at z) from dz, d(k at the tail's output) and the rounding of the activations."""
         rounded = list(rounded)
         directions = []
@@ -244,6 +246,8 @@ class Linearisation:
             dk = _pull(op, before, dk)
             if isinstance(op, Activation):
                 dk = dk + above * op.second_derivative(before) * direction
+                if inject is not None and op.slope_cancels:
+                    dk = dk + inject.normal(2.0 * inject.unit * above.abs())
                 own = rounded.pop() if rounded else None
                 if own is not None and op.slope_from_output:
                     # 1 − y² of a saturated y: all that is left of it may be the rounding of y.

@@ -28,6 +28,7 @@ class Activation(Op):
         odd: φ(−z) = −φ(z).
         homogeneous: φ(c z) = c φ(z) for c > 0.
         slope_from_output: autograd computes φ' from the rounded output, not from the input.
+        slope_cancels: φ' is a difference of terms of order one, and known to that precision only.
     """
 
     elementwise = True
@@ -36,6 +37,7 @@ class Activation(Op):
     odd: bool = False
     homogeneous: bool = False
     slope_from_output: bool = False
+    slope_cancels: bool = False
     domain: tuple[float, float] = (-_INF, _INF)
 
     def __init__(self, name: str, in_shape: tuple[int, ...], barrier: str | None = None) -> None:
@@ -235,6 +237,8 @@ class Opaque(Activation):
         function: element-wise.
         kind: its name in ``torch.nn.functional``.
     """
+
+    slope_cancels = True  # GELU: Φ(z) + z φ(z), which nearly vanishes for negative z
 
     def __init__(self, name: str, in_shape: tuple[int, ...], function: Function, kind: str) -> None:
         super().__init__(name, in_shape)

@@ -21,6 +21,7 @@ from .mixture import Mixture
 NOISE = 5.0  # times the residual that rounding explains, up to which a batch fits
 RIVAL = 100.0  # times the cost of the worst fit, below which another batch is not refuted
 ARITHMETIC = 20 * torch.finfo(torch.float64).eps  # what our own sums leave of a residual
+NORMAL = 1e-10  # the same where only the normal equations are affordable
 SCATTERS = (1.0, 0.3, 3.0, 0.1)  # times the scatter that the gradient suggests
 RCOND = 1e-6
 KEPT = 8  # ends that are compared
@@ -88,7 +89,8 @@ class Coupled:
         blur = (self.head.entry_noise / self.head.values).square().sum() * len(self.shift)
         own = (precision.unit * float(self.head.values[0]) / self.head.values).square().sum()
         explained = float(((blur + own / len(self.shift)) / self.head.rank).sqrt())
-        return (NOISE * explained + ARITHMETIC) ** 2
+        own_arithmetic = ARITHMETIC if self.head.rank <= FORMED else NORMAL
+        return (NOISE * explained + own_arithmetic) ** 2
 
     def linear(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Residual [S, C·R] and Jacobian [S, C·R, R(R−1)]."""

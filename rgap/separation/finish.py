@@ -19,6 +19,8 @@ from .peeling import Collected, Identify, restricted
 from .spread import across_errors, cotangents, cotangents_above, spread
 from .targets import batch_loss, confirmed
 
+TOGETHER = 100  # samples up to which a batch that only fits as a whole is polished
+MISFIT = 10.0  # standard errors by which a batch solved as a whole may miss
 OPEN = 0.1  # standard error of a direction, of the samples' norm, from which it counts as open
 
 
@@ -81,8 +83,14 @@ def finish_together(
     k = cotangents(batch.chain, stage.index, x, head).flatten(1)
     across = across_errors(samples, found.roots, k, batch.precision)
     joint = polish_jointly(
-        batch.chain, samples, batch.gradients, found.roots, head, across, batch.precision
-    )
+        batch.chain, samples, batch.gradients, found.roots, head, across, batch.precision,
+        largest=TOGETHER,
+    )  # fmt: skip
+    if joint is not None and joint.misfit > MISFIT:
+        return Unseparated(
+            f"all {samples.rank} samples at '{stage.name}' together miss its gradient by "
+            f"{joint.misfit:.1e} standard errors (σ_B/σ_1 {samples.ratio:.1e})"
+        )
     if joint is None or joint.errors is None:
         return Unseparated(
             f"the equations of the {samples.rank} samples at '{stage.name}' are singular to "

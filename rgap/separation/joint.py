@@ -28,7 +28,7 @@ from .mixture import Mixture
 
 log = logging.getLogger(__name__)
 
-LARGEST = 128  # samples up to which the normal matrix is formed: R⁴ entries
+LARGEST = 48  # samples up to which the normal matrix is formed: R⁴ entries
 FACTORS, CHORDS = 4, 4  # factorisations, and steps with each
 DENSE = 2**23  # entries of J up to which a head alone is solved by QR
 SETTLED = 0.98  # decrease of the objective that ends the steps
@@ -60,6 +60,7 @@ def polish_jointly(
     head: BatchLoss,
     across: Tensor,
     precision: Precision,
+    largest: int = LARGEST,
 ) -> Joint | None:
     """Gauss–Newton on Q, or None where the layers above are not all fully connected.
 
@@ -71,9 +72,10 @@ def polish_jointly(
         head: targets and multiplicities.
         across: errors of the samples across the row space, [S, R, n]; noise for Q.
         precision: of the update.
+        largest: number of samples up to which it is worth its cost.
     """
     index = samples.stage.index
-    if samples.rank > LARGEST or any(s.affine.geometry for s in chain.stages[index:]):
+    if samples.rank > largest or any(s.affine.geometry for s in chain.stages[index:]):
         return None
     small = _reduced(chain, samples)
     sent = {n: gradients[n] for n in _names(small)}

@@ -32,7 +32,7 @@ from .targets import admissible, contradicted
 FEWEST = 8  # classes that are always tried
 NEAR = 0.1  # share of p − e_c outside the range of G up to which class c may well occur
 PER_CLASS = 4  # starts at once for each class of the pool, at most ``MOST`` in all
-LEAST, MOST = 16, 64
+LEAST, MOST = 16, 40
 SMALL = 10  # samples up to which many accelerated starts are affordable
 STARTS = 32
 FEW = 32  # samples up to which all scatters are tried

@@ -155,7 +155,7 @@ def _inverses(
     inverses, polished, smallest = [], [], float("inf")
     for i, q in enumerate(roots):
         alone = replace(whole, consistency=consistency.at(torch.tensor([i])))
-        t = refine(alone, alone.coordinates(q[None]))
+        t = refine(alone, alone.coordinates(q[None]), steps=1)
         polished.append(alone.rows(t)[0])
         if t.shape[1] == 0:
             inverses.append(q.new_zeros(0, consistency.basis.shape[0]))
