@@ -16,6 +16,7 @@ from rgap.batchloss import loss_scale
 from rgap.losses import Loss
 
 WHOLE = 0.25  # distance from a whole number at which a count is refused
+EVEN = 1.5  # ratio of two weights below which they are taken for equal
 NEAR = 0.02  # the same where no batch size is stated: any ratios are near some fractions
 MOST = 1024  # copies of one picture that are looked for where no batch size is stated
 
@@ -88,4 +89,6 @@ def batch_of(stated: int | None, shares: Tensor, loss: Loss, classes: int) -> in
     if stated is not None:
         return stated
     finite = shares[torch.isfinite(shares)].tolist()
+    if finite and loss.reduction == "mean" and 0 < max(finite) < EVEN * min(finite):
+        return len(shares)  # rough weights that are alike: each occurs once
     return smallest_batch(finite, loss, classes) if finite else len(shares)
