@@ -10,7 +10,7 @@ from rgap.batchloss import BatchLoss
 from rgap.certificate import Answer
 from rgap.head import target_of
 from rgap.network import Chain, Stage
-from rgap.polish import polish
+from rgap.polish import Polished, polish
 from rgap.precision import Known
 from rgap.problem import Problem
 from rgap.recursion import Descent
@@ -18,16 +18,7 @@ from rgap.recursion import Descent
 
 def read_answer(problem: Problem, descent: Descent, kappa: Known) -> Answer:
     """Polish what the recursion recovered and read its label at the head."""
-    low, high = problem.value_range or (0.0, 1.0)
-    polished = polish(
-        problem.chain,
-        problem.gradients,
-        descent.require_data(),
-        kappa,
-        problem.precision,
-        descent.preconditioner(problem.chain),
-        high - low,
-    )
+    polished = _polished(problem, descent, kappa)
     stage = problem.chain.stages[-1]
     features = top_features(problem.chain, polished.data)
     target, tolerance = target_of(stage, features, kappa, problem.update.loss, problem.precision)
@@ -37,17 +28,8 @@ def read_answer(problem: Problem, descent: Descent, kappa: Known) -> Answer:
 
 def read_batch(problem: Problem, descent: Descent, head: BatchLoss) -> Answer:
     """Polish the pictures of a batch all together and check their labels by the identity."""
-    low, high = problem.value_range or (0.0, 1.0)
-    polished = polish(
-        problem.chain,
-        problem.gradients,
-        descent.require_data(),
-        head,
-        problem.precision,
-        descent.preconditioner(problem.chain),
-        high - low,
-        settled=descent.solutions[0].solution.stats.route == "separation",
-    )
+    settled = descent.solutions[0].solution.stats.route == "separation"
+    polished = _polished(problem, descent, head, settled)
     stage = problem.chain.stages[-1]
     features = top_features(problem.chain, polished.data)
     error = torch.stack([stage.affine.linear(e) for e in features.error])
@@ -55,6 +37,22 @@ def read_batch(problem: Problem, descent: Descent, head: BatchLoss) -> Answer:
     _, distance, tolerance = label_identity(problem, head, logits)
     rows = rows_of(head, problem.labels)
     return Answer(descent, polished, head.targets, rows.labels, distance, tolerance, rows)
+
+
+def _polished(
+    problem: Problem, descent: Descent, kappa: Known | BatchLoss, settled: bool = False
+) -> Polished:
+    low, high = problem.value_range or (0.0, 1.0)
+    return polish(
+        problem.chain,
+        problem.gradients,
+        descent.require_data(),
+        kappa,
+        problem.precision,
+        descent.preconditioner(problem.chain),
+        high - low,
+        settled,
+    )
 
 
 def head_cotangent(problem: Problem, descent: Descent) -> Known:

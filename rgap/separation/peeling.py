@@ -4,7 +4,7 @@ Levenberg–Marquardt from many starts ends at some samples.  Each found one, on
 known, has a dual d with ``d·q = 1`` on itself and 0 on all others: the samples that are left lie in
 the affine subspace ``w·q = 1, d·q = 0``, of one dimension less.  What subtracting k xᵀ does to the
 row space of G this does to the unknowns, but each root is polished on the original equations, so
-that errors do not add up.  Where w − Σd vanishes, all samples have been found.
+that errors do not add up.  The rank of G says how many there are.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ class Collected:
     Attributes:
         roots: rows q, [F, R].
         identities: target and dual of each.
-        remainder: ‖w − Σd‖/‖w‖: 0 when all were found.
         starts: Levenberg–Marquardt runs in all.
         rejected: the smallest share of k outside the range among roots without a target.
         open: roots without a target whose own equations leave a direction open.
@@ -46,7 +45,6 @@ class Collected:
 
     roots: Tensor
     identities: list[Identity]
-    remainder: float
     starts: int
     rejected: float
     open: int
@@ -118,8 +116,7 @@ def collect(
         idle = 0 if len(roots) > before else idle + 1
         if watch is not None:
             watch(f"separating samples: {len(roots)} of {rank}")
-    remainder = float((w - duals.sum(0)).norm() / w.norm())
-    return Collected(roots, identities, remainder, tried, rejected, lines, tuple(refused))
+    return Collected(roots, identities, tried, rejected, lines, tuple(refused))
 
 
 def _orthogonal(duals: Tensor, roots: Tensor) -> Tensor:
