@@ -13,10 +13,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .tall import tall_qr
+
 FIRST = 1e-2  # damping of the first step, relative to the diagonal of the Gauss–Newton matrix
 EASIER, HARDER = 0.2, 4.0  # what a step that helps and one that does not do to it
 LEAST, MOST = 1e-14, 1e8
 BEND = 0.1  # share of a step at which the residual's second derivative is measured
+WORTH = 0.25  # of the cost: a last step that leaves more than this was the last one
 STILL = 1e-9  # a step this small against the unknowns changes nothing any more
 
 
@@ -133,9 +136,9 @@ def refine(equations: Linearised, t: Tensor, steps: int = 4) -> Tensor:
         trial = t - step
         fresh = equations.cost(trial).nan_to_num(torch.inf, posinf=torch.inf)
         better = fresh < cost
-        if not bool(better.any()):
-            break
         t = torch.where(better[:, None], trial, t)
+        if not bool((fresh < WORTH * cost).any()):
+            break
         cost = torch.where(better, fresh, cost)
     return t
 
@@ -209,7 +212,7 @@ def geodesic(
 
 def triangular_solve(jacobian: Tensor, residual: Tensor) -> Tensor:
     """``J⁺ r`` by QR for S tall Jacobians [S, m, n], [S, m] → [S, n]; 0 without full rank."""
-    basis, upper = torch.linalg.qr(jacobian)
+    basis, upper = tall_qr(jacobian)
     rhs = basis.transpose(1, 2) @ residual[:, :, None]
     out: Tensor = torch.linalg.solve_triangular(upper, rhs, upper=True)[:, :, 0]
     fine = out.isfinite().all(1, keepdim=True)

@@ -14,10 +14,11 @@ from rgap.losses import Loss
 from rgap.network import Chain
 from rgap.ops import Rearrange
 from rgap.precision import Precision
+from rgap.separation.at_head import AtHead
 from rgap.separation.batch import Batch
-from rgap.separation.consistency import AtHead, Between, Consistency, steps_between
+from rgap.separation.between import Between, steps_between
+from rgap.separation.consistency import Consistency, restricted
 from rgap.separation.mixture import mixture, relative_noise
-from rgap.separation.peeling import restricted
 from rgap.separation.spread import cotangents
 
 F64 = torch.float64

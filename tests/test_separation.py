@@ -11,11 +11,13 @@ from batched import KINDS, batch_of, mlp, pictures
 from torch import Tensor, nn
 
 from rgap.losses import Loss
+from rgap.separation.at_head import AtHead
 from rgap.separation.batch import Batch, Separated, Unseparated
-from rgap.separation.consistency import AtHead, Between, steps_between
+from rgap.separation.between import Between, steps_between
+from rgap.separation.consistency import restricted
 from rgap.separation.identify import LISTED, Identity, continuous, identify, rise
 from rgap.separation.multiplicity import multiplicity, smallest_batch
-from rgap.separation.peeling import Collected, collect, restricted
+from rgap.separation.peeling import Collected, collect
 from rgap.separation.route import mixed, separate
 from rgap.separation.softmax import identify_classes, likely
 from rgap.separation.targets import batch_loss

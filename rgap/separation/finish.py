@@ -11,11 +11,11 @@ from rgap.precision import Known
 
 from .alike import hidden_distance, remark, widened
 from .batch import Batch, Separated, Unseparated
-from .consistency import Consistency
+from .consistency import Consistency, restricted
 from .identify import rise
 from .joint import polish_jointly
 from .mixture import Mixture
-from .peeling import Collected, Identify, restricted
+from .peeling import Collected, Identify
 from .spread import across_errors, cotangents, cotangents_above, spread
 from .targets import batch_loss, confirmed
 

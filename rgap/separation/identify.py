@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -66,14 +65,16 @@ def identify(
         roots: [S, R].
         loss: the client's.
     """
-    logits, pull = _logits(chain, samples, roots)
+    affine = samples.stage.affine
+    z = affine.forward((roots @ samples.right.T).reshape(-1, *affine.in_shape))
+    logits, pull = pullback(chain, samples.stage.index, z)
     single = replace(loss, reduction="sum")
     labels = _labels(single, logits, head)
     if labels is None:
         return continuous(chain, samples, roots, loss)
     kappas = [single.cotangent(logits, torch.full((len(roots),), c)) for c in labels]
     table = torch.stack(kappas, 1)  # [S, options, C]
-    k = torch.stack([pull(kappa)[0].flatten(1) for kappa in kappas], 1)  # [S, options, m]
+    k = torch.stack([pull(kappa).flatten(1) for kappa in kappas], 1)  # [S, options, m]
     # A cotangent of the wrong sign is parallel to the right one where there are two classes.
     wrong = torch.einsum("sor,sr->so", samples.dual(k), roots) <= 0
     best = (samples.outside(k) + 10.0 * wrong).argmin(1).tolist()
@@ -99,7 +100,7 @@ def choose(samples: Mixture, q: Tensor, k: Tensor, kappa: Tensor, best: int) -> 
     outside, duals = samples.outside(k), samples.dual(k)
     shares = duals @ q
     share = float(shares[best])
-    rivals = (shares / share > 1.0 / SIMILAR) & (shares / share < SIMILAR)
+    rivals = similar(shares, shares[best])
     rivals[best] = False
     second = float(outside[rivals].min()) if bool(rivals.any()) else 1.0
     return Identity(
@@ -107,22 +108,32 @@ def choose(samples: Mixture, q: Tensor, k: Tensor, kappa: Tensor, best: int) -> 
     )
 
 
+def similar(shares: Tensor, share: Tensor) -> Tensor:
+    """Which targets give a root's cotangent a weight like that of the chosen one, [options]."""
+    return (shares / share > 1.0 / SIMILAR) & (shares / share < SIMILAR)
+
+
 def continuous(chain: Chain, samples: Mixture, roots: Tensor, loss: Loss) -> list[Identity]:
     """κ with ``(I − UUᵀ) Jᵀκ = 0`` of every root: any target, where one direction fits."""
-    logits, pull = _logits(chain, samples, roots)
+    affine = samples.stage.affine
+    z = affine.forward((roots @ samples.right.T).reshape(-1, *affine.in_shape))
+    logits, pull = pullback(chain, samples.stage.index, z)
     eye = torch.eye(logits.shape[1]).to(logits)
-    jacobian = torch.stack([pull(e.expand_as(logits))[0].flatten(1) for e in eye], 1)
+    jacobian = torch.stack([pull(e.expand_as(logits)).flatten(1) for e in eye], 1)
     centred = loss.name == CROSS_ENTROPY
     return [_free(samples, q, own, centred) for q, own in zip(roots, jacobian, strict=True)]
 
 
-def _logits(
-    chain: Chain, samples: Mixture, roots: Tensor
-) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor]]]:
-    affine = samples.stage.affine
-    z = affine.forward((roots @ samples.right.T).reshape(-1, *affine.in_shape))
-    logits, pull = torch.func.vjp(partial(rise, chain, samples.stage.index), z)[:2]
-    return logits, pull
+def pullback(chain: Chain, index: int, z: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Logits of pre-activations z of stage ``index``, and their cotangents carried down to z."""
+    with torch.enable_grad():
+        z = z.detach().requires_grad_()
+        logits = rise(chain, index, z)
+
+    def pull(kappa: Tensor) -> Tensor:
+        return torch.autograd.grad(logits, z, kappa, retain_graph=True)[0]
+
+    return logits.detach(), pull
 
 
 def rise(chain: Chain, index: int, z: Tensor) -> Tensor:

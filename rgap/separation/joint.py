@@ -22,6 +22,7 @@ from rgap.jacobian import Linearisation
 from rgap.network import Chain
 from rgap.precision import Precision
 from rgap.solvers.positive import backsolve, cholesky_in_place, extremes
+from rgap.solvers.tall import tall_qr
 from rgap.weighing import objective, residuals, row_misfits, row_weights, update_noise
 
 from .mixture import Mixture
@@ -154,7 +155,7 @@ class _Dense:
         eye = torch.eye(count * size).to(point.x).reshape(-1, count, size)
         rows = point.jvp(eye)
         table = torch.cat([(rows[n] * weights[n]).flatten(1) for n in sorted(rows)], 1).T
-        self.basis, self.upper = torch.linalg.qr(table)
+        self.basis, self.upper = tall_qr(table)
 
     def solve(self, rows: Rows) -> Tensor:
         """J⁺ r, [R, n]."""

@@ -13,7 +13,8 @@ from functools import partial
 from torch import Tensor
 
 from .batch import Batch, Separated, Unseparated
-from .consistency import Between, Consistency
+from .between import Between
+from .consistency import Consistency
 from .finish import finish
 from .identify import Identity, continuous, identify
 from .mixture import Mixture

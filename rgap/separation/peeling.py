@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rgap.solvers.least_squares import levenberg_marquardt, refine
 
-from .consistency import Consistency, Restricted
+from .consistency import Consistency, Restricted, restricted
 from .identify import Identity
 
 STARTS = 16
@@ -63,6 +63,7 @@ def collect(
     seed: int = 0,
     starts: int = STARTS,
     watch: Callable[[str], None] | None = None,
+    first: tuple[Consistency, Tensor] | None = None,
 ) -> Collected:
     """All roots of ``(I − PPᵀ) f(q) = 0, w·q = 1`` that are samples.
 
@@ -73,6 +74,7 @@ def collect(
         seed: of the starts.
         starts: at once; twice as many after a round without a new sample.
         watch: told of the progress.
+        first: equations and rows q of a first round that is better than a random one.
     """
     samples = consistency.samples
     w, rank = samples.weights, samples.rank
@@ -83,11 +85,17 @@ def collect(
     refused: list[Identity] = []
     tried, idle, rejected, lines = 0, 0, 1.0, 0
     while len(roots) < rank and idle < ROUNDS:
-        count = starts * 2**idle
-        begun = consistency.begin(count, idle, generator)
-        # Every other round without success looks everywhere: duals of rough roots mislead.
-        left = restricted(begun, w, duals if idle % 2 == 0 else duals[:0])
-        start = _starts(left, roots, duals, count, generator)
+        if first is not None:
+            begun, q = first
+            count, first = len(q), None
+            left = restricted(begun, w, duals)
+            start = left.coordinates(q)
+        else:
+            count = starts * 2**idle
+            begun = consistency.begin(count, idle, generator)
+            # Every other round without success looks everywhere: duals of rough roots mislead.
+            left = restricted(begun, w, duals if idle % 2 == 0 else duals[:0])
+            start = _starts(left, roots, duals, count, generator)
         tried += count
         ends = levenberg_marquardt(left, start, tolerance=1e-24, enough=0.7)
         forced = left.directions.shape[1] == 0  # nothing is free: polish what is left
@@ -124,18 +132,6 @@ def _orthogonal(duals: Tensor, roots: Tensor) -> Tensor:
     gap = torch.eye(len(roots)).to(roots) - duals @ roots.T
     found: Tensor = duals + torch.linalg.lstsq(roots, gap.T, driver="gelsd").solution.T
     return found
-
-
-def restricted(consistency: Consistency, w: Tensor, duals: Tensor) -> Restricted:
-    """The subspace ``w·q = 1``, ``d·q = 0`` for every found d."""
-    rows = torch.cat([w[None], duals])
-    size = rows.norm(dim=1, keepdim=True)
-    full, upper = torch.linalg.qr((rows / size).T, mode="complete")
-    count = len(rows)
-    rhs = torch.zeros(count, 1).to(w)
-    rhs[0] = 1.0 / float(size[0])
-    inner = torch.linalg.solve_triangular(upper[:count].T, rhs, upper=False)
-    return Restricted(consistency, (full[:, :count] @ inner)[:, 0], full[:, count:])
 
 
 def _starts(
@@ -190,6 +186,6 @@ def _open(consistency: Consistency, w: Tensor, q: Tensor) -> bool:
     whole = restricted(consistency, w, w.new_zeros(0, len(w)))
     if whole.directions.shape[1] == 0:
         return False
-    slope = consistency.derivative(q[None])[1][0] @ whole.directions
+    slope = consistency.derivative(q[None], whole.directions)[1][0]
     values = torch.linalg.svdvals(consistency.project(slope.T))
     return float(values[-1]) < FLAT * float(values[0])

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from rgap.piecewise import Activation, Identity
 
 from .batch import Batch, Separated, Unseparated
-from .consistency import Between, steps_between
+from .between import Between, steps_between
 from .mixture import Mixture
 from .pair import separate_pair
 from .softmax import separate_head, unfit

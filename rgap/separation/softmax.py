@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -20,11 +21,12 @@ from rgap.labels.likelihood import best
 from rgap.solvers.least_squares import geodesic, levenberg_marquardt
 from rgap.targets import CROSS_ENTROPY
 
+from .at_head import AtHead
 from .batch import Batch, Separated, Unseparated
-from .consistency import AtHead, Consistency
+from .consistency import Consistency, restricted
 from .coupled import SCATTERS, Coupled, agreement, refined
 from .finish import finish, finish_together
-from .identify import Identity, choose
+from .identify import Identity, choose, similar
 from .mixture import Mixture
 from .peeling import Collected, collect
 from .targets import admissible, contradicted
@@ -36,6 +38,9 @@ LEAST, MOST = 16, 40
 SMALL = 10  # samples up to which many accelerated starts are affordable
 STARTS = 32
 FEW = 32  # samples up to which all scatters are tried
+CHORDS = 40  # steps with the slope of the mean, at most
+UNSEEN = 1e-4  # relative σ of that slope below which a direction waits for its own slope
+STALLED = 0.81  # decrease of the cost below which those steps go on
 AGREE = 2  # starts that have to end at the same batch
 
 
@@ -89,6 +94,7 @@ def separate_head(
         batch.precision.seed,
         starts=max(LEAST, min(MOST, PER_CLASS * len(consistency.pool))),
         watch=watch,
+        first=opening(consistency),
     )
     if not found.complete:
         return contradicted(batch, found) or Unseparated(_shortfall(consistency, found))
@@ -193,16 +199,55 @@ def likely(batch: Batch, head: Mixture) -> tuple[Tensor, int]:
     return order[: max(FEWEST, 2 * head.rank)], clear
 
 
+def opening(consistency: AtHead) -> tuple[AtHead, Tensor]:
+    """A first start for each clearly likely class: Newton steps with the slope of the mean.
+
+    Probabilities that vary little from sample to sample share their Jacobian, so that one
+    decomposition serves all classes.  Directions that it hardly sees, differences of samples with
+    one label, stay at the mean.
+    """
+    head = consistency.samples
+    w = head.weights
+    begun = consistency.labelled(consistency.pool[: max(consistency.clear, 1)])
+    left = restricted(begun, w, w.new_zeros(0, head.rank))
+    t = w.new_zeros(len(begun.labels), left.directions.shape[1])
+    if t.shape[1] == 0:
+        return begun, left.rows(t)
+    slope = begun.derivative(left.origin[None], left.directions)[1][0]
+    u, values, vt = torch.linalg.svd(begun.project(slope.T).T, full_matrices=False)
+    seen = values > UNSEEN * values[0]
+    back = vt[seen].T / values[seen]
+    cost = left.cost(t)
+    for _ in range(CHORDS):
+        f = begun.value(left.rows(t))
+        trial = t - (begun.project(f) @ u[:, seen]) @ back.T
+        fresh = left.cost(trial).nan_to_num(torch.inf)
+        better = fresh < cost
+        if not bool((fresh < STALLED * cost).any()):
+            break
+        t = torch.where(better[:, None], trial, t)
+        cost = torch.where(better, fresh, cost)
+    return begun, left.rows(t)
+
+
 def identify_classes(head: Mixture, roots: Tensor, at: Consistency) -> list[Identity]:
     """Class, dual and share of every root; its class is part of its equations."""
     assert isinstance(at, AtHead)
     classes = len(at.shift)
     p = torch.softmax(roots @ at.matrix.T + at.shift, 1)
     dense = (1.0 - at.smoothing) * torch.eye(classes).to(p) + at.smoothing / classes
-    return [
-        choose(head, q, row - dense, row - dense, label)
-        for q, row, label in zip(roots, p, at.labels.tolist(), strict=True)
-    ]
+    found = []
+    for q, row, label in zip(roots, p, at.labels.tolist(), strict=True):
+        # Of the other classes only those of a similar weight come into question at all.
+        weight = head.left @ (q / head.values)
+        shares = row @ weight - dense @ weight
+        near = similar(shares, shares[label])
+        near[label] = True
+        listed = near.nonzero().flatten()
+        k = row - dense[listed]
+        best = int((listed == label).nonzero())
+        found.append(replace(choose(head, q, k, k, best), label=label))
+    return found
 
 
 def _shortfall(consistency: AtHead, found: Collected) -> str:

@@ -10,7 +10,6 @@ together.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,10 +17,10 @@ from torch import Tensor
 from rgap.batchloss import BatchLoss
 from rgap.network import Chain
 from rgap.precision import Known, Precision
-from rgap.solvers.least_squares import refine
+from rgap.solvers.tall import tall_qr
 
 from .consistency import Consistency, Restricted
-from .identify import rise
+from .identify import pullback
 from .mixture import Mixture
 
 EPS = 2 * torch.finfo(torch.float64).eps  # norm of what a decomposition in float64 rounds
@@ -120,10 +119,8 @@ def _across(samples: Mixture, back: Tensor, e: Tensor) -> Tensor:
 
 def cotangents(chain: Chain, index: int, u: Tensor, head: BatchLoss) -> Tensor:
     """Cotangent k of stage ``index`` for its inputs u [R, *in_shape], from the loss down."""
-    z = chain.stages[index].affine.forward(u)
-    logits, pull = torch.func.vjp(partial(rise, chain, index), z)[:2]
-    found: Tensor = pull(head.cotangent(logits))[0]
-    return found
+    logits, pull = pullback(chain, index, chain.stages[index].affine.forward(u))
+    return pull(head.cotangent(logits))
 
 
 def cotangents_above(chain: Chain, index: int, features: Known, head: BatchLoss) -> Known:
@@ -148,21 +145,26 @@ def _blur(consistency: Consistency, share: Tensor) -> Tensor:
 def _inverses(
     consistency: Consistency, whole: Restricted, roots: Tensor
 ) -> tuple[Tensor, Tensor, float]:
-    """Pseudo-inverses of the equations of every root, the root after two last steps, σ_min.
+    """Pseudo-inverses of the equations of every root, the root after a last step, σ_min.
 
     By QR: the normal equations that led here lose half the digits where two samples are alike.
     """
     inverses, polished, smallest = [], [], float("inf")
     for i, q in enumerate(roots):
         alone = replace(whole, consistency=consistency.at(torch.tensor([i])))
-        t = refine(alone, alone.coordinates(q[None]), steps=1)
-        polished.append(alone.rows(t)[0])
+        t = alone.coordinates(q[None])
         if t.shape[1] == 0:
+            polished.append(alone.rows(t)[0])
             inverses.append(q.new_zeros(0, consistency.basis.shape[0]))
             continue
-        slope = alone.consistency.derivative(alone.rows(t))[1][0] @ whole.directions
-        basis, upper = torch.linalg.qr(consistency.project(slope.T).T)
-        inverse = torch.linalg.solve_triangular(upper, basis.T, upper=True)
-        inverses.append(inverse.nan_to_num(0.0))
-        smallest = min(smallest, float(torch.linalg.svdvals(upper)[-1]))
+        residual, jacobian = alone.linear(t)
+        basis, upper = tall_qr(jacobian[0])
+        inverse = torch.linalg.solve_triangular(upper, basis.T, upper=True).nan_to_num(0.0)
+        moved = t - residual @ inverse.T
+        if bool(alone.cost(moved) < alone.cost(t)):
+            t = moved
+        polished.append(alone.rows(t)[0])
+        size = float(torch.linalg.vector_norm(alone.consistency.value(alone.rows(t))))
+        inverses.append(inverse / size)
+        smallest = min(smallest, size * float(torch.linalg.svdvals(upper)[-1]))
     return torch.stack(inverses), torch.stack(polished), smallest

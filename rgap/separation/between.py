@@ -1,0 +1,116 @@
+"""Consistency of two fully connected layers: a sample's next input lies in a known row space."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rgap.activations import Activation
+from rgap.network import Chain, Stage
+from rgap.ops import Op, Rearrange, Reshape
+from rgap.precision import Precision
+
+from .consistency import Consistency, along_directions
+from .mixture import Mixture
+
+
+@dataclass(frozen=True)
+class Between(Consistency):
+    """f(q) is the input of the next fully connected layer.
+
+    Attributes:
+        steps: what lies between the two affine maps, element by element.
+        matrix: M = W V, [m, R].
+        shift: b, [m].
+        above: the mixture of that layer, whose row space P is.
+    """
+
+    steps: tuple[Op, ...]
+    matrix: Tensor
+    shift: Tensor
+    above: Mixture
+
+    @classmethod
+    def of(
+        cls, lower: Mixture, upper: Mixture, steps: tuple[Op, ...], precision: Precision
+    ) -> Between:
+        """The consistency of two mixtures with ``steps`` between them."""
+        affine = lower.stage.affine
+        shift = affine.forward(lower.gradient.new_zeros(1, *affine.in_shape))[0]
+        blur = upper.entry_noise / upper.values
+        matrix = affine.weight @ lower.right
+        return cls(lower, upper.right, blur, precision.unit, steps, matrix, shift, upper)
+
+    @property
+    def source(self) -> Stage:
+        """The upper layer."""
+        return self.above.stage
+
+    def value(self, q: Tensor) -> Tensor:
+        """The next layer's input for samples V q."""
+        y = q @ self.matrix.T + self.shift
+        for op in self.steps:
+            y = op.forward(y)
+        return y.flatten(1)
+
+    def derivative(self, q: Tensor, along: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """F and its derivative: one slope an entry, for nothing mixes entries."""
+        y, slope, order = self._slopes(q @ self.matrix.T + self.shift)
+        return y, slope[:, :, None] * along_directions(self.matrix, along)[order]
+
+    def push(self, x: Tensor, dx: Tensor) -> Tensor:
+        """φ'(z) W dx."""
+        affine = self.samples.stage.affine
+        z = affine.forward(x.reshape(-1, *affine.in_shape))
+        _, slope, order = self._slopes(z.flatten(1))
+        dz = affine.linear(dx.reshape(-1, *affine.in_shape)).flatten(1)
+        return slope * dz[:, order]
+
+    def rounding(self, x: Tensor, precision: Precision) -> Tensor:
+        """Of the sum z, carried through φ, and of φ itself."""
+        affine = self.samples.stage.affine
+        u = x.reshape(-1, *affine.in_shape)
+        y, slope, order = self._slopes(affine.forward(u).flatten(1))
+        std = precision.sum_std(affine.squared().linear(u.square())).flatten(1)[:, order]
+        return ((slope * std).square() + (y * precision.unit).square()).sqrt()
+
+    def basis_errors(
+        self, k: Tensor, f: Tensor, precision: Precision
+    ) -> Callable[[Tensor], Tensor]:
+        """S⁻¹UᵀE of the layer above, with draws of its own."""
+        k = k.flatten(1)
+        std = precision.update_std(k.square().T @ f.square(), k.T @ f)
+
+        def draw(_: Tensor) -> Tensor:
+            e = precision.normal(std, samples=1)[0]
+            return (self.above.left.T @ e) / self.above.values[:, None]
+
+        return draw
+
+    def _slopes(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The steps' output, their slope, and which pre-activation each output comes from."""
+        slope = torch.ones_like(y)
+        order = torch.arange(y.shape[1], dtype=y.dtype, device=y.device)[None]
+        for op in self.steps:
+            if isinstance(op, Activation):
+                slope = slope * op.derivative(y)
+            else:
+                slope = op.linear(slope)
+                order = op.linear(order) if isinstance(op, (Reshape, Rearrange)) else order
+            y = op.forward(y)
+        return y.flatten(1), slope.flatten(1), order.flatten().long()
+
+
+def steps_between(chain: Chain, index: int) -> tuple[Op, ...] | str:
+    """The steps from stage ``index`` to the next affine map, or why they mix entries."""
+    lower, upper = chain.stages[index], chain.stages[index + 1]
+    if lower.affine.geometry is not None or upper.affine.geometry is not None:
+        return "not two fully connected layers in a row"
+    steps = (*lower.tail, *upper.lead)
+    for op in steps:
+        if not (op.elementwise or isinstance(op, (Reshape, Rearrange))):
+            return f"'{op.name}' ({op.kind}) between them mixes entries"
+    return steps
