@@ -187,7 +187,9 @@ def compared(found: Separated, truth: Tensor, labels: Tensor) -> Run:
     stated = found.features.error.flatten(2).square().mean(0).sqrt()
     stated = stated.repeat_interleave(found.head.copies.long(), 0)
     classes = found.head.targets.argmax(1).repeat_interleave(found.head.copies.long(), 0)
-    near = torch.cdist(own, truth, compute_mode="donot_use_mm_for_euclid_dist").argmin(1)
+    distance = torch.cdist(own, truth, compute_mode="donot_use_mm_for_euclid_dist")
+    # A mean of copies may be nearer to a sample of another label than to those it stands for.
+    near = distance.masked_fill(classes[:, None] != labels, 1e9).argmin(1)
     error = own - truth[near]
     rms, predicted = error.square().mean(1).sqrt(), stated.square().mean(1).sqrt()
     once = sorted(near.tolist()) == list(range(len(truth)))

@@ -7,6 +7,7 @@ than unknowns never have to be stored.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,6 +18,7 @@ from .tall import tall_qr
 
 FIRST = 1e-2  # damping of the first step, relative to the diagonal of the Gauss–Newton matrix
 EASIER, HARDER = 0.2, 4.0  # what a step that helps and one that does not do to it
+STEEPER = 2.5  # the second of them with acceleration, where a refusal means less
 LEAST, MOST = 1e-14, 1e8
 BEND = 0.1  # share of a step at which the residual's second derivative is measured
 WORTH = 0.25  # of the cost: a last step that leaves more than this was the last one
@@ -149,7 +151,8 @@ def geodesic(
     *,
     tolerance: float = 0.0,
     enough: float = 0.0,
-    max_iterations: int = 300,
+    max_iterations: int = 150,
+    follow: Callable[[Tensor, Tensor], Tensor] = torch.add,
 ) -> Roots:
     """Levenberg–Marquardt by QR with geodesic acceleration, for small, badly conditioned problems.
 
@@ -162,6 +165,8 @@ def geodesic(
         tolerance: cost at which a start counts as solved.
         enough: share of the starts that must be solved before all stop; at least one.
         max_iterations: at most.
+        follow: where a step from t leads, (t, step) ↦ t + step to first order; along a valley
+            whose course is known it may bend.
 
     Source: Transtrum and Sethna (2012).
 
@@ -188,7 +193,7 @@ def geodesic(
         rows = residual.shape[1]
         scale = jacobian.square().sum((1, 2)) / size
         eye = torch.eye(size).to(t) * (damping * scale).sqrt()[:, None, None]
-        basis, upper = torch.linalg.qr(torch.cat([jacobian, eye], 1))
+        basis, upper = tall_qr(torch.cat([jacobian, eye], 1))
         across = basis[:, :rows].transpose(1, 2)
 
         def solve(r: Tensor, across: Tensor = across, upper: Tensor = upper) -> Tensor:
@@ -197,16 +202,17 @@ def geodesic(
             return -out
 
         velocity = solve(residual)
-        ahead = equations.linear(t + BEND * velocity)[0]
+        ahead = equations.linear(follow(t, BEND * velocity))[0]
         along = (jacobian @ velocity[:, :, None])[:, :, 0]
         bend = solve(2.0 / BEND * ((ahead - residual) / BEND - along))
         gentle = 2.0 * bend.norm(dim=1) < 0.75 * velocity.norm(dim=1)
-        trial = t + velocity + 0.5 * torch.where(gentle[:, None], bend, torch.zeros_like(bend))
+        bent = velocity + 0.5 * torch.where(gentle[:, None], bend, torch.zeros_like(bend))
+        trial = follow(t, bent)
         fresh = equations.cost(trial).nan_to_num(torch.inf)
-        better = gentle & (fresh < cost)
+        better = fresh < cost
         t = torch.where(better[:, None], trial, t)
         cost = torch.where(better, fresh, cost)
-        damping = torch.where(better, damping * EASIER, damping * 2.0).clamp(1e-18, MOST)
+        damping = torch.where(better, damping * EASIER, damping * STEEPER).clamp(1e-18, MOST)
     return Roots(t, cost, cost <= tolerance, done)
 
 

@@ -65,7 +65,7 @@ def remark(samples: Mixture, head: BatchLoss, distance: Tensor, features: Tensor
             return ""
         return (
             f"no batch size is stated: {samples.rank} is the smallest that fits; each picture may "
-            f"stand for several that differ by less than {apart:.1e} of its norm"
+            f"stand for several that differ from it by less than {apart:.1e} of its norm"
         )
     total, rank = int(head.copies.sum()), samples.rank
     beneath = samples.triplets.beneath
@@ -73,5 +73,5 @@ def remark(samples: Mixture, head: BatchLoss, distance: Tensor, features: Tensor
     return (
         f"the gradient of '{samples.stage.name}' tells {rank} of {total} samples apart (the next "
         f"singular value is {ratio:.1e} of the largest, within its noise): the others are copies, "
-        f"or differ by less than {apart:.1e} of their norm"
+        f"or differ from what is shown by less than {apart:.1e} of its norm"
     )

@@ -13,13 +13,13 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from rgap.precision import Precision
 from rgap.solvers.least_squares import refine
 
 from .mixture import Mixture
 
-NOISE = 5.0  # times the residual that rounding explains, up to which a batch fits
-RIVAL = 100.0  # times the cost of the worst fit, below which another batch is not refuted
+NOISE = 10.0  # standard errors up to which a batch fits
+ALIKE = 4.0  # times the largest cost that fits, up to which an end counts as the same batch
+RIVAL = 100.0  # times the cost of the best fit, below which another batch is not refuted
 ARITHMETIC = 20 * torch.finfo(torch.float64).eps  # what our own sums leave of a residual
 NORMAL = 1e-10  # the same where only the normal equations are affordable
 SCATTERS = (1.0, 0.3, 3.0, 0.1)  # times the scatter that the gradient suggests
@@ -31,7 +31,10 @@ SAME = 0.1  # distance from 1 of q·d for two ends that are one sample
 
 @dataclass(frozen=True)
 class Coupled:
-    """``(K(Q)ᵀ Q S⁻¹ − U)/√R`` with q_b = q₀ + N t_b; t [S, R(R−1)], sample by sample.
+    """``Kᵀ(β1, T) = US(βw, N)`` for the rows q_b = q₀ + N t_b; t [S, R(R−1)], sample by sample.
+
+    This is ``KᵀQ = US`` in the basis (w, N): what samples have in common leaves the equations, so
+    that their small differences do not round with it.
 
     Attributes:
         head: mixture of the head.
@@ -69,6 +72,16 @@ class Coupled:
         return affine.forward(self.head.gradient.new_zeros(1, *affine.in_shape))[0]
 
     @cached_property
+    def along(self) -> Tensor:
+        """M N, [C, R − 1]."""
+        return self.matrix @ self.directions
+
+    @cached_property
+    def middle(self) -> Tensor:
+        """Logits at the origin, [C]."""
+        return self.matrix @ self.origin + self.shift
+
+    @cached_property
     def targets(self) -> Tensor:
         """Y, smoothed, [R, C]."""
         classes = len(self.shift)
@@ -80,50 +93,96 @@ class Coupled:
         rank = self.head.rank
         return self.origin + t.reshape(len(t), rank, rank - 1) @ self.directions.T
 
+    @cached_property
+    def entry(self) -> float:
+        """Standard error of an entry of G."""
+        noise: float = self.head.entry_noise
+        return max(noise, 1e-300)
+
+    @cached_property
+    def typical(self) -> float:
+        """Size of an entry of a sample: a bias gradient is so much more exact than G."""
+        return float(self.origin.norm() / self.head.gradient.shape[1] ** 0.5)
+
+    @cached_property
+    def fixed(self) -> Tensor:
+        """∂(β, t)/∂t of one sample, [R, R − 1]."""
+        rank = self.head.rank
+        return torch.eye(rank, dtype=torch.float64)[:, 1:].to(self.origin)
+
+    @cached_property
+    def sent(self) -> Tensor:
+        """US (βw, N), [C, R]."""
+        middle = self.typical * self.head.weights[:, None]
+        return (self.head.left * self.head.values) @ torch.cat([middle, self.directions], 1)
+
     def cost(self, t: Tensor) -> Tensor:
-        """Mean squared residual of a column of U."""
+        """Mean squared residual, in standard errors of an entry of G."""
         return self._residual(t)[3].square().sum((1, 2))
 
-    def floor(self, precision: Precision) -> float:
+    def floor(self) -> float:
         """The cost that rounding of the update explains, with some room."""
-        blur = (self.head.entry_noise / self.head.values).square().sum() * len(self.shift)
-        own = (precision.unit * float(self.head.values[0]) / self.head.values).square().sum()
-        explained = float(((blur + own / len(self.shift)) / self.head.rank).sqrt())
-        own_arithmetic = ARITHMETIC if self.head.rank <= FORMED else NORMAL
-        return (NOISE * explained + own_arithmetic) ** 2
+        own = ARITHMETIC if self.head.rank <= FORMED else NORMAL
+        allowed = NOISE + own * float(self.sent.square().mean().sqrt()) / self.entry
+        return allowed * allowed
 
     def linear(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Residual [S, C·R] and Jacobian [S, C·R, R(R−1)]."""
         q, k, slope, residual = self._residual(t)
         rank = self.head.rank
-        scaled = q / self.head.values
-        fixed = self.directions / self.head.values[:, None]
-        jacobian = torch.einsum("sbct,sbj->scjbt", slope, scaled)
-        jacobian = jacobian + torch.einsum("sbc,jt->scjbt", k, fixed)
-        return residual.flatten(1), jacobian.reshape(len(t), -1, rank * (rank - 1)) / rank**0.5
+        jacobian = torch.einsum("sbct,sbj->scjbt", slope, q)
+        jacobian = jacobian + torch.einsum("sbc,jt->scjbt", k, self.fixed)
+        jacobian = jacobian.reshape(len(t), -1, rank * (rank - 1))
+        return residual.flatten(1), jacobian * self._unit
 
     def normal(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Cost, Jᵀr and JᵀJ from inner products of samples: J is never formed."""
         q, k, slope, residual = self._residual(t)
-        rank = self.head.rank
-        scaled = q / self.head.values
-        fixed = self.directions / self.head.values[:, None]
-        inner = scaled @ scaled.transpose(1, 2)
+        rank, fixed = self.head.rank, self.fixed
+        inner = q @ q.transpose(1, 2)
         side = torch.einsum("sbct,sac->sabt", slope, k)  # slope of b against k of a
-        turned = scaled @ fixed
+        turned = q @ fixed
         matrix = torch.einsum("sbct,sacu,sba->sbtau", slope, slope, inner)
         matrix = matrix + torch.einsum("sabt,sbu->sbtau", side, turned)
         matrix = matrix + torch.einsum("sbau,sat->sbtau", side, turned)
         both = k @ k.transpose(1, 2)
         matrix = matrix + torch.einsum("sba,tu->sbtau", both, fixed.T @ fixed)
         size = rank * (rank - 1)
-        gradient = torch.einsum("sbct,scj,sbj->sbt", slope, residual, scaled)
+        gradient = torch.einsum("sbct,scj,sbj->sbt", slope, residual, q)
         gradient = gradient + torch.einsum("scj,sbc,jt->sbt", residual, k, fixed)
         return (
             residual.square().sum((1, 2)),
-            gradient.reshape(len(t), size) / rank**0.5,
-            matrix.reshape(len(t), size, size) / rank,
+            gradient.reshape(len(t), size) * self._unit,
+            matrix.reshape(len(t), size, size) * self._unit**2,
         )
+
+    @cached_property
+    def _classes(self) -> tuple[Tensor, Tensor]:
+        """Means over samples of one label and an orthonormal basis of what they leave, [R, ...]."""
+        place = torch.unique(self.labels, return_inverse=True)[1]
+        member = (place[:, None] == place).to(self.origin)
+        mean = member / member.sum(1, keepdim=True)
+        basis: Tensor = torch.linalg.svd(torch.eye(len(place)).to(mean) - mean).U
+        return mean, basis[:, : len(place) - int(place.max()) - 1]
+
+    def follow(self, t: Tensor, step: Tensor) -> Tensor:
+        """T + step, where the differences of samples with one label turn instead of growing.
+
+        To first order such a turn changes no equation: with A = FᵀT the step is split into Ω A,
+        Ω antisymmetric, and the rest, and A goes to ``exp(Ω)(A + rest)``.
+        """
+        mean, basis = self._classes
+        rank = self.head.rank
+        old, new = (x.reshape(len(t), rank, rank - 1) for x in (t, step))
+        before, change = basis.T @ old, basis.T @ new
+        moment = change @ before.mT
+        values, vectors = torch.linalg.eigh(before @ before.mT)
+        sums = (values[:, :, None] + values[:, None, :]).clamp_min(1e-300)
+        turn = vectors @ ((vectors.mT @ (moment - moment.mT) @ vectors) / sums) @ vectors.mT
+        turn = torch.where(turn.isfinite(), turn, torch.zeros_like(turn))
+        turned = torch.linalg.matrix_exp(turn) @ (before + change - turn @ before)
+        found: Tensor = (mean @ (old + new) + basis @ turned).flatten(1)
+        return found
 
     def starts(self, count: int, generator: torch.Generator) -> Tensor:
         """Class means from the gradient at a softmax that varies little, and a scatter around them.
@@ -133,7 +192,7 @@ class Coupled:
         """
         rank = self.head.rank
         classes, place, counts = torch.unique(self.labels, return_inverse=True, return_counts=True)
-        sent = self.head.left * self.head.values
+        sent = self.head.left * self.head.values  # in the coordinates of Q
         targets = torch.stack([self.targets[self.labels == c][0] for c in classes])
         means = self.origin.expand(len(classes), -1)
         for _ in range(3):
@@ -162,14 +221,20 @@ class Coupled:
         found: Tensor = (base + size[:, None, None] * (draw @ root)).flatten(1)
         return found
 
+    @cached_property
+    def _unit(self) -> float:
+        """What turns a residual into its share of the root mean square."""
+        return float(1.0 / (self.entry * self.sent.numel() ** 0.5))
+
     def _residual(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Q, K, ∂K/∂t of each sample and the residual [S, C, R]."""
-        q = self.rows(t)
-        p = torch.softmax(q @ self.matrix.T + self.shift, 2)
+        """(β, T), K, ∂K/∂t of each sample and the scaled residual [S, C, R]."""
+        rank = self.head.rank
+        t = t.reshape(len(t), rank, rank - 1)
+        p = torch.softmax(t @ self.along.T + self.middle, 2)
         k = self.scale * (p - self.targets)
-        slope = self.scale * p[..., None] * (self.matrix - (p @ self.matrix)[:, :, None, :])
-        residual = (k.transpose(1, 2) @ q) / self.head.values - self.head.left
-        return q, k, slope @ self.directions, residual / self.head.rank**0.5
+        slope = self.scale * p[..., None] * (self.along - (p @ self.along)[:, :, None, :])
+        q = torch.cat([torch.full_like(t[..., :1], self.typical), t], 2)
+        return q, k, slope, (k.transpose(1, 2) @ q - self.sent) * self._unit
 
 
 def refined(problem: Coupled, t: Tensor) -> Tensor:
@@ -193,19 +258,19 @@ def agreement(problem: Coupled, t: Tensor, floor: float) -> Tensor | str:
     best = float(cost[order[0]])
     if not best <= floor:
         return (
-            f"the nearest batch misses by {best**0.5:.1e} of the gradient's singular vectors, "
-            f"where rounding explains {floor**0.5:.1e}"
+            f"the nearest batch misses by {best**0.5:.1e} standard errors of the gradient, where "
+            f"{floor**0.5:.1e} are allowed"
         )
     rows = problem.rows(t[order])
     duals = torch.linalg.pinv(rows[0])
     agreeing = 0
     for other, own in zip(rows, cost[order].tolist(), strict=True):
         same = bool((((other @ duals) - 1.0).abs() < SAME).any(1).all())
-        agreeing += same and own <= floor
-        if not same and own <= RIVAL * floor:
+        agreeing += same and own <= ALIKE * floor
+        if not same and own <= RIVAL * max(best, 1.0):
             return (
                 f"different batches fit: one misses by {best**0.5:.1e}, another by {own**0.5:.1e} "
-                f"of the gradient's singular vectors, where rounding explains {floor**0.5:.1e}"
+                f"standard errors of the gradient, where {floor**0.5:.1e} are allowed"
             )
     if agreeing < 2:
         return f"only one of {len(t)} ends fits, which proves little"

@@ -20,7 +20,7 @@ from .spread import across_errors, cotangents, cotangents_above, spread
 from .targets import batch_loss, confirmed
 
 TOGETHER = 100  # samples up to which a batch that only fits as a whole is polished
-MISFIT = 10.0  # standard errors by which a batch solved as a whole may miss
+MISFIT = 100.0  # standard errors by which a batch solved as a whole may miss
 OPEN = 0.1  # standard error of a direction, of the samples' norm, from which it counts as open
 
 
@@ -96,13 +96,14 @@ def finish_together(
             f"the equations of the {samples.rank} samples at '{stage.name}' are singular to "
             f"working precision (σ_B/σ_1 {samples.ratio:.1e})"
         )
-    worst = joint.worst / float(joint.roots.norm(dim=1).mean())
+    excess = max(1.0, joint.misfit)  # of our own arithmetic, which the ensemble knows nothing of
+    worst = excess * joint.worst / float(joint.roots.norm(dim=1).mean())
     if not worst < OPEN:
         return Unseparated(
             f"the worst direction of the {samples.rank} samples at '{stage.name}' is known to "
             f"{worst:.1e} of their norm only (σ_B/σ_1 {samples.ratio:.1e})"
         )
-    known = _lifted(samples, joint.roots, joint.errors, across)
+    known = _lifted(samples, joint.roots, excess * joint.errors, across)
     return _separated(batch, samples, known, head, worst, route, began)
 
 

@@ -36,7 +36,8 @@ NEAR = 0.1  # share of p − e_c outside the range of G up to which class c may 
 PER_CLASS = 4  # starts at once for each class of the pool, at most ``MOST`` in all
 LEAST, MOST = 16, 40
 SMALL = 10  # samples up to which many accelerated starts are affordable
-STARTS = 32
+STARTS = 64
+ROUNDS = 3  # of them
 FEW = 32  # samples up to which all scatters are tried
 CHORDS = 40  # steps with the slope of the mean, at most
 UNSEEN = 1e-4  # relative σ of that slope below which a direction waits for its own slope
@@ -122,18 +123,23 @@ def _together(
     generator = torch.Generator().manual_seed(batch.precision.seed)
     if watch is not None:
         watch(f"separating {rank} samples at '{name}' together")
-    floor = problem.floor(batch.precision)
+    floor = problem.floor()
     # A batch whose labels all differ is solved from the means of its classes at once.
     first = problem.starts(len(SCATTERS) if rank <= FEW else 2, generator)
     runs = len(first)
     found = levenberg_marquardt(problem, first, tolerance=floor)
     answer = agreement(problem, refined(problem, found.value), floor)
-    if isinstance(answer, str) and rank <= SMALL:
+    ends = first[:0]
+    for _ in range(ROUNDS):
+        if not isinstance(answer, str) or rank > SMALL:
+            break
         runs += STARTS
+        begin = problem.starts(STARTS, generator)
         many = geodesic(
-            problem, problem.starts(STARTS, generator), tolerance=floor, enough=AGREE / STARTS
+            problem, begin, tolerance=floor, enough=AGREE / STARTS, follow=problem.follow
         )
-        answer = agreement(problem, refined(problem, many.value), floor)
+        ends = torch.cat([ends, refined(problem, many.value)])
+        answer = agreement(problem, ends, floor)
     if isinstance(answer, str):
         return Unseparated(
             f"{runs} starts at the head '{name}' ({equations} equations for {rank * (rank - 1)} "

@@ -1,0 +1,243 @@
+"""Rank of integer matrices modulo a prime: exact arithmetic at the speed of matrix products.
+
+**What a rank modulo a prime proves.**  Let the entries of A be polynomials with integer
+coefficients (here: single unknowns or 0), and let r be its rank for generic values.
+
+* Never above: a minor that is not 0 modulo p is not the zero polynomial, so
+  ``rank (A mod p) ≤ r`` for every prime and every point, without exception.
+* Rarely below: some r×r minor is a polynomial f ≠ 0 of degree at most d.  It vanishes modulo p at
+  a uniformly random point with probability at most d/p (Schwartz and Zippel), unless p divides
+  every coefficient of f.  By Parseval's identity on the torus and Hadamard's inequality the
+  coefficients are at most H = Π ‖row‖ over its r rows, every unknown taken as 1, so at most
+  log H / log 2³⁰ primes above 2³⁰ divide one of them.  A prime drawn at random among the
+  50,697,537 between 2³⁰ and 2³¹ is one of these with probability at most that over 50,697,537.
+
+:func:`failure_bound` adds the two up.  The largest of the ranks at several independent primes and
+points is wrong only if all of them are: their bounds multiply.
+
+**How.**  :func:`skeleton` picks rows that span all others, ``A[bottom] = M A[top] (mod p)``, by
+halving the columns: everything but single columns is a matrix product.  :func:`multiply` keeps
+products exact in float64: one factor is split in two halves of 16 bits, so every partial sum of
+256 terms stays below 2⁵³.  ``M`` is at once the left null space ``[−M, I]``.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from math import log2
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Residues = NDArray[np.float64]
+BITS = 31  # primes lie in (2^30, 2^31)
+PRIMES = 50_697_537  # number of primes in there
+HALF = 2.0**15
+TERMS = 256  # 2^8 terms of 2^15 · 2^30 sum up to at most 2^53
+WITNESSES = (2, 3, 5, 7)  # decide primality below 3,215,031,751
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """Rows that span all others modulo a prime: ``A[bottom] = factors @ A[top] (mod p)``.
+
+    Attributes:
+        top: indices of independent rows, [rank].
+        bottom: indices of the other rows, [rows − rank].
+        factors: M, [rows − rank, rank], residues between −p/2 and p/2.
+    """
+
+    top: NDArray[np.intp]
+    bottom: NDArray[np.intp]
+    factors: Residues
+
+    @property
+    def rank(self) -> int:
+        """Number of independent rows."""
+        return len(self.top)
+
+
+def random_prime(rng: random.Random) -> int:
+    """A prime uniformly at random between 2³⁰ and 2³¹.
+
+    >>> random_prime(random.Random(0)).bit_length()
+    31
+    """
+    while True:
+        candidate = rng.randrange(2 ** (BITS - 1) + 1, 2**BITS, 2)
+        if is_prime(candidate):
+            return candidate
+
+
+def is_prime(number: int) -> bool:
+    """Whether ``number`` < 3,215,031,751 is prime, by the deterministic Miller-Rabin test.
+
+    >>> [n for n in range(20) if is_prime(n)]
+    [2, 3, 5, 7, 11, 13, 17, 19]
+    """
+    if number < 2 or any(number % w == 0 for w in WITNESSES):
+        return number in WITNESSES
+    odd, twos = number - 1, 0
+    while odd % 2 == 0:
+        odd, twos = odd // 2, twos + 1
+    for witness in WITNESSES:
+        power = pow(witness, odd, number)
+        if power in (1, number - 1):
+            continue
+        for _ in range(twos - 1):
+            power = power * power % number
+            if power == number - 1:
+                break
+        else:
+            return False
+    return True
+
+
+def reduce(values: Residues, prime: int) -> Residues:
+    """``values`` (whole, |value| ≤ 2⁵³) modulo the prime, in place, between −p/2 and p/2."""
+    quotient = values * (1.0 / prime)
+    np.rint(quotient, out=quotient)
+    quotient *= prime
+    values -= quotient
+    return values
+
+
+def residues(matrix: NDArray[Any], prime: int) -> Residues:
+    """An integer matrix as residues in float64.
+
+    Raises:
+        TypeError: entries that are no integers.
+        ValueError: a modulus that is no prime of at most 31 bits.
+
+    >>> residues(np.array([[5, 8, -1]]), 7).tolist()
+    [[-2.0, 1.0, -1.0]]
+    """
+    matrix = np.asarray(matrix)
+    if matrix.dtype.kind not in "iub" or matrix.ndim != 2:
+        raise TypeError(
+            f"expected a matrix of integers, got {matrix.ndim} dimensions of {matrix.dtype}; round "
+            "or scale the entries to whole numbers, then write matrix.astype(np.int64)"
+        )
+    if not (2 < prime < 2**BITS and is_prime(prime)):
+        raise ValueError(
+            f"expected an odd prime below 2^{BITS}, got {prime}; write "
+            "random_prime(random.Random(seed))"
+        )
+    small = np.remainder(matrix.astype(object) if matrix.dtype == np.uint64 else matrix, prime)
+    return reduce(small.astype(np.float64), prime)
+
+
+def multiply(left: Residues, right: Residues, prime: int) -> Residues:
+    """The product of two matrices of residues, exactly, between −p/2 and p/2.
+
+    Args:
+        left: [n, m], |entry| ≤ p/2.
+        right: [m, q], |entry| ≤ p/2.
+        prime: p < 2³¹.
+    """
+    total: Residues | None = None
+    for start in range(0, left.shape[1], TERMS):
+        a, b = left[:, start : start + TERMS], right[start : start + TERMS]
+        high = np.rint(a * (1.0 / HALF))
+        low = a - high * HALF
+        product = reduce(high @ b, prime)
+        product *= HALF
+        product = reduce(product, prime)
+        product += reduce(low @ b, prime)
+        if total is not None:
+            product += total
+        total = reduce(product, prime)
+    return np.zeros((left.shape[0], right.shape[1])) if total is None else total
+
+
+def skeleton(matrix: Residues, prime: int) -> Skeleton:
+    """Independent rows of a matrix of residues, and the others in terms of them.
+
+    Args:
+        matrix: [rows, columns], entries between −p/2 and p/2 (see :func:`residues`).
+        prime: p.
+    """
+    return _eliminate(matrix, prime, True)
+
+
+def rank(matrix: NDArray[Any], prime: int) -> int:
+    """Rank of an integer matrix modulo a prime.
+
+    >>> rank(np.array([[1, 2], [3, 6]]), 101), rank(np.array([[1, 2], [3, 6 + 101]]), 101)
+    (1, 1)
+    """
+    return residue_rank(residues(matrix, prime), prime)
+
+
+def residue_rank(matrix: Residues, prime: int) -> int:
+    """Rank of a matrix that is already in residues between −p/2 and p/2."""
+    tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
+    return _eliminate(tall, prime, False).rank
+
+
+def null_space(matrix: Residues, prime: int) -> Residues:
+    """Columns that span {x : A x = 0 (mod p)}, [columns, columns − rank].
+
+    >>> null_space(residues(np.array([[1, 2, 3]]), 101), 101).shape
+    (3, 2)
+    """
+    found = skeleton(matrix.T, prime)
+    basis = np.zeros((matrix.shape[1], len(found.bottom)))
+    basis[found.top] = -found.factors.T
+    basis[found.bottom, np.arange(len(found.bottom))] = 1.0
+    return basis
+
+
+def failure_bound(rank: int, degree: int, log2_norms: float, prime: int) -> float:
+    """Probability that the rank modulo a random prime at a random point is below the generic rank.
+
+    Args:
+        rank: rows of the largest minor that could be missed (an upper bound on the generic rank).
+        degree: of that minor as a polynomial in the unknowns.
+        log2_norms: Σ log₂ ‖row‖ over its rows, with every unknown taken as 1.
+        prime: the prime that was drawn.
+    """
+    if rank == 0:
+        return 0.0
+    return min(1.0, degree / prime + max(0.0, log2_norms) / (BITS - 1) / PRIMES)
+
+
+def _eliminate(matrix: Residues, prime: int, wanted: bool) -> Skeleton:
+    """Halve the columns: rows that span the left half, then what they leave of the right half."""
+    rows, columns = matrix.shape
+    if rows == 0 or columns == 0:
+        return Skeleton(np.arange(0), np.arange(rows), np.zeros((rows, 0)))
+    if columns == 1:
+        return _column(matrix[:, 0], prime)
+    middle = columns // 2
+    left = _eliminate(matrix[:, :middle], prime, True)
+    right = matrix[:, middle:]
+    if left.rank == 0:
+        return _eliminate(right, prime, wanted)
+    if not len(left.bottom):
+        return left
+    rest = right[left.bottom]
+    rest -= multiply(left.factors, right[left.top], prime)
+    inner = _eliminate(reduce(rest, prime), prime, wanted)
+    if inner.rank == 0:
+        return left
+    top = np.concatenate([left.top, left.bottom[inner.top]])
+    bottom = left.bottom[inner.bottom]
+    if not wanted:
+        return Skeleton(top, bottom, np.zeros((0, 0)))
+    kept = left.factors[inner.bottom]
+    kept -= multiply(inner.factors, left.factors[inner.top], prime)
+    return Skeleton(top, bottom, np.concatenate([reduce(kept, prime), inner.factors], axis=1))
+
+
+def _column(column: Residues, prime: int) -> Skeleton:
+    used = np.flatnonzero(column)
+    if not len(used):
+        return Skeleton(np.arange(0), np.arange(len(column)), np.zeros((len(column), 0)))
+    pivot = used[:1]
+    bottom = np.delete(np.arange(len(column)), pivot[0])
+    inverse = pow(int(column[pivot[0]]) % prime, -1, prime)
+    centred = np.array([[float(inverse if inverse <= prime // 2 else inverse - prime)]])
+    return Skeleton(pivot, bottom, multiply(column[bottom, None], centred, prime))
