@@ -183,6 +183,7 @@ def test_no_bias_in_the_first_layer() -> None:
     assert recovery.status is Status.UNSUPPORTED and recovery.inputs is None
     assert recovery.layer("3").route == "separation"
     assert "no element-wise inverse" in recovery.reason
+    assert "no layer below separated the batch: '1' has no bias" in recovery.reason
 
 
 def test_one_shared_pattern_is_never_a_mixture() -> None:

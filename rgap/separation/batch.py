@@ -61,6 +61,7 @@ class Separated:
         route: which equations, in words.
         note: what a reader should know of pictures that occur more than once, or "".
         seconds: time spent.
+        passed: why no layer further down separated them, or "".
     """
 
     stage: Stage
@@ -72,6 +73,7 @@ class Separated:
     route: str
     note: str
     seconds: float
+    passed: str = ""
 
 
 @dataclass(frozen=True)

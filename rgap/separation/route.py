@@ -7,6 +7,7 @@ the loss has to: at a softmax head up to C − 1 samples.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from rgap.piecewise import Activation, Identity
 
@@ -50,15 +51,19 @@ def separate(batch: Batch, watch: Watcher | None = None) -> Separated | Unsepara
         lower, upper = batch.mixture(index), batch.mixture(index + 1)
         why = _unfit(batch, lower, upper)
         if why is None:
-            return separate_pair(
-                batch, Between.of(lower, upper, steps, batch.precision), top, watch
-            )
+            pair = Between.of(lower, upper, steps, batch.precision)
+            return _after(separate_pair(batch, pair, top, watch), whys)
         whys.append(why)
     alone = "; ".join(whys) or "no two fully connected layers in a row"
     why_not = unfit(batch, top)
     if why_not is not None:
         return Unseparated(f"{alone}; {why_not.reason}", why_not.consistent)
-    return separate_head(batch, top, watch)
+    return _after(separate_head(batch, top, watch), whys)
+
+
+def _after(found: Separated | Unseparated, whys: list[str]) -> Separated | Unseparated:
+    """The answer with what kept lower layers from giving it."""
+    return replace(found, passed="; ".join(whys)) if isinstance(found, Separated) else found
 
 
 def _unfit(batch: Batch, lower: Mixture, upper: Mixture) -> str | None:
