@@ -18,7 +18,7 @@ points is wrong only if all of them are: their bounds multiply.
 **How.**  :func:`skeleton` picks rows that span all others, ``A[bottom] = M A[top] (mod p)``, by
 halving the columns: everything but single columns is a matrix product.  :func:`multiply` keeps
 products exact in float64: one factor is split in two halves of 16 bits, so every partial sum of
-256 terms stays below 2⁵³.  ``M`` is at once the left null space ``[−M, I]``.
+128 terms stays below 2⁵³.  ``M`` is at once the left null space ``[−M, I]``.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Residues = NDArray[np.float64]
 BITS = 31  # primes lie in (2^30, 2^31)
 PRIMES = 50_697_537  # number of primes in there
 HALF = 2.0**15
-TERMS = 256  # 2^8 terms of 2^15 · 2^30 sum up to at most 2^53
+TERMS = 128  # 2^7 terms of 2^15 · 2^30 sum up to at most 2^52, and rounding off p stays below 2^53
 WITNESSES = (2, 3, 5, 7)  # decide primality below 3,215,031,751
 
 
@@ -96,7 +96,7 @@ def is_prime(number: int) -> bool:
 
 
 def reduce(values: Residues, prime: int) -> Residues:
-    """``values`` (whole, |value| ≤ 2⁵³) modulo the prime, in place, between −p/2 and p/2."""
+    """``values`` (whole, |value| ≤ 2⁵²) modulo the prime, in place, between −p/2 and p/2."""
     quotient = values * (1.0 / prime)
     np.rint(quotient, out=quotient)
     quotient *= prime
