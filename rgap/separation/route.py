@@ -43,7 +43,7 @@ def separate(batch: Batch, watch: Watcher | None = None) -> Separated | Unsepara
                 f"{batch.size} allows",
                 consistent=False,
             )
-    whys = []
+    whys: list[str] = []
     for index in range(len(chain.stages) - 1):
         steps = steps_between(chain, index)
         if isinstance(steps, str):
