@@ -18,7 +18,6 @@ The **Dulmage-Mendelsohn decomposition** sorts the unknowns by it.  What is cert
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
 
 import numpy as np
 import torch
@@ -28,33 +27,7 @@ from scipy.sparse import csgraph
 from torch import Tensor
 
 from rgap.affine import Affine
-from rgap.systems.convnd import taps
-
-
-@dataclass(frozen=True)
-class Layout:
-    """A layer as a table of taps, a fully connected one as a kernel on a single position.
-
-    Attributes:
-        groups: g.
-        filters: F/g.
-        channels: C/g.
-        positions: N, of one channel.
-        outputs: O, of one filter.
-        table: input position read by output o through offset δ, [offsets, O]; −1 is padding.
-    """
-
-    groups: int
-    filters: int
-    channels: int
-    positions: int
-    outputs: int
-    table: NDArray[np.int64]
-
-    @property
-    def offsets(self) -> int:
-        """Number of kernel offsets δ."""
-        return len(self.table)
+from rgap.analysis.layout import Layout, active_units, layout
 
 
 @dataclass(frozen=True)
@@ -93,90 +66,14 @@ class StructuralParts:
         return f"{total} unknowns: {parts}; structural nullity {self.nullity}"
 
 
-def layout(affine: Affine) -> Layout:
-    """Where the taps of a layer fall.
-
-    >>> import torch
-    >>> w = torch.ones(2, 3, dtype=torch.float64)
-    >>> flat = layout(Affine("fc", "linear", w, None, "fc.weight", None, (3,), (2,), None))
-    >>> flat.channels, flat.positions, flat.outputs
-    (3, 1, 1)
-    """
-    geometry = affine.geometry
-    if geometry is None:
-        one = np.zeros((1, 1), dtype=np.int64)
-        return Layout(1, affine.out_shape[0], affine.in_shape[0], 1, 1, one)
-    space, out = affine.in_shape[1:], affine.out_shape[1:]
-    return Layout(
-        geometry.groups,
-        affine.out_shape[0] // geometry.groups,
-        affine.in_shape[0] // geometry.groups,
-        prod(space),
-        prod(out),
-        taps(geometry, space, out).numpy(),
-    )
-
-
-def active_units(affine: Affine, batch: int, active: Tensor | None) -> NDArray[np.bool_]:
-    """The mask of units that are on as [B, groups, F/g, O]; None means that all are.
-
-    Raises:
-        ValueError: a batch below 1, a mask of another shape.
-        TypeError: a mask that is not boolean.
-    """
-    if batch < 1:
-        raise ValueError(f"expected batch >= 1, got {batch}; write the number of samples")
-    plan = layout(affine)
-    shape = (batch, *affine.out_shape)
-    if active is None:
-        active = torch.ones(shape, dtype=torch.bool)
-    if active.dtype != torch.bool:
-        raise TypeError(
-            f"expected a boolean mask of the units that are on, got {active.dtype}; write "
-            "active=z > 0"
-        )
-    if tuple(active.shape) != shape:
-        raise ValueError(
-            f"'{affine.name}' ({affine.kind}): expected active of shape {list(shape)}, got "
-            f"{list(active.shape)}; write one mask per sample, [B, *out_shape]"
-        )
-    found = active.cpu().numpy().reshape(batch, plan.groups, plan.filters, plan.outputs)
-    return np.asarray(found, dtype=np.bool_)
-
-
-def gradient_pattern(affine: Affine, batch: int, active: Tensor | None = None) -> sparse.csr_array:
-    """Pattern of I_C ⊗ K, [weight entries, B·C·N]; columns in the order of [B, *in_shape]."""
-    plan, on = layout(affine), active_units(affine, batch, active)
-    rows, columns = [], []
-    for offset, position in enumerate(plan.table):
-        inside = np.flatnonzero(position >= 0)
-        b, g, f, o = np.nonzero(on[..., inside])
-        for c in range(plan.channels):
-            rows.append(((g * plan.filters + f) * plan.channels + c) * plan.offsets + offset)
-            channel = (b * plan.groups + g) * plan.channels + c
-            columns.append(channel * plan.positions + position[inside[o]])
-    height = plan.groups * plan.filters * plan.channels * plan.offsets
-    return _pattern(rows, columns, height, batch * prod(affine.in_shape))
-
-
-def weight_pattern(affine: Affine, batch: int, active: Tensor | None = None) -> sparse.csr_array:
-    """Pattern of I_B ⊗ W, [B·units, B·C·N]; a unit that is off leaves its row empty."""
-    plan, on = layout(affine), active_units(affine, batch, active)
-    rows, columns = [], []
-    for position in plan.table:
-        inside = np.flatnonzero(position >= 0)
-        b, g, f, o = np.nonzero(on[..., inside])
-        for c in range(plan.channels):
-            rows.append(((b * plan.groups + g) * plan.filters + f) * plan.outputs + inside[o])
-            channel = (b * plan.groups + g) * plan.channels + c
-            columns.append(channel * plan.positions + position[inside[o]])
-    return _pattern(rows, columns, on.size, batch * prod(affine.in_shape))
-
-
 def structural_ranks(
     affine: Affine, batch: int, active: Tensor | None = None
 ) -> tuple[int, int, int]:
     """Maximum matchings of the gradient block, the weight block and both together.
+
+    Corresponds to ``scipy.sparse.csgraph.structural_rank`` of the three matrices, which are never
+    formed: rows with the same pattern are one node of a flow network, and so are the channels of a
+    group, because a flow can be spread evenly over what a permutation exchanges.
 
     Args:
         affine: the layer; its weights are not read.
@@ -190,11 +87,10 @@ def structural_ranks(
     >>> structural_ranks(conv, 1)
     (18, 32, 36)
     """
-    gradient = gradient_pattern(affine, batch, active)
-    weight = weight_pattern(affine, batch, active)
-    both = sparse.vstack([gradient, weight], format="csr")
-    first, second, joint = (int(csgraph.structural_rank(m)) for m in (gradient, weight, both))
-    return first, second, joint
+    networks = _networks(affine, batch, active)
+    gradient = sum(network.flow("gradient")[0] for network in networks)
+    weight = sum(network.flow("weight")[0] for network in networks)
+    return gradient, weight, sum(network.flow("both")[0] for network in networks)
 
 
 def structural_parts(
@@ -217,63 +113,139 @@ def structural_parts(
     >>> int(structural_parts(conv).untouched.sum()), 3 * 8 * 8 * 3 // 4
     (144, 144)
     """
-    matrix = sparse.vstack(
-        [gradient_pattern(affine, batch, active), weight_pattern(affine, batch, active)],
-        format="csr",
-    )
-    under, over, rank = dulmage_mendelsohn(matrix)
-    touched = np.diff(matrix.tocsc().indptr) > 0
+    plan = layout(affine)
+    masks: list[list[Tensor]] = [[], [], [], []]
+    rank = 0
+    for network in _networks(affine, batch, active):
+        value, under, over = network.parts()
+        rank += value
+        touched = network.touched()
+        parts = (~touched, under & touched, ~under & ~over, over)
+        for found, part in zip(masks, parts, strict=True):
+            table = torch.from_numpy(part).reshape(batch, 1, plan.positions)
+            found.append(table.expand(-1, plan.channels, -1))
     shape = (batch, *affine.in_shape)
-    masks = (~touched, under & touched, ~under & ~over, over)
-    untouched, below, well, above = (torch.from_numpy(m).reshape(shape) for m in masks)
+    untouched, below, well, above = (torch.cat(m, dim=1).reshape(shape) for m in masks)
     return StructuralParts(untouched, below, well, above, rank)
 
 
-def dulmage_mendelsohn(
-    matrix: sparse.csr_array,
-) -> tuple[NDArray[np.bool_], NDArray[np.bool_], int]:
-    """Columns of the under-determined and of the over-determined part, and the structural rank.
+@dataclass(frozen=True)
+class _Network:
+    """Equations of one group as nodes with a capacity, pixels (sample, position) as others.
 
-    From a maximum matching: a column is in the under-determined part if an alternating path leads
-    to it from an unmatched column, in the over-determined part if one leads from an unmatched row.
-    The parts do not depend on the matching that was found.
-
-    >>> from scipy.sparse import csr_array
-    >>> under, over, rank = dulmage_mendelsohn(csr_array([[1, 1, 0], [0, 0, 1], [0, 0, 1]]))
-    >>> under.tolist(), over.tolist(), rank
-    ([True, True, False], [False, False, True], 2)
+    Attributes:
+        capacity: equations that share a node's pattern, [nodes].
+        gradient: number of nodes that are gradient constraints; the rest are weight constraints.
+        node, pixel: the two ends of every entry of the pattern.
+        pixels: B·N.
+        channels: C/g, unknowns per pixel.
     """
-    height, width = matrix.shape
-    row_of = csgraph.maximum_bipartite_matching(matrix, perm_type="row")  # of every column, or −1
-    matched = np.flatnonzero(row_of >= 0)
-    column_of = np.full(height, -1)
-    column_of[row_of[matched]] = matched
-    # column → row by any entry → the column that this row is matched to
-    entries = matrix.tocoo()
-    row, column = entries.coords
-    target = column_of[row]
-    known = target >= 0
-    under = _reached(column[known], target[known], np.flatnonzero(row_of < 0), width)
-    # unmatched row → any of its columns → the row matched to it → any of that row's columns
-    free = np.unique(column[~known])
-    over = _reached(target[known], column[known], free, width)
-    return under, over, len(matched)
+
+    capacity: NDArray[np.int64]
+    gradient: int
+    node: NDArray[np.int64]
+    pixel: NDArray[np.int64]
+    pixels: int
+    channels: int
+
+    def touched(self) -> NDArray[np.bool_]:
+        """Pixels that an equation reads."""
+        found = np.zeros(self.pixels, dtype=np.bool_)
+        found[self.pixel] = True
+        return found
+
+    def flow(self, which: str) -> tuple[int, sparse.csr_array]:
+        """Maximum matching of one block or both, and the flow between all nodes that shows it."""
+        keep = {
+            "gradient": self.node < self.gradient,
+            "weight": self.node >= self.gradient,
+            "both": np.ones(len(self.node), dtype=np.bool_),
+        }[which]
+        nodes = len(self.capacity)
+        source, sink = nodes + self.pixels, nodes + self.pixels + 1
+        tails = (np.full(nodes, source), self.node[keep], nodes + np.arange(self.pixels))
+        heads = (np.arange(nodes), nodes + self.pixel[keep], np.full(self.pixels, sink))
+        limits = (
+            self.capacity,
+            np.full(int(keep.sum()), self.channels),
+            np.full(self.pixels, self.channels),
+        )
+        places = (np.concatenate(tails), np.concatenate(heads))
+        graph = sparse.csr_matrix(
+            (np.concatenate(limits).astype(np.int32), places), (sink + 1, sink + 1)
+        )
+        found = csgraph.maximum_flow(graph, source, sink, method="dinic")
+        return int(found.flow_value), found.flow
+
+    def parts(self) -> tuple[int, NDArray[np.bool_], NDArray[np.bool_]]:
+        """Structural rank; pixels of the under-determined and of the over-determined part.
+
+        Alternating paths from what is left over: from a pixel that is not used up, to any equation
+        that reads it, to any pixel which that equation serves; from an equation that serves less
+        than it could, the same with the two kinds exchanged.
+        """
+        rank, flow = self.flow("both")
+        nodes = len(self.capacity)
+        flow = flow.tocoo()
+        serves = (flow.row < nodes) & (flow.col >= nodes) & (flow.data > 0)
+        server, served = flow.row[serves], flow.col[serves]
+        pixel = nodes + self.pixel
+        size = nodes + self.pixels
+        supply = np.bincount(server, weights=flow.data[serves], minlength=size)[:nodes]
+        use = np.bincount(served, weights=flow.data[serves], minlength=size)[nodes:]
+        spare = nodes + np.flatnonzero(use < self.channels)
+        under = _reached((pixel, server), (self.node, served), spare, size)
+        idle = np.flatnonzero(supply < self.capacity)
+        over = _reached((self.node, served), (pixel, server), idle, size)
+        return rank, under[nodes:], over[nodes:]
+
+
+def _networks(affine: Affine, batch: int, active: Tensor | None) -> list[_Network]:
+    plan, on = layout(affine), active_units(affine, batch, active)
+    return [_network(plan, on[:, group]) for group in range(plan.groups)]
+
+
+def _network(plan: Layout, on: NDArray[np.bool_]) -> _Network:
+    """The network of one group; ``on`` is [B, F/g, O]."""
+    batch = len(on)
+    # filters with the same mask have the same rows in K; all filters have them in W
+    masks, counts = np.unique(on.transpose(1, 0, 2), axis=0, return_counts=True)
+    kinds = len(masks)
+    gradient = kinds * plan.offsets
+    capacity = np.concatenate(
+        [np.repeat(counts * plan.channels, plan.offsets), on.sum(axis=1).reshape(-1)]
+    )
+    nodes, pixels = [], []
+    for offset, position in enumerate(plan.table):
+        inside = np.flatnonzero(position >= 0)
+        kind, b, o = np.nonzero(masks[:, :, inside])
+        nodes.append(kind * plan.offsets + offset)
+        pixels.append(b * plan.positions + position[inside[o]])
+        b, o = np.nonzero(on.any(axis=1)[:, inside])
+        nodes.append(gradient + b * plan.outputs + inside[o])
+        pixels.append(b * plan.positions + position[inside[o]])
+    return _Network(
+        capacity,
+        gradient,
+        np.concatenate(nodes),
+        np.concatenate(pixels),
+        batch * plan.positions,
+        plan.channels,
+    )
 
 
 def _reached(
-    source: NDArray[np.intp], target: NDArray[np.intp], starts: NDArray[np.intp], size: int
+    sources: tuple[NDArray[np.int64], ...],
+    targets: tuple[NDArray[np.int64], ...],
+    starts: NDArray[np.int64],
+    size: int,
 ) -> NDArray[np.bool_]:
     """Nodes that directed edges lead to from the starts, the starts included."""
-    root = np.full(len(starts), size)
-    ends = (np.concatenate([source, root]), np.concatenate([target, starts]))
-    graph = sparse.csr_array((np.ones(len(ends[0]), dtype=np.int8), ends), (size + 1, size + 1))
+    ends = (
+        np.concatenate([*sources, np.full(len(starts), size)]),
+        np.concatenate([*targets, starts]),
+    )
+    graph = sparse.csr_array((np.ones(len(ends[0])), ends), (size + 1, size + 1))
     found = np.zeros(size + 1, dtype=np.bool_)
     found[csgraph.breadth_first_order(graph, size, return_predecessors=False)] = True
     return found[:size]
-
-
-def _pattern(
-    rows: list[NDArray[np.intp]], columns: list[NDArray[np.intp]], height: int, width: int
-) -> sparse.csr_array:
-    places = (np.concatenate(rows), np.concatenate(columns))
-    return sparse.csr_array((np.ones(len(places[0]), dtype=np.int8), places), (height, width))

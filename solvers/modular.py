@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from math import log2
 from typing import Any
 
 import numpy as np
