@@ -57,7 +57,7 @@ def layers(count: int = 500, seed: int = 0) -> list[RandomLayer]:
 
 def true_joint_rank(layer: RandomLayer) -> tuple[int, int, int]:
     """Generic ranks (gradient block, weight block, both), modulo two random primes."""
-    from rgap.analysis.generic_rank import modular_ranks
+    from rgap.analysis.modular_ranks import modular_ranks
 
     found = modular_ranks(layer.affine, layer.batch, layer.active, seed=layer.index)
     return found.gradient, found.weight, found.joint
