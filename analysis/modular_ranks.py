@@ -128,8 +128,13 @@ def _at(plan: Layout, on: NDArray[np.bool_], prime: int, point: np.random.Genera
         kernel = _null_space(_gradient_matrix(plan, k), prime)
         own = plan.channels * (len(kernel) - kernel.shape[1])
         gradient += own
-        weight += _weight_rank(plan, w, mask, prime)
-        joint += own + residue_rank(_projected(plan, w, kernel, mask, prime), prime)
+        alone = _weight_rank(plan, w, mask, prime)
+        weight += alone
+        unknowns = plan.channels * len(kernel)
+        if own == unknowns or alone == unknowns:  # nothing is left to measure
+            joint += unknowns
+        else:
+            joint += own + residue_rank(_projected(plan, w, kernel, mask, prime), prime)
     return BlockRanks(gradient, weight, joint)
 
 

@@ -31,10 +31,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 Residues = NDArray[np.float64]
+Rows = NDArray[np.intp]
 BITS = 31  # primes lie in (2^30, 2^31)
 PRIMES = 50_697_537  # number of primes in there
 HALF = 2.0**15
 TERMS = 128  # 2^7 terms of 2^15 · 2^30 sum up to at most 2^52, and rounding off p stays below 2^53
+SPARSE = 0.8  # share of rows that are not 0 below which the others are set aside
 WITNESSES = (2, 3, 5, 7)  # decide primality below 3,215,031,751
 
 
@@ -48,8 +50,8 @@ class Skeleton:
         factors: M, [rows − rank, rank], residues between −p/2 and p/2.
     """
 
-    top: NDArray[np.intp]
-    bottom: NDArray[np.intp]
+    top: Rows
+    bottom: Rows
     factors: Residues
 
     @property
@@ -158,7 +160,14 @@ def skeleton(matrix: Residues, prime: int) -> Skeleton:
         matrix: [rows, columns], entries between −p/2 and p/2 (see :func:`residues`).
         prime: p.
     """
-    return _eliminate(matrix, prime, True)
+    rows, columns = matrix.shape
+    found = _eliminate(matrix, prime, True) if columns else _nothing()
+    rest = np.ones(rows, dtype=np.bool_)
+    rest[found.top] = False
+    bottom = np.flatnonzero(rest)
+    factors = np.zeros((len(bottom), found.rank))
+    factors[np.searchsorted(bottom, found.bottom)] = found.factors
+    return Skeleton(found.top, bottom, factors)
 
 
 def rank(matrix: NDArray[Any], prime: int) -> int:
@@ -173,7 +182,7 @@ def rank(matrix: NDArray[Any], prime: int) -> int:
 def residue_rank(matrix: Residues, prime: int) -> int:
     """Rank of a matrix that is already in residues between −p/2 and p/2."""
     tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
-    return _eliminate(tall, prime, False).rank
+    return _eliminate(tall, prime, False).rank if tall.shape[1] else 0
 
 
 def null_space(matrix: Residues, prime: int) -> Residues:
@@ -204,39 +213,75 @@ def failure_bound(rank: int, degree: int, log2_norms: float, prime: int) -> floa
 
 
 def _eliminate(matrix: Residues, prime: int, wanted: bool) -> Skeleton:
-    """Halve the columns: rows that span the left half, then what they leave of the right half."""
+    """Halve the columns: rows that span the left half, then what they leave of the right half.
+
+    Rows that are 0 in all columns are in neither ``top`` nor ``bottom``: in a banded matrix these
+    are most rows of most steps.
+    """
     rows, columns = matrix.shape
-    if rows == 0 or columns == 0:
-        return Skeleton(np.arange(0), np.arange(rows), np.zeros((rows, 0)))
     if columns == 1:
         return _column(matrix[:, 0], prime)
+    live = np.flatnonzero(matrix.any(axis=1))
+    if len(live) < SPARSE * rows:
+        inner = _eliminate(matrix[live], prime, wanted) if len(live) else _nothing()
+        return Skeleton(live[inner.top], live[inner.bottom], inner.factors)
     middle = columns // 2
     left = _eliminate(matrix[:, :middle], prime, True)
-    right = matrix[:, middle:]
     if left.rank == 0:
-        return _eliminate(right, prime, wanted)
-    if not len(left.bottom):
-        return left
-    rest = right[left.bottom]
-    rest -= multiply(left.factors, right[left.top], prime)
-    inner = _eliminate(reduce(rest, prime), prime, wanted)
+        return _eliminate(matrix[:, middle:], prime, wanted)
+    place = np.full(rows, -1)  # of a row among those that the left half leaves over
+    rest = np.ones(rows, dtype=np.bool_)
+    rest[left.top] = False
+    others = np.flatnonzero(rest)
+    place[others] = np.arange(len(others))
+    right = matrix[others, middle:]
+    touched = place[left.bottom]
+    if len(touched):
+        change = multiply(left.factors, matrix[left.top, middle:], prime)
+        right[touched] = reduce(right[touched] - change, prime)
+    inner = _eliminate(right, prime, wanted) if len(others) else _nothing()
     if inner.rank == 0:
         return left
-    top = np.concatenate([left.top, left.bottom[inner.top]])
-    bottom = left.bottom[inner.bottom]
+    top = np.concatenate([left.top, others[inner.top]])
     if not wanted:
-        return Skeleton(top, bottom, np.zeros((0, 0)))
-    kept = left.factors[inner.bottom]
-    kept -= multiply(inner.factors, left.factors[inner.top], prime)
-    return Skeleton(top, bottom, np.concatenate([reduce(kept, prime), inner.factors], axis=1))
+        return Skeleton(top, others[:0], np.zeros((0, 0)))
+    return _joined(left, inner, others, top, prime)
+
+
+def _joined(left: Skeleton, inner: Skeleton, others: Rows, top: Rows, prime: int) -> Skeleton:
+    """What both halves say of a row: R = M₁ A₁ + S and S = M₂ S₂ with S₂ = A₂ − M₁₂ A₁."""
+    rows = len(others) + left.rank
+    before = np.full(rows, -1)
+    before[left.bottom] = np.arange(len(left.bottom))
+    rest = np.zeros(rows, dtype=np.bool_)
+    rest[left.bottom] = True
+    rest[others[inner.bottom]] = True
+    rest[others[inner.top]] = False
+    bottom = np.flatnonzero(rest)
+    place = np.full(rows, -1)
+    place[bottom] = np.arange(len(bottom))
+    factors = np.zeros((len(bottom), len(top)))
+    known = before[bottom] >= 0
+    factors[known, : left.rank] = left.factors[before[bottom[known]]]
+    own = place[others[inner.bottom]]
+    factors[own, left.rank :] = inner.factors
+    shared = before[others[inner.top]]
+    used = shared >= 0
+    if used.any() and len(own):
+        change = multiply(inner.factors[:, used], left.factors[shared[used]], prime)
+        factors[own, : left.rank] = reduce(factors[own, : left.rank] - change, prime)
+    return Skeleton(top, bottom, factors)
 
 
 def _column(column: Residues, prime: int) -> Skeleton:
     used = np.flatnonzero(column)
     if not len(used):
-        return Skeleton(np.arange(0), np.arange(len(column)), np.zeros((len(column), 0)))
-    pivot = used[:1]
-    bottom = np.delete(np.arange(len(column)), pivot[0])
-    inverse = pow(int(column[pivot[0]]) % prime, -1, prime)
+        return _nothing()
+    inverse = pow(int(column[used[0]]) % prime, -1, prime)
     centred = np.array([[float(inverse if inverse <= prime // 2 else inverse - prime)]])
-    return Skeleton(pivot, bottom, multiply(column[bottom, None], centred, prime))
+    return Skeleton(used[:1], used[1:], multiply(column[used[1:], None], centred, prime))
+
+
+def _nothing() -> Skeleton:
+    none = np.zeros(0, dtype=np.intp)
+    return Skeleton(none, none, np.zeros((0, 0)))
