@@ -1,0 +1,193 @@
+"""Ranks of a layer's equations counted in three ways, side by side, and why they differ.
+
+* *numerical*: at the given weights and cotangents in float64, by singular values and a cutoff;
+* *modular*: for generic weights and cotangents, exactly, with a stated probability of being too
+  low (:mod:`rgap.analysis.modular_ranks`);
+* *structural*: of the pattern alone, an upper bound (:mod:`rgap.analysis.structural`).
+
+In exact arithmetic numerical ≤ modular ≤ structural.  The first falls short where weights or
+cotangents are special, the second because equal entries stand in several places: the two blocks
+share the equations Σ_u w_f(u) (K_f' x)_u = ⟨k_f', W_f x⟩, up to F² per group, which cancel by
+value and not by position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from rgap.affine import Affine
+from rgap.analysis.layout import active_units
+from rgap.analysis.modular_ranks import BlockRanks, modular_ranks
+from rgap.analysis.probe import probe_layers
+from rgap.analysis.rank_report import LayerRanks
+from rgap.analysis.structural import structural_ranks
+from rgap.losses import Loss
+from rgap.network import parse
+from rgap.systems import gradient_constraint
+from rgap.systems.ranks import stage_joint_rank, weight_row_spaces
+
+LARGEST = 8192  # inputs of a layer: its weight block then takes half a gigabyte and a minute
+
+
+def layer_ranks(
+    affine: Affine,
+    batch: int,
+    active: Tensor | None = None,
+    *,
+    cotangents: Tensor | None = None,
+    points: int = 2,
+    seed: int = 0,
+) -> LayerRanks:
+    """Numerical, modular and structural ranks of one layer.
+
+    Args:
+        affine: the layer; its weights are those of the numerical ranks.
+        batch: B.
+        active: True where a unit is on, [B, *out_shape]; None: all.
+        cotangents: k of the numerical ranks, [B, *out_shape], 0 where a unit is off; None:
+            standard normal.
+        points: random points and primes of the modular ranks.
+        seed: of whatever is random.
+
+    Raises:
+        ValueError: a batch below 1, a layer too large for exact ranks, shapes that do not fit.
+        TypeError: a mask that is not boolean.
+
+    >>> import torch
+    >>> from rgap.affine import convolution
+    >>> w = torch.randn(2, 3, 3, 3, generator=torch.Generator().manual_seed(0))
+    >>> conv = convolution("conv", w, None, ("conv.weight", None), (3, 6, 6), padding=1)
+    >>> found = layer_ranks(conv, 2)
+    >>> found.numerical.joint, found.modular.joint, found.structural.joint, found.unknowns
+    (194, 194, 198, 216)
+    """
+    _refuse_large(affine)
+    active_units(affine, batch, active)
+    shape = (batch, *affine.out_shape)
+    mask = torch.ones(shape, dtype=torch.bool) if active is None else active
+    if cotangents is None:
+        generator = torch.Generator().manual_seed(seed)
+        cotangents = torch.randn(shape, generator=generator, dtype=torch.float64)
+    elif tuple(cotangents.shape) != shape:
+        raise ValueError(
+            f"'{affine.name}' ({affine.kind}): expected cotangents of shape {list(shape)}, got "
+            f"{list(cotangents.shape)}; write k = ∂L/∂z, one row per sample"
+        )
+    numerical, gap, alternative = _numerical(affine, cotangents.double() * mask, mask)
+    return LayerRanks(
+        affine.name,
+        affine.kind,
+        batch,
+        batch * prod(affine.in_shape),
+        numerical,
+        modular_ranks(affine, batch, active, points=points, seed=seed),
+        BlockRanks(*structural_ranks(affine, batch, active)),
+        gap,
+        alternative,
+        seed,
+    )
+
+
+def generic_ranks(
+    model: nn.Module,
+    input_shape: Sequence[int],
+    batch_size: int = 1,
+    *,
+    loss: str | Loss = "cross_entropy",
+    inputs: Tensor | None = None,
+    points: int = 2,
+    seed: int = 0,
+) -> tuple[LayerRanks, ...]:
+    """Ranks of every layer of a network, chain or not, at random integer points.
+
+    A probe batch says which units are on (ReLU, max-pool) and gives the cotangents of the
+    numerical ranks, beside the model's own weights.  The modular ranks see the masks alone.
+
+    Args:
+        model: in eval mode; left as it was.
+        input_shape: of one sample, for example (3, 32, 32).
+        batch_size: B.
+        loss: of the client.
+        inputs: probe pictures [B, *input_shape]; uniform random ones if None.
+        points: random points and primes per layer.
+        seed: of whatever is random.
+
+    Returns:
+        One :class:`LayerRanks` per fully connected or convolutional layer, in forward order.
+
+    Raises:
+        ValueError: as :func:`layer_ranks`, and for a model without such layers, in train mode, or
+            probe pictures of another shape.
+
+    >>> import rgap
+    >>> found = generic_ranks(
+    ...     rgap.models.fcn3(seed=0), (1, 28, 28), loss="binary_cross_entropy_with_logits"
+    ... )
+    >>> [ranks.modular.joint for ranks in found]
+    [784, 1000, 100]
+    """
+    shape = tuple(int(n) for n in input_shape)
+    if batch_size < 1:
+        raise ValueError(f"expected batch_size >= 1, got {batch_size}; write batch_size=1")
+    parse(model, shape)
+    generator = torch.Generator().manual_seed(seed)
+    if inputs is None:
+        inputs = torch.rand(batch_size, *shape, generator=generator, dtype=torch.float64)
+    if tuple(inputs.shape) != (batch_size, *shape):
+        raise ValueError(
+            f"expected inputs of shape {[batch_size, *shape]}, got {list(inputs.shape)}; give one "
+            "probe picture per sample"
+        )
+    loss = Loss.of(loss)
+    with torch.no_grad():
+        outputs = model(inputs.to(next(model.parameters())))
+    if not isinstance(outputs, Tensor) or outputs.ndim < 2:
+        raise ValueError(
+            f"expected outputs [B, ...] in one tensor from {type(model).__name__}.forward, got "
+            f"{list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__}; "
+            "wrap it in a module whose forward returns the logits only"
+        )
+    if loss.name == "cross_entropy" and loss.targets == "index":
+        targets = torch.arange(batch_size) % outputs.shape[1]
+    else:
+        targets = (torch.rand(outputs.shape, generator=generator) < 0.5).double()
+    return tuple(
+        layer_ranks(
+            probe.affine,
+            len(probe.cotangents),
+            probe.active,
+            cotangents=probe.cotangents,
+            points=points,
+            seed=seed,
+        )
+        for probe in probe_layers(model, inputs, targets, loss)
+    )
+
+
+def _numerical(affine: Affine, cotangents: Tensor, active: Tensor) -> tuple[BlockRanks, float, int]:
+    """Ranks in float64, the smallest gap, and the joint rank on the other side of it."""
+    kronecker = gradient_constraint(affine, cotangents)
+    gradient = kronecker.rank()
+    spaces = weight_row_spaces(affine, active)
+    joint = stage_joint_rank(affine, kronecker, spaces)
+    weight = sum(space.rank.rank for space in spaces)
+    gap = min([gradient.gap, joint.gap, *(space.rank.gap for space in spaces)])
+    # An undecided block moves the joint rank with it, as far as there are unknowns.
+    moved = gradient.alternative - gradient.rank
+    moved += sum(space.rank.alternative - space.rank.rank for space in spaces)
+    alternative = max(0, min(joint.size, joint.alternative + moved))
+    return BlockRanks(gradient.rank, weight, joint.rank), gap, alternative
+
+
+def _refuse_large(affine: Affine) -> None:
+    size = prod(affine.in_shape)
+    if size > LARGEST:
+        raise ValueError(
+            f"'{affine.name}' ({affine.kind}): expected at most {LARGEST} inputs per sample for "
+            f"exact ranks, got {size}; count a smaller input_shape, whose layers have the same "
+            "structure, or write structural_ranks for an upper bound"
+        )
