@@ -103,7 +103,8 @@ def modular_ranks(
     plan, on = layout(affine), active_units(affine, batch, active)
     rng = random.Random(f"modular ranks {seed}")
     primes, found, failure = [], [], 1.0
-    degree = min(prod(affine.weight.shape) + int(on.sum()), batch * prod(affine.in_shape))
+    rows = prod(affine.weight.shape) * int(on.any()) + int(on.sum())
+    degree = min(rows, batch * prod(affine.in_shape))
     longest = max(batch * plan.outputs, plan.channels * plan.offsets)
     for _ in range(points):
         prime = random_prime(rng)

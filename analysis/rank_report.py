@@ -16,7 +16,7 @@ class LayerRanks:
         layer: name of the layer.
         kind: such as "conv2d".
         batch: B.
-        unknowns: B·n.
+        unknowns: B·n, entries of the layer's own input (behind a pool, if there is one).
         numerical: ranks in float64 at the given weights and cotangents.
         modular: generic ranks; ``modular.failure`` bounds the probability that they are too low.
         structural: maximum matchings.
