@@ -28,7 +28,7 @@ def posed(labels: list[int], seed: int = 0) -> tuple[Coupled, Batch, Tensor]:
     model = mlp("tanh", seed, widths=(24,), classes=7)
     batch = batch_of(model, x, y)
     top = batch.mixture(1)
-    problem = Coupled(top, y, loss_scale(batch.loss, len(labels), 7), 0.0)
+    problem = Coupled(top, y, loss_scale(batch.loss, len(labels), 7), 0.0, batch.precision)
     features = batch.chain.stages[0].forward(x)[1].flatten(1)
     q = features @ top.right
     return problem, batch, ((q - problem.origin) @ problem.directions).flatten()[None]

@@ -128,7 +128,7 @@ def test_continuous_targets_below_a_pair(loss: Loss) -> None:
 
 def collected(batch: Batch, seed: int = 0) -> Collected:
     consistency = between(batch)
-    return collect(consistency, lambda roots, _: named(batch, roots), lambda i: i.accepted, seed)
+    return collect(consistency, lambda roots, _: named(batch, roots), lambda i, _: i.accepted, seed)
 
 
 @pytest.mark.parametrize("kind", ["distinct", "equal"])

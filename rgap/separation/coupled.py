@@ -13,14 +13,15 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from rgap.precision import Precision
 from rgap.solvers.least_squares import refine
 
 from .mixture import Mixture
 
-NOISE = 10.0  # standard errors up to which a batch fits
+NOISE = 5.0  # standard errors up to which a batch fits
 ALIKE = 4.0  # times the largest cost that fits, up to which an end counts as the same batch
-RIVAL = 100.0  # times the cost of the best fit, below which another batch is not refuted
-ARITHMETIC = 20 * torch.finfo(torch.float64).eps  # what our own sums leave of a residual
+RIVAL = 25.0  # times the cost of the best fit, below which another batch is not refuted
+ARITHMETIC = 60 * torch.finfo(torch.float64).eps  # what our own sums leave of a residual
 NORMAL = 1e-10  # the same where only the normal equations are affordable
 SCATTERS = (1.0, 0.3, 3.0, 0.1)  # times the scatter that the gradient suggests
 RCOND = 1e-6
@@ -41,12 +42,14 @@ class Coupled:
         labels: class of every sample, [R].
         scale: s of the loss.
         smoothing: of its labels.
+        precision: of the update.
     """
 
     head: Mixture
     labels: Tensor
     scale: float
     smoothing: float
+    precision: Precision
 
     @cached_property
     def origin(self) -> Tensor:
@@ -94,10 +97,22 @@ class Coupled:
         return self.origin + t.reshape(len(t), rank, rank - 1) @ self.directions.T
 
     @cached_property
-    def entry(self) -> float:
-        """Standard error of an entry of G."""
-        noise: float = self.head.entry_noise
-        return max(noise, 1e-300)
+    def noise(self) -> Tensor:
+        """Standard error of the equations of every class, [C].
+
+        Of the sums of G, and of every k before: the latter moves the equations by δk qᵀ, inside
+        the row space, where what is met beneath the rank of G knows nothing of it.
+        """
+        affine, rank = self.head.stage.affine, self.head.rank
+        x = (self.head.right @ self.origin).reshape(1, *affine.in_shape)
+        logits = self.precision.sum_std(affine.squared().linear(x.square()))[0]
+        p = torch.softmax(self.middle, 0)
+        own = torch.maximum(p, self.targets) * (2.0 * self.precision.unit)
+        variance = self.scale**2 * ((p * logits).square() + own.square())  # [R, C]
+        start = self.starts(1, torch.Generator().manual_seed(0)).reshape(rank, rank - 1)
+        q = torch.cat([torch.full_like(start[:, :1], self.typical), start], 1)
+        carried = variance.T @ q.square().mean(1)
+        return (self.head.entry_noise**2 + carried).sqrt().clamp_min(1e-300)
 
     @cached_property
     def typical(self) -> float:
@@ -117,13 +132,14 @@ class Coupled:
         return (self.head.left * self.head.values) @ torch.cat([middle, self.directions], 1)
 
     def cost(self, t: Tensor) -> Tensor:
-        """Mean squared residual, in standard errors of an entry of G."""
+        """Mean squared residual, in standard errors."""
         return self._residual(t)[3].square().sum((1, 2))
 
     def floor(self) -> float:
         """The cost that rounding of the update explains, with some room."""
         own = ARITHMETIC if self.head.rank <= FORMED else NORMAL
-        allowed = NOISE + own * float(self.sent.square().mean().sqrt()) / self.entry
+        size = float((self.sent / self.noise[:, None]).square().mean().sqrt())
+        allowed = NOISE + own * size
         return allowed * allowed
 
     def linear(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,8 +148,7 @@ class Coupled:
         rank = self.head.rank
         jacobian = torch.einsum("sbct,sbj->scjbt", slope, q)
         jacobian = jacobian + torch.einsum("sbc,jt->scjbt", k, self.fixed)
-        jacobian = jacobian.reshape(len(t), -1, rank * (rank - 1))
-        return residual.flatten(1), jacobian * self._unit
+        return residual.flatten(1), jacobian.reshape(len(t), -1, rank * (rank - 1))
 
     def normal(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Cost, Jᵀr and JᵀJ from inner products of samples: J is never formed."""
@@ -152,8 +167,8 @@ class Coupled:
         gradient = gradient + torch.einsum("scj,sbc,jt->sbt", residual, k, fixed)
         return (
             residual.square().sum((1, 2)),
-            gradient.reshape(len(t), size) * self._unit,
-            matrix.reshape(len(t), size, size) * self._unit**2,
+            gradient.reshape(len(t), size),
+            matrix.reshape(len(t), size, size),
         )
 
     @cached_property
@@ -221,20 +236,17 @@ class Coupled:
         found: Tensor = (base + size[:, None, None] * (draw @ root)).flatten(1)
         return found
 
-    @cached_property
-    def _unit(self) -> float:
-        """What turns a residual into its share of the root mean square."""
-        return float(1.0 / (self.entry * self.sent.numel() ** 0.5))
-
     def _residual(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(β, T), K, ∂K/∂t of each sample and the scaled residual [S, C, R]."""
+        """(β, T), and in standard errors K, ∂K/∂t of each sample and the residual [S, C, R]."""
         rank = self.head.rank
         t = t.reshape(len(t), rank, rank - 1)
         p = torch.softmax(t @ self.along.T + self.middle, 2)
         k = self.scale * (p - self.targets)
         slope = self.scale * p[..., None] * (self.along - (p @ self.along)[:, :, None, :])
         q = torch.cat([torch.full_like(t[..., :1], self.typical), t], 2)
-        return q, k, slope, (k.transpose(1, 2) @ q - self.sent) * self._unit
+        unit = 1.0 / (self.noise * self.sent.numel() ** 0.5)
+        k, slope, sent = k * unit, slope * unit[:, None], self.sent * unit[:, None]
+        return q, k, slope, k.transpose(1, 2) @ q - sent
 
 
 def refined(problem: Coupled, t: Tensor) -> Tensor:

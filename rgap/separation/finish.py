@@ -21,7 +21,7 @@ from .targets import batch_loss, confirmed
 
 TOGETHER = 100  # samples up to which a batch that only fits as a whole is polished
 MISFIT = 100.0  # standard errors by which a batch solved as a whole may miss
-OPEN = 0.1  # standard error of a direction, of the samples' norm, from which it counts as open
+OPEN = 0.3  # standard error of a direction, of the samples' norm, from which it counts as open
 
 
 def finish(

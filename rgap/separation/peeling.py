@@ -22,6 +22,7 @@ from .identify import Identity
 
 STARTS = 16
 ROUNDS = 4  # without a new sample, each with twice the starts, until it gives up
+PATIENT = 2  # of these rounds before targets are judged with leniency
 ROOT = 1e-3  # relative cost above which a point is no root at any precision
 LIKELY = 1e4  # times the cost that rounding explains, at which it still counts as a root
 FLAT = 1e-6  # σ of a direction that no equation of a root sees, relative
@@ -59,7 +60,7 @@ class Collected:
 def collect(
     consistency: Consistency,
     identify: Identify,
-    admissible: Callable[[Identity], bool],
+    admissible: Callable[[Identity, bool], bool],
     seed: int = 0,
     starts: int = STARTS,
     watch: Callable[[str], None] | None = None,
@@ -70,7 +71,8 @@ def collect(
     Args:
         consistency: f, P and the mixture.
         identify: targets of a few roots.
-        admissible: False for a target that cannot belong to a sample.
+        admissible: False for a target that cannot belong to a sample; the flag asks for leniency,
+            where rounds without success have passed.
         seed: of the starts.
         starts: at once; twice as many after a round without a new sample.
         watch: told of the progress.
@@ -110,7 +112,7 @@ def collect(
                 same = torch.tensor([i.label == identity.label for i in identities])
                 if len(duals) and bool(((duals @ q > APART) & same).any()):
                     continue
-                if not admissible(identity):
+                if not admissible(identity, idle >= PATIENT):
                     if identity.accepted:
                         refused.append(identity)
                     rejected = min(rejected, identity.outside)

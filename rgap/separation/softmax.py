@@ -117,9 +117,8 @@ def _together(
     if estimate.counts is None or rank == 1:
         return Unseparated(f"the labels at the head '{name}' are not determined: {estimate.reason}")
     labels = torch.repeat_interleave(torch.arange(len(estimate.counts)), estimate.counts)
-    problem = Coupled(
-        head, labels, loss_scale(batch.loss, rank, classes), batch.loss.label_smoothing
-    )
+    scale = loss_scale(batch.loss, rank, classes)
+    problem = Coupled(head, labels, scale, batch.loss.label_smoothing, batch.precision)
     generator = torch.Generator().manual_seed(batch.precision.seed)
     if watch is not None:
         watch(f"separating {rank} samples at '{name}' together")

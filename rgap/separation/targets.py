@@ -17,6 +17,7 @@ from .multiplicity import WHOLE, batch_of, multiplicity, split_counts, whole
 from .peeling import Collected
 
 SURE = 1e-4  # share of k outside the range of G at which a root is a sample beyond doubt
+SIMILAR = 0.5  # share of its weight by which a sample may seem off while others are to be found
 ROUGH = 20.0  # times its weight by which a sample may seem off before all are polished together
 
 
@@ -25,18 +26,19 @@ def single(batch: Batch, rank: int) -> bool:
     return batch.size == rank and batch.loss.targets == "index"
 
 
-def admissible(batch: Batch, rank: int, identity: Identity) -> bool:
+def admissible(batch: Batch, rank: int, identity: Identity, rough: bool = False) -> bool:
     """True if a root with this target can be a sample of the batch.
 
-    Where each sample is known to occur once, its weight is not needed: a rough value will do, and
-    :func:`confirmed` asks again after the polish.
+    Where each sample is known to occur once, its weight is not needed: a ``rough`` value will do
+    once no other root is left, and :func:`confirmed` asks again after the polish.
     """
     if identity.label is None:
         return identity.accepted
     m = _copies(batch, identity, batch.size or 1)
     if single(batch, rank):
         best = identity.outside <= FITS and identity.outside < identity.next
-        return best and 1.0 / ROUGH < m < ROUGH
+        most = ROUGH if rough else 1.0 + SIMILAR
+        return best and 1.0 / most < m < most
     if not identity.accepted:
         return False
     if batch.size is None and batch.loss.reduction == "mean":
