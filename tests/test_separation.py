@@ -148,7 +148,7 @@ def test_all_samples_are_collected_once(activation: str, kind: str) -> None:
 
 def test_nothing_that_no_target_fits_is_collected() -> None:
     batch = batch_of(mlp("gelu", 8), pictures(3, 7), torch.tensor([0, 1, 1]))
-    found = collect(between(batch), lambda roots, _: named(batch, roots), lambda _: False)
+    found = collect(between(batch), lambda roots, _: named(batch, roots), lambda *_: False)
     assert not found.complete and len(found.roots) == 0 and found.identities == []
     assert found.starts > 100
 
