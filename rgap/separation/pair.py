@@ -19,7 +19,7 @@ from .finish import finish
 from .identify import Identity, continuous, identify
 from .mixture import Mixture
 from .peeling import Collected, collect
-from .targets import admissible, contradicted
+from .targets import admissible, contradicted, single
 
 OPEN = 1e-9  # σ_min of a sample's equations, relative, at which a direction is open
 
@@ -67,6 +67,8 @@ def identify_roots(batch: Batch, samples: Mixture, top: Mixture, roots: Tensor) 
     """The target of every root; one picture with several labels where no single class fits."""
     found = identify(batch.chain, samples, top, roots, batch.loss)
     missing = [i for i, identity in enumerate(found) if not identity.accepted]
+    if single(batch, samples.rank):  # then no picture has two labels, each occurs once
+        return found
     if not missing or batch.classes > samples.gradient.shape[0] - samples.rank:
         return found
     again = continuous(batch.chain, samples, roots[missing], batch.loss)
