@@ -25,21 +25,23 @@ import torch
 from torch import Tensor
 
 from rgap.activations import Activation
+from rgap.analysis.gradient_inverse import GradientInverse
 from rgap.analysis.nullspace import Elimination, eliminate
 from rgap.analysis.weight_inverse import WeightInverse
 from rgap.bilinear import Rows
 from rgap.jacobian import Linearisation, _Node
 from rgap.ops import Op, Rearrange, Reshape
-from rgap.solvers.rank import Rank, numerical_rank, resolve_rcond
-from rgap.solvers.tall import tall_qr
+from rgap.solvers.rank import Rank
 from rgap.systems import gradient_rows
 
+NEARLY = 1e-6  # parallel: what is left of a direction after the others, lost in their Gram matrix
 
-class NotStructured(ValueError):
+
+class NotStructuredError(ValueError):
     """This chain has a step that the elimination cannot go back through."""
 
 
-class TooLarge(ValueError):
+class TooLargeError(ValueError):
     """A block would not fit the memory that was allowed."""
 
 
@@ -116,9 +118,9 @@ def chain_nullspace(
         memory: bytes for one block.
 
     Raises:
-        NotStructured: a step that has no inverse (a pool, a ReLU that is off, a step after the
+        NotStructuredError: a step that has no inverse (a pool, a ReLU that is off, a step after the
             last layer).
-        TooLarge: a block beyond ``memory``.
+        TooLargeError: a block beyond ``memory``.
     """
     options = _Options(rcond, noise, dtype, frozenset(trained), memory)
     _refuse(linear)
@@ -144,7 +146,13 @@ def _stage(node: _Node, above: _Open, options: _Options) -> tuple[tuple[Rank, Te
     size, batch, count = prod(affine.in_shape), node.u.shape[0], len(above.du)
     weight = affine.weight_name in options.trained
     bias = affine.bias_name is not None and affine.bias_name in options.trained
-    kernel = _GradientInverse(node, options) if weight else None
+    kernel = (
+        GradientInverse(
+            affine, batch, node.gradient.matrix, options.rcond, options.noise, options.dtype
+        )
+        if weight
+        else None
+    )
     by_gradient = kernel.free + count if kernel is not None else batch * size + count
     by_weights = batch * max(0, size - prod(affine.out_shape)) + count
     if by_gradient == 0:
@@ -160,147 +168,108 @@ def _stage(node: _Node, above: _Open, options: _Options) -> tuple[tuple[Rank, Te
     return _weights_first(node, above, weight, bias, options)
 
 
-class _GradientInverse:
-    """Null space and pseudo-inverse of K, group by group."""
-
-    def __init__(self, node: _Node, options: _Options) -> None:
-        self.node = node
-        matrix = node.gradient.matrix
-        u, s, vh = torch.linalg.svd(matrix, full_matrices=True)
-        cutoff = resolve_rcond(
-            options.rcond, (matrix.shape[1], matrix.shape[2]), options.dtype, options.noise
-        )
-        ranks = [numerical_rank(values, matrix.shape[2], cutoff) for values in s]
-        self.channels = node.stage.affine.in_shape[0] // len(ranks)
-        self.ranks = [rank.rank for rank in ranks]
-        self.rank = min(ranks, key=lambda rank: rank.gap)
-        self._u = [part[:, :r] for part, r in zip(u, self.ranks, strict=True)]
-        self._s = [part[:r] for part, r in zip(s, self.ranks, strict=True)]
-        self._v = [part[:r] for part, r in zip(vh, self.ranks, strict=True)]
-        self._null = [part[r:] for part, r in zip(vh, self.ranks, strict=True)]
-        self.free = self.channels * sum(len(part) for part in self._null)
-
-    def null(self) -> Tensor:
-        """Orthonormal directions with K du = 0, [free, B, *in_shape]."""
-        groups, size = len(self._null), self._null[0].shape[1]
-        table = torch.zeros(self.free, groups * self.channels, size, dtype=torch.float64)
-        at = 0
-        for g, part in enumerate(self._null):
-            for c in range(self.channels):
-                table[at : at + len(part), g * self.channels + c] = part
-                at += len(part)
-        return self._fold(table)
-
-    def split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """(K⁺ y as directions, what of y no K du can reach) for y as `gradient_rows`."""
-        y = rows.unflatten(1, (len(self._s), self.channels))
-        parts, left = [], []
-        for g, (u, s, v) in enumerate(zip(self._u, self._s, self._v, strict=True)):
-            inside = y[:, g] @ u
-            parts.append((inside / s) @ v)
-            left.append(y[:, g] - inside @ u.T)
-        return self._fold(torch.cat(parts, 1)), torch.stack(left, 1).flatten(1)
-
-    def _fold(self, table: Tensor) -> Tensor:
-        """[S, C, B·positions] → [S, B, *in_shape]."""
-        batch = self.node.u.shape[0]
-        positions = table.shape[2] // batch
-        split = table.reshape(*table.shape[:2], batch, positions).transpose(1, 2)
-        return split.reshape(len(table), *self.node.u.shape)
-
-
 def _gradient_first(
-    node: _Node, kernel: _GradientInverse, above: _Open, bias: bool, options: _Options
+    node: _Node, kernel: GradientInverse, above: _Open, bias: bool, options: _Options
 ) -> tuple[tuple[Rank, Tensor, str], _Open]:
-    """du = N_K y − K⁺ U D c; then W du = Z c, and the rows of U D c outside the range of K."""
-    affine = node.stage.affine
-    free = kernel.null()
+    """Du = N_K y − K⁺ U D c; then W du = Z c, and the rows of U D c outside the range of K."""
+    affine, count = node.stage.affine, kernel.free
+    forward = kernel.forward() / _size(node)
     if len(above.du) == 0:
-        found = _decide(_flat_linear(node, free).flatten(1) / _size(node), options)
-        return _solution(found, free, above.dk, len(free), node, "gradient first")
-    still = above.dk.new_zeros(len(above.dk), *node.u.shape)
-    moved = _push(node, still, above.dk)
+        found = _decide(forward, options)
+        du = kernel.combine(found.basis)
+        still = above.dk.new_zeros(len(du), *node.u.shape)
+        return (found.rank, found.values, "gradient first"), _Open(du, still)
+    moved = _push(node, above.dk.new_zeros(len(above.dk), *node.u.shape), above.dk)
     inner = gradient_rows(affine, moved[affine.weight_name])
     reached, left = kernel.split(inner)
     scale = 1.0 / _norm(reached).maximum(_norm(above.du) / _size(node)).clamp_min(1e-300)
     reached, z, dk = (_times(scale, part) for part in (reached, above.du, above.dk))
-    du = torch.cat([free, -reached])
-    forward = _flat_linear(node, du)
-    forward[len(free) :] -= z
-    blocks = [forward.flatten(1) / _size(node)]
-    if len(z):
-        rows = _times(scale, left)
-        natural = float(_norm(_times(scale, inner)).max())
-        if bool(left.any()) and natural > 0:
-            blocks.append(_padded(rows / natural, len(free)))
-        if bias and affine.bias_name is not None:
-            rows = _times(scale, moved[affine.bias_name])
-            natural = float(_norm(dk).max()) * (node.k[0, 0].numel() * len(node.k)) ** 0.5
-            if natural > 0:
-                blocks.append(_padded(rows / natural, len(free)))
+    across = _flat_linear(node, reached) + z
+    blocks = [torch.cat([forward, -across.flatten(1) / _size(node)])]
+    natural = float(_norm(_times(scale, inner)).max())
+    if bool(left.any()) and natural > 0:
+        blocks.append(_padded(_times(scale, left) / natural, count))
+    if bias and affine.bias_name is not None:
+        rows = _times(scale, moved[affine.bias_name])
+        blocks.append(_padded(rows / _bias_size(node, dk), count))
     found = _decide(torch.cat(blocks, 1), options)
-    return _solution(found, du, dk, len(free), node, "gradient first")
+    solved = kernel.combine(found.basis[:count]) - _apply(found.basis[count:], reached)
+    return (found.rank, found.values, "gradient first"), _below(
+        node, solved, _apply(found.basis[count:], dk)
+    )
 
 
 def _weights_first(
     node: _Node, above: _Open, weight: bool, bias: bool, options: _Options
 ) -> tuple[tuple[Rank, Tensor, str], _Open]:
-    """du = N_W w + W⁺ Z c; then what of Z c no W du can reach, and the gradient."""
+    """Du = N_W w + W⁺ Z c; then what of Z c no W du can reach, and the gradient."""
     affine, batch = node.stage.affine, node.u.shape[0]
     inverse = WeightInverse(affine, options.rcond, options.noise, options.dtype)
-    free = inverse.null()
-    each = above.du.new_zeros(batch, len(free), *node.u.shape)
-    for b in range(batch):
-        each[b, :, b] = free
+    free = _per_sample(inverse.null(), batch)
     reached, left = inverse.solve(above.du.flatten(0, 1))
     reached = reached.reshape(len(above.du), *node.u.shape)
-    # Orthonormal columns: a direction through a saturated activation is as good as any other.
-    basis, change = _orthonormal(reached)
-    dk, rest = _apply(change, above.dk), _apply(change, left.reshape(above.du.shape))
-    du = torch.cat([each.flatten(0, 1), basis])
-    count = batch * len(free)
+    # Rows are taken of the directions as they are and combined to those of orthonormal ones: one
+    # that comes through a saturated activation is as good as any other.
+    change = _orthonormalising(reached)
+    count = len(free)
     blocks = []
-    if not inverse.onto and len(basis):
-        blocks.append(_padded(rest.flatten(1) / _size(node), count))
+    if not inverse.onto and len(reached):
+        blocks.append(_padded(left.reshape(len(reached), -1) / _size(node), count))
     if weight or bias:
-        blocks += _gradient_blocks(node, du, dk, count, weight, bias)
-    matrix = torch.cat(blocks, 1) if blocks else du.new_zeros(len(du), 0)
-    if not blocks or not len(du):
-        found = eliminate(matrix.T.contiguous())
-        rank = inverse.rank
-    else:
-        found = _decide(matrix, options)
+        still = above.dk.new_zeros(count, *node.z.shape)
+        rows = _push(node, torch.cat([free, reached]), torch.cat([still, above.dk]))
+        if weight:
+            blocks.append(rows[affine.weight_name].flatten(1) / _gradient_size(node))
+        if bias and affine.bias_name is not None:
+            scale = float(change.norm(dim=0).max()) if len(change) else 1.0
+            blocks.append(rows[affine.bias_name] / (_bias_size(node, above.dk) * scale))
+    if blocks and count + len(reached):
+        raw = torch.cat(blocks, 1)
+        found = _decide(torch.cat([raw[:count], change.T @ raw[count:]]), options)
         rank = found.rank
-    (_, values, order), open_ = _solution(found, du, dk, count, node, "weights first")
-    return (rank, values, order), open_
+    else:
+        found = eliminate(reached.new_zeros(0, count + len(reached)))
+        rank = inverse.rank
+    final = change @ found.basis[count:]
+    solved = _apply(final, reached) + _apply(found.basis[:count], free)
+    below = _below(node, solved, _apply(final, above.dk))
+    return (rank, found.values, "weights first"), below
 
 
-def _gradient_blocks(
-    node: _Node, du: Tensor, dk: Tensor, count: int, weight: bool, bias: bool
-) -> list[Tensor]:
-    """K du + U dk and Σ dk of every direction, each in its own units."""
-    affine = node.stage.affine
-    padded = torch.cat([dk.new_zeros(count, *dk.shape[1:]), dk])
-    rows = _push(node, du, padded)
-    blocks = []
-    if weight:
-        natural = float(torch.linalg.matrix_norm(node.gradient.matrix, 2).max())
-        blocks.append(rows[affine.weight_name].flatten(1) / max(natural, 1e-300))
-    if bias and affine.bias_name is not None and len(dk):
-        natural = float(_norm(dk).max()) * (node.k[0, 0].numel() * len(node.k)) ** 0.5
-        blocks.append(rows[affine.bias_name] / max(natural, 1e-300))
-    return blocks
+def _per_sample(free: Tensor, batch: int) -> Tensor:
+    """Directions of one sample → of every sample of a batch by itself."""
+    each = free.new_zeros(batch, len(free), batch, *free.shape[1:])
+    for b in range(batch):
+        each[b, :, b] = free
+    return each.flatten(0, 1)
 
 
-def _solution(
-    found: Elimination, du: Tensor, dk: Tensor, free: int, node: _Node, order: str
-) -> tuple[tuple[Rank, Tensor, str], _Open]:
-    solved = _apply(found.basis, du)
-    moved = _apply(found.basis[free:], dk)
-    basis, change = _orthonormal(solved)
-    below = _apply(change, moved)
-    back = node.stage.affine.adjoint(below.flatten(0, 1)).reshape(len(basis), *node.u.shape)
-    return (found.rank, found.values, order), _Open(basis, back)
+def _gradient_size(node: _Node) -> float:
+    return max(float(torch.linalg.matrix_norm(node.gradient.matrix, 2).max()), 1e-300)
+
+
+def _bias_size(node: _Node, dk: Tensor) -> float:
+    """Size of Σ dk if nothing cancels."""
+    largest = float(_norm(dk).max()) if len(dk) else 0.0
+    return max(largest * (node.k[0, 0].numel() * len(node.k)) ** 0.5, 1e-300)
+
+
+def _below(node: _Node, du: Tensor, dk: Tensor) -> _Open:
+    """Orthonormal directions at the stage's input, with the cotangent directions there."""
+    change = _orthonormalising(du)
+    basis, moved = _apply(change, du), _apply(change, dk)
+    back = node.stage.affine.adjoint(moved.flatten(0, 1)).reshape(len(basis), *node.u.shape)
+    return _Open(basis, back)
+
+
+def _decide(matrix: Tensor, options: _Options) -> Elimination:
+    return eliminate(
+        matrix.T.contiguous(),
+        rcond=options.rcond,
+        noise=options.noise,
+        dtype=options.dtype,
+        scale=1.0,  # of every block, in its own units
+    )
 
 
 def _push(node: _Node, du: Tensor, dk: Tensor) -> Rows:
@@ -312,12 +281,6 @@ def _push(node: _Node, du: Tensor, dk: Tensor) -> Rows:
     if affine.bias_name is not None:
         empty[affine.bias_name] = du.new_zeros(0, affine.out_shape[0])
     return empty
-
-
-def _decide(matrix: Tensor, options: _Options) -> Elimination:
-    return eliminate(
-        matrix.T.contiguous(), rcond=options.rcond, noise=options.noise, dtype=options.dtype
-    )
 
 
 def _through_tail(node: _Node, above: _Open) -> _Open:
@@ -341,32 +304,35 @@ def _refuse(linear: Linearisation) -> None:
             if isinstance(op, Activation):
                 continue
             if not isinstance(op, Reshape | Rearrange) or prod(op.in_shape) != prod(op.out_shape):
-                raise NotStructured(f"'{op.name}' ({op.kind}) has no inverse")
+                raise NotStructuredError(f"'{op.name}' ({op.kind}) has no inverse")
         if any(isinstance(op, Activation) for op in node.stage.lead):
-            raise NotStructured(f"an activation leads into '{node.stage.name}'")
+            raise NotStructuredError(f"an activation leads into '{node.stage.name}'")
         if i == last and any(isinstance(op, Activation) for op in node.stage.tail):
-            raise NotStructured(f"'{node.stage.name}' is followed by an activation")
+            raise NotStructuredError(f"'{node.stage.name}' is followed by an activation")
         for op, before in zip(node.stage.tail, node.tail_inputs, strict=True):
             if isinstance(op, Activation) and bool((op.derivative(before) == 0).any()):
-                raise NotStructured(f"'{op.name}' ({op.kind}) is off in places")
+                raise NotStructuredError(f"'{op.name}' ({op.kind}) is off in places")
 
 
 def _fits(unknowns: int, entries: int, options: _Options) -> None:
     need = 8.0 * unknowns * entries
     if need > options.memory:
-        raise TooLarge(f"{unknowns} open directions take {need / 1e9:.1f} GB a copy")
+        raise TooLargeError(f"{unknowns} open directions take {need / 1e9:.1f} GB a copy")
 
 
-def _orthonormal(directions: Tensor) -> tuple[Tensor, Tensor]:
-    """(orthonormal directions, change) with new = changeᵀ old, in the order of the old ones."""
+def _orthonormalising(directions: Tensor) -> Tensor:
+    """Change C with orthonormal Cᵀ du: by the Cholesky factor where that is accurate enough."""
     if len(directions) == 0:
-        return directions, directions.new_zeros(0, 0)
+        return directions.new_zeros(0, 0)
     scale = 1.0 / _norm(directions).clamp_min(1e-300)
-    flat = directions.flatten(1).T * scale
-    q, r = tall_qr(flat)
-    eye = torch.eye(len(r), dtype=r.dtype)
-    change = scale[:, None] * torch.linalg.solve_triangular(r, eye, upper=True)
-    return q.T.reshape(directions.shape).contiguous(), change
+    flat = directions.flatten(1)
+    lower, info = torch.linalg.cholesky_ex((flat @ flat.T) * scale[:, None] * scale)
+    upper = lower.T
+    diagonal = upper.diagonal().abs()
+    if bool(info) or float(diagonal.min()) < NEARLY * float(diagonal.max()):
+        upper = torch.linalg.qr(flat.T * scale, mode="r").R
+    eye = torch.eye(len(upper), dtype=upper.dtype)
+    return scale[:, None] * torch.linalg.solve_triangular(upper, eye, upper=True)
 
 
 def _apply(change: Tensor, directions: Tensor) -> Tensor:

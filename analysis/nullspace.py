@@ -16,6 +16,7 @@ from torch import Tensor
 from rgap.solvers.rank import Rank, numerical_rank, resolve_rcond
 
 TALL = 1.5  # aspect ratio from which a QR factorisation first pays
+CLEAR = 1e-4  # σ/σ_1 that the squares of the entries still tell from 0, with digits to spare
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def eliminate(
     rcond: float | None = None,
     noise: float = 0.0,
     dtype: torch.dtype = torch.float64,
-    basis: bool = True,
+    scale: float | None = None,
 ) -> Elimination:
     """Rank and null space of a block ``A [rows, m]``; SciPy has `scipy.linalg.null_space`.
 
@@ -52,7 +53,8 @@ def eliminate(
         rcond: relative cutoff, None for the default.
         noise: relative error of the entries.
         dtype: precision in which the entries are known.
-        basis: False leaves the basis out (None columns are wanted, only the count).
+        scale: σ_1 of the rows before they were restricted, where they are a restriction: what is
+            below the cutoff relative to that is rounding, however large among its like.
 
     >>> found = eliminate(torch.tensor([[1.0, 1.0, 0.0]]).double())
     >>> found.rank.rank, found.basis.shape
@@ -69,18 +71,50 @@ def eliminate(
     small = matrix
     if rows > TALL * size:
         small = torch.linalg.qr(matrix, mode="r").R
-    if not basis:
-        wide = small if len(small) >= size else small.T
-        if len(wide) > TALL * wide.shape[1]:
-            wide = torch.linalg.qr(wide, mode="r").R
-        values = torch.linalg.svdvals(wide)
-        return Elimination(
-            numerical_rank(values, size, cutoff), matrix.new_zeros(size, 0), values
-        )
+    if rows < size:
+        quick = _by_gram(matrix, cutoff, scale)
+        if quick is not None:
+            return quick
     q, upper = _pivoted(small.T.contiguous())
     values = torch.linalg.svdvals(upper)
-    rank = numerical_rank(values, size, cutoff)
+    rank = _count(values, size, cutoff, scale)
     return Elimination(rank, q[:, rank.rank :].clone(), values)
+
+
+def _count(values: Tensor, size: int, rcond: float, scale: float | None) -> Rank:
+    largest = float(values[0])
+    natural = max(largest, scale or 0.0)
+    if largest > rcond * natural:
+        return numerical_rank(values, size, rcond * natural / largest)
+    return Rank(0, size, rcond * natural, natural / largest, natural, 0.0, 0)
+
+
+def _by_gram(matrix: Tensor, cutoff: float, scale: float | None) -> Elimination | None:
+    """The same from AAᵀ where that can decide: no σ between CLEAR·σ_1 and what rounding leaves.
+
+    The squares lose half the digits, so only a kept σ is read off them.  Of the rest U_0 a bound
+    σ_{r+1} ≤ ‖AᵀU_0‖ is measured, after a step that takes the kept directions out of U_0.
+    """
+    squares, u = torch.linalg.eigh(matrix @ matrix.T)
+    largest = float(squares[-1])
+    kept = squares > CLEAR**2 * largest
+    r = int(kept.sum())
+    if bool((squares[~kept].abs() > 1e-13 * largest).any()):
+        return None
+    if cutoff * max(1.0, (scale or 0.0) / largest**0.5) > CLEAR:
+        return None
+    top, values = u[:, -r:], squares[-r:].sqrt().flip(0)
+    rest = u[:, : len(squares) - r]
+    if rest.shape[1]:
+        inside = top.T @ (matrix @ (matrix.T @ rest))
+        rest = torch.linalg.qr(rest - top @ (inside / squares[-r:, None])).Q
+        below = torch.linalg.svdvals(matrix.T @ rest)
+        if float(below[0]) > cutoff * largest**0.5:
+            return None
+        values = torch.cat([values, below])
+    q = torch.linalg.qr(matrix.T @ top, mode="complete").Q
+    rank = _count(values, matrix.shape[1], cutoff, scale)
+    return Elimination(rank, q[:, r:].contiguous(), values)
 
 
 def _pivoted(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -126,7 +126,9 @@ class UpdateMap:
     def _reverse_over_reverse(self, directions: Tensor) -> Tensor:
         x = self.inputs.clone().requires_grad_()
         leaves = {name: p.clone().requires_grad_() for name, p in self._parameters.items()}
-        value = self._loss(functional_call(self._twin, {**leaves, **self._rest}, (x,)), self._targets)
+        value = self._loss(
+            functional_call(self._twin, {**leaves, **self._rest}, (x,)), self._targets
+        )
         found = torch.autograd.grad(
             value, list(leaves.values()), create_graph=True, materialize_grads=True
         )
@@ -147,7 +149,7 @@ class UpdateMap:
         return torch.cat([found[name].flatten() for block in self.blocks for name in block.names])
 
     def _blocks(self) -> tuple[Block, ...]:
-        """Layers in the order of their first call; those never called come first (all zero)."""
+        """Layers in the order of their first call; those never called come first."""
         modules = dict(self._twin.named_modules())
         owners: dict[str, list[str]] = {}
         for name in self._parameters:
@@ -173,10 +175,24 @@ class UpdateMap:
                 f"{type(outputs).__name__}; wrap it in a module whose forward returns the logits"
             )
         self._loss.check_targets(outputs, self._targets)
-        uncalled = [path for path in owners if path not in order]
+        called = list(dict.fromkeys(order))
+        gathered = {path: list(owners[path]) for path in called}
+        lost: list[str] = []
+        for path in owners:
+            if path in gathered:
+                continue
+            above = path  # read by a module further up, as attention reads its projection
+            while above and above not in called:
+                above = above.rpartition(".")[0]
+            if above in called:
+                gathered[above] += owners[path]
+            else:
+                lost.append(path)
+        for path in lost:
+            gathered = {path: list(owners[path]), **gathered}
         found = []
-        for path in [*uncalled, *dict.fromkeys(order)]:
-            names = tuple(owners[path])
+        for path, own in gathered.items():
+            names = tuple(own)
             count = sum(prod(self._parameters[name].shape) for name in names)
             kind = type(modules[path]).__name__.lower()
             found.append(Block(path, kind, names, count))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import prod
+from math import inf, prod
 
 import torch
 from torch import Tensor
@@ -11,15 +11,19 @@ from rgap.affine import Affine
 from rgap.solvers.rank import Rank, numerical_rank, resolve_rcond
 from rgap.solvers.subspace import full_column_rank
 from rgap.systems import weight_constraint
+from rgap.systems.convnd import taps
 
 SAFE = 1e4  # condition up to which the normal equations lose nothing that refinement cannot mend
+STEPS = 8  # of power and inverse iteration for the ends of the spectrum, 4 vectors at once
+MARGIN = 10.0  # by which an estimated σ_n must stay above the cutoff
 
 
 class WeightInverse:
     """Factors W of one sample once; every sample of the batch shares it.
 
-    Injective weights of moderate condition go through the Cholesky factor of WᵀW with two steps of
-    refinement, onto ones through WWᵀ, all others through the singular value decomposition.
+    Square weights go through an LU factorisation, injective ones of moderate condition through the
+    Cholesky factor of WᵀW with two steps of refinement, onto ones through WWᵀ, all others through
+    the singular value decomposition.
 
     Args:
         affine: the layer.
@@ -38,22 +42,17 @@ class WeightInverse:
         self.affine = affine
         self.size, self.outputs = prod(affine.in_shape), prod(affine.out_shape)
         self._lower: Tensor | None = None
+        self._lu: tuple[Tensor, Tensor] | None = None
         self._pseudo: Tensor | None = None
         self._null: Tensor | None = None
-        injective = self.outputs >= self.size
-        gram = self._gram(injective)
-        ends = full_column_rank(gram)
-        short = len(gram)
-        if ends is not None and ends[0] < SAFE * ends[1]:
-            self.rank = Rank(short, self.size, 0.0, float("inf"), *ends, short)
-            self._injective = injective
-            self._lower = torch.linalg.cholesky(gram)
+        cutoff = resolve_rcond(rcond, (self.outputs, self.size), dtype, noise)
+        if self.outputs == self.size and self._square(cutoff):
             return
-        dense = self._dense()
+        if self.outputs != self.size and self._moderate():
+            return
+        dense = dense_weights(self.affine)
         u, s, vh = torch.linalg.svd(dense, full_matrices=True)
-        self.rank = numerical_rank(
-            s, self.size, resolve_rcond(rcond, tuple(dense.shape), dtype, noise)
-        )
+        self.rank = numerical_rank(s, self.size, cutoff)
         r = self.rank.rank
         self._pseudo = (vh[:r].T / s[:r]) @ u[:, :r].T
         self._null = vh[r:]
@@ -68,14 +67,14 @@ class WeightInverse:
         if self.rank.nullity == 0:
             return self.affine.weight.new_zeros(0, *self.affine.in_shape)
         if self._null is None:
-            q = torch.linalg.qr(self._dense().T, mode="complete").Q
+            q = torch.linalg.qr(dense_weights(self.affine).T, mode="complete").Q
             self._null = q[:, self.rank.rank :].T.contiguous()
         return self._null.reshape(-1, *self.affine.in_shape)
 
     def solve(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """(W⁺ z, z − W W⁺ z) for z [S, *out_shape]."""
         u = self._once(z)
-        for _ in range(2 if self._lower is not None else 1):
+        for _ in range(2 if self._lower is not None else 0):
             u = u + self._once(z - self.affine.linear(u))
         return u, z - self.affine.linear(u)
 
@@ -83,6 +82,8 @@ class WeightInverse:
         shape = (len(z), *self.affine.in_shape)
         if self._pseudo is not None:
             return (z.flatten(1) @ self._pseudo.T).reshape(shape)
+        if self._lu is not None:
+            return torch.linalg.lu_solve(*self._lu, z.flatten(1).T).T.reshape(shape)
         assert self._lower is not None
         if self._injective:
             right = self.affine.adjoint(z).flatten(1).T
@@ -90,11 +91,43 @@ class WeightInverse:
         inner = torch.cholesky_solve(z.flatten(1).T, self._lower).T
         return self.affine.adjoint(inner.reshape(len(z), *self.affine.out_shape))
 
+    def _square(self, cutoff: float) -> bool:
+        """Factor square weights; False where they are singular or nearly so."""
+        dense = dense_weights(self.affine)
+        factor, pivots, info = torch.linalg.lu_factor_ex(dense)
+        if bool(info) or not bool(factor.isfinite().all()):
+            return False
+        generator = torch.Generator().manual_seed(0)
+        start = torch.randn(self.size, 4, generator=generator, dtype=torch.float64)
+        up, down = start, start
+        for _ in range(STEPS):
+            up = torch.linalg.qr(dense.T @ (dense @ up)).Q
+            half = torch.linalg.lu_solve(factor, pivots, down, adjoint=True)
+            down = torch.linalg.qr(torch.linalg.lu_solve(factor, pivots, half)).Q
+        largest = float(torch.linalg.matrix_norm(dense @ up, 2))
+        smallest = float((dense @ down).norm(dim=0).min())
+        if not smallest > MARGIN * cutoff * largest:
+            return False
+        self._lu = (factor, pivots)
+        self.rank = Rank(self.size, self.size, cutoff * largest, inf, largest, smallest, self.size)
+        return True
+
+    def _moderate(self) -> bool:
+        """Factor the smaller Gram matrix; False where its condition squares too much away."""
+        self._injective = self.outputs > self.size
+        gram = self._gram(self._injective)
+        ends = full_column_rank(gram)
+        if ends is None or ends[0] > SAFE * ends[1]:
+            return False
+        self.rank = Rank(len(gram), self.size, 0.0, inf, *ends, len(gram))
+        self._lower = torch.linalg.cholesky(gram)
+        return True
+
     def _gram(self, injective: bool) -> Tensor:
         affine = self.affine
         if not injective:
-            unit = torch.eye(self.outputs, dtype=torch.float64).reshape(-1, *affine.out_shape)
-            return affine.linear(affine.adjoint(unit)).flatten(1)
+            dense = dense_weights(affine)
+            return dense @ dense.T
         coupling = weight_constraint(affine, 1)
         gram = torch.zeros(self.size, self.size, dtype=torch.float64)
         channels = affine.in_shape[0]
@@ -102,6 +135,21 @@ class WeightInverse:
         coupling.add_gram(torch.ones(coupling.rows, dtype=torch.float64), view)
         return gram
 
-    def _dense(self) -> Tensor:
-        unit = torch.eye(self.size, dtype=torch.float64).reshape(-1, *self.affine.in_shape)
-        return self.affine.linear(unit).flatten(1).T.contiguous()
+
+def dense_weights(affine: Affine) -> Tensor:
+    """W as a matrix [outputs, inputs], entry by entry."""
+    if affine.geometry is None:
+        return affine.weight
+    geometry = affine.geometry
+    groups, filters, channels = geometry.groups, affine.out_shape[0], affine.in_shape[0]
+    table = taps(geometry, affine.in_shape[1:], affine.out_shape[1:]).to(affine.weight.device)
+    weight = affine.weight.reshape(groups, filters // groups, channels // groups, -1)
+    dense = weight.new_zeros(filters, table.shape[1], channels, prod(affine.in_shape[1:]))
+    for offset, position in enumerate(table):
+        inside = torch.nonzero(position >= 0).flatten()
+        for g in range(groups):
+            f = torch.arange(g * filters // groups, (g + 1) * filters // groups)
+            c = torch.arange(g * channels // groups, (g + 1) * channels // groups)
+            at = (f[:, None, None], inside[None, None], c[None, :, None], position[inside])
+            dense[at] = weight[g, :, :, offset, None].expand(-1, -1, len(inside))
+    return dense.reshape(filters * table.shape[1], -1)

@@ -1,0 +1,376 @@
+"""The local truth of what a gradient determines: the rank of ∂(update)/∂(data) at a batch.
+
+The recursion's nullity is an upper bound: a layer below can fix what a layer above left open.  The
+rank of the whole Jacobian J cannot be improved by any method that looks at a neighbourhood of the
+batch: directions in its null space change nothing in the update, to first order.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from operator import index
+
+import torch
+from torch import Tensor, nn
+
+from rgap.analysis.chain_cumulative import cumulative_ranks
+from rgap.analysis.chain_nullspace import NotStructuredError, TooLargeError, chain_nullspace
+from rgap.analysis.identifiability_table import Identifiability, IdentifiabilityRow
+from rgap.analysis.jacobian_nullspace import eliminate_blocks
+from rgap.analysis.nullspace import orthonormal
+from rgap.analysis.update_jacobian import UpdateMap
+from rgap.batchloss import BatchLoss
+from rgap.jacobian import Linearisation
+from rgap.losses import Loss
+from rgap.network import parse
+from rgap.progress import Progress
+from rgap.solvers.rank import Rank
+from rgap.validation import require_finite
+
+METHODS = ("auto", "structured", "dense", "sketch")
+SMALL = 1024  # unknowns up to which "auto" takes the singular values of the whole Jacobian
+
+
+def identifiability(
+    model: nn.Module,
+    inputs: Tensor | Sequence[int],
+    batch_size: int | None = None,
+    *,
+    loss: str | Loss | nn.Module = "cross_entropy",
+    labels: Tensor | None = None,
+    method: str = "auto",
+    rcond: float | None = None,
+    noise: float = 0.0,
+    dtype: torch.dtype = torch.float64,
+    sequential: bool = True,
+    memory: float = 4e9,
+    seed: int = 0,
+    progress: bool = False,
+) -> Identifiability:
+    """Rank and null space of the update as a function of the data, at a batch.
+
+    ``J = ∂(∂L/∂θ)/∂x`` has one row per trained parameter and one column per entry of the batch,
+    and κ at the head moves with the data.  Full column rank proves that no other batch *near* this
+    one gives the same update; it says nothing about batches far away.  A rank below does not prove
+    that the batch is lost: two equal pictures make J singular and can be recovered.
+
+    Methods:
+    * ``"structured"``: chains whose activations have no dead parts.  Eliminates layer by layer
+      without forming J; see `rgap.analysis.chain_nullspace`.
+    * ``"dense"``: any module.  Singular values of J, every layer scaled to norm one.
+    * ``"sketch"``: any module.  Layers with more equations than unknowns are compressed by random
+      signs, which keeps ranks with probability close to one and never raises them.
+    * ``"auto"``: dense up to 1024 unknowns, then structured where it applies, else sketch.
+
+    Args:
+        model: in eval mode; left as it was.  Frozen parameters give no equation; one that is used
+            twice gives the equations of the sum.
+        inputs: the batch [B, *input_shape], or the shape of one sample for a random batch.
+        batch_size: B, with a shape; 1 if left out.
+        loss: of the client.
+        labels: targets as the loss wants them; drawn, and different as far as possible, if None.
+        method: as above.
+        rcond: relative cutoff of singular values; None: rounding, ``dtype`` and ``noise`` decide.
+        noise: relative error of the update's entries: what it hides counts as undetermined.
+        dtype: precision in which the update is known; the arithmetic is always float64.
+        sequential: also run `rgap.analysis.audit`, for the nullity of each layer by itself.
+        memory: bytes that one matrix may take.
+        seed: of the random batch, the labels and the sketch.
+        progress: show on a terminal what is being done.
+
+    Returns:
+        The :class:`Identifiability`.
+
+    Raises:
+        ValueError: no trained parameters, train mode, a shape or labels that do not fit, more
+            unknowns than ``memory`` allows, ``method="structured"`` for a model without structure.
+        TypeError: inputs that are neither a floating tensor nor whole numbers.
+
+    >>> import rgap
+    >>> found = identifiability(rgap.models.mlp((8,), 3, input_shape=(1, 4, 4), seed=0), (1, 4, 4))
+    >>> found.joint_rank, found.unknowns, found.identifiable
+    (16, 16, True)
+    """
+    start = time.perf_counter()
+    if method not in METHODS:
+        raise ValueError(f"expected method in {list(METHODS)}, got {method!r}; write method='auto'")
+    chosen = Loss.of(loss)
+    pictures = probe_batch(inputs, batch_size, seed)
+    _refuse_training(model)
+    targets = probe_targets(model, pictures, chosen, labels, seed)
+    update = UpdateMap(model, pictures, targets, chosen)
+    with Progress(progress) as shown:
+        shown.stage("sequential nullity")
+        own, notes = _sequential(model, update, chosen, seed) if sequential else ({}, [])
+        route = method
+        found: Identifiability | None = None
+        if method == "structured" or (method == "auto" and update.unknowns > SMALL):
+            shown.stage("null space, layer by layer")
+            try:
+                found = _structured(
+                    model, update, targets, chosen, own, rcond, noise, dtype, memory
+                )
+            except (NotStructuredError, TooLargeError) as reason:
+                if method == "structured":
+                    raise ValueError(
+                        f"expected a model that method='structured' can go back through, got "
+                        f"{type(model).__name__}: {reason}; write method='sketch'"
+                    ) from reason
+                notes.append(f"Not structured ({reason}), so the Jacobian was sketched.")
+        if found is None:
+            if method in ("auto", "structured"):
+                small = update.unknowns <= SMALL
+                dense = 8.0 * update.equations * update.unknowns
+                route = "dense" if small and dense <= memory else "sketch"
+            shown.stage(f"Jacobian, {route}")
+            found = _general(
+                model, update, own, route, rcond, noise, dtype, memory, seed, shown.stage
+            )
+    from dataclasses import replace
+
+    return replace(
+        found,
+        loss=chosen.name,
+        notes=(*notes, *found.notes),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _structured(
+    model: nn.Module,
+    update: UpdateMap,
+    targets: Tensor,
+    loss: Loss,
+    own: dict[str, tuple[int, int]],
+    rcond: float | None,
+    noise: float,
+    dtype: torch.dtype,
+    memory: float,
+) -> Identifiability:
+    shape = tuple(update.inputs.shape[1:])
+    chain = parse(model, shape).to("cpu")
+    if chain.barrier is not None:
+        raise NotStructuredError(
+            f"'{chain.barrier.node}' ({chain.barrier.kind}) is no link of a chain"
+        )
+    covered = {
+        name
+        for stage in chain.stages
+        for name in (stage.affine.weight_name, stage.affine.bias_name)
+        if name is not None
+    }
+    trained = {name for block in update.blocks for name in block.names}
+    if not trained <= covered:
+        raise NotStructuredError(f"{sorted(trained - covered)} belong to no linear layer")
+    outputs = chain.forward(update.inputs)
+    batch = BatchLoss(
+        loss, loss.dense(targets, outputs), torch.ones(len(outputs), dtype=torch.float64)
+    )
+    linear = Linearisation(chain, update.inputs, batch)
+    null = chain_nullspace(linear, trained, rcond=rcond, noise=noise, dtype=dtype, memory=memory)
+    cumulative = cumulative_ranks(linear, null)
+    equations = {block.layer: block.equations for block in update.blocks}
+    rows = []
+    for at, (stage, node) in enumerate(zip(null.stages, linear.nodes, strict=True)):
+        rank, exact = cumulative[at]
+        above = cumulative[at + 1][0] if at + 1 < len(cumulative) else 0
+        layer = own.get(stage.layer, (None, None))
+        rows.append(
+            IdentifiabilityRow(
+                stage.layer,
+                node.stage.affine.kind,
+                equations.get(stage.layer, 0),
+                *layer,
+                rank,
+                update.unknowns - rank,
+                rank - above,
+                stage.rank.gap,
+                exact,
+            )
+        )
+    weakest = min((stage.rank for stage in null.stages), key=lambda rank: rank.gap)
+    return Identifiability(
+        model=type(model).__name__,
+        input_shape=shape,
+        batch_size=len(update.inputs),
+        method="structured",
+        unknowns=update.unknowns,
+        equations=update.equations,
+        joint_rank=update.unknowns - len(null.directions),
+        gap=weakest.gap,
+        cutoff=weakest.cutoff,
+        condition=max(stage.rank.condition for stage in null.stages),
+        rows=tuple(rows),
+        null_basis=orthonormal(null.directions),
+        spectra=tuple((stage.layer, stage.values) for stage in null.stages),
+    )
+
+
+def _general(
+    model: nn.Module,
+    update: UpdateMap,
+    own: dict[str, tuple[int, int]],
+    method: str,
+    rcond: float | None,
+    noise: float,
+    dtype: torch.dtype,
+    memory: float,
+    seed: int,
+    say: object,
+) -> Identifiability:
+    found = eliminate_blocks(
+        update,
+        sketch=method == "sketch",
+        rcond=rcond,
+        noise=noise,
+        dtype=dtype,
+        memory=memory,
+        seed=seed,
+    )
+    rows = []
+    rank = found.joint.rank if found.joint is not None else found.ranks[0]
+    for at, block in enumerate(update.blocks):
+        above = found.ranks[at + 1] if at + 1 < len(found.ranks) else 0
+        layer = own.get(block.layer, (None, None))
+        rows.append(
+            IdentifiabilityRow(
+                block.layer,
+                block.kind,
+                block.equations,
+                *layer,
+                found.ranks[at],
+                update.unknowns - found.ranks[at],
+                found.ranks[at] - above,
+                found.decisions[at].gap,
+                True,
+            )
+        )
+    weakest: Rank = found.joint or min(found.decisions, key=lambda decision: decision.gap)
+    return Identifiability(
+        model=type(model).__name__,
+        input_shape=tuple(update.inputs.shape[1:]),
+        batch_size=len(update.inputs),
+        method=method,
+        unknowns=update.unknowns,
+        equations=update.equations,
+        joint_rank=rank,
+        gap=weakest.gap,
+        cutoff=weakest.cutoff,
+        condition=weakest.condition,
+        rows=tuple(rows),
+        null_basis=found.basis,
+        spectra=found.spectra,
+        notes=found.notes,
+    )
+
+
+def probe_batch(inputs: Tensor | Sequence[int], batch_size: int | None, seed: int) -> Tensor:
+    """The batch that was given, in float64, or a random one of the given shape."""
+    if isinstance(inputs, Tensor):
+        if not inputs.is_floating_point():
+            raise TypeError(
+                f"inputs: expected floating numbers, got {inputs.dtype}; for pictures write "
+                "inputs.float() / 255"
+            )
+        if inputs.ndim < 2 or len(inputs) == 0:
+            raise ValueError(
+                f"inputs: expected a batch [B, *input_shape] with B >= 1, got shape "
+                f"{list(inputs.shape)}; write inputs.unsqueeze(0) for one sample"
+            )
+        if batch_size is not None and batch_size != len(inputs):
+            raise ValueError(
+                f"expected batch_size={len(inputs)}, the length of inputs, got {batch_size}; "
+                f"write inputs[:{batch_size}] or leave batch_size out"
+            )
+        require_finite("inputs", inputs, "give pictures of finite numbers, or a shape")
+        return inputs.detach().cpu().double()
+    try:
+        shape = tuple(index(n) for n in inputs)
+        batch = index(1 if batch_size is None else batch_size)
+    except TypeError as error:
+        raise TypeError(
+            f"expected a batch of floating numbers, or the shape of one sample and a whole "
+            f"batch_size, got {inputs!r} and {batch_size!r}; write identifiability(model, "
+            "(3, 32, 32), 2)"
+        ) from error
+    if not shape or min(shape) < 1 or batch < 1:
+        raise ValueError(
+            f"expected a shape of numbers >= 1 and batch_size >= 1, got {shape} and {batch}; "
+            "write identifiability(model, (3, 32, 32), 2)"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(batch, *shape, generator=generator, dtype=torch.float64)
+
+
+def probe_targets(
+    model: nn.Module, inputs: Tensor, loss: Loss, labels: Tensor | None, seed: int
+) -> Tensor:
+    """Targets that were given, or such that differ from sample to sample as far as possible."""
+    if labels is not None:
+        if not isinstance(labels, Tensor):
+            labels = torch.as_tensor(labels)
+        return labels.detach().cpu()
+    import copy
+
+    with torch.no_grad():
+        try:
+            outputs = copy.deepcopy(model).cpu().double()(inputs)
+        except RuntimeError as error:
+            raise ValueError(
+                f"model: the forward pass failed for inputs {list(inputs.shape)}: "
+                f"{str(error).splitlines()[0]}; write the input_shape the model was built for"
+            ) from error
+    if not isinstance(outputs, Tensor):
+        raise ValueError(
+            f"expected one tensor from {type(model).__name__}.forward, got a "
+            f"{type(outputs).__name__}; wrap it in a module whose forward returns the logits"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    if loss.name == "cross_entropy":
+        classes = outputs.shape[-1]
+        order = torch.randperm(max(classes, len(inputs)), generator=generator)
+        return order[: len(inputs)] % classes
+    drawn = torch.rand(outputs.shape, generator=generator, dtype=torch.float64)
+    return drawn if loss.name == "mse_loss" else (drawn < 0.5).double()
+
+
+def _sequential(
+    model: nn.Module, update: UpdateMap, loss: Loss, seed: int
+) -> tuple[dict[str, tuple[int, int]], list[str]]:
+    """(unknowns, nullity) of every layer by itself, from the audit, and what to know of it."""
+    from rgap.analysis.discard import audit
+
+    if any(not p.requires_grad for p in model.parameters()):
+        return {}, ["No sequential nullity: the audit counts the gradients of all parameters."]
+    try:
+        table = audit(
+            model,
+            tuple(update.inputs.shape[1:]),
+            (len(update.inputs),),
+            loss=loss,
+            inputs=update.inputs,
+            seed=seed,
+        )
+    except ValueError as reason:
+        return {}, [f"No sequential nullity: {reason}."]
+    own: dict[str, tuple[int, int]] = {}
+    for row in table.rows:
+        before = own.get(row.layer, (0, 0))  # a layer used twice has a row for every use
+        own[row.layer] = (before[0] + row.unknowns, before[1] + row.nullity)
+    return own, []
+
+
+def _refuse_training(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    for name, module in model.named_modules():
+        batch = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        rate = float(getattr(module, "p", 0.0) or 0.0)
+        drops = isinstance(module, nn.modules.dropout._DropoutNd) and rate > 0
+        if module.training and (batch or drops or isinstance(module, nn.RReLU)):
+            raise ValueError(
+                f"model: '{name or type(module).__name__}' ({type(module).__name__}) is in train "
+                "mode, where its output depends on the other samples or on chance; write "
+                "model.eval()"
+            )
