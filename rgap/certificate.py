@@ -30,6 +30,10 @@ from rgap.systems.stage import DETERMINED
 REFUTED = 100.0  # an alternative is refuted when it misses by this many standard errors
 CLEAR = 10.0  # smallest gap between the last determined direction and the cutoff
 SAFETY = 10.0  # error bound over the largest predicted standard error
+CHOSEN = (
+    "a prior chose what the equations leave open: details of these pictures may be its own and not "
+    "the client's; the layer reports say how much is open"
+)
 USEFUL = 0.1  # an error bound above this share of the value range certifies nothing
 
 
@@ -106,6 +110,20 @@ def contradiction(problem: Problem, descent: Descent) -> Recovery:
         f"{misfit:.2g} standard errors ({relative:.1e} of the gradient); is the update from "
         "another model, loss or precision?",
         descent,
+    )
+
+
+def completed(
+    problem: Problem, descent: Descent, inputs: Tensor, labels: Tensor, reason: str
+) -> Recovery:
+    """A batch of which a prior chose a part: no error is predicted, and none is bounded."""
+    recovery = stopped(problem, Status.COMPLETED, reason, descent)
+    return replace(
+        recovery,
+        inputs=inputs,
+        labels=labels,
+        residual=replayed(problem, inputs, labels)[0],
+        warnings=(*recovery.warnings, CHOSEN),
     )
 
 
@@ -195,8 +213,8 @@ def _verdict(problem: Problem, answer: Answer) -> tuple[Status, str]:
     for index, step in answer.descent.solutions.items():
         joint = step.solution.stats.joint
         sharp = joint is not None and joint.gap >= CLEAR
-        sharp = sharp or answer.polished.worst <= DETERMINED / CLEAR
-        if joint is None or joint.nullity or not sharp:
+        whole = answer.polished.worst <= DETERMINED / CLEAR  # all equations together, nothing open
+        if not whole and (joint is None or joint.nullity or not sharp):
             name = problem.chain.stages[index].name
             return Status.UNDERDETERMINED, (
                 f"'{name}' is too badly conditioned at this precision: its worst direction is "
@@ -272,6 +290,11 @@ def replay(problem: Problem, answer: Answer) -> tuple[float, dict[str, float]]:
     labels = answer.labels
     if answer.rows is not None:
         inputs, labels = answer.rows.expanded(inputs)
+    return replayed(problem, inputs, labels)
+
+
+def replayed(problem: Problem, inputs: Tensor, labels: Tensor) -> tuple[float, dict[str, float]]:
+    """Relative difference between the update and the gradient of a batch, in all and by name."""
     sender = partial(capture, problem.model, inputs, labels, problem.update.loss, value_range=None)
     try:
         again = sender(dtype=torch.float64)

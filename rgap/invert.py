@@ -14,18 +14,21 @@ from rgap import certificate
 from rgap.batches import batch_of, start, with_separation
 from rgap.batchloss import BatchLoss
 from rgap.bias import rank_one_residual
+from rgap.filling import filled
 from rgap.head import HeadCandidate, HeadFailure, features_from_bias, solve_head
 from rgap.network import Chain
 from rgap.ops import Rearrange, Reshape
 from rgap.pooling import LinearMap
 from rgap.precision import Known
-from rgap.problem import Problem, prepare
+from rgap.problem import Filling, Problem, prepare
 from rgap.progress import Progress
 from rgap.readout import head_cotangent, head_gradients, read_answer, read_batch
 from rgap.recovery import Recovery, Status
 from rgap.recursion import Descent, descend
 from rgap.separation.batch import Separated, Unseparated
 from rgap.separation.route import mixed, separate
+from rgap.solvers.gauss_newton import Schedule
+from rgap.solvers.priors import Prior, TotalVariation
 from rgap.systems.stage import BUDGET
 from rgap.update import Update
 
@@ -52,12 +55,15 @@ def invert(
     labels: Tensor | None = None,
     batch_size: int | None = None,
     head: Head | None = None,
+    complete: bool = False,
+    prior: Prior | None = None,
     value_range: tuple[float, float] | None = None,
     noise: float = 0.0,
     device: torch.device | str | None = None,
     seed: int = 0,
     progress: bool = False,
     memory_budget: float = BUDGET,
+    time_limit: float = 60.0,
 ) -> Recovery:
     """Recover from an update what its equations determine, and certify it.
 
@@ -72,6 +78,9 @@ def invert(
         labels: the labels if they are known, [B]; found from the update otherwise.
         batch_size: overrides ``update.batch_size``; where neither says it, it is found.
         head: known head features, to study the recursion of a batch below the head.
+        complete: go on where the recursion ends: what the equations leave open below is chosen
+            by the prior (``COMPLETED``), or found to be determined by all of them together.
+        prior: of a completion; by default the total variation.
         value_range: range of the data.  Candidates that leave it by more than their error are
             refuted; the range that the update declares, the default, refutes only those that
             leave it by more than its full width.
@@ -81,6 +90,7 @@ def invert(
         progress: show progress on a terminal.
         memory_budget: bytes; a layer whose equations need more is solved without forming any
             matrix, by LSMR.
+        time_limit: seconds after which a completion begins no further step.
 
     Returns:
         A :class:`Recovery`; its ``status`` and ``reason`` say how far the update determines the
@@ -103,6 +113,9 @@ def invert(
     problem = prepare(
         model, update, batch_size, value_range, noise, labels, device, seed, memory_budget
     )
+    if complete:
+        filling = Filling(prior or TotalVariation(), Schedule(seconds=time_limit))
+        problem = replace(problem, filling=filling)
     with Progress(progress) as show:
         recovery = _run(problem, head, show)
     return replace(recovery, seconds=time.perf_counter() - began)
@@ -234,6 +247,8 @@ def _conclude(problem: Problem, runs: list[Run], show: Progress) -> Recovery:
         descent = alive[0][0]
         halt = descent.require_halt()
         status = Status.UNDERDETERMINED if halt.supported else Status.UNSUPPORTED
+        if problem.filling is not None and len(alive) == 1:
+            return filled(problem, descent, alive[0][1], show)
         reason, barrier = halt.reason, problem.chain.barrier
         if barrier is not None and halt.stage == barrier.node:
             reason = barrier.words  # unlike a step's reason, the halt's does not name the node

@@ -83,6 +83,20 @@ def on_meta(value: Tensor) -> Tensor:
     return torch.empty(value.shape, dtype=dtype, device="meta")
 
 
+@contextmanager
+def plain_kernels() -> Iterator[None]:
+    """Attention by its formula: the fused kernels have no second derivative."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
 def first_line(error: Exception) -> str:
     """The first line of an error's message, or its class."""
     lines = str(error).strip().splitlines()

@@ -175,22 +175,13 @@ class Linearisation:
                     dk = _pull(op, before, dk)
         return found
 
-    def vjp(self, rows: Rows, top: Tensor | None = None) -> Tensor:
-        """Jᵀ y for S row vectors: the directions [S, B, *input_shape].
-
-        Args:
-            rows: y, by parameter name, each [S, *parameter.shape].
-            top: a row vector on the last stage's input [S, B, *in_shape] in the place of one on
-                its gradient.
-        """
+    def vjp(self, rows: Rows) -> Tensor:
+        """Jᵀ y for S row vectors: the directions [S, B, *input_shape]."""
         last = len(self.nodes) - 1
         bar_z: list[Tensor | None] = [None] * len(self.nodes)
         bar_u = []
         bar_k: Tensor | None = None
         for i, node in enumerate(self.nodes):
-            if i == last and top is not None:
-                bar_u.append(top)
-                break
             bar_u.append(node.gradient.pull_u(rows))
             own = node.gradient.pull_k(rows)
             if bar_k is not None:

@@ -13,12 +13,27 @@ from torch import Tensor, nn
 from rgap import validation
 from rgap.network import Chain, parse
 from rgap.precision import Precision
+from rgap.solvers.gauss_newton import Schedule
+from rgap.solvers.priors import Prior
 from rgap.targets import CROSS_ENTROPY
 from rgap.update import Update
 
 log = logging.getLogger(__name__)
 
 BEYOND = 1.0  # slack of a range that nobody stated for this recovery: data are often normalised
+
+
+@dataclass(frozen=True)
+class Filling:
+    """How what the equations leave open is chosen.
+
+    Attributes:
+        prior: of the data.
+        schedule: of its weight.
+    """
+
+    prior: Prior
+    schedule: Schedule
 
 
 @dataclass(frozen=True)
@@ -36,6 +51,7 @@ class Problem:
     value_range: tuple[float, float] | None
     slack: float  # widths of the range by which a candidate may leave it
     budget: float
+    filling: Filling | None = None  # None: stop where the equations end
 
 
 def prepare(

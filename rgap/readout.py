@@ -28,7 +28,8 @@ def read_answer(problem: Problem, descent: Descent, kappa: Known) -> Answer:
 
 def read_batch(problem: Problem, descent: Descent, head: BatchLoss) -> Answer:
     """Polish the pictures of a batch all together and check their labels by the identity."""
-    settled = descent.solutions[0].solution.stats.route == "separation"
+    lowest = descent.solutions.get(0)
+    settled = lowest is not None and lowest.solution.stats.route == "separation"
     polished = _polished(problem, descent, head, settled)
     stage = problem.chain.stages[-1]
     features = top_features(problem.chain, polished.data)

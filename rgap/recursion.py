@@ -41,22 +41,43 @@ class Halt:
     supported: bool
 
 
+@dataclass(frozen=True)
+class Reached:
+    """The lowest stage of which something is known.
+
+    Attributes:
+        index: of the stage.
+        k: cotangent at its output.
+        u: its input; None where its equations fall short.
+        z: its pre-activation where they do.
+    """
+
+    index: int
+    k: Known
+    u: Known | None
+    z: Known | None
+
+
 @dataclass
 class Descent:
     """What the recursion recovered, from the top down, and the data if it got there.
 
     Attributes:
+        reached: the lowest stage of which something is known.
         solutions: by stage index.
         data: the input of stage 0 with its ensemble, or None.
         halt: why it ended early, or None.
         inputs: recovered inputs x_i by stage index.
+        completed: the data come from a completion, not from the equations of every stage.
     """
 
+    reached: Reached
     solutions: dict[int, StageSolution] = field(default_factory=dict)
     inputs: dict[int, Known] = field(default_factory=dict)
     cotangents: dict[int, Known] = field(default_factory=dict)
     data: Known | None = None
     halt: Halt | None = None
+    completed: bool = False
 
     def require_data(self) -> Known:
         """The recovered data.
@@ -83,6 +104,8 @@ class Descent:
 
         Acts on directions [S, B, *input_shape]; None if the data came straight from a bias.
         """
+        if self.completed:
+            return lambda v: v
         step, stage = self.solutions.get(0), chain.stages[0]
         simple = all(op.elementwise or isinstance(op, Reshape) for op in stage.lead)
         if step is None or step.factor is None or not simple:
@@ -140,7 +163,7 @@ def descend(
     Returns:
         The :class:`Descent`; ``data`` is None when ``halt`` says where it ended.
     """
-    descent = Descent()
+    descent = Descent(Reached(start, cotangent, features, None))
     known, k = features, cotangent
     for index in range(start, -1, -1):
         stage = chain.stages[index]
@@ -153,9 +176,11 @@ def descend(
             # Only the first factor is needed again; each is as large as the matrix of its layer.
             descent.solutions[index] = step if index == 0 else replace(step, factor=None)
             if step.solution.value is None:
+                descent.reached = Reached(index, k, None, known)
                 descent.halt = _shortfall(stage, step)
                 return descent
             known = step.solution.value
+            descent.reached = Reached(index, k, known, None)
             if step.misfit > REFUTED:
                 descent.halt = Halt(stage.name, "the equations contradict each other", True)
                 return descent

@@ -1,0 +1,201 @@
+"""The update of any module as a function of the data, with products of its Jacobian.
+
+``g(x) = ∂L(f_θ(x), t)/∂θ``.  One graph is built at each x: ``w(y) = Jᵀ y`` is a reverse pass
+through it, and because w is linear in y a reverse pass through *its* graph is ``J v``.  No chain of
+layers is needed, only activations with a second derivative worth following.
+
+Where closed forms found something of the input u of some layer, and the cotangent there, the
+layers above drop out: ``G_j = ∂⟨cotangent, u(x)⟩/∂θ_j`` for every parameter below.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from rgap.isolation import plain_kernels
+from rgap.losses import Loss
+
+
+class Equations(Protocol):
+    """Linear equations for the input of a layer."""
+
+    @property
+    def equations(self) -> int:
+        """How many."""
+
+    def misfit(self, u: Tensor) -> Tensor:
+        """Weighed residual at u [B, *in_shape], flat."""
+
+
+@dataclass(frozen=True)
+class Inside:
+    """What closed forms found inside the network.
+
+    Attributes:
+        layer: module path.
+        shape: of the layer's input for the batch, [B, *in_shape].
+        known: equations of that input.
+        cotangent: of the loss there, like the input.
+    """
+
+    layer: str
+    shape: tuple[int, ...]
+    known: Equations
+    cotangent: Tensor
+
+
+@dataclass(frozen=True)
+class Outside:
+    """The loss itself, where no closed form began.
+
+    Attributes:
+        loss: the client's.
+        targets: of the batch, as the loss wants them.
+    """
+
+    loss: Loss
+    targets: Tensor
+
+
+class ModuleUpdate:
+    """Normalised residuals of an update for any module; see :class:`ModulePoint`.
+
+    Args:
+        model: in eval mode; a float64 copy does the work.
+        gradients: the update, float64, by parameter name.
+        source: the loss, or what is known inside.
+        shape: of the batch, [B, *input_shape].
+        share: of the gradients in the residual; 0 leaves them out.
+
+    Raises:
+        AttributeError: the layer is no module of the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        gradients: Mapping[str, Tensor],
+        source: Inside | Outside,
+        shape: tuple[int, ...],
+        share: float = 1.0,
+    ) -> None:
+        self.model = copy.deepcopy(model).double().requires_grad_(False)
+        self.source, self.share = source, share
+        self._seen: list[Tensor] = []
+        if isinstance(source, Inside):
+            self.model.get_submodule(source.layer).register_forward_pre_hook(self._note)
+        self.parameters = {n: p for n, p in self.model.named_parameters() if n in gradients}
+        probe = torch.full(shape, 0.5, dtype=torch.float64)
+        leaves, found = self._gradients(probe, create_graph=False)
+        self.gradients = {
+            n: gradients[n] for n, g in zip(leaves, found, strict=True) if g is not None
+        }
+        self.parameters = {n: self.parameters[n] for n in self.gradients}
+        self.scales = {
+            n: 1.0 / float(g.norm()) if float(g.norm()) > 0 else 0.0
+            for n, g in self.gradients.items()
+        }
+        self.unit = 1.0
+
+    @property
+    def equations(self) -> int:
+        """An upper bound on the independent equations of the data."""
+        own = sum(g.numel() for g in self.gradients.values())
+        return own + (self.source.known.equations if isinstance(self.source, Inside) else 0)
+
+    def at(self, x: Tensor) -> ModulePoint:
+        """The residual at x [B, *input_shape]."""
+        return ModulePoint(self, x)
+
+    def balance(self, x: Tensor) -> None:
+        """Make the misfit of what is known inside 1 at x, as that of a gradient is."""
+        if isinstance(self.source, Inside):
+            with torch.no_grad():
+                self._run(x, {})
+                misfit = self.source.known.misfit(self._seen[0].reshape(self.source.shape))
+            self.unit = 1.0 / max(float(misfit.norm()), 1e-300)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """Residual as part of the graph of x: what is known inside, then normalised gradients."""
+        parts = []
+        if self.share:
+            leaves, found = self._gradients(x, create_graph=True)
+            for n, own in zip(leaves, found, strict=True):
+                assert own is not None
+                parts.append(((own - self.gradients[n]) * (self.share * self.scales[n])).flatten())
+        else:
+            self._run(x, {})
+        if isinstance(self.source, Inside):
+            u = self._seen[0].reshape(self.source.shape)
+            parts.insert(0, self.source.known.misfit(u) * self.unit)
+        return torch.cat(parts)
+
+    def _gradients(
+        self, x: Tensor, create_graph: bool
+    ) -> tuple[dict[str, Tensor], tuple[Tensor | None, ...]]:
+        with torch.enable_grad():
+            leaves = {n: p.clone().requires_grad_() for n, p in self.parameters.items()}
+            outputs = self._run(x, leaves)
+            if isinstance(self.source, Inside):
+                value = (self.source.cotangent * self._seen[0].reshape(self.source.shape)).sum()
+            else:
+                value = self.source.loss(outputs, self.source.targets)
+            if not leaves or not value.requires_grad:
+                return leaves, (None,) * len(leaves)
+            found = torch.autograd.grad(
+                value, list(leaves.values()), create_graph=create_graph, allow_unused=True
+            )
+        return leaves, found
+
+    def _run(self, x: Tensor, leaves: Mapping[str, Tensor]) -> Tensor:
+        self._seen.clear()
+        with plain_kernels():
+            outputs: Tensor = torch.func.functional_call(self.model, dict(leaves), (x,))
+        return outputs
+
+    def _note(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self._seen.append(args[0])
+
+
+class ModulePoint:
+    """Residual and Jacobian products at one x, for :func:`rgap.solvers.gauss_newton`."""
+
+    def __init__(self, update: ModuleUpdate, x: Tensor) -> None:
+        with torch.enable_grad():
+            self._x = x.detach().clone().requires_grad_()
+            self._rows = update.rows(self._x)
+        self._y: Tensor | None = None
+        self._pulled: Tensor | None = None
+
+    @property
+    def residual(self) -> Tensor:
+        """r(x), [m]."""
+        return self._rows.detach()
+
+    def pull(self, r: Tensor) -> Tensor:
+        """Jᵀ r."""
+        found: Tensor = torch.autograd.grad(
+            self._rows, self._x, r, retain_graph=True, materialize_grads=True
+        )[0]
+        return found
+
+    def push(self, v: Tensor) -> Tensor:
+        """J v."""
+        if self._pulled is None:
+            self._y = torch.zeros_like(self._rows, requires_grad=True)
+            self._pulled = torch.autograd.grad(
+                self._rows, self._x, self._y, create_graph=True, materialize_grads=True
+            )[0]
+        assert self._y is not None
+        if not self._pulled.requires_grad:  # nothing of the update depends on x
+            return torch.zeros_like(self._rows)
+        found: Tensor = torch.autograd.grad(
+            self._pulled, self._y, v, retain_graph=True, materialize_grads=True
+        )[0]
+        return found

@@ -1,0 +1,173 @@
+"""What the equations of a stage say of its input where they do not determine all of it.
+
+With K = U S Vᵀ, the gradient rows fix the coordinates Vᵀu of every channel, and the weight rows,
+projected on the rest, those along the eigenvectors of ``W(I − VVᵀ)Wᵀ``.  Together they are an
+orthonormal basis of the row space of both blocks: every equation that there is once, with unit
+weight, however badly the blocks themselves are conditioned.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import prod
+
+import torch
+from torch import Tensor
+
+from rgap.affine import Affine
+from rgap.precision import Known, Precision
+from rgap.solvers.kronecker import Kronecker
+from rgap.solvers.rank import numerical_rank, resolve_rcond
+
+from . import WeightConstraint, gradient_constraint, gradient_rows, weight_constraint
+
+CHUNK = 64  # null vectors of K whose images under W are formed at once
+WEAK = 1e-10  # relative eigenvalue of the projected Gram matrix below which nothing is known
+
+
+@dataclass(frozen=True)
+class KnownPart:
+    """Equations ``C u = c`` with orthonormal rows, each weighed by what is known of its error.
+
+    Attributes:
+        affine: of the stage.
+        coupling: its W.
+        active: 1 for weight rows whose z is known, else 0, [B·outputs].
+        basis: V by group, [groups, P, r], columns beyond a group's rank are 0.
+        rest: D Qᵀ, eigenvectors over singular values, [r', B·outputs].
+        table: what the gradient rows say, Vᵀu, [C, r].
+        values: what the weight rows say of the rest, [r'].
+        weights: of the equations, [C·r + r'], at most 1.
+    """
+
+    affine: Affine
+    coupling: WeightConstraint
+    active: Tensor
+    basis: Tensor
+    rest: Tensor
+    table: Tensor
+    values: Tensor
+    weights: Tensor
+
+    @classmethod
+    def of(
+        cls, affine: Affine, gradient: Tensor, z: Known, k: Known, precision: Precision
+    ) -> KnownPart:
+        """The equations of a stage.
+
+        Args:
+            affine: the stage's affine map.
+            gradient: ∂L/∂W as sent.
+            z: its pre-activation with the ensemble of its errors.
+            k: the cotangent there.
+            precision: of the update.
+        """
+        batch = len(z.value)
+        kronecker = gradient_constraint(affine, k.value)
+        groups, rows, size = kronecker.matrix.shape
+        left, spectrum, right = torch.linalg.svd(kronecker.matrix, full_matrices=False)
+        noise = _relative(kronecker, k, precision)
+        cutoff = resolve_rcond(None, (rows, size), noise=noise)
+        kept = torch.zeros_like(spectrum)
+        for g, values in enumerate(spectrum):
+            kept[g, : numerical_rank(values, size, cutoff).rank] = 1.0
+        basis = right.mT * kept[:, None, :]
+        inverse = kept / spectrum.clamp_min(1e-300)
+        sent = gradient_rows(affine, gradient).reshape(groups, -1, rows)
+        table = (sent @ left * inverse[:, None, :]).flatten(0, 1)
+        entry = _entry_error(affine, gradient, k, precision)
+        blur = (entry * inverse).repeat_interleave(affine.in_shape[0] // groups, 0)
+        coupling = weight_constraint(affine, batch)
+        active = z.known.flatten().to(z.value)
+        constant = affine.forward(z.value.new_zeros(1, *affine.in_shape))
+        start = cls(affine, coupling, active, basis, table[:0], table, table[:0, 0], table[:0, 0])
+        target = (z.value - constant).flatten() * active
+        gram = start.projected_gram()
+        values, vectors = torch.linalg.eigh(gram)
+        strong = values > WEAK * values.amax().clamp_min(1e-300)
+        rest = (vectors[:, strong] / values[strong].sqrt()).T
+        gap = target - coupling.apply(start.lifted(table)[None])[0] * active
+        std = (z.std.flatten() * active).nan_to_num(0.0, posinf=0.0)
+        weight_blur = (rest.square() @ std.square()).sqrt()
+        found = cls(affine, coupling, active, basis, rest, table, rest @ gap, table[:0, 0])
+        return found.weighed(torch.cat([blur.flatten(), weight_blur]))
+
+    def weighed(self, std: Tensor) -> KnownPart:
+        """The same with weights 1/√(s² + s̄²), relative to the best-known equation."""
+        known = torch.cat([self._kept.flatten(), torch.ones_like(self.values)]) > 0
+        typical = float(std[known].square().mean().sqrt()) if bool(known.any()) else 1.0
+        weights = 1.0 / (1.0 + (std / max(typical, 1e-300)).square()).sqrt() * known
+        return replace(self, weights=weights)
+
+    @property
+    def equations(self) -> int:
+        """Independent equations."""
+        return int(self._kept.sum()) + len(self.values)
+
+    def push(self, u: Tensor) -> Tensor:
+        """Weighed C u of an input [B, *in_shape]."""
+        table = self.coupling.unfold(u)[0]
+        first = self._coordinates(table)
+        rest = self.rest @ (
+            self.coupling.apply((table - self.lifted(first))[None])[0] * self.active
+        )
+        return torch.cat([first.flatten(), rest]) * self.weights
+
+    def pull(self, y: Tensor) -> Tensor:
+        """Its transpose, [B, *in_shape]."""
+        y = y * self.weights
+        count = self.table.numel()
+        first, rest = y[:count].reshape(self.table.shape), y[count:]
+        table = self.lifted(first) + self.lowered(rest)
+        return self.coupling.fold(table[None]).reshape(-1, *self.affine.in_shape)
+
+    def misfit(self, u: Tensor) -> Tensor:
+        """Weighed C u − c."""
+        return self.push(u) - torch.cat([self.table.flatten(), self.values]) * self.weights
+
+    def lifted(self, table: Tensor) -> Tensor:
+        """V of coordinates [C, r], [C, P]."""
+        groups, size, rank = self.basis.shape
+        return (table.reshape(groups, -1, rank) @ self.basis.mT).reshape(-1, size)
+
+    def lowered(self, rest: Tensor) -> Tensor:
+        """(I − VVᵀ)Wᵀ(D Qᵀ)ᵀ of coordinates [r'], [C, P]."""
+        table = self.coupling.adjoint(((rest @ self.rest) * self.active)[None])[0]
+        return table - self.lifted(self._coordinates(table))
+
+    def projected_gram(self) -> Tensor:
+        """W(I − VVᵀ)Wᵀ of the weight rows that are known, [B·outputs, B·outputs]."""
+        eye = torch.eye(len(self.active)).to(self.active) * self.active
+        parts = []
+        for rows in torch.split(eye, CHUNK):
+            table = self.coupling.adjoint(rows)
+            table = torch.stack([one - self.lifted(self._coordinates(one)) for one in table])
+            parts.append(self.coupling.apply(table) * self.active)
+        gram = torch.cat(parts)
+        return (gram + gram.T) / 2
+
+    @property
+    def _kept(self) -> Tensor:
+        """Which coordinates of the gradient rows exist, [C, r]."""
+        exist = (self.basis.square().sum(1) > 0.5).to(self.table)
+        return exist.repeat_interleave(len(self.table) // len(self.basis), 0)
+
+    def _coordinates(self, table: Tensor) -> Tensor:
+        groups, size, rank = self.basis.shape
+        return (table.reshape(groups, -1, size) @ self.basis).reshape(-1, rank)
+
+
+def _relative(kronecker: Kronecker, k: Known, precision: Precision) -> float:
+    """Norm of the error of K over the norm of K."""
+    _, rows, size = kronecker.matrix.shape
+    scale = float(kronecker.spectra.max())
+    entry = float(k.error.square().mean().sqrt() + precision.unit * k.value.square().mean().sqrt())
+    return entry * (rows**0.5 + size**0.5) / scale if scale > 0 else 0.0
+
+
+def _entry_error(affine: Affine, gradient: Tensor, k: Known, precision: Precision) -> float:
+    """Standard error of an entry of the gradient rows, as far as rounding and k explain it."""
+    size = float(gradient.square().mean().sqrt())
+    inside = float(k.std.square().mean().sqrt() / k.value.square().mean().sqrt().clamp_min(1e-300))
+    carried = min(inside, 1.0) * size / float(prod(affine.out_shape[1:])) ** 0.5
+    return float(precision.unit * size + precision.noise + carried)

@@ -1,0 +1,211 @@
+"""Gauss–Newton with conjugate gradients for ``‖r(x)‖² + λ prior(x)``, λ going down.
+
+Only products with the Jacobian are asked for.  Where equations decide, λ → 0 leaves x to them;
+where they do not, the prior has chosen on the way down.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import inf, isfinite
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .priors import Operator, Prior
+
+SHORTEST = 1e-3  # step length at which the line search gives up
+DAMPED = 1e-3  # of the curvature: what a failed step adds to the diagonal, then ten times it
+
+
+class Point(Protocol):
+    """The residual at some x, and products with its Jacobian."""
+
+    @property
+    def residual(self) -> Tensor:
+        """r(x), [m]."""
+
+    def push(self, v: Tensor) -> Tensor:
+        """J v, like r, for v like x."""
+
+    def pull(self, r: Tensor) -> Tensor:
+        """Jᵀ r, like x."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How the weight of the prior goes down and when to stop.
+
+    Attributes:
+        weight: λ of the first step.
+        decay: factor from step to step.
+        lowest: λ at which it stays.
+        smoothing: rounding of the prior's kinks at the first step; it goes down with √decay.
+        steps: Gauss–Newton steps at most.
+        products: conjugate-gradient iterations a step, at most.
+        accuracy: relative residual at which these stop.
+        target: ‖r‖² that the noise explains: no step below it.
+        still: relative change of x of two steps in a row that ends the iteration.
+        seconds: wall time after which no further step is begun.
+    """
+
+    weight: float = 1e-2
+    decay: float = 0.4
+    lowest: float = 1e-9
+    smoothing: float = 0.1
+    steps: int = 40
+    products: int = 200
+    accuracy: float = 1e-2
+    target: float = 0.0
+    still: float = 1e-4
+    seconds: float = inf
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step, for whoever watches."""
+
+    number: int
+    misfit: float  # ‖r‖² after it
+    weight: float
+    length: float
+    products: int
+
+
+@dataclass(frozen=True)
+class Minimum:
+    """Where the iteration ended.
+
+    Attributes:
+        value: x.
+        misfit: ‖r(x)‖².
+        steps: one record a step.
+        ended: why, in words.
+    """
+
+    value: Tensor
+    misfit: float
+    steps: tuple[Step, ...]
+    ended: str
+
+
+def gauss_newton(
+    linearise: Callable[[Tensor], Point],
+    start: Tensor,
+    prior: Prior,
+    schedule: Schedule,
+    *,
+    project: Callable[[Tensor], Tensor] = lambda x: x,
+    watch: Callable[[Step, Tensor], None] | None = None,
+) -> Minimum:
+    """Minimise ``‖r(x)‖² + λ prior(x)`` while λ goes down; like ``scipy.optimize.least_squares``.
+
+    Args:
+        linearise: x ↦ its :class:`Point`.
+        start: x to begin with.
+        prior: chooses where r does not.
+        schedule: of λ, and the limits.
+        project: on the admissible x, after every step.
+        watch: called after every step with its record and x.
+
+    Raises:
+        ValueError: r is not finite at the start.
+
+    >>> class Line:  # one equation for two unknowns: x_0 + x_1 = 1
+    ...     def __init__(self, x): self.residual = x.sum()[None] - 1
+    ...     def push(self, v): return v.sum()[None]
+    ...     def pull(self, r): return r.expand(2)
+    >>> from rgap.solvers.priors import Squares
+    >>> found = gauss_newton(Line, torch.zeros(2), Squares(centre=0.0), Schedule())
+    >>> bool((found.value - 0.5).abs().max() < 1e-4)
+    True
+    """
+    began, x = time.perf_counter(), project(start)
+    point = linearise(x)
+    misfit = float(point.residual.square().sum())
+    if not isfinite(misfit):
+        raise ValueError(
+            f"expected a start at which the residual is finite, got ‖r‖² = {misfit}; start from "
+            "entries inside the value range"
+        )
+    weight, smoothing, damping, rest = schedule.weight, schedule.smoothing, 0.0, 0
+    steps: list[Step] = []
+    while len(steps) < schedule.steps:
+        if misfit <= schedule.target:
+            return Minimum(x, misfit, tuple(steps), "the residual is what the noise explains")
+        if time.perf_counter() - began > schedule.seconds:
+            return Minimum(x, misfit, tuple(steps), "the time is up")
+        current = prior.smoothed(smoothing)
+        rhs = -(point.pull(point.residual) + 0.5 * weight * current.gradient(x))
+        normal = _normal(point, current.curvature(x), weight, damping)
+        dx, count = conjugate_gradients(normal, rhs, schedule.products, schedule.accuracy)
+        before = misfit + weight * float(current.value(x))
+        length, trial, fresh, found = 1.0, x, point, inf
+        while length > SHORTEST:
+            trial = project(x + length * dx)
+            fresh = linearise(trial)
+            found = float(fresh.residual.square().sum())
+            if isfinite(found) and found + weight * float(current.value(trial)) < before:
+                break
+            length *= 0.5
+        moved = length > SHORTEST
+        change = float((trial - x).norm() / x.norm().clamp_min(1e-300)) if moved else 0.0
+        if moved:
+            x, point, misfit, damping = trial, fresh, found, 0.1 * damping
+        else:
+            damping = max(10.0 * damping, DAMPED * _largest(point, rhs))
+        steps.append(Step(len(steps), misfit, weight, length if moved else 0.0, count))
+        if watch is not None:
+            watch(steps[-1], x)
+        rest = rest + 1 if change < schedule.still else 0
+        low = weight <= schedule.lowest
+        if rest >= 2 and (low or not moved):
+            return Minimum(x, misfit, tuple(steps), "steps change nothing any more")
+        weight = max(weight * schedule.decay, schedule.lowest)
+        smoothing *= schedule.decay**0.5
+    return Minimum(x, misfit, tuple(steps), f"{schedule.steps} steps are done")
+
+
+def conjugate_gradients(
+    operator: Operator, rhs: Tensor, iterations: int, accuracy: float
+) -> tuple[Tensor, int]:
+    """``A x = rhs`` for a positive semidefinite A; x and the products used.
+
+    Args:
+        operator: v ↦ A v.
+        rhs: like v.
+        iterations: at most.
+        accuracy: relative residual to stop at.
+    """
+    x, residual = torch.zeros_like(rhs), rhs
+    direction, square = rhs, float(rhs.square().sum())
+    limit = accuracy**2 * square
+    for count in range(iterations):
+        if square <= limit:
+            return x, count
+        product = operator(direction)
+        bend = float((direction * product).sum())
+        if not bend > 0:  # a direction that nothing bends: the residual is rounding
+            return x, count
+        x = x + square / bend * direction
+        residual = residual - square / bend * product
+        fresh = float(residual.square().sum())
+        direction = residual + fresh / square * direction
+        square = fresh
+    return x, iterations
+
+
+def _normal(point: Point, curvature: Operator, weight: float, damping: float) -> Operator:
+    def apply(v: Tensor) -> Tensor:
+        out = point.pull(point.push(v)) + 0.5 * weight * curvature(v)
+        return out + damping * v if damping else out
+
+    return apply
+
+
+def _largest(point: Point, v: Tensor) -> float:
+    """The curvature along v, a lower estimate of the largest."""
+    return float(point.push(v).square().sum() / v.square().sum().clamp_min(1e-300))
