@@ -47,7 +47,7 @@ def pieces(found: Reads, active: Mask) -> list[Piece]:
     out = []
     for filter_ in range(active.shape[1]):
         on = active[:, filter_]
-        read = on.any(axis=0)[found.position]
+        read = on.max(axis=0)[found.position]
         tap, position = found.tap[read], found.position[read]
         size = taps + positions
         graph = csr_array((np.ones(len(tap)), (tap, taps + position)), shape=(size, size))

@@ -110,7 +110,7 @@ def test_every_import_of_the_package_is_a_stated_dependency() -> None:
     stated = names(config["options"]["install_requires"])
     for extra in ("frames", "interop"):
         stated |= names(config["options.extras_require"][extra])
-    # sympy and networkx come with torch but are not here: whoever imports one has to state it
+    # networkx comes with torch but is not here: whoever imports it has to state it
     allowed = stated | {"rgap"} | sys.stdlib_module_names
     if "pillow" in names("\n".join(metadata.requires("matplotlib") or ())):
         allowed |= {"pil"}  # matplotlib cannot read or write a PNG without it
