@@ -69,7 +69,7 @@ def _forward(node: _Node, tangents: list[Tensor]) -> list[Tensor]:
     for b, value in enumerate(tangents):
         for op, before in zip(node.stage.lead, node.lead_inputs, strict=True):
             value = _push(op, before[b : b + 1], value)
-        value = node.stage.affine.linear(value.flatten(0, 1)).unflatten(0, (len(value), 1))
+        value = node.stage.affine.linear(value.flatten(0, 1))[:, None]
         for op, before in zip(node.stage.tail, node.tail_inputs, strict=True):
             value = _push(op, before[b : b + 1], value)
         found.append(value)

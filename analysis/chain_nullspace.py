@@ -19,7 +19,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection
 from dataclasses import dataclass
-from math import prod
+from math import prod, sqrt
 
 import torch
 from torch import Tensor
@@ -251,7 +251,8 @@ def _gradient_size(node: _Node) -> float:
 def _bias_size(node: _Node, dk: Tensor) -> float:
     """Size of Σ dk if nothing cancels."""
     largest = float(_norm(dk).max()) if len(dk) else 0.0
-    return max(largest * (node.k[0, 0].numel() * len(node.k)) ** 0.5, 1e-300)
+    terms: int = node.k[0, 0].numel() * len(node.k)
+    return max(largest * sqrt(terms), 1e-300)
 
 
 def _below(node: _Node, du: Tensor, dk: Tensor) -> _Open:
@@ -332,7 +333,8 @@ def _orthonormalising(directions: Tensor) -> Tensor:
     if bool(info) or float(diagonal.min()) < NEARLY * float(diagonal.max()):
         upper = torch.linalg.qr(flat.T * scale, mode="r").R
     eye = torch.eye(len(upper), dtype=upper.dtype)
-    return scale[:, None] * torch.linalg.solve_triangular(upper, eye, upper=True)
+    inverse: Tensor = torch.linalg.solve_triangular(upper, eye, upper=True)
+    return scale[:, None] * inverse
 
 
 def _apply(change: Tensor, directions: Tensor) -> Tensor:
@@ -345,7 +347,8 @@ def _padded(rows: Tensor, before: int) -> Tensor:
 
 
 def _norm(directions: Tensor) -> Tensor:
-    return directions.flatten(1).norm(dim=1)
+    length: Tensor = directions.flatten(1).norm(dim=1)  # norm() is untyped
+    return length
 
 
 def _times(scale: Tensor, directions: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ class GradientInverse:
 
     def split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """(K⁺ y as directions, what of y no K du can reach) for y as `gradient_rows`."""
-        y = rows.unflatten(1, (len(self._s), self.channels))
+        y = rows.reshape(len(rows), len(self._s), self.channels, -1)
         parts, left = [], []
         for g, (u, s, v) in enumerate(zip(self._u, self._s, self._v, strict=True)):
             inside = y[:, g] @ u

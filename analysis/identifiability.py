@@ -175,13 +175,14 @@ def _structured(
     for at, (stage, node) in enumerate(zip(null.stages, linear.nodes, strict=True)):
         rank, exact = cumulative[at]
         above = cumulative[at + 1][0] if at + 1 < len(cumulative) else 0
-        layer = own.get(stage.layer, (None, None))
+        size, left = own.get(stage.layer, (None, None))
         rows.append(
             IdentifiabilityRow(
                 stage.layer,
                 node.stage.affine.kind,
                 equations.get(stage.layer, 0),
-                *layer,
+                size,
+                left,
                 rank,
                 update.unknowns - rank,
                 rank - above,
@@ -232,13 +233,14 @@ def _general(
     rank = found.joint.rank if found.joint is not None else found.ranks[0]
     for at, block in enumerate(update.blocks):
         above = found.ranks[at + 1] if at + 1 < len(found.ranks) else 0
-        layer = own.get(block.layer, (None, None))
+        size, left = own.get(block.layer, (None, None))
         rows.append(
             IdentifiabilityRow(
                 block.layer,
                 block.kind,
                 block.equations,
-                *layer,
+                size,
+                left,
                 found.ranks[at],
                 update.unknowns - found.ranks[at],
                 found.ranks[at] - above,
@@ -308,9 +310,7 @@ def probe_targets(
 ) -> Tensor:
     """Targets that were given, or such that differ from sample to sample as far as possible."""
     if labels is not None:
-        if not isinstance(labels, Tensor):
-            labels = torch.as_tensor(labels)
-        return labels.detach().cpu()
+        return torch.as_tensor(labels).detach().cpu()
     import copy
 
     with torch.no_grad():

@@ -125,7 +125,7 @@ def jacobian_blocks(
     ]
     unit = torch.eye(size, dtype=torch.float64).reshape(size, *update.inputs.shape)
     for piece, products in update.chunks(unit):
-        parts = products.split([b.equations for b in update.blocks], 1)
+        parts = torch.split(products, [b.equations for b in update.blocks], 1)
         for target, part, sign in zip(out, parts, signs, strict=True):
             target[piece] = part if sign is None else sign(part)
     return [target.T for target in out]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from operator import index
 
@@ -123,7 +124,7 @@ def largest_identifiable_batch(
             good, bad = (middle, bad) if full(middle) else (good, middle)
     rows = tuple((b, *tried[b]) for b in sorted(tried))
     notes = []
-    if any(first[1] > second[1] for first, second in zip(rows, rows[1:], strict=False)):
+    if any(first[1] > second[1] for first, second in pairwise(rows)):
         notes.append(
             "The nullity does not grow with the batch everywhere: a rank was decided inside the "
             "spectrum; look at the gaps in tried."

@@ -187,7 +187,7 @@ def nullity_curves(findings: Sequence[Identifiability]) -> Figure:
     if with_own:
         axes.plot(
             [found.batch_size for found in with_own],
-            [found.sequential_nullity for found in with_own],
+            [found.sequential_nullity or 0 for found in with_own],
             color=_ORANGE, linestyle="--", marker="s", label="layer by layer",
         )  # fmt: skip
     joint = [found.joint_nullity for found in ordered]

@@ -144,4 +144,5 @@ def orthonormal(directions: Tensor) -> Tensor:
         return directions
     flat = directions.flatten(1)
     flat = flat / flat.norm(dim=1, keepdim=True)
-    return torch.linalg.qr(flat.T).Q.T.reshape(directions.shape).contiguous()
+    basis: Tensor = torch.linalg.qr(flat.T).Q
+    return basis.T.reshape(directions.shape).contiguous()

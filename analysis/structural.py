@@ -221,7 +221,7 @@ def _network(plan: Layout, on: NDArray[np.bool_]) -> _Network:
         kind, b, o = np.nonzero(masks[:, :, inside])
         nodes.append(kind * plan.offsets + offset)
         pixels.append(b * plan.positions + position[inside[o]])
-        b, o = np.nonzero(on.any(axis=1)[:, inside])
+        b, o = np.nonzero(on.max(axis=1)[:, inside])
         nodes.append(gradient + b * plan.outputs + inside[o])
         pixels.append(b * plan.positions + position[inside[o]])
     return _Network(

@@ -120,7 +120,7 @@ class UpdateMap:
             yield piece, self.columns(directions[piece])
 
     def _forward_over_reverse(self, direction: Tensor) -> Tensor:
-        _, found = torch.func.jvp(self.gradient, (self.inputs,), (direction,))
+        found = torch.func.jvp(self.gradient, (self.inputs,), (direction,))[1]
         return self._stacked(found)
 
     def _reverse_over_reverse(self, directions: Tensor) -> Tensor:
@@ -178,14 +178,14 @@ class UpdateMap:
         called = list(dict.fromkeys(order))
         gathered = {path: list(owners[path]) for path in called}
         lost: list[str] = []
-        for path in owners:
+        for path, own in owners.items():
             if path in gathered:
                 continue
             above = path  # read by a module further up, as attention reads its projection
             while above and above not in called:
                 above = above.rpartition(".")[0]
             if above in called:
-                gathered[above] += owners[path]
+                gathered[above] += own
             else:
                 lost.append(path)
         for path in lost:

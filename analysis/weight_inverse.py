@@ -83,7 +83,8 @@ class WeightInverse:
         if self._pseudo is not None:
             return (z.flatten(1) @ self._pseudo.T).reshape(shape)
         if self._lu is not None:
-            return torch.linalg.lu_solve(*self._lu, z.flatten(1).T).T.reshape(shape)
+            solved: Tensor = torch.linalg.lu_solve(*self._lu, z.flatten(1).T)
+            return solved.T.reshape(shape)
         assert self._lower is not None
         if self._injective:
             right = self.affine.adjoint(z).flatten(1).T
