@@ -12,12 +12,12 @@ from rgap.precision import Known
 from .alike import hidden_distance, remark, widened
 from .batch import Batch, Separated, Unseparated
 from .consistency import Consistency, restricted
-from .identify import rise
+from .identify import rise, top
 from .joint import polish_jointly
 from .mixture import Mixture
 from .peeling import Collected, Identify
 from .spread import across_errors, cotangents, cotangents_above, spread
-from .targets import batch_loss, confirmed
+from .targets import batch_loss, confirmed, read_from_head
 
 TOGETHER = 100  # samples up to which a batch that only fits as a whole is polished
 MISFIT = 100.0  # standard errors by which a batch solved as a whole may miss
@@ -50,6 +50,7 @@ def finish(
     head = batch_loss(batch, logits, found.identities)
     if isinstance(head, Unseparated):
         return head
+    head = _reread(batch, samples, found.roots, head)
     whole = restricted(consistency, samples.weights, samples.weights.new_zeros(0, samples.rank))
     result = spread(consistency, whole, found.roots, batch.chain, head, batch.precision)
     known, worst = result.features, result.worst / float(result.roots.norm(dim=1).mean())
@@ -61,6 +62,7 @@ def finish(
         # All rows at once also see what the client's backward pass rounds; one root does not.
         if float(together.error.norm()) < float(known.error.norm()):
             known, worst = together, joint.worst / float(joint.roots.norm(dim=1).mean())
+            head = _reread(batch, samples, joint.roots, head)
     elif joint is not None:
         inside = (result.features.error.flatten(2) - result.across) @ samples.right
         known = _lifted(samples, joint.roots, inside, result.across)
@@ -105,6 +107,14 @@ def finish_together(
         )
     known = _lifted(samples, joint.roots, excess * joint.errors, across)
     return _separated(batch, samples, known, head, worst, route, began)
+
+
+def _reread(batch: Batch, samples: Mixture, roots: Tensor, head: BatchLoss) -> BatchLoss:
+    """Dense targets for the samples as they are known now."""
+    affine = samples.stage.affine
+    x = (roots @ samples.right.T).reshape(-1, *affine.in_shape)
+    features, logits = top(batch.chain, samples.stage.index, x)
+    return read_from_head(batch, features.flatten(1), logits, head)
 
 
 def _separated(

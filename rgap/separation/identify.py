@@ -148,6 +148,19 @@ def rise(chain: Chain, index: int, z: Tensor) -> Tensor:
     return z
 
 
+def top(chain: Chain, index: int, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Inputs of the last layer and logits, of inputs u [S, *in_shape] of stage ``index``."""
+    features = u
+    for stage in chain.stages[index:]:
+        if stage.index > index:
+            for op in stage.lead:
+                u = op.forward(u)
+        features, u = u, stage.affine.forward(u)
+        for op in stage.tail:
+            u = op.forward(u)
+    return features, u
+
+
 def _labels(loss: Loss, logits: Tensor, head: Mixture) -> list[int] | None:
     """Class indices worth trying, shortlisted where there are many; None if continuous."""
     classes = logits.shape[1]

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rgap.batchloss import BatchLoss, loss_scale
+from rgap.solvers.tall import tall_qr
 
 from .batch import Batch, Unseparated
 from .identify import FITS, Identity
@@ -142,6 +143,42 @@ def _one_hot(batch: Batch, label: int, z: Tensor) -> Tensor:
     if len(z) == 1:
         return torch.full_like(z, float(label))
     return F.one_hot(torch.tensor(label), len(z)).to(z)
+
+
+def read_from_head(batch: Batch, features: Tensor, logits: Tensor, head: BatchLoss) -> BatchLoss:
+    """Dense targets from the head's own gradient once its inputs are known.
+
+    With u the inputs of the last layer ``G = κᵀu`` and ``∂b = κᵀ1``, linear in κ and overdetermined
+    for fewer samples than inputs.  A root's own gradient gives κ too, but divided by its smallest
+    singular value.
+
+    Args:
+        batch: the update.
+        features: u, [R, d].
+        logits: z, [R, C].
+        head: the targets so far; class indices are left alone.
+
+    Returns:
+        The loss with these targets.
+    """
+    if batch.loss.targets == "index":
+        return head
+    affine = batch.chain.stages[-1].affine
+    columns, sent = [features], [batch.gradients[affine.weight_name]]
+    if affine.bias_name is not None:
+        columns.append(torch.ones_like(features[:, :1]))
+        sent.append(batch.gradients[affine.bias_name][:, None])
+    table = torch.cat(columns, 1)
+    if len(table) > table.shape[1]:
+        return head
+    basis, upper = tall_qr(table.T)
+    kappa = torch.linalg.solve_triangular(upper, basis.T @ torch.cat(sent, 1).T, upper=True)
+    if not bool(kappa.isfinite().all()):
+        return head
+    scale = loss_scale(batch.loss, float(head.copies.sum()), batch.classes)
+    summed = replace(batch.loss, reduction="sum")
+    targets = summed.targets_from(logits, kappa / (scale * head.copies)[:, None])
+    return replace(head, targets=targets)
 
 
 def contradicted(batch: Batch, found: Collected) -> Unseparated | None:
