@@ -3,18 +3,37 @@
 from __future__ import annotations
 
 from rgap.analysis.discard import audit
+from rgap.analysis.generic_rank import generic_ranks, layer_ranks
 from rgap.analysis.identifiability import identifiability
 from rgap.analysis.identifiability_table import Identifiability, IdentifiabilityRow
 from rgap.analysis.largest_batch import LargestBatch, largest_identifiable_batch
+from rgap.analysis.rank_report import LayerRanks
+from rgap.analysis.symbolic import (
+    ClosedForm,
+    SymbolicLayer,
+    SymbolicNetwork,
+    closed_form,
+    layer_form,
+    symbolic,
+)
 from rgap.analysis.table import Audit, AuditRow
 
 __all__ = [
     "Audit",
     "AuditRow",
+    "ClosedForm",
     "Identifiability",
     "IdentifiabilityRow",
     "LargestBatch",
+    "LayerRanks",
+    "SymbolicLayer",
+    "SymbolicNetwork",
     "audit",
+    "closed_form",
+    "generic_ranks",
     "identifiability",
     "largest_identifiable_batch",
+    "layer_form",
+    "layer_ranks",
+    "symbolic",
 ]
