@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from rgap.analysis.defences import Clip, DifferentialPrivacy, Prune, Quantise, Sign
 from rgap.analysis.discard import audit
 from rgap.analysis.generic_rank import generic_ranks, layer_ranks
 from rgap.analysis.identifiability import identifiability
 from rgap.analysis.identifiability_table import Identifiability, IdentifiabilityRow
 from rgap.analysis.largest_batch import LargestBatch, largest_identifiable_batch
+from rgap.analysis.noise import noise
+from rgap.analysis.noise_table import NoiseReport
+from rgap.analysis.noise_trials import NoiseTrials, noise_trials
 from rgap.analysis.rank_report import LayerRanks
 from rgap.analysis.symbolic import (
     ClosedForm,
@@ -21,11 +25,18 @@ from rgap.analysis.table import Audit, AuditRow
 __all__ = [
     "Audit",
     "AuditRow",
+    "Clip",
     "ClosedForm",
+    "DifferentialPrivacy",
     "Identifiability",
     "IdentifiabilityRow",
     "LargestBatch",
     "LayerRanks",
+    "NoiseReport",
+    "NoiseTrials",
+    "Prune",
+    "Quantise",
+    "Sign",
     "SymbolicLayer",
     "SymbolicNetwork",
     "audit",
@@ -35,5 +46,7 @@ __all__ = [
     "largest_identifiable_batch",
     "layer_form",
     "layer_ranks",
+    "noise",
+    "noise_trials",
     "symbolic",
 ]

@@ -1,0 +1,82 @@
+"""Least squares by conjugate gradients for many right-hand sides at once, on products alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Iterates:
+    """Outcome of :func:`cgls`.
+
+    Attributes:
+        x: solutions [S, ...].
+        iterations: done.
+        converged: True if all of them reached the tolerance.
+    """
+
+    x: Tensor
+    iterations: int
+    converged: bool
+
+
+def cgls(
+    apply: Callable[[Tensor], Tensor],
+    adjoint: Callable[[Tensor], Tensor],
+    rhs: Tensor,
+    limit: int = 500,
+    tolerance: float = 1e-8,
+) -> Iterates:
+    """Least-squares solutions of least norm for S right-hand sides.
+
+    Stopped early it has fitted the directions of large singular values and left the others at
+    zero, so ``‖x‖`` grows with every iteration and ends at that of the solution.
+
+    Args:
+        apply: ``A x``, [S, ...] → [S, m].
+        adjoint: ``Aᵀ y``, [S, m] → [S, ...].
+        rhs: [S, m].
+        limit: iterations at most.
+        tolerance: of ``‖Aᵀ r‖`` over ``‖Aᵀ b‖``, at which it stops.
+
+    Returns:
+        The :class:`Iterates`.
+
+    Source: Hestenes and Stiefel (1952), in the form of Björck (1996).  Corresponds to
+    ``scipy.sparse.linalg.lsqr``, one vector at a time.
+
+    >>> a = torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]]).double()
+    >>> b = torch.tensor([[1.0, 2.0, 3.0]]).double()
+    >>> found = cgls(lambda x: x @ a.T, lambda y: y @ a, b)
+    >>> bool(torch.allclose(found.x[0], torch.linalg.lstsq(a, b.T).solution[:, 0]))
+    True
+    """
+    residual = rhs.clone()
+    slope = adjoint(residual)
+    x = torch.zeros_like(slope)
+    direction, size = slope.clone(), _squares(slope)
+    first = size.clone()
+    for iteration in range(limit):
+        if bool((size <= tolerance**2 * first).all()):
+            return Iterates(x, iteration, True)
+        image = apply(direction)
+        step = size / _squares(image).clamp_min(1e-300)
+        x = x + _times(step, direction)
+        residual = residual - _times(step, image)
+        slope = adjoint(residual)
+        fresh = _squares(slope)
+        direction = slope + _times(fresh / size.clamp_min(1e-300), direction)
+        size = fresh
+    return Iterates(x, limit, bool((size <= tolerance**2 * first).all()))
+
+
+def _squares(x: Tensor) -> Tensor:
+    return x.flatten(1).square().sum(1)
+
+
+def _times(factor: Tensor, x: Tensor) -> Tensor:
+    return x * factor.reshape(-1, *([1] * (x.ndim - 1)))
