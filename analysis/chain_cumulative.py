@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rgap.analysis.chain_nullspace import ChainNull
-from rgap.analysis.weight_inverse import dense_weights
+from rgap.analysis.weight_inverse import WeightInverse
 from rgap.jacobian import Linearisation, _Node, _push
 from rgap.solvers.rank import numerical_rank, resolve_rcond
 from rgap.solvers.subspace import full_column_rank
@@ -31,7 +31,7 @@ def cumulative_ranks(linear: Linearisation, found: ChainNull) -> list[tuple[int,
     tangents: list[Tensor] | None = None
     for below, stage in zip(linear.nodes, found.stages[1:], strict=False):
         own = stage.unknowns - stage.nullity
-        onto = onto and _onto(below)
+        onto = onto and _onto(below, found)
         if onto:
             ranks.append((own, True))
             continue
@@ -52,15 +52,13 @@ def cumulative_ranks(linear: Linearisation, found: ChainNull) -> list[tuple[int,
     return ranks
 
 
-def _onto(node: _Node) -> bool:
+def _onto(node: _Node, found: ChainNull) -> bool:
     """The stage reaches every direction of its output (its tail is invertible)."""
     affine = node.stage.affine
     if prod(affine.out_shape) > prod(affine.in_shape):
         return False
-    dense = dense_weights(affine)
-    if full_column_rank(dense @ dense.T) is not None:
-        return True
-    return _rank(dense) == len(dense)
+    inverse = found.inverses.get(affine.name)
+    return (WeightInverse(affine) if inverse is None else inverse).onto
 
 
 def _forward(node: _Node, tangents: list[Tensor]) -> list[Tensor]:

@@ -75,10 +75,12 @@ class ChainNull:
     Attributes:
         stages: one per stage.
         directions: basis of the null space [nullity, B, *input_shape], not orthonormal.
+        inverses: the weights that were factored on the way, by layer.
     """
 
     stages: tuple[StageNull, ...]
     directions: Tensor
+    inverses: dict[str, WeightInverse]
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ class _Options:
     dtype: torch.dtype
     trained: Collection[str]
     memory: float
+    inverses: dict[str, WeightInverse]
 
 
 def chain_nullspace(
@@ -122,7 +125,7 @@ def chain_nullspace(
             last layer).
         TooLargeError: a block beyond ``memory``.
     """
-    options = _Options(rcond, noise, dtype, frozenset(trained), memory)
+    options = _Options(rcond, noise, dtype, frozenset(trained), memory, {})
     _refuse(linear)
     head = linear.nodes[-1]
     batch, outputs = head.z.shape[0], head.z[0].numel()
@@ -138,7 +141,7 @@ def chain_nullspace(
         found.insert(0, StageNull(node.stage.name, node.u.numel(), len(open_.du), *stage, seconds))
         for op in reversed(node.stage.lead):
             open_ = _Open(_flat(op, open_.du), _flat(op, open_.dk))
-    return ChainNull(tuple(found), open_.du)
+    return ChainNull(tuple(found), open_.du, options.inverses)
 
 
 def _stage(node: _Node, above: _Open, options: _Options) -> tuple[tuple[Rank, Tensor, str], _Open]:
@@ -205,16 +208,24 @@ def _weights_first(
     """Du = N_W w + W⁺ Z c; then what of Z c no W du can reach, and the gradient."""
     affine, batch = node.stage.affine, node.u.shape[0]
     inverse = WeightInverse(affine, options.rcond, options.noise, options.dtype)
+    options.inverses[affine.name] = inverse
     free = _per_sample(inverse.null(), batch)
     reached, left = inverse.solve(above.du.flatten(0, 1))
     reached = reached.reshape(len(above.du), *node.u.shape)
     # Rows are taken of the directions as they are and combined to those of orthonormal ones: one
     # that comes through a saturated activation is as good as any other.
+    first: Elimination | None = None
+    if not inverse.onto and len(reached):
+        # What no W du can reach goes first: W⁺ takes it to 0, so what is left of it has no length
+        # that the next equations could be measured by.
+        own = _orthonormalising(above.du)
+        first = _decide(_apply(own, left.reshape(len(reached), -1)), options)
+        kept = own @ first.basis
+        above = _Open(_apply(kept, above.du), _apply(kept, above.dk))
+        reached = _apply(kept, reached)
     change = _orthonormalising(reached)
     count = len(free)
     blocks = []
-    if not inverse.onto and len(reached):
-        blocks.append(_padded(left.reshape(len(reached), -1) / _size(node), count))
     if weight or bias:
         still = above.dk.new_zeros(count, *node.z.shape)
         rows = _push(node, torch.cat([free, reached]), torch.cat([still, above.dk]))
@@ -230,6 +241,8 @@ def _weights_first(
     else:
         found = eliminate(reached.new_zeros(0, count + len(reached)))
         rank = inverse.rank
+    if first is not None and first.rank.gap < rank.gap:
+        rank = first.rank
     final = change @ found.basis[count:]
     solved = _apply(final, reached) + _apply(found.basis[:count], free)
     below = _below(node, solved, _apply(final, above.dk))

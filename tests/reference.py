@@ -72,3 +72,26 @@ def dense_blocks(module: nn.Module, k: Tensor, shape: tuple[int, ...]) -> tuple[
 def dense_rank(matrix: Tensor) -> int:
     """NumPy's rank."""
     return int(torch.linalg.matrix_rank(matrix)) if matrix.numel() else 0
+
+
+def dense_jacobian(model: nn.Module, x: Tensor, targets: Tensor, loss: str) -> dict[str, Tensor]:
+    """∂(∂L/∂θ)/∂x of every trained parameter by two reverse passes, [entries, x.numel()]."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    data = x.clone().requires_grad_()
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        value = getattr(nn.functional, loss)(model(data), targets)
+        found = torch.autograd.grad(
+            value, list(trained.values()), create_graph=True, materialize_grads=True
+        )
+        rows = {}
+        for name, gradient in zip(trained, found, strict=True):
+            entries = [
+                torch.autograd.grad(
+                    entry, data, retain_graph=True, allow_unused=True, materialize_grads=True
+                )[0].flatten()
+                if entry.requires_grad
+                else torch.zeros(x.numel(), dtype=x.dtype)
+                for entry in gradient.flatten()
+            ]
+            rows[name] = torch.stack(entries)
+    return rows

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from math import inf
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from graphs import concatenated, odd_geometry, pooled, residual, seeded
 from networks import picture, small_conv, small_mlp
 from reference import dense_blocks
 from torch import Tensor, nn
@@ -60,45 +60,6 @@ def ranks(table: Audit, batch: int) -> dict[str, Ranks]:
         for row in table.rows
         if row.batch_size == batch
     }
-
-
-def seeded(build: Callable[[], nn.Module]) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return build().double().eval()
-
-
-def residual() -> nn.Module:
-    parts = {"a": nn.Conv2d(2, 3, 3, 2, 1), "b": nn.Conv2d(3, 3, 3, padding=1)}
-
-    def forward(m: Any, x: Tensor) -> Tensor:
-        x = torch.tanh(m.a(x))
-        return m.fc((x + m.b(x).relu()).flatten(1))  # type: ignore[no-any-return]
-
-    return Written(forward, **parts, fc=nn.Linear(27, 5))
-
-
-def concatenated() -> nn.Module:
-    parts = {"left": nn.Conv2d(2, 2, 3, padding=1), "right": nn.Conv2d(2, 1, 3, padding=1)}
-
-    def forward(m: Any, x: Tensor) -> Tensor:
-        both = torch.cat([m.left(x).sigmoid(), m.right(x).relu()], 1)
-        return m.fc(m.under(both).flatten(1))  # type: ignore[no-any-return]
-
-    return Written(forward, **parts, under=nn.Conv2d(3, 2, 3, 2), fc=nn.Linear(8, 5))
-
-
-def pooled() -> nn.Module:
-    first, second = nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(4, 2, 3, padding=1)
-    below = nn.Sequential(first, nn.MaxPool2d(2), second, nn.GELU())
-    return nn.Sequential(below, nn.Flatten(), nn.Linear(8, 5))
-
-
-def odd_geometry() -> nn.Module:
-    """Stride, groups, wide padding, dilation, no bias; too few filters to determine its input."""
-    first, second = nn.Conv2d(2, 4, 3, 2, 2, groups=2), nn.Conv2d(4, 2, 2, dilation=2, bias=False)
-    below = nn.Sequential(first, nn.ELU(), second, nn.Softsign())
-    return nn.Sequential(below, nn.Flatten(), nn.Linear(8, 5))
 
 
 NETWORKS = {
