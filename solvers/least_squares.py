@@ -34,6 +34,9 @@ class Equations(Protocol):
     def normal(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Cost [S], Jᵀr [S, n] and JᵀJ [S, n, n]."""
 
+    def some(self, index: Tensor) -> Equations:
+        """The problem at some of the points; itself, where all points share one."""
+
 
 class Linearised(Protocol):
     """The same problem with its Jacobian at hand."""
@@ -43,6 +46,9 @@ class Linearised(Protocol):
 
     def linear(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Residual [S, m] and Jacobian [S, m, n]."""
+
+    def some(self, index: Tensor) -> Linearised:
+        """The problem at some of the points; itself, where all points share one."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,8 @@ def levenberg_marquardt(
 ) -> Roots:
     """Minimise ``‖r(t)‖²`` from every start; corresponds to ``scipy.optimize.least_squares``.
 
+    A start that has settled is left alone: only the others cost anything from then on.
+
     Args:
         equations: cost, gradient and Gauss–Newton matrix.
         start: [S, n].
@@ -90,6 +98,8 @@ def levenberg_marquardt(
     ...     def normal(self, t):
     ...         r, j = t.square().sum(1) - 1.0, 2 * t
     ...         return r.square(), j * r[:, None], j[:, :, None] * j[:, None, :]
+    ...     def some(self, index):
+    ...         return self
     >>> found = levenberg_marquardt(Circle(), torch.tensor([[3.0, 0.0], [0.1, 0.1]]).double())
     >>> found.value.norm(dim=1).allclose(torch.ones(2).double())
     True
@@ -97,26 +107,26 @@ def levenberg_marquardt(
     t = start.clone()
     if t.shape[1] == 0:  # nothing is unknown
         return Roots(t, equations.cost(t), torch.ones(len(t), dtype=torch.bool), 0)
+    cost = equations.cost(t).nan_to_num(torch.inf, posinf=torch.inf)
+    settled = cost <= tolerance
     damping = t.new_full((len(t),), FIRST)
-    cost, gradient, matrix = equations.normal(t)
-    settled = torch.zeros(len(t), dtype=torch.bool, device=t.device)
     done = 0
-    while done < max_iterations:
+    while done < max_iterations and float(settled.double().mean()) < enough:
         done += 1
-        step, solved = _step(gradient, matrix, damping)
-        trial = t + step
-        fresh = equations.cost(trial).nan_to_num(torch.inf, posinf=torch.inf)
-        better = solved & (fresh < cost)
+        live = (~settled).nonzero().flatten()
+        own = equations.some(live)
+        at, before, weight = t[live], cost[live], damping[live]
+        _, gradient, matrix = own.normal(at)
+        step, solved = _step(gradient, matrix, weight)
+        fresh = own.cost(at + step).nan_to_num(torch.inf, posinf=torch.inf)
+        better = solved & (fresh < before)
         # Checked before the damping grows: a refused step is short, which proves nothing.
-        small = step.norm(dim=1) <= STILL * t.norm(dim=1)
-        settled = (fresh.minimum(cost) <= tolerance) | (solved & small)
-        damping = torch.where(better, damping * EASIER, damping * HARDER).clamp(LEAST, MOST)
-        t = torch.where(better[:, None], trial, t)
-        if float(settled.double().mean()) >= enough:
-            cost = torch.where(better, fresh, cost)
-            break
-        cost, gradient, matrix = equations.normal(t)
-    return Roots(t, cost.nan_to_num(torch.inf, posinf=torch.inf), settled, done)
+        small = step.norm(dim=1) <= STILL * at.norm(dim=1)
+        settled[live] = (fresh.minimum(before) <= tolerance) | (solved & small)
+        damping[live] = torch.where(better, weight * EASIER, weight * HARDER).clamp(LEAST, MOST)
+        t[live] = torch.where(better[:, None], at + step, at)
+        cost[live] = torch.where(better, fresh, before)
+    return Roots(t, cost, settled, done)
 
 
 def refine(equations: Linearised, t: Tensor, steps: int = 4) -> Tensor:
@@ -131,17 +141,19 @@ def refine(equations: Linearised, t: Tensor, steps: int = 4) -> Tensor:
     """
     if t.shape[1] == 0:
         return t
-    cost = equations.cost(t)
+    t, cost = t.clone(), equations.cost(t)
+    live = torch.arange(len(t))
     for _ in range(steps):
-        residual, jacobian = equations.linear(t)
-        step = triangular_solve(jacobian, residual)
-        trial = t - step
-        fresh = equations.cost(trial).nan_to_num(torch.inf, posinf=torch.inf)
-        better = fresh < cost
-        t = torch.where(better[:, None], trial, t)
-        if not bool((fresh < WORTH * cost).any()):
+        own = equations.some(live)
+        residual, jacobian = own.linear(t[live])
+        trial = t[live] - triangular_solve(jacobian, residual)
+        before = cost[live]
+        fresh = own.cost(trial).nan_to_num(torch.inf, posinf=torch.inf)
+        t[live] = torch.where((fresh < before)[:, None], trial, t[live])
+        cost[live] = fresh.minimum(before)
+        live = live[fresh < WORTH * before]
+        if len(live) == 0:
             break
-        cost = torch.where(better, fresh, cost)
     return t
 
 

@@ -40,6 +40,9 @@ class Sines:
         r, j = self.linear(t)
         return r.square().sum(1), (r[:, None] @ j)[:, 0], j.transpose(1, 2) @ j
 
+    def some(self, index: Tensor) -> Sines:
+        return self
+
     def scipy(self, start: Tensor) -> tuple[np.ndarray, float]:
         found = least_squares(
             lambda t: self.linear(torch.from_numpy(t)[None])[0][0].numpy(),
@@ -110,6 +113,9 @@ class Logarithms:
         r, j = self.linear(t)
         return r.square().sum(1), (r[:, None] @ j)[:, 0], j.transpose(1, 2) @ j
 
+    def some(self, index: Tensor) -> Logarithms:
+        return self
+
 
 def test_starts_that_are_no_numbers_do_not_spoil_the_others() -> None:
     d = torch.tensor([0.3, -0.7], dtype=torch.float64)
@@ -164,6 +170,27 @@ def test_enough_stops_before_the_last_start() -> None:
     assert bool(early.settled[:6].all())
 
 
+class Counted(Sines):
+    """Counts the points at which a Gauss–Newton matrix was asked for."""
+
+    points = 0
+
+    def normal(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        self.points += len(t)
+        return super().normal(t)
+
+
+def test_settled_starts_cost_nothing() -> None:
+    problem = Counted(8, 3, 2)
+    there = problem.truth.expand(5, 3)
+    found = levenberg_marquardt(problem, there, tolerance=1e-24)
+    assert problem.points == 0 and found.iterations == 0 and bool(found.settled.all())
+    away = torch.cat([there, problem.truth[None] + 0.3])
+    found = levenberg_marquardt(problem, away, tolerance=1e-24)
+    assert problem.points == found.iterations > 1
+    assert torch.equal(found.value[:5], there) and bool(found.settled.all())
+
+
 class Flat:
     """A linear problem with singular values from 1 to ``least``, whose solution is known."""
 
@@ -188,6 +215,9 @@ class Flat:
     def normal(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         r, j = self.linear(t)
         return r.square().sum(1), (r[:, None] @ j)[:, 0], j.transpose(1, 2) @ j
+
+    def some(self, index: Tensor) -> Flat:
+        return self
 
 
 def test_refine_reaches_what_the_normal_equations_cannot() -> None:

@@ -13,6 +13,7 @@ from rgap.precision import Precision
 
 from .consistency import Consistency, along_directions
 from .mixture import Mixture
+from .sketch import Sketch
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class AtHead(Consistency):
         pool: classes that starts are given, the likely ones first.
         clear: how many of them come first.
         labels: class of every start, [S].
+        sketch: fewer combinations of the equations, for the search.
     """
 
     matrix: Tensor
@@ -34,6 +36,7 @@ class AtHead(Consistency):
     pool: Tensor
     clear: int
     labels: Tensor
+    sketch: Sketch | None = None
 
     @classmethod
     def of(
@@ -68,11 +71,17 @@ class AtHead(Consistency):
         return super().equations - 1
 
     @property
+    def rows(self) -> int:
+        """Entries of a projected f."""
+        return super().rows if self.sketch is None else self.sketch.rows.shape[1]
+
+    @property
     def target(self) -> Tensor:
         """Smoothed one-hot targets of the starts, [S, C]."""
         classes = len(self.shift)
-        dense = torch.eye(classes).to(self.shift)[self.labels]
-        return (1.0 - self.smoothing) * dense + self.smoothing / classes
+        dense = self.shift.new_full((len(self.labels), classes), self.smoothing / classes)
+        dense[torch.arange(len(dense)), self.labels] += 1.0 - self.smoothing
+        return dense
 
     def begin(self, count: int, idle: int, generator: torch.Generator) -> AtHead:
         """Classes of the pool in turn, in a random order; the likely ones until they are found."""
@@ -87,6 +96,21 @@ class AtHead(Consistency):
     def labelled(self, labels: Tensor) -> AtHead:
         """One class a row."""
         return replace(self, labels=labels)
+
+    def sketched(self) -> AtHead:
+        """The same with fewer equations, where there are many more than unknowns."""
+        return replace(self, sketch=Sketch.of(self.basis, self.matrix))
+
+    def project(self, f: Tensor) -> Tensor:
+        """(I − UUᵀ) f, or combinations of its entries."""
+        return super().project(f) if self.sketch is None else f @ self.sketch.rows
+
+    def projected(self, q: Tensor, along: Tensor) -> tuple[Tensor, Tensor]:
+        """The value of f and the slope of its projection."""
+        if self.sketch is None:
+            return super().projected(q, along)
+        p, target = torch.softmax(q @ self.matrix.T + self.shift, 1), self.target
+        return p - target, self.sketch.slope(p, target, along)
 
     def at(self, index: Tensor) -> AtHead:
         """The same classes for some of the starts."""

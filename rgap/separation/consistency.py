@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rgap.network import Stage
 from rgap.precision import Precision
+from rgap.solvers.least_squares import refine
 
 from .mixture import Mixture
 
@@ -89,11 +90,24 @@ class Consistency(ABC):
         """(I − PPᵀ) f, [..., m]."""
         return f - (f @ self.basis) @ self.basis.T
 
+    def projected(self, q: Tensor, along: Tensor) -> tuple[Tensor, Tensor]:
+        """f(q) [S, m] and (I − PPᵀ) ∂f/∂q along [R, n], [S, m, n].
+
+        J is projected before it is squared: ‖J‖² − ‖PᵀJ‖² cancels where samples are alike.
+        """
+        f, jacobian = self.derivative(q, along)
+        return f, jacobian - self.basis @ (self.basis.T @ jacobian)
+
     def tolerance(self, f: Tensor) -> Tensor:
         """The relative cost that rounding alone explains, [S, m] → [S]."""
         share = f @ self.basis
         blurred = (share * self.blur).square().sum(1) * self.equations / _size(f)
         return blurred + (4.0 * self.unit) ** 2
+
+    @property
+    def rows(self) -> int:
+        """Entries of a projected f."""
+        return self.basis.shape[0]
 
     @property
     def equations(self) -> int:
@@ -130,29 +144,36 @@ class Restricted:
         # A saturated softmax says nothing: p = e_c lies in every subspace.
         return torch.where(_size(f) > VANISHED, cost, torch.full_like(cost, torch.inf))
 
+    def some(self, index: Tensor) -> Restricted:
+        """The equations of some of the starts."""
+        return replace(self, consistency=self.consistency.at(index))
+
     def normal(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Cost, Jᵀr and JᵀJ, a few starts at a time."""
-        entries = self.consistency.basis.shape[0] * max(t.shape[1], 1)
         parts = []
-        for index in torch.split(torch.arange(len(t)), max(1, LARGEST // entries)):
-            some = replace(self, consistency=self.consistency.at(index))
-            residual, jacobian = some.linear(t[index])
+        for index in self._few(t):
+            residual, jacobian = self.some(index).linear(t[index])
             gradient = (residual[:, None, :] @ jacobian)[:, 0]
             matrix = jacobian.transpose(1, 2) @ jacobian
             parts.append((residual.square().sum(1), gradient, matrix))
         cost, gradient, matrix = (torch.cat(part) for part in zip(*parts, strict=True))
         return cost, gradient, matrix
 
-    def linear(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Residual [S, m] and Jacobian [S, m, n], over ‖f‖.
+    def refined(self, t: Tensor) -> Tensor:
+        """Last steps by QR, a few starts at a time."""
+        if len(t) == 0:
+            return t
+        return torch.cat([refine(self.some(index), t[index]) for index in self._few(t)])
 
-        J is projected before it is squared: ‖J‖² − ‖PᵀJ‖² cancels where samples are alike.
-        """
-        f, jacobian = self.consistency.derivative(self.rows(t), self.directions)
-        basis = self.consistency.basis
-        jacobian = jacobian - basis @ (basis.T @ jacobian)
+    def linear(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Residual [S, m] and Jacobian [S, m, n], over ‖f‖."""
+        f, jacobian = self.consistency.projected(self.rows(t), self.directions)
         size = _size(f).sqrt()
         return self.consistency.project(f) / size[:, None], jacobian / size[:, None, None]
+
+    def _few(self, t: Tensor) -> tuple[Tensor, ...]:
+        entries = self.consistency.rows * max(t.shape[1], 1)
+        return torch.split(torch.arange(len(t)), max(1, LARGEST // entries))
 
 
 def restricted(consistency: Consistency, w: Tensor, duals: Tensor) -> Restricted:

@@ -142,6 +142,10 @@ class Coupled:
         allowed = NOISE + own * size
         return allowed * allowed
 
+    def some(self, index: Tensor) -> Coupled:
+        """The same for every start."""
+        return self
+
     def linear(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Residual [S, C·R] and Jacobian [S, C·R, R(R−1)]."""
         q, k, slope, residual = self._residual(t)

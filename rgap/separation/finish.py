@@ -20,6 +20,7 @@ from .spread import across_errors, cotangents, cotangents_above, spread
 from .targets import batch_loss, confirmed, read_from_head
 
 TOGETHER = 100  # samples up to which a batch that only fits as a whole is polished
+DENSE = 2**23  # entries of J up to which such a batch is polished by QR
 MISFIT = 100.0  # standard errors by which a batch solved as a whole may miss
 OPEN = 0.3  # standard error of a direction, of the samples' norm, from which it counts as open
 
@@ -86,7 +87,7 @@ def finish_together(
     across = across_errors(samples, found.roots, k, batch.precision)
     joint = polish_jointly(
         batch.chain, samples, batch.gradients, found.roots, head, across, batch.precision,
-        largest=TOGETHER,
+        largest=TOGETHER, dense=DENSE,
     )  # fmt: skip
     if joint is not None and joint.misfit > MISFIT:
         return Unseparated(

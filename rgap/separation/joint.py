@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 LARGEST = 48  # samples up to which the normal matrix is formed: R⁴ entries
 FACTORS, CHORDS = 4, 4  # factorisations, and steps with each
-DENSE = 2**23  # entries of J up to which a head alone is solved by QR
+DENSE = 2**19  # entries of J up to which a head alone is solved by QR
 SETTLED = 0.98  # decrease of the objective that ends the steps
 RIDGES = (0.0, 1e-14, 1e-12, 1e-10, 1e-8)  # of the diagonal, until a factor exists
 
@@ -62,6 +62,7 @@ def polish_jointly(
     across: Tensor,
     precision: Precision,
     largest: int = LARGEST,
+    dense: int = DENSE,
 ) -> Joint | None:
     """Gauss–Newton on Q, or None where the layers above are not all fully connected.
 
@@ -74,6 +75,7 @@ def polish_jointly(
         across: errors of the samples across the row space, [S, R, n]; noise for Q.
         precision: of the update.
         largest: number of samples up to which it is worth its cost.
+        dense: entries of J up to which a head alone is solved by QR.
     """
     index = samples.stage.index
     if samples.rank > largest or any(s.affine.geometry for s in chain.stages[index:]):
@@ -92,7 +94,7 @@ def polish_jointly(
     log.debug("joint polish of %d samples starts at misfit %.2g", samples.rank, _top(misfits))
     solver: _Dense | _Formed | None = None
     for _ in range(FACTORS):
-        solver = _solver(point, weights)
+        solver = _solver(point, weights, dense)
         if solver is None:
             return None
         begin = objective(misfits, sent)
@@ -172,10 +174,10 @@ class _Dense:
         return 1.0 / smallest if smallest > 1e-15 * largest else float("inf")
 
 
-def _solver(point: Linearisation, weights: Rows) -> _Dense | _Formed | None:
+def _solver(point: Linearisation, weights: Rows, dense: int) -> _Dense | _Formed | None:
     unknowns = point.x.numel()
     rows = sum(prod(node.stage.affine.weight.shape) for node in point.nodes)
-    if len(point.nodes) == 1 and rows * unknowns <= DENSE:
+    if len(point.nodes) == 1 and rows * unknowns <= dense:
         return _Dense(point, weights)
     lower, ridge = _factor(normal_matrix(point, weights))
     return None if lower is None else _Formed(point, weights, lower, ridge)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rgap.solvers.least_squares import levenberg_marquardt, refine
+from rgap.solvers.least_squares import levenberg_marquardt
 
 from .consistency import Consistency, Restricted, restricted
 from .identify import Identity
@@ -23,9 +23,13 @@ from .identify import Identity
 STARTS = 16
 ROUNDS = 4  # without a new sample, each with twice the starts, until it gives up
 PATIENT = 2  # of these rounds before targets are judged with leniency
+SOLVED = 1e-24  # relative cost at which a start needs no further step
 ROOT = 1e-3  # relative cost above which a point is no root at any precision
 LIKELY = 1e4  # times the cost that rounding explains, at which it still counts as a root
 FLAT = 1e-6  # σ of a direction that no equation of a root sees, relative
+CROWDED = 0.5  # share of different ends among the good ones below which starts reach further
+REACH = 4.0  # times as far
+FURTHEST = 1e3  # times the first starts
 APART = 0.5  # d·q of a sample that is the dual's own; all others have 0
 
 Identify = Callable[[Tensor, Consistency], list[Identity]]
@@ -65,6 +69,7 @@ def collect(
     starts: int = STARTS,
     watch: Callable[[str], None] | None = None,
     first: tuple[Consistency, Tensor] | None = None,
+    reach: float = 1.0,
 ) -> Collected:
     """All roots of ``(I − PPᵀ) f(q) = 0, w·q = 1`` that are samples.
 
@@ -77,6 +82,7 @@ def collect(
         starts: at once; twice as many after a round without a new sample.
         watch: told of the progress.
         first: equations and rows q of a first round that is better than a random one.
+        reach: how far out the first random starts are, at least 1.
     """
     samples = consistency.samples
     w, rank = samples.weights, samples.rank
@@ -97,12 +103,18 @@ def collect(
             begun = consistency.begin(count, idle, generator)
             # Every other round without success looks everywhere: duals of rough roots mislead.
             left = restricted(begun, w, duals if idle % 2 == 0 else duals[:0])
-            start = _starts(left, roots, duals, count, generator)
+            start = _starts(left, roots, duals, count, generator, reach)
         tried += count
-        ends = levenberg_marquardt(left, start, tolerance=1e-24, enough=0.7)
+        ends = levenberg_marquardt(left, start, tolerance=_rounding(left), enough=0.7)
         forced = left.directions.shape[1] == 0  # nothing is free: polish what is left
         good = ends.cost.argsort()[: count if forced else int((ends.cost < ROOT).sum())]
+        near = len(good)
         good = good[_distinct(left.rows(ends.value[good]), begun.kinds(count)[good])]
+        # Starts that lie close together end at the few samples next to them.
+        if len(good) < CROWDED * near:
+            reach = min(REACH * reach, FURTHEST)
+        elif near < CROWDED * count:
+            reach = max(reach / REACH, 1.0)
         before = len(roots)
         if len(good):
             whole = restricted(begun.at(good), w, w.new_zeros(0, rank))
@@ -119,14 +131,24 @@ def collect(
                     lines += _open(consistency, w, q)
                     continue
                 roots = torch.cat([roots, q[None]])
-                duals = _orthogonal(torch.cat([duals, identity.dual[None]]), roots)
+                duals = torch.cat([duals, identity.dual[None]])
                 identities.append(identity)
                 if len(roots) == rank:
                     break
+        if len(roots) > before:
+            duals = _orthogonal(duals, roots)
         idle = 0 if len(roots) > before else idle + 1
         if watch is not None:
             watch(f"separating samples: {len(roots)} of {rank}")
     return Collected(roots, identities, tried, rejected, lines, tuple(refused))
+
+
+def _rounding(left: Restricted) -> float:
+    """The cost below which a start is at a root as nearly as the client's rounding tells."""
+    w = left.consistency.samples.weights
+    alone = left.consistency.at(torch.zeros(1, dtype=torch.long))
+    f = alone.value((w / (w @ w))[None])
+    return max(SOLVED, float(alone.tolerance(f)[0]))
 
 
 def _orthogonal(duals: Tensor, roots: Tensor) -> Tensor:
@@ -137,9 +159,17 @@ def _orthogonal(duals: Tensor, roots: Tensor) -> Tensor:
 
 
 def _starts(
-    left: Restricted, roots: Tensor, duals: Tensor, count: int, generator: torch.Generator
+    left: Restricted,
+    roots: Tensor,
+    duals: Tensor,
+    count: int,
+    generator: torch.Generator,
+    reach: float,
 ) -> Tensor:
-    """Half of the starts at random, half at rows of G without what was found: affine mixtures."""
+    """Half of the starts at random, half at rows of G without what was found: affine mixtures.
+
+    With a ``reach`` above 1 both are further out, up to that factor.
+    """
     samples = left.consistency.samples
     unknowns = left.directions.shape[1]
     spread = left.origin.norm() / max(unknowns, 1) ** 0.5
@@ -151,12 +181,17 @@ def _starts(
     heavy = bias.abs() > 1e-3 * bias.abs().max()
     rows = (samples.left * samples.values)[heavy] / bias[heavy, None]
     half = count // 2
+    further = reach ** torch.rand(count, 1, generator=generator, dtype=torch.float64).to(t)
+    t *= further
     pick = torch.randint(0, len(rows), (half,), generator=generator)
     q = rows[pick]
     if len(duals):
         q = q - (q @ duals.T) @ roots
     q = q / (q @ samples.weights)[:, None]
     chosen = left.coordinates(q)
+    if reach > 1.0:
+        middle = chosen.nanmedian(0).values
+        chosen = middle + further[:half] ** 2 * (chosen - middle)
     usable = chosen.isfinite().all(1) & (chosen.norm(dim=1) < 1e3 * left.origin.norm())
     t[:half][usable] = chosen[usable]
     return t
@@ -175,7 +210,7 @@ def _distinct(q: Tensor, kinds: Tensor) -> Tensor:
 def _polished(whole: Restricted, q: Tensor) -> tuple[Tensor, Tensor]:
     """Roots of the original equations next to q, and which miss by no more than rounding."""
     ends = levenberg_marquardt(whole, whole.coordinates(q), max_iterations=25)
-    moved = whole.rows(refine(whole, ends.value))
+    moved = whole.rows(whole.refined(ends.value))
     near = (moved - q).norm(dim=1) < 0.1 * q.norm(dim=1)
     moved = torch.where(near[:, None], moved, q)
     cost = whole.cost(whole.coordinates(moved))

@@ -41,6 +41,7 @@ ROUNDS = 3  # of them
 FEW = 32  # samples up to which all scatters are tried
 CHORDS = 40  # steps with the slope of the mean, at most
 UNSEEN = 1e-4  # relative σ of that slope below which a direction waits for its own slope
+FAR = 16.0  # reach of the starts where labels repeat: samples of one label share their basins
 STALLED = 0.81  # decrease of the cost below which those steps go on
 AGREE = 2  # starts that have to end at the same batch
 
@@ -88,6 +89,7 @@ def separate_head(
         return _together(batch, head, began, watch)
     pool, clear = likely(batch, head)
     consistency = AtHead.of(head, batch.loss.label_smoothing, pool, clear, batch.precision)
+    consistency = consistency.sketched()
     found = collect(
         consistency,
         partial(identify_classes, head),
@@ -96,6 +98,7 @@ def separate_head(
         starts=max(LEAST, min(MOST, PER_CLASS * len(consistency.pool))),
         watch=watch,
         first=opening(consistency),
+        reach=FAR if 2 * clear < head.rank else 1.0,
     )
     if not found.complete:
         return contradicted(batch, found) or Unseparated(_shortfall(consistency, found))
@@ -238,18 +241,17 @@ def opening(consistency: AtHead) -> tuple[AtHead, Tensor]:
 def identify_classes(head: Mixture, roots: Tensor, at: Consistency) -> list[Identity]:
     """Class, dual and share of every root; its class is part of its equations."""
     assert isinstance(at, AtHead)
-    classes = len(at.shift)
     p = torch.softmax(roots @ at.matrix.T + at.shift, 1)
-    dense = (1.0 - at.smoothing) * torch.eye(classes).to(p) + at.smoothing / classes
+    weights = (roots / head.values) @ head.left.T
+    # Of the other classes only those of a similar weight come into question at all.
+    uniform = at.smoothing * weights.mean(1, keepdim=True)
+    shares = (p * weights).sum(1, keepdim=True) - (1.0 - at.smoothing) * weights - uniform
     found = []
-    for q, row, label in zip(roots, p, at.labels.tolist(), strict=True):
-        # Of the other classes only those of a similar weight come into question at all.
-        weight = head.left @ (q / head.values)
-        shares = row @ weight - dense @ weight
-        near = similar(shares, shares[label])
+    for q, row, share, label in zip(roots, p, shares, at.labels.tolist(), strict=True):
+        near = similar(share, share[label])
         near[label] = True
         listed = near.nonzero().flatten()
-        k = row - dense[listed]
+        k = row - at.labelled(listed).target
         best = int((listed == label).nonzero())
         found.append(replace(choose(head, q, k, k, best), label=label))
     return found

@@ -63,11 +63,11 @@ def spread(
         precision: of the update.
     """
     samples = consistency.samples
-    inverses, roots, smallest = _inverses(consistency, whole, roots)
     affine = samples.stage.affine
     x = roots @ samples.right.T
     k = cotangents(chain, samples.stage.index, _shaped(x, affine.in_shape), head).flatten(1)
-    f, slope = consistency.derivative(roots)
+    w = samples.weights
+    f, scaled = consistency.derivative(roots, (w / (w @ w))[:, None])
     share = f @ consistency.basis  # P^T f, [R, p]
     own = consistency.rounding(x, precision)
     above = k
@@ -76,30 +76,30 @@ def spread(
         above = cotangents(chain, consistency.source.index, _shaped(f, affine_above.in_shape), head)
     wobble = consistency.basis_errors(above, f, precision)
     back = roots / samples.values  # rows of Q S^-1
-    w = samples.weights
     std = precision.update_std(k.square().T @ x.square(), k.T @ x)
     std_bias = precision.update_std(k.square().sum(0), k.sum(0))
-    # A standard error of f along each direction, for the verdict on the worst of them.
-    entries = (own.square().mean() + _blur(consistency, share).square().mean()).sqrt()
-    worst = float(entries) / max(smallest, 1e-300)
     own_arithmetic = float(samples.values[0]) * EPS / (len(k[0]) + len(x[0])) ** 0.5
     std = (std.square() + own_arithmetic**2).sqrt()
-    errors, leaks = [], []
+    shifts, moves, leaks = [], [], []
     for _ in range(precision.samples):
         e = precision.normal(std, samples=1)[0]
         e_bias = precision.normal(std_bias, samples=1)[0]
         across = _across(samples, back, e)
         along = back @ (samples.left.T @ (e @ (samples.right @ w) - e_bias))
-        shift = along[:, None] * w / (w @ w)
-        moved = (slope @ shift[:, :, None])[:, :, 0] + consistency.push(x, across)
+        moved = along[:, None] * scaled[:, :, 0] + consistency.push(x, across)
         moved = moved + precision.normal(own, samples=1)[0]
-        moved = moved - share @ wobble(e)
-        dt = -(inverses @ consistency.project(moved)[:, :, None])[:, :, 0]
-        dq = shift + dt @ whole.directions.T
-        errors.append(dq @ samples.right.T + across)
+        moves.append(moved - share @ wobble(e))
+        shifts.append(along[:, None] * w / (w @ w))
         leaks.append(across)
-    features = Known(_shaped(x, affine.in_shape), _shaped(torch.stack(errors), affine.in_shape, 2))
-    return Spread(roots, features, torch.stack(leaks), worst)
+    roots, steps, smallest = _solved(consistency, whole, roots, torch.stack(moves, 1))
+    # A standard error of f along each direction, for the verdict on the worst of them.
+    entries = (own.square().mean() + _blur(consistency, share).square().mean()).sqrt()
+    worst = float(entries) / max(smallest, 1e-300)
+    across = torch.stack(leaks)
+    errors = (torch.stack(shifts) + steps.transpose(0, 1)) @ samples.right.T + across
+    x = roots @ samples.right.T
+    features = Known(_shaped(x, affine.in_shape), _shaped(errors, affine.in_shape, 2))
+    return Spread(roots, features, across, worst)
 
 
 def across_errors(samples: Mixture, roots: Tensor, k: Tensor, precision: Precision) -> Tensor:
@@ -142,29 +142,39 @@ def _blur(consistency: Consistency, share: Tensor) -> Tensor:
     return out
 
 
-def _inverses(
-    consistency: Consistency, whole: Restricted, roots: Tensor
+def _solved(
+    consistency: Consistency, whole: Restricted, roots: Tensor, moved: Tensor
 ) -> tuple[Tensor, Tensor, float]:
-    """Pseudo-inverses of the equations of every root, the root after a last step, σ_min.
+    """Roots after a last step, what errors of f do to them, σ_min of their equations.
 
     By QR: the normal equations that led here lose half the digits where two samples are alike.
+
+    Args:
+        consistency: of the roots.
+        whole: its restriction to ``w·q = 1``.
+        roots: Q, [R, R].
+        moved: errors of f of every root, [R, S, m].
+
+    Returns:
+        Q, errors of its rows [R, S, R], and σ_min.
     """
-    inverses, polished, smallest = [], [], float("inf")
+    steps, polished, smallest = [], [], float("inf")
     for i, q in enumerate(roots):
         alone = replace(whole, consistency=consistency.at(torch.tensor([i])))
         t = alone.coordinates(q[None])
         if t.shape[1] == 0:
             polished.append(alone.rows(t)[0])
-            inverses.append(q.new_zeros(0, consistency.basis.shape[0]))
+            steps.append(moved.new_zeros(moved.shape[1], len(q)))
             continue
         residual, jacobian = alone.linear(t)
         basis, upper = tall_qr(jacobian[0])
-        inverse = torch.linalg.solve_triangular(upper, basis.T, upper=True).nan_to_num(0.0)
-        moved = t - residual @ inverse.T
-        if bool(alone.cost(moved) < alone.cost(t)):
-            t = moved
-        polished.append(alone.rows(t)[0])
         size = float(torch.linalg.vector_norm(alone.consistency.value(alone.rows(t))))
-        inverses.append(inverse / size)
+        rhs = torch.cat([residual, alone.consistency.project(moved[i]) / size])
+        out = torch.linalg.solve_triangular(upper, (rhs @ basis).T, upper=True).nan_to_num(0.0).T
+        trial = t - out[:1]
+        if bool(alone.cost(trial) < alone.cost(t)):
+            t = trial
+        polished.append(alone.rows(t)[0])
+        steps.append(-out[1:] @ whole.directions.T)
         smallest = min(smallest, size * float(torch.linalg.svdvals(upper)[-1]))
-    return torch.stack(inverses), torch.stack(polished), smallest
+    return torch.stack(polished), torch.stack(steps), smallest
