@@ -100,12 +100,12 @@ class Linearisation:
         return out
 
     def jvp(
-        self, dx: Tensor, dkappa: Tensor | None = None, inject: Precision | None = None
+        self, dx: Tensor | None, dkappa: Tensor | None = None, inject: Precision | None = None
     ) -> Rows:
         """J dx for S directions [S, B, *input_shape].
 
         Args:
-            dx: directions.
+            dx: directions; None for none but those of κ.
             dkappa: directions of κ, [S, B, *head.out_shape].
             inject: add the rounding of the client's own forward and backward pass at every
                 step: the result is then a sample of what rounding does to the update.
@@ -115,9 +115,18 @@ class Linearisation:
             rows |= node.gradient.push(du, dk)
         return rows
 
+    def power(
+        self, dx: Tensor | None, dkappa: Tensor | None = None, inject: Precision | None = None
+    ) -> Rows:
+        """Mean square over each filter of :meth:`jvp`, by parameter name [S, filters]."""
+        rows: Rows = {}
+        for node, (du, dk) in zip(self.nodes, self.tangents(dx, dkappa, inject), strict=True):
+            rows |= node.gradient.power(du, dk)
+        return rows
+
     def tangents(
         self,
-        dx: Tensor,
+        dx: Tensor | None,
         dkappa: Tensor | None = None,
         inject: Precision | None = None,
         dz_first: Tensor | None = None,
@@ -125,7 +134,7 @@ class Linearisation:
         """Directions (du, dk) of every stage for directions dx, sample by sample.
 
         Args:
-            dx: [S, B, *input_shape].
+            dx: [S, B, *input_shape], or None.
             dkappa: as for :meth:`jvp`.
             inject: as for :meth:`jvp`.
             dz_first: added to the direction of the first stage's pre-activation.
@@ -133,12 +142,16 @@ class Linearisation:
         du: list[Tensor] = []
         dz: list[Tensor] = []
         rounded: list[list[Tensor]] = []  # error of each activation's output
-        value = dx
+        still = next(t for t in (dx, dkappa, dz_first) if t is not None)
+        value = self.x.new_zeros(len(still), *self.x.shape) if dx is None else dx
         for node in self.nodes:
             for op, before in zip(node.stage.lead, node.lead_inputs, strict=True):
                 value = _push(op, before, value)
             du.append(value)
-            value = _flat(node.stage.affine.linear, value)
+            if dx is None and not dz:
+                value = node.z.new_zeros(len(still), *node.z.shape)
+            else:
+                value = _flat(node.stage.affine.linear, value)
             if dz_first is not None and not dz:
                 value = value + dz_first
             if inject is not None:

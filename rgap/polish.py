@@ -87,7 +87,7 @@ def polish(
     else:
         point = Linearisation(chain, start.value, kappa.value)
     own = start.error[:MEMBERS] if settled else start.error[:0]
-    weights = row_weights(point, kappa, precision, (point.jvp(e[None]) for e in own))
+    weights = row_weights(point, kappa, precision, (point.power(e[None]) for e in own))
     misfits = row_misfits(point, gradients, weights)
     if settled or precondition is None:
         return Polished(start, max(misfits.values()), misfits, 0, full=False)

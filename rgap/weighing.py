@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
-from rgap.bilinear import Rows
+from rgap.bilinear import Rows, pooled
 from rgap.jacobian import Linearisation
 from rgap.precision import Known, Precision
 
@@ -22,24 +21,28 @@ def row_weights(
     """1/σ per gradient entry, pooled over each filter.
 
     σ holds the rounding of the entry's own sum, the stated noise, and what the client's rounding
-    at every other step does to the entry, sampled one member at a time; and ``others``, samples
-    of any other error, by parameter name [1, *parameter.shape].
+    at every other step does to the entry, sampled; and ``others``, the mean
+    squares over each filter of samples of any other error, by parameter name [S, filters].
     """
     single = replace(precision, samples=1, seed=precision.seed + 2)
-    zero = torch.zeros((1, *point.x.shape), dtype=torch.float64, device=point.x.device)
     squares = _update_std(point, precision)
-    pooled = {name: _pool(s.square()) for name, s in squares.items()}
-    drawn = [{name: _pool(rows[0].square()) for name, rows in one.items()} for one in others]
-    for one in drawn:
-        for name, variance in one.items():
-            pooled[name] = pooled[name] + variance / len(drawn)
+    variance = {name: pooled(s.square()[None])[0] for name, s in squares.items()}
+    drawn = list(others)
     count = min(8, len(kappa.error))
-    for member in range(count):
-        carried = point.jvp(zero, kappa.error[member : member + 1], inject=single)
-        for name, rows in carried.items():
-            pooled[name] = pooled[name] + _pool(rows[0].square()) / count
+    # The rows of convolutions are formed: one member's at a time.
+    step = 1 if any(node.stage.affine.geometry for node in point.nodes) else count
+    for members in kappa.error[:count].split(max(step, 1)):
+        for name, power in point.power(None, members, inject=single).items():
+            variance[name] = variance[name] + power.sum(0) / count
+    for one in drawn:
+        for name, power in one.items():
+            variance[name] = variance[name] + power.sum(0) / sum(len(o[name]) for o in drawn)
     return {
-        name: pooled[name].sqrt().clamp_min(1e-300).reciprocal().reshape(-1, *([1] * (s.ndim - 1)))
+        name: variance[name]
+        .sqrt()
+        .clamp_min(1e-300)
+        .reciprocal()
+        .reshape(-1, *([1] * (s.ndim - 1)))
         for name, s in squares.items()
     }
 
@@ -53,17 +56,9 @@ def _update_std(point: Linearisation, precision: Precision) -> Rows:
 
 def update_noise(point: Linearisation, kappa: Known, precision: Precision) -> Rows:
     """Samples of the update's error: rounding of the whole computation, and the stated noise."""
-    zero = torch.zeros(
-        (precision.samples, *point.x.shape), dtype=torch.float64, device=point.x.device
-    )
-    carried = point.jvp(zero, kappa.error, inject=precision)
+    carried = point.jvp(None, kappa.error, inject=precision)
     own = {n: precision.normal(s) for n, s in _update_std(point, precision).items()}
     return {name: own[name] + carried[name] for name in own}
-
-
-def _pool(variance: Tensor) -> Tensor:
-    """Mean over everything but the filters."""
-    return variance if variance.ndim == 1 else variance.flatten(1).mean(1)
 
 
 def residuals(point: Linearisation, gradients: Mapping[str, Tensor]) -> Rows:

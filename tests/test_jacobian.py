@@ -151,6 +151,19 @@ def test_jvp_is_autograds(case: tuple[nn.Module, Linearisation]) -> None:
             assert torch.allclose(row[i], expected[name], rtol=1e-9, atol=1e-11), name
 
 
+def test_power_is_the_mean_square_of_each_filters_rows(
+    case: tuple[nn.Module, Linearisation],
+) -> None:
+    _, linear = case
+    directions = torch.randn(3, *linear.x.shape, dtype=torch.float64)
+    shift = torch.randn(3, *linear.kappa.shape, dtype=torch.float64)
+    rows, found = linear.jvp(directions, shift), linear.power(directions, shift)
+    assert found.keys() == rows.keys()
+    for name, row in rows.items():
+        expected = row.square().reshape(*row.shape[:2], -1).mean(2)
+        assert torch.allclose(found[name], expected, rtol=1e-9, atol=1e-12), name
+
+
 def test_jvp_in_the_cotangent_is_the_gradient_there(
     case: tuple[nn.Module, Linearisation],
 ) -> None:

@@ -213,7 +213,7 @@ def test_push_is_the_derivative_along_any_direction(
     inside = dq @ batch.mixture(0).right.T
     slope = consistency.derivative(true_roots(batch, x))[1]
     expected = (slope @ dq[:, :, None])[:, :, 0]
-    assert torch.allclose(consistency.push(flat, inside), expected, rtol=1e-8, atol=1e-10)
+    assert torch.allclose(consistency.pusher(flat)(inside), expected, rtol=1e-8, atol=1e-10)
 
 
 def test_head_derivative_is_autograds(head: tuple[Batch, Tensor, AtHead]) -> None:
@@ -224,7 +224,8 @@ def test_head_derivative_is_autograds(head: tuple[Batch, Tensor, AtHead]) -> Non
     assert torch.allclose(value, consistency.value(q), atol=1e-14)
     assert torch.allclose(slope, autograd(consistency, q), rtol=1e-9, atol=1e-12)
     dq = torch.randn(4, 4, generator=torch.Generator().manual_seed(1), dtype=F64)
-    pushed = consistency.push(q @ batch.mixture(0).right.T, dq @ batch.mixture(0).right.T)
+    right = batch.mixture(0).right
+    pushed = consistency.pusher(q @ right.T)(dq @ right.T)
     assert torch.allclose(pushed, (slope @ dq[:, :, None])[:, :, 0], atol=1e-12)
 
 

@@ -126,12 +126,16 @@ class AtHead(Consistency):
         matrix = along_directions(self.matrix, along)
         return p - self.target, p[:, :, None] * (matrix - (p @ matrix)[:, None, :])
 
-    def push(self, x: Tensor, dx: Tensor) -> Tensor:
+    def pusher(self, x: Tensor) -> Callable[[Tensor], Tensor]:
         """(diag p − ppᵀ) W dx."""
         affine = self.samples.stage.affine
         p = torch.softmax(affine.forward(x), 1)
-        dz = affine.linear(dx)
-        return p * (dz - (p * dz).sum(1, keepdim=True))
+
+        def push(dx: Tensor) -> Tensor:
+            dz = affine.linear(dx)
+            return p * (dz - (p * dz).sum(1, keepdim=True))
+
+        return push
 
     def rounding(self, x: Tensor, precision: Precision) -> Tensor:
         """Of the logits, carried through the softmax, and of p − e_c itself."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -32,9 +32,15 @@ class Batch:
     loss: Loss
     precision: Precision
     size: int | None
+    _mixtures: dict[int, Mixture] = field(default_factory=dict, repr=False, compare=False)
 
     def mixture(self, index: int) -> Mixture:
-        """Of a fully connected stage."""
+        """Of a fully connected stage; decomposed once."""
+        if index not in self._mixtures:
+            self._mixtures[index] = self._mixture(index)
+        return self._mixtures[index]
+
+    def _mixture(self, index: int) -> Mixture:
         stage = self.chain.stages[index]
         name = stage.affine.bias_name
         bias = None if name is None else self.gradients[name]

@@ -61,13 +61,16 @@ class Between(Consistency):
         y, slope, order = self._slopes(q @ self.matrix.T + self.shift)
         return y, slope[:, :, None] * along_directions(self.matrix, along)[order]
 
-    def push(self, x: Tensor, dx: Tensor) -> Tensor:
+    def pusher(self, x: Tensor) -> Callable[[Tensor], Tensor]:
         """φ'(z) W dx."""
         affine = self.samples.stage.affine
         z = affine.forward(x.reshape(-1, *affine.in_shape))
         _, slope, order = self._slopes(z.flatten(1))
-        dz = affine.linear(dx.reshape(-1, *affine.in_shape)).flatten(1)
-        return slope * dz[:, order]
+
+        def push(dx: Tensor) -> Tensor:
+            return slope * affine.linear(dx.reshape(-1, *affine.in_shape)).flatten(1)[:, order]
+
+        return push
 
     def rounding(self, x: Tensor, precision: Precision) -> Tensor:
         """Of the sum z, carried through φ, and of φ itself."""

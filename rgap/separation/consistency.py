@@ -67,7 +67,7 @@ class Consistency(ABC):
         return torch.zeros(count, dtype=torch.long)
 
     @abstractmethod
-    def push(self, x: Tensor, dx: Tensor) -> Tensor:
+    def pusher(self, x: Tensor) -> Callable[[Tensor], Tensor]:
         """∂f of samples x [S, n] along dx, of any direction, not only of the mixture's."""
 
     @abstractmethod

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rgap.batchloss import BatchLoss
-from rgap.bilinear import Rows
+from rgap.bilinear import Rows, pooled
 from rgap.jacobian import Linearisation
 from rgap.network import Chain
 from rgap.precision import Precision
@@ -88,8 +88,8 @@ def polish_jointly(
     dz = samples.stage.affine.linear(_flat(across, samples)).reshape(*across.shape[:2], -1)
     leak = _pushed(point, dz)
     kappa = head.known(point.outputs, precision)
-    single = [{n: leak[n][s : s + 1] for n in leak} for s in range(len(across))]
-    weights = row_weights(point, kappa, precision, single)
+    leaking = {n: pooled(rows.square()) for n, rows in leak.items()}
+    weights = row_weights(point, kappa, precision, [leaking])
     misfits = row_misfits(point, sent, weights)
     log.debug("joint polish of %d samples starts at misfit %.2g", samples.rank, _top(misfits))
     solver: _Dense | _Formed | None = None
@@ -100,7 +100,8 @@ def polish_jointly(
         begin = objective(misfits, sent)
         for _ in range(CHORDS):
             before = objective(misfits, sent)
-            trial = point.moved(point.x + solver.solve(residuals(point, sent)))
+            rows = {n: row[None] for n, row in residuals(point, sent).items()}
+            trial = point.moved(point.x + solver.solve(rows)[0])
             fresh = row_misfits(trial, sent, weights)
             if objective(fresh, sent) < before:
                 point, misfits = trial, fresh
@@ -116,8 +117,7 @@ def polish_jointly(
     drawn = replace(precision, seed=precision.seed + 1)
     noise = update_noise(point, kappa, drawn)
     noise = {n: noise[n] + leak[n] for n in noise}
-    errors = [solver.solve({n: noise[n][s] for n in noise}) for s in range(precision.samples)]
-    return Joint(point.x, torch.stack(errors), _top(misfits), worst)
+    return Joint(point.x, solver.solve(noise), _top(misfits), worst)
 
 
 class _Formed:
@@ -127,10 +127,9 @@ class _Formed:
         self.point, self.weights, self.lower, self.ridge = point, weights, lower, ridge
 
     def solve(self, rows: Rows) -> Tensor:
-        """(JᵀΣ⁻¹J)⁻¹ JᵀΣ⁻¹ r, [R, n]."""
-        scaled = {n: (rows[n] * self.weights[n].square())[None] for n in rows}
-        rhs = self.point.vjp(scaled)[0]
-        return backsolve(self.lower, rhs.flatten()[:, None])[:, 0].reshape(rhs.shape)
+        """(JᵀΣ⁻¹J)⁻¹ JᵀΣ⁻¹ r, [S, R, n]."""
+        rhs = self.point.vjp({n: rows[n] * self.weights[n].square() for n in rows})
+        return backsolve(self.lower, rhs.flatten(1).T).T.reshape(rhs.shape)
 
     def worst(self) -> float:
         """Standard error of the direction that is fixed least; infinite with a ridge."""
@@ -160,12 +159,10 @@ class _Dense:
         self.basis, self.upper = tall_qr(table)
 
     def solve(self, rows: Rows) -> Tensor:
-        """J⁺ r, [R, n]."""
-        rhs = torch.cat([(rows[n] * self.weights[n]).flatten() for n in sorted(rows)])
-        out: Tensor = torch.linalg.solve_triangular(
-            self.upper, (self.basis.T @ rhs)[:, None], upper=True
-        )
-        return out[:, 0].nan_to_num(0.0).reshape(self.shape)
+        """J⁺ r, [S, R, n]."""
+        rhs = torch.cat([(rows[n] * self.weights[n]).flatten(1) for n in sorted(rows)], 1)
+        out: Tensor = torch.linalg.solve_triangular(self.upper, self.basis.T @ rhs.T, upper=True)
+        return out.T.nan_to_num(0.0).reshape(-1, *self.shape)
 
     def worst(self) -> float:
         """Standard error of the direction that is fixed least."""
@@ -204,15 +201,17 @@ def normal_matrix(point: Linearisation, weights: Rows) -> Tensor:
         own = weights[affine.bias_name].flatten().square() if affine.bias_name else None
         flat_dk, flat_du = dk.transpose(0, 1), du.transpose(0, 1)  # [b, r, ...]
         for b in range(count):
-            block = matrix[b]  # [r, a, s]
-            block += (flat_dk[b] * w @ flat_dk.flatten(0, 1).T).view_as(block) * uu[b][:, None]
-            block += kd[:, b].T[:, :, None] * ud[b][None]
-            block += ud[:, b].T[:, :, None] * kd[b][None]
-            block += (flat_du[b] @ flat_du.flatten(0, 1).T).view_as(block) * kk[b][:, None]
+            block, rest = matrix[b, :, b:], slice(b, None)  # [r, a, s], the blocks a >= b
+            others = flat_dk[rest].flatten(0, 1).T
+            block += (flat_dk[b] * w @ others).view_as(block) * uu[b, rest][:, None]
+            block += kd[rest, b].T[:, :, None] * ud[b, rest][None]
+            block += ud[rest, b].T[:, :, None] * kd[b, rest][None]
+            along = flat_du[b] @ flat_du[rest].flatten(0, 1).T
+            block += along.view_as(block) * kk[b, rest][:, None]
             if own is not None:
-                block += (flat_dk[b] * own @ flat_dk.flatten(0, 1).T).view_as(block)
-    flat = matrix.reshape(count * size, count * size)
-    return (flat + flat.T) / 2
+                block += (flat_dk[b] * own @ others).view_as(block)
+    upper = matrix.reshape(count * size, count * size).triu_()
+    return upper + upper.triu(1).T
 
 
 def _reduced(chain: Chain, samples: Mixture) -> Chain:
@@ -240,9 +239,8 @@ def _flat(across: Tensor, samples: Mixture) -> Tensor:
 
 def _pushed(point: Linearisation, dz: Tensor) -> Rows:
     """What an error of the first pre-activation does to every row, beside the first gradient."""
-    zero = point.x.new_zeros(len(dz), *point.x.shape)
     rows: Rows = {}
-    for node, (du, dk) in zip(point.nodes, point.tangents(zero, dz_first=dz), strict=True):
+    for node, (du, dk) in zip(point.nodes, point.tangents(None, dz_first=dz), strict=True):
         rows |= node.gradient.push(du, dk)
     return rows
 

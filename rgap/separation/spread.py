@@ -80,13 +80,14 @@ def spread(
     std_bias = precision.update_std(k.square().sum(0), k.sum(0))
     own_arithmetic = float(samples.values[0]) * EPS / (len(k[0]) + len(x[0])) ** 0.5
     std = (std.square() + own_arithmetic**2).sqrt()
+    push = consistency.pusher(x)
     shifts, moves, leaks = [], [], []
     for _ in range(precision.samples):
         e = precision.normal(std, samples=1)[0]
         e_bias = precision.normal(std_bias, samples=1)[0]
         across = _across(samples, back, e)
         along = back @ (samples.left.T @ (e @ (samples.right @ w) - e_bias))
-        moved = along[:, None] * scaled[:, :, 0] + consistency.push(x, across)
+        moved = along[:, None] * scaled[:, :, 0] + push(across)
         moved = moved + precision.normal(own, samples=1)[0]
         moves.append(moved - share @ wobble(e))
         shifts.append(along[:, None] * w / (w @ w))
