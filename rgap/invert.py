@@ -158,7 +158,7 @@ def _from_batch(problem: Problem, found: Separated | Unseparated, show: Progress
     recovery = _conclude(problem, [(descent, found.head, [])], show)
     notes = (found.note,) if found.note else ()
     if found.passed and recovery.inputs is None:
-        reason = f"{recovery.reason}; no layer below separated the batch: {found.passed}"
+        reason = f"{found.passed}; the batch was separated above: {recovery.reason}"
         recovery = replace(recovery, reason=reason)
     return replace(recovery, separation=found.route, warnings=(*notes, *recovery.warnings))
 

@@ -39,7 +39,7 @@ def resolve(spec: str, weights: str | os.PathLike[str] | None = None) -> nn.Modu
     Args:
         spec: a built-in name, ``name:key=value,...``, or ``package.module:factory`` (a function,
             an ``nn.Module`` class, or a module object), optionally ``...:factory:key=value,...``.
-            Lists of sizes are written ``512x512``.
+            Lists of sizes are written ``512x512``, or ``512`` for one.
         weights: a safetensors file with exactly the network's tensors, or None.
 
     Returns:
@@ -192,6 +192,9 @@ def _options(text: str, factory: Callable[..., Any], name: str) -> dict[str, Any
             f"model: {name!r} has no option {unknown[0]!r}"
             + (f"; did you mean {close[0]!r}?" if close else f"; it takes {listed(accepted or ())}")
         )
+    for key in _sequences(factory) & options.keys():
+        if type(options[key]) is int:  # a list of one size has no x in it
+            options[key] = (options[key],)
     return options
 
 
@@ -204,6 +207,15 @@ def _parameters(factory: Callable[..., Any]) -> tuple[str, ...] | None:
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return None
     return tuple(p.name for p in parameters if p.kind is not p.POSITIONAL_ONLY)
+
+
+def _sequences(factory: Callable[..., Any]) -> set[str]:
+    """Names of the keywords whose default is a tuple or a list."""
+    try:
+        parameters = inspect.signature(factory).parameters.values()
+    except ValueError:
+        return set()
+    return {p.name for p in parameters if isinstance(p.default, (tuple, list))}
 
 
 def _value(text: str) -> Any:

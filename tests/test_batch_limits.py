@@ -182,8 +182,26 @@ def test_no_bias_in_the_first_layer() -> None:
     recovery = sent(mlp("gelu", 7, bias=False), X, y)
     assert recovery.status is Status.UNSUPPORTED and recovery.inputs is None
     assert recovery.layer("3").route == "separation"
-    assert "no element-wise inverse" in recovery.reason
-    assert "no layer below separated the batch: '1' has no bias" in recovery.reason
+    assert recovery.reason.startswith("'1' has no bias: nothing fixes the scale")
+    assert "separated above: '2' (gelu) has no element-wise inverse" in recovery.reason
+
+
+@pytest.mark.parametrize("layers", [(1,), (1, 3)])
+def test_samples_of_one_pattern_are_named(layers: tuple[int, ...]) -> None:
+    recovery = sent(always_on(layers), pictures(4, 5), labels("random", 4, 5, 5))
+    assert recovery.status is Status.UNDERDETERMINED
+    assert "4 of 4 points that satisfy the equations lie on lines" in recovery.reason
+    assert "share a whole pattern of active units of '2' (relu)" in recovery.reason
+
+
+@pytest.mark.parametrize(("factor", "seed"), [(1e-3, 0), (1e-3, 1), (1e-5, 2), (1e-5, 3)])
+def test_two_samples_of_one_pattern_are_named(factor: float, seed: int) -> None:
+    """Every mixture of x and (1 + factor) x is consistent; the middle would occur twice."""
+    model, x = mlp("relu", seed), 0.9 * pictures(4, seed)
+    x[1] = (1.0 + factor) * x[0]
+    recovery = sent(model, x, torch.tensor([1, 1, 2, 3]))
+    assert recovery.status is Status.UNDERDETERMINED and recovery.inputs is None
+    assert "share a whole pattern of active units of '4' (relu)" in recovery.reason
 
 
 def test_one_shared_pattern_is_never_a_mixture() -> None:

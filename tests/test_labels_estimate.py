@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import rgap
 from rgap.cli import app
 from rgap.labels import METHODS, estimate, head_features
+from rgap.modelspec import resolve
 from rgap.options import LabelMethod
 
 TARGETS = torch.tensor([3, 1, 3, 7, 7, 7, 0])
@@ -306,6 +307,15 @@ def test_the_command_compares_all_methods(sent: Callable[[int], str]) -> None:
     assert methods["rlg"]["present"][3] is True
     shown = call("labels", "lenet", sent(4), "--method", "all")
     assert "idlg: undecided: expected one sample, got a batch of 4" in shown
+
+
+def test_the_command_takes_options_of_the_model(tmp_path: Path) -> None:
+    path = tmp_path / "mlp"
+    model = resolve("mlp:widths=16,classes=4,activation=gelu")
+    rgap.capture(model, photographs(3), torch.tensor([1, 1, 2])).save(path)
+    shown = call("labels", "mlp:widths=16,classes=4,activation=gelu", str(path))
+    assert "best: labels 1, 1, 2" in shown
+    assert [m.out_features for m in resolve("mlp:widths=16x8,classes=4")[1::2]] == [16, 8, 4]
 
 
 def test_exact_inverts_first(sent: Callable[[int], str]) -> None:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from .batch import Batch, Separated, Unseparated
@@ -17,11 +19,10 @@ from .between import Between
 from .consistency import Consistency
 from .finish import finish
 from .identify import Identity, continuous, identify
+from .lines import lines
 from .mixture import Mixture
 from .peeling import Collected, collect
 from .targets import admissible, contradicted, single
-
-OPEN = 1e-9  # σ_min of a sample's equations, relative, at which a direction is open
 
 
 def separate_pair(
@@ -51,7 +52,7 @@ def separate_pair(
     )
     if not found.complete:
         return contradicted(batch, found) or Unseparated(_shortfall(consistency, found))
-    return finish(
+    result = finish(
         batch,
         consistency,
         found,
@@ -61,6 +62,10 @@ def separate_pair(
         f"{lower.rank - 1})",
         began,
     )
+    where = "" if isinstance(result, Separated) else lines(consistency, found.roots)
+    if isinstance(result, Unseparated) and where:
+        return replace(result, reason=f"{result.reason}; {where}", consistent=True)
+    return result
 
 
 def identify_roots(batch: Batch, samples: Mixture, top: Mixture, roots: Tensor) -> list[Identity]:
@@ -86,11 +91,9 @@ def _shortfall(consistency: Between, found: Collected) -> str:
         f"starts (σ_B/σ_1 {lower.ratio:.1e} there, {consistency.above.ratio:.1e} at "
         f"'{consistency.above.stage.name}')"
     )
-    if found.open:
-        return (
-            f"{said}; {found.open} starts ended on lines of solutions: samples that share a whole "
-            "pattern of active units cannot be told apart by these equations"
-        )
+    where = lines(consistency, torch.cat([found.roots, *(q[None] for q in found.stray)]))
+    if where:
+        return f"{said}; {where}"
     if found.rejected < 1.0:
         return (
             f"{said}; points that satisfy the equations were no samples: the nearest target misses "

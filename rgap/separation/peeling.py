@@ -19,6 +19,7 @@ from rgap.solvers.least_squares import levenberg_marquardt
 
 from .consistency import Consistency, Restricted, restricted
 from .identify import Identity
+from .lines import open_directions
 
 STARTS = 16
 ROUNDS = 4  # without a new sample, each with twice the starts, until it gives up
@@ -26,7 +27,6 @@ PATIENT = 2  # of these rounds before targets are judged with leniency
 SOLVED = 1e-24  # relative cost at which a start needs no further step
 ROOT = 1e-3  # relative cost above which a point is no root at any precision
 LIKELY = 1e4  # times the cost that rounding explains, at which it still counts as a root
-FLAT = 1e-6  # σ of a direction that no equation of a root sees, relative
 CROWDED = 0.5  # share of different ends among the good ones below which starts reach further
 REACH = 4.0  # times as far
 FURTHEST = 1e3  # times the first starts
@@ -44,15 +44,15 @@ class Collected:
         identities: target and dual of each.
         starts: Levenberg–Marquardt runs in all.
         rejected: the smallest share of k outside the range among roots without a target.
-        open: roots without a target whose own equations leave a direction open.
-        refused: targets of roots that are samples, but not of the batch that was stated.
+        stray: roots without a target whose own equations leave a direction open.
+        refused: targets of other roots that are samples, but not of the batch that was stated.
     """
 
     roots: Tensor
     identities: list[Identity]
     starts: int
     rejected: float
-    open: int
+    stray: tuple[Tensor, ...] = ()
     refused: tuple[Identity, ...] = ()
 
     @property
@@ -91,7 +91,8 @@ def collect(
     duals = w.new_zeros(0, rank)
     identities: list[Identity] = []
     refused: list[Identity] = []
-    tried, idle, rejected, lines = 0, 0, 1.0, 0
+    stray: list[Tensor] = []
+    tried, idle, rejected = 0, 0, 1.0
     while len(roots) < rank and idle < ROUNDS:
         if first is not None:
             begun, q = first
@@ -125,10 +126,11 @@ def collect(
                 if len(duals) and bool(((duals @ q > APART) & same).any()):
                     continue
                 if not admissible(identity, idle >= PATIENT):
-                    if identity.accepted:
-                        refused.append(identity)
                     rejected = min(rejected, identity.outside)
-                    lines += _open(consistency, w, q)
+                    if open_directions(consistency, q):
+                        stray.append(q)
+                    elif identity.accepted:
+                        refused.append(identity)
                     continue
                 roots = torch.cat([roots, q[None]])
                 duals = torch.cat([duals, identity.dual[None]])
@@ -140,7 +142,7 @@ def collect(
         idle = 0 if len(roots) > before else idle + 1
         if watch is not None:
             watch(f"separating samples: {len(roots)} of {rank}")
-    return Collected(roots, identities, tried, rejected, lines, tuple(refused))
+    return Collected(roots, identities, tried, rejected, tuple(stray), tuple(refused))
 
 
 def _rounding(left: Restricted) -> float:
@@ -216,13 +218,3 @@ def _polished(whole: Restricted, q: Tensor) -> tuple[Tensor, Tensor]:
     cost = whole.cost(whole.coordinates(moved))
     limit = LIKELY * whole.consistency.tolerance(whole.consistency.value(moved))
     return moved, (cost <= limit).nonzero().flatten()
-
-
-def _open(consistency: Consistency, w: Tensor, q: Tensor) -> bool:
-    """True if the equations leave a direction open at q: a line of solutions."""
-    whole = restricted(consistency, w, w.new_zeros(0, len(w)))
-    if whole.directions.shape[1] == 0:
-        return False
-    slope = consistency.derivative(q[None], whole.directions)[1][0]
-    values = torch.linalg.svdvals(consistency.project(slope.T))
-    return float(values[-1]) < FLAT * float(values[0])

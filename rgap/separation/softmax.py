@@ -153,7 +153,7 @@ def _together(
         head, batch.loss.label_smoothing, labels, len(labels), batch.precision
     ).labelled(labels)
     identities = identify_classes(head, roots, consistency)
-    gathered = Collected(roots, identities, runs, 1.0, 0)
+    gathered = Collected(roots, identities, runs, 1.0)
     route = (
         f"K(Q)ᵀQ = US for all samples of '{name}' together: {equations} equations for "
         f"{rank * (rank - 1)} unknowns"
