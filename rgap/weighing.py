@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from rgap.bilinear import Rows, pooled
@@ -31,7 +32,7 @@ def row_weights(
     count = min(8, len(kappa.error))
     # The rows of convolutions are formed: one member's at a time.
     step = 1 if any(node.stage.affine.geometry for node in point.nodes) else count
-    for members in kappa.error[:count].split(max(step, 1)):
+    for members in torch.split(kappa.error[:count], max(step, 1)):
         for name, power in point.power(None, members, inject=single).items():
             variance[name] = variance[name] + power.sum(0) / count
     for one in drawn:
