@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["check_output", "shape_of", "targets_of", "usable_device", "whole_numbers"]
+    from rgap.solvers.priors import Prior
+
+__all__ = ["check_output", "prior_of", "shape_of", "targets_of", "usable_device", "whole_numbers"]
 
 
 def check_output(path: Path, suffix: str | None = None) -> None:
@@ -63,6 +65,19 @@ def targets_of(text: str, count: int | None, loss: str) -> Tensor:
     if count is not None and len(numbers) != count:
         raise ValueError(f"--labels: expected {count}, one per picture, got {len(numbers)}")
     return torch.tensor([int(number) for number in numbers])
+
+
+def prior_of(name: str | None) -> Prior | None:
+    """The prior that a name stands for; None stays None.
+
+    >>> prior_of("anisotropic").isotropic
+    False
+    """
+    from rgap.solvers.priors import Squares, TotalVariation
+
+    if name is None:
+        return None
+    return Squares() if name == "squares" else TotalVariation(isotropic=name == "tv")
 
 
 def usable_device(name: str) -> str:

@@ -16,11 +16,10 @@ from rgap.arguments import (
     check_output,
     shape_of,
     targets_of,
-    usable_device,
     whole_numbers,
 )
-from rgap.commands import labels
-from rgap.console import clean, print_json, say, stderr, stdout, waiting
+from rgap.commands import invert, labels
+from rgap.console import clean, print_json, stderr, stdout, waiting
 from rgap.options import Json, LossName, Method, Model, Precision, Reduction, Seed, Weights
 
 __all__ = ["app", "main"]
@@ -32,7 +31,6 @@ EXIT_CODES = """Exit codes:
 - 2: wrong usage or bad input
 - 3: INCONSISTENT: the update does not fit the model as declared
 - 4: UNSUPPORTED: a step of the network cannot be inverted"""
-_CODES = {"EXACT": 0, "INCONSISTENT": 3, "UNSUPPORTED": 4}
 
 app = typer.Typer(
     name="rgap",
@@ -187,10 +185,7 @@ def audit(
     batch_sizes: Annotated[str, typer.Option(help="Batch sizes to audit.")] = "1,2,4,8",
     loss: LossName = None,
     method: Annotated[
-        Method,
-        typer.Option(
-            help="Measured ranks, random sketches for large layers, or counts from the sizes alone."
-        ),
+        Method, typer.Option(help="Measured ranks, or their closed-form bound (fast).")
     ] = Method.exact,
     plot: Annotated[
         Path | None,
@@ -233,76 +228,7 @@ def audit(
             console.print(f"Heat map: {plot}", highlight=False, soft_wrap=True)
 
 
-@app.command(epilog=EXIT_CODES)
-def invert(
-    context: typer.Context,
-    model: Model,
-    update: Annotated[
-        Path, typer.Argument(metavar="UPDATE", help="What rgap capture wrote.", show_default=False)
-    ],
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            help="Where recovered pictures go: a new folder, a .png (batch of one), or a "
-            ".safetensors file with every digit.",
-            show_default=False,
-        ),
-    ] = None,
-    weights: Weights = None,
-    batch_size: Annotated[
-        int | None,
-        typer.Option(help="If the update does not state it.", min=1, show_default=False),
-    ] = None,
-    labels: Annotated[
-        str | None, typer.Option(help="If they are known, as in 3,5.", show_default=False)
-    ] = None,
-    noise: Annotated[
-        float, typer.Option(help="Standard deviation of noise in every entry.", min=0.0)
-    ] = 0.0,
-    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, …")] = "cpu",
-    explain: Annotated[
-        bool, typer.Option("--explain", help="Say it layer by layer.", metavar="")
-    ] = False,
-    as_json: Json = False,
-    seed: Seed = 0,
-) -> None:
-    """Recover from an update what its equations determine, and say what they do not."""
-    with clean(context):
-        import rgap
-        from rgap.modelspec import resolve
-        from rgap.report.results import check_target, print_recovery, write_recovery
-
-        if not update.is_file():
-            raise ValueError(f"UPDATE: no file {update}; write one with rgap capture")
-        sent = rgap.Update.load(update)
-        if output is not None:
-            check_target(output, sent)
-        network = resolve(model, weights)
-        known = None if labels is None else targets_of(labels, None, sent.loss.name)
-        found = rgap.invert(
-            network,
-            sent,
-            labels=known,
-            batch_size=batch_size,
-            noise=noise,
-            device=usable_device(device),
-            seed=seed,
-            progress=True,
-        )
-        written = None if output is None else write_recovery(found, output, sent.value_range)
-        if as_json:
-            print_json({**found.summary(), "output": None if written is None else str(written)})
-        else:
-            print_recovery(stdout(), found, explain=explain)
-            if written is not None:
-                stdout().print(f"Pictures: {written}", highlight=False, soft_wrap=True)
-        if output is not None and written is None:
-            several = "several batches fit; name a folder for all of them"
-            why = several if found.candidates else "the batch is not determined"
-            say(f"nothing written to {output}: {why}")
-    raise typer.Exit(_CODES.get(found.status.name, 1))
-
-
+app.command(name="invert", epilog=EXIT_CODES)(invert)
 app.command(name="labels")(labels)
 
 

@@ -1,4 +1,4 @@
-"""``rgap labels``, which :mod:`rgap.cli` registers beside its own commands."""
+"""``rgap invert`` and ``rgap labels``, which :mod:`rgap.cli` registers beside its own."""
 
 from __future__ import annotations
 
@@ -7,16 +7,119 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rgap.console import clean, print_json, stdout, waiting
-from rgap.options import Json, LabelMethod, Model, Seed, Weights
+from rgap.arguments import prior_of, targets_of, usable_device
+from rgap.console import clean, print_json, say, stdout, waiting
+from rgap.options import Json, LabelMethod, Model, PriorName, Seed, Weights
 
 if TYPE_CHECKING:
     from torch import nn
 
     from rgap.labels import LabelEstimate
+    from rgap.recovery import Recovery
     from rgap.update import Update
 
-__all__ = ["labels"]
+__all__ = ["invert", "labels"]
+
+_CODES = {"EXACT": 0, "INCONSISTENT": 3, "UNSUPPORTED": 4}  # see cli.EXIT_CODES
+
+
+def invert(
+    context: typer.Context,
+    model: Model,
+    update: Annotated[
+        Path, typer.Argument(metavar="UPDATE", help="What rgap capture wrote.", show_default=False)
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where recovered pictures go: a new folder, a .png (batch of one), or a "
+            ".safetensors file with every digit.",
+            show_default=False,
+        ),
+    ] = None,
+    weights: Weights = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(help="If the update does not state it.", min=1, show_default=False),
+    ] = None,
+    labels: Annotated[
+        str | None, typer.Option(help="If they are known, as in 3,5.", show_default=False)
+    ] = None,
+    noise: Annotated[
+        float, typer.Option(help="Standard deviation of noise in every entry.", min=0.0)
+    ] = 0.0,
+    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, …")] = "cpu",
+    complete: Annotated[
+        bool,
+        typer.Option(
+            "--complete",
+            help="Where the equations end, go on and let a prior choose what they leave open.",
+            metavar="",
+        ),
+    ] = False,
+    prior: Annotated[
+        PriorName | None,
+        typer.Option(
+            help="Of --complete: total variation (isotropic or not), or distance from one half; "
+            "default: total variation where inputs have neighbours.",
+            show_default=False,
+        ),
+    ] = None,
+    time_limit: Annotated[
+        float, typer.Option(help="Seconds after which --complete begins no further step.")
+    ] = 60.0,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Say it layer by layer.", metavar="")
+    ] = False,
+    as_json: Json = False,
+    seed: Seed = 0,
+) -> None:
+    """Recover from an update what its equations determine, and say what they do not."""
+    with clean(context):
+        import rgap
+        from rgap.modelspec import resolve
+        from rgap.report.results import check_target, print_recovery, write_recovery
+
+        if prior is not None and not complete:
+            raise ValueError("--prior: chooses in a completion only; write --complete as well")
+        if not update.is_file():
+            raise ValueError(f"UPDATE: no file {update}; write one with rgap capture")
+        sent = rgap.Update.load(update)
+        if output is not None:
+            check_target(output, sent)
+        network = resolve(model, weights)
+        known = None if labels is None else targets_of(labels, None, sent.loss.name)
+        found = rgap.invert(
+            network,
+            sent,
+            labels=known,
+            batch_size=batch_size,
+            complete=complete,
+            prior=prior_of(prior),
+            time_limit=time_limit,
+            noise=noise,
+            device=usable_device(device),
+            seed=seed,
+            progress=True,
+        )
+        written = None if output is None else write_recovery(found, output, sent.value_range)
+        if as_json:
+            print_json({**found.summary(), "output": None if written is None else str(written)})
+        else:
+            print_recovery(stdout(), found, explain=explain)
+            if written is not None:
+                stdout().print(f"Pictures: {written}", highlight=False, soft_wrap=True)
+        if output is not None and written is None:
+            say(f"nothing written to {output}: {_why_not(found)}")
+    raise typer.Exit(_CODES.get(found.status.name, 1))
+
+
+def _why_not(found: Recovery) -> str:
+    if found.inputs is not None:
+        return "several batches fit; name a folder for all of them"
+    if found.candidates:
+        return "the completion found no batch that reproduces the update"
+    return "the batch is not determined"
 
 
 def labels(

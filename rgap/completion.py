@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -24,10 +25,18 @@ from rgap.recursion import Reached
 from rgap.solvers.gauss_newton import Minimum, Schedule, Step, gauss_newton
 from rgap.solvers.priors import Prior
 from rgap.systems.known_part import KnownPart
+from rgap.systems.matrixfree import memory
+from rgap.systems.plain_rows import PlainRows
+from rgap.systems.stage import BUDGET
 
-SIGNS = 1e-7  # misfit of the known part at which the signs of almost all units are settled
-SETTLED = 1e-5  # weight of the prior from there on
-ROUNDED = 0.1  # rounding of the prior's kinks, at most
+BLUNT, SHARP = 4.0, 2000.0  # sharpness of the kinks at the first and the last level
+FADING = 1e-5  # factor on the weight of the prior from the first level to the last
+PASSES = (16, 40)  # levels of the first try and of those after it
+STEPS = 2  # Gauss–Newton steps a level
+ANNEALING = 0.7  # share of the time left that the levels of a pass may take
+MISSED = 1e-2  # misfit above which an answer does not reproduce the update
+TRAPPED = 1e-4  # misfit above which a pass over kinks may have ended in a local minimum
+MOST = 4096  # pre-activations whose Gram matrix is factored; beyond, the rows are used as they are
 Watch = Callable[[Step, Tensor], None]
 
 
@@ -52,7 +61,11 @@ class Whole:
 
 
 def inside(
-    chain: Chain, reached: Reached, gradients: dict[str, Tensor], precision: Precision
+    chain: Chain,
+    reached: Reached,
+    gradients: dict[str, Tensor],
+    precision: Precision,
+    budget: float = BUDGET,
 ) -> Inside:
     """What a recursion that ended early knows of the lowest stage that it reached.
 
@@ -61,15 +74,20 @@ def inside(
         reached: the lowest stage of which something is known.
         gradients: the update.
         precision: of the update.
+        budget: bytes above which no matrix is formed.
     """
     stage = chain.stages[reached.index]
-    known: KnownPart | Whole
+    known: KnownPart | PlainRows | Whole
     if reached.u is not None:
         known = Whole(reached.u.value)
     else:
         assert reached.z is not None
         sent = gradients[stage.affine.weight_name]
-        known = KnownPart.of(stage.affine, sent, reached.z, reached.k, precision)
+        large = reached.z.value.numel() > MOST
+        if large or memory(stage.affine, len(reached.k.value)) > budget:
+            known = PlainRows.of(stage.affine, sent, reached.z, reached.k)
+        else:
+            known = KnownPart.of(stage.affine, sent, reached.z, reached.k, precision)
     shape = (len(reached.k.value), *stage.affine.in_shape)
     return Inside(stage.name, shape, known, stage.affine.adjoint(reached.k.value))
 
@@ -81,10 +99,12 @@ def complete(
     schedule: Schedule,
     value_range: tuple[float, float] | None,
     *,
-    kinked: bool = False,
     watch: Watch | None = None,
 ) -> Minimum:
     """Solve for the data, the prior filling what the equations leave open.
+
+    Where the network has kinks they are rounded off at first and sharpened level by level
+    (:mod:`rgap.kinks`); where that ends in a local minimum, once more and more slowly.
 
     Args:
         update: the equations.
@@ -92,26 +112,71 @@ def complete(
         prior: of the data.
         schedule: of its weight.
         value_range: of the data, kept; None for none.
-        kinked: an activation below changes its slope at a point.  Cotangents that jump there have
-            no slope to follow: what is known inside settles the signs before gradients are used.
         watch: told of every step.
+
+    Returns:
+        The :class:`~rgap.solvers.gauss_newton.Minimum`; ``misfit`` is that of the network itself,
+        in units in which what is known inside misses by 1 at the start.
     """
-    began = time.perf_counter()
+    deadline = time.perf_counter() + schedule.seconds
 
     def project(x: Tensor) -> Tensor:
         return x if value_range is None else x.clamp(*value_range)
 
     update.balance(start)
-    if kinked and isinstance(update.source, Inside):
-        early = replace(schedule, target=max(schedule.target, SIGNS), lowest=SETTLED)
-        update.share = 0.0
-        found = gauss_newton(update.at, start, prior, early, project=project, watch=watch)
-        update.share, start = 1.0, found.value
-        update.balance(start)  # what settled the signs may not give way to the gradients now
-        rounding = min(ROUNDED, 10.0 * found.misfit**0.5)  # the picture is known about that well
-        left = schedule.seconds - (time.perf_counter() - began)
-        schedule = replace(schedule, weight=SETTLED, seconds=left, smoothing=rounding)
-    return gauss_newton(update.at, start, prior, schedule, project=project, watch=watch)
+    best: Minimum | None = None
+    steps: tuple[Step, ...] = ()
+    for levels in PASSES if update.sharpness else PASSES[:1]:
+        left = deadline - time.perf_counter()
+        if best is not None and (best.misfit <= TRAPPED or left <= 0 or not isfinite(best.misfit)):
+            break
+        last, begin = schedule, start
+        if update.sharpness:
+            begin, last, done = _annealed(
+                update, start, prior, schedule, project, levels, ANNEALING * left, watch
+            )
+            steps = (*steps, *done)
+        last = replace(last, seconds=deadline - time.perf_counter())
+        found = gauss_newton(update.at, begin, prior, last, project=project, watch=watch)
+        steps = (*steps, *found.steps)
+        best = found if best is None or found.misfit < best.misfit else best
+    assert best is not None
+    return replace(best, steps=steps)
+
+
+def _annealed(
+    update: ModuleUpdate,
+    x: Tensor,
+    prior: Prior,
+    schedule: Schedule,
+    project: Callable[[Tensor], Tensor],
+    levels: int,
+    seconds: float,
+    watch: Watch | None,
+) -> tuple[Tensor, Schedule, tuple[Step, ...]]:
+    """Sharpen the kinks level by level: x, what is left of the schedule, and the steps."""
+    deadline, weight = time.perf_counter() + seconds, schedule.weight
+    steps: tuple[Step, ...] = ()
+    for level in range(levels + 1):
+        left = deadline - time.perf_counter()
+        if left <= 0:
+            break
+        update.sharpness.value = BLUNT * (SHARP / BLUNT) ** (level / levels)
+        here = replace(
+            schedule,
+            weight=weight,
+            lowest=weight,
+            smoothing=min(schedule.smoothing, 10.0 * weight),
+            steps=STEPS,
+            target=0.0,
+            seconds=left,
+        )
+        found = gauss_newton(update.at, x, prior, here, project=project, watch=watch)
+        x, steps = found.value, (*steps, *found.steps)
+        weight = max(weight * FADING ** (1.0 / levels), schedule.lowest)
+    update.sharpness.value = None
+    smoothing = min(schedule.smoothing, 10.0 * weight)
+    return x, replace(schedule, weight=weight, smoothing=smoothing), steps
 
 
 def grey(

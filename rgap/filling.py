@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
-from math import prod
+from math import isfinite, prod
 
 import torch
 from torch import Tensor
@@ -13,77 +14,99 @@ from rgap import certificate
 from rgap.activations import Activation
 from rgap.batches import rows_of
 from rgap.batchloss import BatchLoss
-from rgap.completion import complete, grey, inside
+from rgap.completion import MISSED, complete, grey, inside
+from rgap.head import HeadCandidate
 from rgap.module_update import ModuleUpdate
 from rgap.network import Chain
 from rgap.precision import Known
 from rgap.problem import Problem
 from rgap.progress import Progress
 from rgap.readout import head_cotangent, read_answer, read_batch
-from rgap.recovery import Recovery, Status
+from rgap.recovery import Candidate, Recovery, Status
 from rgap.recursion import Descent
 from rgap.solvers.gauss_newton import Minimum, Step
 
 SURE, SHARE = 16, 0.01  # surplus of equations, also relative, from which a solution is the only one
-LOOSE = 0.1  # normalised residual from which a completion has not found what the update asks for
 NEAR = 12  # steps of a completion that a polish follows
 ROUGH = 1e-2  # error, in widths of the range, that a completion is assumed to have before a polish
+EDGE = 0.25  # share of entries at the edge of the value range that is worth a word
 
 
 def filled(
     problem: Problem,
     descent: Descent,
     kappa: Known | BatchLoss | None,
+    family: Sequence[HeadCandidate],
     show: Progress,
 ) -> Recovery:
     """Complete the batch below the stage at which the recursion ended.
 
     Where all equations together determine the data, though no stage alone does, the answer is
-    polished on the whole update and certified like any other.
+    polished on the whole update and certified like any other.  ``COMPLETED`` says that what the
+    update determines is met; where no such batch was found the status is what it would be without
+    a completion, and the nearest batch is the only one of ``candidates``.
+
+    Args:
+        problem: with its filling.
+        descent: that ended early.
+        kappa: the head's cotangent, or the loss of a batch.
+        family: roots at the head that differ from the one descended from by a scale.
+        show: told how far it is.
     """
     filling = problem.filling
     assert filling is not None
     halt = descent.require_halt()
     chain = problem.chain
-    found_inside = inside(chain, descent.reached, problem.gradients, problem.precision)
-    shape = (problem.batch, *chain.input_shape)
-    update = ModuleUpdate(problem.model, problem.gradients, found_inside, shape)
     name = chain.stages[descent.reached.index].name
+    shape = (problem.batch, *chain.input_shape)
     show.stage(f"completion below {name}")
+    known = inside(chain, descent.reached, problem.gradients, problem.precision, problem.budget)
+    try:
+        update = ModuleUpdate(problem.model, problem.gradients, known, shape)
+    except AttributeError:
+        why = f"no completion: '{name}' is no module of the model, its input cannot be watched"
+        return _without(problem, descent, f"{halt.reason}; {why}")
 
     def watch(step: Step, _: Tensor) -> None:
         show.stage(f"completion below {name}: step {step.number + 1}, misfit {step.misfit:.1e}")
 
     unknowns = prod(shape)
     surplus = update.equations - unknowns
-    start = grey(problem.batch, chain.input_shape, problem.value_range, problem.precision.seed)
+    seed = problem.precision.seed
+    start = grey(problem.batch, chain.input_shape, problem.value_range, seed).to(known.cotangent)
     schedule = filling.schedule
     sure = surplus >= max(SURE, SHARE * unknowns) and _followed(chain)
     if sure:  # the polish takes over once the solution is near
         schedule = replace(schedule, steps=min(schedule.steps, NEAR))
-    found = complete(
-        update,
-        start,
-        filling.prior,
-        schedule,
-        problem.value_range,
-        kinked=_kinked(chain, descent.reached.index),
-        watch=watch,
-    )
+    found = complete(update, start, filling.prior, schedule, problem.value_range, watch=watch)
+    if not isfinite(found.misfit):
+        return _without(problem, descent, f"{halt.reason}; no completion: {found.ended}")
     low, high = problem.value_range or (0.0, 1.0)
     rough = problem.precision.normal(torch.full_like(found.value, ROUGH * (high - low)))
     reached = replace(descent, data=Known(found.value, rough), halt=None, completed=True)
     if sure:
         show.stage("polish on the whole update")
-        recovery = certificate.certify(problem, [_read(problem, reached, kappa)])
+        recovery = certificate.certify(problem, _read(problem, reached, kappa, family))
         if recovery.status in (Status.EXACT, Status.AMBIGUOUS):
             return recovery
-    reason = _words(halt.reason, -surplus, unknowns, found)
     if isinstance(kappa, BatchLoss):
         inputs, labels = rows_of(kappa, problem.labels).expanded(found.value)
     else:
         inputs, labels = found.value, _label(problem, reached, kappa)
+    reason = _words(halt.reason, -surplus, unknowns, found)
+    if found.misfit > MISSED:
+        reason += _edges(problem, found.value)
+        residual = certificate.replayed(problem, inputs, labels)[0]
+        nearest = Candidate(inputs, labels, residual)
+        return replace(_without(problem, descent, reason), candidates=(nearest,))
     return certificate.completed(problem, descent, inputs, labels, reason)
+
+
+def _without(problem: Problem, descent: Descent, reason: str) -> Recovery:
+    """The outcome where a completion gave nothing that could be returned."""
+    supported = descent.require_halt().supported
+    status = Status.UNDERDETERMINED if supported else Status.UNSUPPORTED
+    return certificate.stopped(problem, status, reason, descent)
 
 
 def _label(problem: Problem, descent: Descent, kappa: Known | None) -> Tensor:
@@ -105,19 +128,35 @@ def _followed(chain: Chain) -> bool:
     return chain.complete and all(op.affine or isinstance(op, Activation) for op in ops)
 
 
-def _kinked(chain: Chain, index: int) -> bool:
-    """True if an activation below a stage changes its slope at a point."""
-    ops = [op for stage in chain.stages[:index] for op in stage.tail]
-    return any(isinstance(op, Activation) and op.homogeneous for op in ops)
-
-
 def _read(
-    problem: Problem, descent: Descent, kappa: Known | BatchLoss | None
-) -> certificate.Answer:
+    problem: Problem,
+    descent: Descent,
+    kappa: Known | BatchLoss | None,
+    family: Sequence[HeadCandidate],
+) -> list[certificate.Answer]:
+    """The answer, and those that differ from it by the scale of another root at the head."""
     if isinstance(kappa, BatchLoss):
-        return read_batch(problem, descent, kappa)
+        return [read_batch(problem, descent, kappa)]
     known = head_cotangent(problem, descent) if kappa is None else kappa
-    return read_answer(problem, descent, known)
+    answer = read_answer(problem, descent, known)
+    others = family[1:]
+    return [
+        answer,
+        *(certificate.scaled(answer, one.scale / family[0].scale, one) for one in others),
+    ]
+
+
+def _edges(problem: Problem, value: Tensor) -> str:
+    """A word on a value range that holds much of an answer that does not fit."""
+    if problem.value_range is None:
+        return ""
+    low, high = problem.value_range
+    share = float(((value <= low) | (value >= high)).double().mean())
+    if share < EDGE:
+        return ""
+    return (
+        f"; {share:.0%} of its entries are at the edge of [{low:g}, {high:g}]: is value_range so?"
+    )
 
 
 def _words(why: str, missing: int, unknowns: int, found: Minimum) -> str:
@@ -126,9 +165,13 @@ def _words(why: str, missing: int, unknowns: int, found: Minimum) -> str:
         if missing > 0
         else "what they leave open, or leave too badly conditioned, was chosen by the prior"
     )
-    far = found.misfit > LOOSE**2
-    how = "does NOT reproduce the update: its" if far else "reproduces the update to a"
+    size, how = f"{found.misfit**0.5:.1e}", f"{len(found.steps)} steps: {found.ended}"
+    if found.misfit > MISSED:
+        return (
+            f"{why}; a completion was tried and did not find a batch that reproduces the update: "
+            f"the nearest, in candidates, has the normalised residual {size} ({how})"
+        )
     return (
-        f"{why}; with the layers below {open_}, and the answer {how} normalised residual "
-        f"{'is' if far else 'of'} {found.misfit**0.5:.1e} ({len(found.steps)} steps: {found.ended})"
+        f"{why}; with the layers below {open_}, and the answer reproduces the update to a "
+        f"normalised residual of {size} ({how})"
     )

@@ -27,8 +27,7 @@ from rgap.recovery import Recovery, Status
 from rgap.recursion import Descent, descend
 from rgap.separation.batch import Separated, Unseparated
 from rgap.separation.route import mixed, separate
-from rgap.solvers.gauss_newton import Schedule
-from rgap.solvers.priors import Prior, TotalVariation
+from rgap.solvers.priors import Prior
 from rgap.systems.stage import BUDGET
 from rgap.update import Update
 
@@ -80,7 +79,8 @@ def invert(
         head: known head features, to study the recursion of a batch below the head.
         complete: go on where the recursion ends: what the equations leave open below is chosen
             by the prior (``COMPLETED``), or found to be determined by all of them together.
-        prior: of a completion; by default the total variation.
+        prior: of a completion; by default the total variation, for inputs without neighbours
+            the distance from one half.
         value_range: range of the data.  Candidates that leave it by more than their error are
             refuted; the range that the update declares, the default, refutes only those that
             leave it by more than its full width.
@@ -90,7 +90,8 @@ def invert(
         progress: show progress on a terminal.
         memory_budget: bytes; a layer whose equations need more is solved without forming any
             matrix, by LSMR.
-        time_limit: seconds after which a completion begins no further step.
+        time_limit: seconds after which a completion begins no further step; the polish of an
+            answer that all equations determine comes on top.
 
     Returns:
         A :class:`Recovery`; its ``status`` and ``reason`` say how far the update determines the
@@ -114,7 +115,7 @@ def invert(
         model, update, batch_size, value_range, noise, labels, device, seed, memory_budget
     )
     if complete:
-        filling = Filling(prior or TotalVariation(), Schedule(seconds=time_limit))
+        filling = Filling.of(prior, time_limit, problem.chain.input_shape)
         problem = replace(problem, filling=filling)
     with Progress(progress) as show:
         recovery = _run(problem, head, show)
@@ -248,10 +249,14 @@ def _conclude(problem: Problem, runs: list[Run], show: Progress) -> Recovery:
         halt = descent.require_halt()
         status = Status.UNDERDETERMINED if halt.supported else Status.UNSUPPORTED
         if problem.filling is not None and len(alive) == 1:
-            return filled(problem, descent, alive[0][1], show)
+            return filled(problem, descent, alive[0][1], alive[0][2], show)
         reason, barrier = halt.reason, problem.chain.barrier
         if barrier is not None and halt.stage == barrier.node:
             reason = barrier.words  # unlike a step's reason, the halt's does not name the node
+        if problem.filling is not None:
+            reason += (
+                f"; no completion: {len(alive)} roots at the head are open, each needs its own"
+            )
         return certificate.stopped(problem, status, reason, descent)
     show.stage("polish on the whole update")
     answers = []

@@ -19,7 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from rgap.isolation import plain_kernels
+from rgap.kinks import soften
 from rgap.losses import Loss
+
+FORMED = 320  # unknowns up to which the Jacobian is formed: one batched pass costs less than CG
 
 
 class Equations(Protocol):
@@ -71,7 +74,9 @@ class ModuleUpdate:
         gradients: the update, float64, by parameter name.
         source: the loss, or what is known inside.
         shape: of the batch, [B, *input_shape].
-        share: of the gradients in the residual; 0 leaves them out.
+
+    ``sharpness`` rounds off the kinks of the copy, for a solver that anneals them
+    (:mod:`rgap.kinks`); the residual is the network's own while it is None.
 
     Raises:
         AttributeError: the layer is no module of the model.
@@ -83,15 +88,17 @@ class ModuleUpdate:
         gradients: Mapping[str, Tensor],
         source: Inside | Outside,
         shape: tuple[int, ...],
-        share: float = 1.0,
     ) -> None:
-        self.model = copy.deepcopy(model).double().requires_grad_(False)
-        self.source, self.share = source, share
+        place = next(iter(gradients.values())).device
+        self.model = copy.deepcopy(model).to(place, torch.float64).requires_grad_(False)
+        self.sharpness = soften(self.model)
+        self.source = source
         self._seen: list[Tensor] = []
         if isinstance(source, Inside):
-            self.model.get_submodule(source.layer).register_forward_pre_hook(self._note)
+            layer = self.model.get_submodule(source.layer)
+            layer.register_forward_pre_hook(self._note, with_kwargs=True)
         self.parameters = {n: p for n, p in self.model.named_parameters() if n in gradients}
-        probe = torch.full(shape, 0.5, dtype=torch.float64)
+        probe = torch.full(shape, 0.5, dtype=torch.float64, device=place)
         leaves, found = self._gradients(probe, create_graph=False)
         self.gradients = {
             n: gradients[n] for n, g in zip(leaves, found, strict=True) if g is not None
@@ -124,13 +131,10 @@ class ModuleUpdate:
     def rows(self, x: Tensor) -> Tensor:
         """Residual as part of the graph of x: what is known inside, then normalised gradients."""
         parts = []
-        if self.share:
-            leaves, found = self._gradients(x, create_graph=True)
-            for n, own in zip(leaves, found, strict=True):
-                assert own is not None
-                parts.append(((own - self.gradients[n]) * (self.share * self.scales[n])).flatten())
-        else:
-            self._run(x, {})
+        leaves, found = self._gradients(x, create_graph=True)
+        for n, own in zip(leaves, found, strict=True):
+            assert own is not None
+            parts.append(((own - self.gradients[n]) * self.scales[n]).flatten())
         if isinstance(self.source, Inside):
             u = self._seen[0].reshape(self.source.shape)
             parts.insert(0, self.source.known.misfit(u) * self.unit)
@@ -159,8 +163,8 @@ class ModuleUpdate:
             outputs: Tensor = torch.func.functional_call(self.model, dict(leaves), (x,))
         return outputs
 
-    def _note(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self._seen.append(args[0])
+    def _note(self, _: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+        self._seen.append(args[0] if args else next(iter(named.values())))
 
 
 class ModulePoint:
@@ -184,6 +188,18 @@ class ModulePoint:
             self._rows, self._x, r, retain_graph=True, materialize_grads=True
         )[0]
         return found
+
+    def jacobian(self) -> Tensor | None:
+        """J, [m, n], row by row in one batched pass; None where it is large."""
+        rows, unknowns = len(self._rows), self._x.numel()
+        if unknowns > FORMED or rows * unknowns > FORMED * FORMED * 10:
+            return None
+        eye = torch.eye(rows).to(self._rows)
+        found: Tensor = torch.autograd.grad(
+            self._rows, self._x, eye, retain_graph=True, materialize_grads=True,
+            is_grads_batched=True,
+        )[0]  # fmt: skip
+        return found.flatten(1)
 
     def push(self, v: Tensor) -> Tensor:
         """J v."""

@@ -15,6 +15,7 @@ __all__ = [
     "Method",
     "Model",
     "Precision",
+    "PriorName",
     "Reduction",
     "Seed",
     "Weights",
@@ -48,8 +49,15 @@ class Method(StrEnum):
     """How `rgap audit` finds joint ranks."""
 
     exact = "exact"
-    sketch = "sketch"
     formula = "formula"
+
+
+class PriorName(StrEnum):
+    """What `rgap invert --complete` may take for likely."""
+
+    tv = "tv"
+    anisotropic = "anisotropic"
+    squares = "squares"
 
 
 class LabelMethod(StrEnum):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 
@@ -14,7 +15,7 @@ from rgap import validation
 from rgap.network import Chain, parse
 from rgap.precision import Precision
 from rgap.solvers.gauss_newton import Schedule
-from rgap.solvers.priors import Prior
+from rgap.solvers.priors import Prior, Squares, TotalVariation
 from rgap.targets import CROSS_ENTROPY
 from rgap.update import Update
 
@@ -34,6 +35,20 @@ class Filling:
 
     prior: Prior
     schedule: Schedule
+
+    @classmethod
+    def of(cls, prior: Prior | None, seconds: float, shape: Sequence[int]) -> Filling:
+        """With the usual prior where none is given: total variation if entries have neighbours.
+
+        Raises:
+            ValueError: no time.
+        """
+        if not seconds > 0:
+            raise ValueError(
+                f"time_limit: expected seconds above 0, got {seconds!r}; write time_limit=60.0"
+            )
+        usual = TotalVariation() if len(shape) > 1 else Squares()
+        return cls(prior or usual, Schedule(seconds=float(seconds)))
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ class LayerReport:
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """One of several batches that send the same update."""
+    """One of several batches that send the same update, or come nearest to it."""
 
     inputs: Tensor
     labels: Tensor | None
@@ -104,7 +104,8 @@ class Recovery:
         residual: relative difference between the update and the replayed one.
         predicted_error: rms error per picture, from sampled noise through the whole update.
         error_bound: largest error of any entry that the certificate allows, or None.
-        candidates: the alternatives when ``AMBIGUOUS``.
+        candidates: the alternatives when ``AMBIGUOUS``; the nearest batch where a completion was
+            asked for and did not reproduce the update.
         reason: one sentence that says why the status is what it is.
         warnings: what the reader should know (underflow, small gaps).
         seconds: wall time.

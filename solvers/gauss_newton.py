@@ -18,6 +18,7 @@ from torch import Tensor
 from .priors import Operator, Prior
 
 SHORTEST = 1e-3  # step length at which the line search gives up
+ROUNDED = 1e-14  # of the mean diagonal: keeps a formed normal matrix definite
 DAMPED = 1e-3  # of the curvature: what a failed step adds to the diagonal, then ten times it
 
 
@@ -33,6 +34,9 @@ class Point(Protocol):
 
     def pull(self, r: Tensor) -> Tensor:
         """Jᵀ r, like x."""
+
+    def jacobian(self) -> Tensor | None:
+        """J itself, [m, n], where it is small enough to be formed; else None."""
 
 
 @dataclass(frozen=True)
@@ -111,37 +115,40 @@ def gauss_newton(
         project: on the admissible x, after every step.
         watch: called after every step with its record and x.
 
-    Raises:
-        ValueError: r is not finite at the start.
+    A residual that is not finite, at the start or along a step, ends the iteration at the last x
+    where it was, and ``ended`` says so.
 
     >>> class Line:  # one equation for two unknowns: x_0 + x_1 = 1
     ...     def __init__(self, x): self.residual = x.sum()[None] - 1
     ...     def push(self, v): return v.sum()[None]
     ...     def pull(self, r): return r.expand(2)
+    ...     def jacobian(self): return None
     >>> from rgap.solvers.priors import Squares
     >>> found = gauss_newton(Line, torch.zeros(2), Squares(centre=0.0), Schedule())
     >>> bool((found.value - 0.5).abs().max() < 1e-4)
     True
     """
-    began, x = time.perf_counter(), project(start)
+    deadline = time.perf_counter() + schedule.seconds
+    x = project(start)
     point = linearise(x)
     misfit = float(point.residual.square().sum())
     if not isfinite(misfit):
-        raise ValueError(
-            f"expected a start at which the residual is finite, got ‖r‖² = {misfit}; start from "
-            "entries inside the value range"
-        )
+        return Minimum(x, inf, (), "the residual is not finite at the start")
     weight, smoothing, damping, rest = schedule.weight, schedule.smoothing, 0.0, 0
     steps: list[Step] = []
     while len(steps) < schedule.steps:
         if misfit <= schedule.target:
             return Minimum(x, misfit, tuple(steps), "the residual is what the noise explains")
-        if time.perf_counter() - began > schedule.seconds:
+        if time.perf_counter() > deadline:
             return Minimum(x, misfit, tuple(steps), "the time is up")
         current = prior.smoothed(smoothing)
         rhs = -(point.pull(point.residual) + 0.5 * weight * current.gradient(x))
-        normal = _normal(point, current.curvature(x), weight, damping)
-        dx, count = conjugate_gradients(normal, rhs, schedule.products, schedule.accuracy)
+        rhs = rhs * _free(x, rhs, project)
+        dx, count = _direction(
+            point, current.curvature(x), weight, damping, rhs, schedule, deadline
+        )
+        if not bool(torch.isfinite(dx).all()):
+            return Minimum(x, misfit, tuple(steps), "the next step is not finite")
         before = misfit + weight * float(current.value(x))
         length, trial, fresh, found = 1.0, x, point, inf
         while length > SHORTEST:
@@ -170,7 +177,7 @@ def gauss_newton(
 
 
 def conjugate_gradients(
-    operator: Operator, rhs: Tensor, iterations: int, accuracy: float
+    operator: Operator, rhs: Tensor, iterations: int, accuracy: float, deadline: float = inf
 ) -> tuple[Tensor, int]:
     """``A x = rhs`` for a positive semidefinite A; x and the products used.
 
@@ -179,12 +186,14 @@ def conjugate_gradients(
         rhs: like v.
         iterations: at most.
         accuracy: relative residual to stop at.
+        deadline: of ``time.perf_counter``; what was found by then is returned, and every iterate
+            is a direction of descent.
     """
     x, residual = torch.zeros_like(rhs), rhs
     direction, square = rhs, float(rhs.square().sum())
     limit = accuracy**2 * square
     for count in range(iterations):
-        if square <= limit:
+        if square <= limit or (count and time.perf_counter() > deadline):
             return x, count
         product = operator(direction)
         bend = float((direction * product).sum())
@@ -196,6 +205,60 @@ def conjugate_gradients(
         direction = residual + fresh / square * direction
         square = fresh
     return x, iterations
+
+
+def _free(x: Tensor, rhs: Tensor, project: Callable[[Tensor], Tensor]) -> Tensor:
+    """1 where a step along the descent moves x, 0 where the edge of the admissible holds it.
+
+    Without this, entries at the edge bend every step and stop the line search (Bertsekas 1982).
+    """
+    nudge = torch.finfo(x.dtype).eps ** 0.5 * float(x.abs().max().clamp_min(1.0))
+    held = (project(x + nudge * rhs.sign()) == x) & (rhs != 0)
+    return (~held).to(x)
+
+
+def _direction(
+    point: Point,
+    bend: Operator,
+    weight: float,
+    damping: float,
+    rhs: Tensor,
+    schedule: Schedule,
+    deadline: float,
+) -> tuple[Tensor, int]:
+    """The step from ``(JᵀJ + ½ λ C + δ) dx = rhs`` on the entries that are free."""
+    free = (rhs != 0).to(rhs)
+    jacobian = point.jacobian()
+    if jacobian is not None:
+        found = _solved(jacobian, bend, weight, damping, rhs, free)
+        if found is not None:
+            return found, 0
+    normal = _normal(point, bend, weight, damping)
+    return conjugate_gradients(
+        lambda v: free * normal(free * v), rhs, schedule.products, schedule.accuracy, deadline
+    )
+
+
+def _solved(
+    jacobian: Tensor, bend: Operator, weight: float, damping: float, rhs: Tensor, free: Tensor
+) -> Tensor | None:
+    """By Cholesky; None where rounding leaves no positive definite matrix."""
+    kept = free.flatten() > 0
+    size = int(kept.sum())
+    if size == 0:
+        return torch.zeros_like(rhs)
+    eye = torch.eye(rhs.numel()).to(rhs)[kept].reshape(-1, *rhs.shape)
+    curved = torch.stack([bend(e).flatten()[kept] for e in eye])
+    own = jacobian[:, kept]
+    matrix = own.T @ own + 0.25 * weight * (curved + curved.T)
+    scale = float(matrix.diagonal().mean())
+    matrix.diagonal().add_(damping + ROUNDED * scale)
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    if int(failed) or not bool(torch.isfinite(factor).all()):
+        return None
+    found = torch.zeros_like(rhs).flatten()
+    found[kept] = torch.cholesky_solve(rhs.flatten()[kept, None], factor)[:, 0]
+    return found.reshape(rhs.shape)
 
 
 def _normal(point: Point, curvature: Operator, weight: float, damping: float) -> Operator:

@@ -18,7 +18,7 @@ Operator = Callable[[Tensor], Tensor]
 
 
 class Prior(Protocol):
-    """A penalty on x [B, C, H, W] (or [B, n])."""
+    """A penalty on x [B, C, *space] (or [B, n])."""
 
     def value(self, x: Tensor) -> Tensor:
         """The penalty, a scalar."""
@@ -78,7 +78,7 @@ class TotalVariation:
         return replace(self, smoothing=max(size, self.smoothing))
 
     def _lengths(self, x: Tensor) -> Tensor:
-        """Lengths of the differences, [2 or 1, B, C or 1, H, W]."""
+        """Lengths of the differences, [axes or 1, B, C or 1, *space]."""
         squares = _differences(x).square()
         if self.isotropic:
             squares = squares.sum((0, 2), keepdim=True)
@@ -143,19 +143,25 @@ class Sum:
 
 
 def _differences(x: Tensor) -> Tensor:
-    """Forward differences down and to the right, 0 at the border, [2, B, C, H, W]."""
-    down, right = torch.zeros_like(x), torch.zeros_like(x)
-    down[..., :-1, :] = x[..., 1:, :] - x[..., :-1, :]
-    right[..., :, :-1] = x[..., :, 1:] - x[..., :, :-1]
-    return torch.stack([down, right])
+    """Forward differences along each axis of space, 0 at the border, [axes, B, C, *space]."""
+    if x.ndim < 3:
+        raise ValueError(
+            f"TotalVariation: expected samples with channels and space, [B, C, H, W], got "
+            f"{list(x.shape)}: their entries have no neighbours; write prior=Squares()"
+        )
+    out = []
+    for axis in range(2, x.ndim):
+        d = torch.zeros_like(x)
+        d.narrow(axis, 0, x.shape[axis] - 1).copy_(x.diff(dim=axis))
+        out.append(d)
+    return torch.stack(out)
 
 
 def _divergence(d: Tensor) -> Tensor:
     """The transpose of :func:`_differences`."""
     out = torch.zeros_like(d[0])
-    down, right = d[0][..., :-1, :], d[1][..., :, :-1]
-    out[..., 1:, :] += down
-    out[..., :-1, :] -= down
-    out[..., :, 1:] += right
-    out[..., :, :-1] -= right
+    for axis in range(2, d[0].ndim):
+        own = d[axis - 2].narrow(axis, 0, d[0].shape[axis] - 1)
+        out.narrow(axis, 1, own.shape[axis]).add_(own)
+        out.narrow(axis, 0, own.shape[axis]).sub_(own)
     return out

@@ -30,6 +30,11 @@ def pooled():
         nn.Conv2d(3, 8, 3, padding=1), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(128, 5)
     )
 
+def strided():
+    return nn.Sequential(
+        nn.Conv2d(3, 2, 3, 2, 1), nn.Sigmoid(), nn.Flatten(), nn.Linear(32, 5)
+    )
+
 def number():
     return 3
 
@@ -259,3 +264,18 @@ def test_a_real_process_ends_with_the_code_and_one_line() -> None:
     assert done.stdout == ""
     assert done.stderr.startswith("rgap: error: ")
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_invert_completes_on_request(tmp_path: Path) -> None:
+    call("capture", "clinets:strided", *CAPTURE)
+    stopped = call("invert", "clinets:strided", "update.safetensors", code=1)
+    assert stopped.out.startswith("UNDERDETERMINED")
+    refused = call("invert", "clinets:strided", "update.safetensors", "--prior", "tv", code=2)
+    assert "write --complete as well" in refused.err
+    asked = ("invert", "clinets:strided", "update.safetensors", "--complete", "--prior", "tv")
+    found = call(*asked, "--time-limit", "300", "--output", "found", code=1)
+    assert found.out.startswith("COMPLETED") and "a prior chose" in " ".join(found.out.split())
+    assert (tmp_path / "found" / "picture-0.png").is_file()
+    late = call(*asked, "--time-limit", "1e-6", "--output", "late", code=1)
+    assert late.out.startswith("UNDERDETERMINED") and "the time is up" in " ".join(late.out.split())
+    assert "no batch that reproduces the update" in late.err and not (tmp_path / "late").exists()
