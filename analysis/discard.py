@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import copy
 from collections.abc import Sequence
 from math import prod
 from operator import index
@@ -10,20 +10,15 @@ from operator import index
 import torch
 from torch import Tensor, nn
 
-from rgap.affine import Affine
-from rgap.analysis.overlap import shared_equations
-from rgap.analysis.probe import Probe, probe_layers
+from rgap.analysis.layer_ranks import Spaces, counted_rows, measured_row, sketched_row
+from rgap.analysis.probe import probe_layers
 from rgap.analysis.table import Audit, AuditRow
 from rgap.losses import Loss
 from rgap.network import parse
-from rgap.solvers.subspace import RowSpace
-from rgap.systems import gradient_constraint
-from rgap.systems.ranks import stage_joint_rank, weight_row_spaces
 from rgap.validation import require_finite
 
-log = logging.getLogger(__name__)
-METHODS = ("exact", "formula")
-LARGEST = 20_000  # inputs of a layer; a basis of its weight constraints then takes 3 GB
+METHODS = ("exact", "sketch", "formula")
+WEIGHTS = ("given", "random")
 
 
 def audit(
@@ -34,6 +29,7 @@ def audit(
     loss: str | Loss = "cross_entropy",
     inputs: Tensor | None = None,
     method: str = "exact",
+    weights: str = "given",
     seed: int = 0,
 ) -> Audit:
     """Measure which part of its input every layer's gradient determines.
@@ -49,16 +45,21 @@ def audit(
         batch_sizes: the batch sizes B to audit.
         loss: of the client.
         inputs: probe pictures ``[N, *input_shape]``, N ≥ max(batch_sizes); random if None.
-        method: "exact" (numerical rank by principal angles between row spaces) or "formula"
-            (closed-form upper bound on the joint rank from the ranks of the two blocks).
-        seed: of the probe.
+        method: "exact": numerical ranks, the joint one by principal angles between row spaces.
+            "sketch": gradient ranks from random compressions, weight ranks measured up to 20,000
+            inputs and counted above, the joint rank as an upper bound; for layers of any size.
+            "formula": counted from the sizes alone, for generic weights and cotangents, by
+            `rgap.analysis.symbolic`; neither weights nor data are looked at.  Every row says its
+            ``route`` and whether its rank is ``exact`` or a bound.
+        weights: "given", or "random" to audit the architecture with weights drawn anew.
+        seed: of the probe and of random weights.
 
     Returns:
         The :class:`Audit`.
 
     Raises:
-        ValueError: a layer too large for exact ranks, batch size below 1, unknown method, too few
-            probe pictures, a shape that does not fit, train mode.
+        ValueError: a layer too large for exact ranks, batch size below 1, unknown method or
+            weights, too few probe pictures, a shape that does not fit, train mode.
 
     >>> import rgap
     >>> table = audit(rgap.models.lenet(seed=0), (3, 32, 32), batch_sizes=(1,))
@@ -71,70 +72,58 @@ def audit(
         raise ValueError(
             f"expected method in {list(METHODS)}, got {method!r}; write method='exact'"
         )
+    if weights not in WEIGHTS:
+        raise ValueError(
+            f"expected weights in {list(WEIGHTS)}, got {weights!r}; write weights='random', or "
+            "load the weights into the model"
+        )
     loss = Loss.of(loss)
+    pictures = _pictures(inputs, shape, max(batches), seed)
+    if weights == "random":
+        model = redrawn(model, seed)
+    if method == "formula":
+        counted, left = counted_rows(model, shape, batches, loss.name)
+        return Audit(type(model).__name__, method, tuple(counted), (*_notes(counted), *left))
     chain = parse(model, shape)
     before = {stage.name: prod(stage.in_shape) for stage in chain.stages}
-    pictures = _pictures(inputs, shape, max(batches), seed)
-    spaces: dict[str, RowSpace] = {}
-    rows = []
+    rows: list[AuditRow] = []
+    spaces: Spaces = {}
+    make = measured_row if method == "exact" else sketched_row
     for batch in batches:
         targets = _targets(model, pictures[:batch], loss, seed)
         for probe in probe_layers(model, pictures[:batch], targets, loss):
-            _refuse_large(probe.affine, method)
-            rows.append(_row(probe, batch, method, before.get(probe.affine.name), spaces))
-    return Audit(type(model).__name__, method, tuple(rows), _notes(rows, method))
+            rows.append(make(probe, batch, before.get(probe.affine.name, 0), spaces))
+    return Audit(type(model).__name__, method, tuple(rows), _notes(rows))
 
 
-def _row(
-    probe: Probe, batch: int, method: str, before: int | None, spaces: dict[str, RowSpace]
-) -> AuditRow:
-    affine = probe.affine
-    samples = len(probe.inputs)  # more than the batch for a layer applied along a sequence
-    kronecker = gradient_constraint(affine, probe.cotangents)
-    gradient = kronecker.rank()
-    weight = _weight_spaces(affine, probe.active, spaces)
-    weight_rank = sum(space.rank.rank for space in weight)
-    own = samples * prod(affine.in_shape)
-    if method == "exact":
-        joint = stage_joint_rank(affine, kronecker, weight).rank
-    else:
-        shared = shared_equations(affine, probe.cotangents, probe.active)
-        joint = min(own, gradient.rank + weight_rank - shared)
-    # A pool that leads into the layer discards too: its input is the unknown, of higher dimension.
-    unknowns = max(own, batch * (before or 0))
-    nullity = unknowns - joint
-    return AuditRow(
-        affine.name,
-        affine.kind,
-        batch,
-        unknowns,
-        gradient.rank,
-        weight_rank,
-        joint,
-        nullity,
-        nullity / unknowns,
-        gradient.condition,
-    )
+def redrawn(model: nn.Module, seed: int) -> nn.Module:
+    """A copy of the model with every parameter drawn anew, as PyTorch would initialise it.
 
+    Parameters that no module of PyTorch knows how to draw come from a normal distribution of the
+    size that they had.
 
-def _refuse_large(affine: Affine, method: str) -> None:
-    size = prod(affine.in_shape)
-    if size > LARGEST:
-        raise ValueError(
-            f"expected layers of at most {LARGEST} inputs for method={method!r}, got "
-            f"'{affine.name}' with {size}: its weight constraints alone would be a matrix of "
-            f"{8e-9 * size**2:.0f} GB; audit a smaller input_shape, whose layers have the same "
-            "structure"
-        )
+    Args:
+        model: left as it was.
+        seed: of the weights.
 
-
-def _weight_spaces(affine: Affine, active: Tensor, spaces: dict[str, RowSpace]) -> list[RowSpace]:
-    """Row spaces per sample; the one of a layer with no unit off is kept from audit to audit."""
-    if not bool(active.all()):
-        return weight_row_spaces(affine, active)
-    if affine.name not in spaces:
-        spaces[affine.name] = weight_row_spaces(affine, active[:1])[0]
-    return [spaces[affine.name]] * len(active)
+    >>> net = nn.Linear(3, 2)
+    >>> bool((redrawn(net, 0).weight == net.weight).any())
+    False
+    """
+    twin = copy.deepcopy(model)
+    drawn: set[int] = set()
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        for module in twin.modules():
+            reset = getattr(module, "reset_parameters", None)
+            if callable(reset):
+                reset()
+                drawn |= {id(p) for p in module.parameters(recurse=False)}
+        for parameter in twin.parameters():
+            if id(parameter) not in drawn:
+                size = float(parameter.std()) if parameter.numel() > 1 else 0.0
+                parameter.normal_(0.0, size or 1.0)
+    return twin
 
 
 def _checked(batch_sizes: Sequence[int]) -> tuple[int, ...]:
@@ -186,11 +175,13 @@ def _targets(model: nn.Module, pictures: Tensor, loss: Loss, seed: int) -> Tenso
     return (torch.rand(outputs.shape, generator=generator) < 0.5).double()
 
 
-def _notes(rows: Sequence[AuditRow], method: str) -> tuple[str, ...]:
+def _notes(rows: Sequence[AuditRow]) -> tuple[str, ...]:
     notes = []
-    if method == "formula":
+    bounds = list(dict.fromkeys(row.layer for row in rows if not row.exact))
+    if bounds:
+        shown = f"{bounds[:4]}" + (f" and {len(bounds) - 4} more" if len(bounds) > 4 else "")
         notes.append(
-            "joint_rank is the closed-form upper bound, as a rule equal to the rank; "
+            f"Of {shown} joint_rank is an upper bound, as a rule equal to the rank; "
             "method='exact' measures it."
         )
     dead = sorted({row.layer for row in rows if row.gradient_rank == 0})

@@ -26,7 +26,10 @@ class AuditRow:
         joint_rank: of both together.
         nullity: unknowns − joint_rank.
         discard: nullity / unknowns.
-        condition: σ_1/σ_r of the gradient constraints over what they determine.
+        condition: σ_1/σ_r of the gradient constraints over what they determine; of their sketch
+            where they were sketched, None where nothing was measured.
+        route: how the ranks were found.
+        exact: False where ``joint_rank`` is only an upper bound, and so ``nullity`` a lower one.
     """
 
     layer: str
@@ -38,7 +41,9 @@ class AuditRow:
     joint_rank: int
     nullity: int
     discard: float
-    condition: float
+    condition: float | None
+    route: str = "measured"
+    exact: bool = True
 
 
 @dataclass(frozen=True)
@@ -69,11 +74,14 @@ class Audit:
 
     @property
     def largest_exact_batch(self) -> int:
-        """Largest audited batch size at which no layer discards anything; 0 if there is none."""
+        """Largest audited batch size at which no layer discards anything; 0 if there is none.
+
+        A row whose rank is only a bound does not count as determined.
+        """
         exact = [
             b
             for b in self.batch_sizes
-            if all(row.nullity == 0 for row in self.rows if row.batch_size == b)
+            if all(row.nullity == 0 and row.exact for row in self.rows if row.batch_size == b)
         ]
         return max(exact, default=0)
 
@@ -98,13 +106,18 @@ class Audit:
             rows = [row for row in self.rows if row.batch_size == batch]
             short = [row for row in reversed(rows) if row.nullity]
             if not short:
-                lines.append(f"B = {batch}: every layer determines its input.")
+                lines.append(
+                    f"B = {batch}: every layer determines its input."
+                    if all(row.exact for row in rows)
+                    else f"B = {batch}: counting finds no equation missing; that is no proof."
+                )
                 continue
             first = short[0]
+            missing = f"{first.nullity} of {first.unknowns} equations are missing"
             lines.append(
                 f"B = {batch}: from the output down, '{first.layer}' ({first.kind}) is the first "
-                f"layer that falls short: {first.nullity} of {first.unknowns} equations are "
-                f"missing ({first.discard:.1%})."
+                f"layer that falls short: {missing if first.exact else 'at least ' + missing} "
+                f"({first.discard:.1%})."
             )
         lines.append(
             "Per layer and in sequence; a layer below can still fix what one above leaves open."
@@ -156,12 +169,16 @@ class Audit:
             "weight_rank",
             "joint_rank",
             "nullity",
+            "route",
         )
         head = "".join(f"<th>{name.replace('_', ' ')}</th>" for name in names)
         body = "".join(
-            "<tr>"
-            + "".join(f"<td>{html.escape(str(getattr(row, n)))}</td>" for n in names)
-            + "</tr>"
+            "<tr>" + "".join(f"<td>{html.escape(_cell(row, n))}</td>" for n in names) + "</tr>"
             for row in self.rows
         )
         return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def _cell(row: AuditRow, name: str) -> str:
+    bound = {"joint_rank": "≤ ", "nullity": "≥ "}.get(name, "") if not row.exact else ""
+    return f"{bound}{getattr(row, name)}"

@@ -185,7 +185,10 @@ def audit(
     batch_sizes: Annotated[str, typer.Option(help="Batch sizes to audit.")] = "1,2,4,8",
     loss: LossName = None,
     method: Annotated[
-        Method, typer.Option(help="Measured ranks, or their closed-form bound (fast).")
+        Method,
+        typer.Option(
+            help="Measured ranks, random sketches for large layers, or counts from the sizes alone."
+        ),
     ] = Method.exact,
     plot: Annotated[
         Path | None,

@@ -49,6 +49,7 @@ class Method(StrEnum):
     """How `rgap audit` finds joint ranks."""
 
     exact = "exact"
+    sketch = "sketch"
     formula = "formula"
 
 

@@ -34,13 +34,14 @@ def audit_table(audit: Audit) -> Table:
     >>> audit_table(Audit("Sequential", "exact", (row,))).row_count
     1
     """
-    joint = "joint rank" if audit.method == "exact" else "joint rank ≤"
+    joint = "joint rank" if all(row.exact for row in audit.rows) else "joint rank ≤"
     table = _table(f"Equations of every layer's gradient: {audit.model}")
     table.add_column("B", justify="right", style="bold")
     table.add_column("layer")
     table.add_column("kind", style="dim")
     for name in ("unknowns", "gradient rank", "weight rank", joint, "missing", "discard"):
         table.add_column(name, justify="right")
+    table.add_column("route", style="dim")
     for batch in audit.batch_sizes:
         rows = [row for row in audit.rows if row.batch_size == batch]
         for place, row in enumerate(rows):
@@ -53,6 +54,7 @@ def audit_table(audit: Audit) -> Table:
                 f"{row.weight_rank:,}",
                 f"{row.joint_rank:,}",
                 *_shortfall(row),
+                row.route,
                 end_section=place == len(rows) - 1,
             )
     return table

@@ -51,8 +51,11 @@ def _row_space(affine: Affine, mask: Tensor | None) -> RowSpace:
         if extremes is not None:
             identity = torch.eye(size, dtype=torch.float64)
             return RowSpace(identity, Rank(size, size, 0.0, inf, *extremes, size))
-    identity = torch.eye(size, dtype=torch.float64).reshape(size, *affine.in_shape)
-    dense = affine.linear(identity).reshape(size, -1).T
+    if affine.geometry is None:
+        dense = affine.weight
+    else:
+        identity = torch.eye(size, dtype=torch.float64).reshape(size, *affine.in_shape)
+        dense = affine.linear(identity).reshape(size, -1).T
     return row_space(dense if mask is None else dense[mask.to(dense.device)])
 
 

@@ -1,0 +1,209 @@
+"""One row of the audit, by each of its routes: measured, sketched, or counted from the sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from rgap.affine import Affine
+from rgap.analysis.overlap import shared_equations
+from rgap.analysis.probe import Probe
+from rgap.analysis.symbolic import closed_form, symbolic
+from rgap.analysis.table import AuditRow
+from rgap.analysis.update_jacobian import SignSketch
+from rgap.solvers.kronecker import Kronecker
+from rgap.solvers.rank import Rank, numerical_rank, resolve_rcond
+from rgap.solvers.subspace import RowSpace
+from rgap.solvers.svd import singular_values
+from rgap.systems import gradient_constraint
+from rgap.systems.ranks import stage_joint_rank, weight_row_spaces
+
+LARGEST = 20_000  # inputs of a layer; a basis of its weight constraints then takes 3 GB
+ROOM = 2  # width of a sketch over the smaller side of what it compresses
+SPARE = 64
+
+Spaces = dict[str, RowSpace]
+
+
+def measured_row(probe: Probe, batch: int, before: int, spaces: Spaces) -> AuditRow:
+    """Numerical ranks; the joint one from the principal angles between the two row spaces.
+
+    Args:
+        probe: the layer with its inputs and cotangents.
+        batch: B.
+        before: entries of one sample ahead of a pool that leads into the layer, 0 without one.
+        spaces: row spaces of the weights that are known; added to.
+
+    Raises:
+        ValueError: a layer with more than 20,000 inputs.
+    """
+    affine = probe.affine
+    size = prod(affine.in_shape)
+    if size > LARGEST:
+        raise ValueError(
+            f"expected layers of at most {LARGEST} inputs for method='exact', got "
+            f"'{affine.name}' with {size}: its weight constraints alone would be a matrix of "
+            f"{8e-9 * size**2:.0f} GB; write method='sketch' or method='formula', or audit a "
+            "smaller input_shape, whose layers have the same structure"
+        )
+    kronecker = gradient_constraint(affine, probe.cotangents)
+    gradient = kronecker.rank()
+    weight = _weight_spaces(affine, probe.active, spaces)
+    joint = stage_joint_rank(affine, kronecker, weight).rank
+    of_weight = sum(space.rank.rank for space in weight)
+    return _row(probe, batch, before, gradient, of_weight, joint, "measured", True)
+
+
+def sketched_row(probe: Probe, batch: int, before: int, spaces: Spaces) -> AuditRow:
+    """Gradient rank from a random compression of K; the overlap of the two blocks counted.
+
+    The weight rank is measured up to 20,000 inputs and counted above.  The joint rank is an upper
+    bound, unless one block alone, or none of the other, already decides it.
+
+    Args:
+        probe: the layer with its inputs and cotangents.
+        batch: B.
+        before: entries of one sample ahead of a pool that leads into the layer, 0 without one.
+        spaces: row spaces of the weights that are known; added to.
+    """
+    affine = probe.affine
+    unknowns = len(probe.inputs) * prod(affine.in_shape)
+    gradient = sketched_rank(gradient_constraint(affine, probe.cotangents))
+    if prod(affine.in_shape) > LARGEST:
+        counted = closed_form(affine, len(probe.inputs), probe.active)
+        of_weight = counted.weight_rank
+        bound = min(counted.joint_rank, unknowns, gradient.rank + of_weight)
+        exact = bound == gradient.rank
+        route = "gradient sketched, weights counted"
+    else:
+        of_weight = sum(s.rank.rank for s in _weight_spaces(affine, probe.active, spaces))
+        shared = shared_equations(affine, probe.cotangents, probe.active)
+        bound = min(unknowns, gradient.rank + of_weight - shared)
+        exact = bound in (gradient.rank, of_weight)
+        route = "gradient sketched, overlap counted"
+    return _row(probe, batch, before, gradient, of_weight, bound, route, exact)
+
+
+def counted_rows(
+    model: nn.Module, shape: tuple[int, ...], batches: Sequence[int], loss: str
+) -> tuple[list[AuditRow], tuple[str, ...]]:
+    """Rows from the sizes alone, for generic weights and cotangents, and what they leave out.
+
+    The network is counted once, as expressions in B.
+
+    Args:
+        model: left as it was; its weights are not looked at.
+        shape: of one sample.
+        batches: the batch sizes.
+        loss: name of the client's loss.
+    """
+    found = symbolic(model, shape, loss=loss)
+    rows = []
+    for batch in batches:
+        before = 0
+        for layer in found.layers:
+            sizes = layer.at({"B": batch})
+            if layer.kind in ("average_pool", "max_pool"):
+                before = max(before, sizes["unknowns"])
+            if not layer.kind.startswith(("conv", "linear", "head")):
+                continue
+            # A pool that leads into the layer discards too: its input is the unknown.
+            unknowns, joint = max(sizes["unknowns"], before), sizes["joint_rank"]
+            before = 0
+            rows.append(
+                AuditRow(
+                    layer.name,
+                    "linear" if layer.kind == "head" else layer.kind,
+                    batch,
+                    unknowns,
+                    sizes["gradient_rank"],
+                    sizes["weight_rank"],
+                    joint,
+                    unknowns - joint,
+                    (unknowns - joint) / unknowns,
+                    None,
+                    "counted",
+                    bool(layer.exact),
+                )
+            )
+    return rows, found.notes
+
+
+def sketched_rank(kronecker: Kronecker, seed: int = 0) -> Rank:
+    """Rank of ``I_C ⊗ K`` from random signs on the longer side of K, never above the rank.
+
+    The longer side is compressed to twice the shorter, which keeps the rank with probability
+    close to one and changes σ_1/σ_r by a small factor.
+
+    Args:
+        kronecker: K, [groups, rows, columns], and its channels.
+        seed: of the signs.
+
+    >>> found = sketched_rank(Kronecker(torch.ones(1, 2, 500).double(), 3))
+    >>> found.rank, found.size
+    (3, 1500)
+    """
+    matrix = kronecker.matrix
+    groups, rows, columns = matrix.shape
+    wide = columns >= rows
+    places = ROOM * min(rows, columns) + SPARE
+    if max(rows, columns) <= places:
+        return kronecker.rank()
+    sketch = SignSketch(max(rows, columns), places, seed)
+    small = torch.stack([sketch(part if wide else part.T) for part in matrix])
+    cutoff = resolve_rcond(None, (rows, columns))
+    ranks = [numerical_rank(values, columns, cutoff) for values in singular_values(small)]
+    per_group = kronecker.channels // groups
+    worst = min(ranks, key=lambda rank: rank.gap)
+    return Rank(
+        per_group * sum(rank.rank for rank in ranks),
+        kronecker.channels * columns,
+        max(rank.cutoff for rank in ranks),
+        worst.gap,
+        max(rank.largest for rank in ranks),
+        min((rank.smallest for rank in ranks if rank.rank), default=0.0),
+        per_group * sum(rank.alternative for rank in ranks),
+    )
+
+
+def _row(
+    probe: Probe,
+    batch: int,
+    before: int,
+    gradient: Rank,
+    weight: int,
+    joint: int,
+    route: str,
+    exact: bool,
+) -> AuditRow:
+    affine = probe.affine
+    # More samples than the batch has, for a layer applied along a sequence; and a pool that leads
+    # into the layer discards too: its input is the unknown, of higher dimension.
+    unknowns = max(len(probe.inputs) * prod(affine.in_shape), batch * before)
+    nullity = unknowns - joint
+    return AuditRow(
+        affine.name,
+        affine.kind,
+        batch,
+        unknowns,
+        gradient.rank,
+        weight,
+        joint,
+        nullity,
+        nullity / unknowns,
+        gradient.condition,
+        route,
+        exact,
+    )
+
+
+def _weight_spaces(affine: Affine, active: Tensor, spaces: Spaces) -> Sequence[RowSpace]:
+    """Row spaces per sample; the one of a layer with no unit off is kept from audit to audit."""
+    if not bool(active.all()):
+        return weight_row_spaces(affine, active)
+    if affine.name not in spaces:
+        spaces[affine.name] = weight_row_spaces(affine, active[:1])[0]
+    return [spaces[affine.name]] * len(active)
