@@ -124,9 +124,9 @@ def _at(plan: Layout, on: NDArray[np.bool_], prime: int, point: np.random.Genera
     gradient = weight = joint = 0
     for group in range(plan.groups):
         mask = on[:, group]
-        k = _random(mask.shape, prime, point) * mask
-        w = _random((plan.filters, plan.channels, plan.offsets), prime, point)
-        kernel = _null_space(_gradient_matrix(plan, k), prime)
+        k = random_point(mask.shape, prime, point) * mask
+        w = random_point((plan.filters, plan.channels, plan.offsets), prime, point)
+        kernel = sparse_null_space(gradient_matrix(plan, k), prime)
         own = plan.channels * (len(kernel) - kernel.shape[1])
         gradient += own
         alone = _weight_rank(plan, w, mask, prime)
@@ -135,15 +135,16 @@ def _at(plan: Layout, on: NDArray[np.bool_], prime: int, point: np.random.Genera
         if own == unknowns or alone == unknowns:  # nothing is left to measure
             joint += unknowns
         else:
-            joint += own + residue_rank(_projected(plan, w, kernel, mask, prime), prime)
+            joint += own + residue_rank(projected(plan, w, kernel, mask, prime), prime)
     return BlockRanks(gradient, weight, joint)
 
 
-def _random(shape: tuple[int, ...], prime: int, point: np.random.Generator) -> Residues:
+def random_point(shape: tuple[int, ...], prime: int, point: np.random.Generator) -> Residues:
+    """Independent residues, all equally likely."""
     return reduce(point.integers(0, prime, shape).astype(np.float64), prime)
 
 
-def _gradient_matrix(plan: Layout, k: Residues) -> Residues:
+def gradient_matrix(plan: Layout, k: Residues) -> Residues:
     """K of one group, [F/g · offsets, B·N], from k [B, F/g, O]."""
     batch = len(k)
     matrix = np.zeros((plan.filters, plan.offsets, batch, plan.positions))
@@ -153,7 +154,7 @@ def _gradient_matrix(plan: Layout, k: Residues) -> Residues:
     return matrix.reshape(plan.filters * plan.offsets, batch * plan.positions)
 
 
-def _null_space(matrix: Residues, prime: int) -> Residues:
+def sparse_null_space(matrix: Residues, prime: int) -> Residues:
     """Null space of K, [columns, nullity], piece by piece."""
     height, width = matrix.shape
     row, column = np.nonzero(matrix)
@@ -192,7 +193,7 @@ def _weight_rank(plan: Layout, w: Residues, mask: NDArray[np.bool_], prime: int)
     return sum(rank_of(own.tobytes()) for own in mask)
 
 
-def _projected(
+def projected(
     plan: Layout, w: Residues, kernel: Residues, mask: NDArray[np.bool_], prime: int
 ) -> Residues:
     """W (I_C ⊗ Z) of the units that are on, [Σ_b units, C/g · nullity]."""

@@ -184,6 +184,9 @@ def count(
     if active is not None:
         weight = smallest(weight, active * batch * filters * positions)
     bounds = [gradient + weight]
+    numbers = all(isinstance(size, int) for pair in classes for size in pair)
+    if not numbers:  # all or nothing: expressions that still can be read
+        classes = ((_total(t for t, _ in classes), _total(u for _, u in parts)),)
     for cut in range(len(classes) + 1):
         inside, outside = classes[:cut], classes[cut:]
         bound = batch * channels * _total(u for _, u in inside)
@@ -191,8 +194,10 @@ def count(
             left = _total(t for t, _ in outside)
             # a filter that is off somewhere keeps its relation with itself only
             shared = 1 if active is not None else smallest(filters, channels * left)
-            open_ = batch * channels * _total(u for _, u in outside)
-            bound += rows * (channels * left - shared) + smallest(weight, open_)
+            # of the rows of W outside all classes there are no more than unknowns there; all of W
+            # has no more than unknowns already
+            rest = smallest(weight, batch * channels * _total(u for _, u in outside))
+            bound += rows * (channels * left - shared) + (rest if inside else weight)
         bounds.append(bound)
     return Ranks(groups * gradient, groups * weight, groups * smallest(*bounds))
 

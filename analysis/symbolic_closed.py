@@ -1,8 +1,9 @@
 """Ranks of one layer's equations by counting: a bound, and a proof where the bound is the rank.
 
-Nothing here computes with values of k or W.  The upper bound is a matching in the pattern of zeros
-after the rows that the two blocks share are left out; the lower bound is a term of a minor that
-nothing cancels.  Where they meet, the number is the rank for generic k and W, proved.
+The upper bound is a matching in the pattern of zeros after the rows that the two blocks share are
+left out; the lower bound is a term of a minor that nothing cancels.  Neither computes with values
+of k or W, and where they meet, the number is the rank for generic k and W, proved.  Layers too
+large for matchings are counted by residue classes of the stride, and a rank at one point proves it.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from rgap.analysis.symbolic_degrees import STYLES, degrees
 from rgap.analysis.symbolic_matching import leading_term, structural
 from rgap.analysis.symbolic_pattern import Entries, Ints, Mask, Reads, entries, reads
 from rgap.analysis.symbolic_shared import left_out, pieces, relations
+from rgap.analysis.symbolic_witness import Witness
 
 __all__ = ["ClosedForm", "closed_form"]
 
-LARGEST = 3_000_000  # entries of a pattern; larger layers are counted by residue classes
+LARGEST = 120_000  # entries of a pattern; larger layers are counted by residue classes
 CHOICES = 4  # of the rows left out
 
 
@@ -245,5 +247,17 @@ def _by_classes(affine: Affine, batch: int, active: Tensor | None) -> ClosedForm
     known = batch * prod(affine.out_shape) if active is None else int(active.sum())
     weight = min(ranks.weight, known)
     joint = min(ranks.joint, ranks.gradient + weight)
+    exact = (False, False, False)
+    if active is None or bool(active.all()):
+        seen = Witness(affine)
+        alone = seen.weight(weight // batch) * batch == weight
+        both = alone and weight == unknowns  # then nothing is left to look at
+        exact = (
+            both or seen.joint(batch, joint) == joint,
+            seen.gradient(batch) == ranks.gradient,
+            alone,
+        )
     reason = "upper bound: counted by residue classes of the stride, too large for a proof"
-    return ClosedForm(unknowns, ranks.gradient, weight, joint, False, False, False, reason)
+    if exact[0]:
+        reason = "counted by residue classes of the stride, and reached at a point modulo a prime"
+    return ClosedForm(unknowns, ranks.gradient, weight, joint, *exact, reason)

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from typing import Any
 
 from torch import nn
 
-from rgap.analysis.symbolic_layer import SIGNS, SymbolicLayer, layer_form
+from rgap.analysis.symbolic_layer import EFFORT, TEX_SIGNS, TEXT_SIGNS, SymbolicLayer, layer_form
 from rgap.analysis.symbolic_modules import calls_of, head_of, sizes_of
 
 __all__ = ["SymbolicNetwork", "symbolic"]
 
-HEADINGS = ("unknowns", "gradient rank", "weight rank", "overlap", "nullity", "critical batch")
+COLUMNS = (
+    ("unknowns", "unknowns"),
+    ("gradient rank", "gradient_rank"),
+    ("weight rank", "weight_rank"),
+    ("joint rank", "joint_rank"),
+    ("nullity", "nullity"),
+    ("critical batch", "critical_batch"),
+)
+HEADINGS = tuple(heading for heading, _ in COLUMNS)
 
 
 @dataclass(frozen=True)
@@ -44,7 +52,9 @@ class SymbolicNetwork:
     @property
     def total_nullity(self) -> Any:
         """What layer after layer leaves open."""
-        return self._total("nullity")
+        from rgap.analysis.symbolic_lines import open_part
+
+        return open_part(self.total_unknowns, self.total_equations, self._symbol())
 
     @property
     def exact(self) -> bool:
@@ -61,13 +71,20 @@ class SymbolicNetwork:
         import sympy
 
         found = [layer.critical_batch for layer in self.layers]
+        if 1 in found:
+            return sympy.Integer(1)
         return None if any(value is None for value in found) else sympy.Min(*found)
 
     def text(self) -> str:
         """A table in plain text; ≤ and ≥ mark bounds."""
+        from rgap.analysis.symbolic_writing import in_text
+
+        def write(value: Any, sign: str) -> str:
+            return ("" if sign == "=" else TEXT_SIGNS[sign] + " ") + in_text(value)
+
         rows = [
             ("layer", "kind", *HEADINGS),
-            *(self._cells(layer, _plain) for layer in self.layers),
+            *(self._cells(layer, write) for layer in self.layers),
         ]
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = [
@@ -78,28 +95,47 @@ class SymbolicNetwork:
             for row in rows
         ]
         lines.insert(1, "  ".join("-" * width for width in widths))
-        lines.append(
-            f"{self.model}: {self.total_unknowns} unknowns, {self.total_equations} equations, "
-            f"critical batch {_plain(self.critical_batch)}"
-        )
+        above, below = ("", "") if self.exact else ("≤ ", "≥ ")
+        lines += [
+            f"{self.model}: {in_text(self.total_unknowns)} unknowns in all layers",
+            f"  equations       {above}{in_text(self.total_equations)}",
+            f"  nullity         {below}{in_text(self.total_nullity)}",
+            f"  critical batch  {above}{in_text(self.critical_batch)}, layer by layer",
+        ]
         return "\n".join([*lines, *self.notes])
 
     def latex(self) -> str:
         """A ``booktabs`` table."""
-        body = [" & ".join(self._cells(layer, _math, escaped=True)) for layer in self.layers]
-        total = _math(self.total_unknowns), _math(self.total_nullity)
-        middle = " & ".join(_math(self._total(what)) for what in ("gradient_rank", "weight_rank"))
-        shared = _math(self._total("overlap"))
-        when = _math(self.critical_batch)
+        from rgap.analysis.symbolic_writing import in_latex
+
+        def write(value: Any, sign: str) -> str:
+            return f"${'' if sign == '=' else TEX_SIGNS[sign] + ' '}{in_latex(value)}$"
+
+        def safe(word: str) -> str:
+            return word.replace("_", r"\_")
+
+        body = []
+        for layer in self.layers:
+            name, kind, *cells = self._cells(layer, write)
+            body.append(" & ".join([safe(name), safe(kind), *cells]))
+        above, below = ("=", "=") if self.exact else ("<=", ">=")
+        totals = (
+            write(self.total_unknowns, "="),
+            "",
+            "",
+            write(self.total_equations, above),
+            write(self.total_nullity, below),
+            write(self.critical_batch, above),
+        )
         return "\n".join(
             [
-                r"\begin{tabular}{llrrrrrr}",
+                rf"\begin{{tabular}}{{ll{'r' * len(COLUMNS)}}}",
                 r"\toprule",
                 " & ".join(("layer", "kind", *HEADINGS)) + r" \\",
                 r"\midrule",
                 *(line + r" \\" for line in body),
                 r"\midrule",
-                rf"total & & {total[0]} & {middle} & {shared} & {total[1]} & {when} \\",
+                "total & & " + " & ".join(totals) + r" \\",
                 r"\bottomrule",
                 r"\end{tabular}",
             ]
@@ -109,51 +145,38 @@ class SymbolicNetwork:
         return self.latex()
 
     def _repr_html_(self) -> str:
+        from rgap.analysis.symbolic_writing import in_text
+
+        def write(value: Any, sign: str) -> str:
+            return ("" if sign == "=" else TEXT_SIGNS[sign] + " ") + in_text(value)
+
         def line(cells: Sequence[str], tag: str) -> str:
             return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
         head = line(("layer", "kind", *HEADINGS), "th")
-        body = "".join(line(self._cells(layer, _plain), "td") for layer in self.layers)
+        body = "".join(line(self._cells(layer, write), "td") for layer in self.layers)
         notes = "".join(f"<p>{escape(note)}</p>" for note in self.notes)
         return f"<table><thead>{head}</thead><tbody>{body}</tbody></table>{notes}"
 
     def _total(self, what: str) -> Any:
         import sympy
 
-        return sympy.Add(*(getattr(layer, what) for layer in self.layers))
+        from rgap.analysis.symbolic_lines import tidy
 
-    def _cells(self, layer: SymbolicLayer, write: Any, *, escaped: bool = False) -> tuple[str, ...]:
-        above, below = ("", "") if layer.exact else ("<=", ">=")
-        name, kind = layer.name, layer.kind
-        if escaped:
-            name, kind = (word.replace("_", r"\_") for word in (name, kind))
-        pairs = (
-            (layer.unknowns, ""),
-            (layer.gradient_rank, above),
-            (layer.weight_rank, above),
-            (layer.overlap, ""),
-            (layer.nullity, below),
-            (layer.critical_batch, above),
-        )
-        return (name, kind, *(write(value, sign) for value, sign in pairs))
+        return tidy(sympy.Add(*(getattr(layer, what) for layer in self.layers)), self._symbol())
 
+    def _symbol(self) -> Any:
+        """The symbol of the batch size; any other one where it is a number."""
+        import sympy
 
-def _plain(value: Any, sign: str = "") -> str:
-    import sympy
+        symbols = set().union(*(layer.batch.free_symbols for layer in self.layers))
+        return next(iter(symbols)) if len(symbols) == 1 else sympy.Symbol("B")
 
-    if value is None:
-        return "?"
-    if value == sympy.oo:
-        return "never"
-    return {"": "", "<=": "≤ ", ">=": "≥ "}[sign] + str(value)
-
-
-def _math(value: Any, sign: str = "") -> str:
-    import sympy
-
-    if value is None:
-        return "--"
-    return f"${SIGNS.get(sign, '')} {sympy.latex(value)}$".replace("$ ", "$")
+    @staticmethod
+    def _cells(layer: SymbolicLayer, write: Callable[[Any, str], str]) -> tuple[str, ...]:
+        signs = {what: sign for _, what, sign in layer.signed()}
+        cells = (write(getattr(layer, what), signs.get(what, "=")) for _, what in COLUMNS)
+        return (layer.name, layer.kind, *cells)
 
 
 def symbolic(
@@ -162,6 +185,7 @@ def symbolic(
     batch: int | str | None = None,
     *,
     loss: str = "cross_entropy",
+    effort: float = EFFORT,
 ) -> SymbolicNetwork:
     """Closed forms of every layer of a network, at the sizes its input gives them.
 
@@ -170,6 +194,7 @@ def symbolic(
         input_shape: of one sample, for example (3, 32, 32).
         batch: number of samples, the name of its symbol, or None for B.
         loss: "cross_entropy" takes the last fully connected layer for a softmax head.
+        effort: multiplications that one step of a proof may take; what is not proved is a bound.
 
     Raises:
         ValueError: batch below 1, or a model without layers that the closed forms cover.
@@ -187,7 +212,8 @@ def symbolic(
     rows = []
     for call in calls:
         kind, sizes, repeats = sizes_of(call, head=call is head)
-        row = layer_form(kind, {**sizes, "batch": _samples(samples, repeats)}, name=call.name)
+        sizes["batch"] = _samples(samples, repeats)
+        row = layer_form(kind, sizes, name=call.name, effort=effort)
         if repeats > 1 and row.critical_batch is not None:
             row = replace(row, critical_batch=_ceiling(row.critical_batch, repeats))
         rows.append(row)

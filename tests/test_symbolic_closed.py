@@ -117,14 +117,20 @@ def test_a_layer_that_reads_padding_only_has_no_equations() -> None:
     assert count(2, 3, 2, 1, [axis(1, 1, 3, (1, 1), 1)]).joint == 0
 
 
-def test_large_layers_are_counted_by_residue_classes_and_called_bounds() -> None:
-    """36 → 64 filters on 9×9 at B = 16: too many entries for matchings."""
+def test_large_layers_are_counted_by_residue_classes() -> None:
+    """36 → 64 filters on 9×9: too many entries for matchings; a rank at a point proves it."""
     conv5 = parse(rgap.models.cnn6d(seed=0), (3, 32, 32)).stages[4].affine
-    form = closed_form(conv5, 16)
-    assert form.unknowns == 16 * 36 * 81
+    form = closed_form(conv5, 2)
+    assert form.unknowns == 2 * 36 * 81
+    assert (form.joint_rank, form.exact) == (form.unknowns, True)
+    assert form.reason.startswith("counted by residue classes of the stride, and reached")
+
+    some = torch.ones(2, 64, 5, 5, dtype=torch.bool)
+    some[0, 0, 0, 0] = False
+    form = closed_form(conv5, 2, some)
     assert not form.exact
+    assert form.weight_rank == 3199
     assert form.reason.startswith("upper bound: counted by residue classes")
-    assert 0 < form.joint_rank <= form.unknowns
 
 
 def test_everything_off_leaves_everything_open() -> None:
