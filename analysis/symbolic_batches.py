@@ -93,8 +93,8 @@ def every_batch(affine: Affine, batch: Any, effort: float = EFFORT) -> EveryBatc
     bound = count(batch, filters, channels, groups, axes)
     blocks = [lines_of(rank, batch) for rank in (bound.gradient, bound.weight, bound.joint)]
     if any(block is None for block in blocks):
-        counts = [sympy.sympify(rank) for rank in (bound.gradient, bound.weight, bound.joint)]
-        return EveryBatch(*counts, False, False, False, None, BOUND)
+        k, w, both = map(sympy.sympify, (bound.gradient, bound.weight, bound.joint))
+        return EveryBatch(k, w, both, False, False, False, None, BOUND)
     gradient, weight, joint = (block for block in blocks if block is not None)
 
     seen, single = Witness(affine, effort), prod(shape)

@@ -185,12 +185,15 @@ def made(
     samples = sympy.sympify(batch)
     symbols = samples.free_symbols
     own = next(iter(symbols)) if len(symbols) == 1 else None
-    values = (tidy(sympy.sympify(value), own) for value in counts)
+    unknowns, gradient, weight, joint = (tidy(sympy.sympify(value), own) for value in counts)
     return SymbolicLayer(
         name,
         kind,
         samples,
-        *values,
+        unknowns,
+        gradient,
+        weight,
+        joint,
         critical_batch=None if critical is None else sympy.sympify(critical),
         exact=exact[2],
         reason=reason,

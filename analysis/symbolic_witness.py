@@ -124,13 +124,14 @@ class Witness:
         part = Layout(1, filters, channels, plan.positions, plan.outputs, plan.table)
         on = np.ones((batch, filters, plan.outputs), dtype=np.bool_)
         rest = projected(part, self._filters(block), kernel, on, self.prime)
-        return channels * (len(kernel) - kernel.shape[1]) + residue_rank(rest, self.prime)
+        rank_k = len(kernel) - int(kernel.shape[1])
+        return channels * rank_k + residue_rank(rest, self.prime)
 
     def _k_on_kernel(self, batch: int, block: Block) -> int:
         """B rank W and the rank of [K_1 V, …, K_B V] with V the null space of W."""
         plan, channels = self.plan, block[1]
         kernel = sparse_null_space(_weight_matrix(plan, self._filters(block)), self.prime)
-        width = kernel.shape[1]
+        width = int(kernel.shape[1])
         rank_w = len(kernel) - width
         v = kernel.reshape(channels, plan.positions, width)
         v = np.concatenate([v, np.zeros((channels, 1, width))], axis=1)  # −1 reads the padding
