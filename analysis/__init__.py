@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from rgap.analysis.cause import Cause
 from rgap.analysis.defences import Clip, DifferentialPrivacy, Prune, Quantise, Sign
 from rgap.analysis.discard import audit
+from rgap.analysis.explain import Explanation, explain
 from rgap.analysis.generic_rank import generic_ranks, layer_ranks
 from rgap.analysis.identifiability import identifiability
 from rgap.analysis.identifiability_table import Identifiability, IdentifiabilityRow
@@ -25,9 +27,11 @@ from rgap.analysis.table import Audit, AuditRow
 __all__ = [
     "Audit",
     "AuditRow",
+    "Cause",
     "Clip",
     "ClosedForm",
     "DifferentialPrivacy",
+    "Explanation",
     "Identifiability",
     "IdentifiabilityRow",
     "LargestBatch",
@@ -41,6 +45,7 @@ __all__ = [
     "SymbolicNetwork",
     "audit",
     "closed_form",
+    "explain",
     "generic_ranks",
     "identifiability",
     "largest_identifiable_batch",

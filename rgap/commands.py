@@ -71,6 +71,9 @@ def invert(
     explain: Annotated[
         bool, typer.Option("--explain", help="Say it layer by layer.", metavar="")
     ] = False,
+    why: Annotated[
+        bool, typer.Option("--why", help="Rank what stands in the way.", metavar="")
+    ] = False,
     as_json: Json = False,
     seed: Seed = 0,
 ) -> None:
@@ -103,10 +106,19 @@ def invert(
             progress=True,
         )
         written = None if output is None else write_recovery(found, output, sent.value_range)
+        causes = None
+        if why:
+            from rgap.analysis.explain import explain as rank_causes
+
+            causes = rank_causes(found, network, sent)
         if as_json:
-            print_json({**found.summary(), "output": None if written is None else str(written)})
+            told = {} if causes is None else {"why": causes.numbers()}
+            kept = {"output": None if written is None else str(written)}
+            print_json({**found.summary(), **told, **kept})
         else:
             print_recovery(stdout(), found, explain=explain)
+            if causes is not None:
+                stdout().print(f"\n{causes.text}", highlight=False, soft_wrap=True)
             if written is not None:
                 stdout().print(f"Pictures: {written}", highlight=False, soft_wrap=True)
         if output is not None and written is None:

@@ -102,6 +102,16 @@ def test_capture_then_invert_recovers_the_photograph(here: Path) -> None:
     assert "found exists already" in message
 
 
+def test_why_ranks_the_causes() -> None:
+    call("capture", "clinets:pooled", *CAPTURE, "--output", "u.safetensors")
+    shown = call("invert", "clinets:pooled", "u.safetensors", "--why", code=4)
+    assert "What would change it: a convolution of stride 2" in shown.out
+    told = json.loads(
+        call("invert", "clinets:pooled", "u.safetensors", "--why", "--json", code=4).out
+    )
+    assert told["why"]["causes"][0]["kind"] == "no inverse"
+
+
 def test_exit_codes_of_what_is_not_exact() -> None:
     six = ["--images", "photos:0-5", "--labels", "0,1,2,3,4,0", "--input-shape", "3,8,8"]
     call("capture", "clinets:build", *six, "--output", "six.safetensors")

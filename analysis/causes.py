@@ -1,0 +1,192 @@
+"""What stands between an update and its batch, one cause at a time, each with its number."""
+
+from __future__ import annotations
+
+import re
+from math import inf, isfinite, log10, prod
+
+from torch import nn
+
+from rgap.analysis.cause import FIT, Cause, cause, sentence
+from rgap.analysis.head_causes import Pair, head_causes
+from rgap.analysis.remedies import remedies
+from rgap.network import Chain, parse
+from rgap.recovery import LayerReport, Recovery, Status
+from rgap.symptoms import compression
+from rgap.update import Update
+
+__all__ = ["causes"]
+
+
+def causes(
+    recovery: Recovery,
+    model: nn.Module | None,
+    update: Update | None,
+    pairs: tuple[Pair, ...] = (),
+) -> tuple[Cause, ...]:
+    """Every cause that shows, the heaviest first."""
+    if recovery.exact:
+        return ()
+    chain = None
+    if model is not None and update is not None and update.input_shape is not None:
+        chain = parse(model, update.input_shape)
+    batch = _batch(recovery, update, chain)
+    found = [
+        *_compressed(update),
+        *head_causes(recovery, update, chain, batch, pairs),
+        *_no_inverse(recovery, chain),
+        *_missing(recovery, model, update, batch),
+        *_several(recovery),
+        *_precision(recovery),
+    ]
+    kinds = {one.kind for one in found}
+    if recovery.status is Status.INCONSISTENT and not kinds & {"compressed update", "misfit"}:
+        number = inf if recovery.residual is None else recovery.residual
+        told = "" if recovery.residual is None else f" The replay differs by {number:.1e}."
+        found.append(cause("misfit", "", number, f"{sentence(recovery.reason)}{told}", FIT))
+    if not found:
+        told = "the samples of the batch were not told apart: " if batch > 1 else ""
+        found.append(
+            cause("not separated", "", float(batch), sentence(told + recovery.reason), _APART)
+        )
+    return tuple(sorted(found, key=lambda one: -one.weight))
+
+
+_APART = (
+    "a smaller batch",
+    "two fully connected layers in a row with biases, at least 2B − 1 wide",
+    "labels that differ",
+    "float64 gradients",
+)
+
+
+def _compressed(update: Update | None) -> list[Cause]:
+    looks = None if update is None else compression(update.gradients)
+    if update is None or looks is None:
+        return []
+    total = sum(g.numel() for g in update.gradients.values())
+    sent = sum(int((g != 0).sum()) for g in update.gradients.values())
+    words = f"the update looks compressed: {looks} ({sent:,} of {total:,} entries are not zero)."
+    changes = (
+        "the uncompressed update",
+        "rgap.analysis.noise(..., defence=Prune(share) or Sign()) counts what such an update "
+        "still determines",
+    )
+    return [cause("compressed update", "", sent / total, sentence(words), changes)]
+
+
+def _no_inverse(recovery: Recovery, chain: Chain | None) -> list[Cause]:
+    if recovery.status is not Status.UNSUPPORTED:
+        return []
+    reached = [i for i, r in enumerate(recovery.layers) if r.route != "not reached"]
+    below = recovery.layers[: reached[0] if reached else len(recovery.layers)]
+    place = recovery.reason.split("'")[1] if recovery.reason.count("'") > 1 else ""
+    kind = recovery.reason.lower()
+    changes: tuple[str, ...] = (
+        "rgap.analysis.identifiability tells whether the whole update determines the batch",
+        "matching the whole update needs no inverse",
+    )
+    if "pool" in kind:
+        changes = ("a convolution of stride 2 in place of the max-pool", *changes)
+    elif "no element-wise inverse" in kind or "act" in place:
+        changes = ("an activation with an inverse: LeakyReLU, tanh, sigmoid, softplus", *changes)
+    elif chain is not None and chain.barrier is not None:
+        changes = ("a chain without branches", *changes)
+    clause = recovery.reason.split(";")[0]
+    words = f"{clause}. {len(below)} layers below it were not reached."
+    return [cause("no inverse", place, float(len(below)), sentence(words), changes)]
+
+
+def _missing(
+    recovery: Recovery, model: nn.Module | None, update: Update | None, batch: int
+) -> list[Cause]:
+    found = []
+    for report in recovery.layers:
+        if not report.nullity or report.route == "not reached":
+            continue
+        share = report.nullity / report.unknowns
+        words = (
+            f"'{report.layer}' ({report.kind}) has {report.joint_rank:,} independent equations for "
+            f"{report.unknowns:,} unknowns: {report.nullity:,} are missing ({share:.1%})."
+        )
+        changes: tuple[str, ...] = ()
+        if model is not None and update is not None and update.input_shape is not None:
+            changes = remedies(model, update.input_shape, batch, report.layer, update.loss.name)
+        general = ("a smaller batch",) if batch > 1 else ()
+        changes = changes or (*general, *_more(report))
+        if recovery.status is Status.COMPLETED:
+            words += " A prior chose what they leave open."
+        found.append(
+            cause(
+                "missing equations", report.layer, float(report.nullity), sentence(words),
+                (*changes, "equations of the layers below, which this count leaves out"), share,
+            )
+        )  # fmt: skip
+    told = re.search(r"'([^']+)'.* (\d+) equations are missing", recovery.reason)
+    if not found and told:  # a step between layers, such as a pool of what it takes in
+        number, words = float(told[2]), sentence(recovery.reason)
+        found.append(cause("missing equations", told[1], number, words, _STEP))
+    return found
+
+
+_STEP = ("a smaller pooling window", "a strided convolution in place of the pool")
+
+
+def _more(report: LayerReport) -> tuple[str, ...]:
+    if report.kind.startswith("conv"):
+        return ("more output channels", "a smaller stride")
+    return ("more output features",)
+
+
+def _several(recovery: Recovery) -> list[Cause]:
+    if recovery.status is not Status.AMBIGUOUS:
+        return []
+    count = max(len(recovery.candidates), 1)
+    words = f"{recovery.reason}: {count} answers send this update."
+    changes = (
+        "a bias at the head",
+        "more than two classes",
+        "a narrower value_range",
+        "stated labels",
+    )
+    return [cause("several answers", "", float(count), sentence(words), changes)]
+
+
+def _precision(recovery: Recovery) -> list[Cause]:
+    """Ranks are full, yet the answer is not fixed well enough."""
+    known = [r for r in recovery.layers if r.route != "not reached"]
+    told = recovery.error_bound is not None or "precision" in recovery.reason
+    if recovery.status is not Status.UNDERDETERMINED or not known or not told:
+        return []
+    if any(r.nullity for r in known):
+        return []
+    finite = [r for r in known if isfinite(r.condition)]
+    worst = max(finite, key=lambda r: r.condition, default=known[0])
+    bound = recovery.error_bound
+    words = (
+        f"every layer has enough equations, but not at this precision: the condition of "
+        f"'{worst.layer}' is {worst.condition:.1e}"
+    )
+    if bound is not None:
+        words += f" and an entry may be off by {bound:.1e}"
+    if recovery.predicted_error is not None:
+        rms = float(recovery.predicted_error.max())
+        words += f"; the predicted error is {rms:.1e} rms"
+        words += f", {-20 * log10(rms):.0f} dB" if rms > 0 else ""
+    changes = (
+        "less noise: the error is proportional to it",
+        "float64 gradients",
+        "weights that saturate fewer units",
+    )
+    number = worst.condition if bound is None else bound
+    return [cause("precision", worst.layer, number, sentence(words + "."), changes)]
+
+
+def _batch(recovery: Recovery, update: Update | None, chain: Chain | None) -> int:
+    if update is not None and update.batch_size is not None:
+        return update.batch_size
+    if recovery.inputs is not None:
+        return len(recovery.inputs)
+    if chain is not None and chain.stages and recovery.layers:
+        return max(1, recovery.layers[-1].unknowns // prod(chain.stages[-1].affine.in_shape))
+    return 1
