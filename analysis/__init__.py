@@ -7,6 +7,8 @@ from rgap.analysis.defences import Clip, DifferentialPrivacy, Prune, Quantise, S
 from rgap.analysis.discard import audit
 from rgap.analysis.explain import Explanation, explain
 from rgap.analysis.generic_rank import generic_ranks, layer_ranks
+from rgap.analysis.harden import harden
+from rgap.analysis.harden_table import Change, Hardening
 from rgap.analysis.identifiability import identifiability
 from rgap.analysis.identifiability_table import Identifiability, IdentifiabilityRow
 from rgap.analysis.largest_batch import LargestBatch, largest_identifiable_batch
@@ -23,15 +25,18 @@ from rgap.analysis.symbolic import (
     symbolic,
 )
 from rgap.analysis.table import Audit, AuditRow
+from rgap.analysis.training_audit import TrainingAudit, audit_training
 
 __all__ = [
     "Audit",
     "AuditRow",
     "Cause",
+    "Change",
     "Clip",
     "ClosedForm",
     "DifferentialPrivacy",
     "Explanation",
+    "Hardening",
     "Identifiability",
     "IdentifiabilityRow",
     "LargestBatch",
@@ -43,10 +48,13 @@ __all__ = [
     "Sign",
     "SymbolicLayer",
     "SymbolicNetwork",
+    "TrainingAudit",
     "audit",
+    "audit_training",
     "closed_form",
     "explain",
     "generic_ranks",
+    "harden",
     "identifiability",
     "largest_identifiable_batch",
     "layer_form",

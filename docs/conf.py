@@ -25,8 +25,9 @@ myst_enable_extensions = ["amsmath", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 
 autosummary_generate = True
-autosummary_filename_map = {  # apart from rgap.analysis.Audit where file names ignore case
+autosummary_filename_map = {  # apart from the class of that name where file names ignore case
     "rgap.analysis.audit": "rgap.analysis.audit-function",
+    "rgap.analysis.identifiability": "rgap.analysis.identifiability-function",
 }
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
