@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from dataclasses import asdict, dataclass, field
 from math import inf, prod
 from typing import TYPE_CHECKING, Any
@@ -260,6 +261,17 @@ class Identifiability:
                 "pip install 'rgap[frames]', or take the numbers from summary()"
             ) from error
         return pandas.DataFrame([asdict(row) for row in self.rows])
+
+    def _repr_html_(self) -> str:
+        names = ("layer", "kind", "equations", "own_nullity", "rank", "nullity", "gain")
+        head = "".join(f"<th>{name.replace('_', ' ')}</th>" for name in names)
+        body = ""
+        for row in self.rows:
+            cells = [html.escape(str(getattr(row, name))) for name in names]
+            if not row.exact:  # of this layer and all above, only a bound is known
+                cells[4], cells[5] = f"≤ {row.rank}", f"≥ {row.nullity}"
+            body += "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+        return f"<table><tr>{head}</tr>{body}</table>"
 
     def plot(self) -> Figure:
         """Null directions as pictures where there are any, the singular spectra otherwise."""

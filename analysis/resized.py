@@ -112,8 +112,7 @@ def _fit(module: Any, args: tuple[Tensor, ...]) -> None:
     if isinstance(module, _BatchNorm):
         width = args[0].shape[1]
         if width != module.num_features:
-            made = {"eps": module.eps, "affine": module.affine, "device": args[0].device}
-            fresh = type(module)(width, **made, dtype=args[0].dtype)
+            fresh = type(module)(width, eps=module.eps, affine=module.affine).to(args[0])
             module.num_features = width
             module._parameters, module._buffers = fresh._parameters, fresh._buffers
         return

@@ -1,4 +1,4 @@
-"""The command line: ``rgap demo | capture | audit | invert | labels``.
+"""The command line: ``rgap demo | capture | audit | invert | labels | harden``.
 
 Nothing here imports torch until a command needs it, so that ``rgap --help`` answers at once.
 """
@@ -20,6 +20,7 @@ from rgap.arguments import (
 )
 from rgap.commands import invert, labels
 from rgap.console import clean, print_json, stderr, stdout, waiting
+from rgap.defending import harden, print_joint
 from rgap.options import Json, LossName, Method, Model, Precision, Reduction, Seed, Weights
 
 __all__ = ["app", "main"]
@@ -194,6 +195,14 @@ def audit(
         Path | None,
         typer.Option(help="Write the heat map: .png, .pdf or .svg.", show_default=False),
     ] = None,
+    joint: Annotated[
+        bool,
+        typer.Option(
+            "--joint",
+            help="The whole update at once: its rank as a function of the data.",
+            metavar="",
+        ),
+    ] = False,
     weights: Weights = None,
     as_json: Json = False,
     seed: Seed = 0,
@@ -211,6 +220,9 @@ def audit(
         network = resolve(model, weights)
         shape, usual = expected(model)
         wanted = shape_of(input_shape) or shape or (3, 32, 32)
+        if joint:
+            print_joint(network, model, wanted, batches, loss or usual, plot, as_json, seed)
+            return
         from rgap.analysis.discard import audit as measure
 
         with waiting("counting equations"):
@@ -233,6 +245,7 @@ def audit(
 
 app.command(name="invert", epilog=EXIT_CODES)(invert)
 app.command(name="labels")(labels)
+app.command(name="harden")(harden)
 
 
 def main() -> None:

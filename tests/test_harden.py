@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,10 +11,12 @@ import torch
 from graphs import residual, seeded
 from networks import small_conv, small_mlp
 from torch import nn
+from typer.testing import CliRunner
 
 from rgap.analysis import harden, identifiability, noise
 from rgap.analysis.harden_table import Hardening
 from rgap.analysis.resized import UnfitError, called_layers, with_channels, with_stride
+from rgap.cli import app
 
 SHAPE = (2, 5, 5)
 
@@ -126,3 +129,34 @@ def test_a_change_that_a_branch_does_not_allow_is_refused() -> None:
 def test_arguments_that_are_refused(arguments: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         harden(small_mlp("tanh"), (2, 4, 4), **arguments)
+
+
+def test_the_command_line_prints_a_table_or_one_document() -> None:
+    spec = (
+        "harden",
+        "mlp:widths=3,input_shape=1x4x4",
+        "--input-shape",
+        "1,4,4",
+        "--fraction",
+        "0.5",
+    )
+    arguments = [*spec, "--changes", "batch size"]
+    found = CliRunner().invoke(app, [*arguments, "--json"])
+    assert found.exit_code == 0, found.output
+    document = json.loads(found.stdout)
+    assert [change["kind"] for change in document["changes"]] == ["batch size"]
+    shown = CliRunner().invoke(app, arguments).stdout
+    assert "batch size" in shown and f"-> {document['changes'][0]['after']}" in shown
+    refused = CliRunner().invoke(app, [*spec, "--changes", "width"])
+    assert refused.exit_code == 2
+
+
+def test_a_joint_audit_on_the_command_line(tmp_path: Path) -> None:
+    plot = tmp_path / "nullity.png"
+    arguments = ["audit", "lenet:channels=2,input_shape=1x8x8", "--joint", "--batch-sizes", "1,2"]
+    found = CliRunner().invoke(app, [*arguments, "--input-shape", "1,8,8", "--json"])
+    assert found.exit_code == 0, found.output
+    joint = json.loads(found.stdout)["joint"]
+    assert [one["unknowns"] for one in joint] == [64, 128]
+    shown = CliRunner().invoke(app, [*arguments, "--input-shape", "1,8,8", "--plot", str(plot)])
+    assert plot.is_file() and f"determines {joint[1]['joint_rank']} of" in shown.stdout

@@ -11,10 +11,19 @@ from rich.text import Text
 from rgap.analysis.plots import percent
 
 if TYPE_CHECKING:
+    from rgap.analysis.harden_table import Hardening
+    from rgap.analysis.identifiability_table import Identifiability
     from rgap.analysis.table import Audit, AuditRow
     from rgap.recovery import LayerReport, Recovery
 
-__all__ = ["audit_matrix", "audit_table", "recovery_table", "status_text"]
+__all__ = [
+    "audit_matrix",
+    "audit_table",
+    "change_table",
+    "joint_table",
+    "recovery_table",
+    "status_text",
+]
 
 _COLOURS = {
     "EXACT": "bold green",
@@ -73,6 +82,56 @@ def audit_matrix(audit: Audit) -> Table:
         found = (cells.get((layer, batch)) for batch in audit.batch_sizes)
         shares = [Text("–") if row is None else _shortfall(row)[1] for row in found]
         table.add_row(layer, kinds[layer], *shares)
+    return table
+
+
+def joint_table(found: Identifiability) -> Table:
+    """What every layer says by itself, and what it and all above it say of the data.
+
+    >>> import rgap
+    >>> net = rgap.models.mlp((8,), 3, input_shape=(1, 4, 4), seed=0)
+    >>> joint_table(rgap.analysis.identifiability(net, (1, 4, 4))).row_count
+    2
+    """
+    table = _table(f"The update of {found.model} at B = {found.batch_size}")
+    table.add_column("layer")
+    table.add_column("kind", style="dim")
+    for name in ("equations", "missing alone", "rank with those above", "gain"):
+        table.add_column(name, justify="right")
+    for row in found.rows:
+        table.add_row(
+            row.layer,
+            row.kind,
+            f"{row.equations:,}",
+            "–" if row.own_nullity is None else f"{row.own_nullity:,}",
+            f"{'' if row.exact else '≤ '}{row.rank:,}",
+            f"{row.gain:,}",
+        )
+    return table
+
+
+def change_table(found: Hardening) -> Table:
+    """The smallest changes, kind by kind.
+
+    >>> from rgap.analysis.harden_table import Change, Hardening
+    >>> one = Change("batch size", "", 1, 2, 240, 6144, 240 / 6144)
+    >>> change_table(Hardening("lenet", (3, 32, 32), 1, 0.03, 0, 3072, (one,))).row_count
+    1
+    """
+    table = _table(f"What takes {found.wanted:.0%} of the data out of the update: {found.model}")
+    table.add_column("change", style="bold")
+    table.add_column("layer")
+    for name in ("from", "to", "missing", "share"):
+        table.add_column(name, justify="right")
+    for change in found.changes:
+        table.add_row(
+            change.kind,
+            change.layer,
+            f"{change.before:.4g}",
+            f"{change.after:.4g}",
+            f"{change.missing:,} of {change.unknowns:,}",
+            percent(change.fraction),
+        )
     return table
 
 

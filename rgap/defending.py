@@ -1,0 +1,97 @@
+"""``rgap harden`` and ``rgap audit --joint``, which :mod:`rgap.cli` registers beside its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rgap.arguments import shape_of
+from rgap.console import clean, print_json, stdout, waiting
+from rgap.options import Json, LossName, Model, Seed, Weights
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["harden", "print_joint"]
+
+
+def harden(
+    context: typer.Context,
+    model: Model,
+    fraction: Annotated[
+        float, typer.Option(help="Share of the data that shall not be identifiable.")
+    ] = 0.1,
+    input_shape: Annotated[
+        str | None,
+        typer.Option(help="Shape of one sample, as in 3,32,32.", show_default=False),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Batch size as it is.", min=1)] = 1,
+    changes: Annotated[
+        str, typer.Option(help="What may change, with commas in between.")
+    ] = "batch size,channels,stride,noise",
+    loss: LossName = None,
+    weights: Weights = None,
+    as_json: Json = False,
+    seed: Seed = 0,
+) -> None:
+    """Find the smallest changes after which part of the data is not in the update."""
+    with clean(context):
+        from dataclasses import replace
+
+        from rgap.analysis.harden import harden as search
+        from rgap.modelspec import expected, resolve
+        from rgap.report.tables import change_table
+
+        network = resolve(model, weights)
+        shape, usual = expected(model)
+        wanted = shape_of(input_shape) or shape or (3, 32, 32)
+        kinds = tuple(part.strip() for part in changes.split(","))
+        with waiting("looking for the smallest changes"):
+            found = search(
+                network, wanted, fraction, batch_size, changes=kinds, loss=loss or usual, seed=seed
+            )
+        found = replace(found, model=model)
+        if as_json:
+            print_json(found.summary())
+            return
+        if found.changes:
+            stdout().print(change_table(found))
+        stdout().print(found.explain(), highlight=False)
+
+
+def print_joint(
+    network: nn.Module,
+    name: str,
+    shape: tuple[int, ...],
+    batches: tuple[int, ...],
+    loss: str,
+    plot: Path | None,
+    as_json: bool,
+    seed: int,
+) -> None:
+    """``rgap audit --joint``: the rank of the whole update at every batch size."""
+    from dataclasses import replace
+
+    from rgap.analysis.identifiability import identifiability
+    from rgap.analysis.null_plots import nullity_curves
+    from rgap.report.pictures import save_figure
+    from rgap.report.tables import joint_table
+
+    found = []
+    for batch in batches:
+        with waiting(f"the whole update at B = {batch}"):
+            one = identifiability(network, shape, batch, loss=loss, seed=seed)
+        found.append(replace(one, model=name))
+    if plot is not None:
+        save_figure(nullity_curves(found), plot)
+    if as_json:
+        written = None if plot is None else str(plot)
+        print_json({"model": name, "joint": [one.summary() for one in found], "plot": written})
+        return
+    for one in found:
+        stdout().print(joint_table(one))
+        stdout().print(one.explain(), highlight=False)
+    if plot is not None:
+        stdout().print(f"Figure: {plot}", highlight=False, soft_wrap=True)
