@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .rank import Rank, numerical_rank, resolve_rcond
+from .tall import tall_qr
 
 SPARE = 10  # columns of the block beyond the rank: they measure the noise
 ABOVE = 3.0  # singular values below this multiple of the largest noise value are noise
@@ -74,7 +75,24 @@ def low_rank(matrix: Tensor, relative_noise: float, most: int | None = None) -> 
         if met > expected / 2:
             rank = numerical_rank(values, min(matrix.shape), ABOVE * max(met, expected))
     count = rank.rank if most is None else min(rank.rank, most)
-    return LowRank(left[:, :count], values[:count], right[:, :count], rank, values[count:])
+    triplets = _spread(matrix, left[:, :count], values[:count], right[:, :count])
+    return LowRank(*triplets, rank, values[count:])
+
+
+def _spread(
+    matrix: Tensor, left: Tensor, values: Tensor, right: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The triplets after a step of subspace iteration by products alone.
+
+    Householder reflections leave their rounding in the first rows of U and V: single entries are
+    then off by far more than eps.  Products spread it evenly.
+    """
+    if not len(values):
+        return left, values, right
+    left = tall_qr((matrix @ right) / values)[0]
+    right = tall_qr((matrix.T @ left) / values)[0]
+    turn, values, back = torch.linalg.svd((left.T @ matrix) @ right)
+    return left @ turn, values, right @ back.T
 
 
 def _leading(matrix: Tensor, relative_noise: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -191,6 +191,22 @@ def test_label_smoothing(model: nn.Module, size: int, reduction: str) -> None:
     assert certified(rgap.invert(model, update), X[:size], Y[:size])
 
 
+@pytest.mark.parametrize("dtype", [F64, F32])
+@pytest.mark.parametrize("activation", ["gelu", "tanh"])
+def test_the_label_identity_gives_whole_numbers(activation: str, dtype: torch.dtype) -> None:
+    """At recovered pictures the counts of the classes are within 1e-6 of integers in float64."""
+    model, x = mlp(activation, 5, dtype=dtype), pictures(6, 5, dtype)
+    y = torch.tensor([0, 3, 3, 3, 4, 4])
+    update = rgap.capture(model, x, y)
+    recovery = rgap.invert(model, update)
+    assert certified(recovery, x, y)
+    features = rgap.labels.head_features(model, update, recovery.inputs.to(dtype))
+    found = rgap.labels.estimate(model, update, method="exact", features=features)
+    assert found.counts.tolist() == [1, 0, 0, 3, 2]
+    close = 1e-6 if dtype == F64 else 1e-4  # of an update that was computed in float32
+    assert float((found.estimates - found.counts).abs().max()) < close
+
+
 def test_squared_error_and_soft_targets(model: nn.Module) -> None:
     """Below a pair the targets are read after the samples: any real ones will do."""
     values = torch.randn(4, 5, generator=torch.Generator().manual_seed(4), dtype=F64)

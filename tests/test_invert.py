@@ -292,6 +292,7 @@ def test_a_deficient_batch_below_a_known_head_says_how_many_equations_are_missin
 # --- losses, biases, buffers ----------------------------------------------------------------
 
 SOFT = torch.tensor([[0.1, 0.2, 0.3, 0.4, 0.0]])
+MIXED = torch.tensor([[0.0, 0.3, 0.0, 0.7, 0.0]])  # mixup: a convex combination of two labels
 
 
 @pytest.mark.parametrize(
@@ -301,6 +302,7 @@ SOFT = torch.tensor([[0.1, 0.2, 0.3, 0.4, 0.0]])
         (Loss(reduction="sum"), LABEL),
         (Loss(label_smoothing=0.1), LABEL),
         (Loss(targets="probability"), SOFT),
+        (Loss(targets="probability"), MIXED),
         (Loss("mse_loss"), torch.tensor([[0.3, -1.0, 2.0, 0.0, 5.0]])),
         (Loss("mse_loss", reduction="sum"), torch.tensor([[0.3, -1.0, 2.0, 0.0, 5.0]])),
         (Loss(BINARY), torch.tensor([[0.0, 1.0, 1.0, 0.0, 1.0]])),

@@ -157,3 +157,14 @@ def test_the_same_matrix_gives_the_same_triplets() -> None:
 def test_an_empty_matrix_is_refused(shape: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="matrix: expected entries, got shape"):
         low_rank(torch.zeros(*shape, dtype=torch.float64), 1e-15)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("shape", [(64, 3072), (3072, 64)])
+def test_rounding_is_spread_evenly(shape: tuple[int, int], seed: int) -> None:
+    """Householder reflections leave thirty times the median in the first row of V."""
+    a = matrix(*shape, geometric(24, 1e-2), seed)
+    found = low_rank(a, 1e-16)
+    for whole, space in ((a, found.right), (a.T, found.left)):
+        rounding = (whole - (whole @ space) @ space.T).norm(dim=0)
+        assert float(rounding.max()) < 4.0 * float(rounding.median())

@@ -75,9 +75,12 @@ def _unfit(batch: Batch, lower: Mixture, upper: Mixture) -> str | None:
     if lower.rank == 0 or not bool((lower.bias_gradient != 0).any()):
         return f"the gradient of '{name}' is zero"
     if lower.rank != upper.rank:
+        lost = "one of them lost samples"
+        if lower.rank < upper.rank:
+            lost += f", or some are linearly dependent at the input of '{name}'"
         return (
             f"the gradients of '{name}' and '{above}' have different ranks, {lower.rank} and "
-            f"{upper.rank}: one of them lost samples"
+            f"{upper.rank}: {lost}"
         )
     if lower.rank - 1 > width - lower.rank:
         return (
