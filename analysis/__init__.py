@@ -11,6 +11,7 @@ from rgap.analysis.harden import harden
 from rgap.analysis.harden_table import Change, Hardening
 from rgap.analysis.identifiability import identifiability
 from rgap.analysis.identifiability_table import Identifiability, IdentifiabilityRow
+from rgap.analysis.indices import IndexRow, LeakageIndices, leakage_indices
 from rgap.analysis.largest_batch import LargestBatch, largest_identifiable_batch
 from rgap.analysis.noise import noise
 from rgap.analysis.noise_table import NoiseReport
@@ -39,8 +40,10 @@ __all__ = [
     "Hardening",
     "Identifiability",
     "IdentifiabilityRow",
+    "IndexRow",
     "LargestBatch",
     "LayerRanks",
+    "LeakageIndices",
     "NoiseReport",
     "NoiseTrials",
     "Prune",
@@ -59,6 +62,7 @@ __all__ = [
     "largest_identifiable_batch",
     "layer_form",
     "layer_ranks",
+    "leakage_indices",
     "noise",
     "noise_trials",
     "symbolic",

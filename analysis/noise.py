@@ -83,7 +83,7 @@ def noise(
             method that needs more than ``memory``.
         TypeError: inputs that are neither a floating tensor nor whole numbers, an unknown defence.
 
-    Source: Cramér (1946), Rao (1945); for gradients Fay et al. (2022) bound the same way.
+    Source: Cramér (1946), Rao (1945).
 
     >>> import rgap
     >>> net = rgap.models.mlp((16,), 4, "tanh", input_shape=(1, 4, 4), seed=0)

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
 
 from rgap.analysis.noise_table import NoiseReport
 
@@ -119,11 +118,12 @@ def measured_against_predicted(trials: NoiseTrials) -> Figure:
         predicted, measured, linestyle="none", marker="o", markersize=2.6, color=_BLUE,
         markeredgewidth=0, alpha=0.7, label="one entry of the batch",
     )  # fmt: skip
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    if high / low < 100:  # few powers of ten: their multiples would overlap
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.yaxis.set_minor_formatter(NullFormatter())
+    if high / low > 10:  # fewer powers of ten have no ticks to read on a logarithmic axis
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+    else:
+        axes.ticklabel_format(scilimits=(0, 0))
+        axes.locator_params(nbins=5)
     axes.set_xlim(low, high)
     axes.set_ylim(low, high)
     axes.set_aspect("equal")
