@@ -55,7 +55,8 @@ def identifiability(
     one gives the same update; it says nothing about batches far away.  A rank below does not prove
     that the batch is lost: two equal pictures make J singular and can be recovered.
 
-    Methods:
+    The methods:
+
     * ``"structured"``: chains whose activations have no dead parts.  Eliminates layer by layer
       without forming J; see `rgap.analysis.chain_nullspace`.
     * ``"dense"``: any module.  Singular values of J, every layer scaled to norm one.
