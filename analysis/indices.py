@@ -31,10 +31,10 @@ class IndexRow:
     Attributes:
         layer: module path.
         kind: "linear", "conv2d", ...
-        unknowns: |X|, entries of its input, times B.
-        gradient: |W|, entries of its weight's gradient: R-GAP's gradient constraints.
-        outputs: |Z|, entries of its output, times B: R-GAP's weight constraints.
-        virtual: |V|, surplus ``Σ max(|Z| − |X|, 0)`` of the layers below: R-GAP's virtual
+        unknowns: ``|X|``, entries of its input, times B.
+        gradient: ``|W|``, entries of its weight's gradient: R-GAP's gradient constraints.
+        outputs: ``|Z|``, entries of its output, times B: R-GAP's weight constraints.
+        virtual: ``|V|``, surplus ``Σ max(|Z| − |X|, 0)`` of the layers below: R-GAP's virtual
             constraints.
         deficit: ``|X| − |W| − |Z| − |V|``; positive where the count falls short.
         rank: of the gradient and weight constraints together, measured.
@@ -171,7 +171,7 @@ def leakage_indices(
         input_shape: of one sample.
         batch_size: B.
         loss: of the client.
-        inputs: the probe batch [B, *input_shape]; random if None.
+        inputs: the probe batch ``[B, *input_shape]``; random if None.
         joint: also find the rank of the whole update.
         seed: of the probe.
 

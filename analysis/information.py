@@ -29,7 +29,7 @@ class Information:
     """What A says about the batch.
 
     Attributes:
-        variance: diagonal of ``(AᵀA)⁺``, [B, *input_shape]: error at unit variance.
+        variance: diagonal of ``(AᵀA)⁺``, ``[B, *input_shape]``: error at unit variance.
         share: share of every entry's unit vector that is identifiable, same shape.
         rank: of A; None for ``"sampled"``, which does not see it.
         values: singular values of A, descending; empty for ``"sampled"``.

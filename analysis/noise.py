@@ -52,7 +52,8 @@ def noise(
     The prediction is first order: it holds while the noise moves the answer by little.  Clamping to
     the range of pictures, or any other prior, can do better once the noise is large.
 
-    Methods:
+    How it is computed:
+
     * ``"dense"``: singular values of the whole matrix.
     * ``"normal"``: eigenvalues of ``JᵀΣ⁻¹J``, for updates too long to be stored for every pixel.
     * ``"sampled"``: sampled noise through least squares by products alone, with the standard error
@@ -61,7 +62,7 @@ def noise(
 
     Args:
         model: in eval mode; any module.  Left as it was.
-        inputs: the batch [B, *input_shape], or the shape of one sample for a random batch.
+        inputs: the batch ``[B, *input_shape]``, or the shape of one sample for a random batch.
         batch_size: B, with a shape; 1 if left out.
         sigma: standard deviation of Gaussian noise in every entry of the update, after clipping.
         defence: one of :class:`Clip`, :class:`DifferentialPrivacy`, :class:`Prune`,

@@ -31,7 +31,7 @@ class NoiseReport:
         method: "dense", "normal" or "sampled".
         unknowns: B·n.
         equations: entries of the update that carry information.
-        variance: predicted variance of every entry, [B, *input_shape], over the identifiable
+        variance: predicted variance of every entry, ``[B, *input_shape]``, over the identifiable
             directions.
         share: share of every entry's unit vector that is identifiable, same shape.
         unit_variance: the same at noise of variance 1, where the error is proportional to the
@@ -92,7 +92,7 @@ class NoiseReport:
 
     @property
     def std(self) -> Tensor:
-        """Predicted standard deviation of every entry, [B, *input_shape]: the error map."""
+        """Predicted standard deviation of every entry, ``[B, *input_shape]``: the error map."""
         return self.variance.sqrt()
 
     @property

@@ -38,7 +38,7 @@ class NoiseTrials:
     Attributes:
         report: the prediction.
         totals: squared error ``‖x̂ − x‖²`` of every trial [T].
-        variance: mean squared error of every entry, [B, *input_shape].
+        variance: mean squared error of every entry, ``[B, *input_shape]``.
         bias: mean error of every entry, same shape.
         steps: Gauss–Newton steps of the slowest trial.
         settled: False if a trial was still moving when the steps ran out.
