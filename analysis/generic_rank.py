@@ -47,8 +47,8 @@ def layer_ranks(
     Args:
         affine: the layer; its weights are those of the numerical ranks.
         batch: B.
-        active: True where a unit is on, [B, *out_shape]; None: all.
-        cotangents: k of the numerical ranks, [B, *out_shape], 0 where a unit is off; None:
+        active: True where a unit is on, ``[B, *out_shape]``; None: all.
+        cotangents: k of the numerical ranks, ``[B, *out_shape]``, 0 where a unit is off; None:
             standard normal.
         points: random points and primes of the modular ranks.
         seed: of whatever is random.
@@ -112,7 +112,7 @@ def generic_ranks(
         input_shape: of one sample, for example (3, 32, 32).
         batch_size: B.
         loss: of the client.
-        inputs: probe pictures [B, *input_shape]; uniform random ones if None.
+        inputs: probe pictures ``[B, *input_shape]``; uniform random ones if None.
         points: random points and primes per layer.
         seed: of whatever is random.
 

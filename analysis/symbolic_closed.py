@@ -83,7 +83,7 @@ def closed_form(affine: Affine, batch: int, active: Tensor | None = None) -> Clo
         affine: the layer; its weights are not looked at.
         batch: number of samples B.
         active: True where a unit is on, its z known and its cotangent not zero,
-            [B, *out_shape]; everywhere if None.
+            ``[B, *out_shape]``; everywhere if None.
 
     Returns:
         The counted ranks, never below the rank for generic k and W, with ``exact`` where proved.

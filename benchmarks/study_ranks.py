@@ -5,7 +5,8 @@
 
 *numerical*: float64 and a cutoff.  *modular*: exact, for generic weights; taken as the truth, with
 the stated probability of being too low.  *structural*: the pattern alone.  *closed*: the closed
-form, which says of itself whether it is exact or a bound.
+form, which says of itself whether it is exact or a bound.  *every B*: the expression in B,
+where all units are on, at the B of the layer.
 
 Goals: numerical = modular for at least 99.5 % of the layers, in every block; structural and closed
 form never below the truth; the closed form equal to it wherever it says so, and it says so for at
@@ -23,15 +24,18 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import sympy
 from random_layers import RandomLayer, layers
 
 from rgap.analysis.generic_rank import layer_ranks
 from rgap.analysis.modular_ranks import BlockRanks
 from rgap.analysis.symbolic import closed_form
+from rgap.analysis.symbolic_batches import every_batch
 
 AGREE = 0.995  # share of layers with numerical = modular
 EXACT = 0.90  # share of layers whose closed form says that it is exact
 Three = tuple[int, int, int]
+B = sympy.Symbol("B", positive=True, integer=True)
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,8 @@ class Row:
     structural: Three
     closed: Three
     exact: bool
+    every: Three | None
+    every_exact: bool
     gap: float
     failure: float
     points_agree: bool
@@ -80,6 +86,12 @@ def measured(layer: RandomLayer) -> Row:
     start = time.process_time()
     found = layer_ranks(layer.affine, layer.batch, layer.active, seed=layer.index)
     form = closed_form(layer.affine, layer.batch, layer.active)
+    every, proved = None, False
+    if bool(layer.active.all()):
+        lines = every_batch(layer.affine, B)
+        counts = (lines.gradient, lines.weight, lines.joint)
+        gradient, weight, joint = (int(count.subs(B, layer.batch)) for count in counts)
+        every, proved = (gradient, weight, joint), lines.exact
     return Row(
         layer.index,
         layer.title,
@@ -89,6 +101,8 @@ def measured(layer: RandomLayer) -> Row:
         three(found.structural),
         (int(form.gradient_rank), int(form.weight_rank), int(form.joint_rank)),
         bool(form.exact),
+        every,
+        proved,
         found.gap,
         found.modular.failure,
         found.modular.agree,
@@ -146,6 +160,10 @@ def goals(rows: list[Row]) -> list[str]:
     wrong = [row for row in exact if row.closed != row.modular]
     sunk = [r for r in rows if any(s < t for s, t in zip(r.structural, r.modular, strict=True))]
     split = [row for row in rows if not row.points_agree]
+    lines = [r for r in rows if r.every is not None]
+    proved = [r for r in lines if r.every_exact]
+    sunk_lines = [r for r in lines if any(e < t for e, t in zip(r.every, r.modular, strict=True))]
+    wrong_lines = [r for r in proved if r.every[2] != r.modular[2]]
     deficient = sum(row.modular[2] < row.unknowns for row in rows)
     print(f"{count} layers, {deficient} of them rank deficient, both blocks and the joint rank:")
     print(f"  numerical = modular                  {len(same)} of {count}")
@@ -157,16 +175,22 @@ def goals(rows: list[Row]) -> list[str]:
     print(f"  closed form = modular                {_equal(rows, 'closed')} of {count}")
     print(f"  closed form says exact               {len(exact)} of {count}, wrong {len(wrong)}")
     print(f"  closed form below the truth          {len(low)}")
+    print(f"  every B, all units on: exact         {len(proved)} of {len(lines)}")
+    print(f"  every B: below the truth, wrong      {len(sunk_lines)}, {len(wrong_lines)}")
     print(f"  processor time                       {sum(row.seconds for row in rows):.0f} s")
     missed = []
     if len(same) < AGREE * count:
         missed.append(f"numerical = modular in {len(same)} of {count} layers")
+    if len(proved) < EXACT * len(lines):
+        missed.append(f"exact for every B in {len(proved)} of {len(lines)} layers")
     if len(exact) < EXACT * count:
         missed.append(f"the closed form says exact for {len(exact)} of {count} layers")
     for what, found in (
         ("no cause for numerical ≠ modular", open_cases),
         ("closed form below the truth", low),
         ("closed form wrong where it says exact", wrong),
+        ("expression in B below the truth", sunk_lines),
+        ("expression in B wrong where it says exact", wrong_lines),
         ("structural rank below the truth", sunk),
     ):
         if found:
