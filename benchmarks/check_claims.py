@@ -89,16 +89,13 @@ LENET = "Min(3072*B, 768*B + 3456)"
 
 
 def convolutions() -> list[Check]:
-    """CNN6-d's second convolution misses 280 equations, and the network misses none."""
+    """CNN6-d's second convolution misses 280 equations; it depends on filters and stride."""
     small = symbolic(rgap.models.cnn6d(seed=0), (3, 32, 32), 1, loss=BINARY)
     large = symbolic(rgap.models.cnn6(seed=0), (3, 32, 32), 1, loss=BINARY)
     conv2 = small.layers[1]
-    model = rgap.models.cnn6d(seed=0)
-    found = identifiability(model, (3, 32, 32), 1, loss=BINARY, sequential=False)
     naive = 12 * 20 * 9
     sizes = {"kernel_size": 3, "input_size": (16, 16), "padding": 1}
     same = layer_form("conv2d", {**sizes, "in_channels": 16, "out_channels": 16})
-    half = layer_form("conv2d", {**sizes, "in_channels": 4, "out_channels": 8, "stride": 2})
     return [
         (
             "CNN6, nullity of every layer at B = 1",
@@ -109,30 +106,21 @@ def convolutions() -> list[Check]:
         ("its second convolution: naive count of gradient rows", naive, 2160),
         ("its second convolution: rank K and W", _ranks(conv2), (1968, 1620)),
         ("its second convolution: joint rank of 3468", int(conv2.joint_rank), 3188),
-        ("CNN6-d as a whole: joint rank of 3072 unknowns", found.joint_rank, 3072),
         (
             "stride 1, padding 1, 16 → 16 channels: discards from B =",
             str(same.critical_batch),
             "oo",
         ),
-        ("stride 2, padding 1, 4 → 8 channels: discards from B =", str(half.critical_batch), HALF),
     ]
 
 
-HALF = "2"
-
-
 def labels() -> list[Check]:
-    """The same ranks with equal labels, a smaller singular value, and a recovery."""
+    """A smaller singular value, and a recovery."""
     model = rgap.models.lenet(seed=0).double()
     pictures = rgap.photos.load(2, dtype=torch.float64)
-    nullity, ratio = {}, {}
+    ratio = {}
     for name, pair in (("different", [3, 5]), ("equal", [3, 3])):
         target = torch.tensor(pair)
-        found = identifiability(
-            model, pictures, labels=target, method="structured", sequential=False
-        )
-        nullity[name] = found.joint_nullity
         update = rgap.capture(model, pictures, target, dtype=torch.float64)
         head = list(update.gradients.values())[-2]
         values = torch.linalg.svdvals(head.double())
@@ -144,14 +132,10 @@ def labels() -> list[Check]:
     print(f"  σ_2/σ_1 of LeNet's head gradient: {ratio['different']:.1e} for labels 3, 5, ")
     print(f"  and {ratio['equal']:.1e} for labels 3, 3")
     return [
-        ("LeNet, B = 2: joint nullity, different and equal labels", nullity, LABELS),
         ("equal labels lower σ_2/σ_1 more than a hundredfold", _far(ratio), True),
         ("and it stays above what float64 resolves, 1e-13", ratio["equal"] > 1e-13, True),
         ("MLP, four samples of one label: status", recovery.status.name, "EXACT"),
     ]
-
-
-LABELS = {"different": 240, "equal": 240}
 
 
 def _far(ratio: dict[str, float]) -> bool:
