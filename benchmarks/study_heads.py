@@ -11,8 +11,8 @@ with all labels right and no feature off by more than 100 ε σ_1/σ_B of the la
 batch is flagged, or solved as well as the errors say that its answer states (six standard errors).
 Beyond the law samples may be nearer to each other than those errors; they then come as copies of
 one, ``merged``.  ``missed``: flagged though the ratio is above 100 ε.  ``wrong``: an answer beyond
-its error or with a wrong label, silently.  Each cell runs in a process of its own, whose peak
-memory is shown.
+its error or with a wrong label, silently.  Each batch size runs in a process of its own, whose
+peak memory so far is shown; its first run, which imports much, is not counted.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import resource
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -42,6 +44,7 @@ from rgap.separation.softmax import separate_head, unfit
 NETWORKS = ("mlp", "lenet", "cnn")
 BATCHES = {10: (2, 4, 8), 100: (16, 32, 64), 1000: (128,)}
 LABELS = ("distinct", "equal", "random")
+THREADS = int(os.environ.get("OMP_NUM_THREADS", "1"))
 SLACK = 6.0  # standard errors
 SECONDS = {(100, 32): 1.0, (1000, 128): 10.0}
 MEMORY = {(1000, 128): 2.0}  # GiB
@@ -76,13 +79,13 @@ def main() -> int:
         for group in groups.values():
             print(line(group))
     else:
-        for cell in cells(options):
-            group = in_own_process(cell, options)
-            runs += group
-            print(line(group), flush=True)
-            if options.output is not None:
-                with options.output.open("a") as file:
-                    file.writelines(json.dumps(run) + "\n" for run in group)
+        for _, same in groupby(cells(options), lambda cell: (cell["classes"], cell["size"])):
+            for group in in_own_process(list(same), options):
+                runs += group
+                print(line(group), flush=True)
+                if options.output is not None:
+                    with options.output.open("a") as file:
+                        file.writelines(json.dumps(run) + "\n" for run in group)
     if options.figure is not None:
         draw_heads(runs, options.figure)
     return verdict(runs)
@@ -108,12 +111,19 @@ def cells(options: argparse.Namespace) -> Iterator[dict]:
                         }
 
 
-def in_own_process(cell: dict, options: argparse.Namespace) -> list[Run]:
-    """All batches of a cell, so that the peak memory is its own."""
+def in_own_process(cells: list[dict], options: argparse.Namespace) -> Iterator[list[Run]]:
+    """All batches of these cells, so that the peak memory is their own."""
     seeds = range(options.start, options.start + (2 if options.quick else options.seeds))
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
-        return pool.submit(batches, cell, list(seeds)).result()
+    with ProcessPoolExecutor(1, mp_context=spawn, initializer=warm) as pool:
+        for cell in cells:
+            yield pool.submit(batches, cell, list(seeds)).result()
+
+
+def warm() -> None:
+    """One small batch: what a process imports at its first is not a batch's time."""
+    torch.set_num_threads(THREADS)
+    one({"classes": 10, "network": "mlp", "size": 2, "labels": "distinct", "dtype": "float64"}, 0)
 
 
 def batches(cell: dict, seeds: list[int]) -> list[Run]:

@@ -157,6 +157,13 @@ def _from_batch(problem: Problem, found: Separated | Unseparated, show: Progress
     descent = _descend(problem, found.stage.index, found.features, found.cotangents, show)
     descent = with_separation(problem, descent, found)
     recovery = _conclude(problem, [(descent, found.head, [])], show)
+    if recovery.status is Status.INCONSISTENT and bool((found.head.copies > 1).any()):
+        # Copies are what the head cannot tell apart; the layers below may well see a difference.
+        reason = (
+            f"{found.note}; taken as copies they contradict the layers below ({recovery.reason}): "
+            "more likely they are different pictures, which the head cannot show"
+        )
+        recovery = replace(recovery, status=Status.UNDERDETERMINED, reason=reason)
     notes = (found.note,) if found.note else ()
     if found.passed and recovery.inputs is None:
         reason = f"{found.passed}; the batch was separated above: {recovery.reason}"

@@ -262,3 +262,13 @@ def test_multiplicities_survive_a_replay(model: nn.Module) -> None:
     for name, g in update.gradients.items():
         assert torch.allclose(again.gradients[name], g, rtol=1e-10, atol=1e-14), name
     assert found.shape == (4, *SHAPE)
+
+
+def test_pictures_that_the_head_merges_are_no_contradiction() -> None:
+    """Float32 cannot tell two samples of one label apart at a LeNet's head; the layers below do."""
+    model = rgap.models.lenet(10, seed=0)
+    update = rgap.capture(model, rgap.photos.load(2, 32), torch.tensor([3, 3]))
+    recovery = rgap.invert(model, update)
+    assert recovery.status is Status.UNDERDETERMINED
+    assert "tells 1 of 2 samples apart" in recovery.reason
+    assert recovery.inputs is None

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from batched import batch_of, mlp, pictures
 from torch import Tensor
 
 from rgap.batchloss import loss_scale
+from rgap.separation import softmax
 from rgap.separation.at_head import AtHead
-from rgap.separation.batch import Batch, Separated
+from rgap.separation.batch import Batch, Separated, Unseparated
 from rgap.separation.coupled import Coupled, agreement
+from rgap.separation.peeling import Collected
 from rgap.separation.route import separate
 from rgap.separation.softmax import opening, separate_head, unfit
 
@@ -121,3 +125,22 @@ def test_the_opening_ends_at_samples_of_its_classes() -> None:
     truth = batch.chain.stages[0].forward(x)[1].flatten(1) @ head.right
     assert float((rows - truth).norm(dim=1).max()) < 1e-3 * float(truth.norm(dim=1).max())
     assert isinstance(separate(batch), Separated)
+
+
+def test_a_batch_whose_samples_do_not_come_one_by_one_is_solved_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rounding may move a sample's own root further than the samples are apart."""
+    x, y = pictures(4, 3), torch.tensor([1, 4, 4, 11])
+    batch = batch_of(mlp("gelu", 3, widths=(24,), classes=16), x, y)
+    head = batch.mixture(1)
+    none = head.weights.new_zeros(0, head.rank)
+    monkeypatch.setattr(softmax, "collect", lambda *_, **__: Collected(none, [], 7, 1.0, 0))
+    found = separate_head(batch, head)
+    assert isinstance(found, Separated) and "together" in found.route
+    truth = batch.chain.stages[0].forward(x)[1].flatten(1)
+    gaps = torch.cdist(found.features.value, truth)
+    assert sorted(gaps.argmin(1).tolist()) == [0, 1, 2, 3]
+    assert float(gaps.amin(1).max()) < 1e-7 * float(truth.norm(dim=1).max())
+    doubled = separate_head(replace(batch, size=8), head)  # then each would occur twice
+    assert isinstance(doubled, Unseparated) and "found in 7 starts" in doubled.reason

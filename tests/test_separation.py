@@ -11,6 +11,7 @@ from batched import KINDS, batch_of, mlp, pictures
 from torch import Tensor, nn
 
 from rgap.losses import Loss
+from rgap.precision import Precision
 from rgap.separation.at_head import AtHead
 from rgap.separation.batch import Batch, Separated, Unseparated
 from rgap.separation.between import Between, steps_between
@@ -20,7 +21,7 @@ from rgap.separation.multiplicity import multiplicity, smallest_batch
 from rgap.separation.peeling import Collected, collect
 from rgap.separation.route import mixed, separate
 from rgap.separation.softmax import identify_classes, likely
-from rgap.separation.targets import batch_loss
+from rgap.separation.targets import batch_loss, contradicted
 
 F64 = torch.float64
 MSE = "mse_loss"
@@ -279,3 +280,27 @@ def test_watching() -> None:
     said: list[str] = []
     separate(batch_of(mlp("gelu", 0), pictures(3, 1), torch.tensor([0, 1, 3])), said.append)
     assert said and said[-1] == "separating samples: 3 of 3"
+
+
+@pytest.mark.parametrize(
+    ("outside", "after", "weight", "speaks"),
+    [
+        (1e-9, 1e-1, 0.6, True),
+        (2e-5, 7e-5, 0.6, False),  # every class fits as well: no sign of a sample
+        (1e-9, 1e-1, 1e-3, False),  # a saturated softmax has hardly any weight
+        (1e-2, 1.0, 0.6, False),
+    ],
+)
+def test_only_a_sample_beyond_doubt_contradicts_a_batch_size(
+    outside: float, after: float, weight: float, speaks: bool
+) -> None:
+    batch = batch_of(mlp("gelu", 0), pictures(3, 1), torch.tensor([0, 1, 3]))
+    head, nothing = batch.mixture(2), torch.zeros(3, dtype=F64)
+    share = 3.0 / weight
+    identity = Identity(nothing, nothing, share, outside, after, 1)
+    found = Collected(nothing.new_zeros(0, 3), [], 1, 1.0, 0, (identity,))
+    said = contradicted(batch, head, found)
+    assert (said is not None) is speaks
+    assert said is None or not said.consistent
+    coarse = replace(batch, precision=Precision(torch.bfloat16))
+    assert contradicted(coarse, head, found) is None  # its rounding explains any weight

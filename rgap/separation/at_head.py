@@ -15,6 +15,8 @@ from .consistency import Consistency, along_directions
 from .mixture import Mixture
 from .sketch import Sketch
 
+NEAR = 1e6  # ε of the client: σ_B/σ_1 below which roots come from all equations
+
 
 @dataclass(frozen=True)
 class AtHead(Consistency):
@@ -100,6 +102,11 @@ class AtHead(Consistency):
     def sketched(self) -> AtHead:
         """The same with fewer equations, where there are many more than unknowns."""
         return replace(self, sketch=Sketch.of(self.basis, self.matrix))
+
+    def thorough(self) -> AtHead:
+        """All equations, where rounding is near the samples' differences."""
+        near = self.samples.ratio < NEAR * 2.0 * self.unit
+        return replace(self, sketch=None) if near else self
 
     def project(self, f: Tensor) -> Tensor:
         """(I − UUᵀ) f, or combinations of its entries."""

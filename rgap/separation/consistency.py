@@ -62,6 +62,10 @@ class Consistency(ABC):
         """The equations of some of the starts."""
         return self
 
+    def thorough(self) -> Consistency:
+        """The equations that the last steps of a root should satisfy."""
+        return self
+
     def kinds(self, count: int) -> Tensor:
         """A number for the equations of each of ``count`` starts, equal where they are, [count]."""
         return torch.zeros(count, dtype=torch.long)

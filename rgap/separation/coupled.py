@@ -20,7 +20,7 @@ from .mixture import Mixture
 
 NOISE = 5.0  # standard errors up to which a batch fits
 ALIKE = 4.0  # times the largest cost that fits, up to which an end counts as the same batch
-RIVAL = 25.0  # times the cost of the best fit, below which another batch is not refuted
+RIVAL = 9.0  # times the cost of the best fit, below which another batch is not refuted
 ARITHMETIC = 60 * torch.finfo(torch.float64).eps  # what our own sums leave of a residual
 NORMAL = 1e-10  # the same where only the normal equations are affordable
 SCATTERS = (1.0, 0.3, 3.0, 0.1)  # times the scatter that the gradient suggests
@@ -283,7 +283,7 @@ def agreement(problem: Coupled, t: Tensor, floor: float) -> Tensor | str:
     for other, own in zip(rows, cost[order].tolist(), strict=True):
         same = bool((((other @ duals) - 1.0).abs() < SAME).any(1).all())
         agreeing += same and own <= ALIKE * floor
-        if not same and own <= RIVAL * max(best, 1.0):
+        if not same and own <= max(RIVAL * max(best, 1.0), floor):
             return (
                 f"different batches fit: one misses by {best**0.5:.1e}, another by {own**0.5:.1e} "
                 f"standard errors of the gradient, where {floor**0.5:.1e} are allowed"

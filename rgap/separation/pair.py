@@ -51,7 +51,8 @@ def separate_pair(
         watch=watch,
     )
     if not found.complete:
-        return contradicted(batch, found) or Unseparated(_shortfall(consistency, found))
+        short = Unseparated(_shortfall(consistency, found))
+        return contradicted(batch, lower, found) or short
     result = finish(
         batch,
         consistency,

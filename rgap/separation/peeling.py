@@ -10,7 +10,7 @@ that errors do not add up.  The rank of G says how many there are.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -212,6 +212,7 @@ def _distinct(q: Tensor, kinds: Tensor) -> Tensor:
 def _polished(whole: Restricted, q: Tensor) -> tuple[Tensor, Tensor]:
     """Roots of the original equations next to q, and which miss by no more than rounding."""
     ends = levenberg_marquardt(whole, whole.coordinates(q), max_iterations=25)
+    whole = replace(whole, consistency=whole.consistency.thorough())
     moved = whole.rows(whole.refined(ends.value))
     near = (moved - q).norm(dim=1) < 0.1 * q.norm(dim=1)
     moved = torch.where(near[:, None], moved, q)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-PER_UNKNOWN = 1.5  # combinations for each unknown
+PER_UNKNOWN = 2  # combinations for each unknown
 WORTH = 3  # equations for each unknown from which on combining them pays
 HELD = 0.3  # ‖(I − UUᵀ)(p − y)‖/‖p‖ below which the slope is that of a sample
 SEED = 2011
@@ -40,7 +40,7 @@ class Sketch:
     def of(cls, basis: Tensor, matrix: Tensor) -> Sketch | None:
         """Of a head's U and M = W V, or None where all equations are hardly more."""
         classes, rank = basis.shape
-        equations, count = classes - rank - 1, round(PER_UNKNOWN * rank)
+        equations, count = classes - rank - 1, PER_UNKNOWN * rank
         if equations < WORTH * rank:
             return None
         generator = torch.Generator().manual_seed(SEED)

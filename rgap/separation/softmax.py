@@ -29,7 +29,7 @@ from .finish import finish, finish_together
 from .identify import Identity, choose, similar
 from .mixture import Mixture
 from .peeling import Collected, collect
-from .targets import admissible, contradicted
+from .targets import admissible, contradicted, resolved
 
 FEWEST = 8  # classes that are always tried
 NEAR = 0.1  # share of p − e_c outside the range of G up to which class c may well occur
@@ -39,6 +39,7 @@ SMALL = 10  # samples up to which many accelerated starts are affordable
 STARTS = 64
 ROUNDS = 3  # of them
 FEW = 32  # samples up to which all scatters are tried
+RESCUED = 48  # samples up to which all are solved together where one by one failed
 CHORDS = 40  # steps with the slope of the mean, at most
 UNSEEN = 1e-4  # relative σ of that slope below which a direction waits for its own slope
 FAR = 16.0  # reach of the starts where labels repeat: samples of one label share their basins
@@ -100,9 +101,18 @@ def separate_head(
         first=opening(consistency),
         reach=FAR if 2 * clear < head.rank else 1.0,
     )
-    if not found.complete:
-        return contradicted(batch, found) or Unseparated(_shortfall(consistency, found))
-    return conclude(batch, consistency, found, began)
+    if found.complete:
+        answer = conclude(batch, consistency, found, began)
+    else:
+        short = Unseparated(_shortfall(consistency, found))
+        answer = contradicted(batch, head, found) or short
+    if isinstance(answer, Separated) or not answer.consistent or head.rank > RESCUED:
+        return answer
+    if batch.size != head.rank or not resolved(batch, head):
+        return answer
+    # Rounding may move one sample's own root as far as the samples are apart.
+    whole = _together(batch, head, began, watch)
+    return whole if isinstance(whole, Separated) else answer
 
 
 def _together(

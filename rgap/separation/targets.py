@@ -14,10 +14,14 @@ from rgap.solvers.tall import tall_qr
 
 from .batch import Batch, Unseparated
 from .identify import FITS, Identity
+from .mixture import Mixture
 from .multiplicity import WHOLE, batch_of, multiplicity, split_counts, whole
 from .peeling import Collected
 
 SURE = 1e-4  # share of k outside the range of G at which a root is a sample beyond doubt
+CLEAR = 100.0  # times as much the next class of such a root must miss by
+LEAST = 0.25  # copies a batch contradicts: a saturated softmax fits too, with hardly any weight
+LAW = 100.0  # ε of the client: σ_B/σ_1 below which weights are rounding and contradict nothing
 SIMILAR = 0.5  # share of its weight by which a sample may seem off while others are to be found
 ROUGH = 20.0  # times its weight by which a sample may seem off before all are polished together
 
@@ -73,7 +77,7 @@ def _copies(batch: Batch, identity: Identity, size: int) -> float:
 
 
 def batch_loss(
-    batch: Batch, logits: Tensor, identities: Sequence[Identity]
+    batch: Batch, logits: Tensor, identities: Sequence[Identity], certain: bool = True
 ) -> BatchLoss | Unseparated:
     """Targets and multiplicities of all samples together.
 
@@ -81,6 +85,7 @@ def batch_loss(
         batch: the update.
         logits: of the samples, [R, C].
         identities: one a sample.
+        certain: False where rounding may explain any weight (see :func:`resolved`).
 
     Returns:
         The :class:`BatchLoss`, or why no whole numbers of copies fit.
@@ -110,7 +115,7 @@ def batch_loss(
             if not single(batch, len(identities)):
                 m = _copies(batch, identity, size)
             if not whole(m, size):
-                return _fractional(batch, size, m)
+                return _fractional(batch, size, m, certain and _clear(identity))
             targets.append(_one_hot(batch, identity.label, z))
             copies.append(float(round(m)))
             continue
@@ -134,7 +139,7 @@ def batch_loss(
         return Unseparated(
             f"the update is that of {total} samples ({len(copies)} different pictures), the stated "
             f"batch size is {batch.size}",
-            consistent=False,
+            consistent=not (certain and all(_clear(i) for i in identities)),
         )
     return BatchLoss(batch.loss, torch.stack(targets), torch.tensor(copies).to(logits))
 
@@ -181,16 +186,43 @@ def read_from_head(batch: Batch, features: Tensor, logits: Tensor, head: BatchLo
     return replace(head, targets=targets)
 
 
-def contradicted(batch: Batch, found: Collected) -> Unseparated | None:
+def resolved(batch: Batch, samples: Mixture) -> bool:
+    """True if every sample of the mixture stands out from what the client rounds.
+
+    Where more samples are stated than the rank tells apart, some may be lost to rounding and
+    weigh on the others: then they have to stand out by as much again.
+    """
+    law = LAW if batch.size in (None, samples.rank) else LAW * LAW
+    return samples.ratio > law * 2.0 * batch.precision.unit
+
+
+def _clear(identity: Identity) -> bool:
+    """True if the next class misses by so much more that the root is at a sample."""
+    return identity.next > max(CLEAR * identity.outside, SURE)
+
+
+def contradicted(batch: Batch, samples: Mixture, found: Collected) -> Unseparated | None:
     """A stated batch size in which samples that were found would not occur whole times."""
-    sure = [i for i in found.refused if i.outside < SURE and i.label is not None]
-    if batch.size is None or not sure:
+    sure = [
+        i
+        for i in found.refused
+        if i.outside < SURE
+        and _clear(i)
+        and i.label is not None
+        and LEAST < _copies(batch, i, batch.size or 1) < 1.0 / LEAST * (batch.size or 1)
+    ]
+    if batch.size is None or not sure or not resolved(batch, samples):
         return None
     ratio = _copies(batch, sure[0], batch.size)
     return _fractional(batch, batch.size, ratio)
 
 
-def _fractional(batch: Batch, size: int, m: float) -> Unseparated:
+def _fractional(batch: Batch, size: int, m: float, certain: bool = True) -> Unseparated:
+    if not certain:
+        return Unseparated(
+            f"what the client rounds leaves the weights of samples open: at a batch size of {size} "
+            f"one picture would occur {m:.2f} times"
+        )
     return Unseparated(
         f"at a batch size of {size} one picture would occur {m:.2f} times; the update contradicts "
         f"{'the stated' if batch.size is not None else 'every'} batch size",
