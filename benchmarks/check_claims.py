@@ -115,10 +115,12 @@ def convolutions() -> list[Check]:
 
 
 def labels() -> list[Check]:
-    """A smaller singular value, and a recovery."""
+    """The same joint nullity with equal labels, a smaller singular value, and a recovery."""
     model = rgap.models.lenet(seed=0).double()
     pictures = rgap.photos.load(2, dtype=torch.float64)
     ratio = {}
+    equal = torch.tensor([3, 3])
+    found = identifiability(model, pictures, labels=equal, method="structured", sequential=False)
     for name, pair in (("different", [3, 5]), ("equal", [3, 3])):
         target = torch.tensor(pair)
         update = rgap.capture(model, pictures, target, dtype=torch.float64)
@@ -132,6 +134,7 @@ def labels() -> list[Check]:
     print(f"  σ_2/σ_1 of LeNet's head gradient: {ratio['different']:.1e} for labels 3, 5, ")
     print(f"  and {ratio['equal']:.1e} for labels 3, 3")
     return [
+        ("LeNet, B = 2, labels 3, 3: joint nullity", found.joint_nullity, 240),
         ("equal labels lower σ_2/σ_1 more than a hundredfold", _far(ratio), True),
         ("and it stays above what float64 resolves, 1e-13", ratio["equal"] > 1e-13, True),
         ("MLP, four samples of one label: status", recovery.status.name, "EXACT"),
