@@ -67,7 +67,7 @@ def identifiability(
     Args:
         model: in eval mode; left as it was.  Frozen parameters give no equation; one that is used
             twice gives the equations of the sum.
-        inputs: the batch [B, *input_shape], or the shape of one sample for a random batch.
+        inputs: the batch ``[B, *input_shape]``, or the shape of one sample for a random batch.
         batch_size: B, with a shape; 1 if left out.
         loss: of the client.
         labels: targets as the loss wants them; drawn, and different as far as possible, if None.

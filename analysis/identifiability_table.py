@@ -77,7 +77,7 @@ class Identifiability:
         cutoff: absolute cutoff of that decision, in the units of its scaled equations.
         condition: largest σ_1/σ_r of the decisions.
         rows: one per layer, in forward order.
-        null_basis: orthonormal null directions [joint_nullity, B, *input_shape].
+        null_basis: orthonormal null directions ``[joint_nullity, B, *input_shape]``.
         spectra: (name, singular values) of the decisions, for `plot`.
         loss: name of the client's loss.
         notes: what the reader should know.
@@ -129,7 +129,7 @@ class Identifiability:
 
     @property
     def share(self) -> Tensor:
-        """Share of every entry's variance that is determined, [B, *input_shape], in [0, 1].
+        """Share of every entry's variance that is determined, ``[B, *input_shape]``, in [0, 1].
 
         ``1 − Σ_j n_j²`` over orthonormal null directions: the squared length of what remains of
         the entry's unit vector outside the null space.
@@ -138,13 +138,13 @@ class Identifiability:
 
     @property
     def determined(self) -> Tensor:
-        """True where an entry is the same along every null direction, [B, *input_shape]."""
+        """True where an entry is the same along every null direction, ``[B, *input_shape]``."""
         if len(self.null_basis) == 0:
             return torch.ones(self.null_basis.shape[1:], dtype=torch.bool)
         return self.null_basis.square().sum(0).sqrt() < TOLERANCE
 
     def pictures(self, count: int = 8) -> Tensor:
-        """The smoothest null directions, [≤ count, B, *input_shape], largest entry ±1.
+        """The smoothest null directions, ``[≤ count, B, *input_shape]``, largest entry ±1.
 
         A null space has no basis of its own.  These are the unit directions in it of least total
         squared difference between neighbouring pixels, each orthogonal to those before: the
