@@ -18,7 +18,7 @@ Operator = Callable[[Tensor], Tensor]
 
 
 class Prior(Protocol):
-    """A penalty on x [B, C, *space] (or [B, n])."""
+    """A penalty on x ``[B, C, *space]`` (or ``[B, n]``)."""
 
     def value(self, x: Tensor) -> Tensor:
         """The penalty, a scalar."""
