@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from rgap.isolation import first_line
+from rgap.isolation import first_line, plain_kernels
 from rgap.losses import Loss
 
 log = logging.getLogger(__name__)
@@ -103,12 +102,12 @@ class UpdateMap:
         directions = directions.to(self.inputs)
         if self.forward_mode:
             try:
-                with _plain_kernels():
+                with plain_kernels():
                     return torch.vmap(self._forward_over_reverse)(directions)
             except (RuntimeError, NotImplementedError) as error:
                 log.info("no forward derivative (%s): two reverse passes", first_line(error))
                 self.forward_mode = False
-        with _plain_kernels():
+        with plain_kernels():
             return self._reverse_over_reverse(directions)
 
     def chunks(self, directions: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -158,7 +157,7 @@ class UpdateMap:
         for path in owners:
             modules[path].register_forward_pre_hook(lambda *_, path=path: order.append(path))
         try:
-            with torch.no_grad(), _plain_kernels():
+            with torch.no_grad(), plain_kernels():
                 outputs = self._twin(self.inputs)
         except RuntimeError as error:
             raise ValueError(
@@ -224,20 +223,6 @@ class SignSketch:
         for at, signs in zip(self._at, self._signs, strict=True):
             out.index_add_(1, at, products * signs)
         return out
-
-
-@contextmanager
-def _plain_kernels() -> Iterator[None]:
-    """Attention by its formula: the fused kernels have no second derivative."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def _nothing_trained(model: nn.Module) -> str:
