@@ -6,6 +6,8 @@ import html
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from rgap.analysis.frames import data_frame
+
 if TYPE_CHECKING:
     import pandas
 
@@ -98,14 +100,7 @@ class Hardening:
         Raises:
             ImportError: pandas is not installed; it is the extra ``frames``.
         """
-        try:
-            import pandas
-        except ModuleNotFoundError as error:
-            raise ImportError(
-                "expected pandas for a data frame, got no such module; write "
-                "pip install 'rgap[frames]', or take the numbers from summary()"
-            ) from error
-        return pandas.DataFrame([asdict(change) for change in self.changes])
+        return data_frame([asdict(change) for change in self.changes])
 
     def _repr_html_(self) -> str:
         names = ("kind", "layer", "before", "after", "missing", "unknowns")

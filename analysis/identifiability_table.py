@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rgap.analysis.frames import data_frame
 from rgap.analysis.nullspace import determined
 from rgap.solvers.rank import SMALL_GAP
 
@@ -253,14 +254,7 @@ class Identifiability:
         Raises:
             ImportError: pandas is not installed; it is the extra ``frames``.
         """
-        try:
-            import pandas
-        except ModuleNotFoundError as error:
-            raise ImportError(
-                "expected pandas for a data frame, got no such module; write "
-                "pip install 'rgap[frames]', or take the numbers from summary()"
-            ) from error
-        return pandas.DataFrame([asdict(row) for row in self.rows])
+        return data_frame([asdict(row) for row in self.rows])
 
     def _repr_html_(self) -> str:
         names = ("layer", "kind", "equations", "own_nullity", "rank", "nullity", "gain")

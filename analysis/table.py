@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from math import inf
 from typing import TYPE_CHECKING, Any
 
+from rgap.analysis.frames import data_frame
+
 if TYPE_CHECKING:
     import pandas
     from matplotlib.figure import Figure
@@ -136,15 +138,7 @@ class Audit:
         Raises:
             ImportError: pandas is not installed; it is the extra ``frames``.
         """
-        try:
-            import pandas
-        except ModuleNotFoundError as error:
-            raise ImportError(
-                "expected pandas for a data frame, got no such module; write "
-                "pip install 'rgap[frames]', or take the numbers from audit.summary()"
-            ) from error
-
-        return pandas.DataFrame([asdict(row) for row in self.rows])
+        return data_frame([asdict(row) for row in self.rows])
 
     def summary(self) -> dict[str, Any]:
         """The table as plain numbers, for JSON."""

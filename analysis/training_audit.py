@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from rgap.analysis.discard import audit
+from rgap.analysis.frames import data_frame
 from rgap.analysis.table import Audit, AuditRow
 from rgap.isolation import first_line
 from rgap.losses import Loss
@@ -68,14 +69,7 @@ class TrainingAudit:
         Raises:
             ImportError: pandas is not installed; it is the extra ``frames``.
         """
-        try:
-            import pandas
-        except ModuleNotFoundError as error:
-            raise ImportError(
-                "expected pandas for a data frame, got no such module; write "
-                "pip install 'rgap[frames]', or take the numbers from summary()"
-            ) from error
-        return pandas.DataFrame(
+        return data_frame(
             [
                 {"checkpoint": name, **asdict(row)}
                 for name, found in zip(self.names, self.audits, strict=True)

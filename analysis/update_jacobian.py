@@ -104,7 +104,7 @@ class UpdateMap:
             try:
                 with plain_kernels():
                     return torch.vmap(self._forward_over_reverse)(directions)
-            except (RuntimeError, NotImplementedError) as error:
+            except RuntimeError as error:
                 log.info("no forward derivative (%s): two reverse passes", first_line(error))
                 self.forward_mode = False
         with plain_kernels():

@@ -90,7 +90,7 @@ def usable_device(name: str) -> str:
 
     try:
         torch.zeros(1, device=name, dtype=torch.float64)
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+    except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device: {name!r} does not work here ({reason}); try cpu") from None
     return name

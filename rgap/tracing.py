@@ -213,7 +213,7 @@ def _evaluate(model: nn.Module, node: fx.Node, traced: dict[fx.Node, Traced]) ->
                 module = meta_copy(module_of(model, node))
                 try:
                     return module.forward(*args, **kwargs)
-                except (RuntimeError, NotImplementedError):  # an embedding wants whole numbers
+                except RuntimeError:  # an embedding wants whole numbers
                     whole = [a.long() if isinstance(a, Tensor) else a for a in args]
                     return module.forward(*whole, **kwargs)
             return evaluate(target, args, kwargs)

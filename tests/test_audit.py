@@ -209,7 +209,7 @@ def test_without_pandas_the_message_says_what_to_install(
     table: Audit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "pandas", None)
-    with pytest.raises(ImportError, match=r"pip install 'rgap\[frames\]'.*audit.summary\(\)"):
+    with pytest.raises(ImportError, match=r"pip install 'rgap\[frames\]'.*from summary\(\)"):
         table.to_frame()
 
 
