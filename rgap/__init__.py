@@ -20,33 +20,42 @@ from rgap._version import __version__
 if TYPE_CHECKING:
     from rgap import analysis, labels, models, photos, solvers
     from rgap.capture import capture
+    from rgap.federated import LocalTraining
     from rgap.invert import Head, invert
     from rgap.labels import LabelEstimate, idlg
     from rgap.losses import Loss
+    from rgap.matching import Checkpoint, Matching, match
     from rgap.recovery import Candidate, LayerReport, Recovery, Status
     from rgap.update import Update
 
 _HOMES = {
     "Candidate": "recovery",
+    "Checkpoint": "matching",
     "Head": "invert",
     "LabelEstimate": "labels",
     "LayerReport": "recovery",
     "Loss": "losses",
+    "LocalTraining": "federated",
+    "Matching": "matching",
     "Recovery": "recovery",
     "Status": "recovery",
     "Update": "update",
     "capture": "capture",
     "idlg": "labels",
     "invert": "invert",
+    "match": "matching",
 }
 _ROOMS = ("analysis", "labels", "models", "photos", "solvers")
 
 __all__ = [
     "Candidate",
+    "Checkpoint",
     "Head",
     "LabelEstimate",
     "LayerReport",
+    "LocalTraining",
     "Loss",
+    "Matching",
     "Recovery",
     "Status",
     "Update",
@@ -56,6 +65,7 @@ __all__ = [
     "idlg",
     "invert",
     "labels",
+    "match",
     "models",
     "photos",
     "solvers",

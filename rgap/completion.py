@@ -155,13 +155,26 @@ def _annealed(
     watch: Watch | None,
 ) -> tuple[Tensor, Schedule, tuple[Step, ...]]:
     """Sharpen the kinks level by level: x, what is left of the schedule, and the steps."""
-    deadline, weight = time.perf_counter() + seconds, schedule.weight
+    deadline = time.perf_counter() + seconds
     steps: tuple[Step, ...] = ()
-    for level in range(levels + 1):
+    for sharpness, here in stages(schedule, levels):
         left = deadline - time.perf_counter()
-        if left <= 0:
+        # Out of time: the kinks are the network's own from here on, the prior weighs what it does.
+        schedule = replace(schedule, weight=here.weight, smoothing=here.smoothing)
+        if left <= 0 or sharpness is None:
             break
-        update.sharpness.value = BLUNT * (SHARP / BLUNT) ** (level / levels)
+        update.sharpness.value = sharpness
+        here = replace(here, seconds=left)
+        found = gauss_newton(update.at, x, prior, here, project=project, watch=watch)
+        x, steps = found.value, (*steps, *found.steps)
+    update.sharpness.value = None
+    return x, schedule, steps
+
+
+def stages(schedule: Schedule, levels: int) -> list[tuple[float | None, Schedule]]:
+    """Sharpness of the kinks, None for the network's own, and schedule of every stage of a pass."""
+    weight, found = schedule.weight, list[tuple[float | None, Schedule]]()
+    for level in range(levels + 1):
         here = replace(
             schedule,
             weight=weight,
@@ -169,14 +182,11 @@ def _annealed(
             smoothing=min(schedule.smoothing, 10.0 * weight),
             steps=STEPS,
             target=0.0,
-            seconds=left,
         )
-        found = gauss_newton(update.at, x, prior, here, project=project, watch=watch)
-        x, steps = found.value, (*steps, *found.steps)
+        found.append((BLUNT * (SHARP / BLUNT) ** (level / levels), here))
         weight = max(weight * FADING ** (1.0 / levels), schedule.lowest)
-    update.sharpness.value = None
-    smoothing = min(schedule.smoothing, 10.0 * weight)
-    return x, replace(schedule, weight=weight, smoothing=smoothing), steps
+    last = replace(schedule, weight=weight, smoothing=min(schedule.smoothing, 10.0 * weight))
+    return [*found, (None, last)]
 
 
 def grey(

@@ -13,11 +13,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
+from math import inf, isfinite
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from rgap.federated import LocalTraining, average
 from rgap.isolation import plain_kernels
 from rgap.kinks import soften
 from rgap.losses import Loss
@@ -60,10 +63,14 @@ class Outside:
     Attributes:
         loss: the client's.
         targets: of the batch, as the loss wants them.
+        local: how the client trains between two rounds; None: it sends one gradient.
+        steps: of its training.
     """
 
     loss: Loss
     targets: Tensor
+    local: LocalTraining | None = None
+    steps: int = 1
 
 
 class ModuleUpdate:
@@ -128,6 +135,28 @@ class ModuleUpdate:
                 misfit = self.source.known.misfit(self._seen[0].reshape(self.source.shape))
             self.unit = 1.0 / max(float(misfit.norm()), 1e-300)
 
+    def misfit(self, x: Tensor) -> float:
+        """‖r(x)‖², infinite where it is not a number."""
+        value = float(self.at(x).residual.square().sum())
+        return value if isfinite(value) else inf
+
+    def gaps(self, x: Tensor) -> dict[str, tuple[float, float]]:
+        """‖G_j(x) − G_j‖ and ‖G_j‖ by parameter name."""
+        leaves, found = self._gradients(x, create_graph=False)
+        return {
+            n: (float((own.detach() - self.gradients[n]).norm()), float(self.gradients[n].norm()))
+            for n, own in zip(leaves, found, strict=True)
+            if own is not None
+        }
+
+    def settle(self, x: Tensor, sharpness: float) -> None:
+        """Take the spreads of softened modules from x, once and for all (:mod:`rgap.kinks`)."""
+        if self.sharpness:
+            self.sharpness.value = sharpness
+            with torch.no_grad():
+                self._run(x, {})
+            self.sharpness.value = None
+
     def rows(self, x: Tensor) -> Tensor:
         """Residual as part of the graph of x: what is known inside, then normalised gradients."""
         parts = []
@@ -143,19 +172,33 @@ class ModuleUpdate:
     def _gradients(
         self, x: Tensor, create_graph: bool
     ) -> tuple[dict[str, Tensor], tuple[Tensor | None, ...]]:
+        source = self.source
         with torch.enable_grad():
             leaves = {n: p.clone().requires_grad_() for n, p in self.parameters.items()}
+            if isinstance(source, Outside) and source.local is not None:
+                found = average(
+                    partial(self._step, x, source), leaves, source.local, source.steps, len(x)
+                )
+                return leaves, tuple(found.values())
             outputs = self._run(x, leaves)
-            if isinstance(self.source, Inside):
-                value = (self.source.cotangent * self._seen[0].reshape(self.source.shape)).sum()
+            if isinstance(source, Inside):
+                value = (source.cotangent * self._seen[0].reshape(source.shape)).sum()
             else:
-                value = self.source.loss(outputs, self.source.targets)
+                value = source.loss(outputs, source.targets)
             if not leaves or not value.requires_grad:
                 return leaves, (None,) * len(leaves)
-            found = torch.autograd.grad(
+            return leaves, torch.autograd.grad(
                 value, list(leaves.values()), create_graph=create_graph, allow_unused=True
             )
-        return leaves, found
+
+    def _step(
+        self, x: Tensor, source: Outside, parameters: dict[str, Tensor], rows: slice
+    ) -> dict[str, Tensor]:
+        value = source.loss(self._run(x[rows], parameters), source.targets[rows])
+        found = torch.autograd.grad(
+            value, list(parameters.values()), create_graph=True, materialize_grads=True
+        )
+        return dict(zip(parameters, found, strict=True))
 
     def _run(self, x: Tensor, leaves: Mapping[str, Tensor]) -> Tensor:
         self._seen.clear()

@@ -102,7 +102,7 @@ def prepare(
         )
     bounds = update.value_range if value_range is None else validation.bounds(value_range)
     slack = BEYOND if value_range is None else 0.0
-    place = _device(device)
+    place = device_of(device)
     if update.input_shape is None:
         raise ValueError(
             "expected an input shape, got an update that does not state one; write "
@@ -114,7 +114,7 @@ def prepare(
             "moved between them and the equations of one step do not hold; ask the client for "
             "local_steps=1"
         )
-    model = _as_on_the_client(model, update)
+    model = as_on_the_client(model, update)
     chain = parse(model, update.input_shape)
     if place.type != "cpu":
         chain = chain.to(place)
@@ -136,7 +136,7 @@ def prepare(
     )
 
 
-def _as_on_the_client(model: nn.Module, update: Update) -> nn.Module:
+def as_on_the_client(model: nn.Module, update: Update) -> nn.Module:
     """The model as the client had it: its running statistics, every parameter trained.
 
     A copy where that differs from the model given: other buffers, or parameters that the server
@@ -177,7 +177,7 @@ def _check_labels(labels: Tensor | None, update: Update, chain: Chain) -> None:
         )
 
 
-def _device(device: torch.device | str | None) -> torch.device:
+def device_of(device: torch.device | str | None) -> torch.device:
     """The device to compute on, tried out."""
     if device is None:
         return torch.device("cpu")

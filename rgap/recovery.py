@@ -134,6 +134,23 @@ class Recovery:
         """True if the status is ``EXACT``."""
         return self.status is Status.EXACT
 
+    @property
+    def nearest(self) -> Tensor | None:
+        """The batch that comes nearest to the update: ``inputs``, else that of the first candidate.
+
+        Where ``inputs`` is None it is no answer, only a start for another method.
+        """
+        if self.inputs is None and self.candidates:
+            return self.candidates[0].inputs
+        return self.inputs
+
+    @property
+    def nearest_labels(self) -> Tensor | None:
+        """The labels that go with :attr:`nearest`."""
+        if self.inputs is None and self.candidates:
+            return self.candidates[0].labels
+        return self.labels
+
     def layer(self, name: str) -> LayerReport:
         """The report of one layer by module path.
 

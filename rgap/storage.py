@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rgap.losses import Loss
 
-__all__ = ["read", "write"]
+__all__ = ["opened", "read", "write", "written"]
 
 FORMAT = "rgap.update"
 VERSION = 1
@@ -32,8 +32,6 @@ def write(path: str | os.PathLike[str], fields: dict[str, Any]) -> None:
     Written beside the target and renamed over it, so that a reader sees the old file or the whole
     new one, and an interrupted run leaves no half-written update.
     """
-    from safetensors.torch import save_file
-
     tensors: dict[str, Tensor] = {}
     for group in _GROUPS:
         for name, tensor in fields[group].items():
@@ -50,7 +48,17 @@ def write(path: str | os.PathLike[str], fields: dict[str, Any]) -> None:
         "dtype": str(fields["dtype"]).removeprefix("torch."),
         "local_steps": fields["local_steps"],
     }
-    metadata = {"format": FORMAT, "version": str(VERSION), "update": json.dumps(header)}
+    written(
+        path, tensors, {"format": FORMAT, "version": str(VERSION), "update": json.dumps(header)}
+    )
+
+
+def written(
+    path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, str]
+) -> None:
+    """Write a safetensors file beside its target, then rename it."""
+    from safetensors.torch import save_file
+
     target = Path(path)
     beside = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
     try:
@@ -60,33 +68,41 @@ def write(path: str | os.PathLike[str], fields: dict[str, Any]) -> None:
         beside.unlink(missing_ok=True)
 
 
-def read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Fields of the update in ``path``; raises ValueError for anything that is not one."""
+def opened(
+    path: str | os.PathLike[str], again: str = "update.save(path)"
+) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a safetensors file; ``again`` is the call that writes one.
+
+    Raises:
+        ValueError: a pickle or another file, or a damaged one.
+    """
     from safetensors import SafetensorError, safe_open
 
     _refuse_foreign(path)
     try:
         with safe_open(os.fspath(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            header = _header(path, metadata)
-            names = set(file.keys())
-            wanted = {g: [f"{g}/{n}" for n in header[g]] for g in _GROUPS}
-            for key in (k for keys in wanted.values() for k in keys):
-                if key not in names:
-                    raise ValueError(
-                        f"{path}: the tensor {key!r} that its metadata lists is missing; the file "
-                        "was edited. Write it again with update.save(path)."
-                    )
-            groups = {
-                g: {k.removeprefix(f"{g}/"): file.get_tensor(k) for k in wanted[g]} for g in _GROUPS
-            }
-            labels = file.get_tensor("labels") if "labels" in names else None
+            names = list(file.keys())
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in names}
     except SafetensorError as error:
         raise ValueError(
             f"{path}: damaged safetensors file ({error}); copy it again, or write it again with "
-            "update.save(path)."
+            f"{again}."
         ) from error
-    return {**groups, "labels": labels, **_decoded(path, header)}
+
+
+def read(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Fields of the update in ``path``; raises ValueError for anything that is not one."""
+    metadata, tensors = opened(path)
+    header = _header(path, metadata)
+    wanted = {g: [f"{g}/{n}" for n in header[g]] for g in _GROUPS}
+    for key in (k for keys in wanted.values() for k in keys):
+        if key not in tensors:
+            raise ValueError(
+                f"{path}: the tensor {key!r} that its metadata lists is missing; the file "
+                "was edited. Write it again with update.save(path)."
+            )
+    groups = {g: {k.removeprefix(f"{g}/"): tensors[k] for k in wanted[g]} for g in _GROUPS}
+    return {**groups, "labels": tensors.get("labels"), **_decoded(path, header)}
 
 
 def _decoded(path: str | os.PathLike[str], header: dict[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from .priors import Operator, Prior
 
 SHORTEST = 1e-3  # step length at which the line search gives up
 ROUNDED = 1e-14  # of the mean diagonal: keeps a formed normal matrix definite
+STOPPED = "whoever watches said so"
 DAMPED = 1e-3  # of the curvature: what a failed step adds to the diagonal, then ten times it
 
 
@@ -69,14 +70,36 @@ class Schedule:
 
 
 @dataclass(frozen=True)
+class Marks:
+    """What the iteration carries from step to step besides x.
+
+    Attributes:
+        number: steps made.
+        weight: λ of the next step.
+        smoothing: of its prior.
+        damping: of its normal equations.
+        rest: steps in a row that changed nothing.
+        over: nothing is left to change.
+    """
+
+    number: int
+    weight: float
+    smoothing: float
+    damping: float = 0.0
+    rest: int = 0
+    over: bool = False
+
+
+@dataclass(frozen=True)
 class Step:
-    """One step, for whoever watches."""
+    """One step, for whoever watches; with its marks the iteration goes on from there."""
 
     number: int
     misfit: float  # ‖r‖² after it
     weight: float
     length: float
     products: int
+    marks: Marks
 
 
 @dataclass(frozen=True)
@@ -103,7 +126,8 @@ def gauss_newton(
     schedule: Schedule,
     *,
     project: Callable[[Tensor], Tensor] = lambda x: x,
-    watch: Callable[[Step, Tensor], None] | None = None,
+    watch: Callable[[Step, Tensor], bool | None] | None = None,
+    marks: Marks | None = None,
 ) -> Minimum:
     """Minimise ``‖r(x)‖² + λ prior(x)`` while λ goes down; like ``scipy.optimize.least_squares``.
 
@@ -113,7 +137,8 @@ def gauss_newton(
         prior: chooses where r does not.
         schedule: of λ, and the limits.
         project: on the admissible x, after every step.
-        watch: called after every step with its record and x.
+        watch: called after every step with its record and x; True stops.
+        marks: of an earlier run that ended at ``start``: goes on as it would have.
 
     A residual that is not finite, at the start or along a step, ends the iteration at the last x
     where it was, and ``ended`` says so.
@@ -134,9 +159,10 @@ def gauss_newton(
     misfit = float(point.residual.square().sum())
     if not isfinite(misfit):
         return Minimum(x, inf, (), "the residual is not finite at the start")
-    weight, smoothing, damping, rest = schedule.weight, schedule.smoothing, 0.0, 0
+    marks = marks or Marks(0, schedule.weight, schedule.smoothing)
     steps: list[Step] = []
-    while len(steps) < schedule.steps:
+    while marks.number < schedule.steps and not marks.over:
+        weight, smoothing, damping = marks.weight, marks.smoothing, marks.damping
         if misfit <= schedule.target:
             return Minimum(x, misfit, tuple(steps), "the residual is what the noise explains")
         if time.perf_counter() > deadline:
@@ -164,15 +190,21 @@ def gauss_newton(
             x, point, misfit, damping = trial, fresh, found, 0.1 * damping
         else:
             damping = max(10.0 * damping, DAMPED * _largest(point, rhs))
-        steps.append(Step(len(steps), misfit, weight, length if moved else 0.0, count))
-        if watch is not None:
-            watch(steps[-1], x)
-        rest = rest + 1 if change < schedule.still else 0
-        low = weight <= schedule.lowest
-        if rest >= 2 and (low or not moved):
-            return Minimum(x, misfit, tuple(steps), "steps change nothing any more")
-        weight = max(weight * schedule.decay, schedule.lowest)
-        smoothing *= schedule.decay**0.5
+        rest = marks.rest + 1 if change < schedule.still else 0
+        marks = Marks(
+            marks.number + 1,
+            max(weight * schedule.decay, schedule.lowest),
+            smoothing * schedule.decay**0.5,
+            damping,
+            rest,
+            rest >= 2 and (weight <= schedule.lowest or not moved),
+        )
+        made = length if moved else 0.0
+        steps.append(Step(marks.number - 1, misfit, weight, made, count, marks))
+        if watch is not None and watch(steps[-1], x):
+            return Minimum(x, misfit, tuple(steps), STOPPED)
+    if marks.over:
+        return Minimum(x, misfit, tuple(steps), "steps change nothing any more")
     return Minimum(x, misfit, tuple(steps), f"{schedule.steps} steps are done")
 
 

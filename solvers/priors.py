@@ -58,7 +58,7 @@ class TotalVariation:
 
     def value(self, x: Tensor) -> Tensor:
         """The total variation, per entry."""
-        return self.weight * self._lengths(x).mean()
+        return self.weight * self._lengths(x).sum(0).mean()
 
     def gradient(self, x: Tensor) -> Tensor:
         """∇ᵀ(∇x / length)."""
@@ -66,7 +66,8 @@ class TotalVariation:
 
     def curvature(self, x: Tensor) -> Operator:
         """The lagged diffusivity, v ↦ ∇ᵀ(∇v / length(x))."""
-        inverse = self.weight / self._lengths(x) / self._lengths(x).numel()
+        lengths = self._lengths(x)
+        inverse = self.weight / lengths / lengths[0].numel()
 
         def apply(v: Tensor) -> Tensor:
             return _divergence(_differences(v) * inverse)
