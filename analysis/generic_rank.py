@@ -173,7 +173,7 @@ def _numerical(affine: Affine, cotangents: Tensor, active: Tensor) -> tuple[Bloc
     kronecker = gradient_constraint(affine, cotangents)
     gradient = kronecker.rank()
     spaces = weight_row_spaces(affine, active)
-    joint = stage_joint_rank(affine, kronecker, spaces)
+    joint = stage_joint_rank(affine, kronecker, spaces, cotangent=cotangents)
     weight = sum(space.rank.rank for space in spaces)
     gap = min([gradient.gap, joint.gap, *(space.rank.gap for space in spaces)])
     # An undecided block moves the joint rank with it, as far as there are unknowns.

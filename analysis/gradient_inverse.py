@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from rgap.affine import Affine
-from rgap.analysis.weight_inverse import dense_weights
 from rgap.solvers.rank import numerical_rank, resolve_rcond
+from rgap.systems import dense_weights
 
 
 class GradientInverse:

@@ -52,7 +52,7 @@ def measured_row(probe: Probe, batch: int, before: int, spaces: Spaces) -> Audit
     kronecker = gradient_constraint(affine, probe.cotangents)
     gradient = kronecker.rank()
     weight = _weight_spaces(affine, probe.active, spaces)
-    joint = stage_joint_rank(affine, kronecker, weight).rank
+    joint = stage_joint_rank(affine, kronecker, weight, cotangent=probe.cotangents).rank
     of_weight = sum(space.rank.rank for space in weight)
     return _row(probe, batch, before, gradient, of_weight, joint, "measured", True)
 

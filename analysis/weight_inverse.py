@@ -9,12 +9,11 @@ from torch import Tensor
 
 from rgap.affine import Affine
 from rgap.solvers.rank import Rank, numerical_rank, resolve_rcond
+from rgap.solvers.square import Square, factored
 from rgap.solvers.subspace import full_column_rank
-from rgap.systems import weight_constraint
-from rgap.systems.convnd import taps
+from rgap.systems import dense_weights, weight_constraint
 
 SAFE = 1e4  # condition up to which the normal equations lose nothing that refinement cannot mend
-STEPS = 8  # of power and inverse iteration for the ends of the spectrum, 4 vectors at once
 MARGIN = 10.0  # by which an estimated σ_n must stay above the cutoff
 
 
@@ -42,7 +41,7 @@ class WeightInverse:
         self.affine = affine
         self.size, self.outputs = prod(affine.in_shape), prod(affine.out_shape)
         self._lower: Tensor | None = None
-        self._lu: tuple[Tensor, Tensor] | None = None
+        self._lu: Square | None = None
         self._pseudo: Tensor | None = None
         self._null: Tensor | None = None
         cutoff = resolve_rcond(rcond, (self.outputs, self.size), dtype, noise)
@@ -83,8 +82,7 @@ class WeightInverse:
         if self._pseudo is not None:
             return (z.flatten(1) @ self._pseudo.T).reshape(shape)
         if self._lu is not None:
-            solved: Tensor = torch.linalg.lu_solve(*self._lu, z.flatten(1).T)
-            return solved.T.reshape(shape)
+            return self._lu.solve(z.flatten(1).T).T.reshape(shape)
         assert self._lower is not None
         if self._injective:
             right = self.affine.adjoint(z).flatten(1).T
@@ -94,22 +92,13 @@ class WeightInverse:
 
     def _square(self, cutoff: float) -> bool:
         """Factor square weights; False where they are singular or nearly so."""
-        dense = dense_weights(self.affine)
-        factor, pivots, info = torch.linalg.lu_factor_ex(dense)
-        if bool(info) or not bool(factor.isfinite().all()):
+        made = factored(dense_weights(self.affine))
+        if made is None:
             return False
-        generator = torch.Generator().manual_seed(0)
-        start = torch.randn(self.size, 4, generator=generator, dtype=torch.float64)
-        up, down = start, start
-        for _ in range(STEPS):
-            up = torch.linalg.qr(dense.T @ (dense @ up)).Q
-            half = torch.linalg.lu_solve(factor, pivots, down, adjoint=True)
-            down = torch.linalg.qr(torch.linalg.lu_solve(factor, pivots, half)).Q
-        largest = float(torch.linalg.matrix_norm(dense @ up, 2))
-        smallest = float((dense @ down).norm(dim=0).min())
+        largest, smallest = made.extremes
         if not smallest > MARGIN * cutoff * largest:
             return False
-        self._lu = (factor, pivots)
+        self._lu = made
         self.rank = Rank(self.size, self.size, cutoff * largest, inf, largest, smallest, self.size)
         return True
 
@@ -135,22 +124,3 @@ class WeightInverse:
         view = gram.view(channels, -1, channels, self.size // channels)
         coupling.add_gram(torch.ones(coupling.rows, dtype=torch.float64), view)
         return gram
-
-
-def dense_weights(affine: Affine) -> Tensor:
-    """W as a matrix [outputs, inputs], entry by entry."""
-    if affine.geometry is None:
-        return affine.weight
-    geometry = affine.geometry
-    groups, filters, channels = geometry.groups, affine.out_shape[0], affine.in_shape[0]
-    table = taps(geometry, affine.in_shape[1:], affine.out_shape[1:]).to(affine.weight.device)
-    weight = affine.weight.reshape(groups, filters // groups, channels // groups, -1)
-    dense = weight.new_zeros(filters, table.shape[1], channels, prod(affine.in_shape[1:]))
-    for offset, position in enumerate(table):
-        inside = torch.nonzero(position >= 0).flatten()
-        for g in range(groups):
-            f = torch.arange(g * filters // groups, (g + 1) * filters // groups)
-            c = torch.arange(g * channels // groups, (g + 1) * channels // groups)
-            at = (f[:, None, None], inside[None, None], c[None, :, None], position[inside])
-            dense[at] = weight[g, :, :, offset, None].expand(-1, -1, len(inside))
-    return dense.reshape(filters * table.shape[1], -1)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 STEPS = 3  # of subspace iteration
 BLOCK = 4
+STRIP = 512  # rows of a product at once
 
 
 def cholesky_in_place(matrix: Tensor) -> Tensor | None:
@@ -17,6 +18,17 @@ def cholesky_in_place(matrix: Tensor) -> Tensor | None:
     lower, info = matrix.mT, torch.empty(matrix.shape[:-2], dtype=torch.int32, device=matrix.device)
     torch.linalg.cholesky_ex(lower, out=(lower, info))
     return None if bool(info.any()) else lower
+
+
+def outer_products(rows: Tensor) -> Tensor:
+    """A Aᵀ of A [n, m], strip by strip of its lower half: BLAS's ``syrk``, which torch lacks."""
+    size = len(rows)
+    found = rows.new_empty(size, size)
+    for start in range(0, size, STRIP):
+        own = slice(start, min(start + STRIP, size))
+        torch.mm(rows[own], rows[: own.stop].T, out=found[own, : own.stop])
+        found[:start, own] = found[own, :start].T
+    return found
 
 
 def backsolve(lower: Tensor, rhs: Tensor) -> Tensor:

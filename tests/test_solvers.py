@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from rgap.solvers.joint import joint_rank
 from rgap.solvers.kronecker import Kronecker, factor
 from rgap.solvers.linear import Stacked, null_projection, solve_lsmr
 from rgap.solvers.rank import numerical_rank, resolve_rcond
-from rgap.solvers.subspace import SMALL, joint_rank, row_space, top_eigenpairs
+from rgap.solvers.subspace import SMALL, row_space, top_eigenpairs
 from rgap.solvers.svd import right_singular_vectors, singular_values
 
 

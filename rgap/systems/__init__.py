@@ -55,3 +55,8 @@ def weight_constraint(affine: Affine, batch: int) -> WeightConstraint:
     if affine.geometry is None:
         return linear.WeightConstraint(affine, batch)
     return convnd.WeightConstraint(affine, batch)
+
+
+def dense_weights(affine: Affine) -> Tensor:
+    """W as a matrix [outputs, inputs], entry by entry."""
+    return affine.weight if affine.geometry is None else convnd.dense_weights(affine)

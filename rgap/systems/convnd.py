@@ -72,6 +72,23 @@ def gradient_rows(affine: Affine, gradient: Tensor) -> Tensor:
     return g.movedim(-2, -3).flatten(-2).flatten(-3, -2)
 
 
+def dense_weights(affine: Affine) -> Tensor:
+    """W as a matrix [outputs, inputs], entry by entry."""
+    geometry = _geometry(affine)
+    groups, filters, channels = geometry.groups, affine.out_shape[0], affine.in_shape[0]
+    table = taps(geometry, affine.in_shape[1:], affine.out_shape[1:]).to(affine.weight.device)
+    weight = affine.weight.reshape(groups, filters // groups, channels // groups, -1)
+    dense = weight.new_zeros(filters, table.shape[1], channels, prod(affine.in_shape[1:]))
+    for offset, position in enumerate(table):
+        inside = torch.nonzero(position >= 0).flatten()
+        for g in range(groups):
+            f = torch.arange(g * filters // groups, (g + 1) * filters // groups)
+            c = torch.arange(g * channels // groups, (g + 1) * channels // groups)
+            at = (f[:, None, None], inside[None, None], c[None, :, None], position[inside])
+            dense[at] = weight[g, :, :, offset, None].expand(-1, -1, len(inside))
+    return dense.reshape(filters * table.shape[1], -1)
+
+
 class WeightConstraint:
     """W of the weight constraint as a coupling of the table u[c, (b, position)]."""
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import inf, prod
 
 import torch
 from torch import Tensor
 
 from rgap.affine import Affine
+from rgap.solvers.joint import JointRows
 from rgap.solvers.kronecker import Kronecker
 from rgap.solvers.rank import Rank
-from rgap.solvers.subspace import RowSpace, full_column_rank, joint_rank, row_space
+from rgap.solvers.subspace import RowSpace, full_column_rank, row_space
 
-from . import weight_constraint
+from . import dense_weights, weight_constraint
 
 LARGE = 32  # filters per group up to which the span of the shared equations is measured
+ROOM = 5e7  # entries up to which the shared equations are written down
 
 
 def weight_row_spaces(affine: Affine, active: Tensor) -> list[RowSpace]:
@@ -41,7 +43,7 @@ def weight_row_spaces(affine: Affine, active: Tensor) -> list[RowSpace]:
 
 def _row_space(affine: Affine, mask: Tensor | None) -> RowSpace:
     size = prod(affine.in_shape)
-    if mask is None and prod(affine.out_shape) >= size > 64:
+    if mask is None and prod(affine.out_shape) > size > 64:
         coupling = weight_constraint(affine, 1)
         gram = torch.zeros(size, size, dtype=torch.float64)
         channels = affine.in_shape[0]
@@ -51,16 +53,16 @@ def _row_space(affine: Affine, mask: Tensor | None) -> RowSpace:
         if extremes is not None:
             identity = torch.eye(size, dtype=torch.float64)
             return RowSpace(identity, Rank(size, size, 0.0, inf, *extremes, size))
-    if affine.geometry is None:
-        dense = affine.weight
-    else:
-        identity = torch.eye(size, dtype=torch.float64).reshape(size, *affine.in_shape)
-        dense = affine.linear(identity).reshape(size, -1).T
+    dense = dense_weights(affine)
     return row_space(dense if mask is None else dense[mask.to(dense.device)])
 
 
 def stage_joint_rank(
-    affine: Affine, gradient: Kronecker, weight: Sequence[RowSpace], noise: float = 0.0
+    affine: Affine,
+    gradient: Kronecker,
+    weight: Sequence[RowSpace],
+    noise: float = 0.0,
+    cotangent: Tensor | None = None,
 ) -> Rank:
     """Rank of gradient and weight constraints together, ``rank ≤ B·n``.
 
@@ -69,21 +71,70 @@ def stage_joint_rank(
         gradient: its gradient constraint.
         weight: row space of the weight constraints of every sample.
         noise: relative error of the cotangents.
+        cotangent: k, [B, *out_shape], from which the equations that both have in common are
+            written down; without it they are searched for, which takes longer.
     """
     size = prod(affine.in_shape)
     if all(space.rank.rank == size for space in weight):
         worst = min(weight, key=lambda space: space.rank.smallest).rank
         total = len(weight) * size
         return Rank(total, total, 0.0, worst.gap, worst.largest, worst.smallest, total)
+    return joint_rows(affine, gradient, weight, noise, cotangent).rank
+
+
+def joint_rows(
+    affine: Affine,
+    gradient: Kronecker,
+    weight: Sequence[RowSpace],
+    noise: float = 0.0,
+    cotangent: Tensor | None = None,
+) -> JointRows:
+    """Both constraints as row spaces, for their rank and what they leave open.
+
+    Args as for :func:`stage_joint_rank`.
+    """
+    size = prod(affine.in_shape)
     shape = (-1, affine.in_shape[0], size // affine.in_shape[0])
-    return joint_rank(gradient, [space.basis.reshape(shape) for space in weight], noise=noise)
+    rows = [space.basis.reshape(shape) for space in weight]
+
+    def shared() -> Tensor:
+        assert cotangent is not None
+        products = torch.cat(list(shared_products(affine, cotangent)))
+        return products.movedim(1, 2).flatten(3).flatten(2)
+
+    groups = affine.out_shape[0] if affine.geometry is None else affine.geometry.groups
+    entries = affine.out_shape[0] ** 2 // groups * len(weight) * size
+    written = cotangent is not None and affine.geometry is not None and entries <= ROOM
+    return JointRows(gradient, rows, noise=noise, shared=shared if written else None)
+
+
+def shared_products(affine: Affine, cotangent: Tensor) -> Iterator[Tensor]:
+    """W_fᵀ k_f' of every pair of filters of a group, [pairs, B, *in_shape], group by group.
+
+    Σ_u w_f(u) (K_f' x)_u = ⟨k_f', W_f x⟩ puts each of them into both row spaces wherever the row
+    W_f is active on the support of k_f'.
+
+    Args:
+        affine: a convolution.
+        cotangent: k, [B, *out_shape].
+    """
+    groups = 1 if affine.geometry is None else affine.geometry.groups
+    per_group = affine.out_shape[0] // groups
+    for group in range(groups):
+        own = range(group * per_group, (group + 1) * per_group)
+        vectors = []
+        for target in own:
+            placed = torch.zeros(per_group, *cotangent.shape, dtype=cotangent.dtype)
+            for row, source in enumerate(own):
+                placed[row, :, target] = cotangent[:, source]
+            out = affine.adjoint(placed.flatten(0, 1))
+            vectors.append(out.reshape(per_group, len(cotangent), *affine.in_shape))
+        yield torch.cat(vectors)
 
 
 def overlap_bound(affine: Affine, cotangent: Tensor, rcond: float = 1e-10) -> int:
     """Dimension of span{W_fᵀ k_f'}: equations that both blocks contain.
 
-    The identity Σ_u w_f(u) (K_f' x)_u = ⟨k_f', W_f x⟩ puts W_fᵀ k_f' into both row spaces
-    wherever the row W_f is active on the support of k_f'; so
     ``joint rank ≤ rank K + rank W − overlap``, with equality for generic weights.
 
     Args:
@@ -104,16 +155,8 @@ def overlap_bound(affine: Affine, cotangent: Tensor, rcond: float = 1e-10) -> in
         ranks = torch.linalg.matrix_rank(dense) * torch.linalg.matrix_rank(kernels)
         return int(ranks.sum())  # independent factors have independent products, generically
     total = 0
-    for group in range(groups):
-        own = range(group * per_group, (group + 1) * per_group)
-        vectors = []
-        for target in own:
-            placed = torch.zeros(per_group, *cotangent.shape, dtype=cotangent.dtype)
-            for row, source in enumerate(own):
-                placed[row, :, target] = cotangent[:, source]
-            out = affine.adjoint(placed.flatten(0, 1))
-            vectors.append(out.reshape(per_group, -1))
-        stacked = torch.cat(vectors)
+    for products in shared_products(affine, cotangent):
+        stacked = products.flatten(1)
         gram = stacked @ stacked.T
         scale = gram.diagonal().clamp_min(1e-300).rsqrt()
         values = torch.linalg.eigvalsh(gram * scale[:, None] * scale[None, :])

@@ -165,7 +165,9 @@ class _Stage:
     def joint_rank(self) -> Rank:
         """Rank of both blocks, of the rows that are known at all."""
         spaces = weight_row_spaces(self.affine, self.z.known)
-        return stage_joint_rank(self.affine, self.kronecker, spaces, self.matrix_noise())
+        return stage_joint_rank(
+            self.affine, self.kronecker, spaces, self.matrix_noise(), self.k.value
+        )
 
     def matrix_noise(self) -> float:
         """Norm of the error of K over the norm of K, for the rank decision."""

@@ -1,0 +1,244 @@
+"""Rank of a Kronecker block and a sample-wise block together, from the angle between row spaces.
+
+rank [I_C ⊗ K; I_B ⊗ W] = rank(I_C ⊗ K) + rank(I_B ⊗ W) − dim(row space ∩ row space), and the
+intersection is the set of principal vectors at angle zero.  Only the small matrix T of inner
+products between the two orthonormal bases is formed, never the stacked system.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import inf
+
+import torch
+from torch import Tensor
+
+from .kronecker import Kronecker
+from .positive import backsolve, cholesky_in_place, extremes, outer_products
+from .rank import Rank, resolve_rcond
+from .subspace import SMALL, top_eigenpairs
+
+SUSPECT = 1e-3  # sines below this are recomputed without cancellation
+INDEPENDENT = 1e-5  # σ/σ_1 down to which directions that are known to be shared span a space
+PROJECTED = 1e-11  # of a unit direction: what a projector may leave of what it removes
+
+
+class JointRows:
+    """Both blocks together: their rank, and random directions that both leave open.
+
+    Args:
+        gradient: the Kronecker block, K [groups, rows, B·N].
+        sample_rows: orthonormal rows of W, one [rank W_b, C, N] for each of the B samples.
+        rcond: relative cutoff on singular values and on the sine of an angle.
+        noise: relative error of the entries of K.
+        shared: gives tables [m, C, B·N] that may lie in both row spaces.  What they span is
+            measured; a factorisation is then enough to show that nothing else is shared.  Asked
+            only where that is cheaper.
+
+    Attributes:
+        rank: the joint :class:`Rank`; ``smallest`` is the smallest sine above the cutoff (σ in
+            units where both blocks have orthonormal rows) and ``gap`` the ratio of sines there.
+        spaces: the orthonormal rows of both.
+        common: dimension of what they share.
+    """
+
+    def __init__(
+        self,
+        gradient: Kronecker,
+        sample_rows: Sequence[Tensor],
+        rcond: float | None = None,
+        noise: float = 0.0,
+        shared: Callable[[], Tensor] | None = None,
+    ) -> None:
+        _, rows, size = gradient.matrix.shape
+        total = gradient.channels * size
+        tolerance = resolve_rcond(rcond, (rows, size), noise=noise)
+        # Angles inherit the error of both bases, amplified by the smallest singular value kept.
+        self._cutoff = max(tolerance * 1e2, 1e-10)
+        self._gradient, self._noise, self._rcond = gradient, noise, rcond
+        self._common: Tensor | None = None  # the shared directions, in the smaller space
+        self._rest: Tensor | None = None  # 1 − cos² there, the shared directions set to 1
+        bases = group_bases(gradient, rcond, noise)
+        self.spaces = RowSpaces(bases, sample_rows, gradient.channels)
+        if total in self.spaces.ranks:  # one block fixes everything: the other is in its space
+            self.common = min(self.spaces.ranks)
+            self.rank = Rank(total, total, self._cutoff, inf, 1.0, 1.0, total)
+            return
+        sines = self._sines(shared)
+        self.common = int((sines <= self._cutoff).sum())
+        kept = sines[sines > self._cutoff]
+        smallest = float(kept.min()) if kept.numel() else 1.0
+        dropped = float(sines[sines <= self._cutoff].max()) if self.common else 0.0
+        gap = smallest / dropped if dropped > 0 else inf
+        rank = sum(self.spaces.ranks) - self.common
+        self.rank = Rank(rank, total, self._cutoff, gap, 1.0, smallest, rank)
+
+    def open_directions(self, count: int, generator: torch.Generator) -> Tensor | None:
+        """Random tables [count, C, B·N] with K x = 0 and W x = 0, of unit length.
+
+        A normal sample is projected on what both blocks leave open: out of the larger space by its
+        basis, out of the smaller one by the factor of the Gram matrix of what is left of its rows.
+
+        Returns:
+            The directions; None where the angles are too small for that.
+        """
+        if self._common is None:
+            return None
+        rest = self._complement(self._common) if self._rest is None else self._rest.clone()
+        lower = cholesky_in_place(rest)
+        if lower is None:
+            return None
+        spaces = self.spaces
+        to_large, from_large = spaces.to_gradient, spaces.from_gradient
+        to_small, from_small = spaces.to_weight, spaces.from_weight
+        if not self._swapped:
+            to_large, from_large, to_small, from_small = to_small, from_small, to_large, from_large
+        shape = (count, spaces.channels, len(spaces.weight) * spaces.positions)
+        x: Tensor = torch.randn(shape, generator=generator, dtype=lower.dtype)
+        x = x - from_large(to_large(x))
+        for _ in range(3):
+            x = x / x.flatten(1).norm(dim=1)[:, None, None]
+            inside = to_small(x)
+            if float(inside.norm(dim=1).max()) < PROJECTED:
+                return x
+            step = from_small(backsolve(lower, inside.T).T)
+            x = x - step
+            x = x - from_large(to_large(x))
+        return None
+
+    @property
+    def _swapped(self) -> bool:
+        """The weight rows are the smaller space."""
+        rows, columns = self.spaces.ranks
+        return rows > columns
+
+    def _complement(self, common: Tensor) -> Tensor:
+        """1 − cos² as a matrix on the smaller space, with 1 along the shared directions."""
+        matrix = self._squares().neg_()
+        matrix.diagonal().add_(1.0)
+        return matrix.addmm_(common, common.T)
+
+    def _squares(self) -> Tensor:
+        t = self.spaces.cosines()
+        return outer_products(t.T.contiguous() if self._swapped else t)
+
+    def _sines(self, shared: Callable[[], Tensor] | None) -> Tensor:
+        """Sines of the principal angles, the small ones accurately; of the large ones, the least.
+
+        Where ``shared`` explains every angle that is 0, only that and the next sine are given.
+        """
+        size = min(self.spaces.ranks)
+        if size == 0:
+            self._common = torch.zeros(0, 0, dtype=torch.float64)
+            return torch.ones(0, dtype=torch.float64)
+        if shared is not None and size > SMALL:
+            known = self._beyond(shared())
+            if known is not None:
+                return known
+        squares = self._squares()
+        values, vectors = top_eigenpairs(squares, 1.0 - SUSPECT**2)
+        sines = (1.0 - values).clamp_min(0.0).sqrt()
+        suspect = sines < SUSPECT
+        # sin² = 1 − cos² has lost half the digits here: measure the distance between the spaces.
+        chosen = vectors[:, suspect]
+        if not bool(suspect.any()):
+            self._common = chosen
+            return sines
+        exact, own = self._distance(chosen)
+        self._common = own[:, exact <= self._cutoff]
+        return torch.cat([sines[~suspect], exact])
+
+    def _beyond(self, shared: Tensor) -> Tensor | None:
+        """Sines of what is known to be shared and the least of all others; None if not clear.
+
+        That no other is below s, at least ``SUSPECT`` and the cutoff, is shown by a Cholesky
+        factor of (1 − s²)I − cos², the shared directions taken out; or by a part of the batch.
+        """
+        spaces = self.spaces
+        flat = shared / shared.flatten(1).norm(dim=1)[:, None, None].clamp_min(1e-300)
+        inside = (spaces.to_weight(flat), spaces.to_gradient(flat))
+        both = torch.minimum(inside[0].norm(dim=1), inside[1].norm(dim=1)) > 1.0 - SUSPECT
+        if not bool(both.any()):
+            return None
+        own = (inside[0] if self._swapped else inside[1])[both]
+        u, values, _ = torch.linalg.svd(own.T, full_matrices=False)
+        chosen = u[:, values > INDEPENDENT * values[0]]
+        exact, chosen = self._distance(chosen)
+        if float(exact.max()) > self._cutoff:
+            return None
+        part = self._part(shared)
+        if part is not None and part.common == len(exact):
+            self._common = chosen
+            return torch.cat([exact, exact.new_tensor([part.rank.smallest])])
+        rest, least = self._complement(chosen), max(SUSPECT, self._cutoff)
+        shifted = rest.clone()
+        shifted.diagonal().sub_(least**2)
+        lower = cholesky_in_place(shifted)
+        if lower is None:
+            return None
+        self._common, self._rest = chosen, rest
+        ends = extremes(
+            lambda x: lower @ (lower.T @ x), lambda x: backsolve(lower, x), len(lower), lower
+        )
+        return torch.cat([exact, exact.new_tensor([(ends[1] + least**2) ** 0.5])])
+
+    def _part(self, shared: Tensor) -> JointRows | None:
+        """The first samples alone, where they may decide; None where all are needed.
+
+        rank [K; W] − rank W is the rank of K on the null space of W: it grows with every sample,
+        and is at most rank K minus what is shared.  Where a few samples reach that, all do.
+        """
+        spaces, matrix = self.spaces, self._gradient.matrix
+        rank, channels = spaces.ranks[0], spaces.channels
+        free = channels * spaces.positions - max(len(q) for q in spaces.weight)
+        least, most = -(-rank // max(free, 1)), len(spaces.weight) // 2
+
+        def first(count: int) -> Kronecker:
+            return Kronecker(matrix[:, :, : count * spaces.positions], channels)
+
+        found = (
+            count
+            for count in range(least, most + 1)
+            if first(count).rank(self._rcond, self._noise).rank == rank
+        )
+        count = next(found, None)
+        if count is None:
+            return None
+        own, known = first(count), shared[:, :, : count * spaces.positions]
+        weight = spaces.weight[:count]
+        made = JointRows(own, weight, self._rcond, self._noise, lambda: known)
+        return made if made.rank.clear else None
+
+    def _distance(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """Sines of directions of the smaller space [dim, m] to the other, and the directions.
+
+        They are the singular values of (the directions) − (their projection on the other space).
+        """
+        spaces = self.spaces
+        if self._swapped:
+            table = spaces.from_weight(chosen.T)
+            apart = table - spaces.from_gradient(spaces.to_gradient(table))
+        else:
+            table = spaces.from_gradient(chosen.T)
+            apart = table - spaces.from_weight(spaces.to_weight(table))
+        rows = apart.flatten(1)
+        # R of the QR first: of a thousand columns it is the cheaper half of the decomposition.
+        upper = torch.linalg.qr(rows.T, mode="r").R
+        _, values, vh = torch.linalg.svd(upper)
+        return values, chosen @ vh.T
+
+
+def joint_rank(
+    gradient: Kronecker,
+    sample_rows: Sequence[Tensor],
+    rcond: float | None = None,
+    noise: float = 0.0,
+    shared: Callable[[], Tensor] | None = None,
+) -> Rank:
+    """Rank of [I_C ⊗ K; I_B ⊗ W] by principal angles; arguments as for :class:`JointRows`."""
+    _, rows, size = gradient.matrix.shape
+    total = gradient.channels * size
+    if sum(len(q) for q in sample_rows) == total:  # W fixes everything, no angle is asked for
+        cutoff = resolve_rcond(rcond, (rows, size), noise=noise)
+        return Rank(total, total, cutoff, inf, 1.0, 1.0, total)
+    return JointRows(gradient, sample_rows, rcond, noise, shared).rank
