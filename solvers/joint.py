@@ -16,6 +16,7 @@ from torch import Tensor
 from .kronecker import Kronecker
 from .positive import backsolve, cholesky_in_place, extremes, outer_products
 from .rank import Rank, resolve_rcond
+from .spaces import RowSpaces, group_bases
 from .subspace import SMALL, top_eigenpairs
 
 SUSPECT = 1e-3  # sines below this are recomputed without cancellation

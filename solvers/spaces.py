@@ -1,4 +1,4 @@
-"""Row spaces of a layer's two blocks in their own coordinates: a Kronecker and a sample-wise one."""
+"""Row spaces of the two blocks of a layer, a Kronecker and a sample-wise one."""
 
 from __future__ import annotations
 
