@@ -1,4 +1,4 @@
-"""The command line: ``rgap demo | capture | audit | invert | labels | harden``.
+"""The command line: ``rgap demo | capture | audit | invert | match | labels | harden``.
 
 Nothing here imports torch until a command needs it, so that ``rgap --help`` answers at once.
 """
@@ -18,6 +18,7 @@ from rgap.arguments import (
     targets_of,
     whole_numbers,
 )
+from rgap.attacking import match
 from rgap.commands import invert, labels
 from rgap.console import clean, print_json, stderr, stdout, waiting
 from rgap.defending import harden, print_joint
@@ -27,7 +28,7 @@ __all__ = ["app", "main"]
 
 EXIT_CODES = """Exit codes:
 
-- 0: success; for invert, EXACT: recovered and certified
+- 0: success; for invert, EXACT: recovered and certified; for match, the update is reproduced
 - 1: not recovered exactly: COMPLETED, UNDERDETERMINED or AMBIGUOUS
 - 2: wrong usage or bad input
 - 3: INCONSISTENT: the update does not fit the model as declared
@@ -244,6 +245,7 @@ def audit(
 
 
 app.command(name="invert", epilog=EXIT_CODES)(invert)
+app.command(name="match")(match)
 app.command(name="labels")(labels)
 app.command(name="harden")(harden)
 

@@ -25,6 +25,7 @@ from rgap.isolation import plain_kernels
 from rgap.kinks import soften
 from rgap.losses import Loss
 
+COLUMN = 2  # what a column of the Jacobian costs, in rows
 FORMED = 320  # unknowns up to which the Jacobian is formed: one batched pass costs less than CG
 
 
@@ -217,7 +218,7 @@ class ModulePoint:
         with torch.enable_grad():
             self._x = x.detach().clone().requires_grad_()
             self._rows = update.rows(self._x)
-        self._y: Tensor | None = None
+        self._y = torch.zeros_like(self._rows, requires_grad=True)
         self._pulled: Tensor | None = None
 
     @property
@@ -233,28 +234,37 @@ class ModulePoint:
         return found
 
     def jacobian(self) -> Tensor | None:
-        """J, [m, n], row by row in one batched pass; None where it is large."""
+        """J, [m, n], in one batched pass over its rows or its columns; None where it is large."""
         rows, unknowns = len(self._rows), self._x.numel()
         if unknowns > FORMED or rows * unknowns > FORMED * FORMED * 10:
             return None
-        eye = torch.eye(rows).to(self._rows)
-        found: Tensor = torch.autograd.grad(
-            self._rows, self._x, eye, retain_graph=True, materialize_grads=True,
-            is_grads_batched=True,
-        )[0]  # fmt: skip
-        return found.flatten(1)
+        if COLUMN * unknowns < rows and self._transposed().requires_grad:
+            eye = torch.eye(unknowns).to(self._rows).reshape(unknowns, *self._x.shape)
+            return _batched(self._transposed(), self._y, eye).T
+        return _batched(self._rows, self._x, torch.eye(rows).to(self._rows)).flatten(1)
 
     def push(self, v: Tensor) -> Tensor:
         """J v."""
+        transposed = self._transposed()
+        if not transposed.requires_grad:  # nothing of the update depends on x
+            return torch.zeros_like(self._rows)
+        found: Tensor = torch.autograd.grad(
+            transposed, self._y, v, retain_graph=True, materialize_grads=True
+        )[0]
+        return found
+
+    def _transposed(self) -> Tensor:
+        """Jᵀ y as part of the graph of y, in which it is linear."""
         if self._pulled is None:
-            self._y = torch.zeros_like(self._rows, requires_grad=True)
             self._pulled = torch.autograd.grad(
                 self._rows, self._x, self._y, create_graph=True, materialize_grads=True
             )[0]
-        assert self._y is not None
-        if not self._pulled.requires_grad:  # nothing of the update depends on x
-            return torch.zeros_like(self._rows)
-        found: Tensor = torch.autograd.grad(
-            self._pulled, self._y, v, retain_graph=True, materialize_grads=True
-        )[0]
-        return found
+        return self._pulled
+
+
+def _batched(output: Tensor, of: Tensor, directions: Tensor) -> Tensor:
+    """A reverse pass for every direction, all at once."""
+    found: Tensor = torch.autograd.grad(
+        output, of, directions, retain_graph=True, materialize_grads=True, is_grads_batched=True
+    )[0]
+    return found

@@ -133,7 +133,10 @@ def search(
         )
         if ended is not None:
             return ended, held
-    return (Ended.DONE if held.lowest < inf else Ended.NOT_FINITE), held
+    if not held.lowest < inf:
+        return Ended.NOT_FINITE, held
+    still = held.marks is not None and held.marks.over
+    return (Ended.STILL if still else Ended.DONE), held
 
 
 def _pass(

@@ -12,6 +12,7 @@ __all__ = [
     "Json",
     "LabelMethod",
     "LossName",
+    "MatchMethod",
     "Method",
     "Model",
     "Precision",
@@ -59,6 +60,15 @@ class PriorName(StrEnum):
     tv = "tv"
     anisotropic = "anisotropic"
     squares = "squares"
+
+
+class MatchMethod(StrEnum):
+    """How `rgap match` searches; a test compares the names with `rgap.matching.METHODS`."""
+
+    gauss_newton = "gauss_newton"
+    dlg = "dlg"
+    ig = "ig"
+    gradinversion = "gradinversion"
 
 
 class LabelMethod(StrEnum):

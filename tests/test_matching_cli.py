@@ -1,0 +1,85 @@
+"""``rgap match``: what it prints and writes, and how it goes on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+import rgap
+from rgap.cli import app
+from rgap.matching import METHODS
+from rgap.options import MatchMethod
+
+NETS = """
+from torch import nn
+
+def strided():
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, 2, 1), nn.Sigmoid(), nn.Flatten(), nn.Linear(64, 5)
+    )
+"""
+MODEL = "clinets:strided"
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "clinets.py").write_text(NETS)
+    monkeypatch.chdir(tmp_path)
+    run(f"capture {MODEL} --images photos:0 --labels 2 --input-shape 3,8,8")
+    return tmp_path
+
+
+def run(line: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, line.split())
+    return result.exit_code, result.output
+
+
+def test_the_names_are_those_of_the_library() -> None:
+    assert {m.value for m in MatchMethod} == set(METHODS)
+
+
+def test_gauss_newton_meets_the_update_and_writes_its_picture(here: Path) -> None:
+    code, text = run(f"match {MODEL} update.safetensors --iterations 12 --output found --json")
+    found = json.loads(text)
+    assert code == 0 and found["status"] == "COMPLETED" and found["labels"] == [2]
+    assert found["misfit"] < 1e-2 and found["iterations"] <= 12 and found["output"] == "found"
+    held = load_file(here / "found" / "recovery.safetensors")
+    assert held["inputs"].shape == (1, 3, 8, 8) and (here / "found" / "picture-0.png").is_file()
+
+
+def test_it_goes_on_from_its_file_to_the_same_end(here: Path) -> None:
+    line = f"match {MODEL} update.safetensors --method ig --iterations 30 --json"
+    whole = json.loads(run(line)[1])
+    code, text = run(f"{line} --resume run.safetensors --time-limit 0")
+    assert code == 1 and json.loads(text)["ended"] == "TIME"
+    assert rgap.Checkpoint.load(here / "run.safetensors").settings["method"] == "ig"
+    again = json.loads(run(f"{line} --resume run.safetensors")[1])
+    assert again["ended"] == "DONE" and again["objective"] == whole["objective"]
+    code, text = run(f"{line} --resume run.safetensors --seed 3")
+    assert code == 2 and "seed=0, expected seed=3" in text
+
+
+def test_a_recovery_in_a_file_is_a_start(here: Path) -> None:
+    run(f"match {MODEL} update.safetensors --iterations 8 --output near.safetensors")
+    near = load_file(here / "near.safetensors")["inputs"]
+    line = f"match {MODEL} update.safetensors --method ig --time-limit 0 --start"
+    code, text = run(f"{line} near.safetensors --output kept.safetensors")
+    assert code == 0 and "COMPLETED" in text, "a start that meets the update is an answer"
+    assert torch.equal(load_file(here / "kept.safetensors")["inputs"], near)
+    code, text = run(f"{line} update.safetensors")
+    assert code == 2 and "expected a file with the tensor 'inputs'" in text
+    assert run(f"{line} nowhere.safetensors")[0] == 2
+
+
+def test_local_steps_need_a_rate() -> None:
+    code, text = run(f"match {MODEL} update.safetensors --local-size 1")
+    assert code == 2 and "--local-rate" in text
+    code, text = run(
+        f"match {MODEL} update.safetensors --method ig --local-rate 0.1 --iterations 2"
+    )
+    assert code == 1 and "UNDERDETERMINED" in text
