@@ -15,7 +15,8 @@ from torch import Tensor
 
 from rgap.analysis.chain_nullspace import ChainNull
 from rgap.analysis.weight_inverse import WeightInverse
-from rgap.jacobian import Linearisation, _Node, _push
+from rgap.jacobian import Linearisation
+from rgap.node import Node, push
 from rgap.solvers.rank import numerical_rank, resolve_rcond
 from rgap.solvers.subspace import full_column_rank
 
@@ -26,7 +27,7 @@ def cumulative_ranks(linear: Linearisation, found: ChainNull) -> list[tuple[int,
     ``exact`` False: the rank is an upper bound.
     """
     unknowns = linear.x.numel()
-    ranks: list[tuple[int, bool]] = [(unknowns - len(found.directions), True)]
+    ranks: list[tuple[int, bool]] = [(unknowns - found.stages[0].nullity, True)]
     onto = True
     tangents: list[Tensor] | None = None
     for below, stage in zip(linear.nodes, found.stages[1:], strict=False):
@@ -52,24 +53,24 @@ def cumulative_ranks(linear: Linearisation, found: ChainNull) -> list[tuple[int,
     return ranks
 
 
-def _onto(node: _Node, found: ChainNull) -> bool:
+def _onto(node: Node, found: ChainNull) -> bool:
     """The stage reaches every direction of its output (its tail is invertible)."""
     affine = node.stage.affine
     if prod(affine.out_shape) > prod(affine.in_shape):
         return False
-    inverse = found.inverses.get(affine.name)
-    return (WeightInverse(affine) if inverse is None else inverse).onto
+    known = found.onto.get(affine.name)
+    return WeightInverse(affine).onto if known is None else known
 
 
-def _forward(node: _Node, tangents: list[Tensor]) -> list[Tensor]:
+def _forward(node: Node, tangents: list[Tensor]) -> list[Tensor]:
     """Directions [S, 1, ...] of each sample through one stage."""
     found = []
     for b, value in enumerate(tangents):
         for op, before in zip(node.stage.lead, node.lead_inputs, strict=True):
-            value = _push(op, before[b : b + 1], value)
+            value = push(op, before[b : b + 1], value)
         value = node.stage.affine.linear(value.flatten(0, 1))[:, None]
         for op, before in zip(node.stage.tail, node.tail_inputs, strict=True):
-            value = _push(op, before[b : b + 1], value)
+            value = push(op, before[b : b + 1], value)
         found.append(value)
     return found
 

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from rgap.analysis.chain_cumulative import cumulative_ranks
-from rgap.analysis.chain_nullspace import NotStructuredError, TooLargeError, chain_nullspace
+from rgap.analysis.chain_nullspace import NotStructuredError, chain_nullspace
+from rgap.analysis.chain_ranks import chain_ranks
 from rgap.analysis.identifiability_table import Identifiability, IdentifiabilityRow
 from rgap.analysis.jacobian_nullspace import eliminate_blocks
 from rgap.analysis.nullspace import orthonormal
+from rgap.analysis.stage_elimination import TooLargeError
 from rgap.analysis.update_jacobian import UpdateMap
 from rgap.batchloss import BatchLoss
 from rgap.jacobian import Linearisation
@@ -44,6 +46,7 @@ def identifiability(
     noise: float = 0.0,
     dtype: torch.dtype = torch.float64,
     sequential: bool = True,
+    null_space: bool = True,
     memory: float = 4e9,
     seed: int = 0,
     progress: bool = False,
@@ -76,6 +79,8 @@ def identifiability(
         noise: relative error of the update's entries: what it hides counts as undetermined.
         dtype: precision in which the update is known; the arithmetic is always float64.
         sequential: also run `rgap.analysis.audit`, for the nullity of each layer by itself.
+        null_space: also find the null directions; False for the ranks alone, which costs a
+            fraction where many directions are open.
         memory: bytes that one matrix may take.
         seed: of the random batch, the labels and the sketch.
         progress: show on a terminal what is being done.
@@ -110,7 +115,7 @@ def identifiability(
             shown.stage("null space, layer by layer")
             try:
                 found = _structured(
-                    model, update, targets, chosen, own, rcond, noise, dtype, memory
+                    model, update, targets, chosen, own, rcond, noise, dtype, memory, null_space
                 )
             except (NotStructuredError, TooLargeError) as reason:
                 if method == "structured":
@@ -126,7 +131,7 @@ def identifiability(
                 route = "dense" if small and dense <= memory else "sketch"
             shown.stage(f"Jacobian, {route}")
             found = _general(
-                model, update, own, route, rcond, noise, dtype, memory, seed, shown.stage
+                model, update, own, route, rcond, noise, dtype, memory, seed, null_space
             )
     from dataclasses import replace
 
@@ -148,6 +153,7 @@ def _structured(
     noise: float,
     dtype: torch.dtype,
     memory: float,
+    null_space: bool,
 ) -> Identifiability:
     shape = tuple(update.inputs.shape[1:])
     chain = parse(model, shape).to("cpu")
@@ -169,7 +175,8 @@ def _structured(
         loss, loss.dense(targets, outputs), torch.ones(len(outputs), dtype=torch.float64)
     )
     linear = Linearisation(chain, update.inputs, batch)
-    null = chain_nullspace(linear, trained, rcond=rcond, noise=noise, dtype=dtype, memory=memory)
+    ranks = chain_nullspace if null_space else chain_ranks
+    null = ranks(linear, trained, rcond=rcond, noise=noise, dtype=dtype, memory=memory)
     cumulative = cumulative_ranks(linear, null)
     equations = {block.layer: block.equations for block in update.blocks}
     rows = []
@@ -199,13 +206,13 @@ def _structured(
         method="structured",
         unknowns=update.unknowns,
         equations=update.equations,
-        joint_rank=update.unknowns - len(null.directions),
+        joint_rank=update.unknowns - null.stages[0].nullity,
         gap=weakest.gap,
         cutoff=weakest.cutoff,
         condition=max(stage.rank.condition for stage in null.stages),
         rows=tuple(rows),
-        null_basis=orthonormal(null.directions),
-        spectra=tuple((stage.layer, stage.values) for stage in null.stages),
+        null_basis=None if null.directions is None else orthonormal(null.directions),
+        spectra=tuple((s.layer, s.values) for s in null.stages if len(s.values)),
     )
 
 
@@ -219,7 +226,7 @@ def _general(
     dtype: torch.dtype,
     memory: float,
     seed: int,
-    say: object,
+    null_space: bool,
 ) -> Identifiability:
     found = eliminate_blocks(
         update,
@@ -262,7 +269,7 @@ def _general(
         cutoff=weakest.cutoff,
         condition=weakest.condition,
         rows=tuple(rows),
-        null_basis=found.basis,
+        null_basis=found.basis if null_space else None,
         spectra=found.spectra,
         notes=found.notes,
     )

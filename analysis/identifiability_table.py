@@ -78,7 +78,8 @@ class Identifiability:
         cutoff: absolute cutoff of that decision, in the units of its scaled equations.
         condition: largest σ_1/σ_r of the decisions.
         rows: one per layer, in forward order.
-        null_basis: orthonormal null directions ``[joint_nullity, B, *input_shape]``.
+        null_basis: orthonormal null directions ``[joint_nullity, B, *input_shape]``; None where
+            only ranks were asked for (``null_space=False``).
         spectra: (name, singular values) of the decisions, for `plot`.
         loss: name of the client's loss.
         notes: what the reader should know.
@@ -96,7 +97,7 @@ class Identifiability:
     cutoff: float
     condition: float
     rows: tuple[IdentifiabilityRow, ...]
-    null_basis: Tensor = field(repr=False)
+    null_basis: Tensor | None = field(repr=False)
     spectra: tuple[tuple[str, Tensor], ...] = field(default=(), repr=False)
     loss: str = ""
     notes: tuple[str, ...] = ()
@@ -135,14 +136,15 @@ class Identifiability:
         ``1 − Σ_j n_j²`` over orthonormal null directions: the squared length of what remains of
         the entry's unit vector outside the null space.
         """
-        return determined(self.null_basis)
+        return determined(self._basis())
 
     @property
     def determined(self) -> Tensor:
         """True where an entry is the same along every null direction, ``[B, *input_shape]``."""
-        if len(self.null_basis) == 0:
-            return torch.ones(self.null_basis.shape[1:], dtype=torch.bool)
-        return self.null_basis.square().sum(0).sqrt() < TOLERANCE
+        basis = self._basis()
+        if len(basis) == 0:
+            return torch.ones(basis.shape[1:], dtype=torch.bool)
+        return basis.square().sum(0).sqrt() < TOLERANCE
 
     def pictures(self, count: int = 8) -> Tensor:
         """The smoothest null directions, ``[≤ count, B, *input_shape]``, largest entry ±1.
@@ -155,11 +157,11 @@ class Identifiability:
             count: at most so many.
 
         Raises:
-            ValueError: a count below 1.
+            ValueError: a count below 1, or only ranks were asked for.
         """
         if count < 1:
             raise ValueError(f"expected count >= 1, got {count}; write pictures(count=8)")
-        basis = self.null_basis
+        basis = self._basis()
         if len(basis) == 0:
             return basis
         steps = [
@@ -195,6 +197,7 @@ class Identifiability:
                 "first order. That alone does not prove the batch lost: equal pictures in a batch "
                 "make the Jacobian singular and can still be recovered."
             )
+        if missing and self.null_basis is not None:
             fixed, share = int(self.determined.sum()), self.share
             lines.append(
                 f"{fixed} of {self.unknowns} entries are the same along all of these directions; "
@@ -239,7 +242,7 @@ class Identifiability:
             "joint_nullity": self.joint_nullity,
             "sequential_nullity": self.sequential_nullity,
             "identifiable": self.identifiable,
-            "determined_entries": int(self.determined.sum()),
+            "determined_entries": None if self.null_basis is None else int(self.determined.sum()),
             "gap": _finite(self.gap),
             "cutoff": self.cutoff,
             "condition": _finite(self.condition),
@@ -273,7 +276,16 @@ class Identifiability:
 
         shape = self.input_shape
         pictures = len(shape) == 3 and shape[0] in (1, 3) and prod(shape[1:]) > 1
-        return null_pictures(self) if self.joint_nullity and pictures else spectra(self)
+        found = self.null_basis is not None and self.joint_nullity > 0
+        return null_pictures(self) if found and pictures else spectra(self)
+
+    def _basis(self) -> Tensor:
+        if self.null_basis is None:
+            raise ValueError(
+                "expected null directions, got ranks alone (null_space=False); write "
+                "identifiability(..., null_space=True)"
+            )
+        return self.null_basis
 
 
 def _finite(value: float) -> float | None:

@@ -105,6 +105,7 @@ def largest_identifiable_batch(
             loss=loss,
             method=method,
             sequential=False,
+            null_space=False,
             memory=memory,
             seed=seed,
         )

@@ -71,11 +71,11 @@ class WeightInverse:
         return self._null.reshape(-1, *self.affine.in_shape)
 
     def solve(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """(W⁺ z, z − W W⁺ z) for z [S, *out_shape]."""
+        """(W⁺ z, z − W W⁺ z) for z [S, *out_shape]; what is left is 0 where W is onto."""
         u = self._once(z)
         for _ in range(2 if self._lower is not None else 0):
             u = u + self._once(z - self.affine.linear(u))
-        return u, z - self.affine.linear(u)
+        return u, torch.zeros_like(z) if self.onto else z - self.affine.linear(u)
 
     def _once(self, z: Tensor) -> Tensor:
         shape = (len(z), *self.affine.in_shape)

@@ -9,32 +9,15 @@ is part of J.)
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from rgap.activations import Activation
 from rgap.batchloss import BatchLoss
 from rgap.bilinear import Bilinear, Rows
-from rgap.network import Chain, Stage
-from rgap.ops import Op
+from rgap.network import Chain
+from rgap.node import Node, each, pull, push
 from rgap.precision import Precision
-
-
-@dataclass(frozen=True)
-class _Node:
-    """Everything that one stage needs to push directions through it."""
-
-    stage: Stage
-    u: Tensor
-    z: Tensor
-    k: Tensor  # cotangent at z
-    lead_inputs: list[Tensor]
-    tail_inputs: list[Tensor]
-    tail_cotangents: list[Tensor]  # cotangent at the output of each tail op
-    gradient: Bilinear  # G(u, k)
 
 
 class Linearisation:
@@ -49,7 +32,7 @@ class Linearisation:
 
     def __init__(self, chain: Chain, x: Tensor, kappa: Tensor | BatchLoss) -> None:
         self.chain, self.x, self.source = chain, x, kappa
-        self.nodes: list[_Node] = []
+        self.nodes: list[Node] = []
         forward = []
         value = x
         for stage in chain.stages:
@@ -74,7 +57,7 @@ class Linearisation:
                     k = op.pull(before, k)
             gradient = Bilinear(stage.affine, u, k)
             self.nodes.insert(
-                0, _Node(stage, u, z, k, lead_inputs, tail_inputs, cotangents, gradient)
+                0, Node(stage, u, z, k, lead_inputs, tail_inputs, cotangents, gradient)
             )
             k = stage.affine.adjoint(k)
             for op, before in zip(reversed(stage.lead), reversed(lead_inputs), strict=True):
@@ -146,12 +129,12 @@ class Linearisation:
         value = self.x.new_zeros(len(still), *self.x.shape) if dx is None else dx
         for node in self.nodes:
             for op, before in zip(node.stage.lead, node.lead_inputs, strict=True):
-                value = _push(op, before, value)
+                value = push(op, before, value)
             du.append(value)
             if dx is None and not dz:
                 value = node.z.new_zeros(len(still), *node.z.shape)
             else:
-                value = _flat(node.stage.affine.linear, value)
+                value = each(node.stage.affine.linear, value)
             if dz_first is not None and not dz:
                 value = value + dz_first
             if inject is not None:
@@ -162,7 +145,7 @@ class Linearisation:
                 break
             rounded.append([])
             for op, before in zip(node.stage.tail, node.tail_inputs, strict=True):
-                value = _push(op, before, value)
+                value = push(op, before, value)
                 if inject is not None and isinstance(op, Activation):
                     rounded[-1].append(inject.rounding(op.forward(before)))
                     value = value + rounded[-1][-1]
@@ -178,14 +161,14 @@ class Linearisation:
                     dk = dk + inject.rounding(node.k)
             found.insert(0, (du[i], dk))
             if i:
-                dk = _flat(node.stage.affine.adjoint, dk)
+                dk = each(node.stage.affine.adjoint, dk)
                 if inject is not None:
                     terms = node.stage.affine.squared().adjoint(node.k.square())
                     dk = dk + inject.normal(inject.sum_std(terms))
                 for op, before in zip(
                     reversed(node.stage.lead), reversed(node.lead_inputs), strict=True
                 ):
-                    dk = _pull(op, before, dk)
+                    dk = pull(op, before, dk)
         return found
 
     def vjp(self, rows: Rows) -> Tensor:
@@ -199,8 +182,8 @@ class Linearisation:
             own = node.gradient.pull_k(rows)
             if bar_k is not None:
                 for op, before in zip(node.stage.lead, node.lead_inputs, strict=True):
-                    bar_k = _push(op, before, bar_k)
-                own = own + _flat(node.stage.affine.linear, bar_k)
+                    bar_k = push(op, before, bar_k)
+                own = own + each(node.stage.affine.linear, bar_k)
             if i == last:
                 bar_z[i] = self.bend(own)
                 break
@@ -214,15 +197,15 @@ class Linearisation:
                 for op, before in zip(
                     reversed(node.stage.tail), reversed(node.tail_inputs), strict=True
                 ):
-                    back = _pull(op, before, back)
+                    back = pull(op, before, back)
                 curved = back if curved is None else curved + back
             if curved is not None:
-                total = total + _flat(node.stage.affine.adjoint, curved)
+                total = total + each(node.stage.affine.adjoint, curved)
             back = total
             for op, before in zip(
                 reversed(node.stage.lead), reversed(node.lead_inputs), strict=True
             ):
-                back = _pull(op, before, back)
+                back = pull(op, before, back)
         assert back is not None
         return back
 
@@ -239,7 +222,7 @@ class Linearisation:
 
     @staticmethod
     def _pull_tail(
-        node: _Node, dz: Tensor, dk: Tensor, rounded: list[Tensor], inject: Precision | None
+        node: Node, dz: Tensor, dk: Tensor, rounded: list[Tensor], inject: Precision | None
     ) -> Tensor:
         """d(k at z) from dz, d(k at the tail's output) and the rounding of the activations."""
         rounded = list(rounded)
@@ -247,7 +230,7 @@ class Linearisation:
         value = dz
         for op, before in zip(node.stage.tail, node.tail_inputs, strict=True):
             directions.append(value)
-            value = _push(op, before, value)
+            value = push(op, before, value)
         steps = zip(
             reversed(node.stage.tail),
             reversed(node.tail_inputs),
@@ -256,7 +239,7 @@ class Linearisation:
             strict=True,
         )
         for op, before, direction, above in steps:
-            dk = _pull(op, before, dk)
+            dk = pull(op, before, dk)
             if isinstance(op, Activation):
                 dk = dk + above * op.second_derivative(before) * direction
                 if inject is not None and op.slope_cancels:
@@ -268,7 +251,7 @@ class Linearisation:
         return dk
 
     @staticmethod
-    def _push_tail(node: _Node, bar: Tensor) -> tuple[Tensor, Tensor]:
+    def _push_tail(node: Node, bar: Tensor) -> tuple[Tensor, Tensor]:
         """Transpose of :meth:`_pull_tail`: (on k at the tail's output, on z)."""
         curved = []
         for op, before, above in zip(
@@ -277,34 +260,15 @@ class Linearisation:
             curved.append(
                 above * op.second_derivative(before) * bar if isinstance(op, Activation) else None
             )
-            bar = _push(op, before, bar)
+            bar = push(op, before, bar)
         on_z: Tensor | None = None
         for op, before, part in zip(
             reversed(node.stage.tail), reversed(node.tail_inputs), reversed(curved), strict=True
         ):
             if on_z is not None:
-                on_z = _pull(op, before, on_z)
+                on_z = pull(op, before, on_z)
             if part is not None:
                 on_z = part if on_z is None else on_z + part
         if on_z is None:
             on_z = torch.zeros_like(bar).reshape(bar.shape[0], *node.z.shape)
         return bar, on_z
-
-
-def _flat(function: Callable[[Tensor], Tensor], ensemble: Tensor) -> Tensor:
-    out = function(ensemble.flatten(0, 1))
-    return out.reshape(*ensemble.shape[:2], *out.shape[1:])
-
-
-def _push(op: Op, before: Tensor, direction: Tensor) -> Tensor:
-    """D op(before) applied to directions [S, B, ...]."""
-    if isinstance(op, Activation):
-        return op.derivative(before) * direction
-    return _flat(op.linear, direction)
-
-
-def _pull(op: Op, before: Tensor, cotangent: Tensor) -> Tensor:
-    """D op(before)ᵀ applied to cotangents [S, B, ...]."""
-    if isinstance(op, Activation):
-        return op.derivative(before) * cotangent
-    return _flat(op.adjoint, cotangent)

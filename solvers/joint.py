@@ -14,14 +14,20 @@ import torch
 from torch import Tensor
 
 from .kronecker import Kronecker
-from .positive import backsolve, cholesky_in_place, extremes, outer_products
+from .positive import (
+    backsolve,
+    cholesky_in_place,
+    extremes,
+    outer_products,
+    transposed_product,
+)
 from .rank import Rank, resolve_rcond
 from .spaces import RowSpaces, group_bases
 from .subspace import SMALL, top_eigenpairs
 
 SUSPECT = 1e-3  # sines below this are recomputed without cancellation
 INDEPENDENT = 1e-5  # σ/σ_1 down to which directions that are known to be shared span a space
-PROJECTED = 1e-11  # of a unit direction: what a projector may leave of what it removes
+PROJECTED = 16.0  # rounding units of a unit direction that a projector may leave of what it removes
 
 
 class JointRows:
@@ -75,7 +81,7 @@ class JointRows:
         self.rank = Rank(rank, total, self._cutoff, gap, 1.0, smallest, rank)
 
     def open_directions(self, count: int, generator: torch.Generator) -> Tensor | None:
-        """Random tables [count, C, B·N] with K x = 0 and W x = 0, of unit length.
+        """Random tables [count, C, B·N] with K x = 0 and W x = 0, of length one or less.
 
         A normal sample is projected on what both blocks leave open: out of the larger space by its
         basis, out of the smaller one by the factor of the Gram matrix of what is left of its rows.
@@ -97,14 +103,17 @@ class JointRows:
         shape = (count, spaces.channels, len(spaces.weight) * spaces.positions)
         x: Tensor = torch.randn(shape, generator=generator, dtype=lower.dtype)
         x = x - from_large(to_large(x))
-        for _ in range(3):
-            x = x / x.flatten(1).norm(dim=1)[:, None, None]
-            inside = to_small(x)
-            if float(inside.norm(dim=1).max()) < PROJECTED:
-                return x
-            step = from_small(backsolve(lower, inside.T).T)
+        x = x / x.flatten(1).norm(dim=1)[:, None, None]
+        signs = torch.randint(0, 2, (4, count), generator=generator).to(x) * 2.0 - 1.0
+        most = PROJECTED * torch.finfo(x.dtype).eps * count**0.5
+        for _ in range(4):
+            step = from_small(backsolve(lower, to_small(x).T).T)
             x = x - step
             x = x - from_large(to_large(x))
+            # Random sums of all directions: what one of them still holds shows in every sum.
+            sums = torch.tensordot(signs, x, 1)
+            if float(to_small(sums).norm(dim=1).max()) < most:
+                return x
         return None
 
     @property
@@ -179,7 +188,10 @@ class JointRows:
             return None
         self._common, self._rest = chosen, rest
         ends = extremes(
-            lambda x: lower @ (lower.T @ x), lambda x: backsolve(lower, x), len(lower), lower
+            lambda x: transposed_product(lower.T, lower.T @ x),
+            lambda x: backsolve(lower, x),
+            len(lower),
+            lower,
         )
         return torch.cat([exact, exact.new_tensor([(ends[1] + least**2) ** 0.5])])
 

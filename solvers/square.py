@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .positive import extremes
+from .positive import extremes, transposed_product
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +39,7 @@ class Square:
     def extremes(self) -> tuple[float, float]:
         """Estimated (σ_1, σ_n), by subspace iteration with AᵀA and its inverse."""
         largest, smallest = extremes(
-            lambda x: self.matrix.T @ (self.matrix @ x),
+            lambda x: transposed_product(self.matrix, self.matrix @ x),
             lambda x: self.solve(self.solve_transposed(x)),
             len(self.matrix),
             self.matrix,

@@ -8,7 +8,7 @@ from math import inf
 import torch
 from torch import Tensor
 
-from .positive import backsolve, extremes
+from .positive import backsolve, extremes, transposed_product
 from .rank import Rank, numerical_rank, resolve_rcond
 from .square import factored
 from .svd import right_singular_vectors
@@ -65,7 +65,10 @@ def _triangular_extremes(matrix: Tensor) -> tuple[float, float]:
     if float(upper.diagonal().abs().min()) == 0.0:
         return 1.0, 0.0
     squares = extremes(
-        lambda x: upper.T @ (upper @ x), lambda x: backsolve(upper.T, x), upper.shape[1], upper
+        lambda x: transposed_product(upper, upper @ x),
+        lambda x: backsolve(upper.T, x),
+        upper.shape[1],
+        upper,
     )
     return squares[0] ** 0.5, squares[1] ** 0.5
 
