@@ -27,7 +27,7 @@ from .subspace import SMALL, top_eigenpairs
 
 SUSPECT = 1e-3  # sines below this are recomputed without cancellation
 INDEPENDENT = 1e-5  # σ/σ_1 down to which directions that are known to be shared span a space
-PROJECTED = 16.0  # rounding units of a unit direction that a projector may leave of what it removes
+PROJECTED = 64.0  # rounding units of a unit direction that a projector may leave of what it removes
 
 
 class JointRows:
