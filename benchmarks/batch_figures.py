@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from torch import Tensor
 
 INK, MUTED = "#1a1a1a", "#6b6b6b"
 # From Okabe and Ito's palette, of different lightness; line style and marker tell them apart too.
@@ -143,3 +144,35 @@ def _plain(axes: Axes) -> None:
     axes.grid(color="#dddddd", lw=0.6)
     axes.set_axisbelow(True)
     axes.tick_params(labelsize=8)
+
+
+def draw_matching(runs: list[tuple[dict, Tensor, Tensor | None]], path: Path) -> None:
+    """Pictures that methods found beside the true ones: a line an experiment, a column a method."""
+    from matplotlib.figure import Figure
+
+    lines: dict[str, list[tuple[dict, Tensor, Tensor | None]]] = {}
+    for run, x, near in runs:
+        if near is not None:
+            lines.setdefault(run["row"].removeprefix("blog "), []).append((run, x, near))
+    wide = max(1 + len(found) for found in lines.values())
+    tall = sum(len(found[0][1]) for found in lines.values())
+    figure = Figure(figsize=(1.25 * wide, 1.35 * tall), layout="constrained")
+    grid = figure.subplots(tall, wide, squeeze=False)
+    for axes in grid.flat:
+        axes.axis("off")
+    top = 0
+    for letter, found in lines.items():
+        size = len(found[0][1])
+        for row in range(size):
+            _picture(grid[top + row][0], found[0][1][row], f"({letter}) true" if row == 0 else "")
+            for column, (run, _, near) in enumerate(found, 1):
+                assert near is not None
+                name = f"{run['method']}\n{run['psnr']:.1f} dB" if row == 0 else ""
+                _picture(grid[top + row][column], near[row], name)
+        top += size
+    figure.savefig(path, dpi=150)
+
+
+def _picture(axes: Axes, picture: Tensor, title: str) -> None:
+    axes.imshow(picture.clamp(0, 1).movedim(0, -1).numpy(), interpolation="nearest")
+    axes.set_title(title, size=6.5, color=INK)

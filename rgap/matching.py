@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from rgap import validation
-from rgap.completion import MISSED, grey
+from rgap.completion import grey
 from rgap.declared import Declared, declare
 from rgap.federated import LocalTraining
 from rgap.iterating import first, random_rows, run
 from rgap.module_update import ModuleUpdate, Outside
 from rgap.newton import search
 from rgap.objective import Objective
-from rgap.presets import PRESETS
+from rgap.presets import PRESETS, Preset
 from rgap.problem import Filling
 from rgap.recovery import Candidate, Recovery, Status
 from rgap.solvers.gauss_newton import Schedule
@@ -36,6 +36,8 @@ METHODS = ("gauss_newton", *PRESETS)
 """Names of the methods."""
 
 Callback = Callable[[Progress], bool | None]
+MET = 1e-3  # normalised residual up to which an answer reproduces the update
+ROUNDED = 30.0  # the same in units of the update's rounding, where that is coarser
 UNCERTIFIED = "matching certifies nothing: other batches may send the same update"
 
 
@@ -43,8 +45,9 @@ UNCERTIFIED = "matching certifies nothing: other batches may send the same updat
 class Matching(Recovery):
     """A recovery by search; ``COMPLETED`` where the update is met, never ``EXACT``.
 
-    ``inputs`` is None where the nearest batch does not reproduce the update to a tenth, parameter
-    by parameter; that batch is :attr:`~rgap.Recovery.nearest` then, the only candidate.
+    ``inputs`` is None where the nearest batch does not reproduce the update to a thousandth,
+    parameter by parameter, or to its rounding; that batch is :attr:`~rgap.Recovery.nearest` then,
+    the only candidate.
 
     Attributes:
         method: name.
@@ -78,7 +81,7 @@ def match(
     model: nn.Module,
     update: Update,
     *,
-    method: str = "gauss_newton",
+    method: str | Preset = "gauss_newton",
     labels: Tensor | None = None,
     batch_size: int | None = None,
     start: Tensor | Recovery | None = None,
@@ -103,7 +106,7 @@ def match(
     Args:
         model: the network that the update was computed on, in eval mode; it is left as it is.
         update: what the client sent.
-        method: one of the four.
+        method: one of the four, or a :class:`~rgap.presets.Preset` of your own.
         labels: the targets; else the update's, else read off it; ``dlg`` searches them too.
         batch_size: overrides ``update.batch_size``.
         start: a batch to begin with, or a recovery that holds one, in place of the first random
@@ -136,16 +139,16 @@ def match(
     ('UNDERDETERMINED', torch.Size([1, 3, 32, 32]), tensor([3]), 'DONE')
     """
     began = time.perf_counter()
-    if method not in METHODS:
+    if method not in METHODS and not isinstance(method, Preset):
         names = ", ".join(map(repr, METHODS))
         raise ValueError(f"method: expected one of {names}, got {method!r}; write method='ig'")
-    preset = PRESETS.get(method)
+    preset = method if isinstance(method, Preset) else PRESETS.get(method)
     if not time_limit >= 0:
         raise ValueError(
             f"time_limit: expected seconds, at least 0, got {time_limit!r}; write time_limit=60.0"
         )
     if preset is not None and preset.joint and prior is not None:
-        raise ValueError(f"prior: {method!r} has none; write method='ig'")
+        raise ValueError(f"prior: {preset.name!r} has none; write method='ig'")
     if preset is None and patience is not None:
         raise ValueError(
             "patience: gauss_newton stops by itself where steps change nothing; leave it out"
@@ -155,7 +158,7 @@ def match(
     usual = preset.iterations if preset else Schedule.steps
     limit = validation.count("iterations", usual if iterations is None else iterations)
     settings = {
-        "method": method,
+        "method": repr(method) if isinstance(method, Preset) else method,
         "shape": str(list(given.shape)),
         "labels": str(None if given.targets is None else given.targets.tolist()),
         "restarts": str(count),
@@ -169,7 +172,7 @@ def match(
             given, prior, count, limit, time_limit, settings, callback, checkpoint, seed
         )
     else:
-        found = _published(given, method, prior, count, limit, patience, time_limit, settings,
+        found = _published(given, preset, prior, count, limit, patience, time_limit, settings,
                            callback, checkpoint, seed)  # fmt: skip
     return replace(found, seconds=time.perf_counter() - began)
 
@@ -211,7 +214,7 @@ def _newton(
 
 def _published(
     given: Declared,
-    method: str,
+    preset: Preset,
     prior: Prior | None,
     restarts: int,
     iterations: int,
@@ -223,7 +226,7 @@ def _published(
     seed: int,
 ) -> Matching:
     """One of the presets, all starts together."""
-    preset, bounds = PRESETS[method], given.update.value_range
+    bounds = given.update.value_range
     where = preset.coordinates(bounds)
     dtype = torch.float64 if given.update.dtype == torch.float64 else torch.float32
     objective = Objective(
@@ -258,7 +261,7 @@ def _published(
         order = targets.argsort(stable=True)
         best, targets = best[order], targets[order]
     saved = Checkpoint(settings, state)
-    return _answer(given, best, targets, method, ended, value, int(state["iteration"]), saved)
+    return _answer(given, best, targets, preset.name, ended, value, int(state["iteration"]), saved)
 
 
 def _answer(
@@ -303,7 +306,7 @@ def _answer(
     how = f"{iterations} iterations of {method}, {ended.value}"
     met = f"a normalised residual of {misfit**0.5:.1e}"
     found = replace(empty, residual=residual, objective=objective, misfit=misfit)
-    if misfit <= MISSED:
+    if misfit**0.5 <= max(MET, ROUNDED * torch.finfo(given.update.dtype).eps):
         reason = f"the answer reproduces the update to {met} ({how}); {UNCERTIFIED}"
         return replace(found, inputs=best.cpu(), status=Status.COMPLETED, reason=reason)
     reason = f"the nearest batch, in candidates, does not reproduce the update: {met} ({how})"

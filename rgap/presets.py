@@ -8,6 +8,7 @@ from rgap.solvers.first_order import LBFGS, Adam, Cosine, Rule
 
 __all__ = ["PRESETS", "Coordinates", "Preset"]
 
+DISTANCES = ("squares", "relative", "cosine")
 QUARTER = 0.25  # standard deviation of pictures, in widths of their range, about
 
 
@@ -21,9 +22,10 @@ class Coordinates:
 
 @dataclass(frozen=True)
 class Preset:
-    """A published optimiser.
+    """A published optimiser, or one of your own: ``dataclasses.replace(PRESETS["ig"], ...)``.
 
     Attributes:
+        name: what reports call it.
         distance: ``"squares"``, Σ ‖∇ − G‖²; ``"relative"``, the same over Σ ‖G‖²; ``"cosine"``,
             1 − ⟨∇, G⟩/(‖∇‖ ‖G‖).
         rule: of the steps.
@@ -41,6 +43,7 @@ class Preset:
         labels: method of :func:`rgap.labels.estimate`.
     """
 
+    name: str
     distance: str
     rule: Rule
     iterations: int
@@ -55,6 +58,13 @@ class Preset:
     restarts: int = 1
     labels: str = "best"
 
+    def __post_init__(self) -> None:
+        if self.distance not in DISTANCES:
+            raise ValueError(
+                f"distance: expected one of {', '.join(map(repr, DISTANCES))}, got "
+                f"{self.distance!r}; write distance='cosine'"
+            )
+
     def coordinates(self, value_range: tuple[float, float] | None) -> Coordinates:
         """What the optimiser's numbers mean."""
         if value_range is None:
@@ -65,7 +75,7 @@ class Preset:
         return Coordinates(low, high - low)
 
 
-DLG = Preset("squares", LBFGS(1.0, 100), 1200, normal=False, boxed=False, joint=True)
+DLG = Preset("dlg", "squares", LBFGS(1.0, 100), 1200, normal=False, boxed=False, joint=True)
 """Zhu, Liu and Han, *Deep leakage from gradients* (NeurIPS 2019).
 
 Algorithm 1: squared distance of the gradients, data and logits of the labels from N(0, 1), both
@@ -74,7 +84,7 @@ optimised.  Section 4: L-BFGS with learning rate 1, history 100, 1200 iterations
 """
 
 IG = Preset(
-    "cosine", Adam(0.1, signed=True), 4000, normal=True, boxed=True, variation=1e-4
+    "ig", "cosine", Adam(0.1, signed=True), 4000, normal=True, boxed=True, variation=1e-4
 )  # fmt: skip
 """Geiping et al., *Inverting gradients* (NeurIPS 2020).
 
@@ -85,6 +95,7 @@ weight 1e-4 are the defaults of the authors' script ``reconstruct_image.py``.
 """
 
 GRADINVERSION = Preset(
+    "gradinversion",
     "relative",
     Adam(0.1, Cosine(50)),
     20000,
@@ -109,5 +120,5 @@ terms are means over entries, so that the weights mean the same for every networ
 registration is a shift instead of an optical flow; four seeds.
 """
 
-PRESETS = {"dlg": DLG, "ig": IG, "gradinversion": GRADINVERSION}
+PRESETS = {preset.name: preset for preset in (DLG, IG, GRADINVERSION)}
 """The published optimisers by name."""

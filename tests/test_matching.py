@@ -288,11 +288,11 @@ def test_not_a_number_ends_in_a_stated_way(method: str) -> None:
     assert found.status is rgap.Status.UNDERDETERMINED and "not finite" in found.reason
 
 
-def test_steps_that_explode_end_in_a_stated_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_that_explode_end_in_a_stated_way() -> None:
     model, update = client()
-    wild = replace(PRESETS["dlg"], distance="squares", rule=Adam(rate=1e200), joint=False)
-    monkeypatch.setitem(PRESETS, "dlg", replace(wild, size=1.0))
-    found = rgap.match(model, update, method="dlg", iterations=20, restarts=2)
+    wild = replace(PRESETS["dlg"], name="wild", rule=Adam(rate=1e200), joint=False, size=1.0)
+    found = rgap.match(model, update, method=wild, iterations=20, restarts=2)
+    assert found.method == "wild"
     assert found.ended is Ended.EXPLODED and found.iterations < 20
     assert found.nearest is not None and bool(found.nearest.isfinite().all())
 
@@ -308,6 +308,8 @@ def test_bad_input_is_refused_with_what_to_write() -> None:
     model, update = client()
     with pytest.raises(ValueError, match="write method='ig'"):
         rgap.match(model, update, method="adam")
+    with pytest.raises(ValueError, match="write distance='cosine'"):
+        replace(PRESETS["ig"], distance="l1")
     with pytest.raises(ValueError, match="time_limit"):
         rgap.match(model, update, time_limit=-1.0)
     with pytest.raises(ValueError, match="leave it out"):

@@ -1,0 +1,208 @@
+"""Searches beside equations, in PSNR of the worst picture of a batch.
+
+    python benchmarks/study_matching.py                        every row, photographs 8 and later
+    python benchmarks/study_matching.py --rows blog --figure docs/pictures/matching.png
+    python benchmarks/study_matching.py --rows residual ablation --seconds 60
+    python benchmarks/study_matching.py --rows tuning          the weights below, photographs 0 to 7
+
+``blog``: what a reader of introductions to gradient inversion sees, and what is behind it. (a) a
+four-layer MLP, one picture, squared distance; (b) LeNet, one picture, squared distance and cosine;
+(c) LeNet, two pictures, cosine, no prior; (d) the same with total variation at four weights; beside
+each the closed form, and the completion where it ends.  ``residual``: two residual networks with
+SiLU, one picture and two, Gauss-Newton and signed Adam with total variation for the same time.
+``ablation``: LeNet, two pictures, the same time: signed Adam; Gauss-Newton on gradients alone; with
+what the closed forms found.
+
+Labels are known to every method.  A search gets ``--seconds``; the iterations of signed Adam are
+set so that its schedule ends with them.  The weights of the total variation in ``residual`` and
+``ablation`` are the best of ``tuning``.  Exit status 1 if an EXACT is off by more than its bound or
+a COMPLETED does not reproduce its update to 1%.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from batch_figures import draw_matching
+from batch_pictures import match
+from torch import Tensor, nn
+
+import rgap
+from rgap.presets import PRESETS, Preset
+
+FIRST = 8  # first photograph of a measured row
+WEIGHTS = (1e-4, 1e-3, 1e-2, 1e-1)
+BEST = {"lenet": 1e-3, "flat": 1e-3, "pooled": 1e-3}  # of WEIGHTS, on the photographs 0 to 7
+LABELS = (3, 5)
+PLAIN = replace(PRESETS["ig"], name="cosine", variation=0.0)
+SQUARES = replace(PLAIN, name="squares", distance="squares")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One batch through one method.
+
+    Attributes:
+        row: of the table.
+        network: of :func:`network`.
+        places: of the photographs.
+        method: a preset, ``"gauss_newton"``, or ``"closed form"`` and ``"completion"``.
+    """
+
+    row: str
+    network: str
+    places: tuple[int, ...]
+    method: str | Preset
+
+
+class Block(nn.Module):
+    """``φ(skip(x) + conv(φ(conv(x))))``, no batch norm."""
+
+    def __init__(self, inner: int, outer: int, stride: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(inner, outer, 3, stride, 1)
+        self.second = nn.Conv2d(outer, outer, 3, 1, 1)
+        self.skip = nn.Conv2d(inner, outer, 1, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The block's output."""
+        z = nn.functional.silu(self.first(x))
+        return nn.functional.silu(self.skip(x) + self.second(z))
+
+
+def network(name: str, seed: int) -> nn.Module:
+    """A network for pictures of 32 by 32 and ten classes."""
+    if name == "mlp":
+        return rgap.models.mlp((512, 512, 512), activation="relu", seed=seed)
+    if name == "lenet":
+        return rgap.models.lenet(seed=seed, weights="uniform")
+    if name == "pooled":
+        return rgap.models.resnet(activation="silu", seed=seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        parts = (nn.Conv2d(3, 16, 3, 1, 1), nn.SiLU(), Block(16, 16, 1), Block(16, 32, 2))
+        return nn.Sequential(*parts, nn.Flatten(), nn.Linear(32 * 256, 10)).eval()
+
+
+def cases(rows: list[str], count: int) -> Iterator[Case]:
+    """Everything that the rows ask for, ``count`` batches each."""
+
+    def places(size: int, number: int, first: int = FIRST) -> tuple[int, ...]:
+        return tuple((first + number * size + i) % 32 for i in range(size))
+
+    def varied(weight: float) -> Preset:
+        return replace(PLAIN, name=f"cosine, TV {weight:g}", variation=weight)
+
+    for number in range(count):
+        one, two = places(1, number), places(2, number)
+        if "blog" in rows:
+            yield from (Case("blog a", "mlp", one, m) for m in (SQUARES, "closed form"))
+            yield from (Case("blog b", "lenet", one, m) for m in (SQUARES, PLAIN, "closed form"))
+            yield Case("blog c", "lenet", two, PLAIN)
+            yield from (Case("blog d", "lenet", two, varied(w)) for w in WEIGHTS)
+            yield from (Case("blog d", "lenet", two, m) for m in ("closed form", "completion"))
+        if "residual" in rows:
+            for name in ("flat", "pooled"):
+                for where in (one, two):
+                    for method in (varied(BEST[name]), "gauss_newton"):
+                        yield Case("residual", name, where, method)
+        if "ablation" in rows:
+            for method in (varied(BEST["lenet"]), "gauss_newton", "completion"):
+                yield Case("ablation", "lenet", two, method)
+        if "tuning" in rows:
+            for name in BEST:
+                for weight in WEIGHTS:
+                    yield Case("tuning", name, places(1, number, 0), varied(weight))
+
+
+def one(case: Case, seconds: float) -> tuple[dict, Tensor, Tensor | None]:
+    """One batch through one method: the numbers, the truth and what was found."""
+    x = torch.cat([rgap.photos.load(1, start=place) for place in case.places])
+    targets = torch.tensor(LABELS[: len(x)])
+    model = network(case.network, case.places[0])
+    update = rgap.capture(model, x, targets, dtype=torch.float64, share_labels=True)
+    began = time.perf_counter()
+    if case.method in ("closed form", "completion"):
+        found = rgap.invert(model, update, complete=case.method == "completion", time_limit=seconds)
+        steps = 0
+    else:
+        iterations = None
+        if isinstance(case.method, Preset):
+            rgap.match(model, update, method=case.method, iterations=3)
+            probe = rgap.match(model, update, method=case.method, iterations=20)
+            iterations = max(50, int(seconds / probe.seconds * 20))
+        found = rgap.match(
+            model, update, method=case.method, iterations=iterations, time_limit=1.1 * seconds
+        )
+        steps = found.iterations
+    name = case.method.name if isinstance(case.method, Preset) else case.method
+    run = {
+        "row": case.row,
+        "network": case.network,
+        "photographs": list(case.places),
+        "method": name,
+        "status": found.status.name,
+        "reason": found.reason,
+        "residual": found.residual,
+        "iterations": steps,
+        "seconds": found.seconds if steps else time.perf_counter() - began,
+        "missing": max((r.nullity or 0 for r in found.layers), default=None),
+        "psnr": None,
+        "fault": "",
+    }
+    near = found.nearest
+    if near is None:
+        return run, x, None
+    beside = match(near, found.nearest_labels, x, targets)
+    off = found.exact and (found.error_bound is None or beside.worst > found.error_bound)
+    loose = found.status is rgap.Status.COMPLETED and not (found.residual or 0.0) < 0.01
+    fault = "EXACT beyond its bound" if off else "COMPLETED misses its update" if loose else ""
+    return {**run, "psnr": beside.psnr, "fault": fault}, x, near
+
+
+def main() -> int:
+    """Run what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    rows = ["blog", "residual", "ablation", "tuning"]
+    parser.add_argument("--rows", nargs="+", default=rows[:3], choices=rows)
+    parser.add_argument("--cases", type=int, default=1, help="batches a row")
+    parser.add_argument("--seconds", type=float, default=30.0, help="of every search")
+    parser.add_argument("--output", type=Path, help="append every run as a JSON line")
+    parser.add_argument("--figure", type=Path, help="pictures of the blog's rows")
+    options = parser.parse_args()
+    print(
+        "row       network  photographs  method            status           PSNR residual steps s"
+    )
+    faults, shown = 0, []
+    for case in cases(options.rows, options.cases):
+        run, x, near = one(case, options.seconds)
+        faults += bool(run["fault"])
+        where = "–".join(str(p) for p in sorted({case.places[0], case.places[-1]}))
+        psnr = "   –" if run["psnr"] is None else f"{run['psnr']:6.1f}"
+        residual = "      –" if run["residual"] is None else f"{run['residual']:.1e}"
+        missing = f", {run['missing']} equations missing" if run["missing"] else ""
+        print(
+            f"{run['row']:9} {run['network']:8} {where:12} {run['method']:17} {run['status']:15} "
+            f"{psnr:>6} {residual} {run['iterations']:5} {run['seconds']:.0f}{missing} "
+            f"{run['fault']}",
+            flush=True,
+        )
+        if options.output is not None:
+            with options.output.open("a") as file:
+                file.write(json.dumps(run) + "\n")
+        if case.row.startswith("blog"):
+            shown.append((run, x, near))
+    if options.figure is not None and shown:
+        draw_matching(shown, options.figure)
+    return int(bool(faults))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
