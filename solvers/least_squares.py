@@ -74,6 +74,7 @@ def levenberg_marquardt(
     *,
     tolerance: float = 0.0,
     enough: float = 1.0,
+    patience: int | None = None,
     max_iterations: int = 60,
 ) -> Roots:
     """Minimise ``‖r(t)‖²`` from every start; corresponds to ``scipy.optimize.least_squares``.
@@ -85,6 +86,8 @@ def levenberg_marquardt(
         start: [S, n].
         tolerance: cost at which a start counts as settled.
         enough: share of the starts that must settle before all of them stop.
+        patience: iterations in which no start settles after which all of them stop, once a
+            quarter of them has settled; no such limit if None.
         max_iterations: evaluations of the Gauss–Newton matrix at most.
 
     Returns:
@@ -110,8 +113,10 @@ def levenberg_marquardt(
     cost = equations.cost(t).nan_to_num(torch.inf, posinf=torch.inf)
     settled = cost <= tolerance
     damping = t.new_full((len(t),), FIRST)
-    done = 0
+    done = last = 0
     while done < max_iterations and float(settled.double().mean()) < enough:
+        if patience is not None and done - last > patience and 4 * int(settled.sum()) >= len(t):
+            break
         done += 1
         live = (~settled).nonzero().flatten()
         own = equations.some(live)
@@ -123,6 +128,7 @@ def levenberg_marquardt(
         # Checked before the damping grows: a refused step is short, which proves nothing.
         small = step.norm(dim=1) <= STILL * at.norm(dim=1)
         settled[live] = (fresh.minimum(before) <= tolerance) | (solved & small)
+        last = done if bool(settled[live].any()) else last
         damping[live] = torch.where(better, weight * EASIER, weight * HARDER).clamp(LEAST, MOST)
         t[live] = torch.where(better[:, None], at + step, at)
         cost[live] = torch.where(better, fresh, before)
@@ -164,6 +170,7 @@ def geodesic(
     tolerance: float = 0.0,
     enough: float = 0.0,
     max_iterations: int = 150,
+    first: float = 1e-3,
     follow: Callable[[Tensor, Tensor], Tensor] = torch.add,
 ) -> Roots:
     """Levenberg–Marquardt by QR with geodesic acceleration, for small, badly conditioned problems.
@@ -177,6 +184,7 @@ def geodesic(
         tolerance: cost at which a start counts as solved.
         enough: share of the starts that must be solved before all stop; at least one.
         max_iterations: at most.
+        first: damping of the first step, relative to the mean of the diagonal of JᵀJ.
         follow: where a step from t leads, (t, step) ↦ t + step to first order; along a valley
             whose course is known it may bend.
 
@@ -197,7 +205,7 @@ def geodesic(
     """
     t, cost = start.clone(), equations.cost(start).nan_to_num(torch.inf)
     size = t.shape[1]
-    damping = t.new_full((len(t),), FIRST * 0.1)
+    damping = t.new_full((len(t),), first)
     done = 0
     while done < max_iterations and int((cost <= tolerance).sum()) < max(1, enough * len(t)):
         done += 1

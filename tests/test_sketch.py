@@ -40,7 +40,7 @@ def test_slope_against_autograd(smoothing: float, away: float) -> None:
     generator = torch.Generator().manual_seed(0)
     q = roots + away * roots.norm() * torch.randn(roots.shape, generator=generator, dtype=F64)
     along = torch.linalg.qr(torch.randn(head.rank, 3, generator=generator, dtype=F64)).Q
-    small = at.sketched()
+    small = at.sketched().within(along)
     assert small.sketch is not None and small.rows < at.rows
     _, found = small.projected(q, along)
     for row, own, label in zip(q, found, LABELS, strict=True):
@@ -72,6 +72,24 @@ def test_combinations_lie_beside_the_range_and_keep_norms() -> None:
     draw = draw - draw.mean(1, keepdim=True)
     share = small.project(draw).square().sum() / at.project(draw).square().sum()
     assert 0.9 < float(share) < 1.1
+
+
+def test_fewer_directions_take_fewer_combinations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the same sketch, with the same norms and nothing in the range of G."""
+    monkeypatch.setattr(sketches, "FEWEST", 2)
+    at, head, roots = posed(0.0)
+    base = at.sketched()
+    assert base.sketch is not None and base.whole is not None
+    small = base.within(torch.eye(head.rank, dtype=F64)[:, :2])
+    assert small.rows < base.whole.rows.shape[1] < at.rows
+    assert float(small.project(small.value(roots)).norm()) < 1e-9
+    draw = torch.randn(400, CLASSES, generator=torch.Generator().manual_seed(5), dtype=F64)
+    draw = draw - draw.mean(1, keepdim=True)
+    share = small.project(draw).square().sum() / at.project(draw).square().sum()
+    assert 0.8 < float(share) < 1.25
+    w = head.weights
+    left = restricted(base, w, w.new_zeros(0, head.rank))
+    assert isinstance(left.consistency, AtHead) and left.consistency.sketch is base.whole
 
 
 def test_few_equations_are_all_kept() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from rgap.network import Stage
 from rgap.precision import Precision
 
-from .consistency import Consistency, along_directions
+from .consistency import Consistency, along_directions, restricted
 from .mixture import Mixture
 from .sketch import Sketch
 
@@ -30,6 +30,7 @@ class AtHead(Consistency):
         clear: how many of them come first.
         labels: class of every start, [S].
         sketch: fewer combinations of the equations, for the search.
+        whole: the same along all directions that keep w·q.
     """
 
     matrix: Tensor
@@ -39,6 +40,7 @@ class AtHead(Consistency):
     clear: int
     labels: Tensor
     sketch: Sketch | None = None
+    whole: Sketch | None = None
 
     @classmethod
     def of(
@@ -101,12 +103,25 @@ class AtHead(Consistency):
 
     def sketched(self) -> AtHead:
         """The same with fewer equations, where there are many more than unknowns."""
-        return replace(self, sketch=Sketch.of(self.basis, self.matrix))
+        sketch = Sketch.of(self.basis, self.matrix)
+        if sketch is None:
+            return self
+        w = self.samples.weights
+        along = restricted(self, w, w.new_zeros(0, len(w))).directions
+        return replace(self, sketch=sketch, whole=sketch.within(along))
+
+    def within(self, directions: Tensor) -> AtHead:
+        """A sketch of fewer combinations does along fewer directions."""
+        if self.sketch is None or self.whole is None:
+            return self
+        if torch.equal(directions, self.whole.directions):
+            return replace(self, sketch=self.whole)
+        return replace(self, sketch=self.sketch.within(directions))
 
     def thorough(self) -> AtHead:
         """All equations, where rounding is near the samples' differences."""
         near = self.samples.ratio < NEAR * 2.0 * self.unit
-        return replace(self, sketch=None) if near else self
+        return replace(self, sketch=None, whole=None) if near else self
 
     def project(self, f: Tensor) -> Tensor:
         """(I − UUᵀ) f, or combinations of its entries."""
@@ -117,7 +132,7 @@ class AtHead(Consistency):
         if self.sketch is None:
             return super().projected(q, along)
         p, target = torch.softmax(q @ self.matrix.T + self.shift, 1), self.target
-        return p - target, self.sketch.slope(p, target, along)
+        return p - target, self.sketch.slope(p, target)
 
     def at(self, index: Tensor) -> AtHead:
         """The same classes for some of the starts."""

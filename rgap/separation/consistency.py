@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rgap.network import Stage
 from rgap.precision import Precision
-from rgap.solvers.least_squares import refine
+from rgap.solvers.least_squares import refine, triangular_solve
 
 from .mixture import Mixture
 
@@ -60,6 +60,10 @@ class Consistency(ABC):
 
     def at(self, index: Tensor) -> Consistency:
         """The equations of some of the starts."""
+        return self
+
+    def within(self, directions: Tensor) -> Consistency:
+        """The equations where q moves along some directions N, [R, n], only."""
         return self
 
     def thorough(self) -> Consistency:
@@ -169,6 +173,15 @@ class Restricted:
             return t
         return torch.cat([refine(self.some(index), t[index]) for index in self._few(t)])
 
+    def steps(self, t: Tensor) -> Tensor:
+        """Undamped Gauss–Newton steps, [S, n]."""
+        if len(t) == 0 or t.shape[1] == 0:
+            return torch.zeros_like(t)
+        solved = (
+            triangular_solve(*self.some(index).linear(t[index])[::-1]) for index in self._few(t)
+        )
+        return -torch.cat(list(solved))
+
     def linear(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Residual [S, m] and Jacobian [S, m, n], over ‖f‖."""
         f, jacobian = self.consistency.projected(self.rows(t), self.directions)
@@ -189,7 +202,9 @@ def restricted(consistency: Consistency, w: Tensor, duals: Tensor) -> Restricted
     rhs = torch.zeros(count, 1).to(w)
     rhs[0] = 1.0 / float(size[0])
     inner = torch.linalg.solve_triangular(upper[:count].T, rhs, upper=False)
-    return Restricted(consistency, (full[:, :count] @ inner)[:, 0], full[:, count:])
+    directions = full[:, count:]
+    origin = (full[:, :count] @ inner)[:, 0]
+    return Restricted(consistency.within(directions), origin, directions)
 
 
 def along_directions(matrix: Tensor, along: Tensor | None) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rgap.precision import Precision
-from rgap.solvers.least_squares import refine
+from rgap.solvers.least_squares import geodesic, refine
 
 from .mixture import Mixture
 
@@ -25,6 +25,9 @@ ARITHMETIC = 60 * torch.finfo(torch.float64).eps  # what our own sums leave of a
 NORMAL = 1e-10  # the same where only the normal equations are affordable
 SCATTERS = (1.0, 0.3, 3.0, 0.1)  # times the scatter that the gradient suggests
 RCOND = 1e-6
+SMALL = 12  # samples up to which many accelerated starts are affordable
+LAST = 40  # accelerated steps of the ends that are kept
+FREE = 1e-16  # damping that they begin with
 KEPT = 8  # ends that are compared
 FORMED = 24  # samples up to which J is formed
 SAME = 0.1  # distance from 1 of q·d for two ends that are one sample
@@ -254,10 +257,19 @@ class Coupled:
 
 
 def refined(problem: Coupled, t: Tensor) -> Tensor:
-    """The best ends after their last steps by QR, where J is small enough to be formed."""
+    """The best ends after their last steps by QR, where J is small enough to be formed.
+
+    Of a small batch these bend with the turns of its equal labels, and begin with a damping that
+    leaves the flattest directions free: all others have reached their rounding.
+    """
     best = t[problem.cost(t).nan_to_num(torch.inf).argsort()][:KEPT]
     if problem.head.rank > FORMED:
         return best
+    if problem.head.rank <= SMALL:
+        last = geodesic(
+            problem, best, enough=1.0, max_iterations=LAST, first=FREE, follow=problem.follow
+        )
+        return last.value
     return torch.cat([refine(problem, one[None]) for one in best])
 
 

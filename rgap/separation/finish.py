@@ -54,6 +54,11 @@ def finish(
     head = _reread(batch, samples, found.roots, head)
     whole = restricted(consistency, samples.weights, samples.weights.new_zeros(0, samples.rank))
     result = spread(consistency, whole, found.roots, batch.chain, head, batch.precision)
+    if result.restless:
+        return Unseparated(
+            f"a sample at '{stage.name}' does not settle: its last step is {result.restless:.1e} "
+            f"standard errors long (σ_B/σ_1 {samples.ratio:.1e})"
+        )
     known, worst = result.features, result.worst / float(result.roots.norm(dim=1).mean())
     joint = polish_jointly(
         batch.chain, samples, batch.gradients, result.roots, head, result.across, batch.precision

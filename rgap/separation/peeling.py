@@ -22,11 +22,15 @@ from .identify import Identity
 from .lines import open_directions
 
 STARTS = 16
-ROUNDS = 4  # without a new sample, each with twice the starts, until it gives up
+IDLE = 4  # rounds without a new sample, each with twice the starts, until it gives up
 PATIENT = 2  # of these rounds before targets are judged with leniency
 SOLVED = 1e-24  # relative cost at which a start needs no further step
 ROOT = 1e-3  # relative cost above which a point is no root at any precision
 LIKELY = 1e4  # times the cost that rounding explains, at which it still counts as a root
+PATIENCE = 4  # iterations in which no start of a round settles before the round ends
+POLISHING = 25  # steps at most on the original equations
+AT_REST = 0.1  # share of a root that a full Gauss–Newton step may still move it
+ROUNDED = 1e-26  # relative cost of a root in float64
 CROWDED = 0.5  # share of different ends among the good ones below which starts reach further
 REACH = 4.0  # times as far
 FURTHEST = 1e3  # times the first starts
@@ -70,6 +74,7 @@ def collect(
     watch: Callable[[str], None] | None = None,
     first: tuple[Consistency, Tensor] | None = None,
     reach: float = 1.0,
+    rounds: int = IDLE,
 ) -> Collected:
     """All roots of ``(I − PPᵀ) f(q) = 0, w·q = 1`` that are samples.
 
@@ -83,6 +88,7 @@ def collect(
         watch: told of the progress.
         first: equations and rows q of a first round that is better than a random one.
         reach: how far out the first random starts are, at least 1.
+        rounds: without a new sample until it gives up.
     """
     samples = consistency.samples
     w, rank = samples.weights, samples.rank
@@ -93,7 +99,7 @@ def collect(
     refused: list[Identity] = []
     stray: list[Tensor] = []
     tried, idle, rejected = 0, 0, 1.0
-    while len(roots) < rank and idle < ROUNDS:
+    while len(roots) < rank and idle < rounds:
         if first is not None:
             begun, q = first
             count, first = len(q), None
@@ -104,9 +110,15 @@ def collect(
             begun = consistency.begin(count, idle, generator)
             # Every other round without success looks everywhere: duals of rough roots mislead.
             left = restricted(begun, w, duals if idle % 2 == 0 else duals[:0])
+            if left.directions.shape[1] == 0:  # nothing is free but the kind of equations
+                each = _firsts(begun.kinds(count))
+                count, begun = len(each), begun.at(each)
+                left = restricted(begun, w, duals)
             start = _starts(left, roots, duals, count, generator, reach)
         tried += count
-        ends = levenberg_marquardt(left, start, tolerance=_rounding(left), enough=0.7)
+        ends = levenberg_marquardt(
+            left, start, tolerance=_rounding(left), enough=0.7, patience=PATIENCE
+        )
         forced = left.directions.shape[1] == 0  # nothing is free: polish what is left
         good = ends.cost.argsort()[: count if forced else int((ends.cost < ROOT).sum())]
         near = len(good)
@@ -119,11 +131,13 @@ def collect(
         before = len(roots)
         if len(good):
             whole = restricted(begun.at(good), w, w.new_zeros(0, rank))
-            fresh, fits = _polished(whole, left.rows(ends.value[good]))
+            fresh, fits, still = _polished(whole, left.rows(ends.value[good]))
             found = identify(fresh[fits], begun.at(good[fits]))
-            for q, identity in zip(fresh[fits], found, strict=True):
+            for q, identity, at_rest in zip(fresh[fits], found, still, strict=True):
                 same = torch.tensor([i.label == identity.label for i in identities])
                 if len(duals) and bool(((duals @ q > APART) & same).any()):
+                    continue
+                if not (at_rest or open_directions(consistency, q)):
                     continue
                 if not admissible(identity, idle >= PATIENT):
                     rejected = min(rejected, identity.outside)
@@ -174,6 +188,8 @@ def _starts(
     """
     samples = left.consistency.samples
     unknowns = left.directions.shape[1]
+    if unknowns == 0:
+        return left.origin.new_zeros(count, 0)
     spread = left.origin.norm() / max(unknowns, 1) ** 0.5
     t: Tensor = torch.randn(count, unknowns, generator=generator, dtype=torch.float64).to(spread)
     t *= spread
@@ -199,6 +215,11 @@ def _starts(
     return t
 
 
+def _firsts(kinds: Tensor) -> Tensor:
+    """Index of the first start of every kind."""
+    return torch.tensor([kinds.tolist().index(kind) for kind in sorted(set(kinds.tolist()))])
+
+
 def _distinct(q: Tensor, kinds: Tensor) -> Tensor:
     """Indices of one root of every cluster, the first; roots of different equations stay."""
     kept: list[int] = []
@@ -209,13 +230,25 @@ def _distinct(q: Tensor, kinds: Tensor) -> Tensor:
     return torch.tensor(kept, dtype=torch.long)
 
 
-def _polished(whole: Restricted, q: Tensor) -> tuple[Tensor, Tensor]:
-    """Roots of the original equations next to q, and which miss by no more than rounding."""
-    ends = levenberg_marquardt(whole, whole.coordinates(q), max_iterations=25)
+def _polished(whole: Restricted, q: Tensor) -> tuple[Tensor, Tensor, list[bool]]:
+    """Roots of the original equations next to q.
+
+    Returns:
+        The points [S, R], the indices of those that miss by no more than rounding, and for each of
+        these whether a full Gauss–Newton step moves it no more: a valley may come as near.
+    """
+    ends = levenberg_marquardt(whole, whole.coordinates(q), max_iterations=POLISHING)
     whole = replace(whole, consistency=whole.consistency.thorough())
     moved = whole.rows(whole.refined(ends.value))
     near = (moved - q).norm(dim=1) < 0.1 * q.norm(dim=1)
     moved = torch.where(near[:, None], moved, q)
-    cost = whole.cost(whole.coordinates(moved))
+    t = whole.coordinates(moved)
+    cost = whole.cost(t)
     limit = LIKELY * whole.consistency.tolerance(whole.consistency.value(moved))
-    return moved, (cost <= limit).nonzero().flatten()
+    fits = (cost <= limit).nonzero().flatten()
+    # Nothing but its own rounding is left of a cost that small.
+    doubtful = (cost > ROUNDED).nonzero().flatten()
+    step = torch.zeros_like(t)
+    step[doubtful] = whole.some(doubtful).steps(t[doubtful])
+    still = step.norm(dim=1) < AT_REST * moved.norm(dim=1)
+    return moved, fits, still[fits].tolist()

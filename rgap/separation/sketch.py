@@ -7,12 +7,13 @@ the combinations is linear in a few numbers a, and its parts are computed once f
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-PER_UNKNOWN = 2  # combinations for each unknown
+PER_UNKNOWN = 1.5  # combinations for each unknown
+FEWEST = 12  # combinations at least
 WORTH = 3  # equations for each unknown from which on combining them pays
 HELD = 0.3  # ‖(I − UUᵀ)(p − y)‖/‖p‖ below which the slope is that of a sample
 SEED = 2011
@@ -20,14 +21,15 @@ SEED = 2011
 
 @dataclass(frozen=True)
 class Sketch:
-    """Ωᵀ(p − y) for orthonormal Ω beside the range of G.
+    """Ωᵀ(p − y) for orthonormal Ω beside the range of G, and its slope along some directions N.
 
     Attributes:
         rows: Ω, [C, r], scaled so that ``‖Ωᵀf‖² ≈ ‖(I − UUᵀ) f‖²``.
         basis: U, [C, R].
-        matrix: M, [C, R].
-        parts: ``Ωᵀ diag(u_i) M`` of every column u_i of U, [R, r·R].
-        uniform: ``Ωᵀ M / C``, [r, R].
+        matrix: M N, [C, n].
+        parts: ``Ωᵀ diag(u_i) M N`` of every column u_i of U, [R, r, n].
+        uniform: ``Ωᵀ M N / C``, [r, n].
+        directions: N, [R, n].
     """
 
     rows: Tensor
@@ -35,12 +37,13 @@ class Sketch:
     matrix: Tensor
     parts: Tensor
     uniform: Tensor
+    directions: Tensor
 
     @classmethod
     def of(cls, basis: Tensor, matrix: Tensor) -> Sketch | None:
-        """Of a head's U and M = W V, or None where all equations are hardly more."""
+        """Of a head's U and M = W V, or None where all equations are hardly more; N = I."""
         classes, rank = basis.shape
-        equations, count = classes - rank - 1, PER_UNKNOWN * rank
+        equations, count = classes - rank - 1, int(PER_UNKNOWN * rank)
         if equations < WORTH * rank:
             return None
         generator = torch.Generator().manual_seed(SEED)
@@ -50,40 +53,44 @@ class Sketch:
         draw = draw - basis @ (basis.T @ draw)
         rows = draw * (equations / count) ** 0.5
         parts = torch.stack([(rows.T * u) @ matrix for u in basis.T])
-        return cls(rows, basis, matrix, parts.flatten(1), rows.T @ matrix / classes)
+        return cls(rows, basis, matrix, parts, rows.T @ matrix / classes, torch.eye(rank).to(basis))
 
-    def slope(self, p: Tensor, target: Tensor, along: Tensor) -> Tensor:
-        """``Ωᵀ (diag p − ppᵀ) M along``, [S, r, n]; exact at a sample.
+    def within(self, directions: Tensor) -> Sketch:
+        """The same along fewer directions N, [R, n], with as many fewer combinations."""
+        full, few = self.rows.shape[1], int(PER_UNKNOWN * (directions.shape[1] + 1))
+        few = min(full, max(few, FEWEST))
+        scale = (full / few) ** 0.5
+        return replace(
+            self,
+            rows=scale * self.rows[:, :few],
+            matrix=self.matrix @ directions,
+            parts=(scale * self.parts[:, :few]) @ directions,
+            uniform=scale * self.uniform[:few] @ directions,
+            directions=directions,
+        )
+
+    def slope(self, p: Tensor, target: Tensor) -> Tensor:
+        """``Ωᵀ (diag p − ppᵀ) M N``, [S, r, n]; exact at a sample.
 
         Args:
             p: probabilities, [S, C].
             target: y, [S, C].
-            along: [R, n].
         """
         gap = p - target
         share = gap @ self.basis
         missed = (gap - share @ self.basis.T).norm(dim=1)
-        known = missed < HELD * p.norm(dim=1)
-        count = self.rows.shape[1]
-        out = p.new_empty(len(p), count, along.shape[1])
-        inside = known.nonzero().flatten()
-        if len(inside):
-            turned = (share[inside] @ self.parts).reshape(len(inside), count, -1)
-            turned += self._of_target(target[inside])
-            out[inside] = turned @ along
-        beside = (~known).nonzero().flatten()
-        if len(beside):
-            weighed = self.rows.T * p[beside][:, None, :]
-            out[beside] = weighed @ (self.matrix @ along)
-        out -= (p @ self.rows)[:, :, None] * (p @ (self.matrix @ along))[:, None, :]
-        return out
+        out = (share @ self.parts.flatten(1)).reshape(len(p), *self.uniform.shape)
+        self._add_target(out, target)
+        for start in (missed >= HELD * p.norm(dim=1)).nonzero().flatten().tolist():
+            out[start] = (self.rows * p[start, :, None]).T @ self.matrix
+        return out.baddbmm_(-(p @ self.rows)[:, :, None], (p @ self.matrix)[:, None, :])
 
-    def _of_target(self, target: Tensor) -> Tensor:
-        """``Ωᵀ diag(y) M``: a target is one entry above a constant, [S, r, R]."""
+    def _add_target(self, turned: Tensor, target: Tensor) -> None:
+        """Add ``Ωᵀ diag(y) M N``: a target is one entry above a constant, [S, r, n]."""
         classes = target.shape[1]
         top, label = target.max(1)
         rest = (1.0 - top) * classes / max(classes - 1, 1)  # C times the constant
-        peak = (top - rest / classes)[:, None, None]
-        own = self.rows[label][:, :, None] * self.matrix[label][:, None, :]
-        found: Tensor = peak * own + rest[:, None, None] * self.uniform
-        return found
+        peak = top - rest / classes
+        turned.baddbmm_((peak[:, None] * self.rows[label])[:, :, None], self.matrix[label][:, None])
+        if bool((rest != 0).any()):
+            turned += rest[:, None, None] * self.uniform

@@ -24,21 +24,23 @@ from rgap.targets import CROSS_ENTROPY
 from .at_head import AtHead
 from .batch import Batch, Separated, Unseparated
 from .consistency import Consistency, restricted
-from .coupled import SCATTERS, Coupled, agreement, refined
+from .coupled import SCATTERS, SMALL, Coupled, agreement, refined
 from .finish import finish, finish_together
 from .identify import Identity, choose, similar
 from .mixture import Mixture
-from .peeling import Collected, collect
+from .peeling import IDLE, Collected, collect
 from .targets import admissible, contradicted, resolved
 
 FEWEST = 8  # classes that are always tried
 NEAR = 0.1  # share of p − e_c outside the range of G up to which class c may well occur
 PER_CLASS = 4  # starts at once for each class of the pool, at most ``MOST`` in all
 LEAST, MOST = 16, 40
-SMALL = 10  # samples up to which many accelerated starts are affordable
 STARTS = 64
 ROUNDS = 3  # of them
 FEW = 32  # samples up to which all scatters are tried
+HASTY = 3  # rounds without a new sample where rounding hides some of them anyway
+CROWD = 32  # samples beyond which those lost to rounding leave no copies to be told
+STEPS = 12  # of a batch too large for accelerated ones: it ends fast or in a valley
 RESCUED = 48  # samples up to which all are solved together where one by one failed
 CHORDS = 40  # steps with the slope of the mean, at most
 UNSEEN = 1e-4  # relative σ of that slope below which a direction waits for its own slope
@@ -88,6 +90,9 @@ def separate_head(
     began = time.perf_counter()
     if head.gradient.shape[0] - 1 - head.rank < head.rank - 1:
         return _together(batch, head, began, watch)
+    hidden = _hidden(batch, head)
+    if hidden is not None:
+        return hidden
     pool, clear = likely(batch, head)
     consistency = AtHead.of(head, batch.loss.label_smoothing, pool, clear, batch.precision)
     consistency = consistency.sketched()
@@ -100,6 +105,7 @@ def separate_head(
         watch=watch,
         first=opening(consistency),
         reach=FAR if 2 * clear < head.rank else 1.0,
+        rounds=IDLE if resolved(batch, head) else HASTY,
     )
     if found.complete:
         answer = conclude(batch, consistency, found, began)
@@ -139,7 +145,8 @@ def _together(
     # A batch whose labels all differ is solved from the means of its classes at once.
     first = problem.starts(len(SCATTERS) if rank <= FEW else 2, generator)
     runs = len(first)
-    found = levenberg_marquardt(problem, first, tolerance=floor)
+    steps = 60 if rank <= RESCUED else STEPS
+    found = levenberg_marquardt(problem, first, tolerance=floor, max_iterations=steps)
     answer = agreement(problem, refined(problem, found.value), floor)
     ends = first[:0]
     for _ in range(ROUNDS):
@@ -169,6 +176,26 @@ def _together(
         f"{rank * (rank - 1)} unknowns"
     )
     return finish_together(batch, consistency, gathered, route, began)
+
+
+def _hidden(batch: Batch, head: Mixture) -> Unseparated | None:
+    """Why a search would be in vain, for a large batch of which rounding hides some samples."""
+    name, rank, ratio = head.stage.name, head.rank, head.ratio
+    if rank <= CROWD or resolved(batch, head):
+        return None
+    if batch.size not in (None, rank):
+        return Unseparated(
+            f"the gradient of the head '{name}' tells {rank} of {batch.size} samples apart, "
+            f"σ_{rank}/σ_1 {ratio:.1e}: what the client rounds hides the others, and no equation "
+            "of the rest is free of them"
+        )
+    if ratio < 2.0 * batch.precision.unit:
+        return Unseparated(
+            f"σ_{rank}/σ_1 {ratio:.1e} of the gradient of the head '{name}' is below the rounding "
+            f"of the client, {2.0 * batch.precision.unit:.1e}: what tells the {rank} samples apart "
+            "was not sent"
+        )
+    return None
 
 
 def _labels_of(batch: Batch, head: Mixture) -> HeadGradient:

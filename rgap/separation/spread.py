@@ -17,6 +17,7 @@ from torch import Tensor
 from rgap.batchloss import BatchLoss
 from rgap.network import Chain
 from rgap.precision import Known, Precision
+from rgap.solvers.least_squares import levenberg_marquardt
 from rgap.solvers.tall import tall_qr
 
 from .consistency import Consistency, Restricted
@@ -24,6 +25,10 @@ from .identify import pullback
 from .mixture import Mixture
 
 EPS = 2 * torch.finfo(torch.float64).eps  # norm of what a decomposition in float64 rounds
+SETTLED = 30.0  # standard errors up to which a last Gauss–Newton step is as good as its limit
+STILL = 1e-9  # the same as a share of the root
+CLOSE = 1e-3  # distance of two roots that are one, as a share of their norm
+SETTLING = 4  # times that a root is sent back to the solver
 
 
 @dataclass(frozen=True)
@@ -36,12 +41,14 @@ class Spread:
         across: the part of the errors across the row space of G, [S, R, n].
         worst: the largest standard error of any direction that a sample could move along, in
             units of that sample's norm; infinite where a direction is open.
+        restless: the longest last step of a root, in its standard errors; 0 where all settled.
     """
 
     roots: Tensor
     features: Known
     across: Tensor
     worst: float
+    restless: float
 
 
 def spread(
@@ -92,7 +99,7 @@ def spread(
         moves.append(moved - share @ wobble(e))
         shifts.append(along[:, None] * w / (w @ w))
         leaks.append(across)
-    roots, steps, smallest = _solved(consistency, whole, roots, torch.stack(moves, 1))
+    roots, steps, smallest, restless = _solved(consistency, whole, roots, torch.stack(moves, 1))
     # A standard error of f along each direction, for the verdict on the worst of them.
     entries = (own.square().mean() + _blur(consistency, share).square().mean()).sqrt()
     worst = float(entries) / max(smallest, 1e-300)
@@ -100,7 +107,7 @@ def spread(
     errors = (torch.stack(shifts) + steps.transpose(0, 1)) @ samples.right.T + across
     x = roots @ samples.right.T
     features = Known(_shaped(x, affine.in_shape), _shaped(errors, affine.in_shape, 2))
-    return Spread(roots, features, across, worst)
+    return Spread(roots, features, across, worst, restless)
 
 
 def across_errors(samples: Mixture, roots: Tensor, k: Tensor, precision: Precision) -> Tensor:
@@ -145,10 +152,11 @@ def _blur(consistency: Consistency, share: Tensor) -> Tensor:
 
 def _solved(
     consistency: Consistency, whole: Restricted, roots: Tensor, moved: Tensor
-) -> tuple[Tensor, Tensor, float]:
+) -> tuple[Tensor, Tensor, float, float]:
     """Roots after a last step, what errors of f do to them, σ_min of their equations.
 
-    By QR: the normal equations that led here lose half the digits where two samples are alike.
+    By QR: the normal equations that led here lose half the digits where two samples are alike.  A
+    root whose step is long beside its errors was none yet: it goes back to the solver.
 
     Args:
         consistency: of the roots.
@@ -157,9 +165,9 @@ def _solved(
         moved: errors of f of every root, [R, S, m].
 
     Returns:
-        Q, errors of its rows [R, S, R], and σ_min.
+        Q, errors of its rows [R, S, R], σ_min, and the longest last step in standard errors.
     """
-    steps, polished, smallest = [], [], float("inf")
+    steps, polished, smallest, restless = [], [], float("inf"), 0.0
     for i, q in enumerate(roots):
         alone = replace(whole, consistency=consistency.at(torch.tensor([i])))
         t = alone.coordinates(q[None])
@@ -167,15 +175,37 @@ def _solved(
             polished.append(alone.rows(t)[0])
             steps.append(moved.new_zeros(moved.shape[1], len(q)))
             continue
-        residual, jacobian = alone.linear(t)
-        basis, upper = tall_qr(jacobian[0])
-        size = float(torch.linalg.vector_norm(alone.consistency.value(alone.rows(t))))
-        rhs = torch.cat([residual, alone.consistency.project(moved[i]) / size])
-        out = torch.linalg.solve_triangular(upper, (rhs @ basis).T, upper=True).nan_to_num(0.0).T
+        for attempt in range(SETTLING + 1):
+            out, least = _last_step(alone, t, moved[i])
+            length = float(out[0].norm())
+            error = float(out[1:].square().sum(1).mean().sqrt())
+            settled = length <= max(SETTLED * error, STILL * float(q.norm()))
+            if settled or attempt == SETTLING:
+                break
+            t = levenberg_marquardt(alone, t).value
+        if attempt and _twice(alone.rows(t)[0], torch.cat([roots[:i], roots[i + 1 :]])):
+            settled = False
+        if not settled:
+            restless = max(restless, length / max(error, 1e-300))
         trial = t - out[:1]
         if bool(alone.cost(trial) < alone.cost(t)):
             t = trial
         polished.append(alone.rows(t)[0])
         steps.append(-out[1:] @ whole.directions.T)
-        smallest = min(smallest, size * float(torch.linalg.svdvals(upper)[-1]))
-    return torch.stack(polished), torch.stack(steps), smallest
+        smallest = min(smallest, least)
+    return torch.stack(polished), torch.stack(steps), smallest, restless
+
+
+def _twice(q: Tensor, others: Tensor) -> bool:
+    """True if a root that moved is now another one."""
+    return bool(((others - q).norm(dim=1) < CLOSE * q.norm()).any())
+
+
+def _last_step(alone: Restricted, t: Tensor, moved: Tensor) -> tuple[Tensor, float]:
+    """Gauss–Newton step of one root and of the errors of its f [1 + S, n], and σ_min of J."""
+    residual, jacobian = alone.linear(t)
+    basis, upper = tall_qr(jacobian[0])
+    size = float(torch.linalg.vector_norm(alone.consistency.value(alone.rows(t))))
+    rhs = torch.cat([residual, alone.consistency.project(moved) / size])
+    out = torch.linalg.solve_triangular(upper, (rhs @ basis).T, upper=True).nan_to_num(0.0).T
+    return out, size * float(torch.linalg.svdvals(upper)[-1])

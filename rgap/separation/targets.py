@@ -202,7 +202,10 @@ def _clear(identity: Identity) -> bool:
 
 
 def contradicted(batch: Batch, samples: Mixture, found: Collected) -> Unseparated | None:
-    """A stated batch size in which samples that were found would not occur whole times."""
+    """A stated batch size in which samples that were found would not occur whole times.
+
+    A size that is wrong makes most of them fractional; one among many is a root that rounding made.
+    """
     sure = [
         i
         for i in found.refused
@@ -212,6 +215,8 @@ def contradicted(batch: Batch, samples: Mixture, found: Collected) -> Unseparate
         and LEAST < _copies(batch, i, batch.size or 1) < 1.0 / LEAST * (batch.size or 1)
     ]
     if batch.size is None or not sure or not resolved(batch, samples):
+        return None
+    if len(sure) < len(found.roots):
         return None
     ratio = _copies(batch, sure[0], batch.size)
     return _fractional(batch, batch.size, ratio)
