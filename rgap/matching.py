@@ -27,7 +27,7 @@ from rgap.problem import Filling
 from rgap.recovery import Candidate, Recovery, Status
 from rgap.solvers.gauss_newton import Schedule
 from rgap.solvers.priors import Prior
-from rgap.stopping import Checkpoint, Ended, Progress
+from rgap.stopping import Checkpoint, Ended, Progress, digest
 from rgap.update import Update
 
 __all__ = ["METHODS", "Checkpoint", "Ended", "Matching", "Progress", "match"]
@@ -164,6 +164,10 @@ def match(
         "restarts": str(count),
         "iterations": str(limit),
         "seed": str(seed),
+        "prior": repr(prior),
+        "local": repr(local),
+        "update": digest(*given.gradients.values()),
+        "start": "None" if given.start is None else digest(given.start),
     }
     if checkpoint is not None:
         checkpoint.require(settings)
