@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rgap.analysis.layer_ranks import Spaces, counted_rows, measured_row, sketched_row
 from rgap.analysis.probe import probe_layers
+from rgap.analysis.probe_batch import probe_targets
 from rgap.analysis.table import Audit, AuditRow
 from rgap.losses import Loss
 from rgap.network import parse
@@ -90,7 +91,7 @@ def audit(
     spaces: Spaces = {}
     make = measured_row if method == "exact" else sketched_row
     for batch in batches:
-        targets = _targets(model, pictures[:batch], loss, seed)
+        targets = probe_targets(model, pictures[:batch], loss, None, seed)
         for probe in probe_layers(model, pictures[:batch], targets, loss):
             rows.append(make(probe, batch, before.get(probe.affine.name, 0), spaces))
     return Audit(type(model).__name__, method, tuple(rows), _notes(rows))
@@ -151,28 +152,6 @@ def _pictures(inputs: Tensor | None, shape: tuple[int, ...], count: int, seed: i
         )
     require_finite("inputs", inputs, "give probe pictures of finite numbers, or write inputs=None")
     return inputs.double()
-
-
-def _targets(model: nn.Module, pictures: Tensor, loss: Loss, seed: int) -> Tensor:
-    """Targets that differ from sample to sample as far as the classes go."""
-    parameter = next(model.parameters())
-    with torch.no_grad():
-        outputs = model(pictures.to(parameter))
-    if not isinstance(outputs, Tensor):
-        raise ValueError(
-            f"expected one tensor from {type(model).__name__}.forward, got a "
-            f"{type(outputs).__name__}; wrap it in a module whose forward returns the logits only"
-        )
-    classes = outputs.shape[-1] if outputs.ndim > 1 else 1
-    generator = torch.Generator().manual_seed(seed)
-    if loss.name == "cross_entropy":
-        return (
-            torch.randperm(max(classes, len(pictures)), generator=generator)[: len(pictures)]
-            % classes
-        )
-    if loss.name == "mse_loss":
-        return torch.rand(outputs.shape, generator=generator, dtype=torch.float64)
-    return (torch.rand(outputs.shape, generator=generator) < 0.5).double()
 
 
 def _notes(rows: Sequence[AuditRow]) -> tuple[str, ...]:

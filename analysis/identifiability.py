@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from operator import index
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from rgap.analysis.chain_ranks import chain_ranks
 from rgap.analysis.identifiability_table import Identifiability, IdentifiabilityRow
 from rgap.analysis.jacobian_nullspace import eliminate_blocks
 from rgap.analysis.nullspace import orthonormal
+from rgap.analysis.probe_batch import probe_batch, probe_targets, require_evaluation
 from rgap.analysis.stage_elimination import TooLargeError
 from rgap.analysis.update_jacobian import UpdateMap
 from rgap.batchloss import BatchLoss
@@ -28,7 +29,6 @@ from rgap.losses import Loss
 from rgap.network import parse
 from rgap.progress import Progress
 from rgap.solvers.rank import Rank
-from rgap.validation import require_finite
 
 METHODS = ("auto", "structured", "dense", "sketch")
 SMALL = 1024  # unknowns up to which "auto" takes the singular values of the whole Jacobian
@@ -103,7 +103,7 @@ def identifiability(
         raise ValueError(f"expected method in {list(METHODS)}, got {method!r}; write method='auto'")
     chosen = Loss.of(loss)
     pictures = probe_batch(inputs, batch_size, seed)
-    _refuse_training(model)
+    require_evaluation(model)
     targets = probe_targets(model, pictures, chosen, labels, seed)
     update = UpdateMap(model, pictures, targets, chosen)
     with Progress(progress) as shown:
@@ -133,8 +133,6 @@ def identifiability(
             found = _general(
                 model, update, own, route, rcond, noise, dtype, memory, seed, null_space
             )
-    from dataclasses import replace
-
     return replace(
         found,
         loss=chosen.name,
@@ -275,74 +273,6 @@ def _general(
     )
 
 
-def probe_batch(inputs: Tensor | Sequence[int], batch_size: int | None, seed: int) -> Tensor:
-    """The batch that was given, in float64, or a random one of the given shape."""
-    if isinstance(inputs, Tensor):
-        if not inputs.is_floating_point():
-            raise TypeError(
-                f"inputs: expected floating numbers, got {inputs.dtype}; for pictures write "
-                "inputs.float() / 255"
-            )
-        if inputs.ndim < 2 or len(inputs) == 0:
-            raise ValueError(
-                f"inputs: expected a batch [B, *input_shape] with B >= 1, got shape "
-                f"{list(inputs.shape)}; write inputs.unsqueeze(0) for one sample"
-            )
-        if batch_size is not None and batch_size != len(inputs):
-            raise ValueError(
-                f"expected batch_size={len(inputs)}, the length of inputs, got {batch_size}; "
-                f"write inputs[:{batch_size}] or leave batch_size out"
-            )
-        require_finite("inputs", inputs, "give pictures of finite numbers, or a shape")
-        return inputs.detach().cpu().double()
-    try:
-        shape = tuple(index(n) for n in inputs)
-        batch = index(1 if batch_size is None else batch_size)
-    except TypeError as error:
-        raise TypeError(
-            f"expected a batch of floating numbers, or the shape of one sample and a whole "
-            f"batch_size, got {inputs!r} and {batch_size!r}; write identifiability(model, "
-            "(3, 32, 32), 2)"
-        ) from error
-    if not shape or min(shape) < 1 or batch < 1:
-        raise ValueError(
-            f"expected a shape of numbers >= 1 and batch_size >= 1, got {shape} and {batch}; "
-            "write identifiability(model, (3, 32, 32), 2)"
-        )
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(batch, *shape, generator=generator, dtype=torch.float64)
-
-
-def probe_targets(
-    model: nn.Module, inputs: Tensor, loss: Loss, labels: Tensor | None, seed: int
-) -> Tensor:
-    """Targets that were given, or such that differ from sample to sample as far as possible."""
-    if labels is not None:
-        return torch.as_tensor(labels).detach().cpu()
-    import copy
-
-    with torch.no_grad():
-        try:
-            outputs = copy.deepcopy(model).cpu().double()(inputs)
-        except RuntimeError as error:
-            raise ValueError(
-                f"model: the forward pass failed for inputs {list(inputs.shape)}: "
-                f"{str(error).splitlines()[0]}; write the input_shape the model was built for"
-            ) from error
-    if not isinstance(outputs, Tensor):
-        raise ValueError(
-            f"expected one tensor from {type(model).__name__}.forward, got a "
-            f"{type(outputs).__name__}; wrap it in a module whose forward returns the logits"
-        )
-    generator = torch.Generator().manual_seed(seed)
-    if loss.name == "cross_entropy":
-        classes = outputs.shape[-1]
-        order = torch.randperm(max(classes, len(inputs)), generator=generator)
-        return order[: len(inputs)] % classes
-    drawn = torch.rand(outputs.shape, generator=generator, dtype=torch.float64)
-    return drawn if loss.name == "mse_loss" else (drawn < 0.5).double()
-
-
 def _sequential(
     model: nn.Module, update: UpdateMap, loss: Loss, seed: int
 ) -> tuple[dict[str, tuple[int, int]], list[str]]:
@@ -367,18 +297,3 @@ def _sequential(
         before = own.get(row.layer, (0, 0))  # a layer used twice has a row for every use
         own[row.layer] = (before[0] + row.unknowns, before[1] + row.nullity)
     return own, []
-
-
-def _refuse_training(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    for name, module in model.named_modules():
-        batch = isinstance(module, nn.modules.batchnorm._BatchNorm)
-        rate = float(getattr(module, "p", 0.0) or 0.0)
-        drops = isinstance(module, nn.modules.dropout._DropoutNd) and rate > 0
-        if module.training and (batch or drops or isinstance(module, nn.RReLU)):
-            raise ValueError(
-                f"model: '{name or type(module).__name__}' ({type(module).__name__}) is in train "
-                "mode, where its output depends on the other samples or on chance; write "
-                "model.eval()"
-            )

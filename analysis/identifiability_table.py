@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rgap.analysis.finding import Finding, plain
 from rgap.analysis.frames import data_frame
 from rgap.analysis.nullspace import determined
 from rgap.solvers.rank import SMALL_GAP
@@ -62,17 +63,14 @@ class IdentifiabilityRow:
     exact: bool = True
 
 
-@dataclass(frozen=True, eq=False)
-class Identifiability:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Identifiability(Finding):
     """Rank and null space of the update as a function of the data, at one batch.
 
+    ``method`` is "structured", "dense" or "sketch"; J has ``equations`` rows and ``unknowns``
+    columns.
+
     Attributes:
-        model: name of the network's class.
-        input_shape: of one sample.
-        batch_size: B.
-        method: "structured", "dense" or "sketch".
-        unknowns: B·n, columns of J.
-        equations: entries of the update, rows of J.
         joint_rank: rank of J.
         gap: σ_r/σ_{r+1} of the least clear decision; infinite where nothing was cut.
         cutoff: absolute cutoff of that decision, in the units of its scaled equations.
@@ -81,17 +79,8 @@ class Identifiability:
         null_basis: orthonormal null directions ``[joint_nullity, B, *input_shape]``; None where
             only ranks were asked for (``null_space=False``).
         spectra: (name, singular values) of the decisions, for `plot`.
-        loss: name of the client's loss.
-        notes: what the reader should know.
-        seconds: wall time.
     """
 
-    model: str
-    input_shape: tuple[int, ...]
-    batch_size: int
-    method: str
-    unknowns: int
-    equations: int
     joint_rank: int
     gap: float
     cutoff: float
@@ -99,9 +88,6 @@ class Identifiability:
     rows: tuple[IdentifiabilityRow, ...]
     null_basis: Tensor | None = field(repr=False)
     spectra: tuple[tuple[str, Tensor], ...] = field(default=(), repr=False)
-    loss: str = ""
-    notes: tuple[str, ...] = ()
-    seconds: float = 0.0
 
     @property
     def joint_nullity(self) -> int:
@@ -225,30 +211,18 @@ class Identifiability:
             )
         return "\n".join([*lines, *self.notes])
 
-    def summary(self) -> dict[str, Any]:
-        """Plain numbers, for JSON."""
-        rows = [asdict(row) for row in self.rows]
-        for row in rows:
-            row["gap"] = _finite(row["gap"])
+    def _numbers(self) -> dict[str, Any]:
+        rows = [asdict(row) | {"gap": plain(row.gap)} for row in self.rows]
         return {
-            "model": self.model,
-            "loss": self.loss,
-            "input_shape": list(self.input_shape),
-            "batch_size": self.batch_size,
-            "method": self.method,
-            "unknowns": self.unknowns,
-            "equations": self.equations,
             "joint_rank": self.joint_rank,
             "joint_nullity": self.joint_nullity,
             "sequential_nullity": self.sequential_nullity,
             "identifiable": self.identifiable,
             "determined_entries": None if self.null_basis is None else int(self.determined.sum()),
-            "gap": _finite(self.gap),
+            "gap": plain(self.gap),
             "cutoff": self.cutoff,
-            "condition": _finite(self.condition),
+            "condition": plain(self.condition),
             "rows": rows,
-            "notes": list(self.notes),
-            "seconds": self.seconds,
         }
 
     def to_frame(self) -> pandas.DataFrame:
@@ -286,7 +260,3 @@ class Identifiability:
                 "identifiability(..., null_space=True)"
             )
         return self.null_basis
-
-
-def _finite(value: float) -> float | None:
-    return None if value == inf else value

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from rgap import validation
 from rgap.analysis.defences import Defence, channel, check
-from rgap.analysis.identifiability import _refuse_training, probe_batch, probe_targets
 from rgap.analysis.information import Sent, information
 from rgap.analysis.noise_table import NoiseReport
+from rgap.analysis.probe_batch import probe_batch, probe_targets, require_evaluation
 from rgap.analysis.update_jacobian import UpdateMap
 from rgap.losses import Loss
 
@@ -105,7 +105,7 @@ def noise(
         )
     chosen = Loss.of(loss)
     pictures = probe_batch(inputs, batch_size, seed)
-    _refuse_training(model)
+    require_evaluation(model)
     targets = probe_targets(model, pictures, chosen, labels, seed)
     update = UpdateMap(model, pictures, targets, chosen)
     sent = Sent(update, channel(update, targets, model, chosen, float(sigma), chain))

@@ -13,17 +13,13 @@ import torch
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
+from rgap.analysis.canvas import BLUE, INK, MUTED, ORANGE, label, panel
 from rgap.analysis.noise_table import NoiseReport
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
     from rgap.analysis.noise_trials import NoiseTrials
 
 __all__ = ["error_map", "measured_against_predicted", "noise_levels", "weighed_spectrum"]
-
-_INK, _MUTED = "#1a1a1a", "#6b6b6b"
-_BLUE, _ORANGE = "#0072B2", "#D55E00"
 
 
 def error_map(report: NoiseReport) -> Figure:
@@ -71,16 +67,16 @@ def error_map(report: NoiseReport) -> Figure:
         axes.set_xticks([])
         axes.set_yticks([])
         axes.spines[:].set_color("#c8c8c8")
-        axes.set_xlabel(f"{quality:.1f} dB", fontsize=9, color=_INK)
+        axes.set_xlabel(f"{quality:.1f} dB", fontsize=9, color=INK)
     assert image is not None
     bar = figure.colorbar(image, ax=list(grid[0]), pad=0.03, aspect=16)
-    bar.ax.tick_params(labelsize=8, labelcolor=_INK)
-    bar.set_label("standard error of a pixel", fontsize=9, color=_INK)
+    bar.ax.tick_params(labelsize=8, labelcolor=INK)
+    bar.set_label("standard error of a pixel", fontsize=9, color=INK)
     bar.outline.set_visible(False)
     title = f"{report.model}, σ = {report.level:.1e}"
     if report.nullity:
         title += f": the {report.rank:,} identifiable directions"
-    figure.suptitle(title, fontsize=10, color=_INK)
+    figure.suptitle(title, fontsize=10, color=INK)
     return figure
 
 
@@ -103,8 +99,7 @@ def measured_against_predicted(trials: NoiseTrials) -> Figure:
     predicted = trials.report.std.flatten()
     measured = trials.variance.flatten().sqrt()
     count = len(trials.totals)
-    figure = Figure(figsize=(4.4, 4.2), layout="constrained")
-    axes = figure.add_subplot()
+    figure, axes = panel(4.4, 4.2)
     both = torch.cat([predicted, measured])
     low, high = float(both.min()) / 1.3, float(both.max()) * 1.3
     ends = torch.tensor([low, high])
@@ -113,9 +108,9 @@ def measured_against_predicted(trials: NoiseTrials) -> Figure:
     axes.fill_between(
         ends, ends * (1 - half), ends * (1 + half), color="#d9d9d9", linewidth=0, label="95 %"
     )
-    axes.plot(ends, ends, color=_MUTED, linewidth=1.0, linestyle="--", label="bound attained")
+    axes.plot(ends, ends, color=MUTED, linewidth=1.0, linestyle="--", label="bound attained")
     axes.plot(
-        predicted, measured, linestyle="none", marker="o", markersize=2.6, color=_BLUE,
+        predicted, measured, linestyle="none", marker="o", markersize=2.6, color=BLUE,
         markeredgewidth=0, alpha=0.7, label="one entry of the batch",
     )  # fmt: skip
     if high / low > 10:  # fewer powers of ten have no ticks to read on a logarithmic axis
@@ -127,16 +122,14 @@ def measured_against_predicted(trials: NoiseTrials) -> Figure:
     axes.set_xlim(low, high)
     axes.set_ylim(low, high)
     axes.set_aspect("equal")
-    axes.set_xlabel("predicted standard error", color=_INK)
-    axes.set_ylabel(f"measured, {count:,} noisy updates", color=_INK)
-    axes.set_title(
+    label(
+        axes,
+        "predicted standard error",
+        f"measured, {count:,} noisy updates",
         f"{trials.report.model}: measured / predicted squared error "
         f"{trials.ratio:.3f} ± {trials.standard_error:.3f}",
-        fontsize=9,
-        color=_INK,
+        "upper left",
     )
-    axes.legend(frameon=False, fontsize=8, loc="upper left")
-    _quiet(axes)
     return figure
 
 
@@ -164,32 +157,32 @@ def noise_levels(report: NoiseReport, psnr: float = 20.0) -> Figure:
         )
     each = report.unit_variance.flatten(1).mean(1)
     levels = limit * torch.logspace(-3, 1.5, 50, dtype=torch.float64)
-    figure = Figure(figsize=(5.2, 3.6), layout="constrained")
-    axes = figure.add_subplot()
+    figure, axes = panel(5.2, 3.6)
     axes.axhspan(psnr - 1000, psnr, color="#efefef", linewidth=0)
     for number, unit in enumerate(each.tolist()):
         curve = 20 * log10(report.width) - 10 * (levels.square() * unit).log10()
         axes.plot(
-            levels, curve, color=_BLUE, linewidth=1.6,
+            levels, curve, color=BLUE, linewidth=1.6,
             linestyle=("-", "--", "-.", ":")[number % 4],
             label=f"picture {number + 1}" if len(each) <= 8 else None,
         )  # fmt: skip
-    axes.axvline(limit, color=_ORANGE, linewidth=1.2, linestyle=(0, (5, 2)))
+    axes.axvline(limit, color=ORANGE, linewidth=1.2, linestyle=(0, (5, 2)))
     axes.annotate(
         f"σ* = {limit:.1e}", (limit, 1), xycoords=("data", "axes fraction"), xytext=(5, -12),
-        textcoords="offset points", fontsize=9, color=_ORANGE,
+        textcoords="offset points", fontsize=9, color=ORANGE,
     )  # fmt: skip
     axes.set_xscale("log")
     axes.set_xlim(float(levels[0]), float(levels[-1]))
     low = 20 * log10(report.width) - 10 * log10(float(levels[-1]) ** 2 * float(each.max()))
     high = 20 * log10(report.width) - 10 * log10(float(levels[0]) ** 2 * float(each.min()))
     axes.set_ylim(low, high)
-    axes.set_xlabel("noise σ of an entry of the update", color=_INK)
-    axes.set_ylabel("predicted PSNR in dB", color=_INK)
-    axes.set_title(f"{report.model}, B = {report.batch_size}", fontsize=10, color=_INK)
-    if 1 < len(each) <= 8:
-        axes.legend(frameon=False, fontsize=8, loc="lower left")
-    _quiet(axes)
+    label(
+        axes,
+        "noise σ of an entry of the update",
+        "predicted PSNR in dB",
+        f"{report.model}, B = {report.batch_size}",
+        "lower left" if 1 < len(each) <= 8 else None,
+    )
     return figure
 
 
@@ -220,40 +213,29 @@ def weighed_spectrum(report: NoiseReport) -> Figure:
         )
     errors = report.level / report.spectrum[: report.rank].double()
     index = torch.arange(1, len(errors) + 1)
-    figure = Figure(figsize=(5.6, 3.7), layout="constrained")
-    axes = figure.add_subplot()
-    axes.plot(index, errors, color=_BLUE, linewidth=1.8)
-    axes.axhline(report.width, color=_ORANGE, linewidth=1.2, linestyle="--")
+    figure, axes = panel(5.6, 3.7)
+    axes.plot(index, errors, color=BLUE, linewidth=1.8)
+    axes.axhline(report.width, color=ORANGE, linewidth=1.2, linestyle="--")
     axes.annotate(
         "range of the data", (0.01, report.width), xycoords=("axes fraction", "data"),
-        xytext=(0, 3), textcoords="offset points", fontsize=8, color=_ORANGE,
+        xytext=(0, 3), textcoords="offset points", fontsize=8, color=ORANGE,
     )  # fmt: skip
     if report.nullity:
         axes.axvspan(len(errors) + 0.5, report.unknowns + 0.5, color="#e3e3e3", linewidth=0)
         axes.annotate(
             f"{report.nullity:,} not in the update",
             ((len(errors) + report.unknowns) / 2, 0.5), xycoords=("data", "axes fraction"),
-            rotation=90, ha="center", va="center", fontsize=8, color=_INK,
+            rotation=90, ha="center", va="center", fontsize=8, color=INK,
         )  # fmt: skip
     axes.set_yscale("log")
     axes.set_xlim(0.5, report.unknowns + 0.5)
     low, high = float(errors.min()), max(float(errors.max()), report.width)
     axes.set_ylim(low / 2, high * 4)
-    axes.set_xlabel("direction of the batch", color=_INK)
-    axes.set_ylabel("standard error", color=_INK)
-    axes.set_title(
+    label(
+        axes,
+        "direction of the batch",
+        "standard error",
         f"{report.model}, B = {report.batch_size}, σ = {report.level:.1e}: "
         f"{report.rank:,} of {report.unknowns:,} identifiable, {report.lost:,} above the range",
-        fontsize=9,
-        color=_INK,
     )
-    _quiet(axes)
     return figure
-
-
-def _quiet(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color("#c8c8c8")
-    axes.tick_params(colors=_INK, labelsize=9)
-    axes.grid(axis="y", color="#ececec", linewidth=0.8)
-    axes.set_axisbelow(True)

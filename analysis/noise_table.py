@@ -10,27 +10,23 @@ import torch
 from torch import Tensor
 
 from rgap.analysis.defences import Defence
+from rgap.analysis.finding import Finding, plain
 from rgap.solvers.rank import Rank
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-@dataclass(frozen=True, eq=False)
-class NoiseReport:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class NoiseReport(Finding):
     """Predicted error of the least-squares reconstruction from a noisy update, at one batch.
 
+    ``method`` is "dense", "normal" or "sampled"; ``equations`` counts those that carry information.
+
     Attributes:
-        model: name of the network's class.
-        input_shape: of one sample.
-        batch_size: B.
-        loss: name of the client's loss.
         sigma: Gaussian noise that was stated.
         defences: in the order in which they act.
         width: of the value range, the peak of the PSNR.
-        method: "dense", "normal" or "sampled".
-        unknowns: B·n.
-        equations: entries of the update that carry information.
         variance: predicted variance of every entry, ``[B, *input_shape]``, over the identifiable
             directions.
         share: share of every entry's unit vector that is identifiable, same shape.
@@ -42,20 +38,11 @@ class NoiseReport:
         spectrum: singular values of the Jacobian, its rows weighed by their noise relative to
             ``level``; empty for ``"sampled"``.
         sampling: relative standard error of the predicted total; 0 where it was computed.
-        notes: what the reader should know.
-        seconds: wall time.
     """
 
-    model: str
-    input_shape: tuple[int, ...]
-    batch_size: int
-    loss: str
     sigma: float
     defences: tuple[Defence, ...]
     width: float
-    method: str
-    unknowns: int
-    equations: int
     variance: Tensor = field(repr=False)
     share: Tensor = field(repr=False)
     unit_variance: Tensor | None = field(repr=False)
@@ -63,8 +50,6 @@ class NoiseReport:
     decision: Rank | None
     spectrum: Tensor = field(repr=False)
     sampling: float = 0.0
-    notes: tuple[str, ...] = ()
-    seconds: float = 0.0
 
     @property
     def rank(self) -> int | None:
@@ -183,22 +168,10 @@ class NoiseReport:
         shares = (shares[-1] / shares).square()
         return float(shares.sum().square() / shares.square().sum())
 
-    def summary(self) -> dict[str, Any]:
-        """Plain numbers, for JSON; None where a number is not finite."""
-
-        def plain(value: float) -> float | None:
-            return value if isfinite(value) else None
-
+    def _numbers(self) -> dict[str, Any]:
         return {
-            "model": self.model,
-            "loss": self.loss,
-            "input_shape": list(self.input_shape),
-            "batch_size": self.batch_size,
             "sigma": self.sigma,
             "defences": [str(one) for one in self.defences],
-            "method": self.method,
-            "unknowns": self.unknowns,
-            "equations": self.equations,
             "rank": self.rank,
             "nullity": self.nullity,
             "lost": self.lost,
@@ -206,8 +179,6 @@ class NoiseReport:
             "mse": [plain(v) for v in self.mse.tolist()],
             "psnr": [plain(v) for v in self.psnr.tolist()],
             "sampling": plain(self.sampling),
-            "notes": list(self.notes),
-            "seconds": self.seconds,
         }
 
     def plot(self) -> Figure:

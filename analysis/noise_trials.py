@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from rgap import validation
 from rgap.analysis.defences import channel, stacked
-from rgap.analysis.identifiability import _refuse_training, probe_batch, probe_targets
 from rgap.analysis.information import Sent, weighed_jacobian
 from rgap.analysis.noise import noise
 from rgap.analysis.noise_table import NoiseReport
+from rgap.analysis.probe_batch import probe_batch, probe_targets, require_evaluation
 from rgap.analysis.update_jacobian import UpdateMap
 from rgap.losses import Loss
 
@@ -128,7 +128,7 @@ def noise_trials(
         )
     chosen = Loss.of(loss)
     truth = probe_batch(inputs, batch_size, seed)
-    _refuse_training(model)
+    require_evaluation(model)
     targets = probe_targets(model, truth, chosen, labels, seed)
     update = UpdateMap(model, truth, targets, chosen)
     sent = Sent(update, channel(update, targets, model, chosen, sigma, ()))

@@ -15,6 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from rgap.analysis.canvas import BLUE, INK, MUTED, ORANGE, label, panel
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -22,8 +24,6 @@ if TYPE_CHECKING:
 
 __all__ = ["null_pictures", "nullity_curves", "spectra"]
 
-_INK, _MUTED = "#1a1a1a", "#6b6b6b"
-_BLUE, _ORANGE = "#0072B2", "#D55E00"
 _STYLES = (
     ("#0072B2", "-", "o"),
     ("#D55E00", "--", "s"),
@@ -81,10 +81,10 @@ def null_pictures(found: Identifiability, count: int = 5) -> Figure:
         known = grid[b, -1].imshow(
             share[b].numpy(), cmap="cividis", vmin=0, vmax=1, interpolation="nearest"
         )
-        grid[b, 0].set_ylabel(f"sample {b + 1}", fontsize=10, color=_INK)
+        grid[b, 0].set_ylabel(f"sample {b + 1}", fontsize=10, color=INK)
     for j in range(columns - 1):
-        grid[0, j].set_title(f"direction {j + 1}", fontsize=9, color=_INK)
-    grid[0, -1].set_title("determined share", fontsize=9, color=_INK)
+        grid[0, j].set_title(f"direction {j + 1}", fontsize=9, color=INK)
+    grid[0, -1].set_title("determined share", fontsize=9, color=INK)
     for axes in grid.flat:
         axes.set_xticks([])
         axes.set_yticks([])
@@ -100,13 +100,13 @@ def null_pictures(found: Identifiability, count: int = 5) -> Figure:
             image, ax=list(below), location="bottom", ticks=ticks, pad=0.04, fraction=0.05
         )
         bar.ax.set_xticklabels(words)
-        bar.ax.tick_params(length=0, labelsize=8, labelcolor=_INK)
+        bar.ax.tick_params(length=0, labelsize=8, labelcolor=INK)
         bar.outline.set_visible(False)
     figure.suptitle(
         f"{found.joint_nullity:,} of {found.unknowns:,} directions leave the update of "
         f"{found.model} as it is",
         fontsize=11,
-        color=_INK,
+        color=INK,
     )
     return figure
 
@@ -138,23 +138,20 @@ def spectra(found: Identifiability) -> Figure:
         )
     gaps = {row.layer: row.gap for row in found.rows}
     gaps["all layers"] = found.gap
-    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
-    axes = figure.add_subplot()
+    figure, axes = panel(6.4, 4.0)
     low = 1.0
     for i, (name, values) in enumerate(curves):
         colour, dash, marker = _STYLES[i % len(_STYLES)]
         low = min(low, _curve(axes, name, values, gaps.get(name, inf), (colour, dash, marker)))
     axes.set_yscale("log")
     axes.set_ylim(max(low / 10, _FLOOR / 10), 3)
-    axes.set_xlabel("index", color=_INK)
-    axes.set_ylabel("singular value / largest", color=_INK)
-    axes.set_title(
+    label(
+        axes,
+        "index",
+        "singular value / largest",
         f"{found.model}, B = {found.batch_size}: rank {found.joint_rank:,} of {found.unknowns:,}",
-        fontsize=11,
-        color=_INK,
+        "best",
     )
-    axes.legend(frameon=False, fontsize=9, loc="best")
-    _quiet(axes)
     return figure
 
 
@@ -181,34 +178,35 @@ def nullity_curves(findings: Sequence[Identifiability]) -> Figure:
             f"expected findings of one network, one per batch size, got {len(ordered)} with batch "
             f"sizes {sizes}; write [identifiability(model, shape, b) for b in (1, 2, 4)]"
         )
-    figure = Figure(figsize=(5.6, 3.8), layout="constrained")
-    axes = figure.add_subplot()
+    figure, axes = panel(5.6, 3.8)
     with_own = [found for found in ordered if found.sequential_nullity is not None]
     if with_own:
         axes.plot(
             [found.batch_size for found in with_own],
             [found.sequential_nullity or 0 for found in with_own],
-            color=_ORANGE, linestyle="--", marker="s", label="layer by layer",
+            color=ORANGE, linestyle="--", marker="s", label="layer by layer",
         )  # fmt: skip
     joint = [found.joint_nullity for found in ordered]
-    axes.plot(sizes, joint, color=_BLUE, marker="o", label="jointly")
+    axes.plot(sizes, joint, color=BLUE, marker="o", label="jointly")
     unknowns = [found.unknowns for found in ordered]
-    axes.plot(sizes, unknowns, color=_MUTED, linestyle=":", linewidth=1.2, label="all unknowns")
+    axes.plot(sizes, unknowns, color=MUTED, linestyle=":", linewidth=1.2, label="all unknowns")
     for size, missing in zip(sizes, joint, strict=True):
         axes.annotate(
             f"{missing:,}", (size, missing), textcoords="offset points", xytext=(0, -13),
-            ha="center", fontsize=8, color=_BLUE,
+            ha="center", fontsize=8, color=BLUE,
         )  # fmt: skip
     axes.set_yscale("symlog", linthresh=max(1.0, min([m for m in joint if m], default=1) / 2))
     axes.set_ylim(bottom=0)
     axes.margins(x=0.08)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xticks(sizes)
-    axes.set_xlabel("batch size", color=_INK)
-    axes.set_ylabel("missing equations", color=_INK)
-    axes.set_title(f"What the update of {ordered[0].model} leaves open", fontsize=11, color=_INK)
-    axes.legend(frameon=False, fontsize=9, loc="best")
-    _quiet(axes)
+    label(
+        axes,
+        "batch size",
+        "missing equations",
+        f"What the update of {ordered[0].model} leaves open",
+        "best",
+    )
     return figure
 
 
@@ -232,18 +230,10 @@ def _curve(axes: Axes, name: str, values: Tensor, gap: float, style: tuple[str, 
         middle = float((relative[cut - 1] * relative[cut]).sqrt())
         axes.plot(
             [cut + 0.5, cut + 0.5], [float(relative[cut]), float(relative[cut - 1])],
-            color=_MUTED, linewidth=0.8,
+            color=MUTED, linewidth=0.8,
         )  # fmt: skip
         axes.annotate(
             "gap", (cut + 0.5, middle), textcoords="offset points", xytext=(-4, 0), ha="right",
-            va="center", fontsize=8, color=_MUTED,
+            va="center", fontsize=8, color=MUTED,
         )  # fmt: skip
     return float(relative.min())
-
-
-def _quiet(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color("#c8c8c8")
-    axes.tick_params(colors=_INK, labelsize=9)
-    axes.grid(axis="y", color="#ececec", linewidth=0.8)
-    axes.set_axisbelow(True)

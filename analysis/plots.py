@@ -15,6 +15,8 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from rgap.analysis.canvas import INK, MUTED
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -26,8 +28,6 @@ Pictures = Tensor | Sequence[Tensor | None]
 
 # One hue from light to dark: reads the same in grey and for every kind of colour vision.
 _MAP = "Blues"
-_INK = "#1a1a1a"
-_MUTED = "#6b6b6b"
 
 
 def discard_heatmap(audit: Audit) -> Figure:
@@ -68,7 +68,7 @@ def discard_heatmap(audit: Audit) -> Figure:
         for j, batch in enumerate(batches):
             row = cells.get((layer, batch))
             if row is None:  # a layer that this batch size did not reach
-                axes.text(j, i, "–", ha="center", va="center", color=_MUTED)
+                axes.text(j, i, "–", ha="center", va="center", color=MUTED)
                 continue
             values[i, j] = row.discard
             ink = _readable(row.discard)
@@ -85,14 +85,14 @@ def discard_heatmap(audit: Audit) -> Figure:
     axes.set_xticks(np.arange(0.5, len(batches) - 1), minor=True)
     axes.set_yticks(np.arange(0.5, len(layers) - 1), minor=True)
     axes.grid(which="minor", color="white", linewidth=2)
-    axes.tick_params(which="both", length=0, labelcolor=_INK)
+    axes.tick_params(which="both", length=0, labelcolor=INK)
     axes.spines[:].set_visible(False)
-    axes.set_xlabel("batch size", color=_INK)
-    axes.set_title(f"What each gradient of {audit.model} discards", fontsize=12, color=_INK, pad=10)
+    axes.set_xlabel("batch size", color=INK)
+    axes.set_title(f"What each gradient of {audit.model} discards", fontsize=12, color=INK, pad=10)
     bar = figure.colorbar(image, ax=axes, ticks=[0, 0.25, 0.5, 0.75, 1], pad=0.03, aspect=18)
     bar.ax.set_yticklabels(["0%", "25%", "50%", "75%", "100%"])
-    bar.ax.tick_params(length=0, labelsize=8, labelcolor=_INK)
-    bar.set_label("missing equations / unknowns", fontsize=9, color=_INK)
+    bar.ax.tick_params(length=0, labelsize=8, labelcolor=INK)
+    bar.set_label("missing equations / unknowns", fontsize=9, color=INK)
     bar.outline.set_visible(False)
     return figure
 
@@ -182,7 +182,7 @@ def side_by_side(
     for column, (original, answer) in enumerate(zip(left, right, strict=True)):
         _show(grid[0, column], original, value_range)
         if titles is not None:
-            grid[0, column].set_title(titles[column], fontsize=9, color=_INK)
+            grid[0, column].set_title(titles[column], fontsize=9, color=INK)
         if answer is None:
             _undetermined(grid[1, column], original)
             if rows == 3:
@@ -192,11 +192,11 @@ def side_by_side(
         grid[1, column].set_xlabel(_quality(psnr(original, answer, value_range)), fontsize=9)
         _error(grid[2, column], original, answer, value_range)
     for axes, name in zip(grid[:, 0], ("original", "recovered", "error"), strict=False):
-        axes.set_ylabel(name, fontsize=10, color=_INK)
+        axes.set_ylabel(name, fontsize=10, color=INK)
     if rows == 3 and right[0] is None:
         for column, answer in enumerate(right):
             if answer is not None:  # the row's name belongs to its first drawn panel
-                grid[2, column].set_ylabel("error", fontsize=10, color=_INK)
+                grid[2, column].set_ylabel("error", fontsize=10, color=INK)
                 break
     return figure
 
@@ -248,7 +248,7 @@ def _error(axes: Axes, original: Tensor, answer: Tensor, value_range: tuple[floa
     error = (answer - original).abs().amax(0) / (value_range[1] - value_range[0])
     factor, written = _amplification(float(error.max()))
     axes.imshow((error * factor).numpy(), cmap="magma", vmin=0, vmax=1, interpolation="nearest")
-    axes.set_title(written, fontsize=9, color=_INK)
+    axes.set_title(written, fontsize=9, color=INK)
     _frame(axes)
 
 
@@ -280,7 +280,7 @@ def _undetermined(axes: Axes, original: Tensor) -> None:
         ha="center",
         va="center",
         fontsize=9,
-        color=_MUTED,
+        color=MUTED,
     )
     _frame(axes)
 
@@ -298,4 +298,4 @@ def _quality(value: float) -> str:
 def _readable(share: float) -> str:
     """Ink that stands out from the cell's colour."""
     red, green, blue, _ = colormaps[_MAP](share)
-    return "white" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.55 else _INK
+    return "white" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.55 else INK

@@ -1,8 +1,8 @@
 """Time and memory of audits: LeNet's joint rank, and large networks layer by layer.
 
-    python benchmarks/bench_audit.py lenet            joint rank by structure, B = 1 and 2
-    python benchmarks/bench_audit.py dense            B = 2 by the singular values of the Jacobian
     python benchmarks/bench_audit.py layers           LeNet layer by layer, B = 1, 2, 4, 8
+    python benchmarks/bench_audit.py lenet            its joint ranks by structure, the same B
+    python benchmarks/bench_audit.py dense            B = 2 by the singular values of the Jacobian
     python benchmarks/bench_audit.py resnet18         ResNet-18 on 3x32x32, layer by layer
     python benchmarks/bench_audit.py vgg16            VGG-16 on 3x224x224, layer by layer
 
@@ -12,7 +12,6 @@ processor time of all threads, ``wall`` what a clock shows, ``peak`` the largest
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import resource
@@ -22,11 +21,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from chosen_rows import chosen_rows
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import rgap
 from rgap.analysis import audit, identifiability
+from rgap.analysis.jacobian_nullspace import jacobian_blocks
+from rgap.analysis.update_jacobian import UpdateMap
+from rgap.losses import Loss
+from rgap.solvers.rank import numerical_rank, resolve_rcond
 
 VGG16 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0)
 
@@ -87,12 +91,34 @@ def built(make: Callable[[], nn.Module]) -> nn.Module:
     return make().eval()
 
 
-def joint(method: str, batch: int) -> dict[str, Any]:
-    """LeNet's joint rank at photographs."""
+def joint(batch: int, null_space: bool) -> dict[str, Any]:
+    """LeNet's joint rank at photographs, layer by layer without the Jacobian."""
     found = identifiability(
-        rgap.models.lenet(seed=0), rgap.photos.load(batch), method=method, sequential=False
+        rgap.models.lenet(seed=0),
+        rgap.photos.load(batch),
+        method="structured",
+        sequential=False,
+        null_space=null_space,
     )
     return {"rank": found.joint_rank, "unknowns": found.unknowns, "gap": found.gap}
+
+
+def dense(batch: int) -> dict[str, Any]:
+    """The same by LAPACK's singular values of the whole Jacobian, every layer of norm one."""
+    pictures = rgap.photos.load(batch).double()
+    labels = torch.arange(batch)
+    start = time.process_time()
+    update = UpdateMap(rgap.models.lenet(seed=0), pictures, labels, Loss.of("cross_entropy"))
+    jacobian = torch.cat([rows / rows.norm() for rows in jacobian_blocks(update, False)])
+    formed = time.process_time() - start
+    values = torch.linalg.svdvals(jacobian)
+    rank = numerical_rank(values, update.unknowns, resolve_rcond(None, tuple(jacobian.shape)))
+    return {
+        "rank": rank.rank,
+        "unknowns": update.unknowns,
+        "gap": rank.gap,
+        "forming_cpu_s": round(formed, 2),
+    }
 
 
 def table(make: Callable[[], nn.Module], shape: tuple[int, ...], batches: tuple[int, ...],
@@ -112,10 +138,13 @@ def table(make: Callable[[], nn.Module], shape: tuple[int, ...], batches: tuple[
 
 ROWS: dict[str, list[tuple[str, Callable[[], dict[str, Any]]]]] = {
     "lenet": [
-        (f"LeNet, joint rank by structure, B = {b}", lambda b=b: joint("structured", b))
-        for b in (1, 2)
+        *(
+            (f"LeNet, joint rank by structure, B = {b}", lambda b=b: joint(b, False))
+            for b in (1, 2, 4, 8)
+        ),
+        ("LeNet, joint rank and null directions, B = 2", lambda: joint(2, True)),
     ],
-    "dense": [("LeNet, singular values of the Jacobian, B = 2", lambda: joint("dense", 2))],
+    "dense": [("LeNet, singular values of the Jacobian, B = 2", lambda: dense(2))],
     "layers": [
         (
             "LeNet, layer by layer, measured, B = 1, 2, 4, 8",
@@ -156,14 +185,8 @@ def measured(name: str, at: int) -> None:
 
 def main() -> None:
     """Run the rows named, each in a process of its own."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("rows", nargs="*", default=list(ROWS), help=f"of {', '.join(ROWS)}")
-    chosen = parser.parse_args().rows
-    unknown = set(chosen) - set(ROWS)
-    if unknown:
-        parser.error(f"expected rows among {list(ROWS)}, got {sorted(unknown)}")
     context = multiprocessing.get_context("spawn")
-    for name in chosen:
+    for name in chosen_rows(str(__doc__), ROWS):
         for at in range(len(ROWS[name])):
             process = context.Process(target=measured, args=(name, at))
             process.start()

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import sys
 import time
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import rgap
-from rgap.analysis import identifiability, layer_form, symbolic
+from rgap.analysis import Identifiability, identifiability, layer_form, symbolic
 
 BINARY = "binary_cross_entropy_with_logits"
 Check = tuple[str, object, object]  # what, found, expected
@@ -71,10 +72,7 @@ def lenet() -> list[Check]:
     model = rgap.models.lenet(seed=0)
     net = symbolic(model, (3, 32, 32))
     b = _symbol(net)
-    found = {
-        batch: identifiability(model, (3, 32, 32), batch, method="structured", sequential=False)
-        for batch in (1, 2)
-    }
+    found = {batch: _joint(model, (3, 32, 32), batch) for batch in (1, 2)}
     return [
         ("conv2: joint rank of its own equations, every B", str(net.layers[1].joint_rank), LENET),
         ("B of every layer from which something stays open", _stars(net), ["oo", "2", "oo", "10"]),
@@ -96,6 +94,9 @@ def convolutions() -> list[Check]:
     naive = 12 * 20 * 9
     sizes = {"kernel_size": 3, "input_size": (16, 16), "padding": 1}
     same = layer_form("conv2d", {**sizes, "in_channels": 16, "out_channels": 16})
+    jointly = _joint(
+        rgap.models.cnn6d(seed=0), rgap.photos.load(1), labels=torch.ones(1, 1), loss=BINARY
+    )
     return [
         (
             "CNN6, nullity of every layer at B = 1",
@@ -106,6 +107,7 @@ def convolutions() -> list[Check]:
         ("its second convolution: naive count of gradient rows", naive, 2160),
         ("its second convolution: rank K and W", _ranks(conv2), (1968, 1620)),
         ("its second convolution: joint rank of 3468", int(conv2.joint_rank), 3188),
+        ("CNN6-d, all layers together: rank of 3072 unknowns", jointly.joint_rank, 3072),
         (
             "stride 1, padding 1, 16 → 16 channels: discards from B =",
             str(same.critical_batch),
@@ -120,7 +122,7 @@ def labels() -> list[Check]:
     pictures = rgap.photos.load(2, dtype=torch.float64)
     ratio = {}
     equal = torch.tensor([3, 3])
-    found = identifiability(model, pictures, labels=equal, method="structured", sequential=False)
+    found = _joint(model, pictures, labels=equal)
     for name, pair in (("different", [3, 5]), ("equal", [3, 3])):
         target = torch.tensor(pair)
         update = rgap.capture(model, pictures, target, dtype=torch.float64)
@@ -139,6 +141,13 @@ def labels() -> list[Check]:
         ("and it stays above what float64 resolves, 1e-13", ratio["equal"] > 1e-13, True),
         ("MLP, four samples of one label: status", recovery.status.name, "EXACT"),
     ]
+
+
+def _joint(model: nn.Module, *inputs: Any, **options: Any) -> Identifiability:
+    """Ranks alone, layer by layer without the Jacobian."""
+    return identifiability(
+        model, *inputs, **options, method="structured", sequential=False, null_space=False
+    )
 
 
 def _far(ratio: dict[str, float]) -> bool:
@@ -160,7 +169,14 @@ def _ranks(layer: rgap.analysis.SymbolicLayer) -> tuple[int, int]:
 def _same(model: nn.Module, x: Tensor, other: Tensor) -> bool:
     """True if (x, label 1) and (other, label 0) send the same update up to rounding."""
     updates = [
-        rgap.capture(model, inputs, torch.tensor([[label]]), loss=BINARY, dtype=torch.float64)
+        rgap.capture(
+            model,
+            inputs,
+            torch.tensor([[label]]),
+            loss=BINARY,
+            dtype=torch.float64,
+            value_range=None,
+        )
         for inputs, label in ((x, 1.0), (other, 0.0))
     ]
     pairs = zip(*(update.gradients.values() for update in updates), strict=True)

@@ -9,11 +9,11 @@ python benchmarks/identifiability_figures.py harden     the defender's table of 
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from chosen_rows import chosen_rows
 
 import rgap
 from rgap.analysis import harden, identifiability
@@ -60,6 +60,7 @@ def cnn6d() -> None:
             rgap.photos.load(1),
             loss="binary_cross_entropy_with_logits",
             labels=torch.ones(1, 1),
+            null_space=False,
         )
     )
 
@@ -80,13 +81,7 @@ ROWS: dict[str, Callable[[], None]] = {
 
 def main() -> None:
     """Run the rows named."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("rows", nargs="*", default=list(ROWS), help=f"of {', '.join(ROWS)}")
-    chosen = parser.parse_args().rows
-    unknown = set(chosen) - set(ROWS)
-    if unknown:
-        parser.error(f"expected rows among {list(ROWS)}, got {sorted(unknown)}")
-    for name in chosen:
+    for name in chosen_rows(str(__doc__), ROWS):
         ROWS[name]()
 
 

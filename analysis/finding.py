@@ -1,0 +1,62 @@
+"""What every result about one network at one batch says of itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Finding:
+    """A result about the update of one network at one batch.
+
+    Attributes:
+        model: name of the network's class.
+        input_shape: of one sample.
+        batch_size: B.
+        method: the route that was taken.
+        unknowns: B·n.
+        equations: entries of the update that were looked at.
+        loss: name of the client's loss.
+        notes: what the reader should know.
+        seconds: wall time.
+    """
+
+    model: str
+    input_shape: tuple[int, ...]
+    batch_size: int
+    method: str
+    unknowns: int
+    equations: int
+    loss: str = ""
+    notes: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+    def summary(self) -> dict[str, Any]:
+        """Plain numbers, for JSON; None where a number is not finite."""
+        return {
+            "model": self.model,
+            "loss": self.loss,
+            "input_shape": list(self.input_shape),
+            "batch_size": self.batch_size,
+            "method": self.method,
+            "unknowns": self.unknowns,
+            "equations": self.equations,
+            **self._numbers(),
+            "notes": list(self.notes),
+            "seconds": self.seconds,
+        }
+
+    def _numbers(self) -> dict[str, Any]:
+        """What this kind of result adds to the summary."""
+        return {}
+
+
+def plain(value: float) -> float | None:
+    """A number for JSON, which has no infinities.
+
+    >>> plain(1.5), plain(float("inf"))
+    (1.5, None)
+    """
+    return value if isfinite(value) else None
