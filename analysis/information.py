@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from rgap.analysis.defences import Channel, stacked
+from rgap.analysis.channel import Channel, stacked
 from rgap.analysis.update_jacobian import UpdateMap
 from rgap.solvers.conjugate import cgls
 from rgap.solvers.rank import Rank, numerical_rank, resolve_rcond

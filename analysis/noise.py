@@ -15,7 +15,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from rgap import validation
-from rgap.analysis.defences import Defence, channel, check
+from rgap.analysis.channel import channel
+from rgap.analysis.defences import Defence, check
 from rgap.analysis.information import Sent, information
 from rgap.analysis.noise_table import NoiseReport
 from rgap.analysis.probe_batch import probe_batch, probe_targets, require_evaluation

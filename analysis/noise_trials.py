@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rgap import validation
-from rgap.analysis.defences import channel, stacked
+from rgap.analysis.channel import channel, stacked
 from rgap.analysis.information import Sent, weighed_jacobian
 from rgap.analysis.noise import noise
 from rgap.analysis.noise_table import NoiseReport

@@ -191,13 +191,14 @@ def nullity_curves(findings: Sequence[Identifiability]) -> Figure:
     unknowns = [found.unknowns for found in ordered]
     axes.plot(sizes, unknowns, color=MUTED, linestyle=":", linewidth=1.2, label="all unknowns")
     for size, missing in zip(sizes, joint, strict=True):
-        axes.annotate(
-            f"{missing:,}", (size, missing), textcoords="offset points", xytext=(0, -13),
-            ha="center", fontsize=8, color=BLUE,
-        )  # fmt: skip
+        if missing:
+            axes.annotate(
+                f"{missing:,}", (size, missing), textcoords="offset points", xytext=(8, -8),
+                fontsize=8, color=BLUE,
+            )  # fmt: skip
     axes.set_yscale("symlog", linthresh=max(1.0, min([m for m in joint if m], default=1) / 2))
     axes.set_ylim(bottom=0)
-    axes.margins(x=0.08)
+    axes.margins(x=0.1)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xticks(sizes)
     label(

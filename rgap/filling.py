@@ -10,7 +10,7 @@ from math import isfinite, prod
 import torch
 from torch import Tensor
 
-from rgap import certificate
+from rgap import certificate, outcomes
 from rgap.activations import Activation
 from rgap.batches import rows_of
 from rgap.batchloss import BatchLoss
@@ -96,17 +96,17 @@ def filled(
     reason = _words(halt.reason, -surplus, unknowns, found)
     if found.misfit > MISSED:
         reason += _edges(problem, found.value)
-        residual = certificate.replayed(problem, inputs, labels)[0]
+        residual = outcomes.replayed(problem, inputs, labels)[0]
         nearest = Candidate(inputs, labels, residual)
         return replace(_without(problem, descent, reason), candidates=(nearest,))
-    return certificate.completed(problem, descent, inputs, labels, reason)
+    return outcomes.completed(problem, descent, inputs, labels, reason)
 
 
 def _without(problem: Problem, descent: Descent, reason: str) -> Recovery:
     """The outcome where a completion gave nothing that could be returned."""
     supported = descent.require_halt().supported
     status = Status.UNDERDETERMINED if supported else Status.UNSUPPORTED
-    return certificate.stopped(problem, status, reason, descent)
+    return outcomes.stopped(problem, status, reason, descent)
 
 
 def _label(problem: Problem, descent: Descent, kappa: Known | None) -> Tensor:

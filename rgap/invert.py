@@ -10,7 +10,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from rgap import certificate
+from rgap import certificate, outcomes
 from rgap.batches import batch_of, start, with_separation
 from rgap.batchloss import BatchLoss
 from rgap.bias import rank_one_residual
@@ -126,7 +126,7 @@ def _run(problem: Problem, head: Head | None, show: Progress) -> Recovery:
     chain = problem.chain
     if not chain.stages:
         assert chain.barrier is not None
-        return certificate.stopped(problem, Status.UNSUPPORTED, chain.barrier.words, None)
+        return outcomes.stopped(problem, Status.UNSUPPORTED, chain.barrier.words, None)
     if head is not None:
         show.stage("recursion from the given head")
         top = chain.stages[-1].affine
@@ -152,7 +152,7 @@ def _from_batch(problem: Problem, found: Separated | Unseparated, show: Progress
     """B > 1: the samples were told apart at some stage; descend from there."""
     if isinstance(found, Unseparated):
         status = Status.UNDERDETERMINED if found.consistent else Status.INCONSISTENT
-        return certificate.stopped(problem, status, found.reason, None)
+        return outcomes.stopped(problem, status, found.reason, None)
     problem = start(problem, found)
     descent = _descend(problem, found.stage.index, found.features, found.cotangents, show)
     descent = with_separation(problem, descent, found)
@@ -181,7 +181,7 @@ def _from_bias(problem: Problem, index: int, show: Progress) -> Recovery:
     x, k = features_from_bias(weight, bias, problem.precision)
     misfit = rank_one_residual(weight, x.value[0], k.value[0])
     if misfit > certificate.rank_one_tolerance(problem):
-        return certificate.stopped(
+        return outcomes.stopped(
             problem,
             Status.INCONSISTENT,
             f"the gradient of '{stage.name}' is not of rank one (relative residual {misfit:.1e}): "
@@ -198,7 +198,7 @@ def _from_head(problem: Problem, show: Progress) -> Recovery:
     index = len(chain.stages) - 1
     stage = chain.stages[index]
     if stage.affine.geometry is not None:
-        return certificate.stopped(
+        return outcomes.stopped(
             problem,
             Status.UNSUPPORTED,
             f"the last layer '{stage.name}' is a {stage.affine.kind}, the head equations need a "
@@ -210,7 +210,7 @@ def _from_head(problem: Problem, show: Progress) -> Recovery:
     found = solve_head(stage, weight, bias, problem.update.loss, problem.precision)
     if isinstance(found, HeadFailure):
         status = Status.UNDERDETERMINED if found.consistent else Status.INCONSISTENT
-        return certificate.stopped(problem, status, found.reason, None)
+        return outcomes.stopped(problem, status, found.reason, None)
     runs: list[Run] = []
     for family in _families(_matching(found, problem.labels), chain):
         first = family[0]
@@ -244,12 +244,12 @@ def _families(found: list[HeadCandidate], chain: Chain) -> list[list[HeadCandida
 def _conclude(problem: Problem, runs: list[Run], show: Progress) -> Recovery:
     """Refute candidates, polish what is left, certify."""
     if not runs:
-        return certificate.stopped(
+        return outcomes.stopped(
             problem, Status.INCONSISTENT, "the stated labels contradict the head's gradient", None
         )
     alive = [run for run in runs if not run[0].refuted]
     if not alive:
-        return certificate.contradiction(problem, min((r[0] for r in runs), key=_worst))
+        return outcomes.contradiction(problem, min((r[0] for r in runs), key=_worst))
     reached = [run for run in alive if run[0].data is not None]
     if not reached:
         descent = alive[0][0]
@@ -264,7 +264,7 @@ def _conclude(problem: Problem, runs: list[Run], show: Progress) -> Recovery:
             reason += (
                 f"; no completion: {len(alive)} roots at the head are open, each needs its own"
             )
-        return certificate.stopped(problem, status, reason, descent)
+        return outcomes.stopped(problem, status, reason, descent)
     show.stage("polish on the whole update")
     answers = []
     for descent, kappa, family in reached:
@@ -280,7 +280,7 @@ def _conclude(problem: Problem, runs: list[Run], show: Progress) -> Recovery:
     recovery = certificate.certify(problem, answers)
     unsettled = [run[0].require_halt() for run in alive if run[0].data is None]
     if recovery.status is Status.EXACT and unsettled:
-        return certificate.stopped(
+        return outcomes.stopped(
             problem,
             Status.UNDERDETERMINED,
             f"one answer reproduces the update, but another root at the head is not refuted: its "
