@@ -24,6 +24,7 @@ from rgap.systems.ranks import stage_joint_rank, weight_row_spaces
 LARGEST = 20_000  # inputs of a layer; a basis of its weight constraints then takes 3 GB
 ROOM = 2  # width of a sketch over the smaller side of what it compresses
 SPARE = 64
+PROOF = 1e9  # effort of one step of a proof: a large network is counted in seconds
 
 Spaces = dict[str, RowSpace]
 
@@ -92,7 +93,7 @@ def counted_rows(
 ) -> tuple[list[AuditRow], tuple[str, ...]]:
     """Rows from the sizes alone, for generic weights and cotangents, and what they leave out.
 
-    The network is counted once, as expressions in B.
+    The network is counted once, as expressions in B; what takes long to prove is called a bound.
 
     Args:
         model: left as it was; its weights are not looked at.
@@ -100,7 +101,7 @@ def counted_rows(
         batches: the batch sizes.
         loss: name of the client's loss.
     """
-    found = symbolic(model, shape, loss=loss)
+    found = symbolic(model, shape, loss=loss, effort=PROOF)
     rows = []
     for batch in batches:
         before = 0
