@@ -3,6 +3,7 @@
     python benchmarks/study_matching.py                        every row, photographs 8 and later
     python benchmarks/study_matching.py --rows blog --figure docs/pictures/matching.png
     python benchmarks/study_matching.py --rows residual ablation --seconds 60
+    python benchmarks/study_matching.py --rows terms --cases 6    GradInversion term by term
     python benchmarks/study_matching.py --rows tuning          the weights below, photographs 0 to 7
 
 ``blog``: what a reader of introductions to gradient inversion sees, and what is behind it. (a) a
@@ -11,7 +12,9 @@ four-layer MLP, one picture, squared distance; (b) LeNet, one picture, squared d
 each the closed form, and the completion where it ends.  ``residual``: two residual networks with
 SiLU, one picture and two, Gauss-Newton and signed Adam with total variation for the same time.
 ``ablation``: LeNet, two pictures, the same time: signed Adam; Gauss-Newton on gradients alone; with
-what the closed forms found.
+what the closed forms found.  ``terms``: GradInversion with all its terms and with each of them off,
+two pictures of 8 by 8, two seeds, 150 iterations; the batch norms keep the statistics of the
+photographs 0 to 7.
 
 Labels are known to every method.  A search gets ``--seconds``; the iterations of signed Adam are
 set so that its schedule ends with them.  The weights of the total variation in ``residual`` and
@@ -23,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -42,6 +46,8 @@ WEIGHTS = (1e-4, 1e-3, 1e-2, 1e-1)
 BEST = {"lenet": 1e-3, "flat": 1e-3, "pooled": 1e-3}  # of WEIGHTS, on the photographs 0 to 7
 LABELS = (3, 5)
 PLAIN = replace(PRESETS["ig"], name="cosine", variation=0.0)
+TERMS = ("group", "statistics", "variation", "size", "noise")
+QUICK = replace(PRESETS["gradinversion"], iterations=150, restarts=2)
 SQUARES = replace(PLAIN, name="squares", distance="squares")
 
 
@@ -83,12 +89,26 @@ def network(name: str, seed: int) -> nn.Module:
         return rgap.models.mlp((512, 512, 512), activation="relu", seed=seed)
     if name == "lenet":
         return rgap.models.lenet(seed=seed, weights="uniform")
+    if name == "normed":
+        return normed(seed)
     if name == "pooled":
         return rgap.models.resnet(activation="silu", seed=seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         parts = (nn.Conv2d(3, 16, 3, 1, 1), nn.SiLU(), Block(16, 16, 1), Block(16, 32, 2))
         return nn.Sequential(*parts, nn.Flatten(), nn.Linear(32 * 256, 10)).eval()
+
+
+def normed(seed: int) -> nn.Module:
+    """A small network for pictures of 8 by 8, whose batch norms have seen photographs."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        parts: list[nn.Module] = []
+        for inner in (3, 8):
+            parts += [nn.Conv2d(inner, 8, 3, 1, 1), nn.BatchNorm2d(8, momentum=None), nn.SiLU()]
+        model = nn.Sequential(*parts, nn.Flatten(), nn.Linear(512, 10))
+        model.train()(rgap.photos.load(FIRST, 8).float())
+    return model.eval()
 
 
 def cases(rows: list[str], count: int) -> Iterator[Case]:
@@ -116,6 +136,10 @@ def cases(rows: list[str], count: int) -> Iterator[Case]:
         if "ablation" in rows:
             for method in (varied(BEST["lenet"]), "gauss_newton", "completion"):
                 yield Case("ablation", "lenet", two, method)
+        if "terms" in rows:
+            yield Case("terms", "normed", two, replace(QUICK, name="all"))
+            for term in TERMS:
+                yield Case("terms", "normed", two, replace(QUICK, name=f"no {term}", **{term: 0.0}))
         if "tuning" in rows:
             for name in BEST:
                 for weight in WEIGHTS:
@@ -124,7 +148,8 @@ def cases(rows: list[str], count: int) -> Iterator[Case]:
 
 def one(case: Case, seconds: float) -> tuple[dict, Tensor, Tensor | None]:
     """One batch through one method: the numbers, the truth and what was found."""
-    x = torch.cat([rgap.photos.load(1, start=place) for place in case.places])
+    side = 8 if case.row == "terms" else 32
+    x = torch.cat([rgap.photos.load(1, side, start=place) for place in case.places])
     targets = torch.tensor(LABELS[: len(x)])
     model = network(case.network, case.places[0])
     update = rgap.capture(model, x, targets, dtype=torch.float64, share_labels=True)
@@ -134,7 +159,7 @@ def one(case: Case, seconds: float) -> tuple[dict, Tensor, Tensor | None]:
         steps = 0
     else:
         iterations = None
-        if isinstance(case.method, Preset):
+        if isinstance(case.method, Preset) and case.row != "terms":
             rgap.match(model, update, method=case.method, iterations=3)
             probe = rgap.match(model, update, method=case.method, iterations=20)
             iterations = max(50, int(seconds / probe.seconds * 20))
@@ -170,8 +195,8 @@ def one(case: Case, seconds: float) -> tuple[dict, Tensor, Tensor | None]:
 def main() -> int:
     """Run what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    rows = ["blog", "residual", "ablation", "tuning"]
-    parser.add_argument("--rows", nargs="+", default=rows[:3], choices=rows)
+    rows = ["blog", "residual", "ablation", "terms", "tuning"]
+    parser.add_argument("--rows", nargs="+", default=rows[:4], choices=rows)
     parser.add_argument("--cases", type=int, default=1, help="batches a row")
     parser.add_argument("--seconds", type=float, default=30.0, help="of every search")
     parser.add_argument("--output", type=Path, help="append every run as a JSON line")
@@ -180,7 +205,7 @@ def main() -> int:
     print(
         "row       network  photographs  method            status           PSNR residual steps s"
     )
-    faults, shown = 0, []
+    faults, shown, means = 0, [], dict[str, list[float]]()
     for case in cases(options.rows, options.cases):
         run, x, near = one(case, options.seconds)
         faults += bool(run["fault"])
@@ -197,8 +222,13 @@ def main() -> int:
         if options.output is not None:
             with options.output.open("a") as file:
                 file.write(json.dumps(run) + "\n")
+        if case.row == "terms":
+            means.setdefault(run["method"], []).append(run["psnr"])
         if case.row.startswith("blog"):
             shown.append((run, x, near))
+    for name, found in means.items():
+        mean, error = statistics.fmean(found), statistics.pstdev(found) / len(found) ** 0.5
+        print(f"mean of {len(found)}: {name:17} {mean:5.2f} ± {error:.2f} dB")
     if options.figure is not None and shown:
         draw_matching(shown, options.figure)
     return int(bool(faults))
