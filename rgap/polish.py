@@ -89,6 +89,10 @@ def polish(
     own = start.error[:MEMBERS] if settled else start.error[:0]
     weights = row_weights(point, kappa, precision, (point.power(e[None]) for e in own))
     misfits = row_misfits(point, gradients, weights)
+    if settled and max(misfits.values()) > FITS and precondition is not None:
+        # Rounding of our own left it beside the optimum: its error is no excuse any more.
+        weights, settled = row_weights(point, kappa, precision), False
+        misfits = row_misfits(point, gradients, weights)
     if settled or precondition is None:
         return Polished(start, max(misfits.values()), misfits, 0, full=False)
     hard = float(start.error.square().mean().sqrt()) > HARD * width

@@ -8,7 +8,10 @@ from batched import batch_of, mlp, pictures
 from torch import Tensor
 
 from rgap.batchloss import BatchLoss
+from rgap.jacobian import Linearisation
 from rgap.losses import Loss
+from rgap.polish import FITS, polish
+from rgap.precision import Known
 from rgap.separation import peeling
 from rgap.separation.at_head import AtHead
 from rgap.separation.batch import Batch
@@ -17,6 +20,7 @@ from rgap.separation.mixture import Mixture
 from rgap.separation.peeling import _polished
 from rgap.separation.softmax import likely
 from rgap.separation.spread import Spread, spread
+from rgap.weighing import row_misfits, row_weights
 
 LABELS = torch.tensor([7, 7, 7, 23])
 CLASSES = 40
@@ -72,3 +76,25 @@ def test_a_point_in_a_valley_is_not_at_rest(share: float, monkeypatch: pytest.Mo
     alone = whole.some(torch.arange(1))
     _, fits, still = _polished(alone, point[:1])
     assert fits.tolist() == [0] and still == [share == 0.0]
+
+
+def test_a_settled_start_that_misses_is_polished_after_all() -> None:
+    """Beyond what reproduces the update its own error is no excuse: the polish goes on."""
+    batch, *_ = posed()
+    x = pictures(len(LABELS), 3)
+    loss = BatchLoss(
+        Loss(),
+        torch.eye(CLASSES, dtype=torch.float64)[LABELS],
+        torch.ones(len(LABELS), dtype=torch.float64),
+    )
+    draw = torch.randn(9, *x.shape, generator=torch.Generator().manual_seed(0)).double()
+    start = Known(x + 1e-9 * draw[0], 1e-12 * draw[1:])
+    point = Linearisation(batch.chain, start.value, loss)
+    weights = row_weights(point, loss.known(point.outputs, batch.precision), batch.precision)
+    before = max(row_misfits(point, batch.gradients, weights).values())
+    done = polish(
+        batch.chain, batch.gradients, start, loss, batch.precision, lambda r: r, settled=True
+    )
+    assert done.iterations > 0 and done.misfit < 0.5 * before
+    kept = polish(batch.chain, batch.gradients, start, loss, batch.precision, None, settled=True)
+    assert kept.iterations == 0 and kept.misfit > FITS
