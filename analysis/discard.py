@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from rgap.analysis.layer_ranks import Spaces, counted_rows, measured_row, sketched_row
 from rgap.analysis.probe import probe_layers
 from rgap.analysis.probe_batch import probe_targets
+from rgap.analysis.symbolic_modules import pooled_inputs
 from rgap.analysis.table import Audit, AuditRow
 from rgap.losses import Loss
 from rgap.network import parse
@@ -87,6 +88,8 @@ def audit(
         return Audit(type(model).__name__, method, tuple(counted), (*_notes(counted), *left))
     chain = parse(model, shape)
     before = {stage.name: prod(stage.in_shape) for stage in chain.stages}
+    if chain.barrier is not None:  # the stages end there, the pools beyond count as well
+        before = pooled_inputs(model, shape) | before
     rows: list[AuditRow] = []
     spaces: Spaces = {}
     make = measured_row if method == "exact" else sketched_row

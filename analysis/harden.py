@@ -152,6 +152,7 @@ class _Search:
             batch,
             loss=self.loss,
             sequential=False,
+            null_space=False,
             memory=self.memory,
             seed=self.seed,
         ).joint_nullity

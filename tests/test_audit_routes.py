@@ -121,3 +121,23 @@ def test_a_sketch_measures_the_same_probe() -> None:
             b.gradient_rank,
             b.weight_rank,
         )
+
+
+def test_the_measured_table_counts_what_max_pools_take_away() -> None:
+    """Four entries go in for one that comes out; the layer behind the pool answers for them."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(2, 4, 3, padding=1), nn.Tanh(), nn.MaxPool2d(2),
+            nn.Conv2d(4, 4, 3, padding=1), nn.Tanh(), nn.MaxPool2d(2),
+            nn.Flatten(), nn.Linear(16, 5),
+        ).double()  # fmt: skip
+    counted = {row.layer: row for row in audit(model, (2, 8, 8), (1, 2), method="formula").rows}
+    for method in ("exact", "sketch"):
+        found = {row.layer: row for row in audit(model, (2, 8, 8), (1, 2), method=method).rows}
+        assert {name: row.unknowns for name, row in found.items()} == {
+            name: row.unknowns for name, row in counted.items()
+        }
+        assert (found["3"].unknowns, found["7"].unknowns) == (2 * 4 * 64, 2 * 4 * 16)
+        assert found["3"].nullity >= 2 * 4 * (64 - 16)
+        assert found["7"].nullity >= 2 * 4 * (16 - 4)

@@ -58,7 +58,10 @@ def test_no_smaller_change_is_enough(answer: Hardening) -> None:
             assert missing(narrow, 1) == change.missing
             assert missing(wider, 1) < 0.1 * size
         elif change.kind == "stride":
-            assert missing(with_stride(network(), change.layer, after, SHAPE), 1) == change.missing
+            coarse = with_stride(network(), change.layer, after, SHAPE)
+            finer = with_stride(network(), change.layer, after - 1, SHAPE)
+            assert missing(coarse, 1) == change.missing
+            assert missing(finer, 1) < 0.1 * size
         else:
             below, above = (
                 noise(network(), SHAPE, sigma=change.after * factor) for factor in (1 - 1e-6, 1)
