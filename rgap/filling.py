@@ -16,6 +16,7 @@ from rgap.batches import rows_of
 from rgap.batchloss import BatchLoss
 from rgap.completion import MISSED, complete, grey, inside
 from rgap.head import HeadCandidate
+from rgap.matching import match
 from rgap.module_update import ModuleUpdate
 from rgap.network import Chain
 from rgap.precision import Known
@@ -25,6 +26,7 @@ from rgap.readout import head_cotangent, read_answer, read_batch
 from rgap.recovery import Candidate, Recovery, Status
 from rgap.recursion import Descent
 from rgap.solvers.gauss_newton import Minimum, Step
+from rgap.stopping import Progress as Searching
 
 SURE, SHARE = 16, 0.01  # surplus of equations, also relative, from which a solution is the only one
 NEAR = 12  # steps of a completion that a polish follows
@@ -100,6 +102,52 @@ def filled(
         nearest = Candidate(inputs, labels, residual)
         return replace(_without(problem, descent, reason), candidates=(nearest,))
     return outcomes.completed(problem, descent, inputs, labels, reason)
+
+
+def searched(problem: Problem, recovery: Recovery, show: Progress) -> Recovery:
+    """Match the whole update where a completion was asked for and no closed form began.
+
+    The status of the recovery stays where the search does not meet the update either.
+
+    Args:
+        problem: with its filling.
+        recovery: what the equations gave.
+        show: told how far it is.
+    """
+    filling = problem.filling
+    begun = any(report.route != "not reached" for report in recovery.layers)
+    held = recovery.nearest is not None or recovery.status is Status.INCONSISTENT
+    if filling is None or begun or held or problem.stated is None:
+        return recovery
+
+    def watch(progress: Searching) -> None:
+        show.stage(f"matching: step {progress.number}, misfit {progress.best:.1e}")
+
+    try:
+        found = match(
+            problem.model,
+            replace(problem.update, value_range=problem.value_range),
+            labels=problem.labels,
+            batch_size=problem.batch,
+            prior=filling.prior,
+            time_limit=filling.schedule.seconds,
+            callback=watch,
+            device=next(iter(problem.gradients.values())).device,
+            seed=problem.precision.seed,
+        )
+    except ValueError as error:  # labels, above all, that only a closed form would have found
+        return replace(recovery, reason=f"{recovery.reason}; no search either: {error}")
+    met = found.status is Status.COMPLETED
+    return replace(
+        recovery,
+        inputs=found.inputs,
+        labels=found.labels if met else recovery.labels,
+        status=found.status if met else recovery.status,
+        residual=found.residual,
+        candidates=found.candidates,
+        reason=f"{recovery.reason}; the whole update was matched instead: {found.reason}",
+        warnings=(*recovery.warnings, *found.warnings),
+    )
 
 
 def _without(problem: Problem, descent: Descent, reason: str) -> Recovery:

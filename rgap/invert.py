@@ -14,7 +14,7 @@ from rgap import certificate, outcomes
 from rgap.batches import batch_of, start, with_separation
 from rgap.batchloss import BatchLoss
 from rgap.bias import rank_one_residual
-from rgap.filling import filled
+from rgap.filling import filled, searched
 from rgap.head import HeadCandidate, HeadFailure, features_from_bias, solve_head
 from rgap.network import Chain
 from rgap.ops import Rearrange, Reshape
@@ -78,7 +78,8 @@ def invert(
         batch_size: overrides ``update.batch_size``; where neither says it, it is found.
         head: known head features, to study the recursion of a batch below the head.
         complete: go on where the recursion ends: what the equations leave open below is chosen
-            by the prior (``COMPLETED``), or found to be determined by all of them together.
+            by the prior (``COMPLETED``), or found to be determined by all of them together.  Where
+            no closed form begins, the whole update is matched (:func:`rgap.match`).
         prior: of a completion; by default the total variation, for inputs without neighbours
             the distance from one half.
         value_range: range of the data.  Candidates that leave it by more than their error are
@@ -118,7 +119,7 @@ def invert(
         filling = Filling.of(prior, time_limit, problem.chain.input_shape)
         problem = replace(problem, filling=filling)
     with Progress(progress) as show:
-        recovery = _run(problem, head, show)
+        recovery = searched(problem, _run(problem, head, show), show)
     return replace(recovery, seconds=time.perf_counter() - began)
 
 

@@ -359,3 +359,17 @@ def test_rules_follow_pytorch(rule: Rule) -> None:
         for _ in range(1 if isinstance(rule, LBFGS) else 8):
             torch_rule.step(closure)  # type: ignore[arg-type]
         assert torch.allclose(p, mine, atol=1e-9)
+
+
+def test_a_completion_matches_where_no_closed_form_begins() -> None:
+    """As many samples as classes: the head cannot tell them apart."""
+    model, x = small_conv("tanh", size=4, channels=4, classes=2, depth=1), picture((2, 4, 4), 3, 2)
+    update = rgap.capture(model.double(), x, torch.tensor([0, 1]), dtype=F64)
+    alone = rgap.invert(model, update)
+    assert alone.inputs is None and alone.nearest is None
+    found = rgap.invert(model, update, complete=True)
+    assert found.status is rgap.Status.COMPLETED and "matched instead" in found.reason
+    assert found.inputs is not None and found.residual is not None and found.residual < 1e-3
+    assert found.reason.startswith(alone.reason.split(";")[0])
+    late = rgap.invert(model, update, complete=True, time_limit=1e-6)
+    assert late.status is alone.status and late.inputs is None and late.nearest is not None
