@@ -14,7 +14,7 @@ from rgap.solvers.first_order import State
 from rgap.stopping import Checkpoint, Ended, Progress
 
 GAIN = 1e-4  # relative gain on the best value that counts as progress
-EXPLODED = 1e8  # multiples of its first value above which a start is given up
+EXPLODED = 1e8  # multiples of its first value, or of a usual one, above which a start is given up
 
 
 def run(
@@ -46,7 +46,7 @@ def run(
     while True:
         number = int(state["iteration"])
         values, slopes = objective(state["rows"])
-        values = _judged(state, values, slopes)
+        values = _judged(state, values, slopes, objective.usual)
         best = float(state["best_values"].min())
         shown = Progress("iteration", number, values, best, Checkpoint(settings, dict(state)))
         stop = callback is not None and bool(callback(shown))
@@ -75,14 +75,16 @@ def run(
         state["rows"], state["iteration"] = rows, torch.tensor(number + 1)
 
 
-def _judged(state: State, values: Tensor, slopes: Tensor) -> Tensor:
+def _judged(state: State, values: Tensor, slopes: Tensor, usual: float) -> Tensor:
     """Note the best rows and the ones to be given up; the values, ∞ where not finite."""
     finite = torch.isfinite(values) & torch.isfinite(slopes).all(1)
     values = torch.where(finite, values, inf)
     number, low = state["iteration"], float(state["best_values"].min())
     begun = torch.isfinite(state["first_values"])
     state["first_values"] = torch.where(begun, state["first_values"], values)
-    state["alive"] = state["alive"] & finite & (values <= EXPLODED * state["first_values"])
+    # A start that is right already has next to no value to compare with.
+    most = EXPLODED * state["first_values"].clamp_min(usual)
+    state["alive"] = state["alive"] & finite & (values <= most)
     better = values < state["best_values"]
     state["best"] = torch.where(better[:, None], state["rows"], state["best"])
     state["best_values"] = torch.where(better, values, state["best_values"])

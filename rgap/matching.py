@@ -154,7 +154,8 @@ def match(
             "patience: gauss_newton stops by itself where steps change nothing; leave it out"
         )
     given = declare(model, update, preset, labels, batch_size, start, local, device)
-    count = validation.count("restarts", restarts or (preset.restarts if preset else 1))
+    starts = preset.restarts if preset else 1
+    count = validation.count("restarts", starts if restarts is None else restarts)
     usual = preset.iterations if preset else Schedule.steps
     limit = validation.count("iterations", usual if iterations is None else iterations)
     settings = {

@@ -79,6 +79,11 @@ class Objective:
         """Entries of a row: the data, then the logits of unknown targets."""
         return prod(self.shape) + prod(self.logits)
 
+    @property
+    def usual(self) -> float:
+        """The distance of an update that says nothing, about."""
+        return self.norm**2 if self.preset.distance == "squares" else 1.0
+
     def data(self, row: Tensor) -> Tensor:
         """The batch of a row, [B, *input_shape]."""
         return self.coordinates.centre + self.coordinates.unit * self.normal(row)

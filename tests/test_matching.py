@@ -300,6 +300,12 @@ def test_steps_that_explode_end_in_a_stated_way() -> None:
     assert found.nearest is not None and bool(found.nearest.isfinite().all())
 
 
+def test_a_start_that_is_right_does_not_count_as_explosion() -> None:
+    model, update = client()
+    found = rgap.match(model, update, method="dlg", start=X.double(), iterations=3)
+    assert found.ended is Ended.DONE and found.residual is not None and found.residual < 1e-12
+
+
 def test_too_few_numbers_are_said() -> None:
     model = small_conv("sigmoid", size=8, channels=1, depth=1, stride=4).double()
     update = rgap.capture(model, picture((2, 8, 8), 1), LABEL, dtype=F64, share_labels=True)
@@ -315,6 +321,8 @@ def test_bad_input_is_refused_with_what_to_write() -> None:
         replace(PRESETS["ig"], distance="l1")
     with pytest.raises(ValueError, match="time_limit"):
         rgap.match(model, update, time_limit=-1.0)
+    with pytest.raises(ValueError, match="restarts: expected at least 1"):
+        rgap.match(model, update, restarts=0)
     with pytest.raises(ValueError, match="leave it out"):
         rgap.match(model, update, patience=3)
     with pytest.raises(ValueError, match="write batch_size=1"):
