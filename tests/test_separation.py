@@ -20,7 +20,7 @@ from rgap.separation.identify import LISTED, Identity, continuous, identify, ris
 from rgap.separation.multiplicity import multiplicity, smallest_batch
 from rgap.separation.peeling import Collected, collect
 from rgap.separation.route import mixed, separate
-from rgap.separation.softmax import identify_classes, likely
+from rgap.separation.softmax import identify_classes, likely, separate_head
 from rgap.separation.targets import batch_loss, contradicted
 
 F64 = torch.float64
@@ -304,3 +304,17 @@ def test_only_a_sample_beyond_doubt_contradicts_a_batch_size(
     assert said is None or not said.consistent
     coarse = replace(batch, precision=Precision(torch.bfloat16))
     assert contradicted(coarse, head, found) is None  # its rounding explains any weight
+
+
+@pytest.mark.parametrize(("more", "words"), [(0, "near the rounding"), (3, "hides the others")])
+def test_what_rounding_hides_in_a_large_batch_is_not_searched_for(more: int, words: str) -> None:
+    """Forty samples of one label, resolved to a few ε only: said at once, and no contradiction."""
+    size = 40
+    y = torch.zeros(size, dtype=torch.long)
+    x = torch.rand(size, 48, generator=torch.Generator().manual_seed(1), dtype=F64)
+    batch = batch_of(mlp("gelu", 0, widths=(64,), classes=60), x.reshape(size, 3, 4, 4), y)
+    head = batch.mixture(1)
+    batch = replace(batch, size=size + more, precision=Precision(torch.float32))
+    assert head.rank == size and head.ratio < 5.0 * torch.finfo(torch.float32).eps
+    found = separate_head(batch, head)
+    assert isinstance(found, Unseparated) and found.consistent and words in found.reason

@@ -39,6 +39,7 @@ STARTS = 64
 ROUNDS = 3  # of them
 FEW = 32  # samples up to which all scatters are tried
 HASTY = 3  # rounds without a new sample where rounding hides some of them anyway
+BURIED = 10.0  # ε of the client: σ_B/σ_1 below which a search among many samples is in vain
 CROWD = 32  # samples beyond which those lost to rounding leave no copies to be told
 STEPS = 12  # of a batch too large for accelerated ones: it ends fast or in a valley
 RESCUED = 48  # samples up to which all are solved together where one by one failed
@@ -88,11 +89,11 @@ def separate_head(
         watch: told of the progress.
     """
     began = time.perf_counter()
-    if head.gradient.shape[0] - 1 - head.rank < head.rank - 1:
-        return _together(batch, head, began, watch)
     hidden = _hidden(batch, head)
     if hidden is not None:
         return hidden
+    if head.gradient.shape[0] - 1 - head.rank < head.rank - 1:
+        return _together(batch, head, began, watch)
     pool, clear = likely(batch, head)
     consistency = AtHead.of(head, batch.loss.label_smoothing, pool, clear, batch.precision)
     consistency = consistency.sketched()
@@ -189,11 +190,11 @@ def _hidden(batch: Batch, head: Mixture) -> Unseparated | None:
             f"σ_{rank}/σ_1 {ratio:.1e}: what the client rounds hides the others, and no equation "
             "of the rest is free of them"
         )
-    if ratio < 2.0 * batch.precision.unit:
+    if ratio < BURIED * 2.0 * batch.precision.unit:
         return Unseparated(
-            f"σ_{rank}/σ_1 {ratio:.1e} of the gradient of the head '{name}' is below the rounding "
-            f"of the client, {2.0 * batch.precision.unit:.1e}: what tells the {rank} samples apart "
-            "was not sent"
+            f"σ_{rank}/σ_1 {ratio:.1e} of the gradient of the head '{name}' is near the rounding "
+            f"of the client, {2.0 * batch.precision.unit:.1e}: little of what tells the {rank} "
+            "samples apart was sent"
         )
     return None
 
