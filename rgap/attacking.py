@@ -14,7 +14,18 @@ import typer
 
 from rgap.arguments import prior_of, targets_of, usable_device
 from rgap.console import clean, print_json, say, stderr, stdout
-from rgap.options import Json, MatchMethod, Model, PriorName, Seed, Weights
+from rgap.options import (
+    BatchSize,
+    Device,
+    Json,
+    KnownLabels,
+    MatchMethod,
+    Model,
+    PriorName,
+    Seed,
+    UpdatePath,
+    Weights,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,9 +41,7 @@ EVERY = 10.0  # seconds between two writings of a checkpoint
 def match(
     context: typer.Context,
     model: Model,
-    update: Annotated[
-        Path, typer.Argument(metavar="UPDATE", help="What rgap capture wrote.", show_default=False)
-    ],
+    update: UpdatePath,
     method: Annotated[MatchMethod, typer.Option(help="How to search.")] = MatchMethod.gauss_newton,
     output: Annotated[
         Path | None,
@@ -43,13 +52,8 @@ def match(
         ),
     ] = None,
     weights: Weights = None,
-    batch_size: Annotated[
-        int | None,
-        typer.Option(help="If the update does not state it.", min=1, show_default=False),
-    ] = None,
-    labels: Annotated[
-        str | None, typer.Option(help="If they are known, as in 3,5.", show_default=False)
-    ] = None,
+    batch_size: BatchSize = None,
+    labels: KnownLabels = None,
     start: Annotated[
         Path | None,
         typer.Option(
@@ -96,7 +100,7 @@ def match(
             show_default=False,
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, …")] = "cpu",
+    device: Device = "cpu",
     as_json: Json = False,
     seed: Seed = 0,
 ) -> None:

@@ -9,7 +9,18 @@ import typer
 
 from rgap.arguments import prior_of, targets_of, usable_device
 from rgap.console import clean, print_json, say, stdout, waiting
-from rgap.options import Json, LabelMethod, Model, PriorName, Seed, Weights
+from rgap.options import (
+    BatchSize,
+    Device,
+    Json,
+    KnownLabels,
+    LabelMethod,
+    Model,
+    PriorName,
+    Seed,
+    UpdatePath,
+    Weights,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,9 +37,7 @@ _CODES = {"EXACT": 0, "INCONSISTENT": 3, "UNSUPPORTED": 4}  # see cli.EXIT_CODES
 def invert(
     context: typer.Context,
     model: Model,
-    update: Annotated[
-        Path, typer.Argument(metavar="UPDATE", help="What rgap capture wrote.", show_default=False)
-    ],
+    update: UpdatePath,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -38,17 +47,12 @@ def invert(
         ),
     ] = None,
     weights: Weights = None,
-    batch_size: Annotated[
-        int | None,
-        typer.Option(help="If the update does not state it.", min=1, show_default=False),
-    ] = None,
-    labels: Annotated[
-        str | None, typer.Option(help="If they are known, as in 3,5.", show_default=False)
-    ] = None,
+    batch_size: BatchSize = None,
+    labels: KnownLabels = None,
     noise: Annotated[
         float, typer.Option(help="Standard deviation of noise in every entry.", min=0.0)
     ] = 0.0,
-    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, …")] = "cpu",
+    device: Device = "cpu",
     complete: Annotated[
         bool,
         typer.Option(
@@ -137,18 +141,13 @@ def _why_not(found: Recovery) -> str:
 def labels(
     context: typer.Context,
     model: Model,
-    update: Annotated[
-        Path, typer.Argument(metavar="UPDATE", help="What rgap capture wrote.", show_default=False)
-    ],
+    update: UpdatePath,
     method: Annotated[
         LabelMethod,
         typer.Option(help="One method, or all of them; exact recovers the batch first."),
     ] = LabelMethod.best,
     weights: Weights = None,
-    batch_size: Annotated[
-        int | None,
-        typer.Option(help="If the update does not state it.", min=1, show_default=False),
-    ] = None,
+    batch_size: BatchSize = None,
     as_json: Json = False,
     seed: Seed = 0,
 ) -> None:

@@ -8,6 +8,7 @@ none, the reason in plain words (``barrier``).
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from math import prod
 from typing import TypeVar
@@ -25,7 +26,7 @@ ADVICE = (
 )
 
 
-class Op:
+class Op(ABC):
     """One step of a chain that has no weight matrix.
 
     Attributes:
@@ -58,9 +59,9 @@ class Op:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r}, {self.kind!r}, {self.in_shape})"
 
+    @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
         """The step itself, ``[B, *in_shape]`` → ``[B, *out_shape]``."""
-        raise NotImplementedError
 
     def pull(self, x: Tensor, k: Tensor) -> Tensor:
         """(D forward(x))ᵀ k: the cotangent at the input, from the one at the output.

@@ -35,6 +35,16 @@ _HINTS = {
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=_HINTS["model"], show_default=False)]
 Weights = Annotated[Path | None, typer.Option(help=_HINTS["weights"], show_default=False)]
 LossName = Annotated[str | None, typer.Option(help=_HINTS["loss"], show_default=False)]
+UpdatePath = Annotated[
+    Path, typer.Argument(metavar="UPDATE", help="What rgap capture wrote.", show_default=False)
+]
+BatchSize = Annotated[
+    int | None, typer.Option(help="If the update does not state it.", min=1, show_default=False)
+]
+KnownLabels = Annotated[
+    str | None, typer.Option(help="If they are known, as in 3,5.", show_default=False)
+]
+Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, …")]
 Json = Annotated[bool, typer.Option("--json", help=_HINTS["json"], metavar="")]
 Seed = Annotated[int, typer.Option(help="Of everything that is drawn at random.", min=0)]
 

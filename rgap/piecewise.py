@@ -7,6 +7,7 @@ Besides the function and its two derivatives an activation knows its inverse and
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from typing import ClassVar
 
 import torch
@@ -48,13 +49,13 @@ class Activation(Op):
         """K ⊙ φ'(z) at the input z = ``x``."""
         return k * self.derivative(x)
 
+    @abstractmethod
     def derivative(self, z: Tensor) -> Tensor:
         """φ'(z); at a kink, PyTorch's choice."""
-        raise NotImplementedError
 
+    @abstractmethod
     def second_derivative(self, z: Tensor) -> Tensor:
         """φ''(z)."""
-        raise NotImplementedError
 
     def inverse(self, y: Tensor) -> Tensor:
         """Z with φ(z) = y; a y that rounding moved out of :attr:`domain` is moved back inside."""
@@ -77,10 +78,12 @@ class Activation(Op):
         raise ValueError(self.barrier)
 
     def _inverse(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+        """φ^{-1}(x); only activations with a barrier leave it as it is."""
+        raise ValueError(self.barrier)
 
     def _slope(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+        """φ'(φ^{-1}(x)); only activations with a barrier leave it as it is."""
+        raise ValueError(self.barrier)
 
     def _inside(self, x: Tensor) -> Tensor:
         low, high = self.domain

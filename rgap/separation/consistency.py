@@ -177,10 +177,11 @@ class Restricted:
         """Undamped Gauss–Newton steps, [S, n]."""
         if len(t) == 0 or t.shape[1] == 0:
             return torch.zeros_like(t)
-        solved = (
-            triangular_solve(*self.some(index).linear(t[index])[::-1]) for index in self._few(t)
-        )
-        return -torch.cat(list(solved))
+        found = []
+        for index in self._few(t):
+            residual, jacobian = self.some(index).linear(t[index])
+            found.append(-triangular_solve(jacobian, residual))
+        return torch.cat(found)
 
     def linear(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Residual [S, m] and Jacobian [S, m, n], over ‖f‖."""

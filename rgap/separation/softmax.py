@@ -41,7 +41,8 @@ FEW = 32  # samples up to which all scatters are tried
 HASTY = 3  # rounds without a new sample where rounding hides some of them anyway
 BURIED = 10.0  # ε of the client: σ_B/σ_1 below which a search among many samples is in vain
 CROWD = 32  # samples beyond which those lost to rounding leave no copies to be told
-STEPS = 12  # of a batch too large for accelerated ones: it ends fast or in a valley
+STEPS = 60  # of all samples together
+FEW_STEPS = 12  # of a batch too large for accelerated ones: it ends fast or in a valley
 RESCUED = 48  # samples up to which all are solved together where one by one failed
 CHORDS = 40  # steps with the slope of the mean, at most
 UNSEEN = 1e-4  # relative σ of that slope below which a direction waits for its own slope
@@ -146,7 +147,7 @@ def _together(
     # A batch whose labels all differ is solved from the means of its classes at once.
     first = problem.starts(len(SCATTERS) if rank <= FEW else 2, generator)
     runs = len(first)
-    steps = 60 if rank <= RESCUED else STEPS
+    steps = STEPS if rank <= RESCUED else FEW_STEPS
     found = levenberg_marquardt(problem, first, tolerance=floor, max_iterations=steps)
     answer = agreement(problem, refined(problem, found.value), floor)
     ends = first[:0]
