@@ -63,7 +63,8 @@ def match(
         ),
     ] = None,
     prior: Annotated[
-        PriorName | None, typer.Option(help="What is likely; default: tv.", show_default=False)
+        PriorName | None,
+        typer.Option(help="What is likely; default: the method's own.", show_default=False),
     ] = None,
     restarts: Annotated[
         int | None,

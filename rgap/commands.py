@@ -65,7 +65,7 @@ def invert(
         PriorName | None,
         typer.Option(
             help="Of --complete: total variation (isotropic or not), or distance from one half; "
-            "default: total variation where inputs have neighbours.",
+            "default: the prior of pictures where inputs have neighbours.",
             show_default=False,
         ),
     ] = None,

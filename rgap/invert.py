@@ -80,7 +80,7 @@ def invert(
         complete: go on where the recursion ends: what the equations leave open below is chosen
             by the prior (``COMPLETED``), or found to be determined by all of them together.  Where
             no closed form begins, the whole update is matched (:func:`rgap.match`).
-        prior: of a completion; by default the total variation, for inputs without neighbours
+        prior: of a completion; by default that of pictures, for inputs without neighbours
             the distance from one half.
         value_range: range of the data.  Candidates that leave it by more than their error are
             refuted; the range that the update declares, the default, refutes only those that
@@ -116,7 +116,7 @@ def invert(
         model, update, batch_size, value_range, noise, labels, device, seed, memory_budget
     )
     if complete:
-        filling = Filling.of(prior, time_limit, problem.chain.input_shape)
+        filling = Filling.of(prior, time_limit, problem.chain.input_shape, problem.value_range)
         problem = replace(problem, filling=filling)
     with Progress(progress) as show:
         recovery = searched(problem, _run(problem, head, show), show)

@@ -111,8 +111,9 @@ def match(
         batch_size: overrides ``update.batch_size``.
         start: a batch to begin with, or a recovery that holds one, in place of the first random
             start.  The objective of the answer is never larger than that of the start.
-        prior: of the data; by default the total variation, for ``gauss_newton`` without neighbours
-            the distance from one half.  ``dlg`` has none.
+        prior: of the data; by default the total variation, for ``gauss_newton`` that of pictures
+            (:func:`rgap.solvers.priors.natural`) or, without neighbours, the distance from the
+            middle.  ``dlg`` has none.
         local: how the client trains, for an update over several local steps.
         restarts: starts; default: the method's own.
         iterations: at most; default: the method's own.
@@ -205,10 +206,10 @@ def _newton(
     ]
     if given.start is not None:
         starts[0] = given.start.to(like)
-    chosen = Filling.of(prior, 1.0, given.shape[1:]).prior
-    schedule = Schedule(seconds=seconds, steps=steps)
+    filling = Filling.of(prior, 1.0, given.shape[1:], bounds)
+    schedule = replace(filling.schedule, seconds=seconds, steps=steps)
     ended, held = search(
-        equations, starts, chosen, schedule, bounds, settings, callback, checkpoint
+        equations, starts, filling.prior, schedule, bounds, settings, callback, checkpoint
     )
     best = held.best if isfinite(held.lowest) else None
     return _answer(

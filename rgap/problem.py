@@ -15,7 +15,7 @@ from rgap import validation
 from rgap.network import Chain, parse
 from rgap.precision import Precision
 from rgap.solvers.gauss_newton import Schedule
-from rgap.solvers.priors import Prior, Squares, TotalVariation
+from rgap.solvers.priors import Prior, Squares, natural
 from rgap.targets import CROSS_ENTROPY
 from rgap.update import Update
 
@@ -37,8 +37,14 @@ class Filling:
     schedule: Schedule
 
     @classmethod
-    def of(cls, prior: Prior | None, seconds: float, shape: Sequence[int]) -> Filling:
-        """With the usual prior where none is given: total variation if entries have neighbours.
+    def of(
+        cls,
+        prior: Prior | None,
+        seconds: float,
+        shape: Sequence[int],
+        value_range: tuple[float, float] | None,
+    ) -> Filling:
+        """With the usual prior where none is given: that of pictures if entries have neighbours.
 
         Raises:
             ValueError: no time.
@@ -47,8 +53,14 @@ class Filling:
             raise ValueError(
                 f"time_limit: expected seconds above 0, got {seconds!r}; write time_limit=60.0"
             )
-        usual = TotalVariation() if len(shape) > 1 else Squares()
-        return cls(prior or usual, Schedule(seconds=float(seconds)))
+        low, high = value_range or (0.0, 1.0)
+        width = high - low
+        if len(shape) > 1:
+            usual = natural(shape[0], width)
+        else:
+            usual = Squares(width**-2, (low + high) / 2)
+        schedule = Schedule(seconds=float(seconds), smoothing=Schedule.smoothing * width)
+        return cls(prior or usual, schedule)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from .priors import Operator, Prior
 
 SHORTEST = 1e-3  # step length at which the line search gives up
 ROUNDED = 1e-14  # of the mean diagonal: keeps a formed normal matrix definite
+HASTE = 4  # power of the decay of λ after a step that changed next to nothing
 STOPPED = "whoever watches said so"
 DAMPED = 1e-3  # of the curvature: what a failed step adds to the diagonal, then ten times it
 
@@ -46,7 +47,7 @@ class Schedule:
 
     Attributes:
         weight: λ of the first step.
-        decay: factor from step to step.
+        decay: factor from step to step; its fourth power after a step that changed nothing.
         lowest: λ at which it stays.
         smoothing: rounding of the prior's kinks at the first step; it goes down with √decay.
         steps: Gauss–Newton steps at most.
@@ -58,7 +59,7 @@ class Schedule:
     """
 
     weight: float = 1e-2
-    decay: float = 0.4
+    decay: float = 0.25
     lowest: float = 1e-9
     smoothing: float = 0.1
     steps: int = 40
@@ -193,7 +194,7 @@ def gauss_newton(
         rest = marks.rest + 1 if change < schedule.still else 0
         marks = Marks(
             marks.number + 1,
-            max(weight * schedule.decay, schedule.lowest),
+            max(weight * schedule.decay ** (HASTE if rest else 1), schedule.lowest),
             smoothing * schedule.decay**0.5,
             damping,
             rest,

@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 
 from rgap.solvers.gauss_newton import Schedule, conjugate_gradients, gauss_newton
-from rgap.solvers.priors import Prior, Squares, Sum, TotalVariation
+from rgap.solvers.priors import Prior, Squares, Sum, TotalVariation, natural
 
 F64 = torch.float64
 PRIORS: dict[str, Prior] = {
     "isotropic": TotalVariation(smoothing=0.05),
     "anisotropic": TotalVariation(weight=2.0, smoothing=0.05, isotropic=False),
+    "powers": TotalVariation(smoothing=0.05, power=0.7, chroma=3.0),
+    "second": TotalVariation(smoothing=0.05, order=2, chroma=0.5, isotropic=False),
+    "natural": natural(3, 2.0),
     "squares": Squares(weight=0.3, centre=0.4),
     "sum": Sum([TotalVariation(smoothing=0.1), Squares()]),
 }
@@ -59,6 +62,32 @@ def test_total_variation_needs_neighbours_along_space_alone() -> None:
     assert torch.allclose(prior.value(rows.flip(1)), prior.value(rows)), "channels do not mix"
     with pytest.raises(ValueError, match=r"write prior=Squares\(\)"):
         prior.value(x.reshape(2, 90))
+
+
+def test_second_differences_do_not_see_slopes() -> None:
+    slope = torch.linspace(0, 1, 8, dtype=F64).expand(1, 1, 8, 8)
+    first, second = (TotalVariation(smoothing=1e-9, order=order) for order in (1, 2))
+    assert float(first.value(slope)) > 0.1
+    assert float(second.value(slope)) < 1e-8
+    narrow = slope[..., :2]  # no entry has two neighbours along the last axis
+    assert torch.allclose(second.gradient(narrow), torch.zeros_like(narrow), atol=1e-7)
+
+
+def test_chroma_weighs_what_channels_do_not_share() -> None:
+    grey = pictures()[:, :1].expand(-1, 3, -1, -1)
+    plain, coloured = TotalVariation(), TotalVariation(chroma=3.0)
+    assert torch.allclose(plain.value(grey), coloured.value(grey))
+    opposed = pictures()[:, :1] * torch.tensor([1.0, -1.0, 0.0], dtype=F64).reshape(1, 3, 1, 1)
+    assert torch.allclose(
+        TotalVariation(smoothing=0.03).value(3 * opposed),
+        TotalVariation(smoothing=0.03, chroma=3.0).value(opposed),
+    )
+
+
+@pytest.mark.parametrize("wrong", [{"power": 0.0}, {"power": 3.0}, {"order": 3}])
+def test_a_prior_says_what_it_takes(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=r"expected .* write "):
+        TotalVariation(**wrong)
 
 
 @dataclass
