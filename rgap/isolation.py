@@ -97,6 +97,53 @@ def plain_kernels() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
+SMALL = 2**19  # multiply-adds of a convolution below which oneDNN costs more than it saves
+
+
+def convolution_work(model: nn.Module, *inputs: Tensor) -> float:
+    """Multiply-adds of a convolution of one forward, in the mean; 0 where there is none.
+
+    >>> convolution_work(nn.Conv1d(2, 3, 4), torch.zeros(1, 2, 10)) == 7 * 3 * 2 * 4
+    True
+    """
+    found: list[int] = []
+
+    def note(module: nn.Module, _: Any, output: Tensor) -> None:
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        found.append(output.numel() * weight[0].numel())
+
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    hooks = [m.register_forward_hook(note) for m in model.modules() if isinstance(m, kinds)]
+    try:
+        with torch.no_grad():
+            model(*inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return sum(found) / len(found) if found else 0.0
+
+
+@contextmanager
+def small_kernels(work: float) -> Iterator[None]:
+    """Convolutions of little work in float32 on a processor without oneDNN's set-up.
+
+    oneDNN prepares every call, which takes longer than a convolution below :data:`SMALL`; float64
+    and other devices do not use it anyway.  Above, nothing changes.
+
+    Args:
+        work: of :func:`convolution_work`.
+    """
+    backend: Any = torch.backends.mkldnn
+    usual = backend.enabled
+    if 0 < work < SMALL:
+        backend.enabled = False
+    try:
+        yield
+    finally:
+        backend.enabled = usual
+
+
 def first_line(error: Exception) -> str:
     """The first line of an error's message, or its class."""
     lines = str(error).strip().splitlines()

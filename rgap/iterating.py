@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from math import inf, isfinite, prod
 
 import torch
@@ -42,57 +43,128 @@ def run(
         seed: of the noise.
     """
     deadline, size = time.perf_counter() + seconds, prod(objective.shape)
-    preset, state = objective.preset, dict(state)
-    while True:
-        number = int(state["iteration"])
-        values, slopes = objective(state["rows"])
-        values = _judged(state, values, slopes, objective.usual)
-        best = float(state["best_values"].min())
-        shown = Progress("iteration", number, values, best, Checkpoint(settings, dict(state)))
-        stop = callback is not None and bool(callback(shown))
-        alive = state["alive"]
-        if not bool(alive.any()):
-            return (Ended.EXPLODED if isfinite(best) else Ended.NOT_FINITE), state
-        if number >= iterations:
-            return Ended.DONE, state
-        if stop:
-            return Ended.STOPPED, state
-        if patience is not None and number - int(state["progress"]) >= patience:
-            return Ended.STILL, state
-        if time.perf_counter() > deadline:
-            return Ended.TIME, state
-        own = {n.removeprefix("rule."): t for n, t in state.items() if n.startswith("rule.")}
-        slopes = torch.where(alive[:, None], slopes, 0.0)
-        rate = preset.rule.length(number, iterations)
-        rows, own = preset.rule.step(state["rows"], slopes, own, rate)
-        if preset.noise:
-            rows[:, :size] += rate * preset.noise * drawn(rows[:, :size], seed, number)
-        if bounds is not None:
-            rows = torch.cat([rows[:, :size].clamp(*bounds), rows[:, size:]], 1)
-        # A start that is given up stays at its best, where everything is finite.
-        rows = torch.where(alive[:, None], rows, state["best"])
-        state.update({f"rule.{n}": t for n, t in own.items()})
-        state["rows"], state["iteration"] = rows, torch.tensor(number + 1)
+    preset, at = objective.preset, Standing.of(state)
+    with objective.kernels():
+        while True:
+            values, slopes = objective(at.rows)
+            at.judge(values, slopes, objective.usual)
+            best, number = min(at.best_values), at.number
+            stop = False
+            if callback is not None:
+                saved = Checkpoint(settings, at.state())
+                stop = bool(callback(Progress("iteration", number, at.values, best, saved)))
+            if not any(at.alive):
+                return (Ended.EXPLODED if isfinite(best) else Ended.NOT_FINITE), at.state()
+            if number >= iterations:
+                return Ended.DONE, at.state()
+            if stop:
+                return Ended.STOPPED, at.state()
+            if patience is not None and number - at.progress >= patience:
+                return Ended.STILL, at.state()
+            if time.perf_counter() > deadline:
+                return Ended.TIME, at.state()
+            rate = preset.rule.length(number, iterations)
+            rows, at.rule = preset.rule.step(at.rows, at.living(slopes, 0.0), at.rule, rate)
+            if preset.noise:
+                rows[:, :size] += rate * preset.noise * drawn(rows[:, :size], seed, number)
+            if bounds is not None:
+                rows[:, :size] = rows[:, :size].clamp(*bounds)
+            # A start that is given up stays at its best, where everything is finite.
+            at.rows = at.living(rows, at.best)
+            at.number += 1
 
 
-def _judged(state: State, values: Tensor, slopes: Tensor, usual: float) -> Tensor:
-    """Note the best rows and the ones to be given up; the values, ∞ where not finite."""
-    finite = torch.isfinite(values) & torch.isfinite(slopes).all(1)
-    values = torch.where(finite, values, inf)
-    number, low = state["iteration"], float(state["best_values"].min())
-    begun = torch.isfinite(state["first_values"])
-    state["first_values"] = torch.where(begun, state["first_values"], values)
-    # A start that is right already has next to no value to compare with.
-    most = EXPLODED * state["first_values"].clamp_min(usual)
-    state["alive"] = state["alive"] & finite & (values <= most)
-    better = values < state["best_values"]
-    state["best"] = torch.where(better[:, None], state["rows"], state["best"])
-    state["best_values"] = torch.where(better, values, state["best_values"])
-    state["best_at"] = torch.where(better, number.to(state["best_at"]), state["best_at"])
-    best = float(state["best_values"].min())
-    if best < low - GAIN * abs(low) or not isfinite(low):
-        state["progress"] = number
-    return values
+@dataclass
+class Standing:
+    """A state in numbers instead of tensors, so that an iteration makes next to none.
+
+    Attributes:
+        rows: now, [R, n]; replaced at every step, never written into, and so are the others.
+        best: of every start.
+        rule: what the rule keeps.
+        best_values: of every start.
+        best_at: iterations of them.
+        first_values: the first finite ones.
+        alive: the starts that are not given up.
+        number: of the iteration.
+        progress: iteration of the last gain.
+        values: the last ones, ∞ where not finite.
+    """
+
+    rows: Tensor
+    best: Tensor
+    rule: State
+    best_values: list[float]
+    best_at: list[int]
+    first_values: list[float]
+    alive: list[bool]
+    number: int
+    progress: int
+    values: Tensor
+
+    @classmethod
+    def of(cls, state: State) -> Standing:
+        """From tensors."""
+        return cls(
+            state["rows"],
+            state["best"],
+            {n.removeprefix("rule."): t for n, t in state.items() if n.startswith("rule.")},
+            state["best_values"].tolist(),
+            state["best_at"].tolist(),
+            state["first_values"].tolist(),
+            state["alive"].tolist(),
+            int(state["iteration"]),
+            int(state["progress"]),
+            state["best_values"],
+        )
+
+    def state(self) -> State:
+        """To tensors, from which to go on."""
+        place, dtype = self.rows.device, self.rows.dtype
+        return {
+            "rows": self.rows,
+            "best": self.best,
+            "best_values": torch.tensor(self.best_values, dtype=dtype, device=place),
+            "best_at": torch.tensor(self.best_at, device=place),
+            "first_values": torch.tensor(self.first_values, dtype=dtype, device=place),
+            "alive": torch.tensor(self.alive, device=place),
+            "iteration": torch.tensor(self.number),
+            "progress": torch.tensor(self.progress),
+            **{f"rule.{n}": t for n, t in self.rule.items()},
+        }
+
+    def living(self, tensor: Tensor, other: Tensor | float) -> Tensor:
+        """Rows of the starts that go on, the other's for those given up."""
+        if all(self.alive):
+            return tensor
+        alive = torch.tensor(self.alive, device=tensor.device)
+        return torch.where(alive[:, None], tensor, other)
+
+    def judge(self, values: Tensor, slopes: Tensor, usual: float) -> None:
+        """Note the best rows and the ones to be given up."""
+        # Not finite where an entry of the slope is not, and finite numbers times 0 are 0.
+        judged = values + 0.0 * slopes.abs().amax(1)
+        found = [value if isfinite(value) else inf for value in judged.tolist()]
+        low = min(self.best_values)
+        better = [value < best for value, best in zip(found, self.best_values, strict=True)]
+        for row, value in enumerate(found):
+            if not isfinite(self.first_values[row]):
+                self.first_values[row] = value
+            # A start that is right already has next to no value to compare with.
+            most = EXPLODED * max(self.first_values[row], usual)
+            self.alive[row] = self.alive[row] and isfinite(value) and value <= most
+            if better[row]:
+                self.best_values[row], self.best_at[row] = value, self.number
+        if all(better):
+            self.best = self.rows
+        elif any(better):
+            chosen = torch.tensor(better, device=self.rows.device)
+            self.best = torch.where(chosen[:, None], self.rows, self.best)
+        best = min(self.best_values)
+        if best < low - GAIN * abs(low) or not isfinite(low):
+            self.progress = self.number
+        sound = all(map(isfinite, found))
+        self.values = values if sound else torch.where(torch.isfinite(judged), values, inf)
 
 
 def drawn(like: Tensor, seed: int, number: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from math import prod
 
@@ -11,15 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from rgap.federated import LocalTraining, average
-from rgap.isolation import plain_kernels
+from rgap.isolation import convolution_work, plain_kernels, small_kernels
 from rgap.losses import Loss
 from rgap.presets import Coordinates, Preset
 from rgap.priors import Statistics
-from rgap.solvers.priors import Prior, TotalVariation
+from rgap.solvers.priors import Prior, TotalVariation, value_and_gradient
 from rgap.solvers.registration import registered_mean
 
 __all__ = ["Objective"]
 
+TOGETHER = (
+    4  # rows from which one batched evaluation is faster on a processor than one after another
+)
 KINK = 1e-3  # rounding of the total variation, in the optimiser's units
 
 
@@ -55,11 +59,12 @@ class Objective:
         dtype: torch.dtype = torch.float64,
     ) -> None:
         place = next(iter(gradients.values())).device
-        self.model = copy.deepcopy(model).to(place, dtype).requires_grad_(False)
+        self.model = copy.deepcopy(model).to(place, dtype).requires_grad_()
         self.statistics = Statistics(self.model) if preset.statistics else None
-        self.parameters: dict[str, Tensor] = dict(self.model.named_parameters())
-        self.leaves = {n: p.detach().requires_grad_() for n, p in self.parameters.items()}
+        self.leaves: dict[str, Tensor] = dict(self.model.named_parameters())
+        self.parameters = {n: p.detach() for n, p in self.leaves.items()}
         self.sent = {n: g.to(place, dtype) for n, g in gradients.items()}
+        self.whole = torch.cat([g.flatten() for g in self.sent.values()])
         self.norm = float(sum(float(g.square().sum()) for g in self.sent.values()) ** 0.5)
         self.loss, self.shape, self.preset, self.coordinates = loss, shape, preset, coordinates
         self.local, self.steps, self.prior = local, steps, prior
@@ -68,10 +73,11 @@ class Objective:
         self.targets = targets
         if targets is not None:
             self.targets = targets.to(place, dtype if targets.is_floating_point() else None)
+        probe = torch.full(shape, coordinates.centre, dtype=dtype, device=place)
+        self.work = convolution_work(self.model, probe)
         self.logits: tuple[int, ...] = (0,)
         if targets is None:
             with torch.no_grad(), plain_kernels():
-                probe = torch.full(shape, coordinates.centre, dtype=dtype, device=place)
                 self.logits = tuple(self.model(probe).shape)
 
     @property
@@ -103,13 +109,16 @@ class Objective:
 
         Args:
             row: data, then logits.
-            graph: by PyTorch's graph, which is a quarter faster; else by function transforms, which
-                can be batched.
+            graph: by PyTorch's graph, in half the time; else by function transforms, which can be
+                batched.
         """
         x, goals, kept = self.data(row), self.goals(row), list[Tensor]()
 
         def value(parameters: dict[str, Tensor], rows: slice) -> tuple[Tensor, Tensor]:
-            outputs = torch.func.functional_call(self.model, parameters, (x[rows],))
+            if parameters is self.leaves:
+                outputs = self.model(x[rows])
+            else:
+                outputs = torch.func.functional_call(self.model, parameters, (x[rows],))
             far = self.statistics.penalty() if self.statistics else outputs.new_zeros(())
             return self.loss(outputs, goals[rows]), far
 
@@ -132,37 +141,45 @@ class Objective:
         return total
 
     def _distance(self, own: dict[str, Tensor]) -> Tensor:
+        ours = torch.cat([own[n].flatten() for n in self.sent])
         if self.preset.distance == "cosine":
-            inner = torch.stack([(own[n] * g).sum() for n, g in self.sent.items()]).sum()
-            size = torch.stack([own[n].square().sum() for n in self.sent]).sum().sqrt()
+            inner, size = (ours * self.whole).sum(), ours.square().sum().sqrt()
             return 1.0 - inner / (size * self.norm)
-        total = torch.stack([(own[n] - g).square().sum() for n, g in self.sent.items()]).sum()
+        total = (ours - self.whole).square().sum()
         return total / self.norm**2 if self.preset.distance == "relative" else total
 
+    @contextmanager
+    def kernels(self) -> Iterator[None]:
+        """Where evaluations are made: kernels with second derivatives, and fast for their size."""
+        with plain_kernels(), small_kernels(self.work), torch.enable_grad():
+            yield
+
     def __call__(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Values [R] and gradients [R, n] of rows [R, n]."""
-        with plain_kernels(), torch.enable_grad():
-            if len(rows) == 1:
-                row = rows[0].detach().requires_grad_()
-                value = self.single(row, graph=True)
-                slopes = torch.autograd.grad(value, row)[0][None]
-                values = value[None]
-            else:
-                both = torch.func.grad_and_value(partial(self.single, graph=False))
-                slopes, values = torch.func.vmap(both)(rows)
+        """Values [R] and gradients [R, n] of rows [R, n]; in :meth:`kernels`."""
+        if len(rows) == 1 or (len(rows) < TOGETHER and rows.device.type == "cpu"):
+            pairs = [self._followed(row) for row in rows]
+            values, slopes = (torch.stack(parts) for parts in zip(*pairs, strict=True))
+        else:
+            both = torch.func.grad_and_value(partial(self.single, graph=False))
+            slopes, values = torch.func.vmap(both)(rows)
         values, slopes = values.detach(), slopes.detach()
         for more, pull in self._terms(rows):
-            size = pull[0].numel()
-            slopes[:, :size] += pull.flatten(1)
+            slopes[:, : prod(self.shape)] += pull.flatten(1)
             values = values + more
         return values, slopes
+
+    def _followed(self, row: Tensor) -> tuple[Tensor, Tensor]:
+        """Value and slope of one row."""
+        row = row.detach().requires_grad_()
+        value = self.single(row, graph=True)
+        return value.detach(), torch.autograd.grad(value, row)[0]
 
     def _terms(self, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Values [R] and gradients [R, B, *input_shape] of what the update is not needed for."""
         data = rows[:, : prod(self.shape)].reshape(len(rows), *self.shape)
         if self.prior is not None:
-            values = torch.stack([self.prior.value(r) for r in data])
-            pulls = torch.stack([self.prior.gradient(r) for r in data])
+            both = [value_and_gradient(self.prior, r) for r in data]
+            values, pulls = (torch.stack(parts) for parts in zip(*both, strict=True))
             yield self.preset.variation * values, self.preset.variation * pulls
         if self.preset.size:
             squares = data.flatten(1).square().mean(1)

@@ -110,12 +110,12 @@ class Adam:
     def step(self, x: Tensor, gradient: Tensor, state: State, rate: float) -> tuple[Tensor, State]:
         """``x − rate · m̂ / (√v̂ + 1e-8)``."""
         slope, (a, b) = gradient.sign() if self.signed else gradient, self.betas
-        count = state["count"] + 1
-        first = a * state["first"] + (1 - a) * slope
-        second = b * state["second"] + (1 - b) * slope.square()
-        scale = (second / (1 - b**count)).sqrt() + 1e-8
-        moved = x - rate * first / (1 - a**count) / scale
-        return moved, {"first": first, "second": second, "count": count}
+        count = float(state["count"]) + 1.0
+        first = torch.lerp(state["first"], slope, 1 - a)
+        second = torch.addcmul(b * state["second"], slope, slope, value=1 - b)
+        scale = second.sqrt().div_((1 - b**count) ** 0.5).add_(1e-8)
+        moved = x - (first / scale).mul_(rate / (1 - a**count))
+        return moved, {"first": first, "second": second, "count": state["count"] + 1}
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -33,6 +33,26 @@ class Prior(Protocol):
 
     def smoothed(self, size: float) -> Prior:
         """The same with its kinks rounded off at ``size``."""
+
+
+@runtime_checkable
+class _Together(Protocol):
+    """A prior whose value and gradient share work."""
+
+    def value_and_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Both at once."""
+
+
+def value_and_gradient(prior: Prior, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Value and gradient at x; together, where the prior has a ``value_and_gradient``.
+
+    >>> value, slope = value_and_gradient(Squares(centre=1.0), torch.zeros(1, 2))
+    >>> float(value), slope.tolist()
+    (0.5, [[-0.5, -0.5]])
+    """
+    if isinstance(prior, _Together):
+        return prior.value_and_gradient(x)
+    return prior.value(x), prior.gradient(x)
 
 
 @dataclass(frozen=True)
@@ -84,20 +104,25 @@ class TotalVariation:
 
     def value(self, x: Tensor) -> Tensor:
         """The total variation, per entry."""
-        return self.weight * self._squares(x).pow(self.power / 2).sum(0).mean()
+        return self._mean(self._squares(self._bends(x)))
 
     def gradient(self, x: Tensor) -> Tensor:
         """``p ∇ᵀ(∇x · length^{p−2})``."""
-        return self.curvature(x)(x)
+        return self.value_and_gradient(x)[1]
+
+    def value_and_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Both, from differences that are taken once."""
+        differences = self._bends(x)
+        squares = self._squares(differences)
+        pulled = _divergence(differences * self._factor(squares), self.order)
+        return self._mean(squares), self._shared(pulled)
 
     def curvature(self, x: Tensor) -> Operator:
         """The lagged diffusivity, ``v ↦ p ∇ᵀ(∇v · length(x)^{p−2})``."""
-        squares = self._squares(x)
-        bend = squares.pow(self.power / 2 - 1) * (self.weight * self.power / squares[0].numel())
+        factor = self._factor(self._squares(self._bends(x)))
 
         def apply(v: Tensor) -> Tensor:
-            pulled = _divergence(_differences(self._shared(v), self.order) * bend, self.order)
-            return self._shared(pulled)
+            return self._shared(_divergence(self._bends(v) * factor, self.order))
 
         return apply
 
@@ -111,9 +136,21 @@ class TotalVariation:
             return x
         return self.chroma * x + (1 - self.chroma) * x.mean(1, keepdim=True)
 
-    def _squares(self, x: Tensor) -> Tensor:
-        """Squared lengths of the differences, rounded, [axes or 1, B, C or 1, *space]."""
-        squares = _differences(self._shared(x), self.order).square()
+    def _bends(self, x: Tensor) -> Tensor:
+        """The differences that are measured, [axes, B, C, *space]."""
+        return _differences(self._shared(x), self.order)
+
+    def _mean(self, squares: Tensor) -> Tensor:
+        """``length^p`` over pixels."""
+        return squares.pow(self.power / 2).sum() * (self.weight / squares[0].numel())
+
+    def _factor(self, squares: Tensor) -> Tensor:
+        """``p length^{p−2}``, per pixel."""
+        return squares.pow(self.power / 2 - 1) * (self.weight * self.power / squares[0].numel())
+
+    def _squares(self, differences: Tensor) -> Tensor:
+        """Their squared lengths, rounded, [axes or 1, B, C or 1, *space]."""
+        squares = differences.square()
         if self.isotropic:
             squares = squares.sum((0, 2), keepdim=True)
         return squares + self.smoothing**2
