@@ -18,12 +18,15 @@ from math import isfinite
 import torch
 from torch import Tensor
 
+from rgap.activations import Activation
 from rgap.module_update import Inside, ModuleUpdate
-from rgap.network import Chain
+from rgap.network import Chain, Stage
+from rgap.ops import Reshape
 from rgap.precision import Precision
 from rgap.recursion import Reached
 from rgap.solvers.gauss_newton import Minimum, Schedule, Step, gauss_newton
 from rgap.solvers.priors import Prior
+from rgap.systems.inequalities import Bounded, Equations
 from rgap.systems.known_part import KnownPart
 from rgap.systems.matrixfree import memory
 from rgap.systems.plain_rows import PlainRows
@@ -46,9 +49,11 @@ class Whole:
 
     Attributes:
         value: û, [B, *in_shape].
+        expected: squared misfit that the error of û explains.
     """
 
     value: Tensor
+    expected: float = 0.0
 
     @property
     def equations(self) -> int:
@@ -77,19 +82,31 @@ def inside(
         budget: bytes above which no matrix is formed.
     """
     stage = chain.stages[reached.index]
-    known: KnownPart | PlainRows | Whole
+    known: Equations
     if reached.u is not None:
-        known = Whole(reached.u.value)
+        known = Whole(reached.u.value, float(reached.u.std.square().sum()))
     else:
         assert reached.z is not None
         sent = gradients[stage.affine.weight_name]
         large = reached.z.value.numel() > MOST
         if large or memory(stage.affine, len(reached.k.value)) > budget:
-            known = PlainRows.of(stage.affine, sent, reached.z, reached.k)
+            known = PlainRows.of(stage.affine, sent, reached.z, reached.k, precision)
         else:
             known = KnownPart.of(stage.affine, sent, reached.z, reached.k, precision)
+        if _rectified(stage) and not bool(reached.z.known.all()):
+            known = Bounded.of(known, stage.affine, ~reached.z.known)
     shape = (len(reached.k.value), *stage.affine.in_shape)
-    return Inside(stage.name, shape, known, stage.affine.adjoint(reached.k.value))
+    size = float(reached.k.value.norm())
+    blur = float(reached.k.std.norm()) / size if size > 0 else 0.0
+    return Inside(stage.name, shape, known, stage.affine.adjoint(reached.k.value), blur)
+
+
+def _rectified(stage: Stage) -> bool:
+    """True if a pre-activation that no equation fixes is one that a ReLU set to 0."""
+    for op in stage.tail:
+        if not isinstance(op, Reshape):
+            return isinstance(op, Activation) and op.one_sided
+    return False
 
 
 def complete(
@@ -98,6 +115,7 @@ def complete(
     prior: Prior,
     schedule: Schedule,
     value_range: tuple[float, float] | None,
+    precision: Precision,
     *,
     watch: Watch | None = None,
 ) -> Minimum:
@@ -112,6 +130,8 @@ def complete(
         prior: of the data.
         schedule: of its weight.
         value_range: of the data, kept; None for none.
+        precision: of the update: the weight of the prior stays where the misfit is what errors
+            explain (Morozov's discrepancy principle).
         watch: told of every step.
 
     Returns:
@@ -124,6 +144,7 @@ def complete(
         return x if value_range is None else x.clamp(*value_range)
 
     update.balance(start)
+    schedule = replace(schedule, target=update.expected(precision))
     best: Minimum | None = None
     steps: tuple[Step, ...] = ()
     for levels in PASSES if update.sharpness else PASSES[:1]:

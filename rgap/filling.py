@@ -80,7 +80,9 @@ def filled(
     sure = surplus >= max(SURE, SHARE * unknowns) and _followed(chain)
     if sure:  # the polish takes over once the solution is near
         schedule = replace(schedule, steps=min(schedule.steps, NEAR))
-    found = complete(update, start, filling.prior, schedule, problem.value_range, watch=watch)
+    found = complete(
+        update, start, filling.prior, schedule, problem.value_range, problem.precision, watch=watch
+    )
     if not isfinite(found.misfit):
         return _without(problem, descent, f"{halt.reason}; no completion: {found.ended}")
     low, high = problem.value_range or (0.0, 1.0)
@@ -131,6 +133,7 @@ def searched(problem: Problem, recovery: Recovery, show: Progress) -> Recovery:
             batch_size=problem.batch,
             prior=filling.prior,
             time_limit=filling.schedule.seconds,
+            noise=problem.precision.noise,
             callback=watch,
             device=next(iter(problem.gradients.values())).device,
             seed=problem.precision.seed,

@@ -22,6 +22,7 @@ from rgap.iterating import first, random_rows, run
 from rgap.module_update import ModuleUpdate, Outside
 from rgap.newton import search
 from rgap.objective import Objective
+from rgap.precision import Precision
 from rgap.presets import PRESETS, Preset
 from rgap.problem import Filling
 from rgap.recovery import Candidate, Recovery, Status
@@ -87,6 +88,7 @@ def match(
     start: Tensor | Recovery | None = None,
     prior: Prior | None = None,
     local: LocalTraining | None = None,
+    noise: float = 0.0,
     restarts: int | None = None,
     iterations: int | None = None,
     patience: int | None = None,
@@ -115,6 +117,8 @@ def match(
             (:func:`rgap.solvers.priors.natural`) or, without neighbours, the distance from the
             middle.  ``dlg`` has none.
         local: how the client trains, for an update over several local steps.
+        noise: standard deviation of noise that was added to every entry of the update:
+            ``gauss_newton`` stops where the misfit is what noise and rounding explain.
         restarts: starts; default: the method's own.
         iterations: at most; default: the method's own.
         patience: iterations without progress after which a published optimiser stops.
@@ -154,6 +158,7 @@ def match(
         raise ValueError(
             "patience: gauss_newton stops by itself where steps change nothing; leave it out"
         )
+    validation.noise(noise)
     given = declare(model, update, preset, labels, batch_size, start, local, device)
     starts = preset.restarts if preset else 1
     count = validation.count("restarts", starts if restarts is None else restarts)
@@ -168,6 +173,7 @@ def match(
         "seed": str(seed),
         "prior": repr(prior),
         "local": repr(local),
+        "noise": repr(noise),
         "update": digest(*given.gradients.values()),
         "start": "None" if given.start is None else digest(given.start),
     }
@@ -175,7 +181,7 @@ def match(
         checkpoint.require(settings)
     if preset is None:
         found = _newton(
-            given, prior, count, limit, time_limit, settings, callback, checkpoint, seed
+            given, prior, noise, count, limit, time_limit, settings, callback, checkpoint, seed
         )
     else:
         found = _published(given, preset, prior, count, limit, patience, time_limit, settings,
@@ -186,6 +192,7 @@ def match(
 def _newton(
     given: Declared,
     prior: Prior | None,
+    noise: float,
     restarts: int,
     steps: int,
     seconds: float,
@@ -207,7 +214,8 @@ def _newton(
     if given.start is not None:
         starts[0] = given.start.to(like)
     filling = Filling.of(prior, 1.0, given.shape[1:], bounds)
-    schedule = replace(filling.schedule, seconds=seconds, steps=steps)
+    target = equations.expected(Precision(given.update.dtype, noise))
+    schedule = replace(filling.schedule, seconds=seconds, steps=steps, target=target)
     ended, held = search(
         equations, starts, filling.prior, schedule, bounds, settings, callback, checkpoint
     )

@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from math import inf, isfinite
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,20 +23,11 @@ from rgap.federated import LocalTraining, average
 from rgap.isolation import plain_kernels
 from rgap.kinks import soften
 from rgap.losses import Loss
+from rgap.precision import GROWTH, Precision
+from rgap.systems.inequalities import Equations
 
 COLUMN = 2  # what a column of the Jacobian costs, in rows
 FORMED = 320  # unknowns up to which the Jacobian is formed: one batched pass costs less than CG
-
-
-class Equations(Protocol):
-    """Linear equations for the input of a layer."""
-
-    @property
-    def equations(self) -> int:
-        """How many."""
-
-    def misfit(self, u: Tensor) -> Tensor:
-        """Weighed residual at u [B, *in_shape], flat."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +39,14 @@ class Inside:
         shape: of the layer's input for the batch, [B, *in_shape].
         known: equations of that input.
         cotangent: of the loss there, like the input.
+        blur: relative error of the cotangent.
     """
 
     layer: str
     shape: tuple[int, ...]
     known: Equations
     cotangent: Tensor
+    blur: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -135,6 +127,21 @@ class ModuleUpdate:
                 self._run(x, {})
                 misfit = self.source.known.misfit(self._seen[0].reshape(self.source.shape))
             self.unit = 1.0 / max(float(misfit.norm()), 1e-300)
+
+    def expected(self, precision: Precision) -> float:
+        """‖r‖² that errors explain at the client's data: what a solver need not go below.
+
+        Each gradient by its rounding, the error of the cotangent, and the noise that was added to
+        it; what is known inside by its own errors (Morozov's discrepancy principle).
+        """
+        inside = self.source if isinstance(self.source, Inside) else None
+        blur = (GROWTH * precision.unit) ** 2 + (inside.blur**2 if inside else 0.0)
+        total = sum(
+            blur + precision.noise**2 * g.numel() * self.scales[n] ** 2
+            for n, g in self.gradients.items()
+            if self.scales[n] > 0
+        )
+        return total + (inside.known.expected * self.unit**2 if inside else 0.0)
 
     def misfit(self, x: Tensor) -> float:
         """‖r(x)‖², infinite where it is not a number."""

@@ -6,7 +6,6 @@ import copy
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import inf
 
 import torch
 from torch import Tensor, nn
@@ -107,11 +106,7 @@ def prepare(
     if stated is not None:
         stated = validation.count("batch_size", stated)
         known = validation.labels(known, stated)
-    if not 0.0 <= noise < inf:
-        raise ValueError(
-            f"noise: expected a standard deviation, a finite number of at least 0, got {noise!r}; "
-            "write noise=0.0 for an update without added noise"
-        )
+    validation.noise(noise)
     bounds = update.value_range if value_range is None else validation.bounds(value_range)
     slack = BEYOND if value_range is None else 0.0
     place = device_of(device)

@@ -204,3 +204,18 @@ def unknown_loss(name: object, names: list[str]) -> str:
     close = difflib.get_close_matches(key, names, n=1)
     guess = _MEANT.get(key) or (close[0] if close else None)
     return f"{text}; write loss={guess!r}." if guess else f"{text}."
+
+
+def noise(value: float) -> None:
+    """Refuse a standard deviation that is none.
+
+    Raises:
+        ValueError: it is negative or not finite.
+
+    >>> noise(0.1)
+    """
+    if not 0.0 <= value < math.inf:
+        raise ValueError(
+            f"noise: expected a standard deviation, a finite number of at least 0, got {value!r}; "
+            "write noise=0.0 for an update without added noise"
+        )

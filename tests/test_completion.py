@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from rgap.module_update import Inside, ModuleUpdate, Outside
 from rgap.network import parse
 from rgap.precision import Known, Precision
 from rgap.systems import gradient_constraint
+from rgap.systems.inequalities import Bounded
 from rgap.systems.known_part import KnownPart
 from rgap.systems.plain_rows import PlainRows
 from rgap.systems.ranks import stage_joint_rank, weight_row_spaces
@@ -216,7 +218,7 @@ def test_without_room_for_a_matrix_the_rows_are_used_as_they_are() -> None:
     chain, u, z, k = stage_of(2)
     affine, precision = chain.stages[0].affine, Precision(F64)
     known = [Known(t, precision.rounding(t)) for t in (z, k)]
-    rows = PlainRows.of(affine, affine.weight_gradient(u, k), *known)
+    rows = PlainRows.of(affine, affine.weight_gradient(u, k), *known, precision)
     assert float(rows.misfit(u).norm()) < 1e-12 and float(rows.misfit(u + 0.1).norm()) > 1e-3
     assert torch.autograd.gradcheck(rows.misfit, (u + 0.1).requires_grad_())
     model, _, update = pair("sigmoid")
@@ -224,6 +226,65 @@ def test_without_room_for_a_matrix_the_rows_are_used_as_they_are() -> None:
     assert recovery.status is Status.COMPLETED, recovery.reason
     assert recovery.inputs is not None and recovery.residual is not None
     assert recovery.residual < 1e-4
+
+
+def test_a_unit_that_is_off_is_an_inequality() -> None:
+    """Only the units that are off and positive miss it, by their distance from the half-space."""
+    chain, u, z, k = stage_of(1)
+    affine, precision = chain.stages[0].affine, Precision(F64)
+    known = [Known(t, precision.rounding(t)) for t in (z, k)]
+    rows = PlainRows.of(affine, affine.weight_gradient(u, k), *known, precision)
+    off = z < z.median()
+    bounded = Bounded.of(rows, affine, off)
+    assert bounded.equations == rows.equations and bounded.expected == rows.expected
+    over = bounded.misfit(u)[len(rows.misfit(u)) :].reshape(z.shape)
+    eye = torch.eye(u.numel(), dtype=F64).reshape(-1, *u.shape[1:])
+    norms = affine.linear(eye).square().sum(0).sqrt()
+    assert torch.allclose(over, torch.where(off & (z > 0), z, 0.0) / norms)
+    assert bool((over[off & (z <= 0)] == 0).all()) and torch.autograd.gradcheck(
+        bounded.misfit, (u + 0.1).requires_grad_()
+    )
+
+
+def test_units_of_a_relu_that_are_off_stand_beside_the_equations() -> None:
+    """Without them the answer may turn on a unit that the client's picture left off."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 3, 3, 2, 1), nn.Tanh(), nn.Conv2d(3, 3, 3, 1, 1), nn.ReLU(), nn.Flatten(),
+        nn.Linear(27, 5),
+    ).double().eval()  # fmt: skip
+    x = smooth_picture(size=6)
+    recovery = invert(model, capture(model, x, LABEL, dtype=F64), complete=True)
+    assert recovery.status is Status.COMPLETED, recovery.reason
+    assert recovery.inputs is not None
+    off = model[:3](x) < 0
+    assert bool(off.any())
+    found = model[:3](recovery.inputs).detach()
+    assert float(found[off].max()) < 1e-3 * float(found.abs().max())
+
+
+def test_the_prior_keeps_its_weight_where_noise_explains_the_misfit() -> None:
+    """Going on to match the noise costs what the prior had gained."""
+    model, x, update = pair("sigmoid")
+    noise = 0.01 * float(torch.cat([g.flatten() for g in update.gradients.values()]).std())
+    generator = torch.Generator().manual_seed(0)
+    sent = {
+        n: g + noise * torch.randn(g.shape, generator=generator, dtype=F64)
+        for n, g in update.gradients.items()
+    }
+    noisy = replace(update, gradients=sent, labels=torch.tensor([0, 1]))
+    told = rgap.match(model, noisy, noise=noise, iterations=14)
+    untold = rgap.match(model, noisy, iterations=14)
+    source = Outside(Loss(), torch.tensor([0, 1]))
+    equations = ModuleUpdate(model, sent, source, tuple(x.shape))
+    target = equations.expected(Precision(F64, noise))
+    truth = equations.misfit(x)
+    assert 0.5 * truth < target < 2.0 * truth, "what the noise explains is what the truth misses"
+    assert untold.misfit < told.misfit <= target
+    near, far = (float((r.nearest - x).square().mean()) for r in (told, untold))
+    assert near < far
+    with pytest.raises(ValueError, match=r"write noise=0\.0"):
+        rgap.match(model, noisy, noise=-1.0)
 
 
 def test_roots_that_differ_by_a_scale_are_all_certified() -> None:

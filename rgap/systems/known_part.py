@@ -38,6 +38,7 @@ class KnownPart:
         table: what the gradient rows say, Vᵀu, [C, r].
         values: what the weight rows say of the rest, [r'].
         weights: of the equations, [C·r + r'], at most 1.
+        expected: squared misfit that the errors of c explain.
     """
 
     affine: Affine
@@ -48,6 +49,7 @@ class KnownPart:
     table: Tensor
     values: Tensor
     weights: Tensor
+    expected: float = 0.0
 
     @classmethod
     def of(
@@ -75,7 +77,7 @@ class KnownPart:
         inverse = kept / spectrum.clamp_min(1e-300)
         sent = gradient_rows(affine, gradient).reshape(groups, -1, rows)
         table = (sent @ left * inverse[:, None, :]).flatten(0, 1)
-        entry = _entry_error(affine, gradient, k, precision)
+        entry = entry_error(affine, gradient, k, precision)
         blur = (entry * inverse).repeat_interleave(affine.in_shape[0] // groups, 0)
         coupling = weight_constraint(affine, batch)
         active = z.known.flatten().to(z.value)
@@ -97,7 +99,7 @@ class KnownPart:
         known = torch.cat([self._kept.flatten(), torch.ones_like(self.values)]) > 0
         typical = float(std[known].square().mean().sqrt()) if bool(known.any()) else 1.0
         weights = 1.0 / (1.0 + (std / max(typical, 1e-300)).square()).sqrt() * known
-        return replace(self, weights=weights)
+        return replace(self, weights=weights, expected=float((std * weights).square().sum()))
 
     @property
     def equations(self) -> int:
@@ -165,7 +167,7 @@ def _relative(kronecker: Kronecker, k: Known, precision: Precision) -> float:
     return entry * (rows**0.5 + size**0.5) / scale if scale > 0 else 0.0
 
 
-def _entry_error(affine: Affine, gradient: Tensor, k: Known, precision: Precision) -> float:
+def entry_error(affine: Affine, gradient: Tensor, k: Known, precision: Precision) -> float:
     """Standard error of an entry of the gradient rows, as far as rounding and k explain it."""
     size = float(gradient.square().mean().sqrt())
     inside = float(k.std.square().mean().sqrt() / k.value.square().mean().sqrt().clamp_min(1e-300))

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from rgap.affine import Affine
-from rgap.precision import Known
+from rgap.precision import Known, Precision
+from rgap.systems.known_part import entry_error
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class PlainRows:
         z: its pre-activation, [B, *out_shape].
         active: 1 where z is known.
         scales: of the two blocks.
+        expected: squared misfit that the errors of the right-hand sides explain.
     """
 
     affine: Affine
@@ -34,14 +36,20 @@ class PlainRows:
     z: Tensor
     active: Tensor
     scales: tuple[float, float]
+    expected: float = 0.0
 
     @classmethod
-    def of(cls, affine: Affine, gradient: Tensor, z: Known, k: Known) -> PlainRows:
+    def of(
+        cls, affine: Affine, gradient: Tensor, z: Known, k: Known, precision: Precision
+    ) -> PlainRows:
         """The rows of a stage; arguments as for ``KnownPart.of``."""
         active = z.known.to(z.value)
         sizes = [float(gradient.norm()), float((z.value * active).norm())]
         scales = [1.0 / size if size > 0 else 0.0 for size in sizes]
-        return cls(affine, gradient, k.value, z.value, active, (scales[0], scales[1]))
+        rows = entry_error(affine, gradient, k, precision) ** 2 * gradient.numel()
+        gaps = float((z.std * active).nan_to_num(0.0, posinf=0.0).square().sum())
+        expected = rows * scales[0] ** 2 + gaps * scales[1] ** 2
+        return cls(affine, gradient, k.value, z.value, active, (scales[0], scales[1]), expected)
 
     @property
     def equations(self) -> int:
