@@ -20,6 +20,10 @@ STYLES = {
     "float64": ("#0072b2", "", "o", "float64"),
     "float32": ("#e69f00", "", "s", "float32"),
 }
+LINES = {
+    "ours": ("#0072b2", "-", "o", "equations, then a prior for the rest"),
+    "theirs": ("#d55e00", "--", "s", "signed Adam, cosine, total variation; the same time"),
+}
 
 
 def draw_batches(runs: list[dict], path: Path) -> None:
@@ -171,6 +175,45 @@ def draw_matching(runs: list[tuple[dict, Tensor, Tensor | None]], path: Path) ->
                 _picture(grid[top + row][column], near[row], name)
         top += size
     figure.savefig(path, dpi=150)
+
+
+def draw_nullity(runs: list[dict], path: Path) -> None:
+    """PSNR of the worst picture against the share of the unknowns that no equation fixes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axes = figure.subplots()
+    top = 5 + max(r[who]["psnr"] for r in runs for who in LINES if _drawn(r, who))
+    for who, (colour, line, marker, name) in LINES.items():
+        held = sorted(
+            (100 * run["nullity"] / run["unknowns"], run[who]["psnr"])
+            for run in runs
+            if _drawn(run, who)
+        )
+        axes.plot(*zip(*held, strict=True), color=colour, ls=line, marker=marker, ms=5, label=name)
+    for run in runs:
+        share, found = 100 * run["nullity"] / run["unknowns"], run["ours"]["psnr"]
+        if found is not None and run["status"] == "EXACT":
+            axes.plot(share, top, color=LINES["ours"][0], marker="^", ms=7, clip_on=False)
+            text = f"  EXACT, {found:.0f} dB"
+            axes.text(share, top, text, color=INK, size=8, va="center")
+        if run["case"] == 0 and found is not None:
+            place = (share, top if run["status"] == "EXACT" else found)
+            axes.annotate(
+                f"B = {run['size']}", place, (0, 7), textcoords="offset points", color=INK, size=8,
+                ha="center",
+            )  # fmt: skip
+    axes.set_ylim(0, top)
+    axes.set_xlabel("unknowns that no equation fixes, %", size=9)
+    axes.set_ylabel("PSNR of the worst picture, dB", size=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def _drawn(run: dict, who: str) -> bool:
+    """True if a run has a point on the curve: an exact one is beyond its axis."""
+    return run[who]["psnr"] is not None and not (who == "ours" and run["status"] == "EXACT")
 
 
 def _picture(axes: Axes, picture: Tensor, title: str) -> None:

@@ -36,6 +36,7 @@ from pathlib import Path
 import torch
 from batch_figures import draw_matching
 from batch_pictures import match
+from equal_time import timed
 from torch import Tensor, nn
 
 import rgap
@@ -158,14 +159,10 @@ def one(case: Case, seconds: float) -> tuple[dict, Tensor, Tensor | None]:
         found = rgap.invert(model, update, complete=case.method == "completion", time_limit=seconds)
         steps = 0
     else:
-        iterations = None
         if isinstance(case.method, Preset) and case.row != "terms":
-            rgap.match(model, update, method=case.method, iterations=3)
-            probe = rgap.match(model, update, method=case.method, iterations=20)
-            iterations = max(50, int(seconds / probe.seconds * 20))
-        found = rgap.match(
-            model, update, method=case.method, iterations=iterations, time_limit=1.1 * seconds
-        )
+            found = timed(model, update, case.method, seconds)
+        else:
+            found = rgap.match(model, update, method=case.method, time_limit=1.1 * seconds)
         steps = found.iterations
     name = case.method.name if isinstance(case.method, Preset) else case.method
     run = {

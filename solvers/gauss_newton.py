@@ -20,6 +20,7 @@ from .priors import Operator, Prior
 SHORTEST = 1e-3  # step length at which the line search gives up
 ROUNDED = 1e-14  # of the mean diagonal: keeps a formed normal matrix definite
 HASTE = 4  # power of the decay of λ after a step that changed next to nothing
+SLOW, ENOUGH = 0.5, 1e-8  # factor on a misfit, below the second, that counts as no change any more
 STOPPED = "whoever watches said so"
 DAMPED = 1e-3  # of the curvature: what a failed step adds to the diagonal, then ten times it
 
@@ -54,7 +55,8 @@ class Schedule:
         products: conjugate-gradient iterations a step, at most.
         accuracy: relative residual at which these stop.
         target: ‖r‖² that the noise explains: no step below it.
-        still: relative change of x of two steps in a row that ends the iteration.
+        still: relative change of x of two steps in a row that ends the iteration; at the lowest
+            weight two steps in a row that do not halve a misfit below 1e-8 end it too.
         seconds: wall time after which no further step is begun.
     """
 
@@ -176,7 +178,7 @@ def gauss_newton(
         )
         if not bool(torch.isfinite(dx).all()):
             return Minimum(x, misfit, tuple(steps), "the next step is not finite")
-        before = misfit + weight * float(current.value(x))
+        past, before = misfit, misfit + weight * float(current.value(x))
         length, trial, fresh, found = 1.0, x, point, inf
         while length > SHORTEST:
             trial = project(x + length * dx)
@@ -191,7 +193,8 @@ def gauss_newton(
             x, point, misfit, damping = trial, fresh, found, 0.1 * damping
         else:
             damping = max(10.0 * damping, DAMPED * _largest(point, rhs))
-        rest = marks.rest + 1 if change < schedule.still else 0
+        ends = weight <= schedule.lowest and misfit <= ENOUGH and misfit > SLOW * past
+        rest = marks.rest + 1 if change < schedule.still or ends else 0
         marks = Marks(
             marks.number + 1,
             max(weight * schedule.decay ** (HASTE if rest else 1), schedule.lowest),

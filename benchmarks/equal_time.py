@@ -1,0 +1,18 @@
+"""A published search that is given a time: its schedule is set to end with it."""
+
+from __future__ import annotations
+
+from torch import nn
+
+import rgap
+from rgap.presets import Preset
+
+FEWEST = 50  # iterations
+
+
+def timed(model: nn.Module, update: rgap.Update, preset: Preset, seconds: float) -> rgap.Matching:
+    """What a preset finds in about this time; its labels are the update's."""
+    rgap.match(model, update, method=preset, iterations=3)
+    probe = rgap.match(model, update, method=preset, iterations=20)
+    iterations = max(FEWEST, int(seconds / probe.seconds * 20))
+    return rgap.match(model, update, method=preset, iterations=iterations, time_limit=1.1 * seconds)
