@@ -3,7 +3,7 @@
     python benchmarks/study_matching.py                        every row, photographs 8 and later
     python benchmarks/study_matching.py --rows blog --figure docs/pictures/matching.png
     python benchmarks/study_matching.py --rows residual ablation --seconds 60
-    python benchmarks/study_matching.py --rows terms --cases 6    GradInversion term by term
+    python benchmarks/study_matching.py --rows terms terms32 smooth32 --cases 6
     python benchmarks/study_matching.py --rows tuning          the weights below, photographs 0 to 7
 
 ``blog``: what a reader of introductions to gradient inversion sees, and what is behind it. (a) a
@@ -14,7 +14,10 @@ SiLU, one picture and two, Gauss-Newton and signed Adam with total variation for
 ``ablation``: LeNet, two pictures, the same time: signed Adam; Gauss-Newton on gradients alone; with
 what the closed forms found.  ``terms``: GradInversion with all its terms and with each of them off,
 two pictures of 8 by 8, two seeds, 150 iterations; the batch norms keep the statistics of the
-photographs 0 to 7.
+photographs 0 to 7.  ``terms32``: the same with pictures of 32 by 32, a network of strides, four
+seeds, float32 updates and 600 iterations; ``smooth32``: with ten thousand times the
+published weight of the total variation.  They end with means, and with the means of what each term
+adds to a batch (paired differences), ± the standard error over the batches.
 
 Labels are known to every method.  A search gets ``--seconds``; the iterations of signed Adam are
 set so that its schedule ends with them.  The weights of the total variation in ``residual`` and
@@ -29,8 +32,9 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 
 import torch
@@ -47,8 +51,14 @@ WEIGHTS = (1e-4, 1e-3, 1e-2, 1e-1)
 BEST = {"lenet": 1e-3, "flat": 1e-3, "pooled": 1e-3}  # of WEIGHTS, on the photographs 0 to 7
 LABELS = (3, 5)
 PLAIN = replace(PRESETS["ig"], name="cosine", variation=0.0)
-TERMS = ("group", "statistics", "variation", "size", "noise")
-QUICK = replace(PRESETS["gradinversion"], iterations=150, restarts=2)
+WHOLE = "all"
+TERMS = ("group", "statistics", "noise", "variation", "size")
+QUICK = {
+    "terms": replace(PRESETS["gradinversion"], iterations=150, restarts=2),
+    "terms32": replace(PRESETS["gradinversion"], iterations=600, restarts=4),
+}
+# The best of 1e-4, 1e-2, 0.1 and 1 on the photographs 0 to 3.
+QUICK["smooth32"] = replace(QUICK["terms32"], variation=1.0)
 SQUARES = replace(PLAIN, name="squares", distance="squares")
 
 
@@ -90,8 +100,8 @@ def network(name: str, seed: int) -> nn.Module:
         return rgap.models.mlp((512, 512, 512), activation="relu", seed=seed)
     if name == "lenet":
         return rgap.models.lenet(seed=seed, weights="uniform")
-    if name == "normed":
-        return normed(seed)
+    if name in ("normed", "strided"):
+        return normed(seed, 8 if name == "normed" else 32)
     if name == "pooled":
         return rgap.models.resnet(activation="silu", seed=seed)
     with torch.random.fork_rng(devices=[]):
@@ -100,16 +110,25 @@ def network(name: str, seed: int) -> nn.Module:
         return nn.Sequential(*parts, nn.Flatten(), nn.Linear(32 * 256, 10)).eval()
 
 
-def normed(seed: int) -> nn.Module:
-    """A small network for pictures of 8 by 8, whose batch norms have seen photographs."""
+def normed(seed: int, side: int) -> nn.Module:
+    """A small network with batch norms that have seen photographs, for pictures of 8 or 32."""
+    width, stride = (8, 1) if side == 8 else (16, 2)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         parts: list[nn.Module] = []
-        for inner in (3, 8):
-            parts += [nn.Conv2d(inner, 8, 3, 1, 1), nn.BatchNorm2d(8, momentum=None), nn.SiLU()]
-        model = nn.Sequential(*parts, nn.Flatten(), nn.Linear(512, 10))
-        model.train()(rgap.photos.load(FIRST, 8).float())
+        for inner in (3, width):
+            parts += [nn.Conv2d(inner, width, 3, stride, 1), nn.BatchNorm2d(width, momentum=None)]
+            parts.append(nn.SiLU())
+        model = nn.Sequential(*parts, nn.Flatten(), nn.Linear(64 * width, 10))
+        model.train()(rgap.photos.load(FIRST, side).float())
     return model.eval()
+
+
+def without(preset: Preset, terms: Sequence[str]) -> Iterator[Preset]:
+    """The preset with all its terms, and with each of some off."""
+    yield replace(preset, name=WHOLE)
+    for term in terms:
+        yield replace(preset, name=f"no {term}", **{term: 0.0})
 
 
 def cases(rows: list[str], count: int) -> Iterator[Case]:
@@ -137,10 +156,10 @@ def cases(rows: list[str], count: int) -> Iterator[Case]:
         if "ablation" in rows:
             for method in (varied(BEST["lenet"]), "gauss_newton", "completion"):
                 yield Case("ablation", "lenet", two, method)
-        if "terms" in rows:
-            yield Case("terms", "normed", two, replace(QUICK, name="all"))
-            for term in TERMS:
-                yield Case("terms", "normed", two, replace(QUICK, name=f"no {term}", **{term: 0.0}))
+        for row, name in zip(QUICK, ("normed", "strided", "strided"), strict=True):
+            if row in rows:
+                terms = TERMS[:3] if row == "smooth32" else TERMS
+                yield from (Case(row, name, two, preset) for preset in without(QUICK[row], terms))
         if "tuning" in rows:
             for name in BEST:
                 for weight in WEIGHTS:
@@ -153,16 +172,18 @@ def one(case: Case, seconds: float) -> tuple[dict, Tensor, Tensor | None]:
     x = torch.cat([rgap.photos.load(1, side, start=place) for place in case.places])
     targets = torch.tensor(LABELS[: len(x)])
     model = network(case.network, case.places[0])
-    update = rgap.capture(model, x, targets, dtype=torch.float64, share_labels=True)
+    dtype = torch.float32 if case.network == "strided" else torch.float64
+    update = rgap.capture(model, x.to(dtype), targets, dtype=dtype, share_labels=True)
     began = time.perf_counter()
     if case.method in ("closed form", "completion"):
         found = rgap.invert(model, update, complete=case.method == "completion", time_limit=seconds)
         steps = 0
     else:
-        if isinstance(case.method, Preset) and case.row != "terms":
+        if isinstance(case.method, Preset) and case.row not in QUICK:
             found = timed(model, update, case.method, seconds)
         else:
-            found = rgap.match(model, update, method=case.method, time_limit=1.1 * seconds)
+            limit = inf if case.row in QUICK else 1.1 * seconds
+            found = rgap.match(model, update, method=case.method, time_limit=limit)
         steps = found.iterations
     name = case.method.name if isinstance(case.method, Preset) else case.method
     run = {
@@ -189,11 +210,22 @@ def one(case: Case, seconds: float) -> tuple[dict, Tensor, Tensor | None]:
     return {**run, "psnr": beside.psnr, "fault": fault}, x, near
 
 
+def differences(more: list[float], less: list[float]) -> list[float]:
+    """Batch by batch."""
+    return [a - b for a, b in zip(more, less, strict=True)]
+
+
+def spread(numbers: list[float]) -> str:
+    """Mean ± standard error of the mean."""
+    error = statistics.stdev(numbers) / len(numbers) ** 0.5 if len(numbers) > 1 else inf
+    return f"{statistics.fmean(numbers):5.2f} ± {error:.2f}"
+
+
 def main() -> int:
     """Run what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    rows = ["blog", "residual", "ablation", "terms", "tuning"]
-    parser.add_argument("--rows", nargs="+", default=rows[:4], choices=rows)
+    rows = ["blog", "residual", "ablation", *QUICK, "tuning"]
+    parser.add_argument("--rows", nargs="+", default=rows[:-1], choices=rows)
     parser.add_argument("--cases", type=int, default=1, help="batches a row")
     parser.add_argument("--seconds", type=float, default=30.0, help="of every search")
     parser.add_argument("--output", type=Path, help="append every run as a JSON line")
@@ -202,7 +234,7 @@ def main() -> int:
     print(
         "row       network  photographs  method            status           PSNR residual steps s"
     )
-    faults, shown, means = 0, [], dict[str, list[float]]()
+    faults, shown, means = 0, [], dict[tuple[str, str], list[float]]()
     for case in cases(options.rows, options.cases):
         run, x, near = one(case, options.seconds)
         faults += bool(run["fault"])
@@ -219,13 +251,18 @@ def main() -> int:
         if options.output is not None:
             with options.output.open("a") as file:
                 file.write(json.dumps(run) + "\n")
-        if case.row == "terms":
-            means.setdefault(run["method"], []).append(run["psnr"])
+        if case.row in QUICK:
+            means.setdefault((case.row, run["method"]), []).append(run["psnr"])
         if case.row.startswith("blog"):
             shown.append((run, x, near))
-    for name, found in means.items():
-        mean, error = statistics.fmean(found), statistics.pstdev(found) / len(found) ** 0.5
-        print(f"mean of {len(found)}: {name:17} {mean:5.2f} ± {error:.2f} dB")
+    for (row, name), found in means.items():
+        line = f"{row}, mean of {len(found)}: {name:13} {spread(found)} dB"
+        whole = means[row, WHOLE]
+        if name != WHOLE:
+            line += f", the term adds {spread(differences(whole, found))}"
+        elif row == "smooth32" and ("terms32", WHOLE) in means:
+            line += f", the weight adds {spread(differences(whole, means['terms32', WHOLE]))}"
+        print(line)
     if options.figure is not None and shown:
         draw_matching(shown, options.figure)
     return int(bool(faults))
