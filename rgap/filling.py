@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from math import isfinite, prod
@@ -19,16 +20,19 @@ from rgap.head import HeadCandidate
 from rgap.matching import match
 from rgap.module_update import ModuleUpdate
 from rgap.network import Chain
+from rgap.ops import Op
 from rgap.precision import Known
 from rgap.problem import Problem
 from rgap.progress import Progress
 from rgap.readout import head_cotangent, read_answer, read_batch
 from rgap.recovery import Candidate, Recovery, Status
-from rgap.recursion import Descent
+from rgap.recursion import Descent, descend
 from rgap.solvers.gauss_newton import Minimum, Step
 from rgap.stopping import Progress as Searching
+from rgap.winners import find_winners
 
 SURE, SHARE = 16, 0.01  # surplus of equations, also relative, from which a solution is the only one
+SEARCHING = 0.5  # share of the time that winners of max-pools are searched for
 NEAR = 12  # steps of a completion that a polish follows
 ROUGH = 1e-2  # error, in widths of the range, that a completion is assumed to have before a polish
 EDGE = 0.25  # share of entries at the edge of the value range that is worth a word
@@ -57,8 +61,10 @@ def filled(
     """
     filling = problem.filling
     assert filling is not None
-    halt = descent.require_halt()
+    deadline = time.perf_counter() + filling.schedule.seconds
     chain = problem.chain
+    descent = _unpooled(problem, descent, filling.schedule.seconds, show)
+    halt = descent.require_halt()
     name = chain.stages[descent.reached.index].name
     shape = (problem.batch, *chain.input_shape)
     show.stage(f"completion below {name}")
@@ -76,7 +82,7 @@ def filled(
     surplus = update.equations - unknowns
     seed = problem.precision.seed
     start = grey(problem.batch, chain.input_shape, problem.value_range, seed).to(known.cotangent)
-    schedule = filling.schedule
+    schedule = replace(filling.schedule, seconds=max(deadline - time.perf_counter(), 0.0))
     sure = surplus >= max(SURE, SHARE * unknowns) and _followed(chain)
     if sure:  # the polish takes over once the solution is near
         schedule = replace(schedule, steps=min(schedule.steps, NEAR))
@@ -104,6 +110,39 @@ def filled(
         nearest = Candidate(inputs, labels, residual)
         return replace(_without(problem, descent, reason), candidates=(nearest,))
     return outcomes.completed(problem, descent, inputs, labels, reason)
+
+
+def _unpooled(problem: Problem, descent: Descent, seconds: float, show: Progress) -> Descent:
+    """The descent through max-pools whose winners the layers below give away, as far as it goes.
+
+    A pool counts as passed where the equations of the stage below it determine that stage and do
+    not contradict each other, as with wrong winners they do.
+    """
+    chain, deadline = problem.chain, time.perf_counter() + SEARCHING * seconds
+
+    def unpool(index: int, op: Op, u: Known, cot: Known) -> tuple[Known, Known] | None:
+        if index != descent.reached.index:  # one at a time: what was passed before is kept
+            return None
+        show.stage(f"winners of {op.name}")
+        left = deadline - time.perf_counter()
+        return find_winners(
+            problem.model, chain, problem.gradients, index, op, u, cot, left, problem.precision.seed
+        )
+
+    while (reached := descent.reached).u is not None and descent.halt is not None:
+        fresh = descend(
+            chain, problem.gradients, reached.index, reached.u, reached.k, problem.precision,
+            show.stage, problem.budget, unpool,
+        )  # fmt: skip
+        if reached.index - 1 not in fresh.inputs or fresh.refuted:
+            return descent
+        descent = replace(
+            fresh,
+            solutions={**descent.solutions, **fresh.solutions},
+            inputs={**descent.inputs, **fresh.inputs},
+            cotangents={**descent.cotangents, **fresh.cotangents},
+        )
+    return descent
 
 
 def searched(problem: Problem, recovery: Recovery, show: Progress) -> Recovery:

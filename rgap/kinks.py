@@ -80,7 +80,7 @@ def soften(model: nn.Module) -> Sharpness:
     replaced: dict[nn.Module, Softened] = {}
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if _rounds(child):
+            if rounded(child):
                 if child not in replaced:
                     replaced[child] = Softened(child, sharpness)
                 setattr(parent, name, replaced[child])
@@ -88,8 +88,8 @@ def soften(model: nn.Module) -> Sharpness:
     return sharpness
 
 
-def _rounds(module: nn.Module) -> bool:
-    """True for the modules that :class:`Softened` stands for."""
+def rounded(module: nn.Module) -> bool:
+    """True for the modules that :func:`soften` replaces."""
     if isinstance(module, (nn.MaxPool1d, nn.MaxPool2d)):
         return not (module.ceil_mode or module.return_indices)
     # PReLU's slope is a parameter: moved into a child it would change its name.

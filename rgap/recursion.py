@@ -24,6 +24,7 @@ from rgap.systems.stage import BUDGET, StageSolution, solve_stage
 log = logging.getLogger(__name__)
 
 Watcher = Callable[[str], None]
+Unpool = Callable[[int, Op, Known, Known], tuple[Known, Known] | None]
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,7 @@ def descend(
     precision: Precision,
     watch: Watcher | None = None,
     budget: float = BUDGET,
+    unpool: Unpool | None = None,
 ) -> Descent:
     """Recover the inputs of the stages below ``start`` from its input and cotangent.
 
@@ -159,6 +161,8 @@ def descend(
         precision: of the update; draws the error ensemble.
         watch: called with the name of each stage before it is solved.
         budget: bytes above which a stage is solved without forming a matrix.
+        unpool: asked at a step that cannot be inverted, with the index of its stage, what is known
+            of its output and the cotangent there; gives what is known of its input, or None.
 
     Returns:
         The :class:`Descent`; ``data`` is None when ``halt`` says where it ended.
@@ -189,7 +193,7 @@ def descend(
         # The terms of the client's sum rounded, however small a result they cancel to.
         terms = stage.affine.squared().adjoint(k.value.square())
         cot = Known(cot.value, cot.error + precision.normal(precision.sum_std(terms)))
-        passed = _lift(stage, known, cot, precision)
+        passed = _lift(stage, known, cot, precision, unpool)
         if isinstance(passed, Halt):
             descent.halt = passed
             return descent
@@ -247,11 +251,17 @@ def _shortfall(stage: Stage, step: StageSolution) -> Halt:
     )
 
 
-def _lift(stage: Stage, u: Known, cot: Known, precision: Precision) -> tuple[Known, Known] | Halt:
+def _lift(
+    stage: Stage, u: Known, cot: Known, precision: Precision, unpool: Unpool | None = None
+) -> tuple[Known, Known] | Halt:
     """From the affine map's input u to the stage's input x, through the lead; k alike."""
     for op in reversed(stage.lead):
         if op.barrier is not None:
-            return Halt(op.name, op.barrier, supported=False)
+            passed = None if unpool is None else unpool(stage.index, op, u, cot)
+            if passed is None:
+                return Halt(op.name, op.barrier, supported=False)
+            u, cot = passed
+            continue
         missing = u.value.shape[0] * (prod(op.in_shape) - prod(op.out_shape))
         if missing > 0:
             return Halt(

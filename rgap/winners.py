@@ -1,0 +1,211 @@
+"""Which entry won each window of a max-pool: the gradient of the layer below it says so.
+
+Below a pool with known output û and cotangent κ there, the input u of the next lower layer meets
+
+    pool(φ(W u + b)) = û,      ∂⟨κ, pool(φ(W u + b))⟩/∂W = G,
+
+many more equations than unknowns while a batch is small.  One layer and one pool are annealed alone
+(:mod:`rgap.kinks`), so what lies above and below them plays no part.  The winners at the solution
+make the pool linear: values and cotangents at their places, nothing elsewhere.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from math import inf
+
+import torch
+from torch import Tensor, nn
+
+from rgap.affine import Affine
+from rgap.completion import grey, stages
+from rgap.kinks import rounded
+from rgap.module_update import Inside, ModuleUpdate
+from rgap.network import Chain
+from rgap.ops import Op
+from rgap.precision import UNKNOWN, Known
+from rgap.solvers.gauss_newton import Schedule, Step, gauss_newton
+from rgap.solvers.priors import Squares
+
+PASSES = (8, 16, 40)  # levels of the first try and of those after it
+FOUND = 1e-6  # misfit up to which the winners are taken as found; the equations of the stage decide
+PRODUCTS = 100  # conjugate-gradient iterations a step
+SURPLUS = 1.2  # equations a search needs, in multiples of the unknowns
+LAST = "pooled"
+
+
+@dataclass(frozen=True)
+class Where:
+    """Known entries of a pool's output: ``u[known] = û[known]``.
+
+    Attributes:
+        value: û, [B, *out_shape].
+        known: where it is known; below a ReLU that was off it is not.
+    """
+
+    value: Tensor
+    known: Tensor
+
+    @property
+    def equations(self) -> int:
+        """As many as known entries."""
+        return int(self.known.sum())
+
+    def misfit(self, u: Tensor) -> Tensor:
+        """The difference where û is known, 0 elsewhere, flat."""
+        return ((u - self.value) * self.known).flatten()
+
+
+class _Layer(nn.Module):
+    """An affine map whose parameters are leaves."""
+
+    def __init__(self, affine: Affine) -> None:
+        super().__init__()
+        self._affine = affine
+        self.weight = nn.Parameter(affine.weight)
+        self.bias = None if affine.bias is None else nn.Parameter(affine.bias)
+
+    def forward(self, u: Tensor) -> Tensor:
+        """W u + b."""
+        return replace(self._affine, weight=self.weight, bias=self.bias).forward(u)
+
+
+class _Step(nn.Module):
+    """A step of a chain as a module."""
+
+    def __init__(self, op: Op) -> None:
+        super().__init__()
+        self._op = op
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The step."""
+        return self._op.forward(x)
+
+
+def find_winners(
+    model: nn.Module,
+    chain: Chain,
+    gradients: Mapping[str, Tensor],
+    index: int,
+    pool: Op,
+    output: Known,
+    cotangent: Known,
+    seconds: float,
+    seed: int = 0,
+    watch: Callable[[Step], None] = lambda step: None,
+) -> tuple[Known, Known] | None:
+    """Search the winners of a pool by the equations of the stage below it.
+
+    Args:
+        model: the network, whose modules the kinks are.
+        chain: its stages.
+        gradients: the update, float64.
+        index: of the stage with the pool in its lead.
+        pool: of that lead.
+        output: û, [B, *pool.out_shape].
+        cotangent: κ there.
+        seconds: to spend.
+        seed: of the start.
+        watch: told of every step.
+
+    Returns:
+        Values and cotangents at the pool's input, nothing known of the entries that did not win;
+        None where no winners were found that meet the equations.
+    """
+    deadline = time.perf_counter() + seconds
+    if index == 0:
+        return None
+    below, above = chain.stages[index - 1], chain.stages[index]
+    sent = {
+        f"affine.{part}": gradients[name]
+        for part, name in (("weight", below.affine.weight_name), ("bias", below.affine.bias_name))
+        if name in gradients
+    }
+    steps = [*below.tail, *above.lead[: above.lead.index(pool) + 1]]
+    modules = dict(model.named_modules())
+    if pool.name not in modules or not rounded(modules[pool.name]):
+        return None
+    network = nn.Sequential()
+    network.add_module("affine", _Layer(below.affine))
+    for number, op in enumerate(steps):
+        held = modules.get(op.name)
+        network.add_module(f"step{number}", held if held and rounded(held) else _Step(op))
+    network.add_module(LAST, nn.Identity())
+    shape = (len(output.value), *below.affine.in_shape)
+    if sent["affine.weight"].shape != below.affine.weight.shape:
+        return None
+    known = Where(output.value, output.known)
+    source = Inside(LAST, tuple(output.value.shape), known, cotangent.value)
+    equations = ModuleUpdate(network, sent, source, shape)
+    start = grey(shape[0], shape[1:], None, seed).to(output.value)
+    if equations.equations < SURPLUS * start.numel():
+        return None
+    size = float(output.value[output.known].abs().mean()) if known.equations else 1.0
+    u = _solve(equations, 2.0 * size * start, size, _positive(chain, index - 1), deadline, watch)
+    if u is None:
+        return None
+    for op in (below.affine.forward, *(step.forward for step in steps[:-1])):
+        u = op(u)
+    return _placed(pool, u, output, cotangent)
+
+
+def _positive(chain: Chain, index: int) -> bool:
+    """True if no entry of the input of a stage's affine map is negative: a ReLU is before it."""
+    before = chain.stages[index - 1].tail if index else ()
+    return any(getattr(op, "one_sided", False) for op in (*before, *chain.stages[index].lead))
+
+
+def _solve(
+    equations: ModuleUpdate,
+    start: Tensor,
+    size: float,
+    positive: bool,
+    deadline: float,
+    watch: Callable[[Step], None],
+) -> Tensor | None:
+    """Anneal ever more slowly until the equations are met."""
+    prior = Squares(1.0 / size**2, size)
+
+    def project(u: Tensor) -> Tensor:
+        return u.clamp_min(0.0) if positive else u
+
+    def told(step: Step, _: Tensor) -> None:
+        watch(step)
+
+    equations.balance(start)
+    for levels in PASSES:
+        u, found = start, inf
+        for sharpness, here in stages(Schedule(products=PRODUCTS), levels):
+            left = deadline - time.perf_counter()
+            if left <= 0:
+                equations.sharpness.value = None
+                return None
+            equations.sharpness.value = sharpness
+            minimum = gauss_newton(
+                equations.at, u, prior, replace(here, seconds=left), project=project, watch=told
+            )
+            u, found = minimum.value, minimum.misfit
+        if found <= FOUND:
+            return u
+    return None
+
+
+def _placed(pool: Op, x: Tensor, output: Known, cotangent: Known) -> tuple[Known, Known]:
+    """Values and cotangents at the entries of x that the pool picks."""
+    # Windows that overlap may share a winner: what they know of it is one and the same value.
+    count = pool.pull(x, output.known.to(x))
+    won = count > 0
+    share = torch.where(won, 1.0 / count.clamp_min(1.0), 0.0)
+
+    def back(values: Tensor) -> Tensor:
+        return share * pool.pull(x, values)
+
+    known = output.known.to(x)
+    error = torch.stack([back(known * e) for e in output.error])
+    value = Known(
+        back(known * output.value), torch.where(won, error, torch.full_like(error, UNKNOWN))
+    )
+    spread = torch.stack([pool.pull(x, e) for e in cotangent.error])
+    return value, Known(pool.pull(x, cotangent.value), spread)
