@@ -204,10 +204,17 @@ def one(case: Case, seconds: float) -> tuple[dict, Tensor, Tensor | None]:
     if near is None:
         return run, x, None
     beside = match(near, found.nearest_labels, x, targets)
+    return {**run, "psnr": beside.psnr, "fault": reproduced(found, x, targets)}, x, near
+
+
+def reproduced(found: rgap.Recovery, x: Tensor, targets: Tensor) -> str:
+    """What is wrong with the status of an answer, or nothing."""
+    if found.nearest is None:
+        return ""
+    beside = match(found.nearest, found.nearest_labels, x, targets)
     off = found.exact and (found.error_bound is None or beside.worst > found.error_bound)
     loose = found.status is rgap.Status.COMPLETED and not (found.residual or 0.0) < 0.01
-    fault = "EXACT beyond its bound" if off else "COMPLETED misses its update" if loose else ""
-    return {**run, "psnr": beside.psnr, "fault": fault}, x, near
+    return "EXACT beyond its bound" if off else "COMPLETED misses its update" if loose else ""
 
 
 def differences(more: list[float], less: list[float]) -> list[float]:

@@ -15,24 +15,28 @@ from rgap import certificate, outcomes
 from rgap.activations import Activation
 from rgap.batches import rows_of
 from rgap.batchloss import BatchLoss
+from rgap.coarse import coarse
 from rgap.completion import MISSED, complete, grey, inside
 from rgap.head import HeadCandidate
+from rgap.kinks import rounded
 from rgap.matching import match
-from rgap.module_update import ModuleUpdate
+from rgap.module_update import ModuleUpdate, Outside
 from rgap.network import Chain
-from rgap.ops import Op
+from rgap.passing import suggested, unpooled
 from rgap.precision import Known
 from rgap.problem import Problem
 from rgap.progress import Progress
 from rgap.readout import head_cotangent, read_answer, read_batch
 from rgap.recovery import Candidate, Recovery, Status
-from rgap.recursion import Descent, descend
+from rgap.recursion import Descent, Halt
 from rgap.solvers.gauss_newton import Minimum, Step
 from rgap.stopping import Progress as Searching
-from rgap.winners import find_winners
 
 SURE, SHARE = 16, 0.01  # surplus of equations, also relative, from which a solution is the only one
-SEARCHING = 0.5  # share of the time that winners of max-pools are searched for
+SEARCHING = 0.6  # share of the time that winners of max-pools are searched for
+COMPLETING = 0.2  # share of the rest for a completion of a network with kinks
+MATCHING = 0.5  # share of the time for Gauss–Newton on the whole update, where there are kinks
+SUGGESTED = "the prior, known features and directions of gradients, where Gauss–Newton is trapped"
 NEAR = 12  # steps of a completion that a polish follows
 ROUGH = 1e-2  # error, in widths of the range, that a completion is assumed to have before a polish
 EDGE = 0.25  # share of entries at the edge of the value range that is worth a word
@@ -63,7 +67,10 @@ def filled(
     assert filling is not None
     deadline = time.perf_counter() + filling.schedule.seconds
     chain = problem.chain
-    descent = _unpooled(problem, descent, filling.schedule.seconds, show)
+    halt = descent.require_halt()
+    descent, near = unpooled(problem, descent, SEARCHING * filling.schedule.seconds, show)
+    if descent.data is not None:
+        return _passed(problem, descent, kappa, halt)
     halt = descent.require_halt()
     name = chain.stages[descent.reached.index].name
     shape = (problem.batch, *chain.input_shape)
@@ -82,7 +89,9 @@ def filled(
     surplus = update.equations - unknowns
     seed = problem.precision.seed
     start = grey(problem.batch, chain.input_shape, problem.value_range, seed).to(known.cotangent)
-    schedule = replace(filling.schedule, seconds=max(deadline - time.perf_counter(), 0.0))
+    left = max(deadline - time.perf_counter(), 0.0)
+    share = COMPLETING if update.sharpness else 1.0
+    schedule = replace(filling.schedule, seconds=share * left)
     sure = surplus >= max(SURE, SHARE * unknowns) and _followed(chain)
     if sure:  # the polish takes over once the solution is near
         schedule = replace(schedule, steps=min(schedule.steps, NEAR))
@@ -106,43 +115,43 @@ def filled(
     reason = _words(halt.reason, -surplus, unknowns, found)
     if found.misfit > MISSED:
         reason += _edges(problem, found.value)
+        left = deadline - time.perf_counter()
+        drawn = suggested(problem, descent, known, near, left) if update.sharpness else None
+        if drawn is not None:
+            if isinstance(kappa, BatchLoss):
+                inputs, labels = rows_of(kappa, problem.labels).expanded(drawn)
+            else:
+                inputs = drawn
+            reason += f"; beyond it the one in candidates comes from {SUGGESTED}"
         residual = outcomes.replayed(problem, inputs, labels)[0]
         nearest = Candidate(inputs, labels, residual)
         return replace(_without(problem, descent, reason), candidates=(nearest,))
     return outcomes.completed(problem, descent, inputs, labels, reason)
 
 
-def _unpooled(problem: Problem, descent: Descent, seconds: float, show: Progress) -> Descent:
-    """The descent through max-pools whose winners the layers below give away, as far as it goes.
-
-    A pool counts as passed where the equations of the stage below it determine that stage and do
-    not contradict each other, as with wrong winners they do.
-    """
-    chain, deadline = problem.chain, time.perf_counter() + SEARCHING * seconds
-
-    def unpool(index: int, op: Op, u: Known, cot: Known) -> tuple[Known, Known] | None:
-        if index != descent.reached.index:  # one at a time: what was passed before is kept
-            return None
-        show.stage(f"winners of {op.name}")
-        left = deadline - time.perf_counter()
-        return find_winners(
-            problem.model, chain, problem.gradients, index, op, u, cot, left, problem.precision.seed
-        )
-
-    while (reached := descent.reached).u is not None and descent.halt is not None:
-        fresh = descend(
-            chain, problem.gradients, reached.index, reached.u, reached.k, problem.precision,
-            show.stage, problem.budget, unpool,
-        )  # fmt: skip
-        if reached.index - 1 not in fresh.inputs or fresh.refuted:
-            return descent
-        descent = replace(
-            fresh,
-            solutions={**descent.solutions, **fresh.solutions},
-            inputs={**descent.inputs, **fresh.inputs},
-            cotangents={**descent.cotangents, **fresh.cotangents},
-        )
-    return descent
+def _passed(
+    problem: Problem, descent: Descent, kappa: Known | BatchLoss | None, halt: Halt
+) -> Recovery:
+    """The winners of every max-pool were found, and the stages determine the data."""
+    value = descent.require_data().value
+    if isinstance(kappa, BatchLoss):
+        inputs, labels = rows_of(kappa, problem.labels).expanded(value)
+    else:
+        inputs, labels = value, _label(problem, descent, kappa)
+    found = outcomes.completed(
+        problem,
+        descent,
+        inputs,
+        labels,
+        f"{halt.reason}; the winners of every max-pool were found by the equations of the layer "
+        "below it, and with them every stage is determined",
+    )
+    assert found.residual is not None
+    if found.residual**2 <= MISSED:
+        return found
+    nearest = Candidate(inputs, labels, found.residual)
+    halted = replace(descent, data=None, halt=halt)
+    return replace(_without(problem, halted, halt.reason), candidates=(nearest,))
 
 
 def searched(problem: Problem, recovery: Recovery, show: Progress) -> Recovery:
@@ -164,6 +173,9 @@ def searched(problem: Problem, recovery: Recovery, show: Progress) -> Recovery:
     def watch(progress: Searching) -> None:
         show.stage(f"matching: step {progress.number}, misfit {progress.best:.1e}")
 
+    began = time.perf_counter()
+    kinked = any(rounded(module) for module in problem.model.modules())
+    seconds = filling.schedule.seconds
     try:
         found = match(
             problem.model,
@@ -171,7 +183,7 @@ def searched(problem: Problem, recovery: Recovery, show: Progress) -> Recovery:
             labels=problem.labels,
             batch_size=problem.batch,
             prior=filling.prior,
-            time_limit=filling.schedule.seconds,
+            time_limit=MATCHING * seconds if kinked else seconds,
             noise=problem.precision.noise,
             callback=watch,
             device=next(iter(problem.gradients.values())).device,
@@ -180,14 +192,25 @@ def searched(problem: Problem, recovery: Recovery, show: Progress) -> Recovery:
     except ValueError as error:  # labels, above all, that only a closed form would have found
         return replace(recovery, reason=f"{recovery.reason}; no search either: {error}")
     met = found.status is Status.COMPLETED
+    reason, candidates = found.reason, found.candidates
+    targets = found.nearest_labels
+    if kinked and not met and targets is not None:
+        shape = (problem.batch, *problem.chain.input_shape)
+        drawn = coarse(
+            problem.model, problem.gradients, Outside(problem.update.loss, targets), shape,
+            filling.prior, problem.value_range, seconds + began - time.perf_counter(),
+            seed=problem.precision.seed,
+        )  # fmt: skip
+        candidates = (Candidate(drawn, targets, outcomes.replayed(problem, drawn, targets)[0]),)
+        reason += f"; beyond it the one in candidates comes from {SUGGESTED}"
     return replace(
         recovery,
         inputs=found.inputs,
         labels=found.labels if met else recovery.labels,
         status=found.status if met else recovery.status,
         residual=found.residual,
-        candidates=found.candidates,
-        reason=f"{recovery.reason}; the whole update was matched instead: {found.reason}",
+        candidates=candidates,
+        reason=f"{recovery.reason}; the whole update was matched instead: {reason}",
         warnings=(*recovery.warnings, *found.warnings),
     )
 

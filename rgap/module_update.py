@@ -74,6 +74,7 @@ class ModuleUpdate:
         gradients: the update, float64, by parameter name.
         source: the loss, or what is known inside.
         shape: of the batch, [B, *input_shape].
+        dtype: of the arithmetic.
 
     ``sharpness`` rounds off the kinks of the copy, for a solver that anneals them
     (:mod:`rgap.kinks`); the residual is the network's own while it is None.
@@ -88,9 +89,10 @@ class ModuleUpdate:
         gradients: Mapping[str, Tensor],
         source: Inside | Outside,
         shape: tuple[int, ...],
+        dtype: torch.dtype = torch.float64,
     ) -> None:
         place = next(iter(gradients.values())).device
-        self.model = copy.deepcopy(model).to(place, torch.float64).requires_grad_(False)
+        self.model = copy.deepcopy(model).to(place, dtype).requires_grad_(False)
         self.sharpness = soften(self.model)
         self.source = source
         self._seen: list[Tensor] = []
@@ -98,10 +100,10 @@ class ModuleUpdate:
             layer = self.model.get_submodule(source.layer)
             layer.register_forward_pre_hook(self._note, with_kwargs=True)
         self.parameters = {n: p for n, p in self.model.named_parameters() if n in gradients}
-        probe = torch.full(shape, 0.5, dtype=torch.float64, device=place)
+        probe = torch.full(shape, 0.5, dtype=dtype, device=place)
         leaves, found = self._gradients(probe, create_graph=False)
         self.gradients = {
-            n: gradients[n] for n, g in zip(leaves, found, strict=True) if g is not None
+            n: gradients[n].to(dtype) for n, g in zip(leaves, found, strict=True) if g is not None
         }
         self.parameters = {n: self.parameters[n] for n in self.gradients}
         self.scales = {
@@ -164,6 +166,30 @@ class ModuleUpdate:
             with torch.no_grad():
                 self._run(x, {})
             self.sharpness.value = None
+
+    def features(self, x: Tensor) -> Tensor:
+        """Mean square of the misfit of what is known inside, as part of the graph of x."""
+        assert isinstance(self.source, Inside)
+        with torch.enable_grad():
+            self._run(x, {})
+            return (
+                self.source.known.misfit(self._seen[0].reshape(self.source.shape)).square().mean()
+            )
+
+    def direction(self, x: Tensor, share: float) -> Tensor:
+        """1 − cosine of the gradients, and a share of :meth:`features`, in the graph of x."""
+        leaves, found = self._gradients(x, create_graph=True)
+        inner, own, size = (x.new_zeros(()) for _ in range(3))
+        for n, g in zip(leaves, found, strict=True):
+            assert g is not None
+            sent = self.gradients[n]
+            inner, own = inner + (g * sent).sum(), own + g.square().sum()
+            size = size + sent.square().sum()
+        value = 1.0 - inner / (own * size).sqrt()
+        if isinstance(self.source, Inside):
+            u = self._seen[0].reshape(self.source.shape)
+            value = value + share * self.source.known.misfit(u).square().mean()
+        return value
 
     def rows(self, x: Tensor) -> Tensor:
         """Residual as part of the graph of x: what is known inside, then normalised gradients."""

@@ -27,13 +27,26 @@ from rgap.network import Chain
 from rgap.ops import Op
 from rgap.precision import UNKNOWN, Known
 from rgap.solvers.gauss_newton import Schedule, Step, gauss_newton
-from rgap.solvers.priors import Squares
+from rgap.solvers.priors import Squares, TotalVariation
 
-PASSES = (8, 16, 40)  # levels of the first try and of those after it
+PASSES = (8, 40, 100)  # levels of the first try and of those after it
 FOUND = 1e-6  # misfit up to which the winners are taken as found; the equations of the stage decide
 PRODUCTS = 100  # conjugate-gradient iterations a step
-SURPLUS = 1.2  # equations a search needs, in multiples of the unknowns
 LAST = "pooled"
+
+
+@dataclass(frozen=True)
+class Search:
+    """What a search for winners ended with.
+
+    Attributes:
+        input: of the affine map below the pool, [B, *in_shape]; near it where nothing was found.
+        passed: values and cotangents at the pool's input, nothing known of the entries that did
+            not win; None where the equations are not met.
+    """
+
+    input: Tensor
+    passed: tuple[Known, Known] | None
 
 
 @dataclass(frozen=True)
@@ -94,8 +107,9 @@ def find_winners(
     cotangent: Known,
     seconds: float,
     seed: int = 0,
+    surplus: float = 0.0,
     watch: Callable[[Step], None] = lambda step: None,
-) -> tuple[Known, Known] | None:
+) -> Search | None:
     """Search the winners of a pool by the equations of the stage below it.
 
     Args:
@@ -108,20 +122,21 @@ def find_winners(
         cotangent: κ there.
         seconds: to spend.
         seed: of the start.
+        surplus: equations that it takes to begin, in multiples of the unknowns.
         watch: told of every step.
 
     Returns:
-        Values and cotangents at the pool's input, nothing known of the entries that did not win;
-        None where no winners were found that meet the equations.
+        How it ended; None where it was not begun: other steps than max-pools, a pool of the data,
+        or of the layer at the data, which a completion searches with its prior.
     """
     deadline = time.perf_counter() + seconds
-    if index == 0:
+    if index < 2:
         return None
     below, above = chain.stages[index - 1], chain.stages[index]
     sent = {
         f"affine.{part}": gradients[name]
         for part, name in (("weight", below.affine.weight_name), ("bias", below.affine.bias_name))
-        if name in gradients
+        if name is not None and name in gradients
     }
     steps = [*below.tail, *above.lead[: above.lead.index(pool) + 1]]
     modules = dict(model.named_modules())
@@ -140,15 +155,18 @@ def find_winners(
     source = Inside(LAST, tuple(output.value.shape), known, cotangent.value)
     equations = ModuleUpdate(network, sent, source, shape)
     start = grey(shape[0], shape[1:], None, seed).to(output.value)
-    if equations.equations < SURPLUS * start.numel():
+    if equations.equations < surplus * start.numel():
         return None
     size = float(output.value[output.known].abs().mean()) if known.equations else 1.0
-    u = _solve(equations, 2.0 * size * start, size, _positive(chain, index - 1), deadline, watch)
-    if u is None:
-        return None
-    for op in (below.affine.forward, *(step.forward for step in steps[:-1])):
-        u = op(u)
-    return _placed(pool, u, output, cotangent)
+    u, met = _solve(
+        equations, 2.0 * size * start, size, _positive(chain, index - 1), deadline, watch
+    )
+    if not met:
+        return Search(u, None)
+    x = below.affine.forward(u)
+    for op in steps[:-1]:
+        x = op.forward(x)
+    return Search(u, _placed(pool, x, output, cotangent))
 
 
 def _positive(chain: Chain, index: int) -> bool:
@@ -164,9 +182,10 @@ def _solve(
     positive: bool,
     deadline: float,
     watch: Callable[[Step], None],
-) -> Tensor | None:
-    """Anneal ever more slowly until the equations are met."""
-    prior = Squares(1.0 / size**2, size)
+) -> tuple[Tensor, bool]:
+    """Anneal ever more slowly until the equations are met: the nearest input, and if it does."""
+    picture = start.ndim > 2
+    prior = TotalVariation(1.0 / size) if picture else Squares(1.0 / size**2, size)
 
     def project(u: Tensor) -> Tensor:
         return u.clamp_min(0.0) if positive else u
@@ -175,21 +194,26 @@ def _solve(
         watch(step)
 
     equations.balance(start)
+    best, lowest = start, inf
     for levels in PASSES:
-        u, found = start, inf
+        u, misfit = start, inf
         for sharpness, here in stages(Schedule(products=PRODUCTS), levels):
             left = deadline - time.perf_counter()
             if left <= 0:
-                equations.sharpness.value = None
-                return None
+                break
             equations.sharpness.value = sharpness
-            minimum = gauss_newton(
+            found = gauss_newton(
                 equations.at, u, prior, replace(here, seconds=left), project=project, watch=told
             )
-            u, found = minimum.value, minimum.misfit
-        if found <= FOUND:
-            return u
-    return None
+            u, misfit = found.value, found.misfit
+        equations.sharpness.value = None
+        if left <= 0:  # not sharp yet
+            misfit = equations.misfit(u)
+        if misfit < lowest:
+            best, lowest = u, misfit
+        if left <= 0 or lowest <= FOUND:
+            break
+    return best, lowest <= FOUND
 
 
 def _placed(pool: Op, x: Tensor, output: Known, cotangent: Known) -> tuple[Known, Known]:
