@@ -60,7 +60,7 @@ def decibels(found: rgap.Recovery, x: Tensor, targets: Tensor) -> list[float]:
     """PSNR of every picture; 0 dB where nothing came back."""
     if found.nearest is None:
         return [0.0] * len(x)
-    rms = match(found.nearest, found.nearest_labels, x, targets).rms
+    rms = match(x, targets, found.nearest, found.nearest_labels).rms  # by photograph
     return (-20.0 * rms.clamp_min(1e-15).log10()).tolist()
 
 

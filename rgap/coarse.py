@@ -29,7 +29,9 @@ STEPS = (300, 200)  # at most, on features and on gradients
 FINER = 0.4  # rate of the second part over that of the first
 WEIGHTS = (0.1, 0.01)  # of the prior, in the first part and in the second
 POOLED = 0.003  # the latter where features are averages over the picture: gradients decide
-STARTS = 2  # there, of which the mean is taken: what it varies in is nowhere in the update
+NEARLY = 0.2  # of the prior where features are not known but nearly so
+BRIEF = 0.2  # share of the time for features that are averages, of which few numbers are left
+STARTS = 2  # where one answer is as good as another: the mean is nearer than each
 FEATURES = 0.1  # ε: weight of known features beside the cosine
 NOISE = 0.25  # spread of the start, in widths of the range
 FLAT = 1e-3  # spread of a channel below which it says nothing, relative to the largest
@@ -102,7 +104,7 @@ def coarse(
         prior: of the data.
         value_range: of the data, kept; None for none.
         seconds: to spend, about.
-        follow: False where the cotangent is not known: features alone.
+        follow: False where the features are not certain and the cotangent is not known: they alone.
         seed: of the start.
     """
     deadline = time.perf_counter() + seconds
@@ -115,7 +117,7 @@ def coarse(
         known, cotangent = source.known.to(torch.float32), source.cotangent.float()
         source = replace(source, known=known, cotangent=cotangent)
     update = ModuleUpdate(model, gradients, source, shape, torch.float32)
-    starts, found = STARTS if vague else 1, list[Tensor]()
+    starts, found = STARTS if vague or not follow else 1, list[Tensor]()
     for start in range(starts):
         generator = torch.Generator().manual_seed(seed + start)
         x = torch.randn(shape, generator=generator) * NOISE * (high - low) + (low + high) / 2
@@ -124,8 +126,9 @@ def coarse(
             for part in parts:
                 left = (deadline - time.perf_counter()) / (starts - start)
                 rate = FINER if part and not vague else 1.0
-                weight = (WEIGHTS[0], POOLED if vague else WEIGHTS[1])[part]
-                share = left if part == parts[-1] else left / 2
+                first = WEIGHTS[0] if follow else NEARLY
+                weight = (first, POOLED if vague else WEIGHTS[1])[part]
+                share = left if part == parts[-1] else (BRIEF if vague else 0.5) * left
                 x = _descended(update, x, prior, value_range, part, rate, weight, share)
         found.append(x.double())
     return torch.stack(found).mean(0)
