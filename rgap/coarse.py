@@ -46,11 +46,13 @@ class Standardised:
         value: û, [B, *in_shape].
         scale: 1/s like û, 0 where a channel is the same everywhere.
         channels: of û.
+        expected: squared misfit that the error of û explains; a suggestion allows for none.
     """
 
     value: Tensor
     scale: Tensor
     channels: int
+    expected: float = 0.0
 
     @classmethod
     def of(cls, value: Tensor, channels: int) -> Standardised:

@@ -56,10 +56,12 @@ class Where:
     Attributes:
         value: û, [B, *out_shape].
         known: where it is known; below a ReLU that was off it is not.
+        expected: squared misfit that the error of û explains; none is allowed for.
     """
 
     value: Tensor
     known: Tensor
+    expected: float = 0.0
 
     @property
     def equations(self) -> int:
