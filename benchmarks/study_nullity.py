@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,7 +35,7 @@ from rgap.presets import PRESETS
 
 FIRST = 8  # first photograph of a measured batch
 WEIGHTS = (0.0, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
-BEST = {1: 1e-1, 2: 1e-1, 4: 1e-1, 8: 1e-1}  # weight of the total variation by batch size, at least
+BEST = {1: 1e-8, 4: 1e-6, 8: 1e-5}  # weight of the total variation, from this size on
 
 
 def batch(size: int, first: int) -> tuple[nn.Module, Tensor, Tensor, rgap.Update]:
@@ -90,9 +91,9 @@ def one(size: int, case: int, seconds: float, least: float) -> dict:
     }
 
 
-def tune(seconds: float) -> None:
+def tune(sizes: Sequence[int], seconds: float) -> None:
     """PSNR of every weight on photographs 0 to 7."""
-    for size in BEST:
+    for size in sizes:
         for weight in WEIGHTS:
             model, x, targets, update = batch(size, 0)
             found = search(model, update, targets, weight, seconds)
@@ -113,7 +114,7 @@ def main() -> int:
     parser.add_argument("--figure", type=Path, help="the curve")
     options = parser.parse_args()
     if options.tuning:
-        tune(options.least)
+        tune(options.sizes, options.least)
         return 0
     runs = []
     if options.input is not None:

@@ -93,7 +93,7 @@ def inside(
             known = PlainRows.of(stage.affine, sent, reached.z, reached.k, precision)
         else:
             known = KnownPart.of(stage.affine, sent, reached.z, reached.k, precision)
-        if _rectified(stage) and not bool(reached.z.known.all()):
+        if _rectified(chain, stage) and not bool(reached.z.known.all()):
             known = Bounded.of(known, stage.affine, ~reached.z.known)
     shape = (len(reached.k.value), *stage.affine.in_shape)
     size = float(reached.k.value.norm())
@@ -101,8 +101,14 @@ def inside(
     return Inside(stage.name, shape, known, stage.affine.adjoint(reached.k.value), blur)
 
 
-def _rectified(stage: Stage) -> bool:
-    """True if a pre-activation that no equation fixes is one that a ReLU set to 0."""
+def _rectified(chain: Chain, stage: Stage) -> bool:
+    """True if a pre-activation that no equation fixes is one that a ReLU set to 0.
+
+    Below a pool it may be one that did not win, whatever its sign.
+    """
+    above = chain.stages[stage.index + 1].lead if stage.index + 1 < len(chain.stages) else ()
+    if any(op.barrier is not None for op in above):
+        return False
     for op in stage.tail:
         if not isinstance(op, Reshape):
             return isinstance(op, Activation) and op.one_sided

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 import rgap
 from rgap import Status, capture, invert
-from rgap.completion import Whole, grey
+from rgap.completion import Whole, grey, inside
 from rgap.kinks import soften
 from rgap.losses import Loss
 from rgap.module_update import Inside, ModuleUpdate, Outside
 from rgap.network import parse
-from rgap.precision import Known, Precision
+from rgap.precision import UNKNOWN, Known, Precision
+from rgap.recursion import Reached
 from rgap.systems import gradient_constraint
 from rgap.systems.inequalities import Bounded
 from rgap.systems.known_part import KnownPart
@@ -261,6 +262,24 @@ def test_units_of_a_relu_that_are_off_stand_beside_the_equations() -> None:
     assert bool(off.any())
     found = model[:3](recovery.inputs).detach()
     assert float(found[off].max()) < 1e-3 * float(found.abs().max())
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_an_entry_that_did_not_win_a_pool_may_have_either_sign(pooled: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 3, 3), nn.ReLU(), *([nn.MaxPool2d(2)] if pooled else []), nn.Conv2d(3, 4, 3),
+        nn.ReLU(), nn.Flatten(), nn.Linear(4 if pooled else 64, 5),
+    ).double().eval()  # fmt: skip
+    chain, precision = parse(model, (2, 8, 8)), Precision(F64)
+    sent = {n: g.double() for n, g in capture(model, X.double(), LABEL).gradients.items()}
+    z = model[0](X.double()).detach()
+    error = precision.rounding(z)
+    error[:, z < 0] = UNKNOWN
+    k = torch.randn(z.shape, dtype=F64) * (z > 0)
+    reached = Reached(0, Known(k, precision.rounding(k)), None, Known(z, error))
+    known = inside(chain, reached, sent, precision).known
+    assert isinstance(known, KnownPart if pooled else Bounded)
 
 
 def test_the_prior_keeps_its_weight_where_noise_explains_the_misfit() -> None:
