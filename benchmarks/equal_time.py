@@ -8,6 +8,8 @@ import rgap
 from rgap.presets import Preset
 
 FEWEST = 50  # iterations
+# Of the total variation, to choose from: where cosines of gradients are near 1 it must be tiny.
+WEIGHTS = (0.0, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
 def timed(model: nn.Module, update: rgap.Update, preset: Preset, seconds: float) -> rgap.Matching:

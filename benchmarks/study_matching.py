@@ -40,14 +40,14 @@ from pathlib import Path
 import torch
 from batch_figures import draw_matching
 from batch_pictures import match
-from equal_time import timed
+from equal_time import WEIGHTS, timed
 from torch import Tensor, nn
 
 import rgap
 from rgap.presets import PRESETS, Preset
 
 FIRST = 8  # first photograph of a measured row
-WEIGHTS = (1e-4, 1e-3, 1e-2, 1e-1)
+SHOWN = (1e-4, 1e-3, 1e-2, 1e-1)  # weights of the total variation in (d)
 BEST = {"lenet": 1e-3, "flat": 1e-3, "pooled": 1e-3}  # of WEIGHTS, on the photographs 0 to 7
 LABELS = (3, 5)
 PLAIN = replace(PRESETS["ig"], name="cosine", variation=0.0)
@@ -146,7 +146,7 @@ def cases(rows: list[str], count: int) -> Iterator[Case]:
             yield from (Case("blog a", "mlp", one, m) for m in (SQUARES, "closed form"))
             yield from (Case("blog b", "lenet", one, m) for m in (SQUARES, PLAIN, "closed form"))
             yield Case("blog c", "lenet", two, PLAIN)
-            yield from (Case("blog d", "lenet", two, varied(w)) for w in WEIGHTS)
+            yield from (Case("blog d", "lenet", two, varied(w)) for w in SHOWN)
             yield from (Case("blog d", "lenet", two, m) for m in ("closed form", "completion"))
         if "residual" in rows:
             for name in ("flat", "pooled"):

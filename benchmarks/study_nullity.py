@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from batch_figures import draw_nullity
 from batch_pictures import match
-from equal_time import timed
+from equal_time import WEIGHTS, timed
 from torch import Tensor, nn
 
 import rgap
@@ -34,7 +34,6 @@ from rgap.analysis import identifiability
 from rgap.presets import PRESETS
 
 FIRST = 8  # first photograph of a measured batch
-WEIGHTS = (0.0, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 BEST = {1: 1e-8, 4: 1e-6, 8: 1e-5}  # weight of the total variation, from this size on
 
 

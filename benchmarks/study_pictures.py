@@ -31,8 +31,8 @@ from pathlib import Path
 
 import torch
 from batch_pictures import match
-from equal_time import timed
-from study_matching import FIRST, PLAIN, WEIGHTS, reproduced
+from equal_time import WEIGHTS, timed
+from study_matching import FIRST, PLAIN, reproduced
 from torch import Tensor, nn
 
 import rgap
