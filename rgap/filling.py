@@ -16,7 +16,7 @@ from rgap.activations import Activation
 from rgap.batches import rows_of
 from rgap.batchloss import BatchLoss
 from rgap.coarse import coarse
-from rgap.completion import MISSED, complete, grey, inside
+from rgap.completion import MISSED, Whole, complete, grey, inside
 from rgap.head import HeadCandidate
 from rgap.kinks import rounded
 from rgap.matching import match
@@ -34,7 +34,7 @@ from rgap.stopping import Progress as Searching
 
 SURE, SHARE = 16, 0.01  # surplus of equations, also relative, from which a solution is the only one
 SEARCHING = 0.6  # share of the time that winners of max-pools are searched for
-COMPLETING = 0.2  # share of the rest for a completion of a network with kinks
+COMPLETING = 0.2  # share of the rest for a completion over kinks, where all of a layer is known
 MATCHING = 0.5  # share of the time for Gauss–Newton on the whole update, where there are kinks
 SUGGESTED = "the prior, known features and directions of gradients, where Gauss–Newton is trapped"
 NEAR = 12  # steps of a completion that a polish follows
@@ -90,7 +90,7 @@ def filled(
     seed = problem.precision.seed
     start = grey(problem.batch, chain.input_shape, problem.value_range, seed).to(known.cotangent)
     left = max(deadline - time.perf_counter(), 0.0)
-    share = COMPLETING if update.sharpness else 1.0
+    share = COMPLETING if update.sharpness and isinstance(known.known, Whole) else 1.0
     schedule = replace(filling.schedule, seconds=share * left)
     sure = surplus >= max(SURE, SHARE * unknowns) and _followed(chain)
     if sure:  # the polish takes over once the solution is near
