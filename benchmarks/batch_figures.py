@@ -25,6 +25,8 @@ LINES = {
     "theirs": ("#d55e00", "--", "s", "signed Adam, cosine, total variation; the same time"),
 }
 
+CROWDED = 6  # batch size from which points lie too close for more than a number
+
 
 def draw_batches(runs: list[dict], path: Path) -> None:
     """Share recovered at width 64; lowest PSNR and least CPU time of a batch, all against B."""
@@ -199,8 +201,9 @@ def draw_nullity(runs: list[dict], path: Path) -> None:
             axes.text(share, top, text, color=INK, size=8, va="center")
         if run["case"] == 0 and found is not None:
             place = (share, top if run["status"] == "EXACT" else found)
+            name = f"B = {run['size']}" if run["size"] < CROWDED else str(run["size"])
             axes.annotate(
-                f"B = {run['size']}", place, (0, 7), textcoords="offset points", color=INK, size=8,
+                name, place, (0, 7), textcoords="offset points", color=INK, size=8,
                 ha="center",
             )  # fmt: skip
     axes.set_ylim(0, top)
