@@ -17,7 +17,6 @@ draws the figure from such a file, without running anything.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -29,6 +28,7 @@ import torch
 from batch_cases import edges, split, trained
 from batch_figures import draw_batches
 from batch_pictures import drawn_labels, match, middle, pictures
+from json_lines import append, read
 from torch import Tensor, nn
 
 import rgap
@@ -62,7 +62,7 @@ def main() -> int:
     options = parser.parse_args()
     runs: list[Run] = []
     if options.read is not None:
-        runs = [json.loads(text) for path in options.read for text in path.open()]
+        runs = [run for path in options.read for run in read(path)]
         for row in ROWS:
             show(row, [run for run in runs if run["row"] == row])
     else:
@@ -132,9 +132,7 @@ def attempted(row: str, cell: dict, options: argparse.Namespace) -> list[Run]:
     runs: list[Run] = []
     for seed in range(options.start, options.start + count):
         runs += at_edges(cell, seed) if row == "edges" else [one(row, cell, seed)]
-    if options.output is not None:
-        with options.output.open("a") as file:
-            file.writelines(json.dumps(run) + "\n" for run in runs)
+    append(options.output, runs)
     for text in lines(runs):
         print(text, flush=True)
     return runs

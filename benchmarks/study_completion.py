@@ -15,13 +15,13 @@ reproduce its update to 10%.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from batch_pictures import match
+from json_lines import append
 from torch import Tensor
 
 import rgap
@@ -84,9 +84,7 @@ def main() -> int:
                 f"{residual:8.1e} {run['seconds']:5.0f}  {run['fault']}",
                 flush=True,
             )
-            if options.output is not None:
-                with options.output.open("a") as file:
-                    file.write(json.dumps(run) + "\n")
+            append(options.output, [run])
     return int(bool(missed))
 
 

@@ -18,7 +18,6 @@ peak memory so far is shown; its first run, which imports much, is not counted.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import resource
@@ -32,6 +31,7 @@ from pathlib import Path
 import torch
 from batch_figures import draw_heads
 from batch_pictures import drawn_labels, middle, pictures
+from json_lines import append, read
 from torch import Tensor, nn
 
 import rgap
@@ -71,7 +71,7 @@ def main() -> int:
     print(HEADER, flush=True)
     runs: list[Run] = []
     if options.read is not None:
-        runs = [json.loads(text) for path in options.read for text in path.open()]
+        runs = [run for path in options.read for run in read(path)]
         groups: dict[tuple, list[Run]] = {}
         keys = ("classes", "network", "size", "labels", "dtype")
         for run in runs:
@@ -83,9 +83,7 @@ def main() -> int:
             for group in in_own_process(list(same), options):
                 runs += group
                 print(line(group), flush=True)
-                if options.output is not None:
-                    with options.output.open("a") as file:
-                        file.writelines(json.dumps(run) + "\n" for run in group)
+                append(options.output, group)
     if options.figure is not None:
         draw_heads(runs, options.figure)
     return verdict(runs)

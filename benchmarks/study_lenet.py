@@ -13,13 +13,13 @@ from the rounding errors that the client truly made.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import time
 from pathlib import Path
 
 import torch
+from json_lines import append
 from torch import Tensor, nn
 
 import rgap
@@ -55,9 +55,7 @@ def main() -> int:
                 ]
                 print(line(activation, weights, dtype, group), flush=True)
                 runs += group
-                if options.output is not None:
-                    with options.output.open("a") as file:
-                        file.writelines(json.dumps(run) + "\n" for run in group)
+                append(options.output, group)
     return verdict(runs)
 
 

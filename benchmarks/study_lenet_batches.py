@@ -15,13 +15,13 @@ where the audit says that equations are missing.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections import Counter
 from pathlib import Path
 
 import torch
 from batch_pictures import drawn_labels, middle, pictures
+from json_lines import append
 from study_heads import compared, features
 from torch import nn
 
@@ -61,9 +61,7 @@ def main() -> int:
                     group = [one({**cell, "dtype": dtype}, seed) for seed in range(seeds)]
                     print(line(group), flush=True)
                     runs += group
-                    if options.output is not None:
-                        with options.output.open("a") as file:
-                            file.writelines(json.dumps(run) + "\n" for run in group)
+                    append(options.output, group)
     return verdict(runs)
 
 

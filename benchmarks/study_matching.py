@@ -28,7 +28,6 @@ a COMPLETED does not reproduce its update to 1%.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -41,6 +40,7 @@ import torch
 from batch_figures import draw_matching
 from batch_pictures import match
 from equal_time import WEIGHTS, timed
+from json_lines import append
 from torch import Tensor, nn
 
 import rgap
@@ -255,9 +255,7 @@ def main() -> int:
             f"{run['fault']}",
             flush=True,
         )
-        if options.output is not None:
-            with options.output.open("a") as file:
-                file.write(json.dumps(run) + "\n")
+        append(options.output, [run])
         if case.row in QUICK:
             means.setdefault((case.row, run["method"]), []).append(run["psnr"])
         if case.row.startswith("blog"):

@@ -17,7 +17,6 @@ bound or a COMPLETED does not reproduce its update to 1%.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -27,6 +26,7 @@ import torch
 from batch_figures import draw_nullity
 from batch_pictures import match
 from equal_time import WEIGHTS, timed
+from json_lines import append, read
 from torch import Tensor, nn
 
 import rgap
@@ -117,7 +117,7 @@ def main() -> int:
         return 0
     runs = []
     if options.input is not None:
-        runs = [json.loads(line) for line in options.input.read_text().splitlines()]
+        runs = read(options.input)
     else:
         print("B  nullity  unknowns  status            ours (mean)  signed Adam (mean)     s")
         for case in range(options.cases):
@@ -134,9 +134,7 @@ def main() -> int:
                     f"{cells[0]} {cells[1]} {run['seconds']:9.0f}  {run['ours']['fault']}",
                     flush=True,
                 )
-                if options.output is not None:
-                    with options.output.open("a") as file:
-                        file.write(json.dumps(run) + "\n")
+                append(options.output, [run])
     if options.figure is not None:
         draw_nullity(runs, options.figure)
     return int(any(run["ours"]["fault"] for run in runs))

@@ -20,7 +20,6 @@ not reproduce its update to 1%.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -32,6 +31,7 @@ from pathlib import Path
 import torch
 from batch_pictures import match
 from equal_time import WEIGHTS, timed
+from json_lines import append, read
 from study_matching import FIRST, PLAIN, reproduced
 from torch import Tensor, nn
 
@@ -147,7 +147,7 @@ def main() -> int:
     parser.add_argument("--summary", type=Path, help="print the table of a file of runs")
     options = parser.parse_args()
     if options.summary is not None:
-        runs = [json.loads(line) for line in options.summary.read_text().splitlines()]
+        runs = read(options.summary)
         summary(runs)
         return int(any(run["fault"] for run in runs))
     if options.tuning:
@@ -169,9 +169,7 @@ def main() -> int:
                     f"{run['seconds'][0]:.0f} s {run['fault']}",
                     flush=True,
                 )
-                if options.output is not None:
-                    with options.output.open("a") as file:
-                        file.write(json.dumps(run) + "\n")
+                append(options.output, [run])
     summary(runs)
     return int(any(run["fault"] for run in runs))
 
