@@ -21,6 +21,7 @@ from rgap.options import (
     KnownLabels,
     MatchMethod,
     Model,
+    Noise,
     PriorName,
     Seed,
     UpdatePath,
@@ -54,6 +55,7 @@ def match(
     weights: Weights = None,
     batch_size: BatchSize = None,
     labels: KnownLabels = None,
+    noise: Noise = 0.0,
     start: Annotated[
         Path | None,
         typer.Option(
@@ -129,6 +131,7 @@ def match(
                 start=None if start is None else _read(start),
                 prior=prior_of(prior),
                 local=_local(local_rate, local_size),
+                noise=noise,
                 restarts=restarts,
                 iterations=iterations,
                 patience=patience,

@@ -16,6 +16,7 @@ from rgap.options import (
     KnownLabels,
     LabelMethod,
     Model,
+    Noise,
     PriorName,
     Seed,
     UpdatePath,
@@ -49,9 +50,7 @@ def invert(
     weights: Weights = None,
     batch_size: BatchSize = None,
     labels: KnownLabels = None,
-    noise: Annotated[
-        float, typer.Option(help="Standard deviation of noise in every entry.", min=0.0)
-    ] = 0.0,
+    noise: Noise = 0.0,
     device: Device = "cpu",
     complete: Annotated[
         bool,

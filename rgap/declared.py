@@ -12,6 +12,7 @@ from rgap.checking import refuse_unready
 from rgap.federated import LocalTraining
 from rgap.isolation import untouched
 from rgap.labels import estimate
+from rgap.precision import Precision
 from rgap.presets import Preset
 from rgap.problem import as_on_the_client, device_of
 from rgap.recovery import Recovery
@@ -32,6 +33,7 @@ class Declared:
         start: to begin with, float64.
         local: how the client trains; None for one gradient.
         steps: of its training.
+        precision: of the update, with the noise that was stated.
     """
 
     model: nn.Module
@@ -42,6 +44,7 @@ class Declared:
     start: Tensor | None
     local: LocalTraining | None
     steps: int
+    precision: Precision
 
 
 def declare(
@@ -52,9 +55,11 @@ def declare(
     batch_size: int | None,
     start: Tensor | Recovery | None,
     local: LocalTraining | None,
+    noise: float,
     device: torch.device | str | None,
 ) -> Declared:
     """Check what a search is given; arguments and errors as for :func:`rgap.match`."""
+    validation.noise(noise)
     update.check(model)
     refuse_unready(model)
     place = device_of(device)
@@ -96,7 +101,10 @@ def declare(
         known = known.to(place)
     begin = None if start is None else _start(start, shape).to(place)
     gradients = {n: g.detach().to(place) for n, g in update.gradients.items()}
-    return Declared(model, update, gradients, shape, known, begin, local, update.local_steps)
+    precision = Precision(update.dtype, noise)
+    return Declared(
+        model, update, gradients, shape, known, begin, local, update.local_steps, precision
+    )
 
 
 def _fits(model: nn.Module, update: Update, labels: Tensor, shape: tuple[int, ...]) -> None:

@@ -22,7 +22,6 @@ from rgap.iterating import first, random_rows, run
 from rgap.module_update import ModuleUpdate, Outside
 from rgap.newton import search
 from rgap.objective import Objective
-from rgap.precision import Precision
 from rgap.presets import PRESETS, Preset
 from rgap.problem import Filling
 from rgap.recovery import Candidate, Recovery, Status
@@ -39,6 +38,7 @@ METHODS = ("gauss_newton", *PRESETS)
 Callback = Callable[[Progress], bool | None]
 MET = 1e-3  # normalised residual up to which an answer reproduces the update
 ROUNDED = 30.0  # the same in units of the update's rounding, where that is coarser
+EXPLAINED = 2.0  # the same, squared, in units of what stated noise explains
 UNCERTIFIED = "matching certifies nothing: other batches may send the same update"
 
 
@@ -47,8 +47,8 @@ class Matching(Recovery):
     """A recovery by search; ``COMPLETED`` where the update is met, never ``EXACT``.
 
     ``inputs`` is None where the nearest batch does not reproduce the update to a thousandth,
-    parameter by parameter, or to its rounding; that batch is :attr:`~rgap.Recovery.nearest` then,
-    the only candidate.
+    parameter by parameter, to its rounding, or to its stated noise; that batch is
+    :attr:`~rgap.Recovery.nearest` then, the only candidate.
 
     Attributes:
         method: name.
@@ -118,7 +118,8 @@ def match(
             middle.  ``dlg`` has none.
         local: how the client trains, for an update over several local steps.
         noise: standard deviation of noise that was added to every entry of the update:
-            ``gauss_newton`` stops where the misfit is what noise and rounding explain.
+            ``gauss_newton`` stops where the misfit is what noise and rounding explain, and an
+            answer with at most twice that squared misfit reproduces the update.
         restarts: starts; default: the method's own.
         iterations: at most; default: the method's own.
         patience: iterations without progress after which a published optimiser stops.
@@ -158,8 +159,7 @@ def match(
         raise ValueError(
             "patience: gauss_newton stops by itself where steps change nothing; leave it out"
         )
-    validation.noise(noise)
-    given = declare(model, update, preset, labels, batch_size, start, local, device)
+    given = declare(model, update, preset, labels, batch_size, start, local, noise, device)
     starts = preset.restarts if preset else 1
     count = validation.count("restarts", starts if restarts is None else restarts)
     usual = preset.iterations if preset else Schedule.steps
@@ -181,7 +181,7 @@ def match(
         checkpoint.require(settings)
     if preset is None:
         found = _newton(
-            given, prior, noise, count, limit, time_limit, settings, callback, checkpoint, seed
+            given, prior, count, limit, time_limit, settings, callback, checkpoint, seed
         )
     else:
         found = _published(given, preset, prior, count, limit, patience, time_limit, settings,
@@ -192,7 +192,6 @@ def match(
 def _newton(
     given: Declared,
     prior: Prior | None,
-    noise: float,
     restarts: int,
     steps: int,
     seconds: float,
@@ -214,7 +213,7 @@ def _newton(
     if given.start is not None:
         starts[0] = given.start.to(like)
     filling = Filling.of(prior, 1.0, given.shape[1:], bounds)
-    target = equations.expected(Precision(given.update.dtype, noise))
+    target = equations.expected(given.precision)
     schedule = replace(filling.schedule, seconds=seconds, steps=steps, target=target)
     ended, held = search(
         equations, starts, filling.prior, schedule, bounds, settings, callback, checkpoint
@@ -313,14 +312,16 @@ def _answer(
         return empty
     source = Outside(given.update.loss, targets, given.local, given.steps)
     gradients = {n: g.double() for n, g in given.gradients.items()}
-    gaps = ModuleUpdate(given.model, gradients, source, given.shape).gaps(best)
+    equations = ModuleUpdate(given.model, gradients, source, given.shape)
+    gaps = equations.gaps(best)
     misfit = sum((gap / size) ** 2 for gap, size in gaps.values() if size > 0)
     size = sum(size**2 for _, size in gaps.values())
     residual = (sum(gap**2 for gap, _ in gaps.values()) / size) ** 0.5
     how = f"{iterations} iterations of {method}, {ended.value}"
     met = f"a normalised residual of {misfit**0.5:.1e}"
     found = replace(empty, residual=residual, objective=objective, misfit=misfit)
-    if misfit**0.5 <= max(MET, ROUNDED * torch.finfo(given.update.dtype).eps):
+    noisy = EXPLAINED * equations.expected(given.precision) if given.precision.noise else 0.0
+    if misfit <= max(MET**2, (ROUNDED * torch.finfo(given.update.dtype).eps) ** 2, noisy):
         reason = f"the answer reproduces the update to {met} ({how}); {UNCERTIFIED}"
         return replace(found, inputs=best.cpu(), status=Status.COMPLETED, reason=reason)
     reason = f"the nearest batch, in candidates, does not reproduce the update: {met} ({how})"

@@ -15,6 +15,7 @@ __all__ = [
     "MatchMethod",
     "Method",
     "Model",
+    "Noise",
     "Precision",
     "PriorName",
     "Reduction",
@@ -44,6 +45,7 @@ BatchSize = Annotated[
 KnownLabels = Annotated[
     str | None, typer.Option(help="If they are known, as in 3,5.", show_default=False)
 ]
+Noise = Annotated[float, typer.Option(help="Standard deviation of noise in every entry.", min=0.0)]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, …")]
 Json = Annotated[bool, typer.Option("--json", help=_HINTS["json"], metavar="")]
 Seed = Annotated[int, typer.Option(help="Of everything that is drawn at random.", min=0)]

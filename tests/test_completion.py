@@ -300,6 +300,7 @@ def test_the_prior_keeps_its_weight_where_noise_explains_the_misfit() -> None:
     truth = equations.misfit(x)
     assert 0.5 * truth < target < 2.0 * truth, "what the noise explains is what the truth misses"
     assert untold.misfit < told.misfit <= target
+    assert told.status is Status.COMPLETED and told.inputs is not None
     near, far = (float((r.nearest - x).square().mean()) for r in (told, untold))
     assert near < far
     with pytest.raises(ValueError, match=r"write noise=0\.0"):

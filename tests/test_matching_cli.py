@@ -52,6 +52,12 @@ def test_gauss_newton_meets_the_update_and_writes_its_picture(here: Path) -> Non
     assert held["inputs"].shape == (1, 3, 8, 8) and (here / "found" / "picture-0.png").is_file()
 
 
+def test_stated_noise_is_what_an_answer_may_miss(here: Path) -> None:
+    line = f"match {MODEL} update.safetensors --iterations 3 --json"
+    told, untold = (json.loads(run(line + more)[1]) for more in (" --noise 0.1", ""))
+    assert told["status"] == "COMPLETED" and told["iterations"] < untold["iterations"]
+
+
 def test_it_goes_on_from_its_file_to_the_same_end(here: Path) -> None:
     line = f"match {MODEL} update.safetensors --method ig --iterations 30 --json"
     whole = json.loads(run(line)[1])
