@@ -108,20 +108,14 @@ def filled(
         recovery = certificate.certify(problem, _read(problem, reached, kappa, family))
         if recovery.status in (Status.EXACT, Status.AMBIGUOUS):
             return recovery
-    if isinstance(kappa, BatchLoss):
-        inputs, labels = rows_of(kappa, problem.labels).expanded(found.value)
-    else:
-        inputs, labels = found.value, _label(problem, reached, kappa)
+    inputs, labels = _samples(problem, reached, kappa, found.value)
     reason = _words(halt.reason, -surplus, unknowns, found)
     if found.misfit > MISSED:
         reason += _edges(problem, found.value)
         left = deadline - time.perf_counter()
         drawn = suggested(problem, descent, known, near, left) if update.sharpness else None
         if drawn is not None:
-            if isinstance(kappa, BatchLoss):
-                inputs, labels = rows_of(kappa, problem.labels).expanded(drawn)
-            else:
-                inputs = drawn
+            inputs, _ = _samples(problem, reached, kappa, drawn)
             reason += f"; beyond it the one in candidates comes from {SUGGESTED}"
         residual = outcomes.replayed(problem, inputs, labels)[0]
         nearest = Candidate(inputs, labels, residual)
@@ -133,11 +127,7 @@ def _passed(
     problem: Problem, descent: Descent, kappa: Known | BatchLoss | None, halt: Halt
 ) -> Recovery:
     """The winners of every max-pool were found, and the stages determine the data."""
-    value = descent.require_data().value
-    if isinstance(kappa, BatchLoss):
-        inputs, labels = rows_of(kappa, problem.labels).expanded(value)
-    else:
-        inputs, labels = value, _label(problem, descent, kappa)
+    inputs, labels = _samples(problem, descent, kappa, descent.require_data().value)
     found = outcomes.completed(
         problem,
         descent,
@@ -220,6 +210,15 @@ def _without(problem: Problem, descent: Descent, reason: str) -> Recovery:
     supported = descent.require_halt().supported
     status = Status.UNDERDETERMINED if supported else Status.UNSUPPORTED
     return outcomes.stopped(problem, status, reason, descent)
+
+
+def _samples(
+    problem: Problem, descent: Descent, kappa: Known | BatchLoss | None, value: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Every sample with its label: copies counted by the loss of a batch, or one by one."""
+    if isinstance(kappa, BatchLoss):
+        return rows_of(kappa, problem.labels).expanded(value)
+    return value, _label(problem, descent, kappa)
 
 
 def _label(problem: Problem, descent: Descent, kappa: Known | None) -> Tensor:

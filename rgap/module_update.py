@@ -23,6 +23,7 @@ from rgap.federated import LocalTraining, average
 from rgap.isolation import plain_kernels
 from rgap.kinks import soften
 from rgap.losses import Loss
+from rgap.objective import cosine_distance
 from rgap.precision import GROWTH, Precision
 from rgap.systems.inequalities import Equations
 
@@ -179,13 +180,10 @@ class ModuleUpdate:
     def direction(self, x: Tensor, share: float) -> Tensor:
         """1 − cosine of the gradients, and a share of :meth:`features`, in the graph of x."""
         leaves, found = self._gradients(x, create_graph=True)
-        inner, own, size = (x.new_zeros(()) for _ in range(3))
-        for n, g in zip(leaves, found, strict=True):
-            assert g is not None
-            sent = self.gradients[n]
-            inner, own = inner + (g * sent).sum(), own + g.square().sum()
-            size = size + sent.square().sum()
-        value = 1.0 - inner / (own * size).sqrt()
+        assert all(g is not None for g in found)
+        own = torch.cat([g.flatten() for g in found if g is not None])
+        sent = torch.cat([self.gradients[n].flatten() for n in leaves])
+        value = cosine_distance(own, sent, float(sent.norm()))
         if isinstance(self.source, Inside):
             u = self._seen[0].reshape(self.source.shape)
             value = value + share * self.source.known.misfit(u).square().mean()

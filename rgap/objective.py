@@ -19,12 +19,22 @@ from rgap.priors import Statistics
 from rgap.solvers.priors import Prior, TotalVariation, value_and_gradient
 from rgap.solvers.registration import registered_mean
 
-__all__ = ["Objective"]
+__all__ = ["Objective", "cosine_distance"]
 
 TOGETHER = (
     4  # rows from which one batched evaluation is faster on a processor than one after another
 )
 KINK = 1e-3  # rounding of the total variation, in the optimiser's units
+
+
+def cosine_distance(own: Tensor, sent: Tensor, size: float) -> Tensor:
+    """``1 − ⟨own, sent⟩/(‖own‖ ‖sent‖)`` of flat updates; ``size`` is the norm of ``sent``.
+
+    >>> own, sent = torch.tensor([0.0, 2.0]), torch.tensor([3.0, 4.0])
+    >>> round(float(cosine_distance(own, sent, 5.0)), 6)
+    0.2
+    """
+    return 1.0 - (own * sent).sum() / (own.square().sum().sqrt() * size)
 
 
 class Objective:
@@ -143,8 +153,7 @@ class Objective:
     def _distance(self, own: dict[str, Tensor]) -> Tensor:
         ours = torch.cat([own[n].flatten() for n in self.sent])
         if self.preset.distance == "cosine":
-            inner, size = (ours * self.whole).sum(), ours.square().sum().sqrt()
-            return 1.0 - inner / (size * self.norm)
+            return cosine_distance(ours, self.whole, self.norm)
         total = (ours - self.whole).square().sum()
         return total / self.norm**2 if self.preset.distance == "relative" else total
 
