@@ -17,6 +17,7 @@ from rgap.batches import rows_of
 from rgap.batchloss import BatchLoss
 from rgap.coarse import coarse
 from rgap.completion import MISSED, Whole, complete, grey, inside
+from rgap.halt import Halt
 from rgap.head import HeadCandidate
 from rgap.kinks import rounded
 from rgap.matching import match
@@ -27,8 +28,8 @@ from rgap.precision import Known
 from rgap.problem import Problem
 from rgap.progress import Progress
 from rgap.readout import head_cotangent, read_answer, read_batch
-from rgap.recovery import Candidate, Recovery, Status
-from rgap.recursion import Descent, Halt
+from rgap.recovery import Candidate, Recovery, Route, Status
+from rgap.recursion import Descent
 from rgap.solvers.gauss_newton import Minimum, Step
 from rgap.stopping import Progress as Searching
 
@@ -155,7 +156,7 @@ def searched(problem: Problem, recovery: Recovery, show: Progress) -> Recovery:
         show: told how far it is.
     """
     filling = problem.filling
-    begun = any(report.route != "not reached" for report in recovery.layers)
+    begun = any(report.route is not Route.NOT_REACHED for report in recovery.layers)
     held = recovery.nearest is not None or recovery.status is Status.INCONSISTENT
     if filling is None or begun or held or problem.stated is None:
         return recovery
