@@ -21,16 +21,19 @@ if TYPE_CHECKING:
     from rgap import analysis, labels, models, photos, solvers
     from rgap.capture import capture
     from rgap.federated import LocalTraining
+    from rgap.halt import Halt, HaltKind
     from rgap.invert import Head, invert
     from rgap.labels import LabelEstimate, idlg
     from rgap.losses import Loss
     from rgap.matching import Checkpoint, Matching, match
-    from rgap.recovery import Candidate, LayerReport, Recovery, Status
+    from rgap.recovery import Candidate, LayerReport, Recovery, Route, Status
     from rgap.update import Update
 
 _HOMES = {
     "Candidate": "recovery",
     "Checkpoint": "matching",
+    "Halt": "halt",
+    "HaltKind": "halt",
     "Head": "invert",
     "LabelEstimate": "labels",
     "LayerReport": "recovery",
@@ -38,6 +41,7 @@ _HOMES = {
     "LocalTraining": "federated",
     "Matching": "matching",
     "Recovery": "recovery",
+    "Route": "recovery",
     "Status": "recovery",
     "Update": "update",
     "capture": "capture",
@@ -50,6 +54,8 @@ _ROOMS = ("analysis", "labels", "models", "photos", "solvers")
 __all__ = [
     "Candidate",
     "Checkpoint",
+    "Halt",
+    "HaltKind",
     "Head",
     "LabelEstimate",
     "LayerReport",
@@ -57,6 +63,7 @@ __all__ = [
     "Loss",
     "Matching",
     "Recovery",
+    "Route",
     "Status",
     "Update",
     "__version__",
