@@ -18,6 +18,7 @@ from rgap.filling import filled, searched
 from rgap.head import HeadCandidate, HeadFailure, features_from_bias, solve_head
 from rgap.network import Chain
 from rgap.ops import Rearrange, Reshape
+from rgap.parts import in_parts
 from rgap.pooling import LinearMap
 from rgap.precision import Known
 from rgap.problem import Filling, Problem, prepare
@@ -256,6 +257,10 @@ def _conclude(problem: Problem, runs: list[Run], show: Progress) -> Recovery:
         descent = alive[0][0]
         halt = descent.require_halt()
         status = Status.UNDERDETERMINED if halt.supported else Status.UNSUPPORTED
+        if problem.filling is None and len(alive) == 1:
+            found = in_parts(problem, descent, alive[0][1])
+            if found is not None:
+                return found
         if problem.filling is not None and len(alive) == 1:
             return filled(problem, descent, alive[0][1], alive[0][2], show)
         reason, barrier = halt.reason, problem.chain.barrier

@@ -37,7 +37,7 @@ class LayerReport:
     Attributes:
         layer: module path.
         kind: "linear", "conv2d", ...
-        unknowns: B·n entries of the stage's input.
+        unknowns: entries of the stage's input, B·n less those that no kernel reads.
         gradient_rank: rank of the gradient constraints, or None if not reached.
         joint_rank: rank of gradient and weight constraints together.
         nullity: unknowns − joint_rank.
@@ -48,6 +48,7 @@ class LayerReport:
         route: "given", "gradient", "cholesky", "lsmr", "bias attack", "head equations",
             "separation", "rank only", "not reached".
         note: what stopped the recursion here, or "".
+        unread: entries of the input that no kernel reads (strides and dilations leave them out).
     """
 
     layer: str
@@ -62,6 +63,7 @@ class LayerReport:
     seconds: float
     route: str
     note: str = ""
+    unread: int = 0
     _weight_rank: Callable[[], int] | None = field(default=None, repr=False, compare=False)
     _null_space: Callable[[int], Tensor] | None = field(default=None, repr=False, compare=False)
 
@@ -113,6 +115,10 @@ class Recovery:
         multiplicities: how often each row of ``inputs`` occurs in the batch [B'], or None where
             every one occurs once.  The order of a batch is not in its gradient: rows are sorted
             by label.
+        certified: which of "inputs" and "targets" are certified; ``EXACT`` means both.
+        determined: where only some entries of the data are determined: True at these, of the shape
+            that ``inputs`` would have; else None.
+        partial: the data where ``determined``, NaN elsewhere; ``error_bound`` is theirs then.
     """
 
     inputs: Tensor | None
@@ -128,6 +134,9 @@ class Recovery:
     seconds: float = 0.0
     separation: str = ""
     multiplicities: Tensor | None = None
+    certified: frozenset[str] = frozenset()
+    determined: Tensor | None = None
+    partial: Tensor | None = None
 
     @property
     def exact(self) -> bool:
@@ -199,6 +208,11 @@ class Recovery:
         for report in reversed(self.layers):
             lines.append("  " + _sentence(report, self.reason))
         given = self.inputs is not None
+        if self.determined is not None and self.error_bound is not None:
+            lines.append(
+                f"Of the data {int(self.determined.sum())} of {self.determined.numel()} values are "
+                f"determined (`partial`), none of them off by more than {self.error_bound:.2g}."
+            )
         if given and self.error_bound is not None and self.predicted_error is not None:
             rms = float(self.predicted_error.max())
             lines.append(
@@ -207,6 +221,8 @@ class Recovery:
             )
         if self.residual is not None:
             which = "answer" if given else "nearest answer (not returned)"
+            if self.partial is not None:
+                which = "determined values, with others in the open places,"
             lines.append(
                 f"Replaying the {which} through the model gives the update up to a relative "
                 f"difference of {self.residual:.2g}."
@@ -238,6 +254,7 @@ class Recovery:
             "seconds",
             "route",
             "note",
+            "unread",
         )
         return {
             "status": self.status.name,
@@ -248,6 +265,8 @@ class Recovery:
             "error_bound": _plain(self.error_bound),
             "multiplicities": _plain(self.multiplicities),
             "separation": self.separation,
+            "certified": sorted(self.certified),
+            "determined": None if self.determined is None else int(self.determined.sum()),
             "candidates": len(self.candidates),
             "warnings": list(self.warnings),
             "seconds": _plain(self.seconds),
@@ -290,7 +309,8 @@ _ROUTES = {
 
 def _sentence(report: LayerReport, reason: str) -> str:
     """One layer in words; its note unless ``reason``, which is printed above, says it already."""
-    text = f"{report.layer} ({report.kind}): {report.unknowns} unknowns, "
+    unread = f" ({report.unread} more values are read by no kernel)" if report.unread else ""
+    text = f"{report.layer} ({report.kind}): {report.unknowns} unknowns{unread}, "
     if report.route == "not reached":
         return text + "not reached."
     note = f": {report.note}." if report.note and report.note not in reason else "."
