@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rgap.batches import Rows
 from rgap.head import HeadCandidate
+from rgap.network import Stage
 from rgap.outcomes import replayed, stopped
 from rgap.polish import FITS, Polished
 from rgap.precision import Known
@@ -29,6 +30,8 @@ from rgap.systems.stage import DETERMINED
 REFUTED = 100.0  # an alternative is refuted when it misses by this many standard errors
 CLEAR = 10.0  # smallest gap between the last determined direction and the cutoff
 SAFETY = 10.0  # error bound over the largest predicted standard error
+ROUNDED = 100.0  # units in the last place by which a product of one sample may be off
+SCATTER = 10.0  # of a sum of squared noise, in √Σσ⁴: 7 standard deviations of normal noise
 USEFUL = 0.1  # an error bound above this share of the value range certifies nothing
 
 
@@ -64,11 +67,27 @@ class Answer:
         return max(bound, 3.0 * SAFETY * torch.finfo(torch.float64).eps * norm)
 
 
-def rank_one_tolerance(problem: Problem) -> float:
-    """Relative residual of G − k xᵀ that precision and noise explain."""
-    g = problem.gradients[problem.chain.stages[-1].affine.weight_name]
-    scale = float(g.norm() / g.numel() ** 0.5)
-    return min(0.3, 100 * (problem.precision.unit + problem.precision.noise / max(scale, 1e-300)))
+def rank_one_tolerance(problem: Problem, stage: Stage, x: Known) -> float:
+    """Relative residual ‖G − k xᵀ‖/‖G‖ that rounding and noise explain at one stage.
+
+    The residual is ``(I − P_k)G``: all of the noise E of G but one row's worth, and the noise e of
+    k = ∂b times x.  Its square is expected at ``Σσ_E² + ‖x‖² Σσ_e²``; independent entries scatter
+    about that by ``√(2Σσ⁴)``, of which ``SCATTER/√2`` are allowed.  Above 1 no residual is
+    refused: the noise is as large as the gradient, and the test says nothing.
+    """
+    precision, affine = problem.precision, stage.affine
+    g = problem.gradients[affine.weight_name]
+    size = float(g.norm().clamp_min(1e-300))
+    own = precision.noise_std(affine.weight_name, g).square()
+    total, scatter = float(own.sum()), float(own.square().sum())
+    if affine.bias_name is not None:
+        bias = precision.noise_std(affine.bias_name, problem.gradients[affine.bias_name]).square()
+        lengthened = float(x.value.square().sum())
+        total += lengthened * float(bias.sum())
+        scatter += lengthened**2 * float(bias.square().sum())
+    floor = precision.floor * g.numel() ** 0.5
+    rounding = ROUNDED * (precision.unit + floor / size)
+    return float(rounding + (total + SCATTER * scatter**0.5) ** 0.5 / size)
 
 
 def scaled(answer: Answer, ratio: float, candidate: HeadCandidate) -> Answer:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from rgap.affine import Affine
 from rgap.bias import bias_attack, rank_one_residual
 from rgap.losses import Loss
 from rgap.network import Stage
@@ -93,7 +94,7 @@ def solve_head(
 
 
 def features_from_bias(
-    weight_gradient: Tensor, bias_gradient: Tensor, precision: Precision
+    affine: Affine, weight_gradient: Tensor, bias_gradient: Tensor, precision: Precision
 ) -> tuple[Known, Known]:
     """Input x and cotangent k of a fully connected stage with a bias, with their errors.
 
@@ -101,10 +102,11 @@ def features_from_bias(
     """
     k = bias_gradient
     x = bias_attack(weight_gradient, k)
-    noise_k = precision.normal(torch.full_like(k, precision.noise))
+    noise_k = precision.normal(precision.noise_std(affine.bias_name or "", k))
     # dx = (δG − k-error·xᵀ)ᵀ k / ‖k‖², up to second order
-    std = (weight_gradient.abs() * precision.unit + precision.floor).square()
-    noise_g = precision.normal((std + precision.noise**2).sqrt())
+    std = weight_gradient.abs() * precision.unit + precision.floor
+    added = precision.noise_std(affine.weight_name, weight_gradient)
+    noise_g = precision.normal(torch.hypot(std, added))
     size = k.abs().max()
     scaled = k / size  # ‖∂b‖² underflows long before ∂b does
     scaled = scaled / scaled.square().sum() / size
@@ -124,7 +126,7 @@ def _with_bias(
             "underflowed; nothing about the features was sent",
             consistent=not bool((gradient != 0).any()),
         )
-    x, k = features_from_bias(gradient, bias_gradient, precision)
+    x, k = features_from_bias(stage.affine, gradient, bias_gradient, precision)
     return [_candidate(stage, gradient, x, k, loss, precision)]
 
 
@@ -200,8 +202,9 @@ def _scaled(
     precision: Precision,
 ) -> tuple[Known, Known]:
     """X = αu and k = v/α with errors: of the gradient's entries, and of α through the loss."""
-    std = (gradient.abs() * precision.unit + precision.floor).square() + precision.noise**2
-    noise = precision.normal(std.sqrt())
+    own_noise = precision.noise_std(stage.affine.weight_name, gradient)
+    std = torch.hypot(gradient.abs() * precision.unit + precision.floor, own_noise)
+    noise = precision.normal(std)
     vv = v.square().sum()
     du = torch.einsum("smn,m->sn", noise, v) / vv
     du = du - (du @ u)[:, None] * u

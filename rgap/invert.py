@@ -180,14 +180,16 @@ def _from_bias(problem: Problem, index: int, show: Progress) -> Recovery:
     show.stage(f"bias attack at {stage.name}")
     weight, bias = head_gradients(stage, problem.gradients)
     assert bias is not None
-    x, k = features_from_bias(weight, bias, problem.precision)
+    x, k = features_from_bias(stage.affine, weight, bias, problem.precision)
     misfit = rank_one_residual(weight, x.value[0], k.value[0])
-    if misfit > certificate.rank_one_tolerance(problem):
+    tolerance = certificate.rank_one_tolerance(problem, stage, x)
+    if misfit > tolerance:
         return outcomes.stopped(
             problem,
             Status.INCONSISTENT,
-            f"the gradient of '{stage.name}' is not of rank one (relative residual {misfit:.1e}): "
-            "it mixes several samples or does not come with this bias gradient",
+            f"the gradient of '{stage.name}' is not of rank one (relative residual {misfit:.1e}, "
+            f"where rounding and noise explain {tolerance:.1e}): it mixes several samples, does "
+            "not come with this bias gradient, or has noise that was not stated",
             None,
         )
     descent = _descend(problem, index, x, k, show)

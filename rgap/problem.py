@@ -127,7 +127,7 @@ def prepare(
         chain = chain.to(place)
     _check_labels(known, update, chain)
     gradients = {n: g.detach().to(place, torch.float64) for n, g in update.gradients.items()}
-    precision = Precision(update.dtype, noise, seed=seed)
+    precision = precision_of(update, noise, place, seed)
     return Problem(
         model,
         update,
@@ -141,6 +141,19 @@ def prepare(
         slack,
         budget,
     )
+
+
+def precision_of(update: Update, noise: float, place: torch.device, seed: int = 0) -> Precision:
+    """What is known of an update's errors: its rounding, its own noise, and noise stated beside it.
+
+    Args:
+        update: what the client sent.
+        noise: standard deviation of noise that was added to every entry.
+        place: device of the work.
+        seed: of the sampled errors.
+    """
+    own = {n: s.to(place, torch.float64) for n, s in (update.noise or {}).items()}
+    return Precision(update.dtype, noise, seed=seed, entries=own)
 
 
 def as_on_the_client(model: nn.Module, update: Update) -> nn.Module:

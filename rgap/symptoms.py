@@ -106,7 +106,8 @@ def _softmax_shaped(problem: Problem) -> bool:
         return False
     k = problem.gradients[stage.affine.bias_name].flatten()
     size = float(k.abs().max())
-    rounding = len(k) * (4 * problem.precision.unit * size + problem.precision.noise)
+    added = float(problem.precision.noise_std(stage.affine.bias_name, k).max())
+    rounding = len(k) * (4 * problem.precision.unit * size + added)
     return (
         int((k < 0).sum()) == 1
         and abs(float(k.sum())) <= rounding

@@ -35,6 +35,10 @@ class Update:
         input_shape: shape of one sample, without the batch dimension.
         value_range: (low, high) that every input value lies in, None when unbounded.
         dtype: precision the client computed in; None takes the coarsest of the gradients' dtypes.
+        noise: standard deviation of what else is wrong with each entry, by parameter name, of the
+            parameter's shape: rounding of weights whose difference was sent, quantisation, added
+            noise. A name that is missing has none; None: nothing of the kind. The float ``noise``
+            of `rgap.invert` and `rgap.match` adds to it, in variance.
         local_steps: 1 for a gradient. More says that ``gradients`` is an average over that many
             local steps (FedAvg), which is no gradient at the model's parameters.
 
@@ -61,6 +65,7 @@ class Update:
     value_range: tuple[float, float] | None = (0.0, 1.0)
     dtype: torch.dtype = None  # type: ignore[assignment]  # filled in by __post_init__
     local_steps: int = 1
+    noise: Mapping[str, Tensor] | None = None
 
     def __post_init__(self) -> None:
         gradients = {
@@ -97,6 +102,7 @@ class Update:
             input_shape=shape,
             value_range=validation.bounds(self.value_range),
             local_steps=validation.count("local_steps", self.local_steps),
+            noise=validation.entrywise_noise(self.noise, gradients),
         )
 
     def _fill(self, **values: Any) -> None:
@@ -115,6 +121,9 @@ class Update:
         ]
         if self.local_steps > 1:
             parts.append(f"average of {self.local_steps} local steps")
+        if self.noise is not None:
+            total = sum(float(s.double().square().sum()) for s in self.noise.values())
+            parts.append(f"noise {(total / numbers) ** 0.5:.1e} rms")
         return f"Update({', '.join(parts)})"
 
     def check(self, model: nn.Module) -> None:

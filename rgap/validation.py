@@ -87,6 +87,38 @@ def finite_gradient(name: str, tensor: Tensor) -> None:
     )
 
 
+def entrywise_noise(noise: Any, gradients: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """Copies of the standard deviations of each entry, in the order of the gradients."""
+    if noise is None:
+        return None
+    given = named(noise, "noise")
+    for name, std in given.items():
+        if name not in gradients:
+            raise ValueError(
+                f"noise: {name!r} is not among the gradients, expected names such as "
+                f"{next(iter(gradients))!r}; write one standard deviation per entry, "
+                "noise={n: torch.full_like(g, 0.01) for n, g in gradients.items()}."
+            )
+        if not isinstance(std, Tensor) or not std.is_floating_point():
+            raise TypeError(
+                f"noise: {name!r} is a {type(std).__name__}, expected a floating torch.Tensor; "
+                f"write torch.full_like(gradients[{name!r}], 0.01)."
+            )
+        if std.shape != gradients[name].shape:
+            raise ValueError(
+                f"noise: {name!r} has shape {tuple(std.shape)}, expected "
+                f"{tuple(gradients[name].shape)} as its gradient; write "
+                f"std.expand_as(gradients[{name!r}])."
+            )
+        require_finite(f"noise: {name!r}", std, "write 0.0 where no noise was added")
+        if bool((std < 0).any()):
+            raise ValueError(
+                f"noise: {name!r} has a negative entry {float(std.min()):.3g}, expected standard "
+                "deviations; write std.abs()."
+            )
+    return {name: given[name].detach().clone() for name in gradients if name in given} or None
+
+
 def buffer(name: str, tensor: Any) -> Tensor:
     """A copy of one buffer."""
     if not isinstance(tensor, Tensor):

@@ -153,9 +153,9 @@ def test_relative_noise_is_what_rounding_adds() -> None:
     """A random gradient rounded to float32 is within the promised spectral norm, and near it."""
     g = torch.randn(60, 90, generator=torch.Generator().manual_seed(1), dtype=F64)
     met = torch.linalg.matrix_norm(g.float().double() - g, 2) / torch.linalg.matrix_norm(g)
-    promised = relative_noise((60, 90), Precision(torch.float32), 1.0)
+    promised = relative_noise("w", g, Precision(torch.float32), 1.0)
     assert 0.02 * promised < float(met) < promised
-    stated = relative_noise((60, 90), Precision(F64, noise=1e-3), float(g.norm()))
+    stated = relative_noise("w", g, Precision(F64, noise=1e-3), float(g.norm()))
     added = torch.randn(60, 90, generator=torch.Generator().manual_seed(2), dtype=F64) * 1e-3
     assert float(torch.linalg.matrix_norm(added, 2) / g.norm()) == pytest.approx(stated, rel=0.2)
 

@@ -147,7 +147,8 @@ def _weighted(
 
 
 def _update_std(affine: Affine, u: Tensor, k: Known, precision: Precision) -> Tensor:
-    return precision.update_std(affine.weight_gradient(u.square(), k.value.square()))
+    squares = affine.weight_gradient(u.square(), k.value.square())
+    return precision.update_std(affine.weight_name, squares)
 
 
 def _draw(count: int, generator: torch.Generator) -> Tensor:

@@ -258,7 +258,7 @@ class _Stage:
     def weigh(self, table: Tensor) -> None:
         """Set the weights of both blocks from an estimate of u."""
         u = self.coupling.fold(table[None])
-        std = self.precision.update_std(self.squares(u))
+        std = self.precision.update_std(self.affine.weight_name, self.squares(u))
         carried = torch.zeros_like(std)
         for error in self.k.error:
             carried += self.affine.weight_gradient(u, error).square_()
@@ -300,7 +300,7 @@ class _Stage:
         main = self.weighted(made, self.rows[None], self.target[None])
         table, iterations = made.solve(main, tolerance=max(1e-15, 1e-3 * self.precision.unit))
         u = self.coupling.fold(table)
-        std = self.precision.update_std(self.squares(u))
+        std = self.precision.update_std(self.affine.weight_name, self.squares(u))
         forward = self.precision.normal(self.precision.sum_std(self.affine_squares(u)))
         coupled = (self.z.error + forward).flatten(1)
         # One member at a time: each has as many rows as the layer has weights.
