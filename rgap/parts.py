@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 
@@ -9,10 +10,9 @@ import torch
 from torch import Tensor
 
 from rgap import certificate, outcomes
-from rgap.batchloss import BatchLoss
+from rgap.batches import Rows
 from rgap.precision import Known
 from rgap.problem import Problem
-from rgap.readout import head_cotangent, read_answer, read_batch
 from rgap.recovery import Candidate, Recovery, Status
 from rgap.recursion import Descent
 from rgap.reports import layer_reports
@@ -26,9 +26,10 @@ _NUMBERS = ("", "", "two", "three", "four", "five", "six", "seven", "eight", "ni
 _AXES = {1: ("position",), 2: ("row", "column"), 3: ("slice", "row", "column")}
 
 
-def in_parts(
-    problem: Problem, descent: Descent, kappa: Known | BatchLoss | None
-) -> Recovery | None:
+Certify = Callable[[Descent], tuple[Recovery, Rows | None]]
+
+
+def in_parts(problem: Problem, descent: Descent, certify: Certify) -> Recovery | None:
     """The recovery of data of which only some entries are determined.
 
     The open entries are set to values that the equations allow, the batch is polished, read and
@@ -39,7 +40,8 @@ def in_parts(
     Args:
         problem: the update.
         descent: that ended with ``partial``.
-        kappa: cotangent at the head, or the loss of a batch; None to read it off.
+        certify: the certificate of a descent that reached the data, with the rows that are
+            reported of a batch.
 
     Returns:
         ``UNDERDETERMINED`` with ``partial`` and ``determined``, or what contradicts; None if no
@@ -62,17 +64,12 @@ def in_parts(
     whole = replace(descent, data=start, halt=None)
     if short:
         whole = replace(whole, solutions={**descent.solutions, 0: _counted(descent)})
-    if isinstance(kappa, BatchLoss):
-        answer = read_batch(problem, whole, kappa)
-    else:
-        known = head_cotangent(problem, whole) if kappa is None else kappa
-        answer = read_answer(problem, whole, known)
-    found = certificate.certify(problem, [answer])
+    found, reported = certify(whole)
     if found.inputs is None:
         if not short:
             return found
         return _by_equations(problem, descent, start, determined)
-    rows = slice(None) if answer.rows is None else answer.rows.picture
+    rows = slice(None) if reported is None else reported.picture
     mask = determined[rows]
     bound = found.error_bound
     assert bound is not None
@@ -87,7 +84,7 @@ def in_parts(
         reason=reason,
         certified=found.certified - {"inputs"},
         candidates=tuple(
-            Candidate(_struck(c.inputs, determined[_expanded(c.inputs, answer.rows)]), c.labels,
+            Candidate(_struck(c.inputs, determined[_expanded(c.inputs, reported)]), c.labels,
                       c.residual)
             for c in found.candidates
         ),
@@ -97,10 +94,11 @@ def in_parts(
     )  # fmt: skip
 
 
-def _expanded(inputs: Tensor, rows: object) -> Tensor | slice:
+def _expanded(inputs: Tensor, rows: Rows | None) -> Tensor | slice:
     """Rows of the pictures that a candidate lists."""
-    picture = getattr(rows, "picture", None)
-    return slice(None) if picture is None or len(picture) != len(inputs) else picture
+    if rows is None or len(rows.picture) != len(inputs):
+        return slice(None)
+    return rows.picture
 
 
 def _struck(inputs: Tensor, determined: Tensor) -> Tensor:
