@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 UNKNOWN = 1e150  # standard error of a value that no equation fixes
+OPEN = 1e100  # above which it is one, whatever scale a normalisation has put on it
 GROWTH = 2.0  # rounding of an accumulated sum over the rounding of its terms
 
 
@@ -34,7 +35,7 @@ class Known:
     @property
     def known(self) -> Tensor:
         """False where no equation fixes the entry, as for the z of a ReLU that is off, [B, ...]."""
-        return self.error.abs().amax(0) < UNKNOWN
+        return self.error.abs().amax(0) < OPEN
 
 
 @dataclass
@@ -87,6 +88,10 @@ class Precision:
         shape = (self.samples if samples is None else samples, *std.shape)
         draw = torch.randn(shape, generator=self.generator, dtype=torch.float32)  # 3 times as fast
         return draw.to(std.device).double().mul_(std)
+
+    def signs(self, shape: tuple[int, ...]) -> Tensor:
+        """Random signs ±1."""
+        return torch.randint(0, 2, shape, generator=self.generator).double() * 2.0 - 1.0
 
     def rounding(self, value: Tensor) -> Tensor:
         """S samples of the error of one rounded operation with result ``value``."""

@@ -23,6 +23,11 @@ Watcher = Callable[[str], None]
 def separate(batch: Batch, watch: Watcher | None = None) -> Separated | Unseparated:
     """Tell the samples of a batch apart, at the lowest stage where equations do."""
     chain = batch.chain
+    if not batch.loss.equations:
+        return Unseparated(
+            f"no equations of the loss {batch.loss.name} with these options tell how much each "
+            "sample of a batch weighs; a batch of one needs none"
+        )
     head = chain.stages[-1]
     if head.affine.geometry is not None:
         return Unseparated(
