@@ -105,7 +105,8 @@ def features_from_bias(
     """
     k = bias_gradient
     std_k = precision.noise_std(affine.bias_name or "", k)
-    own = 1.0 - float((std_k / k.norm()).square().sum())  # share of ‖∂b‖² that is not noise
+    met = torch.where(k == 0, 0.0, std_k / k.norm())  # what rounded to 0 added nothing
+    own = 1.0 - float(met.square().sum())  # share of ‖∂b‖² that is not noise
     x = bias_attack(weight_gradient, k) / max(own, DROWNED)
     noise_k = precision.normal(std_k)
     # dx = (δG − k-error·xᵀ)ᵀ k / (‖k‖² − Σσ²)

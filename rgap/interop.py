@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rgap.sgd import Descent
+from rgap.sgd import Descent, coherence
 
 __all__ = ["breaching_fields", "delta_fields", "ndarray_fields"]
 
@@ -37,7 +37,7 @@ def delta_fields(
                 f"{name}: {absent[0]!r} is missing, expected the same parameters before and "
                 "after; write model.state_dict() of the same model twice."
             )
-    gradients, noise = {}, {}
+    gradients, noise, still = {}, {}, {}
     for key in names:
         first, last = first_state[key], last_state[key]
         if not isinstance(first, Tensor) or not isinstance(last, Tensor):
@@ -47,7 +47,10 @@ def delta_fields(
                 f"after: {key!r} has shape {tuple(last.shape)}, expected {tuple(first.shape)} as "
                 "before."
             )
-        gradients[key], noise[key] = step.gradient(first, last.to(first.device))
+        last = last.to(first.device)
+        gradients[key], noise[key] = step.gradient(first, last)
+        still[key] = first.double() == last.double()
+    _widen(noise, still)
     return {
         "gradients": gradients,
         # The gradient was taken at the statistics that the client started with.
@@ -135,6 +138,18 @@ def _labels_in_order(by_step: Any, count: int | None) -> Tensor | None:
     rows = [torch.as_tensor(part).flatten() for part in by_step]
     joined = torch.cat(rows)
     return joined if count is None else joined[:count]
+
+
+def _widen(noise: dict[str, Tensor], still: Mapping[str, Tensor]) -> None:
+    """Account for rounding that follows the gradient (:func:`rgap.sgd.coherence`), in place."""
+    for name, std in noise.items():
+        if std.ndim < 2:
+            continue
+        dead = still[name].flatten(1).all(1)
+        bias = still.get(f"{name.rpartition('.')[0]}.bias".removeprefix("."))
+        if bias is not None and bias.shape == dead.shape:
+            dead = dead & bias
+        noise[name] = std * coherence(still[name], dead).to(std)
 
 
 def _started(
