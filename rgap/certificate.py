@@ -32,7 +32,9 @@ CLEAR = 10.0  # smallest gap between the last determined direction and the cutof
 SAFETY = 10.0  # error bound over the largest predicted standard error
 ROUNDED = 100.0  # units in the last place by which a product of one sample may be off
 SCATTER = 10.0  # of a sum of squared noise, in √Σσ⁴: 7 standard deviations of normal noise
-OPEN = 1.0  # tolerance of a target that reaches from one label to the next: any label fits
+# A tolerance is 30 times the largest of an ensemble, some 100 standard errors: up to 8 the half way
+# to the next label is 6 of them.
+OPEN = 8.0
 NEAREST = 0.25  # half way to where another label is as near
 USEFUL = 0.1  # an error bound above this share of the value range certifies nothing
 

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rgap.sgd import Descent, coherence
+from rgap.rounding import coherence
+from rgap.sgd import Descent
 
 __all__ = ["breaching_fields", "delta_fields", "ndarray_fields"]
 
@@ -141,7 +142,7 @@ def _labels_in_order(by_step: Any, count: int | None) -> Tensor | None:
 
 
 def _widen(noise: dict[str, Tensor], still: Mapping[str, Tensor]) -> None:
-    """Account for rounding that follows the gradient (:func:`rgap.sgd.coherence`), in place."""
+    """Widen, in place, rounding that follows the gradient (:func:`rgap.rounding.coherence`)."""
     for name, std in noise.items():
         if std.ndim < 2:
             continue

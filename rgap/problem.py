@@ -78,6 +78,7 @@ class Problem:
     slack: float  # widths of the range by which a candidate may leave it
     budget: float
     filling: Filling | None = None  # None: stop where the equations end
+    notes: tuple[str, ...] = ()  # what was read off the update before anything was solved
 
 
 def prepare(
@@ -93,6 +94,7 @@ def prepare(
 ) -> Problem:
     """Check an update against its model and bring both to float64; arguments as for ``invert``."""
     update.check(model)
+    update, rounded = update.as_rounded()
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise ValueError(
@@ -140,6 +142,7 @@ def prepare(
         bounds,
         slack,
         budget,
+        notes=(rounded,) if rounded else (),
     )
 
 

@@ -20,9 +20,8 @@ from torch import Tensor
 
 from rgap.rounding import UNIFORM, spacing
 
-__all__ = ["Descent", "coherence"]
+__all__ = ["Descent"]
 
-LOST = 0.5  # share of still entries at which the typical one is below half a spacing
 # What the first step of other optimisers leaves of a gradient, by the name of the class.
 _ADAPTIVE = "its step is close to lr·sign(g) on every entry, so the sizes of the gradient are gone"
 _SCALED = "it divides every entry by a running size of its own, which the weights do not tell"
@@ -167,29 +166,6 @@ class Descent:
             variance = variance + spacing(direction, dtype).square()
             variance = variance + spacing(self.weight_decay * p, dtype).square()
         return UNIFORM * variance.sqrt()
-
-
-def coherence(still: Tensor, dead: Tensor) -> Tensor:
-    """By how much to widen the rounding of the entries of a weight that did not move.
-
-    Where single entries round away, their errors are as good as independent of the gradient.  Where
-    most of the entries that one input meets did, the errors *are* the gradient with its sign
-    turned, and N of them add up to √N times as much as independent ones.
-
-    Args:
-        still: True where the weight is what it was, [m, n, ...]; inputs are dimension 1.
-        dead: rows of which nothing moved, their bias neither, [m]: units that were off.
-
-    >>> moved = torch.tensor([[0, 1], [0, 1], [0, 0], [0, 0], [0, 1], [0, 1]], dtype=torch.bool)
-    >>> dead = torch.tensor([False, False, True, True, False, False])
-    >>> coherence(~moved, dead).T.tolist()
-    [[2.0, 2.0, 1.0, 1.0, 2.0, 2.0], [1.0, 1.0, 1.0, 1.0, 1.0, 1.0]]
-    """
-    alive = (~dead).reshape(-1, *[1] * (still.ndim - 1)).expand_as(still)
-    others = [d for d in range(still.ndim) if d != 1]
-    lost = (still & alive).sum(others, keepdim=True).double()
-    most = lost > LOST * alive.sum(others, keepdim=True)
-    return torch.where(still & alive & most, lost.sqrt().clamp_min(1.0), 1.0)
 
 
 def _declared(optimizer: Any) -> dict[str, Any]:

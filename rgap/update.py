@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rgap import interop, storage, validation
 from rgap.losses import Loss
+from rgap.quantisation import recognise
 from rgap.sgd import Descent
 
 __all__ = ["Update"]
@@ -167,6 +168,21 @@ class Update:
                 "update says nothing about the data. Expected a gradient; capture it before "
                 "optimizer.zero_grad(), and in float64 if it underflowed."
             )
+
+    def as_rounded(self) -> tuple[Update, str | None]:
+        """The update with the precision that its values show, and in words what they show.
+
+        A gradient that went through float16, bfloat16 or 8-bit integers and came back as float32
+        is recognised by its grid (:func:`rgap.quantisation.recognise`). A coarse floating format
+        becomes ``dtype``, for whether the client computed in it or only sent it the values do not
+        tell, and the rounding of each entry adds to ``noise``; that of integers is noise alone.
+        """
+        found = recognise(self.gradients)
+        if found is None:
+            return self, None
+        own = self.dtype if found.dtype is None else found.dtype
+        dtype = max(self.dtype, own, key=lambda d: torch.finfo(d).eps)
+        return dataclasses.replace(self, dtype=dtype, noise=found.added_to(self.noise)), found.words
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file (no pickle), atomically; see `load`."""
