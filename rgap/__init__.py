@@ -20,6 +20,7 @@ from rgap._version import __version__
 if TYPE_CHECKING:
     from rgap import analysis, labels, models, photos, solvers
     from rgap.capture import capture
+    from rgap.diagnosis import Check, Finding, check
     from rgap.federated import LocalTraining
     from rgap.invert import Head, invert
     from rgap.labels import LabelEstimate, idlg
@@ -30,7 +31,9 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Candidate": "recovery",
+    "Check": "diagnosis",
     "Checkpoint": "matching",
+    "Finding": "diagnosis",
     "Head": "invert",
     "LabelEstimate": "labels",
     "LayerReport": "recovery",
@@ -41,6 +44,7 @@ _HOMES = {
     "Status": "recovery",
     "Update": "update",
     "capture": "capture",
+    "check": "diagnosis",
     "idlg": "labels",
     "invert": "invert",
     "match": "matching",
@@ -49,7 +53,9 @@ _ROOMS = ("analysis", "labels", "models", "photos", "solvers")
 
 __all__ = [
     "Candidate",
+    "Check",
     "Checkpoint",
+    "Finding",
     "Head",
     "LabelEstimate",
     "LayerReport",
@@ -62,6 +68,7 @@ __all__ = [
     "__version__",
     "analysis",
     "capture",
+    "check",
     "idlg",
     "invert",
     "labels",
