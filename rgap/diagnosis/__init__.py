@@ -1,6 +1,6 @@
 """Why an update does not fit: one finding a file, each a trial with its number, and a ranking.
 
-    rgap.check(model, update).explain()
+rgap.check(model, update).explain()
 """
 
 from .check import check

@@ -1,4 +1,4 @@
-"""Preflight: is an update what it is declared to be?  Cheap trials, ranked by how clear they are."""
+"""Preflight: is an update what it is declared to be?  Trials, ranked by how clear they are."""
 
 from __future__ import annotations
 

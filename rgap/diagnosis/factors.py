@@ -109,7 +109,9 @@ def _binary(samples: Samples, row: int) -> Tensor:
 
 def _residuals(loss: Loss, z: Tensor, targets: Tensor) -> Tensor:
     """∂ℓ/∂z for every target, with the loss's scale left out, [options, C]."""
-    summed = replace(loss, reduction="sum", targets="value" if loss.name == SQUARED else "probability")
+    summed = replace(
+        loss, reduction="sum", targets="value" if loss.name == SQUARED else "probability"
+    )
     rows = z.expand(len(targets), -1)
     return summed.cotangent(rows, targets.to(z))
 

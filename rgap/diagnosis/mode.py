@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from .evidence import Call, Evidence
@@ -113,7 +112,7 @@ def _pair(evidence: Evidence, affine: Call, norm: Call) -> Pair | None:
 
 
 def read(evidence: Evidence) -> list[Finding]:
-    """Train mode where it explains the identities that eval mode contradicts; else other weights."""
+    """Train mode where it explains the identities that eval mode contradicts."""
     found = pairs(evidence)
     if not found:
         return []

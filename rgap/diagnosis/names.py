@@ -40,9 +40,7 @@ def mended(model: nn.Module, update: Update) -> tuple[Update | None, Finding | N
         return _numbered(model, update)
     if misshapen:
         name = misshapen[0]
-        said = (
-            f"'{name}' has shape {list(gradients[name].shape)}, the model's {list(wanted[name])}"
-        )
+        said = f"'{name}' has shape {list(gradients[name].shape)}, the model's {list(wanted[name])}"
         line = "rgap.check(model, update) with the model that the client trained"
         return None, Finding(Kind.NAMES, float(len(misshapen)), said, line, inf)
     if missing:

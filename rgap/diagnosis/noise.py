@@ -33,6 +33,7 @@ class Floor:
         rounding: σ that rounding explains.
         freedom: (m − B)(n − B).
         rank: singular values above the rounding.
+        full: all of them are.
     """
 
     name: str
@@ -41,11 +42,12 @@ class Floor:
     rounding: float
     freedom: int
     rank: int
+    full: bool
 
     @property
     def flat(self) -> bool:
-        """True for the spectrum of noise."""
-        return FLAT[0] < self.edge < FLAT[1]
+        """True for the spectrum of noise: no value is missing and none stands out."""
+        return self.full and FLAT[0] < self.edge < FLAT[1]
 
 
 def floors(evidence: Evidence) -> list[Floor]:
@@ -66,7 +68,8 @@ def floors(evidence: Evidence) -> list[Floor]:
         rounding = 2 * evidence.unit * float(values[0]) / (m * n) ** 0.5 * batch**0.5
         seen = int((values > CLEAR * rounding * (m**0.5 + n**0.5)).sum())
         ratio = float(beneath[0]) / edge if edge > 0 else inf
-        found.append(Floor(call.name, level, ratio, rounding, freedom, seen))
+        full = seen == min(m, n)
+        found.append(Floor(call.name, level, ratio, rounding, freedom, seen, full))
     return found
 
 

@@ -11,24 +11,27 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from math import inf
 
 import torch
 from torch import Tensor
 
 from rgap.bias import rank_one_residual
 from rgap.head import features_from_bias
+from rgap.network import Chain
 from rgap.piecewise import Activation, Identity
 from rgap.separation.at_head import AtHead
 from rgap.separation.batch import Batch
 from rgap.separation.between import Between, steps_between
-from rgap.separation.consistency import Consistency
+from rgap.separation.consistency import Consistency, restricted
 from rgap.separation.identify import FITS, identify, top
 from rgap.separation.identify import Identity as Target
 from rgap.separation.mixture import Mixture
-from rgap.separation.peeling import collect
+from rgap.separation.peeling import LIKELY, SOLVED, collect, fresh_starts, rounding_cost
 from rgap.separation.route import unfit_pair
 from rgap.separation.softmax import identify_classes, likely, opening, unfit
 from rgap.separation.targets import resolved
+from rgap.solvers.least_squares import levenberg_marquardt
 from rgap.targets import CROSS_ENTROPY
 
 from .evidence import Evidence
@@ -36,6 +39,8 @@ from .evidence import Evidence
 SAFETY = 30.0  # standard errors within which a cotangent may miss
 LOOSEST = 0.02  # relative error of a cotangent above which it tests nothing
 ROUNDS = 2  # of searches without a new sample
+STARTS = 48  # of a search for any sample at all
+LENIENT = 10.0  # times what a root may miss by, from which no start came near one
 MOST = 16  # samples that are told apart for a check
 REST = 0.05  # share of the head's gradient that its samples may leave
 
@@ -135,23 +140,39 @@ def batch(evidence: Evidence) -> Samples | None:
     chain = evidence.chain
     if chain is None or evidence.batch is None or evidence.batch > MOST:
         return None
-    last = chain.stages[-1]
-    if last.affine.geometry is not None:
-        return None
-    if any(isinstance(op, Activation) and not isinstance(op, Identity) for op in last.tail):
+    if not _plain_head(chain):
         return None
     for sign in (1.0, -1.0):
         if evidence.late:
             return None
         sent = {n: sign * g for n, g in evidence.gradients.items()}
         mixed = Batch(chain, sent, evidence.update.loss, evidence.precision, evidence.batch)
-        found = _separated(mixed)
+        source = _source(mixed)
+        found = None if source is None else _collected(mixed, source)
         if found is not None:
             return replace(found, cotangents=sign * found.cotangents)
     return None
 
 
-def _separated(mixed: Batch) -> Samples | None:
+@dataclass(frozen=True)
+class Source:
+    """Equations that separate a batch.
+
+    Attributes:
+        samples: the mixture.
+        consistency: f and P.
+        naming: targets of roots.
+        head: the same as ``consistency`` where it is the softmax head's.
+    """
+
+    samples: Mixture
+    consistency: Consistency
+    naming: Callable[[Tensor, Consistency], list[Target]]
+    head: AtHead | None = None
+
+
+def _source(mixed: Batch) -> Source | None:
+    """The lowest equations that separate a batch of the stated size."""
     chain, size = mixed.chain, mixed.size or 1
     head = mixed.mixture(len(chain.stages) - 1)
     for index in range(len(chain.stages) - 1):
@@ -162,32 +183,26 @@ def _separated(mixed: Batch) -> Samples | None:
         if unfit_pair(lower, upper) is None and 1 < lower.rank <= size:
             pair = Between.of(lower, upper, steps, mixed.precision)
 
-            def naming(
-                roots: Tensor, _: Consistency, lower: Mixture = lower
-            ) -> list[Target]:
+            def naming(roots: Tensor, _: Consistency, lower: Mixture = lower) -> list[Target]:
                 return identify(chain, lower, head, roots, mixed.loss)
 
-            return _collected(mixed, lower, pair, naming)
+            return Source(lower, pair, naming)
     if unfit(mixed, head) is not None or head.gradient.shape[0] - 1 - head.rank < head.rank - 1:
         return None
     if not resolved(mixed, head) or not 1 < head.rank <= size:
         return None
     pool, clear = likely(mixed, head)
     at = AtHead.of(head, mixed.loss.label_smoothing, pool, clear, mixed.precision).sketched()
-    return _collected(mixed, head, at, partial(identify_classes, head), at)
+    return Source(head, at, partial(identify_classes, head), at)
 
 
-def _collected(
-    mixed: Batch,
-    samples: Mixture,
-    consistency: Consistency,
-    naming: Callable[[Tensor, Consistency], list[Target]],
-    begin: AtHead | None = None,
-) -> Samples | None:
+def _collected(mixed: Batch, source: Source) -> Samples | None:
     """All roots, and the cotangents that the head's gradient gives them."""
-    seed = mixed.precision.seed
-    first = None if begin is None else opening(begin)
-    found = collect(consistency, naming, _any_weight, seed, first=first, rounds=ROUNDS)
+    seed, samples = mixed.precision.seed, source.samples
+    first = None if source.head is None else opening(source.head)
+    found = collect(
+        source.consistency, source.naming, _any_weight, seed, first=first, rounds=ROUNDS
+    )
     if not found.complete:
         return None
     stage = samples.stage
@@ -209,6 +224,45 @@ def _collected(
     width = SAFETY * relative * float(logits.abs().max())
     where = f"{len(k)} samples told apart at '{stage.name}'"
     return Samples(features.flatten(1), logits, k, width, SAFETY * relative, rest, where)
+
+
+def nearest_sample(evidence: Evidence) -> tuple[float, float, str] | None:
+    """How near any point of the row space comes to the equations of a sample.
+
+    Returns:
+        ``‖(I − PPᵀ) f‖/‖f‖`` at the best end of many starts, what rounding explains of it, and the
+        layer; None where no equations separate the batch.
+    """
+    chain = evidence.chain
+    if chain is None or not evidence.batch or evidence.batch > MOST:
+        return None
+    sent = dict(evidence.gradients)
+    mixed = Batch(chain, sent, evidence.update.loss, evidence.precision, evidence.batch)
+    if not _plain_head(chain):
+        return None
+    source = _source(mixed)
+    if source is None or not resolved(mixed, source.samples):
+        return None
+    w = source.samples.weights
+    none = w.new_zeros(0, len(w))
+    generator = torch.Generator().manual_seed(evidence.precision.seed)
+    best = inf
+    for reach in (1.0, 4.0):
+        begun = source.consistency.begin(STARTS, 2, generator)
+        left = restricted(begun, w, none)
+        start = fresh_starts(left, none, none, STARTS, generator, reach)
+        ends = levenberg_marquardt(left, start)
+        best = min(best, float(ends.cost.min()))
+    rounding = LIKELY * max(rounding_cost(left), SOLVED)
+    return best**0.5, LENIENT * rounding**0.5, source.samples.stage.name
+
+
+def _plain_head(chain: Chain) -> bool:
+    """True if the logits are those of a fully connected layer."""
+    last = chain.stages[-1]
+    return last.affine.geometry is None and not any(
+        isinstance(op, Activation) and not isinstance(op, Identity) for op in last.tail
+    )
 
 
 def _any_weight(target: Target, lenient: bool) -> bool:

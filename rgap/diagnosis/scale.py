@@ -176,5 +176,3 @@ def _other_loss(evidence: Evidence, samples: Samples) -> list[Finding]:
         strength = missed[0] / max(factors.misfit, factors.tolerance) if factors.misfit else inf
         return [Finding(Kind.LOSS, missed[0], said, line, strength)]
     return []
-
-

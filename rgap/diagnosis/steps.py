@@ -13,9 +13,8 @@ features move with the weights and the rank grows to T.  Two trials follow.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+
 import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from rgap.bias import bias_attack, rank_one_residual
 from rgap.federated import LocalTraining, average
 from rgap.losses import Loss
+from rgap.targets import CROSS_ENTROPY
 
 from .evidence import Call, Evidence
 from .finding import Finding, Kind
@@ -35,10 +35,8 @@ BETTER = 20.0  # times as well that several steps must fit
 FITS = 1e-2  # relative residual that they may leave
 FIRST = 1e-4  # relative residual of rank one at the data, at most
 KNOWN = 1e3  # roundings that one gradient may leave
+SUBSTITUTIONS = 6  # of a real-valued target
 OPTIONS = 10  # classes that are tried
-
-
-Made = Callable[[LocalTraining | None, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ class Training:
 
 def data(evidence: Evidence) -> tuple[Call, Tensor] | None:
     """The input of a batch of one, read off the fully connected layer that reads it."""
-    if not evidence.dense or evidence.update.input_shape is None and evidence.outputs is None:
+    if not evidence.dense or (evidence.update.input_shape is None and evidence.outputs is None):
         return None
     call, weight, bias = evidence.dense[0]
     first = next(iter(evidence.calls))
@@ -78,18 +76,15 @@ def data(evidence: Evidence) -> tuple[Call, Tensor] | None:
 
 def repeated(evidence: Evidence, x: Tensor) -> Training | None:
     """The training whose update comes nearest, if it comes much nearer than one gradient."""
-    loss = evidence.update.loss
-    outputs = evidence.outputs
-    if outputs is None or loss.targets != "index":
+    loss, outputs = evidence.update.loss, evidence.outputs
+    if outputs is None or (loss.targets == "probability" and evidence.labels is None):
         return None
     if sum(g.numel() for g in evidence.gradients.values()) > LARGEST:
         return None
-    twin = _double(evidence.model)
-    sent = torch.cat([g.flatten() for g in evidence.gradients.values()])
+    client = Client.of(evidence, x)
     best: Training | None = None
     for target in _targets(evidence, loss, outputs.shape[1]):
-        made = partial(_update, twin, loss, x, target, evidence.gradients)
-        single = _residual(sent, made(None, 1))[0]
+        single = client.misfit(target, None, 1)[0]
         if single < KNOWN * evidence.unit:
             return None  # one gradient explains the update
         if best is not None and single > 1.5 * best.single:
@@ -97,7 +92,7 @@ def repeated(evidence: Evidence, x: Tensor) -> Training | None:
         for steps in range(2, MOST + 1):
             if evidence.late:
                 return None
-            found = _fitted(sent, partial(_trained, made, steps), steps, single)
+            found = _fitted(client, target, steps, single)
             if best is None or found.residual < 0.3 * best.residual:
                 best = found
     if best is None or best.residual > FITS or best.residual * BETTER > best.single:
@@ -105,48 +100,90 @@ def repeated(evidence: Evidence, x: Tensor) -> Training | None:
     return best
 
 
-def _double(model: nn.Module) -> nn.Module:
-    return copy.deepcopy(model).double().requires_grad_(False)
+@dataclass(frozen=True)
+class Client:
+    """A client with known data that trains again.
+
+    Attributes:
+        model: float64.
+        loss: the client's.
+        data: x, [1, *input_shape].
+        sent: the update, flattened.
+        names: of its tensors, in order.
+        head: place in ``sent`` of the head's ∂b, from which a real-valued target is read.
+    """
+
+    model: nn.Module
+    loss: Loss
+    data: Tensor
+    sent: Tensor
+    names: tuple[str, ...]
+    head: slice | None
+
+    @classmethod
+    def of(cls, evidence: Evidence, x: Tensor) -> Client:
+        """The client of an update."""
+        model = copy.deepcopy(evidence.model).double().requires_grad_(False)
+        gradients, place, head = evidence.gradients, 0, evidence.head
+        wanted = None if head is None else f"{head[0].name}.bias"
+        found = None
+        for name, g in gradients.items():
+            if name == wanted:
+                found = slice(place, place + g.numel())
+            place += g.numel()
+        sent = torch.cat([g.flatten() for g in gradients.values()])
+        return cls(model, evidence.update.loss, x, sent, tuple(gradients), found)
+
+    def update(self, target: Tensor, local: LocalTraining | None, steps: int) -> Tensor:
+        """The average of ``steps`` gradients, flattened."""
+
+        def gradient(current: dict[str, Tensor], _: slice) -> dict[str, Tensor]:
+            leaves = {n: p.detach().requires_grad_() for n, p in current.items()}
+            with torch.enable_grad():
+                outputs = torch.func.functional_call(self.model, leaves, (self.data,))
+                value = self.loss(outputs, target)
+                found = torch.autograd.grad(value, list(leaves.values()), materialize_grads=True)
+            return dict(zip(leaves, found, strict=True))
+
+        parameters = {n: p.detach() for n, p in self.model.named_parameters()}
+        total = average(gradient, parameters, local, steps, 1)
+        return torch.cat([total[n].flatten() for n in self.names])
+
+    def misfit(self, target: Tensor, rate: float | None, steps: int) -> tuple[float, float]:
+        """``‖u − a g‖/‖u‖`` at the best factor a, and a.
+
+        A real-valued target is one more unknown, C numbers that enter ∂b of the head almost
+        linearly, ``2/C (z − t)``: a few substitutions find them, and a stays 1.
+        """
+        local = None if rate is None else LocalTraining(rate)
+        made = self.update(target, local, steps)
+        if self.loss.targets != "value" or self.head is None:
+            return _residual(self.sent, made)
+        factor = 2.0 if self.loss.reduction == "sum" else 2.0 / target.numel()
+        for _ in range(SUBSTITUTIONS):
+            gap = (made - self.sent)[self.head]
+            target = target + gap.reshape(target.shape) / factor
+            made = self.update(target, local, steps)
+            if not bool(made.isfinite().all()):
+                return 1.0, 0.0
+        return float((self.sent - made).norm() / self.sent.norm()), 1.0
 
 
 def _targets(evidence: Evidence, loss: Loss, outputs: int) -> list[Tensor]:
-    """Labels of the sample, the likeliest first: the class whose entry of ∂b is odd."""
+    """Targets of the sample, the likeliest first: the class whose entry of ∂b is odd."""
+    head, place = evidence.head, evidence.gradients[next(iter(evidence.gradients))].device
     if evidence.labels is not None:
-        return [evidence.labels]
-    count = max(outputs, 2)
-    head = evidence.head
+        return [evidence.labels.to(place)]
+    if loss.targets == "value":
+        return [torch.zeros(1, outputs, dtype=torch.float64, device=place)]
     if head is None or head[2] is None or outputs == 1:
-        return [torch.tensor([c]) for c in range(min(count, OPTIONS))]
+        count = 2 if outputs == 1 else min(outputs, OPTIONS)
+        return [torch.tensor([c], device=place) for c in range(count)]
+    if loss.name != CROSS_ENTROPY:  # one 0/1 target an output
+        return [(head[2] < 0).double()[None]]
     order = head[2].argsort()
-    likely = [int(order[0]), int(order[-1])] if loss.name == "cross_entropy" else []
-    return [torch.tensor([c]) for c in dict.fromkeys(likely)]
-
-
-def _update(
-    model: nn.Module,
-    loss: Loss,
-    x: Tensor,
-    target: Tensor,
-    names: Mapping[str, Tensor],
-    local: LocalTraining | None,
-    steps: int,
-) -> Tensor:
-    """The average of ``steps`` gradients, flattened in the update's order."""
-    parameters = {n: p.detach() for n, p in model.named_parameters()}
-
-    def gradient(current: dict[str, Tensor], _: slice) -> dict[str, Tensor]:
-        leaves = {n: p.detach().requires_grad_() for n, p in current.items()}
-        with torch.enable_grad():
-            value = loss(torch.func.functional_call(model, leaves, (x,)), target.to(x.device))
-            found = torch.autograd.grad(value, list(leaves.values()), materialize_grads=True)
-        return dict(zip(leaves, found, strict=True))
-
-    total = average(gradient, parameters, local, steps, len(x))
-    return torch.cat([total[n].flatten() for n in names])
-
-
-def _trained(made: Made, steps: int, rate: float) -> Tensor:
-    return made(LocalTraining(rate), steps)
+    likely = dict.fromkeys((int(order[0]), int(order[-1])))
+    return [torch.tensor([c], device=place) for c in likely]
 
 
 def _residual(sent: Tensor, made: Tensor) -> tuple[float, float]:
@@ -158,11 +195,11 @@ def _residual(sent: Tensor, made: Tensor) -> tuple[float, float]:
     return float((sent - scale * made).norm() / sent.norm()), scale
 
 
-def _fitted(sent: Tensor, made: Callable[[float], Tensor], steps: int, single: float) -> Training:
+def _fitted(client: Client, target: Tensor, steps: int, single: float) -> Training:
     """The rate by a grid of its logarithm, then by Brent's method."""
 
     def misfit(exponent: float) -> float:
-        return _residual(sent, made(10.0**exponent))[0]
+        return client.misfit(target, 10.0**exponent, steps)[0]
 
     grid = [0.5 * k for k in range(-10, 3)]
     values = [misfit(place) for place in grid]
@@ -170,8 +207,9 @@ def _fitted(sent: Tensor, made: Callable[[float], Tensor], steps: int, single: f
     found = minimize_scalar(
         misfit, bounds=(grid[k - 1], grid[k + 1]), method="bounded", options={"xatol": 1e-9}
     )
-    residual, scale = _residual(sent, made(10.0 ** float(found.x)))
-    return Training(steps, 10.0 ** float(found.x), scale, residual, single)
+    rate = 10.0 ** float(found.x)
+    residual, scale = client.misfit(target, rate, steps)
+    return Training(steps, rate, scale, residual, single)
 
 
 def read(evidence: Evidence, layers: list[Floor]) -> list[Finding]:

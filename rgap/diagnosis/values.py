@@ -61,9 +61,7 @@ def compressed(gradients: Mapping[str, Tensor]) -> Finding | None:
 def _grid(gradient: Tensor) -> float | None:
     """Step of a uniform grid of at most 256 levels that all entries lie on, or None."""
     levels = gradient.double().flatten().unique()
-    if not LEAST <= len(levels) <= LEVELS or gradient.numel() < max(
-        FEWEST, CROWD * len(levels)
-    ):
+    if not LEAST <= len(levels) <= LEVELS or gradient.numel() < max(FEWEST, CROWD * len(levels)):
         return None
     gaps = levels.diff()
     step = float(gaps.min())

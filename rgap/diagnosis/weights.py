@@ -9,30 +9,32 @@ Each holds for any target and any factor, so that nothing but the model is teste
   pooling), ``φ'(z) z = φ(z)`` gives for every channel f of the lower one
   ``⟨W_f, G_f⟩ + b_f ∂b_f = Σ_p k_p·z_p = ⟨W'_{·f}, G'_{·f}⟩``, W' the weights that read it.
 - **Target** (B = 1): some admissible target explains the cotangent at the head.
+- **Search** (B > 1): some sample of the row space of a layer satisfies ``(I − PPᵀ) f(q) = 0``.
 - **Recursion** (B = 1): the equations of every stage of a chain agree with those above it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 
 import torch
 from torch import Tensor
 
 from rgap.bias import bias_attack, rank_one_residual
+from rgap.head import features_from_bias
 from rgap.network import Chain, Stage
 from rgap.ops import Op, Reshape
 from rgap.piecewise import Activation
 from rgap.recursion import REFUTED, descend
-from rgap.head import features_from_bias
 
 from . import mode
 from .dropout import predicted
 from .evidence import Evidence
 from .factors import smallest_misfit
 from .finding import Finding, Kind
-from .samples import Samples
+from .samples import Samples, nearest_sample
 
 SAFETY = 100.0
 LARGEST = 20_000  # unknowns of a stage up to which the recursion is tried
@@ -72,9 +74,9 @@ def read(evidence: Evidence, samples: Samples | None, *, deep: bool = True) -> l
             found.append(Contradiction(what, *target))
     broken = [c for c in found if c.strength > 1.0]
     if not broken and deep and not evidence.late:
-        recursion = _recursion(evidence)
-        found += recursion
-        broken = [c for c in recursion if c.strength > 1.0]
+        further = _recursion(evidence) if evidence.batch == 1 else _search(evidence, samples)
+        found += further
+        broken = [c for c in further if c.strength > 1.0]
     if found:
         evidence.tested.add(Kind.WEIGHTS)
     if not broken:
@@ -84,6 +86,9 @@ def read(evidence: Evidence, samples: Samples | None, *, deep: bool = True) -> l
         f"{worst.what}: relative misfit {worst.misfit:.1e}, rounding explains "
         f"{worst.tolerance:.1e}; {len(broken)} of {len(found)} identities fail"
     )
+    open_ = [k for k in (Kind.NOISE, Kind.STEPS) if k not in evidence.tested]
+    if open_:
+        said += f"; no equation here tells {' or '.join(open_)} from it"
     return [Finding(Kind.WEIGHTS, worst.misfit, said, LINE, worst.strength)]
 
 
@@ -99,7 +104,7 @@ def _predictions(evidence: Evidence) -> list[Contradiction]:
         rest = rank_one_residual(weight, x, bias)
         known.append((call, x, _tolerance(evidence, weight, bias) + rest))
     found = []
-    for (lower, x, own), (upper, sent, other) in zip(known, known[1:], strict=False):
+    for (lower, x, own), (upper, sent, other) in pairwise(known):
         expected = predicted(evidence, lower, upper, x)
         if expected is None or not bool((expected != 0).any()):
             continue
@@ -124,7 +129,7 @@ def _balances(evidence: Evidence) -> list[Contradiction]:
     if chain is None:
         return []
     found = []
-    for lower, upper in zip(chain.stages, chain.stages[1:], strict=False):
+    for lower, upper in pairwise(chain.stages):
         steps = (*lower.tail, *upper.lead)
         norms = [op for op in steps if op.kind.startswith("batch_norm")]
         rest = [op for op in steps if not op.kind.startswith("batch_norm")]
@@ -184,6 +189,17 @@ def _balance(
     tolerance = SAFETY * (4 * evidence.unit * count + added / size)
     what = f"the balance ⟨W, G⟩ between '{lower.name}' and '{upper.name}'"
     return Contradiction(what, misfit, tolerance)
+
+
+def _search(evidence: Evidence, samples: Samples | None) -> list[Contradiction]:
+    """The nearest that any sample comes to the equations that separate a batch."""
+    if samples is not None:
+        return []
+    nearest = nearest_sample(evidence)
+    if nearest is None:
+        return []
+    misfit, tolerance, name = nearest
+    return [Contradiction(f"the nearest sample at '{name}'", misfit, tolerance)]
 
 
 def _recursion(evidence: Evidence) -> list[Contradiction]:
