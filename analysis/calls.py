@@ -167,23 +167,22 @@ class Recording:
         return found
 
 
-def record(
-    model: nn.Module, inputs: Tensor, loss: Loss, *, structure: bool = False
-) -> Recording:
+def record(model: nn.Module, inputs: Tensor, loss: Loss, *, substitute: str = "") -> Recording:
     """Run a batch forward and backward and note every use of a weight.
 
     Args:
         model: runs as it is; hooks that it has are left alone, so give a copy without.
         inputs: [B, *input_shape].
         loss: of the outputs.
-        structure: True: with steps that pass everything on in the place of those that choose by
-            value (a softplus for a ReLU, a mean for a maximum), so that a cotangent is zero only
-            where no data could change that.
+        substitute: "": the network as it is.  "smooth": with steps that pass everything on in
+            the place of those that choose by value (a softplus for a ReLU, a mean for a maximum),
+            so that a cotangent is zero only where no data could change that.  "linear": the
+            identity in the place of activations that are linear in pieces, likewise.
 
     Raises:
         ValueError: outputs that are no tensor.
     """
-    recorder = _Recorder(model, len(inputs), structure)
+    recorder = _Recorder(model, len(inputs), substitute)
     handles = recorder.watch()
     try:
         with recorder:
@@ -217,9 +216,11 @@ def record(
     )
 
 
-def structural_twin(model: nn.Module, seed: int = 0) -> nn.Module:
+def structural_twin(
+    model: nn.Module, seed: int = 0, dtype: torch.dtype = torch.float64
+) -> nn.Module:
     """A copy on the CPU with weights drawn anew, of a size that keeps a signal, and no hooks."""
-    twin = copy.deepcopy(model).cpu().double().eval()
+    twin = copy.deepcopy(model).cpu().to(dtype).eval()
     generator = torch.Generator().manual_seed(seed)
     for module in twin.modules():
         module._forward_hooks.clear()
@@ -237,10 +238,11 @@ def structural_twin(model: nn.Module, seed: int = 0) -> nn.Module:
 class _Recorder(TorchFunctionMode):
     """Notes nodes and uses while it is active."""
 
-    def __init__(self, model: nn.Module, batch: int, structure: bool) -> None:
+    def __init__(self, model: nn.Module, batch: int, substitute: str) -> None:
         self.names = {id(p): name for name, p in model.named_parameters()}
         self.modules = dict(model.named_modules())
-        self.batch, self.structure = batch, structure
+        self.batch, self.mode = batch, substitute
+        self.instead = {"": {}, "smooth": SMOOTH, "linear": STRAIGHT}[substitute]
         self.nodes: list[Node] = []
         self.uses: list[Use] = []
         self.events: list[Event] = []
@@ -294,10 +296,10 @@ class _Recorder(TorchFunctionMode):
             if used is not None:
                 return used
         owned = [self.names[id(t)] for t in _tensors((args, kwargs)) if id(t) in self.names]
-        if self.structure and name in SUBSTITUTES:
-            out = SUBSTITUTES[name](*args, **kwargs)
+        if name in self.instead:
+            out = self.instead[name](*args, **kwargs)
         else:
-            if self.structure and name in CHOOSE:
+            if self.mode and name in CHOOSE:
                 self.chooses.append(name)
             out = func(*args, **kwargs)
         if owned and name not in POINTWISE:
@@ -416,7 +418,7 @@ def _average(dims: int) -> Callable[..., Tensor]:
     return run
 
 
-SUBSTITUTES: dict[str, Callable[..., Any]] = {
+SMOOTH: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(("relu", "relu6", "threshold", "hardtanh", "hardswish", "hardsigmoid",
                      "clamp", "clip", "clamp_min", "clamp_max", "hardshrink", "softshrink"),
                     _softplus),
@@ -428,6 +430,12 @@ SUBSTITUTES: dict[str, Callable[..., Any]] = {
     "amax": lambda x, dim=(), keepdim=False: x.mean(dim, keepdim),
     "amin": lambda x, dim=(), keepdim=False: x.mean(dim, keepdim),
 }  # fmt: skip
+STRAIGHT = SMOOTH | dict.fromkeys(
+    ("relu", "relu6", "threshold", "hardtanh", "hardswish", "hardsigmoid", "clamp", "clip",
+     "clamp_min", "clamp_max", "hardshrink", "softshrink", "leaky_relu", "prelu", "rrelu", "elu",
+     "selu", "celu", "relu_", "hardtanh_", "clamp_", "leaky_relu_", "elu_"),
+    lambda x, *_, **__: x * 1.0,
+)  # fmt: skip
 # Steps whose reads depend on values, without a substitute.
 CHOOSE = {"max", "min", "topk", "sort", "gather", "where", "maximum", "minimum", "masked_fill",
           "masked_select", "median", "kthvalue", "index_select", "take_along_dim", "fmax",

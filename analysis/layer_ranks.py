@@ -6,26 +6,21 @@ from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
 
-import torch
 from torch import Tensor, nn
 
 from rgap.affine import Affine
 from rgap.analysis.overlap import shared_equations
 from rgap.analysis.probe import Probe
+from rgap.analysis.sketched_rank import sketched_rank
 from rgap.analysis.symbolic import closed_form, symbolic
 from rgap.analysis.table import AuditRow
 from rgap.analysis.together import branch_rank
-from rgap.analysis.update_jacobian import SignSketch
-from rgap.solvers.kronecker import Kronecker
-from rgap.solvers.rank import Rank, numerical_rank, resolve_rcond
+from rgap.solvers.rank import Rank
 from rgap.solvers.subspace import RowSpace
-from rgap.solvers.svd import singular_values
 from rgap.systems import gradient_constraint
 from rgap.systems.ranks import stage_joint_rank, weight_row_spaces
 
 LARGEST = 20_000  # inputs of a layer; a basis of its weight constraints then takes 3 GB
-ROOM = 2  # width of a sketch over the smaller side of what it compresses
-SPARE = 64
 PROOF = 1e9  # effort of one step of a proof: a large network is counted in seconds
 
 Spaces = dict[str, RowSpace]
@@ -155,16 +150,12 @@ def counted_rows(
     found = symbolic(model, shape, loss=loss, effort=PROOF)
     rows = []
     for batch in batches:
-        before = 0
         for layer in found.layers:
-            sizes = layer.at({"B": batch})
-            if layer.kind in ("average_pool", "max_pool"):
-                before = max(before, sizes["unknowns"])
-            if not layer.kind.startswith(("conv", "linear", "head")):
+            if not layer.kind.startswith(("conv", "linear", "head", "step")):
                 continue
-            # A pool that leads into the layer discards too: its input is the unknown.
-            unknowns, joint = max(sizes["unknowns"], before), sizes["joint_rank"]
-            before = 0
+            sizes = layer.at({"B": batch})
+            # A step that leads into the layer discards too: its input is the unknown.
+            unknowns, joint = max(sizes["unknowns"], batch * layer.ahead), sizes["joint_rank"]
             rows.append(
                 AuditRow(
                     layer.name,
@@ -179,46 +170,11 @@ def counted_rows(
                     None,
                     "counted",
                     bool(layer.exact),
+                    layer.step,
+                    layer.beside,
                 )
             )
     return rows, found.notes
-
-
-def sketched_rank(kronecker: Kronecker, seed: int = 0) -> Rank:
-    """Rank of ``I_C ⊗ K`` from random signs on the longer side of K, never above the rank.
-
-    The longer side is compressed to twice the shorter, which keeps the rank with probability
-    close to one and changes σ_1/σ_r by a small factor.
-
-    Args:
-        kronecker: K, [groups, rows, columns], and its channels.
-        seed: of the signs.
-
-    >>> found = sketched_rank(Kronecker(torch.ones(1, 2, 500).double(), 3))
-    >>> found.rank, found.size
-    (3, 1500)
-    """
-    matrix = kronecker.matrix
-    groups, rows, columns = matrix.shape
-    wide = columns >= rows
-    places = ROOM * min(rows, columns) + SPARE
-    if max(rows, columns) <= places:
-        return kronecker.rank()
-    sketch = SignSketch(max(rows, columns), places, seed)
-    small = torch.stack([sketch(part if wide else part.T) for part in matrix])
-    cutoff = resolve_rcond(None, (rows, columns))
-    ranks = [numerical_rank(values, columns, cutoff) for values in singular_values(small)]
-    per_group = kronecker.channels // groups
-    worst = min(ranks, key=lambda rank: rank.gap)
-    return Rank(
-        per_group * sum(rank.rank for rank in ranks),
-        kronecker.channels * columns,
-        max(rank.cutoff for rank in ranks),
-        worst.gap,
-        max(rank.largest for rank in ranks),
-        min((rank.smallest for rank in ranks if rank.rank), default=0.0),
-        per_group * sum(rank.alternative for rank in ranks),
-    )
 
 
 def _row(

@@ -71,7 +71,9 @@ def narrow_steps(recording: Recording) -> tuple[Narrow, ...]:
     [('1', 32, 2, 1)]
     """
     found: dict[tuple[str, int | None], Narrow] = {}
-    sources = [i for i, node in enumerate(recording.nodes) if not node.inputs or node.use is not None]
+    sources = [
+        i for i, node in enumerate(recording.nodes) if not node.inputs or node.use is not None
+    ]
     for source in sources:
         narrow = _narrowest(recording, source)
         if narrow is None:

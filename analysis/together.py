@@ -117,4 +117,3 @@ def stacked_gradient(affines: Sequence[Affine], cotangents: Sequence[Tensor]) ->
         scale = float(matrix.norm())
         rows.append(matrix / scale if scale > 0 else matrix)
     return Kronecker(torch.cat(rows, 1), parts[0].channels)
-
