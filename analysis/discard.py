@@ -91,7 +91,7 @@ def audit(
     for batch in batches:
         targets = probe_targets(model, pictures[:batch], loss, None, seed)
         probes, recording = probed(model, pictures[:batch], targets, loss)
-        rows += probed_rows(probes, recording, batch, method, spaces)
+        rows += probed_rows(probes, recording, batch, method, spaces, loss.name)
     return Audit(type(model).__name__, method, tuple(rows), _notes(rows))
 
 

@@ -6,17 +6,30 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from rgap.analysis.calls import Recording
-from rgap.analysis.layer_ranks import Spaces, branch_rows, measured_row, sketched_row, summed
+from rgap.analysis.layer_ranks import (
+    Spaces,
+    branch_rows,
+    measured_row,
+    sketched_row,
+    summed,
+    with_joint,
+)
 from rgap.analysis.probe import Probe
-from rgap.analysis.steps import Narrow, narrow_steps
+from rgap.analysis.steps import Narrow, head_use, narrow_steps
 from rgap.analysis.table import AuditRow
 from rgap.analysis.together import as_samples, together
+from rgap.targets import CROSS_ENTROPY
 
 __all__ = ["probed_rows", "step_row"]
 
 
 def probed_rows(
-    probes: Sequence[Probe], recording: Recording, batch: int, method: str, spaces: Spaces
+    probes: Sequence[Probe],
+    recording: Recording,
+    batch: int,
+    method: str,
+    spaces: Spaces,
+    loss: str = "",
 ) -> list[AuditRow]:
     """One row per use of a weight and per step that discards by itself, in forward order.
 
@@ -26,8 +39,10 @@ def probed_rows(
         batch: B.
         method: "exact" or "sketch".
         spaces: row spaces of the weights that are known; added to.
+        loss: name of the client's loss: the logits of a softmax are not known from above.
     """
     narrow = narrow_steps(recording)
+    head = head_use(recording) if loss == CROSS_ENTROPY else None
     into = {one.use: one for one in narrow if one.use is not None}
     make = measured_row if method == "exact" else sketched_row
     found: list[tuple[int, AuditRow]] = []
@@ -42,6 +57,8 @@ def probed_rows(
             rows = [make(as_samples(own), batch, before, spaces)] * len(own)
         else:
             rows = [make(own[0], batch, before, spaces)]
+            if recording.uses[own[0].use] is head:
+                rows = [with_joint(rows[0], rows[0].gradient_rank, True)]
         for probe, row in zip(own, rows, strict=True):
             names = dict.fromkeys(p.affine.name for p in own if p is not probe)
             step = into[probe.use].step if probe.use in into else ""

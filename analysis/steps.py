@@ -15,11 +15,12 @@ import numpy as np
 from scipy import sparse
 from scipy.sparse import csgraph
 
-from rgap.analysis.calls import Recording
+from rgap.analysis.calls import Recording, Use
 
-__all__ = ["Narrow", "linear_reads", "narrow_steps"]
+__all__ = ["Narrow", "head_use", "linear_reads", "narrow_steps"]
 
 CHOICES = ("max", "min", "topk", "median", "sort", "kthvalue")  # their places are taken as known
+PLAIN = {"flatten", "reshape", "view", "squeeze", "contiguous", "float", "double", "to"}
 MIXES = ("matmul", "bmm", "einsum", "scaled_dot_product_attention", "__matmul__", "baddbmm")
 
 
@@ -201,3 +202,21 @@ def _name(recording: Recording, node: int) -> str:
     if own.module in recording.leaves:
         return own.module
     return {"__getitem__": "x[...]"}.get(own.op, own.op)
+
+
+def head_use(recording: Recording) -> Use | None:
+    """The fully connected layer whose output is what the model returns, if it is one."""
+    if not recording.uses:
+        return None
+    use = recording.uses[-1]
+    if use.kind != "linear" or use.inputs.ndim != 2:
+        return None
+    return use if _straight(recording, use.node) else None
+
+
+def _straight(recording: Recording, node: int) -> bool:
+    """True if a tensor is returned as it is, up to its shape."""
+    place = recording.output
+    while place > node and recording.nodes[place].op in PLAIN:
+        place = recording.nodes[place].inputs[0]
+    return place == node

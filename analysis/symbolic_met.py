@@ -47,7 +47,6 @@ PASSING = {"batch_norm", "dropout", "reshape", "view", "flatten", "contiguous", 
 ROOM = 3e7  # entries of all tensors of a forward
 MOST = 1 << 25  # parameters of a network that is run at random weights
 SAMPLES = 256  # largest batch that is run
-SMALL = 1500  # unknowns up to which the joint rank is measured
 
 
 def curved(recording: Recording, use: Use) -> bool:
@@ -149,7 +148,9 @@ class Met:
             kept = [_masked(p, m) for p, m in zip(probes, masks, strict=True)]
             if kind == "shared":
                 kept = [as_samples(kept)]
-            if len(kept[0].inputs) * prod(kept[0].affine.in_shape) > SMALL:
+            size = prod(kept[0].affine.in_shape)
+            rows = sum(prod(p.affine.out_shape) for p in kept)
+            if float(len(kept[0].inputs)) * size**2 * min(rows, size) > self.effort:
                 return False
             if branch_rank(kept).rank < count:
                 return False

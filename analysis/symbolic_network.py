@@ -9,14 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from rgap.analysis.probe import frozen_weights
 from rgap.analysis.symbolic_layer import EFFORT, TEX_SIGNS, TEXT_SIGNS, SymbolicLayer
-from rgap.analysis.symbolic_met import Met
 from rgap.analysis.symbolic_modules import calls_of
-from rgap.analysis.symbolic_rows import in_order, recorded_notes, structure_of
-from rgap.analysis.symbolic_sizes import symbol
-from rgap.analysis.symbolic_uses import Counter
-from rgap.losses import Loss
 
 __all__ = ["SymbolicNetwork", "symbolic"]
 
@@ -28,7 +22,6 @@ COLUMNS = (
     ("nullity", "nullity"),
     ("critical batch", "critical_batch"),
 )
-NUMBERS = 1e9  # effort of a rank at a point of the network itself
 HEADINGS = tuple(heading for heading, _ in COLUMNS)
 
 
@@ -213,11 +206,18 @@ def symbolic(
     """
     if isinstance(batch, int) and batch < 1:
         raise ValueError(f"expected batch >= 1, got {batch}; write batch=1 or batch=None")
+    from rgap.analysis.probe import frozen_weights
+    from rgap.analysis.symbolic_met import Met
+    from rgap.analysis.symbolic_rows import in_order, recorded_notes, structure_of
+    from rgap.analysis.symbolic_sizes import symbol
+    from rgap.analysis.symbolic_uses import Counter
+    from rgap.losses import Loss
+
     size = tuple(int(n) for n in input_shape)
     _, notes = calls_of(model, size)
-    samples = batch if isinstance(batch, int) else symbol(batch or "B")
+    samples: Any = batch if isinstance(batch, int) else symbol(batch or "B")
     recording, names = structure_of(model, size)
-    met = Met(model, size, Loss.of(loss), min(effort, NUMBERS))
+    met = Met(model, size, Loss.of(loss), effort)
     frozen = frozen_weights(model)
     counted = Counter(recording, samples, met, frozen, loss, names, effort).rows()
     rows = in_order(recording, counted, samples, effort)

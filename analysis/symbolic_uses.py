@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from rgap.analysis.calls import Recording, Use
+from rgap.analysis.steps import head_use
 from rgap.analysis.symbolic_batches import first_open
 from rgap.analysis.symbolic_layer import SymbolicLayer, layer_form, made
 from rgap.analysis.symbolic_lines import lines_of, turns
@@ -25,14 +26,13 @@ from rgap.analysis.symbolic_met import Met, curved
 from rgap.analysis.symbolic_reached import Reached, reached
 from rgap.analysis.together import gather
 
-__all__ = ["Counter", "head_use", "straight"]
+__all__ = ["Counter"]
 
 OFF = "units are taken as on, and here some are off or not reached"
 OTHER = "for cotangents without a pattern; those of this network were not shown to be such"
 PARTS = "the outputs that are read are no box; those of the smallest box around them are counted"
 MIXED = "its weight is called again, on an input that other layers read too"
 UNTOLD = "what is read depends on the data"
-PLAIN = {"flatten", "reshape", "view", "squeeze", "contiguous", "float", "double", "to"}
 
 
 @dataclass(frozen=True)
@@ -273,24 +273,6 @@ class Counter:
         first = first_open(lambda b: b * unknowns - min(a + s * b for a, s in lines))
         open_ = first != sympy.oo or row.exact
         return replace(row, critical_batch=first if open_ else None)
-
-
-def head_use(recording: Recording) -> Use | None:
-    """The fully connected layer whose output is what the model returns, if it is one."""
-    if not recording.uses:
-        return None
-    use = recording.uses[-1]
-    if use.kind != "linear" or use.inputs.ndim != 2:
-        return None
-    return use if straight(recording, use.node) else None
-
-
-def straight(recording: Recording, node: int) -> bool:
-    """True if a tensor is returned as it is, up to its shape."""
-    place = recording.output
-    while place > node and recording.nodes[place].op in PLAIN:
-        place = recording.nodes[place].inputs[0]
-    return place == node
 
 
 def _as_bound(row: SymbolicLayer, why: str) -> SymbolicLayer:

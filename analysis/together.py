@@ -3,7 +3,8 @@
 * **Branches** read one tensor: its equations are those of all of them, [K_1; W_1; K_2; W_2; …].
   A 1×1 convolution on a skip looks as if it discarded three quarters of what the 3×3 convolution
   beside it determines.
-* **A shared weight** sends one gradient, Σ K_c u_c = G over its calls: a call is like a sample more.
+* **A shared weight** sends one gradient, Σ K_c u_c = G over its calls: a call is like one
+  more sample.
 """
 
 from __future__ import annotations
