@@ -219,7 +219,7 @@ def record(model: nn.Module, inputs: Tensor, loss: Loss, *, substitute: str = ""
 def structural_twin(
     model: nn.Module, seed: int = 0, dtype: torch.dtype = torch.float64
 ) -> nn.Module:
-    """A copy on the CPU with weights drawn anew, of a size that keeps a signal, and no hooks."""
+    """A copy on the CPU without hooks, its weights drawn anew: standard normal over √fan-in."""
     twin = copy.deepcopy(model).cpu().to(dtype).eval()
     generator = torch.Generator().manual_seed(seed)
     for module in twin.modules():
@@ -229,8 +229,7 @@ def structural_twin(
         for parameter in twin.parameters():
             width = prod(parameter.shape[1:]) if parameter.ndim > 1 else 1
             drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
-            one = 1.0 if parameter.ndim < 2 else 0.0  # a scale near 1 does no harm to a bias
-            parameter.copy_(one + drawn * (0.3 if one else width**-0.5))
+            parameter.copy_(drawn * width**-0.5)
             parameter.requires_grad_(True)
     return twin
 
@@ -424,9 +423,9 @@ SMOOTH: dict[str, Callable[..., Any]] = {
                     _softplus),
     **dict.fromkeys(("relu_", "hardtanh_", "clamp_", "clip_", "threshold_"), _softplus_in_place),
     **{f"max_pool{d}d": _average(d) for d in (1, 2, 3)},
-    "adaptive_max_pool1d": lambda x, size, *_: F.adaptive_avg_pool1d(x, size),
-    "adaptive_max_pool2d": lambda x, size, *_: F.adaptive_avg_pool2d(x, size),
-    "adaptive_max_pool3d": lambda x, size, *_: F.adaptive_avg_pool3d(x, size),
+    "adaptive_max_pool1d": lambda x, size, *_, **__: F.adaptive_avg_pool1d(x, size),
+    "adaptive_max_pool2d": lambda x, size, *_, **__: F.adaptive_avg_pool2d(x, size),
+    "adaptive_max_pool3d": lambda x, size, *_, **__: F.adaptive_avg_pool3d(x, size),
     "amax": lambda x, dim=(), keepdim=False: x.mean(dim, keepdim),
     "amin": lambda x, dim=(), keepdim=False: x.mean(dim, keepdim),
 }  # fmt: skip

@@ -17,7 +17,7 @@ from scipy.sparse import csgraph
 
 from rgap.analysis.calls import Recording, Use
 
-__all__ = ["Narrow", "head_use", "linear_reads", "narrow_steps"]
+__all__ = ["Narrow", "always_read", "head_use", "linear_reads", "narrow_steps"]
 
 CHOICES = ("max", "min", "topk", "median", "sort", "kthvalue")  # their places are taken as known
 PLAIN = {"flatten", "reshape", "view", "squeeze", "contiguous", "float", "double", "to"}
@@ -123,6 +123,35 @@ LINEAR = {"flatten", "reshape", "view", "mean", "sum", "__getitem__", "select", 
           "to", "float", "double", "flip", "expand", "repeat", "interpolate"}  # fmt: skip
 
 
+def always_read(recording: Recording, node: int) -> bool:
+    """True if a tensor is read past every step that can switch entries off, such as a ReLU.
+
+    Args:
+        recording: of a forward.
+        node: the tensor.
+    """
+    readers = recording.readers()
+    ends = {read for use in recording.uses for read in use.read} | {recording.output}
+    seen, rest = {node}, [node]
+    while rest:
+        place = rest.pop()
+        if place in ends:
+            return True
+        for reader in readers[place]:
+            own = recording.nodes[reader]
+            if own.use is None and own.op not in OFF and reader not in seen:
+                seen.add(reader)
+                rest.append(reader)
+    return False
+
+
+OFF = {"relu", "relu_", "relu6", "hardtanh", "hardswish", "hardsigmoid", "clamp", "clip",
+       "threshold", "clamp_min", "clamp_max", "hardshrink", "softshrink", "hardtanh_", "clamp_",
+       "max_pool1d", "max_pool2d", "max_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d",
+       "adaptive_max_pool3d", "amax", "amin", "max", "min", "maximum", "minimum", "topk", "where",
+       "median", "kthvalue", "sort", "masked_fill", "gather"}  # fmt: skip
+
+
 def _linear(op: str) -> bool:
     return op in LINEAR
 
@@ -194,7 +223,8 @@ def _narrowest(recording: Recording, source: int) -> Narrow | None:
 def _mixed(recording: Recording, node: int, inside: set[int]) -> bool:
     """True for a product with a tensor from elsewhere, and for attention."""
     own = recording.nodes[node]
-    return own.op in MIXES or any(source not in inside for source in own.inputs)
+    mixes = own.op in MIXES and len(own.inputs) > 1
+    return mixes or any(source not in inside for source in own.inputs)
 
 
 def _name(recording: Recording, node: int) -> str:

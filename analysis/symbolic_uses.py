@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rgap.analysis.calls import Recording, Use
-from rgap.analysis.steps import head_use
+from rgap.analysis.steps import always_read, head_use
 from rgap.analysis.symbolic_batches import first_open
 from rgap.analysis.symbolic_layer import SymbolicLayer, layer_form, made
 from rgap.analysis.symbolic_lines import lines_of, turns
@@ -161,7 +161,8 @@ class Counter:
         onto = row.weight_exact and self._same(row.weight_rank, self.batch * part.outputs)
         if free and onto:
             return row
-        if not free and not self.met.on(numbers, masks):
+        read = all(always_read(self.recording, self.recording.uses[n].node) for n in numbers)
+        if not free and not (read and self.met.on(numbers, masks)):
             return _as_bound(row, OFF)
         gradient = row.gradient_exact and all(
             self.met.gradient(numbers, masks, b, row.at({"B": b})["gradient_rank"], kind)
