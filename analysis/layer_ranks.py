@@ -23,7 +23,7 @@ from rgap.systems.ranks import stage_joint_rank, weight_row_spaces
 LARGEST = 20_000  # inputs of a layer; a basis of its weight constraints then takes 3 GB
 PROOF = 1e9  # effort of one step of a proof: a large network is counted in seconds
 
-Spaces = dict[str, RowSpace]
+Spaces = dict[tuple[str, bytes], RowSpace]  # by layer and the units that are on
 
 
 def measured_row(probe: Probe, batch: int, before: int, spaces: Spaces) -> AuditRow:
@@ -209,9 +209,14 @@ def _row(
 
 
 def _weight_spaces(affine: Affine, active: Tensor, spaces: Spaces) -> Sequence[RowSpace]:
-    """Row spaces per sample; the one of a layer with no unit off is kept from audit to audit."""
-    if not bool(active.all()):
-        return weight_row_spaces(affine, active)
-    if affine.name not in spaces:
-        spaces[affine.name] = weight_row_spaces(affine, active[:1])[0]
-    return [spaces[affine.name]] * len(active)
+    """Row spaces per sample; that of the first one's units is kept from audit to audit.
+
+    All samples have the same units on where no unit can be off: those whose outputs are unread.
+    """
+    keys = [(affine.name, mask.numpy().tobytes()) for mask in active.flatten(1).cpu()]
+    missing = [b for b, key in enumerate(keys) if key not in spaces]
+    found = weight_row_spaces(affine, active[missing]) if missing else []
+    fresh = {keys[b]: space for b, space in zip(missing, found, strict=True)}
+    if keys[0] in fresh:
+        spaces[keys[0]] = fresh[keys[0]]
+    return [fresh[key] if key in fresh else spaces[key] for key in keys]
