@@ -47,7 +47,7 @@ class BatchLoss:
         flat = self._single.cotangent_jvp(
             outputs.expand(count, -1, -1).reshape(-1, classes),
             directions.reshape(-1, classes),
-            self.targets.expand(count, -1, -1).reshape(-1, classes),
+            self.targets.expand(count, -1, -1).flatten(0, 1),
         )
         return self.scale * flat.reshape(count, rows, classes)
 
@@ -57,7 +57,11 @@ class BatchLoss:
         A softmax rounds p relative to itself, and p − 1 relative to 1.
         """
         kappa = self.cotangent(outputs)
-        near = torch.maximum(kappa.abs(), self.scale * self.targets.abs())
+        if self.loss.plain:
+            own = self.targets.abs()
+        else:
+            own = self._single.rounding(outputs, self.targets)
+        near = torch.maximum(kappa.abs(), self.scale * own)
         return Known(kappa, precision.normal(2.0 * near * precision.unit + precision.floor))
 
     @property
@@ -69,4 +73,4 @@ def loss_scale(loss: Loss, batch: float, classes: int) -> float:
     """s: what the reduction divides by."""
     if loss.reduction == "sum":
         return 1.0
-    return 1.0 / (batch if loss.name in CLASSES else batch * classes)
+    return 1.0 / (batch if loss.name in CLASSES else batch * loss.outputs(classes))

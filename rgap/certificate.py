@@ -21,8 +21,10 @@ from rgap.outcomes import replayed, stopped
 from rgap.polish import FITS, Polished
 from rgap.precision import Known
 from rgap.problem import Problem
+from rgap.reading import Reading
 from rgap.recovery import Candidate, Recovery, Status
 from rgap.recursion import Descent
+from rgap.replay import replay
 from rgap.reports import layer_reports
 from rgap.symptoms import warnings
 from rgap.systems.stage import DETERMINED
@@ -45,11 +47,14 @@ class Answer:
 
     descent: Descent
     polished: Polished
-    target: Tensor
-    labels: Tensor
-    distance: float
-    tolerance: float
+    reading: Reading
     rows: Rows | None = None  # of a batch; labels are theirs
+    apart: bool = False  # True if the inputs do not depend on the loss and the targets
+
+    @property
+    def labels(self) -> Tensor:
+        """The targets, in the form that the loss takes them."""
+        return self.reading.labels
 
     @property
     def inputs(self) -> Tensor:
@@ -111,22 +116,20 @@ def scaled(answer: Answer, ratio: float, candidate: HeadCandidate) -> Answer:
     return replace(
         answer,
         polished=replace(answer.polished, data=wider),
-        target=candidate.target,
-        labels=candidate.labels,
-        distance=candidate.distance,
-        tolerance=candidate.tolerance,
+        reading=candidate.reading,
     )
 
 
 def certify(problem: Problem, answers: Sequence[Answer]) -> Recovery:
     """Decide the status of the candidates that reached the data."""
-    scored = [(answer, *replay(problem, answer)) for answer in answers]
-    tolerance = REFUTED
-    fitting = [s for s in scored if s[0].polished.misfit <= tolerance and _target_fits(s[0])]
+    scored = [(answer, *_residual(problem, answer)) for answer in answers]
+    fitting = [s for s in scored if s[0].polished.misfit <= REFUTED and s[0].reading.fits]
     if not fitting:
-        return _misfit(problem, min(scored, key=lambda s: s[0].polished.misfit))
+        nearest = min(scored, key=lambda s: s[0].polished.misfit)
+        contradicted = _misfit(problem, nearest)
+        return _inputs_alone(problem, nearest[0], contradicted) or contradicted
     if problem.labels is not None:
-        fitting = [s for s in fitting if _same_labels(s[0], problem.labels)]
+        fitting = [s for s in fitting if s[0].reading.open or _same_labels(s[0], problem.labels)]
         if not fitting:
             found = _sent(scored[0][0]).flatten().tolist()
             return stopped(
@@ -160,8 +163,16 @@ def certify(problem: Problem, answers: Sequence[Answer]) -> Recovery:
             tuple(Candidate(a.inputs, a.labels, r) for a, r, _ in kept),
         )
     status, reason = verdict(problem, best)
+    if status is Status.EXACT:
+        open_ = _open(problem, best)
+        if open_:
+            said = stopped(problem, Status.UNDERDETERMINED, open_, best.descent)
+            said = replace(said, residual=residual)
+            return _inputs_alone(problem, best, said) or said
     if status is Status.EXACT and best.rows is not None and bool((best.rows.copies > 1).any()):
         status, reason = Status.AMBIGUOUS, _copies(best.rows)
+    if status is Status.EXACT and best.reading.scale != 1.0:
+        reason += f"; the update is {best.reading.scale:.6g} times that of the declared loss"
     if len(kept) < len(fitting):
         reason += f"; others would send this update too, with values outside [{low:g}, {high:g}]"
     itself = (
@@ -169,6 +180,51 @@ def certify(problem: Problem, answers: Sequence[Answer]) -> Recovery:
     )
     listed = itself if status is Status.AMBIGUOUS else ()
     return _assemble(problem, best, residual, status, reason, listed)
+
+
+def _open(problem: Problem, answer: Answer) -> str:
+    """Why the targets of an answer whose inputs are certified are not, or ""."""
+    reading = answer.reading
+    if reading.open:
+        return reading.open
+    # Real-valued targets have a size of their own.
+    unit = max(1.0, float(reading.target.abs().max()))
+    if reading.tolerance > OPEN * unit or reading.distance > NEAREST:
+        return (
+            "at the rounding and noise of this update the target is only known to "
+            f"{reading.tolerance:.1g}: several fit the gradient of the last layer"
+        )
+    again = replay(problem, *_batch(problem, answer), _errors(problem, answer))
+    if again.fits:
+        return ""
+    name = again.worst
+    return (
+        f"the model's own update for this answer differs from '{name}' by {again.parts[name]:.1e} "
+        f"of it, where rounding, noise and the errors of the inputs explain "
+        f"{again.allowed[name]:.1e}; is the loss, its reduction or the model another one?"
+    )
+
+
+def _inputs_alone(problem: Problem, answer: Answer, said: Recovery) -> Recovery | None:
+    """The inputs certified where the targets are not, for the reason that ``said`` has.
+
+    None where they are not certified, or depend on the targets.
+    """
+    if not answer.apart or answer.polished.misfit > FITS:
+        return None
+    status, reason = verdict(problem, answer)
+    if status is not Status.EXACT or excess(answer, problem) > problem.slack:
+        return None
+    shown = _assemble(problem, answer, said.residual, Status.EXACT, reason, ())
+    return replace(
+        shown,
+        labels=None,
+        status=said.status,
+        certified=frozenset({"inputs"}),
+        scale=None,
+        reason=f"the inputs are certified, no entry is off by more than {answer.bound:.1e}; "
+        f"targets not certified: {said.reason}",
+    )
 
 
 def _copies(rows: Rows) -> str:
@@ -201,14 +257,6 @@ def verdict(problem: Problem, answer: Answer) -> tuple[Status, str]:
             "errors: too far for a certificate, too near to be refuted; state the noise of the "
             "update"
         )
-    unit = max(
-        1.0, float(answer.target.abs().max())
-    )  # real-valued targets have a size of their own
-    if answer.tolerance > OPEN * unit or answer.distance > NEAREST:
-        return Status.UNDERDETERMINED, (
-            f"at the rounding and noise of this update the target is only known to "
-            f"{answer.tolerance:.1g}: several fit the gradient of the last layer"
-        )
     low, high = problem.value_range or (0.0, 1.0)
     if not answer.bound <= USEFUL * (high - low):
         return Status.UNDERDETERMINED, (
@@ -239,17 +287,13 @@ def _same_labels(answer: Answer, stated: Tensor) -> bool:
     )
 
 
-def _target_fits(answer: Answer) -> bool:
-    return answer.distance <= answer.tolerance
-
-
 def _misfit(problem: Problem, scored: tuple[Answer, float, dict[str, float]]) -> Recovery:
     answer, residual, by_name = scored
-    if not _target_fits(answer) and answer.polished.misfit <= REFUTED:
+    if not answer.reading.fits and answer.polished.misfit <= REFUTED:
         stage = problem.chain.stages[-1].name
         reason = (
             f"the gradient of '{stage}' fits no admissible target of {problem.update.loss.name}: "
-            f"the nearest one is {answer.distance:.2g} away (tolerance {answer.tolerance:.1e}); "
+            f"the nearest one is {answer.reading.distance:.2g} away (tolerance {answer.reading.tolerance:.1e}); "
             "is the loss, its reduction or the model another one?"
         )
     else:
@@ -262,17 +306,30 @@ def _misfit(problem: Problem, scored: tuple[Answer, float, dict[str, float]]) ->
     return replace(stopped(problem, Status.INCONSISTENT, reason, answer.descent), residual=residual)
 
 
-def replay(problem: Problem, answer: Answer) -> tuple[float, dict[str, float]]:
+def _residual(problem: Problem, answer: Answer) -> tuple[float, dict[str, float]]:
     """Relative difference between the update and the gradient of the recovered batch.
 
     The loss and the target are used here, not the observed head cotangent: this is what the
     client would send for the answer.
     """
+    return replayed(problem, *_batch(problem, answer))
+
+
+def _batch(problem: Problem, answer: Answer) -> tuple[Tensor, Tensor, float | Tensor]:
+    """Inputs, targets and factors of the whole batch, every copy a row of its own."""
     inputs = answer.inputs.reshape(problem.batch, *problem.chain.input_shape)
-    labels = answer.labels
-    if answer.rows is not None:
-        inputs, labels = answer.rows.expanded(inputs)
-    return replayed(problem, inputs, labels)
+    if answer.rows is None:
+        return inputs, answer.labels, answer.reading.scale
+    return *answer.rows.expanded(inputs), answer.reading.scale
+
+
+def _errors(problem: Problem, answer: Answer) -> Tensor:
+    """Ensemble of the errors of the inputs of the whole batch."""
+    error = answer.polished.data.error
+    error = error.reshape(len(error), problem.batch, *problem.chain.input_shape)
+    if answer.rows is None:
+        return error
+    return error[:, answer.rows.picture.repeat_interleave(answer.rows.copies)]
 
 
 def _assemble(
@@ -301,6 +358,8 @@ def _assemble(
         candidates=candidates,
         warnings=warnings(problem),
         multiplicities=copies if show else None,
+        certified=frozenset({"inputs", "targets"} if status is Status.EXACT else ()),
+        scale=answer.reading.scale if show else None,
     )
 
 

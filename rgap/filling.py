@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -27,7 +26,8 @@ from rgap.passing import suggested, unpooled
 from rgap.precision import Known
 from rgap.problem import Problem
 from rgap.progress import Progress
-from rgap.readout import head_cotangent, read_answer, read_batch
+from rgap.reading import read_target
+from rgap.readout import head_cotangent, read_answer, read_batch, top_features
 from rgap.recovery import Candidate, Recovery, Route, Status
 from rgap.recursion import Descent
 from rgap.solvers.gauss_newton import Minimum, Step
@@ -227,12 +227,9 @@ def _label(problem: Problem, descent: Descent, kappa: Known | None) -> Tensor:
     if problem.labels is not None:
         return problem.labels
     known = head_cotangent(problem, descent) if kappa is None else kappa
-    with torch.no_grad():
-        model = copy.deepcopy(problem.model).double()
-        outputs = model(descent.require_data().value)
-    loss = problem.update.loss
-    dense = loss.targets_from(outputs, known.value.reshape(outputs.shape))
-    return loss.read(dense)[0]
+    stage = problem.chain.stages[-1]
+    features = top_features(problem.chain, descent.require_data())
+    return read_target(stage, features, known, problem.update.loss, problem.precision).labels
 
 
 def _followed(chain: Chain) -> bool:

@@ -17,10 +17,10 @@ from rgap.bias import bias_attack, rank_one_residual
 from rgap.losses import Loss
 from rgap.network import Stage
 from rgap.precision import UNKNOWN, Known, Precision
-from rgap.roots import cotangent_rounding, entry, reproduced, roots, scale_equation, tail
+from rgap.reading import Reading, read_target
+from rgap.roots import cotangent_rounding, entry, reproduced, roots, scale_equation
 
 DROWNED = 0.5  # share of ‖∂b‖² that must be signal for the bias attack to say anything
-NORMALISED = 8 * torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True)
@@ -30,22 +30,21 @@ class HeadCandidate:
     Attributes:
         features: input x of the last affine map, [1, n], with its errors.
         cotangent: k at its output, [1, m].
-        target: dense target, [1, C] (before label smoothing).
-        labels: the nearest admissible target.
-        distance: of ``target`` from it (largest entry).
-        tolerance: the distance that rounding and noise explain.
+        reading: the target that k says of itself, and how certain it is.
         misfit: relative residual of ``G − k xᵀ``.
         scale: α with x = α u for the leading right singular vector u of G; 0 with a bias.
     """
 
     features: Known
     cotangent: Known
-    target: Tensor
-    labels: Tensor
-    distance: float
-    tolerance: float
+    reading: Reading
     misfit: float
     scale: float = 0.0
+
+    @property
+    def labels(self) -> Tensor:
+        """The nearest admissible target."""
+        return self.reading.labels
 
     @property
     def uncertainty(self) -> float:
@@ -59,7 +58,7 @@ class HeadCandidate:
     @property
     def admissible(self) -> bool:
         """True if the target is one that the loss allows, within the precision of the update."""
-        return self.distance <= self.tolerance
+        return self.reading.fits
 
 
 @dataclass(frozen=True)
@@ -141,33 +140,8 @@ def _with_bias(
 def _candidate(
     stage: Stage, gradient: Tensor, x: Known, k: Known, loss: Loss, precision: Precision
 ) -> HeadCandidate:
-    target, spread = target_of(stage, x, k, loss, precision)
-    labels, distance = loss.read(target)
     misfit = rank_one_residual(gradient, x.value[0], k.value[0])
-    return HeadCandidate(x, k, target, labels, float(distance), spread, misfit)
-
-
-def target_of(
-    stage: Stage, x: Known, k: Known, loss: Loss, precision: Precision
-) -> tuple[Tensor, float]:
-    """Dense target [1, C] that explains k at the recovered features, and its tolerance."""
-    z = stage.affine.forward(x.value)
-    outputs, slopes = tail(stage, z)
-    target = loss.targets_from(outputs, k.value / slopes)
-    # The client's softmax rounds in absolute terms (p − 1), its logits relatively.
-    dz = torch.stack([stage.affine.linear(e) for e in x.error])
-    scale = float(
-        loss.targets_from(outputs, torch.ones_like(k.value))
-        .sub(loss.targets_from(outputs, torch.zeros_like(k.value)))
-        .abs()
-        .max()
-    )
-    own = float(k.error.abs().max()) * scale / float(slopes.abs().min().clamp_min(1e-300))
-    width = float(dz.abs().max()) + float(z.abs().max()) * precision.unit * 16
-    tolerance = 30 * (own + width + 16 * precision.unit * max(1.0, scale * precision.unit))
-    if loss.targets == "probability":  # rows sum to 1 as stored, usually in float32
-        tolerance = max(tolerance, NORMALISED)
-    return target, tolerance
+    return HeadCandidate(x, k, read_target(stage, x, k, loss, precision), misfit)
 
 
 def _without_bias(

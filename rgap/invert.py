@@ -352,7 +352,7 @@ def _answer(
     if isinstance(kappa, BatchLoss):
         return read_batch(problem, descent, kappa)
     known = head_cotangent(problem, descent) if kappa is None else kappa
-    return read_answer(problem, descent, known)
+    return read_answer(problem, descent, known, apart=kappa is None)
 
 
 def _worst(descent: Descent) -> float:

@@ -230,6 +230,41 @@ class Loss:
         plain = self.weight is None and self.pos_weight is None
         return self.name in _EQUATIONS and plain and not self.own
 
+    @property
+    def plain(self) -> bool:
+        """True if ``outputs`` are what the model gives, not what steps of its own are yet to take.
+
+        See :class:`rgap.behind.Behind`.
+        """
+        return True
+
+    def outputs(self, classes: int) -> int:
+        """Entries of a target of a sample with ``classes`` entries at the loss's argument."""
+        return classes
+
+    def magnitude(self, outputs: Tensor) -> float:
+        """|∂κ/∂y|: what a change of one entry of a target moves its cotangent by.
+
+        The same everywhere where :attr:`equations` hold.
+        """
+        scale = self._scale(outputs, torch.empty(0))
+        assert isinstance(scale, float)
+        smooth = (1.0 - self.label_smoothing) * scale
+        return 2.0 * scale if self.name == SQUARED else smooth
+
+    def open_at(self, outputs: Tensor) -> str:
+        """Why a target does not follow from its cotangent; "" where it does."""
+        return ""
+
+    def rounding(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """What the cotangent of the client rounds with where it cancels: ``|∂κ/∂y| · 1[y ≠ 0]``.
+
+        p − y rounds relative to 1 where y is not 0, and relative to p elsewhere.
+        """
+        y = self.dense(targets, outputs)
+        present = (y != 0) | (self.label_smoothing > 0)
+        return present * self.magnitude(outputs)
+
     def __call__(self, outputs: Any, targets: Any) -> Tensor:
         """Scalar loss of ``outputs`` [B, C] against admissible or dense ``targets``.
 

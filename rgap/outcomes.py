@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 
-import torch
 from torch import Tensor
 
-from rgap.capture import capture
 from rgap.halt import Halt
 from rgap.problem import Problem
 from rgap.recovery import Recovery, Status
 from rgap.recursion import Descent
+from rgap.replay import sent_for
 from rgap.reports import layer_reports
 from rgap.symptoms import compression, warnings
 
@@ -87,17 +85,14 @@ def completed(
     )
 
 
-def replayed(problem: Problem, inputs: Tensor, labels: Tensor) -> tuple[float, dict[str, float]]:
+def replayed(
+    problem: Problem, inputs: Tensor, labels: Tensor, scale: float | Tensor = 1.0
+) -> tuple[float, dict[str, float]]:
     """Relative difference between the update and the gradient of a batch, in all and by name."""
-    sender = partial(capture, problem.model, inputs, labels, problem.declared, value_range=None)
-    try:
-        again = sender(dtype=torch.float64)
-    except ValueError:  # a forward that casts to a precision of its own
-        again = sender(dtype=problem.update.dtype)
-    parts, total, scale = {}, 0.0, 0.0
+    again = sent_for(problem, inputs, labels, scale)
+    parts, total, size = {}, 0.0, 0.0
     for name, sent in problem.gradients.items():
-        gap = float((again.gradients[name].to(sent) - sent).norm())
-        size = float(sent.norm())
-        parts[name] = gap / size if size > 0 else gap
-        total, scale = total + gap**2, scale + size**2
-    return (total / scale) ** 0.5 if scale > 0 else total**0.5, parts
+        gap, own = float((again[name] - sent).norm()), float(sent.norm())
+        parts[name] = gap / own if own > 0 else gap
+        total, size = total + gap**2, size + own**2
+    return (total / size) ** 0.5 if size > 0 else total**0.5, parts

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rgap import validation
+from rgap.behind import behind
 from rgap.checking import UnreadyError
 from rgap.ending import folded
 from rgap.losses import Loss
@@ -135,10 +136,10 @@ def prepare(
         chain = parse(model, update.input_shape)
     except UnreadyError as error:  # what stands below it may be read all the same
         chain, unready = unparsed(model, update.input_shape, str(error)), str(error)
-    chain, loss = folded(chain, declared, stated)
-    update = dataclasses.replace(update, loss=loss)
     if place.type != "cpu":
         chain = chain.to(place)
+    chain, loss = behind(*folded(chain, declared, stated))
+    update = dataclasses.replace(update, loss=loss)
     _check_labels(known, update, chain)
     gradients = {n: g.detach().to(place, torch.float64) for n, g in update.gradients.items()}
     precision = precision_of(update, noise, place, seed)

@@ -8,23 +8,29 @@ from torch import Tensor
 from rgap.batches import label_identity, rows_of
 from rgap.batchloss import BatchLoss
 from rgap.certificate import Answer
-from rgap.head import target_of
 from rgap.network import Chain, Stage
 from rgap.polish import Polished, polish
 from rgap.precision import Known
 from rgap.problem import Problem
+from rgap.reading import Reading, read_target
 from rgap.recovery import Route
 from rgap.recursion import Descent
 
 
-def read_answer(problem: Problem, descent: Descent, kappa: Known) -> Answer:
-    """Polish what the recursion recovered and read its label at the head."""
+def read_answer(problem: Problem, descent: Descent, kappa: Known, apart: bool = False) -> Answer:
+    """Polish what the recursion recovered and read its label at the head.
+
+    Args:
+        problem: the update.
+        descent: that reached the data.
+        kappa: cotangent at the head.
+        apart: True if nothing of the loss went into what was recovered.
+    """
     polished = _polished(problem, descent, kappa)
     stage = problem.chain.stages[-1]
     features = top_features(problem.chain, polished.data)
-    target, tolerance = target_of(stage, features, kappa, problem.update.loss, problem.precision)
-    labels, distance = problem.update.loss.read(target)
-    return Answer(descent, polished, target, labels, float(distance), tolerance)
+    reading = read_target(stage, features, kappa, problem.update.loss, problem.precision)
+    return Answer(descent, polished, reading, apart=apart)
 
 
 def read_batch(problem: Problem, descent: Descent, head: BatchLoss) -> Answer:
@@ -38,7 +44,10 @@ def read_batch(problem: Problem, descent: Descent, head: BatchLoss) -> Answer:
     logits = Known(stage.affine.forward(features.value), error)
     _, distance, tolerance = label_identity(problem, head, logits)
     rows = rows_of(head, problem.labels)
-    return Answer(descent, polished, head.targets, rows.labels, distance, tolerance, rows)
+    reading = Reading(
+        head.targets, rows.labels, distance, tolerance, open=head.loss.open_at(logits.value)
+    )
+    return Answer(descent, polished, reading, rows)
 
 
 def _polished(

@@ -161,6 +161,8 @@ class Recovery:
         halt: where and why the recursion ended before the data, with its kind and numbers, or
             None.  ``reason`` is made from it, never the other way round.
         certified: which of "inputs" and "targets" are certified; ``EXACT`` means both.
+        scale: the positive factor λ between the update and that of the declared loss, one a sample
+            [B] where they differ; 1 for an update as declared, None where it was not looked at.
         determined: where only some entries of the data are determined: True at these, of the shape
             that ``inputs`` would have; else None.
         partial: the data where ``determined``, NaN elsewhere; ``error_bound`` is theirs then.
@@ -182,6 +184,7 @@ class Recovery:
     halt: Halt | None = None
     certified: frozenset[str] = frozenset()
     determined: Tensor | None = None
+    scale: float | Tensor | None = None
     partial: Tensor | None = None
 
     @property
@@ -313,6 +316,7 @@ class Recovery:
             "separation": self.separation,
             "halt": None if self.halt is None else self.halt.numbers,
             "certified": sorted(self.certified),
+            "scale": _plain(self.scale),
             "determined": None if self.determined is None else int(self.determined.sum()),
             "candidates": len(self.candidates),
             "warnings": list(self.warnings),

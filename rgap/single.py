@@ -21,6 +21,7 @@ from rgap.precision import Known
 from rgap.prefix import Prefix, reaches
 from rgap.problem import Problem
 from rgap.progress import Progress
+from rgap.reading import Reading
 from rgap.readout import head_gradients
 from rgap.recovery import Candidate, Recovery, Status
 from rgap.recursion import Descent, descend
@@ -106,7 +107,7 @@ def _certified(
         descent.preconditioner(own.chain),
         high - low,
     )
-    answer = Answer(descent, polished, k.value, torch.empty(0), 0.0, 0.0)
+    answer = Answer(descent, polished, Reading(k.value, torch.empty(0), 0.0, 0.0))
     name = own.chain.stages[-1].name
     if polished.misfit > certificate.REFUTED:
         worst = max(polished.misfits, key=polished.misfits.__getitem__)

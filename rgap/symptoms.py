@@ -102,7 +102,7 @@ def _softmax_shaped(problem: Problem) -> bool:
     """
     stage, loss = problem.chain.stages[-1], problem.update.loss
     continuous = loss.name != CROSS_ENTROPY and loss.targets != "index"
-    if not continuous or problem.batch > 1 or stage.tail or stage.affine.bias_name is None:
+    if not continuous or problem.batch > 1 or not loss.plain or stage.affine.bias_name is None:
         return False
     k = problem.gradients[stage.affine.bias_name].flatten()
     size = float(k.abs().max())

@@ -120,7 +120,7 @@ def continuous(chain: Chain, samples: Mixture, roots: Tensor, loss: Loss) -> lis
     logits, pull = pullback(chain, samples.stage.index, z)
     eye = torch.eye(logits.shape[1]).to(logits)
     jacobian = torch.stack([pull(e.expand_as(logits)).flatten(1) for e in eye], 1)
-    centred = loss.name == CROSS_ENTROPY
+    centred = loss.name == CROSS_ENTROPY and loss.plain
     return [_free(samples, q, own, centred) for q, own in zip(roots, jacobian, strict=True)]
 
 
@@ -163,7 +163,7 @@ def top(chain: Chain, index: int, u: Tensor) -> tuple[Tensor, Tensor]:
 
 def _labels(loss: Loss, logits: Tensor, head: Mixture) -> list[int] | None:
     """Class indices worth trying, shortlisted where there are many; None if continuous."""
-    classes = logits.shape[1]
+    classes = loss.outputs(logits.shape[1])
     if loss.targets != "index":
         return None
     if loss.name != CROSS_ENTROPY:
@@ -171,9 +171,10 @@ def _labels(loss: Loss, logits: Tensor, head: Mixture) -> list[int] | None:
     if classes <= LISTED:
         return list(range(classes))
     found: set[int] = set()
-    eye = torch.eye(classes).to(logits)
-    for p in torch.softmax(logits, 1):
-        found |= set(head.outside(p - eye).argsort()[:SHORT].tolist())
+    every = torch.arange(classes, device=logits.device)
+    for z in logits:
+        many = loss.cotangent(z.expand(classes, -1), every)
+        found |= set(head.outside(many).argsort()[:SHORT].tolist())
     return sorted(found)
 
 

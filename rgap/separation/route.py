@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from rgap.piecewise import Activation, Identity
-
 from .batch import Batch, Separated, Unseparated
 from .between import Between, steps_between
 from .mixture import Mixture
@@ -34,8 +32,6 @@ def separate(batch: Batch, watch: Watcher | None = None) -> Separated | Unsepara
             f"the last layer '{head.name}' is a {head.affine.kind}; separating a batch needs "
             "fully connected ones"
         )
-    if any(isinstance(op, Activation) and not isinstance(op, Identity) for op in head.tail):
-        return Unseparated(f"an activation follows the last layer '{head.name}'")
     top = batch.mixture(head.index)
     for stage in chain.stages:
         if batch.size is None or stage.affine.geometry is not None:

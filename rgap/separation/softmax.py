@@ -55,7 +55,7 @@ def unfit(batch: Batch, head: Mixture) -> Unseparated | None:
     """Why the head alone cannot separate the batch, or None if it can."""
     name, classes = head.stage.name, head.gradient.shape[0]
     loss = batch.loss
-    if loss.name != CROSS_ENTROPY or loss.targets != "index":
+    if loss.name != CROSS_ENTROPY or loss.targets != "index" or not loss.plain:
         return Unseparated(
             f"the head '{name}' under {loss.name} with targets {loss.targets!r} leaves samples and "
             f"targets free to mix: {head.rank}×{head.rank} numbers that no equation fixes"
