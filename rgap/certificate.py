@@ -50,6 +50,7 @@ class Answer:
     reading: Reading
     rows: Rows | None = None  # of a batch; labels are theirs
     apart: bool = False  # True if the inputs do not depend on the loss and the targets
+    gathered: float = 0.0  # norm of a sample, in units of the data, that rounding is relative to
 
     @property
     def labels(self) -> Tensor:
@@ -66,14 +67,13 @@ class Answer:
         """Largest error of any entry: SAFETY standard errors, more if the misfit is larger.
 
         A batch comes out of an orthogonal decomposition in float64, whose rounding can gather in
-        a few entries: eps times the norm of the sample.
+        a few entries: eps times :attr:`gathered`.
         """
         std = float(self.polished.data.std.max())
         bound = SAFETY * std * max(1.0, self.polished.misfit)
         if self.rows is None:
             return bound
-        norm = float(torch.linalg.vector_norm(self.inputs.flatten(1), dim=1).max())
-        return max(bound, 3.0 * SAFETY * torch.finfo(torch.float64).eps * norm)
+        return max(bound, 3.0 * SAFETY * torch.finfo(torch.float64).eps * self.gathered)
 
 
 def rank_one_tolerance(problem: Problem, stage: Stage, x: Known) -> float:

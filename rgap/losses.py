@@ -263,7 +263,7 @@ class Loss:
         """
         y = self.dense(targets, outputs)
         present = (y != 0) | (self.label_smoothing > 0)
-        return present * self.magnitude(outputs)
+        return present.to(outputs) * self.magnitude(outputs)
 
     def __call__(self, outputs: Any, targets: Any) -> Tensor:
         """Scalar loss of ``outputs`` [B, C] against admissible or dense ``targets``.
