@@ -200,6 +200,12 @@ def _verdict(problem: Problem, answer: Answer) -> tuple[Status, str]:
             "errors: too far for a certificate, too near to be refuted; state the noise of the "
             "update"
         )
+    head = problem.chain.stages[-1]
+    if not problem.precision.sent(head.affine.weight_name):
+        return Status.UNDERDETERMINED, (
+            f"the gradient of the last layer '{head.name}' was not sent (frozen on the client), so "
+            "the target is open; the equations below it determine the inputs"
+        )
     unit = max(
         1.0, float(answer.target.abs().max())
     )  # real-valued targets have a size of their own

@@ -60,7 +60,7 @@ def declare(
 ) -> Declared:
     """Check what a search is given; arguments and errors as for :func:`rgap.match`."""
     validation.noise(noise)
-    update.check(model)
+    update = update.fitted(model)
     update, _ = update.as_rounded()
     refuse_unready(model)
     place = device_of(device)
@@ -101,8 +101,9 @@ def declare(
         _fits(model, update, known, shape)
         known = known.to(place)
     begin = None if start is None else _start(start, shape).to(place)
-    gradients = {n: g.detach().to(place) for n, g in update.gradients.items()}
     precision = precision_of(update, noise, place)
+    sent = {n: g for n, g in update.gradients.items() if precision.sent(n)}
+    gradients = {n: g.detach().to(place) for n, g in sent.items()}
     return Declared(
         model, update, gradients, shape, known, begin, local, update.local_steps, precision
     )

@@ -77,7 +77,7 @@ def filled(
     show.stage(f"completion below {name}")
     known = inside(chain, descent.reached, problem.gradients, problem.precision, problem.budget)
     try:
-        update = ModuleUpdate(problem.model, problem.gradients, known, shape)
+        update = ModuleUpdate(problem.model, problem.sent, known, shape)
     except AttributeError:
         why = f"no completion: '{name}' is no module of the model, its input cannot be watched"
         return _without(problem, descent, f"{halt.reason}; {why}")
@@ -187,7 +187,7 @@ def searched(problem: Problem, recovery: Recovery, show: Progress) -> Recovery:
     if kinked and not met and targets is not None:
         shape = (problem.batch, *problem.chain.input_shape)
         drawn = coarse(
-            problem.model, problem.gradients, Outside(problem.update.loss, targets), shape,
+            problem.model, problem.sent, Outside(problem.update.loss, targets), shape,
             filling.prior, problem.value_range, seconds + began - time.perf_counter(),
             seed=problem.precision.seed,
         )  # fmt: skip

@@ -143,7 +143,7 @@ def _run(problem: Problem, head: Head | None, show: Progress) -> Recovery:
         single = problem.stated is None and not mixed(batch_of(problem))
         if not (single and isinstance(found, Unseparated)):
             return _from_batch(problem, found, show)
-    lowest = _lowest_fully_connected(chain, problem.gradients)
+    lowest = _lowest_fully_connected(problem)
     if lowest is not None:
         return _from_bias(problem, lowest, show)
     return _from_head(problem, show)
@@ -177,7 +177,7 @@ def _from_bias(problem: Problem, index: int, show: Progress) -> Recovery:
     chain = problem.chain
     stage = chain.stages[index]
     show.stage(f"bias attack at {stage.name}")
-    weight, bias = head_gradients(stage, problem.gradients)
+    weight, bias = head_gradients(stage, problem)
     assert bias is not None
     x, k = features_from_bias(stage.affine, weight, bias, problem.precision)
     misfit = rank_one_residual(weight, x.value[0], k.value[0])
@@ -208,8 +208,16 @@ def _from_head(problem: Problem, show: Progress) -> Recovery:
             "fully connected one; rgap.analysis.audit still measures every layer",
             None,
         )
+    if not problem.precision.sent(stage.affine.weight_name):
+        return outcomes.stopped(
+            problem,
+            Status.UNDERDETERMINED,
+            f"the gradient of the last layer '{stage.name}' was not sent (frozen on the client): "
+            "nothing says where the recursion could begin; ask the client to train that layer too",
+            None,
+        )
     show.stage(f"head equations at {stage.name}")
-    weight, bias = head_gradients(stage, problem.gradients)
+    weight, bias = head_gradients(stage, problem)
     found = solve_head(stage, weight, bias, problem.update.loss, problem.precision)
     if isinstance(found, HeadFailure):
         status = Status.UNDERDETERMINED if found.consistent else Status.INCONSISTENT
@@ -315,14 +323,16 @@ def _given(name: str, value: Tensor, shape: tuple[int, ...], problem: Problem) -
     return Known(value, problem.precision.rounding(value))
 
 
-def _lowest_fully_connected(chain: Chain, gradients: dict[str, Tensor]) -> int | None:
+def _lowest_fully_connected(problem: Problem) -> int | None:
     """Index of the lowest fully connected stage whose bias gradient carries its input."""
-    for stage in chain.stages:
-        name = stage.affine.bias_name
+    for stage in problem.chain.stages:
+        name, sent = stage.affine.bias_name, problem.precision.sent
         if (
             stage.affine.geometry is None
             and name is not None
-            and bool((gradients[name] != 0).any())
+            and sent(name)
+            and sent(stage.affine.weight_name)
+            and bool((problem.gradients[name] != 0).any())
         ):
             return stage.index
     return None

@@ -76,7 +76,7 @@ def replayed(problem: Problem, inputs: Tensor, labels: Tensor) -> tuple[float, d
     except ValueError:  # a forward that casts to a precision of its own
         again = sender(dtype=problem.update.dtype)
     parts, total, scale = {}, 0.0, 0.0
-    for name, sent in problem.gradients.items():
+    for name, sent in problem.sent.items():
         gap = float((again.gradients[name].to(sent) - sent).norm())
         size = float(sent.norm())
         parts[name] = gap / size if size > 0 else gap

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from rgap.rounding import ABSENT
+
 UNKNOWN = 1e150  # standard error of a value that no equation fixes
 GROWTH = 2.0  # rounding of an accumulated sum over the rounding of its terms
 
@@ -100,6 +102,13 @@ class Precision:
     def noisy(self) -> bool:
         """True if any noise is added to what the client computed."""
         return self.noise > 0.0 or bool(self.entries)
+
+    def sent(self, name: str | None) -> bool:
+        """False where the gradient of that name was not sent at all, and for no name."""
+        if name is None:
+            return False
+        own = self.entries.get(name)
+        return own is None or bool((own < ABSENT).any())
 
     def noise_std(self, name: str, like: Tensor) -> Tensor:
         """Standard deviation of the noise added to each entry of a gradient.

@@ -80,6 +80,11 @@ class Problem:
     filling: Filling | None = None  # None: stop where the equations end
     notes: tuple[str, ...] = ()  # what was read off the update before anything was solved
 
+    @property
+    def sent(self) -> dict[str, Tensor]:
+        """The gradients without those of layers that the client had frozen."""
+        return {n: g for n, g in self.gradients.items() if self.precision.sent(n)}
+
 
 def prepare(
     model: nn.Module,
@@ -93,7 +98,7 @@ def prepare(
     budget: float,
 ) -> Problem:
     """Check an update against its model and bring both to float64; arguments as for ``invert``."""
-    update.check(model)
+    update = update.fitted(model)
     update, rounded = update.as_rounded()
     for name, parameter in model.named_parameters():
         if parameter.is_meta:

@@ -174,14 +174,15 @@ def descend(
         if index < start:
             if watch is not None:
                 watch(stage.name)
-            step = solve_stage(
-                stage.affine, gradients[stage.affine.weight_name], known, k, precision, budget
-            )
+            name = stage.affine.weight_name
+            # A gradient that was not sent says nothing: K = 0, and the weight constraints are left.
+            own = k if precision.sent(name) else Known(0.0 * k.value, 0.0 * k.error)
+            step = solve_stage(stage.affine, gradients[name], known, own, precision, budget)
             # Only the first factor is needed again; each is as large as the matrix of its layer.
             descent.solutions[index] = step if index == 0 else replace(step, factor=None)
             if step.solution.value is None:
                 descent.reached = Reached(index, k, None, known)
-                descent.halt = _shortfall(stage, step)
+                descent.halt = _shortfall(stage, step, precision.sent(name))
                 return descent
             known = step.solution.value
             descent.reached = Reached(index, k, known, None)
@@ -226,8 +227,16 @@ def _cut(stage: Stage, data: Known) -> Halt | None:
     return None
 
 
-def _shortfall(stage: Stage, step: StageSolution) -> Halt:
+def _shortfall(stage: Stage, step: StageSolution, sent: bool) -> Halt:
     stats = step.solution.stats
+    if not sent and stats.joint is not None:
+        return Halt(
+            stage.name,
+            f"the gradient of '{stage.name}' was not sent (frozen on the client), and its weight "
+            f"constraints alone have rank {stats.joint.rank} for {stats.unknowns} unknowns: "
+            f"{stats.joint.nullity} equations are missing",
+            supported=True,
+        )
     if stats.joint is None:
         return Halt(
             stage.name,

@@ -31,6 +31,12 @@ def separate(batch: Batch, watch: Watcher | None = None) -> Separated | Unsepara
         )
     if any(isinstance(op, Activation) and not isinstance(op, Identity) for op in head.tail):
         return Unseparated(f"an activation follows the last layer '{head.name}'")
+    names = filter(None, (head.affine.weight_name, head.affine.bias_name))
+    if not all(batch.precision.sent(name) for name in names):
+        return Unseparated(
+            f"the gradient of the last layer '{head.name}' was not sent (frozen on the client): "
+            "nothing names the samples; ask the client to train that layer too"
+        )
     top = batch.mixture(head.index)
     for stage in chain.stages:
         if batch.size is None or stage.affine.geometry is not None:
