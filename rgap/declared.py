@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from rgap import validation
-from rgap.checking import refuse_unready
+from rgap.checking import refuse_unready, sample_shape
 from rgap.federated import LocalTraining
 from rgap.isolation import untouched
 from rgap.labels import estimate
@@ -57,6 +58,7 @@ def declare(
     local: LocalTraining | None,
     noise: float,
     device: torch.device | str | None,
+    input_shape: Sequence[int] | None = None,
 ) -> Declared:
     """Check what a search is given; arguments and errors as for :func:`rgap.match`."""
     validation.noise(noise)
@@ -64,11 +66,8 @@ def declare(
     update, _ = update.as_rounded()
     refuse_unready(model)
     place = device_of(device)
-    if update.input_shape is None:
-        raise ValueError(
-            "expected an input shape, got an update that does not state one; write "
-            "dataclasses.replace(update, input_shape=(3, 32, 32))"
-        )
+    update = replace(update, input_shape=sample_shape(model, input_shape, update.input_shape))
+    assert update.input_shape is not None
     if update.local_steps > 1 and local is None:
         raise ValueError(
             f"local: the update is an average over {update.local_steps} local steps, expected how "

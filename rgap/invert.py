@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -53,6 +54,7 @@ def invert(
     *,
     labels: Tensor | None = None,
     batch_size: int | None = None,
+    input_shape: Sequence[int] | None = None,
     head: Head | None = None,
     complete: bool = False,
     prior: Prior | None = None,
@@ -76,6 +78,9 @@ def invert(
         update: what the client sent.
         labels: the labels if they are known, [B]; found from the update otherwise.
         batch_size: overrides ``update.batch_size``; where neither says it, it is found.
+        input_shape: shape of one sample, where the update does not state it, or states another;
+            not needed where the layers fix it (a fully connected first layer, a convolution below
+            a fully connected one that only one square size fits).
         head: known head features, to study the recursion of a batch below the head.
         complete: go on where the recursion ends: what the equations leave open below is chosen
             by the prior (``COMPLETED``), or found to be determined by all of them together.  Where
@@ -113,8 +118,9 @@ def invert(
     """
     began = time.perf_counter()
     problem = prepare(
-        model, update, batch_size, value_range, noise, labels, device, seed, memory_budget
-    )
+        model, update, batch_size, value_range, noise, labels, device, seed, memory_budget,
+        input_shape,
+    )  # fmt: skip
     if complete:
         filling = Filling.of(prior, time_limit, problem.chain.input_shape, problem.value_range)
         problem = replace(problem, filling=filling)

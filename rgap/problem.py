@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from rgap import validation
+from rgap.checking import sample_shape
 from rgap.network import Chain, parse
 from rgap.precision import Precision
 from rgap.solvers.gauss_newton import Schedule
@@ -96,6 +97,7 @@ def prepare(
     device: torch.device | str | None,
     seed: int,
     budget: float,
+    input_shape: Sequence[int] | None = None,
 ) -> Problem:
     """Check an update against its model and bring both to float64; arguments as for ``invert``."""
     update = update.fitted(model)
@@ -117,11 +119,8 @@ def prepare(
     bounds = update.value_range if value_range is None else validation.bounds(value_range)
     slack = BEYOND if value_range is None else 0.0
     place = device_of(device)
-    if update.input_shape is None:
-        raise ValueError(
-            "expected an input shape, got an update that does not state one; write "
-            "dataclasses.replace(update, input_shape=(3, 32, 32))"
-        )
+    update = replace(update, input_shape=sample_shape(model, input_shape, update.input_shape))
+    assert update.input_shape is not None
     if update.local_steps > 1:
         raise ValueError(
             f"expected one gradient, got the sum of {update.local_steps} local steps: the weights "

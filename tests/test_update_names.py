@@ -228,3 +228,52 @@ def test_arrays_that_two_orders_fit_are_refused() -> None:
         Update.from_ndarrays(model, arrays[::-1])
     with pytest.raises(ValueError, match=r"place 0 has shape \(7,\), expected \(5, 5\)"):
         Update.from_ndarrays(model, [torch.ones(7).numpy(), *arrays[1:]])
+
+
+# --- the shape of a sample --------------------------------------------------------------------
+
+
+def pooled() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, 1, 1), nn.Tanh(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
+        nn.Linear(16, 6),
+    ).eval()  # fmt: skip
+
+
+def test_a_shape_that_the_layers_fix_is_not_asked_for() -> None:
+    flat = nn.Sequential(*mlp()[1:])
+    update = dataclasses.replace(capture(flat, X.flatten(1), Y), input_shape=None)
+    found = invert(flat, update)
+    assert found.inputs is not None and found.inputs.shape == (1, 36)
+    fixed = nn.Sequential(nn.Conv2d(1, 8, 3, 1, 1), nn.Tanh(), nn.Flatten(), nn.Linear(288, 6))
+    update = dataclasses.replace(capture(fixed.eval(), X, Y), input_shape=None)
+    assert right(fixed, update)
+    assert match(fixed, update, labels=Y, iterations=1).nearest is not None
+
+
+@pytest.mark.parametrize(
+    ("model", "both"),
+    [
+        (pooled(), r"\(1, 2, 2\) and \(1, 3, 3\)|\(1, 1, 1\) and \(1, 2, 2\)"),
+        (conv(), r"\(1, 5, 5\) and \(1, 6, 6\)"),  # a stride of 2 reads both alike
+    ],
+)
+def test_a_shape_that_several_sizes_fit_is_asked_for(model: nn.Module, both: str) -> None:
+    update = dataclasses.replace(capture(model, X, Y), input_shape=None)
+    for read in (invert, match):
+        with pytest.raises(ValueError, match=f"{both}.* both fit.*write input_shape="):
+            read(model, update)  # type: ignore[operator]
+    if both.startswith(r"\(1, 5"):
+        found = invert(model, update, input_shape=SHAPE)
+        assert found.status.name == "EXACT" and found.inputs is not None
+        assert float((found.inputs - X).abs().max()) <= found.error_bound
+    assert match(model, update, labels=Y, input_shape=SHAPE, iterations=1).nearest is not None
+
+
+def test_a_stated_shape_is_overridden_and_checked() -> None:
+    model = mlp()
+    update = dataclasses.replace(capture(model, X, Y), input_shape=(1, 4, 9))
+    assert invert(model, update, input_shape=SHAPE).inputs.shape == (1, *SHAPE)
+    with pytest.raises(ValueError, match="input_shape"):
+        invert(model, update, input_shape=(0, 36))
