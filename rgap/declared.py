@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rgap import validation
 from rgap.checking import refuse_unready, sample_shape
 from rgap.federated import LocalTraining
-from rgap.isolation import untouched
+from rgap.isolation import first_line, untouched
 from rgap.labels import estimate
 from rgap.precision import Precision
 from rgap.presets import Preset
@@ -111,8 +111,14 @@ def declare(
 def _fits(model: nn.Module, update: Update, labels: Tensor, shape: tuple[int, ...]) -> None:
     """Raise unless the labels are targets of the model's outputs."""
     like = next(model.parameters())
-    with torch.no_grad(), untouched(model, hooks=False):
-        outputs = model(torch.full(shape, 0.5, dtype=like.dtype, device=like.device))
+    try:
+        with torch.no_grad(), untouched(model, hooks=False):
+            outputs = model(torch.full(shape, 0.5, dtype=like.dtype, device=like.device))
+    except RuntimeError as error:
+        raise ValueError(
+            f"input_shape: the {type(model).__name__} fails on samples of shape {shape[1:]} "
+            f"({first_line(error)}); write the input_shape that the client's samples had"
+        ) from error
     update.loss.check_targets(outputs, labels.to(outputs.device))
 
 

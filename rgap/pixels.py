@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -91,9 +92,9 @@ def _plain(image: Image, file: Path) -> Image:
     )
 
 
-def _wide(image: Image, file: Path) -> np.ndarray:
+def _wide(image: Image, file: Path) -> NDArray[np.float64]:
     """Values of a grey picture of more than 8 bits, in [0, 1]."""
-    values = np.asarray(image).astype(np.float64)
+    values: NDArray[np.float64] = np.asarray(image).astype(np.float64)
     if image.mode == "I" and _png_depth(file) != _DEPTH:
         raise ValueError(
             f"--images: {file} holds 32-bit integers, from {values.min():.0f} to "
@@ -101,7 +102,7 @@ def _wide(image: Image, file: Path) -> np.ndarray:
             "or as floats from 0 to 1"
         )
     if image.mode != "F":
-        return values / (2**_DEPTH - 1)
+        return np.divide(values, 2.0**_DEPTH - 1.0)
     if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
         raise ValueError(
             f"--images: {file} holds floats from {values.min():.3g} to {values.max():.3g}, "

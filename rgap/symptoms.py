@@ -81,7 +81,9 @@ def _underflow(problem: Problem) -> list[str]:
     head = problem.chain.stages[-1].affine
     found = []
     info = torch.finfo(problem.update.dtype)
-    for name in filter(problem.precision.sent, (head.bias_name, head.weight_name)):
+    for name in (n for n in (head.bias_name, head.weight_name) if n is not None):
+        if not problem.precision.sent(name):
+            continue
         g = problem.update.gradients[name].abs()
         low = int(((g > 0) & (g < info.smallest_normal)).sum())
         rows = g.flatten(1).amax(1) if g.ndim > 1 else g
