@@ -136,7 +136,7 @@ def certify(problem: Problem, answers: Sequence[Answer]) -> Recovery:
                 f"whose head gradient says {found}; write labels=None to take those",
                 scored[0][0].descent,
             )
-    inside = [s for s in fitting if _excess(s[0], problem) <= problem.slack]
+    inside = [s for s in fitting if excess(s[0], problem) <= problem.slack]
     low, high = problem.value_range or (-inf, inf)
     if not inside and problem.slack == 0:
         first = fitting[0][0]
@@ -159,7 +159,7 @@ def certify(problem: Problem, answers: Sequence[Answer]) -> Recovery:
             f"{len(kept)} batches send exactly this update; no equation tells them apart",
             tuple(Candidate(a.inputs, a.labels, r) for a, r, _ in kept),
         )
-    status, reason = _verdict(problem, best)
+    status, reason = verdict(problem, best)
     if status is Status.EXACT and best.rows is not None and bool((best.rows.copies > 1).any()):
         status, reason = Status.AMBIGUOUS, _copies(best.rows)
     if len(kept) < len(fitting):
@@ -182,7 +182,8 @@ def _copies(rows: Rows) -> str:
     )
 
 
-def _verdict(problem: Problem, answer: Answer) -> tuple[Status, str]:
+def verdict(problem: Problem, answer: Answer) -> tuple[Status, str]:
+    """Whether the inputs of an answer are certified, and why not."""
     for index, step in answer.descent.solutions.items():
         joint = step.solution.stats.joint
         sharp = joint is not None and joint.gap >= CLEAR
@@ -309,7 +310,7 @@ def _assemble(
     )
 
 
-def _excess(answer: Answer, problem: Problem) -> float:
+def excess(answer: Answer, problem: Problem) -> float:
     """How far the data leave their range beyond what their error explains, in its widths."""
     if problem.value_range is None:
         return 0.0

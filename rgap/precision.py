@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch import Tensor
 from rgap.rounding import ABSENT
 
 UNKNOWN = 1e150  # standard error of a value that no equation fixes
+OPEN = 1e100  # above which it is one, whatever scale a normalisation has put on it
 GROWTH = 2.0  # rounding of an accumulated sum over the rounding of its terms
 
 
@@ -36,7 +38,17 @@ class Known:
     @property
     def known(self) -> Tensor:
         """False where no equation fixes the entry, as for the z of a ReLU that is off, [B, ...]."""
-        return self.error.abs().amax(0) < UNKNOWN
+        return self.error.abs().amax(0) < OPEN
+
+
+class Named(Protocol):
+    """A layer that knows what its parameters are called in the update."""
+
+    @property
+    def weight_name(self) -> str: ...  # noqa: D102
+
+    @property
+    def bias_name(self) -> str | None: ...  # noqa: D102
 
 
 @dataclass
@@ -89,6 +101,10 @@ class Precision:
         shape = (self.samples if samples is None else samples, *std.shape)
         draw = torch.randn(shape, generator=self.generator, dtype=torch.float32)  # 3 times as fast
         return draw.to(std.device).double().mul_(std)
+
+    def signs(self, shape: tuple[int, ...]) -> Tensor:
+        """Random signs ±1."""
+        return torch.randint(0, 2, shape, generator=self.generator).double() * 2.0 - 1.0
 
     def rounding(self, value: Tensor) -> Tensor:
         """S samples of the error of one rounded operation with result ``value``."""

@@ -44,7 +44,7 @@ def write(path: str | os.PathLike[str], fields: dict[str, Any]) -> None:
     header = {
         **{group: list(fields[group]) for group in groups},
         "batch_size": fields["batch_size"],
-        "loss": {k: getattr(loss, k) for k in ("name", "reduction", "label_smoothing", "targets")},
+        "loss": _loss(loss),
         "input_shape": fields["input_shape"],
         "value_range": fields["value_range"],
         "dtype": str(fields["dtype"]).removeprefix("torch."),
@@ -53,6 +53,22 @@ def write(path: str | os.PathLike[str], fields: dict[str, Any]) -> None:
     written(
         path, tensors, {"format": FORMAT, "version": str(VERSION), "update": json.dumps(header)}
     )
+
+
+_OPTIONS = (
+    "name", "reduction", "label_smoothing", "targets", "weight", "pos_weight", "gamma", "alpha",
+)  # fmt: skip
+
+
+def _loss(loss: Loss) -> dict[str, Any]:
+    """A loss as JSON; of a function only the name, which whoever loads the file declares again."""
+    if loss.own:
+        return {"name": loss.name, "own": True}
+    return {k: getattr(loss, k) for k in _OPTIONS if getattr(loss, k) is not None}
+
+
+def _declared(header: dict[str, Any]) -> Loss:
+    return Loss.lost(str(header["name"])) if header.get("own") else Loss(**header)
 
 
 def written(
@@ -115,7 +131,7 @@ def _decoded(path: str | os.PathLike[str], header: dict[str, Any]) -> dict[str, 
     shape, value_range = header["input_shape"], header["value_range"]
     return {
         "batch_size": header["batch_size"],
-        "loss": Loss(**header["loss"]),
+        "loss": _declared(header["loss"]),
         "input_shape": None if shape is None else tuple(shape),
         "value_range": None if value_range is None else tuple(value_range),
         "dtype": dtype,

@@ -19,10 +19,12 @@ _MEANT = {
     "ce": "cross_entropy",
     "crossentropy": "cross_entropy",
     "crossentropyloss": "cross_entropy",
-    "nll_loss": "cross_entropy",
+    "nll": "nll_loss",
+    "nllloss": "nll_loss",
+    "focal": "focal_loss",
     "bce": "binary_cross_entropy_with_logits",
     "bcewithlogitsloss": "binary_cross_entropy_with_logits",
-    "binary_cross_entropy": "binary_cross_entropy_with_logits",
+    "bceloss": "binary_cross_entropy",
     "mse": "mse_loss",
     "mseloss": "mse_loss",
     "l2": "mse_loss",
@@ -237,12 +239,11 @@ def check_shapes(what: str, got: Mapping[str, Tensor], expected: Mapping[str, Te
 
 def refuse_loss_options(loss: nn.Module) -> None:
     """Raise if a PyTorch loss module has an option that `rgap.Loss` has not."""
-    for option in ("weight", "pos_weight"):
-        if getattr(loss, option, None) is not None:
-            raise ValueError(
-                f"loss: {type(loss).__name__}({option}=...) is not supported: weights break the "
-                f"identity between the gradient and the label counts. Leave {option} out."
-            )
+    if isinstance(loss, (nn.BCELoss, nn.BCEWithLogitsLoss)) and loss.weight is not None:
+        raise ValueError(
+            f"loss: {type(loss).__name__}(weight=...) weighs places of the batch, not classes, and "
+            "is not offered by name; write the loss as a function of outputs and targets."
+        )
     if getattr(loss, "ignore_index", -100) != -100:
         raise ValueError(
             f"loss: {type(loss).__name__}(ignore_index=...) is not supported; leave the ignored "

@@ -23,6 +23,11 @@ Watcher = Callable[[str], None]
 def separate(batch: Batch, watch: Watcher | None = None) -> Separated | Unseparated:
     """Tell the samples of a batch apart, at the lowest stage where equations do."""
     chain = batch.chain
+    if not batch.loss.equations:
+        return Unseparated(
+            f"no equations of the loss {batch.loss.name} with these options tell how much each "
+            "sample of a batch weighs; a batch of one needs none"
+        )
     head = chain.stages[-1]
     if head.affine.geometry is not None:
         return Unseparated(
@@ -55,7 +60,7 @@ def separate(batch: Batch, watch: Watcher | None = None) -> Separated | Unsepara
         if isinstance(steps, str):
             continue
         lower, upper = batch.mixture(index), batch.mixture(index + 1)
-        why = _unfit(batch, lower, upper)
+        why = unfit_pair(lower, upper)
         if why is None:
             pair = Between.of(lower, upper, steps, batch.precision)
             return _after(separate_pair(batch, pair, top, watch), whys)
@@ -72,7 +77,7 @@ def _after(found: Separated | Unseparated, whys: list[str]) -> Separated | Unsep
     return replace(found, passed="; ".join(whys)) if isinstance(found, Separated) else found
 
 
-def _unfit(batch: Batch, lower: Mixture, upper: Mixture) -> str | None:
+def unfit_pair(lower: Mixture, upper: Mixture) -> str | None:
     """Why a pair of layers does not separate the batch, or None if it does."""
     name, above = lower.stage.name, upper.stage.name
     width = upper.gradient.shape[1]
