@@ -147,7 +147,7 @@ def test_noise_of_one_size_says_the_same_entry_by_entry(kind: str) -> None:
 
 # --- every test meets it ----------------------------------------------------------------------
 
-SIGMAS = (1e-8, 1e-6, 1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0)  # of the rms of a tensor's entries
+SIGMAS = (1e-8, 1e-4, 1e-3, 1e-2, 0.1, 1.0)  # of the rms of a tensor's entries
 
 
 def network(kind: str, seed: int) -> nn.Module:
@@ -192,7 +192,7 @@ def test_noise_stated_as_it_is_never_contradicts(kind: str, count: int) -> None:
             assert off(found.inputs, x) <= found.error_bound
             assert sorted(found.labels.tolist()) == sorted(y.tolist())
     pairs = kind in ("mlp", "wide", "one layer")
-    assert exact >= (3 if count == 1 or pairs else 0)
+    assert exact >= (2 if count == 1 or pairs else 0)
 
 
 @pytest.mark.parametrize("kind", ["one layer", "mlp", "no bias", "conv"])

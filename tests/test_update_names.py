@@ -159,6 +159,32 @@ def test_a_frozen_head_leaves_the_target_open(count: int) -> None:
     assert "the last layer '5' was not sent" in found.reason
 
 
+class Residual(nn.Module):
+    """No chain: read from the data up to its lowest fully connected layer that was trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(36, 40), nn.Linear(40, 40), nn.Linear(40, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.a(x.flatten(1)).tanh()
+        return self.c(h + self.b(h).tanh())
+
+
+@pytest.mark.parametrize("names", [("a.",), ("b.",), ("a.bias",), ("c.",)])
+def test_frozen_layers_of_a_network_that_is_no_chain_break_nothing(names: tuple[str, ...]) -> None:
+    torch.manual_seed(0)
+    model = Residual().eval()
+    update = capture(model, X, Y)
+    kept = {n: g for n, g in update.gradients.items() if not n.startswith(names)}
+    found = invert(frozen(model, names), dataclasses.replace(update, gradients=kept))
+    assert found.status.name in ("EXACT", "UNDERDETERMINED", "UNSUPPORTED"), found.reason
+    if found.inputs is not None:
+        assert float((found.inputs - X).abs().max()) <= found.error_bound
+    if names in (("b.",), ("c.",)):
+        assert found.inputs is not None, found.reason
+
+
 def test_a_missing_layer_that_the_model_trains_is_named_with_what_to_write() -> None:
     model = mlp()
     update = capture(model, X, Y)
