@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rgap.arguments import prior_of, targets_of, usable_device
+from rgap.arguments import loaded, prior_of, targets_of, usable_device
 from rgap.console import clean, print_json, say, stderr, stdout
 from rgap.options import (
     BatchSize,
     Device,
+    InputShape,
     Json,
     KnownLabels,
     MatchMethod,
@@ -54,6 +55,7 @@ def match(
     ] = None,
     weights: Weights = None,
     batch_size: BatchSize = None,
+    input_shape: InputShape = None,
     labels: KnownLabels = None,
     noise: Noise = 0.0,
     start: Annotated[
@@ -113,9 +115,7 @@ def match(
         from rgap.modelspec import resolve
         from rgap.report.results import check_target, print_recovery, write_recovery
 
-        if not update.is_file():
-            raise ValueError(f"UPDATE: no file {update}; write one with rgap capture")
-        sent = rgap.Update.load(update)
+        sent = loaded(update, input_shape)
         if output is not None:
             check_target(output, sent)
         if resume is not None and not resume.parent.is_dir():

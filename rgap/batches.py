@@ -108,7 +108,8 @@ def label_identity(
     """
     stage, loss = problem.chain.stages[-1], head.loss
     name = stage.affine.bias_name
-    if name is None or loss.name != CROSS_ENTROPY or not loss.plain:
+    plain = loss.name == CROSS_ENTROPY and loss.plain
+    if name is None or not plain or not problem.precision.sent(name):
         return None, 0.0, 0.0  # nothing to miss
     bias = problem.gradients[name]
     total = float(head.copies.sum())

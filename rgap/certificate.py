@@ -184,7 +184,9 @@ def certify(problem: Problem, answers: Sequence[Answer]) -> Recovery:
 
 def _open(problem: Problem, answer: Answer) -> str:
     """Why the targets of an answer whose inputs are certified are not, or ""."""
-    reading = answer.reading
+    reading, head = answer.reading, problem.chain.stages[-1]
+    if not problem.precision.sent(head.affine.weight_name):
+        return f"the gradient of the last layer '{head.name}' was not sent (frozen on the client)"
     if reading.open:
         return reading.open
     # Real-valued targets have a size of their own.

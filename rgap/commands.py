@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rgap.arguments import prior_of, targets_of, usable_device
+from rgap.arguments import loaded, prior_of, targets_of, usable_device
 from rgap.console import clean, print_json, say, stdout, waiting
 from rgap.options import (
     BatchSize,
     Device,
+    InputShape,
     Json,
     KnownLabels,
     LabelMethod,
@@ -49,6 +51,7 @@ def invert(
     ] = None,
     weights: Weights = None,
     batch_size: BatchSize = None,
+    input_shape: InputShape = None,
     labels: KnownLabels = None,
     noise: Noise = 0.0,
     device: Device = "cpu",
@@ -88,9 +91,7 @@ def invert(
 
         if prior is not None and not complete:
             raise ValueError("--prior: chooses in a completion only; write --complete as well")
-        if not update.is_file():
-            raise ValueError(f"UPDATE: no file {update}; write one with rgap capture")
-        sent = rgap.Update.load(update)
+        sent = loaded(update, input_shape)
         if output is not None:
             check_target(output, sent)
         network = resolve(model, weights)
@@ -147,19 +148,17 @@ def labels(
     ] = LabelMethod.best,
     weights: Weights = None,
     batch_size: BatchSize = None,
+    input_shape: InputShape = None,
     as_json: Json = False,
     seed: Seed = 0,
 ) -> None:
     """Read the labels of a batch off the last layer's gradient: how often each class occurs."""
     with clean(context):
-        import rgap
         from rgap.labels import METHODS
         from rgap.modelspec import resolve
         from rgap.report.labels import print_labels
 
-        if not update.is_file():
-            raise ValueError(f"UPDATE: no file {update}; write one with rgap capture")
-        sent = rgap.Update.load(update)
+        sent = loaded(update, input_shape)
         network = resolve(model, weights)
         names = list(METHODS) if method is LabelMethod.all else [method.value]
         with waiting("reading labels"):
@@ -181,8 +180,6 @@ def _read(
     network: nn.Module, sent: Update, method: str, batch_size: int | None, seed: int
 ) -> LabelEstimate:
     """One method's answer; `exact` inverts the update for the features that it needs."""
-    from dataclasses import replace
-
     import torch
 
     import rgap

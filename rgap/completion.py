@@ -23,7 +23,7 @@ from rgap.annealing import ANNEALING, TRAPPED, Position, Watch, anneal
 from rgap.module_update import Inside, ModuleUpdate
 from rgap.network import Chain, Stage
 from rgap.ops import Reshape
-from rgap.precision import Precision
+from rgap.precision import Known, Precision
 from rgap.recursion import Reached
 from rgap.solvers.gauss_newton import Minimum, Schedule, Step
 from rgap.solvers.priors import Prior
@@ -59,11 +59,14 @@ def inside(
     else:
         assert reached.z is not None
         sent = gradients[stage.affine.weight_name]
+        k = reached.k
+        if not precision.sent(stage.affine.weight_name):  # as in the recursion: K = 0
+            k = Known(0.0 * k.value, 0.0 * k.error)
         large = reached.z.value.numel() > MOST
         if large or memory(stage.affine, len(reached.k.value)) > budget:
-            known = PlainRows.of(stage.affine, sent, reached.z, reached.k, precision)
+            known = PlainRows.of(stage.affine, sent, reached.z, k, precision)
         else:
-            known = KnownPart.of(stage.affine, sent, reached.z, reached.k, precision)
+            known = KnownPart.of(stage.affine, sent, reached.z, k, precision)
         if _rectified(chain, stage) and not bool(reached.z.known.all()):
             known = Bounded.of(known, stage.affine, ~reached.z.known)
     shape = (len(reached.k.value), *stage.affine.in_shape)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from rgap import validation
-from rgap.checking import refuse_unready
+from rgap.checking import refuse_unready, sample_shape
 from rgap.federated import LocalTraining
-from rgap.isolation import untouched
+from rgap.isolation import first_line, untouched
 from rgap.labels import estimate
 from rgap.precision import Precision
 from rgap.presets import Preset
@@ -57,18 +58,16 @@ def declare(
     local: LocalTraining | None,
     noise: float,
     device: torch.device | str | None,
+    input_shape: Sequence[int] | None = None,
 ) -> Declared:
     """Check what a search is given; arguments and errors as for :func:`rgap.match`."""
     validation.noise(noise)
-    update.check(model)
+    update = update.fitted(model)
     update, _ = update.as_rounded()
     refuse_unready(model)
     place = device_of(device)
-    if update.input_shape is None:
-        raise ValueError(
-            "expected an input shape, got an update that does not state one; write "
-            "dataclasses.replace(update, input_shape=(3, 32, 32))"
-        )
+    update = replace(update, input_shape=sample_shape(model, input_shape, update.input_shape))
+    assert update.input_shape is not None
     if update.local_steps > 1 and local is None:
         raise ValueError(
             f"local: the update is an average over {update.local_steps} local steps, expected how "
@@ -101,8 +100,9 @@ def declare(
         _fits(model, update, known, shape)
         known = known.to(place)
     begin = None if start is None else _start(start, shape).to(place)
-    gradients = {n: g.detach().to(place) for n, g in update.gradients.items()}
     precision = precision_of(update, noise, place)
+    sent = {n: g for n, g in update.gradients.items() if precision.sent(n)}
+    gradients = {n: g.detach().to(place) for n, g in sent.items()}
     return Declared(
         model, update, gradients, shape, known, begin, local, update.local_steps, precision
     )
@@ -111,8 +111,14 @@ def declare(
 def _fits(model: nn.Module, update: Update, labels: Tensor, shape: tuple[int, ...]) -> None:
     """Raise unless the labels are targets of the model's outputs."""
     like = next(model.parameters())
-    with torch.no_grad(), untouched(model, hooks=False):
-        outputs = model(torch.full(shape, 0.5, dtype=like.dtype, device=like.device))
+    try:
+        with torch.no_grad(), untouched(model, hooks=False):
+            outputs = model(torch.full(shape, 0.5, dtype=like.dtype, device=like.device))
+    except RuntimeError as error:
+        raise ValueError(
+            f"input_shape: the {type(model).__name__} fails on samples of shape {shape[1:]} "
+            f"({first_line(error)}); write the input_shape that the client's samples had"
+        ) from error
     update.loss.check_targets(outputs, labels.to(outputs.device))
 
 

@@ -81,7 +81,7 @@ def filled(
     if not watchable(problem.model, name):
         why = f"no completion: '{name}' is no module of the model, its input cannot be watched"
         return _without(problem, descent, f"{halt.reason}; {why}")
-    update = ModuleUpdate(problem.model, problem.gradients, known, shape)
+    update = ModuleUpdate(problem.model, problem.sent, known, shape)
 
     def watch(step: Step, _: Tensor) -> None:
         show.stage(f"completion below {name}: step {step.number + 1}, misfit {step.misfit:.1e}")
@@ -188,7 +188,7 @@ def searched(problem: Problem, recovery: Recovery, show: Progress) -> Recovery:
     if kinked and not met and targets is not None:
         shape = (problem.batch, *problem.chain.input_shape)
         drawn = coarse(
-            problem.model, problem.gradients, Outside(problem.declared, targets), shape,
+            problem.model, problem.sent, Outside(problem.declared, targets), shape,
             filling.prior, problem.value_range, seconds + began - time.perf_counter(),
             seed=problem.precision.seed,
         )  # fmt: skip

@@ -87,6 +87,19 @@ class Halt:
         )
 
     @classmethod
+    def unsent(cls, stage: str, rank: int, unknowns: int) -> Halt:
+        """The gradient of a layer was not sent, and its weights alone do not fix its input."""
+        return cls(
+            HaltKind.DEFICIENT,
+            stage,
+            f"the gradient of '{stage}' was not sent (frozen on the client), and its weight "
+            f"constraints alone have rank {rank} for {unknowns} unknowns: {unknowns - rank} "
+            "equations are missing",
+            unknowns,
+            rank,
+        )
+
+    @classmethod
     def ill_conditioned(cls, stage: str, unknowns: int) -> Halt:
         """They have full rank, but not at this precision."""
         return cls(

@@ -12,11 +12,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rgap.affine import Affine
 from rgap.bias import bias_attack, rank_one_residual
 from rgap.losses import Loss
 from rgap.network import Stage
-from rgap.precision import UNKNOWN, Known, Precision
+from rgap.precision import UNKNOWN, Known, Named, Precision
 from rgap.reading import Reading, read_target
 from rgap.roots import cotangent_rounding, entry, reproduced, roots, scale_equation
 
@@ -94,7 +93,7 @@ def solve_head(
 
 
 def features_from_bias(
-    affine: Affine, weight_gradient: Tensor, bias_gradient: Tensor, precision: Precision
+    layer: Named, weight_gradient: Tensor, bias_gradient: Tensor, precision: Precision
 ) -> tuple[Known, Known]:
     """Input x and cotangent k of a fully connected stage with a bias, with their errors.
 
@@ -103,14 +102,14 @@ def features_from_bias(
     Σσ² is taken out.  Where that is most of ‖∂b‖², nothing is known of x.
     """
     k = bias_gradient
-    std_k = precision.noise_std(affine.bias_name or "", k)
+    std_k = precision.noise_std(layer.bias_name or "", k)
     met = torch.where(k == 0, 0.0, std_k / k.norm())  # what rounded to 0 added nothing
     own = 1.0 - float(met.square().sum())  # share of ‖∂b‖² that is not noise
     x = bias_attack(weight_gradient, k) / max(own, DROWNED)
     noise_k = precision.normal(std_k)
     # dx = (δG − k-error·xᵀ)ᵀ k / (‖k‖² − Σσ²)
     std = weight_gradient.abs() * precision.unit + precision.floor
-    added = precision.noise_std(affine.weight_name, weight_gradient)
+    added = precision.noise_std(layer.weight_name, weight_gradient)
     noise_g = precision.normal(torch.hypot(std, added))
     size = k.abs().max()
     scaled = k / size  # ‖∂b‖² underflows long before ∂b does

@@ -8,6 +8,7 @@ the sign points, and how many local steps lie between.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -116,8 +117,10 @@ def ndarray_fields(model: nn.Module, arrays: Sequence[Any], step: Descent | None
             f"arrays: expected {len(parameters)} (one per parameter of the {type(model).__name__}) "
             f"or {len(state)} (one per entry of model.state_dict()), got {len(arrays)}."
         )
-    tensors = {name: _tensor(name, array) for name, array in zip(names, arrays, strict=True)}
     known = dict(model.named_buffers())
+    expected = {**parameters, **known}
+    named = _by_shape(arrays, {name: tuple(expected[name].shape) for name in names})
+    tensors = {name: _tensor(name, array) for name, array in named.items()}
     buffers = {name: tensors[name] for name in names if name in known}
     sent = {name: tensors[name] for name in parameters if name in tensors}
     if step is None:
@@ -151,6 +154,33 @@ def _widen(noise: dict[str, Tensor], still: Mapping[str, Tensor]) -> None:
         if bias is not None and bias.shape == dead.shape:
             dead = dead & bias
         noise[name] = std * coherence(still[name], dead).to(std)
+
+
+def _by_shape(arrays: Sequence[Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """The arrays by name: in the order of the names, or the one other that their shapes allow."""
+    sent = [np.shape(array) for array in arrays]
+    pairs = list(zip(shapes.items(), sent, strict=True))
+    wrong = [
+        place
+        for place, ((_, shape), got) in enumerate(pairs)
+        # a counter of batches has one entry, whatever its shape
+        if got != shape and not prod(got) == prod(shape) == 1
+    ]
+    if not wrong:
+        return dict(zip(shapes, arrays, strict=True))
+    if sorted(sent) == sorted(shapes.values()) and len(set(sent)) == len(sent):
+        found = dict(zip(sent, arrays, strict=True))
+        return {name: found[shape] for name, shape in shapes.items()}
+    place = wrong[0]
+    name, shape = list(shapes.items())[place]
+    twice = next((s for s in sent if sent.count(s) > 1), None)
+    other = sorted(sent) == sorted(shapes.values()) and twice is not None
+    why = f"; several have shape {twice}, so their order cannot be found" if other else ""
+    raise ValueError(
+        f"arrays: the one at place {place} has shape {sent[place]}, expected {shape} for "
+        f"{name!r}{why}; send them in the order of model.state_dict(), as "
+        "[v.numpy() for v in model.state_dict().values()] gives them."
+    )
 
 
 def _started(

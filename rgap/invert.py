@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -58,6 +59,7 @@ def invert(
     *,
     labels: Tensor | None = None,
     batch_size: int | None = None,
+    input_shape: Sequence[int] | None = None,
     head: Head | None = None,
     complete: bool = False,
     prior: Prior | None = None,
@@ -81,6 +83,9 @@ def invert(
         update: what the client sent.
         labels: the labels if they are known, [B]; found from the update otherwise.
         batch_size: overrides ``update.batch_size``; where neither says it, it is found.
+        input_shape: shape of one sample, where the update does not state it, or states another;
+            not needed where the layers fix it (a fully connected first layer, a convolution below
+            a fully connected one that only one square size fits).
         head: known head features, to study the recursion of a batch below the head.
         complete: go on where the recursion ends: what the equations leave open below is chosen
             by the prior (``COMPLETED``), or found to be determined by all of them together.  Where
@@ -118,8 +123,9 @@ def invert(
     """
     began = time.perf_counter()
     problem = prepare(
-        model, update, batch_size, value_range, noise, labels, device, seed, memory_budget
-    )
+        model, update, batch_size, value_range, noise, labels, device, seed, memory_budget,
+        input_shape,
+    )  # fmt: skip
     if complete:
         filling = Filling.of(prior, time_limit, problem.chain.input_shape, problem.value_range)
         problem = replace(problem, filling=filling)
@@ -130,8 +136,8 @@ def invert(
 
 def _run(problem: Problem, head: Head | None, show: Progress) -> Recovery:
     chain = problem.chain
-    if head is None and (found := _from_data(problem, show)) is not None:
-        return found
+    if head is None and (early := _from_data(problem, show)) is not None:
+        return early
     if problem.unready:
         raise ValueError(problem.unready)
     if not chain.stages:
@@ -163,7 +169,7 @@ def _run(problem: Problem, head: Head | None, show: Progress) -> Recovery:
             "without it",
             None,
         )
-    lowest = _lowest_fully_connected(chain, problem.gradients)
+    lowest = _lowest_fully_connected(problem)
     if lowest is not None:
         return _from_bias(problem, lowest, show)
     return _from_head(problem, show)
@@ -185,7 +191,7 @@ def _from_data(problem: Problem, show: Progress) -> Recovery | None:
     if problem.stated not in (None, 1) or covered:
         return None
     show.stage("reading the network from the data up")
-    prefix = find_prefix(problem.model, chain.input_shape, problem.gradients)
+    prefix = find_prefix(problem.model, chain.input_shape, problem.sent)
     if prefix is None:
         return None
     above = "above it no equation of the loss is needed"
@@ -223,7 +229,7 @@ def _from_bias(problem: Problem, index: int, show: Progress) -> Recovery:
     chain = problem.chain
     stage = chain.stages[index]
     show.stage(f"bias attack at {stage.name}")
-    weight, bias = head_gradients(stage, problem.gradients)
+    weight, bias = head_gradients(stage, problem)
     assert bias is not None
     x, k = features_from_bias(stage.affine, weight, bias, problem.precision)
     misfit = rank_one_residual(weight, x.value[0], k.value[0])
@@ -254,8 +260,16 @@ def _from_head(problem: Problem, show: Progress) -> Recovery:
         )
         halt = Halt(HaltKind.HEAD, stage.name, words)
         return outcomes.stopped(problem, Status.UNSUPPORTED, words, None, halt)
+    if not problem.precision.sent(stage.affine.weight_name):
+        return outcomes.stopped(
+            problem,
+            Status.UNDERDETERMINED,
+            f"the gradient of the last layer '{stage.name}' was not sent (frozen on the client): "
+            "nothing says where the recursion could begin; ask the client to train that layer too",
+            None,
+        )
     show.stage(f"head equations at {stage.name}")
-    weight, bias = head_gradients(stage, problem.gradients)
+    weight, bias = head_gradients(stage, problem)
     found = solve_head(stage, weight, bias, problem.update.loss, problem.precision)
     if isinstance(found, HeadFailure):
         status = Status.UNDERDETERMINED if found.consistent else Status.INCONSISTENT
@@ -377,14 +391,16 @@ def _given(name: str, value: Tensor, shape: tuple[int, ...], problem: Problem) -
     return Known(value, problem.precision.rounding(value))
 
 
-def _lowest_fully_connected(chain: Chain, gradients: dict[str, Tensor]) -> int | None:
+def _lowest_fully_connected(problem: Problem) -> int | None:
     """Index of the lowest fully connected stage whose bias gradient carries its input."""
-    for stage in chain.stages:
-        name = stage.affine.bias_name
+    for stage in problem.chain.stages:
+        name, sent = stage.affine.bias_name, problem.precision.sent
         if (
             stage.affine.geometry is None
             and name is not None
-            and bool((gradients[name] != 0).any())
+            and sent(name)
+            and sent(stage.affine.weight_name)
+            and bool((problem.gradients[name] != 0).any())
         ):
             return stage.index
     return None

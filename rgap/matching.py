@@ -7,7 +7,7 @@ whose update came nearest.  Where :func:`rgap.invert` recovers exactly, use it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import inf, isfinite, prod
 
@@ -85,6 +85,7 @@ def match(
     method: str | Preset = "gauss_newton",
     labels: Tensor | None = None,
     batch_size: int | None = None,
+    input_shape: Sequence[int] | None = None,
     start: Tensor | Recovery | None = None,
     prior: Prior | None = None,
     local: LocalTraining | None = None,
@@ -111,6 +112,7 @@ def match(
         method: one of the four, or a :class:`~rgap.presets.Preset` of your own.
         labels: the targets; else the update's, else read off it; ``dlg`` searches them too.
         batch_size: overrides ``update.batch_size``.
+        input_shape: shape of one sample, as for :func:`rgap.invert`.
         start: a batch to begin with, or a recovery that holds one, in place of the first random
             start.  The objective of the answer is never larger than that of the start.
         prior: of the data; by default the total variation, for ``gauss_newton`` that of pictures
@@ -159,7 +161,9 @@ def match(
         raise ValueError(
             "patience: gauss_newton stops by itself where steps change nothing; leave it out"
         )
-    given = declare(model, update, preset, labels, batch_size, start, local, noise, device)
+    given = declare(
+        model, update, preset, labels, batch_size, start, local, noise, device, input_shape
+    )
     starts = preset.restarts if preset else 1
     count = validation.count("restarts", starts if restarts is None else restarts)
     usual = preset.iterations if preset else Schedule.steps

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 __all__ = [
+    "InputShape",
     "Json",
     "LabelMethod",
     "LossName",
@@ -41,6 +42,13 @@ UpdatePath = Annotated[
 ]
 BatchSize = Annotated[
     int | None, typer.Option(help="If the update does not state it.", min=1, show_default=False)
+]
+InputShape = Annotated[
+    str | None,
+    typer.Option(
+        help="Shape of one sample, as in 3,32,32, if the update does not state it.",
+        show_default=False,
+    ),
 ]
 KnownLabels = Annotated[
     str | None, typer.Option(help="If they are known, as in 3,5.", show_default=False)

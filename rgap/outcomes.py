@@ -91,7 +91,7 @@ def replayed(
     """Relative difference between the update and the gradient of a batch, in all and by name."""
     again = sent_for(problem, inputs, labels, scale)
     parts, total, size = {}, 0.0, 0.0
-    for name, sent in problem.gradients.items():
+    for name, sent in problem.sent.items():
         gap, own = float((again[name] - sent).norm()), float(sent.norm())
         parts[name] = gap / own if own > 0 else gap
         total, size = total + gap**2, size + own**2

@@ -11,9 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from rgap.rounding import ABSENT
 
 UNKNOWN = 1e150  # standard error of a value that no equation fixes
 OPEN = 1e100  # above which it is one, whatever scale a normalisation has put on it
@@ -36,6 +39,16 @@ class Known:
     def known(self) -> Tensor:
         """False where no equation fixes the entry, as for the z of a ReLU that is off, [B, ...]."""
         return self.error.abs().amax(0) < OPEN
+
+
+class Named(Protocol):
+    """A layer that knows what its parameters are called in the update."""
+
+    @property
+    def weight_name(self) -> str: ...  # noqa: D102
+
+    @property
+    def bias_name(self) -> str | None: ...  # noqa: D102
 
 
 @dataclass
@@ -105,6 +118,13 @@ class Precision:
     def noisy(self) -> bool:
         """True if any noise is added to what the client computed."""
         return self.noise > 0.0 or bool(self.entries)
+
+    def sent(self, name: str | None) -> bool:
+        """False where the gradient of that name was not sent at all, and for no name."""
+        if name is None:
+            return False
+        own = self.entries.get(name)
+        return own is None or bool((own < ABSENT).any())
 
     def noise_std(self, name: str, like: Tensor) -> Tensor:
         """Standard deviation of the noise added to each entry of a gradient.

@@ -113,7 +113,8 @@ def _chains(
         piece = made.piece
         if not isinstance(piece, Affine) or piece.geometry is not None:
             continue
-        if piece.bias_name is None or not bool((gradients[piece.bias_name] != 0).any()):
+        bias = gradients.get(piece.bias_name or "")  # a frozen layer sent none
+        if bias is None or piece.weight_name not in gradients or not bool((bias != 0).any()):
             continue
         links = _down(model, traced, node, uses)
         if links is not None:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from rgap import validation
 from rgap.behind import behind
-from rgap.checking import UnreadyError
+from rgap.checking import UnreadyError, sample_shape
 from rgap.ending import folded
 from rgap.losses import Loss
 from rgap.network import Chain, parse, unparsed
@@ -87,6 +86,11 @@ class Problem:
     filling: Filling | None = None  # None: stop where the equations end
     notes: tuple[str, ...] = ()  # what was read off the update before anything was solved
 
+    @property
+    def sent(self) -> dict[str, Tensor]:
+        """The gradients without those of layers that the client had frozen."""
+        return {n: g for n, g in self.gradients.items() if self.precision.sent(n)}
+
 
 def prepare(
     model: nn.Module,
@@ -98,9 +102,10 @@ def prepare(
     device: torch.device | str | None,
     seed: int,
     budget: float,
+    input_shape: Sequence[int] | None = None,
 ) -> Problem:
     """Check an update against its model and bring both to float64; arguments as for ``invert``."""
-    update.check(model)
+    update = update.fitted(model)
     update, rounded = update.as_rounded()
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
@@ -119,11 +124,8 @@ def prepare(
     bounds = update.value_range if value_range is None else validation.bounds(value_range)
     slack = BEYOND if value_range is None else 0.0
     place = device_of(device)
-    if update.input_shape is None:
-        raise ValueError(
-            "expected an input shape, got an update that does not state one; write "
-            "dataclasses.replace(update, input_shape=(3, 32, 32))"
-        )
+    update = replace(update, input_shape=sample_shape(model, input_shape, update.input_shape))
+    assert update.input_shape is not None
     if update.local_steps > 1:
         raise ValueError(
             f"expected one gradient, got the sum of {update.local_steps} local steps: the weights "
@@ -139,7 +141,7 @@ def prepare(
     if place.type != "cpu":
         chain = chain.to(place)
     chain, loss = behind(*folded(chain, declared, stated))
-    update = dataclasses.replace(update, loss=loss)
+    update = replace(update, loss=loss)
     _check_labels(known, update, chain)
     gradients = {n: g.detach().to(place, torch.float64) for n, g in update.gradients.items()}
     precision = precision_of(update, noise, place, seed)

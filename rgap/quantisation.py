@@ -137,7 +137,7 @@ def _step(g: Tensor, bits: int) -> float | None:
             continue
         off = (values - step * (values / step).round()).abs()
         if bool((off <= slack).all()) and slack < step / 8:
-            return step
+            return float(step)
     return None
 
 
@@ -146,4 +146,5 @@ def _distinct(g: Tensor) -> Tensor:
     flat = g.detach().flatten()
     stride = max(1, flat.numel() // LOOKED)
     sizes = flat[::stride].abs()
-    return sizes[sizes > 0].unique()
+    distinct: Tensor = torch.unique(sizes[sizes > 0])
+    return distinct

@@ -110,7 +110,7 @@ def head_cotangent(problem: Problem, descent: Descent) -> Known:
     if last in descent.cotangents:
         return descent.cotangents[last]
     stage = problem.chain.stages[-1]
-    weight, bias = head_gradients(stage, problem.gradients)
+    weight, bias = head_gradients(stage, problem)
     name = stage.affine.bias_name
     if bias is not None and name is not None:
         return Known(
@@ -148,7 +148,8 @@ def top_features(chain: Chain, data: Known) -> Known:
     return Known(value, error)
 
 
-def head_gradients(stage: Stage, gradients: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-    """∂L/∂W and ∂L/∂b (or None) of a stage."""
-    name = stage.affine.bias_name
-    return gradients[stage.affine.weight_name], None if name is None else gradients[name]
+def head_gradients(stage: Stage, problem: Problem) -> tuple[Tensor, Tensor | None]:
+    """∂L/∂W and ∂L/∂b of a stage; None for a bias that it does not have, or that was not sent."""
+    name, gradients = stage.affine.bias_name, problem.gradients
+    sent = name is not None and problem.precision.sent(name)
+    return gradients[stage.affine.weight_name], gradients[name] if name and sent else None

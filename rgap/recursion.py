@@ -164,11 +164,14 @@ def descend(
         if index < start:
             if watch is not None:
                 watch(stage.name)
+            name = stage.affine.weight_name
+            # A gradient that was not sent says nothing: K = 0, and the weight constraints are left.
+            own = k if precision.sent(name) else Known(0.0 * k.value, 0.0 * k.error)
             step = solve_stage(
                 stage.affine,
-                gradients[stage.affine.weight_name],
+                gradients[name],
                 known,
-                k,
+                own,
                 precision,
                 budget,
                 parts=index == 0 and chain.complete,
@@ -177,7 +180,7 @@ def descend(
             descent.solutions[index] = step if index == 0 else replace(step, factor=None)
             if step.solution.value is None:
                 descent.reached = Reached(index, k, None, known)
-                descent.halt = _shortfall(stage, step)
+                descent.halt = _shortfall(stage, step, precision.sent(name))
                 if step.partial is not None:
                     descent.partial = _data(stage, step.partial, precision)
                 return descent
@@ -234,8 +237,10 @@ def _data(stage: Stage, u: Known, precision: Precision) -> Known | None:
     return None if isinstance(lifted, Halt) else lifted[0]
 
 
-def _shortfall(stage: Stage, step: StageSolution) -> Halt:
+def _shortfall(stage: Stage, step: StageSolution, sent: bool) -> Halt:
     stats = step.solution.stats
+    if not sent and stats.joint is not None:
+        return Halt.unsent(stage.name, stats.joint.rank, stats.unknowns)
     if stats.joint is None:
         return Halt.unsolved(stage.name, stats.unknowns)
     if stats.joint.nullity == 0:

@@ -122,7 +122,7 @@ def replay(
     unit = problem.precision.unit
     ratio = unit / (torch.finfo(LOW).eps / 2)
     parts, allowed, total, size = {}, {}, 0.0, 0.0
-    for name, sent in problem.gradients.items():
+    for name, sent in problem.sent.items():
         gap = float((exact[name] - sent).norm())
         own = float(sent.norm())
         total, size = total + gap**2, size + own**2

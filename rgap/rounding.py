@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["UNIFORM", "coherence", "spacing"]
+__all__ = ["ABSENT", "UNIFORM", "coherence", "spacing"]
 
 UNIFORM = 12**-0.5  # standard deviation of an error that is uniform over one spacing
+ABSENT = 1e30  # standard deviation of the noise of an entry that was not sent at all
 LOST = 0.5  # share of still entries at which the typical one is below half a spacing
 
 

@@ -49,7 +49,7 @@ def from_prefix(problem: Problem, prefix: Prefix, above: str, show: Progress) ->
     own = replace(problem, chain=chain)
     stage = chain.stages[-1]
     show.stage(f"bias attack at {stage.name}")
-    weight, bias = head_gradients(stage, problem.gradients)
+    weight, bias = head_gradients(stage, problem)
     assert bias is not None
     x, k = features_from_bias(stage.affine, weight, bias, problem.precision)
     misfit = rank_one_residual(weight, x.value[0], k.value[0])

@@ -81,7 +81,9 @@ def _underflow(problem: Problem) -> list[str]:
     head = problem.chain.stages[-1].affine
     found = []
     info = torch.finfo(problem.update.dtype)
-    for name in filter(None, (head.bias_name, head.weight_name)):
+    for name in (n for n in (head.bias_name, head.weight_name) if n is not None):
+        if not problem.precision.sent(name):
+            continue
         g = problem.update.gradients[name].abs()
         low = int(((g > 0) & (g < info.smallest_normal)).sum())
         rows = g.flatten(1).amax(1) if g.ndim > 1 else g
@@ -101,6 +103,8 @@ def _softmax_shaped(problem: Problem) -> bool:
     outputs and targets have the same sum, which a linear head does not give.
     """
     stage, loss = problem.chain.stages[-1], problem.update.loss
+    if not problem.precision.sent(stage.affine.bias_name):
+        return False
     continuous = loss.name != CROSS_ENTROPY and loss.targets != "index"
     if not continuous or problem.batch > 1 or not loss.plain or stage.affine.bias_name is None:
         return False

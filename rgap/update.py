@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from rgap import interop, storage, validation
 from rgap.losses import Loss
+from rgap.naming import renamed, renaming
 from rgap.quantisation import recognise
+from rgap.rounding import ABSENT
 from rgap.sgd import Descent
 
 __all__ = ["Update"]
@@ -127,6 +129,50 @@ class Update:
             total = sum(float(s.double().square().sum()) for s in self.noise.values())
             parts.append(f"noise {(total / numbers) ** 0.5:.1e} rms")
         return f"Update({', '.join(parts)})"
+
+    def fitted(self, model: nn.Module) -> Update:
+        """This update under the names of ``model``, checked against it.
+
+        Prefixes of wrappers (``module.``, ``_orig_mod.``, ``_module.``, or one that all names of a
+        side share) are left out where the rest agrees, whichever side is wrapped. A counter such as
+        ``num_batches_tracked`` may have any shape of one entry. Parameters that the model has
+        frozen (``requires_grad=False``) need not be there: they get gradients of zero with the
+        noise ``ABSENT``, so that no equation counts on them; and so do they if zeros were sent.
+
+        Raises:
+            ValueError: as `check`; and weights where gradients are expected.
+
+        Example:
+            >>> import torch
+            >>> model = torch.nn.Linear(2, 1)
+            >>> update = Update({"module.weight": torch.ones(1, 2), "module.bias": torch.ones(1)})
+            >>> list(update.fitted(model).gradients)
+            ['weight', 'bias']
+        """
+        parameters, own = dict(model.named_parameters()), dict(model.named_buffers())
+        names = renaming(self.gradients, parameters)
+        gradients, noise = renamed(self.gradients, names), renamed(self.noise or {}, names)
+        buffers = renamed(self.buffers, renaming(self.buffers, own))
+        for name, buffer in buffers.items():
+            if name in own and own[name].numel() == buffer.numel() == 1:
+                buffers[name] = buffer.reshape(own[name].shape)
+        validation.refuse_weights(gradients, parameters)
+        unsent = [
+            name
+            for name, p in parameters.items()
+            if not p.requires_grad and (name not in gradients or not bool(gradients[name].any()))
+        ]
+        if unsent and len(unsent) < len(parameters):
+            dtype = next(iter(gradients.values())).dtype
+            for name in unsent:
+                gradients[name] = torch.zeros_like(parameters[name], dtype=dtype)
+                noise[name] = torch.full_like(gradients[name], ABSENT)
+            given = [name for name in gradients if name not in unsent]
+            if given == [name for name in parameters if name in given]:  # else the check says so
+                gradients = {name: gradients[name] for name in parameters if name in gradients}
+        found = dataclasses.replace(self, gradients=gradients, buffers=buffers, noise=noise or None)
+        found.check(model)
+        return found
 
     def check(self, model: nn.Module) -> None:
         """Raise unless this update has the form of a gradient of ``model``.

@@ -30,6 +30,8 @@ _MEANT = {
     "l2": "mse_loss",
 }
 
+WEIGHTS = 0.2  # distance from the weights, over their size, up to which gradients are weights
+
 # What to write for a count that is refused; 1 where nothing else is usual.
 _EXAMPLES = {
     "input_shape": "(3, 32, 32)",
@@ -171,6 +173,25 @@ def bounds(value_range: Any) -> tuple[float, float] | None:
     return low, high
 
 
+def refuse_weights(gradients: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
+    """Raise if the gradients are the model's own parameters, a little trained perhaps."""
+    apart = size = 0.0
+    for name, g in gradients.items():
+        p = parameters.get(name)
+        if p is None or p.shape != g.shape:
+            return  # named by the other checks
+        own = p.detach().to(g.device, torch.float64)
+        apart += float((g.double() - own).square().sum())
+        size += float(own.square().sum())
+    if size > 0.0 and apart < (WEIGHTS * WEIGHTS) * size:
+        raise ValueError(
+            f"gradients: they are the model's own parameters to within {(apart / size) ** 0.5:.1e} "
+            "of their size: weights after training, expected gradients. Write "
+            "Update.from_ndarrays(model, arrays, lr=0.01) or Update.from_delta(model, weights, "
+            "lr=0.01) with the client's learning rate."
+        )
+
+
 def check_names(got: Mapping[str, Tensor], expected: Mapping[str, Tensor], model: str) -> None:
     """Raise unless names and order are the model's."""
     missing = [name for name in expected if name not in got]
@@ -186,7 +207,8 @@ def check_names(got: Mapping[str, Tensor], expected: Mapping[str, Tensor], model
         raise ValueError(
             f"gradients: {missing[0]!r} is missing{also}, expected the {len(expected)} parameters "
             f"of the {model}{found}. Write Update({{n: p.grad for n, p in "
-            "model.named_parameters()})."
+            "model.named_parameters()}), or, if the client froze it, "
+            f"model.get_parameter({missing[0]!r}).requires_grad_(False)."
         )
     if extra:
         raise ValueError(

@@ -117,7 +117,7 @@ def _examine(
         dtype = next(d for d in values.COARSER if torch.finfo(d).eps == coarse.value)
     if update.local_steps > 1 or not any(bool(g.any()) for g in update.gradients.values()):
         return found
-    precision = Precision(dtype, added, seed=seed)
+    precision = Precision(dtype, added, seed=seed, entries=update.noise or {})
     if size is None and known is not None:
         size = len(known)
     evidence = gather(model, update, size, known, shape, precision, deadline)
@@ -157,7 +157,7 @@ def _sent(evidence: Evidence) -> samples.Samples | None:
     if evidence.batch != 1:
         return samples.batch(evidence)
     alone = samples.single(evidence)
-    stated = evidence.precision.noise > 0
+    stated = evidence.precision.noisy
     if alone is None or (alone.rest > SAME * evidence.unit and not stated):
         return None
     return alone

@@ -37,6 +37,16 @@ class Call:
     given: Tensor
     made: Tensor
 
+    @property
+    def weight_name(self) -> str:
+        """Name of its weight in the update."""
+        return f"{self.name}.weight"
+
+    @property
+    def bias_name(self) -> str:
+        """Name of its bias in the update."""
+        return f"{self.name}.bias"
+
 
 @dataclass(frozen=True)
 class Evidence:
@@ -82,10 +92,9 @@ class Evidence:
         """∂W and ∂b of a fully connected layer applied once a sample, or None."""
         if not isinstance(call.module, nn.Linear) or call.given.ndim != 2:
             return None
-        weight, bias = f"{call.name}.weight", f"{call.name}.bias"
-        if weight not in self.gradients:
+        if call.weight_name not in self.gradients:
             return None
-        return self.gradients[weight], self.gradients.get(bias)
+        return self.gradients[call.weight_name], self.gradients.get(call.bias_name)
 
     @property
     def dense(self) -> list[tuple[Call, Tensor, Tensor | None]]:

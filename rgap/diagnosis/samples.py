@@ -78,7 +78,7 @@ def single(evidence: Evidence) -> Samples | None:
         return _without_bias(evidence, weight)
     if not bool((bias != 0).any()):
         return None
-    x, k = features_from_bias(weight, bias, evidence.precision)
+    x, k = features_from_bias(call, weight, bias, evidence.precision)
     matrix, shift = _parameters(evidence, call.name)
     z = x.value @ matrix.T + shift
     width = float((x.error @ matrix.T).abs().max())

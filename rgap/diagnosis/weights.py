@@ -216,7 +216,7 @@ def _recursion(evidence: Evidence) -> list[Contradiction]:
     weight, bias = evidence.gradients[last.affine.weight_name], evidence.gradients[name]
     if not bool((bias != 0).any()):
         return []
-    x, k = features_from_bias(weight, bias, evidence.precision)
+    x, k = features_from_bias(last.affine, weight, bias, evidence.precision)
     x = type(x)(
         x.value.reshape(-1, *last.affine.in_shape),
         x.error.reshape(len(x.error), -1, *last.affine.in_shape),

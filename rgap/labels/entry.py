@@ -115,7 +115,7 @@ def head_gradient(
         )
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}.")
-    update.check(model)
+    update = update.fitted(model)
     stated = update.batch_size if batch_size is None else batch_size
     if stated is None:
         raise ValueError(

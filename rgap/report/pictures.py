@@ -44,6 +44,8 @@ def read_pictures(sources: Sequence[str], shape: tuple[int, ...] | None) -> Tens
     """
     import torch
 
+    from rgap.pixels import read_picture
+
     if shape is not None and (len(shape) != 3 or shape[0] not in (1, 3)):
         raise ValueError(
             f"--input-shape: expected channels,height,width with 1 or 3 channels for pictures, got "
@@ -54,7 +56,7 @@ def read_pictures(sources: Sequence[str], shape: tuple[int, ...] | None) -> Tens
         if source.startswith(PHOTOS):
             found += _photos(source.removeprefix(PHOTOS), shape)
         else:
-            found += [_read(file, shape) for file in _files(source)]
+            found += [read_picture(file, shape) for file in _files(source)]
     shapes = {tuple(picture.shape) for picture in found}
     if len(shapes) > 1:
         raise ValueError(
@@ -102,23 +104,6 @@ def _files(source: str) -> list[Path]:
             f"--images: no file or folder {source!r}; the shipped photographs are photos:0-3"
         )
     return [path]
-
-
-def _read(file: Path, shape: tuple[int, ...] | None) -> Tensor:
-    import numpy as np
-    import torch
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    try:
-        with Image.open(file) as opened:
-            grey = opened.mode in ("1", "L") if shape is None else shape[0] == 1
-            image = opened.convert("L" if grey else "RGB")
-    except UnidentifiedImageError as error:
-        raise ValueError(f"--images: {file} is no picture that Pillow can read") from error
-    if shape is not None and image.size != (shape[2], shape[1]):
-        image = ImageOps.fit(image, (shape[2], shape[1]), Image.Resampling.LANCZOS)
-    table = torch.from_numpy(np.asarray(image, dtype=np.float64) / 255)
-    return table[None] if grey else table.movedim(-1, 0)
 
 
 HATCHING = (0.35, 0.65)  # greys, in widths of the range, of a value that is not known

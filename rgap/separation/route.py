@@ -32,6 +32,12 @@ def separate(batch: Batch, watch: Watcher | None = None) -> Separated | Unsepara
             f"the last layer '{head.name}' is a {head.affine.kind}; separating a batch needs "
             "fully connected ones"
         )
+    names = filter(None, (head.affine.weight_name, head.affine.bias_name))
+    if not all(batch.precision.sent(name) for name in names):
+        return Unseparated(
+            f"the gradient of the last layer '{head.name}' was not sent (frozen on the client): "
+            "nothing names the samples; ask the client to train that layer too"
+        )
     top = batch.mixture(head.index)
     for stage in chain.stages:
         if batch.size is None or stage.affine.geometry is not None:

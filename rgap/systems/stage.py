@@ -165,6 +165,14 @@ class _Stage:
             stats = Stats("rank only", self.unknowns, own.rank, joint, joint.condition, 0.0)
             return Solution(None, Result.DEFICIENT, stats), None
         known, iterations = self.compute(made)
+        if not bool(self.kronecker.spectra.any()):  # no gradient rows: u is known only now
+            self.weigh(self.coupling.unfold(known.value)[0])
+            again = factor(
+                self.kronecker, self.gradient_weights, self.coupling, self.weight_weights
+            )
+            if again is not None:
+                made = again
+                known, iterations = self.compute(made)
         full = Rank(
             self.unknowns,
             self.unknowns,
