@@ -17,6 +17,8 @@ from rgap.analysis.symbolic_modules import pooled_inputs
 from rgap.analysis.table import Audit, AuditRow
 from rgap.losses import Loss
 from rgap.network import parse
+from rgap.problem import device_of
+from rgap.progress import Progress, Shown
 from rgap.validation import require_finite
 
 METHODS = ("exact", "sketch", "formula")
@@ -33,6 +35,8 @@ def audit(
     method: str = "exact",
     weights: str = "given",
     seed: int = 0,
+    device: torch.device | str | None = None,
+    progress: Shown = False,
 ) -> Audit:
     """Measure which part of its input every layer's gradient determines.
 
@@ -55,6 +59,9 @@ def audit(
             ``route`` and whether its rank is ``exact`` or a bound.
         weights: "given", or "random" to audit the architecture with weights drawn anew.
         seed: of the probe and of random weights.
+        device: where to compute; default the CPU.
+        progress: True for a line on a terminal, or a function that is told; see
+            :mod:`rgap.progress`.
 
     Returns:
         The :class:`Audit`.
@@ -80,7 +87,8 @@ def audit(
             "load the weights into the model"
         )
     loss = Loss.of(loss)
-    pictures = _pictures(inputs, shape, max(batches), seed)
+    place = device_of(device)
+    pictures = _pictures(inputs, shape, max(batches), seed).to(place)
     if weights == "random":
         model = redrawn(model, seed)
     if method == "formula":
@@ -93,10 +101,18 @@ def audit(
     rows: list[AuditRow] = []
     spaces: Spaces = {}
     make = measured_row if method == "exact" else sketched_row
-    for batch in batches:
-        targets = probe_targets(model, pictures[:batch], loss, None, seed)
-        for probe in probe_layers(model, pictures[:batch], targets, loss):
-            rows.append(make(probe, batch, before.get(probe.affine.name, 0), spaces))
+    number = 0
+    with Progress(progress) as show:
+        for batch in batches:
+            show.stage(f"probe of B = {batch}")
+            targets = probe_targets(model, pictures[:batch], loss, None, seed)
+            probes = probe_layers(model, pictures[:batch], targets, loss)
+            for probe in probes:
+                number += 1
+                show.stage(
+                    f"{probe.affine.name} at B = {batch}", number, len(probes) * len(batches)
+                )
+                rows.append(make(probe, batch, before.get(probe.affine.name, 0), spaces))
     return Audit(type(model).__name__, method, tuple(rows), _notes(rows))
 
 

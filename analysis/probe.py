@@ -39,7 +39,7 @@ class Probe:
 
 
 def probe_layers(model: nn.Module, inputs: Tensor, targets: Tensor, loss: Loss) -> list[Probe]:
-    """Run a batch forward and backward on a float64 copy on the CPU; note u and k of every layer.
+    """Run a batch forward and backward on a float64 copy; note u and k of every layer.
 
     Works on any network, chain or not: skip connections, max-pool, attention.  A layer that is
     called several times is listed once per call; a layer that the equations do not cover is logged
@@ -47,7 +47,7 @@ def probe_layers(model: nn.Module, inputs: Tensor, targets: Tensor, loss: Loss) 
 
     Args:
         model: left as it was; a copy does the work.
-        inputs: [B, *input_shape].
+        inputs: [B, *input_shape]; all is computed on their device.
         targets: as the loss wants them.
         loss: of the client.
 
@@ -57,15 +57,15 @@ def probe_layers(model: nn.Module, inputs: Tensor, targets: Tensor, loss: Loss) 
     Raises:
         ValueError: a model without such layers.
     """
-    twin = copy.deepcopy(model).cpu().double()
+    twin = copy.deepcopy(model).to(inputs.device).double()
     calls: list[tuple[str, nn.Module, Tensor, Tensor]] = []
     for name, module in twin.named_modules():
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
         if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
             _note(name, module, calls)
-    outputs = twin(inputs.detach().cpu().double())
-    value = loss(outputs, targets)
+    outputs = twin(inputs.detach().double())
+    value = loss(outputs, targets.to(inputs.device))
     if not calls:
         raise ValueError(
             f"expected a model with fully connected or convolutional layers, got "

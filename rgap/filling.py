@@ -83,8 +83,12 @@ def filled(
         return _without(problem, descent, f"{halt.reason}; {why}")
     update = ModuleUpdate(problem.model, problem.gradients, known, shape)
 
+    made = 0
+
     def watch(step: Step, _: Tensor) -> None:
-        show.stage(f"completion below {name}: step {step.number + 1}, misfit {step.misfit:.1e}")
+        nonlocal made
+        made += 1
+        show.stage(f"completion below {name}, misfit {step.misfit:.1e}", made, series="complete")
 
     unknowns = prod(shape)
     surplus = update.equations - unknowns
@@ -162,7 +166,7 @@ def searched(problem: Problem, recovery: Recovery, show: Progress) -> Recovery:
         return recovery
 
     def watch(progress: Searching) -> None:
-        show.stage(f"matching: step {progress.number}, misfit {progress.best:.1e}")
+        show.stage(f"matching, misfit {progress.best:.1e}", progress.number + 1, series="match")
 
     began = time.perf_counter()
     kinked = any(rounded(module) for module in problem.model.modules())
@@ -228,8 +232,8 @@ def _label(problem: Problem, descent: Descent, kappa: Known | None) -> Tensor:
         return problem.labels
     known = head_cotangent(problem, descent) if kappa is None else kappa
     with torch.no_grad():
-        model = copy.deepcopy(problem.model).double()
-        outputs = model(descent.require_data().value)
+        data = descent.require_data().value
+        outputs = copy.deepcopy(problem.model).to(data)(data)
     loss = problem.update.loss
     dense = loss.targets_from(outputs, known.value.reshape(outputs.shape))
     return loss.read(dense)[0]

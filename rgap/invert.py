@@ -22,7 +22,7 @@ from rgap.ops import Rearrange, Reshape
 from rgap.pooling import LinearMap
 from rgap.precision import Known
 from rgap.problem import Filling, Problem, prepare
-from rgap.progress import Progress
+from rgap.progress import Progress, Shown
 from rgap.readout import head_cotangent, head_gradients, read_answer, read_batch
 from rgap.recovery import Recovery, Route, Status
 from rgap.recursion import Descent, descend
@@ -61,7 +61,7 @@ def invert(
     noise: float = 0.0,
     device: torch.device | str | None = None,
     seed: int = 0,
-    progress: bool = False,
+    progress: Shown = False,
     memory_budget: float = BUDGET,
     time_limit: float = 60.0,
 ) -> Recovery:
@@ -89,7 +89,8 @@ def invert(
         noise: standard deviation of noise added to every entry of the update.
         device: where to compute; default the CPU.
         seed: of the sampled errors; the global random state is not touched.
-        progress: show progress on a terminal.
+        progress: True for a line on a terminal, or a function that is told; see
+            :mod:`rgap.progress`.
         memory_budget: bytes; a layer whose equations need more is solved without forming any
             matrix, by LSMR.
         time_limit: seconds after which a completion begins no further step; the polish of an

@@ -283,7 +283,7 @@ def _solved(
     size = int(kept.sum())
     if size == 0:
         return torch.zeros_like(rhs)
-    eye = torch.eye(rhs.numel()).to(rhs)[kept].reshape(-1, *rhs.shape)
+    eye = torch.eye(rhs.numel(), dtype=rhs.dtype, device=rhs.device)[kept].reshape(-1, *rhs.shape)
     curved = torch.stack([bend(e).flatten()[kept] for e in eye])
     own = jacobian[:, kept]
     matrix = own.T @ own + 0.25 * weight * (curved + curved.T)

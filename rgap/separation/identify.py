@@ -72,7 +72,8 @@ def identify(
     labels = _labels(single, logits, head)
     if labels is None:
         return continuous(chain, samples, roots, loss)
-    kappas = [single.cotangent(logits, torch.full((len(roots),), c)) for c in labels]
+    every = torch.ones(len(roots), dtype=torch.long, device=roots.device)
+    kappas = [single.cotangent(logits, c * every) for c in labels]
     table = torch.stack(kappas, 1)  # [S, options, C]
     k = torch.stack([pull(kappa).flatten(1) for kappa in kappas], 1)  # [S, options, m]
     # A cotangent of the wrong sign is parallel to the right one where there are two classes.

@@ -43,7 +43,8 @@ class Found:
         Directions before place ``since`` were asked already.
         """
         zeros = self.zeros[since:].float()
-        mask = torch.zeros(len(picks), zeros.shape[1]).scatter_(1, picks, 1.0)
+        mask = torch.zeros(len(picks), zeros.shape[1], device=picks.device)
+        mask.scatter_(1, picks, 1.0)
         return (mask @ zeros.T > picks.shape[1] - 0.5).any(1)
 
     def with_one(self, direction: Tensor | None, zeros: Tensor, error: float, kept: bool) -> Found:

@@ -45,13 +45,13 @@ def _row_space(affine: Affine, mask: Tensor | None) -> RowSpace:
     size = prod(affine.in_shape)
     if mask is None and prod(affine.out_shape) > size > 64:
         coupling = weight_constraint(affine, 1)
-        gram = torch.zeros(size, size, dtype=torch.float64)
+        gram = affine.weight.new_zeros(size, size)
         channels = affine.in_shape[0]
-        ones = torch.ones(coupling.rows, dtype=torch.float64)
+        ones = gram.new_ones(coupling.rows)
         coupling.add_gram(ones, gram.view(channels, -1, channels, size // channels))
         extremes = full_column_rank(gram)
         if extremes is not None:
-            identity = torch.eye(size, dtype=torch.float64)
+            identity = torch.eye(size, dtype=gram.dtype, device=gram.device)
             return RowSpace(identity, Rank(size, size, 0.0, inf, *extremes, size))
     dense = dense_weights(affine)
     return row_space(dense if mask is None else dense[mask.to(dense.device)])
@@ -124,7 +124,7 @@ def shared_products(affine: Affine, cotangent: Tensor) -> Iterator[Tensor]:
         own = range(group * per_group, (group + 1) * per_group)
         vectors = []
         for target in own:
-            placed = torch.zeros(per_group, *cotangent.shape, dtype=cotangent.dtype)
+            placed = cotangent.new_zeros(per_group, *cotangent.shape)
             for row, source in enumerate(own):
                 placed[row, :, target] = cotangent[:, source]
             out = affine.adjoint(placed.flatten(0, 1))
