@@ -67,10 +67,10 @@ def filled(
     """
     filling = problem.filling
     assert filling is not None
-    deadline = time.perf_counter() + filling.schedule.seconds
+    deadline = filling.deadline
     chain = problem.chain
     halt = descent.require_halt()
-    descent, near = unpooled(problem, descent, SEARCHING * filling.schedule.seconds, show)
+    descent, near = unpooled(problem, descent, SEARCHING * filling.left, show)
     if descent.data is not None:
         return _passed(problem, descent, kappa, halt)
     halt = descent.require_halt()
@@ -170,7 +170,7 @@ def searched(problem: Problem, recovery: Recovery, show: Progress) -> Recovery:
 
     began = time.perf_counter()
     kinked = any(rounded(module) for module in problem.model.modules())
-    seconds = filling.schedule.seconds
+    seconds = filling.left
     try:
         found = match(
             problem.model,

@@ -93,8 +93,8 @@ def invert(
             :mod:`rgap.progress`.
         memory_budget: bytes; a layer whose equations need more is solved without forming any
             matrix, by LSMR.
-        time_limit: seconds after which a completion begins no further step; the polish of an
-            answer that all equations determine comes on top.
+        time_limit: seconds of the whole call after which a completion begins no further step; the
+            polish of an answer that all equations determine comes on top.
 
     Returns:
         A :class:`Recovery`; its ``status`` and ``reason`` say how far the update determines the
@@ -118,7 +118,9 @@ def invert(
         model, update, batch_size, value_range, noise, labels, device, seed, memory_budget
     )
     if complete:
-        filling = Filling.of(prior, time_limit, problem.chain.input_shape, problem.value_range)
+        filling = Filling.of(
+            prior, time_limit, problem.chain.input_shape, problem.value_range, began
+        )
         problem = replace(problem, filling=filling)
     with Progress(progress) as show:
         recovery = searched(problem, _run(problem, head, show), show)

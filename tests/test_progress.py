@@ -157,7 +157,7 @@ def test_every_command_that_computes_has_a_device_and_can_be_quiet(command: str)
 
 @pytest.mark.parametrize("flag", ["--quiet", "-q", "--no-progress"])
 def test_a_quiet_command_answers_all_the_same(flag: str) -> None:
-    args = ["audit", "mlp", "--input-shape", "1,4,4", "--batch-sizes", "1", flag, "--json"]
+    args = ["audit", "mlp", "--method", "formula", "--batch-sizes", "1", flag, "--json"]
     done = CliRunner().invoke(app, [*args, "--device", "cpu"])
     assert done.exit_code == 0, done.output
     wrong = CliRunner().invoke(app, [*args, "--device", "nowhere"])
