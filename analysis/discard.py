@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from math import prod
 from operator import index
 
 import torch
 from torch import Tensor, nn
 
-from rgap.analysis.layer_ranks import Spaces, counted_rows, measured_row, sketched_row
-from rgap.analysis.probe import probe_layers
+from rgap.analysis.layer_ranks import Spaces, counted_rows
+from rgap.analysis.probe import probed
 from rgap.analysis.probe_batch import probe_targets
-from rgap.analysis.symbolic_modules import pooled_inputs
+from rgap.analysis.probed_rows import probed_rows
 from rgap.analysis.table import Audit, AuditRow
 from rgap.losses import Loss
 from rgap.network import parse
@@ -94,25 +93,24 @@ def audit(
     if method == "formula":
         counted, left = counted_rows(model, shape, batches, loss.name)
         return Audit(type(model).__name__, method, tuple(counted), (*_notes(counted), *left))
-    chain = parse(model, shape)
-    before = {stage.name: prod(stage.in_shape) for stage in chain.stages}
-    if chain.barrier is not None:  # the stages end there, the pools beyond count as well
-        before = pooled_inputs(model, shape) | before
+    parse(model, shape)  # refuses a shape that does not fit, and train mode
     rows: list[AuditRow] = []
     spaces: Spaces = {}
-    make = measured_row if method == "exact" else sketched_row
-    number = 0
     with Progress(progress) as show:
         for batch in batches:
             show.stage(f"probe of B = {batch}")
             targets = probe_targets(model, pictures[:batch], loss, None, seed)
-            probes = probe_layers(model, pictures[:batch], targets, loss)
-            for probe in probes:
-                number += 1
-                show.stage(
-                    f"{probe.affine.name} at B = {batch}", number, len(probes) * len(batches)
-                )
-                rows.append(make(probe, batch, before.get(probe.affine.name, 0), spaces))
+            probes, recording = probed(model, pictures[:batch], targets, loss)
+
+            def watch(
+                what: str,
+                number: int | None = None,
+                total: int | None = None,
+                batch: int = batch,
+            ) -> None:
+                show.stage(f"{what} at B = {batch}", number, total, series=str(batch))
+
+            rows += probed_rows(probes, recording, batch, method, spaces, loss.name, watch)
     return Audit(type(model).__name__, method, tuple(rows), _notes(rows))
 
 

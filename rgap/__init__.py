@@ -20,6 +20,7 @@ from rgap._version import __version__
 if TYPE_CHECKING:
     from rgap import analysis, labels, models, photos, solvers
     from rgap.capture import capture
+    from rgap.diagnosis import Check, Finding, check
     from rgap.federated import LocalTraining
     from rgap.halt import Halt, HaltKind
     from rgap.invert import Head, invert
@@ -31,7 +32,9 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Candidate": "recovery",
+    "Check": "diagnosis",
     "Checkpoint": "matching",
+    "Finding": "diagnosis",
     "Halt": "halt",
     "HaltKind": "halt",
     "Head": "invert",
@@ -45,6 +48,7 @@ _HOMES = {
     "Status": "recovery",
     "Update": "update",
     "capture": "capture",
+    "check": "diagnosis",
     "idlg": "labels",
     "invert": "invert",
     "match": "matching",
@@ -53,7 +57,9 @@ _ROOMS = ("analysis", "labels", "models", "photos", "solvers")
 
 __all__ = [
     "Candidate",
+    "Check",
     "Checkpoint",
+    "Finding",
     "Halt",
     "HaltKind",
     "Head",
@@ -69,6 +75,7 @@ __all__ = [
     "__version__",
     "analysis",
     "capture",
+    "check",
     "idlg",
     "invert",
     "labels",

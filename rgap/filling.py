@@ -174,7 +174,7 @@ def searched(problem: Problem, recovery: Recovery, show: Progress) -> Recovery:
     try:
         found = match(
             problem.model,
-            replace(problem.update, value_range=problem.value_range),
+            replace(problem.update, loss=problem.declared, value_range=problem.value_range),
             labels=problem.labels,
             batch_size=problem.batch,
             prior=filling.prior,
@@ -192,7 +192,7 @@ def searched(problem: Problem, recovery: Recovery, show: Progress) -> Recovery:
     if kinked and not met and targets is not None:
         shape = (problem.batch, *problem.chain.input_shape)
         drawn = coarse(
-            problem.model, problem.gradients, Outside(problem.update.loss, targets), shape,
+            problem.model, problem.gradients, Outside(problem.declared, targets), shape,
             filling.prior, problem.value_range, seconds + began - time.perf_counter(),
             seed=problem.precision.seed,
         )  # fmt: skip

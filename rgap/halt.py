@@ -139,6 +139,17 @@ class Halt:
             unknowns - missing,
         )
 
+    @classmethod
+    def unread(cls, stage: str, unknowns: int, missing: int) -> Halt:
+        """No kernel of the first layer reads some of the data."""
+        return cls(
+            HaltKind.DEFICIENT,
+            stage,
+            f"no kernel of '{stage}' reads {missing} values of the data",
+            unknowns,
+            unknowns - missing,
+        )
+
     @property
     def numbers(self) -> dict[str, object]:
         """Plain values, for JSON; ``reason`` is left out, as the recovery states its own."""

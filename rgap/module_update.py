@@ -157,7 +157,7 @@ class ModuleUpdate:
         inside = self.source if isinstance(self.source, Inside) else None
         blur = (GROWTH * precision.unit) ** 2 + (inside.blur**2 if inside else 0.0)
         total = sum(
-            blur + precision.noise**2 * g.numel() * self.scales[n] ** 2
+            blur + precision.noise_rms(n, g) ** 2 * g.numel() * self.scales[n] ** 2
             for n, g in self.gradients.items()
             if self.scales[n] > 0
         )

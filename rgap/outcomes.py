@@ -89,7 +89,7 @@ def completed(
 
 def replayed(problem: Problem, inputs: Tensor, labels: Tensor) -> tuple[float, dict[str, float]]:
     """Relative difference between the update and the gradient of a batch, in all and by name."""
-    sender = partial(capture, problem.model, inputs, labels, problem.update.loss, value_range=None)
+    sender = partial(capture, problem.model, inputs, labels, problem.declared, value_range=None)
     try:
         again = sender(dtype=torch.float64)
     except ValueError:  # a forward that casts to a precision of its own

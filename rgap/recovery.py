@@ -78,7 +78,7 @@ class LayerReport:
     Attributes:
         layer: module path.
         kind: "linear", "conv2d", ...
-        unknowns: B·n entries of the stage's input.
+        unknowns: entries of the stage's input, B·n less those that no kernel reads.
         gradient_rank: rank of the gradient constraints, or None if not reached.
         joint_rank: rank of gradient and weight constraints together.
         nullity: unknowns − joint_rank.
@@ -88,6 +88,7 @@ class LayerReport:
         seconds: time spent.
         route: see :class:`Route`.
         note: what stopped the recursion here, or "".
+        unread: entries of the input that no kernel reads (strides and dilations leave them out).
     """
 
     layer: str
@@ -102,6 +103,7 @@ class LayerReport:
     seconds: float
     route: Route
     note: str = ""
+    unread: int = 0
     _weight_rank: Callable[[], int] | None = field(default=None, repr=False, compare=False)
     _null_space: Callable[[int], Tensor] | None = field(default=None, repr=False, compare=False)
 
@@ -158,6 +160,10 @@ class Recovery:
             by label.
         halt: where and why the recursion ended before the data, with its kind and numbers, or
             None.  ``reason`` is made from it, never the other way round.
+        certified: which of "inputs" and "targets" are certified; ``EXACT`` means both.
+        determined: where only some entries of the data are determined: True at these, of the shape
+            that ``inputs`` would have; else None.
+        partial: the data where ``determined``, NaN elsewhere; ``error_bound`` is theirs then.
     """
 
     inputs: Tensor | None
@@ -174,6 +180,9 @@ class Recovery:
     separation: str = ""
     multiplicities: Tensor | None = None
     halt: Halt | None = None
+    certified: frozenset[str] = frozenset()
+    determined: Tensor | None = None
+    partial: Tensor | None = None
 
     @property
     def exact(self) -> bool:
@@ -245,6 +254,11 @@ class Recovery:
         for report in reversed(self.layers):
             lines.append("  " + _sentence(report, self.halt))
         given = self.inputs is not None
+        if self.determined is not None and self.error_bound is not None:
+            lines.append(
+                f"Of the data {int(self.determined.sum())} of {self.determined.numel()} values are "
+                f"determined (`partial`), none of them off by more than {self.error_bound:.2g}."
+            )
         if given and self.error_bound is not None and self.predicted_error is not None:
             rms = float(self.predicted_error.max())
             lines.append(
@@ -253,6 +267,8 @@ class Recovery:
             )
         if self.residual is not None:
             which = "answer" if given else "nearest answer (not returned)"
+            if self.partial is not None:
+                which = "determined values, with others in the open places,"
             lines.append(
                 f"Replaying the {which} through the model gives the update up to a relative "
                 f"difference of {self.residual:.2g}."
@@ -284,6 +300,7 @@ class Recovery:
             "seconds",
             "route",
             "note",
+            "unread",
         )
         return {
             "status": self.status.name,
@@ -295,6 +312,8 @@ class Recovery:
             "multiplicities": _plain(self.multiplicities),
             "separation": self.separation,
             "halt": None if self.halt is None else self.halt.numbers,
+            "certified": sorted(self.certified),
+            "determined": None if self.determined is None else int(self.determined.sum()),
             "candidates": len(self.candidates),
             "warnings": list(self.warnings),
             "seconds": _plain(self.seconds),
@@ -325,7 +344,8 @@ class Recovery:
 
 def _sentence(report: LayerReport, halt: Halt | None) -> str:
     """One layer in words; its note unless it is the halt, which the reason above says already."""
-    text = f"{report.layer} ({report.kind}): {report.unknowns} unknowns, "
+    unread = f" ({report.unread} more values are read by no kernel)" if report.unread else ""
+    text = f"{report.layer} ({report.kind}): {report.unknowns} unknowns{unread}, "
     if report.route is Route.NOT_REACHED:
         return text + "not reached."
     here = halt is not None and halt.stage == report.layer

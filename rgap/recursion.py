@@ -36,7 +36,7 @@ class Reached:
     Attributes:
         index: of the stage.
         k: cotangent at its output.
-        u: its input; None where its equations fall short.
+        u: its input; None where its equations leave some of it open.
         z: its pre-activation where they do.
     """
 
@@ -57,6 +57,8 @@ class Descent:
         halt: why it ended early, or None.
         inputs: recovered inputs x_i by stage index.
         completed: the data come from a completion, not from the equations of every stage.
+        partial: the data where only some of their entries are determined; the others are marked
+            as unknown (see :class:`Known`).
     """
 
     reached: Reached
@@ -66,6 +68,7 @@ class Descent:
     data: Known | None = None
     halt: Halt | None = None
     completed: bool = False
+    partial: Known | None = None
 
     def require_data(self) -> Known:
         """The recovered data.
@@ -101,7 +104,7 @@ class Descent:
         made = step.factor
 
         def inverse(v: Tensor) -> Tensor:
-            coupling = weight_constraint(stage.affine, v.shape[1])
+            coupling = weight_constraint(stage.affine, v.shape[1], read_only=True)
             u = v
             for op in stage.lead:  # (L⁻¹)ᵀ: a reshape is orthogonal, a scaling its own transpose
                 u = _map(op.forward, u) if isinstance(op, Reshape) else _affine_error(op, u)
@@ -161,16 +164,25 @@ def descend(
         if index < start:
             watch(stage.name, start - index, start)
             step = solve_stage(
-                stage.affine, gradients[stage.affine.weight_name], known, k, precision, budget
+                stage.affine,
+                gradients[stage.affine.weight_name],
+                known,
+                k,
+                precision,
+                budget,
+                parts=index == 0 and chain.complete,
             )
             # Only the first factor is needed again; each is as large as the matrix of its layer.
             descent.solutions[index] = step if index == 0 else replace(step, factor=None)
             if step.solution.value is None:
                 descent.reached = Reached(index, k, None, known)
                 descent.halt = _shortfall(stage, step)
+                if step.partial is not None:
+                    descent.partial = _data(stage, step.partial, precision)
                 return descent
-            known = step.solution.value
-            descent.reached = Reached(index, k, known, None)
+            above, known = known, step.solution.value
+            whole = bool(known.known.all())
+            descent.reached = Reached(index, k, *((known, None) if whole else (None, above)))
             if step.misfit > REFUTED:
                 descent.halt = Halt.contradiction(stage.name)
                 return descent
@@ -195,6 +207,7 @@ def descend(
     if chain.complete:
         descent.halt = _cut(chain.stages[0], known)
         descent.data = known if descent.halt is None else None
+        descent.partial = known if descent.halt is not None else None
     else:
         barrier = chain.barrier
         assert barrier is not None
@@ -203,12 +216,21 @@ def descend(
 
 
 def _cut(stage: Stage, data: Known) -> Halt | None:
-    """What a ReLU of the data themselves leaves open."""
+    """What a ReLU of the data leaves open, and what no kernel of the first layer reads."""
     missing = int((~data.known).sum())
-    for op in stage.lead if missing else ():
+    if not missing:
+        return None
+    for op in stage.lead:
         if isinstance(op, Activation) and op.one_sided:
             return Halt.cut(op.name, op.kind, data.known.numel(), missing)
-    return None
+    return Halt.unread(stage.name, data.known.numel(), missing)
+
+
+def _data(stage: Stage, u: Known, precision: Precision) -> Known | None:
+    """Data of which u is the input of the first affine map, some entries marked as unknown."""
+    k = Known(torch.zeros_like(u.value), torch.zeros_like(u.error))
+    lifted = _lift(stage, u, k, precision)
+    return None if isinstance(lifted, Halt) else lifted[0]
 
 
 def _shortfall(stage: Stage, step: StageSolution) -> Halt:
@@ -279,6 +301,14 @@ def _invert_activation(
     slope is taken at each perturbed value.  One-sided units (ReLU at 0) carry no equation: their
     z gets an infinite error, hence weight 0, and their k is 0.
     """
+    known = x.known
+    if not bool(known.all()):  # of entries that nothing read: any value will do, none is known
+        value = torch.where(known, x.value, op.forward(torch.zeros_like(x.value)))
+        z, below = _invert_activation(
+            op, Known(value, torch.where(known, x.error, 0.0)), k, precision
+        )
+        error = torch.where(known, z.error, x.error)
+        return Known(torch.where(known, z.value, 0.0), error), below
     # The client's own φ rounded its result, so even an exact x fixes z only to that precision.
     error = x.error + precision.rounding(x.value)
     value = x.value

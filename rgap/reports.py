@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import inf, prod
+from math import inf
 
 import torch
 from torch import Tensor
@@ -22,7 +22,8 @@ def layer_reports(problem: Problem, descent: Descent | None) -> tuple[LayerRepor
 
 def _report(problem: Problem, descent: Descent | None, stage: Stage) -> LayerReport:
     affine, batch = stage.affine, problem.batch
-    unknowns = batch * prod(affine.in_shape)
+    read = int(affine.reads.sum())
+    unknowns, unread = batch * read, batch * (affine.reads.numel() - read)
 
     def weight_rank() -> int:
         active = affine.weight.new_ones(batch, *affine.out_shape, dtype=torch.bool)
@@ -48,6 +49,7 @@ def _report(problem: Problem, descent: Descent | None, stage: Stage) -> LayerRep
                 0.0,
                 Route.NOT_REACHED,
                 note,
+                unread,
                 weight_rank,
             )
     assert descent is not None
@@ -67,6 +69,7 @@ def _report(problem: Problem, descent: Descent | None, stage: Stage) -> LayerRep
             0.0,
             route,
             note,
+            unread,
             weight_rank,
             lambda count: affine.weight.new_empty(0, batch, *affine.in_shape),
         )
@@ -74,7 +77,7 @@ def _report(problem: Problem, descent: Descent | None, stage: Stage) -> LayerRep
     cotangent, active = step.cotangent, step.active
 
     def null_space(count: int) -> Tensor:
-        nullity = count if stats.joint is None else stats.joint.nullity
+        nullity = count if stats.joint is None else stats.joint.nullity + unread
         if nullity == 0:
             return affine.weight.new_empty(0, batch, *affine.in_shape)
         return null_directions(affine, cotangent, active, nullity, count)
@@ -92,6 +95,7 @@ def _report(problem: Problem, descent: Descent | None, stage: Stage) -> LayerRep
         step.seconds,
         Route(stats.route),
         note,
+        unread,
         weight_rank,
         null_space,
     )

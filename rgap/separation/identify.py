@@ -119,7 +119,7 @@ def continuous(chain: Chain, samples: Mixture, roots: Tensor, loss: Loss) -> lis
     affine = samples.stage.affine
     z = affine.forward((roots @ samples.right.T).reshape(-1, *affine.in_shape))
     logits, pull = pullback(chain, samples.stage.index, z)
-    eye = torch.eye(logits.shape[1]).to(logits)
+    eye = torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device)
     jacobian = torch.stack([pull(e.expand_as(logits)).flatten(1) for e in eye], 1)
     centred = loss.name == CROSS_ENTROPY
     return [_free(samples, q, own, centred) for q, own in zip(roots, jacobian, strict=True)]
@@ -172,7 +172,7 @@ def _labels(loss: Loss, logits: Tensor, head: Mixture) -> list[int] | None:
     if classes <= LISTED:
         return list(range(classes))
     found: set[int] = set()
-    eye = torch.eye(classes).to(logits)
+    eye = torch.eye(classes, dtype=logits.dtype, device=logits.device)
     for p in torch.softmax(logits, 1):
         found |= set(head.outside(p - eye).argsort()[:SHORT].tolist())
     return sorted(found)
@@ -187,7 +187,7 @@ def _free(samples: Mixture, q: Tensor, jacobian: Tensor, centred: bool) -> Ident
         jacobian: Jᵀ of every logit, [C, m].
         centred: the entries of κ sum to 0 (cross-entropy).
     """
-    basis = torch.eye(len(jacobian)).to(jacobian)
+    basis = torch.eye(len(jacobian), dtype=jacobian.dtype, device=jacobian.device)
     if centred:
         basis = torch.linalg.qr(basis - 1.0 / len(basis)).Q[:, :-1].T
     rows = basis @ jacobian

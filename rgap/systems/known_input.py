@@ -379,4 +379,5 @@ def entry_error(affine: Affine, gradient: Tensor, k: Known, precision: Precision
     size = float(gradient.square().mean().sqrt())
     inside = float(k.std.square().mean().sqrt() / k.value.square().mean().sqrt().clamp_min(1e-300))
     carried = min(inside, 1.0) * size / float(prod(affine.out_shape[1:])) ** 0.5
-    return float(precision.unit * size + precision.noise + carried)
+    added = precision.noise_rms(affine.weight_name, gradient)  # one weight serves all filters
+    return float(precision.unit * size + added + carried)
