@@ -130,6 +130,7 @@ def capture(
         ),
     ] = None,
     weights: Weights = None,
+    device: Device = "cpu",
     input_shape: Annotated[
         str | None,
         typer.Option(
@@ -153,7 +154,7 @@ def capture(
         from rgap.report.pictures import read_pictures
 
         check_output(output, ".safetensors")
-        network = resolve(model, weights)
+        network = resolve(model, weights).to(usable_device(device))
         shape, usual = expected(model)
         chosen = Loss(loss or usual, reduction=reduction.value)
         pictures = read_pictures(images, shape_of(input_shape) or shape)

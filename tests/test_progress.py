@@ -155,6 +155,11 @@ def test_every_command_that_computes_has_a_device_and_can_be_quiet(command: str)
     assert "--device" in told and "--quiet" in told and "--no-progress" in told
 
 
+def test_a_capture_has_a_device() -> None:
+    told = CliRunner().invoke(app, ["capture", "--help"], env={"COLUMNS": "200"}).output
+    assert "--device" in told
+
+
 @pytest.mark.parametrize("flag", ["--quiet", "-q", "--no-progress"])
 def test_a_quiet_command_answers_all_the_same(flag: str) -> None:
     args = ["audit", "mlp", "--method", "formula", "--batch-sizes", "1", flag, "--json"]
