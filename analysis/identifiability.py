@@ -111,7 +111,7 @@ def identifiability(
     update = UpdateMap(model, pictures, targets, chosen)
     with Progress(progress) as shown:
         shown.stage("sequential nullity")
-        own, notes = {}, list[str]()
+        own, notes = dict[str, tuple[int, int]](), list[str]()
         if sequential:
             own, notes = _sequential(model, update, chosen, seed, shown.within)
         route = method

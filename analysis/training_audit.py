@@ -143,7 +143,7 @@ def audit_training(
         )
     named = checkpoints.items() if isinstance(checkpoints, Mapping) else enumerate(checkpoints)
     twin = copy.deepcopy(model)
-    names, audits = [], []
+    names, audits = list[str](), list[Audit]()
     total = len(checkpoints) if isinstance(checkpoints, Sized) else None
     with Progress(progress) as show:
         for name, state in named:
