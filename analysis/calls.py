@@ -84,7 +84,7 @@ class Use:
     read: tuple[int, ...]
     node: int
     module: nn.Module | None = None
-    cotangents: Tensor = field(default_factory=lambda: torch.empty(0))
+    cotangents: Tensor = field(default_factory=lambda: torch.empty(0, device="cpu"))
 
     @property
     def covered(self) -> bool:

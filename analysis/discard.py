@@ -16,6 +16,8 @@ from rgap.analysis.probed_rows import probed_rows
 from rgap.analysis.table import Audit, AuditRow
 from rgap.losses import Loss
 from rgap.network import parse
+from rgap.problem import device_of
+from rgap.progress import Progress, Shown
 from rgap.validation import require_finite
 
 METHODS = ("exact", "sketch", "formula")
@@ -32,6 +34,8 @@ def audit(
     method: str = "exact",
     weights: str = "given",
     seed: int = 0,
+    device: torch.device | str | None = None,
+    progress: Shown = False,
 ) -> Audit:
     """Measure which part of its input every layer's gradient determines.
 
@@ -54,6 +58,9 @@ def audit(
             ``route`` and whether its rank is ``exact`` or a bound.
         weights: "given", or "random" to audit the architecture with weights drawn anew.
         seed: of the probe and of random weights.
+        device: where to compute; default the CPU.
+        progress: True for a line on a terminal, or a function that is told; see
+            :mod:`rgap.progress`.
 
     Returns:
         The :class:`Audit`.
@@ -79,7 +86,8 @@ def audit(
             "load the weights into the model"
         )
     loss = Loss.of(loss)
-    pictures = _pictures(inputs, shape, max(batches), seed)
+    place = device_of(device)
+    pictures = _pictures(inputs, shape, max(batches), seed).to(place)
     if weights == "random":
         model = redrawn(model, seed)
     if method == "formula":
@@ -88,10 +96,21 @@ def audit(
     parse(model, shape)  # refuses a shape that does not fit, and train mode
     rows: list[AuditRow] = []
     spaces: Spaces = {}
-    for batch in batches:
-        targets = probe_targets(model, pictures[:batch], loss, None, seed)
-        probes, recording = probed(model, pictures[:batch], targets, loss)
-        rows += probed_rows(probes, recording, batch, method, spaces, loss.name)
+    with Progress(progress) as show:
+        for batch in batches:
+            show.stage(f"probe of B = {batch}")
+            targets = probe_targets(model, pictures[:batch], loss, None, seed)
+            probes, recording = probed(model, pictures[:batch], targets, loss)
+
+            def watch(
+                what: str,
+                number: int | None = None,
+                total: int | None = None,
+                batch: int = batch,
+            ) -> None:
+                show.stage(f"{what} at B = {batch}", number, total, series=str(batch))
+
+            rows += probed_rows(probes, recording, batch, method, spaces, loss.name, watch)
     return Audit(type(model).__name__, method, tuple(rows), _notes(rows))
 
 

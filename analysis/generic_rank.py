@@ -13,6 +13,7 @@ value and not by position.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from math import prod
 
@@ -27,6 +28,7 @@ from rgap.analysis.rank_report import LayerRanks
 from rgap.analysis.structural import structural_ranks
 from rgap.losses import Loss
 from rgap.network import parse
+from rgap.problem import device_of
 from rgap.systems import gradient_constraint
 from rgap.systems.ranks import stage_joint_rank, weight_row_spaces
 
@@ -68,10 +70,11 @@ def layer_ranks(
     _refuse_large(affine)
     active_units(affine, batch, active)
     shape = (batch, *affine.out_shape)
-    mask = torch.ones(shape, dtype=torch.bool) if active is None else active
+    place = affine.weight.device
+    mask = torch.ones(shape, dtype=torch.bool, device=place) if active is None else active
     if cotangents is None:
         generator = torch.Generator().manual_seed(seed)
-        cotangents = torch.randn(shape, generator=generator, dtype=torch.float64)
+        cotangents = torch.randn(shape, generator=generator, dtype=torch.float64).to(place)
     elif tuple(cotangents.shape) != shape:
         raise ValueError(
             f"'{affine.name}' ({affine.kind}): expected cotangents of shape {list(shape)}, got "
@@ -101,6 +104,7 @@ def generic_ranks(
     inputs: Tensor | None = None,
     points: int = 2,
     seed: int = 0,
+    device: torch.device | str | None = None,
 ) -> tuple[LayerRanks, ...]:
     """Ranks of every layer of a network, chain or not, at random integer points.
 
@@ -115,6 +119,7 @@ def generic_ranks(
         inputs: probe pictures ``[B, *input_shape]``; uniform random ones if None.
         points: random points and primes per layer.
         seed: of whatever is random.
+        device: where to compute; default the CPU.
 
     Returns:
         One :class:`LayerRanks` per fully connected or convolutional layer, in forward order.
@@ -143,8 +148,9 @@ def generic_ranks(
             "probe picture per sample"
         )
     loss = Loss.of(loss)
+    inputs = inputs.to(device_of(device), torch.float64)
     with torch.no_grad():
-        outputs = model(inputs.to(next(model.parameters())))
+        outputs = copy.deepcopy(model).to(inputs)(inputs)
     if not isinstance(outputs, Tensor) or outputs.ndim < 2:
         raise ValueError(
             f"expected outputs [B, ...] in one tensor from {type(model).__name__}.forward, got "
@@ -152,9 +158,9 @@ def generic_ranks(
             "wrap it in a module whose forward returns the logits only"
         )
     if loss.name == "cross_entropy" and loss.targets == "index":
-        targets = torch.arange(batch_size) % outputs.shape[1]
+        targets = torch.arange(batch_size, device=outputs.device) % outputs.shape[1]
     else:
-        targets = (torch.rand(outputs.shape, generator=generator) < 0.5).double()
+        targets = (torch.rand(outputs.shape, generator=generator) < 0.5).to(outputs)
     return tuple(
         layer_ranks(
             probe.affine,

@@ -50,7 +50,7 @@ class Probe:
 
 
 def probe_layers(model: nn.Module, inputs: Tensor, targets: Tensor, loss: Loss) -> list[Probe]:
-    """Run a batch forward and backward on a float64 copy on the CPU; note u and k of every layer.
+    """Run a batch forward and backward on a float64 copy; note u and k of every layer.
 
     Works on any network, chain or not: skip connections, max-pool, attention, functions in the
     place of modules.  A layer that is called several times is listed once per call; a layer that
@@ -58,7 +58,7 @@ def probe_layers(model: nn.Module, inputs: Tensor, targets: Tensor, loss: Loss) 
 
     Args:
         model: left as it was; a copy does the work.
-        inputs: [B, *input_shape].
+        inputs: [B, *input_shape]; all is computed on their device.
         targets: as the loss wants them.
         loss: of the client.
 
@@ -75,11 +75,13 @@ def probed(
     model: nn.Module, inputs: Tensor, targets: Tensor, loss: Loss
 ) -> tuple[list[Probe], Recording]:
     """:func:`probe_layers`, and the recording that they come from."""
-    twin = copy.deepcopy(model).cpu().double()
+    place = inputs.device
+    twin = copy.deepcopy(model).to(place).double()
     for module in twin.modules():
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
-    recording = record(twin, inputs.detach().cpu().double(), lambda out: loss(out, targets))
+    wanted = targets.to(place)
+    recording = record(twin, inputs.detach().double(), lambda out: loss(out, wanted))
     if not any(use.covered for use in recording.uses):
         raise ValueError(
             f"expected a model with fully connected or convolutional layers, got "

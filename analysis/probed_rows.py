@@ -18,6 +18,7 @@ from rgap.analysis.probe import Probe
 from rgap.analysis.steps import Narrow, head_use, narrow_steps
 from rgap.analysis.table import AuditRow
 from rgap.analysis.together import as_samples, together
+from rgap.progress import Watch, silent
 from rgap.targets import CROSS_ENTROPY
 
 __all__ = ["probed_rows", "step_row"]
@@ -30,6 +31,7 @@ def probed_rows(
     method: str,
     spaces: Spaces,
     loss: str = "",
+    watch: Watch = silent,
 ) -> list[AuditRow]:
     """One row per use of a weight and per step that discards by itself, in forward order.
 
@@ -40,6 +42,7 @@ def probed_rows(
         method: "exact" or "sketch".
         spaces: row spaces of the weights that are known; added to.
         loss: name of the client's loss: the logits of a softmax are not known from above.
+        watch: told of every layer.
     """
     narrow = narrow_steps(recording)
     head = head_use(recording) if loss == CROSS_ENTROPY else None
@@ -47,8 +50,10 @@ def probed_rows(
     make = measured_row if method == "exact" else sketched_row
     found: list[tuple[int, AuditRow]] = []
     mixed: dict[int, list[tuple[int, AuditRow]]] = {}
-    for group in together(probes):
+    groups = together(probes)
+    for number, group in enumerate(groups, 1):
         own = [probes[i] for i in group.members]
+        watch(own[0].affine.name, number, len(groups))
         steps = [into[p.use] for p in own if p.use in into]
         before = max((_ahead(recording, s) for s in steps), default=0)
         if group.kind == "branches":

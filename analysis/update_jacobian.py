@@ -47,7 +47,7 @@ class UpdateMap:
 
     Args:
         model: in eval mode; left as it was.
-        inputs: the batch [B, *input_shape].
+        inputs: the batch [B, *input_shape]; all is computed on its device.
         targets: as the loss wants them.
         loss: of the client.
 
@@ -64,12 +64,12 @@ class UpdateMap:
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
         if not trained:
             raise ValueError(_nothing_trained(model))
-        self._twin = copy.deepcopy(model).cpu().double()
+        self._twin = copy.deepcopy(model).to(inputs.device).double()
         for module in self._twin.modules():
             module._forward_hooks.clear()
             module._forward_pre_hooks.clear()
-        self._targets, self._loss = targets, loss
-        self.inputs = inputs.detach().cpu().double()
+        self._targets, self._loss = targets.to(inputs.device), loss
+        self.inputs = inputs.detach().double()
         values = {name: p.detach() for name, p in self._twin.named_parameters()}
         self._parameters = {name: p for name, p in values.items() if name in trained}
         self._rest = {name: p for name, p in values.items() if name not in trained}
@@ -221,7 +221,8 @@ class SignSketch:
         """[S, p] → [S, d]."""
         out = products.new_zeros(len(products), self.places)
         for at, signs in zip(self._at, self._signs, strict=True):
-            out.index_add_(1, at, products * signs)
+            own = products * signs.to(products)
+            out.index_add_(1, at.to(products.device), own)
         return out
 
 

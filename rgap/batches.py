@@ -52,7 +52,7 @@ def separated_stage(problem: Problem, found: Separated) -> StageSolution:
         Solution(found.features, Result.SOLVED, stats),
         made,
         found.cotangents.value,
-        torch.ones(len(x), *affine.out_shape, dtype=torch.bool),
+        x.new_ones(len(x), *affine.out_shape, dtype=torch.bool),
         0.0,
         0.0,
         found.seconds,
@@ -82,8 +82,8 @@ class Rows:
 def rows_of(head: BatchLoss, stated: Tensor | None) -> Rows:
     """The reported rows, by label; in the order of the stated labels where they agree."""
     if head.loss.targets != "index":
-        count = len(head.targets)
-        return Rows(torch.arange(count), head.targets, head.copies.long())
+        every = torch.arange(len(head.targets), device=head.targets.device)
+        return Rows(every, head.targets, head.copies.long())
     counts = head.targets * head.copies[:, None]
     if head.targets.shape[1] == 1:  # one logit: label 1 as often as its target says
         counts = torch.cat([head.copies[:, None] - counts, counts], 1)

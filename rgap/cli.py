@@ -16,13 +16,25 @@ from rgap.arguments import (
     check_output,
     shape_of,
     targets_of,
+    usable_device,
     whole_numbers,
 )
 from rgap.attacking import match
 from rgap.commands import invert, labels
-from rgap.console import clean, print_json, stderr, stdout, waiting
+from rgap.console import clean, print_json, stderr, stdout
 from rgap.defending import harden, print_joint
-from rgap.options import Json, LossName, Method, Model, Precision, Reduction, Seed, Weights
+from rgap.options import (
+    Device,
+    Json,
+    LossName,
+    Method,
+    Model,
+    Precision,
+    Quiet,
+    Reduction,
+    Seed,
+    Weights,
+)
 
 __all__ = ["app", "main"]
 
@@ -118,6 +130,7 @@ def capture(
         ),
     ] = None,
     weights: Weights = None,
+    device: Device = "cpu",
     input_shape: Annotated[
         str | None,
         typer.Option(
@@ -141,7 +154,7 @@ def capture(
         from rgap.report.pictures import read_pictures
 
         check_output(output, ".safetensors")
-        network = resolve(model, weights)
+        network = resolve(model, weights).to(usable_device(device))
         shape, usual = expected(model)
         chosen = Loss(loss or usual, reduction=reduction.value)
         pictures = read_pictures(images, shape_of(input_shape) or shape)
@@ -205,6 +218,8 @@ def audit(
         ),
     ] = False,
     weights: Weights = None,
+    device: Device = "cpu",
+    quiet: Quiet = False,
     as_json: Json = False,
     seed: Seed = 0,
 ) -> None:
@@ -222,18 +237,27 @@ def audit(
         shape, usual = expected(model)
         wanted = shape_of(input_shape) or shape or (3, 32, 32)
         if joint:
-            print_joint(network, model, wanted, batches, loss or usual, plot, as_json, seed)
+            print_joint(
+                network, model, wanted, batches, loss or usual, plot, as_json, seed,
+                usable_device(device), quiet,
+            )  # fmt: skip
             return
         from rgap.analysis.discard import audit as measure
 
-        with waiting("counting equations"):
-            found = measure(
-                network, wanted, batches, loss=loss or usual, method=method.value, seed=seed
-            )
-            # The name that was asked for says more than nn.Sequential.
-            found = replace(found, model=model)
-            if plot is not None:
-                save_figure(found.plot(), plot)
+        found = measure(
+            network,
+            wanted,
+            batches,
+            loss=loss or usual,
+            method=method.value,
+            seed=seed,
+            device=usable_device(device),
+            progress=not quiet,
+        )
+        # The name that was asked for says more than nn.Sequential.
+        found = replace(found, model=model)
+        if plot is not None:
+            save_figure(found.plot(), plot)
         if as_json:
             print_json({**found.summary(), "plot": None if plot is None else str(plot)})
             return

@@ -35,6 +35,7 @@ BRIEF = 0.2  # share of the time for features that are averages, of which few nu
 STARTS = 2  # where one answer is as good as another: the mean is nearer than each
 FEATURES = 0.1  # ε: weight of known features beside the cosine
 NOISE = 0.25  # spread of the start, in widths of the range
+LATE = 1.05  # share of its time after which a part ends, wherever it is
 PROBE = 5  # steps after which their number is fitted to the time
 
 
@@ -119,6 +120,6 @@ def _descended(
         spent = time.perf_counter() - began
         if number == PROBE:
             total = max(PROBE + 1, min(total, int(PROBE * seconds / max(spent, 1e-9))))
-        if spent > 1.5 * seconds:
+        if spent > LATE * seconds:
             break
     return row.detach().reshape(shape)

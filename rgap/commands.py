@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rgap.arguments import loaded, prior_of, targets_of, usable_device
-from rgap.console import clean, print_json, say, stdout, waiting
+from rgap.console import clean, print_json, say, stdout
 from rgap.options import (
     BatchSize,
     Device,
@@ -20,6 +20,7 @@ from rgap.options import (
     Model,
     Noise,
     PriorName,
+    Quiet,
     Seed,
     UpdatePath,
     Weights,
@@ -77,6 +78,7 @@ def invert(
     explain: Annotated[
         bool, typer.Option("--explain", help="Say it layer by layer.", metavar="")
     ] = False,
+    quiet: Quiet = False,
     why: Annotated[
         bool, typer.Option("--why", help="Rank what stands in the way.", metavar="")
     ] = False,
@@ -107,7 +109,7 @@ def invert(
             noise=noise,
             device=usable_device(device),
             seed=seed,
-            progress=True,
+            progress=not quiet,
         )
         written = None if output is None else write_recovery(found, output, sent.value_range)
         causes = None
@@ -149,6 +151,8 @@ def labels(
     weights: Weights = None,
     batch_size: BatchSize = None,
     input_shape: InputShape = None,
+    device: Device = "cpu",
+    quiet: Quiet = False,
     as_json: Json = False,
     seed: Seed = 0,
 ) -> None:
@@ -161,8 +165,10 @@ def labels(
         sent = loaded(update, input_shape)
         network = resolve(model, weights)
         names = list(METHODS) if method is LabelMethod.all else [method.value]
-        with waiting("reading labels"):
-            found = {name: _read(network, sent, name, batch_size, seed) for name in names}
+        place = usable_device(device)
+        found = {
+            name: _read(network, sent, name, batch_size, seed, place, not quiet) for name in names
+        }
         if as_json:
             print_json(
                 {
@@ -177,7 +183,13 @@ def labels(
 
 
 def _read(
-    network: nn.Module, sent: Update, method: str, batch_size: int | None, seed: int
+    network: nn.Module,
+    sent: Update,
+    method: str,
+    batch_size: int | None,
+    seed: int,
+    device: str,
+    progress: bool,
 ) -> LabelEstimate:
     """One method's answer; `exact` inverts the update for the features that it needs."""
     import torch
@@ -186,17 +198,21 @@ def _read(
     from rgap.labels import LabelEstimate, estimate, head_features
 
     if method != "exact":
-        return estimate(network, sent, method=method, batch_size=batch_size)
+        return estimate(network, sent, method=method, batch_size=batch_size, device=device)
     # Before the work of an inversion: what is refused is refused at once.
     undecided = estimate(network, sent, method=method, batch_size=batch_size)
     if sent.local_steps > 1:
         return undecided
-    recovery = rgap.invert(network, sent, batch_size=batch_size, seed=seed, progress=True)
+    recovery = rgap.invert(
+        network, sent, batch_size=batch_size, seed=seed, device=device, progress=progress
+    )
     if recovery.inputs is None or not recovery.exact:
         return replace(undecided, reason=f"{recovery.status.name}: {recovery.reason}")
     features = head_features(network, sent, recovery.inputs)
     if features is None and recovery.labels is not None:  # certified, but not by the identity
         counts = torch.bincount(recovery.labels, minlength=len(undecided.confidence))
-        sure = torch.ones(len(counts), dtype=torch.float64)
+        sure = counts.new_ones(len(counts), dtype=torch.float64)
         return LabelEstimate.of(counts, sure, method, ("the recovery is exact",))
-    return estimate(network, sent, method=method, batch_size=batch_size, features=features)
+    return estimate(
+        network, sent, method=method, batch_size=batch_size, features=features, device=device
+    )

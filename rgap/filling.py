@@ -67,10 +67,10 @@ def filled(
     """
     filling = problem.filling
     assert filling is not None
-    deadline = time.perf_counter() + filling.schedule.seconds
+    deadline = filling.deadline
     chain = problem.chain
     halt = descent.require_halt()
-    descent, near = unpooled(problem, descent, SEARCHING * filling.schedule.seconds, show)
+    descent, near = unpooled(problem, descent, SEARCHING * filling.left, show)
     if descent.data is not None:
         return _passed(problem, descent, kappa, halt)
     halt = descent.require_halt()
@@ -83,8 +83,12 @@ def filled(
         return _without(problem, descent, f"{halt.reason}; {why}")
     update = ModuleUpdate(problem.model, problem.sent, known, shape)
 
+    made = 0
+
     def watch(step: Step, _: Tensor) -> None:
-        show.stage(f"completion below {name}: step {step.number + 1}, misfit {step.misfit:.1e}")
+        nonlocal made
+        made += 1
+        show.stage(f"completion below {name}, misfit {step.misfit:.1e}", made, series="complete")
 
     unknowns = prod(shape)
     surplus = update.equations - unknowns
@@ -162,11 +166,11 @@ def searched(problem: Problem, recovery: Recovery, show: Progress) -> Recovery:
         return recovery
 
     def watch(progress: Searching) -> None:
-        show.stage(f"matching: step {progress.number}, misfit {progress.best:.1e}")
+        show.stage(f"matching, misfit {progress.best:.1e}", progress.number + 1, series="match")
 
     began = time.perf_counter()
     kinked = any(rounded(module) for module in problem.model.modules())
-    seconds = filling.schedule.seconds
+    seconds = filling.left
     try:
         found = match(
             problem.model,

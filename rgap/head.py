@@ -193,7 +193,7 @@ def _scaled(
     # α from one entry: f(α) = α k_j(α) − v_j, so dα = (dv_j + α·rounding of k) / f'(α)
     j = entry(v, loss, target)
     equation = scale_equation(stage, u, v, loss, target)
-    ends = alpha * torch.tensor([1 + 1e-6, 1 - 1e-6], dtype=torch.float64)
+    ends = alpha * u.new_tensor([1 + 1e-6, 1 - 1e-6])
     high, low = equation(ends)
     derivative = float((high - low) / (2e-6 * alpha))
     own = cotangent_rounding(stage, alpha * u, target, loss, precision)

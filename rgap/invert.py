@@ -26,7 +26,7 @@ from rgap.pooling import LinearMap
 from rgap.precision import Known
 from rgap.prefix import find_prefix
 from rgap.problem import Filling, Problem, prepare
-from rgap.progress import Progress
+from rgap.progress import Progress, Shown
 from rgap.readout import head_cotangent, head_gradients, read_answer, read_batch
 from rgap.recovery import Recovery, Route, Status
 from rgap.recursion import Descent, descend
@@ -67,7 +67,7 @@ def invert(
     noise: float = 0.0,
     device: torch.device | str | None = None,
     seed: int = 0,
-    progress: bool = False,
+    progress: Shown = False,
     memory_budget: float = BUDGET,
     time_limit: float = 60.0,
 ) -> Recovery:
@@ -98,11 +98,12 @@ def invert(
         noise: standard deviation of noise added to every entry of the update.
         device: where to compute; default the CPU.
         seed: of the sampled errors; the global random state is not touched.
-        progress: show progress on a terminal.
+        progress: True for a line on a terminal, or a function that is told; see
+            :mod:`rgap.progress`.
         memory_budget: bytes; a layer whose equations need more is solved without forming any
             matrix, by LSMR.
-        time_limit: seconds after which a completion begins no further step; the polish of an
-            answer that all equations determine comes on top.
+        time_limit: seconds of the whole call after which a completion begins no further step; the
+            polish of an answer that all equations determine comes on top.
 
     Returns:
         A :class:`Recovery`; its ``status`` and ``reason`` say how far the update determines the
@@ -127,7 +128,9 @@ def invert(
         input_shape,
     )  # fmt: skip
     if complete:
-        filling = Filling.of(prior, time_limit, problem.chain.input_shape, problem.value_range)
+        filling = Filling.of(
+            prior, time_limit, problem.chain.input_shape, problem.value_range, began
+        )
         problem = replace(problem, filling=filling)
     with Progress(progress) as show:
         recovery = searched(problem, _run(problem, head, show), show)

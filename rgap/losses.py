@@ -360,7 +360,7 @@ class Loss:
         require_outputs(self.name, outputs)
         if self._weighs_batch:
             return self._weighted_targets(outputs, cotangent)
-        scale = self._scale(outputs, torch.empty(0))
+        scale = self._scale(outputs, outputs.new_empty(0))
         return form.target(outputs, cotangent / scale, options)
 
     def read(self, dense: Tensor) -> tuple[Tensor, float]:

@@ -24,6 +24,8 @@ from rgap.newton import search
 from rgap.objective import Objective
 from rgap.presets import PRESETS, Preset
 from rgap.problem import Filling
+from rgap.progress import Progress as Line
+from rgap.progress import Shown
 from rgap.recovery import Candidate, Recovery, Status
 from rgap.solvers.gauss_newton import Schedule
 from rgap.solvers.priors import Prior
@@ -98,6 +100,7 @@ def match(
     checkpoint: Checkpoint | None = None,
     device: torch.device | str | None = None,
     seed: int = 0,
+    progress: Shown = False,
 ) -> Matching:
     """Search the batch whose update matches a client's, on any differentiable network.
 
@@ -131,6 +134,8 @@ def match(
             that the call would have had.
         device: where to compute; default the CPU.
         seed: of the starts; the global random state is not touched.
+        progress: True for a line on a terminal, or a function that is told; see
+            :mod:`rgap.progress`.
 
     Returns:
         A :class:`Matching`.  Rows are sorted by label, or in the order of stated labels.
@@ -183,14 +188,29 @@ def match(
     }
     if checkpoint is not None:
         checkpoint.require(settings)
-    if preset is None:
-        found = _newton(
-            given, prior, count, limit, time_limit, settings, callback, checkpoint, seed
-        )
-    else:
-        found = _published(given, preset, prior, count, limit, patience, time_limit, settings,
-                           callback, checkpoint, seed)  # fmt: skip
+    deadline = began + time_limit if time_limit < inf else None
+    with Line(progress, deadline) as show:
+        told = _told(show, callback, None if preset is None else limit)
+        left = time_limit + began - time.perf_counter()
+        if preset is None:
+            found = _newton(given, prior, count, limit, left, settings, told, checkpoint, seed)
+        else:
+            found = _published(given, preset, prior, count, limit, patience, left, settings, told,
+                               checkpoint, seed)  # fmt: skip
     return replace(found, seconds=time.perf_counter() - began)
+
+
+def _told(show: Line, callback: Callback | None, total: int | None) -> Callback | None:
+    """The callback, after the progress was shown; None where nobody listens."""
+    if not show.listened:
+        return callback
+
+    def told(point: Progress) -> bool | None:
+        number = point.number + 1 if total is None else min(point.number + 1, total)
+        show.stage(f"{point.what}, best {point.best:.2e}", number, total)
+        return None if callback is None else callback(point)
+
+    return told
 
 
 def _newton(

@@ -298,10 +298,13 @@ class ModulePoint:
         rows, unknowns = len(self._rows), self._x.numel()
         if unknowns > FORMED or rows * unknowns > FORMED * FORMED * 10:
             return None
-        if COLUMN * unknowns < rows and self._transposed().requires_grad:
-            eye = torch.eye(unknowns).to(self._rows).reshape(unknowns, *self._x.shape)
-            return _batched(self._transposed(), self._y, eye).T
-        return _batched(self._rows, self._x, torch.eye(rows).to(self._rows)).flatten(1)
+        narrow = COLUMN * unknowns < rows and self._transposed().requires_grad
+        size = unknowns if narrow else rows
+        eye = torch.eye(size, dtype=self._rows.dtype, device=self._rows.device)
+        if narrow:
+            directions = eye.reshape(unknowns, *self._x.shape)
+            return _batched(self._transposed(), self._y, directions).T
+        return _batched(self._rows, self._x, eye).flatten(1)
 
     def push(self, v: Tensor) -> Tensor:
         """J v."""

@@ -52,14 +52,14 @@ class Search:
 
     def checkpoint(self, settings: dict[str, str]) -> Checkpoint:
         """All of it as tensors."""
-        held = self.position.marks
+        held, place = self.position.marks, self.best.device
         marks = () if held is None else tuple(map(float, astuple(held)))
         tensors = {
-            "place": torch.tensor([self.turn, self.position.stage, self.steps]),
+            "place": torch.tensor([self.turn, self.position.stage, self.steps], device=place),
             "x": self.position.x,
             "best": self.best,
-            "misfits": torch.tensor([self.lowest, self.own], dtype=torch.float64),
-            "marks": torch.tensor(marks, dtype=torch.float64),
+            "misfits": self.best.new_tensor([self.lowest, self.own], dtype=torch.float64),
+            "marks": self.best.new_tensor(marks, dtype=torch.float64),
         }
         return Checkpoint(settings, tensors)
 
@@ -150,7 +150,7 @@ def _pass(
             held.note(x, step.misfit)
         if callback is None:
             return False
-        values = torch.tensor([step.misfit], dtype=torch.float64)
+        values = x.new_tensor([step.misfit], dtype=torch.float64)
         point = held.checkpoint(settings)
         return bool(callback(Progress("step", held.steps, values, held.lowest, point)))
 

@@ -19,6 +19,7 @@ __all__ = [
     "Noise",
     "Precision",
     "PriorName",
+    "Quiet",
     "Reduction",
     "Seed",
     "Weights",
@@ -55,6 +56,9 @@ KnownLabels = Annotated[
 ]
 Noise = Annotated[float, typer.Option(help="Standard deviation of noise in every entry.", min=0.0)]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, …")]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "--no-progress", "-q", help="Show no progress.", metavar="")
+]
 Json = Annotated[bool, typer.Option("--json", help=_HINTS["json"], metavar="")]
 Seed = Annotated[int, typer.Option(help="Of everything that is drawn at random.", min=0)]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -33,11 +34,23 @@ class Filling:
 
     Attributes:
         prior: of the data.
-        schedule: of its weight.
+        schedule: of its weight; its seconds count from ``began``.
+        began: of ``time.perf_counter``.
     """
 
     prior: Prior
     schedule: Schedule
+    began: float
+
+    @property
+    def deadline(self) -> float:
+        """Of ``time.perf_counter``."""
+        return self.began + self.schedule.seconds
+
+    @property
+    def left(self) -> float:
+        """Seconds until the deadline, at least 0."""
+        return max(self.deadline - time.perf_counter(), 0.0)
 
     @classmethod
     def of(
@@ -46,6 +59,7 @@ class Filling:
         seconds: float,
         shape: Sequence[int],
         value_range: tuple[float, float] | None,
+        began: float | None = None,
     ) -> Filling:
         """With the usual prior where none is given: that of pictures if entries have neighbours.
 
@@ -63,7 +77,7 @@ class Filling:
         else:
             usual = Squares(width**-2, (low + high) / 2)
         schedule = Schedule(seconds=float(seconds), smoothing=Schedule.smoothing * width)
-        return cls(prior or usual, schedule)
+        return cls(prior or usual, schedule, time.perf_counter() if began is None else began)
 
 
 @dataclass(frozen=True)

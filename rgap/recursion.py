@@ -20,12 +20,12 @@ from rgap.network import Chain, Stage
 from rgap.ops import Op, Reshape
 from rgap.pooling import LinearMap, Pool
 from rgap.precision import UNKNOWN, Known, Precision
+from rgap.progress import Watch, silent
 from rgap.systems import weight_constraint
 from rgap.systems.stage import BUDGET, StageSolution, solve_stage
 
 log = logging.getLogger(__name__)
 
-Watcher = Callable[[str], None]
 Unpool = Callable[[int, Op, Known, Known], tuple[Known, Known] | None]
 
 
@@ -136,7 +136,7 @@ def descend(
     features: Known,
     cotangent: Known,
     precision: Precision,
-    watch: Watcher | None = None,
+    watch: Watch = silent,
     budget: float = BUDGET,
     unpool: Unpool | None = None,
 ) -> Descent:
@@ -149,7 +149,7 @@ def descend(
         features: u_start, the input of that stage's affine map, [B, *affine.in_shape].
         cotangent: k_start, [B, *affine.out_shape].
         precision: of the update; draws the error ensemble.
-        watch: called with the name of each stage before it is solved.
+        watch: told the name of each stage before it is solved, the number of it and of how many.
         budget: bytes above which a stage is solved without forming a matrix.
         unpool: asked at a step that cannot be inverted, with the index of its stage, what is known
             of its output and the cotangent there; gives what is known of its input, or None.
@@ -162,8 +162,7 @@ def descend(
     for index in range(start, -1, -1):
         stage = chain.stages[index]
         if index < start:
-            if watch is not None:
-                watch(stage.name)
+            watch(stage.name, start - index, start)
             name = stage.affine.weight_name
             # A gradient that was not sent says nothing: K = 0, and the weight constraints are left.
             own = k if precision.sent(name) else Known(0.0 * k.value, 0.0 * k.error)

@@ -26,7 +26,7 @@ def _report(problem: Problem, descent: Descent | None, stage: Stage) -> LayerRep
     unknowns, unread = batch * read, batch * (affine.reads.numel() - read)
 
     def weight_rank() -> int:
-        active = torch.ones(batch, *affine.out_shape, dtype=torch.bool)
+        active = affine.weight.new_ones(batch, *affine.out_shape, dtype=torch.bool)
         step = None if descent is None else descent.solutions.get(stage.index)
         spaces = weight_row_spaces(affine, active if step is None else step.active)
         return sum(space.rank.rank for space in spaces)
@@ -71,7 +71,7 @@ def _report(problem: Problem, descent: Descent | None, stage: Stage) -> LayerRep
             note,
             unread,
             weight_rank,
-            lambda count: torch.empty(0, batch, *affine.in_shape, dtype=torch.float64),
+            lambda count: affine.weight.new_empty(0, batch, *affine.in_shape),
         )
     stats = step.solution.stats
     cotangent, active = step.cotangent, step.active
@@ -79,7 +79,7 @@ def _report(problem: Problem, descent: Descent | None, stage: Stage) -> LayerRep
     def null_space(count: int) -> Tensor:
         nullity = count if stats.joint is None else stats.joint.nullity + unread
         if nullity == 0:
-            return torch.empty(0, batch, *affine.in_shape, dtype=torch.float64)
+            return affine.weight.new_empty(0, batch, *affine.in_shape)
         return null_directions(affine, cotangent, active, nullity, count)
 
     return LayerReport(

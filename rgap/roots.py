@@ -88,7 +88,7 @@ def _scales(stage: Stage, u: Tensor, v: Tensor, loss: Loss, target: Tensor) -> T
     if logits > 1e-100 * float(stage.affine.weight.abs().max()):
         sizes.append(1.0 / logits)
     low, high = log10(BELOW * min(sizes)), log10(ABOVE * max(sizes))
-    return torch.logspace(low, high, int(GRID * (high - low)), dtype=torch.float64)
+    return torch.logspace(low, high, int(GRID * (high - low)), dtype=u.dtype, device=u.device)
 
 
 def scale_equation(
@@ -130,13 +130,13 @@ def _targets(loss: Loss, v: Tensor, slack: Tensor) -> list[Tensor]:
     if loss.label_smoothing == 0 and classes > 2:
         # Only the label's row is negative, as large as all others together; where p = 1 in the
         # client's precision it is 0.
-        rows = torch.arange(classes)
+        rows = torch.arange(classes, device=v.device)
         least = torch.nonzero(v == v.min()).flatten()
         fits = [c for c in least if float(v[c]) <= 0 and bool((v >= -slack)[rows != c].all())]
         choices = [int(c) for c in fits]
     else:
         choices = list(range(classes))
-    return [loss.dense(torch.tensor([c]), outputs) for c in choices]
+    return [loss.dense(torch.tensor([c], device=v.device), outputs) for c in choices]
 
 
 def _zeros(function: Callable[[Tensor], Tensor], grid: Tensor) -> list[float]:
@@ -153,11 +153,13 @@ def _zeros(function: Callable[[Tensor], Tensor], grid: Tensor) -> list[float]:
         & (values[1:-1] * values[2:] > 0)
     ).flatten()
     for i in dips.tolist():
-        fine = torch.linspace(float(grid[i]), float(grid[i + 2]), 2001, dtype=torch.float64)
+        fine = torch.linspace(
+            float(grid[i]), float(grid[i + 2]), 2001, dtype=grid.dtype, device=grid.device
+        )
         brackets += _changes(fine, function(fine))
 
     def scalar(alpha: float) -> float:
-        return float(function(torch.tensor([alpha], dtype=torch.float64)))
+        return float(function(grid.new_tensor([alpha])))
 
     return [float(brentq(scalar, *ends, xtol=1e-300, rtol=1e-15)) for ends in brackets]
 

@@ -107,7 +107,7 @@ def _certified(
         descent.preconditioner(own.chain),
         high - low,
     )
-    answer = Answer(descent, polished, Reading(k.value, torch.empty(0), 0.0, 0.0))
+    answer = Answer(descent, polished, Reading(k.value, k.value.new_empty(0), 0.0, 0.0))
     name = own.chain.stages[-1].name
     if polished.misfit > certificate.REFUTED:
         worst = max(polished.misfits, key=polished.misfits.__getitem__)

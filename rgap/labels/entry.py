@@ -55,6 +55,7 @@ def estimate(
     method: str = "best",
     batch_size: int | None = None,
     features: Tensor | None = None,
+    device: torch.device | str | None = None,
 ) -> LabelEstimate:
     """The labels of the batch behind ``update``, as far as one method can say.
 
@@ -68,6 +69,8 @@ def estimate(
         batch_size: B, if the update does not state it or to overrule it. For an average over local
             steps write the number of different samples: B if every step used the same ones.
         features: the head's inputs for the batch [B, d], where known; `exact` needs them.
+        device: where the model runs; default its own.  The numbers of one layer are few, and the
+            methods work on the CPU.
 
     Returns:
         The estimate.
@@ -91,7 +94,7 @@ def estimate(
             f"method: expected one of {', '.join(map(repr, METHODS))}, got {method!r}; write "
             "method='best'."
         )
-    found = METHODS[method](head_gradient(model, update, batch_size, features))
+    found = METHODS[method](head_gradient(model, update, batch_size, features, device))
     if update.local_steps > 1 and found.decided:
         flag = MOVED.format(update.local_steps)
         found = replace(found, reason=f"{found.reason}; {flag}" if found.reason else flag)
@@ -103,6 +106,7 @@ def head_gradient(
     update: Update,
     batch_size: int | None = None,
     features: Tensor | None = None,
+    device: torch.device | str | None = None,
 ) -> HeadGradient:
     """The last layer's part of an update, with its weights and its inputs on dummy data.
 
@@ -134,7 +138,7 @@ def head_gradient(
         stage.affine.bias,
         update.loss,
         features,
-        _probes(model, update, chain),
+        _probes(model, update, chain, device),
         update.local_steps,
     )
 
@@ -179,30 +183,39 @@ def _chain(model: nn.Module, update: Update) -> Chain:
     return chain
 
 
-def _probes(model: nn.Module, update: Update, chain: Chain) -> Tensor | None:
+def _probes(
+    model: nn.Module, update: Update, chain: Chain, device: torch.device | str | None
+) -> Tensor | None:
     """The head's input on random, zero and one pictures."""
     low, high = update.value_range or (0.0, 1.0)
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand((PROBES, *chain.input_shape), generator=generator)
-    flat = torch.stack([torch.zeros(chain.input_shape), torch.ones(chain.input_shape)])
-    return _features(model, update, chain, low + (high - low) * torch.cat([noise, flat]))
+    flat = noise.new_tensor([0.0, 1.0]).reshape(2, *[1] * (noise.ndim - 1)).expand_as(noise[:2])
+    pictures = low + (high - low) * torch.cat([noise, flat])
+    return _features(model, update, chain, pictures, device)
 
 
-def _features(model: nn.Module, update: Update, chain: Chain, inputs: Tensor) -> Tensor | None:
+def _features(
+    model: nn.Module,
+    update: Update,
+    chain: Chain,
+    inputs: Tensor,
+    device: torch.device | str | None = None,
+) -> Tensor | None:
     """What enters the head, seen from a hook; by the chain where the head is no module."""
     stage = chain.stages[-1]
-    place = next(model.parameters()).device
+    place = next(model.parameters()).device if device is None else torch.device(device)
     data = inputs.detach().to(place, torch.float64)
     layer = dict(model.named_modules()).get(stage.affine.weight_name.rpartition(".")[0])
     if not isinstance(layer, nn.Linear):
-        return _along(chain, data).cpu() if chain.complete else None
+        return _along(chain.to(place), data).cpu() if chain.complete else None
     seen: list[Tensor] = []
 
     def note(_: nn.Module, arguments: tuple[Any, ...]) -> None:
         seen.append(arguments[0].detach().double().cpu())
 
     copies = {
-        name: t.detach().to(torch.float64) if t.is_floating_point() else t.detach().clone()
+        name: t.detach().to(place, torch.float64 if t.is_floating_point() else t.dtype, copy=True)
         for name, t in [*model.named_parameters(), *model.named_buffers()]
     }
     for name, sent in update.buffers.items():

@@ -99,7 +99,9 @@ def _rounded_along(estimates: Tensor, covariance: Tensor, total: int) -> Tensor:
         step = values[order].clamp_min(0.0).sqrt() * vectors[:, order]
         # Half a count between places is as fine as rounding can tell.
         number = min(int(4.0 * REACH * float(step.abs().max())), most // 2)
-        along = torch.linspace(-REACH, REACH, 2 * number + 1, dtype=torch.float64)
+        along = torch.linspace(
+            -REACH, REACH, 2 * number + 1, dtype=torch.float64, device=estimates.device
+        )
         if not number:
             along = along.new_zeros(1)
         places = (places[:, None] + along[:, None] * step).flatten(0, 1)

@@ -170,7 +170,7 @@ def _solved(
     """
     steps, polished, smallest, restless = [], [], float("inf"), 0.0
     for i, q in enumerate(roots):
-        alone = replace(whole, consistency=consistency.at(torch.tensor([i])))
+        alone = replace(whole, consistency=consistency.at(torch.tensor([i], device=roots.device)))
         t = alone.coordinates(q[None])
         if t.shape[1] == 0:
             polished.append(alone.rows(t)[0])

@@ -89,7 +89,7 @@ def batch_loss(
     Returns:
         The :class:`BatchLoss`, or why no whole numbers of copies fit.
     """
-    shares = torch.tensor([i.share for i in identities], dtype=torch.float64)
+    shares = logits.new_tensor([i.share for i in identities])
     size = batch_of(batch.size, shares, batch.loss, batch.classes)
     if size is None:
         return Unseparated(
@@ -141,7 +141,7 @@ def batch_loss(
             f"batch size is {batch.size}",
             consistent=not (certain and all(_clear(i) for i in identities)),
         )
-    return BatchLoss(batch.loss, torch.stack(targets), torch.tensor(copies).to(logits))
+    return BatchLoss(batch.loss, torch.stack(targets), logits.new_tensor(copies))
 
 
 def read_from_head(batch: Batch, features: Tensor, logits: Tensor, head: BatchLoss) -> BatchLoss:

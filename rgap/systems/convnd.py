@@ -19,23 +19,36 @@ from rgap.affine import Affine, Geometry
 from rgap.solvers.kronecker import Kronecker
 
 
-def taps(geometry: Geometry, space: tuple[int, ...], out: tuple[int, ...]) -> Tensor:
+def taps(
+    geometry: Geometry,
+    space: tuple[int, ...],
+    out: tuple[int, ...],
+    device: torch.device | None = None,
+) -> Tensor:
     """Input position that output o reads through kernel offset δ, [offsets, outputs]; −1: padding.
+
+    Args:
+        geometry: of the convolution.
+        space: sizes of the input.
+        out: sizes of the output.
+        device: of the table; default the CPU.
 
     >>> g = Geometry((3,), (2,), ((1, 1),), (1,), 1)
     >>> taps(g, (4,), (2,)).tolist()
     [[-1, 1], [0, 2], [1, 3]]
     """
+    place = device or torch.device("cpu")
     per_axis = []
     for axis, size in enumerate(space):
-        reach = torch.arange(out[axis]) * geometry.stride[axis] - geometry.padding[axis][0]
-        offset = torch.arange(geometry.kernel[axis]) * geometry.dilation[axis]
+        reach = torch.arange(out[axis], device=place) * geometry.stride[axis]
+        reach = reach - geometry.padding[axis][0]
+        offset = torch.arange(geometry.kernel[axis], device=place) * geometry.dilation[axis]
         position = offset[:, None] + reach[None, :]
         per_axis.append(torch.where((position >= 0) & (position < size), position, -1))
     rows = []
     for offsets in product(*(range(k) for k in geometry.kernel)):
-        position = torch.zeros(1, dtype=torch.long)
-        inside = torch.ones(1, dtype=torch.bool)
+        position = torch.zeros(1, dtype=torch.long, device=place)
+        inside = torch.ones(1, dtype=torch.bool, device=place)
         for axis, size in enumerate(space):
             line = per_axis[axis][offsets[axis]]
             position = (position[:, None] * size + line.clamp_min(0)[None, :]).flatten()
@@ -98,14 +111,15 @@ def dense_weights(affine: Affine) -> Tensor:
     """W as a matrix [outputs, inputs], entry by entry."""
     geometry = _geometry(affine)
     groups, filters, channels = geometry.groups, affine.out_shape[0], affine.in_shape[0]
-    table = taps(geometry, affine.in_shape[1:], affine.out_shape[1:]).to(affine.weight.device)
+    place = affine.weight.device
+    table = taps(geometry, affine.in_shape[1:], affine.out_shape[1:], place)
     weight = affine.weight.reshape(groups, filters // groups, channels // groups, -1)
     dense = weight.new_zeros(filters, table.shape[1], channels, prod(affine.in_shape[1:]))
     for offset, position in enumerate(table):
         inside = torch.nonzero(position >= 0).flatten()
         for g in range(groups):
-            f = torch.arange(g * filters // groups, (g + 1) * filters // groups)
-            c = torch.arange(g * channels // groups, (g + 1) * channels // groups)
+            f = torch.arange(g * filters // groups, (g + 1) * filters // groups, device=place)
+            c = torch.arange(g * channels // groups, (g + 1) * channels // groups, device=place)
             at = (f[:, None, None], inside[None, None], c[None, :, None], position[inside])
             dense[at] = weight[g, :, :, offset, None].expand(-1, -1, len(inside))
     return dense.reshape(filters * table.shape[1], -1)

@@ -256,9 +256,9 @@ class KnownPart:
 
     def projected_gram(self) -> Tensor:
         """W(I − VVᵀ)Wᵀ of the weight rows that are known, [B·outputs, B·outputs]."""
-        eye = torch.eye(len(self.active)).to(self.active) * self.active
+        eye = torch.eye(len(self.active), dtype=self.active.dtype, device=self.active.device)
         parts = []
-        for rows in torch.split(eye, CHUNK):
+        for rows in torch.split(eye * self.active, CHUNK):
             table = self.coupling.adjoint(rows)
             table = torch.stack([one - self.lifted(self._coordinates(one)) for one in table])
             parts.append(self.coupling.apply(table) * self.active)

@@ -87,9 +87,9 @@ def solve_matrix_free(
     affine: Affine, gradient: Tensor, z: Known, k: Known, precision: Precision
 ) -> Outcome:
     """Weighted least squares for u by LSMR; arguments as for ``solve_stage``."""
-    bias = affine.forward(torch.zeros(1, *affine.in_shape, dtype=torch.float64))
+    bias = affine.forward(z.value.new_zeros(1, *affine.in_shape))
     target = torch.where(z.known, z.value - bias, 0.0)
-    guess = torch.ones(len(z.value), *affine.in_shape, dtype=torch.float64)
+    guess = z.value.new_ones(len(z.value), *affine.in_shape)
     system = _weighted(affine, z, k, guess, precision)
     first = _run(system, system.rows(gradient, target), None, 60)
     guess = first.x.reshape(guess.shape) * system.scale
@@ -98,10 +98,7 @@ def solve_matrix_free(
     generator = torch.Generator().manual_seed(precision.seed)
     size = guess.square().mean().sqrt() / system.scale.mean()
     scaled = torch.where(affine.reads, guess / system.scale, 0.0)
-    starts = [
-        scaled + _draw(guess.numel(), generator).to(guess).reshape(guess.shape) * size
-        for _ in range(2)
-    ]
+    starts = [scaled + _draw(guess, generator) * size for _ in range(2)]
     runs = [_run(system, rows, start.flatten(), LIMIT) for start in starts]
     answers = [run.x.reshape(guess.shape) * system.scale for run in runs]
     apart = float(((starts[0] - starts[1]) * system.scale).norm())
@@ -151,8 +148,8 @@ def _update_std(affine: Affine, u: Tensor, k: Known, precision: Precision) -> Te
     return precision.update_std(affine.weight_name, squares)
 
 
-def _draw(count: int, generator: torch.Generator) -> Tensor:
-    return torch.randn(count, generator=generator, dtype=torch.float64)
+def _draw(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
 
 
 def _run(

@@ -140,9 +140,9 @@ class _Stage:
         self.kronecker = gradient_constraint(affine, k.value, read_only=True)
         self.unknowns = self.kronecker.channels * self.kronecker.matrix.shape[2]
         self.coupling: WeightConstraint = weight_constraint(affine, self.batch, read_only=True)
-        bias = affine.forward(torch.zeros(1, *affine.in_shape, dtype=torch.float64))
-        self.target = (z.value - bias.to(z.value)).flatten()
-        self.gradient_weights = torch.ones(self.kronecker.matrix.shape[:2])
+        bias = affine.forward(z.value.new_zeros(1, *affine.in_shape))
+        self.target = (z.value - bias).flatten()
+        self.gradient_weights = self.target.new_ones(self.kronecker.matrix.shape[:2])
         self.weight_weights = torch.ones_like(self.target)
 
     def solve(self) -> tuple[Solution[Known | None], Factor | None]:
@@ -255,7 +255,9 @@ class _Stage:
         wide = rows < size
         gram = matrix @ matrix.transpose(1, 2) if wide else matrix.transpose(1, 2) @ matrix
         damp = 1e-6 * gram.diagonal(dim1=1, dim2=2).amax(1).clamp_min(1e-300)
-        gram = gram + damp[:, None, None] * torch.eye(gram.shape[-1], dtype=gram.dtype)
+        gram = gram + damp[:, None, None] * torch.eye(
+            gram.shape[-1], dtype=gram.dtype, device=gram.device
+        )
         if not wide:
             rhs = matrix.transpose(1, 2) @ rhs
         x: Tensor = torch.linalg.solve(gram, rhs)
