@@ -14,6 +14,7 @@ from rgap import certificate, outcomes
 from rgap.batches import batch_of, start, with_separation
 from rgap.batchloss import BatchLoss
 from rgap.bias import rank_one_residual
+from rgap.diagnosis.reason import explained
 from rgap.filling import filled, searched
 from rgap.head import HeadCandidate, HeadFailure, features_from_bias, solve_head
 from rgap.network import Chain
@@ -120,6 +121,7 @@ def invert(
         problem = replace(problem, filling=filling)
     with Progress(progress) as show:
         recovery = searched(problem, _run(problem, head, show), show)
+        recovery = recovery if head is not None else explained(problem, recovery)
     return replace(recovery, seconds=time.perf_counter() - began)
 
 

@@ -22,10 +22,11 @@ CHOSEN = (
 
 
 def stopped(problem: Problem, status: Status, reason: str, descent: Descent | None) -> Recovery:
-    """A recovery without inputs; a compressed update gets the compression as part of its reason."""
+    """A recovery without inputs; of a compressed update the reason begins with the compression."""
     looks = compression(problem.gradients)
     if looks is not None:
-        reason += f"; the update itself looks compressed, which no equation here models: {looks}"
+        told = f"the update itself looks compressed, which no equation here models: {looks}"
+        reason = f"{told}; {reason}"
     return Recovery(
         inputs=None,
         labels=problem.labels,

@@ -51,7 +51,7 @@ def compressed(gradients: Mapping[str, Tensor]) -> Finding | None:
     if not steps:
         return None
     name = max(steps, key=lambda n: gradients[n].numel())
-    levels = len(gradients[name].unique())
+    levels = len(torch.unique(gradients[name]))
     step = steps[name]
     said = f"'{name}' takes {levels} values on a grid of step {step:.4g}, as 8-bit integers leave"
     line = f"rgap.invert(model, update, noise={step / 12**0.5:.3g})"
@@ -60,7 +60,7 @@ def compressed(gradients: Mapping[str, Tensor]) -> Finding | None:
 
 def _grid(gradient: Tensor) -> float | None:
     """Step of a uniform grid of at most 256 levels that all entries lie on, or None."""
-    levels = gradient.double().flatten().unique()
+    levels: Tensor = torch.unique(gradient.double())
     if not LEAST <= len(levels) <= LEVELS or gradient.numel() < max(FEWEST, CROWD * len(levels)):
         return None
     gaps = levels.diff()

@@ -61,8 +61,8 @@ class Contradiction:
         return self.misfit / self.tolerance
 
 
-def read(evidence: Evidence, samples: Samples | None, *, deep: bool = True) -> list[Finding]:
-    """The finding that nothing else explains; ``deep``: the recursion is tried as well."""
+def read(evidence: Evidence, samples: Samples | None) -> list[Finding]:
+    """The finding that nothing else explains; searches and recursions only where need be."""
     found = [*_predictions(evidence), *_balances(evidence)]
     norm = mode.contradiction(evidence)
     if norm is not None:
@@ -73,7 +73,7 @@ def read(evidence: Evidence, samples: Samples | None, *, deep: bool = True) -> l
             what = f"the nearest target of {evidence.update.loss.name} at the head"
             found.append(Contradiction(what, *target))
     broken = [c for c in found if c.strength > 1.0]
-    if not broken and deep and not evidence.late:
+    if not broken and not evidence.late:
         further = _recursion(evidence) if evidence.batch == 1 else _search(evidence, samples)
         found += further
         broken = [c for c in further if c.strength > 1.0]
@@ -120,7 +120,7 @@ def _tolerance(evidence: Evidence, weight: Tensor, bias: Tensor) -> float:
     """Relative error of a feature vector that the bias attack gave."""
     noise = evidence.precision.noise
     added = noise * (weight.shape[1] ** 0.5 / float(weight.norm()) + 1.0 / float(bias.norm()))
-    return 16 * evidence.unit + added
+    return float(16 * evidence.unit + added)
 
 
 def _balances(evidence: Evidence) -> list[Contradiction]:
