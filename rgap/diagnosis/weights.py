@@ -8,6 +8,7 @@ Each holds for any target and any factor, so that nothing but the model is teste
 - **Balance** (any B): between two affine maps with positively homogeneous steps (ReLU, LeakyReLU,
   pooling), ``φ'(z) z = φ(z)`` gives for every channel f of the lower one
   ``⟨W_f, G_f⟩ + b_f ∂b_f = Σ_p k_p·z_p = ⟨W'_{·f}, G'_{·f}⟩``, W' the weights that read it.
+  A mask between the two keeps it: where it holds and another identity fails, dropout was on.
 - **Target** (B = 1): some admissible target explains the cotangent at the head.
 - **Search** (B > 1): some sample of the row space of a layer satisfies ``(I − PPᵀ) f(q) = 0``.
 - **Recursion** (B = 1): the equations of every stage of a chain agree with those above it.
@@ -20,7 +21,7 @@ from itertools import pairwise
 from math import prod
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rgap.bias import bias_attack, rank_one_residual
 from rgap.head import features_from_bias
@@ -63,7 +64,8 @@ class Contradiction:
 
 def read(evidence: Evidence, samples: Samples | None) -> list[Finding]:
     """The finding that nothing else explains; searches and recursions only where need be."""
-    found = [*_predictions(evidence), *_balances(evidence)]
+    balances = _balances(evidence)
+    found = [*_predictions(evidence), *balances]
     norm = mode.contradiction(evidence)
     if norm is not None:
         found.append(Contradiction(f"∂b = γ/σ ∂β at '{norm[2]}'", norm[0], norm[1]))
@@ -82,6 +84,10 @@ def read(evidence: Evidence, samples: Samples | None) -> list[Finding]:
     if not broken:
         return []
     worst = max(broken, key=lambda c: c.strength)
+    if balances and not any(c.strength > 1.0 for c in balances):
+        masked = _masked(evidence, balances, worst)
+        if masked is not None:
+            return [masked]
     said = (
         f"{worst.what}: relative misfit {worst.misfit:.1e}, rounding explains "
         f"{worst.tolerance:.1e}; {len(broken)} of {len(found)} identities fail"
@@ -90,6 +96,27 @@ def read(evidence: Evidence, samples: Samples | None) -> list[Finding]:
     if open_:
         said += f"; no equation here tells {' or '.join(open_)} from it"
     return [Finding(Kind.WEIGHTS, worst.misfit, said, LINE, worst.strength)]
+
+
+def _masked(
+    evidence: Evidence, balances: list[Contradiction], worst: Contradiction
+) -> Finding | None:
+    """Dropout that was on: its masks keep the balance, which other weights do not."""
+    layers = [
+        c
+        for c in evidence.calls
+        if isinstance(c.module, nn.modules.dropout._DropoutNd) and c.module.p > 0
+    ]
+    if not layers:
+        return None
+    evidence.tested.add(Kind.DROPOUT)
+    held = max(balances, key=lambda c: c.misfit)
+    said = (
+        f"{held.what} holds to {held.misfit:.1e}, so the weights are right, but {worst.what} "
+        f"misses by {worst.misfit:.1e}: '{layers[0].name}' (p = {layers[0].module.p:g}) was on"
+    )
+    line = "model.eval() on the client before it computes the gradient"
+    return Finding(Kind.DROPOUT, float(layers[0].module.p), said, line, worst.strength)
 
 
 def _predictions(evidence: Evidence) -> list[Contradiction]:
@@ -227,4 +254,5 @@ def _recursion(evidence: Evidence) -> list[Contradiction]:
         return []
     relative = descent.solutions[index].solution.stats.residual
     what = f"the equations of '{chain.stages[index].name}' below the head"
+    relative = max(relative, 1e-300)
     return [Contradiction(what, relative, relative * REFUTED / max(misfit, 1e-300))]
