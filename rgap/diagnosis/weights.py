@@ -29,6 +29,7 @@ from rgap.network import Chain, Stage
 from rgap.ops import Op, Reshape
 from rgap.piecewise import Activation
 from rgap.recursion import REFUTED, descend
+from rgap.targets import SQUARED
 
 from . import mode
 from .dropout import predicted
@@ -70,9 +71,11 @@ def read(evidence: Evidence, samples: Samples | None) -> list[Finding]:
     if norm is not None:
         found.append(Contradiction(f"∂b = γ/σ ∂β at '{norm[2]}'", norm[0], norm[1]))
     if samples is not None and len(samples.logits) == 1:
-        target = smallest_misfit(evidence, samples, evidence.update.loss)
+        loss = evidence.update.loss
+        free = loss.name == SQUARED and evidence.labels is None  # every target is admissible
+        target = None if free else smallest_misfit(evidence, samples, loss)
         if target is not None:
-            what = f"the nearest target of {evidence.update.loss.name} at the head"
+            what = f"the nearest target of {loss.name} at the head"
             found.append(Contradiction(what, *target))
     broken = [c for c in found if c.strength > 1.0]
     if not broken and not evidence.late:
