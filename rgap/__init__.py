@@ -22,11 +22,12 @@ if TYPE_CHECKING:
     from rgap.capture import capture
     from rgap.diagnosis import Check, Finding, check
     from rgap.federated import LocalTraining
+    from rgap.halt import Halt, HaltKind
     from rgap.invert import Head, invert
     from rgap.labels import LabelEstimate, idlg
     from rgap.losses import Loss
     from rgap.matching import Checkpoint, Matching, match
-    from rgap.recovery import Candidate, LayerReport, Recovery, Status
+    from rgap.recovery import Candidate, LayerReport, Recovery, Route, Status
     from rgap.update import Update
 
 _HOMES = {
@@ -34,6 +35,8 @@ _HOMES = {
     "Check": "diagnosis",
     "Checkpoint": "matching",
     "Finding": "diagnosis",
+    "Halt": "halt",
+    "HaltKind": "halt",
     "Head": "invert",
     "LabelEstimate": "labels",
     "LayerReport": "recovery",
@@ -41,6 +44,7 @@ _HOMES = {
     "LocalTraining": "federated",
     "Matching": "matching",
     "Recovery": "recovery",
+    "Route": "recovery",
     "Status": "recovery",
     "Update": "update",
     "capture": "capture",
@@ -56,6 +60,8 @@ __all__ = [
     "Check",
     "Checkpoint",
     "Finding",
+    "Halt",
+    "HaltKind",
     "Head",
     "LabelEstimate",
     "LayerReport",
@@ -63,6 +69,7 @@ __all__ = [
     "Loss",
     "Matching",
     "Recovery",
+    "Route",
     "Status",
     "Update",
     "__version__",

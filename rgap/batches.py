@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import inf
 
 import torch
 from torch import Tensor
@@ -40,7 +39,7 @@ def separated_stage(problem: Problem, found: Separated) -> StageSolution:
     affine = found.stage.affine
     unknowns = found.features.value.numel()
     k, x = found.cotangents.value.flatten(1), found.features.value.flatten(1)
-    std = problem.precision.update_std(k.square().T @ x.square(), k.T @ x)
+    std = problem.precision.update_std(affine.weight_name, k.square().T @ x.square(), k.T @ x)
     weights = std.square().mean(1).sqrt().clamp_min(1e-300).reciprocal()
     made = factor(gradient_constraint(affine, k), weights[None], None, None)
     gradient = found.mixture.gradient
@@ -110,7 +109,7 @@ def label_identity(
     stage, loss = problem.chain.stages[-1], head.loss
     name = stage.affine.bias_name
     if name is None or loss.name != CROSS_ENTROPY:
-        return None, 0.0, inf
+        return None, 0.0, 0.0  # nothing to miss
     bias = problem.gradients[name]
     total = float(head.copies.sum())
     s = loss_scale(loss, total, len(bias))
@@ -122,9 +121,9 @@ def label_identity(
     dp = p * (logits.error - (p * logits.error).sum(-1, keepdim=True))
     moved = (head.copies[:, None] * dp).sum(1).square().mean(0).sqrt()
     precision = problem.precision
-    own = total * (4.0 * precision.unit) + precision.noise / s
+    own = total * (4.0 * precision.unit) + precision.noise_std(name, bias) / s
     tolerance = 30.0 * float((moved + own).max()) / (1.0 - smoothing)
-    return counts, float((counts - found).abs().max()), min(tolerance, 0.25)
+    return counts, float((counts - found).abs().max()), tolerance
 
 
 def start(problem: Problem, found: Separated) -> Problem:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from rgap import validation
 from rgap.losses import Loss
@@ -18,8 +21,8 @@ __all__ = ["capture"]
 def capture(
     model: nn.Module,
     inputs: Tensor,
-    targets: Tensor,
-    loss: str | Loss | nn.Module = "cross_entropy",
+    targets: Any,
+    loss: str | Loss | nn.Module | Callable[[Any, Any], Tensor] = "cross_entropy",
     *,
     share_labels: bool = False,
     share_batch_size: bool = True,
@@ -37,8 +40,10 @@ def capture(
         model: any module in eval mode (batch norm and dropout in train mode are refused) whose
             ``forward`` takes one tensor and returns one.
         inputs: ``[B, *shape]``, floating; cast to the precision that is computed in.
-        targets: class indices [B] for cross-entropy, else as `Loss` says.
-        loss: name, `Loss`, or a PyTorch loss module.
+        targets: class indices [B] for cross-entropy, else as `Loss` says; for a function whatever
+            it takes.
+        loss: name, `Loss`, a PyTorch loss module, or a function of outputs and targets; a function
+            takes whatever the model returns.
         share_labels: put ``targets`` in the update, for a setting in which the client sends them.
         share_batch_size: put B in the update.
         dtype: None computes truly in the model's own dtype, autocast switched off;
@@ -62,11 +67,16 @@ def capture(
         (['1.weight', '1.bias'], (3, 2, 2), None)
     """
     loss = Loss.of(loss)
+    if not loss.known:
+        raise ValueError(
+            f"loss: expected one that can be computed, got {loss.name!r}; write its name, or "
+            "dataclasses.replace(update, loss=the_function) for one of your own."
+        )
     parameters = _parameters(model)
     _check_mode(model)
     _check_inputs(inputs)
     _check_range(inputs, value_range)
-    if not isinstance(targets, Tensor):
+    if not isinstance(targets, Tensor) and not loss.own:
         raise TypeError(
             f"targets: expected a tensor, got {type(targets).__name__}; write "
             "torch.tensor(targets)."
@@ -83,7 +93,7 @@ def capture(
         copies = {name: _copy(p, dtype).requires_grad_() for name, p in parameters.items()}
         buffers = {name: _copy(b, dtype) for name, b in model.named_buffers()}
         data = inputs.detach().to(device=first.device, dtype=dtype or first.dtype, copy=True)
-        wanted = targets.detach().to(device=first.device, copy=True)
+        wanted = tree_map(lambda t: _moved(t, first.device), targets)
         with torch.autocast(first.device.type, enabled=False):
             gradients = _gradients(model, copies, buffers, data, wanted, loss)
     return Update(
@@ -103,7 +113,7 @@ def _gradients(
     parameters: dict[str, Tensor],
     buffers: dict[str, Tensor],
     inputs: Tensor,
-    targets: Tensor,
+    targets: Any,
     loss: Loss,
 ) -> dict[str, Tensor]:
     devices = [inputs.device.index or 0] if inputs.device.type == "cuda" else []
@@ -116,7 +126,7 @@ def _gradients(
         random = any(
             not torch.equal(a, b) for a, b in zip(before, _random_state(inputs.device), strict=True)
         )
-        _check_outputs(model, inputs, outputs, random)
+        _check_outputs(model, inputs, outputs, random, own=loss.own)
         loss.check_targets(outputs, targets)
         value = loss(outputs, targets)
         try:
@@ -220,12 +230,15 @@ def _check_range(inputs: Tensor, value_range: tuple[float, float] | None) -> Non
         )
 
 
-def _check_outputs(model: nn.Module, inputs: Tensor, outputs: object, random: bool) -> None:
+def _check_outputs(
+    model: nn.Module, inputs: Tensor, outputs: object, random: bool, own: bool
+) -> None:
     kind = type(model).__name__
-    if not isinstance(outputs, Tensor):
+    if not isinstance(outputs, Tensor) and not own:
         raise TypeError(
             f"model: {kind}.forward returned a {type(outputs).__name__}, expected one tensor; wrap "
-            "it in a module whose forward returns the logits only."
+            "it in a module whose forward returns the logits only, or write loss as a function of "
+            "what it returns and the targets."
         )
     if random:
         raise ValueError(
@@ -233,6 +246,8 @@ def _check_outputs(model: nn.Module, inputs: Tensor, outputs: object, random: bo
             "gradient is no function of the data. Write model.eval() before capture, or take the "
             "noise out."
         )
+    if not isinstance(outputs, Tensor):
+        return  # whoever wrote the loss knows what it takes
     if outputs.ndim == 0 or outputs.shape[0] != inputs.shape[0]:
         raise ValueError(
             f"model: expected {inputs.shape[0]} outputs for inputs {tuple(inputs.shape)}, got "
@@ -248,6 +263,10 @@ def _check_outputs(model: nn.Module, inputs: Tensor, outputs: object, random: bo
             f"model: the output of {kind} has NaN or infinity; check its parameters, or write "
             "dtype=torch.float64 if it overflowed."
         )
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    return value.detach().to(device=device, copy=True) if isinstance(value, Tensor) else value
 
 
 def _copy(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

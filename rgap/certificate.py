@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rgap.batches import Rows
 from rgap.head import HeadCandidate
+from rgap.network import Stage
 from rgap.outcomes import replayed, stopped
 from rgap.polish import FITS, Polished
 from rgap.precision import Known
@@ -29,6 +30,12 @@ from rgap.systems.stage import DETERMINED
 REFUTED = 100.0  # an alternative is refuted when it misses by this many standard errors
 CLEAR = 10.0  # smallest gap between the last determined direction and the cutoff
 SAFETY = 10.0  # error bound over the largest predicted standard error
+ROUNDED = 100.0  # units in the last place by which a product of one sample may be off
+SCATTER = 10.0  # of a sum of squared noise, in √Σσ⁴: 7 standard deviations of normal noise
+# A tolerance is 30 times the largest of an ensemble, some 100 standard errors: up to 8 the half way
+# to the next label is 6 of them.
+OPEN = 8.0
+NEAREST = 0.25  # half way to where another label is as near
 USEFUL = 0.1  # an error bound above this share of the value range certifies nothing
 
 
@@ -64,11 +71,29 @@ class Answer:
         return max(bound, 3.0 * SAFETY * torch.finfo(torch.float64).eps * norm)
 
 
-def rank_one_tolerance(problem: Problem) -> float:
-    """Relative residual of G − k xᵀ that precision and noise explain."""
-    g = problem.gradients[problem.chain.stages[-1].affine.weight_name]
-    scale = float(g.norm() / g.numel() ** 0.5)
-    return min(0.3, 100 * (problem.precision.unit + problem.precision.noise / max(scale, 1e-300)))
+def rank_one_tolerance(problem: Problem, stage: Stage, x: Known) -> float:
+    """Relative residual ‖G − k xᵀ‖/‖G‖ that rounding and noise explain at one stage.
+
+    The residual is ``(I − P_k)G``: all of the noise E of G but one row's worth, and the noise e of
+    k = ∂b times x.  Its square is expected at ``Σσ_E² + ‖x‖² Σσ_e²``; independent entries scatter
+    about that by ``√(2Σσ⁴)``, of which ``SCATTER/√2`` are allowed.  Above 1 no residual is
+    refused: the noise is as large as the gradient, and the test says nothing.
+    """
+    precision, affine = problem.precision, stage.affine
+    g = problem.gradients[affine.weight_name]
+    if not bool(x.known.all()):
+        return inf  # the bias gradient is noise: nothing was read off it that could be tested
+    size = float(g.norm().clamp_min(1e-300))
+    own = precision.noise_std(affine.weight_name, g).square()
+    total, scatter = float(own.sum()), float(own.square().sum())
+    if affine.bias_name is not None:
+        bias = precision.noise_std(affine.bias_name, problem.gradients[affine.bias_name]).square()
+        lengthened = float(x.value.square().sum())
+        total += lengthened * float(bias.sum())
+        scatter += lengthened**2 * float(bias.square().sum())
+    floor = precision.floor * g.numel() ** 0.5
+    rounding = ROUNDED * (precision.unit + floor / size)
+    return float(rounding + (total + SCATTER * scatter**0.5) ** 0.5 / size)
 
 
 def scaled(answer: Answer, ratio: float, candidate: HeadCandidate) -> Answer:
@@ -111,7 +136,7 @@ def certify(problem: Problem, answers: Sequence[Answer]) -> Recovery:
                 f"whose head gradient says {found}; write labels=None to take those",
                 scored[0][0].descent,
             )
-    inside = [s for s in fitting if _excess(s[0], problem) <= problem.slack]
+    inside = [s for s in fitting if excess(s[0], problem) <= problem.slack]
     low, high = problem.value_range or (-inf, inf)
     if not inside and problem.slack == 0:
         first = fitting[0][0]
@@ -134,7 +159,7 @@ def certify(problem: Problem, answers: Sequence[Answer]) -> Recovery:
             f"{len(kept)} batches send exactly this update; no equation tells them apart",
             tuple(Candidate(a.inputs, a.labels, r) for a, r, _ in kept),
         )
-    status, reason = _verdict(problem, best)
+    status, reason = verdict(problem, best)
     if status is Status.EXACT and best.rows is not None and bool((best.rows.copies > 1).any()):
         status, reason = Status.AMBIGUOUS, _copies(best.rows)
     if len(kept) < len(fitting):
@@ -157,7 +182,8 @@ def _copies(rows: Rows) -> str:
     )
 
 
-def _verdict(problem: Problem, answer: Answer) -> tuple[Status, str]:
+def verdict(problem: Problem, answer: Answer) -> tuple[Status, str]:
+    """Whether the inputs of an answer are certified, and why not."""
     for index, step in answer.descent.solutions.items():
         joint = step.solution.stats.joint
         sharp = joint is not None and joint.gap >= CLEAR
@@ -174,6 +200,14 @@ def _verdict(problem: Problem, answer: Answer) -> tuple[Status, str]:
             f"the answer reproduces '{worst}' only to {answer.polished.misfit:.1f} standard "
             "errors: too far for a certificate, too near to be refuted; state the noise of the "
             "update"
+        )
+    unit = max(
+        1.0, float(answer.target.abs().max())
+    )  # real-valued targets have a size of their own
+    if answer.tolerance > OPEN * unit or answer.distance > NEAREST:
+        return Status.UNDERDETERMINED, (
+            f"at the rounding and noise of this update the target is only known to "
+            f"{answer.tolerance:.1g}: several fit the gradient of the last layer"
         )
     low, high = problem.value_range or (0.0, 1.0)
     if not answer.bound <= USEFUL * (high - low):
@@ -270,7 +304,7 @@ def _assemble(
     )
 
 
-def _excess(answer: Answer, problem: Problem) -> float:
+def excess(answer: Answer, problem: Problem) -> float:
     """How far the data leave their range beyond what their error explains, in its widths."""
     if problem.value_range is None:
         return 0.0

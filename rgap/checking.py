@@ -121,6 +121,10 @@ def _accepts(model: nn.Module, shape: Shape) -> bool:
     return True
 
 
+class UnreadyError(ValueError):
+    """A module draws random numbers or mixes the batch because it is in train mode."""
+
+
 def refuse_unready(model: nn.Module) -> None:
     """Raise if a module has no weights yet, or draws or mixes the batch because of its mode."""
     for name, parameter in model.named_parameters():
@@ -135,7 +139,7 @@ def refuse_unready(model: nn.Module) -> None:
         path = name or type(model).__name__
         kind = type(module).__name__
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            raise ValueError(
+            raise UnreadyError(
                 f"'{path}' ({kind}) is in train mode: it mixes the samples of the batch; write "
                 "model.eval() before capture, parse and invert"
             )
@@ -143,7 +147,7 @@ def refuse_unready(model: nn.Module) -> None:
             isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
         )
         if random:
-            raise ValueError(
+            raise UnreadyError(
                 f"'{path}' ({kind}) is in train mode: it draws random numbers that the update "
                 "does not state; write model.eval() before capture, parse and invert"
             )

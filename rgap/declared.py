@@ -14,7 +14,7 @@ from rgap.isolation import untouched
 from rgap.labels import estimate
 from rgap.precision import Precision
 from rgap.presets import Preset
-from rgap.problem import as_on_the_client, device_of
+from rgap.problem import as_on_the_client, device_of, precision_of
 from rgap.recovery import Recovery
 from rgap.seeding import start_of
 from rgap.update import Update
@@ -61,6 +61,7 @@ def declare(
     """Check what a search is given; arguments and errors as for :func:`rgap.match`."""
     validation.noise(noise)
     update.check(model)
+    update, _ = update.as_rounded()
     refuse_unready(model)
     place = device_of(device)
     if update.input_shape is None:
@@ -101,7 +102,7 @@ def declare(
         known = known.to(place)
     begin = None if start is None else _start(start, shape).to(place)
     gradients = {n: g.detach().to(place) for n, g in update.gradients.items()}
-    precision = Precision(update.dtype, noise)
+    precision = precision_of(update, noise, place)
     return Declared(
         model, update, gradients, shape, known, begin, local, update.local_steps, precision
     )

@@ -12,12 +12,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from rgap.affine import Affine
 from rgap.bias import bias_attack, rank_one_residual
 from rgap.losses import Loss
 from rgap.network import Stage
 from rgap.precision import UNKNOWN, Known, Precision
 from rgap.roots import cotangent_rounding, entry, reproduced, roots, scale_equation, tail
 
+DROWNED = 0.5  # share of ‖∂b‖² that must be signal for the bias attack to say anything
 NORMALISED = 8 * torch.finfo(torch.float32).eps
 
 
@@ -93,25 +95,33 @@ def solve_head(
 
 
 def features_from_bias(
-    weight_gradient: Tensor, bias_gradient: Tensor, precision: Precision
+    affine: Affine, weight_gradient: Tensor, bias_gradient: Tensor, precision: Precision
 ) -> tuple[Known, Known]:
     """Input x and cotangent k of a fully connected stage with a bias, with their errors.
 
-    ∂b is k itself, as the client used it, so without noise it carries no error of its own.
+    ∂b is k itself, as the client used it, so without noise it carries no error of its own.  With
+    noise e in ∂b, ``Gᵀ∂b / ‖∂b‖²`` is too small on average by what e adds to ‖∂b‖²: its expectation
+    Σσ² is taken out.  Where that is most of ‖∂b‖², nothing is known of x.
     """
     k = bias_gradient
-    x = bias_attack(weight_gradient, k)
-    noise_k = precision.normal(torch.full_like(k, precision.noise))
-    # dx = (δG − k-error·xᵀ)ᵀ k / ‖k‖², up to second order
-    std = (weight_gradient.abs() * precision.unit + precision.floor).square()
-    noise_g = precision.normal((std + precision.noise**2).sqrt())
+    std_k = precision.noise_std(affine.bias_name or "", k)
+    met = torch.where(k == 0, 0.0, std_k / k.norm())  # what rounded to 0 added nothing
+    own = 1.0 - float(met.square().sum())  # share of ‖∂b‖² that is not noise
+    x = bias_attack(weight_gradient, k) / max(own, DROWNED)
+    noise_k = precision.normal(std_k)
+    # dx = (δG − k-error·xᵀ)ᵀ k / (‖k‖² − Σσ²)
+    std = weight_gradient.abs() * precision.unit + precision.floor
+    added = precision.noise_std(affine.weight_name, weight_gradient)
+    noise_g = precision.normal(torch.hypot(std, added))
     size = k.abs().max()
     scaled = k / size  # ‖∂b‖² underflows long before ∂b does
-    scaled = scaled / scaled.square().sum() / size
+    scaled = scaled / scaled.square().sum() / size / max(own, DROWNED)
     dx = torch.einsum("smn,m->sn", noise_g, scaled) - (noise_k @ scaled)[:, None] * x
     # The sums above round in float64: with many rows that is more than what is left of theirs.
     dx = dx + precision.normal(x.abs() * torch.finfo(torch.float64).eps)
     dx = dx.nan_to_num(UNKNOWN).clamp(-UNKNOWN, UNKNOWN)
+    if own <= DROWNED:
+        dx = torch.full_like(dx, UNKNOWN)
     return Known(x[None], dx[:, None]), Known(k[None], noise_k[:, None])
 
 
@@ -124,7 +134,7 @@ def _with_bias(
             "underflowed; nothing about the features was sent",
             consistent=not bool((gradient != 0).any()),
         )
-    x, k = features_from_bias(gradient, bias_gradient, precision)
+    x, k = features_from_bias(stage.affine, gradient, bias_gradient, precision)
     return [_candidate(stage, gradient, x, k, loss, precision)]
 
 
@@ -157,7 +167,7 @@ def target_of(
     tolerance = 30 * (own + width + 16 * precision.unit * max(1.0, scale * precision.unit))
     if loss.targets == "probability":  # rows sum to 1 as stored, usually in float32
         tolerance = max(tolerance, NORMALISED)
-    return target, min(tolerance, 0.05)
+    return target, tolerance
 
 
 def _without_bias(
@@ -200,8 +210,9 @@ def _scaled(
     precision: Precision,
 ) -> tuple[Known, Known]:
     """X = αu and k = v/α with errors: of the gradient's entries, and of α through the loss."""
-    std = (gradient.abs() * precision.unit + precision.floor).square() + precision.noise**2
-    noise = precision.normal(std.sqrt())
+    own_noise = precision.noise_std(stage.affine.weight_name, gradient)
+    std = torch.hypot(gradient.abs() * precision.unit + precision.floor, own_noise)
+    noise = precision.normal(std)
     vv = v.square().sum()
     du = torch.einsum("smn,m->sn", noise, v) / vv
     du = du - (du @ u)[:, None] * u

@@ -11,23 +11,28 @@ import torch
 from torch import Tensor, nn
 
 from rgap import certificate, outcomes
-from rgap.batches import batch_of, start, with_separation
+from rgap.activations import Activation
+from rgap.batches import Rows, batch_of, start, with_separation
 from rgap.batchloss import BatchLoss
 from rgap.bias import rank_one_residual
 from rgap.diagnosis.reason import explained
 from rgap.filling import filled, searched
+from rgap.halt import Halt, HaltKind
 from rgap.head import HeadCandidate, HeadFailure, features_from_bias, solve_head
 from rgap.network import Chain
 from rgap.ops import Rearrange, Reshape
+from rgap.parts import in_parts
 from rgap.pooling import LinearMap
 from rgap.precision import Known
+from rgap.prefix import find_prefix
 from rgap.problem import Filling, Problem, prepare
 from rgap.progress import Progress
 from rgap.readout import head_cotangent, head_gradients, read_answer, read_batch
-from rgap.recovery import Recovery, Status
+from rgap.recovery import Recovery, Route, Status
 from rgap.recursion import Descent, descend
 from rgap.separation.batch import Separated, Unseparated
 from rgap.separation.route import mixed, separate
+from rgap.single import from_prefix
 from rgap.solvers.priors import Prior
 from rgap.systems.stage import BUDGET
 from rgap.update import Update
@@ -127,9 +132,15 @@ def invert(
 
 def _run(problem: Problem, head: Head | None, show: Progress) -> Recovery:
     chain = problem.chain
+    if head is None and (found := _from_data(problem, show)) is not None:
+        return found
+    if problem.unready:
+        raise ValueError(problem.unready)
     if not chain.stages:
         assert chain.barrier is not None
-        return outcomes.stopped(problem, Status.UNSUPPORTED, chain.barrier.words, None)
+        words = chain.barrier.words
+        halt = Halt(HaltKind.BARRIER, chain.barrier.node, words)
+        return outcomes.stopped(problem, Status.UNSUPPORTED, words, None, halt)
     if head is not None:
         show.stage("recursion from the given head")
         top = chain.stages[-1].affine
@@ -138,24 +149,59 @@ def _run(problem: Problem, head: Head | None, show: Progress) -> Recovery:
         descent = _descend(problem, len(chain.stages) - 1, x, kappa, show)
         recovery = _conclude(problem, [(descent, kappa, [])], show)
         *below, last = recovery.layers
-        return replace(recovery, layers=(*below, replace(last, route="given")))
+        return replace(recovery, layers=(*below, replace(last, route=Route.GIVEN)))
     if problem.stated != 1:
         found = separate(batch_of(problem), show.stage)
         # One sample of a batch of unknown size has routes of its own where this one has none.
         single = problem.stated is None and not mixed(batch_of(problem))
         if not (single and isinstance(found, Unseparated)):
             return _from_batch(problem, found, show)
+    if not problem.update.loss.equations:
+        return outcomes.stopped(
+            problem,
+            Status.UNSUPPORTED,
+            f"no equation covers the loss {problem.update.loss.name} with these options, and no "
+            "fully connected layer with a bias that the data reach by a chain gives its input "
+            "without it",
+            None,
+        )
     lowest = _lowest_fully_connected(chain, problem.gradients)
     if lowest is not None:
         return _from_bias(problem, lowest, show)
     return _from_head(problem, show)
 
 
+def _from_data(problem: Problem, show: Progress) -> Recovery | None:
+    """Where the network is no chain, or its loss unknown: what the chain at the data determines.
+
+    None where the equations of the whole network apply, or no such chain is there.
+    """
+    chain, loss = problem.chain, problem.update.loss
+    followed = all(
+        op.affine or isinstance(op, Activation)
+        for stage in chain.stages
+        for op in (*stage.lead, *stage.tail)
+    )
+    covered = chain.complete and loss.equations and followed
+    covered = covered and chain.stages[-1].affine.geometry is None
+    if problem.stated not in (None, 1) or covered:
+        return None
+    show.stage("reading the network from the data up")
+    prefix = find_prefix(problem.model, chain.input_shape, problem.gradients)
+    if prefix is None:
+        return None
+    above = "above it no equation of the loss is needed"
+    if chain.barrier is not None:
+        above = f"above it: {chain.barrier.words.split('; ')[0]}"
+    return from_prefix(problem, prefix, above, show)
+
+
 def _from_batch(problem: Problem, found: Separated | Unseparated, show: Progress) -> Recovery:
     """B > 1: the samples were told apart at some stage; descend from there."""
     if isinstance(found, Unseparated):
         status = Status.UNDERDETERMINED if found.consistent else Status.INCONSISTENT
-        return outcomes.stopped(problem, status, found.reason, None)
+        halt = Halt(HaltKind.UNSEPARATED, "", found.reason)
+        return outcomes.stopped(problem, status, found.reason, None, halt)
     problem = start(problem, found)
     descent = _descend(problem, found.stage.index, found.features, found.cotangents, show)
     descent = with_separation(problem, descent, found)
@@ -181,15 +227,18 @@ def _from_bias(problem: Problem, index: int, show: Progress) -> Recovery:
     show.stage(f"bias attack at {stage.name}")
     weight, bias = head_gradients(stage, problem.gradients)
     assert bias is not None
-    x, k = features_from_bias(weight, bias, problem.precision)
+    x, k = features_from_bias(stage.affine, weight, bias, problem.precision)
     misfit = rank_one_residual(weight, x.value[0], k.value[0])
-    if misfit > certificate.rank_one_tolerance(problem):
+    tolerance = certificate.rank_one_tolerance(problem, stage, x)
+    if misfit > tolerance:
         return outcomes.stopped(
             problem,
             Status.INCONSISTENT,
-            f"the gradient of '{stage.name}' is not of rank one (relative residual {misfit:.1e}): "
-            "it mixes several samples or does not come with this bias gradient",
+            f"the gradient of '{stage.name}' is not of rank one (relative residual {misfit:.1e}, "
+            f"where rounding and noise explain {tolerance:.1e}): it mixes several samples, does "
+            "not come with this bias gradient, or has noise that was not stated",
             None,
+            Halt.contradiction(stage.name),
         )
     descent = _descend(problem, index, x, k, show)
     return _conclude(problem, [(descent, None, [])], show)
@@ -201,19 +250,20 @@ def _from_head(problem: Problem, show: Progress) -> Recovery:
     index = len(chain.stages) - 1
     stage = chain.stages[index]
     if stage.affine.geometry is not None:
-        return outcomes.stopped(
-            problem,
-            Status.UNSUPPORTED,
+        words = (
             f"the last layer '{stage.name}' is a {stage.affine.kind}, the head equations need a "
-            "fully connected one; rgap.analysis.audit still measures every layer",
-            None,
+            "fully connected one; rgap.analysis.audit still measures every layer"
         )
+        halt = Halt(HaltKind.HEAD, stage.name, words)
+        return outcomes.stopped(problem, Status.UNSUPPORTED, words, None, halt)
     show.stage(f"head equations at {stage.name}")
     weight, bias = head_gradients(stage, problem.gradients)
     found = solve_head(stage, weight, bias, problem.update.loss, problem.precision)
     if isinstance(found, HeadFailure):
         status = Status.UNDERDETERMINED if found.consistent else Status.INCONSISTENT
-        return outcomes.stopped(problem, status, found.reason, None)
+        kind = HaltKind.HEAD if found.consistent else HaltKind.CONTRADICTION
+        halt = Halt(kind, stage.name, found.reason)
+        return outcomes.stopped(problem, status, found.reason, None, halt)
     runs: list[Run] = []
     for family in _families(_matching(found, problem.labels), chain):
         first = family[0]
@@ -247,9 +297,9 @@ def _families(found: list[HeadCandidate], chain: Chain) -> list[list[HeadCandida
 def _conclude(problem: Problem, runs: list[Run], show: Progress) -> Recovery:
     """Refute candidates, polish what is left, certify."""
     if not runs:
-        return outcomes.stopped(
-            problem, Status.INCONSISTENT, "the stated labels contradict the head's gradient", None
-        )
+        words = "the stated labels contradict the head's gradient"
+        halt = Halt(HaltKind.CONTRADICTION, problem.chain.stages[-1].name, words)
+        return outcomes.stopped(problem, Status.INCONSISTENT, words, None, halt)
     alive = [run for run in runs if not run[0].refuted]
     if not alive:
         return outcomes.contradiction(problem, min((r[0] for r in runs), key=_worst))
@@ -258,11 +308,19 @@ def _conclude(problem: Problem, runs: list[Run], show: Progress) -> Recovery:
         descent = alive[0][0]
         halt = descent.require_halt()
         status = Status.UNDERDETERMINED if halt.supported else Status.UNSUPPORTED
+        if problem.filling is None and len(alive) == 1:
+            kappa = alive[0][1]
+
+            def certify(whole: Descent) -> tuple[Recovery, Rows | None]:
+                answer = _answer(problem, whole, kappa)
+                return certificate.certify(problem, [answer]), answer.rows
+
+            found = in_parts(problem, descent, certify)
+            if found is not None:
+                return found
         if problem.filling is not None and len(alive) == 1:
             return filled(problem, descent, alive[0][1], alive[0][2], show)
-        reason, barrier = halt.reason, problem.chain.barrier
-        if barrier is not None and halt.stage == barrier.node:
-            reason = barrier.words  # unlike a step's reason, the halt's does not name the node
+        reason = halt.reason
         if problem.filling is not None:
             reason += (
                 f"; no completion: {len(alive)} roots at the head are open, each needs its own"
@@ -271,11 +329,7 @@ def _conclude(problem: Problem, runs: list[Run], show: Progress) -> Recovery:
     show.stage("polish on the whole update")
     answers = []
     for descent, kappa, family in reached:
-        if isinstance(kappa, BatchLoss):
-            answers.append(read_batch(problem, descent, kappa))
-            continue
-        known = head_cotangent(problem, descent) if kappa is None else kappa
-        answer = read_answer(problem, descent, known)
+        answer = _answer(problem, descent, kappa)
         answers.append(answer)
         answers += [
             certificate.scaled(answer, other.scale / family[0].scale, other) for other in family[1:]
@@ -289,8 +343,18 @@ def _conclude(problem: Problem, runs: list[Run], show: Progress) -> Recovery:
             f"one answer reproduces the update, but another root at the head is not refuted: its "
             f"recursion stops at '{unsettled[0].stage}' ({unsettled[0].reason})",
             reached[0][0],
+            unsettled[0],
         )
     return recovery
+
+
+def _answer(
+    problem: Problem, descent: Descent, kappa: Known | BatchLoss | None
+) -> certificate.Answer:
+    if isinstance(kappa, BatchLoss):
+        return read_batch(problem, descent, kappa)
+    known = head_cotangent(problem, descent) if kappa is None else kappa
+    return read_answer(problem, descent, known)
 
 
 def _worst(descent: Descent) -> float:

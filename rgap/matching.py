@@ -220,7 +220,7 @@ def _newton(
     )
     best = held.best if isfinite(held.lowest) else None
     return _answer(
-        given, best, given.targets, "gauss_newton", ended, held.lowest, held.place.steps,
+        given, best, given.targets, "gauss_newton", ended, held.lowest, held.steps,
         held.checkpoint(settings),
     )  # fmt: skip
 
@@ -320,7 +320,7 @@ def _answer(
     how = f"{iterations} iterations of {method}, {ended.value}"
     met = f"a normalised residual of {misfit**0.5:.1e}"
     found = replace(empty, residual=residual, objective=objective, misfit=misfit)
-    noisy = EXPLAINED * equations.expected(given.precision) if given.precision.noise else 0.0
+    noisy = EXPLAINED * equations.expected(given.precision) if given.precision.noisy else 0.0
     if misfit <= max(MET**2, (ROUNDED * torch.finfo(given.update.dtype).eps) ** 2, noisy):
         reason = f"the answer reproduces the update to {met} ({how}); {UNCERTIFIED}"
         return replace(found, inputs=best.cpu(), status=Status.COMPLETED, reason=reason)

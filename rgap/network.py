@@ -173,7 +173,7 @@ def parse(model: nn.Module, input_shape: Sequence[int]) -> Chain:
         if fits is None:
             raise
         raise ValueError(f"{error}; input_shape={fits} would fit") from error
-    stages = _assemble(found)
+    stages = assemble(found)
     if barrier is None and not stages:
         barrier = Barrier(
             type(model).__name__, "model", "it has no linear or convolutional layer", ADVICE_NONE
@@ -187,7 +187,14 @@ def parse(model: nn.Module, input_shape: Sequence[int]) -> Chain:
     return replace(chain, stages=(), barrier=failure)
 
 
-def _assemble(found: Sequence[Link]) -> tuple[Stage, ...]:
+def unparsed(model: nn.Module, input_shape: Sequence[int], reason: str) -> Chain:
+    """The chain of a model that was not read: no stages, and why."""
+    parameters = tuple(name for name, _ in model.named_parameters())
+    barrier = Barrier(type(model).__name__, "model", reason, ADVICE_NONE)
+    return Chain((), barrier, _shape(input_shape), (), parameters)
+
+
+def assemble(found: Sequence[Link]) -> tuple[Stage, ...]:
     """Group links into stages; steps before the first affine map lead into it."""
     at = [i for i, link in enumerate(found) if isinstance(link, Affine)]
     stages: list[Stage] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,11 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from rgap import validation
-from rgap.network import Chain, parse
+from rgap.checking import UnreadyError
+from rgap.ending import folded
+from rgap.losses import Loss
+from rgap.network import Chain, parse, unparsed
 from rgap.precision import Precision
 from rgap.solvers.gauss_newton import Schedule
 from rgap.solvers.priors import Prior, Squares, natural
-from rgap.targets import CROSS_ENTROPY
+from rgap.targets import CLASSES
 from rgap.update import Update
 
 log = logging.getLogger(__name__)
@@ -77,7 +81,10 @@ class Problem:
     value_range: tuple[float, float] | None
     slack: float  # widths of the range by which a candidate may leave it
     budget: float
+    declared: Loss  # of the model's own outputs, as the client minimised it
+    unready: str = ""  # why the model, in train mode, is no function of the data
     filling: Filling | None = None  # None: stop where the equations end
+    notes: tuple[str, ...] = ()  # what was read off the update before anything was solved
 
 
 def prepare(
@@ -93,6 +100,7 @@ def prepare(
 ) -> Problem:
     """Check an update against its model and bring both to float64; arguments as for ``invert``."""
     update.check(model)
+    update, rounded = update.as_rounded()
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise ValueError(
@@ -122,12 +130,18 @@ def prepare(
             "local_steps=1"
         )
     model = as_on_the_client(model, update)
-    chain = parse(model, update.input_shape)
+    declared, unready = update.loss, ""
+    try:
+        chain = parse(model, update.input_shape)
+    except UnreadyError as error:  # what stands below it may be read all the same
+        chain, unready = unparsed(model, update.input_shape, str(error)), str(error)
+    chain, loss = folded(chain, declared, stated)
+    update = dataclasses.replace(update, loss=loss)
     if place.type != "cpu":
         chain = chain.to(place)
     _check_labels(known, update, chain)
     gradients = {n: g.detach().to(place, torch.float64) for n, g in update.gradients.items()}
-    precision = Precision(update.dtype, noise, seed=seed)
+    precision = precision_of(update, noise, place, seed)
     return Problem(
         model,
         update,
@@ -140,7 +154,23 @@ def prepare(
         bounds,
         slack,
         budget,
+        declared,
+        unready,
+        notes=(rounded,) if rounded else (),
     )
+
+
+def precision_of(update: Update, noise: float, place: torch.device, seed: int = 0) -> Precision:
+    """What is known of an update's errors: its rounding, its own noise, and noise stated beside it.
+
+    Args:
+        update: what the client sent.
+        noise: standard deviation of noise that was added to every entry.
+        place: device of the work.
+        seed: of the sampled errors.
+    """
+    own = {n: s.to(place, torch.float64) for n, s in (update.noise or {}).items()}
+    return Precision(update.dtype, noise, seed=seed, entries=own)
 
 
 def as_on_the_client(model: nn.Module, update: Update) -> nn.Module:
@@ -172,10 +202,10 @@ def as_on_the_client(model: nn.Module, update: Update) -> nn.Module:
 def _check_labels(labels: Tensor | None, update: Update, chain: Chain) -> None:
     """Stated class indices lie in the range of the model's outputs."""
     loss = update.loss
-    if labels is None or loss.targets != "index" or labels.is_floating_point():
+    if labels is None or loss.targets != "index" or labels.is_floating_point() or loss.own:
         return
     outputs = chain.output_shape[0] if chain.output_shape else 0
-    classes = max(outputs, 2) if loss.name == CROSS_ENTROPY else 2
+    classes = max(outputs, 2) if loss.name in CLASSES else 2
     low, high = int(labels.min()), int(labels.max())
     if outputs and (low < 0 or high >= classes):
         raise ValueError(

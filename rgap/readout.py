@@ -13,6 +13,7 @@ from rgap.network import Chain, Stage
 from rgap.polish import Polished, polish
 from rgap.precision import Known
 from rgap.problem import Problem
+from rgap.recovery import Route
 from rgap.recursion import Descent
 
 
@@ -29,7 +30,7 @@ def read_answer(problem: Problem, descent: Descent, kappa: Known) -> Answer:
 def read_batch(problem: Problem, descent: Descent, head: BatchLoss) -> Answer:
     """Polish the pictures of a batch all together and check their labels by the identity."""
     lowest = descent.solutions.get(0)
-    settled = lowest is not None and lowest.solution.stats.route == "separation"
+    settled = lowest is not None and lowest.solution.stats.route == Route.SEPARATION
     polished = _polished(problem, descent, head, settled)
     stage = problem.chain.stages[-1]
     features = top_features(problem.chain, polished.data)
@@ -63,16 +64,18 @@ def head_cotangent(problem: Problem, descent: Descent) -> Known:
         return descent.cotangents[last]
     stage = problem.chain.stages[-1]
     weight, bias = head_gradients(stage, problem.gradients)
-    if bias is not None:
+    name = stage.affine.bias_name
+    if bias is not None and name is not None:
         return Known(
             bias[None],
-            problem.precision.normal(torch.full_like(bias, problem.precision.noise))[:, None],
+            problem.precision.normal(problem.precision.noise_std(name, bias))[:, None],
         )
     x = top_features(problem.chain, descent.require_data())
     scale = x.value[0].square().sum().clamp_min(1e-300)
     k = weight @ x.value[0] / scale
-    std = (weight.abs() * problem.precision.unit).square() + problem.precision.noise**2
-    error = problem.precision.normal(std.sqrt()) @ x.value[0] / scale
+    added = problem.precision.noise_std(stage.affine.weight_name, weight)
+    std = torch.hypot(weight.abs() * problem.precision.unit, added)
+    error = problem.precision.normal(std) @ x.value[0] / scale
     return Known(k[None], error[:, None])
 
 

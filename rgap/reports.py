@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from math import inf, prod
+from math import inf
 
 import torch
 from torch import Tensor
 
 from rgap.network import Stage
 from rgap.problem import Problem
-from rgap.recovery import LayerReport
+from rgap.recovery import LayerReport, Route
 from rgap.recursion import Descent
 from rgap.systems.nullspace import null_directions
 from rgap.systems.ranks import weight_row_spaces
@@ -22,7 +22,8 @@ def layer_reports(problem: Problem, descent: Descent | None) -> tuple[LayerRepor
 
 def _report(problem: Problem, descent: Descent | None, stage: Stage) -> LayerReport:
     affine, batch = stage.affine, problem.batch
-    unknowns = batch * prod(affine.in_shape)
+    read = int(affine.reads.sum())
+    unknowns, unread = batch * read, batch * (affine.reads.numel() - read)
 
     def weight_rank() -> int:
         active = torch.ones(batch, *affine.out_shape, dtype=torch.bool)
@@ -46,14 +47,15 @@ def _report(problem: Problem, descent: Descent | None, stage: Stage) -> LayerRep
                 inf,
                 inf,
                 0.0,
-                "not reached",
+                Route.NOT_REACHED,
                 note,
+                unread,
                 weight_rank,
             )
     assert descent is not None
     step = descent.solutions.get(stage.index)
     if step is None:  # where the recursion started: all of u was read off the gradient
-        route = "bias attack" if affine.bias_name is not None else "head equations"
+        route = Route.HEAD_EQUATIONS if affine.bias_name is None else Route.BIAS_ATTACK
         return LayerReport(
             stage.name,
             affine.kind,
@@ -67,6 +69,7 @@ def _report(problem: Problem, descent: Descent | None, stage: Stage) -> LayerRep
             0.0,
             route,
             note,
+            unread,
             weight_rank,
             lambda count: torch.empty(0, batch, *affine.in_shape, dtype=torch.float64),
         )
@@ -74,7 +77,7 @@ def _report(problem: Problem, descent: Descent | None, stage: Stage) -> LayerRep
     cotangent, active = step.cotangent, step.active
 
     def null_space(count: int) -> Tensor:
-        nullity = count if stats.joint is None else stats.joint.nullity
+        nullity = count if stats.joint is None else stats.joint.nullity + unread
         if nullity == 0:
             return torch.empty(0, batch, *affine.in_shape, dtype=torch.float64)
         return null_directions(affine, cotangent, active, nullity, count)
@@ -90,8 +93,9 @@ def _report(problem: Problem, descent: Descent | None, stage: Stage) -> LayerRep
         stats.condition,
         stats.residual,
         step.seconds,
-        stats.route,
+        Route(stats.route),
         note,
+        unread,
         weight_rank,
         null_space,
     )

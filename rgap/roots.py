@@ -47,9 +47,15 @@ def reproduced(
     k = (loss.cotangent(outputs, target) * slopes)[0]
     slack = 100 * abs(alpha) * cotangent_rounding(stage, alpha * u, target, loss, precision)
     slack = slack + 100 * precision.floor * u.numel() ** 0.5
-    slack = slack + 10 * precision.noise * max(1.0, (v.numel() * u.numel()) ** 0.5)
+    # u turns with the noise too, and α k(α u) with u: bounded by the norm of all of the noise.
+    slack = slack + 10 * added_noise(stage, precision).norm()
     relative = torch.maximum(100 * precision.unit * v.abs(), 1e-9 * v.norm())
     return bool(((alpha * k - v).abs() <= torch.maximum(slack, relative)).all())
+
+
+def added_noise(stage: Stage, precision: Precision) -> Tensor:
+    """Standard deviation of the noise added to each entry of the stage's gradient, [m, n]."""
+    return precision.noise_std(stage.affine.weight_name, stage.affine.weight)
 
 
 def cotangent_rounding(
@@ -76,8 +82,9 @@ def roots(
 ) -> list[tuple[float, Tensor]]:
     """Scales α and dense targets with α k_j(α) = v_j in one entry j of v."""
     found: list[tuple[float, Tensor]] = []
+    slack = 6 * (added_noise(stage, precision).square() @ u.square()).sqrt()  # of v = G u
     for sign in (1.0, -1.0):
-        for target in _targets(loss, sign * v, 6 * precision.noise):
+        for target in _targets(loss, sign * v, slack):
             equation = scale_equation(stage, u, v, loss, target)
             grid = _scales(stage, u, v, loss, target)
             found += [(root, target) for root in _zeros(equation, sign * grid)]
@@ -127,7 +134,7 @@ def entry(v: Tensor, loss: Loss, target: Tensor) -> int:
     return int((size if bool((size > 0).any()) else v.abs()).argmax())
 
 
-def _targets(loss: Loss, v: Tensor, slack: float) -> list[Tensor]:
+def _targets(loss: Loss, v: Tensor, slack: Tensor) -> list[Tensor]:
     """Dense one-hot or 0–1 targets whose cotangent can have the signs of v, give or take noise."""
     classes = v.numel()
     outputs = torch.zeros(1, classes, dtype=torch.float64)
@@ -138,7 +145,7 @@ def _targets(loss: Loss, v: Tensor, slack: float) -> list[Tensor]:
         # client's precision it is 0.
         rows = torch.arange(classes)
         least = torch.nonzero(v == v.min()).flatten()
-        fits = [c for c in least if float(v[c]) <= 0 and bool((v[rows != c] >= -slack).all())]
+        fits = [c for c in least if float(v[c]) <= 0 and bool((v >= -slack)[rows != c].all())]
         choices = [int(c) for c in fits]
     else:
         choices = list(range(classes))

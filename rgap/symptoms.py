@@ -22,8 +22,8 @@ COARSE = 1e-3  # a sum that is only known to this share of its terms tests nothi
 def warnings(problem: Problem) -> tuple[str, ...]:
     """What the head's gradient says about itself: underflow, and another loss than declared."""
     if not problem.chain.stages or compression(problem.gradients) is not None:
-        return ()
-    found = _underflow(problem)
+        return problem.notes
+    found = [*problem.notes, *_underflow(problem)]
     if _softmax_shaped(problem):
         found.append(
             "the head's bias gradient sums to 0 and exactly one of its entries is negative: the "
@@ -106,7 +106,8 @@ def _softmax_shaped(problem: Problem) -> bool:
         return False
     k = problem.gradients[stage.affine.bias_name].flatten()
     size = float(k.abs().max())
-    rounding = len(k) * (4 * problem.precision.unit * size + problem.precision.noise)
+    added = float(problem.precision.noise_std(stage.affine.bias_name, k).max())
+    rounding = len(k) * (4 * problem.precision.unit * size + added)
     return (
         int((k < 0).sum()) == 1
         and abs(float(k.sum())) <= rounding

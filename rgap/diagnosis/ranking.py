@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
-import torch
 from torch import Tensor, nn
 
 from rgap import validation
@@ -82,10 +81,9 @@ def check(
     known = update.labels if labels is None else labels
     if size is None and known is not None:
         size = len(known)
-    precision = Precision(update.dtype, noise, seed=seed)
     tested: set[Kind] = {Kind.NAMES}
     deadline = began + time_limit
-    found = _examine(model, update, size, known, input_shape, precision, deadline, tested)
+    found = _examine(model, update, size, known, input_shape, noise, seed, deadline, tested)
     ranked = tuple(sorted(found, key=lambda finding: -finding.strength))
     return Check(ranked, frozenset(tested), time.perf_counter() - began)
 
@@ -96,7 +94,8 @@ def _examine(
     size: int | None,
     known: Tensor | None,
     shape: tuple[int, ...] | None,
-    precision: Precision,
+    added: float,
+    seed: int,
     deadline: float,
     tested: set[Kind],
 ) -> list[Finding]:
@@ -110,13 +109,13 @@ def _examine(
     for finding in (parameters.sent(model, update), values.compressed(update.gradients)):
         if finding is not None:
             return [*found, finding]
-    coarse = values.precision(update)
-    if coarse is not None:
-        found.append(coarse)
-        dtype = next(d for d in values.COARSER if torch.finfo(d).eps == coarse.value)
-        precision = Precision(dtype, precision.noise, seed=precision.seed)
+    rounded = values.rounded(update)
+    if rounded is not None:
+        found.append(rounded)
+        update = update.as_rounded()[0]
     if update.local_steps > 1 or not any(bool(g.any()) for g in update.gradients.values()):
         return found
+    precision = Precision(update.dtype, added, seed=seed, entries=update.noise or {})
     evidence = gather(model, update, size, known, shape, precision, deadline)
     found += _equations(evidence)
     tested |= evidence.tested
@@ -157,7 +156,7 @@ def _sent(evidence: Evidence) -> samples.Samples | None:
     if evidence.batch != 1:
         return samples.batch(evidence)
     alone = samples.single(evidence)
-    stated = evidence.precision.noise > 0
+    stated = evidence.precision.noisy
     if alone is None or (alone.rest > SAME * evidence.unit and not stated):
         return None
     return alone

@@ -33,7 +33,7 @@ from rgap.targets import SQUARED
 
 from . import mode
 from .dropout import predicted
-from .evidence import Evidence
+from .evidence import Call, Evidence
 from .factors import smallest_misfit
 from .finding import Finding, Kind
 from .samples import Samples, nearest_sample
@@ -113,13 +113,14 @@ def _masked(
     if not layers:
         return None
     evidence.tested.add(Kind.DROPOUT)
+    rate = float(getattr(layers[0].module, "p", 0.0))
     held = max(balances, key=lambda c: c.misfit)
     said = (
         f"{held.what} holds to {held.misfit:.1e}, so the weights are right, but {worst.what} "
-        f"misses by {worst.misfit:.1e}: '{layers[0].name}' (p = {layers[0].module.p:g}) was on"
+        f"misses by {worst.misfit:.1e}: '{layers[0].name}' (p = {rate:g}) was on"
     )
     line = "model.eval() on the client before it computes the gradient"
-    return Finding(Kind.DROPOUT, float(layers[0].module.p), said, line, worst.strength)
+    return Finding(Kind.DROPOUT, rate, said, line, worst.strength)
 
 
 def _predictions(evidence: Evidence) -> list[Contradiction]:
@@ -132,7 +133,7 @@ def _predictions(evidence: Evidence) -> list[Contradiction]:
             continue
         x = bias_attack(weight, bias)
         rest = rank_one_residual(weight, x, bias)
-        known.append((call, x, _tolerance(evidence, weight, bias) + rest))
+        known.append((call, x, _tolerance(evidence, call, weight, bias) + rest))
     found = []
     for (lower, x, own), (upper, sent, other) in pairwise(known):
         expected = predicted(evidence, lower, upper, x)
@@ -146,10 +147,10 @@ def _predictions(evidence: Evidence) -> list[Contradiction]:
     return found
 
 
-def _tolerance(evidence: Evidence, weight: Tensor, bias: Tensor) -> float:
+def _tolerance(evidence: Evidence, call: Call, weight: Tensor, bias: Tensor) -> float:
     """Relative error of a feature vector that the bias attack gave."""
-    noise = evidence.precision.noise
-    added = noise * (weight.shape[1] ** 0.5 / float(weight.norm()) + 1.0 / float(bias.norm()))
+    noise = [evidence.added(f"{call.name}.{part}") for part in ("weight", "bias")]
+    added = noise[0] * weight.shape[1] ** 0.5 / float(weight.norm()) + noise[1] / float(bias.norm())
     return float(16 * evidence.unit + added)
 
 
@@ -214,7 +215,8 @@ def _balance(
         return None
     misfit = float((left.sum(1) - right.sum(1)).norm()) / size
     weights = [evidence.model.get_parameter(n) for n in (below.weight_name, above.weight_name)]
-    added = evidence.precision.noise * float(sum(w.detach().double().norm() for w in weights))
+    level = max(evidence.added(n) for n in (below.weight_name, above.weight_name))
+    added = level * float(sum(w.detach().double().norm() for w in weights))
     count = (left.shape[1] + right.shape[1]) ** 0.5
     tolerance = SAFETY * (4 * evidence.unit * count + added / size)
     what = f"the balance ⟨W, G⟩ between '{lower.name}' and '{upper.name}'"
@@ -246,7 +248,7 @@ def _recursion(evidence: Evidence) -> list[Contradiction]:
     weight, bias = evidence.gradients[last.affine.weight_name], evidence.gradients[name]
     if not bool((bias != 0).any()):
         return []
-    x, k = features_from_bias(weight, bias, evidence.precision)
+    x, k = features_from_bias(last.affine, weight, bias, evidence.precision)
     x = type(x)(
         x.value.reshape(-1, *last.affine.in_shape),
         x.error.reshape(len(x.error), -1, *last.affine.in_shape),

@@ -84,6 +84,7 @@ def polish_jointly(
     sent = {n: gradients[n] for n in _names(small)}
     first = small.stages[0].affine
     sent[first.weight_name] = sent[first.weight_name] @ samples.right
+    precision = precision.projected(first.weight_name, samples.right)
     point = Linearisation(small, roots, head)
     dz = samples.stage.affine.linear(_flat(across, samples)).reshape(*across.shape[:2], -1)
     leak = _pushed(point, dz)

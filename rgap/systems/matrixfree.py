@@ -68,7 +68,8 @@ class MatrixFree:
         ones = self.gradient_weights.square().expand(self.affine.weight.shape)
         squares = replace(self.affine, weight=ones).adjoint(self.cotangent.square())
         squares = squares + self.affine.squared().adjoint(self.weight_weights.square())
-        return replace(self, scale=squares.clamp_min(1e-300).rsqrt())
+        # A column that nothing reads stays 0, or no two starts would ever agree on it.
+        return replace(self, scale=squares.clamp_min(1e-300).rsqrt() * self.affine.reads)
 
 
 @dataclass(frozen=True)
@@ -95,9 +96,11 @@ def solve_matrix_free(
     system = _weighted(affine, z, k, guess, precision)
     rows = system.rows(gradient, target)
     generator = torch.Generator().manual_seed(precision.seed)
+    size = guess.square().mean().sqrt() / system.scale.mean()
+    scaled = torch.where(affine.reads, guess / system.scale, 0.0)
     starts = [
-        guess / system.scale + _draw(guess.numel(), generator).reshape(guess.shape) * spread
-        for spread in (float(guess.square().mean().sqrt()) / system.scale.mean(),) * 2
+        scaled + _draw(guess.numel(), generator).to(guess).reshape(guess.shape) * size
+        for _ in range(2)
     ]
     runs = [_run(system, rows, start.flatten(), LIMIT) for start in starts]
     answers = [run.x.reshape(guess.shape) * system.scale for run in runs]
@@ -144,7 +147,8 @@ def _weighted(
 
 
 def _update_std(affine: Affine, u: Tensor, k: Known, precision: Precision) -> Tensor:
-    return precision.update_std(affine.weight_gradient(u.square(), k.value.square()))
+    squares = affine.weight_gradient(u.square(), k.value.square())
+    return precision.update_std(affine.weight_name, squares)
 
 
 def _draw(count: int, generator: torch.Generator) -> Tensor:
