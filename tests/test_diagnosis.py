@@ -49,7 +49,7 @@ CLEAN = [
             ("mlp", "lenet", "normed"), (1, 2, 4), (CROSS, SQUARED, BINARY), DTYPES, (0, 30)
         )
     )
-    if number % 3
+    if number % 5 > 1
 ]
 
 
@@ -193,8 +193,8 @@ def test_dropout_that_was_on(activation: type[nn.Module], batch: int) -> None:
 
 @pytest.mark.parametrize(
     ("name", "batch", "loss"),
-    [(n, b, c) for n in ("mlp", "lenet", "normed") for b in (1, 4) for c in (CROSS, SQUARED)
-     if n == "mlp" or (b, c) != (4, SQUARED)],
+    [(n, b, CROSS) for n in ("mlp", "lenet", "normed") for b in (1, 4)]
+    + [("mlp", 4, SQUARED), ("lenet", 1, SQUARED), ("normed", 1, SQUARED)],
 )  # fmt: skip
 def test_several_local_steps(name: str, batch: int, loss: str) -> None:
     given = case(name, batch, loss, dtype=torch.float64)
