@@ -1,4 +1,4 @@
-"""The command line: ``rgap demo | capture | audit | invert | match | labels | harden``.
+"""The command line: ``rgap demo | capture | check | audit | invert | match | labels | harden``.
 
 Nothing here imports torch until a command needs it, so that ``rgap --help`` answers at once.
 """
@@ -23,6 +23,7 @@ from rgap.attacking import match
 from rgap.commands import invert, labels
 from rgap.console import clean, print_json, stderr, stdout
 from rgap.defending import harden, print_joint
+from rgap.inspecting import check
 from rgap.options import (
     Device,
     Json,
@@ -41,7 +42,7 @@ __all__ = ["app", "main"]
 EXIT_CODES = """Exit codes:
 
 - 0: success; for invert, EXACT: recovered and certified; for match, the update is reproduced
-- 1: not recovered exactly: COMPLETED, UNDERDETERMINED or AMBIGUOUS
+- 1: not recovered exactly: COMPLETED, UNDERDETERMINED or AMBIGUOUS; for check, something is wrong
 - 2: wrong usage or bad input
 - 3: INCONSISTENT: the update does not fit the model as declared
 - 4: UNSUPPORTED: a step of the network cannot be inverted"""
@@ -268,6 +269,7 @@ def audit(
             console.print(f"Heat map: {plot}", highlight=False, soft_wrap=True)
 
 
+app.command(name="check")(check)
 app.command(name="invert", epilog=EXIT_CODES)(invert)
 app.command(name="match")(match)
 app.command(name="labels")(labels)

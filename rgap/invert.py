@@ -16,6 +16,7 @@ from rgap.activations import Activation
 from rgap.batches import Rows, batch_of, start, with_separation
 from rgap.batchloss import BatchLoss
 from rgap.bias import rank_one_residual
+from rgap.diagnosis.reason import explained
 from rgap.filling import filled, searched
 from rgap.halt import Halt, HaltKind
 from rgap.head import HeadCandidate, HeadFailure, features_from_bias, solve_head
@@ -134,6 +135,7 @@ def invert(
         problem = replace(problem, filling=filling)
     with Progress(progress) as show:
         recovery = searched(problem, _run(problem, head, show), show)
+        recovery = recovery if head is not None else explained(problem, recovery)
     return replace(recovery, seconds=time.perf_counter() - began)
 
 

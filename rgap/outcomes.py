@@ -27,7 +27,7 @@ def stopped(
     descent: Descent | None,
     halt: Halt | None = None,
 ) -> Recovery:
-    """A recovery without inputs; a compressed update gets the compression as part of its reason.
+    """A recovery without inputs; of a compressed update the reason begins with the compression.
 
     Args:
         problem: that was solved.
@@ -40,7 +40,8 @@ def stopped(
         halt = descent.halt
     looks = compression(problem.gradients)
     if looks is not None:
-        reason += f"; the update itself looks compressed, which no equation here models: {looks}"
+        told = f"the update itself looks compressed, which no equation here models: {looks}"
+        reason = f"{told}; {reason}"
     return Recovery(
         inputs=None,
         labels=problem.labels,

@@ -3,7 +3,7 @@
 rgap.check(model, update).explain()
 """
 
-from .check import check
 from .finding import Check, Finding, Kind
+from .ranking import check
 
 __all__ = ["Check", "Finding", "Kind", "check"]

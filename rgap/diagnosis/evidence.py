@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from rgap.affine import Affine, linear
 from rgap.checking import fitting_shape
 from rgap.isolation import untouched
 from rgap.network import Chain, parse
@@ -87,6 +88,19 @@ class Evidence:
     def unit(self) -> float:
         """Unit roundoff of the client's arithmetic."""
         return self.precision.unit
+
+    def added(self, name: str) -> float:
+        """Root mean square of the noise that is known to be in a gradient."""
+        like = self.gradients.get(name)
+        return 0.0 if like is None else self.precision.noise_rms(name, like)
+
+    def affine(self, call: Call) -> Affine:
+        """A fully connected layer as the equations see it."""
+        module = self.model.get_submodule(call.name)
+        assert isinstance(module, nn.Linear)
+        bias = None if module.bias is None else f"{call.name}.bias"
+        shape = (module.in_features,)
+        return linear(call.name, module.weight, module.bias, (f"{call.name}.weight", bias), shape)
 
     def linear(self, call: Call) -> tuple[Tensor, Tensor | None] | None:
         """∂W and ∂b of a fully connected layer applied once a sample, or None."""

@@ -87,7 +87,9 @@ def _pair(evidence: Evidence, affine: Call, norm: Call) -> Pair | None:
     gamma = layer.weight.detach().double()
     slope = gamma / (variance.double() + layer.eps).sqrt()
     shift, spread = gradients[f"{norm.name}.bias"], gradients[f"{norm.name}.weight"]
-    noise = evidence.precision.noise
+    noise = max(
+        evidence.added(f"{n}.{p}") for n in (affine.name, norm.name) for p in ("weight", "bias")
+    )
     bias = gradients.get(f"{affine.name}.bias")
     if bias is not None:
         evaluated = slope * shift

@@ -34,6 +34,7 @@ class Floor:
         freedom: (m − B)(n − B).
         rank: singular values above the rounding.
         full: all of them are.
+        stated: noise that is known to be in an entry.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Floor:
     freedom: int
     rank: int
     full: bool
+    stated: float
 
     @property
     def flat(self) -> bool:
@@ -69,7 +71,9 @@ def floors(evidence: Evidence) -> list[Floor]:
         seen = int((values > CLEAR * rounding * (m**0.5 + n**0.5)).sum())
         ratio = float(beneath[0]) / edge if edge > 0 else inf
         full = seen == min(m, n)
-        found.append(Floor(call.name, level, ratio, rounding, freedom, seen, full))
+        stated = evidence.added(f"{call.name}.weight")
+        seen = seen if stated == 0.0 else int((values > 2.0 * stated * (m**0.5 + n**0.5)).sum())
+        found.append(Floor(call.name, level, ratio, rounding, freedom, seen, full, stated))
     return found
 
 
@@ -78,8 +82,7 @@ def read(evidence: Evidence, layers: list[Floor]) -> list[Finding]:
     if not layers or evidence.batch is None:
         return []
     evidence.tested.add(Kind.NOISE)
-    stated = evidence.precision.noise
-    high = [f for f in layers if f.level > max(CLEAR * f.rounding, 2.0 * stated)]
+    high = [f for f in layers if f.level > max(CLEAR * f.rounding, 2.0 * f.stated)]
     if len(high) < len(layers) or not all(f.flat for f in high):
         return []
     total = sum(f.freedom for f in high)

@@ -78,7 +78,7 @@ def single(evidence: Evidence) -> Samples | None:
         return _without_bias(evidence, weight)
     if not bool((bias != 0).any()):
         return None
-    x, k = features_from_bias(call, weight, bias, evidence.precision)
+    x, k = features_from_bias(evidence.affine(call), weight, bias, evidence.precision)
     matrix, shift = _parameters(evidence, call.name)
     z = x.value @ matrix.T + shift
     width = float((x.error @ matrix.T).abs().max())
@@ -116,7 +116,9 @@ def _without_bias(evidence: Evidence, weight: Tensor) -> Samples | None:
         return None
     spread = float((slope[others] - slope[others].mean()).norm())
     fit = float((table @ torch.linalg.lstsq(table, value).solution - value).abs().max())
-    blur = SAFETY * (8 * evidence.unit + evidence.precision.noise / float(v.abs().min()))
+    blur = SAFETY * (
+        8 * evidence.unit + evidence.added(f"{head[0].name}.weight") / float(v.abs().min())
+    )
     if spread == 0.0 or fit > max(blur, 1e-3):
         return None
     z = alpha * slope + shift

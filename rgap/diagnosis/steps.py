@@ -32,6 +32,8 @@ from .samples import batch
 MOST = 6  # local steps that are tried
 LARGEST = 2_000_000  # parameters of a network that is trained again
 BETTER = 20.0  # times as well that several steps must fit
+HOPE = 0.5  # of what one gradient leaves, that two steps must come below
+CLOSER = 0.3  # of what fewer steps leave, that more must come below
 FITS = 1e-2  # relative residual that they may leave
 FIRST = 1e-4  # relative residual of rank one at the data, at most
 KNOWN = 1e3  # roundings that one gradient may leave
@@ -93,7 +95,9 @@ def repeated(evidence: Evidence, x: Tensor) -> Training | None:
             if evidence.late:
                 return None
             found = _fitted(client, target, steps, single)
-            if best is None or found.residual < 0.3 * best.residual:
+            if steps == 2 and found.residual > HOPE * single:
+                break  # to first order in the rate all numbers of steps are alike
+            if best is None or found.residual < CLOSER * best.residual:
                 best = found
     if best is None or best.residual > FITS or best.residual * BETTER > best.single:
         return None
@@ -205,7 +209,7 @@ def _fitted(client: Client, target: Tensor, steps: int, single: float) -> Traini
     values = [misfit(place) for place in grid]
     k = min(max(values.index(min(values)), 1), len(grid) - 2)
     found = minimize_scalar(
-        misfit, bounds=(grid[k - 1], grid[k + 1]), method="bounded", options={"xatol": 1e-9}
+        misfit, bounds=(grid[k - 1], grid[k + 1]), method="bounded", options={"xatol": 1e-7}
     )
     rate = 10.0 ** float(found.x)
     residual, scale = client.misfit(target, rate, steps)

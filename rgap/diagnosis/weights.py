@@ -8,6 +8,7 @@ Each holds for any target and any factor, so that nothing but the model is teste
 - **Balance** (any B): between two affine maps with positively homogeneous steps (ReLU, LeakyReLU,
   pooling), ``φ'(z) z = φ(z)`` gives for every channel f of the lower one
   ``⟨W_f, G_f⟩ + b_f ∂b_f = Σ_p k_p·z_p = ⟨W'_{·f}, G'_{·f}⟩``, W' the weights that read it.
+  A mask between the two keeps it: where it holds and another identity fails, dropout was on.
 - **Target** (B = 1): some admissible target explains the cotangent at the head.
 - **Search** (B > 1): some sample of the row space of a layer satisfies ``(I − PPᵀ) f(q) = 0``.
 - **Recursion** (B = 1): the equations of every stage of a chain agree with those above it.
@@ -20,7 +21,7 @@ from itertools import pairwise
 from math import prod
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rgap.bias import bias_attack, rank_one_residual
 from rgap.head import features_from_bias
@@ -28,10 +29,11 @@ from rgap.network import Chain, Stage
 from rgap.ops import Op, Reshape
 from rgap.piecewise import Activation
 from rgap.recursion import REFUTED, descend
+from rgap.targets import SQUARED
 
 from . import mode
 from .dropout import predicted
-from .evidence import Evidence
+from .evidence import Call, Evidence
 from .factors import smallest_misfit
 from .finding import Finding, Kind
 from .samples import Samples, nearest_sample
@@ -61,19 +63,22 @@ class Contradiction:
         return self.misfit / self.tolerance
 
 
-def read(evidence: Evidence, samples: Samples | None, *, deep: bool = True) -> list[Finding]:
-    """The finding that nothing else explains; ``deep``: the recursion is tried as well."""
-    found = [*_predictions(evidence), *_balances(evidence)]
+def read(evidence: Evidence, samples: Samples | None) -> list[Finding]:
+    """The finding that nothing else explains; searches and recursions only where need be."""
+    balances = _balances(evidence)
+    found = [*_predictions(evidence), *balances]
     norm = mode.contradiction(evidence)
     if norm is not None:
         found.append(Contradiction(f"∂b = γ/σ ∂β at '{norm[2]}'", norm[0], norm[1]))
     if samples is not None and len(samples.logits) == 1:
-        target = smallest_misfit(evidence, samples, evidence.update.loss)
+        loss = evidence.update.loss
+        free = loss.name == SQUARED and evidence.labels is None  # every target is admissible
+        target = None if free else smallest_misfit(evidence, samples, loss)
         if target is not None:
-            what = f"the nearest target of {evidence.update.loss.name} at the head"
+            what = f"the nearest target of {loss.name} at the head"
             found.append(Contradiction(what, *target))
     broken = [c for c in found if c.strength > 1.0]
-    if not broken and deep and not evidence.late:
+    if not broken and not evidence.late:
         further = _recursion(evidence) if evidence.batch == 1 else _search(evidence, samples)
         found += further
         broken = [c for c in further if c.strength > 1.0]
@@ -82,6 +87,10 @@ def read(evidence: Evidence, samples: Samples | None, *, deep: bool = True) -> l
     if not broken:
         return []
     worst = max(broken, key=lambda c: c.strength)
+    if balances and not any(c.strength > 1.0 for c in balances):
+        masked = _masked(evidence, balances, worst)
+        if masked is not None:
+            return [masked]
     said = (
         f"{worst.what}: relative misfit {worst.misfit:.1e}, rounding explains "
         f"{worst.tolerance:.1e}; {len(broken)} of {len(found)} identities fail"
@@ -90,6 +99,28 @@ def read(evidence: Evidence, samples: Samples | None, *, deep: bool = True) -> l
     if open_:
         said += f"; no equation here tells {' or '.join(open_)} from it"
     return [Finding(Kind.WEIGHTS, worst.misfit, said, LINE, worst.strength)]
+
+
+def _masked(
+    evidence: Evidence, balances: list[Contradiction], worst: Contradiction
+) -> Finding | None:
+    """Dropout that was on: its masks keep the balance, which other weights do not."""
+    layers = [
+        c
+        for c in evidence.calls
+        if isinstance(c.module, nn.modules.dropout._DropoutNd) and c.module.p > 0
+    ]
+    if not layers:
+        return None
+    evidence.tested.add(Kind.DROPOUT)
+    rate = float(getattr(layers[0].module, "p", 0.0))
+    held = max(balances, key=lambda c: c.misfit)
+    said = (
+        f"{held.what} holds to {held.misfit:.1e}, so the weights are right, but {worst.what} "
+        f"misses by {worst.misfit:.1e}: '{layers[0].name}' (p = {rate:g}) was on"
+    )
+    line = "model.eval() on the client before it computes the gradient"
+    return Finding(Kind.DROPOUT, rate, said, line, worst.strength)
 
 
 def _predictions(evidence: Evidence) -> list[Contradiction]:
@@ -102,7 +133,7 @@ def _predictions(evidence: Evidence) -> list[Contradiction]:
             continue
         x = bias_attack(weight, bias)
         rest = rank_one_residual(weight, x, bias)
-        known.append((call, x, _tolerance(evidence, weight, bias) + rest))
+        known.append((call, x, _tolerance(evidence, call, weight, bias) + rest))
     found = []
     for (lower, x, own), (upper, sent, other) in pairwise(known):
         expected = predicted(evidence, lower, upper, x)
@@ -116,11 +147,11 @@ def _predictions(evidence: Evidence) -> list[Contradiction]:
     return found
 
 
-def _tolerance(evidence: Evidence, weight: Tensor, bias: Tensor) -> float:
+def _tolerance(evidence: Evidence, call: Call, weight: Tensor, bias: Tensor) -> float:
     """Relative error of a feature vector that the bias attack gave."""
-    noise = evidence.precision.noise
-    added = noise * (weight.shape[1] ** 0.5 / float(weight.norm()) + 1.0 / float(bias.norm()))
-    return 16 * evidence.unit + added
+    noise = [evidence.added(f"{call.name}.{part}") for part in ("weight", "bias")]
+    added = noise[0] * weight.shape[1] ** 0.5 / float(weight.norm()) + noise[1] / float(bias.norm())
+    return float(16 * evidence.unit + added)
 
 
 def _balances(evidence: Evidence) -> list[Contradiction]:
@@ -184,7 +215,8 @@ def _balance(
         return None
     misfit = float((left.sum(1) - right.sum(1)).norm()) / size
     weights = [evidence.model.get_parameter(n) for n in (below.weight_name, above.weight_name)]
-    added = evidence.precision.noise * float(sum(w.detach().double().norm() for w in weights))
+    level = max(evidence.added(n) for n in (below.weight_name, above.weight_name))
+    added = level * float(sum(w.detach().double().norm() for w in weights))
     count = (left.shape[1] + right.shape[1]) ** 0.5
     tolerance = SAFETY * (4 * evidence.unit * count + added / size)
     what = f"the balance ⟨W, G⟩ between '{lower.name}' and '{upper.name}'"
@@ -227,4 +259,5 @@ def _recursion(evidence: Evidence) -> list[Contradiction]:
         return []
     relative = descent.solutions[index].solution.stats.residual
     what = f"the equations of '{chain.stages[index].name}' below the head"
+    relative = max(relative, 1e-300)
     return [Contradiction(what, relative, relative * REFUTED / max(misfit, 1e-300))]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
-import torch
 from torch import Tensor, nn
 
 from rgap import validation
@@ -20,6 +19,7 @@ EXPLAIN = frozenset(
     (Kind.MODE, Kind.DROPOUT, Kind.STEPS, Kind.NOISE, Kind.BATCH_SIZE, Kind.LOSS, Kind.PRECISION)
 )
 """Findings that break identities between layers: other weights are not needed to explain these."""
+TELLING = 3  # logits from which a factor is overdetermined
 SAME = 1e3  # roundings by which the gradient of one sample may miss rank one
 
 
@@ -79,10 +79,11 @@ def check(
         validation.count("batch_size", batch_size)
     size = update.batch_size if batch_size is None else batch_size
     known = update.labels if labels is None else labels
-    tested: set[Kind] = set()
-    found = _examine(
-        model, update, size, known, input_shape, noise, seed, began + time_limit, tested, True
-    )
+    if size is None and known is not None:
+        size = len(known)
+    tested: set[Kind] = {Kind.NAMES}
+    deadline = began + time_limit
+    found = _examine(model, update, size, known, input_shape, noise, seed, deadline, tested)
     ranked = tuple(sorted(found, key=lambda finding: -finding.strength))
     return Check(ranked, frozenset(tested), time.perf_counter() - began)
 
@@ -97,10 +98,8 @@ def _examine(
     seed: int,
     deadline: float,
     tested: set[Kind],
-    deep: bool,
 ) -> list[Finding]:
     found: list[Finding] = []
-    tested.add(Kind.NAMES)
     renamed, finding = names.mended(model, update)
     found += [finding] if finding else []
     if renamed is None:
@@ -110,23 +109,22 @@ def _examine(
     for finding in (parameters.sent(model, update), values.compressed(update.gradients)):
         if finding is not None:
             return [*found, finding]
-    coarse = values.precision(update)
-    dtype = update.dtype
-    if coarse is not None:
-        found.append(coarse)
-        dtype = next(d for d in values.COARSER if torch.finfo(d).eps == coarse.value)
+    rounded = values.rounded(update)
+    if rounded is not None:
+        found.append(rounded)
+        update = update.as_rounded()[0]
     if update.local_steps > 1 or not any(bool(g.any()) for g in update.gradients.values()):
         return found
-    precision = Precision(dtype, added, seed=seed, entries=update.noise or {})
     if size is None and known is not None:
         size = len(known)
+    precision = Precision(update.dtype, added, seed=seed, entries=update.noise or {})
     evidence = gather(model, update, size, known, shape, precision, deadline)
-    found += _equations(evidence, deep)
+    found += _equations(evidence)
     tested |= evidence.tested
     return found
 
 
-def _equations(evidence: Evidence, deep: bool) -> list[Finding]:
+def _equations(evidence: Evidence) -> list[Finding]:
     """The trials that need the network."""
     if evidence.batch is None:
         alone = samples.single(evidence)
@@ -147,9 +145,12 @@ def _equations(evidence: Evidence, deep: bool) -> list[Finding]:
         sent = _sent(evidence)
     if sent is not None:
         found += scale.read(evidence, sent)
-    if not any(f.kind in EXPLAIN for f in found) and not evidence.late:
-        found += weights.read(evidence, sent, deep=deep)
-    return found
+    if any(f.kind in EXPLAIN for f in found) or evidence.late:
+        return found
+    other = weights.read(evidence, sent)
+    if other and sent is not None and sent.logits.numel() < TELLING:
+        found = [f for f in found if f.kind not in scale.GRADES]  # some factor always fits these
+    return [*found, *other]
 
 
 def _sent(evidence: Evidence) -> samples.Samples | None:
