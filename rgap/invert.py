@@ -129,8 +129,8 @@ def invert(
 
 def _run(problem: Problem, head: Head | None, show: Progress) -> Recovery:
     chain = problem.chain
-    if head is None and (found := _from_data(problem, show)) is not None:
-        return found
+    if head is None and (recovery := _from_data(problem, show)) is not None:
+        return recovery
     if problem.unready:
         raise ValueError(problem.unready)
     if not chain.stages:

@@ -159,4 +159,4 @@ def _rounding(problem: Problem, inputs: Tensor, target: Tensor) -> float:
         float(problem.precision.noise_std(n, g).square().sum())
         for n, g in problem.gradients.items()
     )
-    return max(own, problem.precision.unit) + added**0.5 / max(scale, 1e-300)
+    return max(own, problem.precision.unit) + float(added**0.5) / max(float(scale), 1e-300)
