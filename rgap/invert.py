@@ -22,7 +22,7 @@ from rgap.ops import Rearrange, Reshape
 from rgap.parts import in_parts
 from rgap.pooling import LinearMap
 from rgap.precision import Known
-from rgap.prefix import find_prefix
+from rgap.prefix import find_pairs, find_prefix
 from rgap.problem import Filling, Problem, prepare
 from rgap.progress import Progress
 from rgap.readout import head_cotangent, head_gradients, read_answer, read_batch
@@ -30,6 +30,7 @@ from rgap.recovery import Recovery, Status
 from rgap.recursion import Descent, descend
 from rgap.separation.batch import Separated, Unseparated
 from rgap.separation.route import mixed, separate
+from rgap.several import from_pair
 from rgap.single import from_prefix
 from rgap.solvers.priors import Prior
 from rgap.systems.stage import BUDGET
@@ -179,16 +180,22 @@ def _from_data(problem: Problem, show: Progress) -> Recovery | None:
     )
     covered = chain.complete and loss.equations and followed
     covered = covered and chain.stages[-1].affine.geometry is None
-    if problem.stated not in (None, 1) or covered:
+    if covered:
         return None
     show.stage("reading the network from the data up")
-    prefix = find_prefix(problem.model, chain.input_shape, problem.gradients)
-    if prefix is None:
-        return None
     above = "above it no equation of the loss is needed"
     if chain.barrier is not None:
         above = f"above it: {chain.barrier.words.split('; ')[0]}"
-    return from_prefix(problem, prefix, above, show)
+    if problem.stated in (None, 1):
+        prefix = find_prefix(problem.model, chain.input_shape, problem.gradients)
+        found = None if prefix is None else from_prefix(problem, prefix, above, show)
+        if found is not None or problem.stated == 1:
+            return found
+    for pair in find_pairs(problem.model, chain.input_shape, problem.gradients):
+        found = from_pair(problem, pair, above, show)
+        if found is not None:
+            return found
+    return None
 
 
 def _from_batch(problem: Problem, found: Separated | Unseparated, show: Progress) -> Recovery:

@@ -54,7 +54,7 @@ def separate(batch: Batch, watch: Watcher | None = None) -> Separated | Unsepara
         if isinstance(steps, str):
             continue
         lower, upper = batch.mixture(index), batch.mixture(index + 1)
-        why = _unfit(batch, lower, upper)
+        why = unfit_pair(lower, upper)
         if why is None:
             pair = Between.of(lower, upper, steps, batch.precision)
             return _after(separate_pair(batch, pair, top, watch), whys)
@@ -71,7 +71,7 @@ def _after(found: Separated | Unseparated, whys: list[str]) -> Separated | Unsep
     return replace(found, passed="; ".join(whys)) if isinstance(found, Separated) else found
 
 
-def _unfit(batch: Batch, lower: Mixture, upper: Mixture) -> str | None:
+def unfit_pair(lower: Mixture, upper: Mixture) -> str | None:
     """Why a pair of layers does not separate the batch, or None if it does."""
     name, above = lower.stage.name, upper.stage.name
     width = upper.gradient.shape[1]
