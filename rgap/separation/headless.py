@@ -116,6 +116,8 @@ def cotangents_of(
         roots: [S, R].
     """
     affine = lower.stage.affine
+    if not len(roots):
+        return [], roots.new_zeros(0, *affine.out_shape), roots.new_zeros(0, len(upper.left))
     z = affine.forward((roots @ lower.right.T).reshape(-1, *affine.in_shape))
     outputs, pull = pullback(batch.chain, lower.stage.index, z)
     rows = [pull(u.expand_as(outputs)).flatten(1) for u in upper.left.T]
