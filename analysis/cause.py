@@ -14,6 +14,7 @@ FIRST = {
     "misfit": 3.5,
     "no inverse": 3.0,
     "not separated": 2.5,
+    "parts": 2.0,
     "missing equations": 1.0,
     "several answers": 0.9,
     "precision": 0.5,
@@ -26,7 +27,8 @@ class Cause:
 
     Attributes:
         kind: "compressed update", "misfit", "head limit", "alike samples", "no inverse",
-            "not separated", "missing equations", "several answers" or "precision".
+            "not separated", "parts" (some of the answer is certified), "missing equations",
+            "several answers" or "precision".
         place: the layer, or "".
         number: that says how bad it is; NaN where none was measured.
         words: the cause in plain words, with its number.

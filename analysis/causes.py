@@ -44,6 +44,8 @@ def causes(
         number = inf if recovery.residual is None else recovery.residual
         told = "" if recovery.residual is None else f" The replay differs by {number:.1e}."
         found.append(cause("misfit", "", number, f"{sentence(recovery.reason)}{told}", FIT))
+    if not found and (recovery.certified or recovery.determined is not None):
+        found.append(cause("parts", "", float(batch), sentence(recovery.reason), _PARTS))
     if not found:
         told = "the samples of the batch were not told apart: " if batch > 1 else ""
         found.append(
@@ -51,6 +53,11 @@ def causes(
         )
     return tuple(sorted(found, key=lambda one: -one.weight))
 
+
+_PARTS = (
+    "a layer above that the equations cover, and the loss declared, for the targets",
+    "strides that leave no row or column unread, for the data",
+)
 
 _APART = (
     "a smaller batch",
@@ -157,6 +164,8 @@ def _precision(recovery: Recovery) -> list[Cause]:
     known = [r for r in recovery.layers if r.route != "not reached"]
     told = recovery.error_bound is not None or "precision" in recovery.reason
     if recovery.status is not Status.UNDERDETERMINED or not known or not told:
+        return []
+    if recovery.certified or recovery.determined is not None:  # precise enough: some of it is open
         return []
     if any(r.nullity for r in known):
         return []

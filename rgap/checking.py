@@ -11,7 +11,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from rgap.graph import Link, links
 from rgap.isolation import first_line, untouched
-from rgap.probing import Shape
+from rgap.probing import Shape, UnreadyError
 
 
 def disagreement(
@@ -119,10 +119,6 @@ def _accepts(model: nn.Module, shape: Shape) -> bool:
     except Exception:
         return False
     return True
-
-
-class UnreadyError(ValueError):
-    """A module draws random numbers or mixes the batch because it is in train mode."""
 
 
 def refuse_unready(model: nn.Module) -> None:

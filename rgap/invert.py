@@ -10,7 +10,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from rgap import certificate, outcomes
+from rgap import certificate, outcomes, parts
 from rgap.activations import Activation
 from rgap.batches import Rows, batch_of, start, with_separation
 from rgap.batchloss import BatchLoss
@@ -19,7 +19,6 @@ from rgap.filling import filled, searched
 from rgap.head import HeadCandidate, HeadFailure, features_from_bias, solve_head
 from rgap.network import Chain
 from rgap.ops import Rearrange, Reshape
-from rgap.parts import in_parts
 from rgap.pooling import LinearMap
 from rgap.precision import Known
 from rgap.prefix import find_pairs, find_prefix
@@ -307,16 +306,19 @@ def _conclude(problem: Problem, runs: list[Run], show: Progress) -> Recovery:
         descent = alive[0][0]
         halt = descent.require_halt()
         status = Status.UNDERDETERMINED if halt.supported else Status.UNSUPPORTED
-        if problem.filling is None and len(alive) == 1:
+        if len(alive) == 1 and (problem.filling is None or parts.free(problem, descent)):
             kappa = alive[0][1]
 
             def certify(whole: Descent) -> tuple[Recovery, Rows | None]:
                 answer = _answer(problem, whole, kappa)
                 return certificate.certify(problem, [answer]), answer.rows
 
-            found = in_parts(problem, descent, certify)
-            if found is not None:
+            found = parts.in_parts(problem, descent, certify)
+            whole_targets = found is not None and found.labels is not None
+            if found is not None and problem.filling is None:
                 return found
+            if found is not None and whole_targets and found.partial is not None:
+                return parts.completed(problem, found)
         if problem.filling is not None and len(alive) == 1:
             return filled(problem, descent, alive[0][1], alive[0][2], show)
         reason, barrier = halt.reason, problem.chain.barrier

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from rgap import validation
-from rgap.checking import UnreadyError
 from rgap.ending import folded
 from rgap.losses import Loss
 from rgap.network import Chain, parse, unparsed
 from rgap.precision import Precision
+from rgap.probing import UnreadyError
 from rgap.solvers.gauss_newton import Schedule
 from rgap.solvers.priors import Prior, Squares, natural
 from rgap.targets import CLASSES

@@ -226,3 +226,26 @@ def test_parts_are_written_with_a_mask_and_hatching(tmp_path):
         shown = torch.from_numpy(np.array(picture.convert("L"))).flatten()
     assert torch.equal(white, found.determined[0].all(0).flatten())
     assert set(shown[~white].tolist()) == {89, 166}
+
+
+def test_a_completion_of_unread_values_is_never_exact():
+    torch.manual_seed(6)
+    net = nn.Sequential(nn.Conv2d(1, 12, 3, 2), nn.Tanh(), nn.Flatten(), nn.Linear(108, 4)).eval()
+    x = torch.rand(1, 1, 8, 8)
+    update = rgap.capture(net, x, torch.tensor([1]))
+    found = rgap.invert(net, update, complete=True, time_limit=3.0)
+    assert found.status is Status.COMPLETED
+    assert bool(found.inputs.isfinite().all())
+    assert torch.equal(found.inputs[found.determined], found.partial[found.determined])
+    assert (found.partial - x)[found.determined].abs().max() <= found.error_bound
+    again = rgap.capture(net, found.inputs.float(), found.labels)
+    for name, sent in update.gradients.items():
+        assert torch.allclose(again.gradients[name], sent, rtol=1e-3, atol=1e-6)
+
+
+def test_the_causes_name_what_is_open():
+    net, x = chain_of(12)
+    update = rgap.capture(net, x, torch.tensor([2]))
+    told = rgap.analysis.explain(rgap.invert(net, update), net, update)
+    assert [one.kind for one in told.causes] == ["parts"]
+    assert "read" in told.causes[0].words
