@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from math import prod
 from operator import index
 
 import torch
 from torch import Tensor, nn
 
-from rgap.analysis.layer_ranks import Spaces, counted_rows, measured_row, sketched_row
-from rgap.analysis.probe import probe_layers
+from rgap.analysis.layer_ranks import Spaces, counted_rows
+from rgap.analysis.probe import probed
 from rgap.analysis.probe_batch import probe_targets
-from rgap.analysis.symbolic_modules import pooled_inputs
+from rgap.analysis.probed_rows import probed_rows
 from rgap.analysis.table import Audit, AuditRow
 from rgap.losses import Loss
 from rgap.network import parse
@@ -86,17 +85,13 @@ def audit(
     if method == "formula":
         counted, left = counted_rows(model, shape, batches, loss.name)
         return Audit(type(model).__name__, method, tuple(counted), (*_notes(counted), *left))
-    chain = parse(model, shape)
-    before = {stage.name: prod(stage.in_shape) for stage in chain.stages}
-    if chain.barrier is not None:  # the stages end there, the pools beyond count as well
-        before = pooled_inputs(model, shape) | before
+    parse(model, shape)  # refuses a shape that does not fit, and train mode
     rows: list[AuditRow] = []
     spaces: Spaces = {}
-    make = measured_row if method == "exact" else sketched_row
     for batch in batches:
         targets = probe_targets(model, pictures[:batch], loss, None, seed)
-        for probe in probe_layers(model, pictures[:batch], targets, loss):
-            rows.append(make(probe, batch, before.get(probe.affine.name, 0), spaces))
+        probes, recording = probed(model, pictures[:batch], targets, loss)
+        rows += probed_rows(probes, recording, batch, method, spaces, loss.name)
     return Audit(type(model).__name__, method, tuple(rows), _notes(rows))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import inf
 
 import torch
 from torch import Tensor
@@ -110,7 +109,7 @@ def label_identity(
     stage, loss = problem.chain.stages[-1], head.loss
     name = stage.affine.bias_name
     if name is None or loss.name != CROSS_ENTROPY:
-        return None, 0.0, inf
+        return None, 0.0, 0.0  # nothing to miss
     bias = problem.gradients[name]
     total = float(head.copies.sum())
     s = loss_scale(loss, total, len(bias))
@@ -124,7 +123,7 @@ def label_identity(
     precision = problem.precision
     own = total * (4.0 * precision.unit) + precision.noise_std(name, bias) / s
     tolerance = 30.0 * float((moved + own).max()) / (1.0 - smoothing)
-    return counts, float((counts - found).abs().max()), min(tolerance, 0.25)
+    return counts, float((counts - found).abs().max()), tolerance
 
 
 def start(problem: Problem, found: Separated) -> Problem:

@@ -32,6 +32,10 @@ CLEAR = 10.0  # smallest gap between the last determined direction and the cutof
 SAFETY = 10.0  # error bound over the largest predicted standard error
 ROUNDED = 100.0  # units in the last place by which a product of one sample may be off
 SCATTER = 10.0  # of a sum of squared noise, in √Σσ⁴: 7 standard deviations of normal noise
+# A tolerance is 30 times the largest of an ensemble, some 100 standard errors: up to 8 the half way
+# to the next label is 6 of them.
+OPEN = 8.0
+NEAREST = 0.25  # half way to where another label is as near
 USEFUL = 0.1  # an error bound above this share of the value range certifies nothing
 
 
@@ -77,6 +81,8 @@ def rank_one_tolerance(problem: Problem, stage: Stage, x: Known) -> float:
     """
     precision, affine = problem.precision, stage.affine
     g = problem.gradients[affine.weight_name]
+    if not bool(x.known.all()):
+        return inf  # the bias gradient is noise: nothing was read off it that could be tested
     size = float(g.norm().clamp_min(1e-300))
     own = precision.noise_std(affine.weight_name, g).square()
     total, scatter = float(own.sum()), float(own.square().sum())
@@ -199,6 +205,14 @@ def verdict(problem: Problem, answer: Answer) -> tuple[Status, str]:
             f"the answer reproduces '{worst}' only to {answer.polished.misfit:.1f} standard "
             "errors: too far for a certificate, too near to be refuted; state the noise of the "
             "update"
+        )
+    unit = max(
+        1.0, float(answer.target.abs().max())
+    )  # real-valued targets have a size of their own
+    if answer.tolerance > OPEN * unit or answer.distance > NEAREST:
+        return Status.UNDERDETERMINED, (
+            f"at the rounding and noise of this update the target is only known to "
+            f"{answer.tolerance:.1g}: several fit the gradient of the last layer"
         )
     low, high = problem.value_range or (0.0, 1.0)
     if not answer.bound <= USEFUL * (high - low):

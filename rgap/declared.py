@@ -61,6 +61,7 @@ def declare(
     """Check what a search is given; arguments and errors as for :func:`rgap.match`."""
     validation.noise(noise)
     update.check(model)
+    update, _ = update.as_rounded()
     refuse_unready(model)
     place = device_of(device)
     if update.input_shape is None:

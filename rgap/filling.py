@@ -16,21 +16,23 @@ from rgap.activations import Activation
 from rgap.batches import rows_of
 from rgap.batchloss import BatchLoss
 from rgap.coarse import coarse
-from rgap.completion import MISSED, Whole, complete, grey, inside
+from rgap.completion import MISSED, complete, grey, inside
+from rgap.halt import Halt
 from rgap.head import HeadCandidate
 from rgap.kinks import rounded
 from rgap.matching import match
-from rgap.module_update import ModuleUpdate, Outside
+from rgap.module_update import ModuleUpdate, Outside, watchable
 from rgap.network import Chain
 from rgap.passing import suggested, unpooled
 from rgap.precision import Known
 from rgap.problem import Problem
 from rgap.progress import Progress
 from rgap.readout import head_cotangent, read_answer, read_batch
-from rgap.recovery import Candidate, Recovery, Status
-from rgap.recursion import Descent, Halt
+from rgap.recovery import Candidate, Recovery, Route, Status
+from rgap.recursion import Descent
 from rgap.solvers.gauss_newton import Minimum, Step
 from rgap.stopping import Progress as Searching
+from rgap.systems.known_input import Whole
 
 SURE, SHARE = 16, 0.01  # surplus of equations, also relative, from which a solution is the only one
 SEARCHING = 0.6  # share of the time that winners of max-pools are searched for
@@ -76,11 +78,10 @@ def filled(
     shape = (problem.batch, *chain.input_shape)
     show.stage(f"completion below {name}")
     known = inside(chain, descent.reached, problem.gradients, problem.precision, problem.budget)
-    try:
-        update = ModuleUpdate(problem.model, problem.gradients, known, shape)
-    except AttributeError:
+    if not watchable(problem.model, name):
         why = f"no completion: '{name}' is no module of the model, its input cannot be watched"
         return _without(problem, descent, f"{halt.reason}; {why}")
+    update = ModuleUpdate(problem.model, problem.gradients, known, shape)
 
     def watch(step: Step, _: Tensor) -> None:
         show.stage(f"completion below {name}: step {step.number + 1}, misfit {step.misfit:.1e}")
@@ -155,7 +156,7 @@ def searched(problem: Problem, recovery: Recovery, show: Progress) -> Recovery:
         show: told how far it is.
     """
     filling = problem.filling
-    begun = any(report.route != "not reached" for report in recovery.layers)
+    begun = any(report.route is not Route.NOT_REACHED for report in recovery.layers)
     held = recovery.nearest is not None or recovery.status is Status.INCONSISTENT
     if filling is None or begun or held or problem.stated is None:
         return recovery

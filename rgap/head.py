@@ -19,6 +19,7 @@ from rgap.network import Stage
 from rgap.precision import UNKNOWN, Known, Precision
 from rgap.roots import cotangent_rounding, entry, reproduced, roots, scale_equation, tail
 
+DROWNED = 0.5  # share of ‖∂b‖² that must be signal for the bias attack to say anything
 NORMALISED = 8 * torch.finfo(torch.float32).eps
 
 
@@ -98,22 +99,29 @@ def features_from_bias(
 ) -> tuple[Known, Known]:
     """Input x and cotangent k of a fully connected stage with a bias, with their errors.
 
-    ∂b is k itself, as the client used it, so without noise it carries no error of its own.
+    ∂b is k itself, as the client used it, so without noise it carries no error of its own.  With
+    noise e in ∂b, ``Gᵀ∂b / ‖∂b‖²`` is too small on average by what e adds to ‖∂b‖²: its expectation
+    Σσ² is taken out.  Where that is most of ‖∂b‖², nothing is known of x.
     """
     k = bias_gradient
-    x = bias_attack(weight_gradient, k)
-    noise_k = precision.normal(precision.noise_std(affine.bias_name or "", k))
-    # dx = (δG − k-error·xᵀ)ᵀ k / ‖k‖², up to second order
+    std_k = precision.noise_std(affine.bias_name or "", k)
+    met = torch.where(k == 0, 0.0, std_k / k.norm())  # what rounded to 0 added nothing
+    own = 1.0 - float(met.square().sum())  # share of ‖∂b‖² that is not noise
+    x = bias_attack(weight_gradient, k) / max(own, DROWNED)
+    noise_k = precision.normal(std_k)
+    # dx = (δG − k-error·xᵀ)ᵀ k / (‖k‖² − Σσ²)
     std = weight_gradient.abs() * precision.unit + precision.floor
     added = precision.noise_std(affine.weight_name, weight_gradient)
     noise_g = precision.normal(torch.hypot(std, added))
     size = k.abs().max()
     scaled = k / size  # ‖∂b‖² underflows long before ∂b does
-    scaled = scaled / scaled.square().sum() / size
+    scaled = scaled / scaled.square().sum() / size / max(own, DROWNED)
     dx = torch.einsum("smn,m->sn", noise_g, scaled) - (noise_k @ scaled)[:, None] * x
     # The sums above round in float64: with many rows that is more than what is left of theirs.
     dx = dx + precision.normal(x.abs() * torch.finfo(torch.float64).eps)
     dx = dx.nan_to_num(UNKNOWN).clamp(-UNKNOWN, UNKNOWN)
+    if own <= DROWNED:
+        dx = torch.full_like(dx, UNKNOWN)
     return Known(x[None], dx[:, None]), Known(k[None], noise_k[:, None])
 
 
@@ -159,7 +167,7 @@ def target_of(
     tolerance = 30 * (own + width + 16 * precision.unit * max(1.0, scale * precision.unit))
     if loss.targets == "probability":  # rows sum to 1 as stored, usually in float32
         tolerance = max(tolerance, NORMALISED)
-    return target, min(tolerance, 0.05)
+    return target, tolerance
 
 
 def _without_bias(

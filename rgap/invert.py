@@ -16,6 +16,7 @@ from rgap.batches import Rows, batch_of, start, with_separation
 from rgap.batchloss import BatchLoss
 from rgap.bias import rank_one_residual
 from rgap.filling import filled, searched
+from rgap.halt import Halt, HaltKind
 from rgap.head import HeadCandidate, HeadFailure, features_from_bias, solve_head
 from rgap.network import Chain
 from rgap.ops import Rearrange, Reshape
@@ -25,7 +26,7 @@ from rgap.prefix import find_pairs, find_prefix
 from rgap.problem import Filling, Problem, prepare
 from rgap.progress import Progress
 from rgap.readout import head_cotangent, head_gradients, read_answer, read_batch
-from rgap.recovery import Recovery, Status
+from rgap.recovery import Recovery, Route, Status
 from rgap.recursion import Descent, descend
 from rgap.separation.batch import Separated, Unseparated
 from rgap.separation.route import mixed, separate
@@ -135,7 +136,9 @@ def _run(problem: Problem, head: Head | None, show: Progress) -> Recovery:
         raise ValueError(problem.unready)
     if not chain.stages:
         assert chain.barrier is not None
-        return outcomes.stopped(problem, Status.UNSUPPORTED, chain.barrier.words, None)
+        words = chain.barrier.words
+        halt = Halt(HaltKind.BARRIER, chain.barrier.node, words)
+        return outcomes.stopped(problem, Status.UNSUPPORTED, words, None, halt)
     if head is not None:
         show.stage("recursion from the given head")
         top = chain.stages[-1].affine
@@ -144,7 +147,7 @@ def _run(problem: Problem, head: Head | None, show: Progress) -> Recovery:
         descent = _descend(problem, len(chain.stages) - 1, x, kappa, show)
         recovery = _conclude(problem, [(descent, kappa, [])], show)
         *below, last = recovery.layers
-        return replace(recovery, layers=(*below, replace(last, route="given")))
+        return replace(recovery, layers=(*below, replace(last, route=Route.GIVEN)))
     if problem.stated != 1:
         found = separate(batch_of(problem), show.stage)
         # One sample of a batch of unknown size has routes of its own where this one has none.
@@ -201,7 +204,8 @@ def _from_batch(problem: Problem, found: Separated | Unseparated, show: Progress
     """B > 1: the samples were told apart at some stage; descend from there."""
     if isinstance(found, Unseparated):
         status = Status.UNDERDETERMINED if found.consistent else Status.INCONSISTENT
-        return outcomes.stopped(problem, status, found.reason, None)
+        halt = Halt(HaltKind.UNSEPARATED, "", found.reason)
+        return outcomes.stopped(problem, status, found.reason, None, halt)
     problem = start(problem, found)
     descent = _descend(problem, found.stage.index, found.features, found.cotangents, show)
     descent = with_separation(problem, descent, found)
@@ -238,6 +242,7 @@ def _from_bias(problem: Problem, index: int, show: Progress) -> Recovery:
             f"where rounding and noise explain {tolerance:.1e}): it mixes several samples, does "
             "not come with this bias gradient, or has noise that was not stated",
             None,
+            Halt.contradiction(stage.name),
         )
     descent = _descend(problem, index, x, k, show)
     return _conclude(problem, [(descent, None, [])], show)
@@ -249,19 +254,20 @@ def _from_head(problem: Problem, show: Progress) -> Recovery:
     index = len(chain.stages) - 1
     stage = chain.stages[index]
     if stage.affine.geometry is not None:
-        return outcomes.stopped(
-            problem,
-            Status.UNSUPPORTED,
+        words = (
             f"the last layer '{stage.name}' is a {stage.affine.kind}, the head equations need a "
-            "fully connected one; rgap.analysis.audit still measures every layer",
-            None,
+            "fully connected one; rgap.analysis.audit still measures every layer"
         )
+        halt = Halt(HaltKind.HEAD, stage.name, words)
+        return outcomes.stopped(problem, Status.UNSUPPORTED, words, None, halt)
     show.stage(f"head equations at {stage.name}")
     weight, bias = head_gradients(stage, problem.gradients)
     found = solve_head(stage, weight, bias, problem.update.loss, problem.precision)
     if isinstance(found, HeadFailure):
         status = Status.UNDERDETERMINED if found.consistent else Status.INCONSISTENT
-        return outcomes.stopped(problem, status, found.reason, None)
+        kind = HaltKind.HEAD if found.consistent else HaltKind.CONTRADICTION
+        halt = Halt(kind, stage.name, found.reason)
+        return outcomes.stopped(problem, status, found.reason, None, halt)
     runs: list[Run] = []
     for family in _families(_matching(found, problem.labels), chain):
         first = family[0]
@@ -295,9 +301,9 @@ def _families(found: list[HeadCandidate], chain: Chain) -> list[list[HeadCandida
 def _conclude(problem: Problem, runs: list[Run], show: Progress) -> Recovery:
     """Refute candidates, polish what is left, certify."""
     if not runs:
-        return outcomes.stopped(
-            problem, Status.INCONSISTENT, "the stated labels contradict the head's gradient", None
-        )
+        words = "the stated labels contradict the head's gradient"
+        halt = Halt(HaltKind.CONTRADICTION, problem.chain.stages[-1].name, words)
+        return outcomes.stopped(problem, Status.INCONSISTENT, words, None, halt)
     alive = [run for run in runs if not run[0].refuted]
     if not alive:
         return outcomes.contradiction(problem, min((r[0] for r in runs), key=_worst))
@@ -321,9 +327,7 @@ def _conclude(problem: Problem, runs: list[Run], show: Progress) -> Recovery:
                 return parts.completed(problem, found)
         if problem.filling is not None and len(alive) == 1:
             return filled(problem, descent, alive[0][1], alive[0][2], show)
-        reason, barrier = halt.reason, problem.chain.barrier
-        if barrier is not None and halt.stage == barrier.node:
-            reason = barrier.words  # unlike a step's reason, the halt's does not name the node
+        reason = halt.reason
         if problem.filling is not None:
             reason += (
                 f"; no completion: {len(alive)} roots at the head are open, each needs its own"
@@ -346,6 +350,7 @@ def _conclude(problem: Problem, runs: list[Run], show: Progress) -> Recovery:
             f"one answer reproduces the update, but another root at the head is not refuted: its "
             f"recursion stops at '{unsettled[0].stage}' ({unsettled[0].reason})",
             reached[0][0],
+            unsettled[0],
         )
     return recovery
 

@@ -220,7 +220,7 @@ def _newton(
     )
     best = held.best if isfinite(held.lowest) else None
     return _answer(
-        given, best, given.targets, "gauss_newton", ended, held.lowest, held.place.steps,
+        given, best, given.targets, "gauss_newton", ended, held.lowest, held.steps,
         held.checkpoint(settings),
     )  # fmt: skip
 

@@ -11,7 +11,8 @@ layers above drop out: ``G_j = ∂⟨cotangent, u(x)⟩/∂θ_j`` for every para
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from math import inf, isfinite
@@ -25,7 +26,7 @@ from rgap.kinks import soften
 from rgap.losses import Loss
 from rgap.objective import cosine_distance
 from rgap.precision import GROWTH, Precision
-from rgap.systems.inequalities import Equations
+from rgap.systems.known_input import Equations
 
 COLUMN = 2  # what a column of the Jacobian costs, in rows
 FORMED = 320  # unknowns up to which the Jacobian is formed: one batched pass costs less than CG
@@ -67,6 +68,17 @@ class Outside:
     steps: int = 1
 
 
+def watchable(model: nn.Module, layer: str) -> bool:
+    """True if a layer is a module of the model: then a hook sees its input.
+
+    A call of ``F.linear`` is a stage of the network, but no module.
+
+    >>> watchable(nn.Sequential(nn.Linear(2, 2)), "0"), watchable(nn.Linear(2, 2), "linear")
+    (True, False)
+    """
+    return any(name == layer for name, _ in model.named_modules(remove_duplicate=False))
+
+
 class ModuleUpdate:
     """Normalised residuals of an update for any module; see :class:`ModulePoint`.
 
@@ -78,10 +90,10 @@ class ModuleUpdate:
         dtype: of the arithmetic.
 
     ``sharpness`` rounds off the kinks of the copy, for a solver that anneals them
-    (:mod:`rgap.kinks`); the residual is the network's own while it is None.
+    (:mod:`rgap.kinks`); the residual is the network's own outside ``with softened(...)``.
 
     Raises:
-        AttributeError: the layer is no module of the model.
+        ValueError: the source is a layer that is no module of the model (see :func:`watchable`).
     """
 
     def __init__(
@@ -98,6 +110,11 @@ class ModuleUpdate:
         self.source = source
         self._seen: list[Tensor] = []
         if isinstance(source, Inside):
+            if not watchable(self.model, source.layer):
+                raise ValueError(
+                    f"source: expected a module of the model, whose input can be watched, got "
+                    f"{source.layer!r}; write the path of one of model.named_modules()"
+                )
             layer = self.model.get_submodule(source.layer)
             layer.register_forward_pre_hook(self._note, with_kwargs=True)
         self.parameters = {n: p for n, p in self.model.named_parameters() if n in gradients}
@@ -163,10 +180,22 @@ class ModuleUpdate:
     def settle(self, x: Tensor, sharpness: float) -> None:
         """Take the spreads of softened modules from x, once and for all (:mod:`rgap.kinks`)."""
         if self.sharpness:
-            self.sharpness.value = sharpness
-            with torch.no_grad():
+            with self.softened(sharpness), torch.no_grad():
                 self._run(x, {})
-            self.sharpness.value = None
+
+    @contextmanager
+    def softened(self, sharpness: float | None) -> Iterator[None]:
+        """The kinks rounded off inside, and as they were afterwards, whatever is raised.
+
+        Args:
+            sharpness: β of :mod:`rgap.kinks`; None for the network's own kinks.
+        """
+        before = self.sharpness.value
+        self.sharpness.value = sharpness
+        try:
+            yield
+        finally:
+            self.sharpness.value = before
 
     def features(self, x: Tensor) -> Tensor:
         """Mean square of the misfit of what is known inside, as part of the graph of x."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rgap.capture import capture
+from rgap.halt import Halt
 from rgap.problem import Problem
 from rgap.recovery import Recovery, Status
 from rgap.recursion import Descent
@@ -21,8 +22,24 @@ CHOSEN = (
 )
 
 
-def stopped(problem: Problem, status: Status, reason: str, descent: Descent | None) -> Recovery:
-    """A recovery without inputs; a compressed update gets the compression as part of its reason."""
+def stopped(
+    problem: Problem,
+    status: Status,
+    reason: str,
+    descent: Descent | None,
+    halt: Halt | None = None,
+) -> Recovery:
+    """A recovery without inputs; a compressed update gets the compression as part of its reason.
+
+    Args:
+        problem: that was solved.
+        status: why there are no inputs.
+        reason: the same in words.
+        descent: as far as the recursion went, or None.
+        halt: what ended it; by default what ended the descent.
+    """
+    if halt is None and descent is not None:
+        halt = descent.halt
     looks = compression(problem.gradients)
     if looks is not None:
         reason += f"; the update itself looks compressed, which no equation here models: {looks}"
@@ -36,6 +53,7 @@ def stopped(problem: Problem, status: Status, reason: str, descent: Descent | No
         error_bound=None,
         reason=reason,
         warnings=warnings(problem),
+        halt=halt,
     )
 
 
@@ -51,6 +69,7 @@ def contradiction(problem: Problem, descent: Descent) -> Recovery:
         f"{misfit:.2g} standard errors ({relative:.1e} of the gradient); is the update from "
         "another model, loss or precision?",
         descent,
+        Halt.contradiction(stage.name),
     )
 
 

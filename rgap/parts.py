@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rgap import certificate, outcomes
 from rgap.batches import Rows
+from rgap.halt import Halt
 from rgap.precision import Known
 from rgap.problem import Problem
 from rgap.recovery import Candidate, Recovery, Status
@@ -92,6 +93,7 @@ def in_parts(problem: Problem, descent: Descent, certify: Certify) -> Recovery |
             for c in found.candidates
         ),
         layers=layer_reports(problem, descent),
+        halt=descent.halt,
         determined=mask,
         partial=_struck(found.inputs, mask),
     )  # fmt: skip
@@ -190,6 +192,7 @@ def _by_equations(
                 f"values in [{float(inside.min()):.3g}, {float(inside.max()):.3g}]; write the "
                 "range of the data as the network sees them",
                 descent,
+                Halt.contradiction(problem.chain.stages[0].name),
             )
     stopped = outcomes.stopped(
         problem,

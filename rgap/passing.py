@@ -8,14 +8,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from rgap.coarse import Standardised, coarse
-from rgap.completion import Whole
+from rgap.coarse import coarse
 from rgap.module_update import Inside
 from rgap.ops import Op, Reshape
 from rgap.precision import Known
 from rgap.problem import Problem
 from rgap.progress import Progress
 from rgap.recursion import Descent, descend
+from rgap.systems.known_input import Standardised, Whole
 from rgap.winners import Search, find_winners
 
 SPARE = 2.0  # equations, in multiples of the unknowns, that a search takes below the first pool

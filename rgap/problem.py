@@ -84,6 +84,7 @@ class Problem:
     declared: Loss  # of the model's own outputs, as the client minimised it
     unready: str = ""  # why the model, in train mode, is no function of the data
     filling: Filling | None = None  # None: stop where the equations end
+    notes: tuple[str, ...] = ()  # what was read off the update before anything was solved
 
 
 def prepare(
@@ -99,6 +100,7 @@ def prepare(
 ) -> Problem:
     """Check an update against its model and bring both to float64; arguments as for ``invert``."""
     update.check(model)
+    update, rounded = update.as_rounded()
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise ValueError(
@@ -154,6 +156,7 @@ def prepare(
         budget,
         declared,
         unready,
+        notes=(rounded,) if rounded else (),
     )
 
 

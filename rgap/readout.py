@@ -13,6 +13,7 @@ from rgap.network import Chain, Stage
 from rgap.polish import Polished, polish
 from rgap.precision import Known
 from rgap.problem import Problem
+from rgap.recovery import Route
 from rgap.recursion import Descent
 
 
@@ -29,7 +30,7 @@ def read_answer(problem: Problem, descent: Descent, kappa: Known) -> Answer:
 def read_batch(problem: Problem, descent: Descent, head: BatchLoss) -> Answer:
     """Polish the pictures of a batch all together and check their labels by the identity."""
     lowest = descent.solutions.get(0)
-    settled = lowest is not None and lowest.solution.stats.route == "separation"
+    settled = lowest is not None and lowest.solution.stats.route == Route.SEPARATION
     polished = _polished(problem, descent, head, settled)
     stage = problem.chain.stages[-1]
     features = top_features(problem.chain, polished.data)

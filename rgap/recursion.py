@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from rgap.activations import Activation
+from rgap.halt import Halt, HaltKind
 from rgap.network import Chain, Stage
 from rgap.ops import Op, Reshape
+from rgap.pooling import LinearMap, Pool
 from rgap.precision import UNKNOWN, Known, Precision
 from rgap.systems import weight_constraint
 from rgap.systems.stage import BUDGET, StageSolution, solve_stage
@@ -25,21 +27,6 @@ log = logging.getLogger(__name__)
 
 Watcher = Callable[[str], None]
 Unpool = Callable[[int, Op, Known, Known], tuple[Known, Known] | None]
-
-
-@dataclass(frozen=True)
-class Halt:
-    """Where and why the recursion ended before the data.
-
-    Attributes:
-        stage: name of the layer whose equations fall short, or of the step that has no inverse.
-        reason: in plain words, with the number of missing equations.
-        supported: False when the step cannot be inverted at all (max-pool, GELU).
-    """
-
-    stage: str
-    reason: str
-    supported: bool
 
 
 @dataclass(frozen=True)
@@ -198,7 +185,7 @@ def descend(
             whole = bool(known.known.all())
             descent.reached = Reached(index, k, *((known, None) if whole else (None, above)))
             if step.misfit > REFUTED:
-                descent.halt = Halt(stage.name, "the equations contradict each other", True)
+                descent.halt = Halt.contradiction(stage.name)
                 return descent
         descent.cotangents[index] = k
         cot = Known(stage.affine.adjoint(k.value), _map(stage.affine.adjoint, k.error))
@@ -225,7 +212,7 @@ def descend(
     else:
         barrier = chain.barrier
         assert barrier is not None
-        descent.halt = Halt(barrier.node, f"{barrier.reason}; {barrier.advice}", supported=False)
+        descent.halt = Halt(HaltKind.BARRIER, barrier.node, barrier.words)
     return descent
 
 
@@ -236,10 +223,8 @@ def _cut(stage: Stage, data: Known) -> Halt | None:
         return None
     for op in stage.lead:
         if isinstance(op, Activation) and op.one_sided:
-            reason = f"'{op.name}' ({op.kind}) sets {missing} values of the data to 0: {missing}"
-            return Halt(op.name, f"{reason} equations are missing", supported=True)
-    reason = f"no kernel of '{stage.name}' reads {missing} values of the data"
-    return Halt(stage.name, reason, supported=True)
+            return Halt.cut(op.name, op.kind, data.known.numel(), missing)
+    return Halt.unread(stage.name, data.known.numel(), missing)
 
 
 def _data(stage: Stage, u: Known, precision: Precision) -> Known | None:
@@ -252,26 +237,23 @@ def _data(stage: Stage, u: Known, precision: Precision) -> Known | None:
 def _shortfall(stage: Stage, step: StageSolution) -> Halt:
     stats = step.solution.stats
     if stats.joint is None:
-        return Halt(
-            stage.name,
-            f"two solves of the {stats.unknowns} unknowns of '{stage.name}' from different starts "
-            "end at different answers: directions are open, or too badly conditioned for LSMR; a "
-            "larger memory_budget counts them",
-            supported=True,
-        )
+        return Halt.unsolved(stage.name, stats.unknowns)
     if stats.joint.nullity == 0:
-        return Halt(
-            stage.name,
-            f"the equations of '{stage.name}' have full rank {stats.unknowns}, but at the "
-            "precision of what is known above them some directions stay open",
-            supported=True,
-        )
-    return Halt(
-        stage.name,
-        f"the equations of '{stage.name}' have rank {stats.joint.rank} for {stats.unknowns} "
-        f"unknowns: {stats.joint.nullity} equations are missing",
-        supported=True,
-    )
+        return Halt.ill_conditioned(stage.name, stats.unknowns)
+    return Halt.deficient(stage.name, stats.joint.rank, stats.unknowns)
+
+
+def _no_inverse(op: Op) -> Halt:
+    """The halt at a step that has a barrier, by what kind of step it is."""
+    kind = HaltKind.STEP
+    if isinstance(op, Pool):
+        kind = HaltKind.POOL
+    elif isinstance(op, LinearMap):
+        kind = HaltKind.AVERAGE
+    elif isinstance(op, Activation):
+        kind = HaltKind.ACTIVATION
+    assert op.barrier is not None
+    return Halt(kind, op.name, op.barrier)
 
 
 def _lift(
@@ -282,17 +264,12 @@ def _lift(
         if op.barrier is not None:
             passed = None if unpool is None else unpool(stage.index, op, u, cot)
             if passed is None:
-                return Halt(op.name, op.barrier, supported=False)
+                return _no_inverse(op)
             u, cot = passed
             continue
-        missing = u.value.shape[0] * (prod(op.in_shape) - prod(op.out_shape))
-        if missing > 0:
-            return Halt(
-                op.name,
-                f"'{op.name}' ({op.kind}) maps {prod(op.in_shape)} values to "
-                f"{prod(op.out_shape)}: {missing} equations are missing",
-                supported=True,
-            )
+        taken, given = prod(op.in_shape), prod(op.out_shape)
+        if taken > given:
+            return Halt.narrowing(op.name, op.kind, u.value.shape[0], taken, given)
         if isinstance(op, Activation):  # of the data, or above a pooling: relu(pool(conv(x)))
             u, cot = _invert_activation(op, u, cot, precision)
             continue
@@ -307,7 +284,7 @@ def _through(
     """From a stage's output x and the cotangent there to its pre-activation z and k."""
     for op in reversed(tail):
         if op.barrier is not None:
-            return Halt(op.name, op.barrier, supported=False)
+            return _no_inverse(op)
         if isinstance(op, Activation):
             x, k = _invert_activation(op, x, k, precision)
         else:

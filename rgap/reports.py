@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rgap.network import Stage
 from rgap.problem import Problem
-from rgap.recovery import LayerReport
+from rgap.recovery import LayerReport, Route
 from rgap.recursion import Descent
 from rgap.systems.nullspace import null_directions
 from rgap.systems.ranks import weight_row_spaces
@@ -47,7 +47,7 @@ def _report(problem: Problem, descent: Descent | None, stage: Stage) -> LayerRep
                 inf,
                 inf,
                 0.0,
-                "not reached",
+                Route.NOT_REACHED,
                 note,
                 unread,
                 weight_rank,
@@ -55,7 +55,7 @@ def _report(problem: Problem, descent: Descent | None, stage: Stage) -> LayerRep
     assert descent is not None
     step = descent.solutions.get(stage.index)
     if step is None:  # where the recursion started: all of u was read off the gradient
-        route = "bias attack" if affine.bias_name is not None else "head equations"
+        route = Route.HEAD_EQUATIONS if affine.bias_name is None else Route.BIAS_ATTACK
         return LayerReport(
             stage.name,
             affine.kind,
@@ -93,7 +93,7 @@ def _report(problem: Problem, descent: Descent | None, stage: Stage) -> LayerRep
         stats.condition,
         stats.residual,
         step.seconds,
-        stats.route,
+        Route(stats.route),
         note,
         unread,
         weight_rank,

@@ -9,13 +9,14 @@ import torch
 from rgap import certificate, outcomes
 from rgap.batches import Rows, batch_of, start, with_separation
 from rgap.certificate import Answer
+from rgap.halt import Halt
 from rgap.network import Chain
 from rgap.parts import in_parts
 from rgap.polish import polish
 from rgap.prefix import reaches
 from rgap.problem import Problem
 from rgap.progress import Progress
-from rgap.recovery import Candidate, Recovery, Status
+from rgap.recovery import Candidate, Recovery, Route, Status
 from rgap.recursion import Descent, descend
 from rgap.reports import layer_reports
 from rgap.separation.batch import Separated, Unseparated
@@ -69,7 +70,7 @@ def _certified(
     low, high = own.value_range or (0.0, 1.0)
     show.stage("polish on the two layers and those below")
     lowest = descent.solutions.get(0)
-    settled = lowest is not None and lowest.solution.stats.route == "separation"
+    settled = lowest is not None and lowest.solution.stats.route == Route.SEPARATION
     polished = polish(
         own.chain, own.gradients, descent.require_data(), found.head, own.precision,
         descent.preconditioner(own.chain), high - low, settled,
@@ -87,6 +88,7 @@ def _certified(
             f"in [{float(answer.inputs.min()):.3g}, {float(answer.inputs.max()):.3g}]; write the "
             "range of the data as the network sees them",
             descent,
+            Halt.contradiction(own.chain.stages[0].name),
         )
     status, why = certificate.verdict(own, answer)
     name = found.stage.name

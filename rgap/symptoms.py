@@ -22,8 +22,8 @@ COARSE = 1e-3  # a sum that is only known to this share of its terms tests nothi
 def warnings(problem: Problem) -> tuple[str, ...]:
     """What the head's gradient says about itself: underflow, and another loss than declared."""
     if not problem.chain.stages or compression(problem.gradients) is not None:
-        return ()
-    found = _underflow(problem)
+        return problem.notes
+    found = [*problem.notes, *_underflow(problem)]
     if _softmax_shaped(problem):
         found.append(
             "the head's bias gradient sums to 0 and exactly one of its entries is negative: the "

@@ -143,3 +143,71 @@ def test_noise_of_one_size_says_the_same_entry_by_entry(kind: str) -> None:
     assert float((by_entry.inputs - sample(count)[order]).abs().max()) <= by_entry.error_bound
     silent = invert(models[kind], dataclasses.replace(update, noise=None))
     assert silent.error_bound is None or silent.error_bound < by_float.error_bound / 10
+
+
+# --- every test meets it ----------------------------------------------------------------------
+
+SIGMAS = (1e-8, 1e-6, 1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0)  # of the rms of a tensor's entries
+
+
+def network(kind: str, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    wide = nn.Linear(36, 300), nn.ReLU(), nn.Linear(300, 6)
+    conv = nn.Conv2d(1, 6, 5, 2, 2), nn.Sigmoid(), nn.Conv2d(6, 12, 3, 2, 1), nn.Sigmoid()
+    steps: dict[str, tuple[nn.Module, ...]] = {
+        "one layer": (nn.Flatten(), nn.Linear(36, 6)),
+        "mlp": (nn.Flatten(), *mlp(36, 24, 16, 6)[1:]),
+        "wide": (nn.Flatten(), *wide),
+        "no bias": (
+            nn.Flatten(), nn.Linear(36, 24, bias=False), nn.LeakyReLU(0.2),
+            nn.Linear(24, 6, bias=False),
+        ),
+        "conv": (*conv, nn.Flatten(), nn.Linear(48, 6)),
+    }  # fmt: skip
+    return nn.Sequential(*steps[kind]).double().eval()
+
+
+def off(found: torch.Tensor, truth: torch.Tensor) -> float:
+    """Largest error of any entry, each answer compared with the nearest sample."""
+    nearest = torch.cdist(found.flatten(1), truth.flatten(1)).argmin(1)
+    assert sorted(nearest.tolist()) == list(range(len(truth)))
+    return float((found - truth[nearest]).abs().max())
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("kind", ["one layer", "mlp", "wide", "no bias", "conv"])
+def test_noise_stated_as_it_is_never_contradicts(kind: str, count: int) -> None:
+    """At any size: an answer within its bound, or the word that the noise is too large for one."""
+    seed = 3 + count
+    model, x = network(kind, seed), sample(count, seed)
+    y = torch.tensor([4, 1][:count])
+    update, exact = capture(model, x, y), 0
+    for sigma in SIGMAS:
+        found = invert(model, noisy(update, sigma, seed=seed))
+        assert found.status.name in ("EXACT", "UNDERDETERMINED", "AMBIGUOUS"), found.reason
+        if found.status.name == "EXACT":
+            exact += 1
+            assert found.inputs is not None and found.labels is not None
+            assert found.error_bound is not None
+            assert off(found.inputs, x) <= found.error_bound
+            assert sorted(found.labels.tolist()) == sorted(y.tolist())
+    pairs = kind in ("mlp", "wide", "one layer")
+    assert exact >= (3 if count == 1 or pairs else 0)
+
+
+@pytest.mark.parametrize("kind", ["one layer", "mlp", "no bias", "conv"])
+def test_noise_stated_a_hundred_times_too_small_is_never_certified(kind: str) -> None:
+    model, x = network(kind, 11), sample(1, 11)
+    update = capture(model, x, torch.tensor([2]))
+    for sigma in (1e-6, 1e-3, 0.1):
+        found = invert(model, noisy(update, sigma, stated=sigma / 100))
+        assert found.status.name in ("INCONSISTENT", "UNDERDETERMINED"), found.status
+
+
+def test_noise_that_was_not_stated_is_named_as_a_cause() -> None:
+    model, x = network("mlp", 1), sample(1, 1)
+    sent = noisy(capture(model, x, torch.tensor([2])), 0.01)
+    found = invert(model, dataclasses.replace(sent, noise=None))
+    assert found.status.name == "INCONSISTENT"
+    assert "noise that was not stated" in found.reason
+    assert "rounding and noise explain" in found.reason

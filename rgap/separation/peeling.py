@@ -114,10 +114,10 @@ def collect(
                 each = _firsts(begun.kinds(count))
                 count, begun = len(each), begun.at(each)
                 left = restricted(begun, w, duals)
-            start = _starts(left, roots, duals, count, generator, reach)
+            start = fresh_starts(left, roots, duals, count, generator, reach)
         tried += count
         ends = levenberg_marquardt(
-            left, start, tolerance=_rounding(left), enough=0.7, patience=PATIENCE
+            left, start, tolerance=rounding_cost(left), enough=0.7, patience=PATIENCE
         )
         forced = left.directions.shape[1] == 0  # nothing is free: polish what is left
         good = ends.cost.argsort()[: count if forced else int((ends.cost < ROOT).sum())]
@@ -159,7 +159,7 @@ def collect(
     return Collected(roots, identities, tried, rejected, tuple(stray), tuple(refused))
 
 
-def _rounding(left: Restricted) -> float:
+def rounding_cost(left: Restricted) -> float:
     """The cost below which a start is at a root as nearly as the client's rounding tells."""
     w = left.consistency.samples.weights
     alone = left.consistency.at(torch.zeros(1, dtype=torch.long))
@@ -174,7 +174,7 @@ def _orthogonal(duals: Tensor, roots: Tensor) -> Tensor:
     return found
 
 
-def _starts(
+def fresh_starts(
     left: Restricted,
     roots: Tensor,
     duals: Tensor,

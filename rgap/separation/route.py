@@ -78,7 +78,8 @@ def unfit_pair(lower: Mixture, upper: Mixture) -> str | None:
     if lower.bias_gradient is None:
         return f"'{name}' has no bias: nothing fixes the scale of a sample of its row space"
     if lower.rank == 0 or not bool((lower.bias_gradient != 0).any()):
-        return f"the gradient of '{name}' is zero"
+        drowned = bool((lower.gradient != 0).any()) and lower.rank == 0
+        return f"the gradient of '{name}' is {'all noise, as stated' if drowned else 'zero'}"
     if lower.rank != upper.rank:
         lost = "one of them lost samples"
         if lower.rank < upper.rank:

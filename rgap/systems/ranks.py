@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from math import inf, prod
 
 import torch
@@ -30,14 +31,13 @@ def weight_row_spaces(affine: Affine, active: Tensor) -> list[RowSpace]:
     Returns:
         One row space per sample, basis [rank, C·positions] in the order of ``in_shape``.
     """
-    full: RowSpace | None = None
+    known: dict[bytes, RowSpace] = {}  # samples mostly have the same units on
     found = []
-    for mask in active:
-        if bool(mask.all()):
-            full = full or _row_space(affine, None)
-            found.append(full)
-        else:
-            found.append(_row_space(affine, mask.flatten()))
+    for mask in active.flatten(1).cpu():
+        key = mask.numpy().tobytes()
+        if key not in known:
+            known[key] = _row_space(affine, None if bool(mask.all()) else mask)
+        found.append(known[key])
     return found
 
 
@@ -45,16 +45,40 @@ def _row_space(affine: Affine, mask: Tensor | None) -> RowSpace:
     size = prod(affine.in_shape)
     if mask is None and prod(affine.out_shape) > size > 64:
         coupling = weight_constraint(affine, 1)
-        gram = torch.zeros(size, size, dtype=torch.float64)
+        gram = affine.weight.new_zeros(size, size)
         channels = affine.in_shape[0]
-        ones = torch.ones(coupling.rows, dtype=torch.float64)
+        ones = gram.new_ones(coupling.rows)
         coupling.add_gram(ones, gram.view(channels, -1, channels, size // channels))
         extremes = full_column_rank(gram)
         if extremes is not None:
-            identity = torch.eye(size, dtype=torch.float64)
+            identity = torch.eye(size, dtype=gram.dtype, device=gram.device)
             return RowSpace(identity, Rank(size, size, 0.0, inf, *extremes, size))
     dense = dense_weights(affine)
-    return row_space(dense if mask is None else dense[mask.to(dense.device)])
+    return _of_what_is_read(dense if mask is None else dense[mask.to(dense.device)])
+
+
+def _of_what_is_read(matrix: Tensor) -> RowSpace:
+    """Row space of a matrix [rows, columns], found among the columns that are not all zero.
+
+    What no row reads would make a matrix of full column rank look deficient, and send it through
+    a decomposition that takes twenty times as long.
+    """
+    rows, size = matrix.shape
+    read = (matrix != 0).any(0)
+    used = int(read.sum())
+    if used == size:
+        return row_space(matrix)
+    inner = matrix[:, read]
+    extremes = full_column_rank(inner.T @ inner) if rows >= used > 64 else None
+    if extremes is None:
+        space = row_space(inner)
+        basis, rank = space.basis, replace(space.rank, size=size)
+    else:
+        basis = torch.eye(used, dtype=matrix.dtype, device=matrix.device)
+        rank = Rank(used, size, 0.0, inf, *extremes, used)
+    wide = basis.new_zeros(len(basis), size)
+    wide[:, read] = basis
+    return RowSpace(wide, rank)
 
 
 def stage_joint_rank(
@@ -66,6 +90,9 @@ def stage_joint_rank(
 ) -> Rank:
     """Rank of gradient and weight constraints together, ``rank ≤ B·n``.
 
+    Positions that neither block reads are no part of the decision, and neither are samples of
+    which the weights alone fix everything that is read: they are counted and struck out.
+
     Args:
         affine: the layer.
         gradient: its gradient constraint.
@@ -74,12 +101,35 @@ def stage_joint_rank(
         cotangent: k, [B, *out_shape], from which the equations that both have in common are
             written down; without it they are searched for, which takes longer.
     """
-    size = prod(affine.in_shape)
-    if all(space.rank.rank == size for space in weight):
+    channels, batch = affine.in_shape[0], len(weight)
+    total = batch * prod(affine.in_shape)
+    read = read_positions(gradient, weight)
+    settled = [
+        space.rank.rank == channels * int(own.sum())
+        for space, own in zip(weight, read, strict=True)
+    ]
+    fixed = sum(space.rank.rank for space, done in zip(weight, settled, strict=True) if done)
+    if all(settled):
         worst = min(weight, key=lambda space: space.rank.smallest).rank
-        total = len(weight) * size
-        return Rank(total, total, 0.0, worst.gap, worst.largest, worst.smallest, total)
-    return joint_rows(affine, gradient, weight, noise, cotangent).rank
+        return Rank(fixed, total, 0.0, worst.gap, worst.largest, worst.smallest, fixed)
+    open_ones = [b for b, done in enumerate(settled) if not done]
+    if len(open_ones) < batch:
+        columns = gradient.matrix.unflatten(2, (batch, -1))[:, :, open_ones].flatten(2)
+        gradient = Kronecker(columns, channels)
+        cotangent = None if cotangent is None else cotangent[open_ones]
+    rest = [weight[b] for b in open_ones]
+    kept = read[open_ones].any(0)
+    rank = joint_rows(affine, gradient, rest, noise, cotangent, kept).rank
+    return replace(rank, rank=rank.rank + fixed, size=total, alternative=rank.alternative + fixed)
+
+
+def read_positions(gradient: Kronecker, weight: Sequence[RowSpace]) -> Tensor:
+    """True where some equation reads a position in any channel, [B, positions]."""
+    by_gradient = (gradient.matrix != 0).any(1).any(0).reshape(len(weight), -1)
+    by_weight = [
+        (space.basis != 0).any(0).reshape(gradient.channels, -1).any(0) for space in weight
+    ]
+    return by_gradient | torch.stack(by_weight)
 
 
 def joint_rows(
@@ -88,19 +138,29 @@ def joint_rows(
     weight: Sequence[RowSpace],
     noise: float = 0.0,
     cotangent: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> JointRows:
     """Both constraints as row spaces, for their rank and what they leave open.
 
-    Args as for :func:`stage_joint_rank`.
+    Args as for :func:`stage_joint_rank`, and
+
+    Args:
+        kept: positions to look at, [positions], where no equation reads the others; None: all.
     """
     size = prod(affine.in_shape)
     shape = (-1, affine.in_shape[0], size // affine.in_shape[0])
     rows = [space.basis.reshape(shape) for space in weight]
+    cut = kept is not None and not bool(kept.all())
+    if cut:
+        rows = [table[:, :, kept] for table in rows]
+        columns = gradient.matrix.unflatten(2, (len(weight), -1))[..., kept].flatten(2)
+        gradient = Kronecker(columns, gradient.channels)
 
     def shared() -> Tensor:
         assert cotangent is not None
         products = torch.cat(list(shared_products(affine, cotangent)))
-        return products.movedim(1, 2).flatten(3).flatten(2)
+        tables = products.movedim(1, 2).flatten(3)
+        return (tables[..., kept] if cut else tables).flatten(2)
 
     groups = affine.out_shape[0] if affine.geometry is None else affine.geometry.groups
     entries = affine.out_shape[0] ** 2 // groups * len(weight) * size
