@@ -182,8 +182,14 @@ def _copies(rows: Rows) -> str:
     )
 
 
-def verdict(problem: Problem, answer: Answer) -> tuple[Status, str]:
-    """Whether the inputs of an answer are certified, and why not."""
+def verdict(problem: Problem, answer: Answer, *, targets: bool = True) -> tuple[Status, str]:
+    """Whether an answer is certified, and why not.
+
+    Args:
+        problem: the update and the chain that the answer is of.
+        answer: that fits.
+        targets: False where the answer has none, and its inputs alone are asked about.
+    """
     descent = answer.descent
     chosen = descent.completed and descent.partial is not None
     if chosen and not answer.polished.worst <= DETERMINED / CLEAR:
@@ -206,10 +212,9 @@ def verdict(problem: Problem, answer: Answer) -> tuple[Status, str]:
             "errors: too far for a certificate, too near to be refuted; state the noise of the "
             "update"
         )
-    unit = max(
-        1.0, float(answer.target.abs().max())
-    )  # real-valued targets have a size of their own
-    if answer.tolerance > OPEN * unit or answer.distance > NEAREST:
+    # Real-valued targets have a size of their own.
+    unit = max(1.0, float(answer.target.abs().max())) if targets else 1.0
+    if targets and (answer.tolerance > OPEN * unit or answer.distance > NEAREST):
         return Status.UNDERDETERMINED, (
             f"at the rounding and noise of this update the target is only known to "
             f"{answer.tolerance:.1g}: several fit the gradient of the last layer"

@@ -90,7 +90,7 @@ def _certified(
             descent,
             Halt.contradiction(own.chain.stages[0].name),
         )
-    status, why = certificate.verdict(own, answer)
+    status, why = certificate.verdict(own, answer, targets=False)
     name = found.stage.name
     if status is Status.EXACT and not reaches(own.model, own.chain, answer.inputs):
         status, why = (

@@ -108,7 +108,7 @@ def _certified(
         descent.preconditioner(own.chain),
         high - low,
     )
-    answer = Answer(descent, polished, k.value, torch.empty(0), 0.0, 0.0)
+    answer = Answer(descent, polished, torch.empty(0), torch.empty(0), 0.0, 0.0)
     name = own.chain.stages[-1].name
     if polished.misfit > certificate.REFUTED:
         worst = max(polished.misfits, key=polished.misfits.__getitem__)
@@ -131,7 +131,7 @@ def _certified(
             descent,
             Halt.contradiction(own.chain.stages[0].name),
         )
-    status, why = certificate.verdict(own, answer)
+    status, why = certificate.verdict(own, answer, targets=False)
     inputs = answer.inputs
     known = status is Status.EXACT and not prefix.argument
     if known and not reaches(problem.model, own.chain, inputs):
