@@ -139,7 +139,7 @@ def _chains(
             parameters = tuple(name for name, _ in model.named_parameters())
             stages = assemble(links)
             found.append(Chain(stages, None, shape, piece.out_shape, parameters))
-    device = next(model.parameters()).device
+    device = next(iter(gradients.values())).device
     return [chain.to(device) for chain in found]
 
 
