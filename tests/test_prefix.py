@@ -288,8 +288,11 @@ def matched(found: Tensor, true: Tensor) -> float:
     return float(gap.amin(1).max())
 
 
-@pytest.mark.parametrize("conv", [False, True])
-@pytest.mark.parametrize("act", [torch.tanh, F.gelu, F.relu, torch.sin], ids=lambda a: a.__name__)
+@pytest.mark.parametrize(
+    ("act", "conv"),
+    [(torch.tanh, True), (F.gelu, False), (F.relu, True), (torch.sin, False)],
+    ids=lambda v: getattr(v, "__name__", str(v)),
+)
 def test_a_batch_is_told_apart_below_what_no_equation_covers(act, conv):
     for size, dtype in ((2, torch.float64), (5, torch.float32)):
         torch.manual_seed(size)
