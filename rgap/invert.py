@@ -187,7 +187,8 @@ def _from_data(problem: Problem, show: Progress) -> Recovery | None:
     show.stage("reading the network from the data up")
     above = "above it no equation of the loss is needed"
     if chain.barrier is not None:
-        above = f"above it: {chain.barrier.words.split('; ')[0]}"
+        barrier = chain.barrier
+        above = f"above it: '{barrier.node}' ({barrier.kind}): {barrier.reason}"
     if problem.stated in (None, 1):
         prefix = find_prefix(problem.model, chain.input_shape, problem.gradients)
         found = None if prefix is None else from_prefix(problem, prefix, above, show)

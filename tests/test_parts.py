@@ -242,5 +242,5 @@ def test_the_causes_name_what_is_open():
     net, x = chain_of(12)
     update = rgap.capture(net, x, torch.tensor([2]))
     told = rgap.analysis.explain(rgap.invert(net, update), net, update)
-    assert [one.kind for one in told.causes] == ["parts"]
+    assert [one.kind for one in told.causes] == ["missing equations"]
     assert "read" in told.causes[0].words
