@@ -17,6 +17,7 @@ class CauseKind(StrEnum):
     MISFIT = "misfit"
     NO_INVERSE = "no inverse"
     NOT_SEPARATED = "not separated"
+    PARTS = "parts"  # some of the answer is certified
     MISSING = "missing equations"
     SEVERAL = "several answers"
     PRECISION = "precision"
@@ -33,6 +34,7 @@ FIRST = {
     CauseKind.MISFIT: 3.5,
     CauseKind.NO_INVERSE: 3.0,
     CauseKind.NOT_SEPARATED: 2.5,
+    CauseKind.PARTS: 2.0,
     CauseKind.MISSING: 1.0,
     CauseKind.SEVERAL: 0.9,
     CauseKind.PRECISION: 0.5,

@@ -45,12 +45,20 @@ def causes(
         words = sentence(recovery.reason)
         words += "" if recovery.residual is None else f" The replay differs by {number:.1e}."
         found.append(cause(CauseKind.MISFIT, "", number, words, FIT))
+    if not found and (recovery.certified or recovery.determined is not None):
+        words = sentence(recovery.reason)
+        found.append(cause(CauseKind.PARTS, "", float(batch), words, _PARTS))
     if not found:
         words = "the samples of the batch were not told apart: " if batch > 1 else ""
         words = sentence(words + recovery.reason)
         found.append(cause(CauseKind.NOT_SEPARATED, "", float(batch), words, _APART))
     return tuple(sorted(found, key=lambda one: -one.weight))
 
+
+_PARTS = (
+    "a layer above that the equations cover, and the loss declared, for the targets",
+    "strides that leave no row or column unread, for the data",
+)
 
 _APART = (
     "a smaller batch",
@@ -162,6 +170,8 @@ def _precision(recovery: Recovery) -> list[Cause]:
     known = [r for r in recovery.layers if r.route is not Route.NOT_REACHED]
     told = recovery.error_bound is not None or _imprecise(recovery.halt)
     if recovery.status is not Status.UNDERDETERMINED or not known or not told:
+        return []
+    if recovery.certified or recovery.determined is not None:  # precise enough: some of it is open
         return []
     if any(r.nullity for r in known):
         return []

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rgap.losses import Loss
 from rgap.problem import device_of
+from rgap.targets import CLASSES
 from rgap.validation import require_finite
 
 
@@ -85,10 +86,16 @@ def probe_targets(
             f"{type(outputs).__name__}; wrap it in a module whose forward returns the logits"
         )
     generator = torch.Generator().manual_seed(seed)
-    if loss.name == "cross_entropy":
-        classes = outputs.shape[-1]
-        order = torch.randperm(max(classes, len(inputs)), generator=generator)
-        return order[: len(inputs)].to(inputs.device) % classes
+    if loss.own or not loss.known:
+        raise ValueError(
+            f"labels: expected targets, for nobody knows what {loss.name!r} takes; write "
+            "labels=targets, or a loss by name"
+        )
+    if loss.name in CLASSES:
+        classes, space = outputs.shape[1], outputs.shape[2:]
+        count = len(inputs) * space.numel()
+        order = torch.randperm(max(classes, count), generator=generator)
+        return (order[:count] % classes).reshape(len(inputs), *space).to(inputs.device)
     drawn = torch.rand(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
     return drawn if loss.name == "mse_loss" else (drawn < 0.5).double()
 

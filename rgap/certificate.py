@@ -241,7 +241,17 @@ def _copies(rows: Rows) -> str:
 
 
 def verdict(problem: Problem, answer: Answer) -> tuple[Status, str]:
-    """Whether the inputs of an answer are certified, and why not."""
+    """Whether an answer is certified, and why not.
+
+    Args:
+        problem: the update and the chain that the answer is of.
+        answer: that fits.
+    """
+    descent = answer.descent
+    chosen = descent.completed and descent.partial is not None
+    if chosen and not answer.polished.worst <= DETERMINED / CLEAR:
+        # Every layer determines what it reads; of what none reads a completion chose the values.
+        return Status.UNDERDETERMINED, "some values of the data are read by no equation"
     for index, step in answer.descent.solutions.items():
         joint = step.solution.stats.joint
         sharp = joint is not None and joint.gap >= CLEAR

@@ -13,7 +13,7 @@ from torch.nn.parameter import UninitializedParameter
 from rgap import validation
 from rgap.graph import Link, links
 from rgap.isolation import first_line, untouched
-from rgap.probing import Shape
+from rgap.probing import Shape, UnreadyError
 
 SQUARE = 65  # sides that are tried one by one; beyond, only usual ones
 LARGE = (80, 84, 96, 112, 128, 144, 160, 192, 224, 227, 256, 299, 320, 384, 448, 512)
@@ -178,10 +178,6 @@ def _accepts(model: nn.Module, shape: Shape) -> bool:
     except Exception:
         return False
     return True
-
-
-class UnreadyError(ValueError):
-    """A module draws random numbers or mixes the batch because it is in train mode."""
 
 
 def refuse_unready(model: nn.Module) -> None:

@@ -11,7 +11,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from rgap import certificate, outcomes
+from rgap import certificate, outcomes, parts
 from rgap.activations import Activation
 from rgap.batches import Rows, batch_of, start, with_separation
 from rgap.batchloss import BatchLoss
@@ -22,10 +22,9 @@ from rgap.halt import Halt, HaltKind
 from rgap.head import HeadCandidate, HeadFailure, features_from_bias, solve_head
 from rgap.network import Chain
 from rgap.ops import Rearrange, Reshape
-from rgap.parts import in_parts
 from rgap.pooling import LinearMap
 from rgap.precision import Known
-from rgap.prefix import find_prefix
+from rgap.prefix import find_pairs, find_prefix
 from rgap.problem import Filling, Problem, prepare
 from rgap.progress import Progress, Shown
 from rgap.readout import head_cotangent, head_gradients, read_answer, read_batch
@@ -33,6 +32,7 @@ from rgap.recovery import Recovery, Route, Status
 from rgap.recursion import Descent, descend
 from rgap.separation.batch import Separated, Unseparated
 from rgap.separation.route import mixed, separate
+from rgap.several import from_pair
 from rgap.single import from_prefix
 from rgap.solvers.priors import Prior
 from rgap.systems.stage import BUDGET
@@ -193,16 +193,23 @@ def _from_data(problem: Problem, show: Progress) -> Recovery | None:
     )
     covered = chain.complete and loss.equations and followed
     covered = covered and chain.stages[-1].affine.geometry is None
-    if problem.stated not in (None, 1) or covered:
+    if covered:
         return None
     show.stage("reading the network from the data up")
-    prefix = find_prefix(problem.model, chain.input_shape, problem.sent)
-    if prefix is None:
-        return None
     above = "above it no equation of the loss is needed"
     if chain.barrier is not None:
-        above = f"above it: {chain.barrier.words.split('; ')[0]}"
-    return from_prefix(problem, prefix, above, show)
+        barrier = chain.barrier
+        above = f"above it: '{barrier.node}' ({barrier.kind}): {barrier.reason}"
+    if problem.stated in (None, 1):
+        prefix = find_prefix(problem.model, chain.input_shape, problem.sent)
+        found = None if prefix is None else from_prefix(problem, prefix, above, show)
+        if found is not None or problem.stated == 1:
+            return found
+    for pair in find_pairs(problem.model, chain.input_shape, problem.sent):
+        found = from_pair(problem, pair, above, show)
+        if found is not None:
+            return found
+    return None
 
 
 def _from_batch(problem: Problem, found: Separated | Unseparated, show: Progress) -> Recovery:
@@ -325,16 +332,19 @@ def _conclude(problem: Problem, runs: list[Run], show: Progress) -> Recovery:
         descent = alive[0][0]
         halt = descent.require_halt()
         status = Status.UNDERDETERMINED if halt.supported else Status.UNSUPPORTED
-        if problem.filling is None and len(alive) == 1:
+        if len(alive) == 1 and (problem.filling is None or parts.free(problem, descent)):
             kappa = alive[0][1]
 
             def certify(whole: Descent) -> tuple[Recovery, Rows | None]:
                 answer = _answer(problem, whole, kappa)
                 return certificate.certify(problem, [answer]), answer.rows
 
-            found = in_parts(problem, descent, certify)
-            if found is not None:
+            found = parts.in_parts(problem, descent, certify)
+            whole_targets = found is not None and found.labels is not None
+            if found is not None and problem.filling is None:
                 return found
+            if found is not None and whole_targets and found.partial is not None:
+                return parts.completed(problem, found)
         if problem.filling is not None and len(alive) == 1:
             return filled(problem, descent, alive[0][1], alive[0][2], show)
         reason = halt.reason

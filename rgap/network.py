@@ -17,6 +17,7 @@ from rgap.affine import Affine
 from rgap.checking import disagreement, fitting_shape, refuse_unready
 from rgap.graph import ADVICE_NONE, Barrier, Link, links
 from rgap.ops import Op, Pad, Rearrange, Reshape
+from rgap.probing import UnreadyError
 
 __all__ = ["Barrier", "Chain", "Stage", "parse"]
 
@@ -168,6 +169,8 @@ def parse(model: nn.Module, input_shape: Sequence[int]) -> Chain:
     refuse_unready(model)
     try:
         found, barrier, output = links(model, shape)
+    except UnreadyError:
+        raise
     except ValueError as error:
         fits = fitting_shape(model, shape)
         if fits is None:

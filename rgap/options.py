@@ -30,7 +30,8 @@ _HINTS = {
     "options as in lenet:activation=tanh,classes=100, or package.module:factory.",
     "weights": "Safetensors file with the network's weights; without it they are drawn with "
     "seed 0, the same in every command.",
-    "loss": "cross_entropy, binary_cross_entropy_with_logits or mse_loss; default: the built-in "
+    "loss": "A loss by name: cross_entropy, binary_cross_entropy_with_logits, mse_loss, nll_loss, "
+    "binary_cross_entropy, focal_loss or sigmoid_focal_loss; default: the built-in "
     "network's own, else cross_entropy.",
     "json": "Print one JSON document on standard output and nothing else.",
 }

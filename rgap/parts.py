@@ -11,16 +11,20 @@ from torch import Tensor
 
 from rgap import certificate, outcomes
 from rgap.batches import Rows
+from rgap.halt import Halt
 from rgap.precision import Known
 from rgap.problem import Problem
 from rgap.recovery import Candidate, Recovery, Status
 from rgap.recursion import Descent
 from rgap.reports import layer_reports
+from rgap.solvers.priors import Operator
 from rgap.solvers.rank import Rank
 from rgap.systems.stage import StageSolution
 
-__all__ = ["described", "in_parts"]
+__all__ = ["completed", "described", "free", "in_parts"]
 
+STEPS, SOLVING = 30, 200  # Newton steps of a prior, and of the solve of each
+SETTLED, SMALL = 1e-6, 1e-12  # a step that changes nothing, and the decrease that ends a solve
 FEW = 6  # lines of a picture that are listed one by one
 _NUMBERS = ("", "", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _AXES = {1: ("position",), 2: ("row", "column"), 3: ("slice", "row", "column")}
@@ -89,9 +93,64 @@ def in_parts(problem: Problem, descent: Descent, certify: Certify) -> Recovery |
             for c in found.candidates
         ),
         layers=layer_reports(problem, descent),
+        halt=descent.halt,
         determined=mask,
         partial=_struck(found.inputs, mask),
     )  # fmt: skip
+
+
+def free(problem: Problem, descent: Descent) -> bool:
+    """True if what is open of the data is read by nothing: any value of it sends the update."""
+    step = descent.solutions.get(0)
+    rectified = any(getattr(op, "one_sided", False) for op in problem.chain.stages[0].lead)
+    whole = step is None or step.solution.value is not None
+    return descent.partial is not None and whole and not rectified
+
+
+def completed(problem: Problem, found: Recovery) -> Recovery:
+    """Data of which some are determined, with what nothing reads chosen by the prior.
+
+    The least penalty with the determined values held, by Newton steps on the prior's quadratic
+    bound, each solved by conjugate gradients.
+    """
+    filling = problem.filling
+    assert filling is not None and found.partial is not None and found.determined is not None
+    prior, free_ = filling.prior.smoothed(filling.schedule.smoothing), ~found.determined
+    x = torch.where(free_, found.partial[found.determined].mean(), found.partial)
+    for _ in range(STEPS):
+        slope = torch.where(free_, prior.gradient(x), 0.0)
+        step = _newton_step(prior.curvature(x), slope, free_)
+        x = x + step
+        if float(step.abs().max()) < SETTLED:
+            break
+    if problem.value_range is not None:
+        x = torch.where(free_, x.clamp(*problem.value_range), x)
+    return replace(
+        found,
+        inputs=x,
+        status=Status.COMPLETED,
+        reason=f"{found.reason}; a prior chose the values that nothing reads",
+        warnings=(*found.warnings, outcomes.CHOSEN),
+    )
+
+
+def _newton_step(curvature: Operator, slope: Tensor, open_: Tensor) -> Tensor:
+    """−H⁻¹g on the open entries, by conjugate gradients."""
+    step, residual = torch.zeros_like(slope), -slope
+    direction, energy = residual, float(residual.square().sum())
+    first = energy
+    for _ in range(SOLVING):
+        if energy <= SMALL * first:
+            break
+        image = torch.where(open_, curvature(direction), 0.0)
+        bend = float((direction * image).sum())
+        if not bend > 0.0:
+            break
+        step = step + energy / bend * direction
+        residual = residual - energy / bend * image
+        fresh = float(residual.square().sum())
+        direction, energy = residual + fresh / energy * direction, fresh
+    return step
 
 
 def _expanded(inputs: Tensor, rows: Rows | None) -> Tensor | slice:
@@ -133,6 +192,7 @@ def _by_equations(
                 f"values in [{float(inside.min()):.3g}, {float(inside.max()):.3g}]; write the "
                 "range of the data as the network sees them",
                 descent,
+                Halt.contradiction(problem.chain.stages[0].name),
             )
     stopped = outcomes.stopped(
         problem,

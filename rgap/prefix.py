@@ -21,7 +21,7 @@ from rgap.probing import Shape
 from rgap.recording import record
 from rgap.tracing import UNKNOWN, Traced, attribute_value, meta, module_of, step, trace
 
-__all__ = ["Prefix", "affine_input", "find_prefix", "reaches"]
+__all__ = ["Prefix", "affine_input", "find_pairs", "find_prefix", "reaches"]
 
 AGREES = 1e-4  # relative difference of a layer's input between the chain and the model itself
 
@@ -37,6 +37,23 @@ class Prefix:
 
     chain: Chain
     argument: str = ""
+
+
+def find_pairs(model: nn.Module, shape: Shape, gradients: Mapping[str, Tensor]) -> list[Chain]:
+    """Chains that end with two fully connected layers in a row, the lowest first.
+
+    Args as for :func:`find_prefix`.
+    """
+    recording = record(model, shape)
+    if recording is None:
+        return []
+    found = []
+    for chain in _chains(model, recording.graph, shape, gradients, biased=False):
+        layers = [stage.affine for stage in chain.stages[-2:]]
+        pair = len(layers) == 2 and all(affine.geometry is None for affine in layers)
+        if pair and reaches(model, chain, _trial(model, shape)):
+            found.append(chain)
+    return found
 
 
 def find_prefix(model: nn.Module, shape: Shape, gradients: Mapping[str, Tensor]) -> Prefix | None:
@@ -104,8 +121,9 @@ def _chains(
     shape: Shape,
     gradients: Mapping[str, Tensor],
     data: fx.Node | None = None,
+    biased: bool = True,
 ) -> list[Chain]:
-    """Chains to the fully connected layers of a graph that have a bias, the lowest first."""
+    """Chains to the fully connected layers of a graph, or those with a bias, the lowest first."""
     traced = _propagated(model, graph, shape, data)
     uses = parameter_uses(model, traced)
     found = []
@@ -113,15 +131,18 @@ def _chains(
         piece = made.piece
         if not isinstance(piece, Affine) or piece.geometry is not None:
             continue
-        bias = gradients.get(piece.bias_name or "")  # a frozen layer sent none
-        if bias is None or piece.weight_name not in gradients or not bool((bias != 0).any()):
+        name = piece.bias_name
+        if piece.weight_name not in gradients:  # a frozen layer sent none
+            continue
+        bias = gradients.get(name or "")
+        if biased and (bias is None or not bool((bias != 0).any())):
             continue
         links = _down(model, traced, node, uses)
         if links is not None:
             parameters = tuple(name for name, _ in model.named_parameters())
             stages = assemble(links)
             found.append(Chain(stages, None, shape, piece.out_shape, parameters))
-    device = next(model.parameters()).device
+    device = next(iter(gradients.values())).device
     return [chain.to(device) for chain in found]
 
 

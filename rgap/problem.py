@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from rgap import validation
 from rgap.behind import behind
-from rgap.checking import UnreadyError, sample_shape
+from rgap.checking import sample_shape
 from rgap.ending import folded
 from rgap.losses import Loss
 from rgap.network import Chain, parse, unparsed
 from rgap.precision import Precision
+from rgap.probing import UnreadyError
 from rgap.solvers.gauss_newton import Schedule
 from rgap.solvers.priors import Prior, Squares, natural
 from rgap.targets import CLASSES

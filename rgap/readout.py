@@ -64,15 +64,15 @@ def read_batch(problem: Problem, descent: Descent, head: BatchLoss) -> Answer:
     reading = Reading(
         head.targets, rows.labels, distance, tolerance, open=head.loss.open_at(logits.value)
     )
-    gathered = _gathered(problem.chain, polished)
+    norm = gathered(problem.chain, polished)
     if continuous:  # they come from the head's gradient by its features, as well as these tell
         table = torch.nn.functional.pad(features.value.flatten(1), (0, 1), value=1.0)
         values = torch.linalg.svdvals(table)
-        gathered *= float(values[0] / values[-1].clamp_min(1e-300))
-    return Answer(descent, polished, reading, rows, gathered=gathered)
+        norm *= float(values[0] / values[-1].clamp_min(1e-300))
+    return Answer(descent, polished, reading, rows, gathered=norm)
 
 
-def _gathered(chain: Chain, polished: Polished) -> float:
+def gathered(chain: Chain, polished: Polished) -> float:
     """Norm of the largest sample at the first affine map, as long as it is in units of the data.
 
     Steps on the data themselves, a sigmoid or a scale, lengthen an error on the way back by one

@@ -7,6 +7,7 @@ inputs that take the same path; whoever uses it compares with the model at the i
 from __future__ import annotations
 
 import operator
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -60,9 +61,11 @@ class _Recorder(TorchFunctionMode):
     def __init__(self, found: Recording, x: Tensor) -> None:
         super().__init__()
         self.found, self.graph = found, found.graph
-        self.nodes: dict[int, fx.Node] = {id(x): self.graph.placeholder("input")}
-        self.kept: list[Any] = [x]  # an id is that of one tensor while it lives
+        self.nodes: dict[int, fx.Node] = {}
+        self.alive: dict[int, weakref.ref[Tensor]] = {}  # an id is one tensor's while it lives
+        self.constants = 0
         self.muted = 0
+        self._know(x, self.graph.placeholder("input"))
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -81,13 +84,23 @@ class _Recorder(TorchFunctionMode):
         if isinstance(target, str) and op == "call_function":
             op = "call_method"
         node = self.graph.create_node(op, target, args, kwargs)
-        self.kept.append(out)
         if isinstance(out, Tensor):
-            self.nodes[id(out)] = node
+            self._know(out, node)
             return
         for place, one in enumerate(out):
             if isinstance(one, Tensor):
-                self.nodes[id(one)] = self.graph.call_function(operator.getitem, (node, place))
+                self._know(one, self.graph.call_function(operator.getitem, (node, place)))
+
+    def _know(self, value: Tensor, node: fx.Node) -> None:
+        """The tensor came from the node; forgotten when it goes, so that no activation is kept."""
+        key = id(value)
+
+        def forget(_: weakref.ref[Tensor]) -> None:
+            self.nodes.pop(key, None)
+            self.alive.pop(key, None)
+
+        self.nodes[key] = node
+        self.alive[key] = weakref.ref(value, forget)
 
     def node_of(self, value: Any) -> fx.Node | None:
         """The node that made a tensor, None for what does not depend on the data."""
@@ -106,9 +119,9 @@ class _Recorder(TorchFunctionMode):
         if isinstance(value, Tensor):
             node = self.node_of(value)
             if node is None:
-                node = self.graph.create_node("get_attr", f"constant_{len(self.kept)}")
+                node = self.graph.create_node("get_attr", f"constant_{self.constants}")
                 node.meta["value"] = value
-                self.nodes_of_constants(value, node)
+                self.constants += 1
             return node
         if isinstance(value, (tuple, list)):
             return type(value)(map(self._map, value)) if type(value) in (tuple, list) else tuple(
@@ -117,10 +130,6 @@ class _Recorder(TorchFunctionMode):
         if isinstance(value, dict):
             return {k: self._map(v) for k, v in value.items()}
         return value
-
-    def nodes_of_constants(self, value: Tensor, node: fx.Node) -> None:
-        """Keep a constant alive; it gets a node for each use, as its uses are counted."""
-        self.kept.append((value, node))
 
     def _holds(self, out: Any) -> bool:
         return any(isinstance(value, Tensor) for value in _leaves(out))

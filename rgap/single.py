@@ -14,6 +14,7 @@ import torch
 from rgap import certificate, outcomes
 from rgap.bias import rank_one_residual
 from rgap.certificate import Answer
+from rgap.halt import Halt
 from rgap.head import features_from_bias
 from rgap.parts import in_parts
 from rgap.polish import polish
@@ -64,6 +65,7 @@ def from_prefix(problem: Problem, prefix: Prefix, above: str, show: Progress) ->
             f"where rounding and noise explain {tolerance:.1e}): it mixes several samples, does "
             "not come with this bias gradient, or has noise that was not stated",
             None,
+            Halt.contradiction(stage.name),
         )
     descent = descend(
         chain, problem.gradients, stage.index, x, k, problem.precision, show.stage, problem.budget
@@ -118,6 +120,7 @@ def _certified(
             f"errors, together with what '{name}' takes in; is the update from another model or "
             "precision?",
             descent,
+            Halt.contradiction(name),
         )
     if certificate.excess(answer, own) > problem.slack:
         return outcomes.stopped(
@@ -127,6 +130,7 @@ def _certified(
             f"in [{float(answer.inputs.min()):.3g}, {float(answer.inputs.max()):.3g}]; write the "
             "range of the data as the network sees them",
             descent,
+            Halt.contradiction(own.chain.stages[0].name),
         )
     status, why = certificate.verdict(own, answer)
     inputs = answer.inputs

@@ -122,7 +122,10 @@ def _options(problem: Problem, inputs: Tensor, parameter: str) -> Sequence[Tenso
         labels = loss.admissible(count) if not loss.own else list(range(count))
         if labels is None or len(labels) > MOST:
             return f"{loss.name} admits too many targets to try"
-        targets = [torch.tensor([label], device=outputs.device) for label in labels]
+        if loss.own and count == 1:  # a binary loss takes numbers of the outputs' shape
+            targets = [outputs.new_full((1, 1), label) for label in (0.0, 1.0)]
+        else:
+            targets = [torch.tensor([label], device=outputs.device) for label in labels]
         misses = []
         for target in targets:
             value = loss(outputs, target)
@@ -159,4 +162,4 @@ def _rounding(problem: Problem, inputs: Tensor, target: Tensor) -> float:
         float(problem.precision.noise_std(n, g).square().sum())
         for n, g in problem.gradients.items()
     )
-    return max(own, problem.precision.unit) + added**0.5 / max(scale, 1e-300)
+    return max(own, problem.precision.unit) + float(added**0.5) / max(float(scale), 1e-300)

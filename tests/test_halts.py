@@ -37,7 +37,8 @@ class Branches(nn.Module):
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            self.left, self.right = nn.Linear(128, 8), nn.Linear(128, 8)
+            # Without a bias no layer below gives its input by itself.
+            self.left, self.right = (nn.Linear(128, 8, bias=False) for _ in range(2))
             self.head = nn.Linear(8, 3, bias=False)
         self.double().eval()
 

@@ -122,7 +122,7 @@ def continuous(chain: Chain, samples: Mixture, roots: Tensor, loss: Loss) -> lis
     eye = torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device)
     jacobian = torch.stack([pull(e.expand_as(logits)).flatten(1) for e in eye], 1)
     centred = loss.name == CROSS_ENTROPY and loss.plain
-    return [_free(samples, q, own, centred) for q, own in zip(roots, jacobian, strict=True)]
+    return [free(samples, q, own, centred) for q, own in zip(roots, jacobian, strict=True)]
 
 
 def pullback(chain: Chain, index: int, z: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
@@ -179,7 +179,7 @@ def _labels(loss: Loss, logits: Tensor, head: Mixture) -> list[int] | None:
     return sorted(found)
 
 
-def _free(samples: Mixture, q: Tensor, jacobian: Tensor, centred: bool) -> Identity:
+def free(samples: Mixture, q: Tensor, jacobian: Tensor, centred: bool) -> Identity:
     """The weakest direction of (I − UUᵀ) Jᵀ.
 
     Args:

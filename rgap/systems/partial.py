@@ -44,12 +44,12 @@ class Kept(Factor):
     @property
     def largest(self) -> float:
         """σ_1 of A."""
-        return float(self.eigenvalues.max()) ** 0.5
+        return float(self.eigenvalues.max().sqrt())
 
     @property
     def smallest(self) -> float:
         """The smallest σ of A that counts."""
-        return float(self.eigenvalues.min()) ** 0.5
+        return float(self.eigenvalues.min().sqrt())
 
     def determined(self) -> Tensor:
         """Entries orthogonal to the open space, bool [n]."""
