@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import index
 
 import torch
@@ -161,7 +161,34 @@ def _notes(rows: Sequence[AuditRow]) -> tuple[str, ...]:
             f"Of {shown} joint_rank is an upper bound, as a rule equal to the rank; "
             "method='exact' measures it."
         )
+    notes += [
+        f"'{row.step}' leads into '{row.layer}' and discards: its input of "
+        f"{row.unknowns // row.batch_size} values a sample is what is unknown there."
+        for row in _once(rows, lambda row: row.step)
+    ]
+    notes += [
+        f"'{row.layer}' is a step without weights: of {row.unknowns // row.batch_size} values a "
+        f"sample it passes {row.joint_rank // row.batch_size} on."
+        for row in _once(rows, lambda row: row.kind == "step")
+    ]
+    notes += [
+        f"'{row.layer}' is counted together with '{row.beside}': they read one input."
+        if row.beside
+        else f"'{row.layer}' is called more than once: its calls are counted like samples."
+        for row in _once(rows, lambda row: row.beside or _again(rows, row))
+    ]
     dead = sorted({row.layer for row in rows if row.gradient_rank == 0})
     if dead:
         notes.append(f"No gradient at all reaches {dead}: their cotangents are zero.")
     return tuple(notes)
+
+
+def _once(rows: Sequence[AuditRow], chosen: Callable[[AuditRow], object]) -> list[AuditRow]:
+    """The first row of every layer that has what is asked for."""
+    return list({row.layer: row for row in reversed(rows) if chosen(row)}.values())[::-1]
+
+
+def _again(rows: Sequence[AuditRow], row: AuditRow) -> bool:
+    """True for a layer with several rows at one batch size."""
+    same = [r for r in rows if (r.layer, r.batch_size) == (row.layer, row.batch_size)]
+    return len(same) > 1 and row.kind != "step"

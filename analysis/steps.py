@@ -57,7 +57,7 @@ class Narrow:
 
 
 def narrow_steps(recording: Recording) -> tuple[Narrow, ...]:
-    """Every place where steps without weights discard, one for each layer output that loses.
+    """Every place where steps without weights discard, each with the tensor that loses most there.
 
     Args:
         recording: of a forward.
@@ -72,11 +72,13 @@ def narrow_steps(recording: Recording) -> tuple[Narrow, ...]:
     [('1', 32, 2, 1)]
     """
     found: dict[tuple[str, int | None], Narrow] = {}
-    sources = [
-        i for i, node in enumerate(recording.nodes) if not node.inputs or node.use is not None
-    ]
-    for source in sources:
-        narrow = _narrowest(recording, source)
+    values: list[int] = []
+    for start, node in enumerate(recording.nodes):
+        width = min(node.entries, node.rank)
+        if node.inputs and node.use is None:  # an expanded tensor says nothing new
+            width = min(width, sum(values[source] for source in node.inputs))
+        values.append(width)
+        narrow = _narrowest(recording, start, width)
         if narrow is None:
             continue
         key = (narrow.step, narrow.use)
@@ -156,10 +158,9 @@ def _linear(op: str) -> bool:
     return op in LINEAR
 
 
-def _narrowest(recording: Recording, source: int) -> Narrow | None:
+def _narrowest(recording: Recording, source: int, size: int) -> Narrow | None:
     """Minimum vertex cut between a tensor and what reads it with weights, or the output."""
     nodes, readers = recording.nodes, recording.readers()
-    size = nodes[source].entries
     inside, rest = {source}, [source]
     while rest:
         for reader in readers[rest.pop()]:
