@@ -80,11 +80,9 @@ def probed_rows(
 def step_row(one: Narrow, batch: int) -> AuditRow:
     """A step without weights that leads into no single layer: what comes through is known."""
     unknowns, known = batch * one.before, batch * one.after
-    lost = unknowns - known
-    share = lost / unknowns
-    return AuditRow(
-        one.step, "step", batch, unknowns, 0, known, known, lost, share, None, "counted", False
-    )
+    lost, exact = unknowns - known, one.independent
+    counts = (unknowns, 0, known, known, lost, lost / unknowns)
+    return AuditRow(one.step, "step", batch, *counts, None, "counted", exact)
 
 
 def _ahead(recording: Recording, one: Narrow) -> int:

@@ -16,12 +16,9 @@ from scipy import sparse
 from scipy.sparse import csgraph
 
 from rgap.analysis.calls import Recording, Use
+from rgap.analysis.step_kinds import AFFINE, INDEPENDENT, MAXIMA, MIXES, OFF, PLAIN
 
 __all__ = ["Narrow", "always_read", "head_use", "linear_reads", "narrow_steps"]
-
-CHOICES = ("max", "min", "topk", "median", "sort", "kthvalue")  # their places are taken as known
-PLAIN = {"flatten", "reshape", "view", "squeeze", "contiguous", "float", "double", "to"}
-MIXES = ("matmul", "bmm", "einsum", "scaled_dot_product_attention", "__matmul__", "baddbmm")
 
 
 @dataclass(frozen=True)
@@ -53,7 +50,12 @@ class Narrow:
     @property
     def chooses(self) -> bool:
         """True for a maximum and its like, whose places are taken as known."""
-        return any(word in self.op for word in CHOICES)
+        return any(word in self.op for word in MAXIMA)
+
+    @property
+    def independent(self) -> bool:
+        """True if as many values go on as are counted, because none depends on the others."""
+        return self.op in INDEPENDENT
 
 
 def narrow_steps(recording: Recording) -> tuple[Narrow, ...]:
@@ -63,7 +65,7 @@ def narrow_steps(recording: Recording) -> tuple[Narrow, ...]:
         recording: of a forward.
 
     >>> import torch
-    >>> from rgap.analysis.calls import record
+    >>> from rgap.analysis.recorder import record
     >>> net = torch.nn.Sequential(
     ...     torch.nn.Conv2d(1, 2, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(),
     ...     torch.nn.Linear(2, 3))
@@ -109,20 +111,11 @@ def linear_reads(recording: Recording, node: int) -> tuple[int, ...] | None:
         for reader in readers[place]:
             if recording.nodes[reader].use is not None or reader in seen:
                 continue
-            if not _linear(recording.nodes[reader].op):
+            if recording.nodes[reader].op not in AFFINE:
                 return None
             seen.add(reader)
             rest.append(reader)
     return tuple(sorted(set(found)))
-
-
-LINEAR = {"flatten", "reshape", "view", "mean", "sum", "__getitem__", "select", "narrow", "permute",
-          "transpose", "cat", "concat", "stack", "pad", "batch_norm", "dropout", "squeeze",
-          "unsqueeze", "contiguous", "clone", "add", "__add__", "__radd__", "sub", "__sub__",
-          "chunk", "split", "unbind", "movedim", "swapaxes", "avg_pool1d", "avg_pool2d",
-          "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
-          "unflatten", "roll", "dropout2d", "pixel_shuffle", "channel_shuffle", "view_as",
-          "to", "float", "double", "flip", "expand", "repeat", "interpolate"}  # fmt: skip
 
 
 def always_read(recording: Recording, node: int) -> bool:
@@ -145,17 +138,6 @@ def always_read(recording: Recording, node: int) -> bool:
                 seen.add(reader)
                 rest.append(reader)
     return False
-
-
-OFF = {"relu", "relu_", "relu6", "hardtanh", "hardswish", "hardsigmoid", "clamp", "clip",
-       "threshold", "clamp_min", "clamp_max", "hardshrink", "softshrink", "hardtanh_", "clamp_",
-       "max_pool1d", "max_pool2d", "max_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d",
-       "adaptive_max_pool3d", "amax", "amin", "max", "min", "maximum", "minimum", "topk", "where",
-       "median", "kthvalue", "sort", "masked_fill", "gather"}  # fmt: skip
-
-
-def _linear(op: str) -> bool:
-    return op in LINEAR
 
 
 def _narrowest(recording: Recording, source: int, size: int) -> Narrow | None:

@@ -16,7 +16,7 @@ from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AvgPoolNd, _MaxPoolNd
 from rgap.geometry import per_dimension, sides_of
 from rgap.isolation import first_line, meta_copy
 
-__all__ = ["Call", "calls_of", "head_of", "pooled_inputs", "sizes_of"]
+__all__ = ["Call", "calls_of", "sizes_of"]
 
 POOLS = (_AvgPoolNd, _AdaptiveAvgPoolNd, _MaxPoolNd)
 
@@ -86,45 +86,12 @@ def calls_of(model: nn.Module, shape: tuple[int, ...]) -> tuple[list[Call], tupl
     return calls, tuple(notes)
 
 
-def pooled_inputs(model: nn.Module, shape: tuple[int, ...]) -> dict[str, int]:
-    """Entries of one sample ahead of the pools that lead into a layer, by the layer's name.
-
-    What a pool takes away is counted with the first layer that is called after it.
-
-    Args:
-        model: left as it was.
-        shape: of one sample.
-
-    Raises:
-        ValueError: as :func:`calls_of`.
-
-    >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8, 3))
-    >>> pooled_inputs(net, (1, 6, 6))
-    {'0': 0, '3': 32}
-    """
-    found: dict[str, int] = {}
-    ahead = 0
-    for call in calls_of(model, shape)[0]:
-        if isinstance(call.module, POOLS):
-            ahead = max(ahead, prod(call.in_shape))
-        elif isinstance(call.module, (nn.Linear, _ConvNd)):
-            found[call.name], ahead = max(found.get(call.name, 0), ahead), 0
-    return found
-
-
 def _note(name: str, calls: list[Call]) -> Callable[[nn.Module, Any, Any], None]:
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
         out = output[0] if isinstance(output, tuple) else output
         calls.append(Call(name, module, tuple(args[0].shape[1:]), tuple(out.shape[1:])))
 
     return hook
-
-
-def head_of(calls: list[Call]) -> Call | None:
-    """The fully connected layer that ends the network, if one does."""
-    last = calls[-1]
-    ends = isinstance(last.module, nn.Linear) and len(last.in_shape) == 1
-    return last if ends else None
 
 
 def sizes_of(call: Call, *, head: bool) -> tuple[str, dict[str, Any], int]:

@@ -193,9 +193,7 @@ case(
     "MLP-mixer",
     (3, 4),
     lambda: {"t": nn.Linear(3, 3), "c": nn.Linear(4, 4), "fc": nn.Linear(4, 3)},
-    lambda m, x: m.fc(
-        (h := x + m.t(x.transpose(1, 2)).tanh().transpose(1, 2)).add(m.c(h).tanh()).mean(1)
-    ),
+    lambda m, x: m.fc((h := x + m.t(x.mT).tanh().transpose(1, 2)).add(m.c(h).tanh()).mean(1)),
     {"fc": 12},
 )
 case(
