@@ -77,7 +77,7 @@ class Use:
     @property
     def covered(self) -> bool:
         """True for the layers that have equations."""
-        return self.kind == "linear" or self.kind in CONVOLUTIONS
+        return self.weight is not None
 
     @property
     def repeats(self) -> int:

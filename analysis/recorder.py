@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.overrides import TorchFunctionMode
 
 from rgap.analysis.calls import CONVOLUTIONS, Event, Node, Recording, Use
@@ -21,7 +23,7 @@ from rgap.analysis.step_kinds import CHOOSE, CHOOSE_BY_INDEX, POINTWISE
 from rgap.analysis.substitutes import SUBSTITUTES
 from rgap.isolation import first_line
 
-__all__ = ["record", "refusal", "structural_twin"]
+__all__ = ["record", "refusal", "structural_twin", "uncounted"]
 
 Loss = Callable[[Tensor], Tensor]
 OPTIONS = ("stride", "padding", "dilation", "groups")
@@ -103,6 +105,22 @@ def refusal(model: nn.Module, shape: Sequence[int], error: Exception) -> ValueEr
     )
 
 
+def uncounted(model: nn.Module, recording: Recording) -> list[str]:
+    """Modules with weights of their own that the equations do not cover."""
+    counted = {event.name for event in recording.events if isinstance(event.module, _BatchNorm)}
+    used = {name for use in recording.uses for name in use.parameters}
+    found = []
+    for path, module in model.named_modules():
+        own = [name for name, _ in module.named_parameters(path, recurse=False)]
+        if not own or path in counted or isinstance(module, nn.PReLU) or used.issuperset(own):
+            continue
+        if isinstance(module, (nn.Linear, _ConvNd)) and not isinstance(module, _ConvTransposeNd):
+            continue  # a layer that is never called
+        kind = type(module).__name__
+        found.append(f"'{path}' ({kind})" if path else kind)
+    return found
+
+
 class _Recorder(TorchFunctionMode):
     """Notes nodes and uses while it is active."""
 
@@ -116,6 +134,7 @@ class _Recorder(TorchFunctionMode):
         self.events: list[Event] = []
         self.chooses: list[str] = []
         self.at: dict[int, int] = {}
+        self.made: set[int] = set()  # tensors computed from parameters
         self.told: set[int] = set()  # masks and indices that depend on the data
         self._kept: list[Tensor] = []  # what is kept alive keeps its id
         self._stack: list[str] = [""]
@@ -159,7 +178,10 @@ class _Recorder(TorchFunctionMode):
         reads = tuple(dict.fromkeys(self.at[id(t)] for t in given if id(t) in self.at))
         told = bool(reads) or any(id(t) in self.told for t in given)
         if not told or name in ("backward", "retain_grad", "requires_grad_"):
-            return func(*args, **kwargs)
+            out = func(*args, **kwargs)
+            if any(id(t) in self.names for t in given):  # a weight made from others, w.T
+                self._derive(out, given)
+            return out
         if name == "__get__":  # x.T, x.mT; x.shape
             name = "transpose"
         if not reads:
@@ -186,6 +208,15 @@ class _Recorder(TorchFunctionMode):
                 self._add(name, reads, tensor, func, args, kwargs)
         return self._tell(out)
 
+    def _derive(self, out: Any, given: list[Tensor]) -> None:
+        """Remember what is made of parameters alone by the name of the first of them."""
+        first = next(self.names[id(t)] for t in given if id(t) in self.names)
+        for tensor in _tensors(out):
+            if id(tensor) not in self.names and tensor.is_floating_point():
+                self.names[id(tensor)] = first
+                self.made.add(id(tensor))
+                self._kept.append(tensor)
+
     def _tell(self, out: Any) -> Any:
         """Remember masks and indices that depend on the data."""
         for tensor in _tensors(out):
@@ -199,7 +230,7 @@ class _Recorder(TorchFunctionMode):
     ) -> Tensor | None:
         given = dict(zip(("input", "weight", "bias", *OPTIONS), args, strict=False)) | kwargs
         u, weight, bias = given["input"], given["weight"], given.get("bias")
-        if id(u) not in self.at or id(weight) not in self.names or id(weight) in self.at:
+        if id(u) not in self.at or id(weight) not in self.names or id(weight) in self.made:
             return None
         if name != "linear" and u.ndim != CONVOLUTIONS[name] + 2:
             return None

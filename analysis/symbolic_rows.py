@@ -9,10 +9,9 @@ import sympy
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from rgap.analysis.calls import Recording
-from rgap.analysis.recorder import record, refusal, structural_twin
+from rgap.analysis.recorder import record, refusal, structural_twin, uncounted
 from rgap.analysis.steps import Narrow, narrow_steps
 from rgap.analysis.symbolic_layer import SymbolicLayer, layer_form, made
 from rgap.analysis.symbolic_modules import POOLS, Call, sizes_of
@@ -91,7 +90,7 @@ def in_order(
 def recorded_notes(model: nn.Module, recording: Recording) -> tuple[str, ...]:
     """What the rows leave out, one sentence each."""
     notes = []
-    left = _uncounted(model, recording)
+    left = uncounted(model, recording)
     if left:
         notes.append(f"Not counted: {', '.join(left)}.")
     ops = {node.op for node in recording.nodes}
@@ -107,22 +106,6 @@ def recorded_notes(model: nn.Module, recording: Recording) -> tuple[str, ...]:
             "as read."
         )
     return tuple(notes)
-
-
-def _uncounted(model: nn.Module, recording: Recording) -> list[str]:
-    """Modules with weights of their own that have no row."""
-    counted = {event.name for event in recording.events if isinstance(event.module, _BatchNorm)}
-    used = {name for use in recording.uses for name in use.parameters}
-    found = []
-    for path, module in model.named_modules():
-        own = [name for name, _ in module.named_parameters(path, recurse=False)]
-        if not own or path in counted or isinstance(module, nn.PReLU) or used.issuperset(own):
-            continue
-        if isinstance(module, (nn.Linear, _ConvNd)) and not isinstance(module, _ConvTransposeNd):
-            continue  # a layer that is never called
-        kind = type(module).__name__
-        found.append(f"'{path}' ({kind})" if path else kind)
-    return found
 
 
 def _step(one: Narrow, batch: Any) -> SymbolicLayer:

@@ -89,7 +89,8 @@ class Counter:
             elif group.kind == "shared":
                 row = self._alone(numbers, "shared").row
                 for n in numbers:
-                    found[n] = replace(row, name=self.recording.uses[n].name)
+                    name = self.recording.uses[n].name
+                    found[n] = replace(row, name=name, beside=name)
             else:
                 found[numbers[0]] = self._alone(numbers, group.kind).row
                 mixed += numbers if group.kind == "mixed" else []
@@ -165,7 +166,7 @@ class Counter:
         if not free and not (read and self.met.on(numbers, masks)):
             return _as_bound(row, OFF)
         gradient = row.gradient_exact and all(
-            self.met.gradient(numbers, masks, b, row.at({"B": b})["gradient_rank"], kind)
+            self.met.gradient(numbers, masks, b, row.at({self.batch: b})["gradient_rank"], kind)
             for b in self._looked_at(row.gradient_rank)
         )
         alone = row.weight_exact and self._same(row.weight_rank, row.joint_rank)
@@ -173,7 +174,7 @@ class Counter:
         exact = row.exact and (alone or (gradient and (whole or row.kind == "linear")))
         if row.exact and not exact:
             exact = all(
-                self.met.joint(numbers, masks, b, row.at({"B": b})["joint_rank"], kind)
+                self.met.joint(numbers, masks, b, row.at({self.batch: b})["joint_rank"], kind)
                 for b in self._looked_at(row.joint_rank)
             )
         if exact:
