@@ -93,8 +93,8 @@ def audit(
         targets = probe_targets(model, pictures[:batch], loss, None, seed)
         probes, recording = probed(model, pictures[:batch], targets, loss)
         rows += probed_rows(probes, recording, batch, method, spaces, loss.name)
-    left = uncounted(model, recording)
-    notes = (*_notes(rows), *([f"Not counted: {', '.join(left)}."] if left else []))
+    others = uncounted(model, recording)
+    notes = (*_notes(rows), *([f"Not counted: {', '.join(others)}."] if others else []))
     return Audit(type(model).__name__, method, tuple(rows), notes)
 
 

@@ -16,12 +16,13 @@ import torch
 from rank_networks import CASES
 from reference import dense_blocks
 from torch import Tensor, nn
+from torch.nn import functional as F
+from written import Written
 
 from rgap.analysis import Audit, audit, generic_ranks
 
 BATCHES = (1, 2, 3, 8)
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-MANY = 3  # batch up to which every network is measured; 8 where it is small
 Ranks = tuple[int, int, int]
 
 
@@ -166,17 +167,73 @@ def test_branches_show_one_joint_rank() -> None:
 
 def test_class_token() -> None:
     """17 tokens of width 64, two samples: the head reads one of them."""
-    from torch import nn as layers
-    from written import Written
-
     model = Written(
         lambda m, x: m.fc(m.b(m.a(x).tanh())[:, 0]),
-        a=layers.Linear(64, 64), b=layers.Linear(64, 64), fc=layers.Linear(64, 10),
+        a=nn.Linear(64, 64), b=nn.Linear(64, 64), fc=nn.Linear(64, 10),
     ).eval()  # fmt: skip
     for method in ("exact", "formula"):
         table = audit(model, (17, 64), (2,), method=method)
         assert (table.row("b", 2).unknowns, table.row("b", 2).nullity) == (2176, 2048)
         assert (table.row("fc", 2).unknowns, table.row("fc", 2).nullity) == (2176, 2048)
+
+
+@pytest.mark.parametrize("method", ["exact", "sketch", "formula"])
+def test_functions_and_modules_have_the_same_ranks(method: str) -> None:
+    modules = CASES["last outputs unread"].build()
+    a, b, fc = modules.a, modules.b, modules.fc
+    functions = Written(
+        lambda m, x: F.linear(
+            F.conv2d(F.conv2d(x, m.a, m.c, 2).tanh(), m.b, stride=2).tanh().flatten(1), m.fc
+        ),
+        a=a.weight, c=a.bias, b=b.weight, fc=fc.weight,
+    ).eval()  # fmt: skip
+    one, two = (
+        audit(model, (2, 7, 7), (1, 3), method=method).rows for model in (modules, functions)
+    )
+    for left, right in zip(one, two, strict=True):
+        assert left.layer == right.layer
+        assert (left.joint_rank, left.exact) == (right.joint_rank, right.exact)
+        assert (left.gradient_rank, left.weight_rank) == (right.gradient_rank, right.weight_rank)
+
+
+def test_a_shared_weight_beside_another_layer_is_a_bound() -> None:
+    """Two calls of one weight, one of them on an input that another layer reads."""
+    model = Written(
+        lambda m, x: m.fc(m.same(m.a(x).tanh()) + m.same(x) + m.b(x)),
+        a=nn.Linear(4, 4), same=nn.Linear(4, 2), b=nn.Linear(4, 1), fc=nn.Linear(2, 3),
+    ).double().eval()  # fmt: skip
+    for method in ("exact", "formula"):
+        table = audit(model, (4,), (3,), method=method)
+        assert [row.exact for row in table.rows] == [False, False, False, False, True]
+        assert table.largest_exact_batch == 0
+
+
+def test_what_is_not_counted_is_named() -> None:
+    made = nn.utils.parametrizations.spectral_norm(nn.Linear(6, 5))
+    model = nn.Sequential(made, nn.Tanh(), nn.Linear(5, 3)).eval()
+    up = Written(
+        lambda m, x: m.fc(m.up(x).tanh().flatten(1) @ m.mix),
+        up=nn.ConvTranspose1d(1, 1, 2, 2), mix=nn.Parameter(torch.ones(8, 4)), fc=nn.Linear(4, 2),
+    ).eval()  # fmt: skip
+    for method in ("exact", "formula"):
+        words = audit(model, (6,), (1,), method=method).explain()
+        assert "Not counted: '0.parametrizations.weight' (ParametrizationList)" in words
+        words = audit(up, (1, 4), (1,), method=method).explain()
+        assert "Not counted: Written, 'up' (ConvTranspose1d)" in words
+
+
+def test_a_frozen_weight_sends_no_gradient() -> None:
+    model = CASES["frozen first layer"].build()
+    found = generic_ranks(model, (6,), 2)
+    assert (found[0].modular.gradient, found[0].modular.joint) == (0, 8)
+    assert audit(model, (6,), (2,)).row("a", 2).joint_rank == 8
+
+
+def test_a_relu_makes_a_formula_a_bound() -> None:
+    """Units are counted as on; where one is off the rank is lower."""
+    table = tables("ReLU")[3]
+    assert not any(row.exact for row in table.rows if row.layer in "ab")
+    assert "every ReLU that is off takes a weight row away" in table.explain()
 
 
 def test_strided_convolution_whose_last_outputs_are_unread() -> None:
