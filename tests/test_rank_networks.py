@@ -13,7 +13,7 @@ from math import prod
 import numpy as np
 import pytest
 import torch
-from rank_networks import CASES
+from rank_networks import CASES, SPELLINGS
 from reference import dense_blocks
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -75,14 +75,20 @@ def reference(model: nn.Module, x: Tensor) -> list[tuple[str, int, Ranks]]:
     return found
 
 
+def batches(name: str) -> tuple[int, ...]:
+    """All batch sizes for small networks; the spellings of a mean differ in one step only."""
+    small = prod(CASES[name].shape) * max(BATCHES) < 100
+    return BATCHES if small else (2,) if name in SPELLINGS else BATCHES[:2]
+
+
 @cache
 def tables(name: str) -> tuple[nn.Module, Tensor, Audit, Audit]:
     case = CASES[name]
     model = case.build()
     generator = torch.Generator().manual_seed(7)
     x = torch.randn(max(BATCHES), *case.shape, generator=generator, dtype=torch.float64)
-    measured = audit(model, case.shape, BATCHES, inputs=x)
-    return model, x, measured, audit(model, case.shape, BATCHES, method="formula")
+    measured = audit(model, case.shape, batches(name), inputs=x)
+    return model, x, measured, audit(model, case.shape, batches(name), method="formula")
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -90,7 +96,7 @@ def test_formula_and_measurement_against_autograd(name: str) -> None:
     """Exact means equal; a bound is one from above."""
     model, x, measured, counted = tables(name)
     case = CASES[name]
-    for batch in BATCHES if prod(case.shape) * 8 < 100 else BATCHES[:2]:
+    for batch in batches(name):
         truth = reference(model, x[:batch])
         head = truth[-1][0]
         rows = [row for row in measured.rows if row.batch_size == batch and row.kind != "step"]
