@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import index
 
 import torch
@@ -13,6 +13,7 @@ from rgap.analysis.layer_ranks import Spaces, counted_rows
 from rgap.analysis.probe import probed
 from rgap.analysis.probe_batch import probe_targets
 from rgap.analysis.probed_rows import probed_rows
+from rgap.analysis.recorder import uncounted
 from rgap.analysis.table import Audit, AuditRow
 from rgap.losses import Loss
 from rgap.network import parse
@@ -111,7 +112,9 @@ def audit(
                 show.stage(f"{what} at B = {batch}", number, total, series=str(batch))
 
             rows += probed_rows(probes, recording, batch, method, spaces, loss.name, watch)
-    return Audit(type(model).__name__, method, tuple(rows), _notes(rows))
+    others = uncounted(model, recording)
+    notes = (*_notes(rows), *([f"Not counted: {', '.join(others)}."] if others else []))
+    return Audit(type(model).__name__, method, tuple(rows), notes)
 
 
 def redrawn(model: nn.Module, seed: int) -> nn.Module:
@@ -173,14 +176,37 @@ def _pictures(inputs: Tensor | None, shape: tuple[int, ...], count: int, seed: i
 
 def _notes(rows: Sequence[AuditRow]) -> tuple[str, ...]:
     notes = []
-    bounds = list(dict.fromkeys(row.layer for row in rows if not row.exact))
-    if bounds:
-        shown = f"{bounds[:4]}" + (f" and {len(bounds) - 4} more" if len(bounds) > 4 else "")
-        notes.append(
-            f"Of {shown} joint_rank is an upper bound, as a rule equal to the rank; "
-            "method='exact' measures it."
-        )
+    for route, why in (
+        ("measured", "a weight is used again on an input that other layers read"),
+        ("", "method='exact' measures it"),
+    ):
+        bounds = [r.layer for r in rows if not r.exact and (r.route == "measured") == bool(route)]
+        names = list(dict.fromkeys(bounds))
+        if names:
+            shown = f"{names[:4]}" + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+            notes.append(f"Of {shown} joint_rank is an upper bound: {why}.")
+    notes += [
+        f"'{row.step}' leads into '{row.layer}' and discards: its input of "
+        f"{row.unknowns // row.batch_size} values a sample is what is unknown there."
+        for row in _once(rows, lambda row: row.step)
+    ]
+    notes += [
+        f"'{row.layer}' is a step without weights: of {row.unknowns // row.batch_size} values a "
+        f"sample it passes {row.joint_rank // row.batch_size} on."
+        for row in _once(rows, lambda row: row.kind == "step")
+    ]
+    notes += [
+        f"'{row.layer}' is called more than once, and its calls are counted like samples."
+        if row.beside == row.layer
+        else f"'{row.layer}' is counted together with '{row.beside}': they read one input."
+        for row in _once(rows, lambda row: row.beside)
+    ]
     dead = sorted({row.layer for row in rows if row.gradient_rank == 0})
     if dead:
         notes.append(f"No gradient at all reaches {dead}: their cotangents are zero.")
     return tuple(notes)
+
+
+def _once(rows: Sequence[AuditRow], chosen: Callable[[AuditRow], object]) -> list[AuditRow]:
+    """The first row of every layer that has what is asked for."""
+    return list({row.layer: row for row in reversed(rows) if chosen(row)}.values())[::-1]

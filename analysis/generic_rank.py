@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +25,10 @@ from torch import Tensor, nn
 from rgap.affine import Affine
 from rgap.analysis.layout import active_units
 from rgap.analysis.modular_ranks import BlockRanks, modular_ranks
-from rgap.analysis.probe import probe_layers
+from rgap.analysis.probe import Probe, probe_layers
 from rgap.analysis.rank_report import LayerRanks
 from rgap.analysis.structural import structural_ranks
+from rgap.analysis.together import as_samples, together
 from rgap.losses import Loss
 from rgap.network import parse
 from rgap.problem import device_of
@@ -122,7 +125,9 @@ def generic_ranks(
         device: where to compute; default the CPU.
 
     Returns:
-        One :class:`LayerRanks` per fully connected or convolutional layer, in forward order.
+        One :class:`LayerRanks` per use of a fully connected or convolutional layer, in forward
+        order.  The calls of one weight are the samples of one batch; layers that read one input
+        are counted one by one, and name each other in ``beside``.
 
     Raises:
         ValueError: as :func:`layer_ranks`, and for a model without such layers, in train mode, or
@@ -161,17 +166,36 @@ def generic_ranks(
         targets = torch.arange(batch_size, device=outputs.device) % outputs.shape[1]
     else:
         targets = (torch.rand(outputs.shape, generator=generator) < 0.5).to(outputs)
-    return tuple(
-        layer_ranks(
-            probe.affine,
-            len(probe.cotangents),
-            probe.active,
-            cotangents=probe.cotangents,
-            points=points,
-            seed=seed,
-        )
-        for probe in probe_layers(model, inputs, targets, loss)
+    probes = probe_layers(model, inputs, targets, loss)
+    found: dict[int, LayerRanks] = {}
+    for group in together(probes):
+        own = [probes[i] for i in group.members]
+        merged = [as_samples(own)] * len(own) if group.kind == "shared" else own
+        for number, probe in zip(group.members, merged, strict=True):
+            ranks = _of_probe(probe, points, seed)
+            names = {p.affine.name: None for p in own if p is not own[group.members.index(number)]}
+            found[number] = replace(ranks, beside=", ".join(names))
+    return tuple(found[number] for number in sorted(found))
+
+
+def _of_probe(probe: Probe, points: int, seed: int) -> LayerRanks:
+    """Ranks of a layer as a probe batch met it; a frozen weight has no gradient block."""
+    ranks = layer_ranks(
+        probe.affine,
+        len(probe.cotangents),
+        probe.active,
+        cotangents=probe.cotangents,
+        points=points,
+        seed=seed,
     )
+    if probe.trained:
+        return ranks
+
+    def without(block: Any) -> Any:
+        return replace(block, gradient=0, joint=block.weight)
+
+    three = {what: without(getattr(ranks, what)) for what in ("numerical", "modular", "structural")}
+    return replace(ranks, **three)
 
 
 def _numerical(affine: Affine, cotangents: Tensor, active: Tensor) -> tuple[BlockRanks, float, int]:

@@ -201,9 +201,9 @@ def leakage_indices(
         progress=progress,
     )  # fmt: skip
     sizes: dict[str, tuple[int, int, int]] = {}
-    for call in calls_of(model, shape)[0]:
-        weight = getattr(call.module, "weight", None)
-        if isinstance(weight, Tensor):
+    for call in calls_of(model, shape):
+        if call.use is not None and call.use.weight is not None:
+            weight = call.use.weight
             counts = (prod(call.in_shape), weight.numel(), prod(call.out_shape))
             if call.name in sizes:
                 raise ValueError(
@@ -215,6 +215,8 @@ def leakage_indices(
     rows: list[IndexRow] = []
     surplus = 0
     for row in table.rows:
+        if row.kind == "step":
+            continue
         own, gradient, outputs = sizes[row.layer]
         unknowns, made = batch_size * own, batch_size * outputs
         rows.append(

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from rgap.affine import Affine
-from rgap.analysis.calls import Recording, Use, record
+from rgap.analysis.calls import Recording, Use
+from rgap.analysis.recorder import record
 from rgap.layers import affine_map
 from rgap.losses import Loss
 from rgap.probing import Unsupported

@@ -65,7 +65,7 @@ def probed_rows(
             if recording.uses[own[0].use] is head:
                 rows = [with_joint(rows[0], rows[0].gradient_rank, True)]
         for probe, row in zip(own, rows, strict=True):
-            names = dict.fromkeys(p.affine.name for p in own if p is not probe)
+            names = dict.fromkeys(p.affine.name for p in _others(probes, own, probe, group.kind))
             step = into[probe.use].step if probe.use in into else ""
             row = replace(row, layer=probe.affine.name, kind=probe.affine.kind, step=step,
                           beside=", ".join(names))  # fmt: skip
@@ -82,14 +82,19 @@ def probed_rows(
     return [row for _, row in sorted(found, key=lambda pair: pair[0])]
 
 
+def _others(probes: Sequence[Probe], own: Sequence[Probe], probe: Probe, kind: str) -> list[Probe]:
+    """Uses that a row is counted together with."""
+    if kind == "mixed":
+        own = [p for p in probes if p.read == probe.read]
+    return [p for p in own if p is not probe]
+
+
 def step_row(one: Narrow, batch: int) -> AuditRow:
     """A step without weights that leads into no single layer: what comes through is known."""
     unknowns, known = batch * one.before, batch * one.after
-    lost = unknowns - known
-    share = lost / unknowns
-    return AuditRow(
-        one.step, "step", batch, unknowns, 0, known, known, lost, share, None, "counted", False
-    )
+    lost, exact = unknowns - known, one.independent
+    counts = (unknowns, 0, known, known, lost, lost / unknowns)
+    return AuditRow(one.step, "step", batch, *counts, None, "counted", exact)
 
 
 def _ahead(recording: Recording, one: Narrow) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from rgap.analysis.symbolic_modules import calls_of
 from rgap.isolation import first_line
 
 __all__ = ["UnfitError", "called_layers", "with_channels", "with_stride"]
@@ -26,14 +27,9 @@ def called_layers(model: nn.Module, shape: tuple[int, ...]) -> list[tuple[str, n
         model: in eval mode; left as it was.
         shape: of one sample.
     """
-    twin = copy.deepcopy(model)
-    order: list[str] = []
-    for name, module in twin.named_modules():
-        if _resizable(module):
-            module.register_forward_pre_hook(lambda *_, name=name: order.append(name))
-    _run(twin, shape)
     modules = dict(model.named_modules())
-    return [(name, modules[name]) for name in dict.fromkeys(order)]
+    names = dict.fromkeys(call.name for call in calls_of(model, shape) if call.use is not None)
+    return [(name, modules[name]) for name in names if _resizable(modules.get(name))]
 
 
 def with_channels(
@@ -89,7 +85,7 @@ def with_stride(
     return _fitted(twin, shape, seed)
 
 
-def _resizable(module: nn.Module) -> bool:
+def _resizable(module: nn.Module | None) -> bool:
     return isinstance(module, (nn.Linear, _ConvNd)) and not isinstance(module, _ConvTransposeNd)
 
 

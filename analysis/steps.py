@@ -16,12 +16,9 @@ from scipy import sparse
 from scipy.sparse import csgraph
 
 from rgap.analysis.calls import Recording, Use
+from rgap.analysis.step_kinds import AFFINE, INDEPENDENT, MAXIMA, MIXES, OFF, PLAIN
 
 __all__ = ["Narrow", "always_read", "head_use", "linear_reads", "narrow_steps"]
-
-CHOICES = ("max", "min", "topk", "median", "sort", "kthvalue")  # their places are taken as known
-PLAIN = {"flatten", "reshape", "view", "squeeze", "contiguous", "float", "double", "to"}
-MIXES = ("matmul", "bmm", "einsum", "scaled_dot_product_attention", "__matmul__", "baddbmm")
 
 
 @dataclass(frozen=True)
@@ -53,17 +50,22 @@ class Narrow:
     @property
     def chooses(self) -> bool:
         """True for a maximum and its like, whose places are taken as known."""
-        return any(word in self.op for word in CHOICES)
+        return any(word in self.op for word in MAXIMA)
+
+    @property
+    def independent(self) -> bool:
+        """True if as many values go on as are counted, because none depends on the others."""
+        return self.op in INDEPENDENT
 
 
 def narrow_steps(recording: Recording) -> tuple[Narrow, ...]:
-    """Every place where steps without weights discard, one for each layer output that loses.
+    """Every place where steps without weights discard, each with the tensor that loses most there.
 
     Args:
         recording: of a forward.
 
     >>> import torch
-    >>> from rgap.analysis.calls import record
+    >>> from rgap.analysis.recorder import record
     >>> net = torch.nn.Sequential(
     ...     torch.nn.Conv2d(1, 2, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(),
     ...     torch.nn.Linear(2, 3))
@@ -72,11 +74,13 @@ def narrow_steps(recording: Recording) -> tuple[Narrow, ...]:
     [('1', 32, 2, 1)]
     """
     found: dict[tuple[str, int | None], Narrow] = {}
-    sources = [
-        i for i, node in enumerate(recording.nodes) if not node.inputs or node.use is not None
-    ]
-    for source in sources:
-        narrow = _narrowest(recording, source)
+    values: list[int] = []
+    for start, node in enumerate(recording.nodes):
+        width = min(node.entries, node.rank)
+        if node.inputs and node.use is None:  # an expanded tensor says nothing new
+            width = min(width, sum(values[source] for source in node.inputs))
+        values.append(width)
+        narrow = _narrowest(recording, start, width)
         if narrow is None:
             continue
         key = (narrow.step, narrow.use)
@@ -107,20 +111,11 @@ def linear_reads(recording: Recording, node: int) -> tuple[int, ...] | None:
         for reader in readers[place]:
             if recording.nodes[reader].use is not None or reader in seen:
                 continue
-            if not _linear(recording.nodes[reader].op):
+            if recording.nodes[reader].op not in AFFINE:
                 return None
             seen.add(reader)
             rest.append(reader)
     return tuple(sorted(set(found)))
-
-
-LINEAR = {"flatten", "reshape", "view", "mean", "sum", "__getitem__", "select", "narrow", "permute",
-          "transpose", "cat", "concat", "stack", "pad", "batch_norm", "dropout", "squeeze",
-          "unsqueeze", "contiguous", "clone", "add", "__add__", "__radd__", "sub", "__sub__",
-          "chunk", "split", "unbind", "movedim", "swapaxes", "avg_pool1d", "avg_pool2d",
-          "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
-          "unflatten", "roll", "dropout2d", "pixel_shuffle", "channel_shuffle", "view_as",
-          "to", "float", "double", "flip", "expand", "repeat", "interpolate"}  # fmt: skip
 
 
 def always_read(recording: Recording, node: int) -> bool:
@@ -145,21 +140,9 @@ def always_read(recording: Recording, node: int) -> bool:
     return False
 
 
-OFF = {"relu", "relu_", "relu6", "hardtanh", "hardswish", "hardsigmoid", "clamp", "clip",
-       "threshold", "clamp_min", "clamp_max", "hardshrink", "softshrink", "hardtanh_", "clamp_",
-       "max_pool1d", "max_pool2d", "max_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d",
-       "adaptive_max_pool3d", "amax", "amin", "max", "min", "maximum", "minimum", "topk", "where",
-       "median", "kthvalue", "sort", "masked_fill", "gather"}  # fmt: skip
-
-
-def _linear(op: str) -> bool:
-    return op in LINEAR
-
-
-def _narrowest(recording: Recording, source: int) -> Narrow | None:
+def _narrowest(recording: Recording, source: int, size: int) -> Narrow | None:
     """Minimum vertex cut between a tensor and what reads it with weights, or the output."""
     nodes, readers = recording.nodes, recording.readers()
-    size = nodes[source].entries
     inside, rest = {source}, [source]
     while rest:
         for reader in readers[rest.pop()]:

@@ -26,10 +26,12 @@ import torch
 from torch import Tensor, nn
 
 from rgap.affine import Affine
-from rgap.analysis.calls import Recording, Use, record, structural_twin
+from rgap.analysis.calls import Recording, Use
 from rgap.analysis.probe import Probe
 from rgap.analysis.probe_batch import probe_targets
+from rgap.analysis.recorder import record, structural_twin
 from rgap.analysis.sketched_rank import sketched_rank
+from rgap.analysis.step_kinds import CURVED, PASSING, PIECES
 from rgap.analysis.steps import linear_reads
 from rgap.analysis.together import as_samples, branch_rank, stacked_gradient
 from rgap.layers import affine_map
@@ -37,13 +39,6 @@ from rgap.losses import Loss
 
 __all__ = ["Met", "curved"]
 
-CURVED = {"tanh", "sigmoid", "softplus", "gelu", "silu", "mish", "logsigmoid", "atan", "sin", "cos",
-          "exp", "erf", "sigmoid_", "tanh_", "softsign"}  # fmt: skip
-PIECES = {"leaky_relu", "leaky_relu_", "prelu", "relu", "relu_", "relu6", "elu", "selu", "celu",
-          "hardtanh", "hardswish", "hardsigmoid", "clamp", "threshold", "rrelu", "abs", "elu_",
-          "clamp_min", "max_pool1d", "max_pool2d", "max_pool3d", "amax", "max", "maximum",
-          "adaptive_max_pool2d", "hardshrink", "softshrink"}  # fmt: skip
-PASSING = {"batch_norm", "dropout", "reshape", "view", "flatten", "contiguous", "clone", "to"}
 ROOM = 3e7  # entries of all tensors of a forward
 MOST = 1 << 25  # parameters of a network that is run at random weights
 SAMPLES = 256  # largest batch that is run

@@ -10,7 +10,6 @@ from typing import Any
 from torch import nn
 
 from rgap.analysis.symbolic_layer import EFFORT, TEX_SIGNS, TEXT_SIGNS, SymbolicLayer
-from rgap.analysis.symbolic_modules import calls_of
 
 __all__ = ["SymbolicNetwork", "symbolic"]
 
@@ -214,11 +213,11 @@ def symbolic(
     from rgap.losses import Loss
 
     size = tuple(int(n) for n in input_shape)
-    _, notes = calls_of(model, size)
     samples: Any = batch if isinstance(batch, int) else symbol(batch or "B")
     recording, names = structure_of(model, size)
+    notes = recorded_notes(model, recording)
     met = Met(model, size, Loss.of(loss), effort)
     frozen = frozen_weights(model)
     counted = Counter(recording, samples, met, frozen, loss, names, effort).rows()
     rows = in_order(recording, counted, samples, effort)
-    return SymbolicNetwork(type(model).__name__, rows, (*notes, *recorded_notes(recording)))
+    return SymbolicNetwork(type(model).__name__, rows, notes)

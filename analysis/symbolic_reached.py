@@ -14,6 +14,7 @@ from math import prod
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rgap.analysis.calls import Use
@@ -61,7 +62,8 @@ def reached(use: Use, read: Tensor) -> Reached:
         features = int(rows.any(0).sum())
         plain = bool((rows == rows[0]).all())
         return Reached(sizes | {"out_features": features}, len(rows), plain, count)
-    filters, boxes = mask.reshape(len(mask), -1).any(1), mask.any(0)
+    filters = mask.reshape(len(mask), -1).any(1)
+    boxes: NDArray[np.bool_] = np.any(mask, axis=0)
     plain = bool((mask[filters] == boxes).all())
     groups = sizes["groups"]
     per_group = filters.reshape(groups, -1).sum(1)
@@ -72,13 +74,13 @@ def reached(use: Use, read: Tensor) -> Reached:
         sizes["out_channels"] = groups * int(per_group.max())
     for dim in range(boxes.ndim):
         others = tuple(d for d in range(boxes.ndim) if d != dim)
-        at = np.flatnonzero(boxes.any(others))
+        at = np.flatnonzero(np.any(boxes, axis=others))
         part, exact = _cropped(sizes, dim, at)
         sizes, plain = part, plain and exact
     inside = np.ones((), dtype=bool)
     for dim in range(boxes.ndim):
         others = tuple(d for d in range(boxes.ndim) if d != dim)
-        inside = np.multiply.outer(inside, boxes.any(others))
+        inside = np.multiply.outer(inside, np.any(boxes, axis=others))
     return Reached(sizes, 1, plain and bool((inside == boxes).all()), count)
 
 

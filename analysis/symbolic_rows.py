@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from rgap.analysis.calls import Recording, record, refusal, structural_twin
+from rgap.analysis.calls import Recording
+from rgap.analysis.recorder import record, refusal, structural_twin, uncounted
 from rgap.analysis.steps import Narrow, narrow_steps
 from rgap.analysis.symbolic_layer import SymbolicLayer, layer_form, made
 from rgap.analysis.symbolic_modules import POOLS, Call, sizes_of
@@ -33,7 +34,7 @@ def structure_of(model: nn.Module, shape: tuple[int, ...]) -> tuple[Recording, d
     twin = structural_twin(model, dtype=torch.float64 if light else torch.float32)
     names = {id(p): name for name, p in twin.named_parameters()}
     generator = torch.Generator().manual_seed(2)
-    kind = next(twin.parameters()).dtype
+    kind = torch.float64 if light else torch.float32
     x = torch.randn(2 if light else 1, *shape, generator=generator).to(kind)
 
     def combined(outputs: Tensor) -> Tensor:
@@ -43,6 +44,11 @@ def structure_of(model: nn.Module, shape: tuple[int, ...]) -> tuple[Recording, d
         found = record(twin, x, combined, substitute="smooth")
     except (RuntimeError, TypeError) as error:
         raise refusal(model, shape, error) from error
+    if not any(use.covered for use in found.uses):
+        raise ValueError(
+            f"expected a model with fully connected or convolutional layers, got "
+            f"{type(model).__name__} with none: there is nothing to count"
+        )
     for use in found.uses:
         if use.module is not None and getattr(use.module, "padding_mode", "zeros") != "zeros":
             sizes_of(Call(use.name, use.module, tuple(use.inputs.shape[1:]), ()), head=False)
@@ -81,16 +87,24 @@ def in_order(
     return tuple(row for _, row in sorted(places, key=lambda pair: pair[0]))
 
 
-def recorded_notes(recording: Recording) -> tuple[str, ...]:
-    """What the recording says that no row does."""
+def recorded_notes(model: nn.Module, recording: Recording) -> tuple[str, ...]:
+    """What the rows leave out, one sentence each."""
     notes = []
+    left = uncounted(model, recording)
+    if left:
+        notes.append(f"Not counted: {', '.join(left)}.")
+    ops = {node.op for node in recording.nodes}
+    if any(op.startswith("relu") for op in ops):
+        notes.append("Units are taken as on; every ReLU that is off takes a weight row away.")
+    if any("max_pool" in op for op in ops):
+        notes.append("The places of the winners of max-pools are taken as known.")
+    if any(one.chooses and "pool" not in one.op for one in narrow_steps(recording)):
+        notes.append("The places of maxima are taken as known.")
     if recording.chooses:
         notes.append(
             f"What {', '.join(recording.chooses)} reads depends on the data; all of it is taken "
             "as read."
         )
-    if any(one.chooses and "pool" not in one.op for one in narrow_steps(recording)):
-        notes.append("The places of maxima are taken as known.")
     return tuple(notes)
 
 
@@ -102,5 +116,5 @@ def _step(one: Narrow, batch: Any) -> SymbolicLayer:
     known = sympy.sympify(batch) * one.after
     counts = (batch * one.before, 0, known, known)
     reason = f"{one.after} values go on for {one.before}"
-    flags = (True, False, False)
+    flags = (True, one.independent, one.independent)
     return made(one.step, kind, batch, counts, 1, reason, exact=flags)

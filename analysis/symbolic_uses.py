@@ -89,7 +89,8 @@ class Counter:
             elif group.kind == "shared":
                 row = self._alone(numbers, "shared").row
                 for n in numbers:
-                    found[n] = replace(row, name=self.recording.uses[n].name)
+                    name = self.recording.uses[n].name
+                    found[n] = replace(row, name=name, beside=name)
             else:
                 found[numbers[0]] = self._alone(numbers, group.kind).row
                 mixed += numbers if group.kind == "mixed" else []
@@ -165,7 +166,7 @@ class Counter:
         if not free and not (read and self.met.on(numbers, masks)):
             return _as_bound(row, OFF)
         gradient = row.gradient_exact and all(
-            self.met.gradient(numbers, masks, b, row.at({"B": b})["gradient_rank"], kind)
+            self.met.gradient(numbers, masks, b, _value(row.gradient_rank, self.batch, b), kind)
             for b in self._looked_at(row.gradient_rank)
         )
         alone = row.weight_exact and self._same(row.weight_rank, row.joint_rank)
@@ -173,7 +174,7 @@ class Counter:
         exact = row.exact and (alone or (gradient and (whole or row.kind == "linear")))
         if row.exact and not exact:
             exact = all(
-                self.met.joint(numbers, masks, b, row.at({"B": b})["joint_rank"], kind)
+                self.met.joint(numbers, masks, b, _value(row.joint_rank, self.batch, b), kind)
                 for b in self._looked_at(row.joint_rank)
             )
         if exact:
@@ -183,7 +184,10 @@ class Counter:
         )
 
     def _same(self, one: Any, two: Any) -> bool:
-        return bool(sympy.simplify(sympy.sympify(one) - sympy.sympify(two)) == 0)
+        if not isinstance(self.batch, sympy.Symbol):
+            return int(one) == int(two)
+        lines = lines_of(one, self.batch)
+        return lines is not None and lines == lines_of(two, self.batch)
 
     def _looked_at(self, count: Any) -> list[int]:
         """Batch sizes at which a concave count has to be met."""
@@ -197,7 +201,9 @@ class Counter:
         parts = [self._alone([n], "alone") for n in numbers]
         unknowns = prod(parts[0].use.inputs.shape[1:])
         whole = sympy.sympify(self.batch * unknowns)
-        best = next((p.row for p in parts if p.row.exact and p.row.joint_rank == whole), None)
+        best = next(
+            (p.row for p in parts if p.row.exact and self._same(p.row.joint_rank, whole)), None
+        )
         joint, exact, reason = whole, True, "" if best is None else best.reason
         if best is None:
             total = sympy.Add(*(p.row.joint_rank for p in parts))

@@ -35,8 +35,8 @@ class AuditRow:
         exact: False where ``joint_rank`` is only an upper bound, and so ``nullity`` a lower one.
         step: what leads into the layer and passes on less than it is given, such as a pool, a
             mean or a selection; its input is the unknown.
-        beside: layers that are counted together with this one, because they read the same input
-            or are calls of the same weight; all three ranks are those of all of them.
+        beside: layers that read the same input: ``joint_rank`` is that of all of them together; or
+            the layer itself, where it is called more than once and its calls count like samples.
     """
 
     layer: str

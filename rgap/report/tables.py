@@ -84,10 +84,17 @@ def audit_table(audit: Audit) -> Table:
                 f"{row.weight_rank:,}",
                 f"{row.joint_rank:,}",
                 *_shortfall(row),
-                row.route,
+                _route(row),
                 end_section=place == len(rows) - 1,
             )
     return table
+
+
+def _route(row: AuditRow) -> str:
+    """How the ranks were found, and what the row counts beside its own layer."""
+    behind = f", behind {row.step}" if row.step else ""
+    beside = f", with {row.beside}" if row.beside else ""
+    return f"{row.route}{behind}{beside}"
 
 
 def audit_matrix(audit: Audit) -> Table:
