@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from idioms import INPUTS_ONLY, REPLAYED, Convolved, LayerNorm, Residual, TwoHeads, sent
+from prefix_networks import INPUTS_ONLY, REPLAYED, Convolved, LayerNorm, Residual, TwoHeads, sent
 from torch import Tensor, nn
 from torch.nn import functional as F
 
