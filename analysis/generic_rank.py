@@ -27,6 +27,7 @@ from rgap.analysis.rank_report import LayerRanks
 from rgap.analysis.structural import structural_ranks
 from rgap.losses import Loss
 from rgap.network import parse
+from rgap.running import run
 from rgap.systems import gradient_constraint
 from rgap.systems.ranks import stage_joint_rank, weight_row_spaces
 
@@ -144,7 +145,7 @@ def generic_ranks(
         )
     loss = Loss.of(loss)
     with torch.no_grad():
-        outputs = model(inputs.to(next(model.parameters())))
+        outputs = run(model, inputs.to(next(model.parameters())))
     if not isinstance(outputs, Tensor) or outputs.ndim < 2:
         raise ValueError(
             f"expected outputs [B, ...] in one tensor from {type(model).__name__}.forward, got "

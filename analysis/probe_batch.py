@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rgap.losses import Loss
+from rgap.running import run
 from rgap.validation import require_finite
 
 
@@ -58,18 +59,7 @@ def probe_targets(
     if labels is not None:
         return torch.as_tensor(labels).detach().cpu()
     with torch.no_grad():
-        try:
-            outputs = copy.deepcopy(model).cpu().double()(inputs)
-        except RuntimeError as error:
-            raise ValueError(
-                f"model: the forward pass failed for inputs {list(inputs.shape)}: "
-                f"{str(error).splitlines()[0]}; write the input_shape the model was built for"
-            ) from error
-    if not isinstance(outputs, Tensor):
-        raise ValueError(
-            f"expected one tensor from {type(model).__name__}.forward, got a "
-            f"{type(outputs).__name__}; wrap it in a module whose forward returns the logits"
-        )
+        outputs = run(copy.deepcopy(model).cpu().double(), inputs)
     generator = torch.Generator().manual_seed(seed)
     if loss.name == "cross_entropy":
         classes = outputs.shape[-1]

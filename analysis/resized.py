@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from rgap.isolation import first_line
+from rgap.running import first_line
 
 __all__ = ["UnfitError", "called_layers", "with_channels", "with_stride"]
 

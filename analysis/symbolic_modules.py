@@ -14,7 +14,8 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AvgPoolNd, _MaxPoolNd
 
 from rgap.geometry import per_dimension, sides_of
-from rgap.isolation import first_line, meta_copy
+from rgap.isolation import meta_copy
+from rgap.running import first_line
 
 __all__ = ["Call", "calls_of", "head_of", "pooled_inputs", "sizes_of"]
 

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from rgap.isolation import first_line, plain_kernels
+from rgap.isolation import plain_kernels
 from rgap.losses import Loss
+from rgap.running import first_line
 
 log = logging.getLogger(__name__)
 CHUNK_BYTES = 256e6  # of gradient directions held at once

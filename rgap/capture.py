@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from types import TracebackType
 
 import torch
 from torch import Tensor, nn
 
 from rgap import validation
 from rgap.losses import Loss
+from rgap.running import run
 from rgap.update import Update
 
 __all__ = ["capture"]
@@ -109,10 +109,7 @@ def _gradients(
     devices = [inputs.device.index or 0] if inputs.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         before = _random_state(inputs.device)
-        try:
-            outputs = torch.func.functional_call(model, {**parameters, **buffers}, (inputs,))
-        except RuntimeError as error:
-            raise ValueError(_forward_failed(model, inputs, error)) from error
+        outputs = run(model, inputs, {**parameters, **buffers})
         random = any(
             not torch.equal(a, b) for a, b in zip(before, _random_state(inputs.device), strict=True)
         )
@@ -220,13 +217,8 @@ def _check_range(inputs: Tensor, value_range: tuple[float, float] | None) -> Non
         )
 
 
-def _check_outputs(model: nn.Module, inputs: Tensor, outputs: object, random: bool) -> None:
+def _check_outputs(model: nn.Module, inputs: Tensor, outputs: Tensor, random: bool) -> None:
     kind = type(model).__name__
-    if not isinstance(outputs, Tensor):
-        raise TypeError(
-            f"model: {kind}.forward returned a {type(outputs).__name__}, expected one tensor; wrap "
-            "it in a module whose forward returns the logits only."
-        )
     if random:
         raise ValueError(
             f"model: {kind}.forward drew random numbers, which are not in the update, so its "
@@ -261,23 +253,3 @@ def _random_state(device: torch.device) -> list[Tensor]:
     if device.type == "cuda":
         states.append(torch.cuda.get_rng_state(device))
     return states
-
-
-def _forward_failed(model: nn.Module, inputs: Tensor, error: RuntimeError) -> str:
-    """Name the innermost module in which ``forward`` failed, read off the traceback.
-
-    Hooks would name it too, but a failing model must be left without them.
-    """
-    names = {id(module): name for name, module in model.named_modules()}
-    where = ""
-    trace: TracebackType | None = error.__traceback__
-    while trace is not None:
-        module = trace.tb_frame.f_locals.get("self")
-        if id(module) in names and isinstance(module, nn.Module):
-            name = names[id(module)]
-            where = f" in {name} ({module})" if name else ""
-        trace = trace.tb_next
-    return (
-        f"model: the forward pass failed{where} for inputs of shape {tuple(inputs.shape)}: "
-        f"{str(error).splitlines()[0]}. Write inputs of the shape the model was built for."
-    )

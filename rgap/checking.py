@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from rgap.graph import Link, links
-from rgap.isolation import first_line, untouched
+from rgap.isolation import untouched
 from rgap.probing import Shape
+from rgap.running import first_line
 
 
 def disagreement(

@@ -16,6 +16,7 @@ from rgap.precision import Precision
 from rgap.presets import Preset
 from rgap.problem import as_on_the_client, device_of
 from rgap.recovery import Recovery
+from rgap.running import run
 from rgap.seeding import start_of
 from rgap.update import Update
 
@@ -111,7 +112,7 @@ def _fits(model: nn.Module, update: Update, labels: Tensor, shape: tuple[int, ..
     """Raise unless the labels are targets of the model's outputs."""
     like = next(model.parameters())
     with torch.no_grad(), untouched(model, hooks=False):
-        outputs = model(torch.full(shape, 0.5, dtype=like.dtype, device=like.device))
+        outputs = run(model, torch.full(shape, 0.5, dtype=like.dtype, device=like.device))
     update.loss.check_targets(outputs, labels.to(outputs.device))
 
 

@@ -29,6 +29,7 @@ from rgap.progress import Progress
 from rgap.readout import head_cotangent, read_answer, read_batch
 from rgap.recovery import Candidate, Recovery, Status
 from rgap.recursion import Descent, Halt
+from rgap.running import run
 from rgap.solvers.gauss_newton import Minimum, Step
 from rgap.stopping import Progress as Searching
 
@@ -228,7 +229,7 @@ def _label(problem: Problem, descent: Descent, kappa: Known | None) -> Tensor:
     known = head_cotangent(problem, descent) if kappa is None else kappa
     with torch.no_grad():
         model = copy.deepcopy(problem.model).double()
-        outputs = model(descent.require_data().value)
+        outputs = run(model, descent.require_data().value)
     loss = problem.update.loss
     dense = loss.targets_from(outputs, known.value.reshape(outputs.shape))
     return loss.read(dense)[0]

@@ -25,6 +25,7 @@ from rgap.kinks import soften
 from rgap.losses import Loss
 from rgap.objective import cosine_distance
 from rgap.precision import GROWTH, Precision
+from rgap.running import run
 from rgap.systems.inequalities import Equations
 
 COLUMN = 2  # what a column of the Jacobian costs, in rows
@@ -235,8 +236,7 @@ class ModuleUpdate:
     def _run(self, x: Tensor, leaves: Mapping[str, Tensor]) -> Tensor:
         self._seen.clear()
         with plain_kernels():
-            outputs: Tensor = torch.func.functional_call(self.model, dict(leaves), (x,))
-        return outputs
+            return run(self.model, x, leaves)
 
     def _note(self, _: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
         self._seen.append(args[0] if args else next(iter(named.values())))

@@ -2,13 +2,14 @@
 
 Let ``Q`` [C, q], q = C - 1, be an orthonormal basis of the contrasts between classes, ``z_i`` the
 contrasts of the logits of sample i without the bias, ``k_i = Q^T (p_i - y_i)`` its cotangent.  With
-the batch's mean ``m`` and ``z_i = m + d_i``, ``d_i`` of covariance S, the rows of the weight gradient
-(times W^T, between contrasts: ``R = sum_i k_i z_i^T``) and the bias gradient (``s = sum_i k_i``) are
+the batch's mean ``m`` and ``z_i = m + d_i``, ``d_i`` of covariance S, the bias gradient is
+``s = sum_i k_i`` and the rows of the weight gradient, times W^T and between contrasts, are
 
-    ``R = s m^T + sum_i k_i d_i^T``,   of covariance ``A (x) S``,   ``A = sum_i (k_i - s/B)(k_i - s/B)^T``.
+    ``R = sum_i k_i z_i^T = s m^T + sum_i k_i d_i^T``,
 
-A balanced batch has s near 0: then the rows say nothing of the mean, and only the prior does, which
-is taken from the network's logits on dummy data.
+the last term of covariance ``A (x) S`` with ``A = sum_i (k_i - s/B)(k_i - s/B)^T``.  A balanced
+batch has s near 0: then the rows say nothing of the mean, and only the prior does, which is taken
+from the network's logits on dummy data.
 """
 
 from __future__ import annotations

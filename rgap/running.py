@@ -1,0 +1,126 @@
+"""The one place where a user's forward runs: its error becomes a sentence that names its line."""
+
+from __future__ import annotations
+
+import linecache
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["first_line", "guarded", "only_tensor", "run"]
+
+# Frames in these folders are not the user's.
+_LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+
+
+def run(model: nn.Module, inputs: Tensor, values: Mapping[str, Tensor] | None = None) -> Tensor:
+    """``model(inputs)``, one tensor, with some of its parameters and buffers replaced.
+
+    Args:
+        model: is run as it is: hooks, mode, random state.
+        inputs: [B, ...].
+        values: of parameters and buffers by name; None: the model's own.
+
+    Raises:
+        ValueError: the forward failed; the message names the module, the line and PyTorch's reason.
+        TypeError: it returned something else than one tensor.
+
+    Example:
+        >>> run(nn.Linear(2, 3), torch.ones(4, 5))
+        Traceback (most recent call last):
+        ...
+        ValueError: model: the forward pass failed in Linear for inputs of shape (4, 5), ...
+    """
+    with guarded(model, inputs):
+        if values is None:
+            outputs = model(inputs)
+        else:
+            outputs = torch.func.functional_call(model, dict(values), (inputs,))
+    return only_tensor(model, outputs)
+
+
+@contextmanager
+def guarded(model: nn.Module, inputs: Tensor) -> Iterator[None]:
+    """Turn whatever the forward of ``model`` raises into a ValueError; see `run`."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(_failed(model, inputs, error)) from error
+
+
+def only_tensor(model: nn.Module, outputs: object) -> Tensor:
+    """The outputs, if they are one tensor.
+
+    Raises:
+        TypeError: they are a tuple, a dict, …
+    """
+    if isinstance(outputs, Tensor):
+        return outputs
+    raise TypeError(
+        f"model: {type(model).__name__}.forward returned a {type(outputs).__name__}, expected one "
+        "tensor; wrap it in a module whose forward returns the logits only."
+    )
+
+
+def _failed(model: nn.Module, inputs: Tensor, error: Exception) -> str:
+    """Name the innermost module in which ``forward`` failed, and the last line of the user's.
+
+    Hooks would name the module too, but a failing model must be left without them.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    where, line = type(model).__name__, ""
+    trace: TracebackType | None = error.__traceback__
+    while trace is not None:
+        frame = trace.tb_frame
+        module = frame.f_locals.get("self")
+        if isinstance(module, nn.Module) and names.get(id(module)):
+            where = f"{names[id(module)]} ({first_line_of(module)})"
+        file = frame.f_code.co_filename
+        if not file.startswith(_LIBRARIES) and not file.startswith(sys.base_prefix):
+            text = linecache.getline(file, trace.tb_lineno).strip()
+            line = f" at {Path(file).name}:{trace.tb_lineno}" + (f" `{text}`" if text else "")
+        trace = trace.tb_next
+    reason = first_line(error)
+    kind = "" if isinstance(error, RuntimeError) else f"{type(error).__name__}: "
+    return (
+        f"model: the forward pass failed in {where}{line} for inputs of shape "
+        f"{tuple(inputs.shape)}, {str(inputs.dtype).removeprefix('torch.')}: {kind}{reason}. "
+        f"{_advice(model, inputs, error)}"
+    )
+
+
+def first_line_of(module: nn.Module) -> str:
+    """A module as PyTorch prints it, cut after its first line."""
+    lines = repr(module).splitlines()
+    return lines[0] if len(lines) == 1 else type(module).__name__
+
+
+def _advice(model: nn.Module, inputs: Tensor, error: Exception) -> str:
+    text = str(error)
+    if any(isinstance(m, nn.DataParallel) for m in model.modules()):
+        return "Write model.module, without DataParallel."
+    if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
+        return "Write the module that was scripted or traced."
+    if any(isinstance(m, (nn.Embedding, nn.EmbeddingBag)) for m in model.modules()) and (
+        inputs.is_floating_point()
+    ):
+        return (
+            "An embedding takes whole numbers, which no equation recovers: write a module that "
+            "starts behind the embedding."
+        )
+    if isinstance(error, TypeError) and "positional argument" in text:
+        return "Write a module whose forward takes one tensor [B, ...] and splits it."
+    if "dtype" in text or "scalar type" in text:
+        return "Write a model of one precision, whose forward casts nothing."
+    return "Write inputs of the shape the model was built for."
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its class."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
