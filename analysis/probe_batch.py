@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rgap.losses import Loss
-from rgap.running import run
+from rgap.running import refuse_wrapped, run
 from rgap.validation import require_finite
 
 
@@ -56,6 +56,7 @@ def probe_targets(
     model: nn.Module, inputs: Tensor, loss: Loss, labels: Tensor | None, seed: int
 ) -> Tensor:
     """Targets that were given, or such that differ from sample to sample as far as possible."""
+    refuse_wrapped(model)
     if labels is not None:
         return torch.as_tensor(labels).detach().cpu()
     with torch.no_grad():

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from rgap import validation
 from rgap.losses import Loss
-from rgap.running import run
+from rgap.running import refuse_wrapped, run
 from rgap.update import Update
 
 __all__ = ["capture"]
@@ -129,6 +129,7 @@ def _gradients(
 def _parameters(model: nn.Module) -> dict[str, Tensor]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}.")
+    refuse_wrapped(model)
     parameters: dict[str, Tensor] = dict(model.named_parameters())
     if not parameters:
         raise ValueError(f"model: the {type(model).__name__} has no parameters, so no gradient.")

@@ -16,7 +16,7 @@ from rgap.precision import Precision
 from rgap.presets import Preset
 from rgap.problem import as_on_the_client, device_of
 from rgap.recovery import Recovery
-from rgap.running import run
+from rgap.running import refuse_wrapped, run
 from rgap.seeding import start_of
 from rgap.update import Update
 
@@ -63,6 +63,7 @@ def declare(
     validation.noise(noise)
     update.check(model)
     refuse_unready(model)
+    refuse_wrapped(model)
     place = device_of(device)
     if update.input_shape is None:
         raise ValueError(

@@ -295,7 +295,12 @@ class ModulePoint:
 
 def _batched(output: Tensor, of: Tensor, directions: Tensor) -> Tensor:
     """A reverse pass for every direction, all at once."""
-    found: Tensor = torch.autograd.grad(
-        output, of, directions, retain_graph=True, materialize_grads=True, is_grads_batched=True
-    )[0]
+    options = {"retain_graph": True, "materialize_grads": True}
+    try:
+        found: Tensor = torch.autograd.grad(
+            output, of, directions, is_grads_batched=True, **options
+        )[0]
+    except RuntimeError:  # a kernel without a batching rule, such as group norm's second derivative
+        rows = [torch.autograd.grad(output, of, d, **options)[0] for d in directions]
+        found = torch.stack(rows)
     return found

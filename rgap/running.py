@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import linecache
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import checkpoint
 
-__all__ = ["first_line", "guarded", "only_tensor", "run"]
+__all__ = ["first_line", "guarded", "only_tensor", "recorded", "refuse_wrapped", "run"]
 
 # Frames in these folders are not the user's.
 _LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
@@ -36,12 +38,58 @@ def run(model: nn.Module, inputs: Tensor, values: Mapping[str, Tensor] | None = 
         ...
         ValueError: model: the forward pass failed in Linear for inputs of shape (4, 5), ...
     """
-    with guarded(model, inputs):
+    with guarded(model, inputs), recorded():
         if values is None:
             outputs = model(inputs)
         else:
             outputs = torch.func.functional_call(model, dict(values), (inputs,))
     return only_tensor(model, outputs)
+
+
+def refuse_wrapped(model: nn.Module) -> None:
+    """Raise if the model hides its parameters from a run with others in their place.
+
+    Raises:
+        ValueError: a scripted module, or DataParallel.
+    """
+    for name, module in model.named_modules():
+        path = f"'{name}'" if name else "the model"
+        if isinstance(module, nn.DataParallel):
+            raise ValueError(
+                f"model: {path} is a DataParallel, expected the network itself; write model.module"
+            )
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(
+                f"model: {path} is scripted ({type(module).__name__}), which takes no other "
+                "parameters and no hooks; write the module that torch.jit was given"
+            )
+
+
+@contextmanager
+def recorded() -> Iterator[None]:
+    """Checkpointed parts of a forward keep what they compute.
+
+    A checkpoint runs its part again in the backward pass, with the parameters that the model has
+    *then*, and its reentrant form refuses `torch.autograd.grad`.
+    """
+    names = {"_checkpoint_hook": lambda frame: nullcontext(), "CheckpointFunction": _Direct}
+    usual = {name: getattr(checkpoint, name) for name in names if hasattr(checkpoint, name)}
+    for name in usual:
+        setattr(checkpoint, name, names[name])
+    try:
+        yield
+    finally:
+        for name, value in usual.items():
+            setattr(checkpoint, name, value)
+
+
+class _Direct:
+    """A reentrant checkpoint that is none."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], _: bool, *args: Any) -> Any:
+        """Call the checkpointed part."""
+        return function(*args)
 
 
 @contextmanager
@@ -102,10 +150,6 @@ def first_line_of(module: nn.Module) -> str:
 
 def _advice(model: nn.Module, inputs: Tensor, error: Exception) -> str:
     text = str(error)
-    if any(isinstance(m, nn.DataParallel) for m in model.modules()):
-        return "Write model.module, without DataParallel."
-    if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
-        return "Write the module that was scripted or traced."
     if any(isinstance(m, (nn.Embedding, nn.EmbeddingBag)) for m in model.modules()) and (
         inputs.is_floating_point()
     ):

@@ -20,6 +20,7 @@ from rgap.labels.result import LabelEstimate
 from rgap.labels.separable import rlg
 from rgap.labels.signs import idlg
 from rgap.network import Chain, parse
+from rgap.running import refuse_wrapped
 from rgap.update import Update
 
 __all__ = ["METHODS", "estimate", "head_features", "head_gradient"]
@@ -166,6 +167,7 @@ def ready(model: nn.Module) -> None:
         ValueError: the module or parameter, and what to write.
     """
     refuse_unready(model)
+    refuse_wrapped(model)
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise ValueError(

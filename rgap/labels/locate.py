@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from rgap.isolation import untouched
 from rgap.labels.head import HeadGradient
-from rgap.running import guarded
+from rgap.running import guarded, recorded
 from rgap.update import Update
 
 __all__ = ["Located", "locate"]
@@ -133,13 +133,11 @@ def locate(model: nn.Module, update: Update, inputs: Tensor) -> Located | str:
 
 
 def _located(model: nn.Module, update: Update, inputs: Tensor) -> Located | str:
-    if any(isinstance(m, (torch.jit.ScriptModule, nn.DataParallel)) for m in model.modules()):
-        return "a scripted module or DataParallel hides it; write the module that was wrapped"
     values, found, outputs, watch = _watched(model, update, inputs)
     if len(outputs) != len(inputs) or outputs.ndim != 2:
         return (
-            f"{type(model).__name__} gives outputs {list(outputs.shape)} for {len(inputs)} samples, "
-            "expected one row of logits each"
+            f"{type(model).__name__} gives outputs {list(outputs.shape)} for {len(inputs)} "
+            "samples, expected one row of logits each"
         )
     names = {id(t): n for n, t in values.items()}
     for product in reversed(watch.products):
@@ -169,7 +167,7 @@ def _located(model: nn.Module, update: Update, inputs: Tensor) -> Located | str:
 
 
 def _factor(product: _Product, outputs: Tensor) -> float | None:
-    """c with ``outputs = c (x Wᵀ + b)``, or None."""
+    """The c with ``outputs = c (x Wᵀ + b)``, or None."""
     if product.out.shape != outputs.shape:
         return None
     mine, theirs = product.again().detach().double(), outputs.detach().double()
@@ -202,7 +200,7 @@ def _watched(
         data = data.to(first.dtype)
     watch = _Watch({id(t): n for n, t in values.items()})
     try:
-        with torch.no_grad(), guarded(model, data), watch:
+        with torch.no_grad(), guarded(model, data), recorded(), watch:
             outputs = torch.func.functional_call(model, values, (data,))
     except ValueError:
         if dtype is None:
