@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rgap.batches import label_identity, rows_of
+from rgap.batches import label_identity, rows_of, several, snapped
 from rgap.batchloss import BatchLoss
 from rgap.certificate import Answer
 from rgap.head import target_of
@@ -35,7 +35,10 @@ def read_batch(problem: Problem, descent: Descent, head: BatchLoss) -> Answer:
     features = top_features(problem.chain, polished.data)
     error = torch.stack([stage.affine.linear(e) for e in features.error])
     logits = Known(stage.affine.forward(features.value), error)
-    _, distance, tolerance = label_identity(problem, head, logits)
+    if several(problem.update.loss, problem.chain):
+        head, distance, tolerance = snapped(problem, head, logits)
+    else:
+        _, distance, tolerance = label_identity(problem, head, logits)
     rows = rows_of(head, problem.labels)
     return Answer(descent, polished, head.targets, rows.labels, distance, tolerance, rows)
 
