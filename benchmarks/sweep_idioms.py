@@ -26,10 +26,10 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from idioms import CROSS, IDIOMS, Idiom, logits_of  # noqa: E402
+from idioms import CROSS, IDIOMS, Idiom, logits_of
 
-import rgap  # noqa: E402
-from rgap import analysis  # noqa: E402
+import rgap
+from rgap import analysis
 
 ROOT = Path(rgap.__file__).parents[1]
 FOLDERS = tuple(str(ROOT / name) + "/" for name in ("rgap", "analysis", "solvers"))
@@ -76,7 +76,7 @@ def sent(idiom: Idiom, model: nn.Module, count: int) -> tuple[Tensor, rgap.Updat
         leaves = dict(model.named_parameters())
         found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
         gradients.update({n: g for n, g in zip(leaves, found, strict=True) if g is not None})
-    except Exception:  # noqa: S110  (the sweep goes on with ones)
+    except Exception:
         pass
     gradients = gradients or {"weight": torch.ones(1)}
     update = rgap.Update(gradients, batch_size=count, loss=idiom.loss, input_shape=idiom.shape)
@@ -215,7 +215,9 @@ def main() -> int:
     print("\n| entry point | answers | sentences | failed |\n|---|---|---|---|")
     for point, count in counts.items():
         print(f"| {point} | {count['answer']} | {count['sentence']} | {count['failed']} |")
-    print(f"\n{len(options.idioms)} idioms, {sum(c.total() for c in counts.values())} calls, {failed} failed")
+    print(
+        f"\n{len(options.idioms)} idioms, {sum(c.total() for c in counts.values())} calls, {failed} failed"
+    )
     return int(failed > 0)
 
 

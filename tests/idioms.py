@@ -1,3 +1,4 @@
+# ruff: noqa: E501  (a table: one idiom a line)
 """Small networks in the idioms that people write: what every public entry point has to stand.
 
 Each is deterministic in its seed and in eval mode; most have three or four classes.  ``IDIOMS`` maps
@@ -230,7 +231,9 @@ def experts(m: Any, x: Tensor) -> Tensor:
 
 
 def rnn(kind: type[nn.RNNBase]) -> Callable[[], nn.Module]:
-    return w(lambda m, x: m.b(m.a(x)[0][:, -1]), a=lambda: kind(4, 6, batch_first=True), b=lin(6, 3))
+    return w(
+        lambda m, x: m.b(m.a(x)[0][:, -1]), a=lambda: kind(4, 6, batch_first=True), b=lin(6, 3)
+    )
 
 
 def unet(m: Any, x: Tensor) -> Tensor:
