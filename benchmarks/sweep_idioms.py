@@ -19,6 +19,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -205,7 +206,7 @@ def main() -> int:
                 if size == 1 and point not in SINGLE:
                     continue
                 began = time.process_time()
-                found = verdict(lambda p=point: POINTS[p](idiom, model, update), truth)
+                found = verdict(partial(POINTS[point], idiom, model, update), truth)
                 seconds = time.process_time() - began
                 fine = found in ("answer", "sentence")
                 counts[point][found if fine else "failed"] += 1

@@ -7,6 +7,7 @@ cheap ones, and one of the others in turn.
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,7 @@ def test_every_idiom_gets_an_answer_or_a_sentence(place: int, name: str) -> None
     model = idiom.network()
     truth, update = sent(idiom, model, 2)
     for point in (*CHEAP, DEAR[place % len(DEAR)]):
-        found = verdict(lambda p=point: POINTS[p](idiom, model, update), truth)
+        found = verdict(partial(POINTS[point], idiom, model, update), truth)
         assert found in FINE, f"{point}: {found}"
 
 
