@@ -216,9 +216,8 @@ def main() -> int:
     print("\n| entry point | answers | sentences | failed |\n|---|---|---|---|")
     for point, count in counts.items():
         print(f"| {point} | {count['answer']} | {count['sentence']} | {count['failed']} |")
-    print(
-        f"\n{len(options.idioms)} idioms, {sum(c.total() for c in counts.values())} calls, {failed} failed"
-    )
+    calls = sum(count.total() for count in counts.values())
+    print(f"\n{len(options.idioms)} idioms, {calls} calls, {failed} failed")
     return int(failed > 0)
 
 
