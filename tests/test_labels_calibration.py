@@ -53,7 +53,7 @@ def read(
 
 
 @pytest.mark.parametrize(
-    ("logits", "batch", "seeds"), [(2, 4, 20), (2, 8, 20), (1, 8, 20), (3, 6, 12), (10, 40, 6)]
+    ("logits", "batch", "seeds"), [(2, 4, 10), (2, 8, 10), (1, 8, 10), (3, 6, 6), (10, 40, 2)]
 )
 def test_balanced_batches_are_read_as_such(logits: int, batch: int, seeds: int) -> None:
     """The bias gradient is near 0: rows divided by it say nothing of the features."""
@@ -71,7 +71,7 @@ def test_balanced_batches_are_read_as_such(logits: int, batch: int, seeds: int) 
 @pytest.mark.parametrize("steps", [0, 40])
 def test_of_the_sure_answers_nearly_all_are_right(activation: type[nn.Module], steps: int) -> None:
     sure = right = 0
-    for seed, (logits, batch) in enumerate([(2, 8), (1, 6), (3, 7), (2, 16), (10, 12)] * 2):
+    for seed, (logits, batch) in enumerate([(2, 8), (1, 6), (3, 7), (2, 16), (10, 12)]):
         model = network(logits, activation, 100 + seed, steps)
         classes = max(logits, 2)
         for weights in (torch.ones(classes), torch.rand(classes) ** 4 + 1e-3):
@@ -81,4 +81,4 @@ def test_of_the_sure_answers_nearly_all_are_right(activation: type[nn.Module], s
             sure += found.least >= SURE
             right += fine and found.least >= SURE
     assert right >= sure - 1, f"{right} of {sure}"
-    assert steps or sure >= 10
+    assert steps or sure >= 5
