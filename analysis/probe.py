@@ -13,6 +13,7 @@ from rgap.affine import Affine
 from rgap.layers import build
 from rgap.losses import Loss
 from rgap.probing import Unsupported
+from rgap.running import refuse_wrapped, run
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ def probe_layers(model: nn.Module, inputs: Tensor, targets: Tensor, loss: Loss) 
     Raises:
         ValueError: a model without such layers.
     """
+    refuse_wrapped(model)
     twin = copy.deepcopy(model).cpu().double()
     calls: list[tuple[str, nn.Module, Tensor, Tensor]] = []
     for name, module in twin.named_modules():
@@ -64,7 +66,7 @@ def probe_layers(model: nn.Module, inputs: Tensor, targets: Tensor, loss: Loss) 
         module._forward_pre_hooks.clear()
         if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
             _note(name, module, calls)
-    outputs = twin(inputs.detach().cpu().double())
+    outputs = run(twin, inputs.detach().cpu().double())
     value = loss(outputs, targets)
     if not calls:
         raise ValueError(

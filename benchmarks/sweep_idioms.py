@@ -154,8 +154,10 @@ def wrong(found: rgap.Recovery, truth: Tensor) -> str:
     theirs = truth.double().reshape(len(truth), -1)
     if len(mine) != len(theirs):
         return f"EXACT with {len(mine)} samples of {len(theirs)}"
-    gap = float(torch.cdist(mine, theirs).min(0).values.max()) / float(theirs.norm(dim=1).max())
-    return "" if gap < CLOSE else f"EXACT and off by {gap:.1e}"
+    nearest = mine[torch.cdist(mine, theirs).argmin(0)]
+    gap = float((nearest - theirs).abs().max())
+    bound = max(CLOSE, found.error_bound or 0.0)
+    return "" if gap < bound else f"EXACT and off by {gap:.1e}, stated {bound:.1e}"
 
 
 def place(error: BaseException) -> str:

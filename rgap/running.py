@@ -47,11 +47,17 @@ def run(model: nn.Module, inputs: Tensor, values: Mapping[str, Tensor] | None = 
 
 
 def refuse_wrapped(model: nn.Module) -> None:
-    """Raise if the model hides its parameters from a run with others in their place.
+    """Raise if the model cannot run with other values in the place of its parameters.
 
     Raises:
-        ValueError: a scripted module, or DataParallel.
+        ValueError: a scripted module, DataParallel, or parameters without values.
     """
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(
+                f"model: {name!r} is on the meta device and has no values; load the weights that "
+                "the update was computed at."
+            )
     for name, module in model.named_modules():
         path = f"'{name}'" if name else "the model"
         if isinstance(module, nn.DataParallel):

@@ -26,8 +26,8 @@ from sweep_idioms import POINTS, sent, verdict
 
 CHEAP = ("capture", "labels exact")
 EVERY = 3  # idiom meets one of the dear ones
-DEAR = ("invert", "match", "audit", "match ig", "match dlg", "symbolic", "identifiability", "noise", "generic_ranks",
-        "explain", "harden", "complete")  # fmt: skip
+DEAR = ("invert", "match", "audit", "match ig", "match dlg", "symbolic", "identifiability", "noise",
+        "generic_ranks", "explain", "harden", "complete")  # fmt: skip
 LABELLED = (
     "mlp", "residual", "dense", "vit", "transformer layer", "lstm", "tokens", "bag", "positions",
     "language model", "checkpoint", "reentrant checkpoint", "matmul", "own linear", "temperature",

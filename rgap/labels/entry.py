@@ -168,12 +168,6 @@ def ready(model: nn.Module) -> None:
     """
     refuse_unready(model)
     refuse_wrapped(model)
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            raise ValueError(
-                f"model: {name!r} is on the meta device and has no values; load the weights that "
-                "the update was computed at."
-            )
 
 
 def dummies(update: Update) -> Tensor:
