@@ -66,7 +66,7 @@ def calls_of(model: nn.Module, shape: tuple[int, ...]) -> tuple[list[Call], tupl
     try:
         with torch.no_grad():
             twin(torch.empty(1, *shape, device="meta", dtype=torch.float64))
-    except (RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:  # whatever a user's forward raises
         raise ValueError(
             f"expected a model that takes [B, {', '.join(map(str, shape))}], got from "
             f"{type(model).__name__}: {first_line(error)}; write the input_shape the model was "
