@@ -32,6 +32,7 @@ from rgap.analysis.together import as_samples, together
 from rgap.losses import Loss
 from rgap.network import parse
 from rgap.problem import device_of
+from rgap.running import run
 from rgap.systems import gradient_constraint
 from rgap.systems.ranks import stage_joint_rank, weight_row_spaces
 
@@ -155,7 +156,7 @@ def generic_ranks(
     loss = Loss.of(loss)
     inputs = inputs.to(device_of(device), torch.float64)
     with torch.no_grad():
-        outputs = copy.deepcopy(model).to(inputs)(inputs)
+        outputs = run(copy.deepcopy(model).to(inputs), inputs)
     if not isinstance(outputs, Tensor) or outputs.ndim < 2:
         raise ValueError(
             f"expected outputs [B, ...] in one tensor from {type(model).__name__}.forward, got "

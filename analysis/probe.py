@@ -15,6 +15,7 @@ from rgap.analysis.recorder import record
 from rgap.layers import affine_map
 from rgap.losses import Loss
 from rgap.probing import Unsupported
+from rgap.running import refuse_wrapped
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +77,7 @@ def probed(
     model: nn.Module, inputs: Tensor, targets: Tensor, loss: Loss
 ) -> tuple[list[Probe], Recording]:
     """:func:`probe_layers`, and the recording that they come from."""
+    refuse_wrapped(model)
     place = inputs.device
     twin = copy.deepcopy(model).to(place).double()
     for module in twin.modules():

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rgap.losses import Loss
 from rgap.problem import device_of
+from rgap.running import refuse_wrapped, run
 from rgap.targets import CLASSES
 from rgap.validation import require_finite
 
@@ -70,16 +71,11 @@ def probe_targets(
     model: nn.Module, inputs: Tensor, loss: Loss, labels: Tensor | None, seed: int
 ) -> Tensor:
     """Targets that were given, or such that differ from sample to sample as far as possible."""
+    refuse_wrapped(model)
     if labels is not None:
         return torch.as_tensor(labels).detach().to(inputs.device)
     with torch.no_grad():
-        try:
-            outputs = copy.deepcopy(model).to(inputs.device).double()(inputs)
-        except RuntimeError as error:
-            raise ValueError(
-                f"model: the forward pass failed for inputs {list(inputs.shape)}: "
-                f"{str(error).splitlines()[0]}; write the input_shape the model was built for"
-            ) from error
+        outputs = run(copy.deepcopy(model).to(inputs.device).double(), inputs)
     if not isinstance(outputs, Tensor):
         raise ValueError(
             f"expected one tensor from {type(model).__name__}.forward, got a "

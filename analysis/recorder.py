@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from rgap.analysis.calls import CONVOLUTIONS, Event, Node, Recording, Use
 from rgap.analysis.step_kinds import CHOOSE, CHOOSE_BY_INDEX, POINTWISE
 from rgap.analysis.substitutes import SUBSTITUTES
-from rgap.isolation import first_line
+from rgap.running import first_line
 
 __all__ = ["record", "refusal", "structural_twin", "uncounted"]
 

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from rgap.analysis.symbolic_modules import calls_of
-from rgap.isolation import first_line
+from rgap.running import first_line
 
 __all__ = ["UnfitError", "called_layers", "with_channels", "with_stride"]
 
@@ -124,6 +124,8 @@ def _fit(module: Any, args: tuple[Tensor, ...]) -> None:
         size = (module.out_channels, width // module.groups, *module.kernel_size)
     if tuple(module.weight.shape) == size:
         return
+    if "weight" not in module._parameters:
+        raise UnfitError("the weight of a layer is computed (weight norm, a parametrisation)")
     module.weight = nn.Parameter(module.weight.detach().new_zeros(size))
     if module.bias is not None:
         module.bias = nn.Parameter(module.bias.detach().new_zeros(size[0]))
@@ -137,5 +139,5 @@ def _run(twin: nn.Module, shape: tuple[int, ...]) -> None:
             twin(torch.zeros(1, *shape, dtype=parameter.dtype, device=parameter.device))
     except UnfitError:
         raise
-    except (RuntimeError, ValueError) as error:
+    except Exception as error:  # whatever a user's forward raises at a width it was not written for
         raise UnfitError(first_line(error)) from error

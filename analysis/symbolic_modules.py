@@ -58,7 +58,9 @@ def calls_of(model: nn.Module, shape: tuple[int, ...]) -> list[Call]:
     x = torch.empty(1, *shape, device="meta", dtype=torch.float64)
     try:
         found = record(twin, x, torch.sum)
-    except (RuntimeError, TypeError) as error:
+    except ValueError:
+        raise
+    except Exception as error:  # whatever a user's forward raises
         raise refusal(model, shape, error) from error
     calls = [
         Call(event.name, event.module, event.in_shape, event.out_shape, event.use)

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from rgap.analysis.discard import audit
 from rgap.analysis.frames import data_frame
 from rgap.analysis.table import Audit, AuditRow
-from rgap.isolation import first_line
 from rgap.losses import Loss
 from rgap.progress import Progress, Shown
+from rgap.running import first_line
 
 if TYPE_CHECKING:
     import pandas

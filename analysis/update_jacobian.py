@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from rgap.isolation import first_line, plain_kernels
+from rgap.isolation import plain_kernels
 from rgap.losses import Loss
+from rgap.running import first_line, recorded
 
 log = logging.getLogger(__name__)
 CHUNK_BYTES = 256e6  # of gradient directions held at once
@@ -91,7 +92,8 @@ class UpdateMap:
         """g(x) by parameter name."""
 
         def value(parameters: dict[str, Tensor]) -> Tensor:
-            outputs = functional_call(self._twin, {**parameters, **self._rest}, (inputs,))
+            with recorded():
+                outputs = functional_call(self._twin, {**parameters, **self._rest}, (inputs,))
             return self._loss(outputs, self._targets)
 
         found: dict[str, Tensor] = torch.func.grad(value)(self._parameters)
@@ -102,12 +104,12 @@ class UpdateMap:
         directions = directions.to(self.inputs)
         if self.forward_mode:
             try:
-                with plain_kernels():
+                with plain_kernels(), recorded():
                     return torch.vmap(self._forward_over_reverse)(directions)
             except RuntimeError as error:
                 log.info("no forward derivative (%s): two reverse passes", first_line(error))
                 self.forward_mode = False
-        with plain_kernels():
+        with plain_kernels(), recorded():
             return self._reverse_over_reverse(directions)
 
     def chunks(self, directions: Tensor) -> Iterator[tuple[slice, Tensor]]:

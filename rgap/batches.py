@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 from torch import Tensor
 
 from rgap.batchloss import BatchLoss, loss_scale
+from rgap.losses import Loss
+from rgap.network import Chain
 from rgap.precision import Known
 from rgap.problem import Problem
 from rgap.recursion import Descent
@@ -17,18 +20,45 @@ from rgap.solvers.rank import Rank
 from rgap.solvers.solution import Result, Solution, Stats
 from rgap.systems import gradient_constraint
 from rgap.systems.stage import DETERMINED, StageSolution
-from rgap.targets import CROSS_ENTROPY
+from rgap.targets import BINARY, CROSS_ENTROPY
 
 
 def batch_of(problem: Problem) -> Batch:
-    """What separating needs to know of a problem."""
+    """What separating needs to know of a problem.
+
+    Several labels a sample are told apart like any dense targets: see :func:`snapped`.
+    """
+    loss = problem.update.loss
+    if several(loss, problem.chain):
+        loss = replace(loss, targets="probability")
     return Batch(
         problem.chain,
         problem.gradients,
-        problem.update.loss,
+        loss,
         problem.precision,
         problem.stated,
     )
+
+
+def several(loss: Loss, chain: Chain) -> bool:
+    """True if a sample may have several labels, or none: 0/1 for each of several logits."""
+    return loss.name == BINARY and loss.targets == "index" and prod(chain.output_shape) > 1
+
+
+def snapped(problem: Problem, head: BatchLoss, logits: Known) -> tuple[BatchLoss, float, float]:
+    """The labels nearest to dense targets, how far they are, and what errors explain of it.
+
+    ``t = σ(z) − κ/s``: what is left of the error of z and of the update's own.
+    """
+    nearest = (head.targets > 0.5).to(head.targets)
+    distance = float((head.targets - nearest).abs().max())
+    p = torch.sigmoid(logits.value)
+    moved = (p * (1.0 - p) * logits.error).square().mean(0).sqrt()
+    precision = problem.precision
+    own = 4.0 * precision.unit + precision.noise / head.scale
+    tolerance = 30.0 * float((moved + own).max())
+    exact = replace(head, loss=replace(head.loss, targets="index"), targets=nearest)
+    return exact, distance, min(tolerance, 0.25)
 
 
 def separated_stage(problem: Problem, found: Separated) -> StageSolution:
@@ -81,9 +111,14 @@ class Rows:
 
 def rows_of(head: BatchLoss, stated: Tensor | None) -> Rows:
     """The reported rows, by label; in the order of the stated labels where they agree."""
-    if head.loss.targets != "index":
-        every = torch.arange(len(head.targets), device=head.targets.device)
-        return Rows(every, head.targets, head.copies.long())
+    dense = head.loss.targets != "index"
+    if dense or (head.loss.name == BINARY and head.targets.shape[1] > 1):
+        order = torch.arange(len(head.targets), device=head.targets.device)
+        targets = head.targets if dense else head.targets.long()
+        if stated is not None and stated.shape == targets.shape:
+            near = torch.cdist(stated.to(head.targets), head.targets).argmin(1)
+            order = near if len(near.unique()) == len(near) else order
+        return Rows(order, targets[order], head.copies[order].long())
     counts = head.targets * head.copies[:, None]
     if head.targets.shape[1] == 1:  # one logit: label 1 as often as its target says
         counts = torch.cat([head.copies[:, None] - counts, counts], 1)

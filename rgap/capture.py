@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch.utils._pytree import tree_map
 
 from rgap import validation
 from rgap.losses import Loss
+from rgap.running import called, only_tensor, refuse_wrapped
 from rgap.update import Update
 
 __all__ = ["capture"]
@@ -119,14 +119,13 @@ def _gradients(
     devices = [inputs.device.index or 0] if inputs.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         before = _random_state(inputs.device)
-        try:
-            outputs = torch.func.functional_call(model, {**parameters, **buffers}, (inputs,))
-        except RuntimeError as error:
-            raise ValueError(_forward_failed(model, inputs, error)) from error
+        outputs = called(model, inputs, {**parameters, **buffers})
+        if not loss.own:  # a function of one's own takes whatever the model returns
+            outputs = only_tensor(model, outputs)
         random = any(
             not torch.equal(a, b) for a, b in zip(before, _random_state(inputs.device), strict=True)
         )
-        _check_outputs(model, inputs, outputs, random, own=loss.own)
+        _check_outputs(model, inputs, outputs, random)
         loss.check_targets(outputs, targets)
         value = loss(outputs, targets)
         try:
@@ -142,6 +141,7 @@ def _gradients(
 def _parameters(model: nn.Module) -> dict[str, Tensor]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}.")
+    refuse_wrapped(model)
     parameters: dict[str, Tensor] = dict(model.named_parameters())
     if not parameters:
         raise ValueError(f"model: the {type(model).__name__} has no parameters, so no gradient.")
@@ -230,16 +230,8 @@ def _check_range(inputs: Tensor, value_range: tuple[float, float] | None) -> Non
         )
 
 
-def _check_outputs(
-    model: nn.Module, inputs: Tensor, outputs: object, random: bool, own: bool
-) -> None:
+def _check_outputs(model: nn.Module, inputs: Tensor, outputs: object, random: bool) -> None:
     kind = type(model).__name__
-    if not isinstance(outputs, Tensor) and not own:
-        raise TypeError(
-            f"model: {kind}.forward returned a {type(outputs).__name__}, expected one tensor; wrap "
-            "it in a module whose forward returns the logits only, or write loss as a function of "
-            "what it returns and the targets."
-        )
     if random:
         raise ValueError(
             f"model: {kind}.forward drew random numbers, which are not in the update, so its "
@@ -280,23 +272,3 @@ def _random_state(device: torch.device) -> list[Tensor]:
     if device.type == "cuda":
         states.append(torch.cuda.get_rng_state(device))
     return states
-
-
-def _forward_failed(model: nn.Module, inputs: Tensor, error: RuntimeError) -> str:
-    """Name the innermost module in which ``forward`` failed, read off the traceback.
-
-    Hooks would name it too, but a failing model must be left without them.
-    """
-    names = {id(module): name for name, module in model.named_modules()}
-    where = ""
-    trace: TracebackType | None = error.__traceback__
-    while trace is not None:
-        module = trace.tb_frame.f_locals.get("self")
-        if id(module) in names and isinstance(module, nn.Module):
-            name = names[id(module)]
-            where = f" in {name} ({module})" if name else ""
-        trace = trace.tb_next
-    return (
-        f"model: the forward pass failed{where} for inputs of shape {tuple(inputs.shape)}: "
-        f"{str(error).splitlines()[0]}. Write inputs of the shape the model was built for."
-    )

@@ -12,8 +12,9 @@ from torch.nn.parameter import UninitializedParameter
 
 from rgap import validation
 from rgap.graph import Link, links
-from rgap.isolation import first_line, untouched
+from rgap.isolation import untouched
 from rgap.probing import Shape, UnreadyError
+from rgap.running import first_line
 
 SQUARE = 65  # sides that are tried one by one; beyond, only usual ones
 LARGE = (80, 84, 96, 112, 128, 144, 160, 192, 224, 227, 256, 299, 320, 384, 448, 512)

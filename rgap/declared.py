@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from rgap import validation
 from rgap.checking import refuse_unready, sample_shape
 from rgap.federated import LocalTraining
-from rgap.isolation import first_line, untouched
+from rgap.isolation import untouched
 from rgap.labels import estimate
 from rgap.precision import Precision
 from rgap.presets import Preset
 from rgap.problem import as_on_the_client, device_of, precision_of
 from rgap.recovery import Recovery
+from rgap.running import refuse_wrapped, run
 from rgap.seeding import start_of
 from rgap.update import Update
 
@@ -65,6 +66,7 @@ def declare(
     update = update.fitted(model)
     update, _ = update.as_rounded()
     refuse_unready(model)
+    refuse_wrapped(model)
     place = device_of(device)
     update = replace(update, input_shape=sample_shape(model, input_shape, update.input_shape))
     assert update.input_shape is not None
@@ -111,14 +113,8 @@ def declare(
 def _fits(model: nn.Module, update: Update, labels: Tensor, shape: tuple[int, ...]) -> None:
     """Raise unless the labels are targets of the model's outputs."""
     like = next(model.parameters())
-    try:
-        with torch.no_grad(), untouched(model, hooks=False):
-            outputs = model(torch.full(shape, 0.5, dtype=like.dtype, device=like.device))
-    except RuntimeError as error:
-        raise ValueError(
-            f"input_shape: the {type(model).__name__} fails on samples of shape {shape[1:]} "
-            f"({first_line(error)}); write the input_shape that the client's samples had"
-        ) from error
+    with torch.no_grad(), untouched(model, hooks=False):
+        outputs = run(model, torch.full(shape, 0.5, dtype=like.dtype, device=like.device))
     update.loss.check_targets(outputs, labels.to(outputs.device))
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from torch import Tensor, fx, nn
 
 from rgap.affine import Affine
-from rgap.isolation import first_line
 from rgap.ops import Op
 from rgap.probing import PROBE, Shape
+from rgap.running import first_line
 from rgap.tracing import (
     Traced,
     kind_of,

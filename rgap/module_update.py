@@ -26,6 +26,7 @@ from rgap.kinks import soften
 from rgap.losses import Loss
 from rgap.objective import cosine_distance
 from rgap.precision import GROWTH, Precision
+from rgap.running import run
 from rgap.systems.known_input import Equations
 
 COLUMN = 2  # what a column of the Jacobian costs, in rows
@@ -264,8 +265,7 @@ class ModuleUpdate:
     def _run(self, x: Tensor, leaves: Mapping[str, Tensor]) -> Tensor:
         self._seen.clear()
         with plain_kernels():
-            outputs: Tensor = torch.func.functional_call(self.model, dict(leaves), (x,))
-        return outputs
+            return run(self.model, x, leaves)
 
     def _note(self, _: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
         self._seen.append(args[0] if args else next(iter(named.values())))
@@ -327,7 +327,12 @@ class ModulePoint:
 
 def _batched(output: Tensor, of: Tensor, directions: Tensor) -> Tensor:
     """A reverse pass for every direction, all at once."""
-    found: Tensor = torch.autograd.grad(
-        output, of, directions, retain_graph=True, materialize_grads=True, is_grads_batched=True
-    )[0]
+    options = {"retain_graph": True, "materialize_grads": True}
+    try:
+        found: Tensor = torch.autograd.grad(
+            output, of, directions, is_grads_batched=True, **options
+        )[0]
+    except RuntimeError:  # a kernel without a batching rule, such as group norm's second derivative
+        rows = [torch.autograd.grad(output, of, d, **options)[0] for d in directions]
+        found = torch.stack(rows)
     return found

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from rgap.batches import batch_of, label_identity, rows_of
+from rgap.batches import batch_of, label_identity, rows_of, several, snapped
 from rgap.batchloss import BatchLoss
 from rgap.certificate import Answer
 from rgap.network import Chain, Stage
@@ -59,7 +59,10 @@ def read_batch(problem: Problem, descent: Descent, head: BatchLoss) -> Answer:
         features = top_features(problem.chain, polished.data)
     error = torch.stack([stage.affine.linear(e) for e in features.error])
     logits = Known(stage.affine.forward(features.value), error)
-    _, distance, tolerance = label_identity(problem, head, logits)
+    if several(problem.update.loss, problem.chain):
+        head, distance, tolerance = snapped(problem, head, logits)
+    else:
+        _, distance, tolerance = label_identity(problem, head, logits)
     rows = rows_of(head, problem.labels)
     reading = Reading(
         head.targets, rows.labels, distance, tolerance, open=head.loss.open_at(logits.value)

@@ -12,9 +12,10 @@ from torch import Tensor, fx, nn
 
 from rgap.calls import DATA, Call, evaluate
 from rgap.functional import build_call
-from rgap.isolation import first_line, meta_copy, on_meta, untouched
+from rgap.isolation import meta_copy, on_meta, untouched
 from rgap.layers import Names, Piece, build
 from rgap.probing import PROBE, Shape, Unsupported
+from rgap.running import first_line
 
 UNKNOWN = object()  # value of a node that PyTorch cannot tell without data
 _MERGES = {
