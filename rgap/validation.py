@@ -180,6 +180,8 @@ def refuse_weights(gradients: Mapping[str, Tensor], parameters: Mapping[str, Ten
         p = parameters.get(name)
         if p is None or p.shape != g.shape:
             return  # named by the other checks
+        if p.is_meta:
+            return  # no values to compare with
         own = p.detach().to(g.device, torch.float64)
         apart += float((g.double() - own).square().sum())
         size += float(own.square().sum())

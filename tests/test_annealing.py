@@ -132,5 +132,5 @@ def test_a_stage_that_is_no_module_is_asked_for_and_not_tried() -> None:
     with pytest.raises(ValueError, match="source: expected a module of the model"):
         ModuleUpdate(model, sent, known, (1, 4))
     model.forward = lambda x: x.no_such_thing  # type: ignore[method-assign]
-    with pytest.raises(AttributeError):
+    with pytest.raises(ValueError, match="no_such_thing"):
         ModuleUpdate(model, sent, replace(known, layer="fc"), (1, 4))

@@ -262,12 +262,12 @@ def test_arguments_that_are_refused(arguments: dict[str, Any], words: str) -> No
     [
         ([nn.Linear(4, 4), nn.Dropout()], None, r"'1' \(Dropout\) is in train.*model.eval\(\)"),
         ([nn.Linear(20_001, 2)], None, "at most 20000 inputs.*got '0' with 20001"),
-        ([nn.Linear(4, 4)], lambda m, x: (m.part(x), x), "got a tuple; wrap it in a module"),
+        ([nn.Linear(4, 4)], lambda m, x: (m.part(x), x), "returned a tuple, expected one tensor; wrap it in a module"),
         ([nn.LayerNorm(4)], lambda m, x: m.part(x), "got Written with none"),
     ],
 )
 def test_models_that_are_refused(parts: list[nn.Module], forward: Any, words: str) -> None:
     model = Written(forward, part=parts[0]) if forward else nn.Sequential(*parts)
     width = getattr(parts[0], "in_features", 4)
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((ValueError, TypeError), match=words):
         audit(model, (width,), (1, 2))

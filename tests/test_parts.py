@@ -37,7 +37,10 @@ def chain_of(seed: int) -> tuple[nn.Module, torch.Tensor]:
     return net.double().eval(), x
 
 
-@pytest.mark.parametrize("seed", [2, 4, 7, 12, 16, 21])  # more: benchmarks/parts.py
+GENERIC = (16, 21)  # the null space of their first layer touches every entry
+
+
+@pytest.mark.parametrize("seed", [2, 4, 7, 12, *GENERIC])  # more: benchmarks/parts.py
 def test_random_geometry_gives_what_is_determined_and_nothing_else(seed):
     net, x = chain_of(seed)
     dtype = torch.float64 if seed % 2 else torch.float32
@@ -51,6 +54,9 @@ def test_random_geometry_gives_what_is_determined_and_nothing_else(seed):
     assert found.status is Status.UNDERDETERMINED
     assert found.inputs is None
     mask = found.determined
+    if mask is None:  # directions are open that every entry is a part of
+        assert seed in GENERIC and found.halt.missing > 0
+        return
     assert mask.shape == found.partial.shape == x.shape
     assert torch.equal(mask, ~found.partial.isnan())
     assert (found.partial - x)[mask].abs().max() <= found.error_bound

@@ -140,6 +140,8 @@ def collect(
                     continue
                 if not (at_rest or open_directions(consistency, q)):
                     continue
+                if not bool(identity.dual.isfinite().all()):
+                    continue  # no cotangent gives it any weight
                 if not admissible(identity, idle >= PATIENT):
                     rejected = min(rejected, identity.outside)
                     if open_directions(consistency, q):
