@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rgap.batchloss import BatchLoss, loss_scale
+from rgap.limits import DETERMINED, ENSEMBLE, PROBABILITY
 from rgap.losses import Loss
 from rgap.network import Chain
 from rgap.precision import Known
@@ -19,7 +20,7 @@ from rgap.solvers.kronecker import factor
 from rgap.solvers.rank import Rank
 from rgap.solvers.solution import Result, Solution, Stats
 from rgap.systems import gradient_constraint
-from rgap.systems.stage import DETERMINED, StageSolution
+from rgap.systems.stage import StageSolution
 from rgap.targets import BINARY, CROSS_ENTROPY
 
 
@@ -55,10 +56,10 @@ def snapped(problem: Problem, head: BatchLoss, logits: Known) -> tuple[BatchLoss
     p = torch.sigmoid(logits.value)
     moved = (p * (1.0 - p) * logits.error).square().mean(0).sqrt()
     precision = problem.precision
-    own = 4.0 * precision.unit + precision.noise / head.scale
-    tolerance = 30.0 * float((moved + own).max())
+    own = PROBABILITY * precision.unit + precision.noise / head.scale
+    tolerance = ENSEMBLE * float((moved + own).max())
     exact = replace(head, loss=replace(head.loss, targets="index"), targets=nearest)
-    return exact, distance, min(tolerance, 0.25)
+    return exact, distance, tolerance
 
 
 def separated_stage(problem: Problem, found: Separated) -> StageSolution:
@@ -157,8 +158,8 @@ def label_identity(
     dp = p * (logits.error - (p * logits.error).sum(-1, keepdim=True))
     moved = (head.copies[:, None] * dp).sum(1).square().mean(0).sqrt()
     precision = problem.precision
-    own = total * (4.0 * precision.unit) + precision.noise_std(name, bias) / s
-    tolerance = 30.0 * float((moved + own).max()) / (1.0 - smoothing)
+    own = total * (PROBABILITY * precision.unit) + precision.noise_std(name, bias) / s
+    tolerance = ENSEMBLE * float((moved + own).max()) / (1.0 - smoothing)
     return counts, float((counts - found).abs().max()), tolerance
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from rgap import certificate, outcomes
 from rgap.batches import Rows
 from rgap.halt import Halt
+from rgap.limits import SAFETY, USEFUL
 from rgap.precision import Known
 from rgap.problem import Problem
 from rgap.recovery import Candidate, Recovery, Status
@@ -55,7 +56,7 @@ def in_parts(problem: Problem, descent: Descent, certify: Certify) -> Recovery |
     if partial is None:
         return None
     low, high = problem.value_range or (0.0, 1.0)
-    sharp = certificate.SAFETY * partial.std <= certificate.USEFUL * (high - low)
+    sharp = SAFETY * partial.std <= USEFUL * (high - low)
     determined = partial.known & sharp
     if not bool(determined.any()):
         return None
@@ -177,9 +178,9 @@ def _by_equations(
 ) -> Recovery | None:
     """The entries that the equations of all stages fix, where no batch is there to replay."""
     misfit = max((step.misfit for step in descent.solutions.values()), default=0.0)
-    bound = certificate.SAFETY * float(start.std.max()) * max(1.0, misfit)
+    bound = SAFETY * float(start.std.max()) * max(1.0, misfit)
     low, high = problem.value_range or (0.0, 1.0)
-    if not bound <= certificate.USEFUL * (high - low):
+    if not bound <= USEFUL * (high - low):
         return None
     if problem.value_range is not None:
         inside = start.value[determined]

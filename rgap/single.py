@@ -16,6 +16,7 @@ from rgap.bias import rank_one_residual
 from rgap.certificate import Answer
 from rgap.halt import Halt
 from rgap.head import features_from_bias
+from rgap.limits import REFUTED
 from rgap.parts import in_parts
 from rgap.polish import polish
 from rgap.precision import Known
@@ -111,7 +112,7 @@ def _certified(
     )
     answer = Answer(descent, polished, Reading(k.value, k.value.new_empty(0), 0.0, 0.0))
     name = own.chain.stages[-1].name
-    if polished.misfit > certificate.REFUTED:
+    if polished.misfit > REFUTED:
         worst = max(polished.misfits, key=polished.misfits.__getitem__)
         return outcomes.stopped(
             own,

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from rgap.affine import Affine
+from rgap.limits import AGREE
 from rgap.precision import Known, Precision
 from rgap.solvers.linear import Iterate, solve_lsmr
 
 MEMBERS = 4  # members of the ensemble that are solved for; the others repeat them
 LIMIT = 4000  # LSMR iterations of one run
-AGREE = 1e-3  # two starts agree where they differ by less than this share of their distance
 
 
 def memory(affine: Affine, batch: int) -> float:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rgap.affine import Affine
+from rgap.limits import DETERMINED, FITS, HOPELESS, TRUSTED
 from rgap.precision import UNKNOWN, Known, Precision
 from rgap.solvers.kronecker import Factor, factor
 from rgap.solvers.rank import Rank
@@ -28,10 +29,6 @@ from .ranks import stage_joint_rank, weight_row_spaces
 log = logging.getLogger(__name__)
 
 BUDGET = 4e9  # bytes; 11,000 unknowns
-TRUSTED = 1e6  # condition up to which a Cholesky factor proves full rank
-HOPELESS = 1e10  # condition beyond which the factor no longer serves as a preconditioner
-PARTIAL = 10.0  # rms residual, in standard errors, up to which parts of an input are given
-DETERMINED = 0.1  # a direction with a larger standard error, in units of the input, is open
 
 
 @dataclass(frozen=True)
@@ -230,7 +227,7 @@ class _Stage:
             return None, (0.0, 0.0)
         known, _ = self.compute(made)
         misfits = self.misfits(known.value)
-        if max(misfits) > PARTIAL:
+        if max(misfits) > FITS:
             return None, (0.0, 0.0)
         shape = (1, self.affine.in_shape[0], -1)
         inside = self.coupling.fold(made.determined().double().reshape(shape)) > 0.5
