@@ -17,7 +17,7 @@ from rgap.problem import Problem
 from rgap.recursion import Descent
 from rgap.separation.batch import Batch, Separated
 from rgap.solvers.kronecker import factor
-from rgap.solvers.rank import Rank
+from rgap.solvers.rank import Evidence, EvidenceKind
 from rgap.solvers.solution import Result, Solution, Stats
 from rgap.systems import gradient_constraint
 from rgap.systems.stage import StageSolution
@@ -75,10 +75,9 @@ def separated_stage(problem: Problem, found: Separated) -> StageSolution:
     made = factor(gradient_constraint(affine, k), weights[None], None, None)
     gradient = found.mixture.gradient
     residual = float((k.T @ x - gradient).norm() / gradient.norm())
-    gap = DETERMINED / max(found.worst, 1e-300)
-    ratio = found.mixture.ratio
-    rank = Rank(unknowns, unknowns, 0.0, gap, 1.0, ratio, unknowns)
-    stats = Stats("separation", unknowns, unknowns, rank, 1.0 / ratio, residual)
+    seen = Evidence(EvidenceKind.ERROR, found.worst, DETERMINED, unknowns)
+    condition = 1.0 / found.mixture.ratio
+    stats = Stats("separation", unknowns, unknowns, seen, condition, residual)
     return StageSolution(
         Solution(found.features, Result.SOLVED, stats),
         made,

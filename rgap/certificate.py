@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rgap.batches import Rows
+from rgap.determined import doubt
 from rgap.head import HeadCandidate
 from rgap.limits import (
     CLEAR,
@@ -254,15 +255,11 @@ def verdict(problem: Problem, answer: Answer) -> tuple[Status, str]:
         # Every layer determines what it reads; of what none reads a completion chose the values.
         return Status.UNDERDETERMINED, "some values of the data are read by no equation"
     for index, step in answer.descent.solutions.items():
-        joint = step.solution.stats.joint
-        sharp = joint is not None and joint.gap >= CLEAR
-        whole = answer.polished.worst <= DETERMINED / CLEAR  # all equations together, nothing open
-        if not whole and (joint is None or joint.nullity or not sharp):
-            name = problem.chain.stages[index].name
-            return Status.UNDERDETERMINED, (
-                f"'{name}' is too badly conditioned at this precision: its worst direction is "
-                f"known to {0.0 if joint is None else 1 / max(joint.smallest, 1e-300):.1e} only"
-            )
+        if answer.polished.worst <= DETERMINED / CLEAR:  # all equations together, nothing open
+            break
+        why = doubt(step.solution.stats.joint)
+        if why:
+            return Status.UNDERDETERMINED, f"'{problem.chain.stages[index].name}' {why}"
     if answer.polished.misfit > FITS:
         worst = max(answer.polished.misfits, key=lambda n: answer.polished.misfits[n])
         return Status.UNDERDETERMINED, (

@@ -109,7 +109,7 @@ AGREE = 1e-3
 
 # Chance that two random starts would end this near although one direction is open, up to which
 # their agreement is a certificate.  See :class:`rgap.solvers.rank.Evidence`.
-UNSEEN = 1e-2
+UNSEEN = 1e-3
 
 # Condition up to which a Cholesky factor proves full rank: it exists for singular matrices once
 # rounding, n·eps of σ₁² with n = 4000, lifts the zero to σ/σ₁ = 1e-6.

@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from rgap import certificate, outcomes
+from rgap import outcomes
 from rgap.batches import Rows
 from rgap.halt import Halt
 from rgap.limits import SAFETY, USEFUL
@@ -19,7 +19,7 @@ from rgap.recovery import Candidate, Recovery, Status
 from rgap.recursion import Descent
 from rgap.reports import layer_reports
 from rgap.solvers.priors import Operator
-from rgap.solvers.rank import Rank
+from rgap.solvers.rank import Evidence, EvidenceKind
 from rgap.systems.stage import StageSolution
 
 __all__ = ["completed", "described", "free", "in_parts"]
@@ -68,7 +68,8 @@ def in_parts(problem: Problem, descent: Descent, certify: Certify) -> Recovery |
     start = Known(value, torch.where(determined, partial.error, 0.0))
     whole = replace(descent, data=start, halt=None)
     if short:
-        whole = replace(whole, solutions={**descent.solutions, 0: _counted(descent)})
+        told = _told(descent, partial.std[determined], high - low)
+        whole = replace(whole, solutions={**descent.solutions, 0: told})
     found, reported = certify(whole)
     if found.inputs is None:
         if not short:
@@ -165,12 +166,12 @@ def _struck(inputs: Tensor, determined: Tensor) -> Tensor:
     return torch.where(determined, inputs, torch.nan)
 
 
-def _counted(descent: Descent) -> StageSolution:
-    """The first stage's solution with the rank of the directions that its equations fix."""
+def _told(descent: Descent, std: Tensor, width: float) -> StageSolution:
+    """The first stage's solution with what is known of the entries that are given."""
     step = descent.solutions[0]
-    stats = step.solution.stats
-    fixed = Rank(stats.unknowns, stats.unknowns, 0.0, certificate.REFUTED, 1.0, 1.0, stats.unknowns)
-    return replace(step, solution=replace(step.solution, stats=replace(stats, joint=fixed)))
+    stats, worst = step.solution.stats, float(std.max()) / width
+    seen = Evidence(EvidenceKind.ENTRIES, worst, USEFUL / SAFETY, std.numel())
+    return replace(step, solution=replace(step.solution, stats=replace(stats, joint=seen)))
 
 
 def _by_equations(
