@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
-
 from rgap import certificate, outcomes
 from rgap.bias import rank_one_residual
 from rgap.certificate import Answer
@@ -145,18 +143,18 @@ def _certified(
     if status is not Status.EXACT:
         return outcomes.stopped(own, status, why, descent)
     show.stage("trying targets")
-    trial = _trial(problem, prefix, inputs)
+    trial = _trial(problem, prefix, answer.polished.data)
     return _recovery(problem, own, answer, trial, above)
 
 
-def _trial(problem: Problem, prefix: Prefix, inputs: torch.Tensor) -> Trial:
+def _trial(problem: Problem, prefix: Prefix, known: Known) -> Trial:
     if prefix.argument:
         return Trial(
             None, None, f"the model takes other inputs besides '{prefix.argument}', not known here"
         )
     bias = prefix.chain.stages[-1].affine.bias_name
     assert bias is not None
-    return try_targets(problem, inputs, bias)
+    return try_targets(problem, known, bias)
 
 
 def _recovery(problem: Problem, own: Problem, answer: Answer, trial: Trial, above: str) -> Recovery:
