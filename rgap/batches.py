@@ -117,7 +117,7 @@ def rows_of(head: BatchLoss, stated: Tensor | None) -> Rows:
         targets = head.targets if dense else head.targets.long()
         if stated is not None and stated.shape == targets.shape:
             near = torch.cdist(stated.to(head.targets), head.targets).argmin(1)
-            order = near if len(near.unique()) == len(near) else order
+            order = near if len(set(near.tolist())) == len(near) else order
         return Rows(order, targets[order], head.copies[order].long())
     counts = head.targets * head.copies[:, None]
     if head.targets.shape[1] == 1:  # one logit: label 1 as often as its target says

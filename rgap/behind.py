@@ -99,7 +99,8 @@ class Behind(Loss):
         gap = cotangent - self.cotangent(outputs, nearest)
         moved = super().targets_from(above, super().cotangent(above, nearest))
         scale = self.magnitude(above)
-        return moved - (back @ gap[..., None])[..., 0] / scale
+        shown: Tensor = moved - (back @ gap[..., None])[..., 0] / scale
+        return shown
 
     def open_at(self, outputs: Tensor) -> str:
         """Which steps leave a target of some sample open, and in how many directions; "" for none.

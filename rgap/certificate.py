@@ -303,7 +303,8 @@ def _misfit(problem: Problem, scored: tuple[Answer, float, dict[str, float]]) ->
         stage = problem.chain.stages[-1].name
         reason = (
             f"the gradient of '{stage}' fits no admissible target of {problem.update.loss.name}: "
-            f"the nearest one is {answer.reading.distance:.2g} away (tolerance {answer.reading.tolerance:.1e}); "
+            f"the nearest one is {answer.reading.distance:.2g} away (tolerance "
+            f"{answer.reading.tolerance:.1e}); "
             "is the loss, its reduction or the model another one?"
         )
     else:
@@ -345,7 +346,7 @@ def _errors(problem: Problem, answer: Answer) -> Tensor:
 def _assemble(
     problem: Problem,
     answer: Answer,
-    residual: float,
+    residual: float | None,
     status: Status,
     reason: str,
     candidates: tuple[Candidate, ...],

@@ -7,8 +7,18 @@ from typing import Annotated
 import typer
 
 from rgap.arguments import shape_of, targets_of
-from rgap.console import clean, print_json, stdout, waiting
-from rgap.options import BatchSize, Json, KnownLabels, Model, Noise, Seed, UpdatePath, Weights
+from rgap.console import clean, print_json, stdout
+from rgap.options import (
+    BatchSize,
+    Json,
+    KnownLabels,
+    Model,
+    Noise,
+    Quiet,
+    Seed,
+    UpdatePath,
+    Weights,
+)
 
 __all__ = ["check"]
 
@@ -31,6 +41,7 @@ def check(
     time_limit: Annotated[
         float, typer.Option(help="Seconds after which no further trial begins.")
     ] = 20.0,
+    quiet: Quiet = False,
     as_json: Json = False,
     seed: Seed = 0,
 ) -> None:
@@ -38,6 +49,7 @@ def check(
     with clean(context):
         import rgap
         from rgap.modelspec import resolve
+        from rgap.progress import Progress
         from rgap.report.tables import finding_table
 
         if not update.is_file():
@@ -45,7 +57,8 @@ def check(
         sent = rgap.Update.load(update)
         network = resolve(model, weights)
         known = None if labels is None else targets_of(labels, None, sent.loss.name)
-        with waiting("trying what may be wrong"):
+        with Progress(not quiet) as show:
+            show.stage("trying what may be wrong")
             found = rgap.check(
                 network,
                 sent,

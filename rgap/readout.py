@@ -51,8 +51,8 @@ def read_batch(problem: Problem, descent: Descent, head: BatchLoss) -> Answer:
         if polished.misfit <= FITS:
             break
         # Real-valued targets were read at features that have moved since.
-        logits = stage.affine.forward(features.value)
-        again = read_from_head(batch_of(problem), features.value.flatten(1), logits, head)
+        z = stage.affine.forward(features.value)
+        again = read_from_head(batch_of(problem), features.value.flatten(1), z, head)
         trial = _polished(problem, replace(descent, data=polished.data), again, settled)
         if not trial.misfit < polished.misfit:
             break

@@ -56,7 +56,8 @@ def search(estimates: Tensor, covariance: Tensor, total: int) -> Tensor:
 
 def _costs(counts: Tensor, estimates: Tensor, precision: Tensor) -> Tensor:
     away = counts.double() - estimates
-    return ((away @ precision) * away).sum(dim=1)
+    cost: Tensor = ((away @ precision) * away).sum(dim=1)
+    return cost
 
 
 def _rounded_along(estimates: Tensor, covariance: Tensor, total: int) -> Tensor:

@@ -97,4 +97,5 @@ def _pool(tops: list[Tensor]) -> Tensor:
         moved[index, up] += 1
         moved[index, down] -= 1
         found += [counts[None], moved]
-    return torch.unique(torch.cat(found), dim=0)
+    every: Tensor = torch.unique(torch.cat(found), dim=0)
+    return every
