@@ -28,7 +28,7 @@ REFUTED = 100.0
 FITS = 10.0
 
 # Standard errors in an error bound, and by which a replay may differ.  The largest of N = 10^6
-# normal entries exceeds 10 standard errors, even if these are a third too small (more than twice the
+# normal entries exceeds 10 of them, even if these are a third too small (more than twice the
 # ensemble's own 14%), with chance N·P(|g| > 6.7) = 3e-5.
 SAFETY = 10.0
 

@@ -1,4 +1,4 @@
-"""What says that equations leave nothing open, where no rank was counted; and rules for each kind."""
+"""What says that equations leave nothing open where no rank was counted, and the rules for it."""
 
 from __future__ import annotations
 
@@ -46,13 +46,12 @@ def test_a_solved_stage_says_what_its_answer_rests_on() -> None:
 
 def test_no_gap_is_reported_where_no_singular_value_was_cut() -> None:
     torch.manual_seed(0)
-    network = nn.Sequential(
-        nn.Conv2d(1, 8, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(128, 4)
-    )
+    layers = nn.Conv2d(1, 8, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(128, 4)
+    network = nn.Sequential(*layers)
     network, x = network.double(), torch.rand(1, 1, 4, 4, dtype=torch.float64)
     update = rgap.capture(network, x, torch.tensor([1]), dtype=torch.float64)
-    for budget in (None, 0.0):
-        found = rgap.invert(network, update, memory_budget=budget)
+    for options in ({}, {"memory_budget": 0.0}):
+        found = rgap.invert(network, update, **options)
         assert found.exact, found.reason
         assert {layer.gap for layer in found.layers} == {float("inf")}
         assert {layer.nullity for layer in found.layers} == {0}
@@ -71,14 +70,14 @@ def test_the_chance_of_agreement_with_one_open_direction_is_what_happens(spread:
     module.weight.data = weight
     affine, gradient, z, k, _ = stage_of(module, (size,))
     nothing = Known(0.0 * k.value, 0.0 * k.error)
-    for seed in range(60):
+    for seed in range(40):
         precision = Precision(torch.float64, seed=seed)
         found = solve_matrix_free(affine, 0.0 * gradient, z, nothing, precision)
         seen = Evidence(EvidenceKind.AGREEMENT, found.disagreement, AGREE, size)
         chances.append(seen.chance)
     ranks = torch.tensor(chances).sort().values
-    gap = (ranks - (torch.arange(60) + 0.5) / 60).abs().max()
-    assert gap < 0.22, ranks  # Kolmogorov's statistic, beyond with chance 0.5%
+    gap = (ranks - (torch.arange(40) + 0.5) / 40).abs().max()
+    assert gap < 0.27, ranks  # Kolmogorov's statistic, beyond with chance 0.5%
 
 
 def test_each_kind_has_a_rule_of_its_own() -> None:
@@ -121,7 +120,8 @@ def test_a_target_along_a_direction_that_a_replay_does_not_see(dtype: torch.dtyp
     target = torch.tensor([[0.3, -0.2, 1.1]], dtype=dtype)
     sent = {n: p for n, p in network.named_parameters() if p.requires_grad}
     slopes = torch.autograd.grad(F.mse_loss(network(x), target), list(sent.values()))
-    update = rgap.Update(dict(zip(sent, slopes, strict=True)), 1, loss="mse_loss", input_shape=(6,))
+    gradients = dict(zip(sent, slopes, strict=True))
+    update = rgap.Update(gradients, batch_size=1, loss="mse_loss", input_shape=(6,), dtype=dtype)
     found = rgap.invert(network, update)
     assert "inputs" in found.certified, found.reason
     assert (found.inputs - x).abs().max() <= found.error_bound
