@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rgap.batchloss import BatchLoss, loss_scale
+from rgap.limits import DETERMINED, ENSEMBLE, PROBABILITY
 from rgap.losses import Loss
 from rgap.network import Chain
 from rgap.precision import Known
@@ -16,10 +17,10 @@ from rgap.problem import Problem
 from rgap.recursion import Descent
 from rgap.separation.batch import Batch, Separated
 from rgap.solvers.kronecker import factor
-from rgap.solvers.rank import Rank
+from rgap.solvers.rank import Evidence, EvidenceKind
 from rgap.solvers.solution import Result, Solution, Stats
 from rgap.systems import gradient_constraint
-from rgap.systems.stage import DETERMINED, StageSolution
+from rgap.systems.stage import StageSolution
 from rgap.targets import BINARY, CROSS_ENTROPY
 
 
@@ -55,10 +56,10 @@ def snapped(problem: Problem, head: BatchLoss, logits: Known) -> tuple[BatchLoss
     p = torch.sigmoid(logits.value)
     moved = (p * (1.0 - p) * logits.error).square().mean(0).sqrt()
     precision = problem.precision
-    own = 4.0 * precision.unit + precision.noise / head.scale
-    tolerance = 30.0 * float((moved + own).max())
+    own = PROBABILITY * precision.unit + precision.noise / head.scale
+    tolerance = ENSEMBLE * float((moved + own).max())
     exact = replace(head, loss=replace(head.loss, targets="index"), targets=nearest)
-    return exact, distance, min(tolerance, 0.25)
+    return exact, distance, tolerance
 
 
 def separated_stage(problem: Problem, found: Separated) -> StageSolution:
@@ -74,10 +75,9 @@ def separated_stage(problem: Problem, found: Separated) -> StageSolution:
     made = factor(gradient_constraint(affine, k), weights[None], None, None)
     gradient = found.mixture.gradient
     residual = float((k.T @ x - gradient).norm() / gradient.norm())
-    gap = DETERMINED / max(found.worst, 1e-300)
-    ratio = found.mixture.ratio
-    rank = Rank(unknowns, unknowns, 0.0, gap, 1.0, ratio, unknowns)
-    stats = Stats("separation", unknowns, unknowns, rank, 1.0 / ratio, residual)
+    seen = Evidence(EvidenceKind.ERROR, found.worst, DETERMINED, unknowns)
+    condition = 1.0 / found.mixture.ratio
+    stats = Stats("separation", unknowns, unknowns, seen, condition, residual)
     return StageSolution(
         Solution(found.features, Result.SOLVED, stats),
         made,
@@ -157,8 +157,8 @@ def label_identity(
     dp = p * (logits.error - (p * logits.error).sum(-1, keepdim=True))
     moved = (head.copies[:, None] * dp).sum(1).square().mean(0).sqrt()
     precision = problem.precision
-    own = total * (4.0 * precision.unit) + precision.noise_std(name, bias) / s
-    tolerance = 30.0 * float((moved + own).max()) / (1.0 - smoothing)
+    own = total * (PROBABILITY * precision.unit) + precision.noise_std(name, bias) / s
+    tolerance = ENSEMBLE * float((moved + own).max()) / (1.0 - smoothing)
     return counts, float((counts - found).abs().max()), tolerance
 
 

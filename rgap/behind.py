@@ -14,6 +14,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from rgap.limits import VANISHING
 from rgap.losses import Loss
 from rgap.network import Chain
 from rgap.ops import Op, Reshape
@@ -21,8 +22,6 @@ from rgap.piecewise import Identity
 from rgap.targets import CLASSES
 
 __all__ = ["Behind", "behind"]
-
-RANK = 1e-10  # σ_i/σ_1 of T in float64 below which the step takes that direction away
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ class Behind(Loss):
         says which step leaves them open.
         """
         above, _ = self._linearised(outputs)
-        back = torch.linalg.pinv(self.jacobian(outputs).mT, rtol=RANK)  # [N, C, m]
+        back = torch.linalg.pinv(self.jacobian(outputs).mT, rtol=VANISHING)  # [N, C, m]
         kappa = (back @ cotangent[..., None])[..., 0]
         if self.targets != "index" or self.name not in CLASSES:
             return super().targets_from(above, kappa)
@@ -109,7 +108,7 @@ class Behind(Loss):
         Targets y and y + d with ``Tᵀ ∂κ/∂y d = 0`` send the same.
         """
         values = torch.linalg.svdvals(self.jacobian(outputs))
-        rank = int((values > RANK * values[:, :1].clamp_min(1e-300)).sum(1).min())
+        rank = int((values > VANISHING * values[:, :1].clamp_min(1e-300)).sum(1).min())
         missing = self.outputs(0) - rank
         if missing <= 0:
             return ""

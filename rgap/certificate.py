@@ -15,10 +15,24 @@ import torch
 from torch import Tensor
 
 from rgap.batches import Rows
+from rgap.determined import doubt
 from rgap.head import HeadCandidate
+from rgap.limits import (
+    CLEAR,
+    DETERMINED,
+    FITS,
+    NEAREST,
+    PASSES,
+    REFUTED,
+    ROUNDED,
+    SAFETY,
+    SCATTER,
+    UNTOLD,
+    USEFUL,
+)
 from rgap.network import Stage
 from rgap.outcomes import replayed, stopped
-from rgap.polish import FITS, Polished
+from rgap.polish import Polished
 from rgap.precision import Known
 from rgap.problem import Problem
 from rgap.reading import Reading
@@ -27,18 +41,6 @@ from rgap.recursion import Descent
 from rgap.replay import replay
 from rgap.reports import layer_reports
 from rgap.symptoms import warnings
-from rgap.systems.stage import DETERMINED
-
-REFUTED = 100.0  # an alternative is refuted when it misses by this many standard errors
-CLEAR = 10.0  # smallest gap between the last determined direction and the cutoff
-SAFETY = 10.0  # error bound over the largest predicted standard error
-ROUNDED = 100.0  # units in the last place by which a product of one sample may be off
-SCATTER = 10.0  # of a sum of squared noise, in √Σσ⁴: 7 standard deviations of normal noise
-# A tolerance is 30 times the largest of an ensemble, some 100 standard errors: up to 8 the half way
-# to the next label is 6 of them.
-OPEN = 8.0
-NEAREST = 0.25  # half way to where another label is as near
-USEFUL = 0.1  # an error bound above this share of the value range certifies nothing
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Answer:
         bound = SAFETY * std * max(1.0, self.polished.misfit)
         if self.rows is None:
             return bound
-        return max(bound, 3.0 * SAFETY * torch.finfo(torch.float64).eps * self.gathered)
+        return max(bound, PASSES * SAFETY * torch.finfo(torch.float64).eps * self.gathered)
 
 
 def rank_one_tolerance(problem: Problem, stage: Stage, x: Known) -> float:
@@ -191,7 +193,7 @@ def _open(problem: Problem, answer: Answer) -> str:
         return reading.open
     # Real-valued targets have a size of their own.
     unit = max(1.0, float(reading.target.abs().max()))
-    if reading.tolerance > OPEN * unit or reading.distance > NEAREST:
+    if reading.tolerance > UNTOLD * unit or reading.distance > NEAREST:
         return (
             "at the rounding and noise of this update the target is only known to "
             f"{reading.tolerance:.1g}: several fit the gradient of the last layer"
@@ -253,15 +255,11 @@ def verdict(problem: Problem, answer: Answer) -> tuple[Status, str]:
         # Every layer determines what it reads; of what none reads a completion chose the values.
         return Status.UNDERDETERMINED, "some values of the data are read by no equation"
     for index, step in answer.descent.solutions.items():
-        joint = step.solution.stats.joint
-        sharp = joint is not None and joint.gap >= CLEAR
-        whole = answer.polished.worst <= DETERMINED / CLEAR  # all equations together, nothing open
-        if not whole and (joint is None or joint.nullity or not sharp):
-            name = problem.chain.stages[index].name
-            return Status.UNDERDETERMINED, (
-                f"'{name}' is too badly conditioned at this precision: its worst direction is "
-                f"known to {0.0 if joint is None else 1 / max(joint.smallest, 1e-300):.1e} only"
-            )
+        if answer.polished.worst <= DETERMINED / CLEAR:  # all equations together, nothing open
+            break
+        why = doubt(step.solution.stats.joint)
+        if why:
+            return Status.UNDERDETERMINED, f"'{problem.chain.stages[index].name}' {why}"
     if answer.polished.misfit > FITS:
         worst = max(answer.polished.misfits, key=lambda n: answer.polished.misfits[n])
         return Status.UNDERDETERMINED, (

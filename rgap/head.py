@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 
 from rgap.bias import bias_attack, rank_one_residual
+from rgap.limits import DROWNED
 from rgap.losses import Loss
 from rgap.network import Stage
 from rgap.precision import UNKNOWN, Known, Named, Precision
 from rgap.reading import Reading, read_target
 from rgap.roots import cotangent_rounding, entry, reproduced, roots, scale_equation
-
-DROWNED = 0.5  # share of ‖∂b‖² that must be signal for the bias attack to say anything
 
 
 @dataclass(frozen=True)

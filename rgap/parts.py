@@ -9,16 +9,17 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from rgap import certificate, outcomes
+from rgap import outcomes
 from rgap.batches import Rows
 from rgap.halt import Halt
+from rgap.limits import SAFETY, USEFUL
 from rgap.precision import Known
 from rgap.problem import Problem
 from rgap.recovery import Candidate, Recovery, Status
 from rgap.recursion import Descent
 from rgap.reports import layer_reports
 from rgap.solvers.priors import Operator
-from rgap.solvers.rank import Rank
+from rgap.solvers.rank import Evidence, EvidenceKind
 from rgap.systems.stage import StageSolution
 
 __all__ = ["completed", "described", "free", "in_parts"]
@@ -55,7 +56,7 @@ def in_parts(problem: Problem, descent: Descent, certify: Certify) -> Recovery |
     if partial is None:
         return None
     low, high = problem.value_range or (0.0, 1.0)
-    sharp = certificate.SAFETY * partial.std <= certificate.USEFUL * (high - low)
+    sharp = SAFETY * partial.std <= USEFUL * (high - low)
     determined = partial.known & sharp
     if not bool(determined.any()):
         return None
@@ -67,7 +68,8 @@ def in_parts(problem: Problem, descent: Descent, certify: Certify) -> Recovery |
     start = Known(value, torch.where(determined, partial.error, 0.0))
     whole = replace(descent, data=start, halt=None)
     if short:
-        whole = replace(whole, solutions={**descent.solutions, 0: _counted(descent)})
+        told = _told(descent, partial.std[determined], high - low)
+        whole = replace(whole, solutions={**descent.solutions, 0: told})
     found, reported = certify(whole)
     if found.inputs is None:
         if not short:
@@ -164,12 +166,12 @@ def _struck(inputs: Tensor, determined: Tensor) -> Tensor:
     return torch.where(determined, inputs, torch.nan)
 
 
-def _counted(descent: Descent) -> StageSolution:
-    """The first stage's solution with the rank of the directions that its equations fix."""
+def _told(descent: Descent, std: Tensor, width: float) -> StageSolution:
+    """The first stage's solution with what is known of the entries that are given."""
     step = descent.solutions[0]
-    stats = step.solution.stats
-    fixed = Rank(stats.unknowns, stats.unknowns, 0.0, certificate.REFUTED, 1.0, 1.0, stats.unknowns)
-    return replace(step, solution=replace(step.solution, stats=replace(stats, joint=fixed)))
+    stats, worst = step.solution.stats, float(std.max()) / width
+    seen = Evidence(EvidenceKind.ENTRIES, worst, USEFUL / SAFETY, std.numel())
+    return replace(step, solution=replace(step.solution, stats=replace(stats, joint=seen)))
 
 
 def _by_equations(
@@ -177,9 +179,9 @@ def _by_equations(
 ) -> Recovery | None:
     """The entries that the equations of all stages fix, where no batch is there to replay."""
     misfit = max((step.misfit for step in descent.solutions.values()), default=0.0)
-    bound = certificate.SAFETY * float(start.std.max()) * max(1.0, misfit)
+    bound = SAFETY * float(start.std.max()) * max(1.0, misfit)
     low, high = problem.value_range or (0.0, 1.0)
-    if not bound <= certificate.USEFUL * (high - low):
+    if not bound <= USEFUL * (high - low):
         return None
     if problem.value_range is not None:
         inside = start.value[determined]

@@ -19,6 +19,7 @@ from torch import Tensor
 from rgap.batchloss import BatchLoss
 from rgap.bilinear import Rows
 from rgap.jacobian import Linearisation
+from rgap.limits import FITS
 from rgap.network import Chain
 from rgap.normal import Inverse, Normal
 from rgap.precision import Known, Precision
@@ -30,7 +31,6 @@ STEPS = 4  # Gauss–Newton steps at most
 BRIEF, FULL = 12, 300  # CG iterations of a step: while the recursion is accurate, and where not
 SHARES = (1.0, 0.5, 0.25)  # of a Gauss–Newton step, tried in turn
 SAMPLES = 4  # noise samples of the full solve; each averages over all pixels
-FITS = 10.0  # misfit up to which the update counts as reproduced; above, a full solve follows
 MEMBERS = 8  # of the ensemble that a settled start is measured with
 HARD = 2e-5  # predicted rms error, in widths of the value range, from which the full solve pays
 

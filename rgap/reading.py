@@ -15,6 +15,7 @@ from math import inf
 import torch
 from torch import Tensor
 
+from rgap.limits import APART, ENSEMBLE, FREE, LOGIT, NORMALISED
 from rgap.losses import Loss
 from rgap.network import Stage
 from rgap.precision import Known, Precision
@@ -22,12 +23,7 @@ from rgap.targets import CLASSES
 
 __all__ = ["Reading", "read_target"]
 
-NORMALISED = (
-    8 * torch.finfo(torch.float32).eps
-)  # rows of soft targets sum to 1 as stored in float32
-ENSEMBLE = 30.0  # times the largest member: some 100 standard errors
 LISTED = 4096  # targets that are tried one by one
-FREE = 1e-9  # σ/σ_1 of all cotangents that a target can have, from which a direction counts
 
 
 @dataclass(frozen=True)
@@ -100,8 +96,8 @@ def _tolerance(z: Known, k: Known, loss: Loss, target: Tensor, precision: Precis
     back = loss.targets_from(z.value, k.value + 1.0) - loss.targets_from(z.value, k.value)
     scale = float(back.abs().max())
     own = float(k.error.abs().max()) * scale
-    width = float(z.error.abs().max()) + float(z.value.abs().max()) * precision.unit * 16
-    return ENSEMBLE * (own + width + 16 * precision.unit * max(1.0, scale * precision.unit))
+    width = float(z.error.abs().max()) + float(z.value.abs().max()) * precision.unit * LOGIT
+    return ENSEMBLE * (own + width + LOGIT * precision.unit * max(1.0, scale * precision.unit))
 
 
 def _nearest(z: Known, k: Known, loss: Loss, precision: Precision) -> Reading:
@@ -135,7 +131,7 @@ def _compared(
     apart = float(others.min()) if len(options) > 1 else inf
     error = _error(z, Known(at, k.error / scale), loss, target, precision)
     labels = loss.read(target)[0]
-    if not apart > 2.0 * error:
+    if not apart > APART * error:
         twin = int(others.argmin())
         words = (
             f"targets {_named(loss, options[best])} and {_named(loss, options[twin])} send the "
@@ -153,7 +149,7 @@ def _error(z: Known, k: Known, loss: Loss, target: Tensor, precision: Precision)
     carried = torch.stack(bent) - k.error
     kappa, own = loss.cotangent(z.value, target), loss.rounding(z.value, target)
     size = 1.0 + float(z.value.abs().max())
-    rounded = precision.unit * (16.0 * kappa.abs() * size + own) + precision.floor
+    rounded = precision.unit * (LOGIT * kappa.abs() * size + own) + precision.floor
     return ENSEMBLE * (float(carried.abs().max()) + float(rounded.max()))
 
 
@@ -197,7 +193,7 @@ def _along(
     gap = float((many[place] - k.value[0] / factor).abs().max())
     target = options[place : place + 1]
     error = _error(z, Known(k.value / factor, k.error / factor), loss, target, precision)
-    if not apart > 2.0 * error:
+    if not apart > APART * error:
         return replace(reading, distance=inf, tolerance=0.0)
     return replace(reading, distance=gap / apart, tolerance=error / apart, open="")
 

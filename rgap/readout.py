@@ -10,8 +10,9 @@ from torch import Tensor
 from rgap.batches import batch_of, label_identity, rows_of, several, snapped
 from rgap.batchloss import BatchLoss
 from rgap.certificate import Answer
+from rgap.limits import FITS
 from rgap.network import Chain, Stage
-from rgap.polish import FITS, Polished, polish
+from rgap.polish import Polished, polish
 from rgap.precision import Known
 from rgap.problem import Problem
 from rgap.reading import Reading, read_target

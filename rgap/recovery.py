@@ -82,7 +82,8 @@ class LayerReport:
         gradient_rank: rank of the gradient constraints, or None if not reached.
         joint_rank: rank of gradient and weight constraints together.
         nullity: unknowns − joint_rank.
-        gap: how far the rank decision is from the other side (infinite: nothing was cut).
+        gap: σ_r/σ_{r+1} where a rank was counted from singular values; infinite where nothing was
+            cut, or where ``route`` determined the layer without counting one.
         condition: condition number of the error-weighted system.
         residual: relative residual of the gradient constraints at the answer.
         seconds: time spent.

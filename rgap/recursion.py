@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rgap.activations import Activation
 from rgap.halt import Halt, HaltKind
+from rgap.limits import ON, REFUTED
 from rgap.network import Chain, Stage
 from rgap.ops import Op, Reshape
 from rgap.pooling import LinearMap, Pool
@@ -319,7 +320,7 @@ def _invert_activation(
     value = x.value
     if op.one_sided:
         std = error.square().mean(0).sqrt()
-        active = value > 6.0 * std
+        active = value > ON * std
         zero = torch.zeros_like(value)
         z = Known(
             torch.where(active, value, zero),
@@ -334,9 +335,6 @@ def _invert_activation(
     product = k.value * slope
     spread = k.error * slope + k.value * bend + precision.rounding(product)
     return z, Known(product, spread)
-
-
-REFUTED = 100.0  # rms residual, in standard errors, at which equations contradict each other
 
 
 def _map(function: Callable[[Tensor], Tensor], ensemble: Tensor) -> Tensor:

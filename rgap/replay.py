@@ -15,13 +15,12 @@ from torch import Tensor
 
 from rgap.batchloss import loss_scale
 from rgap.capture import capture
+from rgap.limits import ROUNDED, SAFETY
 from rgap.problem import Problem
 
 __all__ = ["Replay", "replay", "sent_for"]
 
 LOW = torch.float32  # the arithmetic whose rounding is measured
-ROUNDED = 100.0  # times the measured rounding of a tensor that its replay may be off by
-CARRIED = 10.0  # standard errors of the answer, as its bound has
 MEMBERS = 2  # of its ensemble that are replayed
 
 
@@ -131,6 +130,6 @@ def replay(
         noise = float(problem.precision.noise_std(name, sent).square().sum()) ** 0.5
         carried = max((float((m[name] - exact[name]).norm()) for m in moved), default=0.0)
         parts[name] = gap / own if own > 0 else gap
-        may = ROUNDED * rounding + CARRIED * (noise + carried)
+        may = ROUNDED * rounding + SAFETY * (noise + carried)
         allowed[name] = may / own if own > 0 else may
     return Replay((total / size) ** 0.5 if size > 0 else total**0.5, parts, allowed)

@@ -11,6 +11,7 @@ from rgap.network import Stage
 from rgap.problem import Problem
 from rgap.recovery import LayerReport, Route
 from rgap.recursion import Descent
+from rgap.solvers.rank import Rank
 from rgap.systems.nullspace import null_directions
 from rgap.systems.ranks import weight_row_spaces
 
@@ -89,7 +90,7 @@ def _report(problem: Problem, descent: Descent | None, stage: Stage) -> LayerRep
         stats.gradient_rank,
         None if stats.joint is None else stats.joint.rank,
         None if stats.joint is None else stats.joint.nullity,
-        inf if stats.joint is None else stats.joint.gap,
+        stats.joint.gap if isinstance(stats.joint, Rank) else inf,
         stats.condition,
         stats.residual,
         step.seconds,

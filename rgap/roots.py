@@ -12,6 +12,7 @@ from math import log10
 import torch
 from torch import Tensor
 
+from rgap.limits import ROOT, ROUNDED, SAFETY, SIGN
 from rgap.losses import Loss
 from rgap.network import Stage
 from rgap.precision import Precision
@@ -34,11 +35,11 @@ def reproduced(
 ) -> bool:
     """True if α k(α) is v in every row, within what rounding and noise explain."""
     k = loss.cotangent(stage.affine.forward((alpha * u)[None]), target)[0]
-    slack = 100 * abs(alpha) * cotangent_rounding(stage, alpha * u, target, loss, precision)
-    slack = slack + 100 * precision.floor * u.numel() ** 0.5
+    slack = ROUNDED * abs(alpha) * cotangent_rounding(stage, alpha * u, target, loss, precision)
+    slack = slack + ROUNDED * precision.floor * u.numel() ** 0.5
     # u turns with the noise too, and α k(α u) with u: bounded by the norm of all of the noise.
-    slack = slack + 10 * added_noise(stage, precision).norm()
-    relative = torch.maximum(100 * precision.unit * v.abs(), 1e-9 * v.norm())
+    slack = slack + SAFETY * added_noise(stage, precision).norm()
+    relative = torch.maximum(ROUNDED * precision.unit * v.abs(), ROOT * v.norm())
     return bool(((alpha * k - v).abs() <= torch.maximum(slack, relative)).all())
 
 
@@ -67,7 +68,7 @@ def roots(
 ) -> list[tuple[float, Tensor]]:
     """Scales α and dense targets with α k_j(α) = v_j in one entry j of v."""
     found: list[tuple[float, Tensor]] = []
-    slack = 6 * (added_noise(stage, precision).square() @ u.square()).sqrt()  # of v = G u
+    slack = SIGN * (added_noise(stage, precision).square() @ u.square()).sqrt()  # of v = G u
     for sign in (1.0, -1.0):
         for target in _targets(loss, sign * v, slack):
             equation = scale_equation(stage, u, v, loss, target)

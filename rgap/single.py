@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
-
 from rgap import certificate, outcomes
 from rgap.bias import rank_one_residual
 from rgap.certificate import Answer
 from rgap.halt import Halt
 from rgap.head import features_from_bias
+from rgap.limits import REFUTED
 from rgap.parts import in_parts
 from rgap.polish import polish
 from rgap.precision import Known
@@ -111,7 +110,7 @@ def _certified(
     )
     answer = Answer(descent, polished, Reading(k.value, k.value.new_empty(0), 0.0, 0.0))
     name = own.chain.stages[-1].name
-    if polished.misfit > certificate.REFUTED:
+    if polished.misfit > REFUTED:
         worst = max(polished.misfits, key=polished.misfits.__getitem__)
         return outcomes.stopped(
             own,
@@ -144,18 +143,18 @@ def _certified(
     if status is not Status.EXACT:
         return outcomes.stopped(own, status, why, descent)
     show.stage("trying targets")
-    trial = _trial(problem, prefix, inputs)
+    trial = _trial(problem, prefix, answer.polished.data)
     return _recovery(problem, own, answer, trial, above)
 
 
-def _trial(problem: Problem, prefix: Prefix, inputs: torch.Tensor) -> Trial:
+def _trial(problem: Problem, prefix: Prefix, known: Known) -> Trial:
     if prefix.argument:
         return Trial(
             None, None, f"the model takes other inputs besides '{prefix.argument}', not known here"
         )
     bias = prefix.chain.stages[-1].affine.bias_name
     assert bias is not None
-    return try_targets(problem, inputs, bias)
+    return try_targets(problem, known, bias)
 
 
 def _recovery(problem: Problem, own: Problem, answer: Answer, trial: Trial, above: str) -> Recovery:

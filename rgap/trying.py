@@ -8,25 +8,22 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rgap import outcomes
-from rgap.capture import capture
-from rgap.losses import Loss
+from rgap.limits import ROUNDED, SAFETY, USEFUL, VANISHING
+from rgap.precision import Known
 from rgap.problem import Problem
+from rgap.replay import replay
 from rgap.targets import CLASSES
 
 __all__ = ["Trial", "try_targets"]
 
 MOST = 1000  # labels that are tried
 REPLAYED = 2  # of these the whole update is computed for: the nearest, and what refutes the next
-ROUNDED = 100.0  # times the rounding of the client's arithmetic that a replay may be off by
-REFUTED = 100.0  # times as much the next label has to miss by
-SPAN = 1e-8  # σ_C/σ_1 below which a cotangent at the outputs does not follow from a gradient
 
 
 @dataclass(frozen=True)
@@ -44,12 +41,15 @@ class Trial:
     reason: str
 
 
-def try_targets(problem: Problem, inputs: Tensor, parameter: str) -> Trial:
+def try_targets(problem: Problem, known: Known, parameter: str) -> Trial:
     """The one target of a single known input that reproduces the whole update.
+
+    A target is reproduced if every tensor of its replay is within what rounding, noise and the
+    errors of the input explain, and refuted if one is not: see :func:`rgap.replay.replay`.
 
     Args:
         problem: the update and its model.
-        inputs: [1, *input_shape], float64.
+        known: the input [1, *input_shape], float64, with its errors.
         parameter: name of a small one whose gradient ranks the labels: a bias.
     """
     loss = problem.declared
@@ -70,28 +70,29 @@ def try_targets(problem: Problem, inputs: Tensor, parameter: str) -> Trial:
                 "what it drew or mixed is not part of the update, so no replay gives it again",
             )
     try:
-        options = _options(problem, inputs, parameter)
+        options = _options(problem, known.value, parameter)
         if isinstance(options, str):
             return Trial(None, None, options)
         tries = [
-            (outcomes.replayed(problem, inputs, target)[0], place)
-            for place, target in enumerate(options[:REPLAYED])
+            (replay(problem, known.value, target, 1.0, known.error), target)
+            for target in options[:REPLAYED]
         ]
-        residual, place = min(tries)
-        floor = _rounding(problem, inputs, options[place])
     except (ValueError, TypeError, RuntimeError, IndexError) as error:
         return Trial(None, None, f"no replay was possible ({str(error).splitlines()[0]})")
-    if residual > ROUNDED * floor:
+    again, labels = min(tries, key=lambda tried: tried[0].residual)
+    fitting = [target for tried, target in tries if tried.fits]
+    if not fitting:
+        name = again.worst
         return Trial(
             None,
-            residual,
-            f"no target of {loss.name} reproduces the update: the nearest one misses by "
-            f"{residual:.1e}, where rounding and noise explain {floor:.1e}",
+            again.residual,
+            f"no target of {loss.name} reproduces the update: the nearest one misses '{name}' by "
+            f"{again.parts[name]:.1e} of it, where rounding, noise and the errors of the input "
+            f"explain {again.allowed[name]:.1e}",
         )
-    rivals = [other for other, at in tries if at != place]
-    if rivals and min(rivals) <= REFUTED * max(residual, floor):
-        return Trial(None, residual, "several targets reproduce the update")
-    return Trial(options[place], residual, "")
+    if len(fitting) > 1:
+        return Trial(None, again.residual, "several targets reproduce the update")
+    return Trial(labels if again.fits else fitting[0], again.residual, "")
 
 
 def _draws(module: Any) -> bool:
@@ -117,7 +118,7 @@ def _options(problem: Problem, inputs: Tensor, parameter: str) -> Sequence[Tenso
         sent = problem.gradients[parameter]
         several = not loss.own and loss.name not in CLASSES and count > 1
         if loss.targets != "index" or several:
-            found = _continuous(loss, outputs, weight, sent)
+            found = _continuous(problem, outputs, weight, parameter)
             return found if isinstance(found, str) else [loss.read(found)[0].cpu()]
         labels = loss.admissible(count) if not loss.own else list(range(count))
         if labels is None or len(labels) > MOST:
@@ -135,31 +136,29 @@ def _options(problem: Problem, inputs: Tensor, parameter: str) -> Sequence[Tenso
     return [targets[place].cpu() for place in order]
 
 
-def _continuous(loss: Loss, outputs: Tensor, weight: Tensor, sent: Tensor) -> Tensor | str:
+def _continuous(problem: Problem, outputs: Tensor, weight: Tensor, parameter: str) -> Tensor | str:
     """The dense target whose cotangent at the outputs explains one parameter's gradient."""
+    loss, precision, sent = problem.declared, problem.precision, problem.gradients[parameter]
     rows = [
         torch.autograd.grad(output, weight, retain_graph=True)[0].flatten()
         for output in outputs.flatten()
     ]
     matrix = torch.stack(rows, 1)
     values = torch.linalg.svdvals(matrix)
-    if len(values) < matrix.shape[1] or float(values[-1]) < SPAN * float(values[0]):
+    if len(values) < matrix.shape[1] or float(values[-1]) < VANISHING * float(values[0]):
         return "the cotangent at the outputs does not follow from the gradient: a target is open"
     kappa = torch.linalg.lstsq(matrix, sent.to(matrix).flatten()[:, None]).solution
-    return loss.targets_from(outputs.detach(), kappa.reshape(outputs.shape))
-
-
-def _rounding(problem: Problem, inputs: Tensor, target: Tensor) -> float:
-    """Relative size of what the client's arithmetic and the stated noise do to the update."""
-    update = problem.update
-    sent = capture(
-        problem.model, inputs, target, problem.declared, dtype=update.dtype, value_range=None
-    )
-    rounded = replace(problem, gradients={n: g.double() for n, g in sent.gradients.items()})
-    own = outcomes.replayed(rounded, inputs, target)[0]
-    scale = sum(float(g.square().sum()) for g in problem.gradients.values()) ** 0.5
-    added = sum(
-        float(problem.precision.noise_std(n, g).square().sum())
-        for n, g in problem.gradients.items()
-    )
-    return max(own, problem.precision.unit) + float(added**0.5) / max(float(scale), 1e-300)
+    target = loss.targets_from(outputs.detach(), kappa.reshape(outputs.shape))
+    # A replay does not see what lies along the weakest direction: its error has to be small.
+    rounded = ROUNDED * (sent.abs() * precision.unit + precision.floor)
+    off = torch.hypot(rounded, SAFETY * precision.noise_std(parameter, sent)).flatten().to(matrix)
+    moved = (torch.linalg.pinv(matrix).square() @ off.square()).sqrt().reshape(outputs.shape)
+    z = outputs.detach()
+    shift = loss.targets_from(z, moved) - loss.targets_from(z, torch.zeros_like(moved))
+    tolerance = float(shift.abs().max())
+    if tolerance > USEFUL * max(1.0, float(target.abs().max())):
+        return (
+            f"a target is known to {tolerance:.1e} only: the cotangent at the outputs follows "
+            f"from the gradient of '{parameter}' no better"
+        )
+    return target

@@ -1,9 +1,14 @@
-"""Numerical rank: the one place where a tolerance decides what counts as zero."""
+"""Numerical rank: the one place where a tolerance decides what counts as zero.
+
+A :class:`Rank` is counted: from singular values, or exactly.  Where nothing was counted and the
+equations are known to leave nothing open by other means, there is an :class:`Evidence`.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import inf
+from enum import Enum
+from math import erf, inf
 
 import torch
 from torch import Tensor
@@ -86,6 +91,61 @@ class Rank:
     def clear(self) -> bool:
         """True when the singular values on both sides of the cutoff are well separated."""
         return self.gap >= SMALL_GAP
+
+
+class EvidenceKind(Enum):
+    """Why equations are taken to leave nothing open where no rank was counted."""
+
+    AGREEMENT = "iterations from two random starts end at one answer"
+    ERROR = "the direction that the equations fix least is known well enough"
+    ENTRIES = "the entries that are given, of an input with open ones, are known well enough"
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """That equations leave nothing open, from errors instead of singular values.
+
+    An iteration that is started at x₀ leaves the part of x₀ in the null space as it is, so two
+    answers differ there as much as their starts do (AGREEMENT).  Equations weighed by their errors
+    know the direction of their smallest singular value to the standard error 1/σ (ERROR).  Neither
+    is a ratio of singular values on both sides of a cutoff: there is no gap.
+
+    Attributes:
+        kind: see :class:`EvidenceKind`.
+        value: ‖difference of the answers‖/‖difference of the starts‖, or a standard error in units
+            of the data.
+        threshold: value up to which it speaks for the equations; how far below it has to be for a
+            certificate is the certificate's business.
+        unknowns: that it speaks of.
+
+    >>> seen = Evidence(EvidenceKind.AGREEMENT, 1e-9, 1e-3, 10_000)
+    >>> seen.nullity, f"{seen.chance:.1e}"
+    (0, '8.0e-08')
+    """
+
+    kind: EvidenceKind
+    value: float
+    threshold: float
+    unknowns: int
+
+    @property
+    def rank(self) -> int:
+        """The unknowns: none of them was found open."""
+        return self.unknowns
+
+    @property
+    def nullity(self) -> int:
+        """0: no direction was found open."""
+        return self.unknowns - self.rank
+
+    @property
+    def chance(self) -> float:
+        """Chance that two random starts agree by chance as well as they do, one direction open.
+
+        The share that one of n directions has in a random difference is |g|/√n with g normal, so
+        ``P(|g| ≤ value·√n) = erf(value·√(n/2))``.
+        """
+        return erf(self.value * (self.unknowns / 2) ** 0.5)
 
 
 def numerical_rank(singular: Tensor, size: int, rcond: float) -> Rank:

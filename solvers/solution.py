@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Generic, TypeVar
 
-from .rank import Rank
+from .rank import Evidence, Rank
 
 T = TypeVar("T")
 
@@ -37,8 +37,8 @@ class Stats:
         route: how it was solved, for example "gradient", "cholesky", "lsmr".
         unknowns: number of unknowns.
         gradient_rank: rank of the gradient block alone (None if it was not needed).
-        joint: rank of all equations together; None where a matrix-free solve found directions
-            open without counting them.
+        joint: rank of all equations together, or what says that they leave nothing open where
+            none was counted; None where a matrix-free solve found directions open.
         condition: condition number of the error-weighted system that was solved.
         residual: relative residual of the gradient block.
         iterations: refinement or LSMR iterations.
@@ -47,7 +47,7 @@ class Stats:
     route: str
     unknowns: int
     gradient_rank: int | None
-    joint: Rank | None
+    joint: Rank | Evidence | None
     condition: float
     residual: float
     iterations: int = 0

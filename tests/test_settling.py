@@ -9,8 +9,9 @@ from torch import Tensor
 
 from rgap.batchloss import BatchLoss
 from rgap.jacobian import Linearisation
+from rgap.limits import FITS
 from rgap.losses import Loss
-from rgap.polish import FITS, polish
+from rgap.polish import polish
 from rgap.precision import Known
 from rgap.separation import peeling
 from rgap.separation.at_head import AtHead

@@ -18,14 +18,15 @@ from torch import Tensor
 
 from rgap.bias import rank_one_residual
 from rgap.head import features_from_bias
+from rgap.limits import OUTSIDE
 from rgap.network import Chain
 from rgap.piecewise import Activation, Identity
 from rgap.separation.at_head import AtHead
 from rgap.separation.batch import Batch
 from rgap.separation.between import Between, steps_between
 from rgap.separation.consistency import Consistency, restricted
-from rgap.separation.identify import FITS, identify, top
 from rgap.separation.identify import Identity as Target
+from rgap.separation.identify import identify, top
 from rgap.separation.mixture import Mixture
 from rgap.separation.peeling import LIKELY, SOLVED, collect, fresh_starts, rounding_cost
 from rgap.separation.route import unfit_pair
@@ -271,4 +272,4 @@ def _any_weight(target: Target, lenient: bool) -> bool:
     """A root is a sample whatever it weighs: the weights are what is looked for."""
     if target.label is None:
         return target.accepted
-    return target.outside <= FITS and target.outside < target.next and target.share > 0.0
+    return target.outside <= OUTSIDE and target.outside < target.next and target.share > 0.0

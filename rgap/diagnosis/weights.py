@@ -25,10 +25,11 @@ from torch import Tensor, nn
 
 from rgap.bias import bias_attack, rank_one_residual
 from rgap.head import features_from_bias
+from rgap.limits import REFUTED
 from rgap.network import Chain, Stage
 from rgap.ops import Op, Reshape
 from rgap.piecewise import Activation
-from rgap.recursion import REFUTED, descend
+from rgap.recursion import descend
 from rgap.targets import SQUARED
 
 from . import mode

@@ -7,6 +7,7 @@ import time
 from torch import Tensor
 
 from rgap.batchloss import BatchLoss
+from rgap.limits import REFUTED, SEPARABLE
 from rgap.precision import Known
 
 from .alike import hidden_distance, remark, widened
@@ -21,8 +22,6 @@ from .targets import batch_loss, confirmed, read_from_head, resolved
 
 TOGETHER = 100  # samples up to which a batch that only fits as a whole is polished
 DENSE = 2**23  # entries of J up to which such a batch is polished by QR
-MISFIT = 100.0  # standard errors by which a batch solved as a whole may miss
-OPEN = 0.3  # standard error of a direction, of the samples' norm, from which it counts as open
 
 
 def finish(
@@ -95,7 +94,7 @@ def finish_together(
         batch.chain, samples, batch.gradients, found.roots, head, across, batch.precision,
         largest=TOGETHER, dense=DENSE,
     )  # fmt: skip
-    if joint is not None and joint.misfit > MISFIT:
+    if joint is not None and joint.misfit > REFUTED:
         return Unseparated(
             f"all {samples.rank} samples at '{stage.name}' together miss its gradient by "
             f"{joint.misfit:.1e} standard errors (σ_B/σ_1 {samples.ratio:.1e})"
@@ -107,7 +106,7 @@ def finish_together(
         )
     excess = max(1.0, joint.misfit)  # of our own arithmetic, which the ensemble knows nothing of
     worst = excess * joint.worst / float(joint.roots.norm(dim=1).mean())
-    if not worst < OPEN:
+    if not worst < SEPARABLE:
         return Unseparated(
             f"the worst direction of the {samples.rank} samples at '{stage.name}' is known to "
             f"{worst:.1e} of their norm only (σ_B/σ_1 {samples.ratio:.1e})"

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from rgap.batchloss import BatchLoss
+from rgap.limits import SEPARABLE
 from rgap.losses import Loss
 from rgap.precision import Known, Precision
 
 from .batch import Batch, Separated, Unseparated
 from .between import Between, steps_between
 from .consistency import Consistency, restricted
-from .finish import OPEN
 from .identify import Identity, free, pullback
 from .lines import lines
 from .mixture import Mixture
@@ -142,7 +142,7 @@ def _finished(
             f"standard errors long (σ_B/σ_1 {lower.ratio:.1e})"
         )
     worst = result.worst / float(result.roots.norm(dim=1).mean())
-    if not worst < OPEN:
+    if not worst < SEPARABLE:
         return Unseparated(
             f"the worst direction of a sample at '{stage.name}' is known to {worst:.1e} of its "
             f"norm only (σ_B/σ_1 {lower.ratio:.1e})"

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from rgap.limits import BETTER, OUTSIDE, RIVAL
 from rgap.losses import Loss
 from rgap.network import Chain
 from rgap.targets import CROSS_ENTROPY
@@ -21,9 +22,6 @@ from .mixture import Mixture
 
 LISTED = 32  # classes up to which each is tried; above, the head's own gradient shortlists
 SHORT = 6  # classes that each root puts on that list
-FITS = 0.05  # share of k outside the range of G that an admitted target may have
-SIMILAR = 4.0  # times the weight of a root's cotangent that a rival's may have, or its inverse
-BETTER = 3.0  # times as much the next target must miss by
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ class Identity:
     @property
     def accepted(self) -> bool:
         """True if this target fits and no other does."""
-        return self.outside <= FITS and self.next > BETTER * self.outside and self.share != 0.0
+        return self.outside <= OUTSIDE and self.next > BETTER * self.outside and self.share != 0.0
 
 
 def identify(
@@ -111,7 +109,7 @@ def choose(samples: Mixture, q: Tensor, k: Tensor, kappa: Tensor, best: int) -> 
 
 def similar(shares: Tensor, share: Tensor) -> Tensor:
     """Which targets give a root's cotangent a weight like that of the chosen one, [options]."""
-    return (shares / share > 1.0 / SIMILAR) & (shares / share < SIMILAR)
+    return (shares / share > 1.0 / RIVAL) & (shares / share < RIVAL)
 
 
 def continuous(chain: Chain, samples: Mixture, roots: Tensor, loss: Loss) -> list[Identity]:

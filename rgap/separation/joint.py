@@ -19,6 +19,7 @@ from torch import Tensor
 from rgap.batchloss import BatchLoss
 from rgap.bilinear import Rows, pooled
 from rgap.jacobian import Linearisation
+from rgap.limits import LOST
 from rgap.network import Chain
 from rgap.precision import Precision
 from rgap.solvers.positive import backsolve, cholesky_in_place, extremes
@@ -169,7 +170,7 @@ class _Dense:
         """Standard error of the direction that is fixed least."""
         values = torch.linalg.svdvals(self.upper)
         smallest, largest = float(values[-1]), float(values[0])
-        return 1.0 / smallest if smallest > 1e-15 * largest else float("inf")
+        return 1.0 / smallest if smallest > LOST * largest else float("inf")
 
 
 def _solver(point: Linearisation, weights: Rows, dense: int) -> _Dense | _Formed | None:

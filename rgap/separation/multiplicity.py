@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from rgap.batchloss import loss_scale
+from rgap.limits import WHOLE
 from rgap.losses import Loss
 
-WHOLE = 0.25  # distance from a whole number at which a count is refused
 EVEN = 1.5  # ratio of two weights below which they are taken for equal
 NEAR = 0.02  # the same where no batch size is stated: any ratios are near some fractions
 MOST = 1024  # copies of one picture that are looked for where no batch size is stated

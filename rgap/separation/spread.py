@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rgap.batchloss import BatchLoss
+from rgap.limits import CLOSE, SETTLED, STILL
 from rgap.network import Chain
 from rgap.precision import Known, Precision
 from rgap.solvers.least_squares import levenberg_marquardt
@@ -25,9 +26,6 @@ from .identify import pullback
 from .mixture import Mixture
 
 EPS = 2 * torch.finfo(torch.float64).eps  # norm of what a decomposition in float64 rounds
-SETTLED = 30.0  # standard errors up to which a last Gauss–Newton step is as good as its limit
-STILL = 1e-9  # the same as a share of the root
-CLOSE = 1e-3  # distance of two roots that are one, as a share of their norm
 SETTLING = 4  # times that a root is sent back to the solver
 
 

@@ -9,20 +9,14 @@ import torch
 from torch import Tensor
 
 from rgap.batchloss import BatchLoss, loss_scale
+from rgap.limits import LAW, LEAST, OUTSIDE, ROUGH, SIMILAR, SURE, SURELY, WHOLE
 from rgap.solvers.tall import tall_qr
 
 from .batch import Batch, Unseparated
-from .identify import FITS, Identity
+from .identify import Identity
 from .mixture import Mixture
-from .multiplicity import WHOLE, batch_of, multiplicity, split_counts, whole
+from .multiplicity import batch_of, multiplicity, split_counts, whole
 from .peeling import Collected
-
-SURE = 1e-4  # share of k outside the range of G at which a root is a sample beyond doubt
-CLEAR = 100.0  # times as much the next class of such a root must miss by
-LEAST = 0.25  # copies a batch contradicts: a saturated softmax fits too, with hardly any weight
-LAW = 100.0  # ε of the client: σ_B/σ_1 below which weights are rounding and contradict nothing
-SIMILAR = 0.5  # share of its weight by which a sample may seem off while others are to be found
-ROUGH = 20.0  # times its weight by which a sample may seem off before all are polished together
 
 
 def single(batch: Batch, rank: int) -> bool:
@@ -40,7 +34,7 @@ def admissible(batch: Batch, rank: int, identity: Identity, rough: bool = False)
         return identity.accepted
     m = _copies(batch, identity, batch.size or 1)
     if single(batch, rank):
-        best = identity.outside <= FITS and identity.outside < identity.next
+        best = identity.outside <= OUTSIDE and identity.outside < identity.next
         most = ROUGH if rough else 1.0 + SIMILAR
         return best and 1.0 / most < m < most
     if not identity.accepted:
@@ -192,7 +186,7 @@ def resolved(batch: Batch, samples: Mixture) -> bool:
 
 def _clear(identity: Identity) -> bool:
     """True if the next class misses by so much more that the root is at a sample."""
-    return identity.next > max(CLEAR * identity.outside, SURE)
+    return identity.next > max(SURELY * identity.outside, SURE)
 
 
 def contradicted(batch: Batch, samples: Mixture, found: Collected) -> Unseparated | None:

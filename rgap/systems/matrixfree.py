@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from rgap.affine import Affine
+from rgap.limits import AGREE
 from rgap.precision import Known, Precision
 from rgap.solvers.linear import Iterate, solve_lsmr
 
 MEMBERS = 4  # members of the ensemble that are solved for; the others repeat them
 LIMIT = 4000  # LSMR iterations of one run
-AGREE = 1e-3  # two starts agree where they differ by less than this share of their distance
 
 
 def memory(affine: Affine, batch: int) -> float:
@@ -100,9 +100,10 @@ def solve_matrix_free(
     scaled = torch.where(affine.reads, guess / system.scale, 0.0)
     starts = [scaled + _draw(guess, generator) * size for _ in range(2)]
     runs = [_run(system, rows, start.flatten(), LIMIT) for start in starts]
-    answers = [run.x.reshape(guess.shape) * system.scale for run in runs]
-    apart = float(((starts[0] - starts[1]) * system.scale).norm())
-    disagreement = float((answers[0] - answers[1]).norm()) / max(apart, 1e-300)
+    # Of the scaled unknowns, in which the difference of the starts has no preferred direction.
+    apart = float(((starts[0] - starts[1]) * affine.reads).norm())
+    gap = (runs[0].x - runs[1].x).reshape(guess.shape) * affine.reads
+    disagreement = float(gap.norm()) / max(apart, 1e-300)
     count, condition = sum(run.iterations for run in runs), runs[0].condition
     if not disagreement < AGREE:
         return Outcome(None, count, condition, disagreement, (0.0, 0.0))

@@ -14,12 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rgap.limits import EIGENVALUE, ROW
 from rgap.precision import UNKNOWN, Known
 from rgap.solvers.kronecker import Factor
 
 MOST = 3072  # unknowns up to which the weighted equations are decomposed (28 s on one core)
-ROW = 1e-6  # norm of a row of the open space's basis up to which its entry is determined
-CLEAR = 100.0  # times the cutoff that the directions kept stand above it
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ def kept(whole: Factor, matrix: Tensor, error: float) -> Kept | None:
     values, vectors = torch.linalg.eigh(matrix)
     # AᵀA holds eigenvalues only down to the rounding of its largest one.
     rounding = len(values) * torch.finfo(values.dtype).eps * float(values.max())
-    fixed = values > max(error**-2, CLEAR * rounding)
+    fixed = values > max(error**-2, EIGENVALUE * rounding)
     if not bool(fixed.any()):
         return None
     rows = vectors[:, ~fixed].norm(dim=1)

@@ -15,23 +15,20 @@ import torch
 from torch import Tensor
 
 from rgap.affine import Affine
+from rgap.limits import AGREE, DETERMINED, FITS, HOPELESS, TRUSTED
 from rgap.precision import UNKNOWN, Known, Precision
 from rgap.solvers.kronecker import Factor, factor
-from rgap.solvers.rank import Rank
+from rgap.solvers.rank import Evidence, EvidenceKind, Rank
 from rgap.solvers.solution import Result, Solution, Stats
 
 from . import WeightConstraint, gradient_constraint, gradient_rows, weight_constraint
-from .matrixfree import AGREE, memory, solve_matrix_free
+from .matrixfree import memory, solve_matrix_free
 from .partial import MOST, Kept, kept, marked
 from .ranks import stage_joint_rank, weight_row_spaces
 
 log = logging.getLogger(__name__)
 
 BUDGET = 4e9  # bytes; 11,000 unknowns
-TRUSTED = 1e6  # condition up to which a Cholesky factor proves full rank
-HOPELESS = 1e10  # condition beyond which the factor no longer serves as a preconditioner
-PARTIAL = 10.0  # rms residual, in standard errors, up to which parts of an input are given
-DETERMINED = 0.1  # a direction with a larger standard error, in units of the input, is open
 
 
 @dataclass(frozen=True)
@@ -112,14 +109,13 @@ def _without_matrix(
         found = replace(found, value=_unread(affine, found.value, precision))
     unknowns = len(z.value) * int(affine.reads.sum())
     solved = found.value is not None
-    agreement = 1.0 / max(found.disagreement, 1e-300)
-    rank = Rank(unknowns if solved else 0, unknowns, AGREE, agreement, 1.0, 1.0, unknowns)
+    seen = Evidence(EvidenceKind.AGREEMENT, found.disagreement, AGREE, unknowns)
     residual = inf
     if found.value is not None:
         gap = affine.weight_gradient(found.value.value, k.value) - gradient
         residual = float(gap.norm() / gradient.norm().clamp_min(1e-300))
     stats = Stats(
-        "lsmr", unknowns, None, rank if solved else None, found.condition, residual,
+        "lsmr", unknowns, None, seen if solved else None, found.condition, residual,
         found.iterations,
     )  # fmt: skip
     result = Result.SOLVED if solved else Result.DEFICIENT
@@ -173,17 +169,10 @@ class _Stage:
             if again is not None:
                 made = again
                 known, iterations = self.compute(made)
-        full = Rank(
-            self.unknowns,
-            self.unknowns,
-            1.0 / DETERMINED,
-            made.smallest * DETERMINED,
-            made.largest,
-            made.smallest,
-            self.unknowns,
-        )
+        least = 1.0 / max(made.smallest, 1e-300)
+        seen = Evidence(EvidenceKind.ERROR, least, DETERMINED, self.unknowns)
         residual = self.residual(known.value)
-        stats = Stats(route, self.unknowns, own.rank, full, made.condition, residual, iterations)
+        stats = Stats(route, self.unknowns, own.rank, seen, made.condition, residual, iterations)
         return Solution(known, Result.SOLVED, stats), made
 
     def determined(self, made: Factor) -> bool:
@@ -230,7 +219,7 @@ class _Stage:
             return None, (0.0, 0.0)
         known, _ = self.compute(made)
         misfits = self.misfits(known.value)
-        if max(misfits) > PARTIAL:
+        if max(misfits) > FITS:
             return None, (0.0, 0.0)
         shape = (1, self.affine.in_shape[0], -1)
         inside = self.coupling.fold(made.determined().double().reshape(shape)) > 0.5

@@ -1,0 +1,170 @@
+"""Every number that decides what may be called exact, with what it is derived from.
+
+Errors travel as an ensemble of S = 24 draws, so a standard error is itself known to ``1/√(2S)``,
+some 14%.  Two things make an honest error longer than independent draws predict, and
+both are bounded by counting terms: rounding that adds up with one sign over n terms is √n times
+as long as with random signs, and the largest of N entries lies at ``√(2 ln N)`` standard errors.
+A limit is wide enough for both, and far below what a wrong answer misses by: another label, root,
+sign or model changes gradient entries by a share of themselves, ``1/u`` units of rounding u.
+
+"Chance" below is that of a right answer to be refused, or of a wrong one to pass, per decision, if
+errors are normal.  Limits of effort (iterations, members, memory, sizes) stay where they are used:
+they decide how an answer is looked for, never whether it stands.
+"""
+
+from __future__ import annotations
+
+import torch
+
+# --- Residuals, in standard errors -----------------------------------------------------------
+
+# Weighted rms residual of one parameter above which equations, a label, a root or a sign are
+# refuted.  The rms of N normal residuals is 1 ± 1/√(2N); even N = 1 is above 100 with chance
+# e^-5000, so only coherent rounding gets there: over more than 100² = 10,000 terms of one sign.
+REFUTED = 100.0
+
+# The same up to which the update counts as reproduced.  N = 1 exceeds it with chance 2e-23;
+# rounding of one sign over 100 terms is allowed for.  Between the two an answer is neither.
+FITS = 10.0
+
+# Standard errors in an error bound, and by which a replay may differ.  The largest of N = 10^6
+# normal entries exceeds 10 of them, even if these are a third too small (more than twice the
+# ensemble's own 14%), with chance N·P(|g| > 6.7) = 3e-5.
+SAFETY = 10.0
+
+# Standard errors above 0 from which a unit of a ReLU is on.  A unit that is off seems on with
+# chance 1e-9 (one side), any of 10^5 with 1e-4; what follows from it is tested by REFUTED.
+ON = 6.0
+
+# Standard errors of noise by which an entry of a head's gradient may have the wrong sign before
+# the targets that it contradicts are left out: chance 1e-9 an entry, as for ON.
+SIGN = 6.0
+
+# Of a sum of squared noise Σe² about Σσ²: in units of √Σσ⁴, of which a standard deviation is √2.
+# 10/√2 = 7 of them.  Few entries have the heaviest tail: a single one is beyond with chance 9e-4,
+# 100 alike with 1e-8.
+SCATTER = 10.0
+
+# --- Targets ---------------------------------------------------------------------------------
+
+# Times the largest entry of an ensemble that a target may be off by.  The largest of S·C draws
+# with S = 24 and C = 2 to 100 is at 2.5 to 3.7 standard errors (mean of the largest), so 75 to 110
+# of them: REFUTED, for one entry.
+ENSEMBLE = 30.0
+
+# Tolerance of a target, in units of what tells two targets apart (1 for classes), above which it
+# is open.  Half way to the next label, 0.5, is then 0.5·30/8 = 1.9 times the largest draw, 4.7 to
+# 6.9 standard errors: chance of reading the wrong one at most 3e-6.
+UNTOLD = 8.0
+
+# Distance from the nearest target, in the same units: at 0.5 the next is as near.  Half of that,
+# so that the right one is at least three times as near as any other.
+NEAREST = 0.25
+
+# Two cotangents are told apart if their distance is above this many tolerances: both have one.
+APART = 2.0
+
+# Rounding units of a logit, relative to the largest of them, of sums of up to 16² = 256 terms
+# with random signs, and of a softmax that is fed with it: no ensemble draws the head's forward.
+LOGIT = 16.0
+
+# Rounding units of a softmax beside p ≤ 1: exponential, sum, quotient, difference.
+PROBABILITY = 4.0
+
+# Rows of soft targets that a client stored in float32 sum to 1 up to 8 rounding units.
+NORMALISED = 8 * torch.finfo(torch.float32).eps
+
+# --- Rounding --------------------------------------------------------------------------------
+
+# Times the rounding of a tensor, measured by one draw or counted as one unit an entry, that what
+# is made of an answer may differ from what was sent: the coherent sum of 10,000 terms.
+ROUNDED = 100.0
+
+# Share of ‖G u‖ by which α k(α) may miss where rounding says less: α is a root of one entry, found
+# to 1e-15 of itself, and where the loss is flat k is known to the square root of that only.
+ROOT = 1e-9
+
+# Rounding units of float64 that can gather in one entry behind a decomposition: SAFETY times the
+# three passes (projection, factor, substitution) that each add one.
+PASSES = 3.0
+
+# --- Directions ------------------------------------------------------------------------------
+
+# Standard error of a direction, in units of the data, above which it is open.  A certificate
+# needs CLEAR times less, so that SAFETY·DETERMINED/CLEAR = USEFUL: the worst direction alone
+# cannot use up the error bound.
+DETERMINED = 0.1
+CLEAR = 10.0
+
+# Error bound, in widths of the value range, above which an answer certifies nothing.
+USEFUL = 0.1
+
+# Standard error of a direction, in units of a sample's norm, from which a separation is given up.
+# A threshold of effort with a margin: the certificate asks DETERMINED/CLEAR, 30 times less.
+SEPARABLE = 0.3
+
+# Difference of two least-squares runs, of that of their starts, up to which a matrix-free solve is
+# gone on with: runs end at 1e-13 of how far they started, times a condition of up to 10^10.
+AGREE = 1e-3
+
+# Chance that two random starts would end this near although one direction is open, up to which
+# their agreement is a certificate.  See :class:`rgap.solvers.rank.Evidence`.
+UNSEEN = 1e-3
+
+# Condition up to which a Cholesky factor proves full rank: it exists for singular matrices once
+# rounding, n·eps of σ₁² with n = 4000, lifts the zero to σ/σ₁ = 1e-6.
+TRUSTED = 1e6
+# Condition beyond which rounding of the normal matrix leaves its factor nothing of the smallest
+# directions: refinement gains 1/(κ² n·eps) a step on the equations themselves.
+HOPELESS = 1e10
+
+# σ/σ₁ of a matrix of slopes, computed in float64 with up to 1000 rows, below which a direction is
+# taken away: 1000·eps = 2e-13, and 500 times that for the slopes' own rounding.
+VANISHING = 1e-10
+# The same for cotangents of targets that differ by rounding of their sums, m = 4096 of them.
+FREE = 1e-9
+
+# Norm of an entry's row of the open directions' basis up to which it is determined: rows are 0 up
+# to n·eps/(relative gap of the eigenvalues, 1e-6 at least); what is left is part of its error.
+ROW = 1e-6
+# Times the rounding of the largest eigenvalue from which an eigenvalue is told from 0.
+EIGENVALUE = 100.0
+
+# Share of ‖∂b‖² that must be signal for x = Gᵀ∂b/‖∂b‖² to say anything: below a half the
+# correction for the noise is larger than what it corrects.
+DROWNED = 0.5
+
+# --- Samples of a batch ----------------------------------------------------------------------
+
+# Share of a cotangent outside the range of the gradient that an admitted target may have: random
+# ones have √(1 − R/m), rounding σ₁u/σ_R; a rival must miss by BETTER times as much.  Candidates
+# only: every one of them is polished, and refuted by REFUTED, before it is reported.
+OUTSIDE = 0.05
+BETTER = 3.0
+# Times the weight of a root's cotangent, or its inverse, that a rival's may have: weights are 1/m
+# with whole m, and those of other samples of the batch are 0.
+RIVAL = 4.0
+
+# Share outside the range at which a root is a sample beyond doubt, and the factor by which the
+# next class must miss: only such roots may contradict a stated batch size.
+SURE = 1e-4
+SURELY = 100.0
+# Copies of such a root that contradict: a saturated softmax fits too, with hardly any weight.
+LEAST = 0.25
+# ε of the client, relative to σ₁, above which a weight is more than rounding.
+LAW = 100.0
+# Share of its weight by which a sample may seem off while others are to be found, and times its
+# weight before all are polished together: looked at again after the polish, by WHOLE.
+SIMILAR = 0.5
+ROUGH = 20.0
+# Distance from a whole number at which a count of copies is refused: half way to the middle.
+WHOLE = 0.25
+
+# Length of a last Gauss–Newton step, in standard errors, up to which a root has settled (see
+# ENSEMBLE), or as a share of the root: 10^7 eps, where the rounding of ours is the limit.
+SETTLED = 30.0
+STILL = 1e-9
+# Distance of two roots that are one, as a share of their norm.
+CLOSE = 1e-3
+# σ/σ₁ of a triangular factor in float64 below which a direction is lost: 5 eps.
+LOST = 1e-15

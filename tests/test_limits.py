@@ -1,0 +1,148 @@
+"""Numbers that decide have one home, and ranks are counted: read off the source itself."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+DECIDING = (
+    *("certificate", "reading", "replay", "behind", "polish", "recursion", "batches", "head"),
+    *("roots", "parts", "single", "several", "trying", "reached", "determined"),
+    "systems/stage",
+)
+GUARD = 1e-300  # against a division by zero
+NO_LIMITS = {
+    ("reading", "LISTED", 4096): "effort: targets that are tried one by one",
+    ("polish", "STEPS", 4): "effort: Gauss–Newton steps",
+    ("polish", "BRIEF, FULL", 12): "effort: iterations",
+    ("polish", "BRIEF, FULL", 300): "effort: iterations",
+    ("polish", "SAMPLES", 4): "effort: noise samples",
+    ("polish", "MEMBERS", 8): "effort: members of an ensemble",
+    ("polish", "HARD", 2e-5): "effort: when the full solve pays; its answer is judged alike",
+    ("head", "_scaled", 1e-6): "step of a finite difference",
+    ("head", "_scaled", 2e-6): "step of a finite difference",
+    ("roots", "BELOW, ABOVE", 1e-4): "where roots are looked for",
+    ("roots", "BELOW, ABOVE", 1e7): "where roots are looked for",
+    ("roots", "GRID", 215): "where roots are looked for",
+    ("roots", "_scales", 1e-100): "logits that are 0",
+    ("roots", "_zeros", 1e-15): "precision of a root, in float64",
+    ("roots", "_zeros", 2001): "points of a grid",
+    ("parts", "STEPS, SOLVING", 30): "effort: the prior chooses, nothing is certified",
+    ("parts", "STEPS, SOLVING", 200): "effort: the prior chooses, nothing is certified",
+    ("parts", "SETTLED, SMALL", 1e-6): "ends a choice of the prior",
+    ("parts", "SETTLED, SMALL", 1e-12): "ends a choice of the prior",
+    ("parts", "FEW", 6): "words",
+    ("trying", "MOST", 1000): "effort: labels that are tried",
+    ("systems/stage", "BUDGET", 4e9): "bytes",
+    ("systems/stage", "ridge", 1e-6): "damping of a first look, that only weighs rows",
+    ("systems/stage", "compute", 1e-15): "where a refinement ends, far below the rounding",
+    ("systems/stage", "compute", 30): "effort: refinements of an ensemble",
+}
+COUNTED = {
+    "solvers/rank.py": "numerical_rank itself",
+    "solvers/subspace.py": "extreme singular values of a matrix of full rank",
+    "solvers/joint.py": "singular values of the joint rows, or sizes that make it full",
+    "solvers/kronecker.py": "the sum of the groups' ranks",
+    "solvers/solution.py": "an example",
+    "rgap/systems/ranks.py": "extreme singular values, and sums of exact counts",
+    "analysis/weight_inverse.py": "extreme singular values of a matrix of full rank",
+    "analysis/nullspace.py": "an upper bound of the largest singular value",
+    "analysis/jacobian_nullspace.py": "no rows at all: an exact 0",
+    "analysis/sketched_rank.py": "the sum of the ranks of the blocks",
+    "analysis/stage_elimination.py": "no unknowns at all: an exact 0",
+}
+
+
+def source(path: str) -> ast.Module:
+    tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        for child in ast.iter_child_nodes(node):
+            child.parent = node  # type: ignore[attr-defined]
+    return tree
+
+
+def place(node: ast.AST) -> str:
+    """Name of the constant or the function that a number stands in."""
+    while not isinstance(node.parent, ast.Module):  # type: ignore[attr-defined]
+        if isinstance(node, ast.FunctionDef):
+            return node.name
+        node = node.parent  # type: ignore[attr-defined]
+    if isinstance(node, ast.Assign):
+        return ast.unparse(node.targets[0]).strip("()")
+    return getattr(node, "name", "")
+
+
+def numbers(tree: ast.Module) -> Iterator[tuple[str, float]]:
+    """Numbers of 2 and more, or below 1e-3, that are no exponent, index, count or default of 0."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Constant) or type(node.value) not in (int, float):
+            continue
+        value, parent = abs(node.value), node.parent  # type: ignore[attr-defined]
+        if isinstance(parent, ast.BinOp) and isinstance(parent.op, ast.Pow):
+            continue
+        if value == GUARD or not (value >= 2 or 0 < value < 1e-3):
+            continue
+        if isinstance(node.value, int):
+            module_level = isinstance(parent, (ast.Assign, ast.Tuple)) and place(node).isupper()
+            counting = isinstance(parent, ast.Compare) and "len(" in ast.unparse(parent)
+            scaling = isinstance(parent, ast.BinOp) and isinstance(parent.op, ast.Mult)
+            if value == 2 or counting or not (module_level or scaling):
+                continue
+        yield place(node), float(value)
+
+
+@pytest.mark.parametrize("module", DECIDING)
+def test_numbers_that_decide_are_in_limits(module: str) -> None:
+    path = f"rgap/{module}.py"
+    if not (ROOT / path).exists():
+        pytest.skip("no such module")
+    allowed = {(where, float(value)) for name, where, value in NO_LIMITS if name == module}
+    found = set(numbers(source(path)))
+    strange = sorted(found - allowed)
+    assert not strange, f"{path}: name these in rgap/limits.py and say what they follow from"
+
+
+def test_the_walk_sees_a_number_written_out() -> None:
+    tree = ast.parse("CAP = 30.0\ndef f(x):\n    return x > 100 * 1e-9 and x < 0.25 ** 2\n")
+    for node in ast.walk(tree):
+        for child in ast.iter_child_nodes(node):
+            child.parent = node  # type: ignore[attr-defined]
+    assert set(numbers(tree)) == {("CAP", 30.0), ("f", 100.0), ("f", 1e-9)}
+
+
+def test_limits_have_one_home_and_a_reason() -> None:
+    """No other module has a limit of the same name, and each stands under a comment."""
+    lines = (ROOT / "rgap/limits.py").read_text(encoding="utf-8").splitlines()
+    names = set()
+    for number, line in enumerate(lines):
+        if " = " in line and line.split(" = ")[0].isupper():
+            name = line.split(" = ")[0]
+            names.add(name)
+            above = next(r for r in reversed(lines[:number]) if " = " not in r or r[0] == "#")
+            assert above.startswith("#"), f"{name} has no reason"
+    assert len(names) > 30
+    for module in DECIDING:
+        path = ROOT / f"rgap/{module}.py"
+        if path.exists():
+            own = {place(n) for n in ast.walk(source(f"rgap/{module}.py")) if _assigned(n)}
+            assert not own & names, f"{module} defines {own & names} again"
+
+
+def _assigned(node: ast.AST) -> bool:
+    return isinstance(node, ast.Assign) and isinstance(node.parent, ast.Module)  # type: ignore[attr-defined]
+
+
+def test_a_rank_is_built_from_what_was_counted() -> None:
+    found = set()
+    for package in ("rgap", "solvers", "analysis"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            name = path.relative_to(ROOT).as_posix()
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                called = isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1]
+                if called == "Rank":
+                    found.add(name)
+    assert found <= set(COUNTED), "singular values or exact counts; anything else is an Evidence"
