@@ -46,20 +46,50 @@ def several(loss: Loss, chain: Chain) -> bool:
     return loss.name == BINARY and loss.targets == "index" and prod(chain.output_shape) > 1
 
 
-def snapped(problem: Problem, head: BatchLoss, logits: Known) -> tuple[BatchLoss, float, float]:
+def snapped(
+    problem: Problem, head: BatchLoss, features: Tensor, logits: Known
+) -> tuple[BatchLoss, float, float]:
     """The labels nearest to dense targets, how far they are, and what errors explain of it.
 
     ``t = σ(z) − κ/s``: what is left of the error of z and of the update's own.
+
+    Args:
+        problem: the update.
+        head: dense targets, read off the head's gradient.
+        features: u, [R, d], that they were read off with.
+        logits: z, [R, C], with their errors.
     """
     nearest = (head.targets > 0.5).to(head.targets)
     distance = float((head.targets - nearest).abs().max())
     p = torch.sigmoid(logits.value)
     moved = (p * (1.0 - p) * logits.error).square().mean(0).sqrt()
-    precision = problem.precision
-    own = PROBABILITY * precision.unit + precision.noise / head.scale
+    added = noise_of_targets(problem, features) / head.scale
+    own = PROBABILITY * problem.precision.unit + added
     tolerance = ENSEMBLE * float((moved + own).max())
     exact = replace(head, loss=replace(head.loss, targets="index"), targets=nearest)
     return exact, distance, tolerance
+
+
+def noise_of_targets(problem: Problem, features: Tensor) -> Tensor:
+    """Standard deviation of κ under the noise of the head's gradient, ``[G | ∂b] = κᵀ [u | 1]``.
+
+    Args:
+        problem: the update.
+        features: u, [R, d].
+
+    Returns:
+        Of every sample and logit, [R, C].
+    """
+    affine, precision = problem.chain.stages[-1].affine, problem.precision
+    columns = [features]
+    std = [precision.noise_std(affine.weight_name, problem.gradients[affine.weight_name])]
+    if affine.bias_name is not None:
+        columns.append(torch.ones_like(features[:, :1]))
+        bias = problem.gradients[affine.bias_name]
+        std.append(precision.noise_std(affine.bias_name, bias)[:, None])
+    back = torch.linalg.pinv(torch.cat(columns, 1).T)
+    out: Tensor = (back.square() @ torch.cat(std, 1).T.square()).sqrt()
+    return out
 
 
 def separated_stage(problem: Problem, found: Separated) -> StageSolution:

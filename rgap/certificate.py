@@ -24,13 +24,10 @@ from rgap.limits import (
     NEAREST,
     PASSES,
     REFUTED,
-    ROUNDED,
     SAFETY,
-    SCATTER,
     UNTOLD,
     USEFUL,
 )
-from rgap.network import Stage
 from rgap.outcomes import replayed, stopped
 from rgap.polish import Polished
 from rgap.precision import Known
@@ -76,31 +73,6 @@ class Answer:
         if self.rows is None:
             return bound
         return max(bound, PASSES * SAFETY * torch.finfo(torch.float64).eps * self.gathered)
-
-
-def rank_one_tolerance(problem: Problem, stage: Stage, x: Known) -> float:
-    """Relative residual ‖G − k xᵀ‖/‖G‖ that rounding and noise explain at one stage.
-
-    The residual is ``(I − P_k)G``: all of the noise E of G but one row's worth, and the noise e of
-    k = ∂b times x.  Its square is expected at ``Σσ_E² + ‖x‖² Σσ_e²``; independent entries scatter
-    about that by ``√(2Σσ⁴)``, of which ``SCATTER/√2`` are allowed.  Above 1 no residual is
-    refused: the noise is as large as the gradient, and the test says nothing.
-    """
-    precision, affine = problem.precision, stage.affine
-    g = problem.gradients[affine.weight_name]
-    if not bool(x.known.all()):
-        return inf  # the bias gradient is noise: nothing was read off it that could be tested
-    size = float(g.norm().clamp_min(1e-300))
-    own = precision.noise_std(affine.weight_name, g).square()
-    total, scatter = float(own.sum()), float(own.square().sum())
-    if affine.bias_name is not None:
-        bias = precision.noise_std(affine.bias_name, problem.gradients[affine.bias_name]).square()
-        lengthened = float(x.value.square().sum())
-        total += lengthened * float(bias.sum())
-        scatter += lengthened**2 * float(bias.square().sum())
-    floor = precision.floor * g.numel() ** 0.5
-    rounding = ROUNDED * (precision.unit + floor / size)
-    return float(rounding + (total + SCATTER * scatter**0.5) ** 0.5 / size)
 
 
 def scaled(answer: Answer, ratio: float, candidate: HeadCandidate) -> Answer:

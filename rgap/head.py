@@ -8,12 +8,13 @@ root and every admissible target is a candidate until an equation refutes it.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import inf
 
 import torch
 from torch import Tensor
 
 from rgap.bias import bias_attack, rank_one_residual
-from rgap.limits import DROWNED
+from rgap.limits import DROWNED, ROUNDED, SCATTER
 from rgap.losses import Loss
 from rgap.network import Stage
 from rgap.precision import UNKNOWN, Known, Named, Precision
@@ -120,6 +121,29 @@ def features_from_bias(
     if own <= DROWNED:
         dx = torch.full_like(dx, UNKNOWN)
     return Known(x[None], dx[:, None]), Known(k[None], noise_k[:, None])
+
+
+def rank_one_tolerance(
+    layer: Named, weight_gradient: Tensor, bias_gradient: Tensor, x: Known, precision: Precision
+) -> float:
+    """Relative residual ‖G − k xᵀ‖/‖G‖ of one sample that rounding and noise explain.
+
+    The residual is ``(I − P_k)G``: all of the noise E of G but one row's worth, and the noise e of
+    k = ∂b times x.  Its square is expected at ``Σσ_E² + ‖x‖² Σσ_e²``; independent entries scatter
+    about that by ``√(2Σσ⁴)``, of which ``SCATTER/√2`` are allowed.  Above 1 no residual is
+    refused: the noise is as large as the gradient, and the test says nothing.
+    """
+    if not bool(x.known.all()):
+        return inf  # the bias gradient is noise: nothing was read off it that could be tested
+    size = float(weight_gradient.norm().clamp_min(1e-300))
+    own = precision.noise_std(layer.weight_name, weight_gradient).square()
+    added = precision.noise_std(layer.bias_name or "", bias_gradient).square()
+    lengthened = float(x.value.square().sum())
+    total = float(own.sum()) + lengthened * float(added.sum())
+    scatter = float(own.square().sum()) + lengthened**2 * float(added.square().sum())
+    floor = precision.floor * weight_gradient.numel() ** 0.5
+    rounding = ROUNDED * (precision.unit + floor / size)
+    return float(rounding + (total + SCATTER * scatter**0.5) ** 0.5 / size)
 
 
 def _with_bias(

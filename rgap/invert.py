@@ -19,7 +19,7 @@ from rgap.bias import rank_one_residual
 from rgap.diagnosis.reason import explained
 from rgap.filling import filled, searched
 from rgap.halt import Halt, HaltKind
-from rgap.head import HeadCandidate, HeadFailure, features_from_bias, solve_head
+from rgap.head import HeadCandidate, HeadFailure, features_from_bias, rank_one_tolerance, solve_head
 from rgap.network import Chain
 from rgap.ops import Rearrange, Reshape
 from rgap.pooling import LinearMap
@@ -245,7 +245,7 @@ def _from_bias(problem: Problem, index: int, show: Progress) -> Recovery:
     assert bias is not None
     x, k = features_from_bias(stage.affine, weight, bias, problem.precision)
     misfit = rank_one_residual(weight, x.value[0], k.value[0])
-    tolerance = certificate.rank_one_tolerance(problem, stage, x)
+    tolerance = rank_one_tolerance(stage.affine, weight, bias, x, problem.precision)
     if misfit > tolerance:
         return outcomes.stopped(
             problem,

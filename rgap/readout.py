@@ -61,7 +61,7 @@ def read_batch(problem: Problem, descent: Descent, head: BatchLoss) -> Answer:
     error = torch.stack([stage.affine.linear(e) for e in features.error])
     logits = Known(stage.affine.forward(features.value), error)
     if several(problem.update.loss, problem.chain):
-        head, distance, tolerance = snapped(problem, head, logits)
+        head, distance, tolerance = snapped(problem, head, features.value.flatten(1), logits)
     else:
         _, distance, tolerance = label_identity(problem, head, logits)
     rows = rows_of(head, problem.labels)

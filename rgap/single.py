@@ -13,7 +13,7 @@ from rgap import certificate, outcomes
 from rgap.bias import rank_one_residual
 from rgap.certificate import Answer
 from rgap.halt import Halt
-from rgap.head import features_from_bias
+from rgap.head import features_from_bias, rank_one_tolerance
 from rgap.limits import REFUTED
 from rgap.parts import in_parts
 from rgap.polish import polish
@@ -53,7 +53,7 @@ def from_prefix(problem: Problem, prefix: Prefix, above: str, show: Progress) ->
     assert bias is not None
     x, k = features_from_bias(stage.affine, weight, bias, problem.precision)
     misfit = rank_one_residual(weight, x.value[0], k.value[0])
-    tolerance = certificate.rank_one_tolerance(own, stage, x)
+    tolerance = rank_one_tolerance(stage.affine, weight, bias, x, problem.precision)
     if misfit > tolerance:
         if problem.stated is None:
             return None

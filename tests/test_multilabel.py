@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 import rgap
 from rgap import Status
+from rgap.batches import noise_of_targets
+from rgap.problem import prepare
 
 LOGITS = 14
 BINARY = "binary_cross_entropy_with_logits"
@@ -58,3 +60,21 @@ def test_targets_between_0_and_1_are_not_declared_labels() -> None:
     update = rgap.capture(model, inputs, soft, rgap.Loss(BINARY, targets="probability"))
     found = rgap.invert(model, replace(update, loss=rgap.Loss(BINARY)))
     assert found.status is not Status.EXACT
+
+
+def test_noise_of_the_head_moves_targets_as_it_is_stated_by_name() -> None:
+    """Against 4000 draws of it; one number for all of it would be off where rows differ."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 4)).double()
+    inputs, labels = torch.rand(2, 6).double(), torch.zeros(2, 4).double()
+    update = rgap.capture(model, inputs, labels, BINARY, dtype=torch.float64)
+    noise = {n: torch.zeros_like(g) for n, g in update.gradients.items()}
+    noise["2.weight"], noise["2.bias"] = torch.rand(4, 9).double(), 3 * torch.rand(4).double()
+    noisy = replace(update, noise=noise)
+    problem = prepare(model, noisy, 2, None, 0.0, None, None, 0, 4e9)
+    features = torch.rand(2, 9, dtype=torch.float64)
+    table = torch.nn.functional.pad(features, (0, 1), value=1.0)
+    std = torch.cat([noise["2.weight"], noise["2.bias"][:, None]], 1)
+    draws = std * torch.randn(4000, 4, 10, dtype=torch.float64)
+    moved = torch.linalg.lstsq(table.T.expand(4000, 10, 2), draws.mT).solution.std(0)
+    assert torch.allclose(noise_of_targets(problem, features), moved, rtol=0.06)
