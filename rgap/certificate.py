@@ -1,8 +1,9 @@
 """The certificate: what may be called exact, and what every other outcome is called.
 
 ``EXACT`` needs all of: (a) every alternative label, root or sign refuted, (b) every stage with
-nullity 0 and a clear gap, (c) the whole update reproduced within the tolerance of its precision,
-(d) an error bound, from noise sampled through the whole update, that is small against the data.
+nothing open, by the rule for what says so (:func:`rgap.determined.doubt`), (c) the whole update
+reproduced within the tolerance of its precision, (d) an error bound, from noise sampled through
+the whole update, that is small against the data.  All numbers are those of :mod:`rgap.limits`.
 """
 
 from __future__ import annotations
