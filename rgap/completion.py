@@ -11,7 +11,7 @@ by Gauss–Newton, λ going down to 0.  What is determined stays determined.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
 
@@ -68,7 +68,7 @@ class Whole:
 def inside(
     chain: Chain,
     reached: Reached,
-    gradients: dict[str, Tensor],
+    gradients: Mapping[str, Tensor],
     precision: Precision,
     budget: float = BUDGET,
 ) -> Inside:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rgap.bias import bias_attack, rank_one_residual
+from rgap.doubles import BLOCK, row_blocks
 from rgap.losses import Loss
 from rgap.network import Stage
 from rgap.precision import UNKNOWN, Known, Precision
@@ -102,13 +103,17 @@ def features_from_bias(
     k = bias_gradient
     x = bias_attack(weight_gradient, k)
     noise_k = precision.normal(torch.full_like(k, precision.noise))
-    # dx = (δG − k-error·xᵀ)ᵀ k / ‖k‖², up to second order
-    std = (weight_gradient.abs() * precision.unit + precision.floor).square()
-    noise_g = precision.normal((std + precision.noise**2).sqrt())
+    # dx = (δG − k-error·xᵀ)ᵀ k / ‖k‖², up to second order.  The entries of δG are independent, so
+    # δGᵀk is again normal, and independent from column to column: no δG is drawn.
     size = k.abs().max()
     scaled = k / size  # ‖∂b‖² underflows long before ∂b does
     scaled = scaled / scaled.square().sum() / size
-    dx = torch.einsum("smn,m->sn", noise_g, scaled) - (noise_k @ scaled)[:, None] * x
+    top = scaled.abs().max()
+    variance = torch.zeros_like(x)
+    for rows, block in row_blocks(weight_gradient, k):
+        std = (block.abs() * precision.unit + precision.floor).square() + precision.noise**2
+        variance += (scaled[rows] / top).square() @ std
+    dx = precision.normal(variance.sqrt() * top) - (noise_k @ scaled)[:, None] * x
     # The sums above round in float64: with many rows that is more than what is left of theirs.
     dx = dx + precision.normal(x.abs() * torch.finfo(torch.float64).eps)
     dx = dx.nan_to_num(UNKNOWN).clamp(-UNKNOWN, UNKNOWN)
@@ -201,11 +206,13 @@ def _scaled(
 ) -> tuple[Known, Known]:
     """X = αu and k = v/α with errors: of the gradient's entries, and of α through the loss."""
     std = (gradient.abs() * precision.unit + precision.floor).square() + precision.noise**2
-    noise = precision.normal(std.sqrt())
     vv = v.square().sum()
-    du = torch.einsum("smn,m->sn", noise, v) / vv
+    du, dv = u.new_zeros(precision.samples, len(u)), v.new_zeros(precision.samples, len(v))
+    for rows, block in row_blocks(std, std, BLOCK // precision.samples):  # du and dv share it
+        noise = precision.normal(block.sqrt())
+        du += torch.einsum("smn,m->sn", noise, v[rows]) / vv
+        dv[:, rows] = noise @ u
     du = du - (du @ u)[:, None] * u
-    dv = noise @ u
     # α from one entry: f(α) = α k_j(α) − v_j, so dα = (dv_j + α·rounding of k) / f'(α)
     j = entry(v, loss, target)
     equation = scale_equation(stage, u, v, loss, target)

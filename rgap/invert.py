@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -22,13 +23,13 @@ from rgap.pooling import LinearMap
 from rgap.precision import Known
 from rgap.problem import Filling, Problem, prepare
 from rgap.progress import Progress
+from rgap.reached import certified_features
 from rgap.readout import head_cotangent, head_gradients, read_answer, read_batch
 from rgap.recovery import Recovery, Status
 from rgap.recursion import Descent, descend
 from rgap.separation.batch import Separated, Unseparated
 from rgap.separation.route import mixed, separate
 from rgap.solvers.priors import Prior
-from rgap.systems.stage import BUDGET
 from rgap.update import Update
 
 log = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ def invert(
     device: torch.device | str | None = None,
     seed: int = 0,
     progress: bool = False,
-    memory_budget: float = BUDGET,
+    memory_budget: float | None = None,
     time_limit: float = 60.0,
 ) -> Recovery:
     """Recover from an update what its equations determine, and certify it.
@@ -89,8 +90,10 @@ def invert(
         device: where to compute; default the CPU.
         seed: of the sampled errors; the global random state is not touched.
         progress: show progress on a terminal.
-        memory_budget: bytes; a layer whose equations need more is solved without forming any
-            matrix, by LSMR.
+        memory_budget: bytes to take on top of model and update; by default half of what the
+            machine has free.  A layer whose equations need more is solved without forming any
+            matrix, by LSMR (by default from 4 GB on, beyond which that is faster); what fits no
+            budget is refused before it is allocated.
         time_limit: seconds after which a completion begins no further step; the polish of an
             answer that all equations determine comes on top.
 
@@ -101,7 +104,8 @@ def invert(
 
     Raises:
         ValueError: the update does not belong to a model of this shape, the input shape is
-            unknown, labels are out of range, or the model is in train mode.
+            unknown, labels are out of range, the model is in train mode, or the budget is too
+            small (:class:`rgap.memory.OutOfMemory`, which says for what).
 
     >>> import rgap, torch
     >>> model = rgap.models.lenet(seed=0)
@@ -177,9 +181,9 @@ def _from_bias(problem: Problem, index: int, show: Progress) -> Recovery:
     chain = problem.chain
     stage = chain.stages[index]
     show.stage(f"bias attack at {stage.name}")
-    weight, bias = head_gradients(stage, problem.gradients)
+    weight, bias = head_gradients(stage, problem.gradients.sent)  # read block by block
     assert bias is not None
-    x, k = features_from_bias(weight, bias, problem.precision)
+    x, k = features_from_bias(weight, bias.to(stage.affine.weight), problem.precision)
     misfit = rank_one_residual(weight, x.value[0], k.value[0])
     if misfit > certificate.rank_one_tolerance(problem):
         return outcomes.stopped(
@@ -265,7 +269,9 @@ def _conclude(problem: Problem, runs: list[Run], show: Progress) -> Recovery:
             reason += (
                 f"; no completion: {len(alive)} roots at the head are open, each needs its own"
             )
-        return outcomes.stopped(problem, status, reason, descent)
+        recovery = outcomes.stopped(problem, status, reason, descent)
+        single = len(alive) == 1 and problem.batch == 1 and not alive[0][2]
+        return _with_features(problem, recovery, descent) if single else recovery
     show.stage("polish on the whole update")
     answers = []
     for descent, kappa, family in reached:
@@ -291,6 +297,13 @@ def _conclude(problem: Problem, runs: list[Run], show: Progress) -> Recovery:
     return recovery
 
 
+def _with_features(problem: Problem, recovery: Recovery, descent: Descent) -> Recovery:
+    """What the bias attack and the recursion certified above the place where it ended."""
+    found = certified_features(problem, descent)
+    notes = (f"no features are certified: {found.doubt}",) if found.doubt else ()
+    return replace(recovery, features=found.features, warnings=(*recovery.warnings, *notes))
+
+
 def _worst(descent: Descent) -> float:
     return descent.worst[1]
 
@@ -313,7 +326,7 @@ def _given(name: str, value: Tensor, shape: tuple[int, ...], problem: Problem) -
     return Known(value, problem.precision.rounding(value))
 
 
-def _lowest_fully_connected(chain: Chain, gradients: dict[str, Tensor]) -> int | None:
+def _lowest_fully_connected(chain: Chain, gradients: Mapping[str, Tensor]) -> int | None:
     """Index of the lowest fully connected stage whose bias gradient carries its input."""
     for stage in chain.stages:
         name = stage.affine.bias_name

@@ -23,7 +23,7 @@ CHOSEN = (
 
 def stopped(problem: Problem, status: Status, reason: str, descent: Descent | None) -> Recovery:
     """A recovery without inputs; a compressed update gets the compression as part of its reason."""
-    looks = compression(problem.gradients)
+    looks = compression(problem.update.gradients)
     if looks is not None:
         reason += f"; the update itself looks compressed, which no equation here models: {looks}"
     return Recovery(

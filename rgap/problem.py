@@ -6,20 +6,25 @@ import copy
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor, nn
 
-from rgap import validation
+from rgap import memory, validation
+from rgap.doubles import Doubles
 from rgap.network import Chain, parse
 from rgap.precision import Precision
 from rgap.solvers.gauss_newton import Schedule
 from rgap.solvers.priors import Prior, Squares, natural
+from rgap.systems.stage import BUDGET
 from rgap.targets import CROSS_ENTROPY
 from rgap.update import Update
 
 log = logging.getLogger(__name__)
 
+FEWEST = 4  # members of an ensemble: the spread is then known to a third
+COPIES = 3  # of an ensemble that are held at a time: before, after, and what is added
 BEYOND = 1.0  # slack of a range that nobody stated for this recovery: data are often normalised
 
 
@@ -69,14 +74,15 @@ class Problem:
     model: nn.Module
     update: Update
     chain: Chain
-    gradients: dict[str, Tensor]
+    gradients: Doubles
     precision: Precision
     batch: int  # rows of what is recovered: different pictures
     stated: int | None  # batch size, where the update or the caller says it
     labels: Tensor | None
     value_range: tuple[float, float] | None
     slack: float  # widths of the range by which a candidate may leave it
-    budget: float
+    budget: float  # bytes for the matrices of one layer; without room for them: no matrices
+    room: float  # bytes for everything together
     filling: Filling | None = None  # None: stop where the equations end
 
 
@@ -89,7 +95,7 @@ def prepare(
     labels: Tensor | None,
     device: torch.device | str | None,
     seed: int,
-    budget: float,
+    budget: float | None,
 ) -> Problem:
     """Check an update against its model and bring both to float64; arguments as for ``invert``."""
     update.check(model)
@@ -121,13 +127,21 @@ def prepare(
             "moved between them and the equations of one step do not hold; ask the client for "
             "local_steps=1"
         )
+    room = memory.budget_of(budget, place)
     model = as_on_the_client(model, update)
+    parameters = sum(p.numel() for p in model.parameters())
+    memory.require(
+        f"a float64 copy of the {parameters:,} parameters of {type(model).__name__}",
+        8.0 * parameters * (2 if place.type != "cpu" else 1),
+        room,
+    )
     chain = parse(model, update.input_shape)
     if place.type != "cpu":
         chain = chain.to(place)
     _check_labels(known, update, chain)
-    gradients = {n: g.detach().to(place, torch.float64) for n, g in update.gradients.items()}
-    precision = Precision(update.dtype, noise, seed=seed)
+    gradients = Doubles(update.gradients, place, room / 8)
+    samples = ensemble(chain, stated or 1, room)
+    precision = Precision(update.dtype, noise, samples, seed)
     return Problem(
         model,
         update,
@@ -139,8 +153,27 @@ def prepare(
         known,
         bounds,
         slack,
-        budget,
+        room if budget is not None else min(room, BUDGET),
+        room,
     )
+
+
+def ensemble(chain: Chain, batch: int, room: float) -> int:
+    """Members of the error ensemble that fit: fewer where the values of a layer are many.
+
+    Raises:
+        OutOfMemory: not even the fewest do.
+    """
+    if not chain.stages:
+        return Precision.samples
+    widest = max(chain.steps, key=lambda step: prod(step.in_shape) + prod(step.out_shape))
+    one = 8.0 * COPIES * batch * (prod(widest.in_shape) + prod(widest.out_shape))
+    memory.require(
+        f"carrying errors through '{widest.name}' with {batch * prod(widest.in_shape):,} inputs",
+        FEWEST * one,
+        room,
+    )
+    return min(Precision.samples, max(FEWEST, int(max(room, memory.LEAST) / one)))
 
 
 def as_on_the_client(model: nn.Module, update: Update) -> nn.Module:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,8 @@ from rgap.certificate import Answer
 from rgap.head import target_of
 from rgap.network import Chain, Stage
 from rgap.polish import Polished, polish
-from rgap.precision import Known
+from rgap.doubles import row_blocks
+from rgap.precision import Known, carried
 from rgap.problem import Problem
 from rgap.recursion import Descent
 
@@ -71,13 +74,19 @@ def head_cotangent(problem: Problem, descent: Descent) -> Known:
     x = top_features(problem.chain, descent.require_data())
     scale = x.value[0].square().sum().clamp_min(1e-300)
     k = weight @ x.value[0] / scale
-    std = (weight.abs() * problem.precision.unit).square() + problem.precision.noise**2
-    error = problem.precision.normal(std.sqrt()) @ x.value[0] / scale
+    variance = torch.cat(
+        [
+            ((g.abs() * problem.precision.unit).square() + problem.precision.noise**2)
+            @ x.value[0].square()
+            for _, g in row_blocks(weight, k)
+        ]
+    )
+    error = problem.precision.normal(variance.sqrt()) / scale  # rows of G are independent
     return Known(k[None], error[:, None])
 
 
 def top_features(chain: Chain, data: Known) -> Known:
-    """Input of the last affine map, with the ensemble carried up by finite differences."""
+    """Input of the last affine map, with the ensemble carried up."""
 
     def rise(x: Tensor) -> Tensor:
         for stage in chain.stages[:-1]:
@@ -90,15 +99,10 @@ def top_features(chain: Chain, data: Known) -> Known:
             x = op.forward(x)
         return x
 
-    value = rise(data.value)
-    size = data.error.abs().max().clamp_min(1e-300)
-    step = 1e-6 / size  # a small multiple of the error, far above rounding
-    moved = rise((data.value[None] + step * data.error).flatten(0, 1))
-    error = (moved.reshape(len(data.error), *value.shape) - value) / step
-    return Known(value, error)
+    return carried(rise, data)
 
 
-def head_gradients(stage: Stage, gradients: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+def head_gradients(stage: Stage, gradients: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
     """∂L/∂W and ∂L/∂b (or None) of a stage."""
     name = stage.affine.bias_name
     return gradients[stage.affine.weight_name], None if name is None else gradients[name]

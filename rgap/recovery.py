@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
@@ -48,6 +48,7 @@ class LayerReport:
         route: "given", "gradient", "cholesky", "lsmr", "bias attack", "head equations",
             "separation", "rank only", "not reached".
         note: what stopped the recursion here, or "".
+        predicted_error: rms error of the input as the recursion found it, or None if it did not.
     """
 
     layer: str
@@ -64,6 +65,7 @@ class LayerReport:
     note: str = ""
     _weight_rank: Callable[[], int] | None = field(default=None, repr=False, compare=False)
     _null_space: Callable[[int], Tensor] | None = field(default=None, repr=False, compare=False)
+    predicted_error: float | None = None
 
     @cached_property
     def weight_rank(self) -> int | None:
@@ -113,6 +115,9 @@ class Recovery:
         multiplicities: how often each row of ``inputs`` occurs in the batch [B'], or None where
             every one occurs once.  The order of a batch is not in its gradient: rows are sorted
             by label.
+        features: of one sample whose recursion ended before the data: certified inputs of layers
+            ``[1, *in_shape]`` by layer name, from the lowest one up.  Empty for a batch, without
+            a certificate, and where the data themselves were found.
     """
 
     inputs: Tensor | None
@@ -128,6 +133,7 @@ class Recovery:
     seconds: float = 0.0
     separation: str = ""
     multiplicities: Tensor | None = None
+    features: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def exact(self) -> bool:
@@ -211,6 +217,13 @@ class Recovery:
                 f"Replaying the {which} through the model gives the update up to a relative "
                 f"difference of {self.residual:.2g}."
             )
+        for name, value in self.features.items():
+            error = self.layer(name).predicted_error
+            known = "" if error is None else f", predicted error {error:.1e} rms"
+            lines.append(
+                f"Certified: the input of '{name}', {value.numel()} values{known} "
+                f"(recovery.features[{name!r}])."
+            )
         if self.multiplicities is not None:
             for row, m in enumerate(self.multiplicities.tolist()):
                 if m > 1:
@@ -238,6 +251,7 @@ class Recovery:
             "seconds",
             "route",
             "note",
+            "predicted_error",
         )
         return {
             "status": self.status.name,
@@ -248,6 +262,7 @@ class Recovery:
             "error_bound": _plain(self.error_bound),
             "multiplicities": _plain(self.multiplicities),
             "separation": self.separation,
+            "features": {name: list(value.shape) for name, value in self.features.items()},
             "candidates": len(self.candidates),
             "warnings": list(self.warnings),
             "seconds": _plain(self.seconds),

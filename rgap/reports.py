@@ -51,6 +51,8 @@ def _report(problem: Problem, descent: Descent | None, stage: Stage) -> LayerRep
                 weight_rank,
             )
     assert descent is not None
+    known = descent.features.get(stage.index)
+    predicted = None if known is None else float(known.error.square().mean().sqrt())
     step = descent.solutions.get(stage.index)
     if step is None:  # where the recursion started: all of u was read off the gradient
         route = "bias attack" if affine.bias_name is not None else "head equations"
@@ -69,6 +71,7 @@ def _report(problem: Problem, descent: Descent | None, stage: Stage) -> LayerRep
             note,
             weight_rank,
             lambda count: torch.empty(0, batch, *affine.in_shape, dtype=torch.float64),
+            predicted,
         )
     stats = step.solution.stats
     cotangent, active = step.cotangent, step.active
@@ -94,4 +97,5 @@ def _report(problem: Problem, descent: Descent | None, stage: Stage) -> LayerRep
         note,
         weight_rank,
         null_space,
+        predicted,
     )

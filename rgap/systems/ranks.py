@@ -120,9 +120,7 @@ def stage_joint_rank(
     rest = [weight[b] for b in open_ones]
     kept = read[open_ones].any(0)
     rank = joint_rows(affine, gradient, rest, noise, cotangent, kept).rank
-    return replace(
-        rank, rank=rank.rank + fixed, size=total, alternative=rank.alternative + fixed
-    )
+    return replace(rank, rank=rank.rank + fixed, size=total, alternative=rank.alternative + fixed)
 
 
 def read_positions(gradient: Kronecker, weight: Sequence[RowSpace]) -> Tensor:
