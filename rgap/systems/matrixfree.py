@@ -27,7 +27,8 @@ def memory(affine: Affine, batch: int) -> float:
     unknowns = batch * prod(affine.in_shape)
     positions = batch * prod(affine.in_shape[1:])
     offsets = 1 if affine.geometry is None else prod(affine.geometry.kernel)
-    return 8.0 * (2 * unknowns**2 + affine.weight.shape[0] * offsets * positions)
+    groups = 1 if affine.geometry is None else affine.geometry.groups
+    return 8.0 * (2 * unknowns**2 / groups + affine.weight.shape[0] * offsets * positions)
 
 
 @dataclass(frozen=True)
