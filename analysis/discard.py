@@ -10,6 +10,7 @@ from operator import index
 import torch
 from torch import Tensor, nn
 
+from rgap import memory
 from rgap.analysis.layer_ranks import Spaces, counted_rows, measured_row, sketched_row
 from rgap.analysis.probe import probe_layers
 from rgap.analysis.probe_batch import probe_targets
@@ -33,6 +34,7 @@ def audit(
     method: str = "exact",
     weights: str = "given",
     seed: int = 0,
+    memory_budget: float | None = None,
 ) -> Audit:
     """Measure which part of its input every layer's gradient determines.
 
@@ -55,12 +57,14 @@ def audit(
             ``route`` and whether its rank is ``exact`` or a bound.
         weights: "given", or "random" to audit the architecture with weights drawn anew.
         seed: of the probe and of random weights.
+        memory_budget: bytes to take on top of the model; by default half of what the machine has
+            free.  A layer that needs more is refused by name before anything is allocated.
 
     Returns:
         The :class:`Audit`.
 
     Raises:
-        ValueError: a layer too large for exact ranks, batch size below 1, unknown method or
+        ValueError: a layer too large for exact ranks or for the budget, batch size below 1, unknown method or
             weights, too few probe pictures, a shape that does not fit, train mode.
 
     >>> import rgap
@@ -86,6 +90,15 @@ def audit(
     if method == "formula":
         counted, left = counted_rows(model, shape, batches, loss.name)
         return Audit(type(model).__name__, method, tuple(counted), (*_notes(counted), *left))
+    room = memory.budget_of(memory_budget)
+    parameters = sum(p.numel() for p in model.parameters())
+    memory.require(
+        f"a float64 copy of the {parameters:,} parameters of {type(model).__name__}, and of their "
+        "layers",
+        16.0 * parameters,
+        room,
+        "method='formula', which looks at no weight",
+    )
     chain = parse(model, shape)
     before = {stage.name: prod(stage.in_shape) for stage in chain.stages}
     if chain.barrier is not None:  # the stages end there, the pools beyond count as well
@@ -96,7 +109,7 @@ def audit(
     for batch in batches:
         targets = probe_targets(model, pictures[:batch], loss, None, seed)
         for probe in probe_layers(model, pictures[:batch], targets, loss):
-            rows.append(make(probe, batch, before.get(probe.affine.name, 0), spaces))
+            rows.append(make(probe, batch, before.get(probe.affine.name, 0), spaces, room))
     return Audit(type(model).__name__, method, tuple(rows), _notes(rows))
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
+from math import inf, prod
 
 import torch
 from torch import Tensor, nn
 
+from rgap import memory
 from rgap.affine import Affine
 from rgap.analysis.overlap import shared_equations
 from rgap.analysis.probe import Probe
@@ -29,7 +30,9 @@ PROOF = 1e9  # effort of one step of a proof: a large network is counted in seco
 Spaces = dict[tuple[str, bytes], RowSpace]  # by layer and the units that are on
 
 
-def measured_row(probe: Probe, batch: int, before: int, spaces: Spaces) -> AuditRow:
+def measured_row(
+    probe: Probe, batch: int, before: int, spaces: Spaces, room: float = inf
+) -> AuditRow:
     """Numerical ranks; the joint one from the principal angles between the two row spaces.
 
     Args:
@@ -37,9 +40,10 @@ def measured_row(probe: Probe, batch: int, before: int, spaces: Spaces) -> Audit
         batch: B.
         before: entries of one sample ahead of a pool that leads into the layer, 0 without one.
         spaces: row spaces of the weights that are known; added to.
+        room: bytes that its matrices may take.
 
     Raises:
-        ValueError: a layer with more than 20,000 inputs.
+        ValueError: a layer with more than 20,000 inputs, or without room for its matrices.
     """
     affine = probe.affine
     size = prod(affine.in_shape)
@@ -50,6 +54,12 @@ def measured_row(probe: Probe, batch: int, before: int, spaces: Spaces) -> Audit
             f"{8e-9 * size**2:.0f} GB; write method='sketch' or method='formula', or audit a "
             "smaller input_shape, whose layers have the same structure"
         )
+    memory.require(
+        f"the measured ranks of '{affine.name}' at B = {batch}",
+        sum(needs(affine, probe.active)),
+        room,
+        "method='sketch' or method='formula', or smaller batch_sizes",
+    )
     kronecker = gradient_constraint(affine, probe.cotangents)
     gradient = kronecker.rank()
     weight = _weight_spaces(affine, probe.active, spaces)
@@ -58,7 +68,9 @@ def measured_row(probe: Probe, batch: int, before: int, spaces: Spaces) -> Audit
     return _row(probe, batch, before, gradient, of_weight, joint, "measured", True)
 
 
-def sketched_row(probe: Probe, batch: int, before: int, spaces: Spaces) -> AuditRow:
+def sketched_row(
+    probe: Probe, batch: int, before: int, spaces: Spaces, room: float = inf
+) -> AuditRow:
     """Gradient rank from a random compression of K; the overlap of the two blocks counted.
 
     The weight rank is measured up to 20,000 inputs and counted above.  The joint rank is an upper
@@ -69,8 +81,17 @@ def sketched_row(probe: Probe, batch: int, before: int, spaces: Spaces) -> Audit
         batch: B.
         before: entries of one sample ahead of a pool that leads into the layer, 0 without one.
         spaces: row spaces of the weights that are known; added to.
+        room: bytes that its matrices may take.
     """
     affine = probe.affine
+    gradient_bytes, weight_bytes, _ = needs(affine, probe.active)
+    measured = prod(affine.in_shape) <= LARGEST
+    memory.require(
+        f"the sketch of '{affine.name}' at B = {batch}",
+        gradient_bytes + (weight_bytes if measured else 0.0),
+        room,
+        "method='formula', which forms no matrix",
+    )
     unknowns = len(probe.inputs) * prod(affine.in_shape)
     gradient = sketched_rank(gradient_constraint(affine, probe.cotangents))
     if prod(affine.in_shape) > LARGEST:
@@ -86,6 +107,29 @@ def sketched_row(probe: Probe, batch: int, before: int, spaces: Spaces) -> Audit
         exact = bound in (gradient.rank, of_weight)
         route = "gradient sketched, overlap counted"
     return _row(probe, batch, before, gradient, of_weight, bound, route, exact)
+
+
+def needs(affine: Affine, active: Tensor) -> tuple[float, float, float]:
+    """Bytes of the matrices of a layer: K, bases of its weights, and the angles between the two.
+
+    Args:
+        affine: the layer.
+        active: True where z is known, [B, *out_shape].
+    """
+    batch, size = len(active), prod(affine.in_shape)
+    channels, positions = affine.in_shape[0], batch * prod(affine.in_shape[1:])
+    geometry = affine.geometry
+    groups, offsets = (1, 1) if geometry is None else (geometry.groups, prod(geometry.kernel))
+    rows = affine.out_shape[0] // groups * offsets
+    of_gradient = channels * min(rows, positions)
+    of_weight = min(prod(affine.out_shape), size)
+    different = len({mask.numpy().tobytes() for mask in active.flatten(1).cpu()})
+    smaller = min(of_gradient, batch * of_weight)
+    return (
+        8.0 * 3 * groups * rows * positions,
+        8.0 * ((2 + different) * of_weight * size + size**2),
+        8.0 * (of_gradient * batch * of_weight + 3 * smaller**2),
+    )
 
 
 def counted_rows(

@@ -10,7 +10,15 @@ if TYPE_CHECKING:
 
     from rgap.solvers.priors import Prior
 
-__all__ = ["check_output", "prior_of", "shape_of", "targets_of", "usable_device", "whole_numbers"]
+__all__ = [
+    "check_output",
+    "memory_of",
+    "prior_of",
+    "shape_of",
+    "targets_of",
+    "usable_device",
+    "whole_numbers",
+]
 
 
 def check_output(path: Path, suffix: str | None = None) -> None:
@@ -65,6 +73,17 @@ def targets_of(text: str, count: int | None, loss: str) -> Tensor:
     if count is not None and len(numbers) != count:
         raise ValueError(f"--labels: expected {count}, one per picture, got {len(numbers)}")
     return torch.tensor([int(number) for number in numbers])
+
+
+def memory_of(text: str | None) -> float | None:
+    """``--memory-limit`` in bytes; None stays None.
+
+    >>> memory_of("500MB")
+    500000000.0
+    """
+    from rgap.memory import bytes_of
+
+    return None if text is None else bytes_of(text, "--memory-limit")
 
 
 def prior_of(name: str | None) -> Prior | None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rgap.arguments import prior_of, targets_of, usable_device
+from rgap.arguments import memory_of, prior_of, targets_of, usable_device
 from rgap.console import clean, print_json, say, stderr, stdout
 from rgap.options import (
     BatchSize,
@@ -20,6 +20,7 @@ from rgap.options import (
     Json,
     KnownLabels,
     MatchMethod,
+    MemoryLimit,
     Model,
     Noise,
     PriorName,
@@ -106,6 +107,7 @@ def match(
     device: Device = "cpu",
     as_json: Json = False,
     seed: Seed = 0,
+    memory_limit: MemoryLimit = None,
 ) -> None:
     """Search the batch whose update comes nearest, on any network; nothing is certified."""
     with clean(context):
@@ -140,6 +142,7 @@ def match(
                 checkpoint=held,
                 device=usable_device(device),
                 seed=seed,
+                memory_budget=memory_of(memory_limit),
             )
         if resume is not None and found.checkpoint is not None:
             found.checkpoint.save(resume)

@@ -14,6 +14,7 @@ import typer
 from rgap._version import __version__
 from rgap.arguments import (
     check_output,
+    memory_of,
     shape_of,
     targets_of,
     whole_numbers,
@@ -22,7 +23,17 @@ from rgap.attacking import match
 from rgap.commands import invert, labels
 from rgap.console import clean, print_json, stderr, stdout, waiting
 from rgap.defending import harden, print_joint
-from rgap.options import Json, LossName, Method, Model, Precision, Reduction, Seed, Weights
+from rgap.options import (
+    Json,
+    LossName,
+    MemoryLimit,
+    Method,
+    Model,
+    Precision,
+    Reduction,
+    Seed,
+    Weights,
+)
 
 __all__ = ["app", "main"]
 
@@ -207,6 +218,7 @@ def audit(
     weights: Weights = None,
     as_json: Json = False,
     seed: Seed = 0,
+    memory_limit: MemoryLimit = None,
 ) -> None:
     """Count, layer by layer, how much of a batch the gradient determines."""
     with clean(context):
@@ -217,6 +229,7 @@ def audit(
         if plot is not None:
             figure_format(plot)
             check_output(plot)
+        room = memory_of(memory_limit)
         batches = whole_numbers(batch_sizes, "--batch-sizes", "1,2,4,8")
         network = resolve(model, weights)
         shape, usual = expected(model)
@@ -228,7 +241,13 @@ def audit(
 
         with waiting("counting equations"):
             found = measure(
-                network, wanted, batches, loss=loss or usual, method=method.value, seed=seed
+                network,
+                wanted,
+                batches,
+                loss=loss or usual,
+                method=method.value,
+                seed=seed,
+                memory_budget=room,
             )
             # The name that was asked for says more than nn.Sequential.
             found = replace(found, model=model)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rgap.arguments import prior_of, targets_of, usable_device
+from rgap.arguments import memory_of, prior_of, targets_of, usable_device
 from rgap.console import clean, print_json, say, stdout, waiting
 from rgap.options import (
     BatchSize,
@@ -15,6 +15,7 @@ from rgap.options import (
     Json,
     KnownLabels,
     LabelMethod,
+    MemoryLimit,
     Model,
     Noise,
     PriorName,
@@ -79,6 +80,7 @@ def invert(
     ] = False,
     as_json: Json = False,
     seed: Seed = 0,
+    memory_limit: MemoryLimit = None,
 ) -> None:
     """Recover from an update what its equations determine, and say what they do not."""
     with clean(context):
@@ -93,6 +95,7 @@ def invert(
         sent = rgap.Update.load(update)
         if output is not None:
             check_target(output, sent)
+        room = memory_of(memory_limit)
         network = resolve(model, weights)
         known = None if labels is None else targets_of(labels, None, sent.loss.name)
         found = rgap.invert(
@@ -107,6 +110,7 @@ def invert(
             device=usable_device(device),
             seed=seed,
             progress=True,
+            memory_budget=room,
         )
         written = None if output is None else write_recovery(found, output, sent.value_range)
         causes = None

@@ -13,6 +13,7 @@ __all__ = [
     "LabelMethod",
     "LossName",
     "MatchMethod",
+    "MemoryLimit",
     "Method",
     "Model",
     "Noise",
@@ -47,6 +48,14 @@ KnownLabels = Annotated[
 ]
 Noise = Annotated[float, typer.Option(help="Standard deviation of noise in every entry.", min=0.0)]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, …")]
+MemoryLimit = Annotated[
+    str | None,
+    typer.Option(
+        help="To take on top of model and update, as in 4GB, 500MB or 2GiB; default: half of what "
+        "is free.",
+        show_default=False,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help=_HINTS["json"], metavar="")]
 Seed = Annotated[int, typer.Option(help="Of everything that is drawn at random.", min=0)]
 

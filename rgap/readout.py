@@ -10,10 +10,10 @@ from torch import Tensor
 from rgap.batches import label_identity, rows_of
 from rgap.batchloss import BatchLoss
 from rgap.certificate import Answer
+from rgap.doubles import row_blocks
 from rgap.head import target_of
 from rgap.network import Chain, Stage
 from rgap.polish import Polished, polish
-from rgap.doubles import row_blocks
 from rgap.precision import Known, carried
 from rgap.problem import Problem
 from rgap.recursion import Descent
