@@ -64,8 +64,9 @@ def audit(
         The :class:`Audit`.
 
     Raises:
-        ValueError: a layer too large for exact ranks or for the budget, batch size below 1, unknown method or
-            weights, too few probe pictures, a shape that does not fit, train mode.
+        ValueError: a layer too large for exact ranks or for the budget, batch size below 1,
+            unknown method or weights, too few probe pictures, a shape that does not fit, or
+            train mode.
 
     >>> import rgap
     >>> table = audit(rgap.models.lenet(seed=0), (3, 32, 32), batch_sizes=(1,))
