@@ -3,20 +3,41 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 
-__all__ = ["FIT", "Cause", "cause", "sentence"]
+__all__ = ["FIT", "Cause", "CauseKind", "cause", "sentence"]
+
+
+class CauseKind(StrEnum):
+    """What kind of reason it is; a member is equal to its text."""
+
+    COMPRESSED = "compressed update"
+    HEAD_LIMIT = "head limit"
+    ALIKE = "alike samples"
+    MISFIT = "misfit"
+    NO_INVERSE = "no inverse"
+    NOT_SEPARATED = "not separated"
+    PARTS = "parts"  # some of the answer is certified
+    MISSING = "missing equations"
+    SEVERAL = "several answers"
+    PRECISION = "precision"
+
+    def __repr__(self) -> str:
+        return repr(self.value)
+
 
 # What is decided first comes first: an update that does not fit says nothing about what follows.
 FIRST = {
-    "compressed update": 6.0,
-    "head limit": 5.0,
-    "alike samples": 4.0,
-    "misfit": 3.5,
-    "no inverse": 3.0,
-    "not separated": 2.5,
-    "missing equations": 1.0,
-    "several answers": 0.9,
-    "precision": 0.5,
+    CauseKind.COMPRESSED: 6.0,
+    CauseKind.HEAD_LIMIT: 5.0,
+    CauseKind.ALIKE: 4.0,
+    CauseKind.MISFIT: 3.5,
+    CauseKind.NO_INVERSE: 3.0,
+    CauseKind.NOT_SEPARATED: 2.5,
+    CauseKind.PARTS: 2.0,
+    CauseKind.MISSING: 1.0,
+    CauseKind.SEVERAL: 0.9,
+    CauseKind.PRECISION: 0.5,
 }
 
 
@@ -25,8 +46,7 @@ class Cause:
     """One reason why a batch is not recovered.
 
     Attributes:
-        kind: "compressed update", "misfit", "head limit", "alike samples", "no inverse",
-            "not separated", "missing equations", "several answers" or "precision".
+        kind: see :class:`CauseKind`.
         place: the layer, or "".
         number: that says how bad it is; NaN where none was measured.
         words: the cause in plain words, with its number.
@@ -34,7 +54,7 @@ class Cause:
         weight: orders the list, descending.
     """
 
-    kind: str
+    kind: CauseKind
     place: str
     number: float
     words: str
@@ -50,7 +70,12 @@ FIT = (
 
 
 def cause(
-    kind: str, place: str, number: float, words: str, changes: tuple[str, ...], share: float = 0.0
+    kind: CauseKind,
+    place: str,
+    number: float,
+    words: str,
+    changes: tuple[str, ...],
+    share: float = 0.0,
 ) -> Cause:
     """A cause of a kind in :data:`FIRST`; ``share`` in [0, 1] orders causes of one kind."""
     return Cause(kind, place, number, words, changes, FIRST[kind] + share)

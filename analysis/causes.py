@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from math import inf, isfinite, log10, prod
 
 from torch import nn
 
-from rgap.analysis.cause import FIT, Cause, cause, sentence
+from rgap.analysis.cause import FIT, Cause, CauseKind, cause, sentence
 from rgap.analysis.head_causes import Pair, head_causes
 from rgap.analysis.remedies import remedies
+from rgap.halt import Halt, HaltKind
 from rgap.network import Chain, parse
-from rgap.recovery import LayerReport, Recovery, Status
+from rgap.recovery import LayerReport, Recovery, Route, Status
 from rgap.symptoms import compression
 from rgap.update import Update
 
@@ -34,23 +34,31 @@ def causes(
     found = [
         *_compressed(update),
         *head_causes(recovery, update, chain, batch, pairs),
-        *_no_inverse(recovery, chain),
+        *_no_inverse(recovery),
         *_missing(recovery, model, update, batch),
         *_several(recovery),
         *_precision(recovery),
     ]
-    kinds = {one.kind for one in found}
-    if recovery.status is Status.INCONSISTENT and not kinds & {"compressed update", "misfit"}:
+    fits = all(one.kind not in (CauseKind.COMPRESSED, CauseKind.MISFIT) for one in found)
+    if recovery.status is Status.INCONSISTENT and fits:
         number = inf if recovery.residual is None else recovery.residual
-        told = "" if recovery.residual is None else f" The replay differs by {number:.1e}."
-        found.append(cause("misfit", "", number, f"{sentence(recovery.reason)}{told}", FIT))
+        words = sentence(recovery.reason)
+        words += "" if recovery.residual is None else f" The replay differs by {number:.1e}."
+        found.append(cause(CauseKind.MISFIT, "", number, words, FIT))
+    if not found and (recovery.certified or recovery.determined is not None):
+        words = sentence(recovery.reason)
+        found.append(cause(CauseKind.PARTS, "", float(batch), words, _PARTS))
     if not found:
-        told = "the samples of the batch were not told apart: " if batch > 1 else ""
-        found.append(
-            cause("not separated", "", float(batch), sentence(told + recovery.reason), _APART)
-        )
+        words = "the samples of the batch were not told apart: " if batch > 1 else ""
+        words = sentence(words + recovery.reason)
+        found.append(cause(CauseKind.NOT_SEPARATED, "", float(batch), words, _APART))
     return tuple(sorted(found, key=lambda one: -one.weight))
 
+
+_PARTS = (
+    "a layer above that the equations cover, and the loss declared, for the targets",
+    "strides that leave no row or column unread, for the data",
+)
 
 _APART = (
     "a smaller batch",
@@ -72,29 +80,33 @@ def _compressed(update: Update | None) -> list[Cause]:
         "rgap.analysis.noise(..., defence=Prune(share) or Sign()) counts what such an update "
         "still determines",
     )
-    return [cause("compressed update", "", sent / total, sentence(words), changes)]
+    return [cause(CauseKind.COMPRESSED, "", sent / total, sentence(words), changes)]
 
 
-def _no_inverse(recovery: Recovery, chain: Chain | None) -> list[Cause]:
+def _no_inverse(recovery: Recovery) -> list[Cause]:
     if recovery.status is not Status.UNSUPPORTED:
         return []
-    reached = [i for i, r in enumerate(recovery.layers) if r.route != "not reached"]
+    reached = [i for i, r in enumerate(recovery.layers) if r.route is not Route.NOT_REACHED]
     below = recovery.layers[: reached[0] if reached else len(recovery.layers)]
-    place = recovery.reason.split("'")[1] if recovery.reason.count("'") > 1 else ""
-    kind = recovery.reason.lower()
-    changes: tuple[str, ...] = (
-        "rgap.analysis.identifiability tells whether the whole update determines the batch",
-        "matching the whole update needs no inverse",
-    )
-    if "pool" in kind:
-        changes = ("a convolution of stride 2 in place of the max-pool", *changes)
-    elif "no element-wise inverse" in kind or "act" in place:
-        changes = ("an activation with an inverse: LeakyReLU, tanh, sigmoid, softplus", *changes)
-    elif chain is not None and chain.barrier is not None:
-        changes = ("a chain without branches", *changes)
-    clause = recovery.reason.split(";")[0]
-    words = f"{clause}. {len(below)} layers below it were not reached."
-    return [cause("no inverse", place, float(len(below)), sentence(words), changes)]
+    halt = recovery.halt
+    place = "" if halt is None else halt.stage
+    changes = (*(() if halt is None else _INSTEAD.get(halt.kind, ())), *_ALWAYS)
+    reason = recovery.reason if halt is None else halt.reason
+    words = sentence(f"{reason}. {len(below)} layers below it were not reached.")
+    return [cause(CauseKind.NO_INVERSE, place, float(len(below)), words, changes)]
+
+
+_INSTEAD = {
+    HaltKind.POOL: ("a convolution of stride 2 in place of the max-pool",),
+    HaltKind.AVERAGE: ("a strided convolution in place of the average",),
+    HaltKind.ACTIVATION: ("an activation with an inverse: LeakyReLU, tanh, sigmoid, softplus",),
+    HaltKind.BARRIER: ("a chain without branches",),
+    HaltKind.HEAD: ("a fully connected last layer",),
+}
+_ALWAYS = (
+    "rgap.analysis.identifiability tells whether the whole update determines the batch",
+    "matching the whole update needs no inverse",
+)
 
 
 def _missing(
@@ -102,7 +114,7 @@ def _missing(
 ) -> list[Cause]:
     found = []
     for report in recovery.layers:
-        if not report.nullity or report.route == "not reached":
+        if not report.nullity or report.route is Route.NOT_REACHED:
             continue
         share = report.nullity / report.unknowns
         words = (
@@ -118,14 +130,15 @@ def _missing(
             words += " A prior chose what they leave open."
         found.append(
             cause(
-                "missing equations", report.layer, float(report.nullity), sentence(words),
+                CauseKind.MISSING, report.layer, float(report.nullity), sentence(words),
                 (*changes, "equations of the layers below, which this count leaves out"), share,
             )
         )  # fmt: skip
-    told = re.search(r"'([^']+)'.* (\d+) equations are missing", recovery.reason)
-    if not found and told:  # a step between layers, such as a pool of what it takes in
-        number, words = float(told[2]), sentence(recovery.reason)
-        found.append(cause("missing equations", told[1], number, words, _STEP))
+    halt = recovery.halt
+    if not found and halt is not None and halt.kind is HaltKind.DEFICIENT and halt.missing:
+        # A step between layers, such as a pool of what it takes in.
+        words = sentence(recovery.reason)
+        found.append(cause(CauseKind.MISSING, halt.stage, float(halt.missing), words, _STEP))
     return found
 
 
@@ -149,14 +162,16 @@ def _several(recovery: Recovery) -> list[Cause]:
         "a narrower value_range",
         "stated labels",
     )
-    return [cause("several answers", "", float(count), sentence(words), changes)]
+    return [cause(CauseKind.SEVERAL, "", float(count), sentence(words), changes)]
 
 
 def _precision(recovery: Recovery) -> list[Cause]:
     """Ranks are full, yet the answer is not fixed well enough."""
-    known = [r for r in recovery.layers if r.route != "not reached"]
-    told = recovery.error_bound is not None or "precision" in recovery.reason
+    known = [r for r in recovery.layers if r.route is not Route.NOT_REACHED]
+    told = recovery.error_bound is not None or _imprecise(recovery.halt)
     if recovery.status is not Status.UNDERDETERMINED or not known or not told:
+        return []
+    if recovery.certified or recovery.determined is not None:  # precise enough: some of it is open
         return []
     if any(r.nullity for r in known):
         return []
@@ -179,7 +194,11 @@ def _precision(recovery: Recovery) -> list[Cause]:
         "weights that saturate fewer units",
     )
     number = worst.condition if bound is None else bound
-    return [cause("precision", worst.layer, number, sentence(words + "."), changes)]
+    return [cause(CauseKind.PRECISION, worst.layer, number, sentence(words + "."), changes)]
+
+
+def _imprecise(halt: Halt | None) -> bool:
+    return halt is not None and halt.kind in (HaltKind.ILL_CONDITIONED, HaltKind.UNSOLVED)
 
 
 def _batch(recovery: Recovery, update: Update | None, chain: Chain | None) -> int:

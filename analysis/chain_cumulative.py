@@ -38,7 +38,8 @@ def cumulative_ranks(linear: Linearisation, found: ChainNull) -> list[tuple[int,
             continue
         if tangents is None:
             size = prod(linear.chain.input_shape)
-            unit = torch.eye(size, dtype=torch.float64).reshape(size, 1, *linear.x.shape[1:])
+            unit = torch.eye(size, dtype=linear.x.dtype, device=linear.x.device)
+            unit = unit.reshape(size, 1, *linear.x.shape[1:])
             tangents = [unit for _ in linear.x]
             for node in linear.nodes[: below.stage.index]:
                 tangents = _forward(node, tangents)

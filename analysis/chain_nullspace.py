@@ -27,6 +27,7 @@ from rgap.analysis.stage_elimination import Options, eliminate_stage
 from rgap.jacobian import Linearisation
 from rgap.node import Node, each
 from rgap.ops import Rearrange, Reshape
+from rgap.progress import Watch, silent
 from rgap.solvers.rank import Rank
 
 
@@ -81,6 +82,7 @@ def chain_nullspace(
     noise: float = 0.0,
     dtype: torch.dtype = torch.float64,
     memory: float = 4e9,
+    watch: Watch = silent,
 ) -> ChainNull:
     """Null space of the Jacobian of a chain's update, without the Jacobian.
 
@@ -91,6 +93,7 @@ def chain_nullspace(
         noise: relative error of the entries.
         dtype: precision in which the entries are known.
         memory: bytes for one block.
+        watch: told of every layer.
 
     Raises:
         NotStructuredError: a step that has no inverse (a pool, a ReLU that is off, a step after the
@@ -101,10 +104,12 @@ def chain_nullspace(
     require_invertible(linear)
     head = linear.nodes[-1]
     batch, outputs = head.z.shape[0], head.z[0].numel()
-    z = torch.eye(batch * outputs, dtype=torch.float64).reshape(-1, *head.z.shape)
+    z = torch.eye(batch * outputs, dtype=head.z.dtype, device=head.z.device)
+    z = z.reshape(-1, *head.z.shape)
     open_ = Open(z, linear.bend(z))
     found: list[StageNull] = []
-    for node in reversed(linear.nodes):
+    for number, node in enumerate(reversed(linear.nodes), 1):
+        watch(node.stage.name, number, len(linear.nodes))
         start = time.perf_counter()
         if node is not head:
             open_ = through_tail(node, open_)

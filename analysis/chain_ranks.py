@@ -35,6 +35,7 @@ from rgap.analysis.stage_elimination import (
 )
 from rgap.jacobian import Linearisation
 from rgap.node import Node, each
+from rgap.progress import Watch, silent
 from rgap.systems import gradient_constraint, weight_constraint
 from rgap.systems.ranks import joint_rows, weight_row_spaces
 
@@ -74,6 +75,7 @@ def chain_ranks(
     noise: float = 0.0,
     dtype: torch.dtype = torch.float64,
     memory: float = 4e9,
+    watch: Watch = silent,
 ) -> ChainNull:
     """What `chain_nullspace` finds, without the null directions.
 
@@ -87,6 +89,7 @@ def chain_ranks(
         noise: relative error of the entries.
         dtype: precision in which the entries are known.
         memory: bytes for one block.
+        watch: told of every layer.
 
     Raises:
         NotStructuredError: a step that has no inverse.
@@ -96,22 +99,26 @@ def chain_ranks(
     if rcond is None and noise == 0.0 and dtype == torch.float64:
         for part in (True, False):
             try:
-                return _sampled(linear, Options(None, 0.0, dtype, trained, memory), part)
+                return _sampled(linear, Options(None, 0.0, dtype, trained, memory), part, watch)
             except _UnclearError:
                 continue
-    found = chain_nullspace(linear, trained, rcond=rcond, noise=noise, dtype=dtype, memory=memory)
+    found = chain_nullspace(
+        linear, trained, rcond=rcond, noise=noise, dtype=dtype, memory=memory, watch=watch
+    )
     return replace(found, directions=None)
 
 
-def _sampled(linear: Linearisation, options: Options, part: bool) -> ChainNull:
+def _sampled(linear: Linearisation, options: Options, part: bool, watch: Watch) -> ChainNull:
     head = linear.nodes[-1]
     batch, outputs = head.z.shape[0], head.z[0].numel()
-    z = torch.eye(batch * outputs, dtype=torch.float64).reshape(-1, *head.z.shape)
+    z = torch.eye(batch * outputs, dtype=head.z.dtype, device=head.z.device)
+    z = z.reshape(-1, *head.z.shape)
     draw = _Draw(Open(z, linear.bend(z)), len(z), batch)
     found: list[StageNull] = []
     for at in range(len(linear.nodes) - 1, -1, -1):
         start = time.perf_counter()
         node = linear.nodes[at].first(draw.samples)
+        watch(node.stage.name, len(linear.nodes) - at, len(linear.nodes))
         if node.stage is not head.stage:
             draw = replace(draw, open=through_tail(node, draw.open))
         if draw.count == 0:
@@ -138,7 +145,7 @@ def _begin(linear: Linearisation, at: int, options: Options, part: bool) -> tupl
     node = linear.nodes[at]
     affine, batch = node.stage.affine, len(node.u)
     none = node.u.new_zeros(0, *node.u.shape)
-    nothing, no_values = Open(none, none), torch.zeros(0, dtype=torch.float64)
+    nothing, no_values = Open(none, none), node.u.new_zeros(0)
     size = prod(affine.in_shape)
     if not options.trains(affine)[0]:
         decision, left = eliminate_stage(node, nothing, options)
@@ -148,7 +155,7 @@ def _begin(linear: Linearisation, at: int, options: Options, part: bool) -> tupl
         return (rank, no_values, "nothing open"), _Draw(nothing, 0, batch)
     gradient = gradient_constraint(affine, node.k)
     own = gradient.rank()
-    spaces = weight_row_spaces(affine, torch.ones(node.k.shape, dtype=torch.bool))
+    spaces = weight_row_spaces(affine, torch.ones_like(node.k, dtype=torch.bool))
     weight = spaces[0].rank.rank
     options.onto[affine.name] = weight == prod(affine.out_shape)
     fits(own.rank, batch * weight, options)

@@ -60,7 +60,7 @@ def channel(
 ) -> Channel:
     """The defences at this batch: rows kept, their variance, what clipping takes away."""
     g = stacked(update, update.gradient(update.inputs))
-    scales, units, notes = torch.ones(1, dtype=torch.float64), None, []
+    scales, units, notes = g.new_ones(1), None, []
     variance = torch.full_like(g, sigma**2)
     kept = torch.ones_like(g, dtype=torch.bool)
     weights: Tensor | None = None

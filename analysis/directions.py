@@ -36,7 +36,7 @@ def orthonormalising(directions: Tensor) -> Tensor:
     diagonal = upper.diagonal().abs()
     if bool(info) or float(diagonal.min()) < NEARLY * float(diagonal.max()):
         upper = torch.linalg.qr(flat.T * scale, mode="r").R
-    eye = torch.eye(len(upper), dtype=upper.dtype)
+    eye = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
     inverse: Tensor = torch.linalg.solve_triangular(upper, eye, upper=True)
     return scale[:, None] * inverse
 

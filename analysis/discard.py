@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from math import prod
+from collections.abc import Callable, Sequence
 from operator import index
 
 import torch
 from torch import Tensor, nn
 
 from rgap import memory
-from rgap.analysis.layer_ranks import Spaces, counted_rows, measured_row, sketched_row
-from rgap.analysis.probe import probe_layers
+from rgap.analysis.layer_ranks import Spaces, counted_rows
+from rgap.analysis.probe import probed
 from rgap.analysis.probe_batch import probe_targets
-from rgap.analysis.symbolic_modules import pooled_inputs
+from rgap.analysis.probed_rows import probed_rows
+from rgap.analysis.recorder import uncounted
 from rgap.analysis.table import Audit, AuditRow
 from rgap.losses import Loss
 from rgap.network import parse
+from rgap.problem import device_of
+from rgap.progress import Progress, Shown
 from rgap.validation import require_finite
 
 METHODS = ("exact", "sketch", "formula")
@@ -34,6 +36,8 @@ def audit(
     method: str = "exact",
     weights: str = "given",
     seed: int = 0,
+    device: torch.device | str | None = None,
+    progress: Shown = False,
     memory_budget: float | None = None,
 ) -> Audit:
     """Measure which part of its input every layer's gradient determines.
@@ -57,6 +61,9 @@ def audit(
             ``route`` and whether its rank is ``exact`` or a bound.
         weights: "given", or "random" to audit the architecture with weights drawn anew.
         seed: of the probe and of random weights.
+        device: where to compute; default the CPU.
+        progress: True for a line on a terminal, or a function that is told; see
+            :mod:`rgap.progress`.
         memory_budget: bytes to take on top of the model; by default half of what the machine has
             free.  A layer that needs more is refused by name before anything is allocated.
 
@@ -85,13 +92,14 @@ def audit(
             "load the weights into the model"
         )
     loss = Loss.of(loss)
-    pictures = _pictures(inputs, shape, max(batches), seed)
+    place = device_of(device)
+    pictures = _pictures(inputs, shape, max(batches), seed).to(place)
     if weights == "random":
         model = redrawn(model, seed)
     if method == "formula":
         counted, left = counted_rows(model, shape, batches, loss.name)
         return Audit(type(model).__name__, method, tuple(counted), (*_notes(counted), *left))
-    room = memory.budget_of(memory_budget)
+    room = memory.budget_of(memory_budget, place)
     parameters = sum(p.numel() for p in model.parameters())
     memory.require(
         f"a float64 copy of the {parameters:,} parameters of {type(model).__name__}, and of their "
@@ -100,18 +108,27 @@ def audit(
         room,
         "method='formula', which looks at no weight",
     )
-    chain = parse(model, shape)
-    before = {stage.name: prod(stage.in_shape) for stage in chain.stages}
-    if chain.barrier is not None:  # the stages end there, the pools beyond count as well
-        before = pooled_inputs(model, shape) | before
+    parse(model, shape)  # refuses a shape that does not fit, and train mode
     rows: list[AuditRow] = []
     spaces: Spaces = {}
-    make = measured_row if method == "exact" else sketched_row
-    for batch in batches:
-        targets = probe_targets(model, pictures[:batch], loss, None, seed)
-        for probe in probe_layers(model, pictures[:batch], targets, loss):
-            rows.append(make(probe, batch, before.get(probe.affine.name, 0), spaces, room))
-    return Audit(type(model).__name__, method, tuple(rows), _notes(rows))
+    with Progress(progress) as show:
+        for batch in batches:
+            show.stage(f"probe of B = {batch}")
+            targets = probe_targets(model, pictures[:batch], loss, None, seed)
+            probes, recording = probed(model, pictures[:batch], targets, loss)
+
+            def watch(
+                what: str,
+                number: int | None = None,
+                total: int | None = None,
+                batch: int = batch,
+            ) -> None:
+                show.stage(f"{what} at B = {batch}", number, total, series=str(batch))
+
+            rows += probed_rows(probes, recording, batch, method, spaces, loss.name, watch, room)
+    others = uncounted(model, recording)
+    notes = (*_notes(rows), *([f"Not counted: {', '.join(others)}."] if others else []))
+    return Audit(type(model).__name__, method, tuple(rows), notes)
 
 
 def redrawn(model: nn.Module, seed: int) -> nn.Module:
@@ -173,14 +190,37 @@ def _pictures(inputs: Tensor | None, shape: tuple[int, ...], count: int, seed: i
 
 def _notes(rows: Sequence[AuditRow]) -> tuple[str, ...]:
     notes = []
-    bounds = list(dict.fromkeys(row.layer for row in rows if not row.exact))
-    if bounds:
-        shown = f"{bounds[:4]}" + (f" and {len(bounds) - 4} more" if len(bounds) > 4 else "")
-        notes.append(
-            f"Of {shown} joint_rank is an upper bound, as a rule equal to the rank; "
-            "method='exact' measures it."
-        )
+    for route, why in (
+        ("measured", "a weight is used again on an input that other layers read"),
+        ("", "method='exact' measures it"),
+    ):
+        bounds = [r.layer for r in rows if not r.exact and (r.route == "measured") == bool(route)]
+        names = list(dict.fromkeys(bounds))
+        if names:
+            shown = f"{names[:4]}" + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+            notes.append(f"Of {shown} joint_rank is an upper bound: {why}.")
+    notes += [
+        f"'{row.step}' leads into '{row.layer}' and discards: its input of "
+        f"{row.unknowns // row.batch_size} values a sample is what is unknown there."
+        for row in _once(rows, lambda row: row.step)
+    ]
+    notes += [
+        f"'{row.layer}' is a step without weights: of {row.unknowns // row.batch_size} values a "
+        f"sample it passes {row.joint_rank // row.batch_size} on."
+        for row in _once(rows, lambda row: row.kind == "step")
+    ]
+    notes += [
+        f"'{row.layer}' is called more than once, and its calls are counted like samples."
+        if row.beside == row.layer
+        else f"'{row.layer}' is counted together with '{row.beside}': they read one input."
+        for row in _once(rows, lambda row: row.beside)
+    ]
     dead = sorted({row.layer for row in rows if row.gradient_rank == 0})
     if dead:
         notes.append(f"No gradient at all reaches {dead}: their cotangents are zero.")
     return tuple(notes)
+
+
+def _once(rows: Sequence[AuditRow], chosen: Callable[[AuditRow], object]) -> list[AuditRow]:
+    """The first row of every layer that has what is asked for."""
+    return list({row.layer: row for row in reversed(rows) if chosen(row)}.values())[::-1]

@@ -13,8 +13,11 @@ value and not by position.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +25,14 @@ from torch import Tensor, nn
 from rgap.affine import Affine
 from rgap.analysis.layout import active_units
 from rgap.analysis.modular_ranks import BlockRanks, modular_ranks
-from rgap.analysis.probe import probe_layers
+from rgap.analysis.probe import Probe, probe_layers
 from rgap.analysis.rank_report import LayerRanks
 from rgap.analysis.structural import structural_ranks
+from rgap.analysis.together import as_samples, together
 from rgap.losses import Loss
 from rgap.network import parse
+from rgap.problem import device_of
+from rgap.running import run
 from rgap.systems import gradient_constraint
 from rgap.systems.ranks import stage_joint_rank, weight_row_spaces
 
@@ -68,10 +74,11 @@ def layer_ranks(
     _refuse_large(affine)
     active_units(affine, batch, active)
     shape = (batch, *affine.out_shape)
-    mask = torch.ones(shape, dtype=torch.bool) if active is None else active
+    place = affine.weight.device
+    mask = torch.ones(shape, dtype=torch.bool, device=place) if active is None else active
     if cotangents is None:
         generator = torch.Generator().manual_seed(seed)
-        cotangents = torch.randn(shape, generator=generator, dtype=torch.float64)
+        cotangents = torch.randn(shape, generator=generator, dtype=torch.float64).to(place)
     elif tuple(cotangents.shape) != shape:
         raise ValueError(
             f"'{affine.name}' ({affine.kind}): expected cotangents of shape {list(shape)}, got "
@@ -101,6 +108,7 @@ def generic_ranks(
     inputs: Tensor | None = None,
     points: int = 2,
     seed: int = 0,
+    device: torch.device | str | None = None,
 ) -> tuple[LayerRanks, ...]:
     """Ranks of every layer of a network, chain or not, at random integer points.
 
@@ -115,9 +123,12 @@ def generic_ranks(
         inputs: probe pictures ``[B, *input_shape]``; uniform random ones if None.
         points: random points and primes per layer.
         seed: of whatever is random.
+        device: where to compute; default the CPU.
 
     Returns:
-        One :class:`LayerRanks` per fully connected or convolutional layer, in forward order.
+        One :class:`LayerRanks` per use of a fully connected or convolutional layer, in forward
+        order.  The calls of one weight are the samples of one batch; layers that read one input
+        are counted one by one, and name each other in ``beside``.
 
     Raises:
         ValueError: as :func:`layer_ranks`, and for a model without such layers, in train mode, or
@@ -143,8 +154,9 @@ def generic_ranks(
             "probe picture per sample"
         )
     loss = Loss.of(loss)
+    inputs = inputs.to(device_of(device), torch.float64)
     with torch.no_grad():
-        outputs = model(inputs.to(next(model.parameters())))
+        outputs = run(copy.deepcopy(model).to(inputs), inputs)
     if not isinstance(outputs, Tensor) or outputs.ndim < 2:
         raise ValueError(
             f"expected outputs [B, ...] in one tensor from {type(model).__name__}.forward, got "
@@ -152,20 +164,39 @@ def generic_ranks(
             "wrap it in a module whose forward returns the logits only"
         )
     if loss.name == "cross_entropy" and loss.targets == "index":
-        targets = torch.arange(batch_size) % outputs.shape[1]
+        targets = torch.arange(batch_size, device=outputs.device) % outputs.shape[1]
     else:
-        targets = (torch.rand(outputs.shape, generator=generator) < 0.5).double()
-    return tuple(
-        layer_ranks(
-            probe.affine,
-            len(probe.cotangents),
-            probe.active,
-            cotangents=probe.cotangents,
-            points=points,
-            seed=seed,
-        )
-        for probe in probe_layers(model, inputs, targets, loss)
+        targets = (torch.rand(outputs.shape, generator=generator) < 0.5).to(outputs)
+    probes = probe_layers(model, inputs, targets, loss)
+    found: dict[int, LayerRanks] = {}
+    for group in together(probes):
+        own = [probes[i] for i in group.members]
+        merged = [as_samples(own)] * len(own) if group.kind == "shared" else own
+        for number, probe in zip(group.members, merged, strict=True):
+            ranks = _of_probe(probe, points, seed)
+            names = {p.affine.name: None for p in own if p is not own[group.members.index(number)]}
+            found[number] = replace(ranks, beside=", ".join(names))
+    return tuple(found[number] for number in sorted(found))
+
+
+def _of_probe(probe: Probe, points: int, seed: int) -> LayerRanks:
+    """Ranks of a layer as a probe batch met it; a frozen weight has no gradient block."""
+    ranks = layer_ranks(
+        probe.affine,
+        len(probe.cotangents),
+        probe.active,
+        cotangents=probe.cotangents,
+        points=points,
+        seed=seed,
     )
+    if probe.trained:
+        return ranks
+
+    def without(block: Any) -> Any:
+        return replace(block, gradient=0, joint=block.weight)
+
+    three = {what: without(getattr(ranks, what)) for what in ("numerical", "modular", "structural")}
+    return replace(ranks, **three)
 
 
 def _numerical(affine: Affine, cotangents: Tensor, active: Tensor) -> tuple[BlockRanks, float, int]:

@@ -9,6 +9,7 @@ from math import ceil, prod
 from operator import index
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -17,6 +18,7 @@ from rgap.analysis.identifiability import identifiability
 from rgap.analysis.noise import noise
 from rgap.analysis.resized import UnfitError, called_layers, with_channels, with_stride
 from rgap.losses import Loss
+from rgap.progress import Progress, Shown
 
 __all__ = ["harden"]
 
@@ -36,6 +38,8 @@ def harden(
     value_range: tuple[float, float] = (0.0, 1.0),
     memory: float = 4e9,
     seed: int = 0,
+    device: torch.device | str | None = None,
+    progress: Shown = False,
 ) -> Hardening:
     """Find the smallest changes that make a fraction of the data unidentifiable.
 
@@ -60,6 +64,9 @@ def harden(
         value_range: of the data.
         memory: bytes that one matrix may take.
         seed: of the batch and of weights that are drawn anew.
+        device: where to compute; default the CPU.
+        progress: True for a line on a terminal, or a function that is told; see
+            :mod:`rgap.progress`.
 
     Returns:
         The :class:`Hardening`.
@@ -92,21 +99,25 @@ def harden(
     chosen = Loss.of(loss)
     if index(batch_size) < 1:
         raise ValueError(f"expected batch_size >= 1, got {batch_size}; write batch_size=1")
-    search = _Search(model, shape, index(batch_size), fraction, chosen, value_range, memory, seed)
-    now = search.missing(model, search.batch)
-    if now < search.wanted:
-        if "batch size" in changes:
-            search.larger_batch(largest_batch)
-        layers = called_layers(model, shape)
-        if "channels" in changes:
-            for name, module in layers[:-1]:
-                search.fewer_channels(name, module)
-        if "stride" in changes:
-            for name, module in layers:
-                if isinstance(module, _ConvNd):
-                    search.larger_stride(name, module, largest_stride)
-        if "noise" in changes:
-            search.more_noise()
+    show = Progress(progress)
+    search = _Search(
+        model, shape, index(batch_size), fraction, chosen, value_range, memory, seed, device, show
+    )
+    with show:
+        now = search.missing(model, search.batch)
+        if now < search.wanted:
+            if "batch size" in changes:
+                search.larger_batch(largest_batch)
+            layers = called_layers(model, shape)
+            if "channels" in changes:
+                for name, module in layers[:-1]:
+                    search.fewer_channels(name, module)
+            if "stride" in changes:
+                for name, module in layers:
+                    if isinstance(module, _ConvNd):
+                        search.larger_stride(name, module, largest_stride)
+            if "noise" in changes:
+                search.more_noise()
     order = {kind: at for at, kind in enumerate(CHANGES)}
     return Hardening(
         type(model).__name__,
@@ -133,8 +144,11 @@ class _Search:
     value_range: tuple[float, float]
     memory: float
     seed: int
+    device: torch.device | str | None
+    show: Progress
     found: list[Change] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
+    tried: int = 0
 
     @property
     def unknowns(self) -> int:
@@ -146,6 +160,8 @@ class _Search:
 
     def missing(self, network: nn.Module, batch: int) -> int:
         """Joint nullity at a random batch."""
+        self.tried += 1
+        self.show.stage("changed network", self.tried)
         return identifiability(
             network,
             self.shape,
@@ -155,6 +171,8 @@ class _Search:
             null_space=False,
             memory=self.memory,
             seed=self.seed,
+            device=self.device,
+            progress=self.show.within,
         ).joint_nullity
 
     def larger_batch(self, largest: int) -> None:
@@ -220,6 +238,8 @@ class _Search:
             value_range=self.value_range,
             memory=self.memory,
             seed=self.seed,
+            device=self.device,
+            progress=self.show.within,
         )
         if report.decision is None:
             self.failed.append("noise: too many unknowns to see the directions one by one.")

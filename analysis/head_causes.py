@@ -8,7 +8,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from rgap.analysis.cause import FIT, Cause, cause, sentence
+from rgap.analysis.cause import FIT, Cause, CauseKind, cause, sentence
 from rgap.losses import Loss
 from rgap.network import Chain
 from rgap.recovery import Recovery, Status
@@ -102,7 +102,7 @@ def head_causes(
             "more classes",
             "two fully connected layers in a row with biases, below which no such limit holds",
         )
-        return [cause("head limit", stage.name, float(batch), sentence(words), changes)]
+        return [cause(CauseKind.HEAD_LIMIT, stage.name, float(batch), sentence(words), changes)]
     if batch > len(values):
         return []
     ratio = float(values[batch - 1] / values[0])
@@ -122,7 +122,7 @@ def head_causes(
             )
         sharper = ("float64 gradients",) if update.dtype != torch.float64 else ()
         changes = (*sharper, "labels that differ", "a smaller batch", "a trained or larger head")
-        return [cause("alike samples", stage.name, ratio, sentence(words), changes)]
+        return [cause(CauseKind.ALIKE, stage.name, ratio, sentence(words), changes)]
     beyond = values[batch:]
     if (
         recovery.status is Status.INCONSISTENT
@@ -138,7 +138,7 @@ def head_causes(
             "larger batch, or another model."
         )
         changes = (f"noise={sigma:.1e} if noise was added", "the true batch size", *FIT[:1])
-        return [cause("misfit", stage.name, sigma, sentence(words), changes)]
+        return [cause(CauseKind.MISFIT, stage.name, sigma, sentence(words), changes)]
     return []
 
 

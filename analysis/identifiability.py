@@ -27,7 +27,7 @@ from rgap.batchloss import BatchLoss
 from rgap.jacobian import Linearisation
 from rgap.losses import Loss
 from rgap.network import parse
-from rgap.progress import Progress
+from rgap.progress import Progress, Shown, Watch, silent
 from rgap.solvers.rank import Rank
 
 METHODS = ("auto", "structured", "dense", "sketch")
@@ -49,7 +49,8 @@ def identifiability(
     null_space: bool = True,
     memory: float = 4e9,
     seed: int = 0,
-    progress: bool = False,
+    progress: Shown = False,
+    device: torch.device | str | None = None,
 ) -> Identifiability:
     """Rank and null space of the update as a function of the data, at a batch.
 
@@ -83,7 +84,9 @@ def identifiability(
             fraction where many directions are open.
         memory: bytes that one matrix may take.
         seed: of the random batch, the labels and the sketch.
-        progress: show on a terminal what is being done.
+        progress: True for a line on a terminal, or a function that is told; see
+            :mod:`rgap.progress`.
+        device: where to compute; default the CPU.
 
     Returns:
         The :class:`Identifiability`.
@@ -102,21 +105,24 @@ def identifiability(
     if method not in METHODS:
         raise ValueError(f"expected method in {list(METHODS)}, got {method!r}; write method='auto'")
     chosen = Loss.of(loss)
-    pictures = probe_batch(inputs, batch_size, seed)
+    pictures = probe_batch(inputs, batch_size, seed, device)
     require_evaluation(model)
     targets = probe_targets(model, pictures, chosen, labels, seed)
     update = UpdateMap(model, pictures, targets, chosen)
     with Progress(progress) as shown:
         shown.stage("sequential nullity")
-        own, notes = _sequential(model, update, chosen, seed) if sequential else ({}, [])
+        own, notes = dict[str, tuple[int, int]](), list[str]()
+        if sequential:
+            own, notes = _sequential(model, update, chosen, seed, shown.within)
         route = method
         found: Identifiability | None = None
         if method == "structured" or (method == "auto" and update.unknowns > SMALL):
             shown.stage("null space, layer by layer")
             try:
                 found = _structured(
-                    model, update, targets, chosen, own, rcond, noise, dtype, memory, null_space
-                )
+                    model, update, targets, chosen, own, rcond, noise, dtype, memory, null_space,
+                    shown.stage,
+                )  # fmt: skip
             except (NotStructuredError, TooLargeError) as reason:
                 if method == "structured":
                     raise ValueError(
@@ -131,8 +137,9 @@ def identifiability(
                 route = "dense" if small and dense <= memory else "sketch"
             shown.stage(f"Jacobian, {route}")
             found = _general(
-                model, update, own, route, rcond, noise, dtype, memory, seed, null_space
-            )
+                model, update, own, route, rcond, noise, dtype, memory, seed, null_space,
+                shown.stage,
+            )  # fmt: skip
     return replace(
         found,
         loss=chosen.name,
@@ -152,9 +159,10 @@ def _structured(
     dtype: torch.dtype,
     memory: float,
     null_space: bool,
+    watch: Watch = silent,
 ) -> Identifiability:
     shape = tuple(update.inputs.shape[1:])
-    chain = parse(model, shape).to("cpu")
+    chain = parse(model, shape).to(update.inputs.device)
     if chain.barrier is not None:
         raise NotStructuredError(
             f"'{chain.barrier.node}' ({chain.barrier.kind}) is no link of a chain"
@@ -169,12 +177,10 @@ def _structured(
     if not trained <= covered:
         raise NotStructuredError(f"{sorted(trained - covered)} belong to no linear layer")
     outputs = chain.forward(update.inputs)
-    batch = BatchLoss(
-        loss, loss.dense(targets, outputs), torch.ones(len(outputs), dtype=torch.float64)
-    )
+    batch = BatchLoss(loss, loss.dense(targets, outputs), outputs.new_ones(len(outputs)))
     linear = Linearisation(chain, update.inputs, batch)
     ranks = chain_nullspace if null_space else chain_ranks
-    null = ranks(linear, trained, rcond=rcond, noise=noise, dtype=dtype, memory=memory)
+    null = ranks(linear, trained, rcond=rcond, noise=noise, dtype=dtype, memory=memory, watch=watch)
     cumulative = cumulative_ranks(linear, null)
     equations = {block.layer: block.equations for block in update.blocks}
     rows = []
@@ -225,6 +231,7 @@ def _general(
     memory: float,
     seed: int,
     null_space: bool,
+    watch: Watch = silent,
 ) -> Identifiability:
     found = eliminate_blocks(
         update,
@@ -233,6 +240,7 @@ def _general(
         noise=noise,
         dtype=dtype,
         memory=memory,
+        watch=watch,
         seed=seed,
     )
     rows = []
@@ -274,7 +282,7 @@ def _general(
 
 
 def _sequential(
-    model: nn.Module, update: UpdateMap, loss: Loss, seed: int
+    model: nn.Module, update: UpdateMap, loss: Loss, seed: int, progress: Shown
 ) -> tuple[dict[str, tuple[int, int]], list[str]]:
     """(unknowns, nullity) of every layer by itself, from the audit, and what to know of it."""
     from rgap.analysis.discard import audit
@@ -289,6 +297,8 @@ def _sequential(
             loss=loss,
             inputs=update.inputs,
             seed=seed,
+            device=update.inputs.device,
+            progress=progress,
         )
     except ValueError as reason:
         return {}, [f"No sequential nullity: {reason}."]

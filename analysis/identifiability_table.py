@@ -129,7 +129,7 @@ class Identifiability(Finding):
         """True where an entry is the same along every null direction, ``[B, *input_shape]``."""
         basis = self._basis()
         if len(basis) == 0:
-            return torch.ones(basis.shape[1:], dtype=torch.bool)
+            return basis.new_ones(basis.shape[1:], dtype=torch.bool)
         return basis.square().sum(0).sqrt() < TOLERANCE
 
     def pictures(self, count: int = 8) -> Tensor:

@@ -20,6 +20,7 @@ from rgap.analysis.discard import audit
 from rgap.analysis.identifiability import identifiability
 from rgap.analysis.symbolic_modules import calls_of
 from rgap.losses import Loss
+from rgap.progress import Shown
 
 __all__ = ["IndexRow", "LeakageIndices", "leakage_indices"]
 
@@ -163,6 +164,8 @@ def leakage_indices(
     inputs: Tensor | None = None,
     joint: bool = True,
     seed: int = 0,
+    device: torch.device | str | None = None,
+    progress: Shown = False,
 ) -> LeakageIndices:
     """R-GAP's rank analysis and COPA's c(M) of a network, with the ranks that they stand for.
 
@@ -174,6 +177,9 @@ def leakage_indices(
         inputs: the probe batch ``[B, *input_shape]``; random if None.
         joint: also find the rank of the whole update.
         seed: of the probe.
+        device: where to compute; default the CPU.
+        progress: True for a line on a terminal, or a function that is told; see
+            :mod:`rgap.progress`.
 
     Returns:
         The :class:`LeakageIndices`.
@@ -190,11 +196,14 @@ def leakage_indices(
     (-16, True)
     """
     shape = tuple(input_shape)
-    table = audit(model, shape, (batch_size,), loss=loss, inputs=inputs, seed=seed)
+    table = audit(
+        model, shape, (batch_size,), loss=loss, inputs=inputs, seed=seed, device=device,
+        progress=progress,
+    )  # fmt: skip
     sizes: dict[str, tuple[int, int, int]] = {}
-    for call in calls_of(model, shape)[0]:
-        weight = getattr(call.module, "weight", None)
-        if isinstance(weight, Tensor):
+    for call in calls_of(model, shape):
+        if call.use is not None and call.use.weight is not None:
+            weight = call.use.weight
             counts = (prod(call.in_shape), weight.numel(), prod(call.out_shape))
             if call.name in sizes:
                 raise ValueError(
@@ -206,6 +215,8 @@ def leakage_indices(
     rows: list[IndexRow] = []
     surplus = 0
     for row in table.rows:
+        if row.kind == "step":
+            continue
         own, gradient, outputs = sizes[row.layer]
         unknowns, made = batch_size * own, batch_size * outputs
         rows.append(
@@ -235,5 +246,7 @@ def leakage_indices(
         loss=loss,
         sequential=False,
         seed=seed,
+        device=device,
+        progress=progress,
     )
     return replace(found, joint_rank=whole.joint_rank)

@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rgap.analysis.channel import Channel, stacked
 from rgap.analysis.update_jacobian import UpdateMap
+from rgap.progress import Watch, silent
 from rgap.solvers.conjugate import cgls
 from rgap.solvers.rank import Rank, numerical_rank, resolve_rcond
 
@@ -62,7 +63,7 @@ class Sent:
         root = self.channel.weights.sqrt()
         if self.channel.parts == 1:
             return self.channel.clipped(self.update.columns(directions), 0) * root
-        total = torch.zeros(len(directions), self.update.equations, dtype=torch.float64)
+        total = directions.new_zeros(len(directions), self.update.equations)
         for b in range(self.channel.parts):
             alone = torch.zeros_like(directions)
             alone[:, b] = directions[:, b]
@@ -99,7 +100,14 @@ class Sent:
 
 
 def information(
-    sent: Sent, method: str, *, memory: float, samples: int, iterations: int, seed: int
+    sent: Sent,
+    method: str,
+    *,
+    memory: float,
+    samples: int,
+    iterations: int,
+    seed: int,
+    watch: Watch = silent,
 ) -> tuple[str, Information]:
     """The information by the method asked for, or by the first that fits; returns which.
 
@@ -122,24 +130,25 @@ def information(
             f"memory={1.1 * need:.1e}"
         )
     if method == "dense":
-        return method, _dense(sent)
+        return method, _dense(sent, watch)
     if method == "normal":
-        return method, _normal(sent)
+        return method, _normal(sent, watch)
     return method, _sampled(sent, samples, iterations, seed)
 
 
-def weighed_jacobian(sent: Sent) -> Tensor:
+def weighed_jacobian(sent: Sent, watch: Watch = silent) -> Tensor:
     """A as a matrix, without the rows that are not sent, [≤ equations, unknowns]."""
     rows, size = sent.shape
-    table = torch.empty(size, rows, dtype=torch.float64)
+    table = sent.update.inputs.new_empty(size, rows)
     for piece, directions in _units(sent):
+        watch("columns of the Jacobian", piece.stop, size)
         table[piece] = sent.columns(directions)
     return table.T[sent.channel.weights > 0]
 
 
-def _dense(sent: Sent) -> Information:
+def _dense(sent: Sent, watch: Watch) -> Information:
     rows, size = sent.shape
-    matrix = weighed_jacobian(sent)
+    matrix = weighed_jacobian(sent, watch)
     if len(matrix) > size:
         matrix = torch.linalg.qr(matrix, mode="r").R
     _, values, vectors = torch.linalg.svd(matrix, full_matrices=False)
@@ -147,10 +156,11 @@ def _dense(sent: Sent) -> Information:
     return _from_spectrum(sent, values, vectors, rank, ())
 
 
-def _normal(sent: Sent) -> Information:
+def _normal(sent: Sent, watch: Watch) -> Information:
     rows, size = sent.shape
-    square = torch.empty(size, size, dtype=torch.float64)
+    square = sent.update.inputs.new_empty(size, size)
     for piece, directions in _units(sent):
+        watch("rows of the information", piece.stop, size)
         square[piece] = sent.rows(sent.columns(directions)).flatten(1)
     found, vectors = torch.linalg.eigh((square + square.T) / 2)
     values = found.flip(0).clamp_min(0).sqrt()
@@ -181,6 +191,7 @@ def _sampled(sent: Sent, samples: int, iterations: int, seed: int) -> Informatio
     rows = sent.update.equations
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn(samples, rows, generator=generator, dtype=torch.float64)
+    drawn = drawn.to(sent.update.inputs)
     answer = cgls(sent.columns, sent.rows, drawn, iterations)
     squares = answer.x.square()
     each = squares.flatten(1).sum(1)
@@ -196,7 +207,7 @@ def _sampled(sent: Sent, samples: int, iterations: int, seed: int) -> Informatio
             "reached are missing, so the predicted error is too small."
         )
     mean = squares.mean(0)
-    empty = torch.zeros(0, dtype=torch.float64)
+    empty = sent.update.inputs.new_zeros(0)
     return Information(mean, torch.ones_like(mean), None, empty, error, tuple(notes))
 
 
@@ -205,5 +216,6 @@ def _units(sent: Sent) -> list[tuple[slice, Tensor]]:
     size, shape = sent.update.unknowns, sent.update.inputs.shape
     wide = max(sent.update.equations, 8 * size)
     step = max(1, min(PIECE, size, int(256e6 / (8.0 * wide))))
-    eye = torch.eye(size, dtype=torch.float64).reshape(size, *shape)
+    like = sent.update.inputs
+    eye = torch.eye(size, dtype=like.dtype, device=like.device).reshape(size, *shape)
     return [(slice(a, min(a + step, size)), eye[a : a + step]) for a in range(0, size, step)]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rgap.analysis.nullspace import eliminate
 from rgap.analysis.update_jacobian import SignSketch, UpdateMap
+from rgap.progress import Watch, silent
 from rgap.solvers.rank import Rank, numerical_rank, resolve_rcond
 
 SPARE = 64  # rows of a sketch beyond the unknowns
@@ -45,6 +46,7 @@ def eliminate_blocks(
     dtype: torch.dtype = torch.float64,
     memory: float = 4e9,
     seed: int = 0,
+    watch: Watch = silent,
 ) -> BlockNull:
     """Rank layer by layer, each in its own units on what the layers above it left open.
 
@@ -56,13 +58,14 @@ def eliminate_blocks(
         dtype: precision in which it is known.
         memory: bytes that the rows of all layers may take.
         seed: of the signs.
+        watch: told of every layer.
 
     Raises:
         ValueError: more than ``memory``.
     """
-    blocks = jacobian_blocks(update, sketch, memory, seed)
+    blocks = jacobian_blocks(update, sketch, memory, seed, watch)
     size = update.unknowns
-    open_ = torch.eye(size, dtype=torch.float64)
+    open_ = _identity(size, update.inputs)
     ranks: list[int] = []
     decisions: list[Rank] = []
     spectra: list[tuple[str, Tensor]] = []
@@ -93,7 +96,11 @@ def eliminate_blocks(
 
 
 def jacobian_blocks(
-    update: UpdateMap, sketch: bool, memory: float = inf, seed: int = 0
+    update: UpdateMap,
+    sketch: bool,
+    memory: float = inf,
+    seed: int = 0,
+    watch: Watch = silent,
 ) -> list[Tensor]:
     """J of every layer [equations or sketched rows, unknowns], in forward order.
 
@@ -102,6 +109,7 @@ def jacobian_blocks(
         sketch: compress layers with more equations than unknowns.
         memory: bytes that they may take together.
         seed: of the signs.
+        watch: told of every layer.
 
     Raises:
         ValueError: more than ``memory``.
@@ -118,13 +126,14 @@ def jacobian_blocks(
             f"expected a Jacobian of at most {memory / 1e9:.1f} GB, got {sum(kept)} rows for "
             f"{size} unknowns, {need / 1e9:.1f} GB; write {other}"
         )
-    out = [torch.zeros(size, rows, dtype=torch.float64) for rows in kept]
+    out = [update.inputs.new_zeros(size, rows) for rows in kept]
     signs = [
         SignSketch(b.equations, places, seed + at) if b.equations > rows else None
         for at, (b, rows) in enumerate(zip(update.blocks, kept, strict=True))
     ]
-    unit = torch.eye(size, dtype=torch.float64).reshape(size, *update.inputs.shape)
+    unit = _identity(size, update.inputs).reshape(size, *update.inputs.shape)
     for piece, products in update.chunks(unit):
+        watch("columns of the Jacobian", piece.stop, size)
         parts = torch.split(products, [b.equations for b in update.blocks], 1)
         for target, part, sign in zip(out, parts, signs, strict=True):
             target[piece] = part if sign is None else sign(part)
@@ -137,8 +146,8 @@ def _joint(
     """Rank, singular values and null space of all rows, every layer of norm one."""
     scaled = [rows / rows.norm() for rows in blocks if bool(rows.any())]
     if not scaled:
-        nothing = torch.zeros(0, dtype=torch.float64)
-        return Rank(0, size, 0.0, inf, 0.0, 0.0, 0), nothing, torch.eye(size, dtype=torch.float64)
+        nothing = blocks[0].new_zeros(0)
+        return Rank(0, size, 0.0, inf, 0.0, 0.0, 0), nothing, _identity(size, blocks[0])
     matrix = torch.cat(scaled)
     if len(matrix) > size:
         matrix = torch.linalg.qr(matrix, mode="r").R
@@ -153,7 +162,11 @@ def _largest(rows: Tensor, steps: int = 6) -> float:
     if not bool(rows.any()):
         return 0.0
     generator = torch.Generator().manual_seed(0)
-    v = torch.randn(rows.shape[1], 2, generator=generator, dtype=rows.dtype)
+    v = torch.randn(rows.shape[1], 2, generator=generator, dtype=rows.dtype).to(rows)
     for _ in range(steps):
         v = torch.linalg.qr(rows.T @ (rows @ v)).Q
     return float(torch.linalg.matrix_norm(rows @ v, 2))
+
+
+def _identity(size: int, like: Tensor) -> Tensor:
+    return torch.eye(size, dtype=like.dtype, device=like.device)

@@ -13,7 +13,7 @@ from torch import nn
 
 from rgap.analysis.identifiability import identifiability
 from rgap.losses import Loss
-from rgap.progress import Progress
+from rgap.progress import Progress, Shown
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,8 @@ def largest_identifiable_batch(
     method: str = "auto",
     memory: float = 4e9,
     seed: int = 0,
-    progress: bool = False,
+    progress: Shown = False,
+    device: torch.device | str | None = None,
 ) -> LargestBatch:
     """Largest B at which the update has full column rank at a random batch.
 
@@ -74,7 +75,9 @@ def largest_identifiable_batch(
         method: as for `identifiability`.
         memory: as for `identifiability`.
         seed: of the batch; smaller batches are its first samples.
-        progress: show on a terminal what is being done.
+        progress: True for a line on a terminal, or a function that is told; see
+            :mod:`rgap.progress`.
+        device: where to compute; default the CPU.
 
     Raises:
         ValueError: ``largest`` below 1, or what `identifiability` raises.
@@ -98,7 +101,7 @@ def largest_identifiable_batch(
     tried: dict[int, tuple[int, float]] = {}
 
     def full(batch: int) -> bool:
-        shown.stage(f"B = {batch}")
+        shown.stage(f"B = {batch}", len(tried) + 1)
         found = identifiability(
             model,
             pictures[:batch],
@@ -108,6 +111,8 @@ def largest_identifiable_batch(
             null_space=False,
             memory=memory,
             seed=seed,
+            device=device,
+            progress=shown.within,
         )
         tried[batch] = (found.joint_nullity, found.gap)
         return found.identifiable

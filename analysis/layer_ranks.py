@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import inf, prod
 
-import torch
 from torch import Tensor, nn
 
 from rgap import memory
 from rgap.affine import Affine
 from rgap.analysis.overlap import shared_equations
 from rgap.analysis.probe import Probe
+from rgap.analysis.sketched_rank import sketched_rank
 from rgap.analysis.symbolic import closed_form, symbolic
 from rgap.analysis.table import AuditRow
-from rgap.analysis.update_jacobian import SignSketch
-from rgap.solvers.kronecker import Kronecker
-from rgap.solvers.rank import Rank, numerical_rank, resolve_rcond
+from rgap.analysis.together import branch_rank
+from rgap.solvers.rank import Rank
 from rgap.solvers.subspace import RowSpace
-from rgap.solvers.svd import singular_values
 from rgap.systems import gradient_constraint
 from rgap.systems.ranks import stage_joint_rank, weight_row_spaces
 
 LARGEST = 20_000  # inputs of a layer; a basis of its weight constraints then takes 3 GB
-ROOM = 2  # width of a sketch over the smaller side of what it compresses
-SPARE = 64
 PROOF = 1e9  # effort of one step of a proof: a large network is counted in seconds
 
 Spaces = dict[tuple[str, bytes], RowSpace]  # by layer and the units that are on
@@ -46,6 +43,67 @@ def measured_row(
         ValueError: a layer with more than 20,000 inputs, or without room for its matrices.
     """
     affine = probe.affine
+    _refuse_large(affine, probe.active, room)
+    kronecker = gradient_constraint(affine, probe.sent)
+    gradient = kronecker.rank()
+    weight = _weight_spaces(affine, probe.active, spaces)
+    shared = probe.cotangents if probe.trained else None
+    joint = stage_joint_rank(affine, kronecker, weight, cotangent=shared).rank
+    of_weight = sum(space.rank.rank for space in weight)
+    return _row(probe, batch, before, gradient, of_weight, joint, "measured", True)
+
+
+def branch_rows(
+    probes: Sequence[Probe],
+    batch: int,
+    before: int,
+    spaces: Spaces,
+    method: str,
+    room: float = inf,
+) -> list[AuditRow]:
+    """Layers that read one input: each with its own two ranks, and all with the joint rank of all.
+
+    Args:
+        probes: the layers.
+        batch: B.
+        before: entries of one sample ahead of a step that leads into them, 0 without one.
+        spaces: row spaces of the weights that are known; added to.
+        method: "exact", or "sketch": the sum of what each determines, as a bound.
+        room: bytes that their matrices may take.
+
+    Raises:
+        ValueError: a layer with more than 20,000 inputs, for "exact".
+    """
+    make = measured_row if method == "exact" else sketched_row
+    rows = [make(probe, batch, before, spaces, room) for probe in probes]
+    total = len(probes[0].inputs) * prod(probes[0].affine.in_shape)
+    if method != "exact" or any(row.joint_rank == total for row in rows):
+        return summed(rows, total)
+    joint = branch_rank(probes).rank
+    return [with_joint(row, joint, True) for row in rows]
+
+
+def summed(rows: Sequence[AuditRow], most: int) -> list[AuditRow]:
+    """Rows with the sum of their joint ranks: a bound on what they determine together.
+
+    Args:
+        rows: of layers that read one input.
+        most: entries of that input.
+    """
+    joint = min(most, sum(row.joint_rank for row in rows))
+    exact = any(row.exact and row.joint_rank == joint for row in rows)
+    return [with_joint(row, joint, exact) for row in rows]
+
+
+def with_joint(row: AuditRow, joint: int, exact: bool) -> AuditRow:
+    """The row with another joint rank, and what follows from it."""
+    nullity = row.unknowns - joint
+    return replace(
+        row, joint_rank=joint, nullity=nullity, discard=nullity / row.unknowns, exact=exact
+    )
+
+
+def _refuse_large(affine: Affine, active: Tensor, room: float) -> None:
     size = prod(affine.in_shape)
     if size > LARGEST:
         raise ValueError(
@@ -55,17 +113,11 @@ def measured_row(
             "smaller input_shape, whose layers have the same structure"
         )
     memory.require(
-        f"the measured ranks of '{affine.name}' at B = {batch}",
-        sum(needs(affine, probe.active)),
+        f"the measured ranks of '{affine.name}' at B = {len(active)}",
+        sum(needs(affine, active)),
         room,
         "method='sketch' or method='formula', or smaller batch_sizes",
     )
-    kronecker = gradient_constraint(affine, probe.cotangents)
-    gradient = kronecker.rank()
-    weight = _weight_spaces(affine, probe.active, spaces)
-    joint = stage_joint_rank(affine, kronecker, weight, cotangent=probe.cotangents).rank
-    of_weight = sum(space.rank.rank for space in weight)
-    return _row(probe, batch, before, gradient, of_weight, joint, "measured", True)
 
 
 def sketched_row(
@@ -93,7 +145,7 @@ def sketched_row(
         "method='formula', which forms no matrix",
     )
     unknowns = len(probe.inputs) * prod(affine.in_shape)
-    gradient = sketched_rank(gradient_constraint(affine, probe.cotangents))
+    gradient = sketched_rank(gradient_constraint(affine, probe.sent))
     if prod(affine.in_shape) > LARGEST:
         counted = closed_form(affine, len(probe.inputs), probe.active)
         of_weight = counted.weight_rank
@@ -102,7 +154,7 @@ def sketched_row(
         route = "gradient sketched, weights counted"
     else:
         of_weight = sum(s.rank.rank for s in _weight_spaces(affine, probe.active, spaces))
-        shared = shared_equations(affine, probe.cotangents, probe.active)
+        shared = shared_equations(affine, probe.sent, probe.active)
         bound = min(unknowns, gradient.rank + of_weight - shared)
         exact = bound in (gradient.rank, of_weight)
         route = "gradient sketched, overlap counted"
@@ -148,16 +200,12 @@ def counted_rows(
     found = symbolic(model, shape, loss=loss, effort=PROOF)
     rows = []
     for batch in batches:
-        before = 0
         for layer in found.layers:
-            sizes = layer.at({"B": batch})
-            if layer.kind in ("average_pool", "max_pool"):
-                before = max(before, sizes["unknowns"])
-            if not layer.kind.startswith(("conv", "linear", "head")):
+            if not layer.kind.startswith(("conv", "linear", "head", "step")):
                 continue
-            # A pool that leads into the layer discards too: its input is the unknown.
-            unknowns, joint = max(sizes["unknowns"], before), sizes["joint_rank"]
-            before = 0
+            sizes = layer.at({"B": batch})
+            # A step that leads into the layer discards too: its input is the unknown.
+            unknowns, joint = max(sizes["unknowns"], batch * layer.ahead), sizes["joint_rank"]
             rows.append(
                 AuditRow(
                     layer.name,
@@ -172,46 +220,11 @@ def counted_rows(
                     None,
                     "counted",
                     bool(layer.exact),
+                    layer.step,
+                    layer.beside,
                 )
             )
     return rows, found.notes
-
-
-def sketched_rank(kronecker: Kronecker, seed: int = 0) -> Rank:
-    """Rank of ``I_C ⊗ K`` from random signs on the longer side of K, never above the rank.
-
-    The longer side is compressed to twice the shorter, which keeps the rank with probability
-    close to one and changes σ_1/σ_r by a small factor.
-
-    Args:
-        kronecker: K, [groups, rows, columns], and its channels.
-        seed: of the signs.
-
-    >>> found = sketched_rank(Kronecker(torch.ones(1, 2, 500).double(), 3))
-    >>> found.rank, found.size
-    (3, 1500)
-    """
-    matrix = kronecker.matrix
-    groups, rows, columns = matrix.shape
-    wide = columns >= rows
-    places = ROOM * min(rows, columns) + SPARE
-    if max(rows, columns) <= places:
-        return kronecker.rank()
-    sketch = SignSketch(max(rows, columns), places, seed)
-    small = torch.stack([sketch(part if wide else part.T) for part in matrix])
-    cutoff = resolve_rcond(None, (rows, columns))
-    ranks = [numerical_rank(values, columns, cutoff) for values in singular_values(small)]
-    per_group = kronecker.channels // groups
-    worst = min(ranks, key=lambda rank: rank.gap)
-    return Rank(
-        per_group * sum(rank.rank for rank in ranks),
-        kronecker.channels * columns,
-        max(rank.cutoff for rank in ranks),
-        worst.gap,
-        max(rank.largest for rank in ranks),
-        min((rank.smallest for rank in ranks if rank.rank), default=0.0),
-        per_group * sum(rank.alternative for rank in ranks),
-    )
 
 
 def _row(

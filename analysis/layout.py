@@ -76,7 +76,7 @@ def active_units(affine: Affine, batch: int, active: Tensor | None) -> NDArray[n
     plan = layout(affine)
     shape = (batch, *affine.out_shape)
     if active is None:
-        active = torch.ones(shape, dtype=torch.bool)
+        active = torch.ones(shape, dtype=torch.bool, device=affine.weight.device)
     if active.dtype != torch.bool:
         raise TypeError(
             f"expected a boolean mask of the units that are on, got {active.dtype}; write "

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from math import isfinite
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rgap import validation
@@ -22,6 +23,7 @@ from rgap.analysis.noise_table import NoiseReport
 from rgap.analysis.probe_batch import probe_batch, probe_targets, require_evaluation
 from rgap.analysis.update_jacobian import UpdateMap
 from rgap.losses import Loss
+from rgap.progress import Progress, Shown
 
 METHODS = ("auto", "dense", "normal", "sampled")
 
@@ -43,6 +45,8 @@ def noise(
     samples: int = 8,
     iterations: int = 2000,
     seed: int = 0,
+    device: torch.device | str | None = None,
+    progress: Shown = False,
 ) -> NoiseReport:
     """Predict the error of the best reconstruction from a noisy update, pixel by pixel.
 
@@ -76,6 +80,9 @@ def noise(
         samples: of ``"sampled"``.
         iterations: of one solve of ``"sampled"``, at most.
         seed: of a random batch, labels and samples.
+        device: where to compute; default the CPU.
+        progress: True for a line on a terminal, or a function that is told; see
+            :mod:`rgap.progress`.
 
     Returns:
         The :class:`NoiseReport`.
@@ -105,14 +112,17 @@ def noise(
             "value_range=(0, 1)"
         )
     chosen = Loss.of(loss)
-    pictures = probe_batch(inputs, batch_size, seed)
+    pictures = probe_batch(inputs, batch_size, seed, device)
     require_evaluation(model)
     targets = probe_targets(model, pictures, chosen, labels, seed)
     update = UpdateMap(model, pictures, targets, chosen)
     sent = Sent(update, channel(update, targets, model, chosen, float(sigma), chain))
-    route, found = information(
-        sent, method, memory=memory, samples=samples, iterations=iterations, seed=seed
-    )
+    with Progress(progress) as show:
+        show.stage("Fisher information")
+        route, found = information(
+            sent, method, memory=memory, samples=samples, iterations=iterations, seed=seed,
+            watch=show.stage,
+        )  # fmt: skip
     return NoiseReport(
         model=type(model).__name__,
         input_shape=tuple(pictures.shape[1:]),

@@ -23,6 +23,7 @@ from rgap.analysis.noise_table import NoiseReport
 from rgap.analysis.probe_batch import probe_batch, probe_targets, require_evaluation
 from rgap.analysis.update_jacobian import UpdateMap
 from rgap.losses import Loss
+from rgap.progress import Progress, Shown
 
 SETTLED = 1e-6  # of the error: a last step below it changes no digit that is reported
 STEPS = 60
@@ -84,6 +85,8 @@ def noise_trials(
     labels: Tensor | None = None,
     value_range: tuple[float, float] = (0.0, 1.0),
     seed: int = 0,
+    device: torch.device | str | None = None,
+    progress: Shown = False,
 ) -> NoiseTrials:
     """Measure the error of the maximum-likelihood estimate from updates with Gaussian noise.
 
@@ -101,6 +104,9 @@ def noise_trials(
         labels: targets; drawn if None.
         value_range: of the data.
         seed: of the noise, and of what is drawn.
+        device: where to compute; default the CPU.
+        progress: True for a line on a terminal, or a function that is told; see
+            :mod:`rgap.progress`.
 
     Raises:
         ValueError: no noise, fewer than 2 trials, a batch that is not identifiable.
@@ -127,7 +133,7 @@ def noise_trials(
             "for the error in the others"
         )
     chosen = Loss.of(loss)
-    truth = probe_batch(inputs, batch_size, seed)
+    truth = probe_batch(inputs, batch_size, seed, device)
     require_evaluation(model)
     targets = probe_targets(model, truth, chosen, labels, seed)
     update = UpdateMap(model, truth, targets, chosen)
@@ -136,12 +142,15 @@ def noise_trials(
     clean = stacked(update, update.gradient(truth))
     generator = torch.Generator().manual_seed(seed)
     errors, slowest, settled = [], 0, True
-    for begin in range(0, trials, TOGETHER):
-        count = min(TOGETHER, trials - begin)
-        drawn = torch.randn(count, len(clean), generator=generator, dtype=torch.float64)
-        found, steps, done = _most_likely(update, upper, clean + sigma * drawn)
-        errors.append(found - truth)
-        slowest, settled = max(slowest, steps), settled and done
+    with Progress(progress) as show:
+        for begin in range(0, trials, TOGETHER):
+            count = min(TOGETHER, trials - begin)
+            show.stage("trial", begin + 1, trials)
+            drawn = torch.randn(count, len(clean), generator=generator, dtype=torch.float64)
+            noisy = clean + sigma * drawn.to(clean)
+            found, steps, done = _most_likely(update, upper, noisy)
+            errors.append(found - truth)
+            slowest, settled = max(slowest, steps), settled and done
     error = torch.cat(errors)
     return NoiseTrials(
         report,

@@ -64,9 +64,9 @@ def eliminate(
     cutoff = resolve_rcond(rcond, (max(rows, 1), max(size, 1)), dtype, noise)
     if rows == 0 or size == 0 or not bool(matrix.any()):
         return Elimination(
-            numerical_rank(torch.zeros(0), size, cutoff),
-            torch.eye(size, dtype=matrix.dtype),
-            torch.zeros(0, dtype=matrix.dtype),
+            numerical_rank(matrix.new_zeros(0), size, cutoff),
+            torch.eye(size, dtype=matrix.dtype, device=matrix.device),
+            matrix.new_zeros(0),
         )
     small = matrix
     if rows > TALL * size:

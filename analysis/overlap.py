@@ -35,7 +35,7 @@ def shared_equations(
     off = ~active.transpose(0, 1).flatten(1)
     covered = (off.double() @ support.double().T) == 0
     groups = 1 if affine.geometry is None else affine.geometry.groups
-    group = torch.arange(len(k)) * groups // len(k)
+    group = torch.arange(len(k), device=k.device) * groups // len(k)
     usable = covered & (group[:, None] == group[None, :]) & support.any(1)
     pairs = usable.nonzero()
     if len(pairs) > LARGEST:
@@ -53,7 +53,7 @@ def _products(affine: Affine, cotangent: Tensor, pairs: Tensor) -> Tensor:
     if affine.geometry is None:
         rows = cotangent.T[pairs[:, 1]][:, :, None] * affine.weight[pairs[:, 0]][:, None, :]
         return rows.flatten(1)
-    placed = torch.zeros(len(pairs), *cotangent.shape, dtype=cotangent.dtype)
+    placed = cotangent.new_zeros(len(pairs), *cotangent.shape)
     for row, (own, source) in enumerate(pairs.tolist()):
         placed[row, :, own] = cotangent[:, source]
     return affine.adjoint(placed.flatten(0, 1)).reshape(len(pairs), -1)

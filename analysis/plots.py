@@ -80,8 +80,11 @@ def discard_heatmap(audit: Audit) -> Figure:
             )
     image = axes.imshow(values, cmap=_MAP, vmin=0.0, vmax=1.0, aspect="auto")
     kinds = {row.layer: row.kind for row in audit.rows}
+    through = {row.layer: f" ← {row.step}" for row in audit.rows if row.step}
     axes.set_xticks(range(len(batches)), [str(b) for b in batches])
-    axes.set_yticks(range(len(layers)), [f"{name}  ({kinds[name]})" for name in layers])
+    axes.set_yticks(
+        range(len(layers)), [f"{name}{through.get(name, '')}  ({kinds[name]})" for name in layers]
+    )
     axes.set_xticks(np.arange(0.5, len(batches) - 1), minor=True)
     axes.set_yticks(np.arange(0.5, len(layers) - 1), minor=True)
     axes.grid(which="minor", color="white", linewidth=2)

@@ -1,18 +1,21 @@
-"""Inputs and cotangents of every layer of any network, by hooks on a probe batch."""
+"""Inputs and cotangents of every layer of any network, recorded on a probe batch."""
 
 from __future__ import annotations
 
 import copy
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from rgap.affine import Affine
-from rgap.layers import build
+from rgap.analysis.calls import Recording, Use
+from rgap.analysis.recorder import record
+from rgap.layers import affine_map
 from rgap.losses import Loss
 from rgap.probing import Unsupported
+from rgap.running import refuse_wrapped
 
 log = logging.getLogger(__name__)
 
@@ -23,31 +26,41 @@ class Probe:
 
     Attributes:
         affine: the layer.
-        inputs: u, [B, *in_shape], float64.
+        inputs: u, [B, *in_shape], float64; over a sequence, every place is a sample.
         cotangents: k, [B, *out_shape], float64.
-        active: where z can be known from above, [B, *out_shape]: where k is not 0.
+        trained: False for a weight that is frozen: its gradient is not sent.
+        read: number of the tensor u in the forward; two layers with the same number read one input.
+        use: number of the use of a weight in the forward.
     """
 
     affine: Affine
     inputs: Tensor
     cotangents: Tensor
+    trained: bool = True
+    read: int = -1
+    use: int = -1
 
     @property
     def active(self) -> Tensor:
         """False where nothing came back: the layers above say nothing about such a z."""
         return self.cotangents != 0
 
+    @property
+    def sent(self) -> Tensor:
+        """The cotangents of the gradient constraints: zero where the gradient is not sent."""
+        return self.cotangents if self.trained else torch.zeros_like(self.cotangents)
+
 
 def probe_layers(model: nn.Module, inputs: Tensor, targets: Tensor, loss: Loss) -> list[Probe]:
-    """Run a batch forward and backward on a float64 copy on the CPU; note u and k of every layer.
+    """Run a batch forward and backward on a float64 copy; note u and k of every layer.
 
-    Works on any network, chain or not: skip connections, max-pool, attention.  A layer that is
-    called several times is listed once per call; a layer that the equations do not cover is logged
-    and left out.
+    Works on any network, chain or not: skip connections, max-pool, attention, functions in the
+    place of modules.  A layer that is called several times is listed once per call; a layer that
+    the equations do not cover is logged and left out.
 
     Args:
         model: left as it was; a copy does the work.
-        inputs: [B, *input_shape].
+        inputs: [B, *input_shape]; all is computed on their device.
         targets: as the loss wants them.
         loss: of the client.
 
@@ -57,41 +70,60 @@ def probe_layers(model: nn.Module, inputs: Tensor, targets: Tensor, loss: Loss) 
     Raises:
         ValueError: a model without such layers.
     """
-    twin = copy.deepcopy(model).cpu().double()
-    calls: list[tuple[str, nn.Module, Tensor, Tensor]] = []
-    for name, module in twin.named_modules():
+    return probed(model, inputs, targets, loss)[0]
+
+
+def probed(
+    model: nn.Module, inputs: Tensor, targets: Tensor, loss: Loss
+) -> tuple[list[Probe], Recording]:
+    """:func:`probe_layers`, and the recording that they come from."""
+    refuse_wrapped(model)
+    place = inputs.device
+    twin = copy.deepcopy(model).to(place).double()
+    for module in twin.modules():
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
-        if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
-            _note(name, module, calls)
-    outputs = twin(inputs.detach().cpu().double())
-    value = loss(outputs, targets)
-    if not calls:
+    wanted = targets.to(place)
+    recording = record(twin, inputs.detach().double(), lambda out: loss(out, wanted))
+    if not any(use.covered for use in recording.uses):
         raise ValueError(
             f"expected a model with fully connected or convolutional layers, got "
             f"{type(model).__name__} with none: there is nothing to audit"
         )
-    grads = torch.autograd.grad(value, [z for *_, z in calls], allow_unused=True)
     names = {id(value): name for name, value in twin.named_parameters()}
+    frozen = frozen_weights(twin)
     found = []
-    for (name, module, u, z), k in zip(calls, grads, strict=True):
-        cotangent = torch.zeros_like(z) if k is None else k
-        if isinstance(module, nn.Linear):  # over a sequence, every position is a sample
-            u, cotangent = u.reshape(-1, u.shape[-1]), cotangent.reshape(-1, z.shape[-1])
-        try:
-            affine = build(module, name, tuple(u.shape[1:]), names)
-        except Unsupported as refusal:
-            log.warning("'%s' is left out of the audit: %s", name, refusal.reason)
+    for number, use in enumerate(recording.uses):
+        if not use.covered:
             continue
-        if isinstance(affine, Affine):
-            found.append(Probe(affine, u.detach(), cotangent.detach()))
-    return found
+        probe = _probe(use, names, number)
+        if probe is not None:
+            found.append(replace(probe, trained=probe.affine.weight_name not in frozen))
+    return found, recording
 
 
-def _note(name: str, module: nn.Module, calls: list[tuple[str, nn.Module, Tensor, Tensor]]) -> None:
-    def hook(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        fresh = output if output.requires_grad else output.requires_grad_()
-        calls.append((name, layer, args[0], fresh))
-        return fresh.clone()  # what comes next may overwrite its input, nn.ReLU(inplace=True) does
+def frozen_weights(model: nn.Module) -> frozenset[str]:
+    """Parameters that are not trained beside others that are; none where all are frozen.
 
-    module.register_forward_hook(hook)
+    A network that is frozen altogether is one that was put out of training to be looked at.
+    """
+    frozen = frozenset(name for name, p in model.named_parameters() if not p.requires_grad)
+    return frozen if len(frozen) < len(list(model.parameters())) else frozenset()
+
+
+def _probe(use: Use, names: dict[int, str], number: int) -> Probe | None:
+    mode = getattr(use.module, "padding_mode", "zeros")
+    u, _, k = use.rows
+    try:
+        if mode != "zeros":
+            raise Unsupported(
+                f"{type(use.module).__name__} with padding_mode={mode!r}: only 'zeros' is covered"
+            )
+        options = {} if use.kind == "linear" else use.options
+        assert use.weight is not None
+        affine = affine_map(use.name, use.weight, use.bias, tuple(u.shape[1:]), names, **options)
+    except Unsupported as refusal:
+        log.warning("'%s' is left out of the audit: %s", use.name, refusal.reason)
+        return None
+    assert isinstance(affine, Affine)
+    return Probe(affine, u, k, read=use.read[0], use=number)

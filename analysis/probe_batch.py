@@ -10,11 +10,27 @@ import torch
 from torch import Tensor, nn
 
 from rgap.losses import Loss
+from rgap.problem import device_of
+from rgap.running import refuse_wrapped, run
+from rgap.targets import CLASSES
 from rgap.validation import require_finite
 
 
-def probe_batch(inputs: Tensor | Sequence[int], batch_size: int | None, seed: int) -> Tensor:
-    """The batch that was given, in float64, or a random one of the given shape."""
+def probe_batch(
+    inputs: Tensor | Sequence[int],
+    batch_size: int | None,
+    seed: int,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """The batch that was given, in float64, or a random one of the given shape.
+
+    Args:
+        inputs: the batch, or the shape of a sample.
+        batch_size: with a shape.
+        seed: of a random batch, the same on every device.
+        device: where to compute; default the CPU.
+    """
+    place = device_of(device)
     if isinstance(inputs, Tensor):
         if not inputs.is_floating_point():
             raise TypeError(
@@ -32,7 +48,7 @@ def probe_batch(inputs: Tensor | Sequence[int], batch_size: int | None, seed: in
                 f"write inputs[:{batch_size}] or leave batch_size out"
             )
         require_finite("inputs", inputs, "give pictures of finite numbers, or a shape")
-        return inputs.detach().cpu().double()
+        return inputs.detach().to(place, torch.float64)
     try:
         shape = tuple(index(n) for n in inputs)
         batch = index(1 if batch_size is None else batch_size)
@@ -48,34 +64,35 @@ def probe_batch(inputs: Tensor | Sequence[int], batch_size: int | None, seed: in
             "write identifiability(model, (3, 32, 32), 2)"
         )
     generator = torch.Generator().manual_seed(seed)
-    return torch.rand(batch, *shape, generator=generator, dtype=torch.float64)
+    return torch.rand(batch, *shape, generator=generator, dtype=torch.float64).to(place)
 
 
 def probe_targets(
     model: nn.Module, inputs: Tensor, loss: Loss, labels: Tensor | None, seed: int
 ) -> Tensor:
     """Targets that were given, or such that differ from sample to sample as far as possible."""
+    refuse_wrapped(model)
     if labels is not None:
-        return torch.as_tensor(labels).detach().cpu()
+        return torch.as_tensor(labels).detach().to(inputs.device)
     with torch.no_grad():
-        try:
-            outputs = copy.deepcopy(model).cpu().double()(inputs)
-        except RuntimeError as error:
-            raise ValueError(
-                f"model: the forward pass failed for inputs {list(inputs.shape)}: "
-                f"{str(error).splitlines()[0]}; write the input_shape the model was built for"
-            ) from error
+        outputs = run(copy.deepcopy(model).to(inputs.device).double(), inputs)
     if not isinstance(outputs, Tensor):
         raise ValueError(
             f"expected one tensor from {type(model).__name__}.forward, got a "
             f"{type(outputs).__name__}; wrap it in a module whose forward returns the logits"
         )
     generator = torch.Generator().manual_seed(seed)
-    if loss.name == "cross_entropy":
-        classes = outputs.shape[-1]
-        order = torch.randperm(max(classes, len(inputs)), generator=generator)
-        return order[: len(inputs)] % classes
-    drawn = torch.rand(outputs.shape, generator=generator, dtype=torch.float64)
+    if loss.own or not loss.known:
+        raise ValueError(
+            f"labels: expected targets, for nobody knows what {loss.name!r} takes; write "
+            "labels=targets, or a loss by name"
+        )
+    if loss.name in CLASSES:
+        classes, space = outputs.shape[1], outputs.shape[2:]
+        count = len(inputs) * space.numel()
+        order = torch.randperm(max(classes, count), generator=generator)
+        return (order[:count] % classes).reshape(len(inputs), *space).to(inputs.device)
+    drawn = torch.rand(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
     return drawn if loss.name == "mse_loss" else (drawn < 0.5).double()
 
 

@@ -23,6 +23,8 @@ class LayerRanks:
         gap: smallest ratio of singular values (for the joint rank: of sines) across a cutoff.
         alternative: numerical joint rank on the other side of the cutoff, where the gap is small.
         seed: of the primes and points, and of the cotangents where none were given.
+        beside: layers that read the same input, whose equations are not in this count; or the
+            layer itself, where several calls are.
     """
 
     layer: str
@@ -35,6 +37,7 @@ class LayerRanks:
     gap: float
     alternative: int
     seed: int
+    beside: str = ""
 
     @property
     def nullity(self) -> int:
@@ -56,6 +59,12 @@ class LayerRanks:
             f"{exact.failure:.0e})."
         ]
         lines += self._numerical_words() + self._structural_words()
+        if self.beside == self.layer:
+            lines.append("It is called more than once; its calls are counted like samples.")
+        elif self.beside:
+            lines.append(
+                f"'{self.beside}' reads the same input: rgap.analysis.audit counts them together."
+            )
         return "\n".join(lines)
 
     def _numerical_words(self) -> list[str]:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from rgap.isolation import first_line
+from rgap.analysis.symbolic_modules import calls_of
+from rgap.running import first_line
 
 __all__ = ["UnfitError", "called_layers", "with_channels", "with_stride"]
 
@@ -26,14 +27,9 @@ def called_layers(model: nn.Module, shape: tuple[int, ...]) -> list[tuple[str, n
         model: in eval mode; left as it was.
         shape: of one sample.
     """
-    twin = copy.deepcopy(model)
-    order: list[str] = []
-    for name, module in twin.named_modules():
-        if _resizable(module):
-            module.register_forward_pre_hook(lambda *_, name=name: order.append(name))
-    _run(twin, shape)
     modules = dict(model.named_modules())
-    return [(name, modules[name]) for name in dict.fromkeys(order)]
+    names = dict.fromkeys(call.name for call in calls_of(model, shape) if call.use is not None)
+    return [(name, modules[name]) for name in names if _resizable(modules.get(name))]
 
 
 def with_channels(
@@ -89,7 +85,7 @@ def with_stride(
     return _fitted(twin, shape, seed)
 
 
-def _resizable(module: nn.Module) -> bool:
+def _resizable(module: nn.Module | None) -> bool:
     return isinstance(module, (nn.Linear, _ConvNd)) and not isinstance(module, _ConvTransposeNd)
 
 
@@ -128,6 +124,8 @@ def _fit(module: Any, args: tuple[Tensor, ...]) -> None:
         size = (module.out_channels, width // module.groups, *module.kernel_size)
     if tuple(module.weight.shape) == size:
         return
+    if "weight" not in module._parameters:
+        raise UnfitError("the weight of a layer is computed (weight norm, a parametrisation)")
     module.weight = nn.Parameter(module.weight.detach().new_zeros(size))
     if module.bias is not None:
         module.bias = nn.Parameter(module.bias.detach().new_zeros(size[0]))
@@ -141,5 +139,5 @@ def _run(twin: nn.Module, shape: tuple[int, ...]) -> None:
             twin(torch.zeros(1, *shape, dtype=parameter.dtype, device=parameter.device))
     except UnfitError:
         raise
-    except (RuntimeError, ValueError) as error:
+    except Exception as error:  # whatever a user's forward raises at a width it was not written for
         raise UnfitError(first_line(error)) from error

@@ -98,7 +98,7 @@ def eliminate_stage(node: Node, above: Open, options: Options) -> tuple[Decision
         rank = Rank(0, 0, 0.0, float("inf"), 0.0, 0.0, 0)
         if kernel is not None:
             rank = kernel.rank
-        return (rank, torch.zeros(0, dtype=torch.float64), "nothing open"), Open(nothing, nothing)
+        return (rank, node.u.new_zeros(0), "nothing open"), Open(nothing, nothing)
     if kernel is not None and (by_gradient <= by_weights or count + kernel.free == count):
         fits(by_gradient, max(node.z.numel(), node.u.numel()), options)
         return _gradient_first(node, kernel, above, bias, options)

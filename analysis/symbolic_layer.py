@@ -35,6 +35,9 @@ class SymbolicLayer:
         gradient_exact: the same of ``gradient_rank``.
         weight_exact: the same of ``weight_rank``.
         left_open: ``nullity`` where a formula of its own reads better than the difference.
+        beside: layers that read the same input; ``joint_rank`` is that of all of them.
+        step: what leads into the layer and passes on less than it is given.
+        ahead: entries of one sample ahead of that step, 0 without one.
     """
 
     name: str
@@ -50,6 +53,9 @@ class SymbolicLayer:
     gradient_exact: bool = True
     weight_exact: bool = True
     left_open: Any = None
+    beside: str = ""
+    step: str = ""
+    ahead: int = 0
 
     @property
     def overlap(self) -> Any:
@@ -141,7 +147,7 @@ class SymbolicLayer:
     def signed(self) -> list[tuple[str, str, str]]:
         """Label, attribute and sign ("=", "<=" or ">=") of every count that is known."""
         above, below = ("=", "=") if self.exact else ("<=", ">=")
-        all_exact = self.exact and self.gradient_exact and self.weight_exact
+        all_exact = self.exact and self.gradient_exact and self.weight_exact and not self.beside
         rows = [
             ("unknowns", "unknowns", "="),
             ("gradient rank", "gradient_rank", "=" if self.gradient_exact else "<="),

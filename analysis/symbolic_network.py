@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from html import escape
 from typing import Any
 
 from torch import nn
 
-from rgap.analysis.symbolic_layer import EFFORT, TEX_SIGNS, TEXT_SIGNS, SymbolicLayer, layer_form
-from rgap.analysis.symbolic_modules import calls_of, head_of, sizes_of
+from rgap.analysis.symbolic_layer import EFFORT, TEX_SIGNS, TEXT_SIGNS, SymbolicLayer
 
 __all__ = ["SymbolicNetwork", "symbolic"]
 
@@ -206,30 +205,19 @@ def symbolic(
     """
     if isinstance(batch, int) and batch < 1:
         raise ValueError(f"expected batch >= 1, got {batch}; write batch=1 or batch=None")
-    samples = "B" if batch is None else batch
-    calls, notes = calls_of(model, tuple(int(n) for n in input_shape))
-    head = head_of(calls) if loss == "cross_entropy" else None
-    rows = []
-    for call in calls:
-        kind, sizes, repeats = sizes_of(call, head=call is head)
-        sizes["batch"] = _samples(samples, repeats)
-        row = layer_form(kind, sizes, name=call.name, effort=effort)
-        if repeats > 1 and row.critical_batch is not None:
-            row = replace(row, critical_batch=_ceiling(row.critical_batch, repeats))
-        rows.append(row)
-    return SymbolicNetwork(type(model).__name__, tuple(rows), notes)
+    from rgap.analysis.probe import frozen_weights
+    from rgap.analysis.symbolic_met import Met
+    from rgap.analysis.symbolic_rows import in_order, recorded_notes, structure_of
+    from rgap.analysis.symbolic_sizes import symbol
+    from rgap.analysis.symbolic_uses import Counter
+    from rgap.losses import Loss
 
-
-def _samples(batch: int | str, repeats: int) -> Any:
-    """Samples of a layer that is applied at ``repeats`` places of a sequence."""
-    if isinstance(batch, int):
-        return batch * repeats
-    import sympy
-
-    return repeats * sympy.Symbol(batch, positive=True, integer=True)
-
-
-def _ceiling(value: Any, repeats: int) -> Any:
-    import sympy
-
-    return value if value == sympy.oo else sympy.ceiling(value / sympy.Integer(repeats))
+    size = tuple(int(n) for n in input_shape)
+    samples: Any = batch if isinstance(batch, int) else symbol(batch or "B")
+    recording, names = structure_of(model, size)
+    notes = recorded_notes(model, recording)
+    met = Met(model, size, Loss.of(loss), effort)
+    frozen = frozen_weights(model)
+    counted = Counter(recording, samples, met, frozen, loss, names, effort).rows()
+    rows = in_order(recording, counted, samples, effort)
+    return SymbolicNetwork(type(model).__name__, rows, notes)

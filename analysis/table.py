@@ -20,7 +20,8 @@ class AuditRow:
 
     Attributes:
         layer: module path.
-        kind: "linear", "conv1d", "conv2d" or "conv3d".
+        kind: "linear", "conv1d", "conv2d" or "conv3d"; "step" for a step without weights that
+            discards and leads into no single layer.
         batch_size: B.
         unknowns: entries of the layer's input for the batch (before a pool that leads into it).
         gradient_rank: rank of the gradient constraints.
@@ -32,6 +33,10 @@ class AuditRow:
             where they were sketched, None where nothing was measured.
         route: how the ranks were found.
         exact: False where ``joint_rank`` is only an upper bound, and so ``nullity`` a lower one.
+        step: what leads into the layer and passes on less than it is given, such as a pool, a
+            mean or a selection; its input is the unknown.
+        beside: layers that read the same input: ``joint_rank`` is that of all of them together; or
+            the layer itself, where it is called more than once and its calls count like samples.
     """
 
     layer: str
@@ -46,6 +51,8 @@ class AuditRow:
     condition: float | None
     route: str = "measured"
     exact: bool = True
+    step: str = ""
+    beside: str = ""
 
 
 @dataclass(frozen=True)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import copy
 import html
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from rgap.analysis.discard import audit
 from rgap.analysis.frames import data_frame
 from rgap.analysis.table import Audit, AuditRow
-from rgap.isolation import first_line
 from rgap.losses import Loss
+from rgap.progress import Progress, Shown
+from rgap.running import first_line
 
 if TYPE_CHECKING:
     import pandas
@@ -105,6 +107,8 @@ def audit_training(
     inputs: Tensor | None = None,
     method: str = "exact",
     seed: int = 0,
+    device: torch.device | str | None = None,
+    progress: Shown = False,
 ) -> TrainingAudit:
     """Audit a network at every checkpoint, with the same probe batch.
 
@@ -118,6 +122,9 @@ def audit_training(
         inputs: probe pictures; random if None.
         method: "exact" or "sketch"; counting by formula does not look at weights.
         seed: of the probe.
+        device: where to compute; default the CPU.
+        progress: True for a line on a terminal, or a function that is told; see
+            :mod:`rgap.progress`.
 
     Raises:
         ValueError: no checkpoints, one that does not fit, ``method="formula"``, or what
@@ -136,21 +143,32 @@ def audit_training(
         )
     named = checkpoints.items() if isinstance(checkpoints, Mapping) else enumerate(checkpoints)
     twin = copy.deepcopy(model)
-    names, audits = [], []
-    for name, state in named:
-        try:
-            twin.load_state_dict(state)
-        except (RuntimeError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"checkpoint {name!r} does not fit the {type(model).__name__}: "
-                f"{first_line(error)}; write the state_dict() of the same network"
-            ) from error
-        names.append(str(name))
-        audits.append(
-            audit(
-                twin, input_shape, batch_sizes, loss=loss, inputs=inputs, method=method, seed=seed
+    names, audits = list[str](), list[Audit]()
+    total = len(checkpoints) if isinstance(checkpoints, Sized) else None
+    with Progress(progress) as show:
+        for name, state in named:
+            show.stage(f"checkpoint {name}", len(names) + 1, total)
+            try:
+                twin.load_state_dict(state)
+            except (RuntimeError, TypeError, AttributeError) as error:
+                raise ValueError(
+                    f"checkpoint {name!r} does not fit the {type(model).__name__}: "
+                    f"{first_line(error)}; write the state_dict() of the same network"
+                ) from error
+            names.append(str(name))
+            audits.append(
+                audit(
+                    twin,
+                    input_shape,
+                    batch_sizes,
+                    loss=loss,
+                    inputs=inputs,
+                    method=method,
+                    seed=seed,
+                    device=device,
+                    progress=show.within,
+                )
             )
-        )
     if not audits:
         raise ValueError(
             "expected checkpoints, got none; write checkpoints=[model.state_dict(), ...]"

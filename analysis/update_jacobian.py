@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from rgap.isolation import first_line, plain_kernels
+from rgap.isolation import plain_kernels
 from rgap.losses import Loss
+from rgap.running import first_line, recorded
 
 log = logging.getLogger(__name__)
 CHUNK_BYTES = 256e6  # of gradient directions held at once
@@ -47,7 +48,7 @@ class UpdateMap:
 
     Args:
         model: in eval mode; left as it was.
-        inputs: the batch [B, *input_shape].
+        inputs: the batch [B, *input_shape]; all is computed on its device.
         targets: as the loss wants them.
         loss: of the client.
 
@@ -64,12 +65,12 @@ class UpdateMap:
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
         if not trained:
             raise ValueError(_nothing_trained(model))
-        self._twin = copy.deepcopy(model).cpu().double()
+        self._twin = copy.deepcopy(model).to(inputs.device).double()
         for module in self._twin.modules():
             module._forward_hooks.clear()
             module._forward_pre_hooks.clear()
-        self._targets, self._loss = targets, loss
-        self.inputs = inputs.detach().cpu().double()
+        self._targets, self._loss = targets.to(inputs.device), loss
+        self.inputs = inputs.detach().double()
         values = {name: p.detach() for name, p in self._twin.named_parameters()}
         self._parameters = {name: p for name, p in values.items() if name in trained}
         self._rest = {name: p for name, p in values.items() if name not in trained}
@@ -91,7 +92,8 @@ class UpdateMap:
         """g(x) by parameter name."""
 
         def value(parameters: dict[str, Tensor]) -> Tensor:
-            outputs = functional_call(self._twin, {**parameters, **self._rest}, (inputs,))
+            with recorded():
+                outputs = functional_call(self._twin, {**parameters, **self._rest}, (inputs,))
             return self._loss(outputs, self._targets)
 
         found: dict[str, Tensor] = torch.func.grad(value)(self._parameters)
@@ -102,12 +104,12 @@ class UpdateMap:
         directions = directions.to(self.inputs)
         if self.forward_mode:
             try:
-                with plain_kernels():
+                with plain_kernels(), recorded():
                     return torch.vmap(self._forward_over_reverse)(directions)
             except RuntimeError as error:
                 log.info("no forward derivative (%s): two reverse passes", first_line(error))
                 self.forward_mode = False
-        with plain_kernels():
+        with plain_kernels(), recorded():
             return self._reverse_over_reverse(directions)
 
     def chunks(self, directions: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -221,7 +223,8 @@ class SignSketch:
         """[S, p] → [S, d]."""
         out = products.new_zeros(len(products), self.places)
         for at, signs in zip(self._at, self._signs, strict=True):
-            out.index_add_(1, at, products * signs)
+            own = products * signs.to(products)
+            out.index_add_(1, at.to(products.device), own)
         return out
 
 

@@ -119,8 +119,8 @@ class WeightInverse:
             dense = dense_weights(affine)
             return dense @ dense.T
         coupling = weight_constraint(affine, 1)
-        gram = torch.zeros(self.size, self.size, dtype=torch.float64)
+        gram = affine.weight.new_zeros(self.size, self.size)
         channels = affine.in_shape[0]
         view = gram.view(channels, -1, channels, self.size // channels)
-        coupling.add_gram(torch.ones(coupling.rows, dtype=torch.float64), view)
+        coupling.add_gram(gram.new_ones(coupling.rows), view)
         return gram

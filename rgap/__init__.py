@@ -20,17 +20,23 @@ from rgap._version import __version__
 if TYPE_CHECKING:
     from rgap import analysis, labels, models, photos, solvers
     from rgap.capture import capture
+    from rgap.diagnosis import Check, Finding, check
     from rgap.federated import LocalTraining
+    from rgap.halt import Halt, HaltKind
     from rgap.invert import Head, invert
     from rgap.labels import LabelEstimate, idlg
     from rgap.losses import Loss
     from rgap.matching import Checkpoint, Matching, match
-    from rgap.recovery import Candidate, LayerReport, Recovery, Status
+    from rgap.recovery import Candidate, LayerReport, Recovery, Route, Status
     from rgap.update import Update
 
 _HOMES = {
     "Candidate": "recovery",
+    "Check": "diagnosis",
     "Checkpoint": "matching",
+    "Finding": "diagnosis",
+    "Halt": "halt",
+    "HaltKind": "halt",
     "Head": "invert",
     "LabelEstimate": "labels",
     "LayerReport": "recovery",
@@ -38,9 +44,11 @@ _HOMES = {
     "LocalTraining": "federated",
     "Matching": "matching",
     "Recovery": "recovery",
+    "Route": "recovery",
     "Status": "recovery",
     "Update": "update",
     "capture": "capture",
+    "check": "diagnosis",
     "idlg": "labels",
     "invert": "invert",
     "match": "matching",
@@ -49,7 +57,11 @@ _ROOMS = ("analysis", "labels", "models", "photos", "solvers")
 
 __all__ = [
     "Candidate",
+    "Check",
     "Checkpoint",
+    "Finding",
+    "Halt",
+    "HaltKind",
     "Head",
     "LabelEstimate",
     "LayerReport",
@@ -57,11 +69,13 @@ __all__ = [
     "Loss",
     "Matching",
     "Recovery",
+    "Route",
     "Status",
     "Update",
     "__version__",
     "analysis",
     "capture",
+    "check",
     "idlg",
     "invert",
     "labels",

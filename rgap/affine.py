@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 
 import torch
@@ -68,6 +69,29 @@ class Affine:
     in_shape: tuple[int, ...]
     out_shape: tuple[int, ...]
     geometry: Geometry | None
+
+    @cached_property
+    def reads(self) -> Tensor:
+        """True where some output is computed with the entry of u, bool ``[*in_shape]``.
+
+        By the geometry alone: an entry that is not read has a column of zeros in the weight
+        constraint and, whatever k is, in the gradient constraint.  A weight that happens to be 0
+        does not count: the gradient of that weight still sees its input.
+
+        >>> w = torch.zeros(1, 1, 3, dtype=torch.float64)
+        >>> conv = convolution("c", w, None, ("c.weight", None), (1, 6), stride=3)
+        >>> conv.reads.int().tolist()
+        [[1, 1, 1, 1, 1, 1]]
+        >>> convolution("c", w, None, ("c.weight", None), (1, 5), stride=3).reads.int().tolist()
+        [[1, 1, 1, 0, 0]]
+        """
+        mask = torch.ones(self.in_shape, dtype=torch.bool, device=self.weight.device)
+        if self.geometry is None:
+            return mask
+        for axis, line in enumerate(self.geometry.reads(self.in_shape[1:]), start=1):
+            along = torch.tensor(line, device=mask.device)
+            mask = mask & along.reshape(-1, *[1] * (mask.ndim - axis - 1))
+        return mask
 
     def forward(self, x: Tensor) -> Tensor:
         """W u + b, ``[B, *in_shape]`` → ``[B, *out_shape]``."""

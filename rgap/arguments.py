@@ -9,9 +9,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from rgap.solvers.priors import Prior
+    from rgap.update import Update
 
 __all__ = [
     "check_output",
+    "loaded",
     "memory_of",
     "prior_of",
     "shape_of",
@@ -36,6 +38,18 @@ def check_output(path: Path, suffix: str | None = None) -> None:
 def shape_of(text: str | None) -> tuple[int, ...] | None:
     """``3,32,32`` as the shape of one sample; None stays None."""
     return None if text is None else whole_numbers(text, "--input-shape", "3,32,32")
+
+
+def loaded(path: Path, input_shape: str | None) -> Update:
+    """The update in a file, of samples of another shape than it states where one is given."""
+    from dataclasses import replace
+
+    from rgap.update import Update
+
+    if not path.is_file():
+        raise ValueError(f"UPDATE: no file {path}; write one with rgap capture")
+    sent = Update.load(path)
+    return sent if input_shape is None else replace(sent, input_shape=shape_of(input_shape))
 
 
 def whole_numbers(text: str, option: str, example: str) -> tuple[int, ...]:

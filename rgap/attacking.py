@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from math import inf
 from pathlib import Path
@@ -12,11 +11,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rgap.arguments import memory_of, prior_of, targets_of, usable_device
-from rgap.console import clean, print_json, say, stderr, stdout
+from rgap.arguments import loaded, memory_of, prior_of, targets_of, usable_device
+from rgap.console import clean, print_json, say, stdout
 from rgap.options import (
     BatchSize,
     Device,
+    InputShape,
     Json,
     KnownLabels,
     MatchMethod,
@@ -24,6 +24,7 @@ from rgap.options import (
     Model,
     Noise,
     PriorName,
+    Quiet,
     Seed,
     UpdatePath,
     Weights,
@@ -55,6 +56,7 @@ def match(
     ] = None,
     weights: Weights = None,
     batch_size: BatchSize = None,
+    input_shape: InputShape = None,
     labels: KnownLabels = None,
     noise: Noise = 0.0,
     start: Annotated[
@@ -105,6 +107,7 @@ def match(
         ),
     ] = None,
     device: Device = "cpu",
+    quiet: Quiet = False,
     as_json: Json = False,
     seed: Seed = 0,
     memory_limit: MemoryLimit = None,
@@ -115,35 +118,34 @@ def match(
         from rgap.modelspec import resolve
         from rgap.report.results import check_target, print_recovery, write_recovery
 
-        if not update.is_file():
-            raise ValueError(f"UPDATE: no file {update}; write one with rgap capture")
-        sent = rgap.Update.load(update)
+        sent = loaded(update, input_shape)
         if output is not None:
             check_target(output, sent)
         if resume is not None and not resume.parent.is_dir():
             raise ValueError(f"--resume: no folder {resume.parent}; create it first")
         held = rgap.Checkpoint.load(resume) if resume is not None and resume.exists() else None
-        with _shown(method.value, resume) as callback:
-            found = rgap.match(
-                resolve(model, weights),
-                sent,
-                method=method.value,
-                labels=None if labels is None else targets_of(labels, None, sent.loss.name),
-                batch_size=batch_size,
-                start=None if start is None else _read(start),
-                prior=prior_of(prior),
-                local=_local(local_rate, local_size),
-                noise=noise,
-                restarts=restarts,
-                iterations=iterations,
-                patience=patience,
-                time_limit=inf if time_limit is None else time_limit,
-                callback=callback,
-                checkpoint=held,
-                device=usable_device(device),
-                seed=seed,
-                memory_budget=memory_of(memory_limit),
-            )
+        callback = None if resume is None else _written(resume)
+        found = rgap.match(
+            resolve(model, weights),
+            sent,
+            method=method.value,
+            labels=None if labels is None else targets_of(labels, None, sent.loss.name),
+            batch_size=batch_size,
+            start=None if start is None else _read(start),
+            prior=prior_of(prior),
+            local=_local(local_rate, local_size),
+            noise=noise,
+            restarts=restarts,
+            iterations=iterations,
+            patience=patience,
+            time_limit=inf if time_limit is None else time_limit,
+            callback=callback,
+            checkpoint=held,
+            device=usable_device(device),
+            seed=seed,
+            progress=not quiet,
+            memory_budget=memory_of(memory_limit),
+        )
         if resume is not None and found.checkpoint is not None:
             found.checkpoint.save(resume)
         near = replace(found, inputs=found.nearest, labels=found.nearest_labels, candidates=())
@@ -162,25 +164,17 @@ def match(
     raise typer.Exit(0 if found.inputs is not None else 1)
 
 
-@contextmanager
-def _shown(method: str, resume: Path | None) -> Iterator[Callable[[Progress], None]]:
-    """A callback that says how far a search is, on a terminal, and writes it down."""
-    console, last = stderr(), time.monotonic()
-    status = console.status(method) if console.is_terminal else None
+def _written(resume: Path) -> Callable[[Progress], None]:
+    """A callback that writes down where a search is, now and then."""
+    last = time.monotonic()
 
     def told(progress: Progress) -> None:
         nonlocal last
-        if status is not None:
-            status.update(f"{method}: {progress.what} {progress.number}, best {progress.best:.2e}")
-        if resume is not None and time.monotonic() - last > EVERY:
+        if time.monotonic() - last > EVERY:
             progress.checkpoint.save(resume)
             last = time.monotonic()
 
-    if status is None:
-        yield told
-        return
-    with status:
-        yield told
+    return told
 
 
 def _read(path: Path) -> Tensor:

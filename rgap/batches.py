@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import inf
+from math import prod
 
 import torch
 from torch import Tensor
 
 from rgap.batchloss import BatchLoss, loss_scale
+from rgap.losses import Loss
+from rgap.network import Chain
 from rgap.precision import Known
 from rgap.problem import Problem
 from rgap.recursion import Descent
@@ -18,18 +20,45 @@ from rgap.solvers.rank import Rank
 from rgap.solvers.solution import Result, Solution, Stats
 from rgap.systems import gradient_constraint
 from rgap.systems.stage import DETERMINED, StageSolution
-from rgap.targets import CROSS_ENTROPY
+from rgap.targets import BINARY, CROSS_ENTROPY
 
 
 def batch_of(problem: Problem) -> Batch:
-    """What separating needs to know of a problem."""
+    """What separating needs to know of a problem.
+
+    Several labels a sample are told apart like any dense targets: see :func:`snapped`.
+    """
+    loss = problem.update.loss
+    if several(loss, problem.chain):
+        loss = replace(loss, targets="probability")
     return Batch(
         problem.chain,
         problem.gradients,
-        problem.update.loss,
+        loss,
         problem.precision,
         problem.stated,
     )
+
+
+def several(loss: Loss, chain: Chain) -> bool:
+    """True if a sample may have several labels, or none: 0/1 for each of several logits."""
+    return loss.name == BINARY and loss.targets == "index" and prod(chain.output_shape) > 1
+
+
+def snapped(problem: Problem, head: BatchLoss, logits: Known) -> tuple[BatchLoss, float, float]:
+    """The labels nearest to dense targets, how far they are, and what errors explain of it.
+
+    ``t = σ(z) − κ/s``: what is left of the error of z and of the update's own.
+    """
+    nearest = (head.targets > 0.5).to(head.targets)
+    distance = float((head.targets - nearest).abs().max())
+    p = torch.sigmoid(logits.value)
+    moved = (p * (1.0 - p) * logits.error).square().mean(0).sqrt()
+    precision = problem.precision
+    own = 4.0 * precision.unit + precision.noise / head.scale
+    tolerance = 30.0 * float((moved + own).max())
+    exact = replace(head, loss=replace(head.loss, targets="index"), targets=nearest)
+    return exact, distance, min(tolerance, 0.25)
 
 
 def separated_stage(problem: Problem, found: Separated) -> StageSolution:
@@ -40,7 +69,7 @@ def separated_stage(problem: Problem, found: Separated) -> StageSolution:
     affine = found.stage.affine
     unknowns = found.features.value.numel()
     k, x = found.cotangents.value.flatten(1), found.features.value.flatten(1)
-    std = problem.precision.update_std(k.square().T @ x.square(), k.T @ x)
+    std = problem.precision.update_std(affine.weight_name, k.square().T @ x.square(), k.T @ x)
     weights = std.square().mean(1).sqrt().clamp_min(1e-300).reciprocal()
     made = factor(gradient_constraint(affine, k), weights[None], None, None)
     gradient = found.mixture.gradient
@@ -53,7 +82,7 @@ def separated_stage(problem: Problem, found: Separated) -> StageSolution:
         Solution(found.features, Result.SOLVED, stats),
         made,
         found.cotangents.value,
-        torch.ones(len(x), *affine.out_shape, dtype=torch.bool),
+        x.new_ones(len(x), *affine.out_shape, dtype=torch.bool),
         0.0,
         0.0,
         found.seconds,
@@ -82,9 +111,14 @@ class Rows:
 
 def rows_of(head: BatchLoss, stated: Tensor | None) -> Rows:
     """The reported rows, by label; in the order of the stated labels where they agree."""
-    if head.loss.targets != "index":
-        count = len(head.targets)
-        return Rows(torch.arange(count), head.targets, head.copies.long())
+    dense = head.loss.targets != "index"
+    if dense or (head.loss.name == BINARY and head.targets.shape[1] > 1):
+        order = torch.arange(len(head.targets), device=head.targets.device)
+        targets = head.targets if dense else head.targets.long()
+        if stated is not None and stated.shape == targets.shape:
+            near = torch.cdist(stated.to(head.targets), head.targets).argmin(1)
+            order = near if len(set(near.tolist())) == len(near) else order
+        return Rows(order, targets[order], head.copies[order].long())
     counts = head.targets * head.copies[:, None]
     if head.targets.shape[1] == 1:  # one logit: label 1 as often as its target says
         counts = torch.cat([head.copies[:, None] - counts, counts], 1)
@@ -109,8 +143,9 @@ def label_identity(
     """
     stage, loss = problem.chain.stages[-1], head.loss
     name = stage.affine.bias_name
-    if name is None or loss.name != CROSS_ENTROPY:
-        return None, 0.0, inf
+    plain = loss.name == CROSS_ENTROPY and loss.plain
+    if name is None or not plain or not problem.precision.sent(name):
+        return None, 0.0, 0.0  # nothing to miss
     bias = problem.gradients[name]
     total = float(head.copies.sum())
     s = loss_scale(loss, total, len(bias))
@@ -122,9 +157,9 @@ def label_identity(
     dp = p * (logits.error - (p * logits.error).sum(-1, keepdim=True))
     moved = (head.copies[:, None] * dp).sum(1).square().mean(0).sqrt()
     precision = problem.precision
-    own = total * (4.0 * precision.unit) + precision.noise / s
+    own = total * (4.0 * precision.unit) + precision.noise_std(name, bias) / s
     tolerance = 30.0 * float((moved + own).max()) / (1.0 - smoothing)
-    return counts, float((counts - found).abs().max()), min(tolerance, 0.25)
+    return counts, float((counts - found).abs().max()), tolerance
 
 
 def start(problem: Problem, found: Separated) -> Problem:

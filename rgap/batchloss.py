@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rgap.losses import Loss
 from rgap.precision import Known, Precision
-from rgap.targets import CROSS_ENTROPY
+from rgap.targets import CLASSES
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,7 @@ class BatchLoss:
     @property
     def scale(self) -> Tensor:
         """s·m of every picture, [R, 1]."""
-        s = loss_scale(self.loss, float(self.copies.sum()), self.targets.shape[1])
-        return (s * self.copies)[:, None]
+        return (self.copies / self.loss.divisor(self.targets, self.copies))[:, None]
 
     def cotangent(self, outputs: Tensor) -> Tensor:
         """κ at outputs z [R, C]."""
@@ -46,7 +45,9 @@ class BatchLoss:
         """dκ for directions dz [S, R, C]; symmetric."""
         count, rows, classes = directions.shape
         flat = self._single.cotangent_jvp(
-            outputs.expand(count, -1, -1).reshape(-1, classes), directions.reshape(-1, classes)
+            outputs.expand(count, -1, -1).reshape(-1, classes),
+            directions.reshape(-1, classes),
+            self.targets.expand(count, -1, -1).flatten(0, 1),
         )
         return self.scale * flat.reshape(count, rows, classes)
 
@@ -56,7 +57,11 @@ class BatchLoss:
         A softmax rounds p relative to itself, and p − 1 relative to 1.
         """
         kappa = self.cotangent(outputs)
-        near = torch.maximum(kappa.abs(), self.scale * self.targets.abs())
+        if self.loss.plain:
+            own = self.targets.abs()
+        else:
+            own = self._single.rounding(outputs, self.targets)
+        near = torch.maximum(kappa.abs(), self.scale * own)
         return Known(kappa, precision.normal(2.0 * near * precision.unit + precision.floor))
 
     @property
@@ -68,4 +73,4 @@ def loss_scale(loss: Loss, batch: float, classes: int) -> float:
     """s: what the reduction divides by."""
     if loss.reduction == "sum":
         return 1.0
-    return 1.0 / (batch if loss.name == CROSS_ENTROPY else batch * classes)
+    return 1.0 / (batch if loss.name in CLASSES else batch * loss.outputs(classes))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from types import TracebackType
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from rgap import validation
 from rgap.losses import Loss
+from rgap.running import called, only_tensor, refuse_wrapped
 from rgap.update import Update
 
 __all__ = ["capture"]
@@ -18,8 +21,8 @@ __all__ = ["capture"]
 def capture(
     model: nn.Module,
     inputs: Tensor,
-    targets: Tensor,
-    loss: str | Loss | nn.Module = "cross_entropy",
+    targets: Any,
+    loss: str | Loss | nn.Module | Callable[[Any, Any], Tensor] = "cross_entropy",
     *,
     share_labels: bool = False,
     share_batch_size: bool = True,
@@ -37,8 +40,10 @@ def capture(
         model: any module in eval mode (batch norm and dropout in train mode are refused) whose
             ``forward`` takes one tensor and returns one.
         inputs: ``[B, *shape]``, floating; cast to the precision that is computed in.
-        targets: class indices [B] for cross-entropy, else as `Loss` says.
-        loss: name, `Loss`, or a PyTorch loss module.
+        targets: class indices [B] for cross-entropy, else as `Loss` says; for a function whatever
+            it takes.
+        loss: name, `Loss`, a PyTorch loss module, or a function of outputs and targets; a function
+            takes whatever the model returns.
         share_labels: put ``targets`` in the update, for a setting in which the client sends them.
         share_batch_size: put B in the update.
         dtype: None computes truly in the model's own dtype, autocast switched off;
@@ -62,11 +67,16 @@ def capture(
         (['1.weight', '1.bias'], (3, 2, 2), None)
     """
     loss = Loss.of(loss)
+    if not loss.known:
+        raise ValueError(
+            f"loss: expected one that can be computed, got {loss.name!r}; write its name, or "
+            "dataclasses.replace(update, loss=the_function) for one of your own."
+        )
     parameters = _parameters(model)
     _check_mode(model)
     _check_inputs(inputs)
     _check_range(inputs, value_range)
-    if not isinstance(targets, Tensor):
+    if not isinstance(targets, Tensor) and not loss.own:
         raise TypeError(
             f"targets: expected a tensor, got {type(targets).__name__}; write "
             "torch.tensor(targets)."
@@ -83,7 +93,7 @@ def capture(
         copies = {name: _copy(p, dtype).requires_grad_() for name, p in parameters.items()}
         buffers = {name: _copy(b, dtype) for name, b in model.named_buffers()}
         data = inputs.detach().to(device=first.device, dtype=dtype or first.dtype, copy=True)
-        wanted = targets.detach().to(device=first.device, copy=True)
+        wanted = tree_map(lambda t: _moved(t, first.device), targets)
         with torch.autocast(first.device.type, enabled=False):
             gradients = _gradients(model, copies, buffers, data, wanted, loss)
     return Update(
@@ -103,16 +113,15 @@ def _gradients(
     parameters: dict[str, Tensor],
     buffers: dict[str, Tensor],
     inputs: Tensor,
-    targets: Tensor,
+    targets: Any,
     loss: Loss,
 ) -> dict[str, Tensor]:
     devices = [inputs.device.index or 0] if inputs.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         before = _random_state(inputs.device)
-        try:
-            outputs = torch.func.functional_call(model, {**parameters, **buffers}, (inputs,))
-        except RuntimeError as error:
-            raise ValueError(_forward_failed(model, inputs, error)) from error
+        outputs = called(model, inputs, {**parameters, **buffers})
+        if not loss.own:  # a function of one's own takes whatever the model returns
+            outputs = only_tensor(model, outputs)
         random = any(
             not torch.equal(a, b) for a, b in zip(before, _random_state(inputs.device), strict=True)
         )
@@ -132,6 +141,7 @@ def _gradients(
 def _parameters(model: nn.Module) -> dict[str, Tensor]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}.")
+    refuse_wrapped(model)
     parameters: dict[str, Tensor] = dict(model.named_parameters())
     if not parameters:
         raise ValueError(f"model: the {type(model).__name__} has no parameters, so no gradient.")
@@ -222,17 +232,14 @@ def _check_range(inputs: Tensor, value_range: tuple[float, float] | None) -> Non
 
 def _check_outputs(model: nn.Module, inputs: Tensor, outputs: object, random: bool) -> None:
     kind = type(model).__name__
-    if not isinstance(outputs, Tensor):
-        raise TypeError(
-            f"model: {kind}.forward returned a {type(outputs).__name__}, expected one tensor; wrap "
-            "it in a module whose forward returns the logits only."
-        )
     if random:
         raise ValueError(
             f"model: {kind}.forward drew random numbers, which are not in the update, so its "
             "gradient is no function of the data. Write model.eval() before capture, or take the "
             "noise out."
         )
+    if not isinstance(outputs, Tensor):
+        return  # whoever wrote the loss knows what it takes
     if outputs.ndim == 0 or outputs.shape[0] != inputs.shape[0]:
         raise ValueError(
             f"model: expected {inputs.shape[0]} outputs for inputs {tuple(inputs.shape)}, got "
@@ -250,6 +257,10 @@ def _check_outputs(model: nn.Module, inputs: Tensor, outputs: object, random: bo
         )
 
 
+def _moved(value: Any, device: torch.device) -> Any:
+    return value.detach().to(device=device, copy=True) if isinstance(value, Tensor) else value
+
+
 def _copy(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     """Detached copy; only floating tensors change dtype (a batch counter stays an integer)."""
     floating = tensor.is_floating_point()
@@ -261,23 +272,3 @@ def _random_state(device: torch.device) -> list[Tensor]:
     if device.type == "cuda":
         states.append(torch.cuda.get_rng_state(device))
     return states
-
-
-def _forward_failed(model: nn.Module, inputs: Tensor, error: RuntimeError) -> str:
-    """Name the innermost module in which ``forward`` failed, read off the traceback.
-
-    Hooks would name it too, but a failing model must be left without them.
-    """
-    names = {id(module): name for name, module in model.named_modules()}
-    where = ""
-    trace: TracebackType | None = error.__traceback__
-    while trace is not None:
-        module = trace.tb_frame.f_locals.get("self")
-        if id(module) in names and isinstance(module, nn.Module):
-            name = names[id(module)]
-            where = f" in {name} ({module})" if name else ""
-        trace = trace.tb_next
-    return (
-        f"model: the forward pass failed{where} for inputs of shape {tuple(inputs.shape)}: "
-        f"{str(error).splitlines()[0]}. Write inputs of the shape the model was built for."
-    )

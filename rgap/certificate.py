@@ -16,12 +16,15 @@ from torch import Tensor
 
 from rgap.batches import Rows
 from rgap.head import HeadCandidate
+from rgap.network import Stage
 from rgap.outcomes import replayed, stopped
 from rgap.polish import FITS, Polished
 from rgap.precision import Known
 from rgap.problem import Problem
+from rgap.reading import Reading
 from rgap.recovery import Candidate, Recovery, Status
 from rgap.recursion import Descent
+from rgap.replay import replay
 from rgap.reports import layer_reports
 from rgap.symptoms import warnings
 from rgap.systems.stage import DETERMINED
@@ -29,6 +32,12 @@ from rgap.systems.stage import DETERMINED
 REFUTED = 100.0  # an alternative is refuted when it misses by this many standard errors
 CLEAR = 10.0  # smallest gap between the last determined direction and the cutoff
 SAFETY = 10.0  # error bound over the largest predicted standard error
+ROUNDED = 100.0  # units in the last place by which a product of one sample may be off
+SCATTER = 10.0  # of a sum of squared noise, in √Σσ⁴: 7 standard deviations of normal noise
+# A tolerance is 30 times the largest of an ensemble, some 100 standard errors: up to 8 the half way
+# to the next label is 6 of them.
+OPEN = 8.0
+NEAREST = 0.25  # half way to where another label is as near
 USEFUL = 0.1  # an error bound above this share of the value range certifies nothing
 
 
@@ -38,11 +47,15 @@ class Answer:
 
     descent: Descent
     polished: Polished
-    target: Tensor
-    labels: Tensor
-    distance: float
-    tolerance: float
+    reading: Reading
     rows: Rows | None = None  # of a batch; labels are theirs
+    apart: bool = False  # True if the inputs do not depend on the loss and the targets
+    gathered: float = 0.0  # norm of a sample, in units of the data, that rounding is relative to
+
+    @property
+    def labels(self) -> Tensor:
+        """The targets, in the form that the loss takes them."""
+        return self.reading.labels
 
     @property
     def inputs(self) -> Tensor:
@@ -54,21 +67,38 @@ class Answer:
         """Largest error of any entry: SAFETY standard errors, more if the misfit is larger.
 
         A batch comes out of an orthogonal decomposition in float64, whose rounding can gather in
-        a few entries: eps times the norm of the sample.
+        a few entries: eps times :attr:`gathered`.
         """
         std = float(self.polished.data.std.max())
         bound = SAFETY * std * max(1.0, self.polished.misfit)
         if self.rows is None:
             return bound
-        norm = float(torch.linalg.vector_norm(self.inputs.flatten(1), dim=1).max())
-        return max(bound, 3.0 * SAFETY * torch.finfo(torch.float64).eps * norm)
+        return max(bound, 3.0 * SAFETY * torch.finfo(torch.float64).eps * self.gathered)
 
 
-def rank_one_tolerance(problem: Problem) -> float:
-    """Relative residual of G − k xᵀ that precision and noise explain."""
-    g = problem.gradients[problem.chain.stages[-1].affine.weight_name]
-    scale = float(g.norm() / g.numel() ** 0.5)
-    return min(0.3, 100 * (problem.precision.unit + problem.precision.noise / max(scale, 1e-300)))
+def rank_one_tolerance(problem: Problem, stage: Stage, x: Known) -> float:
+    """Relative residual ‖G − k xᵀ‖/‖G‖ that rounding and noise explain at one stage.
+
+    The residual is ``(I − P_k)G``: all of the noise E of G but one row's worth, and the noise e of
+    k = ∂b times x.  Its square is expected at ``Σσ_E² + ‖x‖² Σσ_e²``; independent entries scatter
+    about that by ``√(2Σσ⁴)``, of which ``SCATTER/√2`` are allowed.  Above 1 no residual is
+    refused: the noise is as large as the gradient, and the test says nothing.
+    """
+    precision, affine = problem.precision, stage.affine
+    g = problem.gradients[affine.weight_name]
+    if not bool(x.known.all()):
+        return inf  # the bias gradient is noise: nothing was read off it that could be tested
+    size = float(g.norm().clamp_min(1e-300))
+    own = precision.noise_std(affine.weight_name, g).square()
+    total, scatter = float(own.sum()), float(own.square().sum())
+    if affine.bias_name is not None:
+        bias = precision.noise_std(affine.bias_name, problem.gradients[affine.bias_name]).square()
+        lengthened = float(x.value.square().sum())
+        total += lengthened * float(bias.sum())
+        scatter += lengthened**2 * float(bias.square().sum())
+    floor = precision.floor * g.numel() ** 0.5
+    rounding = ROUNDED * (precision.unit + floor / size)
+    return float(rounding + (total + SCATTER * scatter**0.5) ** 0.5 / size)
 
 
 def scaled(answer: Answer, ratio: float, candidate: HeadCandidate) -> Answer:
@@ -86,22 +116,20 @@ def scaled(answer: Answer, ratio: float, candidate: HeadCandidate) -> Answer:
     return replace(
         answer,
         polished=replace(answer.polished, data=wider),
-        target=candidate.target,
-        labels=candidate.labels,
-        distance=candidate.distance,
-        tolerance=candidate.tolerance,
+        reading=candidate.reading,
     )
 
 
 def certify(problem: Problem, answers: Sequence[Answer]) -> Recovery:
     """Decide the status of the candidates that reached the data."""
-    scored = [(answer, *replay(problem, answer)) for answer in answers]
-    tolerance = REFUTED
-    fitting = [s for s in scored if s[0].polished.misfit <= tolerance and _target_fits(s[0])]
+    scored = [(answer, *_residual(problem, answer)) for answer in answers]
+    fitting = [s for s in scored if s[0].polished.misfit <= REFUTED and s[0].reading.fits]
     if not fitting:
-        return _misfit(problem, min(scored, key=lambda s: s[0].polished.misfit))
+        nearest = min(scored, key=lambda s: s[0].polished.misfit)
+        contradicted = _misfit(problem, nearest)
+        return _inputs_alone(problem, nearest[0], contradicted) or contradicted
     if problem.labels is not None:
-        fitting = [s for s in fitting if _same_labels(s[0], problem.labels)]
+        fitting = [s for s in fitting if s[0].reading.open or _same_labels(s[0], problem.labels)]
         if not fitting:
             found = _sent(scored[0][0]).flatten().tolist()
             return stopped(
@@ -111,7 +139,7 @@ def certify(problem: Problem, answers: Sequence[Answer]) -> Recovery:
                 f"whose head gradient says {found}; write labels=None to take those",
                 scored[0][0].descent,
             )
-    inside = [s for s in fitting if _excess(s[0], problem) <= problem.slack]
+    inside = [s for s in fitting if excess(s[0], problem) <= problem.slack]
     low, high = problem.value_range or (-inf, inf)
     if not inside and problem.slack == 0:
         first = fitting[0][0]
@@ -134,9 +162,17 @@ def certify(problem: Problem, answers: Sequence[Answer]) -> Recovery:
             f"{len(kept)} batches send exactly this update; no equation tells them apart",
             tuple(Candidate(a.inputs, a.labels, r) for a, r, _ in kept),
         )
-    status, reason = _verdict(problem, best)
+    status, reason = verdict(problem, best)
+    if status is Status.EXACT:
+        open_ = _open(problem, best)
+        if open_:
+            said = stopped(problem, Status.UNDERDETERMINED, open_, best.descent)
+            said = replace(said, residual=residual)
+            return _inputs_alone(problem, best, said) or said
     if status is Status.EXACT and best.rows is not None and bool((best.rows.copies > 1).any()):
         status, reason = Status.AMBIGUOUS, _copies(best.rows)
+    if status is Status.EXACT and best.reading.scale != 1.0:
+        reason += f"; the update is {best.reading.scale:.6g} times that of the declared loss"
     if len(kept) < len(fitting):
         reason += f"; others would send this update too, with values outside [{low:g}, {high:g}]"
     itself = (
@@ -144,6 +180,53 @@ def certify(problem: Problem, answers: Sequence[Answer]) -> Recovery:
     )
     listed = itself if status is Status.AMBIGUOUS else ()
     return _assemble(problem, best, residual, status, reason, listed)
+
+
+def _open(problem: Problem, answer: Answer) -> str:
+    """Why the targets of an answer whose inputs are certified are not, or ""."""
+    reading, head = answer.reading, problem.chain.stages[-1]
+    if not problem.precision.sent(head.affine.weight_name):
+        return f"the gradient of the last layer '{head.name}' was not sent (frozen on the client)"
+    if reading.open:
+        return reading.open
+    # Real-valued targets have a size of their own.
+    unit = max(1.0, float(reading.target.abs().max()))
+    if reading.tolerance > OPEN * unit or reading.distance > NEAREST:
+        return (
+            "at the rounding and noise of this update the target is only known to "
+            f"{reading.tolerance:.1g}: several fit the gradient of the last layer"
+        )
+    again = replay(problem, *_batch(problem, answer), _errors(problem, answer))
+    if again.fits:
+        return ""
+    name = again.worst
+    return (
+        f"the model's own update for this answer differs from '{name}' by {again.parts[name]:.1e} "
+        f"of it, where rounding, noise and the errors of the inputs explain "
+        f"{again.allowed[name]:.1e}; is the loss, its reduction or the model another one?"
+    )
+
+
+def _inputs_alone(problem: Problem, answer: Answer, said: Recovery) -> Recovery | None:
+    """The inputs certified where the targets are not, for the reason that ``said`` has.
+
+    None where they are not certified, or depend on the targets.
+    """
+    if not answer.apart or answer.polished.misfit > FITS:
+        return None
+    status, reason = verdict(problem, answer)
+    if status is not Status.EXACT or excess(answer, problem) > problem.slack:
+        return None
+    shown = _assemble(problem, answer, said.residual, Status.EXACT, reason, ())
+    return replace(
+        shown,
+        labels=None,
+        status=said.status,
+        certified=frozenset({"inputs"}),
+        scale=None,
+        reason=f"the inputs are certified, no entry is off by more than {answer.bound:.1e}; "
+        f"targets not certified: {said.reason}",
+    )
 
 
 def _copies(rows: Rows) -> str:
@@ -157,7 +240,18 @@ def _copies(rows: Rows) -> str:
     )
 
 
-def _verdict(problem: Problem, answer: Answer) -> tuple[Status, str]:
+def verdict(problem: Problem, answer: Answer) -> tuple[Status, str]:
+    """Whether an answer is certified, and why not.
+
+    Args:
+        problem: the update and the chain that the answer is of.
+        answer: that fits.
+    """
+    descent = answer.descent
+    chosen = descent.completed and descent.partial is not None
+    if chosen and not answer.polished.worst <= DETERMINED / CLEAR:
+        # Every layer determines what it reads; of what none reads a completion chose the values.
+        return Status.UNDERDETERMINED, "some values of the data are read by no equation"
     for index, step in answer.descent.solutions.items():
         joint = step.solution.stats.joint
         sharp = joint is not None and joint.gap >= CLEAR
@@ -205,17 +299,14 @@ def _same_labels(answer: Answer, stated: Tensor) -> bool:
     )
 
 
-def _target_fits(answer: Answer) -> bool:
-    return answer.distance <= answer.tolerance
-
-
 def _misfit(problem: Problem, scored: tuple[Answer, float, dict[str, float]]) -> Recovery:
     answer, residual, by_name = scored
-    if not _target_fits(answer) and answer.polished.misfit <= REFUTED:
+    if not answer.reading.fits and answer.polished.misfit <= REFUTED:
         stage = problem.chain.stages[-1].name
         reason = (
             f"the gradient of '{stage}' fits no admissible target of {problem.update.loss.name}: "
-            f"the nearest one is {answer.distance:.2g} away (tolerance {answer.tolerance:.1e}); "
+            f"the nearest one is {answer.reading.distance:.2g} away (tolerance "
+            f"{answer.reading.tolerance:.1e}); "
             "is the loss, its reduction or the model another one?"
         )
     else:
@@ -228,23 +319,36 @@ def _misfit(problem: Problem, scored: tuple[Answer, float, dict[str, float]]) ->
     return replace(stopped(problem, Status.INCONSISTENT, reason, answer.descent), residual=residual)
 
 
-def replay(problem: Problem, answer: Answer) -> tuple[float, dict[str, float]]:
+def _residual(problem: Problem, answer: Answer) -> tuple[float, dict[str, float]]:
     """Relative difference between the update and the gradient of the recovered batch.
 
     The loss and the target are used here, not the observed head cotangent: this is what the
     client would send for the answer.
     """
+    return replayed(problem, *_batch(problem, answer))
+
+
+def _batch(problem: Problem, answer: Answer) -> tuple[Tensor, Tensor, float | Tensor]:
+    """Inputs, targets and factors of the whole batch, every copy a row of its own."""
     inputs = answer.inputs.reshape(problem.batch, *problem.chain.input_shape)
-    labels = answer.labels
-    if answer.rows is not None:
-        inputs, labels = answer.rows.expanded(inputs)
-    return replayed(problem, inputs, labels)
+    if answer.rows is None:
+        return inputs, answer.labels, answer.reading.scale
+    return *answer.rows.expanded(inputs), answer.reading.scale
+
+
+def _errors(problem: Problem, answer: Answer) -> Tensor:
+    """Ensemble of the errors of the inputs of the whole batch."""
+    error = answer.polished.data.error
+    error = error.reshape(len(error), problem.batch, *problem.chain.input_shape)
+    if answer.rows is None:
+        return error
+    return error[:, answer.rows.picture.repeat_interleave(answer.rows.copies)]
 
 
 def _assemble(
     problem: Problem,
     answer: Answer,
-    residual: float,
+    residual: float | None,
     status: Status,
     reason: str,
     candidates: tuple[Candidate, ...],
@@ -267,10 +371,12 @@ def _assemble(
         candidates=candidates,
         warnings=warnings(problem),
         multiplicities=copies if show else None,
+        certified=frozenset({"inputs", "targets"} if status is Status.EXACT else ()),
+        scale=answer.reading.scale if show else None,
     )
 
 
-def _excess(answer: Answer, problem: Problem) -> float:
+def excess(answer: Answer, problem: Problem) -> float:
     """How far the data leave their range beyond what their error explains, in its widths."""
     if problem.value_range is None:
         return 0.0

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import chain, islice
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
+from rgap import validation
 from rgap.graph import Link, links
-from rgap.isolation import first_line, untouched
-from rgap.probing import Shape
+from rgap.isolation import untouched
+from rgap.probing import Shape, UnreadyError
+from rgap.running import first_line
+
+SQUARE = 65  # sides that are tried one by one; beyond, only usual ones
+LARGE = (80, 84, 96, 112, 128, 144, 160, 192, 224, 227, 256, 299, 320, 384, 448, 512)
 
 
 def disagreement(
@@ -109,6 +115,60 @@ def fitting_shape(model: nn.Module, shape: Shape) -> Shape | None:
     return next((one for one in tries if _accepts(model, one)), None)
 
 
+def sample_shape(model: nn.Module, *stated: Sequence[int] | None) -> Shape:
+    """The shape of one sample: as stated, or as the model's own layers fix it.
+
+    A fully connected first layer says how many inputs it has.  A convolution says how many
+    channels; where a fully connected layer stands above, only some square sizes fit, and one that
+    fits alone is taken.
+
+    Args:
+        model: the network.
+        *stated: shapes in the order of who has the last word; None where nobody said one.
+
+    Raises:
+        ValueError: nothing was stated and the layers leave it open; the message says what fits.
+
+    >>> sample_shape(nn.Sequential(nn.Linear(12, 4), nn.ReLU(), nn.Linear(4, 2)))
+    (12,)
+    """
+    for shape in stated:
+        if shape is not None:
+            return tuple(validation.count("input_shape", n) for n in shape)
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
+    layer = next((m for m in model.modules() if isinstance(m, kinds)), None)
+    found: list[Shape] = []
+    if isinstance(layer, nn.Linear):
+        found = [shape for shape in [(layer.in_features,)] if _runs(model, shape)]
+    elif isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        dims, channels = len(layer.kernel_size), layer.in_channels
+        sides = chain(range(1, SQUARE), LARGE) if dims < 3 else range(1, 17)
+        shapes = ((channels, *(n,) * dims) for n in sides)
+        found = list(islice((s for s in shapes if _runs(model, s)), 2))
+        if len(found) == 1 and found[0][1] >= SQUARE:  # between those that were tried
+            near = ((channels, *(found[0][1] + n,) * dims) for n in (-1, 1))
+            found += [shape for shape in near if _runs(model, shape)]
+    if len(found) == 1:
+        return found[0]
+    fits = f" ({found[0]} and {found[1]} both fit)" if found else ""
+    example = found[-1] if found else (3, 32, 32)
+    raise ValueError(
+        f"expected an input shape, got an update that does not state one, and the layers of the "
+        f"{type(model).__name__} leave it open{fits}; write input_shape={example}"
+    )
+
+
+def _runs(model: nn.Module, shape: Shape) -> bool:
+    """True if the model maps such a sample to one output."""
+    first = next(model.parameters())
+    try:
+        with torch.no_grad(), untouched(model, hooks=False):
+            out = model(torch.zeros(1, *shape, dtype=first.dtype, device=first.device))
+    except Exception:
+        return False
+    return isinstance(out, Tensor) and out.ndim >= 1 and len(out) == 1
+
+
 def _accepts(model: nn.Module, shape: Shape) -> bool:
     first = next(model.parameters())
     try:
@@ -135,7 +195,7 @@ def refuse_unready(model: nn.Module) -> None:
         path = name or type(model).__name__
         kind = type(module).__name__
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            raise ValueError(
+            raise UnreadyError(
                 f"'{path}' ({kind}) is in train mode: it mixes the samples of the batch; write "
                 "model.eval() before capture, parse and invert"
             )
@@ -143,7 +203,7 @@ def refuse_unready(model: nn.Module) -> None:
             isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
         )
         if random:
-            raise ValueError(
+            raise UnreadyError(
                 f"'{path}' ({kind}) is in train mode: it draws random numbers that the update "
                 "does not state; write model.eval() before capture, parse and invert"
             )

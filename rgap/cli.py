@@ -1,4 +1,4 @@
-"""The command line: ``rgap demo | capture | audit | invert | match | labels | harden``.
+"""The command line: ``rgap demo | capture | check | audit | invert | match | labels | harden``.
 
 Nothing here imports torch until a command needs it, so that ``rgap --help`` answers at once.
 """
@@ -17,19 +17,23 @@ from rgap.arguments import (
     memory_of,
     shape_of,
     targets_of,
+    usable_device,
     whole_numbers,
 )
 from rgap.attacking import match
 from rgap.commands import invert, labels
-from rgap.console import clean, print_json, stderr, stdout, waiting
+from rgap.console import clean, print_json, stderr, stdout
 from rgap.defending import harden, print_joint
+from rgap.inspecting import check
 from rgap.options import (
+    Device,
     Json,
     LossName,
     MemoryLimit,
     Method,
     Model,
     Precision,
+    Quiet,
     Reduction,
     Seed,
     Weights,
@@ -40,7 +44,7 @@ __all__ = ["app", "main"]
 EXIT_CODES = """Exit codes:
 
 - 0: success; for invert, EXACT: recovered and certified; for match, the update is reproduced
-- 1: not recovered exactly: COMPLETED, UNDERDETERMINED or AMBIGUOUS
+- 1: not recovered exactly: COMPLETED, UNDERDETERMINED or AMBIGUOUS; for check, something is wrong
 - 2: wrong usage or bad input
 - 3: INCONSISTENT: the update does not fit the model as declared
 - 4: UNSUPPORTED: a step of the network cannot be inverted"""
@@ -129,6 +133,7 @@ def capture(
         ),
     ] = None,
     weights: Weights = None,
+    device: Device = "cpu",
     input_shape: Annotated[
         str | None,
         typer.Option(
@@ -152,7 +157,7 @@ def capture(
         from rgap.report.pictures import read_pictures
 
         check_output(output, ".safetensors")
-        network = resolve(model, weights)
+        network = resolve(model, weights).to(usable_device(device))
         shape, usual = expected(model)
         chosen = Loss(loss or usual, reduction=reduction.value)
         pictures = read_pictures(images, shape_of(input_shape) or shape)
@@ -216,6 +221,8 @@ def audit(
         ),
     ] = False,
     weights: Weights = None,
+    device: Device = "cpu",
+    quiet: Quiet = False,
     as_json: Json = False,
     seed: Seed = 0,
     memory_limit: MemoryLimit = None,
@@ -235,24 +242,28 @@ def audit(
         shape, usual = expected(model)
         wanted = shape_of(input_shape) or shape or (3, 32, 32)
         if joint:
-            print_joint(network, model, wanted, batches, loss or usual, plot, as_json, seed)
+            print_joint(
+                network, model, wanted, batches, loss or usual, plot, as_json, seed,
+                usable_device(device), quiet,
+            )  # fmt: skip
             return
         from rgap.analysis.discard import audit as measure
 
-        with waiting("counting equations"):
-            found = measure(
-                network,
-                wanted,
-                batches,
-                loss=loss or usual,
-                method=method.value,
-                seed=seed,
-                memory_budget=room,
-            )
-            # The name that was asked for says more than nn.Sequential.
-            found = replace(found, model=model)
-            if plot is not None:
-                save_figure(found.plot(), plot)
+        found = measure(
+            network,
+            wanted,
+            batches,
+            loss=loss or usual,
+            method=method.value,
+            seed=seed,
+            device=usable_device(device),
+            progress=not quiet,
+            memory_budget=room,
+        )
+        # The name that was asked for says more than nn.Sequential.
+        found = replace(found, model=model)
+        if plot is not None:
+            save_figure(found.plot(), plot)
         if as_json:
             print_json({**found.summary(), "plot": None if plot is None else str(plot)})
             return
@@ -263,6 +274,7 @@ def audit(
             console.print(f"Heat map: {plot}", highlight=False, soft_wrap=True)
 
 
+app.command(name="check")(check)
 app.command(name="invert", epilog=EXIT_CODES)(invert)
 app.command(name="match")(match)
 app.command(name="labels")(labels)

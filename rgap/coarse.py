@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from rgap.isolation import convolution_work, small_kernels
 from rgap.module_update import Inside, ModuleUpdate, Outside
 from rgap.solvers.first_order import Adam
 from rgap.solvers.priors import Prior
+from rgap.systems.known_input import Standardised
 
 RULE = Adam(0.025, signed=True)  # in widths of the range
 STEPS = (300, 200)  # at most, on features and on gradients
@@ -34,54 +35,8 @@ BRIEF = 0.2  # share of the time for features that are averages, of which few nu
 STARTS = 2  # where one answer is as good as another: the mean is nearer than each
 FEATURES = 0.1  # ε: weight of known features beside the cosine
 NOISE = 0.25  # spread of the start, in widths of the range
-FLAT = 1e-3  # spread of a channel below which it says nothing, relative to the largest
+LATE = 1.05  # share of its time after which a part ends, wherever it is
 PROBE = 5  # steps after which their number is fitted to the time
-
-
-@dataclass(frozen=True)
-class Standardised:
-    """Known input of a layer, each channel in units of its spread over places and samples.
-
-    Attributes:
-        value: û, [B, *in_shape].
-        scale: 1/s like û, 0 where a channel is the same everywhere.
-        channels: of û.
-        expected: squared misfit that the error of û explains; a suggestion allows for none.
-    """
-
-    value: Tensor
-    scale: Tensor
-    channels: int
-    expected: float = 0.0
-
-    @classmethod
-    def of(cls, value: Tensor, channels: int) -> Standardised:
-        """With the spread of every channel, the first axis of a sample in ``channels`` parts."""
-        parts = value.reshape(len(value), channels, -1)
-        if parts.shape[2] > 1:
-            spread = parts.std((0, 2), correction=0, keepdim=True).expand_as(parts)
-        else:  # samples that are alike would make a channel look flat
-            spread = parts.std(correction=0).expand_as(parts)
-        scale = torch.where(spread > FLAT * spread.max(), 1.0 / spread.clamp_min(1e-300), 0.0)
-        return cls(value, scale.reshape(value.shape), channels)
-
-    @property
-    def places(self) -> int:
-        """Of every channel; 1 for averages over the picture."""
-        return self.value[0].numel() // self.channels
-
-    @property
-    def equations(self) -> int:
-        """As many as entries of channels that are not flat."""
-        return int((self.scale > 0).sum())
-
-    def misfit(self, u: Tensor) -> Tensor:
-        """(u − û)/s, flat."""
-        return ((u - self.value) * self.scale).flatten()
-
-    def to(self, dtype: torch.dtype) -> Standardised:
-        """The same in another precision."""
-        return replace(self, value=self.value.to(dtype), scale=self.scale.to(dtype))
 
 
 def coarse(
@@ -165,6 +120,6 @@ def _descended(
         spent = time.perf_counter() - began
         if number == PROBE:
             total = max(PROBE + 1, min(total, int(PROBE * seconds / max(spent, 1e-9))))
-        if spent > 1.5 * seconds:
+        if spent > LATE * seconds:
             break
     return row.detach().reshape(shape)

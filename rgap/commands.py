@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rgap.arguments import memory_of, prior_of, targets_of, usable_device
-from rgap.console import clean, print_json, say, stdout, waiting
+from rgap.arguments import loaded, memory_of, prior_of, targets_of, usable_device
+from rgap.console import clean, print_json, say, stdout
 from rgap.options import (
     BatchSize,
     Device,
+    InputShape,
     Json,
     KnownLabels,
     LabelMethod,
@@ -19,6 +21,7 @@ from rgap.options import (
     Model,
     Noise,
     PriorName,
+    Quiet,
     Seed,
     UpdatePath,
     Weights,
@@ -50,6 +53,7 @@ def invert(
     ] = None,
     weights: Weights = None,
     batch_size: BatchSize = None,
+    input_shape: InputShape = None,
     labels: KnownLabels = None,
     noise: Noise = 0.0,
     device: Device = "cpu",
@@ -75,6 +79,7 @@ def invert(
     explain: Annotated[
         bool, typer.Option("--explain", help="Say it layer by layer.", metavar="")
     ] = False,
+    quiet: Quiet = False,
     why: Annotated[
         bool, typer.Option("--why", help="Rank what stands in the way.", metavar="")
     ] = False,
@@ -90,9 +95,7 @@ def invert(
 
         if prior is not None and not complete:
             raise ValueError("--prior: chooses in a completion only; write --complete as well")
-        if not update.is_file():
-            raise ValueError(f"UPDATE: no file {update}; write one with rgap capture")
-        sent = rgap.Update.load(update)
+        sent = loaded(update, input_shape)
         if output is not None:
             check_target(output, sent)
         room = memory_of(memory_limit)
@@ -109,7 +112,7 @@ def invert(
             noise=noise,
             device=usable_device(device),
             seed=seed,
-            progress=True,
+            progress=not quiet,
             memory_budget=room,
         )
         written = None if output is None else write_recovery(found, output, sent.value_range)
@@ -151,23 +154,25 @@ def labels(
     ] = LabelMethod.best,
     weights: Weights = None,
     batch_size: BatchSize = None,
+    input_shape: InputShape = None,
+    device: Device = "cpu",
+    quiet: Quiet = False,
     as_json: Json = False,
     seed: Seed = 0,
 ) -> None:
     """Read the labels of a batch off the last layer's gradient: how often each class occurs."""
     with clean(context):
-        import rgap
         from rgap.labels import METHODS
         from rgap.modelspec import resolve
         from rgap.report.labels import print_labels
 
-        if not update.is_file():
-            raise ValueError(f"UPDATE: no file {update}; write one with rgap capture")
-        sent = rgap.Update.load(update)
+        sent = loaded(update, input_shape)
         network = resolve(model, weights)
         names = list(METHODS) if method is LabelMethod.all else [method.value]
-        with waiting("reading labels"):
-            found = {name: _read(network, sent, name, batch_size, seed) for name in names}
+        place = usable_device(device)
+        found = {
+            name: _read(network, sent, name, batch_size, seed, place, not quiet) for name in names
+        }
         if as_json:
             print_json(
                 {
@@ -182,28 +187,36 @@ def labels(
 
 
 def _read(
-    network: nn.Module, sent: Update, method: str, batch_size: int | None, seed: int
+    network: nn.Module,
+    sent: Update,
+    method: str,
+    batch_size: int | None,
+    seed: int,
+    device: str,
+    progress: bool,
 ) -> LabelEstimate:
     """One method's answer; `exact` inverts the update for the features that it needs."""
-    from dataclasses import replace
-
     import torch
 
     import rgap
     from rgap.labels import LabelEstimate, estimate, head_features
 
     if method != "exact":
-        return estimate(network, sent, method=method, batch_size=batch_size)
+        return estimate(network, sent, method=method, batch_size=batch_size, device=device)
     # Before the work of an inversion: what is refused is refused at once.
     undecided = estimate(network, sent, method=method, batch_size=batch_size)
     if sent.local_steps > 1:
         return undecided
-    recovery = rgap.invert(network, sent, batch_size=batch_size, seed=seed, progress=True)
+    recovery = rgap.invert(
+        network, sent, batch_size=batch_size, seed=seed, device=device, progress=progress
+    )
     if recovery.inputs is None or not recovery.exact:
         return replace(undecided, reason=f"{recovery.status.name}: {recovery.reason}")
     features = head_features(network, sent, recovery.inputs)
     if features is None and recovery.labels is not None:  # certified, but not by the identity
         counts = torch.bincount(recovery.labels, minlength=len(undecided.confidence))
-        sure = torch.ones(len(counts), dtype=torch.float64)
+        sure = counts.new_ones(len(counts), dtype=torch.float64)
         return LabelEstimate.of(counts, sure, method, ("the recovery is exact",))
-    return estimate(network, sent, method=method, batch_size=batch_size, features=features)
+    return estimate(
+        network, sent, method=method, batch_size=batch_size, features=features, device=device
+    )

@@ -11,58 +11,29 @@ by Gauss–Newton, λ going down to 0.  What is determined stays determined.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import isfinite
 
 import torch
 from torch import Tensor
 
 from rgap.activations import Activation
+from rgap.annealing import ANNEALING, TRAPPED, Position, Watch, anneal
 from rgap.module_update import Inside, ModuleUpdate
 from rgap.network import Chain, Stage
 from rgap.ops import Reshape
-from rgap.precision import Precision
+from rgap.precision import Known, Precision
 from rgap.recursion import Reached
-from rgap.solvers.gauss_newton import Minimum, Schedule, Step, gauss_newton
+from rgap.solvers.gauss_newton import Minimum, Schedule, Step
 from rgap.solvers.priors import Prior
-from rgap.systems.inequalities import Bounded, Equations
-from rgap.systems.known_part import KnownPart
+from rgap.systems.known_input import Bounded, Equations, KnownPart, PlainRows, Whole
 from rgap.systems.matrixfree import memory
-from rgap.systems.plain_rows import PlainRows
 from rgap.systems.stage import BUDGET
 
-BLUNT, SHARP = 4.0, 2000.0  # sharpness of the kinks at the first and the last level
-FADING = 1e-5  # factor on the weight of the prior from the first level to the last
 PASSES = (16, 40)  # levels of the first try and of those after it
-STEPS = 2  # Gauss–Newton steps a level
-ANNEALING = 0.7  # share of the time left that the levels of a pass may take
 MISSED = 1e-2  # misfit above which an answer does not reproduce the update
-TRAPPED = 1e-4  # misfit above which a pass over kinks may have ended in a local minimum
 MOST = 4096  # pre-activations whose Gram matrix is factored; beyond, the rows are used as they are
-Watch = Callable[[Step, Tensor], None]
-
-
-@dataclass(frozen=True)
-class Whole:
-    """All of a layer's input is known: ``u = û``.
-
-    Attributes:
-        value: û, [B, *in_shape].
-        expected: squared misfit that the error of û explains.
-    """
-
-    value: Tensor
-    expected: float = 0.0
-
-    @property
-    def equations(self) -> int:
-        """As many as unknowns."""
-        return self.value.numel()
-
-    def misfit(self, u: Tensor) -> Tensor:
-        """The difference u − û, flat."""
-        return (u - self.value).flatten()
 
 
 def inside(
@@ -88,11 +59,14 @@ def inside(
     else:
         assert reached.z is not None
         sent = gradients[stage.affine.weight_name]
+        k = reached.k
+        if not precision.sent(stage.affine.weight_name):  # as in the recursion: K = 0
+            k = Known(0.0 * k.value, 0.0 * k.error)
         large = reached.z.value.numel() > MOST
         if large or memory(stage.affine, len(reached.k.value)) > budget:
-            known = PlainRows.of(stage.affine, sent, reached.z, reached.k, precision)
+            known = PlainRows.of(stage.affine, sent, reached.z, k, precision)
         else:
-            known = KnownPart.of(stage.affine, sent, reached.z, reached.k, precision)
+            known = KnownPart.of(stage.affine, sent, reached.z, k, precision)
         if _rectified(chain, stage) and not bool(reached.z.known.all()):
             known = Bounded.of(known, stage.affine, ~reached.z.known)
     shape = (len(reached.k.value), *stage.affine.in_shape)
@@ -154,66 +128,17 @@ def complete(
     best: Minimum | None = None
     steps: tuple[Step, ...] = ()
     for levels in PASSES if update.sharpness else PASSES[:1]:
-        left = deadline - time.perf_counter()
-        if best is not None and (best.misfit <= TRAPPED or left <= 0 or not isfinite(best.misfit)):
+        late = time.perf_counter() > deadline
+        if best is not None and (best.misfit <= TRAPPED or late or not isfinite(best.misfit)):
             break
-        last, begin = schedule, start
-        if update.sharpness:
-            begin, last, done = _annealed(
-                update, start, prior, schedule, project, levels, ANNEALING * left, watch
-            )
-            steps = (*steps, *done)
-        last = replace(last, seconds=deadline - time.perf_counter())
-        found = gauss_newton(update.at, begin, prior, last, project=project, watch=watch)
+        found = anneal(
+            update, Position(start), prior, schedule, levels, deadline,
+            share=ANNEALING, project=project, watch=watch,
+        )  # fmt: skip
         steps = (*steps, *found.steps)
         best = found if best is None or found.misfit < best.misfit else best
     assert best is not None
     return replace(best, steps=steps)
-
-
-def _annealed(
-    update: ModuleUpdate,
-    x: Tensor,
-    prior: Prior,
-    schedule: Schedule,
-    project: Callable[[Tensor], Tensor],
-    levels: int,
-    seconds: float,
-    watch: Watch | None,
-) -> tuple[Tensor, Schedule, tuple[Step, ...]]:
-    """Sharpen the kinks level by level: x, what is left of the schedule, and the steps."""
-    deadline = time.perf_counter() + seconds
-    steps: tuple[Step, ...] = ()
-    for sharpness, here in stages(schedule, levels):
-        left = deadline - time.perf_counter()
-        # Out of time: the kinks are the network's own from here on, the prior weighs what it does.
-        schedule = replace(schedule, weight=here.weight, smoothing=here.smoothing)
-        if left <= 0 or sharpness is None:
-            break
-        update.sharpness.value = sharpness
-        here = replace(here, seconds=left)
-        found = gauss_newton(update.at, x, prior, here, project=project, watch=watch)
-        x, steps = found.value, (*steps, *found.steps)
-    update.sharpness.value = None
-    return x, schedule, steps
-
-
-def stages(schedule: Schedule, levels: int) -> list[tuple[float | None, Schedule]]:
-    """Sharpness of the kinks, None for the network's own, and schedule of every stage of a pass."""
-    weight, found = schedule.weight, list[tuple[float | None, Schedule]]()
-    for level in range(levels + 1):
-        here = replace(
-            schedule,
-            weight=weight,
-            lowest=weight,
-            smoothing=min(schedule.smoothing, 10.0 * weight),
-            steps=STEPS,
-            target=0.0,
-        )
-        found.append((BLUNT * (SHARP / BLUNT) ** (level / levels), here))
-        weight = max(weight * FADING ** (1.0 / levels), schedule.lowest)
-    last = replace(schedule, weight=weight, smoothing=min(schedule.smoothing, 10.0 * weight))
-    return [*found, (None, last)]
 
 
 def grey(

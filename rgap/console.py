@@ -14,7 +14,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["clean", "print_json", "say", "stderr", "stdout", "waiting"]
+__all__ = ["clean", "print_json", "say", "stderr", "stdout"]
 
 
 @contextmanager
@@ -53,17 +53,6 @@ def stderr() -> Console:
     from rich.console import Console
 
     return Console(stderr=True)
-
-
-@contextmanager
-def waiting(text: str) -> Iterator[None]:
-    """Say what takes so long, on a terminal."""
-    console = stderr()
-    if not console.is_terminal:
-        yield
-        return
-    with console.status(f"{text} …"):
-        yield
 
 
 def print_json(document: dict[str, Any]) -> None:

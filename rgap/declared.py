@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from rgap import validation
-from rgap.checking import refuse_unready
+from rgap.checking import refuse_unready, sample_shape
 from rgap.federated import LocalTraining
 from rgap.isolation import untouched
 from rgap.labels import estimate
 from rgap.precision import Precision
 from rgap.presets import Preset
-from rgap.problem import as_on_the_client, device_of
+from rgap.problem import as_on_the_client, device_of, precision_of
 from rgap.recovery import Recovery
+from rgap.running import refuse_wrapped, run
 from rgap.seeding import start_of
 from rgap.update import Update
 
@@ -57,17 +59,17 @@ def declare(
     local: LocalTraining | None,
     noise: float,
     device: torch.device | str | None,
+    input_shape: Sequence[int] | None = None,
 ) -> Declared:
     """Check what a search is given; arguments and errors as for :func:`rgap.match`."""
     validation.noise(noise)
-    update.check(model)
+    update = update.fitted(model)
+    update, _ = update.as_rounded()
     refuse_unready(model)
+    refuse_wrapped(model)
     place = device_of(device)
-    if update.input_shape is None:
-        raise ValueError(
-            "expected an input shape, got an update that does not state one; write "
-            "dataclasses.replace(update, input_shape=(3, 32, 32))"
-        )
+    update = replace(update, input_shape=sample_shape(model, input_shape, update.input_shape))
+    assert update.input_shape is not None
     if update.local_steps > 1 and local is None:
         raise ValueError(
             f"local: the update is an average over {update.local_steps} local steps, expected how "
@@ -100,8 +102,9 @@ def declare(
         _fits(model, update, known, shape)
         known = known.to(place)
     begin = None if start is None else _start(start, shape).to(place)
-    gradients = {n: g.detach().to(place) for n, g in update.gradients.items()}
-    precision = Precision(update.dtype, noise)
+    precision = precision_of(update, noise, place)
+    sent = {n: g for n, g in update.gradients.items() if precision.sent(n)}
+    gradients = {n: g.detach().to(place) for n, g in sent.items()}
     return Declared(
         model, update, gradients, shape, known, begin, local, update.local_steps, precision
     )
@@ -111,7 +114,7 @@ def _fits(model: nn.Module, update: Update, labels: Tensor, shape: tuple[int, ..
     """Raise unless the labels are targets of the model's outputs."""
     like = next(model.parameters())
     with torch.no_grad(), untouched(model, hooks=False):
-        outputs = model(torch.full(shape, 0.5, dtype=like.dtype, device=like.device))
+        outputs = run(model, torch.full(shape, 0.5, dtype=like.dtype, device=like.device))
     update.loss.check_targets(outputs, labels.to(outputs.device))
 
 

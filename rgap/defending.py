@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rgap.arguments import shape_of
-from rgap.console import clean, print_json, stdout, waiting
-from rgap.options import Json, LossName, Model, Seed, Weights
+from rgap.arguments import shape_of, usable_device
+from rgap.console import clean, print_json, stdout
+from rgap.options import Device, Json, LossName, Model, Quiet, Seed, Weights
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,6 +33,8 @@ def harden(
     ] = "batch size,channels,stride,noise",
     loss: LossName = None,
     weights: Weights = None,
+    device: Device = "cpu",
+    quiet: Quiet = False,
     as_json: Json = False,
     seed: Seed = 0,
 ) -> None:
@@ -48,10 +50,17 @@ def harden(
         shape, usual = expected(model)
         wanted = shape_of(input_shape) or shape or (3, 32, 32)
         kinds = tuple(part.strip() for part in changes.split(","))
-        with waiting("looking for the smallest changes"):
-            found = search(
-                network, wanted, fraction, batch_size, changes=kinds, loss=loss or usual, seed=seed
-            )
+        found = search(
+            network,
+            wanted,
+            fraction,
+            batch_size,
+            changes=kinds,
+            loss=loss or usual,
+            seed=seed,
+            device=usable_device(device),
+            progress=not quiet,
+        )
         found = replace(found, model=model)
         if as_json:
             print_json(found.summary())
@@ -70,6 +79,8 @@ def print_joint(
     plot: Path | None,
     as_json: bool,
     seed: int,
+    device: str,
+    quiet: bool,
 ) -> None:
     """``rgap audit --joint``: the rank of the whole update at every batch size."""
     from dataclasses import replace
@@ -81,8 +92,9 @@ def print_joint(
 
     found = []
     for batch in batches:
-        with waiting(f"the whole update at B = {batch}"):
-            one = identifiability(network, shape, batch, loss=loss, seed=seed)
+        one = identifiability(
+            network, shape, batch, loss=loss, seed=seed, device=device, progress=not quiet
+        )
         found.append(replace(one, model=name))
     if plot is not None:
         save_figure(nullity_curves(found), plot)

@@ -6,7 +6,7 @@ network with 138 million parameters takes 1.1 GB beside the 0.55 GB that it is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -21,40 +21,50 @@ class Doubles(Mapping[str, Tensor]):
     """A mapping of tensors by name that gives them in float64 on one device.
 
     Args:
-        sent: the tensors as they came.
+        original: the tensors as they came.
         device: where they are wanted.
         room: bytes; where all of them take more than a share of it, none is kept.
 
     >>> doubles = Doubles({"weight": torch.ones(2)}, "cpu", 1e9)
-    >>> doubles["weight"].dtype, doubles.sent["weight"].dtype
+    >>> doubles["weight"].dtype, doubles.original["weight"].dtype
     (torch.float64, torch.float32)
     """
 
     def __init__(
-        self, sent: Mapping[str, Tensor], device: torch.device | str, room: float = KEPT
+        self, original: Mapping[str, Tensor], device: torch.device | str, room: float = KEPT
     ) -> None:
-        self.sent = {name: tensor.detach() for name, tensor in sent.items()}
+        self.original = {name: tensor.detach() for name, tensor in original.items()}
         self.device = torch.device(device)
-        total = 8.0 * sum(tensor.numel() for tensor in self.sent.values())
+        total = 8.0 * sum(tensor.numel() for tensor in self.original.values())
         self._keep = total <= min(KEPT, room)
         self._made: dict[str, Tensor] = {}
 
     def __getitem__(self, name: str) -> Tensor:
         if name in self._made:
             return self._made[name]
-        made = self.sent[name].to(self.device, torch.float64)
+        made = self.original[name].to(self.device, torch.float64)
         if self._keep:
             self._made[name] = made
         return made
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.sent)
+        return iter(self.original)
 
     def __len__(self) -> int:
-        return len(self.sent)
+        return len(self.original)
 
     def __contains__(self, name: object) -> bool:
-        return name in self.sent  # Mapping's own would convert
+        return name in self.original  # Mapping's own would convert
+
+    def only(self, names: Iterable[str]) -> Doubles:
+        """The same tensors under some of the names; what is converted already is shared.
+
+        >>> list(Doubles({"weight": torch.ones(2), "bias": torch.ones(1)}, "cpu").only(["bias"]))
+        ['bias']
+        """
+        chosen = Doubles({name: self.original[name] for name in names}, self.device)
+        chosen._keep, chosen._made = self._keep, self._made
+        return chosen
 
 
 def row_blocks(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,21 +15,24 @@ from rgap.activations import Activation
 from rgap.batches import rows_of
 from rgap.batchloss import BatchLoss
 from rgap.coarse import coarse
-from rgap.completion import MISSED, Whole, complete, grey, inside
+from rgap.completion import MISSED, complete, grey, inside
+from rgap.halt import Halt
 from rgap.head import HeadCandidate
 from rgap.kinks import rounded
 from rgap.matching import match
-from rgap.module_update import ModuleUpdate, Outside
+from rgap.module_update import ModuleUpdate, Outside, watchable
 from rgap.network import Chain
 from rgap.passing import suggested, unpooled
 from rgap.precision import Known
 from rgap.problem import Problem
 from rgap.progress import Progress
-from rgap.readout import head_cotangent, read_answer, read_batch
-from rgap.recovery import Candidate, Recovery, Status
-from rgap.recursion import Descent, Halt
+from rgap.reading import read_target
+from rgap.readout import head_cotangent, read_answer, read_batch, top_features
+from rgap.recovery import Candidate, Recovery, Route, Status
+from rgap.recursion import Descent
 from rgap.solvers.gauss_newton import Minimum, Step
 from rgap.stopping import Progress as Searching
+from rgap.systems.known_input import Whole
 
 SURE, SHARE = 16, 0.01  # surplus of equations, also relative, from which a solution is the only one
 SEARCHING = 0.6  # share of the time that winners of max-pools are searched for
@@ -65,10 +67,10 @@ def filled(
     """
     filling = problem.filling
     assert filling is not None
-    deadline = time.perf_counter() + filling.schedule.seconds
+    deadline = filling.deadline
     chain = problem.chain
     halt = descent.require_halt()
-    descent, near = unpooled(problem, descent, SEARCHING * filling.schedule.seconds, show)
+    descent, near = unpooled(problem, descent, SEARCHING * filling.left, show)
     if descent.data is not None:
         return _passed(problem, descent, kappa, halt)
     halt = descent.require_halt()
@@ -76,14 +78,17 @@ def filled(
     shape = (problem.batch, *chain.input_shape)
     show.stage(f"completion below {name}")
     known = inside(chain, descent.reached, problem.gradients, problem.precision, problem.budget)
-    try:
-        update = ModuleUpdate(problem.model, problem.gradients, known, shape)
-    except AttributeError:
+    if not watchable(problem.model, name):
         why = f"no completion: '{name}' is no module of the model, its input cannot be watched"
         return _without(problem, descent, f"{halt.reason}; {why}")
+    update = ModuleUpdate(problem.model, problem.sent, known, shape)
+
+    made = 0
 
     def watch(step: Step, _: Tensor) -> None:
-        show.stage(f"completion below {name}: step {step.number + 1}, misfit {step.misfit:.1e}")
+        nonlocal made
+        made += 1
+        show.stage(f"completion below {name}, misfit {step.misfit:.1e}", made, series="complete")
 
     unknowns = prod(shape)
     surplus = update.equations - unknowns
@@ -155,21 +160,21 @@ def searched(problem: Problem, recovery: Recovery, show: Progress) -> Recovery:
         show: told how far it is.
     """
     filling = problem.filling
-    begun = any(report.route != "not reached" for report in recovery.layers)
+    begun = any(report.route is not Route.NOT_REACHED for report in recovery.layers)
     held = recovery.nearest is not None or recovery.status is Status.INCONSISTENT
     if filling is None or begun or held or problem.stated is None:
         return recovery
 
     def watch(progress: Searching) -> None:
-        show.stage(f"matching: step {progress.number}, misfit {progress.best:.1e}")
+        show.stage(f"matching, misfit {progress.best:.1e}", progress.number + 1, series="match")
 
     began = time.perf_counter()
     kinked = any(rounded(module) for module in problem.model.modules())
-    seconds = filling.schedule.seconds
+    seconds = filling.left
     try:
         found = match(
             problem.model,
-            replace(problem.update, value_range=problem.value_range),
+            replace(problem.update, loss=problem.declared, value_range=problem.value_range),
             labels=problem.labels,
             batch_size=problem.batch,
             prior=filling.prior,
@@ -187,7 +192,7 @@ def searched(problem: Problem, recovery: Recovery, show: Progress) -> Recovery:
     if kinked and not met and targets is not None:
         shape = (problem.batch, *problem.chain.input_shape)
         drawn = coarse(
-            problem.model, problem.gradients, Outside(problem.update.loss, targets), shape,
+            problem.model, problem.sent, Outside(problem.declared, targets), shape,
             filling.prior, problem.value_range, seconds + began - time.perf_counter(),
             seed=problem.precision.seed,
         )  # fmt: skip
@@ -226,12 +231,9 @@ def _label(problem: Problem, descent: Descent, kappa: Known | None) -> Tensor:
     if problem.labels is not None:
         return problem.labels
     known = head_cotangent(problem, descent) if kappa is None else kappa
-    with torch.no_grad():
-        model = copy.deepcopy(problem.model).double()
-        outputs = model(descent.require_data().value)
-    loss = problem.update.loss
-    dense = loss.targets_from(outputs, known.value.reshape(outputs.shape))
-    return loss.read(dense)[0]
+    stage = problem.chain.stages[-1]
+    features = top_features(problem.chain, descent.require_data())
+    return read_target(stage, features, known, problem.update.loss, problem.precision).labels
 
 
 def _followed(chain: Chain) -> bool:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from rgap import activations as act
 from rgap.calls import DATA, Call
 from rgap.layers import Piece, affine_map, build, padded, parameter_name, prelu
-from rgap.probing import Unsupported, linear_function, rearrangement
+from rgap.probing import UnreadyError, Unsupported, linear_function, rearrangement
 from rgap.scaling import Scale
 
 
@@ -84,7 +84,7 @@ def _conv(call: Call) -> Piece:
 def _dropout(call: Call) -> Piece:
     given = _arguments(call, "p", "training", "inplace")
     if given.get("training", not isinstance(call.target, str)) and given.get("p", 0.5) > 0:
-        raise ValueError(
+        raise UnreadyError(
             f"'{call.name}' ({call.kind}) draws random numbers that the update does not state; "
             "write model.eval() before capture, parse and invert, and "
             "F.dropout(x, training=self.training) in the model's forward"

@@ -45,6 +45,29 @@ class Geometry:
             )
         )
 
+    def reads(self, space: tuple[int, ...]) -> tuple[tuple[bool, ...], ...]:
+        """Per dimension, whether some tap of some output falls on the position.
+
+        A position of the picture is read where every dimension says so.  Strides leave out the
+        far end, strides and dilations above the kernel size what lies between taps.
+
+        >>> Geometry((2,), (3,), ((0, 0),), (1,), 1).reads((6,))
+        ((True, True, False, True, True, False),)
+        """
+        found = []
+        for n, out, (low, _), d, k, s in zip(
+            space,
+            self.out_space(space),
+            self.padding,
+            self.dilation,
+            self.kernel,
+            self.stride,
+            strict=True,
+        ):
+            read = {s * o + d * tap - low for o in range(out) for tap in range(k)}
+            found.append(tuple(position in read for position in range(n)))
+        return tuple(found)
+
     def symmetric(self) -> bool:
         """True if every dimension is padded alike on both sides."""
         return all(low == high for low, high in self.padding)

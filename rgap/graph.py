@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from torch import Tensor, fx, nn
 
 from rgap.affine import Affine
-from rgap.isolation import first_line
 from rgap.ops import Op
 from rgap.probing import PROBE, Shape
+from rgap.running import first_line
 from rgap.tracing import (
     Traced,
     kind_of,
@@ -101,7 +101,7 @@ def _walk(
     overwritten: dict[fx.Node, str],
 ) -> tuple[list[Link], Barrier | None]:
     """From the output down to the data or the first node that is no link."""
-    uses = _parameter_uses(model, traced)
+    uses = parameter_uses(model, traced)
     found: list[Link] = []
     node = result
     while node.op != "placeholder":
@@ -109,9 +109,9 @@ def _walk(
         reason = step.reason
         if not step.data:
             reason = "the output does not depend on the data"
-        shared = _shared(model, node, uses)
-        if reason is None and shared is not None:
-            reason = shared
+        twice = shared(model, node, uses)
+        if reason is None and twice is not None:
+            reason = twice
         if reason is None:
             reason = overwritten.get(node)
         if reason is not None:
@@ -176,7 +176,7 @@ def _untraceable(model: nn.Module, error: Exception) -> str:
     return f"torch.fx cannot trace its forward: {first_line(error)}"
 
 
-def _parameter_uses(
+def parameter_uses(
     model: nn.Module, traced: dict[fx.Node, Traced]
 ) -> dict[int, list[tuple[fx.Node, str]]]:
     """For every parameter (by id): the nodes that compute with it, and its path there."""
@@ -193,7 +193,7 @@ def _parameter_uses(
     return uses
 
 
-def _shared(
+def shared(
     model: nn.Module, node: fx.Node, uses: dict[int, list[tuple[fx.Node, str]]]
 ) -> str | None:
     """Why a node's parameters do not stand alone, or None."""

@@ -16,10 +16,11 @@ from rgap.bias import bias_attack, rank_one_residual
 from rgap.doubles import BLOCK, row_blocks
 from rgap.losses import Loss
 from rgap.network import Stage
-from rgap.precision import UNKNOWN, Known, Precision
-from rgap.roots import cotangent_rounding, entry, reproduced, roots, scale_equation, tail
+from rgap.precision import UNKNOWN, Known, Named, Precision
+from rgap.reading import Reading, read_target
+from rgap.roots import cotangent_rounding, entry, reproduced, roots, scale_equation
 
-NORMALISED = 8 * torch.finfo(torch.float32).eps
+DROWNED = 0.5  # share of ‖∂b‖² that must be signal for the bias attack to say anything
 
 
 @dataclass(frozen=True)
@@ -29,22 +30,21 @@ class HeadCandidate:
     Attributes:
         features: input x of the last affine map, [1, n], with its errors.
         cotangent: k at its output, [1, m].
-        target: dense target, [1, C] (before label smoothing).
-        labels: the nearest admissible target.
-        distance: of ``target`` from it (largest entry).
-        tolerance: the distance that rounding and noise explain.
+        reading: the target that k says of itself, and how certain it is.
         misfit: relative residual of ``G − k xᵀ``.
         scale: α with x = α u for the leading right singular vector u of G; 0 with a bias.
     """
 
     features: Known
     cotangent: Known
-    target: Tensor
-    labels: Tensor
-    distance: float
-    tolerance: float
+    reading: Reading
     misfit: float
     scale: float = 0.0
+
+    @property
+    def labels(self) -> Tensor:
+        """The nearest admissible target."""
+        return self.reading.labels
 
     @property
     def uncertainty(self) -> float:
@@ -58,7 +58,7 @@ class HeadCandidate:
     @property
     def admissible(self) -> bool:
         """True if the target is one that the loss allows, within the precision of the update."""
-        return self.distance <= self.tolerance
+        return self.reading.fits
 
 
 @dataclass(frozen=True)
@@ -94,29 +94,37 @@ def solve_head(
 
 
 def features_from_bias(
-    weight_gradient: Tensor, bias_gradient: Tensor, precision: Precision
+    layer: Named, weight_gradient: Tensor, bias_gradient: Tensor, precision: Precision
 ) -> tuple[Known, Known]:
     """Input x and cotangent k of a fully connected stage with a bias, with their errors.
 
-    ∂b is k itself, as the client used it, so without noise it carries no error of its own.
+    ∂b is k itself, as the client used it, so without noise it carries no error of its own.  With
+    noise e in ∂b, ``Gᵀ∂b / ‖∂b‖²`` is too small on average by what e adds to ‖∂b‖²: its expectation
+    Σσ² is taken out.  Where that is most of ‖∂b‖², nothing is known of x.
     """
     k = bias_gradient
-    x = bias_attack(weight_gradient, k)
-    noise_k = precision.normal(torch.full_like(k, precision.noise))
-    # dx = (δG − k-error·xᵀ)ᵀ k / ‖k‖², up to second order.  The entries of δG are independent, so
-    # δGᵀk is again normal, and independent from column to column: no δG is drawn.
+    std_k = precision.noise_std(layer.bias_name or "", k)
+    met = torch.where(k == 0, 0.0, std_k / k.norm())  # what rounded to 0 added nothing
+    own = 1.0 - float(met.square().sum())  # share of ‖∂b‖² that is not noise
+    x = bias_attack(weight_gradient, k) / max(own, DROWNED)
+    noise_k = precision.normal(std_k)
+    # dx = (δG − k-error·xᵀ)ᵀ k / (‖k‖² − Σσ²), up to second order.  The entries of δG are
+    # independent, so δGᵀk is again normal, and independent from column to column: no δG is drawn.
     size = k.abs().max()
     scaled = k / size  # ‖∂b‖² underflows long before ∂b does
-    scaled = scaled / scaled.square().sum() / size
+    scaled = scaled / scaled.square().sum() / size / max(own, DROWNED)
     top = scaled.abs().max()
     variance = torch.zeros_like(x)
     for rows, block in row_blocks(weight_gradient, k):
-        std = (block.abs() * precision.unit + precision.floor).square() + precision.noise**2
-        variance += (scaled[rows] / top).square() @ std
+        std = block.abs() * precision.unit + precision.floor
+        added = precision.noise_std(layer.weight_name, block, rows)
+        variance += (scaled[rows] / top).square() @ (std.square() + added.square())
     dx = precision.normal(variance.sqrt() * top) - (noise_k @ scaled)[:, None] * x
     # The sums above round in float64: with many rows that is more than what is left of theirs.
     dx = dx + precision.normal(x.abs() * torch.finfo(torch.float64).eps)
     dx = dx.nan_to_num(UNKNOWN).clamp(-UNKNOWN, UNKNOWN)
+    if own <= DROWNED:
+        dx = torch.full_like(dx, UNKNOWN)
     return Known(x[None], dx[:, None]), Known(k[None], noise_k[:, None])
 
 
@@ -129,40 +137,15 @@ def _with_bias(
             "underflowed; nothing about the features was sent",
             consistent=not bool((gradient != 0).any()),
         )
-    x, k = features_from_bias(gradient, bias_gradient, precision)
+    x, k = features_from_bias(stage.affine, gradient, bias_gradient, precision)
     return [_candidate(stage, gradient, x, k, loss, precision)]
 
 
 def _candidate(
     stage: Stage, gradient: Tensor, x: Known, k: Known, loss: Loss, precision: Precision
 ) -> HeadCandidate:
-    target, spread = target_of(stage, x, k, loss, precision)
-    labels, distance = loss.read(target)
     misfit = rank_one_residual(gradient, x.value[0], k.value[0])
-    return HeadCandidate(x, k, target, labels, float(distance), spread, misfit)
-
-
-def target_of(
-    stage: Stage, x: Known, k: Known, loss: Loss, precision: Precision
-) -> tuple[Tensor, float]:
-    """Dense target [1, C] that explains k at the recovered features, and its tolerance."""
-    z = stage.affine.forward(x.value)
-    outputs, slopes = tail(stage, z)
-    target = loss.targets_from(outputs, k.value / slopes)
-    # The client's softmax rounds in absolute terms (p − 1), its logits relatively.
-    dz = torch.stack([stage.affine.linear(e) for e in x.error])
-    scale = float(
-        loss.targets_from(outputs, torch.ones_like(k.value))
-        .sub(loss.targets_from(outputs, torch.zeros_like(k.value)))
-        .abs()
-        .max()
-    )
-    own = float(k.error.abs().max()) * scale / float(slopes.abs().min().clamp_min(1e-300))
-    width = float(dz.abs().max()) + float(z.abs().max()) * precision.unit * 16
-    tolerance = 30 * (own + width + 16 * precision.unit * max(1.0, scale * precision.unit))
-    if loss.targets == "probability":  # rows sum to 1 as stored, usually in float32
-        tolerance = max(tolerance, NORMALISED)
-    return target, min(tolerance, 0.05)
+    return HeadCandidate(x, k, read_target(stage, x, k, loss, precision), misfit)
 
 
 def _without_bias(
@@ -205,7 +188,8 @@ def _scaled(
     precision: Precision,
 ) -> tuple[Known, Known]:
     """X = αu and k = v/α with errors: of the gradient's entries, and of α through the loss."""
-    std = (gradient.abs() * precision.unit + precision.floor).square() + precision.noise**2
+    own = precision.noise_std(stage.affine.weight_name, gradient)
+    std = (gradient.abs() * precision.unit + precision.floor).square() + own.square()
     vv = v.square().sum()
     du, dv = u.new_zeros(precision.samples, len(u)), v.new_zeros(precision.samples, len(v))
     for rows, block in row_blocks(std, std, BLOCK // precision.samples):  # du and dv share it
@@ -216,7 +200,7 @@ def _scaled(
     # α from one entry: f(α) = α k_j(α) − v_j, so dα = (dv_j + α·rounding of k) / f'(α)
     j = entry(v, loss, target)
     equation = scale_equation(stage, u, v, loss, target)
-    ends = alpha * torch.tensor([1 + 1e-6, 1 - 1e-6], dtype=torch.float64)
+    ends = alpha * u.new_tensor([1 + 1e-6, 1 - 1e-6])
     high, low = equation(ends)
     derivative = float((high - low) / (2e-6 * alpha))
     own = cotangent_rounding(stage, alpha * u, target, loss, precision)

@@ -7,13 +7,16 @@ the sign points, and how many local steps lie between.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from rgap.rounding import coherence
+from rgap.sgd import Descent
 
 __all__ = ["breaching_fields", "delta_fields", "ndarray_fields"]
 
@@ -24,11 +27,9 @@ _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 def delta_fields(
     before: nn.Module | Mapping[str, Tensor],
     after: nn.Module | Mapping[str, Tensor],
-    lr: float,
-    steps: int = 1,
+    step: Descent,
 ) -> dict[str, Any]:
-    """``(before - after) / (lr * steps)`` by name; see `rgap.Update.from_delta`."""
-    rate = _rate(lr, steps)
+    """The gradient between two sets of weights, by name; see `rgap.Update.from_delta`."""
     first_state, last_state = _state(before, "before"), _state(after, "after")
     names, buffer_names = _roles(before, after, first_state)
     for name, state in (("before", first_state), ("after", last_state)):
@@ -38,7 +39,7 @@ def delta_fields(
                 f"{name}: {absent[0]!r} is missing, expected the same parameters before and "
                 "after; write model.state_dict() of the same model twice."
             )
-    gradients = {}
+    gradients, noise, still = {}, {}, {}
     for key in names:
         first, last = first_state[key], last_state[key]
         if not isinstance(first, Tensor) or not isinstance(last, Tensor):
@@ -48,13 +49,17 @@ def delta_fields(
                 f"after: {key!r} has shape {tuple(last.shape)}, expected {tuple(first.shape)} as "
                 "before."
             )
-        gradients[key] = _difference(first, last.to(first.device), rate)
+        last = last.to(first.device)
+        gradients[key], noise[key] = step.gradient(first, last)
+        still[key] = first.double() == last.double()
+    _widen(noise, still)
     return {
         "gradients": gradients,
         # The gradient was taken at the statistics that the client started with.
         "buffers": {key: first_state[key] for key in buffer_names if key in first_state},
-        "local_steps": steps,
-        "dtype": _coarsest({key: first_state[key] for key in names}),
+        "local_steps": step.steps,
+        "dtype": _coarsest([s[key] for s in (first_state, last_state) for key in names]),
+        "noise": noise,
     }
 
 
@@ -73,14 +78,11 @@ def breaching_fields(
 
     hyper = _get(about, "local_hyperparams")
     if hyper:
-        rate = _rate(_require(hyper, "lr", "local_hyperparams"), int(_get(hyper, "steps") or 1))
+        lr, steps = _require(hyper, "lr", "local_hyperparams"), int(_get(hyper, "steps") or 1)
+        started = _started(payload, model, gradients)
         # breaching shares p_local - p_server, the opposite sign of a gradient.
-        fields["gradients"] = {
-            name: _difference(torch.zeros_like(delta), delta, rate)
-            for name, delta in gradients.items()
-        }
-        fields["local_steps"] = int(_get(hyper, "steps") or 1)
-        fields["dtype"] = _coarsest(gradients)
+        after = {n: (p.double() + gradients[n].double()).to(p.dtype) for n, p in started.items()}
+        fields |= delta_fields(started, after, Descent.of(float(lr), steps))
 
     buffers = _get(payload, "buffers") or _get(shared, "buffers")
     if buffers and model is not None:
@@ -92,17 +94,17 @@ def breaching_fields(
             )
         fields["buffers"] = dict(zip(kept, buffers, strict=True))
     points = _get(about, "num_data_points")
-    fields["batch_size"] = None if points is None else int(points)
-    fields["labels"] = _get(about, "labels")
+    count = None if points is None else int(points)
+    ordered = _labels_in_order(_get(hyper, "labels"), count) if hyper else None
+    fields["batch_size"] = count if ordered is None else len(ordered)
+    fields["labels"] = _get(about, "labels") if ordered is None else ordered
     shape = _get(data, "shape")
     fields["input_shape"] = None if shape is None else tuple(int(n) for n in shape)
     fields["value_range"] = _normalised_range(data)
     return fields
 
 
-def ndarray_fields(
-    model: nn.Module, arrays: Sequence[Any], lr: float | None, steps: int = 1
-) -> dict[str, Any]:
+def ndarray_fields(model: nn.Module, arrays: Sequence[Any], step: Descent | None) -> dict[str, Any]:
     """The fields in a list of arrays in state-dict order; see `rgap.Update.from_ndarrays`."""
     parameters = dict(model.named_parameters())
     state = list(model.state_dict())
@@ -115,29 +117,93 @@ def ndarray_fields(
             f"arrays: expected {len(parameters)} (one per parameter of the {type(model).__name__}) "
             f"or {len(state)} (one per entry of model.state_dict()), got {len(arrays)}."
         )
-    tensors = {name: _tensor(name, array) for name, array in zip(names, arrays, strict=True)}
     known = dict(model.named_buffers())
+    expected = {**parameters, **known}
+    named = _by_shape(arrays, {name: tuple(expected[name].shape) for name in names})
+    tensors = {name: _tensor(name, array) for name, array in named.items()}
     buffers = {name: tensors[name] for name in names if name in known}
     sent = {name: tensors[name] for name in parameters if name in tensors}
-    if lr is None:
+    if step is None:
         return {"gradients": sent, "buffers": buffers}
     before = {name: p.detach() for name, p in parameters.items()}
     # The client's buffers have moved on with training; the gradient was taken at the model's.
-    return {**delta_fields(before, sent, lr, steps), "buffers": known}
+    return {**delta_fields(before, sent, step), "buffers": known}
 
 
-def _difference(before: Tensor, after: Tensor, rate: float) -> Tensor:
-    """In float64, so that only the client's own rounding is in the result."""
-    wide = (before.detach().double() - after.detach().double()) / rate
-    return wide.to(torch.promote_types(before.dtype, torch.float32))
+def _labels_in_order(by_step: Any, count: int | None) -> Tensor | None:
+    """Labels of the samples in the order of the local steps that used them.
+
+    The labels beside ``num_data_points`` are sorted, which is the order of no batch; those of every
+    step are in ``local_hyperparams``.  The steps run through the samples again and again: the first
+    round names each once.
+    """
+    if by_step is None or not len(by_step):
+        return None
+    rows = [torch.as_tensor(part).flatten() for part in by_step]
+    joined = torch.cat(rows)
+    return joined if count is None else joined[:count]
 
 
-def _rate(lr: float, steps: int) -> float:
-    if not (math.isfinite(lr) and lr > 0):
-        raise ValueError(f"lr: expected a positive learning rate, got {lr!r}.")
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps: expected a whole number of local steps, at least 1, got {steps}.")
-    return float(lr) * steps
+def _widen(noise: dict[str, Tensor], still: Mapping[str, Tensor]) -> None:
+    """Widen, in place, rounding that follows the gradient (:func:`rgap.rounding.coherence`)."""
+    for name, std in noise.items():
+        if std.ndim < 2:
+            continue
+        dead = still[name].flatten(1).all(1)
+        bias = still.get(f"{name.rpartition('.')[0]}.bias".removeprefix("."))
+        if bias is not None and bias.shape == dead.shape:
+            dead = dead & bias
+        noise[name] = std * coherence(still[name], dead).to(std)
+
+
+def _by_shape(arrays: Sequence[Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """The arrays by name: in the order of the names, or the one other that their shapes allow."""
+    sent = [np.shape(array) for array in arrays]
+    pairs = list(zip(shapes.items(), sent, strict=True))
+    wrong = [
+        place
+        for place, ((_, shape), got) in enumerate(pairs)
+        # a counter of batches has one entry, whatever its shape
+        if got != shape and not prod(got) == prod(shape) == 1
+    ]
+    if not wrong:
+        return dict(zip(shapes, arrays, strict=True))
+    if sorted(sent) == sorted(shapes.values()) and len(set(sent)) == len(sent):
+        found = dict(zip(sent, arrays, strict=True))
+        return {name: found[shape] for name, shape in shapes.items()}
+    place = wrong[0]
+    name, shape = list(shapes.items())[place]
+    twice = next((s for s in sent if sent.count(s) > 1), None)
+    other = sorted(sent) == sorted(shapes.values()) and twice is not None
+    why = f"; several have shape {twice}, so their order cannot be found" if other else ""
+    raise ValueError(
+        f"arrays: the one at place {place} has shape {sent[place]}, expected {shape} for "
+        f"{name!r}{why}; send them in the order of model.state_dict(), as "
+        "[v.numpy() for v in model.state_dict().values()] gives them."
+    )
+
+
+def _started(
+    payload: Any, model: nn.Module | None, deltas: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The weights that a breaching client started from, by name."""
+    sent = _get(payload, "parameters")
+    if sent is None and model is not None:
+        sent = list(model.parameters())
+    if sent is None or len(list(sent)) != len(deltas):
+        raise ValueError(
+            f"server_payload: expected the {len(deltas)} parameters that the server sent out, "
+            "from which the client's differences were taken; write "
+            "server_payload['parameters'] = list(model.parameters())"
+        )
+    found = {n: p.detach() for n, p in zip(deltas, sent, strict=True)}
+    for name, p in found.items():
+        if p.shape != deltas[name].shape:
+            raise ValueError(
+                f"server_payload: parameter {name!r} has shape {tuple(p.shape)}, expected "
+                f"{tuple(deltas[name].shape)} as its difference"
+            )
+    return found
 
 
 def _state(state: nn.Module | Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
@@ -165,8 +231,8 @@ def _roles(
     return [key for key in keys if key not in buffers], buffers
 
 
-def _coarsest(tensors: Mapping[str, Tensor]) -> torch.dtype | None:
-    dtypes = [t.dtype for t in tensors.values() if t.is_floating_point()]
+def _coarsest(tensors: Iterable[Tensor]) -> torch.dtype | None:
+    dtypes = [t.dtype for t in tensors if t.is_floating_point()]
     return max(dtypes, key=lambda d: torch.finfo(d).eps) if dtypes else None
 
 

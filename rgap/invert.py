@@ -4,31 +4,37 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
 import torch
 from torch import Tensor, nn
 
-from rgap import certificate, outcomes
-from rgap.batches import batch_of, start, with_separation
+from rgap import certificate, outcomes, parts
+from rgap.activations import Activation
+from rgap.batches import Rows, batch_of, start, with_separation
 from rgap.batchloss import BatchLoss
 from rgap.bias import rank_one_residual
+from rgap.diagnosis.reason import explained
 from rgap.filling import filled, searched
+from rgap.halt import Halt, HaltKind
 from rgap.head import HeadCandidate, HeadFailure, features_from_bias, solve_head
 from rgap.network import Chain
 from rgap.ops import Rearrange, Reshape
 from rgap.pooling import LinearMap
 from rgap.precision import Known
+from rgap.prefix import find_pairs, find_prefix
 from rgap.problem import Filling, Problem, prepare
-from rgap.progress import Progress
+from rgap.progress import Progress, Shown
 from rgap.reached import certified_features
 from rgap.readout import head_cotangent, head_gradients, read_answer, read_batch
-from rgap.recovery import Recovery, Status
+from rgap.recovery import Recovery, Route, Status
 from rgap.recursion import Descent, descend
 from rgap.separation.batch import Separated, Unseparated
 from rgap.separation.route import mixed, separate
+from rgap.several import from_pair
+from rgap.single import from_prefix
 from rgap.solvers.priors import Prior
 from rgap.update import Update
 
@@ -54,6 +60,7 @@ def invert(
     *,
     labels: Tensor | None = None,
     batch_size: int | None = None,
+    input_shape: Sequence[int] | None = None,
     head: Head | None = None,
     complete: bool = False,
     prior: Prior | None = None,
@@ -61,7 +68,7 @@ def invert(
     noise: float = 0.0,
     device: torch.device | str | None = None,
     seed: int = 0,
-    progress: bool = False,
+    progress: Shown = False,
     memory_budget: float | None = None,
     time_limit: float = 60.0,
 ) -> Recovery:
@@ -77,6 +84,9 @@ def invert(
         update: what the client sent.
         labels: the labels if they are known, [B]; found from the update otherwise.
         batch_size: overrides ``update.batch_size``; where neither says it, it is found.
+        input_shape: shape of one sample, where the update does not state it, or states another;
+            not needed where the layers fix it (a fully connected first layer, a convolution below
+            a fully connected one that only one square size fits).
         head: known head features, to study the recursion of a batch below the head.
         complete: go on where the recursion ends: what the equations leave open below is chosen
             by the prior (``COMPLETED``), or found to be determined by all of them together.  Where
@@ -89,13 +99,14 @@ def invert(
         noise: standard deviation of noise added to every entry of the update.
         device: where to compute; default the CPU.
         seed: of the sampled errors; the global random state is not touched.
-        progress: show progress on a terminal.
+        progress: True for a line on a terminal, or a function that is told; see
+            :mod:`rgap.progress`.
         memory_budget: bytes to take on top of model and update; by default half of what the
             machine has free.  A layer whose equations need more is solved without forming any
             matrix, by LSMR (by default from 4 GB on, beyond which that is faster); what fits no
             budget is refused before it is allocated.
-        time_limit: seconds after which a completion begins no further step; the polish of an
-            answer that all equations determine comes on top.
+        time_limit: seconds of the whole call after which a completion begins no further step; the
+            polish of an answer that all equations determine comes on top.
 
     Returns:
         A :class:`Recovery`; its ``status`` and ``reason`` say how far the update determines the
@@ -117,21 +128,31 @@ def invert(
     """
     began = time.perf_counter()
     problem = prepare(
-        model, update, batch_size, value_range, noise, labels, device, seed, memory_budget
-    )
+        model, update, batch_size, value_range, noise, labels, device, seed, memory_budget,
+        input_shape,
+    )  # fmt: skip
     if complete:
-        filling = Filling.of(prior, time_limit, problem.chain.input_shape, problem.value_range)
+        filling = Filling.of(
+            prior, time_limit, problem.chain.input_shape, problem.value_range, began
+        )
         problem = replace(problem, filling=filling)
     with Progress(progress) as show:
         recovery = searched(problem, _run(problem, head, show), show)
+        recovery = recovery if head is not None else explained(problem, recovery)
     return replace(recovery, seconds=time.perf_counter() - began)
 
 
 def _run(problem: Problem, head: Head | None, show: Progress) -> Recovery:
     chain = problem.chain
+    if head is None and (early := _from_data(problem, show)) is not None:
+        return early
+    if problem.unready:
+        raise ValueError(problem.unready)
     if not chain.stages:
         assert chain.barrier is not None
-        return outcomes.stopped(problem, Status.UNSUPPORTED, chain.barrier.words, None)
+        words = chain.barrier.words
+        halt = Halt(HaltKind.BARRIER, chain.barrier.node, words)
+        return outcomes.stopped(problem, Status.UNSUPPORTED, words, None, halt)
     if head is not None:
         show.stage("recursion from the given head")
         top = chain.stages[-1].affine
@@ -140,24 +161,66 @@ def _run(problem: Problem, head: Head | None, show: Progress) -> Recovery:
         descent = _descend(problem, len(chain.stages) - 1, x, kappa, show)
         recovery = _conclude(problem, [(descent, kappa, [])], show)
         *below, last = recovery.layers
-        return replace(recovery, layers=(*below, replace(last, route="given")))
+        return replace(recovery, layers=(*below, replace(last, route=Route.GIVEN)))
     if problem.stated != 1:
         found = separate(batch_of(problem), show.stage)
         # One sample of a batch of unknown size has routes of its own where this one has none.
         single = problem.stated is None and not mixed(batch_of(problem))
         if not (single and isinstance(found, Unseparated)):
             return _from_batch(problem, found, show)
-    lowest = _lowest_fully_connected(chain, problem.gradients)
+    if not problem.update.loss.equations:
+        return outcomes.stopped(
+            problem,
+            Status.UNSUPPORTED,
+            f"no equation covers the loss {problem.update.loss.name} with these options, and no "
+            "fully connected layer with a bias that the data reach by a chain gives its input "
+            "without it",
+            None,
+        )
+    lowest = _lowest_fully_connected(problem)
     if lowest is not None:
         return _from_bias(problem, lowest, show)
     return _from_head(problem, show)
+
+
+def _from_data(problem: Problem, show: Progress) -> Recovery | None:
+    """Where the network is no chain, or its loss unknown: what the chain at the data determines.
+
+    None where the equations of the whole network apply, or no such chain is there.
+    """
+    chain, loss = problem.chain, problem.update.loss
+    followed = all(
+        op.affine or isinstance(op, Activation)
+        for stage in chain.stages
+        for op in (*stage.lead, *stage.tail)
+    )
+    covered = chain.complete and loss.equations and followed
+    covered = covered and chain.stages[-1].affine.geometry is None
+    if covered:
+        return None
+    show.stage("reading the network from the data up")
+    above = "above it no equation of the loss is needed"
+    if chain.barrier is not None:
+        barrier = chain.barrier
+        above = f"above it: '{barrier.node}' ({barrier.kind}): {barrier.reason}"
+    if problem.stated in (None, 1):
+        prefix = find_prefix(problem.model, chain.input_shape, problem.sent)
+        found = None if prefix is None else from_prefix(problem, prefix, above, show)
+        if found is not None or problem.stated == 1:
+            return found
+    for pair in find_pairs(problem.model, chain.input_shape, problem.sent):
+        found = from_pair(problem, pair, above, show)
+        if found is not None:
+            return found
+    return None
 
 
 def _from_batch(problem: Problem, found: Separated | Unseparated, show: Progress) -> Recovery:
     """B > 1: the samples were told apart at some stage; descend from there."""
     if isinstance(found, Unseparated):
         status = Status.UNDERDETERMINED if found.consistent else Status.INCONSISTENT
-        return outcomes.stopped(problem, status, found.reason, None)
+        halt = Halt(HaltKind.UNSEPARATED, "", found.reason)
+        return outcomes.stopped(problem, status, found.reason, None, halt)
     problem = start(problem, found)
     descent = _descend(problem, found.stage.index, found.features, found.cotangents, show)
     descent = with_separation(problem, descent, found)
@@ -181,17 +244,20 @@ def _from_bias(problem: Problem, index: int, show: Progress) -> Recovery:
     chain = problem.chain
     stage = chain.stages[index]
     show.stage(f"bias attack at {stage.name}")
-    weight, bias = head_gradients(stage, problem.gradients.sent)  # read block by block
+    weight, bias = head_gradients(stage, problem, problem.gradients.original)  # block by block
     assert bias is not None
-    x, k = features_from_bias(weight, bias.to(stage.affine.weight), problem.precision)
+    x, k = features_from_bias(stage.affine, weight, bias.to(stage.affine.weight), problem.precision)
     misfit = rank_one_residual(weight, x.value[0], k.value[0])
-    if misfit > certificate.rank_one_tolerance(problem):
+    tolerance = certificate.rank_one_tolerance(problem, stage, x)
+    if misfit > tolerance:
         return outcomes.stopped(
             problem,
             Status.INCONSISTENT,
-            f"the gradient of '{stage.name}' is not of rank one (relative residual {misfit:.1e}): "
-            "it mixes several samples or does not come with this bias gradient",
+            f"the gradient of '{stage.name}' is not of rank one (relative residual {misfit:.1e}, "
+            f"where rounding and noise explain {tolerance:.1e}): it mixes several samples, does "
+            "not come with this bias gradient, or has noise that was not stated",
             None,
+            Halt.contradiction(stage.name),
         )
     descent = _descend(problem, index, x, k, show)
     return _conclude(problem, [(descent, None, [])], show)
@@ -203,19 +269,28 @@ def _from_head(problem: Problem, show: Progress) -> Recovery:
     index = len(chain.stages) - 1
     stage = chain.stages[index]
     if stage.affine.geometry is not None:
+        words = (
+            f"the last layer '{stage.name}' is a {stage.affine.kind}, the head equations need a "
+            "fully connected one; rgap.analysis.audit still measures every layer"
+        )
+        halt = Halt(HaltKind.HEAD, stage.name, words)
+        return outcomes.stopped(problem, Status.UNSUPPORTED, words, None, halt)
+    if not problem.precision.sent(stage.affine.weight_name):
         return outcomes.stopped(
             problem,
-            Status.UNSUPPORTED,
-            f"the last layer '{stage.name}' is a {stage.affine.kind}, the head equations need a "
-            "fully connected one; rgap.analysis.audit still measures every layer",
+            Status.UNDERDETERMINED,
+            f"the gradient of the last layer '{stage.name}' was not sent (frozen on the client): "
+            "nothing says where the recursion could begin; ask the client to train that layer too",
             None,
         )
     show.stage(f"head equations at {stage.name}")
-    weight, bias = head_gradients(stage, problem.gradients)
+    weight, bias = head_gradients(stage, problem)
     found = solve_head(stage, weight, bias, problem.update.loss, problem.precision)
     if isinstance(found, HeadFailure):
         status = Status.UNDERDETERMINED if found.consistent else Status.INCONSISTENT
-        return outcomes.stopped(problem, status, found.reason, None)
+        kind = HaltKind.HEAD if found.consistent else HaltKind.CONTRADICTION
+        halt = Halt(kind, stage.name, found.reason)
+        return outcomes.stopped(problem, status, found.reason, None, halt)
     runs: list[Run] = []
     for family in _families(_matching(found, problem.labels), chain):
         first = family[0]
@@ -249,9 +324,9 @@ def _families(found: list[HeadCandidate], chain: Chain) -> list[list[HeadCandida
 def _conclude(problem: Problem, runs: list[Run], show: Progress) -> Recovery:
     """Refute candidates, polish what is left, certify."""
     if not runs:
-        return outcomes.stopped(
-            problem, Status.INCONSISTENT, "the stated labels contradict the head's gradient", None
-        )
+        words = "the stated labels contradict the head's gradient"
+        halt = Halt(HaltKind.CONTRADICTION, problem.chain.stages[-1].name, words)
+        return outcomes.stopped(problem, Status.INCONSISTENT, words, None, halt)
     alive = [run for run in runs if not run[0].refuted]
     if not alive:
         return outcomes.contradiction(problem, min((r[0] for r in runs), key=_worst))
@@ -260,11 +335,22 @@ def _conclude(problem: Problem, runs: list[Run], show: Progress) -> Recovery:
         descent = alive[0][0]
         halt = descent.require_halt()
         status = Status.UNDERDETERMINED if halt.supported else Status.UNSUPPORTED
+        if len(alive) == 1 and (problem.filling is None or parts.free(problem, descent)):
+            kappa = alive[0][1]
+
+            def certify(whole: Descent) -> tuple[Recovery, Rows | None]:
+                answer = _answer(problem, whole, kappa)
+                return certificate.certify(problem, [answer]), answer.rows
+
+            found = parts.in_parts(problem, descent, certify)
+            whole_targets = found is not None and found.labels is not None
+            if found is not None and problem.filling is None:
+                return found
+            if found is not None and whole_targets and found.partial is not None:
+                return parts.completed(problem, found)
         if problem.filling is not None and len(alive) == 1:
             return filled(problem, descent, alive[0][1], alive[0][2], show)
-        reason, barrier = halt.reason, problem.chain.barrier
-        if barrier is not None and halt.stage == barrier.node:
-            reason = barrier.words  # unlike a step's reason, the halt's does not name the node
+        reason = halt.reason
         if problem.filling is not None:
             reason += (
                 f"; no completion: {len(alive)} roots at the head are open, each needs its own"
@@ -275,11 +361,7 @@ def _conclude(problem: Problem, runs: list[Run], show: Progress) -> Recovery:
     show.stage("polish on the whole update")
     answers = []
     for descent, kappa, family in reached:
-        if isinstance(kappa, BatchLoss):
-            answers.append(read_batch(problem, descent, kappa))
-            continue
-        known = head_cotangent(problem, descent) if kappa is None else kappa
-        answer = read_answer(problem, descent, known)
+        answer = _answer(problem, descent, kappa)
         answers.append(answer)
         answers += [
             certificate.scaled(answer, other.scale / family[0].scale, other) for other in family[1:]
@@ -293,6 +375,7 @@ def _conclude(problem: Problem, runs: list[Run], show: Progress) -> Recovery:
             f"one answer reproduces the update, but another root at the head is not refuted: its "
             f"recursion stops at '{unsettled[0].stage}' ({unsettled[0].reason})",
             reached[0][0],
+            unsettled[0],
         )
     return recovery
 
@@ -302,6 +385,15 @@ def _with_features(problem: Problem, recovery: Recovery, descent: Descent) -> Re
     found = certified_features(problem, descent)
     notes = (f"no features are certified: {found.doubt}",) if found.doubt else ()
     return replace(recovery, features=found.features, warnings=(*recovery.warnings, *notes))
+
+
+def _answer(
+    problem: Problem, descent: Descent, kappa: Known | BatchLoss | None
+) -> certificate.Answer:
+    if isinstance(kappa, BatchLoss):
+        return read_batch(problem, descent, kappa)
+    known = head_cotangent(problem, descent) if kappa is None else kappa
+    return read_answer(problem, descent, known, apart=kappa is None)
 
 
 def _worst(descent: Descent) -> float:
@@ -326,14 +418,16 @@ def _given(name: str, value: Tensor, shape: tuple[int, ...], problem: Problem) -
     return Known(value, problem.precision.rounding(value))
 
 
-def _lowest_fully_connected(chain: Chain, gradients: Mapping[str, Tensor]) -> int | None:
+def _lowest_fully_connected(problem: Problem) -> int | None:
     """Index of the lowest fully connected stage whose bias gradient carries its input."""
-    for stage in chain.stages:
-        name = stage.affine.bias_name
+    for stage in problem.chain.stages:
+        name, sent = stage.affine.bias_name, problem.precision.sent
         if (
             stage.affine.geometry is None
             and name is not None
-            and bool((gradients[name] != 0).any())
+            and sent(name)
+            and sent(stage.affine.weight_name)
+            and bool((problem.gradients[name] != 0).any())
         ):
             return stage.index
     return None

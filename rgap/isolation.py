@@ -142,9 +142,3 @@ def small_kernels(work: float) -> Iterator[None]:
         yield
     finally:
         backend.enabled = usual
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, or its class."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -128,8 +128,8 @@ class Standing:
             "best_at": torch.tensor(self.best_at, device=place),
             "first_values": torch.tensor(self.first_values, dtype=dtype, device=place),
             "alive": torch.tensor(self.alive, device=place),
-            "iteration": torch.tensor(self.number),
-            "progress": torch.tensor(self.progress),
+            "iteration": torch.tensor(self.number, device=place),
+            "progress": torch.tensor(self.progress, device=place),
             **{f"rule.{n}": t for n, t in self.rule.items()},
         }
 
@@ -180,12 +180,12 @@ def first(objective: Objective, rows: Tensor) -> State:
     return {
         "rows": rows,
         "best": torch.zeros_like(rows),
-        "best_values": torch.full((count,), inf).to(rows),
+        "best_values": rows.new_full((count,), inf),
         "best_at": torch.zeros(count, dtype=torch.int64, device=rows.device),
-        "first_values": torch.full((count,), inf).to(rows),
+        "first_values": rows.new_full((count,), inf),
         "alive": torch.ones(count, dtype=torch.bool, device=rows.device),
-        "iteration": torch.tensor(0),
-        "progress": torch.tensor(0),
+        "iteration": torch.tensor(0, device=rows.device),
+        "progress": torch.tensor(0, device=rows.device),
         **own,
     }
 

@@ -18,7 +18,7 @@ from rgap import activations as act
 from rgap import affine
 from rgap.affine import Affine
 from rgap.ops import Op, Pad
-from rgap.pooling import LinearMap, Opaque
+from rgap.pooling import LinearMap, Opaque, Pool
 from rgap.probing import Shape, Unsupported, fitting, rearrangement
 from rgap.scaling import BatchNorm
 
@@ -212,6 +212,11 @@ _LOSSY: dict[type[nn.Module], tuple[str, str]] = {
     nn.LocalResponseNorm: ("local_response_norm", "divides by a norm of its own input"),
 }  # fmt: skip
 
+_POOLS = (
+    nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.LPPool1d, nn.LPPool2d,
+    nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d,
+)  # fmt: skip
+
 
 @register(*_LOSSY)
 def _lossy(module: Any, name: str, in_shape: Shape, names: Names) -> Piece:
@@ -220,7 +225,8 @@ def _lossy(module: Any, name: str, in_shape: Shape, names: Names) -> Piece:
         raise Unsupported(f"{kind} with return_indices=True returns two tensors")
     if "softm" in kind and (module.dim is None or module.dim in (0, -1 - len(in_shape))):
         raise Unsupported(f"{kind} needs dim=1 or another dimension that is not the batch")
-    return Opaque(name, kind, in_shape, fitting(module.forward, name, kind, in_shape), reason)
+    made = Pool if isinstance(module, _POOLS) else Opaque
+    return made(name, kind, in_shape, fitting(module.forward, name, kind, in_shape), reason)
 
 
 _AVERAGES: dict[type[nn.Module], str] = {

@@ -7,7 +7,7 @@ whose update came nearest.  Where :func:`rgap.invert` recovers exactly, use it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import inf, isfinite, prod
 
@@ -24,6 +24,8 @@ from rgap.newton import search
 from rgap.objective import Objective
 from rgap.presets import PRESETS, Preset
 from rgap.problem import Filling
+from rgap.progress import Progress as Line
+from rgap.progress import Shown
 from rgap.recovery import Candidate, Recovery, Status
 from rgap.solvers.gauss_newton import Schedule
 from rgap.solvers.priors import Prior
@@ -86,6 +88,7 @@ def match(
     method: str | Preset = "gauss_newton",
     labels: Tensor | None = None,
     batch_size: int | None = None,
+    input_shape: Sequence[int] | None = None,
     start: Tensor | Recovery | None = None,
     prior: Prior | None = None,
     local: LocalTraining | None = None,
@@ -98,6 +101,7 @@ def match(
     checkpoint: Checkpoint | None = None,
     device: torch.device | str | None = None,
     seed: int = 0,
+    progress: Shown = False,
     memory_budget: float | None = None,
 ) -> Matching:
     """Search the batch whose update matches a client's, on any differentiable network.
@@ -113,6 +117,7 @@ def match(
         method: one of the four, or a :class:`~rgap.presets.Preset` of your own.
         labels: the targets; else the update's, else read off it; ``dlg`` searches them too.
         batch_size: overrides ``update.batch_size``.
+        input_shape: shape of one sample, as for :func:`rgap.invert`.
         start: a batch to begin with, or a recovery that holds one, in place of the first random
             start.  The objective of the answer is never larger than that of the start.
         prior: of the data; by default the total variation, for ``gauss_newton`` that of pictures
@@ -131,6 +136,8 @@ def match(
             that the call would have had.
         device: where to compute; default the CPU.
         seed: of the starts; the global random state is not touched.
+        progress: True for a line on a terminal, or a function that is told; see
+            :mod:`rgap.progress`.
         memory_budget: bytes to take on top of model and update; by default half of what the
             machine has free.  A search that needs more is refused before it begins.
 
@@ -169,7 +176,9 @@ def match(
         COPIES * parameters * (8.0 if preset is None else update.dtype.itemsize),
         memory.budget_of(memory_budget, "cpu" if device is None else device),
     )
-    given = declare(model, update, preset, labels, batch_size, start, local, noise, device)
+    given = declare(
+        model, update, preset, labels, batch_size, start, local, noise, device, input_shape
+    )
     starts = preset.restarts if preset else 1
     count = validation.count("restarts", starts if restarts is None else restarts)
     usual = preset.iterations if preset else Schedule.steps
@@ -189,14 +198,29 @@ def match(
     }
     if checkpoint is not None:
         checkpoint.require(settings)
-    if preset is None:
-        found = _newton(
-            given, prior, count, limit, time_limit, settings, callback, checkpoint, seed
-        )
-    else:
-        found = _published(given, preset, prior, count, limit, patience, time_limit, settings,
-                           callback, checkpoint, seed)  # fmt: skip
+    deadline = began + time_limit if time_limit < inf else None
+    with Line(progress, deadline) as show:
+        told = _told(show, callback, None if preset is None else limit)
+        left = time_limit + began - time.perf_counter()
+        if preset is None:
+            found = _newton(given, prior, count, limit, left, settings, told, checkpoint, seed)
+        else:
+            found = _published(given, preset, prior, count, limit, patience, left, settings, told,
+                               checkpoint, seed)  # fmt: skip
     return replace(found, seconds=time.perf_counter() - began)
+
+
+def _told(show: Line, callback: Callback | None, total: int | None) -> Callback | None:
+    """The callback, after the progress was shown; None where nobody listens."""
+    if not show.listened:
+        return callback
+
+    def told(point: Progress) -> bool | None:
+        number = point.number + 1 if total is None else min(point.number + 1, total)
+        show.stage(f"{point.what}, best {point.best:.2e}", number, total)
+        return None if callback is None else callback(point)
+
+    return told
 
 
 def _newton(
@@ -230,7 +254,7 @@ def _newton(
     )
     best = held.best if isfinite(held.lowest) else None
     return _answer(
-        given, best, given.targets, "gauss_newton", ended, held.lowest, held.place.steps,
+        given, best, given.targets, "gauss_newton", ended, held.lowest, held.steps,
         held.checkpoint(settings),
     )  # fmt: skip
 
@@ -330,7 +354,7 @@ def _answer(
     how = f"{iterations} iterations of {method}, {ended.value}"
     met = f"a normalised residual of {misfit**0.5:.1e}"
     found = replace(empty, residual=residual, objective=objective, misfit=misfit)
-    noisy = EXPLAINED * equations.expected(given.precision) if given.precision.noise else 0.0
+    noisy = EXPLAINED * equations.expected(given.precision) if given.precision.noisy else 0.0
     if misfit <= max(MET**2, (ROUNDED * torch.finfo(given.update.dtype).eps) ** 2, noisy):
         reason = f"the answer reproduces the update to {met} ({how}); {UNCERTIFIED}"
         return replace(found, inputs=best.cpu(), status=Status.COMPLETED, reason=reason)

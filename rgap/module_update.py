@@ -11,7 +11,8 @@ layers above drop out: ``G_j = ∂⟨cotangent, u(x)⟩/∂θ_j`` for every para
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from math import inf, isfinite
@@ -25,7 +26,8 @@ from rgap.kinks import soften
 from rgap.losses import Loss
 from rgap.objective import cosine_distance
 from rgap.precision import GROWTH, Precision
-from rgap.systems.inequalities import Equations
+from rgap.running import run
+from rgap.systems.known_input import Equations
 
 COLUMN = 2  # what a column of the Jacobian costs, in rows
 FORMED = 320  # unknowns up to which the Jacobian is formed: one batched pass costs less than CG
@@ -67,6 +69,17 @@ class Outside:
     steps: int = 1
 
 
+def watchable(model: nn.Module, layer: str) -> bool:
+    """True if a layer is a module of the model: then a hook sees its input.
+
+    A call of ``F.linear`` is a stage of the network, but no module.
+
+    >>> watchable(nn.Sequential(nn.Linear(2, 2)), "0"), watchable(nn.Linear(2, 2), "linear")
+    (True, False)
+    """
+    return any(name == layer for name, _ in model.named_modules(remove_duplicate=False))
+
+
 class ModuleUpdate:
     """Normalised residuals of an update for any module; see :class:`ModulePoint`.
 
@@ -78,10 +91,10 @@ class ModuleUpdate:
         dtype: of the arithmetic.
 
     ``sharpness`` rounds off the kinks of the copy, for a solver that anneals them
-    (:mod:`rgap.kinks`); the residual is the network's own while it is None.
+    (:mod:`rgap.kinks`); the residual is the network's own outside ``with softened(...)``.
 
     Raises:
-        AttributeError: the layer is no module of the model.
+        ValueError: the source is a layer that is no module of the model (see :func:`watchable`).
     """
 
     def __init__(
@@ -98,6 +111,11 @@ class ModuleUpdate:
         self.source = source
         self._seen: list[Tensor] = []
         if isinstance(source, Inside):
+            if not watchable(self.model, source.layer):
+                raise ValueError(
+                    f"source: expected a module of the model, whose input can be watched, got "
+                    f"{source.layer!r}; write the path of one of model.named_modules()"
+                )
             layer = self.model.get_submodule(source.layer)
             layer.register_forward_pre_hook(self._note, with_kwargs=True)
         self.parameters = {n: p for n, p in self.model.named_parameters() if n in gradients}
@@ -140,7 +158,7 @@ class ModuleUpdate:
         inside = self.source if isinstance(self.source, Inside) else None
         blur = (GROWTH * precision.unit) ** 2 + (inside.blur**2 if inside else 0.0)
         total = sum(
-            blur + precision.noise**2 * g.numel() * self.scales[n] ** 2
+            blur + precision.noise_rms(n, g) ** 2 * g.numel() * self.scales[n] ** 2
             for n, g in self.gradients.items()
             if self.scales[n] > 0
         )
@@ -163,10 +181,22 @@ class ModuleUpdate:
     def settle(self, x: Tensor, sharpness: float) -> None:
         """Take the spreads of softened modules from x, once and for all (:mod:`rgap.kinks`)."""
         if self.sharpness:
-            self.sharpness.value = sharpness
-            with torch.no_grad():
+            with self.softened(sharpness), torch.no_grad():
                 self._run(x, {})
-            self.sharpness.value = None
+
+    @contextmanager
+    def softened(self, sharpness: float | None) -> Iterator[None]:
+        """The kinks rounded off inside, and as they were afterwards, whatever is raised.
+
+        Args:
+            sharpness: β of :mod:`rgap.kinks`; None for the network's own kinks.
+        """
+        before = self.sharpness.value
+        self.sharpness.value = sharpness
+        try:
+            yield
+        finally:
+            self.sharpness.value = before
 
     def features(self, x: Tensor) -> Tensor:
         """Mean square of the misfit of what is known inside, as part of the graph of x."""
@@ -235,8 +265,7 @@ class ModuleUpdate:
     def _run(self, x: Tensor, leaves: Mapping[str, Tensor]) -> Tensor:
         self._seen.clear()
         with plain_kernels():
-            outputs: Tensor = torch.func.functional_call(self.model, dict(leaves), (x,))
-        return outputs
+            return run(self.model, x, leaves)
 
     def _note(self, _: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
         self._seen.append(args[0] if args else next(iter(named.values())))
@@ -269,10 +298,13 @@ class ModulePoint:
         rows, unknowns = len(self._rows), self._x.numel()
         if unknowns > FORMED or rows * unknowns > FORMED * FORMED * 10:
             return None
-        if COLUMN * unknowns < rows and self._transposed().requires_grad:
-            eye = torch.eye(unknowns).to(self._rows).reshape(unknowns, *self._x.shape)
-            return _batched(self._transposed(), self._y, eye).T
-        return _batched(self._rows, self._x, torch.eye(rows).to(self._rows)).flatten(1)
+        narrow = COLUMN * unknowns < rows and self._transposed().requires_grad
+        size = unknowns if narrow else rows
+        eye = torch.eye(size, dtype=self._rows.dtype, device=self._rows.device)
+        if narrow:
+            directions = eye.reshape(unknowns, *self._x.shape)
+            return _batched(self._transposed(), self._y, directions).T
+        return _batched(self._rows, self._x, eye).flatten(1)
 
     def push(self, v: Tensor) -> Tensor:
         """J v."""
@@ -295,7 +327,12 @@ class ModulePoint:
 
 def _batched(output: Tensor, of: Tensor, directions: Tensor) -> Tensor:
     """A reverse pass for every direction, all at once."""
-    found: Tensor = torch.autograd.grad(
-        output, of, directions, retain_graph=True, materialize_grads=True, is_grads_batched=True
-    )[0]
+    options = {"retain_graph": True, "materialize_grads": True}
+    try:
+        found: Tensor = torch.autograd.grad(
+            output, of, directions, is_grads_batched=True, **options
+        )[0]
+    except RuntimeError:  # a kernel without a batching rule, such as group norm's second derivative
+        rows = [torch.autograd.grad(output, of, d, **options)[0] for d in directions]
+        found = torch.stack(rows)
     return found

@@ -17,6 +17,7 @@ from rgap.affine import Affine
 from rgap.checking import disagreement, fitting_shape, refuse_unready
 from rgap.graph import ADVICE_NONE, Barrier, Link, links
 from rgap.ops import Op, Pad, Rearrange, Reshape
+from rgap.probing import UnreadyError
 
 __all__ = ["Barrier", "Chain", "Stage", "parse"]
 
@@ -168,12 +169,14 @@ def parse(model: nn.Module, input_shape: Sequence[int]) -> Chain:
     refuse_unready(model)
     try:
         found, barrier, output = links(model, shape)
+    except UnreadyError:
+        raise
     except ValueError as error:
         fits = fitting_shape(model, shape)
         if fits is None:
             raise
         raise ValueError(f"{error}; input_shape={fits} would fit") from error
-    stages = _assemble(found)
+    stages = assemble(found)
     if barrier is None and not stages:
         barrier = Barrier(
             type(model).__name__, "model", "it has no linear or convolutional layer", ADVICE_NONE
@@ -187,7 +190,14 @@ def parse(model: nn.Module, input_shape: Sequence[int]) -> Chain:
     return replace(chain, stages=(), barrier=failure)
 
 
-def _assemble(found: Sequence[Link]) -> tuple[Stage, ...]:
+def unparsed(model: nn.Module, input_shape: Sequence[int], reason: str) -> Chain:
+    """The chain of a model that was not read: no stages, and why."""
+    parameters = tuple(name for name, _ in model.named_parameters())
+    barrier = Barrier(type(model).__name__, "model", reason, ADVICE_NONE)
+    return Chain((), barrier, _shape(input_shape), (), parameters)
+
+
+def assemble(found: Sequence[Link]) -> tuple[Stage, ...]:
     """Group links into stages; steps before the first affine map lead into it."""
     at = [i for i, link in enumerate(found) if isinstance(link, Affine)]
     stages: list[Stage] = []

@@ -8,34 +8,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass
 from math import inf
 
 import torch
 from torch import Tensor
 
-from rgap.completion import ANNEALING, BLUNT, PASSES, TRAPPED, stages
+from rgap.annealing import ANNEALING, BLUNT, TRAPPED, Position, anneal
+from rgap.completion import PASSES
 from rgap.module_update import ModuleUpdate
-from rgap.solvers.gauss_newton import STOPPED, Marks, Minimum, Schedule, Step, gauss_newton
+from rgap.solvers.gauss_newton import STOPPED, Marks, Schedule, Step
 from rgap.solvers.priors import Prior
 from rgap.stopping import Checkpoint, Ended, Progress
 
 Callback = Callable[[Progress], bool | None]
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a search stands.
-
-    Attributes:
-        turn: number of the pass, over all starts.
-        stage: of the pass.
-        steps: made in all.
-    """
-
-    turn: int = 0
-    stage: int = 0
-    steps: int = 0
 
 
 @dataclass
@@ -43,20 +29,20 @@ class Search:
     """The state of a search; all of it goes into a checkpoint.
 
     Attributes:
-        place: where it stands.
-        x: the batch there.
-        best: the one of the lowest misfit of the network itself.
-        lowest: that misfit, ‖r‖².
+        position: where the pass stands.
+        best: the batch of the lowest misfit of the network itself.
+        turn: number of the pass, over all starts.
+        steps: made in all.
+        lowest: the misfit of ``best``, ‖r‖².
         own: the lowest misfit from the present start.
-        marks: of a stage that has begun.
     """
 
-    place: Place
-    x: Tensor
+    position: Position
     best: Tensor
+    turn: int = 0
+    steps: int = 0
     lowest: float = inf
     own: float = inf
-    marks: Marks | None = None
 
     def note(self, x: Tensor, misfit: float) -> None:
         """A batch and the misfit of the network itself there."""
@@ -66,13 +52,14 @@ class Search:
 
     def checkpoint(self, settings: dict[str, str]) -> Checkpoint:
         """All of it as tensors."""
-        marks = () if self.marks is None else tuple(map(float, astuple(self.marks)))
+        held, place = self.position.marks, self.best.device
+        marks = () if held is None else tuple(map(float, astuple(held)))
         tensors = {
-            "place": torch.tensor(astuple(self.place)),
-            "x": self.x,
+            "place": torch.tensor([self.turn, self.position.stage, self.steps], device=place),
+            "x": self.position.x,
             "best": self.best,
-            "misfits": torch.tensor([self.lowest, self.own], dtype=torch.float64),
-            "marks": torch.tensor(marks, dtype=torch.float64),
+            "misfits": self.best.new_tensor([self.lowest, self.own], dtype=torch.float64),
+            "marks": self.best.new_tensor(marks, dtype=torch.float64),
         }
         return Checkpoint(settings, tensors)
 
@@ -85,8 +72,9 @@ class Search:
         if len(held["marks"]):
             number, weight, smoothing, damping, rest, over = held["marks"].tolist()
             marks = Marks(int(number), weight, smoothing, damping, int(rest), bool(over))
-        place = Place(*map(int, held["place"].tolist()))
-        return cls(place, held["x"].to(like), held["best"].to(like), lowest, own, marks)
+        turn, stage, steps = map(int, held["place"].tolist())
+        position = Position(held["x"].to(like), stage, marks)
+        return cls(position, held["best"].to(like), turn, steps, lowest, own)
 
 
 def search(
@@ -114,18 +102,18 @@ def search(
     deadline = time.perf_counter() + schedule.seconds
     equations.settle(starts[0], BLUNT)
     if checkpoint is None:
-        held = Search(Place(), starts[0], starts[0])
+        held = Search(Position(starts[0]), starts[0])
         for start in starts:  # what comes back is no worse than what went in
             held.note(start, equations.misfit(start))
         held.own = inf
     else:
         held = Search.of(checkpoint, starts[0])
     passes = PASSES if equations.sharpness else PASSES[:1]
-    for turn in range(held.place.turn, len(starts) * len(passes)):
+    for turn in range(held.turn, len(starts) * len(passes)):
         number, again = divmod(turn, len(passes))
-        if turn != held.place.turn:
-            held.place, held.marks = replace(held.place, turn=turn, stage=0), None
-            held.x, held.own = starts[number], held.own if again else inf
+        if turn != held.turn:
+            held.turn, held.position = turn, Position(starts[number])
+            held.own = held.own if again else inf
         if again and held.own <= TRAPPED:
             continue
         ended = _pass(
@@ -135,7 +123,8 @@ def search(
             return ended, held
     if not held.lowest < inf:
         return Ended.NOT_FINITE, held
-    still = held.marks is not None and held.marks.over
+    marks = held.position.marks
+    still = marks is not None and marks.over
     return (Ended.STILL if still else Ended.DONE), held
 
 
@@ -156,33 +145,20 @@ def _pass(
         return x if bounds is None else x.clamp(*bounds)
 
     def watch(step: Step, x: Tensor) -> bool:
-        held.x, held.marks = x, step.marks
-        held.place = replace(held.place, steps=held.place.steps + 1)
+        held.steps += 1
         if equations.sharpness.value is None:
             held.note(x, step.misfit)
         if callback is None:
             return False
-        values = torch.tensor([step.misfit], dtype=torch.float64)
+        values = x.new_tensor([step.misfit], dtype=torch.float64)
         point = held.checkpoint(settings)
-        return bool(callback(Progress("step", held.place.steps, values, held.lowest, point)))
+        return bool(callback(Progress("step", held.steps, values, held.lowest, point)))
 
-    plan = stages(schedule, levels) if equations.sharpness else [(None, schedule)]
-    soft = time.perf_counter() + ANNEALING * (deadline - time.perf_counter())
-    for number in range(held.place.stage, len(plan)):
-        sharpness, here = plan[number]
-        now = time.perf_counter()
-        if sharpness is not None and now > soft:
-            continue
-        if number != held.place.stage:
-            held.place, held.marks = replace(held.place, stage=number), None
-        equations.sharpness.value = sharpness
-        here = replace(here, seconds=(soft if sharpness is not None else deadline) - now)
-        found: Minimum = gauss_newton(
-            equations.at, held.x, prior, here, project=project, watch=watch, marks=held.marks
-        )
-        equations.sharpness.value = None
-        if sharpness is None:
-            held.note(found.value, found.misfit)
-        if found.ended == STOPPED:
-            return Ended.STOPPED
+    found = anneal(
+        equations, held.position, prior, schedule, levels, deadline,
+        share=ANNEALING, project=project, watch=watch,
+    )  # fmt: skip
+    if found.ended == STOPPED:
+        return Ended.STOPPED
+    held.note(found.value, found.misfit)
     return Ended.TIME if time.perf_counter() > deadline else None

@@ -16,6 +16,7 @@ from rgap.isolation import convolution_work, plain_kernels, small_kernels
 from rgap.losses import Loss
 from rgap.presets import Coordinates, Preset
 from rgap.priors import Statistics
+from rgap.running import guarded, run
 from rgap.solvers.priors import Prior, TotalVariation, value_and_gradient
 from rgap.solvers.registration import registered_mean
 
@@ -84,11 +85,12 @@ class Objective:
         if targets is not None:
             self.targets = targets.to(place, dtype if targets.is_floating_point() else None)
         probe = torch.full(shape, coordinates.centre, dtype=dtype, device=place)
-        self.work = convolution_work(self.model, probe)
+        with guarded(self.model, probe):
+            self.work = convolution_work(self.model, probe)
         self.logits: tuple[int, ...] = (0,)
         if targets is None:
             with torch.no_grad(), plain_kernels():
-                self.logits = tuple(self.model(probe).shape)
+                self.logits = tuple(run(self.model, probe).shape)
 
     @property
     def unknowns(self) -> int:
@@ -126,9 +128,9 @@ class Objective:
 
         def value(parameters: dict[str, Tensor], rows: slice) -> tuple[Tensor, Tensor]:
             if parameters is self.leaves:
-                outputs = self.model(x[rows])
+                outputs = run(self.model, x[rows])
             else:
-                outputs = torch.func.functional_call(self.model, parameters, (x[rows],))
+                outputs = run(self.model, x[rows], parameters)
             far = self.statistics.penalty() if self.statistics else outputs.new_zeros(())
             return self.loss(outputs, goals[rows]), far
 

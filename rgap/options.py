@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 __all__ = [
+    "InputShape",
     "Json",
     "LabelMethod",
     "LossName",
@@ -19,6 +20,7 @@ __all__ = [
     "Noise",
     "Precision",
     "PriorName",
+    "Quiet",
     "Reduction",
     "Seed",
     "Weights",
@@ -29,7 +31,8 @@ _HINTS = {
     "options as in lenet:activation=tanh,classes=100, or package.module:factory.",
     "weights": "Safetensors file with the network's weights; without it they are drawn with "
     "seed 0, the same in every command.",
-    "loss": "cross_entropy, binary_cross_entropy_with_logits or mse_loss; default: the built-in "
+    "loss": "A loss by name: cross_entropy, binary_cross_entropy_with_logits, mse_loss, nll_loss, "
+    "binary_cross_entropy, focal_loss or sigmoid_focal_loss; default: the built-in "
     "network's own, else cross_entropy.",
     "json": "Print one JSON document on standard output and nothing else.",
 }
@@ -43,6 +46,13 @@ UpdatePath = Annotated[
 BatchSize = Annotated[
     int | None, typer.Option(help="If the update does not state it.", min=1, show_default=False)
 ]
+InputShape = Annotated[
+    str | None,
+    typer.Option(
+        help="Shape of one sample, as in 3,32,32, if the update does not state it.",
+        show_default=False,
+    ),
+]
 KnownLabels = Annotated[
     str | None, typer.Option(help="If they are known, as in 3,5.", show_default=False)
 ]
@@ -55,6 +65,9 @@ MemoryLimit = Annotated[
         "is free.",
         show_default=False,
     ),
+]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "--no-progress", "-q", help="Show no progress.", metavar="")
 ]
 Json = Annotated[bool, typer.Option("--json", help=_HINTS["json"], metavar="")]
 Seed = Annotated[int, typer.Option(help="Of everything that is drawn at random.", min=0)]

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 
-import torch
 from torch import Tensor
 
-from rgap.capture import capture
+from rgap.halt import Halt
 from rgap.problem import Problem
 from rgap.recovery import Recovery, Status
 from rgap.recursion import Descent
+from rgap.replay import sent_for
 from rgap.reports import layer_reports
 from rgap.symptoms import compression, warnings
 
@@ -21,11 +20,28 @@ CHOSEN = (
 )
 
 
-def stopped(problem: Problem, status: Status, reason: str, descent: Descent | None) -> Recovery:
-    """A recovery without inputs; a compressed update gets the compression as part of its reason."""
-    looks = compression(problem.update.gradients)
+def stopped(
+    problem: Problem,
+    status: Status,
+    reason: str,
+    descent: Descent | None,
+    halt: Halt | None = None,
+) -> Recovery:
+    """A recovery without inputs; of a compressed update the reason begins with the compression.
+
+    Args:
+        problem: that was solved.
+        status: why there are no inputs.
+        reason: the same in words.
+        descent: as far as the recursion went, or None.
+        halt: what ended it; by default what ended the descent.
+    """
+    if halt is None and descent is not None:
+        halt = descent.halt
+    looks = compression(problem.gradients.original)
     if looks is not None:
-        reason += f"; the update itself looks compressed, which no equation here models: {looks}"
+        told = f"the update itself looks compressed, which no equation here models: {looks}"
+        reason = f"{told}; {reason}"
     return Recovery(
         inputs=None,
         labels=problem.labels,
@@ -36,6 +52,7 @@ def stopped(problem: Problem, status: Status, reason: str, descent: Descent | No
         error_bound=None,
         reason=reason,
         warnings=warnings(problem),
+        halt=halt,
     )
 
 
@@ -51,6 +68,7 @@ def contradiction(problem: Problem, descent: Descent) -> Recovery:
         f"{misfit:.2g} standard errors ({relative:.1e} of the gradient); is the update from "
         "another model, loss or precision?",
         descent,
+        Halt.contradiction(stage.name),
     )
 
 
@@ -68,17 +86,14 @@ def completed(
     )
 
 
-def replayed(problem: Problem, inputs: Tensor, labels: Tensor) -> tuple[float, dict[str, float]]:
+def replayed(
+    problem: Problem, inputs: Tensor, labels: Tensor, scale: float | Tensor = 1.0
+) -> tuple[float, dict[str, float]]:
     """Relative difference between the update and the gradient of a batch, in all and by name."""
-    sender = partial(capture, problem.model, inputs, labels, problem.update.loss, value_range=None)
-    try:
-        again = sender(dtype=torch.float64)
-    except ValueError:  # a forward that casts to a precision of its own
-        again = sender(dtype=problem.update.dtype)
-    parts, total, scale = {}, 0.0, 0.0
-    for name, sent in problem.gradients.items():
-        gap = float((again.gradients[name].to(sent) - sent).norm())
-        size = float(sent.norm())
-        parts[name] = gap / size if size > 0 else gap
-        total, scale = total + gap**2, scale + size**2
-    return (total / scale) ** 0.5 if scale > 0 else total**0.5, parts
+    again = sent_for(problem, inputs, labels, scale)
+    parts, total, size = {}, 0.0, 0.0
+    for name, sent in problem.sent.items():
+        gap, own = float((again[name] - sent).norm()), float(sent.norm())
+        parts[name] = gap / own if own > 0 else gap
+        total, size = total + gap**2, size + own**2
+    return (total / size) ** 0.5 if size > 0 else total**0.5, parts

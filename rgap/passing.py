@@ -8,14 +8,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from rgap.coarse import Standardised, coarse
-from rgap.completion import Whole
+from rgap.coarse import coarse
 from rgap.module_update import Inside
 from rgap.ops import Op, Reshape
 from rgap.precision import Known
 from rgap.problem import Problem
 from rgap.progress import Progress
 from rgap.recursion import Descent, descend
+from rgap.systems.known_input import Standardised, Whole
 from rgap.winners import Search, find_winners
 
 SPARE = 2.0  # equations, in multiples of the unknowns, that a search takes below the first pool
@@ -38,7 +38,7 @@ def unpooled(
             return None
         show.stage(f"winners of {op.name}")
         found = find_winners(
-            problem.model, chain, problem.gradients, index, op, u, cot,
+            problem.model, chain, problem.sent, index, op, u, cot,
             deadline - time.perf_counter(), problem.precision.seed,
             surplus=0.0 if descent is top else SPARE,
         )  # fmt: skip
@@ -83,6 +83,6 @@ def suggested(
     source = replace(known, known=Standardised.of(value, channels))
     shape = (problem.batch, *problem.chain.input_shape)
     return coarse(
-        problem.model, problem.gradients, source, shape, filling.prior, problem.value_range,
+        problem.model, problem.sent, source, shape, filling.prior, problem.value_range,
         seconds, follow=near is None, seed=problem.precision.seed,
     )  # fmt: skip

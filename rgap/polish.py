@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 STEPS = 4  # Gauss–Newton steps at most
 BRIEF, FULL = 12, 300  # CG iterations of a step: while the recursion is accurate, and where not
+SHARES = (1.0, 0.5, 0.25)  # of a Gauss–Newton step, tried in turn
 SAMPLES = 4  # noise samples of the full solve; each averages over all pixels
 FITS = 10.0  # misfit up to which the update counts as reproduced; above, a full solve follows
 MEMBERS = 8  # of the ensemble that a settled start is measured with
@@ -98,16 +99,16 @@ def polish(
     hard = float(start.error.square().mean().sqrt()) > HARD * width
     used = 0
     if not hard:
-        point, misfits, used, _ = _step(point, misfits, gradients, weights, precondition, BRIEF)
+        point, misfits, used, _, _ = _step(point, misfits, gradients, weights, precondition, BRIEF)
         hard = max(misfits.values()) > FITS
-    data, full, worst = Known(point.x, start.error), False, inf
+    data, full, worst, untaken = Known(point.x, start.error), False, inf, 0.0
     if hard:
         factored = Normal(point, weights).factored()
         if factored is not None:
             precondition, worst = factored.inverse, factored.worst()
         for _ in range(STEPS):
             before = objective(misfits, gradients)
-            point, misfits, count, full = _step(
+            point, misfits, count, full, untaken = _step(
                 point, misfits, gradients, weights, precondition, FULL
             )
             used += count
@@ -118,6 +119,8 @@ def polish(
         noise = update_noise(point, Known(kappa.value, kappa.error[:samples]), few)
         errors, count, done = Normal(point, weights).solve(noise, precondition, FULL, 3e-2)
         used, full = used + count, full and done
+        if full and untaken > 0:  # it stopped before its own optimum: it is that far off at least
+            errors = errors * max(1.0, untaken / float(errors.square().mean().sqrt()))
         data = Known(point.x, errors if full else start.error)
     log.debug("polish: %d iterations, misfit %.2g, full %s", used, max(misfits.values()), full)
     return Polished(data, max(misfits.values()), misfits, used, full, worst if full else inf)
@@ -130,12 +133,22 @@ def _step(
     weights: Rows,
     precondition: Inverse,
     limit: int,
-) -> tuple[Linearisation, dict[str, float], int, bool]:
-    """One Gauss–Newton step, undone where it does not lower the objective."""
+) -> tuple[Linearisation, dict[str, float], int, bool, float]:
+    """One Gauss–Newton step, shortened until it lowers the objective; undone where none does.
+
+    A unit whose sign changes on the way bends the objective: the whole step can rise where its
+    first half descends.
+
+    Returns:
+        The point and its misfits, CG iterations, whether they converged, and the rms of the part
+        of the step that was not taken.
+    """
     rhs = {name: r[None] for name, r in residuals(point, gradients).items()}
     dx, count, done = Normal(point, weights).solve(rhs, precondition, limit, 1e-3)
-    trial = point.moved(point.x + dx[0])
-    fresh = row_misfits(trial, gradients, weights)
-    if objective(fresh, gradients) < objective(misfits, gradients):
-        point, misfits = trial, fresh
-    return point, misfits, count, done
+    before, length = objective(misfits, gradients), float(dx.square().mean().sqrt())
+    for share in SHARES:
+        trial = point.moved(point.x + share * dx[0])
+        fresh = row_misfits(trial, gradients, weights)
+        if objective(fresh, gradients) < before:
+            return trial, fresh, count, done, (1.0 - share) * length
+    return point, misfits, count, done, length

@@ -69,7 +69,7 @@ class LinearMap(Op):
 
 
 class Opaque(Op):
-    """A step that can be computed and differentiated but not inverted: max-pool, softmax."""
+    """A step that can be computed and differentiated but not inverted: softmax, a pool."""
 
     def __init__(
         self, name: str, kind: str, in_shape: tuple[int, ...], function: Function, reason: str
@@ -85,3 +85,7 @@ class Opaque(Op):
         lead = leading(x, self.in_shape)
         out = self.function(x.reshape(-1, *self.in_shape))
         return out.reshape(*lead, *self.out_shape)
+
+
+class Pool(Opaque):
+    """A pool that keeps less than its windows: the winner without its place, or a norm."""

@@ -9,13 +9,17 @@ error of the picture.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from rgap.rounding import ABSENT
+
 UNKNOWN = 1e150  # standard error of a value that no equation fixes
+OPEN = 1e100  # above which it is one, whatever scale a normalisation has put on it
 GROWTH = 2.0  # rounding of an accumulated sum over the rounding of its terms
 
 
@@ -34,7 +38,17 @@ class Known:
     @property
     def known(self) -> Tensor:
         """False where no equation fixes the entry, as for the z of a ReLU that is off, [B, ...]."""
-        return self.error.abs().amax(0) < UNKNOWN
+        return self.error.abs().amax(0) < OPEN
+
+
+class Named(Protocol):
+    """A layer that knows what its parameters are called in the update."""
+
+    @property
+    def weight_name(self) -> str: ...  # noqa: D102
+
+    @property
+    def bias_name(self) -> str | None: ...  # noqa: D102
 
 
 def carried(function: Callable[[Tensor], Tensor], known: Known) -> Known:
@@ -55,17 +69,27 @@ def carried(function: Callable[[Tensor], Tensor], known: Known) -> Known:
 class Precision:
     """Sampled errors of numbers computed in ``dtype`` and sent with additional noise.
 
+    Noise is read by the name of the gradient, through :meth:`noise_std` and its aggregates
+    :meth:`noise_rms` and :meth:`noise_norm`: the two attributes that hold it are halves of it.
+
     Attributes:
         dtype: precision of the client's arithmetic.
-        noise: standard deviation of noise added to every entry of the update.
+        noise: standard deviation of noise added to every entry of the update, as it was stated.
         samples: size S of the ensemble.
         seed: of the private generator; the global random state is not touched.
+        entries: standard deviation of noise that is known entry by entry, by parameter name
+            (`rgap.Update.noise`); it adds to ``noise`` in variance.
+
+    >>> precision = Precision(noise=3.0, entries={"weight": torch.tensor([4.0, 0.0])})
+    >>> precision.noise_std("weight", torch.zeros(2)).tolist()
+    [5.0, 3.0]
     """
 
     dtype: torch.dtype = torch.float32
     noise: float = 0.0
     samples: int = 24
     seed: int = 0
+    entries: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     generator: torch.Generator = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -92,6 +116,10 @@ class Precision:
         draw = torch.randn(shape, generator=self.generator, dtype=torch.float32)  # 3 times as fast
         return draw.to(std.device).double().mul_(std)
 
+    def signs(self, shape: tuple[int, ...]) -> Tensor:
+        """Random signs ±1."""
+        return torch.randint(0, 2, shape, generator=self.generator).double() * 2.0 - 1.0
+
     def rounding(self, value: Tensor) -> Tensor:
         """S samples of the error of one rounded operation with result ``value``."""
         return self.normal(value.abs() * self.unit + self.floor)
@@ -100,15 +128,72 @@ class Precision:
         """Standard error of a sum whose squared terms add up to ``squares``."""
         return squares.clamp_min(0).sqrt() * (GROWTH * self.unit) + self.floor
 
-    def update_std(self, squares: Tensor, total: Tensor | None = None) -> Tensor:
-        """Standard error of a gradient entry: rounding of its sum, and the stated noise.
+    @property
+    def noisy(self) -> bool:
+        """True if any noise is added to what the client computed."""
+        return self.noise > 0.0 or bool(self.entries)
+
+    def sent(self, name: str | None) -> bool:
+        """False where the gradient of that name was not sent at all, and for no name."""
+        if name is None:
+            return False
+        own = self.entries.get(name)
+        return own is None or bool((own < ABSENT).any())
+
+    def noise_std(self, name: str, like: Tensor, rows: slice | None = None) -> Tensor:
+        """Standard deviation of the noise added to each entry of a gradient.
 
         Args:
-            squares: sum of the squared terms.
+            name: of the parameter.
+            like: a tensor of its shape, or of the shape of its rows, and of the device and dtype
+                that are wanted.
+            rows: that are asked for; by default all.
+        """
+        own = self.entries.get(name)
+        if own is None:
+            return torch.full_like(like, self.noise)
+        own = own if rows is None else own[rows]
+        return torch.hypot(own.to(like).reshape(like.shape), like.new_tensor(self.noise))
+
+    def noise_rms(self, name: str, like: Tensor) -> float:
+        """Root mean square of :meth:`noise_std`: what one number says of a sum over entries."""
+        if name not in self.entries:
+            return self.noise
+        return float(self.noise_std(name, like).square().mean().sqrt())
+
+    def noise_norm(self, name: str, like: Tensor) -> float:
+        """Spectral norm that noise of a matrix has: what a cutoff of singular values must exceed.
+
+        The longest row plus the longest column of :meth:`noise_std`, ``σ(√m + √n)`` where all
+        entries have one σ.  (Bandeira and van Handel, Ann. Probab. 44, 2016: up to a logarithm
+        this is sharp for independent entries of any variances.)
+        """
+        variance = self.noise_std(name, like).flatten(1).square()
+        return float(variance.sum(1).max().sqrt() + variance.sum(0).max().sqrt())
+
+    def projected(self, name: str, basis: Tensor) -> Precision:
+        """Of an update whose gradient G [m, n] of that name is given as G V, V [n, r] orthonormal.
+
+        One σ stays what it is; entries σ_ij become ``(Σ_j σ_ij² V_jk²)^½``.
+        """
+        own = self.entries.get(name)
+        if own is None:
+            return self
+        moved = (own.to(basis).square() @ basis.square()).sqrt()
+        return replace(self, entries={**self.entries, name: moved})
+
+    def update_std(self, name: str, squares: Tensor, total: Tensor | None = None) -> Tensor:
+        """Standard error of a gradient entry: rounding of its sum, and the noise added to it.
+
+        Args:
+            name: of the parameter.
+            squares: sum of the squared terms, of the parameter's shape.
             total: the sum itself, of the samples of a batch: where all terms have one sign each
                 partial sum is as large as the total, and so is what it rounds.
         """
-        variance = self.sum_std(squares).square() + self.noise**2
+        variance = self.sum_std(squares).square()
+        if self.noisy:
+            variance = variance + self.noise_std(name, squares).square()
         if total is not None:
             variance = variance + (self.unit * total).square()
         return variance.sqrt()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 
 
@@ -47,8 +46,8 @@ class Statistics:
         self._seen[number] = args[0] if args else next(iter(named.values()))
 
     def penalty(self) -> Tensor:
-        """The distance at the last batch that ran through the model."""
-        total = torch.zeros(())
+        """The distance at the last batch that ran through a model that has batch norms."""
+        parts: list[Tensor] = []
         for number, norm in enumerate(self._norms):
             u = self._seen[number]
             axes = [0, *range(2, u.ndim)]
@@ -56,6 +55,6 @@ class Statistics:
             mean, var = u.mean(axes), u.var(axes, correction=0)
             for own, kept in ((mean, norm.running_mean), (var, norm.running_var)):
                 gap = (own - kept).square().sum()
-                total = total.to(gap) + (gap + 1e-12).sqrt()  # a slope where the gap is 0
+                parts.append((gap + 1e-12).sqrt())  # a slope where the gap is 0
         self._seen.clear()
-        return total
+        return sum(parts[1:], start=parts[0])

@@ -23,6 +23,10 @@ class Unsupported(Exception):  # noqa: N818  (a signal inside the package, never
         self.reason = reason
 
 
+class UnreadyError(ValueError):
+    """A module draws random numbers or mixes the batch because it is in train mode."""
+
+
 def rearrangement(
     function: Callable[[Tensor], Tensor], name: str, kind: str, in_shape: Shape
 ) -> Op | None:

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import copy
 import logging
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
 from torch import Tensor, nn
 
 from rgap import memory, validation
+from rgap.behind import behind
+from rgap.checking import sample_shape
 from rgap.doubles import Doubles
-from rgap.network import Chain, parse
+from rgap.ending import folded
+from rgap.losses import Loss
+from rgap.network import Chain, parse, unparsed
 from rgap.precision import Precision
+from rgap.probing import UnreadyError
 from rgap.solvers.gauss_newton import Schedule
 from rgap.solvers.priors import Prior, Squares, natural
 from rgap.systems.stage import BUDGET
-from rgap.targets import CROSS_ENTROPY
+from rgap.targets import CLASSES
 from rgap.update import Update
 
 log = logging.getLogger(__name__)
@@ -34,11 +40,23 @@ class Filling:
 
     Attributes:
         prior: of the data.
-        schedule: of its weight.
+        schedule: of its weight; its seconds count from ``began``.
+        began: of ``time.perf_counter``.
     """
 
     prior: Prior
     schedule: Schedule
+    began: float
+
+    @property
+    def deadline(self) -> float:
+        """Of ``time.perf_counter``."""
+        return self.began + self.schedule.seconds
+
+    @property
+    def left(self) -> float:
+        """Seconds until the deadline, at least 0."""
+        return max(self.deadline - time.perf_counter(), 0.0)
 
     @classmethod
     def of(
@@ -47,6 +65,7 @@ class Filling:
         seconds: float,
         shape: Sequence[int],
         value_range: tuple[float, float] | None,
+        began: float | None = None,
     ) -> Filling:
         """With the usual prior where none is given: that of pictures if entries have neighbours.
 
@@ -64,7 +83,7 @@ class Filling:
         else:
             usual = Squares(width**-2, (low + high) / 2)
         schedule = Schedule(seconds=float(seconds), smoothing=Schedule.smoothing * width)
-        return cls(prior or usual, schedule)
+        return cls(prior or usual, schedule, time.perf_counter() if began is None else began)
 
 
 @dataclass(frozen=True)
@@ -83,7 +102,15 @@ class Problem:
     slack: float  # widths of the range by which a candidate may leave it
     budget: float  # bytes for the matrices of one layer; without room for them: no matrices
     room: float  # bytes for everything together
+    declared: Loss  # of the model's own outputs, as the client minimised it
+    unready: str = ""  # why the model, in train mode, is no function of the data
     filling: Filling | None = None  # None: stop where the equations end
+    notes: tuple[str, ...] = ()  # what was read off the update before anything was solved
+
+    @property
+    def sent(self) -> Doubles:
+        """The gradients without those of layers that the client had frozen."""
+        return self.gradients.only(n for n in self.gradients if self.precision.sent(n))
 
 
 def prepare(
@@ -96,9 +123,11 @@ def prepare(
     device: torch.device | str | None,
     seed: int,
     budget: float | None,
+    input_shape: Sequence[int] | None = None,
 ) -> Problem:
     """Check an update against its model and bring both to float64; arguments as for ``invert``."""
-    update.check(model)
+    update = update.fitted(model)
+    update, rounded = update.as_rounded()
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise ValueError(
@@ -116,11 +145,8 @@ def prepare(
     bounds = update.value_range if value_range is None else validation.bounds(value_range)
     slack = BEYOND if value_range is None else 0.0
     place = device_of(device)
-    if update.input_shape is None:
-        raise ValueError(
-            "expected an input shape, got an update that does not state one; write "
-            "dataclasses.replace(update, input_shape=(3, 32, 32))"
-        )
+    update = replace(update, input_shape=sample_shape(model, input_shape, update.input_shape))
+    assert update.input_shape is not None
     if update.local_steps > 1:
         raise ValueError(
             f"expected one gradient, got the sum of {update.local_steps} local steps: the weights "
@@ -135,13 +161,19 @@ def prepare(
         8.0 * parameters * (2 if place.type != "cpu" else 1),
         room,
     )
-    chain = parse(model, update.input_shape)
+    declared, unready = update.loss, ""
+    try:
+        chain = parse(model, update.input_shape)
+    except UnreadyError as error:  # what stands below it may be read all the same
+        chain, unready = unparsed(model, update.input_shape, str(error)), str(error)
     if place.type != "cpu":
         chain = chain.to(place)
+    chain, loss = behind(*folded(chain, declared, stated))
+    update = replace(update, loss=loss)
     _check_labels(known, update, chain)
     gradients = Doubles(update.gradients, place, room / 8)
     samples = ensemble(chain, stated or 1, room)
-    precision = Precision(update.dtype, noise, samples, seed)
+    precision = precision_of(update, noise, place, seed, samples)
     return Problem(
         model,
         update,
@@ -155,6 +187,9 @@ def prepare(
         slack,
         room if budget is not None else min(room, BUDGET),
         room,
+        declared,
+        unready,
+        notes=(rounded,) if rounded else (),
     )
 
 
@@ -174,6 +209,26 @@ def ensemble(chain: Chain, batch: int, room: float) -> int:
         room,
     )
     return min(Precision.samples, max(FEWEST, int(max(room, memory.LEAST) / one)))
+
+
+def precision_of(
+    update: Update,
+    noise: float,
+    place: torch.device,
+    seed: int = 0,
+    samples: int = Precision.samples,
+) -> Precision:
+    """What is known of an update's errors: its rounding, its own noise, and noise stated beside it.
+
+    Args:
+        update: what the client sent.
+        noise: standard deviation of noise that was added to every entry.
+        place: device of the work.
+        seed: of the sampled errors.
+        samples: members of the ensemble.
+    """
+    own = {n: s.to(place, torch.float64) for n, s in (update.noise or {}).items()}
+    return Precision(update.dtype, noise, samples, seed, entries=own)
 
 
 def as_on_the_client(model: nn.Module, update: Update) -> nn.Module:
@@ -205,10 +260,10 @@ def as_on_the_client(model: nn.Module, update: Update) -> nn.Module:
 def _check_labels(labels: Tensor | None, update: Update, chain: Chain) -> None:
     """Stated class indices lie in the range of the model's outputs."""
     loss = update.loss
-    if labels is None or loss.targets != "index" or labels.is_floating_point():
+    if labels is None or loss.targets != "index" or labels.is_floating_point() or loss.own:
         return
     outputs = chain.output_shape[0] if chain.output_shape else 0
-    classes = max(outputs, 2) if loss.name == CROSS_ENTROPY else 2
+    classes = max(outputs, 2) if loss.name in CLASSES else 2
     low, high = int(labels.min()), int(labels.max())
     if outputs and (low < 0 or high >= classes):
         raise ValueError(

@@ -60,12 +60,12 @@ def _contradiction(problem: Problem, stage: Stage, above: Stage, u: Known) -> st
     affine, precision = above.affine, problem.precision
     if affine.geometry is not None or affine.bias_name is None:
         return ""
-    sent = problem.gradients.sent
+    sent = problem.gradients.original
     bias = sent[affine.bias_name].to(affine.weight)
     if not bool((bias != 0).any()):
         return ""
     weight = sent[affine.weight_name]
-    read, k = features_from_bias(weight, bias, precision)
+    read, k = features_from_bias(affine, weight, bias, precision)
     if rank_one_residual(weight, read.value[0], k.value[0]) > 0.3:
         return f"the gradient of '{above.name}' is not of rank one, as that of one sample is"
     z = stage.affine.forward(u.value)

@@ -3,44 +3,94 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from rgap.batches import label_identity, rows_of
+from rgap.batches import batch_of, label_identity, rows_of, several, snapped
 from rgap.batchloss import BatchLoss
 from rgap.certificate import Answer
 from rgap.doubles import row_blocks
-from rgap.head import target_of
 from rgap.network import Chain, Stage
-from rgap.polish import Polished, polish
+from rgap.polish import FITS, Polished, polish
 from rgap.precision import Known, carried
 from rgap.problem import Problem
+from rgap.reading import Reading, read_target
+from rgap.recovery import Route
 from rgap.recursion import Descent
+from rgap.separation.targets import read_from_head
+
+REREAD = 3  # times that real-valued targets are read again
 
 
-def read_answer(problem: Problem, descent: Descent, kappa: Known) -> Answer:
-    """Polish what the recursion recovered and read its label at the head."""
+def read_answer(problem: Problem, descent: Descent, kappa: Known, apart: bool = False) -> Answer:
+    """Polish what the recursion recovered and read its label at the head.
+
+    Args:
+        problem: the update.
+        descent: that reached the data.
+        kappa: cotangent at the head.
+        apart: True if nothing of the loss went into what was recovered.
+    """
     polished = _polished(problem, descent, kappa)
     stage = problem.chain.stages[-1]
     features = top_features(problem.chain, polished.data)
-    target, tolerance = target_of(stage, features, kappa, problem.update.loss, problem.precision)
-    labels, distance = problem.update.loss.read(target)
-    return Answer(descent, polished, target, labels, float(distance), tolerance)
+    reading = read_target(stage, features, kappa, problem.update.loss, problem.precision)
+    return Answer(descent, polished, reading, apart=apart)
 
 
 def read_batch(problem: Problem, descent: Descent, head: BatchLoss) -> Answer:
     """Polish the pictures of a batch all together and check their labels by the identity."""
     lowest = descent.solutions.get(0)
-    settled = lowest is not None and lowest.solution.stats.route == "separation"
+    settled = lowest is not None and lowest.solution.stats.route == Route.SEPARATION
     polished = _polished(problem, descent, head, settled)
     stage = problem.chain.stages[-1]
     features = top_features(problem.chain, polished.data)
+    continuous = head.loss.targets != "index"
+    for _ in range(REREAD if continuous else 0):
+        if polished.misfit <= FITS:
+            break
+        # Real-valued targets were read at features that have moved since.
+        z = stage.affine.forward(features.value)
+        again = read_from_head(batch_of(problem), features.value.flatten(1), z, head)
+        trial = _polished(problem, replace(descent, data=polished.data), again, settled)
+        if not trial.misfit < polished.misfit:
+            break
+        head, polished = again, trial
+        features = top_features(problem.chain, polished.data)
     error = torch.stack([stage.affine.linear(e) for e in features.error])
     logits = Known(stage.affine.forward(features.value), error)
-    _, distance, tolerance = label_identity(problem, head, logits)
+    if several(problem.update.loss, problem.chain):
+        head, distance, tolerance = snapped(problem, head, logits)
+    else:
+        _, distance, tolerance = label_identity(problem, head, logits)
     rows = rows_of(head, problem.labels)
-    return Answer(descent, polished, head.targets, rows.labels, distance, tolerance, rows)
+    reading = Reading(
+        head.targets, rows.labels, distance, tolerance, open=head.loss.open_at(logits.value)
+    )
+    norm = gathered(problem.chain, polished)
+    if continuous:  # they come from the head's gradient by its features, as well as these tell
+        table = torch.nn.functional.pad(features.value.flatten(1), (0, 1), value=1.0)
+        values = torch.linalg.svdvals(table)
+        norm *= float(values[0] / values[-1].clamp_min(1e-300))
+    return Answer(descent, polished, reading, rows, gathered=norm)
+
+
+def gathered(chain: Chain, polished: Polished) -> float:
+    """Norm of the largest sample at the first affine map, as long as it is in units of the data.
+
+    Steps on the data themselves, a sigmoid or a scale, lengthen an error on the way back by one
+    over their slope.
+    """
+    data = u = polished.data.value
+    step = 1e-7 * float(data.abs().max().clamp_min(1e-300))
+    moved = data + step
+    for op in chain.stages[0].lead:
+        u, moved = op.forward(u), op.forward(moved)
+    slopes = (moved - u).abs() / step
+    slope = float(slopes[slopes > 0].min()) if bool((slopes > 0).any()) else 1.0
+    return float(torch.linalg.vector_norm(u.flatten(1), dim=1).max()) / slope
 
 
 def _polished(
@@ -65,23 +115,25 @@ def head_cotangent(problem: Problem, descent: Descent) -> Known:
     if last in descent.cotangents:
         return descent.cotangents[last]
     stage = problem.chain.stages[-1]
-    weight, bias = head_gradients(stage, problem.gradients)
-    if bias is not None:
+    weight, bias = head_gradients(stage, problem)
+    name = stage.affine.bias_name
+    if bias is not None and name is not None:
         return Known(
             bias[None],
-            problem.precision.normal(torch.full_like(bias, problem.precision.noise))[:, None],
+            problem.precision.normal(problem.precision.noise_std(name, bias))[:, None],
         )
     x = top_features(problem.chain, descent.require_data())
     scale = x.value[0].square().sum().clamp_min(1e-300)
     k = weight @ x.value[0] / scale
+    name, precision = stage.affine.weight_name, problem.precision
     variance = torch.cat(
         [
-            ((g.abs() * problem.precision.unit).square() + problem.precision.noise**2)
+            ((g.abs() * precision.unit).square() + precision.noise_std(name, g, rows).square())
             @ x.value[0].square()
-            for _, g in row_blocks(weight, k)
+            for rows, g in row_blocks(weight, k)
         ]
     )
-    error = problem.precision.normal(variance.sqrt()) / scale  # rows of G are independent
+    error = precision.normal(variance.sqrt()) / scale  # rows of G are independent
     return Known(k[None], error[:, None])
 
 
@@ -102,7 +154,17 @@ def top_features(chain: Chain, data: Known) -> Known:
     return carried(rise, data)
 
 
-def head_gradients(stage: Stage, gradients: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-    """∂L/∂W and ∂L/∂b (or None) of a stage."""
+def head_gradients(
+    stage: Stage, problem: Problem, gradients: Mapping[str, Tensor] | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """∂L/∂W and ∂L/∂b of a stage; None for a bias that it does not have, or that was not sent.
+
+    Args:
+        stage: the layer.
+        problem: the update.
+        gradients: where they are taken from; by default in float64.
+    """
+    gradients = problem.gradients if gradients is None else gradients
     name = stage.affine.bias_name
-    return gradients[stage.affine.weight_name], None if name is None else gradients[name]
+    sent = name is not None and problem.precision.sent(name)
+    return gradients[stage.affine.weight_name], gradients[name] if name and sent else None

@@ -5,11 +5,13 @@ from __future__ import annotations
 import html
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import Enum, StrEnum
 from functools import cached_property
 from math import isfinite, log10
 
 from torch import Tensor
+
+from rgap.halt import Halt, HaltKind
 
 
 class Status(Enum):
@@ -30,6 +32,45 @@ class Status(Enum):
         return str(self.value)
 
 
+class Route(StrEnum):
+    """How the input of a layer was had; a member is equal to its text."""
+
+    GIVEN = "given"
+    SEPARATION = "separation"
+    BIAS_ATTACK = "bias attack"
+    HEAD_EQUATIONS = "head equations"
+    GRADIENT = "gradient"
+    CHOLESKY = "cholesky"
+    LSMR = "lsmr"
+    RANK_ONLY = "rank only"
+    NOT_REACHED = "not reached"
+
+    def __repr__(self) -> str:
+        return repr(self.value)
+
+    @property
+    def words(self) -> str:
+        """What a reader learns of a layer that was passed this way."""
+        if self is Route.GIVEN:
+            return "given"
+        return f"{_WORDS.get(self, 'all determined')} [{self}]"
+
+    @property
+    def solved(self) -> bool:
+        """True where a linear system was solved; it has a condition and a residual."""
+        return self in (Route.GRADIENT, Route.CHOLESKY, Route.LSMR)
+
+
+_WORDS = {
+    Route.SEPARATION: "separated sample by sample",
+    Route.BIAS_ATTACK: "read off its own gradient",
+    Route.HEAD_EQUATIONS: "read off its own gradient and the loss",
+    Route.GRADIENT: "determined by its gradient alone",
+    Route.CHOLESKY: "determined by its gradient and its weights",
+    Route.LSMR: "determined by its gradient and its weights",
+}
+
+
 @dataclass(frozen=True)
 class LayerReport:
     """The equations of one stage, as ``invert`` met them.
@@ -37,7 +78,7 @@ class LayerReport:
     Attributes:
         layer: module path.
         kind: "linear", "conv2d", ...
-        unknowns: B·n entries of the stage's input.
+        unknowns: entries of the stage's input, B·n less those that no kernel reads.
         gradient_rank: rank of the gradient constraints, or None if not reached.
         joint_rank: rank of gradient and weight constraints together.
         nullity: unknowns − joint_rank.
@@ -45,9 +86,9 @@ class LayerReport:
         condition: condition number of the error-weighted system.
         residual: relative residual of the gradient constraints at the answer.
         seconds: time spent.
-        route: "given", "gradient", "cholesky", "lsmr", "bias attack", "head equations",
-            "separation", "rank only", "not reached".
+        route: see :class:`Route`.
         note: what stopped the recursion here, or "".
+        unread: entries of the input that no kernel reads (strides and dilations leave them out).
         predicted_error: rms error of the input as the recursion found it, or None if it did not.
     """
 
@@ -61,11 +102,15 @@ class LayerReport:
     condition: float
     residual: float
     seconds: float
-    route: str
+    route: Route
     note: str = ""
+    unread: int = 0
     _weight_rank: Callable[[], int] | None = field(default=None, repr=False, compare=False)
     _null_space: Callable[[int], Tensor] | None = field(default=None, repr=False, compare=False)
     predicted_error: float | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "route", Route(self.route))
 
     @cached_property
     def weight_rank(self) -> int | None:
@@ -115,6 +160,14 @@ class Recovery:
         multiplicities: how often each row of ``inputs`` occurs in the batch [B'], or None where
             every one occurs once.  The order of a batch is not in its gradient: rows are sorted
             by label.
+        halt: where and why the recursion ended before the data, with its kind and numbers, or
+            None.  ``reason`` is made from it, never the other way round.
+        certified: which of "inputs" and "targets" are certified; ``EXACT`` means both.
+        scale: the positive factor λ between the update and that of the declared loss, one a sample
+            [B] where they differ; 1 for an update as declared, None where it was not looked at.
+        determined: where only some entries of the data are determined: True at these, of the shape
+            that ``inputs`` would have; else None.
+        partial: the data where ``determined``, NaN elsewhere; ``error_bound`` is theirs then.
         features: of one sample whose recursion ended before the data: certified inputs of layers
             ``[1, *in_shape]`` by layer name, from the lowest one up.  Empty for a batch, without
             a certificate, and where the data themselves were found.
@@ -133,6 +186,11 @@ class Recovery:
     seconds: float = 0.0
     separation: str = ""
     multiplicities: Tensor | None = None
+    halt: Halt | None = None
+    certified: frozenset[str] = frozenset()
+    determined: Tensor | None = None
+    scale: float | Tensor | None = None
+    partial: Tensor | None = None
     features: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -181,7 +239,7 @@ class Recovery:
         report = self.layer(name)
         if count < 1:
             raise ValueError(f"count: expected at least 1 direction, got {count}; write count=8")
-        if report._null_space is None and report.route != "not reached":
+        if report._null_space is None and report.route is not Route.NOT_REACHED:
             raise ValueError(
                 f"expected a recovery as rgap.invert returned it, got one that was copied or "
                 f"unpickled: the equations of {name!r} did not travel along; call "
@@ -203,8 +261,13 @@ class Recovery:
         if self.layers:
             lines.append("The input of each layer, from the output down:")
         for report in reversed(self.layers):
-            lines.append("  " + _sentence(report, self.reason))
+            lines.append("  " + _sentence(report, self.halt))
         given = self.inputs is not None
+        if self.determined is not None and self.error_bound is not None:
+            lines.append(
+                f"Of the data {int(self.determined.sum())} of {self.determined.numel()} values are "
+                f"determined (`partial`), none of them off by more than {self.error_bound:.2g}."
+            )
         if given and self.error_bound is not None and self.predicted_error is not None:
             rms = float(self.predicted_error.max())
             lines.append(
@@ -213,6 +276,8 @@ class Recovery:
             )
         if self.residual is not None:
             which = "answer" if given else "nearest answer (not returned)"
+            if self.partial is not None:
+                which = "determined values, with others in the open places,"
             lines.append(
                 f"Replaying the {which} through the model gives the update up to a relative "
                 f"difference of {self.residual:.2g}."
@@ -251,6 +316,7 @@ class Recovery:
             "seconds",
             "route",
             "note",
+            "unread",
             "predicted_error",
         )
         return {
@@ -262,6 +328,10 @@ class Recovery:
             "error_bound": _plain(self.error_bound),
             "multiplicities": _plain(self.multiplicities),
             "separation": self.separation,
+            "halt": None if self.halt is None else self.halt.numbers,
+            "certified": sorted(self.certified),
+            "scale": _plain(self.scale),
+            "determined": None if self.determined is None else int(self.determined.sum()),
             "features": {name: list(value.shape) for name, value in self.features.items()},
             "candidates": len(self.candidates),
             "warnings": list(self.warnings),
@@ -291,24 +361,15 @@ class Recovery:
         )
 
 
-_ROUTES = {
-    "given": "given",
-    "separation": "separated sample by sample [separation]",
-    "bias attack": "read off its own gradient [bias attack]",
-    "head equations": "read off its own gradient and the loss [head equations]",
-    "gradient": "determined by its gradient alone [gradient]",
-    "cholesky": "determined by its gradient and its weights [cholesky]",
-    "lsmr": "determined by its gradient and its weights [lsmr]",
-}
-"""What a reader learns from a route that led through, by its name in the table."""
-
-
-def _sentence(report: LayerReport, reason: str) -> str:
-    """One layer in words; its note unless ``reason``, which is printed above, says it already."""
-    text = f"{report.layer} ({report.kind}): {report.unknowns} unknowns, "
-    if report.route == "not reached":
+def _sentence(report: LayerReport, halt: Halt | None) -> str:
+    """One layer in words; its note unless it is the halt, which the reason above says already."""
+    unread = f" ({report.unread} more values are read by no kernel)" if report.unread else ""
+    text = f"{report.layer} ({report.kind}): {report.unknowns} unknowns{unread}, "
+    if report.route is Route.NOT_REACHED:
         return text + "not reached."
-    note = f": {report.note}." if report.note and report.note not in reason else "."
+    here = halt is not None and halt.stage == report.layer
+    said = here and halt is not None and halt.kind is not HaltKind.CONTRADICTION
+    note = f": {report.note}." if report.note and not said else "."
     stop = f"the recursion stops here{note}"
     if report.nullity is None:
         return f"{text}some of them open [{report.route}]; {stop}"
@@ -317,10 +378,10 @@ def _sentence(report: LayerReport, reason: str) -> str:
     if report.note:
         text += f"as many independent equations [{report.route}]"
     else:
-        text += _ROUTES.get(report.route, f"all determined [{report.route}]")
+        text += report.route.words
     # Only a system that was solved has these two; a layer that was read off has none.
     numbers = {"condition": report.condition, "residual": report.residual}
-    if report.route in ("gradient", "cholesky", "lsmr"):
+    if report.route.solved:
         shown = [f"{name} {value:.1e}" for name, value in numbers.items() if isfinite(value)]
         text += "".join(f", {part}" for part in shown)
     return f"{text}; {stop}" if report.note else f"{text}."

@@ -15,31 +15,18 @@ import torch
 from torch import Tensor
 
 from rgap.activations import Activation
+from rgap.halt import Halt, HaltKind
 from rgap.network import Chain, Stage
 from rgap.ops import Op, Reshape
+from rgap.pooling import LinearMap, Pool
 from rgap.precision import UNKNOWN, Known, Precision
+from rgap.progress import Watch, silent
 from rgap.systems import weight_constraint
 from rgap.systems.stage import BUDGET, StageSolution, solve_stage
 
 log = logging.getLogger(__name__)
 
-Watcher = Callable[[str], None]
 Unpool = Callable[[int, Op, Known, Known], tuple[Known, Known] | None]
-
-
-@dataclass(frozen=True)
-class Halt:
-    """Where and why the recursion ended before the data.
-
-    Attributes:
-        stage: name of the layer whose equations fall short, or of the step that has no inverse.
-        reason: in plain words, with the number of missing equations.
-        supported: False when the step cannot be inverted at all (max-pool, GELU).
-    """
-
-    stage: str
-    reason: str
-    supported: bool
 
 
 @dataclass(frozen=True)
@@ -49,7 +36,7 @@ class Reached:
     Attributes:
         index: of the stage.
         k: cotangent at its output.
-        u: its input; None where its equations fall short.
+        u: its input; None where its equations leave some of it open.
         z: its pre-activation where they do.
     """
 
@@ -71,6 +58,8 @@ class Descent:
         inputs: recovered inputs x_i by stage index.
         features: recovered inputs u_i of the affine maps by stage index.
         completed: the data come from a completion, not from the equations of every stage.
+        partial: the data where only some of their entries are determined; the others are marked
+            as unknown (see :class:`Known`).
     """
 
     reached: Reached
@@ -81,6 +70,7 @@ class Descent:
     data: Known | None = None
     halt: Halt | None = None
     completed: bool = False
+    partial: Known | None = None
 
     def require_data(self) -> Known:
         """The recovered data.
@@ -116,7 +106,7 @@ class Descent:
         made = step.factor
 
         def inverse(v: Tensor) -> Tensor:
-            coupling = weight_constraint(stage.affine, v.shape[1])
+            coupling = weight_constraint(stage.affine, v.shape[1], read_only=True)
             u = v
             for op in stage.lead:  # (L⁻¹)ᵀ: a reshape is orthogonal, a scaling its own transpose
                 u = _map(op.forward, u) if isinstance(op, Reshape) else _affine_error(op, u)
@@ -148,7 +138,7 @@ def descend(
     features: Known,
     cotangent: Known,
     precision: Precision,
-    watch: Watcher | None = None,
+    watch: Watch = silent,
     budget: float = BUDGET,
     unpool: Unpool | None = None,
 ) -> Descent:
@@ -161,7 +151,7 @@ def descend(
         features: u_start, the input of that stage's affine map, [B, *affine.in_shape].
         cotangent: k_start, [B, *affine.out_shape].
         precision: of the update; draws the error ensemble.
-        watch: called with the name of each stage before it is solved.
+        watch: told the name of each stage before it is solved, the number of it and of how many.
         budget: bytes above which a stage is solved without forming a matrix.
         unpool: asked at a step that cannot be inverted, with the index of its stage, what is known
             of its output and the cotangent there; gives what is known of its input, or None.
@@ -174,21 +164,32 @@ def descend(
     for index in range(start, -1, -1):
         stage = chain.stages[index]
         if index < start:
-            if watch is not None:
-                watch(stage.name)
+            watch(stage.name, start - index, start)
+            name = stage.affine.weight_name
+            # A gradient that was not sent says nothing: K = 0, and the weight constraints are left.
+            own = k if precision.sent(name) else Known(0.0 * k.value, 0.0 * k.error)
             step = solve_stage(
-                stage.affine, gradients[stage.affine.weight_name], known, k, precision, budget
+                stage.affine,
+                gradients[name],
+                known,
+                own,
+                precision,
+                budget,
+                parts=index == 0 and chain.complete,
             )
             # Only the first factor is needed again; each is as large as the matrix of its layer.
             descent.solutions[index] = step if index == 0 else replace(step, factor=None)
             if step.solution.value is None:
                 descent.reached = Reached(index, k, None, known)
-                descent.halt = _shortfall(stage, step)
+                descent.halt = _shortfall(stage, step, precision.sent(name))
+                if step.partial is not None:
+                    descent.partial = _data(stage, step.partial, precision)
                 return descent
-            known = step.solution.value
-            descent.reached = Reached(index, k, known, None)
+            above, known = known, step.solution.value
+            whole = bool(known.known.all())
+            descent.reached = Reached(index, k, *((known, None) if whole else (None, above)))
             if step.misfit > REFUTED:
-                descent.halt = Halt(stage.name, "the equations contradict each other", True)
+                descent.halt = Halt.contradiction(stage.name)
                 return descent
         descent.cotangents[index] = k
         descent.features[index] = known
@@ -212,46 +213,54 @@ def descend(
     if chain.complete:
         descent.halt = _cut(chain.stages[0], known)
         descent.data = known if descent.halt is None else None
+        descent.partial = known if descent.halt is not None else None
     else:
         barrier = chain.barrier
         assert barrier is not None
-        descent.halt = Halt(barrier.node, f"{barrier.reason}; {barrier.advice}", supported=False)
+        descent.halt = Halt(HaltKind.BARRIER, barrier.node, barrier.words)
     return descent
 
 
 def _cut(stage: Stage, data: Known) -> Halt | None:
-    """What a ReLU of the data themselves leaves open."""
+    """What a ReLU of the data leaves open, and what no kernel of the first layer reads."""
     missing = int((~data.known).sum())
-    for op in stage.lead if missing else ():
+    if not missing:
+        return None
+    for op in stage.lead:
         if isinstance(op, Activation) and op.one_sided:
-            reason = f"'{op.name}' ({op.kind}) sets {missing} values of the data to 0: {missing}"
-            return Halt(op.name, f"{reason} equations are missing", supported=True)
-    return None
+            return Halt.cut(op.name, op.kind, data.known.numel(), missing)
+    return Halt.unread(stage.name, data.known.numel(), missing)
 
 
-def _shortfall(stage: Stage, step: StageSolution) -> Halt:
+def _data(stage: Stage, u: Known, precision: Precision) -> Known | None:
+    """Data of which u is the input of the first affine map, some entries marked as unknown."""
+    k = Known(torch.zeros_like(u.value), torch.zeros_like(u.error))
+    lifted = _lift(stage, u, k, precision)
+    return None if isinstance(lifted, Halt) else lifted[0]
+
+
+def _shortfall(stage: Stage, step: StageSolution, sent: bool) -> Halt:
     stats = step.solution.stats
+    if not sent and stats.joint is not None:
+        return Halt.unsent(stage.name, stats.joint.rank, stats.unknowns)
     if stats.joint is None:
-        return Halt(
-            stage.name,
-            f"two solves of the {stats.unknowns} unknowns of '{stage.name}' from different starts "
-            "end at different answers: directions are open, or too badly conditioned for LSMR; a "
-            "larger memory_budget counts them",
-            supported=True,
-        )
+        return Halt.unsolved(stage.name, stats.unknowns)
     if stats.joint.nullity == 0:
-        return Halt(
-            stage.name,
-            f"the equations of '{stage.name}' have full rank {stats.unknowns}, but at the "
-            "precision of what is known above them some directions stay open",
-            supported=True,
-        )
-    return Halt(
-        stage.name,
-        f"the equations of '{stage.name}' have rank {stats.joint.rank} for {stats.unknowns} "
-        f"unknowns: {stats.joint.nullity} equations are missing",
-        supported=True,
-    )
+        return Halt.ill_conditioned(stage.name, stats.unknowns)
+    return Halt.deficient(stage.name, stats.joint.rank, stats.unknowns)
+
+
+def _no_inverse(op: Op) -> Halt:
+    """The halt at a step that has a barrier, by what kind of step it is."""
+    kind = HaltKind.STEP
+    if isinstance(op, Pool):
+        kind = HaltKind.POOL
+    elif isinstance(op, LinearMap):
+        kind = HaltKind.AVERAGE
+    elif isinstance(op, Activation):
+        kind = HaltKind.ACTIVATION
+    assert op.barrier is not None
+    return Halt(kind, op.name, op.barrier)
 
 
 def _lift(
@@ -262,17 +271,12 @@ def _lift(
         if op.barrier is not None:
             passed = None if unpool is None else unpool(stage.index, op, u, cot)
             if passed is None:
-                return Halt(op.name, op.barrier, supported=False)
+                return _no_inverse(op)
             u, cot = passed
             continue
-        missing = u.value.shape[0] * (prod(op.in_shape) - prod(op.out_shape))
-        if missing > 0:
-            return Halt(
-                op.name,
-                f"'{op.name}' ({op.kind}) maps {prod(op.in_shape)} values to "
-                f"{prod(op.out_shape)}: {missing} equations are missing",
-                supported=True,
-            )
+        taken, given = prod(op.in_shape), prod(op.out_shape)
+        if taken > given:
+            return Halt.narrowing(op.name, op.kind, u.value.shape[0], taken, given)
         if isinstance(op, Activation):  # of the data, or above a pooling: relu(pool(conv(x)))
             u, cot = _invert_activation(op, u, cot, precision)
             continue
@@ -287,7 +291,7 @@ def _through(
     """From a stage's output x and the cotangent there to its pre-activation z and k."""
     for op in reversed(tail):
         if op.barrier is not None:
-            return Halt(op.name, op.barrier, supported=False)
+            return _no_inverse(op)
         if isinstance(op, Activation):
             x, k = _invert_activation(op, x, k, precision)
         else:
@@ -305,6 +309,14 @@ def _invert_activation(
     slope is taken at each perturbed value.  One-sided units (ReLU at 0) carry no equation: their
     z gets an infinite error, hence weight 0, and their k is 0.
     """
+    known = x.known
+    if not bool(known.all()):  # of entries that nothing read: any value will do, none is known
+        value = torch.where(known, x.value, op.forward(torch.zeros_like(x.value)))
+        z, below = _invert_activation(
+            op, Known(value, torch.where(known, x.error, 0.0)), k, precision
+        )
+        error = torch.where(known, z.error, x.error)
+        return Known(torch.where(known, z.value, 0.0), error), below
     # The client's own φ rounded its result, so even an exact x fixes z only to that precision.
     error = x.error + precision.rounding(x.value)
     value = x.value

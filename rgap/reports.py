@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from math import inf, prod
+from math import inf
 
 import torch
 from torch import Tensor
 
 from rgap.network import Stage
 from rgap.problem import Problem
-from rgap.recovery import LayerReport
+from rgap.recovery import LayerReport, Route
 from rgap.recursion import Descent
 from rgap.systems.nullspace import null_directions
 from rgap.systems.ranks import weight_row_spaces
@@ -22,10 +22,11 @@ def layer_reports(problem: Problem, descent: Descent | None) -> tuple[LayerRepor
 
 def _report(problem: Problem, descent: Descent | None, stage: Stage) -> LayerReport:
     affine, batch = stage.affine, problem.batch
-    unknowns = batch * prod(affine.in_shape)
+    read = int(affine.reads.sum())
+    unknowns, unread = batch * read, batch * (affine.reads.numel() - read)
 
     def weight_rank() -> int:
-        active = torch.ones(batch, *affine.out_shape, dtype=torch.bool)
+        active = affine.weight.new_ones(batch, *affine.out_shape, dtype=torch.bool)
         step = None if descent is None else descent.solutions.get(stage.index)
         spaces = weight_row_spaces(affine, active if step is None else step.active)
         return sum(space.rank.rank for space in spaces)
@@ -46,8 +47,9 @@ def _report(problem: Problem, descent: Descent | None, stage: Stage) -> LayerRep
                 inf,
                 inf,
                 0.0,
-                "not reached",
+                Route.NOT_REACHED,
                 note,
+                unread,
                 weight_rank,
             )
     assert descent is not None
@@ -55,7 +57,7 @@ def _report(problem: Problem, descent: Descent | None, stage: Stage) -> LayerRep
     predicted = None if known is None else float(known.error.square().mean().sqrt())
     step = descent.solutions.get(stage.index)
     if step is None:  # where the recursion started: all of u was read off the gradient
-        route = "bias attack" if affine.bias_name is not None else "head equations"
+        route = Route.HEAD_EQUATIONS if affine.bias_name is None else Route.BIAS_ATTACK
         return LayerReport(
             stage.name,
             affine.kind,
@@ -69,17 +71,18 @@ def _report(problem: Problem, descent: Descent | None, stage: Stage) -> LayerRep
             0.0,
             route,
             note,
+            unread,
             weight_rank,
-            lambda count: torch.empty(0, batch, *affine.in_shape, dtype=torch.float64),
+            lambda count: affine.weight.new_empty(0, batch, *affine.in_shape),
             predicted,
         )
     stats = step.solution.stats
     cotangent, active = step.cotangent, step.active
 
     def null_space(count: int) -> Tensor:
-        nullity = count if stats.joint is None else stats.joint.nullity
+        nullity = count if stats.joint is None else stats.joint.nullity + unread
         if nullity == 0:
-            return torch.empty(0, batch, *affine.in_shape, dtype=torch.float64)
+            return affine.weight.new_empty(0, batch, *affine.in_shape)
         return null_directions(affine, cotangent, active, nullity, count)
 
     return LayerReport(
@@ -93,8 +96,9 @@ def _report(problem: Problem, descent: Descent | None, stage: Stage) -> LayerRep
         stats.condition,
         stats.residual,
         step.seconds,
-        stats.route,
+        Route(stats.route),
         note,
+        unread,
         weight_rank,
         null_space,
         predicted,

@@ -12,25 +12,15 @@ from math import log10
 import torch
 from torch import Tensor
 
-from rgap.activations import Activation
 from rgap.losses import Loss
 from rgap.network import Stage
 from rgap.precision import Precision
+from rgap.targets import BINARY, CROSS_ENTROPY
 
-__all__ = ["cotangent_rounding", "entry", "reproduced", "roots", "scale_equation", "tail"]
+__all__ = ["cotangent_rounding", "entry", "reproduced", "roots", "scale_equation"]
 
 BELOW, ABOVE = 1e-4, 1e7  # range of the scale α around its natural sizes, see ``_scales``
 GRID = 215  # scales a decade
-
-
-def tail(stage: Stage, z: Tensor) -> tuple[Tensor, Tensor]:
-    """Network output and dφ/dz of an element-wise tail on the head (ones without a tail)."""
-    slopes = torch.ones_like(z)
-    for op in stage.tail:
-        if isinstance(op, Activation):
-            slopes = slopes * op.derivative(z)
-        z = op.forward(z)
-    return z, slopes.reshape(z.shape)
 
 
 def reproduced(
@@ -43,13 +33,18 @@ def reproduced(
     precision: Precision,
 ) -> bool:
     """True if α k(α) is v in every row, within what rounding and noise explain."""
-    outputs, slopes = tail(stage, stage.affine.forward((alpha * u)[None]))
-    k = (loss.cotangent(outputs, target) * slopes)[0]
+    k = loss.cotangent(stage.affine.forward((alpha * u)[None]), target)[0]
     slack = 100 * abs(alpha) * cotangent_rounding(stage, alpha * u, target, loss, precision)
     slack = slack + 100 * precision.floor * u.numel() ** 0.5
-    slack = slack + 10 * precision.noise * max(1.0, (v.numel() * u.numel()) ** 0.5)
+    # u turns with the noise too, and α k(α u) with u: bounded by the norm of all of the noise.
+    slack = slack + 10 * added_noise(stage, precision).norm()
     relative = torch.maximum(100 * precision.unit * v.abs(), 1e-9 * v.norm())
     return bool(((alpha * k - v).abs() <= torch.maximum(slack, relative)).all())
+
+
+def added_noise(stage: Stage, precision: Precision) -> Tensor:
+    """Standard deviation of the noise added to each entry of the stage's gradient, [m, n]."""
+    return precision.noise_std(stage.affine.weight_name, stage.affine.weight)
 
 
 def cotangent_rounding(
@@ -62,13 +57,9 @@ def cotangent_rounding(
     says little, the other rows still all.
     """
     z = stage.affine.forward(x[None])
-    outputs, slopes = tail(stage, z)
-    k = loss.cotangent(outputs, target)[0]
-    ones = torch.ones_like(outputs)
-    inverse = loss.targets_from(outputs, 0 * ones) - loss.targets_from(outputs, ones)
-    present = (target[0] != 0) | (loss.label_smoothing > 0)
-    absolute = present / inverse[0].abs()
-    return precision.unit * (k.abs() * (1 + float(z.abs().max())) + absolute) * slopes[0].abs()
+    k = loss.cotangent(z, target)[0]
+    own = loss.rounding(z, target)[0]
+    return precision.unit * (k.abs() * (1 + float(z.abs().max())) + own)
 
 
 def roots(
@@ -76,8 +67,9 @@ def roots(
 ) -> list[tuple[float, Tensor]]:
     """Scales α and dense targets with α k_j(α) = v_j in one entry j of v."""
     found: list[tuple[float, Tensor]] = []
+    slack = 6 * (added_noise(stage, precision).square() @ u.square()).sqrt()  # of v = G u
     for sign in (1.0, -1.0):
-        for target in _targets(loss, sign * v, 6 * precision.noise):
+        for target in _targets(loss, sign * v, slack):
             equation = scale_equation(stage, u, v, loss, target)
             grid = _scales(stage, u, v, loss, target)
             found += [(root, target) for root in _zeros(equation, sign * grid)]
@@ -91,13 +83,12 @@ def _scales(stage: Stage, u: Tensor, v: Tensor, loss: Loss, target: Tensor) -> T
     the root where they are small (weights of 0, or orthogonal to the features).
     """
     logits = float(stage.affine.linear(u[None]).abs().max())
-    outputs, slopes = tail(stage, stage.affine.forward(0.0 * u[None]))
-    rest = (loss.cotangent(outputs, target) * slopes)[0]
+    rest = loss.cotangent(stage.affine.forward(0.0 * u[None]), target)[0]
     sizes = [float(v.abs().max() / rest.abs().max().clamp_min(1e-300))]
     if logits > 1e-100 * float(stage.affine.weight.abs().max()):
         sizes.append(1.0 / logits)
     low, high = log10(BELOW * min(sizes)), log10(ABOVE * max(sizes))
-    return torch.logspace(low, high, int(GRID * (high - low)), dtype=torch.float64)
+    return torch.logspace(low, high, int(GRID * (high - low)), dtype=u.dtype, device=u.device)
 
 
 def scale_equation(
@@ -107,10 +98,10 @@ def scale_equation(
     j = entry(v, loss, target)
 
     def equation(alpha: Tensor) -> Tensor:
-        outputs, slopes = tail(stage, stage.affine.forward(alpha[:, None] * u))
-        k = loss.cotangent(outputs, target.expand_as(outputs)) * slopes
+        z = stage.affine.forward(alpha[:, None] * u)
+        k = loss.cotangent(z, target.expand(len(z), -1))
         if loss.reduction == "mean":  # the scales are a batch here; the client's batch was one
-            k = k * outputs.shape[0]
+            k = k * len(z)
         return alpha * k[:, j] - v[j]
 
     return equation
@@ -122,27 +113,30 @@ def entry(v: Tensor, loss: Loss, target: Tensor) -> int:
     In the row of the label the client's p − 1 cancels; the largest other row is p itself.
     """
     size = v.abs()
-    if loss.name == "cross_entropy":
+    if loss.name == CROSS_ENTROPY and loss.plain:
         size = size.masked_fill(target[0] > 0.5, 0.0)
     return int((size if bool((size > 0).any()) else v.abs()).argmax())
 
 
-def _targets(loss: Loss, v: Tensor, slack: float) -> list[Tensor]:
+def _targets(loss: Loss, v: Tensor, slack: Tensor) -> list[Tensor]:
     """Dense one-hot or 0–1 targets whose cotangent can have the signs of v, give or take noise."""
     classes = v.numel()
-    outputs = torch.zeros(1, classes, dtype=torch.float64)
-    if loss.name == "binary_cross_entropy_with_logits":
+    outputs = v.new_zeros(1, classes)
+    if not loss.plain:  # the steps behind the head may turn any sign
+        options = loss.admissible(loss.outputs(classes)) or []
+        return [loss.dense(torch.tensor([c], device=v.device), outputs) for c in options]
+    if loss.name == BINARY:
         return [(v < 0).double()[None]]
     if loss.label_smoothing == 0 and classes > 2:
         # Only the label's row is negative, as large as all others together; where p = 1 in the
         # client's precision it is 0.
-        rows = torch.arange(classes)
+        rows = torch.arange(classes, device=v.device)
         least = torch.nonzero(v == v.min()).flatten()
-        fits = [c for c in least if float(v[c]) <= 0 and bool((v[rows != c] >= -slack).all())]
+        fits = [c for c in least if float(v[c]) <= 0 and bool((v >= -slack)[rows != c].all())]
         choices = [int(c) for c in fits]
     else:
         choices = list(range(classes))
-    return [loss.dense(torch.tensor([c]), outputs) for c in choices]
+    return [loss.dense(torch.tensor([c], device=v.device), outputs) for c in choices]
 
 
 def _zeros(function: Callable[[Tensor], Tensor], grid: Tensor) -> list[float]:
@@ -159,11 +153,13 @@ def _zeros(function: Callable[[Tensor], Tensor], grid: Tensor) -> list[float]:
         & (values[1:-1] * values[2:] > 0)
     ).flatten()
     for i in dips.tolist():
-        fine = torch.linspace(float(grid[i]), float(grid[i + 2]), 2001, dtype=torch.float64)
+        fine = torch.linspace(
+            float(grid[i]), float(grid[i + 2]), 2001, dtype=grid.dtype, device=grid.device
+        )
         brackets += _changes(fine, function(fine))
 
     def scalar(alpha: float) -> float:
-        return float(function(torch.tensor([alpha], dtype=torch.float64)))
+        return float(function(grid.new_tensor([alpha])))
 
     return [float(brentq(scalar, *ends, xtol=1e-300, rtol=1e-15)) for ends in brackets]
 

@@ -23,6 +23,7 @@ __all__ = ["opened", "read", "write", "written"]
 FORMAT = "rgap.update"
 VERSION = 1
 _GROUPS = ("gradients", "buffers")
+_NOISE = "noise"  # optional: files of version 1 that have no noise do not name the group
 _KEYS = (*_GROUPS, "batch_size", "loss", "input_shape", "value_range", "dtype", "local_steps")
 
 
@@ -33,16 +34,17 @@ def write(path: str | os.PathLike[str], fields: dict[str, Any]) -> None:
     new one, and an interrupted run leaves no half-written update.
     """
     tensors: dict[str, Tensor] = {}
-    for group in _GROUPS:
+    groups = _GROUPS if fields[_NOISE] is None else (*_GROUPS, _NOISE)
+    for group in groups:
         for name, tensor in fields[group].items():
             tensors[f"{group}/{name}"] = tensor.contiguous()
     if fields["labels"] is not None:
         tensors["labels"] = fields["labels"].contiguous()
     loss: Loss = fields["loss"]
     header = {
-        **{group: list(fields[group]) for group in _GROUPS},
+        **{group: list(fields[group]) for group in groups},
         "batch_size": fields["batch_size"],
-        "loss": {k: getattr(loss, k) for k in ("name", "reduction", "label_smoothing", "targets")},
+        "loss": _loss(loss),
         "input_shape": fields["input_shape"],
         "value_range": fields["value_range"],
         "dtype": str(fields["dtype"]).removeprefix("torch."),
@@ -51,6 +53,22 @@ def write(path: str | os.PathLike[str], fields: dict[str, Any]) -> None:
     written(
         path, tensors, {"format": FORMAT, "version": str(VERSION), "update": json.dumps(header)}
     )
+
+
+_OPTIONS = (
+    "name", "reduction", "label_smoothing", "targets", "weight", "pos_weight", "gamma", "alpha",
+)  # fmt: skip
+
+
+def _loss(loss: Loss) -> dict[str, Any]:
+    """A loss as JSON; of a function only the name, which whoever loads the file declares again."""
+    if loss.own:
+        return {"name": loss.name, "own": True}
+    return {k: getattr(loss, k) for k in _OPTIONS if getattr(loss, k) is not None}
+
+
+def _declared(header: dict[str, Any]) -> Loss:
+    return Loss.lost(str(header["name"])) if header.get("own") else Loss(**header)
 
 
 def written(
@@ -94,14 +112,15 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Fields of the update in ``path``; raises ValueError for anything that is not one."""
     metadata, tensors = opened(path)
     header = _header(path, metadata)
-    wanted = {g: [f"{g}/{n}" for n in header[g]] for g in _GROUPS}
+    present = (*_GROUPS, _NOISE) if _NOISE in header else _GROUPS
+    wanted = {g: [f"{g}/{n}" for n in header[g]] for g in present}
     for key in (k for keys in wanted.values() for k in keys):
         if key not in tensors:
             raise ValueError(
                 f"{path}: the tensor {key!r} that its metadata lists is missing; the file "
                 "was edited. Write it again with update.save(path)."
             )
-    groups = {g: {k.removeprefix(f"{g}/"): tensors[k] for k in wanted[g]} for g in _GROUPS}
+    groups = {g: {k.removeprefix(f"{g}/"): tensors[k] for k in wanted[g]} for g in wanted}
     return {**groups, "labels": tensors.get("labels"), **_decoded(path, header)}
 
 
@@ -112,7 +131,7 @@ def _decoded(path: str | os.PathLike[str], header: dict[str, Any]) -> dict[str, 
     shape, value_range = header["input_shape"], header["value_range"]
     return {
         "batch_size": header["batch_size"],
-        "loss": Loss(**header["loss"]),
+        "loss": _declared(header["loss"]),
         "input_shape": None if shape is None else tuple(shape),
         "value_range": None if value_range is None else tuple(value_range),
         "dtype": dtype,

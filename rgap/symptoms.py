@@ -22,9 +22,9 @@ COARSE = 1e-3  # a sum that is only known to this share of its terms tests nothi
 
 def warnings(problem: Problem) -> tuple[str, ...]:
     """What the head's gradient says about itself: underflow, and another loss than declared."""
-    if not problem.chain.stages or compression(problem.update.gradients) is not None:
-        return ()
-    found = _underflow(problem)
+    if not problem.chain.stages or compression(problem.gradients.original) is not None:
+        return problem.notes
+    found = [*problem.notes, *_underflow(problem)]
     if _softmax_shaped(problem):
         found.append(
             "the head's bias gradient sums to 0 and exactly one of its entries is negative: the "
@@ -94,7 +94,9 @@ def _underflow(problem: Problem) -> list[str]:
     head = problem.chain.stages[-1].affine
     found = []
     info = torch.finfo(problem.update.dtype)
-    for name in filter(None, (head.bias_name, head.weight_name)):
+    for name in (n for n in (head.bias_name, head.weight_name) if n is not None):
+        if not problem.precision.sent(name):
+            continue
         g = problem.update.gradients[name].abs()
         low = int(((g > 0) & (g < info.smallest_normal)).sum())
         rows = g.flatten(1).amax(1) if g.ndim > 1 else g
@@ -114,12 +116,15 @@ def _softmax_shaped(problem: Problem) -> bool:
     outputs and targets have the same sum, which a linear head does not give.
     """
     stage, loss = problem.chain.stages[-1], problem.update.loss
+    if not problem.precision.sent(stage.affine.bias_name):
+        return False
     continuous = loss.name != CROSS_ENTROPY and loss.targets != "index"
-    if not continuous or problem.batch > 1 or stage.tail or stage.affine.bias_name is None:
+    if not continuous or problem.batch > 1 or not loss.plain or stage.affine.bias_name is None:
         return False
     k = problem.gradients[stage.affine.bias_name].flatten()
     size = float(k.abs().max())
-    rounding = len(k) * (4 * problem.precision.unit * size + problem.precision.noise)
+    added = float(problem.precision.noise_std(stage.affine.bias_name, k).max())
+    rounding = len(k) * (4 * problem.precision.unit * size + added)
     return (
         int((k < 0).sum()) == 1
         and abs(float(k.sum())) <= rounding

@@ -13,7 +13,12 @@ from rgap import validation
 
 __all__ = [
     "BINARY",
+    "CLASSES",
     "CROSS_ENTROPY",
+    "FOCAL",
+    "LOG_PROBABILITIES",
+    "PROBABILITIES",
+    "SIGMOID_FOCAL",
     "SQUARED",
     "check",
     "outside",
@@ -24,6 +29,11 @@ __all__ = [
 CROSS_ENTROPY = "cross_entropy"
 BINARY = "binary_cross_entropy_with_logits"
 SQUARED = "mse_loss"
+LOG_PROBABILITIES = "nll_loss"
+PROBABILITIES = "binary_cross_entropy"
+FOCAL = "focal_loss"
+SIGMOID_FOCAL = "sigmoid_focal_loss"
+CLASSES = (CROSS_ENTROPY, LOG_PROBABILITIES, FOCAL)  # one class a sample, along dimension 1
 
 
 def check(loss: str, kind: str, outputs: Tensor, targets: Tensor) -> None:
@@ -31,8 +41,8 @@ def check(loss: str, kind: str, outputs: Tensor, targets: Tensor) -> None:
     require_outputs(loss, outputs)
     if targets.is_complex():
         raise TypeError(f"targets: expected real numbers, got {targets.dtype}.")
-    if loss == CROSS_ENTROPY and kind == "index":
-        _check_indices(outputs, targets)
+    if loss in CLASSES and kind == "index":
+        _check_indices(loss, outputs, targets)
         return
     if kind != "index" and not targets.is_floating_point():
         index = ", or Loss(targets='index')" if kind == "probability" else ""
@@ -66,24 +76,25 @@ def outside(loss: str, dense: Tensor) -> float:
 
 def require_outputs(loss: str, outputs: Tensor) -> None:
     """Raise unless the model's outputs have a shape that ``loss`` takes."""
-    if loss != CROSS_ENTROPY:
+    if loss not in CLASSES:
         if outputs.ndim == 0:
             raise ValueError(f"outputs: {loss} expects [B] or [B, C], got a scalar.")
-    elif outputs.ndim != 2 or outputs.shape[1] < 2:
+    elif outputs.ndim < 2 or outputs.shape[1] < 2:
         raise ValueError(
-            f"outputs: cross_entropy expects [B, C] with C >= 2, got {tuple(outputs.shape)}; "
+            f"outputs: {loss} expects [B, C] or [B, C, ...] with C >= 2, got "
+            f"{tuple(outputs.shape)}; "
             "for a single logit write loss='binary_cross_entropy_with_logits'."
         )
 
 
 def require_shape(loss: str, outputs: Tensor, targets: Tensor, *, index: bool = False) -> None:
     """Raise unless ``targets`` have one entry per sample (``index``) or the outputs' shape."""
-    column = loss != CROSS_ENTROPY and outputs.ndim == 2 and outputs.shape[1] == 1
-    expected = tuple(outputs.shape[:1]) if index else tuple(outputs.shape)
+    column = loss not in CLASSES and outputs.ndim == 2 and outputs.shape[1] == 1
+    expected = (len(outputs), *outputs.shape[2:]) if index else tuple(outputs.shape)
     if tuple(targets.shape) == expected or (column and targets.shape == outputs.shape[:1]):
         return
     hint = ""
-    if index and targets.ndim == 2:
+    if index and loss == CROSS_ENTROPY and targets.shape == outputs.shape:
         hint = "; write targets.argmax(dim=1), or Loss('cross_entropy', targets='probability')"
     raise ValueError(
         f"targets: {loss} with outputs {tuple(outputs.shape)} expects shape {expected}, got "
@@ -91,14 +102,15 @@ def require_shape(loss: str, outputs: Tensor, targets: Tensor, *, index: bool = 
     )
 
 
-def _check_indices(outputs: Tensor, targets: Tensor) -> None:
+def _check_indices(loss: str, outputs: Tensor, targets: Tensor) -> None:
     if targets.is_floating_point() or targets.dtype == torch.bool:
+        soft = "; for soft targets write Loss('cross_entropy', targets='probability')"
         raise TypeError(
-            "targets: cross_entropy expects class indices, a long tensor of shape "
-            f"({outputs.shape[0]},), got {targets.dtype} of shape {tuple(targets.shape)}; "
-            "for soft targets write Loss('cross_entropy', targets='probability')."
+            f"targets: {loss} expects class indices, a long tensor of shape "
+            f"{(len(outputs), *outputs.shape[2:])}, got {targets.dtype} of shape "
+            f"{tuple(targets.shape)}{soft if loss == CROSS_ENTROPY else ''}."
         )
-    require_shape(CROSS_ENTROPY, outputs, targets, index=True)
+    require_shape(loss, outputs, targets, index=True)
     classes = outputs.shape[1]
     if bool(((targets < 0) | (targets >= classes)).any()):
         raise ValueError(

@@ -12,9 +12,10 @@ from torch import Tensor, fx, nn
 
 from rgap.calls import DATA, Call, evaluate
 from rgap.functional import build_call
-from rgap.isolation import first_line, meta_copy, on_meta, untouched
+from rgap.isolation import meta_copy, on_meta, untouched
 from rgap.layers import Names, Piece, build
 from rgap.probing import PROBE, Shape, Unsupported
+from rgap.running import first_line
 
 UNKNOWN = object()  # value of a node that PyTorch cannot tell without data
 _MERGES = {
@@ -93,11 +94,11 @@ def propagate(model: nn.Module, nodes: Sequence[fx.Node], shape: Shape) -> dict[
     traced: dict[fx.Node, Traced] = {}
     for node in nodes:
         if node.op == "placeholder":
-            traced[node] = Traced(_meta(shape), data=True)
+            traced[node] = Traced(meta(shape), data=True)
         elif node.op == "get_attr":
-            traced[node] = Traced(node.meta["value"], data=False)
+            traced[node] = Traced(attribute_value(node), data=False)
         else:
-            traced[node] = _step(model, node, traced, names)
+            traced[node] = step(model, node, traced, names)
     return traced
 
 
@@ -107,6 +108,11 @@ def attribute(model: nn.Module, path: str) -> Any:
     for part in path.split("."):
         value = getattr(value, part)
     return value
+
+
+def attribute_value(node: fx.Node) -> Any:
+    """The value of a ``get_attr`` node, as the trace kept it."""
+    return node.meta["value"]
 
 
 def module_of(model: nn.Module, node: fx.Node) -> nn.Module:
@@ -130,7 +136,12 @@ def kind_of(model: nn.Module, node: fx.Node) -> str:
     return str(getattr(node.target, "__name__", node.target))
 
 
-def _step(model: nn.Module, node: fx.Node, traced: dict[fx.Node, Traced], names: Names) -> Traced:
+def step(model: nn.Module, node: fx.Node, traced: dict[fx.Node, Traced], names: Names) -> Traced:
+    """What one call is, once its arguments are known.
+
+    Raises:
+        ValueError: a layer does not accept the shape that reaches it.
+    """
     sources = [n for n in node.all_input_nodes if traced[n].data]
     if not sources:
         value = _evaluate(model, node, traced)
@@ -157,7 +168,7 @@ def _step(model: nn.Module, node: fx.Node, traced: dict[fx.Node, Traced], names:
         reason = f"its arguments cannot be read as a step: {first_line(error)}"
         return _refused(model, node, traced, reason, source)
     out_shape = in_shape if piece is None else piece.out_shape
-    return Traced(_meta(out_shape), data=True, piece=piece, source=source)
+    return Traced(meta(out_shape), data=True, piece=piece, source=source)
 
 
 def _piece(
@@ -249,5 +260,6 @@ def _holds_tensor(value: Any) -> bool:
     return isinstance(value, Tensor)
 
 
-def _meta(shape: Shape) -> Tensor:
+def meta(shape: Shape) -> Tensor:
+    """A batch of such inputs without values."""
     return torch.empty(PROBE, *shape, dtype=torch.float64, device="meta")

@@ -19,14 +19,18 @@ _MEANT = {
     "ce": "cross_entropy",
     "crossentropy": "cross_entropy",
     "crossentropyloss": "cross_entropy",
-    "nll_loss": "cross_entropy",
+    "nll": "nll_loss",
+    "nllloss": "nll_loss",
+    "focal": "focal_loss",
     "bce": "binary_cross_entropy_with_logits",
     "bcewithlogitsloss": "binary_cross_entropy_with_logits",
-    "binary_cross_entropy": "binary_cross_entropy_with_logits",
+    "bceloss": "binary_cross_entropy",
     "mse": "mse_loss",
     "mseloss": "mse_loss",
     "l2": "mse_loss",
 }
+
+WEIGHTS = 0.2  # distance from the weights, over their size, up to which gradients are weights
 
 # What to write for a count that is refused; 1 where nothing else is usual.
 _EXAMPLES = {
@@ -87,6 +91,38 @@ def finite_gradient(name: str, tensor: Tensor) -> None:
     )
 
 
+def entrywise_noise(noise: Any, gradients: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """Copies of the standard deviations of each entry, in the order of the gradients."""
+    if noise is None:
+        return None
+    given = named(noise, "noise")
+    for name, std in given.items():
+        if name not in gradients:
+            raise ValueError(
+                f"noise: {name!r} is not among the gradients, expected names such as "
+                f"{next(iter(gradients))!r}; write one standard deviation per entry, "
+                "noise={n: torch.full_like(g, 0.01) for n, g in gradients.items()}."
+            )
+        if not isinstance(std, Tensor) or not std.is_floating_point():
+            raise TypeError(
+                f"noise: {name!r} is a {type(std).__name__}, expected a floating torch.Tensor; "
+                f"write torch.full_like(gradients[{name!r}], 0.01)."
+            )
+        if std.shape != gradients[name].shape:
+            raise ValueError(
+                f"noise: {name!r} has shape {tuple(std.shape)}, expected "
+                f"{tuple(gradients[name].shape)} as its gradient; write "
+                f"std.expand_as(gradients[{name!r}])."
+            )
+        require_finite(f"noise: {name!r}", std, "write 0.0 where no noise was added")
+        if bool((std < 0).any()):
+            raise ValueError(
+                f"noise: {name!r} has a negative entry {float(std.min()):.3g}, expected standard "
+                "deviations; write std.abs()."
+            )
+    return {name: given[name].detach().clone() for name in gradients if name in given} or None
+
+
 def buffer(name: str, tensor: Any) -> Tensor:
     """A copy of one buffer."""
     if not isinstance(tensor, Tensor):
@@ -137,6 +173,25 @@ def bounds(value_range: Any) -> tuple[float, float] | None:
     return low, high
 
 
+def refuse_weights(gradients: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
+    """Raise if the gradients are the model's own parameters, a little trained perhaps."""
+    apart = size = 0.0
+    for name, g in gradients.items():
+        p = parameters.get(name)
+        if p is None or p.shape != g.shape:
+            return  # named by the other checks
+        own = p.detach().to(g.device, torch.float64)
+        apart += float((g.double() - own).square().sum())
+        size += float(own.square().sum())
+    if size > 0.0 and apart < (WEIGHTS * WEIGHTS) * size:
+        raise ValueError(
+            f"gradients: they are the model's own parameters to within {(apart / size) ** 0.5:.1e} "
+            "of their size: weights after training, expected gradients. Write "
+            "Update.from_ndarrays(model, arrays, lr=0.01) or Update.from_delta(model, weights, "
+            "lr=0.01) with the client's learning rate."
+        )
+
+
 def check_names(got: Mapping[str, Tensor], expected: Mapping[str, Tensor], model: str) -> None:
     """Raise unless names and order are the model's."""
     missing = [name for name in expected if name not in got]
@@ -152,7 +207,8 @@ def check_names(got: Mapping[str, Tensor], expected: Mapping[str, Tensor], model
         raise ValueError(
             f"gradients: {missing[0]!r} is missing{also}, expected the {len(expected)} parameters "
             f"of the {model}{found}. Write Update({{n: p.grad for n, p in "
-            "model.named_parameters()})."
+            "model.named_parameters()}), or, if the client froze it, "
+            f"model.get_parameter({missing[0]!r}).requires_grad_(False)."
         )
     if extra:
         raise ValueError(
@@ -183,12 +239,11 @@ def check_shapes(what: str, got: Mapping[str, Tensor], expected: Mapping[str, Te
 
 def refuse_loss_options(loss: nn.Module) -> None:
     """Raise if a PyTorch loss module has an option that `rgap.Loss` has not."""
-    for option in ("weight", "pos_weight"):
-        if getattr(loss, option, None) is not None:
-            raise ValueError(
-                f"loss: {type(loss).__name__}({option}=...) is not supported: weights break the "
-                f"identity between the gradient and the label counts. Leave {option} out."
-            )
+    if isinstance(loss, (nn.BCELoss, nn.BCEWithLogitsLoss)) and loss.weight is not None:
+        raise ValueError(
+            f"loss: {type(loss).__name__}(weight=...) weighs places of the batch, not classes, and "
+            "is not offered by name; write the loss as a function of outputs and targets."
+        )
     if getattr(loss, "ignore_index", -100) != -100:
         raise ValueError(
             f"loss: {type(loss).__name__}(ignore_index=...) is not supported; leave the ignored "

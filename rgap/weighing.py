@@ -52,7 +52,7 @@ def _update_std(point: Linearisation, precision: Precision) -> Rows:
     """Standard error of every entry from the rounding of its own sum, and the stated noise."""
     totals = point.gradients() if len(point.x) > 1 else {}
     squares = point.squares()
-    return {name: precision.update_std(s, totals.get(name)) for name, s in squares.items()}
+    return {name: precision.update_std(name, s, totals.get(name)) for name, s in squares.items()}
 
 
 def update_noise(point: Linearisation, kappa: Known, precision: Precision) -> Rows:

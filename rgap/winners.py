@@ -20,14 +20,16 @@ import torch
 from torch import Tensor, nn
 
 from rgap.affine import Affine
-from rgap.completion import grey, stages
+from rgap.annealing import Position, anneal
+from rgap.completion import grey
 from rgap.kinks import rounded
 from rgap.module_update import Inside, ModuleUpdate
 from rgap.network import Chain
 from rgap.ops import Op
 from rgap.precision import UNKNOWN, Known
-from rgap.solvers.gauss_newton import Schedule, Step, gauss_newton
+from rgap.solvers.gauss_newton import Schedule, Step
 from rgap.solvers.priors import Squares, TotalVariation
+from rgap.systems.known_input import Where
 
 PASSES = (8, 40, 100)  # levels of the first try and of those after it
 FOUND = 1e-6  # misfit up to which the winners are taken as found; the equations of the stage decide
@@ -47,30 +49,6 @@ class Search:
 
     input: Tensor
     passed: tuple[Known, Known] | None
-
-
-@dataclass(frozen=True)
-class Where:
-    """Known entries of a pool's output: ``u[known] = û[known]``.
-
-    Attributes:
-        value: û, [B, *out_shape].
-        known: where it is known; below a ReLU that was off it is not.
-        expected: squared misfit that the error of û explains; none is allowed for.
-    """
-
-    value: Tensor
-    known: Tensor
-    expected: float = 0.0
-
-    @property
-    def equations(self) -> int:
-        """As many as known entries."""
-        return int(self.known.sum())
-
-    def misfit(self, u: Tensor) -> Tensor:
-        """The difference where û is known, 0 elsewhere, flat."""
-        return ((u - self.value) * self.known).flatten()
 
 
 class _Layer(nn.Module):
@@ -198,22 +176,13 @@ def _solve(
     equations.balance(start)
     best, lowest = start, inf
     for levels in PASSES:
-        u, misfit = start, inf
-        for sharpness, here in stages(Schedule(products=PRODUCTS), levels):
-            left = deadline - time.perf_counter()
-            if left <= 0:
-                break
-            equations.sharpness.value = sharpness
-            found = gauss_newton(
-                equations.at, u, prior, replace(here, seconds=left), project=project, watch=told
-            )
-            u, misfit = found.value, found.misfit
-        equations.sharpness.value = None
-        if left <= 0:  # not sharp yet
-            misfit = equations.misfit(u)
-        if misfit < lowest:
-            best, lowest = u, misfit
-        if left <= 0 or lowest <= FOUND:
+        found = anneal(
+            equations, Position(start), prior, Schedule(products=PRODUCTS), levels, deadline,
+            project=project, watch=told,
+        )  # fmt: skip
+        if found.misfit < lowest:
+            best, lowest = found.value, found.misfit
+        if lowest <= FOUND or time.perf_counter() > deadline:
             break
     return best, lowest <= FOUND
 

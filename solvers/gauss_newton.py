@@ -179,15 +179,15 @@ def gauss_newton(
         if not bool(torch.isfinite(dx).all()):
             return Minimum(x, misfit, tuple(steps), "the next step is not finite")
         past, before = misfit, misfit + weight * float(current.value(x))
-        length, trial, fresh, found = 1.0, x, point, inf
+        length, trial, fresh, found, moved = 1.0, x, point, inf, False
         while length > SHORTEST:
             trial = project(x + length * dx)
             fresh = linearise(trial)
             found = float(fresh.residual.square().sum())
-            if isfinite(found) and found + weight * float(current.value(trial)) < before:
+            moved = isfinite(found) and found + weight * float(current.value(trial)) < before
+            if moved or time.perf_counter() > deadline:
                 break
             length *= 0.5
-        moved = length > SHORTEST
         change = float((trial - x).norm() / x.norm().clamp_min(1e-300)) if moved else 0.0
         if moved:
             x, point, misfit, damping = trial, fresh, found, 0.1 * damping
@@ -283,7 +283,7 @@ def _solved(
     size = int(kept.sum())
     if size == 0:
         return torch.zeros_like(rhs)
-    eye = torch.eye(rhs.numel()).to(rhs)[kept].reshape(-1, *rhs.shape)
+    eye = torch.eye(rhs.numel(), dtype=rhs.dtype, device=rhs.device)[kept].reshape(-1, *rhs.shape)
     curved = torch.stack([bend(e).flatten()[kept] for e in eye])
     own = jacobian[:, kept]
     matrix = own.T @ own + 0.25 * weight * (curved + curved.T)

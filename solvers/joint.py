@@ -103,7 +103,7 @@ class JointRows:
         if not self._swapped:
             to_large, from_large, to_small, from_small = to_small, from_small, to_large, from_large
         shape = (count, spaces.channels, len(spaces.weight) * spaces.positions)
-        x: Tensor = torch.randn(shape, generator=generator, dtype=lower.dtype)
+        x: Tensor = torch.randn(shape, generator=generator, dtype=lower.dtype).to(lower)
         x = x - from_large(to_large(x))
         x = x / x.flatten(1).norm(dim=1)[:, None, None]
         signs = torch.randint(0, 2, (4, count), generator=generator).to(x) * 2.0 - 1.0
@@ -141,8 +141,9 @@ class JointRows:
         """
         size = min(self.spaces.ranks)
         if size == 0:
-            self._common = torch.zeros(0, 0, dtype=torch.float64)
-            return torch.ones(0, dtype=torch.float64)
+            like = self.spaces.weight[0] if self.spaces.weight else self.spaces.gradient[0]
+            self._common = like.new_zeros(0, 0)
+            return like.new_ones(0)
         if shared is not None and size > SMALL:
             known = self._beyond(shared())
             if known is not None:

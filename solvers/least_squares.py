@@ -109,7 +109,7 @@ def levenberg_marquardt(
     """
     t = start.clone()
     if t.shape[1] == 0:  # nothing is unknown
-        return Roots(t, equations.cost(t), torch.ones(len(t), dtype=torch.bool), 0)
+        return Roots(t, equations.cost(t), t.new_ones(len(t), dtype=torch.bool), 0)
     cost = equations.cost(t).nan_to_num(torch.inf, posinf=torch.inf)
     settled = cost <= tolerance
     damping = t.new_full((len(t),), FIRST)
@@ -148,7 +148,7 @@ def refine(equations: Linearised, t: Tensor, steps: int = 4) -> Tensor:
     if t.shape[1] == 0:
         return t
     t, cost = t.clone(), equations.cost(t)
-    live = torch.arange(len(t))
+    live = torch.arange(len(t), device=t.device)
     for _ in range(steps):
         own = equations.some(live)
         residual, jacobian = own.linear(t[live])
@@ -212,7 +212,8 @@ def geodesic(
         residual, jacobian = equations.linear(t)
         rows = residual.shape[1]
         scale = jacobian.square().sum((1, 2)) / size
-        eye = torch.eye(size).to(t) * (damping * scale).sqrt()[:, None, None]
+        eye = torch.eye(size, dtype=t.dtype, device=t.device)
+        eye = eye * (damping * scale).sqrt()[:, None, None]
         basis, upper = tall_qr(torch.cat([jacobian, eye], 1))
         across = basis[:, :rows].transpose(1, 2)
 

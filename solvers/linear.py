@@ -104,7 +104,7 @@ def null_projection(stacked: Stacked, vectors: Tensor, limit: int = 4000) -> Ten
     kept = []
     for vector in vectors:
         v = vector / vector.norm()
-        part = solve_lsmr(stacked, torch.zeros(stacked.shape[0], dtype=torch.float64), v, limit).x
+        part = solve_lsmr(stacked, v.new_zeros(stacked.shape[0]), v, limit).x
         if float(part.norm()) > 1e-6:
             kept.append(part)
     if not kept:

@@ -39,7 +39,9 @@ class LowRank:
     beneath: Tensor
 
 
-def low_rank(matrix: Tensor, relative_noise: float, most: int | None = None) -> LowRank:
+def low_rank(
+    matrix: Tensor, relative_noise: float, most: int | None = None, added: float = 0.0
+) -> LowRank:
     """Singular triplets above the noise.
 
     Args:
@@ -48,6 +50,8 @@ def low_rank(matrix: Tensor, relative_noise: float, most: int | None = None) -> 
             is ``ABOVE`` times that, or ``ABOVE`` times the plateau that is met, if it is lower
             than a hundred times the expectation.
         most: keep at most that many (a stated rank).
+        added: expected spectral norm of noise that does not scale with the matrix; adds to the
+            relative one.
 
     Returns:
         The :class:`LowRank`.
@@ -65,7 +69,8 @@ def low_rank(matrix: Tensor, relative_noise: float, most: int | None = None) -> 
     """
     if matrix.numel() == 0:
         raise ValueError(f"matrix: expected entries, got shape {tuple(matrix.shape)}")
-    left, values, right = _leading(matrix, relative_noise)
+    left, values, right = _leading(matrix, relative_noise, added)
+    relative_noise = _expected(values, relative_noise, added)
     floor = resolve_rcond(None, (matrix.shape[0], matrix.shape[1]))
     expected = max(relative_noise, floor / 16)
     rank = numerical_rank(values, min(matrix.shape), ABOVE * expected)
@@ -95,7 +100,13 @@ def _spread(
     return left @ turn, values, right @ back.T
 
 
-def _leading(matrix: Tensor, relative_noise: float) -> tuple[Tensor, Tensor, Tensor]:
+def _expected(values: Tensor, relative_noise: float, added: float) -> float:
+    """Noise of both kinds over the largest singular value."""
+    largest = float(values[0])
+    return relative_noise + (added / largest if largest > 0 else 0.0)
+
+
+def _leading(matrix: Tensor, relative_noise: float, added: float) -> tuple[Tensor, Tensor, Tensor]:
     """Singular triplets down into the noise."""
     size = min(matrix.shape)
     block = 64
@@ -106,7 +117,8 @@ def _leading(matrix: Tensor, relative_noise: float) -> tuple[Tensor, Tensor, Ten
         for _ in range(2):
             basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis).Q).Q
         inner, values, vh = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
-        quiet = float(values[-SPARE]) <= max(relative_noise, 1e-15) * float(values[0])
+        expected = _expected(values, relative_noise, added)
+        quiet = float(values[-SPARE]) <= max(expected, 1e-15) * float(values[0])
         if quiet:
             return basis @ inner, values, vh.T
         block *= 2

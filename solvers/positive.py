@@ -65,8 +65,13 @@ def extremes(
     def norm(operator: Callable[[Tensor], Tensor]) -> float:
         block = start
         for _ in range(STEPS):
-            block = torch.linalg.qr(operator(block)).Q
-        return float(torch.linalg.matrix_norm(operator(block), 2))
+            image = operator(block)
+            if not bool(image.isfinite().all()):  # the inverse of what is singular
+                return float("inf")
+            block = torch.linalg.qr(image).Q
+        image = operator(block)
+        finite = bool(image.isfinite().all())
+        return float(torch.linalg.matrix_norm(image, 2)) if finite else float("inf")
 
     reciprocal = norm(inverse)
     return norm(product), 1.0 / reciprocal if reciprocal > 0 else 0.0

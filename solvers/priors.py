@@ -239,7 +239,7 @@ def _differences(x: Tensor, order: int) -> Tensor:
             f"TotalVariation: expected samples with channels and space, [B, C, H, W], got "
             f"{list(x.shape)}: their entries have no neighbours; write prior=Squares()"
         )
-    out = torch.zeros(x.ndim - 2, *x.shape).to(x)
+    out = x.new_zeros(x.ndim - 2, *x.shape)
     for axis in range(2, x.ndim):
         size = x.shape[axis] - order
         if size > 0:

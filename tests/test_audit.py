@@ -42,15 +42,20 @@ def dense_ranks(model: nn.Module, x: Tensor) -> dict[str, Ranks]:
         handle.remove()
     loss = nn.functional.cross_entropy(outputs, torch.arange(len(x)) % outputs.shape[1])
     cotangents = torch.autograd.grad(loss, [zero for *_, zero in met.values()])
-    found = {}
+    found, sharing = {}, {}
     for (name, (module, u, _)), k in zip(met.items(), cotangents, strict=True):
         rows_k, rows_w = dense_blocks(module, k, tuple(u.shape[1:]))
         rows_w = rows_w[k.flatten() != 0]  # the z of a unit without a cotangent is unknown
         # rows of unit size: tiny cotangents must not vanish beside the weights
         parts = [rows / rows.norm().clamp_min(1e-300) for rows in (rows_k, rows_w)]
         parts.append(torch.cat(parts))
-        k_rank, w_rank, joint = (int(np.linalg.matrix_rank(part.numpy())) for part in parts)
-        found[name] = (k_rank, w_rank, joint)
+        ranks = [int(np.linalg.matrix_rank(part.numpy())) for part in parts]
+        found[name] = (ranks[0], ranks[1], ranks[2])
+        sharing.setdefault(id(u), []).append((name, parts[2]))
+    for branches in sharing.values():  # layers that read one tensor are counted together
+        joint = int(np.linalg.matrix_rank(torch.cat([rows for _, rows in branches]).numpy()))
+        for name, _ in branches:
+            found[name] = (*found[name][:2], joint)
     return found
 
 

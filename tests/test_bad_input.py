@@ -214,10 +214,13 @@ def test_pictures_of_a_shape_that_does_not_fit(update: Update) -> None:
     )
 
 
-def test_an_unknown_input_shape(update: Update) -> None:
+def test_an_unknown_input_shape() -> None:
+    pooled = nn.Sequential(
+        nn.Conv2d(X.shape[1], 3, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 5)
+    ).eval().to(X.dtype)  # fmt: skip
     refusal(
-        lambda: invert(network(), replace(update, input_shape=None)),
-        *("expected an input shape", "does not state one", "write dataclasses.replace(update, in"),
+        lambda: invert(pooled, replace(capture(pooled, X, LABEL), input_shape=None)),
+        *("expected an input shape", "does not state one", "write input_shape=("),
     )
 
 

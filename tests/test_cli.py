@@ -165,6 +165,22 @@ def test_capture_from_files_and_what_it_shares(here: Path) -> None:
         torch.testing.assert_close(sent, again.gradients[name])
 
 
+def test_the_shape_of_a_sample_is_an_option_of_every_command_that_reads_an_update() -> None:
+    from dataclasses import replace
+
+    from rgap import Update
+
+    call("capture", "clinets:build", *CAPTURE)
+    update = Update.load("update.safetensors")
+    stated = ",".join(map(str, update.input_shape or ()))
+    replace(update, input_shape=(7, 7, 7)).save("update.safetensors")
+    for command in (("invert",), ("labels",), ("match", "--iterations", "1", "--labels", "3")):
+        asked = (command[0], "clinets:build", "update.safetensors", *command[1:])
+        assert "Traceback" not in call(*asked, code=2).err
+        found = CliRunner().invoke(app, [*asked, "--input-shape", stated])
+        assert found.exit_code in (0, 1), found.output
+
+
 @pytest.mark.parametrize("spec", ["lenet:classes=7", "clinets:build"])
 def test_an_audit_calls_the_network_what_it_was_asked_for(spec: str) -> None:
     """The class of both is a plain Sequential."""

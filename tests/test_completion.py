@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import rgap
 from rgap import Status, capture, invert
-from rgap.completion import Whole, grey, inside
+from rgap.completion import grey, inside
 from rgap.kinks import soften
 from rgap.losses import Loss
 from rgap.module_update import Inside, ModuleUpdate, Outside
@@ -20,9 +20,7 @@ from rgap.network import parse
 from rgap.precision import UNKNOWN, Known, Precision
 from rgap.recursion import Reached
 from rgap.systems import gradient_constraint
-from rgap.systems.inequalities import Bounded
-from rgap.systems.known_part import KnownPart
-from rgap.systems.plain_rows import PlainRows
+from rgap.systems.known_input import Bounded, KnownPart, PlainRows, Whole
 from rgap.systems.ranks import stage_joint_rank, weight_row_spaces
 
 F64 = torch.float64

@@ -255,15 +255,16 @@ def test_with_a_bias_features_and_label_are_read_off(sign: str, size: float) -> 
 def test_errors_of_the_bias_attack_carry_the_noise_of_both_gradients() -> None:
     _, x = draw(7, 5)
     k = torch.tensor([0.1, 0.2, -0.6, 0.2, 0.1]).double()
+    layer = stage_of(torch.zeros(5, 7).double(), torch.zeros(5).double()).affine
     noise, made = 1e-4, []
     generator = torch.Generator().manual_seed(0)
     for _ in range(200):
         weight = torch.outer(k, x) + noise * torch.randn(5, 7, generator=generator).double()
         bias = k + noise * torch.randn(5, generator=generator).double()
-        value, _ = features_from_bias(weight, bias, Precision(torch.float64, noise))
+        value, _ = features_from_bias(layer, weight, bias, Precision(torch.float64, noise))
         made.append(value.value[0] - x)
     predicted, cotangent = features_from_bias(
-        torch.outer(k, x), k, Precision(torch.float64, noise, samples=400)
+        layer, torch.outer(k, x), k, Precision(torch.float64, noise, samples=400)
     )
     observed = torch.stack(made).square().mean(0).sqrt()
     ratio = predicted.std[0] / observed

@@ -131,6 +131,41 @@ def test_breaching_local_updates_have_the_opposite_sign() -> None:
         assert torch.allclose(found.gradients[name], gradient, rtol=1e-12)
 
 
+def test_breaching_takes_the_labels_of_every_local_step_in_their_order() -> None:
+    """The labels beside the number of points are sorted, which is the order of no batch."""
+    before, after = trained(2, 0.5)
+    hyper = {"lr": 0.5, "steps": 4, "data_per_step": 1}
+    hyper["labels"] = [torch.tensor([4]), torch.tensor([1]), torch.tensor([4]), torch.tensor([1])]
+    server, shared = payloads(before, labels=torch.tensor([1, 4]), local_hyperparams=hyper)
+    shared["gradients"] = [
+        (a - b).detach() for a, b in zip(after.parameters(), before.parameters(), strict=True)
+    ]
+    found = Update.from_breaching(server, shared, model=before)
+    assert found.labels is not None and found.labels.tolist() == [4, 1]
+    assert found.batch_size == 2 and found.local_steps == 4
+    hyper["labels"] = None
+    assert Update.from_breaching(server, shared, model=before).labels.tolist() == [1, 4]
+
+
+def test_breaching_differences_know_their_rounding() -> None:
+    """The server's weights are in its payload: the same noise as from both sets of weights."""
+    before, after = (m.float() for m in trained(1, 0.5))
+    server, shared = payloads(before, local_hyperparams={"lr": 0.5, "steps": 1})
+    pairs = zip(after.parameters(), before.parameters(), strict=True)
+    shared["gradients"] = [(a - b).detach() for a, b in pairs]
+    found = Update.from_breaching(server, shared, model=before)
+    expected = Update.from_delta(before, after, lr=0.5)
+    assert found.noise is not None and expected.noise is not None
+    for name, std in expected.noise.items():
+        assert torch.allclose(found.noise[name], std, rtol=0.01, atol=1e-12)
+        assert torch.allclose(found.gradients[name], expected.gradients[name], rtol=1e-5)
+    del server["parameters"]
+    again = Update.from_breaching(server, shared, model=before)  # the model's own weights do too
+    assert again.noise is not None and list(again.noise) == list(found.noise)
+    with pytest.raises(ValueError, match="expected the 6 parameters that the server sent out"):
+        Update.from_breaching(server, shared)
+
+
 def test_bad_breaching_data() -> None:
     network = model()
     server, shared = payloads(network)

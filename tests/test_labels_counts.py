@@ -91,11 +91,7 @@ def test_the_search_finds_the_likeliest_of_all_counts(seed: int) -> None:
     away = every.double() - v
     costs = torch.einsum("ni,ij,nj->n", away, torch.linalg.inv(covariance), away)
     found = search(v, covariance, int(truth.sum()))
-    assert torch.equal(found.counts, every[costs.argmin()])
-    odds = torch.softmax(-costs / 2, 0)
-    # What the search did not look at can only lower the true odds, and only a little.
-    exact = odds @ (every == found.counts).double()
-    torch.testing.assert_close(found.confidence, exact, atol=0.05, rtol=0)
+    assert torch.equal(found, every[costs.argmin()])
 
 
 def test_correlated_errors_are_undone_where_rounding_fails() -> None:
@@ -104,5 +100,4 @@ def test_correlated_errors_are_undone_where_rounding_fails() -> None:
     v = truth - 1.2 * u
     assert not torch.equal(nearest_counts(v, 12), truth)
     found = search(v, torch.outer(u, u) + 1e-3 * torch.eye(4, dtype=torch.float64), 12)
-    assert torch.equal(found.counts, truth)
-    assert float(found.confidence.min()) > 0.9
+    assert torch.equal(found, truth)

@@ -18,7 +18,7 @@ from rgap.separation.at_head import AtHead
 from rgap.separation.batch import Batch
 from rgap.separation.between import Between, steps_between
 from rgap.separation.consistency import Consistency, restricted
-from rgap.separation.mixture import mixture, relative_noise
+from rgap.separation.mixture import mixture, relative_rounding
 from rgap.separation.spread import cotangents
 
 F64 = torch.float64
@@ -153,11 +153,26 @@ def test_relative_noise_is_what_rounding_adds() -> None:
     """A random gradient rounded to float32 is within the promised spectral norm, and near it."""
     g = torch.randn(60, 90, generator=torch.Generator().manual_seed(1), dtype=F64)
     met = torch.linalg.matrix_norm(g.float().double() - g, 2) / torch.linalg.matrix_norm(g)
-    promised = relative_noise((60, 90), Precision(torch.float32), 1.0)
+    promised = relative_rounding((60, 90), Precision(torch.float32))
     assert 0.02 * promised < float(met) < promised
-    stated = relative_noise((60, 90), Precision(F64, noise=1e-3), float(g.norm()))
-    added = torch.randn(60, 90, generator=torch.Generator().manual_seed(2), dtype=F64) * 1e-3
-    assert float(torch.linalg.matrix_norm(added, 2) / g.norm()) == pytest.approx(stated, rel=0.2)
+
+
+def test_stated_noise_is_no_rank_however_large_it_is() -> None:
+    """Three samples in noise of every size: never a fourth, and none where noise is all there is.
+
+    The cutoff stands on the norm of the noise itself: over that of the matrix as Frobenius takes
+    it, a gradient of many equal singular values would hide the noise.
+    """
+    stage = batch_of(mlp("gelu", 0), pictures(2, 1), Y[:2]).chain.stages[0]
+    rng = torch.Generator().manual_seed(2)
+    parts = torch.linalg.qr(torch.randn(600, 3, generator=rng, dtype=F64)).Q
+    clean = parts @ torch.linalg.qr(torch.randn(64, 3, generator=rng, dtype=F64)).Q.T
+    for sigma in (1e-12, 1e-6, 1e-3, 1e-2, 0.1, 1.0):
+        sent = clean + sigma * torch.randn(600, 64, generator=rng, dtype=F64)
+        found = mixture(stage, sent, None, Precision(F64, noise=sigma))
+        norm, size = sigma * (600**0.5 + 64**0.5), float(torch.linalg.matrix_norm(sent, 2))
+        assert found.rank == (3 if norm < 0.2 else 0 if norm > 0.5 else found.rank)
+        assert found.noise == pytest.approx(norm / size, rel=0.1)
 
 
 def test_dimensions(pair: tuple[nn.Module, Batch, Tensor, Between]) -> None:

@@ -9,14 +9,15 @@ from torch import Tensor, nn
 
 import rgap
 from rgap import Status, capture, invert
-from rgap.coarse import Standardised, coarse
+from rgap.coarse import coarse
 from rgap.kinks import rounded
 from rgap.losses import Loss
 from rgap.module_update import Inside, ModuleUpdate, Outside
 from rgap.network import parse
 from rgap.precision import UNKNOWN, Known, Precision
 from rgap.solvers.priors import TotalVariation
-from rgap.winners import Where, find_winners
+from rgap.systems.known_input import Standardised, Where
+from rgap.winners import find_winners
 
 F64 = torch.float64
 LABEL = torch.tensor([3])

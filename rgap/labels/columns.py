@@ -59,7 +59,7 @@ def gradinversion(head: HeadGradient) -> LabelEstimate:
             present=proved,
             confidence=proved.double(),
         )
-    counts = torch.zeros(head.classes, dtype=torch.long)
+    counts = torch.zeros(head.classes, dtype=torch.long, device="cpu")
     counts[lowest.argsort(stable=True)[: head.batch_size].cpu()] = 1
     confidence = (proved.cpu() == (counts > 0)).double()
     unproved = int(((counts > 0) & ~proved.cpu()).sum())

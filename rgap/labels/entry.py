@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rgap.checking import refuse_unready, sample_shape
 from rgap.labels.columns import gradinversion
 from rgap.labels.head import HeadGradient, refuse_loss
 from rgap.labels.identity import exact
 from rgap.labels.impact import llg, llg_star
 from rgap.labels.likelihood import best
+from rgap.labels.locate import Located, locate
 from rgap.labels.restoration import ilrg
 from rgap.labels.result import LabelEstimate
 from rgap.labels.separable import rlg
 from rgap.labels.signs import idlg
 from rgap.network import Chain, parse
+from rgap.running import refuse_wrapped
 from rgap.update import Update
 
 __all__ = ["METHODS", "estimate", "head_features", "head_gradient"]
@@ -55,6 +58,7 @@ def estimate(
     method: str = "best",
     batch_size: int | None = None,
     features: Tensor | None = None,
+    device: torch.device | str | None = None,
 ) -> LabelEstimate:
     """The labels of the batch behind ``update``, as far as one method can say.
 
@@ -68,6 +72,8 @@ def estimate(
         batch_size: B, if the update does not state it or to overrule it. For an average over local
             steps write the number of different samples: B if every step used the same ones.
         features: the head's inputs for the batch [B, d], where known; `exact` needs them.
+        device: where the model runs; default its own.  The numbers of one layer are few, and the
+            methods work on the CPU.
 
     Returns:
         The estimate.
@@ -91,7 +97,7 @@ def estimate(
             f"method: expected one of {', '.join(map(repr, METHODS))}, got {method!r}; write "
             "method='best'."
         )
-    found = METHODS[method](head_gradient(model, update, batch_size, features))
+    found = METHODS[method](head_gradient(model, update, batch_size, features, device))
     if update.local_steps > 1 and found.decided:
         flag = MOVED.format(update.local_steps)
         found = replace(found, reason=f"{found.reason}; {flag}" if found.reason else flag)
@@ -103,6 +109,7 @@ def head_gradient(
     update: Update,
     batch_size: int | None = None,
     features: Tensor | None = None,
+    device: torch.device | str | None = None,
 ) -> HeadGradient:
     """The last layer's part of an update, with its weights and its inputs on dummy data.
 
@@ -115,14 +122,23 @@ def head_gradient(
         )
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}.")
-    update.check(model)
+    update = update.fitted(model)
     stated = update.batch_size if batch_size is None else batch_size
     if stated is None:
         raise ValueError(
             "batch_size: expected a number of samples, got an update that does not state one; "
             "write batch_size=8."
         )
-    chain = _chain(model, update)
+    ready(model)
+    if update.input_shape is None:
+        update = replace(update, input_shape=sample_shape(model))
+    if device is not None:
+        model = copy.deepcopy(model).to(device)
+    seen = locate(model, update, dummies(update))
+    if isinstance(seen, Located):
+        refuse_loss(update.loss, len(seen.weight))
+        return seen.gradient(update, stated, features=features, probes=seen.features)
+    chain = _chain(model, update, seen)
     stage = chain.stages[-1]
     refuse_loss(update.loss, stage.out_shape[0])
     name = stage.affine.bias_name
@@ -134,7 +150,7 @@ def head_gradient(
         stage.affine.bias,
         update.loss,
         features,
-        _probes(model, update, chain),
+        _along(chain, dummies(update)) if chain.complete else None,
         update.local_steps,
     )
 
@@ -142,25 +158,52 @@ def head_gradient(
 def head_features(model: nn.Module, update: Update, inputs: Tensor) -> Tensor | None:
     """The head's input [N, d] in float64 for ``inputs``, ``[N, *input_shape]``.
 
-    None where they cannot be observed: a head that is no module of its own, above something that
-    is no chain. Errors as for `estimate`.
+    None where they cannot be observed: above something that neither runs nor is a chain. Errors as
+    for `estimate`.
     """
-    return _features(model, update, _chain(model, update), inputs)
+    ready(model)
+    seen = locate(model, update, inputs)
+    if isinstance(seen, Located):
+        return seen.features
+    chain = _chain(model, update, seen)
+    return _along(chain, inputs) if chain.complete else None
 
 
-def _chain(model: nn.Module, update: Update) -> Chain:
-    """The model's stages, of which the last is a fully connected layer whose output is its own."""
+def ready(model: nn.Module) -> None:
+    """Raise if a model cannot run: lazy or on the meta device, dropout or batch norm in train mode.
+
+    Raises:
+        ValueError: the module or parameter, and what to write.
+    """
+    refuse_unready(model)
+    refuse_wrapped(model)
+
+
+def dummies(update: Update) -> Tensor:
+    """Random pictures, a black and a white one, [34, *input_shape], float64."""
     if update.input_shape is None:
         raise ValueError(
             "input_shape: expected the shape of one sample, got an update that does not state it; "
             "write dataclasses.replace(update, input_shape=(3, 32, 32))."
         )
+    low, high = update.value_range or (0.0, 1.0)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.rand((PROBES, *update.input_shape), generator=generator)
+    flat = torch.stack([torch.zeros(update.input_shape), torch.ones(update.input_shape)])
+    return low + (high - low) * torch.cat([noise, flat]).double()
+
+
+def _chain(model: nn.Module, update: Update, why: str) -> Chain:
+    """The model's stages, of which the last is a fully connected layer whose output is its own.
+
+    Where `locate` saw none: ``why``.
+    """
+    assert update.input_shape is not None
     chain = parse(model, update.input_shape)
     if not chain.stages:
-        why = f": {chain.barrier.reason}" if chain.barrier is not None else ""
         raise ValueError(
-            f"model: expected a fully connected last layer, {type(model).__name__} has none that "
-            f"can be found{why}. Write a forward that returns that layer's logits."
+            f"model: expected a fully connected last layer, but {why}. Write a forward that "
+            "returns that layer's logits."
         )
     stage = chain.stages[-1]
     if stage.affine.kind != "linear" or len(stage.affine.in_shape) != 1:
@@ -179,47 +222,11 @@ def _chain(model: nn.Module, update: Update) -> Chain:
     return chain
 
 
-def _probes(model: nn.Module, update: Update, chain: Chain) -> Tensor | None:
-    """The head's input on random, zero and one pictures."""
-    low, high = update.value_range or (0.0, 1.0)
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.rand((PROBES, *chain.input_shape), generator=generator)
-    flat = torch.stack([torch.zeros(chain.input_shape), torch.ones(chain.input_shape)])
-    return _features(model, update, chain, low + (high - low) * torch.cat([noise, flat]))
-
-
-def _features(model: nn.Module, update: Update, chain: Chain, inputs: Tensor) -> Tensor | None:
-    """What enters the head, seen from a hook; by the chain where the head is no module."""
-    stage = chain.stages[-1]
-    place = next(model.parameters()).device
-    data = inputs.detach().to(place, torch.float64)
-    layer = dict(model.named_modules()).get(stage.affine.weight_name.rpartition(".")[0])
-    if not isinstance(layer, nn.Linear):
-        return _along(chain, data).cpu() if chain.complete else None
-    seen: list[Tensor] = []
-
-    def note(_: nn.Module, arguments: tuple[Any, ...]) -> None:
-        seen.append(arguments[0].detach().double().cpu())
-
-    copies = {
-        name: t.detach().to(torch.float64) if t.is_floating_point() else t.detach().clone()
-        for name, t in [*model.named_parameters(), *model.named_buffers()]
-    }
-    for name, sent in update.buffers.items():
-        copies[name] = sent.to(place, copies[name].dtype, copy=True)
-    handle = layer.register_forward_pre_hook(note)
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.func.functional_call(model, copies, (data,))
-    finally:
-        handle.remove()
-    return seen[0].reshape(len(data), -1) if len(seen) == 1 else None
-
-
-def _along(chain: Chain, data: Tensor) -> Tensor:
-    x = data
+def _along(chain: Chain, inputs: Tensor) -> Tensor:
+    """What enters the head of a chain, float64, on the CPU."""
+    x = inputs.detach().to(chain.stages[-1].affine.weight)
     for stage in chain.stages[:-1]:
         x = stage.forward(x)[1]
     for op in chain.stages[-1].lead:
         x = op.forward(x)
-    return x
+    return x.cpu()

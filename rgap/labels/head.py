@@ -159,6 +159,13 @@ def refuse_loss(loss: Loss, logits: int) -> None:
         ValueError: soft or real-valued targets, several logits under the binary loss, one
             logit under cross-entropy.
     """
+    if not loss.equations:
+        raise ValueError(
+            f"loss: expected cross_entropy, binary_cross_entropy_with_logits or mse_loss without "
+            f"weights, got {loss}: class weights and other forms break the identity between the "
+            "gradient and the label counts; write rgap.invert(model, update).labels for a single "
+            "sample."
+        )
     if loss.targets != "index":
         raise ValueError(
             f"loss: expected class labels, got {loss.name} with targets={loss.targets!r}: "

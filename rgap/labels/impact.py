@@ -110,7 +110,7 @@ def _assigned(
         return LabelEstimate.undecided(
             head.classes, method, assumptions, "no row has a negative sum: no impact to count with"
         )
-    counts = torch.zeros(head.classes, dtype=torch.long)
+    counts = torch.zeros(head.classes, dtype=torch.long, device="cpu")
     proved = (sums < 0).nonzero().flatten()
     # More proofs than samples: the stated batch size is too small, and the smallest come first.
     proved = proved[sums[proved].argsort()][: head.batch_size]

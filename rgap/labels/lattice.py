@@ -1,36 +1,20 @@
-"""Counts nearest to an estimate whose errors are correlated: a lattice search with odds."""
+"""Counts nearest to an estimate whose errors are correlated: a lattice search."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from rgap.labels.integers import nearest_counts
 
-__all__ = ["Lattice", "search"]
+__all__ = ["search"]
 
 REACH = 3.0  # standard deviations to look along a principal direction
 FIRST, SECOND = 61, 9  # at most so many places along the first and the second of them
 SWAPS = 200
 
 
-@dataclass(frozen=True)
-class Lattice:
-    """The likeliest counts and how sure each one is.
-
-    Attributes:
-        counts: long [C].
-        confidence: of every class, the share of the likelihood, among all counts looked at, that
-            goes to counts with the same number for that class.
-    """
-
-    counts: Tensor
-    confidence: Tensor
-
-
-def search(estimates: Tensor, covariance: Tensor, total: int) -> Lattice:
+def search(estimates: Tensor, covariance: Tensor, total: int) -> Tensor:
     """Counts n that minimise ``(n - v)^T S^-1 (n - v)`` with ``n >= 0`` and ``sum(n) = total``.
 
     Rounding is the special case of uncorrelated errors. Errors of label counts are not: a wrong
@@ -44,16 +28,16 @@ def search(estimates: Tensor, covariance: Tensor, total: int) -> Lattice:
         total: what the counts add up to.
 
     Returns:
-        The counts found, with their odds against all others looked at.
+        The counts found, long [C].
 
     Source: the closest-vector problem of integer least squares (Teunissen 1995).
 
     Example:
         >>> v = torch.tensor([2.6, 1.4, 3.0], dtype=torch.float64)
         >>> u = torch.tensor([1.0, -1.0, 0.0], dtype=torch.float64)
-        >>> search(v, 0.01 * torch.eye(3).double(), 7).counts
+        >>> search(v, 0.01 * torch.eye(3).double(), 7)
         tensor([3, 1, 3])
-        >>> search(v + 0.3 * u, torch.outer(u, u) + 0.01 * torch.eye(3).double(), 7).counts
+        >>> search(v + 0.3 * u, torch.outer(u, u) + 0.01 * torch.eye(3).double(), 7)
         tensor([3, 1, 3])
     """
     precision = torch.linalg.inv(covariance)
@@ -67,26 +51,13 @@ def search(estimates: Tensor, covariance: Tensor, total: int) -> Lattice:
         best = best.clone()
         best[up] += 1
         best[down] -= 1
-    return Lattice(best, _confidence(best, found, estimates, precision))
-
-
-def _confidence(best: Tensor, found: Tensor, estimates: Tensor, precision: Tensor) -> Tensor:
-    """Share of the likelihood of all counts looked at that agrees with ``best``, per class.
-
-    Looked at are ``best``, every single move of a label from it, and the ``found`` further away.
-    """
-    moves = torch.exp(-_swaps(best, estimates, precision).clamp_min(0.0) / 2.0)
-    far = found[(found - best).abs().sum(dim=1) > 2]
-    # Rounding may leave a cost below the best one's; no weight above 1.
-    own = _costs(best[None], estimates, precision)
-    odds = torch.exp(-(_costs(far, estimates, precision) - own).clamp_min(0.0) / 2.0)
-    different = moves.sum(dim=0) + moves.sum(dim=1) + odds @ (far != best).double()
-    return 1.0 - different / (1.0 + moves.sum() + odds.sum())
+    return best
 
 
 def _costs(counts: Tensor, estimates: Tensor, precision: Tensor) -> Tensor:
     away = counts.double() - estimates
-    return ((away @ precision) * away).sum(dim=1)
+    cost: Tensor = ((away @ precision) * away).sum(dim=1)
+    return cost
 
 
 def _rounded_along(estimates: Tensor, covariance: Tensor, total: int) -> Tensor:
@@ -99,7 +70,9 @@ def _rounded_along(estimates: Tensor, covariance: Tensor, total: int) -> Tensor:
         step = values[order].clamp_min(0.0).sqrt() * vectors[:, order]
         # Half a count between places is as fine as rounding can tell.
         number = min(int(4.0 * REACH * float(step.abs().max())), most // 2)
-        along = torch.linspace(-REACH, REACH, 2 * number + 1, dtype=torch.float64)
+        along = torch.linspace(
+            -REACH, REACH, 2 * number + 1, dtype=torch.float64, device=estimates.device
+        )
         if not number:
             along = along.new_zeros(1)
         places = (places[:, None] + along[:, None] * step).flatten(0, 1)

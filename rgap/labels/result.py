@@ -54,7 +54,7 @@ class LabelEstimate:
         estimates: Tensor | None = None,
     ) -> LabelEstimate:
         """The estimate with these counts [C]; labels and presence follow from them."""
-        labels = torch.repeat_interleave(torch.arange(len(counts)), counts.cpu())
+        labels = torch.repeat_interleave(torch.arange(len(counts), device="cpu"), counts.cpu())
         return cls(
             labels, counts, confidence, method, assumptions, reason, estimates, present=counts > 0
         )
@@ -87,7 +87,9 @@ class LabelEstimate:
         confidence: Tensor | None = None,
     ) -> LabelEstimate:
         """No labels, and why; ``present`` where at least the occurring classes are known."""
-        sure = torch.zeros(classes, dtype=torch.float64) if confidence is None else confidence
+        sure = confidence
+        if sure is None:
+            sure = torch.zeros(classes, dtype=torch.float64, device="cpu")
         return cls(None, None, sure, method, assumptions, reason, present=present)
 
     @property

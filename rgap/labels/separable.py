@@ -66,7 +66,8 @@ def rlg(head: HeadGradient) -> LabelEstimate:
     basis = _column_space(head)
     if basis.shape[1] == 0:
         return LabelEstimate.undecided(classes, METHOD, ASSUMPTIONS, "the weight gradient is zero")
-    reached = torch.tensor([_separation(basis, c) for c in range(classes)], dtype=torch.float64)
+    shares = [_separation(basis, c) for c in range(classes)]
+    reached = torch.tensor(shares, dtype=torch.float64, device="cpu")
     present = reached > 0.5
     confidence = torch.where(present, reached, 1.0 - reached)
     found, rank = int(present.sum()), basis.shape[1]

@@ -89,8 +89,8 @@ def idlg(weight_gradient: Tensor, bias_gradient: Tensor | None = None) -> LabelE
         return undecided(f"{why}; {underflow}" if underflow else why)
     label, k = found.popitem()
     balance = 1.0 if single else 1.0 - float(k.sum().abs() / k.abs().sum())
-    counts = torch.bincount(torch.tensor([label]), minlength=max(classes, 2))
-    confidence = torch.full((len(counts),), balance, dtype=torch.float64)
+    counts = torch.bincount(torch.tensor([label], device="cpu"), minlength=max(classes, 2))
+    confidence = torch.full((len(counts),), balance, dtype=torch.float64, device="cpu")
     return LabelEstimate.of(counts, confidence, method, assumptions, underflow)
 
 

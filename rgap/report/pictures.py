@@ -44,6 +44,8 @@ def read_pictures(sources: Sequence[str], shape: tuple[int, ...] | None) -> Tens
     """
     import torch
 
+    from rgap.pixels import read_picture
+
     if shape is not None and (len(shape) != 3 or shape[0] not in (1, 3)):
         raise ValueError(
             f"--input-shape: expected channels,height,width with 1 or 3 channels for pictures, got "
@@ -54,7 +56,7 @@ def read_pictures(sources: Sequence[str], shape: tuple[int, ...] | None) -> Tens
         if source.startswith(PHOTOS):
             found += _photos(source.removeprefix(PHOTOS), shape)
         else:
-            found += [_read(file, shape) for file in _files(source)]
+            found += [read_picture(file, shape) for file in _files(source)]
     shapes = {tuple(picture.shape) for picture in found}
     if len(shapes) > 1:
         raise ValueError(
@@ -104,29 +106,24 @@ def _files(source: str) -> list[Path]:
     return [path]
 
 
-def _read(file: Path, shape: tuple[int, ...] | None) -> Tensor:
-    import numpy as np
-    import torch
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    try:
-        with Image.open(file) as opened:
-            grey = opened.mode in ("1", "L") if shape is None else shape[0] == 1
-            image = opened.convert("L" if grey else "RGB")
-    except UnidentifiedImageError as error:
-        raise ValueError(f"--images: {file} is no picture that Pillow can read") from error
-    if shape is not None and image.size != (shape[2], shape[1]):
-        image = ImageOps.fit(image, (shape[2], shape[1]), Image.Resampling.LANCZOS)
-    table = torch.from_numpy(np.asarray(image, dtype=np.float64) / 255)
-    return table[None] if grey else table.movedim(-1, 0)
+HATCHING = (0.35, 0.65)  # greys, in widths of the range, of a value that is not known
 
 
 def save_picture(picture: Tensor, path: Path, value_range: tuple[float, float] = (0, 1)) -> None:
-    """Write one picture [C, H, W] as an 8-bit PNG; values beyond the range are clipped."""
+    """Write one picture [C, H, W] as an 8-bit PNG; values beyond the range are clipped.
+
+    Values that are NaN, as what an update leaves open is, become a checkerboard of greys.
+    """
+    import torch
     from PIL import Image
 
     low, high = value_range
-    scaled = ((picture.detach().cpu().double() - low) / (high - low)).clamp(0, 1) * 255
+    rows, columns = picture.shape[-2:]
+    odd = (torch.arange(rows)[:, None] + torch.arange(columns)) % 2
+    grey = torch.tensor(HATCHING, dtype=torch.float64)[odd] * (high - low) + low
+    picture = picture.detach().cpu().double()
+    picture = torch.where(picture.isnan(), grey, picture)
+    scaled = ((picture - low) / (high - low)).clamp(0, 1) * 255
     table = scaled.round().byte().movedim(0, -1).numpy()
     image = Image.fromarray(table[..., 0] if table.shape[-1] == 1 else table)
     with replacing(path) as beside:

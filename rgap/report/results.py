@@ -47,6 +47,11 @@ def print_recovery(console: Console, recovery: Recovery, *, explain: bool) -> No
             console.print(f"Note: {warning}", **_PLAIN)
     if recovery.labels is not None:
         console.print(f"Labels: {_written(recovery.labels)}", **_PLAIN)
+    if recovery.determined is not None and not explain:
+        known = int(recovery.determined.sum())
+        console.print(
+            f"Determined: {known} of {recovery.determined.numel()} values (NaN elsewhere)", **_PLAIN
+        )
     if recovery.multiplicities is not None:
         console.print(f"Copies of each: {_written(recovery.multiplicities)}", **_PLAIN)
     if recovery.separation and not explain:
@@ -107,25 +112,36 @@ def write_recovery(
 
     A folder gets ``picture-0.png`` … and ``recovery.safetensors`` with ``inputs`` and ``labels``
     in full precision; for an ambiguous answer ``candidate-0-picture-0.png`` … and the tensors of
-    every candidate.
+    every candidate.  Where only some values are determined they are written as ``partial`` (NaN
+    elsewhere) with the mask ``determined``: ``picture-0.png`` with hatching in the open places and
+    ``determined-0.png``, white where every channel is known.
     """
     suffix, bounds = output.suffix.lower(), value_range or (0.0, 1.0)
     # One picture in place of several candidates would hide that they are several.
-    if recovery.inputs is None or (suffix == PICTURE and len(recovery.candidates) > 1):
+    several = suffix == PICTURE and len(recovery.candidates) > 1
+    if (recovery.inputs is None and recovery.partial is None) or several:
         return None
     tensors = _tensors(recovery)
     metadata = {"status": recovery.status.name, "reason": recovery.reason}
     if suffix == TENSORS:
         save_tensors(tensors, output, metadata)
     elif suffix == PICTURE:
-        save_picture(recovery.inputs[0], output, bounds)
+        shown = recovery.partial if recovery.inputs is None else recovery.inputs
+        assert shown is not None
+        save_picture(shown[0], output, bounds)
+        if recovery.determined is not None:
+            beside = output.with_name(f"{output.stem}-determined{PICTURE}")
+            save_picture(_mask(recovery.determined[0]), beside)
     else:
         with replacing(output) as beside:
             beside.mkdir()
             save_tensors(tensors, beside / "recovery.safetensors", metadata)
             for name, pictures in tensors.items():
-                if name.endswith("inputs"):
-                    prefix = "" if name == "inputs" else name.removesuffix("inputs")
+                if name == "determined":
+                    for number, mask in enumerate(pictures):
+                        save_picture(_mask(mask), beside / f"determined-{number}.png")
+                if name.endswith(("inputs", "partial")):
+                    prefix = name.removesuffix("inputs").removesuffix("partial")
                     for number, picture in enumerate(pictures):
                         save_picture(picture, beside / f"{prefix}picture-{number}.png", bounds)
     return output
@@ -138,12 +154,19 @@ def _tensors(recovery: Recovery) -> dict[str, Tensor]:
         else [("", recovery.inputs, recovery.labels)]
     )
     found: dict[str, Tensor] = {}
+    if recovery.partial is not None and recovery.determined is not None:
+        found |= {"partial": recovery.partial, "determined": recovery.determined}
     for prefix, inputs, labels in answers:
         if inputs is not None:
             found[f"{prefix}inputs"] = inputs
         if labels is not None:
             found[f"{prefix}labels"] = labels
     return found
+
+
+def _mask(determined: Tensor) -> Tensor:
+    """Where every channel of a picture is known, [1, H, W] of 0 and 1."""
+    return determined.all(0, keepdim=True).double()
 
 
 def _written(labels: Tensor | None) -> str:

@@ -10,6 +10,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from rgap.recovery import Route
 from rgap.report.tables import audit_matrix, status_text
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def _pair_lines(case: Case) -> list[str]:
         if report is answer.layers[-1]:  # its input is what was given
             lines.append(f"• {report.layer}: given.")
             continue
-        if report.nullity is None or report.route == "not reached":
+        if report.nullity is None or report.route is Route.NOT_REACHED:
             continue
         lines.append(
             f"• {report.layer}: all {report.unknowns:,} unknowns of its input are determined."

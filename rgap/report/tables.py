@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from rgap.analysis.harden_table import Hardening
     from rgap.analysis.identifiability_table import Identifiability
     from rgap.analysis.table import Audit, AuditRow
+    from rgap.diagnosis import Check
     from rgap.recovery import LayerReport, Recovery
 
 __all__ = [
     "audit_matrix",
     "audit_table",
     "change_table",
+    "finding_table",
     "joint_table",
     "recovery_table",
     "status_text",
@@ -33,6 +35,25 @@ _COLOURS = {
     "INCONSISTENT": "bold red",
     "UNSUPPORTED": "magenta",
 }
+
+
+def finding_table(check: Check) -> Table:
+    """What a check found, the clearest first.
+
+    >>> from rgap.diagnosis import Check, Finding, Kind
+    >>> one = Finding(Kind.SIGN, -1.0, "λ = -1", "-g", 1e6)
+    >>> finding_table(Check((one,), frozenset())).row_count
+    1
+    """
+    table = _table("What is wrong with the update")
+    table.add_column("finding", style="bold")
+    table.add_column("value", justify="right")
+    table.add_column("strength", justify="right")
+    table.add_column("what it means")
+    for finding in check.findings:
+        strength = f"{finding.strength:.0e}" if isfinite(finding.strength) else "exact"
+        table.add_row(finding.kind.value, f"{finding.value:.6g}", strength, finding.kind.claim)
+    return table
 
 
 def audit_table(audit: Audit) -> Table:
@@ -63,10 +84,17 @@ def audit_table(audit: Audit) -> Table:
                 f"{row.weight_rank:,}",
                 f"{row.joint_rank:,}",
                 *_shortfall(row),
-                row.route,
+                _route(row),
                 end_section=place == len(rows) - 1,
             )
     return table
+
+
+def _route(row: AuditRow) -> str:
+    """How the ranks were found, and what the row counts beside its own layer."""
+    behind = f", behind {row.step}" if row.step else ""
+    beside = f", with {row.beside}" if row.beside else ""
+    return f"{row.route}{behind}{beside}"
 
 
 def audit_matrix(audit: Audit) -> Table:

@@ -33,7 +33,7 @@ def hidden_distance(
     For directions drawn at random; one that the layers above do not see at all is never seen.
     Where the batch size is not ``counted`` (not stated), each picture may stand for several.
     """
-    index, rows = samples.stage.index, len(features)
+    index = samples.stage.index
     k = cotangents(chain, index, features, head).flatten(1)
     size = features.flatten(1).norm(dim=1).clamp_min(1e-300)
     gain = torch.full_like(size, torch.inf)
@@ -47,7 +47,7 @@ def hidden_distance(
     cutoff = max(samples.triplets.rank.cutoff, samples.noise * float(samples.values[0]))
     distance = (cutoff / (2.0 * gain.clamp_min(1e-300))).sqrt()
     several = (head.copies > 1) | (not counted)
-    return torch.where(several, distance, torch.zeros(rows).to(distance))
+    return torch.where(several, distance, torch.zeros_like(distance))
 
 
 def widened(known: Known, distance: Tensor, precision: Precision) -> Known:

@@ -84,13 +84,14 @@ class AtHead(Consistency):
         """Smoothed one-hot targets of the starts, [S, C]."""
         classes = len(self.shift)
         dense = self.shift.new_full((len(self.labels), classes), self.smoothing / classes)
-        dense[torch.arange(len(dense)), self.labels] += 1.0 - self.smoothing
+        dense[torch.arange(len(dense), device=dense.device), self.labels] += 1.0 - self.smoothing
         return dense
 
     def begin(self, count: int, idle: int, generator: torch.Generator) -> AtHead:
         """Classes of the pool in turn, in a random order; the likely ones until they are found."""
         size = self.clear if idle < 2 and self.clear else len(self.pool)
         order = torch.randperm(min(size, len(self.pool)), generator=generator)
+        order = order.to(self.pool.device)
         return replace(self, labels=self.pool[order.repeat(count // len(order) + 1)[:count]])
 
     def kinds(self, count: int) -> Tensor:

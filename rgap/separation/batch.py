@@ -43,7 +43,7 @@ class Batch:
     def _mixture(self, index: int) -> Mixture:
         stage = self.chain.stages[index]
         name = stage.affine.bias_name
-        bias = None if name is None else self.gradients[name]
+        bias = self.gradients[name] if name and self.precision.sent(name) else None
         gradient = self.gradients[stage.affine.weight_name]
         return mixture(stage, gradient, bias, self.precision)
 

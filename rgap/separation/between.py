@@ -85,7 +85,8 @@ class Between(Consistency):
     ) -> Callable[[Tensor], Tensor]:
         """S⁻¹UᵀE of the layer above, with draws of its own."""
         k = k.flatten(1)
-        std = precision.update_std(k.square().T @ f.square(), k.T @ f)
+        name = self.source.affine.weight_name
+        std = precision.update_std(name, k.square().T @ f.square(), k.T @ f)
 
         def draw(_: Tensor) -> Tensor:
             e = precision.normal(std, samples=1)[0]

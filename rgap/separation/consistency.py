@@ -72,7 +72,7 @@ class Consistency(ABC):
 
     def kinds(self, count: int) -> Tensor:
         """A number for the equations of each of ``count`` starts, equal where they are, [count]."""
-        return torch.zeros(count, dtype=torch.long)
+        return torch.zeros(count, dtype=torch.long, device=self.samples.weights.device)
 
     @abstractmethod
     def pusher(self, x: Tensor) -> Callable[[Tensor], Tensor]:
@@ -191,7 +191,7 @@ class Restricted:
 
     def _few(self, t: Tensor) -> tuple[Tensor, ...]:
         entries = self.consistency.rows * max(t.shape[1], 1)
-        return torch.split(torch.arange(len(t)), max(1, LARGEST // entries))
+        return torch.split(torch.arange(len(t), device=t.device), max(1, LARGEST // entries))
 
 
 def restricted(consistency: Consistency, w: Tensor, duals: Tensor) -> Restricted:
@@ -200,7 +200,7 @@ def restricted(consistency: Consistency, w: Tensor, duals: Tensor) -> Restricted
     size = rows.norm(dim=1, keepdim=True)
     full, upper = torch.linalg.qr((rows / size).T, mode="complete")
     count = len(rows)
-    rhs = torch.zeros(count, 1).to(w)
+    rhs = w.new_zeros(count, 1)
     rhs[0] = 1.0 / float(size[0])
     inner = torch.linalg.solve_triangular(upper[:count].T, rhs, upper=False)
     directions = full[:, count:]

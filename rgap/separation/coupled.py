@@ -91,7 +91,7 @@ class Coupled:
     def targets(self) -> Tensor:
         """Y, smoothed, [R, C]."""
         classes = len(self.shift)
-        dense = torch.eye(classes).to(self.shift)[self.labels]
+        dense = torch.eye(classes, dtype=self.shift.dtype, device=self.shift.device)[self.labels]
         return (1.0 - self.smoothing) * dense + self.smoothing / classes
 
     def rows(self, t: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ class Coupled:
     def fixed(self) -> Tensor:
         """∂(β, t)/∂t of one sample, [R, R − 1]."""
         rank = self.head.rank
-        return torch.eye(rank, dtype=torch.float64)[:, 1:].to(self.origin)
+        return torch.eye(rank, dtype=self.origin.dtype, device=self.origin.device)[:, 1:]
 
     @cached_property
     def sent(self) -> Tensor:
@@ -184,7 +184,8 @@ class Coupled:
         place = torch.unique(self.labels, return_inverse=True)[1]
         member = (place[:, None] == place).to(self.origin)
         mean = member / member.sum(1, keepdim=True)
-        basis: Tensor = torch.linalg.svd(torch.eye(len(place)).to(mean) - mean).U
+        eye = torch.eye(len(place), dtype=mean.dtype, device=mean.device)
+        basis: Tensor = torch.linalg.svd(eye - mean).U
         return mean, basis[:, : len(place) - int(place.max()) - 1]
 
     def follow(self, t: Tensor, step: Tensor) -> Tensor:
@@ -239,7 +240,8 @@ class Coupled:
             draw = torch.linalg.qr(draw).Q
         else:
             draw = draw / max(rank - len(classes), 1) ** 0.5
-        size = torch.tensor(SCATTERS).to(base)[torch.arange(count) % len(SCATTERS)]
+        turn = torch.arange(count, device=base.device) % len(SCATTERS)
+        size = base.new_tensor(SCATTERS)[turn]
         found: Tensor = (base + size[:, None, None] * (draw @ root)).flatten(1)
         return found
 

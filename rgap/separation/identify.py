@@ -72,7 +72,8 @@ def identify(
     labels = _labels(single, logits, head)
     if labels is None:
         return continuous(chain, samples, roots, loss)
-    kappas = [single.cotangent(logits, torch.full((len(roots),), c)) for c in labels]
+    every = torch.ones(len(roots), dtype=torch.long, device=roots.device)
+    kappas = [single.cotangent(logits, c * every) for c in labels]
     table = torch.stack(kappas, 1)  # [S, options, C]
     k = torch.stack([pull(kappa).flatten(1) for kappa in kappas], 1)  # [S, options, m]
     # A cotangent of the wrong sign is parallel to the right one where there are two classes.
@@ -118,10 +119,10 @@ def continuous(chain: Chain, samples: Mixture, roots: Tensor, loss: Loss) -> lis
     affine = samples.stage.affine
     z = affine.forward((roots @ samples.right.T).reshape(-1, *affine.in_shape))
     logits, pull = pullback(chain, samples.stage.index, z)
-    eye = torch.eye(logits.shape[1]).to(logits)
+    eye = torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device)
     jacobian = torch.stack([pull(e.expand_as(logits)).flatten(1) for e in eye], 1)
-    centred = loss.name == CROSS_ENTROPY
-    return [_free(samples, q, own, centred) for q, own in zip(roots, jacobian, strict=True)]
+    centred = loss.name == CROSS_ENTROPY and loss.plain
+    return [free(samples, q, own, centred) for q, own in zip(roots, jacobian, strict=True)]
 
 
 def pullback(chain: Chain, index: int, z: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
@@ -163,7 +164,7 @@ def top(chain: Chain, index: int, u: Tensor) -> tuple[Tensor, Tensor]:
 
 def _labels(loss: Loss, logits: Tensor, head: Mixture) -> list[int] | None:
     """Class indices worth trying, shortlisted where there are many; None if continuous."""
-    classes = logits.shape[1]
+    classes = loss.outputs(logits.shape[1])
     if loss.targets != "index":
         return None
     if loss.name != CROSS_ENTROPY:
@@ -171,13 +172,14 @@ def _labels(loss: Loss, logits: Tensor, head: Mixture) -> list[int] | None:
     if classes <= LISTED:
         return list(range(classes))
     found: set[int] = set()
-    eye = torch.eye(classes).to(logits)
-    for p in torch.softmax(logits, 1):
-        found |= set(head.outside(p - eye).argsort()[:SHORT].tolist())
+    every = torch.arange(classes, device=logits.device)
+    for z in logits:
+        many = loss.cotangent(z.expand(classes, -1), every)
+        found |= set(head.outside(many).argsort()[:SHORT].tolist())
     return sorted(found)
 
 
-def _free(samples: Mixture, q: Tensor, jacobian: Tensor, centred: bool) -> Identity:
+def free(samples: Mixture, q: Tensor, jacobian: Tensor, centred: bool) -> Identity:
     """The weakest direction of (I − UUᵀ) Jᵀ.
 
     Args:
@@ -186,7 +188,7 @@ def _free(samples: Mixture, q: Tensor, jacobian: Tensor, centred: bool) -> Ident
         jacobian: Jᵀ of every logit, [C, m].
         centred: the entries of κ sum to 0 (cross-entropy).
     """
-    basis = torch.eye(len(jacobian)).to(jacobian)
+    basis = torch.eye(len(jacobian), dtype=jacobian.dtype, device=jacobian.device)
     if centred:
         basis = torch.linalg.qr(basis - 1.0 / len(basis)).Q[:, :-1].T
     rows = basis @ jacobian

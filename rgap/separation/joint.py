@@ -84,6 +84,7 @@ def polish_jointly(
     sent = {n: gradients[n] for n in _names(small)}
     first = small.stages[0].affine
     sent[first.weight_name] = sent[first.weight_name] @ samples.right
+    precision = precision.projected(first.weight_name, samples.right)
     point = Linearisation(small, roots, head)
     dz = samples.stage.affine.linear(_flat(across, samples)).reshape(*across.shape[:2], -1)
     leak = _pushed(point, dz)
@@ -153,8 +154,8 @@ class _Dense:
     def __init__(self, point: Linearisation, weights: Rows) -> None:
         count, size = point.x.shape
         self.shape, self.weights = point.x.shape, weights
-        eye = torch.eye(count * size).to(point.x).reshape(-1, count, size)
-        rows = point.jvp(eye)
+        eye = torch.eye(count * size, dtype=point.x.dtype, device=point.x.device)
+        rows = point.jvp(eye.reshape(-1, count, size))
         table = torch.cat([(rows[n] * weights[n]).flatten(1) for n in sorted(rows)], 1).T
         self.basis, self.upper = tall_qr(table)
 
@@ -187,7 +188,7 @@ def normal_matrix(point: Linearisation, weights: Rows) -> Tensor:
     ``⟨dk_b^r u_b + k_b du_b^r, dk_a^s u_a + k_a du_a^s⟩`` and the bias ``⟨dk_b^r, dk_a^s⟩``.
     """
     count, size = point.x.shape
-    eye = torch.eye(size).to(point.x)
+    eye = torch.eye(size, dtype=point.x.dtype, device=point.x.device)
     tangents = point.tangents(eye[:, None, :].expand(size, count, size))
     matrix = point.x.new_zeros(count, size, count, size)
     for node, (du, dk) in zip(point.nodes, tangents, strict=True):

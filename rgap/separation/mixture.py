@@ -96,22 +96,24 @@ class Mixture:
         return out
 
 
-def relative_noise(shape: tuple[int, int], precision: Precision, scale: float) -> float:
-    """Spectral norm of what rounding and noise add to a gradient over that of the gradient.
+def relative_rounding(shape: tuple[int, int], precision: Precision) -> float:
+    """Spectral norm of what rounding adds to a gradient over that of the gradient.
 
     Each entry is a sum rounded to the client's precision.  A random matrix of entries ε has the
     norm ε(√m + √n), and a gradient of entries of size g at most g√(mn).
     """
     m, n = shape
-    rounding = 2.0 * precision.unit * (m**-0.5 + n**-0.5)
-    added = precision.noise * (m**0.5 + n**0.5) / scale if scale > 0 else 0.0
-    return float(rounding + added)
+    return float(2.0 * precision.unit * (m**-0.5 + n**-0.5))
 
 
 def mixture(
     stage: Stage, gradient: Tensor, bias_gradient: Tensor | None, precision: Precision
 ) -> Mixture:
     """The mixture of a fully connected stage; gradient as sent, float64."""
-    shape = (gradient.shape[0], gradient.shape[1])
-    noise = relative_noise(shape, precision, float(torch.linalg.matrix_norm(gradient)))
-    return Mixture(stage, gradient, bias_gradient, low_rank(gradient, noise), noise)
+    noise = relative_rounding((gradient.shape[0], gradient.shape[1]), precision)
+    added = precision.noise_norm(stage.affine.weight_name, gradient) if precision.noisy else 0.0
+    triplets = low_rank(gradient, noise, added=added)
+    largest = triplets.rank.largest
+    if largest > 0:
+        noise += added / largest
+    return Mixture(stage, gradient, bias_gradient, triplets, noise)

@@ -114,10 +114,10 @@ def collect(
                 each = _firsts(begun.kinds(count))
                 count, begun = len(each), begun.at(each)
                 left = restricted(begun, w, duals)
-            start = _starts(left, roots, duals, count, generator, reach)
+            start = fresh_starts(left, roots, duals, count, generator, reach)
         tried += count
         ends = levenberg_marquardt(
-            left, start, tolerance=_rounding(left), enough=0.7, patience=PATIENCE
+            left, start, tolerance=rounding_cost(left), enough=0.7, patience=PATIENCE
         )
         forced = left.directions.shape[1] == 0  # nothing is free: polish what is left
         good = ends.cost.argsort()[: count if forced else int((ends.cost < ROOT).sum())]
@@ -134,7 +134,8 @@ def collect(
             fresh, fits, still = _polished(whole, left.rows(ends.value[good]))
             found = identify(fresh[fits], begun.at(good[fits]))
             for q, identity, at_rest in zip(fresh[fits], found, still, strict=True):
-                same = torch.tensor([i.label == identity.label for i in identities])
+                alike = [i.label == identity.label for i in identities]
+                same = torch.tensor(alike, device=q.device)
                 if len(duals) and bool(((duals @ q > APART) & same).any()):
                     continue
                 if not (at_rest or open_directions(consistency, q)):
@@ -159,22 +160,22 @@ def collect(
     return Collected(roots, identities, tried, rejected, tuple(stray), tuple(refused))
 
 
-def _rounding(left: Restricted) -> float:
+def rounding_cost(left: Restricted) -> float:
     """The cost below which a start is at a root as nearly as the client's rounding tells."""
     w = left.consistency.samples.weights
-    alone = left.consistency.at(torch.zeros(1, dtype=torch.long))
+    alone = left.consistency.at(torch.zeros(1, dtype=torch.long, device=w.device))
     f = alone.value((w / (w @ w))[None])
     return max(SOLVED, float(alone.tolerance(f)[0]))
 
 
 def _orthogonal(duals: Tensor, roots: Tensor) -> Tensor:
     """The nearest duals that are 1 on their own root and 0 on the others that were found."""
-    gap = torch.eye(len(roots)).to(roots) - duals @ roots.T
+    gap = torch.eye(len(roots), dtype=roots.dtype, device=roots.device) - duals @ roots.T
     found: Tensor = duals + torch.linalg.lstsq(roots, gap.T, driver="gelsd").solution.T
     return found
 
 
-def _starts(
+def fresh_starts(
     left: Restricted,
     roots: Tensor,
     duals: Tensor,
@@ -201,7 +202,7 @@ def _starts(
     half = count // 2
     further = reach ** torch.rand(count, 1, generator=generator, dtype=torch.float64).to(t)
     t *= further
-    pick = torch.randint(0, len(rows), (half,), generator=generator)
+    pick = torch.randint(0, len(rows), (half,), generator=generator).to(rows.device)
     q = rows[pick]
     if len(duals):
         q = q - (q @ duals.T) @ roots
@@ -217,7 +218,9 @@ def _starts(
 
 def _firsts(kinds: Tensor) -> Tensor:
     """Index of the first start of every kind."""
-    return torch.tensor([kinds.tolist().index(kind) for kind in sorted(set(kinds.tolist()))])
+    numbers = kinds.tolist()
+    first = [numbers.index(kind) for kind in sorted(set(numbers))]
+    return torch.tensor(first, device=kinds.device)
 
 
 def _distinct(q: Tensor, kinds: Tensor) -> Tensor:
@@ -227,7 +230,7 @@ def _distinct(q: Tensor, kinds: Tensor) -> Tensor:
         near = 1e-3 * float(row.norm())
         if all(kinds[i] != kinds[j] or float((row - q[j]).norm()) > near for j in kept):
             kept.append(i)
-    return torch.tensor(kept, dtype=torch.long)
+    return torch.tensor(kept, dtype=torch.long, device=q.device)
 
 
 def _polished(whole: Restricted, q: Tensor) -> tuple[Tensor, Tensor, list[bool]]:

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from rgap.piecewise import Activation, Identity
-
 from .batch import Batch, Separated, Unseparated
 from .between import Between, steps_between
 from .mixture import Mixture
@@ -23,14 +21,23 @@ Watcher = Callable[[str], None]
 def separate(batch: Batch, watch: Watcher | None = None) -> Separated | Unseparated:
     """Tell the samples of a batch apart, at the lowest stage where equations do."""
     chain = batch.chain
+    if not batch.loss.equations:
+        return Unseparated(
+            f"no equations of the loss {batch.loss.name} with these options tell how much each "
+            "sample of a batch weighs; a batch of one needs none"
+        )
     head = chain.stages[-1]
     if head.affine.geometry is not None:
         return Unseparated(
             f"the last layer '{head.name}' is a {head.affine.kind}; separating a batch needs "
             "fully connected ones"
         )
-    if any(isinstance(op, Activation) and not isinstance(op, Identity) for op in head.tail):
-        return Unseparated(f"an activation follows the last layer '{head.name}'")
+    names = filter(None, (head.affine.weight_name, head.affine.bias_name))
+    if not all(batch.precision.sent(name) for name in names):
+        return Unseparated(
+            f"the gradient of the last layer '{head.name}' was not sent (frozen on the client): "
+            "nothing names the samples; ask the client to train that layer too"
+        )
     top = batch.mixture(head.index)
     for stage in chain.stages:
         if batch.size is None or stage.affine.geometry is not None:
@@ -49,7 +56,7 @@ def separate(batch: Batch, watch: Watcher | None = None) -> Separated | Unsepara
         if isinstance(steps, str):
             continue
         lower, upper = batch.mixture(index), batch.mixture(index + 1)
-        why = _unfit(batch, lower, upper)
+        why = unfit_pair(lower, upper)
         if why is None:
             pair = Between.of(lower, upper, steps, batch.precision)
             return _after(separate_pair(batch, pair, top, watch), whys)
@@ -66,14 +73,15 @@ def _after(found: Separated | Unseparated, whys: list[str]) -> Separated | Unsep
     return replace(found, passed="; ".join(whys)) if isinstance(found, Separated) else found
 
 
-def _unfit(batch: Batch, lower: Mixture, upper: Mixture) -> str | None:
+def unfit_pair(lower: Mixture, upper: Mixture) -> str | None:
     """Why a pair of layers does not separate the batch, or None if it does."""
     name, above = lower.stage.name, upper.stage.name
     width = upper.gradient.shape[1]
     if lower.bias_gradient is None:
         return f"'{name}' has no bias: nothing fixes the scale of a sample of its row space"
     if lower.rank == 0 or not bool((lower.bias_gradient != 0).any()):
-        return f"the gradient of '{name}' is zero"
+        drowned = bool((lower.gradient != 0).any()) and lower.rank == 0
+        return f"the gradient of '{name}' is {'all noise, as stated' if drowned else 'zero'}"
     if lower.rank != upper.rank:
         lost = "one of them lost samples"
         if lower.rank < upper.rank:

@@ -53,7 +53,14 @@ class Sketch:
         draw = draw - basis @ (basis.T @ draw)
         rows = draw * (equations / count) ** 0.5
         parts = torch.stack([(rows.T * u) @ matrix for u in basis.T])
-        return cls(rows, basis, matrix, parts, rows.T @ matrix / classes, torch.eye(rank).to(basis))
+        return cls(
+            rows,
+            basis,
+            matrix,
+            parts,
+            rows.T @ matrix / classes,
+            torch.eye(rank, dtype=basis.dtype, device=basis.device),
+        )
 
     def within(self, directions: Tensor) -> Sketch:
         """The same along fewer directions N, [R, n], with as many fewer combinations."""

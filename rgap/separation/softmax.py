@@ -55,7 +55,7 @@ def unfit(batch: Batch, head: Mixture) -> Unseparated | None:
     """Why the head alone cannot separate the batch, or None if it can."""
     name, classes = head.stage.name, head.gradient.shape[0]
     loss = batch.loss
-    if loss.name != CROSS_ENTROPY or loss.targets != "index":
+    if loss.name != CROSS_ENTROPY or loss.targets != "index" or not loss.plain:
         return Unseparated(
             f"the head '{name}' under {loss.name} with targets {loss.targets!r} leaves samples and "
             f"targets free to mix: {head.rank}×{head.rank} numbers that no equation fixes"
@@ -137,7 +137,9 @@ def _together(
     estimate = best(_labels_of(batch, head))
     if estimate.counts is None or rank == 1:
         return Unseparated(f"the labels at the head '{name}' are not determined: {estimate.reason}")
-    labels = torch.repeat_interleave(torch.arange(len(estimate.counts)), estimate.counts)
+    place = head.gradient.device
+    counts = estimate.counts.to(place)
+    labels = torch.repeat_interleave(torch.arange(len(counts), device=place), counts)
     scale = loss_scale(batch.loss, rank, classes)
     problem = Coupled(head, labels, scale, batch.loss.label_smoothing, batch.precision)
     generator = torch.Generator().manual_seed(batch.precision.seed)
@@ -214,7 +216,8 @@ def conclude(
     began: float,
 ) -> Separated | Unseparated:
     """Samples from the roots and classes of a head."""
-    labels = torch.tensor([identity.label for identity in found.identities])
+    place = consistency.samples.weights.device
+    labels = torch.tensor([identity.label for identity in found.identities], device=place)
     own = AtHead.of(
         consistency.samples, consistency.smoothing, labels, len(labels), batch.precision
     ).labelled(labels)
@@ -240,7 +243,7 @@ def likely(batch: Batch, head: Mixture) -> tuple[Tensor, int]:
     w = head.weights
     middle = (w / (w @ w)) @ head.right.T
     p = torch.softmax(head.stage.affine.forward(middle[None]), 1)
-    miss = head.outside(p - torch.eye(classes).to(p))
+    miss = head.outside(p - torch.eye(classes, dtype=p.dtype, device=p.device))
     order = miss.argsort()
     clear = int((miss < max(NEAR, 5.0 * float(miss.min()))).sum())
     return order[: max(FEWEST, 2 * head.rank)], clear

@@ -43,7 +43,8 @@ class Found:
         Directions before place ``since`` were asked already.
         """
         zeros = self.zeros[since:].float()
-        mask = torch.zeros(len(picks), zeros.shape[1]).scatter_(1, picks, 1.0)
+        mask = torch.zeros(len(picks), zeros.shape[1], device=picks.device)
+        mask.scatter_(1, picks, 1.0)
         return (mask @ zeros.T > picks.shape[1] - 0.5).any(1)
 
     def with_one(self, direction: Tensor | None, zeros: Tensor, error: float, kept: bool) -> Found:
@@ -64,8 +65,9 @@ class Search:
     def __init__(self, layer: Layer, seed: int, guided: bool) -> None:
         rows, rank = layer.white.shape
         self.layer, self.guided, self.rounds = layer, guided, 0
-        none = torch.zeros(0, dtype=torch.bool)
-        double = torch.zeros(0, rank, dtype=torch.float64)
+        place = layer.white.device
+        none = torch.zeros(0, dtype=torch.bool, device=place)
+        double = torch.zeros(0, rank, dtype=torch.float64, device=place)
         self.found = Found(double, none.reshape(0, rows), double[:, 0], none)
         self.generator = torch.Generator().manual_seed(seed)
         self.checks = min(CHECKS, rows - rank + 1)
@@ -76,10 +78,11 @@ class Search:
         self.lean = (z - z.mean(1, keepdim=True)) / z.std(1, keepdim=True).clamp_min(1e-30)
         self.seen: set[bytes] = set()
         if rank == 1:
-            one = torch.ones(1, dtype=torch.float64)
-            self.found = self.found.with_one(one, torch.zeros(rows, dtype=torch.bool), 0.0, True)
+            one = torch.ones(1, dtype=torch.float64, device=place)
+            self.found = self.found.with_one(one, none.new_zeros(rows), 0.0, True)
         if rank == 2:
-            self._look(torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.long))
+            nothing = torch.zeros(0, dtype=torch.long, device=place)
+            self._look(nothing, nothing)
 
     @property
     def count(self) -> int:
@@ -129,7 +132,7 @@ class Search:
         is still missing is no mixture of the others.
         """
         checks = order[-self.checks :]
-        votes = passed.sum(1) + torch.rand(len(passed), generator=self.generator)
+        votes = passed.sum(1) + torch.rand(len(passed), generator=self.generator).to(passed.device)
         best = votes.argsort(descending=True)[:SIFTED]
         picks, passed = picks[best], passed[best]
         kernels = torch.nn.functional.normalize(kernels[best])
@@ -159,13 +162,14 @@ class Search:
     def _order(self) -> Tensor:
         """Rows of this round, for the levels of the tree and for the checks, weighted at random."""
         uniform = torch.rand(self.lean.shape[1], generator=self.generator, dtype=torch.float64)
+        uniform = uniform.to(self.lean.device)
         keys = -torch.log(-torch.log(uniform.clamp(1e-300, 1 - 1e-16)))  # Gumbel: top-k sampling
         if self.guided:
             strength, centre = PREFERENCES[(self.rounds // 2) % len(PREFERENCES)]
             keys -= strength * self.lean[centre]
         rank = self.layer.white.shape[1]
         top = keys.argsort(descending=True)[: (rank - 1) * self.width + self.checks]
-        return top[torch.randperm(len(top), generator=self.generator)]
+        return top[torch.randperm(len(top), generator=self.generator).to(top.device)]
 
     def _bases(self, slices: Tensor) -> tuple[Tensor, Tensor]:
         """Planes [2, B, N] orthogonal to B−2 rows, one a slice, and the rows [B−2, N].
@@ -176,17 +180,18 @@ class Search:
         levels, width = slices.shape
         shared = min(SHARED, levels) if width > 1 else 0
         nodes = max(1, min(LEAVES, 1 << (levels + 4)) >> shared)
-        basis = torch.eye(levels + 2)[:, :, None].expand(-1, -1, nodes)
-        picks = torch.empty(0, nodes, dtype=torch.long)
+        place = slices.device
+        basis = torch.eye(levels + 2, device=place)[:, :, None].expand(-1, -1, nodes)
+        picks = torch.empty(0, nodes, dtype=torch.long, device=place)
         for level in range(levels):
-            choice = torch.randint(width, (nodes,), generator=self.generator)
+            choice = torch.randint(width, (nodes,), generator=self.generator).to(place)
             chosen = slices[level, choice]
             if levels - level <= shared:
-                other = torch.randint(1, width, (nodes,), generator=self.generator)
+                other = torch.randint(1, width, (nodes,), generator=self.generator).to(place)
                 chosen = torch.cat([chosen, slices[level, (choice + other) % width]])
                 picks = picks.repeat(1, 2)
             picks = torch.cat([picks, chosen[None]])
-            smaller = torch.empty(levels + 1 - level, levels + 2, len(chosen))
+            smaller = torch.empty(levels + 1 - level, levels + 2, len(chosen), device=place)
             for start in range(0, len(chosen), nodes):
                 part = slice(start, start + nodes)
                 _without(basis, self.columns[:, chosen[part]], smaller[:, :, part])
@@ -213,7 +218,7 @@ class Search:
             new = self._judge(heappop(waiting)[2])
 
     def _mask(self, rows: Tensor) -> Tensor:
-        zeros = torch.zeros(len(self.layer.rows), dtype=torch.bool)
+        zeros = self.layer.rows.new_zeros(len(self.layer.rows), dtype=torch.bool)
         zeros[rows] = True
         return zeros
 

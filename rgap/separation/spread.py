@@ -83,8 +83,8 @@ def spread(
         above = cotangents(chain, consistency.source.index, _shaped(f, affine_above.in_shape), head)
     wobble = consistency.basis_errors(above, f, precision)
     back = roots / samples.values  # rows of Q S^-1
-    std = precision.update_std(k.square().T @ x.square(), k.T @ x)
-    std_bias = precision.update_std(k.square().sum(0), k.sum(0))
+    std = precision.update_std(affine.weight_name, k.square().T @ x.square(), k.T @ x)
+    std_bias = precision.update_std(affine.bias_name or "", k.square().sum(0), k.sum(0))
     own_arithmetic = float(samples.values[0]) * EPS / (len(k[0]) + len(x[0])) ** 0.5
     std = (std.square() + own_arithmetic**2).sqrt()
     push = consistency.pusher(x)
@@ -113,7 +113,8 @@ def spread(
 def across_errors(samples: Mixture, roots: Tensor, k: Tensor, precision: Precision) -> Tensor:
     """Errors of the samples across the row space of G, where nothing else is known, [S, R, n]."""
     x = roots @ samples.right.T
-    std = precision.update_std(k.square().T @ x.square(), k.T @ x)
+    name = samples.stage.affine.weight_name
+    std = precision.update_std(name, k.square().T @ x.square(), k.T @ x)
     back = roots / samples.values
     drawn = (precision.normal(std, samples=1)[0] for _ in range(precision.samples))
     return torch.stack([_across(samples, back, e) for e in drawn])
@@ -169,7 +170,7 @@ def _solved(
     """
     steps, polished, smallest, restless = [], [], float("inf"), 0.0
     for i, q in enumerate(roots):
-        alone = replace(whole, consistency=consistency.at(torch.tensor([i])))
+        alone = replace(whole, consistency=consistency.at(torch.tensor([i], device=roots.device)))
         t = alone.coordinates(q[None])
         if t.shape[1] == 0:
             polished.append(alone.rows(t)[0])

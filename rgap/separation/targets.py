@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from rgap.batchloss import BatchLoss, loss_scale
 from rgap.solvers.tall import tall_qr
@@ -90,7 +89,7 @@ def batch_loss(
     Returns:
         The :class:`BatchLoss`, or why no whole numbers of copies fit.
     """
-    shares = torch.tensor([i.share for i in identities], dtype=torch.float64)
+    shares = logits.new_tensor([i.share for i in identities])
     size = batch_of(batch.size, shares, batch.loss, batch.classes)
     if size is None:
         return Unseparated(
@@ -116,7 +115,8 @@ def batch_loss(
                 m = _copies(batch, identity, size)
             if not whole(m, size):
                 return _fractional(batch, size, m, certain and _clear(identity))
-            targets.append(_one_hot(batch, identity.label, z))
+            label = torch.tensor([identity.label], device=z.device)
+            targets.append(batch.loss.dense(label, z[None])[0])
             copies.append(float(round(m)))
             continue
         excess = identity.kappa / loss_scale(batch.loss, size, batch.classes)
@@ -126,7 +126,7 @@ def batch_loss(
             targets.append(dense)
             copies.append(1.0)
             continue
-        found = split_counts(z.softmax(0), excess)
+        found = split_counts(z.softmax(0), excess) if batch.loss.plain else None
         if found is None or batch.loss.label_smoothing:
             return Unseparated(
                 "the cotangent of one sample belongs to no class, nor to one picture with several "
@@ -141,13 +141,7 @@ def batch_loss(
             f"batch size is {batch.size}",
             consistent=not (certain and all(_clear(i) for i in identities)),
         )
-    return BatchLoss(batch.loss, torch.stack(targets), torch.tensor(copies).to(logits))
-
-
-def _one_hot(batch: Batch, label: int, z: Tensor) -> Tensor:
-    if len(z) == 1:
-        return torch.full_like(z, float(label))
-    return F.one_hot(torch.tensor(label), len(z)).to(z)
+    return BatchLoss(batch.loss, torch.stack(targets), logits.new_tensor(copies))
 
 
 def read_from_head(batch: Batch, features: Tensor, logits: Tensor, head: BatchLoss) -> BatchLoss:

@@ -36,11 +36,17 @@ class WeightConstraint(Protocol):
         """Samples [S·B, *in_shape] → tables [S, C, P]."""
 
 
-def gradient_constraint(affine: Affine, cotangent: Tensor) -> Kronecker:
-    """The matrix of the gradient constraint of ``affine`` for the cotangent k [B, *out]."""
+def gradient_constraint(affine: Affine, cotangent: Tensor, *, read_only: bool = False) -> Kronecker:
+    """The matrix of the gradient constraint of ``affine`` for the cotangent k [B, *out].
+
+    Args:
+        affine: the layer.
+        cotangent: k.
+        read_only: leave out the columns of positions that no kernel reads (:attr:`Affine.reads`).
+    """
     if affine.geometry is None:
         return linear.gradient_constraint(affine, cotangent)
-    return convnd.gradient_constraint(affine, cotangent)
+    return convnd.gradient_constraint(affine, cotangent, read_only=read_only)
 
 
 def gradient_rows(affine: Affine, gradient: Tensor) -> Tensor:
@@ -50,11 +56,15 @@ def gradient_rows(affine: Affine, gradient: Tensor) -> Tensor:
     return convnd.gradient_rows(affine, gradient)
 
 
-def weight_constraint(affine: Affine, batch: int) -> WeightConstraint:
-    """The weight constraint of ``affine`` for a batch of ``batch`` samples."""
+def weight_constraint(affine: Affine, batch: int, *, read_only: bool = False) -> WeightConstraint:
+    """The weight constraint of ``affine`` for a batch of ``batch`` samples.
+
+    With ``read_only`` its tables leave out the positions that no kernel reads; ``fold`` puts 0
+    there.
+    """
     if affine.geometry is None:
         return linear.WeightConstraint(affine, batch)
-    return convnd.WeightConstraint(affine, batch)
+    return convnd.WeightConstraint(affine, batch, read_only=read_only)
 
 
 def dense_weights(affine: Affine) -> Tensor:

@@ -19,23 +19,36 @@ from rgap.affine import Affine, Geometry
 from rgap.solvers.kronecker import Kronecker
 
 
-def taps(geometry: Geometry, space: tuple[int, ...], out: tuple[int, ...]) -> Tensor:
+def taps(
+    geometry: Geometry,
+    space: tuple[int, ...],
+    out: tuple[int, ...],
+    device: torch.device | None = None,
+) -> Tensor:
     """Input position that output o reads through kernel offset δ, [offsets, outputs]; −1: padding.
+
+    Args:
+        geometry: of the convolution.
+        space: sizes of the input.
+        out: sizes of the output.
+        device: of the table; default the CPU.
 
     >>> g = Geometry((3,), (2,), ((1, 1),), (1,), 1)
     >>> taps(g, (4,), (2,)).tolist()
     [[-1, 1], [0, 2], [1, 3]]
     """
+    place = device or torch.device("cpu")
     per_axis = []
     for axis, size in enumerate(space):
-        reach = torch.arange(out[axis]) * geometry.stride[axis] - geometry.padding[axis][0]
-        offset = torch.arange(geometry.kernel[axis]) * geometry.dilation[axis]
+        reach = torch.arange(out[axis], device=place) * geometry.stride[axis]
+        reach = reach - geometry.padding[axis][0]
+        offset = torch.arange(geometry.kernel[axis], device=place) * geometry.dilation[axis]
         position = offset[:, None] + reach[None, :]
         per_axis.append(torch.where((position >= 0) & (position < size), position, -1))
     rows = []
     for offsets in product(*(range(k) for k in geometry.kernel)):
-        position = torch.zeros(1, dtype=torch.long)
-        inside = torch.ones(1, dtype=torch.bool)
+        position = torch.zeros(1, dtype=torch.long, device=place)
+        inside = torch.ones(1, dtype=torch.bool, device=place)
         for axis, size in enumerate(space):
             line = per_axis[axis][offsets[axis]]
             position = (position[:, None] * size + line.clamp_min(0)[None, :]).flatten()
@@ -44,23 +57,45 @@ def taps(geometry: Geometry, space: tuple[int, ...], out: tuple[int, ...]) -> Te
     return torch.stack(rows)
 
 
-def gradient_constraint(affine: Affine, cotangent: Tensor) -> Kronecker:
+def columns(affine: Affine, read_only: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Taps by number of column, and the position in the picture that each column stands for.
+
+    Args:
+        affine: a convolution.
+        read_only: number the positions that some tap falls on; else all of them.
+        device: of both.
+
+    Returns:
+        Taps [offsets, outputs] as of :func:`taps`, and positions [columns].
+    """
+    space, out = affine.in_shape[1:], affine.out_shape[1:]
+    table = taps(_geometry(affine), space, out).to(device)
+    every = torch.arange(prod(space), device=device)
+    kept = every[affine.reads[0].flatten().to(device)]
+    if not read_only or not len(kept):  # a layer of padding alone: no equation, so no solution
+        return table, every
+    number = torch.full_like(every, -1)
+    number[kept] = torch.arange(len(kept), device=device)
+    return torch.where(table >= 0, number[table.clamp_min(0)], -1), kept
+
+
+def gradient_constraint(affine: Affine, cotangent: Tensor, *, read_only: bool = False) -> Kronecker:
     """K of the gradient constraint, [groups, (F/groups)·offsets, B·positions].
 
     Args:
         affine: a convolution.
         cotangent: k = ∂L/∂z, [B, F, *out].
+        read_only: only the columns of positions that are read.
     """
     geometry = _geometry(affine)
-    space, out = affine.in_shape[1:], affine.out_shape[1:]
-    table = taps(geometry, space, out).to(cotangent.device)
+    table, kept = columns(affine, read_only, cotangent.device)
     batch, filters = cotangent.shape[:2]
     k = cotangent.reshape(batch, filters, -1).transpose(0, 1)  # [F, B, O]
-    matrix = k.new_zeros(filters, table.shape[0], batch, prod(space))
+    matrix = k.new_zeros(filters, table.shape[0], batch, len(kept))
     for offset, position in enumerate(table):
         inside = position >= 0
         matrix[:, offset, :, position[inside]] = k[:, :, inside]
-    matrix = matrix.reshape(geometry.groups, -1, batch * prod(space))
+    matrix = matrix.reshape(geometry.groups, -1, batch * len(kept))
     return Kronecker(matrix, affine.in_shape[0])
 
 
@@ -76,26 +111,34 @@ def dense_weights(affine: Affine) -> Tensor:
     """W as a matrix [outputs, inputs], entry by entry."""
     geometry = _geometry(affine)
     groups, filters, channels = geometry.groups, affine.out_shape[0], affine.in_shape[0]
-    table = taps(geometry, affine.in_shape[1:], affine.out_shape[1:]).to(affine.weight.device)
+    place = affine.weight.device
+    table = taps(geometry, affine.in_shape[1:], affine.out_shape[1:], place)
     weight = affine.weight.reshape(groups, filters // groups, channels // groups, -1)
     dense = weight.new_zeros(filters, table.shape[1], channels, prod(affine.in_shape[1:]))
     for offset, position in enumerate(table):
         inside = torch.nonzero(position >= 0).flatten()
         for g in range(groups):
-            f = torch.arange(g * filters // groups, (g + 1) * filters // groups)
-            c = torch.arange(g * channels // groups, (g + 1) * channels // groups)
+            f = torch.arange(g * filters // groups, (g + 1) * filters // groups, device=place)
+            c = torch.arange(g * channels // groups, (g + 1) * channels // groups, device=place)
             at = (f[:, None, None], inside[None, None], c[None, :, None], position[inside])
             dense[at] = weight[g, :, :, offset, None].expand(-1, -1, len(inside))
     return dense.reshape(filters * table.shape[1], -1)
 
 
 class WeightConstraint:
-    """W of the weight constraint as a coupling of the table u[c, (b, position)]."""
+    """W of the weight constraint as a coupling of the table u[c, (b, position)].
 
-    def __init__(self, affine: Affine, batch: int) -> None:
+    Args:
+        affine: a convolution.
+        batch: B.
+        read_only: the table leaves out positions that no kernel reads.
+    """
+
+    def __init__(self, affine: Affine, batch: int, *, read_only: bool = False) -> None:
         self.affine = affine
         self.batch = batch
         self.rows = batch * prod(affine.out_shape)
+        self.read_only = read_only and 0 < int(affine.reads.sum()) < affine.reads.numel()
 
     def apply(self, x: Tensor) -> Tensor:
         """W ⋆ u without bias: [S, C, B·positions] → [S, B·F·outputs]."""
@@ -109,11 +152,18 @@ class WeightConstraint:
     def fold(self, x: Tensor) -> Tensor:
         """Table [S, C, B·positions] → samples [S·B, C, *space]."""
         x = x.reshape(x.shape[0], x.shape[1], self.batch, -1).transpose(1, 2)
+        if self.read_only:
+            kept = columns(self.affine, True, x.device)[1]
+            full = x.new_zeros(*x.shape[:-1], prod(self.affine.in_shape[1:]))
+            full[..., kept] = x
+            x = full
         return x.reshape(-1, *self.affine.in_shape)
 
     def unfold(self, u: Tensor, count: int = 1) -> Tensor:
         """Samples [S·B, C, *space] → table [S, C, B·positions]."""
         u = u.reshape(count, self.batch, self.affine.in_shape[0], -1)
+        if self.read_only:
+            u = u[..., columns(self.affine, True, u.device)[1]]
         return u.transpose(1, 2).flatten(2)
 
     def add_gram(self, weights: Tensor, into: Tensor) -> None:
@@ -131,10 +181,9 @@ class WeightConstraint:
         groups = geometry.groups
         filters, per_group = self.affine.weight.shape[:2]
         w = self.affine.weight.reshape(groups, filters // groups, per_group, -1)
-        space, out = self.affine.in_shape[1:], self.affine.out_shape[1:]
-        table = taps(geometry, space, out).to(weights.device)
+        table, kept = columns(self.affine, self.read_only, weights.device)
         d = weights.reshape(self.batch, groups, filters // groups, -1)
-        positions = prod(space)
+        positions = len(kept)
         split = (into.shape[-2], self.batch, positions)
         view = into.view(*into.shape[:-4], *split, *split)
         for b, g in product(range(self.batch), range(groups)):

@@ -69,7 +69,8 @@ class MatrixFree:
         ones = self.gradient_weights.square().expand(self.affine.weight.shape)
         squares = replace(self.affine, weight=ones).adjoint(self.cotangent.square())
         squares = squares + self.affine.squared().adjoint(self.weight_weights.square())
-        return replace(self, scale=squares.clamp_min(1e-300).rsqrt())
+        # A column that nothing reads stays 0, or no two starts would ever agree on it.
+        return replace(self, scale=squares.clamp_min(1e-300).rsqrt() * self.affine.reads)
 
 
 @dataclass(frozen=True)
@@ -87,19 +88,18 @@ def solve_matrix_free(
     affine: Affine, gradient: Tensor, z: Known, k: Known, precision: Precision
 ) -> Outcome:
     """Weighted least squares for u by LSMR; arguments as for ``solve_stage``."""
-    bias = affine.forward(torch.zeros(1, *affine.in_shape, dtype=torch.float64))
+    bias = affine.forward(z.value.new_zeros(1, *affine.in_shape))
     target = torch.where(z.known, z.value - bias, 0.0)
-    guess = torch.ones(len(z.value), *affine.in_shape, dtype=torch.float64)
+    guess = z.value.new_ones(len(z.value), *affine.in_shape)
     system = _weighted(affine, z, k, guess, precision)
     first = _run(system, system.rows(gradient, target), None, 60)
     guess = first.x.reshape(guess.shape) * system.scale
     system = _weighted(affine, z, k, guess, precision)
     rows = system.rows(gradient, target)
     generator = torch.Generator().manual_seed(precision.seed)
-    starts = [
-        guess / system.scale + _draw(guess.numel(), generator).reshape(guess.shape) * spread
-        for spread in (float(guess.square().mean().sqrt()) / system.scale.mean(),) * 2
-    ]
+    size = guess.square().mean().sqrt() / system.scale.mean()
+    scaled = torch.where(affine.reads, guess / system.scale, 0.0)
+    starts = [scaled + _draw(guess, generator) * size for _ in range(2)]
     runs = [_run(system, rows, start.flatten(), LIMIT) for start in starts]
     answers = [run.x.reshape(guess.shape) * system.scale for run in runs]
     apart = float(((starts[0] - starts[1]) * system.scale).norm())
@@ -149,11 +149,12 @@ def _weighted(
 
 
 def _update_std(affine: Affine, u: Tensor, k: Known, precision: Precision) -> Tensor:
-    return precision.update_std(affine.weight_gradient(u.square(), k.value.square()))
+    squares = affine.weight_gradient(u.square(), k.value.square())
+    return precision.update_std(affine.weight_name, squares)
 
 
-def _draw(count: int, generator: torch.Generator) -> Tensor:
-    return torch.randn(count, generator=generator, dtype=torch.float64)
+def _draw(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
 
 
 def _run(

@@ -32,7 +32,8 @@ def null_directions(
     batch = cotangent.shape[0]
     gradient = gradient_constraint(affine, cotangent)
     scale = float(gradient.spectra.max())
-    gradient = gradient.scaled(torch.full(gradient.matrix.shape[:2], 1 / max(scale, 1e-300)))
+    weights = gradient.matrix.new_full(gradient.matrix.shape[:2], 1 / max(scale, 1e-300))
+    gradient = gradient.scaled(weights)
     coupling = weight_constraint(affine, batch)
     weights = active.flatten().double() / affine.weight.norm()
     stacked = Stacked(gradient, coupling, weights)
@@ -40,6 +41,6 @@ def null_directions(
     draws = torch.randn(
         min(count, nullity), stacked.shape[1], generator=generator, dtype=torch.float64
     )
-    directions = null_projection(stacked, draws)
+    directions = null_projection(stacked, draws.to(cotangent))
     table = directions.reshape(len(directions), affine.in_shape[0], -1)
     return coupling.fold(table).reshape(len(directions), batch, *affine.in_shape)

@@ -211,7 +211,7 @@ def shared_products(affine: Affine, cotangent: Tensor) -> Iterator[Tensor]:
         own = range(group * per_group, (group + 1) * per_group)
         vectors = []
         for target in own:
-            placed = torch.zeros(per_group, *cotangent.shape, dtype=cotangent.dtype)
+            placed = cotangent.new_zeros(per_group, *cotangent.shape)
             for row, source in enumerate(own):
                 placed[row, :, target] = cotangent[:, source]
             out = affine.adjoint(placed.flatten(0, 1))

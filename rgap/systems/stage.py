@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
-from math import inf, prod
+from dataclasses import dataclass, replace
+from math import inf
 
 import torch
 from torch import Tensor
 
 from rgap.affine import Affine
-from rgap.precision import Known, Precision
+from rgap.precision import UNKNOWN, Known, Precision
 from rgap.solvers.kronecker import Factor, factor
 from rgap.solvers.rank import Rank
 from rgap.solvers.solution import Result, Solution, Stats
 
 from . import WeightConstraint, gradient_constraint, gradient_rows, weight_constraint
 from .matrixfree import AGREE, memory, solve_matrix_free
+from .partial import MOST, Kept, kept, marked
 from .ranks import stage_joint_rank, weight_row_spaces
 
 log = logging.getLogger(__name__)
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 BUDGET = 4e9  # bytes; 11,000 unknowns
 TRUSTED = 1e6  # condition up to which a Cholesky factor proves full rank
 HOPELESS = 1e10  # condition beyond which the factor no longer serves as a preconditioner
+PARTIAL = 10.0  # rms residual, in standard errors, up to which parts of an input are given
 DEAR = 5e10  # operations of a joint factor up to which it is always made: a few seconds
 SHARP = 1e-4  # largest standard error of a full gradient block that does without a dear factor
 DETERMINED = 0.1  # a direction with a larger standard error, in units of the input, is open
@@ -36,7 +38,12 @@ DETERMINED = 0.1  # a direction with a larger standard error, in units of the in
 
 @dataclass(frozen=True)
 class StageSolution:
-    """The input of a stage with its error, and how it was found."""
+    """The input of a stage with its error, and how it was found.
+
+    Entries of the input that no kernel reads are no unknowns of its equations: the statistics do
+    not count them, and the solution marks them as unknown.  ``partial`` is what is determined of
+    an input that is not determined as a whole.
+    """
 
     solution: Solution[Known | None]
     factor: Factor | None
@@ -45,6 +52,7 @@ class StageSolution:
     gradient_misfit: float  # rms of the weighted gradient residuals; about 1 when consistent
     weight_misfit: float  # the same for the weight rows
     seconds: float
+    partial: Known | None = None
 
     @property
     def misfit(self) -> float:
@@ -59,6 +67,8 @@ def solve_stage(
     k: Known,
     precision: Precision,
     budget: float = BUDGET,
+    *,
+    parts: bool = False,
 ) -> StageSolution:
     """Solve ``K u = G`` and ``W u = z − b`` for u [B, *in_shape] with errors.
 
@@ -69,21 +79,40 @@ def solve_stage(
         k: cotangent at z with its ensemble.
         precision: of the update.
         budget: bytes above which the equations are solved without forming a matrix.
+        parts: where the equations fall short, find the entries that they fix all the same.
     """
     start = time.perf_counter()
     if memory(affine, len(z.value)) > budget:
         return _without_matrix(affine, gradient, z, k, precision, start)
     stage = _Stage(affine, gradient, z, k, precision)
     solution, made = stage.solve()
-    misfits = (0.0, 0.0) if solution.value is None else stage.misfits(solution.value.value)
-    return StageSolution(solution, made, k.value, z.known, *misfits, time.perf_counter() - start)
+    partial: Known | None = None
+    misfits = (0.0, 0.0)
+    if solution.value is not None:
+        misfits = stage.misfits(solution.value.value)
+        solution = replace(solution, value=_unread(affine, solution.value, precision))
+    elif parts:
+        partial, misfits = stage.partial()
+    seconds = time.perf_counter() - start
+    return StageSolution(solution, made, k.value, z.known, *misfits, seconds, partial)
+
+
+def _unread(affine: Affine, known: Known, precision: Precision) -> Known:
+    """The input of a layer with what no kernel reads marked as unknown."""
+    if bool(affine.reads.all()):
+        return known
+    # Signs at random: what a step above mixes of two unknown entries must not cancel.
+    signs = precision.signs(known.error.shape).to(known.error)
+    return Known(known.value, torch.where(affine.reads, known.error, UNKNOWN * signs))
 
 
 def _without_matrix(
     affine: Affine, gradient: Tensor, z: Known, k: Known, precision: Precision, start: float
 ) -> StageSolution:
     found = solve_matrix_free(affine, gradient, z, k, precision)
-    unknowns = len(z.value) * prod(affine.in_shape)
+    if found.value is not None:
+        found = replace(found, value=_unread(affine, found.value, precision))
+    unknowns = len(z.value) * int(affine.reads.sum())
     solved = found.value is not None
     agreement = 1.0 / max(found.disagreement, 1e-300)
     rank = Rank(unknowns if solved else 0, unknowns, AGREE, agreement, 1.0, 1.0, unknowns)
@@ -108,14 +137,14 @@ class _Stage:
     ) -> None:
         self.affine, self.k, self.z, self.precision = affine, k, z, precision
         self.batch = z.value.shape[0]
-        self.unknowns = self.batch * prod(affine.in_shape)
         self.gradient = gradient
         self.rows = gradient_rows(affine, gradient)
-        self.kronecker = gradient_constraint(affine, k.value)
-        self.coupling: WeightConstraint = weight_constraint(affine, self.batch)
-        bias = affine.forward(torch.zeros(1, *affine.in_shape, dtype=torch.float64))
-        self.target = (z.value - bias.to(z.value)).flatten()
-        self.gradient_weights = torch.ones(self.kronecker.matrix.shape[:2])
+        self.kronecker = gradient_constraint(affine, k.value, read_only=True)
+        self.unknowns = self.kronecker.channels * self.kronecker.matrix.shape[2]
+        self.coupling: WeightConstraint = weight_constraint(affine, self.batch, read_only=True)
+        bias = affine.forward(z.value.new_zeros(1, *affine.in_shape))
+        self.target = (z.value - bias).flatten()
+        self.gradient_weights = self.target.new_ones(self.kronecker.matrix.shape[:2])
         self.weight_weights = torch.ones_like(self.target)
 
     def solve(self) -> tuple[Solution[Known | None], Factor | None]:
@@ -142,6 +171,14 @@ class _Stage:
             stats = Stats("rank only", self.unknowns, own.rank, joint, joint.condition, 0.0)
             return Solution(None, Result.DEFICIENT, stats), None
         known, iterations = self.compute(made)
+        if not bool(self.kronecker.spectra.any()):  # no gradient rows: u is known only now
+            self.weigh(self.coupling.unfold(known.value)[0])
+            again = factor(
+                self.kronecker, self.gradient_weights, self.coupling, self.weight_weights
+            )
+            if again is not None:
+                made = again
+                known, iterations = self.compute(made)
         full = Rank(
             self.unknowns,
             self.unknowns,
@@ -171,9 +208,41 @@ class _Stage:
     def joint_rank(self) -> Rank:
         """Rank of both blocks, of the rows that are known at all."""
         spaces = weight_row_spaces(self.affine, self.z.known)
-        return stage_joint_rank(
-            self.affine, self.kronecker, spaces, self.matrix_noise(), self.k.value
-        )
+        every = gradient_constraint(self.affine, self.k.value)
+        found = stage_joint_rank(self.affine, every, spaces, self.matrix_noise(), self.k.value)
+        return replace(found, size=self.unknowns)
+
+    def fixed(self) -> Kept | None:
+        """The directions of the input that the equations fix, where they leave others open."""
+        channels, size = self.kronecker.channels, self.kronecker.matrix.shape[2]
+        if channels * size > MOST:
+            return None
+        weighted = self.kronecker.scaled(self.gradient_weights)
+        blocks = weighted.matrix.transpose(1, 2) @ weighted.matrix
+        matrix = blocks.new_zeros(channels, size, channels, size)
+        for c in range(channels):
+            matrix[c, :, c, :] = blocks[c // (channels // len(blocks))]
+        self.coupling.add_gram(self.weight_weights.square(), matrix)
+        whole = Factor(weighted, self.coupling, self.weight_weights, blocks[:0])
+        return kept(whole, matrix.reshape(channels * size, -1), DETERMINED)
+
+    def partial(self) -> tuple[Known | None, tuple[float, float]]:
+        """What the equations fix of an input that they do not fix as a whole, and the misfits.
+
+        Nothing where they contradict each other.
+        """
+        made = self.fixed()
+        if made is None or not bool(made.determined().any()):
+            return None, (0.0, 0.0)
+        known, _ = self.compute(made)
+        misfits = self.misfits(known.value)
+        if max(misfits) > PARTIAL:
+            return None, (0.0, 0.0)
+        shape = (1, self.affine.in_shape[0], -1)
+        inside = self.coupling.fold(made.determined().double().reshape(shape)) > 0.5
+        rows = self.coupling.fold(made.rows.reshape(shape))
+        signs = self.precision.signs(known.error.shape).to(rows)
+        return marked(known, inside, rows, signs), misfits
 
     def matrix_noise(self) -> float:
         """Norm of the error of K over the norm of K, for the rank decision."""
@@ -192,7 +261,9 @@ class _Stage:
         wide = rows < size
         gram = matrix @ matrix.transpose(1, 2) if wide else matrix.transpose(1, 2) @ matrix
         damp = 1e-6 * gram.diagonal(dim1=1, dim2=2).amax(1).clamp_min(1e-300)
-        gram = gram + damp[:, None, None] * torch.eye(gram.shape[-1], dtype=gram.dtype)
+        gram = gram + damp[:, None, None] * torch.eye(
+            gram.shape[-1], dtype=gram.dtype, device=gram.device
+        )
         if not wide:
             rhs = matrix.transpose(1, 2) @ rhs
         x: Tensor = torch.linalg.solve(gram, rhs)
@@ -203,7 +274,7 @@ class _Stage:
     def weigh(self, table: Tensor) -> None:
         """Set the weights of both blocks from an estimate of u."""
         u = self.coupling.fold(table[None])
-        std = self.precision.update_std(self.squares(u))
+        std = self.precision.update_std(self.affine.weight_name, self.squares(u))
         carried = torch.zeros_like(std)
         for error in self.k.error:
             carried += self.affine.weight_gradient(u, error).square_()
@@ -254,7 +325,7 @@ class _Stage:
         main = self.weighted(made, self.rows[None], self.target[None])
         table, iterations = made.solve(main, tolerance=max(1e-15, 1e-3 * self.precision.unit))
         u = self.coupling.fold(table)
-        std = self.precision.update_std(self.squares(u))
+        std = self.precision.update_std(self.affine.weight_name, self.squares(u))
         forward = self.precision.normal(self.precision.sum_std(self.affine_squares(u)))
         coupled = (self.z.error + forward).flatten(1)
         # One member at a time: each has as many rows as the layer has weights.

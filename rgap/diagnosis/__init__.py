@@ -1,0 +1,9 @@
+"""Why an update does not fit: one finding a file, each a trial with its number, and a ranking.
+
+rgap.check(model, update).explain()
+"""
+
+from .finding import Check, Finding, Kind
+from .ranking import check
+
+__all__ = ["Check", "Finding", "Kind", "check"]

@@ -1,0 +1,210 @@
+"""What the trials look at: the update in float64, the model, and one run of it on random data."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from rgap.affine import Affine, linear
+from rgap.checking import fitting_shape
+from rgap.isolation import untouched
+from rgap.network import Chain, parse
+from rgap.precision import Precision
+from rgap.update import Update
+
+from .finding import Kind
+
+PROBES = 4  # random inputs that the model is run on
+
+
+@dataclass(frozen=True)
+class Call:
+    """A leaf module as the model called it on the probes.
+
+    Attributes:
+        name: module path.
+        module: the module.
+        given: its input.
+        made: its output.
+    """
+
+    name: str
+    module: nn.Module
+    given: Tensor
+    made: Tensor
+
+    @property
+    def weight_name(self) -> str:
+        """Name of its weight in the update."""
+        return f"{self.name}.weight"
+
+    @property
+    def bias_name(self) -> str:
+        """Name of its bias in the update."""
+        return f"{self.name}.bias"
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A model and an update with the model's names, ready for trials.
+
+    Attributes:
+        model: in eval mode, with the buffers that the update brought.
+        update: as declared, names and order those of the model.
+        gradients: float64, by parameter name.
+        batch: stated batch size, or None.
+        labels: known targets of the batch, or None.
+        precision: of the update, with the noise that was stated.
+        chain: the model as a chain of stages; None where it is none.
+        calls: of leaf modules that the model called once, in the order of the calls.
+        outputs: of the model on the probes; None where it could not be run.
+        deadline: ``time.perf_counter()`` after which no further trial begins.
+        tested: kinds that some trial could have shown.
+    """
+
+    model: nn.Module
+    update: Update
+    gradients: Mapping[str, Tensor]
+    batch: int | None
+    labels: Tensor | None
+    precision: Precision
+    chain: Chain | None
+    calls: tuple[Call, ...]
+    outputs: Tensor | None
+    deadline: float
+    tested: set[Kind] = field(default_factory=set)
+
+    @property
+    def late(self) -> bool:
+        """True if the time is spent."""
+        return time.perf_counter() > self.deadline
+
+    @property
+    def unit(self) -> float:
+        """Unit roundoff of the client's arithmetic."""
+        return self.precision.unit
+
+    def added(self, name: str) -> float:
+        """Root mean square of the noise that is known to be in a gradient."""
+        like = self.gradients.get(name)
+        return 0.0 if like is None else self.precision.noise_rms(name, like)
+
+    def affine(self, call: Call) -> Affine:
+        """A fully connected layer as the equations see it."""
+        module = self.model.get_submodule(call.name)
+        assert isinstance(module, nn.Linear)
+        bias = None if module.bias is None else f"{call.name}.bias"
+        shape = (module.in_features,)
+        return linear(call.name, module.weight, module.bias, (f"{call.name}.weight", bias), shape)
+
+    def linear(self, call: Call) -> tuple[Tensor, Tensor | None] | None:
+        """∂W and ∂b of a fully connected layer applied once a sample, or None."""
+        if not isinstance(call.module, nn.Linear) or call.given.ndim != 2:
+            return None
+        if call.weight_name not in self.gradients:
+            return None
+        return self.gradients[call.weight_name], self.gradients.get(call.bias_name)
+
+    @property
+    def dense(self) -> list[tuple[Call, Tensor, Tensor | None]]:
+        """Fully connected layers with ∂W and ∂b, in the order of the calls."""
+        found = []
+        for call in self.calls:
+            pair = self.linear(call)
+            if pair is not None:
+                found.append((call, *pair))
+        return found
+
+    @property
+    def head(self) -> tuple[Call, Tensor, Tensor | None] | None:
+        """The fully connected layer whose output is the model's, or None."""
+        for call, weight, bias in reversed(self.dense):
+            if self.outputs is not None and torch.equal(call.made, self.outputs):
+                return call, weight, bias
+        return None
+
+    def feeds(self, made: Tensor, given: Tensor) -> bool:
+        """True if a module's input is another's output, reshaped at most."""
+        return made.data_ptr() == given.data_ptr() and made.numel() == given.numel()
+
+
+def gather(
+    model: nn.Module,
+    update: Update,
+    batch: int | None,
+    labels: Tensor | None,
+    input_shape: tuple[int, ...] | None,
+    precision: Precision,
+    deadline: float,
+) -> Evidence:
+    """Evidence of an update whose names are the model's."""
+    place = next(model.parameters()).device
+    twin = copy.deepcopy(model).eval()
+    own = dict(twin.named_buffers())
+    for name, sent in update.buffers.items():
+        if name in own and own[name].shape == sent.shape:
+            own[name].copy_(sent)
+    for parameter in twin.parameters():
+        parameter.requires_grad_()
+    gradients = {n: g.detach().to(place, torch.float64) for n, g in update.gradients.items()}
+    shape = input_shape or update.input_shape or _shape_of(twin)
+    calls: tuple[Call, ...] = ()
+    outputs: Tensor | None = None
+    chain: Chain | None = None
+    if shape is not None:
+        calls, outputs = _run(twin, shape)
+        try:
+            chain = parse(twin, shape)
+        except ValueError:
+            chain = None
+        if chain is not None and not chain.stages:
+            chain = None
+    return Evidence(
+        twin, update, gradients, batch, labels, precision, chain, calls, outputs, deadline
+    )
+
+
+def _shape_of(model: nn.Module) -> tuple[int, ...] | None:
+    """The input shape that the first layer implies."""
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    first = next((m for m in model.modules() if isinstance(m, kinds)), None)
+    if isinstance(first, nn.Linear):
+        return (first.in_features,)
+    if first is None:
+        return None
+    return fitting_shape(model, (first.in_channels, *(1,) * len(first.kernel_size)))
+
+
+def _run(model: nn.Module, shape: tuple[int, ...]) -> tuple[tuple[Call, ...], Tensor | None]:
+    """Leaf modules called once, and the output, of a run on random data."""
+    twin = copy.deepcopy(model).double()
+    like = next(twin.parameters())
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(PROBES, *shape, generator=generator, dtype=torch.float64).to(like.device)
+    names = {id(m): n for n, m in twin.named_modules() if not list(m.children())}
+    noted: list[Call] = []
+
+    def note(module: nn.Module, args: tuple[object, ...], made: object) -> None:
+        given = args[0] if args else None
+        if isinstance(given, Tensor) and isinstance(made, Tensor):
+            noted.append(Call(names[id(module)], module, given.detach(), made.detach()))
+
+    try:
+        with torch.no_grad(), untouched(twin, hooks=False):
+            for module in twin.modules():
+                if id(module) in names:
+                    module.register_forward_hook(note)
+            outputs = twin(x)
+    except Exception:  # a model that wants other inputs is no mistake of the update
+        return (), None
+    if not isinstance(outputs, Tensor):
+        return (), None
+    count: dict[str, int] = {}
+    for call in noted:
+        count[call.name] = count.get(call.name, 0) + 1
+    return tuple(c for c in noted if count[c.name] == 1), outputs

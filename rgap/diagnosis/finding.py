@@ -1,0 +1,159 @@
+"""What a check returns: findings, each a measured number and the line that mends it, ranked."""
+
+from __future__ import annotations
+
+import html
+from dataclasses import dataclass
+from enum import StrEnum
+from math import isfinite
+
+
+class Kind(StrEnum):
+    """What an update may be that it was not declared to be."""
+
+    NAMES = "names"
+    PARAMETERS = "parameters"
+    COMPRESSION = "compression"
+    PRECISION = "precision"
+    SIGN = "sign"
+    REDUCTION = "reduction"
+    ACCUMULATION = "accumulation"
+    CLIPPING = "clipping"
+    SCALE = "scale"
+    LOSS = "loss"
+    MODE = "mode"
+    DROPOUT = "dropout"
+    STEPS = "steps"
+    BATCH_SIZE = "batch size"
+    NOISE = "noise"
+    WEIGHTS = "weights"
+
+    @property
+    def claim(self) -> str:
+        """The finding in half a sentence."""
+        return _CLAIMS[self]
+
+
+_CLAIMS = {
+    Kind.NAMES: "the tensors are not named, or not ordered, as the model's parameters",
+    Kind.PARAMETERS: "the tensors look like parameters of the model, not like gradients",
+    Kind.COMPRESSION: "the update is compressed",
+    Kind.PRECISION: "the values were rounded to a coarser precision than the declared one",
+    Kind.SIGN: "the sign is reversed: before and after were exchanged",
+    Kind.REDUCTION: "the loss was reduced in another way than declared",
+    Kind.ACCUMULATION: "the samples do not weigh the same: micro-batches of unequal size were "
+    "averaged",
+    Kind.CLIPPING: "the update was clipped",
+    Kind.SCALE: "the update is off by a factor: another learning rate, or a scaled loss",
+    Kind.LOSS: "the client minimised another loss than the declared one",
+    Kind.MODE: "batch norm was in train mode on the client",
+    Kind.DROPOUT: "dropout was on at the client",
+    Kind.STEPS: "the update is that of several local steps",
+    Kind.BATCH_SIZE: "the batch is larger than declared",
+    Kind.NOISE: "noise was added that is not stated",
+    Kind.WEIGHTS: "the model does not have the weights that the update was computed on",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One mistake that a trial found.
+
+    Attributes:
+        kind: which.
+        value: its number: the factor, the standard deviation, the rate, the number of steps …
+        evidence: what was measured, with its numbers.
+        remedy: one line of Python that mends it; ``update`` and ``model`` are what was checked.
+        strength: how clearly: the misfit as declared over that which the finding leaves, or over
+            what rounding explains.  Findings are ranked by it.
+    """
+
+    kind: Kind
+    value: float
+    evidence: str
+    remedy: str
+    strength: float
+
+    @property
+    def sentence(self) -> str:
+        """The finding in one sentence, with the line that mends it."""
+        return f"{self.kind.claim} ({self.evidence}); write {self.remedy}"
+
+    def summary(self) -> dict[str, object]:
+        """As plain numbers and words, for JSON."""
+        return {
+            "kind": self.kind.value,
+            "value": self.value if isfinite(self.value) else None,
+            "claim": self.kind.claim,
+            "evidence": self.evidence,
+            "remedy": self.remedy,
+            "strength": self.strength if isfinite(self.strength) else None,
+        }
+
+
+@dataclass(frozen=True)
+class Check:
+    """What :func:`rgap.check` found.
+
+    Attributes:
+        findings: the clearest first; empty where every trial agrees with what was declared.
+        tested: kinds of which some equation could have shown a mistake.
+        seconds: wall time.
+    """
+
+    findings: tuple[Finding, ...]
+    tested: frozenset[Kind]
+    seconds: float = 0.0
+
+    @property
+    def ok(self) -> bool:
+        """True if nothing was found."""
+        return not self.findings
+
+    @property
+    def best(self) -> Finding | None:
+        """The first finding, or None."""
+        return self.findings[0] if self.findings else None
+
+    @property
+    def untested(self) -> tuple[Kind, ...]:
+        """Kinds of which no equation of this network and batch says anything."""
+        return tuple(kind for kind in Kind if kind not in self.tested)
+
+    def explain(self) -> str:
+        """All findings in words, and what could not be tested."""
+        lines = []
+        for number, finding in enumerate(self.findings, 1):
+            lines += [
+                f"{number}. {finding.kind}: {finding.kind.claim}",
+                f"   {finding.evidence}",
+                f"   write {finding.remedy}",
+            ]
+        if not lines:
+            lines = ["Nothing found: every trial agrees with the update as it is declared."]
+        if self.untested:
+            names = ", ".join(self.untested)
+            lines.append(f"No equation of this network and batch tests: {names}.")
+        return "\n".join(lines)
+
+    __str__ = explain
+
+    def summary(self) -> dict[str, object]:
+        """As plain numbers and words, for JSON."""
+        return {
+            "ok": self.ok,
+            "findings": [finding.summary() for finding in self.findings],
+            "untested": [kind.value for kind in self.untested],
+            "seconds": self.seconds,
+        }
+
+    def _repr_html_(self) -> str:
+        head = "<tr><th>finding</th><th>value</th><th>evidence</th><th>write</th></tr>"
+        rows = "".join(
+            f"<tr><td>{html.escape(f.kind.claim)}</td><td>{f.value:.6g}</td>"
+            f"<td>{html.escape(f.evidence)}</td><td><code>{html.escape(f.remedy)}</code></td></tr>"
+            for f in self.findings
+        )
+        if not rows:
+            return f"<div>{html.escape(self.explain())}</div>"
+        return f"<table>{head}{rows}</table>"

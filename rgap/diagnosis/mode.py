@@ -1,0 +1,148 @@
+"""Batch norm in train mode: an exact identity of the affine map before it holds in one mode only.
+
+Let s be the input of a batch norm, ``y = γ (s − μ)/σ + β``, and s = W∗x + b the output of the layer
+before.  In eval mode μ and σ are constants, so for every channel f
+
+    ``∂b_f = γ_f/σ_f ∂β_f``  and  ``⟨W_f, G_f⟩ = γ_f ∂γ_f + (μ_f − b_f) γ_f/σ_f ∂β_f``.
+
+In train mode μ and σ are those of the batch: the loss does not change when s is shifted or W_f is
+scaled, and ``∂b_f = 0``, ``⟨W_f, G_f⟩ = 0`` (up to the ε under the root).  Both are linear in the
+update, hold for any batch and do not see a factor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from .evidence import Call, Evidence
+from .finding import Finding, Kind
+
+SAFETY = 100.0
+APART = 30.0  # times as much as the one mode must miss, for the other to be meant
+SMOOTHED = 0.05  # what ε under the root leaves of ⟨W_f, G_f⟩ in train mode, at most
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Both sides of the identity of one affine map before a batch norm.
+
+    Attributes:
+        name: of the affine map.
+        norm: of the batch norm.
+        sent: ∂b, or ⟨W_f, G_f⟩ where there is no bias, [F].
+        evaluated: what eval mode makes of it, [F].
+        size: of the terms of the sum, [F].
+        rounding: standard error of the terms.
+    """
+
+    name: str
+    norm: str
+    sent: Tensor
+    evaluated: Tensor
+    size: float
+    rounding: float
+
+    @property
+    def eval_misfit(self) -> float:
+        """Relative distance from eval mode."""
+        return float((self.sent - self.evaluated).norm()) / self.size
+
+    @property
+    def train_misfit(self) -> float:
+        """Relative distance from train mode."""
+        return float(self.sent.norm()) / self.size
+
+
+def pairs(evidence: Evidence) -> list[Pair]:
+    """Every affine map whose output goes into a batch norm."""
+    norms = [
+        c
+        for c in evidence.calls
+        if isinstance(c.module, nn.modules.batchnorm._BatchNorm)
+        and c.module.affine
+        and c.module.running_mean is not None
+    ]
+    affine = [
+        c for c in evidence.calls if isinstance(c.module, (nn.Linear, nn.modules.conv._ConvNd))
+    ]
+    found = []
+    for norm in norms:
+        before = [c for c in affine if evidence.feeds(c.made, norm.given)]
+        if len(before) == 1 and f"{before[0].name}.weight" in evidence.gradients:
+            pair = _pair(evidence, before[0], norm)
+            if pair is not None:
+                found.append(pair)
+    return found
+
+
+def _pair(evidence: Evidence, affine: Call, norm: Call) -> Pair | None:
+    gradients, module = evidence.gradients, norm.module
+    layer = evidence.model.get_submodule(norm.name)
+    assert isinstance(module, nn.modules.batchnorm._BatchNorm)
+    assert isinstance(layer, nn.modules.batchnorm._BatchNorm)
+    mean, variance = layer.running_mean, layer.running_var
+    assert mean is not None and variance is not None
+    gamma = layer.weight.detach().double()
+    slope = gamma / (variance.double() + layer.eps).sqrt()
+    shift, spread = gradients[f"{norm.name}.bias"], gradients[f"{norm.name}.weight"]
+    noise = max(
+        evidence.added(f"{n}.{p}") for n in (affine.name, norm.name) for p in ("weight", "bias")
+    )
+    bias = gradients.get(f"{affine.name}.bias")
+    if bias is not None:
+        evaluated = slope * shift
+        size = float(evaluated.norm())
+        if size == 0.0:
+            return None
+        # Positions add up, and may cancel.
+        rounding = 16 * evidence.unit * float(affine.made[0, 0].numel()) ** 0.5
+        added = noise * (len(bias) + float(slope.square().sum())) ** 0.5
+        return Pair(affine.name, norm.name, bias, evaluated, size, rounding + added / size)
+    weight = evidence.model.get_parameter(f"{affine.name}.weight").detach().double()
+    g = gradients[f"{affine.name}.weight"]
+    terms = (weight * g).flatten(1)
+    evaluated = gamma * spread + mean.double() * slope * shift
+    size = float(terms.norm())
+    if size == 0.0:
+        return None
+    count = terms.shape[1]
+    added = noise * float(weight.norm() + gamma.norm() + (mean.double() * slope).norm())
+    rounding = 4 * evidence.unit * count**0.5
+    return Pair(affine.name, norm.name, terms.sum(1), evaluated, size, rounding + added / size)
+
+
+def read(evidence: Evidence) -> list[Finding]:
+    """Train mode where it explains the identities that eval mode contradicts."""
+    found = pairs(evidence)
+    if not found:
+        return []
+    evidence.tested.update((Kind.MODE, Kind.WEIGHTS))
+    wrong = [p for p in found if p.eval_misfit > max(SAFETY * p.rounding, 1e-6)]
+    train = [p for p in wrong if p.train_misfit * APART < p.eval_misfit or _zero(p)]
+    if train and len(train) == len(wrong):
+        worst = max(train, key=lambda p: p.eval_misfit / max(p.train_misfit, 1e-300))
+        what = "⟨W, G⟩" if worst.train_misfit < 1 and worst.rounding else "∂b"
+        said = (
+            f"{len(train)} of {len(found)} affine maps before a batch norm, '{worst.name}' first: "
+            f"{what} is {worst.train_misfit:.1e} of its terms, 0 in train mode; eval mode misses "
+            f"by {worst.eval_misfit:.1e}"
+        )
+        line = "model.eval() on the client before it computes the gradient"
+        strength = worst.eval_misfit / max(worst.train_misfit, worst.rounding, 1e-300)
+        return [Finding(Kind.MODE, worst.train_misfit, said, line, strength)]
+    return []
+
+
+def _zero(pair: Pair) -> bool:
+    return pair.train_misfit < SAFETY * pair.rounding
+
+
+def contradiction(evidence: Evidence) -> tuple[float, float, str] | None:
+    """The eval-mode identity that misses most: its misfit, its tolerance and the layer."""
+    found = pairs(evidence)
+    if not found:
+        return None
+    worst = max(found, key=lambda p: p.eval_misfit / max(p.rounding, 1e-300))
+    return worst.eval_misfit, max(SAFETY * worst.rounding, 1e-6), worst.name

@@ -1,0 +1,164 @@
+"""Preflight: is an update what it is declared to be?  Trials, ranked by how clear they are."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from rgap import validation
+from rgap.precision import Precision
+from rgap.update import Update
+
+from . import dropout, mode, names, noise, parameters, samples, scale, steps, values, weights
+from .evidence import Evidence, gather
+from .finding import Check, Finding, Kind
+
+EXPLAIN = frozenset(
+    (Kind.MODE, Kind.DROPOUT, Kind.STEPS, Kind.NOISE, Kind.BATCH_SIZE, Kind.LOSS, Kind.PRECISION)
+)
+"""Findings that break identities between layers: other weights are not needed to explain these."""
+TELLING = 3  # logits from which a factor is overdetermined
+SAME = 1e3  # roundings by which the gradient of one sample may miss rank one
+
+
+def check(
+    model: nn.Module,
+    update: Update,
+    *,
+    batch_size: int | None = None,
+    labels: Tensor | None = None,
+    input_shape: tuple[int, ...] | None = None,
+    noise: float = 0.0,
+    seed: int = 0,
+    time_limit: float = 20.0,
+) -> Check:
+    """Look for the mistakes that make an update look like that of another model.
+
+    Each finding rests on a trial: an identity that the update breaks as it is declared, and
+    satisfies (or breaks in a known way) under the finding.  Where no equation of the network says
+    anything of a mistake, it is not found, and listed in :attr:`Check.untested`.
+
+    Args:
+        model: the network; its mode does not matter, it is left as it was.
+        update: what the client sent; its names need not be the model's.
+        batch_size: overrides ``update.batch_size``.
+        labels: targets of the batch, if they are known.
+        input_shape: overrides ``update.input_shape``; of one sample.
+        noise: standard deviation of noise that is known to be in every entry.
+        seed: of the sampled errors; the global random state is not touched.
+        time_limit: seconds after which no further trial begins.
+
+    Returns:
+        A :class:`Check`; ``best`` is the clearest finding, ``ok`` says that there is none.
+
+    Raises:
+        TypeError: no module, or no update.
+        ValueError: a batch size below 1, noise that is none.
+
+    >>> import dataclasses, rgap, torch
+    >>> model = rgap.models.mlp((32, 32), classes=5, seed=0)
+    >>> update = rgap.capture(model, torch.rand(1, 3, 32, 32), torch.tensor([3]))
+    >>> rgap.check(model, update).ok
+    True
+    >>> flipped = {name: -g for name, g in update.gradients.items()}
+    >>> found = rgap.check(model, dataclasses.replace(update, gradients=flipped)).best
+    >>> found.kind.name, round(found.value, 3)
+    ('SIGN', -1.0)
+    """
+    began = time.perf_counter()
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(update, Update):
+        raise TypeError(
+            f"update: expected an Update, got {type(update).__name__}; write rgap.Update(gradients)"
+        )
+    validation.noise(noise)
+    if batch_size is not None:
+        validation.count("batch_size", batch_size)
+    size = update.batch_size if batch_size is None else batch_size
+    known = update.labels if labels is None else labels
+    if size is None and known is not None:
+        size = len(known)
+    tested: set[Kind] = {Kind.NAMES}
+    deadline = began + time_limit
+    found = _examine(model, update, size, known, input_shape, noise, seed, deadline, tested)
+    ranked = tuple(sorted(found, key=lambda finding: -finding.strength))
+    return Check(ranked, frozenset(tested), time.perf_counter() - began)
+
+
+def _examine(
+    model: nn.Module,
+    update: Update,
+    size: int | None,
+    known: Tensor | None,
+    shape: tuple[int, ...] | None,
+    added: float,
+    seed: int,
+    deadline: float,
+    tested: set[Kind],
+) -> list[Finding]:
+    found: list[Finding] = []
+    renamed, finding = names.mended(model, update)
+    found += [finding] if finding else []
+    if renamed is None:
+        return found
+    update = renamed
+    tested.update((Kind.PARAMETERS, Kind.COMPRESSION, Kind.PRECISION))
+    for finding in (parameters.sent(model, update), values.compressed(update.gradients)):
+        if finding is not None:
+            return [*found, finding]
+    rounded = values.rounded(update)
+    if rounded is not None:
+        found.append(rounded)
+        update = update.as_rounded()[0]
+    if update.local_steps > 1 or not any(bool(g.any()) for g in update.gradients.values()):
+        return found
+    if size is None and known is not None:
+        size = len(known)
+    precision = Precision(update.dtype, added, seed=seed, entries=update.noise or {})
+    evidence = gather(model, update, size, known, shape, precision, deadline)
+    found += _equations(evidence)
+    tested |= evidence.tested
+    return found
+
+
+def _equations(evidence: Evidence) -> list[Finding]:
+    """The trials that need the network."""
+    if evidence.batch is None:
+        alone = samples.single(evidence)
+        if alone is None or alone.rest > SAME * evidence.unit:
+            return mode.read(evidence)
+        evidence = replace(evidence, batch=1)
+    layers = noise.floors(evidence)
+    found = noise.read(evidence, layers)
+    if found:
+        precision = replace(evidence.precision, noise=found[0].value)
+        evidence = replace(evidence, precision=precision)
+    modes = [*mode.read(evidence), *dropout.read(evidence)]
+    found += modes
+    if not any(f.kind is Kind.NOISE for f in found):
+        found += steps.read(evidence, layers)
+    sent = None
+    if not any(f.kind in (Kind.STEPS, Kind.BATCH_SIZE) for f in found):
+        sent = _sent(evidence)
+    if sent is not None:
+        found += scale.read(evidence, sent)
+    if any(f.kind in EXPLAIN for f in found) or evidence.late:
+        return found
+    other = weights.read(evidence, sent)
+    if other and sent is not None and sent.logits.numel() < TELLING:
+        found = [f for f in found if f.kind not in scale.GRADES]  # some factor always fits these
+    return [*found, *other]
+
+
+def _sent(evidence: Evidence) -> samples.Samples | None:
+    """The samples at the head, where they can be told apart."""
+    if evidence.batch != 1:
+        return samples.batch(evidence)
+    alone = samples.single(evidence)
+    stated = evidence.precision.noisy
+    if alone is None or (alone.rest > SAME * evidence.unit and not stated):
+        return None
+    return alone

@@ -1,0 +1,52 @@
+"""A recovery that failed says first what a check finds wrong with the update."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from rgap.problem import Problem
+from rgap.recovery import Recovery, Status
+
+from .finding import Kind
+from .ranking import check
+
+LIMIT = 10.0  # seconds after which no further trial begins
+REFUTES = frozenset(
+    (
+        Kind.SIGN,
+        Kind.REDUCTION,
+        Kind.ACCUMULATION,
+        Kind.CLIPPING,
+        Kind.SCALE,
+        Kind.LOSS,
+        Kind.MODE,
+        Kind.STEPS,
+        Kind.BATCH_SIZE,
+    )
+)
+"""Findings that contradict what was declared: no smaller batch would help."""
+
+
+def explained(problem: Problem, recovery: Recovery) -> Recovery:
+    """The recovery with the best finding at the front of its reason.
+
+    Where the equations contradict the update, and where a batch was not told apart: a sum that is
+    declared as a mean looks like a batch without a solution.
+    """
+    contradicted = recovery.status is Status.INCONSISTENT
+    apart = recovery.status is Status.UNDERDETERMINED and (problem.stated or 1) > 1
+    if not contradicted and not (apart and recovery.inputs is None):
+        return recovery
+    best = check(
+        problem.model,
+        problem.update,
+        batch_size=problem.stated,
+        labels=problem.labels,
+        noise=problem.precision.noise,
+        seed=problem.precision.seed,
+        time_limit=LIMIT,
+    ).best
+    if best is None or best.kind is Kind.COMPRESSION or (best.kind is Kind.WEIGHTS and apart):
+        return recovery
+    status = Status.INCONSISTENT if best.kind in REFUTES else recovery.status
+    return replace(recovery, status=status, reason=f"{best.sentence}; {recovery.reason}")

@@ -1,0 +1,274 @@
+"""Logits and cotangents of the samples at the head, from ratios that no factor changes.
+
+Whatever positive or negative factor λ a client's update carries, the features of a sample do not
+depend on it: at B = 1 ``x = Gᵀ∂b/‖∂b‖²`` is a ratio, and for a batch the equations
+``(I − PPᵀ) f(q) = 0`` with ``w·q = 1, w = S⁻¹Uᵀ∂b`` ask for ranges and ratios only.  With the
+features X the head's own gradient gives the cotangents, ``G = KᵀX``, with λ in them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from math import inf
+
+import torch
+from torch import Tensor
+
+from rgap.bias import rank_one_residual
+from rgap.head import features_from_bias
+from rgap.network import Chain
+from rgap.piecewise import Activation, Identity
+from rgap.separation.at_head import AtHead
+from rgap.separation.batch import Batch
+from rgap.separation.between import Between, steps_between
+from rgap.separation.consistency import Consistency, restricted
+from rgap.separation.identify import FITS, identify, top
+from rgap.separation.identify import Identity as Target
+from rgap.separation.mixture import Mixture
+from rgap.separation.peeling import LIKELY, SOLVED, collect, fresh_starts, rounding_cost
+from rgap.separation.route import unfit_pair
+from rgap.separation.softmax import identify_classes, likely, opening, unfit
+from rgap.separation.targets import resolved
+from rgap.solvers.least_squares import levenberg_marquardt
+from rgap.targets import CROSS_ENTROPY
+
+from .evidence import Evidence
+
+SAFETY = 30.0  # standard errors within which a cotangent may miss
+LOOSEST = 0.02  # relative error of a cotangent above which it tests nothing
+ROUNDS = 2  # of searches without a new sample
+STARTS = 48  # of a search for any sample at all
+LENIENT = 10.0  # times what a root may miss by, from which no start came near one
+MOST = 16  # samples that are told apart for a check
+REST = 0.05  # share of the head's gradient that its samples may leave
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The samples of a batch at the head, whatever factor the update carries.
+
+    Attributes:
+        features: x, [R, n].
+        logits: z, [R, C].
+        cotangents: k as sent, [R, C].
+        width: error of a logit.
+        tolerance: relative error of a cotangent.
+        rest: ‖G − KᵀX‖/‖G‖ at the head.
+        route: where they come from, in words.
+    """
+
+    features: Tensor
+    logits: Tensor
+    cotangents: Tensor
+    width: float
+    tolerance: float
+    rest: float
+    route: str
+
+
+def single(evidence: Evidence) -> Samples | None:
+    """The sample of a batch of one, from the head's own gradients."""
+    head = evidence.head
+    if head is None:
+        return None
+    call, weight, bias = head
+    if bias is None:
+        return _without_bias(evidence, weight)
+    if not bool((bias != 0).any()):
+        return None
+    x, k = features_from_bias(evidence.affine(call), weight, bias, evidence.precision)
+    matrix, shift = _parameters(evidence, call.name)
+    z = x.value @ matrix.T + shift
+    width = float((x.error @ matrix.T).abs().max())
+    width += float(z.abs().max()) * 16 * evidence.unit
+    size = float(k.value.norm())
+    tolerance = float(k.error.square().mean(0).sum().sqrt()) / size + 4 * evidence.unit
+    rest = rank_one_residual(weight, x.value[0], k.value[0])
+    return Samples(x.value, z, k.value, width, SAFETY * tolerance, rest, f"∂b of '{call.name}'")
+
+
+def _without_bias(evidence: Evidence, weight: Tensor) -> Samples | None:
+    """A softmax head without a bias: ``ln|v_j| = α (Wu)_j + const`` for every class but one.
+
+    ``G = k xᵀ = v uᵀ`` with x = αu, v = k α, and ``k_j = λ p_j`` except at the label: the slope of
+    a straight line is α, whatever λ.  The label is the class whose sign is the odd one.
+    """
+    if evidence.update.loss.name != CROSS_ENTROPY or evidence.update.loss.label_smoothing:
+        return None
+    head = evidence.head
+    assert head is not None
+    matrix, shift = _parameters(evidence, head[0].name)
+    u = torch.linalg.svd(weight, full_matrices=False).Vh[0]
+    v, slope = weight @ u, matrix @ u
+    if len(v) < 4 or not bool((v != 0).all()):
+        return None
+    positive = v > 0
+    few = positive if int(positive.sum()) == 1 else ~positive
+    if int(few.sum()) != 1:
+        return None
+    others = ~few
+    table = torch.stack([slope[others], torch.ones_like(slope[others])], 1)
+    value = (v[others].abs().log() - shift[others])[:, None]
+    alpha, _ = torch.linalg.lstsq(table, value).solution.flatten().tolist()
+    if alpha == 0.0:
+        return None
+    spread = float((slope[others] - slope[others].mean()).norm())
+    fit = float((table @ torch.linalg.lstsq(table, value).solution - value).abs().max())
+    blur = SAFETY * (
+        8 * evidence.unit + evidence.added(f"{head[0].name}.weight") / float(v.abs().min())
+    )
+    if spread == 0.0 or fit > max(blur, 1e-3):
+        return None
+    z = alpha * slope + shift
+    width = (blur + fit) * float(slope.norm()) / spread
+    rest = rank_one_residual(weight, u, v)
+    where = f"the rows of '{head[0].name}'"
+    return Samples(alpha * u[None], z[None], v[None] / alpha, width, width, rest, where)
+
+
+def _parameters(evidence: Evidence, name: str) -> tuple[Tensor, Tensor]:
+    """W and b of a fully connected layer, float64."""
+    weight = evidence.model.get_parameter(f"{name}.weight").detach().double()
+    module = evidence.model.get_submodule(name)
+    bias = getattr(module, "bias", None)
+    shift = weight.new_zeros(len(weight)) if bias is None else bias.detach().double()
+    return weight, shift
+
+
+def batch(evidence: Evidence) -> Samples | None:
+    """The samples of a larger batch, below two fully connected layers or at a softmax head."""
+    chain = evidence.chain
+    if chain is None or evidence.batch is None or evidence.batch > MOST:
+        return None
+    if not _plain_head(chain):
+        return None
+    for sign in (1.0, -1.0):
+        if evidence.late:
+            return None
+        sent = {n: sign * g for n, g in evidence.gradients.items()}
+        mixed = Batch(chain, sent, evidence.update.loss, evidence.precision, evidence.batch)
+        source = _source(mixed)
+        found = None if source is None else _collected(mixed, source)
+        if found is not None:
+            return replace(found, cotangents=sign * found.cotangents)
+    return None
+
+
+@dataclass(frozen=True)
+class Source:
+    """Equations that separate a batch.
+
+    Attributes:
+        samples: the mixture.
+        consistency: f and P.
+        naming: targets of roots.
+        head: the same as ``consistency`` where it is the softmax head's.
+    """
+
+    samples: Mixture
+    consistency: Consistency
+    naming: Callable[[Tensor, Consistency], list[Target]]
+    head: AtHead | None = None
+
+
+def _source(mixed: Batch) -> Source | None:
+    """The lowest equations that separate a batch of the stated size."""
+    chain, size = mixed.chain, mixed.size or 1
+    head = mixed.mixture(len(chain.stages) - 1)
+    for index in range(len(chain.stages) - 1):
+        steps = steps_between(chain, index)
+        if isinstance(steps, str):
+            continue
+        lower, upper = mixed.mixture(index), mixed.mixture(index + 1)
+        if unfit_pair(lower, upper) is None and 1 < lower.rank <= size:
+            pair = Between.of(lower, upper, steps, mixed.precision)
+
+            def naming(roots: Tensor, _: Consistency, lower: Mixture = lower) -> list[Target]:
+                return identify(chain, lower, head, roots, mixed.loss)
+
+            return Source(lower, pair, naming)
+    if unfit(mixed, head) is not None or head.gradient.shape[0] - 1 - head.rank < head.rank - 1:
+        return None
+    if not resolved(mixed, head) or not 1 < head.rank <= size:
+        return None
+    pool, clear = likely(mixed, head)
+    at = AtHead.of(head, mixed.loss.label_smoothing, pool, clear, mixed.precision).sketched()
+    return Source(head, at, partial(identify_classes, head), at)
+
+
+def _collected(mixed: Batch, source: Source) -> Samples | None:
+    """All roots, and the cotangents that the head's gradient gives them."""
+    seed, samples = mixed.precision.seed, source.samples
+    first = None if source.head is None else opening(source.head)
+    found = collect(
+        source.consistency, source.naming, _any_weight, seed, first=first, rounds=ROUNDS
+    )
+    if not found.complete:
+        return None
+    stage = samples.stage
+    u = (found.roots @ samples.right.T).reshape(-1, *stage.affine.in_shape)
+    features, logits = top(mixed.chain, stage.index, u)
+    last = mixed.chain.stages[-1].affine
+    weight = mixed.gradients[last.weight_name]
+    columns, sent = [features.flatten(1)], [weight]
+    if last.bias_name is not None:
+        columns.append(torch.ones_like(columns[0][:, :1]))
+        sent.append(mixed.gradients[last.bias_name][:, None])
+    table, right = torch.cat(columns, 1), torch.cat(sent, 1)
+    k = torch.linalg.lstsq(table.T, right.T, driver="gelsd").solution
+    rest = float((right - k.T @ table).norm() / right.norm())
+    error = samples.entry_noise * (sum(samples.gradient.shape)) ** 0.5
+    relative = error / float(samples.values[-1]) + rest / samples.ratio + 16 * mixed.precision.unit
+    if rest > REST or SAFETY * relative > LOOSEST:
+        return None
+    width = SAFETY * relative * float(logits.abs().max())
+    where = f"{len(k)} samples told apart at '{stage.name}'"
+    return Samples(features.flatten(1), logits, k, width, SAFETY * relative, rest, where)
+
+
+def nearest_sample(evidence: Evidence) -> tuple[float, float, str] | None:
+    """How near any point of the row space comes to the equations of a sample.
+
+    Returns:
+        ``‖(I − PPᵀ) f‖/‖f‖`` at the best end of many starts, what rounding explains of it, and the
+        layer; None where no equations separate the batch.
+    """
+    chain = evidence.chain
+    if chain is None or not evidence.batch or evidence.batch > MOST:
+        return None
+    sent = dict(evidence.gradients)
+    mixed = Batch(chain, sent, evidence.update.loss, evidence.precision, evidence.batch)
+    if not _plain_head(chain):
+        return None
+    source = _source(mixed)
+    if source is None or not resolved(mixed, source.samples):
+        return None
+    w = source.samples.weights
+    none = w.new_zeros(0, len(w))
+    generator = torch.Generator().manual_seed(evidence.precision.seed)
+    best = inf
+    for reach in (1.0, 4.0):
+        begun = source.consistency.begin(STARTS, 2, generator)
+        left = restricted(begun, w, none)
+        start = fresh_starts(left, none, none, STARTS, generator, reach)
+        ends = levenberg_marquardt(left, start)
+        best = min(best, float(ends.cost.min()))
+    rounding = LIKELY * max(rounding_cost(left), SOLVED)
+    return best**0.5, LENIENT * rounding**0.5, source.samples.stage.name
+
+
+def _plain_head(chain: Chain) -> bool:
+    """True if the logits are those of a fully connected layer."""
+    last = chain.stages[-1]
+    return last.affine.geometry is None and not any(
+        isinstance(op, Activation) and not isinstance(op, Identity) for op in last.tail
+    )
+
+
+def _any_weight(target: Target, lenient: bool) -> bool:
+    """A root is a sample whatever it weighs: the weights are what is looked for."""
+    if target.label is None:
+        return target.accepted
+    return target.outside <= FITS and target.outside < target.next and target.share > 0.0

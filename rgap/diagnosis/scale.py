@@ -1,0 +1,178 @@
+"""Sign, reduction, accumulation, clipping, scale and loss: all read from the factors λ.
+
+A factor that all samples share is a sign, another reduction, a clipped norm, or a rate; factors
+that differ from sample to sample are micro-batches of other sizes (``λ_i = B/(M b_m)`` for the
+b_m samples of micro-batch m of M) or norms that were clipped sample by sample (λ_i ≤ 1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+from math import inf, log2
+
+from rgap.batchloss import loss_scale
+from rgap.losses import Loss
+from rgap.targets import BINARY, CROSS_ENTROPY, SQUARED
+
+from .evidence import Evidence
+from .factors import EQUAL, Factors, measured, smallest_misfit
+from .finding import Finding, Kind
+from .samples import Samples
+
+ROUND = 4e-6  # relative distance of a norm from a bound of two digits that clipping left
+GRADES = (Kind.SIGN, Kind.REDUCTION, Kind.SCALE, Kind.CLIPPING, Kind.LOSS)
+
+
+def read(evidence: Evidence, samples: Samples) -> list[Finding]:
+    """Findings at the head; empty where λ = 1, or where no target of the loss fits."""
+    loss = evidence.update.loss
+    factors = measured(evidence, samples, loss)
+    if factors is None:
+        return _other_loss(evidence, samples)
+    evidence.tested.update(GRADES)
+    if len(samples.logits) > 1:
+        evidence.tested.add(Kind.ACCUMULATION)
+    common = factors.common
+    if common is None:
+        return _unequal(evidence, factors)
+    return _uniform(evidence, samples, factors, common)
+
+
+def _uniform(
+    evidence: Evidence, samples: Samples, factors: Factors, common: float
+) -> list[Finding]:
+    near = max(EQUAL, factors.tolerance)
+    found = []
+    size = abs(common)
+    if common < 0:
+        negated = "{n: -g for n, g in update.gradients.items()}"
+        said = (
+            f"k = λ(∂ℓ/∂z) at the head with λ = {common:.6g} for {_samples(samples)}, misfit "
+            f"{factors.misfit:.1e}"
+        )
+        line = f"dataclasses.replace(update, gradients={negated})"
+        found.append(Finding(Kind.SIGN, common, said, line, 2.0 / near))
+    if abs(size - 1.0) <= near:
+        return found
+    found.append(_of_factor(evidence, samples, factors, size, abs(size - 1.0) / near))
+    return found
+
+
+def _samples(samples: Samples) -> str:
+    count = len(samples.logits)
+    return "the sample" if count == 1 else f"each of {count} samples"
+
+
+def _of_factor(
+    evidence: Evidence, samples: Samples, factors: Factors, size: float, strength: float
+) -> Finding:
+    """What a positive factor most likely is."""
+    loss, near = evidence.update.loss, max(EQUAL, factors.tolerance)
+    said = f"λ = {size:.6g} at the head for {_samples(samples)}, misfit {factors.misfit:.1e}"
+    outputs, batch = samples.logits.shape[1], evidence.batch or 1
+    ratio = 1.0 / loss_scale(replace(loss, reduction="mean"), batch, outputs)
+    for reduction, expected in (("sum", ratio), ("mean", 1.0 / ratio)):
+        if ratio > 1 and loss.reduction != reduction and abs(size / expected - 1.0) <= near:
+            line = (
+                "dataclasses.replace(update, loss=dataclasses.replace(update.loss, "
+                f'reduction="{reduction}"))'
+            )
+            said += f"; a {reduction} has {expected:.6g} times the gradient of a {loss.reduction}"
+            return Finding(Kind.REDUCTION, size, said, line, strength)
+    line = (
+        f"dataclasses.replace(update, gradients={{n: g / {size:.9g} for n, g in "
+        "update.gradients.items()})"
+    )
+    total = sum(float(g.square().sum()) for g in evidence.gradients.values()) ** 0.5
+    bound = float(f"{total:.1e}")
+    if size < 1.0 and abs(total / bound - 1.0) <= ROUND + 8 * evidence.unit:
+        said += f"; the norm of the whole update is {total:.6g}"
+        return Finding(Kind.CLIPPING, bound, said, line, strength)
+    power = log2(size)
+    if abs(power) > 3.5 and abs(power - round(power)) < near:
+        said += f", 2^{round(power)} as mixed precision scales a loss"
+    elif outputs > 1 and loss.name != CROSS_ENTROPY and abs(size / outputs - 1.0) <= near:
+        said += f", the {outputs} outputs of a sample: a mean over samples of sums over outputs"
+    elif size < 1.0:
+        said += f"; the norm of the whole update is {total:.6g}, a bound if it was clipped"
+    else:
+        said += f"; a rate declared as η was {size:.6g} η"
+    return Finding(Kind.SCALE, size, said, line, strength)
+
+
+def _unequal(evidence: Evidence, factors: Factors) -> list[Finding]:
+    """Factors that differ from sample to sample."""
+    values, near = factors.values, max(EQUAL, factors.tolerance)
+    copies = [round(v) for v in values]
+    size = evidence.batch or len(values)
+    if sum(copies) == size and all(
+        c > 0 and abs(v / c - 1) <= near for v, c in zip(values, copies, strict=True)
+    ):
+        return []  # pictures that occur several times
+    listed = ", ".join(f"{v:.4g}" for v in sorted(values)[:8])
+    strength = (max(values) - min(values)) / near
+    split = _micro_batches(values, size, near)
+    if split is not None:
+        said = f"the samples weigh {listed}: {len(split)} micro-batches of {split}"
+        line = (
+            "sum(b / B * g for b, g in zip(sizes, gradients)) on the client: weigh each "
+            "micro-batch by its size"
+        )
+        return [Finding(Kind.ACCUMULATION, float(len(split)), said, line, strength)]
+    if min(values) > 0 and max(values) <= 1.0 + near:
+        said = f"the samples weigh {listed}, none more than 1: clipped sample by sample"
+        line = "rgap.invert on one sample at a time: a factor a sample is not declared"
+        return [Finding(Kind.CLIPPING, min(values), said, line, strength)]
+    said = f"the samples weigh {listed}"
+    line = "sum(losses) / B on the client: a loss with equal weights"
+    return [Finding(Kind.SCALE, max(values), said, line, strength)]
+
+
+def _micro_batches(values: tuple[float, ...], size: int, near: float) -> list[int] | None:
+    """Sizes of M micro-batches with λ_i = B/(M b_m), or None."""
+    if len(values) != size:
+        return None
+    for count in range(2, size + 1):
+        sizes = [size / (count * v) for v in values]
+        whole = [round(b) for b in sizes]
+        if any(b < 1 or abs(s / b - 1) > 4 * near for s, b in zip(sizes, whole, strict=True)):
+            continue
+        parts: list[int] = []
+        for b in sorted(set(whole), reverse=True):
+            if whole.count(b) % b:
+                break
+            parts += [b] * (whole.count(b) // b)
+        else:
+            if len(parts) == count and sum(parts) == size:
+                return parts
+    return None
+
+
+def _other_loss(evidence: Evidence, samples: Samples) -> list[Finding]:
+    """No target of the declared loss fits: one of another loss may."""
+    declared = evidence.update.loss
+    missed = smallest_misfit(evidence, samples, declared)
+    if missed is None or missed[0] <= missed[1]:
+        return []
+    outputs = samples.logits.shape[1]
+    names = [CROSS_ENTROPY, BINARY] if outputs > 2 else [BINARY]
+    names += [SQUARED] if outputs > 3 else []
+    for name, reduction in product(names, ("mean", "sum")):
+        if name == declared.name and not declared.label_smoothing:
+            continue
+        loss = Loss(name, reduction)
+        factors = measured(replace(evidence, labels=None), samples, loss)
+        if factors is None or factors.common is None or not factors.unique:
+            continue
+        if abs(factors.common - 1.0) > max(EQUAL, factors.tolerance):
+            continue
+        evidence.tested.update(GRADES)
+        said = (
+            f"the nearest target of {declared.name} misses the head's cotangent by "
+            f"{missed[0]:.1e}, that of {name} by {factors.misfit:.1e} with λ = {factors.common:.6g}"
+        )
+        line = f'dataclasses.replace(update, loss=rgap.Loss("{name}", reduction="{reduction}"))'
+        strength = missed[0] / max(factors.misfit, factors.tolerance) if factors.misfit else inf
+        return [Finding(Kind.LOSS, missed[0], said, line, strength)]
+    return []

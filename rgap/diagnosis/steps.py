@@ -1,0 +1,276 @@
+"""Several local steps, or a larger batch, declared as one gradient.
+
+The average ``1/T Σ_t ∇L(θ_t)``, ``θ_{t+1} = θ_t − η ∇L(θ_t)``, of T steps on one sample still has
+rank one at a layer that reads the data, ``Σ_t k_t xᵀ``, so that x is exact there; above it the
+features move with the weights and the rank grows to T.  Two trials follow.
+
+- Where the data are read off (B = 1), the training is repeated with T = 2, 3 … steps and the rate
+  that fits best: one number for thousands of equations.
+- Where only the head can be read, its rank is more than the batch allows: a larger batch would
+  explain that as well, and is tried.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+
+import torch
+from scipy.optimize import minimize_scalar
+from torch import Tensor, nn
+
+from rgap.bias import bias_attack, rank_one_residual
+from rgap.federated import LocalTraining, average
+from rgap.losses import Loss
+from rgap.targets import CROSS_ENTROPY
+
+from .evidence import Call, Evidence
+from .finding import Finding, Kind
+from .noise import Floor
+from .samples import batch
+
+MOST = 6  # local steps that are tried
+LARGEST = 2_000_000  # parameters of a network that is trained again
+BETTER = 20.0  # times as well that several steps must fit
+HOPE = 0.5  # of what one gradient leaves, that two steps must come below
+CLOSER = 0.3  # of what fewer steps leave, that more must come below
+FITS = 1e-2  # relative residual that they may leave
+FIRST = 1e-4  # relative residual of rank one at the data, at most
+KNOWN = 1e3  # roundings that one gradient may leave
+SUBSTITUTIONS = 6  # of a real-valued target
+OPTIONS = 10  # classes that are tried
+
+
+@dataclass(frozen=True)
+class Training:
+    """A client's training that explains an update.
+
+    Attributes:
+        steps: T.
+        rate: η.
+        scale: of the update over the average of the steps: T where it is their sum.
+        residual: relative.
+        single: relative residual of one gradient.
+    """
+
+    steps: int
+    rate: float
+    scale: float
+    residual: float
+    single: float
+
+
+def data(evidence: Evidence) -> tuple[Call, Tensor] | None:
+    """The input of a batch of one, read off the fully connected layer that reads it."""
+    if not evidence.dense or (evidence.update.input_shape is None and evidence.outputs is None):
+        return None
+    call, weight, bias = evidence.dense[0]
+    first = next(iter(evidence.calls))
+    if not (evidence.feeds(first.given, call.given) and evidence.batch == 1):
+        return None
+    if bias is None or not bool((bias != 0).any()):
+        return None
+    x = bias_attack(weight, bias)
+    if rank_one_residual(weight, x, bias) > FIRST:
+        return None
+    return call, x.reshape(1, *first.given.shape[1:])
+
+
+def repeated(evidence: Evidence, x: Tensor) -> Training | None:
+    """The training whose update comes nearest, if it comes much nearer than one gradient."""
+    loss, outputs = evidence.update.loss, evidence.outputs
+    if outputs is None or (loss.targets == "probability" and evidence.labels is None):
+        return None
+    if sum(g.numel() for g in evidence.gradients.values()) > LARGEST:
+        return None
+    client = Client.of(evidence, x)
+    best: Training | None = None
+    for target in _targets(evidence, loss, outputs.shape[1]):
+        single = client.misfit(target, None, 1)[0]
+        if single < KNOWN * evidence.unit:
+            return None  # one gradient explains the update
+        if best is not None and single > 1.5 * best.single:
+            continue
+        for steps in range(2, MOST + 1):
+            if evidence.late:
+                return None
+            found = _fitted(client, target, steps, single)
+            if steps == 2 and found.residual > HOPE * single:
+                break  # to first order in the rate all numbers of steps are alike
+            if best is None or found.residual < CLOSER * best.residual:
+                best = found
+    if best is None or best.residual > FITS or best.residual * BETTER > best.single:
+        return None
+    return best
+
+
+@dataclass(frozen=True)
+class Client:
+    """A client with known data that trains again.
+
+    Attributes:
+        model: float64.
+        loss: the client's.
+        data: x, [1, *input_shape].
+        sent: the update, flattened.
+        names: of its tensors, in order.
+        head: place in ``sent`` of the head's ∂b, from which a real-valued target is read.
+    """
+
+    model: nn.Module
+    loss: Loss
+    data: Tensor
+    sent: Tensor
+    names: tuple[str, ...]
+    head: slice | None
+
+    @classmethod
+    def of(cls, evidence: Evidence, x: Tensor) -> Client:
+        """The client of an update."""
+        model = copy.deepcopy(evidence.model).double().requires_grad_(False)
+        gradients, place, head = evidence.gradients, 0, evidence.head
+        wanted = None if head is None else f"{head[0].name}.bias"
+        found = None
+        for name, g in gradients.items():
+            if name == wanted:
+                found = slice(place, place + g.numel())
+            place += g.numel()
+        sent = torch.cat([g.flatten() for g in gradients.values()])
+        return cls(model, evidence.update.loss, x, sent, tuple(gradients), found)
+
+    def update(self, target: Tensor, local: LocalTraining | None, steps: int) -> Tensor:
+        """The average of ``steps`` gradients, flattened."""
+
+        def gradient(current: dict[str, Tensor], _: slice) -> dict[str, Tensor]:
+            leaves = {n: p.detach().requires_grad_() for n, p in current.items()}
+            with torch.enable_grad():
+                outputs = torch.func.functional_call(self.model, leaves, (self.data,))
+                value = self.loss(outputs, target)
+                found = torch.autograd.grad(value, list(leaves.values()), materialize_grads=True)
+            return dict(zip(leaves, found, strict=True))
+
+        parameters = {n: p.detach() for n, p in self.model.named_parameters()}
+        total = average(gradient, parameters, local, steps, 1)
+        return torch.cat([total[n].flatten() for n in self.names])
+
+    def misfit(self, target: Tensor, rate: float | None, steps: int) -> tuple[float, float]:
+        """``‖u − a g‖/‖u‖`` at the best factor a, and a.
+
+        A real-valued target is one more unknown, C numbers that enter ∂b of the head almost
+        linearly, ``2/C (z − t)``: a few substitutions find them, and a stays 1.
+        """
+        local = None if rate is None else LocalTraining(rate)
+        made = self.update(target, local, steps)
+        if self.loss.targets != "value" or self.head is None:
+            return _residual(self.sent, made)
+        factor = 2.0 if self.loss.reduction == "sum" else 2.0 / target.numel()
+        for _ in range(SUBSTITUTIONS):
+            gap = (made - self.sent)[self.head]
+            target = target + gap.reshape(target.shape) / factor
+            made = self.update(target, local, steps)
+            if not bool(made.isfinite().all()):
+                return 1.0, 0.0
+        return float((self.sent - made).norm() / self.sent.norm()), 1.0
+
+
+def _targets(evidence: Evidence, loss: Loss, outputs: int) -> list[Tensor]:
+    """Targets of the sample, the likeliest first: the class whose entry of ∂b is odd."""
+    head, place = evidence.head, evidence.gradients[next(iter(evidence.gradients))].device
+    if evidence.labels is not None:
+        return [evidence.labels.to(place)]
+    if loss.targets == "value":
+        return [torch.zeros(1, outputs, dtype=torch.float64, device=place)]
+    if head is None or head[2] is None or outputs == 1:
+        count = 2 if outputs == 1 else min(outputs, OPTIONS)
+        return [torch.tensor([c], device=place) for c in range(count)]
+    if loss.name != CROSS_ENTROPY:  # one 0/1 target an output
+        return [(head[2] < 0).double()[None]]
+    order = head[2].argsort()
+    likely = dict.fromkeys((int(order[0]), int(order[-1])))
+    return [torch.tensor([c], device=place) for c in likely]
+
+
+def _residual(sent: Tensor, made: Tensor) -> tuple[float, float]:
+    """‖u − a g‖/‖u‖ at the best factor a, and a."""
+    energy = float(made.square().sum())
+    if energy == 0.0 or not bool(made.isfinite().all()):
+        return 1.0, 0.0
+    scale = float(sent @ made) / energy
+    return float((sent - scale * made).norm() / sent.norm()), scale
+
+
+def _fitted(client: Client, target: Tensor, steps: int, single: float) -> Training:
+    """The rate by a grid of its logarithm, then by Brent's method."""
+
+    def misfit(exponent: float) -> float:
+        return client.misfit(target, 10.0**exponent, steps)[0]
+
+    grid = [0.5 * k for k in range(-10, 3)]
+    values = [misfit(place) for place in grid]
+    k = min(max(values.index(min(values)), 1), len(grid) - 2)
+    found = minimize_scalar(
+        misfit, bounds=(grid[k - 1], grid[k + 1]), method="bounded", options={"xatol": 1e-7}
+    )
+    rate = 10.0 ** float(found.x)
+    residual, scale = client.misfit(target, rate, steps)
+    return Training(steps, rate, scale, residual, single)
+
+
+def read(evidence: Evidence, layers: list[Floor]) -> list[Finding]:
+    """Steps by repeating them; else a rank that the batch does not allow."""
+    if evidence.batch is None:
+        return []
+    given = data(evidence)
+    if given is not None:
+        evidence.tested.add(Kind.STEPS)
+        found = repeated(evidence, given[1])
+        if found is not None:
+            return [_trained_finding(found)]
+    return _by_rank(evidence, layers)
+
+
+def _trained_finding(found: Training) -> Finding:
+    said = (
+        f"{found.steps} steps at rate {found.rate:.4g} from the data of the lowest layer give the "
+        f"update up to {found.residual:.1e}, one gradient up to {found.single:.1e}"
+    )
+    line = (
+        f"rgap.match(model, dataclasses.replace(update, local_steps={found.steps}), "
+        f"local=rgap.LocalTraining({found.rate:.4g}))"
+    )
+    if abs(found.scale / found.steps - 1) < 1e-2:
+        said += "; they are summed, not averaged"
+        shared = f"gradients={{n: g / {found.steps} for n, g in update.gradients.items()}}"
+        line = line.replace("(update, ", f"(update, {shared}, ")
+    strength = found.single / max(found.residual, 1e-16)
+    return Finding(Kind.STEPS, float(found.steps), said, line, strength)
+
+
+def _by_rank(evidence: Evidence, layers: list[Floor]) -> list[Finding]:
+    """A layer whose rank is more than the batch allows."""
+    size = evidence.batch or 1
+    if not layers:
+        return []
+    evidence.tested.update((Kind.STEPS, Kind.BATCH_SIZE))
+    over = [f for f in layers if f.rank > size and not f.flat]
+    if not over or any(f.flat and f.level > 20 * f.rounding for f in layers):
+        return []
+    worst = max(over, key=lambda f: f.rank)
+    limit = worst.rank
+    said = f"the gradient of '{worst.name}' has rank {worst.rank}, a batch of {size} at most {size}"
+    strength = max(worst.level / worst.rounding, 1.0)
+    lowest = layers[0]
+    if lowest.rank > size or len(layers) == 1:
+        larger = batch(replace(evidence, batch=limit))
+        if larger is not None:
+            line = f"dataclasses.replace(update, batch_size={limit})"
+            said += f"; {larger.route}"
+            return [Finding(Kind.BATCH_SIZE, float(limit), said, line, strength)]
+    else:
+        said += f"; '{lowest.name}' below has rank {lowest.rank}: the same data, other weights"
+    steps = max(2, -(-worst.rank // size))
+    line = (
+        f"rgap.match(model, dataclasses.replace(update, local_steps={steps}), "
+        "local=rgap.LocalTraining(rate)) with the client's rate"
+    )
+    return [Finding(Kind.STEPS, float(steps), said, line, strength)]

@@ -1,0 +1,52 @@
+"""What the numbers themselves show: coarser precision, signs, zeros, quantisation.
+
+No equation is needed: a float32 tensor whose every entry is a float16 number was one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import inf
+
+import torch
+from torch import Tensor
+
+from rgap.quantisation import recognise
+from rgap.rounding import UNIFORM
+from rgap.symptoms import compression
+from rgap.update import Update
+
+from .finding import Finding, Kind
+
+ROUNDED = "update.as_rounded()[0]"
+
+
+def rounded(update: Update) -> Finding | None:
+    """A format coarser than the declared one, or integers, that the values show."""
+    found = recognise(update.gradients)
+    if found is None or set(found.noise) <= set(update.noise or {}):
+        return None
+    if found.dtype is None:
+        name = max(found.noise, key=lambda n: update.gradients[n].numel())
+        step = float(found.noise[name].flatten()[0]) / UNIFORM
+        said = f"{found.evidence} distinct values are multiples of a step, {step:.3g} in '{name}'"
+        return Finding(Kind.COMPRESSION, step, f"{said}: {found.kind}", ROUNDED, inf)
+    eps = torch.finfo(found.dtype).eps
+    if eps <= torch.finfo(update.dtype).eps:
+        return None
+    said = (
+        f"{found.evidence} distinct values of {len(found.noise)} tensors are {found.kind} numbers"
+    )
+    line = f"{ROUNDED}, or dataclasses.replace(update, dtype=torch.{found.kind})"
+    return Finding(Kind.PRECISION, eps, said, line, inf)
+
+
+def compressed(gradients: Mapping[str, Tensor]) -> Finding | None:
+    """Signs, or pruned entries."""
+    words = compression(gradients)
+    if words is not None:
+        line = "rgap.match(model, update); the equations need the gradient as it was"
+        zeros = sum(int((g == 0).sum()) for g in gradients.values())
+        share = zeros / sum(g.numel() for g in gradients.values())
+        return Finding(Kind.COMPRESSION, share, words, line, inf)
+    return None

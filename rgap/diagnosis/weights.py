@@ -1,0 +1,263 @@
+"""Other weights: identities between layers that one gradient of this model satisfies.
+
+Each holds for any target and any factor, so that nothing but the model is tested.
+
+- **Prediction** (B = 1): the features that the gradient of one fully connected layer shows are
+  those that the layers between make of the features of a lower one.
+- **Batch norm**: ``∂b_f = γ_f/σ_f ∂β_f`` of :mod:`rgap.diagnosis.mode`.
+- **Balance** (any B): between two affine maps with positively homogeneous steps (ReLU, LeakyReLU,
+  pooling), ``φ'(z) z = φ(z)`` gives for every channel f of the lower one
+  ``⟨W_f, G_f⟩ + b_f ∂b_f = Σ_p k_p·z_p = ⟨W'_{·f}, G'_{·f}⟩``, W' the weights that read it.
+  A mask between the two keeps it: where it holds and another identity fails, dropout was on.
+- **Target** (B = 1): some admissible target explains the cotangent at the head.
+- **Search** (B > 1): some sample of the row space of a layer satisfies ``(I − PPᵀ) f(q) = 0``.
+- **Recursion** (B = 1): the equations of every stage of a chain agree with those above it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from rgap.bias import bias_attack, rank_one_residual
+from rgap.head import features_from_bias
+from rgap.network import Chain, Stage
+from rgap.ops import Op, Reshape
+from rgap.piecewise import Activation
+from rgap.recursion import REFUTED, descend
+from rgap.targets import SQUARED
+
+from . import mode
+from .dropout import predicted
+from .evidence import Call, Evidence
+from .factors import smallest_misfit
+from .finding import Finding, Kind
+from .samples import Samples, nearest_sample
+
+SAFETY = 100.0
+LARGEST = 20_000  # unknowns of a stage up to which the recursion is tried
+LINE = "model.load_state_dict(weights) with the weights that the server sent for this round"
+
+
+@dataclass(frozen=True)
+class Contradiction:
+    """An identity that the model does not satisfy.
+
+    Attributes:
+        what: the identity, in words.
+        misfit: relative.
+        tolerance: of the misfit, by rounding and stated noise.
+    """
+
+    what: str
+    misfit: float
+    tolerance: float
+
+    @property
+    def strength(self) -> float:
+        """How clearly it is broken."""
+        return self.misfit / self.tolerance
+
+
+def read(evidence: Evidence, samples: Samples | None) -> list[Finding]:
+    """The finding that nothing else explains; searches and recursions only where need be."""
+    balances = _balances(evidence)
+    found = [*_predictions(evidence), *balances]
+    norm = mode.contradiction(evidence)
+    if norm is not None:
+        found.append(Contradiction(f"∂b = γ/σ ∂β at '{norm[2]}'", norm[0], norm[1]))
+    if samples is not None and len(samples.logits) == 1:
+        loss = evidence.update.loss
+        free = loss.name == SQUARED and evidence.labels is None  # every target is admissible
+        target = None if free else smallest_misfit(evidence, samples, loss)
+        if target is not None:
+            what = f"the nearest target of {loss.name} at the head"
+            found.append(Contradiction(what, *target))
+    broken = [c for c in found if c.strength > 1.0]
+    if not broken and not evidence.late:
+        further = _recursion(evidence) if evidence.batch == 1 else _search(evidence, samples)
+        found += further
+        broken = [c for c in further if c.strength > 1.0]
+    if found:
+        evidence.tested.add(Kind.WEIGHTS)
+    if not broken:
+        return []
+    worst = max(broken, key=lambda c: c.strength)
+    if balances and not any(c.strength > 1.0 for c in balances):
+        masked = _masked(evidence, balances, worst)
+        if masked is not None:
+            return [masked]
+    said = (
+        f"{worst.what}: relative misfit {worst.misfit:.1e}, rounding explains "
+        f"{worst.tolerance:.1e}; {len(broken)} of {len(found)} identities fail"
+    )
+    open_ = [k for k in (Kind.NOISE, Kind.STEPS) if k not in evidence.tested]
+    if open_:
+        said += f"; no equation here tells {' or '.join(open_)} from it"
+    return [Finding(Kind.WEIGHTS, worst.misfit, said, LINE, worst.strength)]
+
+
+def _masked(
+    evidence: Evidence, balances: list[Contradiction], worst: Contradiction
+) -> Finding | None:
+    """Dropout that was on: its masks keep the balance, which other weights do not."""
+    layers = [
+        c
+        for c in evidence.calls
+        if isinstance(c.module, nn.modules.dropout._DropoutNd) and c.module.p > 0
+    ]
+    if not layers:
+        return None
+    evidence.tested.add(Kind.DROPOUT)
+    rate = float(getattr(layers[0].module, "p", 0.0))
+    held = max(balances, key=lambda c: c.misfit)
+    said = (
+        f"{held.what} holds to {held.misfit:.1e}, so the weights are right, but {worst.what} "
+        f"misses by {worst.misfit:.1e}: '{layers[0].name}' (p = {rate:g}) was on"
+    )
+    line = "model.eval() on the client before it computes the gradient"
+    return Finding(Kind.DROPOUT, rate, said, line, worst.strength)
+
+
+def _predictions(evidence: Evidence) -> list[Contradiction]:
+    """Features of fully connected layers, predicted from the next one below."""
+    if evidence.batch != 1:
+        return []
+    known = []
+    for call, weight, bias in evidence.dense:
+        if bias is None or not bool((bias != 0).any()):
+            continue
+        x = bias_attack(weight, bias)
+        rest = rank_one_residual(weight, x, bias)
+        known.append((call, x, _tolerance(evidence, call, weight, bias) + rest))
+    found = []
+    for (lower, x, own), (upper, sent, other) in pairwise(known):
+        expected = predicted(evidence, lower, upper, x)
+        if expected is None or not bool((expected != 0).any()):
+            continue
+        gain = float(lower.given.norm() / lower.made.norm().clamp_min(1e-300))
+        misfit = float((sent - expected).norm() / expected.norm())
+        tolerance = SAFETY * (max(1.0, gain) * own + other)
+        what = f"the input of '{upper.name}' predicted from that of '{lower.name}'"
+        found.append(Contradiction(what, misfit, tolerance))
+    return found
+
+
+def _tolerance(evidence: Evidence, call: Call, weight: Tensor, bias: Tensor) -> float:
+    """Relative error of a feature vector that the bias attack gave."""
+    noise = [evidence.added(f"{call.name}.{part}") for part in ("weight", "bias")]
+    added = noise[0] * weight.shape[1] ** 0.5 / float(weight.norm()) + noise[1] / float(bias.norm())
+    return float(16 * evidence.unit + added)
+
+
+def _balances(evidence: Evidence) -> list[Contradiction]:
+    """Consecutive stages of the chain with positively homogeneous steps in between."""
+    chain = evidence.chain
+    if chain is None:
+        return []
+    found = []
+    for lower, upper in pairwise(chain.stages):
+        steps = (*lower.tail, *upper.lead)
+        norms = [op for op in steps if op.kind.startswith("batch_norm")]
+        rest = [op for op in steps if not op.kind.startswith("batch_norm")]
+        if len(norms) > 1 or (norms and steps[0] is not norms[0]):
+            continue
+        if not all(_homogeneous(op) for op in rest):
+            continue
+        contradiction = _balance(evidence, chain, lower, upper, norms[0] if norms else None)
+        if contradiction is not None:
+            found.append(contradiction)
+    return found
+
+
+def _homogeneous(op: Op) -> bool:
+    """True for steps with φ(cz) = cφ(z), c > 0, that keep channels apart and in order."""
+    if isinstance(op, Activation):
+        return bool(op.homogeneous)
+    return isinstance(op, Reshape) or "max_pool" in op.kind or "avg_pool" in op.kind
+
+
+def _balance(
+    evidence: Evidence, chain: Chain, lower: Stage, upper: Stage, norm: Op | None
+) -> Contradiction | None:
+    gradients = evidence.gradients
+
+    def product(name: str) -> Tensor:
+        return evidence.model.get_parameter(name).detach().double() * gradients[name]
+
+    below, above = lower.affine, upper.affine
+    channels = below.out_shape[0]
+    if norm is None:
+        terms = [product(below.weight_name).flatten(1)]
+        if below.bias_name is not None:
+            terms.append(product(below.bias_name)[:, None])
+        left = torch.cat(terms, 1)
+    else:
+        names = (f"{norm.name}.weight", f"{norm.name}.bias")
+        if any(n not in gradients for n in names):
+            return None
+        left = torch.stack([product(n) for n in names], 1)
+    right = product(above.weight_name)
+    groups = 1 if above.geometry is None else above.geometry.groups
+    if groups != 1 or prod(above.in_shape) % channels:
+        return None
+    if above.geometry is None:
+        right = right.reshape(len(right), channels, -1)
+    if right.shape[1] != channels:
+        return None
+    right = right.transpose(0, 1).flatten(1)
+    size = float(left.square().sum() + right.square().sum()) ** 0.5
+    if size == 0.0:
+        return None
+    misfit = float((left.sum(1) - right.sum(1)).norm()) / size
+    weights = [evidence.model.get_parameter(n) for n in (below.weight_name, above.weight_name)]
+    level = max(evidence.added(n) for n in (below.weight_name, above.weight_name))
+    added = level * float(sum(w.detach().double().norm() for w in weights))
+    count = (left.shape[1] + right.shape[1]) ** 0.5
+    tolerance = SAFETY * (4 * evidence.unit * count + added / size)
+    what = f"the balance ⟨W, G⟩ between '{lower.name}' and '{upper.name}'"
+    return Contradiction(what, misfit, tolerance)
+
+
+def _search(evidence: Evidence, samples: Samples | None) -> list[Contradiction]:
+    """The nearest that any sample comes to the equations that separate a batch."""
+    if samples is not None:
+        return []
+    nearest = nearest_sample(evidence)
+    if nearest is None:
+        return []
+    misfit, tolerance, name = nearest
+    return [Contradiction(f"the nearest sample at '{name}'", misfit, tolerance)]
+
+
+def _recursion(evidence: Evidence) -> list[Contradiction]:
+    """The equations of the stages below the head, for one sample."""
+    chain = evidence.chain
+    if chain is None or evidence.batch != 1 or not chain.stages:
+        return []
+    last = chain.stages[-1]
+    name = last.affine.bias_name
+    if last.affine.geometry is not None or name is None or len(chain.stages) < 2:
+        return []
+    if max(prod(stage.affine.in_shape) for stage in chain.stages[:-1]) > LARGEST:
+        return []
+    weight, bias = evidence.gradients[last.affine.weight_name], evidence.gradients[name]
+    if not bool((bias != 0).any()):
+        return []
+    x, k = features_from_bias(last.affine, weight, bias, evidence.precision)
+    x = type(x)(
+        x.value.reshape(-1, *last.affine.in_shape),
+        x.error.reshape(len(x.error), -1, *last.affine.in_shape),
+    )
+    descent = descend(chain, dict(evidence.gradients), last.index, x, k, evidence.precision)
+    index, misfit = descent.worst
+    if index < 0:
+        return []
+    relative = descent.solutions[index].solution.stats.residual
+    what = f"the equations of '{chain.stages[index].name}' below the head"
+    relative = max(relative, 1e-300)
+    return [Contradiction(what, relative, relative * REFUTED / max(misfit, 1e-300))]

@@ -1,0 +1,78 @@
+"""``rgap check``, which :mod:`rgap.cli` registers beside its own."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from rgap.arguments import shape_of, targets_of
+from rgap.console import clean, print_json, stdout
+from rgap.options import (
+    BatchSize,
+    Json,
+    KnownLabels,
+    Model,
+    Noise,
+    Quiet,
+    Seed,
+    UpdatePath,
+    Weights,
+)
+
+__all__ = ["check"]
+
+
+def check(
+    context: typer.Context,
+    model: Model,
+    update: UpdatePath,
+    weights: Weights = None,
+    batch_size: BatchSize = None,
+    labels: KnownLabels = None,
+    noise: Noise = 0.0,
+    input_shape: Annotated[
+        str | None,
+        typer.Option(
+            help="Shape of one sample, as in 3,32,32, if the update does not state it.",
+            show_default=False,
+        ),
+    ] = None,
+    time_limit: Annotated[
+        float, typer.Option(help="Seconds after which no further trial begins.")
+    ] = 20.0,
+    quiet: Quiet = False,
+    as_json: Json = False,
+    seed: Seed = 0,
+) -> None:
+    """Look for what may be wrong with an update: its sign, scale, mode, noise, weights."""
+    with clean(context):
+        import rgap
+        from rgap.modelspec import resolve
+        from rgap.progress import Progress
+        from rgap.report.tables import finding_table
+
+        if not update.is_file():
+            raise ValueError(f"UPDATE: no file {update}; write one with rgap capture")
+        sent = rgap.Update.load(update)
+        network = resolve(model, weights)
+        known = None if labels is None else targets_of(labels, None, sent.loss.name)
+        with Progress(not quiet) as show:
+            show.stage("trying what may be wrong")
+            found = rgap.check(
+                network,
+                sent,
+                batch_size=batch_size,
+                labels=known,
+                input_shape=shape_of(input_shape),
+                noise=noise,
+                seed=seed,
+                time_limit=time_limit,
+            )
+        if as_json:
+            print_json(found.summary())
+        else:
+            if found.findings:
+                stdout().print(finding_table(found))
+            stdout().print(found.explain(), highlight=False, markup=False, soft_wrap=True)
+    raise typer.Exit(0 if found.ok else 1)

@@ -1,0 +1,150 @@
+"""Updates that were rounded on their way, recognised by their values.
+
+A gradient that went through float16, bfloat16 or 8-bit integers and came back as float32 looks
+like any other, but its entries lie on a coarse grid.  Numbers of one format are found in a coarser
+one by chance with probability 2^−(bits between them) each, 2^−13 for float32 in float16.  Gradients
+that are small fractions for another reason (weights of zero, pictures of few levels) leave the last
+bit of that format unused, and integers of b bits fill their range only where they were scaled to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rgap.rounding import UNIFORM, coherence, spacing
+
+__all__ = ["Rounded", "recognise"]
+
+FORMATS = (torch.bfloat16, torch.float16, torch.float32)  # coarsest first
+EVIDENCE = 16  # distinct values that use the last bit of a format, or levels of integers, needed
+USED = 0.25  # share of the distinct values that do, where rounding decided: one half
+LOOKED = 4096  # values of a tensor among which they are counted
+WIDTHS = range(4, 17)  # bits of integers that are looked for
+OFF = 4.0  # spacings of the carrying format by which a multiple of the step may be off
+FEWEST = 64  # entries of a tensor that may show integers by itself
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """What the values of an update say of the format that they went through.
+
+    Attributes:
+        kind: ``"float16"``, ``"bfloat16"``, ``"float32"``, or ``"8-bit integers"`` and so on.
+        dtype: the floating format; None for integers.
+        noise: standard deviation of the rounding of each entry, by parameter name, for the tensors
+            that show it.
+        evidence: distinct values that tell the format from a finer one.
+    """
+
+    kind: str
+    dtype: torch.dtype | None
+    noise: Mapping[str, Tensor]
+    evidence: int
+
+    def added_to(self, noise: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        """This rounding and other noise of the same update together, by parameter name."""
+        total = dict(noise or {})
+        for name, std in self.noise.items():
+            total[name] = torch.hypot(std, total[name].to(std)) if name in total else std
+        return total
+
+    @property
+    def words(self) -> str:
+        """What is assumed, for a reader."""
+        return (
+            f"the values are those of {self.kind} ({len(self.noise)} tensors, {self.evidence} "
+            "distinct values that show it): their rounding counts as noise of the update"
+        )
+
+
+def recognise(gradients: Mapping[str, Tensor]) -> Rounded | None:
+    """The coarse format that an update went through; None where nothing shows one.
+
+    Args:
+        gradients: by parameter name, as sent.
+
+    >>> g = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+    >>> recognise({"w": g}) is None
+    True
+    >>> recognise({"w": g.half().float()}).kind, recognise({"w": g.bfloat16().float()}).kind
+    ('float16', 'bfloat16')
+    >>> step = g.abs().max() / 127
+    >>> recognise({"w": (g / step).round() * step}).kind
+    '8-bit integers'
+    """
+    for dtype in FORMATS:
+        found = _floating(gradients, dtype)
+        if found is not None:
+            return found
+    return _integers(gradients)
+
+
+def _floating(gradients: Mapping[str, Tensor], dtype: torch.dtype) -> Rounded | None:
+    """Tensors all of whose values are numbers of ``dtype`` although theirs is finer."""
+    eps = torch.finfo(dtype).eps
+    exact = {
+        name: g
+        for name, g in gradients.items()
+        if torch.finfo(g.dtype).eps < eps and torch.equal(g.to(dtype).to(g.dtype), g)
+    }
+    used = total = 0
+    for g in exact.values():
+        sizes = _distinct(g)
+        odd = (sizes.double() / spacing(sizes, dtype)).remainder(2.0) == 1.0
+        used, total = used + int(odd.sum()), total + len(sizes)
+    if used < EVIDENCE or used < USED * total:
+        return None
+    noise = {name: UNIFORM * spacing(g, dtype).to(g.dtype) for name, g in exact.items()}
+    return Rounded(str(dtype).removeprefix("torch."), dtype, noise, used)
+
+
+def _integers(gradients: Mapping[str, Tensor]) -> Rounded | None:
+    """Multiples of one step a tensor, the largest of them that of a signed or unsigned integer.
+
+    Errors of entries that went to zero follow the gradient where most did (see ``coherence``).
+    """
+    for bits in WIDTHS:
+        noise, evidence = {}, 0
+        for name, g in gradients.items():
+            step = _step(g, bits)
+            if step is None:
+                continue
+            noise[name] = torch.full_like(g, UNIFORM * step)
+            if g.ndim > 1:
+                noise[name] *= coherence(g == 0, (g == 0).flatten(1).all(1)).to(g)
+            levels = len(_distinct(g))
+            if g.numel() >= FEWEST and levels >= min(EVIDENCE, 2 ** (bits - 1) - 2):
+                evidence += levels
+        if evidence:
+            return Rounded(f"{bits}-bit integers", None, noise, evidence)
+    return None
+
+
+def _step(g: Tensor, bits: int) -> float | None:
+    """Step of a tensor that is ``step · n`` with n of so many bits, scaled to their range."""
+    values = g.detach().double()
+    low, high = float(values.min()), float(values.max())
+    largest = max(abs(low), abs(high))
+    if largest == 0:
+        return None
+    slack = OFF * torch.finfo(g.dtype).eps * largest
+    for step in (largest / (2 ** (bits - 1) - 1), (high - low) / (2**bits - 1)):
+        if step <= 0:
+            continue
+        off = (values - step * (values / step).round()).abs()
+        if bool((off <= slack).all()) and slack < step / 8:
+            return float(step)
+    return None
+
+
+def _distinct(g: Tensor) -> Tensor:
+    """Distinct sizes of up to ``LOOKED`` entries that are not zero."""
+    flat = g.detach().flatten()
+    stride = max(1, flat.numel() // LOOKED)
+    sizes = flat[::stride].abs()
+    distinct: Tensor = torch.unique(sizes[sizes > 0])
+    return distinct

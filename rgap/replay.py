@@ -1,0 +1,136 @@
+"""What the client would send for an answer, and how far from that an update may be.
+
+The real model, the declared loss and the targets of the answer are used here, not the cotangent
+that was observed: nothing is certified that does not give the update again, tensor by tensor, up to
+what its precision, its noise and the errors of the answer explain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rgap.batchloss import loss_scale
+from rgap.capture import capture
+from rgap.problem import Problem
+
+__all__ = ["Replay", "replay", "sent_for"]
+
+LOW = torch.float32  # the arithmetic whose rounding is measured
+ROUNDED = 100.0  # times the measured rounding of a tensor that its replay may be off by
+CARRIED = 10.0  # standard errors of the answer, as its bound has
+MEMBERS = 2  # of its ensemble that are replayed
+
+
+@dataclass(frozen=True)
+class Replay:
+    """An update beside that of an answer.
+
+    Attributes:
+        residual: relative difference of the whole.
+        parts: relative difference by parameter name.
+        allowed: the same as precision, noise and the answer's errors explain it.
+    """
+
+    residual: float
+    parts: dict[str, float]
+    allowed: dict[str, float]
+
+    @property
+    def worst(self) -> str:
+        """The parameter that misses by most of what it may."""
+        return max(self.parts, key=lambda n: self.parts[n] / max(self.allowed[n], 1e-300))
+
+    @property
+    def fits(self) -> bool:
+        """True if every tensor is reproduced within what it may be off by."""
+        return all(part <= self.allowed[name] for name, part in self.parts.items())
+
+
+def sent_for(
+    problem: Problem,
+    inputs: Tensor,
+    labels: Tensor,
+    scale: float | Tensor = 1.0,
+    dtype: torch.dtype = torch.float64,
+) -> dict[str, Tensor]:
+    """The update of a batch, in float64 whatever it was computed in.
+
+    Args:
+        problem: the model and the declared loss.
+        inputs: [B, *input_shape].
+        labels: as the loss takes them.
+        scale: factor on the update, or one a sample [B].
+        dtype: of the client's arithmetic; a forward that casts to one of its own has its way.
+    """
+    if isinstance(scale, Tensor):
+        return _weighed(problem, inputs, labels, scale, dtype)
+
+    def sent(precision: torch.dtype) -> Mapping[str, Tensor]:
+        return capture(
+            problem.model, inputs, labels, problem.declared, value_range=None, dtype=precision
+        ).gradients
+
+    try:
+        again = sent(dtype)
+    except ValueError:  # a forward that casts to a precision of its own
+        again = sent(problem.update.dtype)
+    return {n: scale * again[n].to(g) for n, g in problem.gradients.items()}
+
+
+def _weighed(
+    problem: Problem, inputs: Tensor, labels: Tensor, scale: Tensor, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Each sample by itself, with its factor and its share in the mean of the batch."""
+    loss, count = problem.declared, len(inputs)
+    share = loss_scale(loss, count, 1) / loss_scale(loss, 1, 1)
+    total: dict[str, Tensor] = {}
+    for row, factor in enumerate(scale.tolist()):
+        one = sent_for(problem, inputs[row : row + 1], labels[row : row + 1], factor * share, dtype)
+        total = {n: total[n] + g if total else g for n, g in one.items()}
+    return total
+
+
+def replay(
+    problem: Problem,
+    inputs: Tensor,
+    labels: Tensor,
+    scale: float | Tensor = 1.0,
+    error: Tensor | None = None,
+) -> Replay:
+    """The update beside that of an answer.
+
+    The rounding of the client is measured: the same update is computed in float32, and what that
+    is off by is scaled to the client's unit roundoff.
+
+    Args:
+        problem: the update.
+        inputs: of the answer, [B, *input_shape].
+        labels: of the answer.
+        scale: factor on the update, or one a sample.
+        error: ensemble of the errors of ``inputs``, [S, B, *input_shape].
+    """
+    exact = sent_for(problem, inputs, labels, scale)
+    low = sent_for(problem, inputs, labels, scale, LOW)
+    moved = [
+        sent_for(problem, inputs + e, labels, scale)
+        for e in ([] if error is None else error[:MEMBERS])
+    ]
+    unit = problem.precision.unit
+    ratio = unit / (torch.finfo(LOW).eps / 2)
+    parts, allowed, total, size = {}, {}, 0.0, 0.0
+    for name, sent in problem.sent.items():
+        gap = float((exact[name] - sent).norm())
+        own = float(sent.norm())
+        total, size = total + gap**2, size + own**2
+        rounding = ratio * float((low[name] - exact[name]).norm()) + unit * own
+        rounding += problem.precision.floor * sent.numel() ** 0.5
+        noise = float(problem.precision.noise_std(name, sent).square().sum()) ** 0.5
+        carried = max((float((m[name] - exact[name]).norm()) for m in moved), default=0.0)
+        parts[name] = gap / own if own > 0 else gap
+        may = ROUNDED * rounding + CARRIED * (noise + carried)
+        allowed[name] = may / own if own > 0 else may
+    return Replay((total / size) ** 0.5 if size > 0 else total**0.5, parts, allowed)

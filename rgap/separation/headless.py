@@ -1,0 +1,170 @@
+"""A batch told apart by two fully connected layers alone, without the loss and what is above them.
+
+A sample's cotangent at the upper layer lies in the range of that layer's gradient, ``k₂ = U₂c``,
+and at the lower one in the range of its gradient: ``(I − U₁U₁ᵀ) φ'(z) ⊙ W₂ᵀU₂c = 0`` fixes c up to
+its scale, and ``xᵀG₁⁺k₁ = 1`` the scale.  So each root has its dual and its cotangents without any
+target.  How often a picture occurs is in them too, and stays unknown.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rgap.batchloss import BatchLoss
+from rgap.losses import Loss
+from rgap.precision import Known, Precision
+
+from .batch import Batch, Separated, Unseparated
+from .between import Between, steps_between
+from .consistency import Consistency, restricted
+from .finish import OPEN
+from .identify import Identity, free, pullback
+from .lines import lines
+from .mixture import Mixture
+from .peeling import Collected, collect
+from .route import unfit_pair
+from .spread import spread
+
+CERTAIN = 1e-3  # share of k outside the range of G₁ that a root of a batch without a head may have
+
+
+@dataclass(frozen=True)
+class Held(BatchLoss):
+    """Cotangents at the upper layer's output, as found, in the place of a loss.
+
+    ``targets`` are the cotangents, [R, m].
+    """
+
+    errors: Tensor | None = None
+
+    @classmethod
+    def of(cls, cotangents: Tensor, errors: Tensor | None = None) -> Held:
+        """Hold the cotangents of R pictures."""
+        return cls(Loss("unknown"), cotangents, cotangents.new_ones(len(cotangents)), errors)
+
+    def cotangent(self, outputs: Tensor) -> Tensor:
+        """The cotangents, whatever the outputs."""
+        return self.targets.reshape(outputs.shape)
+
+    def curvature(self, outputs: Tensor, directions: Tensor) -> Tensor:
+        """Zero: they are held."""
+        return torch.zeros_like(directions)
+
+    def known(self, outputs: Tensor, precision: Precision) -> Known:
+        """The cotangents with their errors."""
+        value = self.cotangent(outputs)
+        if self.errors is None:
+            return Known(value, precision.rounding(value))
+        return Known(value, self.errors + precision.rounding(value))
+
+
+def separate_headless(
+    batch: Batch, watch: Callable[[str], None] | None = None
+) -> Separated | Unseparated:
+    """The samples of a batch at the lower of the last two stages of a chain.
+
+    Args:
+        batch: its chain ends with two fully connected layers.
+        watch: told of the progress.
+    """
+    began = time.perf_counter()
+    index = len(batch.chain.stages) - 2
+    steps = steps_between(batch.chain, index)
+    if isinstance(steps, str):
+        return Unseparated(steps)
+    lower, upper = batch.mixture(index), batch.mixture(index + 1)
+    why = unfit_pair(lower, upper)
+    if why is not None:
+        return Unseparated(why)
+    if batch.size is not None and lower.rank != batch.size:
+        return Unseparated(
+            f"the gradient of '{lower.stage.name}' tells {lower.rank} samples apart, the stated "
+            f"batch size is {batch.size}: copies, or samples lost to rounding, which only the loss "
+            "would tell"
+        )
+    consistency = Between.of(lower, upper, steps, batch.precision)
+
+    def naming(roots: Tensor, _: Consistency) -> list[Identity]:
+        return cotangents_of(batch, lower, upper, roots)[0]
+
+    def admissible(identity: Identity, rough: bool) -> bool:
+        return identity.accepted and identity.outside < CERTAIN
+
+    found = collect(consistency, naming, admissible, batch.precision.seed, watch=watch)
+    if not found.complete:
+        return Unseparated(
+            f"{len(found.roots)} of the {lower.rank} samples of '{lower.stage.name}' found in "
+            f"{found.starts} starts; {lines(consistency, found.roots) or 'no target helps here'}"
+        )
+    return _finished(batch, consistency, upper, found, began)
+
+
+def cotangents_of(
+    batch: Batch, lower: Mixture, upper: Mixture, roots: Tensor
+) -> tuple[list[Identity], Tensor, Tensor]:
+    """Dual, k₁ [S, m₁] and k₂ [S, m₂] of every root.
+
+    Args:
+        batch: its chain ends with the upper layer.
+        lower: mixture of the layer that the roots belong to.
+        upper: mixture of the next one.
+        roots: [S, R].
+    """
+    affine = lower.stage.affine
+    if not len(roots):
+        return [], roots.new_zeros(0, *affine.out_shape), roots.new_zeros(0, len(upper.left))
+    z = affine.forward((roots @ lower.right.T).reshape(-1, *affine.in_shape))
+    outputs, pull = pullback(batch.chain, lower.stage.index, z)
+    rows = [pull(u.expand_as(outputs)).flatten(1) for u in upper.left.T]
+    table = torch.stack(rows, 1)  # [S, R, m₁]
+    found = [free(lower, q, own, False) for q, own in zip(roots, table, strict=True)]
+    c = torch.stack([identity.kappa for identity in found])
+    return found, torch.einsum("sr,srm->sm", c, table), c @ upper.left.T
+
+
+def _finished(
+    batch: Batch, consistency: Between, upper: Mixture, found: Collected, began: float
+) -> Separated | Unseparated:
+    """Errors of the samples and of their cotangents."""
+    lower = consistency.samples
+    stage = lower.stage
+    k2 = cotangents_of(batch, lower, upper, found.roots)[2]
+    whole = restricted(consistency, lower.weights, lower.weights.new_zeros(0, lower.rank))
+    result = spread(consistency, whole, found.roots, batch.chain, Held.of(k2), batch.precision)
+    if result.restless:
+        return Unseparated(
+            f"a sample at '{stage.name}' does not settle: its last step is {result.restless:.1e} "
+            f"standard errors long (σ_B/σ_1 {lower.ratio:.1e})"
+        )
+    worst = result.worst / float(result.roots.norm(dim=1).mean())
+    if not worst < OPEN:
+        return Unseparated(
+            f"the worst direction of a sample at '{stage.name}' is known to {worst:.1e} of its "
+            f"norm only (σ_B/σ_1 {lower.ratio:.1e})"
+        )
+    _, k, k2 = cotangents_of(batch, lower, upper, result.roots)
+    inside = result.features.error.flatten(2) @ lower.right
+    size = float(inside.abs().max())
+    step = 1e-6 * float(result.roots.abs().max()) / size if size > 0 else 0.0
+    moved = [cotangents_of(batch, lower, upper, result.roots + step * e)[1:] for e in inside]
+    errors = [
+        torch.stack([(one[i] - held) / step for one in moved]) for i, held in ((0, k), (1, k2))
+    ]
+    shape = stage.affine.out_shape
+    return Separated(
+        stage,
+        result.features,
+        Known(k.reshape(-1, *shape), errors[0].reshape(len(moved), -1, *shape)),
+        Held.of(k2, errors[1]),
+        lower,
+        worst,
+        f"every sample of '{stage.name}' must map into the row space of '{upper.stage.name}', and "
+        "its cotangent into both ranges; no loss was needed",
+        "",
+        time.perf_counter() - began,
+    )

@@ -1,0 +1,131 @@
+"""B > 1: the inputs of a batch at two fully connected layers, whatever stands above them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from rgap import certificate, outcomes
+from rgap.batches import Rows, batch_of, start, with_separation
+from rgap.certificate import Answer
+from rgap.halt import Halt
+from rgap.network import Chain
+from rgap.parts import in_parts
+from rgap.polish import polish
+from rgap.prefix import reaches
+from rgap.problem import Problem
+from rgap.progress import Progress
+from rgap.reading import Reading
+from rgap.readout import gathered
+from rgap.recovery import Candidate, Recovery, Route, Status
+from rgap.recursion import Descent, descend
+from rgap.reports import layer_reports
+from rgap.separation.batch import Separated, Unseparated
+from rgap.separation.headless import separate_headless
+
+__all__ = ["from_pair"]
+
+
+def from_pair(problem: Problem, chain: Chain, above: str, show: Progress) -> Recovery | None:
+    """The inputs of a batch, where a pair of layers below everything else separates it.
+
+    Args:
+        problem: the update and its model.
+        chain: from the data to two fully connected layers in a row.
+        above: why no equation covers what stands above them, in words.
+        show: told how far it is.
+
+    Returns:
+        ``UNDERDETERMINED`` with the inputs certified, alone or in parts; None where the pair does
+        not separate the batch or the layers below do not follow.
+    """
+    own = replace(problem, chain=chain)
+    found = separate_headless(batch_of(own), show.stage)
+    if isinstance(found, Unseparated):
+        return None
+    own = start(own, found)
+    descent = descend(
+        chain, own.gradients, found.stage.index, found.features, found.cotangents,
+        own.precision, show.stage, own.budget,
+    )  # fmt: skip
+    descent = with_separation(own, descent, found)
+    if descent.refuted:
+        return None
+
+    def certified(whole: Descent) -> tuple[Recovery, Rows | None]:
+        return _certified(own, whole, found, above, show), None
+
+    if descent.data is not None:
+        recovery = certified(descent)[0]
+    else:
+        parts = in_parts(own, descent, certified)
+        if parts is None:
+            return None
+        recovery = parts
+    return replace(recovery, separation=found.route)
+
+
+def _certified(
+    own: Problem, descent: Descent, found: Separated, above: str, show: Progress
+) -> Recovery:
+    low, high = own.value_range or (0.0, 1.0)
+    show.stage("polish on the two layers and those below")
+    lowest = descent.solutions.get(0)
+    settled = lowest is not None and lowest.solution.stats.route == Route.SEPARATION
+    polished = polish(
+        own.chain, own.gradients, descent.require_data(), found.head, own.precision,
+        descent.preconditioner(own.chain), high - low, settled,
+    )  # fmt: skip
+    rows = len(polished.data.value)
+    answer = Answer(
+        descent, polished, Reading(torch.empty(0), torch.zeros(rows), 0.0, 0.0),
+        Rows(torch.arange(rows), torch.zeros(rows), torch.ones(rows, dtype=torch.long)),
+        gathered=gathered(own.chain, polished),
+    )  # fmt: skip
+    if certificate.excess(answer, own) > own.slack:
+        return outcomes.stopped(
+            own,
+            Status.INCONSISTENT,
+            f"the value_range [{low:g}, {high:g}] contradicts the update, which determines values "
+            f"in [{float(answer.inputs.min()):.3g}, {float(answer.inputs.max()):.3g}]; write the "
+            "range of the data as the network sees them",
+            descent,
+            Halt.contradiction(own.chain.stages[0].name),
+        )
+    status, why = certificate.verdict(own, answer)
+    name = found.stage.name
+    if status is Status.EXACT and not reaches(own.model, own.chain, answer.inputs):
+        status, why = (
+            Status.UNDERDETERMINED,
+            f"on the recovered batch the model's own '{name}' takes in something else: its "
+            "forward decides by the values of the data",
+        )
+    if status is not Status.EXACT:
+        return outcomes.stopped(own, status, why, descent)
+    said = (
+        f"'{name}' and the next layer tell {rows} samples apart, no entry of the data is off by "
+        f"more than {answer.bound:.1e}"
+    )
+    recovery = Recovery(
+        inputs=answer.inputs,
+        labels=None,
+        status=Status.UNDERDETERMINED,
+        layers=layer_reports(own, descent),
+        residual=None,
+        predicted_error=polished.data.error.square().flatten(2).mean((0, 2)).sqrt(),
+        error_bound=answer.bound,
+        reason=f"the inputs are certified: {said}; targets not certified: nothing below the loss "
+        f"names them ({above})",
+        certified=frozenset({"inputs"}),
+    )
+    if own.stated is not None:
+        return recovery
+    return replace(
+        recovery,
+        inputs=None,
+        certified=frozenset(),
+        candidates=(Candidate(answer.inputs, None, float("nan")),),
+        reason=f"{said}; how often each of them occurs is open: state batch_size to have them "
+        f"certified ({above})",
+    )

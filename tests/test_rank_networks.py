@@ -1,0 +1,251 @@
+"""Formula, measured and modular ranks of fifty networks against matrices that autograd writes down.
+
+The reference knows nothing of recorders: hooks on the modules add a zero to every output, whose
+derivative is k; the gradient constraints are the derivative of each layer's parameter gradient by
+its input at that k, the weight constraints its own derivative.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from math import prod
+
+import numpy as np
+import pytest
+import torch
+from rank_networks import CASES, SPELLINGS
+from reference import dense_blocks
+from torch import Tensor, nn
+from torch.nn import functional as F
+from written import Written
+
+from rgap.analysis import Audit, audit, generic_ranks
+
+BATCHES = (1, 2, 3, 8)
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+Ranks = tuple[int, int, int]
+
+
+def rank(matrix: Tensor) -> int:
+    return int(np.linalg.matrix_rank(matrix.numpy())) if matrix.numel() else 0
+
+
+def unit(rows: Tensor) -> Tensor:
+    """Rows of one block of size one: small cotangents must not vanish beside the weights."""
+    return rows / rows.norm().clamp_min(1e-300)
+
+
+def reference(model: nn.Module, x: Tensor) -> list[tuple[str, int, Ranks]]:
+    """Layer, unknowns, and ranks of K, W and all rows about its unknowns, in forward order."""
+    met: list[tuple[str, nn.Module, Tensor, Tensor]] = []
+    names = {module: name for name, module in model.named_modules()}
+
+    def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        met.append((names[module], module, args[0], torch.zeros_like(output, requires_grad=True)))
+        return output + met[-1][3]
+
+    handles = [m.register_forward_hook(add) for m in model.modules() if isinstance(m, LAYERS)]
+    outputs = model(x)
+    for handle in handles:
+        handle.remove()
+    loss = nn.functional.cross_entropy(outputs, torch.arange(len(x)) % outputs.shape[1])
+    cotangents = torch.autograd.grad(loss, [zero for *_, zero in met])
+    blocks, own = [], []
+    for (_, module, u, _), k in zip(met, cotangents, strict=True):
+        if isinstance(module, nn.Linear):
+            u, k = u.reshape(-1, u.shape[-1]), k.reshape(-1, k.shape[-1])
+        rows_k, rows_w = dense_blocks(module, k, tuple(u.shape[1:]))
+        if not module.weight.requires_grad:
+            rows_k = torch.zeros_like(rows_k)
+        blocks.append((unit(rows_k), unit(rows_w[k.flatten() != 0])))
+        own.append((rank(blocks[-1][0]), rank(blocks[-1][1])))
+    found = []
+    for name, module, u, _ in met:
+        calls = [i for i, other in enumerate(met) if other[1] is module]
+        branches = [i for i, other in enumerate(met) if other[2] is u]
+        if len(calls) > 1:  # one gradient for all calls: their inputs are one batch
+            rows_k = torch.cat([blocks[i][0] for i in calls], 1)
+            rows_w = torch.block_diag(*(blocks[i][1] for i in calls))
+            ranks = (rank(rows_k), rank(rows_w), rank(torch.cat([rows_k, rows_w])))
+            found.append((name, u.numel() * len(calls), ranks))
+            continue
+        rows = torch.cat([part for i in branches for part in blocks[i]])
+        i = next(i for i in branches if met[i][0] == name)
+        found.append((name, u.numel(), (*own[i], rank(rows))))
+    return found
+
+
+def batches(name: str) -> tuple[int, ...]:
+    """All batch sizes for small networks; the spellings of a mean differ in one step only."""
+    small = prod(CASES[name].shape) * max(BATCHES) < 100
+    return BATCHES if small else (2,) if name in SPELLINGS else BATCHES[:2]
+
+
+@cache
+def tables(name: str) -> tuple[nn.Module, Tensor, Audit, Audit]:
+    case = CASES[name]
+    model = case.build()
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randn(max(BATCHES), *case.shape, generator=generator, dtype=torch.float64)
+    measured = audit(model, case.shape, batches(name), inputs=x)
+    return model, x, measured, audit(model, case.shape, batches(name), method="formula")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_formula_and_measurement_against_autograd(name: str) -> None:
+    """Exact means equal; a bound is one from above."""
+    model, x, measured, counted = tables(name)
+    case = CASES[name]
+    for batch in batches(name):
+        truth = reference(model, x[:batch])
+        head = truth[-1][0]
+        rows = [row for row in measured.rows if row.batch_size == batch and row.kind != "step"]
+        forms = [row for row in counted.rows if row.batch_size == batch and row.kind != "step"]
+        assert [row.layer for row in rows] == [row.layer for row in forms] == [t[0] for t in truth]
+        for row, form, (layer, unknowns, (of_k, of_w, joint)) in zip(
+            rows, forms, truth, strict=True
+        ):
+            unknowns = max(unknowns, batch * case.ahead.get(layer, 0))
+            if form.weight_rank == 0 and layer == head:  # no one knows the logits of a softmax
+                joint = of_k
+            assert (row.unknowns, form.unknowns) == (unknowns, unknowns), layer
+            assert (row.gradient_rank, row.weight_rank, row.joint_rank) == (of_k, of_w, joint)
+            assert form.gradient_rank >= of_k and form.joint_rank >= joint, layer
+            assert form.joint_rank == joint or not form.exact, (layer, form)
+            assert form.nullity == unknowns - form.joint_rank
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_steps_that_discard_are_never_passed_over(name: str) -> None:
+    """As a row of their own, or in the row of the layer that they lead into; and in words."""
+    case = CASES[name]
+    _, _, measured, counted = tables(name)
+    for table in (measured, counted):
+        for row in table.rows:
+            entries = case.ahead.get(row.layer)
+            assert (row.step != "") == (entries is not None), (row.layer, row.step)
+            if entries is not None:
+                assert row.unknowns == entries * row.batch_size
+                assert row.nullity > 0
+        steps = {row.layer: row for row in table.rows if row.kind == "step"}
+        assert set(steps) == set(case.steps)
+        for step, (before, after) in case.steps.items():
+            row = table.row(step, 2)
+            assert (row.unknowns, row.joint_rank) == (2 * before, 2 * after)
+        if case.ahead or case.steps:
+            assert "every layer determines its input" not in table.explain()
+            assert table.largest_exact_batch == 0
+            named = {row.step for row in table.rows if row.step} | set(steps)
+            assert all(f"'{step}'" in table.explain() for step in named)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_modular_ranks_are_those_of_the_formula_where_it_is_exact(name: str) -> None:
+    model, x, measured, counted = tables(name)
+    modular = generic_ranks(model, CASES[name].shape, 2, inputs=x[:2], points=1)
+    rows = [row for row in measured.rows if row.batch_size == 2 and row.kind != "step"]
+    forms = [row for row in counted.rows if row.batch_size == 2 and row.kind != "step"]
+    for found, row, form in zip(modular, rows, forms, strict=True):
+        assert found.layer == row.layer
+        if row.beside or row.layer == rows[-1].layer:
+            continue
+        trained = not name.startswith("frozen") or row.gradient_rank
+        assert found.modular.joint >= row.joint_rank
+        if form.exact and trained:
+            assert found.modular.joint == form.joint_rank
+
+
+def test_the_table_covers_what_it_should() -> None:
+    assert len(CASES) >= 40
+    counted = {name: tables(name)[3] for name in CASES}
+    exact = sum(row.exact for table in counted.values() for row in table.rows)
+    assert exact >= 0.8 * sum(len(table.rows) for table in counted.values())
+
+
+def test_branches_show_one_joint_rank() -> None:
+    """A 1×1 convolution of stride 2 reads a quarter of the pixels; its twin reads all of them."""
+    _, _, measured, _ = tables("projection skip")
+    skip, twin = measured.row("skip", 1), measured.row("a", 1)
+    assert (skip.beside, twin.beside) == ("a", "skip")
+    assert skip.gradient_rank + skip.weight_rank < skip.joint_rank == twin.joint_rank
+    assert skip.discard == twin.discard == 0
+
+
+def test_class_token() -> None:
+    """17 tokens of width 64, two samples: the head reads one of them."""
+    model = Written(
+        lambda m, x: m.fc(m.b(m.a(x).tanh())[:, 0]),
+        a=nn.Linear(64, 64), b=nn.Linear(64, 64), fc=nn.Linear(64, 10),
+    ).eval()  # fmt: skip
+    for method in ("exact", "formula"):
+        table = audit(model, (17, 64), (2,), method=method)
+        assert (table.row("b", 2).unknowns, table.row("b", 2).nullity) == (2176, 2048)
+        assert (table.row("fc", 2).unknowns, table.row("fc", 2).nullity) == (2176, 2048)
+
+
+@pytest.mark.parametrize("method", ["exact", "sketch", "formula"])
+def test_functions_and_modules_have_the_same_ranks(method: str) -> None:
+    modules = CASES["last outputs unread"].build()
+    a, b, fc = modules.a, modules.b, modules.fc
+    functions = Written(
+        lambda m, x: F.linear(
+            F.conv2d(F.conv2d(x, m.a, m.c, 2).tanh(), m.b, stride=2).tanh().flatten(1), m.fc
+        ),
+        a=a.weight, c=a.bias, b=b.weight, fc=fc.weight,
+    ).eval()  # fmt: skip
+    one, two = (
+        audit(model, (2, 7, 7), (1, 3), method=method).rows for model in (modules, functions)
+    )
+    for left, right in zip(one, two, strict=True):
+        assert left.layer == right.layer
+        assert (left.joint_rank, left.exact) == (right.joint_rank, right.exact)
+        assert (left.gradient_rank, left.weight_rank) == (right.gradient_rank, right.weight_rank)
+
+
+def test_a_shared_weight_beside_another_layer_is_a_bound() -> None:
+    """Two calls of one weight, one of them on an input that another layer reads."""
+    model = Written(
+        lambda m, x: m.fc(m.same(m.a(x).tanh()) + m.same(x) + m.b(x)),
+        a=nn.Linear(4, 4), same=nn.Linear(4, 2), b=nn.Linear(4, 1), fc=nn.Linear(2, 3),
+    ).double().eval()  # fmt: skip
+    for method in ("exact", "formula"):
+        table = audit(model, (4,), (3,), method=method)
+        assert [row.exact for row in table.rows] == [False, False, False, False, True]
+        assert table.largest_exact_batch == 0
+
+
+def test_what_is_not_counted_is_named() -> None:
+    made = nn.utils.parametrizations.spectral_norm(nn.Linear(6, 5))
+    model = nn.Sequential(made, nn.Tanh(), nn.Linear(5, 3)).eval()
+    up = Written(
+        lambda m, x: m.fc(m.up(x).tanh().flatten(1) @ m.mix),
+        up=nn.ConvTranspose1d(1, 1, 2, 2), mix=nn.Parameter(torch.ones(8, 4)), fc=nn.Linear(4, 2),
+    ).eval()  # fmt: skip
+    for method in ("exact", "formula"):
+        words = audit(model, (6,), (1,), method=method).explain()
+        assert "Not counted: '0.parametrizations.weight' (ParametrizationList)" in words
+        words = audit(up, (1, 4), (1,), method=method).explain()
+        assert "Not counted: Written, 'up' (ConvTranspose1d)" in words
+
+
+def test_a_frozen_weight_sends_no_gradient() -> None:
+    model = CASES["frozen first layer"].build()
+    found = generic_ranks(model, (6,), 2)
+    assert (found[0].modular.gradient, found[0].modular.joint) == (0, 8)
+    assert audit(model, (6,), (2,)).row("a", 2).joint_rank == 8
+
+
+def test_a_relu_makes_a_formula_a_bound() -> None:
+    """Units are counted as on; where one is off the rank is lower."""
+    table = tables("ReLU")[3]
+    assert not any(row.exact for row in table.rows if row.layer in "ab")
+    assert "every ReLU that is off takes a weight row away" in table.explain()
+
+
+def test_strided_convolution_whose_last_outputs_are_unread() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 12, 3, 2), nn.Tanh(), nn.Conv2d(12, 12, 2, 2), nn.Tanh(), nn.Flatten(),
+        nn.Linear(12 * 49, 5),
+    ).eval()  # fmt: skip
+    row = audit(model, (3, 32, 32), (1, 2), method="formula").row("0", 1)
+    assert (row.joint_rank, row.unknowns) == (3 * 29 * 29, 3 * 32 * 32)
