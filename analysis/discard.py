@@ -9,6 +9,7 @@ from operator import index
 import torch
 from torch import Tensor, nn
 
+from rgap import memory
 from rgap.analysis.layer_ranks import Spaces, counted_rows
 from rgap.analysis.probe import probed
 from rgap.analysis.probe_batch import probe_targets
@@ -37,6 +38,7 @@ def audit(
     seed: int = 0,
     device: torch.device | str | None = None,
     progress: Shown = False,
+    memory_budget: float | None = None,
 ) -> Audit:
     """Measure which part of its input every layer's gradient determines.
 
@@ -62,13 +64,16 @@ def audit(
         device: where to compute; default the CPU.
         progress: True for a line on a terminal, or a function that is told; see
             :mod:`rgap.progress`.
+        memory_budget: bytes to take on top of the model; by default half of what the machine has
+            free.  A layer that needs more is refused by name before anything is allocated.
 
     Returns:
         The :class:`Audit`.
 
     Raises:
-        ValueError: a layer too large for exact ranks, batch size below 1, unknown method or
-            weights, too few probe pictures, a shape that does not fit, train mode.
+        ValueError: a layer too large for exact ranks or for the budget, batch size below 1,
+            unknown method or weights, too few probe pictures, a shape that does not fit, or
+            train mode.
 
     >>> import rgap
     >>> table = audit(rgap.models.lenet(seed=0), (3, 32, 32), batch_sizes=(1,))
@@ -94,6 +99,15 @@ def audit(
     if method == "formula":
         counted, left = counted_rows(model, shape, batches, loss.name)
         return Audit(type(model).__name__, method, tuple(counted), (*_notes(counted), *left))
+    room = memory.budget_of(memory_budget, place)
+    parameters = sum(p.numel() for p in model.parameters())
+    memory.require(
+        f"a float64 copy of the {parameters:,} parameters of {type(model).__name__}, and of their "
+        "layers",
+        16.0 * parameters,
+        room,
+        "method='formula', which looks at no weight",
+    )
     parse(model, shape)  # refuses a shape that does not fit, and train mode
     rows: list[AuditRow] = []
     spaces: Spaces = {}
@@ -111,7 +125,7 @@ def audit(
             ) -> None:
                 show.stage(f"{what} at B = {batch}", number, total, series=str(batch))
 
-            rows += probed_rows(probes, recording, batch, method, spaces, loss.name, watch)
+            rows += probed_rows(probes, recording, batch, method, spaces, loss.name, watch, room)
     others = uncounted(model, recording)
     notes = (*_notes(rows), *([f"Not counted: {', '.join(others)}."] if others else []))
     return Audit(type(model).__name__, method, tuple(rows), notes)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from math import prod
+from math import inf, prod
 
 from torch import Tensor, nn
 
+from rgap import memory
 from rgap.affine import Affine
 from rgap.analysis.overlap import shared_equations
 from rgap.analysis.probe import Probe
@@ -26,7 +27,9 @@ PROOF = 1e9  # effort of one step of a proof: a large network is counted in seco
 Spaces = dict[tuple[str, bytes], RowSpace]  # by layer and the units that are on
 
 
-def measured_row(probe: Probe, batch: int, before: int, spaces: Spaces) -> AuditRow:
+def measured_row(
+    probe: Probe, batch: int, before: int, spaces: Spaces, room: float = inf
+) -> AuditRow:
     """Numerical ranks; the joint one from the principal angles between the two row spaces.
 
     Args:
@@ -34,12 +37,13 @@ def measured_row(probe: Probe, batch: int, before: int, spaces: Spaces) -> Audit
         batch: B.
         before: entries of one sample ahead of a pool that leads into the layer, 0 without one.
         spaces: row spaces of the weights that are known; added to.
+        room: bytes that its matrices may take.
 
     Raises:
-        ValueError: a layer with more than 20,000 inputs.
+        ValueError: a layer with more than 20,000 inputs, or without room for its matrices.
     """
     affine = probe.affine
-    _refuse_large(affine)
+    _refuse_large(affine, probe.active, room)
     kronecker = gradient_constraint(affine, probe.sent)
     gradient = kronecker.rank()
     weight = _weight_spaces(affine, probe.active, spaces)
@@ -50,7 +54,12 @@ def measured_row(probe: Probe, batch: int, before: int, spaces: Spaces) -> Audit
 
 
 def branch_rows(
-    probes: Sequence[Probe], batch: int, before: int, spaces: Spaces, method: str
+    probes: Sequence[Probe],
+    batch: int,
+    before: int,
+    spaces: Spaces,
+    method: str,
+    room: float = inf,
 ) -> list[AuditRow]:
     """Layers that read one input: each with its own two ranks, and all with the joint rank of all.
 
@@ -60,12 +69,13 @@ def branch_rows(
         before: entries of one sample ahead of a step that leads into them, 0 without one.
         spaces: row spaces of the weights that are known; added to.
         method: "exact", or "sketch": the sum of what each determines, as a bound.
+        room: bytes that their matrices may take.
 
     Raises:
         ValueError: a layer with more than 20,000 inputs, for "exact".
     """
     make = measured_row if method == "exact" else sketched_row
-    rows = [make(probe, batch, before, spaces) for probe in probes]
+    rows = [make(probe, batch, before, spaces, room) for probe in probes]
     total = len(probes[0].inputs) * prod(probes[0].affine.in_shape)
     if method != "exact" or any(row.joint_rank == total for row in rows):
         return summed(rows, total)
@@ -93,7 +103,7 @@ def with_joint(row: AuditRow, joint: int, exact: bool) -> AuditRow:
     )
 
 
-def _refuse_large(affine: Affine) -> None:
+def _refuse_large(affine: Affine, active: Tensor, room: float) -> None:
     size = prod(affine.in_shape)
     if size > LARGEST:
         raise ValueError(
@@ -102,9 +112,17 @@ def _refuse_large(affine: Affine) -> None:
             f"{8e-9 * size**2:.0f} GB; write method='sketch' or method='formula', or audit a "
             "smaller input_shape, whose layers have the same structure"
         )
+    memory.require(
+        f"the measured ranks of '{affine.name}' at B = {len(active)}",
+        sum(needs(affine, active)),
+        room,
+        "method='sketch' or method='formula', or smaller batch_sizes",
+    )
 
 
-def sketched_row(probe: Probe, batch: int, before: int, spaces: Spaces) -> AuditRow:
+def sketched_row(
+    probe: Probe, batch: int, before: int, spaces: Spaces, room: float = inf
+) -> AuditRow:
     """Gradient rank from a random compression of K; the overlap of the two blocks counted.
 
     The weight rank is measured up to 20,000 inputs and counted above.  The joint rank is an upper
@@ -115,8 +133,17 @@ def sketched_row(probe: Probe, batch: int, before: int, spaces: Spaces) -> Audit
         batch: B.
         before: entries of one sample ahead of a pool that leads into the layer, 0 without one.
         spaces: row spaces of the weights that are known; added to.
+        room: bytes that its matrices may take.
     """
     affine = probe.affine
+    gradient_bytes, weight_bytes, _ = needs(affine, probe.active)
+    measured = prod(affine.in_shape) <= LARGEST
+    memory.require(
+        f"the sketch of '{affine.name}' at B = {batch}",
+        gradient_bytes + (weight_bytes if measured else 0.0),
+        room,
+        "method='formula', which forms no matrix",
+    )
     unknowns = len(probe.inputs) * prod(affine.in_shape)
     gradient = sketched_rank(gradient_constraint(affine, probe.sent))
     if prod(affine.in_shape) > LARGEST:
@@ -132,6 +159,29 @@ def sketched_row(probe: Probe, batch: int, before: int, spaces: Spaces) -> Audit
         exact = bound in (gradient.rank, of_weight)
         route = "gradient sketched, overlap counted"
     return _row(probe, batch, before, gradient, of_weight, bound, route, exact)
+
+
+def needs(affine: Affine, active: Tensor) -> tuple[float, float, float]:
+    """Bytes of the matrices of a layer: K, bases of its weights, and the angles between the two.
+
+    Args:
+        affine: the layer.
+        active: True where z is known, [B, *out_shape].
+    """
+    batch, size = len(active), prod(affine.in_shape)
+    channels, positions = affine.in_shape[0], batch * prod(affine.in_shape[1:])
+    geometry = affine.geometry
+    groups, offsets = (1, 1) if geometry is None else (geometry.groups, prod(geometry.kernel))
+    rows = affine.out_shape[0] // groups * offsets
+    of_gradient = channels * min(rows, positions)
+    of_weight = min(prod(affine.out_shape), size)
+    different = len({mask.numpy().tobytes() for mask in active.flatten(1).cpu()})
+    smaller = min(of_gradient, batch * of_weight)
+    return (
+        8.0 * 3 * groups * rows * positions,
+        8.0 * ((2 + different) * of_weight * size + size**2),
+        8.0 * (of_gradient * batch * of_weight + 3 * smaller**2),
+    )
 
 
 def counted_rows(

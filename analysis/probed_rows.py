@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from math import inf
 
 from rgap.analysis.calls import Recording
 from rgap.analysis.layer_ranks import (
@@ -32,6 +33,7 @@ def probed_rows(
     spaces: Spaces,
     loss: str = "",
     watch: Watch = silent,
+    room: float = inf,
 ) -> list[AuditRow]:
     """One row per use of a weight and per step that discards by itself, in forward order.
 
@@ -43,6 +45,7 @@ def probed_rows(
         spaces: row spaces of the weights that are known; added to.
         loss: name of the client's loss: the logits of a softmax are not known from above.
         watch: told of every layer.
+        room: bytes that the matrices of a layer may take.
     """
     narrow = narrow_steps(recording)
     head = head_use(recording) if loss == CROSS_ENTROPY else None
@@ -57,11 +60,11 @@ def probed_rows(
         steps = [into[p.use] for p in own if p.use in into]
         before = max((_ahead(recording, s) for s in steps), default=0)
         if group.kind == "branches":
-            rows = branch_rows(own, batch, before, spaces, method)
+            rows = branch_rows(own, batch, before, spaces, method, room)
         elif group.kind == "shared":
-            rows = [make(as_samples(own), batch, before, spaces)] * len(own)
+            rows = [make(as_samples(own), batch, before, spaces, room)] * len(own)
         else:
-            rows = [make(own[0], batch, before, spaces)]
+            rows = [make(own[0], batch, before, spaces, room)]
             if recording.uses[own[0].use] is head:
                 rows = [with_joint(rows[0], rows[0].gradient_rank, True)]
         for probe, row in zip(own, rows, strict=True):

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn import grad as nn_grad
 
+from rgap.doubles import row_blocks
 from rgap.geometry import Geometry, per_dimension, sides_of
 
 __all__ = ["Affine", "Geometry", "convolution", "linear"]
@@ -180,6 +181,24 @@ class Affine:
     def squared(self) -> Affine:
         """The map with squared weights and no bias: it adds up variances."""
         return replace(self, weight=self.weight.square(), bias=None)
+
+    def linear_of_squares(self, u: Tensor) -> Tensor:
+        """(W∘W) u, as ``squared().linear(u)``; a matrix is squared block of rows by block."""
+        if self.geometry is not None:
+            return self.squared().linear(u)
+        self._check("linear", u, self.in_shape)
+        blocks = row_blocks(self.weight, self.weight)
+        return torch.cat([u @ block.square().T for _, block in blocks], 1)
+
+    def adjoint_of_squares(self, k: Tensor) -> Tensor:
+        """(W∘W)ᵀ k, as ``squared().adjoint(k)``; a matrix is squared block of rows by block."""
+        if self.geometry is not None:
+            return self.squared().adjoint(k)
+        self._check("adjoint", k, self.out_shape)
+        total = k.new_zeros(len(k), *self.in_shape)
+        for rows, block in row_blocks(self.weight, self.weight):
+            total += k[:, rows] @ block.square()
+        return total
 
     def to(self, device: torch.device | str) -> Affine:
         """The same map with its tensors on ``device``."""

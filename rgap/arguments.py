@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 __all__ = [
     "check_output",
     "loaded",
+    "memory_of",
     "prior_of",
     "shape_of",
     "targets_of",
@@ -86,6 +87,17 @@ def targets_of(text: str, count: int | None, loss: str) -> Tensor:
     if count is not None and len(numbers) != count:
         raise ValueError(f"--labels: expected {count}, one per picture, got {len(numbers)}")
     return torch.tensor([int(number) for number in numbers])
+
+
+def memory_of(text: str | None) -> float | None:
+    """``--memory-limit`` in bytes; None stays None.
+
+    >>> memory_of("500MB")
+    500000000.0
+    """
+    from rgap.memory import bytes_of
+
+    return None if text is None else bytes_of(text, "--memory-limit")
 
 
 def prior_of(name: str | None) -> Prior | None:

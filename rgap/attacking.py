@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rgap.arguments import loaded, prior_of, targets_of, usable_device
+from rgap.arguments import loaded, memory_of, prior_of, targets_of, usable_device
 from rgap.console import clean, print_json, say, stdout
 from rgap.options import (
     BatchSize,
@@ -20,6 +20,7 @@ from rgap.options import (
     Json,
     KnownLabels,
     MatchMethod,
+    MemoryLimit,
     Model,
     Noise,
     PriorName,
@@ -109,6 +110,7 @@ def match(
     quiet: Quiet = False,
     as_json: Json = False,
     seed: Seed = 0,
+    memory_limit: MemoryLimit = None,
 ) -> None:
     """Search the batch whose update comes nearest, on any network; nothing is certified."""
     with clean(context):
@@ -142,6 +144,7 @@ def match(
             device=usable_device(device),
             seed=seed,
             progress=not quiet,
+            memory_budget=memory_of(memory_limit),
         )
         if resume is not None and found.checkpoint is not None:
             found.checkpoint.save(resume)

@@ -21,7 +21,7 @@ from rgap.ops import Op, Reshape
 from rgap.piecewise import Identity
 from rgap.targets import CLASSES
 
-__all__ = ["Behind", "behind"]
+__all__ = ["Behind", "behind", "idle"]
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Behind(Loss):
 
     def words(self) -> str:
         """The steps by name."""
-        return ", ".join(f"'{op.name}' ({op.kind})" for op in self.steps if not _idle(op))
+        return ", ".join(f"'{op.name}' ({op.kind})" for op in self.steps if not idle(op))
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """``ℓ(t(z), y)``."""
@@ -163,7 +163,8 @@ class Behind(Loss):
         return above.detach(), pull
 
 
-def _idle(op: Op) -> bool:
+def idle(op: Op) -> bool:
+    """True for a step that hands the logits on as they are."""
     return isinstance(op, (Reshape, Identity))
 
 
@@ -175,7 +176,7 @@ def behind(chain: Chain, loss: Loss) -> tuple[Chain, Loss]:
     if not chain.stages or loss.own or not loss.equations or len(chain.output_shape) != 1:
         return chain, loss
     last = chain.stages[-1]
-    if last.affine.geometry is not None or all(_idle(op) for op in last.tail):
+    if last.affine.geometry is not None or all(idle(op) for op in last.tail):
         return chain, loss
     options = {f.name: getattr(loss, f.name) for f in fields(Loss)}
     stage = replace(last, tail=())

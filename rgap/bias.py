@@ -10,12 +10,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rgap.doubles import row_blocks
+
 
 def bias_attack(weight_gradient: Tensor, bias_gradient: Tensor) -> Tensor:
     """Input of a fully connected layer, exact for a single sample.
 
     Args:
-        weight_gradient: G = ∂L/∂W, [m, n].
+        weight_gradient: G = ∂L/∂W, [m, n]; in any precision, read block of rows by block.
         bias_gradient: ∂b = ∂L/∂b, [m].
 
     Returns:
@@ -35,10 +37,17 @@ def bias_attack(weight_gradient: Tensor, bias_gradient: Tensor) -> Tensor:
             "carries its input"
         )
     k = bias_gradient / scale  # ‖∂b‖² underflows long before ∂b does
-    return weight_gradient.T @ k / (k @ k) / scale
+    total = k.new_zeros(weight_gradient.shape[1])
+    for rows, block in row_blocks(weight_gradient, k):
+        total += block.T @ k[rows]
+    return total / (k @ k) / scale
 
 
 def rank_one_residual(weight_gradient: Tensor, x: Tensor, k: Tensor) -> float:
     """‖G − k xᵀ‖ / ‖G‖: zero for one sample, of order one for a mixture of several."""
-    gap = weight_gradient - torch.outer(k, x)
-    return float(gap.norm() / weight_gradient.norm().clamp_min(torch.finfo(gap.dtype).tiny))
+    gaps, norms = [], []
+    for rows, block in row_blocks(weight_gradient, x):
+        gaps.append((block - torch.outer(k[rows], x)).norm())
+        norms.append(block.norm())
+    size = torch.stack(norms).norm()
+    return float(torch.stack(gaps).norm() / size.clamp_min(torch.finfo(size.dtype).tiny))

@@ -14,6 +14,7 @@ import typer
 from rgap._version import __version__
 from rgap.arguments import (
     check_output,
+    memory_of,
     shape_of,
     targets_of,
     usable_device,
@@ -28,6 +29,7 @@ from rgap.options import (
     Device,
     Json,
     LossName,
+    MemoryLimit,
     Method,
     Model,
     Precision,
@@ -223,6 +225,7 @@ def audit(
     quiet: Quiet = False,
     as_json: Json = False,
     seed: Seed = 0,
+    memory_limit: MemoryLimit = None,
 ) -> None:
     """Count, layer by layer, how much of a batch the gradient determines."""
     with clean(context):
@@ -233,6 +236,7 @@ def audit(
         if plot is not None:
             figure_format(plot)
             check_output(plot)
+        room = memory_of(memory_limit)
         batches = whole_numbers(batch_sizes, "--batch-sizes", "1,2,4,8")
         network = resolve(model, weights)
         shape, usual = expected(model)
@@ -254,6 +258,7 @@ def audit(
             seed=seed,
             device=usable_device(device),
             progress=not quiet,
+            memory_budget=room,
         )
         # The name that was asked for says more than nn.Sequential.
         found = replace(found, model=model)

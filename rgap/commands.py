@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rgap.arguments import loaded, prior_of, targets_of, usable_device
+from rgap.arguments import loaded, memory_of, prior_of, targets_of, usable_device
 from rgap.console import clean, print_json, say, stdout
 from rgap.options import (
     BatchSize,
@@ -17,6 +17,7 @@ from rgap.options import (
     Json,
     KnownLabels,
     LabelMethod,
+    MemoryLimit,
     Model,
     Noise,
     PriorName,
@@ -84,6 +85,7 @@ def invert(
     ] = False,
     as_json: Json = False,
     seed: Seed = 0,
+    memory_limit: MemoryLimit = None,
 ) -> None:
     """Recover from an update what its equations determine, and say what they do not."""
     with clean(context):
@@ -96,6 +98,7 @@ def invert(
         sent = loaded(update, input_shape)
         if output is not None:
             check_target(output, sent)
+        room = memory_of(memory_limit)
         network = resolve(model, weights)
         known = None if labels is None else targets_of(labels, None, sent.loss.name)
         found = rgap.invert(
@@ -110,6 +113,7 @@ def invert(
             device=usable_device(device),
             seed=seed,
             progress=not quiet,
+            memory_budget=room,
         )
         written = None if output is None else write_recovery(found, output, sent.value_range)
         causes = None

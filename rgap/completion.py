@@ -11,7 +11,7 @@ by Gauss–Newton, λ going down to 0.  What is determined stays determined.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import isfinite
 
@@ -39,7 +39,7 @@ MOST = 4096  # pre-activations whose Gram matrix is factored; beyond, the rows a
 def inside(
     chain: Chain,
     reached: Reached,
-    gradients: dict[str, Tensor],
+    gradients: Mapping[str, Tensor],
     precision: Precision,
     budget: float = BUDGET,
 ) -> Inside:

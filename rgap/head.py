@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rgap.bias import bias_attack, rank_one_residual
+from rgap.doubles import BLOCK, row_blocks
 from rgap.limits import DROWNED, ROUNDED, SCATTER
 from rgap.losses import Loss
 from rgap.network import Stage
@@ -107,14 +108,18 @@ def features_from_bias(
     own = 1.0 - float(met.square().sum())  # share of ‖∂b‖² that is not noise
     x = bias_attack(weight_gradient, k) / max(own, DROWNED)
     noise_k = precision.normal(std_k)
-    # dx = (δG − k-error·xᵀ)ᵀ k / (‖k‖² − Σσ²)
-    std = weight_gradient.abs() * precision.unit + precision.floor
-    added = precision.noise_std(layer.weight_name, weight_gradient)
-    noise_g = precision.normal(torch.hypot(std, added))
+    # dx = (δG − k-error·xᵀ)ᵀ k / (‖k‖² − Σσ²), up to second order.  The entries of δG are
+    # independent, so δGᵀk is again normal, and independent from column to column: no δG is drawn.
     size = k.abs().max()
     scaled = k / size  # ‖∂b‖² underflows long before ∂b does
     scaled = scaled / scaled.square().sum() / size / max(own, DROWNED)
-    dx = torch.einsum("smn,m->sn", noise_g, scaled) - (noise_k @ scaled)[:, None] * x
+    top = scaled.abs().max()
+    variance = torch.zeros_like(x)
+    for rows, block in row_blocks(weight_gradient, k):
+        std = block.abs() * precision.unit + precision.floor
+        added = precision.noise_std(layer.weight_name, block, rows)
+        variance += (scaled[rows] / top).square() @ (std.square() + added.square())
+    dx = precision.normal(variance.sqrt() * top) - (noise_k @ scaled)[:, None] * x
     # The sums above round in float64: with many rows that is more than what is left of theirs.
     dx = dx + precision.normal(x.abs() * torch.finfo(torch.float64).eps)
     dx = dx.nan_to_num(UNKNOWN).clamp(-UNKNOWN, UNKNOWN)
@@ -135,12 +140,15 @@ def rank_one_tolerance(
     """
     if not bool(x.known.all()):
         return inf  # the bias gradient is noise: nothing was read off it that could be tested
-    size = float(weight_gradient.norm().clamp_min(1e-300))
-    own = precision.noise_std(layer.weight_name, weight_gradient).square()
-    added = precision.noise_std(layer.bias_name or "", bias_gradient).square()
+    added = precision.noise_std(layer.bias_name or "", bias_gradient.to(x.value)).square()
     lengthened = float(x.value.square().sum())
-    total = float(own.sum()) + lengthened * float(added.sum())
-    scatter = float(own.square().sum()) + lengthened**2 * float(added.square().sum())
+    square, total = 0.0, lengthened * float(added.sum())
+    scatter = lengthened**2 * float(added.square().sum())
+    for rows, block in row_blocks(weight_gradient, x.value):
+        own = precision.noise_std(layer.weight_name, block, rows).square()
+        square += float(block.square().sum())
+        total, scatter = total + float(own.sum()), scatter + float(own.square().sum())
+    size = max(square**0.5, 1e-300)
     floor = precision.floor * weight_gradient.numel() ** 0.5
     rounding = ROUNDED * (precision.unit + floor / size)
     return float(rounding + (total + SCATTER * scatter**0.5) ** 0.5 / size)
@@ -206,13 +214,15 @@ def _scaled(
     precision: Precision,
 ) -> tuple[Known, Known]:
     """X = αu and k = v/α with errors: of the gradient's entries, and of α through the loss."""
-    own_noise = precision.noise_std(stage.affine.weight_name, gradient)
-    std = torch.hypot(gradient.abs() * precision.unit + precision.floor, own_noise)
-    noise = precision.normal(std)
+    own = precision.noise_std(stage.affine.weight_name, gradient)
+    std = (gradient.abs() * precision.unit + precision.floor).square() + own.square()
     vv = v.square().sum()
-    du = torch.einsum("smn,m->sn", noise, v) / vv
+    du, dv = u.new_zeros(precision.samples, len(u)), v.new_zeros(precision.samples, len(v))
+    for rows, block in row_blocks(std, std, BLOCK // precision.samples):  # du and dv share it
+        noise = precision.normal(block.sqrt())
+        du += torch.einsum("smn,m->sn", noise, v[rows]) / vv
+        dv[:, rows] = noise @ u
     du = du - (du @ u)[:, None] * u
-    dv = noise @ u
     # α from one entry: f(α) = α k_j(α) − v_j, so dα = (dv_j + α·rounding of k) / f'(α)
     j = entry(v, loss, target)
     equation = scale_equation(stage, u, v, loss, target)

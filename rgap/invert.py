@@ -27,6 +27,7 @@ from rgap.precision import Known
 from rgap.prefix import find_pairs, find_prefix
 from rgap.problem import Filling, Problem, prepare
 from rgap.progress import Progress, Shown
+from rgap.reached import certified_features
 from rgap.readout import head_cotangent, head_gradients, read_answer, read_batch
 from rgap.recovery import Recovery, Route, Status
 from rgap.recursion import Descent, descend
@@ -35,7 +36,6 @@ from rgap.separation.route import mixed, separate
 from rgap.several import from_pair
 from rgap.single import from_prefix
 from rgap.solvers.priors import Prior
-from rgap.systems.stage import BUDGET
 from rgap.update import Update
 
 log = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ def invert(
     device: torch.device | str | None = None,
     seed: int = 0,
     progress: Shown = False,
-    memory_budget: float = BUDGET,
+    memory_budget: float | None = None,
     time_limit: float = 60.0,
 ) -> Recovery:
     """Recover from an update what its equations determine, and certify it.
@@ -101,8 +101,10 @@ def invert(
         seed: of the sampled errors; the global random state is not touched.
         progress: True for a line on a terminal, or a function that is told; see
             :mod:`rgap.progress`.
-        memory_budget: bytes; a layer whose equations need more is solved without forming any
-            matrix, by LSMR.
+        memory_budget: bytes to take on top of model and update; by default half of what the
+            machine has free.  A layer whose equations need more is solved without forming any
+            matrix, by LSMR (by default from 4 GB on, beyond which that is faster); what fits no
+            budget is refused before it is allocated.
         time_limit: seconds of the whole call after which a completion begins no further step; the
             polish of an answer that all equations determine comes on top.
 
@@ -113,7 +115,8 @@ def invert(
 
     Raises:
         ValueError: the update does not belong to a model of this shape, the input shape is
-            unknown, labels are out of range, or the model is in train mode.
+            unknown, labels are out of range, the model is in train mode, or the budget is too
+            small (:class:`rgap.memory.OutOfMemory`, which says for what).
 
     >>> import rgap, torch
     >>> model = rgap.models.lenet(seed=0)
@@ -241,9 +244,9 @@ def _from_bias(problem: Problem, index: int, show: Progress) -> Recovery:
     chain = problem.chain
     stage = chain.stages[index]
     show.stage(f"bias attack at {stage.name}")
-    weight, bias = head_gradients(stage, problem)
+    weight, bias = head_gradients(stage, problem, problem.gradients.original)  # block by block
     assert bias is not None
-    x, k = features_from_bias(stage.affine, weight, bias, problem.precision)
+    x, k = features_from_bias(stage.affine, weight, bias.to(stage.affine.weight), problem.precision)
     misfit = rank_one_residual(weight, x.value[0], k.value[0])
     tolerance = rank_one_tolerance(stage.affine, weight, bias, x, problem.precision)
     if misfit > tolerance:
@@ -352,7 +355,9 @@ def _conclude(problem: Problem, runs: list[Run], show: Progress) -> Recovery:
             reason += (
                 f"; no completion: {len(alive)} roots at the head are open, each needs its own"
             )
-        return outcomes.stopped(problem, status, reason, descent)
+        recovery = outcomes.stopped(problem, status, reason, descent)
+        single = len(alive) == 1 and problem.batch == 1 and not alive[0][2]
+        return _with_features(problem, recovery, descent) if single else recovery
     show.stage("polish on the whole update")
     answers = []
     for descent, kappa, family in reached:
@@ -373,6 +378,13 @@ def _conclude(problem: Problem, runs: list[Run], show: Progress) -> Recovery:
             unsettled[0],
         )
     return recovery
+
+
+def _with_features(problem: Problem, recovery: Recovery, descent: Descent) -> Recovery:
+    """What the bias attack and the recursion certified above the place where it ended."""
+    found = certified_features(problem, descent)
+    notes = (f"no features are certified: {found.doubt}",) if found.doubt else ()
+    return replace(recovery, features=found.features, warnings=(*recovery.warnings, *notes))
 
 
 def _answer(

@@ -168,3 +168,8 @@ STILL = 1e-9
 CLOSE = 1e-3
 # σ/σ₁ of a triangular factor in float64 below which a direction is lost: 5 eps.
 LOST = 1e-15
+
+# Largest standard error, in units of the input, of a full gradient block that does without a dear
+# joint factor.  A thousandth of DETERMINED: the weight rows would sharpen what is already known to
+# USEFUL/CLEAR² of the range, and the polish on the whole update takes them in all the same.
+SHARP = 1e-4

@@ -14,7 +14,7 @@ from math import inf, isfinite, prod
 import torch
 from torch import Tensor, nn
 
-from rgap import validation
+from rgap import memory, validation
 from rgap.completion import grey
 from rgap.declared import Declared, declare
 from rgap.federated import LocalTraining
@@ -38,6 +38,7 @@ METHODS = ("gauss_newton", *PRESETS)
 """Names of the methods."""
 
 Callback = Callable[[Progress], bool | None]
+COPIES = 4  # of the update that a step holds: as sent, of the answer, their gap, a product
 MET = 1e-3  # normalised residual up to which an answer reproduces the update
 ROUNDED = 30.0  # the same in units of the update's rounding, where that is coarser
 EXPLAINED = 2.0  # the same, squared, in units of what stated noise explains
@@ -101,6 +102,7 @@ def match(
     device: torch.device | str | None = None,
     seed: int = 0,
     progress: Shown = False,
+    memory_budget: float | None = None,
 ) -> Matching:
     """Search the batch whose update matches a client's, on any differentiable network.
 
@@ -136,6 +138,8 @@ def match(
         seed: of the starts; the global random state is not touched.
         progress: True for a line on a terminal, or a function that is told; see
             :mod:`rgap.progress`.
+        memory_budget: bytes to take on top of model and update; by default half of what the
+            machine has free.  A search that needs more is refused before it begins.
 
     Returns:
         A :class:`Matching`.  Rows are sorted by label, or in the order of stated labels.
@@ -166,6 +170,12 @@ def match(
         raise ValueError(
             "patience: gauss_newton stops by itself where steps change nothing; leave it out"
         )
+    parameters = sum(p.numel() for p in model.parameters())
+    memory.require(
+        f"matching the {parameters:,} parameters of {type(model).__name__}",
+        COPIES * parameters * (8.0 if preset is None else update.dtype.itemsize),
+        memory.budget_of(memory_budget, "cpu" if device is None else device),
+    )
     given = declare(
         model, update, preset, labels, batch_size, start, local, noise, device, input_shape
     )

@@ -30,7 +30,7 @@ _CGROUPS = (
 )
 
 
-class OutOfMemory(ValueError):
+class OutOfMemory(ValueError):  # noqa: N818  (the name that PyTorch gives the same thing)
     """What was asked for needs more than the budget; nothing was allocated for it."""
 
 
@@ -161,7 +161,7 @@ def _control_groups(membership: str = "/proc/self/cgroup", root: str = "") -> li
         lines = []
     paths = {"0": "/", "memory": "/"}
     for line in lines:
-        number, controllers, path = (line.split(":", 2) + ["", ""])[:3]
+        number, controllers, path = [*line.split(":", 2), "", ""][:3]
         if number == "0" and not controllers:
             paths["0"] = path
         elif "memory" in controllers.split(","):

@@ -14,6 +14,7 @@ __all__ = [
     "LabelMethod",
     "LossName",
     "MatchMethod",
+    "MemoryLimit",
     "Method",
     "Model",
     "Noise",
@@ -57,6 +58,14 @@ KnownLabels = Annotated[
 ]
 Noise = Annotated[float, typer.Option(help="Standard deviation of noise in every entry.", min=0.0)]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, …")]
+MemoryLimit = Annotated[
+    str | None,
+    typer.Option(
+        help="To take on top of model and update, as in 4GB, 500MB or 2GiB; default: half of what "
+        "is free.",
+        show_default=False,
+    ),
+]
 Quiet = Annotated[
     bool, typer.Option("--quiet", "--no-progress", "-q", help="Show no progress.", metavar="")
 ]

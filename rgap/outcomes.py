@@ -38,7 +38,7 @@ def stopped(
     """
     if halt is None and descent is not None:
         halt = descent.halt
-    looks = compression(problem.gradients)
+    looks = compression(problem.gradients.original)
     if looks is not None:
         told = f"the update itself looks compressed, which no equation here models: {looks}"
         reason = f"{told}; {reason}"

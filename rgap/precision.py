@@ -9,7 +9,7 @@ error of the picture.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -49,6 +49,20 @@ class Named(Protocol):
 
     @property
     def bias_name(self) -> str | None: ...  # noqa: D102
+
+
+def carried(function: Callable[[Tensor], Tensor], known: Known) -> Known:
+    """A function of what is known, with the ensemble carried along by finite differences.
+
+    Args:
+        function: maps [N, ...] sample by sample.
+        known: its argument.
+    """
+    value = function(known.value)
+    size = known.error.abs().max().clamp_min(1e-300)
+    step = 1e-6 / size  # a small multiple of the error, far above rounding
+    moved = function((known.value[None] + step * known.error).flatten(0, 1))
+    return Known(value, (moved.reshape(len(known.error), *value.shape) - value) / step)
 
 
 @dataclass
@@ -126,16 +140,19 @@ class Precision:
         own = self.entries.get(name)
         return own is None or bool((own < ABSENT).any())
 
-    def noise_std(self, name: str, like: Tensor) -> Tensor:
+    def noise_std(self, name: str, like: Tensor, rows: slice | None = None) -> Tensor:
         """Standard deviation of the noise added to each entry of a gradient.
 
         Args:
             name: of the parameter.
-            like: a tensor of its shape, on its device and of its dtype.
+            like: a tensor of its shape, or of the shape of its rows, and of the device and dtype
+                that are wanted.
+            rows: that are asked for; by default all.
         """
         own = self.entries.get(name)
         if own is None:
             return torch.full_like(like, self.noise)
+        own = own if rows is None else own[rows]
         return torch.hypot(own.to(like).reshape(like.shape), like.new_tensor(self.noise))
 
     def noise_rms(self, name: str, like: Tensor) -> float:

@@ -7,13 +7,15 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 from torch import Tensor, nn
 
-from rgap import validation
+from rgap import memory, validation
 from rgap.behind import behind
 from rgap.checking import sample_shape
+from rgap.doubles import Doubles
 from rgap.ending import folded
 from rgap.losses import Loss
 from rgap.network import Chain, parse, unparsed
@@ -21,11 +23,14 @@ from rgap.precision import Precision
 from rgap.probing import UnreadyError
 from rgap.solvers.gauss_newton import Schedule
 from rgap.solvers.priors import Prior, Squares, natural
+from rgap.systems.stage import BUDGET
 from rgap.targets import CLASSES
 from rgap.update import Update
 
 log = logging.getLogger(__name__)
 
+FEWEST = 4  # members of an ensemble: the spread is then known to a third
+COPIES = 3  # of an ensemble that are held at a time: before, after, and what is added
 BEYOND = 1.0  # slack of a range that nobody stated for this recovery: data are often normalised
 
 
@@ -88,23 +93,24 @@ class Problem:
     model: nn.Module
     update: Update
     chain: Chain
-    gradients: dict[str, Tensor]
+    gradients: Doubles
     precision: Precision
     batch: int  # rows of what is recovered: different pictures
     stated: int | None  # batch size, where the update or the caller says it
     labels: Tensor | None
     value_range: tuple[float, float] | None
     slack: float  # widths of the range by which a candidate may leave it
-    budget: float
+    budget: float  # bytes for the matrices of one layer; without room for them: no matrices
+    room: float  # bytes for everything together
     declared: Loss  # of the model's own outputs, as the client minimised it
     unready: str = ""  # why the model, in train mode, is no function of the data
     filling: Filling | None = None  # None: stop where the equations end
     notes: tuple[str, ...] = ()  # what was read off the update before anything was solved
 
     @property
-    def sent(self) -> dict[str, Tensor]:
+    def sent(self) -> Doubles:
         """The gradients without those of layers that the client had frozen."""
-        return {n: g for n, g in self.gradients.items() if self.precision.sent(n)}
+        return self.gradients.only(n for n in self.gradients if self.precision.sent(n))
 
 
 def prepare(
@@ -116,7 +122,7 @@ def prepare(
     labels: Tensor | None,
     device: torch.device | str | None,
     seed: int,
-    budget: float,
+    budget: float | None,
     input_shape: Sequence[int] | None = None,
 ) -> Problem:
     """Check an update against its model and bring both to float64; arguments as for ``invert``."""
@@ -147,7 +153,14 @@ def prepare(
             "moved between them and the equations of one step do not hold; ask the client for "
             "local_steps=1"
         )
+    room = memory.budget_of(budget, place)
     model = as_on_the_client(model, update)
+    parameters = sum(p.numel() for p in model.parameters())
+    memory.require(
+        f"a float64 copy of the {parameters:,} parameters of {type(model).__name__}",
+        8.0 * parameters * (2 if place.type != "cpu" else 1),
+        room,
+    )
     declared, unready = update.loss, ""
     try:
         chain = parse(model, update.input_shape)
@@ -158,8 +171,9 @@ def prepare(
     chain, loss = behind(*folded(chain, declared, stated))
     update = replace(update, loss=loss)
     _check_labels(known, update, chain)
-    gradients = {n: g.detach().to(place, torch.float64) for n, g in update.gradients.items()}
-    precision = precision_of(update, noise, place, seed)
+    gradients = Doubles(update.gradients, place, room / 8)
+    samples = ensemble(chain, stated or 1, room)
+    precision = precision_of(update, noise, place, seed, samples)
     return Problem(
         model,
         update,
@@ -171,14 +185,39 @@ def prepare(
         known,
         bounds,
         slack,
-        budget,
+        room if budget is not None else min(room, BUDGET),
+        room,
         declared,
         unready,
         notes=(rounded,) if rounded else (),
     )
 
 
-def precision_of(update: Update, noise: float, place: torch.device, seed: int = 0) -> Precision:
+def ensemble(chain: Chain, batch: int, room: float) -> int:
+    """Members of the error ensemble that fit: fewer where the values of a layer are many.
+
+    Raises:
+        OutOfMemory: not even the fewest do.
+    """
+    if not chain.stages:
+        return Precision.samples
+    widest = max(chain.steps, key=lambda step: prod(step.in_shape) + prod(step.out_shape))
+    one = 8.0 * COPIES * batch * (prod(widest.in_shape) + prod(widest.out_shape))
+    memory.require(
+        f"carrying errors through '{widest.name}' with {batch * prod(widest.in_shape):,} inputs",
+        FEWEST * one,
+        room,
+    )
+    return min(Precision.samples, max(FEWEST, int(max(room, memory.LEAST) / one)))
+
+
+def precision_of(
+    update: Update,
+    noise: float,
+    place: torch.device,
+    seed: int = 0,
+    samples: int = Precision.samples,
+) -> Precision:
     """What is known of an update's errors: its rounding, its own noise, and noise stated beside it.
 
     Args:
@@ -186,9 +225,10 @@ def precision_of(update: Update, noise: float, place: torch.device, seed: int = 
         noise: standard deviation of noise that was added to every entry.
         place: device of the work.
         seed: of the sampled errors.
+        samples: members of the ensemble.
     """
     own = {n: s.to(place, torch.float64) for n, s in (update.noise or {}).items()}
-    return Precision(update.dtype, noise, seed=seed, entries=own)
+    return Precision(update.dtype, noise, samples, seed, entries=own)
 
 
 def as_on_the_client(model: nn.Module, update: Update) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -10,10 +11,11 @@ from torch import Tensor
 from rgap.batches import batch_of, label_identity, rows_of, several, snapped
 from rgap.batchloss import BatchLoss
 from rgap.certificate import Answer
+from rgap.doubles import row_blocks
 from rgap.limits import FITS
 from rgap.network import Chain, Stage
 from rgap.polish import Polished, polish
-from rgap.precision import Known
+from rgap.precision import Known, carried
 from rgap.problem import Problem
 from rgap.reading import Reading, read_target
 from rgap.recovery import Route
@@ -124,14 +126,20 @@ def head_cotangent(problem: Problem, descent: Descent) -> Known:
     x = top_features(problem.chain, descent.require_data())
     scale = x.value[0].square().sum().clamp_min(1e-300)
     k = weight @ x.value[0] / scale
-    added = problem.precision.noise_std(stage.affine.weight_name, weight)
-    std = torch.hypot(weight.abs() * problem.precision.unit, added)
-    error = problem.precision.normal(std) @ x.value[0] / scale
+    name, precision = stage.affine.weight_name, problem.precision
+    variance = torch.cat(
+        [
+            ((g.abs() * precision.unit).square() + precision.noise_std(name, g, rows).square())
+            @ x.value[0].square()
+            for rows, g in row_blocks(weight, k)
+        ]
+    )
+    error = precision.normal(variance.sqrt()) / scale  # rows of G are independent
     return Known(k[None], error[:, None])
 
 
 def top_features(chain: Chain, data: Known) -> Known:
-    """Input of the last affine map, with the ensemble carried up by finite differences."""
+    """Input of the last affine map, with the ensemble carried up."""
 
     def rise(x: Tensor) -> Tensor:
         for stage in chain.stages[:-1]:
@@ -144,16 +152,20 @@ def top_features(chain: Chain, data: Known) -> Known:
             x = op.forward(x)
         return x
 
-    value = rise(data.value)
-    size = data.error.abs().max().clamp_min(1e-300)
-    step = 1e-6 / size  # a small multiple of the error, far above rounding
-    moved = rise((data.value[None] + step * data.error).flatten(0, 1))
-    error = (moved.reshape(len(data.error), *value.shape) - value) / step
-    return Known(value, error)
+    return carried(rise, data)
 
 
-def head_gradients(stage: Stage, problem: Problem) -> tuple[Tensor, Tensor | None]:
-    """∂L/∂W and ∂L/∂b of a stage; None for a bias that it does not have, or that was not sent."""
-    name, gradients = stage.affine.bias_name, problem.gradients
+def head_gradients(
+    stage: Stage, problem: Problem, gradients: Mapping[str, Tensor] | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """∂L/∂W and ∂L/∂b of a stage; None for a bias that it does not have, or that was not sent.
+
+    Args:
+        stage: the layer.
+        problem: the update.
+        gradients: where they are taken from; by default in float64.
+    """
+    gradients = problem.gradients if gradients is None else gradients
+    name = stage.affine.bias_name
     sent = name is not None and problem.precision.sent(name)
     return gradients[stage.affine.weight_name], gradients[name] if name and sent else None

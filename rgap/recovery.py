@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 from functools import cached_property
@@ -90,6 +90,7 @@ class LayerReport:
         route: see :class:`Route`.
         note: what stopped the recursion here, or "".
         unread: entries of the input that no kernel reads (strides and dilations leave them out).
+        predicted_error: rms error of the input as the recursion found it, or None if it did not.
     """
 
     layer: str
@@ -107,6 +108,7 @@ class LayerReport:
     unread: int = 0
     _weight_rank: Callable[[], int] | None = field(default=None, repr=False, compare=False)
     _null_space: Callable[[int], Tensor] | None = field(default=None, repr=False, compare=False)
+    predicted_error: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "route", Route(self.route))
@@ -167,6 +169,9 @@ class Recovery:
         determined: where only some entries of the data are determined: True at these, of the shape
             that ``inputs`` would have; else None.
         partial: the data where ``determined``, NaN elsewhere; ``error_bound`` is theirs then.
+        features: of one sample whose recursion ended before the data: certified inputs of layers
+            ``[1, *in_shape]`` by layer name, from the lowest one up.  Empty for a batch, without
+            a certificate, and where the data themselves were found.
     """
 
     inputs: Tensor | None
@@ -187,6 +192,7 @@ class Recovery:
     determined: Tensor | None = None
     scale: float | Tensor | None = None
     partial: Tensor | None = None
+    features: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def exact(self) -> bool:
@@ -277,6 +283,13 @@ class Recovery:
                 f"Replaying the {which} through the model gives the update up to a relative "
                 f"difference of {self.residual:.2g}."
             )
+        for name, value in self.features.items():
+            error = self.layer(name).predicted_error
+            known = "" if error is None else f", predicted error {error:.1e} rms"
+            lines.append(
+                f"Certified: the input of '{name}', {value.numel()} values{known} "
+                f"(recovery.features[{name!r}])."
+            )
         if self.multiplicities is not None:
             for row, m in enumerate(self.multiplicities.tolist()):
                 if m > 1:
@@ -305,6 +318,7 @@ class Recovery:
             "route",
             "note",
             "unread",
+            "predicted_error",
         )
         return {
             "status": self.status.name,
@@ -319,6 +333,7 @@ class Recovery:
             "certified": sorted(self.certified),
             "scale": _plain(self.scale),
             "determined": None if self.determined is None else int(self.determined.sum()),
+            "features": {name: list(value.shape) for name, value in self.features.items()},
             "candidates": len(self.candidates),
             "warnings": list(self.warnings),
             "seconds": _plain(self.seconds),

@@ -57,6 +57,7 @@ class Descent:
         data: the input of stage 0 with its ensemble, or None.
         halt: why it ended early, or None.
         inputs: recovered inputs x_i by stage index.
+        features: recovered inputs u_i of the affine maps by stage index.
         completed: the data come from a completion, not from the equations of every stage.
         partial: the data where only some of their entries are determined; the others are marked
             as unknown (see :class:`Known`).
@@ -65,6 +66,7 @@ class Descent:
     reached: Reached
     solutions: dict[int, StageSolution] = field(default_factory=dict)
     inputs: dict[int, Known] = field(default_factory=dict)
+    features: dict[int, Known] = field(default_factory=dict)
     cotangents: dict[int, Known] = field(default_factory=dict)
     data: Known | None = None
     halt: Halt | None = None
@@ -191,9 +193,10 @@ def descend(
                 descent.halt = Halt.contradiction(stage.name)
                 return descent
         descent.cotangents[index] = k
+        descent.features[index] = known
         cot = Known(stage.affine.adjoint(k.value), _map(stage.affine.adjoint, k.error))
         # The terms of the client's sum rounded, however small a result they cancel to.
-        terms = stage.affine.squared().adjoint(k.value.square())
+        terms = stage.affine.adjoint_of_squares(k.value.square())
         cot = Known(cot.value, cot.error + precision.normal(precision.sum_std(terms)))
         passed = _lift(stage, known, cot, precision, unpool)
         if isinstance(passed, Halt):

@@ -54,6 +54,8 @@ def _report(problem: Problem, descent: Descent | None, stage: Stage) -> LayerRep
                 weight_rank,
             )
     assert descent is not None
+    known = descent.features.get(stage.index)
+    predicted = None if known is None else float(known.error.square().mean().sqrt())
     step = descent.solutions.get(stage.index)
     if step is None:  # where the recursion started: all of u was read off the gradient
         route = Route.HEAD_EQUATIONS if affine.bias_name is None else Route.BIAS_ATTACK
@@ -73,6 +75,7 @@ def _report(problem: Problem, descent: Descent | None, stage: Stage) -> LayerRep
             unread,
             weight_rank,
             lambda count: affine.weight.new_empty(0, batch, *affine.in_shape),
+            predicted,
         )
     stats = step.solution.stats
     cotangent, active = step.cotangent, step.active
@@ -99,4 +102,5 @@ def _report(problem: Problem, descent: Descent | None, stage: Stage) -> LayerRep
         unread,
         weight_rank,
         null_space,
+        predicted,
     )

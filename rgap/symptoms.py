@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from rgap.doubles import BLOCK
 from rgap.problem import Problem
 from rgap.targets import CROSS_ENTROPY
 
@@ -21,7 +22,7 @@ COARSE = 1e-3  # a sum that is only known to this share of its terms tests nothi
 
 def warnings(problem: Problem) -> tuple[str, ...]:
     """What the head's gradient says about itself: underflow, and another loss than declared."""
-    if not problem.chain.stages or compression(problem.gradients) is not None:
+    if not problem.chain.stages or compression(problem.gradients.original) is not None:
         return problem.notes
     found = [*problem.notes, *_underflow(problem)]
     if _softmax_shaped(problem):
@@ -56,10 +57,7 @@ def compression(gradients: Mapping[str, Tensor]) -> str | None:
     >>> compression({"weight": 0.01 * g.sign()})
     'every tensor has entries of one magnitude only, as sign compression leaves them'
     """
-    nonzero = [g[g != 0].abs() for g in gradients.values()]
-    if sum(len(part) for part in nonzero) >= FEWEST and all(
-        len(part) == 0 or bool(part.amax() == part.amin()) for part in nonzero
-    ):
+    if _one_magnitude(gradients):
         return "every tensor has entries of one magnitude only, as sign compression leaves them"
     worst, place = 0.0, ""
     for name, gradient in gradients.items():
@@ -67,7 +65,8 @@ def compression(gradients: Mapping[str, Tensor]) -> str | None:
             continue
         table = gradient.flatten(1) != 0
         inner = table[table.any(1)][:, table.any(0)]
-        share = float((~inner).double().mean()) if inner.numel() >= FEWEST else 0.0
+        zeros = inner.numel() - int(inner.count_nonzero())
+        share = zeros / inner.numel() if inner.numel() >= FEWEST else 0.0
         worst, place = max((worst, place), (share, name))
     if worst <= SPARSE:
         return None
@@ -75,6 +74,20 @@ def compression(gradients: Mapping[str, Tensor]) -> str | None:
         f"{100 * worst:.0f} % of the entries of '{place}' are exactly zero where neither dead "
         "units nor padding explain it, as pruning to the largest entries leaves them"
     )
+
+
+def _one_magnitude(gradients: Mapping[str, Tensor]) -> bool:
+    """True if in every tensor all entries that are not zero have one magnitude."""
+    count = 0
+    for gradient in gradients.values():
+        largest = torch.maximum(gradient.amax(), -gradient.amin()) if gradient.numel() else 0.0
+        others = 0
+        for part in torch.split(gradient.flatten(), BLOCK):
+            others += int(((part != 0) & (part.abs() != largest)).sum())
+            count += int(part.count_nonzero())
+        if others:
+            return False
+    return count >= FEWEST
 
 
 def _underflow(problem: Problem) -> list[str]:

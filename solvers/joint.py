@@ -21,9 +21,11 @@ from .positive import (
     outer_products,
     transposed_product,
 )
-from .rank import Rank, resolve_rcond
+from .rank import Rank, numerical_rank, resolve_rcond
 from .spaces import RowSpaces, group_bases
-from .subspace import SMALL, top_eigenpairs
+from .subspace import SMALL, full_column_rank, top_eigenpairs
+from .svd import singular_values
+from .tall import tall_qr
 
 SUSPECT = 1e-3  # sines below this are recomputed without cancellation
 INDEPENDENT = 1e-5  # σ/σ_1 down to which directions that are known to be shared span a space
@@ -172,8 +174,7 @@ class JointRows:
         if not bool(both.any()):
             return None
         own = (inside[0] if self._swapped else inside[1])[both]
-        u, values, _ = torch.linalg.svd(own.T, full_matrices=False)
-        chosen = u[:, values > INDEPENDENT * values[0]]
+        chosen = _span(own.T)
         exact, chosen = self._distance(chosen)
         if float(exact.max()) > self._cutoff:
             return None
@@ -236,10 +237,71 @@ class JointRows:
             table = spaces.from_gradient(chosen.T)
             apart = table - spaces.from_weight(spaces.to_weight(table))
         rows = apart.flatten(1)
+        all_of_them = rows.norm()
+        if float(all_of_them) <= self._cutoff:  # a bound on every sine, without a decomposition
+            return all_of_them.expand(len(rows)), chosen
         # R of the QR first: of a thousand columns it is the cheaper half of the decomposition.
         upper = torch.linalg.qr(rows.T, mode="r").R
         _, values, vh = torch.linalg.svd(upper)
         return values, chosen @ vh.T
+
+
+def _span(columns: Tensor) -> Tensor:
+    """Orthonormal basis of what the columns of a matrix [m, n] span, to ``INDEPENDENT``."""
+    if len(columns) >= columns.shape[1]:
+        basis, upper = tall_qr(columns)
+        values = singular_values(upper)
+        if float(values.min()) > INDEPENDENT * float(values.max()):
+            return basis
+    u, values, _ = torch.linalg.svd(columns, full_matrices=False)
+    return u[:, values > INDEPENDENT * values[0]]
+
+
+def rank_on_open(
+    gradient: Kronecker,
+    sample_rows: Sequence[Tensor],
+    rcond: float | None = None,
+    noise: float = 0.0,
+) -> Rank | None:
+    """Rank of [I_C ⊗ K; I_B ⊗ W] as rank K + rank(W N), N what K leaves open; arguments as above.
+
+    The singular values of W N, W of orthonormal rows, are the sines of the angles between the rows
+    of W and those of K, without cancellation.
+
+    Returns:
+        The rank; None where K leaves more open than either block has rows, and the angles between
+        the row spaces are the smaller problem.
+    """
+    groups, rows, size = gradient.matrix.shape
+    own = gradient.rank(rcond, noise)
+    weight = sum(len(q) for q in sample_rows)
+    total = gradient.channels * size
+    if total - own.rank > min(weight, own.rank):
+        return None
+    tolerance = resolve_rcond(rcond, (rows, size), noise=noise)
+    per_group = gradient.channels // groups
+    columns = []
+    for g, matrix in enumerate(gradient.matrix):
+        _, values, vh = torch.linalg.svd(matrix, full_matrices=True)
+        free = vh[numerical_rank(values, size, tolerance).rank :]
+        parts = free.reshape(len(free), len(sample_rows), size // len(sample_rows))
+        blocks = [
+            torch.einsum("rcn,fn->rcf", q[:, g * per_group : (g + 1) * per_group], parts[:, b])
+            for b, q in enumerate(sample_rows)
+        ]
+        columns.append(torch.cat(blocks).flatten(1))
+    sines = torch.cat(columns, 1)
+    cutoff = max(tolerance * 1e2, 1e-10)
+    ends = full_column_rank(sines.T @ sines) if sines.shape[1] else (1.0, 1.0)
+    if ends is not None:
+        return Rank(total, total, cutoff, inf, 1.0, min(ends[1], 1.0), total)
+    found = singular_values(sines)
+    kept = found[found > cutoff]
+    smallest = float(kept.min()) if kept.numel() else 1.0
+    dropped = float(found[found <= cutoff].amax()) if kept.numel() < found.numel() else 0.0
+    rank = own.rank + kept.numel()
+    gap = smallest / dropped if dropped > 0 else inf
+    return Rank(rank, total, cutoff, gap, 1.0, smallest, rank)
 
 
 def joint_rank(

@@ -34,7 +34,11 @@ class Coupling(Protocol):
         """Wᵀ y: [S, rows] → [S, C, P]."""
 
     def add_gram(self, weights: Tensor, into: Tensor) -> None:
-        """Add Wᵀ diag(weights) W to the view ``into`` of shape [C, P, C, P]."""
+        """Add Wᵀ diag(weights) W to the view ``into`` of shape [C, P, C, P].
+
+        Where W couples no channels of different groups, ``into`` may be the blocks of the groups,
+        [groups, C/groups, P, C/groups, P].
+        """
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,7 @@ class Factor:
     gradient: Kronecker  # rows already weighted
     coupling: Coupling | None
     weights: Tensor | None  # of the coupling rows, [rows]
-    cholesky: Tensor
+    cholesky: Tensor  # of AᵀA; of its blocks [blocks, n, n] where it is block diagonal
 
     @cached_property
     def extremes(self) -> tuple[float, float]:
@@ -139,11 +143,11 @@ class Factor:
 
     def precondition(self, x: Tensor) -> Tensor:
         """(AᵀA)⁻¹ x by the Cholesky factor."""
-        if self.cholesky.ndim == 3:  # one P×P factor per group, all channels of the group at once
-            groups = self.cholesky.shape[0]
-            table = x.reshape(x.shape[0], groups, -1, x.shape[-1])
+        if self.cholesky.ndim == 3:  # of every group, or P×P and for all channels of the group
+            blocks, size, _ = self.cholesky.shape
+            table = x.reshape(x.shape[0], blocks, -1, size)
             out = backsolve(self.cholesky, table.permute(1, 3, 0, 2).flatten(2))
-            out = out.reshape(groups, x.shape[-1], x.shape[0], -1).permute(2, 0, 3, 1)
+            out = out.reshape(blocks, size, x.shape[0], -1).permute(2, 0, 3, 1)
             return out.reshape(x.shape)
         return backsolve(self.cholesky, x.reshape(x.shape[0], -1).T).T.reshape(x.shape)
 
@@ -202,16 +206,19 @@ def factor(
     gradient_weights: Tensor,
     coupling: Coupling | None,
     coupling_weights: Tensor | None,
+    apart: bool = False,
 ) -> Factor | None:
     """Factor the weighted normal matrix, or None when it is not numerically positive definite.
 
-    Without a coupling the normal matrix is block diagonal and each K_γᵀK_γ is factored alone.
+    Without a coupling the normal matrix is block diagonal and each K_γᵀK_γ is factored alone;
+    with one that keeps the groups apart, each group is.
 
     Args:
         gradient: the Kronecker block.
         gradient_weights: one over the standard error of its rows, [groups, rows].
         coupling: the second block or None.
         coupling_weights: one over the standard error of its rows, [rows].
+        apart: the coupling joins no channels of different groups.
     """
     weighted = gradient.scaled(gradient_weights)
     blocks = weighted.matrix.transpose(1, 2) @ weighted.matrix  # [groups, P, P]
@@ -220,11 +227,14 @@ def factor(
     else:
         groups, _, size = gradient.matrix.shape
         channels = gradient.channels
-        matrix = blocks.new_zeros(channels * size, channels * size)
-        view = matrix.view(channels, size, channels, size)
+        parts = groups if apart else 1
+        own = channels // parts
+        matrix = blocks.new_zeros(parts, own * size, own * size)
+        view = matrix.view(parts, own, size, own, size)
         for c in range(channels):
-            view[c, :, c, :] = blocks[c // (channels // groups)]
-        coupling.add_gram(coupling_weights.square(), view)
+            view[c // own, c % own, :, c % own, :] = blocks[c // (channels // groups)]
+        coupling.add_gram(coupling_weights.square(), view if parts > 1 else view[0])
+        matrix = matrix if parts > 1 else matrix[0]
     lower = cholesky_in_place(matrix)
     return None if lower is None else Factor(weighted, coupling, coupling_weights, lower)
 

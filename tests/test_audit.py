@@ -262,7 +262,11 @@ def test_arguments_that_are_refused(arguments: dict[str, Any], words: str) -> No
     [
         ([nn.Linear(4, 4), nn.Dropout()], None, r"'1' \(Dropout\) is in train.*model.eval\(\)"),
         ([nn.Linear(20_001, 2)], None, "at most 20000 inputs.*got '0' with 20001"),
-        ([nn.Linear(4, 4)], lambda m, x: (m.part(x), x), "returned a tuple, expected one tensor; wrap it in a module"),
+        (
+            [nn.Linear(4, 4)],
+            lambda m, x: (m.part(x), x),
+            "returned a tuple, expected one tensor; wrap it in a module",
+        ),
         ([nn.LayerNorm(4)], lambda m, x: m.part(x), "got Written with none"),
     ],
 )

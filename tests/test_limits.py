@@ -38,6 +38,7 @@ NO_LIMITS = {
     ("parts", "FEW", 6): "words",
     ("trying", "MOST", 1000): "effort: labels that are tried",
     ("systems/stage", "BUDGET", 4e9): "bytes",
+    ("systems/stage", "DEAR", 5e10): "effort: multiply-adds of a joint factor",
     ("systems/stage", "ridge", 1e-6): "damping of a first look, that only weighs rows",
     ("systems/stage", "compute", 1e-15): "where a refinement ends, far below the rounding",
     ("systems/stage", "compute", 30): "effort: refinements of an ensemble",

@@ -39,7 +39,7 @@ def explained(problem: Problem, recovery: Recovery) -> Recovery:
         return recovery
     best = check(
         problem.model,
-        problem.update,
+        replace(problem.update, loss=problem.declared),
         batch_size=problem.stated,
         labels=problem.labels,
         noise=problem.precision.noise,

@@ -16,11 +16,11 @@ from math import inf
 import torch
 from torch import Tensor
 
+from rgap.behind import idle
 from rgap.bias import rank_one_residual
 from rgap.head import features_from_bias
 from rgap.limits import OUTSIDE
 from rgap.network import Chain
-from rgap.piecewise import Activation, Identity
 from rgap.separation.at_head import AtHead
 from rgap.separation.batch import Batch
 from rgap.separation.between import Between, steps_between
@@ -263,9 +263,7 @@ def nearest_sample(evidence: Evidence) -> tuple[float, float, str] | None:
 def _plain_head(chain: Chain) -> bool:
     """True if the logits are those of a fully connected layer."""
     last = chain.stages[-1]
-    return last.affine.geometry is None and not any(
-        isinstance(op, Activation) and not isinstance(op, Identity) for op in last.tail
-    )
+    return last.affine.geometry is None and all(idle(op) for op in last.tail)
 
 
 def _any_weight(target: Target, lenient: bool) -> bool:

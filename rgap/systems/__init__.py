@@ -27,7 +27,7 @@ class WeightConstraint(Protocol):
         """Wᵀ y: rows [S, rows] → tables [S, C, P]."""
 
     def add_gram(self, weights: Tensor, into: Tensor) -> None:
-        """Add Wᵀ diag(weights) W to the view ``into`` of shape [C, P, C, P]."""
+        """Add Wᵀ diag(weights) W to ``into`` [C, P, C, P], or to the blocks of its groups."""
 
     def fold(self, x: Tensor) -> Tensor:
         """Tables [S, C, P] → samples [S·B, *in_shape]."""

@@ -172,6 +172,10 @@ class WeightConstraint:
         For offsets δ, δ' and output o the entry of positions (o+δ, o+δ') is
         Σ_f w[f,c,δ] w[f,c',δ'] weights[f,o].  Pairs with the same δ' − δ meet in the same
         entries: they are summed first, and scattered once, with their mirror image.
+
+        Args:
+            weights: of the rows, [B·F·outputs].
+            into: [C, P, C, P], or the blocks of the groups, [groups, C/g, P, C/g, P].
         """
         geometry = _geometry(self.affine)
         groups = geometry.groups
@@ -180,10 +184,12 @@ class WeightConstraint:
         table, kept = columns(self.affine, self.read_only, weights.device)
         d = weights.reshape(self.batch, groups, filters // groups, -1)
         positions = len(kept)
-        view = into.reshape(into.shape[0], self.batch, positions, into.shape[0], self.batch, -1)
+        split = (into.shape[-2], self.batch, positions)
+        view = into.view(*into.shape[:-4], *split, *split)
         for b, g in product(range(self.batch), range(groups)):
             own = slice(g * per_group, (g + 1) * per_group)
-            block = view[own, b, :, own, b, :]
+            whole = into.ndim == 4
+            block = view[own, b, :, own, b, :] if whole else view[g, :, b, :, :, b, :]
             scaled = torch.einsum("fci,fo->icfo", w[g], d[b, g])
             for pairs in _differences(geometry.kernel):
                 total = w.new_zeros(per_group, per_group, positions)

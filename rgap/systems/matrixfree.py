@@ -27,7 +27,8 @@ def memory(affine: Affine, batch: int) -> float:
     unknowns = batch * prod(affine.in_shape)
     positions = batch * prod(affine.in_shape[1:])
     offsets = 1 if affine.geometry is None else prod(affine.geometry.kernel)
-    return 8.0 * (2 * unknowns**2 + affine.weight.shape[0] * offsets * positions)
+    groups = 1 if affine.geometry is None else affine.geometry.groups
+    return 8.0 * (2 * unknowns**2 / groups + affine.weight.shape[0] * offsets * positions)
 
 
 @dataclass(frozen=True)
@@ -112,14 +113,15 @@ def solve_matrix_free(
     count += refined.iterations
     u = refined.x.reshape(guess.shape) * system.scale
     errors = []
-    own = precision.normal(_update_std(affine, u, k, precision))
+    own = _update_std(affine, u, k, precision)
     forward = precision.normal(precision.sum_std(affine.squared().linear(u.square())))
-    for member in range(MEMBERS):
-        noise = own[member] - affine.weight_gradient(u, k.error[member])
+    members = min(MEMBERS, len(k.error))
+    for member in range(members):
+        noise = precision.normal(own, samples=1)[0] - affine.weight_gradient(u, k.error[member])
         shift = torch.where(z.known, z.error[member] + forward[member], 0.0)
         run = _run(system, system.rows(noise, shift), None, LIMIT, 1e-4)
         errors.append(run.x.reshape(u.shape) * system.scale)
-    repeat = -(-len(k.error) // MEMBERS)
+    repeat = -(-len(k.error) // members)
     ensemble = torch.stack(errors).repeat(repeat, *([1] * u.ndim))[: len(k.error)]
     gap = system.rows(affine.weight_gradient(u, k.value) - gradient, affine.linear(u) - target)
     cut = affine.weight.numel()
@@ -131,8 +133,11 @@ def _weighted(
     affine: Affine, z: Known, k: Known, guess: Tensor, precision: Precision
 ) -> MatrixFree:
     std = _update_std(affine, guess, k, precision)
-    carried = torch.stack([affine.weight_gradient(guess, e) for e in k.error[:MEMBERS]])
-    variance = (std.square() + carried.square().mean(0)).flatten(1).mean(1)
+    variance = std.square_()
+    members = k.error[:MEMBERS]
+    for error in members:
+        variance += affine.weight_gradient(guess, error).square_() / len(members)
+    variance = variance.flatten(1).mean(1)
     forward = precision.sum_std(affine.squared().linear(guess.square()))
     weight = (z.std.square() + forward.square()).sqrt().clamp_min(1e-300).reciprocal()
     return MatrixFree(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rgap.affine import Affine
-from rgap.solvers.joint import JointRows
+from rgap.solvers.joint import JointRows, rank_on_open
 from rgap.solvers.kronecker import Kronecker
 from rgap.solvers.rank import Rank
 from rgap.solvers.subspace import RowSpace, full_column_rank, row_space
@@ -43,42 +43,52 @@ def weight_row_spaces(affine: Affine, active: Tensor) -> list[RowSpace]:
 
 def _row_space(affine: Affine, mask: Tensor | None) -> RowSpace:
     size = prod(affine.in_shape)
-    if mask is None and prod(affine.out_shape) > size > 64:
-        coupling = weight_constraint(affine, 1)
-        gram = affine.weight.new_zeros(size, size)
-        channels = affine.in_shape[0]
-        ones = gram.new_ones(coupling.rows)
-        coupling.add_gram(ones, gram.view(channels, -1, channels, size // channels))
-        extremes = full_column_rank(gram)
-        if extremes is not None:
-            identity = torch.eye(size, dtype=gram.dtype, device=gram.device)
-            return RowSpace(identity, Rank(size, size, 0.0, inf, *extremes, size))
+    on = prod(affine.out_shape) if mask is None else int(mask.sum())
+    if min(on, size) > 64:
+        full = _full_on_what_is_read(affine, mask, on)
+        if full is not None:
+            return full
     dense = dense_weights(affine)
-    return _of_what_is_read(dense if mask is None else dense[mask.to(dense.device)])
-
-
-def _of_what_is_read(matrix: Tensor) -> RowSpace:
-    """Row space of a matrix [rows, columns], found among the columns that are not all zero.
-
-    What no row reads would make a matrix of full column rank look deficient, and send it through
-    a decomposition that takes twenty times as long.
-    """
-    rows, size = matrix.shape
+    matrix = dense if mask is None else dense[mask.to(dense.device)]
     read = (matrix != 0).any(0)
-    used = int(read.sum())
-    if used == size:
+    if bool(read.all()):
         return row_space(matrix)
-    inner = matrix[:, read]
-    extremes = full_column_rank(inner.T @ inner) if rows >= used > 64 else None
+    space = row_space(matrix[:, read])
+    return _spread(space.basis, read, space.rank)
+
+
+def _full_on_what_is_read(affine: Affine, mask: Tensor | None, on: int) -> RowSpace | None:
+    """The space of all inputs that some row reads, where a factor proves that the rows fill it.
+
+    What no row reads would make such a matrix look deficient in its columns, and send it through a
+    decomposition that takes twenty times as long as this.
+    """
+    size, channels = prod(affine.in_shape), affine.in_shape[0]
+    reads = affine.adjoint_of_squares(
+        (affine.weight.new_ones(on) if mask is None else mask.to(affine.weight)).reshape(
+            1, *affine.out_shape
+        )
+    )
+    read = (reads != 0).flatten()
+    used = int(read.sum())
+    if used > on:
+        return None
+    coupling = weight_constraint(affine, 1)
+    gram = affine.weight.new_zeros(size, size)
+    rows = gram.new_ones(coupling.rows) if mask is None else mask.to(gram)
+    coupling.add_gram(rows, gram.view(channels, -1, channels, size // channels))
+    extremes = full_column_rank(gram if used == size else gram[read][:, read])
     if extremes is None:
-        space = row_space(inner)
-        basis, rank = space.basis, replace(space.rank, size=size)
-    else:
-        basis = torch.eye(used, dtype=matrix.dtype, device=matrix.device)
-        rank = Rank(used, size, 0.0, inf, *extremes, used)
-    wide = basis.new_zeros(len(basis), size)
+        return None
+    basis = torch.eye(used, dtype=gram.dtype, device=gram.device)
+    return _spread(basis, read, Rank(used, size, 0.0, inf, *extremes, used))
+
+
+def _spread(basis: Tensor, read: Tensor, rank: Rank) -> RowSpace:
+    """Rows over the inputs that are read as rows over all of them."""
+    wide = basis.new_zeros(len(basis), len(read))
     wide[:, read] = basis
-    return RowSpace(wide, rank)
+    return RowSpace(wide, replace(rank, size=len(read)))
 
 
 def stage_joint_rank(
@@ -119,7 +129,10 @@ def stage_joint_rank(
         cotangent = None if cotangent is None else cotangent[open_ones]
     rest = [weight[b] for b in open_ones]
     kept = read[open_ones].any(0)
-    rank = joint_rows(affine, gradient, rest, noise, cotangent, kept).rank
+    gradient, tables = _kept(affine, gradient, rest, kept)
+    rank = rank_on_open(gradient, tables, noise=noise)
+    if rank is None:
+        rank = _joint_rows(affine, gradient, tables, noise, cotangent, kept).rank
     return replace(rank, rank=rank.rank + fixed, size=total, alternative=rank.alternative + fixed)
 
 
@@ -138,32 +151,46 @@ def joint_rows(
     weight: Sequence[RowSpace],
     noise: float = 0.0,
     cotangent: Tensor | None = None,
-    kept: Tensor | None = None,
 ) -> JointRows:
     """Both constraints as row spaces, for their rank and what they leave open.
 
-    Args as for :func:`stage_joint_rank`, and
-
-    Args:
-        kept: positions to look at, [positions], where no equation reads the others; None: all.
+    Args as for :func:`stage_joint_rank`.
     """
+    every = torch.ones(prod(affine.in_shape[1:]), dtype=torch.bool)
+    _, tables = _kept(affine, gradient, weight, every)
+    return _joint_rows(affine, gradient, tables, noise, cotangent, every)
+
+
+def _kept(
+    affine: Affine, gradient: Kronecker, weight: Sequence[RowSpace], kept: Tensor
+) -> tuple[Kronecker, list[Tensor]]:
+    """K and the rows of W as tables [rank, C, positions], at the positions that are kept."""
+    shape = (-1, affine.in_shape[0], len(kept))
+    tables = [space.basis.reshape(shape) for space in weight]
+    if bool(kept.all()):
+        return gradient, tables
+    columns = gradient.matrix.unflatten(2, (len(weight), -1))[..., kept].flatten(2)
+    return Kronecker(columns, gradient.channels), [table[:, :, kept] for table in tables]
+
+
+def _joint_rows(
+    affine: Affine,
+    gradient: Kronecker,
+    rows: Sequence[Tensor],
+    noise: float,
+    cotangent: Tensor | None,
+    kept: Tensor,
+) -> JointRows:
     size = prod(affine.in_shape)
-    shape = (-1, affine.in_shape[0], size // affine.in_shape[0])
-    rows = [space.basis.reshape(shape) for space in weight]
-    cut = kept is not None and not bool(kept.all())
-    if cut:
-        rows = [table[:, :, kept] for table in rows]
-        columns = gradient.matrix.unflatten(2, (len(weight), -1))[..., kept].flatten(2)
-        gradient = Kronecker(columns, gradient.channels)
 
     def shared() -> Tensor:
         assert cotangent is not None
         products = torch.cat(list(shared_products(affine, cotangent)))
         tables = products.movedim(1, 2).flatten(3)
-        return (tables[..., kept] if cut else tables).flatten(2)
+        return (tables if bool(kept.all()) else tables[..., kept]).flatten(2)
 
     groups = affine.out_shape[0] if affine.geometry is None else affine.geometry.groups
-    entries = affine.out_shape[0] ** 2 // groups * len(weight) * size
+    entries = affine.out_shape[0] ** 2 // groups * len(rows) * size
     written = cotangent is not None and affine.geometry is not None and entries <= ROOM
     return JointRows(gradient, rows, noise=noise, shared=shared if written else None)
 

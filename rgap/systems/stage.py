@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rgap.affine import Affine
-from rgap.limits import AGREE, DETERMINED, FITS, HOPELESS, TRUSTED
+from rgap.limits import AGREE, DETERMINED, FITS, HOPELESS, SHARP, TRUSTED
 from rgap.precision import UNKNOWN, Known, Precision
 from rgap.solvers.kronecker import Factor, factor
 from rgap.solvers.rank import Evidence, EvidenceKind, Rank
@@ -29,6 +29,7 @@ from .ranks import stage_joint_rank, weight_row_spaces
 log = logging.getLogger(__name__)
 
 BUDGET = 4e9  # bytes; 11,000 unknowns
+DEAR = 5e10  # operations of a joint factor up to which it is always made: a few seconds
 
 
 @dataclass(frozen=True)
@@ -147,12 +148,16 @@ class _Stage:
         made, route = None, "gradient"
         if own.nullity == 0:
             made = factor(self.kronecker, self.gradient_weights, None, None)
-        if made is None or self.weight_rows_help(made):
+        if made is None or (not self.suffices(made) and self.weight_rows_help(made)):
             ceiling = self.kronecker.rank().rank + int(self.z.known.sum())
             stacked = None
             if ceiling >= self.unknowns:
                 stacked = factor(
-                    self.kronecker, self.gradient_weights, self.coupling, self.weight_weights
+                    self.kronecker,
+                    self.gradient_weights,
+                    self.coupling,
+                    self.weight_weights,
+                    apart=True,
                 )
             if stacked is not None and self.determined(stacked):
                 made, route = stacked, "cholesky"
@@ -278,6 +283,15 @@ class _Stage:
     def affine_squares(self, u: Tensor) -> Tensor:
         """Σ w² u² (+ b²), the squared terms of each pre-activation."""
         return self.affine.squared().linear(u.square())
+
+    def suffices(self, made: Factor) -> bool:
+        """True if the gradient block is sharp enough, and the joint factor too dear.
+
+        What the weight rows would add is not lost: the polish hears every equation of the update.
+        """
+        groups = len(self.kronecker.matrix)
+        operations = groups * (self.unknowns / groups) ** 3 / 3
+        return operations > DEAR and made.condition <= TRUSTED and made.smallest * SHARP >= 1.0
 
     def weight_rows_help(self, made: Factor) -> bool:
         """True if the weight rows add information worth a factorisation to a full gradient block.

@@ -1,0 +1,190 @@
+"""One budget for every large allocation: a result or a refusal, and what is read block by block."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import rgap
+from rgap import affine as maps
+from rgap import memory
+from rgap.analysis import audit
+from rgap.bias import bias_attack, rank_one_residual
+from rgap.doubles import Doubles, row_blocks
+from rgap.head import features_from_bias
+from rgap.precision import Precision
+from rgap.recovery import Status
+
+
+def test_sizes_are_read_as_people_write_them() -> None:
+    read = {"4GB": 4e9, "500 mb": 5e8, "2GiB": 2 * 2**30, "1e9": 1e9, "1.5g": 1.5e9}
+    assert {text: memory.bytes_of(text) for text in read} == read
+    for wrong in ("", "much", "4XB", "-1GB", "0"):
+        with pytest.raises(ValueError, match="--memory-limit: expected a size such as 4GB"):
+            memory.bytes_of(wrong)
+
+
+@pytest.mark.parametrize("wrong", ["4GB", True, -1.0, float("nan")])
+def test_a_budget_that_is_none_is_refused(wrong: object) -> None:
+    with pytest.raises((TypeError, ValueError), match="memory_budget: expected"):
+        memory.budget_of(wrong)  # type: ignore[arg-type]
+
+
+def test_the_tightest_control_group_decides(tmp_path: Path) -> None:
+    group = tmp_path / "sys/fs/cgroup/jobs/one"
+    group.mkdir(parents=True)
+    for folder, most, used in ((group.parent, "8000000000", "1000"), (group, "max", "900")):
+        (folder / "memory.max").write_text(most)
+        (folder / "memory.current").write_text(used)
+    (group.parent / "memory.stat").write_text("anon 5\ninactive_file 600\n")
+    old = tmp_path / "sys/fs/cgroup/memory/old"
+    old.mkdir(parents=True)
+    (old / "memory.limit_in_bytes").write_text("3000000000\n")
+    (old / "memory.usage_in_bytes").write_text("1000000000\n")
+    membership = tmp_path / "cgroup"
+    membership.write_text("4:cpu,memory:/old\n0::/jobs/one\n")
+    left = memory._control_groups(str(membership), str(tmp_path))
+    assert sorted(left) == [2e9, 8e9 - 400]
+
+
+def test_what_the_machine_does_not_say_is_no_error(tmp_path: Path) -> None:
+    assert memory._control_groups(str(tmp_path / "none"), str(tmp_path)) == []
+    available = memory._available(str(tmp_path / "none"))
+    assert available is None or available > 0
+    assert memory.free() > 0
+
+
+def _fully_connected(width: int = 2500, units: int = 300) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 25, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+        nn.Linear(width, units), nn.ReLU(), nn.Linear(units, 50), nn.ReLU(), nn.Linear(50, 10),
+    ).eval()  # fmt: skip
+
+
+def test_the_fully_connected_part_comes_back_certified_above_a_max_pool() -> None:
+    model = _fully_connected()
+    x = torch.rand(1, 1, 20, 20, generator=torch.Generator().manual_seed(1))
+    update = rgap.capture(model, x, torch.tensor([3]))
+    found = rgap.invert(model, update)
+    assert found.status is Status.UNSUPPORTED and "max_pool2d" in found.reason
+    with torch.no_grad():
+        true = model[:4](x).double()
+    assert list(found.features) == ["4"] and found.summary()["features"] == {"4": [1, 2500]}
+    gap = (found.features["4"] - true).abs()
+    error = found.layer("4").predicted_error
+    assert error is not None and float(gap.square().mean().sqrt()) < 5 * error < 1e-4
+    assert "Certified: the input of '4', 2500 values" in found.explain()
+
+
+def test_features_that_the_layer_above_contradicts_are_not_certified() -> None:
+    model = _fully_connected()
+    x = torch.rand(2, 1, 20, 20, generator=torch.Generator().manual_seed(1))
+    one, other = (rgap.capture(model, x[i : i + 1], torch.tensor([3])) for i in (0, 1))
+    mixed = dict(one.gradients) | {n: other.gradients[n] for n in ("4.weight", "4.bias")}
+    update = rgap.Update(mixed, batch_size=1, input_shape=(1, 20, 20))
+    found = rgap.invert(model, update)
+    assert not found.features
+    assert any("no features are certified: the input of '6'" in text for text in found.warnings)
+
+
+def test_errors_drawn_for_the_features_are_those_of_noise_on_every_weight() -> None:
+    generator = torch.Generator().manual_seed(0)
+    k = torch.randn(40, generator=generator).double()
+    x = torch.rand(30, generator=generator).double()
+    weight = torch.outer(k, x)
+    precision = Precision(torch.float32, 1e-3, samples=4000)
+    known, _ = features_from_bias(weight, k, precision)
+    noise = 1e-3 * torch.randn(4000, 40, 30, generator=generator).double()
+    noise_k = 1e-3 * torch.randn(4000, 40, generator=generator).double()
+    drawn = torch.stack(
+        [bias_attack(weight + g, k + e) - x for g, e in zip(noise, noise_k, strict=True)]
+    )
+    mine = known.error[:, 0]
+    assert torch.allclose(mine.std(0), drawn.std(0), rtol=0.1)
+    assert torch.allclose(mine.T.cov(), drawn.T.cov(), atol=0.15 * float(drawn.T.cov().max()))
+
+
+def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(50, 7, generator=generator)
+    k, x = torch.randn(50, generator=generator).double(), torch.rand(7).double()
+    whole = bias_attack(weight, k), rank_one_residual(weight, x, k)
+    monkeypatch.setattr(row_blocks, "__defaults__", (21,))
+    assert len(list(row_blocks(weight, k))) == 17
+    assert torch.allclose(bias_attack(weight, k), whole[0], rtol=1e-12)
+    assert rank_one_residual(weight, x, k) == pytest.approx(whole[1])
+    layer = maps.linear("fc", weight, None, ("w", None), (7,))
+    assert torch.allclose(layer.adjoint_of_squares(k[None]), layer.squared().adjoint(k[None]))
+    assert torch.allclose(layer.linear_of_squares(x[None]), layer.squared().linear(x[None]))
+
+
+def test_conversions_are_kept_only_where_there_is_room() -> None:
+    sent = {"w": torch.ones(1000)}
+    roomy, tight = Doubles(sent, "cpu", 1e6), Doubles(sent, "cpu", 100.0)
+    assert roomy["w"] is roomy["w"] and tight["w"] is not tight["w"]
+    assert "w" in tight and list(tight) == ["w"] and tight.sent["w"].dtype == torch.float32
+
+
+def test_a_refusal_names_the_layer_the_need_and_what_to_write(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.Tanh(), nn.Flatten(), nn.Linear(800, 200), nn.Tanh(),
+        nn.Linear(200, 10),
+    ).eval()  # 162,434 parameters: 1.3 MB in float64  # fmt: skip
+    x = torch.rand(1, 3, 12, 12)
+    update = rgap.capture(model, x, torch.tensor([3]))
+    monkeypatch.setattr(memory, "LEAST", 1.0)
+    wide = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.MaxPool2d(30), nn.Flatten(),
+                         nn.Linear(32, 2)).eval()  # fmt: skip
+    seen = rgap.capture(wide, torch.rand(1, 3, 32, 32), torch.tensor([1]))
+    calls = {
+        "a float64 copy of the": lambda: rgap.invert(model, update, memory_budget=1e5),
+        "carrying errors through": lambda: rgap.invert(wide, seen, memory_budget=1e6),
+        "the measured ranks of '0' at B = 2": lambda: audit(
+            model, (3, 12, 12), (2,), memory_budget=3e6
+        ),
+        "the sketch of '0'": lambda: audit(
+            model, (3, 12, 12), (2,), method="sketch", memory_budget=3e6
+        ),
+        "matching the": lambda: rgap.match(model, update, memory_budget=1e5),
+    }
+    for what, call in calls.items():
+        with pytest.raises(memory.OutOfMemory, match="write memory_budget=") as refusal:
+            call()
+        assert what in str(refusal.value), str(refusal.value)
+
+
+@pytest.mark.parametrize("budget", [1e6, 1e8])
+def test_peak_memory_follows_the_budget(budget: float) -> None:
+    """In a process of its own: what invert takes on top is below four times the budget's floor."""
+    code = f"""
+        import resource, torch, rgap
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(
+            torch.nn.Conv2d(3, 16, 5, padding=2), torch.nn.Tanh(), torch.nn.Flatten(),
+            torch.nn.Linear(4096, 10),
+        ).eval()
+        update = rgap.capture(model, torch.rand(1, 3, 16, 16), torch.tensor([3]))
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        try:
+            found = rgap.invert(model, update, memory_budget={budget})
+            print(found.status.name)
+        except ValueError as refusal:
+            print("refused", refusal)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    """
+    ran = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    *_, taken = ran.stdout.split()
+    assert float(taken) * 1024 < 4 * max(budget, memory.LEAST), ran.stdout
