@@ -151,6 +151,7 @@ def labels(
     weights: Weights = None,
     batch_size: BatchSize = None,
     input_shape: InputShape = None,
+    noise: Noise = 0.0,
     device: Device = "cpu",
     quiet: Quiet = False,
     as_json: Json = False,
@@ -167,7 +168,8 @@ def labels(
         names = list(METHODS) if method is LabelMethod.all else [method.value]
         place = usable_device(device)
         found = {
-            name: _read(network, sent, name, batch_size, seed, place, not quiet) for name in names
+            name: _read(network, sent, name, batch_size, noise, seed, place, not quiet)
+            for name in names
         }
         if as_json:
             print_json(
@@ -187,6 +189,7 @@ def _read(
     sent: Update,
     method: str,
     batch_size: int | None,
+    noise: float,
     seed: int,
     device: str,
     progress: bool,
@@ -204,8 +207,9 @@ def _read(
     if sent.local_steps > 1:
         return undecided
     recovery = rgap.invert(
-        network, sent, batch_size=batch_size, seed=seed, device=device, progress=progress
-    )
+        network, sent, batch_size=batch_size, noise=noise, seed=seed, device=device,
+        progress=progress,
+    )  # fmt: skip
     if recovery.inputs is None or not recovery.exact:
         return replace(undecided, reason=f"{recovery.status.name}: {recovery.reason}")
     features = head_features(network, sent, recovery.inputs)

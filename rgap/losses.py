@@ -247,7 +247,7 @@ class Loss:
 
         The same everywhere where :attr:`equations` hold.
         """
-        scale = self._scale(outputs, torch.empty(0))
+        scale = self._scale(outputs, torch.empty(0, device=outputs.device))
         assert isinstance(scale, float)
         smooth = (1.0 - self.label_smoothing) * scale
         return 2.0 * scale if self.name == SQUARED else smooth
