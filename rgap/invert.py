@@ -32,7 +32,7 @@ from rgap.recovery import Recovery, Route, Status
 from rgap.recursion import Descent, descend
 from rgap.separation.batch import Separated, Unseparated
 from rgap.separation.route import mixed, separate
-from rgap.several import from_pair
+from rgap.several import beside_targets, from_pair
 from rgap.single import from_prefix
 from rgap.solvers.priors import Prior
 from rgap.systems.stage import BUDGET
@@ -164,7 +164,7 @@ def _run(problem: Problem, head: Head | None, show: Progress) -> Recovery:
         # One sample of a batch of unknown size has routes of its own where this one has none.
         single = problem.stated is None and not mixed(batch_of(problem))
         if not (single and isinstance(found, Unseparated)):
-            return _with_inputs(problem, _from_batch(problem, found, show), show)
+            return beside_targets(problem, _from_batch(problem, found, show), show)
     if not problem.update.loss.equations:
         return outcomes.stopped(
             problem,
@@ -210,23 +210,6 @@ def _from_data(problem: Problem, show: Progress) -> Recovery | None:
         if found is not None:
             return found
     return None
-
-
-def _with_inputs(problem: Problem, recovery: Recovery, show: Progress) -> Recovery:
-    """The inputs beside a failure of the targets: two layers tell samples apart without a loss.
-
-    A factor, a sum for a mean, other weights of the samples or targets that no equation finds leave
-    the ranges of the two gradients as they are.
-    """
-    untold = recovery.halt is not None and recovery.halt.kind is HaltKind.UNSEPARATED
-    open_targets = untold or recovery.status is Status.INCONSISTENT
-    if problem.stated is None or recovery.inputs is not None or not open_targets:
-        return recovery
-    for pair in find_pairs(problem.model, problem.chain.input_shape, problem.sent):
-        alone = from_pair(problem, pair, recovery.reason, show)
-        if alone is not None and "inputs" in alone.certified:
-            return replace(alone, status=recovery.status, halt=recovery.halt)
-    return recovery
 
 
 def _from_batch(problem: Problem, found: Separated | Unseparated, show: Progress) -> Recovery:

@@ -97,8 +97,8 @@ def _shortfall(consistency: Between, found: Collected) -> str:
         return f"{said}; {where}"
     if found.rejected <= FITS:
         return (
-            f"{said}; targets fit there (the nearest misses by {found.rejected:.1e}), but not one alone "
-            "whose weight is that of a sample"
+            f"{said}; targets fit there (the nearest misses by {found.rejected:.1e}), but not one "
+            "alone whose weight is that of a sample"
         )
     if found.rejected < 1.0:
         return (
