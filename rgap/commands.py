@@ -210,9 +210,10 @@ def _read(
         network, sent, batch_size=batch_size, noise=noise, seed=seed, device=device,
         progress=progress,
     )  # fmt: skip
-    if recovery.inputs is None or not recovery.exact:
+    if "targets" not in recovery.certified:
         return replace(undecided, reason=f"{recovery.status.name}: {recovery.reason}")
-    features = head_features(network, sent, recovery.inputs)
+    found = recovery.inputs
+    features = None if found is None else head_features(network, sent, found)
     if features is None and recovery.labels is not None:  # certified, but not by the identity
         counts = torch.bincount(recovery.labels, minlength=len(undecided.confidence))
         sure = counts.new_ones(len(counts), dtype=torch.float64)
