@@ -217,7 +217,7 @@ def _read(
     if features is None and recovery.labels is not None:  # certified, but not by the identity
         counts = torch.bincount(recovery.labels, minlength=len(undecided.confidence))
         sure = counts.new_ones(len(counts), dtype=torch.float64)
-        return LabelEstimate.of(counts, sure, method, ("the recovery is exact",))
+        return LabelEstimate.of(counts, sure, method, ("the recovery certifies the targets",))
     return estimate(
         network, sent, method=method, batch_size=batch_size, features=features, device=device
     )
