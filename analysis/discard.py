@@ -15,7 +15,7 @@ from rgap.analysis.probe import probed
 from rgap.analysis.probe_batch import probe_targets
 from rgap.analysis.probed_rows import probed_rows
 from rgap.analysis.recorder import uncounted
-from rgap.analysis.table import Audit, AuditRow
+from rgap.analysis.table import MEASURED, Audit, AuditRow
 from rgap.losses import Loss
 from rgap.network import parse
 from rgap.problem import device_of
@@ -190,11 +190,11 @@ def _pictures(inputs: Tensor | None, shape: tuple[int, ...], count: int, seed: i
 
 def _notes(rows: Sequence[AuditRow]) -> tuple[str, ...]:
     notes = []
-    for route, why in (
-        ("measured", "a weight is used again on an input that other layers read"),
-        ("", "method='exact' measures it"),
+    for measured, why in (
+        (True, "a weight is used again on an input that other layers read"),
+        (False, "method='exact' measures it"),
     ):
-        bounds = [r.layer for r in rows if not r.exact and (r.route == "measured") == bool(route)]
+        bounds = [r.layer for r in rows if not r.exact and (r.route == MEASURED) == measured]
         names = list(dict.fromkeys(bounds))
         if names:
             shown = f"{names[:4]}" + (f" and {len(names) - 4} more" if len(names) > 4 else "")

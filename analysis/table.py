@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+MEASURED = "measured"  # the route of a row whose ranks are those of matrices
+
+
 @dataclass(frozen=True)
 class AuditRow:
     """One layer at one batch size.
@@ -49,7 +52,7 @@ class AuditRow:
     nullity: int
     discard: float
     condition: float | None
-    route: str = "measured"
+    route: str = MEASURED
     exact: bool = True
     step: str = ""
     beside: str = ""

@@ -151,7 +151,7 @@ def sample_shape(model: nn.Module, *stated: Sequence[int] | None) -> Shape:
     if len(found) == 1:
         return found[0]
     fits = f" ({found[0]} and {found[1]} both fit)" if found else ""
-    example = found[-1] if found else (3, 32, 32)
+    example = found[-1] if found else (16,) if isinstance(layer, nn.Embedding) else (3, 32, 32)
     raise ValueError(
         f"expected an input shape, got an update that does not state one, and the layers of the "
         f"{type(model).__name__} leave it open{fits}; write input_shape={example}"

@@ -155,6 +155,7 @@ def labels(
     weights: Weights = None,
     batch_size: BatchSize = None,
     input_shape: InputShape = None,
+    noise: Noise = 0.0,
     device: Device = "cpu",
     quiet: Quiet = False,
     as_json: Json = False,
@@ -171,7 +172,8 @@ def labels(
         names = list(METHODS) if method is LabelMethod.all else [method.value]
         place = usable_device(device)
         found = {
-            name: _read(network, sent, name, batch_size, seed, place, not quiet) for name in names
+            name: _read(network, sent, name, batch_size, noise, seed, place, not quiet)
+            for name in names
         }
         if as_json:
             print_json(
@@ -191,6 +193,7 @@ def _read(
     sent: Update,
     method: str,
     batch_size: int | None,
+    noise: float,
     seed: int,
     device: str,
     progress: bool,
@@ -208,15 +211,17 @@ def _read(
     if sent.local_steps > 1:
         return undecided
     recovery = rgap.invert(
-        network, sent, batch_size=batch_size, seed=seed, device=device, progress=progress
-    )
-    if recovery.inputs is None or not recovery.exact:
+        network, sent, batch_size=batch_size, noise=noise, seed=seed, device=device,
+        progress=progress,
+    )  # fmt: skip
+    if "targets" not in recovery.certified:
         return replace(undecided, reason=f"{recovery.status.name}: {recovery.reason}")
-    features = head_features(network, sent, recovery.inputs)
+    found = recovery.inputs
+    features = None if found is None else head_features(network, sent, found)
     if features is None and recovery.labels is not None:  # certified, but not by the identity
         counts = torch.bincount(recovery.labels, minlength=len(undecided.confidence))
         sure = counts.new_ones(len(counts), dtype=torch.float64)
-        return LabelEstimate.of(counts, sure, method, ("the recovery is exact",))
+        return LabelEstimate.of(counts, sure, method, ("the recovery certifies the targets",))
     return estimate(
         network, sent, method=method, batch_size=batch_size, features=features, device=device
     )

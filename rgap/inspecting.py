@@ -6,10 +6,12 @@ from typing import Annotated
 
 import typer
 
-from rgap.arguments import shape_of, targets_of
+from rgap.arguments import loaded, targets_of, usable_device
 from rgap.console import clean, print_json, stdout
 from rgap.options import (
     BatchSize,
+    Device,
+    InputShape,
     Json,
     KnownLabels,
     Model,
@@ -31,13 +33,8 @@ def check(
     batch_size: BatchSize = None,
     labels: KnownLabels = None,
     noise: Noise = 0.0,
-    input_shape: Annotated[
-        str | None,
-        typer.Option(
-            help="Shape of one sample, as in 3,32,32, if the update does not state it.",
-            show_default=False,
-        ),
-    ] = None,
+    input_shape: InputShape = None,
+    device: Device = "cpu",
     time_limit: Annotated[
         float, typer.Option(help="Seconds after which no further trial begins.")
     ] = 20.0,
@@ -52,10 +49,8 @@ def check(
         from rgap.progress import Progress
         from rgap.report.tables import finding_table
 
-        if not update.is_file():
-            raise ValueError(f"UPDATE: no file {update}; write one with rgap capture")
-        sent = rgap.Update.load(update)
-        network = resolve(model, weights)
+        sent = loaded(update, input_shape)
+        network = resolve(model, weights).to(usable_device(device))
         known = None if labels is None else targets_of(labels, None, sent.loss.name)
         with Progress(not quiet) as show:
             show.stage("trying what may be wrong")
@@ -64,7 +59,6 @@ def check(
                 sent,
                 batch_size=batch_size,
                 labels=known,
-                input_shape=shape_of(input_shape),
                 noise=noise,
                 seed=seed,
                 time_limit=time_limit,

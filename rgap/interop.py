@@ -113,9 +113,12 @@ def ndarray_fields(model: nn.Module, arrays: Sequence[Any], step: Descent | None
     elif len(arrays) == len(state):
         names = state
     else:
+        entries = f" or {len(state)} (one per entry of model.state_dict())"
         raise ValueError(
-            f"arrays: expected {len(parameters)} (one per parameter of the {type(model).__name__}) "
-            f"or {len(state)} (one per entry of model.state_dict()), got {len(arrays)}."
+            f"arrays: expected {len(parameters)} (one per parameter of the {type(model).__name__})"
+            f"{entries if len(state) != len(parameters) else ''}, got {len(arrays)}; write "
+            "[v.cpu().numpy() for v in model.state_dict().values()] on the client, or Update with "
+            "the names of those that it sent"
         )
     known = dict(model.named_buffers())
     expected = {**parameters, **known}

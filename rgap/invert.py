@@ -33,7 +33,7 @@ from rgap.recovery import Recovery, Route, Status
 from rgap.recursion import Descent, descend
 from rgap.separation.batch import Separated, Unseparated
 from rgap.separation.route import mixed, separate
-from rgap.several import from_pair
+from rgap.several import beside_targets, from_pair
 from rgap.single import from_prefix
 from rgap.solvers.priors import Prior
 from rgap.update import Update
@@ -167,7 +167,7 @@ def _run(problem: Problem, head: Head | None, show: Progress) -> Recovery:
         # One sample of a batch of unknown size has routes of its own where this one has none.
         single = problem.stated is None and not mixed(batch_of(problem))
         if not (single and isinstance(found, Unseparated)):
-            return _from_batch(problem, found, show)
+            return beside_targets(problem, _from_batch(problem, found, show), show)
     if not problem.update.loss.equations:
         return outcomes.stopped(
             problem,

@@ -98,7 +98,7 @@ class Loss:
             ``weight`` by PyTorch's divisor, the weights of the batch), over all elements for the
             others, as in PyTorch.
         label_smoothing: PyTorch's, in [0, 1), cross-entropy only.
-        targets: ``"index"`` for class indices [B] or [B, *positions] and 0/1 labels (binary),
+        targets: ``"index"`` for class indices [B] or ``[B, *positions]`` and 0/1 labels (binary),
             ``"probability"`` for soft targets of the outputs' shape. ``mse_loss`` always has
             ``"value"``: real numbers of the outputs' shape.
         weight: class weights, one a class: of cross-entropy, NLL and focal loss.
@@ -243,11 +243,11 @@ class Loss:
         return classes
 
     def magnitude(self, outputs: Tensor) -> float:
-        """|∂κ/∂y|: what a change of one entry of a target moves its cotangent by.
+        """``|∂κ/∂y|``: what a change of one entry of a target moves its cotangent by.
 
         The same everywhere where :attr:`equations` hold.
         """
-        scale = self._scale(outputs, torch.empty(0))
+        scale = self._scale(outputs, torch.empty(0, device=outputs.device))
         assert isinstance(scale, float)
         smooth = (1.0 - self.label_smoothing) * scale
         return 2.0 * scale if self.name == SQUARED else smooth
@@ -366,7 +366,7 @@ class Loss:
     def read(self, dense: Tensor) -> tuple[Tensor, float]:
         """Nearest admissible targets to ``dense`` and the max-abs distance to the admissible set.
 
-        Class indices (long, [B] or [B, *positions]) for a loss of classes with
+        Class indices (long, [B] or ``[B, *positions]``) for a loss of classes with
         ``targets="index"``; 0/1 labels (long, [B] for one logit, else the shape of ``dense``) for a
         binary one. Soft targets and real values are returned as they are; for soft targets the
         distance is how far they lie outside the probabilities, for real values it is 0. Anything

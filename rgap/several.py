@@ -9,11 +9,11 @@ import torch
 from rgap import certificate, outcomes
 from rgap.batches import Rows, batch_of, start, with_separation
 from rgap.certificate import Answer
-from rgap.halt import Halt
+from rgap.halt import Halt, HaltKind
 from rgap.network import Chain
 from rgap.parts import in_parts
 from rgap.polish import polish
-from rgap.prefix import reaches
+from rgap.prefix import find_pairs, reaches
 from rgap.problem import Problem
 from rgap.progress import Progress
 from rgap.reading import Reading
@@ -24,7 +24,7 @@ from rgap.reports import layer_reports
 from rgap.separation.batch import Separated, Unseparated
 from rgap.separation.headless import separate_headless
 
-__all__ = ["from_pair"]
+__all__ = ["beside_targets", "from_pair"]
 
 
 def from_pair(problem: Problem, chain: Chain, above: str, show: Progress) -> Recovery | None:
@@ -64,6 +64,23 @@ def from_pair(problem: Problem, chain: Chain, above: str, show: Progress) -> Rec
             return None
         recovery = parts
     return replace(recovery, separation=found.route)
+
+
+def beside_targets(problem: Problem, recovery: Recovery, show: Progress) -> Recovery:
+    """The inputs beside a failure of the targets: two layers tell samples apart without a loss.
+
+    A factor, a sum for a mean, other weights of the samples or targets that no equation finds leave
+    the ranges of the two gradients as they are.
+    """
+    untold = recovery.halt is not None and recovery.halt.kind is HaltKind.UNSEPARATED
+    open_targets = untold or recovery.status is Status.INCONSISTENT
+    if problem.stated is None or recovery.inputs is not None or not open_targets:
+        return recovery
+    for pair in find_pairs(problem.model, problem.chain.input_shape, problem.sent):
+        alone = from_pair(problem, pair, recovery.reason, show)
+        if alone is not None and "inputs" in alone.certified:
+            return replace(alone, status=recovery.status, halt=recovery.halt)
+    return recovery
 
 
 def _certified(

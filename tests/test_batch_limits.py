@@ -250,7 +250,8 @@ def test_another_model_or_loss_is_never_exact(model: nn.Module) -> None:
     update = rgap.capture(model, X, Y)
     assert rgap.invert(mlp("gelu", 8), update).inputs is None
     for loss in (Loss(label_smoothing=0.1), Loss(reduction="sum")):
-        assert rgap.invert(model, replace(update, loss=loss)).inputs is None
+        found = rgap.invert(model, replace(update, loss=loss))
+        assert not found.exact and right_or_open(found)
 
 
 @pytest.mark.parametrize("name", ["1.bias", "3.weight", "3.bias", "5.weight", "5.bias"])
@@ -259,7 +260,15 @@ def test_a_tampered_gradient_is_a_contradiction(model: nn.Module, name: str) -> 
     gradients = dict(update.gradients)
     gradients[name] = gradients[name] * 1.01
     recovery = rgap.invert(model, replace(update, gradients=gradients))
-    assert not recovery.exact and recovery.inputs is None
+    assert not recovery.exact and right_or_open(recovery)
+
+
+def right_or_open(recovery: rgap.Recovery) -> bool:
+    """Two layers give the inputs without the head and its loss; then they are the client's."""
+    if recovery.inputs is None:
+        return True
+    apart = (recovery.inputs[:, None] - X.to(recovery.inputs)).flatten(2).abs().amax(-1).amin(1)
+    return float(apart.max()) <= recovery.error_bound
 
 
 @pytest.mark.parametrize("last", [5, 9, -1])

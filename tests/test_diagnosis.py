@@ -375,3 +375,7 @@ def test_the_command(tmp_path: Path) -> None:
     )
     assert json.loads(as_json.output)["findings"][0]["kind"] == "sign"
     assert runner.invoke(app, ["check", "lenet", "nowhere"]).exit_code == 2
+    path = str(tmp_path / "clean.safetensors")
+    assert runner.invoke(app, ["check", "lenet", path, "--device", "cpu"]).exit_code == 0
+    lost = runner.invoke(app, ["check", "lenet", path, "--device", "cudda"])
+    assert lost.exit_code == 2 and "--device: 'cudda'" in lost.output

@@ -329,3 +329,31 @@ def test_batches_that_the_pair_leaves_open_certify_nothing_wrong(kind):
     found = rgap.invert(network, rgap.capture(network, x, torch.tensor([0, 1, 2])))
     assert found.inputs is None or matched(found.inputs, x) <= found.error_bound
     assert kind == "dependent" or found.inputs is None
+
+
+@pytest.mark.parametrize("wrong", ["factor", "sum", "binary"])
+def test_the_inputs_of_a_batch_come_back_beside_targets_that_fail(wrong):
+    torch.manual_seed(4)
+    network = nn.Sequential(
+        nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 24), nn.ReLU(), nn.Linear(24, 14)
+    ).double()
+    x = torch.rand(3, 20, dtype=torch.float64)
+    if wrong == "binary":
+        update = rgap.capture(
+            network.eval(), x, torch.randint(0, 2, (3, 14)), "binary_cross_entropy_with_logits"
+        )
+    else:
+        update = rgap.capture(network.eval(), x, torch.tensor([1, 2, 2]))
+    if wrong != "binary":
+        by = 3.0 if wrong == "sum" else 0.3
+        scaled = {name: by * g for name, g in update.gradients.items()}
+        update = dataclasses.replace(update, gradients=scaled)
+    found = rgap.invert(network, update)
+    assert "inputs" in found.certified, found.reason
+    apart = (found.inputs[:, None] - x).abs().amax(-1)
+    assert apart.amin(1).max() <= found.error_bound < 1e-9
+    assert sorted(apart.argmin(1).tolist()) == [0, 1, 2]
+    if wrong != "binary":
+        assert found.status is Status.INCONSISTENT
+        kind = "reduced in another way" if wrong == "sum" else "off by a factor"
+        assert kind in found.reason

@@ -77,7 +77,7 @@ def fits_of(evidence: Evidence, samples: Samples, loss: Loss) -> list[list[Fit]]
         summed = replace(loss, reduction="sum")
         table = scale * summed.cotangent(samples.logits, known.to(samples.logits.device))
         return [[_fit(samples, 0, table[0], scale * evidence.unit, -1)]]
-    options = _options(loss, outputs)
+    options = _options(loss, outputs, samples.logits)
     if options is None:
         return None
     found = []
@@ -90,15 +90,15 @@ def fits_of(evidence: Evidence, samples: Samples, loss: Loss) -> list[list[Fit]]
     return found
 
 
-def _options(loss: Loss, outputs: int) -> Tensor | None:
-    """Dense admissible targets [options, C], or None."""
+def _options(loss: Loss, outputs: int, like: Tensor) -> Tensor | None:
+    """Dense admissible targets [options, C] of the kind of ``like``, or None."""
     if loss.name == BINARY:
-        return torch.zeros(0) if loss.targets == "index" else None
+        return like.new_zeros(0) if loss.targets == "index" else None
     if loss.name == CROSS_ENTROPY and loss.targets != "index":
         return None
     if outputs > LISTED or outputs < (3 if loss.name == SQUARED else 2):
         return None
-    return torch.eye(outputs, dtype=torch.float64)
+    return torch.eye(outputs, dtype=torch.float64, device=like.device)
 
 
 def _binary(samples: Samples, row: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from rgap.halt import HaltKind
 from rgap.problem import Problem
 from rgap.recovery import Recovery, Status
 
@@ -35,7 +36,8 @@ def explained(problem: Problem, recovery: Recovery) -> Recovery:
     """
     contradicted = recovery.status is Status.INCONSISTENT
     apart = recovery.status is Status.UNDERDETERMINED and (problem.stated or 1) > 1
-    if not contradicted and not (apart and recovery.inputs is None):
+    untold = recovery.halt is not None and recovery.halt.kind is HaltKind.UNSEPARATED
+    if not contradicted and not (apart and (recovery.inputs is None or untold)):
         return recovery
     best = check(
         problem.model,

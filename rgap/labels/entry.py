@@ -189,7 +189,8 @@ def dummies(update: Update) -> Tensor:
     low, high = update.value_range or (0.0, 1.0)
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand((PROBES, *update.input_shape), generator=generator)
-    flat = torch.stack([torch.zeros(update.input_shape), torch.ones(update.input_shape)])
+    flat = noise.new_tensor([0.0, 1.0]).reshape(2, *(1 for _ in update.input_shape))
+    flat = flat.expand(2, *update.input_shape)
     return low + (high - low) * torch.cat([noise, flat]).double()
 
 

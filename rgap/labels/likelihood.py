@@ -93,7 +93,7 @@ def _pool(tops: list[Tensor]) -> Tensor:
     for counts in tops:
         up, down = (counts > -1).outer(counts > 0).fill_diagonal_(False).nonzero(as_tuple=True)
         moved = counts.repeat(len(up), 1)
-        index = torch.arange(len(up))
+        index = torch.arange(len(up), device=counts.device)
         moved[index, up] += 1
         moved[index, down] -= 1
         found += [counts[None], moved]

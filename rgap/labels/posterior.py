@@ -64,15 +64,15 @@ class Contrasts:
     def __init__(self, head: HeadGradient, sums: Tensor) -> None:
         self.head, self.sums = head, sums
         weight, self.bias = head.head_parameters()
-        self.one = torch.eye(head.classes, dtype=torch.float64)
+        self.one = torch.eye(head.classes, dtype=torch.float64, device=sums.device)
         self.basis = torch.linalg.svd(self.one - 1.0 / head.classes)[0][:, :-1]
         self.smoothed = head.loss.label_smoothing / head.classes
         self.s = self.basis.T @ (sums - self.smoothed * head.batch_size)
         self.rows = self.basis.T @ head.rows @ weight.T @ self.basis
         q = head.classes - 1
-        eye = torch.eye(q, dtype=torch.float64)
+        eye = torch.eye(q, dtype=torch.float64, device=sums.device)
         if head.probes is None or len(head.probes) < 2:
-            self.mean = torch.zeros(q, dtype=torch.float64)
+            self.mean = torch.zeros(q, dtype=torch.float64, device=sums.device)
             size = float(self.rows.square().mean()) / max(head.batch_size, 1)
             scatter = (size + torch.finfo(torch.float64).tiny) * eye
         else:
@@ -101,11 +101,11 @@ class Contrasts:
         """
         head, s = self.head, self.s
         batch, q = head.batch_size, head.classes - 1
-        eye = torch.eye(q, dtype=torch.float64)
+        eye = torch.eye(q, dtype=torch.float64, device=s.device)
         counts = nearest_simplex(self.plain(), batch) if known is None else known.double()
         mean, scatter = self.mean, self.scatter
-        apart = torch.zeros(head.classes, q, dtype=torch.float64)
-        fixed = torch.zeros(head.classes, dtype=torch.float64)  # h_k
+        apart = torch.zeros(head.classes, q, dtype=torch.float64, device=s.device)
+        fixed = torch.zeros(head.classes, dtype=torch.float64, device=s.device)  # h_k
         own = head.sharpness * self.one + self.smoothed  # the targets of every class
         for step in range(STEPS):
             p, slopes, _ = self._softmax(mean, apart, scatter, fixed)
