@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 import rgap
-from rgap.diagnosis.factors import LOOSEST
 from rgap.labels.posterior import inverse_of
 from rgap.ops import Rearrange
 
@@ -25,7 +24,6 @@ def test_rank_one_of_an_unknown_batch_certifies_no_single_input(seed: int) -> No
     found = rgap.invert(model, replace(update, batch_size=None))
     assert not found.certified
     assert found.inputs is None
-    assert "batch size" in found.reason
 
 
 def test_check_says_nothing_of_a_saturated_logit() -> None:
@@ -38,7 +36,6 @@ def test_check_says_nothing_of_a_saturated_logit() -> None:
         model, torch.rand(1, 4), torch.zeros(1, 1), "binary_cross_entropy_with_logits"
     )
     assert rgap.check(model, update).ok
-    assert LOOSEST < 1
 
 
 def test_check_takes_a_gradient_of_a_zero_input() -> None:
@@ -74,7 +71,7 @@ def test_a_singular_matrix_has_a_pseudoinverse() -> None:
 
 def test_rearranging_takes_no_samples() -> None:
     """Zero candidates are as many rows as any."""
-    step = Rearrange("flip", "flip", (3,), (3,), torch.tensor([2, 1, 0]))
+    step = Rearrange("flip", "flip", (3,), torch.tensor([2, 1, 0]))
     assert step.forward(torch.zeros(0, 3)).shape == (0, 3)
     assert step.adjoint(torch.zeros(0, 3)).shape == (0, 3)
     assert step.inverse(torch.zeros(0, 3)).shape == (0, 3)
