@@ -56,9 +56,11 @@ class Step(nn.Module):
         self.name, self.function = name, function
 
     def forward(self, x: Tensor) -> Tensor:
+        """One pass."""
         return self.function(x)
 
     def extra_repr(self) -> str:
+        """Name of the step."""
         return self.name
 
 
@@ -70,6 +72,7 @@ class Residual(nn.Module):
         self.inner = inner
 
     def forward(self, x: Tensor) -> Tensor:
+        """One pass."""
         return x + self.inner(x)
 
 
@@ -82,6 +85,7 @@ class Gated(nn.Module):
         self.gate = nn.Linear(inputs, outputs, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """One pass."""
         return self.value(x) * torch.sigmoid(self.gate(x))
 
 
@@ -93,6 +97,7 @@ class Attention(nn.Module):
         self.inner = nn.MultiheadAttention(width, heads, batch_first=True)
 
     def forward(self, x: Tensor) -> Tensor:
+        """One pass."""
         return x + self.inner(x, x, x, need_weights=False)[0]
 
 

@@ -75,3 +75,13 @@ def test_rearranging_takes_no_samples() -> None:
     assert step.forward(torch.zeros(0, 3)).shape == (0, 3)
     assert step.adjoint(torch.zeros(0, 3)).shape == (0, 3)
     assert step.inverse(torch.zeros(0, 3)).shape == (0, 3)
+
+
+def test_check_misses_nothing_of_a_frozen_layer() -> None:
+    """Parameters that the model has frozen need not be sent."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)).eval()
+    update = rgap.capture(model, torch.rand(1, 6), torch.tensor([2]))
+    model[0].requires_grad_(False)
+    sent = {n: g for n, g in update.gradients.items() if n.startswith("2")}
+    assert rgap.check(model, replace(update, gradients=sent)).ok
