@@ -137,9 +137,30 @@ def invert(
         )
         problem = replace(problem, filling=filling)
     with Progress(progress) as show:
-        recovery = searched(problem, _run(problem, head, show), show)
+        found = _run(problem, head, show)
+        recovery = searched(problem, found if head is not None else _counted(problem, found), show)
         recovery = recovery if head is not None else explained(problem, recovery)
     return replace(recovery, seconds=time.perf_counter() - began)
+
+
+def _counted(problem: Problem, found: Recovery) -> Recovery:
+    """The recovery without inputs that are certified only if the batch is one sample.
+
+    Where the network is affine on the data, or has one logit, several samples send a gradient of
+    rank one as well: without targets nothing says that there is one.
+    """
+    alone = "inputs" in found.certified and "targets" not in found.certified
+    if problem.stated is not None or found.separation or not alone:
+        return found
+    return replace(
+        found,
+        inputs=None,
+        certified=frozenset(),
+        error_bound=None,
+        predicted_error=None,
+        reason="the batch size is not stated, and several samples can send a gradient of rank one "
+        f"too; for one sample write batch_size=1; then: {found.reason}",
+    )
 
 
 def _run(problem: Problem, head: Head | None, show: Progress) -> Recovery:

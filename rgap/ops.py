@@ -149,7 +149,7 @@ class Rearrange(Op):
     def forward(self, x: Tensor) -> Tensor:
         """x[index]."""
         lead = leading(x, self.in_shape)
-        return x.reshape(*lead, -1)[..., self.index].reshape(*lead, *self.out_shape)
+        return x.reshape(*lead, prod(self.in_shape))[..., self.index].reshape(*lead, *self.out_shape)
 
     def linear(self, dx: Tensor) -> Tensor:
         """dx[index]."""
@@ -159,7 +159,7 @@ class Rearrange(Op):
         """Σ of k over the outputs that read each input."""
         lead = leading(k, self.out_shape)
         zero = k.new_zeros(*lead, prod(self.in_shape))
-        out = zero.index_add(len(lead), self.index, k.reshape(*lead, -1))
+        out = zero.index_add(len(lead), self.index, k.reshape(*lead, prod(self.out_shape)))
         return out.reshape(*lead, *self.in_shape)
 
     def inverse(self, y: Tensor) -> Tensor:
@@ -167,7 +167,7 @@ class Rearrange(Op):
         if bool((self.where < 0).any()):
             return super().inverse(y)
         lead = leading(y, self.out_shape)
-        return y.reshape(*lead, -1)[..., self.where].reshape(*lead, *self.in_shape)
+        return y.reshape(*lead, prod(self.out_shape))[..., self.where].reshape(*lead, *self.in_shape)
 
 
 class Pad(Op):

@@ -129,7 +129,9 @@ def predicted(evidence: Evidence, lower: Call, reader: Call, x: Tensor) -> Tenso
             return value.flatten(1)
 
         probe = rise(lower.given)
-        if probe is None or not torch.allclose(probe, reader.given.flatten(1)):
+        if probe is None or probe.shape != reader.given.flatten(1).shape:
+            return None
+        if not torch.allclose(probe, reader.given.flatten(1)):
             return None
         made = rise(x[None])
     return None if made is None else made[0]

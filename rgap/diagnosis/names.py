@@ -43,6 +43,9 @@ def mended(model: nn.Module, update: Update) -> tuple[Update | None, Finding | N
         said = f"'{name}' has shape {list(gradients[name].shape)}, the model's {list(wanted[name])}"
         line = "rgap.check(model, update) with the model that the client trained"
         return None, Finding(Kind.NAMES, float(len(misshapen)), said, line, inf)
+    frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
+    if missing and frozen.issuperset(missing) and not extra and not prefix:
+        return update.fitted(model), None  # nothing is sent of what the client did not train
     if missing:
         full = {
             n: gradients[n] if n in gradients else torch.zeros(wanted[n], dtype=update.dtype)

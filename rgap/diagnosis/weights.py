@@ -130,8 +130,8 @@ def _predictions(evidence: Evidence) -> list[Contradiction]:
         return []
     known = []
     for call, weight, bias in evidence.dense:
-        if bias is None or not bool((bias != 0).any()):
-            continue
+        if bias is None or not bool((bias != 0).any()) or not bool((weight != 0).any()):
+            continue  # of an input that is zero there is no relative error
         x = bias_attack(weight, bias)
         rest = rank_one_residual(weight, x, bias)
         known.append((call, x, _tolerance(evidence, call, weight, bias) + rest))

@@ -37,6 +37,12 @@ RIDGE = 1e-6  # of S, relative to its mean, and of A per sample
 LEVEL = 1e-4  # of the dummy logits' mean square, in S: dummy data may all be alike
 
 
+def inverse_of(a: Tensor) -> Tensor:
+    """The inverse of a symmetric matrix; its pseudoinverse where rounding left it singular."""
+    found, info = torch.linalg.inv_ex(a)
+    return torch.linalg.pinv(a.nan_to_num(), hermitian=True) if int(info) else found
+
+
 @dataclass(frozen=True)
 class Posterior:
     """Real-valued counts and their errors, from one hypothesis of the batch's make-up.
@@ -116,12 +122,12 @@ class Contrasts:
             moved = self.basis.T @ slopes  # contrasts of p by contrasts of z, [C, q, q]
             a = (away.T * counts) @ away + RIDGE * batch * 1e-3 * eye
             a = a + torch.einsum("k,kpr,rt,kqt->pq", counts, moved, scatter, moved)
-            inverse = torch.linalg.inv(a)
+            inverse = inverse_of(a)
             shared = torch.einsum("k,kpq->pq", (1.0 - fixed) * counts, moved) @ scatter
-            prior = torch.linalg.inv(WIDTH * self.scatter + scatter / batch)
-            precise = torch.linalg.inv(scatter)
+            prior = inverse_of(WIDTH * self.scatter + scatter / batch)
+            precise = inverse_of(scatter)
             information = float(s @ inverse @ s)
-            covariance = torch.linalg.inv(prior + information * precise)
+            covariance = inverse_of(prior + information * precise)
             new = covariance @ (
                 prior @ self.mean + precise @ ((self.rows - shared).T @ (inverse @ s))
             )
@@ -167,7 +173,7 @@ class Contrasts:
         alone = SPREAD**2 + (DOUBT * bent) ** 2
         if self.head.bias_gradient is None:
             alone = alone + SIZES**2 * counts
-        spread = float(scatter.trace() / len(scatter)) ** 0.5
+        spread = max(float(scatter.trace() / len(scatter)), 0.0) ** 0.5
         return Posterior((counts @ p - self.sums) / sharp, errors + torch.diag(alone), spread)
 
     def _softmax(

@@ -223,6 +223,8 @@ class Coupled:
             k = self.scale * counts[:, None] * (p - targets)
             means = torch.linalg.lstsq(k.T, sent, driver="gelsd").solution
             means = means / (means @ self.head.weights)[:, None]
+        if not bool(means.isfinite().all()):  # a label whose logit nothing moves
+            means = self.origin.expand(len(classes), -1)
         p = torch.softmax(means @ self.matrix.T + self.shift, 1)
         left = sent - (self.scale * counts[:, None] * (p - targets)).T @ means
         slope = self.scale * p[:, :, None] * (self.matrix - (p @ self.matrix)[:, None])
