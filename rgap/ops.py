@@ -149,7 +149,9 @@ class Rearrange(Op):
     def forward(self, x: Tensor) -> Tensor:
         """x[index]."""
         lead = leading(x, self.in_shape)
-        return x.reshape(*lead, prod(self.in_shape))[..., self.index].reshape(*lead, *self.out_shape)
+        return x.reshape(*lead, prod(self.in_shape))[..., self.index].reshape(
+            *lead, *self.out_shape
+        )
 
     def linear(self, dx: Tensor) -> Tensor:
         """dx[index]."""
@@ -167,7 +169,9 @@ class Rearrange(Op):
         if bool((self.where < 0).any()):
             return super().inverse(y)
         lead = leading(y, self.out_shape)
-        return y.reshape(*lead, prod(self.out_shape))[..., self.where].reshape(*lead, *self.in_shape)
+        return y.reshape(*lead, prod(self.out_shape))[..., self.where].reshape(
+            *lead, *self.in_shape
+        )
 
 
 class Pad(Op):

@@ -254,7 +254,8 @@ def _span(columns: Tensor) -> Tensor:
         if float(values.min()) > INDEPENDENT * float(values.max()):
             return basis
     u, values, _ = torch.linalg.svd(columns, full_matrices=False)
-    return u[:, values > INDEPENDENT * values[0]]
+    kept: Tensor = u[:, values > INDEPENDENT * values[0]]
+    return kept
 
 
 def rank_on_open(

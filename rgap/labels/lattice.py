@@ -42,7 +42,7 @@ def search(estimates: Tensor, covariance: Tensor, total: int) -> Tensor:
     """
     precision = torch.linalg.inv(covariance)
     found = torch.unique(_rounded_along(estimates, covariance, total), dim=0)
-    best = found[_costs(found, estimates, precision).argmin()]
+    best: Tensor = found[_costs(found, estimates, precision).argmin()]
     for _ in range(SWAPS):
         gains = _swaps(best, estimates, precision)
         up, down = divmod(int(gains.argmin()), len(best))

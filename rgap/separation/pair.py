@@ -14,11 +14,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from rgap.limits import OUTSIDE
+
 from .batch import Batch, Separated, Unseparated
 from .between import Between
 from .consistency import Consistency
 from .finish import finish
-from .identify import FITS, Identity, continuous, identify
+from .identify import Identity, continuous, identify
 from .lines import lines
 from .mixture import Mixture
 from .peeling import Collected, collect
@@ -95,7 +97,7 @@ def _shortfall(consistency: Between, found: Collected) -> str:
     where = lines(consistency, torch.cat([found.roots, *(q[None] for q in found.stray)]))
     if where:
         return f"{said}; {where}"
-    if found.rejected <= FITS:
+    if found.rejected <= OUTSIDE:
         return (
             f"{said}; targets fit there (the nearest misses by {found.rejected:.1e}), but not one "
             "alone whose weight is that of a sample"

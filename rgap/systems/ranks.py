@@ -124,7 +124,8 @@ def stage_joint_rank(
         return Rank(fixed, total, 0.0, worst.gap, worst.largest, worst.smallest, fixed)
     open_ones = [b for b, done in enumerate(settled) if not done]
     if len(open_ones) < batch:
-        columns = gradient.matrix.unflatten(2, (batch, -1))[:, :, open_ones].flatten(2)
+        matrix = gradient.matrix
+        columns = matrix.reshape(*matrix.shape[:2], batch, -1)[:, :, open_ones].flatten(2)
         gradient = Kronecker(columns, channels)
         cotangent = None if cotangent is None else cotangent[open_ones]
     rest = [weight[b] for b in open_ones]
@@ -169,7 +170,8 @@ def _kept(
     tables = [space.basis.reshape(shape) for space in weight]
     if bool(kept.all()):
         return gradient, tables
-    columns = gradient.matrix.unflatten(2, (len(weight), -1))[..., kept].flatten(2)
+    matrix = gradient.matrix
+    columns = matrix.reshape(*matrix.shape[:2], len(weight), -1)[..., kept].flatten(2)
     return Kronecker(columns, gradient.channels), [table[:, :, kept] for table in tables]
 
 
