@@ -294,7 +294,7 @@ def rank_on_open(
     sines = torch.cat(columns, 1)
     cutoff = max(tolerance * 1e2, 1e-10)
     ends = full_column_rank(sines.T @ sines) if sines.shape[1] else (1.0, 1.0)
-    if ends is not None:
+    if ends is not None and ends[1] > cutoff:  # full, and not of rounding errors alone
         return Rank(total, total, cutoff, inf, 1.0, min(ends[1], 1.0), total)
     found = singular_values(sines)
     kept = found[found > cutoff]

@@ -100,7 +100,8 @@ def test_errors_drawn_for_the_features_are_those_of_noise_on_every_weight() -> N
     x = torch.rand(30, generator=generator).double()
     weight = torch.outer(k, x)
     precision = Precision(torch.float32, 1e-3, samples=4000)
-    known, _ = features_from_bias(weight, k, precision)
+    layer = maps.linear("0", weight, k, ("0.weight", "0.bias"), (30,))
+    known, _ = features_from_bias(layer, weight, k, precision)
     noise = 1e-3 * torch.randn(4000, 40, 30, generator=generator).double()
     noise_k = 1e-3 * torch.randn(4000, 40, generator=generator).double()
     drawn = torch.stack(
@@ -129,7 +130,7 @@ def test_conversions_are_kept_only_where_there_is_room() -> None:
     sent = {"w": torch.ones(1000)}
     roomy, tight = Doubles(sent, "cpu", 1e6), Doubles(sent, "cpu", 100.0)
     assert roomy["w"] is roomy["w"] and tight["w"] is not tight["w"]
-    assert "w" in tight and list(tight) == ["w"] and tight.sent["w"].dtype == torch.float32
+    assert "w" in tight and list(tight) == ["w"] and tight.original["w"].dtype == torch.float32
 
 
 def test_a_refusal_names_the_layer_the_need_and_what_to_write(
