@@ -562,7 +562,7 @@ def judge(case: Case, found: rgap.Recovery) -> list[str]:
         if len(rows) != size:
             faults.append(f"wrong inputs: {len(rows)} rows for {size}")
         else:
-            best, order = nearest(rows, truth)
+            best, _ = nearest(rows, truth)
             if best > bound + rounding:
                 faults.append(f"wrong inputs: off by {best:.2g}, bound {bound:.2g}")
             elif "targets" in found.certified:
@@ -587,9 +587,9 @@ def judge(case: Case, found: rgap.Recovery) -> list[str]:
         if not bool((found.partial.isnan() == ~found.determined).all()):
             faults.append("partial is not NaN where open")
     free = case.loss.targets != "index" and "labels" not in case.options
-    if isinstance(found.scale, float) and not free and case.scale is not None and found.certified:
-        if abs(found.scale / case.scale - 1) > 0.05:
-            faults.append(f"wrong scale {found.scale:.4g}, true {case.scale:.4g}")
+    judged = isinstance(found.scale, float) and not free and bool(found.certified)
+    if judged and case.scale is not None and abs(found.scale / case.scale - 1) > 0.05:
+        faults.append(f"wrong scale {found.scale:.4g}, true {case.scale:.4g}")
     if case.genuine and found.status is rgap.Status.INCONSISTENT:
         faults.append(f"inconsistent: {found.reason[:260]}")
     return faults
@@ -626,12 +626,12 @@ def _partly(partial: Tensor, determined: Tensor, truth: Tensor) -> float:
     return float(gap.abs().max()) if gap.numel() else 0.0
 
 
-class Late(Exception):
+class LateError(Exception):
     """A case took longer than it may."""
 
 
 def _late(*_: object) -> None:
-    raise Late
+    raise LateError
 
 
 def run(case: Case, limit: int, checked: bool) -> tuple[str, list[str]]:
@@ -676,7 +676,7 @@ def run(case: Case, limit: int, checked: bool) -> tuple[str, list[str]]:
                         faults.append(f"check: {seen.best.sentence[:300] if seen.best else ''}")
                 except (ValueError, TypeError) as error:
                     faults += refusal(error)
-    except Late:
+    except LateError:
         return "LATE", ["late"]
     except Exception as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
@@ -702,6 +702,7 @@ def refusal(error: Exception) -> list[str]:
 
 
 def main() -> int:
+    """Run the campaign; 1 if a certificate is wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--cases", type=int, default=500, help="how many")
     parser.add_argument("--first", type=int, default=0, help="number of the first case")

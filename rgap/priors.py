@@ -18,6 +18,7 @@ class Statistics:
 
     Source: Yin et al. (2021), section 3.3.
 
+    >>> import torch
     >>> model = nn.Sequential(nn.BatchNorm2d(2)).eval()
     >>> statistics, x = Statistics(model), torch.randn(8, 2, 16, 16)
     >>> _ = model(x)
