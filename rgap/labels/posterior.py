@@ -40,10 +40,8 @@ LEVEL = 1e-4  # of the dummy logits' mean square, in S: dummy data may all be al
 def inverse_of(a: Tensor) -> Tensor:
     """The inverse of a symmetric matrix; its pseudoinverse where rounding left it singular."""
     found, info = torch.linalg.inv_ex(a)
-    if not int(info):
-        inverse: Tensor = found
-        return inverse
-    return torch.linalg.pinv(a.nan_to_num(), hermitian=True)
+    inverse: Tensor = torch.linalg.pinv(a.nan_to_num(), hermitian=True) if int(info) else found
+    return inverse
 
 
 @dataclass(frozen=True)
