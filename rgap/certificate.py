@@ -25,9 +25,11 @@ from rgap.limits import (
     NEAREST,
     PASSES,
     REFUTED,
+    ROWS,
     SAFETY,
     UNTOLD,
     USEFUL,
+    VANISHING,
 )
 from rgap.outcomes import replayed, stopped
 from rgap.polish import Polished
@@ -189,6 +191,8 @@ def _inputs_alone(problem: Problem, answer: Answer, said: Recovery) -> Recovery 
     """
     if not answer.apart or answer.polished.misfit > FITS:
         return None
+    if said.status is Status.INCONSISTENT and not _tested(answer):
+        return None
     status, reason = verdict(problem, answer)
     if status is not Status.EXACT or excess(answer, problem) > problem.slack:
         return None
@@ -202,6 +206,20 @@ def _inputs_alone(problem: Problem, answer: Answer, said: Recovery) -> Recovery 
         reason=f"the inputs are certified, no entry is off by more than {answer.bound:.1e}; "
         f"targets not certified: {said.reason}",
     )
+
+
+def _tested(answer: Answer) -> bool:
+    """True if the rank of the gradient that the inputs were read from was tested by its rows.
+
+    Rows of equal size in k are copies of each other up to their sign: whatever was done to the
+    update, rounding to integers say, was done to all of them alike, and G − k xᵀ shows none of it.
+    """
+    start = answer.descent.cotangents
+    if not start:
+        return False
+    k = start[max(start)].value.flatten().abs()
+    k = k[k > VANISHING * k.max()]
+    return len(k) > 1 and float(k.max() - k.min()) > ROWS * float(k.max())
 
 
 def _copies(rows: Rows) -> str:

@@ -40,6 +40,11 @@ from rgap.update import Update
 
 log = logging.getLogger(__name__)
 
+SMALLEST = (
+    "no batch size was stated: this is the smallest batch that sends the update; more pictures, of "
+    "which some differ only where no layer looks, send it too, and only their means are certain"
+)
+
 
 @dataclass(frozen=True)
 class Head:
@@ -149,9 +154,10 @@ def _counted(problem: Problem, found: Recovery) -> Recovery:
     Where the network is affine on the data, or has one logit, several samples send a gradient of
     rank one as well: without targets nothing says that there is one.
     """
-    alone = "inputs" in found.certified and "targets" not in found.certified
-    if problem.stated is not None or found.separation or not alone:
+    if problem.stated is not None or not found.certified:
         return found
+    if "targets" in found.certified or found.separation:
+        return replace(found, warnings=(*found.warnings, SMALLEST))
     return replace(
         found,
         inputs=None,

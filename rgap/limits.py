@@ -173,3 +173,7 @@ LOST = 1e-15
 # joint factor.  A thousandth of DETERMINED: the weight rows would sharpen what is already known to
 # USEFUL/CLEAR² of the range, and the polish on the whole update takes them in all the same.
 SHARP = 1e-4
+
+# Relative difference of two entries of k from which their rows of G test each other: far above the
+# rounding of a float32 gradient (6e-8), far below what different logits give (of order one).
+ROWS = 1e-4

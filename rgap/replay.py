@@ -16,6 +16,7 @@ from torch import Tensor
 from rgap.batchloss import loss_scale
 from rgap.capture import capture
 from rgap.limits import ROUNDED, SAFETY
+from rgap.losses import Loss
 from rgap.problem import Problem
 
 __all__ = ["Replay", "replay", "sent_for"]
@@ -68,9 +69,13 @@ def sent_for(
     if isinstance(scale, Tensor):
         return _weighed(problem, inputs, labels, scale, dtype)
 
+    loss = problem.declared
+    if loss.targets == "probability":  # as they were read: noise may have moved them out of [0, 1]
+        loss = Loss(loss.name, function=problem.declared)
+
     def sent(precision: torch.dtype) -> Mapping[str, Tensor]:
         return capture(
-            problem.model, inputs, labels, problem.declared, value_range=None, dtype=precision
+            problem.model, inputs, labels, loss, value_range=None, dtype=precision
         ).gradients
 
     try:

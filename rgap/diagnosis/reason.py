@@ -11,6 +11,8 @@ from rgap.recovery import Recovery, Status
 from .finding import Kind
 from .ranking import check
 
+# The cotangents of all targets of a head with two classes are parallel: any factor fits a mixture.
+PARALLEL = 2
 LIMIT = 10.0  # seconds after which no further trial begins
 REFUTES = frozenset(
     (
@@ -38,6 +40,9 @@ def explained(problem: Problem, recovery: Recovery) -> Recovery:
     apart = recovery.status is Status.UNDERDETERMINED and (problem.stated or 1) > 1
     untold = recovery.halt is not None and recovery.halt.kind is HaltKind.UNSEPARATED
     if not contradicted and not (apart and (recovery.inputs is None or untold)):
+        return recovery
+    outputs = problem.chain.output_shape
+    if not contradicted and (not outputs or outputs[-1] <= PARALLEL):
         return recovery
     best = check(
         problem.model,

@@ -168,6 +168,8 @@ class _Dense:
 
     def worst(self) -> float:
         """Standard error of the direction that is fixed least."""
+        if not bool(self.upper.isfinite().all()):
+            return float("inf")
         values = torch.linalg.svdvals(self.upper)
         smallest, largest = float(values[-1]), float(values[0])
         return 1.0 / smallest if smallest > LOST * largest else float("inf")
