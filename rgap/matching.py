@@ -23,7 +23,7 @@ from rgap.module_update import ModuleUpdate, Outside
 from rgap.newton import search
 from rgap.objective import Objective
 from rgap.presets import PRESETS, Preset
-from rgap.problem import Filling
+from rgap.problem import Filling, device_of
 from rgap.progress import Progress as Line
 from rgap.progress import Shown
 from rgap.recovery import Candidate, Recovery, Status
@@ -174,7 +174,7 @@ def match(
     memory.require(
         f"matching the {parameters:,} parameters of {type(model).__name__}",
         COPIES * parameters * (8.0 if preset is None else update.dtype.itemsize),
-        memory.budget_of(memory_budget, "cpu" if device is None else device),
+        memory.budget_of(memory_budget, device_of(device)),
     )
     given = declare(
         model, update, preset, labels, batch_size, start, local, noise, device, input_shape
