@@ -142,8 +142,8 @@ class Evidence:
     def chance(self) -> float:
         """Chance that two random starts agree by chance as well as they do, one direction open.
 
-        The share that one of n directions has in a random difference is ``|g|/√n`` with g normal, so
-        ``P(|g| ≤ value·√n) = erf(value·√(n/2))``.
+        The share that one of n directions has in a random difference is ``|g|/√n`` with g normal,
+        so ``P(|g| ≤ value·√n) = erf(value·√(n/2))``.
         """
         return erf(self.value * (self.unknowns / 2) ** 0.5)
 
