@@ -163,7 +163,8 @@ class _Recorder(TorchFunctionMode):
                         return  # the use that it made
                     if isinstance(out, Tensor) and id(args[0]) in self.at:
                         shapes = tuple(args[0].shape[1:]), tuple(out.shape[1:])
-                        self.events.append(Event(path, own, *shapes))
+                        folded = max(1, len(args[0]) // self.batch)
+                        self.events.append(Event(path, own, *shapes, folded=folded))
 
             handles += [module.register_forward_pre_hook(enter),
                         module.register_forward_hook(leave)]  # fmt: skip
@@ -281,14 +282,17 @@ class _Recorder(TorchFunctionMode):
         entries = tensor.numel() // self.batch
         rank = entries
         if op.endswith(("avg_pool1d", "avg_pool2d", "avg_pool3d")) and func is not None:
-            rank = _window_rank(func, args, kwargs or {}, entries)
+            rank = _window_rank(func, args, kwargs or {}, entries, self.batch)
+        elif op in ("__getitem__", "index_select") and func is not None and args:
+            places = torch.arange(args[0].numel(), device=args[0].device).reshape(args[0].shape)
+            rank = len(func(places, *args[1:], **(kwargs or {})).unique()) // self.batch
         self.nodes.append(Node(op, inputs, entries, rank, self._stack[-1], use))
         self._kept.append(tensor)
         self.at[id(tensor)] = len(self.nodes) - 1
         return len(self.nodes) - 1
 
 
-def _window_rank(func: Any, args: Any, kwargs: Any, entries: int) -> int:
+def _window_rank(func: Any, args: Any, kwargs: Any, entries: int, batch: int) -> int:
     """Rank of a mean over windows; its number of values where the picture is large."""
     x, *rest = args if args else (kwargs["input"],)
     kwargs = {k: v for k, v in kwargs.items() if k != "input"}
@@ -297,7 +301,7 @@ def _window_rank(func: Any, args: Any, kwargs: Any, entries: int) -> int:
         return entries
     unit = torch.eye(prod(space), dtype=torch.float64).reshape(-1, 1, *space)
     matrix = func(unit, *rest, **kwargs).flatten(1)
-    return int(x.shape[1]) * int(torch.linalg.matrix_rank(matrix))
+    return x.numel() // batch // prod(space) * int(torch.linalg.matrix_rank(matrix))
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
