@@ -301,7 +301,8 @@ def _window_rank(func: Any, args: Any, kwargs: Any, entries: int, batch: int) ->
         return entries
     unit = torch.eye(prod(space), dtype=torch.float64).reshape(-1, 1, *space)
     matrix = func(unit, *rest, **kwargs).flatten(1)
-    return x.numel() // batch // prod(space) * int(torch.linalg.matrix_rank(matrix))
+    planes: int = x.numel() // batch // prod(space)
+    return planes * int(torch.linalg.matrix_rank(matrix))
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -17,12 +17,11 @@ from rgap.batches import Rows, batch_of, start, with_separation
 from rgap.batchloss import BatchLoss
 from rgap.bias import rank_one_residual
 from rgap.diagnosis.reason import explained
+from rgap.families import families, matching
 from rgap.filling import filled, searched
 from rgap.halt import Halt, HaltKind
 from rgap.head import HeadCandidate, HeadFailure, features_from_bias, rank_one_tolerance, solve_head
-from rgap.network import Chain
-from rgap.ops import Rearrange, Reshape
-from rgap.pooling import LinearMap
+from rgap.mapped import Mapped
 from rgap.precision import Known
 from rgap.prefix import find_pairs, find_prefix
 from rgap.problem import Filling, Problem, prepare
@@ -189,22 +188,17 @@ def _run(problem: Problem, head: Head | None, show: Progress) -> Recovery:
         recovery = _conclude(problem, [(descent, kappa, [])], show)
         *below, last = recovery.layers
         return replace(recovery, layers=(*below, replace(last, route=Route.GIVEN)))
-    if problem.stated != 1:
+    lowest = _lowest_fully_connected(problem)
+    if _over_positions(problem):
+        return outcomes.over_positions(problem)
+    if problem.stated != 1 and not isinstance(problem.update.loss, Mapped):
         found = separate(batch_of(problem), show.stage)
         # One sample of a batch of unknown size has routes of its own where this one has none.
         single = problem.stated is None and not mixed(batch_of(problem))
         if not (single and isinstance(found, Unseparated)):
             return beside_targets(problem, _from_batch(problem, found, show), show)
     if not problem.update.loss.equations:
-        return outcomes.stopped(
-            problem,
-            Status.UNSUPPORTED,
-            f"no equation covers the loss {problem.update.loss.name} with these options, and no "
-            "fully connected layer with a bias that the data reach by a chain gives its input "
-            "without it",
-            None,
-        )
-    lowest = _lowest_fully_connected(problem)
+        return outcomes.no_equations(problem)
     if lowest is not None:
         return _from_bias(problem, lowest, show)
     return _from_head(problem, show)
@@ -223,7 +217,7 @@ def _from_data(problem: Problem, show: Progress) -> Recovery | None:
     )
     covered = chain.complete and loss.equations and followed
     covered = covered and chain.stages[-1].affine.geometry is None
-    if covered:
+    if covered and not _over_positions(problem):
         return None
     show.stage("reading the network from the data up")
     above = "above it no equation of the loss is needed"
@@ -296,12 +290,7 @@ def _from_head(problem: Problem, show: Progress) -> Recovery:
     index = len(chain.stages) - 1
     stage = chain.stages[index]
     if stage.affine.geometry is not None:
-        words = (
-            f"the last layer '{stage.name}' is a {stage.affine.kind}, the head equations need a "
-            "fully connected one; rgap.analysis.audit still measures every layer"
-        )
-        halt = Halt(HaltKind.HEAD, stage.name, words)
-        return outcomes.stopped(problem, Status.UNSUPPORTED, words, None, halt)
+        return outcomes.over_positions(problem)
     if not problem.precision.sent(stage.affine.weight_name):
         return outcomes.stopped(
             problem,
@@ -319,7 +308,7 @@ def _from_head(problem: Problem, show: Progress) -> Recovery:
         halt = Halt(kind, stage.name, found.reason)
         return outcomes.stopped(problem, status, found.reason, None, halt)
     runs: list[Run] = []
-    for family in _families(_matching(found, problem.labels), chain):
+    for family in families(matching(found, problem.labels), chain):
         first = family[0]
         descent = _descend(problem, index, first.features, first.cotangent, show)
         runs.append((descent, first.cotangent, family))
@@ -327,25 +316,6 @@ def _from_head(problem: Problem, show: Progress) -> Recovery:
 
 
 Run = tuple[Descent, Known | BatchLoss | None, list[HeadCandidate]]
-
-
-def _families(found: list[HeadCandidate], chain: Chain) -> list[list[HeadCandidate]]:
-    """Candidates that one descent answers together.
-
-    In a chain without biases whose activations are positively homogeneous, (c·x, k/c) satisfies
-    every equation below the head that (x, k) does: roots of one sign differ by a scale alone.
-    """
-    homogeneous = all(
-        stage.affine.bias is None
-        and all(isinstance(op, Reshape) or getattr(op, "homogeneous", False) for op in stage.tail)
-        and all(isinstance(op, (Reshape, Rearrange, LinearMap)) for op in stage.lead)
-        for stage in chain.stages
-    )
-    if not homogeneous:
-        return [[candidate] for candidate in found]
-    signs = (True, False)
-    groups = [[c for c in found if (c.scale > 0) is positive] for positive in signs]
-    return [group for group in groups if group]
 
 
 def _conclude(problem: Problem, runs: list[Run], show: Progress) -> Recovery:
@@ -445,6 +415,15 @@ def _given(name: str, value: Tensor, shape: tuple[int, ...], problem: Problem) -
     return Known(value, problem.precision.rounding(value))
 
 
+def _over_positions(problem: Problem) -> bool:
+    """True for outputs [B, C, *positions] but those of one sample that a bias gradient reads."""
+    chain = problem.chain
+    if not chain.complete or len(chain.output_shape) < 2:
+        return False
+    read = isinstance(problem.update.loss, Mapped) and problem.stated in (None, 1)
+    return not read or _lowest_fully_connected(problem) is None
+
+
 def _lowest_fully_connected(problem: Problem) -> int | None:
     """Index of the lowest fully connected stage whose bias gradient carries its input."""
     for stage in problem.chain.stages:
@@ -458,10 +437,3 @@ def _lowest_fully_connected(problem: Problem) -> int | None:
         ):
             return stage.index
     return None
-
-
-def _matching(found: list[HeadCandidate], labels: Tensor | None) -> list[HeadCandidate]:
-    if labels is None:
-        return found
-    wanted = labels.flatten().double()
-    return [c for c in found if torch.equal(c.labels.flatten().double(), wanted)]
