@@ -17,6 +17,7 @@ from rgap.batches import Rows, batch_of, start, with_separation
 from rgap.batchloss import BatchLoss
 from rgap.bias import rank_one_residual
 from rgap.diagnosis.reason import explained
+from rgap.factor import divided, remaining
 from rgap.families import families, matching
 from rgap.filling import filled, searched
 from rgap.halt import Halt, HaltKind
@@ -39,6 +40,7 @@ from rgap.update import Update
 
 log = logging.getLogger(__name__)
 
+REFINED = 3  # times that a factor on a batch is taken out of it
 SMALLEST = (
     "no batch size was stated: this is the smallest batch that sends the update; more pictures, of "
     "which some differ only where no layer looks, send it too, and only their means are certain"
@@ -196,7 +198,10 @@ def _run(problem: Problem, head: Head | None, show: Progress) -> Recovery:
         # One sample of a batch of unknown size has routes of its own where this one has none.
         single = problem.stated is None and not mixed(batch_of(problem))
         if not (single and isinstance(found, Unseparated)):
-            return beside_targets(problem, _from_batch(problem, found, show), show)
+            recovery = _from_batch(problem, found, show)
+            if isinstance(found, Unseparated) and found.factor is not None:
+                recovery = _divided(problem, found.factor, show) or recovery
+            return beside_targets(problem, recovery, show)
     if not problem.update.loss.equations:
         return outcomes.no_equations(problem)
     if lowest is not None:
@@ -234,6 +239,28 @@ def _from_data(problem: Problem, show: Progress) -> Recovery | None:
         if found is not None:
             return found
     return None
+
+
+def _divided(problem: Problem, factor: float, show: Progress) -> Recovery | None:
+    """A batch whose update is λ times the declared one: read as the update over λ.
+
+    None where that contradicts it as well.
+    """
+    for _ in range(REFINED):
+        own = divided(problem, factor)
+        found = separate(batch_of(own), show.stage)
+        if isinstance(found, Unseparated):
+            return None
+        left = remaining(own, found)
+        factor *= left
+        if abs(left - 1.0) <= problem.precision.unit:
+            break
+    recovery = _from_batch(divided(problem, factor), found, show)
+    if recovery.status is Status.INCONSISTENT:
+        return None
+    said = f"{recovery.reason}; the update is {factor:.6g} times that of the declared loss"
+    known = factor if recovery.inputs is not None else None
+    return replace(recovery, scale=known, reason=said)
 
 
 def _from_batch(problem: Problem, found: Separated | Unseparated, show: Progress) -> Recovery:

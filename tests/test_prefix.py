@@ -331,7 +331,7 @@ def test_batches_that_the_pair_leaves_open_certify_nothing_wrong(kind):
     assert kind == "dependent" or found.inputs is None
 
 
-@pytest.mark.parametrize("wrong", ["factor", "sum", "binary"])
+@pytest.mark.parametrize("wrong", ["weights", "binary"])
 def test_the_inputs_of_a_batch_come_back_beside_targets_that_fail(wrong):
     torch.manual_seed(4)
     network = nn.Sequential(
@@ -344,16 +344,12 @@ def test_the_inputs_of_a_batch_come_back_beside_targets_that_fail(wrong):
         )
     else:
         update = rgap.capture(network.eval(), x, torch.tensor([1, 2, 2]))
-    if wrong != "binary":
-        by = 3.0 if wrong == "sum" else 0.3
-        scaled = {name: by * g for name, g in update.gradients.items()}
-        update = dataclasses.replace(update, gradients=scaled)
+    if wrong == "weights":
+        with torch.no_grad():
+            network[4].bias += 0.1 * torch.randn(14, dtype=torch.float64)
     found = rgap.invert(network, update)
     assert "inputs" in found.certified, found.reason
     apart = (found.inputs[:, None] - x).abs().amax(-1)
     assert apart.amin(1).max() <= found.error_bound < 1e-9
     assert sorted(apart.argmin(1).tolist()) == [0, 1, 2]
-    if wrong != "binary":
-        assert found.status is Status.INCONSISTENT
-        kind = "reduced in another way" if wrong == "sum" else "off by a factor"
-        assert kind in found.reason
+    assert "targets" not in found.certified or wrong == "binary"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from .identify import Identity
 from .mixture import Mixture
 from .multiplicity import batch_of, multiplicity, split_counts, whole
 from .peeling import Collected
+
+COMMON = 1.05  # ratio of weights that are taken for one factor; a replay decides
 
 
 def single(batch: Batch, rank: int) -> bool:
@@ -189,20 +192,42 @@ def _clear(identity: Identity) -> bool:
     return identity.next > max(SURELY * identity.outside, SURE)
 
 
+def common_factor(batch: Batch, rank: int, identities: Sequence[Identity]) -> Unseparated | None:
+    """A factor on the whole update: every sample weighs the same, and not what one sample does.
+
+    Args:
+        batch: the update; each of its samples has to be known to occur once.
+        rank: samples that the gradient tells apart.
+        identities: of samples that were found.
+    """
+    if not single(batch, rank) or not identities:
+        return None
+    if any(i.label is None or i.outside >= SURE or not _clear(i) for i in identities):
+        return None
+    weights = [_copies(batch, i, rank) for i in identities]
+    if not 0.0 < max(weights) < COMMON * min(weights) or abs(median(weights) - 1.0) <= WHOLE:
+        return None
+    return Unseparated(
+        f"every sample that was found weighs {median(weights):.3g} times what one of a batch of "
+        f"{batch.size} does",
+        consistent=False,
+        factor=median(weights),
+    )
+
+
 def contradicted(batch: Batch, samples: Mixture, found: Collected) -> Unseparated | None:
     """A stated batch size in which samples that were found would not occur whole times.
 
     A size that is wrong makes most of them fractional; one among many is a root that rounding made.
     """
-    sure = [
-        i
-        for i in found.refused
-        if i.outside < SURE
-        and _clear(i)
-        and i.label is not None
-        and LEAST < _copies(batch, i, batch.size or 1) < 1.0 / LEAST * (batch.size or 1)
-    ]
-    if batch.size is None or not sure or not resolved(batch, samples):
+    if batch.size is None:
+        return None
+    clear = [i for i in found.refused if i.outside < SURE and _clear(i) and i.label is not None]
+    weights = [_copies(batch, i, batch.size) for i in clear]
+    sure = [i for i, m in zip(clear, weights, strict=True) if LEAST < m < batch.size / LEAST]
+    if not found.roots.numel() and (common := common_factor(batch, samples.rank, clear)):
+        return common
+    if not sure or not resolved(batch, samples):
         return None
     if len(sure) < len(found.roots):
         return None
