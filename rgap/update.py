@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rgap import interop, storage, validation
+from rgap.doubles import blocks
 from rgap.losses import Loss
 from rgap.naming import renamed, renaming
 from rgap.quantisation import recognise
@@ -126,7 +127,11 @@ class Update:
         if self.local_steps > 1:
             parts.append(f"average of {self.local_steps} local steps")
         if self.noise is not None:
-            total = sum(float(s.double().square().sum()) for s in self.noise.values())
+            total = sum(
+                float(part.double().square().sum())
+                for std in self.noise.values()
+                for part in blocks(std)
+            )
             parts.append(f"noise {(total / numbers) ** 0.5:.1e} rms")
         return f"Update({', '.join(parts)})"
 
