@@ -76,7 +76,8 @@ def beside_targets(problem: Problem, recovery: Recovery, show: Progress) -> Reco
     open_targets = untold or recovery.status is Status.INCONSISTENT
     if problem.stated is None or recovery.inputs is not None or not open_targets:
         return recovery
-    for pair in find_pairs(problem.model, problem.chain.input_shape, problem.sent):
+    held = [stage.affine for stage in problem.chain.stages]
+    for pair in find_pairs(problem.model, problem.chain.input_shape, problem.sent, held):
         alone = from_pair(problem, pair, recovery.reason, show)
         if alone is not None and "inputs" in alone.certified:
             return replace(alone, status=recovery.status, halt=recovery.halt)

@@ -45,7 +45,7 @@ _EXAMPLES = {
 
 def require_finite(name: str, tensor: Tensor, advice: str) -> None:
     """Raise ValueError if ``tensor`` has NaN or infinity, counting them; ``advice`` ends it."""
-    bad = int((~torch.isfinite(tensor)).sum())
+    bad = sum(int((~torch.isfinite(part)).sum()) for part in blocks(tensor))
     if bad:
         raise ValueError(
             f"{name} has NaN or infinity in {bad} of {tensor.numel()} entries; {advice}."

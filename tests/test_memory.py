@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from allocations import Allocations
 from torch import nn
 
 import rgap
@@ -16,7 +17,7 @@ from rgap import affine as maps
 from rgap import memory
 from rgap.analysis import audit
 from rgap.bias import bias_attack, rank_one_residual
-from rgap.doubles import Doubles, row_blocks
+from rgap.doubles import Doubles, blocks, row_blocks
 from rgap.head import features_from_bias
 from rgap.precision import Precision
 from rgap.recovery import Status
@@ -189,3 +190,24 @@ def test_peak_memory_follows_the_budget(budget: float) -> None:
     assert ran.returncode == 0, ran.stderr
     *_, taken = ran.stdout.split()
     assert float(taken) * 1024 < 4 * max(budget, memory.LEAST), ran.stdout
+
+
+def test_a_large_layer_is_copied_once_and_the_update_read_block_by_block(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """VGG-16 in small: one float64 copy of the model, twice the update, and little beside it."""
+    for read in (blocks, row_blocks):
+        monkeypatch.setattr(read, "__defaults__", (2**13,))
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+        nn.Linear(400, 1500), nn.ReLU(), nn.Linear(1500, 150), nn.ReLU(), nn.Linear(150, 10),
+    ).eval()  # fmt: skip
+    x = torch.rand(1, 1, 20, 20, generator=torch.Generator().manual_seed(1))
+    update = rgap.capture(model, x, torch.tensor([3]))
+    size = sum(4 * g.numel() for g in update.gradients.values())
+    with Allocations() as made:
+        found = rgap.invert(model, update)
+    assert list(found.features) == ["4"]
+    assert made.peak < 3.0 * size, f"{made.peak / size:.1f} times the update"
+    assert made.total < 120 * size, f"{made.total / size:.0f} times the update"

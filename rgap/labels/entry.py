@@ -22,7 +22,7 @@ from rgap.labels.separable import rlg
 from rgap.labels.signs import idlg
 from rgap.network import Chain, parse
 from rgap.running import refuse_wrapped
-from rgap.update import Update
+from rgap.update import Update, view
 
 __all__ = ["METHODS", "estimate", "head_features", "head_gradient"]
 
@@ -131,7 +131,7 @@ def head_gradient(
         )
     ready(model)
     if update.input_shape is None:
-        update = replace(update, input_shape=sample_shape(model))
+        update = view(update, input_shape=sample_shape(model))
     if device is not None:
         model = copy.deepcopy(model).to(device)
     seen = locate(model, update, dummies(update))
