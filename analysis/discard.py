@@ -100,14 +100,7 @@ def audit(
         counted, left = counted_rows(model, shape, batches, loss.name)
         return Audit(type(model).__name__, method, tuple(counted), (*_notes(counted), *left))
     room = memory.budget_of(memory_budget, place)
-    parameters = sum(p.numel() for p in model.parameters())
-    memory.require(
-        f"a float64 copy of the {parameters:,} parameters of {type(model).__name__}, and of their "
-        "layers",
-        16.0 * parameters,
-        room,
-        "method='formula', which looks at no weight",
-    )
+    memory.require_copies(model, 2, room, "method='formula', which looks at no weight")
     parse(model, shape)  # refuses a shape that does not fit, and train mode
     rows: list[AuditRow] = []
     spaces: Spaces = {}

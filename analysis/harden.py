@@ -36,7 +36,7 @@ def harden(
     largest_batch: int = 32,
     largest_stride: int = 4,
     value_range: tuple[float, float] = (0.0, 1.0),
-    memory: float = 4e9,
+    memory_budget: float | None = None,
     seed: int = 0,
     device: torch.device | str | None = None,
     progress: Shown = False,
@@ -62,7 +62,8 @@ def harden(
         largest_batch: no batch above it is looked at.
         largest_stride: no stride above it is looked at.
         value_range: of the data.
-        memory: bytes that one matrix may take.
+        memory_budget: bytes to take on top of the model; by default half of what the machine has
+            free.
         seed: of the batch and of weights that are drawn anew.
         device: where to compute; default the CPU.
         progress: True for a line on a terminal, or a function that is told; see
@@ -101,8 +102,9 @@ def harden(
         raise ValueError(f"expected batch_size >= 1, got {batch_size}; write batch_size=1")
     show = Progress(progress)
     search = _Search(
-        model, shape, index(batch_size), fraction, chosen, value_range, memory, seed, device, show
-    )
+        model, shape, index(batch_size), fraction, chosen, value_range, memory_budget, seed, device,
+        show,
+    )  # fmt: skip
     with show:
         now = search.missing(model, search.batch)
         if now < search.wanted:
@@ -142,7 +144,7 @@ class _Search:
     fraction: float
     loss: Loss
     value_range: tuple[float, float]
-    memory: float
+    room: float | None
     seed: int
     device: torch.device | str | None
     show: Progress
@@ -169,7 +171,7 @@ class _Search:
             loss=self.loss,
             sequential=False,
             null_space=False,
-            memory=self.memory,
+            memory_budget=self.room,
             seed=self.seed,
             device=self.device,
             progress=self.show.within,
@@ -236,7 +238,7 @@ class _Search:
             sigma=1.0,
             loss=self.loss,
             value_range=self.value_range,
-            memory=self.memory,
+            memory_budget=self.room,
             seed=self.seed,
             device=self.device,
             progress=self.show.within,

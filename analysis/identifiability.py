@@ -14,11 +14,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from rgap import memory
 from rgap.analysis.chain_cumulative import cumulative_ranks
 from rgap.analysis.chain_nullspace import NotStructuredError, chain_nullspace
 from rgap.analysis.chain_ranks import chain_ranks
 from rgap.analysis.identifiability_table import Identifiability, IdentifiabilityRow
-from rgap.analysis.jacobian_nullspace import eliminate_blocks
+from rgap.analysis.jacobian_nullspace import FORMED, eliminate_blocks
 from rgap.analysis.nullspace import orthonormal
 from rgap.analysis.probe_batch import probe_batch, probe_targets, require_evaluation
 from rgap.analysis.stage_elimination import TooLargeError
@@ -31,6 +32,8 @@ from rgap.progress import Progress, Shown, Watch, silent
 from rgap.solvers.rank import Rank
 
 METHODS = ("auto", "structured", "dense", "sketch")
+COPIES = 2  # of the model in float64: as a module, and as a chain
+HELD = 6  # blocks of one layer's equations that are held at a time
 SMALL = 1024  # unknowns up to which "auto" takes the singular values of the whole Jacobian
 
 
@@ -47,7 +50,7 @@ def identifiability(
     dtype: torch.dtype = torch.float64,
     sequential: bool = True,
     null_space: bool = True,
-    memory: float = 4e9,
+    memory_budget: float | None = None,
     seed: int = 0,
     progress: Shown = False,
     device: torch.device | str | None = None,
@@ -82,7 +85,9 @@ def identifiability(
         sequential: also run `rgap.analysis.audit`, for the nullity of each layer by itself.
         null_space: also find the null directions; False for the ranks alone, which costs a
             fraction where many directions are open.
-        memory: bytes that one matrix may take.
+        memory_budget: bytes to take on top of the model; by default half of what the machine has
+            free.  Where it does not hold the whole Jacobian, ``"auto"`` sketches it; what needs
+            more is refused before anything is allocated.
         seed: of the random batch, the labels and the sketch.
         progress: True for a line on a terminal, or a function that is told; see
             :mod:`rgap.progress`.
@@ -93,7 +98,8 @@ def identifiability(
 
     Raises:
         ValueError: no trained parameters, train mode, a shape or labels that do not fit, more
-            unknowns than ``memory`` allows, ``method="structured"`` for a model without structure.
+            unknowns than the budget allows (:class:`rgap.memory.OutOfMemory`),
+            ``method="structured"`` for a model without structure.
         TypeError: inputs that are neither a floating tensor nor whole numbers.
 
     >>> import rgap
@@ -107,21 +113,23 @@ def identifiability(
     chosen = Loss.of(loss)
     pictures = probe_batch(inputs, batch_size, seed, device)
     require_evaluation(model)
+    room = memory.budget_of(memory_budget, pictures.device)
+    memory.require_copies(model, COPIES, room)
     targets = probe_targets(model, pictures, chosen, labels, seed)
-    update = UpdateMap(model, pictures, targets, chosen)
+    update = UpdateMap(model, pictures, targets, chosen, room)
     with Progress(progress) as shown:
         shown.stage("sequential nullity")
         own, notes = dict[str, tuple[int, int]](), list[str]()
         if sequential:
-            own, notes = _sequential(model, update, chosen, seed, shown.within)
+            own, notes = _sequential(model, update, chosen, seed, shown.within, room)
         route = method
         found: Identifiability | None = None
         if method == "structured" or (method == "auto" and update.unknowns > SMALL):
             shown.stage("null space, layer by layer")
             try:
                 found = _structured(
-                    model, update, targets, chosen, own, rcond, noise, dtype, memory, null_space,
-                    shown.stage,
+                    model, update, targets, chosen, own, rcond, noise, dtype, room / HELD,
+                    null_space, shown.stage,
                 )  # fmt: skip
             except (NotStructuredError, TooLargeError) as reason:
                 if method == "structured":
@@ -134,10 +142,10 @@ def identifiability(
             if method in ("auto", "structured"):
                 small = update.unknowns <= SMALL
                 dense = 8.0 * update.equations * update.unknowns
-                route = "dense" if small and dense <= memory else "sketch"
+                route = "dense" if small and FORMED * dense + update.held <= room else "sketch"
             shown.stage(f"Jacobian, {route}")
             found = _general(
-                model, update, own, route, rcond, noise, dtype, memory, seed, null_space,
+                model, update, own, route, rcond, noise, dtype, room, seed, null_space,
                 shown.stage,
             )  # fmt: skip
     return replace(
@@ -157,7 +165,7 @@ def _structured(
     rcond: float | None,
     noise: float,
     dtype: torch.dtype,
-    memory: float,
+    block: float,
     null_space: bool,
     watch: Watch = silent,
 ) -> Identifiability:
@@ -180,7 +188,7 @@ def _structured(
     batch = BatchLoss(loss, loss.dense(targets, outputs), outputs.new_ones(len(outputs)))
     linear = Linearisation(chain, update.inputs, batch)
     ranks = chain_nullspace if null_space else chain_ranks
-    null = ranks(linear, trained, rcond=rcond, noise=noise, dtype=dtype, memory=memory, watch=watch)
+    null = ranks(linear, trained, rcond=rcond, noise=noise, dtype=dtype, memory=block, watch=watch)
     cumulative = cumulative_ranks(linear, null)
     equations = {block.layer: block.equations for block in update.blocks}
     rows = []
@@ -228,7 +236,7 @@ def _general(
     rcond: float | None,
     noise: float,
     dtype: torch.dtype,
-    memory: float,
+    room: float,
     seed: int,
     null_space: bool,
     watch: Watch = silent,
@@ -239,7 +247,7 @@ def _general(
         rcond=rcond,
         noise=noise,
         dtype=dtype,
-        memory=memory,
+        room=room,
         watch=watch,
         seed=seed,
     )
@@ -282,7 +290,7 @@ def _general(
 
 
 def _sequential(
-    model: nn.Module, update: UpdateMap, loss: Loss, seed: int, progress: Shown
+    model: nn.Module, update: UpdateMap, loss: Loss, seed: int, progress: Shown, room: float
 ) -> tuple[dict[str, tuple[int, int]], list[str]]:
     """(unknowns, nullity) of every layer by itself, from the audit, and what to know of it."""
     from rgap.analysis.discard import audit
@@ -299,6 +307,7 @@ def _sequential(
             seed=seed,
             device=update.inputs.device,
             progress=progress,
+            memory_budget=room,
         )
     except ValueError as reason:
         return {}, [f"No sequential nullity: {reason}."]

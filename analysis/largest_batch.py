@@ -55,7 +55,7 @@ def largest_identifiable_batch(
     loss: str | Loss | nn.Module = "cross_entropy",
     largest: int = 64,
     method: str = "auto",
-    memory: float = 4e9,
+    memory_budget: float | None = None,
     seed: int = 0,
     progress: Shown = False,
     device: torch.device | str | None = None,
@@ -73,7 +73,7 @@ def largest_identifiable_batch(
         loss: of the client.
         largest: no batch above it is looked at.
         method: as for `identifiability`.
-        memory: as for `identifiability`.
+        memory_budget: as for `identifiability`.
         seed: of the batch; smaller batches are its first samples.
         progress: True for a line on a terminal, or a function that is told; see
             :mod:`rgap.progress`.
@@ -109,7 +109,7 @@ def largest_identifiable_batch(
             method=method,
             sequential=False,
             null_space=False,
-            memory=memory,
+            memory_budget=memory_budget,
             seed=seed,
             device=device,
             progress=shown.within,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rgap import validation
+from rgap import memory, validation
 from rgap.analysis.channel import channel
 from rgap.analysis.defences import Defence, check
 from rgap.analysis.information import Sent, information
@@ -41,7 +41,7 @@ def noise(
     labels: Tensor | None = None,
     value_range: tuple[float, float] = (0.0, 1.0),
     method: str = "auto",
-    memory: float = 4e9,
+    memory_budget: float | None = None,
     samples: int = 8,
     iterations: int = 2000,
     seed: int = 0,
@@ -63,7 +63,7 @@ def noise(
     * ``"normal"``: eigenvalues of ``JᵀΣ⁻¹J``, for updates too long to be stored for every pixel.
     * ``"sampled"``: sampled noise through least squares by products alone, with the standard error
       stated.
-    * ``"auto"``: the first of them that ``memory`` allows, the formed ones up to 4096 unknowns.
+    * ``"auto"``: the first of them that the budget allows, the formed ones up to 4096 unknowns.
 
     Args:
         model: in eval mode; any module.  Left as it was.
@@ -76,7 +76,8 @@ def noise(
         labels: targets as the loss wants them; drawn, and different as far as possible, if None.
         value_range: of the data; its width is the peak of the PSNR.
         method: as above.
-        memory: bytes that the matrices may take.
+        memory_budget: bytes to take on top of the model; by default half of what the machine has
+            free.  What needs more is refused before anything is allocated.
         samples: of ``"sampled"``.
         iterations: of one solve of ``"sampled"``, at most.
         seed: of a random batch, labels and samples.
@@ -89,7 +90,7 @@ def noise(
 
     Raises:
         ValueError: negative noise, train mode, no trained parameters, shapes that do not fit, a
-            method that needs more than ``memory``.
+            method that needs more than the budget (:class:`rgap.memory.OutOfMemory`).
         TypeError: inputs that are neither a floating tensor nor whole numbers, an unknown defence.
 
     Source: Cramér (1946), Rao (1945).
@@ -114,13 +115,15 @@ def noise(
     chosen = Loss.of(loss)
     pictures = probe_batch(inputs, batch_size, seed, device)
     require_evaluation(model)
+    room = memory.budget_of(memory_budget, pictures.device)
+    memory.require_copies(model, 1, room)
     targets = probe_targets(model, pictures, chosen, labels, seed)
-    update = UpdateMap(model, pictures, targets, chosen)
+    update = UpdateMap(model, pictures, targets, chosen, room)
     sent = Sent(update, channel(update, targets, model, chosen, float(sigma), chain))
     with Progress(progress) as show:
         show.stage("Fisher information")
         route, found = information(
-            sent, method, memory=memory, samples=samples, iterations=iterations, seed=seed,
+            sent, method, room=room, samples=samples, iterations=iterations, seed=seed,
             watch=show.stage,
         )  # fmt: skip
     return NoiseReport(

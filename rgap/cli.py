@@ -244,7 +244,7 @@ def audit(
         if joint:
             print_joint(
                 network, model, wanted, batches, loss or usual, plot, as_json, seed,
-                usable_device(device), quiet,
+                usable_device(device), quiet, room,
             )  # fmt: skip
             return
         from rgap.analysis.discard import audit as measure

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rgap.arguments import shape_of, usable_device
+from rgap.arguments import memory_of, shape_of, usable_device
 from rgap.console import clean, print_json, stdout
-from rgap.options import Device, Json, LossName, Model, Quiet, Seed, Weights
+from rgap.options import Device, Json, LossName, MemoryLimit, Model, Quiet, Seed, Weights
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,6 +37,7 @@ def harden(
     quiet: Quiet = False,
     as_json: Json = False,
     seed: Seed = 0,
+    memory_limit: MemoryLimit = None,
 ) -> None:
     """Find the smallest changes after which part of the data is not in the update."""
     with clean(context):
@@ -46,6 +47,7 @@ def harden(
         from rgap.modelspec import expected, resolve
         from rgap.report.tables import change_table
 
+        room = memory_of(memory_limit)
         network = resolve(model, weights)
         shape, usual = expected(model)
         wanted = shape_of(input_shape) or shape or (3, 32, 32)
@@ -60,6 +62,7 @@ def harden(
             seed=seed,
             device=usable_device(device),
             progress=not quiet,
+            memory_budget=room,
         )
         found = replace(found, model=model)
         if as_json:
@@ -81,6 +84,7 @@ def print_joint(
     seed: int,
     device: str,
     quiet: bool,
+    room: float | None,
 ) -> None:
     """``rgap audit --joint``: the rank of the whole update at every batch size."""
     from dataclasses import replace
@@ -93,8 +97,9 @@ def print_joint(
     found = []
     for batch in batches:
         one = identifiability(
-            network, shape, batch, loss=loss, seed=seed, device=device, progress=not quiet
-        )
+            network, shape, batch, loss=loss, seed=seed, device=device, progress=not quiet,
+            memory_budget=room,
+        )  # fmt: skip
         found.append(replace(one, model=name))
     if plot is not None:
         save_figure(nullity_curves(found), plot)

@@ -75,7 +75,7 @@ def blocks(tensor: Tensor, entries: int = BLOCK) -> Iterator[Tensor]:
     >>> [len(block) for block in blocks(torch.ones(5, 2), 4)]
     [4, 4, 2]
     """
-    yield from tensor.detach().reshape(-1).split(entries)
+    yield from torch.split(tensor.detach().reshape(-1), entries)
 
 
 def row_blocks(

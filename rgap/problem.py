@@ -155,12 +155,7 @@ def prepare(
         )
     room = memory.budget_of(budget, place)
     model = as_on_the_client(model, update)
-    parameters = sum(p.numel() for p in model.parameters())
-    memory.require(
-        f"a float64 copy of the {parameters:,} parameters of {type(model).__name__}",
-        8.0 * parameters * (2 if place.type != "cpu" else 1),
-        room,
-    )
+    memory.require_copies(model, 1 if place.type == "cpu" else 2, room)
     declared, unready = update.loss, ""
     try:
         chain = parse(model, update.input_shape)

@@ -15,7 +15,7 @@ from torch import nn
 import rgap
 from rgap import affine as maps
 from rgap import memory
-from rgap.analysis import audit
+from rgap.analysis import audit, harden, identifiability, noise
 from rgap.bias import bias_attack, rank_one_residual
 from rgap.doubles import Doubles, blocks, row_blocks
 from rgap.head import features_from_bias
@@ -211,3 +211,48 @@ def test_a_large_layer_is_copied_once_and_the_update_read_block_by_block(
     assert list(found.features) == ["4"]
     assert made.peak < 3.0 * size, f"{made.peak / size:.1f} times the update"
     assert made.total < 120 * size, f"{made.total / size:.0f} times the update"
+
+
+def _tanh_conv() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 12, 5, 2, 2), nn.Tanh(), nn.Conv2d(12, 12, 5, 2, 2), nn.Tanh(), nn.Flatten(),
+        nn.Linear(192, 10),
+    ).eval()  # fmt: skip
+
+
+def _tanh_mlp(units: int = 80) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, units), nn.Tanh(), nn.Linear(units, 10)).eval()
+
+
+MEASURED = {
+    "auto": lambda **o: identifiability(_tanh_mlp(), (1, 8, 8), 4, sequential=False, **o),
+    "dense": lambda **o: identifiability(
+        _tanh_mlp(40), (1, 8, 8), 4, method="dense", sequential=False, **o
+    ),
+    "structured": lambda **o: identifiability(_tanh_conv(), (3, 16, 16), 2, sequential=False, **o),
+    "noise": lambda **o: noise(_tanh_mlp(), (1, 8, 8), 4, sigma=0.1, iterations=5, **o),
+    "harden": lambda **o: harden(
+        _tanh_mlp(40), (1, 8, 8), 0.9, 4, largest_batch=8, changes=("batch size",), **o
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_an_analysis_keeps_its_budget_or_refuses(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A result or a refusal that says what to write: never more than was allowed."""
+    monkeypatch.setattr(memory, "LEAST", 1.0)
+    ended = []
+    for budget in (5e4, 6e6, 2e7, 6e7):
+        with Allocations() as made:
+            try:
+                MEASURED[name](memory_budget=budget)
+                ended.append("answered")
+            except memory.OutOfMemory as refusal:
+                ended.append(str(refusal))
+        few = 2.5e6  # the batch, its outputs, trials of the network: below any real budget
+        assert made.peak <= max(budget, few), f"{made.peak / 1e6:.1f} MB of {budget / 1e6:.1f}"
+    assert ended[-1] == "answered" and "write memory_budget=" in ended[0], ended
