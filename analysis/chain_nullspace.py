@@ -92,13 +92,13 @@ def chain_nullspace(
         rcond: relative cutoff of every decision, None for the default.
         noise: relative error of the entries.
         dtype: precision in which the entries are known.
-        memory: bytes for one block.
+        memory: bytes for everything.
         watch: told of every layer.
 
     Raises:
         NotStructuredError: a step that has no inverse (a pool, a ReLU that is off, a step after the
             last layer).
-        TooLargeError: a block beyond ``memory``.
+        TooLargeError: matrices beyond ``memory``.
     """
     options = Options(rcond, noise, dtype, frozenset(trained), memory)
     require_invertible(linear)

@@ -27,6 +27,7 @@ from rgap.analysis.chain_nullspace import (
 )
 from rgap.analysis.directions import Open, combined, orthonormalising
 from rgap.analysis.stage_elimination import (
+    WEIGHTS,
     Decision,
     Options,
     eliminate_stage,
@@ -88,12 +89,12 @@ def chain_ranks(
         rcond: relative cutoff of every decision, None for the default.
         noise: relative error of the entries.
         dtype: precision in which the entries are known.
-        memory: bytes for one block.
+        memory: bytes for everything.
         watch: told of every layer.
 
     Raises:
         NotStructuredError: a step that has no inverse.
-        TooLargeError: a block beyond ``memory``.
+        TooLargeError: matrices beyond ``memory``.
     """
     require_invertible(linear)
     if rcond is None and noise == 0.0 and dtype == torch.float64:
@@ -153,6 +154,7 @@ def _begin(linear: Linearisation, at: int, options: Options, part: bool) -> tupl
     if prod(affine.out_shape) >= size and options.inverse(affine).rank.nullity == 0:
         rank = options.inverse(affine).rank
         return (rank, no_values, "nothing open"), _Draw(nothing, 0, batch)
+    fits(prod(affine.out_shape), size, options, WEIGHTS)
     gradient = gradient_constraint(affine, node.k)
     own = gradient.rank()
     spaces = weight_row_spaces(affine, torch.ones_like(node.k, dtype=torch.bool))

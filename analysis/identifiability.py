@@ -33,7 +33,6 @@ from rgap.solvers.rank import Rank
 
 METHODS = ("auto", "structured", "dense", "sketch")
 COPIES = 2  # of the model in float64: as a module, and as a chain
-HELD = 6  # blocks of one layer's equations that are held at a time
 SMALL = 1024  # unknowns up to which "auto" takes the singular values of the whole Jacobian
 
 
@@ -128,7 +127,7 @@ def identifiability(
             shown.stage("null space, layer by layer")
             try:
                 found = _structured(
-                    model, update, targets, chosen, own, rcond, noise, dtype, room / HELD,
+                    model, update, targets, chosen, own, rcond, noise, dtype, room,
                     null_space, shown.stage,
                 )  # fmt: skip
             except (NotStructuredError, TooLargeError) as reason:
@@ -165,7 +164,7 @@ def _structured(
     rcond: float | None,
     noise: float,
     dtype: torch.dtype,
-    block: float,
+    room: float,
     null_space: bool,
     watch: Watch = silent,
 ) -> Identifiability:
@@ -188,7 +187,7 @@ def _structured(
     batch = BatchLoss(loss, loss.dense(targets, outputs), outputs.new_ones(len(outputs)))
     linear = Linearisation(chain, update.inputs, batch)
     ranks = chain_nullspace if null_space else chain_ranks
-    null = ranks(linear, trained, rcond=rcond, noise=noise, dtype=dtype, memory=block, watch=watch)
+    null = ranks(linear, trained, rcond=rcond, noise=noise, dtype=dtype, memory=room, watch=watch)
     cumulative = cumulative_ranks(linear, null)
     equations = {block.layer: block.equations for block in update.blocks}
     rows = []
