@@ -18,6 +18,7 @@ from math import prod
 
 import torch
 
+from rgap.allowance import Ahead, freely
 from rgap.analysis.chain_nullspace import (
     ChainNull,
     StageNull,
@@ -77,6 +78,7 @@ def chain_ranks(
     dtype: torch.dtype = torch.float64,
     memory: float = 4e9,
     watch: Watch = silent,
+    ahead: Ahead = freely,
 ) -> ChainNull:
     """What `chain_nullspace` finds, without the null directions.
 
@@ -91,6 +93,7 @@ def chain_ranks(
         dtype: precision in which the entries are known.
         memory: bytes for everything.
         watch: told of every layer.
+        ahead: asked before every factorisation whether there is time.
 
     Raises:
         NotStructuredError: a step that has no inverse.
@@ -100,11 +103,20 @@ def chain_ranks(
     if rcond is None and noise == 0.0 and dtype == torch.float64:
         for part in (True, False):
             try:
-                return _sampled(linear, Options(None, 0.0, dtype, trained, memory), part, watch)
+                return _sampled(
+                    linear, Options(None, 0.0, dtype, trained, memory, ahead), part, watch
+                )
             except _UnclearError:
                 continue
     found = chain_nullspace(
-        linear, trained, rcond=rcond, noise=noise, dtype=dtype, memory=memory, watch=watch
+        linear,
+        trained,
+        rcond=rcond,
+        noise=noise,
+        dtype=dtype,
+        memory=memory,
+        watch=watch,
+        ahead=ahead,
     )
     return replace(found, directions=None)
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rgap import memory
+from rgap.allowance import Timed
 from rgap.analysis.chain_cumulative import cumulative_ranks
 from rgap.analysis.chain_nullspace import NotStructuredError, chain_nullspace
 from rgap.analysis.chain_ranks import chain_ranks
@@ -28,7 +29,7 @@ from rgap.batchloss import BatchLoss
 from rgap.jacobian import Linearisation
 from rgap.losses import Loss
 from rgap.network import parse
-from rgap.progress import Progress, Shown, Watch, silent
+from rgap.progress import Shown
 from rgap.solvers.rank import Rank
 
 METHODS = ("auto", "structured", "dense", "sketch")
@@ -50,6 +51,7 @@ def identifiability(
     sequential: bool = True,
     null_space: bool = True,
     memory_budget: float | None = None,
+    time_limit: float | None = None,
     seed: int = 0,
     progress: Shown = False,
     device: torch.device | str | None = None,
@@ -87,6 +89,7 @@ def identifiability(
         memory_budget: bytes to take on top of the model; by default half of what the machine has
             free.  Where it does not hold the whole Jacobian, ``"auto"`` sketches it; what needs
             more is refused before anything is allocated.
+        time_limit: seconds, kept within a tenth; None for none.
         seed: of the random batch, the labels and the sketch.
         progress: True for a line on a terminal, or a function that is told; see
             :mod:`rgap.progress`.
@@ -98,7 +101,8 @@ def identifiability(
     Raises:
         ValueError: no trained parameters, train mode, a shape or labels that do not fit, more
             unknowns than the budget allows (:class:`rgap.memory.OutOfMemory`),
-            ``method="structured"`` for a model without structure.
+            ``method="structured"`` for a model without structure; no answer within the time
+            (:class:`rgap.allowance.OutOfTime`).
         TypeError: inputs that are neither a floating tensor nor whole numbers.
 
     >>> import rgap
@@ -107,6 +111,7 @@ def identifiability(
     (16, 16, True)
     """
     start = time.perf_counter()
+    shown = Timed(progress, time_limit, torch.device(device or "cpu"))
     if method not in METHODS:
         raise ValueError(f"expected method in {list(METHODS)}, got {method!r}; write method='auto'")
     chosen = Loss.of(loss)
@@ -116,11 +121,11 @@ def identifiability(
     memory.require_copies(model, COPIES, room)
     targets = probe_targets(model, pictures, chosen, labels, seed)
     update = UpdateMap(model, pictures, targets, chosen, room)
-    with Progress(progress) as shown:
+    with shown:
         shown.stage("sequential nullity")
         own, notes = dict[str, tuple[int, int]](), list[str]()
         if sequential:
-            own, notes = _sequential(model, update, chosen, seed, shown.within, room)
+            own, notes = _sequential(model, update, chosen, seed, shown, room)
         route = method
         found: Identifiability | None = None
         if method == "structured" or (method == "auto" and update.unknowns > SMALL):
@@ -128,7 +133,7 @@ def identifiability(
             try:
                 found = _structured(
                     model, update, targets, chosen, own, rcond, noise, dtype, room,
-                    null_space, shown.stage,
+                    null_space, shown,
                 )  # fmt: skip
             except (NotStructuredError, TooLargeError) as reason:
                 if method == "structured":
@@ -145,7 +150,7 @@ def identifiability(
             shown.stage(f"Jacobian, {route}")
             found = _general(
                 model, update, own, route, rcond, noise, dtype, room, seed, null_space,
-                shown.stage,
+                shown,
             )  # fmt: skip
     return replace(
         found,
@@ -166,7 +171,7 @@ def _structured(
     dtype: torch.dtype,
     room: float,
     null_space: bool,
-    watch: Watch = silent,
+    shown: Timed,
 ) -> Identifiability:
     shape = tuple(update.inputs.shape[1:])
     chain = parse(model, shape).to(update.inputs.device)
@@ -187,7 +192,10 @@ def _structured(
     batch = BatchLoss(loss, loss.dense(targets, outputs), outputs.new_ones(len(outputs)))
     linear = Linearisation(chain, update.inputs, batch)
     ranks = chain_nullspace if null_space else chain_ranks
-    null = ranks(linear, trained, rcond=rcond, noise=noise, dtype=dtype, memory=room, watch=watch)
+    null = ranks(
+        linear, trained, rcond=rcond, noise=noise, dtype=dtype, memory=room,
+        watch=shown.stage, ahead=shown.ahead,
+    )  # fmt: skip
     cumulative = cumulative_ranks(linear, null)
     equations = {block.layer: block.equations for block in update.blocks}
     rows = []
@@ -238,7 +246,7 @@ def _general(
     room: float,
     seed: int,
     null_space: bool,
-    watch: Watch = silent,
+    shown: Timed,
 ) -> Identifiability:
     found = eliminate_blocks(
         update,
@@ -247,7 +255,8 @@ def _general(
         noise=noise,
         dtype=dtype,
         room=room,
-        watch=watch,
+        watch=shown.stage,
+        ahead=shown.ahead,
         seed=seed,
     )
     rows = []
@@ -289,7 +298,7 @@ def _general(
 
 
 def _sequential(
-    model: nn.Module, update: UpdateMap, loss: Loss, seed: int, progress: Shown, room: float
+    model: nn.Module, update: UpdateMap, loss: Loss, seed: int, shown: Timed, room: float
 ) -> tuple[dict[str, tuple[int, int]], list[str]]:
     """(unknowns, nullity) of every layer by itself, from the audit, and what to know of it."""
     from rgap.analysis.discard import audit
@@ -305,8 +314,9 @@ def _sequential(
             inputs=update.inputs,
             seed=seed,
             device=update.inputs.device,
-            progress=progress,
+            progress=shown.within,
             memory_budget=room,
+            time_limit=shown.left / 2,  # the answer itself is what was asked for
         )
     except ValueError as reason:
         return {}, [f"No sequential nullity: {reason}."]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 from math import inf
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rgap import memory
+from rgap.allowance import PLAIN, SYMMETRIC, Ahead, factorisation, freely
 from rgap.analysis.channel import Channel, stacked
 from rgap.analysis.update_jacobian import UpdateMap
 from rgap.progress import Watch, silent
@@ -110,6 +112,7 @@ def information(
     iterations: int,
     seed: int,
     watch: Watch = silent,
+    ahead: Ahead = freely,
 ) -> tuple[str, Information]:
     """The information by the method asked for, or by the first that fits; returns which.
 
@@ -134,10 +137,12 @@ def information(
         "fewer samples" if method == "sampled" else "method='sampled', or a smaller input_shape",
     )
     if method == "dense":
+        ahead(factorisation(rows, size, PLAIN) + factorisation(min(rows, size), size))
         return method, _dense(sent, watch)
     if method == "normal":
+        ahead(factorisation(size, size, SYMMETRIC))
         return method, _normal(sent, watch)
-    return method, _sampled(sent, samples, iterations, seed)
+    return method, _sampled(sent, samples, iterations, seed, watch)
 
 
 def weighed_jacobian(sent: Sent, watch: Watch = silent) -> Tensor:
@@ -190,13 +195,19 @@ def _from_spectrum(
     return Information(variance.reshape(shape), share.reshape(shape), rank, values, 0.0, notes)
 
 
-def _sampled(sent: Sent, samples: int, iterations: int, seed: int) -> Information:
+def _sampled(sent: Sent, samples: int, iterations: int, seed: int, watch: Watch) -> Information:
     """``A⁺ e`` for sampled unit noise e: its mean square is the diagonal of ``(AᵀA)⁺``."""
     rows = sent.update.equations
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn(samples, rows, generator=generator, dtype=torch.float64)
     drawn = drawn.to(sent.update.inputs)
-    answer = cgls(sent.columns, sent.rows, drawn, iterations)
+    done = count(1)
+
+    def columns(directions: Tensor) -> Tensor:
+        watch("least squares", next(done), iterations)
+        return sent.columns(directions)
+
+    answer = cgls(columns, sent.rows, drawn, iterations)
     squares = answer.x.square()
     each = squares.flatten(1).sum(1)
     error = float(each.std() / samples**0.5 / each.mean()) if samples > 1 and each.any() else inf

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rgap import memory
+from rgap.allowance import PLAIN, Ahead, factorisation, freely
 from rgap.analysis.nullspace import eliminate
 from rgap.analysis.update_jacobian import SignSketch, UpdateMap
 from rgap.progress import Watch, silent
@@ -49,6 +50,7 @@ def eliminate_blocks(
     room: float = inf,
     seed: int = 0,
     watch: Watch = silent,
+    ahead: Ahead = freely,
 ) -> BlockNull:
     """Rank layer by layer, each in its own units on what the layers above it left open.
 
@@ -61,6 +63,7 @@ def eliminate_blocks(
         room: bytes.
         seed: of the signs.
         watch: told of every layer.
+        ahead: asked before every factorisation whether there is time.
 
     Raises:
         OutOfMemory: they need more.
@@ -73,6 +76,7 @@ def eliminate_blocks(
     spectra: list[tuple[str, Tensor]] = []
     error = noise
     for block, rows in reversed(list(zip(update.blocks, blocks, strict=True))):
+        ahead(factorisation(len(rows), open_.shape[1]))
         natural = _largest(rows)
         found = eliminate(rows @ open_, rcond=rcond, noise=error, dtype=dtype, scale=natural)
         open_ = open_ @ found.basis
@@ -85,6 +89,8 @@ def eliminate_blocks(
     joint: Rank | None = None
     notes: list[str] = []
     if not sketch:
+        total = sum(map(len, blocks))
+        ahead(factorisation(total, size, PLAIN) + factorisation(min(total, size), size))
         joint, values, vectors = _joint(blocks, size, rcond, noise, dtype)
         spectra.insert(0, ("all layers", values))
         if joint.rank != ranks[0]:

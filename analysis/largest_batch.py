@@ -11,9 +11,10 @@ from operator import index
 import torch
 from torch import nn
 
+from rgap.allowance import Timed
 from rgap.analysis.identifiability import identifiability
 from rgap.losses import Loss
-from rgap.progress import Progress, Shown
+from rgap.progress import Shown
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ def largest_identifiable_batch(
     largest: int = 64,
     method: str = "auto",
     memory_budget: float | None = None,
+    time_limit: float | None = None,
     seed: int = 0,
     progress: Shown = False,
     device: torch.device | str | None = None,
@@ -74,6 +76,7 @@ def largest_identifiable_batch(
         largest: no batch above it is looked at.
         method: as for `identifiability`.
         memory_budget: as for `identifiability`.
+        time_limit: seconds for all batches together, kept within a tenth; None for none.
         seed: of the batch; smaller batches are its first samples.
         progress: True for a line on a terminal, or a function that is told; see
             :mod:`rgap.progress`.
@@ -113,11 +116,12 @@ def largest_identifiable_batch(
             seed=seed,
             device=device,
             progress=shown.within,
+            time_limit=shown.left,
         )
         tried[batch] = (found.joint_nullity, found.gap)
         return found.identifiable
 
-    with Progress(progress) as shown:
+    with Timed(progress, time_limit) as shown:
         top = min(limit, bound)
         good, step = 0, 1
         if top == 0:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rgap import memory, validation
+from rgap.allowance import Timed
 from rgap.analysis.channel import channel
 from rgap.analysis.defences import Defence, check
 from rgap.analysis.information import Sent, information
@@ -23,7 +24,7 @@ from rgap.analysis.noise_table import NoiseReport
 from rgap.analysis.probe_batch import probe_batch, probe_targets, require_evaluation
 from rgap.analysis.update_jacobian import UpdateMap
 from rgap.losses import Loss
-from rgap.progress import Progress, Shown
+from rgap.progress import Shown
 
 METHODS = ("auto", "dense", "normal", "sampled")
 
@@ -42,6 +43,7 @@ def noise(
     value_range: tuple[float, float] = (0.0, 1.0),
     method: str = "auto",
     memory_budget: float | None = None,
+    time_limit: float | None = None,
     samples: int = 8,
     iterations: int = 2000,
     seed: int = 0,
@@ -78,6 +80,7 @@ def noise(
         method: as above.
         memory_budget: bytes to take on top of the model; by default half of what the machine has
             free.  What needs more is refused before anything is allocated.
+        time_limit: seconds, kept within a tenth; None for none.
         samples: of ``"sampled"``.
         iterations: of one solve of ``"sampled"``, at most.
         seed: of a random batch, labels and samples.
@@ -90,7 +93,8 @@ def noise(
 
     Raises:
         ValueError: negative noise, train mode, no trained parameters, shapes that do not fit, a
-            method that needs more than the budget (:class:`rgap.memory.OutOfMemory`).
+            method that needs more than the budget (:class:`rgap.memory.OutOfMemory`),
+            no answer within the time (:class:`rgap.allowance.OutOfTime`).
         TypeError: inputs that are neither a floating tensor nor whole numbers, an unknown defence.
 
     Source: Cramér (1946), Rao (1945).
@@ -104,6 +108,7 @@ def noise(
     [30.0]
     """
     start = time.perf_counter()
+    show = Timed(progress, time_limit, torch.device(device or "cpu"))
     _arguments(sigma, method, samples, iterations)
     chain = check(defence)
     limits = validation.bounds(value_range)
@@ -120,11 +125,11 @@ def noise(
     targets = probe_targets(model, pictures, chosen, labels, seed)
     update = UpdateMap(model, pictures, targets, chosen, room)
     sent = Sent(update, channel(update, targets, model, chosen, float(sigma), chain))
-    with Progress(progress) as show:
+    with show:
         show.stage("Fisher information")
         route, found = information(
             sent, method, room=room, samples=samples, iterations=iterations, seed=seed,
-            watch=show.stage,
+            watch=show.stage, ahead=show.ahead,
         )  # fmt: skip
     return NoiseReport(
         model=type(model).__name__,

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from rgap.affine import Affine
+from rgap.allowance import PLAIN, Ahead, factorisation, freely
 from rgap.analysis.directions import Open, combined, lengths, orthonormalising, padded, scaled
 from rgap.analysis.gradient_inverse import GradientInverse
 from rgap.analysis.nullspace import Elimination, eliminate
@@ -50,6 +51,7 @@ class Options:
         dtype: precision in which the entries are known.
         trained: names of the parameters that have a gradient.
         memory: bytes for everything.
+        ahead: asked before every factorisation whether there is time.
         inverses: weights that were factored, by layer; added to.
         onto: whether the weights reach every output, by layer; added to.
     """
@@ -59,6 +61,7 @@ class Options:
     dtype: torch.dtype
     trained: Collection[str]
     memory: float
+    ahead: Ahead = freely
     inverses: dict[str, WeightInverse] = field(default_factory=dict)
     onto: dict[str, bool] = field(default_factory=dict)
 
@@ -99,6 +102,7 @@ def eliminate_stage(node: Node, above: Open, options: Options) -> tuple[Decision
     weight, bias = options.trains(affine)
     groups, rows, places = node.gradient.matrix.shape
     fits(groups, rows * rows + places * places + 2 * rows * places, options, 1)
+    options.ahead(groups * factorisation(rows, places))
     kernel = (
         GradientInverse(
             affine, batch, node.gradient.matrix, options.rcond, options.noise, options.dtype
@@ -256,7 +260,14 @@ def push_rows(node: Node, du: Tensor, dk: Tensor) -> Rows:
 
 
 def fits(unknowns: int, entries: int, options: Options, copies: int = HELD) -> None:
-    """Raise :class:`TooLargeError` where copies of [unknowns, entries] are beyond the memory."""
+    """Refuse matrices [unknowns, entries] that are beyond the memory or the time.
+
+    Raises:
+        TooLargeError: so many copies do not fit.
+        OutOfTime: its factorisation would end after the limit.
+    """
+    if copies > 1:
+        options.ahead(factorisation(unknowns, entries, PLAIN if copies == WEIGHTS else 1.0))
     need = 8.0 * copies * unknowns * entries + options.kept
     if need > options.memory:
         raise TooLargeError(

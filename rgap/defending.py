@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from rgap.arguments import memory_of, shape_of, usable_device
-from rgap.console import clean, print_json, stdout
-from rgap.options import Device, Json, LossName, MemoryLimit, Model, Quiet, Seed, Weights
+from rgap.console import clean, print_json, say, stdout
+from rgap.options import Device, Json, LossName, MemoryLimit, Model, Quiet, Seed, TimeLimit, Weights
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,6 +39,7 @@ def harden(
     as_json: Json = False,
     seed: Seed = 0,
     memory_limit: MemoryLimit = None,
+    time_limit: TimeLimit = None,
 ) -> None:
     """Find the smallest changes after which part of the data is not in the update."""
     with clean(context):
@@ -63,6 +65,7 @@ def harden(
             device=usable_device(device),
             progress=not quiet,
             memory_budget=room,
+            time_limit=time_limit,
         )
         found = replace(found, model=model)
         if as_json:
@@ -85,21 +88,31 @@ def print_joint(
     device: str,
     quiet: bool,
     room: float | None,
+    time_limit: float | None,
 ) -> None:
     """``rgap audit --joint``: the rank of the whole update at every batch size."""
     from dataclasses import replace
 
+    from rgap.allowance import OutOfTime, seconds_of
     from rgap.analysis.identifiability import identifiability
     from rgap.analysis.null_plots import nullity_curves
     from rgap.report.pictures import save_figure
     from rgap.report.tables import joint_table
 
     found = []
+    end = time.perf_counter() + seconds_of(time_limit)
     for batch in batches:
-        one = identifiability(
-            network, shape, batch, loss=loss, seed=seed, device=device, progress=not quiet,
-            memory_budget=room,
-        )  # fmt: skip
+        left = max(end - time.perf_counter(), 1e-3)
+        try:
+            one = identifiability(
+                network, shape, batch, loss=loss, seed=seed, device=device, progress=not quiet,
+                memory_budget=room, time_limit=left,
+            )  # fmt: skip
+        except OutOfTime as reason:
+            if not found:
+                raise
+            say(f"B = {batch} and what follows was not measured ({reason})")
+            break
         found.append(replace(one, model=name))
     if plot is not None:
         save_figure(nullity_curves(found), plot)
