@@ -128,8 +128,8 @@ def audit(
                 late = f"B = {batch} and what follows was not measured ({reason})."
                 break
     others = uncounted(model, recording)
-    left = [f"Not counted: {', '.join(others)}."] if others else []
-    notes = (*_notes(rows), *left, *([late] if late else []))
+    uncovered = [f"Not counted: {', '.join(others)}."] if others else []
+    notes = (*_notes(rows), *uncovered, *([late] if late else []))
     return Audit(type(model).__name__, method, tuple(rows), notes)
 
 

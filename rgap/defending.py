@@ -15,6 +15,8 @@ from rgap.options import Device, Json, LossName, MemoryLimit, Model, Quiet, Seed
 if TYPE_CHECKING:
     from torch import nn
 
+    from rgap.analysis.identifiability_table import Identifiability
+
 __all__ = ["harden", "print_joint"]
 
 
@@ -99,7 +101,7 @@ def print_joint(
     from rgap.report.pictures import save_figure
     from rgap.report.tables import joint_table
 
-    found = []
+    found: list[Identifiability] = []
     end = time.perf_counter() + seconds_of(time_limit)
     for batch in batches:
         left = max(end - time.perf_counter(), 1e-3)

@@ -11,12 +11,14 @@ import pytest
 import torch
 from allocations import Allocations
 from torch import nn
+from typer.testing import CliRunner
 
 import rgap
 from rgap import affine as maps
 from rgap import memory
 from rgap.analysis import audit, harden, identifiability, noise
 from rgap.bias import bias_attack, rank_one_residual
+from rgap.cli import app
 from rgap.doubles import Doubles, blocks, row_blocks
 from rgap.head import features_from_bias
 from rgap.precision import Precision
@@ -256,3 +258,35 @@ def test_an_analysis_keeps_its_budget_or_refuses(
         few = 2.5e6  # the batch, its outputs, trials of the network: below any real budget
         assert made.peak <= max(budget, few), f"{made.peak / 1e6:.1f} MB of {budget / 1e6:.1f}"
     assert ended[-1] == "answered" and "write memory_budget=" in ended[0], ended
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["audit", "--joint", "--batch-sizes", "1"],
+        ["harden", "--changes", "noise"],
+        ["labels", "update.safetensors"],
+        ["labels", "update.safetensors", "--method", "exact"],
+    ],
+    ids=" ".join,
+)
+def test_the_commands_keep_a_budget(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(memory, "LEAST", 1.0)
+    name, *rest = command
+    if name == "labels":
+        network = rgap.models.mlp((8,), 3, input_shape=(1, 4, 4), seed=0)
+        rgap.capture(network, torch.rand(1, 1, 4, 4), torch.tensor([1])).save(rest[0])
+    (tmp_path / "written_small.py").write_text(
+        "import rgap\n\ndef small():\n"
+        "    return rgap.models.mlp((8,), 3, input_shape=(1, 4, 4), seed=0)\n"
+    )
+    monkeypatch.delitem(sys.modules, "written_small", raising=False)
+    model = "written_small:small"
+    shape = [] if name == "labels" else ["--input-shape", "1,4,4"]
+    whole = CliRunner().invoke(app, [name, model, *rest, *shape, "--memory-limit", "1GB", "-q"])
+    assert whole.exit_code == 0, whole.output
+    refused = CliRunner().invoke(app, [name, model, *rest, *shape, "--memory-limit", "1kB", "-q"])
+    assert refused.exit_code == 2 and "--memory-limit" in refused.output, refused.output
