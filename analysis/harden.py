@@ -106,7 +106,7 @@ def harden(
     chosen = Loss.of(loss)
     if index(batch_size) < 1:
         raise ValueError(f"expected batch_size >= 1, got {batch_size}; write batch_size=1")
-    show = Timed(progress, time_limit, torch.device(device or "cpu"))
+    show = Timed(progress, time_limit, device or "cpu")
     search = _Search(
         model, shape, index(batch_size), fraction, chosen, value_range, memory_budget, seed, device,
         show,

@@ -111,7 +111,7 @@ def identifiability(
     (16, 16, True)
     """
     start = time.perf_counter()
-    shown = Timed(progress, time_limit, torch.device(device or "cpu"))
+    shown = Timed(progress, time_limit, device or "cpu")
     if method not in METHODS:
         raise ValueError(f"expected method in {list(METHODS)}, got {method!r}; write method='auto'")
     chosen = Loss.of(loss)

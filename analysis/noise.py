@@ -108,7 +108,7 @@ def noise(
     [30.0]
     """
     start = time.perf_counter()
-    show = Timed(progress, time_limit, torch.device(device or "cpu"))
+    show = Timed(progress, time_limit, device or "cpu")
     _arguments(sigma, method, samples, iterations)
     chain = check(defence)
     limits = validation.bounds(value_range)

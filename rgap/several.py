@@ -95,10 +95,11 @@ def _certified(
         own.chain, own.gradients, descent.require_data(), found.head, own.precision,
         descent.preconditioner(own.chain), high - low, settled,
     )  # fmt: skip
-    rows = len(polished.data.value)
+    rows, place = len(polished.data.value), polished.data.value.device
+    none = torch.zeros(rows, device=place)
     answer = Answer(
-        descent, polished, Reading(torch.empty(0), torch.zeros(rows), 0.0, 0.0),
-        Rows(torch.arange(rows), torch.zeros(rows), torch.ones(rows, dtype=torch.long)),
+        descent, polished, Reading(none[:0], none, 0.0, 0.0),
+        Rows(torch.arange(rows, device=place), none, torch.ones_like(none, dtype=torch.long)),
         gathered=gathered(own.chain, polished),
     )  # fmt: skip
     if certificate.excess(answer, own) > own.slack:
