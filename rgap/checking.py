@@ -86,7 +86,8 @@ def _difference(
     if len(seen) != 1 or tuple(seen[0].shape[1:]) != steps[0].in_shape:
         return None  # called more than once, or the steps begin with a fused border
     rows = []
-    for row in seen[0].split(1):  # a convolution in float64 lays out the windows of all of them
+    # One by one: a convolution in float64 lays out the windows of all that it is given.
+    for row in torch.split(seen[0], 1):
         for step in steps:
             row = step.forward(row)
         rows.append(row)
