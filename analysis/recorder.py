@@ -299,7 +299,7 @@ def _window_rank(func: Any, args: Any, kwargs: Any, entries: int, batch: int) ->
     space = tuple(x.shape[2:])
     if not space or prod(space) > LARGEST_POOL:
         return entries
-    unit = torch.eye(prod(space), dtype=torch.float64).reshape(-1, 1, *space)
+    unit = torch.eye(prod(space), dtype=torch.float64, device="cpu").reshape(-1, 1, *space)
     matrix = func(unit, *rest, **kwargs).flatten(1)
     planes: int = x.numel() // batch // prod(space)
     return planes * int(torch.linalg.matrix_rank(matrix))

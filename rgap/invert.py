@@ -229,12 +229,13 @@ def _from_data(problem: Problem, show: Progress) -> Recovery | None:
     if chain.barrier is not None:
         barrier = chain.barrier
         above = f"above it: '{barrier.node}' ({barrier.kind}): {barrier.reason}"
+    held = [stage.affine for stage in chain.stages]
     if problem.stated in (None, 1):
-        prefix = find_prefix(problem.model, chain.input_shape, problem.sent)
+        prefix = find_prefix(problem.model, chain.input_shape, problem.sent, held)
         found = None if prefix is None else from_prefix(problem, prefix, above, show)
         if found is not None or problem.stated == 1:
             return found
-    for pair in find_pairs(problem.model, chain.input_shape, problem.sent):
+    for pair in find_pairs(problem.model, chain.input_shape, problem.sent, held):
         found = from_pair(problem, pair, above, show)
         if found is not None:
             return found

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import gcd
 
 import torch
 from torch import Tensor
 
+from rgap.doubles import blocks
 from rgap.rounding import UNIFORM, coherence, spacing
 
 __all__ = ["Rounded", "recognise"]
@@ -89,7 +91,7 @@ def _floating(gradients: Mapping[str, Tensor], dtype: torch.dtype) -> Rounded | 
     exact = {
         name: g
         for name, g in gradients.items()
-        if torch.finfo(g.dtype).eps < eps and torch.equal(g.to(dtype).to(g.dtype), g)
+        if torch.finfo(g.dtype).eps < eps and _numbers_of(g, dtype)
     }
     used = total = 0
     for g in exact.values():
@@ -107,10 +109,11 @@ def _integers(gradients: Mapping[str, Tensor]) -> Rounded | None:
 
     Errors of entries that went to zero follow the gradient where most did (see ``coherence``).
     """
+    ends = {name: _ends(g) for name, g in gradients.items()}
     for bits in WIDTHS:
         noise, evidence = {}, 0
         for name, g in gradients.items():
-            step = _step(g, bits)
+            step = _step(g, bits, *ends[name])
             if step is None:
                 continue
             noise[name] = torch.full_like(g, UNIFORM * step)
@@ -124,27 +127,50 @@ def _integers(gradients: Mapping[str, Tensor]) -> Rounded | None:
     return None
 
 
-def _step(g: Tensor, bits: int) -> float | None:
+def _numbers_of(g: Tensor, dtype: torch.dtype) -> bool:
+    """Every value of a tensor is a number of a coarser format: a few of them first, then all."""
+    return all(torch.equal(part.to(dtype).to(g.dtype), part) for part in (_few(g), *blocks(g)))
+
+
+def _ends(g: Tensor) -> tuple[float, float]:
+    """Smallest and largest value of a tensor."""
+    low, high = g.detach().aminmax()
+    return float(low), float(high)
+
+
+def _step(g: Tensor, bits: int, low: float, high: float) -> float | None:
     """Step of a tensor that is ``step · n`` with n of so many bits, scaled to their range."""
-    values = g.detach().double()
-    low, high = float(values.min()), float(values.max())
     largest = max(abs(low), abs(high))
     if largest == 0:
         return None
     slack = OFF * torch.finfo(g.dtype).eps * largest
-    for step in (largest / (2 ** (bits - 1) - 1), (high - low) / (2**bits - 1)):
-        if step <= 0:
-            continue
+
+    def holds(part: Tensor) -> bool:
+        values = part.double()
         off = (values - step * (values / step).round()).abs()
-        if bool((off <= slack).all()) and slack < step / 8:
+        return bool((off <= slack).all())
+
+    for step in (largest / (2 ** (bits - 1) - 1), (high - low) / (2**bits - 1)):
+        if step > 0 and slack < step / 8 and holds(_few(g)) and all(map(holds, blocks(g))):
             return float(step)
     return None
 
 
-def _distinct(g: Tensor) -> Tensor:
-    """Distinct sizes of up to ``LOOKED`` entries that are not zero."""
-    flat = g.detach().flatten()
+def _few(g: Tensor) -> Tensor:
+    """About ``LOOKED`` values from all over a tensor: they refute nearly every format.
+
+    The stride has no factor in common with the size: one of whole rows stays in one column, and
+    that of an input that was off is zero.
+    """
+    flat = g.detach().reshape(-1)
     stride = max(1, flat.numel() // LOOKED)
-    sizes = flat[::stride].abs()
+    while gcd(stride, flat.numel()) > 1:
+        stride += 1
+    return flat[::stride]
+
+
+def _distinct(g: Tensor) -> Tensor:
+    """Distinct sizes of a few entries that are not zero."""
+    sizes = _few(g).abs()
     distinct: Tensor = torch.unique(sizes[sizes > 0])
     return distinct

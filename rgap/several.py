@@ -81,7 +81,8 @@ def beside_targets(problem: Problem, recovery: Recovery, show: Progress) -> Reco
     open_targets = untold or recovery.status is Status.INCONSISTENT
     if problem.stated is None or recovery.inputs is not None or not open_targets:
         return recovery
-    for pair in find_pairs(problem.model, problem.chain.input_shape, problem.sent):
+    held = [stage.affine for stage in problem.chain.stages]
+    for pair in find_pairs(problem.model, problem.chain.input_shape, problem.sent, held):
         alone = from_pair(problem, pair, recovery.reason, show)
         if alone is not None and "inputs" in alone.certified:
             if alone.status is Status.EXACT:
@@ -156,10 +157,11 @@ def _certified(
         own.chain, own.gradients, descent.require_data(), found.head, own.precision,
         descent.preconditioner(own.chain), high - low, settled,
     )  # fmt: skip
-    rows = len(polished.data.value)
+    rows, place = len(polished.data.value), polished.data.value.device
+    none = torch.zeros(rows, device=place)
     answer = Answer(
-        descent, polished, Reading(torch.empty(0), torch.zeros(rows), 0.0, 0.0),
-        Rows(torch.arange(rows), torch.zeros(rows), torch.ones(rows, dtype=torch.long)),
+        descent, polished, Reading(none[:0], none, 0.0, 0.0),
+        Rows(torch.arange(rows, device=place), none, torch.ones_like(none, dtype=torch.long)),
         gathered=gathered(own.chain, polished),
     )  # fmt: skip
     if certificate.excess(answer, own) > own.slack:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import rgap
+from rgap.doubles import Doubles
 from rgap.losses import Loss
 from rgap.prefix import affine_input, find_prefix
 from rgap.recovery import Status
@@ -57,7 +58,7 @@ def test_inputs_come_back_where_no_replay_tells_the_target(kind):
 
 def test_the_prefix_computes_what_the_layer_takes_in():
     network, x = drawn(Convolved, torch.float64, 3)
-    prefix = find_prefix(network, (1, 4, 4), dict(network.named_parameters()))
+    prefix = find_prefix(network, (1, 4, 4), Doubles(dict(network.named_parameters()), "cpu"))
     taken = []
     network.first.register_forward_hook(lambda m, args, out: taken.append(args[0]))
     network(x)
@@ -246,7 +247,7 @@ def test_the_model_is_left_as_it_was():
     before = {n: v.clone() for n, v in network.state_dict().items()}
     gradients = sent(network, x, torch.tensor([1]))
     state = torch.get_rng_state()
-    find_prefix(network, (1, 4, 4), gradients)
+    find_prefix(network, (1, 4, 4), Doubles(gradients, "cpu"))
     assert network.training and torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(v, before[n]) for n, v in network.state_dict().items())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in network.modules())

@@ -157,7 +157,8 @@ def joint_rows(
 
     Args as for :func:`stage_joint_rank`.
     """
-    every = torch.ones(prod(affine.in_shape[1:]), dtype=torch.bool)
+    places, device = prod(affine.in_shape[1:]), gradient.matrix.device
+    every = torch.ones(places, dtype=torch.bool, device=device)
     _, tables = _kept(affine, gradient, weight, every)
     return _joint_rows(affine, gradient, tables, noise, cotangent, every)
 
