@@ -64,8 +64,8 @@ def dense_blocks(module: nn.Module, k: Tensor, shape: tuple[int, ...]) -> tuple[
     def forward(x: Tensor) -> Tensor:
         return torch.func.functional_call(module, {**weight, **rest}, (x,))
 
-    columns = torch.stack([gradient(x).flatten() for x in basis], 1)
-    images = torch.stack([forward(x).flatten() for x in basis], 1)
+    columns = torch.func.vmap(gradient)(basis).flatten(1).T
+    images = forward(basis.flatten(0, 1)).reshape(size, -1).T  # samples do not meet in a layer
     return columns, images.detach()
 
 
