@@ -38,23 +38,21 @@ def taps(
     [[-1, 1], [0, 2], [1, 3]]
     """
     place = device or torch.device("cpu")
-    per_axis = []
+    position = torch.zeros((), dtype=torch.long, device=place)
+    inside = torch.ones((), dtype=torch.bool, device=place)
+    dims = len(space)
     for axis, size in enumerate(space):
         reach = torch.arange(out[axis], device=place) * geometry.stride[axis]
         reach = reach - geometry.padding[axis][0]
         offset = torch.arange(geometry.kernel[axis], device=place) * geometry.dilation[axis]
-        position = offset[:, None] + reach[None, :]
-        per_axis.append(torch.where((position >= 0) & (position < size), position, -1))
-    rows = []
-    for offsets in product(*(range(k) for k in geometry.kernel)):
-        position = torch.zeros(1, dtype=torch.long, device=place)
-        inside = torch.ones(1, dtype=torch.bool, device=place)
-        for axis, size in enumerate(space):
-            line = per_axis[axis][offsets[axis]]
-            position = (position[:, None] * size + line.clamp_min(0)[None, :]).flatten()
-            inside = (inside[:, None] & (line >= 0)[None, :]).flatten()
-        rows.append(torch.where(inside, position, -1))
-    return torch.stack(rows)
+        line = offset[:, None] + reach[None, :]
+        shape = [1] * (2 * dims)  # offsets of every axis, then outputs of every axis
+        shape[axis], shape[dims + axis] = line.shape
+        line = line.reshape(shape)
+        position = position * size + line
+        inside = inside & (line >= 0) & (line < size)
+    found = torch.where(inside, position, -1)
+    return found.reshape(prod(geometry.kernel), prod(out[:dims]))
 
 
 def columns(affine: Affine, read_only: bool, device: torch.device) -> tuple[Tensor, Tensor]:
