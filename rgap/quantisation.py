@@ -107,7 +107,10 @@ def _integers(gradients: Mapping[str, Tensor]) -> Rounded | None:
 
     Errors of entries that went to zero follow the gradient where most did (see ``coherence``).
     """
+    large = [g for g in gradients.values() if g.numel() >= FEWEST]
     for bits in WIDTHS:
+        if all(_step(g, bits) is None for g in large):
+            continue
         noise, evidence = {}, 0
         for name, g in gradients.items():
             step = _step(g, bits)
@@ -127,13 +130,14 @@ def _integers(gradients: Mapping[str, Tensor]) -> Rounded | None:
 def _step(g: Tensor, bits: int) -> float | None:
     """Step of a tensor that is ``step · n`` with n of so many bits, scaled to their range."""
     values = g.detach().double()
+    few = values.flatten()[:FEWEST]
     low, high = float(values.min()), float(values.max())
     largest = max(abs(low), abs(high))
     if largest == 0:
         return None
     slack = OFF * torch.finfo(g.dtype).eps * largest
     for step in (largest / (2 ** (bits - 1) - 1), (high - low) / (2**bits - 1)):
-        if step <= 0:
+        if step <= 0 or bool(((few - step * (few / step).round()).abs() > slack).any()):
             continue
         off = (values - step * (values / step).round()).abs()
         if bool((off <= slack).all()) and slack < step / 8:

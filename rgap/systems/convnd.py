@@ -18,6 +18,8 @@ from torch import Tensor
 from rgap.affine import Affine, Geometry
 from rgap.solvers.kronecker import Kronecker
 
+SMALL = 4e7  # products up to which WᵀW is formed from W itself
+
 
 def taps(
     geometry: Geometry,
@@ -184,6 +186,9 @@ class WeightConstraint:
         positions = len(kept)
         split = (into.shape[-2], self.batch, positions)
         view = into.view(*into.shape[:-4], *split, *split)
+        if self.rows * (self.affine.in_shape[0] * positions) ** 2 <= SMALL:
+            self._add_dense(d, kept, view)
+            return
         for b, g in product(range(self.batch), range(groups)):
             own = slice(g * per_group, (g + 1) * per_group)
             whole = into.ndim == 4
@@ -203,6 +208,20 @@ class WeightConstraint:
                 block[:, used, :, partner[used]] += entries
                 if pairs[0][0] != pairs[0][1]:
                     block[:, partner[used], :, used] += entries.transpose(1, 2)
+
+    def _add_dense(self, weights: Tensor, kept: Tensor, into: Tensor) -> None:
+        """The same with W written down: a small layer is one product, its offsets are hundreds."""
+        channels = self.affine.in_shape[0]
+        dense = dense_weights(self.affine).reshape(weights[0].numel(), channels, -1)[:, :, kept]
+        groups = weights.shape[1] if into.ndim == 7 else 1
+        own = channels // groups
+        rows = dense.reshape(groups, -1, groups, own, len(kept))
+        d = weights.reshape(self.batch, groups, -1)
+        for b, g in product(range(self.batch), range(groups)):
+            part = rows[g, :, g].flatten(1)
+            gram = (part.T * d[b, g]) @ part
+            block = into[g] if into.ndim == 7 else into
+            block[:, b, :, :, b] += gram.reshape(own, len(kept), own, len(kept))
 
 
 def _differences(kernel: tuple[int, ...]) -> list[list[tuple[int, int]]]:
