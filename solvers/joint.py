@@ -8,7 +8,7 @@ products between the two orthonormal bases is formed, never the stacked system.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import inf, pi
+from math import inf, pi, sqrt
 
 import torch
 from torch import Tensor
@@ -169,8 +169,8 @@ class JointRows:
         far = self._distance_of_sums(shared, scales)
         if far > self._cutoff:  # not all of them are in both spaces
             into = (self.spaces.to_weight(shared), self.spaces.to_gradient(shared))
-            least = torch.minimum(into[0].norm(dim=1), into[1].norm(dim=1)) * scales
-            both = least > 1.0 - SUSPECT
+            inside = torch.minimum(into[0].norm(dim=1), into[1].norm(dim=1)) * scales
+            both = inside > 1.0 - SUSPECT
             if not bool(both.any()):
                 return None
             own = (into[0] if self._swapped else into[1])[both] * scales[both, None]
@@ -229,7 +229,7 @@ class JointRows:
             x - spaces.from_weight(spaces.to_weight(x)),
         )
         far = max(float(y.flatten(1).norm(dim=1).max()) for y in apart)
-        return BEYOND * (2.0 / pi) ** 0.5 * far
+        return BEYOND * sqrt(2.0 / pi) * far
 
     def _part(self, shared: Tensor) -> JointRows | None:
         """The first samples alone, where they may decide; None where all are needed.
