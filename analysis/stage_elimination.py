@@ -193,7 +193,8 @@ def weights_first(
             blocks.append(rows[affine.bias_name] / (_bias_size(node, above.dk) * scale))
     if blocks and count + len(reached):
         raw = torch.cat(blocks, 1)
-        found = _decide(torch.cat([raw[:count], change.T @ raw[count:]]), options)
+        carried = _residual(node, inverse, change, reached, above.du)
+        found = _decide(torch.cat([raw[:count], change.T @ raw[count:]]), options, carried)
         rank = found.rank
     else:
         found = eliminate(reached.new_zeros(0, count + len(reached)))
@@ -204,6 +205,19 @@ def weights_first(
     solved = combined(final, reached) + combined(found.basis[:count], free)
     below = _below(node, solved, combined(final, above.dk))
     return (rank, found.values, "weights first"), below
+
+
+def _residual(
+    node: Node, inverse: WeightInverse, change: Tensor, reached: Tensor, z: Tensor
+) -> float:
+    """‖W du − Z c‖/σ_1(W) of orthonormal du: what the next equations carry as error.
+
+    An ill-conditioned W, or directions that are nearly parallel, leave far more than one rounding.
+    """
+    if not len(reached):
+        return 0.0
+    image = each(node.stage.affine.linear, combined(change, reached))
+    return float((image - combined(change, z)).norm()) / max(inverse.rank.largest, 1e-300)
 
 
 def _per_sample(free: Tensor, batch: int) -> Tensor:
@@ -238,11 +252,11 @@ def _below(node: Node, du: Tensor, dk: Tensor) -> Open:
     return Open(basis, back)
 
 
-def _decide(matrix: Tensor, options: Options) -> Elimination:
+def _decide(matrix: Tensor, options: Options, carried: float = 0.0) -> Elimination:
     return eliminate(
         matrix.T.contiguous(),
         rcond=options.rcond,
-        noise=options.noise,
+        noise=max(options.noise, carried),
         dtype=options.dtype,
         scale=1.0,  # of every block, in its own units
     )

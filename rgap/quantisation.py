@@ -110,7 +110,10 @@ def _integers(gradients: Mapping[str, Tensor]) -> Rounded | None:
     Errors of entries that went to zero follow the gradient where most did (see ``coherence``).
     """
     ends = {name: _ends(g) for name, g in gradients.items()}
+    large = {name: g for name, g in gradients.items() if g.numel() >= FEWEST}
     for bits in WIDTHS:
+        if all(_step(g, bits, *ends[name]) is None for name, g in large.items()):
+            continue
         noise, evidence = {}, 0
         for name, g in gradients.items():
             step = _step(g, bits, *ends[name])
