@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +16,13 @@ from rgap.checking import fitting_shape
 from rgap.isolation import untouched
 from rgap.network import Chain, parse
 from rgap.precision import Precision
+from rgap.rounding import ABSENT
 from rgap.update import Update
 
 from .finding import Kind
 
 PROBES = 4  # random inputs that the model is run on
+AUDIBLE = 3.0  # times its noise that a tensor must be to say anything
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,8 @@ class Evidence:
     Attributes:
         model: in eval mode, with the buffers that the update brought.
         update: as declared, names and order those of the model.
-        gradients: float64, by parameter name.
+        gradients: float64, by parameter name; tensors of zeros are left out, which frozen layers
+            send, and those that are lost in their noise.
         batch: stated batch size, or None.
         labels: known targets of the batch, or None.
         precision: of the update, with the noise that was stated.
@@ -78,6 +82,26 @@ class Evidence:
     outputs: Tensor | None
     deadline: float
     tested: set[Kind] = field(default_factory=set)
+
+    @property
+    def sent(self) -> dict[str, Tensor]:
+        """Gradients of every parameter: zeros, with the noise ``ABSENT``, of those left out."""
+        lost = {n: torch.zeros_like(e) for n, e in self.precision.entries.items()}
+        return {**lost, **self.gradients}
+
+    @property
+    def terms(self) -> dict[str, int]:
+        """Outer products that the gradient of a layer's weight is a sum of; {} without a batch."""
+        found = {}
+        for call in self.calls:
+            module, made = call.module, call.made
+            if self.batch is None or not isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
+                continue
+            wide = isinstance(module, nn.Linear)
+            groups = 1 if isinstance(module, nn.Linear) else module.groups
+            ends = [t.shape[1:-1] if wide else t.shape[2:] for t in (call.given, made)]
+            found[call.weight_name] = self.batch * groups * max(prod(e) for e in ends)
+        return found
 
     @property
     def late(self) -> bool:
@@ -151,7 +175,11 @@ def gather(
             own[name].copy_(sent)
     for parameter in twin.parameters():
         parameter.requires_grad_()
-    gradients = {n: g.detach().to(place, torch.float64) for n, g in update.gradients.items()}
+    doubles = {n: g.detach().to(place, torch.float64) for n, g in update.gradients.items()}
+    gradients = {n: g for n, g in doubles.items() if _audible(n, g, precision)}
+    lost = {n: torch.full_like(g, ABSENT) for n, g in doubles.items() if n not in gradients}
+    if lost:
+        precision = replace(precision, entries={**precision.entries, **lost})
     shape = input_shape or update.input_shape or _shape_of(twin)
     calls: tuple[Call, ...] = ()
     outputs: Tensor | None = None
@@ -167,6 +195,12 @@ def gather(
     return Evidence(
         twin, update, gradients, batch, labels, precision, chain, calls, outputs, deadline
     )
+
+
+def _audible(name: str, g: Tensor, precision: Precision) -> bool:
+    """False for a tensor of zeros, for one that was not sent and for one beneath its noise."""
+    size = float(g.square().mean()) ** 0.5 if g.numel() else 0.0
+    return size > AUDIBLE * precision.noise_rms(name, g) if precision.noisy else size > 0.0
 
 
 def _shape_of(model: nn.Module) -> tuple[int, ...] | None:

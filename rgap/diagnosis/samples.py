@@ -148,7 +148,7 @@ def batch(evidence: Evidence) -> Samples | None:
     for sign in (1.0, -1.0):
         if evidence.late:
             return None
-        sent = {n: sign * g for n, g in evidence.gradients.items()}
+        sent = {n: sign * g for n, g in evidence.sent.items()}
         mixed = Batch(chain, sent, evidence.update.loss, evidence.precision, evidence.batch)
         source = _source(mixed)
         found = None if source is None else _collected(mixed, source)
@@ -239,7 +239,7 @@ def nearest_sample(evidence: Evidence) -> tuple[float, float, str] | None:
     chain = evidence.chain
     if chain is None or not evidence.batch or evidence.batch > MOST:
         return None
-    sent = dict(evidence.gradients)
+    sent = evidence.sent
     mixed = Batch(chain, sent, evidence.update.loss, evidence.precision, evidence.batch)
     if not _plain_head(chain):
         return None

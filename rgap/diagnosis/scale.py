@@ -84,7 +84,7 @@ def _of_factor(
         f"dataclasses.replace(update, gradients={{n: g / {size:.9g} for n, g in "
         "update.gradients.items()})"
     )
-    total = sum(float(g.square().sum()) for g in evidence.gradients.values()) ** 0.5
+    total = sum(float(g.double().square().sum()) for g in evidence.update.gradients.values()) ** 0.5
     bound = float(f"{total:.1e}")
     if size < 1.0 and abs(total / bound - 1.0) <= ROUND + 8 * evidence.unit:
         said += f"; the norm of the whole update is {total:.6g}"

@@ -41,6 +41,7 @@ from .samples import Samples, nearest_sample
 
 SAFETY = 100.0
 LARGEST = 20_000  # unknowns of a stage up to which the recursion is tried
+WHOLE = 2.0  # relative misfit above which nothing was solved
 LINE = "model.load_state_dict(weights) with the weights that the server sent for this round"
 
 
@@ -191,6 +192,8 @@ def _balance(
         return evidence.model.get_parameter(name).detach().double() * gradients[name]
 
     below, above = lower.affine, upper.affine
+    if any(n and n not in gradients for a in (below, above) for n in (a.weight_name, a.bias_name)):
+        return None
     channels = below.out_shape[0]
     if norm is None:
         terms = [product(below.weight_name).flatten(1)]
@@ -246,9 +249,10 @@ def _recursion(evidence: Evidence) -> list[Contradiction]:
         return []
     if max(prod(stage.affine.in_shape) for stage in chain.stages[:-1]) > LARGEST:
         return []
-    weight, bias = evidence.gradients[last.affine.weight_name], evidence.gradients[name]
-    if not bool((bias != 0).any()):
+    named = {n for s in chain.stages for n in (s.affine.weight_name, s.affine.bias_name) if n}
+    if not named.issubset(evidence.gradients):
         return []
+    weight, bias = evidence.gradients[last.affine.weight_name], evidence.gradients[name]
     x, k = features_from_bias(last.affine, weight, bias, evidence.precision)
     x = type(x)(
         x.value.reshape(-1, *last.affine.in_shape),
@@ -259,6 +263,8 @@ def _recursion(evidence: Evidence) -> list[Contradiction]:
     if index < 0:
         return []
     relative = descent.solutions[index].solution.stats.residual
+    if not relative < WHOLE:
+        return []
     what = f"the equations of '{chain.stages[index].name}' below the head"
     relative = max(relative, 1e-300)
     return [Contradiction(what, relative, relative * REFUTED / max(misfit, 1e-300))]
