@@ -12,8 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from rgap.affine import Affine, linear
+from rgap.behind import behind, idle
 from rgap.checking import fitting_shape
+from rgap.ending import folded
 from rgap.isolation import untouched
+from rgap.losses import Loss
 from rgap.network import Chain, parse
 from rgap.precision import Precision
 from rgap.rounding import ABSENT
@@ -64,7 +67,8 @@ class Evidence:
         batch: stated batch size, or None.
         labels: known targets of the batch, or None.
         precision: of the update, with the noise that was stated.
-        chain: the model as a chain of stages; None where it is none.
+        chain: the model as a chain of stages, up to the logits; None where it is none.
+        loss: of the logits: steps behind them and formulas of probabilities are folded into it.
         calls: of leaf modules that the model called once, in the order of the calls.
         outputs: of the model on the probes; None where it could not be run.
         deadline: ``time.perf_counter()`` after which no further trial begins.
@@ -78,6 +82,7 @@ class Evidence:
     labels: Tensor | None
     precision: Precision
     chain: Chain | None
+    loss: Loss
     calls: tuple[Call, ...]
     outputs: Tensor | None
     deadline: float
@@ -146,11 +151,20 @@ class Evidence:
 
     @property
     def head(self) -> tuple[Call, Tensor, Tensor | None] | None:
-        """The fully connected layer whose output is the model's, or None."""
+        """The fully connected layer that gives the logits, the argument of the loss, or None."""
+        last = None if self.chain is None else self.chain.stages[-1]
         for call, weight, bias in reversed(self.dense):
-            if self.outputs is not None and torch.equal(call.made, self.outputs):
+            if last is not None and last.affine.weight_name == call.weight_name:
+                if all(idle(op) for op in last.tail):
+                    return call, weight, bias
+            elif self.outputs is not None and torch.equal(call.made, self.outputs):
                 return call, weight, bias
         return None
+
+    @property
+    def folded(self) -> bool:
+        """True if the loss of the logits is another than that of the model's outputs."""
+        return self.loss.name != self.update.loss.name or not self.loss.plain
 
     def feeds(self, made: Tensor, given: Tensor) -> bool:
         """True if a module's input is another's output, reshaped at most."""
@@ -192,8 +206,11 @@ def gather(
             chain = None
         if chain is not None and not chain.stages:
             chain = None
+    loss = update.loss
+    if chain is not None:
+        chain, loss = behind(*folded(chain, loss, batch))
     return Evidence(
-        twin, update, gradients, batch, labels, precision, chain, calls, outputs, deadline
+        twin, update, gradients, batch, labels, precision, chain, loss, calls, outputs, deadline
     )
 
 
