@@ -296,6 +296,8 @@ def nearest_sample(evidence: Evidence) -> tuple[float, float, str] | None:
     source = _source(mixed)
     if source is None or not resolved(mixed, source.samples):
         return None
+    if not source.samples.rank == source.consistency.basis.shape[1] == evidence.batch:
+        return None  # cotangents that depend on each other leave no sample by itself
     w = source.samples.weights
     none = w.new_zeros(0, len(w))
     generator = torch.Generator().manual_seed(evidence.precision.seed)
