@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rgap.affine import Affine, linear
+from rgap.batchloss import loss_scale
 from rgap.behind import behind, idle
 from rgap.checking import fitting_shape
 from rgap.ending import folded
@@ -26,6 +27,7 @@ from .finding import Kind
 
 PROBES = 4  # random inputs that the model is run on
 AUDIBLE = 3.0  # times its noise that a tensor must be to say anything
+CANCELLED = 100.0  # roundings of one sample's gradient that the sum over a batch must exceed
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class Evidence:
         calls: of leaf modules that the model called once, in the order of the calls.
         outputs: of the model on the probes; None where it could not be run.
         deadline: ``time.perf_counter()`` after which no further trial begins.
+        usual: root mean square of the gradients of one of several samples, by parameter name.
         tested: kinds that some trial could have shown.
     """
 
@@ -86,6 +89,7 @@ class Evidence:
     calls: tuple[Call, ...]
     outputs: Tensor | None
     deadline: float
+    usual: Mapping[str, float] = field(default_factory=dict)
     tested: set[Kind] = field(default_factory=set)
 
     @property
@@ -189,12 +193,13 @@ def gather(
             own[name].copy_(sent)
     for parameter in twin.parameters():
         parameter.requires_grad_()
+    shape = input_shape or update.input_shape or _shape_of(twin)
+    usual = {} if shape is None or batch == 1 else _usual(twin, shape, update.loss, batch)
     doubles = {n: g.detach().to(place, torch.float64) for n, g in update.gradients.items()}
-    gradients = {n: g for n, g in doubles.items() if _audible(n, g, precision)}
+    gradients = {n: g for n, g in doubles.items() if _audible(n, g, precision, usual.get(n, 0.0))}
     lost = {n: torch.full_like(g, ABSENT) for n, g in doubles.items() if n not in gradients}
     if lost:
         precision = replace(precision, entries={**precision.entries, **lost})
-    shape = input_shape or update.input_shape or _shape_of(twin)
     calls: tuple[Call, ...] = ()
     outputs: Tensor | None = None
     chain: Chain | None = None
@@ -210,14 +215,49 @@ def gather(
     if chain is not None:
         chain, loss = behind(*folded(chain, loss, batch))
     return Evidence(
-        twin, update, gradients, batch, labels, precision, chain, loss, calls, outputs, deadline
+        twin,
+        update,
+        gradients,
+        batch,
+        labels,
+        precision,
+        chain,
+        loss,
+        calls,
+        outputs,
+        deadline,
+        usual,
     )
 
 
-def _audible(name: str, g: Tensor, precision: Precision) -> bool:
-    """False for a tensor of zeros, for one that was not sent and for one beneath its noise."""
+def _audible(name: str, g: Tensor, precision: Precision, usual: float) -> bool:
+    """False for a tensor of zeros, for one not sent, and for one beneath its noise or rounding."""
     size = float(g.square().mean()) ** 0.5 if g.numel() else 0.0
-    return size > AUDIBLE * precision.noise_rms(name, g) if precision.noisy else size > 0.0
+    noise = precision.noise_rms(name, g) if precision.noisy else 0.0
+    return size > max(AUDIBLE * noise, CANCELLED * precision.unit * usual)
+
+
+def _usual(
+    model: nn.Module, shape: tuple[int, ...], loss: Loss, batch: int | None
+) -> dict[str, float]:
+    """Root mean square of every gradient of one sample of a batch, by parameter name.
+
+    That of random data with a cotangent of size one at the outputs, which most losses have before
+    training.  The samples of a batch may cancel, what each of them rounds does not.
+    """
+    twin = copy.deepcopy(model).double()
+    named = dict(twin.named_parameters())
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(1, *shape, generator=generator, dtype=torch.float64)
+    try:
+        with torch.enable_grad():
+            outputs = twin(x.to(next(iter(named.values())).device))
+            found = torch.autograd.grad(outputs.norm(), list(named.values()), allow_unused=True)
+    except Exception:  # as in _run
+        return {}
+    scale = loss_scale(loss, batch or 1, outputs[0].numel())
+    sizes = zip(named, found, strict=True)
+    return {n: scale * float(g.square().mean()) ** 0.5 for n, g in sizes if g is not None}
 
 
 def _shape_of(model: nn.Module) -> tuple[int, ...] | None:

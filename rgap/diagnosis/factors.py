@@ -26,7 +26,7 @@ from .samples import LOOSEST, SAFETY, Samples
 BINARIES = (BINARY, PROBABILITIES, SIGMOID_FOCAL)  # y_j = 1 sends k_j < 0
 FEW = 64  # classes up to which a function of one's own is tried
 LISTED = 512  # classes up to which every target is tried
-EQUAL = 1e-4  # relative difference of factors that are the same
+EQUAL = 1e-3  # relative difference of factors that are the same
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,8 @@ def fits_of(evidence: Evidence, samples: Samples, loss: Loss) -> list[list[Fit]]
             return None
         if outputs < (3 if loss.name == SQUARED else 2):
             return None
+    if loss.name in BINARIES and not loss.plain:
+        return None  # behind other steps the sign of k_j says nothing of y_j
     if (loss.own and not 3 <= outputs <= FEW) or loss.targets == "probability":
         return None
     found = []
@@ -121,7 +123,7 @@ def _binary(samples: Samples, row: int) -> list[Tensor]:
     Where nothing is left of k_j, the logit is sure and its target right.
     """
     k = samples.cotangents[row]
-    gone = k.abs() <= SAFETY * samples.unit * k.abs().max()
+    gone = k.abs() <= max(SAFETY * samples.unit, samples.tolerance) * k.abs().max()
     sure = samples.logits[row] > 0
     return [torch.where(gone, sure, side)[None].double() for side in (k < 0, k > 0)]
 
@@ -217,6 +219,6 @@ def smallest_misfit(evidence: Evidence, samples: Samples, loss: Loss) -> tuple[f
     free = loss.own and evidence.labels is None  # nobody knows which targets it takes
     if fits is None or free or any(f.tolerance > LOOSEST for own in fits for f in own):
         return None
-    best = [min(own, key=lambda f: f.misfit) for own in fits]
-    worst = max(best, key=lambda f: f.misfit)
+    best = [min(own, key=lambda f: f.misfit / f.tolerance) for own in fits]
+    worst = max(best, key=lambda f: f.misfit / f.tolerance)
     return worst.misfit, worst.tolerance

@@ -18,6 +18,7 @@ from .finding import Finding, Kind
 
 FEWEST = 4  # rows and columns beneath the rank of the batch
 CLEAR = 20.0  # times the rounding that noise stands out by
+SVD = 4.0  # units of the largest singular value that the others are known to
 STATED = 2.0  # times the noise that is known to be there
 FLAT = (0.6, 1.6)  # of the largest singular value over that of noise
 ALIKE = 4.0  # ratio of the levels of two layers
@@ -69,6 +70,9 @@ def floors(evidence: Evidence) -> list[Floor]:
         level = float(beneath.square().sum() / freedom) ** 0.5
         edge = level * ((m - batch) ** 0.5 + (n - batch) ** 0.5)
         rounding = 2 * evidence.unit * float(values[0]) / (m * n) ** 0.5 * batch**0.5
+        rounding = max(rounding, evidence.unit * evidence.usual.get(call.weight_name, 0.0))
+        own = SVD * torch.finfo(torch.float64).eps * float(values[0])
+        rounding = max(rounding, own / (m**0.5 + n**0.5))
         seen = int((values > CLEAR * rounding * (m**0.5 + n**0.5)).sum())
         ratio = float(beneath[0]) / edge if edge > 0 else inf
         full = seen == min(m, n)

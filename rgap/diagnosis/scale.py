@@ -144,7 +144,7 @@ def _micro_batches(values: tuple[float, ...], size: int, near: float) -> list[in
                 break
             parts += [b] * (whole.count(b) // b)
         else:
-            if len(parts) == count and sum(parts) == size:
+            if len(parts) == count and sum(parts) == size and len(set(parts)) > 1:
                 return parts
     return None
 
