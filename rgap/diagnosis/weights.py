@@ -97,10 +97,8 @@ def read(evidence: Evidence, samples: Samples | None) -> list[Finding]:
         f"{worst.what}: relative misfit {worst.misfit:.1e}, rounding explains "
         f"{worst.tolerance:.1e}; {len(broken)} of {len(found)} identities fail"
     )
-    open_ = [k for k in (Kind.NOISE, Kind.STEPS) if k not in evidence.tested]
-    if open_:
-        said += f"; no equation here tells {' or '.join(open_)} from it"
-    return [Finding(Kind.WEIGHTS, worst.misfit, said, LINE, worst.strength)]
+    rivals = tuple(k for k in (Kind.NOISE, Kind.STEPS) if k not in evidence.tested)
+    return [Finding(Kind.WEIGHTS, worst.misfit, said, LINE, worst.strength, rivals)]
 
 
 def _masked(
