@@ -105,8 +105,10 @@ MISTAKES: dict[Kind, Callable[[mistakes.Case], Update]] = {
 
 @pytest.mark.parametrize(
     ("name", "size", "classes"),
-    [("mlp", 3, 1), ("mlp", 1, 2), ("mlp", 1, 10)]
-    + [*itertools.product(("lenet",), (1, 3), (1, 2)), ("lenet", 1, 10)],
+    [
+        *(("mlp", 3, 1), ("mlp", 1, 2), ("mlp", 1, 10), ("lenet", 1, 10)),
+        *itertools.product(("lenet",), (1, 3), (1, 2)),
+    ],
 )
 def test_a_mistake_is_named_or_what_looks_the_same(name: str, size: int, classes: int) -> None:
     given = case(name, size, BINARY if classes == 1 else "cross_entropy", classes=classes)
