@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rgap.doubles import BLOCK
+from rgap.network import Chain
 from rgap.problem import Problem
 from rgap.pruning import pruned
 from rgap.targets import CROSS_ENTROPY
@@ -39,7 +40,7 @@ def warnings(problem: Problem) -> tuple[str, ...]:
 def compressed(problem: Problem) -> str | None:
     """`compression` of the update that a problem is about."""
     noise = problem.update.noise
-    return compression(problem.gradients.original, terms_of(problem), noise)
+    return compression(problem.gradients.original, terms_of(problem.chain, problem.stated), noise)
 
 
 def compression(
@@ -86,18 +87,18 @@ def compression(
     return None
 
 
-def terms_of(problem: Problem) -> dict[str, int]:
+def terms_of(chain: Chain, batch: int | None) -> dict[str, int]:
     """Outer products that the gradient of each stage's weight is a sum of; {} of an unknown batch.
 
     Positions are those of the layer's output: windows of a convolution, tokens.
     """
-    if problem.stated is None:
+    if batch is None:
         return {}
     found = {}
-    for stage in problem.chain.stages:
+    for stage in chain.stages:
         affine = stage.affine
         groups = 1 if affine.geometry is None else affine.geometry.groups
-        found[affine.weight_name] = problem.stated * groups * prod(affine.out_shape[1:])
+        found[affine.weight_name] = batch * groups * prod(affine.out_shape[1:])
     return found
 
 
