@@ -91,8 +91,9 @@ def _pair(evidence: Evidence, affine: Call, norm: Call) -> Pair | None:
     noise = max(
         evidence.added(f"{n}.{p}") for n in (affine.name, norm.name) for p in ("weight", "bias")
     )
-    bias = gradients.get(f"{affine.name}.bias")
-    if bias is not None:
+    bias = evidence.update.gradients.get(affine.bias_name)  # in train mode its rounding is left
+    if bias is not None and bool(bias.any()):
+        bias = bias.to(shift)
         evaluated = slope * shift
         size = float(evaluated.norm())
         if size == 0.0:
