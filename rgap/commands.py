@@ -26,6 +26,7 @@ from rgap.options import (
     UpdatePath,
     Weights,
 )
+from rgap.spoken import options_of, spoken
 
 if TYPE_CHECKING:
     from torch import nn
@@ -115,6 +116,7 @@ def invert(
             progress=not quiet,
             memory_budget=room,
         )
+        found = replace(found, reason=spoken(found.reason, options_of(context)))
         written = None if output is None else write_recovery(found, output, sent.value_range)
         causes = None
         if why:

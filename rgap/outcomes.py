@@ -12,7 +12,7 @@ from rgap.recovery import Recovery, Status
 from rgap.recursion import Descent
 from rgap.replay import sent_for
 from rgap.reports import layer_reports
-from rgap.symptoms import compression, warnings
+from rgap.symptoms import compressed, warnings
 
 CHOSEN = (
     "a prior chose what the equations leave open: details of these pictures may be its own and not "
@@ -38,7 +38,7 @@ def stopped(
     """
     if halt is None and descent is not None:
         halt = descent.halt
-    looks = compression(problem.gradients.original)
+    looks = compressed(problem)
     if looks is not None:
         told = f"the update itself looks compressed, which no equation here models: {looks}"
         reason = f"{told}; {reason}"
