@@ -42,7 +42,9 @@ def structure_of(model: nn.Module, shape: tuple[int, ...]) -> tuple[Recording, d
 
     try:
         found = record(twin, x, combined, substitute="smooth")
-    except (RuntimeError, TypeError) as error:
+    except ValueError:
+        raise
+    except Exception as error:  # somebody else's forward may raise anything
         raise refusal(model, shape, error) from error
     if not any(use.covered for use in found.uses):
         raise ValueError(
