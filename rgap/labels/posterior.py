@@ -30,6 +30,7 @@ STEPS = 12  # of the fixed point; half of every step is taken
 # How far the mean of a batch lies from that of dummy data, beside its own chance, in variances of
 # theirs: not at all but for the chance of 34 dummies; half a standard deviation; two of them.
 WIDTHS = (0.03, 0.35, 4.0)
+RUNAWAY = 20.0  # scatters of dummy data; beyond, theirs is kept
 SIZE_DOUBT = 0.7  # standard deviation of the logarithm of scatter by that of dummy data
 # Weight of the dummy data, in samples: of the size of the scatter, and of its shape.
 SIZED, SHAPED = 2.0, 2.0
@@ -136,6 +137,8 @@ class Contrasts:
         and of a scatter so much larger or smaller than that of dummy data.
         """
         now = self._fixed_point(known)
+        if float((self.precision * now.scatter).sum()) > RUNAWAY**2 * len(now.scatter):
+            now = self._fixed_point(known, adapt=False)
         scatter, batch = now.scatter, self.head.batch_size
         size = float((self.precision * scatter).sum()) / len(scatter)
         size_odds = -((0.5 * math.log(max(size, TINY)) / SIZE_DOUBT) ** 2) / 2.0
@@ -158,14 +161,14 @@ class Contrasts:
             for pair, odd in zip(found, odds, strict=True)
         ]
 
-    def _fixed_point(self, known: Tensor | None) -> _State:
+    def _fixed_point(self, known: Tensor | None, adapt: bool = True) -> _State:
         """Mean and scatter that agree with the rows, from the widest prior.
 
         The classes' means ``m + a_k`` follow from the rows as the scatter's own conditional mean,
         ``a_k = (k_k - s/B)^T A^-1 D`` with ``D = R - s m^T``; ``1 - h_k`` of S is left within a
         class, ``h_k = (k_k - s/B)^T A^-1 (k_k - s/B)``, and bends the mean softmax.  Half of every
         step is taken, of S too: a large S makes A large, the mean uncertain and what the rows leave
-        large, and would run away.
+        large, and would run away.  Without ``adapt`` S stays that of dummy data.
         """
         head, s = self.head, self.s
         batch, q = head.batch_size, head.classes - 1
@@ -208,7 +211,8 @@ class Contrasts:
             fixed[present] = ((away @ inverse) * away).sum(1).clamp(0.0, 1.0)
             now.apart, now.fixed = apart, fixed
             found = self._scatter(left.T @ inverse @ left, now, prior)
-            now.scatter = (now.scatter + found) / 2.0
+            if adapt:
+                now.scatter = (now.scatter + found) / 2.0
         return now
 
     def _scatter(self, found: Tensor, now: _State, prior: Tensor) -> Tensor:
