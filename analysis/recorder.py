@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from rgap.analysis.calls import CONVOLUTIONS, Event, Node, Recording, Use
 from rgap.analysis.step_kinds import CHOOSE, CHOOSE_BY_INDEX, POINTWISE
 from rgap.analysis.substitutes import SUBSTITUTES
+from rgap.checking import refuse_meta
 from rgap.running import first_line
 
 __all__ = ["record", "refusal", "structural_twin", "uncounted"]
@@ -82,7 +83,12 @@ def record(model: nn.Module, inputs: Tensor, loss: Loss, *, substitute: str = ""
 def structural_twin(
     model: nn.Module, seed: int = 0, dtype: torch.dtype = torch.float64
 ) -> nn.Module:
-    """A copy on the CPU without hooks, its weights drawn anew: standard normal over √fan-in."""
+    """A copy on the CPU without hooks, its weights drawn anew: standard normal over √fan-in.
+
+    Raises:
+        ValueError: a parameter on the meta device; buffers have no values there to copy.
+    """
+    refuse_meta(model)
     twin = copy.deepcopy(model).cpu().to(dtype).eval()
     generator = torch.Generator().manual_seed(seed)
     for module in twin.modules():

@@ -47,10 +47,12 @@ def structure_of(model: nn.Module, shape: tuple[int, ...]) -> tuple[Recording, d
         found = recorded(1)
         for use, again in zip(found.uses, recorded(1).uses if light else (), strict=False):
             use.cotangents = torch.where(use.cotangents == 0, again.cotangents, use.cotangents)
-    except (RuntimeError, TypeError, ValueError, IndexError):  # squeeze() takes a batch of one away
+    except Exception:  # somebody else's forward may raise anything; squeeze() drops a batch of one
         try:
             found = recorded(2)
-        except (RuntimeError, TypeError) as error:
+        except ValueError:
+            raise
+        except Exception as error:
             raise refusal(model, shape, error) from error
     if not any(use.covered for use in found.uses):
         raise ValueError(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from rgap import validation
+from rgap.checking import refuse_meta
 from rgap.losses import Loss
 from rgap.running import called, only_tensor, refuse_wrapped
 from rgap.update import Update
@@ -147,13 +148,12 @@ def _parameters(model: nn.Module) -> dict[str, Tensor]:
     parameters: dict[str, Tensor] = dict(model.named_parameters())
     if not parameters:
         raise ValueError(f"model: the {type(model).__name__} has no parameters, so no gradient.")
+    refuse_meta(model)
     for name, parameter in parameters.items():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise ValueError(
                 f"model: {name!r} is not initialised yet; run model(inputs) once before capture."
             )
-        if parameter.is_meta:
-            raise ValueError(f"model: {name!r} is on the meta device and has no values.")
         if not parameter.is_floating_point():
             raise TypeError(f"model: {name!r} has dtype {parameter.dtype}, expected a real one.")
     trained = {name: p for name, p in parameters.items() if p.requires_grad}

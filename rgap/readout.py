@@ -12,7 +12,7 @@ from rgap.batches import batch_of, label_identity, rows_of, several, snapped
 from rgap.batchloss import BatchLoss
 from rgap.certificate import Answer
 from rgap.doubles import row_blocks
-from rgap.limits import FITS
+from rgap.limits import FITS, PASSES
 from rgap.network import Chain, Stage
 from rgap.polish import Polished, polish
 from rgap.precision import Known, carried
@@ -60,22 +60,35 @@ def read_batch(problem: Problem, descent: Descent, head: BatchLoss) -> Answer:
             break
         head, polished = again, trial
         features = top_features(problem.chain, polished.data)
+    norm = gathered(problem.chain, polished)
+    if continuous:  # they come from the head's gradient by its features, as well as these tell
+        table = torch.nn.functional.pad(features.value.flatten(1), (0, 1), value=1.0)
+        values = torch.linalg.svdvals(table)
+        norm *= float(values[0] / values[-1].clamp_min(1e-300))
+    # The members carry the client's rounding; what ours gathers is the larger one in float64.
+    own = PASSES * torch.finfo(torch.float64).eps * norm
+    wider = max(1.0, own / max(float(polished.data.std.max()), 1e-300))
+    polished = replace(polished, data=_wider(polished.data, wider))
+    features = _wider(features, wider)
     error = torch.stack([stage.affine.linear(e) for e in features.error])
     logits = Known(stage.affine.forward(features.value), error)
     if several(problem.update.loss, problem.chain):
-        head, distance, tolerance = snapped(problem, head, features.value.flatten(1), logits)
+        flat = Known(features.value.flatten(1), features.error.flatten(2))
+        # They were read at features that the polish has moved since.
+        head = read_from_head(batch_of(problem), flat.value, logits.value, head)
+        head, distance, tolerance = snapped(problem, head, flat, logits)
     else:
         _, distance, tolerance = label_identity(problem, head, logits)
     rows = rows_of(head, problem.labels)
     reading = Reading(
         head.targets, rows.labels, distance, tolerance, open=head.loss.open_at(logits.value)
     )
-    norm = gathered(problem.chain, polished)
-    if continuous:  # they come from the head's gradient by its features, as well as these tell
-        table = torch.nn.functional.pad(features.value.flatten(1), (0, 1), value=1.0)
-        values = torch.linalg.svdvals(table)
-        norm *= float(values[0] / values[-1].clamp_min(1e-300))
     return Answer(descent, polished, reading, rows, gathered=norm)
+
+
+def _wider(known: Known, times: float) -> Known:
+    """The same with larger errors."""
+    return Known(known.value, times * known.error)
 
 
 def gathered(chain: Chain, polished: Polished) -> float:
