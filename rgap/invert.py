@@ -20,6 +20,7 @@ from rgap.diagnosis.reason import explained
 from rgap.filling import filled, searched
 from rgap.halt import Halt, HaltKind
 from rgap.head import HeadCandidate, HeadFailure, features_from_bias, rank_one_tolerance, solve_head
+from rgap.merging import uncounted
 from rgap.network import Chain
 from rgap.ops import Rearrange, Reshape
 from rgap.pooling import LinearMap
@@ -39,11 +40,6 @@ from rgap.solvers.priors import Prior
 from rgap.update import Update
 
 log = logging.getLogger(__name__)
-
-SMALLEST = (
-    "no batch size was stated: this is the smallest batch that sends the update; more pictures, of "
-    "which some differ only where no layer looks, send it too, and only their means are certain"
-)
 
 
 @dataclass(frozen=True)
@@ -156,8 +152,8 @@ def _counted(problem: Problem, found: Recovery) -> Recovery:
     """
     if problem.stated is not None or not found.certified:
         return found
-    if "targets" in found.certified or found.separation:
-        return replace(found, warnings=(*found.warnings, SMALLEST))
+    if "targets" in found.certified:
+        return uncounted(problem, found)
     return replace(
         found,
         inputs=None,
