@@ -20,7 +20,7 @@ from rgap.diagnosis.reason import explained
 from rgap.filling import filled, searched
 from rgap.halt import Halt, HaltKind
 from rgap.head import HeadCandidate, HeadFailure, features_from_bias, rank_one_tolerance, solve_head
-from rgap.merging import uncounted
+from rgap.merging import uncounted, unrefuted
 from rgap.network import Chain
 from rgap.ops import Rearrange, Reshape
 from rgap.pooling import LinearMap
@@ -150,7 +150,11 @@ def _counted(problem: Problem, found: Recovery) -> Recovery:
     Where the network is affine on the data, or has one logit, several samples send a gradient of
     rank one as well: without targets nothing says that there is one.
     """
-    if problem.stated is not None or not found.certified:
+    if problem.stated is not None:
+        return found
+    if found.status is Status.INCONSISTENT:
+        return unrefuted(found)
+    if not found.certified:
         return found
     if "targets" in found.certified:
         return uncounted(problem, found)

@@ -13,8 +13,8 @@ left, no shift of a sample and no other weight:
 The right side is measured on the update, the left side on the model; the layer that sees most
 decides.  Directions that no layer sees cannot be bounded by any update, so the directions are
 drawn: noise, brightness, contrast and single entries, and the least visible of them, with a
-margin, stands for the rest.  Where no layer sees them, as behind one logit of a piecewise linear network, the
-distance is infinite.
+margin, stands for the rest.  Where no layer sees them, as behind one logit of a piecewise linear
+network, the distance is infinite.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from rgap.problem import Problem
 from rgap.recovery import Candidate, Recovery, Status
 from rgap.running import called
 
-__all__ = ["hidden", "uncounted"]
+__all__ = ["hidden", "uncounted", "unrefuted"]
 
 DRAWS = 8  # directions of each of four kinds
 STEP = 1e-5  # of the largest entry: of a central difference
@@ -79,6 +79,21 @@ def uncounted(problem: Problem, found: Recovery) -> Recovery:
         reason=f"the batch size is not stated, and several pictures with one target, {far} from "
         "each other, send the update of the one between them; state batch_size (for one sample "
         f"batch_size=1) to have it certified; then: {found.reason}",
+    )
+
+
+def unrefuted(found: Recovery) -> Recovery:
+    """A contradiction of the smallest batch, which refutes no larger one: not ``INCONSISTENT``."""
+    return replace(
+        found,
+        inputs=None,
+        status=Status.UNDERDETERMINED,
+        certified=frozenset(),
+        error_bound=None,
+        predicted_error=None,
+        reason="the batch size is not stated, and the smallest batch does not send this update; a "
+        "larger one may: state batch_size (for one sample batch_size=1) to have it tested; "
+        f"then: {found.reason}",
     )
 
 

@@ -134,9 +134,7 @@ def _separated(
 ) -> Separated:
     """With what copies may differ by, and the cotangents."""
     stage = samples.stage
-    distance = hidden_distance(
-        batch.chain, samples, head, known.value, batch.precision, batch.size is not None
-    )
+    distance = hidden_distance(batch.chain, samples, head, known.value, batch.precision)
     note = remark(samples, head, distance, known.value)
     if note:
         known = widened(known, distance, batch.precision)
