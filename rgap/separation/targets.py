@@ -18,6 +18,8 @@ from .mixture import Mixture
 from .multiplicity import batch_of, multiplicity, split_counts, whole
 from .peeling import Collected
 
+PARALLEL = 2  # logits of which all cotangents are parallel: p − y sums to 0
+
 
 def single(batch: Batch, rank: int) -> bool:
     """True if as many samples were sent as the gradient tells apart: each occurs once."""
@@ -78,7 +80,7 @@ def batch_loss(
         batch: the update.
         logits: of the samples, [R, C].
         identities: one a sample.
-        certain: False where rounding may explain any weight (see :func:`resolved`).
+        certain: False where nothing contradicts a weight (see :func:`refuting`).
 
     Returns:
         The :class:`BatchLoss`, or why no whole numbers of copies fit.
@@ -133,7 +135,8 @@ def batch_loss(
         return Unseparated(
             f"the update is that of {total} samples ({len(copies)} different pictures), the stated "
             f"batch size is {batch.size}",
-            consistent=not (certain and all(_clear(i) for i in identities)),
+            # A sample that sends nothing, or the like of another one's, is not seen at all.
+            consistent=total < batch.size or not (certain and all(_clear(i) for i in identities)),
         )
     return BatchLoss(batch.loss, torch.stack(targets), logits.new_tensor(copies))
 
@@ -184,6 +187,16 @@ def resolved(batch: Batch, samples: Mixture) -> bool:
     return samples.ratio > law * 2.0 * batch.precision.unit
 
 
+def refuting(batch: Batch, samples: Mixture) -> bool:
+    """True if weights that are no whole numbers contradict a stated batch size.
+
+    Not where at most two logits carry the loss: the cotangents of all targets are then parallel,
+    and samples of different targets may be shown as one, of any weight.
+    """
+    head = batch.gradients[batch.chain.stages[-1].affine.weight_name]
+    return int((head != 0).any(1).sum()) > PARALLEL and resolved(batch, samples)
+
+
 def _clear(identity: Identity) -> bool:
     """True if the next class misses by so much more that the root is at a sample."""
     return identity.next > max(SURELY * identity.outside, SURE)
@@ -202,7 +215,7 @@ def contradicted(batch: Batch, samples: Mixture, found: Collected) -> Unseparate
         and i.label is not None
         and LEAST < _copies(batch, i, batch.size or 1) < 1.0 / LEAST * (batch.size or 1)
     ]
-    if batch.size is None or not sure or not resolved(batch, samples):
+    if batch.size is None or not sure or not refuting(batch, samples):
         return None
     if len(sure) < len(found.roots):
         return None
