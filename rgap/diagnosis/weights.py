@@ -191,6 +191,9 @@ def _balance(
         return evidence.model.get_parameter(name).detach().double() * gradients[name]
 
     below, above = lower.affine, upper.affine
+    used = (below.weight_name, below.bias_name, above.weight_name)
+    if not all(evidence.precision.sent(name) for name in used if name is not None):
+        return None  # a frozen layer leaves its part of the balance open
     channels = below.out_shape[0]
     if norm is None:
         terms = [product(below.weight_name).flatten(1)]
