@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from math import log
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from .mixture import Mixture
 from .multiplicity import batch_of, multiplicity, split_counts, whole
 from .peeling import Collected
 
+SILENT = 0.25  # share of the distance of logits at which nothing is sent that the others may have
 PARALLEL = 2  # logits of which all cotangents are parallel: p − y sums to 0
 
 
@@ -135,8 +137,8 @@ def batch_loss(
         return Unseparated(
             f"the update is that of {total} samples ({len(copies)} different pictures), the stated "
             f"batch size is {batch.size}",
-            # A sample that sends nothing, or the like of another one's, is not seen at all.
-            consistent=total < batch.size or not (certain and all(_clear(i) for i in identities)),
+            consistent=(total < batch.size and _silent(batch, logits))
+            or not (certain and all(_clear(i) for i in identities)),
         )
     return BatchLoss(batch.loss, torch.stack(targets), logits.new_tensor(copies))
 
@@ -195,6 +197,15 @@ def refuting(batch: Batch, samples: Mixture) -> bool:
     """
     head = batch.gradients[batch.chain.stages[-1].affine.weight_name]
     return int((head != 0).any(1).sum()) > PARALLEL and resolved(batch, samples)
+
+
+def _silent(batch: Batch, logits: Tensor) -> bool:
+    """True if others may have sent nothing, as a softmax that is sure of itself does.
+
+    That takes logits log(1/u) apart; those that were found are at least ``SILENT`` of it.
+    """
+    apart = float((logits.amax(1) - logits.amin(1)).max())
+    return apart > SILENT * log(1.0 / batch.precision.unit)
 
 
 def _clear(identity: Identity) -> bool:
