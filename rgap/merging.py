@@ -163,7 +163,8 @@ class _Seen:
         size = across.norm(dim=1)
         # What a difference of k in float64 leaves of one that is none.
         size = torch.where(size > ALIKE / step * self.floor, size, 0.0)
-        return size * along.norm(dim=1) / self.noise
+        shown: Tensor = size * along.norm(dim=1) / self.noise
+        return shown
 
 
 def _directions(inputs: Tensor, seed: int) -> list[Tensor]:
@@ -229,7 +230,7 @@ def _layers(
         return [{} for _ in batches]
     grads = torch.autograd.grad(loss, [made for _, made in once.values()], materialize_grads=True)
     split = {
-        name: list(zip(given.detach().split(size), grad.split(size), strict=True))
+        name: list(zip(torch.split(given.detach(), size), torch.split(grad, size), strict=True))
         for (name, (given, _)), grad in zip(once.items(), grads, strict=True)
     }
     return [{name: own[i] for name, own in split.items()} for i in range(len(batches))]
