@@ -37,7 +37,7 @@ def test_near_copies_with_other_labels_under_two_logits(seed: int) -> None:
     assert rgap.invert(model, update).status is not Status.INCONSISTENT
 
 
-@pytest.mark.parametrize("seed", (1, 3))
+@pytest.mark.parametrize("seed", [1, 3])
 def test_three_samples_of_two_parallel_logits(seed: int) -> None:
     """On one affine piece all cotangents are parallel: the weights are those of mixtures."""
     torch.manual_seed(seed)
