@@ -23,6 +23,7 @@ from rgap.filling import filled, searched
 from rgap.halt import Halt, HaltKind
 from rgap.head import HeadCandidate, HeadFailure, features_from_bias, rank_one_tolerance, solve_head
 from rgap.mapped import Mapped
+from rgap.merging import uncounted, unrefuted
 from rgap.precision import Known
 from rgap.prefix import find_pairs, find_prefix
 from rgap.problem import Filling, Problem, prepare
@@ -41,10 +42,6 @@ from rgap.update import Update
 log = logging.getLogger(__name__)
 
 REFINED = 3  # times that a factor on a batch is taken out of it
-SMALLEST = (
-    "no batch size was stated: this is the smallest batch that sends the update; more pictures, of "
-    "which some differ only where no layer looks, send it too, and only their means are certain"
-)
 
 
 @dataclass(frozen=True)
@@ -155,10 +152,14 @@ def _counted(problem: Problem, found: Recovery) -> Recovery:
     Where the network is affine on the data, or has one logit, several samples send a gradient of
     rank one as well: without targets nothing says that there is one.
     """
-    if problem.stated is not None or not found.certified:
+    if problem.stated is not None:
         return found
-    if "targets" in found.certified or found.separation:
-        return replace(found, warnings=(*found.warnings, SMALLEST))
+    if found.status is Status.INCONSISTENT:
+        return unrefuted(found)
+    if not found.certified:
+        return found
+    if "targets" in found.certified:
+        return uncounted(problem, found)
     return replace(
         found,
         inputs=None,

@@ -22,12 +22,13 @@ from rgap.rounding import UNIFORM, coherence, spacing
 __all__ = ["Rounded", "recognise"]
 
 FORMATS = (torch.bfloat16, torch.float16, torch.float32)  # coarsest first
-EVIDENCE = 16  # distinct values that use the last bit of a format, or levels of integers, needed
+EVIDENCE = 16  # distinct values that use the last bit of a format needed
+LEVELS = 12  # levels of integers, beside the largest of each tensor, needed in all tensors together
 USED = 0.25  # share of the distinct values that do, where rounding decided: one half
 LOOKED = 4096  # values of a tensor among which they are counted
 WIDTHS = range(4, 17)  # bits of integers that are looked for
 OFF = 4.0  # spacings of the carrying format by which a multiple of the step may be off
-FEWEST = 64  # entries of a tensor that may show integers by itself
+FEWEST = 24  # entries of the tensors that may show integers
 
 
 @dataclass(frozen=True)
@@ -110,11 +111,8 @@ def _integers(gradients: Mapping[str, Tensor]) -> Rounded | None:
     Errors of entries that went to zero follow the gradient where most did (see ``coherence``).
     """
     ends = {name: _ends(g) for name, g in gradients.items()}
-    large = {name: g for name, g in gradients.items() if g.numel() >= FEWEST}
     for bits in WIDTHS:
-        if all(_step(g, bits, *ends[name]) is None for name, g in large.items()):
-            continue
-        noise, evidence = {}, 0
+        noise, evidence, entries = {}, 0, 0
         for name, g in gradients.items():
             step = _step(g, bits, *ends[name])
             if step is None:
@@ -122,10 +120,9 @@ def _integers(gradients: Mapping[str, Tensor]) -> Rounded | None:
             noise[name] = torch.full_like(g, UNIFORM * step)
             if g.ndim > 1:
                 noise[name] *= coherence(g == 0, (g == 0).flatten(1).all(1)).to(g)
-            levels = len(_distinct(g))
-            if g.numel() >= FEWEST and levels >= min(EVIDENCE, 2 ** (bits - 1) - 2):
-                evidence += levels
-        if evidence:
+            entries += g.numel()
+            evidence += len(_distinct(g)) - 1  # the largest is one whatever the others are
+        if entries >= FEWEST and evidence >= min(LEVELS, 2 ** (bits - 1) - 3):
             return Rounded(f"{bits}-bit integers", None, noise, evidence)
     return None
 

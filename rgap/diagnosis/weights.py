@@ -190,8 +190,9 @@ def _balance(
         return evidence.model.get_parameter(name).detach().double() * gradients[name]
 
     below, above = lower.affine, upper.affine
-    if any(n and n not in gradients for a in (below, above) for n in (a.weight_name, a.bias_name)):
-        return None
+    used = (below.weight_name, below.bias_name, above.weight_name, above.bias_name)
+    if not all(n in gradients and evidence.precision.sent(n) for n in used if n is not None):
+        return None  # a frozen layer leaves its part of the balance open
     channels = below.out_shape[0]
     if norm is None:
         terms = [product(below.weight_name).flatten(1)]

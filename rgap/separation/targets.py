@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from math import log
 from statistics import median
 
 import torch
@@ -20,6 +21,8 @@ from .multiplicity import batch_of, multiplicity, split_counts, whole
 from .peeling import Collected
 
 COMMON = 1.05  # ratio of weights that are taken for one factor; a replay decides
+SILENT = 0.25  # share of the distance of logits at which nothing is sent that the others may have
+PARALLEL = 2  # logits of which all cotangents are parallel: p − y sums to 0
 
 
 def single(batch: Batch, rank: int) -> bool:
@@ -81,7 +84,7 @@ def batch_loss(
         batch: the update.
         logits: of the samples, [R, C].
         identities: one a sample.
-        certain: False where rounding may explain any weight (see :func:`resolved`).
+        certain: False where nothing contradicts a weight (see :func:`refuting`).
 
     Returns:
         The :class:`BatchLoss`, or why no whole numbers of copies fit.
@@ -136,7 +139,8 @@ def batch_loss(
         return Unseparated(
             f"the update is that of {total} samples ({len(copies)} different pictures), the stated "
             f"batch size is {batch.size}",
-            consistent=not (certain and all(_clear(i) for i in identities)),
+            consistent=(total < batch.size and _silent(batch, logits))
+            or not (certain and all(_clear(i) for i in identities)),
         )
     return BatchLoss(batch.loss, torch.stack(targets), logits.new_tensor(copies))
 
@@ -187,6 +191,25 @@ def resolved(batch: Batch, samples: Mixture) -> bool:
     return samples.ratio > law * 2.0 * batch.precision.unit
 
 
+def refuting(batch: Batch, samples: Mixture) -> bool:
+    """True if weights that are no whole numbers contradict a stated batch size.
+
+    Not where at most two logits carry the loss: the cotangents of all targets are then parallel,
+    and samples of different targets may be shown as one, of any weight.
+    """
+    head = batch.gradients[batch.chain.stages[-1].affine.weight_name]
+    return int((head != 0).any(1).sum()) > PARALLEL and resolved(batch, samples)
+
+
+def _silent(batch: Batch, logits: Tensor) -> bool:
+    """True if others may have sent nothing, as a softmax that is sure of itself does.
+
+    That takes logits log(1/u) apart; those that were found are at least ``SILENT`` of it.
+    """
+    apart = float((logits.amax(1) - logits.amin(1)).max())
+    return apart > SILENT * log(1.0 / batch.precision.unit)
+
+
 def _clear(identity: Identity) -> bool:
     """True if the next class misses by so much more that the root is at a sample."""
     return identity.next > max(SURELY * identity.outside, SURE)
@@ -227,7 +250,7 @@ def contradicted(batch: Batch, samples: Mixture, found: Collected) -> Unseparate
     sure = [i for i, m in zip(clear, weights, strict=True) if LEAST < m < batch.size / LEAST]
     if not found.roots.numel() and (common := common_factor(batch, samples.rank, clear)):
         return common
-    if not sure or not resolved(batch, samples):
+    if not sure or not refuting(batch, samples):
         return None
     if len(sure) < len(found.roots):
         return None
