@@ -75,7 +75,8 @@ def _carried(features: Known, kappa: Tensor) -> Tensor:
     """Error of κ [R, C] for every error of the features it was read by, ``δκ = −(uᵀ)⁺ δuᵀ κ``."""
     table = torch.nn.functional.pad(features.value, (0, 1), value=1.0)
     moved = torch.nn.functional.pad(features.error, (0, 1))
-    return -torch.linalg.pinv(table.T) @ (moved.mT @ kappa)
+    carried: Tensor = -torch.linalg.pinv(table.T) @ (moved.mT @ kappa)
+    return carried
 
 
 def errors_of_targets(problem: Problem, features: Tensor) -> Tensor:

@@ -190,7 +190,7 @@ def _balance(
         return evidence.model.get_parameter(name).detach().double() * gradients[name]
 
     below, above = lower.affine, upper.affine
-    used = (below.weight_name, below.bias_name, above.weight_name, above.bias_name)
+    used = (below.weight_name, below.bias_name, above.weight_name)
     if not all(n in gradients and evidence.precision.sent(n) for n in used if n is not None):
         return None  # a frozen layer leaves its part of the balance open
     channels = below.out_shape[0]
