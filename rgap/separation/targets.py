@@ -223,7 +223,7 @@ def common_factor(batch: Batch, rank: int, identities: Sequence[Identity]) -> Un
         rank: samples that the gradient tells apart.
         identities: of samples that were found.
     """
-    if not single(batch, rank) or not identities:
+    if not single(batch, rank) or len(identities) < rank:
         return None
     if any(i.label is None or i.outside >= SURE or not _clear(i) for i in identities):
         return None
