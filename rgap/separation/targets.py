@@ -168,10 +168,7 @@ def read_from_head(batch: Batch, features: Tensor, logits: Tensor, head: BatchLo
     kappa = torch.linalg.solve_triangular(upper, basis.T @ torch.cat(sent, 1).T, upper=True)
     if not bool(kappa.isfinite().all()):
         return head
-    scale = loss_scale(batch.loss, float(head.copies.sum()), batch.classes)
-    summed = replace(batch.loss, reduction="sum")
-    targets = summed.targets_from(logits, kappa / (scale * head.copies)[:, None])
-    return replace(head, targets=targets)
+    return head.explained(logits, kappa)
 
 
 def resolved(batch: Batch, samples: Mixture) -> bool:

@@ -1,0 +1,76 @@
+"""Batches with real-valued targets: the cotangents at the head are unknowns beside the samples."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from batched import mlp, pictures
+from steps_table import LOSSES, Case, drawn, fault, network
+from torch import Tensor
+
+from rgap import Status, capture, invert
+from rgap.bilinear import Rows
+from rgap.jacobian import Linearisation
+from rgap.network import parse
+from rgap.separation.joint import normal_matrix
+
+F64 = torch.float64
+
+
+def held(activation: str = "tanh") -> tuple[Linearisation, Rows]:
+    """Three samples of a network of three layers with a κ of any values, and weights of rows."""
+    model = mlp(activation, 2, widths=(6, 7))
+    draw = torch.Generator().manual_seed(0)
+    kappa = torch.randn(3, 5, generator=draw, dtype=F64)
+    point = Linearisation(parse(model, (48,)), pictures(3, 2).flatten(1), kappa)
+    weights = {
+        n: (0.1 + torch.rand(len(g), generator=draw, dtype=F64)).reshape(-1, *([1] * (g.ndim - 1)))
+        for n, g in point.gradients().items()
+    }
+    return point, weights
+
+
+def columns(point: Linearisation, weights: Rows) -> Tensor:
+    """Σ^{-1/2} [∂g/∂κ, ∂g/∂x], one column at a time."""
+    found = []
+    for which, like in enumerate((point.kappa, point.x)):
+        for entry in torch.eye(like.numel(), dtype=F64):
+            direction = entry.reshape(1, *like.shape)
+            rows = point.jvp(None, direction) if which == 0 else point.jvp(direction)
+            found.append(torch.cat([(rows[n] * weights[n]).flatten() for n in weights]))
+    return torch.stack(found, 1)
+
+
+def test_the_normal_matrix_with_free_cotangents_is_dense_jtwj() -> None:
+    point, weights = held()
+    jacobian = columns(point, weights)
+    found, expected = normal_matrix(point, weights, free=True), jacobian.T @ jacobian
+    assert torch.equal(found, found.T)
+    assert float((found - expected).norm()) < 1e-13 * float(expected.norm())
+
+
+@pytest.mark.parametrize("activation", ["gelu", "leaky_relu"])
+def test_pulls_are_the_transpose_in_both_arguments(activation: str) -> None:
+    point, weights = held(activation)
+    jacobian = columns(point, weights)
+    draw = torch.Generator().manual_seed(3)
+    rows = {n: torch.randn(2, *g.shape, generator=draw, dtype=F64)
+            for n, g in point.gradients().items()}  # fmt: skip
+    on_x, on_kappa = point.pulls({n: rows[n] * weights[n] for n in rows})
+    flat = torch.cat([rows[n].flatten(1) for n in weights], 1)
+    found = torch.cat([on_kappa.flatten(1), on_x.flatten(1)], 1)
+    assert torch.allclose(found, flat @ jacobian, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("batch", [2, 3])
+@pytest.mark.parametrize("loss", ["binary", "squared", "soft"])
+@pytest.mark.parametrize("seed", [1, 6])
+def test_a_batch_of_samples_that_are_alike_is_certified(seed: int, loss: str, batch: int) -> None:
+    """Inputs in (0.5, 0.73): a κ read off the features once is off by their condition."""
+    case = Case("none", "input", batch, loss, seed)
+    model = network(case)
+    x, y = drawn(case, model)
+    x = torch.sigmoid(x)
+    found = invert(model, capture(model, x, y, LOSSES[loss]))
+    assert found.status is Status.EXACT, found.reason
+    assert fault(found, x, y) == ""
