@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from rgap.batches import batch_of, label_identity, rows_of, several, snapped
 from rgap.batchloss import BatchLoss
 from rgap.certificate import Answer
 from rgap.doubles import row_blocks
-from rgap.limits import FITS
+from rgap.limits import NEAREST
 from rgap.network import Chain, Stage
 from rgap.polish import Polished, polish
 from rgap.precision import Known, carried
@@ -21,8 +20,6 @@ from rgap.reading import Reading, read_target
 from rgap.recovery import Route
 from rgap.recursion import Descent
 from rgap.separation.targets import read_from_head
-
-REREAD = 3  # times that real-valued targets are read again
 
 
 def read_answer(problem: Problem, descent: Descent, kappa: Known, apart: bool = False) -> Answer:
@@ -45,25 +42,22 @@ def read_batch(problem: Problem, descent: Descent, head: BatchLoss) -> Answer:
     """Polish the pictures of a batch all together and check their labels by the identity."""
     lowest = descent.solutions.get(0)
     settled = lowest is not None and lowest.solution.stats.route == Route.SEPARATION
-    polished = _polished(problem, descent, head, settled)
-    stage = problem.chain.stages[-1]
-    features = top_features(problem.chain, polished.data)
-    continuous = head.loss.targets != "index"
-    for _ in range(REREAD if continuous else 0):
-        if polished.misfit <= FITS:
-            break
-        # Real-valued targets were read at features that have moved since.
-        z = stage.affine.forward(features.value)
-        again = read_from_head(batch_of(problem), features.value.flatten(1), z, head)
-        trial = _polished(problem, replace(descent, data=polished.data), again, settled)
-        if not trial.misfit < polished.misfit:
-            break
-        head, polished = again, trial
-        features = top_features(problem.chain, polished.data)
-    error = torch.stack([stage.affine.linear(e) for e in features.error])
-    logits = Known(stage.affine.forward(features.value), error)
-    if several(problem.update.loss, problem.chain):
-        head, distance, tolerance = snapped(problem, head, features.value.flatten(1), logits)
+    labels = several(problem.update.loss, problem.chain)
+    if labels:
+        start = descent.require_data()
+        features, logits = _top(problem, start)
+        exact, distance, _ = snapped(problem, head, features.value.flatten(1), logits)
+        polished = _polished(problem, descent, exact if distance < NEAREST else head, settled)
+    else:
+        polished = _polished(problem, descent, head, settled)
+    features, logits = _top(problem, polished.data)
+    rows_of_features = features.value.flatten(1)
+    if polished.eliminated and polished.head is not None:
+        head = polished.head
+    elif labels:
+        head = read_from_head(batch_of(problem), rows_of_features, logits.value, head)
+    if labels:
+        head, distance, tolerance = snapped(problem, head, rows_of_features, logits)
     else:
         _, distance, tolerance = label_identity(problem, head, logits)
     rows = rows_of(head, problem.labels)
@@ -71,11 +65,19 @@ def read_batch(problem: Problem, descent: Descent, head: BatchLoss) -> Answer:
         head.targets, rows.labels, distance, tolerance, open=head.loss.open_at(logits.value)
     )
     norm = gathered(problem.chain, polished)
-    if continuous:  # they come from the head's gradient by its features, as well as these tell
-        table = torch.nn.functional.pad(features.value.flatten(1), (0, 1), value=1.0)
+    if head.continuous and not polished.eliminated:
+        # Read off the head's gradient by its features, as well as these tell samples apart.
+        table = torch.nn.functional.pad(rows_of_features, (0, 1), value=1.0)
         values = torch.linalg.svdvals(table)
         norm *= float(values[0] / values[-1].clamp_min(1e-300))
     return Answer(descent, polished, reading, rows, gathered=norm)
+
+
+def _top(problem: Problem, data: Known) -> tuple[Known, Known]:
+    """Inputs of the head and its logits, with their errors."""
+    features, affine = top_features(problem.chain, data), problem.chain.stages[-1].affine
+    error = torch.stack([affine.linear(e) for e in features.error])
+    return features, Known(affine.forward(features.value), error)
 
 
 def gathered(chain: Chain, polished: Polished) -> float:
