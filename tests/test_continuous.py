@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from batched import mlp, pictures
 from steps_table import LOSSES, Case, drawn, fault, network
-from torch import Tensor
+from torch import Tensor, nn
 
 from rgap import Status, capture, invert
 from rgap.bilinear import Rows
@@ -74,3 +76,35 @@ def test_a_batch_of_samples_that_are_alike_is_certified(seed: int, loss: str, ba
     found = invert(model, capture(model, x, y, LOSSES[loss]))
     assert found.status is Status.EXACT, found.reason
     assert fault(found, x, y) == ""
+
+
+def test_ends_of_a_line_of_solutions_are_no_samples() -> None:
+    """Two samples with one pattern of a LeakyReLU: every point between solves their equations.
+
+    The line ends at kinks, where the equations are open from one side only: the points there, with
+    cotangents of their own, would send both gradients.
+    """
+    torch.manual_seed(99)
+    widths = (20, 24, 22, 20, 8)
+    layers: list[nn.Module] = []
+    for n, m in pairwise(widths):
+        layers += [nn.Linear(n, m), nn.LeakyReLU(0.2)]
+    model = nn.Sequential(*layers[:-1]).eval()
+    x, y = alike_in_pattern(model)
+    found = invert(model, capture(model, x, y, LOSSES["soft"]))
+    assert found.status is not Status.INCONSISTENT
+    if "inputs" in found.certified:
+        assert found.inputs is not None
+        gaps = (found.inputs[:, None] - x.double()[None]).abs().amax(2).amin(1)
+        assert float(gaps.max()) <= found.error_bound
+
+
+def alike_in_pattern(model: nn.Module) -> tuple[Tensor, Tensor]:
+    """Six samples of which two share every sign of the first layer, and soft targets."""
+    draw = torch.Generator().manual_seed(5)
+    x = torch.rand(6, 20, generator=draw)
+    y = torch.rand(6, 8, generator=draw).softmax(1)
+    signs = model[0](x) > 0
+    same = (signs[:, None] == signs[None]).all(2).triu(1)
+    assert int(same.sum()) == 1
+    return x, y
