@@ -84,6 +84,20 @@ class Use:
         """Places of one sample at which a fully connected layer is applied."""
         return prod(self.inputs.shape[1:-1]) if self.kind == "linear" else 1
 
+    def folded(self, batch: int) -> int:
+        """Entries of dimension 0 that one of B samples has: frames, windows, a sequence first."""
+        return max(1, len(self.inputs) // batch) if self.inputs.ndim > 1 else 1
+
+    def unknowns(self, batch: int) -> int:
+        """Entries of u that belong to one of B samples."""
+        return self.inputs.numel() // batch
+
+    def read_outputs(self, batch: int) -> Tensor:
+        """True where the loss reads z: [places, out] of a sample, or [folded, F, *space]."""
+        k = self.cotangents != 0
+        tail = k.shape[-1:] if self.kind == "linear" else k.shape[1:]
+        return k.reshape(batch, -1, *tail).any(0)
+
     @property
     def rows(self) -> tuple[Tensor, Tensor, Tensor]:
         """u, z and k with one row per sample and place: over a sequence, a place is a sample."""
@@ -115,13 +129,22 @@ class Use:
 
 @dataclass(frozen=True, eq=False)
 class Event:
-    """What happened, in order: the use of a weight, or the call of another module."""
+    """What happened, in order: the use of a weight, or the call of another module.
+
+    Attributes:
+        name: path of the module.
+        module: None for a function.
+        in_shape, out_shape: without dimension 0.
+        use: of the weight, if it has one.
+        folded: entries of dimension 0 that one sample has.
+    """
 
     name: str
     module: nn.Module | None
     in_shape: tuple[int, ...]
     out_shape: tuple[int, ...]
     use: Use | None = None
+    folded: int = 1
 
 
 @dataclass(frozen=True, eq=False)

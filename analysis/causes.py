@@ -12,7 +12,7 @@ from rgap.analysis.remedies import remedies
 from rgap.halt import Halt, HaltKind
 from rgap.network import Chain, parse
 from rgap.recovery import LayerReport, Recovery, Route, Status
-from rgap.symptoms import compression
+from rgap.symptoms import compression, terms_of
 from rgap.update import Update
 
 __all__ = ["causes"]
@@ -32,7 +32,7 @@ def causes(
         chain = parse(model, update.input_shape)
     batch = _batch(recovery, update, chain)
     found = [
-        *_compressed(update),
+        *_compressed(update, chain),
         *head_causes(recovery, update, chain, batch, pairs),
         *_no_inverse(recovery),
         *_missing(recovery, model, update, batch),
@@ -68,9 +68,12 @@ _APART = (
 )
 
 
-def _compressed(update: Update | None) -> list[Cause]:
-    looks = None if update is None else compression(update.gradients)
-    if update is None or looks is None:
+def _compressed(update: Update | None, chain: Chain | None) -> list[Cause]:
+    if update is None:
+        return []
+    terms = {} if chain is None else terms_of(chain, update.batch_size)
+    looks = compression(update.gradients, terms, update.noise)
+    if looks is None:
         return []
     total = sum(g.numel() for g in update.gradients.values())
     sent = sum(int((g != 0).sum()) for g in update.gradients.values())

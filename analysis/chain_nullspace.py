@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from rgap.activations import Activation
+from rgap.allowance import Ahead, freely
 from rgap.analysis.directions import Open
 from rgap.analysis.stage_elimination import Options, eliminate_stage
 from rgap.jacobian import Linearisation
@@ -83,6 +84,7 @@ def chain_nullspace(
     dtype: torch.dtype = torch.float64,
     memory: float = 4e9,
     watch: Watch = silent,
+    ahead: Ahead = freely,
 ) -> ChainNull:
     """Null space of the Jacobian of a chain's update, without the Jacobian.
 
@@ -92,15 +94,16 @@ def chain_nullspace(
         rcond: relative cutoff of every decision, None for the default.
         noise: relative error of the entries.
         dtype: precision in which the entries are known.
-        memory: bytes for one block.
+        memory: bytes for everything.
         watch: told of every layer.
+        ahead: asked before every factorisation whether there is time.
 
     Raises:
         NotStructuredError: a step that has no inverse (a pool, a ReLU that is off, a step after the
             last layer).
-        TooLargeError: a block beyond ``memory``.
+        TooLargeError: matrices beyond ``memory``.
     """
-    options = Options(rcond, noise, dtype, frozenset(trained), memory)
+    options = Options(rcond, noise, dtype, frozenset(trained), memory, ahead)
     require_invertible(linear)
     head = linear.nodes[-1]
     batch, outputs = head.z.shape[0], head.z[0].numel()

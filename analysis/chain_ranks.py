@@ -18,6 +18,7 @@ from math import prod
 
 import torch
 
+from rgap.allowance import Ahead, freely
 from rgap.analysis.chain_nullspace import (
     ChainNull,
     StageNull,
@@ -27,6 +28,7 @@ from rgap.analysis.chain_nullspace import (
 )
 from rgap.analysis.directions import Open, combined, orthonormalising
 from rgap.analysis.stage_elimination import (
+    WEIGHTS,
     Decision,
     Options,
     eliminate_stage,
@@ -76,6 +78,7 @@ def chain_ranks(
     dtype: torch.dtype = torch.float64,
     memory: float = 4e9,
     watch: Watch = silent,
+    ahead: Ahead = freely,
 ) -> ChainNull:
     """What `chain_nullspace` finds, without the null directions.
 
@@ -88,22 +91,32 @@ def chain_ranks(
         rcond: relative cutoff of every decision, None for the default.
         noise: relative error of the entries.
         dtype: precision in which the entries are known.
-        memory: bytes for one block.
+        memory: bytes for everything.
         watch: told of every layer.
+        ahead: asked before every factorisation whether there is time.
 
     Raises:
         NotStructuredError: a step that has no inverse.
-        TooLargeError: a block beyond ``memory``.
+        TooLargeError: matrices beyond ``memory``.
     """
     require_invertible(linear)
     if rcond is None and noise == 0.0 and dtype == torch.float64:
         for part in (True, False):
             try:
-                return _sampled(linear, Options(None, 0.0, dtype, trained, memory), part, watch)
+                return _sampled(
+                    linear, Options(None, 0.0, dtype, trained, memory, ahead), part, watch
+                )
             except _UnclearError:
                 continue
     found = chain_nullspace(
-        linear, trained, rcond=rcond, noise=noise, dtype=dtype, memory=memory, watch=watch
+        linear,
+        trained,
+        rcond=rcond,
+        noise=noise,
+        dtype=dtype,
+        memory=memory,
+        watch=watch,
+        ahead=ahead,
     )
     return replace(found, directions=None)
 
@@ -153,6 +166,7 @@ def _begin(linear: Linearisation, at: int, options: Options, part: bool) -> tupl
     if prod(affine.out_shape) >= size and options.inverse(affine).rank.nullity == 0:
         rank = options.inverse(affine).rank
         return (rank, no_values, "nothing open"), _Draw(nothing, 0, batch)
+    fits(prod(affine.out_shape), size, options, WEIGHTS)
     gradient = gradient_constraint(affine, node.k)
     own = gradient.rank()
     spaces = weight_row_spaces(affine, torch.ones_like(node.k, dtype=torch.bool))

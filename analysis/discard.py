@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import partial
 from operator import index
 
 import torch
 from torch import Tensor, nn
 
 from rgap import memory
+from rgap.allowance import OutOfTime, Timed
 from rgap.analysis.layer_ranks import Spaces, counted_rows
 from rgap.analysis.probe import probed
 from rgap.analysis.probe_batch import probe_targets
@@ -19,7 +21,7 @@ from rgap.analysis.table import MEASURED, Audit, AuditRow
 from rgap.losses import Loss
 from rgap.network import parse
 from rgap.problem import device_of
-from rgap.progress import Progress, Shown
+from rgap.progress import Shown
 from rgap.validation import require_finite
 
 METHODS = ("exact", "sketch", "formula")
@@ -39,6 +41,7 @@ def audit(
     device: torch.device | str | None = None,
     progress: Shown = False,
     memory_budget: float | None = None,
+    time_limit: float | None = None,
 ) -> Audit:
     """Measure which part of its input every layer's gradient determines.
 
@@ -66,6 +69,8 @@ def audit(
             :mod:`rgap.progress`.
         memory_budget: bytes to take on top of the model; by default half of what the machine has
             free.  A layer that needs more is refused by name before anything is allocated.
+        time_limit: seconds, kept within a tenth; None for none.  The batch sizes that were finished
+            are returned, and the first that was not is named.
 
     Returns:
         The :class:`Audit`.
@@ -73,7 +78,8 @@ def audit(
     Raises:
         ValueError: a layer too large for exact ranks or for the budget, batch size below 1,
             unknown method or weights, too few probe pictures, a shape that does not fit, or
-            train mode.
+            train mode; no batch size finished within the time
+            (:class:`rgap.allowance.OutOfTime`).
 
     >>> import rgap
     >>> table = audit(rgap.models.lenet(seed=0), (3, 32, 32), batch_sizes=(1,))
@@ -93,6 +99,7 @@ def audit(
         )
     loss = Loss.of(loss)
     place = device_of(device)
+    show = Timed(progress, time_limit, place)
     pictures = _pictures(inputs, shape, max(batches), seed).to(place)
     if weights == "random":
         model = redrawn(model, seed)
@@ -100,35 +107,36 @@ def audit(
         counted, left = counted_rows(model, shape, batches, loss.name)
         return Audit(type(model).__name__, method, tuple(counted), (*_notes(counted), *left))
     room = memory.budget_of(memory_budget, place)
-    parameters = sum(p.numel() for p in model.parameters())
-    memory.require(
-        f"a float64 copy of the {parameters:,} parameters of {type(model).__name__}, and of their "
-        "layers",
-        16.0 * parameters,
-        room,
-        "method='formula', which looks at no weight",
-    )
+    memory.require_copies(model, 2, room, "method='formula', which looks at no weight")
     parse(model, shape)  # refuses a shape that does not fit, and train mode
     rows: list[AuditRow] = []
     spaces: Spaces = {}
-    with Progress(progress) as show:
+    late = ""
+    with show:
         for batch in batches:
-            show.stage(f"probe of B = {batch}")
-            targets = probe_targets(model, pictures[:batch], loss, None, seed)
-            probes, recording = probed(model, pictures[:batch], targets, loss)
-
-            def watch(
-                what: str,
-                number: int | None = None,
-                total: int | None = None,
-                batch: int = batch,
-            ) -> None:
-                show.stage(f"{what} at B = {batch}", number, total, series=str(batch))
-
-            rows += probed_rows(probes, recording, batch, method, spaces, loss.name, watch, room)
+            watch = partial(_told, show, batch)
+            try:
+                show.stage(f"probe of B = {batch}")
+                targets = probe_targets(model, pictures[:batch], loss, None, seed)
+                probes, recording = probed(model, pictures[:batch], targets, loss)
+                rows += probed_rows(
+                    probes, recording, batch, method, spaces, loss.name, watch, room, show.ahead
+                )
+            except OutOfTime as reason:
+                if not rows:
+                    raise
+                late = f"B = {batch} and what follows was not measured ({reason})."
+                break
     others = uncounted(model, recording)
-    notes = (*_notes(rows), *([f"Not counted: {', '.join(others)}."] if others else []))
+    uncovered = [f"Not counted: {', '.join(others)}."] if others else []
+    notes = (*_notes(rows), *uncovered, *([late] if late else []))
     return Audit(type(model).__name__, method, tuple(rows), notes)
+
+
+def _told(
+    show: Timed, batch: int, what: str, number: int | None = None, total: int | None = None
+) -> None:
+    show.stage(f"{what} at B = {batch}", number, total, series=str(batch))
 
 
 def redrawn(model: nn.Module, seed: int) -> nn.Module:

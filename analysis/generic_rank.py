@@ -29,6 +29,7 @@ from rgap.analysis.probe import Probe, probe_layers
 from rgap.analysis.rank_report import LayerRanks
 from rgap.analysis.structural import structural_ranks
 from rgap.analysis.together import as_samples, together
+from rgap.checking import refuse_meta
 from rgap.losses import Loss
 from rgap.network import parse
 from rgap.problem import device_of
@@ -145,6 +146,7 @@ def generic_ranks(
     if batch_size < 1:
         raise ValueError(f"expected batch_size >= 1, got {batch_size}; write batch_size=1")
     parse(model, shape)
+    refuse_meta(model)
     generator = torch.Generator().manual_seed(seed)
     if inputs is None:
         inputs = torch.rand(batch_size, *shape, generator=generator, dtype=torch.float64)

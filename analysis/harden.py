@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import ceil, prod
 from operator import index
 from typing import Any
@@ -13,12 +14,14 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from rgap.allowance import OutOfTime, Timed
 from rgap.analysis.harden_table import Change, Hardening
 from rgap.analysis.identifiability import identifiability
 from rgap.analysis.noise import noise
 from rgap.analysis.resized import UnfitError, called_layers, with_channels, with_stride
 from rgap.losses import Loss
-from rgap.progress import Progress, Shown
+from rgap.memory import OutOfMemory
+from rgap.progress import Shown
 
 __all__ = ["harden"]
 
@@ -36,7 +39,8 @@ def harden(
     largest_batch: int = 32,
     largest_stride: int = 4,
     value_range: tuple[float, float] = (0.0, 1.0),
-    memory: float = 4e9,
+    memory_budget: float | None = None,
+    time_limit: float | None = None,
     seed: int = 0,
     device: torch.device | str | None = None,
     progress: Shown = False,
@@ -62,7 +66,10 @@ def harden(
         largest_batch: no batch above it is looked at.
         largest_stride: no stride above it is looked at.
         value_range: of the data.
-        memory: bytes that one matrix may take.
+        memory_budget: bytes to take on top of the model; by default half of what the machine has
+            free.
+        time_limit: seconds, kept within a tenth; None for none.  What was found before is returned,
+            and what was not looked at is named.
         seed: of the batch and of weights that are drawn anew.
         device: where to compute; default the CPU.
         progress: True for a line on a terminal, or a function that is told; see
@@ -99,25 +106,21 @@ def harden(
     chosen = Loss.of(loss)
     if index(batch_size) < 1:
         raise ValueError(f"expected batch_size >= 1, got {batch_size}; write batch_size=1")
-    show = Progress(progress)
+    show = Timed(progress, time_limit, device or "cpu")
     search = _Search(
-        model, shape, index(batch_size), fraction, chosen, value_range, memory, seed, device, show
-    )
+        model, shape, index(batch_size), fraction, chosen, value_range, memory_budget, seed, device,
+        show,
+    )  # fmt: skip
     with show:
         now = search.missing(model, search.batch)
-        if now < search.wanted:
-            if "batch size" in changes:
-                search.larger_batch(largest_batch)
-            layers = called_layers(model, shape)
-            if "channels" in changes:
-                for name, module in layers[:-1]:
-                    search.fewer_channels(name, module)
-            if "stride" in changes:
-                for name, module in layers:
-                    if isinstance(module, _ConvNd):
-                        search.larger_stride(name, module, largest_stride)
-            if "noise" in changes:
-                search.more_noise()
+        for what, look in search.looks(changes, largest_batch, largest_stride):
+            if now >= search.wanted:
+                break
+            try:
+                show.stage(what)
+                look()
+            except (OutOfMemory, OutOfTime) as reason:
+                search.failed.append(f"{what}: not found out ({reason}).")
     order = {kind: at for at, kind in enumerate(CHANGES)}
     return Hardening(
         type(model).__name__,
@@ -142,10 +145,10 @@ class _Search:
     fraction: float
     loss: Loss
     value_range: tuple[float, float]
-    memory: float
+    room: float | None
     seed: int
     device: torch.device | str | None
-    show: Progress
+    show: Timed
     found: list[Change] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
     tried: int = 0
@@ -158,6 +161,24 @@ class _Search:
     def wanted(self) -> float:
         return self.fraction * self.unknowns
 
+    def looks(
+        self, changes: Sequence[str], largest_batch: int, largest_stride: int
+    ) -> Iterator[tuple[str, Callable[[], None]]]:
+        """What to look for, by its name."""
+        layers = called_layers(self.model, self.shape)
+        if "batch size" in changes:
+            yield "batch size", partial(self.larger_batch, largest_batch)
+        if "channels" in changes:
+            for name, module in layers[:-1]:
+                yield f"channels of '{name}'", partial(self.fewer_channels, name, module)
+        if "stride" in changes:
+            for name, module in layers:
+                if isinstance(module, _ConvNd):
+                    look = partial(self.larger_stride, name, module, largest_stride)
+                    yield f"stride of '{name}'", look
+        if "noise" in changes:
+            yield "noise", self.more_noise
+
     def missing(self, network: nn.Module, batch: int) -> int:
         """Joint nullity at a random batch."""
         self.tried += 1
@@ -169,7 +190,8 @@ class _Search:
             loss=self.loss,
             sequential=False,
             null_space=False,
-            memory=self.memory,
+            memory_budget=self.room,
+            time_limit=self.show.left,
             seed=self.seed,
             device=self.device,
             progress=self.show.within,
@@ -236,7 +258,8 @@ class _Search:
             sigma=1.0,
             loss=self.loss,
             value_range=self.value_range,
-            memory=self.memory,
+            memory_budget=self.room,
+            time_limit=self.show.left,
             seed=self.seed,
             device=self.device,
             progress=self.show.within,

@@ -14,11 +14,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from rgap import memory
+from rgap.allowance import Timed
 from rgap.analysis.chain_cumulative import cumulative_ranks
 from rgap.analysis.chain_nullspace import NotStructuredError, chain_nullspace
 from rgap.analysis.chain_ranks import chain_ranks
 from rgap.analysis.identifiability_table import Identifiability, IdentifiabilityRow
-from rgap.analysis.jacobian_nullspace import eliminate_blocks
+from rgap.analysis.jacobian_nullspace import FORMED, eliminate_blocks
 from rgap.analysis.nullspace import orthonormal
 from rgap.analysis.probe_batch import probe_batch, probe_targets, require_evaluation
 from rgap.analysis.stage_elimination import TooLargeError
@@ -27,10 +29,11 @@ from rgap.batchloss import BatchLoss
 from rgap.jacobian import Linearisation
 from rgap.losses import Loss
 from rgap.network import parse
-from rgap.progress import Progress, Shown, Watch, silent
+from rgap.progress import Shown
 from rgap.solvers.rank import Rank
 
 METHODS = ("auto", "structured", "dense", "sketch")
+COPIES = 2  # of the model in float64: as a module, and as a chain
 SMALL = 1024  # unknowns up to which "auto" takes the singular values of the whole Jacobian
 
 
@@ -47,7 +50,8 @@ def identifiability(
     dtype: torch.dtype = torch.float64,
     sequential: bool = True,
     null_space: bool = True,
-    memory: float = 4e9,
+    memory_budget: float | None = None,
+    time_limit: float | None = None,
     seed: int = 0,
     progress: Shown = False,
     device: torch.device | str | None = None,
@@ -82,7 +86,10 @@ def identifiability(
         sequential: also run `rgap.analysis.audit`, for the nullity of each layer by itself.
         null_space: also find the null directions; False for the ranks alone, which costs a
             fraction where many directions are open.
-        memory: bytes that one matrix may take.
+        memory_budget: bytes to take on top of the model; by default half of what the machine has
+            free.  Where it does not hold the whole Jacobian, ``"auto"`` sketches it; what needs
+            more is refused before anything is allocated.
+        time_limit: seconds, kept within a tenth; None for none.
         seed: of the random batch, the labels and the sketch.
         progress: True for a line on a terminal, or a function that is told; see
             :mod:`rgap.progress`.
@@ -93,7 +100,9 @@ def identifiability(
 
     Raises:
         ValueError: no trained parameters, train mode, a shape or labels that do not fit, more
-            unknowns than ``memory`` allows, ``method="structured"`` for a model without structure.
+            unknowns than the budget allows (:class:`rgap.memory.OutOfMemory`),
+            ``method="structured"`` for a model without structure; no answer within the time
+            (:class:`rgap.allowance.OutOfTime`).
         TypeError: inputs that are neither a floating tensor nor whole numbers.
 
     >>> import rgap
@@ -102,26 +111,29 @@ def identifiability(
     (16, 16, True)
     """
     start = time.perf_counter()
+    shown = Timed(progress, time_limit, device or "cpu")
     if method not in METHODS:
         raise ValueError(f"expected method in {list(METHODS)}, got {method!r}; write method='auto'")
     chosen = Loss.of(loss)
     pictures = probe_batch(inputs, batch_size, seed, device)
     require_evaluation(model)
+    room = memory.budget_of(memory_budget, pictures.device)
+    memory.require_copies(model, COPIES, room)
     targets = probe_targets(model, pictures, chosen, labels, seed)
-    update = UpdateMap(model, pictures, targets, chosen)
-    with Progress(progress) as shown:
+    update = UpdateMap(model, pictures, targets, chosen, room)
+    with shown:
         shown.stage("sequential nullity")
         own, notes = dict[str, tuple[int, int]](), list[str]()
         if sequential:
-            own, notes = _sequential(model, update, chosen, seed, shown.within)
+            own, notes = _sequential(model, update, chosen, seed, shown, room)
         route = method
         found: Identifiability | None = None
         if method == "structured" or (method == "auto" and update.unknowns > SMALL):
             shown.stage("null space, layer by layer")
             try:
                 found = _structured(
-                    model, update, targets, chosen, own, rcond, noise, dtype, memory, null_space,
-                    shown.stage,
+                    model, update, targets, chosen, own, rcond, noise, dtype, room,
+                    null_space, shown,
                 )  # fmt: skip
             except (NotStructuredError, TooLargeError) as reason:
                 if method == "structured":
@@ -134,11 +146,11 @@ def identifiability(
             if method in ("auto", "structured"):
                 small = update.unknowns <= SMALL
                 dense = 8.0 * update.equations * update.unknowns
-                route = "dense" if small and dense <= memory else "sketch"
+                route = "dense" if small and FORMED * dense + update.held <= room else "sketch"
             shown.stage(f"Jacobian, {route}")
             found = _general(
-                model, update, own, route, rcond, noise, dtype, memory, seed, null_space,
-                shown.stage,
+                model, update, own, route, rcond, noise, dtype, room, seed, null_space,
+                shown,
             )  # fmt: skip
     return replace(
         found,
@@ -157,9 +169,9 @@ def _structured(
     rcond: float | None,
     noise: float,
     dtype: torch.dtype,
-    memory: float,
+    room: float,
     null_space: bool,
-    watch: Watch = silent,
+    shown: Timed,
 ) -> Identifiability:
     shape = tuple(update.inputs.shape[1:])
     chain = parse(model, shape).to(update.inputs.device)
@@ -180,7 +192,10 @@ def _structured(
     batch = BatchLoss(loss, loss.dense(targets, outputs), outputs.new_ones(len(outputs)))
     linear = Linearisation(chain, update.inputs, batch)
     ranks = chain_nullspace if null_space else chain_ranks
-    null = ranks(linear, trained, rcond=rcond, noise=noise, dtype=dtype, memory=memory, watch=watch)
+    null = ranks(
+        linear, trained, rcond=rcond, noise=noise, dtype=dtype, memory=room,
+        watch=shown.stage, ahead=shown.ahead,
+    )  # fmt: skip
     cumulative = cumulative_ranks(linear, null)
     equations = {block.layer: block.equations for block in update.blocks}
     rows = []
@@ -228,10 +243,10 @@ def _general(
     rcond: float | None,
     noise: float,
     dtype: torch.dtype,
-    memory: float,
+    room: float,
     seed: int,
     null_space: bool,
-    watch: Watch = silent,
+    shown: Timed,
 ) -> Identifiability:
     found = eliminate_blocks(
         update,
@@ -239,8 +254,9 @@ def _general(
         rcond=rcond,
         noise=noise,
         dtype=dtype,
-        memory=memory,
-        watch=watch,
+        room=room,
+        watch=shown.stage,
+        ahead=shown.ahead,
         seed=seed,
     )
     rows = []
@@ -282,7 +298,7 @@ def _general(
 
 
 def _sequential(
-    model: nn.Module, update: UpdateMap, loss: Loss, seed: int, progress: Shown
+    model: nn.Module, update: UpdateMap, loss: Loss, seed: int, shown: Timed, room: float
 ) -> tuple[dict[str, tuple[int, int]], list[str]]:
     """(unknowns, nullity) of every layer by itself, from the audit, and what to know of it."""
     from rgap.analysis.discard import audit
@@ -298,7 +314,9 @@ def _sequential(
             inputs=update.inputs,
             seed=seed,
             device=update.inputs.device,
-            progress=progress,
+            progress=shown.within,
+            memory_budget=room,
+            time_limit=shown.left / 2,  # the answer itself is what was asked for
         )
     except ValueError as reason:
         return {}, [f"No sequential nullity: {reason}."]

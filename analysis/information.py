@@ -9,18 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 from math import inf
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from rgap import memory
+from rgap.allowance import PLAIN, SYMMETRIC, Ahead, factorisation, freely
 from rgap.analysis.channel import Channel, stacked
 from rgap.analysis.update_jacobian import UpdateMap
 from rgap.progress import Watch, silent
 from rgap.solvers.conjugate import cgls
 from rgap.solvers.rank import Rank, numerical_rank, resolve_rcond
 
+HELD = 4  # matrices of the size of A that are held at a time
 FORMED = 4096  # unknowns up to which a matrix of that size is formed
 PIECE = 64  # directions at once where only AᵀA is formed
 
@@ -103,37 +107,42 @@ def information(
     sent: Sent,
     method: str,
     *,
-    memory: float,
+    room: float,
     samples: int,
     iterations: int,
     seed: int,
     watch: Watch = silent,
+    ahead: Ahead = freely,
 ) -> tuple[str, Information]:
     """The information by the method asked for, or by the first that fits; returns which.
 
     Raises:
-        ValueError: a method that needs more than ``memory``.
+        OutOfMemory: a method that needs more than ``room`` bytes.
     """
     rows, size = sent.shape
-    dense, square = 8.0 * size * (rows + min(rows, size) + 2 * size), 8.0 * size * 4 * size
+    matrices = {
+        "dense": size * (HELD * rows + 4 * size),
+        "normal": size * HELD * size,
+        "sampled": samples * HELD * (rows + size),
+    }
+    need = {route: 8.0 * entries + sent.update.held for route, entries in matrices.items()}
     if method == "auto":
         small = size <= FORMED
-        if small and dense <= memory:
-            method = "dense"
-        else:
-            method = "normal" if small and square <= memory else "sampled"
-    need = {"dense": dense, "normal": square}.get(method, 0.0)
-    if need > memory:
-        raise ValueError(
-            f"expected matrices of at most {memory / 1e9:.1f} GB, got {size} unknowns and {rows} "
-            f"equations, {need / 1e9:.1f} GB; write method='sampled', a smaller input_shape, or "
-            f"memory={1.1 * need:.1e}"
-        )
+        formed = [route for route in ("dense", "normal") if small and need[route] <= room]
+        method = formed[0] if formed else "sampled"
+    memory.require(
+        f"the information of {rows:,} equations for {size:,} unknowns, method={method!r},",
+        need[method],
+        room,
+        "fewer samples" if method == "sampled" else "method='sampled', or a smaller input_shape",
+    )
     if method == "dense":
+        ahead(factorisation(rows, size, PLAIN) + factorisation(min(rows, size), size))
         return method, _dense(sent, watch)
     if method == "normal":
+        ahead(factorisation(size, size, SYMMETRIC))
         return method, _normal(sent, watch)
-    return method, _sampled(sent, samples, iterations, seed)
+    return method, _sampled(sent, samples, iterations, seed, watch)
 
 
 def weighed_jacobian(sent: Sent, watch: Watch = silent) -> Tensor:
@@ -186,13 +195,19 @@ def _from_spectrum(
     return Information(variance.reshape(shape), share.reshape(shape), rank, values, 0.0, notes)
 
 
-def _sampled(sent: Sent, samples: int, iterations: int, seed: int) -> Information:
+def _sampled(sent: Sent, samples: int, iterations: int, seed: int, watch: Watch) -> Information:
     """``A⁺ e`` for sampled unit noise e: its mean square is the diagonal of ``(AᵀA)⁺``."""
     rows = sent.update.equations
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn(samples, rows, generator=generator, dtype=torch.float64)
     drawn = drawn.to(sent.update.inputs)
-    answer = cgls(sent.columns, sent.rows, drawn, iterations)
+    done = count(1)
+
+    def columns(directions: Tensor) -> Tensor:
+        watch("least squares", next(done), iterations)
+        return sent.columns(directions)
+
+    answer = cgls(columns, sent.rows, drawn, iterations)
     squares = answer.x.square()
     each = squares.flatten(1).sum(1)
     error = float(each.std() / samples**0.5 / each.mean()) if samples > 1 and each.any() else inf
@@ -214,8 +229,7 @@ def _sampled(sent: Sent, samples: int, iterations: int, seed: int) -> Informatio
 def _units(sent: Sent) -> list[tuple[slice, Tensor]]:
     """Unit directions in pieces of moderate memory."""
     size, shape = sent.update.unknowns, sent.update.inputs.shape
-    wide = max(sent.update.equations, 8 * size)
-    step = max(1, min(PIECE, size, int(256e6 / (8.0 * wide))))
+    step = min(PIECE, sent.update.chunk)
     like = sent.update.inputs
     eye = torch.eye(size, dtype=like.dtype, device=like.device).reshape(size, *shape)
     return [(slice(a, min(a + step, size)), eye[a : a + step]) for a in range(0, size, step)]

@@ -8,11 +8,14 @@ from math import inf
 import torch
 from torch import Tensor
 
+from rgap import memory
+from rgap.allowance import PLAIN, Ahead, factorisation, freely
 from rgap.analysis.nullspace import eliminate
 from rgap.analysis.update_jacobian import SignSketch, UpdateMap
 from rgap.progress import Watch, silent
 from rgap.solvers.rank import Rank, numerical_rank, resolve_rcond
 
+FORMED = 4  # matrices of the Jacobian's size that are held at a time
 SPARE = 64  # rows of a sketch beyond the unknowns
 
 
@@ -44,9 +47,10 @@ def eliminate_blocks(
     rcond: float | None = None,
     noise: float = 0.0,
     dtype: torch.dtype = torch.float64,
-    memory: float = 4e9,
+    room: float = inf,
     seed: int = 0,
     watch: Watch = silent,
+    ahead: Ahead = freely,
 ) -> BlockNull:
     """Rank layer by layer, each in its own units on what the layers above it left open.
 
@@ -56,14 +60,15 @@ def eliminate_blocks(
         rcond: relative cutoff, None for the default.
         noise: relative error of the update.
         dtype: precision in which it is known.
-        memory: bytes that the rows of all layers may take.
+        room: bytes.
         seed: of the signs.
         watch: told of every layer.
+        ahead: asked before every factorisation whether there is time.
 
     Raises:
-        ValueError: more than ``memory``.
+        OutOfMemory: they need more.
     """
-    blocks = jacobian_blocks(update, sketch, memory, seed, watch)
+    blocks = jacobian_blocks(update, sketch, room, seed, watch)
     size = update.unknowns
     open_ = _identity(size, update.inputs)
     ranks: list[int] = []
@@ -71,6 +76,7 @@ def eliminate_blocks(
     spectra: list[tuple[str, Tensor]] = []
     error = noise
     for block, rows in reversed(list(zip(update.blocks, blocks, strict=True))):
+        ahead(factorisation(len(rows), open_.shape[1]))
         natural = _largest(rows)
         found = eliminate(rows @ open_, rcond=rcond, noise=error, dtype=dtype, scale=natural)
         open_ = open_ @ found.basis
@@ -83,6 +89,8 @@ def eliminate_blocks(
     joint: Rank | None = None
     notes: list[str] = []
     if not sketch:
+        total = sum(map(len, blocks))
+        ahead(factorisation(total, size, PLAIN) + factorisation(min(total, size), size))
         joint, values, vectors = _joint(blocks, size, rcond, noise, dtype)
         spectra.insert(0, ("all layers", values))
         if joint.rank != ranks[0]:
@@ -98,7 +106,7 @@ def eliminate_blocks(
 def jacobian_blocks(
     update: UpdateMap,
     sketch: bool,
-    memory: float = inf,
+    room: float = inf,
     seed: int = 0,
     watch: Watch = silent,
 ) -> list[Tensor]:
@@ -107,25 +115,22 @@ def jacobian_blocks(
     Args:
         update: the map whose Jacobian is meant.
         sketch: compress layers with more equations than unknowns.
-        memory: bytes that they may take together.
+        room: bytes, for what is done with them as well.
         seed: of the signs.
         watch: told of every layer.
 
     Raises:
-        ValueError: more than ``memory``.
+        OutOfMemory: they need more.
     """
     size = update.unknowns
     places = size + max(SPARE, size // 8)
     kept = [min(b.equations, places) if sketch else b.equations for b in update.blocks]
-    need = 8.0 * sum(kept) * size
-    if need > memory:
-        other = "a smaller batch or input_shape, or memory=" + f"{1.1 * need:.1e}"
-        if not sketch:
-            other = f"method='sketch', or {other}"
-        raise ValueError(
-            f"expected a Jacobian of at most {memory / 1e9:.1f} GB, got {sum(kept)} rows for "
-            f"{size} unknowns, {need / 1e9:.1f} GB; write {other}"
-        )
+    memory.require(
+        f"the Jacobian of {sum(kept):,} rows for {size:,} unknowns",
+        FORMED * 8.0 * sum(kept) * size + update.held,
+        room,
+        "a smaller batch or input_shape" if sketch else "method='sketch', or a smaller batch",
+    )
     out = [update.inputs.new_zeros(size, rows) for rows in kept]
     signs = [
         SignSketch(b.equations, places, seed + at) if b.equations > rows else None

@@ -11,9 +11,10 @@ from operator import index
 import torch
 from torch import nn
 
+from rgap.allowance import Timed
 from rgap.analysis.identifiability import identifiability
 from rgap.losses import Loss
-from rgap.progress import Progress, Shown
+from rgap.progress import Shown
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ def largest_identifiable_batch(
     loss: str | Loss | nn.Module = "cross_entropy",
     largest: int = 64,
     method: str = "auto",
-    memory: float = 4e9,
+    memory_budget: float | None = None,
+    time_limit: float | None = None,
     seed: int = 0,
     progress: Shown = False,
     device: torch.device | str | None = None,
@@ -73,7 +75,8 @@ def largest_identifiable_batch(
         loss: of the client.
         largest: no batch above it is looked at.
         method: as for `identifiability`.
-        memory: as for `identifiability`.
+        memory_budget: as for `identifiability`.
+        time_limit: seconds for all batches together, kept within a tenth; None for none.
         seed: of the batch; smaller batches are its first samples.
         progress: True for a line on a terminal, or a function that is told; see
             :mod:`rgap.progress`.
@@ -109,15 +112,16 @@ def largest_identifiable_batch(
             method=method,
             sequential=False,
             null_space=False,
-            memory=memory,
+            memory_budget=memory_budget,
             seed=seed,
             device=device,
             progress=shown.within,
+            time_limit=shown.left,
         )
         tried[batch] = (found.joint_nullity, found.gap)
         return found.identifiable
 
-    with Progress(progress) as shown:
+    with Timed(progress, time_limit) as shown:
         top = min(limit, bound)
         good, step = 0, 1
         if top == 0:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rgap import memory
 from rgap.affine import Affine
+from rgap.allowance import PLAIN, SYMMETRIC, factorisation
 from rgap.analysis.overlap import shared_equations
 from rgap.analysis.probe import Probe
 from rgap.analysis.sketched_rank import sketched_rank
@@ -169,11 +170,8 @@ def needs(affine: Affine, active: Tensor) -> tuple[float, float, float]:
         active: True where z is known, [B, *out_shape].
     """
     batch, size = len(active), prod(affine.in_shape)
-    channels, positions = affine.in_shape[0], batch * prod(affine.in_shape[1:])
-    geometry = affine.geometry
-    groups, offsets = (1, 1) if geometry is None else (geometry.groups, prod(geometry.kernel))
-    rows = affine.out_shape[0] // groups * offsets
-    of_gradient = channels * min(rows, positions)
+    groups, rows, positions = _of_gradient(affine, batch)
+    of_gradient = affine.in_shape[0] * min(rows, positions)
     of_weight = min(prod(affine.out_shape), size)
     different = len({mask.numpy().tobytes() for mask in active.flatten(1).cpu()})
     smaller = min(of_gradient, batch * of_weight)
@@ -182,6 +180,34 @@ def needs(affine: Affine, active: Tensor) -> tuple[float, float, float]:
         8.0 * ((2 + different) * of_weight * size + size**2),
         8.0 * (of_gradient * batch * of_weight + 3 * smaller**2),
     )
+
+
+def work(affine: Affine, active: Tensor, method: str) -> float:
+    """Work of a layer's ranks, as :func:`rgap.allowance.factorisation` counts it.
+
+    Args:
+        affine: the layer.
+        active: True where z is known, [B, *out_shape].
+        method: "exact" or "sketch".
+    """
+    batch, size = len(active), prod(affine.in_shape)
+    groups, rows, positions = _of_gradient(affine, batch)
+    of_gradient = affine.in_shape[0] * min(rows, positions)
+    of_weight = min(prod(affine.out_shape), size)
+    total = groups * factorisation(rows, positions)
+    if method == "exact" or size <= LARGEST:
+        total += factorisation(of_weight, size, PLAIN)
+    if method == "exact":
+        total += factorisation(of_gradient, batch * of_weight, PLAIN)
+        total += SYMMETRIC * min(of_gradient, batch * of_weight) ** 3
+    return total
+
+
+def _of_gradient(affine: Affine, batch: int) -> tuple[int, int, int]:
+    """K of a layer: groups, rows and columns of each."""
+    geometry = affine.geometry
+    groups, offsets = (1, 1) if geometry is None else (geometry.groups, prod(geometry.kernel))
+    return groups, affine.out_shape[0] // groups * offsets, batch * prod(affine.in_shape[1:])
 
 
 def counted_rows(

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rgap import validation
+from rgap import memory, validation
+from rgap.allowance import Timed
 from rgap.analysis.channel import channel
 from rgap.analysis.defences import Defence, check
 from rgap.analysis.information import Sent, information
@@ -23,7 +24,7 @@ from rgap.analysis.noise_table import NoiseReport
 from rgap.analysis.probe_batch import probe_batch, probe_targets, require_evaluation
 from rgap.analysis.update_jacobian import UpdateMap
 from rgap.losses import Loss
-from rgap.progress import Progress, Shown
+from rgap.progress import Shown
 
 METHODS = ("auto", "dense", "normal", "sampled")
 
@@ -41,7 +42,8 @@ def noise(
     labels: Tensor | None = None,
     value_range: tuple[float, float] = (0.0, 1.0),
     method: str = "auto",
-    memory: float = 4e9,
+    memory_budget: float | None = None,
+    time_limit: float | None = None,
     samples: int = 8,
     iterations: int = 2000,
     seed: int = 0,
@@ -63,7 +65,7 @@ def noise(
     * ``"normal"``: eigenvalues of ``JᵀΣ⁻¹J``, for updates too long to be stored for every pixel.
     * ``"sampled"``: sampled noise through least squares by products alone, with the standard error
       stated.
-    * ``"auto"``: the first of them that ``memory`` allows, the formed ones up to 4096 unknowns.
+    * ``"auto"``: the first of them that the budget allows, the formed ones up to 4096 unknowns.
 
     Args:
         model: in eval mode; any module.  Left as it was.
@@ -76,7 +78,9 @@ def noise(
         labels: targets as the loss wants them; drawn, and different as far as possible, if None.
         value_range: of the data; its width is the peak of the PSNR.
         method: as above.
-        memory: bytes that the matrices may take.
+        memory_budget: bytes to take on top of the model; by default half of what the machine has
+            free.  What needs more is refused before anything is allocated.
+        time_limit: seconds, kept within a tenth; None for none.
         samples: of ``"sampled"``.
         iterations: of one solve of ``"sampled"``, at most.
         seed: of a random batch, labels and samples.
@@ -89,7 +93,8 @@ def noise(
 
     Raises:
         ValueError: negative noise, train mode, no trained parameters, shapes that do not fit, a
-            method that needs more than ``memory``.
+            method that needs more than the budget (:class:`rgap.memory.OutOfMemory`),
+            no answer within the time (:class:`rgap.allowance.OutOfTime`).
         TypeError: inputs that are neither a floating tensor nor whole numbers, an unknown defence.
 
     Source: Cramér (1946), Rao (1945).
@@ -103,6 +108,7 @@ def noise(
     [30.0]
     """
     start = time.perf_counter()
+    show = Timed(progress, time_limit, device or "cpu")
     _arguments(sigma, method, samples, iterations)
     chain = check(defence)
     limits = validation.bounds(value_range)
@@ -114,14 +120,16 @@ def noise(
     chosen = Loss.of(loss)
     pictures = probe_batch(inputs, batch_size, seed, device)
     require_evaluation(model)
+    room = memory.budget_of(memory_budget, pictures.device)
+    memory.require_copies(model, 1, room)
     targets = probe_targets(model, pictures, chosen, labels, seed)
-    update = UpdateMap(model, pictures, targets, chosen)
+    update = UpdateMap(model, pictures, targets, chosen, room)
     sent = Sent(update, channel(update, targets, model, chosen, float(sigma), chain))
-    with Progress(progress) as show:
+    with show:
         show.stage("Fisher information")
         route, found = information(
-            sent, method, memory=memory, samples=samples, iterations=iterations, seed=seed,
-            watch=show.stage,
+            sent, method, room=room, samples=samples, iterations=iterations, seed=seed,
+            watch=show.stage, ahead=show.ahead,
         )  # fmt: skip
     return NoiseReport(
         model=type(model).__name__,

@@ -81,6 +81,12 @@ def probe_targets(
             f"expected one tensor from {type(model).__name__}.forward, got a "
             f"{type(outputs).__name__}; wrap it in a module whose forward returns the logits"
         )
+    if outputs.ndim < 2 and loss.name in CLASSES:
+        raise ValueError(
+            f"expected logits [B, C] from {type(model).__name__}.forward for {len(inputs)} "
+            f"samples, got {tuple(outputs.shape)}; a squeeze() without dimensions takes a batch "
+            "of one away: write flatten(1)"
+        )
     generator = torch.Generator().manual_seed(seed)
     if loss.own or not loss.known:
         raise ValueError(

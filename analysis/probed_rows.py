@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from math import inf
 
+from rgap.allowance import Ahead, freely
 from rgap.analysis.calls import Recording
 from rgap.analysis.layer_ranks import (
     Spaces,
@@ -14,6 +15,7 @@ from rgap.analysis.layer_ranks import (
     sketched_row,
     summed,
     with_joint,
+    work,
 )
 from rgap.analysis.probe import Probe
 from rgap.analysis.steps import Narrow, head_use, narrow_steps
@@ -34,6 +36,7 @@ def probed_rows(
     loss: str = "",
     watch: Watch = silent,
     room: float = inf,
+    ahead: Ahead = freely,
 ) -> list[AuditRow]:
     """One row per use of a weight and per step that discards by itself, in forward order.
 
@@ -46,6 +49,7 @@ def probed_rows(
         loss: name of the client's loss: the logits of a softmax are not known from above.
         watch: told of every layer.
         room: bytes that the matrices of a layer may take.
+        ahead: asked before every layer whether there is time.
     """
     narrow = narrow_steps(recording)
     head = head_use(recording) if loss == CROSS_ENTROPY else None
@@ -57,6 +61,7 @@ def probed_rows(
     for number, group in enumerate(groups, 1):
         own = [probes[i] for i in group.members]
         watch(own[0].affine.name, number, len(groups))
+        ahead(sum(work(p.affine, p.active, method) for p in own))
         steps = [into[p.use] for p in own if p.use in into]
         before = max((_ahead(recording, s) for s in steps), default=0)
         if group.kind == "branches":

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from rgap.analysis.calls import CONVOLUTIONS, Event, Node, Recording, Use
 from rgap.analysis.step_kinds import CHOOSE, CHOOSE_BY_INDEX, POINTWISE
 from rgap.analysis.substitutes import SUBSTITUTES
+from rgap.checking import refuse_meta
 from rgap.running import first_line
 
 __all__ = ["record", "refusal", "structural_twin", "uncounted"]
@@ -82,7 +83,12 @@ def record(model: nn.Module, inputs: Tensor, loss: Loss, *, substitute: str = ""
 def structural_twin(
     model: nn.Module, seed: int = 0, dtype: torch.dtype = torch.float64
 ) -> nn.Module:
-    """A copy on the CPU without hooks, its weights drawn anew: standard normal over √fan-in."""
+    """A copy on the CPU without hooks, its weights drawn anew: standard normal over √fan-in.
+
+    Raises:
+        ValueError: a parameter on the meta device; buffers have no values there to copy.
+    """
+    refuse_meta(model)
     twin = copy.deepcopy(model).cpu().to(dtype).eval()
     generator = torch.Generator().manual_seed(seed)
     for module in twin.modules():
@@ -163,7 +169,8 @@ class _Recorder(TorchFunctionMode):
                         return  # the use that it made
                     if isinstance(out, Tensor) and id(args[0]) in self.at:
                         shapes = tuple(args[0].shape[1:]), tuple(out.shape[1:])
-                        self.events.append(Event(path, own, *shapes))
+                        folded = max(1, len(args[0]) // self.batch)
+                        self.events.append(Event(path, own, *shapes, folded=folded))
 
             handles += [module.register_forward_pre_hook(enter),
                         module.register_forward_hook(leave)]  # fmt: skip
@@ -281,23 +288,27 @@ class _Recorder(TorchFunctionMode):
         entries = tensor.numel() // self.batch
         rank = entries
         if op.endswith(("avg_pool1d", "avg_pool2d", "avg_pool3d")) and func is not None:
-            rank = _window_rank(func, args, kwargs or {}, entries)
+            rank = _window_rank(func, args, kwargs or {}, entries, self.batch)
+        elif op in ("__getitem__", "index_select") and func is not None and args:
+            places = torch.arange(args[0].numel(), device=args[0].device).reshape(args[0].shape)
+            rank = len(func(places, *args[1:], **(kwargs or {})).unique()) // self.batch
         self.nodes.append(Node(op, inputs, entries, rank, self._stack[-1], use))
         self._kept.append(tensor)
         self.at[id(tensor)] = len(self.nodes) - 1
         return len(self.nodes) - 1
 
 
-def _window_rank(func: Any, args: Any, kwargs: Any, entries: int) -> int:
+def _window_rank(func: Any, args: Any, kwargs: Any, entries: int, batch: int) -> int:
     """Rank of a mean over windows; its number of values where the picture is large."""
     x, *rest = args if args else (kwargs["input"],)
     kwargs = {k: v for k, v in kwargs.items() if k != "input"}
     space = tuple(x.shape[2:])
     if not space or prod(space) > LARGEST_POOL:
         return entries
-    unit = torch.eye(prod(space), dtype=torch.float64).reshape(-1, 1, *space)
+    unit = torch.eye(prod(space), dtype=torch.float64, device="cpu").reshape(-1, 1, *space)
     matrix = func(unit, *rest, **kwargs).flatten(1)
-    return int(x.shape[1]) * int(torch.linalg.matrix_rank(matrix))
+    planes: int = x.numel() // batch // prod(space)
+    return planes * int(torch.linalg.matrix_rank(matrix))
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -125,7 +125,7 @@ def _nullity(kind: str, sizes: dict[str, Any], samples: int, head: bool) -> int:
     gradient = gradient_constraint(affine, cotangents)
     size = prod(affine.in_shape)
     if size <= MEASURED:
-        spaces = weight_row_spaces(affine, torch.ones(shape, dtype=torch.bool))
+        spaces = weight_row_spaces(affine, torch.ones_like(cotangents, dtype=torch.bool))
         return stage_joint_rank(affine, gradient, spaces, cotangent=cotangents).nullity
     groups = 1 if affine.geometry is None else affine.geometry.groups
     shared = affine.out_shape[0] ** 2 // groups

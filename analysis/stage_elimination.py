@@ -18,16 +18,23 @@ import torch
 from torch import Tensor
 
 from rgap.affine import Affine
+from rgap.allowance import PLAIN, Ahead, factorisation, freely
 from rgap.analysis.directions import Open, combined, lengths, orthonormalising, padded, scaled
 from rgap.analysis.gradient_inverse import GradientInverse
 from rgap.analysis.nullspace import Elimination, eliminate
 from rgap.analysis.weight_inverse import WeightInverse
 from rgap.bilinear import Rows
+from rgap.memory import shown
 from rgap.node import Node, each
 from rgap.solvers.rank import Rank
 from rgap.systems import gradient_rows
 
 Decision = tuple[Rank, Tensor, str]  # a rank, the singular values behind it, the order
+
+
+HELD = 6  # copies of one block of equations at a time
+WEIGHTS = 3  # of a layer's weights as a matrix, while they are factored
+FACTORS = 2  # of it that stay
 
 
 class TooLargeError(ValueError):
@@ -43,7 +50,8 @@ class Options:
         noise: relative error of the entries.
         dtype: precision in which the entries are known.
         trained: names of the parameters that have a gradient.
-        memory: bytes for one block.
+        memory: bytes for everything.
+        ahead: asked before every factorisation whether there is time.
         inverses: weights that were factored, by layer; added to.
         onto: whether the weights reach every output, by layer; added to.
     """
@@ -53,16 +61,24 @@ class Options:
     dtype: torch.dtype
     trained: Collection[str]
     memory: float
+    ahead: Ahead = freely
     inverses: dict[str, WeightInverse] = field(default_factory=dict)
     onto: dict[str, bool] = field(default_factory=dict)
 
     def inverse(self, affine: Affine) -> WeightInverse:
         """The weights of a layer, factored once."""
         if affine.name not in self.inverses:
+            fits(prod(affine.out_shape), prod(affine.in_shape), self, WEIGHTS)
             made = WeightInverse(affine, self.rcond, self.noise, self.dtype)
             self.inverses[affine.name] = made
             self.onto[affine.name] = made.onto
         return self.inverses[affine.name]
+
+    @property
+    def kept(self) -> float:
+        """Bytes of the factors that were kept."""
+        layers = [inverse.affine for inverse in self.inverses.values()]
+        return 8.0 * FACTORS * sum(prod(one.out_shape) * prod(one.in_shape) for one in layers)
 
     def trains(self, affine: Affine) -> tuple[bool, bool]:
         """Whether the weights and the bias of a layer have a gradient."""
@@ -84,6 +100,9 @@ def eliminate_stage(node: Node, above: Open, options: Options) -> tuple[Decision
     affine = node.stage.affine
     size, batch, count = prod(affine.in_shape), node.u.shape[0], len(above.du)
     weight, bias = options.trains(affine)
+    groups, rows, places = node.gradient.matrix.shape
+    fits(groups, rows * rows + places * places + 2 * rows * places, options, 1)
+    options.ahead(groups * factorisation(rows, places))
     kernel = (
         GradientInverse(
             affine, batch, node.gradient.matrix, options.rcond, options.noise, options.dtype
@@ -101,6 +120,7 @@ def eliminate_stage(node: Node, above: Open, options: Options) -> tuple[Decision
         return (rank, node.u.new_zeros(0), "nothing open"), Open(nothing, nothing)
     if kernel is not None and (by_gradient <= by_weights or count + kernel.free == count):
         fits(by_gradient, max(node.z.numel(), node.u.numel()), options)
+        fits(prod(affine.out_shape), size, options, WEIGHTS)
         return _gradient_first(node, kernel, above, bias, options)
     fits(by_weights, max(node.z.numel(), node.u.numel()), options)
     return weights_first(node, above, weight, bias, options)
@@ -173,7 +193,8 @@ def weights_first(
             blocks.append(rows[affine.bias_name] / (_bias_size(node, above.dk) * scale))
     if blocks and count + len(reached):
         raw = torch.cat(blocks, 1)
-        found = _decide(torch.cat([raw[:count], change.T @ raw[count:]]), options)
+        carried = _residual(node, inverse, change, reached, above.du)
+        found = _decide(torch.cat([raw[:count], change.T @ raw[count:]]), options, carried)
         rank = found.rank
     else:
         found = eliminate(reached.new_zeros(0, count + len(reached)))
@@ -184,6 +205,19 @@ def weights_first(
     solved = combined(final, reached) + combined(found.basis[:count], free)
     below = _below(node, solved, combined(final, above.dk))
     return (rank, found.values, "weights first"), below
+
+
+def _residual(
+    node: Node, inverse: WeightInverse, change: Tensor, reached: Tensor, z: Tensor
+) -> float:
+    """‖W du − Z c‖/σ_1(W) of orthonormal du: what the next equations carry as error.
+
+    An ill-conditioned W, or directions that are nearly parallel, leave far more than one rounding.
+    """
+    if not len(reached):
+        return 0.0
+    image = each(node.stage.affine.linear, combined(change, reached))
+    return float((image - combined(change, z)).norm()) / max(inverse.rank.largest, 1e-300)
 
 
 def _per_sample(free: Tensor, batch: int) -> Tensor:
@@ -218,11 +252,11 @@ def _below(node: Node, du: Tensor, dk: Tensor) -> Open:
     return Open(basis, back)
 
 
-def _decide(matrix: Tensor, options: Options) -> Elimination:
+def _decide(matrix: Tensor, options: Options, carried: float = 0.0) -> Elimination:
     return eliminate(
         matrix.T.contiguous(),
         rcond=options.rcond,
-        noise=options.noise,
+        noise=max(options.noise, carried),
         dtype=options.dtype,
         scale=1.0,  # of every block, in its own units
     )
@@ -239,8 +273,17 @@ def push_rows(node: Node, du: Tensor, dk: Tensor) -> Rows:
     return empty
 
 
-def fits(unknowns: int, entries: int, options: Options) -> None:
-    """Raise :class:`TooLargeError` where a matrix [unknowns, entries] is beyond the memory."""
-    need = 8.0 * unknowns * entries
+def fits(unknowns: int, entries: int, options: Options, copies: int = HELD) -> None:
+    """Refuse matrices [unknowns, entries] that are beyond the memory or the time.
+
+    Raises:
+        TooLargeError: so many copies do not fit.
+        OutOfTime: its factorisation would end after the limit.
+    """
+    if copies > 1:
+        options.ahead(factorisation(unknowns, entries, PLAIN if copies == WEIGHTS else 1.0))
+    need = 8.0 * copies * unknowns * entries + options.kept
     if need > options.memory:
-        raise TooLargeError(f"{unknowns} open directions take {need / 1e9:.1f} GB a copy")
+        raise TooLargeError(
+            f"its matrices take {shown(need)}, and {shown(options.memory)} are free"
+        )

@@ -52,6 +52,13 @@ AFFINE = PASSING | PLAIN | {
     "interpolate",
 }  # fmt: skip
 
+# Move entries, each to one place, or change each by itself along a line without a turn.
+MOVES = PASSING | PLAIN | CURVED | {
+    "permute", "transpose", "movedim", "swapaxes", "unsqueeze", "unflatten", "roll", "flip",
+    "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "t", "leaky_relu", "prelu", "elu",
+    "selu", "celu",
+} - {"dropout", "sin", "cos", "gelu", "silu", "mish"}  # fmt: skip
+
 # Are independent means or selections of their input: as many values as entries (or windows).
 INDEPENDENT = {"mean", "sum", "__getitem__", "select", "narrow", "avg_pool1d", "avg_pool2d",
                "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d",

@@ -9,6 +9,7 @@ graph, with every tensor as wide as it has independent entries (Menger 1927; For
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,9 +17,9 @@ from scipy import sparse
 from scipy.sparse import csgraph
 
 from rgap.analysis.calls import Recording, Use
-from rgap.analysis.step_kinds import AFFINE, INDEPENDENT, MAXIMA, MIXES, OFF, PLAIN
+from rgap.analysis.step_kinds import AFFINE, INDEPENDENT, MAXIMA, MIXES, MOVES, OFF, PLAIN
 
-__all__ = ["Narrow", "always_read", "head_use", "linear_reads", "narrow_steps"]
+__all__ = ["Narrow", "always_read", "arbitrary", "head_use", "linear_reads", "narrow_steps"]
 
 
 @dataclass(frozen=True)
@@ -119,25 +120,47 @@ def linear_reads(recording: Recording, node: int) -> tuple[int, ...] | None:
 
 
 def always_read(recording: Recording, node: int) -> bool:
-    """True if a tensor is read past every step that can switch entries off, such as a ReLU.
+    """True if a way leads from a tensor to the output past steps that switch entries off (ReLU).
 
     Args:
         recording: of a forward.
         node: the tensor.
     """
     readers = recording.readers()
-    ends = {read for use in recording.uses for read in use.read} | {recording.output}
     seen, rest = {node}, [node]
     while rest:
         place = rest.pop()
-        if place in ends:
+        if place == recording.output:
             return True
         for reader in readers[place]:
-            own = recording.nodes[reader]
-            if own.use is None and own.op not in OFF and reader not in seen:
+            if recording.nodes[reader].op not in OFF and reader not in seen:
                 seen.add(reader)
                 rest.append(reader)
     return False
+
+
+def arbitrary(recording: Recording, node: int, onto: Set[int]) -> bool:
+    """True if a tensor sweeps an open set as the data do: none of it is constant or said twice.
+
+    From the batch to the tensor there are only steps that move entries, change each by itself or
+    select or average independent ones, and layers whose weights map onto their outputs.
+
+    Args:
+        recording: of a forward.
+        node: the tensor.
+        onto: uses whose weights map onto all of their outputs.
+    """
+    while node > 0:
+        own = recording.nodes[node]
+        if len(own.inputs) != 1:
+            return False
+        if own.use is not None:
+            if own.use not in onto:
+                return False
+        elif own.op not in MOVES and not (own.op in INDEPENDENT and own.rank == own.entries):
+            return False
+        node = own.inputs[0]
+    return node == 0
 
 
 def _narrowest(recording: Recording, source: int, size: int) -> Narrow | None:

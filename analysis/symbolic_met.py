@@ -19,7 +19,6 @@ Where units are off at the random point (ReLU, a lost maximum), the count is a b
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from math import prod
 
 import torch
@@ -106,11 +105,9 @@ class Met:
         if found is None:
             return None
         pairs = zip(numbers, masks, strict=True)
-        return all(bool((found.uses[n].cotangents[0] != 0)[m].all()) for n, m in pairs)
+        return all(bool(found.uses[n].read_outputs(1)[m].all()) for n, m in pairs)
 
-    def gradient(
-        self, numbers: Sequence[int], masks: Sequence[Tensor], batch: int, count: int, kind: str
-    ) -> bool:
+    def gradient(self, numbers: Sequence[int], batch: int, count: int, kind: str) -> bool:
         """True if the gradient constraints have at least this rank at B samples."""
         if count == 0:
             return True
@@ -118,9 +115,7 @@ class Met:
             probes = self.probes(numbers, batch, mode)
             if probes is None:
                 return False
-            kept = [_masked(p, m) for p, m in zip(probes, masks, strict=True)]
-            if kind == "shared":
-                kept = [as_samples(kept)]
+            kept = [as_samples(probes)] if kind == "shared" else probes
             affine = kept[0].affine
             rows = sum(prod(p.affine.weight.shape[1:]) * p.affine.out_shape[0] for p in kept)
             rows //= affine.weight.shape[1]
@@ -132,17 +127,13 @@ class Met:
                 return False
         return True
 
-    def joint(
-        self, numbers: Sequence[int], masks: Sequence[Tensor], batch: int, count: int, kind: str
-    ) -> bool:
+    def joint(self, numbers: Sequence[int], batch: int, count: int, kind: str) -> bool:
         """True if all constraints together have at least this rank at B samples."""
         for mode in self.modes():
             probes = self.probes(numbers, batch, mode)
             if probes is None:
                 return False
-            kept = [_masked(p, m) for p, m in zip(probes, masks, strict=True)]
-            if kind == "shared":
-                kept = [as_samples(kept)]
+            kept = [as_samples(probes)] if kind == "shared" else probes
             size = prod(kept[0].affine.in_shape)
             rows = sum(prod(p.affine.out_shape) for p in kept)
             if float(len(kept[0].inputs)) * size**2 * min(rows, size) > self.effort:
@@ -169,17 +160,6 @@ class Met:
         if one is None:
             return batch == 1
         return batch * sum(node.entries for node in one.nodes) <= ROOM
-
-
-def _masked(probe: Probe, mask: Tensor) -> Probe:
-    """The probe with cotangents on the outputs that are read alone."""
-    flat = mask.reshape(-1, *probe.affine.out_shape) if probe.affine.geometry is None else mask
-    times = len(probe.inputs) // (len(flat) if probe.affine.geometry is None else 1)
-    if probe.affine.geometry is None:
-        keep = flat.repeat(len(probe.inputs) // len(flat), 1)
-    else:
-        keep = mask.expand(times, *mask.shape)
-    return replace(probe, cotangents=torch.where(keep, probe.cotangents, 0.0))
 
 
 def _as_probe(use: Use, names: dict[int, str], number: int) -> Probe:

@@ -10,7 +10,6 @@ reads; the other unknowns stay open.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import numpy as np
@@ -28,7 +27,8 @@ class Reached:
 
     Attributes:
         sizes: of a layer with the same equations, for ``layer_form``; None if nothing is read.
-        places: of a sequence, at which the layer is read; 1 for a convolution.
+        places: of one sample, at which a fully connected layer is read; pictures of one sample
+            that a convolution takes.
         plain: False if the outputs that are read are no such part: ``sizes`` are those of the
             smallest part that holds them, and its ranks are bounds.
         outputs: of one sample that are read, over all places.
@@ -50,7 +50,7 @@ def reached(use: Use, read: Tensor) -> Reached:
 
     Args:
         use: of the weight.
-        read: True where an output is read, [...], the shape of z of one sample.
+        read: True where an output is read, :meth:`Use.read_outputs`.
     """
     mask = read.cpu().numpy()
     sizes, count = use.sizes(), int(mask.sum())
@@ -62,9 +62,12 @@ def reached(use: Use, read: Tensor) -> Reached:
         features = int(rows.any(0).sum())
         plain = bool((rows == rows[0]).all())
         return Reached(sizes | {"out_features": features}, len(rows), plain, count)
+    pictures = len(mask)
+    plain = bool((mask == mask[:1]).all())
+    mask = np.any(mask, axis=0)
     filters = mask.reshape(len(mask), -1).any(1)
     boxes: NDArray[np.bool_] = np.any(mask, axis=0)
-    plain = bool((mask[filters] == boxes).all())
+    plain = plain and bool((mask[filters] == boxes).all())
     groups = sizes["groups"]
     per_group = filters.reshape(groups, -1).sum(1)
     if (per_group == per_group[0]).all():
@@ -81,7 +84,7 @@ def reached(use: Use, read: Tensor) -> Reached:
     for dim in range(boxes.ndim):
         others = tuple(d for d in range(boxes.ndim) if d != dim)
         inside = np.multiply.outer(inside, np.any(boxes, axis=others))
-    return Reached(sizes, 1, plain and bool((inside == boxes).all()), count)
+    return Reached(sizes, pictures, plain and bool((inside == boxes).all()), count)
 
 
 def _cropped(sizes: dict[str, Any], dim: int, at: Any) -> tuple[dict[str, Any], bool]:
@@ -109,8 +112,3 @@ def _cropped(sizes: dict[str, Any], dim: int, at: Any) -> tuple[dict[str, Any], 
 
 def _put(values: tuple[Any, ...], dim: int, value: Any) -> tuple[Any, ...]:
     return (*values[:dim], value, *values[dim + 1 :])
-
-
-def ahead_of(use: Use) -> int:
-    """Entries of one sample of the layer's input, over all places."""
-    return prod(use.inputs.shape[1:])

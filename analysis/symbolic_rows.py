@@ -35,15 +35,25 @@ def structure_of(model: nn.Module, shape: tuple[int, ...]) -> tuple[Recording, d
     names = {id(p): name for name, p in twin.named_parameters()}
     generator = torch.Generator().manual_seed(2)
     kind = torch.float64 if light else torch.float32
-    x = torch.randn(2 if light else 1, *shape, generator=generator).to(kind)
 
     def combined(outputs: Tensor) -> Tensor:
         return (outputs * torch.randn(outputs.shape, generator=generator).to(outputs)).sum()
 
+    def recorded(batch: int) -> Recording:
+        x = torch.randn(batch, *shape, generator=generator).to(kind)
+        return record(twin, x, combined, substitute="smooth")
+
     try:
-        found = record(twin, x, combined, substitute="smooth")
-    except (RuntimeError, TypeError) as error:
-        raise refusal(model, shape, error) from error
+        found = recorded(1)
+        for use, again in zip(found.uses, recorded(1).uses if light else (), strict=False):
+            use.cotangents = torch.where(use.cotangents == 0, again.cotangents, use.cotangents)
+    except Exception:  # somebody else's forward may raise anything; squeeze() drops a batch of one
+        try:
+            found = recorded(2)
+        except ValueError:
+            raise
+        except Exception as error:
+            raise refusal(model, shape, error) from error
     if not any(use.covered for use in found.uses):
         raise ValueError(
             f"expected a model with fully connected or convolutional layers, got "
@@ -78,7 +88,8 @@ def in_order(
         elif isinstance(event.module, (*POOLS, _BatchNorm)):
             call = Call(event.name, event.module, event.in_shape, event.out_shape)
             kind, sizes, _ = sizes_of(call, head=False)
-            row = layer_form(kind, sizes | {"batch": batch}, name=event.name, effort=effort)
+            sizes["batch"] = batch * event.folded
+            row = layer_form(kind, sizes, name=event.name, effort=effort)
             places.append((at, row))
             pools.add(event.name)
     for one in narrow:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import prod
 from typing import Any
 
 import sympy
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rgap.analysis.calls import Recording, Use
-from rgap.analysis.steps import always_read, head_use
+from rgap.analysis.steps import always_read, arbitrary, head_use
 from rgap.analysis.symbolic_batches import first_open
 from rgap.analysis.symbolic_layer import SymbolicLayer, layer_form, made
 from rgap.analysis.symbolic_lines import lines_of, turns
@@ -71,6 +70,7 @@ class Counter:
         self.recording, self.batch, self.met = recording, batch, met
         self.frozen, self.names, self.effort = frozen, names, effort
         self.head = head_use(recording) if loss == "cross_entropy" else None
+        self.onto: set[int] = set()  # uses whose weights map onto all of their outputs
 
     def rows(self) -> dict[int, SymbolicLayer]:
         """By the number of the use."""
@@ -105,10 +105,13 @@ class Counter:
             if not torch.equal(mask, other):  # counted as if each read what any of them reads
                 mask = mask | other
                 part = replace(reached(use, mask), plain=False)
-        unknowns = len(numbers) * prod(use.inputs.shape[1:])
+        unknowns = len(numbers) * use.unknowns(self.recording.batch)
         row = self._form(use, part, unknowns, len(numbers))
         frozen = self.names[id(use.weight)] in self.frozen
-        free = curved(self.recording, use) and len(numbers) == 1
+        free = len(numbers) == 1 and curved(self.recording, use)
+        free = free and arbitrary(self.recording, use.read[0], self.onto)
+        if bool(mask.all()) and row.weight_exact and self._onto(row, part):
+            self.onto |= set(numbers)
         if frozen and part.sizes is not None:
             row = replace(row, gradient_rank=sympy.Integer(0), joint_rank=row.weight_rank,
                           gradient_exact=True, exact=row.weight_exact, left_open=None,
@@ -118,7 +121,7 @@ class Counter:
         return _Counted(use, numbers[0], part, mask, self._critical(row, unknowns), free)
 
     def _read(self, use: Use) -> tuple[Reached, Tensor]:
-        mask = (use.cotangents != 0).any(0)
+        mask = use.read_outputs(self.recording.batch)
         if self.recording.chooses:
             mask = torch.ones_like(mask)
         return reached(use, mask), mask
@@ -159,14 +162,15 @@ class Counter:
             return _as_bound(row, MIXED)
         if row.kind == "head" and len(numbers) == 1:
             return row
-        onto = row.weight_exact and self._same(row.weight_rank, self.batch * part.outputs)
+        onto = row.weight_exact and self._onto(row, part)
+        if not self._always(numbers):
+            return _as_bound(row, OFF)
         if free and onto:
             return row
-        read = all(always_read(self.recording, self.recording.uses[n].node) for n in numbers)
-        if not free and not (read and self.met.on(numbers, masks)):
+        if not free and not self.met.on(numbers, masks):
             return _as_bound(row, OFF)
         gradient = row.gradient_exact and all(
-            self.met.gradient(numbers, masks, b, _value(row.gradient_rank, self.batch, b), kind)
+            self.met.gradient(numbers, b, _value(row.gradient_rank, self.batch, b), kind)
             for b in self._looked_at(row.gradient_rank)
         )
         alone = row.weight_exact and self._same(row.weight_rank, row.joint_rank)
@@ -174,7 +178,7 @@ class Counter:
         exact = row.exact and (alone or (gradient and (whole or row.kind == "linear")))
         if row.exact and not exact:
             exact = all(
-                self.met.joint(numbers, masks, b, _value(row.joint_rank, self.batch, b), kind)
+                self.met.joint(numbers, b, _value(row.joint_rank, self.batch, b), kind)
                 for b in self._looked_at(row.joint_rank)
             )
         if exact:
@@ -182,6 +186,12 @@ class Counter:
         return replace(
             _as_bound(row, OTHER), weight_exact=row.weight_exact, gradient_exact=gradient
         )
+
+    def _onto(self, row: SymbolicLayer, part: Reached) -> bool:
+        return self._same(row.weight_rank, self.batch * part.outputs)
+
+    def _always(self, numbers: Sequence[int]) -> bool:
+        return all(always_read(self.recording, self.recording.uses[n].node) for n in numbers)
 
     def _same(self, one: Any, two: Any) -> bool:
         if not isinstance(self.batch, sympy.Symbol):
@@ -199,7 +209,7 @@ class Counter:
     def _branches(self, numbers: list[int]) -> dict[int, SymbolicLayer]:
         """Each with its own two ranks, and all with the joint rank of all."""
         parts = [self._alone([n], "alone") for n in numbers]
-        unknowns = prod(parts[0].use.inputs.shape[1:])
+        unknowns = parts[0].use.unknowns(self.recording.batch)
         whole = sympy.sympify(self.batch * unknowns)
         best = next(
             (p.row for p in parts if p.row.exact and self._same(p.row.joint_rank, whole)), None
@@ -211,11 +221,11 @@ class Counter:
             stacked = self._stacked(parts, numbers)
             if stacked is not None:
                 joint, exact, reason = stacked.joint_rank, stacked.exact, stacked.reason
-            if not exact and all(p.mask.all() for p in parts):
+            if not exact and all(p.mask.all() for p in parts) and self._always(numbers):
                 masks = [p.mask for p in parts]
                 at = [(b, _value(joint, self.batch, b)) for b in self._looked_at(joint)]
                 exact = bool(self.met.on(numbers, masks)) and all(
-                    self.met.joint(numbers, masks, b, value, "branches") for b, value in at
+                    self.met.joint(numbers, b, value, "branches") for b, value in at
                 )
         names = [p.use.name for p in parts]
         found = {}
@@ -250,7 +260,7 @@ class Counter:
         part = Reached(first | {key: count}, parts[0].part.places, True,
                        sum(p.part.outputs for p in parts))  # fmt: skip
         use = parts[0].use
-        row = self._form(use, part, prod(use.inputs.shape[1:]), 1)
+        row = self._form(use, part, use.unknowns(self.recording.batch), 1)
         masks = [p.mask for p in parts]
         return self._honest(row, numbers, masks, part, all(p.free for p in parts), "branches")
 
@@ -260,7 +270,7 @@ class Counter:
             use = self.recording.uses[n]
             beside = [m for m in rows if self.recording.uses[m].read == use.read]
             total = sympy.Add(*(rows[m].joint_rank for m in beside))
-            unknowns = prod(use.inputs.shape[1:])
+            unknowns = use.unknowns(self.recording.batch)
             joint = _least(sympy.sympify(self.batch * unknowns), total, self.batch)
             names = ", ".join(self.recording.uses[m].name for m in beside if m != n)
             found[n] = self._critical(
@@ -303,4 +313,4 @@ def _value(count: Any, batch: Any, b: int) -> int:
 
 def _places(mask: Tensor) -> Tensor:
     """Where anything of an output is read, whatever the channel or feature."""
-    return mask.any(0) if mask.ndim > 1 else mask.any()
+    return mask.any(1)

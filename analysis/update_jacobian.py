@@ -11,18 +11,21 @@ import copy
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import prod
+from math import inf, prod
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from rgap import memory
 from rgap.isolation import plain_kernels
 from rgap.losses import Loss
 from rgap.running import first_line, recorded
 
 log = logging.getLogger(__name__)
-CHUNK_BYTES = 256e6  # of gradient directions held at once
+CHUNK_BYTES = 256e6  # of gradient directions held at once, at most
+PARTS = 16  # of a budget, one of which a chunk of directions takes
+WITHIN = 4  # chunks that are held at a time on the way
 SIGNS = 8  # entries per row of the sparse sign embedding
 
 
@@ -51,6 +54,7 @@ class UpdateMap:
         inputs: the batch [B, *input_shape]; all is computed on its device.
         targets: as the loss wants them.
         loss: of the client.
+        room: bytes for everything; directions go through in chunks of a share of it.
 
     Raises:
         ValueError: a model without trained parameters, or whose forward or backward pass fails.
@@ -61,7 +65,10 @@ class UpdateMap:
     (['0', '2'], torch.Size([3, 14]))
     """
 
-    def __init__(self, model: nn.Module, inputs: Tensor, targets: Tensor, loss: Loss) -> None:
+    def __init__(
+        self, model: nn.Module, inputs: Tensor, targets: Tensor, loss: Loss, room: float = inf
+    ) -> None:
+        self.chunk_bytes = min(CHUNK_BYTES, max(room, memory.LEAST) / PARTS)
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
         if not trained:
             raise ValueError(_nothing_trained(model))
@@ -87,6 +94,17 @@ class UpdateMap:
     def equations(self) -> int:
         """Entries of the update."""
         return sum(block.equations for block in self.blocks)
+
+    @property
+    def chunk(self) -> int:
+        """Directions that go through at once."""
+        wide = max(self.equations, 8 * self.unknowns)
+        return max(1, min(self.unknowns, int(self.chunk_bytes / (8.0 * wide))))
+
+    @property
+    def held(self) -> float:
+        """Bytes that a chunk of directions takes on its way."""
+        return 8.0 * WITHIN * self.chunk * max(self.equations, self.unknowns)
 
     def gradient(self, inputs: Tensor) -> dict[str, Tensor]:
         """g(x) by parameter name."""
@@ -114,8 +132,7 @@ class UpdateMap:
 
     def chunks(self, directions: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """`columns` in pieces that fit a moderate memory: (which directions, their products)."""
-        wide = max(self.equations, 8 * self.unknowns)
-        size = max(1, min(len(directions), int(CHUNK_BYTES / (8.0 * wide))))
+        size = min(len(directions), self.chunk)
         for start in range(0, len(directions), size):
             piece = slice(start, min(start + size, len(directions)))
             yield piece, self.columns(directions[piece])

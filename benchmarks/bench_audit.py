@@ -3,6 +3,7 @@
     python benchmarks/bench_audit.py layers           LeNet layer by layer, B = 1, 2, 4, 8
     python benchmarks/bench_audit.py lenet            its joint ranks by structure, the same B
     python benchmarks/bench_audit.py dense            B = 2 by the singular values of the Jacobian
+    python benchmarks/bench_audit.py strided          two strided convolutions, unread borders
     python benchmarks/bench_audit.py resnet18         ResNet-18 on 3x32x32, layer by layer
     python benchmarks/bench_audit.py vgg16            VGG-16 on 3x224x224, layer by layer
 
@@ -53,6 +54,18 @@ class Block(nn.Module):
         """Sum of both ways."""
         inner = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
         return F.relu(inner + self.around(x))
+
+
+def strided(classes: int = 10) -> nn.Module:
+    """Two convolutions that leave the last rows and columns of their inputs unread."""
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 5, stride=2),
+        nn.Tanh(),
+        nn.Conv2d(16, 32, 3, stride=2),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(32 * 6 * 6, classes),
+    )
 
 
 def resnet18(classes: int = 1000) -> nn.Module:
@@ -149,6 +162,12 @@ ROWS: dict[str, list[tuple[str, Callable[[], dict[str, Any]]]]] = {
         (
             "LeNet, layer by layer, measured, B = 1, 2, 4, 8",
             lambda: table(lambda: rgap.models.lenet(seed=0), (3, 32, 32), (1, 2, 4, 8), "exact"),
+        )
+    ],
+    "strided": [
+        (
+            "Two strided convolutions at 3x32x32, measured, B = 1, 2, 4, 8",
+            lambda: table(strided, (3, 32, 32), (1, 2, 4, 8), "exact"),
         )
     ],
     "resnet18": [

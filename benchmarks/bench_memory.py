@@ -1,6 +1,6 @@
 """Peak memory of ``rgap.invert`` on VGG-16 at 224×224, one photograph, in a process of its own.
 
-Run ``python benchmarks/bench_memory.py`` (about a minute, 4 GB); ``--memory-limit 500MB`` shows
+Run ``python benchmarks/bench_memory.py`` (about a minute, 3.1 GB); ``--memory-limit 500MB`` shows
 the refusal.  The client computes and stores its update in one process, the attacker reads it in
 another: the peak is the whole resident size of that one, with PyTorch, the model (138 million
 float32) and the update.  The features are judged on those that the client's own network computed.

@@ -225,8 +225,11 @@ def linear(
     bias: Tensor | None,
     names: tuple[str, str | None],
     in_shape: tuple[int, ...],
+    copy: bool = True,
 ) -> Affine:
     """A linear layer ``[B, n]`` → ``[B, m]``; copies the parameters in float64.
+
+    Without ``copy`` it takes those that are in float64 as they are: nobody may write to them.
 
     Raises:
         ValueError: if ``in_shape`` is not ``(n,)``.
@@ -245,8 +248,8 @@ def linear(
     return Affine(
         name,
         "linear",
-        _copy(weight),
-        None if bias is None else _copy(bias),
+        _double(weight, copy),
+        None if bias is None else _double(bias, copy),
         names[0],
         names[1],
         in_shape,
@@ -266,8 +269,11 @@ def convolution(
     padding: str | int | tuple[int, ...] = 0,
     dilation: int | tuple[int, ...] = 1,
     groups: int = 1,
+    copy: bool = True,
 ) -> Affine:
     """A convolution of ``weight.ndim − 2`` dimensions, arguments as in ``torch.nn.Conv2d``.
+
+    ``copy`` as in :func:`linear`.
 
     Raises:
         ValueError: if ``in_shape`` has other channels or is smaller than the kernel.
@@ -298,8 +304,8 @@ def convolution(
     return Affine(
         name,
         kind,
-        _copy(weight),
-        None if bias is None else _copy(bias),
+        _double(weight, copy),
+        None if bias is None else _double(bias, copy),
         names[0],
         names[1],
         in_shape,
@@ -308,5 +314,5 @@ def convolution(
     )
 
 
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to(torch.float64, copy=True)
+def _double(tensor: Tensor, copy: bool) -> Tensor:
+    return tensor.detach().to(torch.float64, copy=copy)

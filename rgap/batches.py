@@ -47,7 +47,7 @@ def several(loss: Loss, chain: Chain) -> bool:
 
 
 def snapped(
-    problem: Problem, head: BatchLoss, features: Tensor, logits: Known
+    problem: Problem, head: BatchLoss, features: Known, logits: Known
 ) -> tuple[BatchLoss, float, float]:
     """The labels nearest to dense targets, how far they are, and what errors explain of it.
 
@@ -56,22 +56,34 @@ def snapped(
     Args:
         problem: the update.
         head: dense targets, read off the head's gradient.
-        features: u, [R, d], that they were read off with.
+        features: u, [R, d], that they were read off with, with their errors.
         logits: z, [R, C], with their errors.
     """
     nearest = (head.targets > 0.5).to(head.targets)
     distance = float((head.targets - nearest).abs().max())
     p = torch.sigmoid(logits.value)
-    moved = (p * (1.0 - p) * logits.error).square().mean(0).sqrt()
-    added = noise_of_targets(problem, features) / head.scale
+    carried = _carried(features, (p - head.targets) * head.scale) / head.scale
+    moved = (p * (1.0 - p) * logits.error - carried).square().mean(0).sqrt()
+    added = errors_of_targets(problem, features.value) / head.scale
     own = PROBABILITY * problem.precision.unit + added
     tolerance = ENSEMBLE * float((moved + own).max())
     exact = replace(head, loss=replace(head.loss, targets="index"), targets=nearest)
     return exact, distance, tolerance
 
 
-def noise_of_targets(problem: Problem, features: Tensor) -> Tensor:
-    """Standard deviation of κ under the noise of the head's gradient, ``[G | ∂b] = κᵀ [u | 1]``.
+def _carried(features: Known, kappa: Tensor) -> Tensor:
+    """Error of κ [R, C] for every error of the features it was read by, ``δκ = −(uᵀ)⁺ δuᵀ κ``."""
+    table = torch.nn.functional.pad(features.value, (0, 1), value=1.0)
+    moved = torch.nn.functional.pad(features.error, (0, 1))
+    carried: Tensor = -torch.linalg.pinv(table.T) @ (moved.mT @ kappa)
+    return carried
+
+
+def errors_of_targets(problem: Problem, features: Tensor) -> Tensor:
+    """Standard error of κ under rounding and noise of the head's own ``[G | ∂b] = κᵀ [u | 1]``.
+
+    Features that are nearly alike, as behind a sigmoid, pass on the rounding of the gradient many
+    times over.
 
     Args:
         problem: the update.
@@ -81,13 +93,20 @@ def noise_of_targets(problem: Problem, features: Tensor) -> Tensor:
         Of every sample and logit, [R, C].
     """
     affine, precision = problem.chain.stages[-1].affine, problem.precision
-    columns = [features]
-    std = [precision.noise_std(affine.weight_name, problem.gradients[affine.weight_name])]
+    columns, names = [features], [affine.weight_name]
+    parts = [problem.gradients[affine.weight_name].to(features)]
     if affine.bias_name is not None:
         columns.append(torch.ones_like(features[:, :1]))
-        bias = problem.gradients[affine.bias_name]
-        std.append(precision.noise_std(affine.bias_name, bias)[:, None])
-    back = torch.linalg.pinv(torch.cat(columns, 1).T)
+        names.append(affine.bias_name)
+        parts.append(problem.gradients[affine.bias_name][:, None].to(features))
+    table = torch.cat(columns, 1)
+    back = torch.linalg.pinv(table.T)
+    kappa = back @ torch.cat(parts, 1).T
+    std = []
+    for name, column, part in zip(names, columns, parts, strict=True):
+        squares = kappa.square().T @ column.square()
+        like = squares.reshape(problem.gradients[name].shape)
+        std.append(precision.update_std(name, like, part.reshape(like.shape)).reshape(part.shape))
     out: Tensor = (back.square() @ torch.cat(std, 1).T.square()).sqrt()
     return out
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rgap.limits import VANISHING
 from rgap.losses import Loss
+from rgap.mapped import Mapped
 from rgap.network import Chain
 from rgap.ops import Op, Reshape
 from rgap.piecewise import Identity
@@ -171,14 +172,18 @@ def idle(op: Op) -> bool:
 def behind(chain: Chain, loss: Loss) -> tuple[Chain, Loss]:
     """The chain up to its last affine map, and the loss of what that gives.
 
-    Steps that change nothing stay where they are, and so do those of outputs that are no vectors.
+    Steps that change nothing stay where they are, and so do others than shapes of outputs that are
+    no vectors.
     """
-    if not chain.stages or loss.own or not loss.equations or len(chain.output_shape) != 1:
+    if not chain.stages or loss.own or not loss.equations or not chain.output_shape:
         return chain, loss
-    last = chain.stages[-1]
-    if last.affine.geometry is not None or all(idle(op) for op in last.tail):
+    last, vector = chain.stages[-1], len(chain.output_shape) == 1
+    still = all(idle(op) for op in last.tail)
+    if last.affine.geometry is not None or still is vector or not chain.complete:
         return chain, loss
     options = {f.name: getattr(loss, f.name) for f in fields(Loss)}
+    if not vector:
+        return chain, Mapped(**options, shape=chain.output_shape)
     stage = replace(last, tail=())
     chain = replace(chain, stages=(*chain.stages[:-1], stage))
     return chain, Behind(**options, steps=last.tail)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from rgap import validation
+from rgap.checking import refuse_meta
 from rgap.losses import Loss
 from rgap.running import called, only_tensor, refuse_wrapped
 from rgap.update import Update
@@ -52,7 +53,8 @@ def capture(
 
     Returns:
         The update, gradients in the order of ``model.named_parameters()``. A parameter used in
-        several places has the sum of their gradients; an unused one has zeros.
+        several places has the sum of their gradients; an unused one has zeros. Parameters that are
+        frozen (``requires_grad=False``) have no gradient and are left out, as a client does.
 
     Raises:
         ValueError: bad values, shapes or a model in a state whose gradient no one can invert; the
@@ -92,10 +94,11 @@ def capture(
     with torch.inference_mode(False), torch.enable_grad():
         copies = {name: _copy(p, dtype).requires_grad_() for name, p in parameters.items()}
         buffers = {name: _copy(b, dtype) for name, b in model.named_buffers()}
+        frozen = {n: _copy(p, dtype) for n, p in model.named_parameters() if n not in copies}
         data = inputs.detach().to(device=first.device, dtype=dtype or first.dtype, copy=True)
         wanted = tree_map(lambda t: _moved(t, first.device), targets)
         with torch.autocast(first.device.type, enabled=False):
-            gradients = _gradients(model, copies, buffers, data, wanted, loss)
+            gradients = _gradients(model, copies, {**buffers, **frozen}, data, wanted, loss)
     return Update(
         gradients=gradients,
         buffers=dict(model.named_buffers()),
@@ -145,23 +148,21 @@ def _parameters(model: nn.Module) -> dict[str, Tensor]:
     parameters: dict[str, Tensor] = dict(model.named_parameters())
     if not parameters:
         raise ValueError(f"model: the {type(model).__name__} has no parameters, so no gradient.")
+    refuse_meta(model)
     for name, parameter in parameters.items():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise ValueError(
                 f"model: {name!r} is not initialised yet; run model(inputs) once before capture."
             )
-        if parameter.is_meta:
-            raise ValueError(f"model: {name!r} is on the meta device and has no values.")
         if not parameter.is_floating_point():
             raise TypeError(f"model: {name!r} has dtype {parameter.dtype}, expected a real one.")
-    frozen = [name for name, p in parameters.items() if not p.requires_grad]
-    if frozen:
+    trained = {name: p for name, p in parameters.items() if p.requires_grad}
+    if not trained:
         raise ValueError(
-            "model: frozen parameters (requires_grad=False) have no gradient in a client's "
-            f"update: {', '.join(frozen)}. Write model.requires_grad_(True) if the client trained "
-            "them."
+            f"model: every parameter of the {type(model).__name__} is frozen (requires_grad=False),"
+            " so that a client sends nothing. Write model.requires_grad_(True) if it trained them."
         )
-    return parameters
+    return trained
 
 
 def _check_mode(model: nn.Module) -> None:

@@ -305,7 +305,10 @@ def _misfit(problem: Problem, scored: tuple[Answer, float, dict[str, float]]) ->
             f"{answer.polished.misfits[name]:.2g} standard errors ({by_name.get(name, 0):.1e} "
             "relative); is the update from another model, loss or precision?"
         )
-    return replace(stopped(problem, Status.INCONSISTENT, reason, answer.descent), residual=residual)
+    # The polish moves the inputs alone: targets that were read with an error refute nothing.
+    free = answer.rows is not None and problem.update.loss.targets != "index"
+    status = Status.UNDERDETERMINED if free else Status.INCONSISTENT
+    return replace(stopped(problem, status, reason, answer.descent), residual=residual)
 
 
 def _residual(problem: Problem, answer: Answer) -> tuple[float, dict[str, float]]:

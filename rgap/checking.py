@@ -85,9 +85,13 @@ def _difference(
             hook.remove()
     if len(seen) != 1 or tuple(seen[0].shape[1:]) != steps[0].in_shape:
         return None  # called more than once, or the steps begin with a fused border
-    got = seen[0]
-    for step in steps:
-        got = step.forward(got)
+    rows = []
+    # One by one: a convolution in float64 lays out the windows of all that it is given.
+    for row in torch.split(seen[0], 1):
+        for step in steps:
+            row = step.forward(row)
+        rows.append(row)
+    got = torch.cat(rows)
     if not isinstance(expected, Tensor) or expected.shape != got.shape:
         return math.inf
     expected = expected.double()
@@ -179,6 +183,20 @@ def _accepts(model: nn.Module, shape: Shape) -> bool:
     except Exception:
         return False
     return True
+
+
+def refuse_meta(model: nn.Module) -> None:
+    """Raise if a parameter is on the meta device.
+
+    Raises:
+        ValueError: its name and what to write.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(
+                f"model: {name!r} is on the meta device and has no values; write "
+                "model.to_empty(device='cpu') and load its state_dict."
+            )
 
 
 def refuse_unready(model: nn.Module) -> None:

@@ -36,6 +36,7 @@ from rgap.options import (
     Quiet,
     Reduction,
     Seed,
+    TimeLimit,
     Weights,
 )
 
@@ -226,6 +227,7 @@ def audit(
     as_json: Json = False,
     seed: Seed = 0,
     memory_limit: MemoryLimit = None,
+    time_limit: TimeLimit = None,
 ) -> None:
     """Count, layer by layer, how much of a batch the gradient determines."""
     with clean(context):
@@ -244,7 +246,7 @@ def audit(
         if joint:
             print_joint(
                 network, model, wanted, batches, loss or usual, plot, as_json, seed,
-                usable_device(device), quiet,
+                usable_device(device), quiet, room, time_limit,
             )  # fmt: skip
             return
         from rgap.analysis.discard import audit as measure
@@ -259,6 +261,7 @@ def audit(
             device=usable_device(device),
             progress=not quiet,
             memory_budget=room,
+            time_limit=time_limit,
         )
         # The name that was asked for says more than nn.Sequential.
         found = replace(found, model=model)

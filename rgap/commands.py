@@ -26,6 +26,7 @@ from rgap.options import (
     UpdatePath,
     Weights,
 )
+from rgap.spoken import options_of, spoken
 
 if TYPE_CHECKING:
     from torch import nn
@@ -115,6 +116,7 @@ def invert(
             progress=not quiet,
             memory_budget=room,
         )
+        found = replace(found, reason=spoken(found.reason, options_of(context)))
         written = None if output is None else write_recovery(found, output, sent.value_range)
         causes = None
         if why:
@@ -160,6 +162,7 @@ def labels(
     quiet: Quiet = False,
     as_json: Json = False,
     seed: Seed = 0,
+    memory_limit: MemoryLimit = None,
 ) -> None:
     """Read the labels of a batch off the last layer's gradient: how often each class occurs."""
     with clean(context):
@@ -168,11 +171,12 @@ def labels(
         from rgap.report.labels import print_labels
 
         sent = loaded(update, input_shape)
+        room = memory_of(memory_limit)
         network = resolve(model, weights)
         names = list(METHODS) if method is LabelMethod.all else [method.value]
         place = usable_device(device)
         found = {
-            name: _read(network, sent, name, batch_size, noise, seed, place, not quiet)
+            name: _read(network, sent, name, batch_size, noise, seed, place, not quiet, room)
             for name in names
         }
         if as_json:
@@ -197,6 +201,7 @@ def _read(
     seed: int,
     device: str,
     progress: bool,
+    room: float | None,
 ) -> LabelEstimate:
     """One method's answer; `exact` inverts the update for the features that it needs."""
     import torch
@@ -205,14 +210,16 @@ def _read(
     from rgap.labels import LabelEstimate, estimate, head_features
 
     if method != "exact":
-        return estimate(network, sent, method=method, batch_size=batch_size, device=device)
+        return estimate(
+            network, sent, method=method, batch_size=batch_size, device=device, memory_budget=room
+        )
     # Before the work of an inversion: what is refused is refused at once.
-    undecided = estimate(network, sent, method=method, batch_size=batch_size)
+    undecided = estimate(network, sent, method=method, batch_size=batch_size, memory_budget=room)
     if sent.local_steps > 1:
         return undecided
     recovery = rgap.invert(
         network, sent, batch_size=batch_size, noise=noise, seed=seed, device=device,
-        progress=progress,
+        progress=progress, memory_budget=room,
     )  # fmt: skip
     if "targets" not in recovery.certified:
         return replace(undecided, reason=f"{recovery.status.name}: {recovery.reason}")
@@ -223,5 +230,6 @@ def _read(
         sure = counts.new_ones(len(counts), dtype=torch.float64)
         return LabelEstimate.of(counts, sure, method, ("the recovery certifies the targets",))
     return estimate(
-        network, sent, method=method, batch_size=batch_size, features=features, device=device
-    )
+        network, sent, method=method, batch_size=batch_size, features=features, device=device,
+        memory_budget=room,
+    )  # fmt: skip

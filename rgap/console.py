@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from rgap.spoken import options_of, spoken
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -19,7 +21,10 @@ __all__ = ["clean", "print_json", "say", "stderr", "stdout"]
 
 @contextmanager
 def clean(context: typer.Context) -> Iterator[None]:
-    """Bad input ends in one line on standard error and exit code 2; warnings are one line too."""
+    """Bad input ends in one line on standard error and exit code 2; warnings are one line too.
+
+    The line names the command's options where the library names arguments.
+    """
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: say(f"warning: {message}")
         if context.obj:
@@ -28,7 +33,7 @@ def clean(context: typer.Context) -> Iterator[None]:
         try:
             yield
         except (ValueError, TypeError, OSError, ImportError) as error:
-            say(f"error: {error}")
+            say(f"error: {spoken(str(error), options_of(context))}")
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
             say("interrupted")

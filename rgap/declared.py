@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from rgap.problem import as_on_the_client, device_of, precision_of
 from rgap.recovery import Recovery
 from rgap.running import refuse_wrapped, run
 from rgap.seeding import start_of
-from rgap.update import Update
+from rgap.update import Update, view
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +68,7 @@ def declare(
     refuse_unready(model)
     refuse_wrapped(model)
     place = device_of(device)
-    update = replace(update, input_shape=sample_shape(model, input_shape, update.input_shape))
+    update = view(update, input_shape=sample_shape(model, input_shape, update.input_shape))
     assert update.input_shape is not None
     if update.local_steps > 1 and local is None:
         raise ValueError(

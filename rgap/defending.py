@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rgap.arguments import shape_of, usable_device
-from rgap.console import clean, print_json, stdout
-from rgap.options import Device, Json, LossName, Model, Quiet, Seed, Weights
+from rgap.arguments import memory_of, shape_of, usable_device
+from rgap.console import clean, print_json, say, stdout
+from rgap.options import Device, Json, LossName, MemoryLimit, Model, Quiet, Seed, TimeLimit, Weights
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from rgap.analysis.identifiability_table import Identifiability
 
 __all__ = ["harden", "print_joint"]
 
@@ -37,6 +40,8 @@ def harden(
     quiet: Quiet = False,
     as_json: Json = False,
     seed: Seed = 0,
+    memory_limit: MemoryLimit = None,
+    time_limit: TimeLimit = None,
 ) -> None:
     """Find the smallest changes after which part of the data is not in the update."""
     with clean(context):
@@ -46,6 +51,7 @@ def harden(
         from rgap.modelspec import expected, resolve
         from rgap.report.tables import change_table
 
+        room = memory_of(memory_limit)
         network = resolve(model, weights)
         shape, usual = expected(model)
         wanted = shape_of(input_shape) or shape or (3, 32, 32)
@@ -60,6 +66,8 @@ def harden(
             seed=seed,
             device=usable_device(device),
             progress=not quiet,
+            memory_budget=room,
+            time_limit=time_limit,
         )
         found = replace(found, model=model)
         if as_json:
@@ -81,20 +89,32 @@ def print_joint(
     seed: int,
     device: str,
     quiet: bool,
+    room: float | None,
+    time_limit: float | None,
 ) -> None:
     """``rgap audit --joint``: the rank of the whole update at every batch size."""
     from dataclasses import replace
 
+    from rgap.allowance import OutOfTime, seconds_of
     from rgap.analysis.identifiability import identifiability
     from rgap.analysis.null_plots import nullity_curves
     from rgap.report.pictures import save_figure
     from rgap.report.tables import joint_table
 
-    found = []
+    found: list[Identifiability] = []
+    end = time.perf_counter() + seconds_of(time_limit)
     for batch in batches:
-        one = identifiability(
-            network, shape, batch, loss=loss, seed=seed, device=device, progress=not quiet
-        )
+        left = max(end - time.perf_counter(), 1e-3)
+        try:
+            one = identifiability(
+                network, shape, batch, loss=loss, seed=seed, device=device, progress=not quiet,
+                memory_budget=room, time_limit=left,
+            )  # fmt: skip
+        except OutOfTime as reason:
+            if not found:
+                raise
+            say(f"B = {batch} and what follows was not measured ({reason})")
+            break
         found.append(replace(one, model=name))
     if plot is not None:
         save_figure(nullity_curves(found), plot)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-__all__ = ["BLOCK", "Doubles", "row_blocks"]
+__all__ = ["BLOCK", "Doubles", "blocks", "row_blocks"]
 
 KEPT = 2.5e8  # bytes up to which all conversions are kept
 BLOCK = 2**21  # entries of a block of rows; a few temporaries of 16 MB each
@@ -65,6 +65,17 @@ class Doubles(Mapping[str, Tensor]):
         chosen = Doubles({name: self.original[name] for name in names}, self.device)
         chosen._keep, chosen._made = self._keep, self._made
         return chosen
+
+
+def blocks(tensor: Tensor, entries: int = BLOCK) -> Iterator[Tensor]:
+    """The entries of a tensor in their order, a block at a time, as they came.
+
+    What looks at all values of an update converts and compares no more than a block at a time.
+
+    >>> [len(block) for block in blocks(torch.ones(5, 2), 4)]
+    [4, 4, 2]
+    """
+    yield from torch.split(tensor.detach().reshape(-1), entries)
 
 
 def row_blocks(

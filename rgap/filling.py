@@ -33,6 +33,7 @@ from rgap.recursion import Descent
 from rgap.solvers.gauss_newton import Minimum, Step
 from rgap.stopping import Progress as Searching
 from rgap.systems.known_input import Whole
+from rgap.update import view
 
 SURE, SHARE = 16, 0.01  # surplus of equations, also relative, from which a solution is the only one
 SEARCHING = 0.6  # share of the time that winners of max-pools are searched for
@@ -174,14 +175,14 @@ def searched(problem: Problem, recovery: Recovery, show: Progress) -> Recovery:
     try:
         found = match(
             problem.model,
-            replace(problem.update, loss=problem.declared, value_range=problem.value_range),
+            view(problem.update, loss=problem.declared, value_range=problem.value_range),
             labels=problem.labels,
             batch_size=problem.batch,
             prior=filling.prior,
             time_limit=MATCHING * seconds if kinked else seconds,
             noise=problem.precision.noise,
             callback=watch,
-            device=next(iter(problem.gradients.values())).device,
+            device=problem.gradients.device,
             seed=problem.precision.seed,
         )
     except ValueError as error:  # labels, above all, that only a closed form would have found

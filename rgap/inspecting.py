@@ -21,6 +21,7 @@ from rgap.options import (
     UpdatePath,
     Weights,
 )
+from rgap.spoken import options_of, spoken
 
 __all__ = ["check"]
 
@@ -68,5 +69,6 @@ def check(
         else:
             if found.findings:
                 stdout().print(finding_table(found))
-            stdout().print(found.explain(), highlight=False, markup=False, soft_wrap=True)
+            words = spoken(found.explain(), options_of(context))
+            stdout().print(words, highlight=False, markup=False, soft_wrap=True)
     raise typer.Exit(0 if found.ok else 1)

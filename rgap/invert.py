@@ -17,12 +17,13 @@ from rgap.batches import Rows, batch_of, start, with_separation
 from rgap.batchloss import BatchLoss
 from rgap.bias import rank_one_residual
 from rgap.diagnosis.reason import explained
+from rgap.factor import divided, remaining
+from rgap.families import families, matching
 from rgap.filling import filled, searched
 from rgap.halt import Halt, HaltKind
 from rgap.head import HeadCandidate, HeadFailure, features_from_bias, rank_one_tolerance, solve_head
-from rgap.network import Chain
-from rgap.ops import Rearrange, Reshape
-from rgap.pooling import LinearMap
+from rgap.mapped import Mapped
+from rgap.merging import uncounted, unrefuted
 from rgap.precision import Known
 from rgap.prefix import find_pairs, find_prefix
 from rgap.problem import Filling, Problem, prepare
@@ -40,10 +41,7 @@ from rgap.update import Update
 
 log = logging.getLogger(__name__)
 
-SMALLEST = (
-    "no batch size was stated: this is the smallest batch that sends the update; more pictures, of "
-    "which some differ only where no layer looks, send it too, and only their means are certain"
-)
+REFINED = 3  # times that a factor on a batch is taken out of it
 
 
 @dataclass(frozen=True)
@@ -154,10 +152,14 @@ def _counted(problem: Problem, found: Recovery) -> Recovery:
     Where the network is affine on the data, or has one logit, several samples send a gradient of
     rank one as well: without targets nothing says that there is one.
     """
-    if problem.stated is not None or not found.certified:
+    if problem.stated is not None:
         return found
-    if "targets" in found.certified or found.separation:
-        return replace(found, warnings=(*found.warnings, SMALLEST))
+    if found.status is Status.INCONSISTENT:
+        return unrefuted(found)
+    if not found.certified:
+        return found
+    if "targets" in found.certified:
+        return uncounted(problem, found)
     return replace(
         found,
         inputs=None,
@@ -189,22 +191,20 @@ def _run(problem: Problem, head: Head | None, show: Progress) -> Recovery:
         recovery = _conclude(problem, [(descent, kappa, [])], show)
         *below, last = recovery.layers
         return replace(recovery, layers=(*below, replace(last, route=Route.GIVEN)))
-    if problem.stated != 1:
+    lowest = _lowest_fully_connected(problem)
+    if _over_positions(problem):
+        return outcomes.over_positions(problem)
+    if problem.stated != 1 and not isinstance(problem.update.loss, Mapped):
         found = separate(batch_of(problem), show.stage)
         # One sample of a batch of unknown size has routes of its own where this one has none.
         single = problem.stated is None and not mixed(batch_of(problem))
         if not (single and isinstance(found, Unseparated)):
-            return beside_targets(problem, _from_batch(problem, found, show), show)
+            recovery = _from_batch(problem, found, show)
+            if isinstance(found, Unseparated) and found.factor is not None:
+                recovery = _divided(problem, found.factor, show) or recovery
+            return beside_targets(problem, recovery, show)
     if not problem.update.loss.equations:
-        return outcomes.stopped(
-            problem,
-            Status.UNSUPPORTED,
-            f"no equation covers the loss {problem.update.loss.name} with these options, and no "
-            "fully connected layer with a bias that the data reach by a chain gives its input "
-            "without it",
-            None,
-        )
-    lowest = _lowest_fully_connected(problem)
+        return outcomes.no_equations(problem)
     if lowest is not None:
         return _from_bias(problem, lowest, show)
     return _from_head(problem, show)
@@ -223,23 +223,46 @@ def _from_data(problem: Problem, show: Progress) -> Recovery | None:
     )
     covered = chain.complete and loss.equations and followed
     covered = covered and chain.stages[-1].affine.geometry is None
-    if covered:
+    if covered and not _over_positions(problem):
         return None
     show.stage("reading the network from the data up")
     above = "above it no equation of the loss is needed"
     if chain.barrier is not None:
         barrier = chain.barrier
         above = f"above it: '{barrier.node}' ({barrier.kind}): {barrier.reason}"
+    held = [stage.affine for stage in chain.stages]
     if problem.stated in (None, 1):
-        prefix = find_prefix(problem.model, chain.input_shape, problem.sent)
+        prefix = find_prefix(problem.model, chain.input_shape, problem.sent, held)
         found = None if prefix is None else from_prefix(problem, prefix, above, show)
         if found is not None or problem.stated == 1:
             return found
-    for pair in find_pairs(problem.model, chain.input_shape, problem.sent):
+    for pair in find_pairs(problem.model, chain.input_shape, problem.sent, held):
         found = from_pair(problem, pair, above, show)
         if found is not None:
             return found
     return None
+
+
+def _divided(problem: Problem, factor: float, show: Progress) -> Recovery | None:
+    """A batch whose update is λ times the declared one: read as the update over λ.
+
+    None where that contradicts it as well.
+    """
+    for _ in range(REFINED):
+        own = divided(problem, factor)
+        found = separate(batch_of(own), show.stage)
+        if isinstance(found, Unseparated):
+            return None
+        left = remaining(own, found)
+        factor *= left
+        if abs(left - 1.0) <= problem.precision.unit:
+            break
+    recovery = _from_batch(divided(problem, factor), found, show)
+    if recovery.status is Status.INCONSISTENT:
+        return None
+    said = f"{recovery.reason}; the update is {factor:.6g} times that of the declared loss"
+    known = factor if recovery.inputs is not None else None
+    return replace(recovery, scale=known, reason=said)
 
 
 def _from_batch(problem: Problem, found: Separated | Unseparated, show: Progress) -> Recovery:
@@ -296,12 +319,7 @@ def _from_head(problem: Problem, show: Progress) -> Recovery:
     index = len(chain.stages) - 1
     stage = chain.stages[index]
     if stage.affine.geometry is not None:
-        words = (
-            f"the last layer '{stage.name}' is a {stage.affine.kind}, the head equations need a "
-            "fully connected one; rgap.analysis.audit still measures every layer"
-        )
-        halt = Halt(HaltKind.HEAD, stage.name, words)
-        return outcomes.stopped(problem, Status.UNSUPPORTED, words, None, halt)
+        return outcomes.over_positions(problem)
     if not problem.precision.sent(stage.affine.weight_name):
         return outcomes.stopped(
             problem,
@@ -319,7 +337,7 @@ def _from_head(problem: Problem, show: Progress) -> Recovery:
         halt = Halt(kind, stage.name, found.reason)
         return outcomes.stopped(problem, status, found.reason, None, halt)
     runs: list[Run] = []
-    for family in _families(_matching(found, problem.labels), chain):
+    for family in families(matching(found, problem.labels), chain):
         first = family[0]
         descent = _descend(problem, index, first.features, first.cotangent, show)
         runs.append((descent, first.cotangent, family))
@@ -327,25 +345,6 @@ def _from_head(problem: Problem, show: Progress) -> Recovery:
 
 
 Run = tuple[Descent, Known | BatchLoss | None, list[HeadCandidate]]
-
-
-def _families(found: list[HeadCandidate], chain: Chain) -> list[list[HeadCandidate]]:
-    """Candidates that one descent answers together.
-
-    In a chain without biases whose activations are positively homogeneous, (c·x, k/c) satisfies
-    every equation below the head that (x, k) does: roots of one sign differ by a scale alone.
-    """
-    homogeneous = all(
-        stage.affine.bias is None
-        and all(isinstance(op, Reshape) or getattr(op, "homogeneous", False) for op in stage.tail)
-        and all(isinstance(op, (Reshape, Rearrange, LinearMap)) for op in stage.lead)
-        for stage in chain.stages
-    )
-    if not homogeneous:
-        return [[candidate] for candidate in found]
-    signs = (True, False)
-    groups = [[c for c in found if (c.scale > 0) is positive] for positive in signs]
-    return [group for group in groups if group]
 
 
 def _conclude(problem: Problem, runs: list[Run], show: Progress) -> Recovery:
@@ -445,6 +444,15 @@ def _given(name: str, value: Tensor, shape: tuple[int, ...], problem: Problem) -
     return Known(value, problem.precision.rounding(value))
 
 
+def _over_positions(problem: Problem) -> bool:
+    """True for outputs [B, C, *positions] but those of one sample that a bias gradient reads."""
+    chain = problem.chain
+    if not chain.complete or len(chain.output_shape) < 2:
+        return False
+    read = isinstance(problem.update.loss, Mapped) and problem.stated in (None, 1)
+    return not read or _lowest_fully_connected(problem) is None
+
+
 def _lowest_fully_connected(problem: Problem) -> int | None:
     """Index of the lowest fully connected stage whose bias gradient carries its input."""
     for stage in problem.chain.stages:
@@ -458,10 +466,3 @@ def _lowest_fully_connected(problem: Problem) -> int | None:
         ):
             return stage.index
     return None
-
-
-def _matching(found: list[HeadCandidate], labels: Tensor | None) -> list[HeadCandidate]:
-    if labels is None:
-        return found
-    wanted = labels.flatten().double()
-    return [c for c in found if torch.equal(c.labels.flatten().double(), wanted)]

@@ -8,7 +8,7 @@ handler.  What is not in the registry raises :class:`Unsupported`, with the reas
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,16 +17,50 @@ from torch import Tensor, nn
 from rgap import activations as act
 from rgap import affine
 from rgap.affine import Affine
+from rgap.doubles import blocks
 from rgap.ops import Op, Pad
 from rgap.pooling import LinearMap, Opaque, Pool
 from rgap.probing import Shape, Unsupported, fitting, rearrangement
 from rgap.scaling import BatchNorm
 
-Names = Mapping[int, str]  # id of a parameter → its name in the model
+Names = Mapping[int, str]  # id of a parameter → its name in the model, maybe a `Parameters`
 Piece = Affine | Op | None  # None: the identity
 Handler = Callable[[Any, str, Shape, Names], Piece]
 
 HANDLERS: dict[type[nn.Module], Handler] = {}
+
+
+class Parameters(dict[int, str]):
+    """Names of a model's parameters by ``id``, and copies in float64 that somebody holds already.
+
+    Args:
+        model: whose parameters they are.
+        held: affine maps read off the same model before; their tensors are taken where their
+            values are those of the parameters still.
+    """
+
+    def __init__(self, model: nn.Module, held: Iterable[Affine] = ()) -> None:
+        super().__init__({id(p): name for name, p in model.named_parameters()})
+        self._held: dict[str, Tensor] = {}
+        for layer in held:
+            self._held[layer.weight_name] = layer.weight
+            if layer.bias is not None and layer.bias_name is not None:
+                self._held[layer.bias_name] = layer.bias
+
+    def held(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
+        """Copies of both in float64, or None."""
+        first = self._copy(weight)
+        second = None if bias is None else self._copy(bias)
+        if first is None or (bias is not None and second is None):
+            return None
+        return first, second
+
+    def _copy(self, parameter: Tensor) -> Tensor | None:
+        copy = self._held.get(self.get(id(parameter), ""))
+        if copy is None or copy.device != parameter.device or copy.shape != parameter.shape:
+            return None
+        pairs = zip(blocks(copy), blocks(parameter), strict=True)
+        return copy if all(torch.equal(own, new.double()) for own, new in pairs) else None
 
 
 def register(*modules: type[nn.Module]) -> Callable[[Handler], Handler]:
@@ -84,13 +118,16 @@ def affine_map(
     """A linear layer (matrix weight) or a convolution (weight of 3 to 5 dimensions)."""
     weight_name = parameter_name(name, "weight", weight, names)
     both = (weight_name, None if bias is None else parameter_name(name, "bias", bias, names))
+    held = names.held(weight, bias) if isinstance(names, Parameters) else None
+    if held is not None:
+        (weight, bias), options["copy"] = held, False
     if weight.ndim == 2:
         if len(in_shape) > 1 and in_shape[-1] == weight.shape[1]:
             raise Unsupported(
                 f"the linear layer is applied along [B, {', '.join(map(str, in_shape))}], once "
                 "for every position, not once for every sample"
             )
-        return affine.linear(name, weight, bias, both, in_shape)
+        return affine.linear(name, weight, bias, both, in_shape, copy=held is None)
     return affine.convolution(name, weight, bias, both, in_shape, **options)
 
 

@@ -156,6 +156,18 @@ SURELY = 100.0
 LEAST = 0.25
 # ε of the client, relative to σ₁, above which a weight is more than rounding.
 LAW = 100.0
+# Pictures shown as one of which a single one stands apart from the others: the mean is then off by
+# √(pictures − 1) times as much as in a pair.  15 for up to sixteen.
+MERGED = 15.0
+# How much less visible a difference of pictures may be than the least visible of 32 that were
+# drawn.  In the worst case, one direction seen, the least of 8 alike is near 0.15 of the root mean
+# square; 16 times less has a chance of 0.8%, where two are seen 0.004%.
+LEANING = 16.0
+# Rounding units of G that are taken for noise beside what is measured: of product and sums.
+ROUNDING_SHARE = 4.0
+# Relative difference of cotangents in float64 that may be all rounding: 1000 eps.
+ALIKE = 2e-13
+
 # Share of its weight by which a sample may seem off while others are to be found, and times its
 # weight before all are polished together: looked at again after the polish, by WHOLE.
 SIMILAR = 0.5

@@ -305,8 +305,9 @@ def _published(
     targets = given.targets
     if best is not None and targets is None:
         targets = objective.goals(row).argmax(1)
-        order = targets.argsort(stable=True)
-        best, targets = best[order], targets[order]
+        if targets.ndim == 1:  # one label a pixel has no order of its own
+            order = targets.argsort(stable=True)
+            best, targets = best[order], targets[order]
     saved = Checkpoint(settings, state)
     return _answer(given, best, targets, preset.name, ended, value, int(state["iteration"]), saved)
 

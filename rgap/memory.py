@@ -12,8 +12,18 @@ import re
 from pathlib import Path
 
 import torch
+from torch import nn
 
-__all__ = ["LEAST", "OutOfMemory", "budget_of", "bytes_of", "free", "require", "shown"]
+__all__ = [
+    "LEAST",
+    "OutOfMemory",
+    "budget_of",
+    "bytes_of",
+    "free",
+    "require",
+    "require_copies",
+    "shown",
+]
 
 SHARE = 0.5  # of what is free: other processes grow, and an allocator keeps what it gave back
 LEAST = 64 * 2.0**20  # bytes that no budget goes below: less than PyTorch takes by itself
@@ -121,6 +131,26 @@ def require(what: str, need: float, budget: float, instead: str = "") -> None:
         f"memory_budget={ask:.1e} (--memory-limit {ask / 1e9:.2g}GB) where the machine has "
         f"it{other}"
     )
+
+
+def require_copies(model: nn.Module, copies: int, budget: float, instead: str = "") -> None:
+    """Refuse a model of which so many copies in float64 do not fit.
+
+    Args:
+        model: whose parameters are counted.
+        copies: that are held at a time.
+        budget: bytes.
+        instead: as for :func:`require`.
+
+    Raises:
+        OutOfMemory: they need more.
+
+    >>> require_copies(nn.Linear(3, 2), 2, 1e9)
+    """
+    parameters = sum(p.numel() for p in model.parameters())
+    what = "a float64 copy" if copies == 1 else f"{copies} float64 copies"
+    words = f"{what} of the {parameters:,} parameters of {type(model).__name__}"
+    require(words, 8.0 * copies * parameters, budget, instead)
 
 
 def free(device: torch.device | str = "cpu") -> float:

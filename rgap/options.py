@@ -23,6 +23,7 @@ __all__ = [
     "Quiet",
     "Reduction",
     "Seed",
+    "TimeLimit",
     "Weights",
 ]
 
@@ -63,6 +64,13 @@ MemoryLimit = Annotated[
     typer.Option(
         help="To take on top of model and update, as in 4GB, 500MB or 2GiB; default: half of what "
         "is free.",
+        show_default=False,
+    ),
+]
+TimeLimit = Annotated[
+    float | None,
+    typer.Option(
+        help="Seconds for the whole command, kept within a tenth; default: none.",
         show_default=False,
     ),
 ]

@@ -6,13 +6,13 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from rgap.halt import Halt
+from rgap.halt import Halt, HaltKind
 from rgap.problem import Problem
 from rgap.recovery import Recovery, Status
 from rgap.recursion import Descent
 from rgap.replay import sent_for
 from rgap.reports import layer_reports
-from rgap.symptoms import compression, warnings
+from rgap.symptoms import compressed, warnings
 
 CHOSEN = (
     "a prior chose what the equations leave open: details of these pictures may be its own and not "
@@ -38,7 +38,7 @@ def stopped(
     """
     if halt is None and descent is not None:
         halt = descent.halt
-    looks = compression(problem.gradients.original)
+    looks = compressed(problem)
     if looks is not None:
         told = f"the update itself looks compressed, which no equation here models: {looks}"
         reason = f"{told}; {reason}"
@@ -54,6 +54,37 @@ def stopped(
         warnings=warnings(problem),
         halt=halt,
     )
+
+
+def no_equations(problem: Problem) -> Recovery:
+    """UNSUPPORTED: nothing is known of the loss, and no layer does without it."""
+    return stopped(
+        problem,
+        Status.UNSUPPORTED,
+        f"no equation covers the loss {problem.update.loss.name} with these options, and no fully "
+        "connected layer with a bias that the data reach by a chain gives its input without it",
+        None,
+    )
+
+
+def over_positions(problem: Problem) -> Recovery:
+    """UNSUPPORTED: a target at every position of a map, with nothing that tells them apart."""
+    chain = problem.chain
+    last, shape = chain.stages[-1], list(chain.output_shape)
+    if last.affine.geometry is not None:
+        words = (
+            f"the last layer '{last.name}' is a {last.affine.kind}, and the gradient of its "
+            "kernel adds κ uᵀ up over all positions: the head equations need a fully connected "
+            "layer, or one with a bias further down that gives its input; rgap.match searches for "
+            "such data, and rgap.analysis.audit still measures every layer"
+        )
+    else:
+        words = (
+            f"the outputs are [B, {', '.join(map(str, shape))}] with a target at every position, "
+            f"which is read for one sample and from a bias gradient: write batch_size=1 for an "
+            "update of one sample; rgap.match searches for the others"
+        )
+    return stopped(problem, Status.UNSUPPORTED, words, None, Halt(HaltKind.HEAD, last.name, words))
 
 
 def contradiction(problem: Problem, descent: Descent) -> Recovery:

@@ -8,14 +8,16 @@ attention, skip connections, dropout, several heads and any loss.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
 
 from rgap.affine import Affine
+from rgap.doubles import Doubles
 from rgap.graph import Link, parameter_uses, shared
+from rgap.layers import Parameters
 from rgap.network import Chain, assemble
 from rgap.probing import Shape
 from rgap.recording import record
@@ -39,7 +41,9 @@ class Prefix:
     argument: str = ""
 
 
-def find_pairs(model: nn.Module, shape: Shape, gradients: Mapping[str, Tensor]) -> list[Chain]:
+def find_pairs(
+    model: nn.Module, shape: Shape, gradients: Doubles, held: Sequence[Affine] = ()
+) -> list[Chain]:
     """Chains that end with two fully connected layers in a row, the lowest first.
 
     Args as for :func:`find_prefix`.
@@ -48,7 +52,7 @@ def find_pairs(model: nn.Module, shape: Shape, gradients: Mapping[str, Tensor]) 
     if recording is None:
         return []
     found = []
-    for chain in _chains(model, recording.graph, shape, gradients, biased=False):
+    for chain in _chains(model, recording.graph, shape, gradients, held, biased=False):
         layers = [stage.affine for stage in chain.stages[-2:]]
         pair = len(layers) == 2 and all(affine.geometry is None for affine in layers)
         if pair and reaches(model, chain, _trial(model, shape)):
@@ -56,17 +60,20 @@ def find_pairs(model: nn.Module, shape: Shape, gradients: Mapping[str, Tensor]) 
     return found
 
 
-def find_prefix(model: nn.Module, shape: Shape, gradients: Mapping[str, Tensor]) -> Prefix | None:
+def find_prefix(
+    model: nn.Module, shape: Shape, gradients: Doubles, held: Sequence[Affine] = ()
+) -> Prefix | None:
     """The chain to the lowest fully connected layer whose bias gradient carries its input.
 
     Args:
         model: in any mode; a dropout that is on, or a batch norm that mixes, is no link.
         shape: of one input.
         gradients: by parameter name.
+        held: layers that were read off the same model already: they are not copied again.
     """
     recording = record(model, shape)
     if recording is not None:
-        for chain in _chains(model, recording.graph, shape, gradients):
+        for chain in _chains(model, recording.graph, shape, gradients, held):
             if reaches(model, chain, _trial(model, shape)):
                 return Prefix(chain)
         return None
@@ -78,7 +85,7 @@ def find_prefix(model: nn.Module, shape: Shape, gradients: Mapping[str, Tensor])
     if len(places) < 2:
         return None
     for place in places:
-        for chain in _chains(model, graph, shape, gradients, place):
+        for chain in _chains(model, graph, shape, gradients, held, place):
             return Prefix(chain, str(place.target))
     return None
 
@@ -119,12 +126,13 @@ def _chains(
     model: nn.Module,
     graph: fx.Graph,
     shape: Shape,
-    gradients: Mapping[str, Tensor],
+    gradients: Doubles,
+    held: Sequence[Affine],
     data: fx.Node | None = None,
     biased: bool = True,
 ) -> list[Chain]:
     """Chains to the fully connected layers of a graph, or those with a bias, the lowest first."""
-    traced = _propagated(model, graph, shape, data)
+    traced = _propagated(model, graph, shape, data, held)
     uses = parameter_uses(model, traced)
     found = []
     for node, made in traced.items():
@@ -142,15 +150,14 @@ def _chains(
             parameters = tuple(name for name, _ in model.named_parameters())
             stages = assemble(links)
             found.append(Chain(stages, None, shape, piece.out_shape, parameters))
-    device = next(iter(gradients.values())).device
-    return [chain.to(device) for chain in found]
+    return [chain.to(gradients.device) for chain in found]
 
 
 def _propagated(
-    model: nn.Module, graph: fx.Graph, shape: Shape, data: fx.Node | None
+    model: nn.Module, graph: fx.Graph, shape: Shape, data: fx.Node | None, held: Sequence[Affine]
 ) -> dict[fx.Node, Traced]:
     """Meaning of every node; a layer that does not take the shape ends its own path only."""
-    names = {id(p): name for name, p in model.named_parameters()}
+    names = Parameters(model, held)
     traced: dict[fx.Node, Traced] = {}
     for node in graph.nodes:
         if node.op == "output":

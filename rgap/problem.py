@@ -6,7 +6,7 @@ import copy
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 
 import torch
@@ -25,7 +25,7 @@ from rgap.solvers.gauss_newton import Schedule
 from rgap.solvers.priors import Prior, Squares, natural
 from rgap.systems.stage import BUDGET
 from rgap.targets import CLASSES
-from rgap.update import Update
+from rgap.update import Update, view
 
 log = logging.getLogger(__name__)
 
@@ -145,7 +145,7 @@ def prepare(
     bounds = update.value_range if value_range is None else validation.bounds(value_range)
     slack = BEYOND if value_range is None else 0.0
     place = device_of(device)
-    update = replace(update, input_shape=sample_shape(model, input_shape, update.input_shape))
+    update = view(update, input_shape=sample_shape(model, input_shape, update.input_shape))
     assert update.input_shape is not None
     if update.local_steps > 1:
         raise ValueError(
@@ -155,12 +155,7 @@ def prepare(
         )
     room = memory.budget_of(budget, place)
     model = as_on_the_client(model, update)
-    parameters = sum(p.numel() for p in model.parameters())
-    memory.require(
-        f"a float64 copy of the {parameters:,} parameters of {type(model).__name__}",
-        8.0 * parameters * (2 if place.type != "cpu" else 1),
-        room,
-    )
+    memory.require_copies(model, 1 if place.type == "cpu" else 2, room)
     declared, unready = update.loss, ""
     try:
         chain = parse(model, update.input_shape)
@@ -169,7 +164,7 @@ def prepare(
     if place.type != "cpu":
         chain = chain.to(place)
     chain, loss = behind(*folded(chain, declared, stated))
-    update = replace(update, loss=loss)
+    update = view(update, loss=loss)
     _check_labels(known, update, chain)
     gradients = Doubles(update.gradients, place, room / 8)
     samples = ensemble(chain, stated or 1, room)

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ class Progress:
         self._line = _Line(self._began, clock) if shown is True else None
         self.last: Report | None = None
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> Self:
         if self._line is not None:
             self._line.start()
         return self

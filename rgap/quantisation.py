@@ -11,21 +11,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import gcd
 
 import torch
 from torch import Tensor
 
+from rgap.doubles import blocks
 from rgap.rounding import UNIFORM, coherence, spacing
 
 __all__ = ["Rounded", "recognise"]
 
 FORMATS = (torch.bfloat16, torch.float16, torch.float32)  # coarsest first
-EVIDENCE = 16  # distinct values that use the last bit of a format, or levels of integers, needed
+EVIDENCE = 16  # distinct values that use the last bit of a format needed
+LEVELS = 12  # levels of integers, beside the largest of each tensor, needed in all tensors together
 USED = 0.25  # share of the distinct values that do, where rounding decided: one half
 LOOKED = 4096  # values of a tensor among which they are counted
 WIDTHS = range(4, 17)  # bits of integers that are looked for
 OFF = 4.0  # spacings of the carrying format by which a multiple of the step may be off
-FEWEST = 64  # entries of a tensor that may show integers by itself
+FEWEST = 24  # entries of the tensors that may show integers
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ def _floating(gradients: Mapping[str, Tensor], dtype: torch.dtype) -> Rounded | 
     exact = {
         name: g
         for name, g in gradients.items()
-        if torch.finfo(g.dtype).eps < eps and torch.equal(g.to(dtype).to(g.dtype), g)
+        if torch.finfo(g.dtype).eps < eps and _numbers_of(g, dtype)
     }
     used = total = 0
     for g in exact.values():
@@ -107,44 +110,67 @@ def _integers(gradients: Mapping[str, Tensor]) -> Rounded | None:
 
     Errors of entries that went to zero follow the gradient where most did (see ``coherence``).
     """
+    ends = {name: _ends(g) for name, g in gradients.items()}
     for bits in WIDTHS:
-        noise, evidence = {}, 0
+        noise, evidence, entries = {}, 0, 0
         for name, g in gradients.items():
-            step = _step(g, bits)
+            step = _step(g, bits, *ends[name])
             if step is None:
                 continue
             noise[name] = torch.full_like(g, UNIFORM * step)
             if g.ndim > 1:
                 noise[name] *= coherence(g == 0, (g == 0).flatten(1).all(1)).to(g)
-            levels = len(_distinct(g))
-            if g.numel() >= FEWEST and levels >= min(EVIDENCE, 2 ** (bits - 1) - 2):
-                evidence += levels
-        if evidence:
+            entries += g.numel()
+            evidence += len(_distinct(g)) - 1  # the largest is one whatever the others are
+        if entries >= FEWEST and evidence >= min(LEVELS, 2 ** (bits - 1) - 3):
             return Rounded(f"{bits}-bit integers", None, noise, evidence)
     return None
 
 
-def _step(g: Tensor, bits: int) -> float | None:
+def _numbers_of(g: Tensor, dtype: torch.dtype) -> bool:
+    """Every value of a tensor is a number of a coarser format: a few of them first, then all."""
+    return all(torch.equal(part.to(dtype).to(g.dtype), part) for part in (_few(g), *blocks(g)))
+
+
+def _ends(g: Tensor) -> tuple[float, float]:
+    """Smallest and largest value of a tensor."""
+    low, high = g.detach().aminmax()
+    return float(low), float(high)
+
+
+def _step(g: Tensor, bits: int, low: float, high: float) -> float | None:
     """Step of a tensor that is ``step · n`` with n of so many bits, scaled to their range."""
-    values = g.detach().double()
-    low, high = float(values.min()), float(values.max())
     largest = max(abs(low), abs(high))
     if largest == 0:
         return None
     slack = OFF * torch.finfo(g.dtype).eps * largest
-    for step in (largest / (2 ** (bits - 1) - 1), (high - low) / (2**bits - 1)):
-        if step <= 0:
-            continue
+
+    def holds(part: Tensor) -> bool:
+        values = part.double()
         off = (values - step * (values / step).round()).abs()
-        if bool((off <= slack).all()) and slack < step / 8:
+        return bool((off <= slack).all())
+
+    for step in (largest / (2 ** (bits - 1) - 1), (high - low) / (2**bits - 1)):
+        if step > 0 and slack < step / 8 and holds(_few(g)) and all(map(holds, blocks(g))):
             return float(step)
     return None
 
 
-def _distinct(g: Tensor) -> Tensor:
-    """Distinct sizes of up to ``LOOKED`` entries that are not zero."""
-    flat = g.detach().flatten()
+def _few(g: Tensor) -> Tensor:
+    """About ``LOOKED`` values from all over a tensor: they refute nearly every format.
+
+    The stride has no factor in common with the size: one of whole rows stays in one column, and
+    that of an input that was off is zero.
+    """
+    flat = g.detach().reshape(-1)
     stride = max(1, flat.numel() // LOOKED)
-    sizes = flat[::stride].abs()
+    while gcd(stride, flat.numel()) > 1:
+        stride += 1
+    return flat[::stride]
+
+
+def _distinct(g: Tensor) -> Tensor:
+    """Distinct sizes of a few entries that are not zero."""
+    sizes = _few(g).abs()
     distinct: Tensor = torch.unique(sizes[sizes > 0])
     return distinct

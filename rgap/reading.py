@@ -19,9 +19,9 @@ from rgap.limits import APART, ENSEMBLE, FREE, LOGIT, NORMALISED
 from rgap.losses import Loss
 from rgap.network import Stage
 from rgap.precision import Known, Precision
-from rgap.targets import CLASSES
+from rgap.targets import BINARY, CLASSES
 
-__all__ = ["Reading", "read_target"]
+__all__ = ["Reading", "read_target", "read_weighed"]
 
 LISTED = 4096  # targets that are tried one by one
 
@@ -38,6 +38,9 @@ class Reading:
         tolerance: the distance that rounding and noise explain.
         scale: λ.
         open: why the target is not certain whatever the distance, or "".
+        spread: standard error of λ, where it was fitted.
+        tested: False where the cotangents of all targets have one direction, of which λ is the
+            length, so that nothing but another sample tests it.
     """
 
     target: Tensor
@@ -46,6 +49,8 @@ class Reading:
     tolerance: float
     scale: float = 1.0
     open: str = ""
+    spread: float = 0.0
+    tested: bool = True
 
     @property
     def fits(self) -> bool:
@@ -70,10 +75,31 @@ def read_target(stage: Stage, x: Known, k: Known, loss: Loss, precision: Precisi
     first = _declared(z, k, loss, precision)
     if first.fits or first.open or loss.targets != "index":
         return first
-    found = [reading for reading in _scaled(z, k, loss, precision) if reading.fits]
+    found = [r for r in _scaled(z, k, loss, precision) if r.fits and r.tested]
     if len(found) != 1:
         return first
     return found[0]
+
+
+def read_weighed(stage: Stage, x: Known, k: Known, loss: Loss, precision: Precision) -> Reading:
+    """The same of one sample of a batch, whose λ is unknown: never taken to be 1.
+
+    Args:
+        stage: the last stage, fully connected.
+        x: input of its affine map, [1, n], with its errors.
+        k: cotangent of the sample at its output, [1, m], with its errors.
+        loss: of that output, as a sum over the samples, with index targets.
+        precision: of the update.
+    """
+    z = Known(stage.affine.forward(x.value), torch.stack([stage.affine.linear(e) for e in x.error]))
+    found = sorted(_scaled(z, k, loss, precision), key=lambda reading: reading.distance)
+    fitting = [reading for reading in found if reading.fits]
+    if len(fitting) == 1:
+        return replace(fitting[0], open=loss.open_at(z.value))
+    if fitting:
+        twins = " and ".join(str(reading.labels.flatten().tolist()) for reading in fitting[:2])
+        return replace(fitting[0], open=f"targets {twins}, each with a factor of its own, send it")
+    return found[0] if found else replace(_declared(z, k, loss, precision), distance=inf)
 
 
 def _declared(z: Known, k: Known, loss: Loss, precision: Precision) -> Reading:
@@ -154,19 +180,40 @@ def _error(z: Known, k: Known, loss: Loss, target: Tensor, precision: Precision)
 
 
 def _scaled(z: Known, k: Known, loss: Loss, precision: Precision) -> Iterator[Reading]:
-    """Every target with the positive factor that fits it best, if anything tests a factor."""
+    """Every target with the positive factor that fits it best, and whether anything tests it."""
     options = _options(loss, z.value)
+    if options is None:
+        options = _around(loss, z.value, k.value)
     if options is None:
         return
     many = _cotangents(loss, z.value, options)
     values = torch.linalg.svdvals(many)
-    if int((values > FREE * values[0].clamp_min(1e-300)).sum()) < 2:
-        return  # one direction, and λ is its length: nothing is left to test it
+    tested = int((values > FREE * values[0].clamp_min(1e-300)).sum()) > 1
     sizes = many.square().sum(1)
     factors = (many @ k.value[0]) / sizes.clamp_min(1e-300)
     for place, factor in enumerate(factors.tolist()):
         if factor > 0 and bool(sizes[place] > 0):
-            yield _along(z, k, loss, precision, options, many, place, factor)
+            reading = _along(z, k, loss, precision, options, many, place, factor)
+            spread = _spread(z, k, loss, options[place : place + 1], many[place], factor)
+            yield replace(reading, tested=tested, spread=spread)
+
+
+def _spread(z: Known, k: Known, loss: Loss, target: Tensor, m: Tensor, factor: float) -> float:
+    """Standard error of λ = ⟨m, k⟩/⟨m, m⟩, m the cotangent of a target at z."""
+    bent = torch.stack([loss.cotangent_jvp(z.value, e, target)[0] for e in z.error])
+    off = (k.error[:, 0] - factor * bent) @ m / m.square().sum().clamp_min(1e-300)
+    return float(off.square().mean().sqrt())
+
+
+def _around(loss: Loss, z: Tensor, k: Tensor) -> Tensor | None:
+    """Of 2^C label vectors the one that the signs of k say, and those that differ in one label.
+
+    σ(z_j) − y_j is negative exactly where y_j = 1, whatever the positive factor.
+    """
+    if loss.name != BINARY or not loss.plain:
+        return None
+    signs = (k[0] < 0).to(z)
+    return torch.cat([signs[None], (signs - torch.eye(len(signs)).to(z)).abs()])
 
 
 def _along(

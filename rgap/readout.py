@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from rgap.batches import batch_of, label_identity, rows_of, several, snapped
 from rgap.batchloss import BatchLoss
 from rgap.certificate import Answer
 from rgap.doubles import row_blocks
-from rgap.limits import NEAREST
+from rgap.limits import NEAREST, PASSES
 from rgap.network import Chain, Stage
 from rgap.polish import Polished, polish
 from rgap.precision import Known, carried
@@ -42,34 +43,36 @@ def read_batch(problem: Problem, descent: Descent, head: BatchLoss) -> Answer:
     """Polish the pictures of a batch all together and check their labels by the identity."""
     lowest = descent.solutions.get(0)
     settled = lowest is not None and lowest.solution.stats.route == Route.SEPARATION
-    labels = several(problem.update.loss, problem.chain)
+    continuous, labels = head.continuous, several(problem.update.loss, problem.chain)
+    posed = head
     if labels:
-        start = descent.require_data()
-        features, logits = _top(problem, start)
-        exact, distance, _ = snapped(problem, head, features.value.flatten(1), logits)
-        polished = _polished(problem, descent, exact if distance < NEAREST else head, settled)
-    else:
-        polished = _polished(problem, descent, head, settled)
+        features, logits = _top(problem, descent.require_data())
+        exact, distance, _ = snapped(problem, head, _flat(features), logits)
+        posed = exact if distance < NEAREST else head
+    polished = _polished(problem, descent, posed, settled)
+    norm = gathered(problem.chain, polished)
+    if continuous and not polished.eliminated:
+        # They come from the head's gradient by its features, as well as these tell samples apart.
+        table = _flat(_top(problem, polished.data)[0]).value
+        values = torch.linalg.svdvals(torch.nn.functional.pad(table, (0, 1), value=1.0))
+        norm *= float(values[0] / values[-1].clamp_min(1e-300))
+    # The members carry the client's rounding; what ours gathers is the larger one in float64.
+    own = PASSES * torch.finfo(torch.float64).eps * norm
+    wider = max(1.0, own / max(float(polished.data.std.max()), 1e-300))
+    polished = replace(polished, data=_wider(polished.data, wider))
     features, logits = _top(problem, polished.data)
-    rows_of_features = features.value.flatten(1)
     if polished.eliminated and polished.head is not None:
         head = polished.head
-    elif labels:
-        head = read_from_head(batch_of(problem), rows_of_features, logits.value, head)
+    elif labels:  # they were read at features that the polish has moved since
+        head = read_from_head(batch_of(problem), _flat(features).value, logits.value, head)
     if labels:
-        head, distance, tolerance = snapped(problem, head, rows_of_features, logits)
+        head, distance, tolerance = snapped(problem, head, _flat(features), logits)
     else:
         _, distance, tolerance = label_identity(problem, head, logits)
     rows = rows_of(head, problem.labels)
     reading = Reading(
         head.targets, rows.labels, distance, tolerance, open=head.loss.open_at(logits.value)
     )
-    norm = gathered(problem.chain, polished)
-    if head.continuous and not polished.eliminated:
-        # Read off the head's gradient by its features, as well as these tell samples apart.
-        table = torch.nn.functional.pad(rows_of_features, (0, 1), value=1.0)
-        values = torch.linalg.svdvals(table)
-        norm *= float(values[0] / values[-1].clamp_min(1e-300))
     return Answer(descent, polished, reading, rows, gathered=norm)
 
 
@@ -78,6 +81,15 @@ def _top(problem: Problem, data: Known) -> tuple[Known, Known]:
     features, affine = top_features(problem.chain, data), problem.chain.stages[-1].affine
     error = torch.stack([affine.linear(e) for e in features.error])
     return features, Known(affine.forward(features.value), error)
+
+
+def _flat(known: Known) -> Known:
+    return Known(known.value.flatten(1), known.error.flatten(2))
+
+
+def _wider(known: Known, times: float) -> Known:
+    """The same with larger errors."""
+    return Known(known.value, times * known.error)
 
 
 def gathered(chain: Chain, polished: Polished) -> float:

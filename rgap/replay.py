@@ -7,7 +7,7 @@ what its precision, its noise and the errors of the answer explain.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -89,13 +89,22 @@ def _weighed(
     problem: Problem, inputs: Tensor, labels: Tensor, scale: Tensor, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """Each sample by itself, with its factor and its share in the mean of the batch."""
-    loss, count = problem.declared, len(inputs)
-    share = loss_scale(loss, count, 1) / loss_scale(loss, 1, 1)
+    shares = _shares(problem.declared, labels, problem.chain.output_shape)
     total: dict[str, Tensor] = {}
-    for row, factor in enumerate(scale.tolist()):
-        one = sent_for(problem, inputs[row : row + 1], labels[row : row + 1], factor * share, dtype)
+    for row, factor in enumerate((scale * shares.to(scale)).tolist()):
+        one = sent_for(problem, inputs[row : row + 1], labels[row : row + 1], factor, dtype)
         total = {n: total[n] + g if total else g for n, g in one.items()}
     return total
+
+
+def _shares(loss: Loss, labels: Tensor, output_shape: Sequence[int]) -> Tensor:
+    """What a sample's own gradient counts for in that of the batch, [B]: 1/B of a plain mean."""
+    ones = torch.ones(len(labels), dtype=torch.float64, device=labels.device)
+    if loss.own:
+        return ones * loss_scale(loss, len(labels), 1) / loss_scale(loss, 1, 1)
+    dense = loss.dense(labels, ones.new_zeros(len(labels), *output_shape))
+    each = [loss.divisor(dense[i : i + 1], ones[:1]) for i in range(len(labels))]
+    return ones.new_tensor(each) / loss.divisor(dense, ones)
 
 
 def replay(
@@ -104,6 +113,7 @@ def replay(
     labels: Tensor,
     scale: float | Tensor = 1.0,
     error: Tensor | None = None,
+    spread: float | Tensor = 0.0,
 ) -> Replay:
     """The update beside that of an answer.
 
@@ -116,11 +126,12 @@ def replay(
         labels: of the answer.
         scale: factor on the update, or one a sample.
         error: ensemble of the errors of ``inputs``, [S, B, *input_shape].
+        spread: standard error of ``scale``, like it.
     """
     exact = sent_for(problem, inputs, labels, scale)
     low = sent_for(problem, inputs, labels, scale, LOW)
     moved = [
-        sent_for(problem, inputs + e, labels, scale)
+        sent_for(problem, inputs + e, labels, scale + spread)
         for e in ([] if error is None else error[:MEMBERS])
     ]
     unit = problem.precision.unit

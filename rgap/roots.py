@@ -22,6 +22,8 @@ __all__ = ["cotangent_rounding", "entry", "reproduced", "roots", "scale_equation
 
 BELOW, ABOVE = 1e-4, 1e7  # range of the scale α around its natural sizes, see ``_scales``
 GRID = 215  # scales a decade
+UNSURE = 1e-2  # of a scale that may be its error
+DRAWS, NUDGE = 4, 1e-6  # of relative errors of the logits, and their size
 
 
 def reproduced(
@@ -40,7 +42,15 @@ def reproduced(
     # u turns with the noise too, and α k(α u) with u: bounded by the norm of all of the noise.
     slack = slack + SAFETY * added_noise(stage, precision).norm()
     relative = torch.maximum(ROUNDED * precision.unit * v.abs(), ROOT * v.norm())
-    return bool(((alpha * k - v).abs() <= torch.maximum(slack, relative)).all())
+    slack = torch.maximum(slack, relative)
+    # α solves one entry: where two roots are near each other that one hardly fixes it.
+    j = entry(v, loss, target)
+    ends = alpha * u.new_tensor([[1 + NUDGE], [1 - NUDGE]])
+    z = stage.affine.forward(ends * u)
+    high, low = ends * loss.cotangent(z, target.expand(2, *target.shape[1:]))
+    slope = (high - low).abs() / (2 * NUDGE * abs(alpha))
+    moved = min(float(slack[j] / slope[j].clamp_min(1e-300)), UNSURE * abs(alpha))
+    return bool(((alpha * k - v).abs() <= slack + slope * moved).all())
 
 
 def added_noise(stage: Stage, precision: Precision) -> Tensor:
@@ -55,12 +65,18 @@ def cotangent_rounding(
 
     Its logits z round relatively, so p is off by unit·|z| of itself; p − y rounds to ``unit`` in
     absolute terms where y is not 0: next to a softmax that is sure of itself the row of the label
-    says little, the other rows still all.
+    says little, the other rows still all.  What is behind the layer, a temperature say, may make
+    the logits many times as large: k is therefore also looked at where each z is off by its own
+    rounding.
     """
     z = stage.affine.forward(x[None])
     k = loss.cotangent(z, target)[0]
     own = loss.rounding(z, target)[0]
-    return precision.unit * (k.abs() * (1 + float(z.abs().max())) + own)
+    draw = torch.Generator().manual_seed(precision.seed)
+    signs = torch.randint(0, 2, (DRAWS, z.shape[1]), generator=draw).to(z) * 2 - 1
+    moved = [loss.cotangent(z * (1 + NUDGE * s), target)[0] - k for s in signs]
+    turned = torch.stack(moved).square().mean(0).sqrt() / NUDGE
+    return precision.unit * (torch.maximum(k.abs() * (1 + float(z.abs().max())), turned) + own)
 
 
 def roots(

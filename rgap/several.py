@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from rgap import certificate, outcomes
 from rgap.batches import Rows, batch_of, start, with_separation
@@ -20,9 +21,11 @@ from rgap.reading import Reading
 from rgap.readout import gathered
 from rgap.recovery import Candidate, Recovery, Route, Status
 from rgap.recursion import Descent, descend
+from rgap.replay import replay
 from rgap.reports import layer_reports
 from rgap.separation.batch import Separated, Unseparated
 from rgap.separation.headless import separate_headless
+from rgap.weighed import in_order, weighed
 
 __all__ = ["beside_targets", "from_pair"]
 
@@ -54,10 +57,12 @@ def from_pair(problem: Problem, chain: Chain, above: str, show: Progress) -> Rec
         return None
 
     def certified(whole: Descent) -> tuple[Recovery, Rows | None]:
-        return _certified(own, whole, found, above, show), None
+        return _certified(own, whole, found, above, show)[0], None
 
     if descent.data is not None:
-        recovery = certified(descent)[0]
+        recovery, answer = _certified(own, descent, found, above, show)
+        if answer is not None and "inputs" in recovery.certified:
+            recovery = _named(problem, recovery, answer)
     else:
         parts = in_parts(own, descent, certified)
         if parts is None:
@@ -76,16 +81,74 @@ def beside_targets(problem: Problem, recovery: Recovery, show: Progress) -> Reco
     open_targets = untold or recovery.status is Status.INCONSISTENT
     if problem.stated is None or recovery.inputs is not None or not open_targets:
         return recovery
-    for pair in find_pairs(problem.model, problem.chain.input_shape, problem.sent):
+    held = [stage.affine for stage in problem.chain.stages]
+    for pair in find_pairs(problem.model, problem.chain.input_shape, problem.sent, held):
         alone = from_pair(problem, pair, recovery.reason, show)
         if alone is not None and "inputs" in alone.certified:
+            if alone.status is Status.EXACT:
+                return alone
             return replace(alone, status=recovery.status, halt=recovery.halt)
     return recovery
 
 
+def _times(scale: float | Tensor) -> str:
+    if isinstance(scale, Tensor):
+        return f"{float(scale.min()):.6g} to {float(scale.max()):.6g} times, sample by sample,"
+    return f"{scale:.6g} times"
+
+
+def _named(problem: Problem, recovery: Recovery, answer: Answer) -> Recovery:
+    """The certified inputs with targets and factors, where the last layer gives them.
+
+    Args:
+        problem: with the whole network.
+        recovery: of the inputs alone.
+        answer: those inputs with their errors.
+    """
+    data = answer.polished.data
+    if len(data.value) != problem.stated:
+        return recovery
+    found = weighed(problem, data)
+    if isinstance(found, str):
+        return replace(recovery, reason=f"{recovery.reason}; {found}")
+    labels, scale = found.labels, found.scale
+    stated = labels if problem.labels is None else problem.labels
+    order = in_order(labels, stated)
+    if order is None:
+        said = f"the stated labels contradict the update, whose head says {labels.tolist()}"
+        return replace(recovery, reason=f"{recovery.reason}; {said}")
+    again = replay(problem, data.value, labels, scale, data.error, found.spread)
+    if not again.fits:
+        name = again.worst
+        said = (
+            f"with the targets {labels.tolist()} and the factors {scale} that the last layer "
+            f"gives, the model's own update differs from '{name}' by {again.parts[name]:.1e} of "
+            f"it, where {again.allowed[name]:.1e} is explained"
+        )
+        return replace(recovery, reason=f"{recovery.reason}; {said}")
+    plain = not isinstance(scale, Tensor) and scale == 1.0
+    words = "" if plain else f"; the update is {_times(scale)} that of the declared loss"
+    assert recovery.inputs is not None
+    return replace(
+        recovery,
+        inputs=recovery.inputs[order],
+        labels=labels[order],
+        status=Status.EXACT,
+        certified=frozenset({"inputs", "targets"}),
+        scale=scale[order] if isinstance(scale, Tensor) else scale,
+        residual=again.residual,
+        predicted_error=None
+        if recovery.predicted_error is None
+        else recovery.predicted_error[order],
+        reason=f"every sample is determined at two layers, its target at the last one, the update "
+        f"is reproduced, no entry is off by more than {answer.bound:.1e}{words}",
+    )
+
+
 def _certified(
     own: Problem, descent: Descent, found: Separated, above: str, show: Progress
-) -> Recovery:
+) -> tuple[Recovery, Answer | None]:
+    """The verdict on the inputs, and the answer that it is on; None where they are not shown."""
     low, high = own.value_range or (0.0, 1.0)
     show.stage("polish on the two layers and those below")
     lowest = descent.solutions.get(0)
@@ -94,10 +157,11 @@ def _certified(
         own.chain, own.gradients, descent.require_data(), found.head, own.precision,
         descent.preconditioner(own.chain), high - low, settled,
     )  # fmt: skip
-    rows = len(polished.data.value)
+    rows, place = len(polished.data.value), polished.data.value.device
+    none = torch.zeros(rows, device=place)
     answer = Answer(
-        descent, polished, Reading(torch.empty(0), torch.zeros(rows), 0.0, 0.0),
-        Rows(torch.arange(rows), torch.zeros(rows), torch.ones(rows, dtype=torch.long)),
+        descent, polished, Reading(none[:0], none, 0.0, 0.0),
+        Rows(torch.arange(rows, device=place), none, torch.ones_like(none, dtype=torch.long)),
         gathered=gathered(own.chain, polished),
     )  # fmt: skip
     if certificate.excess(answer, own) > own.slack:
@@ -109,7 +173,7 @@ def _certified(
             "range of the data as the network sees them",
             descent,
             Halt.contradiction(own.chain.stages[0].name),
-        )
+        ), None
     status, why = certificate.verdict(own, answer)
     name = found.stage.name
     if status is Status.EXACT and not reaches(own.model, own.chain, answer.inputs):
@@ -119,7 +183,7 @@ def _certified(
             "forward decides by the values of the data",
         )
     if status is not Status.EXACT:
-        return outcomes.stopped(own, status, why, descent)
+        return outcomes.stopped(own, status, why, descent), None
     said = (
         f"'{name}' and the next layer tell {rows} samples apart, no entry of the data is off by "
         f"more than {answer.bound:.1e}"
@@ -137,8 +201,8 @@ def _certified(
         certified=frozenset({"inputs"}),
     )
     if own.stated is not None:
-        return recovery
-    return replace(
+        return recovery, answer
+    recovery = replace(
         recovery,
         inputs=None,
         certified=frozenset(),
@@ -146,3 +210,4 @@ def _certified(
         reason=f"{said}; how often each of them occurs is open: state batch_size to have them "
         f"certified ({above})",
     )
+    return recovery, None

@@ -49,8 +49,9 @@ def from_prefix(problem: Problem, prefix: Prefix, above: str, show: Progress) ->
     own = replace(problem, chain=chain)
     stage = chain.stages[-1]
     show.stage(f"bias attack at {stage.name}")
-    weight, bias = head_gradients(stage, problem)
+    weight, bias = head_gradients(stage, problem, problem.gradients.original)  # block by block
     assert bias is not None
+    bias = bias.to(stage.affine.weight)
     x, k = features_from_bias(stage.affine, weight, bias, problem.precision)
     misfit = rank_one_residual(weight, x.value[0], k.value[0])
     tolerance = rank_one_tolerance(stage.affine, weight, bias, x, problem.precision)

@@ -7,22 +7,24 @@ equations, so a recovery says what the update looks like instead.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 
 import torch
 from torch import Tensor
 
 from rgap.doubles import BLOCK
+from rgap.network import Chain
 from rgap.problem import Problem
+from rgap.pruning import pruned
 from rgap.targets import CROSS_ENTROPY
 
-FEWEST = 32  # entries: below that, equal magnitudes and zeros happen by chance
-SPARSE = 0.45  # share of unexplained zeros; in a tensor of a ReLU network there are up to 0.25
+FEWEST = 32  # entries: below that, equal magnitudes happen by chance
 COARSE = 1e-3  # a sum that is only known to this share of its terms tests nothing
 
 
 def warnings(problem: Problem) -> tuple[str, ...]:
     """What the head's gradient says about itself: underflow, and another loss than declared."""
-    if not problem.chain.stages or compression(problem.gradients.original) is not None:
+    if not problem.chain.stages or compressed(problem) is not None:
         return problem.notes
     found = [*problem.notes, *_underflow(problem)]
     if _softmax_shaped(problem):
@@ -35,49 +37,79 @@ def warnings(problem: Problem) -> tuple[str, ...]:
     return tuple(found)
 
 
-def compression(gradients: Mapping[str, Tensor]) -> str | None:
+def compressed(problem: Problem) -> str | None:
+    """`compression` of the update that a problem is about."""
+    noise = problem.update.noise
+    return compression(problem.gradients.original, terms_of(problem.chain, problem.stated), noise)
+
+
+def compression(
+    gradients: Mapping[str, Tensor],
+    terms: Mapping[str, int],
+    noise: Mapping[str, Tensor] | None = None,
+) -> str | None:
     """What the update looks like if it was compressed, in words; None for a plain gradient.
 
     - Signs: in every tensor all entries that are not zero have one magnitude.
-    - Sparsified: in one tensor about half of the entries or more are exactly zero although their
-      row and their column are not.  Rows and columns are those of the weights [out, in·offsets]:
-      a dead unit zeroes a whole row, a dead input or an offset that only meets padding a whole
-      column.  (The largest entries of a gradient of low rank can fill rows and columns too: not
-      every sparsified update is seen.)
+    - Pruned: the zeros of a weight's gradient are not those of a sum of as few outer products as
+      the batch has samples and positions (:mod:`rgap.pruning`).  Dead units, dark pixels and
+      padding leave none of that kind.
 
     Args:
         gradients: by parameter name.
+        terms: outer products that the gradient of a weight is a sum of, samples times positions;
+            other tensors are not looked at for zeros.
+        noise: standard deviation of the noise of entries, by parameter name.
 
     Returns:
         A clause that names the compression, or None.
 
     >>> g = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
-    >>> compression({"weight": g}) is None
+    >>> compression({"weight": g}, {"weight": 1}) is None
     True
-    >>> compression({"weight": 0.01 * g.sign()})
+    >>> compression({"weight": 0.01 * g.sign()}, {})
     'every tensor has entries of one magnitude only, as sign compression leaves them'
     """
     if _one_magnitude(gradients):
         return "every tensor has entries of one magnitude only, as sign compression leaves them"
-    worst, place = 0.0, ""
-    for name, gradient in gradients.items():
-        if gradient.ndim < 2:
+    for name, count in terms.items():
+        gradient = gradients.get(name)
+        if gradient is None or gradient.ndim < 2:
             continue
-        table = gradient.flatten(1) != 0
-        inner = table[table.any(1)][:, table.any(0)]
-        zeros = inner.numel() - int(inner.count_nonzero())
-        share = zeros / inner.numel() if inner.numel() >= FEWEST else 0.0
-        worst, place = max((worst, place), (share, name))
-    if worst <= SPARSE:
-        return None
-    return (
-        f"{100 * worst:.0f} % of the entries of '{place}' are exactly zero where neither dead "
-        "units nor padding explain it, as pruning to the largest entries leaves them"
-    )
+        own = (noise or {}).get(name)
+        if pruned(gradient, count, 0.0 if own is None else float(own.max())):
+            share = float((gradient == 0).double().mean())
+            products = "one outer product" if count == 1 else f"{count} outer products"
+            return (
+                f"{100 * share:.0f} % of the entries of '{name}' are exactly zero, not in whole "
+                f"rows and columns of {products} but as pruning to the largest entries leaves them"
+            )
+    return None
+
+
+def terms_of(chain: Chain, batch: int | None) -> dict[str, int]:
+    """Outer products that the gradient of each stage's weight is a sum of; {} of an unknown batch.
+
+    Positions are those of the layer's output: windows of a convolution, tokens.
+    """
+    if batch is None:
+        return {}
+    found = {}
+    for stage in chain.stages:
+        affine = stage.affine
+        groups = 1 if affine.geometry is None else affine.geometry.groups
+        found[affine.weight_name] = batch * groups * prod(affine.out_shape[1:])
+    return found
 
 
 def _one_magnitude(gradients: Mapping[str, Tensor]) -> bool:
-    """True if in every tensor all entries that are not zero have one magnitude."""
+    """True if in every tensor all entries that are not zero have one magnitude.
+
+    A single layer with one or two outputs on binary inputs may send that: ``k = (p, -p)``.
+    """
+    tables = [g for g in gradients.values() if g.ndim > 1]
+    if len(tables) == 1 and len(tables[0]) <= 2:
+        return False
     count = 0
     for gradient in gradients.values():
         largest = torch.maximum(gradient.amax(), -gradient.amin()) if gradient.numel() else 0.0

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from rgap import interop, storage, validation
+from rgap.doubles import blocks
 from rgap.losses import Loss
 from rgap.naming import renamed, renaming
 from rgap.quantisation import recognise
 from rgap.rounding import ABSENT
 from rgap.sgd import Descent
 
-__all__ = ["Update"]
+__all__ = ["Update", "view"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,7 +127,11 @@ class Update:
         if self.local_steps > 1:
             parts.append(f"average of {self.local_steps} local steps")
         if self.noise is not None:
-            total = sum(float(s.double().square().sum()) for s in self.noise.values())
+            total = sum(
+                float(part.double().square().sum())
+                for std in self.noise.values()
+                for part in blocks(std)
+            )
             parts.append(f"noise {(total / numbers) ** 0.5:.1e} rms")
         return f"Update({', '.join(parts)})"
 
@@ -170,7 +175,7 @@ class Update:
             given = [name for name in gradients if name not in unsent]
             if given == [name for name in parameters if name in given]:  # else the check says so
                 gradients = {name: gradients[name] for name in parameters if name in gradients}
-        found = dataclasses.replace(self, gradients=gradients, buffers=buffers, noise=noise or None)
+        found = view(self, gradients=gradients, buffers=buffers, noise=noise or None)
         found.check(model)
         return found
 
@@ -228,7 +233,7 @@ class Update:
             return self, None
         own = self.dtype if found.dtype is None else found.dtype
         dtype = max(self.dtype, own, key=lambda d: torch.finfo(d).eps)
-        return dataclasses.replace(self, dtype=dtype, noise=found.added_to(self.noise)), found.words
+        return view(self, dtype=dtype, noise=found.added_to(self.noise)), found.words
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file (no pickle), atomically; see `load`."""
@@ -367,3 +372,19 @@ class Update:
                 nesterov=nesterov, dampening=dampening,
             )  # fmt: skip
         return cls(**{**interop.ndarray_fields(model, list(arrays), step), **fields})
+
+
+def view(update: Update, **changes: Any) -> Update:
+    """The update with other fields, on the same tensors: for reading, neither copied nor checked.
+
+    ``dataclasses.replace`` copies and validates; an update of 138 million parameters takes 0.55 GB
+    each time.
+
+    >>> update = Update({"weight": torch.ones(1, 2)})
+    >>> seen = view(update, batch_size=1)
+    >>> seen.batch_size, seen.gradients["weight"] is update.gradients["weight"]
+    (1, True)
+    """
+    found = object.__new__(Update)
+    found._fill(**{f.name: getattr(update, f.name) for f in dataclasses.fields(update)} | changes)
+    return found

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rgap.doubles import blocks
+
 # What people write instead; answered with the name to write, never silently translated.
 _MEANT = {
     "ce": "cross_entropy",
@@ -43,7 +45,7 @@ _EXAMPLES = {
 
 def require_finite(name: str, tensor: Tensor, advice: str) -> None:
     """Raise ValueError if ``tensor`` has NaN or infinity, counting them; ``advice`` ends it."""
-    bad = int((~torch.isfinite(tensor)).sum())
+    bad = sum(int((~torch.isfinite(part)).sum()) for part in blocks(tensor))
     if bad:
         raise ValueError(
             f"{name} has NaN or infinity in {bad} of {tensor.numel()} entries; {advice}."
@@ -182,9 +184,10 @@ def refuse_weights(gradients: Mapping[str, Tensor], parameters: Mapping[str, Ten
             return  # named by the other checks
         if p.is_meta:
             return  # no values to compare with
-        own = p.detach().to(g.device, torch.float64)
-        apart += float((g.double() - own).square().sum())
-        size += float(own.square().sum())
+        for sent, weight in zip(blocks(g), blocks(p), strict=True):
+            own = weight.to(g.device, torch.float64)
+            apart += float((sent.double() - own).square().sum())
+            size += float(own.square().sum())
     if size > 0.0 and apart < (WEIGHTS * WEIGHTS) * size:
         raise ValueError(
             f"gradients: they are the model's own parameters to within {(apart / size) ** 0.5:.1e} "

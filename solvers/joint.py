@@ -8,19 +8,13 @@ products between the two orthonormal bases is formed, never the stacked system.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import inf
+from math import inf, pi, sqrt
 
 import torch
 from torch import Tensor
 
 from .kronecker import Kronecker
-from .positive import (
-    backsolve,
-    cholesky_in_place,
-    extremes,
-    outer_products,
-    transposed_product,
-)
+from .positive import STRIP, backsolve, cholesky_in_place, extremes, transposed_product
 from .rank import Rank, numerical_rank, resolve_rcond
 from .spaces import RowSpaces, group_bases
 from .subspace import SMALL, full_column_rank, top_eigenpairs
@@ -28,6 +22,8 @@ from .svd import singular_values
 from .tall import tall_qr
 
 SUSPECT = 1e-3  # sines below this are recomputed without cancellation
+PROBES = 10  # random sums of tables whose distance bounds that of all
+BEYOND = 10.0  # by how much the bound exceeds them
 INDEPENDENT = 1e-5  # σ/σ_1 down to which directions that are known to be shared span a space
 PROJECTED = 64.0  # rounding units of a unit direction that a projector may leave of what it removes
 
@@ -125,14 +121,13 @@ class JointRows:
         return rows > columns
 
     def _complement(self, common: Tensor) -> Tensor:
-        """1 − cos² as a matrix on the smaller space, with 1 along the shared directions."""
-        matrix = self._squares().neg_()
+        """1 − cos² on the smaller space, with 1 along the shared directions: its upper half."""
+        matrix = self.spaces.squares(self._swapped).neg_()
         matrix.diagonal().add_(1.0)
-        return matrix.addmm_(common, common.T)
-
-    def _squares(self) -> Tensor:
-        t = self.spaces.cosines()
-        return outer_products(t.T.contiguous() if self._swapped else t)
+        for start in range(0, len(matrix), STRIP):
+            strip = matrix[start : start + STRIP, start:]
+            strip.addmm_(common[start : start + STRIP], common[start:].T)
+        return matrix
 
     def _sines(self, shared: Callable[[], Tensor] | None) -> Tensor:
         """Sines of the principal angles, the small ones accurately; of the large ones, the least.
@@ -148,7 +143,7 @@ class JointRows:
             known = self._beyond(shared())
             if known is not None:
                 return known
-        squares = self._squares()
+        squares = self.spaces.squares(self._swapped)
         values, vectors = top_eigenpairs(squares, 1.0 - SUSPECT**2)
         sines = (1.0 - values).clamp_min(0.0).sqrt()
         suspect = sines < SUSPECT
@@ -167,15 +162,26 @@ class JointRows:
         That no other is below s, at least ``SUSPECT`` and the cutoff, is shown by a Cholesky
         factor of (1 − s²)I − cos², the shared directions taken out; or by a part of the batch.
         """
-        spaces = self.spaces
-        flat = shared / shared.flatten(1).norm(dim=1)[:, None, None].clamp_min(1e-300)
-        inside = (spaces.to_weight(flat), spaces.to_gradient(flat))
-        both = torch.minimum(inside[0].norm(dim=1), inside[1].norm(dim=1)) > 1.0 - SUSPECT
-        if not bool(both.any()):
+        scales = shared.flatten(1).norm(dim=1).clamp_min(1e-300).reciprocal()
+        shared, scales = self._plausible(shared, scales)
+        if not len(shared):
             return None
-        own = (inside[0] if self._swapped else inside[1])[both]
-        chosen = _span(own.T)
-        exact, chosen = self._distance(chosen)
+        far = self._distance_of_sums(shared, scales)
+        if far > self._cutoff:  # not all of them are in both spaces
+            into = (self.spaces.to_weight(shared), self.spaces.to_gradient(shared))
+            inside = torch.minimum(into[0].norm(dim=1), into[1].norm(dim=1)) * scales
+            both = inside > 1.0 - SUSPECT
+            if not bool(both.any()):
+                return None
+            own = (into[0] if self._swapped else into[1])[both] * scales[both, None]
+        else:
+            to_small = self.spaces.to_weight if self._swapped else self.spaces.to_gradient
+            own = to_small(shared) * scales[:, None]
+        chosen, shortest = _span(own.T)
+        if far < self._cutoff * shortest:
+            exact = chosen.new_full((chosen.shape[1],), far / shortest)
+        else:
+            exact, chosen = self._distance(chosen)
         if float(exact.max()) > self._cutoff:
             return None
         part = self._part(shared)
@@ -196,6 +202,34 @@ class JointRows:
             lower,
         )
         return torch.cat([exact, exact.new_tensor([(ends[1] + least**2) ** 0.5])])
+
+    def _plausible(self, shared: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+        """Those whose share of the first sample is in its weight rows, as far as they may be off.
+
+        ‖x‖² − ‖P x‖² is a sum over samples: where one alone is above the limit, all are.
+        """
+        first = self.spaces.weight[0].flatten(1)
+        own = shared[:, :, : self.spaces.positions].flatten(1)
+        lost = own.square().sum(1) - (own @ first.T).square().sum(1)
+        kept = lost * scales.square() <= 2.0 * SUSPECT
+        return (shared, scales) if bool(kept.all()) else (shared[kept], scales[kept])
+
+    def _distance_of_sums(self, shared: Tensor, scales: Tensor) -> float:
+        """A bound on ‖A‖₂, A the distances of all tables (of length one) to either space.
+
+        ‖A‖ ≤ α √(2/π) max ‖A g‖ over r normal vectors g, but for a chance of α^-r: one in 10^10.
+
+        Source: Halko, Martinsson and Tropp (2011), lemma 4.1.
+        """
+        spaces, generator = self.spaces, torch.Generator().manual_seed(0)
+        normal = torch.randn(PROBES, len(shared), generator=generator, dtype=torch.float64)
+        x = torch.tensordot(normal.to(shared) * scales, shared, 1)
+        apart = (
+            x - spaces.from_gradient(spaces.to_gradient(x)),
+            x - spaces.from_weight(spaces.to_weight(x)),
+        )
+        far = max(float(y.flatten(1).norm(dim=1).max()) for y in apart)
+        return BEYOND * sqrt(2.0 / pi) * far
 
     def _part(self, shared: Tensor) -> JointRows | None:
         """The first samples alone, where they may decide; None where all are needed.
@@ -246,16 +280,16 @@ class JointRows:
         return values, chosen @ vh.T
 
 
-def _span(columns: Tensor) -> Tensor:
-    """Orthonormal basis of what the columns of a matrix [m, n] span, to ``INDEPENDENT``."""
+def _span(columns: Tensor) -> tuple[Tensor, float]:
+    """Orthonormal basis of what the columns of a matrix [m, n] span, to ``INDEPENDENT``; its σ."""
     if len(columns) >= columns.shape[1]:
         basis, upper = tall_qr(columns)
         values = singular_values(upper)
         if float(values.min()) > INDEPENDENT * float(values.max()):
-            return basis
+            return basis, float(values.min())
     u, values, _ = torch.linalg.svd(columns, full_matrices=False)
-    kept: Tensor = u[:, values > INDEPENDENT * values[0]]
-    return kept
+    kept = values > INDEPENDENT * values[0]
+    return u[:, kept], float(values[kept].min())
 
 
 def rank_on_open(

@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 
 from .kronecker import Kronecker
+from .positive import outer_products
 from .rank import numerical_rank, resolve_rcond
 from .svd import right_singular_vectors
+
+CHUNK = 4_000_000  # entries of an intermediate product; pages that small are used again
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,54 @@ class RowSpaces:
             ]
             blocks.append(torch.cat(parts, 2).flatten(0, 1))
         return torch.cat(blocks)
+
+    def squares(self, swapped: bool) -> Tensor:
+        """T Tᵀ, [rank of K, rank of K]; Tᵀ T, [rank of W, rank of W], where swapped."""
+        if not swapped and self._one_projector_pays():
+            return self._squares_by_projector()
+        t = self.cosines()
+        return outer_products(t.T.contiguous() if swapped else t)
+
+    def _one_projector_pays(self) -> bool:
+        """All samples have the same rows, and their projector takes fewer products than T."""
+        first, batch = self.weight[0], len(self.weight)
+        if any(q.data_ptr() != first.data_ptr() or q.shape != first.shape for q in self.weight):
+            return False
+        own, each = self.ranks[0], len(first)
+        size = self.channels * self.positions
+        by_projector = size**2 * each + batch * own * self.positions * (size + own)
+        return by_projector < batch * each * (2 * own * self.positions + own**2)
+
+    def _squares_by_projector(self) -> Tensor:
+        """T Tᵀ = Σ_b V_b QᵀQ V_bᵀ by the blocks of QᵀQ, [C, N, C, N], channel by channel."""
+        channels, size, batch = self.channels, self.positions, len(self.weight)
+        flat = self.weight[0].flatten(1)
+        projector = outer_products(flat.T.contiguous()).reshape(channels, size, channels, size)
+        found = flat.new_empty(self.ranks[0], self.ranks[0])
+        places = self._places()
+        for c in range(channels):
+            left, row = self.gradient[c // self.per_group], places[c]
+            many = max(1, CHUNK // max(1, left.shape[1] * len(left)))
+            for g, basis in enumerate(self.gradient[: c // self.per_group + 1]):
+                parts = basis.reshape(len(basis), batch, size)
+                last = min((g + 1) * self.per_group, c + 1)
+                for start in range(g * self.per_group, last, many):
+                    stop = min(start + many, last)
+                    block = projector[c, :, start:stop]
+                    image = torch.einsum("nkm,rbm->bnkr", block, parts).flatten(0, 1).flatten(1)
+                    own = slice(places[start].start, places[stop - 1].stop)
+                    torch.mm(left, image, out=found[row, own])
+            found[: row.start, row] = found[row, : row.start].T
+        return found
+
+    def _places(self) -> list[slice]:
+        """Rows of T of every channel."""
+        found, start = [], 0
+        for c in range(self.channels):
+            stop = start + len(self.gradient[c // self.per_group])
+            found.append(slice(start, stop))
+            start = stop
+        return found
 
     def to_gradient(self, x: Tensor) -> Tensor:
         """Coordinates of tables [S, C, B·N] in the gradient rows, [S, rank]."""

@@ -60,14 +60,8 @@ PICTURE = (2, 4, 4)
 # ---------------------------------------------------------------- means and pools, any spelling
 SPELLINGS: dict[str, Callable[[Tensor], Tensor]] = {
     "x.mean((2, 3))": lambda x: x.mean((2, 3)),
-    "x.mean(-1).mean(-1)": lambda x: x.mean(-1).mean(-1),
-    "torch.mean": lambda x: torch.mean(x, dim=[2, 3]),
-    "flatten, mean": lambda x: x.flatten(2).mean(2),
     "reshape, mean": lambda x: x.reshape(*x.shape[:2], -1).mean(-1),
-    "sum over size": lambda x: x.sum((2, 3)) / 16,
     "F.adaptive_avg_pool2d": lambda x: F.adaptive_avg_pool2d(x, 1).flatten(1),
-    "F.avg_pool2d whole": lambda x: F.avg_pool2d(x, 4).flatten(1),
-    "x[:, :, 0, 0]": lambda x: x[:, :, 0, 0],
     "select": lambda x: x.select(3, 1).select(2, 2),
     "x.amax": lambda x: x.amax((2, 3)),
     "F.adaptive_max_pool2d": lambda x: F.adaptive_max_pool2d(x, 1).flatten(1),
@@ -429,6 +423,88 @@ case(
     lambda: {"a": nn.Linear(6, 4), "fc": nn.Linear(4, 3)},
     lambda m, x: m.fc(m.a(x).tanh()).sigmoid(),
 )
+
+# ---------------------------------------------------------------- more than samples in dimension 0
+case(
+    "sequence first",
+    (3, 4),
+    lambda: {"a": nn.Linear(4, 4), "fc": nn.Linear(4, 3)},
+    lambda m, x: m.fc(m.a(x.transpose(0, 1)).tanh()[0]),
+    {"fc": 12},
+)
+case(
+    "windows as samples",
+    PICTURE,
+    lambda: {"a": nn.Linear(2, 3), "fc": nn.Linear(3, 3)},
+    lambda m, x: m.fc(m.a(_windows(x)).tanh().reshape(len(x), 4, 4, 3)[:, :, 0].mean(1)),
+    {"fc": 48},
+)
+case(
+    "channels as samples",
+    (2, 6),
+    lambda: {"a": nn.Conv1d(1, 2, 3), "fc": nn.Linear(16, 3)},
+    lambda m, x: m.fc(m.a(x.reshape(-1, 1, 6)).tanh().reshape(len(x), -1)),
+)
+case(
+    "two views behind one another",
+    (2, 2, 3, 3),
+    lambda: {"a": nn.Conv2d(2, 2, 2), "fc": nn.Linear(8, 3)},
+    lambda m, x: m.fc(m.a(torch.cat([x[:, 0], x[:, 1]])).tanh()[: len(x)].flatten(1)),
+    {"fc": 16},
+)
+# ---------------------------------------------------------------- what is said twice, or constant
+case(
+    "repeated tokens",
+    (6,),
+    lambda: {"a": nn.Linear(6, 3), "fc": nn.Linear(3, 3)},
+    lambda m, x: m.fc(m.a(x[:, None].expand(-1, 3, -1)).tanh().mean(1)),
+    {"fc": 9},
+)
+case(
+    "tokens by index, one twice",
+    (3, 4),
+    lambda: {"a": nn.Linear(4, 3), "fc": nn.Linear(3, 3)},
+    lambda m, x: m.fc(m.a(x[:, [0, 0, 1]]).tanh().mean(1)),
+    {"a": 16, "fc": 9},
+)
+case(
+    "constant token is read",
+    (2, 6),
+    lambda: {"t": torch.ones(1, 1, 6), "a": nn.Linear(6, 3), "fc": nn.Linear(3, 3)},
+    lambda m, x: m.fc(m.a(_with(m.t, x)).tanh()[:, 0] + x[:, 0, :3]),
+    {"fc": 9},
+)
+case(
+    "padded tokens",
+    (2, 6),
+    lambda: {"a": nn.Linear(6, 4), "fc": nn.Linear(4, 3)},
+    lambda m, x: m.fc(m.a(F.pad(x, (0, 0, 0, 2))).tanh().mean(1)),
+    {"fc": 16},
+)
+# ---------------------------------------------------------------- switched off further up
+case(
+    "maximum over the tokens' logits",
+    (3, 4),
+    lambda: {"a": nn.Linear(4, 4), "fc": nn.Linear(4, 3)},
+    lambda m, x: m.fc(m.a(x).tanh()).amax(1),
+    steps={"amax": (9, 3)},
+)
+case(
+    "ReLU above a smooth layer",
+    (6,),
+    lambda: {"a": nn.Linear(6, 5), "b": nn.Linear(5, 1), "fc": nn.Linear(1, 3)},
+    lambda m, x: m.fc(F.relu(m.b(m.a(x).tanh()))),
+)
+
+
+def _windows(x: Tensor) -> Tensor:
+    """Blocks of 2×2 pixels as samples of four tokens."""
+    blocks = x.reshape(len(x), -1, 2, 2, 2, 2).permute(0, 2, 4, 3, 5, 1)
+    return blocks.reshape(-1, 4, x.shape[1])
+
+
+def _with(token: Tensor, x: Tensor) -> Tensor:
+    return torch.cat([token.expand(len(x), -1, -1), x], 1)
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

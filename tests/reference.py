@@ -64,8 +64,8 @@ def dense_blocks(module: nn.Module, k: Tensor, shape: tuple[int, ...]) -> tuple[
     def forward(x: Tensor) -> Tensor:
         return torch.func.functional_call(module, {**weight, **rest}, (x,))
 
-    columns = torch.stack([gradient(x).flatten() for x in basis], 1)
-    images = torch.stack([forward(x).flatten() for x in basis], 1)
+    columns = torch.func.vmap(gradient)(basis).flatten(1).T
+    images = forward(basis.flatten(0, 1)).reshape(size, -1).T  # samples do not meet in a layer
     return columns, images.detach()
 
 
@@ -80,18 +80,23 @@ def dense_jacobian(model: nn.Module, x: Tensor, targets: Tensor, loss: str) -> d
     data = x.clone().requires_grad_()
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         value = getattr(nn.functional, loss)(model(data), targets)
-        found = torch.autograd.grad(
+        gradients = torch.autograd.grad(
             value, list(trained.values()), create_graph=True, materialize_grads=True
         )
         rows = {}
-        for name, gradient in zip(trained, found, strict=True):
-            entries = [
-                torch.autograd.grad(
-                    entry, data, retain_graph=True, allow_unused=True, materialize_grads=True
-                )[0].flatten()
-                if entry.requires_grad
-                else torch.zeros(x.numel(), dtype=x.dtype)
-                for entry in gradient.flatten()
-            ]
-            rows[name] = torch.stack(entries)
+        for name, gradient in zip(trained, gradients, strict=True):
+            size = gradient.numel()
+            if not gradient.requires_grad:
+                rows[name] = x.new_zeros(size, x.numel())
+                continue
+            every = torch.eye(size, dtype=gradient.dtype).reshape(size, *gradient.shape)
+            (found,) = torch.autograd.grad(
+                gradient,
+                data,
+                every,
+                retain_graph=True,
+                is_grads_batched=True,
+                materialize_grads=True,
+            )
+            rows[name] = found.reshape(size, -1)
     return rows

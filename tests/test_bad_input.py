@@ -272,7 +272,7 @@ def test_a_model_factory_that_cannot_be_imported(
     update.save("u.safetensors")
     for command in (("invert", factory, "u.safetensors"), ("audit", factory)):
         line = refused(*command)
-        assert line.startswith("rgap: error: model: ")
+        assert line.startswith("rgap: error: MODEL: ")
         assert all(word in line for word in words), line
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rgap import check
 from rgap.capture import capture
 from rgap.update import Update
 
@@ -108,10 +109,16 @@ def test_bad_targets(targets: Any, error: type[Exception], match: str) -> None:
         capture(convolutional().eval(), INPUTS, targets)
 
 
-def test_frozen_parameters_are_all_named() -> None:
+def test_frozen_parameters_are_left_out_and_the_others_stay_what_they_are() -> None:
     network = convolutional().eval()
+    whole = capture(network, INPUTS, TARGETS).gradients
     network[0].requires_grad_(False)
-    with pytest.raises(ValueError, match=r"0\.weight, 0\.bias.*requires_grad_\(True\)"):
+    update = capture(network, INPUTS, TARGETS)
+    assert list(update.gradients) == [name for name in whole if not name.startswith("0.")]
+    assert all(torch.equal(g, whole[name]) for name, g in update.gradients.items())
+    assert check(network, update).ok
+    network.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"every parameter .* frozen.*requires_grad_\(True\)"):
         capture(network, INPUTS, TARGETS)
 
 

@@ -41,6 +41,22 @@ def dense(act: nn.Module, *, bias: bool = True, outputs: int = 6) -> nn.Module:
     )  # fmt: skip
 
 
+class Gated(nn.Module):
+    """A fully connected layer under a gate: no chain from the output down."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.gate, self.last = (
+            dense(nn.Tanh())[1], network(nn.Linear(24, 24))[0], network(nn.Linear(24, 5))[0],
+        )  # fmt: skip
+        self.eval()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits of x [B, 2, 8, 8]."""
+        h = self.first(x.flatten(1))
+        return self.last(h * torch.sigmoid(self.gate(h)))
+
+
 def sent(
     model: nn.Module, labels: list, loss: str = "cross_entropy", shape: tuple[int, ...] = (2, 8, 8)
 ) -> rgap.Update:
@@ -88,7 +104,34 @@ def null_spaces() -> None:
             recovery.null_space(report.layer)
 
 
+def wrong(model: nn.Module, labels: list, factor: float) -> rgap.Update:
+    """An update that came with another factor than its loss says."""
+    update = sent(model, labels)
+    return replace(update, gradients={n: factor * g for n, g in update.gradients.items()})
+
+
 CASES: dict[str, Callable[[], object]] = {
+    "a batch beside a wrong loss": lambda: rgap.invert(
+        dense(nn.Tanh()), wrong(dense(nn.Tanh()), [0, 1, 2], -1.0)
+    ),
+    "no chain above": lambda: inverted(Gated(), [1]),
+    "check": lambda: [
+        rgap.check(conv(nn.Tanh()), wrong(conv(nn.Tanh()), [1], factor)) for factor in (-1.0, 3.0)
+    ],
+    "check of a part": lambda: rgap.check(
+        conv(nn.Tanh()),
+        rgap.Update(dict(list(sent(conv(nn.Tanh()), [1]).gradients.items())[2:]), batch_size=1),
+    ),
+    "ranks alone": lambda: rgap.analysis.identifiability(
+        conv(nn.Tanh()), (2, 8, 8), 2, method="structured", null_space=False, sequential=False
+    ),
+    "audit of a mean": lambda: rgap.analysis.audit(
+        network(nn.Conv2d(2, 4, 3), nn.Tanh(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(36, 5)),
+        (2, 8, 8), (1,),
+    ),
+    "hardening": lambda: rgap.analysis.harden(
+        dense(nn.Tanh()), (2, 8, 8), 0.5, changes=("noise",), time_limit=60.0
+    ),
     "bias attack": lambda: inverted(conv(nn.Tanh()), [1]),
     "relu": lambda: inverted(conv(nn.ReLU()), [1]),
     "leaky relu": lambda: inverted(conv(nn.LeakyReLU(0.2)), [1]),

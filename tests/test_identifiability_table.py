@@ -16,6 +16,7 @@ from reference import dense_jacobian
 from torch import Tensor, nn
 from written import Written
 
+from rgap import memory
 from rgap.analysis import Identifiability, audit, identifiability, largest_identifiable_batch
 from rgap.analysis.null_plots import null_pictures, nullity_curves, spectra
 
@@ -235,12 +236,14 @@ def test_models_and_inputs_that_are_refused(model: nn.Module, arguments: Any, wo
         identifiability(model, *arguments)
 
 
-def test_options_that_are_refused() -> None:
+def test_options_that_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = small_mlp("tanh")
     with pytest.raises(ValueError, match="got 'fast'; write method='auto'"):
         identifiability(model, (2, 4, 4), method="fast")
-    with pytest.raises(ValueError, match=r"at most 0.0 GB.*write method='sketch', or a smaller"):
-        identifiability(model, (2, 4, 4), method="dense", memory=1e3)
+    monkeypatch.setattr(memory, "LEAST", 1.0)
+    with pytest.raises(ValueError, match=r"the Jacobian of .*, or method='sketch', or a smaller"):
+        identifiability(model, (2, 4, 4), method="dense", memory_budget=1e5)
+    monkeypatch.undo()
     with pytest.raises(
         TypeError, match=r"got torch.uint8; for pictures write inputs.float\(\) / 255"
     ):

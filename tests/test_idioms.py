@@ -53,6 +53,20 @@ def test_every_idiom_gets_an_answer_or_a_sentence(place: int, name: str) -> None
         assert found in FINE, f"{point}: {found}"
 
 
+@pytest.mark.parametrize(
+    ("name", "point"),
+    [("meta", "symbolic"), ("meta", "generic_ranks"), ("broken", "symbolic"),
+     ("segmentation", "match dlg")],
+)  # fmt: skip
+def test_no_values_a_foreign_error_and_a_label_a_pixel(name: str, point: str) -> None:
+    """What the turns of the test above leave out, and once let a traceback through."""
+    idiom = IDIOMS[name]
+    model = idiom.network()
+    truth, update = sent(idiom, model, 2)
+    found = verdict(partial(POINTS[point], idiom, model, update), truth)
+    assert found == ("answer" if name == "segmentation" else "sentence")
+
+
 @pytest.mark.parametrize("name", LABELLED)
 @pytest.mark.filterwarnings("ignore")
 def test_the_labels_need_the_last_layer_only(name: str) -> None:

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from rgap.affine import Affine
 from rgap.layers import build
 from rgap.solvers.joint import JointRows
+from rgap.solvers.spaces import RowSpaces, group_bases
 from rgap.solvers.square import factored
 from rgap.systems import gradient_constraint
-from rgap.systems.ranks import joint_rows, weight_row_spaces
+from rgap.systems.ranks import joint_rows, shared_products, weight_row_spaces
 
 MASKS = st.sampled_from([0.0, 0.0, 0.3, 0.7])
 
@@ -40,7 +41,7 @@ def balanced(rows_k: Tensor, rows_w: Tensor) -> Tensor:
     return torch.cat([rows / rows.norm().clamp_min(1e-300) for rows in (rows_k, rows_w)])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(case=layers(), masked=MASKS, batch=st.integers(1, 8))
 def test_the_fast_rank_is_that_of_the_dense_system(
     case: Geometry, masked: float, batch: int
@@ -111,6 +112,43 @@ def test_an_angle_that_is_nearly_zero_is_not_taken_for_zero() -> None:
     active = torch.ones(k.shape, dtype=torch.bool)
     stacked = balanced(*dense_blocks(module, k, (2, 6, 6)))
     assert rows_of(affine, k, active).rank.rank == dense_rank(stacked)
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(4, 1), (4, 2), (4, 4)])
+def test_one_projector_gives_the_squares_of_the_cosines(channels: int, groups: int) -> None:
+    torch.manual_seed(channels + groups)
+    affine = affine_of(
+        nn.Conv2d(channels, channels, 3, 2, groups=groups).double(), (channels, 7, 7)
+    )
+    k = torch.randn(3, *affine.out_shape).double()
+    weight = weight_row_spaces(affine, torch.ones(k.shape, dtype=torch.bool))
+    bases = group_bases(gradient_constraint(affine, k), None, 0.0)
+    q = weight[0].basis.reshape(-1, channels, 49)
+    spaces = RowSpaces(bases, [q, q, q], channels)
+    t = spaces.cosines()
+    with patch("rgap.solvers.spaces.CHUNK", 1):  # channel by channel
+        assert torch.allclose(spaces._squares_by_projector(), t @ t.T, atol=1e-13)
+    assert torch.allclose(spaces._squares_by_projector(), t @ t.T, atol=1e-13)
+    assert torch.allclose(spaces.squares(False), t @ t.T, atol=1e-13)
+    assert torch.allclose(spaces.squares(True), t.T @ t, atol=1e-13)
+
+
+def test_the_bound_on_the_distance_of_many_tables_holds_and_is_near(
+    wide: tuple[Affine, Tensor],
+) -> None:
+    affine, k = wide
+    rows = rows_of(affine, k, torch.ones(k.shape, dtype=torch.bool))
+    inside = torch.cat(list(shared_products(affine, k))).movedim(1, 2).flatten(3).flatten(2)
+    for off in (0.0, 1e-9, 1e-3):
+        moved = inside + off * torch.randn(inside.shape, dtype=inside.dtype)
+        scales = 1.0 / moved.flatten(1).norm(dim=1)
+        unit = moved * scales[:, None, None]
+        spaces = rows.spaces
+        apart = unit - spaces.from_gradient(spaces.to_gradient(unit))
+        other = unit - spaces.from_weight(spaces.to_weight(unit))
+        true = max(float(torch.linalg.matrix_norm(x.flatten(1), 2)) for x in (apart, other))
+        bound = rows._distance_of_sums(moved, scales)
+        assert true <= bound <= 100 * true + 1e-13
 
 
 def test_square_matrices_know_the_ends_of_their_spectrum() -> None:

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import rgap
-from rgap.labels import LabelEstimate, estimate
+from rgap.labels import LabelEstimate, best, estimate, head_gradient
+from rgap.labels.cubature import MeanSoftmax
+from rgap.labels.posterior import Contrasts
 
 SURE = 0.95
 BINARY = "binary_cross_entropy_with_logits"
@@ -82,3 +84,47 @@ def test_of_the_sure_answers_nearly_all_are_right(activation: type[nn.Module], s
             right += fine and found.least >= SURE
     assert right >= sure - 1, f"{right} of {sure}"
     assert steps or sure >= 5
+
+
+def test_slopes_of_the_mean_softmax_are_its_derivative() -> None:
+    torch.manual_seed(0)
+    basis, bias = torch.randn(5, 4).double(), torch.randn(5).double()
+    centres, shares = torch.randn(3, 4).double(), torch.rand(3).double()
+    roots, weights = torch.randn(4, 4).double(), torch.rand(3).double()
+
+    def means(shift: Tensor) -> Tensor:
+        return MeanSoftmax(basis, bias, centres + shift, shares, roots).mean
+
+    step = 1e-5 * torch.eye(4).double()
+    slopes = torch.stack([means(h) - means(-h) for h in step], -1) / 2e-5
+    soft = MeanSoftmax(basis, bias, centres, shares, roots)
+    torch.testing.assert_close(soft.along(roots), slopes @ roots, atol=1e-8, rtol=0)
+    torch.testing.assert_close(
+        soft.slope(weights), torch.einsum("k,kcq->cq", weights, slopes), atol=1e-8, rtol=0
+    )
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_scatter_that_runs_away_does_not_decide(seed: int) -> None:
+    """In batches of one class: a large scatter makes the mean uncertain, and so itself larger."""
+    model = network(3, nn.Tanh, 300 + seed, 0)
+    labels = torch.full((6,), seed % 3)
+    update = rgap.capture(model, torch.randn(6, 20), labels, value_range=None)
+    head = head_gradient(model, update)
+    truth = torch.bincount(labels, minlength=3)
+    contrasts = Contrasts(head, head.sums)
+    expected = float(contrasts.scatter.trace() / len(contrasts.scatter)) ** 0.5
+    fits = contrasts.fit() + contrasts.fit(truth)
+    assert max(fits, key=lambda fit: fit.weight).spread < 5 * expected
+    found = best(head)
+    assert found.counts is not None
+    assert torch.equal(found.counts, truth) or found.least < SURE
+
+
+def test_hundreds_of_classes_are_read_without_a_slope_for_each() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 200))
+    labels = torch.randint(200, (16,))
+    found = estimate(model, rgap.capture(model, torch.rand(16, 20), labels))
+    assert found.labels is not None and torch.equal(found.labels, labels.sort().values)
+    assert found.least > SURE

@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DECIDING = (
     *("certificate", "reading", "replay", "behind", "polish", "recursion", "batches", "head"),
     *("roots", "parts", "single", "several", "trying", "reached", "determined"),
+    *("weighed", "factor", "merging"),
     "systems/stage",
 )
 GUARD = 1e-300  # against a division by zero
@@ -28,6 +29,11 @@ NO_LIMITS = {
     ("roots", "BELOW, ABOVE", 1e-4): "where roots are looked for",
     ("roots", "BELOW, ABOVE", 1e7): "where roots are looked for",
     ("roots", "GRID", 215): "where roots are looked for",
+    ("roots", "DRAWS, NUDGE", 4): "effort: random relative errors of the logits",
+    ("roots", "DRAWS, NUDGE", 1e-6): "step of a finite difference",
+    ("merging", "DRAWS", 8): "effort: directions that are drawn, of each kind",
+    ("merging", "STEP", 1e-5): "step of a finite difference",
+    ("factor", "STEP", 1e-6): "step of a finite difference",
     ("roots", "_scales", 1e-100): "logits that are 0",
     ("roots", "_zeros", 1e-15): "precision of a root, in float64",
     ("roots", "_zeros", 2001): "points of a grid",

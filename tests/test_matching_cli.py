@@ -67,7 +67,7 @@ def test_it_goes_on_from_its_file_to_the_same_end(here: Path) -> None:
     again = json.loads(run(f"{line} --resume run.safetensors")[1])
     assert again["ended"] == "DONE" and again["objective"] == whole["objective"]
     code, text = run(f"{line} --resume run.safetensors --seed 3")
-    assert code == 2 and "seed=0, expected seed=3" in text
+    assert code == 2 and "--seed 0, expected --seed 3" in text
 
 
 def test_a_recovery_in_a_file_is_a_start(here: Path) -> None:

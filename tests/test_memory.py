@@ -9,14 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from allocations import Allocations
 from torch import nn
+from typer.testing import CliRunner
 
 import rgap
 from rgap import affine as maps
 from rgap import memory
-from rgap.analysis import audit
+from rgap.analysis import audit, harden, identifiability, noise
 from rgap.bias import bias_attack, rank_one_residual
-from rgap.doubles import Doubles, row_blocks
+from rgap.cli import app
+from rgap.doubles import Doubles, blocks, row_blocks
 from rgap.head import features_from_bias
 from rgap.precision import Precision
 from rgap.recovery import Status
@@ -189,3 +192,101 @@ def test_peak_memory_follows_the_budget(budget: float) -> None:
     assert ran.returncode == 0, ran.stderr
     *_, taken = ran.stdout.split()
     assert float(taken) * 1024 < 4 * max(budget, memory.LEAST), ran.stdout
+
+
+def test_a_large_layer_is_copied_once_and_the_update_read_block_by_block(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """VGG-16 in small: one float64 copy of the model, twice the update, and little beside it."""
+    for read in (blocks, row_blocks):
+        monkeypatch.setattr(read, "__defaults__", (2**13,))
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+        nn.Linear(400, 1500), nn.ReLU(), nn.Linear(1500, 150), nn.ReLU(), nn.Linear(150, 10),
+    ).eval()  # fmt: skip
+    x = torch.rand(1, 1, 20, 20, generator=torch.Generator().manual_seed(1))
+    update = rgap.capture(model, x, torch.tensor([3]))
+    size = sum(4 * g.numel() for g in update.gradients.values())
+    with Allocations() as made:
+        found = rgap.invert(model, update)
+    assert list(found.features) == ["4"]
+    assert made.peak < 3.0 * size, f"{made.peak / size:.1f} times the update"
+    assert made.total < 120 * size, f"{made.total / size:.0f} times the update"
+
+
+def _tanh_conv() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 12, 5, 2, 2), nn.Tanh(), nn.Conv2d(12, 12, 5, 2, 2), nn.Tanh(), nn.Flatten(),
+        nn.Linear(192, 10),
+    ).eval()  # fmt: skip
+
+
+def _tanh_mlp(units: int = 80) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, units), nn.Tanh(), nn.Linear(units, 10)).eval()
+
+
+MEASURED = {
+    "auto": lambda **o: identifiability(_tanh_mlp(), (1, 8, 8), 4, sequential=False, **o),
+    "dense": lambda **o: identifiability(
+        _tanh_mlp(40), (1, 8, 8), 4, method="dense", sequential=False, **o
+    ),
+    "structured": lambda **o: identifiability(_tanh_conv(), (3, 16, 16), 2, sequential=False, **o),
+    "noise": lambda **o: noise(_tanh_mlp(), (1, 8, 8), 4, sigma=0.1, iterations=5, **o),
+    "harden": lambda **o: harden(
+        _tanh_mlp(40), (1, 8, 8), 0.9, 4, largest_batch=8, changes=("batch size",), **o
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_an_analysis_keeps_its_budget_or_refuses(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A result or a refusal that says what to write: never more than was allowed."""
+    monkeypatch.setattr(memory, "LEAST", 1.0)
+    ended = []
+    for budget in (5e4, 6e6, 2e7, 6e7):
+        with Allocations() as made:
+            try:
+                MEASURED[name](memory_budget=budget)
+                ended.append("answered")
+            except memory.OutOfMemory as refusal:
+                ended.append(str(refusal))
+        few = 2.5e6  # the batch, its outputs, trials of the network: below any real budget
+        assert made.peak <= max(budget, few), f"{made.peak / 1e6:.1f} MB of {budget / 1e6:.1f}"
+    assert ended[-1] == "answered" and "write memory_budget=" in ended[0], ended
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["audit", "--joint", "--batch-sizes", "1"],
+        ["harden", "--changes", "noise"],
+        ["labels", "update.safetensors"],
+        ["labels", "update.safetensors", "--method", "exact"],
+    ],
+    ids=" ".join,
+)
+def test_the_commands_keep_a_budget(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(memory, "LEAST", 1.0)
+    name, *rest = command
+    if name == "labels":
+        network = rgap.models.mlp((8,), 3, input_shape=(1, 4, 4), seed=0)
+        rgap.capture(network, torch.rand(1, 1, 4, 4), torch.tensor([1])).save(rest[0])
+    (tmp_path / "written_small.py").write_text(
+        "import rgap\n\ndef small():\n"
+        "    return rgap.models.mlp((8,), 3, input_shape=(1, 4, 4), seed=0)\n"
+    )
+    monkeypatch.delitem(sys.modules, "written_small", raising=False)
+    model = "written_small:small"
+    shape = [] if name == "labels" else ["--input-shape", "1,4,4"]
+    whole = CliRunner().invoke(app, [name, model, *rest, *shape, "--memory-limit", "1GB", "-q"])
+    assert whole.exit_code == 0, whole.output
+    refused = CliRunner().invoke(app, [name, model, *rest, *shape, "--memory-limit", "1kB", "-q"])
+    assert refused.exit_code == 2 and "--memory-limit" in refused.output, refused.output

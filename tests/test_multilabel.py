@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import rgap
 from rgap import Status
-from rgap.batches import noise_of_targets
+from rgap.batches import errors_of_targets
 from rgap.problem import prepare
 
 LOGITS = 14
@@ -40,6 +40,21 @@ def test_a_batch_is_recovered_with_its_labels(
     assert float(gaps.min(1).values.max()) < 1e-4
     assert found.labels.dtype == torch.long and found.labels.shape == (batch, LOGITS)
     assert torch.equal(found.labels.to(dtype), labels[gaps.argmin(1)])
+
+
+@pytest.mark.parametrize(("batch", "seed"), [(3, 917), (6, 907)])
+def test_features_that_are_nearly_alike_pass_on_the_rounding_of_the_update(
+    batch: int, seed: int
+) -> None:
+    """Behind a sigmoid the head's features differ little; targets read by them are as uncertain."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(75, 50), nn.Sigmoid(), nn.Linear(50, LOGITS)).double()
+    inputs, labels = torch.rand(batch, 75).double(), (torch.rand(batch, LOGITS) < 0.4).double()
+    found = rgap.invert(model, rgap.capture(model, inputs, labels, BINARY))
+    assert found.status is Status.EXACT, found.reason
+    assert found.inputs is not None and found.labels is not None
+    gaps = torch.cdist(found.inputs, inputs)
+    assert torch.equal(found.labels.double(), labels[gaps.argmin(1)])
 
 
 def test_stated_labels_give_the_order_and_wrong_ones_contradict() -> None:
@@ -77,4 +92,4 @@ def test_noise_of_the_head_moves_targets_as_it_is_stated_by_name() -> None:
     std = torch.cat([noise["2.weight"], noise["2.bias"][:, None]], 1)
     draws = std * torch.randn(4000, 4, 10, dtype=torch.float64)
     moved = torch.linalg.lstsq(table.T.expand(4000, 10, 2), draws.mT).solution.std(0)
-    assert torch.allclose(noise_of_targets(problem, features), moved, rtol=0.06)
+    assert torch.allclose(errors_of_targets(problem, features), moved, rtol=0.06)

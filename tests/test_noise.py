@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import rgap
+from rgap import memory
 from rgap.analysis.defences import Clip, Defence, DifferentialPrivacy, Prune, Quantise, Sign
 from rgap.analysis.noise import noise
 from rgap.analysis.noise_trials import noise_trials
@@ -296,12 +297,15 @@ def test_the_model_is_left_as_it_was() -> None:
         ({"value_range": None}, "a PSNR needs a peak"),
         ({"samples": 0}, "samples: expected at least 1"),
         ({"batch_size": 3}, "expected batch_size=1"),
-        ({"method": "dense", "memory": 1e3}, "write method='sampled'"),
+        ({"method": "dense", "memory_budget": 1e5}, "or method='sampled'"),
         ({"defence": (Quantise(8), Clip(1.0))}, "clipping first"),
         ({"defence": (Clip(1.0), Clip(2.0))}, "each once"),
     ],
 )
-def test_bad_arguments_are_named(arguments: dict, message: str) -> None:
+def test_bad_arguments_are_named(
+    arguments: dict, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "LEAST", 1.0)
     with pytest.raises(ValueError, match=message):
         noise(mlp(), batch(), **arguments)
 

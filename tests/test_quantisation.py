@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from allocations import Allocations
 from torch import Tensor, nn
 
 from rgap.capture import capture
@@ -158,3 +159,14 @@ def test_rounding_adds_to_noise_that_was_stated() -> None:
     g = update.gradients["1.weight"]
     own = UNIFORM * spacing(g, torch.float16)
     assert torch.allclose(both.noise["1.weight"].double(), (own**2 + 1e-6).sqrt(), rtol=1e-5)
+
+
+def test_a_few_values_refute_a_format_and_nothing_large_is_converted() -> None:
+    """All 13 widths and 3 formats of an update together allocate less than it is itself."""
+    rng = torch.Generator().manual_seed(0)
+    # one input was off
+    dead = torch.randn(6000, 1024, generator=rng) * (torch.arange(1024) > 0)
+    update = {"w": dead, "b": torch.randn(3000, generator=rng)}
+    with Allocations() as made:
+        assert recognise(update) is None
+    assert made.total < 4 * dead.numel(), f"{made.total / (4 * dead.numel()):.1f} times its size"

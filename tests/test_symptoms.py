@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -11,6 +12,8 @@ from networks import picture, small_conv, small_mlp
 from torch import Tensor, nn
 
 from rgap import Loss, Status, Update, capture, invert, models
+from rgap.diagnosis.evidence import gather
+from rgap.precision import Precision
 from rgap.symptoms import compression
 
 X = picture((2, 8, 8), 1)
@@ -29,6 +32,13 @@ def scaled_signs(g: Tensor) -> Tensor:
 
 def ternary(g: Tensor) -> Tensor:
     return torch.where(g.abs() > g.abs().mean(), g.sign() * 0.01, torch.zeros_like(g))
+
+
+def compressed_by(model: nn.Module, update: Update) -> bool:
+    size = update.batch_size
+    evidence = gather(model, update, size, None, None, Precision(update.dtype), math.inf)
+    assert set(evidence.terms) <= set(update.gradients)
+    return compression(update.gradients, evidence.terms) is not None
 
 
 def largest(share: float) -> Callable[[Tensor], Tensor]:
@@ -85,20 +95,23 @@ def test_a_plain_gradient_is_not_taken_for_a_compressed_one(
     model = models.BUILTIN[name](activation=activation, seed=1)
     x = picture((3, 32, 32), 2, batch)
     x[:, :, :8] = 0
-    assert compression(capture(model, x, torch.arange(batch)).gradients) is None
+    update = capture(model, x, torch.arange(batch))
+    assert not compressed_by(model, update)
 
 
 def test_a_kernel_that_mostly_meets_padding_is_not_a_compression() -> None:
     model = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.Flatten(), nn.Linear(8, 3))
-    gradients = capture(model.eval(), picture((4, 1, 1), 0), torch.tensor([1])).gradients
-    assert float((gradients["0.weight"] == 0).double().mean()) > 0.8
-    assert compression(gradients) is None
+    update = capture(model.eval(), picture((4, 1, 1), 0), torch.tensor([1]))
+    assert float((update.gradients["0.weight"] == 0).double().mean()) > 0.8
+    assert not compressed_by(model, update)
 
 
 def test_too_few_numbers_prove_nothing() -> None:
-    assert compression({"w": torch.ones(2, 4), "b": torch.ones(2)}) is None
-    assert compression({"w": torch.eye(4)}) is None
-    assert compression({"w": torch.eye(16)}) is not None
+    assert compression({"w": torch.ones(2, 4), "b": torch.ones(2)}, {"w": 1}) is None
+    assert compression({"w": torch.eye(4)}, {"w": 1}) is None
+    eye = torch.diag(torch.linspace(0.5, 1.0, 16))
+    assert compression({"w": eye}, {"w": 1}) is not None
+    assert compression({"w": eye.pow(9)}, {"w": 16}) is None
 
 
 # --- a loss that was declared wrongly ---------------------------------------------------------

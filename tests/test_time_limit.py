@@ -11,8 +11,13 @@ import torch
 from torch import Tensor, nn
 
 import rgap
+from rgap import allowance
+from rgap.allowance import PLAIN, SYMMETRIC
+from rgap.analysis import audit, harden, identifiability, noise
+from rgap.analysis.update_jacobian import UpdateMap
 from rgap.matching import match
 from rgap.module_update import ModulePoint, ModuleUpdate
+from rgap.progress import Report
 from rgap.solvers.gauss_newton import Schedule, gauss_newton
 from rgap.solvers.priors import Squares
 
@@ -134,3 +139,115 @@ def test_a_line_search_looks_at_the_time(monkeypatch: pytest.MonkeyPatch) -> Non
     found = gauss_newton(Stuck, torch.zeros(2).double(), Squares(1.0, 0.0), Schedule(seconds=1.5))
     assert found.ended == "the time is up" and Stuck.now <= 3.0
     assert torch.equal(found.value, torch.zeros(2).double())
+
+
+# --- analyses: what a factorisation takes is told before it begins -------------------------------
+
+
+class Factoring:
+    """A clock that factorisations and passes through the network advance, by their size."""
+
+    RATE = 2e-6  # seconds of a unit of work
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(allowance, "pace", lambda device: self.RATE)
+        monkeypatch.setattr(allowance, "TRIAL", 1)  # no work is too little to be asked for
+        for name, share in (("svd", 1.0), ("svdvals", 1.0), ("eigh", SYMMETRIC), ("qr", PLAIN)):
+            self._costs(monkeypatch, torch.linalg, name, share)
+        columns = UpdateMap.columns
+
+        def costly(update: UpdateMap, directions: Tensor) -> Tensor:
+            self.now += 0.02 * len(directions)
+            return columns(update, directions)
+
+        monkeypatch.setattr(UpdateMap, "columns", costly)
+        monkeypatch.setattr(UpdateMap, "chunk", 4)
+
+    def _costs(
+        self, monkeypatch: pytest.MonkeyPatch, owner: object, name: str, share: float
+    ) -> None:
+        function = getattr(owner, name)
+
+        def costly(matrix: Tensor, *args: object, **options: object) -> object:
+            *outer, rows, columns = matrix.shape
+            work = allowance.factorisation(rows, columns, share)
+            self.now += self.RATE * work * max(1, torch.Size(outer).numel())
+            return function(matrix, *args, **options)
+
+        monkeypatch.setattr(owner, name, costly)
+
+
+def _mlp(units: int = 40, inputs: int = 64) -> nn.Sequential:
+    return network(nn.Flatten(), nn.Linear(inputs, units), nn.Tanh(), nn.Linear(units, 10))
+
+
+def _conv() -> nn.Sequential:
+    return network(
+        nn.Conv2d(2, 6, 3, padding=1), nn.Tanh(), nn.Conv2d(6, 6, 3, 2, 1), nn.Tanh(), nn.Flatten(),
+        nn.Linear(54, 10),
+    )  # fmt: skip
+
+
+ANALYSES: dict[str, Callable] = {
+    "dense": lambda **o: identifiability(
+        _mlp(), (1, 8, 8), 2, method="dense", sequential=False, **o
+    ),
+    "structured": lambda **o: identifiability(
+        _conv(), (2, 6, 6), 4, method="structured", sequential=False, **o
+    ),
+    "noise": lambda **o: noise(_mlp(), (1, 8, 8), 2, sigma=0.1, **o),
+    "sampled": lambda **o: noise(_mlp(), (1, 8, 8), 2, sigma=0.1, method="sampled", **o),
+}
+
+
+@pytest.mark.parametrize("share", [0.1, 0.6])
+@pytest.mark.parametrize("name", ANALYSES)
+def test_an_analysis_ends_at_its_limit(
+    name: str, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Factoring(monkeypatch)
+    began = clock.now
+    ANALYSES[name]()
+    limit = share * (clock.now - began)
+    began = clock.now
+    told: list[Report] = []
+    with pytest.raises(allowance.OutOfTime, match="write time_limit="):
+        ANALYSES[name](time_limit=limit, progress=told.append)
+    assert clock.now - began <= 1.1 * limit
+    assert told and all(report.left is None or report.left <= 1.001 * limit for report in told)
+
+
+def test_an_audit_returns_what_it_finished(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Factoring(monkeypatch)
+    began = clock.now
+    audit(_conv(), (2, 6, 6), (1,))
+    limit = 4.0 * (clock.now - began)
+    began = clock.now
+    found = audit(_conv(), (2, 6, 6), (1, 8, 16), time_limit=limit)
+    assert clock.now - began <= 1.1 * limit
+    assert found.batch_sizes[:1] == (1,) and 16 not in found.batch_sizes
+    assert "was not measured (time_limit:" in found.notes[-1]
+    assert len({row.layer for row in found.rows}) == 3
+    with pytest.raises(allowance.OutOfTime):
+        audit(_conv(), (2, 6, 6), (8,), time_limit=limit / 1e3)
+
+
+def test_hardening_returns_what_it_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Factoring(monkeypatch)
+    began = clock.now
+    options = {"largest_batch": 4, "changes": ("batch size", "channels")}
+    whole = harden(_mlp(12, 16), (1, 4, 4), 0.5, **options)
+    limit = 0.9 * (clock.now - began)
+    began = clock.now
+    found = harden(_mlp(12, 16), (1, 4, 4), 0.5, time_limit=limit, **options)
+    assert clock.now - began <= 1.1 * limit
+    assert len(found.changes) + len(found.failed) == len(whole.changes) + len(whole.failed)
+    assert any("not found out (time_limit:" in text for text in found.failed)
+
+
+def test_a_limit_that_is_none_is_refused() -> None:
+    for wrong in (0.0, -1.0, float("nan"), "60", True):
+        with pytest.raises((TypeError, ValueError), match="time_limit: expected seconds"):
+            audit(_mlp(), (1, 8, 8), (1,), time_limit=wrong)

@@ -19,6 +19,9 @@ from .evidence import Call, Evidence
 from .finding import Finding, Kind
 
 FEWEST = 2  # columns of zeros
+WIDE = (-40.0, -1.0, 1.0, 40.0)  # times the probes' pre-activations that data may reach
+AFFINE = (nn.Linear, nn.modules.conv._ConvNd)
+RARE = 0.5  # of the zeros that are expected, below which they come from elsewhere
 RATIO = 1e-3  # relative spread of the factor 1/(1 − p)
 LINE = "model.eval() on the client before it computes the gradient"
 
@@ -55,16 +58,37 @@ def _columns(evidence: Evidence, reader: Call) -> tuple[Tensor, Tensor] | None:
     return None
 
 
+def _makes_zeros(evidence: Evidence, layer: Call) -> bool:
+    """True if the steps below a dropout layer make zeros of other data than the probes.
+
+    A GELU of a far negative number is zero, and so is a sigmoid in the end.
+    """
+    order = evidence.calls.index(layer)
+    affine = [c for c in evidence.calls[:order] if isinstance(c.module, AFFINE)]
+    if not affine:
+        return True  # the data may be zero
+    with torch.no_grad():
+        value = torch.cat([affine[-1].made * factor for factor in WIDE])
+        for call in evidence.calls[evidence.calls.index(affine[-1]) + 1 : order]:
+            if not _follows(call, value):
+                return True
+            value = call.module.to(value)(value)
+    return value.shape[1:] != layer.given.shape[1:] or bool(
+        (value.abs() < torch.finfo(torch.float32).smallest_normal).any()
+    )
+
+
 def _zeros(evidence: Evidence, layer: Call, reader: Call) -> Finding | None:
     both = _columns(evidence, reader)
-    if both is None or bool(both[1].any()):
+    if both is None or bool(both[1].any()) or _makes_zeros(evidence, layer):
         return None
     evidence.tested.add(Kind.DROPOUT)
     gone, count = both[0], len(both[0])
     zeros = int(gone.sum())
-    if zeros < FEWEST or zeros == count:
-        return None
     rate = float(layer.module.p)  # type: ignore[arg-type]
+    expected = rate ** (evidence.batch or 1) * count  # a column that no sample fills
+    if zeros < max(FEWEST, RARE * expected) or zeros == count:
+        return None
     said = (
         f"{zeros} of the {count} inputs of '{reader.name}' are exactly zero ({zeros / count:.2f}); "
         f"without '{layer.name}' (p = {rate:g}) none would be"

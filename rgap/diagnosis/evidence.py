@@ -5,21 +5,29 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import prod
 
 import torch
 from torch import Tensor, nn
 
 from rgap.affine import Affine, linear
+from rgap.batchloss import loss_scale
+from rgap.behind import behind, idle
 from rgap.checking import fitting_shape
+from rgap.ending import folded
 from rgap.isolation import untouched
+from rgap.losses import Loss
 from rgap.network import Chain, parse
 from rgap.precision import Precision
+from rgap.rounding import ABSENT
 from rgap.update import Update
 
 from .finding import Kind
 
 PROBES = 4  # random inputs that the model is run on
+AUDIBLE = 3.0  # times its noise that a tensor must be to say anything
+CANCELLED = 100.0  # roundings of one sample's gradient that the sum over a batch must exceed
 
 
 @dataclass(frozen=True)
@@ -56,14 +64,17 @@ class Evidence:
     Attributes:
         model: in eval mode, with the buffers that the update brought.
         update: as declared, names and order those of the model.
-        gradients: float64, by parameter name.
+        gradients: float64, by parameter name; tensors of zeros are left out, which frozen layers
+            send, and those that are lost in their noise.
         batch: stated batch size, or None.
         labels: known targets of the batch, or None.
         precision: of the update, with the noise that was stated.
-        chain: the model as a chain of stages; None where it is none.
+        chain: the model as a chain of stages, up to the logits; None where it is none.
+        loss: of the logits: steps behind them and formulas of probabilities are folded into it.
         calls: of leaf modules that the model called once, in the order of the calls.
         outputs: of the model on the probes; None where it could not be run.
         deadline: ``time.perf_counter()`` after which no further trial begins.
+        usual: root mean square of the gradients of one of several samples, by parameter name.
         tested: kinds that some trial could have shown.
     """
 
@@ -74,10 +85,32 @@ class Evidence:
     labels: Tensor | None
     precision: Precision
     chain: Chain | None
+    loss: Loss
     calls: tuple[Call, ...]
     outputs: Tensor | None
     deadline: float
+    usual: Mapping[str, float] = field(default_factory=dict)
     tested: set[Kind] = field(default_factory=set)
+
+    @property
+    def sent(self) -> dict[str, Tensor]:
+        """Gradients of every parameter: zeros, with the noise ``ABSENT``, of those left out."""
+        lost = {n: torch.zeros_like(e) for n, e in self.precision.entries.items()}
+        return {**lost, **self.gradients}
+
+    @property
+    def terms(self) -> dict[str, int]:
+        """Outer products that the gradient of a layer's weight is a sum of; {} without a batch."""
+        found = {}
+        for call in self.calls:
+            module, made = call.module, call.made
+            if self.batch is None or not isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
+                continue
+            wide = isinstance(module, nn.Linear)
+            groups = 1 if isinstance(module, nn.Linear) else module.groups
+            ends = [t.shape[1:-1] if wide else t.shape[2:] for t in (call.given, made)]
+            found[call.weight_name] = self.batch * groups * max(prod(e) for e in ends)
+        return found
 
     @property
     def late(self) -> bool:
@@ -122,11 +155,20 @@ class Evidence:
 
     @property
     def head(self) -> tuple[Call, Tensor, Tensor | None] | None:
-        """The fully connected layer whose output is the model's, or None."""
+        """The fully connected layer that gives the logits, the argument of the loss, or None."""
+        last = None if self.chain is None else self.chain.stages[-1]
         for call, weight, bias in reversed(self.dense):
-            if self.outputs is not None and torch.equal(call.made, self.outputs):
+            if last is not None and last.affine.weight_name == call.weight_name:
+                if all(idle(op) for op in last.tail):
+                    return call, weight, bias
+            elif self.outputs is not None and torch.equal(call.made, self.outputs):
                 return call, weight, bias
         return None
+
+    @property
+    def folded(self) -> bool:
+        """True if the loss of the logits is another than that of the model's outputs."""
+        return self.loss.name != self.update.loss.name or not self.loss.plain
 
     def feeds(self, made: Tensor, given: Tensor) -> bool:
         """True if a module's input is another's output, reshaped at most."""
@@ -151,8 +193,13 @@ def gather(
             own[name].copy_(sent)
     for parameter in twin.parameters():
         parameter.requires_grad_()
-    gradients = {n: g.detach().to(place, torch.float64) for n, g in update.gradients.items()}
     shape = input_shape or update.input_shape or _shape_of(twin)
+    usual = {} if shape is None or batch == 1 else _usual(twin, shape, update.loss, batch)
+    doubles = {n: g.detach().to(place, torch.float64) for n, g in update.gradients.items()}
+    gradients = {n: g for n, g in doubles.items() if _audible(n, g, precision, usual.get(n, 0.0))}
+    lost = {n: torch.full_like(g, ABSENT) for n, g in doubles.items() if n not in gradients}
+    if lost:
+        precision = replace(precision, entries={**precision.entries, **lost})
     calls: tuple[Call, ...] = ()
     outputs: Tensor | None = None
     chain: Chain | None = None
@@ -164,9 +211,53 @@ def gather(
             chain = None
         if chain is not None and not chain.stages:
             chain = None
+    loss = update.loss
+    if chain is not None:
+        chain, loss = behind(*folded(chain, loss, batch))
     return Evidence(
-        twin, update, gradients, batch, labels, precision, chain, calls, outputs, deadline
+        twin,
+        update,
+        gradients,
+        batch,
+        labels,
+        precision,
+        chain,
+        loss,
+        calls,
+        outputs,
+        deadline,
+        usual,
     )
+
+
+def _audible(name: str, g: Tensor, precision: Precision, usual: float) -> bool:
+    """False for a tensor of zeros, for one not sent, and for one beneath its noise or rounding."""
+    size = float(g.square().mean()) ** 0.5 if g.numel() else 0.0
+    noise = precision.noise_rms(name, g) if precision.noisy else 0.0
+    return size > max(AUDIBLE * noise, CANCELLED * precision.unit * usual)
+
+
+def _usual(
+    model: nn.Module, shape: tuple[int, ...], loss: Loss, batch: int | None
+) -> dict[str, float]:
+    """Root mean square of every gradient of one sample of a batch, by parameter name.
+
+    That of random data with a cotangent of size one at the outputs, which most losses have before
+    training.  The samples of a batch may cancel, what each of them rounds does not.
+    """
+    twin = copy.deepcopy(model).double()
+    named = dict(twin.named_parameters())
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(1, *shape, generator=generator, dtype=torch.float64)
+    try:
+        with torch.enable_grad():
+            outputs = twin(x.to(next(iter(named.values())).device))
+            found = torch.autograd.grad(outputs.norm(), list(named.values()), allow_unused=True)
+    except Exception:  # as in _run
+        return {}
+    scale = loss_scale(loss, batch or 1, outputs[0].numel())
+    sizes = zip(named, found, strict=True)
+    return {n: scale * float(g.square().mean()) ** 0.5 for n, g in sizes if g is not None}
 
 
 def _shape_of(model: nn.Module) -> tuple[int, ...] | None:

@@ -18,13 +18,15 @@ from torch import Tensor
 
 from rgap.batchloss import loss_scale
 from rgap.losses import Loss
-from rgap.targets import BINARY, CROSS_ENTROPY, SQUARED
+from rgap.targets import BINARY, CLASSES, PROBABILITIES, SIGMOID_FOCAL, SQUARED
 
 from .evidence import Evidence
 from .samples import LOOSEST, SAFETY, Samples
 
+BINARIES = (BINARY, PROBABILITIES, SIGMOID_FOCAL)  # y_j = 1 sends k_j < 0
+FEW = 64  # classes up to which a function of one's own is tried
 LISTED = 512  # classes up to which every target is tried
-EQUAL = 1e-4  # relative difference of factors that are the same
+EQUAL = 1e-3  # relative difference of factors that are the same
 
 
 @dataclass(frozen=True)
@@ -70,66 +72,98 @@ class Factors:
 
 def fits_of(evidence: Evidence, samples: Samples, loss: Loss) -> list[list[Fit]] | None:
     """Targets that fit each sample, best first; None where the loss admits any."""
-    outputs = samples.logits.shape[1]
-    if not loss.equations:
-        return None  # no table of residuals of targets that are one-hot
-    size = evidence.batch or 1
-    scale = loss_scale(loss, size, outputs)
+    outputs = loss.outputs(samples.logits.shape[1])
+    if not loss.known or (loss.own and len(samples.logits) > 1):
+        return None  # a loss of one's own is one of the whole batch
+    scale = 1.0 if loss.own or _weighed(loss) else loss_scale(loss, evidence.batch or 1, outputs)
     known = evidence.labels
     if known is not None and len(known) == len(samples.logits) == 1:
-        summed = replace(loss, reduction="sum")
-        table = scale * summed.cotangent(samples.logits, known.to(samples.logits.device))
-        return [[_fit(samples, 0, table[0], scale * evidence.unit, -1)]]
-    options = _options(loss, outputs, samples.logits)
-    if options is None:
+        return [[_fit(evidence, samples, 0, loss, scale, known.to(samples.logits.device), -1)]]
+    if not (loss.own or loss.name in BINARIES):
+        if loss.targets == "probability" or outputs > LISTED:
+            return None
+        if outputs < (3 if loss.name == SQUARED else 2):
+            return None
+    if loss.name in BINARIES and not loss.plain:
+        return None  # behind other steps the sign of k_j says nothing of y_j
+    if (loss.own and not 3 <= outputs <= FEW) or loss.targets == "probability":
         return None
     found = []
-    for row, z in enumerate(samples.logits):
-        targets = _binary(samples, row) if loss.name == BINARY else options
-        residuals = scale * _residuals(loss, z, targets)
-        rounding = scale * evidence.unit
-        fits = [_fit(samples, row, r, rounding, i) for i, r in enumerate(residuals)]
+    for row in range(len(samples.logits)):
+        targets = _targets(samples, row, loss, outputs)
+        try:
+            fits = [_fit(evidence, samples, row, loss, scale, t, i) for i, t in enumerate(targets)]
+        except Exception:  # a function of one's own that wants other targets
+            if loss.own:
+                return None
+            raise
         found.append(sorted(fits, key=lambda fit: fit.misfit))
     return found
 
 
-def _options(loss: Loss, outputs: int, like: Tensor) -> Tensor | None:
-    """Dense admissible targets [options, C] of the kind of ``like``, or None."""
-    if loss.name == BINARY:
-        return like.new_zeros(0) if loss.targets == "index" else None
-    if loss.name == CROSS_ENTROPY and loss.targets != "index":
-        return None
-    if outputs > LISTED or outputs < (3 if loss.name == SQUARED else 2):
-        return None
-    return torch.eye(outputs, dtype=torch.float64, device=like.device)
+def _weighed(loss: Loss) -> bool:
+    """True where the classes of the whole batch weigh each sample."""
+    classes = loss.name in CLASSES and loss.targets == "index" and loss.weight is not None
+    return classes and loss.reduction == "mean"
 
 
-def _binary(samples: Samples, row: int) -> Tensor:
-    """The two 0/1 targets that λ > 0 and λ < 0 leave, [2, C]: y_j = 1 where k_j/λ < 0."""
-    negative = (samples.cotangents[row] < 0).double()
-    return torch.stack([negative, 1.0 - negative])
+def _targets(samples: Samples, row: int, loss: Loss, outputs: int) -> list[Tensor]:
+    """Admissible targets of one sample, each [1, ...]."""
+    place = samples.logits.device
+    if loss.own:
+        return [torch.tensor([c], device=place) for c in range(outputs)]
+    if loss.name in BINARIES:
+        return _binary(samples, row)
+    return list(torch.eye(outputs, dtype=torch.float64, device=place)[:, None])
 
 
-def _residuals(loss: Loss, z: Tensor, targets: Tensor) -> Tensor:
-    """∂ℓ/∂z for every target, with the loss's scale left out, [options, C]."""
-    summed = replace(
-        loss, reduction="sum", targets="value" if loss.name == SQUARED else "probability"
-    )
-    rows = z.expand(len(targets), -1)
-    return summed.cotangent(rows, targets.to(z))
+def _binary(samples: Samples, row: int) -> list[Tensor]:
+    """The two 0/1 targets that λ > 0 and λ < 0 leave: y_j = 1 where k_j/λ < 0.
 
-
-def _fit(samples: Samples, row: int, r: Tensor, rounding: float, index: int) -> Fit:
-    """λ = ⟨k, r⟩/‖r‖², and how far it leaves the sample's equations."""
+    Where nothing is left of k_j, the logit is sure and its target right.
+    """
     k = samples.cotangents[row]
+    gone = k.abs() <= max(SAFETY * samples.unit, samples.tolerance) * k.abs().max()
+    sure = samples.logits[row] > 0
+    return [torch.where(gone, sure, side)[None].double() for side in (k < 0, k > 0)]
+
+
+def _fit(
+    evidence: Evidence,
+    samples: Samples,
+    row: int,
+    loss: Loss,
+    scale: float,
+    target: Tensor,
+    index: int,
+) -> Fit:
+    """λ = ⟨k, r⟩/‖r‖², and how far it leaves the sample's equations."""
+    k, z = samples.cotangents[row], samples.logits[row][None]
+    summed = loss if loss.own else replace(loss, reduction="sum")
+
+    def residual(outputs: Tensor) -> Tensor:
+        return scale * summed.cotangent(outputs, target)[0]
+
+    r = residual(z)
     size = float(r.norm())
     if size == 0.0:
         return Fit(0.0, index, 1.0, inf)
     factor = float(k @ r) / size**2
     misfit = float((k - factor * r).norm() / k.norm())
+    moved = max(float((residual(z + samples.width * s) - r).norm()) for s in _signs(z))
     # A softmax rounds p − 1 in absolute terms, so that little is left of a sure one.
-    own = 2 * samples.width + samples.tolerance + SAFETY * rounding / size
+    rounding = 1.0
+    if loss.equations:
+        rounding = float(summed.rounding(z, target).norm().clamp_min(1.0))
+    own = (2 * moved + SAFETY * rounding * scale * evidence.unit) / size + samples.tolerance
     return Fit(factor, index, misfit, own)
+
+
+def _signs(z: Tensor) -> list[Tensor]:
+    """Directions in which the logits may be off: all up, alternating, and opposite halves."""
+    places = torch.arange(z.shape[1], device=z.device)
+    halves = (places < z.shape[1] / 2).double() * 2 - 1
+    return [torch.ones_like(z), (1.0 - 2.0 * (places % 2))[None].to(z), halves[None].to(z)]
 
 
 def measured(evidence: Evidence, samples: Samples, loss: Loss) -> Factors | None:
@@ -148,8 +182,15 @@ def measured(evidence: Evidence, samples: Samples, loss: Loss) -> Factors | None
     unique = all(len({f.factor > 0 for f in own}) == 1 for own in good)
     chosen = _together(good)
     tolerance = max(f.tolerance for f in chosen)
+    weigh = 1.0
+    if _weighed(loss):
+        if evidence.batch != len(chosen):
+            return None  # copies, of which nobody knows how many
+        labels = torch.tensor([f.target for f in chosen], device=samples.logits.device)
+        dense = loss.dense(labels, samples.logits)
+        weigh = loss.divisor(dense, torch.ones_like(dense[:, 0]))
     return Factors(
-        tuple(f.factor for f in chosen), tolerance, max(f.misfit for f in chosen), unique
+        tuple(weigh * f.factor for f in chosen), tolerance, max(f.misfit for f in chosen), unique
     )
 
 
@@ -175,8 +216,9 @@ def _together(good: list[list[Fit]]) -> list[Fit]:
 def smallest_misfit(evidence: Evidence, samples: Samples, loss: Loss) -> tuple[float, float] | None:
     """Misfit and tolerance of the sample that fits worst, whatever its target and λ."""
     fits = fits_of(evidence, samples, loss)
-    if fits is None:
+    free = loss.own and evidence.labels is None  # nobody knows which targets it takes
+    if fits is None or free or any(f.tolerance > LOOSEST for own in fits for f in own):
         return None
-    best = [min(own, key=lambda f: f.misfit) for own in fits]
-    worst = max(best, key=lambda f: f.misfit)
+    best = [min(own, key=lambda f: f.misfit / f.tolerance) for own in fits]
+    worst = max(best, key=lambda f: f.misfit / f.tolerance)
     return worst.misfit, worst.tolerance

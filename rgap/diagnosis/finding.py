@@ -66,6 +66,8 @@ class Finding:
         remedy: one line of Python that mends it; ``update`` and ``model`` are what was checked.
         strength: how clearly: the misfit as declared over that which the finding leaves, or over
             what rounding explains.  Findings are ranked by it.
+        rivals: other kinds that would explain the same, and that no equation of this network and
+            batch tells from it.
     """
 
     kind: Kind
@@ -73,18 +75,25 @@ class Finding:
     evidence: str
     remedy: str
     strength: float
+    rivals: tuple[Kind, ...] = ()
+
+    @property
+    def claim(self) -> str:
+        """What is found, in half a sentence: with what no equation here tells from it."""
+        return ", or ".join([self.kind.claim, *(kind.claim for kind in self.rivals)])
 
     @property
     def sentence(self) -> str:
         """The finding in one sentence, with the line that mends it."""
-        return f"{self.kind.claim} ({self.evidence}); write {self.remedy}"
+        return f"{self.claim} ({self.evidence}); write {self.remedy}"
 
     def summary(self) -> dict[str, object]:
         """As plain numbers and words, for JSON."""
         return {
             "kind": self.kind.value,
             "value": self.value if isfinite(self.value) else None,
-            "claim": self.kind.claim,
+            "claim": self.claim,
+            "rivals": [kind.value for kind in self.rivals],
             "evidence": self.evidence,
             "remedy": self.remedy,
             "strength": self.strength if isfinite(self.strength) else None,
@@ -125,7 +134,7 @@ class Check:
         lines = []
         for number, finding in enumerate(self.findings, 1):
             lines += [
-                f"{number}. {finding.kind}: {finding.kind.claim}",
+                f"{number}. {finding.kind}: {finding.claim}",
                 f"   {finding.evidence}",
                 f"   write {finding.remedy}",
             ]
@@ -150,7 +159,7 @@ class Check:
     def _repr_html_(self) -> str:
         head = "<tr><th>finding</th><th>value</th><th>evidence</th><th>write</th></tr>"
         rows = "".join(
-            f"<tr><td>{html.escape(f.kind.claim)}</td><td>{f.value:.6g}</td>"
+            f"<tr><td>{html.escape(f.claim)}</td><td>{f.value:.6g}</td>"
             f"<td>{html.escape(f.evidence)}</td><td><code>{html.escape(f.remedy)}</code></td></tr>"
             for f in self.findings
         )

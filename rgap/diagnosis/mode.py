@@ -70,7 +70,8 @@ def pairs(evidence: Evidence) -> list[Pair]:
     found = []
     for norm in norms:
         before = [c for c in affine if evidence.feeds(c.made, norm.given)]
-        if len(before) == 1 and f"{before[0].name}.weight" in evidence.gradients:
+        names = [c.weight_name for c in (*before, norm)] + [norm.bias_name]
+        if len(before) == 1 and all(n in evidence.gradients for n in names):
             pair = _pair(evidence, before[0], norm)
             if pair is not None:
                 found.append(pair)
@@ -90,8 +91,9 @@ def _pair(evidence: Evidence, affine: Call, norm: Call) -> Pair | None:
     noise = max(
         evidence.added(f"{n}.{p}") for n in (affine.name, norm.name) for p in ("weight", "bias")
     )
-    bias = gradients.get(f"{affine.name}.bias")
-    if bias is not None:
+    bias = evidence.update.gradients.get(affine.bias_name)  # in train mode its rounding is left
+    if bias is not None and bool(bias.any()):
+        bias = bias.to(shift)
         evaluated = slope * shift
         size = float(evaluated.norm())
         if size == 0.0:
@@ -101,6 +103,9 @@ def _pair(evidence: Evidence, affine: Call, norm: Call) -> Pair | None:
         added = noise * (len(bias) + float(slope.square().sum())) ** 0.5
         return Pair(affine.name, norm.name, bias, evaluated, size, rounding + added / size)
     weight = evidence.model.get_parameter(f"{affine.name}.weight").detach().double()
+    own = evidence.model.get_submodule(affine.name).bias
+    if own is not None:  # one that was not sent
+        mean = mean - own.detach()  # type: ignore[operator]
     g = gradients[f"{affine.name}.weight"]
     terms = (weight * g).flatten(1)
     evaluated = gamma * spread + mean.double() * slope * shift

@@ -47,8 +47,11 @@ def mended(model: nn.Module, update: Update) -> tuple[Update | None, Finding | N
     if missing and frozen.issuperset(missing) and not extra and not prefix:
         return update.fitted(model), None  # nothing is sent of what the client did not train
     if missing:
+        device = next(iter(gradients.values())).device
         full = {
-            n: gradients[n] if n in gradients else torch.zeros(wanted[n], dtype=update.dtype)
+            n: gradients[n]
+            if n in gradients
+            else torch.zeros(wanted[n], dtype=update.dtype, device=device)
             for n in wanted
         }
         said = f"{len(missing)} of {len(wanted)} parameters are missing, '{missing[0]}' first"

@@ -18,6 +18,8 @@ from .finding import Finding, Kind
 
 FEWEST = 4  # rows and columns beneath the rank of the batch
 CLEAR = 20.0  # times the rounding that noise stands out by
+SVD = 4.0  # units of the largest singular value that the others are known to
+STATED = 2.0  # times the noise that is known to be there
 FLAT = (0.6, 1.6)  # of the largest singular value over that of noise
 ALIKE = 4.0  # ratio of the levels of two layers
 
@@ -68,11 +70,14 @@ def floors(evidence: Evidence) -> list[Floor]:
         level = float(beneath.square().sum() / freedom) ** 0.5
         edge = level * ((m - batch) ** 0.5 + (n - batch) ** 0.5)
         rounding = 2 * evidence.unit * float(values[0]) / (m * n) ** 0.5 * batch**0.5
+        rounding = max(rounding, evidence.unit * evidence.usual.get(call.weight_name, 0.0))
+        own = SVD * torch.finfo(torch.float64).eps * float(values[0])
+        rounding = max(rounding, own / (m**0.5 + n**0.5))
         seen = int((values > CLEAR * rounding * (m**0.5 + n**0.5)).sum())
         ratio = float(beneath[0]) / edge if edge > 0 else inf
         full = seen == min(m, n)
-        stated = evidence.added(f"{call.name}.weight")
-        seen = seen if stated == 0.0 else int((values > 2.0 * stated * (m**0.5 + n**0.5)).sum())
+        stated = evidence.added(call.weight_name)
+        seen = min(seen, int((values > STATED * stated * (m**0.5 + n**0.5)).sum()))
         found.append(Floor(call.name, level, ratio, rounding, freedom, seen, full, stated))
     return found
 
@@ -82,7 +87,7 @@ def read(evidence: Evidence, layers: list[Floor]) -> list[Finding]:
     if not layers or evidence.batch is None:
         return []
     evidence.tested.add(Kind.NOISE)
-    high = [f for f in layers if f.level > max(CLEAR * f.rounding, 2.0 * f.stated)]
+    high = [f for f in layers if f.level > max(CLEAR * f.rounding, STATED * f.stated)]
     if len(high) < len(layers) or not all(f.flat for f in high):
         return []
     total = sum(f.freedom for f in high)

@@ -10,6 +10,7 @@ from math import inf
 
 from torch import nn
 
+from rgap.doubles import blocks
 from rgap.update import Update
 
 from .finding import Finding, Kind
@@ -22,9 +23,9 @@ def sent(model: nn.Module, update: Update) -> Finding | None:
     """The finding, or None."""
     inner, own, theirs = 0.0, 0.0, 0.0
     for name, parameter in model.named_parameters():
-        w = parameter.detach().double().flatten().cpu()
-        g = update.gradients[name].double().flatten().cpu()
-        inner, own, theirs = inner + float(w @ g), own + float(w @ w), theirs + float(g @ g)
+        for weights, sent in zip(blocks(parameter), blocks(update.gradients[name]), strict=True):
+            w, g = weights.double().cpu(), sent.double().cpu()
+            inner, own, theirs = inner + float(w @ g), own + float(w @ w), theirs + float(g @ g)
     if own == 0.0 or theirs == 0.0:
         return None
     cosine, ratio = inner / (own * theirs) ** 0.5, (theirs / own) ** 0.5

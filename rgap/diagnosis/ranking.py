@@ -106,19 +106,20 @@ def _examine(
         return found
     update = renamed
     tested.update((Kind.PARAMETERS, Kind.COMPRESSION, Kind.PRECISION))
-    for finding in (parameters.sent(model, update), values.compressed(update.gradients)):
-        if finding is not None:
-            return [*found, finding]
-    rounded = values.rounded(update)
+    weights_sent = parameters.sent(model, update)
+    if weights_sent is not None:
+        return [*found, weights_sent]
+    rounded, plain = values.rounded(update), update
     if rounded is not None:
-        found.append(rounded)
         update = update.as_rounded()[0]
-    if update.local_steps > 1 or not any(bool(g.any()) for g in update.gradients.values()):
-        return found
-    if size is None and known is not None:
-        size = len(known)
     precision = Precision(update.dtype, added, seed=seed, entries=update.noise or {})
     evidence = gather(model, update, size, known, shape, precision, deadline)
+    compressed = values.compressed(replace(evidence, update=plain))
+    if compressed is not None:
+        return [*found, compressed]
+    found += [rounded] if rounded else []
+    if update.local_steps > 1 or not evidence.gradients:
+        return found
     found += _equations(evidence)
     tested |= evidence.tested
     return found
@@ -157,8 +158,8 @@ def _sent(evidence: Evidence) -> samples.Samples | None:
     """The samples at the head, where they can be told apart."""
     if evidence.batch != 1:
         return samples.batch(evidence)
-    alone = samples.single(evidence)
-    stated = evidence.precision.noisy
+    alone, head = samples.single(evidence), evidence.head
+    stated = head is not None and evidence.added(head[0].weight_name) > 0.0
     if alone is None or (alone.rest > SAME * evidence.unit and not stated):
         return None
     return alone

@@ -7,6 +7,7 @@ from dataclasses import replace
 from rgap.halt import HaltKind
 from rgap.problem import Problem
 from rgap.recovery import Recovery, Status
+from rgap.update import view
 
 from .finding import Kind
 from .ranking import check
@@ -46,7 +47,7 @@ def explained(problem: Problem, recovery: Recovery) -> Recovery:
         return recovery
     best = check(
         problem.model,
-        replace(problem.update, loss=problem.declared),
+        view(problem.update, loss=problem.declared),
         batch_size=problem.stated,
         labels=problem.labels,
         noise=problem.precision.noise,

@@ -26,7 +26,7 @@ from rgap.separation.batch import Batch
 from rgap.separation.between import Between, steps_between
 from rgap.separation.consistency import Consistency, restricted
 from rgap.separation.identify import Identity as Target
-from rgap.separation.identify import identify, top
+from rgap.separation.identify import continuous, identify, top
 from rgap.separation.mixture import Mixture
 from rgap.separation.peeling import LIKELY, SOLVED, collect, fresh_starts, rounding_cost
 from rgap.separation.route import unfit_pair
@@ -42,6 +42,8 @@ LOOSEST = 0.02  # relative error of a cotangent above which it tests nothing
 ROUNDS = 2  # of searches without a new sample
 STARTS = 48  # of a search for any sample at all
 LENIENT = 10.0  # times what a root may miss by, from which no start came near one
+SHAKEN = 2  # times that they are told apart again with other rounding
+SWING = 10.0  # times what that moves, that the client's own rounding may have moved
 MOST = 16  # samples that are told apart for a check
 REST = 0.05  # share of the head's gradient that its samples may leave
 
@@ -58,6 +60,7 @@ class Samples:
         tolerance: relative error of a cotangent.
         rest: ‖G − KᵀX‖/‖G‖ at the head.
         route: where they come from, in words.
+        unit: roundoff of the client.
     """
 
     features: Tensor
@@ -67,6 +70,7 @@ class Samples:
     tolerance: float
     rest: float
     route: str
+    unit: float = 0.0
 
 
 def single(evidence: Evidence) -> Samples | None:
@@ -87,7 +91,9 @@ def single(evidence: Evidence) -> Samples | None:
     size = float(k.value.norm())
     tolerance = float(k.error.square().mean(0).sum().sqrt()) / size + 4 * evidence.unit
     rest = rank_one_residual(weight, x.value[0], k.value[0])
-    return Samples(x.value, z, k.value, width, SAFETY * tolerance, rest, f"∂b of '{call.name}'")
+    return Samples(
+        x.value, z, k.value, width, SAFETY * tolerance, rest, f"∂b of '{call.name}'", evidence.unit
+    )
 
 
 def _without_bias(evidence: Evidence, weight: Tensor) -> Samples | None:
@@ -96,7 +102,7 @@ def _without_bias(evidence: Evidence, weight: Tensor) -> Samples | None:
     ``G = k xᵀ = v uᵀ`` with x = αu, v = k α, and ``k_j = λ p_j`` except at the label: the slope of
     a straight line is α, whatever λ.  The label is the class whose sign is the odd one.
     """
-    if evidence.update.loss.name != CROSS_ENTROPY or evidence.update.loss.label_smoothing:
+    if evidence.loss.name != CROSS_ENTROPY or evidence.loss.label_smoothing:
         return None
     head = evidence.head
     assert head is not None
@@ -126,7 +132,9 @@ def _without_bias(evidence: Evidence, weight: Tensor) -> Samples | None:
     width = (blur + fit) * float(slope.norm()) / spread
     rest = rank_one_residual(weight, u, v)
     where = f"the rows of '{head[0].name}'"
-    return Samples(alpha * u[None], z[None], v[None] / alpha, width, width, rest, where)
+    return Samples(
+        alpha * u[None], z[None], v[None] / alpha, width, width, rest, where, evidence.unit
+    )
 
 
 def _parameters(evidence: Evidence, name: str) -> tuple[Tensor, Tensor]:
@@ -148,13 +156,51 @@ def batch(evidence: Evidence) -> Samples | None:
     for sign in (1.0, -1.0):
         if evidence.late:
             return None
-        sent = {n: sign * g for n, g in evidence.gradients.items()}
-        mixed = Batch(chain, sent, evidence.update.loss, evidence.precision, evidence.batch)
+        sent = {n: sign * g for n, g in evidence.sent.items()}
+        mixed = Batch(chain, sent, evidence.loss, evidence.precision, evidence.batch)
         source = _source(mixed)
         found = None if source is None else _collected(mixed, source)
-        if found is not None:
-            return replace(found, cotangents=sign * found.cotangents)
+        if found is None:
+            continue
+        for draw in range(SHAKEN):
+            found = _shaken(mixed, found, draw)
+            if found is None:
+                return None
+        return replace(found, cotangents=sign * found.cotangents)
     return None
+
+
+def _shaken(mixed: Batch, found: Samples, draw: int) -> Samples | None:
+    """The samples with the errors that another draw of the update's rounding shows.
+
+    How much a root of the equations moves with them is measured: the update is changed by as much
+    as its own rounding and noise, and the samples are told apart again.
+    """
+    precision = replace(mixed.precision, seed=mixed.precision.seed + 1 + draw)
+    moved = {}
+    for name, g in mixed.gradients.items():
+        table = g.flatten(1) if g.ndim > 1 else g[:, None]
+        size = table.norm(dim=1, keepdim=True) * table.norm(dim=0) / table.norm().clamp_min(1e-300)
+        std = precision.update_std(name, size.square().reshape(g.shape))
+        moved[name] = g + precision.normal(std, 1)[0] if precision.sent(name) else g
+    again = Batch(mixed.chain, moved, mixed.loss, mixed.precision, mixed.size)
+    source = _source(again)
+    other = None if source is None else _collected(again, source)
+    if other is None or len(other.logits) != len(found.logits):
+        return None
+    apart = torch.cdist(found.features, other.features)
+    order = apart.argmin(1)
+    if len(set(order.tolist())) < len(order):
+        return None
+    gap = (other.cotangents[order] - found.cotangents).norm(dim=1)
+    relative = float((gap / found.cotangents.norm(dim=1).clamp_min(1e-300)).max())
+    width = float((other.logits[order] - found.logits).abs().max())
+    tolerance = max(found.tolerance, SWING * relative)
+    return (
+        None
+        if tolerance > LOOSEST
+        else replace(found, width=max(found.width, SWING * width), tolerance=tolerance)
+    )
 
 
 @dataclass(frozen=True)
@@ -187,6 +233,8 @@ def _source(mixed: Batch) -> Source | None:
             pair = Between.of(lower, upper, steps, mixed.precision)
 
             def naming(roots: Tensor, _: Consistency, lower: Mixture = lower) -> list[Target]:
+                if mixed.loss.own or not mixed.loss.known:
+                    return continuous(chain, lower, roots, mixed.loss)
                 return identify(chain, lower, head, roots, mixed.loss)
 
             return Source(lower, pair, naming)
@@ -226,7 +274,9 @@ def _collected(mixed: Batch, source: Source) -> Samples | None:
         return None
     width = SAFETY * relative * float(logits.abs().max())
     where = f"{len(k)} samples told apart at '{stage.name}'"
-    return Samples(features.flatten(1), logits, k, width, SAFETY * relative, rest, where)
+    return Samples(
+        features.flatten(1), logits, k, width, SAFETY * relative, rest, where, mixed.precision.unit
+    )
 
 
 def nearest_sample(evidence: Evidence) -> tuple[float, float, str] | None:
@@ -239,13 +289,15 @@ def nearest_sample(evidence: Evidence) -> tuple[float, float, str] | None:
     chain = evidence.chain
     if chain is None or not evidence.batch or evidence.batch > MOST:
         return None
-    sent = dict(evidence.gradients)
-    mixed = Batch(chain, sent, evidence.update.loss, evidence.precision, evidence.batch)
+    sent = evidence.sent
+    mixed = Batch(chain, sent, evidence.loss, evidence.precision, evidence.batch)
     if not _plain_head(chain):
         return None
     source = _source(mixed)
     if source is None or not resolved(mixed, source.samples):
         return None
+    if not source.samples.rank == source.consistency.basis.shape[1] == evidence.batch:
+        return None  # cotangents that depend on each other leave no sample by itself
     w = source.samples.weights
     none = w.new_zeros(0, len(w))
     generator = torch.Generator().manual_seed(evidence.precision.seed)

@@ -26,7 +26,7 @@ GRADES = (Kind.SIGN, Kind.REDUCTION, Kind.SCALE, Kind.CLIPPING, Kind.LOSS)
 
 def read(evidence: Evidence, samples: Samples) -> list[Finding]:
     """Findings at the head; empty where λ = 1, or where no target of the loss fits."""
-    loss = evidence.update.loss
+    loss = evidence.loss
     factors = measured(evidence, samples, loss)
     if factors is None:
         return _other_loss(evidence, samples)
@@ -68,7 +68,7 @@ def _of_factor(
     evidence: Evidence, samples: Samples, factors: Factors, size: float, strength: float
 ) -> Finding:
     """What a positive factor most likely is."""
-    loss, near = evidence.update.loss, max(EQUAL, factors.tolerance)
+    loss, near = evidence.loss, max(EQUAL, factors.tolerance)
     said = f"λ = {size:.6g} at the head for {_samples(samples)}, misfit {factors.misfit:.1e}"
     outputs, batch = samples.logits.shape[1], evidence.batch or 1
     ratio = 1.0 / loss_scale(replace(loss, reduction="mean"), batch, outputs)
@@ -84,7 +84,7 @@ def _of_factor(
         f"dataclasses.replace(update, gradients={{n: g / {size:.9g} for n, g in "
         "update.gradients.items()})"
     )
-    total = sum(float(g.square().sum()) for g in evidence.gradients.values()) ** 0.5
+    total = sum(float(g.double().square().sum()) for g in evidence.update.gradients.values()) ** 0.5
     bound = float(f"{total:.1e}")
     if size < 1.0 and abs(total / bound - 1.0) <= ROUND + 8 * evidence.unit:
         said += f"; the norm of the whole update is {total:.6g}"
@@ -144,7 +144,7 @@ def _micro_batches(values: tuple[float, ...], size: int, near: float) -> list[in
                 break
             parts += [b] * (whole.count(b) // b)
         else:
-            if len(parts) == count and sum(parts) == size:
+            if len(parts) == count and sum(parts) == size and len(set(parts)) > 1:
                 return parts
     return None
 
@@ -152,7 +152,7 @@ def _micro_batches(values: tuple[float, ...], size: int, near: float) -> list[in
 def _other_loss(evidence: Evidence, samples: Samples) -> list[Finding]:
     """No target of the declared loss fits: one of another loss may."""
     declared = evidence.update.loss
-    missed = smallest_misfit(evidence, samples, declared)
+    missed = None if evidence.folded else smallest_misfit(evidence, samples, declared)
     if missed is None or missed[0] <= missed[1]:
         return []
     outputs = samples.logits.shape[1]

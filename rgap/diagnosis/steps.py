@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from rgap.bias import bias_attack, rank_one_residual
 from rgap.federated import LocalTraining, average
 from rgap.losses import Loss
-from rgap.targets import CROSS_ENTROPY
+from rgap.targets import CLASSES
 
 from .evidence import Call, Evidence
 from .finding import Finding, Kind
@@ -79,13 +79,16 @@ def data(evidence: Evidence) -> tuple[Call, Tensor] | None:
 def repeated(evidence: Evidence, x: Tensor) -> Training | None:
     """The training whose update comes nearest, if it comes much nearer than one gradient."""
     loss, outputs = evidence.update.loss, evidence.outputs
-    if outputs is None or (loss.targets == "probability" and evidence.labels is None):
+    if outputs is None or outputs.ndim != 2 or not loss.known:
         return None
+    if evidence.labels is None and (loss.targets == "probability" or loss.own):
+        return None  # any target, or nobody knows which
     if sum(g.numel() for g in evidence.gradients.values()) > LARGEST:
         return None
     client = Client.of(evidence, x)
     best: Training | None = None
     for target in _targets(evidence, loss, outputs.shape[1]):
+        evidence.tested.add(Kind.STEPS)
         single = client.misfit(target, None, 1)[0]
         if single < KNOWN * evidence.unit:
             return None  # one gradient explains the update
@@ -149,7 +152,7 @@ class Client:
                 found = torch.autograd.grad(value, list(leaves.values()), materialize_grads=True)
             return dict(zip(leaves, found, strict=True))
 
-        parameters = {n: p.detach() for n, p in self.model.named_parameters()}
+        parameters = {n: p.detach() for n, p in self.model.named_parameters() if n in self.names}
         total = average(gradient, parameters, local, steps, 1)
         return torch.cat([total[n].flatten() for n in self.names])
 
@@ -180,11 +183,12 @@ def _targets(evidence: Evidence, loss: Loss, outputs: int) -> list[Tensor]:
         return [evidence.labels.to(place)]
     if loss.targets == "value":
         return [torch.zeros(1, outputs, dtype=torch.float64, device=place)]
-    if head is None or head[2] is None or outputs == 1:
-        count = 2 if outputs == 1 else min(outputs, OPTIONS)
-        return [torch.tensor([c], device=place) for c in range(count)]
-    if loss.name != CROSS_ENTROPY:  # one 0/1 target an output
-        return [(head[2] < 0).double()[None]]
+    if loss.name not in CLASSES:  # one 0/1 target an output
+        if outputs == 1:
+            return [torch.tensor([c], device=place) for c in range(2)]
+        return [] if head is None or head[2] is None else [(head[2] < 0).double()[None]]
+    if head is None or head[2] is None:
+        return [torch.tensor([c], device=place) for c in range(min(outputs, OPTIONS))]
     order = head[2].argsort()
     likely = dict.fromkeys((int(order[0]), int(order[-1])))
     return [torch.tensor([c], device=place) for c in likely]
@@ -222,7 +226,6 @@ def read(evidence: Evidence, layers: list[Floor]) -> list[Finding]:
         return []
     given = data(evidence)
     if given is not None:
-        evidence.tested.add(Kind.STEPS)
         found = repeated(evidence, given[1])
         if found is not None:
             return [_trained_finding(found)]

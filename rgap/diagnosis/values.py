@@ -5,19 +5,19 @@ No equation is needed: a float32 tensor whose every entry is a float16 number wa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from math import inf
 
 import torch
-from torch import Tensor
 
 from rgap.quantisation import recognise
 from rgap.rounding import UNIFORM
 from rgap.symptoms import compression
 from rgap.update import Update
 
+from .evidence import Evidence
 from .finding import Finding, Kind
 
+LINE = "rgap.match(model, update); the equations need the gradient as it was"
 ROUNDED = "update.as_rounded()[0]"
 
 
@@ -41,12 +41,12 @@ def rounded(update: Update) -> Finding | None:
     return Finding(Kind.PRECISION, eps, said, line, inf)
 
 
-def compressed(gradients: Mapping[str, Tensor]) -> Finding | None:
+def compressed(evidence: Evidence) -> Finding | None:
     """Signs, or pruned entries."""
-    words = compression(gradients)
-    if words is not None:
-        line = "rgap.match(model, update); the equations need the gradient as it was"
-        zeros = sum(int((g == 0).sum()) for g in gradients.values())
-        share = zeros / sum(g.numel() for g in gradients.values())
-        return Finding(Kind.COMPRESSION, share, words, line, inf)
-    return None
+    sent = evidence.update.gradients
+    words = compression(sent, evidence.terms, evidence.update.noise)
+    if words is None:
+        return None
+    zeros = sum(int((g == 0).sum()) for g in sent.values())
+    share = zeros / sum(g.numel() for g in sent.values())
+    return Finding(Kind.COMPRESSION, share, words, LINE, inf)

@@ -41,6 +41,7 @@ from .samples import Samples, nearest_sample
 
 SAFETY = 100.0
 LARGEST = 20_000  # unknowns of a stage up to which the recursion is tried
+WHOLE = 2.0  # relative misfit above which nothing was solved
 LINE = "model.load_state_dict(weights) with the weights that the server sent for this round"
 
 
@@ -72,7 +73,7 @@ def read(evidence: Evidence, samples: Samples | None) -> list[Finding]:
     if norm is not None:
         found.append(Contradiction(f"∂b = γ/σ ∂β at '{norm[2]}'", norm[0], norm[1]))
     if samples is not None and len(samples.logits) == 1:
-        loss = evidence.update.loss
+        loss = evidence.loss
         free = loss.name == SQUARED and evidence.labels is None  # every target is admissible
         target = None if free else smallest_misfit(evidence, samples, loss)
         if target is not None:
@@ -96,10 +97,8 @@ def read(evidence: Evidence, samples: Samples | None) -> list[Finding]:
         f"{worst.what}: relative misfit {worst.misfit:.1e}, rounding explains "
         f"{worst.tolerance:.1e}; {len(broken)} of {len(found)} identities fail"
     )
-    open_ = [k for k in (Kind.NOISE, Kind.STEPS) if k not in evidence.tested]
-    if open_:
-        said += f"; no equation here tells {' or '.join(open_)} from it"
-    return [Finding(Kind.WEIGHTS, worst.misfit, said, LINE, worst.strength)]
+    rivals = tuple(k for k in (Kind.NOISE, Kind.STEPS) if k not in evidence.tested)
+    return [Finding(Kind.WEIGHTS, worst.misfit, said, LINE, worst.strength, rivals)]
 
 
 def _masked(
@@ -191,6 +190,9 @@ def _balance(
         return evidence.model.get_parameter(name).detach().double() * gradients[name]
 
     below, above = lower.affine, upper.affine
+    used = (below.weight_name, below.bias_name, above.weight_name)
+    if not all(n in gradients and evidence.precision.sent(n) for n in used if n is not None):
+        return None  # a frozen layer leaves its part of the balance open
     channels = below.out_shape[0]
     if norm is None:
         terms = [product(below.weight_name).flatten(1)]
@@ -246,9 +248,10 @@ def _recursion(evidence: Evidence) -> list[Contradiction]:
         return []
     if max(prod(stage.affine.in_shape) for stage in chain.stages[:-1]) > LARGEST:
         return []
-    weight, bias = evidence.gradients[last.affine.weight_name], evidence.gradients[name]
-    if not bool((bias != 0).any()):
+    named = {n for s in chain.stages for n in (s.affine.weight_name, s.affine.bias_name) if n}
+    if not named.issubset(evidence.gradients):
         return []
+    weight, bias = evidence.gradients[last.affine.weight_name], evidence.gradients[name]
     x, k = features_from_bias(last.affine, weight, bias, evidence.precision)
     x = type(x)(
         x.value.reshape(-1, *last.affine.in_shape),
@@ -259,6 +262,8 @@ def _recursion(evidence: Evidence) -> list[Contradiction]:
     if index < 0:
         return []
     relative = descent.solutions[index].solution.stats.residual
+    if not relative < WHOLE:
+        return []
     what = f"the equations of '{chain.stages[index].name}' below the head"
     relative = max(relative, 1e-300)
     return [Contradiction(what, relative, relative * REFUTED / max(misfit, 1e-300))]

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from rgap import memory
 from rgap.checking import refuse_unready, sample_shape
 from rgap.labels.columns import gradinversion
 from rgap.labels.head import HeadGradient, refuse_loss
@@ -22,7 +23,7 @@ from rgap.labels.separable import rlg
 from rgap.labels.signs import idlg
 from rgap.network import Chain, parse
 from rgap.running import refuse_wrapped
-from rgap.update import Update
+from rgap.update import Update, view
 
 __all__ = ["METHODS", "estimate", "head_features", "head_gradient"]
 
@@ -59,6 +60,7 @@ def estimate(
     batch_size: int | None = None,
     features: Tensor | None = None,
     device: torch.device | str | None = None,
+    memory_budget: float | None = None,
 ) -> LabelEstimate:
     """The labels of the batch behind ``update``, as far as one method can say.
 
@@ -74,13 +76,16 @@ def estimate(
         features: the head's inputs for the batch [B, d], where known; `exact` needs them.
         device: where the model runs; default its own.  The numbers of one layer are few, and the
             methods work on the CPU.
+        memory_budget: bytes to take on top of model and update; by default half of what the
+            machine has free.
 
     Returns:
         The estimate.
 
     Raises:
         ValueError: an unknown method, an unknown batch size, soft or real-valued targets, a model
-            whose output is not a fully connected layer, an update of another model.
+            whose output is not a fully connected layer, an update of another model, a model of
+            which no float64 copy fits the budget (:class:`rgap.memory.OutOfMemory`).
         TypeError: a model or an update that is none.
 
     Example:
@@ -97,6 +102,9 @@ def estimate(
             f"method: expected one of {', '.join(map(repr, METHODS))}, got {method!r}; write "
             "method='best'."
         )
+    room = memory.budget_of(memory_budget, "cpu" if device is None else device)
+    if isinstance(model, nn.Module):
+        memory.require_copies(model, 1 if device is None else 2, room)
     found = METHODS[method](head_gradient(model, update, batch_size, features, device))
     if update.local_steps > 1 and found.decided:
         flag = MOVED.format(update.local_steps)
@@ -131,7 +139,7 @@ def head_gradient(
         )
     ready(model)
     if update.input_shape is None:
-        update = replace(update, input_shape=sample_shape(model))
+        update = view(update, input_shape=sample_shape(model))
     if device is not None:
         model = copy.deepcopy(model).to(device)
     seen = locate(model, update, dummies(update))

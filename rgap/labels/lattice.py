@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rgap.labels.integers import nearest_counts
 
-__all__ = ["search"]
+__all__ = ["costs_of", "search", "swaps"]
 
 REACH = 3.0  # standard deviations to look along a principal direction
 FIRST, SECOND = 61, 9  # at most so many places along the first and the second of them
@@ -42,9 +42,9 @@ def search(estimates: Tensor, covariance: Tensor, total: int) -> Tensor:
     """
     precision = torch.linalg.inv(covariance)
     found = torch.unique(_rounded_along(estimates, covariance, total), dim=0)
-    best: Tensor = found[_costs(found, estimates, precision).argmin()]
+    best: Tensor = found[costs_of(found, estimates, precision).argmin()]
     for _ in range(SWAPS):
-        gains = _swaps(best, estimates, precision)
+        gains = swaps(best, estimates, precision)
         up, down = divmod(int(gains.argmin()), len(best))
         if float(gains[up, down]) >= -1e-9:
             break
@@ -54,7 +54,8 @@ def search(estimates: Tensor, covariance: Tensor, total: int) -> Tensor:
     return best
 
 
-def _costs(counts: Tensor, estimates: Tensor, precision: Tensor) -> Tensor:
+def costs_of(counts: Tensor, estimates: Tensor, precision: Tensor) -> Tensor:
+    """``(n - v)^T P (n - v)`` for counts [N, C], [N]."""
     away = counts.double() - estimates
     cost: Tensor = ((away @ precision) * away).sum(dim=1)
     return cost
@@ -79,7 +80,7 @@ def _rounded_along(estimates: Tensor, covariance: Tensor, total: int) -> Tensor:
     return torch.stack([nearest_counts(place, total) for place in places])
 
 
-def _swaps(counts: Tensor, estimates: Tensor, precision: Tensor) -> Tensor:
+def swaps(counts: Tensor, estimates: Tensor, precision: Tensor) -> Tensor:
     """Change of cost for every move of one label to class i from class j, [C, C]."""
     slope = precision @ (counts.double() - estimates)
     own = precision.diagonal()

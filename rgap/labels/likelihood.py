@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rgap.labels.head import HeadGradient
 from rgap.labels.integers import nearest_counts
-from rgap.labels.lattice import search
+from rgap.labels.lattice import costs_of, search, swaps
 from rgap.labels.posterior import Contrasts, Posterior
 from rgap.labels.result import LabelEstimate
 from rgap.labels.unbiased import bias_sums
@@ -20,6 +20,7 @@ ASSUMPTIONS = (
     "their logits scatter by less than about 1",
 )
 WIDE = 1.0
+UNLIKELY, MOVES = 60.0, 2000  # chi-squared beyond the best, and how many in all, from one place
 
 
 def best(head: HeadGradient) -> LabelEstimate:
@@ -35,8 +36,9 @@ def best(head: HeadGradient) -> LabelEstimate:
     How much the rows say depends on the counts: of a batch of one class they are the mean feature
     itself, and so a wrong guess of one class would prove itself.  The errors are therefore taken
     under three hypotheses (the counts by the identity with dummy data's mean softmax, those found
-    along with the mean, and whole numbers nearest to these), and the odds of counts are the mean of
-    the odds under each.
+    along with the mean, and whole numbers nearest to these), each with the batch's mean as near to
+    that of dummy data as chance has it, half a standard deviation off, and two.  The odds of counts
+    are the mean of the odds under each, weighted by how well it agrees with the rows.
 
     Args:
         head: the gradient, with ``weight`` (and ``bias``) of the model, and ``probes`` for the
@@ -66,36 +68,56 @@ def best(head: HeadGradient) -> LabelEstimate:
     contrasts, batch = Contrasts(head, sums), head.batch_size
     plain = nearest_counts(contrasts.plain(), batch)
     free = contrasts.fit()
-    nearest = search(free.estimates, free.covariance, batch)
-    fits = [free, contrasts.fit(plain), contrasts.fit(nearest)]
-    pool = _pool([plain, *(search(f.estimates, f.covariance, batch) for f in fits)])
-    odds = torch.stack([_odds(pool, fit) for fit in fits]).mean(0)
+    top = max(free, key=lambda fit: fit.weight)
+    nearest = search(top.estimates, top.covariance, batch)
+    hypotheses = [plain] if torch.equal(plain, nearest) else [plain, nearest]
+    fits = free + [fit for known in hypotheses for fit in contrasts.fit(known)]
+    pool = _pool([plain, *(search(f.estimates, f.covariance, batch) for f in fits)], fits)
+    weights = torch.softmax(torch.tensor([f.weight for f in fits], device="cpu").double(), 0)
+    odds = weights @ torch.stack([_odds(pool, fit) for fit in fits])
     counts = pool[odds.argmax()]
     confidence = odds @ (pool == counts).double()
     if max(fit.spread for fit in fits) > WIDE:
-        wide = f"logits scatter by {free.spread:.1f} within the batch: the counts are a guess"
+        wide = f"logits scatter by {top.spread:.1f} within the batch: the counts are a guess"
         reason = f"{reason}; {wide}" if reason else wide
     return LabelEstimate.of(
-        counts, confidence.clamp(0.0, 1.0), METHOD, ASSUMPTIONS, reason, free.estimates
+        counts, confidence.clamp(0.0, 1.0), METHOD, ASSUMPTIONS, reason, top.estimates
     )
 
 
 def _odds(pool: Tensor, fit: Posterior) -> Tensor:
-    """Probability of each of the counts of ``pool`` among them, [N]."""
+    """Probability of each of the counts of ``pool`` among them, [N].
+
+    Where even the best is further off than its errors allow, chi-squared above its C - 1 degrees
+    of freedom, the errors are taken as larger by so much.  Source: Birge 1932.
+    """
     away = pool.double() - fit.estimates
     costs = (away * torch.linalg.solve(fit.covariance, away.T).T).sum(1)
-    return torch.softmax(-costs / 2.0, 0)
+    misfit = costs.min() / (len(fit.estimates) - 1)
+    return torch.softmax(-costs / (2.0 * misfit.clamp_min(1.0)), 0)
 
 
-def _pool(tops: list[Tensor]) -> Tensor:
-    """Counts and all that one label moved to another class makes of them, [N, C]."""
-    found = []
-    for counts in tops:
-        up, down = (counts > -1).outer(counts > 0).fill_diagonal_(False).nonzero(as_tuple=True)
-        moved = counts.repeat(len(up), 1)
-        index = torch.arange(len(up), device=counts.device)
-        moved[index, up] += 1
-        moved[index, down] -= 1
-        found += [counts[None], moved]
+def _pool(tops: list[Tensor], fits: list[Posterior]) -> Tensor:
+    """Counts, and what one label moved to another class makes of them, [N, C].
+
+    Moves that are beyond odds of ``exp(-UNLIKELY / 2)`` under every hypothesis are left out, and of
+    very many all but the likeliest.
+    """
+    distinct = torch.unique(torch.stack(tops), dim=0)
+    precisions = [torch.linalg.inv(fit.covariance) for fit in fits]
+    costs = [costs_of(distinct, f.estimates, p) for f, p in zip(fits, precisions, strict=True)]
+    found = [distinct]
+    for k, counts in enumerate(distinct):
+        beyond = torch.stack([
+            cost[k] - cost.min() + swaps(counts, fit.estimates, precision)
+            for fit, precision, cost in zip(fits, precisions, costs, strict=True)
+        ]).amin(0)  # fmt: skip
+        places = beyond.flatten().argsort()[:MOVES]
+        places = places[beyond.flatten()[places] < UNLIKELY]
+        moved = counts.repeat(len(places), 1)
+        index = torch.arange(len(places), device=counts.device)
+        moved[index, places // len(counts)] += 1
+        moved[index, places % len(counts)] -= 1
+        found.append(moved)
     every: Tensor = torch.unique(torch.cat(found), dim=0)
     return every

@@ -14,25 +14,30 @@ from the network's logits on dummy data.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from rgap.labels.cubature import MeanSoftmax, roots_of
 from rgap.labels.head import HeadGradient
 from rgap.labels.integers import nearest_simplex
 
 __all__ = ["Contrasts", "Posterior"]
 
 STEPS = 12  # of the fixed point; half of every step is taken
-# The mean of a batch lies about two standard deviations of the dummy data's scatter from theirs.
-WIDTH = 4.0
+# How far the mean of a batch lies from that of dummy data, beside its own chance, in variances of
+# theirs: not at all but for the chance of 34 dummies; half a standard deviation; two of them.
+WIDTHS = (0.03, 0.35, 4.0)
+RUNAWAY = 20.0  # scatters of dummy data; beyond, theirs is kept
+SIZE_DOUBT = 0.7  # standard deviation of the logarithm of scatter by that of dummy data
 # Weight of the dummy data, in samples: of the size of the scatter, and of its shape.
 SIZED, SHAPED = 2.0, 2.0
 DOUBT = 0.3  # relative error of what the scatter adds to the counts
 SPREAD = 0.03  # standard deviation that every count keeps for what this leaves out
 SIZES = 0.25  # relative scatter of the features' sizes, where row sums stand for a bias gradient
-DIRECTIONS = 8  # of the scatter, along which the softmax is averaged
+TINY = 1e-300  # below any information
 RIDGE = 1e-6  # of S, relative to its mean, and of A per sample
 LEVEL = 1e-4  # of the dummy logits' mean square, in S: dummy data may all be alike
 
@@ -52,11 +57,36 @@ class Posterior:
         estimates: counts before projection on the simplex, [C].
         covariance: of their errors, [C, C].
         spread: standard deviation of one sample's logits, in the mean over contrasts.
+        weight: logarithm of the hypothesis' odds.
     """
 
     estimates: Tensor
     covariance: Tensor
     spread: float
+    weight: float
+
+
+@dataclass
+class _State:
+    """The fixed point of `Contrasts.fit`: classes that occur have rows of their own.
+
+    Attributes:
+        counts: [C].
+        mean: m, [q].
+        scatter: S, [q, q].
+        apart: a_k, [C, q].
+        fixed: h_k, [C].
+        shown: the mean that the rows show by themselves, [q].
+        information: ``s^T A^-1 s``; ``S`` over it is the error of ``shown``.
+    """
+
+    counts: Tensor
+    mean: Tensor
+    scatter: Tensor
+    apart: Tensor
+    fixed: Tensor
+    shown: Tensor
+    information: float
 
 
 class Contrasts:
@@ -89,6 +119,7 @@ class Contrasts:
             scatter = scatter + LEVEL / q * torch.outer(self.mean, self.mean)
         ridge = RIDGE * float(scatter.trace()) / q + torch.finfo(torch.float32).tiny
         self.scatter = scatter + ridge * eye
+        self.precision = inverse_of(self.scatter)
 
     def plain(self) -> Tensor:
         """Counts by the identity with the mean softmax of the dummy data, [C]."""
@@ -99,98 +130,120 @@ class Contrasts:
             p = head.probabilities(head.probes).mean(0)
         return (head.batch_size * p - self.sums) / head.sharpness
 
-    def fit(self, known: Tensor | None = None) -> Posterior:
-        """The posterior with counts held at ``known`` [C], or found along with it.
+    def fit(self, known: Tensor | None = None) -> list[Posterior]:
+        """The posteriors with counts held at ``known`` [C], or found along with it.
+
+        One for each of ``WIDTHS``, with its odds: of the mean that the rows show under that width,
+        and of a scatter so much larger or smaller than that of dummy data.
+        """
+        now = self._fixed_point(known)
+        if float((self.precision * now.scatter).sum()) > RUNAWAY**2 * len(now.scatter):
+            now = self._fixed_point(known, adapt=False)
+        scatter, batch = now.scatter, self.head.batch_size
+        size = float((self.precision * scatter).sum()) / len(scatter)
+        size_odds = -((0.5 * math.log(max(size, TINY)) / SIZE_DOUBT) ** 2) / 2.0
+        noise = scatter / max(now.information, TINY)
+        precise = inverse_of(noise)
+        away = now.shown - self.mean
+        found, logs = [], []
+        for width in WIDTHS:
+            prior = inverse_of(width * self.scatter + scatter / batch)
+            covariance = inverse_of(prior + precise)
+            mean = covariance @ (prior @ self.mean + precise @ now.shown)
+            total = (width + 1.0 / batch) * self.scatter + noise
+            far = float(away @ torch.linalg.solve(total, away))
+            logs.append(-(float(torch.logdet(total)) + far) / 2.0)
+            found.append(self._errors(now, mean, covariance))
+        spread = max(float(scatter.trace() / len(scatter)), 0.0) ** 0.5
+        odds = torch.log_softmax(torch.tensor(logs, dtype=torch.float64, device="cpu"), 0)
+        return [
+            Posterior(*pair, spread, float(odd) + size_odds)
+            for pair, odd in zip(found, odds, strict=True)
+        ]
+
+    def _fixed_point(self, known: Tensor | None, adapt: bool = True) -> _State:
+        """Mean and scatter that agree with the rows, from the widest prior.
 
         The classes' means ``m + a_k`` follow from the rows as the scatter's own conditional mean,
         ``a_k = (k_k - s/B)^T A^-1 D`` with ``D = R - s m^T``; ``1 - h_k`` of S is left within a
-        class, ``h_k = (k_k - s/B)^T A^-1 (k_k - s/B)``, and bends the mean softmax.
+        class, ``h_k = (k_k - s/B)^T A^-1 (k_k - s/B)``, and bends the mean softmax.  Half of every
+        step is taken, of S too: a large S makes A large, the mean uncertain and what the rows leave
+        large, and would run away.  Without ``adapt`` S stays that of dummy data.
         """
         head, s = self.head, self.s
         batch, q = head.batch_size, head.classes - 1
         eye = torch.eye(q, dtype=torch.float64, device=s.device)
         counts = nearest_simplex(self.plain(), batch) if known is None else known.double()
-        mean, scatter = self.mean, self.scatter
-        apart = torch.zeros(head.classes, q, dtype=torch.float64, device=s.device)
-        fixed = torch.zeros(head.classes, dtype=torch.float64, device=s.device)  # h_k
+        now = _State(
+            counts, self.mean, self.scatter, eye.new_zeros(head.classes, q),
+            eye.new_zeros(head.classes), self.mean, 0.0,
+        )  # fmt: skip
         own = head.sharpness * self.one + self.smoothed  # the targets of every class
         for step in range(STEPS):
-            p, slopes, _ = self._softmax(mean, apart, scatter, fixed)
+            present, roots = now.counts.nonzero()[:, 0], roots_of(now.scatter)
+            soft = self._softmax(now, present, roots)
             if known is None and step > 1:
-                free = (counts @ p - self.sums) / head.sharpness
-                counts = nearest_simplex((free + counts) / 2.0, batch)
-            away = (p - own) @ self.basis - s / batch
-            moved = self.basis.T @ slopes  # contrasts of p by contrasts of z, [C, q, q]
-            a = (away.T * counts) @ away + RIDGE * batch * 1e-3 * eye
-            a = a + torch.einsum("k,kpr,rt,kqt->pq", counts, moved, scatter, moved)
+                free = (now.counts[present] @ soft.mean - self.sums) / head.sharpness
+                now.counts = nearest_simplex((free + now.counts) / 2.0, batch)
+                present = now.counts.nonzero()[:, 0]
+                soft = self._softmax(now, present, roots)
+            n = now.counts[present]
+            away = (soft.mean - own[present]) @ self.basis - s / batch
+            bent = (self.basis.T @ soft.along(roots)) * n.sqrt()[:, None, None]
+            bent = bent.transpose(0, 1).flatten(1)
+            a = (away.T * n) @ away + bent @ bent.T + RIDGE * batch * 1e-3 * eye
             inverse = inverse_of(a)
-            shared = torch.einsum("k,kpq->pq", (1.0 - fixed) * counts, moved) @ scatter
-            prior = inverse_of(WIDTH * self.scatter + scatter / batch)
-            precise = inverse_of(scatter)
-            information = float(s @ inverse @ s)
-            covariance = inverse_of(prior + information * precise)
-            new = covariance @ (
-                prior @ self.mean + precise @ ((self.rows - shared).T @ (inverse @ s))
+            shared = self.basis.T @ soft.slope((1.0 - now.fixed[present]) * n) @ now.scatter
+            prior = inverse_of(WIDTHS[-1] * self.scatter + now.scatter / batch)
+            now.information = float(s @ inverse @ s)
+            shown = (self.rows - shared).T @ (inverse @ s)
+            now.shown = shown / max(now.information, TINY)
+            precise = inverse_of(now.scatter)
+            mean = torch.linalg.solve(
+                prior + now.information * precise, prior @ self.mean + precise @ shown
             )
-            left = self.rows - torch.outer(s, new) - shared
+            left = self.rows - torch.outer(s, mean) - shared
             between = away @ (inverse @ left)
-            if step:
-                new, between = (mean + new) / 2.0, (apart + between) / 2.0
-            mean, apart = new, between
-            fixed = ((away @ inverse) * away).sum(1).clamp(0.0, 1.0)
-            scatter = self._scatter(left.T @ inverse @ left, information, prior, precise)
-        return self._errors(counts, mean, apart, scatter, fixed, covariance)
+            half = 2.0 if step else 1.0
+            now.mean = now.mean + (mean - now.mean) / half
+            apart, fixed = torch.zeros_like(now.apart), torch.zeros_like(now.fixed)
+            apart[present] = now.apart[present] + (between - now.apart[present]) / half
+            fixed[present] = ((away @ inverse) * away).sum(1).clamp(0.0, 1.0)
+            now.apart, now.fixed = apart, fixed
+            found = self._scatter(left.T @ inverse @ left, now, prior)
+            if adapt:
+                now.scatter = (now.scatter + found) / 2.0
+        return now
 
-    def _scatter(self, found: Tensor, information: float, prior: Tensor, precise: Tensor) -> Tensor:
+    def _scatter(self, found: Tensor, now: _State, prior: Tensor) -> Tensor:
         """S: the dummy data's, in size and then in shape drawn to what the rows leave, [q, q]."""
         q = len(found)
         # The mean takes away one of q rows where the gradient says more of it than the prior.
-        doubt = float(torch.linalg.solve(precise, prior).trace()) / q
-        freedom = max(q - information / (information + doubt), 0.0)
-        size = float(torch.linalg.solve(self.scatter, found).trace()) / q
+        doubt = float((now.scatter * prior).sum()) / q
+        freedom = max(q - now.information / (now.information + doubt), 0.0)
+        size = float((self.precision * found).sum()) / q
         scale = (SIZED + size) / (SIZED + freedom)
         scatter = ((q + SHAPED) * scale * self.scatter + found) / (q + SHAPED + freedom)
         return (scatter + scatter.T) / 2.0
 
-    def _errors(
-        self,
-        counts: Tensor,
-        mean: Tensor,
-        apart: Tensor,
-        scatter: Tensor,
-        fixed: Tensor,
-        covariance: Tensor,
-    ) -> Posterior:
-        sharp = self.head.sharpness
-        p, slopes, straight = self._softmax(mean, apart, scatter, fixed)
-        bent = counts @ (p - straight) / sharp
-        whole = torch.einsum("k,kcq->cq", counts, slopes)
+    def _errors(self, now: _State, mean: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
+        """Counts [C] with this mean of covariance [q, q], and their errors [C, C]."""
+        sharp, present = self.head.sharpness, now.counts.nonzero()[:, 0]
+        n, roots = now.counts[present], roots_of(now.scatter)
+        soft = self._softmax(replace(now, mean=mean), present, roots)
+        bent = n @ (soft.mean - soft.centre) / sharp
+        whole = soft.slope(n)
         # d_i add up to zero over the batch: only slopes that differ from the mean one see them.
-        apart_slopes = slopes - whole / counts.sum()
-        within = torch.einsum(
-            "k,kcq,qp,kdp->cd", counts * (1.0 - fixed), apart_slopes, scatter, apart_slopes
-        )
-        errors = (whole @ covariance @ whole.T + within) / sharp**2
+        own = soft.along(roots) - whole @ roots / n.sum()
+        own = own * (n * (1.0 - now.fixed[present])).sqrt()[:, None, None]
+        own = own.transpose(0, 1).flatten(1)
+        errors = (whole @ covariance @ whole.T + own @ own.T) / sharp**2
         alone = SPREAD**2 + (DOUBT * bent) ** 2
         if self.head.bias_gradient is None:
-            alone = alone + SIZES**2 * counts
-        spread = max(float(scatter.trace() / len(scatter)), 0.0) ** 0.5
-        return Posterior((counts @ p - self.sums) / sharp, errors + torch.diag(alone), spread)
+            alone = alone + SIZES**2 * now.counts
+        return (n @ soft.mean - self.sums) / sharp, errors + torch.diag(alone)
 
-    def _softmax(
-        self, mean: Tensor, apart: Tensor, scatter: Tensor, fixed: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean softmax of every class [C, C], its slope by z [C, C, q], and that of its mean.
-
-        A cubature of two points per direction of the scatter.
-        """
-        values, vectors = torch.linalg.eigh(scatter)
-        roots = (vectors * values.clamp_min(0.0).sqrt()).T[-DIRECTIONS:]
-        points = torch.cat([roots, -roots]) * len(roots) ** 0.5
-        centres = mean + apart
-        logits = centres[:, None] + (1.0 - fixed).sqrt()[:, None, None] * points
-        each = torch.softmax(logits @ self.basis.T + self.bias, dim=-1)
-        p = each.mean(1)
-        slopes = p[:, :, None] * self.basis
-        slopes = slopes - each.transpose(1, 2) @ (each @ self.basis) / each.shape[1]
-        return p, slopes, torch.softmax(centres @ self.basis.T + self.bias, dim=-1)
+    def _softmax(self, now: _State, present: Tensor, roots: Tensor) -> MeanSoftmax:
+        """The mean softmax of the classes that occur."""
+        centres, shares = now.mean + now.apart[present], 1.0 - now.fixed[present]
+        return MeanSoftmax(self.basis, self.bias, centres, shares, roots)

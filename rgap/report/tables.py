@@ -52,7 +52,7 @@ def finding_table(check: Check) -> Table:
     table.add_column("what it means")
     for finding in check.findings:
         strength = f"{finding.strength:.0e}" if isfinite(finding.strength) else "exact"
-        table.add_row(finding.kind.value, f"{finding.value:.6g}", strength, finding.kind.claim)
+        table.add_row(finding.kind.value, f"{finding.value:.6g}", strength, finding.claim)
     return table
 
 

@@ -26,12 +26,11 @@ def hidden_distance(
     head: BatchLoss,
     features: Tensor,
     precision: Precision,
-    counted: bool,
 ) -> Tensor:
     """Largest ‖δ‖ that the rank of G leaves unseen, [R]; 0 for pictures that occur once.
 
     For directions drawn at random; one that the layers above do not see at all is never seen.
-    Where the batch size is not ``counted`` (not stated), each picture may stand for several.
+    That each picture of an unstated batch size may stand for several is looked at in the data.
     """
     index = samples.stage.index
     k = cotangents(chain, index, features, head).flatten(1)
@@ -46,8 +45,7 @@ def hidden_distance(
         gain = gain.minimum(change.norm(dim=1))
     cutoff = max(samples.triplets.rank.cutoff, samples.noise * float(samples.values[0]))
     distance = (cutoff / (2.0 * gain.clamp_min(1e-300))).sqrt()
-    several = (head.copies > 1) | (not counted)
-    return torch.where(several, distance, torch.zeros_like(distance))
+    return torch.where(head.copies > 1, distance, torch.zeros_like(distance))
 
 
 def widened(known: Known, distance: Tensor, precision: Precision) -> Known:
@@ -59,14 +57,9 @@ def widened(known: Known, distance: Tensor, precision: Precision) -> Known:
 
 def remark(samples: Mixture, head: BatchLoss, distance: Tensor, features: Tensor) -> str:
     """What to tell a reader about pictures that may be several; empty where there are none."""
-    apart = float((distance / features.flatten(1).norm(dim=1).clamp_min(1e-300)).max())
     if not bool((head.copies > 1).any()):
-        if apart == 0.0:
-            return ""
-        return (
-            f"no batch size is stated: {samples.rank} is the smallest that fits; each picture may "
-            f"stand for several that differ from it by less than {apart:.1e} of its norm"
-        )
+        return ""
+    apart = float((distance / features.flatten(1).norm(dim=1).clamp_min(1e-300)).max())
     total, rank = int(head.copies.sum()), samples.rank
     beneath = samples.triplets.beneath
     ratio = float(beneath[0] / samples.values[0]) if len(beneath) else 0.0

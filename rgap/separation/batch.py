@@ -89,7 +89,9 @@ class Unseparated:
     Attributes:
         reason: in plain words, with the numbers.
         consistent: False if the update contradicts what was stated.
+        factor: λ that every sample that was found weighs, where each should weigh 1; else None.
     """
 
     reason: str
     consistent: bool = True
+    factor: float | None = None

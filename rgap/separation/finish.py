@@ -18,7 +18,7 @@ from .joint import polish_jointly
 from .mixture import Mixture
 from .peeling import Collected, Identify
 from .spread import across_errors, cotangents, cotangents_above, spread
-from .targets import batch_loss, confirmed, read_from_head, resolved
+from .targets import batch_loss, common_factor, confirmed, read_from_head, refuting
 
 TOGETHER = 100  # samples up to which a batch that only fits as a whole is polished
 DENSE = 2**23  # entries of J up to which such a batch is polished by QR
@@ -47,7 +47,8 @@ def finish(
     affine = stage.affine
     features = (found.roots @ samples.right.T).reshape(-1, *affine.in_shape)
     logits = rise(batch.chain, stage.index, affine.forward(features))
-    head = batch_loss(batch, logits, found.identities, resolved(batch, samples))
+    common = common_factor(batch, samples.rank, found.identities)
+    head = common or batch_loss(batch, logits, found.identities, refuting(batch, samples))
     if isinstance(head, Unseparated):
         return head
     head = _reread(batch, samples, found.roots, head)
@@ -87,7 +88,8 @@ def finish_together(
     stage = samples.stage
     x = (found.roots @ samples.right.T).reshape(-1, *stage.affine.in_shape)
     logits = stage.affine.forward(x)
-    head = batch_loss(batch, logits, found.identities, resolved(batch, samples))
+    common = common_factor(batch, samples.rank, found.identities)
+    head = common or batch_loss(batch, logits, found.identities, refuting(batch, samples))
     if isinstance(head, Unseparated):
         return head
     k = cotangents(batch.chain, stage.index, x, head).flatten(1)
@@ -136,9 +138,7 @@ def _separated(
 ) -> Separated:
     """With what copies may differ by, and the cotangents."""
     stage = samples.stage
-    distance = hidden_distance(
-        batch.chain, samples, head, known.value, batch.precision, batch.size is not None
-    )
+    distance = hidden_distance(batch.chain, samples, head, known.value, batch.precision)
     note = remark(samples, head, distance, known.value)
     if note:
         known = widened(known, distance, batch.precision)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from math import log
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -17,6 +19,10 @@ from .identify import Identity
 from .mixture import Mixture
 from .multiplicity import batch_of, multiplicity, split_counts, whole
 from .peeling import Collected
+
+COMMON = 1.05  # ratio of weights that are taken for one factor; a replay decides
+SILENT = 0.25  # share of the distance of logits at which nothing is sent that the others may have
+PARALLEL = 2  # logits of which all cotangents are parallel: p − y sums to 0
 
 
 def single(batch: Batch, rank: int) -> bool:
@@ -79,7 +85,7 @@ def batch_loss(
         batch: the update.
         logits: of the samples, [R, C].
         identities: one a sample.
-        certain: False where rounding may explain any weight (see :func:`resolved`).
+        certain: False where nothing contradicts a weight (see :func:`refuting`).
 
     Returns:
         The :class:`BatchLoss`, or why no whole numbers of copies fit.
@@ -134,7 +140,8 @@ def batch_loss(
         return Unseparated(
             f"the update is that of {total} samples ({len(copies)} different pictures), the stated "
             f"batch size is {batch.size}",
-            consistent=not (certain and all(_clear(i) for i in identities)),
+            consistent=(total < batch.size and _silent(batch, logits))
+            or not (certain and all(_clear(i) for i in identities)),
         )
     return BatchLoss(batch.loss, torch.stack(targets), logits.new_tensor(copies))
 
@@ -182,9 +189,51 @@ def resolved(batch: Batch, samples: Mixture) -> bool:
     return samples.ratio > law * 2.0 * batch.precision.unit
 
 
+def refuting(batch: Batch, samples: Mixture) -> bool:
+    """True if weights that are no whole numbers contradict a stated batch size.
+
+    Not where at most two logits carry the loss: the cotangents of all targets are then parallel,
+    and samples of different targets may be shown as one, of any weight.
+    """
+    head = batch.gradients[batch.chain.stages[-1].affine.weight_name]
+    return int((head != 0).any(1).sum()) > PARALLEL and resolved(batch, samples)
+
+
+def _silent(batch: Batch, logits: Tensor) -> bool:
+    """True if others may have sent nothing, as a softmax that is sure of itself does.
+
+    That takes logits log(1/u) apart; those that were found are at least ``SILENT`` of it.
+    """
+    apart = float((logits.amax(1) - logits.amin(1)).max())
+    return apart > SILENT * log(1.0 / batch.precision.unit)
+
+
 def _clear(identity: Identity) -> bool:
     """True if the next class misses by so much more that the root is at a sample."""
     return identity.next > max(SURELY * identity.outside, SURE)
+
+
+def common_factor(batch: Batch, rank: int, identities: Sequence[Identity]) -> Unseparated | None:
+    """A factor on the whole update: every sample weighs the same, and not what one sample does.
+
+    Args:
+        batch: the update; each of its samples has to be known to occur once.
+        rank: samples that the gradient tells apart.
+        identities: of samples that were found.
+    """
+    if not single(batch, rank) or len(identities) < rank:
+        return None
+    if any(i.label is None or i.outside >= SURE or not _clear(i) for i in identities):
+        return None
+    weights = [_copies(batch, i, rank) for i in identities]
+    if not 0.0 < max(weights) < COMMON * min(weights) or abs(median(weights) - 1.0) <= WHOLE:
+        return None
+    return Unseparated(
+        f"every sample that was found weighs {median(weights):.3g} times what one of a batch of "
+        f"{batch.size} does",
+        consistent=False,
+        factor=median(weights),
+    )
 
 
 def contradicted(batch: Batch, samples: Mixture, found: Collected) -> Unseparated | None:
@@ -192,15 +241,14 @@ def contradicted(batch: Batch, samples: Mixture, found: Collected) -> Unseparate
 
     A size that is wrong makes most of them fractional; one among many is a root that rounding made.
     """
-    sure = [
-        i
-        for i in found.refused
-        if i.outside < SURE
-        and _clear(i)
-        and i.label is not None
-        and LEAST < _copies(batch, i, batch.size or 1) < 1.0 / LEAST * (batch.size or 1)
-    ]
-    if batch.size is None or not sure or not resolved(batch, samples):
+    if batch.size is None:
+        return None
+    clear = [i for i in found.refused if i.outside < SURE and _clear(i) and i.label is not None]
+    weights = [_copies(batch, i, batch.size) for i in clear]
+    sure = [i for i, m in zip(clear, weights, strict=True) if LEAST < m < batch.size / LEAST]
+    if not found.roots.numel() and (common := common_factor(batch, samples.rank, clear)):
+        return common
+    if not sure or not refuting(batch, samples):
         return None
     if len(sure) < len(found.roots):
         return None

@@ -18,6 +18,8 @@ from torch import Tensor
 from rgap.affine import Affine, Geometry
 from rgap.solvers.kronecker import Kronecker
 
+SMALL = 4e7  # products up to which WᵀW is formed from W itself
+
 
 def taps(
     geometry: Geometry,
@@ -38,23 +40,21 @@ def taps(
     [[-1, 1], [0, 2], [1, 3]]
     """
     place = device or torch.device("cpu")
-    per_axis = []
+    position = torch.zeros((), dtype=torch.long, device=place)
+    inside = torch.ones((), dtype=torch.bool, device=place)
+    dims = len(space)
     for axis, size in enumerate(space):
         reach = torch.arange(out[axis], device=place) * geometry.stride[axis]
         reach = reach - geometry.padding[axis][0]
         offset = torch.arange(geometry.kernel[axis], device=place) * geometry.dilation[axis]
-        position = offset[:, None] + reach[None, :]
-        per_axis.append(torch.where((position >= 0) & (position < size), position, -1))
-    rows = []
-    for offsets in product(*(range(k) for k in geometry.kernel)):
-        position = torch.zeros(1, dtype=torch.long, device=place)
-        inside = torch.ones(1, dtype=torch.bool, device=place)
-        for axis, size in enumerate(space):
-            line = per_axis[axis][offsets[axis]]
-            position = (position[:, None] * size + line.clamp_min(0)[None, :]).flatten()
-            inside = (inside[:, None] & (line >= 0)[None, :]).flatten()
-        rows.append(torch.where(inside, position, -1))
-    return torch.stack(rows)
+        line = offset[:, None] + reach[None, :]
+        shape = [1] * (2 * dims)  # offsets of every axis, then outputs of every axis
+        shape[axis], shape[dims + axis] = line.shape
+        line = line.reshape(shape)
+        position = position * size + line
+        inside = inside & (line >= 0) & (line < size)
+    found = torch.where(inside, position, -1)
+    return found.reshape(prod(geometry.kernel), prod(out[:dims]))
 
 
 def columns(affine: Affine, read_only: bool, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -186,6 +186,9 @@ class WeightConstraint:
         positions = len(kept)
         split = (into.shape[-2], self.batch, positions)
         view = into.view(*into.shape[:-4], *split, *split)
+        if self.rows * (self.affine.in_shape[0] * positions) ** 2 <= SMALL:
+            self._add_dense(d, kept, view)
+            return
         for b, g in product(range(self.batch), range(groups)):
             own = slice(g * per_group, (g + 1) * per_group)
             whole = into.ndim == 4
@@ -205,6 +208,20 @@ class WeightConstraint:
                 block[:, used, :, partner[used]] += entries
                 if pairs[0][0] != pairs[0][1]:
                     block[:, partner[used], :, used] += entries.transpose(1, 2)
+
+    def _add_dense(self, weights: Tensor, kept: Tensor, into: Tensor) -> None:
+        """The same with W written down: a small layer is one product, its offsets are hundreds."""
+        channels = self.affine.in_shape[0]
+        dense = dense_weights(self.affine).reshape(weights[0].numel(), channels, -1)[:, :, kept]
+        groups = weights.shape[1] if into.ndim == 7 else 1
+        own = channels // groups
+        rows = dense.reshape(groups, -1, groups, own, len(kept))
+        d = weights.reshape(self.batch, groups, -1)
+        for b, g in product(range(self.batch), range(groups)):
+            part = rows[g, :, g].flatten(1)
+            gram = (part.T * d[b, g]) @ part
+            block = into[g] if into.ndim == 7 else into
+            block[:, b, :, :, b] += gram.reshape(own, len(kept), own, len(kept))
 
 
 def _differences(kernel: tuple[int, ...]) -> list[list[tuple[int, int]]]:

@@ -157,7 +157,8 @@ def joint_rows(
 
     Args as for :func:`stage_joint_rank`.
     """
-    every = torch.ones(prod(affine.in_shape[1:]), dtype=torch.bool)
+    places, device = prod(affine.in_shape[1:]), gradient.matrix.device
+    every = torch.ones(places, dtype=torch.bool, device=device)
     _, tables = _kept(affine, gradient, weight, every)
     return _joint_rows(affine, gradient, tables, noise, cotangent, every)
 
@@ -166,13 +167,18 @@ def _kept(
     affine: Affine, gradient: Kronecker, weight: Sequence[RowSpace], kept: Tensor
 ) -> tuple[Kronecker, list[Tensor]]:
     """K and the rows of W as tables [rank, C, positions], at the positions that are kept."""
-    shape = (-1, affine.in_shape[0], len(kept))
-    tables = [space.basis.reshape(shape) for space in weight]
-    if bool(kept.all()):
+    shape, everything = (-1, affine.in_shape[0], len(kept)), bool(kept.all())
+    known: dict[int, Tensor] = {}  # samples of one space have one table
+    for space in weight:
+        if id(space) not in known:
+            table = space.basis.reshape(shape)
+            known[id(space)] = table if everything else table[:, :, kept]
+    tables = [known[id(space)] for space in weight]
+    if everything:
         return gradient, tables
     matrix = gradient.matrix
     columns = matrix.reshape(*matrix.shape[:2], len(weight), -1)[..., kept].flatten(2)
-    return Kronecker(columns, gradient.channels), [table[:, :, kept] for table in tables]
+    return Kronecker(columns, gradient.channels), tables
 
 
 def _joint_rows(

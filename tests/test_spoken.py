@@ -1,0 +1,63 @@
+"""A command's errors name the options that were typed, not the library's arguments."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+import rgap
+from rgap.cli import app
+from rgap.spoken import options_of, spoken
+
+COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+OPTIONS = {
+    name: options_of(typer.Context(command, info_name=name)) for name, command in COMMANDS.items()
+}
+
+
+@pytest.mark.parametrize("command", ["check", "invert", "match", "labels"])
+@pytest.mark.parametrize(
+    ("said", "wanted"),
+    [
+        ("batch_size: unknown; pass batch_size=.", "--batch-size: unknown; pass --batch-size."),
+        ("pass batch_size=4, or wait", "pass --batch-size 4, or wait"),
+        ("state it (input_shape=(3, 8, 8))", "state it (--input-shape 3,8,8)"),
+        ("write dataclasses.replace(update, batch_size=4)", "write --batch-size 4"),
+        ("update: expected a file", "UPDATE: expected a file"),
+        ("write torch.zeros(2, device='cpu')", "write torch.zeros(2, device='cpu')"),
+        ("the model: it has batch_sizes=3", "the model: it has batch_sizes=3"),
+    ],
+)
+def test_arguments_become_options(command: str, said: str, wanted: str) -> None:
+    assert spoken(said, OPTIONS[command]) == wanted
+
+
+def test_the_errors_of_the_commands_speak_of_options(tmp_path: Path) -> None:
+    x = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    sent = rgap.capture(rgap.models.mlp(seed=0), x, torch.tensor([3]))
+    paths = {"unknown": replace(sent, batch_size=None), "whole": sent}
+    for name, update in paths.items():
+        update.save(tmp_path / f"{name}.safetensors")
+    whole, unknown = (str(tmp_path / f"{n}.safetensors") for n in ("whole", "unknown"))
+    runs = [
+        ["labels", "mlp", unknown],
+        ["match", "mlp", unknown],
+        ["invert", "mlp", whole, "--batch-size", "0"],
+        ["check", "mlp", whole, "--batch-size", "0"],
+        ["invert", "mlp", whole, "--noise", "-1"],
+        ["check", "mlp", whole, "--noise", "-1"],
+        ["invert", "mlp", whole, "--input-shape", "3,8,8"],
+    ]
+    for arguments in runs:
+        result = CliRunner().invoke(app, [*arguments, "--quiet"])
+        assert result.exit_code == 2, (arguments, result.output)
+        names = [n for n in OPTIONS[arguments[0]] if "_" in n]
+        python = [n for n in names if re.search(rf"\b{n}\b[=:]", result.output)]
+        assert not python, (arguments, result.output)
+        assert "--" in result.output, (arguments, result.output)
