@@ -41,6 +41,15 @@ class BatchLoss:
         """κ at outputs z [R, C]."""
         return self.scale * self._single.cotangent(outputs, self.targets)
 
+    @property
+    def continuous(self) -> bool:
+        """True if nothing but their range is known of the targets: κ may be anything."""
+        return self.loss.targets != "index"
+
+    def explained(self, outputs: Tensor, kappa: Tensor) -> BatchLoss:
+        """The loss with the targets whose cotangent at outputs z [R, C] is κ."""
+        return replace(self, targets=self._single.targets_from(outputs, kappa / self.scale))
+
     def curvature(self, outputs: Tensor, directions: Tensor) -> Tensor:
         """dκ for directions dz [S, R, C]; symmetric."""
         count, rows, classes = directions.shape

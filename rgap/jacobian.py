@@ -63,9 +63,9 @@ class Linearisation:
             for op, before in zip(reversed(stage.lead), reversed(lead_inputs), strict=True):
                 k = op.pull(before, k)
 
-    def moved(self, x: Tensor) -> Linearisation:
-        """The same update map linearised at another batch."""
-        return Linearisation(self.chain, x, self.source)
+    def moved(self, x: Tensor, kappa: Tensor | None = None) -> Linearisation:
+        """The same update map linearised at another batch, and at another κ where one is given."""
+        return Linearisation(self.chain, x, self.source if kappa is None else kappa)
 
     def bend(self, dz: Tensor) -> Tensor:
         """(∂κ/∂z) dz at the head for directions [S, B, ...]; symmetric, 0 where κ is held."""
@@ -173,6 +173,10 @@ class Linearisation:
 
     def vjp(self, rows: Rows) -> Tensor:
         """Jᵀ y for S row vectors: the directions [S, B, *input_shape]."""
+        return self.pulls(rows)[0]
+
+    def pulls(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        """Transpose of :meth:`jvp` in both arguments: on x, and on κ [S, B, *head.out_shape]."""
         last = len(self.nodes) - 1
         bar_z: list[Tensor | None] = [None] * len(self.nodes)
         bar_u = []
@@ -207,7 +211,7 @@ class Linearisation:
             ):
                 back = pull(op, before, back)
         assert back is not None
-        return back
+        return back, own
 
     def squares(self) -> Rows:
         """Σ k²u² (and Σ k²) per gradient entry: what the rounding of its sum scales with."""

@@ -141,6 +141,9 @@ DROWNED = 0.5
 # only: every one of them is polished, and refuted by REFUTED, before it is reported.
 OUTSIDE = 0.05
 BETTER = 3.0
+# The same where κ may be anything: the weakest of C directions of a wrong root comes far nearer
+# (0.014 with C = 8, R = 6, m = 24) than a class does, and one wrong root takes others with it.
+CERTAIN = 1e-3
 # Times the weight of a root's cotangent, or its inverse, that a rival's may have: weights are 1/m
 # with whole m, and those of other samples of the batch are 0.
 RIVAL = 4.0

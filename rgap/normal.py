@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rgap.bilinear import Rows
+from rgap.eliminated import Eliminated
 from rgap.jacobian import Linearisation
 from rgap.solvers.positive import backsolve, cholesky_in_place, extremes
 
@@ -24,22 +25,26 @@ COLUMNS = 64  # formed at once
 
 @dataclass(frozen=True)
 class Normal:
-    """JᵀΣ⁻¹J at a point.
+    """JᵀΣ⁻¹J at a point, or JᵀΣ⁻¹PJ where the head's cotangents are eliminated.
 
     Attributes:
         point: the update linearised.
         weights: 1/σ of the entries of the update, by parameter name, broadcast over each filter.
+        free: takes out what the cotangents explain.
     """
 
     point: Linearisation
     weights: Rows
+    free: Eliminated | None = None
 
     def apply(self, v: Tensor) -> Tensor:
         """JᵀΣ⁻¹J v for S directions [S, B, *input_shape]."""
         return self.adjoint(self.point.jvp(v))
 
     def adjoint(self, rows: Rows) -> Tensor:
-        """JᵀΣ⁻¹ r for S updates."""
+        """JᵀΣ⁻¹ r for S updates, or JᵀΣ⁻¹P r."""
+        if self.free is not None:
+            rows = self.free.explained(rows)[1]
         return self.point.vjp({n: rows[n] * self.weights[n].square() for n in rows})
 
     def solve(

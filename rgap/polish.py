@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rgap.batchloss import BatchLoss
 from rgap.bilinear import Rows
+from rgap.eliminated import Eliminated
 from rgap.jacobian import Linearisation
 from rgap.limits import FITS
 from rgap.network import Chain
@@ -48,6 +49,9 @@ class Polished:
             otherwise they are the recursion's, which the polish can only have lowered.
         worst: standard error of the direction that the whole update fixes least; infinite where
             its normal matrix was not needed, or not formed.
+        head: the loss of a batch; where its targets may be any real numbers and the cotangents
+            were eliminated, with the targets that these say.
+        eliminated: they were.
     """
 
     data: Known
@@ -56,6 +60,8 @@ class Polished:
     iterations: int
     full: bool
     worst: float = inf
+    head: BatchLoss | None = None
+    eliminated: bool = False
 
 
 def polish(
@@ -82,48 +88,89 @@ def polish(
         settled: the start was polished on the whole update already; its misfit is measured in
             units that its own error is part of.
     """
+    head = kappa if isinstance(kappa, BatchLoss) else None
     if isinstance(kappa, BatchLoss):
         point = Linearisation(chain, start.value, kappa)
         kappa = kappa.known(point.outputs, precision)
     else:
         point = Linearisation(chain, start.value, kappa.value)
-    own = start.error[:MEMBERS] if settled else start.error[:0]
-    weights = row_weights(point, kappa, precision, (point.power(e[None]) for e in own))
+    found = None if head is None else _freed(point, kappa, head, gradients, precision)
+    free = found is not None
+    if found is not None:
+        point, weights = found
+    else:
+        own = start.error[:MEMBERS] if settled else start.error[:0]
+        weights = row_weights(point, kappa, precision, (point.power(e[None]) for e in own))
     misfits = row_misfits(point, gradients, weights)
     if settled and max(misfits.values()) > FITS and precondition is not None:
         # Rounding of our own left it beside the optimum: its error is no excuse any more.
-        weights, settled = row_weights(point, kappa, precision), False
+        weights, settled = weights if free else row_weights(point, kappa, precision), False
         misfits = row_misfits(point, gradients, weights)
-    if settled or precondition is None:
-        return Polished(start, max(misfits.values()), misfits, 0, full=False)
-    hard = float(start.error.square().mean().sqrt()) > HARD * width
-    used = 0
-    if not hard:
-        point, misfits, used, _, _ = _step(point, misfits, gradients, weights, precondition, BRIEF)
-        hard = max(misfits.values()) > FITS
-    data, full, worst, untaken = Known(point.x, start.error), False, inf, 0.0
-    if hard:
-        factored = Normal(point, weights).factored()
-        if factored is not None:
-            precondition, worst = factored.inverse, factored.worst()
-        for _ in range(STEPS):
-            before = objective(misfits, gradients)
-            point, misfits, count, full, untaken = _step(
-                point, misfits, gradients, weights, precondition, FULL
+    used, data, full, worst, untaken = 0, start, False, inf, 0.0
+    if not settled and precondition is not None:
+        # The recursion took the targets for known: where they are free its errors are too small.
+        hard = free or float(start.error.square().mean().sqrt()) > HARD * width
+        if not hard:
+            point, misfits, used, _, _ = _step(
+                point, misfits, gradients, weights, precondition, BRIEF, free
             )
-            used += count
-            if objective(misfits, gradients) > 0.98 * before:
-                break
-        samples = SAMPLES if factored is None else precision.samples
-        few = replace(precision, samples=samples, seed=precision.seed + 1)
-        noise = update_noise(point, Known(kappa.value, kappa.error[:samples]), few)
-        errors, count, done = Normal(point, weights).solve(noise, precondition, FULL, 3e-2)
-        used, full = used + count, full and done
-        if full and untaken > 0:  # it stopped before its own optimum: it is that far off at least
-            errors = errors * max(1.0, untaken / float(errors.square().mean().sqrt()))
-        data = Known(point.x, errors if full else start.error)
+            hard = max(misfits.values()) > FITS
+        data = Known(point.x, start.error)
+        if hard:
+            factored = _normal(point, weights, free).factored()
+            if factored is not None:
+                precondition, worst = factored.inverse, factored.worst()
+            for _ in range(STEPS):
+                before = objective(misfits, gradients)
+                point, misfits, count, full, untaken = _step(
+                    point, misfits, gradients, weights, precondition, FULL, free
+                )
+                used += count
+                if objective(misfits, gradients) > 0.98 * before:
+                    break
+            samples = SAMPLES if factored is None else precision.samples
+            few = replace(precision, samples=samples, seed=precision.seed + 1)
+            noise = update_noise(point, Known(kappa.value, kappa.error[:samples]), few)
+            errors, count, done = _normal(point, weights, free).solve(
+                noise, precondition, FULL, 3e-2
+            )
+            used, full = used + count, full and done
+            if full and untaken > 0:  # it stopped before its own optimum: it is at least that far
+                errors = errors * max(1.0, untaken / float(errors.square().mean().sqrt()))
+            data = Known(point.x, errors if full else start.error)
     log.debug("polish: %d iterations, misfit %.2g, full %s", used, max(misfits.values()), full)
-    return Polished(data, max(misfits.values()), misfits, used, full, worst if full else inf)
+    if head is not None and free:
+        head = head.explained(point.outputs, point.kappa)
+    return Polished(
+        data, max(misfits.values()), misfits, used, full, worst if full else inf, head, free
+    )
+
+
+def _freed(
+    point: Linearisation,
+    kappa: Known,
+    head: BatchLoss,
+    gradients: Mapping[str, Tensor],
+    precision: Precision,
+) -> tuple[Linearisation, Rows] | None:
+    """The point with the κ that explains most of the update at its x, and the weights of the rows.
+
+    None where the targets say what κ is, or where it cannot be eliminated; a head alone says
+    nothing of its inputs without them.
+    """
+    if not head.continuous or len(point.nodes) == 1:
+        return None
+    held = point.moved(point.x, point.kappa)
+    weights = row_weights(held, kappa, precision)
+    eliminated = Eliminated.of(held, weights)
+    if eliminated is None:
+        return None
+    rows = {name: r[None] for name, r in residuals(held, gradients).items()}
+    return held.moved(held.x, held.kappa + eliminated.explained(rows)[0][0]), weights
+
+
+def _normal(point: Linearisation, weights: Rows, free: bool) -> Normal:
+    return Normal(point, weights, Eliminated.of(point, weights) if free else None)
 
 
 def _step(
@@ -133,21 +180,28 @@ def _step(
     weights: Rows,
     precondition: Inverse,
     limit: int,
+    free: bool,
 ) -> tuple[Linearisation, dict[str, float], int, bool, float]:
     """One Gauss–Newton step, shortened until it lowers the objective; undone where none does.
 
     A unit whose sign changes on the way bends the objective: the whole step can rise where its
-    first half descends.
+    first half descends.  Where the cotangents are free they take the step that goes with it.
 
     Returns:
         The point and its misfits, CG iterations, whether they converged, and the rms of the part
         of the step that was not taken.
     """
     rhs = {name: r[None] for name, r in residuals(point, gradients).items()}
-    dx, count, done = Normal(point, weights).solve(rhs, precondition, limit, 1e-3)
+    normal = _normal(point, weights, free)
+    dx, count, done = normal.solve(rhs, precondition, limit, 1e-3)
+    dkappa = None
+    if normal.free is not None:
+        sent = point.jvp(dx)
+        dkappa = normal.free.explained({name: rhs[name] - sent[name] for name in rhs})[0][0]
     before, length = objective(misfits, gradients), float(dx.square().mean().sqrt())
     for share in SHARES:
-        trial = point.moved(point.x + share * dx[0])
+        kappa = None if dkappa is None else point.kappa + share * dkappa
+        trial = point.moved(point.x + share * dx[0], kappa)
         fresh = row_misfits(trial, gradients, weights)
         if objective(fresh, gradients) < before:
             return trial, fresh, count, done, (1.0 - share) * length

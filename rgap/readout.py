@@ -12,7 +12,7 @@ from rgap.batches import batch_of, label_identity, rows_of, several, snapped
 from rgap.batchloss import BatchLoss
 from rgap.certificate import Answer
 from rgap.doubles import row_blocks
-from rgap.limits import FITS, PASSES
+from rgap.limits import NEAREST, PASSES
 from rgap.network import Chain, Stage
 from rgap.polish import Polished, polish
 from rgap.precision import Known, carried
@@ -21,8 +21,6 @@ from rgap.reading import Reading, read_target
 from rgap.recovery import Route
 from rgap.recursion import Descent
 from rgap.separation.targets import read_from_head
-
-REREAD = 3  # times that real-valued targets are read again
 
 
 def read_answer(problem: Problem, descent: Descent, kappa: Known, apart: bool = False) -> Answer:
@@ -45,38 +43,30 @@ def read_batch(problem: Problem, descent: Descent, head: BatchLoss) -> Answer:
     """Polish the pictures of a batch all together and check their labels by the identity."""
     lowest = descent.solutions.get(0)
     settled = lowest is not None and lowest.solution.stats.route == Route.SEPARATION
-    polished = _polished(problem, descent, head, settled)
-    stage = problem.chain.stages[-1]
-    features = top_features(problem.chain, polished.data)
-    continuous = head.loss.targets != "index"
-    for _ in range(REREAD if continuous else 0):
-        if polished.misfit <= FITS:
-            break
-        # Real-valued targets were read at features that have moved since.
-        z = stage.affine.forward(features.value)
-        again = read_from_head(batch_of(problem), features.value.flatten(1), z, head)
-        trial = _polished(problem, replace(descent, data=polished.data), again, settled)
-        if not trial.misfit < polished.misfit:
-            break
-        head, polished = again, trial
-        features = top_features(problem.chain, polished.data)
+    continuous, labels = head.continuous, several(problem.update.loss, problem.chain)
+    posed = head
+    if labels:
+        features, logits = _top(problem, descent.require_data())
+        exact, distance, _ = snapped(problem, head, _flat(features), logits)
+        posed = exact if distance < NEAREST else head
+    polished = _polished(problem, descent, posed, settled)
     norm = gathered(problem.chain, polished)
-    if continuous:  # they come from the head's gradient by its features, as well as these tell
-        table = torch.nn.functional.pad(features.value.flatten(1), (0, 1), value=1.0)
-        values = torch.linalg.svdvals(table)
+    if continuous and not polished.eliminated:
+        # They come from the head's gradient by its features, as well as these tell samples apart.
+        table = _flat(_top(problem, polished.data)[0]).value
+        values = torch.linalg.svdvals(torch.nn.functional.pad(table, (0, 1), value=1.0))
         norm *= float(values[0] / values[-1].clamp_min(1e-300))
     # The members carry the client's rounding; what ours gathers is the larger one in float64.
     own = PASSES * torch.finfo(torch.float64).eps * norm
     wider = max(1.0, own / max(float(polished.data.std.max()), 1e-300))
     polished = replace(polished, data=_wider(polished.data, wider))
-    features = _wider(features, wider)
-    error = torch.stack([stage.affine.linear(e) for e in features.error])
-    logits = Known(stage.affine.forward(features.value), error)
-    if several(problem.update.loss, problem.chain):
-        flat = Known(features.value.flatten(1), features.error.flatten(2))
-        # They were read at features that the polish has moved since.
-        head = read_from_head(batch_of(problem), flat.value, logits.value, head)
-        head, distance, tolerance = snapped(problem, head, flat, logits)
+    features, logits = _top(problem, polished.data)
+    if polished.eliminated and polished.head is not None:
+        head = polished.head
+    elif labels:  # they were read at features that the polish has moved since
+        head = read_from_head(batch_of(problem), _flat(features).value, logits.value, head)
+    if labels:
+        head, distance, tolerance = snapped(problem, head, _flat(features), logits)
     else:
         _, distance, tolerance = label_identity(problem, head, logits)
     rows = rows_of(head, problem.labels)
@@ -84,6 +74,17 @@ def read_batch(problem: Problem, descent: Descent, head: BatchLoss) -> Answer:
         head.targets, rows.labels, distance, tolerance, open=head.loss.open_at(logits.value)
     )
     return Answer(descent, polished, reading, rows, gathered=norm)
+
+
+def _top(problem: Problem, data: Known) -> tuple[Known, Known]:
+    """Inputs of the head and its logits, with their errors."""
+    features, affine = top_features(problem.chain, data), problem.chain.stages[-1].affine
+    error = torch.stack([affine.linear(e) for e in features.error])
+    return features, Known(affine.forward(features.value), error)
+
+
+def _flat(known: Known) -> Known:
+    return Known(known.value.flatten(1), known.error.flatten(2))
 
 
 def _wider(known: Known, times: float) -> Known:

@@ -16,6 +16,9 @@ from rgap.precision import Precision
 from .consistency import Consistency, along_directions
 from .mixture import Mixture
 
+KINK = 1e-3  # distance of a pre-activation from a kink, in their rms, that is looked across
+BENT = 1e-2  # change of φ' within that distance, of itself, that is a kink: smooth ones change less
+
 
 @dataclass(frozen=True)
 class Between(Consistency):
@@ -60,6 +63,17 @@ class Between(Consistency):
         """F and its derivative: one slope an entry, for nothing mixes entries."""
         y, slope, order = self._slopes(q @ self.matrix.T + self.shift)
         return y, slope[:, :, None] * along_directions(self.matrix, along)[order]
+
+    def across_kinks(self, q: Tensor) -> Tensor:
+        """Points next to q [R] with w·q as it is, on both sides of kinks of φ, [n, R]."""
+        z = self.matrix @ q + self.shift
+        reach = KINK * float(z.square().mean().sqrt())
+        _, slopes, order = self._slopes(torch.stack([z - reach, z + reach]))
+        bent = (slopes[0] - slopes[1]).abs() > BENT * slopes.abs().amax(0)
+        rows, w = self.matrix[order[bent]], self.samples.weights
+        rows = rows - (rows @ w)[:, None] * w / (w @ w)
+        step = reach * rows / rows.square().sum(1, keepdim=True).clamp_min(1e-300)
+        return torch.cat([q + step, q - step])
 
     def pusher(self, x: Tensor) -> Callable[[Tensor], Tensor]:
         """φ'(z) W dx."""

@@ -74,6 +74,10 @@ class Consistency(ABC):
         """A number for the equations of each of ``count`` starts, equal where they are, [count]."""
         return torch.zeros(count, dtype=torch.long, device=self.samples.weights.device)
 
+    def across_kinks(self, q: Tensor) -> Tensor:
+        """Points next to q [R], one on each side of every kink of f that it lies at, [n, R]."""
+        return q.new_zeros(0, len(q))
+
     @abstractmethod
     def pusher(self, x: Tensor) -> Callable[[Tensor], Tensor]:
         """∂f of samples x [S, n] along dx, of any direction, not only of the mixture's."""

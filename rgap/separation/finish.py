@@ -66,12 +66,14 @@ def finish(
     if joint is not None and joint.errors is not None:
         together = _lifted(samples, joint.roots, joint.errors, result.across)
         # All rows at once also see what the client's backward pass rounds; one root does not.
-        if float(together.error.norm()) < float(known.error.norm()):
+        # Free targets move with the samples; the errors of a root alone are those at known ones.
+        if joint.free or float(together.error.norm()) < float(known.error.norm()):
             known, worst = together, joint.worst / float(joint.roots.norm(dim=1).mean())
-            head = _reread(batch, samples, joint.roots, head)
+            head = joint.head if joint.free else _reread(batch, samples, joint.roots, head)
     elif joint is not None:
         inside = (result.features.error.flatten(2) - result.across) @ samples.right
         known = _lifted(samples, joint.roots, inside, result.across)
+        head = joint.head
     doubt = confirmed(batch, head, naming(known.value.flatten(1) @ samples.right, consistency))
     if doubt is not None:
         return Unseparated(f"{doubt} (σ_B/σ_1 {samples.ratio:.1e} at '{stage.name}')")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rgap.batchloss import BatchLoss
-from rgap.limits import SEPARABLE
+from rgap.limits import CERTAIN, SEPARABLE
 from rgap.losses import Loss
 from rgap.precision import Known, Precision
 
@@ -29,8 +29,6 @@ from .mixture import Mixture
 from .peeling import Collected, collect
 from .route import unfit_pair
 from .spread import spread
-
-CERTAIN = 1e-3  # share of k outside the range of G₁ that a root of a batch without a head may have
 
 
 @dataclass(frozen=True)

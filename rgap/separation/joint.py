@@ -31,6 +31,7 @@ from .mixture import Mixture
 log = logging.getLogger(__name__)
 
 LARGEST = 48  # samples up to which the normal matrix is formed: R⁴ entries
+UNKNOWNS = 4096  # up to which it is formed with the cotangents at the head
 FACTORS, CHORDS = 4, 4  # factorisations, and steps with each
 DENSE = 2**19  # entries of J up to which a head alone is solved by QR
 SETTLED = 0.98  # decrease of the objective that ends the steps
@@ -46,12 +47,16 @@ class Joint:
         errors: ensemble, [S, R, R]; None where the normal matrix is singular to working precision.
         misfit: largest weighted rms residual of a parameter.
         worst: standard error of the direction that is fixed least.
+        head: the loss, with the targets that the cotangents say where these were unknowns.
+        free: the cotangents at the head were unknowns.
     """
 
     roots: Tensor
     errors: Tensor | None
     misfit: float
     worst: float
+    head: BatchLoss
+    free: bool = False
 
 
 def polish_jointly(
@@ -86,7 +91,10 @@ def polish_jointly(
     first = small.stages[0].affine
     sent[first.weight_name] = sent[first.weight_name] @ samples.right
     precision = precision.projected(first.weight_name, samples.right)
+    free = _frees(small, samples, head)
     point = Linearisation(small, roots, head)
+    if free:
+        point = point.moved(roots, point.kappa)
     dz = samples.stage.affine.linear(_flat(across, samples)).reshape(*across.shape[:2], -1)
     leak = _pushed(point, dz)
     kappa = head.known(point.outputs, precision)
@@ -96,14 +104,16 @@ def polish_jointly(
     log.debug("joint polish of %d samples starts at misfit %.2g", samples.rank, _top(misfits))
     solver: _Dense | _Formed | None = None
     for _ in range(FACTORS):
-        solver = _solver(point, weights, dense)
+        solver = _solver(point, weights, dense, free)
         if solver is None:
             return None
         begin = objective(misfits, sent)
         for _ in range(CHORDS):
             before = objective(misfits, sent)
             rows = {n: row[None] for n, row in residuals(point, sent).items()}
-            trial = point.moved(point.x + solver.solve(rows)[0])
+            dx, dkappa = solver.solve(rows)
+            kappa_next = None if dkappa is None else point.kappa + dkappa[0]
+            trial = point.moved(point.x + dx[0], kappa_next)
             fresh = row_misfits(trial, sent, weights)
             if objective(fresh, sent) < before:
                 point, misfits = trial, fresh
@@ -114,30 +124,54 @@ def polish_jointly(
     assert solver is not None
     worst = solver.worst()
     log.debug("joint polish ends at misfit %.2g, worst direction %.2g", _top(misfits), worst)
+    if free:
+        head = head.explained(point.outputs, point.kappa)
     if worst == float("inf"):
-        return Joint(point.x, None, _top(misfits), worst)
+        return Joint(point.x, None, _top(misfits), worst, head, free)
     drawn = replace(precision, seed=precision.seed + 1)
     noise = update_noise(point, kappa, drawn)
     noise = {n: noise[n] + leak[n] for n in noise}
-    return Joint(point.x, solver.solve(noise), _top(misfits), worst)
+    return Joint(point.x, solver.solve(noise)[0], _top(misfits), worst, head, free)
+
+
+def _frees(small: Chain, samples: Mixture, head: BatchLoss) -> bool:
+    """True if the cotangents at the head are unknowns beside Q.
+
+    Targets that may be any real numbers leave them free; a head alone says nothing without them.
+    """
+    many = samples.rank * (samples.rank + prod(small.output_shape))
+    return head.continuous and len(small.stages) > 1 and many <= UNKNOWNS
 
 
 class _Formed:
-    """JᵀΣ⁻¹J formed and factored; ``ridge`` where it is singular to working precision."""
+    """JᵀΣ⁻¹J formed and factored; ``ridge`` where it is singular to working precision.
 
-    def __init__(self, point: Linearisation, weights: Rows, lower: Tensor, ridge: float) -> None:
+    Where κ is free its entries come first, so that the last block of the factor is that of the
+    Schur complement: what fixes x once κ is eliminated.
+    """
+
+    def __init__(
+        self, point: Linearisation, weights: Rows, lower: Tensor, ridge: float, free: bool
+    ) -> None:
         self.point, self.weights, self.lower, self.ridge = point, weights, lower, ridge
+        self.free = free
 
-    def solve(self, rows: Rows) -> Tensor:
-        """(JᵀΣ⁻¹J)⁻¹ JᵀΣ⁻¹ r, [S, R, n]."""
-        rhs = self.point.vjp({n: rows[n] * self.weights[n].square() for n in rows})
-        return backsolve(self.lower, rhs.flatten(1).T).T.reshape(rhs.shape)
+    def solve(self, rows: Rows) -> tuple[Tensor, Tensor | None]:
+        """(JᵀΣ⁻¹J)⁻¹ JᵀΣ⁻¹ r, [S, R, n], and the part of κ [S, R, C] where that is free."""
+        on_x, on_k = self.point.pulls({n: rows[n] * self.weights[n].square() for n in rows})
+        if not self.free:
+            return backsolve(self.lower, on_x.flatten(1).T).T.reshape(on_x.shape), None
+        rhs = torch.cat([on_k.flatten(1), on_x.flatten(1)], 1)
+        out = backsolve(self.lower, rhs.T).T
+        size = on_k[0].numel()
+        return out[:, size:].reshape(on_x.shape), out[:, :size].reshape(on_k.shape)
 
     def worst(self) -> float:
-        """Standard error of the direction that is fixed least; infinite with a ridge."""
+        """Standard error of the direction of x that is fixed least; infinite with a ridge."""
         if self.ridge:
             return float("inf")
-        lower = self.lower
+        first = self.point.kappa.numel() if self.free else 0
+        lower = self.lower[first:, first:]
         smallest = extremes(
             lambda v: lower @ (lower.T @ v), lambda v: backsolve(lower, v), len(lower), lower
         )[1]
@@ -160,11 +194,11 @@ class _Dense:
         table = torch.cat([(rows[n] * weights[n]).flatten(1) for n in sorted(rows)], 1).T
         self.basis, self.upper = tall_qr(table)
 
-    def solve(self, rows: Rows) -> Tensor:
+    def solve(self, rows: Rows) -> tuple[Tensor, None]:
         """J⁺ r, [S, R, n]."""
         rhs = torch.cat([(rows[n] * self.weights[n]).flatten(1) for n in sorted(rows)], 1)
         out: Tensor = torch.linalg.solve_triangular(self.upper, self.basis.T @ rhs.T, upper=True)
-        return out.T.nan_to_num(0.0).reshape(-1, *self.shape)
+        return out.T.nan_to_num(0.0).reshape(-1, *self.shape), None
 
     def worst(self) -> float:
         """Standard error of the direction that is fixed least."""
@@ -175,24 +209,36 @@ class _Dense:
         return 1.0 / smallest if smallest > LOST * largest else float("inf")
 
 
-def _solver(point: Linearisation, weights: Rows, dense: int) -> _Dense | _Formed | None:
+def _solver(point: Linearisation, weights: Rows, dense: int, free: bool) -> _Dense | _Formed | None:
     unknowns = point.x.numel()
     rows = sum(prod(node.stage.affine.weight.shape) for node in point.nodes)
     if len(point.nodes) == 1 and rows * unknowns <= dense:
         return _Dense(point, weights)
-    lower, ridge = _factor(normal_matrix(point, weights))
-    return None if lower is None else _Formed(point, weights, lower, ridge)
+    lower, ridge = _factor(normal_matrix(point, weights, free))
+    return None if lower is None else _Formed(point, weights, lower, ridge, free)
 
 
-def normal_matrix(point: Linearisation, weights: Rows) -> Tensor:
+def normal_matrix(point: Linearisation, weights: Rows, free: bool = False) -> Tensor:
     """JᵀΣ⁻¹J over the entries of x [R, n], for a chain of fully connected stages; [R·n, R·n].
 
     With k_b^r, u_b^r the directions that entry r of sample b causes, each stage adds
     ``⟨dk_b^r u_b + k_b du_b^r, dk_a^s u_a + k_a du_a^s⟩`` and the bias ``⟨dk_b^r, dk_a^s⟩``.
+
+    Args:
+        point: the update linearised, at a κ that is held.
+        weights: 1/σ by parameter name.
+        free: the entries of κ [R, C] are unknowns too, before those of x: [R·(C + n), R·(C + n)].
     """
     count, size = point.x.shape
     eye = torch.eye(size, dtype=point.x.dtype, device=point.x.device)
-    tangents = point.tangents(eye[:, None, :].expand(size, count, size))
+    on_x, on_k, extra = eye, None, 0
+    if free:
+        extra = point.kappa[0].numel()
+        on_x = torch.cat([eye.new_zeros(extra, size), eye])
+        on_k = torch.eye(extra + size, extra, dtype=eye.dtype, device=eye.device)
+        size += extra
+        on_k = on_k[:, None].expand(size, count, extra).reshape(size, *point.kappa.shape)
+    tangents = point.tangents(on_x[:, None, :].expand(size, count, on_x.shape[1]), on_k)
     matrix = point.x.new_zeros(count, size, count, size)
     for node, (du, dk) in zip(point.nodes, tangents, strict=True):
         affine = node.stage.affine
@@ -215,7 +261,12 @@ def normal_matrix(point: Linearisation, weights: Rows) -> Tensor:
             if own is not None:
                 block += (flat_dk[b] * own @ others).view_as(block)
     upper = matrix.reshape(count * size, count * size).triu_()
-    return upper + upper.triu(1).T
+    whole = upper + upper.triu(1).T
+    if not free:
+        return whole
+    entries = torch.arange(count * size, device=whole.device).reshape(count, size)
+    order = torch.cat([entries[:, :extra].flatten(), entries[:, extra:].flatten()])
+    return whole[order][:, order]
 
 
 def _reduced(chain: Chain, samples: Mixture) -> Chain:

@@ -35,6 +35,12 @@ def open_directions(consistency: Consistency, q: Tensor) -> int:
     return int((values < max(FLAT, min(BLURRED * blur, MOST)) * largest).sum())
 
 
+def on_line(consistency: Consistency, q: Tensor) -> bool:
+    """True if q [R] lies on a line of solutions, or at its end: a kink, open from one side."""
+    points = torch.cat([q[None], consistency.across_kinks(q)])
+    return any(open_directions(consistency, point) > 0 for point in points)
+
+
 def lines(consistency: Between, roots: Tensor) -> str:
     """Which of the roots lie on lines of solutions, and why; "" if none does.
 
@@ -42,8 +48,7 @@ def lines(consistency: Between, roots: Tensor) -> str:
         consistency: of the roots.
         roots: rows q, [F, R].
     """
-    counts = [open_directions(consistency, q) for q in roots]
-    on = sum(count > 0 for count in counts)
+    on = sum(on_line(consistency, q) for q in roots)
     if not on:
         return ""
     bent = [op for op in consistency.steps if isinstance(op, Activation)]

@@ -19,7 +19,7 @@ from rgap.solvers.least_squares import levenberg_marquardt
 
 from .consistency import Consistency, Restricted, restricted
 from .identify import Identity
-from .lines import open_directions
+from .lines import on_line, open_directions
 
 STARTS = 16
 IDLE = 4  # rounds without a new sample, each with twice the starts, until it gives up
@@ -142,9 +142,11 @@ def collect(
                     continue
                 if not bool(identity.dual.isfinite().all()):
                     continue  # no cotangent gives it any weight
-                if not admissible(identity, idle >= PATIENT):
+                # On a line of solutions some κ fits everywhere: only class indices end it.
+                between = identity.label is None and on_line(consistency, q)
+                if between or not admissible(identity, idle >= PATIENT):
                     rejected = min(rejected, identity.outside)
-                    if open_directions(consistency, q):
+                    if between or open_directions(consistency, q):
                         stray.append(q)
                     elif identity.accepted:
                         refused.append(identity)

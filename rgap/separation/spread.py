@@ -182,7 +182,8 @@ def _solved(
             if settled or attempt == SETTLING:
                 break
             t = levenberg_marquardt(alone, t).value
-        if attempt and _twice(alone.rows(t)[0], torch.cat([roots[:i], roots[i + 1 :]])):
+        others = [*(done[None] for done in polished), roots[i + 1 :]]  # two may meet at a third
+        if attempt and _twice(alone.rows(t)[0], torch.cat(others)):
             settled = False
         if not settled:
             restless = max(restless, length / max(error, 1e-300))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rgap.batchloss import BatchLoss, loss_scale
-from rgap.limits import LAW, LEAST, OUTSIDE, ROUGH, SIMILAR, SURE, SURELY, WHOLE
+from rgap.limits import CERTAIN, LAW, LEAST, OUTSIDE, ROUGH, SIMILAR, SURE, SURELY, WHOLE
 from rgap.solvers.tall import tall_qr
 
 from .batch import Batch, Unseparated
@@ -34,10 +34,11 @@ def admissible(batch: Batch, rank: int, identity: Identity, rough: bool = False)
     """True if a root with this target can be a sample of the batch.
 
     Where each sample is known to occur once, its weight is not needed: a ``rough`` value will do
-    once no other root is left, and :func:`confirmed` asks again after the polish.
+    once no other root is left, and :func:`confirmed` asks again after the polish.  The same holds
+    for how near a free cotangent has to come.
     """
     if identity.label is None:
-        return identity.accepted
+        return identity.accepted and (rough or identity.outside < CERTAIN)
     m = _copies(batch, identity, batch.size or 1)
     if single(batch, rank):
         best = identity.outside <= OUTSIDE and identity.outside < identity.next
@@ -175,10 +176,7 @@ def read_from_head(batch: Batch, features: Tensor, logits: Tensor, head: BatchLo
     kappa = torch.linalg.solve_triangular(upper, basis.T @ torch.cat(sent, 1).T, upper=True)
     if not bool(kappa.isfinite().all()):
         return head
-    scale = loss_scale(batch.loss, float(head.copies.sum()), batch.classes)
-    summed = replace(batch.loss, reduction="sum")
-    targets = summed.targets_from(logits, kappa / (scale * head.copies)[:, None])
-    return replace(head, targets=targets)
+    return head.explained(logits, kappa)
 
 
 def resolved(batch: Batch, samples: Mixture) -> bool:
