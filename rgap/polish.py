@@ -16,6 +16,7 @@ from math import inf
 
 from torch import Tensor
 
+from rgap import memory
 from rgap.batchloss import BatchLoss
 from rgap.bilinear import Rows
 from rgap.eliminated import Eliminated
@@ -31,6 +32,7 @@ log = logging.getLogger(__name__)
 STEPS = 4  # Gauss–Newton steps at most
 BRIEF, FULL = 12, 300  # CG iterations of a step: while the recursion is accurate, and where not
 SHARES = (1.0, 0.5, 0.25)  # of a Gauss–Newton step, tried in turn
+HELD = 32.0  # bytes a number: weights, residual, noise and its product in float64
 SAMPLES = 4  # noise samples of the full solve; each averages over all pixels
 MEMBERS = 8  # of the ensemble that a settled start is measured with
 HARD = 2e-5  # predicted rms error, in widths of the value range, from which the full solve pays
@@ -73,6 +75,7 @@ def polish(
     precondition: Inverse | None,
     width: float = 1.0,
     settled: bool = False,
+    room: float = inf,
 ) -> Polished:
     """Minimise ``Σ ‖(g(x) − g)/σ‖²`` from a start that is already close.
 
@@ -87,6 +90,10 @@ def polish(
         width: of the value range, the unit of ``HARD``.
         settled: the start was polished on the whole update already; its misfit is measured in
             units that its own error is part of.
+        room: bytes for everything together; fewer errors are solved for where they do not fit.
+
+    Raises:
+        OutOfMemory: the update does not fit beside its weights and its residual.
     """
     head = kappa if isinstance(kappa, BatchLoss) else None
     if isinstance(kappa, BatchLoss):
@@ -117,6 +124,9 @@ def polish(
             hard = max(misfits.values()) > FITS
         data = Known(point.x, start.error)
         if hard:
+            numbers = sum(stage.affine.weight.numel() for stage in chain.stages)
+            need = HELD * numbers
+            memory.require(f"the polish on the whole update of {numbers:,} numbers", need, room)
             factored = _normal(point, weights, free).factored()
             if factored is not None:
                 precondition, worst = factored.inverse, factored.worst()
@@ -129,6 +139,9 @@ def polish(
                 if objective(misfits, gradients) > 0.98 * before:
                     break
             samples = SAMPLES if factored is None else precision.samples
+            samples = (
+                max(1, min(samples, int(max(room, memory.LEAST) / need))) if room < inf else samples
+            )
             few = replace(precision, samples=samples, seed=precision.seed + 1)
             noise = update_noise(point, Known(kappa.value, kappa.error[:samples]), few)
             errors, count, done = _normal(point, weights, free).solve(

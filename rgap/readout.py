@@ -121,6 +121,7 @@ def _polished(
         descent.preconditioner(problem.chain),
         high - low,
         settled,
+        problem.room,
     )
 
 

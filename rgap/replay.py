@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rgap import memory
 from rgap.batchloss import loss_scale
 from rgap.capture import capture
 from rgap.limits import ROUNDED, SAFETY
@@ -23,6 +24,7 @@ __all__ = ["Replay", "replay", "sent_for"]
 
 LOW = torch.float32  # the arithmetic whose rounding is measured
 MEMBERS = 2  # of its ensemble that are replayed
+COPIES = 32.0  # bytes a number, float64: the model, two updates, and what autograd holds
 
 
 @dataclass(frozen=True)
@@ -128,12 +130,18 @@ def replay(
         error: ensemble of the errors of ``inputs``, [S, B, *input_shape].
         spread: standard error of ``scale``, like it.
     """
+    parameters = sum(p.numel() for p in problem.model.parameters())
+    memory.require(
+        f"the update of an answer, {parameters:,} numbers in float64 beside a model of as many",
+        COPIES * parameters,
+        problem.room,
+    )
     exact = sent_for(problem, inputs, labels, scale)
-    low = sent_for(problem, inputs, labels, scale, LOW)
-    moved = [
-        sent_for(problem, inputs + e, labels, scale + spread)
-        for e in ([] if error is None else error[:MEMBERS])
-    ]
+    rounded = _distances(exact, sent_for(problem, inputs, labels, scale, LOW))
+    carried = dict.fromkeys(exact, 0.0)
+    for e in [] if error is None else error[:MEMBERS]:
+        moved = _distances(exact, sent_for(problem, inputs + e, labels, scale + spread))
+        carried = {name: max(carried[name], moved[name]) for name in exact}
     unit = problem.precision.unit
     ratio = unit / (torch.finfo(LOW).eps / 2)
     parts, allowed, total, size = {}, {}, 0.0, 0.0
@@ -141,11 +149,14 @@ def replay(
         gap = float((exact[name] - sent).norm())
         own = float(sent.norm())
         total, size = total + gap**2, size + own**2
-        rounding = ratio * float((low[name] - exact[name]).norm()) + unit * own
+        rounding = ratio * rounded[name] + unit * own
         rounding += problem.precision.floor * sent.numel() ** 0.5
         noise = float(problem.precision.noise_std(name, sent).square().sum()) ** 0.5
-        carried = max((float((m[name] - exact[name]).norm()) for m in moved), default=0.0)
         parts[name] = gap / own if own > 0 else gap
-        may = ROUNDED * rounding + SAFETY * (noise + carried)
+        may = ROUNDED * rounding + SAFETY * (noise + carried[name])
         allowed[name] = may / own if own > 0 else may
     return Replay((total / size) ** 0.5 if size > 0 else total**0.5, parts, allowed)
+
+
+def _distances(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, float]:
+    return {name: float((other[name] - g).norm()) for name, g in one.items()}

@@ -155,7 +155,7 @@ def _certified(
     settled = lowest is not None and lowest.solution.stats.route == Route.SEPARATION
     polished = polish(
         own.chain, own.gradients, descent.require_data(), found.head, own.precision,
-        descent.preconditioner(own.chain), high - low, settled,
+        descent.preconditioner(own.chain), high - low, settled, own.room,
     )  # fmt: skip
     rows, place = len(polished.data.value), polished.data.value.device
     none = torch.zeros(rows, device=place)

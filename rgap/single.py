@@ -108,6 +108,7 @@ def _certified(
         own.precision,
         descent.preconditioner(own.chain),
         high - low,
+        room=own.room,
     )
     answer = Answer(descent, polished, Reading(k.value, k.value.new_empty(0), 0.0, 0.0))
     name = own.chain.stages[-1].name

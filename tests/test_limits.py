@@ -21,6 +21,8 @@ NO_LIMITS = {
     ("polish", "STEPS", 4): "effort: Gauss–Newton steps",
     ("polish", "BRIEF, FULL", 12): "effort: iterations",
     ("polish", "BRIEF, FULL", 300): "effort: iterations",
+    ("polish", "HELD", 32): "bytes",
+    ("replay", "COPIES", 32): "bytes",
     ("polish", "SAMPLES", 4): "effort: noise samples",
     ("polish", "MEMBERS", 8): "effort: members of an ensemble",
     ("polish", "HARD", 2e-5): "effort: when the full solve pays; its answer is judged alike",

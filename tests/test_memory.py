@@ -290,3 +290,14 @@ def test_the_commands_keep_a_budget(
     assert whole.exit_code == 0, whole.output
     refused = CliRunner().invoke(app, [name, model, *rest, *shape, "--memory-limit", "1kB", "-q"])
     assert refused.exit_code == 2 and "--memory-limit" in refused.output, refused.output
+
+
+def test_a_replay_and_a_polish_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both hold several tensors of the update's size: they ask before, and are never killed."""
+    monkeypatch.setattr(memory, "LEAST", 1e3)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 200), nn.Tanh(), nn.Linear(200, 5)).eval()
+    update = rgap.capture(network, torch.rand(1, 64), torch.tensor([3]))
+    numbers = sum(p.numel() for p in network.parameters())
+    assert rgap.invert(network, update, memory_budget=8.0 * numbers * 40).status is Status.EXACT
+    with pytest.raises(ValueError, match="the update of an answer"):
+        rgap.invert(network, update, memory_budget=8.0 * numbers * 2)
