@@ -100,7 +100,11 @@ def scaled(answer: Answer, ratio: float, candidate: HeadCandidate) -> Answer:
 def certify(problem: Problem, answers: Sequence[Answer]) -> Recovery:
     """Decide the status of the candidates that reached the data."""
     scored = [(answer, *_residual(problem, answer)) for answer in answers]
-    fitting = [s for s in scored if s[0].polished.misfit <= REFUTED and s[0].reading.fits]
+    fitting = [
+        s
+        for s in scored
+        if s[0].polished.misfit <= REFUTED and (s[0].reading.fits or s[0].reading.open)
+    ]
     if not fitting:
         nearest = min(scored, key=lambda s: s[0].polished.misfit)
         contradicted = _misfit(problem, nearest)
