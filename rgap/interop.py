@@ -106,6 +106,11 @@ def breaching_fields(
 
 def ndarray_fields(model: nn.Module, arrays: Sequence[Any], step: Descent | None) -> dict[str, Any]:
     """The fields in a list of arrays in state-dict order; see `rgap.Update.from_ndarrays`."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model: expected a torch.nn.Module, got {type(model).__name__}; write "
+            "Update.from_ndarrays(model, arrays)"
+        )
     parameters = dict(model.named_parameters())
     state = list(model.state_dict())
     if len(arrays) == len(parameters):

@@ -149,9 +149,9 @@ def prepare(
     assert update.input_shape is not None
     if update.local_steps > 1:
         raise ValueError(
-            f"expected one gradient, got the sum of {update.local_steps} local steps: the weights "
-            "moved between them and the equations of one step do not hold; ask the client for "
-            "local_steps=1"
+            f"expected one gradient, got an average over {update.local_steps} local steps: the "
+            "weights moved between them and the equations of one step do not hold; ask the client "
+            "for local_steps=1, or write rgap.match(model, update, local=rgap.LocalTraining(rate))"
         )
     room = memory.budget_of(budget, place)
     model = as_on_the_client(model, update)

@@ -112,7 +112,9 @@ def _named(problem: Problem, recovery: Recovery, answer: Answer) -> Recovery:
     if isinstance(found, str):
         return replace(recovery, reason=f"{recovery.reason}; {found}")
     labels, scale = found.labels, found.scale
-    stated = labels if problem.labels is None else problem.labels
+    stated = problem.labels
+    if stated is None:  # the order of a batch is not in its gradient: rows come by label
+        stated = labels.sort().values if labels.ndim == 1 else labels
     order = in_order(labels, stated)
     if order is None:
         said = f"the stated labels contradict the update, whose head says {labels.tolist()}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import itertools
 import json
 import random
@@ -286,6 +288,10 @@ def test_names() -> None:
     frozen = dict(list(sent.items())[2:])
     found = check(given.model, replace(given.update, gradients=frozen))
     assert only(found, Kind.NAMES).value == 2
+    ours = copy.deepcopy(given.model)
+    partly = replace(given.update, gradients=frozen)
+    exec(only(found, Kind.NAMES).remedy, {"model": ours, "update": partly})
+    assert [p.requires_grad for p in ours.parameters()][:3] == [False, False, True]
     other = check(mistakes.lenet(0), given.update)
     assert other.best is not None
     assert other.best.kind is Kind.NAMES
@@ -379,3 +385,62 @@ def test_the_command(tmp_path: Path) -> None:
     assert runner.invoke(app, ["check", "lenet", path, "--device", "cpu"]).exit_code == 0
     lost = runner.invoke(app, ["check", "lenet", path, "--device", "cudda"])
     assert lost.exit_code == 2 and "--device: 'cudda'" in lost.output
+
+
+def follow(model: nn.Module, update: rgap.Update) -> rgap.Update:
+    """The update after the line that the best finding gives."""
+    best = check(model, update).best
+    assert best is not None
+    names = {"dataclasses": dataclasses, "rgap": rgap, "update": update, "model": model}
+    mended = eval(best.remedy, names)
+    assert isinstance(mended, rgap.Update)
+    return mended
+
+
+@pytest.mark.parametrize(("batch", "rate"), [(1, 5e-4), (1, -1e-2), (4, 5e-4)])
+def test_weight_decay_is_no_noise(batch: int, rate: float) -> None:
+    given = case("mlp", batch)
+    weights = {n: p.detach() for n, p in given.model.named_parameters()}
+    sent = {n: g + rate * weights[n] for n, g in given.update.gradients.items()}
+    decayed = replace(given.update, gradients=sent)
+    found = only(check(given.model, decayed), Kind.DECAY)
+    assert abs(found.value / rate - 1.0) < 1e-2
+    assert check(given.model, follow(given.model, decayed)).ok
+
+
+def test_a_wrong_rate_of_a_difference_scales_its_noise_too() -> None:
+    given = case("mlp", 1)
+    after = {
+        n: p.detach() - 0.01 * given.update.gradients[n] for n, p in given.model.named_parameters()
+    }
+    fields = {"batch_size": 1, "input_shape": given.update.input_shape}
+    sent = rgap.Update.from_delta(given.model, after, lr=0.1, **fields)
+    assert only(check(given.model, sent), Kind.SCALE).value == pytest.approx(0.1, rel=1e-3)
+    mended = follow(given.model, sent)
+    assert check(given.model, mended).ok
+    assert rgap.invert(given.model, mended).status is Status.EXACT
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.123])
+def test_label_smoothing_is_another_loss_not_other_weights(rate: float) -> None:
+    given = case("mlp", 1)
+    torch.manual_seed(0)
+    x, loss = torch.rand(1, *(given.update.input_shape or ())), Loss(label_smoothing=rate)
+    update = replace(capture(given.model, x, torch.tensor([2]), loss), loss=Loss())
+    assert f"label_smoothing={rate}" in only(check(given.model, update), Kind.LOSS).remedy
+    recovery = rgap.invert(given.model, follow(given.model, update))
+    assert recovery.status is Status.EXACT
+    assert recovery.labels is not None
+    assert recovery.labels.tolist() == [2]
+
+
+def test_a_batch_told_apart_at_two_layers_comes_by_label() -> None:
+    model = mistakes.mlp(0, classes=10)
+    torch.manual_seed(0)
+    x, y = torch.rand(4, 2, 6, 6), torch.tensor([9, 8, 8, 1])
+    update = changed(capture(model, x, y), lambda g: g * 0.886)
+    recovery = rgap.invert(model, update)
+    assert recovery.labels is not None
+    assert recovery.inputs is not None
+    assert recovery.labels.tolist() == [1, 8, 8, 9]
+    assert float((recovery.inputs[[0, 3]] - x[[3, 0]]).abs().max()) < 1e-3

@@ -25,6 +25,7 @@ class Kind(StrEnum):
     DROPOUT = "dropout"
     STEPS = "steps"
     BATCH_SIZE = "batch size"
+    DECAY = "weight decay"
     NOISE = "noise"
     WEIGHTS = "weights"
 
@@ -50,6 +51,7 @@ _CLAIMS = {
     Kind.DROPOUT: "dropout was on at the client",
     Kind.STEPS: "the update is that of several local steps",
     Kind.BATCH_SIZE: "the batch is larger than declared",
+    Kind.DECAY: "weight decay is in the update: it is no gradient of the loss alone",
     Kind.NOISE: "noise was added that is not stated",
     Kind.WEIGHTS: "the model does not have the weights that the update was computed on",
 }

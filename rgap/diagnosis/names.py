@@ -56,8 +56,8 @@ def mended(model: nn.Module, update: Update) -> tuple[Update | None, Finding | N
         }
         said = f"{len(missing)} of {len(wanted)} parameters are missing, '{missing[0]}' first"
         line = (
-            "dataclasses.replace(update, gradients={n: update.gradients.get(n, "
-            "torch.zeros_like(p)) for n, p in model.named_parameters()}) if these were frozen"
+            "[p.requires_grad_(False) for n, p in model.named_parameters() "
+            "if n not in update.gradients]  # if the client froze these"
         )
         if prefix:
             said += f", and every name begins with '{prefix}'"

@@ -11,7 +11,7 @@ from rgap import validation
 from rgap.precision import Precision
 from rgap.update import Update
 
-from . import dropout, mode, names, noise, parameters, samples, scale, steps, values, weights
+from . import decay, dropout, mode, names, noise, parameters, samples, scale, steps, values, weights
 from .evidence import Evidence, gather
 from .finding import Check, Finding, Kind
 
@@ -133,10 +133,15 @@ def _equations(evidence: Evidence) -> list[Finding]:
             return mode.read(evidence)
         evidence = replace(evidence, batch=1)
     layers = noise.floors(evidence)
+    decayed, gradients = decay.read(evidence, layers)
+    if decayed:
+        evidence = replace(evidence, gradients=gradients)
+        layers = noise.floors(evidence)
     found = noise.read(evidence, layers)
     if found:
         precision = replace(evidence.precision, noise=found[0].value)
         evidence = replace(evidence, precision=precision)
+    found += decayed
     modes = [*mode.read(evidence), *dropout.read(evidence)]
     found += modes
     if not any(f.kind is Kind.NOISE for f in found):

@@ -25,6 +25,7 @@ REFUTES = frozenset(
         Kind.LOSS,
         Kind.MODE,
         Kind.STEPS,
+        Kind.DECAY,
         Kind.BATCH_SIZE,
     )
 )

@@ -82,7 +82,7 @@ def _of_factor(
             return Finding(Kind.REDUCTION, size, said, line, strength)
     line = (
         f"dataclasses.replace(update, gradients={{n: g / {size:.9g} for n, g in "
-        "update.gradients.items()})"
+        f"update.gradients.items()}}{_noise(evidence, size)})"
     )
     total = sum(float(g.double().square().sum()) for g in evidence.update.gradients.values()) ** 0.5
     bound = float(f"{total:.1e}")
@@ -99,6 +99,13 @@ def _of_factor(
     else:
         said += f"; a rate declared as η was {size:.6g} η"
     return Finding(Kind.SCALE, size, said, line, strength)
+
+
+def _noise(evidence: Evidence, size: float) -> str:
+    """The noise that was stated entry by entry, as part of a line that divides the gradients."""
+    if not evidence.update.noise:
+        return ""
+    return f", noise={{n: s / {size:.9g} for n, s in (update.noise or {{}}).items()}}"
 
 
 def _unequal(evidence: Evidence, factors: Factors) -> list[Finding]:
@@ -122,10 +129,16 @@ def _unequal(evidence: Evidence, factors: Factors) -> list[Finding]:
         return [Finding(Kind.ACCUMULATION, float(len(split)), said, line, strength)]
     if min(values) > 0 and max(values) <= 1.0 + near:
         said = f"the samples weigh {listed}, none more than 1: clipped sample by sample"
-        line = "rgap.invert on one sample at a time: a factor a sample is not declared"
+        line = (
+            "rgap.invert(model, update): below two fully connected layers it finds a factor a "
+            "sample (Recovery.scale); elsewhere ask for the gradients of single samples"
+        )
         return [Finding(Kind.CLIPPING, min(values), said, line, strength)]
-    said = f"the samples weigh {listed}"
-    line = "sum(losses) / B on the client: a loss with equal weights"
+    said = f"the samples weigh {listed}: class weights, a focal loss, or weights of samples"
+    line = (
+        "dataclasses.replace(update, loss=rgap.Loss(weight=weights)) with the client's class "
+        "weights, or have it send a loss with equal weights"
+    )
     return [Finding(Kind.SCALE, max(values), said, line, strength)]
 
 
@@ -158,10 +171,14 @@ def _other_loss(evidence: Evidence, samples: Samples) -> list[Finding]:
     outputs = samples.logits.shape[1]
     names = [CROSS_ENTROPY, BINARY] if outputs > 2 else [BINARY]
     names += [SQUARED] if outputs > 3 else []
-    for name, reduction in product(names, ("mean", "sum")):
-        if name == declared.name and not declared.label_smoothing:
-            continue
-        loss = Loss(name, reduction)
+    tried = [
+        Loss(name, reduction)
+        for name, reduction in product(names, ("mean", "sum"))
+        if name != declared.name or declared.label_smoothing
+    ]
+    for loss in [*_smoothed(evidence, samples), *tried]:
+        name, reduction = loss.name, loss.reduction
+        options = f", label_smoothing={loss.label_smoothing:g}" if loss.label_smoothing else ""
         factors = measured(replace(evidence, labels=None), samples, loss)
         if factors is None or factors.common is None or not factors.unique:
             continue
@@ -170,9 +187,26 @@ def _other_loss(evidence: Evidence, samples: Samples) -> list[Finding]:
         evidence.tested.update(GRADES)
         said = (
             f"the nearest target of {declared.name} misses the head's cotangent by "
-            f"{missed[0]:.1e}, that of {name} by {factors.misfit:.1e} with λ = {factors.common:.6g}"
+            f"{missed[0]:.1e}, that of {name}{options} by {factors.misfit:.1e} "
+            f"with λ = {factors.common:.6g}"
         )
-        line = f'dataclasses.replace(update, loss=rgap.Loss("{name}", reduction="{reduction}"))'
+        stated = f'"{name}", reduction="{reduction}"{options}'
+        line = f"dataclasses.replace(update, loss=rgap.Loss({stated}))"
         strength = missed[0] / max(factors.misfit, factors.tolerance) if factors.misfit else inf
         return [Finding(Kind.LOSS, missed[0], said, line, strength)]
     return []
+
+
+def _smoothed(evidence: Evidence, samples: Samples) -> list[Loss]:
+    """Cross-entropy with the smoothing ε that ``q = p − k/s = (1 − ε) e_c + ε/C`` shows."""
+    loss = evidence.loss
+    outputs = samples.logits.shape[1]
+    if loss.name != CROSS_ENTROPY or loss.targets != "index" or outputs < 4 or not loss.plain:
+        return []
+    if loss.weight is not None:
+        return []
+    scale = loss_scale(loss, evidence.batch or 1, outputs)
+    targets = samples.logits.softmax(1) - samples.cotangents / scale
+    seen = float(outputs * targets.median())
+    rates = dict.fromkeys((float(f"{seen:.2g}"), float(f"{seen:.4g}")))
+    return [Loss(loss.name, loss.reduction, label_smoothing=e) for e in rates if 0.0 < e < 1.0]

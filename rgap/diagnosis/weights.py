@@ -97,7 +97,7 @@ def read(evidence: Evidence, samples: Samples | None) -> list[Finding]:
         f"{worst.what}: relative misfit {worst.misfit:.1e}, rounding explains "
         f"{worst.tolerance:.1e}; {len(broken)} of {len(found)} identities fail"
     )
-    rivals = tuple(k for k in (Kind.NOISE, Kind.STEPS) if k not in evidence.tested)
+    rivals = tuple(k for k in (Kind.DECAY, Kind.NOISE, Kind.STEPS) if k not in evidence.tested)
     return [Finding(Kind.WEIGHTS, worst.misfit, said, LINE, worst.strength, rivals)]
 
 
