@@ -33,7 +33,7 @@ from rgap.limits import (
 )
 from rgap.outcomes import replayed, stopped
 from rgap.polish import Polished
-from rgap.precision import Known
+from rgap.precision import Known, Precision
 from rgap.problem import Problem
 from rgap.reading import Reading
 from rgap.recovery import Candidate, Recovery, Status
@@ -53,6 +53,7 @@ class Answer:
     rows: Rows | None = None  # of a batch; labels are theirs
     apart: bool = False  # True if the inputs do not depend on the loss and the targets
     gathered: float = 0.0  # norm of a sample, in units of the data, that rounding is relative to
+    cast: float = 0.0  # unit roundoff of a format that the data may have been cast to on their way
 
     @property
     def labels(self) -> Tensor:
@@ -69,13 +70,20 @@ class Answer:
         """Largest error of any entry: SAFETY standard errors, more if the misfit is larger.
 
         A batch comes out of an orthogonal decomposition in float64, whose rounding can gather in
-        a few entries: eps times :attr:`gathered`.
+        a few entries: eps times :attr:`gathered`.  Under autocast the first layer takes in data
+        that were rounded once, for all rows of its gradient alike: :attr:`cast` times their size.
         """
         std = float(self.polished.data.std.max())
         bound = SAFETY * std * max(1.0, self.polished.misfit)
+        bound += self.cast * float(self.inputs.abs().max())
         if self.rows is None:
             return bound
         return max(bound, PASSES * SAFETY * torch.finfo(torch.float64).eps * self.gathered)
+
+
+def cast_of(precision: Precision) -> float:
+    """Unit roundoff of half precision, to which autocast takes the data; 0 for finer formats."""
+    return precision.unit if precision.unit > torch.finfo(torch.float32).eps else 0.0
 
 
 def scaled(answer: Answer, ratio: float, candidate: HeadCandidate) -> Answer:

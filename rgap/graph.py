@@ -190,6 +190,11 @@ def parameter_uses(
             for user in node.users:
                 if user in traced:
                     uses.setdefault(id(step.value), []).append((user, str(node.target)))
+        else:  # of a recording: a constant that was computed from parameters
+            for key in node.meta.get("parameters", ()):
+                for user in node.users:
+                    if user in traced:
+                        uses.setdefault(key, []).append((user, str(node.target)))
     return uses
 
 

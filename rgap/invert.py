@@ -158,11 +158,14 @@ def _counted(problem: Problem, found: Recovery) -> Recovery:
         return unrefuted(found)
     if not found.certified:
         return found
-    if "targets" in found.certified:
+    if "targets" in found.certified and found.inputs is not None:
         return uncounted(problem, found)
     return replace(
         found,
         inputs=None,
+        labels=problem.labels,
+        determined=None,
+        partial=None,
         certified=frozenset(),
         error_bound=None,
         predicted_error=None,

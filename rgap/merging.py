@@ -51,6 +51,13 @@ def uncounted(problem: Problem, found: Recovery) -> Recovery:
     """
     inputs, labels, bound = found.inputs, found.labels, found.error_bound
     assert inputs is not None and labels is not None and bound is not None
+    if problem.update.loss.targets != "index":
+        return _open(
+            problem,
+            found,
+            f"the batch size is not stated, and copies of a picture with different targets send "
+            f"the same as one with their mean, which {problem.update.loss.name} admits too",
+        )
     try:
         apart = hidden(problem, inputs, labels, 1.0 if found.scale is None else found.scale)
     except (ValueError, TypeError, RuntimeError):  # a forward that takes this batch only
@@ -65,6 +72,17 @@ def uncounted(problem: Problem, found: Recovery) -> Recovery:
             f"shown as one; if it has {len(inputs)}: {found.reason}",
         )
     far = "any distance" if apart == inf else f"up to {apart:.1g}"
+    return _open(
+        problem,
+        found,
+        f"the batch size is not stated, and several pictures with one target, {far} from each "
+        "other, send the update of the one between them",
+    )
+
+
+def _open(problem: Problem, found: Recovery, why: str) -> Recovery:
+    """The recovery of a batch of unknown size as a candidate, which nothing certifies."""
+    assert found.inputs is not None
     return replace(
         found,
         inputs=None,
@@ -75,10 +93,9 @@ def uncounted(problem: Problem, found: Recovery) -> Recovery:
         predicted_error=None,
         multiplicities=None,
         scale=None,
-        candidates=(Candidate(inputs, labels, found.residual or 0.0),),
-        reason=f"the batch size is not stated, and several pictures with one target, {far} from "
-        "each other, send the update of the one between them; state batch_size (for one sample "
-        f"batch_size=1) to have it certified; then: {found.reason}",
+        candidates=(Candidate(found.inputs, found.labels, found.residual or 0.0),),
+        reason=f"{why}; state batch_size (for one sample batch_size=1) to have it certified; "
+        f"then: {found.reason}",
     )
 
 

@@ -91,14 +91,18 @@ def find_prefix(
 
 
 def reaches(model: nn.Module, chain: Chain, x: Tensor) -> bool:
-    """True if the chain computes what its last layer takes in when the model itself runs on x."""
+    """True if the chain computes what its last layer takes in when the model itself runs on x.
+
+    False too where the forward looked at values of the data before: another input, for which it
+    decides otherwise, may be taken to the same.
+    """
     recording = record(model, chain.input_shape, x)
     if recording is None:
         return False
     affine = chain.stages[-1].affine
     weight = dict(model.named_parameters())[affine.weight_name]
     taken = recording.taken.get(id(weight), [])
-    if len(taken) != 1:
+    if len(taken) != 1 or id(weight) not in recording.free:
         return False
     expected = affine_input(chain, x.to(affine.weight))
     got = taken[0].to(expected)

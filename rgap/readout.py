@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rgap.batches import batch_of, label_identity, rows_of, several, snapped
 from rgap.batchloss import BatchLoss
-from rgap.certificate import Answer
+from rgap.certificate import Answer, cast_of
 from rgap.doubles import row_blocks
 from rgap.limits import NEAREST, PASSES
 from rgap.network import Chain, Stage
@@ -36,7 +36,7 @@ def read_answer(problem: Problem, descent: Descent, kappa: Known, apart: bool = 
     stage = problem.chain.stages[-1]
     features = top_features(problem.chain, polished.data)
     reading = read_target(stage, features, kappa, problem.update.loss, problem.precision)
-    return Answer(descent, polished, reading, apart=apart)
+    return Answer(descent, polished, reading, apart=apart, cast=cast_of(problem.precision))
 
 
 def read_batch(problem: Problem, descent: Descent, head: BatchLoss) -> Answer:
@@ -58,6 +58,8 @@ def read_batch(problem: Problem, descent: Descent, head: BatchLoss) -> Answer:
         norm *= float(values[0] / values[-1].clamp_min(1e-300))
     # The members carry the client's rounding; what ours gathers is the larger one in float64.
     own = PASSES * torch.finfo(torch.float64).eps * norm
+    if continuous:  # the polish held them, so what it seems to gain on the descent is theirs
+        own = max(own, float(descent.require_data().std.max()))
     wider = max(1.0, own / max(float(polished.data.std.max()), 1e-300))
     polished = replace(polished, data=_wider(polished.data, wider))
     features, logits = _top(problem, polished.data)
@@ -73,7 +75,7 @@ def read_batch(problem: Problem, descent: Descent, head: BatchLoss) -> Answer:
     reading = Reading(
         head.targets, rows.labels, distance, tolerance, open=head.loss.open_at(logits.value)
     )
-    return Answer(descent, polished, reading, rows, gathered=norm)
+    return Answer(descent, polished, reading, rows, gathered=norm, cast=cast_of(problem.precision))
 
 
 def _top(problem: Problem, data: Known) -> tuple[Known, Known]:

@@ -43,6 +43,22 @@ _PLAIN: dict[str, Any] = {
 }
 
 
+# What hands values of a tensor to Python, where they may choose what is computed.
+_LOOKS = frozenset(
+    (
+        "__bool__",
+        "__float__",
+        "__int__",
+        "__index__",
+        "item",
+        "tolist",
+        "numpy",
+        "equal",
+        "allclose",
+    )
+)
+
+
 class Recording:
     """A graph of what ran, and what every fully connected layer took in.
 
@@ -50,11 +66,15 @@ class Recording:
         graph: calls of leaf modules and functions, in their order; a ``get_attr`` node carries its
             value in ``meta["value"]``.
         taken: inputs of every matrix that ``F.linear`` was called with, by ``id``.
+        free: those matrices, by ``id``, that were called before the forward first looked at values.
+        decides: True if it did: ``if x.max() > 1``, ``float(x.sum())``.
     """
 
     def __init__(self) -> None:
         self.graph = fx.Graph()
         self.taken: dict[int, list[Tensor]] = {}
+        self.free: set[int] = set()
+        self.decides = False
 
 
 class _Recorder(TorchFunctionMode):
@@ -63,6 +83,7 @@ class _Recorder(TorchFunctionMode):
         self.found, self.graph = found, found.graph
         self.nodes: dict[int, fx.Node] = {}
         self.alive: dict[int, weakref.ref[Tensor]] = {}  # an id is one tensor's while it lives
+        self.made_of: dict[int, tuple[weakref.ref[Tensor], frozenset[int]]] = {}
         self.constants = 0
         self.muted = 0
         self._know(x, self.graph.placeholder("input"))
@@ -75,6 +96,10 @@ class _Recorder(TorchFunctionMode):
             self._take(*args[:2], **{k: v for k, v in kwargs.items() if k in ("input", "weight")})
         before = None if self.muted else self._mapped(args, kwargs)
         out = func(*args, **kwargs)
+        if getattr(func, "__name__", "") in _LOOKS and before is not None:
+            self.found.decides = True
+        if before is None and isinstance(out, Tensor):
+            self._derive(out, (args, kwargs))
         if before is not None and self._holds(out):
             self.add("call_function", *_target(func, *before), out)
         return out
@@ -102,12 +127,27 @@ class _Recorder(TorchFunctionMode):
         self.nodes[key] = node
         self.alive[key] = weakref.ref(value, forget)
 
+    def _derive(self, out: Tensor, given: Any) -> None:
+        """A tensor without data in it remembers the parameters that it was computed from."""
+        found = frozenset[int]().union(*map(self._parameters, _leaves(given)))
+        if found and not isinstance(out, nn.Parameter):
+            key = id(out)
+            gone = weakref.ref(out, lambda _: self.made_of.pop(key, None))
+            self.made_of[key] = gone, found
+
+    def _parameters(self, value: Any) -> frozenset[int]:
+        if isinstance(value, nn.Parameter):
+            return frozenset((id(value),))
+        return self.made_of[id(value)][1] if id(value) in self.made_of else frozenset()
+
     def node_of(self, value: Any) -> fx.Node | None:
         """The node that made a tensor, None for what does not depend on the data."""
         return self.nodes.get(id(value)) if isinstance(value, Tensor) else None
 
     def _take(self, input: Tensor, weight: Tensor) -> None:
         self.found.taken.setdefault(id(weight), []).append(input.detach().clone())
+        if not self.found.decides:
+            self.found.free.add(id(weight))
 
     def _mapped(self, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """Arguments with nodes for tensors; None where no data are among them."""
@@ -121,6 +161,7 @@ class _Recorder(TorchFunctionMode):
             if node is None:
                 node = self.graph.create_node("get_attr", f"constant_{self.constants}")
                 node.meta["value"] = value
+                node.meta["parameters"] = self._parameters(value)
                 self.constants += 1
             return node
         if isinstance(value, (tuple, list)):

@@ -164,7 +164,7 @@ def _certified(
     answer = Answer(
         descent, polished, Reading(none[:0], none, 0.0, 0.0),
         Rows(torch.arange(rows, device=place), none, torch.ones_like(none, dtype=torch.long)),
-        gathered=gathered(own.chain, polished),
+        gathered=gathered(own.chain, polished), cast=certificate.cast_of(own.precision),
     )  # fmt: skip
     if certificate.excess(answer, own) > own.slack:
         return outcomes.stopped(

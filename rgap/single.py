@@ -110,7 +110,12 @@ def _certified(
         high - low,
         room=own.room,
     )
-    answer = Answer(descent, polished, Reading(k.value, k.value.new_empty(0), 0.0, 0.0))
+    answer = Answer(
+        descent,
+        polished,
+        Reading(k.value, k.value.new_empty(0), 0.0, 0.0),
+        cast=certificate.cast_of(own.precision),
+    )
     name = own.chain.stages[-1].name
     if polished.misfit > REFUTED:
         worst = max(polished.misfits, key=polished.misfits.__getitem__)

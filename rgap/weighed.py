@@ -49,6 +49,8 @@ def weighed(problem: Problem, data: Known) -> Weighed | str:
     chain, loss = problem.chain, problem.update.loss
     if not chain.complete or chain.stages[-1].affine.geometry is not None:
         return "the network above them is no chain that ends in a fully connected layer"
+    if not loss.known:
+        return "the loss is not known"
     if loss.targets != "index" or loss.own:
         return f"under {loss.name} with targets {loss.targets!r} a factor is part of the target"
     stage = chain.stages[-1]

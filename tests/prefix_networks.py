@@ -98,7 +98,8 @@ class Attention(Layered):
 
 class ControlFlow(Layered):
     def forward(self, x: Tensor) -> Tensor:
-        h = self.first(x if x.sum() > -1e9 else -x)
+        h = self.first(x)
+        h = h if h.sum() > -1e9 else -h
         for _ in range(2 if len(x) else 0):
             h = torch.tanh(h)
         return self.head(F.gelu(h))

@@ -179,6 +179,9 @@ class Client:
 def _targets(evidence: Evidence, loss: Loss, outputs: int) -> list[Tensor]:
     """Targets of the sample, the likeliest first: the class whose entry of ∂b is odd."""
     head, place = evidence.head, evidence.gradients[next(iter(evidence.gradients))].device
+    bias = None if head is None else head[2]
+    if bias is not None and bias.numel() != outputs:
+        bias = None  # a slice or a pad stands behind it: its rows are no classes
     if evidence.labels is not None:
         return [evidence.labels.to(place)]
     if loss.targets == "value":
@@ -186,10 +189,10 @@ def _targets(evidence: Evidence, loss: Loss, outputs: int) -> list[Tensor]:
     if loss.name not in CLASSES:  # one 0/1 target an output
         if outputs == 1:
             return [torch.tensor([c], device=place) for c in range(2)]
-        return [] if head is None or head[2] is None else [(head[2] < 0).double()[None]]
-    if head is None or head[2] is None:
+        return [] if bias is None else [(bias < 0).double()[None]]
+    if bias is None:
         return [torch.tensor([c], device=place) for c in range(min(outputs, OPTIONS))]
-    order = head[2].argsort()
+    order = bias.argsort()
     likely = dict.fromkeys((int(order[0]), int(order[-1])))
     return [torch.tensor([c], device=place) for c in likely]
 

@@ -60,9 +60,13 @@ def finish(
             f"standard errors long (σ_B/σ_1 {samples.ratio:.1e})"
         )
     known, worst = result.features, result.worst / float(result.roots.norm(dim=1).mean())
-    joint = polish_jointly(
-        batch.chain, samples, batch.gradients, result.roots, head, result.across, batch.precision
-    )
+    # A joint polish holds the targets; dense ones were read at these roots and err as they do.
+    joint = None
+    if batch.loss.targets == "index":
+        joint = polish_jointly(
+            batch.chain, samples, batch.gradients, result.roots, head, result.across,
+            batch.precision,
+        )  # fmt: skip
     if joint is not None and joint.errors is not None:
         together = _lifted(samples, joint.roots, joint.errors, result.across)
         # All rows at once also see what the client's backward pass rounds; one root does not.
