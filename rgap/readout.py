@@ -58,7 +58,7 @@ def read_batch(problem: Problem, descent: Descent, head: BatchLoss) -> Answer:
         norm *= float(values[0] / values[-1].clamp_min(1e-300))
     # The members carry the client's rounding; what ours gathers is the larger one in float64.
     own = PASSES * torch.finfo(torch.float64).eps * norm
-    if continuous:  # the polish held them, so what it seems to gain on the descent is theirs
+    if continuous and not polished.eliminated:  # held, so what it gains on the descent is theirs
         own = max(own, float(descent.require_data().std.max()))
     wider = max(1.0, own / max(float(polished.data.std.max()), 1e-300))
     polished = replace(polished, data=_wider(polished.data, wider))

@@ -60,13 +60,11 @@ def finish(
             f"standard errors long (σ_B/σ_1 {samples.ratio:.1e})"
         )
     known, worst = result.features, result.worst / float(result.roots.norm(dim=1).mean())
-    # A joint polish holds the targets; dense ones were read at these roots and err as they do.
-    joint = None
-    if batch.loss.targets == "index":
-        joint = polish_jointly(
-            batch.chain, samples, batch.gradients, result.roots, head, result.across,
-            batch.precision,
-        )  # fmt: skip
+    joint = polish_jointly(
+        batch.chain, samples, batch.gradients, result.roots, head, result.across, batch.precision
+    )
+    if joint is not None and batch.loss.targets != "index" and not joint.free:
+        joint = None  # it held targets that were read at these roots, and err as they do
     if joint is not None and joint.errors is not None:
         together = _lifted(samples, joint.roots, joint.errors, result.across)
         # All rows at once also see what the client's backward pass rounds; one root does not.
