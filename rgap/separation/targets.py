@@ -245,15 +245,16 @@ def contradicted(batch: Batch, samples: Mixture, found: Collected) -> Unseparate
         return None
     clear = [i for i in found.refused if i.outside < SURE and _clear(i) and i.label is not None]
     weights = [_copies(batch, i, batch.size) for i in clear]
-    sure = [i for i, m in zip(clear, weights, strict=True) if LEAST < m < batch.size / LEAST]
+    sure = [
+        m for m in weights if LEAST < m < batch.size / LEAST and not whole(m, batch.size)
+    ]  # copies that the rank leaves no room for may be what noise added to the rank
     if not found.roots.numel() and (common := common_factor(batch, samples.rank, clear)):
         return common
     if not sure or not refuting(batch, samples):
         return None
     if len(sure) < len(found.roots):
         return None
-    ratio = _copies(batch, sure[0], batch.size)
-    return _fractional(batch, batch.size, ratio)
+    return _fractional(batch, batch.size, sure[0])
 
 
 def _fractional(batch: Batch, size: int, m: float, certain: bool = True) -> Unseparated:
