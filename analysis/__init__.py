@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from rgap.analysis.cause import Cause
-from rgap.analysis.defences import Clip, DifferentialPrivacy, Prune, Quantise, Sign
-from rgap.analysis.discard import audit
-from rgap.analysis.explain import Explanation, explain
-from rgap.analysis.generic_rank import generic_ranks, layer_ranks
-from rgap.analysis.harden import harden
-from rgap.analysis.harden_table import Change, Hardening
-from rgap.analysis.identifiability import identifiability
-from rgap.analysis.identifiability_table import Identifiability, IdentifiabilityRow
-from rgap.analysis.indices import IndexRow, LeakageIndices, leakage_indices
-from rgap.analysis.largest_batch import LargestBatch, largest_identifiable_batch
-from rgap.analysis.noise import noise
-from rgap.analysis.noise_table import NoiseReport
-from rgap.analysis.noise_trials import NoiseTrials, noise_trials
-from rgap.analysis.rank_report import LayerRanks
+from rgap.analysis.causes.cause import Cause
+from rgap.analysis.causes.explain import Explanation, explain
+from rgap.analysis.discard.audit import audit
+from rgap.analysis.discard.table import Audit, AuditRow
+from rgap.analysis.discard.training import TrainingAudit, audit_training
+from rgap.analysis.generic_rank.rank_report import LayerRanks
+from rgap.analysis.generic_rank.ranks import generic_ranks, layer_ranks
+from rgap.analysis.hardening.harden import harden
+from rgap.analysis.hardening.table import Change, Hardening
+from rgap.analysis.joint_rank.identifiability import identifiability
+from rgap.analysis.joint_rank.indices import IndexRow, LeakageIndices, leakage_indices
+from rgap.analysis.joint_rank.largest_batch import LargestBatch, largest_identifiable_batch
+from rgap.analysis.joint_rank.table import Identifiability, IdentifiabilityRow
+from rgap.analysis.noise_bound.cramer_rao import noise
+from rgap.analysis.noise_bound.defences import Clip, DifferentialPrivacy, Prune, Quantise, Sign
+from rgap.analysis.noise_bound.report import NoiseReport
+from rgap.analysis.noise_bound.trials import NoiseTrials, noise_trials
 from rgap.analysis.symbolic import (
     ClosedForm,
     SymbolicLayer,
@@ -25,8 +27,6 @@ from rgap.analysis.symbolic import (
     layer_form,
     symbolic,
 )
-from rgap.analysis.table import Audit, AuditRow
-from rgap.analysis.training_audit import TrainingAudit, audit_training
 
 __all__ = [
     "Audit",

@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from rgap.affine import Affine
-from rgap.analysis.calls import Recording, Use
-from rgap.analysis.recorder import record
-from rgap.layers import affine_map
-from rgap.losses import Loss
-from rgap.probing import Unsupported
-from rgap.running import refuse_wrapped
+from rgap.analysis.calls.recorder import record
+from rgap.analysis.calls.uses import Recording, Use
+from rgap.network.affine import Affine
+from rgap.network.modules import affine_map
+from rgap.network.probing import Unsupported
+from rgap.network.running import refuse_wrapped
+from rgap.update.losses import Loss
 
 log = logging.getLogger(__name__)
 

@@ -9,10 +9,10 @@ from operator import index
 import torch
 from torch import Tensor, nn
 
-from rgap.losses import Loss
-from rgap.problem import device_of
-from rgap.running import refuse_wrapped, run
-from rgap.targets import CLASSES
+from rgap.network.running import refuse_wrapped, run
+from rgap.update.losses import Loss
+from rgap.update.preflight import device_of
+from rgap.update.targets import CLASSES
 from rgap.validation import require_finite
 
 

@@ -6,9 +6,9 @@
 
 from __future__ import annotations
 
-from rgap.analysis.symbolic_closed import ClosedForm, closed_form
-from rgap.analysis.symbolic_layer import SymbolicLayer, layer_form
-from rgap.analysis.symbolic_network import SymbolicNetwork, symbolic
+from rgap.analysis.closed_forms.closed_form import ClosedForm, closed_form
+from rgap.analysis.closed_forms.layer import SymbolicLayer, layer_form
+from rgap.analysis.closed_forms.network import SymbolicNetwork, symbolic
 
 __all__ = [
     "ClosedForm",

@@ -28,10 +28,10 @@ from torch.nn import functional as F
 
 import rgap
 from rgap.analysis import audit, identifiability
-from rgap.analysis.jacobian_nullspace import jacobian_blocks
-from rgap.analysis.update_jacobian import UpdateMap
-from rgap.losses import Loss
+from rgap.analysis.joint_rank.blocks import jacobian_blocks
+from rgap.jacobian.update_map import UpdateMap
 from rgap.solvers.rank import numerical_rank, resolve_rcond
+from rgap.update.losses import Loss
 
 VGG16 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0)
 

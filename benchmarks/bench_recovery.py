@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 
 import rgap
-from rgap.head import HeadCandidate, HeadFailure, solve_head
-from rgap.network import parse
+from rgap.head.features import HeadCandidate, HeadFailure, solve_head
+from rgap.inversion.answer import head_gradients, read_answer
+from rgap.inversion.problem import Problem, prepare
+from rgap.network.chain import parse
 from rgap.precision import Known
-from rgap.problem import Problem, prepare
-from rgap.readout import head_gradients, read_answer
-from rgap.recursion import Descent, descend
-from rgap.systems.stage import BUDGET, solve_stage
+from rgap.recursion.descend import Descent, descend
+from rgap.recursion.stage import BUDGET, solve_stage
 
 ROUNDS = 3
 STAGES = [("cnn6", i) for i in range(6)] + [("lenet", i) for i in range(3)]

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 import rgap
-from rgap.presets import PRESETS
+from rgap.matching.presets import PRESETS
 from rgap.solvers.priors import Prior, TotalVariation
 
 MEAN, STD = 0.5, 0.25

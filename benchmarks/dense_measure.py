@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rgap.network import Chain
-    from rgap.recursion import Descent
+    from rgap.network.chain import Chain
+    from rgap.recursion.descend import Descent
 
 Json = dict[str, Any]
 MIB = 2**20
@@ -71,10 +71,10 @@ class Case:
 
 def recursion(network: str) -> Json:
     """Time the descent from the head's candidate with the true label to the data."""
-    from rgap.head import HeadFailure, solve_head
-    from rgap.problem import prepare
-    from rgap.readout import head_gradients
-    from rgap.recursion import descend
+    from rgap.head.features import HeadFailure, solve_head
+    from rgap.inversion.answer import head_gradients
+    from rgap.inversion.problem import prepare
+    from rgap.recursion.descend import descend
 
     case = Case(network)
     before = peak()
@@ -145,8 +145,8 @@ def dense(network: str, index: int, driver: str) -> Json:
     import torch
     from scipy.linalg import lstsq
 
-    from rgap.network import parse
-    from rgap.systems import gradient_constraint, gradient_rows
+    from rgap.constraints import gradient_constraint, gradient_rows
+    from rgap.network.chain import parse
 
     case = Case(network)
     before = peak()

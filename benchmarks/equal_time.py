@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 import rgap
-from rgap.presets import Preset
+from rgap.matching.presets import Preset
 
 FEWEST = 50  # iterations
 # Of the total variation, to choose from: where cosines of gradients are near 1 it must be tiny.

@@ -17,8 +17,8 @@ from chosen_rows import chosen_rows
 
 import rgap
 from rgap.analysis import harden, identifiability
-from rgap.analysis.identifiability_table import Identifiability
-from rgap.analysis.null_plots import null_pictures, nullity_curves
+from rgap.analysis.joint_rank.table import Identifiability
+from rgap.analysis.plots.null_space import null_pictures, nullity_curves
 
 PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
 SMALL = (3, 16, 16)

@@ -20,7 +20,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from rgap.affine import Affine, convolution, linear
+from rgap.network.affine import Affine, convolution, linear
 
 LARGEST = 1500  # unknowns of a layer with its batch
 ROWS = 6000  # equations of a layer with its batch
@@ -57,7 +57,7 @@ def layers(count: int = 500, seed: int = 0) -> list[RandomLayer]:
 
 def true_joint_rank(layer: RandomLayer) -> tuple[int, int, int]:
     """Generic ranks (gradient block, weight block, both), modulo two random primes."""
-    from rgap.analysis.modular_ranks import modular_ranks
+    from rgap.analysis.generic_rank.modular import modular_ranks
 
     found = modular_ranks(layer.affine, layer.batch, layer.active, seed=layer.index)
     return found.gradient, found.weight, found.joint

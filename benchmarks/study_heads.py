@@ -35,11 +35,11 @@ from json_lines import append, read
 from torch import Tensor, nn
 
 import rgap
-from rgap.losses import Loss
-from rgap.network import parse
+from rgap.network.chain import parse
 from rgap.precision import Precision
 from rgap.separation.batch import Batch, Separated, Unseparated
-from rgap.separation.softmax import separate_head, unfit
+from rgap.separation.softmax.separate import separate_head, unfit
+from rgap.update.losses import Loss
 
 NETWORKS = ("mlp", "lenet", "cnn")
 BATCHES = {10: (2, 4, 8), 100: (16, 32, 64), 1000: (128,)}

@@ -23,8 +23,8 @@ from json_lines import append
 from torch import Tensor, nn
 
 import rgap
-from rgap.jacobian import Linearisation
-from rgap.network import parse
+from rgap.jacobian.linearisation import Linearisation
+from rgap.network.chain import parse
 
 ACTIVATIONS = ("sigmoid", "tanh", "leaky_relu", "elu", "softplus")
 WEIGHTS = ("default", "uniform")

@@ -27,8 +27,8 @@ from torch import nn
 
 import rgap
 from rgap.analysis import audit
-from rgap.batches import batch_of
-from rgap.problem import prepare
+from rgap.inversion.batch_rows import batch_of
+from rgap.inversion.problem import prepare
 from rgap.separation.batch import Separated
 from rgap.separation.route import separate
 

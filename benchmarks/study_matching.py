@@ -44,7 +44,7 @@ from json_lines import append
 from torch import Tensor, nn
 
 import rgap
-from rgap.presets import PRESETS, Preset
+from rgap.matching.presets import PRESETS, Preset
 
 FIRST = 8  # first photograph of a measured row
 SHOWN = (1e-4, 1e-3, 1e-2, 1e-1)  # weights of the total variation in (d)

@@ -213,7 +213,7 @@ def defences() -> int:
 
 def draw(found: NoiseTrials, folder: Path) -> None:
     """The figures of docs/noise.md."""
-    from rgap.analysis.noise_plots import (
+    from rgap.analysis.plots.noise import (
         error_map,
         measured_against_predicted,
         noise_levels,

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 import rgap
 from rgap.analysis import identifiability
-from rgap.presets import PRESETS
+from rgap.matching.presets import PRESETS
 
 FIRST = 8  # first photograph of a measured batch
 BEST = {1: 1e-8, 4: 1e-6, 8: 1e-5}  # weight of the total variation, from this size on

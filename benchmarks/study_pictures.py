@@ -36,7 +36,7 @@ from study_matching import FIRST, PLAIN, reproduced
 from torch import Tensor, nn
 
 import rgap
-from rgap.presets import Preset
+from rgap.matching.presets import Preset
 
 NETWORKS = {"lenet5": rgap.models.lenet5, "vgg": rgap.models.vgg, "resnet": rgap.models.resnet}
 BATCHES = (1, 2, 4)

@@ -27,10 +27,10 @@ from pathlib import Path
 import sympy
 from random_layers import RandomLayer, layers
 
-from rgap.analysis.generic_rank import layer_ranks
-from rgap.analysis.modular_ranks import BlockRanks
+from rgap.analysis.closed_forms.batches import every_batch
+from rgap.analysis.generic_rank.modular import BlockRanks
+from rgap.analysis.generic_rank.ranks import layer_ranks
 from rgap.analysis.symbolic import closed_form
-from rgap.analysis.symbolic_batches import every_batch
 
 AGREE = 0.995  # share of layers with numerical = modular
 EXACT = 0.90  # share of layers whose closed form says that it is exact

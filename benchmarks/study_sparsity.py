@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 import rgap
 from rgap.recovery import Status
-from rgap.separation.sparsity import sparse_separation
+from rgap.separation.sparsity.separate import sparse_separation
 
 SIZES = (2, 3, 4, 6, 8, 10, 12, 16, 20, 25)
 CLOSE = 1e-3

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import rgap
-from rgap.network import parse
+from rgap.network.chain import parse
 
 BINARY = "binary_cross_entropy_with_logits"
 

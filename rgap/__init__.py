@@ -11,24 +11,22 @@ for torch.
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from rgap._version import __version__
 
 if TYPE_CHECKING:
     from rgap import analysis, labels, models, photos, solvers
-    from rgap.capture import capture
     from rgap.diagnosis import Check, Finding, check
-    from rgap.federated import LocalTraining
     from rgap.halt import Halt, HaltKind
-    from rgap.invert import Head, invert
+    from rgap.inversion.invert import Head, invert
     from rgap.labels import LabelEstimate, idlg
-    from rgap.losses import Loss
     from rgap.matching import Checkpoint, Matching, match
     from rgap.recovery import Candidate, LayerReport, Recovery, Route, Status
     from rgap.update import Update
+    from rgap.update.capture import capture
+    from rgap.update.local_training import LocalTraining
+    from rgap.update.losses import Loss
 
 _HOMES = {
     "Candidate": "recovery",
@@ -37,20 +35,20 @@ _HOMES = {
     "Finding": "diagnosis",
     "Halt": "halt",
     "HaltKind": "halt",
-    "Head": "invert",
+    "Head": "inversion.invert",
     "LabelEstimate": "labels",
     "LayerReport": "recovery",
-    "Loss": "losses",
-    "LocalTraining": "federated",
+    "Loss": "update.losses",
+    "LocalTraining": "update.local_training",
     "Matching": "matching",
     "Recovery": "recovery",
     "Route": "recovery",
     "Status": "recovery",
     "Update": "update",
-    "capture": "capture",
+    "capture": "update.capture",
     "check": "diagnosis",
     "idlg": "labels",
-    "invert": "invert",
+    "invert": "inversion.invert",
     "match": "matching",
 }
 _ROOMS = ("analysis", "labels", "models", "photos", "solvers")
@@ -96,19 +94,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
-
-
-class _Package(ModuleType):
-    """Keeps ``rgap.capture`` and ``rgap.invert`` the functions.
-
-    The import system binds a submodule to its package once it is loaded, and so would put the
-    module ``rgap.invert`` in the place of the function.
-    """
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, ModuleType) and _HOMES.get(name) == name:
-            value = getattr(value, name)
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .priors import Operator, Prior
+from rgap.solvers.priors import Operator, Prior
 
 SHORTEST = 1e-3  # step length at which the line search gives up
 ROUNDED = 1e-14  # of the mean diagonal: keeps a formed normal matrix definite

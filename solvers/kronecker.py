@@ -17,9 +17,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .positive import backsolve, cholesky_in_place, extremes
-from .rank import Rank, numerical_rank, resolve_rcond
-from .svd import singular_values
+from rgap.solvers.positive import backsolve, cholesky_in_place, extremes
+from rgap.solvers.rank import Rank, numerical_rank, resolve_rcond
+from rgap.solvers.svd import singular_values
 
 
 class Coupling(Protocol):

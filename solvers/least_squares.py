@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .tall import tall_qr
+from rgap.solvers.tall import tall_qr
 
 FIRST = 1e-2  # damping of the first step, relative to the diagonal of the Gauss–Newton matrix
 EASIER, HARDER = 0.2, 4.0  # what a step that helps and one that does not do to it

@@ -12,7 +12,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator, lsmr
 from torch import Tensor
 
-from .kronecker import Coupling, Kronecker
+from rgap.solvers.kronecker import Coupling, Kronecker
 
 
 class Products(Protocol):

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .rank import Rank, numerical_rank, resolve_rcond
-from .tall import tall_qr
+from rgap.solvers.rank import Rank, numerical_rank, resolve_rcond
+from rgap.solvers.tall import tall_qr
 
 SPARE = 10  # columns of the block beyond the rank: they measure the noise
 ABOVE = 3.0  # singular values below this multiple of the largest noise value are noise

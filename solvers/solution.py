@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Generic, TypeVar
 
-from .rank import Evidence, Rank
+from rgap.solvers.rank import Evidence, Rank
 
 T = TypeVar("T")
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .kronecker import Kronecker
-from .positive import outer_products
-from .rank import numerical_rank, resolve_rcond
-from .svd import right_singular_vectors
+from rgap.solvers.kronecker import Kronecker
+from rgap.solvers.positive import outer_products
+from rgap.solvers.rank import numerical_rank, resolve_rcond
+from rgap.solvers.svd import right_singular_vectors
 
 CHUNK = 4_000_000  # entries of an intermediate product; pages that small are used again
 

@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .positive import extremes, transposed_product
+from rgap.solvers.positive import extremes, transposed_product
 
 
 @dataclass(frozen=True, eq=False)

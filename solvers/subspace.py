@@ -8,10 +8,10 @@ from math import inf
 import torch
 from torch import Tensor
 
-from .positive import backsolve, extremes, transposed_product
-from .rank import Rank, numerical_rank, resolve_rcond
-from .square import factored
-from .svd import right_singular_vectors
+from rgap.solvers.positive import backsolve, extremes, transposed_product
+from rgap.solvers.rank import Rank, numerical_rank, resolve_rcond
+from rgap.solvers.square import factored
+from rgap.solvers.svd import right_singular_vectors
 
 SMALL = 800  # matrices up to this size are decomposed in full
 SAFE = 1e3  # of the cutoff: an estimated σ_n above it needs no SVD

@@ -10,10 +10,10 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 import rgap
-from rgap.losses import Loss
 from rgap.precision import Precision
 from rgap.recovery import Recovery, Status
 from rgap.separation.batch import Batch
+from rgap.update.losses import Loss
 
 SHAPE = (3, 4, 4)
 KINDS: dict[str, Callable[[], nn.Module]] = {

@@ -32,12 +32,12 @@ FACTORIES = frozenset(
 
 READ = "a network is read on the CPU, its chain is moved as a whole afterwards"
 ALLOWED: dict[tuple[str, str], str] = {
-    ("rgap/probing.py", "rearrangement"): READ,
-    ("rgap/probing.py", "fitting"): READ,
-    ("rgap/pooling.py", "Opaque.__init__"): READ,
-    ("rgap/pooling.py", "LinearMap.__init__"): READ,
-    ("rgap/pooling.py", "LinearMap._pseudo_inverse"): READ,
-    ("rgap/piecewise.py", "LeakyReLU.__init__"): READ,
+    ("rgap/network/probing.py", "rearrangement"): READ,
+    ("rgap/network/probing.py", "fitting"): READ,
+    ("rgap/network/pooling.py", "Opaque.__init__"): READ,
+    ("rgap/network/pooling.py", "LinearMap.__init__"): READ,
+    ("rgap/network/pooling.py", "LinearMap._pseudo_inverse"): READ,
+    ("rgap/network/activations/piecewise.py", "LeakyReLU.__init__"): READ,
 }
 """(file, function) → why a tensor is made on the CPU there."""
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rgap import activations as act
-from rgap.layers import build
+from rgap.network import activations as act
+from rgap.network.modules import build
 
 EPS = torch.finfo(torch.float64).eps
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import rgap
 from rgap.labels.posterior import inverse_of
-from rgap.ops import Rearrange
+from rgap.network.reshape import Rearrange
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -11,10 +11,10 @@ from reference import layers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rgap.affine import Affine, Geometry, convolution, linear
-from rgap.geometry import sides_of
-from rgap.layers import build
-from rgap.network import parse
+from rgap.network.affine import Affine, Geometry, convolution, linear
+from rgap.network.chain import parse
+from rgap.network.geometry import sides_of
+from rgap.network.modules import build
 
 TOL = 1e-12  # float64, sums of at most a few hundred products of size one
 EASY = settings(max_examples=40, deadline=None)

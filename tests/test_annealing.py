@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 import rgap
-from rgap.annealing import Position, anneal, stages
-from rgap.module_update import Inside, ModuleUpdate, Outside, watchable
+from rgap.completion.annealing import Position, anneal, stages
+from rgap.constraints.known_input import Whole
+from rgap.jacobian.module_update import Inside, ModuleUpdate, Outside, watchable
 from rgap.solvers.gauss_newton import STOPPED, Schedule
 from rgap.solvers.priors import Squares
-from rgap.systems.known_input import Whole
 
 
 def equations(activation: nn.Module) -> ModuleUpdate:

@@ -20,7 +20,7 @@ from written import Written
 
 import rgap
 from rgap.analysis import Audit, AuditRow, audit
-from rgap.network import parse
+from rgap.network.chain import parse
 
 BATCHES = (1, 2, 3)
 Ranks = tuple[int, int, int]

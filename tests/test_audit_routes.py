@@ -11,7 +11,7 @@ from torch import nn
 
 import rgap
 from rgap.analysis import audit
-from rgap.analysis.layer_ranks import sketched_rank
+from rgap.analysis.discard.layer_ranks import sketched_rank
 from rgap.solvers.kronecker import Kronecker
 
 
@@ -104,7 +104,7 @@ def test_random_weights_audit_the_architecture_and_leave_the_model_alone() -> No
 
 @pytest.mark.parametrize("build", [half_gone, odd_parameter])
 def test_redrawn_weights_are_all_new(build: Callable[[], nn.Module]) -> None:
-    from rgap.analysis.discard import redrawn
+    from rgap.analysis.discard.audit import redrawn
 
     model = build()
     for old, new in zip(model.parameters(), redrawn(model, 7).parameters(), strict=True):

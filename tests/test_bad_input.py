@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from rgap import Recovery, Status, Update, capture, invert
-from rgap.cli import app
+from rgap.cli.app import app
 
 SHAPE = (2, 6, 6)
 X = picture(SHAPE, 1)

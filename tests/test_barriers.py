@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 from written import Written
 
-from rgap.network import Chain, parse
+from rgap.network.chain import Chain, parse
 
 Lin = nn.Linear
 

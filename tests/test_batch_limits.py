@@ -13,8 +13,8 @@ from batched import SHAPE, certified, distance, expanded, labels, mlp, pictures
 from torch import Tensor, nn
 
 import rgap
-from rgap.losses import Loss
 from rgap.recovery import Recovery, Status
+from rgap.update.losses import Loss
 
 F32, F64 = torch.float32, torch.float64
 BCE, MSE = "binary_cross_entropy_with_logits", "mse_loss"

@@ -24,8 +24,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import rgap
-from rgap.losses import Loss
 from rgap.recovery import Status
+from rgap.update.losses import Loss
 
 F32, F64 = torch.float32, torch.float64
 CONDITIONED = 1e-4  # σ_B/σ_1 above which a float64 update has to be solved 9 times in 10

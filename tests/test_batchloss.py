@@ -11,11 +11,11 @@ from networks import small_conv, small_mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rgap.batchloss import BatchLoss, loss_scale
-from rgap.jacobian import Linearisation, Rows
-from rgap.losses import Loss
-from rgap.network import parse
+from rgap.jacobian.batch_loss import BatchLoss, loss_scale
+from rgap.jacobian.linearisation import Linearisation, Rows
+from rgap.network.chain import parse
 from rgap.precision import Precision
+from rgap.update.losses import Loss
 
 CE, BCE, MSE = "cross_entropy", "binary_cross_entropy_with_logits", "mse_loss"
 

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rgap.capture import capture
-from rgap.losses import Loss
+from rgap.update.capture import capture
+from rgap.update.losses import Loss
 
 RNG = torch.Generator().manual_seed(11)
 INPUTS = torch.rand(2, 3, 6, 6, generator=RNG)

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rgap import check
-from rgap.capture import capture
-from rgap.update import Update
+from rgap.update.capture import capture
+from rgap.update.update import Update
 
 INPUTS = torch.rand(2, 3, 6, 6, generator=torch.Generator().manual_seed(11))
 TARGETS = torch.tensor([1, 4])

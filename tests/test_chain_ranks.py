@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import rgap
 from rgap.analysis import Identifiability, identifiability
 
-chain_ranks = import_module("rgap.analysis.chain_ranks")
+chain_ranks = import_module("rgap.analysis.joint_rank.sampled")
 ACTIVATIONS = [nn.Sigmoid, nn.Tanh, nn.Softplus, nn.ELU, lambda: nn.LeakyReLU(0.2)]
 
 
@@ -62,7 +62,7 @@ def joint_rank(model: nn.Module, x: Tensor, labels: Tensor) -> int:
 def drawn_ranks(model: nn.Module, x: Tensor, labels: Tensor, **options: object) -> Identifiability:
     """As if the network were a large one: every layer by angles, few spare directions."""
     with (
-        patch("rgap.solvers.joint.SMALL", 0),
+        patch("rgap.solvers.joint_rank.SMALL", 0),
         patch.object(chain_ranks, "SPARE", 8),
         patch.object(chain_ranks, "LEFT", 4),
     ):

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_model
 from typer.testing import CliRunner
 
-from rgap.cli import app
-from rgap.modelspec import resolve
+from rgap.cli.app import app
+from rgap.models.spec import resolve
 
 NETS = """
 from torch import nn
@@ -87,7 +87,7 @@ def test_capture_then_invert_recovers_the_photograph(here: Path) -> None:
         "picture-0.png",
         "recovery.safetensors",
     ]
-    from rgap import photos
+    from rgap.photos import packaged as photos
 
     truth = photos.load(1, size=8)
     found = load_file(here / "found" / "recovery.safetensors")["inputs"]

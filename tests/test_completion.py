@@ -12,16 +12,16 @@ from torch import Tensor, nn
 
 import rgap
 from rgap import Status, capture, invert
-from rgap.completion import grey, inside
-from rgap.kinks import soften
-from rgap.losses import Loss
-from rgap.module_update import Inside, ModuleUpdate, Outside
-from rgap.network import parse
+from rgap.completion.complete import grey, inside
+from rgap.constraints import gradient_constraint
+from rgap.constraints.known_input import Bounded, KnownPart, PlainRows, Whole
+from rgap.constraints.ranks import stage_joint_rank, weight_row_spaces
+from rgap.jacobian.module_update import Inside, ModuleUpdate, Outside
+from rgap.jacobian.smoothing import soften
+from rgap.network.chain import parse
 from rgap.precision import UNKNOWN, Known, Precision
-from rgap.recursion import Reached
-from rgap.systems import gradient_constraint
-from rgap.systems.known_input import Bounded, KnownPart, PlainRows, Whole
-from rgap.systems.ranks import stage_joint_rank, weight_row_spaces
+from rgap.recursion.descend import Reached
+from rgap.update.losses import Loss
 
 F64 = torch.float64
 X = picture((2, 8, 8), 1)

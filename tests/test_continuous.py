@@ -11,16 +11,16 @@ from steps_table import LOSSES, Case, drawn, fault, network
 from torch import Tensor, nn
 
 from rgap import Status, capture, invert
-from rgap.batchloss import BatchLoss
-from rgap.bilinear import Rows
-from rgap.eliminated import Eliminated
-from rgap.jacobian import Linearisation
+from rgap.inversion.polish import polish
+from rgap.jacobian.batch_loss import BatchLoss
+from rgap.jacobian.eliminated import Eliminated
+from rgap.jacobian.layer import Rows
+from rgap.jacobian.linearisation import Linearisation
+from rgap.jacobian.normal import Normal
 from rgap.limits import FITS
-from rgap.network import parse
-from rgap.normal import Normal
-from rgap.polish import polish
+from rgap.network.chain import parse
 from rgap.precision import Known, Precision
-from rgap.separation.joint import normal_matrix
+from rgap.separation.polish import normal_matrix
 
 F64 = torch.float64
 

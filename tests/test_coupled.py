@@ -9,14 +9,14 @@ import torch
 from batched import batch_of, mlp, pictures
 from torch import Tensor
 
-from rgap.batchloss import loss_scale
-from rgap.separation import softmax
-from rgap.separation.at_head import AtHead
+from rgap.jacobian.batch_loss import loss_scale
 from rgap.separation.batch import Batch, Separated, Unseparated
-from rgap.separation.coupled import Coupled, agreement
 from rgap.separation.peeling import Collected
 from rgap.separation.route import separate
-from rgap.separation.softmax import opening, separate_head, unfit
+from rgap.separation.softmax import separate as softmax
+from rgap.separation.softmax.coupled import Coupled, agreement
+from rgap.separation.softmax.equations import AtHead
+from rgap.separation.softmax.separate import opening, separate_head, unfit
 
 F64 = torch.float64
 LABELS = {

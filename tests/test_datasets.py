@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rgap import photos
+from rgap.photos import packaged as photos
 
 Pixels = NDArray[np.uint8]
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from rgap import capture, models
-from rgap.analysis.discard import audit
+from rgap import capture
+from rgap.analysis.discard.audit import audit
+from rgap.models import published as models
 from rgap.recovery import Status
 from rgap.report import demo
 from rgap.report.story import tell

@@ -11,8 +11,8 @@ from device_mode import ALLOWED, ROOMS, ROOT, Devices
 from torch import nn
 
 import rgap
-from rgap.matching import match
-from rgap.presets import PRESETS
+from rgap.matching.presets import PRESETS
+from rgap.matching.search import match
 
 DOUBLE = torch.float64
 

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 import rgap
 from rgap import Check, Finding, Loss, Status, capture, check
-from rgap.cli import app
+from rgap.cli.app import app
 from rgap.diagnosis import Kind
 
 CROSS, SQUARED, BINARY = "cross_entropy", "mse_loss", "binary_cross_entropy_with_logits"

@@ -8,13 +8,13 @@ from torch import nn
 from torch.nn import functional as F
 
 import rgap
-from rgap.determined import doubt
-from rgap.layers import build
+from rgap.constraints.determined import doubt
 from rgap.limits import AGREE, CLEAR, DETERMINED
+from rgap.network.modules import build
 from rgap.precision import Known, Precision
+from rgap.recursion.matrix_free import solve_matrix_free
+from rgap.recursion.stage import solve_stage
 from rgap.solvers.rank import Evidence, EvidenceKind, numerical_rank
-from rgap.systems.matrixfree import solve_matrix_free
-from rgap.systems.stage import solve_stage
 
 
 def stage_of(module: nn.Module, shape: tuple[int, ...], seed: int = 0):

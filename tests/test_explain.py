@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import rgap
-from rgap.analysis.explain import Explanation, explain
-from rgap.analysis.head_causes import same_class_pairs
-from rgap.analysis.remedies import remedies
+from rgap.analysis.causes.explain import Explanation, explain
+from rgap.analysis.causes.head import same_class_pairs
+from rgap.analysis.causes.remedies import remedies
 from rgap.labels import head_features
 
 SHAPE = (3, 16, 16)

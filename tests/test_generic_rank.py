@@ -12,10 +12,10 @@ from random_layers import RandomLayer, layers, true_joint_rank
 from torch import Tensor, nn
 
 import rgap
-from rgap.affine import Affine, convolution, linear
-from rgap.analysis.generic_rank import generic_ranks, layer_ranks
-from rgap.analysis.modular_ranks import BlockRanks, ModularRanks, modular_ranks
-from rgap.network import parse
+from rgap.analysis.generic_rank.modular import BlockRanks, ModularRanks, modular_ranks
+from rgap.analysis.generic_rank.ranks import generic_ranks, layer_ranks
+from rgap.network.affine import Affine, convolution, linear
+from rgap.network.chain import parse
 from rgap.solvers.modular import rank
 
 SAMPLE = layers(60)

@@ -15,8 +15,8 @@ from torch import nn
 
 import rgap
 from rgap import Halt, HaltKind, Route, Status
-from rgap.analysis.cause import CauseKind
-from rgap.analysis.explain import explain
+from rgap.analysis.causes.cause import CauseKind
+from rgap.analysis.causes.explain import explain
 
 SHAPE = (2, 8, 8)
 

@@ -14,9 +14,9 @@ from torch import nn
 from typer.testing import CliRunner
 
 from rgap.analysis import harden, identifiability, noise
-from rgap.analysis.harden_table import Hardening
-from rgap.analysis.resized import UnfitError, called_layers, with_channels, with_stride
-from rgap.cli import app
+from rgap.analysis.hardening.resize import UnfitError, called_layers, with_channels, with_stride
+from rgap.analysis.hardening.table import Hardening
+from rgap.cli.app import app
 
 SHAPE = (2, 5, 5)
 

@@ -11,8 +11,8 @@ from scipy.optimize import brentq
 from torch import Tensor, nn
 
 from rgap import Loss, Status, capture, invert
-from rgap.head import HeadCandidate, HeadFailure, features_from_bias, solve_head
-from rgap.network import Stage, parse
+from rgap.head.features import HeadCandidate, HeadFailure, features_from_bias, solve_head
+from rgap.network.chain import Stage, parse
 from rgap.precision import Precision
 
 BINARY = "binary_cross_entropy_with_logits"

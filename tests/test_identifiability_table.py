@@ -18,7 +18,7 @@ from written import Written
 
 from rgap import memory
 from rgap.analysis import Identifiability, audit, identifiability, largest_identifiable_batch
-from rgap.analysis.null_plots import null_pictures, nullity_curves, spectra
+from rgap.analysis.plots.null_space import null_pictures, nullity_curves, spectra
 
 SHAPE = (2, 6, 6)
 
@@ -68,7 +68,7 @@ def test_the_share_of_a_pixel_is_what_least_squares_keeps_of_it(short: Identifia
     """Diagonal of the projector J⁺J on the row space, by NumPy's pseudo-inverse."""
     model, x = network(), picture(SHAPE, 3, 2).double()
     from rgap.analysis.probe_batch import probe_targets
-    from rgap.losses import Loss
+    from rgap.update.losses import Loss
 
     labels = probe_targets(model, x, Loss(), None, 0)
     rows = dense_jacobian(model, x, labels, "cross_entropy")

@@ -19,7 +19,7 @@ from written import Written
 
 import rgap
 from rgap.labels import estimate, head_features
-from rgap.running import run
+from rgap.network.running import run
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from sweep_idioms import POINTS, sent, verdict

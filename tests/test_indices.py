@@ -10,7 +10,7 @@ from study_indices import BINARY, narrow, softmax
 from torch import nn
 
 import rgap
-from rgap.analysis.indices import leakage_indices
+from rgap.analysis.joint_rank.indices import leakage_indices
 
 
 def test_the_counts_follow_their_definitions() -> None:

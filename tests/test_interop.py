@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from rgap.capture import capture
-from rgap.update import Update
+from rgap.update.capture import capture
+from rgap.update.update import Update
 
 
 def model(seed: int = 0) -> nn.Module:

@@ -11,10 +11,10 @@ from networks import picture, small_conv
 from torch import Tensor, nn
 
 import rgap
-from rgap.isolation import SMALL, convolution_work, small_kernels
-from rgap.iterating import EXPLODED, Standing, first
-from rgap.objective import TOGETHER, Objective
-from rgap.presets import PRESETS, Preset
+from rgap.matching.first_order import EXPLODED, Standing, first
+from rgap.matching.objective import TOGETHER, Objective
+from rgap.matching.presets import PRESETS, Preset
+from rgap.network.isolation import SMALL, convolution_work, small_kernels
 from rgap.solvers.priors import Squares, Sum, TotalVariation, value_and_gradient
 
 F64 = torch.float64

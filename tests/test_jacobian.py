@@ -9,8 +9,8 @@ import torch
 from networks import ACTIVATIONS, small_conv, small_mlp
 from torch import Tensor, nn
 
-from rgap.jacobian import Linearisation, Rows
-from rgap.network import parse
+from rgap.jacobian.linearisation import Linearisation, Rows
+from rgap.network.chain import parse
 from rgap.precision import Precision
 
 

@@ -10,12 +10,12 @@ from batched import batch_of, mlp, pictures
 from torch import Tensor
 from torch.nn import functional as F
 
-from rgap.batchloss import BatchLoss
-from rgap.jacobian import Linearisation
-from rgap.losses import Loss
-from rgap.network import parse
+from rgap.jacobian.batch_loss import BatchLoss
+from rgap.jacobian.linearisation import Linearisation
+from rgap.network.chain import parse
 from rgap.separation.batch import Batch
-from rgap.separation.joint import LARGEST, normal_matrix, polish_jointly
+from rgap.separation.polish import LARGEST, normal_matrix, polish_jointly
+from rgap.update.losses import Loss
 
 F64 = torch.float64
 

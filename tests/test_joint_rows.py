@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from reference import Geometry, dense_blocks, dense_rank, layers
 from torch import Tensor, nn
 
-from rgap.affine import Affine
-from rgap.layers import build
-from rgap.solvers.joint import JointRows
+from rgap.constraints import gradient_constraint
+from rgap.constraints.ranks import joint_rows, shared_products, weight_row_spaces
+from rgap.network.affine import Affine
+from rgap.network.modules import build
+from rgap.solvers.joint_rank import JointRows
 from rgap.solvers.spaces import RowSpaces, group_bases
 from rgap.solvers.square import factored
-from rgap.systems import gradient_constraint
-from rgap.systems.ranks import joint_rows, shared_products, weight_row_spaces
 
 MASKS = st.sampled_from([0.0, 0.0, 0.3, 0.7])
 
@@ -31,7 +31,7 @@ def affine_of(module: nn.Module, shape: tuple[int, ...]) -> Affine:
 
 def rows_of(affine: Affine, k: Tensor, active: Tensor) -> JointRows:
     """As if every layer were a large one."""
-    with patch("rgap.solvers.joint.SMALL", 0):
+    with patch("rgap.solvers.joint_rank.SMALL", 0):
         return joint_rows(
             affine, gradient_constraint(affine, k), weight_row_spaces(affine, active), cotangent=k
         )

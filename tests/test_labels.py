@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rgap.capture import capture
 from rgap.labels import idlg
-from rgap.losses import Loss
+from rgap.update.capture import capture
+from rgap.update.losses import Loss
 
 
 def network(activation: type[nn.Module], classes: int, bias: bool, seed: int = 0) -> nn.Module:

@@ -15,10 +15,10 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 import rgap
-from rgap.cli import app
+from rgap.cli.app import app
+from rgap.cli.options import LabelMethod
 from rgap.labels import METHODS, estimate, head_features
-from rgap.modelspec import resolve
-from rgap.options import LabelMethod
+from rgap.models.spec import resolve
 
 TARGETS = torch.tensor([3, 1, 3, 7, 7, 7, 0])
 FOUND = sorted(TARGETS.tolist())

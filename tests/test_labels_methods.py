@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rgap import labels
 from rgap.labels import METHODS, HeadGradient, LabelEstimate
-from rgap.losses import Loss
+from rgap.update.losses import Loss
 
 BINARY = "binary_cross_entropy_with_logits"
 COUNTING = ("best", "ilrg", "exact")

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from rgap.losses import Loss
+from rgap.update.losses import Loss
 
 CROSS = "cross_entropy"
 BINARY = "binary_cross_entropy_with_logits"

@@ -12,9 +12,9 @@ from networks import picture, small_conv, small_mlp
 from torch import Tensor, nn
 
 import rgap
-from rgap.matching import METHODS, Checkpoint, Ended, Progress
-from rgap.objective import Objective
-from rgap.presets import PRESETS
+from rgap.matching.objective import Objective
+from rgap.matching.presets import PRESETS
+from rgap.matching.search import METHODS, Checkpoint, Ended, Progress
 from rgap.solvers.first_order import LBFGS, Adam, Rule
 from rgap.solvers.registration import registered_mean
 

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import rgap
-from rgap.cli import app
-from rgap.matching import METHODS
-from rgap.options import MatchMethod
+from rgap.cli.app import app
+from rgap.cli.options import MatchMethod
+from rgap.matching.search import METHODS
 
 NETS = """
 from torch import nn

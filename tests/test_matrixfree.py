@@ -9,10 +9,10 @@ from reference import dense_blocks
 from torch import nn
 
 from rgap import Status, capture, invert
-from rgap.layers import build
+from rgap.network.modules import build
 from rgap.precision import Known, Precision
-from rgap.systems.matrixfree import MatrixFree, memory
-from rgap.systems.stage import BUDGET, solve_stage
+from rgap.recursion.matrix_free import MatrixFree, memory
+from rgap.recursion.stage import BUDGET, solve_stage
 
 LAYERS = [
     (nn.Conv2d(2, 6, 3, 1, 1), (2, 6, 6)),

@@ -14,13 +14,13 @@ from torch import nn
 from typer.testing import CliRunner
 
 import rgap
-from rgap import affine as maps
 from rgap import memory
 from rgap.analysis import audit, harden, identifiability, noise
-from rgap.bias import bias_attack, rank_one_residual
-from rgap.cli import app
+from rgap.cli.app import app
 from rgap.doubles import Doubles, blocks, row_blocks
-from rgap.head import features_from_bias
+from rgap.head.bias_attack import bias_attack, rank_one_residual
+from rgap.head.features import features_from_bias
+from rgap.network import affine as maps
 from rgap.precision import Precision
 from rgap.recovery import Status
 

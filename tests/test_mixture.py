@@ -9,17 +9,17 @@ import torch
 from batched import KINDS, batch_of, mlp, pictures
 from torch import Tensor, nn
 
-from rgap.batchloss import BatchLoss
-from rgap.losses import Loss
-from rgap.network import Chain
-from rgap.ops import Rearrange
+from rgap.jacobian.batch_loss import BatchLoss
+from rgap.network.chain import Chain
+from rgap.network.reshape import Rearrange
 from rgap.precision import Precision
-from rgap.separation.at_head import AtHead
 from rgap.separation.batch import Batch
 from rgap.separation.between import Between, steps_between
-from rgap.separation.consistency import Consistency, restricted
+from rgap.separation.errors import cotangents
 from rgap.separation.mixture import mixture, relative_rounding
-from rgap.separation.spread import cotangents
+from rgap.separation.softmax.equations import AtHead
+from rgap.separation.subspace import Consistency, restricted
+from rgap.update.losses import Loss
 
 F64 = torch.float64
 Y = torch.tensor([1, 3, 3, 0])

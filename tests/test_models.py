@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import rgap
-from rgap import models
-from rgap.building import Plan, Residual
+from rgap.models import published as models
+from rgap.models.build import Plan, Residual
 
 EVERY = pytest.mark.parametrize("name", sorted(models.BUILTIN))
 

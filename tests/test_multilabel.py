@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import rgap
 from rgap import Status
-from rgap.batches import errors_of_targets
-from rgap.problem import prepare
+from rgap.inversion.batch_rows import errors_of_targets
+from rgap.inversion.problem import prepare
 
 LOGITS = 14
 BINARY = "binary_cross_entropy_with_logits"

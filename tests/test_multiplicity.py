@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rgap.losses import Loss
 from rgap.separation.multiplicity import MOST, multiplicity, smallest_batch, split_counts, whole
+from rgap.update.losses import Loss
 
 F64 = torch.float64
 BCE, MSE = "binary_cross_entropy_with_logits", "mse_loss"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from written import Written
 
-from rgap.network import Chain, parse
+from rgap.network.chain import Chain, parse
 
 
 class Flagged(nn.Module):

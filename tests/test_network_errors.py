@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from written import Written
 
-from rgap.network import parse
+from rgap.network.chain import parse
 
 Lin = nn.Linear
 

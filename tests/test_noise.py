@@ -11,9 +11,16 @@ from torch import Tensor, nn
 
 import rgap
 from rgap import memory
-from rgap.analysis.defences import Clip, Defence, DifferentialPrivacy, Prune, Quantise, Sign
-from rgap.analysis.noise import noise
-from rgap.analysis.noise_trials import noise_trials
+from rgap.analysis.noise_bound.cramer_rao import noise
+from rgap.analysis.noise_bound.defences import (
+    Clip,
+    Defence,
+    DifferentialPrivacy,
+    Prune,
+    Quantise,
+    Sign,
+)
+from rgap.analysis.noise_bound.trials import noise_trials
 
 SHAPE = (1, 4, 4)
 
@@ -356,7 +363,7 @@ def test_a_defence_is_frozen_and_summaries_are_plain() -> None:
 
 
 def test_the_figures_show_what_was_found() -> None:
-    from rgap.analysis.noise_plots import error_map, noise_levels, weighed_spectrum
+    from rgap.analysis.plots.noise import error_map, noise_levels, weighed_spectrum
 
     x = batch(1).expand(2, *SHAPE).clone()
     found = noise(skip(), x, sigma=1e-3, labels=torch.tensor([2, 2]))

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from rgap.capture import capture
-from rgap.invert import invert
+from rgap.inversion.invert import invert
 from rgap.precision import Precision
-from rgap.update import Update
+from rgap.update.capture import capture
+from rgap.update.update import Update
 
 F64 = torch.float64
 

@@ -7,11 +7,14 @@ import torch
 from networks import small_conv
 from torch import Tensor
 
-from rgap import Status, capture, invert, models, normal, photos
-from rgap.bilinear import Rows
-from rgap.jacobian import Linearisation
-from rgap.network import parse
-from rgap.normal import Normal
+from rgap import Status, capture, invert
+from rgap.jacobian import normal
+from rgap.jacobian.layer import Rows
+from rgap.jacobian.linearisation import Linearisation
+from rgap.jacobian.normal import Normal
+from rgap.models import published as models
+from rgap.network.chain import parse
+from rgap.photos import packaged as photos
 
 X = torch.rand(1, 2, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 KAPPA = torch.tensor([[0.3, -0.5, 0.1, 0.2, -0.1]], dtype=torch.float64)

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rgap.layers import build
-from rgap.ops import Op, Pad, Rearrange, Reshape
-from rgap.pooling import LinearMap, Opaque
-from rgap.probing import Unsupported, linear_function, rearrangement
-from rgap.scaling import BatchNorm, Scale
+from rgap.network.modules import build
+from rgap.network.pooling import LinearMap, Opaque
+from rgap.network.probing import Unsupported, linear_function, rearrangement
+from rgap.network.reshape import Op, Pad, Rearrange, Reshape
+from rgap.network.scaling import BatchNorm, Scale
 
 TOL = 1e-12
 

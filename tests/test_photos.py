@@ -17,7 +17,7 @@ import torch
 from matplotlib.image import imread, imsave
 from numpy.typing import NDArray
 
-from rgap import photos
+from rgap.photos import packaged as photos
 
 Pixels = NDArray[np.uint8]
 HERE = Path(__file__).resolve().parent

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from rgap.pixels import read_picture
+from rgap.photos.pixels import read_picture
 
 RNG = np.random.default_rng(0)
 BYTES = RNG.integers(0, 256, (6, 5), dtype=np.uint8)

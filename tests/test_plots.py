@@ -8,8 +8,8 @@ from math import inf, log10
 import pytest
 import torch
 
-from rgap.analysis.plots import discard_heatmap, percent, psnr, side_by_side
-from rgap.analysis.table import Audit, AuditRow
+from rgap.analysis.discard.table import Audit, AuditRow
+from rgap.analysis.plots.discard import discard_heatmap, percent, psnr, side_by_side
 
 
 def row(layer: str, batch: int, unknowns: int, nullity: int) -> AuditRow:

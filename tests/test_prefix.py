@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 import rgap
 from rgap.doubles import Doubles
-from rgap.losses import Loss
-from rgap.prefix import affine_input, find_prefix
+from rgap.network.prefix import affine_input, find_prefix
 from rgap.recovery import Status
+from rgap.update.losses import Loss
 
 BOTH = frozenset({"inputs", "targets"})
 

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 import rgap
 from rgap import progress as module
-from rgap.cli import app
-from rgap.matching import match
+from rgap.cli.app import app
+from rgap.matching.search import match
 from rgap.progress import Progress, Report
 
 SHAPE = (2, 6, 6)

@@ -9,11 +9,11 @@ import torch
 from allocations import Allocations
 from torch import Tensor, nn
 
-from rgap.capture import capture
-from rgap.invert import invert
-from rgap.quantisation import recognise
+from rgap.inversion.invert import invert
 from rgap.rounding import UNIFORM, spacing
-from rgap.update import Update
+from rgap.update.capture import capture
+from rgap.update.quantisation import recognise
+from rgap.update.update import Update
 
 SHAPE = (1, 6, 6)
 

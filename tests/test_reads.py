@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from rgap.affine import convolution, linear
+from rgap.network.affine import convolution, linear
 
 
 def _random_convolution(seed):

@@ -7,21 +7,21 @@ import torch
 from batched import batch_of, mlp, pictures
 from torch import Tensor
 
-from rgap.batchloss import BatchLoss
-from rgap.jacobian import Linearisation
+from rgap.inversion.polish import polish
+from rgap.jacobian.batch_loss import BatchLoss
+from rgap.jacobian.linearisation import Linearisation
+from rgap.jacobian.weights import row_misfits, row_weights
 from rgap.limits import FITS
-from rgap.losses import Loss
-from rgap.polish import polish
 from rgap.precision import Known
 from rgap.separation import peeling
-from rgap.separation.at_head import AtHead
 from rgap.separation.batch import Batch
-from rgap.separation.consistency import Restricted, restricted
+from rgap.separation.errors import Spread, spread
 from rgap.separation.mixture import Mixture
 from rgap.separation.peeling import _polished
-from rgap.separation.softmax import likely
-from rgap.separation.spread import Spread, spread
-from rgap.weighing import row_misfits, row_weights
+from rgap.separation.softmax.equations import AtHead
+from rgap.separation.softmax.separate import likely
+from rgap.separation.subspace import Restricted, restricted
+from rgap.update.losses import Loss
 
 LABELS = torch.tensor([7, 7, 7, 23])
 CLASSES = 40

@@ -7,14 +7,14 @@ import torch
 from batched import batch_of, mlp, pictures
 from torch import Tensor
 
-from rgap.losses import Loss
-from rgap.separation import sketch as sketches
-from rgap.separation.at_head import AtHead
 from rgap.separation.batch import Separated
-from rgap.separation.consistency import restricted
 from rgap.separation.mixture import Mixture
-from rgap.separation.sketch import Sketch
-from rgap.separation.softmax import likely, separate_head
+from rgap.separation.softmax import sketch as sketches
+from rgap.separation.softmax.equations import AtHead
+from rgap.separation.softmax.separate import likely, separate_head
+from rgap.separation.softmax.sketch import Sketch
+from rgap.separation.subspace import restricted
+from rgap.update.losses import Loss
 
 F64 = torch.float64
 CLASSES = 60

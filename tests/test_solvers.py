@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rgap.solvers.joint import joint_rank
+from rgap.solvers.joint_rank import joint_rank
 from rgap.solvers.kronecker import Kronecker, factor
 from rgap.solvers.linear import Stacked, null_projection, solve_lsmr
 from rgap.solvers.rank import numerical_rank, resolve_rcond

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import rgap
-from rgap.separation.sparsity import SparseSeparation, sparse_separation
+from rgap.separation.sparsity.separate import SparseSeparation, sparse_separation
 
 
 def batch(

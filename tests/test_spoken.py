@@ -12,8 +12,8 @@ import typer
 from typer.testing import CliRunner
 
 import rgap
-from rgap.cli import app
-from rgap.spoken import options_of, spoken
+from rgap.cli.app import app
+from rgap.cli.spoken import options_of, spoken
 
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 OPTIONS = {

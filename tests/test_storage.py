@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from rgap.losses import Loss
-from rgap.update import Update
+from rgap.update.losses import Loss
+from rgap.update.update import Update
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ from scipy.sparse import csgraph, csr_array
 from torch import Tensor
 
 import rgap
-from rgap.affine import Affine, convolution
-from rgap.analysis.structural import structural_parts, structural_ranks
-from rgap.network import parse
+from rgap.analysis.generic_rank.structural import structural_parts, structural_ranks
+from rgap.network.affine import Affine, convolution
+from rgap.network.chain import parse
 
 SMALL = [layer for layer in layers(150) if layer.batch * prod(layer.affine.in_shape) <= 120]
 

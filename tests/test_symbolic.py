@@ -19,11 +19,18 @@ from torch import nn
 
 import rgap
 from rgap.analysis import SymbolicLayer, closed_form, layer_form, symbolic
-from rgap.analysis.modular_ranks import modular_ranks
-from rgap.analysis.symbolic_batches import EveryBatch, every_batch
-from rgap.analysis.symbolic_lines import lines_of, lowest, open_part, stepwise, tidy, turns
-from rgap.analysis.symbolic_witness import Witness
-from rgap.network import parse
+from rgap.analysis.closed_forms.batches import EveryBatch, every_batch
+from rgap.analysis.closed_forms.symbolic_lines import (
+    lines_of,
+    lowest,
+    open_part,
+    stepwise,
+    tidy,
+    turns,
+)
+from rgap.analysis.closed_forms.witness import Witness
+from rgap.analysis.generic_rank.modular import modular_ranks
+from rgap.network.chain import parse
 
 B = sympy.Symbol("B", positive=True, integer=True)
 ALL_ON = [layer for layer in layers(60) if bool(layer.active.all())]

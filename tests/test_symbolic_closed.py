@@ -14,10 +14,10 @@ from reference import layers as drawn_layers
 from torch import nn
 
 import rgap
-from rgap.affine import Affine, linear
 from rgap.analysis import ClosedForm, closed_form
-from rgap.analysis.symbolic_classes import axis, count
-from rgap.network import parse
+from rgap.analysis.closed_forms.residue_classes import axis, count
+from rgap.network.affine import Affine, linear
+from rgap.network.chain import parse
 
 SLICE = layers(40)  # of the five hundred of benchmarks/study_ranks.py
 

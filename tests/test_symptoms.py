@@ -11,10 +11,11 @@ import torch
 from networks import picture, small_conv, small_mlp
 from torch import Tensor, nn
 
-from rgap import Loss, Status, Update, capture, invert, models
+from rgap import Loss, Status, Update, capture, invert
 from rgap.diagnosis.evidence import gather
+from rgap.models import published as models
 from rgap.precision import Precision
-from rgap.symptoms import compression
+from rgap.update.compression import compression
 
 X = picture((2, 8, 8), 1)
 SIGNS = "as sign compression leaves them"

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from reference import Geometry, dense_blocks, dense_rank, layers
 from torch import Tensor
 
-from rgap.affine import Affine
-from rgap.layers import build
+from rgap.constraints import convnd, gradient_constraint, gradient_rows, weight_constraint
+from rgap.constraints.nullspace import null_directions
+from rgap.constraints.ranks import overlap_bound, stage_joint_rank, weight_row_spaces
+from rgap.network.affine import Affine
+from rgap.network.modules import build
 from rgap.precision import UNKNOWN, Known, Precision
-from rgap.systems import convnd, gradient_constraint, gradient_rows, weight_constraint
-from rgap.systems.nullspace import null_directions
-from rgap.systems.ranks import overlap_bound, stage_joint_rank, weight_row_spaces
-from rgap.systems.stage import solve_stage
+from rgap.recursion.stage import solve_stage
 
 MASKS = st.sampled_from([0.0, 0.0, 0.3, 0.7])
 

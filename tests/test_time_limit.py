@@ -14,9 +14,9 @@ import rgap
 from rgap import allowance
 from rgap.allowance import PLAIN, SYMMETRIC
 from rgap.analysis import audit, harden, identifiability, noise
-from rgap.analysis.update_jacobian import UpdateMap
-from rgap.matching import match
-from rgap.module_update import ModulePoint, ModuleUpdate
+from rgap.jacobian.module_update import ModulePoint, ModuleUpdate
+from rgap.jacobian.update_map import UpdateMap
+from rgap.matching.search import match
 from rgap.progress import Report
 from rgap.solvers.gauss_newton import Schedule, gauss_newton
 from rgap.solvers.priors import Squares
@@ -101,7 +101,7 @@ def test_the_recursion_counts_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
     model = NETWORKS["kinks"]()
     update = sent(model)
     clock = Clock(monkeypatch)
-    module = sys.modules["rgap.invert"]
+    module = sys.modules["rgap.inversion.invert"]
     descend = module.descend
 
     def slow(*args: object) -> object:

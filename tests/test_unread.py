@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 import rgap
-from rgap import affine as maps
-from rgap.affine import Affine
 from rgap.analysis import audit
-from rgap.solvers import joint, kronecker, subspace
-from rgap.systems import gradient_constraint, stage, weight_constraint
-from rgap.systems.ranks import stage_joint_rank, weight_row_spaces
+from rgap.constraints import gradient_constraint, weight_constraint
+from rgap.constraints.ranks import stage_joint_rank, weight_row_spaces
+from rgap.network import affine as maps
+from rgap.network.affine import Affine
+from rgap.recursion import stage
+from rgap.solvers import joint_rank as joint
+from rgap.solvers import kronecker, subspace
 
 
 def _layer(seed: int) -> tuple[Affine, Tensor, Tensor]:

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from rgap.capture import capture
-from rgap.losses import Loss
-from rgap.update import Update
+from rgap.update.capture import capture
+from rgap.update.losses import Loss
+from rgap.update.update import Update
 
 
 def model(seed: int = 0) -> nn.Module:

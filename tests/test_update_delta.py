@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from rgap.capture import capture
-from rgap.invert import invert
+from rgap.inversion.invert import invert
 from rgap.rounding import spacing
-from rgap.update import Update
+from rgap.update.capture import capture
+from rgap.update.update import Update
 
 RATES = (1.0, 0.1, 1e-2, 1e-3, 1e-4, 1e-5)
 SHAPE = (1, 6, 6)

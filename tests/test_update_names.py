@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from rgap.capture import capture
-from rgap.invert import invert
+from rgap.inversion.invert import invert
 from rgap.labels import estimate
-from rgap.matching import match
-from rgap.naming import renaming
-from rgap.update import Update
+from rgap.matching.search import match
+from rgap.update.capture import capture
+from rgap.update.naming import renaming
+from rgap.update.update import Update
 
 SHAPE = (1, 6, 6)
 X = torch.rand(1, *SHAPE, generator=torch.Generator().manual_seed(3))

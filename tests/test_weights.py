@@ -11,7 +11,7 @@ from networks import small_conv, small_mlp
 from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 
-from rgap.weights import load_weights
+from rgap.models.weights import load_weights
 
 
 def contents(model: nn.Module) -> dict[str, Tensor]:

@@ -9,15 +9,15 @@ from torch import Tensor, nn
 
 import rgap
 from rgap import Status, capture, invert
-from rgap.coarse import coarse
-from rgap.kinks import rounded
-from rgap.losses import Loss
-from rgap.module_update import Inside, ModuleUpdate, Outside
-from rgap.network import parse
+from rgap.completion.features import coarse
+from rgap.completion.max_pool import find_winners
+from rgap.constraints.known_input import Standardised, Where
+from rgap.jacobian.module_update import Inside, ModuleUpdate, Outside
+from rgap.jacobian.smoothing import rounded
+from rgap.network.chain import parse
 from rgap.precision import UNKNOWN, Known, Precision
 from rgap.solvers.priors import TotalVariation
-from rgap.systems.known_input import Standardised, Where
-from rgap.winners import find_winners
+from rgap.update.losses import Loss
 
 F64 = torch.float64
 LABEL = torch.tensor([3])

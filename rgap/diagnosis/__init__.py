@@ -3,7 +3,7 @@
 rgap.check(model, update).explain()
 """
 
-from .finding import Check, Finding, Kind
-from .ranking import check
+from rgap.diagnosis.finding import Check, Finding, Kind
+from rgap.diagnosis.ranking import check
 
 __all__ = ["Check", "Finding", "Kind", "check"]

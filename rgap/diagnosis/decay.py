@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .evidence import Evidence
-from .finding import Finding, Kind
-from .noise import CLEAR, FEWEST, STATED, Floor
+from rgap.diagnosis.evidence import Evidence
+from rgap.diagnosis.finding import Finding, Kind
+from rgap.diagnosis.noise import CLEAR, FEWEST, STATED, Floor
 
 ALONG = 0.9  # cosine with the weights; of noise it is 1/4 at most
 SAME = 0.02  # relative difference of λ between layers

@@ -13,10 +13,9 @@ from math import inf
 import torch
 from torch import Tensor, nn
 
-from rgap.bias import bias_attack, rank_one_residual
-
-from .evidence import Call, Evidence
-from .finding import Finding, Kind
+from rgap.diagnosis.evidence import Call, Evidence
+from rgap.diagnosis.finding import Finding, Kind
+from rgap.head.bias_attack import bias_attack, rank_one_residual
 
 FEWEST = 2  # columns of zeros
 WIDE = (-40.0, -1.0, 1.0, 40.0)  # times the probes' pre-activations that data may reach

@@ -11,19 +11,18 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from rgap.affine import Affine, linear
-from rgap.batchloss import loss_scale
-from rgap.behind import behind, idle
-from rgap.checking import fitting_shape
-from rgap.ending import folded
-from rgap.isolation import untouched
-from rgap.losses import Loss
-from rgap.network import Chain, parse
+from rgap.diagnosis.finding import Kind
+from rgap.head.behind import behind, idle
+from rgap.head.ending import folded
+from rgap.jacobian.batch_loss import loss_scale
+from rgap.network.affine import Affine, linear
+from rgap.network.agreement import fitting_shape
+from rgap.network.chain import Chain, parse
+from rgap.network.isolation import untouched
 from rgap.precision import Precision
 from rgap.rounding import ABSENT
-from rgap.update import Update
-
-from .finding import Kind
+from rgap.update.losses import Loss
+from rgap.update.update import Update
 
 PROBES = 4  # random inputs that the model is run on
 AUDIBLE = 3.0  # times its noise that a tensor must be to say anything

@@ -16,12 +16,11 @@ from math import inf
 import torch
 from torch import Tensor
 
-from rgap.batchloss import loss_scale
-from rgap.losses import Loss
-from rgap.targets import BINARY, CLASSES, PROBABILITIES, SIGMOID_FOCAL, SQUARED
-
-from .evidence import Evidence
-from .samples import LOOSEST, SAFETY, Samples
+from rgap.diagnosis.evidence import Evidence
+from rgap.diagnosis.samples import LOOSEST, SAFETY, Samples
+from rgap.jacobian.batch_loss import loss_scale
+from rgap.update.losses import Loss
+from rgap.update.targets import BINARY, CLASSES, PROBABILITIES, SIGMOID_FOCAL, SQUARED
 
 BINARIES = (BINARY, PROBABILITIES, SIGMOID_FOCAL)  # y_j = 1 sends k_j < 0
 FEW = 64  # classes up to which a function of one's own is tried

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from .evidence import Call, Evidence
-from .finding import Finding, Kind
+from rgap.diagnosis.evidence import Call, Evidence
+from rgap.diagnosis.finding import Finding, Kind
 
 SAFETY = 100.0
 APART = 30.0  # times as much as the one mode must miss, for the other to be meant

@@ -13,9 +13,8 @@ from math import inf
 import torch
 from torch import nn
 
-from rgap.update import Update
-
-from .finding import Finding, Kind
+from rgap.diagnosis.finding import Finding, Kind
+from rgap.update.update import Update
 
 WRAPPERS = ("module.", "_orig_mod.", "_module.", "model.", "net.", "network.", "backbone.")
 

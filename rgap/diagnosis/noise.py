@@ -13,8 +13,8 @@ from math import inf
 
 import torch
 
-from .evidence import Evidence
-from .finding import Finding, Kind
+from rgap.diagnosis.evidence import Evidence
+from rgap.diagnosis.finding import Finding, Kind
 
 FEWEST = 4  # rows and columns beneath the rank of the batch
 CLEAR = 20.0  # times the rounding that noise stands out by

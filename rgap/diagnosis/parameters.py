@@ -10,10 +10,9 @@ from math import inf
 
 from torch import nn
 
+from rgap.diagnosis.finding import Finding, Kind
 from rgap.doubles import blocks
-from rgap.update import Update
-
-from .finding import Finding, Kind
+from rgap.update.update import Update
 
 ALIKE = 0.9  # cosine; the gradient of a network is within about 0.3 of its weights
 RATIO = 1.5  # of the norms

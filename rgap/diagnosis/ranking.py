@@ -8,12 +8,23 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from rgap import validation
+from rgap.diagnosis import (
+    decay,
+    dropout,
+    mode,
+    names,
+    noise,
+    parameters,
+    samples,
+    scale,
+    steps,
+    values,
+    weights,
+)
+from rgap.diagnosis.evidence import Evidence, gather
+from rgap.diagnosis.finding import Check, Finding, Kind
 from rgap.precision import Precision
-from rgap.update import Update
-
-from . import decay, dropout, mode, names, noise, parameters, samples, scale, steps, values, weights
-from .evidence import Evidence, gather
-from .finding import Check, Finding, Kind
+from rgap.update.update import Update
 
 EXPLAIN = frozenset(
     (Kind.MODE, Kind.DROPOUT, Kind.STEPS, Kind.NOISE, Kind.BATCH_SIZE, Kind.LOSS, Kind.PRECISION)

@@ -16,26 +16,25 @@ from math import inf
 import torch
 from torch import Tensor
 
-from rgap.behind import idle
-from rgap.bias import rank_one_residual
-from rgap.head import features_from_bias
+from rgap.diagnosis.evidence import Evidence
+from rgap.head.behind import idle
+from rgap.head.bias_attack import rank_one_residual
+from rgap.head.features import features_from_bias
 from rgap.limits import OUTSIDE
-from rgap.network import Chain
-from rgap.separation.at_head import AtHead
+from rgap.network.chain import Chain
 from rgap.separation.batch import Batch
 from rgap.separation.between import Between, steps_between
-from rgap.separation.consistency import Consistency, restricted
 from rgap.separation.identify import Identity as Target
 from rgap.separation.identify import continuous, identify, top
 from rgap.separation.mixture import Mixture
 from rgap.separation.peeling import LIKELY, SOLVED, collect, fresh_starts, rounding_cost
 from rgap.separation.route import unfit_pair
-from rgap.separation.softmax import identify_classes, likely, opening, unfit
+from rgap.separation.softmax.equations import AtHead
+from rgap.separation.softmax.separate import identify_classes, likely, opening, unfit
+from rgap.separation.subspace import Consistency, restricted
 from rgap.separation.targets import resolved
 from rgap.solvers.least_squares import levenberg_marquardt
-from rgap.targets import CROSS_ENTROPY
-
-from .evidence import Evidence
+from rgap.update.targets import CROSS_ENTROPY
 
 SAFETY = 30.0  # standard errors within which a cotangent may miss
 LOOSEST = 0.02  # relative error of a cotangent above which it tests nothing

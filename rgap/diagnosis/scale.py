@@ -11,14 +11,13 @@ from dataclasses import replace
 from itertools import product
 from math import inf, log2
 
-from rgap.batchloss import loss_scale
-from rgap.losses import Loss
-from rgap.targets import BINARY, CROSS_ENTROPY, SQUARED
-
-from .evidence import Evidence
-from .factors import EQUAL, Factors, measured, smallest_misfit
-from .finding import Finding, Kind
-from .samples import Samples
+from rgap.diagnosis.evidence import Evidence
+from rgap.diagnosis.factors import EQUAL, Factors, measured, smallest_misfit
+from rgap.diagnosis.finding import Finding, Kind
+from rgap.diagnosis.samples import Samples
+from rgap.jacobian.batch_loss import loss_scale
+from rgap.update.losses import Loss
+from rgap.update.targets import BINARY, CROSS_ENTROPY, SQUARED
 
 ROUND = 4e-6  # relative distance of a norm from a bound of two digits that clipping left
 GRADES = (Kind.SIGN, Kind.REDUCTION, Kind.SCALE, Kind.CLIPPING, Kind.LOSS)

@@ -19,15 +19,14 @@ import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
-from rgap.bias import bias_attack, rank_one_residual
-from rgap.federated import LocalTraining, average
-from rgap.losses import Loss
-from rgap.targets import CLASSES
-
-from .evidence import Call, Evidence
-from .finding import Finding, Kind
-from .noise import Floor
-from .samples import batch
+from rgap.diagnosis.evidence import Call, Evidence
+from rgap.diagnosis.finding import Finding, Kind
+from rgap.diagnosis.noise import Floor
+from rgap.diagnosis.samples import batch
+from rgap.head.bias_attack import bias_attack, rank_one_residual
+from rgap.update.local_training import LocalTraining, average
+from rgap.update.losses import Loss
+from rgap.update.targets import CLASSES
 
 MOST = 6  # local steps that are tried
 LARGEST = 2_000_000  # parameters of a network that is trained again

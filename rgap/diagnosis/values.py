@@ -9,13 +9,12 @@ from math import inf
 
 import torch
 
-from rgap.quantisation import recognise
+from rgap.diagnosis.evidence import Evidence
+from rgap.diagnosis.finding import Finding, Kind
 from rgap.rounding import UNIFORM
-from rgap.symptoms import compression
-from rgap.update import Update
-
-from .evidence import Evidence
-from .finding import Finding, Kind
+from rgap.update.compression import compression
+from rgap.update.quantisation import recognise
+from rgap.update.update import Update
 
 LINE = "rgap.match(model, update); the equations need the gradient as it was"
 ROUNDED = "update.as_rounded()[0]"

@@ -23,21 +23,20 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from rgap.bias import bias_attack, rank_one_residual
-from rgap.head import features_from_bias
+from rgap.diagnosis import mode
+from rgap.diagnosis.dropout import predicted
+from rgap.diagnosis.evidence import Call, Evidence
+from rgap.diagnosis.factors import smallest_misfit
+from rgap.diagnosis.finding import Finding, Kind
+from rgap.diagnosis.samples import Samples, nearest_sample
+from rgap.head.bias_attack import bias_attack, rank_one_residual
+from rgap.head.features import features_from_bias
 from rgap.limits import REFUTED
-from rgap.network import Chain, Stage
-from rgap.ops import Op, Reshape
-from rgap.piecewise import Activation
-from rgap.recursion import descend
-from rgap.targets import SQUARED
-
-from . import mode
-from .dropout import predicted
-from .evidence import Call, Evidence
-from .factors import smallest_misfit
-from .finding import Finding, Kind
-from .samples import Samples, nearest_sample
+from rgap.network.activations.piecewise import Activation
+from rgap.network.chain import Chain, Stage
+from rgap.network.reshape import Op, Reshape
+from rgap.recursion.descend import descend
+from rgap.update.targets import SQUARED
 
 SAFETY = 100.0
 LARGEST = 20_000  # unknowns of a stage up to which the recursion is tried

@@ -7,16 +7,16 @@ times the batch size, is the sum of the predicted probabilities minus the count 
 They differ in how they guess the probabilities; `exact` knows them, from recovered features.
 """
 
-from rgap.labels.columns import gradinversion
-from rgap.labels.entry import METHODS, estimate, head_features, head_gradient
-from rgap.labels.head import HeadGradient
-from rgap.labels.identity import exact
-from rgap.labels.impact import llg, llg_star
+from rgap.labels.best import best
+from rgap.labels.estimate import METHODS, estimate, head_features, head_gradient
+from rgap.labels.exact import exact
+from rgap.labels.gradient import HeadGradient
+from rgap.labels.gradinversion import gradinversion
+from rgap.labels.ilrg import ilrg
 from rgap.labels.integers import nearest_counts
-from rgap.labels.likelihood import best
-from rgap.labels.restoration import ilrg
+from rgap.labels.llg import llg, llg_star
 from rgap.labels.result import LabelEstimate
-from rgap.labels.separable import rlg
+from rgap.labels.rlg import rlg
 from rgap.labels.signs import idlg
 
 __all__ = [

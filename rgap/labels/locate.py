@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from rgap.isolation import untouched
-from rgap.labels.head import HeadGradient
-from rgap.running import guarded, recorded
-from rgap.update import Update
+from rgap.labels.gradient import HeadGradient
+from rgap.network.isolation import untouched
+from rgap.network.running import guarded, recorded
+from rgap.update.update import Update
 
 __all__ = ["Located", "locate"]
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from rgap.labels.cubature import MeanSoftmax, roots_of
-from rgap.labels.head import HeadGradient
+from rgap.labels.gradient import HeadGradient
 from rgap.labels.integers import nearest_simplex
 
 __all__ = ["Contrasts", "Posterior"]

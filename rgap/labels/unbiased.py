@@ -7,8 +7,8 @@ import math
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
-from rgap.labels.columns import signs_unknown
-from rgap.labels.head import HeadGradient
+from rgap.labels.gradient import HeadGradient
+from rgap.labels.gradinversion import signs_unknown
 
 __all__ = ["bias_sums"]
 

@@ -19,16 +19,17 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from rgap import models, photos
-from rgap.analysis.discard import audit
-from rgap.analysis.plots import discard_heatmap, psnr, side_by_side
-from rgap.analysis.table import Audit
-from rgap.capture import capture
-from rgap.invert import Head, invert
+from rgap.analysis.discard.audit import audit
+from rgap.analysis.discard.table import Audit
+from rgap.analysis.plots.discard import discard_heatmap, psnr, side_by_side
+from rgap.inversion.invert import Head, invert
+from rgap.models import published as models
+from rgap.photos import packaged as photos
 from rgap.recovery import Recovery
 from rgap.report.pictures import replacing, save_figure
 from rgap.report.results import finite
-from rgap.update import Update
+from rgap.update.capture import capture
+from rgap.update.update import Update
 
 if TYPE_CHECKING:
     from rich.status import Status as Spinner

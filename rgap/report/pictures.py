@@ -44,7 +44,7 @@ def read_pictures(sources: Sequence[str], shape: tuple[int, ...] | None) -> Tens
     """
     import torch
 
-    from rgap.pixels import read_picture
+    from rgap.photos.pixels import read_picture
 
     if shape is not None and (len(shape) != 3 or shape[0] not in (1, 3)):
         raise ValueError(
@@ -69,7 +69,7 @@ def read_pictures(sources: Sequence[str], shape: tuple[int, ...] | None) -> Tens
 def _photos(text: str, shape: tuple[int, ...] | None) -> list[Tensor]:
     import torch
 
-    from rgap import photos
+    from rgap.photos import packaged as photos
 
     channels, height, width = shape or (3, 32, 32)
     count = len(photos.names())

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from rgap.recovery import Recovery
-    from rgap.update import Update
+    from rgap.update.update import Update
 
 __all__ = ["check_target", "finite", "print_recovery", "write_recovery"]
 

@@ -14,7 +14,7 @@ from rgap.recovery import Route
 from rgap.report.tables import audit_matrix, status_text
 
 if TYPE_CHECKING:
-    from rgap.analysis.table import Audit
+    from rgap.analysis.discard.table import Audit
     from rgap.report.demo import Case, Demo
 
 __all__ = ["tell"]

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
-from rgap.analysis.plots import percent
+from rgap.analysis.plots.discard import percent
 
 if TYPE_CHECKING:
-    from rgap.analysis.harden_table import Hardening
-    from rgap.analysis.identifiability_table import Identifiability
-    from rgap.analysis.table import Audit, AuditRow
+    from rgap.analysis.discard.table import Audit, AuditRow
+    from rgap.analysis.hardening.table import Hardening
+    from rgap.analysis.joint_rank.table import Identifiability
     from rgap.diagnosis import Check
     from rgap.recovery import LayerReport, Recovery
 
@@ -59,7 +59,7 @@ def finding_table(check: Check) -> Table:
 def audit_table(audit: Audit) -> Table:
     """Every row of an audit, one block per batch size, layers in forward order.
 
-    >>> from rgap.analysis.table import Audit, AuditRow
+    >>> from rgap.analysis.discard.table import Audit, AuditRow
     >>> row = AuditRow("fc", "linear", 2, 64, 20, 16, 48, 16, 0.25, 3.0)
     >>> audit_table(Audit("Sequential", "exact", (row,))).row_count
     1
@@ -141,7 +141,7 @@ def joint_table(found: Identifiability) -> Table:
 def change_table(found: Hardening) -> Table:
     """The smallest changes, kind by kind.
 
-    >>> from rgap.analysis.harden_table import Change, Hardening
+    >>> from rgap.analysis.hardening.table import Change, Hardening
     >>> one = Change("batch size", "", 1, 2, 240, 6144, 240 / 6144)
     >>> change_table(Hardening("lenet", (3, 32, 32), 1, 0.03, 0, 3072, (one,))).row_count
     1

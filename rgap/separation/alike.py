@@ -10,12 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rgap.batchloss import BatchLoss
-from rgap.network import Chain
+from rgap.jacobian.batch_loss import BatchLoss
+from rgap.network.chain import Chain
 from rgap.precision import Known, Precision
-
-from .mixture import Mixture
-from .spread import cotangents
+from rgap.separation.errors import cotangents
+from rgap.separation.mixture import Mixture
 
 DRAWS = 4
 

@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from rgap.batchloss import BatchLoss
-from rgap.losses import Loss
-from rgap.network import Chain, Stage
+from rgap.jacobian.batch_loss import BatchLoss
+from rgap.network.chain import Chain, Stage
 from rgap.precision import Known, Precision
-
-from .mixture import Mixture, mixture
+from rgap.separation.mixture import Mixture, mixture
+from rgap.update.losses import Loss
 
 
 @dataclass(frozen=True)

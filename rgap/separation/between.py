@@ -8,13 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rgap.activations import Activation
-from rgap.network import Chain, Stage
-from rgap.ops import Op, Rearrange, Reshape
+from rgap.network.activations import Activation
+from rgap.network.chain import Chain, Stage
+from rgap.network.reshape import Op, Rearrange, Reshape
 from rgap.precision import Precision
-
-from .consistency import Consistency, along_directions
-from .mixture import Mixture
+from rgap.separation.mixture import Mixture
+from rgap.separation.subspace import Consistency, along_directions
 
 KINK = 1e-3  # distance of a pre-activation from a kink, in their rms, that is looked across
 BENT = 1e-2  # change of φ' within that distance, of itself, that is a kink: smooth ones change less

@@ -6,19 +6,18 @@ import time
 
 from torch import Tensor
 
-from rgap.batchloss import BatchLoss
+from rgap.jacobian.batch_loss import BatchLoss
 from rgap.limits import REFUTED, SEPARABLE
 from rgap.precision import Known
-
-from .alike import hidden_distance, remark, widened
-from .batch import Batch, Separated, Unseparated
-from .consistency import Consistency, restricted
-from .identify import rise, top
-from .joint import polish_jointly
-from .mixture import Mixture
-from .peeling import Collected, Identify
-from .spread import across_errors, cotangents, cotangents_above, spread
-from .targets import batch_loss, common_factor, confirmed, read_from_head, refuting
+from rgap.separation.alike import hidden_distance, remark, widened
+from rgap.separation.batch import Batch, Separated, Unseparated
+from rgap.separation.errors import across_errors, cotangents, cotangents_above, spread
+from rgap.separation.identify import rise, top
+from rgap.separation.mixture import Mixture
+from rgap.separation.peeling import Collected, Identify
+from rgap.separation.polish import polish_jointly
+from rgap.separation.subspace import Consistency, restricted
+from rgap.separation.targets import batch_loss, common_factor, confirmed, read_from_head, refuting
 
 TOGETHER = 100  # samples up to which a batch that only fits as a whole is polished
 DENSE = 2**23  # entries of J up to which such a batch is polished by QR

@@ -15,20 +15,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rgap.batchloss import BatchLoss
+from rgap.jacobian.batch_loss import BatchLoss
 from rgap.limits import CERTAIN, SEPARABLE
-from rgap.losses import Loss
 from rgap.precision import Known, Precision
-
-from .batch import Batch, Separated, Unseparated
-from .between import Between, steps_between
-from .consistency import Consistency, restricted
-from .identify import Identity, free, pullback
-from .lines import lines
-from .mixture import Mixture
-from .peeling import Collected, collect
-from .route import unfit_pair
-from .spread import spread
+from rgap.separation.batch import Batch, Separated, Unseparated
+from rgap.separation.between import Between, steps_between
+from rgap.separation.errors import spread
+from rgap.separation.identify import Identity, free, pullback
+from rgap.separation.lines import lines
+from rgap.separation.mixture import Mixture
+from rgap.separation.peeling import Collected, collect
+from rgap.separation.route import unfit_pair
+from rgap.separation.subspace import Consistency, restricted
+from rgap.update.losses import Loss
 
 
 @dataclass(frozen=True)

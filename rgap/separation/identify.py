@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from rgap.limits import BETTER, OUTSIDE, RIVAL
-from rgap.losses import Loss
-from rgap.network import Chain
-from rgap.targets import CROSS_ENTROPY
-
-from .mixture import Mixture
+from rgap.network.chain import Chain
+from rgap.separation.mixture import Mixture
+from rgap.update.losses import Loss
+from rgap.update.targets import CROSS_ENTROPY
 
 LISTED = 32  # classes up to which each is tried; above, the head's own gradient shortlists
 SHORT = 6  # classes that each root puts on that list

@@ -11,10 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rgap.piecewise import Activation
-
-from .between import Between
-from .consistency import Consistency, restricted
+from rgap.network.activations.piecewise import Activation
+from rgap.separation.between import Between
+from rgap.separation.subspace import Consistency, restricted
 
 FLAT = 1e-8  # σ of a direction that no equation of a root sees, relative
 BLURRED = 3.0  # times the error of P that such a direction may seem to be seen by

@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from rgap.network import Stage
+from rgap.network.chain import Stage
 from rgap.precision import Precision
 from rgap.solvers.lowrank import LowRank, low_rank
 

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rgap.batchloss import loss_scale
+from rgap.jacobian.batch_loss import loss_scale
 from rgap.limits import WHOLE
-from rgap.losses import Loss
+from rgap.update.losses import Loss
 
 EVEN = 1.5  # ratio of two weights below which they are taken for equal
 NEAR = 0.02  # the same where no batch size is stated: any ratios are near some fractions

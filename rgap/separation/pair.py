@@ -15,16 +15,15 @@ import torch
 from torch import Tensor
 
 from rgap.limits import OUTSIDE
-
-from .batch import Batch, Separated, Unseparated
-from .between import Between
-from .consistency import Consistency
-from .finish import finish
-from .identify import Identity, continuous, identify
-from .lines import lines
-from .mixture import Mixture
-from .peeling import Collected, collect
-from .targets import admissible, contradicted, single
+from rgap.separation.batch import Batch, Separated, Unseparated
+from rgap.separation.between import Between
+from rgap.separation.finish import finish
+from rgap.separation.identify import Identity, continuous, identify
+from rgap.separation.lines import lines
+from rgap.separation.mixture import Mixture
+from rgap.separation.peeling import Collected, collect
+from rgap.separation.subspace import Consistency
+from rgap.separation.targets import admissible, contradicted, single
 
 
 def separate_pair(

@@ -15,11 +15,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from rgap.separation.identify import Identity
+from rgap.separation.lines import on_line, open_directions
+from rgap.separation.subspace import Consistency, Restricted, restricted
 from rgap.solvers.least_squares import levenberg_marquardt
-
-from .consistency import Consistency, Restricted, restricted
-from .identify import Identity
-from .lines import on_line, open_directions
 
 STARTS = 16
 IDLE = 4  # rounds without a new sample, each with twice the starts, until it gives up

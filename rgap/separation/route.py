@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from .batch import Batch, Separated, Unseparated
-from .between import Between, steps_between
-from .mixture import Mixture
-from .pair import separate_pair
-from .softmax import separate_head, unfit
+from rgap.separation.batch import Batch, Separated, Unseparated
+from rgap.separation.between import Between, steps_between
+from rgap.separation.mixture import Mixture
+from rgap.separation.pair import separate_pair
+from rgap.separation.softmax.separate import separate_head, unfit
 
 Watcher = Callable[[str], None]
 

@@ -10,15 +10,14 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from rgap.batchloss import BatchLoss, loss_scale
+from rgap.jacobian.batch_loss import BatchLoss, loss_scale
 from rgap.limits import CERTAIN, LAW, LEAST, OUTSIDE, ROUGH, SIMILAR, SURE, SURELY, WHOLE
+from rgap.separation.batch import Batch, Unseparated
+from rgap.separation.identify import Identity
+from rgap.separation.mixture import Mixture
+from rgap.separation.multiplicity import batch_of, multiplicity, split_counts, whole
+from rgap.separation.peeling import Collected
 from rgap.solvers.tall import tall_qr
-
-from .batch import Batch, Unseparated
-from .identify import Identity
-from .mixture import Mixture
-from .multiplicity import batch_of, multiplicity, split_counts, whole
-from .peeling import Collected
 
 COMMON = 1.05  # ratio of weights that are taken for one factor; a replay decides
 SILENT = 0.25  # share of the distance of logits at which nothing is sent that the others may have

@@ -1,0 +1,1 @@
+"""Why this batch was not recovered: causes, ranked, each with its remedy."""

@@ -1,0 +1,249 @@
+"""Unknowns, ranks, redundancy and nullity of one layer as expressions in its sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["EFFORT", "FIELDS", "SymbolicLayer", "layer_form", "made"]
+
+FIELDS = ("unknowns", "gradient_rank", "weight_rank", "joint_rank", "overlap", "nullity")
+EFFORT = 3e10  # a few seconds
+TEXT_SIGNS = {"=": "=", "<=": "≤", ">=": "≥"}
+TEX_SIGNS = {"=": "=", "<=": r"\leq", ">=": r"\geq"}  # mathtext knows no \le
+
+
+@dataclass(frozen=True)
+class SymbolicLayer:
+    """One layer's counts as sympy expressions; whole numbers are sympy integers.
+
+    Attributes:
+        name: of the layer.
+        kind: such as "conv2d" or "linear".
+        batch: B, a symbol or a number.
+        unknowns: inputs of the layer, times B.
+        gradient_rank: rank of its gradient constraints.
+        weight_rank: rank of its weight constraints.
+        joint_rank: rank of both together.
+        critical_batch: smallest B at which something stays open; ∞ where that never happens,
+            None where the sizes do not say.  An upper bound unless ``exact``.
+        exact: True if ``joint_rank`` and ``nullity`` are those of generic weights and cotangents,
+            for every value of the symbols; False if ``joint_rank`` is an upper bound, and so
+            ``nullity`` a lower one.
+        reason: why.
+        gradient_exact: the same of ``gradient_rank``.
+        weight_exact: the same of ``weight_rank``.
+        left_open: ``nullity`` where a formula of its own reads better than the difference.
+        beside: layers that read the same input; ``joint_rank`` is that of all of them.
+        step: what leads into the layer and passes on less than it is given.
+        ahead: entries of one sample ahead of that step, 0 without one.
+    """
+
+    name: str
+    kind: str
+    batch: Any
+    unknowns: Any
+    gradient_rank: Any
+    weight_rank: Any
+    joint_rank: Any
+    critical_batch: Any
+    exact: bool
+    reason: str
+    gradient_exact: bool = True
+    weight_exact: bool = True
+    left_open: Any = None
+    beside: str = ""
+    step: str = ""
+    ahead: int = 0
+
+    @property
+    def overlap(self) -> Any:
+        """Equations that both blocks contain."""
+        from rgap.analysis.closed_forms.symbolic_lines import stepwise
+
+        return stepwise([self.gradient_rank, self.weight_rank], [self.joint_rank], self._symbol())
+
+    @property
+    def nullity(self) -> Any:
+        """Unknowns that the equations leave open."""
+        from rgap.analysis.closed_forms.symbolic_lines import open_part
+
+        if self.left_open is not None:
+            return self.left_open
+        return open_part(self.unknowns, self.joint_rank, self._symbol())
+
+    def at(self, values: Mapping[Any, int]) -> dict[str, int]:
+        """The counts as whole numbers, for values of the symbols.
+
+        Args:
+            values: by symbol or by name; more than are needed do no harm.
+
+        Raises:
+            ValueError: a symbol without a value.
+
+        >>> layer_form("linear", {"in_features": 4, "out_features": 3}).at({"B": 5})["nullity"]
+        2
+        """
+        named = {str(symbol): value for symbol, value in values.items()}
+        out = {}
+        for what in FIELDS:
+            expression = getattr(self, what)
+            put = {s: named[s.name] for s in expression.free_symbols if s.name in named}
+            missing = sorted(s.name for s in expression.free_symbols - put.keys())
+            if missing:
+                raise ValueError(
+                    f"'{self.name}' ({self.kind}): expected values for {missing}, got "
+                    f"{sorted(named)}; write at({{'{missing[0]}': 2, ...}})"
+                )
+            out[what] = int(expression.subs(put))
+        return out
+
+    def text(self) -> str:
+        """The counts, one a line; ≤ and ≥ mark bounds.
+
+        >>> print(layer_form("linear", {"in_features": 4, "out_features": 3}).text())
+        linear: exact; the null space is the product of those of k and W
+          unknowns       = 4·B
+          gradient rank  = min(4·B, 12)
+          weight rank    = 3·B
+          joint rank     = min(4·B, 3·B + 3)
+          shared         = min(3·B, 9)
+          nullity        = max(0, B − 3)
+          critical batch = 4
+        """
+        from rgap.analysis.closed_forms.writing import abbreviated, in_text
+
+        title = self.name if self.name == self.kind else f"{self.name} ({self.kind})"
+        lines = [f"{title}: {'exact' if self.exact else 'a bound'}; {self.reason}"]
+        rows = self.signed()
+        short, names = abbreviated([getattr(self, what) for _, what, _ in rows])
+        for (label, _, sign), value in zip(rows, short, strict=True):
+            lines.append(f"  {label:<14} {TEXT_SIGNS[sign]} {in_text(value)}")
+        if names:
+            where = ", ".join(f"{in_text(name)} = {in_text(what)}" for name, what in names)
+            lines.append(f"  where {where}")
+        return "\n".join(lines)
+
+    def latex(self) -> str:
+        r"""The counts as a LaTeX ``aligned`` block.
+
+        >>> form = layer_form("linear", {"in_features": "n", "out_features": "m"})
+        >>> r"\text{nullity} &= \max\left(0, B - m\right) \max\left(0, n - m\right)" in form.latex()
+        True
+        """
+        from rgap.analysis.closed_forms.writing import abbreviated, in_latex
+
+        rows = self.signed()
+        short, names = abbreviated([getattr(self, what) for _, what, _ in rows])
+        lines = [
+            rf"\text{{{label}}} &{TEX_SIGNS[sign]} {in_latex(value)}"
+            for (label, _, sign), value in zip(rows, short, strict=True)
+        ]
+        lines += [rf"{in_latex(name)} &:= {in_latex(what)}" for name, what in names]
+        body = r" \\ ".join(lines)
+        return rf"\begin{{aligned}} {body} \end{{aligned}}"
+
+    def signed(self) -> list[tuple[str, str, str]]:
+        """Label, attribute and sign ("=", "<=" or ">=") of every count that is known."""
+        above, below = ("=", "=") if self.exact else ("<=", ">=")
+        all_exact = self.exact and self.gradient_exact and self.weight_exact and not self.beside
+        rows = [
+            ("unknowns", "unknowns", "="),
+            ("gradient rank", "gradient_rank", "=" if self.gradient_exact else "<="),
+            ("weight rank", "weight_rank", "=" if self.weight_exact else "<="),
+            ("joint rank", "joint_rank", above),
+            ("nullity", "nullity", below),
+        ]
+        if all_exact:  # a difference of bounds is none
+            rows.insert(4, ("shared", "overlap", "="))
+        if self.critical_batch is not None:
+            rows.append(("critical batch", "critical_batch", above))
+        return rows
+
+    def _repr_latex_(self) -> str:
+        return f"${self.latex()}$"
+
+    def _symbol(self) -> Any:
+        """B, or the one symbol that the number of samples is a multiple of."""
+        import sympy
+
+        symbols = sympy.sympify(self.batch).free_symbols
+        return next(iter(symbols)) if len(symbols) == 1 else sympy.Symbol("B")
+
+
+def made(
+    name: str,
+    kind: str,
+    batch: Any,
+    counts: Sequence[Any],
+    critical: Any,
+    reason: str,
+    *,
+    exact: tuple[bool, bool, bool] = (True, True, True),
+    left_open: Any = None,
+) -> SymbolicLayer:
+    """A layer from (unknowns, gradient, weight, joint) and what of the last three is exact."""
+    import sympy
+
+    from rgap.analysis.closed_forms.symbolic_lines import tidy
+
+    samples = sympy.sympify(batch)
+    symbols = samples.free_symbols
+    own = next(iter(symbols)) if len(symbols) == 1 else None
+    unknowns, gradient, weight, joint = (tidy(sympy.sympify(value), own) for value in counts)
+    return SymbolicLayer(
+        name,
+        kind,
+        samples,
+        unknowns,
+        gradient,
+        weight,
+        joint,
+        critical_batch=None if critical is None else sympy.sympify(critical),
+        exact=exact[2],
+        reason=reason,
+        gradient_exact=exact[0],
+        weight_exact=exact[1],
+        left_open=left_open,
+    )
+
+
+def layer_form(
+    kind: str, sizes: Mapping[str, Any], *, name: str | None = None, effort: float = EFFORT
+) -> SymbolicLayer:
+    """Counts of one layer; every size is a number, a sympy symbol, or the name of one.
+
+    ``sizes`` takes the arguments of the PyTorch module, and ``batch`` (the symbol B if left out).
+    Convolutions take ``in_channels, out_channels, kernel_size, input_size`` and, if they differ
+    from PyTorch's defaults, ``stride, padding, dilation, groups``; a size per dimension is a tuple,
+    a padding per side a pair in that tuple; ``output_size`` names output sizes that the symbols
+    leave as expressions.  ``linear`` and ``head`` (a linear layer below a softmax loss) take
+    ``in_features, out_features``; pools ``channels, input_size, kernel_size``; ``batch_norm``,
+    ``invertible`` and ``relu`` take ``features``, and ``relu`` the fraction ``active`` of units
+    that are on.
+
+    Where all sizes but B are numbers, most convolutions are proved for every B; with sizes left as
+    symbols their ranks are upper bounds, and called that.
+
+    Args:
+        kind: "linear", "head", "conv1d", "conv2d", "conv3d", "average_pool", "max_pool",
+            "batch_norm", "invertible" or "relu".
+        sizes: by name.
+        name: of the layer; its kind if None.
+        effort: multiplications that one step of a proof may take; what is not proved is a bound.
+
+    Raises:
+        ValueError: an unknown kind, a missing or an unknown size, a number below 1.
+
+    >>> sizes = {"in_channels": 12, "out_channels": 12, "kernel_size": 5, "input_size": (16, 16),
+    ...          "stride": 2, "padding": 2}
+    >>> conv = layer_form("conv2d", sizes)
+    >>> conv.joint_rank, conv.nullity, conv.critical_batch, conv.exact
+    (Min(3072*B, 768*B + 3456), 1152*Max(0, 2*B - 3), 2, True)
+    """
+    from rgap.analysis.closed_forms.kinds import KINDS
+
+    if kind not in KINDS:
+        raise ValueError(f"expected kind in {sorted(KINDS)}, got {kind!r}; write kind='conv2d'")
+    return KINDS[kind](kind, dict(sizes), name or kind, effort)

@@ -1,0 +1,112 @@
+"""The rows of one probe batch: layers, layers counted together, and steps that discard."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from math import inf
+
+from rgap.allowance import Ahead, freely
+from rgap.analysis.calls.steps import Narrow, head_use, narrow_steps
+from rgap.analysis.calls.uses import Recording
+from rgap.analysis.discard.layer_ranks import (
+    Spaces,
+    branch_rows,
+    measured_row,
+    sketched_row,
+    summed,
+    with_joint,
+    work,
+)
+from rgap.analysis.discard.table import AuditRow
+from rgap.analysis.generic_rank.together import as_samples, together
+from rgap.analysis.probe import Probe
+from rgap.progress import Watch, silent
+from rgap.update.targets import CROSS_ENTROPY
+
+__all__ = ["probed_rows", "step_row"]
+
+
+def probed_rows(
+    probes: Sequence[Probe],
+    recording: Recording,
+    batch: int,
+    method: str,
+    spaces: Spaces,
+    loss: str = "",
+    watch: Watch = silent,
+    room: float = inf,
+    ahead: Ahead = freely,
+) -> list[AuditRow]:
+    """One row per use of a weight and per step that discards by itself, in forward order.
+
+    Args:
+        probes: the layers, of ``recording``.
+        recording: of the forward.
+        batch: B.
+        method: "exact" or "sketch".
+        spaces: row spaces of the weights that are known; added to.
+        loss: name of the client's loss: the logits of a softmax are not known from above.
+        watch: told of every layer.
+        room: bytes that the matrices of a layer may take.
+        ahead: asked before every layer whether there is time.
+    """
+    narrow = narrow_steps(recording)
+    head = head_use(recording) if loss == CROSS_ENTROPY else None
+    into = {one.use: one for one in narrow if one.use is not None}
+    make = measured_row if method == "exact" else sketched_row
+    found: list[tuple[int, AuditRow]] = []
+    mixed: dict[int, list[tuple[int, AuditRow]]] = {}
+    groups = together(probes)
+    for number, group in enumerate(groups, 1):
+        own = [probes[i] for i in group.members]
+        watch(own[0].affine.name, number, len(groups))
+        ahead(sum(work(p.affine, p.active, method) for p in own))
+        steps = [into[p.use] for p in own if p.use in into]
+        before = max((_ahead(recording, s) for s in steps), default=0)
+        if group.kind == "branches":
+            rows = branch_rows(own, batch, before, spaces, method, room)
+        elif group.kind == "shared":
+            rows = [make(as_samples(own), batch, before, spaces, room)] * len(own)
+        else:
+            rows = [make(own[0], batch, before, spaces, room)]
+            if recording.uses[own[0].use] is head:
+                rows = [with_joint(rows[0], rows[0].gradient_rank, True)]
+        for probe, row in zip(own, rows, strict=True):
+            names = dict.fromkeys(p.affine.name for p in _others(probes, own, probe, group.kind))
+            step = into[probe.use].step if probe.use in into else ""
+            row = replace(row, layer=probe.affine.name, kind=probe.affine.kind, step=step,
+                          beside=", ".join(names))  # fmt: skip
+            place = recording.uses[probe.use].node
+            if group.kind == "mixed":
+                mixed.setdefault(probe.read, []).append((place, replace(row, exact=False)))
+            else:
+                found.append((place, row))
+    for parts in mixed.values():
+        rows = summed([row for _, row in parts], max(row.unknowns for _, row in parts))
+        found += [(place, replace(row, exact=False))
+                  for (place, _), row in zip(parts, rows, strict=True)]  # fmt: skip
+    found += [(one.node, step_row(one, batch)) for one in narrow if one.use is None]
+    return [row for _, row in sorted(found, key=lambda pair: pair[0])]
+
+
+def _others(probes: Sequence[Probe], own: Sequence[Probe], probe: Probe, kind: str) -> list[Probe]:
+    """Uses that a row is counted together with."""
+    if kind == "mixed":
+        own = [p for p in probes if p.read == probe.read]
+    return [p for p in own if p is not probe]
+
+
+def step_row(one: Narrow, batch: int) -> AuditRow:
+    """A step without weights that leads into no single layer: what comes through is known."""
+    unknowns, known = batch * one.before, batch * one.after
+    lost, exact = unknowns - known, one.independent
+    counts = (unknowns, 0, known, known, lost, lost / unknowns)
+    return AuditRow(one.step, "step", batch, *counts, None, "counted", exact)
+
+
+def _ahead(recording: Recording, one: Narrow) -> int:
+    """Entries of one sample that the layer would have to read if the step were not there."""
+    assert one.use is not None
+    use = recording.uses[one.use]
+    return recording.nodes[use.read[0]].entries + one.lost

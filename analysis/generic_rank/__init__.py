@@ -1,0 +1,1 @@
+"""One layer's rank counted three ways: in numbers, modulo a prime, by matchings."""

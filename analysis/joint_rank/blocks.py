@@ -1,0 +1,177 @@
+"""Null space of the Jacobian of any module's update: its layers' blocks, from the head down."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import inf
+
+import torch
+from torch import Tensor
+
+from rgap import memory
+from rgap.allowance import PLAIN, Ahead, factorisation, freely
+from rgap.analysis.joint_rank.nullspace import eliminate
+from rgap.jacobian.update_map import SignSketch, UpdateMap
+from rgap.progress import Watch, silent
+from rgap.solvers.rank import Rank, numerical_rank, resolve_rcond
+
+FORMED = 4  # matrices of the Jacobian's size that are held at a time
+SPARE = 64  # rows of a sketch beyond the unknowns
+
+
+@dataclass(frozen=True)
+class BlockNull:
+    """Result of :func:`eliminate_blocks`, everything in forward order.
+
+    Attributes:
+        ranks: of the update of layer i and all above it, cumulative from the head down.
+        decisions: what each block's own rank was decided from, after the blocks above.
+        joint: of the whole Jacobian by its singular values; None for a sketch.
+        basis: orthonormal null directions [nullity, B, *input_shape].
+        spectra: singular values by name.
+        notes: what the reader should know.
+    """
+
+    ranks: tuple[int, ...]
+    decisions: tuple[Rank, ...]
+    joint: Rank | None
+    basis: Tensor
+    spectra: tuple[tuple[str, Tensor], ...]
+    notes: tuple[str, ...]
+
+
+def eliminate_blocks(
+    update: UpdateMap,
+    *,
+    sketch: bool,
+    rcond: float | None = None,
+    noise: float = 0.0,
+    dtype: torch.dtype = torch.float64,
+    room: float = inf,
+    seed: int = 0,
+    watch: Watch = silent,
+    ahead: Ahead = freely,
+) -> BlockNull:
+    """Rank layer by layer, each in its own units on what the layers above it left open.
+
+    Args:
+        update: the map whose Jacobian is meant.
+        sketch: compress layers with more equations than unknowns by random signs.
+        rcond: relative cutoff, None for the default.
+        noise: relative error of the update.
+        dtype: precision in which it is known.
+        room: bytes.
+        seed: of the signs.
+        watch: told of every layer.
+        ahead: asked before every factorisation whether there is time.
+
+    Raises:
+        OutOfMemory: they need more.
+    """
+    blocks = jacobian_blocks(update, sketch, room, seed, watch)
+    size = update.unknowns
+    open_ = _identity(size, update.inputs)
+    ranks: list[int] = []
+    decisions: list[Rank] = []
+    spectra: list[tuple[str, Tensor]] = []
+    error = noise
+    for block, rows in reversed(list(zip(update.blocks, blocks, strict=True))):
+        ahead(factorisation(len(rows), open_.shape[1]))
+        natural = _largest(rows)
+        found = eliminate(rows @ open_, rcond=rcond, noise=error, dtype=dtype, scale=natural)
+        open_ = open_ @ found.basis
+        if rcond is None and found.rank.rank:
+            # The basis inherits the rounding of this decision, enlarged by its condition.
+            error = max(error, 4.0 * torch.finfo(torch.float64).eps * found.rank.condition)
+        ranks.insert(0, size - open_.shape[1])
+        decisions.insert(0, found.rank)
+        spectra.insert(0, (block.layer, found.values))
+    joint: Rank | None = None
+    notes: list[str] = []
+    if not sketch:
+        total = sum(map(len, blocks))
+        ahead(factorisation(total, size, PLAIN) + factorisation(min(total, size), size))
+        joint, values, vectors = _joint(blocks, size, rcond, noise, dtype)
+        spectra.insert(0, ("all layers", values))
+        if joint.rank != ranks[0]:
+            notes.append(
+                f"The singular values of all layers together say {joint.rank}, layer by layer "
+                f"{ranks[0]}: the cutoff lies inside the spectrum."
+            )
+        open_ = vectors
+    basis = open_.T.reshape(-1, *update.inputs.shape).contiguous()
+    return BlockNull(tuple(ranks), tuple(decisions), joint, basis, tuple(spectra), tuple(notes))
+
+
+def jacobian_blocks(
+    update: UpdateMap,
+    sketch: bool,
+    room: float = inf,
+    seed: int = 0,
+    watch: Watch = silent,
+) -> list[Tensor]:
+    """J of every layer [equations or sketched rows, unknowns], in forward order.
+
+    Args:
+        update: the map whose Jacobian is meant.
+        sketch: compress layers with more equations than unknowns.
+        room: bytes, for what is done with them as well.
+        seed: of the signs.
+        watch: told of every layer.
+
+    Raises:
+        OutOfMemory: they need more.
+    """
+    size = update.unknowns
+    places = size + max(SPARE, size // 8)
+    kept = [min(b.equations, places) if sketch else b.equations for b in update.blocks]
+    memory.require(
+        f"the Jacobian of {sum(kept):,} rows for {size:,} unknowns",
+        FORMED * 8.0 * sum(kept) * size + update.held,
+        room,
+        "a smaller batch or input_shape" if sketch else "method='sketch', or a smaller batch",
+    )
+    out = [update.inputs.new_zeros(size, rows) for rows in kept]
+    signs = [
+        SignSketch(b.equations, places, seed + at) if b.equations > rows else None
+        for at, (b, rows) in enumerate(zip(update.blocks, kept, strict=True))
+    ]
+    unit = _identity(size, update.inputs).reshape(size, *update.inputs.shape)
+    for piece, products in update.chunks(unit):
+        watch("columns of the Jacobian", piece.stop, size)
+        parts = torch.split(products, [b.equations for b in update.blocks], 1)
+        for target, part, sign in zip(out, parts, signs, strict=True):
+            target[piece] = part if sign is None else sign(part)
+    return [target.T for target in out]
+
+
+def _joint(
+    blocks: list[Tensor], size: int, rcond: float | None, noise: float, dtype: torch.dtype
+) -> tuple[Rank, Tensor, Tensor]:
+    """Rank, singular values and null space of all rows, every layer of norm one."""
+    scaled = [rows / rows.norm() for rows in blocks if bool(rows.any())]
+    if not scaled:
+        nothing = blocks[0].new_zeros(0)
+        return Rank(0, size, 0.0, inf, 0.0, 0.0, 0), nothing, _identity(size, blocks[0])
+    matrix = torch.cat(scaled)
+    if len(matrix) > size:
+        matrix = torch.linalg.qr(matrix, mode="r").R
+    _, values, vh = torch.linalg.svd(matrix, full_matrices=True)
+    total = sum(len(rows) for rows in blocks)
+    rank = numerical_rank(values, size, resolve_rcond(rcond, (total, size), dtype, noise))
+    return rank, values, vh[rank.rank :].T
+
+
+def _largest(rows: Tensor, steps: int = 6) -> float:
+    """σ_1 by power iteration; a few per cent are enough for a scale."""
+    if not bool(rows.any()):
+        return 0.0
+    generator = torch.Generator().manual_seed(0)
+    v = torch.randn(rows.shape[1], 2, generator=generator, dtype=rows.dtype).to(rows)
+    for _ in range(steps):
+        v = torch.linalg.qr(rows.T @ (rows @ v)).Q
+    return float(torch.linalg.matrix_norm(rows @ v, 2))
+
+
+def _identity(size: int, like: Tensor) -> Tensor:
+    return torch.eye(size, dtype=like.dtype, device=like.device)

@@ -1,0 +1,1 @@
+"""The Cramér-Rao bound under noise and defences, and its measured counterpart."""

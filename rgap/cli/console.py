@@ -1,0 +1,67 @@
+"""How a command speaks: results on standard output, all else in single lines on standard error."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from rgap.cli.spoken import options_of, spoken
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["clean", "print_json", "say", "stderr", "stdout"]
+
+
+@contextmanager
+def clean(context: typer.Context) -> Iterator[None]:
+    """Bad input ends in one line on standard error and exit code 2; warnings are one line too.
+
+    The line names the command's options where the library names arguments.
+    """
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: say(f"warning: {message}")
+        if context.obj:
+            yield
+            return
+        try:
+            yield
+        except (ValueError, TypeError, OSError, ImportError) as error:
+            say(f"error: {spoken(str(error), options_of(context))}")
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            say("interrupted")
+            raise typer.Exit(130) from None
+
+
+def say(text: str) -> None:
+    """One line on standard error."""
+    typer.echo(f"rgap: {' '.join(text.split())}", err=True)
+
+
+def stdout() -> Console:
+    """Where results go."""
+    from rich.console import Console
+
+    # A pipe has no width of its own; 80 columns would cut tables that a file can hold.
+    return Console() if sys.stdout.isatty() else Console(width=120)
+
+
+def stderr() -> Console:
+    """Where everything else goes."""
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def print_json(document: dict[str, Any]) -> None:
+    """One JSON document; null for what is not finite."""
+    from rgap.report.results import finite
+
+    typer.echo(json.dumps(finite(document), indent=2, allow_nan=False))

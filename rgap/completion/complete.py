@@ -1,0 +1,203 @@
+"""Completion: where the rank falls short, a prior fills what is missing, and only that.
+
+Of the stage at which the recursion ended the cotangent k is known and, of its input u, all that its
+own equations say (``C u = c``, orthonormal rows).  The data then solve
+
+    min ‖C u(x) − c‖² + Σ_j ‖G_j(x) − G_j‖²/‖G_j‖² + λ prior(x),   j below that stage,
+
+by Gauss–Newton, λ going down to 0.  What is determined stays determined.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import isfinite
+
+import torch
+from torch import Tensor
+
+from rgap.completion.annealing import ANNEALING, TRAPPED, Position, Watch, anneal
+from rgap.constraints.known_input import Bounded, Equations, KnownPart, PlainRows, Whole
+from rgap.jacobian.module_update import Inside, ModuleUpdate
+from rgap.network.activations import Activation
+from rgap.network.chain import Chain, Stage
+from rgap.network.reshape import Reshape
+from rgap.precision import Known, Precision
+from rgap.recursion.descend import Reached
+from rgap.recursion.matrix_free import memory
+from rgap.recursion.stage import BUDGET
+from rgap.solvers.gauss_newton import Minimum, Schedule, Step
+from rgap.solvers.priors import Prior, Squares, natural
+
+PASSES = (16, 40)  # levels of the first try and of those after it
+MISSED = 1e-2  # misfit above which an answer does not reproduce the update
+MOST = 4096  # pre-activations whose Gram matrix is factored; beyond, the rows are used as they are
+
+
+@dataclass(frozen=True)
+class Filling:
+    """How what the equations leave open is chosen.
+
+    Attributes:
+        prior: of the data.
+        schedule: of its weight; its seconds count from ``began``.
+        began: of ``time.perf_counter``.
+    """
+
+    prior: Prior
+    schedule: Schedule
+    began: float
+
+    @property
+    def deadline(self) -> float:
+        """Of ``time.perf_counter``."""
+        return self.began + self.schedule.seconds
+
+    @property
+    def left(self) -> float:
+        """Seconds until the deadline, at least 0."""
+        return max(self.deadline - time.perf_counter(), 0.0)
+
+    @classmethod
+    def of(
+        cls,
+        prior: Prior | None,
+        seconds: float,
+        shape: Sequence[int],
+        value_range: tuple[float, float] | None,
+        began: float | None = None,
+    ) -> Filling:
+        """With the usual prior where none is given: that of pictures if entries have neighbours.
+
+        Raises:
+            ValueError: no time.
+        """
+        if not seconds > 0:
+            raise ValueError(
+                f"time_limit: expected seconds above 0, got {seconds!r}; write time_limit=60.0"
+            )
+        low, high = value_range or (0.0, 1.0)
+        width = high - low
+        if len(shape) > 1:
+            usual = natural(shape[0], width)
+        else:
+            usual = Squares(width**-2, (low + high) / 2)
+        schedule = Schedule(seconds=float(seconds), smoothing=Schedule.smoothing * width)
+        return cls(prior or usual, schedule, time.perf_counter() if began is None else began)
+
+
+def inside(
+    chain: Chain,
+    reached: Reached,
+    gradients: Mapping[str, Tensor],
+    precision: Precision,
+    budget: float = BUDGET,
+) -> Inside:
+    """What a recursion that ended early knows of the lowest stage that it reached.
+
+    Args:
+        chain: the stages, or those above a barrier.
+        reached: the lowest stage of which something is known.
+        gradients: the update.
+        precision: of the update.
+        budget: bytes above which no matrix is formed.
+    """
+    stage = chain.stages[reached.index]
+    known: Equations
+    if reached.u is not None:
+        known = Whole(reached.u.value, float(reached.u.std.square().sum()))
+    else:
+        assert reached.z is not None
+        sent = gradients[stage.affine.weight_name]
+        k = reached.k
+        if not precision.sent(stage.affine.weight_name):  # as in the recursion: K = 0
+            k = Known(0.0 * k.value, 0.0 * k.error)
+        large = reached.z.value.numel() > MOST
+        if large or memory(stage.affine, len(reached.k.value)) > budget:
+            known = PlainRows.of(stage.affine, sent, reached.z, k, precision)
+        else:
+            known = KnownPart.of(stage.affine, sent, reached.z, k, precision)
+        if _rectified(chain, stage) and not bool(reached.z.known.all()):
+            known = Bounded.of(known, stage.affine, ~reached.z.known)
+    shape = (len(reached.k.value), *stage.affine.in_shape)
+    size = float(reached.k.value.norm())
+    blur = float(reached.k.std.norm()) / size if size > 0 else 0.0
+    return Inside(stage.name, shape, known, stage.affine.adjoint(reached.k.value), blur)
+
+
+def _rectified(chain: Chain, stage: Stage) -> bool:
+    """True if a pre-activation that no equation fixes is one that a ReLU set to 0.
+
+    Below a pool it may be one that did not win, whatever its sign.
+    """
+    above = chain.stages[stage.index + 1].lead if stage.index + 1 < len(chain.stages) else ()
+    if any(op.barrier is not None for op in above):
+        return False
+    for op in stage.tail:
+        if not isinstance(op, Reshape):
+            return isinstance(op, Activation) and op.one_sided
+    return False
+
+
+def complete(
+    update: ModuleUpdate,
+    start: Tensor,
+    prior: Prior,
+    schedule: Schedule,
+    value_range: tuple[float, float] | None,
+    precision: Precision,
+    *,
+    watch: Watch | None = None,
+) -> Minimum:
+    """Solve for the data, the prior filling what the equations leave open.
+
+    Where the network has kinks they are rounded off at first and sharpened level by level
+    (:mod:`rgap.jacobian.smoothing`); where that ends in a local minimum, once more and more slowly.
+
+    Args:
+        update: the equations.
+        start: x to begin with, [B, *input_shape].
+        prior: of the data.
+        schedule: of its weight.
+        value_range: of the data, kept; None for none.
+        precision: of the update: the weight of the prior stays where the misfit is what errors
+            explain (Morozov's discrepancy principle).
+        watch: told of every step.
+
+    Returns:
+        The :class:`~rgap.solvers.gauss_newton.Minimum`; ``misfit`` is that of the network itself,
+        in units in which what is known inside misses by 1 at the start.
+    """
+    deadline = time.perf_counter() + schedule.seconds
+
+    def project(x: Tensor) -> Tensor:
+        return x if value_range is None else x.clamp(*value_range)
+
+    update.balance(start)
+    schedule = replace(schedule, target=update.expected(precision))
+    best: Minimum | None = None
+    steps: tuple[Step, ...] = ()
+    for levels in PASSES if update.sharpness else PASSES[:1]:
+        late = time.perf_counter() > deadline
+        if best is not None and (best.misfit <= TRAPPED or late or not isfinite(best.misfit)):
+            break
+        found = anneal(
+            update, Position(start), prior, schedule, levels, deadline,
+            share=ANNEALING, project=project, watch=watch,
+        )  # fmt: skip
+        steps = (*steps, *found.steps)
+        best = found if best is None or found.misfit < best.misfit else best
+    assert best is not None
+    return replace(best, steps=steps)
+
+
+def grey(
+    batch: int, shape: Sequence[int], value_range: tuple[float, float] | None, seed: int
+) -> Tensor:
+    """The middle of the range and a little noise, [B, *shape]."""
+    low, high = value_range or (0.0, 1.0)
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(batch, *shape, generator=generator, dtype=torch.float64)
+    return (low + high) / 2 + 1e-3 * (high - low) * noise

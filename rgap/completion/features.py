@@ -1,0 +1,125 @@
+"""A picture where no batch that meets the update was found: known features first, then gradients.
+
+Gradients of a network with kinks jump, so a search that follows them ends where it began.  The
+features u of a layer are continuous in the data, and closed forms often know them.  Adam on signs
+goes down
+
+    mean((u(x) − û)²/s²) + λ prior(x),   then   1 − cos(G(x), G) + ε·(the same with a smaller λ),
+
+s the spread of every channel of û over its places: a bias that all places share says nothing.
+Computed in float32, which is enough for a picture and half the time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from rgap.constraints.known_input import Standardised
+from rgap.jacobian.module_update import Inside, ModuleUpdate, Outside
+from rgap.network.isolation import convolution_work, small_kernels
+from rgap.solvers.first_order import Adam
+from rgap.solvers.priors import Prior
+
+RULE = Adam(0.025, signed=True)  # in widths of the range
+STEPS = (300, 200)  # at most, on features and on gradients
+FINER = 0.4  # rate of the second part over that of the first
+WEIGHTS = (0.1, 0.01)  # of the prior, in the first part and in the second
+POOLED = 0.003  # the latter where features are averages over the picture: gradients decide
+NEARLY = 0.2  # of the prior where features are not known but nearly so
+BRIEF = 0.2  # share of the time for features that are averages, of which few numbers are left
+STARTS = 2  # where one answer is as good as another: the mean is nearer than each
+FEATURES = 0.1  # ε: weight of known features beside the cosine
+NOISE = 0.25  # spread of the start, in widths of the range
+LATE = 1.05  # share of its time after which a part ends, wherever it is
+PROBE = 5  # steps after which their number is fitted to the time
+
+
+def coarse(
+    model: nn.Module,
+    gradients: Mapping[str, Tensor],
+    source: Inside | Outside,
+    shape: tuple[int, ...],
+    prior: Prior,
+    value_range: tuple[float, float] | None,
+    seconds: float,
+    *,
+    follow: bool = True,
+    seed: int = 0,
+) -> Tensor:
+    """The batch that known features, the directions of gradients and a prior suggest; no more.
+
+    Args:
+        model: the network.
+        gradients: the update.
+        source: the loss; or features, :class:`Standardised`, with the cotangent there.
+        shape: of the batch.
+        prior: of the data.
+        value_range: of the data, kept; None for none.
+        seconds: to spend, about.
+        follow: False where the features are not certain and the cotangent is not known: they alone.
+        seed: of the start.
+    """
+    deadline = time.perf_counter() + seconds
+    low, high = value_range or (0.0, 1.0)
+    parts: tuple[int, ...] = (1,)
+    vague = True
+    if isinstance(source, Inside):
+        assert isinstance(source.known, Standardised)
+        vague, parts = source.known.places == 1, (0, 1) if follow else (0,)
+        known, cotangent = source.known.to(torch.float32), source.cotangent.float()
+        source = replace(source, known=known, cotangent=cotangent)
+    update = ModuleUpdate(model, gradients, source, shape, torch.float32)
+    starts, found = STARTS if vague or not follow else 1, list[Tensor]()
+    for start in range(starts):
+        generator = torch.Generator().manual_seed(seed + start)
+        x = torch.randn(shape, generator=generator) * NOISE * (high - low) + (low + high) / 2
+        x = x.to(next(iter(update.gradients.values()))) if update.gradients else x
+        with small_kernels(convolution_work(update.model, x)):
+            for part in parts:
+                left = (deadline - time.perf_counter()) / (starts - start)
+                rate = FINER if part and not vague else 1.0
+                first = WEIGHTS[0] if follow else NEARLY
+                weight = (first, POOLED if vague else WEIGHTS[1])[part]
+                share = left if part == parts[-1] else (BRIEF if vague else 0.5) * left
+                x = _descended(update, x, prior, value_range, part, rate, weight, share)
+        found.append(x.double())
+    return torch.stack(found).mean(0)
+
+
+def _descended(
+    update: ModuleUpdate,
+    x: Tensor,
+    prior: Prior,
+    value_range: tuple[float, float] | None,
+    part: int,
+    rate: float,
+    weight: float,
+    seconds: float,
+) -> Tensor:
+    """One part of the way; its steps are fitted to the time."""
+    low, high = value_range or (0.0, 1.0)
+    began, total, shape = time.perf_counter(), STEPS[part], x.shape
+    rate *= high - low
+    state, row, number = RULE.begin(x.reshape(1, -1)), x.reshape(1, -1), 0
+    while number < total:
+        at = row.reshape(shape).requires_grad_()
+        with torch.enable_grad():
+            value = update.direction(at, FEATURES) if part else update.features(at)
+            slope = torch.autograd.grad(value, at)[0]
+        slope = slope + weight * prior.gradient(at.detach())
+        row, state = RULE.step(
+            row.detach(), slope.reshape(1, -1), state, rate * RULE.length(number, total)
+        )
+        row = row if value_range is None else row.clamp(low, high)
+        number += 1
+        spent = time.perf_counter() - began
+        if number == PROBE:
+            total = max(PROBE + 1, min(total, int(PROBE * seconds / max(spent, 1e-9))))
+        if spent > LATE * seconds:
+            break
+    return row.detach().reshape(shape)

@@ -1,0 +1,268 @@
+"""The target of one sample, read off its cotangent at the last affine map, and a factor on it.
+
+At the features x of the last affine map the cotangent is ``k = λ κ(z, y)``, z = W x + b, with
+λ = 1 for an update as it was declared.  A factor on the loss or on the whole update (a loss scale,
+clipping, a sum for a mean, the batch size that an accountant expects) is λ: every equation below
+the head is as it was, and for class indices the head fixes λ and the label together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import inf
+
+import torch
+from torch import Tensor
+
+from rgap.limits import APART, ENSEMBLE, FREE, LOGIT, NORMALISED
+from rgap.network.chain import Stage
+from rgap.precision import Known, Precision
+from rgap.update.losses import Loss
+from rgap.update.targets import BINARY, CLASSES
+
+__all__ = ["Reading", "read_target", "read_weighed"]
+
+LISTED = 4096  # targets that are tried one by one
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a cotangent says of its target.
+
+    Attributes:
+        target: dense, before label smoothing, [1, C].
+        labels: the nearest admissible target.
+        distance: of the two (largest entry); where steps follow the head, in units of what tells
+            the label from the next one.
+        tolerance: the distance that rounding and noise explain.
+        scale: λ.
+        open: why the target is not certain whatever the distance, or "".
+        spread: standard error of λ, where it was fitted.
+        tested: False where the cotangents of all targets have one direction, of which λ is the
+            length, so that nothing but another sample tests it.
+    """
+
+    target: Tensor
+    labels: Tensor
+    distance: float
+    tolerance: float
+    scale: float = 1.0
+    open: str = ""
+    spread: float = 0.0
+    tested: bool = True
+
+    @property
+    def fits(self) -> bool:
+        """True if the target is one that the loss allows, within the precision of the update."""
+        return self.distance <= self.tolerance
+
+
+def read_target(stage: Stage, x: Known, k: Known, loss: Loss, precision: Precision) -> Reading:
+    """The target that explains k at the features x, and the factor λ where λ = 1 does not.
+
+    A factor is only taken where something tests it: the cotangents of all targets span d
+    dimensions, λ uses up one, and every other label has to be refuted with a factor of its own.
+
+    Args:
+        stage: the last stage, fully connected.
+        x: input of its affine map, [1, n], with its errors.
+        k: cotangent at its output, [1, m], with its errors.
+        loss: of that output.
+        precision: of the update.
+    """
+    z = Known(stage.affine.forward(x.value), torch.stack([stage.affine.linear(e) for e in x.error]))
+    first = _declared(z, k, loss, precision)
+    if first.fits or first.open or loss.targets != "index":
+        return first
+    found = [r for r in _scaled(z, k, loss, precision) if r.fits and r.tested]
+    if len(found) != 1:
+        return first
+    return found[0]
+
+
+def read_weighed(stage: Stage, x: Known, k: Known, loss: Loss, precision: Precision) -> Reading:
+    """The same of one sample of a batch, whose λ is unknown: never taken to be 1.
+
+    Args:
+        stage: the last stage, fully connected.
+        x: input of its affine map, [1, n], with its errors.
+        k: cotangent of the sample at its output, [1, m], with its errors.
+        loss: of that output, as a sum over the samples, with index targets.
+        precision: of the update.
+    """
+    z = Known(stage.affine.forward(x.value), torch.stack([stage.affine.linear(e) for e in x.error]))
+    found = sorted(_scaled(z, k, loss, precision), key=lambda reading: reading.distance)
+    fitting = [reading for reading in found if reading.fits]
+    if len(fitting) == 1:
+        return replace(fitting[0], open=loss.open_at(z.value))
+    if fitting:
+        twins = " and ".join(str(reading.labels.flatten().tolist()) for reading in fitting[:2])
+        return replace(fitting[0], open=f"targets {twins}, each with a factor of its own, send it")
+    return found[0] if found else replace(_declared(z, k, loss, precision), distance=inf)
+
+
+def _declared(z: Known, k: Known, loss: Loss, precision: Precision) -> Reading:
+    """With λ = 1."""
+    if not loss.plain and loss.targets == "index":
+        return _nearest(z, k, loss, precision)
+    target = loss.targets_from(z.value, k.value)
+    labels, distance = loss.read(target)
+    tolerance = _tolerance(z, k, loss, target, precision)
+    if loss.targets == "probability":
+        tolerance = max(tolerance, NORMALISED)
+    return Reading(target, labels, float(distance), tolerance, open=loss.open_at(z.value))
+
+
+def _tolerance(z: Known, k: Known, loss: Loss, target: Tensor, precision: Precision) -> float:
+    """Distance of a dense target from an admissible one that the errors of z and k explain.
+
+    The client's softmax rounds in absolute terms (p − 1), its logits relatively.
+    """
+    back = loss.targets_from(z.value, k.value + 1.0) - loss.targets_from(z.value, k.value)
+    scale = float(back.abs().max())
+    own = float(k.error.abs().max()) * scale
+    width = float(z.error.abs().max()) + float(z.value.abs().max()) * precision.unit * LOGIT
+    return ENSEMBLE * (own + width + LOGIT * precision.unit * max(1.0, scale * precision.unit))
+
+
+def _nearest(z: Known, k: Known, loss: Loss, precision: Precision) -> Reading:
+    """Index targets behind steps: the one whose k comes nearest, and how near the next comes."""
+    options = _options(loss, z.value)
+    if options is None:
+        target = loss.targets_from(z.value, k.value)
+        labels, distance = loss.read(target)
+        tolerance = _tolerance(z, k, loss, target, precision)
+        return Reading(target, labels, float(distance), tolerance, open=loss.open_at(z.value))
+    many = _cotangents(loss, z.value, options)
+    return _compared(z, k, loss, precision, options, many, None)
+
+
+def _compared(
+    z: Known,
+    k: Known,
+    loss: Loss,
+    precision: Precision,
+    options: Tensor,
+    many: Tensor,
+    chosen: int | None,
+    scale: float = 1.0,
+) -> Reading:
+    """One option against k/λ: how far it is, and how far the options are from each other."""
+    at = k.value / scale
+    best = int((many - at).square().sum(1).argmin()) if chosen is None else chosen
+    target = options[best : best + 1]
+    others = (many - many[best]).abs().amax(1)
+    others[best] = inf
+    apart = float(others.min()) if len(options) > 1 else inf
+    error = _error(z, Known(at, k.error / scale), loss, target, precision)
+    labels = loss.read(target)[0]
+    if not apart > APART * error:
+        twin = int(others.argmin())
+        words = (
+            f"targets {_named(loss, options[best])} and {_named(loss, options[twin])} send the "
+            f"same within what rounding and noise explain ({getattr(loss, 'words', str)()} does "
+            "not tell them apart)"
+        )
+        return Reading(target, labels, 0.0, inf, scale, words)
+    distance = float((many[best] - at).abs().max()) / apart
+    return Reading(target, labels, distance, error / apart, scale)
+
+
+def _error(z: Known, k: Known, loss: Loss, target: Tensor, precision: Precision) -> float:
+    """ENSEMBLE times the largest error of k and of what the loss gives at z."""
+    bent = [loss.cotangent_jvp(z.value, e, target) for e in z.error]
+    carried = torch.stack(bent) - k.error
+    kappa, own = loss.cotangent(z.value, target), loss.rounding(z.value, target)
+    size = 1.0 + float(z.value.abs().max())
+    rounded = precision.unit * (LOGIT * kappa.abs() * size + own) + precision.floor
+    return ENSEMBLE * (float(carried.abs().max()) + float(rounded.max()))
+
+
+def _scaled(z: Known, k: Known, loss: Loss, precision: Precision) -> Iterator[Reading]:
+    """Every target with the positive factor that fits it best, and whether anything tests it."""
+    options = _options(loss, z.value)
+    if options is None:
+        options = _around(loss, z.value, k.value)
+    if options is None:
+        return
+    many = _cotangents(loss, z.value, options)
+    values = torch.linalg.svdvals(many)
+    tested = int((values > FREE * values[0].clamp_min(1e-300)).sum()) > 1
+    sizes = many.square().sum(1)
+    factors = (many @ k.value[0]) / sizes.clamp_min(1e-300)
+    for place, factor in enumerate(factors.tolist()):
+        if factor > 0 and bool(sizes[place] > 0):
+            reading = _along(z, k, loss, precision, options, many, place, factor)
+            spread = _spread(z, k, loss, options[place : place + 1], many[place], factor)
+            yield replace(reading, tested=tested, spread=spread)
+
+
+def _spread(z: Known, k: Known, loss: Loss, target: Tensor, m: Tensor, factor: float) -> float:
+    """Standard error of λ = ⟨m, k⟩/⟨m, m⟩, m the cotangent of a target at z."""
+    bent = torch.stack([loss.cotangent_jvp(z.value, e, target)[0] for e in z.error])
+    off = (k.error[:, 0] - factor * bent) @ m / m.square().sum().clamp_min(1e-300)
+    return float(off.square().mean().sqrt())
+
+
+def _around(loss: Loss, z: Tensor, k: Tensor) -> Tensor | None:
+    """Of 2^C label vectors the one that the signs of k say, and those that differ in one label.
+
+    σ(z_j) − y_j is negative exactly where y_j = 1, whatever the positive factor.
+    """
+    if loss.name != BINARY or not loss.plain:
+        return None
+    signs = (k[0] < 0).to(z)
+    return torch.cat([signs[None], (signs - torch.eye(len(signs)).to(z)).abs()])
+
+
+def _along(
+    z: Known,
+    k: Known,
+    loss: Loss,
+    precision: Precision,
+    options: Tensor,
+    many: Tensor,
+    place: int,
+    factor: float,
+) -> Reading:
+    """A target with its factor: the distance is that from the nearest target with its own.
+
+    Other targets have factors too, so what tells this one from them is the angle between their
+    cotangents, not their difference.
+    """
+    unit = many / many.norm(dim=1, keepdim=True).clamp_min(1e-300)
+    along = unit @ unit[place]
+    away = (1.0 - along.clamp_min(0.0).square()).clamp_min(0.0).sqrt()
+    away[place] = inf
+    apart = float(away.min()) * float(many[place].norm())
+    reading = _compared(z, k, loss, precision, options, many, place, factor)
+    gap = float((many[place] - k.value[0] / factor).abs().max())
+    target = options[place : place + 1]
+    error = _error(z, Known(k.value / factor, k.error / factor), loss, target, precision)
+    if not apart > APART * error:
+        return replace(reading, distance=inf, tolerance=0.0)
+    return replace(reading, distance=gap / apart, tolerance=error / apart, open="")
+
+
+def _options(loss: Loss, z: Tensor) -> Tensor | None:
+    """Every admissible target, dense [options, C]; None where they are too many to list."""
+    count = loss.outputs(z.shape[1])
+    if loss.name not in CLASSES and 2**count > LISTED:
+        return None
+    listed = loss.admissible(count)
+    if listed is None or len(listed) > LISTED:
+        return None
+    labels = torch.tensor(listed, device=z.device)
+    many = z[:1].expand(len(labels), -1)
+    return loss.dense(labels if loss.name in CLASSES else labels.to(z), many)
+
+
+def _cotangents(loss: Loss, z: Tensor, options: Tensor) -> Tensor:
+    """κ of every target at one z, as a batch of one has it, [options, m]."""
+    many = loss.cotangent(z.expand(len(options), -1), options)
+    return many * len(options) if loss.reduction == "mean" else many
+
+
+def _named(loss: Loss, target: Tensor) -> object:
+    return loss.read(target[None])[0].flatten().tolist()

@@ -1,0 +1,188 @@
+"""From recovered data back up to the head: its cotangent, its target, its label."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from rgap.doubles import row_blocks
+from rgap.head.target import Reading, read_target
+from rgap.inversion.batch_rows import batch_of, label_identity, rows_of, several, snapped
+from rgap.inversion.certificate import Answer, cast_of
+from rgap.inversion.polish import Polished, polish
+from rgap.inversion.problem import Problem
+from rgap.jacobian.batch_loss import BatchLoss
+from rgap.limits import NEAREST, PASSES
+from rgap.network.chain import Chain, Stage
+from rgap.precision import Known, carried
+from rgap.recovery import Route
+from rgap.recursion.descend import Descent
+from rgap.separation.targets import read_from_head
+
+
+def read_answer(problem: Problem, descent: Descent, kappa: Known, apart: bool = False) -> Answer:
+    """Polish what the recursion recovered and read its label at the head.
+
+    Args:
+        problem: the update.
+        descent: that reached the data.
+        kappa: cotangent at the head.
+        apart: True if nothing of the loss went into what was recovered.
+    """
+    polished = _polished(problem, descent, kappa)
+    stage = problem.chain.stages[-1]
+    features = top_features(problem.chain, polished.data)
+    reading = read_target(stage, features, kappa, problem.update.loss, problem.precision)
+    return Answer(descent, polished, reading, apart=apart, cast=cast_of(problem.precision))
+
+
+def read_batch(problem: Problem, descent: Descent, head: BatchLoss) -> Answer:
+    """Polish the pictures of a batch all together and check their labels by the identity."""
+    lowest = descent.solutions.get(0)
+    settled = lowest is not None and lowest.solution.stats.route == Route.SEPARATION
+    continuous, labels = head.continuous, several(problem.update.loss, problem.chain)
+    posed = head
+    if labels:
+        features, logits = _top(problem, descent.require_data())
+        exact, distance, _ = snapped(problem, head, _flat(features), logits)
+        posed = exact if distance < NEAREST else head
+    polished = _polished(problem, descent, posed, settled)
+    norm = gathered(problem.chain, polished)
+    if continuous and not polished.eliminated:
+        # They come from the head's gradient by its features, as well as these tell samples apart.
+        table = _flat(_top(problem, polished.data)[0]).value
+        values = torch.linalg.svdvals(torch.nn.functional.pad(table, (0, 1), value=1.0))
+        norm *= float(values[0] / values[-1].clamp_min(1e-300))
+    # The members carry the client's rounding; what ours gathers is the larger one in float64.
+    own = PASSES * torch.finfo(torch.float64).eps * norm
+    if continuous and not polished.eliminated:  # held, so what it gains on the descent is theirs
+        own = max(own, float(descent.require_data().std.max()))
+    wider = max(1.0, own / max(float(polished.data.std.max()), 1e-300))
+    polished = replace(polished, data=_wider(polished.data, wider))
+    features, logits = _top(problem, polished.data)
+    if polished.eliminated and polished.head is not None:
+        head = polished.head
+    elif labels:  # they were read at features that the polish has moved since
+        head = read_from_head(batch_of(problem), _flat(features).value, logits.value, head)
+    if labels:
+        head, distance, tolerance = snapped(problem, head, _flat(features), logits)
+    else:
+        _, distance, tolerance = label_identity(problem, head, logits)
+    rows = rows_of(head, problem.labels)
+    reading = Reading(
+        head.targets, rows.labels, distance, tolerance, open=head.loss.open_at(logits.value)
+    )
+    return Answer(descent, polished, reading, rows, gathered=norm, cast=cast_of(problem.precision))
+
+
+def _top(problem: Problem, data: Known) -> tuple[Known, Known]:
+    """Inputs of the head and its logits, with their errors."""
+    features, affine = top_features(problem.chain, data), problem.chain.stages[-1].affine
+    error = torch.stack([affine.linear(e) for e in features.error])
+    return features, Known(affine.forward(features.value), error)
+
+
+def _flat(known: Known) -> Known:
+    return Known(known.value.flatten(1), known.error.flatten(2))
+
+
+def _wider(known: Known, times: float) -> Known:
+    """The same with larger errors."""
+    return Known(known.value, times * known.error)
+
+
+def gathered(chain: Chain, polished: Polished) -> float:
+    """Norm of the largest sample at the first affine map, as long as it is in units of the data.
+
+    Steps on the data themselves, a sigmoid or a scale, lengthen an error on the way back by one
+    over their slope.
+    """
+    data = u = polished.data.value
+    step = 1e-7 * float(data.abs().max().clamp_min(1e-300))
+    moved = data + step
+    for op in chain.stages[0].lead:
+        u, moved = op.forward(u), op.forward(moved)
+    slopes = (moved - u).abs() / step
+    slope = float(slopes[slopes > 0].min()) if bool((slopes > 0).any()) else 1.0
+    return float(torch.linalg.vector_norm(u.flatten(1), dim=1).max()) / slope
+
+
+def _polished(
+    problem: Problem, descent: Descent, kappa: Known | BatchLoss, settled: bool = False
+) -> Polished:
+    low, high = problem.value_range or (0.0, 1.0)
+    return polish(
+        problem.chain,
+        problem.gradients,
+        descent.require_data(),
+        kappa,
+        problem.precision,
+        descent.preconditioner(problem.chain),
+        high - low,
+        settled,
+        problem.room,
+    )
+
+
+def head_cotangent(problem: Problem, descent: Descent) -> Known:
+    """Cotangent at the head: known from the descent, or read off the head's own gradient."""
+    last = len(problem.chain.stages) - 1
+    if last in descent.cotangents:
+        return descent.cotangents[last]
+    stage = problem.chain.stages[-1]
+    weight, bias = head_gradients(stage, problem)
+    name = stage.affine.bias_name
+    if bias is not None and name is not None:
+        return Known(
+            bias[None],
+            problem.precision.normal(problem.precision.noise_std(name, bias))[:, None],
+        )
+    x = top_features(problem.chain, descent.require_data())
+    scale = x.value[0].square().sum().clamp_min(1e-300)
+    k = weight @ x.value[0] / scale
+    name, precision = stage.affine.weight_name, problem.precision
+    variance = torch.cat(
+        [
+            ((g.abs() * precision.unit).square() + precision.noise_std(name, g, rows).square())
+            @ x.value[0].square()
+            for rows, g in row_blocks(weight, k)
+        ]
+    )
+    error = precision.normal(variance.sqrt()) / scale  # rows of G are independent
+    return Known(k[None], error[:, None])
+
+
+def top_features(chain: Chain, data: Known) -> Known:
+    """Input of the last affine map, with the ensemble carried up."""
+
+    def rise(x: Tensor) -> Tensor:
+        for stage in chain.stages[:-1]:
+            for op in stage.lead:
+                x = op.forward(x)
+            x = stage.affine.forward(x)
+            for op in stage.tail:
+                x = op.forward(x)
+        for op in chain.stages[-1].lead:
+            x = op.forward(x)
+        return x
+
+    return carried(rise, data)
+
+
+def head_gradients(
+    stage: Stage, problem: Problem, gradients: Mapping[str, Tensor] | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """∂L/∂W and ∂L/∂b of a stage; None for a bias that it does not have, or that was not sent.
+
+    Args:
+        stage: the layer.
+        problem: the update.
+        gradients: where they are taken from; by default in float64.
+    """
+    gradients = problem.gradients if gradients is None else gradients
+    name = stage.affine.bias_name
+    sent = name is not None and problem.precision.sent(name)
+    return gradients[stage.affine.weight_name], gradients[name] if name and sent else None

@@ -1,0 +1,222 @@
+"""A batch that was told apart: where its recursion starts, and what its head says of the labels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import prod
+
+import torch
+from torch import Tensor
+
+from rgap.constraints import gradient_constraint
+from rgap.inversion.problem import Problem
+from rgap.jacobian.batch_loss import BatchLoss, loss_scale
+from rgap.limits import DETERMINED, ENSEMBLE, PROBABILITY
+from rgap.network.chain import Chain
+from rgap.precision import Known
+from rgap.recursion.descend import Descent
+from rgap.recursion.stage import StageSolution
+from rgap.separation.batch import Batch, Separated
+from rgap.solvers.kronecker import factor
+from rgap.solvers.rank import Evidence, EvidenceKind
+from rgap.solvers.solution import Result, Solution, Stats
+from rgap.update.losses import Loss
+from rgap.update.targets import BINARY, CROSS_ENTROPY
+
+
+def batch_of(problem: Problem) -> Batch:
+    """What separating needs to know of a problem.
+
+    Several labels a sample are told apart like any dense targets: see :func:`snapped`.
+    """
+    loss = problem.update.loss
+    if several(loss, problem.chain):
+        loss = replace(loss, targets="probability")
+    return Batch(
+        problem.chain,
+        problem.gradients,
+        loss,
+        problem.precision,
+        problem.stated,
+    )
+
+
+def several(loss: Loss, chain: Chain) -> bool:
+    """True if a sample may have several labels, or none: 0/1 for each of several logits."""
+    return loss.name == BINARY and loss.targets == "index" and prod(chain.output_shape) > 1
+
+
+def snapped(
+    problem: Problem, head: BatchLoss, features: Known, logits: Known
+) -> tuple[BatchLoss, float, float]:
+    """The labels nearest to dense targets, how far they are, and what errors explain of it.
+
+    ``t = σ(z) − κ/s``: what is left of the error of z and of the update's own.
+
+    Args:
+        problem: the update.
+        head: dense targets, read off the head's gradient.
+        features: u, [R, d], that they were read off with, with their errors.
+        logits: z, [R, C], with their errors.
+    """
+    nearest = (head.targets > 0.5).to(head.targets)
+    distance = float((head.targets - nearest).abs().max())
+    p = torch.sigmoid(logits.value)
+    carried = _carried(features, (p - head.targets) * head.scale) / head.scale
+    moved = (p * (1.0 - p) * logits.error - carried).square().mean(0).sqrt()
+    added = errors_of_targets(problem, features.value) / head.scale
+    own = PROBABILITY * problem.precision.unit + added
+    tolerance = ENSEMBLE * float((moved + own).max())
+    exact = replace(head, loss=replace(head.loss, targets="index"), targets=nearest)
+    return exact, distance, tolerance
+
+
+def _carried(features: Known, kappa: Tensor) -> Tensor:
+    """Error of κ [R, C] for every error of the features it was read by, ``δκ = −(uᵀ)⁺ δuᵀ κ``."""
+    table = torch.nn.functional.pad(features.value, (0, 1), value=1.0)
+    moved = torch.nn.functional.pad(features.error, (0, 1))
+    carried: Tensor = -torch.linalg.pinv(table.T) @ (moved.mT @ kappa)
+    return carried
+
+
+def errors_of_targets(problem: Problem, features: Tensor) -> Tensor:
+    """Standard error of κ under rounding and noise of the head's own ``[G | ∂b] = κᵀ [u | 1]``.
+
+    Features that are nearly alike, as behind a sigmoid, pass on the rounding of the gradient many
+    times over.
+
+    Args:
+        problem: the update.
+        features: u, [R, d].
+
+    Returns:
+        Of every sample and logit, [R, C].
+    """
+    affine, precision = problem.chain.stages[-1].affine, problem.precision
+    columns, names = [features], [affine.weight_name]
+    parts = [problem.gradients[affine.weight_name].to(features)]
+    if affine.bias_name is not None:
+        columns.append(torch.ones_like(features[:, :1]))
+        names.append(affine.bias_name)
+        parts.append(problem.gradients[affine.bias_name][:, None].to(features))
+    table = torch.cat(columns, 1)
+    back = torch.linalg.pinv(table.T)
+    kappa = back @ torch.cat(parts, 1).T
+    std = []
+    for name, column, part in zip(names, columns, parts, strict=True):
+        squares = kappa.square().T @ column.square()
+        like = squares.reshape(problem.gradients[name].shape)
+        std.append(precision.update_std(name, like, part.reshape(like.shape)).reshape(part.shape))
+    out: Tensor = (back.square() @ torch.cat(std, 1).T.square()).sqrt()
+    return out
+
+
+def separated_stage(problem: Problem, found: Separated) -> StageSolution:
+    """The separated stage as the recursion reports its own: ranks, errors, a factor to polish with.
+
+    The factor is that of the gradient rows alone, ``Kᵀ Σ⁻¹ K``, the same for every input feature.
+    """
+    affine = found.stage.affine
+    unknowns = found.features.value.numel()
+    k, x = found.cotangents.value.flatten(1), found.features.value.flatten(1)
+    std = problem.precision.update_std(affine.weight_name, k.square().T @ x.square(), k.T @ x)
+    weights = std.square().mean(1).sqrt().clamp_min(1e-300).reciprocal()
+    made = factor(gradient_constraint(affine, k), weights[None], None, None)
+    gradient = found.mixture.gradient
+    residual = float((k.T @ x - gradient).norm() / gradient.norm())
+    seen = Evidence(EvidenceKind.ERROR, found.worst, DETERMINED, unknowns)
+    condition = 1.0 / found.mixture.ratio
+    stats = Stats("separation", unknowns, unknowns, seen, condition, residual)
+    return StageSolution(
+        Solution(found.features, Result.SOLVED, stats),
+        made,
+        found.cotangents.value,
+        x.new_ones(len(x), *affine.out_shape, dtype=torch.bool),
+        0.0,
+        0.0,
+        found.seconds,
+    )
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What is reported of a batch: a row for every picture and label that it occurs with.
+
+    Attributes:
+        picture: index of the recovered picture, [rows].
+        labels: [rows], or dense targets [rows, C].
+        copies: how often the row occurs, [rows].
+    """
+
+    picture: Tensor
+    labels: Tensor
+    copies: Tensor
+
+    def expanded(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """The batch as the client had it, up to its order: every copy a row of its own."""
+        index = self.picture.repeat_interleave(self.copies)
+        return inputs[index], self.labels.repeat_interleave(self.copies, 0)
+
+
+def rows_of(head: BatchLoss, stated: Tensor | None) -> Rows:
+    """The reported rows, by label; in the order of the stated labels where they agree."""
+    dense = head.loss.targets != "index"
+    if dense or (head.loss.name == BINARY and head.targets.shape[1] > 1):
+        order = torch.arange(len(head.targets), device=head.targets.device)
+        targets = head.targets if dense else head.targets.long()
+        if stated is not None and stated.shape == targets.shape:
+            near = torch.cdist(stated.to(head.targets), head.targets).argmin(1)
+            order = near if len(set(near.tolist())) == len(near) else order
+        return Rows(order, targets[order], head.copies[order].long())
+    counts = head.targets * head.copies[:, None]
+    if head.targets.shape[1] == 1:  # one logit: label 1 as often as its target says
+        counts = torch.cat([head.copies[:, None] - counts, counts], 1)
+    counts = counts.round().long()
+    label, picture = counts.T.nonzero(as_tuple=True)
+    copies = counts[picture, label]
+    if stated is not None and bool((copies == 1).all()) and len(stated.flatten()) == len(label):
+        order = stated.flatten().long().argsort(stable=True)
+        if torch.equal(stated.flatten().long()[order], label):
+            back = order.argsort()
+            label, picture, copies = label[back], picture[back], copies[back]
+    return Rows(picture, label, copies)
+
+
+def label_identity(
+    problem: Problem, head: BatchLoss, logits: Known
+) -> tuple[Tensor | None, float, float]:
+    """Class counts by the identity, their distance from those that were found, and the tolerance.
+
+    ``n_j = Σ m p_j − ∂b_j/s`` under cross-entropy (label smoothing taken out); None where the head
+    has no bias or the loss has no such identity.
+    """
+    stage, loss = problem.chain.stages[-1], head.loss
+    name = stage.affine.bias_name
+    plain = loss.name == CROSS_ENTROPY and loss.plain
+    if name is None or not plain or not problem.precision.sent(name):
+        return None, 0.0, 0.0  # nothing to miss
+    bias = problem.gradients[name]
+    total = float(head.copies.sum())
+    s = loss_scale(loss, total, len(bias))
+    p = torch.softmax(logits.value, 1)
+    smoothing = loss.label_smoothing
+    expected = (head.copies[:, None] * p).sum(0)
+    counts = (expected - bias / s - total * smoothing / len(bias)) / (1.0 - smoothing)
+    found = (head.copies[:, None] * head.targets).sum(0)
+    dp = p * (logits.error - (p * logits.error).sum(-1, keepdim=True))
+    moved = (head.copies[:, None] * dp).sum(1).square().mean(0).sqrt()
+    precision = problem.precision
+    own = total * (PROBABILITY * precision.unit) + precision.noise_std(name, bias) / s
+    tolerance = ENSEMBLE * float((moved + own).max()) / (1.0 - smoothing)
+    return counts, float((counts - found).abs().max()), tolerance
+
+
+def start(problem: Problem, found: Separated) -> Problem:
+    """The problem with one row a different picture."""
+    return replace(problem, batch=len(found.features.value))
+
+
+def with_separation(problem: Problem, descent: Descent, found: Separated) -> Descent:
+    """The descent with the stage that it started from."""
+    descent.solutions[found.stage.index] = separated_stage(problem, found)
+    return descent

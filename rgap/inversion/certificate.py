@@ -1,0 +1,390 @@
+"""The certificate: what may be called exact, and what every other outcome is called.
+
+``EXACT`` needs all of: (a) every alternative label, root or sign refuted, (b) every stage with
+nothing open, by the rule for what says so (:func:`rgap.constraints.determined.doubt`), (c) the
+whole update reproduced within the tolerance of its precision, (d) an error bound, from noise
+sampled through the whole update, that is small against the data.  All numbers are those of
+:mod:`rgap.limits`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import inf
+
+import torch
+from torch import Tensor
+
+from rgap.constraints.determined import doubt
+from rgap.head.features import HeadCandidate
+from rgap.head.target import Reading
+from rgap.inversion.batch_rows import Rows
+from rgap.inversion.outcomes import replayed, stopped
+from rgap.inversion.polish import Polished
+from rgap.inversion.problem import Problem
+from rgap.inversion.replay import replay
+from rgap.inversion.reports import layer_reports
+from rgap.inversion.symptoms import warnings
+from rgap.limits import (
+    CLEAR,
+    DETERMINED,
+    FITS,
+    NEAREST,
+    PASSES,
+    REFUTED,
+    ROWS,
+    SAFETY,
+    UNTOLD,
+    USEFUL,
+    VANISHING,
+)
+from rgap.precision import Known, Precision
+from rgap.recovery import Candidate, Recovery, Status
+from rgap.recursion.descend import Descent
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One candidate that reached the data."""
+
+    descent: Descent
+    polished: Polished
+    reading: Reading
+    rows: Rows | None = None  # of a batch; labels are theirs
+    apart: bool = False  # True if the inputs do not depend on the loss and the targets
+    gathered: float = 0.0  # norm of a sample, in units of the data, that rounding is relative to
+    cast: float = 0.0  # unit roundoff of a format that the data may have been cast to on their way
+
+    @property
+    def labels(self) -> Tensor:
+        """The targets, in the form that the loss takes them."""
+        return self.reading.labels
+
+    @property
+    def inputs(self) -> Tensor:
+        """The recovered batch, float64."""
+        return self.polished.data.value
+
+    @property
+    def bound(self) -> float:
+        """Largest error of any entry: SAFETY standard errors, more if the misfit is larger.
+
+        A batch comes out of an orthogonal decomposition in float64, whose rounding can gather in
+        a few entries: eps times :attr:`gathered`.  Under autocast the first layer takes in data
+        that were rounded once, for all rows of its gradient alike: :attr:`cast` times their size.
+        """
+        std = float(self.polished.data.std.max())
+        bound = SAFETY * std * max(1.0, self.polished.misfit)
+        bound += self.cast * float(self.inputs.abs().max())
+        if self.rows is None:
+            return bound
+        return max(bound, PASSES * SAFETY * torch.finfo(torch.float64).eps * self.gathered)
+
+
+def cast_of(precision: Precision) -> float:
+    """Unit roundoff of half precision, to which autocast takes the data; 0 for finer formats."""
+    return precision.unit if precision.unit > torch.finfo(torch.float32).eps else 0.0
+
+
+def scaled(answer: Answer, ratio: float, candidate: HeadCandidate) -> Answer:
+    """The answer of a root that differs from another one by a positive scale alone."""
+    data = answer.polished.data
+    members = candidate.features.error[: len(data.error)]  # the full solve carries fewer of them
+    wider = Known(
+        ratio * data.value,
+        ratio * data.error
+        + data.value
+        * ratio
+        * members.norm(dim=-1, keepdim=True).reshape(-1, *([1] * (data.value.ndim)))
+        / candidate.features.value.norm(),
+    )
+    return replace(
+        answer,
+        polished=replace(answer.polished, data=wider),
+        reading=candidate.reading,
+    )
+
+
+def certify(problem: Problem, answers: Sequence[Answer]) -> Recovery:
+    """Decide the status of the candidates that reached the data."""
+    scored = [(answer, *_residual(problem, answer)) for answer in answers]
+    fitting = [
+        s
+        for s in scored
+        if s[0].polished.misfit <= REFUTED and (s[0].reading.fits or s[0].reading.open)
+    ]
+    if not fitting:
+        nearest = min(scored, key=lambda s: s[0].polished.misfit)
+        contradicted = _misfit(problem, nearest)
+        return _inputs_alone(problem, nearest[0], contradicted) or contradicted
+    if problem.labels is not None:
+        fitting = [s for s in fitting if s[0].reading.open or _same_labels(s[0], problem.labels)]
+        if not fitting:
+            found = _sent(scored[0][0]).flatten().tolist()
+            return stopped(
+                problem,
+                Status.INCONSISTENT,
+                f"the stated labels {problem.labels.flatten().tolist()} contradict the update, "
+                f"whose head gradient says {found}; write labels=None to take those",
+                scored[0][0].descent,
+            )
+    inside = [s for s in fitting if excess(s[0], problem) <= problem.slack]
+    low, high = problem.value_range or (-inf, inf)
+    if not inside and problem.slack == 0:
+        first = fitting[0][0]
+        return stopped(
+            problem,
+            Status.INCONSISTENT,
+            f"the stated value_range [{low:g}, {high:g}] contradicts the update, which determines "
+            f"values in [{float(first.inputs.min()):.3g}, {float(first.inputs.max()):.3g}]; write "
+            "the range of the data as the network sees them",
+            first.descent,
+        )
+    kept = inside or fitting
+    best, residual, _ = min(kept, key=lambda s: s[0].polished.misfit)
+    if len(kept) > 1:
+        return _assemble(
+            problem,
+            best,
+            residual,
+            Status.AMBIGUOUS,
+            f"{len(kept)} batches send exactly this update; no equation tells them apart",
+            tuple(Candidate(a.inputs, a.labels, r) for a, r, _ in kept),
+        )
+    status, reason = verdict(problem, best)
+    if status is Status.EXACT:
+        open_ = _open(problem, best)
+        if open_:
+            said = stopped(problem, Status.UNDERDETERMINED, open_, best.descent)
+            said = replace(said, residual=residual)
+            return _inputs_alone(problem, best, said) or said
+    if status is Status.EXACT and best.rows is not None and bool((best.rows.copies > 1).any()):
+        status, reason = Status.AMBIGUOUS, _copies(best.rows)
+    if status is Status.EXACT and best.reading.scale != 1.0:
+        reason += f"; the update is {best.reading.scale:.6g} times that of the declared loss"
+    if len(kept) < len(fitting):
+        reason += f"; others would send this update too, with values outside [{low:g}, {high:g}]"
+    itself = (
+        (Candidate(best.inputs[best.rows.picture], best.labels, residual),) if best.rows else ()
+    )
+    listed = itself if status is Status.AMBIGUOUS else ()
+    return _assemble(problem, best, residual, status, reason, listed)
+
+
+def _open(problem: Problem, answer: Answer) -> str:
+    """Why the targets of an answer whose inputs are certified are not, or ""."""
+    reading, head = answer.reading, problem.chain.stages[-1]
+    if not problem.precision.sent(head.affine.weight_name):
+        return f"the gradient of the last layer '{head.name}' was not sent (frozen on the client)"
+    if reading.open:
+        return reading.open
+    # Real-valued targets have a size of their own.
+    unit = max(1.0, float(reading.target.abs().max()))
+    if reading.tolerance > UNTOLD * unit or reading.distance > NEAREST:
+        return (
+            "at the rounding and noise of this update the target is only known to "
+            f"{reading.tolerance:.1g}: several fit the gradient of the last layer"
+        )
+    again = replay(problem, *_batch(problem, answer), _errors(problem, answer))
+    if again.fits:
+        return ""
+    name = again.worst
+    return (
+        f"the model's own update for this answer differs from '{name}' by {again.parts[name]:.1e} "
+        f"of it, where rounding, noise and the errors of the inputs explain "
+        f"{again.allowed[name]:.1e}; is the loss, its reduction or the model another one?"
+    )
+
+
+def _inputs_alone(problem: Problem, answer: Answer, said: Recovery) -> Recovery | None:
+    """The inputs certified where the targets are not, for the reason that ``said`` has.
+
+    None where they are not certified, or depend on the targets.
+    """
+    if not answer.apart or answer.polished.misfit > FITS:
+        return None
+    if said.status is Status.INCONSISTENT and not _tested(answer):
+        return None
+    status, reason = verdict(problem, answer)
+    if status is not Status.EXACT or excess(answer, problem) > problem.slack:
+        return None
+    shown = _assemble(problem, answer, said.residual, Status.EXACT, reason, ())
+    return replace(
+        shown,
+        labels=None,
+        status=said.status,
+        certified=frozenset({"inputs"}),
+        scale=None,
+        reason=f"the inputs are certified, no entry is off by more than {answer.bound:.1e}; "
+        f"targets not certified: {said.reason}",
+    )
+
+
+def _tested(answer: Answer) -> bool:
+    """True if the rank of the gradient that the inputs were read from was tested by its rows.
+
+    Rows of equal size in k are copies of each other up to their sign: whatever was done to the
+    update, rounding to integers say, was done to all of them alike, and G − k xᵀ shows none of it.
+    """
+    start = answer.descent.cotangents
+    if not start:
+        return False
+    k = start[max(start)].value.flatten().abs()
+    k = k[k > VANISHING * k.max()]
+    return len(k) > 1 and float(k.max() - k.min()) > ROWS * float(k.max())
+
+
+def _copies(rows: Rows) -> str:
+    """Copies cannot be certified: their like, moved apart where no layer looks, send the same."""
+    row = int((rows.copies > 1).nonzero()[0])
+    m = int(rows.copies[row])
+    return (
+        f"the update is that of {len(rows.copies)} different pictures, of which picture {row} "
+        f"occurs {m} times; {m} pictures around it that differ only in directions no layer sees "
+        "send the same, only their mean is certain"
+    )
+
+
+def verdict(problem: Problem, answer: Answer) -> tuple[Status, str]:
+    """Whether an answer is certified, and why not.
+
+    Args:
+        problem: the update and the chain that the answer is of.
+        answer: that fits.
+    """
+    descent = answer.descent
+    chosen = descent.completed and descent.partial is not None
+    if chosen and not answer.polished.worst <= DETERMINED / CLEAR:
+        # Every layer determines what it reads; of what none reads a completion chose the values.
+        return Status.UNDERDETERMINED, "some values of the data are read by no equation"
+    for index, step in answer.descent.solutions.items():
+        if answer.polished.worst <= DETERMINED / CLEAR:  # all equations together, nothing open
+            break
+        why = doubt(step.solution.stats.joint)
+        if why:
+            return Status.UNDERDETERMINED, f"'{problem.chain.stages[index].name}' {why}"
+    if answer.polished.misfit > FITS:
+        worst = max(answer.polished.misfits, key=lambda n: answer.polished.misfits[n])
+        return Status.UNDERDETERMINED, (
+            f"the answer reproduces '{worst}' only to {answer.polished.misfit:.1f} standard "
+            "errors: too far for a certificate, too near to be refuted; state the noise of the "
+            "update"
+        )
+    low, high = problem.value_range or (0.0, 1.0)
+    if not answer.bound <= USEFUL * (high - low):
+        return Status.UNDERDETERMINED, (
+            f"the equations have full rank but at this precision the error can reach "
+            f"{answer.bound:.2g}"
+        )
+    return Status.EXACT, (
+        f"every stage is determined, the update is reproduced, no entry is off by more than "
+        f"{answer.bound:.1e}"
+    )
+
+
+def _sent(answer: Answer) -> Tensor:
+    """The labels of the whole batch; sorted where the order is not in the update."""
+    if answer.rows is None:
+        return answer.labels
+    labels = answer.rows.expanded(answer.inputs)[1]
+    return labels.sort().values if answer.rows.labels.ndim == 1 else labels
+
+
+def _same_labels(answer: Answer, stated: Tensor) -> bool:
+    """Class indices agree exactly, soft and real-valued targets to three digits."""
+    found = _sent(answer)
+    if answer.rows is not None and found.ndim == 1:
+        stated = stated.flatten().sort().values
+    return found.numel() == stated.numel() and torch.allclose(
+        found.flatten().double().cpu(), stated.flatten().double().cpu(), rtol=1e-3, atol=1e-3
+    )
+
+
+def _misfit(problem: Problem, scored: tuple[Answer, float, dict[str, float]]) -> Recovery:
+    answer, residual, by_name = scored
+    if not answer.reading.fits and answer.polished.misfit <= REFUTED:
+        stage = problem.chain.stages[-1].name
+        reason = (
+            f"the gradient of '{stage}' fits no admissible target of {problem.update.loss.name}: "
+            f"the nearest one is {answer.reading.distance:.2g} away (tolerance "
+            f"{answer.reading.tolerance:.1e}); "
+            "is the loss, its reduction or the model another one?"
+        )
+    else:
+        name = max(answer.polished.misfits, key=lambda n: answer.polished.misfits[n])
+        reason = (
+            f"no batch reproduces the update: '{name}' misses by "
+            f"{answer.polished.misfits[name]:.2g} standard errors ({by_name.get(name, 0):.1e} "
+            "relative); is the update from another model, loss or precision?"
+        )
+    # The polish moves the inputs alone: targets that were read with an error refute nothing.
+    free = answer.rows is not None and problem.update.loss.targets != "index"
+    status = Status.UNDERDETERMINED if free else Status.INCONSISTENT
+    return replace(stopped(problem, status, reason, answer.descent), residual=residual)
+
+
+def _residual(problem: Problem, answer: Answer) -> tuple[float, dict[str, float]]:
+    """Relative difference between the update and the gradient of the recovered batch.
+
+    The loss and the target are used here, not the observed head cotangent: this is what the
+    client would send for the answer.
+    """
+    return replayed(problem, *_batch(problem, answer))
+
+
+def _batch(problem: Problem, answer: Answer) -> tuple[Tensor, Tensor, float | Tensor]:
+    """Inputs, targets and factors of the whole batch, every copy a row of its own."""
+    inputs = answer.inputs.reshape(problem.batch, *problem.chain.input_shape)
+    if answer.rows is None:
+        return inputs, answer.labels, answer.reading.scale
+    return *answer.rows.expanded(inputs), answer.reading.scale
+
+
+def _errors(problem: Problem, answer: Answer) -> Tensor:
+    """Ensemble of the errors of the inputs of the whole batch."""
+    error = answer.polished.data.error
+    error = error.reshape(len(error), problem.batch, *problem.chain.input_shape)
+    if answer.rows is None:
+        return error
+    return error[:, answer.rows.picture.repeat_interleave(answer.rows.copies)]
+
+
+def _assemble(
+    problem: Problem,
+    answer: Answer,
+    residual: float | None,
+    status: Status,
+    reason: str,
+    candidates: tuple[Candidate, ...],
+) -> Recovery:
+    show = status in (Status.EXACT, Status.AMBIGUOUS)
+    predicted = answer.polished.data.error.square().flatten(2).mean((0, 2)).sqrt()
+    inputs, copies = answer.inputs, None
+    if answer.rows is not None:
+        inputs, predicted = inputs[answer.rows.picture], predicted[answer.rows.picture]
+        copies = answer.rows.copies if bool((answer.rows.copies > 1).any()) else None
+    return Recovery(
+        inputs=inputs if show else None,
+        labels=answer.labels if show else None,
+        status=status,
+        layers=layer_reports(problem, answer.descent),
+        residual=residual,
+        predicted_error=predicted,
+        error_bound=answer.bound,
+        reason=reason,
+        candidates=candidates,
+        warnings=warnings(problem),
+        multiplicities=copies if show else None,
+        certified=frozenset({"inputs", "targets"} if status is Status.EXACT else ()),
+        scale=answer.reading.scale if show else None,
+    )
+
+
+def excess(answer: Answer, problem: Problem) -> float:
+    """How far the data leave their range beyond what their error explains, in its widths."""
+    if problem.value_range is None:
+        return 0.0
+    low, high = problem.value_range
+    over = float(torch.maximum(answer.inputs - high, low - answer.inputs).max()) - answer.bound
+    return max(over, 0.0) / (high - low)

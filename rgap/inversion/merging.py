@@ -1,0 +1,253 @@
+"""How far apart pictures may be that an update of unknown batch size shows as one.
+
+Samples x ± e with one label send, at a fully connected layer with input u and cotangent k,
+
+    ½ Σ k(x ± e) u(x ± e)ᵀ = k̄ ūᵀ + (∂k e)(∂u e)ᵀ,
+
+so beside the mixture of the batch that was found, ``K X``, stands a term of second order.  Between
+the projections onto what is orthogonal to all k and all u of that batch nothing of first order is
+left, no shift of a sample and no other weight:
+
+    ‖(I − P_K) ∂k e‖ ‖(I − P_X) ∂u e‖ ≤ ‖(I − P_K) G (I − P_X)‖ + noise.
+
+The right side is measured on the update, the left side on the model; the layer that sees most
+decides.  Directions that no layer sees cannot be bounded by any update, so the directions are
+drawn: noise, brightness, contrast and single entries, and the least visible of them, with a
+margin, stands for the rest.  Where no layer sees them, as behind one logit of a piecewise linear
+network, the distance is infinite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from math import inf
+
+import torch
+from torch import Tensor, nn
+
+from rgap.doubles import row_blocks
+from rgap.inversion.problem import Problem
+from rgap.limits import ALIKE, LEANING, MERGED, ROUNDING_SHARE, USEFUL
+from rgap.network.running import called
+from rgap.recovery import Candidate, Recovery, Status
+
+__all__ = ["hidden", "uncounted", "unrefuted"]
+
+DRAWS = 8  # directions of each of four kinds
+STEP = 1e-5  # of the largest entry: of a central difference
+TOGETHER = 1 << 21  # entries of the data of one pass
+
+
+def uncounted(problem: Problem, found: Recovery) -> Recovery:
+    """A certified recovery of unknown batch size, with what may be merged in its bound.
+
+    ``EXACT`` then says of every picture of the batch that it lies within ``error_bound`` of one
+    that is returned and has its target.
+
+    Args:
+        problem: without a stated batch size.
+        found: its recovery, inputs and targets certified.
+    """
+    inputs, labels, bound = found.inputs, found.labels, found.error_bound
+    assert inputs is not None and labels is not None and bound is not None
+    if problem.update.loss.targets != "index":
+        return _open(
+            problem,
+            found,
+            f"the batch size is not stated, and copies of a picture with different targets send "
+            f"the same as one with their mean, which {problem.update.loss.name} admits too",
+        )
+    try:
+        apart = hidden(problem, inputs, labels, 1.0 if found.scale is None else found.scale)
+    except (ValueError, TypeError, RuntimeError):  # a forward that takes this batch only
+        apart = inf
+    low, high = problem.value_range or (0.0, 1.0)
+    if bound + apart <= USEFUL * (high - low):
+        return replace(
+            found,
+            error_bound=bound + apart,
+            reason=f"the batch size is not stated: no picture of the batch is further than "
+            f"{bound + apart:.1e} from one of these, {apart:.1e} of it because several may be "
+            f"shown as one; if it has {len(inputs)}: {found.reason}",
+        )
+    far = "any distance" if apart == inf else f"up to {apart:.1g}"
+    return _open(
+        problem,
+        found,
+        f"the batch size is not stated, and several pictures with one target, {far} from each "
+        "other, send the update of the one between them",
+    )
+
+
+def _open(problem: Problem, found: Recovery, why: str) -> Recovery:
+    """The recovery of a batch of unknown size as a candidate, which nothing certifies."""
+    assert found.inputs is not None
+    return replace(
+        found,
+        inputs=None,
+        labels=problem.labels,
+        status=Status.UNDERDETERMINED,
+        certified=frozenset(),
+        error_bound=None,
+        predicted_error=None,
+        multiplicities=None,
+        scale=None,
+        candidates=(Candidate(found.inputs, found.labels, found.residual or 0.0),),
+        reason=f"{why}; state batch_size (for one sample batch_size=1) to have it certified; "
+        f"then: {found.reason}",
+    )
+
+
+def unrefuted(found: Recovery) -> Recovery:
+    """A contradiction of the smallest batch, which refutes no larger one: not ``INCONSISTENT``."""
+    return replace(
+        found,
+        inputs=None,
+        status=Status.UNDERDETERMINED,
+        certified=frozenset(),
+        error_bound=None,
+        predicted_error=None,
+        reason="the batch size is not stated, and the smallest batch does not send this update; a "
+        "larger one may: state batch_size (for one sample batch_size=1) to have it tested; "
+        f"then: {found.reason}",
+    )
+
+
+def hidden(problem: Problem, inputs: Tensor, labels: Tensor, scale: float | Tensor = 1.0) -> float:
+    """Largest difference in any entry that pictures shown as one may have from it.
+
+    Args:
+        problem: the update and its model.
+        inputs: what was found, [R, *input_shape], float64.
+        labels: their targets.
+        scale: factor on the update, or one a sample.
+    """
+    size = float(inputs.abs().max()) or 1.0
+    base = _layers(problem, [inputs], labels)[0]
+    seen = {name: _Seen(problem, name, u, k, scale) for name, (u, k) in base.items()}
+    seen = {name: layer for name, layer in seen.items() if layer.noise < inf}
+    if not seen:
+        return inf
+    step = STEP * size
+    moves = _directions(inputs, problem.precision.seed)
+    pairs = [inputs + sign * step * move for move in moves for sign in (1, -1)]
+    least = torch.full((len(inputs),), inf, dtype=torch.float64, device=inputs.device)
+    together = 2 * max(1, TOGETHER // (2 * inputs.numel()))
+    for first in range(0, len(pairs), together):
+        made = _layers(problem, pairs[first : first + together], labels)
+        for up, down in zip(made[::2], made[1::2], strict=True):
+            visible = [layer.visible(up[name], down[name], step) for name, layer in seen.items()]
+            least = least.minimum(torch.stack(visible).amax(0))
+    smallest = float(least.min()) / LEANING
+    return (MERGED / smallest) ** 0.5 if smallest > 0 else inf
+
+
+class _Seen:
+    """What one fully connected layer shows of samples that are not one."""
+
+    def __init__(
+        self, problem: Problem, name: str, u: Tensor, k: Tensor, scale: float | Tensor
+    ) -> None:
+        factor = scale.to(k)[:, None] if isinstance(scale, Tensor) else scale
+        self.factor, self.floor = factor, (factor * k).norm(dim=1)
+        self.left, self.right = torch.linalg.qr(k.T)[0], torch.linalg.qr(u.T)[0]
+        self.noise = inf
+        if k.shape[1] <= len(k) or u.shape[1] <= len(u):
+            return  # the batch fills the layer: nothing is orthogonal to it
+        gradient, precision = problem.gradients.original[name], problem.precision
+        met, whole = 0.0, 0.0
+        image = u.new_zeros(self.left.shape[1], u.shape[1])
+        for rows, block in row_blocks(gradient, u):
+            image += self.left[rows].T @ block
+        for rows, block in row_blocks(gradient, u):
+            rest = block - self.left[rows] @ image
+            met += float((rest - rest @ self.right @ self.right.T).square().sum())
+            whole += float(block.square().sum())
+        added = precision.noise_norm(name, gradient) if precision.noisy else 0.0
+        rounding = ROUNDING_SHARE * precision.unit * whole**0.5
+        floor = precision.floor * gradient.numel() ** 0.5
+        if whole > 0:
+            self.noise = met**0.5 + added + rounding + floor
+
+    def visible(
+        self, up: tuple[Tensor, Tensor], down: tuple[Tensor, Tensor], step: float
+    ) -> Tensor:
+        """Second-order term of each sample over the noise, per square of its largest entry, [R]."""
+        du, dk = (up[0] - down[0]) / (2 * step), self.factor * (up[1] - down[1]) / (2 * step)
+        across = dk - dk @ self.left @ self.left.T
+        along = du - du @ self.right @ self.right.T
+        size = across.norm(dim=1)
+        # What a difference of k in float64 leaves of one that is none.
+        size = torch.where(size > ALIKE / step * self.floor, size, 0.0)
+        shown: Tensor = size * along.norm(dim=1) / self.noise
+        return shown
+
+
+def _directions(inputs: Tensor, seed: int) -> list[Tensor]:
+    """Differences of the largest entry 1: noise, brightness, contrast, single entries."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(DRAWS):
+        plain = torch.randn(inputs.shape, generator=generator, dtype=torch.float64).to(inputs)
+        even = torch.rand(inputs.shape, generator=generator, dtype=torch.float64).to(inputs)
+        place = torch.randint(inputs[0].numel(), (len(inputs), 1), generator=generator)
+        single = torch.zeros_like(inputs).flatten(1).scatter_(1, place.to(inputs.device), 1.0)
+        middle = inputs - inputs.flatten(1).mean(1).reshape(-1, *([1] * (inputs.ndim - 1)))
+        found += [plain, even, middle + 0.1 * middle.abs().amax() * plain,
+                  single.reshape(inputs.shape)]  # fmt: skip
+    shape = (-1, *([1] * (inputs.ndim - 1)))
+    return [d / d.abs().flatten(1).amax(1).clamp_min(1e-300).reshape(shape) for d in found]
+
+
+def _layers(
+    problem: Problem, batches: list[Tensor], labels: Tensor
+) -> list[dict[str, tuple[Tensor, Tensor]]]:
+    """Input [R, n] and cotangent [R, m] of every fully connected layer, for each of the batches.
+
+    By the name of its weight.  Layers that are called more than once, or position by position,
+    are left out.
+    """
+    model, tensors, place = problem.model, {}, batches[0].device
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        real = tensor.is_floating_point()
+        tensors[name] = tensor.detach().to(place, torch.float64 if real else tensor.dtype)
+    rows, size = torch.cat(batches), len(batches[0])
+    calls: dict[str, list[tuple[Tensor, Tensor]]] = {}
+
+    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        def hook(_: nn.Module, given: tuple[Tensor, ...], made: Tensor) -> Tensor:
+            made = made if made.requires_grad else made.detach().requires_grad_()
+            calls.setdefault(name, []).append((given[0], made))
+            return made
+
+        return hook
+
+    weights = {f"{name}.weight".lstrip("."): m for name, m in model.named_modules()}
+    hooks = [
+        module.register_forward_hook(keep(name))
+        for name, module in weights.items()
+        if isinstance(module, nn.Linear) and name in problem.sent
+    ]
+    try:
+        with torch.enable_grad():
+            outputs = called(model, rows.detach().requires_grad_(), tensors)
+            loss = torch.stack(
+                [problem.declared(own, labels.to(place)) for own in outputs.split(size)]
+            ).sum()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    once = {
+        name: kept[0]
+        for name, kept in calls.items()
+        if len(kept) == 1 and kept[0][0].ndim == 2 and len(kept[0][0]) == len(rows)
+    }
+    if not once:
+        return [{} for _ in batches]
+    grads = torch.autograd.grad(loss, [made for _, made in once.values()], materialize_grads=True)
+    split = {
+        name: list(zip(torch.split(given.detach(), size), torch.split(grad, size), strict=True))
+        for (name, (given, _)), grad in zip(once.items(), grads, strict=True)
+    }
+    return [{name: own[i] for name, own in split.items()} for i in range(len(batches))]

@@ -1,0 +1,162 @@
+"""What the client would send for an answer, and how far from that an update may be.
+
+The real model, the declared loss and the targets of the answer are used here, not the cotangent
+that was observed: nothing is certified that does not give the update again, tensor by tensor, up to
+what its precision, its noise and the errors of the answer explain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rgap import memory
+from rgap.inversion.problem import Problem
+from rgap.jacobian.batch_loss import loss_scale
+from rgap.limits import ROUNDED, SAFETY
+from rgap.update.capture import capture
+from rgap.update.losses import Loss
+
+__all__ = ["Replay", "replay", "sent_for"]
+
+LOW = torch.float32  # the arithmetic whose rounding is measured
+MEMBERS = 2  # of its ensemble that are replayed
+COPIES = 32.0  # bytes a number, float64: the model, two updates, and what autograd holds
+
+
+@dataclass(frozen=True)
+class Replay:
+    """An update beside that of an answer.
+
+    Attributes:
+        residual: relative difference of the whole.
+        parts: relative difference by parameter name.
+        allowed: the same as precision, noise and the answer's errors explain it.
+    """
+
+    residual: float
+    parts: dict[str, float]
+    allowed: dict[str, float]
+
+    @property
+    def worst(self) -> str:
+        """The parameter that misses by most of what it may."""
+        return max(self.parts, key=lambda n: self.parts[n] / max(self.allowed[n], 1e-300))
+
+    @property
+    def fits(self) -> bool:
+        """True if every tensor is reproduced within what it may be off by."""
+        return all(part <= self.allowed[name] for name, part in self.parts.items())
+
+
+def sent_for(
+    problem: Problem,
+    inputs: Tensor,
+    labels: Tensor,
+    scale: float | Tensor = 1.0,
+    dtype: torch.dtype = torch.float64,
+) -> dict[str, Tensor]:
+    """The update of a batch, in float64 whatever it was computed in.
+
+    Args:
+        problem: the model and the declared loss.
+        inputs: [B, *input_shape].
+        labels: as the loss takes them.
+        scale: factor on the update, or one a sample [B].
+        dtype: of the client's arithmetic; a forward that casts to one of its own has its way.
+    """
+    if isinstance(scale, Tensor):
+        return _weighed(problem, inputs, labels, scale, dtype)
+
+    loss = problem.declared
+    if loss.targets == "probability":  # as they were read: noise may have moved them out of [0, 1]
+        loss = Loss(loss.name, function=problem.declared)
+
+    def sent(precision: torch.dtype) -> Mapping[str, Tensor]:
+        return capture(
+            problem.model, inputs, labels, loss, value_range=None, dtype=precision
+        ).gradients
+
+    try:
+        again = sent(dtype)
+    except ValueError:  # a forward that casts to a precision of its own
+        again = sent(problem.update.dtype)
+    return {n: scale * again[n].to(g) for n, g in problem.gradients.items()}
+
+
+def _weighed(
+    problem: Problem, inputs: Tensor, labels: Tensor, scale: Tensor, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Each sample by itself, with its factor and its share in the mean of the batch."""
+    shares = _shares(problem.declared, labels, problem.chain.output_shape)
+    total: dict[str, Tensor] = {}
+    for row, factor in enumerate((scale * shares.to(scale)).tolist()):
+        one = sent_for(problem, inputs[row : row + 1], labels[row : row + 1], factor, dtype)
+        total = {n: total[n] + g if total else g for n, g in one.items()}
+    return total
+
+
+def _shares(loss: Loss, labels: Tensor, output_shape: Sequence[int]) -> Tensor:
+    """What a sample's own gradient counts for in that of the batch, [B]: 1/B of a plain mean."""
+    ones = torch.ones(len(labels), dtype=torch.float64, device=labels.device)
+    if loss.own:
+        return ones * loss_scale(loss, len(labels), 1) / loss_scale(loss, 1, 1)
+    dense = loss.dense(labels, ones.new_zeros(len(labels), *output_shape))
+    each = [loss.divisor(dense[i : i + 1], ones[:1]) for i in range(len(labels))]
+    return ones.new_tensor(each) / loss.divisor(dense, ones)
+
+
+def replay(
+    problem: Problem,
+    inputs: Tensor,
+    labels: Tensor,
+    scale: float | Tensor = 1.0,
+    error: Tensor | None = None,
+    spread: float | Tensor = 0.0,
+) -> Replay:
+    """The update beside that of an answer.
+
+    The rounding of the client is measured: the same update is computed in float32, and what that
+    is off by is scaled to the client's unit roundoff.
+
+    Args:
+        problem: the update.
+        inputs: of the answer, [B, *input_shape].
+        labels: of the answer.
+        scale: factor on the update, or one a sample.
+        error: ensemble of the errors of ``inputs``, [S, B, *input_shape].
+        spread: standard error of ``scale``, like it.
+    """
+    parameters = sum(p.numel() for p in problem.model.parameters())
+    memory.require(
+        f"the update of an answer, {parameters:,} numbers in float64 beside a model of as many",
+        COPIES * parameters,
+        problem.room,
+    )
+    exact = sent_for(problem, inputs, labels, scale)
+    rounded = _distances(exact, sent_for(problem, inputs, labels, scale, LOW))
+    carried = dict.fromkeys(exact, 0.0)
+    for e in [] if error is None else error[:MEMBERS]:
+        moved = _distances(exact, sent_for(problem, inputs + e, labels, scale + spread))
+        carried = {name: max(carried[name], moved[name]) for name in exact}
+    unit = problem.precision.unit
+    ratio = unit / (torch.finfo(LOW).eps / 2)
+    parts, allowed, total, size = {}, {}, 0.0, 0.0
+    for name, sent in problem.sent.items():
+        gap = float((exact[name] - sent).norm())
+        own = float(sent.norm())
+        total, size = total + gap**2, size + own**2
+        rounding = ratio * rounded[name] + unit * own
+        rounding += problem.precision.floor * sent.numel() ** 0.5
+        noise = float(problem.precision.noise_std(name, sent).square().sum()) ** 0.5
+        parts[name] = gap / own if own > 0 else gap
+        may = ROUNDED * rounding + SAFETY * (noise + carried[name])
+        allowed[name] = may / own if own > 0 else may
+    return Replay((total / size) ** 0.5 if size > 0 else total**0.5, parts, allowed)
+
+
+def _distances(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, float]:
+    return {name: float((other[name] - g).norm()) for name, g in one.items()}

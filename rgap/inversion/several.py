@@ -1,0 +1,215 @@
+"""B > 1: the inputs of a batch at two fully connected layers, whatever stands above them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from rgap.halt import Halt, HaltKind
+from rgap.head.target import Reading
+from rgap.inversion import certificate, outcomes
+from rgap.inversion.answer import gathered
+from rgap.inversion.batch_rows import Rows, batch_of, start, with_separation
+from rgap.inversion.certificate import Answer
+from rgap.inversion.parts import in_parts
+from rgap.inversion.polish import polish
+from rgap.inversion.problem import Problem
+from rgap.inversion.replay import replay
+from rgap.inversion.reports import layer_reports
+from rgap.inversion.weighed import in_order, weighed
+from rgap.network.chain import Chain
+from rgap.network.prefix import find_pairs, reaches
+from rgap.progress import Progress
+from rgap.recovery import Candidate, Recovery, Route, Status
+from rgap.recursion.descend import Descent, descend
+from rgap.separation.batch import Separated, Unseparated
+from rgap.separation.headless import separate_headless
+
+__all__ = ["beside_targets", "from_pair"]
+
+
+def from_pair(problem: Problem, chain: Chain, above: str, show: Progress) -> Recovery | None:
+    """The inputs of a batch, where a pair of layers below everything else separates it.
+
+    Args:
+        problem: the update and its model.
+        chain: from the data to two fully connected layers in a row.
+        above: why no equation covers what stands above them, in words.
+        show: told how far it is.
+
+    Returns:
+        ``UNDERDETERMINED`` with the inputs certified, alone or in parts; None where the pair does
+        not separate the batch or the layers below do not follow.
+    """
+    own = replace(problem, chain=chain)
+    found = separate_headless(batch_of(own), show.stage)
+    if isinstance(found, Unseparated):
+        return None
+    own = start(own, found)
+    descent = descend(
+        chain, own.gradients, found.stage.index, found.features, found.cotangents,
+        own.precision, show.stage, own.budget,
+    )  # fmt: skip
+    descent = with_separation(own, descent, found)
+    if descent.refuted:
+        return None
+
+    def certified(whole: Descent) -> tuple[Recovery, Rows | None]:
+        return _certified(own, whole, found, above, show)[0], None
+
+    if descent.data is not None:
+        recovery, answer = _certified(own, descent, found, above, show)
+        if answer is not None and "inputs" in recovery.certified:
+            recovery = _named(problem, recovery, answer)
+    else:
+        parts = in_parts(own, descent, certified)
+        if parts is None:
+            return None
+        recovery = parts
+    return replace(recovery, separation=found.route)
+
+
+def beside_targets(problem: Problem, recovery: Recovery, show: Progress) -> Recovery:
+    """The inputs beside a failure of the targets: two layers tell samples apart without a loss.
+
+    A factor, a sum for a mean, other weights of the samples or targets that no equation finds leave
+    the ranges of the two gradients as they are.
+    """
+    untold = recovery.halt is not None and recovery.halt.kind is HaltKind.UNSEPARATED
+    open_targets = untold or recovery.status is Status.INCONSISTENT
+    if problem.stated is None or recovery.inputs is not None or not open_targets:
+        return recovery
+    held = [stage.affine for stage in problem.chain.stages]
+    for pair in find_pairs(problem.model, problem.chain.input_shape, problem.sent, held):
+        alone = from_pair(problem, pair, recovery.reason, show)
+        if alone is not None and "inputs" in alone.certified:
+            if alone.status is Status.EXACT:
+                return alone
+            return replace(alone, status=recovery.status, halt=recovery.halt)
+    return recovery
+
+
+def _times(scale: float | Tensor) -> str:
+    if isinstance(scale, Tensor):
+        return f"{float(scale.min()):.6g} to {float(scale.max()):.6g} times, sample by sample,"
+    return f"{scale:.6g} times"
+
+
+def _named(problem: Problem, recovery: Recovery, answer: Answer) -> Recovery:
+    """The certified inputs with targets and factors, where the last layer gives them.
+
+    Args:
+        problem: with the whole network.
+        recovery: of the inputs alone.
+        answer: those inputs with their errors.
+    """
+    data = answer.polished.data
+    if len(data.value) != problem.stated:
+        return recovery
+    found = weighed(problem, data)
+    if isinstance(found, str):
+        return replace(recovery, reason=f"{recovery.reason}; {found}")
+    labels, scale = found.labels, found.scale
+    stated = problem.labels
+    if stated is None:  # the order of a batch is not in its gradient: rows come by label
+        stated = labels.sort().values if labels.ndim == 1 else labels
+    order = in_order(labels, stated)
+    if order is None:
+        said = f"the stated labels contradict the update, whose head says {labels.tolist()}"
+        return replace(recovery, reason=f"{recovery.reason}; {said}")
+    again = replay(problem, data.value, labels, scale, data.error, found.spread)
+    if not again.fits:
+        name = again.worst
+        said = (
+            f"with the targets {labels.tolist()} and the factors {scale} that the last layer "
+            f"gives, the model's own update differs from '{name}' by {again.parts[name]:.1e} of "
+            f"it, where {again.allowed[name]:.1e} is explained"
+        )
+        return replace(recovery, reason=f"{recovery.reason}; {said}")
+    plain = not isinstance(scale, Tensor) and scale == 1.0
+    words = "" if plain else f"; the update is {_times(scale)} that of the declared loss"
+    assert recovery.inputs is not None
+    return replace(
+        recovery,
+        inputs=recovery.inputs[order],
+        labels=labels[order],
+        status=Status.EXACT,
+        certified=frozenset({"inputs", "targets"}),
+        scale=scale[order] if isinstance(scale, Tensor) else scale,
+        residual=again.residual,
+        predicted_error=None
+        if recovery.predicted_error is None
+        else recovery.predicted_error[order],
+        reason=f"every sample is determined at two layers, its target at the last one, the update "
+        f"is reproduced, no entry is off by more than {answer.bound:.1e}{words}",
+    )
+
+
+def _certified(
+    own: Problem, descent: Descent, found: Separated, above: str, show: Progress
+) -> tuple[Recovery, Answer | None]:
+    """The verdict on the inputs, and the answer that it is on; None where they are not shown."""
+    low, high = own.value_range or (0.0, 1.0)
+    show.stage("polish on the two layers and those below")
+    lowest = descent.solutions.get(0)
+    settled = lowest is not None and lowest.solution.stats.route == Route.SEPARATION
+    polished = polish(
+        own.chain, own.gradients, descent.require_data(), found.head, own.precision,
+        descent.preconditioner(own.chain), high - low, settled, own.room,
+    )  # fmt: skip
+    rows, place = len(polished.data.value), polished.data.value.device
+    none = torch.zeros(rows, device=place)
+    answer = Answer(
+        descent, polished, Reading(none[:0], none, 0.0, 0.0),
+        Rows(torch.arange(rows, device=place), none, torch.ones_like(none, dtype=torch.long)),
+        gathered=gathered(own.chain, polished), cast=certificate.cast_of(own.precision),
+    )  # fmt: skip
+    if certificate.excess(answer, own) > own.slack:
+        return outcomes.stopped(
+            own,
+            Status.INCONSISTENT,
+            f"the value_range [{low:g}, {high:g}] contradicts the update, which determines values "
+            f"in [{float(answer.inputs.min()):.3g}, {float(answer.inputs.max()):.3g}]; write the "
+            "range of the data as the network sees them",
+            descent,
+            Halt.contradiction(own.chain.stages[0].name),
+        ), None
+    status, why = certificate.verdict(own, answer)
+    name = found.stage.name
+    if status is Status.EXACT and not reaches(own.model, own.chain, answer.inputs):
+        status, why = (
+            Status.UNDERDETERMINED,
+            f"on the recovered batch the model's own '{name}' takes in something else: its "
+            "forward decides by the values of the data",
+        )
+    if status is not Status.EXACT:
+        return outcomes.stopped(own, status, why, descent), None
+    said = (
+        f"'{name}' and the next layer tell {rows} samples apart, no entry of the data is off by "
+        f"more than {answer.bound:.1e}"
+    )
+    recovery = Recovery(
+        inputs=answer.inputs,
+        labels=None,
+        status=Status.UNDERDETERMINED,
+        layers=layer_reports(own, descent),
+        residual=None,
+        predicted_error=polished.data.error.square().flatten(2).mean((0, 2)).sqrt(),
+        error_bound=answer.bound,
+        reason=f"the inputs are certified: {said}; targets not certified: nothing below the loss "
+        f"names them ({above})",
+        certified=frozenset({"inputs"}),
+    )
+    if own.stated is not None:
+        return recovery, answer
+    recovery = replace(
+        recovery,
+        inputs=None,
+        certified=frozenset(),
+        candidates=(Candidate(answer.inputs, None, float("nan")),),
+        reason=f"{said}; how often each of them occurs is open: state batch_size to have them "
+        f"certified ({above})",
+    )
+    return recovery, None

@@ -1,0 +1,165 @@
+"""Targets by trying them: for inputs that are known, under a network that no equation covers.
+
+The update is affine in the target where the loss's cotangent is: one backward pass a class at one
+small parameter ranks the labels, a replay of the whole update decides.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rgap.inversion.problem import Problem
+from rgap.inversion.replay import replay
+from rgap.limits import ROUNDED, SAFETY, USEFUL, VANISHING
+from rgap.precision import Known
+from rgap.update.targets import CLASSES
+
+__all__ = ["Trial", "try_targets"]
+
+MOST = 1000  # labels that are tried
+REPLAYED = 2  # of these the whole update is computed for: the nearest, and what refutes the next
+
+
+@dataclass(frozen=True)
+class Trial:
+    """The target of a known input.
+
+    Attributes:
+        labels: the only target that reproduces the update, or None.
+        residual: of the best replay, or None where none was possible.
+        reason: why the targets are not certified, or "".
+    """
+
+    labels: Tensor | None
+    residual: float | None
+    reason: str
+
+
+def try_targets(problem: Problem, known: Known, parameter: str) -> Trial:
+    """The one target of a single known input that reproduces the whole update.
+
+    A target is reproduced if every tensor of its replay is within what rounding, noise and the
+    errors of the input explain, and refuted if one is not: see
+    :func:`rgap.inversion.replay.replay`.
+
+    Args:
+        problem: the update and its model.
+        known: the input [1, *input_shape], float64, with its errors.
+        parameter: name of a small one whose gradient ranks the labels: a bias.
+    """
+    loss = problem.declared
+    if not loss.known:
+        why = "the loss is not known"
+        if loss.own:
+            why = (
+                f"the update was sent under {loss.name!r}, a function that a file cannot hold: "
+                "write dataclasses.replace(update, loss=the_function)"
+            )
+        return Trial(None, None, why)
+    for name, module in problem.model.named_modules():
+        if module.training and _draws(module):
+            return Trial(
+                None,
+                None,
+                f"'{name or type(module).__name__}' ({type(module).__name__}) is in train mode: "
+                "what it drew or mixed is not part of the update, so no replay gives it again",
+            )
+    try:
+        options = _options(problem, known.value, parameter)
+        if isinstance(options, str):
+            return Trial(None, None, options)
+        tries = [
+            (replay(problem, known.value, target, 1.0, known.error), target)
+            for target in options[:REPLAYED]
+        ]
+    except (ValueError, TypeError, RuntimeError, IndexError) as error:
+        return Trial(None, None, f"no replay was possible ({str(error).splitlines()[0]})")
+    again, labels = min(tries, key=lambda tried: tried[0].residual)
+    fitting = [target for tried, target in tries if tried.fits]
+    if not fitting:
+        name = again.worst
+        return Trial(
+            None,
+            again.residual,
+            f"no target of {loss.name} reproduces the update: the nearest one misses '{name}' by "
+            f"{again.parts[name]:.1e} of it, where rounding, noise and the errors of the input "
+            f"explain {again.allowed[name]:.1e}",
+        )
+    if len(fitting) > 1:
+        return Trial(None, again.residual, "several targets reproduce the update")
+    return Trial(labels if again.fits else fitting[0], again.residual, "")
+
+
+def _draws(module: Any) -> bool:
+    drawn = isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.p > 0
+    mixes = isinstance(module, torch.nn.modules.batchnorm._BatchNorm)
+    return drawn or mixes or isinstance(module, torch.nn.RReLU)
+
+
+def _options(problem: Problem, inputs: Tensor, parameter: str) -> Sequence[Tensor] | str:
+    """Targets worth a replay, the likeliest first, or why there are none."""
+    if problem.labels is not None:
+        return [problem.labels]
+    model = copy.deepcopy(problem.model).double().requires_grad_()
+    with torch.enable_grad():
+        outputs = model(inputs.to(next(model.parameters())))
+        if not isinstance(outputs, Tensor) or outputs.ndim != 2 or len(outputs) != 1:
+            return (
+                "the model does not return one tensor [B, C], so the targets that the loss takes "
+                "are not known; state labels to have them tested"
+            )
+        weight = dict(model.named_parameters())[parameter]
+        loss, count = problem.declared, outputs.shape[1]
+        sent = problem.gradients[parameter]
+        several = not loss.own and loss.name not in CLASSES and count > 1
+        if loss.targets != "index" or several:
+            found = _continuous(problem, outputs, weight, parameter)
+            return found if isinstance(found, str) else [loss.read(found)[0].cpu()]
+        labels = loss.admissible(count) if not loss.own else list(range(count))
+        if labels is None or len(labels) > MOST:
+            return f"{loss.name} admits too many targets to try"
+        if loss.own and count == 1:  # a binary loss takes numbers of the outputs' shape
+            targets = [outputs.new_full((1, 1), label) for label in (0.0, 1.0)]
+        else:
+            targets = [torch.tensor([label], device=outputs.device) for label in labels]
+        misses = []
+        for target in targets:
+            value = loss(outputs, target)
+            (g,) = torch.autograd.grad(value, weight, retain_graph=True)
+            misses.append(float((g - sent.to(g)).norm()))
+    order = sorted(range(len(targets)), key=misses.__getitem__)
+    return [targets[place].cpu() for place in order]
+
+
+def _continuous(problem: Problem, outputs: Tensor, weight: Tensor, parameter: str) -> Tensor | str:
+    """The dense target whose cotangent at the outputs explains one parameter's gradient."""
+    loss, precision, sent = problem.declared, problem.precision, problem.gradients[parameter]
+    rows = [
+        torch.autograd.grad(output, weight, retain_graph=True)[0].flatten()
+        for output in outputs.flatten()
+    ]
+    matrix = torch.stack(rows, 1)
+    values = torch.linalg.svdvals(matrix)
+    if len(values) < matrix.shape[1] or float(values[-1]) < VANISHING * float(values[0]):
+        return "the cotangent at the outputs does not follow from the gradient: a target is open"
+    kappa = torch.linalg.lstsq(matrix, sent.to(matrix).flatten()[:, None]).solution
+    target = loss.targets_from(outputs.detach(), kappa.reshape(outputs.shape))
+    # A replay does not see what lies along the weakest direction: its error has to be small.
+    rounded = ROUNDED * (sent.abs() * precision.unit + precision.floor)
+    off = torch.hypot(rounded, SAFETY * precision.noise_std(parameter, sent)).flatten().to(matrix)
+    moved = (torch.linalg.pinv(matrix).square() @ off.square()).sqrt().reshape(outputs.shape)
+    z = outputs.detach()
+    shift = loss.targets_from(z, moved) - loss.targets_from(z, torch.zeros_like(moved))
+    tolerance = float(shift.abs().max())
+    if tolerance > USEFUL * max(1.0, float(target.abs().max())):
+        return (
+            f"a target is known to {tolerance:.1e} only: the cotangent at the outputs follows "
+            f"from the gradient of '{parameter}' no better"
+        )
+    return target

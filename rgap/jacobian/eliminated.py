@@ -1,0 +1,70 @@
+"""The head's cotangents as unknowns that every step is solved for: variable projection.
+
+Targets that may be any real numbers leave κ free.  At fixed x every gradient is linear in it,
+``g = U κ``, so that κ can be eliminated: of an error r of the update, x has to explain only what
+``P r = r − U (UᵀΣ⁻¹U)⁻¹ UᵀΣ⁻¹ r`` leaves.
+
+Source: the derivative by projection is that of Golub and Pereyra 1973 without its second term
+(Kaufman 1975), which is Gauss–Newton on x and κ together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rgap.jacobian.layer import Rows
+from rgap.jacobian.linearisation import Linearisation
+from rgap.solvers.positive import backsolve, cholesky_in_place
+
+LARGEST = 4096  # entries of κ up to which UᵀΣ⁻¹U is formed
+COLUMNS = 16  # formed at once
+PASSES = 2  # of the solve with one factor: it squares the condition, and each pass gains its digits
+
+
+@dataclass(frozen=True)
+class Eliminated:
+    """U at a point, and the factor of its weighted normal matrix.
+
+    Attributes:
+        point: the update linearised at a κ that is held.
+        weights: 1/σ of the entries of the update, by parameter name, broadcast over each filter.
+        lower: Cholesky factor of UᵀΣ⁻¹U, [B·C, B·C].
+    """
+
+    point: Linearisation
+    weights: Rows
+    lower: Tensor
+
+    @classmethod
+    def of(cls, point: Linearisation, weights: Rows) -> Eliminated | None:
+        """None where κ has too many entries, or the features do not tell them apart."""
+        kappa = point.kappa
+        size = kappa.numel()
+        if size > LARGEST:
+            return None
+        eye = torch.eye(size, dtype=kappa.dtype, device=kappa.device).reshape(size, *kappa.shape)
+        parts = [
+            _on_kappa(point, weights, point.jvp(None, part)) for part in torch.split(eye, COLUMNS)
+        ]
+        matrix = torch.cat(parts).flatten(1)
+        lower = cholesky_in_place((matrix + matrix.T) / 2)
+        return None if lower is None else cls(point, weights, lower)
+
+    def explained(self, rows: Rows) -> tuple[Tensor, Rows]:
+        """The κ that explains most of S updates [S, B, C], and what it leaves of them, P r."""
+        found, left = None, rows
+        for _ in range(PASSES):
+            rhs = _on_kappa(self.point, self.weights, left)
+            step = backsolve(self.lower, rhs.flatten(1).T).T.reshape(rhs.shape)
+            found = step if found is None else found + step
+            sent = self.point.jvp(None, step)
+            left = {name: left[name] - sent[name] for name in left}
+        assert found is not None
+        return found, left
+
+
+def _on_kappa(point: Linearisation, weights: Rows, rows: Rows) -> Tensor:
+    return point.pulls({n: rows[n] * weights[n].square() for n in rows})[1]

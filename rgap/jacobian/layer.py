@@ -1,0 +1,137 @@
+"""The gradient of one layer, linear in its input u and in its cotangent k, and both derivatives.
+
+``G(u, k) = K(k) u = U(u) k``: K is the matrix of the gradient constraint, U holds the patches of u.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from torch import Tensor
+
+from rgap.constraints import convnd, gradient_constraint, gradient_rows, weight_constraint
+from rgap.network.affine import Affine
+
+Rows = dict[str, Tensor]  # by parameter name, each [S, *parameter.shape]
+
+
+class Bilinear:
+    """∂L/∂W and ∂L/∂b of an affine map at (u, k).
+
+    Args:
+        affine: the map.
+        u: its input, [B, *affine.in_shape].
+        k: the cotangent at its output, [B, *affine.out_shape].
+    """
+
+    def __init__(self, affine: Affine, u: Tensor, k: Tensor) -> None:
+        self.affine, self.u_shape, self.k_shape = affine, u.shape, k.shape
+        self.matrix = gradient_constraint(affine, k).matrix  # K, [groups, rows, P]
+        self.cotangent = k
+        self.patches = _patches(affine, u)  # U, [groups, C/g·offsets, B·outputs]
+
+    def push(self, du: Tensor, dk: Tensor) -> Rows:
+        """DG = K du + U dk and d∂b = Σ dk, for S directions [S, B, ...]."""
+        affine, count = self.affine, du.shape[0]
+        if affine.geometry is None:
+            dk, k = dk.flatten(2), self.cotangent.flatten(1)
+            rows = torch.matmul(dk.mT, self.patches[0].T)
+            out = {affine.weight_name: rows.add_(k.T @ du.flatten(2))}
+            if affine.bias_name is not None:
+                out[affine.bias_name] = dk.sum(1)
+            return out
+        table = weight_constraint(affine, self.u_shape[0]).unfold(du.flatten(0, 1), count)
+        groups, _, size = self.matrix.shape
+        first = torch.einsum("grp,sgcp->sgcr", self.matrix, table.reshape(count, groups, -1, size))
+        k = _filters(dk, groups)  # [S, g, F/g, B·out]
+        second = torch.einsum("gtp,sgfp->sgft", self.patches, k)
+        shape = (count, *affine.weight.shape)
+        out = {affine.weight_name: _unrows(affine, first, count) + second.reshape(shape)}
+        if affine.bias_name is not None:
+            out[affine.bias_name] = k.sum(-1).flatten(1)
+        return out
+
+    def power(self, du: Tensor, dk: Tensor) -> Rows:
+        """Mean square over each filter of what :meth:`push` gives, [S, filters].
+
+        A row of a fully connected layer's is ``[dk k]ᵀ [u; du]``: its square is a form in the inner
+        products of the samples, and the rows themselves are not needed.
+        """
+        affine = self.affine
+        if affine.geometry is not None:
+            return {n: pooled(row.square()) for n, row in self.push(du, dk).items()}
+        count, batch = du.shape[:2]
+        u, k = (x.expand(count, -1, -1) for x in (self.patches[0].T, self.cotangent.flatten(1)))
+        inputs = torch.cat([u, du.reshape(count, batch, -1)], 1)
+        cotangents = torch.cat([dk.reshape(count, batch, -1), k], 1)
+        forms = (inputs @ inputs.mT) @ cotangents
+        square = (forms * cotangents).sum(1).clamp_min(0.0) / inputs.shape[2]
+        out = {affine.weight_name: square}
+        if affine.bias_name is not None:
+            out[affine.bias_name] = dk.reshape(count, batch, -1).sum(1).square()
+        return out
+
+    def pull_u(self, rows: Rows) -> Tensor:
+        """Kᵀ y, [S, *u.shape]."""
+        y = rows[self.affine.weight_name]
+        if self.affine.geometry is None:
+            return (self.cotangent.flatten(1) @ y).reshape(y.shape[0], *self.u_shape)
+        y = gradient_rows(self.affine, y)
+        groups, count, _ = self.matrix.shape
+        table = torch.einsum(
+            "grp,sgcr->sgcp", self.matrix, y.reshape(y.shape[0], groups, -1, count)
+        ).flatten(1, 2)
+        folded = weight_constraint(self.affine, self.u_shape[0]).fold(table)
+        return folded.reshape(y.shape[0], *self.u_shape)
+
+    def pull_k(self, rows: Rows) -> Tensor:
+        """Uᵀ y, and the bias rows, [S, *k.shape]."""
+        y = rows[self.affine.weight_name]
+        if self.affine.geometry is None:
+            k = (y @ self.patches[0]).mT
+            if self.affine.bias_name is not None:
+                k = k + rows[self.affine.bias_name][:, None]
+            return k.reshape(k.shape[0], *self.k_shape)
+        groups = self.patches.shape[0]
+        y = y.reshape(y.shape[0], groups, -1, self.patches.shape[1])
+        k = torch.einsum("gtp,sgft->sgfp", self.patches, y).flatten(1, 2)
+        if self.affine.bias_name is not None:
+            k = k + rows[self.affine.bias_name][:, :, None]
+        k = k.reshape(k.shape[0], k.shape[1], self.u_shape[0], -1).transpose(1, 2)
+        return k.reshape(k.shape[0], *self.k_shape)
+
+
+def pooled(variance: Tensor) -> Tensor:
+    """Mean over everything but samples and filters, [S, F, ...] → [S, F]."""
+    return variance if variance.ndim == 2 else variance.flatten(2).mean(2)
+
+
+def _patches(affine: Affine, u: Tensor) -> Tensor:
+    """U with G = U k: the inputs that meet each filter entry, [g, C/g·offsets, B·outputs]."""
+    if affine.geometry is None:
+        return u.T.unsqueeze(0)
+    groups = affine.geometry.groups
+    space, out = affine.in_shape[1:], affine.out_shape[1:]
+    table = convnd.taps(affine.geometry, space, out).to(u.device)
+    flat = u.flatten(2)
+    padded = torch.cat([flat, flat.new_zeros(*flat.shape[:2], 1)], 2)  # −1 reads the zero
+    picked = padded[:, :, table]  # [B, C, offsets, outputs]
+    picked = picked.permute(1, 2, 0, 3)
+    return picked.reshape(groups, -1, u.shape[0] * prod(out))
+
+
+def _filters(dk: Tensor, groups: int) -> Tensor:
+    """[S, B, F, *out] → [S, g, F/g, B·out]."""
+    k = dk.reshape(dk.shape[0], dk.shape[1], dk.shape[2], -1).transpose(1, 2)
+    return k.reshape(k.shape[0], groups, k.shape[1] // groups, -1)
+
+
+def _unrows(affine: Affine, rows: Tensor, count: int) -> Tensor:
+    """Inverse of ``gradient_rows``: [S, g, C/g, (F/g)·offsets] → [S, *weight.shape]."""
+    if affine.geometry is None:
+        return rows.reshape(count, rows.shape[2], -1).transpose(1, 2)
+    groups = affine.geometry.groups
+    offsets = prod(affine.geometry.kernel)
+    split = rows.reshape(count, groups, rows.shape[2], -1, offsets).transpose(2, 3)
+    return split.reshape(count, *affine.weight.shape)

@@ -1,0 +1,111 @@
+"""Why a search stopped, what it says on its way, and what it needs to go on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from torch import Tensor
+
+from rgap.update.storage import opened, written
+
+__all__ = ["Checkpoint", "Ended", "Progress", "digest"]
+
+FORMAT = "rgap.checkpoint"
+
+
+def digest(*tensors: Tensor) -> str:
+    """A short fingerprint of numbers: equal tensors have equal ones.
+
+    >>> import torch
+    >>> digest(torch.ones(2)) == digest(torch.ones(2)) != digest(torch.zeros(2))
+    True
+    """
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(tensor.detach().double().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+class Ended(Enum):
+    """Why a search stopped; the value says it in words."""
+
+    DONE = "all iterations are done"
+    STILL = "no progress any more"
+    TIME = "the time is up"
+    STOPPED = "the callback said so"
+    EXPLODED = "steps exploded from every start, or led to where the objective is not finite"
+    NOT_FINITE = "the objective is not finite at any start"
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """All that a search needs to go on to the result that it would have had.
+
+    Attributes:
+        settings: of the call that it belongs to; another call is refused.
+        tensors: where the search stands.
+    """
+
+    settings: Mapping[str, str]
+    tensors: Mapping[str, Tensor]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file, whole or not at all."""
+        tensors = {n: t.detach().cpu().clone().contiguous() for n, t in self.tensors.items()}
+        written(path, tensors, {"format": FORMAT, "settings": json.dumps(dict(self.settings))})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Checkpoint:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ValueError: a file of another kind, or a damaged one.
+            FileNotFoundError: no such file.
+        """
+        metadata, tensors = opened(path, "checkpoint.save(path)")
+        if metadata.get("format") != FORMAT:
+            raise ValueError(
+                f"{Path(path)}: expected a checkpoint that a search wrote, got another safetensors "
+                "file; write found.checkpoint.save(path)"
+            )
+        return cls(json.loads(metadata["settings"]), tensors)
+
+    def require(self, settings: Mapping[str, str]) -> None:
+        """Raise unless this is of a call with these settings.
+
+        Raises:
+            ValueError: naming the first setting that differs.
+        """
+        for name, value in settings.items():
+            held = self.settings.get(name)
+            if held != value:
+                raise ValueError(
+                    f"checkpoint: of a search with {name}={held}, expected {name}={value}; write "
+                    "checkpoint=found.checkpoint with the model, update and options of the first "
+                    "call"
+                )
+
+
+@dataclass(frozen=True, eq=False)
+class Progress:
+    """What a callback is told.
+
+    Attributes:
+        what: counted: ``"iteration"`` or ``"step"``.
+        number: of them, from 0.
+        values: of the objective, one a start.
+        best: the lowest so far.
+        checkpoint: to go on from here.
+    """
+
+    what: str
+    number: int
+    values: Tensor
+    best: float
+    checkpoint: Checkpoint

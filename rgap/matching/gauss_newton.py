@@ -1,0 +1,164 @@
+"""Gauss–Newton on a whole update from one start after another, in stages that can be gone on with.
+
+A network with kinks is softened at first and sharpened stage by stage, as in a completion; where
+that ends in a local minimum, once more and more slowly.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass
+from math import inf
+
+import torch
+from torch import Tensor
+
+from rgap.completion.annealing import ANNEALING, BLUNT, TRAPPED, Position, anneal
+from rgap.completion.complete import PASSES
+from rgap.jacobian.module_update import ModuleUpdate
+from rgap.matching.checkpoint import Checkpoint, Ended, Progress
+from rgap.solvers.gauss_newton import STOPPED, Marks, Schedule, Step
+from rgap.solvers.priors import Prior
+
+Callback = Callable[[Progress], bool | None]
+
+
+@dataclass
+class Search:
+    """The state of a search; all of it goes into a checkpoint.
+
+    Attributes:
+        position: where the pass stands.
+        best: the batch of the lowest misfit of the network itself.
+        turn: number of the pass, over all starts.
+        steps: made in all.
+        lowest: the misfit of ``best``, ‖r‖².
+        own: the lowest misfit from the present start.
+    """
+
+    position: Position
+    best: Tensor
+    turn: int = 0
+    steps: int = 0
+    lowest: float = inf
+    own: float = inf
+
+    def note(self, x: Tensor, misfit: float) -> None:
+        """A batch and the misfit of the network itself there."""
+        self.own = min(self.own, misfit)
+        if misfit < self.lowest:
+            self.lowest, self.best = misfit, x
+
+    def checkpoint(self, settings: dict[str, str]) -> Checkpoint:
+        """All of it as tensors."""
+        held, place = self.position.marks, self.best.device
+        marks = () if held is None else tuple(map(float, astuple(held)))
+        tensors = {
+            "place": torch.tensor([self.turn, self.position.stage, self.steps], device=place),
+            "x": self.position.x,
+            "best": self.best,
+            "misfits": self.best.new_tensor([self.lowest, self.own], dtype=torch.float64),
+            "marks": self.best.new_tensor(marks, dtype=torch.float64),
+        }
+        return Checkpoint(settings, tensors)
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, like: Tensor) -> Search:
+        """What :meth:`checkpoint` made of it."""
+        held = checkpoint.tensors
+        lowest, own = held["misfits"].tolist()
+        marks = None
+        if len(held["marks"]):
+            number, weight, smoothing, damping, rest, over = held["marks"].tolist()
+            marks = Marks(int(number), weight, smoothing, damping, int(rest), bool(over))
+        turn, stage, steps = map(int, held["place"].tolist())
+        position = Position(held["x"].to(like), stage, marks)
+        return cls(position, held["best"].to(like), turn, steps, lowest, own)
+
+
+def search(
+    equations: ModuleUpdate,
+    starts: Sequence[Tensor],
+    prior: Prior,
+    schedule: Schedule,
+    bounds: tuple[float, float] | None,
+    settings: dict[str, str],
+    callback: Callback | None,
+    checkpoint: Checkpoint | None,
+) -> tuple[Ended, Search]:
+    """The batch of the lowest misfit that any start leads to.
+
+    Args:
+        equations: the update as a function of the batch.
+        starts: to begin with, one after another; the answer is never worse than any of them.
+        prior: of the data.
+        schedule: of its weight, and the time; its ``steps`` count once the kinks are sharp.
+        bounds: of the data, kept.
+        settings: that a checkpoint is for.
+        callback: told after every step; True stops.
+        checkpoint: of a search that was stopped.
+    """
+    deadline = time.perf_counter() + schedule.seconds
+    equations.settle(starts[0], BLUNT)
+    if checkpoint is None:
+        held = Search(Position(starts[0]), starts[0])
+        for start in starts:  # what comes back is no worse than what went in
+            held.note(start, equations.misfit(start))
+        held.own = inf
+    else:
+        held = Search.of(checkpoint, starts[0])
+    passes = PASSES if equations.sharpness else PASSES[:1]
+    for turn in range(held.turn, len(starts) * len(passes)):
+        number, again = divmod(turn, len(passes))
+        if turn != held.turn:
+            held.turn, held.position = turn, Position(starts[number])
+            held.own = held.own if again else inf
+        if again and held.own <= TRAPPED:
+            continue
+        ended = _pass(
+            equations, held, prior, schedule, passes[again], bounds, deadline, settings, callback
+        )
+        if ended is not None:
+            return ended, held
+    if not held.lowest < inf:
+        return Ended.NOT_FINITE, held
+    marks = held.position.marks
+    still = marks is not None and marks.over
+    return (Ended.STILL if still else Ended.DONE), held
+
+
+def _pass(
+    equations: ModuleUpdate,
+    held: Search,
+    prior: Prior,
+    schedule: Schedule,
+    levels: int,
+    bounds: tuple[float, float] | None,
+    deadline: float,
+    settings: dict[str, str],
+    callback: Callback | None,
+) -> Ended | None:
+    """The stages of one pass that are left; why it stopped before the last."""
+
+    def project(x: Tensor) -> Tensor:
+        return x if bounds is None else x.clamp(*bounds)
+
+    def watch(step: Step, x: Tensor) -> bool:
+        held.steps += 1
+        if equations.sharpness.value is None:
+            held.note(x, step.misfit)
+        if callback is None:
+            return False
+        values = x.new_tensor([step.misfit], dtype=torch.float64)
+        point = held.checkpoint(settings)
+        return bool(callback(Progress("step", held.steps, values, held.lowest, point)))
+
+    found = anneal(
+        equations, held.position, prior, schedule, levels, deadline,
+        share=ANNEALING, project=project, watch=watch,
+    )  # fmt: skip
+    if found.ended == STOPPED:
+        return Ended.STOPPED
+    held.note(found.value, found.misfit)
+    return Ended.TIME if time.perf_counter() > deadline else None

@@ -1,0 +1,192 @@
+"""The distance between an update and the one that a candidate batch would send, many at once."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from rgap.jacobian.module_update import cosine_distance
+from rgap.matching.batch_norm import Statistics
+from rgap.matching.presets import Coordinates, Preset
+from rgap.network.isolation import convolution_work, plain_kernels, small_kernels
+from rgap.network.running import guarded, run
+from rgap.solvers.priors import Prior, TotalVariation, value_and_gradient
+from rgap.solvers.registration import registered_mean
+from rgap.update.local_training import LocalTraining, average
+from rgap.update.losses import Loss
+
+__all__ = ["Objective", "cosine_distance"]
+
+TOGETHER = (
+    4  # rows from which one batched evaluation is faster on a processor than one after another
+)
+KINK = 1e-3  # rounding of the total variation, in the optimiser's units
+
+
+class Objective:
+    """``D(∇L(x, t), G) + Σ w·term(r)`` and its gradient, for many rows r at once; ``x = c + u·r``.
+
+    Args:
+        model: in eval mode; a copy does the work.
+        gradients: the update by parameter name.
+        loss: the client's.
+        targets: of the batch; None: unknowns, logits [B, classes] behind the data of each row.
+        shape: of the batch, [B, *input_shape].
+        preset: distance, terms and weights.
+        coordinates: of the rows.
+        prior: of the data as the optimiser has them, in place of the total variation.
+        local: how the client trains between two rounds.
+        steps: of its training.
+        dtype: of the arithmetic.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        gradients: Mapping[str, Tensor],
+        loss: Loss,
+        targets: Tensor | None,
+        shape: tuple[int, ...],
+        preset: Preset,
+        coordinates: Coordinates,
+        prior: Prior | None = None,
+        local: LocalTraining | None = None,
+        steps: int = 1,
+        dtype: torch.dtype = torch.float64,
+    ) -> None:
+        place = next(iter(gradients.values())).device
+        self.model = copy.deepcopy(model).to(place, dtype).requires_grad_()
+        self.statistics = Statistics(self.model) if preset.statistics else None
+        self.leaves: dict[str, Tensor] = dict(self.model.named_parameters())
+        self.parameters = {n: p.detach() for n, p in self.leaves.items()}
+        self.sent = {n: g.to(place, dtype) for n, g in gradients.items()}
+        self.whole = torch.cat([g.flatten() for g in self.sent.values()])
+        self.norm = float(sum(float(g.square().sum()) for g in self.sent.values()) ** 0.5)
+        self.loss, self.shape, self.preset, self.coordinates = loss, shape, preset, coordinates
+        self.local, self.steps, self.prior = local, steps, prior
+        if prior is None and preset.variation and len(shape) > 2:
+            self.prior = TotalVariation(smoothing=KINK, isotropic=False)
+        self.targets = targets
+        if targets is not None:
+            self.targets = targets.to(place, dtype if targets.is_floating_point() else None)
+        probe = torch.full(shape, coordinates.centre, dtype=dtype, device=place)
+        with guarded(self.model, probe):
+            self.work = convolution_work(self.model, probe)
+        self.logits: tuple[int, ...] = (0,)
+        if targets is None:
+            with torch.no_grad(), plain_kernels():
+                self.logits = tuple(run(self.model, probe).shape)
+
+    @property
+    def unknowns(self) -> int:
+        """Entries of a row: the data, then the logits of unknown targets."""
+        return prod(self.shape) + prod(self.logits)
+
+    @property
+    def usual(self) -> float:
+        """The distance of an update that says nothing, about."""
+        return self.norm**2 if self.preset.distance == "squares" else 1.0
+
+    def data(self, row: Tensor) -> Tensor:
+        """The batch of a row, [B, *input_shape]."""
+        return self.coordinates.centre + self.coordinates.unit * self.normal(row)
+
+    def normal(self, row: Tensor) -> Tensor:
+        """The same as the optimiser has it."""
+        return row[: prod(self.shape)].reshape(self.shape)
+
+    def goals(self, row: Tensor) -> Tensor:
+        """The targets of a row; soft ones where they are unknowns."""
+        if self.targets is not None:
+            return self.targets
+        return torch.softmax(row[prod(self.shape) :].reshape(self.logits), 1)
+
+    def single(self, row: Tensor, graph: bool) -> Tensor:
+        """Distance and statistics of one row by itself, differentiable.
+
+        Args:
+            row: data, then logits.
+            graph: by PyTorch's graph, in half the time; else by function transforms, which can be
+                batched.
+        """
+        x, goals, kept = self.data(row), self.goals(row), list[Tensor]()
+
+        def value(parameters: dict[str, Tensor], rows: slice) -> tuple[Tensor, Tensor]:
+            if parameters is self.leaves:
+                outputs = run(self.model, x[rows])
+            else:
+                outputs = run(self.model, x[rows], parameters)
+            far = self.statistics.penalty() if self.statistics else outputs.new_zeros(())
+            return self.loss(outputs, goals[rows]), far
+
+        def gradient(parameters: dict[str, Tensor], rows: slice) -> dict[str, Tensor]:
+            if graph:
+                loss, far = value(parameters, rows)
+                found = torch.autograd.grad(
+                    loss, list(parameters.values()), create_graph=True, materialize_grads=True
+                )
+                own = dict(zip(parameters, found, strict=True))
+            else:
+                own, far = torch.func.grad(value, has_aux=True)(parameters, rows)
+            kept.append(far)
+            return own
+
+        parameters = self.leaves if graph else self.parameters
+        total = self._distance(average(gradient, parameters, self.local, self.steps, len(x)))
+        if self.statistics:
+            total = total + self.preset.statistics * kept[0]
+        return total
+
+    def _distance(self, own: dict[str, Tensor]) -> Tensor:
+        ours = torch.cat([own[n].flatten() for n in self.sent])
+        if self.preset.distance == "cosine":
+            return cosine_distance(ours, self.whole, self.norm)
+        total = (ours - self.whole).square().sum()
+        return total / self.norm**2 if self.preset.distance == "relative" else total
+
+    @contextmanager
+    def kernels(self) -> Iterator[None]:
+        """Where evaluations are made: kernels with second derivatives, and fast for their size."""
+        with plain_kernels(), small_kernels(self.work), torch.enable_grad():
+            yield
+
+    def __call__(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Values [R] and gradients [R, n] of rows [R, n]; in :meth:`kernels`."""
+        if len(rows) == 1 or (len(rows) < TOGETHER and rows.device.type == "cpu"):
+            pairs = [self._followed(row) for row in rows]
+            values, slopes = (torch.stack(parts) for parts in zip(*pairs, strict=True))
+        else:
+            both = torch.func.grad_and_value(partial(self.single, graph=False))
+            slopes, values = torch.func.vmap(both)(rows)
+        values, slopes = values.detach(), slopes.detach()
+        for more, pull in self._terms(rows):
+            slopes[:, : prod(self.shape)] += pull.flatten(1)
+            values = values + more
+        return values, slopes
+
+    def _followed(self, row: Tensor) -> tuple[Tensor, Tensor]:
+        """Value and slope of one row."""
+        row = row.detach().requires_grad_()
+        value = self.single(row, graph=True)
+        return value.detach(), torch.autograd.grad(value, row)[0]
+
+    def _terms(self, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Values [R] and gradients [R, B, *input_shape] of what the update is not needed for."""
+        data = rows[:, : prod(self.shape)].reshape(len(rows), *self.shape)
+        if self.prior is not None:
+            both = [value_and_gradient(self.prior, r) for r in data]
+            values, pulls = (torch.stack(parts) for parts in zip(*both, strict=True))
+            yield self.preset.variation * values, self.preset.variation * pulls
+        if self.preset.size:
+            squares = data.flatten(1).square().mean(1)
+            yield self.preset.size * squares, self.preset.size * 2.0 * data / data[0].numel()
+        if self.preset.group and len(rows) > 1:
+            gap = data - registered_mean(data)  # the mean is held fixed
+            squares = gap.flatten(1).square().mean(1)
+            yield self.preset.group * squares, self.preset.group * 2.0 * gap / data[0].numel()

@@ -1,0 +1,364 @@
+"""Matching the whole update by a candidate batch: Gauss–Newton, and published optimisers.
+
+No chain of layers and no closed form is needed, and nothing is certified: the answer is the batch
+whose update came nearest.  Where :func:`rgap.invert` recovers exactly, use it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from math import inf, isfinite, prod
+
+import torch
+from torch import Tensor, nn
+
+from rgap import memory, validation
+from rgap.completion.complete import Filling, grey
+from rgap.jacobian.module_update import ModuleUpdate, Outside
+from rgap.matching.checkpoint import Checkpoint, Ended, Progress, digest
+from rgap.matching.declared import Declared, declare
+from rgap.matching.first_order import first, random_rows, run
+from rgap.matching.gauss_newton import search
+from rgap.matching.objective import Objective
+from rgap.matching.presets import PRESETS, Preset
+from rgap.progress import Progress as Line
+from rgap.progress import Shown
+from rgap.recovery import Candidate, Recovery, Status
+from rgap.solvers.gauss_newton import Schedule
+from rgap.solvers.priors import Prior
+from rgap.update.local_training import LocalTraining
+from rgap.update.preflight import device_of
+from rgap.update.update import Update
+
+__all__ = ["METHODS", "Checkpoint", "Ended", "Matching", "Progress", "match"]
+
+METHODS = ("gauss_newton", *PRESETS)
+"""Names of the methods."""
+
+Callback = Callable[[Progress], bool | None]
+COPIES = 4  # of the update that a step holds: as sent, of the answer, their gap, a product
+MET = 1e-3  # normalised residual up to which an answer reproduces the update
+ROUNDED = 30.0  # the same in units of the update's rounding, where that is coarser
+EXPLAINED = 2.0  # the same, squared, in units of what stated noise explains
+UNCERTIFIED = "matching certifies nothing: other batches may send the same update"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Matching(Recovery):
+    """A recovery by search; ``COMPLETED`` where the update is met, never ``EXACT``.
+
+    ``inputs`` is None where the nearest batch does not reproduce the update to a thousandth,
+    parameter by parameter, to its rounding, or to its stated noise; that batch is
+    :attr:`~rgap.Recovery.nearest` then, the only candidate.
+
+    Attributes:
+        method: name.
+        ended: why it stopped.
+        objective: the method's own, at the answer.
+        misfit: ``Σ_j ‖G_j(x) − G_j‖²/‖G_j‖²`` there.
+        iterations: made.
+        checkpoint: to go on from, or None where nothing was begun.
+    """
+
+    method: str = ""
+    ended: Ended = Ended.DONE
+    objective: float = inf
+    misfit: float = inf
+    iterations: int = 0
+    checkpoint: Checkpoint | None = None
+
+    def summary(self) -> dict[str, object]:
+        """As plain numbers, for JSON."""
+        own = {
+            "method": self.method,
+            "ended": self.ended.name,
+            "objective": self.objective if isfinite(self.objective) else None,
+            "misfit": self.misfit if isfinite(self.misfit) else None,
+            "iterations": self.iterations,
+        }
+        return {**super().summary(), **own}
+
+
+def match(
+    model: nn.Module,
+    update: Update,
+    *,
+    method: str | Preset = "gauss_newton",
+    labels: Tensor | None = None,
+    batch_size: int | None = None,
+    input_shape: Sequence[int] | None = None,
+    start: Tensor | Recovery | None = None,
+    prior: Prior | None = None,
+    local: LocalTraining | None = None,
+    noise: float = 0.0,
+    restarts: int | None = None,
+    iterations: int | None = None,
+    patience: int | None = None,
+    time_limit: float = inf,
+    callback: Callback | None = None,
+    checkpoint: Checkpoint | None = None,
+    device: torch.device | str | None = None,
+    seed: int = 0,
+    progress: Shown = False,
+    memory_budget: float | None = None,
+) -> Matching:
+    """Search the batch whose update matches a client's, on any differentiable network.
+
+    ``gauss_newton``: residuals ``(G_j(x) − G_j)/‖G_j‖`` of every parameter and a prior whose weight
+    falls to 0, as in a completion, in float64; kinks are annealed; starts one after another.
+    ``dlg``, ``ig`` and ``gradinversion``: published optimisers, all starts at once, in the
+    precision of the update; :mod:`rgap.matching.presets` says where each constant is from.
+
+    Args:
+        model: the network that the update was computed on, in eval mode; it is left as it is.
+        update: what the client sent.
+        method: one of the four, or a :class:`~rgap.matching.presets.Preset` of your own.
+        labels: the targets; else the update's, else read off it; ``dlg`` searches them too.
+        batch_size: overrides ``update.batch_size``.
+        input_shape: shape of one sample, as for :func:`rgap.invert`.
+        start: a batch to begin with, or a recovery that holds one, in place of the first random
+            start.  The objective of the answer is never larger than that of the start.
+        prior: of the data; by default the total variation, for ``gauss_newton`` that of pictures
+            (:func:`rgap.solvers.priors.natural`) or, without neighbours, the distance from the
+            middle.  ``dlg`` has none.
+        local: how the client trains, for an update over several local steps.
+        noise: standard deviation of noise that was added to every entry of the update:
+            ``gauss_newton`` stops where the misfit is what noise and rounding explain, and an
+            answer with at most twice that squared misfit reproduces the update.
+        restarts: starts; default: the method's own.
+        iterations: at most; default: the method's own.
+        patience: iterations without progress after which a published optimiser stops.
+        time_limit: seconds after which no further step is begun.
+        callback: told after every iteration; True stops.
+        checkpoint: of an earlier call, its :class:`Matching` or its callback: goes on to the result
+            that the call would have had.
+        device: where to compute; default the CPU.
+        seed: of the starts; the global random state is not touched.
+        progress: True for a line on a terminal, or a function that is told; see
+            :mod:`rgap.progress`.
+        memory_budget: bytes to take on top of model and update; by default half of what the
+            machine has free.  A search that needs more is refused before it begins.
+
+    Returns:
+        A :class:`Matching`.  Rows are sorted by label, or in the order of stated labels.
+
+    Raises:
+        ValueError: an unknown method, labels that cannot be read off the update, several local
+            steps without ``local``, a start of another shape, a checkpoint of another call.
+
+    >>> import rgap
+    >>> model = rgap.models.lenet(seed=0)
+    >>> update = rgap.capture(model, rgap.photos.load(1).float(), torch.tensor([3]))
+    >>> found = rgap.match(model, update, method="ig", iterations=3)
+    >>> found.status.name, found.nearest.shape, found.nearest_labels, found.ended.name
+    ('UNDERDETERMINED', torch.Size([1, 3, 32, 32]), tensor([3]), 'DONE')
+    """
+    began = time.perf_counter()
+    if method not in METHODS and not isinstance(method, Preset):
+        names = ", ".join(map(repr, METHODS))
+        raise ValueError(f"method: expected one of {names}, got {method!r}; write method='ig'")
+    preset = method if isinstance(method, Preset) else PRESETS.get(method)
+    if not time_limit >= 0:
+        raise ValueError(
+            f"time_limit: expected seconds, at least 0, got {time_limit!r}; write time_limit=60.0"
+        )
+    if preset is not None and preset.joint and prior is not None:
+        raise ValueError(f"prior: {preset.name!r} has none; write method='ig'")
+    if preset is None and patience is not None:
+        raise ValueError(
+            "patience: gauss_newton stops by itself where steps change nothing; leave it out"
+        )
+    parameters = sum(p.numel() for p in model.parameters())
+    memory.require(
+        f"matching the {parameters:,} parameters of {type(model).__name__}",
+        COPIES * parameters * (8.0 if preset is None else update.dtype.itemsize),
+        memory.budget_of(memory_budget, device_of(device)),
+    )
+    given = declare(
+        model, update, preset, labels, batch_size, start, local, noise, device, input_shape
+    )
+    starts = preset.restarts if preset else 1
+    count = validation.count("restarts", starts if restarts is None else restarts)
+    usual = preset.iterations if preset else Schedule.steps
+    limit = validation.count("iterations", usual if iterations is None else iterations)
+    settings = {
+        "method": repr(method) if isinstance(method, Preset) else method,
+        "shape": str(list(given.shape)),
+        "labels": str(None if given.targets is None else given.targets.tolist()),
+        "restarts": str(count),
+        "iterations": str(limit),
+        "seed": str(seed),
+        "prior": repr(prior),
+        "local": repr(local),
+        "noise": repr(noise),
+        "update": digest(*given.gradients.values()),
+        "start": "None" if given.start is None else digest(given.start),
+    }
+    if checkpoint is not None:
+        checkpoint.require(settings)
+    deadline = began + time_limit if time_limit < inf else None
+    with Line(progress, deadline) as show:
+        told = _told(show, callback, None if preset is None else limit)
+        left = time_limit + began - time.perf_counter()
+        if preset is None:
+            found = _newton(given, prior, count, limit, left, settings, told, checkpoint, seed)
+        else:
+            found = _published(given, preset, prior, count, limit, patience, left, settings, told,
+                               checkpoint, seed)  # fmt: skip
+    return replace(found, seconds=time.perf_counter() - began)
+
+
+def _told(show: Line, callback: Callback | None, total: int | None) -> Callback | None:
+    """The callback, after the progress was shown; None where nobody listens."""
+    if not show.listened:
+        return callback
+
+    def told(point: Progress) -> bool | None:
+        number = point.number + 1 if total is None else min(point.number + 1, total)
+        show.stage(f"{point.what}, best {point.best:.2e}", number, total)
+        return None if callback is None else callback(point)
+
+    return told
+
+
+def _newton(
+    given: Declared,
+    prior: Prior | None,
+    restarts: int,
+    steps: int,
+    seconds: float,
+    settings: dict[str, str],
+    callback: Callback | None,
+    checkpoint: Checkpoint | None,
+    seed: int,
+) -> Matching:
+    """Gauss–Newton from one start after another; the lowest misfit wins."""
+    assert given.targets is not None
+    gradients = {n: g.double() for n, g in given.gradients.items()}
+    source = Outside(given.update.loss, given.targets, given.local, given.steps)
+    equations = ModuleUpdate(given.model, gradients, source, given.shape)
+    like, bounds = next(iter(gradients.values())), given.update.value_range
+    starts = [
+        grey(given.shape[0], given.shape[1:], bounds, seed + number).to(like)
+        for number in range(restarts)
+    ]
+    if given.start is not None:
+        starts[0] = given.start.to(like)
+    filling = Filling.of(prior, 1.0, given.shape[1:], bounds)
+    target = equations.expected(given.precision)
+    schedule = replace(filling.schedule, seconds=seconds, steps=steps, target=target)
+    ended, held = search(
+        equations, starts, filling.prior, schedule, bounds, settings, callback, checkpoint
+    )
+    best = held.best if isfinite(held.lowest) else None
+    return _answer(
+        given, best, given.targets, "gauss_newton", ended, held.lowest, held.steps,
+        held.checkpoint(settings),
+    )  # fmt: skip
+
+
+def _published(
+    given: Declared,
+    preset: Preset,
+    prior: Prior | None,
+    restarts: int,
+    iterations: int,
+    patience: int | None,
+    seconds: float,
+    settings: dict[str, str],
+    callback: Callback | None,
+    checkpoint: Checkpoint | None,
+    seed: int,
+) -> Matching:
+    """One of the presets, all starts together."""
+    bounds = given.update.value_range
+    where = preset.coordinates(bounds)
+    dtype = torch.float64 if given.update.dtype == torch.float64 else torch.float32
+    objective = Objective(
+        given.model, given.gradients, given.update.loss, given.targets, given.shape, preset, where,
+        prior, given.local, given.steps, dtype,
+    )  # fmt: skip
+    box = None
+    if preset.boxed and bounds is not None:
+        low, high = bounds
+        box = ((low - where.centre) / where.unit, (high - where.centre) / where.unit)
+    rows = random_rows(objective, given.start, box, restarts, seed)
+    if checkpoint is None:
+        state = first(objective, rows)
+    else:
+        state = {n: t.to(rows.device) for n, t in checkpoint.tensors.items()}
+    ended, state = run(
+        objective, state, settings, iterations, box, patience, seconds, callback, seed
+    )
+    values = state["best_values"]
+    number = int(values.argmin())
+    row, value = state["best"][number], float(values[number])
+    best = objective.data(row).double() if isfinite(value) else None
+    if (
+        best is not None
+        and given.start is not None
+        and number == int(state["best_at"][number]) == 0
+    ):
+        best = given.start.to(best)  # it went through the optimiser's units and precision
+    targets = given.targets
+    if best is not None and targets is None:
+        targets = objective.goals(row).argmax(1)
+        if targets.ndim == 1:  # one label a pixel has no order of its own
+            order = targets.argsort(stable=True)
+            best, targets = best[order], targets[order]
+    saved = Checkpoint(settings, state)
+    return _answer(given, best, targets, preset.name, ended, value, int(state["iteration"]), saved)
+
+
+def _answer(
+    given: Declared,
+    best: Tensor | None,
+    targets: Tensor | None,
+    method: str,
+    ended: Ended,
+    objective: float,
+    iterations: int,
+    checkpoint: Checkpoint,
+) -> Matching:
+    """The recovery, its status and why."""
+    unknowns, numbers = prod(given.shape), sum(g.numel() for g in given.gradients.values())
+    said: tuple[str, ...] = ()
+    if numbers < unknowns:
+        said = (f"the update has {numbers} numbers for {unknowns} unknowns: most of the answer "
+                "is chosen by the start and the prior",)  # fmt: skip
+    empty = Matching(
+        inputs=None,
+        labels=None if targets is None else targets.cpu(),
+        status=Status.UNDERDETERMINED,
+        layers=(),
+        residual=None,
+        predicted_error=None,
+        error_bound=None,
+        reason=f"{method} found no batch: {ended.value}",
+        warnings=said,
+        method=method,
+        ended=ended,
+        iterations=iterations,
+        checkpoint=checkpoint,
+    )
+    if best is None or targets is None:
+        return empty
+    source = Outside(given.update.loss, targets, given.local, given.steps)
+    gradients = {n: g.double() for n, g in given.gradients.items()}
+    equations = ModuleUpdate(given.model, gradients, source, given.shape)
+    gaps = equations.gaps(best)
+    misfit = sum((gap / size) ** 2 for gap, size in gaps.values() if size > 0)
+    size = sum(size**2 for _, size in gaps.values())
+    residual = (sum(gap**2 for gap, _ in gaps.values()) / size) ** 0.5
+    how = f"{iterations} iterations of {method}, {ended.value}"
+    met = f"a normalised residual of {misfit**0.5:.1e}"
+    found = replace(empty, residual=residual, objective=objective, misfit=misfit)
+    noisy = EXPLAINED * equations.expected(given.precision) if given.precision.noisy else 0.0
+    if misfit <= max(MET**2, (ROUNDED * torch.finfo(given.update.dtype).eps) ** 2, noisy):
+        reason = f"the answer reproduces the update to {met} ({how}); {UNCERTIFIED}"
+        return replace(found, inputs=best.cpu(), status=Status.COMPLETED, reason=reason)
+    reason = f"the nearest batch, in candidates, does not reproduce the update: {met} ({how})"
+    nearest = Candidate(best.cpu(), found.labels, residual)
+    return replace(found, labels=None, reason=reason, candidates=(nearest,))

@@ -1,0 +1,227 @@
+"""Is the chain the network?  Checks before and after a model is read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import chain, islice
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+from rgap import validation
+from rgap.network.graph import Link, links
+from rgap.network.isolation import untouched
+from rgap.network.probing import Shape, UnreadyError
+from rgap.network.running import first_line
+
+SQUARE = 65  # sides that are tried one by one; beyond, only usual ones
+LARGE = (80, 84, 96, 112, 128, 144, 160, 192, 224, 227, 256, 299, 320, 384, 448, 512)
+
+
+def disagreement(
+    model: nn.Module, steps: Sequence[Link], shape: Shape, *, complete: bool
+) -> str | None:
+    """Why a chain is not what its model computes, or None.
+
+    Args:
+        model: runs once, on two random inputs; it is left as it was.
+        steps: of the chain, in forward order.
+        shape: of one input of the model.
+        complete: False: the steps are the part above a barrier; it is compared from its first
+            module on, where the model is given such inputs without an error.
+    """
+    entry = None
+    if not complete:
+        modules = {name for name, _ in model.named_modules() if name}
+        steps = steps[next((i for i, s in enumerate(steps) if s.name in modules), len(steps)) :]
+        entry = steps[0].name if steps else None
+    if not steps or any(p.is_meta for p in model.parameters()):
+        return None
+    try:
+        with untouched(model):
+            torch.manual_seed(1)  # not the state that a constant of the trace was drawn from
+            gap = _difference(model, steps, shape, entry)
+    except Exception as error:
+        inputs = f"[B, {', '.join(map(str, shape))}]"
+        return None if entry else f"it fails on inputs {inputs}: {first_line(error)}"
+    precision = torch.finfo(next(model.parameters()).dtype).eps
+    if gap is None or gap <= max(1e-3, 32 * precision):
+        return None
+    hooks = [
+        name or type(model).__name__
+        for name, m in model.named_modules()
+        if m._forward_hooks or m._forward_pre_hooks
+    ]
+    return (
+        f"its output differs from the traced one by {gap:.2g} of its size: a hook, a replaced "
+        "forward, a random number or a decision by type changes it"
+        + (f" (hooks are on {', '.join(map(repr, hooks))})" if hooks else "")
+    )
+
+
+def _difference(
+    model: nn.Module,
+    steps: Sequence[Link],
+    shape: Shape,
+    entry: str | None,
+) -> float | None:
+    """‖chain − model‖∞/‖model‖∞; inf: other shapes; None: nothing to compare with."""
+    first = next(model.parameters())
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(2, *shape, generator=generator, dtype=torch.float64).to(first.device)
+    seen = [] if entry is not None else [x]
+    hook = None
+    if entry is not None:
+        hook = model.get_submodule(entry).register_forward_pre_hook(
+            lambda module, args: seen.extend(a.double() for a in args)
+        )
+    try:
+        with torch.no_grad():
+            expected = model(x.to(first.dtype))
+    finally:
+        if hook is not None:
+            hook.remove()
+    if len(seen) != 1 or tuple(seen[0].shape[1:]) != steps[0].in_shape:
+        return None  # called more than once, or the steps begin with a fused border
+    rows = []
+    # One by one: a convolution in float64 lays out the windows of all that it is given.
+    for row in torch.split(seen[0], 1):
+        for step in steps:
+            row = step.forward(row)
+        rows.append(row)
+    got = torch.cat(rows)
+    if not isinstance(expected, Tensor) or expected.shape != got.shape:
+        return math.inf
+    expected = expected.double()
+    if not bool(expected.isfinite().all()):
+        return None
+    scale = max(float(expected.abs().max()), torch.finfo(torch.float32).tiny)
+    return float((got - expected).abs().max()) / scale
+
+
+def fitting_shape(model: nn.Module, shape: Shape) -> Shape | None:
+    """A shape that the model accepts, for the message that refuses ``shape``."""
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    layer = next((m for m in model.modules() if isinstance(m, kinds)), None)
+    tries: list[Shape] = [shape[1:]] if len(shape) > 1 and shape[0] == 1 else []
+    if isinstance(layer, nn.Linear):
+        width = layer.in_features
+        sides = [(c, math.isqrt(width // c)) for c in (1, 3) if width % c == 0]
+        tries += [(c, n, n) for c, n in sides if c * n * n == width and len(shape) == 3]
+        tries += [(width,), (*shape[:-1], width)]
+    elif layer is not None:
+        dims, channels = len(layer.kernel_size), layer.in_channels
+        sizes = (8, 16, 28, 32, 48, 64, 96, 128, 224, 256, 299)
+        tries += [(channels, *shape[-dims:])] if len(shape) >= dims else []
+        tries += [(channels, *(n,) * dims) for n in (sizes if dims < 3 else (8, 16, 32))]
+    return next((one for one in tries if _accepts(model, one)), None)
+
+
+def sample_shape(model: nn.Module, *stated: Sequence[int] | None) -> Shape:
+    """The shape of one sample: as stated, or as the model's own layers fix it.
+
+    A fully connected first layer says how many inputs it has.  A convolution says how many
+    channels; where a fully connected layer stands above, only some square sizes fit, and one that
+    fits alone is taken.
+
+    Args:
+        model: the network.
+        *stated: shapes in the order of who has the last word; None where nobody said one.
+
+    Raises:
+        ValueError: nothing was stated and the layers leave it open; the message says what fits.
+
+    >>> sample_shape(nn.Sequential(nn.Linear(12, 4), nn.ReLU(), nn.Linear(4, 2)))
+    (12,)
+    """
+    for shape in stated:
+        if shape is not None:
+            return tuple(validation.count("input_shape", n) for n in shape)
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
+    layer = next((m for m in model.modules() if isinstance(m, kinds)), None)
+    found: list[Shape] = []
+    if isinstance(layer, nn.Linear):
+        found = [shape for shape in [(layer.in_features,)] if _runs(model, shape)]
+    elif isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        dims, channels = len(layer.kernel_size), layer.in_channels
+        sides = chain(range(1, SQUARE), LARGE) if dims < 3 else range(1, 17)
+        shapes = ((channels, *(n,) * dims) for n in sides)
+        found = list(islice((s for s in shapes if _runs(model, s)), 2))
+        if len(found) == 1 and found[0][1] >= SQUARE:  # between those that were tried
+            near = ((channels, *(found[0][1] + n,) * dims) for n in (-1, 1))
+            found += [shape for shape in near if _runs(model, shape)]
+    if len(found) == 1:
+        return found[0]
+    fits = f" ({found[0]} and {found[1]} both fit)" if found else ""
+    example = found[-1] if found else (16,) if isinstance(layer, nn.Embedding) else (3, 32, 32)
+    raise ValueError(
+        f"expected an input shape, got an update that does not state one, and the layers of the "
+        f"{type(model).__name__} leave it open{fits}; write input_shape={example}"
+    )
+
+
+def _runs(model: nn.Module, shape: Shape) -> bool:
+    """True if the model maps such a sample to one output."""
+    first = next(model.parameters())
+    try:
+        with torch.no_grad(), untouched(model, hooks=False):
+            out = model(torch.zeros(1, *shape, dtype=first.dtype, device=first.device))
+    except Exception:
+        return False
+    return isinstance(out, Tensor) and out.ndim >= 1 and len(out) == 1
+
+
+def _accepts(model: nn.Module, shape: Shape) -> bool:
+    first = next(model.parameters())
+    try:
+        if not links(model, shape)[0]:
+            return False
+        with torch.no_grad(), untouched(model, hooks=False):
+            model(torch.zeros(2, *shape, dtype=first.dtype, device=first.device))
+    except Exception:
+        return False
+    return True
+
+
+def refuse_meta(model: nn.Module) -> None:
+    """Raise if a parameter is on the meta device.
+
+    Raises:
+        ValueError: its name and what to write.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(
+                f"model: {name!r} is on the meta device and has no values; write "
+                "model.to_empty(device='cpu') and load its state_dict."
+            )
+
+
+def refuse_unready(model: nn.Module) -> None:
+    """Raise if a module has no weights yet, or draws or mixes the batch because of its mode."""
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, UninitializedParameter):
+            raise ValueError(
+                f"model: the parameter '{name}' of a lazy layer has no shape yet; call "
+                "model(example) once before"
+            )
+    for name, module in model.named_modules():
+        if not module.training:
+            continue
+        path = name or type(model).__name__
+        kind = type(module).__name__
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise UnreadyError(
+                f"'{path}' ({kind}) is in train mode: it mixes the samples of the batch; write "
+                "model.eval() before capture, parse and invert"
+            )
+        random = isinstance(module, nn.RReLU) or (
+            isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
+        )
+        if random:
+            raise UnreadyError(
+                f"'{path}' ({kind}) is in train mode: it draws random numbers that the update "
+                "does not state; write model.eval() before capture, parse and invert"
+            )

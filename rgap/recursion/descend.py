@@ -1,0 +1,352 @@
+"""The recursion: from the features of one stage down to the data, one linear system a stage.
+
+``k_{i−1} = (W_iᵀ k_i) ⊙ φ'(z_{i−1})``, ``z_{i−1} = φ^{-1}(x_i)``, and x_{i−1} from the gradient and
+weight constraints of stage i−1.  Every value travels with an ensemble of its errors.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from math import prod
+
+import torch
+from torch import Tensor
+
+from rgap.constraints import weight_constraint
+from rgap.halt import Halt, HaltKind
+from rgap.limits import ON, REFUTED
+from rgap.network.activations import Activation
+from rgap.network.chain import Chain, Stage
+from rgap.network.pooling import LinearMap, Pool
+from rgap.network.reshape import Op, Reshape
+from rgap.precision import UNKNOWN, Known, Precision
+from rgap.progress import Watch, silent
+from rgap.recursion.stage import BUDGET, StageSolution, solve_stage
+
+log = logging.getLogger(__name__)
+
+Unpool = Callable[[int, Op, Known, Known], tuple[Known, Known] | None]
+
+
+@dataclass(frozen=True)
+class Reached:
+    """The lowest stage of which something is known.
+
+    Attributes:
+        index: of the stage.
+        k: cotangent at its output.
+        u: its input; None where its equations leave some of it open.
+        z: its pre-activation where they do.
+    """
+
+    index: int
+    k: Known
+    u: Known | None
+    z: Known | None
+
+
+@dataclass
+class Descent:
+    """What the recursion recovered, from the top down, and the data if it got there.
+
+    Attributes:
+        reached: the lowest stage of which something is known.
+        solutions: by stage index.
+        data: the input of stage 0 with its ensemble, or None.
+        halt: why it ended early, or None.
+        inputs: recovered inputs x_i by stage index.
+        features: recovered inputs u_i of the affine maps by stage index.
+        completed: the data come from a completion, not from the equations of every stage.
+        partial: the data where only some of their entries are determined; the others are marked
+            as unknown (see :class:`Known`).
+    """
+
+    reached: Reached
+    solutions: dict[int, StageSolution] = field(default_factory=dict)
+    inputs: dict[int, Known] = field(default_factory=dict)
+    features: dict[int, Known] = field(default_factory=dict)
+    cotangents: dict[int, Known] = field(default_factory=dict)
+    data: Known | None = None
+    halt: Halt | None = None
+    completed: bool = False
+    partial: Known | None = None
+
+    def require_data(self) -> Known:
+        """The recovered data.
+
+        Raises:
+            ValueError: the recursion ended before it.
+        """
+        if self.data is None:
+            raise ValueError(f"the recursion ended at '{self.require_halt().stage}'")
+        return self.data
+
+    def require_halt(self) -> Halt:
+        """Why the recursion ended early.
+
+        Raises:
+            ValueError: it did not.
+        """
+        if self.halt is None:
+            raise ValueError("the recursion reached the data")
+        return self.halt
+
+    def preconditioner(self, chain: Chain) -> Callable[[Tensor], Tensor] | None:
+        """The data stage's factored equations as an approximate inverse of the whole update's.
+
+        Acts on directions [S, B, *input_shape]; None if the data came straight from a bias.
+        """
+        if self.completed:
+            return lambda v: v
+        step, stage = self.solutions.get(0), chain.stages[0]
+        simple = all(op.elementwise or isinstance(op, Reshape) for op in stage.lead)
+        if step is None or step.factor is None or not simple:
+            return None
+        made = step.factor
+
+        def inverse(v: Tensor) -> Tensor:
+            coupling = weight_constraint(stage.affine, v.shape[1], read_only=True)
+            u = v
+            for op in stage.lead:  # (L⁻¹)ᵀ: a reshape is orthogonal, a scaling its own transpose
+                u = _map(op.forward, u) if isinstance(op, Reshape) else _affine_error(op, u)
+            table = coupling.unfold(u.flatten(0, 1), u.shape[0])
+            solved = coupling.fold(made.precondition(table)).reshape(u.shape)
+            for op in reversed(stage.lead):
+                solved = _affine_error(op, solved)
+            return solved
+
+        return inverse
+
+    @property
+    def worst(self) -> tuple[int, float]:
+        """Stage whose equations contradict each other most, with its weighted rms residual."""
+        found = [(step.misfit, index) for index, step in self.solutions.items()]
+        misfit, index = max(found, default=(0.0, -1))
+        return index, misfit
+
+    @property
+    def refuted(self) -> bool:
+        """True if the equations of some stage contradict the features it started from."""
+        return self.worst[1] > REFUTED
+
+
+def descend(
+    chain: Chain,
+    gradients: Mapping[str, Tensor],
+    start: int,
+    features: Known,
+    cotangent: Known,
+    precision: Precision,
+    watch: Watch = silent,
+    budget: float = BUDGET,
+    unpool: Unpool | None = None,
+) -> Descent:
+    """Recover the inputs of the stages below ``start`` from its input and cotangent.
+
+    Args:
+        chain: the network as stages.
+        gradients: ∂L/∂W and ∂L/∂b by parameter name, float64.
+        start: index of the stage whose affine input u and cotangent k are known.
+        features: u_start, the input of that stage's affine map, [B, *affine.in_shape].
+        cotangent: k_start, [B, *affine.out_shape].
+        precision: of the update; draws the error ensemble.
+        watch: told the name of each stage before it is solved, the number of it and of how many.
+        budget: bytes above which a stage is solved without forming a matrix.
+        unpool: asked at a step that cannot be inverted, with the index of its stage, what is known
+            of its output and the cotangent there; gives what is known of its input, or None.
+
+    Returns:
+        The :class:`Descent`; ``data`` is None when ``halt`` says where it ended.
+    """
+    descent = Descent(Reached(start, cotangent, features, None))
+    known, k = features, cotangent
+    for index in range(start, -1, -1):
+        stage = chain.stages[index]
+        if index < start:
+            watch(stage.name, start - index, start)
+            name = stage.affine.weight_name
+            # A gradient that was not sent says nothing: K = 0, and the weight constraints are left.
+            own = k if precision.sent(name) else Known(0.0 * k.value, 0.0 * k.error)
+            step = solve_stage(
+                stage.affine,
+                gradients[name],
+                known,
+                own,
+                precision,
+                budget,
+                parts=index == 0 and chain.complete,
+            )
+            # Only the first factor is needed again; each is as large as the matrix of its layer.
+            descent.solutions[index] = step if index == 0 else replace(step, factor=None)
+            if step.solution.value is None:
+                descent.reached = Reached(index, k, None, known)
+                descent.halt = _shortfall(stage, step, precision.sent(name))
+                if step.partial is not None:
+                    descent.partial = _data(stage, step.partial, precision)
+                return descent
+            above, known = known, step.solution.value
+            whole = bool(known.known.all())
+            descent.reached = Reached(index, k, *((known, None) if whole else (None, above)))
+            if step.misfit > REFUTED:
+                descent.halt = Halt.contradiction(stage.name)
+                return descent
+        descent.cotangents[index] = k
+        descent.features[index] = known
+        cot = Known(stage.affine.adjoint(k.value), _map(stage.affine.adjoint, k.error))
+        # The terms of the client's sum rounded, however small a result they cancel to.
+        terms = stage.affine.adjoint_of_squares(k.value.square())
+        cot = Known(cot.value, cot.error + precision.normal(precision.sum_std(terms)))
+        passed = _lift(stage, known, cot, precision, unpool)
+        if isinstance(passed, Halt):
+            descent.halt = passed
+            return descent
+        known, cot = passed
+        descent.inputs[index] = known
+        if index == 0:
+            break
+        through = _through(chain.stages[index - 1].tail, known, cot, precision)
+        if isinstance(through, Halt):
+            descent.halt = through
+            return descent
+        known, k = through
+    if chain.complete:
+        descent.halt = _cut(chain.stages[0], known)
+        descent.data = known if descent.halt is None else None
+        descent.partial = known if descent.halt is not None else None
+    else:
+        barrier = chain.barrier
+        assert barrier is not None
+        descent.halt = Halt(HaltKind.BARRIER, barrier.node, barrier.words)
+    return descent
+
+
+def _cut(stage: Stage, data: Known) -> Halt | None:
+    """What a ReLU of the data leaves open, and what no kernel of the first layer reads."""
+    missing = int((~data.known).sum())
+    if not missing:
+        return None
+    for op in stage.lead:
+        if isinstance(op, Activation) and op.one_sided:
+            return Halt.cut(op.name, op.kind, data.known.numel(), missing)
+    return Halt.unread(stage.name, data.known.numel(), missing)
+
+
+def _data(stage: Stage, u: Known, precision: Precision) -> Known | None:
+    """Data of which u is the input of the first affine map, some entries marked as unknown."""
+    k = Known(torch.zeros_like(u.value), torch.zeros_like(u.error))
+    lifted = _lift(stage, u, k, precision)
+    return None if isinstance(lifted, Halt) else lifted[0]
+
+
+def _shortfall(stage: Stage, step: StageSolution, sent: bool) -> Halt:
+    stats = step.solution.stats
+    if not sent and stats.joint is not None:
+        return Halt.unsent(stage.name, stats.joint.rank, stats.unknowns)
+    if stats.joint is None:
+        return Halt.unsolved(stage.name, stats.unknowns)
+    if stats.joint.nullity == 0:
+        return Halt.ill_conditioned(stage.name, stats.unknowns)
+    return Halt.deficient(stage.name, stats.joint.rank, stats.unknowns)
+
+
+def _no_inverse(op: Op) -> Halt:
+    """The halt at a step that has a barrier, by what kind of step it is."""
+    kind = HaltKind.STEP
+    if isinstance(op, Pool):
+        kind = HaltKind.POOL
+    elif isinstance(op, LinearMap):
+        kind = HaltKind.AVERAGE
+    elif isinstance(op, Activation):
+        kind = HaltKind.ACTIVATION
+    assert op.barrier is not None
+    return Halt(kind, op.name, op.barrier)
+
+
+def _lift(
+    stage: Stage, u: Known, cot: Known, precision: Precision, unpool: Unpool | None = None
+) -> tuple[Known, Known] | Halt:
+    """From the affine map's input u to the stage's input x, through the lead; k alike."""
+    for op in reversed(stage.lead):
+        if op.barrier is not None:
+            passed = None if unpool is None else unpool(stage.index, op, u, cot)
+            if passed is None:
+                return _no_inverse(op)
+            u, cot = passed
+            continue
+        taken, given = prod(op.in_shape), prod(op.out_shape)
+        if taken > given:
+            return Halt.narrowing(op.name, op.kind, u.value.shape[0], taken, given)
+        if isinstance(op, Activation):  # of the data, or above a pooling: relu(pool(conv(x)))
+            u, cot = _invert_activation(op, u, cot, precision)
+            continue
+        u = Known(op.inverse(u.value), _affine_error(op, u.error))
+        cot = Known(op.adjoint(cot.value), _map(op.adjoint, cot.error))
+    return u, cot
+
+
+def _through(
+    tail: tuple[Op, ...], x: Known, k: Known, precision: Precision
+) -> tuple[Known, Known] | Halt:
+    """From a stage's output x and the cotangent there to its pre-activation z and k."""
+    for op in reversed(tail):
+        if op.barrier is not None:
+            return _no_inverse(op)
+        if isinstance(op, Activation):
+            x, k = _invert_activation(op, x, k, precision)
+        else:
+            x = Known(op.inverse(x.value), _affine_error(op, x.error))
+            k = Known(op.adjoint(k.value), _map(op.adjoint, k.error))
+    return x, k
+
+
+def _invert_activation(
+    op: Activation, x: Known, k: Known, precision: Precision
+) -> tuple[Known, Known]:
+    """The pre-activation φ^{-1}(x) and k ⊙ φ'(z), with the errors of both.
+
+    A unit of a piecewise linear φ whose sign the error leaves open shows up in the ensemble: its
+    slope is taken at each perturbed value.  One-sided units (ReLU at 0) carry no equation: their
+    z gets an infinite error, hence weight 0, and their k is 0.
+    """
+    known = x.known
+    if not bool(known.all()):  # of entries that nothing read: any value will do, none is known
+        value = torch.where(known, x.value, op.forward(torch.zeros_like(x.value)))
+        z, below = _invert_activation(
+            op, Known(value, torch.where(known, x.error, 0.0)), k, precision
+        )
+        error = torch.where(known, z.error, x.error)
+        return Known(torch.where(known, z.value, 0.0), error), below
+    # The client's own φ rounded its result, so even an exact x fixes z only to that precision.
+    error = x.error + precision.rounding(x.value)
+    value = x.value
+    if op.one_sided:
+        std = error.square().mean(0).sqrt()
+        active = value > ON * std
+        zero = torch.zeros_like(value)
+        z = Known(
+            torch.where(active, value, zero),
+            torch.where(active, error, torch.full_like(error, UNKNOWN)),
+        )
+        mask = active.to(value)
+        return z, Known(k.value * mask, k.error * mask)
+    slope = op.slope(value)
+    curved = op.slope_derivative(value) * error
+    bend = op.slope(value + error) - slope if op.homogeneous else curved
+    z = Known(op.inverse(value), (error / slope.clamp_min(1e-300)).clamp(-UNKNOWN, UNKNOWN))
+    product = k.value * slope
+    spread = k.error * slope + k.value * bend + precision.rounding(product)
+    return z, Known(product, spread)
+
+
+def _map(function: Callable[[Tensor], Tensor], ensemble: Tensor) -> Tensor:
+    """Apply a batched linear map to [S, B, ...]."""
+    out = function(ensemble.flatten(0, 1))
+    return out.reshape(*ensemble.shape[:2], *out.shape[1:])
+
+
+def _affine_error(op: Op, error: Tensor) -> Tensor:
+    """D(op^{-1}) error for an affine op: op^{-1}(e) − op^{-1}(0)."""
+    zero = op.inverse(torch.zeros_like(error[0]))
+    return _map(op.inverse, error) - zero

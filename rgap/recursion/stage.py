@@ -1,0 +1,355 @@
+"""Solve one stage: from its gradient, its pre-activation z and its cotangent k to its input u.
+
+The rows are weighed by what is known of their error (generalised least squares): gradient rows
+by the update's precision and the error of k, weight rows by the error of z.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, replace
+from math import inf
+
+import torch
+from torch import Tensor
+
+from rgap.constraints import WeightConstraint, gradient_constraint, gradient_rows, weight_constraint
+from rgap.constraints.partial import MOST, Kept, kept, marked
+from rgap.constraints.ranks import stage_joint_rank, weight_row_spaces
+from rgap.limits import AGREE, DETERMINED, FITS, HOPELESS, SHARP, TRUSTED
+from rgap.network.affine import Affine
+from rgap.precision import UNKNOWN, Known, Precision
+from rgap.recursion.matrix_free import memory, solve_matrix_free
+from rgap.solvers.kronecker import Factor, factor
+from rgap.solvers.rank import Evidence, EvidenceKind, Rank
+from rgap.solvers.solution import Result, Solution, Stats
+
+log = logging.getLogger(__name__)
+
+BUDGET = 4e9  # bytes; 11,000 unknowns
+DEAR = 5e10  # operations of a joint factor up to which it is always made: a few seconds
+
+
+@dataclass(frozen=True)
+class StageSolution:
+    """The input of a stage with its error, and how it was found.
+
+    Entries of the input that no kernel reads are no unknowns of its equations: the statistics do
+    not count them, and the solution marks them as unknown.  ``partial`` is what is determined of
+    an input that is not determined as a whole.
+    """
+
+    solution: Solution[Known | None]
+    factor: Factor | None
+    cotangent: Tensor
+    active: Tensor  # True where z is known, [B, *out_shape]
+    gradient_misfit: float  # rms of the weighted gradient residuals; about 1 when consistent
+    weight_misfit: float  # the same for the weight rows
+    seconds: float
+    partial: Known | None = None
+
+    @property
+    def misfit(self) -> float:
+        """The larger of the two misfits."""
+        return max(self.gradient_misfit, self.weight_misfit)
+
+
+def solve_stage(
+    affine: Affine,
+    gradient: Tensor,
+    z: Known,
+    k: Known,
+    precision: Precision,
+    budget: float = BUDGET,
+    *,
+    parts: bool = False,
+) -> StageSolution:
+    """Solve ``K u = G`` and ``W u = z − b`` for u [B, *in_shape] with errors.
+
+    Args:
+        affine: the stage's affine map.
+        gradient: ∂L/∂W as sent, shape of the weight, float64.
+        z: pre-activation [B, *out_shape] with its ensemble.
+        k: cotangent at z with its ensemble.
+        precision: of the update.
+        budget: bytes above which the equations are solved without forming a matrix.
+        parts: where the equations fall short, find the entries that they fix all the same.
+    """
+    start = time.perf_counter()
+    if memory(affine, len(z.value)) > budget:
+        return _without_matrix(affine, gradient, z, k, precision, start)
+    stage = _Stage(affine, gradient, z, k, precision)
+    solution, made = stage.solve()
+    partial: Known | None = None
+    misfits = (0.0, 0.0)
+    if solution.value is not None:
+        misfits = stage.misfits(solution.value.value)
+        solution = replace(solution, value=_unread(affine, solution.value, precision))
+    elif parts:
+        partial, misfits = stage.partial()
+    seconds = time.perf_counter() - start
+    return StageSolution(solution, made, k.value, z.known, *misfits, seconds, partial)
+
+
+def _unread(affine: Affine, known: Known, precision: Precision) -> Known:
+    """The input of a layer with what no kernel reads marked as unknown."""
+    if bool(affine.reads.all()):
+        return known
+    # Signs at random: what a step above mixes of two unknown entries must not cancel.
+    signs = precision.signs(known.error.shape).to(known.error)
+    return Known(known.value, torch.where(affine.reads, known.error, UNKNOWN * signs))
+
+
+def _without_matrix(
+    affine: Affine, gradient: Tensor, z: Known, k: Known, precision: Precision, start: float
+) -> StageSolution:
+    found = solve_matrix_free(affine, gradient, z, k, precision)
+    if found.value is not None:
+        found = replace(found, value=_unread(affine, found.value, precision))
+    unknowns = len(z.value) * int(affine.reads.sum())
+    solved = found.value is not None
+    seen = Evidence(EvidenceKind.AGREEMENT, found.disagreement, AGREE, unknowns)
+    residual = inf
+    if found.value is not None:
+        gap = affine.weight_gradient(found.value.value, k.value) - gradient
+        residual = float(gap.norm() / gradient.norm().clamp_min(1e-300))
+    stats = Stats(
+        "lsmr", unknowns, None, seen if solved else None, found.condition, residual,
+        found.iterations,
+    )  # fmt: skip
+    result = Result.SOLVED if solved else Result.DEFICIENT
+    seconds = time.perf_counter() - start
+    return StageSolution(
+        Solution(found.value, result, stats), None, k.value, z.known, *found.misfits, seconds
+    )
+
+
+class _Stage:
+    def __init__(
+        self, affine: Affine, gradient: Tensor, z: Known, k: Known, precision: Precision
+    ) -> None:
+        self.affine, self.k, self.z, self.precision = affine, k, z, precision
+        self.batch = z.value.shape[0]
+        self.gradient = gradient
+        self.rows = gradient_rows(affine, gradient)
+        self.kronecker = gradient_constraint(affine, k.value, read_only=True)
+        self.unknowns = self.kronecker.channels * self.kronecker.matrix.shape[2]
+        self.coupling: WeightConstraint = weight_constraint(affine, self.batch, read_only=True)
+        bias = affine.forward(z.value.new_zeros(1, *affine.in_shape))
+        self.target = (z.value - bias).flatten()
+        self.gradient_weights = self.target.new_ones(self.kronecker.matrix.shape[:2])
+        self.weight_weights = torch.ones_like(self.target)
+
+    def solve(self) -> tuple[Solution[Known | None], Factor | None]:
+        own = self.kronecker.rank(noise=self.matrix_noise())
+        self.weigh(self.ridge())
+        made, route = None, "gradient"
+        if own.nullity == 0:
+            made = factor(self.kronecker, self.gradient_weights, None, None)
+        if made is None or (not self.suffices(made) and self.weight_rows_help(made)):
+            ceiling = self.kronecker.rank().rank + int(self.z.known.sum())
+            stacked = None
+            if ceiling >= self.unknowns:
+                stacked = factor(
+                    self.kronecker,
+                    self.gradient_weights,
+                    self.coupling,
+                    self.weight_weights,
+                    apart=True,
+                )
+            if stacked is not None and self.determined(stacked):
+                made, route = stacked, "cholesky"
+        if made is None:
+            joint = self.joint_rank()
+            stats = Stats("rank only", self.unknowns, own.rank, joint, joint.condition, 0.0)
+            return Solution(None, Result.DEFICIENT, stats), None
+        known, iterations = self.compute(made)
+        if not bool(self.kronecker.spectra.any()):  # no gradient rows: u is known only now
+            self.weigh(self.coupling.unfold(known.value)[0])
+            again = factor(
+                self.kronecker, self.gradient_weights, self.coupling, self.weight_weights
+            )
+            if again is not None:
+                made = again
+                known, iterations = self.compute(made)
+        least = 1.0 / max(made.smallest, 1e-300)
+        seen = Evidence(EvidenceKind.ERROR, least, DETERMINED, self.unknowns)
+        residual = self.residual(known.value)
+        stats = Stats(route, self.unknowns, own.rank, seen, made.condition, residual, iterations)
+        return Solution(known, Result.SOLVED, stats), made
+
+    def determined(self, made: Factor) -> bool:
+        """True if every direction is known to ``DETERMINED``.
+
+        A Cholesky factor exists for singular matrices too, once rounding lifts the zero: beyond
+        ``TRUSTED`` its smallest singular value says nothing, and the ranks decide.
+        """
+        if made.smallest * DETERMINED <= 1.0:
+            return False
+        if made.condition <= TRUSTED:
+            return True
+        joint = self.joint_rank()
+        return made.condition <= HOPELESS and joint.nullity == 0 and joint.clear
+
+    def joint_rank(self) -> Rank:
+        """Rank of both blocks, of the rows that are known at all."""
+        spaces = weight_row_spaces(self.affine, self.z.known)
+        every = gradient_constraint(self.affine, self.k.value)
+        found = stage_joint_rank(self.affine, every, spaces, self.matrix_noise(), self.k.value)
+        return replace(found, size=self.unknowns)
+
+    def fixed(self) -> Kept | None:
+        """The directions of the input that the equations fix, where they leave others open."""
+        channels, size = self.kronecker.channels, self.kronecker.matrix.shape[2]
+        if channels * size > MOST:
+            return None
+        weighted = self.kronecker.scaled(self.gradient_weights)
+        blocks = weighted.matrix.transpose(1, 2) @ weighted.matrix
+        matrix = blocks.new_zeros(channels, size, channels, size)
+        for c in range(channels):
+            matrix[c, :, c, :] = blocks[c // (channels // len(blocks))]
+        self.coupling.add_gram(self.weight_weights.square(), matrix)
+        whole = Factor(weighted, self.coupling, self.weight_weights, blocks[:0])
+        return kept(whole, matrix.reshape(channels * size, -1), DETERMINED)
+
+    def partial(self) -> tuple[Known | None, tuple[float, float]]:
+        """What the equations fix of an input that they do not fix as a whole, and the misfits.
+
+        Nothing where they contradict each other.
+        """
+        made = self.fixed()
+        if made is None or not bool(made.determined().any()):
+            return None, (0.0, 0.0)
+        known, _ = self.compute(made)
+        misfits = self.misfits(known.value)
+        if max(misfits) > FITS:
+            return None, (0.0, 0.0)
+        shape = (1, self.affine.in_shape[0], -1)
+        inside = self.coupling.fold(made.determined().double().reshape(shape)) > 0.5
+        rows = self.coupling.fold(made.rows.reshape(shape))
+        signs = self.precision.signs(known.error.shape).to(rows)
+        return marked(known, inside, rows, signs), misfits
+
+    def matrix_noise(self) -> float:
+        """Norm of the error of K over the norm of K, for the rank decision."""
+        _, rows, size = self.kronecker.matrix.shape
+        scale = float(self.kronecker.spectra.max())
+        entry = float(self.k.error.square().mean().sqrt()) + self.precision.unit * float(
+            self.k.value.square().mean().sqrt()
+        )
+        return entry * (rows**0.5 + size**0.5) / scale if scale > 0 else 0.0
+
+    def ridge(self) -> Tensor:
+        """A first look at u from the gradient block alone, to weigh rows with; [C, P]."""
+        matrix = self.kronecker.matrix
+        groups, rows, size = matrix.shape
+        rhs = self.rows.reshape(groups, -1, rows).transpose(1, 2)
+        wide = rows < size
+        gram = matrix @ matrix.transpose(1, 2) if wide else matrix.transpose(1, 2) @ matrix
+        damp = 1e-6 * gram.diagonal(dim1=1, dim2=2).amax(1).clamp_min(1e-300)
+        gram = gram + damp[:, None, None] * torch.eye(
+            gram.shape[-1], dtype=gram.dtype, device=gram.device
+        )
+        if not wide:
+            rhs = matrix.transpose(1, 2) @ rhs
+        x: Tensor = torch.linalg.solve(gram, rhs)
+        if wide:
+            x = matrix.transpose(1, 2) @ x
+        return x.transpose(1, 2).reshape(-1, size)
+
+    def weigh(self, table: Tensor) -> None:
+        """Set the weights of both blocks from an estimate of u."""
+        u = self.coupling.fold(table[None])
+        std = self.precision.update_std(self.affine.weight_name, self.squares(u))
+        carried = torch.zeros_like(std)
+        for error in self.k.error:
+            carried += self.affine.weight_gradient(u, error).square_()
+        variance = gradient_rows(self.affine, std.square() + carried / len(self.k.error))
+        groups, rows, _ = self.kronecker.matrix.shape
+        filters = self.affine.weight.shape[0] // groups
+        per_filter = variance.reshape(groups, -1, filters, rows // filters).mean((1, 3))
+        std_rows = per_filter.sqrt().repeat_interleave(rows // filters, 1)
+        self.gradient_weights = 1.0 / std_rows.clamp_min(1e-300)
+        forward = self.affine_squares(u)
+        variance = self.z.std.square() + self.precision.sum_std(forward).square()
+        self.weight_weights = 1.0 / variance.flatten().sqrt().clamp_min(1e-300)
+
+    def squares(self, u: Tensor) -> Tensor:
+        """Σ k² u², the squared terms of each gradient entry."""
+        return self.affine.weight_gradient(u.square(), self.k.value.square())
+
+    def affine_squares(self, u: Tensor) -> Tensor:
+        """Σ w² u² (+ b²), the squared terms of each pre-activation."""
+        return self.affine.squared().linear(u.square())
+
+    def suffices(self, made: Factor) -> bool:
+        """True if the gradient block is sharp enough, and the joint factor too dear.
+
+        What the weight rows would add is not lost: the polish hears every equation of the update.
+        """
+        groups = len(self.kronecker.matrix)
+        operations = groups * (self.unknowns / groups) ** 3 / 3
+        return operations > DEAR and made.condition <= TRUSTED and made.smallest * SHARP >= 1.0
+
+    def weight_rows_help(self, made: Factor) -> bool:
+        """True if the weight rows add information worth a factorisation to a full gradient block.
+
+        Compares the information per unknown of the two blocks; the weight rows are skipped where
+        the gradient rows already give all but a few per cent of the accuracy.
+        """
+        inverse = torch.cholesky_inverse(made.cholesky).diagonal(dim1=-2, dim2=-1)
+        per_channel = self.kronecker.channels // inverse.shape[0]
+        own = inverse.repeat_interleave(per_channel, 0)  # variance by the gradient rows, [C, P]
+        shape = (self.batch, *self.affine.out_shape)
+        extra = self.affine.squared().adjoint(self.weight_weights.square().reshape(shape))
+        information = self.coupling.unfold(extra)[0]
+        gain = own * information  # relative gain in information, an upper bound
+        return bool(gain.median() > 0.5)
+
+    def compute(self, made: Factor) -> tuple[Known, int]:
+        """Solve for u, then once more for every member of the ensemble."""
+        main = self.weighted(made, self.rows[None], self.target[None])
+        table, iterations = made.solve(main, tolerance=max(1e-15, 1e-3 * self.precision.unit))
+        u = self.coupling.fold(table)
+        std = self.precision.update_std(self.affine.weight_name, self.squares(u))
+        forward = self.precision.normal(self.precision.sum_std(self.affine_squares(u)))
+        coupled = (self.z.error + forward).flatten(1)
+        # One member at a time: each has as many rows as the layer has weights.
+        members = (
+            self.weighted(made, self.perturbed(std, u, error), target[None])
+            for error, target in zip(self.k.error, coupled, strict=True)
+        )
+        if made.condition <= TRUSTED:
+            errors = made.precondition(torch.cat([made.adjoint(member) for member in members]))
+        else:
+            errors = torch.cat([made.solve(member, 30, tolerance=1e-2)[0] for member in members])
+        folded = self.coupling.fold(errors)
+        return Known(u, folded.reshape(len(errors), *u.shape)), iterations
+
+    def perturbed(self, std: Tensor, u: Tensor, error: Tensor) -> Tensor:
+        """What one draw of the update's own error and one error of k do to the gradient rows."""
+        noise = self.precision.normal(std, samples=1)
+        noise -= self.affine.weight_gradient(u, error)
+        return gradient_rows(self.affine, noise)
+
+    def weighted(self, made: Factor, rows: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
+        groups, count, _ = self.kronecker.matrix.shape
+        scaled = rows.reshape(rows.shape[0], groups, -1, count) * self.gradient_weights[:, None, :]
+        first = scaled.reshape(rows.shape)
+        return first, None if made.coupling is None else target * self.weight_weights
+
+    def residual(self, u: Tensor) -> float:
+        """Relative residual of the gradient rows."""
+        gap = self.affine.weight_gradient(u, self.k.value) - self.gradient
+        return float(gap.norm() / self.gradient.norm().clamp_min(1e-300))
+
+    def misfits(self, u: Tensor) -> tuple[float, float]:
+        """Weighted rms residuals of the gradient and of the weight rows."""
+        gap = gradient_rows(
+            self.affine, self.affine.weight_gradient(u, self.k.value) - self.gradient
+        )
+        groups, count, _ = self.kronecker.matrix.shape
+        scaled = gap.reshape(groups, -1, count) * self.gradient_weights[:, None, :]
+        weight = (self.affine.linear(u).flatten() - self.target) * self.weight_weights
+        return float(scaled.square().mean().sqrt()), float(weight.square().mean().sqrt())

@@ -1,0 +1,1 @@
+"""Separation at a softmax head alone."""

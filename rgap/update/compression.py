@@ -1,0 +1,94 @@
+"""What an update looks like where it was compressed: signs only, or its largest entries."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+
+import torch
+from torch import Tensor
+
+from rgap.doubles import BLOCK
+from rgap.network.chain import Chain
+from rgap.update.pruning import pruned
+
+FEWEST = 32  # entries: below that, equal magnitudes happen by chance
+
+
+def compression(
+    gradients: Mapping[str, Tensor],
+    terms: Mapping[str, int],
+    noise: Mapping[str, Tensor] | None = None,
+) -> str | None:
+    """What the update looks like if it was compressed, in words; None for a plain gradient.
+
+    - Signs: in every tensor all entries that are not zero have one magnitude.
+    - Pruned: the zeros of a weight's gradient are not those of a sum of as few outer products as
+      the batch has samples and positions (:mod:`rgap.update.pruning`).  Dead units, dark pixels and
+      padding leave none of that kind.
+
+    Args:
+        gradients: by parameter name.
+        terms: outer products that the gradient of a weight is a sum of, samples times positions;
+            other tensors are not looked at for zeros.
+        noise: standard deviation of the noise of entries, by parameter name.
+
+    Returns:
+        A clause that names the compression, or None.
+
+    >>> g = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
+    >>> compression({"weight": g}, {"weight": 1}) is None
+    True
+    >>> compression({"weight": 0.01 * g.sign()}, {})
+    'every tensor has entries of one magnitude only, as sign compression leaves them'
+    """
+    if _one_magnitude(gradients):
+        return "every tensor has entries of one magnitude only, as sign compression leaves them"
+    for name, count in terms.items():
+        gradient = gradients.get(name)
+        if gradient is None or gradient.ndim < 2:
+            continue
+        own = (noise or {}).get(name)
+        if pruned(gradient, count, 0.0 if own is None else float(own.max())):
+            share = float((gradient == 0).double().mean())
+            products = "one outer product" if count == 1 else f"{count} outer products"
+            return (
+                f"{100 * share:.0f} % of the entries of '{name}' are exactly zero, not in whole "
+                f"rows and columns of {products} but as pruning to the largest entries leaves them"
+            )
+    return None
+
+
+def terms_of(chain: Chain, batch: int | None) -> dict[str, int]:
+    """Outer products that the gradient of each stage's weight is a sum of; {} of an unknown batch.
+
+    Positions are those of the layer's output: windows of a convolution, tokens.
+    """
+    if batch is None:
+        return {}
+    found = {}
+    for stage in chain.stages:
+        affine = stage.affine
+        groups = 1 if affine.geometry is None else affine.geometry.groups
+        found[affine.weight_name] = batch * groups * prod(affine.out_shape[1:])
+    return found
+
+
+def _one_magnitude(gradients: Mapping[str, Tensor]) -> bool:
+    """True if in every tensor all entries that are not zero have one magnitude.
+
+    A single layer with one or two outputs on binary inputs may send that: ``k = (p, -p)``.
+    """
+    tables = [g for g in gradients.values() if g.ndim > 1]
+    if len(tables) == 1 and len(tables[0]) <= 2:
+        return False
+    count = 0
+    for gradient in gradients.values():
+        largest = torch.maximum(gradient.amax(), -gradient.amin()) if gradient.numel() else 0.0
+        others = 0
+        for part in torch.split(gradient.flatten(), BLOCK):
+            others += int(((part != 0) & (part.abs() != largest)).sum())
+            count += int(part.count_nonzero())
+        if others:
+            return False
+    return count >= FEWEST
