@@ -1,0 +1,37 @@
+"""The folders are the road: what the page on the architecture says of them is so."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+
+
+def test_every_formula_stands_in_a_file_that_is_there() -> None:
+    rows = re.findall(r"^\| [^|]+ \| (`.*) \|$", PAGE, flags=re.MULTILINE)
+    assert len(rows) >= 20
+    for row in rows:
+        folder = Path()
+        for name in re.findall(r"`([^`]+)`", row):
+            place = Path(name) if "/" in name else folder / name
+            folder = place.parent
+            assert (ROOT / place).exists(), (
+                f"docs/architecture.md names {place}, which is not there"
+            )
+
+
+def test_every_folder_has_a_paragraph_and_a_floor() -> None:
+    floors = (ROOT / ".importlinter").read_text(encoding="utf-8")
+    for top in ("rgap", "analysis"):
+        for folder in sorted(p.parent for p in (ROOT / top).glob("*/__init__.py")):
+            name = folder.name
+            if name == "data":
+                continue
+            assert f"{name}/" in PAGE, f"docs/architecture.md has no paragraph on {top}/{name}"
+            assert re.search(rf"\b{name}\b", floors), f"{top}/{name} has no floor"
+
+
+def test_no_module_stands_beside_the_folder_of_its_name() -> None:
+    for top in ("rgap", "analysis", "solvers"):
+        for folder in (ROOT / top).glob("**/__init__.py"):
+            assert not folder.parent.with_suffix(".py").exists()
