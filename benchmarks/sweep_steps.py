@@ -2,8 +2,8 @@
 
     python benchmarks/sweep_steps.py [--seeds 1]
 
-49 steps, four places, B = 1, 2, 3, five losses; prints how often each status came by step, and
-every part that was certified and is wrong.
+49 steps, four places, B = 1, 2, 3, five losses; prints how often each status came by step, every
+part that was certified and is wrong, and every genuine update that is called inconsistent.
 """
 
 from __future__ import annotations

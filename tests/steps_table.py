@@ -192,6 +192,8 @@ def wrong(case: Case) -> tuple[str, str]:
         return "refused", "" if _ours(error) else f"{type(error).__name__}: {error}"
     except Exception as error:  # what the sweep is for
         return "traceback", f"{type(error).__name__}: {error}"
+    if found.status is rgap.Status.INCONSISTENT:
+        return found.status.name, f"the update is genuine: {found.reason}"
     return found.status.name, fault(found, x, y)
 
 

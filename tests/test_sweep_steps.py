@@ -14,7 +14,11 @@ import rgap
 SOME = random.Random(3).sample(list(cases()), 60)
 
 
-@pytest.mark.parametrize("case", SOME, ids=str)
+SATURATED = [Case("mask of one entry", "input", 1, loss) for loss in ("index", "soft")]
+OPEN = [Case(step, "head", 1, "soft") for step in ("pad", "clamp", "relu", "buffer with zero")]
+
+
+@pytest.mark.parametrize("case", [*SOME, *SATURATED, *OPEN], ids=str)
 def test_nothing_wrong_is_certified(case: Case) -> None:
     status, why = wrong(case)
     assert not why, f"{status}: {why}"

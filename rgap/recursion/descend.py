@@ -132,6 +132,20 @@ class Descent:
         return self.worst[1] > REFUTED
 
 
+def _vanished(
+    stage: Stage, gradients: Mapping[str, Tensor], k: Known, precision: Precision
+) -> bool:
+    """True if ∂b = k of one sample is 0 throughout, as above saturated units, and G with it.
+
+    A cotangent that was carried down to there is its own error: it is not 0, and would give x = 0.
+    """
+    affine = stage.affine
+    bias = affine.bias_name
+    if len(k.value) > 1 or bias is None or not precision.sent(bias):
+        return False
+    return not bool(gradients[bias].any()) and not bool(gradients[affine.weight_name].any())
+
+
 def descend(
     chain: Chain,
     gradients: Mapping[str, Tensor],
@@ -168,7 +182,8 @@ def descend(
             watch(stage.name, start - index, start)
             name = stage.affine.weight_name
             # A gradient that was not sent says nothing: K = 0, and the weight constraints are left.
-            own = k if precision.sent(name) else Known(0.0 * k.value, 0.0 * k.error)
+            heard = precision.sent(name) and not _vanished(stage, gradients, k, precision)
+            own = k if heard else Known(0.0 * k.value, 0.0 * k.error)
             step = solve_stage(
                 stage.affine,
                 gradients[name],
