@@ -192,8 +192,8 @@ def limited(seconds: int) -> Iterator[None]:
 def main() -> int:
     """Run what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--idioms", nargs="+", default=list(IDIOMS), choices=IDIOMS)
-    parser.add_argument("--points", nargs="+", default=list(POINTS), choices=POINTS)
+    parser.add_argument("--idioms", nargs="+", default=list(IDIOMS), choices=IDIOMS, metavar="NAME")
+    parser.add_argument("--points", nargs="+", default=list(POINTS), choices=POINTS, metavar="NAME")
     options = parser.parse_args()
     counts: dict[str, Counter[str]] = {point: Counter() for point in options.points}
     failed = 0
