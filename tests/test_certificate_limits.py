@@ -1,5 +1,6 @@
 """Certificates that a random attack found wrong, each by the smallest case of it."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -118,3 +119,17 @@ def test_a_label_beyond_the_outputs_is_not_tried_by_the_check():
 class Slice(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         return F.softplus(z[:, 1:])
+
+
+def test_one_row_that_no_target_explains_certifies_nothing():
+    """A gradient of one row is of rank one whatever was done to it: only a replay tests it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(17, 1))
+    x, loss = torch.rand(1, 17), Loss("sigmoid_focal_loss", alpha=0.25, gamma=2.0)
+    update = rgap.capture(model, x, torch.tensor([[1]]), loss)
+    assert "inputs" in rgap.invert(model, update).certified
+    moved = update.gradients["1.weight"] + 0.05 * model[1].weight.detach()
+    changed = dataclasses.replace(update, gradients={**update.gradients, "1.weight": moved})
+    found = rgap.invert(model, changed)
+    assert not found.certified
+    assert found.inputs is None

@@ -204,7 +204,7 @@ def _inputs_alone(problem: Problem, answer: Answer, said: Recovery) -> Recovery 
     """
     if not answer.apart or answer.polished.misfit > FITS:
         return None
-    if said.status is Status.INCONSISTENT and not _tested(answer):
+    if said.status is Status.INCONSISTENT and not tested(answer):
         return None
     status, reason = verdict(problem, answer)
     if status is not Status.EXACT or excess(answer, problem) > problem.slack:
@@ -221,7 +221,7 @@ def _inputs_alone(problem: Problem, answer: Answer, said: Recovery) -> Recovery 
     )
 
 
-def _tested(answer: Answer) -> bool:
+def tested(answer: Answer) -> bool:
     """True if the rank of the gradient that the inputs were read from was tested by its rows.
 
     Rows of equal size in k are copies of each other up to their sign: whatever was done to the

@@ -151,6 +151,12 @@ def _certified(
         return outcomes.stopped(own, status, why, descent)
     show.stage("trying targets")
     trial = _trial(problem, prefix, answer.polished.data)
+    if trial.refuted and not certificate.tested(answer):
+        said = (
+            f"{trial.reason}; nor do the rows of the gradient of '{name}' test that it is of rank "
+            "one, so its input is not certified"
+        )
+        return outcomes.stopped(own, Status.UNDERDETERMINED, said, descent)
     return _recovery(problem, own, answer, trial, above)
 
 

@@ -34,11 +34,13 @@ class Trial:
         labels: the only target that reproduces the update, or None.
         residual: of the best replay, or None where none was possible.
         reason: why the targets are not certified, or "".
+        refuted: True if the update is that of no target that was tried.
     """
 
     labels: Tensor | None
     residual: float | None
     reason: str
+    refuted: bool = False
 
 
 def try_targets(problem: Problem, known: Known, parameter: str) -> Trial:
@@ -90,6 +92,7 @@ def try_targets(problem: Problem, known: Known, parameter: str) -> Trial:
             f"no target of {loss.name} reproduces the update: the nearest one misses '{name}' by "
             f"{again.parts[name]:.1e} of it, where rounding, noise and the errors of the input "
             f"explain {again.allowed[name]:.1e}",
+            refuted=True,
         )
     if len(fitting) > 1:
         return Trial(None, again.residual, "several targets reproduce the update")
