@@ -232,11 +232,13 @@ def test_noise_that_is_not_stated(name: str, batch: int, level: float) -> None:
     assert Kind.NOISE not in {f.kind for f in check(given.model, sent, noise=level).findings}
 
 
-@pytest.mark.parametrize(("name", "batch", "loss", "dtype"), SPREAD)
+# The misfit at that LeNet's head, 1e-4, is below what its float32 update shows.
+SHOWN = [given for given in SPREAD if (given[0], given[1], given[3]) != ("lenet", 4, torch.float32)]
+
+
+@pytest.mark.parametrize(("name", "batch", "loss", "dtype"), SHOWN)
 def test_other_weights(name: str, batch: int, loss: str, dtype: torch.dtype) -> None:
     given = case(name, batch, loss, dtype=dtype)
-    if (name, batch, dtype) == ("lenet", 4, torch.float32):
-        pytest.skip("the misfit at this head, 1e-4, is below what its float32 update shows")
     found = only(check(moved(given.model, 0.1), given.update), Kind.WEIGHTS)
     assert found.value < 1.0
     assert found.strength > 3.0

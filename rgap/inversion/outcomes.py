@@ -103,6 +103,26 @@ def contradiction(problem: Problem, descent: Descent) -> Recovery:
     )
 
 
+def outside(problem: Problem, descent: Descent, inputs: Tensor) -> Recovery:
+    """INCONSISTENT: the update determines values that the stated range does not hold.
+
+    Args:
+        problem: with the range, and the chain from the data.
+        descent: that reached them.
+        inputs: as they are determined.
+    """
+    low, high = problem.value_range or (0.0, 1.0)
+    return stopped(
+        problem,
+        Status.INCONSISTENT,
+        f"the value_range [{low:g}, {high:g}] contradicts the update, which determines values in "
+        f"[{float(inputs.min()):.3g}, {float(inputs.max()):.3g}]; write the range of the data as "
+        "the network sees them",
+        descent,
+        Halt.contradiction(problem.chain.stages[0].name),
+    )
+
+
 def completed(
     problem: Problem, descent: Descent, inputs: Tensor, labels: Tensor, reason: str
 ) -> Recovery:

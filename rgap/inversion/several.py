@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from rgap.halt import Halt, HaltKind
+from rgap.halt import HaltKind
 from rgap.head.target import Reading
 from rgap.inversion import certificate, outcomes
 from rgap.inversion.answer import gathered
@@ -167,15 +167,7 @@ def _certified(
         gathered=gathered(own.chain, polished), cast=certificate.cast_of(own.precision),
     )  # fmt: skip
     if certificate.excess(answer, own) > own.slack:
-        return outcomes.stopped(
-            own,
-            Status.INCONSISTENT,
-            f"the value_range [{low:g}, {high:g}] contradicts the update, which determines values "
-            f"in [{float(answer.inputs.min()):.3g}, {float(answer.inputs.max()):.3g}]; write the "
-            "range of the data as the network sees them",
-            descent,
-            Halt.contradiction(own.chain.stages[0].name),
-        ), None
+        return outcomes.outside(own, descent, answer.inputs), None
     status, why = certificate.verdict(own, answer)
     name = found.stage.name
     if status is Status.EXACT and not reaches(own.model, own.chain, answer.inputs):

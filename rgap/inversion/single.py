@@ -129,15 +129,7 @@ def _certified(
             Halt.contradiction(name),
         )
     if certificate.excess(answer, own) > problem.slack:
-        return outcomes.stopped(
-            own,
-            Status.INCONSISTENT,
-            f"the value_range [{low:g}, {high:g}] contradicts the update, which determines values "
-            f"in [{float(answer.inputs.min()):.3g}, {float(answer.inputs.max()):.3g}]; write the "
-            "range of the data as the network sees them",
-            descent,
-            Halt.contradiction(own.chain.stages[0].name),
-        )
+        return outcomes.outside(own, descent, answer.inputs)
     status, why = certificate.verdict(own, answer)
     inputs = answer.inputs
     known = status is Status.EXACT and not prefix.argument
