@@ -26,6 +26,7 @@ from rgap.network.chain import parse
 from rgap.precision import Known
 from rgap.recursion.descend import Descent, descend
 from rgap.recursion.stage import BUDGET, solve_stage
+from rgap.update.preflight import ClientView
 
 ROUNDS = 3
 STAGES = [("cnn6", i) for i in range(6)] + [("lenet", i) for i in range(3)]
@@ -43,7 +44,7 @@ class Case:
 
     def problem(self) -> Problem:
         """Checked and in float64, with a fresh random generator."""
-        return prepare(self.model, self.update, None, None, 0.0, None, None, 0, BUDGET)
+        return prepare(ClientView.of(self.model, self.update), budget=BUDGET)
 
     def heads(self, problem: Problem) -> list[HeadCandidate]:
         """Candidates of the head equations, nearest to the true features first."""

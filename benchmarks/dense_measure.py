@@ -75,10 +75,11 @@ def recursion(network: str) -> Json:
     from rgap.inversion.answer import head_gradients
     from rgap.inversion.problem import prepare
     from rgap.recursion.descend import descend
+    from rgap.update.preflight import ClientView
 
     case = Case(network)
     before = peak()
-    problem = prepare(case.model, case.update, None, None, 0.0, None, None, 0, 4e9)
+    problem = prepare(ClientView.of(case.model, case.update), budget=4e9)
     chain = problem.chain
     found = solve_head(
         chain.stages[-1],

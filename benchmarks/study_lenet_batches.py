@@ -31,6 +31,7 @@ from rgap.inversion.batch_rows import batch_of
 from rgap.inversion.problem import prepare
 from rgap.separation.batch import Separated
 from rgap.separation.route import separate
+from rgap.update.preflight import ClientView
 
 SIZES = tuple(range(2, 9))
 LABELS = ("distinct", "equal")
@@ -98,7 +99,7 @@ def audited(model: nn.Module, size: int, seed: int) -> list | None:
 
 def at_head(model: nn.Module, update: rgap.Update, x: torch.Tensor, y: torch.Tensor) -> Run:
     """What the head alone says of features and labels, the route that ``invert`` takes."""
-    problem = prepare(model, update, None, None, 0.0, None, None, 0, 2.0**31)
+    problem = prepare(ClientView.of(model, update), budget=2.0**31)
     found = separate(batch_of(problem))
     if not isinstance(found, Separated):
         return {"solved": False}

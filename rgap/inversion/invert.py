@@ -44,6 +44,7 @@ from rgap.recursion.descend import Descent, descend
 from rgap.separation.batch import Separated, Unseparated
 from rgap.separation.route import mixed, separate
 from rgap.solvers.priors import Prior
+from rgap.update.preflight import ClientView
 from rgap.update.update import Update
 
 log = logging.getLogger(__name__)
@@ -137,10 +138,11 @@ def invert(
     ('EXACT', [3])
     """
     began = time.perf_counter()
-    problem = prepare(
-        model, update, batch_size, value_range, noise, labels, device, seed, memory_budget,
-        input_shape,
+    client = ClientView.of(
+        model, update, batch_size=batch_size, labels=labels, input_shape=input_shape, noise=noise,
+        device=device, ready=False,
     )  # fmt: skip
+    problem = prepare(client, value_range, seed, memory_budget)
     if complete:
         filling = Filling.of(
             prior, time_limit, problem.chain.input_shape, problem.value_range, began

@@ -67,15 +67,21 @@ class Outside:
 
     Attributes:
         loss: the client's.
-        targets: of the batch, as the loss wants them.
+        targets: of the batch, as the loss wants them; None where a search finds them.
         local: how the client trains between two rounds; None: it sends one gradient.
         steps: of its training.
     """
 
     loss: Loss
-    targets: Tensor
+    targets: Tensor | None
     local: LocalTraining | None = None
     steps: int = 1
+
+    def value(self, outputs: Tensor, rows: slice = slice(None)) -> Tensor:
+        """The loss of the model's outputs for some rows of the batch."""
+        if self.targets is None:
+            raise ValueError("targets: expected those of the batch, got none; write targets=...")
+        return self.loss(outputs, self.targets[rows])
 
 
 def watchable(model: nn.Module, layer: str) -> bool:
@@ -256,7 +262,7 @@ class ModuleUpdate:
             if isinstance(source, Inside):
                 value = (source.cotangent * self._seen[0].reshape(source.shape)).sum()
             else:
-                value = source.loss(outputs, source.targets)
+                value = source.value(outputs)
             if not leaves or not value.requires_grad:
                 return leaves, (None,) * len(leaves)
             return leaves, torch.autograd.grad(
@@ -266,7 +272,7 @@ class ModuleUpdate:
     def _step(
         self, x: Tensor, source: Outside, parameters: dict[str, Tensor], rows: slice
     ) -> dict[str, Tensor]:
-        value = source.loss(self._run(x[rows], parameters), source.targets[rows])
+        value = source.value(self._run(x[rows], parameters), rows)
         found = torch.autograd.grad(
             value, list(parameters.values()), create_graph=True, materialize_grads=True
         )

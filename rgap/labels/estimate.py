@@ -20,10 +20,11 @@ from rgap.labels.locate import Located, locate
 from rgap.labels.result import LabelEstimate
 from rgap.labels.rlg import rlg
 from rgap.labels.signs import idlg
-from rgap.network.agreement import refuse_unready, sample_shape
+from rgap.network.agreement import refuse_unready
 from rgap.network.chain import Chain, parse
 from rgap.network.running import refuse_wrapped
-from rgap.update.update import Update, view
+from rgap.update.preflight import ClientView
+from rgap.update.update import Update
 
 __all__ = ["METHODS", "estimate", "head_features", "head_gradient"]
 
@@ -123,23 +124,13 @@ def head_gradient(
 
     Arguments and errors as for `estimate`.
     """
-    if not isinstance(update, Update):
-        raise TypeError(
-            f"update: expected an rgap.Update, got {type(update).__name__}; write "
-            "rgap.capture(model, inputs, targets) or rgap.Update(gradients)."
-        )
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}.")
-    update = update.fitted(model)
-    stated = update.batch_size if batch_size is None else batch_size
-    if stated is None:
+    client = ClientView.of(model, update, batch_size=batch_size)
+    if client.batch is None:
         raise ValueError(
             "batch_size: expected a number of samples, got an update that does not state one; "
             "write batch_size=8."
         )
-    ready(model)
-    if update.input_shape is None:
-        update = view(update, input_shape=sample_shape(model))
+    model, update, stated = client.model, client.update, client.batch
     if device is not None:
         model = copy.deepcopy(model).to(device)
     seen = locate(model, update, dummies(update))

@@ -49,18 +49,27 @@ def called(model: nn.Module, inputs: Tensor, values: Mapping[str, Tensor] | None
         return torch.func.functional_call(model, dict(values), (inputs,))
 
 
+def refuse_meta(model: nn.Module) -> None:
+    """Raise if a parameter has no values.
+
+    Raises:
+        ValueError: the parameter, and what to write.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(
+                f"model: {name!r} is on the meta device and has no values; write "
+                "model.to_empty(device='cpu') and load the weights that the update was computed on"
+            )
+
+
 def refuse_wrapped(model: nn.Module) -> None:
     """Raise if the model cannot run with other values in the place of its parameters.
 
     Raises:
         ValueError: a scripted module, DataParallel, or parameters without values.
     """
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            raise ValueError(
-                f"model: {name!r} is on the meta device and has no values; load the weights that "
-                "the update was computed at."
-            )
+    refuse_meta(model)
     for name, module in model.named_modules():
         path = f"'{name}'" if name else "the model"
         if isinstance(module, nn.DataParallel):
