@@ -12,7 +12,7 @@ from rgap.analysis.noise_bound.defences import Clip, Defence, DifferentialPrivac
 from rgap.jacobian.update_map import UpdateMap
 from rgap.update.losses import Loss
 
-__all__ = ["Channel", "channel", "stacked"]
+__all__ = ["Channel", "channel"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def channel(
     chain: tuple[Defence, ...],
 ) -> Channel:
     """The defences at this batch: rows kept, their variance, what clipping takes away."""
-    g = stacked(update, update.gradient(update.inputs))
+    g = update.value(update.inputs)
     scales, units, notes = g.new_ones(1), None, []
     variance = torch.full_like(g, sigma**2)
     kept = torch.ones_like(g, dtype=torch.bool)
@@ -119,19 +119,13 @@ def channel(
     return Channel(weights, level, uniform, scales, units, tuple(notes))
 
 
-def stacked(update: UpdateMap, found: dict[str, Tensor]) -> Tensor:
-    """An update by name as one vector, in the order of ``update.blocks``."""
-    return torch.cat([found[name].flatten() for block in update.blocks for name in block.names])
-
-
 def _by_sample(update: UpdateMap, targets: Tensor, model: nn.Module, loss: Loss) -> Tensor:
     """The gradient of every sample by itself, [B, equations]."""
-    found = []
+    gradients = []
     for b in range(len(update.inputs)):
         alone = UpdateMap(model, update.inputs[b : b + 1], targets[b : b + 1], loss)
-        own = alone.gradient(alone.inputs)
-        found.append(stacked(update, own))
-    return torch.stack(found)
+        gradients.append(alone.value(alone.inputs))
+    return torch.stack(gradients)
 
 
 def _steps(update: UpdateMap, g: Tensor, bits: int) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rgap import validation
-from rgap.analysis.noise_bound.channel import channel, stacked
+from rgap.analysis.noise_bound.channel import channel
 from rgap.analysis.noise_bound.cramer_rao import noise
 from rgap.analysis.noise_bound.fisher import Sent, weighed_jacobian
 from rgap.analysis.noise_bound.report import NoiseReport
@@ -139,7 +139,7 @@ def noise_trials(
     update = UpdateMap(model, truth, targets, chosen)
     sent = Sent(update, channel(update, targets, model, chosen, sigma, ()))
     upper = torch.linalg.qr(weighed_jacobian(sent), mode="r").R
-    clean = stacked(update, update.gradient(truth))
+    clean = update.value(truth)
     generator = torch.Generator().manual_seed(seed)
     errors, slowest, settled = [], 0, True
     with Progress(progress) as show:
@@ -167,8 +167,7 @@ def _most_likely(update: UpdateMap, upper: Tensor, noisy: Tensor) -> tuple[Tenso
     """``argmin_x ‖g(x) − y‖`` for updates [T, equations]: [T, B, *input_shape], steps, settled."""
 
     def slope(x: Tensor, y: Tensor) -> Tensor:
-        found = torch.func.vjp(lambda at: stacked(update, update.gradient(at)), x)
-        value, pull = found[0], found[1]
+        value, pull = torch.func.vjp(update.value, x)
         out: Tensor = pull(value - y)[0]
         return out
 
