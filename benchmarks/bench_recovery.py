@@ -24,7 +24,7 @@ from rgap.inversion.answer import head_gradients, read_answer
 from rgap.inversion.problem import Problem, prepare
 from rgap.network.chain import parse
 from rgap.precision import Known
-from rgap.recursion.descend import Descent, descend
+from rgap.recursion.descend import Descent
 from rgap.recursion.stage import BUDGET, solve_stage
 from rgap.update.preflight import ClientView
 
@@ -74,14 +74,7 @@ class Case:
     def descend(self, problem: Problem) -> Descent:
         """From the head to the data."""
         last = len(problem.chain.stages) - 1
-        return descend(
-            problem.chain,
-            problem.gradients,
-            last,
-            self.head.features,
-            self.head.cotangent,
-            problem.precision,
-        )
+        return problem.descend(last, self.head.features, self.head.cotangent)
 
     def error(self, inputs: Tensor) -> float:
         """Rms error of a recovered picture."""

@@ -74,7 +74,6 @@ def recursion(network: str) -> Json:
     from rgap.head.features import HeadFailure, solve_head
     from rgap.inversion.answer import head_gradients
     from rgap.inversion.problem import prepare
-    from rgap.recursion.descend import descend
     from rgap.update.preflight import ClientView
 
     case = Case(network)
@@ -93,9 +92,7 @@ def recursion(network: str) -> Json:
     head = min(found, key=lambda c: float((c.features.value - features).norm()))
     last = len(chain.stages) - 1
     with Stopwatch() as watch:
-        descent = descend(
-            chain, problem.gradients, last, head.features, head.cotangent, problem.precision
-        )
+        descent = problem.descend(last, head.features, head.cotangent)
     data = descent.require_data().value
     layers = sizes(chain, descent)
     return {**watch.result(before), "psnr": case.psnr(data), "layers": layers}

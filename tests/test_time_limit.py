@@ -102,7 +102,7 @@ def test_the_recursion_counts_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
     model = NETWORKS["kinks"]()
     update = sent(model)
     clock = Clock(monkeypatch)
-    module = sys.modules["rgap.inversion.invert"]
+    module = sys.modules["rgap.inversion.problem"]
     descend = module.descend
 
     def slow(*args: object) -> object:

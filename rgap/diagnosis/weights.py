@@ -35,7 +35,7 @@ from rgap.limits import REFUTED
 from rgap.network.activations.piecewise import Activation
 from rgap.network.chain import Chain, Stage
 from rgap.network.reshape import Op, Reshape
-from rgap.recursion.descend import descend
+from rgap.recursion.descend import Reached, descend
 from rgap.update.targets import SQUARED
 
 SAFETY = 100.0
@@ -256,7 +256,9 @@ def _recursion(evidence: Evidence) -> list[Contradiction]:
         x.value.reshape(-1, *last.affine.in_shape),
         x.error.reshape(len(x.error), -1, *last.affine.in_shape),
     )
-    descent = descend(chain, dict(evidence.gradients), last.index, x, k, evidence.precision)
+    descent = descend(
+        chain, dict(evidence.gradients), Reached(last.index, k, x, None), evidence.precision
+    )
     index, misfit = descent.worst
     if index < 0:
         return []

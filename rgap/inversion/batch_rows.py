@@ -218,5 +218,5 @@ def start(problem: Problem, found: Separated) -> Problem:
 
 def with_separation(problem: Problem, descent: Descent, found: Separated) -> Descent:
     """The descent with the stage that it started from."""
-    descent.solutions[found.stage.index] = separated_stage(problem, found)
-    return descent
+    own = separated_stage(problem, found)
+    return replace(descent, solutions={**descent.solutions, found.stage.index: own})

@@ -15,7 +15,9 @@ from rgap.head.behind import behind
 from rgap.head.ending import folded
 from rgap.network.chain import Chain, parse, unparsed
 from rgap.network.probing import UnreadyError
-from rgap.precision import Precision
+from rgap.precision import Known, Precision
+from rgap.progress import Watch, silent
+from rgap.recursion.descend import Descent, Reached, Unpool, descend
 from rgap.recursion.stage import BUDGET
 from rgap.update.losses import Loss
 from rgap.update.preflight import ClientView
@@ -66,6 +68,28 @@ class Problem:
     def declared(self) -> Loss:
         """Of the model's own outputs, as the client minimised it."""
         return self.client.update.loss
+
+    def descend(
+        self,
+        index: int,
+        features: Known,
+        cotangent: Known,
+        watch: Watch = silent,
+        unpool: Unpool | None = None,
+    ) -> Descent:
+        """The recursion from a stage whose affine input and cotangent are known down to the data.
+
+        Args:
+            index: of the stage.
+            features: u, [B, *affine.in_shape].
+            cotangent: k, [B, *affine.out_shape].
+            watch: told the name of each stage.
+            unpool: as for :func:`rgap.recursion.descend.descend`.
+        """
+        start = Reached(index, cotangent, features, None)
+        return descend(
+            self.chain, self.gradients, start, self.precision, watch, self.budget, unpool
+        )
 
     @property
     def sent(self) -> Doubles:

@@ -23,7 +23,7 @@ from rgap.network.chain import Chain
 from rgap.network.prefix import find_pairs, reaches
 from rgap.progress import Progress
 from rgap.recovery import Candidate, Recovery, Route, Status
-from rgap.recursion.descend import Descent, descend
+from rgap.recursion.descend import Descent
 from rgap.separation.batch import Separated, Unseparated
 from rgap.separation.headless import separate_headless
 
@@ -48,10 +48,7 @@ def from_pair(problem: Problem, chain: Chain, above: str, show: Progress) -> Rec
     if isinstance(found, Unseparated):
         return None
     own = start(own, found)
-    descent = descend(
-        chain, own.gradients, found.stage.index, found.features, found.cotangents,
-        own.precision, show.stage, own.budget,
-    )  # fmt: skip
+    descent = own.descend(found.stage.index, found.features, found.cotangents, show.stage)
     descent = with_separation(own, descent, found)
     if descent.refuted:
         return None

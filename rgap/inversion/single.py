@@ -26,7 +26,7 @@ from rgap.network.prefix import Prefix, reaches
 from rgap.precision import Known
 from rgap.progress import Progress
 from rgap.recovery import Candidate, Recovery, Status
-from rgap.recursion.descend import Descent, descend
+from rgap.recursion.descend import Descent
 
 __all__ = ["from_prefix"]
 
@@ -67,9 +67,7 @@ def from_prefix(problem: Problem, prefix: Prefix, above: str, show: Progress) ->
             None,
             Halt.contradiction(stage.name),
         )
-    descent = descend(
-        chain, problem.gradients, stage.index, x, k, problem.precision, show.stage, problem.budget
-    )
+    descent = own.descend(stage.index, x, k, show.stage)
     if descent.refuted:
         return outcomes.contradiction(own, descent)
 
