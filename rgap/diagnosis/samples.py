@@ -259,7 +259,7 @@ def _collected(mixed: Batch, source: Source) -> Samples | None:
     u = (found.roots @ samples.right.T).reshape(-1, *stage.affine.in_shape)
     features, logits = top(mixed.chain, stage.index, u)
     last = mixed.chain.stages[-1].affine
-    weight = mixed.gradients[last.weight_name]
+    weight = last.sent(mixed.gradients)
     columns, sent = [features.flatten(1)], [weight]
     if last.bias_name is not None:
         columns.append(torch.ones_like(columns[0][:, :1]))

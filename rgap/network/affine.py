@@ -6,7 +6,7 @@ side (so that even kernels with ``'same'`` fit), stride, dilation and groups.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
@@ -157,6 +157,15 @@ class Affine:
         """∂L/∂b = Σ k over samples and positions, ``[m]`` or ``[F]``."""
         self._check("bias_gradient", k, self.out_shape)
         return k.sum((0, *range(2, k.ndim)))
+
+    def sent(self, gradients: Mapping[str, Tensor]) -> Tensor:
+        """∂L/∂W as an update has it, in the shape that W has here.
+
+        Args:
+            gradients: by parameter name; those of a convolution that is read as a matrix (see
+                :mod:`rgap.network.connected`) come in the shape of its kernels.
+        """
+        return gradients[self.weight_name].reshape(self.weight.shape)
 
     def bordered(self, sides: tuple[int, ...]) -> Affine:
         """The convolution of what a border of zeros was put around: the border as its padding.

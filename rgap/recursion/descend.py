@@ -186,7 +186,7 @@ def descend(
             own = k if heard else Known(0.0 * k.value, 0.0 * k.error)
             step = solve_stage(
                 stage.affine,
-                gradients[name],
+                stage.affine.sent(gradients),
                 known,
                 own,
                 precision,
