@@ -312,8 +312,10 @@ def nearest_sample(evidence: Evidence) -> tuple[float, float, str] | None:
 
 
 def _plain_head(chain: Chain) -> bool:
-    """True if the logits are those of a fully connected layer."""
+    """True if the logits are those of a fully connected layer, one a class."""
     last = chain.stages[-1]
+    if len(chain.output_shape) != 1:
+        return False  # the loss is one of positions
     return last.affine.geometry is None and all(idle(op) for op in last.tail)
 
 

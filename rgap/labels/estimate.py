@@ -223,6 +223,12 @@ def _chain(model: nn.Module, update: Update, why: str) -> Chain:
             f"{list(stage.affine.out_shape)}); labels are read from the layer that makes the "
             "logits."
         )
+    if len(chain.output_shape) != 1:
+        got = ", ".join(map(str, chain.output_shape))
+        raise ValueError(
+            f"model: expected logits [B, C], got outputs [B, {got}] of '{stage.name}'; write a "
+            "forward that returns them flattened, .flatten(1)."
+        )
     steps = [op for op in stage.tail if not isinstance(op, Reshape)]
     if steps:
         raise ValueError(
