@@ -230,6 +230,8 @@ def _border(op: Op, affine: Affine) -> tuple[int, ...]:
     """
     if not isinstance(op, Pad) or affine.geometry is None or op.value != 0:
         return ()
+    if affine.geometry.border != "zeros":  # that border shows the zeros too
+        return ()
     spatial = 2 * len(affine.geometry.kernel)
     if min(op.sides) < 0 or any(op.sides[spatial:]):
         return ()

@@ -145,14 +145,10 @@ def _linear(module: nn.Linear, name: str, in_shape: Shape, names: Names) -> Piec
 
 @register(nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def _conv(module: nn.Conv2d, name: str, in_shape: Shape, names: Names) -> Piece:
-    if module.padding_mode != "zeros":
-        raise Unsupported(
-            f"{type(module).__name__} with padding_mode={module.padding_mode!r}: only 'zeros' is "
-            "covered"
-        )
     return affine_map(
         name, module.weight, module.bias, in_shape, names, stride=module.stride,
         padding=module.padding, dilation=module.dilation, groups=module.groups,
+        border=module.padding_mode,
     )  # fmt: skip
 
 
