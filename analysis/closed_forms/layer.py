@@ -220,8 +220,8 @@ def layer_form(
     dimension is a tuple, a padding per side a pair in that tuple; ``output_size`` names output
     sizes that the symbols leave as expressions.  ``linear`` and ``head`` (a linear layer below a
     softmax loss) take ``in_features, out_features``; pools ``channels, input_size, kernel_size``;
-    ``batch_norm``, ``invertible`` and ``relu`` take ``features``, and ``relu`` the fraction ``active`` of units
-    that are on.
+    ``batch_norm``, ``invertible`` and ``relu`` take ``features``, and ``relu`` the fraction
+    ``active`` of units that are on.
 
     Where all sizes but B are numbers, most convolutions are proved for every B; with sizes left as
     symbols their ranks are upper bounds, and called that.
