@@ -112,13 +112,8 @@ def frozen_weights(model: nn.Module) -> frozenset[str]:
 
 
 def _probe(use: Use, names: dict[int, str], number: int) -> Probe | None:
-    mode = getattr(use.module, "padding_mode", "zeros")
     u, _, k = use.rows
     try:
-        if mode != "zeros":
-            raise Unsupported(
-                f"{type(use.module).__name__} with padding_mode={mode!r}: only 'zeros' is covered"
-            )
         options = {} if use.kind == "linear" else use.options
         assert use.weight is not None
         affine = affine_map(use.name, use.weight, use.bias, tuple(u.shape[1:]), names, **options)

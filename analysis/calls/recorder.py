@@ -141,6 +141,7 @@ class _Recorder(TorchFunctionMode):
         self.chooses: list[str] = []
         self.at: dict[int, int] = {}
         self.made: set[int] = set()  # tensors computed from parameters
+        self.bordered: dict[int, Tensor] = {}  # what a convolution put its own border around
         self.told: set[int] = set()  # masks and indices that depend on the data
         self._kept: list[Tensor] = []  # what is kept alive keeps its id
         self._stack: list[str] = [""]
@@ -205,6 +206,11 @@ class _Recorder(TorchFunctionMode):
             if self.mode and (name in CHOOSE or by_data):
                 self.chooses.append(name)
             out = func(*args, **kwargs)
+        running = self.modules[self._stack[-1]]
+        if name == "pad" and isinstance(running, _ConvNd) and running.padding_mode != "zeros":
+            self.bordered[id(out)], self.at[id(out)] = args[0], reads[0]
+            self._kept.append(out)
+            return out
         if owned and name not in POINTWISE:
             return self._opaque(name, owned[0], args, out, reads)
         if name in ("__setitem__", "copy_"):
@@ -244,8 +250,12 @@ class _Recorder(TorchFunctionMode):
         path, module = self._owner(weight)
         z = func(*args, **kwargs)
         fresh: Tensor = z if z.requires_grad else z.requires_grad_()
-        node = self._add(name, (self.at[id(u)],), fresh, use=len(self.uses))
         options = {what: given.get(what, DEFAULTS[what]) for what in OPTIONS}
+        options["border"] = "zeros"
+        if id(u) in self.bordered and isinstance(module, _ConvNd):
+            u, options["padding"] = self.bordered[id(u)], module.padding
+            options["border"] = module.padding_mode
+        node = self._add(name, (self.at[id(u)],), fresh, use=len(self.uses))
         use = Use(path, name, weight, bias, options, u, fresh, (self.at[id(u)],), node, module)
         use.parameters = tuple(self.names[id(p)] for p in (weight, bias) if id(p) in self.names)
         self.uses.append(use)

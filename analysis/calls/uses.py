@@ -51,7 +51,7 @@ class Use:
         kind: "linear", "conv1d", "conv2d", "conv3d", or the name of a step that is not covered.
         weight: the parameter; None for a step that is not covered.
         bias: the parameter, if there is one.
-        options: stride, padding, dilation and groups of a convolution.
+        options: stride, padding, dilation, groups and border of a convolution.
         inputs: u, [B, ...].
         outputs: z, [B, ...].
         read: node of u.
@@ -124,6 +124,7 @@ class Use:
             "padding": sides_of(self.options["padding"], kernel, dilation),
             "dilation": dilation,
             "groups": self.options["groups"],
+            "padding_mode": self.options["border"],
         }
 
 

@@ -86,7 +86,7 @@ def head_causes(
     if update is None or chain is None or not chain.stages:
         return []
     stage = chain.stages[-1]
-    gradient = update.gradients[stage.affine.weight_name]
+    gradient = stage.affine.sent(update.gradients)
     if stage.affine.geometry is not None or not bool(gradient.any()):
         return []
     values = torch.linalg.svdvals(gradient.double())

@@ -26,7 +26,7 @@ import sympy
 from rgap.analysis.closed_forms.closed_form import closed_form
 from rgap.analysis.closed_forms.layer import EFFORT
 from rgap.analysis.closed_forms.pattern import reads
-from rgap.analysis.closed_forms.residue_classes import axis, count
+from rgap.analysis.closed_forms.residue_classes import bounds
 from rgap.analysis.closed_forms.symbolic_lines import Line, lines_of, lowest, turns
 from rgap.analysis.closed_forms.witness import Witness
 from rgap.network.affine import Affine
@@ -83,21 +83,14 @@ def every_batch(affine: Affine, batch: Any, effort: float = EFFORT) -> EveryBatc
     >>> found.joint, found.exact, found.critical
     (Min(3072*B, 768*B + 3456), True, 2)
     """
-    shape, geometry = affine.in_shape, affine.geometry
-    groups = 1 if geometry is None else geometry.groups
-    axes = []
-    if geometry is not None:
-        sides = (geometry.kernel, geometry.stride, geometry.padding, geometry.dilation)
-        axes = [axis(*side) for side in zip(shape[1:], *sides, strict=True)]
-    filters, channels = affine.out_shape[0] // groups, shape[0] // groups
-    bound = count(batch, filters, channels, groups, axes)
+    bound = bounds(affine, batch)
     blocks = [lines_of(rank, batch) for rank in (bound.gradient, bound.weight, bound.joint)]
     if any(block is None for block in blocks):
         k, w, both = map(sympy.sympify, (bound.gradient, bound.weight, bound.joint))
         return EveryBatch(k, w, both, False, False, False, None, BOUND)
     gradient, weight, joint = (block for block in blocks if block is not None)
 
-    seen, single = Witness(affine, effort), prod(shape)
+    seen, single = Witness(affine, effort), prod(affine.in_shape)
     per_sample = int(weight[0][1])
     weight_exact = seen.weight(per_sample) == per_sample
     gradient_exact = _reached(gradient, 0, lambda b, _: seen.gradient(b))
@@ -149,8 +142,9 @@ def _reached(lines: Lines, tail: int, rank: Callable[[int, int], int]) -> bool:
 
 def _one_by_one(affine: Affine, tail: int) -> Lines | None:
     """Joint ranks at B = 1, 2, … until a sample adds only ``tail``; None without a proof."""
+    again = affine.geometry is not None and affine.geometry.border != "zeros"
     entries = len(reads(affine).tap) * prod(affine.weight.shape[:2])
-    if entries > SMALL:
+    if again or entries > SMALL:  # matchings do not see what a border shows again
         return None
     lines: Lines = []
     before = 0

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rgap.analysis.closed_forms.matching import leading_term, structural
 from rgap.analysis.closed_forms.pattern import Entries, Ints, Mask, Reads, entries, reads
-from rgap.analysis.closed_forms.residue_classes import axis, count
+from rgap.analysis.closed_forms.residue_classes import bounds
 from rgap.analysis.closed_forms.symbolic_degrees import STYLES, degrees
 from rgap.analysis.closed_forms.symbolic_shared import left_out, pieces, relations
 from rgap.analysis.closed_forms.witness import Witness
@@ -112,7 +112,8 @@ def closed_form(affine: Affine, batch: int, active: Tensor | None = None) -> Clo
     found = reads(affine)
     if affine.geometry is None and (active is None or bool(active.all())):
         return _product(batch, filters, channels)
-    if len(found.tap) * filters * channels * batch > LARGEST:
+    again = affine.geometry is not None and affine.geometry.border != "zeros"
+    if again or len(found.tap) * filters * channels * batch > LARGEST:
         return _by_classes(affine, batch, active)
     if active is None or bool(active.all()):
         masks = [np.ones((batch, filters, found.sizes[1]), dtype=bool)]
@@ -234,15 +235,7 @@ def _product(batch: int, filters: int, channels: int) -> ClosedForm:
 
 def _by_classes(affine: Affine, batch: int, active: Tensor | None) -> ClosedForm:
     """Sums of minima over residue classes, for layers too large for matchings."""
-    geometry = affine.geometry
-    groups = 1 if geometry is None else geometry.groups
-    filters, channels = affine.out_shape[0] // groups, affine.in_shape[0] // groups
-    axes = []
-    if geometry is not None:
-        for dim, size in enumerate(affine.in_shape[1:]):
-            kernel, stride = geometry.kernel[dim], geometry.stride[dim]
-            axes.append(axis(size, kernel, stride, geometry.padding[dim], geometry.dilation[dim]))
-    ranks = count(batch, filters, channels, groups, axes)
+    ranks = bounds(affine, batch)
     unknowns = batch * prod(affine.in_shape)
     known = batch * prod(affine.out_shape) if active is None else int(active.sum())
     weight = min(ranks.weight, known)

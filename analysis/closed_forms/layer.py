@@ -216,12 +216,12 @@ def layer_form(
 
     ``sizes`` takes the arguments of the PyTorch module, and ``batch`` (the symbol B if left out).
     Convolutions take ``in_channels, out_channels, kernel_size, input_size`` and, if they differ
-    from PyTorch's defaults, ``stride, padding, dilation, groups``; a size per dimension is a tuple,
-    a padding per side a pair in that tuple; ``output_size`` names output sizes that the symbols
-    leave as expressions.  ``linear`` and ``head`` (a linear layer below a softmax loss) take
-    ``in_features, out_features``; pools ``channels, input_size, kernel_size``; ``batch_norm``,
-    ``invertible`` and ``relu`` take ``features``, and ``relu`` the fraction ``active`` of units
-    that are on.
+    from PyTorch's defaults, ``stride, padding, dilation, groups, padding_mode``; a size per
+    dimension is a tuple, a padding per side a pair in that tuple; ``output_size`` names output
+    sizes that the symbols leave as expressions.  ``linear`` and ``head`` (a linear layer below a
+    softmax loss) take ``in_features, out_features``; pools ``channels, input_size, kernel_size``;
+    ``batch_norm``, ``invertible`` and ``relu`` take ``features``, and ``relu`` the fraction
+    ``active`` of units that are on.
 
     Where all sizes but B are numbers, most convolutions are proved for every B; with sizes left as
     symbols their ranks are upper bounds, and called that.

@@ -28,7 +28,7 @@ def structure_of(model: nn.Module, shape: tuple[int, ...]) -> tuple[Recording, d
     cotangent is zero only where nothing reads it.
 
     Raises:
-        ValueError: the shape does not fit, or a convolution's padding is not zeros.
+        ValueError: the shape does not fit.
     """
     light = sum(p.numel() for p in model.parameters()) <= LIGHT
     twin = structural_twin(model, dtype=torch.float64 if light else torch.float32)
@@ -59,9 +59,6 @@ def structure_of(model: nn.Module, shape: tuple[int, ...]) -> tuple[Recording, d
             f"expected a model with fully connected or convolutional layers, got "
             f"{type(model).__name__} with none: there is nothing to count"
         )
-    for use in found.uses:
-        if use.module is not None and getattr(use.module, "padding_mode", "zeros") != "zeros":
-            sizes_of(Call(use.name, use.module, tuple(use.inputs.shape[1:]), ()), head=False)
     return found, names
 
 

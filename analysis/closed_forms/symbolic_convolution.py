@@ -41,6 +41,7 @@ def convolution(kind: str, sizes: Sizes, name: str, effort: float) -> SymbolicLa
     kernel, space = take.each("kernel_size", dims), take.each("input_size", dims)
     stride, dilation = take.each("stride", dims, 1), take.each("dilation", dims, 1)
     padding, groups = take.sides(dims), take.one("groups", 1)
+    border = str(take.left.pop("padding_mode", "zeros"))
     batch = take.one("batch", "B")
     active = take.left.pop("active", None)
     active = None if active is None else sympy.sympify(active)
@@ -62,13 +63,19 @@ def convolution(kind: str, sizes: Sizes, name: str, effort: float) -> SymbolicLa
     everything = [channels, filters, *kernel, *space, *stride, *dilation, groups]
     everything += [side for pair in padding for side in pair]
     if all(isinstance(value, int) for value in everything) and active is None:
-        geometry = Geometry(tuple(kernel), tuple(stride), tuple(padding), tuple(dilation), groups)
+        places = (tuple(kernel), tuple(stride), tuple(padding), tuple(dilation))
+        geometry = Geometry(*places, groups, border)
         weight = torch.zeros(1).expand(filters, channels // groups, *kernel)
         out_shape = (filters, *(a.positions for a in axes))
         shape = (channels, *space)
         affine = Affine(name, kind, weight, None, "weight", None, shape, out_shape, geometry)
         return _of_numbers(affine, batch, effort)
 
+    if border != "zeros":
+        raise ValueError(
+            f"{kind}: expected numbers for every size of a layer with padding_mode={border!r}, got "
+            "symbols; write padding_mode='zeros', or sizes in numbers"
+        )
     inner, outer = _share(channels, groups), _share(filters, groups)
     found = count(batch, outer, inner, groups, axes, active)
     critical = None if active is not None else _critical(outer, inner, axes, space)

@@ -25,6 +25,7 @@ class Layout:
         positions: N, of one channel.
         outputs: O, of one filter.
         table: input position read by output o through offset δ, [offsets, O]; −1 is padding.
+        again: True where a border shows positions again: two taps of an output may read one.
     """
 
     groups: int
@@ -33,6 +34,7 @@ class Layout:
     positions: int
     outputs: int
     table: NDArray[np.int64]
+    again: bool = False
 
     @property
     def offsets(self) -> int:
@@ -61,6 +63,7 @@ def layout(affine: Affine) -> Layout:
         prod(space),
         prod(out),
         taps(geometry, space, out).numpy(),
+        geometry.border != "zeros",
     )
 
 

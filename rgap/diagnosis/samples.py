@@ -259,7 +259,7 @@ def _collected(mixed: Batch, source: Source) -> Samples | None:
     u = (found.roots @ samples.right.T).reshape(-1, *stage.affine.in_shape)
     features, logits = top(mixed.chain, stage.index, u)
     last = mixed.chain.stages[-1].affine
-    weight = mixed.gradients[last.weight_name]
+    weight = last.sent(mixed.gradients)
     columns, sent = [features.flatten(1)], [weight]
     if last.bias_name is not None:
         columns.append(torch.ones_like(columns[0][:, :1]))
@@ -312,8 +312,10 @@ def nearest_sample(evidence: Evidence) -> tuple[float, float, str] | None:
 
 
 def _plain_head(chain: Chain) -> bool:
-    """True if the logits are those of a fully connected layer."""
+    """True if the logits are those of a fully connected layer, one a class."""
     last = chain.stages[-1]
+    if len(chain.output_shape) != 1:
+        return False  # the loss is one of positions
     return last.affine.geometry is None and all(idle(op) for op in last.tail)
 
 

@@ -250,7 +250,7 @@ def _recursion(evidence: Evidence) -> list[Contradiction]:
     named = {n for s in chain.stages for n in (s.affine.weight_name, s.affine.bias_name) if n}
     if not named.issubset(evidence.gradients):
         return []
-    weight, bias = evidence.gradients[last.affine.weight_name], evidence.gradients[name]
+    weight, bias = last.affine.sent(evidence.gradients), evidence.gradients[name]
     x, k = features_from_bias(last.affine, weight, bias, evidence.precision)
     x = type(x)(
         x.value.reshape(-1, *last.affine.in_shape),

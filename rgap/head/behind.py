@@ -179,7 +179,7 @@ def behind(chain: Chain, loss: Loss) -> tuple[Chain, Loss]:
         return chain, loss
     last, vector = chain.stages[-1], len(chain.output_shape) == 1
     still = all(idle(op) for op in last.tail)
-    if last.affine.geometry is not None or still is vector or not chain.complete:
+    if last.affine.geometry is not None or still is vector:
         return chain, loss
     options = {f.name: getattr(loss, f.name) for f in fields(Loss)}
     if not vector:

@@ -185,4 +185,4 @@ def head_gradients(
     gradients = problem.gradients if gradients is None else gradients
     name = stage.affine.bias_name
     sent = name is not None and problem.precision.sent(name)
-    return gradients[stage.affine.weight_name], gradients[name] if name and sent else None
+    return stage.affine.sent(gradients), gradients[name] if name and sent else None

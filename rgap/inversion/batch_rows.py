@@ -94,7 +94,7 @@ def errors_of_targets(problem: Problem, features: Tensor) -> Tensor:
     """
     affine, precision = problem.chain.stages[-1].affine, problem.precision
     columns, names = [features], [affine.weight_name]
-    parts = [problem.gradients[affine.weight_name].to(features)]
+    parts = [affine.sent(problem.gradients).to(features)]
     if affine.bias_name is not None:
         columns.append(torch.ones_like(features[:, :1]))
         names.append(affine.bias_name)
@@ -105,7 +105,7 @@ def errors_of_targets(problem: Problem, features: Tensor) -> Tensor:
     std = []
     for name, column, part in zip(names, columns, parts, strict=True):
         squares = kappa.square().T @ column.square()
-        like = squares.reshape(problem.gradients[name].shape)
+        like = squares.reshape(part.shape if name == affine.weight_name else (-1,))
         std.append(precision.update_std(name, like, part.reshape(like.shape)).reshape(part.shape))
     out: Tensor = (back.square() @ torch.cat(std, 1).T.square()).sqrt()
     return out

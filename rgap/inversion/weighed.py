@@ -111,7 +111,7 @@ def _cotangents(problem: Problem, features: Known) -> Known | str:
     """κ [B, C] with its errors, from ``[G | ∂b] = κᵀ [u | 1]``."""
     affine, precision = problem.chain.stages[-1].affine, problem.precision
     table, moved = [features.value], [features.error]
-    sent = [problem.gradients[affine.weight_name]]
+    sent = [affine.sent(problem.gradients)]
     if affine.bias_name is not None and precision.sent(affine.bias_name):
         table.append(torch.ones_like(features.value[:, :1]))
         moved.append(torch.zeros_like(features.error[..., :1]))

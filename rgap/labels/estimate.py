@@ -22,6 +22,7 @@ from rgap.labels.rlg import rlg
 from rgap.labels.signs import idlg
 from rgap.network.agreement import refuse_unready
 from rgap.network.chain import Chain, parse
+from rgap.network.reshape import Reshape
 from rgap.network.running import refuse_wrapped
 from rgap.update.preflight import ClientView
 from rgap.update.update import Update
@@ -142,7 +143,7 @@ def head_gradient(
     refuse_loss(update.loss, stage.out_shape[0])
     name = stage.affine.bias_name
     return HeadGradient(
-        update.gradients[stage.affine.weight_name],
+        stage.affine.sent(update.gradients),
         None if name is None else update.gradients[name],
         stated,
         stage.affine.weight,
@@ -206,16 +207,23 @@ def _chain(model: nn.Module, update: Update, why: str) -> Chain:
             "returns that layer's logits."
         )
     stage = chain.stages[-1]
-    if stage.affine.kind != "linear" or len(stage.affine.in_shape) != 1:
+    if len(stage.affine.in_shape) != 1:
         raise ValueError(
             f"model: expected a fully connected last layer, got '{stage.name}' "
             f"({stage.affine.kind}, {list(stage.affine.in_shape)} to "
             f"{list(stage.affine.out_shape)}); labels are read from the layer that makes the "
             "logits."
         )
-    if stage.tail:
+    if len(chain.output_shape) != 1:
+        got = ", ".join(map(str, chain.output_shape))
         raise ValueError(
-            f"model: expected logits, got '{stage.tail[-1].kind}' after the last layer "
+            f"model: expected logits [B, C], got outputs [B, {got}] of '{stage.name}'; write a "
+            "forward that returns them flattened, .flatten(1)."
+        )
+    steps = [op for op in stage.tail if not isinstance(op, Reshape)]
+    if steps:
+        raise ValueError(
+            f"model: expected logits, got '{steps[-1].kind}' after the last layer "
             f"'{stage.name}'; write a forward that returns its input, as "
             f"torch.nn.functional.{update.loss.name} takes."
         )

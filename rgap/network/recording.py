@@ -58,6 +58,8 @@ _LOOKS = frozenset(
     )
 )
 
+_CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
+
 
 class Recording:
     """A graph of what ran, and what every fully connected layer took in.
@@ -65,8 +67,9 @@ class Recording:
     Attributes:
         graph: calls of leaf modules and functions, in their order; a ``get_attr`` node carries its
             value in ``meta["value"]``.
-        taken: inputs of every matrix that ``F.linear`` was called with, by ``id``.
-        free: those matrices, by ``id``, that were called before the forward first looked at values.
+        taken: inputs of every weight that ``F.linear``, or a convolution with one place to fall
+            on, was called with, by ``id``.
+        free: those weights, by ``id``, that were called before the forward first looked at values.
         decides: True if it did: ``if x.max() > 1``, ``float(x.sum())``.
     """
 
@@ -92,10 +95,10 @@ class _Recorder(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is F.linear:
-            self._take(*args[:2], **{k: v for k, v in kwargs.items() if k in ("input", "weight")})
         before = None if self.muted else self._mapped(args, kwargs)
         out = func(*args, **kwargs)
+        if func is F.linear or (func in _CONVOLUTIONS and out.shape[2:].numel() == 1):
+            self._take(*args[:2], **{k: v for k, v in kwargs.items() if k in ("input", "weight")})
         if getattr(func, "__name__", "") in _LOOKS and before is not None:
             self.found.decides = True
         if before is None and isinstance(out, Tensor):

@@ -193,7 +193,7 @@ def descend(
             heard = precision.sent(name) and not _vanished(stage, gradients, k, precision)
             own = k if heard else Known(0.0 * k.value, 0.0 * k.error)
             step = solve_stage(
-                stage.affine, gradients[name], known, own, precision, budget,
+                stage.affine, stage.affine.sent(gradients), known, own, precision, budget,
                 parts=index == 0 and chain.complete,
             )  # fmt: skip
             # Only the first factor is needed again; each is as large as the matrix of its layer.

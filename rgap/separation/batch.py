@@ -43,7 +43,7 @@ class Batch:
         stage = self.chain.stages[index]
         name = stage.affine.bias_name
         bias = self.gradients[name] if name and self.precision.sent(name) else None
-        gradient = self.gradients[stage.affine.weight_name]
+        gradient = stage.affine.sent(self.gradients)
         return mixture(stage, gradient, bias, self.precision)
 
     @property

@@ -164,7 +164,7 @@ def read_from_head(batch: Batch, features: Tensor, logits: Tensor, head: BatchLo
     if batch.loss.targets == "index":
         return head
     affine = batch.chain.stages[-1].affine
-    columns, sent = [features], [batch.gradients[affine.weight_name]]
+    columns, sent = [features], [affine.sent(batch.gradients)]
     if affine.bias_name is not None:
         columns.append(torch.ones_like(features[:, :1]))
         sent.append(batch.gradients[affine.bias_name][:, None])
@@ -194,7 +194,7 @@ def refuting(batch: Batch, samples: Mixture) -> bool:
     Not where at most two logits carry the loss: the cotangents of all targets are then parallel,
     and samples of different targets may be shown as one, of any weight.
     """
-    head = batch.gradients[batch.chain.stages[-1].affine.weight_name]
+    head = batch.chain.stages[-1].affine.sent(batch.gradients)
     return int((head != 0).any(1).sum()) > PARALLEL and resolved(batch, samples)
 
 
