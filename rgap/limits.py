@@ -61,6 +61,10 @@ UNTOLD = 8.0
 # so that the right one is at least three times as near as any other.
 NEAREST = 0.25
 
+# Share of themselves, or of 1, by which stated real-valued targets may differ from those that are
+# read: what is typed in has three digits.
+STATED = 1e-3
+
 # Two cotangents are told apart if their distance is above this many tolerances: both have one.
 APART = 2.0
 

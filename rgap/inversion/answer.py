@@ -10,7 +10,14 @@ from torch import Tensor
 
 from rgap.doubles import row_blocks
 from rgap.head.target import Reading, read_target
-from rgap.inversion.batch_rows import batch_of, label_identity, rows_of, several, snapped
+from rgap.inversion.batch_rows import (
+    batch_of,
+    label_identity,
+    rows_of,
+    several,
+    snapped,
+    tolerance_of,
+)
 from rgap.inversion.certificate import Answer, cast_of
 from rgap.inversion.polish import Polished, polish
 from rgap.inversion.problem import Problem
@@ -69,6 +76,8 @@ def read_batch(problem: Problem, descent: Descent, head: BatchLoss) -> Answer:
         head = read_from_head(batch_of(problem), _flat(features).value, logits.value, head)
     if labels:
         head, distance, tolerance = snapped(problem, head, _flat(features), logits)
+    elif continuous:
+        distance, tolerance = 0.0, tolerance_of(problem, head, _flat(features), logits)
     else:
         _, distance, tolerance = label_identity(problem, head, logits)
     rows = rows_of(head, problem.labels)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from math import prod
 
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from rgap.constraints import gradient_constraint
@@ -77,6 +78,25 @@ def _carried(features: Known, kappa: Tensor) -> Tensor:
     moved = torch.nn.functional.pad(features.error, (0, 1))
     carried: Tensor = -torch.linalg.pinv(table.T) @ (moved.mT @ kappa)
     return carried
+
+
+def tolerance_of(problem: Problem, head: BatchLoss, features: Known, logits: Known) -> float:
+    """How far dense targets may be off by the errors of features and logits and of the update.
+
+    Args:
+        problem: the update.
+        head: with the targets.
+        features: u, [R, d], with their errors.
+        logits: z, [R, C], with their errors.
+    """
+    kappa = head.cotangent(logits.value)
+    own = errors_of_targets(problem, features.value)
+    moved = _carried(features, kappa) + problem.precision.normal(own, len(logits.error))
+    off = [
+        head.explained(logits.value + dz, kappa + dk).targets - head.targets
+        for dz, dk in zip(logits.error, moved, strict=True)
+    ]
+    return ENSEMBLE * float(torch.stack(off).square().mean(0).sqrt().max())
 
 
 def errors_of_targets(problem: Problem, features: Tensor) -> Tensor:
@@ -158,15 +178,30 @@ class Rows:
         return inputs[index], self.labels.repeat_interleave(self.copies, 0)
 
 
+def in_order(targets: Tensor, stated: Tensor) -> Tensor | None:
+    """The rows of ``targets`` in the order of the stated ones that is nearest to these in all.
+
+    Equal rows, and rows that errors bring to another one, are each taken once.  None where there
+    are more or fewer.
+
+    >>> in_order(torch.tensor([2, 0, 1]), torch.tensor([0, 1, 2])).tolist()
+    [1, 2, 0]
+    """
+    own, wanted = targets.reshape(len(targets), -1), stated.reshape(len(stated), -1)
+    if own.shape != wanted.shape:
+        return None
+    gaps = torch.cdist(wanted.double().cpu(), own.double().cpu())
+    return torch.as_tensor(linear_sum_assignment(gaps.numpy())[1], device=targets.device)
+
+
 def rows_of(head: BatchLoss, stated: Tensor | None) -> Rows:
     """The reported rows, by label; in the order of the stated labels where they agree."""
     dense = head.loss.targets != "index"
     if dense or (head.loss.name == BINARY and head.targets.shape[1] > 1):
         order = torch.arange(len(head.targets), device=head.targets.device)
         targets = head.targets if dense else head.targets.long()
-        if stated is not None and stated.shape == targets.shape:
-            near = torch.cdist(stated.to(head.targets), head.targets).argmin(1)
-            order = near if len(set(near.tolist())) == len(near) else order
+        near = None if stated is None else in_order(targets, stated)
+        order = order if near is None else near
         return Rows(order, targets[order], head.copies[order].long())
     counts = head.targets * head.copies[:, None]
     if head.targets.shape[1] == 1:  # one logit: label 1 as often as its target says

@@ -35,6 +35,7 @@ from rgap.limits import (
     REFUTED,
     ROWS,
     SAFETY,
+    STATED,
     UNTOLD,
     USEFUL,
     VANISHING,
@@ -292,12 +293,13 @@ def _sent(answer: Answer) -> Tensor:
 
 
 def _same_labels(answer: Answer, stated: Tensor) -> bool:
-    """Class indices agree exactly, soft and real-valued targets to three digits."""
+    """Class indices agree exactly, soft and real-valued targets within what they may be off by."""
     found = _sent(answer)
     if answer.rows is not None and found.ndim == 1:
         stated = stated.flatten().sort().values
+    off = max(STATED, answer.reading.tolerance) if found.is_floating_point() else 0.0
     return found.numel() == stated.numel() and torch.allclose(
-        found.flatten().double().cpu(), stated.flatten().double().cpu(), rtol=1e-3, atol=1e-3
+        found.flatten().double().cpu(), stated.flatten().double().cpu(), rtol=STATED, atol=off
     )
 
 

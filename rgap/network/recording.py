@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from rgap.network.custom import CustomFunction, kept_whole
 from rgap.network.isolation import untouched
 from rgap.network.modules import HANDLERS
 from rgap.network.probing import PROBE, Shape
@@ -118,6 +119,18 @@ class _Recorder(TorchFunctionMode):
         for place, one in enumerate(out):
             if isinstance(one, Tensor):
                 self._know(one, self.graph.call_function(operator.getitem, (node, place)))
+
+    def whole(self, function: CustomFunction, args: Any, kwargs: Any) -> Any:
+        """A custom autograd function as one node, whatever it calls."""
+        before = None if self.muted else self._mapped(args, kwargs)
+        self.muted += 1
+        try:
+            out = function(*args, **kwargs)
+        finally:
+            self.muted -= 1
+        if before is not None and self._holds(out):
+            self.add("call_function", function, *before, out)
+        return out
 
     def _know(self, value: Tensor, node: fx.Node) -> None:
         """The tensor came from the node; forgotten when it goes, so that no activation is kept."""
@@ -235,7 +248,7 @@ def record(model: nn.Module, shape: Shape, x: Tensor | None = None) -> Recording
                 if _leaf(module):
                     hooks.append(module.register_forward_pre_hook(enter, with_kwargs=True))
                     hooks.append(module.register_forward_hook(leave, with_kwargs=True))
-            with recorder:
+            with recorder, kept_whole(recorder.whole):
                 model(x)
     except Exception:
         return None

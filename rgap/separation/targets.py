@@ -97,6 +97,7 @@ def batch_loss(
             f"{', '.join(f'{float(v):.3g}' for v in shares[:8])}); state batch_size",
         )
     continuous = batch.loss.targets != "index"
+    certain = certain and not _loose(batch, identities)
     if continuous and batch.size is None:
         return Unseparated(
             f"under {batch.loss.name} with targets {batch.loss.targets!r} nothing says how often "
@@ -198,6 +199,19 @@ def refuting(batch: Batch, samples: Mixture) -> bool:
     return int((head != 0).any(1).sum()) > PARALLEL and resolved(batch, samples)
 
 
+def _loose(batch: Batch, identities: Sequence[Identity]) -> bool:
+    """True if one cotangent fits at roots of different weights: it does not say where a sample is.
+
+    Where a softmax is sure of itself and activations are straight, samples of one label share their
+    cotangent, and any mixture of them is a root, of a weight that means nothing.
+    """
+    kappa = torch.stack([i.kappa / i.kappa.norm() for i in identities])
+    weights = torch.stack([kappa.new_tensor(i.share) for i in identities]).abs()
+    same = (kappa @ kappa.T).abs() > 1.0 - LAW * 2.0 * batch.precision.unit
+    apart = weights[:, None] > COMMON * weights
+    return bool((same & apart).any())
+
+
 def _silent(batch: Batch, logits: Tensor) -> bool:
     """True if others may have sent nothing, as a softmax that is sure of itself does.
 
@@ -249,7 +263,7 @@ def contradicted(batch: Batch, samples: Mixture, found: Collected) -> Unseparate
     ]  # copies that the rank leaves no room for may be what noise added to the rank
     if not found.roots.numel() and (common := common_factor(batch, samples.rank, clear)):
         return common
-    if not sure or not refuting(batch, samples):
+    if not sure or not refuting(batch, samples) or _loose(batch, [*clear, *found.identities]):
         return None
     if len(sure) < len(found.roots):
         return None

@@ -22,7 +22,7 @@ from rgap.rounding import UNIFORM, coherence, spacing
 __all__ = ["Rounded", "recognise"]
 
 FORMATS = (torch.bfloat16, torch.float16, torch.float32)  # coarsest first
-EVIDENCE = 16  # distinct values that use the last bit of a format needed
+EVIDENCE = 8  # distinct values that use the last bit of a format needed
 LEVELS = 12  # levels of integers, beside the largest of each tensor, needed in all tensors together
 USED = 0.25  # share of the distinct values that do, where rounding decided: one half
 LOOKED = 4096  # values of a tensor among which they are counted
@@ -108,11 +108,14 @@ def _floating(gradients: Mapping[str, Tensor], dtype: torch.dtype) -> Rounded | 
 def _integers(gradients: Mapping[str, Tensor]) -> Rounded | None:
     """Multiples of one step a tensor, the largest of them that of a signed or unsigned integer.
 
-    Errors of entries that went to zero follow the gradient where most did (see ``coherence``).
+    The width that most tensors show is that of all: one without negative values holds seven bits of
+    the eight of its neighbours.  Errors of entries that went to zero follow the gradient where most
+    did (see ``coherence``).
     """
     ends = {name: _ends(g) for name, g in gradients.items()}
+    best: Rounded | None = None
     for bits in WIDTHS:
-        noise, evidence, entries = {}, 0, 0
+        noise, evidence, entries = dict[str, Tensor](), 0, 0
         for name, g in gradients.items():
             step = _step(g, bits, *ends[name])
             if step is None:
@@ -122,9 +125,10 @@ def _integers(gradients: Mapping[str, Tensor]) -> Rounded | None:
                 noise[name] *= coherence(g == 0, (g == 0).flatten(1).all(1)).to(g)
             entries += g.numel()
             evidence += len(_distinct(g)) - 1  # the largest is one whatever the others are
-        if entries >= FEWEST and evidence >= min(LEVELS, 2 ** (bits - 1) - 3):
-            return Rounded(f"{bits}-bit integers", None, noise, evidence)
-    return None
+        shown = entries >= FEWEST and evidence >= min(LEVELS, 2 ** (bits - 1) - 3)
+        if shown and (best is None or len(noise) > len(best.noise)):
+            best = Rounded(f"{bits}-bit integers", None, noise, evidence)
+    return best
 
 
 def _numbers_of(g: Tensor, dtype: torch.dtype) -> bool:
