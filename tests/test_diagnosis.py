@@ -14,6 +14,8 @@ import mistakes
 import pytest
 import torch
 from mistakes import case, changed, clipped, moved, noisy, scaled
+from mistakes_table import MISTAKES as TABLE
+from mistakes_table import stepped
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -272,6 +274,17 @@ def pruned(g: Tensor) -> Tensor:
 def test_compression(name: str, how: object) -> None:
     given = case(name, 1)
     only(check(given.model, changed(given.update, how)), Kind.COMPRESSION)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("name", "batch"), [("mlp", 1), ("lenet", 4)])
+def test_an_optimiser_that_divides_by_the_gradient(name: str, batch: int) -> None:
+    given = case(name, batch)
+    made = {n: m.make(given) for n, m in TABLE.items() if Kind.OPTIMISER in m.kinds}
+    assert len(made) > 6
+    made["5 of Adam"] = stepped(given, lambda p: torch.optim.Adam(p, 1e-3), 5)
+    for rule, sent in made.items():
+        found = only(check(given.model, sent), Kind.OPTIMISER)
+        assert "SGD" in found.remedy and "exp_avg" in found.remedy, rule
 
 
 def test_names() -> None:

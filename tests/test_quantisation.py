@@ -131,6 +131,9 @@ def ordinary(seed: int) -> dict[str, dict[str, Tensor]]:
         "signs": {"w": 0.01 * torch.randn(50, 50, generator=rng).sign()},
         "mostly zero": dead,
         "zeros": {"w": torch.zeros(64, 64)},
+        "underflowed": {
+            n: torch.tensor([1.0, 1e-9, 3e-11, -4e-12, 1e-13, 0.0]) for n in "abcdef"
+        },
         "counts": {"w": torch.randint(0, 100, (64, 64), generator=rng).float()},
     }  # fmt: skip
 

@@ -13,6 +13,8 @@ class Kind(StrEnum):
 
     NAMES = "names"
     PARAMETERS = "parameters"
+    ABSENT = "absent layer"
+    OPTIMISER = "optimiser"
     COMPRESSION = "compression"
     PRECISION = "precision"
     SIGN = "sign"
@@ -38,6 +40,8 @@ class Kind(StrEnum):
 _CLAIMS = {
     Kind.NAMES: "the tensors are not named, or not ordered, as the model's parameters",
     Kind.PARAMETERS: "the tensors look like parameters of the model, not like gradients",
+    Kind.ABSENT: "a layer's gradient is zero, though the model's other layers show that it is used",
+    Kind.OPTIMISER: "the client's optimiser is not SGD: its step is no multiple of the gradient",
     Kind.COMPRESSION: "the update is compressed",
     Kind.PRECISION: "the values were rounded to a coarser precision than the declared one",
     Kind.SIGN: "the sign is reversed: before and after were exchanged",

@@ -14,6 +14,7 @@ from rgap.diagnosis import (
     mode,
     names,
     noise,
+    optimiser,
     parameters,
     samples,
     scale,
@@ -125,10 +126,15 @@ def _examine(
         update = update.as_rounded()[0]
     precision = Precision(update.dtype, added, seed=seed, entries=update.noise or {})
     evidence = gather(model, update, size, known, shape, precision, deadline)
+    tested.add(Kind.OPTIMISER)
     compressed = values.compressed(replace(evidence, update=plain))
+    stepped = optimiser.read(plain)
     if compressed is not None:
-        return [*found, compressed]
+        rivals = (Kind.OPTIMISER,) if stepped else ()
+        return [*found, replace(compressed, rivals=rivals)]
     found += [rounded] if rounded else []
+    if stepped is not None and (rounded is None or rounded.kind is Kind.PRECISION):
+        return [*found, stepped]
     if update.local_steps > 1 or not evidence.gradients:
         return found
     found += _equations(evidence)

@@ -121,7 +121,7 @@ def _integers(gradients: Mapping[str, Tensor]) -> Rounded | None:
             if g.ndim > 1:
                 noise[name] *= coherence(g == 0, (g == 0).flatten(1).all(1)).to(g)
             entries += g.numel()
-            evidence += len(_distinct(g)) - 1  # the largest is one whatever the others are
+            evidence += _levels(g, step) - 1  # the largest is one whatever the others are
         if entries >= FEWEST and evidence >= min(LEVELS, 2 ** (bits - 1) - 3):
             return Rounded(f"{bits}-bit integers", None, noise, evidence)
     return None
@@ -167,6 +167,12 @@ def _few(g: Tensor) -> Tensor:
     while gcd(stride, flat.numel()) > 1:
         stride += 1
     return flat[::stride]
+
+
+def _levels(g: Tensor, step: float) -> int:
+    """Distinct multiples of a step beside zero: what is far below it says nothing of integers."""
+    multiples = (_distinct(g).double() / step).round()
+    return len(torch.unique(multiples[multiples > 0]))
 
 
 def _distinct(g: Tensor) -> Tensor:
