@@ -54,7 +54,7 @@ _CLAIMS = {
     Kind.MODE: "batch norm was in train mode on the client",
     Kind.DROPOUT: "dropout was on at the client",
     Kind.STEPS: "the update is that of several local steps",
-    Kind.BATCH_SIZE: "the batch is larger than declared",
+    Kind.BATCH_SIZE: "the batch has another size than declared",
     Kind.DECAY: "weight decay is in the update: it is no gradient of the loss alone",
     Kind.NOISE: "noise was added that is not stated",
     Kind.WEIGHTS: "the model does not have the weights that the update was computed on",
