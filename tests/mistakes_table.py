@@ -235,6 +235,13 @@ MISTAKES: dict[str, Mistake] = {
 }
 
 
+# The values themselves, or a comparison of all tensors, show these on any network.
+ALWAYS = {
+    "prefix", "parameters", "half", "amp", "amp unscaled", "int8", "signs", "Adam", "AdamW",
+    "Adagrad", "RMSprop", "Adamax", "signSGD", "Lion",
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Trial:
     """One mistake on one network and batch."""

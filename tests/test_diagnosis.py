@@ -277,6 +277,34 @@ def test_compression(name: str, how: object) -> None:
 
 
 @pytest.mark.parametrize(("name", "batch"), [("mlp", 1), ("lenet", 4)])
+def test_a_layer_whose_gradient_is_zero(name: str, batch: int) -> None:
+    given = case(name, batch)
+    stages = [n.removesuffix(".weight") for n in given.update.gradients if n.endswith("weight")]
+    for frozen in stages[1:]:  # below the first nothing has a gradient that shows it
+        sent = {
+            n: torch.zeros_like(g) if n.startswith(frozen) else g
+            for n, g in given.update.gradients.items()
+        }
+        update = replace(given.update, gradients=sent)
+        found = only(check(given.model, update), Kind.ABSENT)
+        assert f"'{frozen}'" in found.evidence
+        model = copy.deepcopy(given.model)
+        exec(found.remedy, {"model": model, "update": update})
+        assert check(model, update).ok, "declared, it is no mistake"
+
+
+def test_dead_units_are_no_missing_layer() -> None:
+    """A dead layer leaves zeros in its own gradient, in those below and in what reads it."""
+    model = mistakes.mlp(0, nn.ReLU, 10)
+    with torch.no_grad():
+        model[3].bias.fill_(-10.0)
+    update = capture(model, torch.rand(2, 2, 6, 6), torch.tensor([1, 2]))
+    assert not update.gradients["1.weight"].any()
+    assert not update.gradients["3.weight"].any()
+    assert check(model, update).ok
+
+
+@pytest.mark.parametrize(("name", "batch"), [("mlp", 1), ("lenet", 4)])
 def test_an_optimiser_that_divides_by_the_gradient(name: str, batch: int) -> None:
     given = case(name, batch)
     made = {n: m.make(given) for n, m in TABLE.items() if Kind.OPTIMISER in m.kinds}

@@ -40,7 +40,7 @@ class Kind(StrEnum):
 _CLAIMS = {
     Kind.NAMES: "the tensors are not named, or not ordered, as the model's parameters",
     Kind.PARAMETERS: "the tensors look like parameters of the model, not like gradients",
-    Kind.ABSENT: "a layer's gradient is zero, though the model's other layers show that it is used",
+    Kind.ABSENT: "a layer's gradient is missing: it was frozen at the client, or set to zero",
     Kind.OPTIMISER: "the client's optimiser is not SGD: its step is no multiple of the gradient",
     Kind.COMPRESSION: "the update is compressed",
     Kind.PRECISION: "the values were rounded to a coarser precision than the declared one",

@@ -19,6 +19,7 @@ from rgap.diagnosis import (
     parameters,
     samples,
     scale,
+    silent,
     steps,
     values,
     weights,
@@ -136,6 +137,7 @@ def _examine(
     found += [rounded] if rounded else []
     if stepped is not None and (rounded is None or rounded.kind is Kind.PRECISION):
         return [*found, stepped]
+    found += silent.read(model, evidence)
     if update.local_steps > 1 or not evidence.gradients:
         return found
     found += _equations(evidence)
