@@ -278,12 +278,13 @@ def _collected(mixed: Batch, source: Source) -> Samples | None:
     )
 
 
-def nearest_sample(evidence: Evidence) -> tuple[float, float, str] | None:
+def nearest_sample(evidence: Evidence) -> tuple[float, float, str, bool] | None:
     """How near any point of the row space comes to the equations of a sample.
 
     Returns:
-        ``‖(I − PPᵀ) f‖/‖f‖`` at the best end of many starts, what rounding explains of it, and the
-        layer; None where no equations separate the batch.
+        ``‖(I − PPᵀ) f‖/‖f‖`` at the best end of many starts, what rounding explains of it, the
+        layer, and whether the equations are those of its softmax; None where no equations separate
+        the batch.
     """
     chain = evidence.chain
     if chain is None or not evidence.batch or evidence.batch > MOST:
@@ -308,7 +309,8 @@ def nearest_sample(evidence: Evidence) -> tuple[float, float, str] | None:
         ends = levenberg_marquardt(left, start)
         best = min(best, float(ends.cost.min()))
     rounding = LIKELY * max(rounding_cost(left), SOLVED)
-    return best**0.5, LENIENT * rounding**0.5, source.samples.stage.name
+    name = source.samples.stage.name
+    return best**0.5, LENIENT * rounding**0.5, name, source.head is not None
 
 
 def _plain_head(chain: Chain) -> bool:

@@ -38,6 +38,7 @@ FIRST = 1e-4  # relative residual of rank one at the data, at most
 KNOWN = 1e3  # roundings that one gradient may leave
 SUBSTITUTIONS = 6  # of a real-valued target
 OPTIONS = 10  # classes that are tried
+FAINT = 0.05  # of the largest singular value: steps leave less beneath the batch, samples more
 
 
 @dataclass(frozen=True)
@@ -252,30 +253,48 @@ def _trained_finding(found: Training) -> Finding:
 
 
 def _by_rank(evidence: Evidence, layers: list[Floor]) -> list[Finding]:
-    """A layer whose rank is more than the batch allows."""
+    """A layer whose rank is more than the batch allows.
+
+    Where it reads the data, T steps see no more samples than one; above, both are possible.
+    """
     size = evidence.batch or 1
     if not layers:
         return []
-    evidence.tested.update((Kind.STEPS, Kind.BATCH_SIZE))
+    lowest, calls = layers[0], {c.name: c for c in evidence.calls}
+    reads = evidence.feeds(evidence.calls[0].given, calls[lowest.name].given)
+    if max(f.rank for f in layers) >= size:  # below, more samples or steps had room
+        evidence.tested.update((Kind.BATCH_SIZE, *((Kind.STEPS,) if layers[reads:] else ())))
     over = [f for f in layers if f.rank > size and not f.flat]
     if not over or any(f.flat and f.level > 20 * f.rounding for f in layers):
         return []
     worst = max(over, key=lambda f: f.rank)
-    limit = worst.rank
     said = f"the gradient of '{worst.name}' has rank {worst.rank}, a batch of {size} at most {size}"
     strength = max(worst.level / worst.rounding, 1.0)
-    lowest = layers[0]
-    if lowest.rank > size or len(layers) == 1:
-        larger = batch(replace(evidence, batch=limit))
-        if larger is not None:
-            line = f"dataclasses.replace(update, batch_size={limit})"
-            said += f"; {larger.route}"
-            return [Finding(Kind.BATCH_SIZE, float(limit), said, line, strength)]
-    else:
-        said += f"; '{lowest.name}' below has rank {lowest.rank}: the same data, other weights"
-    steps = max(2, -(-worst.rank // size))
-    line = (
-        f"rgap.match(model, dataclasses.replace(update, local_steps={steps}), "
-        "local=rgap.LocalTraining(rate)) with the client's rate"
+    count = lowest.rank if reads else worst.rank
+    larger = Finding(
+        Kind.BATCH_SIZE,
+        float(count),
+        said,
+        f"dataclasses.replace(update, batch_size={count})",
+        strength,
     )
-    return [Finding(Kind.STEPS, float(steps), said, line, strength)]
+    if reads and lowest.rank > size:
+        said += f"; '{lowest.name}' reads the data, of which no step sees more"
+        return [replace(larger, evidence=said)]
+    told = None if reads else batch(replace(evidence, batch=count))
+    if told is not None:
+        return [replace(larger, evidence=f"{said}; {told.route}")]
+    if reads:
+        said += f"; '{lowest.name}' below has rank {lowest.rank}: the same data, other weights"
+    least = max(2, -(-worst.rank // size))
+    said += f"; {least} steps at least"
+    line = (
+        "rgap.match(model, dataclasses.replace(update, local_steps=steps), "
+        "local=rgap.LocalTraining(rate)) with the client's steps and rate"
+    )
+    several = Finding(Kind.STEPS, float(least), said, line, strength)
+    if reads:
+        return [several]
+    if worst.next > FAINT:
+        return [replace(larger, rivals=(Kind.STEPS,))]
+    return [replace(several, rivals=(Kind.BATCH_SIZE,))]

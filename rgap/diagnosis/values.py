@@ -36,7 +36,7 @@ def rounded(update: Update) -> Finding | None:
     said = (
         f"{found.evidence} distinct values of {len(found.noise)} tensors are {found.kind} numbers"
     )
-    line = f"{ROUNDED}, or dataclasses.replace(update, dtype=torch.{found.kind})"
+    line = f"{ROUNDED}, or dataclasses.replace(update, dtype={found.dtype})"
     return Finding(Kind.PRECISION, eps, said, line, inf)
 
 
