@@ -7,8 +7,7 @@ from rgap.analysis.causes.explain import Explanation, explain
 from rgap.analysis.discard.audit import audit
 from rgap.analysis.discard.table import Audit, AuditRow
 from rgap.analysis.discard.training import TrainingAudit, audit_training
-from rgap.analysis.generic_rank.rank_report import LayerRanks
-from rgap.analysis.generic_rank.ranks import generic_ranks, layer_ranks
+from rgap.analysis.generic_rank.ranks import LayerRanks, generic_ranks, layer_ranks
 from rgap.analysis.hardening.harden import harden
 from rgap.analysis.hardening.table import Change, Hardening
 from rgap.analysis.joint_rank.identifiability import identifiability

@@ -1,10 +1,12 @@
-"""Inputs and cotangents of every layer of any network, recorded on a probe batch."""
+"""The batch and targets at which a network is looked at, and what its layers are given there."""
 
 from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import index
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +16,11 @@ from rgap.analysis.calls.uses import Recording, Use
 from rgap.network.affine import Affine
 from rgap.network.modules import affine_map
 from rgap.network.probing import Unsupported
-from rgap.network.running import refuse_wrapped
+from rgap.network.running import refuse_wrapped, run
 from rgap.update.losses import Loss
+from rgap.update.preflight import device_of
+from rgap.update.targets import CLASSES
+from rgap.validation import require_finite
 
 log = logging.getLogger(__name__)
 
@@ -127,3 +132,115 @@ def _probe(use: Use, names: dict[int, str], number: int) -> Probe | None:
         return None
     assert isinstance(affine, Affine)
     return Probe(affine, u, k, read=use.read[0], use=number)
+
+
+def probe_batch(
+    inputs: Tensor | Sequence[int],
+    batch_size: int | None,
+    seed: int,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """The batch that was given, in float64, or a random one of the given shape.
+
+    Args:
+        inputs: the batch, or the shape of a sample.
+        batch_size: with a shape.
+        seed: of a random batch, the same on every device.
+        device: where to compute; default the CPU.
+    """
+    place = device_of(device)
+    if isinstance(inputs, Tensor):
+        if not inputs.is_floating_point():
+            raise TypeError(
+                f"inputs: expected floating numbers, got {inputs.dtype}; for pictures write "
+                "inputs.float() / 255"
+            )
+        if inputs.ndim < 2 or len(inputs) == 0:
+            raise ValueError(
+                f"inputs: expected a batch [B, *input_shape] with B >= 1, got shape "
+                f"{list(inputs.shape)}; write inputs.unsqueeze(0) for one sample"
+            )
+        if batch_size is not None and batch_size != len(inputs):
+            raise ValueError(
+                f"expected batch_size={len(inputs)}, the length of inputs, got {batch_size}; "
+                f"write inputs[:{batch_size}] or leave batch_size out"
+            )
+        require_finite("inputs", inputs, "give pictures of finite numbers, or a shape")
+        return inputs.detach().to(place, torch.float64)
+    try:
+        shape = tuple(index(n) for n in inputs)
+        batch = index(1 if batch_size is None else batch_size)
+    except TypeError as error:
+        raise TypeError(
+            f"expected a batch of floating numbers, or the shape of one sample and a whole "
+            f"batch_size, got {inputs!r} and {batch_size!r}; write identifiability(model, "
+            "(3, 32, 32), 2)"
+        ) from error
+    if not shape or min(shape) < 1 or batch < 1:
+        raise ValueError(
+            f"expected a shape of numbers >= 1 and batch_size >= 1, got {shape} and {batch}; "
+            "write identifiability(model, (3, 32, 32), 2)"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(batch, *shape, generator=generator, dtype=torch.float64).to(place)
+
+
+def probe_targets(
+    model: nn.Module, inputs: Tensor, loss: Loss, labels: Tensor | None, seed: int
+) -> Tensor:
+    """Targets that were given, or such that differ from sample to sample as far as possible."""
+    refuse_wrapped(model)
+    if labels is not None:
+        return torch.as_tensor(labels).detach().to(inputs.device)
+    with torch.no_grad():
+        outputs = run(copy.deepcopy(model).to(inputs.device).double(), inputs)
+    if not isinstance(outputs, Tensor):
+        raise ValueError(
+            f"expected one tensor from {type(model).__name__}.forward, got a "
+            f"{type(outputs).__name__}; wrap it in a module whose forward returns the logits"
+        )
+    if outputs.ndim < 2 and loss.name in CLASSES:
+        raise ValueError(
+            f"expected logits [B, C] from {type(model).__name__}.forward for {len(inputs)} "
+            f"samples, got {tuple(outputs.shape)}; a squeeze() without dimensions takes a batch "
+            "of one away: write flatten(1)"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    if loss.own or not loss.known:
+        raise ValueError(
+            f"labels: expected targets, for nobody knows what {loss.name!r} takes; write "
+            "labels=targets, or a loss by name"
+        )
+    if loss.name in CLASSES:
+        classes, space = outputs.shape[1], outputs.shape[2:]
+        count = len(inputs) * space.numel()
+        order = torch.randperm(max(classes, count), generator=generator)
+        return (order[:count] % classes).reshape(len(inputs), *space).to(inputs.device)
+    drawn = torch.rand(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
+    return drawn if loss.name == "mse_loss" else (drawn < 0.5).double()
+
+
+def require_evaluation(model: nn.Module) -> None:
+    """Raise unless the update of a sample depends on that sample alone and not on chance.
+
+    Args:
+        model: of the client.
+
+    Raises:
+        TypeError: no module.
+        ValueError: batch normalisation, dropout or RReLU in train mode.
+
+    >>> require_evaluation(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)).eval())
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    for name, module in model.named_modules():
+        batch = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        rate = float(getattr(module, "p", 0.0) or 0.0)
+        drops = isinstance(module, nn.modules.dropout._DropoutNd) and rate > 0
+        if module.training and (batch or drops or isinstance(module, nn.RReLU)):
+            raise ValueError(
+                f"model: '{name or type(module).__name__}' ({type(module).__name__}) is in train "
+                "mode, where its output depends on the other samples or on chance; write "
+                "model.eval()"
+            )

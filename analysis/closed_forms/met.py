@@ -30,8 +30,7 @@ from rgap.analysis.calls.steps import linear_reads
 from rgap.analysis.calls.uses import Recording, Use
 from rgap.analysis.generic_rank.sketched import sketched_rank
 from rgap.analysis.generic_rank.together import as_samples, branch_rank, stacked_gradient
-from rgap.analysis.probe import Probe
-from rgap.analysis.probe_batch import probe_targets
+from rgap.analysis.probe import Probe, probe_targets
 from rgap.network.affine import Affine
 from rgap.network.modules import affine_map
 from rgap.update.losses import Loss

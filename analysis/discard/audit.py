@@ -16,8 +16,7 @@ from rgap.analysis.calls.recorder import uncounted
 from rgap.analysis.discard.layer_ranks import Spaces, counted_rows
 from rgap.analysis.discard.probed_rows import probed_rows
 from rgap.analysis.discard.table import MEASURED, Audit, AuditRow
-from rgap.analysis.probe import probed
-from rgap.analysis.probe_batch import probe_targets
+from rgap.analysis.probe import probe_targets, probed
 from rgap.network.chain import parse
 from rgap.progress import Shown
 from rgap.update.losses import Loss

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from rgap.allowance import Ahead, freely
-from rgap.analysis.joint_rank.directions import Open
+from rgap.analysis.joint_rank.nullspace import Open
 from rgap.analysis.joint_rank.stage import Options, eliminate_stage
 from rgap.jacobian.linearisation import Linearisation
 from rgap.jacobian.node import Node, each

@@ -23,7 +23,7 @@ from rgap.analysis.joint_rank.nullspace import orthonormal
 from rgap.analysis.joint_rank.sampled import chain_ranks
 from rgap.analysis.joint_rank.stage import TooLargeError
 from rgap.analysis.joint_rank.table import Identifiability, IdentifiabilityRow
-from rgap.analysis.probe_batch import probe_batch, probe_targets, require_evaluation
+from rgap.analysis.probe import probe_batch, probe_targets, require_evaluation
 from rgap.jacobian.batch_loss import BatchLoss
 from rgap.jacobian.linearisation import Linearisation
 from rgap.jacobian.update_map import UpdateMap

@@ -19,7 +19,6 @@ from math import prod
 import torch
 
 from rgap.allowance import Ahead, freely
-from rgap.analysis.joint_rank.directions import Open, combined, orthonormalising
 from rgap.analysis.joint_rank.elimination import (
     ChainNull,
     StageNull,
@@ -27,6 +26,7 @@ from rgap.analysis.joint_rank.elimination import (
     require_invertible,
     through_tail,
 )
+from rgap.analysis.joint_rank.nullspace import Open, combined, orthonormalising
 from rgap.analysis.joint_rank.stage import (
     WEIGHTS,
     Decision,

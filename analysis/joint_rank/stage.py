@@ -18,17 +18,17 @@ import torch
 from torch import Tensor
 
 from rgap.allowance import PLAIN, Ahead, factorisation, freely
-from rgap.analysis.joint_rank.directions import (
+from rgap.analysis.joint_rank.inverses import GradientInverse, WeightInverse
+from rgap.analysis.joint_rank.nullspace import (
+    Elimination,
     Open,
     combined,
+    eliminate,
     lengths,
     orthonormalising,
     padded,
     scaled,
 )
-from rgap.analysis.joint_rank.inverses import GradientInverse
-from rgap.analysis.joint_rank.nullspace import Elimination, eliminate
-from rgap.analysis.joint_rank.weight_inverse import WeightInverse
 from rgap.constraints import gradient_rows
 from rgap.jacobian.layer import Rows
 from rgap.jacobian.node import Node, each

@@ -21,7 +21,7 @@ from rgap.analysis.noise_bound.channel import channel
 from rgap.analysis.noise_bound.defences import Defence, check
 from rgap.analysis.noise_bound.fisher import Sent, information
 from rgap.analysis.noise_bound.report import NoiseReport
-from rgap.analysis.probe_batch import probe_batch, probe_targets, require_evaluation
+from rgap.analysis.probe import probe_batch, probe_targets, require_evaluation
 from rgap.jacobian.update_map import UpdateMap
 from rgap.progress import Shown
 from rgap.update.losses import Loss

@@ -20,7 +20,7 @@ from rgap.analysis.noise_bound.channel import channel, stacked
 from rgap.analysis.noise_bound.cramer_rao import noise
 from rgap.analysis.noise_bound.fisher import Sent, weighed_jacobian
 from rgap.analysis.noise_bound.report import NoiseReport
-from rgap.analysis.probe_batch import probe_batch, probe_targets, require_evaluation
+from rgap.analysis.probe import probe_batch, probe_targets, require_evaluation
 from rgap.jacobian.update_map import UpdateMap
 from rgap.progress import Progress, Shown
 from rgap.update.losses import Loss
