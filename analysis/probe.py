@@ -7,13 +7,17 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from operator import index
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rgap import memory
 from rgap.analysis.calls.recorder import record
 from rgap.analysis.calls.uses import Recording, Use
+from rgap.jacobian.update_map import UpdateMap
 from rgap.network.affine import Affine
+from rgap.network.agreement import refuse_unready
 from rgap.network.modules import affine_map
 from rgap.network.probing import Unsupported
 from rgap.network.running import refuse_wrapped, run
@@ -220,27 +224,71 @@ def probe_targets(
     return drawn if loss.name == "mse_loss" else (drawn < 0.5).double()
 
 
-def require_evaluation(model: nn.Module) -> None:
-    """Raise unless the update of a sample depends on that sample alone and not on chance.
+@dataclass(frozen=True)
+class ProbePoint:
+    """A network at one batch: the point at which its update is looked at.
 
-    Args:
-        model: of the client.
-
-    Raises:
-        TypeError: no module.
-        ValueError: batch normalisation, dropout or RReLU in train mode.
-
-    >>> require_evaluation(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)).eval())
+    Attributes:
+        model: in eval mode, as it was given.
+        inputs: [B, *input_shape], float64, on the device that computes.
+        targets: as the loss wants them.
+        loss: of the client.
+        room: bytes that may be taken on top of the model.
+        update: the update as a function of the data there.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    for name, module in model.named_modules():
-        batch = isinstance(module, nn.modules.batchnorm._BatchNorm)
-        rate = float(getattr(module, "p", 0.0) or 0.0)
-        drops = isinstance(module, nn.modules.dropout._DropoutNd) and rate > 0
-        if module.training and (batch or drops or isinstance(module, nn.RReLU)):
-            raise ValueError(
-                f"model: '{name or type(module).__name__}' ({type(module).__name__}) is in train "
-                "mode, where its output depends on the other samples or on chance; write "
-                "model.eval()"
-            )
+
+    model: nn.Module
+    inputs: Tensor
+    targets: Tensor
+    loss: Loss
+    room: float
+    update: UpdateMap
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        inputs: Tensor,
+        loss: str | Loss | nn.Module,
+        labels: Tensor | None,
+        seed: int,
+        *,
+        memory_budget: float | None = None,
+        copies: int = 1,
+    ) -> ProbePoint:
+        """The point, refused where the update of a sample would depend on others or on chance.
+
+        Args:
+            model: left as it was.
+            inputs: as :func:`probe_batch` gives them.
+            loss: of the client.
+            labels: targets, or None for such as :func:`probe_targets` draws.
+            seed: of the targets.
+            memory_budget: bytes, None for the default.
+            copies: of the model in float64 that are held at a time.
+
+        Raises:
+            TypeError: no module.
+            ValueError: train mode, no trained parameters, targets that do not fit.
+            OutOfMemory: no room for the copies.
+        """
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        refuse_unready(model)
+        room = memory.budget_of(memory_budget, inputs.device)
+        memory.require_copies(model, copies, room)
+        chosen = Loss.of(loss)
+        targets = probe_targets(model, inputs, chosen, labels, seed)
+        update = UpdateMap(model, inputs, targets, chosen, room)
+        return cls(model, inputs, targets, chosen, room, update)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What every result at this point says of itself, see `Finding`."""
+        return {
+            "model": type(self.model).__name__,
+            "input_shape": tuple(self.inputs.shape[1:]),
+            "batch_size": len(self.inputs),
+            "loss": self.loss.name,
+            "unknowns": self.update.unknowns,
+        }

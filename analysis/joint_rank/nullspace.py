@@ -9,17 +9,41 @@ Below: sets of directions ``[S, B, ...]``, their lengths, combinations and ortho
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from rgap.allowance import Ahead, freely
+from rgap.progress import Watch, silent
 from rgap.solvers.positive import outer_products
 from rgap.solvers.rank import Rank, numerical_rank, resolve_rcond
 
 TALL = 1.5  # aspect ratio from which a QR factorisation first pays
 CLEAR = 1e-4  # σ/σ_1 that the squares of the entries still tell from 0, with digits to spare
 NEARLY = 1e-6  # parallel: what is left of a direction after the others, lost in their Gram matrix
+
+
+@dataclass(frozen=True)
+class RankOptions:
+    """How every rank of an elimination is decided, and what it may take.
+
+    Attributes:
+        rcond: relative cutoff of singular values, None for the default.
+        noise: relative error of the update's entries.
+        dtype: precision in which the update is known.
+        memory: bytes for everything.
+        watch: told of every layer.
+        ahead: asked before every factorisation whether there is time.
+    """
+
+    rcond: float | None = None
+    noise: float = 0.0
+    dtype: torch.dtype = torch.float64
+    memory: float = inf
+    watch: Watch = silent
+    ahead: Ahead = freely
 
 
 @dataclass(frozen=True)
