@@ -18,6 +18,7 @@ from rgap.analysis.noise_bound.cramer_rao import noise
 from rgap.analysis.noise_bound.defences import Clip, DifferentialPrivacy, Prune, Quantise, Sign
 from rgap.analysis.noise_bound.report import NoiseReport
 from rgap.analysis.noise_bound.trials import NoiseTrials, noise_trials
+from rgap.analysis.scoring import Score, score
 from rgap.analysis.symbolic import (
     ClosedForm,
     SymbolicLayer,
@@ -47,6 +48,7 @@ __all__ = [
     "NoiseTrials",
     "Prune",
     "Quantise",
+    "Score",
     "Sign",
     "SymbolicLayer",
     "SymbolicNetwork",
@@ -64,5 +66,6 @@ __all__ = [
     "leakage_indices",
     "noise",
     "noise_trials",
+    "score",
     "symbolic",
 ]

@@ -122,7 +122,7 @@ class Met:
         kind: str,
         rank: Callable[[Sequence[Probe]], int],
     ) -> bool:
-        """True if a rank reaches ``count`` in every mode; False as well where that costs too much."""
+        """True if a rank reaches ``count`` in every mode; False too where that costs too much."""
         for mode in self.modes():
             probes = self.probes(numbers, batch, mode)
             if probes is None:
