@@ -77,7 +77,7 @@ COUNTED = {
     "solvers/kronecker.py": "the sum of the groups' ranks",
     "solvers/solution.py": "an example",
     "rgap/constraints/ranks.py": "extreme singular values, and sums of exact counts",
-    "analysis/joint_rank/weight_inverse.py": "extreme singular values of a matrix of full rank",
+    "analysis/joint_rank/inverses.py": "extreme singular values of a matrix of full rank",
     "analysis/joint_rank/nullspace.py": "an upper bound of the largest singular value",
     "analysis/joint_rank/blocks.py": "no rows at all: an exact 0",
     "analysis/generic_rank/sketched.py": "the sum of the ranks of the blocks",

@@ -19,8 +19,9 @@ from torch import nn
 
 import rgap
 from rgap.analysis import SymbolicLayer, closed_form, layer_form, symbolic
-from rgap.analysis.closed_forms.batches import EveryBatch, every_batch
-from rgap.analysis.closed_forms.symbolic_lines import (
+from rgap.analysis.closed_forms.batches import (
+    EveryBatch,
+    every_batch,
     lines_of,
     lowest,
     open_part,

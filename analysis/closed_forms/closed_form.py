@@ -14,11 +14,19 @@ from math import prod
 import numpy as np
 from torch import Tensor
 
-from rgap.analysis.closed_forms.matching import leading_term, structural
-from rgap.analysis.closed_forms.pattern import Entries, Ints, Mask, Reads, entries, reads
+from rgap.analysis.closed_forms.matching import STYLES, degrees, leading_term, structural
+from rgap.analysis.closed_forms.pattern import (
+    Entries,
+    Ints,
+    Mask,
+    Reads,
+    entries,
+    left_out,
+    pieces,
+    reads,
+    relations,
+)
 from rgap.analysis.closed_forms.residue_classes import bounds
-from rgap.analysis.closed_forms.symbolic_degrees import STYLES, degrees
-from rgap.analysis.closed_forms.symbolic_shared import left_out, pieces, relations
 from rgap.analysis.closed_forms.witness import Witness
 from rgap.network.affine import Affine
 

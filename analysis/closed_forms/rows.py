@@ -14,7 +14,8 @@ from rgap.analysis.calls.layers import POOLS, Call, sizes_of
 from rgap.analysis.calls.recorder import record, refusal, structural_twin, uncounted
 from rgap.analysis.calls.steps import Narrow, narrow_steps
 from rgap.analysis.calls.uses import Recording
-from rgap.analysis.closed_forms.layer import SymbolicLayer, layer_form, made
+from rgap.analysis.closed_forms.kinds import layer_form
+from rgap.analysis.closed_forms.layer import SymbolicLayer, made
 
 __all__ = ["in_order", "recorded_notes", "structure_of"]
 

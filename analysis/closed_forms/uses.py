@@ -19,11 +19,11 @@ from torch import Tensor
 
 from rgap.analysis.calls.steps import always_read, arbitrary, head_use
 from rgap.analysis.calls.uses import Recording, Use
-from rgap.analysis.closed_forms.batches import first_open
-from rgap.analysis.closed_forms.layer import SymbolicLayer, layer_form, made
+from rgap.analysis.closed_forms.batches import first_open, lines_of, turns
+from rgap.analysis.closed_forms.kinds import layer_form
+from rgap.analysis.closed_forms.layer import SymbolicLayer, made
 from rgap.analysis.closed_forms.met import Met, curved
 from rgap.analysis.closed_forms.reached import Reached, reached
-from rgap.analysis.closed_forms.symbolic_lines import lines_of, turns
 from rgap.analysis.generic_rank.together import gather
 
 __all__ = ["Counter"]
@@ -303,7 +303,7 @@ def _as_bound(row: SymbolicLayer, why: str) -> SymbolicLayer:
 
 
 def _least(whole: Any, total: Any, batch: Any) -> Any:
-    from rgap.analysis.closed_forms.symbolic_lines import tidy
+    from rgap.analysis.closed_forms.batches import tidy
 
     return tidy(sympy.Min(whole, total), batch if isinstance(batch, sympy.Symbol) else None)
 

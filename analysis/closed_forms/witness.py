@@ -20,7 +20,6 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from rgap.analysis.closed_forms.layer import EFFORT
 from rgap.analysis.generic_rank.layout import Layout, layout
 from rgap.analysis.generic_rank.modular import (
     gradient_matrix,
@@ -31,8 +30,9 @@ from rgap.analysis.generic_rank.modular import (
 from rgap.network.affine import Affine
 from rgap.solvers.modular import Residues, multiply, random_prime, reduce, residue_rank
 
-__all__ = ["Witness"]
+__all__ = ["EFFORT", "Witness"]
 
+EFFORT = 3e10  # a few seconds
 Block = tuple[int, int]  # filters of W, and the channels that they read
 
 

@@ -223,10 +223,10 @@ def counted_rows(
         batches: the batch sizes.
         loss: name of the client's loss.
     """
-    found = symbolic(model, shape, loss=loss, effort=PROOF)
+    network = symbolic(model, shape, loss=loss, effort=PROOF)
     rows = []
     for batch in batches:
-        for layer in found.layers:
+        for layer in network.layers:
             if not layer.kind.startswith(("conv", "linear", "head", "step")):
                 continue
             sizes = layer.at({"B": batch})
@@ -250,7 +250,7 @@ def counted_rows(
                     layer.beside,
                 )
             )
-    return rows, found.notes
+    return rows, network.notes
 
 
 def _row(

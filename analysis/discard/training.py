@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rgap.analysis.discard.audit import audit
 from rgap.analysis.discard.table import Audit, AuditRow
-from rgap.analysis.frames import data_frame
+from rgap.analysis.finding import data_frame
 from rgap.network.running import first_line
 from rgap.progress import Progress, Shown
 from rgap.update.losses import Loss

@@ -6,7 +6,7 @@ import html
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from rgap.analysis.frames import data_frame
+from rgap.analysis.finding import data_frame
 
 if TYPE_CHECKING:
     import pandas

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rgap.analysis.joint_rank.elimination import ChainNull
-from rgap.analysis.joint_rank.weight_inverse import WeightInverse
+from rgap.analysis.joint_rank.inverses import WeightInverse
 from rgap.jacobian.linearisation import Linearisation
 from rgap.jacobian.node import Node, push
 from rgap.solvers.rank import numerical_rank, resolve_rcond

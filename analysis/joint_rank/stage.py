@@ -17,18 +17,19 @@ from math import prod, sqrt
 import torch
 from torch import Tensor
 
-from rgap.allowance import PLAIN, Ahead, factorisation, freely
-from rgap.analysis.joint_rank.directions import (
+from rgap.allowance import PLAIN, factorisation
+from rgap.analysis.joint_rank.inverses import GradientInverse, WeightInverse
+from rgap.analysis.joint_rank.nullspace import (
+    Elimination,
     Open,
+    RankOptions,
     combined,
+    eliminate,
     lengths,
     orthonormalising,
     padded,
     scaled,
 )
-from rgap.analysis.joint_rank.inverses import GradientInverse
-from rgap.analysis.joint_rank.nullspace import Elimination, eliminate
-from rgap.analysis.joint_rank.weight_inverse import WeightInverse
 from rgap.constraints import gradient_rows
 from rgap.jacobian.layer import Rows
 from rgap.jacobian.node import Node, each
@@ -49,26 +50,16 @@ class TooLargeError(ValueError):
 
 
 @dataclass(frozen=True)
-class Options:
-    """How every rank is decided, and what is known already.
+class ChainOptions(RankOptions):
+    """How the ranks of a chain are decided, and what is known of its layers already.
 
     Attributes:
-        rcond: relative cutoff, None for the default.
-        noise: relative error of the entries.
-        dtype: precision in which the entries are known.
         trained: names of the parameters that have a gradient.
-        memory: bytes for everything.
-        ahead: asked before every factorisation whether there is time.
         inverses: weights that were factored, by layer; added to.
         onto: whether the weights reach every output, by layer; added to.
     """
 
-    rcond: float | None
-    noise: float
-    dtype: torch.dtype
-    trained: Collection[str]
-    memory: float
-    ahead: Ahead = freely
+    trained: Collection[str] = frozenset()
     inverses: dict[str, WeightInverse] = field(default_factory=dict)
     onto: dict[str, bool] = field(default_factory=dict)
 
@@ -93,7 +84,7 @@ class Options:
         return affine.weight_name in self.trained, bias
 
 
-def eliminate_stage(node: Node, above: Open, options: Options) -> tuple[Decision, Open]:
+def eliminate_stage(node: Node, above: Open, options: ChainOptions) -> tuple[Decision, Open]:
     """What the equations of one stage leave open of its input.
 
     Args:
@@ -134,7 +125,7 @@ def eliminate_stage(node: Node, above: Open, options: Options) -> tuple[Decision
 
 
 def _gradient_first(
-    node: Node, kernel: GradientInverse, above: Open, bias: bool, options: Options
+    node: Node, kernel: GradientInverse, above: Open, bias: bool, options: ChainOptions
 ) -> tuple[Decision, Open]:
     """Du = N_K y − K⁺ U D c; then W du = Z c, and the rows of U D c outside the range of K."""
     affine, count = node.stage.affine, kernel.free
@@ -165,7 +156,7 @@ def _gradient_first(
 
 
 def weights_first(
-    node: Node, above: Open, weight: bool, bias: bool, options: Options
+    node: Node, above: Open, weight: bool, bias: bool, options: ChainOptions
 ) -> tuple[Decision, Open]:
     """Du = N_W w + W⁺ Z c; then what of Z c no W du can reach, and the gradient."""
     affine, batch = node.stage.affine, node.u.shape[0]
@@ -259,7 +250,7 @@ def _below(node: Node, du: Tensor, dk: Tensor) -> Open:
     return Open(basis, back)
 
 
-def _decide(matrix: Tensor, options: Options, carried: float = 0.0) -> Elimination:
+def _decide(matrix: Tensor, options: ChainOptions, carried: float = 0.0) -> Elimination:
     return eliminate(
         matrix.T.contiguous(),
         rcond=options.rcond,
@@ -280,7 +271,7 @@ def push_rows(node: Node, du: Tensor, dk: Tensor) -> Rows:
     return empty
 
 
-def fits(unknowns: int, entries: int, options: Options, copies: int = HELD) -> None:
+def fits(unknowns: int, entries: int, options: ChainOptions, copies: int = HELD) -> None:
     """Refuse matrices [unknowns, entries] that are beyond the memory or the time.
 
     Raises:

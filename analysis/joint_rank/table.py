@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rgap.analysis.finding import Finding, plain
-from rgap.analysis.frames import data_frame
+from rgap.analysis.finding import Finding, data_frame, plain
 from rgap.analysis.joint_rank.nullspace import determined
 from rgap.solvers.rank import SMALL_GAP
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from math import log, pi
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rgap.analysis.noise_bound.defences import Clip, Defence, DifferentialPrivacy, Prune, Quantise
+from rgap.analysis.probe import ProbePoint
 from rgap.jacobian.update_map import UpdateMap
-from rgap.update.losses import Loss
 
 __all__ = ["Channel", "channel"]
 
@@ -50,15 +50,15 @@ class Channel:
         return self.scales[part] * (rows - (rows @ unit)[:, None] * unit)
 
 
-def channel(
-    update: UpdateMap,
-    targets: Tensor,
-    model: nn.Module,
-    loss: Loss,
-    sigma: float,
-    chain: tuple[Defence, ...],
-) -> Channel:
-    """The defences at this batch: rows kept, their variance, what clipping takes away."""
+def channel(point: ProbePoint, sigma: float, chain: tuple[Defence, ...]) -> Channel:
+    """The defences at this batch: rows kept, their variance, what clipping takes away.
+
+    Args:
+        point: the network at the batch.
+        sigma: standard deviation of the stated noise in every entry of the update.
+        chain: the defences in the order in which they act.
+    """
+    update, loss = point.update, point.loss
     g = update.value(update.inputs)
     scales, units, notes = g.new_ones(1), None, []
     variance = torch.full_like(g, sigma**2)
@@ -70,7 +70,7 @@ def channel(
             norm = one.clip if isinstance(one, DifferentialPrivacy) else one.norm
             parts, share = g[None], 1.0
             if isinstance(one, DifferentialPrivacy) and one.per_sample:
-                parts = _by_sample(update, targets, model, loss)
+                parts = _by_sample(point)
                 share = 1 / len(parts) if loss.reduction == "mean" else 1.0
             lengths = parts.norm(dim=1)
             acts = lengths > norm
@@ -119,19 +119,20 @@ def channel(
     return Channel(weights, level, uniform, scales, units, tuple(notes))
 
 
-def _by_sample(update: UpdateMap, targets: Tensor, model: nn.Module, loss: Loss) -> Tensor:
+def _by_sample(point: ProbePoint) -> Tensor:
     """The gradient of every sample by itself, [B, equations]."""
     gradients = []
-    for b in range(len(update.inputs)):
-        alone = UpdateMap(model, update.inputs[b : b + 1], targets[b : b + 1], loss)
-        gradients.append(alone.value(alone.inputs))
+    for b in range(len(point.inputs)):
+        x = point.inputs[b : b + 1]
+        alone = UpdateMap(point.model, x, point.targets[b : b + 1], point.loss)
+        gradients.append(alone.value(x))
     return torch.stack(gradients)
 
 
 def _steps(update: UpdateMap, g: Tensor, bits: int) -> Tensor:
     """Distance of neighbouring values for every entry: one for each tensor."""
-    found = update.gradient(update.inputs)
-    sizes = [found[name].numel() for block in update.blocks for name in block.names]
+    gradients = update.gradient(update.inputs)
+    sizes = [gradients[name].numel() for block in update.blocks for name in block.names]
     parts = [part.abs().amax().expand(len(part)) for part in torch.split(g, sizes)]
     return 2 * torch.cat(parts) / (2.0**bits - 1)
 
