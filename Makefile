@@ -27,12 +27,12 @@ docs: $(VENV)/docs  ## the site, in build/site; every warning is an error, every
 	$(BIN)/python -m pytest -q docs --doctest-glob='*.md' --doctest-glob='*.rst'
 
 bench: $(VENV)/test  ## wall time and memory beside a dense route
-	$(BIN)/python -m pytest benchmarks/bench_recovery.py --benchmark-enable -q
-	$(BIN)/python benchmarks/compare_dense.py
+	$(BIN)/python -m pytest benchmarks/timing/recovery.py --benchmark-enable -q
+	$(BIN)/python -m benchmarks.timing.dense
 
 study: $(VENV)/test  ## every row of the tables of results; an hour
-	$(BIN)/python benchmarks/study_lenet.py
-	$(BIN)/python benchmarks/study_table.py
+	$(BIN)/python -m benchmarks.studies.lenet
+	$(BIN)/python -m benchmarks.studies.table
 
 clean:
 	rm -rf $(VENV) build dist demo *.egg-info

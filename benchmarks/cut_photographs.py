@@ -3,8 +3,8 @@
 Only this script needs the two packages (pip install scikit-image scikit-learn); the library reads
 the PNG files.
 
-    python benchmarks/cut_photographs.py            write rgap/data/*.png and rgap/data/ORIGINS.md
-    python benchmarks/cut_photographs.py --check    compare what is stored with a fresh cut
+    python -m benchmarks.cut_photographs            write rgap/data/*.png and rgap/data/ORIGINS.md
+    python -m benchmarks.cut_photographs --check    compare what is stored with a fresh cut
 
 The crops of one picture never overlap, every crop varies (mean standard deviation of its channels
 above 0.08), and no two are alike (root mean square difference above 0.1). The script stops if one

@@ -1,0 +1,243 @@
+"""Noise: the error of the most likely batch, measured, over the Cramér–Rao bound.
+
+    python -m benchmarks.studies.noise             five networks, the table of docs/noise.md
+    python -m benchmarks.studies.noise --figures docs/pictures
+    python -m benchmarks.studies.noise --defences  what each defence leaves of LeNet's update
+
+Gaussian noise is added to the update of photographs of 16×16; the batch that fits best in least
+squares is found by Gauss–Newton from the truth; its squared error is averaged over noisy updates
+until the standard error of the ratio to the bound is below the goal.  The noise of each network is
+the level at which the prediction is 80 dB: far enough from rounding, near enough to linear.
+
+Goal: every ratio within [0.95, 1.05] at a standard error below 0.02.  Exit status 1 on a miss.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import rgap
+from rgap.analysis import (
+    Clip,
+    DifferentialPrivacy,
+    NoiseTrials,
+    Prune,
+    Quantise,
+    Sign,
+    noise,
+    noise_trials,
+)
+
+QUALITY = 80.0  # dB
+LOW, HIGH = 0.95, 1.05
+SURE = 0.02
+AIM = 0.016  # planned standard error, with room below the goal
+FEWEST = 600
+SHAPE = (3, 16, 16)
+
+
+class Residual(nn.Module):
+    """A stem, one residual block with SiLU, and a head."""
+
+    def __init__(self, channels: int = 8) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, channels, 3, 1, 1)
+        self.first = nn.Conv2d(channels, channels, 3, 1, 1)
+        self.second = nn.Conv2d(channels, channels, 3, 1, 1)
+        self.head = nn.Linear(channels * 16 * 16, 10)
+        self.act = nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits."""
+        z = self.act(self.stem(x))
+        z = self.act(z + self.second(self.act(self.first(z))))
+        return self.head(z.flatten(1))
+
+
+def _drawn(build: Callable[[], nn.Module], seed: int) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build().eval()
+
+
+def _tanh() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 12, 3, 2, 1), nn.Tanh(), nn.Conv2d(12, 16, 3, 1, 1), nn.Tanh(),
+        nn.Flatten(), nn.Linear(16 * 8 * 8, 10),
+    )  # fmt: skip
+
+
+def _leaky() -> nn.Module:
+    """The plan of CNN6 with fewer channels: no bias, one logit."""
+    return nn.Sequential(
+        nn.Conv2d(3, 12, 4, 2, 2, bias=False), nn.LeakyReLU(0.2),
+        nn.Conv2d(12, 20, 3, 1, 1, bias=False), nn.LeakyReLU(0.2),
+        nn.Conv2d(20, 20, 3, 2, 1, bias=False), nn.LeakyReLU(0.2),
+        nn.Flatten(), nn.Linear(20 * 5 * 5, 1, bias=False),
+    )  # fmt: skip
+
+
+NETWORKS: dict[str, tuple[Callable[[int], nn.Module], str]] = {
+    "MLP 768-32-10, sigmoid": (
+        lambda seed: rgap.models.mlp((32,), 10, "sigmoid", input_shape=SHAPE, seed=seed),
+        "cross_entropy",
+    ),
+    "LeNet, sigmoid": (
+        lambda seed: rgap.models.lenet(input_shape=SHAPE, seed=seed),
+        "cross_entropy",
+    ),
+    "CNN, tanh": (lambda seed: _drawn(_tanh, seed), "cross_entropy"),
+    "CNN6-like, LeakyReLU": (
+        lambda seed: _drawn(_leaky, seed),
+        "binary_cross_entropy_with_logits",
+    ),
+    "residual, SiLU": (lambda seed: _drawn(Residual, seed), "cross_entropy"),
+}
+
+
+def measure(name: str, seed: int, trials: int | None = None) -> NoiseTrials:
+    """One network at one photograph; as many trials as its spectrum asks for."""
+    build, loss = NETWORKS[name]
+    picture = rgap.photos.load(8, 16)[seed : seed + 1]
+    label = torch.tensor([[1.0]]).double() if loss.startswith("binary") else torch.tensor([3])
+    model = build(seed)
+    found = noise(model, picture, loss=loss, labels=label, method="dense")
+    # One trial scatters by √(2/effective) around its mean.
+    planned = max(FEWEST, math.ceil(2 / found.effective / AIM**2))
+    return noise_trials(
+        model,
+        picture,
+        sigma=found.critical_sigma(QUALITY),
+        trials=trials or planned,
+        loss=loss,
+        labels=label,
+        seed=seed,
+    )
+
+
+def line(name: str, found: NoiseTrials) -> str:
+    """One row of the table."""
+    report = found.report
+    assert report.decision is not None
+    return (
+        f"| {name} | {report.equations:,} | {report.decision.condition:.1e} | "
+        f"{report.effective:.0f} | {report.level:.1e} | {len(found.totals):,} | {found.ratio:.3f} "
+        f"| {found.standard_error:.3f} | {found.seconds:.0f} |"
+    )
+
+
+HEADER = (
+    "| network | equations | condition | effective directions | σ | noisy updates | "
+    "measured / bound | standard error | s |\n|---|---|---|---|---|---|---|---|---|"
+)
+
+
+def main() -> int:
+    """Measure, print one line a network, draw on request."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
+    parser.add_argument("--seed", type=int, default=0, choices=range(8), help="and photograph")
+    parser.add_argument("--trials", type=int, help="default: what the standard error asks for")
+    parser.add_argument("--output", type=Path, help="write every network as a JSON line")
+    parser.add_argument("--figures", type=Path, help="folder for the figures")
+    parser.add_argument("--defences", action="store_true", help="the table of defences instead")
+    options = parser.parse_args()
+    if options.defences:
+        return defences()
+    print(HEADER, flush=True)
+    missed = []
+    for name in options.networks:
+        found = measure(name, options.seed, options.trials)
+        print(line(name, found), flush=True)
+        fine = LOW <= found.ratio <= HIGH and found.standard_error < SURE and found.settled
+        if not fine:
+            missed.append(name)
+        if options.output is not None:
+            row = {
+                "network": name,
+                "ratio": found.ratio,
+                "standard_error": found.standard_error,
+                "trials": len(found.totals),
+                "settled": found.settled,
+                "steps": found.steps,
+                **found.report.summary(),
+            }
+            with options.output.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        if options.figures is not None and name == "residual, SiLU":
+            draw(found, options.figures)
+    if missed:
+        print(f"missed: {', '.join(missed)}", file=sys.stderr)
+    return 1 if missed else 0
+
+
+DEFENCES = (
+    (1e-6, None),
+    (1e-6, Clip(0.1)),
+    (1e-6, Prune(0.5)),
+    (1e-6, Prune(0.1)),
+    (0.0, Quantise(16)),
+    (0.0, Quantise(8)),
+    (1e-2, Sign()),
+    (0.0, DifferentialPrivacy(1.0, 1e-6)),
+    (0.0, DifferentialPrivacy(1.0, 1e-3)),
+    (0.0, DifferentialPrivacy(1.0, 1.0)),
+)
+
+
+def defences() -> int:
+    """One line a defence: LeNet (sigmoid), one photograph."""
+    model, picture = rgap.models.lenet(input_shape=SHAPE, seed=0), rgap.photos.load(1, 16)
+    print(
+        "| stated noise | defence | noise of an entry | equations | identifiable | "
+        "worse than the range | PSNR |\n|---|---|---|---|---|---|---|"
+    )
+    for sigma, defence in DEFENCES:
+        found = noise(model, picture, sigma=sigma, defence=defence, labels=torch.tensor([3]))
+        print(
+            f"| {sigma:g} | {'–' if defence is None else f'`{defence}`'} | {found.level:.1e} | "
+            f"{found.equations:,} | {found.rank} of {found.unknowns} | {found.lost} | "
+            f"{float(found.psnr):.1f} dB |",
+            flush=True,
+        )
+    return 0
+
+
+def draw(found: NoiseTrials, folder: Path) -> None:
+    """The figures of docs/noise.md."""
+    from rgap.analysis.plots.noise import (
+        error_map,
+        measured_against_predicted,
+        noise_levels,
+        weighed_spectrum,
+    )
+
+    pictures = rgap.photos.load(4, 16)
+    lenet = rgap.models.lenet(input_shape=SHAPE, seed=0)
+    each = [
+        noise(lenet, picture[None], sigma=1e-6, labels=torch.tensor([3])) for picture in pictures
+    ]
+    pair = noise(lenet, pictures[:2], sigma=1e-6, labels=torch.tensor([3, 5]))
+    small = rgap.models.lenet(channels=6, input_shape=SHAPE, seed=0)
+    short = noise(small, pictures[:2], sigma=1e-6, labels=torch.tensor([3, 5]))
+    figures = {
+        "noise-measured": measured_against_predicted(found),
+        "noise-map": error_map(pair),
+        "noise-spectrum": weighed_spectrum(short),
+        "noise-levels": noise_levels(each[0], 20.0),
+    }
+    for name, figure in figures.items():
+        figure.savefig(folder / f"{name}.png", dpi=150)
+        print(f"written to {folder / name}.png")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

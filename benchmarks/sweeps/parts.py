@@ -1,0 +1,39 @@
+"""How often what is determined of a picture comes back, over random convolutions.
+
+Convolutions of random kernel, stride, padding, width and activation under a fully connected layer:
+every value that is returned as determined is compared with the truth.
+
+Run: ``OMP_NUM_THREADS=1 python -m benchmarks.sweeps.parts 200``
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+
+import torch
+from test_parts import chain_of
+
+import rgap
+
+
+def main(count: int) -> None:
+    """Print how often each outcome occurs, and every value that leaves its bound."""
+    seen: Counter[str] = Counter()
+    for seed in range(count):
+        net, x = chain_of(seed)
+        for dtype in (torch.float64, torch.float32):
+            net, x = net.to(dtype), x.to(dtype)
+            found = rgap.invert(net, rgap.capture(net, x, torch.tensor([2])))
+            known = found.inputs if found.partial is None else found.partial
+            seen[f"{found.status.name}{' in parts' if found.partial is not None else ''}"] += 1
+            if known is None or found.error_bound is None:
+                continue
+            gap = (known - x)[~known.isnan()].abs().max()
+            if gap > found.error_bound:
+                print(f"seed {seed}, {dtype}: off by {gap:.1e}, bound {found.error_bound:.1e}")
+    print(dict(seen))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 40)
