@@ -1,13 +1,10 @@
-"""Batches of different real photographs, and what was recovered of them beside the truth."""
+"""Batches of different real photographs, and labels for them."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 import rgap
@@ -15,8 +12,32 @@ import rgap
 SIDE = 32
 LARGE = 64  # side of the stored photographs
 MOST = 256
-TARGET = 1e-3  # error of a dense target that counts as right
-NUDGE = 1e-2  # distance by which a wrong label loses: far less than two photographs differ by
+FIRST = 8  # photograph that tables begin with: constants were chosen on those before it
+
+
+def photographs(places: Sequence[int], side: int = SIDE) -> Tensor:
+    """The stored photographs at these places, counted round, [B, 3, side, side], float64."""
+    number = len(rgap.photos.names())
+    return torch.cat([rgap.photos.load(1, side, start=place % number) for place in places])
+
+
+def windows(pools: Sequence[Sequence[int]], generator: torch.Generator) -> Tensor:
+    """Random windows of the 64×64 originals, half of them mirrored, float32, [B, 3, 32, 32].
+
+    Args:
+        pools: for every picture the places of the photographs that it may be cut from.
+        generator: of the draws.
+    """
+    originals = rgap.photos.load(size=LARGE, dtype=torch.float32)
+    cuts = []
+    for places in pools:
+        sides = (len(places), LARGE - SIDE + 1, LARGE - SIDE + 1, 2)
+        which, top, left, mirrored = (
+            int(torch.randint(most, (1,), generator=generator)) for most in sides
+        )
+        window = originals[places[which], :, top : top + SIDE, left : left + SIDE]
+        cuts.append(window.flip(-1) if mirrored else window)
+    return torch.stack(cuts)
 
 
 def pictures(count: int, seed: int = 0, among: Sequence[int] | None = None) -> Tensor:
@@ -39,18 +60,18 @@ def pictures(count: int, seed: int = 0, among: Sequence[int] | None = None) -> T
     places = torch.tensor(range(len(rgap.photos.names())) if among is None else list(among))
     order = places[torch.randperm(len(places), generator=generator)]
     whole = _mirrored(rgap.photos.load()[order[:count]], generator)
-    found = list(whole)
+    chosen = list(whole)
     large = rgap.photos.load(size=LARGE)
-    seen = {picture.numpy().tobytes() for picture in found}
-    while len(found) < count:
+    seen = {picture.numpy().tobytes() for picture in chosen}
+    while len(chosen) < count:
         which = places[int(torch.randint(len(places), (1,), generator=generator))]
         top, left = torch.randint(LARGE - SIDE + 1, (2,), generator=generator).tolist()
         window = large[which, :, top : top + SIDE, left : left + SIDE]
         window = _mirrored(window[None], generator)[0].contiguous()
         if (key := window.numpy().tobytes()) not in seen:
             seen.add(key)
-            found.append(window)
-    return torch.stack(found)
+            chosen.append(window)
+    return torch.stack(chosen)
 
 
 def _mirrored(batch: Tensor, generator: torch.Generator) -> Tensor:
@@ -69,51 +90,16 @@ def drawn_labels(kind: str, count: int, classes: int, seed: int) -> Tensor:
     return torch.randint(classes, (count,), generator=generator)
 
 
-@dataclass(frozen=True)
-class Match:
-    """What was recovered, each row beside its own sample.
+def sampled_labels(draw: str, classes: int, batch: int, generator: torch.Generator) -> Tensor:
+    """Labels [B] drawn from classes: ``balanced``, ``uniform``, or ``skewed``.
 
-    Attributes:
-        once: as many rows as samples.
-        labels_right: every row carries the label (or dense target) of its sample.
-        worst: largest error of any entry.
-        rms: of every row, [B'].
-        psnr: the lowest of any row, for values in [0, 1].
+    Skewed: a class is as likely as the fourth power of a uniform number, so that few are frequent.
     """
-
-    once: bool
-    labels_right: bool
-    worst: float
-    rms: Tensor
-    psnr: float
-
-
-def match(found: Tensor, labels: Tensor | None, truth: Tensor, given: Tensor) -> Match:
-    """Compare without regard to the order, which no gradient carries.
-
-    Rows and samples are paired one to one at the least total distance; of equal pictures, those
-    with equal labels.  Dense targets count as right within 1e-3.
-    """
-    rows, samples = found.flatten(1).double(), truth.flatten(1).double()
-    cost = torch.cdist(rows, samples, compute_mode="donot_use_mm_for_euclid_dist")
-    agree = torch.zeros_like(cost, dtype=torch.bool)
-    if labels is not None:
-        own, true = labels.double().reshape(len(rows), -1), given.double().reshape(len(samples), -1)
-        agree = (own[:, None] - true[None]).abs().amax(2) <= TARGET
-    index, mate = linear_sum_assignment((cost + NUDGE * ~agree).numpy())
-    order, mates = torch.from_numpy(index), torch.from_numpy(mate)
-    error = rows[order] - samples[mates]
-    rms = torch.full((len(rows),), math.inf, dtype=torch.float64)
-    rms[order] = error.square().mean(1).sqrt()
-    return Match(
-        len(rows) == len(samples),
-        bool(agree[order, mates].all()),
-        float(error.abs().max()),
-        rms,
-        -20.0 * math.log10(max(float(rms[order].max()), 1e-300)),
-    )
-
-
-def middle(values: Sequence[float]) -> float:
-    """Median, NaN of nothing."""
-    return sorted(values)[len(values) // 2] if values else math.nan
+    if draw == "balanced":
+        if batch >= classes:
+            return torch.arange(batch) % classes
+        return torch.randperm(classes, generator=generator)[:batch]
+    weights = torch.ones(classes)
+    if draw == "skewed":
+        weights = torch.rand(classes, generator=generator) ** 4 + 1e-3
+    return torch.multinomial(weights, batch, replacement=True, generator=generator)

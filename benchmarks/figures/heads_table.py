@@ -1,42 +1,70 @@
-"""The tables of docs/batches.md about a softmax head alone, from runs of ``studies.heads``.
+"""Runs at a softmax head alone: what the law asks of each, and the tables of docs/batches.md.
 
-python -m benchmarks.figures.heads_table heads.jsonl [more.jsonl ...]
+With ε the machine epsilon of the update and σ_B/σ_1 the ratio of the B-th to the first singular
+value of the head's gradient, the law asks for a solution wherever σ_B/σ_1 > 100 ε.
 """
 
 from __future__ import annotations
 
-import json
-import sys
-from collections import defaultdict
-from pathlib import Path
+import math
 
-from benchmarks.common.pictures import middle
-from benchmarks.studies.heads import LABELS, Run, good, lawful, missed, wrong
+from benchmarks.common.json_lines import grouped
+from benchmarks.common.judging import middle
+
+Run = dict
+LABELS = ("distinct", "equal", "random")
+SLACK = 6.0  # standard errors
 
 
-def main() -> int:
-    """Print one row a batch size, network and precision, then the shares."""
-    runs = [
-        json.loads(line) for path in sys.argv[1:] for line in Path(path).read_text().splitlines()
+def lawful(run: Run) -> bool:
+    """True if the law demands a solution."""
+    return run["ratio"] > 100 * run["eps"]
+
+
+def good(run: Run) -> bool:
+    """Solved as well as the law, or beyond it the answer itself, says."""
+    if not run["returned"] or not run["labels_right"]:
+        return False
+    if lawful(run):
+        return run["once"] and run["relative"] <= 100 * run["eps"] / run["ratio"]
+    return run["honesty_most"] <= SLACK
+
+
+def merged(run: Run) -> bool:
+    """Solved, with samples nearer to each other than the errors as copies of one."""
+    return run["returned"] and not run["once"] and good(run)
+
+
+def missed(run: Run) -> bool:
+    """Flagged though the law says that it can be solved."""
+    return lawful(run) and not run["returned"]
+
+
+def wrong(run: Run) -> bool:
+    """An answer that is none."""
+    return run["returned"] and not good(run)
+
+
+def most_of_law(runs: list[Run]) -> float:
+    """Largest error over what the law allows, 100 ε σ_1/σ_B; NaN where it asks for nothing."""
+    shares = [
+        r["relative"] * r["ratio"] / (100 * r["eps"]) for r in runs if lawful(r) and r["returned"]
     ]
+    return max(shares, default=math.nan)
+
+
+def print_tables(runs: list[Run]) -> None:
+    """Print one row a batch size, network and precision, then the shares."""
     print(
         "| C | B | network | dtype | σ_B/σ_1 distinct · equal · random | batches | above 100 ε | "
         "solved | merged | flagged | missed | wrong | error / law | cpu s | GiB |"
     )
     print("|" + "---|" * 15)
-    for (classes, size, network, dtype), group in sorted(grouped(runs).items()):
+    groups = grouped(runs, "classes", "size", "network", "dtype")
+    for (classes, size, network, dtype), group in sorted(groups.items()):
         print(f"| {classes} | {size} | {network} | {dtype} | {row(group)} |")
     print(f"\n{len(runs)} batches, of which wrong: {sum(map(wrong, runs))}\n")
     shares(runs)
-    return 0
-
-
-def grouped(runs: list[Run]) -> dict[tuple, list[Run]]:
-    """By classes, batch size, network and precision."""
-    groups: dict[tuple, list[Run]] = defaultdict(list)
-    for run in runs:
-        groups[run["classes"], run["size"], run["network"], run["dtype"]].append(run)
-    return groups
 
 
 def row(group: list[Run]) -> str:
@@ -45,20 +73,17 @@ def row(group: list[Run]) -> str:
     for kind in LABELS:
         own = [run["ratio"] for run in group if run["labels"] == kind]
         ratios.append(f"{middle(own):.0e}" if own else "–")
-    of_law = [
-        r["relative"] * r["ratio"] / (100 * r["eps"]) for r in group if lawful(r) and r["returned"]
-    ]
-    merged = sum(r["returned"] and not r["once"] and good(r) for r in group)
+    most, copied = most_of_law(group), sum(map(merged, group))
     cells = [
         " · ".join(ratios),
         len(group),
         sum(map(lawful, group)),
-        sum(map(good, group)) - merged,
-        merged,
+        sum(map(good, group)) - copied,
+        copied,
         sum(not r["returned"] for r in group),
         sum(map(missed, group)),
         sum(map(wrong, group)),
-        f"{max(of_law):.1e}" if of_law else "–",
+        "–" if math.isnan(most) else f"{most:.1e}",
         f"{middle([r['cpu'] for r in group]):.1f}",
         f"{max(r['memory'] for r in group):.1f}",
     ]
@@ -76,14 +101,10 @@ def shares(runs: list[Run]) -> None:
         cells: list[str] = []
         for side in (True, False):
             part = [run for run in own if lawful(run) is side]
-            merged = sum(run["returned"] and not run["once"] and good(run) for run in part)
-            counts = [sum(map(good, part)) - merged]
-            counts += [] if side else [merged]
+            copied = sum(map(merged, part))
+            counts = [sum(map(good, part)) - copied]
+            counts += [] if side else [copied]
             counts += [sum(not run["returned"] for run in part)]
             percent = [f"{100 * count / len(part):.0f}%" if part else "–" for count in counts]
             cells += [str(len(part)), *percent]
         print(f"| {classes} | {size} | " + " | ".join(cells) + " |")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import rgap
+from benchmarks.common.networks import adam
 from benchmarks.common.pictures import pictures
 
 PHOTOGRAPHS = 32
@@ -33,14 +34,8 @@ def trained(activation: str, steps: int, seed: int) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     pool = pictures(POOL, seed, split(seed)[1]).float()
     labels = torch.randint(10, (len(pool),), generator=generator)
-    model.train()
-    adam = torch.optim.Adam(model.parameters(), lr=RATE)
-    for _ in range(steps):
-        batch = torch.randperm(len(pool), generator=generator)[:MINIBATCH]
-        adam.zero_grad()
-        nn.functional.cross_entropy(model(pool[batch]), labels[batch]).backward()
-        adam.step()
-    return model.eval()
+    drawn = (torch.randperm(POOL, generator=generator)[:MINIBATCH] for _ in range(steps))
+    return adam(model, ((pool[batch], labels[batch]) for batch in drawn), RATE)
 
 
 @dataclass(frozen=True)

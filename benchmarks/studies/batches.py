@@ -1,6 +1,6 @@
 """Batches below a pair of fully connected layers: what is recovered, how exactly, how fast.
 
-    python -m benchmarks.studies.batches --quick                    one seed a cell, minutes
+    python -m benchmarks.studies.batches --seeds 1                  one seed a cell
     python -m benchmarks.studies.batches --output batches.jsonl     all of it, hours on one core
     python -m benchmarks.studies.batches --rows sizes --seeds 1     a part of it
     python -m benchmarks.studies.batches --read batches.jsonl --figure docs/pictures/batches.png
@@ -19,17 +19,18 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 import rgap
-from benchmarks.common.json_lines import append, read
-from benchmarks.common.pictures import drawn_labels, match, middle, pictures
+from benchmarks.common.arguments import Arguments
+from benchmarks.common.json_lines import append, grouped, read
+from benchmarks.common.judging import match, middle
+from benchmarks.common.measuring import Stopwatch
+from benchmarks.common.pictures import drawn_labels, pictures
 from benchmarks.figures.batches import draw_batches
 from benchmarks.studies.batch_cases import edges, split, trained
 
@@ -46,23 +47,20 @@ Run = dict
 
 def main() -> int:
     """Run what the command line asks for, print one line a cell, say what was missed."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rows", nargs="+", default=ROWS, choices=ROWS)
+    parser = Arguments(__doc__, rows=["limit"], sizes=[8], activations=["gelu"], seeds=1)
+    parser.rows(ROWS)
     parser.add_argument("--seeds", type=int, help="batches a cell; by default " + str(SEEDS))
     parser.add_argument("--start", type=int, default=0, help="first seed")
-    parser.add_argument("--quick", action="store_true", help="one seed, the smaller batches")
-    parser.add_argument("--activations", nargs="+", choices=ACTIVATIONS)
+    parser.add_argument("--activations", nargs="+", choices=ACTIVATIONS, help="these only")
     parser.add_argument("--sizes", nargs="+", type=int, help="these batch sizes only")
-    parser.add_argument("--dtypes", nargs="+", default=("float64", "float32"))
-    parser.add_argument("--output", type=Path, help="append every run as a JSON line")
-    parser.add_argument(
-        "--read", nargs="+", type=Path, help="runs of earlier calls, nothing is run"
-    )
-    parser.add_argument("--figure", type=Path, help="draw sizes and limit")
+    parser.dtypes()
+    parser.output()
+    parser.read()
+    parser.figure("sizes and limit")
     options = parser.parse_args()
     runs: list[Run] = []
     if options.read is not None:
-        runs = [run for path in options.read for run in read(path)]
+        runs = read(options.read)
         for row in ROWS:
             show(row, [run for run in runs if run["row"] == row])
     else:
@@ -122,13 +120,12 @@ def cells(row: str, options: argparse.Namespace) -> Iterator[dict]:
             continue
         if options.sizes is not None and size is not None and size not in options.sizes:
             continue
-        if not (options.quick and size in SIZES[1:]):
-            yield cell
+        yield cell
 
 
 def attempted(row: str, cell: dict, options: argparse.Namespace) -> list[Run]:
     """Every seed of a cell, printed and stored."""
-    count = options.seeds or (1 if options.quick else SEEDS[row])
+    count = options.seeds or SEEDS[row]
     runs: list[Run] = []
     for seed in range(options.start, options.start + count):
         runs += at_edges(cell, seed) if row == "edges" else [one(row, cell, seed)]
@@ -171,11 +168,11 @@ def outcome(
 ) -> Run:
     """Capture, invert, compare."""
     update = rgap.capture(model, x, y, loss, dtype=getattr(torch, dtype))
-    start, spent = time.perf_counter(), time.process_time()
-    recovery = rgap.invert(model, update)
+    with Stopwatch() as watch:
+        recovery = rgap.invert(model, update)
     run: Run = {
-        "seconds": time.perf_counter() - start,
-        "cpu": time.process_time() - spent,  # of all threads: steadier on a shared machine
+        "seconds": watch.wall,
+        "cpu": watch.cpu,  # of all threads: steadier on a shared machine
         "status": recovery.status.name,
         "reason": recovery.reason,
         "warnings": list(recovery.warnings),
@@ -283,10 +280,7 @@ def show(row: str, runs: list[Run]) -> None:
         return
     print(f"\n{row}\n{HEADER}")
     keys = ("dtype", "activation", "width", "steps", "size", "labels")
-    groups: dict[tuple, list[Run]] = {}
-    for run in runs:
-        groups.setdefault(tuple(run.get(key) for key in keys), []).append(run)
-    for group in groups.values():
+    for group in grouped(runs, *keys).values():
         print("\n".join(lines(group)))
 
 

@@ -4,7 +4,7 @@
     python -m benchmarks.studies.calibration --set fitted  the networks that constants were set on
 
 Multilayer perceptrons, a LeNet and a small CNN, as drawn and after 60 steps of Adam, with 2, 3 and
-10 classes and one logit, batches of 2 to 40 samples with balanced, random and skewed labels.  The
+10 classes and one logit, batches of 2 to 40 samples with balanced, uniform and skewed labels.  The
 pictures are windows of the photographs that come with the package; ``vec`` networks read 20
 numbers.
 Constants were set on other activations, seeds and photographs than those that are reported.
@@ -20,7 +20,7 @@ import argparse
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import NamedTuple
 
 import torch
@@ -28,12 +28,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import rgap
+from benchmarks.common.arguments import Arguments
+from benchmarks.common.networks import BINARY, adam
+from benchmarks.common.pictures import sampled_labels, windows
 from rgap.labels import METHODS, HeadGradient, LabelEstimate, head_gradient
 from rgap.labels.integers import nearest_counts
 
 ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
 BATCHES = {1: (2, 4, 8, 16), 2: (2, 4, 8, 16), 3: (2, 6, 12), 10: (4, 8, 20, 40)}  # by logits
-DRAWS = ("balanced", "random", "skewed")
+DRAWS = ("balanced", "uniform", "skewed")
 SETS = {
     "fitted": (50_000, range(16), ("vec-relu", "mlp-relu")),
     "reported": (
@@ -80,18 +83,6 @@ def network(kind: str, logits: int, seed: int) -> nn.Module:
     )  # fmt: skip
 
 
-def drawn(draw: str, classes: int, batch: int, generator: torch.Generator) -> Tensor:
-    """Labels [B]."""
-    if draw == "balanced":
-        if batch >= classes:
-            return torch.arange(batch) % classes
-        return torch.randperm(classes, generator=generator)[:batch]
-    weights = torch.ones(classes)
-    if draw == "skewed":
-        weights = torch.rand(classes, generator=generator) ** 4 + 1e-3
-    return torch.multinomial(weights, batch, replacement=True, generator=generator)
-
-
 def data(
     form: str, batch: int, generator: torch.Generator, pool: Sequence[int],
     labels: Tensor | None, classes: int,
@@ -103,23 +94,11 @@ def data(
             return inputs
         centres = torch.rand(classes, 20, generator=torch.Generator().manual_seed(5))
         return 0.5 * inputs + 0.5 * centres[labels]
-    photographs, found = rgap.photos.load(size=64, dtype=torch.float32), []
-    for k in range(batch):
-        places = [p for p in pool if labels is None or p % classes == int(labels[k])]
-        which, top, left, mirrored = (
-            int(torch.randint(most, (1,), generator=generator)) for most in (len(places), 33, 33, 2)
-        )
-        picture = photographs[places[which], :, top : top + 32, left : left + 32]
-        found.append(picture.flip(-1) if mirrored else picture)
+    pools = [pool] * batch
+    if labels is not None:
+        pools = [[p for p in pool if p % classes == label] for label in labels.tolist()]
     size = 32 if form in ("lenet", "cnn") else 8
-    return F.avg_pool2d(torch.stack(found), 32 // size)
-
-
-def loss(outputs: Tensor, labels: Tensor) -> Tensor:
-    """What the client minimises."""
-    if outputs.shape[1] == 1:
-        return F.binary_cross_entropy_with_logits(outputs[:, 0], labels.float())
-    return F.cross_entropy(outputs, labels)
+    return F.avg_pool2d(windows(pools, generator), 32 // size)
 
 
 def one(
@@ -130,33 +109,27 @@ def one(
     form, classes = kind.split("-", maxsplit=1)[0], max(logits, 2)
     model = network(kind, logits, seed)
     if trained:
-        optimiser = torch.optim.Adam(model.parameters(), 1e-3 if form == "lenet" else 3e-3)
-        for _ in range(STEPS):
-            labels = torch.randint(classes, (TOGETHER,), generator=generator)
-            value = loss(model(data(form, TOGETHER, generator, pool, labels, classes)), labels)
-            optimiser.zero_grad()
-            value.backward()
-            optimiser.step()
+        drawn = (torch.randint(classes, (TOGETHER,), generator=generator) for _ in range(STEPS))
+        batches = ((data(form, TOGETHER, generator, pool, y, classes), y) for y in drawn)
+        adam(model, batches, 1e-3 if form == "lenet" else 3e-3)
     model.eval()
-    labels = drawn(draw, classes, batch, generator)
+    labels = sampled_labels(draw, classes, batch, generator)
     inputs = data(form, batch, generator, pool, labels if trained else None, classes)
-    name = "cross_entropy" if logits > 1 else "binary_cross_entropy_with_logits"
+    name = "cross_entropy" if logits > 1 else BINARY
     update = rgap.capture(model, inputs, labels if logits > 1 else labels.float(), name)
     counts = torch.bincount(labels, minlength=classes)
     return Case(kind, trained, logits, batch, draw, head_gradient(model, update), counts)
 
 
-def cases(which: str, seeds: int) -> Iterator[Case]:
-    """All clients of a set."""
-    seed, pool, kinds = SETS[which]
-    for kind in kinds:
-        for logits, batches in BATCHES.items():
-            for batch in batches:
-                for draw in DRAWS:
-                    for trained in (False, True):
-                        for _ in range(seeds):
-                            seed += 1
-                            yield one(kind, logits, batch, draw, seed, pool, trained)
+def cases(options: argparse.Namespace) -> Iterator[Case]:
+    """The clients of a set that the command line asks for; each has the seed of its place."""
+    seed, pool, kinds = SETS[options.set]
+    for kind, logits in product(kinds, BATCHES):
+        for batch, draw, trained in product(BATCHES[logits], DRAWS, (False, True)):
+            for _ in range(options.seeds):
+                seed += 1
+                if logits in options.logits and kind in (options.networks or kinds):
+                    yield one(kind, logits, batch, draw, seed, pool, trained)
 
 
 def plain(head: HeadGradient) -> LabelEstimate:
@@ -180,13 +153,15 @@ def share(row: Row) -> str:
 
 def main() -> int:
     """Run what the command line asks for; 1 if fewer than 95% of the sure answers are right."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--set", default="reported", choices=SETS)
+    parser = Arguments(__doc__, networks=["vec-tanh"], logits=[2], seeds=1)
+    parser.add_argument("--seeds", type=int, default=1, help="batches a cell")
+    parser.add_argument("--set", default="reported", choices=SETS, help="of clients")
+    parser.add_argument("--networks", nargs="+", metavar="KIND", help="of the set, these only")
+    parser.add_argument("--logits", nargs="+", type=int, default=list(BATCHES), choices=BATCHES)
     options = parser.parse_args()
     kinds: dict[tuple[str, bool], dict[str, Row]] = defaultdict(lambda: defaultdict(list))
     draws: dict[str, Row] = defaultdict(list)
-    for case in cases(options.set, options.seeds):
+    for case in cases(options):
         for name, read in READERS.items():
             found = read(case.head)
             right = found.counts is not None and torch.equal(found.counts, case.counts)

@@ -16,21 +16,20 @@ import torch
 from torch import Tensor, nn
 
 import rgap
+from benchmarks.common.arguments import Arguments
+from benchmarks.common.networks import BINARY, seeded
 from rgap.analysis import Identifiability, identifiability, layer_form, symbolic
 
-BINARY = "binary_cross_entropy_with_logits"
 Check = tuple[str, object, object]  # what, found, expected
 
 
 def main() -> int:
     """Print every number beside what the page says; count the differences."""
+    parser = Arguments(__doc__, rows=["mlp"])
+    parser.rows(CLAIMS)
     wrong = 0
-    for title, checks in (
-        ("a one-sample MLP is fully determined", mlp),
-        ("LeNet at batch size 2 fails", lenet),
-        ("convolutions discard even at B = 1", convolutions),
-        ("repeated labels are the obstacle", labels),
-    ):
+    for name in parser.parse_args().rows:
+        title, checks = CLAIMS[name]
         start = time.perf_counter()
         print(f"\n{title}")
         for what, found, expected in checks():
@@ -48,11 +47,11 @@ def mlp() -> list[Check]:
     found = identifiability(model, (1, 8, 8), 1)
     picture = rgap.photos.load(1, 8).mean(1, keepdim=True)
     update = rgap.capture(model, picture, torch.tensor([3]), dtype=torch.float64)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        odd = nn.Sequential(
+    odd = seeded(
+        lambda: nn.Sequential(
             nn.Linear(64, 32, bias=False), nn.Tanh(), nn.Linear(32, 1, bias=False)
         ).double()
+    )
     x = picture.flatten(1)
     return [
         ("nullity of all layers at B = 1", int(net.total_nullity.subs({_symbol(net): 1})), 0),
@@ -186,6 +185,13 @@ def _same(model: nn.Module, x: Tensor, other: Tensor) -> bool:
 def _nullity(model: nn.Module, x: Tensor) -> int:
     return identifiability(model, x, loss=BINARY, sequential=False).joint_nullity
 
+
+CLAIMS = {
+    "mlp": ("a one-sample MLP is fully determined", mlp),
+    "lenet": ("LeNet at batch size 2 fails", lenet),
+    "convolutions": ("convolutions discard even at B = 1", convolutions),
+    "labels": ("repeated labels are the obstacle", labels),
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -14,21 +14,20 @@ reproduce its update to 10%.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import rgap
+from benchmarks.common.arguments import Arguments
 from benchmarks.common.json_lines import append
-from benchmarks.common.pictures import match
+from benchmarks.common.judging import match, misstated
+from benchmarks.common.networks import BINARY
+from benchmarks.common.pictures import FIRST, photographs
 
-TUNED = range(4)  # photographs that the constants were chosen on
-FIRST = 8  # first photograph of a measured row
-GREY = "binary_cross_entropy_with_logits"
+REPRODUCED = 0.1  # residual of a COMPLETED, relative to its update
 
 
 @dataclass(frozen=True)
@@ -61,12 +60,12 @@ ROWS = {
 
 def main() -> int:
     """Run what the command line asks for and say what was missed."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
+    parser = Arguments(__doc__, rows=["cnn6d"], cases=1)
+    parser.rows(ROWS)
     parser.add_argument("--cases", type=int, default=2, help="batches a row")
-    parser.add_argument("--time-limit", type=float, default=600.0)
+    parser.add_argument("--time-limit", type=float, default=600.0, help="seconds of a batch")
     parser.add_argument("--tuning", action="store_true", help="on the photographs tuned on")
-    parser.add_argument("--output", type=Path, help="append every run as a JSON line")
+    parser.output()
     options = parser.parse_args()
     print("row     photographs  status            PSNR  goal residual     s")
     missed = 0
@@ -90,11 +89,11 @@ def main() -> int:
 
 def one(name: str, row: Row, places: list[int], seed: int, seconds: float) -> dict:
     """One batch through ``invert`` with a completion."""
-    x = torch.cat([rgap.photos.load(1, start=place) for place in places])
+    x = photographs(places)
     if row.network == "cnn6d":
         model = rgap.models.cnn6d(seed=seed)
         targets: Tensor = torch.tensor(row.labels, dtype=torch.float64)
-        update = rgap.capture(model, x, targets, GREY, dtype=row.dtype)
+        update = rgap.capture(model, x, targets, BINARY, dtype=row.dtype)
     else:
         model = rgap.models.lenet(10, activation="sigmoid", seed=seed)
         targets = torch.tensor(row.labels)
@@ -116,16 +115,11 @@ def one(name: str, row: Row, places: list[int], seed: int, seconds: float) -> di
     if inputs is None:
         return run
     beside = match(inputs, labels, x, targets)
-    bound = found.error_bound
-    wrong = found.exact and (bound is None or beside.worst > bound)
-    loose = found.status is rgap.Status.COMPLETED and not (found.residual or 1.0) < 0.1
-    fault = (
-        "EXACT beyond its bound" if wrong
-        else "COMPLETED does not reproduce the update" if loose
-        else "below the goal" if beside.psnr < row.goal
-        else "not EXACT" if row.network == "cnn6d" and not found.exact
-        else ""
-    )  # fmt: skip
+    fault = misstated(found, beside, REPRODUCED)
+    if not fault and beside.psnr < row.goal:
+        fault = "below the goal"
+    elif not fault and row.network == "cnn6d" and not found.exact:
+        fault = "not EXACT"
     return {**run, "psnr": beside.psnr, "fault": fault}
 
 

@@ -1,9 +1,10 @@
 """Batches at a softmax head alone: no pair of layers below it, only the loss tells samples apart.
 
-    python -m benchmarks.studies.heads --quick                   two batches a cell, minutes
-    python -m benchmarks.studies.heads --output heads.jsonl      20 batches a cell, hours
+    python -m benchmarks.studies.heads --seeds 2 --classes 10 100   two batches a cell, minutes
+    python -m benchmarks.studies.heads --output heads.jsonl         20 batches a cell, hours
     python -m benchmarks.studies.heads --classes 100 --networks lenet --seeds 3
     python -m benchmarks.studies.heads --read heads.jsonl --figure docs/pictures/heads.png
+    python -m benchmarks.studies.heads --read heads.jsonl --table   the tables of docs/batches.md
 
 The law to be held: with ε the machine epsilon of the update and σ_B/σ_1 the ratio of the B-th to
 the first singular value of the head's gradient as sent, every batch with σ_B/σ_1 > 100 ε is solved
@@ -20,21 +21,33 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-import resource
 import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from itertools import groupby
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 import rgap
-from benchmarks.common.json_lines import append, read
-from benchmarks.common.pictures import drawn_labels, middle, pictures
+from benchmarks.common.arguments import Arguments
+from benchmarks.common.json_lines import append, grouped, read
+from benchmarks.common.judging import middle
+from benchmarks.common.measuring import GIB, Stopwatch, peak
+from benchmarks.common.networks import seeded
+from benchmarks.common.pictures import drawn_labels, pictures
 from benchmarks.figures.batches import draw_heads
+from benchmarks.figures.heads_table import (
+    LABELS,
+    Run,
+    good,
+    lawful,
+    merged,
+    missed,
+    most_of_law,
+    print_tables,
+    wrong,
+)
 from rgap.network.chain import parse
 from rgap.precision import Precision
 from rgap.separation.batch import Batch, Separated, Unseparated
@@ -43,40 +56,35 @@ from rgap.update.losses import Loss
 
 NETWORKS = ("mlp", "lenet", "cnn")
 BATCHES = {10: (2, 4, 8), 100: (16, 32, 64), 1000: (128,)}
-LABELS = ("distinct", "equal", "random")
 THREADS = int(os.environ.get("OMP_NUM_THREADS", "1"))
-SLACK = 6.0  # standard errors
 SECONDS = {(100, 32): 1.0, (1000, 128): 10.0}
 MEMORY = {(1000, 128): 2.0}  # GiB
-Run = dict
 
 
 def main() -> int:
     """Run what the command line asks for, print one line a cell, say what was missed."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Arguments(
+        __doc__, classes=[10], networks=["mlp"], sizes=[2], labels=["distinct"], seeds=1
+    )
     parser.add_argument("--networks", nargs="+", default=NETWORKS, choices=NETWORKS)
-    parser.add_argument("--classes", "--rows", nargs="+", type=int, default=list(BATCHES))
+    parser.add_argument("--classes", nargs="+", type=int, default=list(BATCHES), choices=BATCHES)
     parser.add_argument("--sizes", nargs="+", type=int, help="these batch sizes only")
     parser.add_argument("--labels", nargs="+", default=LABELS, choices=LABELS)
-    parser.add_argument("--dtypes", nargs="+", default=("float64", "float32"))
+    parser.dtypes()
     parser.add_argument("--seeds", type=int, default=20, help="batches a cell")
     parser.add_argument("--start", type=int, default=0, help="first seed")
-    parser.add_argument("--quick", action="store_true", help="two batches a cell, no 1000 classes")
-    parser.add_argument("--output", type=Path, help="append every run as a JSON line")
-    parser.add_argument(
-        "--read", nargs="+", type=Path, help="runs of earlier calls, nothing is run"
-    )
-    parser.add_argument("--figure", type=Path, help="draw error against conditioning")
+    parser.output()
+    parser.read()
+    parser.figure("error against conditioning")
+    parser.add_argument("--table", action="store_true", help="of the runs read, as in the docs")
     options = parser.parse_args()
+    runs = [] if options.read is None else read(options.read)
+    if options.table:
+        print_tables(runs)
+        return int(any(map(wrong, runs)))
     print(HEADER, flush=True)
-    runs: list[Run] = []
     if options.read is not None:
-        runs = [run for path in options.read for run in read(path)]
-        groups: dict[tuple, list[Run]] = {}
-        keys = ("classes", "network", "size", "labels", "dtype")
-        for run in runs:
-            groups.setdefault(tuple(run[key] for key in keys), []).append(run)
-        for group in groups.values():
+        for group in grouped(runs, "classes", "network", "size", "labels", "dtype").values():
             print(line(group))
     else:
         for _, same in groupby(cells(options), lambda cell: (cell["classes"], cell["size"])):
@@ -92,8 +100,6 @@ def main() -> int:
 def cells(options: argparse.Namespace) -> Iterator[dict]:
     """What the command line asks for."""
     for classes in options.classes:
-        if options.quick and classes > 100:
-            continue
         for size in BATCHES[classes]:
             if options.sizes is not None and size not in options.sizes:
                 continue
@@ -111,7 +117,7 @@ def cells(options: argparse.Namespace) -> Iterator[dict]:
 
 def in_own_process(cells: list[dict], options: argparse.Namespace) -> Iterator[list[Run]]:
     """All batches of these cells, so that the peak memory is their own."""
-    seeds = range(options.start, options.start + (2 if options.quick else options.seeds))
+    seeds = range(options.start, options.start + options.seeds)
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn, initializer=warm) as pool:
         for cell in cells:
@@ -135,16 +141,17 @@ def network(kind: str, classes: int, seed: int) -> nn.Module:
         return rgap.models.mlp((256,), classes, "gelu", seed=seed)
     if kind == "lenet":
         return rgap.models.lenet(classes, seed=seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return nn.Sequential(
+    return seeded(
+        lambda: nn.Sequential(
             nn.Conv2d(3, 16, 3, 2, 1),
             nn.ReLU(),
             nn.Conv2d(16, 32, 3, 2, 1),
             nn.ReLU(),
             nn.Flatten(),
             nn.Linear(2048, classes),
-        ).eval()
+        ),
+        seed,
+    )
 
 
 def one(cell: dict, seed: int) -> Run:
@@ -159,20 +166,20 @@ def one(cell: dict, seed: int) -> Run:
     batch = Batch(chain, gradients, Loss(), Precision(dtype), size)
     head = chain.stages[-1]
     values = torch.linalg.svdvals(gradients[head.affine.weight_name])
-    start, spent = time.perf_counter(), time.process_time()
-    top = batch.mixture(head.index)
-    found = unfit(batch, top) or separate_head(batch, top)
+    with Stopwatch() as watch:
+        top = batch.mixture(head.index)
+        found = unfit(batch, top) or separate_head(batch, top)
     run: Run = {
         **cell,
         "seed": seed,
-        "seconds": time.perf_counter() - start,
-        "cpu": time.process_time() - spent,  # of all threads: steadier on a shared machine
+        "seconds": watch.wall,
+        "cpu": watch.cpu,  # of all threads: steadier on a shared machine
         "threads": torch.get_num_threads(),
         "ratio": float(values[size - 1] / values[0]),
         "eps": torch.finfo(dtype).eps,
         "rank": top.rank,
         "returned": isinstance(found, Separated),
-        "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "memory": peak() / GIB,
     }
     if isinstance(found, Unseparated):
         return {**run, "reason": found.reason}
@@ -212,30 +219,6 @@ def compared(found: Separated, truth: Tensor, labels: Tensor) -> Run:
     }
 
 
-def lawful(run: Run) -> bool:
-    """True if the law demands a solution."""
-    return run["ratio"] > 100 * run["eps"]
-
-
-def good(run: Run) -> bool:
-    """Solved as well as the law, or beyond it the answer itself, says."""
-    if not run["returned"] or not run["labels_right"]:
-        return False
-    if lawful(run):
-        return run["once"] and run["relative"] <= 100 * run["eps"] / run["ratio"]
-    return run["honesty_most"] <= SLACK
-
-
-def missed(run: Run) -> bool:
-    """Flagged though the law says that it can be solved."""
-    return lawful(run) and not run["returned"]
-
-
-def wrong(run: Run) -> bool:
-    """An answer that is none."""
-    return run["returned"] and not good(run)
-
-
 HEADER = (
     f"{'C':>4} {'network':7} {'B':>3} {'labels':8} {'dtype':7} {'runs':>4} {'law':>4} "
     f"{'solved':>6} {'merged':>6} {'flagged':>7} {'missed':>6} {'wrong':>5} {'σ_B/σ_1':>16} "
@@ -247,16 +230,13 @@ def line(runs: list[Run]) -> str:
     """One cell of the table."""
     first = runs[0]
     ratios = [run["ratio"] for run in runs]
-    of_law = [
-        r["relative"] * r["ratio"] / (100 * r["eps"]) for r in runs if lawful(r) and r["returned"]
-    ]
     return (
         f"{first['classes']:4} {first['network']:7} {first['size']:3} {first['labels']:8} "
         f"{first['dtype']:7} {len(runs):4} {sum(map(lawful, runs)):4} {sum(map(good, runs)):6} "
-        f"{sum(r['returned'] and not r['once'] and good(r) for r in runs):6} "
+        f"{sum(map(merged, runs)):6} "
         f"{sum(not r['returned'] for r in runs):7} {sum(map(missed, runs)):6} "
         f"{sum(map(wrong, runs)):5} {min(ratios):7.0e}..{max(ratios):7.0e} "
-        f"{max(of_law, default=float('nan')):9.1e} "
+        f"{most_of_law(runs):9.1e} "
         f"{middle([r['honesty'] for r in runs if r['returned']]):9.2f} "
         f"{middle([r['seconds'] for r in runs]):6.2f} "
         f"{middle([r.get('cpu', float('nan')) for r in runs]):6.2f} "
@@ -282,10 +262,10 @@ def verdict(runs: list[Run]) -> int:
     for (classes, size), most in SECONDS.items():
         mine = [r for r in runs if (r["classes"], r["size"]) == (classes, size)]
         if mine:
-            spent, peak = middle([r["seconds"] for r in mine]), max(r["memory"] for r in mine)
+            spent, gib = middle([r["seconds"] for r in mine]), max(r["memory"] for r in mine)
             print(
                 f"C = {classes}, B = {size}: median {spent:.2f} s (goal {most:.0f}), peak "
-                f"{peak:.2f} GiB (goal {MEMORY.get((classes, size), float('inf'))})"
+                f"{gib:.2f} GiB (goal {MEMORY.get((classes, size), float('inf'))})"
             )
     held = [run for run in runs if not missed(run) and not wrong(run)]
     print(f"the law held in {len(held)} of {len(runs)} runs; wrong: {sum(map(wrong, runs))}")

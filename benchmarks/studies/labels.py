@@ -1,6 +1,6 @@
 """How well each method reads the labels of a batch from its gradient.
 
-    python -m benchmarks.studies.labels --seeds 60 --output labels.json    half an hour on one core
+    python -m benchmarks.studies.labels --seeds 60 --output labels.jsonl    half an hour on one core
     python -m benchmarks.studies.labels                                    10 seeds, five minutes
     python -m benchmarks.studies.labels --classes 10 --methods ilrg best   a part of it
 
@@ -15,18 +15,19 @@ occur is given one label for each.  ``exact`` is given the true inputs of the la
 
 from __future__ import annotations
 
-import argparse
 import functools
-import json
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 import rgap
+from benchmarks.common.arguments import Arguments
+from benchmarks.common.json_lines import append
+from benchmarks.common.networks import adam
+from benchmarks.common.pictures import sampled_labels, windows
 from rgap.labels import METHODS, HeadGradient, head_features, head_gradient
 
 # Activation and weights; uniform(−0.5, 0.5), as DLG and iDLG draw them, spreads the logits.
@@ -39,6 +40,7 @@ NETWORKS = {
 CLASSES = (10, 100)
 BATCHES = (8, 32, 128)
 DRAWS = ("uniform", "skewed")
+PHOTOGRAPHS = len(rgap.photos.names())
 LEARNED, STEPS = 10, 60  # classes and steps of the trained network
 SURE = 0.95
 Case = dict[str, object]
@@ -46,14 +48,16 @@ Case = dict[str, object]
 
 def main() -> int:
     """Run what the command line asks for; 1 if `exact` is not, or `best` is behind `ilrg`."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, default=10)
+    parser = Arguments(
+        __doc__, networks=["ReLU"], classes=[10], batches=[8], draws=["uniform"], seeds=2
+    )
+    parser.add_argument("--seeds", type=int, default=10, help="cases a cell")
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=NETWORKS)
-    parser.add_argument("--classes", nargs="+", type=int, default=CLASSES)
-    parser.add_argument("--batches", nargs="+", type=int, default=BATCHES)
-    parser.add_argument("--draws", nargs="+", default=DRAWS, choices=DRAWS)
+    parser.add_argument("--classes", nargs="+", type=int, default=CLASSES, help="numbers of them")
+    parser.add_argument("--batches", nargs="+", type=int, default=BATCHES, help="batch sizes")
+    parser.add_argument("--draws", nargs="+", default=DRAWS, choices=DRAWS, help="of labels")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--output", type=Path, help="write every case as JSON")
+    parser.output()
     options = parser.parse_args()
     cases: list[Case] = []
     print("| network | C | labels | B | " + " | ".join(options.methods) + " |")
@@ -71,8 +75,7 @@ def main() -> int:
                     print(f"| {network} | {classes} | {draw} | {batch} | {' | '.join(cells)} |")
                     sys.stdout.flush()
                     cases += row
-    if options.output is not None:
-        options.output.write_text(json.dumps({"seeds": options.seeds, "cases": cases}) + "\n")
+                    append(options.output, row)
     return verdict(cases)
 
 
@@ -82,12 +85,12 @@ def one(
     """One client: its pictures, its labels, and what every method reads."""
     activation, weights = NETWORKS[network]
     generator = torch.Generator().manual_seed(seed)
-    labels = drawn(draw, classes, batch, generator)
+    labels = sampled_labels(draw, classes, batch, generator)
     if weights == "trained":
-        model, inputs = trained(seed), windows(batch, generator, labels)
+        model, inputs = trained(seed), windows(own_places(labels), generator)
     else:
         model = rgap.models.lenet(classes, activation=activation, seed=seed, weights=weights)
-        inputs = windows(batch, generator)
+        inputs = windows([range(PHOTOGRAPHS)] * batch, generator)
     update = rgap.capture(model, inputs, labels)
     head = head_gradient(model, update)
     truth = torch.bincount(labels, minlength=classes)
@@ -126,23 +129,9 @@ def known(head: HeadGradient, features: Tensor | None) -> HeadGradient:
     return replace(head, features=features)
 
 
-def windows(count: int, generator: torch.Generator, labels: Tensor | None = None) -> Tensor:
-    """Random windows of the stored photographs, half of them mirrored, [count, 3, 32, 32].
-
-    With ``labels`` of photographs whose place modulo 10 is the label.
-    """
-    photographs = rgap.photos.load(size=64, dtype=torch.float32)
-    found = []
-    for k in range(count):
-        places = range(len(photographs))
-        if labels is not None:
-            places = range(int(labels[k]), len(photographs), LEARNED)
-        which, top, left, mirrored = (
-            int(torch.randint(most, (1,), generator=generator)) for most in (len(places), 33, 33, 2)
-        )
-        picture = photographs[places[which], :, top : top + 32, left : left + 32]
-        found.append(picture.flip(-1) if mirrored else picture)
-    return torch.stack(found)
+def own_places(labels: Tensor) -> list[range]:
+    """Photographs whose place modulo 10 is the label."""
+    return [range(label, PHOTOGRAPHS, LEARNED) for label in labels.tolist()]
 
 
 @functools.cache
@@ -150,23 +139,8 @@ def trained(seed: int) -> nn.Module:
     """A ReLU LeNet after a few steps of Adam on windows with their photograph's label."""
     generator = torch.Generator().manual_seed(10_000 + seed)
     model = rgap.models.lenet(LEARNED, activation="relu", seed=seed)
-    optimiser = torch.optim.Adam(model.parameters(), 1e-3)
-    for _ in range(STEPS):
-        labels = torch.randint(LEARNED, (64,), generator=generator)
-        loss = nn.functional.cross_entropy(model(windows(64, generator, labels)), labels)
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-    optimiser.zero_grad()
-    return model
-
-
-def drawn(draw: str, classes: int, batch: int, generator: torch.Generator) -> Tensor:
-    """Labels [B]: all classes alike, or the fourth power of a random weight."""
-    weights = torch.ones(classes)
-    if draw == "skewed":
-        weights = torch.rand(classes, generator=generator) ** 4 + 1e-3
-    return torch.multinomial(weights, batch, replacement=True, generator=generator)
+    drawn = (torch.randint(LEARNED, (64,), generator=generator) for _ in range(STEPS))
+    return adam(model, ((windows(own_places(y), generator), y) for y in drawn), 1e-3)
 
 
 def cell(row: list[Case], method: str) -> str:

@@ -12,17 +12,17 @@ from the rounding errors that the client truly made.
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 import time
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 import rgap
+from benchmarks.common.arguments import Arguments
 from benchmarks.common.json_lines import append
+from benchmarks.common.judging import decibels
 from rgap.jacobian.linearisation import Linearisation
 from rgap.network.chain import parse
 
@@ -35,14 +35,16 @@ GOAL = {torch.float64: 200.0, torch.float32: 90.0}
 
 def main() -> int:
     """Run what the command line asks for, print one line a group, say what was missed."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--photographs", type=int, default=20)
-    parser.add_argument("--start", type=int, default=0)
+    parser = Arguments(
+        __doc__, photographs=1, activations=["sigmoid"], weights=["default"], dtypes=["float64"]
+    )
+    parser.add_argument("--photographs", type=int, default=20, help="how many")
+    parser.add_argument("--start", type=int, default=0, help="first photograph")
     parser.add_argument("--activations", nargs="+", default=ACTIVATIONS, choices=ACTIVATIONS)
     parser.add_argument("--weights", nargs="+", default=WEIGHTS, choices=WEIGHTS)
-    parser.add_argument("--dtypes", nargs="+", default=("float64", "float32"))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, help="write every run as JSON lines")
+    parser.dtypes()
+    parser.add_argument("--seed", type=int, default=0, help="of weights and labels")
+    parser.output()
     options = parser.parse_args()
     runs = []
     print(HEADER, flush=True)
@@ -96,7 +98,7 @@ def one(activation: str, weights: str, dtype: torch.dtype, index: int, seed: int
         error = recovery.inputs - picture
         run["rms"] = float(error.square().mean().sqrt())
         run["worst"] = float(error.abs().max())
-        run["psnr"] = -20 * math.log10(max(run["rms"], 1e-300))
+        run["psnr"] = decibels(run["rms"])
         run["label_right"] = recovery.labels.tolist() == label.tolist()
     if dtype == torch.float32 and not run.get("psnr", 0.0) >= GOAL[dtype]:
         run["bound_psnr"] = cramer_rao(model, picture, label, update)

@@ -1,7 +1,7 @@
 """LeNet beyond one picture: the head's features are exact, the layers below end the recursion.
 
     python -m benchmarks.studies.lenet_batches                       B = 2 ... 8, 10 batches each
-    python -m benchmarks.studies.lenet_batches --quick               one batch each, B = 2, 4, 8
+    python -m benchmarks.studies.lenet_batches --rows 2 4 8 --seeds 1    one batch each
     python -m benchmarks.studies.lenet_batches --rows 2 3 --dtypes float32 --output lenet.jsonl
 
 ``invert`` separates the batch at the softmax head and descends; where it stops, its report is held
@@ -14,17 +14,18 @@ where the audit says that equations are missing.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections import Counter
-from pathlib import Path
 
 import torch
 from torch import nn
 
 import rgap
+from benchmarks.common.arguments import Arguments
 from benchmarks.common.json_lines import append
-from benchmarks.common.pictures import drawn_labels, middle, pictures
+from benchmarks.common.judging import middle
+from benchmarks.common.pictures import drawn_labels, pictures
+from benchmarks.figures.heads_table import Run, lawful
 from benchmarks.studies.heads import compared, features
 from rgap.analysis import audit
 from rgap.inversion.batch_rows import batch_of
@@ -35,30 +36,28 @@ from rgap.separation.route import separate
 SIZES = tuple(range(2, 9))
 LABELS = ("distinct", "equal")
 SHAPE = (3, 32, 32)
-Run = dict
 
 
 def main() -> int:
     """Run what the command line asks for, print one line a cell, say what was missed."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rows", nargs="+", type=int, default=SIZES, help="batch sizes")
+    parser = Arguments(
+        __doc__, rows=[2], labels=["distinct"], activations=["sigmoid"], dtypes=["float64"], seeds=1
+    )
+    parser.rows(SIZES)
     parser.add_argument("--labels", nargs="+", default=LABELS, choices=("random", *LABELS))
     parser.add_argument("--activations", nargs="+", default=("sigmoid", "leaky_relu"))
-    parser.add_argument("--dtypes", nargs="+", default=("float64", "float32"))
-    parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--output", type=Path, help="append every run as a JSON line")
+    parser.dtypes()
+    parser.add_argument("--seeds", type=int, default=10, help="batches a cell")
+    parser.output()
     options = parser.parse_args()
-    seeds = 1 if options.quick else options.seeds
-    sizes = (2, 4, 8) if options.quick else options.rows
     print(HEADER, flush=True)
     runs: list[Run] = []
     for activation in options.activations:
-        for size in sizes:
+        for size in options.rows:
             for labels in options.labels:
                 for dtype in options.dtypes:
                     cell = {"activation": activation, "size": size, "labels": labels}
-                    group = [one({**cell, "dtype": dtype}, seed) for seed in range(seeds)]
+                    group = [one({**cell, "dtype": dtype}, seed) for seed in range(options.seeds)]
                     print(line(group), flush=True)
                     runs += group
                     append(options.output, group)
@@ -103,11 +102,6 @@ def at_head(model: nn.Module, update: rgap.Update, x: torch.Tensor, y: torch.Ten
     if not isinstance(found, Separated):
         return {"solved": False}
     return {"solved": True, **compared(found, features(problem.chain, x), y)}
-
-
-def lawful(run: Run) -> bool:
-    """True if the conditioning demands a solution at the head."""
-    return run["ratio"] > 100 * run["eps"]
 
 
 def fault(run: Run) -> str:

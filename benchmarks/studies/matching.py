@@ -27,30 +27,30 @@ a COMPLETED does not reproduce its update to 1%.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import inf
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 import rgap
-from benchmarks.common.equal_time import WEIGHTS, timed
+from benchmarks.common.arguments import Arguments
+from benchmarks.common.equal_time import WEIGHTS, signed_adam, timed
 from benchmarks.common.json_lines import append
-from benchmarks.common.pictures import match
+from benchmarks.common.judging import match, misstated
+from benchmarks.common.networks import seeded
+from benchmarks.common.pictures import FIRST, photographs
 from benchmarks.figures.batches import draw_matching
 from rgap.matching.presets import PRESETS, Preset
 
-FIRST = 8  # first photograph of a measured row
 SHOWN = (1e-4, 1e-3, 1e-2, 1e-1)  # weights of the total variation in (d)
 BEST = {"lenet": 1e-3, "flat": 1e-8, "pooled": 1e-3}  # by --rows tuning, photographs 0 to 7
 LABELS = (3, 5)
-PLAIN = replace(PRESETS["ig"], name="cosine", variation=0.0)
+PLAIN = signed_adam(name="cosine")
 WHOLE = "all"
 TERMS = ("group", "statistics", "noise", "variation", "size")
 QUICK = {
@@ -104,22 +104,28 @@ def network(name: str, seed: int) -> nn.Module:
         return normed(seed, 8 if name == "normed" else 32)
     if name == "pooled":
         return rgap.models.resnet(activation="silu", seed=seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        parts = (nn.Conv2d(3, 16, 3, 1, 1), nn.SiLU(), Block(16, 16, 1), Block(16, 32, 2))
-        return nn.Sequential(*parts, nn.Flatten(), nn.Linear(32 * 256, 10)).eval()
+    return seeded(flat, seed)
+
+
+def flat() -> nn.Module:
+    """Two residual blocks without batch norm."""
+    parts = (nn.Conv2d(3, 16, 3, 1, 1), nn.SiLU(), Block(16, 16, 1), Block(16, 32, 2))
+    return nn.Sequential(*parts, nn.Flatten(), nn.Linear(32 * 256, 10))
 
 
 def normed(seed: int, side: int) -> nn.Module:
     """A small network with batch norms that have seen photographs, for pictures of 8 or 32."""
     width, stride = (8, 1) if side == 8 else (16, 2)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed)
+
+    def build() -> nn.Module:
         parts: list[nn.Module] = []
         for inner in (3, width):
             parts += [nn.Conv2d(inner, width, 3, stride, 1), nn.BatchNorm2d(width, momentum=None)]
             parts.append(nn.SiLU())
-        model = nn.Sequential(*parts, nn.Flatten(), nn.Linear(64 * width, 10))
+        return nn.Sequential(*parts, nn.Flatten(), nn.Linear(64 * width, 10))
+
+    model = seeded(build, seed)
+    with torch.no_grad():
         model.train()(rgap.photos.load(FIRST, side).float())
     return model.eval()
 
@@ -137,24 +143,21 @@ def cases(rows: list[str], count: int) -> Iterator[Case]:
     def places(size: int, number: int, first: int = FIRST) -> tuple[int, ...]:
         return tuple((first + number * size + i) % 32 for i in range(size))
 
-    def varied(weight: float) -> Preset:
-        return replace(PLAIN, name=f"cosine, TV {weight:g}", variation=weight)
-
     for number in range(count):
         one, two = places(1, number), places(2, number)
         if "blog" in rows:
             yield from (Case("blog a", "mlp", one, m) for m in (SQUARES, "closed form"))
             yield from (Case("blog b", "lenet", one, m) for m in (SQUARES, PLAIN, "closed form"))
             yield Case("blog c", "lenet", two, PLAIN)
-            yield from (Case("blog d", "lenet", two, varied(w)) for w in SHOWN)
+            yield from (Case("blog d", "lenet", two, signed_adam(w)) for w in SHOWN)
             yield from (Case("blog d", "lenet", two, m) for m in ("closed form", "completion"))
         if "residual" in rows:
             for name in ("flat", "pooled"):
                 for where in (one, two):
-                    for method in (varied(BEST[name]), "gauss_newton"):
+                    for method in (signed_adam(BEST[name]), "gauss_newton"):
                         yield Case("residual", name, where, method)
         if "ablation" in rows:
-            for method in (varied(BEST["lenet"]), "gauss_newton", "completion"):
+            for method in (signed_adam(BEST["lenet"]), "gauss_newton", "completion"):
                 yield Case("ablation", "lenet", two, method)
         for row, name in zip(QUICK, ("normed", "strided", "strided"), strict=True):
             if row in rows:
@@ -163,13 +166,13 @@ def cases(rows: list[str], count: int) -> Iterator[Case]:
         if "tuning" in rows:
             for name in BEST:
                 for weight in WEIGHTS:
-                    yield Case("tuning", name, places(1, number, 0), varied(weight))
+                    yield Case("tuning", name, places(1, number, 0), signed_adam(weight))
 
 
 def one(case: Case, seconds: float) -> tuple[dict, Tensor, Tensor | None]:
     """One batch through one method: the numbers, the truth and what was found."""
     side = 8 if case.row == "terms" else 32
-    x = torch.cat([rgap.photos.load(1, side, start=place) for place in case.places])
+    x = photographs(case.places, side)
     targets = torch.tensor(LABELS[: len(x)])
     model = network(case.network, case.places[0])
     dtype = torch.float32 if case.network == "strided" else torch.float64
@@ -204,17 +207,7 @@ def one(case: Case, seconds: float) -> tuple[dict, Tensor, Tensor | None]:
     if near is None:
         return run, x, None
     beside = match(near, found.nearest_labels, x, targets)
-    return {**run, "psnr": beside.psnr, "fault": reproduced(found, x, targets)}, x, near
-
-
-def reproduced(found: rgap.Recovery, x: Tensor, targets: Tensor) -> str:
-    """What is wrong with the status of an answer, or nothing."""
-    if found.nearest is None:
-        return ""
-    beside = match(found.nearest, found.nearest_labels, x, targets)
-    off = found.exact and (found.error_bound is None or beside.worst > found.error_bound)
-    loose = found.status is rgap.Status.COMPLETED and not (found.residual or 0.0) < 0.01
-    return "EXACT beyond its bound" if off else "COMPLETED misses its update" if loose else ""
+    return {**run, "psnr": beside.psnr, "fault": misstated(found, beside)}, x, near
 
 
 def differences(more: list[float], less: list[float]) -> list[float]:
@@ -230,13 +223,13 @@ def spread(numbers: list[float]) -> str:
 
 def main() -> int:
     """Run what the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Arguments(__doc__, rows=["ablation"], seconds=1.0)
     rows = ["blog", "residual", "ablation", *QUICK, "tuning"]
-    parser.add_argument("--rows", nargs="+", default=rows[:-1], choices=rows)
+    parser.rows(rows, default=rows[:-1])
     parser.add_argument("--cases", type=int, default=1, help="batches a row")
     parser.add_argument("--seconds", type=float, default=30.0, help="of every search")
-    parser.add_argument("--output", type=Path, help="append every run as a JSON line")
-    parser.add_argument("--figure", type=Path, help="pictures of the blog's rows")
+    parser.output()
+    parser.figure("pictures of the blog's rows")
     options = parser.parse_args()
     print(
         "row       network  photographs  method            status           PSNR residual steps s"

@@ -2,7 +2,7 @@
 
     python -m benchmarks.studies.nullity                           one batch of every size
     python -m benchmarks.studies.nullity --sizes 2 4 --cases 3
-    python -m benchmarks.studies.nullity --figure docs/pictures/nullity.png --input runs.jsonl
+    python -m benchmarks.studies.nullity --figure docs/pictures/nullity.png --read runs.jsonl
     python -m benchmarks.studies.nullity --tuning                  the weights below
 
 LeNet with sigmoids, ten classes, distinct labels, float64 updates, photographs 8 and later.  The
@@ -16,31 +16,30 @@ bound or a COMPLETED does not reproduce its update to 1%.
 
 from __future__ import annotations
 
-import argparse
+import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 import rgap
-from benchmarks.common.equal_time import WEIGHTS, timed
+from benchmarks.common.arguments import Arguments
+from benchmarks.common.equal_time import WEIGHTS, signed_adam, timed
 from benchmarks.common.json_lines import append, read
-from benchmarks.common.pictures import match
+from benchmarks.common.judging import decibels, match, misstated
+from benchmarks.common.pictures import FIRST, photographs
 from benchmarks.figures.batches import draw_nullity
 from rgap.analysis import identifiability
-from rgap.matching.presets import PRESETS
 
-FIRST = 8  # first photograph of a measured batch
 BEST = {1: 1e-8, 4: 1e-6, 8: 1e-5}  # weight of the total variation, from this size on
 
 
 def batch(size: int, first: int) -> tuple[nn.Module, Tensor, Tensor, rgap.Update]:
     """The network, the client's pictures and labels, and what it sends."""
     model = rgap.models.lenet(10, activation="sigmoid", seed=first)
-    x = torch.cat([rgap.photos.load(1, start=(first + i) % 32) for i in range(size)])
+    x = photographs(range(first, first + size))
     targets = (torch.arange(size) * 3 + first) % 10
     return model, x, targets, rgap.capture(model, x, targets, dtype=torch.float64)
 
@@ -49,8 +48,7 @@ def search(
     model: nn.Module, update: rgap.Update, targets: Tensor, weight: float, seconds: float
 ) -> rgap.Matching:
     """Signed Adam with total variation that knows the labels."""
-    preset = replace(PRESETS["ig"], name=f"ig, TV {weight:g}", variation=weight)
-    return timed(model, replace(update, labels=targets), preset, seconds)
+    return timed(model, replace(update, labels=targets), signed_adam(weight), seconds)
 
 
 def measured(found: rgap.Recovery, x: Tensor, targets: Tensor) -> dict:
@@ -59,12 +57,8 @@ def measured(found: rgap.Recovery, x: Tensor, targets: Tensor) -> dict:
     if near is None:
         return {"psnr": None, "mean": None, "fault": ""}
     beside = match(near, found.nearest_labels, x, targets)
-    bound = found.error_bound
-    off = found.exact and (bound is None or beside.worst > bound)
-    loose = found.status is rgap.Status.COMPLETED and not (found.residual or 0.0) < 0.01
-    fault = "EXACT beyond its bound" if off else "COMPLETED misses its update" if loose else ""
-    mean = float((-20 * beside.rms.clamp_min(1e-300).log10()).mean())
-    return {"psnr": beside.psnr, "mean": mean, "fault": fault}
+    mean = statistics.fmean(map(decibels, beside.rms.tolist()))
+    return {"psnr": beside.psnr, "mean": mean, "fault": misstated(found, beside)}
 
 
 def one(size: int, case: int, seconds: float, least: float) -> dict:
@@ -102,22 +96,24 @@ def tune(sizes: Sequence[int], seconds: float) -> None:
 
 def main() -> int:
     """Run what the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--sizes", type=int, nargs="+", default=list(range(1, 9)))
+    parser = Arguments(__doc__, sizes=[1], cases=1, seconds=10.0, least=1.0)
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", default=list(range(1, 9)), help="of a batch"
+    )
     parser.add_argument("--cases", type=int, default=1, help="batches a size")
     parser.add_argument("--seconds", type=float, default=240.0, help="of a completion, at most")
     parser.add_argument("--least", type=float, default=20.0, help="seconds of a search, at least")
     parser.add_argument("--tuning", action="store_true", help="weights of the total variation")
-    parser.add_argument("--output", type=Path, help="append every run as a JSON line")
-    parser.add_argument("--input", type=Path, help="runs of before, for the figure alone")
-    parser.add_argument("--figure", type=Path, help="the curve")
+    parser.output()
+    parser.read()
+    parser.figure("the curve")
     options = parser.parse_args()
     if options.tuning:
         tune(options.sizes, options.least)
         return 0
     runs = []
-    if options.input is not None:
-        runs = read(options.input)
+    if options.read is not None:
+        runs = read(options.read)
     else:
         print("B  nullity  unknowns  status            ours (mean)  signed Adam (mean)     s")
         for case in range(options.cases):

@@ -3,7 +3,7 @@
     python -m benchmarks.studies.pictures              20 photographs a cell
     python -m benchmarks.studies.pictures --rows vgg --batches 1 2 --cases 2 --seconds 12
     python -m benchmarks.studies.pictures --tuning     the weights below, photographs 0 to 7
-    python -m benchmarks.studies.pictures --summary runs.jsonl  the table of runs on file
+    python -m benchmarks.studies.pictures --read runs.jsonl  the table of runs on file
 
 ``lenet5``: LeNet-5 with ReLU and max-pooling; ``vgg``: six convolutions, three max-pools, two fully
 connected layers; ``resnet``: three residual blocks with batch norm and ReLU below an average over
@@ -19,24 +19,21 @@ not reproduce its update to 1%.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import time
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 import rgap
-from benchmarks.common.equal_time import WEIGHTS, timed
-from benchmarks.common.json_lines import append, read
-from benchmarks.common.pictures import match
-from benchmarks.studies.matching import FIRST, PLAIN, reproduced
-from rgap.matching.presets import Preset
+from benchmarks.common.arguments import Arguments
+from benchmarks.common.equal_time import WEIGHTS, signed_adam, timed
+from benchmarks.common.json_lines import append, grouped, read
+from benchmarks.common.judging import match, misstated
+from benchmarks.common.pictures import FIRST, photographs
 
 NETWORKS = {"lenet5": rgap.models.lenet5, "vgg": rgap.models.vgg, "resnet": rgap.models.resnet}
 BATCHES = (1, 2, 4)
@@ -50,7 +47,7 @@ BEST = {  # weights of the total variation: --tuning --cases 1 --seconds 8, at B
 
 def sample(name: str, places: Sequence[int]) -> tuple[nn.Module, Tensor, Tensor, rgap.Update]:
     """A network, photographs, labels and the update."""
-    x = torch.cat([rgap.photos.load(1, 32, start=place) for place in places])
+    x = photographs(places)
     targets = torch.arange(len(x))
     model = NETWORKS[name](seed=places[0])
     update = rgap.capture(model, x, targets, dtype=torch.float64, share_labels=True)
@@ -65,9 +62,11 @@ def decibels(found: rgap.Recovery, x: Tensor, targets: Tensor) -> list[float]:
     return (-20.0 * rms.clamp_min(1e-15).log10()).tolist()
 
 
-def weighed(weight: float) -> Preset:
-    """The preset with this weight of the total variation."""
-    return replace(PLAIN, name=f"TV {weight:g}", variation=weight)
+def fault(found: rgap.Recovery, x: Tensor, targets: Tensor) -> str:
+    """What is wrong with the status of an answer, or nothing."""
+    if found.nearest is None:
+        return ""
+    return misstated(found, match(found.nearest, found.nearest_labels, x, targets))
 
 
 def one(name: str, places: Sequence[int], seconds: float) -> dict:
@@ -76,7 +75,7 @@ def one(name: str, places: Sequence[int], seconds: float) -> dict:
     began = time.perf_counter()
     found = rgap.invert(model, update, complete=True, time_limit=seconds)
     spent = time.perf_counter() - began
-    method = weighed(BEST[name, len(x)])
+    method = signed_adam(BEST[name, len(x)])
     other = timed(model, update, method, spent)
     return {
         "network": name,
@@ -90,7 +89,7 @@ def one(name: str, places: Sequence[int], seconds: float) -> dict:
         "residual": found.residual,
         "seconds": [spent, other.seconds],
         "exact": [r.layer for r in found.layers if r.nullity == 0],
-        "fault": reproduced(found, x, targets),
+        "fault": fault(found, x, targets),
     }
 
 
@@ -104,7 +103,7 @@ def tuned(names: Sequence[str], batches: Sequence[int], count: int, seconds: flo
                 for number in range(min(count, FIRST // size)):
                     places = range(number * size, (number + 1) * size)
                     model, x, targets, update = sample(name, places)
-                    found = timed(model, update, weighed(weight), seconds)
+                    found = timed(model, update, signed_adam(weight), seconds)
                     values += decibels(found, x, targets)
                 means[weight] = statistics.fmean(values)
             best = max(means, key=lambda weight: means[weight])
@@ -114,20 +113,14 @@ def tuned(names: Sequence[str], batches: Sequence[int], count: int, seconds: flo
 
 def summary(runs: Sequence[dict]) -> None:
     """The table: means, pictures ahead, layers whose input the equations determined."""
-    cells = defaultdict[tuple[str, int], list[dict]](list)
-    for run in runs:
-        cells[run["network"], run["batch"]].append(run)
     print("\n| network | B | ours | signed Adam | ahead | s | input determined (batches) |")
     print("|---|---|---|---|---|---|---|")
-    for (name, size), held in cells.items():
+    for (name, size), held in grouped(runs, "network", "batch").items():
         pairs = [p for run in held for p in zip(run["ours"], run["theirs"], strict=True)]
         ours, theirs = (statistics.fmean(column) for column in zip(*pairs, strict=True))
         ahead = sum(a > b for a, b in pairs)
         spent = statistics.fmean(run["seconds"][0] for run in held)
-        layers = defaultdict[str, int](int)
-        for run in held:
-            for layer in run["exact"]:
-                layers[layer] += 1
+        layers = Counter(layer for run in held for layer in run["exact"])
         exact = ", ".join(f"{layer} ({n})" for layer, n in layers.items()) or "none"
         print(
             f"| {name} | {size} | {ours:.1f} dB | {theirs:.1f} dB | {ahead} of {len(pairs)} | "
@@ -137,17 +130,17 @@ def summary(runs: Sequence[dict]) -> None:
 
 def main() -> int:
     """Run what the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rows", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
+    parser = Arguments(__doc__, rows=["lenet5"], batches=[1], cases=1, seconds=1.0)
+    parser.rows(NETWORKS)
     parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES), choices=BATCHES)
     parser.add_argument("--cases", type=int, help="batches a cell; default: 20 photographs")
     parser.add_argument("--seconds", type=float, default=20.0, help="of every search")
-    parser.add_argument("--output", type=Path, help="append every run as a JSON line")
+    parser.output()
+    parser.read()
     parser.add_argument("--tuning", action="store_true", help="weights of the total variation")
-    parser.add_argument("--summary", type=Path, help="print the table of a file of runs")
     options = parser.parse_args()
-    if options.summary is not None:
-        runs = read(options.summary)
+    if options.read is not None:
+        runs = read(options.read)
         summary(runs)
         return int(any(run["fault"] for run in runs))
     if options.tuning:

@@ -1,7 +1,7 @@
 """Five hundred random layers: the rank of their equations, counted in four ways.
 
     python -m benchmarks.studies.ranks           all of them
-    python -m benchmarks.studies.ranks --quick   the first hundred
+    python -m benchmarks.studies.ranks --count 100   the first hundred
 
 *numerical*: float64 and a cutoff.  *modular*: exact, for generic weights; taken as the truth, with
 the stated probability of being too low.  *structural*: the pattern alone.  *closed*: the closed
@@ -16,17 +16,16 @@ Exit status 1 on a miss.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import sympy
 from random_layers import RandomLayer, layers
 
+from benchmarks.common.arguments import Arguments
+from benchmarks.common.json_lines import append
 from rgap.analysis.closed_forms.batches import every_batch
 from rgap.analysis.generic_rank.modular import BlockRanks
 from rgap.analysis.generic_rank.ranks import layer_ranks
@@ -61,19 +60,16 @@ class Row:
 
 def main() -> int:
     """Run what the command line asks for and say what missed its goal."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="the first hundred layers")
-    parser.add_argument("--count", type=int, default=500)
+    parser = Arguments(__doc__, count=10)
+    parser.add_argument("--count", type=int, default=500, help="of layers")
     parser.add_argument("--seed", type=int, default=0, help="of the sample; 0 is the fixed one")
-    parser.add_argument("--output", type=Path, help="append one JSON line a layer")
+    parser.output()
     options = parser.parse_args()
-    sample = layers(100 if options.quick else options.count, options.seed)
+    sample = layers(options.count, options.seed)
     rows = []
     for layer in sample:
         rows.append(measured(layer))
-        if options.output is not None:
-            with options.output.open("a") as file:
-                file.write(json.dumps(asdict(rows[-1])) + "\n")
+        append(options.output, [asdict(rows[-1])])
     disagreements(rows)
     missed = goals(rows)
     for line in missed:

@@ -11,12 +11,12 @@ combination of the next layer's inputs) meet m' equations.
 
 from __future__ import annotations
 
-import argparse
 import sys
 
 import torch
 
 import rgap
+from benchmarks.common.arguments import Arguments
 from benchmarks.common.pictures import drawn_labels, pictures
 from rgap.precision import Precision
 from rgap.separation.batch import Batch
@@ -28,9 +28,9 @@ SHARES = (0.25, 0.375, 0.4, 0.44, 0.47, 0.5)  # batch sizes, of the width
 
 def main() -> int:
     """Print a line for every width and batch size."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--widths", nargs="+", type=int, default=(64, 128))
-    parser.add_argument("--seeds", type=int, default=5)
+    parser = Arguments(__doc__, widths=[16], seeds=1)
+    parser.add_argument("--widths", nargs="+", type=int, default=(64, 128), help="of layers")
+    parser.add_argument("--seeds", type=int, default=5, help="batches a size")
     options = parser.parse_args()
     print("| width | B | units on for some sample | (m' + 1)/2 | samples with open directions |")
     print("|---|---|---|---|---|")

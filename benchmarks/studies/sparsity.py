@@ -18,16 +18,17 @@ the published one.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import time
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 import rgap
+from benchmarks.common.arguments import Arguments
+from benchmarks.common.json_lines import append
+from benchmarks.common.judging import decibels, middle
 from rgap.recovery import Status
 from rgap.separation.sparsity.separate import sparse_separation
 
@@ -37,16 +38,16 @@ CLOSE = 1e-3
 
 def main() -> int:
     """Run what the command line asks for, print one line a batch size."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--sizes", nargs="+", type=int, default=SIZES)
+    parser = Arguments(__doc__, sizes=[2], labels=["distinct"], seeds=1)
+    parser.add_argument("--sizes", nargs="+", type=int, default=SIZES, help="of a batch")
     parser.add_argument("--labels", nargs="+", default=("distinct", "equal"))
-    parser.add_argument("--dtypes", nargs="+", default=("float64",))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.dtypes("float64")
+    parser.add_argument("--seeds", type=int, default=3, help="batches a cell")
     parser.add_argument("--limit-s", type=float, default=60.0, help="per batch, sparsity route")
     parser.add_argument("--uniform", action="store_true", help="draw rows uniformly")
     parser.add_argument("--centred", action="store_true", help="inputs (x − 0.5) / 0.25")
     parser.add_argument("--alone", action="store_true", help="the sparsity route only")
-    parser.add_argument("--output", type=Path, help="write every run as JSON")
+    parser.output()
     options = parser.parse_args()
     runs: list[dict] = []
     print(HEADER, flush=True)
@@ -55,10 +56,9 @@ def main() -> int:
             for size in options.sizes:
                 group = [one(size, labels, dtype, seed, options) for seed in range(options.seeds)]
                 runs += group
+                append(options.output, group)
                 print(line(group), flush=True)
     print(law(runs))
-    if options.output is not None:
-        options.output.write_text(json.dumps(runs, indent=1))
     return 0
 
 
@@ -132,7 +132,7 @@ def quality(prefix: str, found: Tensor | None, truth: Tensor) -> dict:
     order = torch.cdist(truth, found).argmin(1)
     error = found[order] - truth
     worst = float(error.abs().max())
-    psnr = -10 * math.log10(max(float(error.square().mean(1).max()), 1e-300))
+    psnr = decibels(float(error.square().mean(1).max().sqrt()))
     once = len(set(order.tolist())) == len(truth) == len(found)
     return {
         f"{prefix}success": once and worst < CLOSE,
@@ -152,8 +152,7 @@ def line(runs: list[dict]) -> str:
     one = runs[0]
 
     def median(key: str) -> float:
-        values = sorted(run[key] for run in runs if run.get(key) is not None)
-        return values[len(values) // 2] if values else math.nan
+        return middle([run[key] for run in runs if run.get(key) is not None])
 
     def least(key: str) -> float:
         return min((run[key] for run in runs if run.get(key) is not None), default=math.nan)

@@ -9,7 +9,6 @@ with both signs.
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 import time
@@ -18,16 +17,17 @@ import torch
 from torch import Tensor, nn
 
 import rgap
+from benchmarks.common.arguments import Arguments
+from benchmarks.common.judging import decibels
+from benchmarks.common.networks import BINARY
 from rgap.network.chain import parse
-
-BINARY = "binary_cross_entropy_with_logits"
 
 
 def main() -> int:
     """Run the rows that the command line names."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--photographs", type=int, default=5)
-    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
+    parser = Arguments(__doc__, rows=["mlp"], photographs=1)
+    parser.add_argument("--photographs", type=int, default=5, help="a row")
+    parser.rows(ROWS)
     options = parser.parse_args()
     missed = 0
     for name in options.rows:
@@ -135,8 +135,7 @@ def report(
     answers = [(c.inputs, c.labels) for c in recovery.candidates]
     answers = answers or [(recovery.inputs, recovery.labels)]
     found, labels = min(answers, key=lambda a: float((a[0] - x).square().mean()))
-    squared = float((found - x).square().mean())
-    psnr = -10 * math.log10(squared) if squared > 0 else math.inf
+    psnr = decibels(float((found - x).square().mean().sqrt()))
     right = labels.flatten().tolist() == label.tolist()
     kept = float((found - x).abs().max()) <= recovery.error_bound
     status = recovery.status.name + (f" ({len(answers)})" if recovery.candidates else "")

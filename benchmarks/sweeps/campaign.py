@@ -1,6 +1,6 @@
 """Random networks, losses, batches and mistakes against every certificate of ``invert``.
 
-    OMP_NUM_THREADS=1 .venv/bin/python -m benchmarks.sweeps.campaign --cases 500 --first 0
+    OMP_NUM_THREADS=1 python -m benchmarks.sweeps.campaign --cases 500 --first 0
 
 Every case follows from its number alone.  A network (fully connected, convolutions in 1 to 3
 dimensions, residual, gated, attention, norms, pools, steps before the first and after the last
@@ -18,7 +18,6 @@ Exits with 1 on a wrong certificate.  ``--case N`` prints one case in full.
 
 from __future__ import annotations
 
-import argparse
 import collections
 import dataclasses
 import itertools
@@ -39,6 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rgap
+from benchmarks.common.arguments import Arguments
 from rgap import Loss, Update
 
 ACTIVATIONS: list[Callable[[], nn.Module]] = [
@@ -717,7 +717,7 @@ def refusal(error: Exception) -> list[str]:
 
 def main() -> int:
     """Run the campaign; 1 if a certificate is wrong."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser = Arguments(__doc__, cases=4)
     parser.add_argument("--cases", type=int, default=500, help="how many")
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
     parser.add_argument("--case", type=int, help="one case, in full")

@@ -10,7 +10,6 @@ are the counts; the exit code is 1 if anything failed.
 
 from __future__ import annotations
 
-import argparse
 import signal
 import sys
 import time
@@ -28,6 +27,7 @@ from idioms import CROSS, IDIOMS, Idiom, logits_of
 from torch import Tensor, nn
 
 import rgap
+from benchmarks.common.arguments import Arguments
 from rgap import analysis
 
 ROOT = Path(rgap.__file__).parents[1]
@@ -189,9 +189,23 @@ def limited(seconds: int) -> Iterator[None]:
 
 def main() -> int:
     """Run what the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--idioms", nargs="+", default=list(IDIOMS), choices=IDIOMS, metavar="NAME")
-    parser.add_argument("--points", nargs="+", default=list(POINTS), choices=POINTS, metavar="NAME")
+    parser = Arguments(__doc__, idioms=["mlp"], points=["capture", "invert", "labels best"])
+    parser.add_argument(
+        "--idioms",
+        nargs="+",
+        default=list(IDIOMS),
+        choices=IDIOMS,
+        metavar="NAME",
+        help="of tests/idioms.py",
+    )
+    parser.add_argument(
+        "--points",
+        nargs="+",
+        default=list(POINTS),
+        choices=POINTS,
+        metavar="NAME",
+        help="entry points: " + ", ".join(POINTS),
+    )
     options = parser.parse_args()
     counts: dict[str, Counter[str]] = {point: Counter() for point in options.points}
     failed = 0

@@ -3,7 +3,7 @@
 Convolutions of random kernel, stride, padding, width and activation under a fully connected layer:
 every value that is returned as determined is compared with the truth.
 
-Run: ``OMP_NUM_THREADS=1 python -m benchmarks.sweeps.parts 200``
+    OMP_NUM_THREADS=1 python -m benchmarks.sweeps.parts --cases 200
 """
 
 from __future__ import annotations
@@ -15,12 +15,16 @@ import torch
 from test_parts import chain_of
 
 import rgap
+from benchmarks.common.arguments import Arguments
 
 
-def main(count: int) -> None:
-    """Print how often each outcome occurs, and every value that leaves its bound."""
+def main() -> int:
+    """Print how often each outcome occurs, and every value that leaves its bound; 1 if one does."""
+    parser = Arguments(__doc__, cases=2)
+    parser.add_argument("--cases", type=int, default=40, help="networks")
     seen: Counter[str] = Counter()
-    for seed in range(count):
+    off = 0
+    for seed in range(parser.parse_args().cases):
         net, x = chain_of(seed)
         for dtype in (torch.float64, torch.float32):
             net, x = net.to(dtype), x.to(dtype)
@@ -31,9 +35,11 @@ def main(count: int) -> None:
                 continue
             gap = (known - x)[~known.isnan()].abs().max()
             if gap > found.error_bound:
+                off += 1
                 print(f"seed {seed}, {dtype}: off by {gap:.1e}, bound {found.error_bound:.1e}")
     print(dict(seen))
+    return int(off > 0)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 40)
+    sys.exit(main())

@@ -1,12 +1,11 @@
 """Time and memory of audits: LeNet's joint rank, and large networks layer by layer.
 
-    python -m benchmarks.timing.audit layers           LeNet layer by layer, B = 1, 2, 4, 8
-    python -m benchmarks.timing.audit lenet            its joint ranks by structure, the same B
-    python -m benchmarks.timing.audit dense            B = 2 by the singular values of the Jacobian
-    python -m benchmarks.timing.audit strided          two strided convolutions, unread borders
-    python -m benchmarks.timing.audit resnet18         ResNet-18 on 3x32x32, layer by layer
-    python -m benchmarks.timing.audit vgg16            VGG-16 on 3x224x224, layer by layer
+    python -m benchmarks.timing.audit                          every row
+    python -m benchmarks.timing.audit --rows resnet18 vgg16    some of them
 
+``layers``: LeNet layer by layer, B = 1, 2, 4, 8; ``lenet``: its joint ranks by structure, the same
+B; ``dense``: B = 2 by the singular values of the Jacobian; ``strided``: two strided convolutions,
+unread borders; ``resnet18``: on 3×32×32, ``vgg16``: on 3×224×224, layer by layer.
 Every row runs in a process of its own, on the threads that OMP_NUM_THREADS allows.  ``cpu`` is the
 processor time of all threads, ``wall`` what a clock shows, ``peak`` the largest resident memory.
 """
@@ -15,9 +14,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import resource
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -26,14 +23,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import rgap
-from benchmarks.common.chosen_rows import chosen_rows
+from benchmarks.common.arguments import Arguments
+from benchmarks.common.measuring import Stopwatch, peak
+from benchmarks.common.networks import seeded, vgg16
 from rgap.analysis import audit, identifiability
 from rgap.analysis.joint_rank.blocks import jacobian_blocks
 from rgap.jacobian.update_map import UpdateMap
 from rgap.solvers.rank import numerical_rank, resolve_rcond
 from rgap.update.losses import Loss
-
-VGG16 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0)
 
 
 class Block(nn.Module):
@@ -83,27 +80,6 @@ def resnet18(classes: int = 1000) -> nn.Module:
     return nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, classes))
 
 
-def vgg16(classes: int = 1000) -> nn.Module:
-    """VGG-16 (Simonyan and Zisserman 2015)."""
-    parts: list[nn.Module] = []
-    channels = 3
-    for filters in VGG16:
-        if filters:
-            parts += [nn.Conv2d(channels, filters, 3, padding=1), nn.ReLU()]
-            channels = filters
-        else:
-            parts.append(nn.MaxPool2d(2))
-    parts += [nn.Flatten(), nn.Linear(512 * 49, 4096), nn.ReLU()]
-    parts += [nn.Linear(4096, 4096), nn.ReLU(), nn.Linear(4096, classes)]
-    return nn.Sequential(*parts)
-
-
-def built(make: Callable[[], nn.Module]) -> nn.Module:
-    """The network with weights of seed 0, in eval mode."""
-    torch.manual_seed(0)
-    return make().eval()
-
-
 def joint(batch: int, null_space: bool) -> dict[str, Any]:
     """LeNet's joint rank at photographs, layer by layer without the Jacobian."""
     found = identifiability(
@@ -120,24 +96,23 @@ def dense(batch: int) -> dict[str, Any]:
     """The same by LAPACK's singular values of the whole Jacobian, every layer of norm one."""
     pictures = rgap.photos.load(batch).double()
     labels = torch.arange(batch)
-    start = time.process_time()
-    update = UpdateMap(rgap.models.lenet(seed=0), pictures, labels, Loss.of("cross_entropy"))
-    jacobian = torch.cat([rows / rows.norm() for rows in jacobian_blocks(update, False)])
-    formed = time.process_time() - start
+    with Stopwatch() as forming:
+        update = UpdateMap(rgap.models.lenet(seed=0), pictures, labels, Loss.of("cross_entropy"))
+        jacobian = torch.cat([rows / rows.norm() for rows in jacobian_blocks(update, False)])
     values = torch.linalg.svdvals(jacobian)
     rank = numerical_rank(values, update.unknowns, resolve_rcond(None, tuple(jacobian.shape)))
     return {
         "rank": rank.rank,
         "unknowns": update.unknowns,
         "gap": rank.gap,
-        "forming_cpu_s": round(formed, 2),
+        "forming_cpu_s": round(forming.cpu, 2),
     }
 
 
 def table(make: Callable[[], nn.Module], shape: tuple[int, ...], batches: tuple[int, ...],
           method: str) -> dict[str, Any]:  # fmt: skip
     """The per-layer table of a network."""
-    found = audit(built(make), shape, batches, method=method)
+    found = audit(seeded(make), shape, batches, method=method)
     for row in found.rows:
         bound = "" if row.exact else "<="
         print(
@@ -190,29 +165,28 @@ ROWS: dict[str, list[tuple[str, Callable[[], dict[str, Any]]]]] = {
 def measured(name: str, at: int) -> None:
     """Run one row in this process and print what it took."""
     label, work = ROWS[name][at]
-    wall, cpu = time.perf_counter(), time.process_time()
     print(label, flush=True)
-    found = work()
-    found["cpu_s"] = round(time.process_time() - cpu, 2)
-    found["wall_s"] = round(time.perf_counter() - wall, 2)
-    found["threads"] = torch.get_num_threads()
-    scale = 1024 if sys.platform == "linux" else 1  # kilobytes there, bytes on a Mac
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
-    found["peak_gb"] = round(peak / 1e9, 2)
-    print("    " + json.dumps(found), flush=True)
+    with Stopwatch() as watch:
+        told = work()
+    told |= {"cpu_s": round(watch.cpu, 2), "wall_s": round(watch.wall, 2)}
+    told |= {"threads": torch.get_num_threads(), "peak_gb": round(peak() / 1e9, 2)}
+    print("    " + json.dumps(told), flush=True)
 
 
-def main() -> None:
+def main() -> int:
     """Run the rows named, each in a process of its own."""
+    parser = Arguments(__doc__, rows=["strided"])
+    parser.rows(ROWS)
     context = multiprocessing.get_context("spawn")
-    for name in chosen_rows(str(__doc__), ROWS):
+    for name in parser.parse_args().rows:
         for at in range(len(ROWS[name])):
             process = context.Process(target=measured, args=(name, at))
             process.start()
             process.join()
             if process.exitcode:
-                raise SystemExit(process.exitcode)
+                return int(process.exitcode or 1)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

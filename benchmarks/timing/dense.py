@@ -1,7 +1,7 @@
 """The recursion against a dense least-squares solve of the same layers, and against its floor.
 
     python -m benchmarks.timing.dense                         CNN6 and LeNet
-    python -m benchmarks.timing.dense --network lenet --json lenet.json
+    python -m benchmarks.timing.dense --network lenet --output lenet.jsonl
 
 One photograph, B = 1, a float32 gradient.  Four routes are timed, each measurement in a process of
 its own (``timing.dense_measure``):
@@ -20,7 +20,6 @@ driver, at the rate of the largest layer that ran, and marked ≈.  Nothing is a
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
@@ -30,6 +29,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.common.arguments import Arguments
+from benchmarks.common.json_lines import append
+from benchmarks.common.measuring import GIB, run_script
+
 # Neither torch nor rgap here: on Linux ru_maxrss survives exec, so a large parent would hide what
 # its children use.
 if TYPE_CHECKING:
@@ -38,9 +41,8 @@ if TYPE_CHECKING:
 Json = dict[str, Any]
 NETWORKS = ("cnn6", "lenet")
 DRIVERS = ("gelsd", "gelsy")
-GIB = 2**30
 AROUND = 120  # seconds that imports, capture and building may add to the limit of a solve
-MEASURE = ("-m", "benchmarks.timing.dense_measure")
+MEASURE = "benchmarks.timing.dense_measure"
 POOLS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
 
@@ -50,16 +52,14 @@ class OverLimitError(Exception):
 
 def main() -> int:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = Arguments(__doc__, network=["lenet"], repeat=1, memory=0.05)
     parser.add_argument("--network", nargs="+", default=NETWORKS, choices=NETWORKS)
     parser.add_argument("--limit", type=float, default=300, help="seconds of one dense solve")
     parser.add_argument("--memory", type=float, default=12, help="GiB of one dense solve")
     parser.add_argument("--threads", type=int, default=2, help="of torch and of SciPy")
     parser.add_argument("--repeat", type=int, default=3, help="runs of rgap; the fastest counts")
     parser.add_argument("--dense-repeat", type=int, default=1, help="the same, of a dense solve")
-    parser.add_argument("--json", type=Path, help="write every measured figure to this file")
+    parser.output()
     options = parser.parse_args()
     bench = Bench(
         options.threads, options.limit, options.memory, options.repeat, options.dense_repeat
@@ -76,8 +76,7 @@ def main() -> int:
         "networks": {name: bench.network(name) for name in options.network},
     }
     show(report)
-    if options.json is not None:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    append(options.output, [report])
     return 0
 
 
@@ -106,9 +105,8 @@ class Bench:
         words = [str(word) for word in what]
         print("measuring", *words, file=sys.stderr, flush=True)
         try:
-            done = subprocess.run(
-                [sys.executable, *MEASURE, *words],
-                env=self.environment, capture_output=True, text=True, check=False,
+            done = run_script(
+                MEASURE, words, env=self.environment, capture_output=True,
                 timeout=None if limit is None else limit + AROUND,
             )  # fmt: skip
         except subprocess.TimeoutExpired:

@@ -16,46 +16,33 @@ import importlib
 import json
 import math
 import os
-import resource
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from torch import Tensor
+import numpy as np
+import scipy.linalg
+import torch
+from torch import Tensor
 
-    from rgap.network.chain import Chain
-    from rgap.recursion.descend import Descent
+import rgap
+from benchmarks.common.arguments import Arguments
+from benchmarks.common.measuring import Stopwatch, peak
+from benchmarks.common.one_photograph import OnePhotograph
+from rgap.constraints import gradient_constraint, gradient_rows
+from rgap.network.chain import Chain, parse
+from rgap.recursion.descend import Descent
 
 Json = dict[str, Any]
 MIB = 2**20
 
 
-class Case:
-    """A network, one photograph and the float32 gradient that a client sends of it."""
-
-    def __init__(self, network: str) -> None:
-        import torch
-
-        import rgap
-
-        self.model = rgap.models.BUILTIN[network](seed=0)
-        self.picture = rgap.photos.load(1, dtype=torch.float32)
-        self.loss = rgap.models.LOSSES[network]
-        one_logit = self.loss == "binary_cross_entropy_with_logits"
-        self.target = torch.tensor([[1.0]]) if one_logit else torch.tensor([3])
-        self.update = rgap.capture(self.model, self.picture, self.target, self.loss)
-
-    def psnr(self, inputs: Tensor) -> float:
-        """Of a recovered picture, dB for values in [0, 1]."""
-        error = (inputs.double() - self.picture.double()).square().mean()
-        return -10 * math.log10(max(float(error), 1e-300))
+class Case(OnePhotograph):
+    """The client and the truth of every layer."""
 
     def truth(self, chain: Chain) -> list[tuple[Tensor, Tensor, Tensor]]:
         """True u, z and k = ∂L/∂z of every affine map, float64."""
-        import torch
-
         x, pairs = self.picture.double(), []
         for stage in chain.stages:
             for op in stage.lead:
@@ -71,32 +58,14 @@ class Case:
 
 def recursion(network: str) -> Json:
     """Time the descent from the head's candidate with the true label to the data."""
-    from rgap.head.features import HeadFailure, solve_head
-    from rgap.inversion.answer import head_gradients
-    from rgap.inversion.problem import prepare
-    from rgap.recursion.descend import descend
-
-    case = Case(network)
+    case = Case.of(network)
     before = peak()
-    problem = prepare(case.model, case.update, None, None, 0.0, None, None, 0, 4e9)
-    chain = problem.chain
-    found = solve_head(
-        chain.stages[-1],
-        *head_gradients(chain.stages[-1], problem.gradients),
-        case.update.loss,
-        problem.precision,
-    )
-    if isinstance(found, HeadFailure):
-        raise RuntimeError(found.reason)
-    features = case.truth(chain)[-1][0]
-    head = min(found, key=lambda c: float((c.features.value - features).norm()))
-    last = len(chain.stages) - 1
-    with Stopwatch() as watch:
-        descent = descend(
-            chain, problem.gradients, last, head.features, head.cotangent, problem.precision
-        )
+    problem = case.problem()
+    head = case.heads(problem)[0]
+    with Busy() as watch:
+        descent = case.descend(problem, head)
     data = descent.require_data().value
-    layers = sizes(chain, descent)
+    layers = sizes(problem.chain, descent)
     return {**watch.result(before), "psnr": case.psnr(data), "layers": layers}
 
 
@@ -128,11 +97,9 @@ def sizes(chain: Chain, descent: Descent) -> list[Json]:
 
 def end_to_end(network: str) -> Json:
     """Time ``rgap.invert``."""
-    import rgap
-
-    case = Case(network)
+    case = Case.of(network)
     before = peak()
-    with Stopwatch() as watch:
+    with Busy() as watch:
         recovery = rgap.invert(case.model, case.update)
     found = recovery.inputs
     psnr = None if found is None else case.psnr(found)
@@ -141,14 +108,7 @@ def end_to_end(network: str) -> Json:
 
 def dense(network: str, index: int, driver: str) -> Json:
     """Time ``scipy.linalg.lstsq`` on the dense [K; W] of one layer, from true k and z."""
-    import numpy as np
-    import torch
-    from scipy.linalg import lstsq
-
-    from rgap.constraints import gradient_constraint, gradient_rows
-    from rgap.network.chain import parse
-
-    case = Case(network)
+    case = Case.of(network)
     before = peak()
     chain = parse(case.model, case.picture.shape[1:])
     affine = chain.stages[index].affine
@@ -170,8 +130,8 @@ def dense(network: str, index: int, driver: str) -> Json:
     sent = gradient_rows(affine, case.update.gradients[affine.weight_name].double())
     rhs = torch.cat([sent.flatten(), (z - bias).flatten()]).numpy()
     built = time.perf_counter() - start
-    with Stopwatch() as watch:
-        x, _, rank, _ = lstsq(
+    with Busy() as watch:
+        x, _, rank, _ = scipy.linalg.lstsq(
             matrix,
             rhs,
             lapack_driver=driver,
@@ -186,9 +146,6 @@ def dense(network: str, index: int, driver: str) -> Json:
 
 def cholesky(shape: list[int]) -> Json:
     """Time one Cholesky factorisation of the given shape, the faster of SciPy's and torch's."""
-    import scipy.linalg
-    import torch
-
     generator = torch.Generator().manual_seed(0)
     half = torch.randn(shape, generator=generator, dtype=torch.float64)
     full = half @ half.mT / shape[-1] + torch.eye(shape[-1], dtype=torch.float64)
@@ -204,33 +161,30 @@ def cholesky(shape: list[int]) -> Json:
         end = time.perf_counter()
         best["scipy"] = min(best.get("scipy", math.inf), middle - start)
         best["torch"] = min(best.get("torch", math.inf), end - middle)
-    return {**best, "seconds": min(best.values()), "peak": peak(), "increment": peak() - before}
+    return {**best, "seconds": min(best.values()), **memory(before)}
 
 
-def peak() -> float:
-    """Highest resident memory of this process so far, in MiB."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / MIB
+def memory(before: int) -> Json:
+    """Peak of this process, and what came on top of an earlier one (bytes), in MiB."""
+    return {"peak": peak() / MIB, "increment": (peak() - before) / MIB}
 
 
-class Stopwatch:
+class Busy(Stopwatch):
     """Seconds of a block, and the CPU time that other processes took meanwhile."""
 
-    def __enter__(self) -> Stopwatch:
-        self.busy, self.own = busy(), sum(os.times()[:2])
-        self.start = time.perf_counter()
+    def __enter__(self) -> Busy:
+        self.busy = busy()
+        super().__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.seconds = time.perf_counter() - self.start
-        self.own, self.busy = sum(os.times()[:2]) - self.own, busy() - self.busy
+        super().__exit__()
+        self.busy = busy() - self.busy
 
-    def result(self, before: float) -> Json:
+    def result(self, before: int) -> Json:
         """For the report; ``before`` is the peak after imports and capture."""
-        others = max(0.0, self.busy - self.own) / self.seconds
-        return {
-            "seconds": self.seconds, "others": others, "peak": peak(), "increment": peak() - before
-        }  # fmt: skip
+        others = max(0.0, self.busy - self.cpu) / self.wall
+        return {"seconds": self.wall, "others": others, **memory(before)}
 
 
 def busy() -> float:
@@ -244,10 +198,7 @@ def busy() -> float:
 
 def pools() -> list[str]:
     """Thread pools of this process, as far as they can be asked."""
-    import torch
-
     found = [f"torch {torch.get_num_threads()}"]
-    importlib.import_module("scipy.linalg")  # loads the library that is asked below
     try:
         control = importlib.import_module("threadpoolctl")
     except ImportError:
@@ -256,7 +207,15 @@ def pools() -> list[str]:
     return found + sorted({f"{pool['internal_api']} {pool['num_threads']}" for pool in asked})
 
 
-def main(what: str, *rest: str) -> Json:
+def main() -> int:
+    """Print the measurement that the command line names."""
+    parser = Arguments(__doc__, measurement=["cholesky", "64", "64"])
+    parser.add_argument("measurement", nargs="*", help="as above")
+    print(json.dumps(measured(*parser.parse_args().measurement)))
+    return 0
+
+
+def measured(what: str = "", *rest: str) -> Json:
     """Run one of the measurements by name."""
     if what == "recursion":
         return {**recursion(*rest), "pools": pools()}
@@ -267,11 +226,11 @@ def main(what: str, *rest: str) -> Json:
         return dense(network, int(index), driver)
     if what == "cholesky":
         return cholesky([int(n) for n in rest])
-    raise ValueError(
+    raise SystemExit(
         f"expected recursion, end_to_end, dense or cholesky, got {what!r}; write "
         "python -m benchmarks.timing.dense_measure recursion lenet"
     )
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(*sys.argv[1:])))
+    sys.exit(main())

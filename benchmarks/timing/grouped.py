@@ -7,19 +7,21 @@ Inputs of 4096 and 8192 unknowns; the gradient of every channel has full rank.
 
 from __future__ import annotations
 
-import time
+import sys
 
 import torch
 from torch import nn
 
 import rgap
+from benchmarks.common.arguments import Arguments
+from benchmarks.common.measuring import Stopwatch
+from benchmarks.common.networks import seeded
 
 SIDE = 16
 
 
 def network(channels: int) -> nn.Module:
     """Three layers with groups, a stride of 2 and dilations 3, 2, 1."""
-    torch.manual_seed(0)
     wide = 8 * channels
     layers = [
         nn.Conv2d(channels, wide, 3, 2, 3, dilation=3, groups=2),
@@ -31,26 +33,28 @@ def network(channels: int) -> nn.Module:
         nn.Flatten(),
         nn.Linear(wide * ((SIDE + 1) // 2) ** 2, 10),
     ]
-    return nn.Sequential(*layers).double().eval()
+    return nn.Sequential(*layers)
 
 
-def main() -> None:
+def main() -> int:
     """Invert both and print what it took."""
-    for channels in (16, 32):
-        model = network(channels)
+    parser = Arguments(__doc__, channels=[2])
+    parser.add_argument("--channels", nargs="+", type=int, default=(16, 32), help="of the input")
+    for channels in parser.parse_args().channels:
+        model = seeded(lambda channels=channels: network(channels).double())
         x = torch.rand(1, channels, SIDE, SIDE, dtype=torch.float64)
         update = rgap.capture(model, x, torch.tensor([3]))
-        start = time.process_time()
-        found = rgap.invert(model, update)
-        seconds = time.process_time() - start
+        with Stopwatch() as watch:
+            found = rgap.invert(model, update)
         error = float("nan")
         if found.inputs is not None:
             error = float((found.inputs - x).abs().max())
         print(
-            f"{x.numel()} unknowns: {found.status.name}, error {error:.1e}, {seconds:.2f} CPU s",
+            f"{x.numel()} unknowns: {found.status.name}, error {error:.1e}, {watch.cpu:.2f} CPU s",
             flush=True,
         )
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

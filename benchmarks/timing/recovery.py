@@ -1,64 +1,39 @@
 """Times of the steps of a recovery, one photograph at B = 1 from a float32 gradient.
 
-    python -m pytest benchmarks/timing/recovery.py --benchmark-enable \
-        --benchmark-columns=min,median,rounds -q
+    python -m benchmarks.timing.recovery                            every step of CNN6 and LeNet
+    python -m benchmarks.timing.recovery --only "lenet and stage"   some of them
 
-``make bench`` runs it; ``make test`` does not collect it.  What each step returns is checked, its
-time is only shown.
+pytest-benchmark keeps the time; ``make test`` does not collect this file.  What each step returns
+is checked, its time is only shown.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor, nn
 
 import rgap
-from rgap.head.features import HeadCandidate, HeadFailure, solve_head
-from rgap.inversion.answer import head_gradients, read_answer
-from rgap.inversion.problem import Problem, prepare
+from benchmarks.common.arguments import Arguments
+from benchmarks.common.one_photograph import OnePhotograph
+from rgap.head.features import HeadCandidate
+from rgap.inversion.answer import read_answer
 from rgap.network.chain import parse
 from rgap.precision import Known
-from rgap.recursion.descend import Descent, descend
-from rgap.recursion.stage import BUDGET, solve_stage
+from rgap.recursion.descend import Descent
+from rgap.recursion.stage import solve_stage
 
 ROUNDS = 3
 STAGES = [("cnn6", i) for i in range(6)] + [("lenet", i) for i in range(3)]
 
 
 @dataclass(frozen=True)
-class Case:
-    """What a client has and sends, and what every step of the recovery starts from."""
-
-    model: nn.Module
-    picture: Tensor
-    target: Tensor
-    loss: str
-    update: rgap.Update
-
-    def problem(self) -> Problem:
-        """Checked and in float64, with a fresh random generator."""
-        return prepare(self.model, self.update, None, None, 0.0, None, None, 0, BUDGET)
-
-    def heads(self, problem: Problem) -> list[HeadCandidate]:
-        """Candidates of the head equations, nearest to the true features first."""
-        stage = problem.chain.stages[-1]
-        found = solve_head(
-            stage,
-            *head_gradients(stage, problem.gradients),
-            self.update.loss,
-            problem.precision,
-        )
-        assert not isinstance(found, HeadFailure)
-        features = problem.chain.trace(self.picture.double())[-1][0]
-        for op in stage.lead:
-            features = op.forward(features)
-        return sorted(found, key=lambda c: float((c.features.value - features).norm()))
+class Case(OnePhotograph):
+    """The client, and what every step of the recovery starts from."""
 
     @cached_property
     def head(self) -> HeadCandidate:
@@ -68,36 +43,13 @@ class Case:
     @cached_property
     def descent(self) -> Descent:
         """What the recursion recovers from it."""
-        return self.descend(self.problem())
-
-    def descend(self, problem: Problem) -> Descent:
-        """From the head to the data."""
-        last = len(problem.chain.stages) - 1
-        return descend(
-            problem.chain,
-            problem.gradients,
-            last,
-            self.head.features,
-            self.head.cotangent,
-            problem.precision,
-        )
-
-    def error(self, inputs: Tensor) -> float:
-        """Rms error of a recovered picture."""
-        return float((inputs.double() - self.picture.double()).square().mean().sqrt())
+        return self.descend(self.problem(), self.head)
 
 
 @pytest.fixture(scope="module")
 def cases() -> dict[str, Case]:
     """CNN6 and LeNet with the gradient of the same photograph."""
-    return {name: _case(name) for name in ("cnn6", "lenet")}
-
-
-def _case(name: str) -> Case:
-    model, loss = rgap.models.BUILTIN[name](seed=0), rgap.models.LOSSES[name]
-    picture = rgap.photos.load(1, dtype=torch.float32)
-    target = torch.tensor([3]) if loss == "cross_entropy" else torch.tensor([[1.0]])
-    return Case(model, picture, target, loss, rgap.capture(model, picture, target, loss))
+    return {name: Case.of(name) for name in ("cnn6", "lenet")}
 
 
 def timed(benchmark: Any, function: Callable[..., Any], *args: Any) -> Any:
@@ -111,7 +63,7 @@ def test_capture(benchmark: Any, cases: dict[str, Case], name: str) -> None:
     """The client: forward and backward pass."""
     case = cases[name]
     update = timed(benchmark, rgap.capture, case.model, case.picture, case.target, case.loss)
-    assert all(torch.equal(g, case.update.gradients[n]) for n, g in update.gradients.items())
+    assert all(g.equal(case.update.gradients[n]) for n, g in update.gradients.items())
 
 
 @pytest.mark.parametrize("name", ["cnn6", "lenet"])
@@ -158,7 +110,7 @@ def test_recursion(benchmark: Any, cases: dict[str, Case], name: str) -> None:
     """From the head to the picture."""
     case = cases[name]
     assert case.head.admissible  # found before the clock starts
-    descent = timed(benchmark, case.descend, case.problem())
+    descent = timed(benchmark, case.descend, case.problem(), case.head)
     assert case.error(descent.require_data().value) < 1e-4
 
 
@@ -181,3 +133,15 @@ def test_invert(benchmark: Any, cases: dict[str, Case], name: str) -> None:
     recovery = timed(benchmark, rgap.invert, case.model, case.update)
     assert recovery.status is rgap.Status.EXACT
     assert case.error(recovery.inputs) < recovery.error_bound
+
+
+def main() -> int:
+    """Hand this file to pytest-benchmark."""
+    parser = Arguments(__doc__, only="lenet and head")
+    parser.add_argument("--only", default="", metavar="WORDS", help="as pytest -k takes them")
+    words = ["--benchmark-enable", "--benchmark-columns=min,median,rounds", "-q", __file__]
+    return int(pytest.main([*words, "-k", parser.parse_args().only]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
