@@ -28,24 +28,31 @@ class Arguments(argparse.ArgumentParser):
             formatter_class=_Help,
         )
         self.smallest = smallest
-        words = " ".join(_written(*pair) for pair in smallest.items()) or "all of it"
-        self.add_argument("--smallest", action="store_true", help=f"the smallest case: {words}")
+        self._flag = self.add_argument("--smallest", action="store_true")
 
-    def rows(self, names: Collection[Any], default: Collection[Any] | None = None) -> None:
-        """``--rows``: of the table, all of them where nothing else is said."""
+    def several(
+        self, option: str, names: Collection[Any], what: str, default: Sequence[Any] | None = None
+    ) -> None:
+        """An option that takes some of several names; all of them where nothing else is said.
+
+        Args:
+            option: such as ``--networks``.
+            names: what it may be given, all of one type.
+            what: they are, for the help.
+            default: of them.
+        """
         self.add_argument(
-            "--rows", nargs="+", type=type(next(iter(names))), choices=list(names),
-            default=list(names if default is None else default), metavar="ROW",
-            help=f"of {', '.join(map(str, names))}",
+            option, nargs="+", type=type(next(iter(names))), choices=list(names), metavar="NAME",
+            default=list(default or names), help=f"{what}: {', '.join(map(str, names))}",
         )  # fmt: skip
+
+    def rows(self, names: Collection[Any], default: Sequence[Any] | None = None) -> None:
+        """``--rows``: of the table."""
+        self.several("--rows", names, "of the table", default)
 
     def dtypes(self, *default: str) -> None:
         """``--dtypes``: in which the client computes."""
-        known = ("float64", "float32")
-        self.add_argument(
-            "--dtypes", nargs="+", default=default or known, choices=known,
-            help="in which the client computes",
-        )  # fmt: skip
+        self.several("--dtypes", ("float64", "float32"), "in which the client computes", default)
 
     def output(self) -> None:
         """``--output``: where runs are added, a JSON line each."""
@@ -64,9 +71,11 @@ class Arguments(argparse.ArgumentParser):
 
     def parse_args(self, args: Sequence[str] | None = None) -> argparse.Namespace:  # type: ignore[override]
         """Options, with those of the smallest case where it is asked for."""
-        unknown = self.smallest.keys() - {action.dest for action in self._actions}
-        if unknown:
+        actions = {action.dest: action for action in self._actions}
+        if unknown := self.smallest.keys() - actions.keys():
             raise ValueError(f"smallest: expected options of the script, got {sorted(unknown)}")
+        words = " ".join(_written(actions[name], value) for name, value in self.smallest.items())
+        self._flag.help = f"the smallest case: {words}"
         told = super().parse_args(args)
         if told.smallest:
             self.set_defaults(**self.smallest)
@@ -74,22 +83,20 @@ class Arguments(argparse.ArgumentParser):
         return told
 
 
-def _written(name: str, value: object) -> str:
+def _written(action: argparse.Action, value: object) -> str:
     """An option as on the command line."""
-    option = "--" + name.replace("_", "-")
-    if value is True:
-        return option
-    values = value if isinstance(value, list | tuple) else [value]
-    return " ".join([option, *(f'"{v}"' if " " in str(v) else str(v) for v in values)])
+    values = [] if value is True else value if isinstance(value, list) else [value]
+    quoted = (f'"{v}"' if " " in str(v) else str(v) for v in values)
+    return " ".join([*action.option_strings[:1], *quoted])
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
     """Descriptions as they are, and defaults that say something."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        plain = action.option_strings and action.nargs != 0 and action.default is not None
-        several = isinstance(action.default, list | tuple)
-        if not plain or "default" in (action.help or "") or (several and len(action.default) > 4):
+        several = isinstance(action.default, list | tuple | range)
+        said = action.default in (None, "", list(action.choices or ()))
+        if said or action.nargs in (0, "*") or (several and len(action.default) > 8):
             return action.help
         shown = " ".join(map(str, action.default)) if several else action.default
-        return f"{action.help or ''} (default: {shown})".strip().replace("%", "%%")
+        return f"{action.help or ''} (default: {shown})"

@@ -51,7 +51,7 @@ def main() -> int:
     parser.rows(ROWS)
     parser.add_argument("--seeds", type=int, help="batches a cell; by default " + str(SEEDS))
     parser.add_argument("--start", type=int, default=0, help="first seed")
-    parser.add_argument("--activations", nargs="+", choices=ACTIVATIONS, help="these only")
+    parser.several("--activations", ACTIVATIONS, "of the networks")
     parser.add_argument("--sizes", nargs="+", type=int, help="these batch sizes only")
     parser.dtypes()
     parser.output()
@@ -75,7 +75,7 @@ def main() -> int:
 
 def cells(row: str, options: argparse.Namespace) -> Iterator[dict]:
     """What a row is made of, as far as the command line wants it."""
-    wanted = options.activations or ACTIVATIONS
+    wanted = options.activations
     plan: list[dict] = []
     if row == "activations":
         plan = [

@@ -157,7 +157,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=1, help="batches a cell")
     parser.add_argument("--set", default="reported", choices=SETS, help="of clients")
     parser.add_argument("--networks", nargs="+", metavar="KIND", help="of the set, these only")
-    parser.add_argument("--logits", nargs="+", type=int, default=list(BATCHES), choices=BATCHES)
+    parser.several("--logits", BATCHES, "number of outputs")
     options = parser.parse_args()
     kinds: dict[tuple[str, bool], dict[str, Row]] = defaultdict(lambda: defaultdict(list))
     draws: dict[str, Row] = defaultdict(list)

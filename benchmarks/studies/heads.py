@@ -66,10 +66,10 @@ def main() -> int:
     parser = Arguments(
         __doc__, classes=[10], networks=["mlp"], sizes=[2], labels=["distinct"], seeds=1
     )
-    parser.add_argument("--networks", nargs="+", default=NETWORKS, choices=NETWORKS)
-    parser.add_argument("--classes", nargs="+", type=int, default=list(BATCHES), choices=BATCHES)
+    parser.several("--networks", NETWORKS, "below the head")
+    parser.several("--classes", BATCHES, "how many")
     parser.add_argument("--sizes", nargs="+", type=int, help="these batch sizes only")
-    parser.add_argument("--labels", nargs="+", default=LABELS, choices=LABELS)
+    parser.several("--labels", LABELS, "of a batch")
     parser.dtypes()
     parser.add_argument("--seeds", type=int, default=20, help="batches a cell")
     parser.add_argument("--start", type=int, default=0, help="first seed")

@@ -52,11 +52,11 @@ def main() -> int:
         __doc__, networks=["ReLU"], classes=[10], batches=[8], draws=["uniform"], seeds=2
     )
     parser.add_argument("--seeds", type=int, default=10, help="cases a cell")
-    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=NETWORKS)
-    parser.add_argument("--classes", nargs="+", type=int, default=CLASSES, help="numbers of them")
+    parser.several("--networks", NETWORKS, "LeNet")
+    parser.add_argument("--classes", nargs="+", type=int, default=CLASSES, help="how many")
     parser.add_argument("--batches", nargs="+", type=int, default=BATCHES, help="batch sizes")
-    parser.add_argument("--draws", nargs="+", default=DRAWS, choices=DRAWS, help="of labels")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.several("--draws", DRAWS, "of labels")
+    parser.several("--methods", METHODS, "of reading them")
     parser.output()
     options = parser.parse_args()
     cases: list[Case] = []

@@ -44,8 +44,8 @@ def main() -> int:
         __doc__, rows=[2], labels=["distinct"], activations=["sigmoid"], dtypes=["float64"], seeds=1
     )
     parser.rows(SIZES)
-    parser.add_argument("--labels", nargs="+", default=LABELS, choices=("random", *LABELS))
-    parser.add_argument("--activations", nargs="+", default=("sigmoid", "leaky_relu"))
+    parser.several("--labels", ("random", *LABELS), "of a batch", LABELS)
+    parser.several("--activations", rgap.models.ACTIVATIONS, "of LeNet", ("sigmoid", "leaky_relu"))
     parser.dtypes()
     parser.add_argument("--seeds", type=int, default=10, help="batches a cell")
     parser.output()

@@ -137,7 +137,7 @@ HEADER = (
 def main() -> int:
     """Measure, print one line a network, draw on request."""
     parser = Arguments(__doc__, networks=["mlp"], trials=100)
-    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=NETWORKS)
+    parser.several("--networks", NETWORKS, "lines of the table")
     parser.add_argument("--seed", type=int, default=0, choices=range(8), help="and photograph")
     parser.add_argument("--trials", type=int, help="default: what the standard error asks for")
     parser.output()

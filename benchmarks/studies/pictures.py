@@ -132,7 +132,7 @@ def main() -> int:
     """Run what the command line asks for."""
     parser = Arguments(__doc__, rows=["lenet5"], batches=[1], cases=1, seconds=1.0)
     parser.rows(NETWORKS)
-    parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES), choices=BATCHES)
+    parser.several("--batches", BATCHES, "batch sizes")
     parser.add_argument("--cases", type=int, help="batches a cell; default: 20 photographs")
     parser.add_argument("--seconds", type=float, default=20.0, help="of every search")
     parser.output()

@@ -40,7 +40,7 @@ def main() -> int:
     """Run what the command line asks for, print one line a batch size."""
     parser = Arguments(__doc__, sizes=[2], labels=["distinct"], seeds=1)
     parser.add_argument("--sizes", nargs="+", type=int, default=SIZES, help="of a batch")
-    parser.add_argument("--labels", nargs="+", default=("distinct", "equal"))
+    parser.several("--labels", ("distinct", "equal"), "of a batch")
     parser.dtypes("float64")
     parser.add_argument("--seeds", type=int, default=3, help="batches a cell")
     parser.add_argument("--limit-s", type=float, default=60.0, help="per batch, sparsity route")

@@ -190,22 +190,8 @@ def limited(seconds: int) -> Iterator[None]:
 def main() -> int:
     """Run what the command line asks for."""
     parser = Arguments(__doc__, idioms=["mlp"], points=["capture", "invert", "labels best"])
-    parser.add_argument(
-        "--idioms",
-        nargs="+",
-        default=list(IDIOMS),
-        choices=IDIOMS,
-        metavar="NAME",
-        help="of tests/idioms.py",
-    )
-    parser.add_argument(
-        "--points",
-        nargs="+",
-        default=list(POINTS),
-        choices=POINTS,
-        metavar="NAME",
-        help="entry points: " + ", ".join(POINTS),
-    )
+    parser.several("--idioms", IDIOMS, "of tests/idioms.py")
+    parser.several("--points", POINTS, "entry points")
     options = parser.parse_args()
     counts: dict[str, Counter[str]] = {point: Counter() for point in options.points}
     failed = 0

@@ -123,7 +123,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3, help="of the start")
     parser.add_argument("--batch", type=int, default=1, help="photographs, from each place on")
     names = ("breaching", "its terms", "preset")
-    parser.add_argument("--searches", nargs="+", default=names, choices=names, help="these only")
+    parser.several("--searches", names, "which")
     options = parser.parse_args()
     torch.set_num_threads(1)
     model = rgap.models.lenet(seed=0, weights="uniform")
