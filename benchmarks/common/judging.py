@@ -36,13 +36,14 @@ class Match:
     psnr: float
 
 
-def match(found: Tensor, labels: Tensor | None, truth: Tensor, given: Tensor) -> Match:
+def match(inputs: Tensor, labels: Tensor | None, truth: Tensor, given: Tensor) -> Match:
     """Compare without regard to the order, which no gradient carries.
 
     Rows and samples are paired one to one at the least total distance; of equal pictures, those
     with equal labels.  Dense targets count as right within 1e-3.
     """
-    rows, samples = found.flatten(1).double(), truth.flatten(1).double()
+    rows = inputs.double().reshape(len(inputs), -1)
+    samples = truth.double().reshape(len(truth), -1)
     cost = torch.cdist(rows, samples, compute_mode="donot_use_mm_for_euclid_dist")
     agree = torch.zeros_like(cost, dtype=torch.bool)
     if labels is not None:

@@ -160,18 +160,18 @@ def draw_matching(runs: list[tuple[dict, Tensor, Tensor | None]], path: Path) ->
     for run, x, near in runs:
         if near is not None:
             lines.setdefault(run["row"].removeprefix("blog "), []).append((run, x, near))
-    wide = max(1 + len(found) for found in lines.values())
-    tall = sum(len(found[0][1]) for found in lines.values())
+    wide = max(1 + len(shown) for shown in lines.values())
+    tall = sum(len(shown[0][1]) for shown in lines.values())
     figure = Figure(figsize=(1.25 * wide, 1.35 * tall), layout="constrained")
     grid = figure.subplots(tall, wide, squeeze=False)
     for axes in grid.flat:
         axes.axis("off")
     top = 0
-    for letter, found in lines.items():
-        size = len(found[0][1])
+    for letter, shown in lines.items():
+        size = len(shown[0][1])
         for row in range(size):
-            _picture(grid[top + row][0], found[0][1][row], f"({letter}) true" if row == 0 else "")
-            for column, (run, _, near) in enumerate(found, 1):
+            _picture(grid[top + row][0], shown[0][1][row], f"({letter}) true" if row == 0 else "")
+            for column, (run, _, near) in enumerate(shown, 1):
                 assert near is not None
                 name = f"{run['method']}\n{run['psnr']:.1f} dB" if row == 0 else ""
                 _picture(grid[top + row][column], near[row], name)
@@ -194,13 +194,13 @@ def draw_nullity(runs: list[dict], path: Path) -> None:
         )
         axes.plot(*zip(*held, strict=True), color=colour, ls=line, marker=marker, ms=5, label=name)
     for run in runs:
-        share, found = 100 * run["nullity"] / run["unknowns"], run["ours"]["psnr"]
-        if found is not None and run["status"] == "EXACT":
+        share, psnr = 100 * run["nullity"] / run["unknowns"], run["ours"]["psnr"]
+        if psnr is not None and run["status"] == "EXACT":
             axes.plot(share, top, color=LINES["ours"][0], marker="^", ms=7, clip_on=False)
-            text = f"  EXACT, {found:.0f} dB"
+            text = f"  EXACT, {psnr:.0f} dB"
             axes.text(share, top, text, color=INK, size=8, va="center")
-        if run["case"] == 0 and found is not None:
-            place = (share, top if run["status"] == "EXACT" else found)
+        if run["case"] == 0 and psnr is not None:
+            place = (share, top if run["status"] == "EXACT" else psnr)
             name = f"B = {run['size']}" if run["size"] < CROWDED else str(run["size"])
             axes.annotate(
                 name, place, (0, 7), textcoords="offset points", color=INK, size=8,

@@ -27,22 +27,22 @@ PICTURES = ROOT / "docs" / "pictures"
 SMALL = (3, 16, 16)
 
 
-def tell(found: Identifiability) -> None:
+def tell(finding: Identifiability) -> None:
     """The finding in words and rows."""
-    print(found.explain())
-    for row in found.rows:
+    print(finding.explain())
+    for row in finding.rows:
         print(
             f"    {row.layer:<8} {row.equations:>6} equations, own nullity {row.own_nullity}, "
             f"cumulative rank {row.rank}, gain {row.gain}"
         )
-    print(f"    {found.seconds:.0f} s", flush=True)
+    print(f"    {finding.seconds:.0f} s", flush=True)
 
 
 def lenet(folder: Path) -> None:
     """What two photographs in one gradient of LeNet leave open."""
-    found = identifiability(rgap.models.lenet(seed=0), rgap.photos.load(2), method="structured")
-    tell(found)
-    null_pictures(found, 4).savefig(folder / "null-directions.png", dpi=150)
+    finding = identifiability(rgap.models.lenet(seed=0), rgap.photos.load(2), method="structured")
+    tell(finding)
+    null_pictures(finding, 4).savefig(folder / "null-directions.png", dpi=150)
 
 
 def curve(folder: Path) -> None:
@@ -50,8 +50,8 @@ def curve(folder: Path) -> None:
     model = rgap.models.lenet(input_shape=SMALL, seed=0)
     crops = rgap.photos.load(9)[:, :, 8:24, 8:24]
     findings = [identifiability(model, crops[:b], null_space=False) for b in (1, 2, 4, 6, 7, 8, 9)]
-    for found in findings:
-        tell(found)
+    for finding in findings:
+        tell(finding)
     nullity_curves(findings).savefig(folder / "nullity-by-batch.png", dpi=150)
 
 

@@ -188,17 +188,17 @@ def outcome(
         inputs = inputs.repeat_interleave(copies, 0)
         labels = None if labels is None else labels.repeat_interleave(copies, 0)
         predicted = None if predicted is None else predicted.repeat_interleave(copies, 0)
-    found = match(inputs, labels, x, y)
+    beside = match(inputs, labels, x, y)
     run |= {
-        "once": found.once,
-        "labels_right": found.labels_right,
-        "worst": found.worst,
+        "once": beside.once,
+        "labels_right": beside.labels_right,
+        "worst": beside.worst,
         "bound": recovery.error_bound,
-        "psnr": found.psnr,
+        "psnr": beside.psnr,
     }
     if predicted is not None:
-        run["honesty"] = float((found.rms / predicted).square().mean().sqrt())
-        run["honesty_most"] = float((found.rms / predicted).max())
+        run["honesty"] = float((beside.rms / predicted).square().mean().sqrt())
+        run["honesty_most"] = float((beside.rms / predicted).max())
     return run
 
 

@@ -163,11 +163,11 @@ def main() -> int:
     draws: dict[str, Row] = defaultdict(list)
     for case in cases(options):
         for name, read in READERS.items():
-            found = read(case.head)
-            right = found.counts is not None and torch.equal(found.counts, case.counts)
-            kinds[case.kind, case.trained][name].append((found.least, right))
+            estimate = read(case.head)
+            right = estimate.counts is not None and torch.equal(estimate.counts, case.counts)
+            kinds[case.kind, case.trained][name].append((estimate.least, right))
             if name == "best":
-                draws[case.draw].append((found.least, right))
+                draws[case.draw].append((estimate.least, right))
     print("| network | batches | " + " | ".join(READERS) + " | ≥ 95% sure | of these right |")
     print("|---|---|" + "---|" * (len(READERS) + 2))
     for (kind, trained), row in kinds.items():

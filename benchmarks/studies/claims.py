@@ -32,10 +32,10 @@ def main() -> int:
         title, checks = CLAIMS[name]
         start = time.perf_counter()
         print(f"\n{title}")
-        for what, found, expected in checks():
-            same = found == expected
+        for what, value, expected in checks():
+            same = value == expected
             wrong += not same
-            print(f"  {what:<72} {found}" + ("" if same else f"   EXPECTED {expected}"))
+            print(f"  {what:<72} {value}" + ("" if same else f"   EXPECTED {expected}"))
         print(f"  {time.perf_counter() - start:.0f} s")
     return 1 if wrong else 0
 
@@ -44,7 +44,7 @@ def mlp() -> list[Check]:
     """Layer by layer, jointly, recovered; and the pair of samples that send one update."""
     model = rgap.models.mlp((64, 32), 10, "tanh", input_shape=(1, 8, 8), seed=0)
     net = symbolic(model, (1, 8, 8))
-    found = identifiability(model, (1, 8, 8), 1)
+    jointly = identifiability(model, (1, 8, 8), 1)
     picture = rgap.photos.load(1, 8).mean(1, keepdim=True)
     update = rgap.capture(model, picture, torch.tensor([3]), dtype=torch.float64)
     odd = seeded(
@@ -55,7 +55,7 @@ def mlp() -> list[Check]:
     x = picture.flatten(1)
     return [
         ("nullity of all layers at B = 1", int(net.total_nullity.subs({_symbol(net): 1})), 0),
-        ("joint rank of 64 unknowns", found.joint_rank, 64),
+        ("joint rank of 64 unknowns", jointly.joint_rank, 64),
         ("status of its recovery", rgap.invert(model, update).status.name, "EXACT"),
         ("critical batch, layer by layer", [str(la.critical_batch) for la in net.layers], MLP),
         ("no bias, one logit: (x, 1) and (−x, 0) send the same", _same(odd, x, -x), True),
@@ -71,14 +71,14 @@ def lenet() -> list[Check]:
     model = rgap.models.lenet(seed=0)
     net = symbolic(model, (3, 32, 32))
     b = _symbol(net)
-    found = {batch: _joint(model, (3, 32, 32), batch) for batch in (1, 2)}
+    joint = {batch: _joint(model, (3, 32, 32), batch) for batch in (1, 2)}
     return [
         ("conv2: joint rank of its own equations, every B", str(net.layers[1].joint_rank), LENET),
         ("B of every layer from which something stays open", _stars(net), ["oo", "2", "oo", "10"]),
         ("B = 1: open layer by layer", int(net.total_nullity.subs(b, 1)), 0),
-        ("B = 1: joint rank of 3072 unknowns", found[1].joint_rank, 3072),
+        ("B = 1: joint rank of 3072 unknowns", joint[1].joint_rank, 3072),
         ("B = 2: open layer by layer", int(net.total_nullity.subs(b, 2)), 1152),
-        ("B = 2: joint rank of 6144 unknowns", found[2].joint_rank, 5904),
+        ("B = 2: joint rank of 6144 unknowns", joint[2].joint_rank, 5904),
     ]
 
 
@@ -121,7 +121,7 @@ def labels() -> list[Check]:
     pictures = rgap.photos.load(2, dtype=torch.float64)
     ratio = {}
     equal = torch.tensor([3, 3])
-    found = _joint(model, pictures, labels=equal)
+    jointly = _joint(model, pictures, labels=equal)
     for name, pair in (("different", [3, 5]), ("equal", [3, 3])):
         target = torch.tensor(pair)
         update = rgap.capture(model, pictures, target, dtype=torch.float64)
@@ -135,7 +135,7 @@ def labels() -> list[Check]:
     print(f"  σ_2/σ_1 of LeNet's head gradient: {ratio['different']:.1e} for labels 3, 5, ")
     print(f"  and {ratio['equal']:.1e} for labels 3, 3")
     return [
-        ("LeNet, B = 2, labels 3, 3: joint nullity", found.joint_nullity, 240),
+        ("LeNet, B = 2, labels 3, 3: joint nullity", jointly.joint_nullity, 240),
         ("equal labels lower σ_2/σ_1 more than a hundredfold", _far(ratio), True),
         ("and it stays above what float64 resolves, 1e-13", ratio["equal"] > 1e-13, True),
         ("MLP, four samples of one label: status", recovery.status.name, "EXACT"),

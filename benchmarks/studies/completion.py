@@ -98,27 +98,27 @@ def one(name: str, row: Row, places: list[int], seed: int, seconds: float) -> di
         model = rgap.models.lenet(10, activation="sigmoid", seed=seed)
         targets = torch.tensor(row.labels)
         update = rgap.capture(model, x, targets, dtype=row.dtype)
-    found = rgap.invert(model, update, complete=True, time_limit=seconds)
-    inputs, labels = found.inputs, found.labels
-    if inputs is None and found.candidates:
-        inputs, labels = found.candidates[0].inputs, found.candidates[0].labels
+    recovery = rgap.invert(model, update, complete=True, time_limit=seconds)
+    inputs, labels = recovery.inputs, recovery.labels
+    if inputs is None and recovery.candidates:
+        inputs, labels = recovery.candidates[0].inputs, recovery.candidates[0].labels
     run = {
         "row": name,
         "photographs": places,
-        "status": found.status.name,
-        "reason": found.reason,
-        "residual": found.residual,
-        "seconds": found.seconds,
+        "status": recovery.status.name,
+        "reason": recovery.reason,
+        "residual": recovery.residual,
+        "seconds": recovery.seconds,
         "psnr": float("nan"),
         "fault": "nothing recovered",
     }
     if inputs is None:
         return run
     beside = match(inputs, labels, x, targets)
-    fault = misstated(found, beside, REPRODUCED)
+    fault = misstated(recovery, beside, REPRODUCED)
     if not fault and beside.psnr < row.goal:
         fault = "below the goal"
-    elif not fault and row.network == "cnn6d" and not found.exact:
+    elif not fault and row.network == "cnn6d" and not recovery.exact:
         fault = "not EXACT"
     return {**run, "psnr": beside.psnr, "fault": fault}
 

@@ -168,7 +168,7 @@ def one(cell: dict, seed: int) -> Run:
     values = torch.linalg.svdvals(gradients[head.affine.weight_name])
     with Stopwatch() as watch:
         top = batch.mixture(head.index)
-        found = unfit(batch, top) or separate_head(batch, top)
+        answer = unfit(batch, top) or separate_head(batch, top)
     run: Run = {
         **cell,
         "seed": seed,
@@ -178,12 +178,12 @@ def one(cell: dict, seed: int) -> Run:
         "ratio": float(values[size - 1] / values[0]),
         "eps": torch.finfo(dtype).eps,
         "rank": top.rank,
-        "returned": isinstance(found, Separated),
+        "returned": isinstance(answer, Separated),
         "memory": peak() / GIB,
     }
-    if isinstance(found, Unseparated):
-        return {**run, "reason": found.reason}
-    return run | compared(found, features(chain, x), y)
+    if isinstance(answer, Unseparated):
+        return {**run, "reason": answer.reason}
+    return run | compared(answer, features(chain, x), y)
 
 
 def features(chain: rgap.network.Chain, x: Tensor) -> Tensor:
@@ -196,12 +196,12 @@ def features(chain: rgap.network.Chain, x: Tensor) -> Tensor:
     return value.flatten(1)
 
 
-def compared(found: Separated, truth: Tensor, labels: Tensor) -> Run:
+def compared(answer: Separated, truth: Tensor, labels: Tensor) -> Run:
     """Error beside the truth and beside what the answer itself states."""
-    own = found.features.value.flatten(1).repeat_interleave(found.head.copies.long(), 0)
-    stated = found.features.error.flatten(2).square().mean(0).sqrt()
-    stated = stated.repeat_interleave(found.head.copies.long(), 0)
-    classes = found.head.targets.argmax(1).repeat_interleave(found.head.copies.long(), 0)
+    own = answer.features.value.flatten(1).repeat_interleave(answer.head.copies.long(), 0)
+    stated = answer.features.error.flatten(2).square().mean(0).sqrt()
+    stated = stated.repeat_interleave(answer.head.copies.long(), 0)
+    classes = answer.head.targets.argmax(1).repeat_interleave(answer.head.copies.long(), 0)
     distance = torch.cdist(own, truth, compute_mode="donot_use_mm_for_euclid_dist")
     # A mean of copies may be nearer to a sample of another label than to those it stands for.
     near = distance.masked_fill(classes[:, None] != labels, 1e9).argmin(1)
@@ -210,7 +210,7 @@ def compared(found: Separated, truth: Tensor, labels: Tensor) -> Run:
     once = sorted(near.tolist()) == list(range(len(truth)))
     return {
         "once": once,
-        "rows": len(found.features.value),
+        "rows": len(answer.features.value),
         "labels_right": torch.equal(classes.sort().values, labels.sort().values)
         and torch.equal(classes, labels[near]),
         "relative": float(error.abs().max() / truth.abs().max()),

@@ -62,13 +62,13 @@ def main() -> int:
         "missing, whole update | misleads |\n|---|---|---|---|---|---|---|---|---|"
     )
     for name, build, shape, batch, loss in map(ROWS.__getitem__, options.rows):
-        found = leakage_indices(build(), shape, batch, loss=loss)
-        wrong = ", ".join(words.split(" says")[0] for words in found.misleading) or "–"
+        indices = leakage_indices(build(), shape, batch, loss=loss)
+        wrong = ", ".join(words.split(" says")[0] for words in indices.misleading) or "–"
         print(
-            f"| {name} | {batch} | {found.rank_analysis:+d} | {found.rank_analysis_share:+.2f} | "
-            f"{found.copa:.4g} | {found.copa_share:.3f} | "
-            f"{sum(row.nullity for row in found.rows)} | "
-            f"{found.nullity} | {wrong} |",
+            f"| {name} | {batch} | {indices.rank_analysis:+d} | "
+            f"{indices.rank_analysis_share:+.2f} | {indices.copa:.4g} | {indices.copa_share:.3f} | "
+            f"{sum(row.nullity for row in indices.rows)} | "
+            f"{indices.nullity} | {wrong} |",
             flush=True,
         )
     return 0

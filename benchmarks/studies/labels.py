@@ -94,7 +94,7 @@ def one(
     update = rgap.capture(model, inputs, labels)
     head = head_gradient(model, update)
     truth = torch.bincount(labels, minlength=classes)
-    found = []
+    cases = []
     for name in methods:
         given = head if name != "exact" else known(head, head_features(model, update, inputs))
         start = time.perf_counter()
@@ -104,7 +104,7 @@ def one(
         if counts is None and estimate.present is not None:
             counts = estimate.present.long()
         shared = 0 if counts is None else int(torch.minimum(counts, truth).sum())
-        found.append(
+        cases.append(
             {
                 "network": network,
                 "classes": classes,
@@ -120,7 +120,7 @@ def one(
                 "seconds": seconds,
             }
         )
-    return found
+    return cases
 
 
 def known(head: HeadGradient, features: Tensor | None) -> HeadGradient:

@@ -98,10 +98,10 @@ def audited(model: nn.Module, size: int, seed: int) -> list | None:
 def at_head(model: nn.Module, update: rgap.Update, x: torch.Tensor, y: torch.Tensor) -> Run:
     """What the head alone says of features and labels, the route that ``invert`` takes."""
     problem = prepare(model, update, None, None, 0.0, None, None, 0, 2.0**31)
-    found = separate(batch_of(problem))
-    if not isinstance(found, Separated):
+    answer = separate(batch_of(problem))
+    if not isinstance(answer, Separated):
         return {"solved": False}
-    return {"solved": True, **compared(found, features(problem.chain, x), y)}
+    return {"solved": True, **compared(answer, features(problem.chain, x), y)}
 
 
 def fault(run: Run) -> str:

@@ -179,35 +179,37 @@ def one(case: Case, seconds: float) -> tuple[dict, Tensor, Tensor | None]:
     update = rgap.capture(model, x.to(dtype), targets, dtype=dtype, share_labels=True)
     began = time.perf_counter()
     if case.method in ("closed form", "completion"):
-        found = rgap.invert(model, update, complete=case.method == "completion", time_limit=seconds)
+        recovery = rgap.invert(
+            model, update, complete=case.method == "completion", time_limit=seconds
+        )
         steps = 0
     else:
         if isinstance(case.method, Preset) and case.row not in QUICK:
-            found = timed(model, update, case.method, seconds)
+            recovery = timed(model, update, case.method, seconds)
         else:
             limit = inf if case.row in QUICK else 1.1 * seconds
-            found = rgap.match(model, update, method=case.method, time_limit=limit)
-        steps = found.iterations
+            recovery = rgap.match(model, update, method=case.method, time_limit=limit)
+        steps = recovery.iterations
     name = case.method.name if isinstance(case.method, Preset) else case.method
     run = {
         "row": case.row,
         "network": case.network,
         "photographs": list(case.places),
         "method": name,
-        "status": found.status.name,
-        "reason": found.reason,
-        "residual": found.residual,
+        "status": recovery.status.name,
+        "reason": recovery.reason,
+        "residual": recovery.residual,
         "iterations": steps,
-        "seconds": found.seconds if steps else time.perf_counter() - began,
-        "missing": max((r.nullity or 0 for r in found.layers), default=None),
+        "seconds": recovery.seconds if steps else time.perf_counter() - began,
+        "missing": max((r.nullity or 0 for r in recovery.layers), default=None),
         "psnr": None,
         "fault": "",
     }
-    near = found.nearest
+    near = recovery.nearest
     if near is None:
         return run, x, None
-    beside = match(near, found.nearest_labels, x, targets)
-    return {**run, "psnr": beside.psnr, "fault": misstated(found, beside)}, x, near
+    beside = match(near, recovery.nearest_labels, x, targets)
+    return {**run, "psnr": beside.psnr, "fault": misstated(recovery, beside)}, x, near
 
 
 def differences(more: list[float], less: list[float]) -> list[float]:
@@ -253,11 +255,11 @@ def main() -> int:
             means.setdefault((case.row, run["method"]), []).append(run["psnr"])
         if case.row.startswith("blog"):
             shown.append((run, x, near))
-    for (row, name), found in means.items():
-        line = f"{row}, mean of {len(found)}: {name:13} {spread(found)} dB"
+    for (row, name), values in means.items():
+        line = f"{row}, mean of {len(values)}: {name:13} {spread(values)} dB"
         whole = means[row, WHOLE]
         if name != WHOLE:
-            line += f", the term adds {spread(differences(whole, found))}"
+            line += f", the term adds {spread(differences(whole, values))}"
         elif row == "smooth32" and ("terms32", WHOLE) in means:
             line += f", the weight adds {spread(differences(whole, means['terms32', WHOLE]))}"
         print(line)

@@ -103,13 +103,13 @@ def measure(name: str, seed: int, trials: int | None = None) -> NoiseTrials:
     picture = rgap.photos.load(8, 16)[seed : seed + 1]
     label = torch.tensor([[1.0]]).double() if loss.startswith("binary") else torch.tensor([3])
     model = build(seed)
-    found = noise(model, picture, loss=loss, labels=label, method="dense")
+    report = noise(model, picture, loss=loss, labels=label, method="dense")
     # One trial scatters by √(2/effective) around its mean.
-    planned = max(FEWEST, math.ceil(2 / found.effective / AIM**2))
+    planned = max(FEWEST, math.ceil(2 / report.effective / AIM**2))
     return noise_trials(
         model,
         picture,
-        sigma=found.critical_sigma(QUALITY),
+        sigma=report.critical_sigma(QUALITY),
         trials=trials or planned,
         loss=loss,
         labels=label,
@@ -117,14 +117,14 @@ def measure(name: str, seed: int, trials: int | None = None) -> NoiseTrials:
     )
 
 
-def line(name: str, found: NoiseTrials) -> str:
+def line(name: str, trials: NoiseTrials) -> str:
     """One row of the table."""
-    report = found.report
+    report = trials.report
     assert report.decision is not None
     return (
         f"| {NETWORKS[name][0]} | {report.equations:,} | {report.decision.condition:.1e} | "
-        f"{report.effective:.0f} | {report.level:.1e} | {len(found.totals):,} | {found.ratio:.3f} "
-        f"| {found.standard_error:.3f} | {found.seconds:.0f} |"
+        f"{report.effective:.0f} | {report.level:.1e} | {len(trials.totals):,} | "
+        f"{trials.ratio:.3f} | {trials.standard_error:.3f} | {trials.seconds:.0f} |"
     )
 
 
@@ -149,25 +149,25 @@ def main() -> int:
     print(HEADER, flush=True)
     missed = []
     for name in options.networks:
-        found = measure(name, options.seed, options.trials)
-        print(line(name, found), flush=True)
+        trials = measure(name, options.seed, options.trials)
+        print(line(name, trials), flush=True)
         # Of a stated number of trials nothing finer is asked than it can tell.
-        room = 0.0 if options.trials is None else 4 * found.standard_error
-        sure = options.trials is not None or found.standard_error < SURE
-        if not (LOW - room <= found.ratio <= HIGH + room and sure and found.settled):
+        room = 0.0 if options.trials is None else 4 * trials.standard_error
+        sure = options.trials is not None or trials.standard_error < SURE
+        if not (LOW - room <= trials.ratio <= HIGH + room and sure and trials.settled):
             missed.append(name)
         run = {
             "network": name,
-            "ratio": found.ratio,
-            "standard_error": found.standard_error,
-            "trials": len(found.totals),
-            "settled": found.settled,
-            "steps": found.steps,
-            **found.report.summary(),
+            "ratio": trials.ratio,
+            "standard_error": trials.standard_error,
+            "trials": len(trials.totals),
+            "settled": trials.settled,
+            "steps": trials.steps,
+            **trials.report.summary(),
         }
         append(options.output, [run])
         if options.figures is not None and name == "residual":
-            draw(found, options.figures)
+            draw(trials, options.figures)
     if missed:
         print(f"missed: {', '.join(missed)}", file=sys.stderr)
     return 1 if missed else 0
@@ -195,17 +195,17 @@ def defences() -> int:
         "worse than the range | PSNR |\n|---|---|---|---|---|---|---|"
     )
     for sigma, defence in DEFENCES:
-        found = noise(model, picture, sigma=sigma, defence=defence, labels=torch.tensor([3]))
+        report = noise(model, picture, sigma=sigma, defence=defence, labels=torch.tensor([3]))
         print(
-            f"| {sigma:g} | {'–' if defence is None else f'`{defence}`'} | {found.level:.1e} | "
-            f"{found.equations:,} | {found.rank} of {found.unknowns} | {found.lost} | "
-            f"{float(found.psnr):.1f} dB |",
+            f"| {sigma:g} | {'–' if defence is None else f'`{defence}`'} | {report.level:.1e} | "
+            f"{report.equations:,} | {report.rank} of {report.unknowns} | {report.lost} | "
+            f"{float(report.psnr):.1f} dB |",
             flush=True,
         )
     return 0
 
 
-def draw(found: NoiseTrials, folder: Path) -> None:
+def draw(trials: NoiseTrials, folder: Path) -> None:
     """The figures of docs/noise.md."""
     from rgap.analysis.plots.noise import (
         error_map,
@@ -223,7 +223,7 @@ def draw(found: NoiseTrials, folder: Path) -> None:
     small = rgap.models.lenet(channels=6, input_shape=SHAPE, seed=0)
     short = noise(small, pictures[:2], sigma=1e-6, labels=torch.tensor([3, 5]))
     figures = {
-        "noise-measured": measured_against_predicted(found),
+        "noise-measured": measured_against_predicted(trials),
         "noise-map": error_map(pair),
         "noise-spectrum": weighed_spectrum(short),
         "noise-levels": noise_levels(each[0], 20.0),

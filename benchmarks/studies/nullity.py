@@ -51,14 +51,14 @@ def search(
     return timed(model, replace(update, labels=targets), signed_adam(weight), seconds)
 
 
-def measured(found: rgap.Recovery, x: Tensor, targets: Tensor) -> dict:
+def measured(recovery: rgap.Recovery, x: Tensor, targets: Tensor) -> dict:
     """PSNR of the worst picture and of all, and what was claimed wrongly."""
-    near = found.nearest
+    near = recovery.nearest
     if near is None:
         return {"psnr": None, "mean": None, "fault": ""}
-    beside = match(near, found.nearest_labels, x, targets)
+    beside = match(near, recovery.nearest_labels, x, targets)
     mean = statistics.fmean(map(decibels, beside.rms.tolist()))
-    return {"psnr": beside.psnr, "mean": mean, "fault": misstated(found, beside)}
+    return {"psnr": beside.psnr, "mean": mean, "fault": misstated(recovery, beside)}
 
 
 def one(size: int, case: int, seconds: float, least: float) -> dict:
@@ -89,8 +89,8 @@ def tune(sizes: Sequence[int], seconds: float) -> None:
     for size in sizes:
         for weight in WEIGHTS:
             model, x, targets, update = batch(size, 0)
-            found = search(model, update, targets, weight, seconds)
-            psnr = measured(found, x, targets)["psnr"]
+            recovery = search(model, update, targets, weight, seconds)
+            psnr = measured(recovery, x, targets)["psnr"]
             print(f"B={size} weight {weight:g}: {psnr:.1f} dB", flush=True)
 
 

@@ -54,26 +54,26 @@ def sample(name: str, places: Sequence[int]) -> tuple[nn.Module, Tensor, Tensor,
     return model, x, targets, update
 
 
-def decibels(found: rgap.Recovery, x: Tensor, targets: Tensor) -> list[float]:
+def decibels(recovery: rgap.Recovery, x: Tensor, targets: Tensor) -> list[float]:
     """PSNR of every picture; 0 dB where nothing came back."""
-    if found.nearest is None:
+    if recovery.nearest is None:
         return [0.0] * len(x)
-    rms = match(x, targets, found.nearest, found.nearest_labels).rms  # by photograph
+    rms = match(x, targets, recovery.nearest, recovery.nearest_labels).rms  # by photograph
     return (-20.0 * rms.clamp_min(1e-15).log10()).tolist()
 
 
-def fault(found: rgap.Recovery, x: Tensor, targets: Tensor) -> str:
+def fault(recovery: rgap.Recovery, x: Tensor, targets: Tensor) -> str:
     """What is wrong with the status of an answer, or nothing."""
-    if found.nearest is None:
+    if recovery.nearest is None:
         return ""
-    return misstated(found, match(found.nearest, found.nearest_labels, x, targets))
+    return misstated(recovery, match(recovery.nearest, recovery.nearest_labels, x, targets))
 
 
 def one(name: str, places: Sequence[int], seconds: float) -> dict:
     """One batch through both."""
     model, x, targets, update = sample(name, places)
     began = time.perf_counter()
-    found = rgap.invert(model, update, complete=True, time_limit=seconds)
+    recovery = rgap.invert(model, update, complete=True, time_limit=seconds)
     spent = time.perf_counter() - began
     method = signed_adam(BEST[name, len(x)])
     other = timed(model, update, method, spent)
@@ -81,15 +81,15 @@ def one(name: str, places: Sequence[int], seconds: float) -> dict:
         "network": name,
         "batch": len(x),
         "photographs": list(places),
-        "ours": decibels(found, x, targets),
+        "ours": decibels(recovery, x, targets),
         "theirs": decibels(other, x, targets),
         "weight": method.variation,
-        "status": found.status.name,
-        "reason": found.reason,
-        "residual": found.residual,
+        "status": recovery.status.name,
+        "reason": recovery.reason,
+        "residual": recovery.residual,
         "seconds": [spent, other.seconds],
-        "exact": [r.layer for r in found.layers if r.nullity == 0],
-        "fault": fault(found, x, targets),
+        "exact": [r.layer for r in recovery.layers if r.nullity == 0],
+        "fault": fault(recovery, x, targets),
     }
 
 
@@ -103,8 +103,8 @@ def tuned(names: Sequence[str], batches: Sequence[int], count: int, seconds: flo
                 for number in range(min(count, FIRST // size)):
                     places = range(number * size, (number + 1) * size)
                     model, x, targets, update = sample(name, places)
-                    found = timed(model, update, signed_adam(weight), seconds)
-                    values += decibels(found, x, targets)
+                    recovery = timed(model, update, signed_adam(weight), seconds)
+                    values += decibels(recovery, x, targets)
                 means[weight] = statistics.fmean(values)
             best = max(means, key=lambda weight: means[weight])
             shown = "  ".join(f"{weight:g}: {mean:.2f}" for weight, mean in means.items())

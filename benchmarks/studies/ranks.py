@@ -80,7 +80,7 @@ def main() -> int:
 def measured(layer: RandomLayer) -> Row:
     """All ranks of one layer; seconds of processor time."""
     start = time.process_time()
-    found = layer_ranks(layer.affine, layer.batch, layer.active, seed=layer.index)
+    ranks = layer_ranks(layer.affine, layer.batch, layer.active, seed=layer.index)
     form = closed_form(layer.affine, layer.batch, layer.active)
     every, proved = None, False
     if bool(layer.active.all()):
@@ -91,18 +91,18 @@ def measured(layer: RandomLayer) -> Row:
     return Row(
         layer.index,
         layer.title,
-        found.unknowns,
-        three(found.numerical),
-        three(found.modular),
-        three(found.structural),
+        ranks.unknowns,
+        three(ranks.numerical),
+        three(ranks.modular),
+        three(ranks.structural),
         (int(form.gradient_rank), int(form.weight_rank), int(form.joint_rank)),
         bool(form.exact),
         every,
         proved,
-        found.gap,
-        found.modular.failure,
-        found.modular.agree,
-        found.explain(),
+        ranks.gap,
+        ranks.modular.failure,
+        ranks.modular.agree,
+        ranks.explain(),
         time.process_time() - start,
     )
 
@@ -181,7 +181,7 @@ def goals(rows: list[Row]) -> list[str]:
         missed.append(f"exact for every B in {len(proved)} of {len(lines)} layers")
     if len(exact) < EXACT * count:
         missed.append(f"the closed form says exact for {len(exact)} of {count} layers")
-    for what, found in (
+    for what, which in (
         ("no cause for numerical ≠ modular", open_cases),
         ("closed form below the truth", low),
         ("closed form wrong where it says exact", wrong),
@@ -189,8 +189,8 @@ def goals(rows: list[Row]) -> list[str]:
         ("expression in B wrong where it says exact", wrong_lines),
         ("structural rank below the truth", sunk),
     ):
-        if found:
-            missed.append(f"{what}: layers {[row.index for row in found]}")
+        if which:
+            missed.append(f"{what}: layers {[row.index for row in which]}")
     return missed
 
 

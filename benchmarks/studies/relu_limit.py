@@ -36,12 +36,12 @@ def main() -> int:
     print("|---|---|---|---|---|")
     for width in options.widths:
         for size in sorted({round(share * width) for share in SHARES}):
-            found = [one(width, size, seed) for seed in range(options.seeds)]
-            alive = [units for units, _ in found]
-            opened = sum(count for _, count in found)
+            counts = [one(width, size, seed) for seed in range(options.seeds)]
+            alive = [units for units, _ in counts]
+            opened = sum(count for _, count in counts)
             print(
                 f"| {width} | {size} | {min(alive)}–{max(alive)} | {(min(alive) + 1) / 2:.1f}–"
-                f"{(max(alive) + 1) / 2:.1f} | {opened} of {size * len(found)} |",
+                f"{(max(alive) + 1) / 2:.1f} | {opened} of {size * len(counts)} |",
                 flush=True,
             )
     return 0

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 import rgap
 from benchmarks.common.arguments import Arguments
 from benchmarks.common.json_lines import append
-from benchmarks.common.judging import decibels, middle
+from benchmarks.common.judging import match, middle
 from rgap.recovery import Status
 from rgap.separation.sparsity.separate import sparse_separation
 
@@ -124,20 +124,15 @@ def one(size: int, labels: str, dtype: torch.dtype, seed: int, options: argparse
     return run
 
 
-def quality(prefix: str, found: Tensor | None, truth: Tensor) -> dict:
+def quality(prefix: str, inputs: Tensor | None, truth: Tensor) -> dict:
     """Success up to order, the largest entry of the error and the lowest PSNR of a picture."""
-    if found is None:
+    if inputs is None:
         return {f"{prefix}success": False, f"{prefix}worst": None, f"{prefix}psnr": None}
-    found, truth = found.flatten(1).double(), truth.flatten(1).double()
-    order = torch.cdist(truth, found).argmin(1)
-    error = found[order] - truth
-    worst = float(error.abs().max())
-    psnr = decibels(float(error.square().mean(1).max().sqrt()))
-    once = len(set(order.tolist())) == len(truth) == len(found)
+    beside = match(inputs, None, truth, truth)
     return {
-        f"{prefix}success": once and worst < CLOSE,
-        f"{prefix}worst": worst,
-        f"{prefix}psnr": psnr,
+        f"{prefix}success": beside.once and beside.worst < CLOSE,
+        f"{prefix}worst": beside.worst,
+        f"{prefix}psnr": beside.psnr,
     }
 
 

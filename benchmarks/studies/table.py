@@ -67,9 +67,9 @@ def cnn6d(index: int) -> int:
     update = rgap.capture(model, picture, torch.tensor([1.0]), BINARY)
     recovery = rgap.invert(model, update)
     layer = recovery.layer("conv2")
-    found = (layer.gradient_rank, layer.weight_rank, layer.joint_rank, layer.nullity)
-    right = found == (1968, 1620, 3188, 280) and not recovery.exact
-    print(f"  photograph {index}: {recovery.status.name}, K, W, joint, nullity = {found}")
+    ranks = (layer.gradient_rank, layer.weight_rank, layer.joint_rank, layer.nullity)
+    right = ranks == (1968, 1620, 3188, 280) and not recovery.exact
+    print(f"  photograph {index}: {recovery.status.name}, K, W, joint, nullity = {ranks}")
     return int(not right)
 
 
@@ -84,9 +84,9 @@ def lenet_pair(index: int) -> int:
     kappa = update.loss.cotangent(outputs, labels)
     recovery = rgap.invert(model, update, head=rgap.Head(features, kappa))
     conv2, conv3 = recovery.layer("conv2"), recovery.layer("conv3")
-    found = (conv3.nullity, conv2.gradient_rank, conv2.joint_rank, conv2.unknowns, conv2.nullity)
-    print(f"  photographs {index}, {index + 1}: {recovery.status.name}, {found}")
-    return int(found != (0, 3600, 4992, 6144, 1152) or recovery.exact)
+    ranks = (conv3.nullity, conv2.gradient_rank, conv2.joint_rank, conv2.unknowns, conv2.nullity)
+    print(f"  photographs {index}, {index + 1}: {recovery.status.name}, {ranks}")
+    return int(ranks != (0, 3600, 4992, 6144, 1152) or recovery.exact)
 
 
 def fcn3(index: int) -> int:
@@ -134,10 +134,10 @@ def report(
         return 1
     answers = [(c.inputs, c.labels) for c in recovery.candidates]
     answers = answers or [(recovery.inputs, recovery.labels)]
-    found, labels = min(answers, key=lambda a: float((a[0] - x).square().mean()))
-    psnr = decibels(float((found - x).square().mean().sqrt()))
+    nearest, labels = min(answers, key=lambda a: float((a[0] - x).square().mean()))
+    psnr = decibels(float((nearest - x).square().mean().sqrt()))
     right = labels.flatten().tolist() == label.tolist()
-    kept = float((found - x).abs().max()) <= recovery.error_bound
+    kept = float((nearest - x).abs().max()) <= recovery.error_bound
     status = recovery.status.name + (f" ({len(answers)})" if recovery.candidates else "")
     print(
         f"  {case}: {status}, {psnr:.1f} dB, label {'found' if right else 'WRONG'}, "

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 import rgap
 from benchmarks.common.arguments import Arguments
+from benchmarks.common.judging import match
 from rgap import analysis
 
 ROOT = Path(rgap.__file__).parents[1]
@@ -73,8 +74,8 @@ def sent(idiom: Idiom, model: nn.Module, count: int) -> tuple[Tensor, rgap.Updat
     try:
         loss = rgap.Loss(idiom.loss)(logits_of(model(data)), targets)
         leaves = dict(model.named_parameters())
-        found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-        gradients.update({n: g for n, g in zip(leaves, found, strict=True) if g is not None})
+        given = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+        gradients.update({n: g for n, g in zip(leaves, given, strict=True) if g is not None})
     except Exception:
         pass
     gradients = gradients or {"weight": torch.ones(1)}
@@ -130,7 +131,7 @@ def verdict(call: Callable[[], Any], truth: Tensor | None) -> str:
     try:
         with warnings.catch_warnings(), limited(SECONDS):
             warnings.simplefilter("ignore")
-            found = call()
+            answer = call()
     except (ValueError, TypeError) as error:
         frames = traceback.extract_tb(error.__traceback__)
         ours = frames[-1].filename.startswith(FOLDERS)
@@ -139,23 +140,22 @@ def verdict(call: Callable[[], Any], truth: Tensor | None) -> str:
         return f"{type(error).__name__} from {place(error)}: {str(error)[:150]}"
     except (Exception, TooLong) as error:
         return f"{type(error).__name__} from {place(error)}: {str(error)[:150]}"
-    certified = isinstance(found, rgap.Recovery) and found.status is rgap.Status.EXACT
+    certified = isinstance(answer, rgap.Recovery) and answer.status is rgap.Status.EXACT
     if certified and truth is not None:
-        return wrong(found, truth) or "answer"
+        return wrong(answer, truth) or "answer"
     return "answer"
 
 
-def wrong(found: rgap.Recovery, truth: Tensor) -> str:
+def wrong(recovery: rgap.Recovery, truth: Tensor) -> str:
     """How far an EXACT answer is off, or nothing."""
-    assert found.inputs is not None
-    mine = found.inputs.double().reshape(len(found.inputs), -1)
-    theirs = truth.double().reshape(len(truth), -1)
-    if len(mine) != len(theirs):
-        return f"EXACT with {len(mine)} samples of {len(theirs)}"
-    nearest = mine[torch.cdist(mine, theirs).argmin(0)]
-    gap = float((nearest - theirs).abs().max())
-    bound = max(CLOSE, found.error_bound or 0.0)
-    return "" if gap < bound else f"EXACT and off by {gap:.1e}, stated {bound:.1e}"
+    assert recovery.inputs is not None
+    beside = match(recovery.inputs, None, truth, truth)
+    if not beside.once:
+        return f"EXACT with {len(recovery.inputs)} samples of {len(truth)}"
+    bound = max(CLOSE, recovery.error_bound or 0.0)
+    return (
+        "" if beside.worst < bound else f"EXACT and off by {beside.worst:.1e}, stated {bound:.1e}"
+    )
 
 
 def place(error: BaseException) -> str:
@@ -206,13 +206,13 @@ def main() -> int:
                 if size == 1 and point not in SINGLE:
                     continue
                 began = time.process_time()
-                found = verdict(partial(POINTS[point], idiom, model, update), truth)
+                outcome = verdict(partial(POINTS[point], idiom, model, update), truth)
                 seconds = time.process_time() - began
-                fine = found in ("answer", "sentence")
-                counts[point][found if fine else "failed"] += 1
+                fine = outcome in ("answer", "sentence")
+                counts[point][outcome if fine else "failed"] += 1
                 failed += not fine
                 if not fine or seconds > 5:
-                    print(f"{name} · B = {size} · {point}: {found} ({seconds:.1f} s)", flush=True)
+                    print(f"{name} · B = {size} · {point}: {outcome} ({seconds:.1f} s)", flush=True)
     print("\n| entry point | answers | sentences | failed |\n|---|---|---|---|")
     for point, count in counts.items():
         print(f"| {point} | {count['answer']} | {count['sentence']} | {count['failed']} |")

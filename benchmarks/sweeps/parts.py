@@ -28,15 +28,17 @@ def main() -> int:
         net, x = chain_of(seed)
         for dtype in (torch.float64, torch.float32):
             net, x = net.to(dtype), x.to(dtype)
-            found = rgap.invert(net, rgap.capture(net, x, torch.tensor([2])))
-            known = found.inputs if found.partial is None else found.partial
-            seen[f"{found.status.name}{' in parts' if found.partial is not None else ''}"] += 1
-            if known is None or found.error_bound is None:
+            recovery = rgap.invert(net, rgap.capture(net, x, torch.tensor([2])))
+            known = recovery.inputs if recovery.partial is None else recovery.partial
+            seen[
+                f"{recovery.status.name}{' in parts' if recovery.partial is not None else ''}"
+            ] += 1
+            if known is None or recovery.error_bound is None:
                 continue
             gap = (known - x)[~known.isnan()].abs().max()
-            if gap > found.error_bound:
+            if gap > recovery.error_bound:
                 off += 1
-                print(f"seed {seed}, {dtype}: off by {gap:.1e}, bound {found.error_bound:.1e}")
+                print(f"seed {seed}, {dtype}: off by {gap:.1e}, bound {recovery.error_bound:.1e}")
     print(dict(seen))
     return int(off > 0)
 

@@ -82,14 +82,14 @@ def resnet18(classes: int = 1000) -> nn.Module:
 
 def joint(batch: int, null_space: bool) -> dict[str, Any]:
     """LeNet's joint rank at photographs, layer by layer without the Jacobian."""
-    found = identifiability(
+    finding = identifiability(
         rgap.models.lenet(seed=0),
         rgap.photos.load(batch),
         method="structured",
         sequential=False,
         null_space=null_space,
     )
-    return {"rank": found.joint_rank, "unknowns": found.unknowns, "gap": found.gap}
+    return {"rank": finding.joint_rank, "unknowns": finding.unknowns, "gap": finding.gap}
 
 
 def dense(batch: int) -> dict[str, Any]:
@@ -112,8 +112,8 @@ def dense(batch: int) -> dict[str, Any]:
 def table(make: Callable[[], nn.Module], shape: tuple[int, ...], batches: tuple[int, ...],
           method: str) -> dict[str, Any]:  # fmt: skip
     """The per-layer table of a network."""
-    found = audit(seeded(make), shape, batches, method=method)
-    for row in found.rows:
+    audited = audit(seeded(make), shape, batches, method=method)
+    for row in audited.rows:
         bound = "" if row.exact else "<="
         print(
             f"    {row.layer:<14} B={row.batch_size} unknowns {row.unknowns:>9,}  gradient "
@@ -121,7 +121,7 @@ def table(make: Callable[[], nn.Module], shape: tuple[int, ...], batches: tuple[
             f"{row.joint_rank:,}  {row.route}",
             flush=True,
         )
-    return {"rows": len(found.rows)}
+    return {"rows": len(audited.rows)}
 
 
 ROWS: dict[str, list[tuple[str, Callable[[], dict[str, Any]]]]] = {

@@ -63,9 +63,9 @@ def _widened(x: Tensor) -> Tensor:
     return nn.functional.pad(x, (0, 1, 0, 1))
 
 
-def psnr(found: Tensor, x: Tensor) -> float:
+def psnr(inputs: Tensor, x: Tensor) -> float:
     """Of normalised data beside the picture."""
-    return float(-10 * torch.log10((found * STD + MEAN - x).square().mean()))
+    return float(-10 * torch.log10((inputs * STD + MEAN - x).square().mean()))
 
 
 def theirs(model: nn.Module, update: rgap.Update, iterations: int, seed: int) -> Tensor:
@@ -95,8 +95,8 @@ def theirs(model: nn.Module, update: rgap.Update, iterations: int, seed: int) ->
     torch.manual_seed(seed)
     setup = {"dtype": torch.float, "device": torch.device("cpu")}
     attacker = breaching.attacks.prepare_attack(model, nn.CrossEntropyLoss(), config, setup)
-    found: Tensor = attacker.reconstruct([payload], [shared], {})[0]["data"]
-    return found
+    data: Tensor = attacker.reconstruct([payload], [shared], {})[0]["data"]
+    return data
 
 
 def ours(
@@ -108,11 +108,11 @@ def ours(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         start = torch.randn(len(update.labels), 3, 32, 32)
-    found = rgap.match(
+    matching = rgap.match(
         model, update, method=preset, iterations=iterations, start=start, prior=prior
     )
-    assert found.nearest is not None
-    return found.nearest
+    assert matching.nearest is not None
+    return matching.nearest
 
 
 def main() -> int:
@@ -150,9 +150,9 @@ def main() -> int:
             line = f"{place:10} {seed:4}"
             for name, find in searches.items():
                 with Stopwatch() as watch:
-                    found = find(update, options.iterations, seed)
+                    picture = find(update, options.iterations, seed)
                 times[name].append(watch.cpu / options.iterations * 1e3)
-                levels[name].append(psnr(found, x))
+                levels[name].append(psnr(picture, x))
                 line += f"{levels[name][-1]:8.2f} dB {times[name][-1]:4.1f}"
             print(line, flush=True)
     for name in set(searches) - {"breaching"} if "breaching" in searches else ():

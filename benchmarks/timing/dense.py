@@ -150,7 +150,7 @@ class Bench:
             bulky = layer["rows"] * layer["unknowns"] * 8 > self.memory * GIB
             if not over and not bulky:
                 try:
-                    found = fastest(
+                    solve = fastest(
                         [
                             self.run("dense", name, layer["index"], driver, limit=self.limit)
                             for _ in range(self.dense_repeat)
@@ -159,7 +159,7 @@ class Bench:
                 except OverLimitError:
                     over = True
                 else:
-                    layer[driver], ran = {**found, "measured": True}, layer
+                    layer[driver], ran = {**solve, "measured": True}, layer
                     continue
             layer[driver] = {"measured": False, "seconds": None, "increment": 0.0, "peak": 0.0}
             if ran is not None:
@@ -203,16 +203,18 @@ def show(report: Json) -> None:
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(overview(report["networks"]))
     console.print(by_layer(report["networks"]))
-    found = list(report["networks"].values())
-    pools = ", ".join(found[0]["recursion"]["pools"])
+    networks = list(report["networks"].values())
+    pools = ", ".join(networks[0]["recursion"]["pools"])
     console.print(
         f"{report['cpu']}, {report['cores']} cores; thread pools: {pools}; load before the first "
         f"measurement {report['load']:.2f}, other processes' CPUs while measuring at most "
-        f"{max(others(found)):.2f}. Fastest of {report['repeat']} processes, dense of "
+        f"{max(others(networks)):.2f}. Fastest of {report['repeat']} processes, dense of "
         f"{report['dense_repeat']}.",
         style="dim", highlight=False,
     )  # fmt: skip
-    if any(not layer[d]["measured"] for net in found for layer in net["layers"] for d in DRIVERS):
+    if any(
+        not layer[d]["measured"] for net in networks for layer in net["layers"] for d in DRIVERS
+    ):
         console.print("≈ extrapolated by LAPACK's flop count from the largest layer that ran.")
 
 
@@ -239,14 +241,14 @@ def overview(networks: Json) -> Table:
             f"{whole['seconds'] / floor:.1f} × floor", psnr, whole["status"], *memory(whole),
         )  # fmt: skip
         for driver in DRIVERS:
-            found = [layer[driver] for layer in net["layers"]]
-            largest = max(found, key=lambda one: float(one["peak"]))
+            solves = [layer[driver] for layer in net["layers"]]
+            largest = max(solves, key=lambda one: float(one["peak"]))
             label = f"dense lstsq, {driver}"
-            if any(one["seconds"] is None for one in found):
+            if any(one["seconds"] is None for one in solves):
                 table.add_row("", label, "over the limit", "", "", "", *memory(largest))
                 continue
-            mark = "" if all(one["measured"] for one in found) else "≈ "
-            total = sum(one["seconds"] + one.get("build", 0.0) for one in found)
+            mark = "" if all(one["measured"] for one in solves) else "≈ "
+            total = sum(one["seconds"] + one.get("build", 0.0) for one in solves)
             table.add_row(
                 "", label, f"{mark}{total:.2f}", f"{mark}{total / seconds:.1f} × recursion",
                 "-", "-", *memory(largest),
@@ -276,9 +278,9 @@ def by_layer(networks: Json) -> Table:
             row = [name, layer["layer"], f"{layer['rows']}×{layer['unknowns']}"]
             row.append(f"{layer['seconds']:.2f}")
             for driver in DRIVERS:
-                found = layer[driver]
-                mark = "" if found["measured"] else "≈ "
-                row.append("-" if found["seconds"] is None else f"{mark}{found['seconds']:.2f}")
+                solve = layer[driver]
+                mark = "" if solve["measured"] else "≈ "
+                row.append("-" if solve["seconds"] is None else f"{mark}{solve['seconds']:.2f}")
             floor = layer["floor"]
             row += ["-" if floor is None else f"{floor['seconds']:.3f}"]
             row.append(f"{size}²" if blocks == 1 else f"{blocks}×{size}²")
@@ -287,10 +289,10 @@ def by_layer(networks: Json) -> Table:
     return table
 
 
-def others(found: list[Json]) -> list[float]:
+def others(networks: list[Json]) -> list[float]:
     """CPUs that other processes kept busy during each measurement."""
-    runs = [net[route] for net in found for route in ("recursion", "invert")]
-    runs += [layer[driver] for net in found for layer in net["layers"] for driver in DRIVERS]
+    runs = [net[route] for net in networks for route in ("recursion", "invert")]
+    runs += [layer[driver] for net in networks for layer in net["layers"] for driver in DRIVERS]
     return [float(run.get("others", 0.0)) for run in runs]
 
 

@@ -101,8 +101,8 @@ def end_to_end(network: str) -> Json:
     before = peak()
     with Busy() as watch:
         recovery = rgap.invert(case.model, case.update)
-    found = recovery.inputs
-    psnr = None if found is None else case.psnr(found)
+    inputs = recovery.inputs
+    psnr = None if inputs is None else case.psnr(inputs)
     return {**watch.result(before), "psnr": psnr, "status": recovery.status.name}
 
 
@@ -198,13 +198,13 @@ def busy() -> float:
 
 def pools() -> list[str]:
     """Thread pools of this process, as far as they can be asked."""
-    found = [f"torch {torch.get_num_threads()}"]
+    names = [f"torch {torch.get_num_threads()}"]
     try:
         control = importlib.import_module("threadpoolctl")
     except ImportError:
-        return found
+        return names
     asked = control.threadpool_info()
-    return found + sorted({f"{pool['internal_api']} {pool['num_threads']}" for pool in asked})
+    return names + sorted({f"{pool['internal_api']} {pool['num_threads']}" for pool in asked})
 
 
 def main() -> int:

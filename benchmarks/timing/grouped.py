@@ -45,12 +45,13 @@ def main() -> int:
         x = torch.rand(1, channels, SIDE, SIDE, dtype=torch.float64)
         update = rgap.capture(model, x, torch.tensor([3]))
         with Stopwatch() as watch:
-            found = rgap.invert(model, update)
+            recovery = rgap.invert(model, update)
         error = float("nan")
-        if found.inputs is not None:
-            error = float((found.inputs - x).abs().max())
+        if recovery.inputs is not None:
+            error = float((recovery.inputs - x).abs().max())
         print(
-            f"{x.numel()} unknowns: {found.status.name}, error {error:.1e}, {watch.cpu:.2f} CPU s",
+            f"{x.numel()} unknowns: {recovery.status.name}, error {error:.1e}, "
+            f"{watch.cpu:.2f} CPU s",
             flush=True,
         )
     return 0

@@ -46,15 +46,15 @@ def attacker(folder: Path, narrower: int, limit: str | None) -> None:
     with Stopwatch() as watch:
         try:
             budget = None if limit is None else bytes_of(limit)
-            found = rgap.invert(net, update, memory_budget=budget)
+            recovery = rgap.invert(net, update, memory_budget=budget)
         except ValueError as error:
             refusal = str(error)
     if refusal:
         print(f"refused: {refusal}")
     else:
-        print(found.explain())
+        print(recovery.explain())
         true = torch.load(folder / "true.pt").double()
-        for name, value in found.features.items():
+        for name, value in recovery.features.items():
             gap = float((value.reshape(-1) - true.reshape(-1)).abs().max())
             print(f"{name}: largest error {gap:.1e} of {float(true.abs().max()):.2g}")
     print(
