@@ -19,7 +19,7 @@ from rgap.analysis.closed_forms.residue_classes import axis, bounds, count
 from rgap.network.affine import Affine, linear
 from rgap.network.chain import parse
 
-SLICE = layers(40)  # of the five hundred of benchmarks/study_ranks.py
+SLICE = layers(40)  # of the five hundred of benchmarks/studies/ranks.py
 
 
 def affine_of(case: Geometry) -> Affine:
