@@ -170,7 +170,8 @@ def _most_likely(update: UpdateMap, upper: Tensor, noisy: Tensor) -> tuple[Tenso
     """``argmin_x ‖g(x) − y‖`` for updates [T, equations]: [T, B, *input_shape], steps, settled."""
 
     def slope(x: Tensor, y: Tensor) -> Tensor:
-        value, pull = torch.func.vjp(update.value, x)
+        forward = torch.func.vjp(update.value, x)
+        value, pull = forward[0], forward[1]
         out: Tensor = pull(value - y)[0]
         return out
 
