@@ -22,7 +22,7 @@ from rgap.analysis.calls.step_kinds import CHOOSE, CHOOSE_BY_INDEX, POINTWISE
 from rgap.analysis.calls.substitutes import SUBSTITUTES
 from rgap.analysis.calls.uses import CONVOLUTIONS, Event, Node, Recording, Use
 from rgap.network.agreement import refuse_meta
-from rgap.network.running import first_line
+from rgap.network.running import first_line, looks_up
 
 __all__ = ["record", "refusal", "structural_twin", "uncounted"]
 
@@ -124,8 +124,8 @@ def refusal(model: nn.Module, shape: Sequence[int], error: Exception) -> ValueEr
     """The error of a forward that failed, in words."""
     return ValueError(
         f"expected a model that takes [B, {', '.join(map(str, shape))}], got from "
-        f"{type(model).__name__}: {first_line(error)}; write the input_shape the model was "
-        "built for"
+        f"{type(model).__name__}: {first_line(error)}. "
+        + (looks_up(model) or "Write the input_shape the model was built for.")
     )
 
 
