@@ -23,6 +23,7 @@ from rgap.network.affine import Affine
 from rgap.network.pooling import LinearMap, Opaque, Pool
 from rgap.network.probing import Shape, Unsupported, fitting, rearrangement
 from rgap.network.reshape import Op, Pad
+from rgap.network.running import BEHIND_TOKENS
 from rgap.network.scaling import BatchNorm
 
 Names = Mapping[int, str]  # id of a parameter → its name in the model, maybe a `Parameters`
@@ -98,6 +99,8 @@ def build(module: nn.Module, name: str, in_shape: Shape, names: Names) -> Piece:
         what = "a TorchScript module has no forward to read; write the module it was made from"
     if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         what = f"{type(module).__name__} wraps a model; write model.module instead of model"
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        what = f"{type(module).__name__} takes whole numbers, {BEHIND_TOKENS}"
     if isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)):
         what = f"{type(module).__name__} normalises by the statistics of its own input"
     raise Unsupported(what)
