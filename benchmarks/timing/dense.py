@@ -52,7 +52,7 @@ class OverLimitError(Exception):
 
 def main() -> int:
     """Measure, print, write."""
-    parser = Arguments(__doc__, network=["lenet"], repeat=1, memory=0.05)
+    parser = Arguments(__doc__, network=["lenet"], repeat=1, memory=0.05, threads=1)
     parser.several("--network", NETWORKS, "which")
     parser.add_argument("--limit", type=float, default=300, help="seconds of one dense solve")
     parser.add_argument("--memory", type=float, default=12, help="GiB of one dense solve")
