@@ -51,7 +51,7 @@ class OnePhotograph:
     def heads(self, problem: Problem) -> list[HeadCandidate]:
         """Candidates of the head equations, nearest to the true features first."""
         stage = problem.chain.stages[-1]
-        sent = head_gradients(stage, problem.gradients)
+        sent = head_gradients(stage, problem)
         answer = solve_head(stage, *sent, self.update.loss, problem.precision)
         if isinstance(answer, HeadFailure):
             raise RuntimeError(answer.reason)

@@ -52,7 +52,7 @@ class OverLimitError(Exception):
 
 def main() -> int:
     """Measure, print, write."""
-    parser = Arguments(__doc__, network=["lenet"], repeat=1, memory=0.05)
+    parser = Arguments(__doc__, network=["lenet"], repeat=1, memory=0.05, threads=1)
     parser.several("--network", NETWORKS, "which")
     parser.add_argument("--limit", type=float, default=300, help="seconds of one dense solve")
     parser.add_argument("--memory", type=float, default=12, help="GiB of one dense solve")
@@ -127,9 +127,13 @@ class Bench:
         inversions = [self.run("end_to_end", name) for _ in again]
         descent = fastest(descents)
         layers = descent.pop("layers")
+        floors = {
+            size: fastest([self.run("cholesky", *size) for _ in again])
+            for size in {tuple(layer["factored"]) for layer in layers}
+            if size
+        }
         for layer in layers:
-            size = layer["factored"]
-            layer["floor"] = fastest([self.run("cholesky", *size) for _ in again]) if size else None
+            layer["floor"] = floors.get(tuple(layer["factored"]))
         for driver in DRIVERS:
             self.dense(name, driver, layers)
         return {
