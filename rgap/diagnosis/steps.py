@@ -38,6 +38,7 @@ FIRST = 1e-4  # relative residual of rank one at the data, at most
 KNOWN = 1e3  # roundings that one gradient may leave
 SUBSTITUTIONS = 6  # of a real-valued target
 OPTIONS = 10  # classes that are tried
+SPECK = 1e-9  # of the largest singular value: what a difference of weights rounds lies below
 FAINT = 0.05  # of the largest singular value: steps leave less beneath the batch, samples more
 
 
@@ -264,7 +265,7 @@ def _by_rank(evidence: Evidence, layers: list[Floor]) -> list[Finding]:
     reads = evidence.feeds(evidence.calls[0].given, calls[lowest.name].given)
     if max(f.rank for f in layers) >= size:  # below, more samples or steps had room
         evidence.tested.update((Kind.BATCH_SIZE, *((Kind.STEPS,) if layers[reads:] else ())))
-    over = [f for f in layers if f.rank > size and not f.flat]
+    over = [f for f in layers if f.rank > size and not f.flat and f.next > SPECK]
     if not over or any(f.flat and f.level > 20 * f.rounding for f in layers):
         return []
     worst = max(over, key=lambda f: f.rank)
@@ -278,14 +279,14 @@ def _by_rank(evidence: Evidence, layers: list[Floor]) -> list[Finding]:
         f"dataclasses.replace(update, batch_size={count})",
         strength,
     )
-    if reads and lowest.rank > size:
+    if reads and lowest in over:
         said += f"; '{lowest.name}' reads the data, of which no step sees more"
         return [replace(larger, evidence=said)]
     told = None if reads else batch(replace(evidence, batch=count))
     if told is not None:
         return [replace(larger, evidence=f"{said}; {told.route}")]
     if reads:
-        said += f"; '{lowest.name}' below has rank {lowest.rank}: the same data, other weights"
+        said += f"; '{lowest.name}' below has no more: the same data, other weights"
     least = max(2, -(-worst.rank // size))
     said += f"; {least} steps at least"
     line = (

@@ -12,6 +12,9 @@ from rgap.doubles import BLOCK
 from rgap.network.chain import Chain
 from rgap.update.pruning import pruned
 
+ROWS = (2, 3)  # biases of zero beside weights that are not: of one product, and of sums of them
+GONE = 0.2  # of the median, below which a gradient has entries
+FILLED = 8  # entries that have a median
 FEWEST = 32  # entries: below that, equal magnitudes happen by chance
 
 
@@ -44,6 +47,13 @@ def compression(
     """
     if _one_magnitude(gradients):
         return "every tensor has entries of one magnitude only, as sign compression leaves them"
+    if not noise:
+        single, sums = _bared(gradients, terms)
+        if single >= ROWS[0] or (single + sums >= ROWS[1] and _truncated(gradients)):
+            return (
+                f"{single + sums} entries of biases are exactly zero though the rows of their "
+                "weights are not, as pruning to the largest entries leaves them"
+            )
     for name, count in terms.items():
         gradient = gradients.get(name)
         if gradient is None or gradient.ndim < 2:
@@ -57,6 +67,33 @@ def compression(
                 f"rows and columns of {products} but as pruning to the largest entries leaves them"
             )
     return None
+
+
+def _bared(gradients: Mapping[str, Tensor], terms: Mapping[str, int]) -> tuple[int, int]:
+    """Rows with ``G_f ≠ 0`` and ``∂b_f = 0``, of one outer product and of sums of several.
+
+    ``∂b_f = Σ_t k_tf`` is no zero of one product whose row ``k_f x`` is not, and hardly of a sum.
+    """
+    rows = [0, 0]
+    for name, count in terms.items():
+        weight = gradients.get(name)
+        bias = gradients.get(f"{name.removesuffix('weight')}bias")
+        if weight is None or bias is None or bias.shape != weight.shape[:1] or not bias.any():
+            continue
+        rows[count > 1] += int(((bias == 0) & (weight != 0).flatten(1).any(1)).sum())
+    return rows[0], rows[1]
+
+
+def _truncated(gradients: Mapping[str, Tensor]) -> bool:
+    """True if the small values are missing: in every tensor, or below one level in all."""
+    sizes = [g[g != 0].abs().double() for g in gradients.values() if g.ndim > 1]
+    sizes = [s for s in sizes if len(s) >= FILLED]
+    if not sizes:
+        return False
+    return any(
+        all(float(s.min()) > GONE * float(s.median()) for s in parts)
+        for parts in (sizes, [torch.cat(sizes)])
+    )
 
 
 def terms_of(chain: Chain, batch: int | None) -> dict[str, int]:
