@@ -60,6 +60,11 @@ class Training:
     residual: float
     single: float
 
+    @property
+    def clear(self) -> bool:
+        """True if the steps explain the update, and one gradient does not."""
+        return self.residual <= FITS and self.residual * BETTER <= self.single
+
 
 def data(evidence: Evidence) -> tuple[Call, Tensor] | None:
     """The input of a batch of one, read off the fully connected layer that reads it."""
@@ -78,7 +83,7 @@ def data(evidence: Evidence) -> tuple[Call, Tensor] | None:
 
 
 def repeated(evidence: Evidence, x: Tensor) -> Training | None:
-    """The training whose update comes nearest, if it comes much nearer than one gradient."""
+    """The training whose update comes nearest, if it comes nearer than one gradient."""
     loss, outputs = evidence.update.loss, evidence.outputs
     if outputs is None or outputs.ndim != 2 or not loss.known:
         return None
@@ -103,8 +108,6 @@ def repeated(evidence: Evidence, x: Tensor) -> Training | None:
                 break  # to first order in the rate all numbers of steps are alike
             if best is None or found.residual < CLOSER * best.residual:
                 best = found
-    if best is None or best.residual > FITS or best.residual * BETTER > best.single:
-        return None
     return best
 
 
@@ -229,11 +232,13 @@ def read(evidence: Evidence, layers: list[Floor]) -> list[Finding]:
     if evidence.batch is None:
         return []
     given = data(evidence)
-    if given is not None:
-        found = repeated(evidence, given[1])
-        if found is not None:
-            return [_trained_finding(found)]
-    return _by_rank(evidence, layers)
+    best = None if given is None else repeated(evidence, given[1])
+    if best is not None and best.clear:
+        return [_trained_finding(best)]
+    found = _by_rank(evidence, layers)
+    if best is not None and not found:
+        evidence.tested.discard(Kind.STEPS)  # nearer than one gradient, but not near
+    return found
 
 
 def _trained_finding(found: Training) -> Finding:

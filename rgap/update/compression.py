@@ -22,6 +22,7 @@ def compression(
     gradients: Mapping[str, Tensor],
     terms: Mapping[str, int],
     noise: Mapping[str, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> str | None:
     """What the update looks like if it was compressed, in words; None for a plain gradient.
 
@@ -35,6 +36,7 @@ def compression(
         terms: outer products that the gradient of a weight is a sum of, samples times positions;
             other tensors are not looked at for zeros.
         noise: standard deviation of the noise of entries, by parameter name.
+        dtype: in which values underflowed, where it is not that of the tensors.
 
     Returns:
         A clause that names the compression, or None.
@@ -49,7 +51,8 @@ def compression(
         return "every tensor has entries of one magnitude only, as sign compression leaves them"
     if not noise:
         single, sums = _bared(gradients, terms)
-        if single >= ROWS[0] or (single + sums >= ROWS[1] and _truncated(gradients)):
+        exact = dtype is None or all(g.dtype == dtype for g in gradients.values())
+        if (exact and single >= ROWS[0]) or (single + sums >= ROWS[1] and _truncated(gradients)):
             return (
                 f"{single + sums} entries of biases are exactly zero though the rows of their "
                 "weights are not, as pruning to the largest entries leaves them"
@@ -59,7 +62,8 @@ def compression(
         if gradient is None or gradient.ndim < 2:
             continue
         own = (noise or {}).get(name)
-        if pruned(gradient, count, 0.0 if own is None else float(own.max())):
+        lost = 0.0 if dtype is None else float(torch.finfo(dtype).smallest_normal)
+        if pruned(gradient, count, lost if own is None else max(lost, float(own.max()))):
             share = float((gradient == 0).double().mean())
             products = "one outer product" if count == 1 else f"{count} outer products"
             return (
