@@ -15,7 +15,7 @@ import pytest
 import torch
 from mistakes import case, changed, clipped, moved, noisy, scaled
 from mistakes_table import MISTAKES as TABLE
-from mistakes_table import stepped
+from mistakes_table import one_by_one, stepped
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -274,6 +274,37 @@ def pruned(g: Tensor) -> Tensor:
 def test_compression(name: str, how: object) -> None:
     given = case(name, 1)
     only(check(given.model, changed(given.update, how)), Kind.COMPRESSION)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("loss", [CROSS, SQUARED])
+def test_labels_that_are_not_those_of_the_batch(loss: str) -> None:
+    given = case("mlp", 1, loss)
+    wrong = (given.targets + 1) % 10 if loss == CROSS else given.targets.roll(1, -1)
+    found = check(given.model, given.update, labels=wrong)
+    label = int(given.targets if loss == CROSS else given.targets.argmax())
+    assert only(found, Kind.LABELS).value == label
+    assert [f.kind for f in found.findings] == [Kind.LABELS]
+    assert check(given.model, given.update, labels=given.targets).ok
+
+
+def test_a_batch_size_that_is_not_that_of_the_mean() -> None:
+    given = case("mlp", 4)
+    found = only(check(given.model, replace(given.update, batch_size=8)), Kind.BATCH_SIZE)
+    assert found.value == 4 and found.rivals == (Kind.SCALE,)
+    assert "batch_size=4" in found.remedy and "g / 2" in found.evidence
+    assert check(given.model, follow(given.model, replace(given.update, batch_size=8))).ok
+
+
+def test_what_clipping_sample_by_sample_says_of_each() -> None:
+    given = case("mlp", 4)
+    found = only(check(given.model, one_by_one(given, 1.5)), Kind.CLIPPING)
+    for label in given.targets.tolist():
+        own = capture(
+            given.model, *(t[given.targets == label] for t in (given.inputs, given.targets))
+        )
+        norm = sum(float(g.square().sum()) for g in own.gradients.values()) ** 0.5
+        if norm > 1.5:
+            assert f"(label {label}, norm {norm / 1.5:.3g} c)" in found.evidence
 
 
 @pytest.mark.parametrize(("name", "batch"), [("mlp", 1), ("lenet", 4)])

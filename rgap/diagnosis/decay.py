@@ -46,10 +46,10 @@ def read(evidence: Evidence, layers: list[Floor]) -> tuple[list[Finding], dict[s
             seen = [_beneath(dense[n] - rate * w, w, size) for n, w in weights.items()]
             rate += sum(s.product for s in seen) / sum(s.size for s in seen)
         seen = [_beneath(dense[n] - rate * w, w, size) for n, w in weights.items()]
-        own = [rate + s.product / s.size for s in seen]
+        rates = [rate + s.product / s.size for s in seen]
         left = max(a.rest / max(b.rest, 1e-300) for a, b in zip(seen, first, strict=True))
         if (
-            max(own) - min(own) <= SAME * abs(rate)
+            max(rates) - min(rates) <= SAME * abs(rate)
             and left <= LEFT
             and (not best or left < best[1])
         ):

@@ -23,6 +23,7 @@ class Kind(StrEnum):
     CLIPPING = "clipping"
     SCALE = "scale"
     LOSS = "loss"
+    LABELS = "labels"
     MODE = "mode"
     DROPOUT = "dropout"
     STEPS = "steps"
@@ -51,6 +52,7 @@ _CLAIMS = {
     Kind.CLIPPING: "the update was clipped",
     Kind.SCALE: "the update is off by a factor: another learning rate, or a scaled loss",
     Kind.LOSS: "the client minimised another loss than the declared one",
+    Kind.LABELS: "the stated labels are not those of the batch",
     Kind.MODE: "batch norm was in train mode on the client",
     Kind.DROPOUT: "dropout was on at the client",
     Kind.STEPS: "the update is that of several local steps",

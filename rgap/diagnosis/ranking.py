@@ -30,7 +30,16 @@ from rgap.precision import Precision
 from rgap.update.update import Update
 
 EXPLAIN = frozenset(
-    (Kind.MODE, Kind.DROPOUT, Kind.STEPS, Kind.NOISE, Kind.BATCH_SIZE, Kind.LOSS, Kind.DECAY)
+    (
+        Kind.MODE,
+        Kind.DROPOUT,
+        Kind.STEPS,
+        Kind.NOISE,
+        Kind.BATCH_SIZE,
+        Kind.LOSS,
+        Kind.DECAY,
+        Kind.LABELS,
+    )
 )
 """Findings that break identities between layers: other weights are not needed to explain these."""
 SAME = 1e3  # roundings by which the gradient of one sample may miss rank one

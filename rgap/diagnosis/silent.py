@@ -101,7 +101,7 @@ def _unsaturated(gradient: Tensor, batch: int | None) -> bool:
     """True if the columns of [m, n] are more than saturated features of a batch leave."""
     if gradient.ndim != 2 or batch is None or batch > COUNTED:
         return False
-    sizes = gradient.norm(dim=0)
+    sizes: Tensor = gradient.norm(dim=0)
     sizes = sizes[sizes > 0].sort().values
     distinct = 1 + int((sizes.diff() > APART * sizes[1:]).sum())
-    return distinct > 2**batch + 1
+    return bool(distinct > 2**batch + 1)

@@ -38,6 +38,7 @@ FIRST = 1e-4  # relative residual of rank one at the data, at most
 KNOWN = 1e3  # roundings that one gradient may leave
 SUBSTITUTIONS = 6  # of a real-valued target
 OPTIONS = 10  # classes that are tried
+SPECK = 1e-9  # of the largest singular value: what a difference of weights rounds lies below
 FAINT = 0.05  # of the largest singular value: steps leave less beneath the batch, samples more
 
 
@@ -59,6 +60,11 @@ class Training:
     residual: float
     single: float
 
+    @property
+    def clear(self) -> bool:
+        """True if the steps explain the update, and one gradient does not."""
+        return self.residual <= FITS and self.residual * BETTER <= self.single
+
 
 def data(evidence: Evidence) -> tuple[Call, Tensor] | None:
     """The input of a batch of one, read off the fully connected layer that reads it."""
@@ -77,7 +83,7 @@ def data(evidence: Evidence) -> tuple[Call, Tensor] | None:
 
 
 def repeated(evidence: Evidence, x: Tensor) -> Training | None:
-    """The training whose update comes nearest, if it comes much nearer than one gradient."""
+    """The training whose update comes nearest, if it comes nearer than one gradient."""
     loss, outputs = evidence.update.loss, evidence.outputs
     if outputs is None or outputs.ndim != 2 or not loss.known:
         return None
@@ -102,8 +108,6 @@ def repeated(evidence: Evidence, x: Tensor) -> Training | None:
                 break  # to first order in the rate all numbers of steps are alike
             if best is None or found.residual < CLOSER * best.residual:
                 best = found
-    if best is None or best.residual > FITS or best.residual * BETTER > best.single:
-        return None
     return best
 
 
@@ -228,11 +232,13 @@ def read(evidence: Evidence, layers: list[Floor]) -> list[Finding]:
     if evidence.batch is None:
         return []
     given = data(evidence)
-    if given is not None:
-        found = repeated(evidence, given[1])
-        if found is not None:
-            return [_trained_finding(found)]
-    return _by_rank(evidence, layers)
+    best = None if given is None else repeated(evidence, given[1])
+    if best is not None and best.clear:
+        return [_trained_finding(best)]
+    found = _by_rank(evidence, layers)
+    if best is not None and not found:
+        evidence.tested.discard(Kind.STEPS)  # nearer than one gradient, but not near
+    return found
 
 
 def _trained_finding(found: Training) -> Finding:
@@ -264,7 +270,7 @@ def _by_rank(evidence: Evidence, layers: list[Floor]) -> list[Finding]:
     reads = evidence.feeds(evidence.calls[0].given, calls[lowest.name].given)
     if max(f.rank for f in layers) >= size:  # below, more samples or steps had room
         evidence.tested.update((Kind.BATCH_SIZE, *((Kind.STEPS,) if layers[reads:] else ())))
-    over = [f for f in layers if f.rank > size and not f.flat]
+    over = [f for f in layers if f.rank > size and not f.flat and f.next > SPECK]
     if not over or any(f.flat and f.level > 20 * f.rounding for f in layers):
         return []
     worst = max(over, key=lambda f: f.rank)
@@ -278,14 +284,14 @@ def _by_rank(evidence: Evidence, layers: list[Floor]) -> list[Finding]:
         f"dataclasses.replace(update, batch_size={count})",
         strength,
     )
-    if reads and lowest.rank > size:
+    if reads and lowest in over:
         said += f"; '{lowest.name}' reads the data, of which no step sees more"
         return [replace(larger, evidence=said)]
     told = None if reads else batch(replace(evidence, batch=count))
     if told is not None:
         return [replace(larger, evidence=f"{said}; {told.route}")]
     if reads:
-        said += f"; '{lowest.name}' below has rank {lowest.rank}: the same data, other weights"
+        said += f"; '{lowest.name}' below has no more: the same data, other weights"
     least = max(2, -(-worst.rank // size))
     said += f"; {least} steps at least"
     line = (

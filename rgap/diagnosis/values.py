@@ -43,7 +43,7 @@ def rounded(update: Update) -> Finding | None:
 def compressed(evidence: Evidence) -> Finding | None:
     """Signs, or pruned entries."""
     sent = evidence.update.gradients
-    words = compression(sent, evidence.terms, evidence.update.noise)
+    words = compression(sent, evidence.terms, evidence.update.noise, evidence.precision.dtype)
     if words is None:
         return None
     zeros = sum(int((g == 0).sum()) for g in sent.values())

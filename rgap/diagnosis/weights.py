@@ -42,6 +42,7 @@ SAFETY = 100.0
 LARGEST = 20_000  # unknowns of a stage up to which the recursion is tried
 WHOLE = 2.0  # relative misfit above which nothing was solved
 COMMON = (Kind.DECAY, Kind.NOISE, Kind.STEPS)  # these break every identity
+SPARSE = 0.45  # share of zeros that pruning may have left, where nothing proves that it did not
 LINE = "model.load_state_dict(weights) with the weights that the server sent for this round"
 
 
@@ -113,6 +114,9 @@ def _rivals(evidence: Evidence, broken: list[Contradiction]) -> tuple[Kind, ...]
         open_.append(Kind.DROPOUT)
     if Kind.BATCH_SIZE in shared - evidence.tested:
         open_.append(Kind.BATCH_SIZE)
+    sent = evidence.gradients.values()
+    if sum(int((g == 0).sum()) for g in sent) > SPARSE * sum(g.numel() for g in sent):
+        open_.append(Kind.COMPRESSION)
     return tuple(open_)
 
 
