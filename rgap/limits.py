@@ -36,6 +36,10 @@ SAFETY = 10.0
 # chance 1e-9 (one side), any of 10^5 with 1e-4; what follows from it is tested by REFUTED.
 ON = 6.0
 
+# Units, on average, whose state errors may have turned, from which a contradiction below them
+# refutes nothing: one in ten updates has one then.
+MISTAKEN = 0.1
+
 # Standard errors of noise by which an entry of a head's gradient may have the wrong sign before
 # the targets that it contradicts are left out: chance 1e-9 an entry, as for ON.
 SIGN = 6.0

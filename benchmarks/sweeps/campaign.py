@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import importlib
 import itertools
 import json
 import math
@@ -491,7 +492,7 @@ def spoil(case: Case, r: random.Random) -> None:
         elif mistake == "noise understated":
             case.options["noise"] = sigma / r.choice([3, 10, 100])
         case.genuine = mistake == "noise stated"
-        case.words += f"sigma/rms={sigma / size:.1e} "
+        case.words += f"sigma={sigma:.1e} "
     elif mistake in ("scale", "clip"):
         factor = r.choice([0.5, 2.0**16, 2.0**-10, 3.7, 0.1])
         if mistake == "clip":
@@ -808,6 +809,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="also run rgap.check on each")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    importlib.import_module("torch.utils._sympy.functions")  # loaded late; no alarm may cut that
     drawn = draw_genuine if arguments.genuine else draw
     if arguments.case is not None:
         case = drawn(arguments.case)

@@ -318,10 +318,12 @@ def _misfit(problem: Problem, scored: tuple[Answer, float, dict[str, float]]) ->
         reason = (
             f"no batch reproduces the update: '{name}' misses by "
             f"{answer.polished.misfits[name]:.2g} standard errors ({by_name.get(name, 0):.1e} "
-            "relative); is the update from another model, loss or precision?"
+            f"relative); "
+            f"{answer.descent.doubt or 'is the update from another model, loss or precision?'}"
         )
     # The polish moves the inputs alone: targets that were read with an error refute nothing.
     free = answer.rows is not None and problem.update.loss.targets != "index"
+    free = free or bool(answer.descent.doubt)
     status = Status.UNDERDETERMINED if free else Status.INCONSISTENT
     return replace(stopped(problem, status, reason, answer.descent), residual=residual)
 

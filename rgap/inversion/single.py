@@ -119,10 +119,10 @@ def _certified(
         worst = max(polished.misfits, key=polished.misfits.__getitem__)
         return outcomes.stopped(
             own,
-            Status.INCONSISTENT,
+            Status.UNDERDETERMINED if descent.doubt else Status.INCONSISTENT,
             f"no input reproduces '{worst}', which misses by {polished.misfit:.2g} standard "
-            f"errors, together with what '{name}' takes in; is the update from another model or "
-            "precision?",
+            f"errors, together with what '{name}' takes in; "
+            f"{descent.doubt or 'is the update from another model or precision?'}",
             descent,
             Halt.contradiction(name),
         )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rgap.constraints import weight_constraint
 from rgap.halt import Halt, HaltKind
-from rgap.limits import ON, REFUTED
+from rgap.limits import MISTAKEN, ON, REFUTED
 from rgap.network.activations import Activation
 from rgap.network.chain import Chain, Stage
 from rgap.network.pooling import LinearMap, Pool
@@ -60,6 +60,7 @@ class Descent:
         features: recovered inputs u_i of the affine maps by stage index.
         cotangents: k_i at the outputs of the affine maps by stage index.
         completed: the data come from a completion, not from the equations of every stage.
+        mistaken: units of a ReLU, on average, that are on but within their error of off.
         partial: the data where only some of their entries are determined; the others are marked
             as unknown (see :class:`Known`).
     """
@@ -72,6 +73,7 @@ class Descent:
     data: Known | None = None
     halt: Halt | None = None
     completed: bool = False
+    mistaken: float = 0.0
     partial: Known | None = None
 
     def require_data(self) -> Known:
@@ -128,9 +130,38 @@ class Descent:
         return index, misfit
 
     @property
+    def doubt(self) -> str:
+        """Why equations that contradict each other refute nothing, or "".
+
+        What is above a ReLU tells a small value from none only up to its error, and a cotangent
+        that was taken for 0 contradicts the layers below as another model would.
+        """
+        if self.mistaken < MISTAKEN:
+            return ""
+        return (
+            f"about {self.mistaken:.1g} units of a ReLU are on by less than the error of this "
+            "update and were taken for off, which contradicts like another model does"
+        )
+
+    @property
     def refuted(self) -> bool:
         """True if the equations of some stage contradict the features it started from."""
         return self.worst[1] > REFUTED
+
+
+def _mistaken(tail: tuple[Op, ...], x: Known) -> float:
+    """Units of a ReLU below x that are on by less than their error, on average.
+
+    Those that are on are spread about evenly up to twice their mean.
+    """
+    if not any(isinstance(op, Activation) and op.one_sided for op in tail):
+        return 0.0
+    value, std = x.value[x.known], x.std[x.known]
+    on = value > ON * std
+    if not bool(on.any()):
+        return float(len(value))
+    share: Tensor = (ON * std / (2.0 * value[on].mean())).clamp_max(1.0)
+    return float(share.mean() * on.sum())
 
 
 def _vanished(
@@ -179,11 +210,12 @@ def descend(
         halt: Halt | None, *, data: Known | None = None, partial: Known | None = None
     ) -> Descent:
         return Descent(
-            reached, solutions, inputs, features, cotangents, data, halt, partial=partial
-        )
+            reached, solutions, inputs, features, cotangents, data, halt, partial=partial,
+            mistaken=mistaken,
+        )  # fmt: skip
 
     assert start.u is not None
-    reached, known, k = start, start.u, start.k
+    reached, known, k, mistaken = start, start.u, start.k, 0.0
     for index in range(start.index, -1, -1):
         stage = chain.stages[index]
         if index < start.index:
@@ -217,7 +249,9 @@ def descend(
         inputs[index] = known
         if index == 0:
             break
-        through = _through(chain.stages[index - 1].tail, known, cotangent, precision)
+        tail = chain.stages[index - 1].tail
+        mistaken += _mistaken(tail, known)
+        through = _through(tail, known, cotangent, precision)
         if isinstance(through, Halt):
             return ended(through)
         known, k = through
