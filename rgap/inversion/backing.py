@@ -1,11 +1,12 @@
 """What in an update tests the precision that its answer is certified at.
 
 Rounding, pruning and noise that nobody stated show in the equations beyond those that an answer was
-fitted to.  One sample at a fully connected layer, ``G = k xᵀ``: the first row gives x, every other
-row tests it, unless it is the same up to its sign, for then whatever was done to one was done to
-the other.  Below, the recursion has more equations than unknowns; above, the layer's outputs are
-read off the next layer's gradient; at a head, ``k = κ(W x + b, y)`` tests x through its logits, but
-only where y is not free to take up the difference.
+fitted to.  One sample at a fully connected layer, ``[G | ∂b] = k [xᵀ | 1]``: the first row gives x,
+every other row tests it, unless it is the same up to its sign or a power of two, for then whatever
+was done to one was done to the other; and so with columns.  Below, the recursion has more equations
+than unknowns; above, the layer's outputs are read off the next layer's gradient; at a head,
+``k = κ(W x + b, y)`` tests x through its logits, but only where y is not free to take up the
+difference.
 
 Of d tests that look honest, errors can be s times what is assumed by a chance of
 
@@ -22,13 +23,15 @@ import torch
 from torch import Tensor
 
 from rgap.head.target import Reading
+from rgap.head.target_error import rounding_of_cotangent
 from rgap.inversion.problem import Problem
 from rgap.inversion.replay import sent_for
 from rgap.limits import FALSELY, FREE, PARTED, ROWS, SPARE, VANISHING
 from rgap.network.chain import Stage
-from rgap.precision import Known, Precision
+from rgap.precision import Known
 from rgap.recursion.descend import Descent
 
+LOOKED = 1000  # sizes that are compared: more of them would be near each other by chance
 MEMBERS = 4  # of the ensemble of an answer that are replayed
 
 __all__ = ["backing", "replayed", "widening"]
@@ -73,7 +76,10 @@ def backing(
     if start == 0 and alone and _may_be_missing(features.value, k[0]):
         return inf
     rows = _apart(k[0]) - 1
-    own = rows * _apart(features.value.flatten())
+    columns = features.value.flatten()
+    if stages[start].affine.bias_name is not None:
+        columns = torch.cat([columns, columns.new_ones(1)])  # ∂b is the column of an input of 1
+    own = rows * (_apart(columns) - 1)
     below = _sent(problem, range(start)) + features.value.numel()
     below -= descent.features[0].value.numel()
     tests = own + max(below, 0) * (start > 0)
@@ -129,12 +135,15 @@ def _dense(problem: Problem) -> bool:
 
 
 def _apart(values: Tensor) -> int:
-    """Different sizes other than 0 among some values."""
-    sizes = values.abs()
-    sizes = sizes[sizes > VANISHING * sizes.max()].sort().values
+    """Different sizes other than 0, up to powers of two, which rounding to a float keeps."""
+    sizes = values[values.abs() > VANISHING * values.abs().max()].abs()
     if not len(sizes):
         return 0
-    return 1 + int((sizes.diff() > ROWS * sizes[-1]).sum())
+    places = torch.linspace(0, len(sizes) - 1, min(len(sizes), LOOKED), device=sizes.device)
+    folded = torch.frexp(sizes[places.long()]).mantissa.sort().values  # in [1/2, 1)
+    round_again = folded.new_full((1,), 2.0 * float(folded[0]))
+    gaps = torch.cat([folded, round_again]).diff()
+    return max(1, int((gaps > ROWS).sum()))
 
 
 def _may_be_missing(x: Tensor, k: Tensor) -> bool:
@@ -167,16 +176,16 @@ def _whole(problem: Problem, start: int, k: Tensor) -> int:
 
 def _by_logits(problem: Problem, stage: Stage, x: Known, k: Known, reading: Reading) -> float:
     """By the head alone: κ at the logits of x against what was sent, in units of what x moves."""
-    loss, precision = problem.update.loss, problem.precision
+    loss = problem.update.loss
     z = stage.affine.forward(x.value)
     target = loss.dense(reading.labels, z) if loss.plain else reading.target
-    kappa, own = loss.cotangent(z, target), loss.rounding(z, target)
+    kappa = loss.cotangent(z, target)
     bent = torch.stack(
         [loss.cotangent_jvp(z, stage.affine.linear(e), target)[0].flatten() for e in x.error]
     )
     fitted = (reading.scale != 1.0) + (stage.affine.bias_name is None)  # one number by each
     gap = (kappa - k.value / reading.scale).flatten()
-    rounded = _rounded(loss.cotangent_jvp(z, z, target), kappa, own, precision).flatten()
+    rounded = rounding_of_cotangent(loss, z, target, problem.precision).flatten()
     noise = (k.error / reading.scale).square().mean(0).flatten()
     return _by_few(bent, gap.square() + rounded.square() + noise, fitted)
 
@@ -195,8 +204,3 @@ def _by_few(moved: Tensor, seen: Tensor, fitted: int) -> float:
     values = torch.linalg.svdvals(moved)
     tests = int((values > FREE**0.5 * values[0]).sum()) - fitted
     return widening(tests) * max(1.0, (float(seen.sum()) / size) ** 0.5)
-
-
-def _rounded(slope: Tensor, kappa: Tensor, own: Tensor, precision: Precision) -> Tensor:
-    """Rounding of κ: of the logits it is made of, of its product, and of a softmax beside 1."""
-    return precision.unit * (slope.abs() + kappa.abs() + own.abs()) + precision.floor

@@ -86,6 +86,15 @@ class Answer:
             return bound
         return max(bound, PASSES * SAFETY * torch.finfo(torch.float64).eps * self.gathered)
 
+    @property
+    def targets_bound(self) -> float | None:
+        """The same of targets that may be any numbers; None for classes and labels."""
+        error = self.reading.error
+        if not error:
+            return None
+        bound = self.widened * SAFETY * error * max(1.0, self.polished.misfit)
+        return bound + self.reading.unseen
+
 
 def cast_of(precision: Precision) -> float:
     """Unit roundoff of half precision, to which autocast takes the data; 0 for finer formats."""
@@ -186,10 +195,11 @@ def _open(problem: Problem, answer: Answer) -> str:
         return reading.open
     # Real-valued targets have a size of their own.
     unit = max(1.0, float(reading.target.abs().max()))
-    if reading.tolerance > UNTOLD * unit or reading.distance > NEAREST:
+    off = answer.targets_bound or 0.0
+    if reading.tolerance > UNTOLD * unit or reading.distance > NEAREST or off > USEFUL * unit:
         return (
             "at the rounding and noise of this update the target is only known to "
-            f"{reading.tolerance:.1g}: several fit the gradient of the last layer"
+            f"{off or reading.tolerance:.1g}: several fit the gradient of the last layer"
         )
     again = replay(problem, *_batch(problem, answer), _errors(problem, answer))
     if again.fits:
@@ -218,6 +228,7 @@ def _inputs_alone(problem: Problem, answer: Answer, said: Recovery) -> Recovery 
     return replace(
         shown,
         labels=None,
+        targets_error_bound=None,
         status=said.status,
         certified=frozenset({"inputs"}),
         scale=None,
@@ -377,6 +388,7 @@ def _assemble(
         residual=residual,
         predicted_error=predicted,
         error_bound=answer.bound,
+        targets_error_bound=answer.targets_bound if show else None,
         reason=reason,
         candidates=candidates,
         warnings=warnings(problem),
