@@ -69,6 +69,9 @@ def judge(model: nn.Module, update: Update, x: Tensor, target: Tensor) -> rgap.R
     if "inputs" in found.certified:
         gap = float((found.inputs - x).abs().max())
         assert gap <= found.error_bound, (gap, found.error_bound)
+    if "targets" in found.certified and update.loss.targets != "index":
+        off, bound = float((found.labels - target).abs().max()), found.targets_error_bound
+        assert off <= bound, (off, bound)
     return found
 
 
@@ -84,6 +87,50 @@ def test_a_head_that_nothing_tests_certifies_no_precision(way: str, targets: str
         update = rgap.capture(model, x, target, loss)
         sent = {n: SPOILED[way](g) for n, g in update.gradients.items()}
         judge(model, dataclasses.replace(update, gradients=sent), x, target)
+
+
+@pytest.mark.parametrize("way", ["int8", "float16", "plain"])
+@pytest.mark.parametrize("targets", ["mse", "soft", "binary"])
+def test_targets_of_any_numbers_lie_within_their_own_bound(way: str, targets: str) -> None:
+    """Recognised rounding of the head's gradient moves its targets, whatever it does to inputs."""
+    for seed, batch in enumerate((1, 1, 2)):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 3))
+        loss, draw = TARGETS[targets]
+        x, target = torch.rand(batch, 12), torch.cat([draw(3) for _ in range(batch)])
+        update = rgap.capture(model, x, target, loss)
+        spoiled = SPOILED.get(way, lambda g: g)
+        sent = {n: spoiled(g) for n, g in update.gradients.items()}
+        found = rgap.invert(model, dataclasses.replace(update, gradients=sent))
+        assert found.exact or way != "plain", found.reason
+        if not found.exact:
+            continue
+        order = torch.cdist(x.double(), found.inputs).argmin(1)
+        off, bound = float((found.labels[order] - target).abs().max()), found.targets_error_bound
+        assert off <= bound <= 0.1 * (1 + float(target.abs().max())), (off, bound)
+        assert found.summary()["targets_error_bound"] == bound
+        assert f"targets_error_bound={bound}" in repr(found)
+
+
+class Normed(nn.Module):
+    """A network that no chain of layers covers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.below, self.above = nn.Linear(10, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.below(x))
+        return self.above(h / (1 + h.norm()))
+
+
+def test_targets_above_a_barrier_have_a_bound_too() -> None:
+    for seed in range(2):
+        torch.manual_seed(seed)
+        model, x, target = Normed(), torch.rand(1, 10), torch.randn(1, 3)
+        found = rgap.invert(model, rgap.capture(model, x, target, Loss("mse_loss")))
+        assert found.exact, found.reason
+        assert float((found.labels - target).abs().max()) <= found.targets_error_bound < 1e-3
 
 
 def test_rows_of_other_sizes_and_logits_still_certify() -> None:

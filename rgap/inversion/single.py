@@ -173,6 +173,7 @@ def _recovery(problem: Problem, own: Problem, answer: Answer, trial: Trial, abov
         residual=trial.residual,
         predicted_error=answer.polished.data.error.square().flatten(2).mean((0, 2)).sqrt(),
         error_bound=bound,
+        targets_error_bound=trial.bound,
         reason="",
         certified=frozenset({"inputs", "targets"} if both else {"inputs"}),
     )
