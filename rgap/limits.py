@@ -200,3 +200,12 @@ SHARP = 1e-4
 # Relative difference of two entries of k from which their rows of G test each other: far above the
 # rounding of a float32 gradient (6e-8), far below what different logits give (of order one).
 ROWS = 1e-4
+
+# Chance that errors are longer than a bound of few tests says, and all of them look honest: that of
+# the other decisions that are made once an answer (see ON, SCATTER).
+FALSELY = 1e-4
+# Times that SAFETY is wider than the largest of 10^6 normal entries, at 5 standard errors.
+SPARE = 2.0
+# Ratio of the largest to the smallest entry of k from which zeros of x are its own: none of n
+# values spread over [0, 1] is between a half and that over 4 with chance (5/8)^n, n = 12: 0.4%.
+PARTED = 4.0

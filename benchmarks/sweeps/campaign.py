@@ -8,7 +8,8 @@ layer), a loss, a batch (equal labels, copies, near copies) and an update (as ca
 difference, noise, scaled, clipped, pruned, of other weights ...) are drawn, inverted and judged on
 the true batch:
 
-* certified inputs lie within ``error_bound`` of the truth, certified targets are right beside them;
+* certified inputs lie within ``error_bound`` of the truth, certified targets are right beside them,
+  soft and real-valued ones within ``targets_error_bound``;
 * ``EXACT`` says both, and nothing else does; ``determined`` entries lie within the bound;
 * a stated ``scale`` is the true one; a genuine update is never ``INCONSISTENT``;
 * nothing raises anything but ``ValueError`` and ``TypeError`` with a sentence of the library's.
@@ -649,7 +650,8 @@ def judge(case: Case, found: rgap.Recovery) -> list[str]:
                 elif case.update.loss == case.loss and (
                     case.genuine or case.loss.targets == "index"
                 ):  # a soft or real-valued target takes up what was misstated
-                    faults += targets_wrong(case, labels, rows, truth, bound + rounding)
+                    own = found.targets_error_bound
+                    faults += targets_wrong(case, labels, rows, truth, bound + rounding, own)
     elif "targets" in found.certified and found.labels is None:
         faults.append("wrong targets: certified, but none")
     if found.partial is not None and found.determined is not None:
@@ -700,9 +702,9 @@ def nearest(rows: Tensor, truth: Tensor) -> tuple[float, list[int]]:
 
 
 def targets_wrong(
-    case: Case, labels: Tensor, rows: Tensor, truth: Tensor, bound: float
+    case: Case, labels: Tensor, rows: Tensor, truth: Tensor, bound: float, own: float | None
 ) -> list[str]:
-    """Faults of certified targets in any order that the inputs' bound allows."""
+    """Faults of certified targets in any order that the inputs' bound allows, beyond their own."""
     wanted = case.targets.double()
     if labels.numel() != wanted.numel():
         return [f"wrong targets: shape {tuple(labels.shape)}"]
@@ -712,8 +714,8 @@ def targets_wrong(
     for order in orders if len(rows) <= FEW else [nearest(rows, truth)[1]]:
         if float((rows[list(order)].reshape(truth.shape) - truth).abs().max()) <= bound:
             worst = min(worst, float((given[list(order)] - wanted).abs().max()))
-    near = 1e-3 * (1 + float(wanted.abs().max())) if wanted.numel() else 0.0
-    return [f"wrong targets: off by {worst:.2g}"] if worst > near else []
+    near = (own or 0.0) + 4 * torch.finfo(case.inputs.dtype).eps * (1 + float(wanted.abs().max()))
+    return [f"wrong targets: off by {worst:.2g}, bound {own}"] if worst > near else []
 
 
 def _partly(partial: Tensor, determined: Tensor, truth: Tensor) -> float:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from rgap.doubles import row_blocks
-from rgap.head.target import Reading, read_target
+from rgap.head.target import Reading, read_target, unseen_of
 from rgap.inversion.batch_rows import (
     batch_of,
+    error_of_targets,
     label_identity,
     rows_of,
     several,
@@ -82,7 +83,13 @@ def read_batch(problem: Problem, descent: Descent, head: BatchLoss) -> Answer:
         _, distance, tolerance = label_identity(problem, head, logits)
     rows = rows_of(head, problem.labels)
     reading = Reading(
-        head.targets, rows.labels, distance, tolerance, open=head.loss.open_at(logits.value)
+        head.targets,
+        rows.labels,
+        distance,
+        tolerance,
+        open=head.loss.open_at(logits.value),
+        error=error_of_targets(problem, head, _flat(features), logits) if continuous else 0.0,
+        unseen=unseen_of(head.loss),
     )
     return Answer(descent, polished, reading, rows, gathered=norm, cast=cast_of(problem.precision))
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import prod
+from math import inf, prod
 
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from rgap.constraints import gradient_constraint
+from rgap.head.target_error import standard_error
 from rgap.inversion.problem import Problem
 from rgap.jacobian.batch_loss import BatchLoss, loss_scale
 from rgap.limits import DETERMINED, ENSEMBLE, PROBABILITY
@@ -70,6 +71,23 @@ def snapped(
     tolerance = ENSEMBLE * float((moved + own).max())
     exact = replace(head, loss=replace(head.loss, targets="index"), targets=nearest)
     return exact, distance, tolerance
+
+
+def error_of_targets(problem: Problem, head: BatchLoss, features: Known, logits: Known) -> float:
+    """Largest standard error of dense targets that were read off the head's own gradient.
+
+    Args:
+        problem: the update.
+        head: the targets.
+        features: u, [R, d], with their errors.
+        logits: z, [R, C], with theirs.
+    """
+    kappa = head.cotangent(logits.value)
+    if len(kappa) > features.value.shape[1] + 1:
+        return inf  # more samples than numbers at the head: its gradient leaves some of κ open
+    own = problem.precision.normal(errors_of_targets(problem, features.value), len(logits.error))
+    k = Known(kappa / head.scale, (_carried(features, kappa) + own) / head.scale)
+    return standard_error(replace(head.loss, reduction="sum"), logits, k, problem.precision)
 
 
 def _carried(features: Known, kappa: Tensor) -> Tensor:
