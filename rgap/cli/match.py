@@ -83,9 +83,10 @@ class Search:
             show_default=False,
         ),
     ] = None
-    resume: Annotated[
+    checkpoint: Annotated[
         Path | None,
         typer.Option(
+            "--resume",
             help="Go on from this file if it is there, and write it every ten seconds and at the "
             "end.",
             metavar="FILE",
@@ -115,7 +116,7 @@ class Search:
         """Where an earlier search was, None at the first."""
         from rgap.matching.checkpoint import Checkpoint
 
-        path = self.resume
+        path = self.checkpoint
         if path is None:
             return None
         if not path.parent.is_dir():
@@ -124,7 +125,7 @@ class Search:
 
     def writer(self) -> Callable[[Progress], None] | None:
         """A callback that writes down where the search is, now and then."""
-        path, last = self.resume, time.monotonic()
+        path, last = self.checkpoint, time.monotonic()
         if path is None:
             return None
 
@@ -194,8 +195,8 @@ def match(sent: Labelled, answer: Answer, search: Search, local: Local, work: Wo
         checkpoint=checkpoint,
         **work.arguments(),
     )
-    if search.resume is not None and recovery.checkpoint is not None:
-        recovery.checkpoint.save(search.resume)
+    if search.checkpoint is not None and recovery.checkpoint is not None:
+        recovery.checkpoint.save(search.checkpoint)
     nearest = replace(
         recovery, inputs=recovery.nearest, labels=recovery.nearest_labels, candidates=()
     )
