@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 STEPS = 3  # of subspace iteration
-BLOCK = 4
+BLOCK = 4  # vectors of it
 STRIP = 512  # rows of a product at once
 
 

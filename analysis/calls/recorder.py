@@ -28,6 +28,7 @@ __all__ = ["record", "refusal", "structural_twin", "uncounted"]
 
 Loss = Callable[[Tensor], Tensor]
 OPTIONS = ("stride", "padding", "dilation", "groups")
+# Of torch.nn.functional.conv1d and its like.
 DEFAULTS = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
 LARGEST_POOL = 1024  # positions of a pool up to which the rank of its windows is computed
 

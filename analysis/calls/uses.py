@@ -17,7 +17,7 @@ from rgap.network.geometry import per_dimension, sides_of
 
 __all__ = ["CONVOLUTIONS", "Event", "Node", "Recording", "Use"]
 
-CONVOLUTIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
+CONVOLUTIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}  # by their dimensions
 
 
 @dataclass(frozen=True)

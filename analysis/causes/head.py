@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rgap.analysis.causes.cause import FIT, Cause, CauseKind, cause, sentence
+from rgap.limits import LAW
 from rgap.network.chain import Chain
 from rgap.recovery import Recovery, Status
 from rgap.solvers.rank import numerical_rank
@@ -16,7 +17,6 @@ from rgap.update.losses import Loss
 from rgap.update.targets import CROSS_ENTROPY
 from rgap.update.update import Update
 
-LAW = 100.0  # rounding units: σ_B/σ_1 of a head's gradient below it is not told from zero
 PAIRS = 3  # shown
 
 __all__ = ["Pair", "head_causes", "same_class_pairs"]

@@ -47,7 +47,7 @@ __all__ = [
 
 
 Line = tuple[Fraction, Fraction]  # value at B = 0, slope
-MOST = 400
+MOST = 400  # lines of a sum of minima, beyond which an expression stays as it is
 STEPS = 4  # cases of an expression that is neither a minimum nor a maximum
 SMALL = 4000  # entries of one sample's pattern, up to which ranks are counted B by B
 LONGEST = 12  # batch sizes counted

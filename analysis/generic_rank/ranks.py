@@ -33,7 +33,7 @@ from rgap.network.affine import Affine
 from rgap.network.agreement import refuse_meta
 from rgap.network.chain import parse
 from rgap.network.running import run
-from rgap.solvers.rank import SMALL_GAP
+from rgap.solvers.limits import SMALL_GAP
 from rgap.update.losses import Loss
 from rgap.update.preflight import device_of
 

@@ -33,7 +33,7 @@ _STYLES = (
     ("#56B4E9", (0, (3, 1, 1, 1)), "P"),
     ("#000000", (0, (1, 1)), "X"),
 )
-_FLOOR = 1e-20
+_FLOOR = 1e-20  # of the largest: no axis goes below it
 
 
 def null_pictures(found: Identifiability, count: int = 5) -> Figure:
