@@ -248,12 +248,12 @@ class JointRows:
         def first(count: int) -> Kronecker:
             return Kronecker(matrix[:, :, : count * spaces.positions], channels)
 
-        found = (
+        counts = (
             count
             for count in range(least, most + 1)
             if first(count).rank(self._rcond, self._noise).rank == rank
         )
-        count = next(found, None)
+        count = next(counts, None)
         if count is None:
             return None
         own, known = first(count), shared[:, :, : count * spaces.positions]
@@ -333,10 +333,10 @@ def rank_on_open(
     ends = full_column_rank(sines.T @ sines) if sines.shape[1] else (1.0, 1.0)
     if ends is not None and ends[1] > cutoff:  # full, and not of rounding errors alone
         return Rank(total, total, cutoff, inf, 1.0, min(ends[1], 1.0), total)
-    found = singular_values(sines)
-    kept = found[found > cutoff]
+    every = singular_values(sines)
+    kept = every[every > cutoff]
     smallest = float(kept.min()) if kept.numel() else 1.0
-    dropped = float(found[found <= cutoff].amax()) if kept.numel() < found.numel() else 0.0
+    dropped = float(every[every <= cutoff].amax()) if kept.numel() < every.numel() else 0.0
     rank = own.rank + kept.numel()
     gap = smallest / dropped if dropped > 0 else inf
     return Rank(rank, total, cutoff, gap, 1.0, smallest, rank)

@@ -161,13 +161,13 @@ def skeleton(matrix: Residues, prime: int) -> Skeleton:
         prime: p.
     """
     rows, columns = matrix.shape
-    found = _eliminate(matrix, prime, True) if columns else _nothing()
+    eliminated = _eliminate(matrix, prime, True) if columns else _nothing()
     rest = np.ones(rows, dtype=np.bool_)
-    rest[found.top] = False
+    rest[eliminated.top] = False
     bottom = np.flatnonzero(rest)
-    factors = np.zeros((len(bottom), found.rank))
-    factors[np.searchsorted(bottom, found.bottom)] = found.factors
-    return Skeleton(found.top, bottom, factors)
+    factors = np.zeros((len(bottom), eliminated.rank))
+    factors[np.searchsorted(bottom, eliminated.bottom)] = eliminated.factors
+    return Skeleton(eliminated.top, bottom, factors)
 
 
 def rank(matrix: NDArray[Any], prime: int) -> int:
@@ -191,10 +191,10 @@ def null_space(matrix: Residues, prime: int) -> Residues:
     >>> null_space(residues(np.array([[1, 2, 3]]), 101), 101).shape
     (3, 2)
     """
-    found = skeleton(matrix.T, prime)
-    basis = np.zeros((matrix.shape[1], len(found.bottom)))
-    basis[found.top] = -found.factors.T
-    basis[found.bottom, np.arange(len(found.bottom))] = 1.0
+    pivots = skeleton(matrix.T, prime)
+    basis = np.zeros((matrix.shape[1], len(pivots.bottom)))
+    basis[pivots.top] = -pivots.factors.T
+    basis[pivots.bottom, np.arange(len(pivots.bottom))] = 1.0
     return basis
 
 

@@ -37,8 +37,8 @@ def registered_mean(pictures: Tensor) -> Tensor:
     )
     spectrum = torch.fft.fftn(centred, dim=axes)
     # Entry d: the correlation of the mean with a version that is shifted by d.
-    found = torch.fft.ifftn(goal * spectrum.conj(), dim=axes).real.sum(2)
-    flat = found.flatten(2)
+    correlation = torch.fft.ifftn(goal * spectrum.conj(), dim=axes).real.sum(2)
+    flat = correlation.flatten(2)
     best = flat.argmax(2)
     gain = flat.gather(2, best[..., None])[..., 0] - flat[..., 0]
     best = torch.where(gain > RISE * flat[..., 0].abs(), best, torch.zeros_like(best))

@@ -171,8 +171,8 @@ class Recording:
 
     def readers(self) -> list[list[int]]:
         """For every node, the nodes that were made from it."""
-        found: list[list[int]] = [[] for _ in self.nodes]
+        places: list[list[int]] = [[] for _ in self.nodes]
         for number, node in enumerate(self.nodes):
             for source in set(node.inputs):
-                found[source].append(number)
-        return found
+                places[source].append(number)
+        return places

@@ -249,8 +249,8 @@ class Identifiability(Finding):
 
         shape = self.input_shape
         pictures = len(shape) == 3 and shape[0] in (1, 3) and prod(shape[1:]) > 1
-        found = self.null_basis is not None and self.joint_nullity > 0
-        return null_pictures(self) if found and pictures else spectra(self)
+        drawn = self.null_basis is not None and self.joint_nullity > 0
+        return null_pictures(self) if drawn and pictures else spectra(self)
 
     def _basis(self) -> Tensor:
         if self.null_basis is None:
