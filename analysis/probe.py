@@ -101,14 +101,14 @@ def probed(
         )
     names = {id(value): name for name, value in twin.named_parameters()}
     frozen = frozen_weights(twin)
-    found = []
+    probes = []
     for number, use in enumerate(recording.uses):
         if not use.covered:
             continue
         probe = _probe(use, names, number)
         if probe is not None:
-            found.append(replace(probe, trained=probe.affine.weight_name not in frozen))
-    return found, recording
+            probes.append(replace(probe, trained=probe.affine.weight_name not in frozen))
+    return probes, recording
 
 
 def frozen_weights(model: nn.Module) -> frozenset[str]:

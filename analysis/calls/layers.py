@@ -57,14 +57,14 @@ def calls_of(model: nn.Module, shape: tuple[int, ...]) -> list[Call]:
         module._forward_pre_hooks.clear()
     x = torch.empty(1, *shape, device="meta", dtype=torch.float64)
     try:
-        found = record(twin, x, torch.sum)
+        recording = record(twin, x, torch.sum)
     except ValueError:
         raise
     except Exception as error:  # whatever a user's forward raises
         raise refusal(model, shape, error) from error
     calls = [
         Call(event.name, event.module, event.in_shape, event.out_shape, event.use)
-        for event in found.events
+        for event in recording.events
         if event.use is not None or isinstance(event.module, (*POOLS, _BatchNorm))
     ]
     if not any(call.use for call in calls):

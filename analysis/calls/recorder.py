@@ -28,6 +28,7 @@ __all__ = ["record", "refusal", "structural_twin", "uncounted"]
 
 Loss = Callable[[Tensor], Tensor]
 OPTIONS = ("stride", "padding", "dilation", "groups")
+# Of torch.nn.functional.conv1d and its like.
 DEFAULTS = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
 OTHERWISE = 1.0 / 0.7310585786300049  # by which a loss is multiplied to round it in another way
 ROUNDED = 1e3  # times what that moves a cotangent, below which it is rounding; others move by 1e-13
@@ -133,7 +134,7 @@ def uncounted(model: nn.Module, recording: Recording) -> list[str]:
     """Modules with weights of their own that the equations do not cover."""
     counted = {event.name for event in recording.events if isinstance(event.module, _BatchNorm)}
     used = {name for use in recording.uses for name in use.parameters}
-    found = []
+    names = []
     for path, module in model.named_modules():
         own = [name for name, _ in module.named_parameters(path, recurse=False)]
         if not own or path in counted or isinstance(module, nn.PReLU) or used.issuperset(own):
@@ -141,8 +142,8 @@ def uncounted(model: nn.Module, recording: Recording) -> list[str]:
         if isinstance(module, (nn.Linear, _ConvNd)) and not isinstance(module, _ConvTransposeNd):
             continue  # a layer that is never called
         kind = type(module).__name__
-        found.append(f"'{path}' ({kind})" if path else kind)
-    return found
+        names.append(f"'{path}' ({kind})" if path else kind)
+    return names
 
 
 class _Recorder(TorchFunctionMode):

@@ -17,7 +17,7 @@ from rgap.network.geometry import per_dimension, sides_of
 
 __all__ = ["CONVOLUTIONS", "Event", "Node", "Recording", "Use"]
 
-CONVOLUTIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
+CONVOLUTIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}  # by their dimensions
 
 
 @dataclass(frozen=True)
@@ -172,8 +172,8 @@ class Recording:
 
     def readers(self) -> list[list[int]]:
         """For every node, the nodes that were made from it."""
-        found: list[list[int]] = [[] for _ in self.nodes]
+        places: list[list[int]] = [[] for _ in self.nodes]
         for number, node in enumerate(self.nodes):
             for source in set(node.inputs):
-                found[source].append(number)
-        return found
+                places[source].append(number)
+        return places

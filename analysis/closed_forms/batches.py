@@ -47,7 +47,7 @@ __all__ = [
 
 
 Line = tuple[Fraction, Fraction]  # value at B = 0, slope
-MOST = 400
+MOST = 400  # lines of a sum of minima, beyond which an expression stays as it is
 STEPS = 4  # cases of an expression that is neither a minimum nor a maximum
 SMALL = 4000  # entries of one sample's pattern, up to which ranks are counted B by B
 LONGEST = 12  # batch sizes counted
@@ -110,13 +110,13 @@ def stepwise(plus: Sequence[Any], minus: Sequence[Any], batch: Any) -> Any:
     parts = [lines_of(part, batch) for part in (*plus, *minus)]
     if any(part is None for part in parts):
         return whole
-    found = [part for part in parts if part is not None]
-    ends = sorted({1, *(b for part in found for b in turns(part))})
+    known = [part for part in parts if part is not None]
+    ends = sorted({1, *(b for part in known for b in turns(part))})
     ends.append(ends[-1] + 1)
     signs = [1] * len(plus) + [-1] * len(minus)
 
     def at(b: int) -> Fraction:
-        values = (sign * _value(part, b) for sign, part in zip(signs, found, strict=True))
+        values = (sign * _value(part, b) for sign, part in zip(signs, known, strict=True))
         return sum(values, Fraction(0))
 
     cases: list[tuple[Line, int]] = []  # a line, and the last B that it holds for; from the right
@@ -160,11 +160,11 @@ def turns(lines: Sequence[Line]) -> list[int]:
     >>> turns([(Fraction(576), Fraction(2304)), (Fraction(3600), Fraction(0))])
     [1, 2]
     """
-    found = set()
+    sizes = set()
     for (a, s), (c, t) in pairwise(sorted(lines, key=lambda line: -line[1])):
         meet = (c - a) / (s - t)
-        found |= {max(1, floor(meet)), max(1, ceil(meet))}
-    return sorted(found)
+        sizes |= {max(1, floor(meet)), max(1, ceil(meet))}
+    return sorted(sizes)
 
 
 def lines_of(expression: Any, batch: Any) -> list[Line] | None:
@@ -172,8 +172,8 @@ def lines_of(expression: Any, batch: Any) -> list[Line] | None:
     expression = sympy.sympify(expression)
     if not isinstance(batch, sympy.Symbol) or expression.free_symbols - {batch}:
         return None
-    found = _lines(expression, batch)
-    return None if found is None else _needed(found)
+    lines = _lines(expression, batch)
+    return None if lines is None else _needed(lines)
 
 
 def _line(line: Line, batch: Any) -> Any:

@@ -165,9 +165,9 @@ def convolution(kind: str, sizes: Sizes, name: str, effort: float) -> SymbolicLa
             "symbols; write padding_mode='zeros', or sizes in numbers"
         )
     inner, outer = _share(channels, groups), _share(filters, groups)
-    found = count(batch, outer, inner, groups, axes, active)
+    ranks = count(batch, outer, inner, groups, axes, active)
     critical = None if active is not None else _critical(outer, inner, axes, space)
-    counts = (batch * channels * prod(space), found.gradient, found.weight, found.joint)
+    counts = (batch * channels * prod(space), ranks.gradient, ranks.weight, ranks.joint)
     return made(name, kind, batch, counts, critical, BOUND, exact=(False, False, False))
 
 
@@ -207,11 +207,11 @@ def _of_numbers(affine: Affine, batch: Size, effort: float) -> SymbolicLayer:
             critical = 1
         return made(name, kind, batch, counts, critical, form.reason, exact=exact)
     own = batch if isinstance(batch, sympy.Symbol) else symbol("B")
-    found = every_batch(affine, own, effort)
-    blocks = (found.gradient, found.weight, found.joint)
+    ranks = every_batch(affine, own, effort)
+    blocks = (ranks.gradient, ranks.weight, ranks.joint)
     counts = (batch * single, *(rank.subs(own, batch) for rank in blocks))
-    exact = (found.gradient_exact, found.weight_exact, found.exact)
-    return made(name, kind, batch, counts, found.critical, found.reason, exact=exact)
+    exact = (ranks.gradient_exact, ranks.weight_exact, ranks.exact)
+    return made(name, kind, batch, counts, ranks.critical, ranks.reason, exact=exact)
 
 
 def _critical(filters: Size, channels: Size, axes: Sequence[Axis], space: Sequence[Size]) -> Any:

@@ -81,6 +81,7 @@ class SymbolicLayer:
         Raises:
             ValueError: a symbol without a value.
 
+        >>> from rgap.analysis import layer_form
         >>> layer_form("linear", {"in_features": 4, "out_features": 3}).at({"B": 5})["nullity"]
         2
         """
@@ -101,6 +102,7 @@ class SymbolicLayer:
     def text(self) -> str:
         """The counts, one a line; ≤ and ≥ mark bounds.
 
+        >>> from rgap.analysis import layer_form
         >>> print(layer_form("linear", {"in_features": 4, "out_features": 3}).text())
         linear: exact; the null space is the product of those of k and W
           unknowns       = 4·B
@@ -127,6 +129,7 @@ class SymbolicLayer:
     def latex(self) -> str:
         r"""The counts as a LaTeX ``aligned`` block.
 
+        >>> from rgap.analysis import layer_form
         >>> form = layer_form("linear", {"in_features": "n", "out_features": "m"})
         >>> r"\text{nullity} &= \max\left(0, B - m\right) \max\left(0, n - m\right)" in form.latex()
         True

@@ -166,7 +166,7 @@ STYLES: tuple[tuple[bool, float, float], ...] = (
 
 
 def degrees(
-    found: Reads,
+    triples: Reads,
     size: tuple[int, int, int],
     lead: Ints,
     style: tuple[bool, float, float],
@@ -179,7 +179,7 @@ def degrees(
     weight rows take the pixels of the gradient rows that were left out.
 
     Args:
-        found: reads of the layer.
+        triples: reads of the layer.
         size: batch, filters and channels of the group.
         lead: pair c·taps + t per filter, of ``left_out``.
         style: one of :data:`STYLES`.
@@ -188,11 +188,11 @@ def degrees(
     batch, filters, channels = size
     concave, lift, over = style
     if concave:
-        cotangents = _concave(found.positions, batch * filters, rng) + over
-        weights = _concave(found.taps, filters * channels, rng)
+        cotangents = _concave(triples.positions, batch * filters, rng) + over
+        weights = _concave(triples.taps, filters * channels, rng)
     else:
-        cotangents = rng.normal(size=(batch * filters, prod(found.positions)))
-        weights = rng.normal(size=(filters * channels, prod(found.taps)))
+        cotangents = rng.normal(size=(batch * filters, prod(triples.positions)))
+        weights = rng.normal(size=(filters * channels, prod(triples.taps)))
     weights.reshape(filters, -1)[np.arange(filters), lead] += lift
     joined = np.concatenate([cotangents.ravel(), weights.ravel()])
     joined += 1e-3 * rng.normal(size=joined.shape)

@@ -84,27 +84,27 @@ class Met:
 
     def probes(self, numbers: Sequence[int], batch: int, mode: str) -> list[Probe] | None:
         """The uses as a batch of the random network meets them; None if that takes too much."""
-        found = self._run(batch, mode)
-        if found is None:
+        recording = self._run(batch, mode)
+        if recording is None:
             return None
         assert self._twin is not None
         names = {id(p): name for name, p in self._twin.named_parameters()}
-        return [_as_probe(found.uses[n], names, n) for n in numbers]
+        return [_as_probe(recording.uses[n], names, n) for n in numbers]
 
     def modes(self) -> tuple[str, ...]:
         """How the network is run: as it is, and linear where it is linear in pieces."""
-        found = self._run(1, "")
-        if found is not None and any(node.op in PIECES for node in found.nodes):
+        recording = self._run(1, "")
+        if recording is not None and any(node.op in PIECES for node in recording.nodes):
             return "", "linear"
         return ("",)
 
     def on(self, numbers: Sequence[int], masks: Sequence[Tensor]) -> bool | None:
         """True if every output that is read has a cotangent; None if that takes too much."""
-        found = self._run(1, "")
-        if found is None:
+        recording = self._run(1, "")
+        if recording is None:
             return None
         pairs = zip(numbers, masks, strict=True)
-        return all(bool(found.uses[n].read_outputs(1)[m].all()) for n, m in pairs)
+        return all(bool(recording.uses[n].read_outputs(1)[m].all()) for n, m in pairs)
 
     def gradient(self, numbers: Sequence[int], batch: int, count: int, kind: str) -> bool:
         """True if the gradient constraints have at least this rank at B samples."""
@@ -153,15 +153,15 @@ class Met:
     def _run(self, batch: int, mode: str) -> Recording | None:
         if (batch, mode) in self._runs:
             return self._runs[batch, mode]
-        found = None
+        recording = None
         if self._make is not None and batch <= SAMPLES and self._fits(batch):
             self._twin = self._twin or self._make()
             generator = torch.Generator().manual_seed(batch)
             x = torch.randn(batch, *self.shape, generator=generator, dtype=torch.float64)
             targets = probe_targets(self._twin, x, self.loss, None, 0)
-            found = record(self._twin, x, lambda out: self.loss(out, targets), substitute=mode)
-        self._runs[batch, mode] = found
-        return found
+            recording = record(self._twin, x, lambda out: self.loss(out, targets), substitute=mode)
+        self._runs[batch, mode] = recording
+        return recording
 
     def _fits(self, batch: int) -> bool:
         one = self._runs.get((1, ""))

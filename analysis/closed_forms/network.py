@@ -71,10 +71,10 @@ class SymbolicNetwork:
         """
         import sympy
 
-        found = [layer.critical_batch for layer in self.layers]
-        if 1 in found:
+        critical = [layer.critical_batch for layer in self.layers]
+        if 1 in critical:
             return sympy.Integer(1)
-        return None if any(value is None for value in found) else sympy.Min(*found)
+        return None if any(value is None for value in critical) else sympy.Min(*critical)
 
     def text(self) -> str:
         """A table in plain text; ≤ and ≥ mark bounds."""

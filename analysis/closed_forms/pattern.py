@@ -127,11 +127,11 @@ class Entries:
         )
 
 
-def entries(found: Reads, active: Mask, channels: int) -> tuple[Entries, Entries]:
+def entries(triples: Reads, active: Mask, channels: int) -> tuple[Entries, Entries]:
     """Gradient constraints I_C ⊗ K and weight constraints of one group.
 
     Args:
-        found: reads of the layer.
+        triples: reads of the layer.
         active: where the cotangent is not zero and z is known, [B, F, positions].
         channels: input channels C of the group.
 
@@ -140,18 +140,18 @@ def entries(found: Reads, active: Mask, channels: int) -> tuple[Entries, Entries
         (b, c, u).  Names: k[b, f, p] first, then w[f, c, t].
     """
     batch, filters, positions = active.shape
-    taps, _, pixels = found.sizes
+    taps, _, pixels = triples.sizes
     b, f, c, e = (
         axis.ravel()
         for axis in np.meshgrid(
             np.arange(batch),
             np.arange(filters),
             np.arange(channels),
-            np.arange(len(found.tap)),
+            np.arange(len(triples.tap)),
             indexing="ij",
         )
     )
-    t, p, u = found.tap[e], found.position[e], found.pixel[e]
+    t, p, u = triples.tap[e], triples.position[e], triples.pixel[e]
     on = active[b, f, p]
     b, f, c, t, p, u = (axis[on] for axis in (b, f, c, t, p, u))
     column = (b * channels + c) * pixels + u
@@ -179,19 +179,19 @@ class Piece:
     taps: Ints
 
 
-def pieces(found: Reads, active: Mask) -> list[Piece]:
+def pieces(triples: Reads, active: Mask) -> list[Piece]:
     """Connected pieces of every cotangent; one per filter unless padding hides many taps.
 
     Args:
-        found: reads of the layer.
+        triples: reads of the layer.
         active: where the cotangent is not zero, [B, F, positions].
     """
-    taps, positions, _ = found.sizes
+    taps, positions, _ = triples.sizes
     out = []
     for filter_ in range(active.shape[1]):
         on = active[:, filter_]
-        read = on.max(axis=0)[found.position]
-        tap, position = found.tap[read], found.position[read]
+        read = on.max(axis=0)[triples.position]
+        tap, position = triples.tap[read], triples.position[read]
         size = taps + positions
         graph = csr_array((np.ones(len(tap)), (tap, taps + position)), shape=(size, size))
         _, label = connected_components(graph, directed=False)
@@ -202,7 +202,7 @@ def pieces(found: Reads, active: Mask) -> list[Piece]:
     return out
 
 
-def relations(found: Reads, active: Mask, parts: list[Piece]) -> Mask:
+def relations(triples: Reads, active: Mask, parts: list[Piece]) -> Mask:
     """Relations between gradient and weight rows: which pieces carry one for which filter.
 
     For a filter f, the combinations of pieces that vanish on its unknown rows have the dimension
@@ -210,7 +210,7 @@ def relations(found: Reads, active: Mask, parts: list[Piece]) -> Mask:
     the transversal matroid, in one order for all f); the pieces outside it carry the relations.
 
     Args:
-        found: reads of the layer.
+        triples: reads of the layer.
         active: where the cotangent is not zero and z is known, [B, F, positions].
         parts: of :func:`pieces`.
 
@@ -221,7 +221,7 @@ def relations(found: Reads, active: Mask, parts: list[Piece]) -> Mask:
     if not parts:
         return carried
     seen = np.zeros(active.shape[2], dtype=bool)
-    seen[found.position] = True  # a position that reads padding only has a row of zeros, known
+    seen[triples.position] = True  # a position that reads padding only has a row of zeros, known
     pattern = np.stack([part.support for part in parts])
     cases: dict[bytes, list[int]] = {}
     for own in range(active.shape[1]):

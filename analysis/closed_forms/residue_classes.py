@@ -26,7 +26,7 @@ __all__ = ["Axis", "Ranks", "axis", "count", "smallest"]
 
 Size = Any  # an int or a sympy expression
 Counts = tuple[tuple[Size, Size], ...]
-MOST_CLASSES = 64
+MOST_CLASSES = 64  # beyond which all are counted as one, which is a bound still
 
 
 @dataclass(frozen=True)

@@ -45,22 +45,22 @@ def structure_of(model: nn.Module, shape: tuple[int, ...]) -> tuple[Recording, d
         return record(twin, x, combined, substitute="smooth")
 
     try:
-        found = recorded(1)
-        for use, again in zip(found.uses, recorded(1).uses if light else (), strict=False):
+        recording = recorded(1)
+        for use, again in zip(recording.uses, recorded(1).uses if light else (), strict=False):
             use.cotangents = torch.where(use.cotangents == 0, again.cotangents, use.cotangents)
     except Exception:  # somebody else's forward may raise anything; squeeze() drops a batch of one
         try:
-            found = recorded(2)
+            recording = recorded(2)
         except ValueError:
             raise
         except Exception as error:
             raise refusal(model, shape, error) from error
-    if not any(use.covered for use in found.uses):
+    if not any(use.covered for use in recording.uses):
         raise ValueError(
             f"expected a model with fully connected or convolutional layers, got "
             f"{type(model).__name__} with none: there is nothing to count"
         )
-    return found, names
+    return recording, names
 
 
 def in_order(

@@ -83,12 +83,12 @@ class Witness:
             shapes = [(f * plan.outputs, c * plan.positions) for f, c in blocks]
             if max(_effort(*shape) for shape in shapes) > self.most:
                 break
-            found = sum(
+            rank = sum(
                 times
                 * residue_rank(_weight_matrix(plan, self._filters(block), self.prime), self.prime)
                 for block, times in blocks.items()
             )
-            self._weight = max(self._weight, found)
+            self._weight = max(self._weight, rank)
         return self._weight * plan.groups
 
     def joint(self, batch: int, enough: int) -> int:
@@ -107,8 +107,8 @@ class Witness:
                 break
             if max(min(self._efforts(batch, rank_k, block)) for block in blocks) > self.most:
                 break
-            found = sum(times * self._block(batch, rank_k, b) for b, times in blocks.items())
-            best = max(best, plan.groups * found)
+            rank = sum(times * self._block(batch, rank_k, b) for b, times in blocks.items())
+            best = max(best, plan.groups * rank)
         return best
 
     def _efforts(self, batch: int, rank_k: int, block: Block) -> tuple[float, float]:

@@ -291,8 +291,8 @@ def _weight_spaces(affine: Affine, active: Tensor, spaces: Spaces) -> Sequence[R
     """
     keys = [(affine.name, mask.numpy().tobytes()) for mask in active.flatten(1).cpu()]
     missing = [b for b, key in enumerate(keys) if key not in spaces]
-    found = weight_row_spaces(affine, active[missing]) if missing else []
-    fresh = {keys[b]: space for b, space in zip(missing, found, strict=True)}
+    measured = weight_row_spaces(affine, active[missing]) if missing else []
+    fresh = {keys[b]: space for b, space in zip(missing, measured, strict=True)}
     if keys[0] in fresh:
         spaces[keys[0]] = fresh[keys[0]]
     return [fresh[key] if key in fresh else spaces[key] for key in keys]

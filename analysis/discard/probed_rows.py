@@ -70,7 +70,7 @@ def probed_rows(
     into = {one.use: one for one in narrow if one.use is not None}
     method, room = options.method, options.room
     make = measured_row if method == "exact" else sketched_row
-    found: list[tuple[int, AuditRow]] = []
+    placed: list[tuple[int, AuditRow]] = []
     mixed: dict[int, list[tuple[int, AuditRow]]] = {}
     groups = together(probes)
     for number, group in enumerate(groups, 1):
@@ -96,13 +96,13 @@ def probed_rows(
             if group.kind == "mixed":
                 mixed.setdefault(probe.read, []).append((place, replace(row, exact=False)))
             else:
-                found.append((place, row))
+                placed.append((place, row))
     for parts in mixed.values():
         rows = summed([row for _, row in parts], max(row.unknowns for _, row in parts))
-        found += [(place, replace(row, exact=False))
+        placed += [(place, replace(row, exact=False))
                   for (place, _), row in zip(parts, rows, strict=True)]  # fmt: skip
-    found += [(one.node, step_row(one, batch)) for one in narrow if one.use is None]
-    return [row for _, row in sorted(found, key=lambda pair: pair[0])]
+    placed += [(one.node, step_row(one, batch)) for one in narrow if one.use is None]
+    return [row for _, row in sorted(placed, key=lambda pair: pair[0])]
 
 
 def _others(probes: Sequence[Probe], own: Sequence[Probe], probe: Probe, kind: str) -> list[Probe]:

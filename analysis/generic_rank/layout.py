@@ -90,5 +90,5 @@ def active_units(affine: Affine, batch: int, active: Tensor | None) -> NDArray[n
             f"'{affine.name}' ({affine.kind}): expected active of shape {list(shape)}, got "
             f"{list(active.shape)}; write one mask per sample, [B, *out_shape]"
         )
-    found = active.cpu().numpy().reshape(batch, plan.groups, plan.filters, plan.outputs)
-    return np.asarray(found, dtype=np.bool_)
+    units = active.cpu().numpy().reshape(batch, plan.groups, plan.filters, plan.outputs)
+    return np.asarray(units, dtype=np.bool_)

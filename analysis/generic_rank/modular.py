@@ -102,20 +102,20 @@ def modular_ranks(
         raise ValueError(f"expected points >= 1, got {points}; write points=2")
     plan, on = layout(affine), active_units(affine, batch, active)
     rng = random.Random(f"modular ranks {seed}")
-    primes, found, failure = [], [], 1.0
+    primes, counts, failure = [], [], 1.0
     rows = prod(affine.weight.shape) * int(on.any()) + int(on.sum())
     degree = min(rows, batch * prod(affine.in_shape))
     longest = max(batch * plan.outputs, plan.channels * plan.offsets)
     for _ in range(points):
         prime = random_prime(rng)
         point = np.random.default_rng(rng.getrandbits(64))
-        found.append(_at(plan, on, prime, point))
+        counts.append(_at(plan, on, prime, point))
         primes.append(prime)
         failure *= failure_bound(degree, degree, degree * log2(longest) / 2, prime)
-    best = found[0]
-    for other in found[1:]:
+    best = counts[0]
+    for other in counts[1:]:
         best = best.largest(other)
-    agree = all(ranks == found[0] for ranks in found)
+    agree = all(ranks == counts[0] for ranks in counts)
     return ModularRanks(best.gradient, best.weight, best.joint, tuple(primes), failure, agree)
 
 

@@ -33,7 +33,7 @@ from rgap.network.affine import Affine
 from rgap.network.agreement import refuse_meta
 from rgap.network.chain import parse
 from rgap.network.running import run
-from rgap.solvers.rank import SMALL_GAP
+from rgap.solvers.limits import SMALL_GAP
 from rgap.update.losses import Loss
 from rgap.update.preflight import device_of
 
@@ -293,15 +293,15 @@ def generic_ranks(
     else:
         targets = (torch.rand(outputs.shape, generator=generator) < 0.5).to(outputs)
     probes = probe_layers(model, inputs, targets, loss)
-    found: dict[int, LayerRanks] = {}
+    by_use: dict[int, LayerRanks] = {}
     for group in together(probes):
         own = [probes[i] for i in group.members]
         merged = [as_samples(own)] * len(own) if group.kind == "shared" else own
         for number, probe in zip(group.members, merged, strict=True):
             ranks = _of_probe(probe, points, seed)
             names = {p.affine.name: None for p in own if p is not own[group.members.index(number)]}
-            found[number] = replace(ranks, beside=", ".join(names))
-    return tuple(found[number] for number in sorted(found))
+            by_use[number] = replace(ranks, beside=", ".join(names))
+    return tuple(by_use[number] for number in sorted(by_use))
 
 
 def _of_probe(probe: Probe, points: int, seed: int) -> LayerRanks:

@@ -25,6 +25,7 @@ from rgap.update.losses import Loss
 
 __all__ = ["harden"]
 
+HAIR = 1e-9  # share by which σ goes above the boundary: the error has to exceed the range
 CHANGES = ("batch size", "channels", "stride", "noise")
 
 
@@ -281,8 +282,7 @@ class _Search:
             return
         kept = report.spectrum[: report.decision.rank].sort().values
         more = max(0, ceil(self.wanted) - report.decision.nullity)
-        # A hair above the boundary: the error has to exceed the range.
-        sigma = report.width * float(kept[more - 1]) * (1 + 1e-9) if more else 0.0
+        sigma = report.width * float(kept[more - 1]) * (1 + HAIR) if more else 0.0
         left = report.decision.nullity + int((sigma > report.width * kept).sum())
         self._note("noise", "", 0.0, sigma, left)
 

@@ -91,8 +91,8 @@ class Hardening:
 
     def summary(self) -> dict[str, Any]:
         """Plain numbers, for JSON."""
-        found = asdict(self)
-        return {**found, "input_shape": list(self.input_shape), "failed": list(self.failed)}
+        numbers = asdict(self)
+        return {**numbers, "input_shape": list(self.input_shape), "failed": list(self.failed)}
 
     def to_frame(self) -> pandas.DataFrame:
         """The changes as a pandas data frame.

@@ -13,6 +13,7 @@ from rgap.allowance import PLAIN, factorisation
 from rgap.analysis.joint_rank.nullspace import RankOptions, eliminate
 from rgap.jacobian.update_map import SignSketch, UpdateMap
 from rgap.progress import Watch, silent
+from rgap.solvers.limits import BASIS
 from rgap.solvers.rank import Rank, numerical_rank, resolve_rcond
 
 FORMED = 4  # matrices of the Jacobian's size that are held at a time
@@ -69,7 +70,7 @@ def eliminate_blocks(
         open_ = open_ @ own.basis
         if rcond is None and own.rank.rank:
             # The basis inherits the rounding of this decision, enlarged by its condition.
-            error = max(error, 4.0 * torch.finfo(torch.float64).eps * own.rank.condition)
+            error = max(error, BASIS * torch.finfo(torch.float64).eps * own.rank.condition)
         ranks.insert(0, size - open_.shape[1])
         decisions.insert(0, own.rank)
         spectra.insert(0, (block.layer, own.values))

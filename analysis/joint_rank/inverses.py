@@ -13,12 +13,10 @@ from torch import Tensor
 
 from rgap.constraints import dense_weights, weight_constraint
 from rgap.network.affine import Affine
+from rgap.solvers.limits import MARGIN, NORMAL
 from rgap.solvers.rank import Rank, numerical_rank, resolve_rcond
 from rgap.solvers.square import Square, factored
 from rgap.solvers.subspace import full_column_rank
-
-SAFE = 1e4  # condition up to which the normal equations lose nothing that refinement cannot mend
-MARGIN = 10.0  # by which an estimated σ_n must stay above the cutoff
 
 
 class GradientInverse:
@@ -187,7 +185,7 @@ class WeightInverse:
         self._injective = self.outputs > self.size
         gram = self._gram(self._injective)
         ends = full_column_rank(gram)
-        if ends is None or ends[0] > SAFE * ends[1]:
+        if ends is None or ends[0] > NORMAL * ends[1]:
             return False
         self.rank = Rank(len(gram), self.size, 0.0, inf, *ends, len(gram))
         self._lower = torch.linalg.cholesky(gram)

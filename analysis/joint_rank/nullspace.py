@@ -17,12 +17,11 @@ from torch import Tensor
 
 from rgap.allowance import Ahead, freely
 from rgap.progress import Watch, silent
+from rgap.solvers.limits import CLEAR, GRAM, NOTHING
 from rgap.solvers.positive import outer_products
 from rgap.solvers.rank import Rank, numerical_rank, resolve_rcond
 
 TALL = 1.5  # aspect ratio from which a QR factorisation first pays
-CLEAR = 1e-4  # σ/σ_1 that the squares of the entries still tell from 0, with digits to spare
-NEARLY = 1e-6  # parallel: what is left of a direction after the others, lost in their Gram matrix
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,7 @@ def _by_gram(matrix: Tensor, cutoff: float, scale: float | None) -> Elimination 
     largest = float(squares[-1])
     kept = squares > CLEAR**2 * largest
     r = int(kept.sum())
-    if bool((squares[~kept].abs() > 1e-13 * largest).any()):
+    if bool((squares[~kept].abs() > NOTHING * largest).any()):
         return None
     if cutoff * max(1.0, (scale or 0.0) / largest**0.5) > CLEAR:
         return None
@@ -197,7 +196,7 @@ def orthonormalising(directions: Tensor) -> Tensor:
     lower, info = torch.linalg.cholesky_ex(outer_products(flat) * scale[:, None] * scale)
     upper = lower.T
     diagonal = upper.diagonal().abs()
-    if bool(info) or float(diagonal.min()) < NEARLY * float(diagonal.max()):
+    if bool(info) or float(diagonal.min()) < GRAM * float(diagonal.max()):
         upper = torch.linalg.qr(flat.T * scale, mode="r").R
     eye = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
     inverse: Tensor = torch.linalg.solve_triangular(upper, eye, upper=True)

@@ -131,10 +131,10 @@ def _gradient_first(
     affine, count = node.stage.affine, kernel.free
     forward = kernel.forward() / _size(node)
     if len(above.du) == 0:
-        found = _decide(forward, options)
-        du = kernel.combine(found.basis)
+        left_open = _decide(forward, options)
+        du = kernel.combine(left_open.basis)
         still = above.dk.new_zeros(len(du), *node.u.shape)
-        return (found.rank, found.values, "gradient first"), Open(du, still)
+        return (left_open.rank, left_open.values, "gradient first"), Open(du, still)
     moved = push_rows(node, above.dk.new_zeros(len(above.dk), *node.u.shape), above.dk)
     inner = gradient_rows(affine, moved[affine.weight_name])
     reached, left = kernel.split(inner)
@@ -148,10 +148,10 @@ def _gradient_first(
     if bias and affine.bias_name is not None:
         rows = scaled(scale, moved[affine.bias_name])
         blocks.append(padded(rows / _bias_size(node, dk), count))
-    found = _decide(torch.cat(blocks, 1), options)
-    solved = kernel.combine(found.basis[:count]) - combined(found.basis[count:], reached)
-    return (found.rank, found.values, "gradient first"), _below(
-        node, solved, combined(found.basis[count:], dk)
+    left_open = _decide(torch.cat(blocks, 1), options)
+    solved = kernel.combine(left_open.basis[:count]) - combined(left_open.basis[count:], reached)
+    return (left_open.rank, left_open.values, "gradient first"), _below(
+        node, solved, combined(left_open.basis[count:], dk)
     )
 
 
@@ -192,17 +192,17 @@ def weights_first(
     if blocks and count + len(reached):
         raw = torch.cat(blocks, 1)
         carried = _residual(node, inverse, change, reached, above.du)
-        found = _decide(torch.cat([raw[:count], change.T @ raw[count:]]), options, carried)
-        rank = found.rank
+        left_open = _decide(torch.cat([raw[:count], change.T @ raw[count:]]), options, carried)
+        rank = left_open.rank
     else:
-        found = eliminate(reached.new_zeros(0, count + len(reached)))
+        left_open = eliminate(reached.new_zeros(0, count + len(reached)))
         rank = inverse.rank
     if first is not None and first.rank.gap < rank.gap:
         rank = first.rank
-    final = change @ found.basis[count:]
-    solved = combined(final, reached) + combined(found.basis[:count], free)
+    final = change @ left_open.basis[count:]
+    solved = combined(final, reached) + combined(left_open.basis[:count], free)
     below = _below(node, solved, combined(final, above.dk))
-    return (rank, found.values, "weights first"), below
+    return (rank, left_open.values, "weights first"), below
 
 
 def _residual(

@@ -11,6 +11,7 @@ from torch import Tensor
 from rgap.analysis.noise_bound.defences import Clip, Defence, DifferentialPrivacy, Prune, Quantise
 from rgap.analysis.probe import ProbePoint
 from rgap.jacobian.update_map import UpdateMap
+from rgap.solvers.limits import EQUAL
 
 __all__ = ["Channel", "channel"]
 
@@ -107,7 +108,7 @@ def channel(point: ProbePoint, sigma: float, chain: tuple[Defence, ...]) -> Chan
     if weights is None:
         noisy = variance[kept]
         level = float(noisy.amax()) if len(noisy) else 0.0
-        uniform = level == 0 or bool((noisy >= level * (1 - 1e-12)).all())
+        uniform = level == 0 or bool((noisy >= level * (1 - EQUAL)).all())
         weights = torch.where(kept, level / variance if level else 1.0, 0.0)
         if uniform:
             weights = kept.double()

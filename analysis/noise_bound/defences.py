@@ -117,6 +117,7 @@ class Sign:
 
 
 Defence = Clip | DifferentialPrivacy | Prune | Quantise | Sign
+# In which a client applies them; two of one number exclude each other.
 _ORDER = {Clip: 0, DifferentialPrivacy: 0, Prune: 1, Quantise: 2, Sign: 2}
 
 

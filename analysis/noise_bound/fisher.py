@@ -153,8 +153,8 @@ def _normal(sent: Sent, watch: Watch) -> Information:
     for piece, directions in _units(sent):
         watch("rows of the information", piece.stop, size)
         square[piece] = sent.rows(sent.columns(directions)).flatten(1)
-    found, vectors = torch.linalg.eigh((square + square.T) / 2)
-    values = found.flip(0).clamp_min(0).sqrt()
+    squares, vectors = torch.linalg.eigh((square + square.T) / 2)
+    values = squares.flip(0).clamp_min(0).sqrt()
     # Forming AᵀA squares the condition: its rounding hides what is below the root of eps.
     rcond = resolve_rcond(None, (rows, size)) ** 0.5
     rank = numerical_rank(values, size, rcond)

@@ -26,7 +26,7 @@ from rgap.progress import Progress, Shown
 from rgap.update.losses import Loss
 
 SETTLED = 1e-6  # of the error: a last step below it changes no digit that is reported
-STEPS = 60
+STEPS = 60  # at most; each gains a digit or more where the bound is attained
 TOGETHER = 64  # trials at once
 
 __all__ = ["NoiseTrials", "noise_trials"]
