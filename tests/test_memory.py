@@ -301,3 +301,21 @@ def test_a_replay_and_a_polish_that_do_not_fit_are_refused(monkeypatch: pytest.M
     assert rgap.invert(network, update, memory_budget=8.0 * numbers * 40).status is Status.EXACT
     with pytest.raises(ValueError, match="the update of an answer"):
         rgap.invert(network, update, memory_budget=8.0 * numbers * 2)
+
+
+def test_separating_keeps_its_budget_or_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Starts go through in fewer at a time, and where not one fits that is said."""
+    monkeypatch.setattr(memory, "LEAST", 1.0)
+    torch.manual_seed(0)
+    size = 24
+    network = nn.Sequential(
+        nn.Linear(64, 60), nn.Tanh(), nn.Linear(60, 60), nn.Tanh(), nn.Linear(60, 10)
+    )
+    update = rgap.capture(network.eval(), torch.rand(size, 64), torch.arange(size) % 10)
+    batch = batch_of(prepare(ClientView.of(network, update)))
+    free = batch.starts(size, 16, 8)
+    tight = replace(batch, room=8.0 * HELD * 8 * size**2 * 3)
+    assert (free, tight.starts(size, 16, 8)) == (16, 3)
+    assert isinstance(separate(tight), Separated)
+    with pytest.raises(memory.OutOfMemory, match=r"telling 24 samples apart.*write memory_budget="):
+        separate(replace(batch, room=1e3))

@@ -40,6 +40,7 @@ def batch_of(problem: Problem) -> Batch:
         loss,
         problem.precision,
         problem.stated,
+        problem.room,
     )
 
 
