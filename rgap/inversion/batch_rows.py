@@ -115,7 +115,7 @@ def tolerance_of(problem: Problem, head: BatchLoss, features: Known, logits: Kno
         head.explained(logits.value + dz, kappa + dk).targets - head.targets
         for dz, dk in zip(logits.error, moved, strict=True)
     ]
-    return ENSEMBLE * float(torch.stack(off).square().mean(0).sqrt().max())
+    return ENSEMBLE * float(torch.stack(off).abs().max())
 
 
 def errors_of_targets(problem: Problem, features: Tensor) -> Tensor:

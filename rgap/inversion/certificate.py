@@ -313,7 +313,9 @@ def _same_labels(answer: Answer, stated: Tensor) -> bool:
     found = _sent(answer)
     if answer.rows is not None and found.ndim == 1:
         stated = stated.flatten().sort().values
-    off = max(STATED, answer.reading.tolerance) if found.is_floating_point() else 0.0
+    off = 0.0
+    if found.is_floating_point():  # SAFETY standard errors: a tolerance is REFUTED of them
+        off = max(STATED, answer.reading.tolerance * SAFETY / REFUTED)
     return found.numel() == stated.numel() and torch.allclose(
         found.flatten().double().cpu(), stated.flatten().double().cpu(), rtol=STATED, atol=off
     )

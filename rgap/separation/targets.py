@@ -97,7 +97,7 @@ def batch_loss(
             f"{', '.join(f'{float(v):.3g}' for v in shares[:8])}); state batch_size",
         )
     continuous = batch.loss.targets != "index"
-    certain = certain and not _loose(batch, identities)
+    certain = certain and not loose(batch, identities)
     if continuous and batch.size is None:
         return Unseparated(
             f"under {batch.loss.name} with targets {batch.loss.targets!r} nothing says how often "
@@ -199,7 +199,7 @@ def refuting(batch: Batch, samples: Mixture) -> bool:
     return int((head != 0).any(1).sum()) > PARALLEL and resolved(batch, samples)
 
 
-def _loose(batch: Batch, identities: Sequence[Identity]) -> bool:
+def loose(batch: Batch, identities: Sequence[Identity]) -> bool:
     """True if one cotangent fits at roots of different weights: it does not say where a sample is.
 
     Where a softmax is sure of itself and activations are straight, samples of one label share their
@@ -263,7 +263,7 @@ def contradicted(batch: Batch, samples: Mixture, found: Collected) -> Unseparate
     ]  # copies that the rank leaves no room for may be what noise added to the rank
     if not found.roots.numel() and (common := common_factor(batch, samples.rank, clear)):
         return common
-    if not sure or not refuting(batch, samples) or _loose(batch, [*clear, *found.identities]):
+    if not sure or not refuting(batch, samples) or loose(batch, [*clear, *found.identities]):
         return None
     if len(sure) < len(found.roots):
         return None
