@@ -29,13 +29,14 @@ def standard_error(loss: Loss, z: Known, k: Known, precision: Precision) -> floa
         precision: of the update.
     """
     target = loss.targets_from(z.value, k.value)
+    count = min(len(z.error), len(k.error))  # a full solve carries fewer of them
+    own = rounding_of_cotangent(loss, z.value, target, precision).abs()
+    moved_k = k.error[:count] + precision.normal(own, count)
     moved = [
         loss.targets_from(z.value + dz, k.value + dk) - target
-        for dz, dk in zip(z.error, k.error, strict=False)
+        for dz, dk in zip(z.error, moved_k, strict=False)
     ]
-    back = loss.targets_from(z.value, k.value + 1.0) - target
-    own = back * rounding_of_cotangent(loss, z.value, target, precision)
-    std = torch.hypot(torch.stack(moved).square().mean(0).sqrt(), own)
+    std = torch.stack(moved).square().mean(0).sqrt()
     return float(std.max()) if bool(torch.isfinite(std).all()) else inf
 
 

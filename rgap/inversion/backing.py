@@ -17,6 +17,7 @@ so an error bound on few of them is s times as wide, and none at all is left wit
 
 from __future__ import annotations
 
+import math
 from math import inf, lgamma, log
 
 import torch
@@ -92,7 +93,7 @@ def backing(
     if own == 0:
         return widening(tests)
     # Rows that are fitted leave no residual: a misfit of the others is diluted.
-    misfit = misfits.get(stages[start].affine.weight_name, 0.0) * (k.shape[1] / rows) ** 0.5
+    misfit = misfits.get(stages[start].affine.weight_name, 0.0) * math.sqrt(k.shape[1] / rows)
     return widening(tests) * max(1.0, misfit / max((1.0, *misfits.values())))
 
 
@@ -203,4 +204,4 @@ def _by_few(moved: Tensor, seen: Tensor, fitted: int) -> float:
         return inf
     values = torch.linalg.svdvals(moved)
     tests = int((values > FREE**0.5 * values[0]).sum()) - fitted
-    return widening(tests) * max(1.0, (float(seen.sum()) / size) ** 0.5)
+    return widening(tests) * max(1.0, math.sqrt(float(seen.sum()) / size))
