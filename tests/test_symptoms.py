@@ -112,7 +112,7 @@ def test_pruned_sums_are_told_by_their_biases(batch: int) -> None:
     """Windows of a convolution are too many outer products to count: a live row has ∂b."""
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv2d(2, 6, 3, 1, 1), nn.Sigmoid(), nn.Conv2d(6, 6, 3), nn.Sigmoid(), nn.Flatten(),
+        nn.Conv2d(2, 12, 3, 1, 1), nn.Sigmoid(), nn.Conv2d(12, 6, 3), nn.Sigmoid(), nn.Flatten(),
         nn.Linear(216, 2),
     ).eval()  # fmt: skip
     update = capture(model, picture((2, 8, 8), 0, batch), torch.arange(batch) % 2)
