@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,9 +21,14 @@ from rgap.cli.app import app
 from rgap.doubles import Doubles, blocks, row_blocks
 from rgap.head.bias_attack import bias_attack, rank_one_residual
 from rgap.head.features import features_from_bias
+from rgap.inversion.batch_rows import batch_of
+from rgap.inversion.problem import prepare
 from rgap.network import affine as maps
 from rgap.precision import Precision
 from rgap.recovery import Status
+from rgap.separation.batch import HELD, Separated
+from rgap.separation.route import separate
+from rgap.update.preflight import ClientView
 
 
 def test_sizes_are_read_as_people_write_them() -> None:
