@@ -181,7 +181,7 @@ class Precision:
         """
         variance = self.noise_std(name, like).square()
         total, scatter = float(variance.sum()), float(variance.square().sum()) ** 0.5
-        return max(ENDS * total, total + SCATTER * scatter) ** 0.5
+        return float(max(ENDS * total, total + SCATTER * scatter) ** 0.5)
 
     def projected(self, name: str, basis: Tensor) -> Precision:
         """Of an update whose gradient G [m, n] of that name is given as G V, V [n, r] orthonormal.
