@@ -121,7 +121,12 @@ def channel(point: ProbePoint, sigma: float, chain: tuple[Defence, ...]) -> Chan
 
 
 def stacked(update: UpdateMap, gradients: dict[str, Tensor]) -> Tensor:
-    """An update by name as one vector, in the order of ``update.blocks``."""
+    """An update by name as one vector [equations].
+
+    Args:
+        update: whose blocks give the order.
+        gradients: by parameter name.
+    """
     return torch.cat([gradients[name].flatten() for block in update.blocks for name in block.names])
 
 
