@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 from functools import cached_property
 from math import isfinite, log10
@@ -130,9 +130,6 @@ class LayerReport:
         state["_weight_rank"] = None
         state["_null_space"] = None
         return state
-
-
-_PLAIN = [f.name for f in fields(LayerReport) if not f.name.startswith("_")]
 
 
 @dataclass(frozen=True, eq=False)
