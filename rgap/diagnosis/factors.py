@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rgap.diagnosis.evidence import Evidence
 from rgap.diagnosis.samples import LOOSEST, SAFETY, Samples
+from rgap.head.mapped import Mapped
 from rgap.jacobian.batch_loss import loss_scale
 from rgap.update.losses import Loss
 from rgap.update.targets import BINARY, CLASSES, PROBABILITIES, SIGMOID_FOCAL, SQUARED
@@ -80,6 +81,8 @@ def fits_of(evidence: Evidence, samples: Samples, loss: Loss) -> list[list[Fit]]
     known = evidence.labels
     if known is not None and len(known) == len(samples.logits) == 1:
         return [[_fit(evidence, samples, 0, loss, scale, known.to(samples.logits.device), -1)]]
+    if isinstance(loss, Mapped):
+        return None  # a target at every place: there are too many to list
     if not (loss.own or loss.name in BINARIES):
         if loss.targets == "probability" or outputs > LISTED:
             return None

@@ -72,7 +72,7 @@ def backing(
     stages = problem.chain.stages
     if len(k) > 1 or stages[start].affine.geometry is not None:
         free = len(k) * k.shape[1] if reading is not None and _dense(problem) else 0
-        return widening(_whole(problem, start, k) - descent.features[0].value.numel() - free)
+        return widening(_whole(problem, start, k) - _unknowns(descent) - free)
     alone = reading is None or (_dense(problem) and start + 1 == len(stages))
     if start == 0 and alone and _may_be_missing(features.value, k[0]):
         return inf
@@ -82,7 +82,7 @@ def backing(
         columns = torch.cat([columns, columns.new_ones(1)])  # ∂b is the column of an input of 1
     own = rows * (_apart(columns) - 1)
     below = _sent(problem, range(start)) + features.value.numel()
-    below -= descent.features[0].value.numel()
+    below -= _unknowns(descent)
     tests = own + max(below, 0) * (start > 0)
     if start + 1 < len(stages) and reading is not None:
         free = stages[-1].affine.weight.shape[0] if _dense(problem) else 0
@@ -128,6 +128,12 @@ def replayed(
     gap = again - problem.gradients[top.bias_name].to(again)
     seen = gap.square() + (problem.precision.unit * again).square()
     return min(alone, _by_few(torch.stack(moved).flatten(1), seen.flatten(), 0))
+
+
+def _unknowns(descent: Descent) -> int:
+    """Entries of the first affine map's input; of the data where a completion found them."""
+    known = descent.features.get(0)
+    return (descent.require_data() if known is None else known).value.numel()
 
 
 def _dense(problem: Problem) -> bool:
