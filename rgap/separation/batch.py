@@ -65,7 +65,7 @@ class Batch:
         """
         one = 8.0 * HELD * growth * rank**2
         memory.require(f"telling {rank} samples apart", one, self.room)
-        return max(1, min(most, int(max(self.room, memory.LEAST) / one)))
+        return max(1, int(min(most, max(self.room, memory.LEAST) / one)))
 
     @property
     def classes(self) -> int:
