@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import rgap
 from rgap import Loss, Status, Update
-from rgap.inversion.weighed import in_order
+from rgap.inversion.batch_rows import in_order
 
 MANY = "binary_cross_entropy_with_logits"
 
