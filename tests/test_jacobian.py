@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from rgap.jacobian.linearisation import Linearisation, Rows
 from rgap.network.chain import parse
 from rgap.precision import Precision
+from rgap.testing import dot_test
 
 
 def strided() -> nn.Module:
@@ -195,15 +196,7 @@ def test_vjp_is_autograds(case: tuple[nn.Module, Linearisation]) -> None:
 def test_adjoint(case: tuple[nn.Module, Linearisation]) -> None:
     """⟨J v, y⟩ = ⟨v, Jᵀ y⟩."""
     _, linear = case
-    v = torch.randn(5, *linear.x.shape, dtype=torch.float64)
-    image = linear.jvp(v)
-    y = {name: torch.randn_like(row) for name, row in image.items()}
-    back = linear.vjp(y)
-    for i in range(5):
-        left = sum(float((image[name][i] * y[name][i]).sum()) for name in y)
-        right = float((v[i] * back[i]).sum())
-        size = sum(float(image[name][i].norm() * y[name][i].norm()) for name in y)
-        assert abs(left - right) < 1e-12 * size
+    dot_test(linear.jvp, linear.vjp, linear.x[None])
 
 
 def test_directions_are_independent(case: tuple[nn.Module, Linearisation]) -> None:
