@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rgap.solvers.priors import Prior
     from rgap.update.update import Update
 
 __all__ = [
     "check_output",
     "loaded",
     "memory_of",
-    "prior_of",
     "shape_of",
     "targets_of",
     "usable_device",
@@ -98,19 +96,6 @@ def memory_of(text: str | None) -> float | None:
     from rgap.memory import bytes_of
 
     return None if text is None else bytes_of(text, "--memory-limit")
-
-
-def prior_of(name: str | None) -> Prior | None:
-    """The prior that a name stands for; None stays None.
-
-    >>> prior_of("anisotropic").isotropic
-    False
-    """
-    from rgap.solvers.priors import Squares, TotalVariation
-
-    if name is None:
-        return None
-    return Squares() if name == "squares" else TotalVariation(isotropic=name == "tv")
 
 
 def usable_device(name: str) -> str:

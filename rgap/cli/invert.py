@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rgap.cli.arguments import loaded, memory_of, prior_of, targets_of, usable_device
+from rgap.cli.arguments import loaded, memory_of, targets_of, usable_device
 from rgap.cli.console import clean, print_json, say, stdout
 from rgap.cli.options import (
     BatchSize,
@@ -25,6 +25,7 @@ from rgap.cli.options import (
     Seed,
     UpdatePath,
     Weights,
+    choices,
 )
 from rgap.cli.spoken import options_of, spoken
 
@@ -67,10 +68,11 @@ def invert(
         ),
     ] = False,
     prior: Annotated[
-        PriorName | None,
+        str | None,
         typer.Option(
-            help="Of --complete: total variation (isotropic or not), or distance from one half; "
-            "default: the prior of pictures where inputs have neighbours.",
+            help="Of --complete: that of pictures, total variation (isotropic or not), or distance "
+            "from one half; default: natural, that of pictures where inputs have neighbours.",
+            metavar=choices(PriorName, "rgap.priors"),
             show_default=False,
         ),
     ] = None,
@@ -108,7 +110,7 @@ def invert(
             labels=known,
             batch_size=batch_size,
             complete=complete,
-            prior=prior_of(prior),
+            prior=prior,
             time_limit=time_limit,
             noise=noise,
             device=usable_device(device),
@@ -151,9 +153,12 @@ def labels(
     model: Model,
     update: UpdatePath,
     method: Annotated[
-        LabelMethod,
-        typer.Option(help="One method, or all of them; exact recovers the batch first."),
-    ] = LabelMethod.best,
+        str,
+        typer.Option(
+            help="One method, or all of them; exact recovers the batch first.",
+            metavar=choices(LabelMethod, "rgap.labels"),
+        ),
+    ] = "best",
     weights: Weights = None,
     batch_size: BatchSize = None,
     input_shape: InputShape = None,
@@ -173,7 +178,7 @@ def labels(
         sent = loaded(update, input_shape)
         room = memory_of(memory_limit)
         network = resolve(model, weights)
-        names = list(METHODS) if method is LabelMethod.all else [method.value]
+        names = list(METHODS.working()) if method == LabelMethod.all else [method]
         place = usable_device(device)
         found = {
             name: _read(network, sent, name, batch_size, noise, seed, place, not quiet, room)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rgap.cli.arguments import loaded, memory_of, prior_of, targets_of, usable_device
+from rgap.cli.arguments import loaded, memory_of, targets_of, usable_device
 from rgap.cli.console import clean, print_json, say, stdout
 from rgap.cli.options import (
     BatchSize,
@@ -28,6 +28,7 @@ from rgap.cli.options import (
     Seed,
     UpdatePath,
     Weights,
+    choices,
 )
 
 if TYPE_CHECKING:
@@ -45,7 +46,10 @@ def match(
     context: typer.Context,
     model: Model,
     update: UpdatePath,
-    method: Annotated[MatchMethod, typer.Option(help="How to search.")] = MatchMethod.gauss_newton,
+    method: Annotated[
+        str,
+        typer.Option(help="How to search.", metavar=choices(MatchMethod, "rgap.presets")),
+    ] = "gauss_newton",
     output: Annotated[
         Path | None,
         typer.Option(
@@ -68,8 +72,12 @@ def match(
         ),
     ] = None,
     prior: Annotated[
-        PriorName | None,
-        typer.Option(help="What is likely; default: the method's own.", show_default=False),
+        str | None,
+        typer.Option(
+            help="What is likely; default: the method's own.",
+            metavar=choices(PriorName, "rgap.priors"),
+            show_default=False,
+        ),
     ] = None,
     restarts: Annotated[
         int | None,
@@ -128,11 +136,11 @@ def match(
         found = rgap.match(
             resolve(model, weights),
             sent,
-            method=method.value,
+            method=method,
             labels=None if labels is None else targets_of(labels, None, sent.loss.name),
             batch_size=batch_size,
             start=None if start is None else _read(start),
-            prior=prior_of(prior),
+            prior=prior,
             local=_local(local_rate, local_size),
             noise=noise,
             restarts=restarts,

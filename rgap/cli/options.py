@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from rgap.plugins import offered
+
 __all__ = [
     "InputShape",
     "Json",
@@ -25,6 +27,7 @@ __all__ = [
     "Seed",
     "TimeLimit",
     "Weights",
+    "choices",
 ]
 
 _HINTS = {
@@ -97,8 +100,9 @@ class Method(StrEnum):
 
 
 class PriorName(StrEnum):
-    """What `rgap invert --complete` may take for likely."""
+    """What may be taken for likely; a test compares the names with `rgap.priors.PRIORS`."""
 
+    natural = "natural"
     tv = "tv"
     anisotropic = "anisotropic"
     squares = "squares"
@@ -125,6 +129,15 @@ class LabelMethod(StrEnum):
     gradinversion = "gradinversion"
     idlg = "idlg"
     all = "all"
+
+
+def choices(built_in: type[StrEnum], group: str) -> str:
+    """Names as the help shows them: what is built in, and what installed distributions offer.
+
+    >>> choices(Reduction, "rgap.nothing")
+    '[mean|sum]'
+    """
+    return f"[{'|'.join(dict.fromkeys((*built_in, *offered(group))))}]"
 
 
 class Reduction(StrEnum):

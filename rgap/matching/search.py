@@ -7,7 +7,7 @@ whose update came nearest.  Where :func:`rgap.invert` recovers exactly, use it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import inf, isfinite, prod
 
@@ -23,6 +23,7 @@ from rgap.matching.first_order import first, random_rows, run
 from rgap.matching.gauss_newton import search
 from rgap.matching.objective import Objective
 from rgap.matching.presets import PRESETS, Preset
+from rgap.priors import prior_of
 from rgap.progress import Progress as Line
 from rgap.progress import Shown
 from rgap.recovery import Candidate, Recovery, Status
@@ -34,8 +35,24 @@ from rgap.update.update import Update
 
 __all__ = ["METHODS", "Checkpoint", "Ended", "Matching", "Progress", "match"]
 
-METHODS = ("gauss_newton", *PRESETS)
-"""Names of the methods."""
+NEWTON = "gauss_newton"
+
+
+class _Methods(Collection[str]):
+    """Gauss–Newton and every preset that there is at the moment."""
+
+    def __contains__(self, name: object) -> bool:
+        return name == NEWTON or name in PRESETS
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((NEWTON, *PRESETS))
+
+    def __len__(self) -> int:
+        return 1 + len(PRESETS)
+
+
+METHODS = _Methods()
+"""Names of the methods, those of installed distributions among them."""
 
 Callback = Callable[[Progress], bool | None]
 COPIES = 4  # of the update that a step holds: as sent, of the answer, their gap, a product
@@ -90,7 +107,7 @@ def match(
     batch_size: int | None = None,
     input_shape: Sequence[int] | None = None,
     start: Tensor | Recovery | None = None,
-    prior: Prior | None = None,
+    prior: Prior | str | None = None,
     local: LocalTraining | None = None,
     noise: float = 0.0,
     restarts: int | None = None,
@@ -114,13 +131,14 @@ def match(
     Args:
         model: the network that the update was computed on, in eval mode; it is left as it is.
         update: what the client sent.
-        method: one of the four, or a :class:`~rgap.matching.presets.Preset` of your own.
+        method: a name of :data:`METHODS`, or a :class:`~rgap.matching.presets.Preset` of your own.
         labels: the targets; else the update's, else read off it; ``dlg`` searches them too.
         batch_size: overrides ``update.batch_size``.
         input_shape: shape of one sample, as for :func:`rgap.invert`.
         start: a batch to begin with, or a recovery that holds one, in place of the first random
             start.  The objective of the answer is never larger than that of the start.
-        prior: of the data; by default the total variation, for ``gauss_newton`` that of pictures
+        prior: of the data, itself or by its name in :data:`rgap.priors.PRIORS`; by default the
+            total variation, for ``gauss_newton`` that of pictures
             (:func:`rgap.solvers.priors.natural`) or, without neighbours, the distance from the
             middle.  ``dlg`` has none.
         local: how the client trains, for an update over several local steps.
@@ -156,10 +174,7 @@ def match(
     ('UNDERDETERMINED', torch.Size([1, 3, 32, 32]), tensor([3]), 'DONE')
     """
     began = time.perf_counter()
-    if method not in METHODS and not isinstance(method, Preset):
-        names = ", ".join(map(repr, METHODS))
-        raise ValueError(f"method: expected one of {names}, got {method!r}; write method='ig'")
-    preset = method if isinstance(method, Preset) else PRESETS.get(method)
+    preset = _preset_of(method)
     if not time_limit >= 0:
         raise ValueError(
             f"time_limit: expected seconds, at least 0, got {time_limit!r}; write time_limit=60.0"
@@ -179,6 +194,11 @@ def match(
     given = declare(
         model, update, preset, labels, batch_size, start, local, noise, device, input_shape
     )
+    range_ = given.update.value_range
+    if preset is not None and range_ is not None:
+        range_ = preset.coordinates(range_).rows(range_)
+    if isinstance(prior, str):
+        prior = prior_of(prior, given.shape[1:], range_)
     starts = preset.restarts if preset else 1
     count = validation.count("restarts", starts if restarts is None else restarts)
     usual = preset.iterations if preset else Schedule.steps
@@ -208,6 +228,16 @@ def match(
             found = _published(given, preset, prior, count, limit, patience, left, settings, told,
                                checkpoint, seed)  # fmt: skip
     return replace(found, seconds=time.perf_counter() - began)
+
+
+def _preset_of(method: str | Preset) -> Preset | None:
+    """The preset that a method is; None for Gauss–Newton."""
+    if isinstance(method, Preset) or method == NEWTON:
+        return method if isinstance(method, Preset) else None
+    if method not in METHODS:
+        names = ", ".join(map(repr, METHODS))
+        raise ValueError(f"method: expected one of {names}, got {method!r}; write method='ig'")
+    return PRESETS[method]
 
 
 def _told(show: Line, callback: Callback | None, total: int | None) -> Callback | None:
@@ -282,8 +312,7 @@ def _published(
     )  # fmt: skip
     box = None
     if preset.boxed and bounds is not None:
-        low, high = bounds
-        box = ((low - where.centre) / where.unit, (high - where.centre) / where.unit)
+        box = where.rows(bounds)
     rows = random_rows(objective, given.start, box, restarts, seed)
     if checkpoint is None:
         state = first(objective, rows)

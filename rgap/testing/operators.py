@@ -27,7 +27,7 @@ def tolerance(dtype: torch.dtype, size: int) -> float:
     >>> tolerance(torch.float64, 100) < 1e-13
     True
     """
-    return ROUNDING * torch.finfo(dtype).eps * max(size, 1) ** 0.5
+    return float(ROUNDING * torch.finfo(dtype).eps * max(size, 1) ** 0.5)
 
 
 def dot_test(
