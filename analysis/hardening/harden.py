@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from math import ceil, prod
 from operator import index
 from typing import Any
@@ -19,6 +20,8 @@ from rgap.analysis.hardening.resize import UnfitError, called_layers, with_chann
 from rgap.analysis.hardening.table import Change, Hardening
 from rgap.analysis.joint_rank.identifiability import identifiability
 from rgap.analysis.noise_bound.cramer_rao import noise
+from rgap.analysis.noise_bound.defences import DEFENCES, Defence
+from rgap.analysis.noise_bound.report import NoiseReport
 from rgap.memory import OutOfMemory
 from rgap.progress import Shown
 from rgap.update.losses import Loss
@@ -35,6 +38,7 @@ def harden(
     batch_size: int = 1,
     *,
     changes: Sequence[str] = CHANGES,
+    defence: str | Sequence[str] = (),
     loss: str | Loss | nn.Module = "cross_entropy",
     largest_batch: int = 32,
     largest_stride: int = 4,
@@ -49,8 +53,8 @@ def harden(
 
     Batch size, channels and stride are judged by the joint nullity of `identifiability` at a
     random batch: directions of the data that change nothing in the update, to first order.  Noise
-    is judged by the Cramér–Rao bound: a direction counts once its standard deviation exceeds the
-    width of ``value_range``, so that a guess from the range alone is as good.
+    and defences are judged by the Cramér–Rao bound: a direction counts once its standard deviation
+    exceeds the width of ``value_range``, so that a guess from the range alone is as good.
 
     Fewer channels and larger batches leave fewer equations per unknown, so both are found by
     bisection; strides are tried one after the other.  Layers whose sizes follow from the change
@@ -62,6 +66,8 @@ def harden(
         fraction: in (0, 1], of the unknowns.
         batch_size: B as it is.
         changes: which of "batch size", "channels", "stride" and "noise" to look for.
+        defence: names of defences ("prune", "quantise", "sign", or what a distribution offers) to
+            look for the weakest level of.
         loss: of the client.
         largest_batch: no batch above it is looked at.
         largest_stride: no stride above it is looked at.
@@ -79,14 +85,17 @@ def harden(
         The :class:`Hardening`.
 
     Raises:
-        ValueError: a fraction outside (0, 1], an unknown kind of change, a limit below 1, or what
-            `identifiability` raises.
+        ValueError: a fraction outside (0, 1], an unknown kind of change or defence, a defence
+            without levels, a limit below 1, or what `identifiability` raises.
 
     >>> import rgap
     >>> net = rgap.models.mlp((12,), 3, "tanh", input_shape=(1, 4, 4), seed=0)
     >>> found = harden(net, (1, 4, 4), 0.1, changes=("batch size", "noise"))
     >>> [(change.kind, change.missing, change.unknowns) for change in found.changes]
     [('batch size', 26, 256), ('noise', 4, 16)]
+    >>> pruned = harden(net, (1, 4, 4), 0.1, changes=(), defence="prune").of("prune")
+    >>> pruned.after, pruned.missing
+    (0.1, 2)
     """
     start = time.perf_counter()
     shape = tuple(index(n) for n in input_shape)
@@ -103,6 +112,8 @@ def harden(
             f"expected largest_batch and largest_stride >= 1, got {largest_batch} and "
             f"{largest_stride}; write largest_batch=32"
         )
+    names = (defence,) if isinstance(defence, str) else tuple(defence)
+    levels = {name: _levels(name) for name in names}
     chosen = Loss.of(loss)
     if index(batch_size) < 1:
         raise ValueError(f"expected batch_size >= 1, got {batch_size}; write batch_size=1")
@@ -113,7 +124,9 @@ def harden(
     )  # fmt: skip
     with show:
         now = search.missing(model, search.batch)
-        for what, look in search.looks(changes, largest_batch, largest_stride):
+        looks = search.looks(changes, largest_batch, largest_stride)
+        tried = ((name, partial(search.stronger, name, own)) for name, own in levels.items())
+        for what, look in chain(looks, tried):
             if now >= search.wanted:
                 break
             try:
@@ -121,7 +134,7 @@ def harden(
                 look()
             except (OutOfMemory, OutOfTime) as reason:
                 search.failed.append(f"{what}: not found out ({reason}).")
-    order = {kind: at for at, kind in enumerate(CHANGES)}
+    order = {kind: at for at, kind in enumerate((*CHANGES, *names))}
     return Hardening(
         type(model).__name__,
         shape,
@@ -251,19 +264,7 @@ class _Search:
 
     def more_noise(self) -> None:
         """Smallest σ at which enough directions have an error beyond the range of the data."""
-        report = noise(
-            self.model,
-            self.shape,
-            self.batch,
-            sigma=1.0,
-            loss=self.loss,
-            value_range=self.value_range,
-            memory_budget=self.room,
-            time_limit=self.show.left,
-            seed=self.seed,
-            device=self.device,
-            progress=self.show.within,
-        )
+        report = self._bound(1.0, None)
         if report.decision is None:
             self.failed.append("noise: too many unknowns to see the directions one by one.")
             return
@@ -274,9 +275,53 @@ class _Search:
         left = report.decision.nullity + int((sigma > report.width * kept).sum())
         self._note("noise", "", 0.0, sigma, left)
 
+    def stronger(self, name: str, levels: Sequence[Defence]) -> None:
+        """Weakest level of a defence at which enough directions are beyond the range."""
+        for level in levels:
+            self.tried += 1
+            self.show.stage(str(level), self.tried)
+            report = self._bound(0.0, level)
+            if report.decision is None:
+                self.failed.append(f"{name}: too many unknowns to see the directions one by one.")
+                return
+            kept = report.spectrum[: report.decision.rank]
+            left = report.decision.nullity + int((report.level > report.width * kept).sum())
+            if left >= self.wanted:
+                self._note(name, "", level.idle, level.strength, left)
+                return
+        self.failed.append(f"{name}: even {levels[-1]} is not enough.")
+
+    def _bound(self, sigma: float, defence: Defence | None) -> NoiseReport:
+        """The Cramér–Rao bound at a random batch."""
+        return noise(
+            self.model,
+            self.shape,
+            self.batch,
+            sigma=sigma,
+            defence=defence,
+            loss=self.loss,
+            value_range=self.value_range,
+            memory_budget=self.room,
+            time_limit=self.show.left,
+            seed=self.seed,
+            device=self.device,
+            progress=self.show.within,
+        )
+
     def _note(self, kind: str, layer: str, before: float, after: float, left: int) -> None:
         share = left / self.unknowns
         self.found.append(Change(kind, layer, before, after, left, self.unknowns, share))
+
+
+def _levels(name: str) -> Sequence[Defence]:
+    """The levels of a defence from weak to strong; there is at least one."""
+    levels = DEFENCES.chosen("defence", name).levels()
+    if not levels:
+        raise ValueError(
+            f"defence: expected one with levels from weak to strong, got {name!r}, which has none; "
+            "write defence='prune', or rgap.analysis.noise(model, shape, defence=...) for one level"
+        )
+    return levels
 
 
 def _relative(change: Change) -> float:

@@ -11,6 +11,7 @@ import typer
 from rgap.cli.arguments import memory_of, shape_of, usable_device
 from rgap.cli.console import clean, print_json, say, stdout
 from rgap.cli.options import (
+    DefenceName,
     Device,
     Json,
     LossName,
@@ -20,6 +21,7 @@ from rgap.cli.options import (
     Seed,
     TimeLimit,
     Weights,
+    choices,
 )
 
 if TYPE_CHECKING:
@@ -44,6 +46,14 @@ def harden(
     changes: Annotated[
         str, typer.Option(help="What may change, with commas in between.")
     ] = "batch size,channels,stride,noise",
+    defence: Annotated[
+        str,
+        typer.Option(
+            help="Defences to look for the weakest level of, with commas in between.",
+            metavar=choices(DefenceName, "rgap.defences"),
+            show_default=False,
+        ),
+    ] = "",
     loss: LossName = None,
     weights: Weights = None,
     device: Device = "cpu",
@@ -72,6 +82,7 @@ def harden(
             fraction,
             batch_size,
             changes=kinds,
+            defence=tuple(part.strip() for part in defence.split(",") if part.strip()),
             loss=loss or usual,
             seed=seed,
             device=usable_device(device),

@@ -11,6 +11,7 @@ import typer
 from rgap.plugins import offered
 
 __all__ = [
+    "DefenceName",
     "InputShape",
     "Json",
     "LabelMethod",
@@ -138,6 +139,14 @@ def choices(built_in: type[StrEnum], group: str) -> str:
     '[mean|sum]'
     """
     return f"[{'|'.join(dict.fromkeys((*built_in, *offered(group))))}]"
+
+
+class DefenceName(StrEnum):
+    """What `rgap harden` may look for; a test compares the names with those that have levels."""
+
+    prune = "prune"
+    quantise = "quantise"
+    sign = "sign"
 
 
 class Reduction(StrEnum):
