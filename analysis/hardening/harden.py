@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
 from math import ceil, prod
 from operator import index
 from typing import Any
@@ -124,9 +123,7 @@ def harden(
     )  # fmt: skip
     with show:
         now = search.missing(model, search.batch)
-        looks = search.looks(changes, largest_batch, largest_stride)
-        tried = ((name, partial(search.stronger, name, own)) for name, own in levels.items())
-        for what, look in chain(looks, tried):
+        for what, look in search.looks(changes, levels, largest_batch, largest_stride):
             if now >= search.wanted:
                 break
             try:
@@ -175,7 +172,11 @@ class _Search:
         return self.fraction * self.unknowns
 
     def looks(
-        self, changes: Sequence[str], largest_batch: int, largest_stride: int
+        self,
+        changes: Sequence[str],
+        defences: Mapping[str, Sequence[Defence]],
+        largest_batch: int,
+        largest_stride: int,
     ) -> Iterator[tuple[str, Callable[[], None]]]:
         """What to look for, by its name."""
         layers = called_layers(self.model, self.shape)
@@ -191,6 +192,8 @@ class _Search:
                     yield f"stride of '{name}'", look
         if "noise" in changes:
             yield "noise", self.more_noise
+        for name, levels in defences.items():
+            yield name, partial(self.stronger, name, levels)
 
     def missing(self, network: nn.Module, batch: int) -> int:
         """Joint nullity at a random batch."""
@@ -281,11 +284,10 @@ class _Search:
             self.tried += 1
             self.show.stage(str(level), self.tried)
             report = self._bound(0.0, level)
-            if report.decision is None:
+            if report.nullity is None or report.lost is None:
                 self.failed.append(f"{name}: too many unknowns to see the directions one by one.")
                 return
-            kept = report.spectrum[: report.decision.rank]
-            left = report.decision.nullity + int((report.level > report.width * kept).sum())
+            left = report.nullity + report.lost
             if left >= self.wanted:
                 self._note(name, "", level.idle, level.strength, left)
                 return
