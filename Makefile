@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN     = $(VENV)/bin
 PIP     = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint types layers docs bench study clean
+.PHONY: demo test lint types layers docs bench study smallest clean
 
 demo: $(VENV)/core  ## recover real photographs from their gradients, in a virtual environment
 	$(BIN)/rgap demo
@@ -27,12 +27,15 @@ docs: $(VENV)/docs  ## the site, in build/site; every warning is an error, every
 	$(BIN)/python -m pytest -q docs --doctest-glob='*.md' --doctest-glob='*.rst'
 
 bench: $(VENV)/test  ## wall time and memory beside a dense route
-	$(BIN)/python -m pytest benchmarks/bench_recovery.py --benchmark-enable -q
-	$(BIN)/python benchmarks/compare_dense.py
+	$(BIN)/python -m benchmarks.timing.recovery
+	$(BIN)/python -m benchmarks.timing.dense
 
 study: $(VENV)/test  ## every row of the tables of results; an hour
-	$(BIN)/python benchmarks/study_lenet.py
-	$(BIN)/python benchmarks/study_table.py
+	$(BIN)/python -m benchmarks.studies.lenet
+	$(BIN)/python -m benchmarks.studies.table
+
+smallest: $(VENV)/test  ## the smallest case of every script of benchmarks/
+	$(BIN)/python -m benchmarks.smallest
 
 clean:
 	rm -rf $(VENV) build dist demo *.egg-info

@@ -7,8 +7,7 @@ from rgap.analysis.causes.explain import Explanation, explain
 from rgap.analysis.discard.audit import audit
 from rgap.analysis.discard.table import Audit, AuditRow
 from rgap.analysis.discard.training import TrainingAudit, audit_training
-from rgap.analysis.generic_rank.rank_report import LayerRanks
-from rgap.analysis.generic_rank.ranks import generic_ranks, layer_ranks
+from rgap.analysis.generic_rank.ranks import LayerRanks, generic_ranks, layer_ranks
 from rgap.analysis.hardening.harden import harden
 from rgap.analysis.hardening.table import Change, Hardening
 from rgap.analysis.joint_rank.identifiability import identifiability
@@ -28,6 +27,7 @@ from rgap.analysis.noise_bound.defences import (
 )
 from rgap.analysis.noise_bound.report import NoiseReport
 from rgap.analysis.noise_bound.trials import NoiseTrials, noise_trials
+from rgap.analysis.scoring import Score, score
 from rgap.analysis.symbolic import (
     ClosedForm,
     SymbolicLayer,
@@ -59,6 +59,7 @@ __all__ = [
     "NoiseTrials",
     "Prune",
     "Quantise",
+    "Score",
     "Sending",
     "Sign",
     "SymbolicLayer",
@@ -77,5 +78,6 @@ __all__ = [
     "leakage_indices",
     "noise",
     "noise_trials",
+    "score",
     "symbolic",
 ]

@@ -1,10 +1,14 @@
-"""What every result about one network at one batch says of itself."""
+"""What every result about one network at one batch says of itself, in numbers and as a table."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -60,3 +64,22 @@ def plain(value: float) -> float | None:
     (1.5, None)
     """
     return value if isfinite(value) else None
+
+
+def data_frame(rows: Sequence[Mapping[str, Any]]) -> pandas.DataFrame:
+    """One line for each row, its keys as columns; like ``pandas.DataFrame``.
+
+    Raises:
+        ImportError: pandas is not installed; it is the extra ``frames``.
+
+    >>> data_frame([{"layer": "conv1", "nullity": 0}]).shape
+    (1, 2)
+    """
+    try:
+        import pandas
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            "expected pandas for a data frame, got no such module; write "
+            "pip install 'rgap[frames]', or take the numbers from summary()"
+        ) from error
+    return pandas.DataFrame(list(rows))

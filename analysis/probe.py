@@ -1,21 +1,30 @@
-"""Inputs and cotangents of every layer of any network, recorded on a probe batch."""
+"""The batch and targets at which a network is looked at, and what its layers are given there."""
 
 from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import index
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rgap import memory
 from rgap.analysis.calls.recorder import record
 from rgap.analysis.calls.uses import Recording, Use
+from rgap.jacobian.update_map import UpdateMap
 from rgap.network.affine import Affine
+from rgap.network.agreement import refuse_unready
 from rgap.network.modules import affine_map
 from rgap.network.probing import Unsupported
-from rgap.network.running import refuse_wrapped
+from rgap.network.running import refuse_wrapped, run
 from rgap.update.losses import Loss
+from rgap.update.preflight import device_of
+from rgap.update.targets import CLASSES
+from rgap.validation import require_finite
 
 log = logging.getLogger(__name__)
 
@@ -92,14 +101,14 @@ def probed(
         )
     names = {id(value): name for name, value in twin.named_parameters()}
     frozen = frozen_weights(twin)
-    found = []
+    probes = []
     for number, use in enumerate(recording.uses):
         if not use.covered:
             continue
         probe = _probe(use, names, number)
         if probe is not None:
-            found.append(replace(probe, trained=probe.affine.weight_name not in frozen))
-    return found, recording
+            probes.append(replace(probe, trained=probe.affine.weight_name not in frozen))
+    return probes, recording
 
 
 def frozen_weights(model: nn.Module) -> frozenset[str]:
@@ -112,13 +121,8 @@ def frozen_weights(model: nn.Module) -> frozenset[str]:
 
 
 def _probe(use: Use, names: dict[int, str], number: int) -> Probe | None:
-    mode = getattr(use.module, "padding_mode", "zeros")
     u, _, k = use.rows
     try:
-        if mode != "zeros":
-            raise Unsupported(
-                f"{type(use.module).__name__} with padding_mode={mode!r}: only 'zeros' is covered"
-            )
         options = {} if use.kind == "linear" else use.options
         assert use.weight is not None
         affine = affine_map(use.name, use.weight, use.bias, tuple(u.shape[1:]), names, **options)
@@ -127,3 +131,159 @@ def _probe(use: Use, names: dict[int, str], number: int) -> Probe | None:
         return None
     assert isinstance(affine, Affine)
     return Probe(affine, u, k, read=use.read[0], use=number)
+
+
+def probe_batch(
+    inputs: Tensor | Sequence[int],
+    batch_size: int | None,
+    seed: int,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """The batch that was given, in float64, or a random one of the given shape.
+
+    Args:
+        inputs: the batch, or the shape of a sample.
+        batch_size: with a shape.
+        seed: of a random batch, the same on every device.
+        device: where to compute; default the CPU.
+    """
+    place = device_of(device)
+    if isinstance(inputs, Tensor):
+        if not inputs.is_floating_point():
+            raise TypeError(
+                f"inputs: expected floating numbers, got {inputs.dtype}; for pictures write "
+                "inputs.float() / 255"
+            )
+        if inputs.ndim < 2 or len(inputs) == 0:
+            raise ValueError(
+                f"inputs: expected a batch [B, *input_shape] with B >= 1, got shape "
+                f"{list(inputs.shape)}; write inputs.unsqueeze(0) for one sample"
+            )
+        if batch_size is not None and batch_size != len(inputs):
+            raise ValueError(
+                f"expected batch_size={len(inputs)}, the length of inputs, got {batch_size}; "
+                f"write inputs[:{batch_size}] or leave batch_size out"
+            )
+        require_finite("inputs", inputs, "give pictures of finite numbers, or a shape")
+        return inputs.detach().to(place, torch.float64)
+    try:
+        shape = tuple(index(n) for n in inputs)
+        batch = index(1 if batch_size is None else batch_size)
+    except TypeError as error:
+        raise TypeError(
+            f"expected a batch of floating numbers, or the shape of one sample and a whole "
+            f"batch_size, got {inputs!r} and {batch_size!r}; write identifiability(model, "
+            "(3, 32, 32), 2)"
+        ) from error
+    if not shape or min(shape) < 1 or batch < 1:
+        raise ValueError(
+            f"expected a shape of numbers >= 1 and batch_size >= 1, got {shape} and {batch}; "
+            "write identifiability(model, (3, 32, 32), 2)"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(batch, *shape, generator=generator, dtype=torch.float64).to(place)
+
+
+def probe_targets(
+    model: nn.Module, inputs: Tensor, loss: Loss, labels: Tensor | None, seed: int
+) -> Tensor:
+    """Targets that were given, or such that differ from sample to sample as far as possible."""
+    refuse_wrapped(model)
+    if labels is not None:
+        return torch.as_tensor(labels).detach().to(inputs.device)
+    with torch.no_grad():
+        outputs = run(copy.deepcopy(model).to(inputs.device).double(), inputs)
+    if not isinstance(outputs, Tensor):
+        raise ValueError(
+            f"expected one tensor from {type(model).__name__}.forward, got a "
+            f"{type(outputs).__name__}; wrap it in a module whose forward returns the logits"
+        )
+    if outputs.ndim < 2 and loss.name in CLASSES:
+        raise ValueError(
+            f"expected logits [B, C] from {type(model).__name__}.forward for {len(inputs)} "
+            f"samples, got {tuple(outputs.shape)}; a squeeze() without dimensions takes a batch "
+            "of one away: write flatten(1)"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    if loss.own or not loss.known:
+        raise ValueError(
+            f"labels: expected targets, for nobody knows what {loss.name!r} takes; write "
+            "labels=targets, or a loss by name"
+        )
+    if loss.name in CLASSES:
+        classes, space = outputs.shape[1], outputs.shape[2:]
+        count = len(inputs) * space.numel()
+        order = torch.randperm(max(classes, count), generator=generator)
+        return (order[:count] % classes).reshape(len(inputs), *space).to(inputs.device)
+    drawn = torch.rand(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
+    return drawn if loss.name == "mse_loss" else (drawn < 0.5).double()
+
+
+@dataclass(frozen=True)
+class ProbePoint:
+    """A network at one batch: the point at which its update is looked at.
+
+    Attributes:
+        model: in eval mode, as it was given.
+        inputs: [B, *input_shape], float64, on the device that computes.
+        targets: as the loss wants them.
+        loss: of the client.
+        room: bytes that may be taken on top of the model.
+        update: the update as a function of the data there.
+    """
+
+    model: nn.Module
+    inputs: Tensor
+    targets: Tensor
+    loss: Loss
+    room: float
+    update: UpdateMap
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        inputs: Tensor,
+        loss: str | Loss | nn.Module,
+        labels: Tensor | None,
+        seed: int,
+        *,
+        memory_budget: float | None = None,
+        copies: int = 1,
+    ) -> ProbePoint:
+        """The point, refused where the update of a sample would depend on others or on chance.
+
+        Args:
+            model: left as it was.
+            inputs: as :func:`probe_batch` gives them.
+            loss: of the client.
+            labels: targets, or None for such as :func:`probe_targets` draws.
+            seed: of the targets.
+            memory_budget: bytes, None for the default.
+            copies: of the model in float64 that are held at a time.
+
+        Raises:
+            TypeError: no module.
+            ValueError: train mode, no trained parameters, targets that do not fit.
+            OutOfMemory: no room for the copies.
+        """
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        refuse_unready(model)
+        room = memory.budget_of(memory_budget, inputs.device)
+        memory.require_copies(model, copies, room)
+        chosen = Loss.of(loss)
+        targets = probe_targets(model, inputs, chosen, labels, seed)
+        update = UpdateMap(model, inputs, targets, chosen, room)
+        return cls(model, inputs, targets, chosen, room, update)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What every result at this point says of itself, see `Finding`."""
+        return {
+            "model": type(self.model).__name__,
+            "input_shape": tuple(self.inputs.shape[1:]),
+            "batch_size": len(self.inputs),
+            "loss": self.loss.name,
+            "unknowns": self.update.unknowns,
+        }

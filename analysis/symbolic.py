@@ -7,7 +7,8 @@
 from __future__ import annotations
 
 from rgap.analysis.closed_forms.closed_form import ClosedForm, closed_form
-from rgap.analysis.closed_forms.layer import SymbolicLayer, layer_form
+from rgap.analysis.closed_forms.kinds import layer_form
+from rgap.analysis.closed_forms.layer import SymbolicLayer
 from rgap.analysis.closed_forms.network import SymbolicNetwork, symbolic
 
 __all__ = [

@@ -3,8 +3,9 @@
 Only this script needs the two packages (pip install scikit-image scikit-learn); the library reads
 the PNG files.
 
-    python benchmarks/cut_photographs.py            write rgap/data/*.png and rgap/data/ORIGINS.md
-    python benchmarks/cut_photographs.py --check    compare what is stored with a fresh cut
+    python -m benchmarks.cut_photographs            write rgap/data/*.png and rgap/data/ORIGINS.md
+    python -m benchmarks.cut_photographs --check    compare what is stored with a fresh cut
+    python -m benchmarks.cut_photographs --stored   judge what is stored; needs neither package
 
 The crops of one picture never overlap, every crop varies (mean standard deviation of its channels
 above 0.08), and no two are alike (root mean square difference above 0.1). The script stops if one
@@ -13,7 +14,6 @@ of these fails.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import sys
 from dataclasses import dataclass
@@ -22,6 +22,8 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
+from benchmarks.common.arguments import Arguments
 
 SIDE = 64
 SMALLEST_STD = 0.08
@@ -236,20 +238,26 @@ def origins() -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
+def main() -> int:
     """Write the photographs, or compare them."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Arguments(__doc__, stored=True)
     parser.add_argument("--check", action="store_true", help="compare instead of writing")
+    parser.add_argument("--stored", action="store_true", help="judge what is stored, cut nothing")
     parser.add_argument("--folder", type=Path, default=DATA, help="where the files go")
     options = parser.parse_args()
+    from PIL import Image
+
+    files = {name: options.folder / f"{name}.png" for name in CROPS}
+    if options.stored:
+        check({name: np.asarray(Image.open(file)) for name, file in files.items()})
+        print(f"{len(files)} photographs differ, vary and do not overlap: {options.folder}")
+        return 0
     pictures = {name: source.pixels() for name, source in SOURCES.items()}
     cuts = {name: cut(pictures[source], *box) for name, (source, *box) in CROPS.items()}
     check(cuts)
-    from PIL import Image
-
     different = []
     for name, pixels in cuts.items():
-        file = options.folder / f"{name}.png"
+        file = files[name]
         if options.check:
             stored = np.asarray(Image.open(file)).astype(int)
             # Another libjpeg may decode a source picture one level off.
@@ -262,7 +270,8 @@ def main() -> None:
     if not options.check:
         (options.folder / "ORIGINS.md").write_text(origins(), encoding="utf-8")
     print(f"{len(cuts)} photographs {'agree' if options.check else 'written'}: {options.folder}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

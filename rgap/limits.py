@@ -36,6 +36,10 @@ SAFETY = 10.0
 # chance 1e-9 (one side), any of 10^5 with 1e-4; what follows from it is tested by REFUTED.
 ON = 6.0
 
+# Units, on average, whose state errors may have turned, from which a contradiction below them
+# refutes nothing: one in ten updates has one then.
+MISTAKEN = 0.1
+
 # Standard errors of noise by which an entry of a head's gradient may have the wrong sign before
 # the targets that it contradicts are left out: chance 1e-9 an entry, as for ON.
 SIGN = 6.0
@@ -60,6 +64,10 @@ UNTOLD = 8.0
 # Distance from the nearest target, in the same units: at 0.5 the next is as near.  Half of that,
 # so that the right one is at least three times as near as any other.
 NEAREST = 0.25
+
+# Share of themselves, or of 1, by which stated real-valued targets may differ from those that are
+# read: what is typed in has three digits.
+STATED = 1e-3
 
 # Two cotangents are told apart if their distance is above this many tolerances: both have one.
 APART = 2.0
@@ -192,3 +200,12 @@ SHARP = 1e-4
 # Relative difference of two entries of k from which their rows of G test each other: far above the
 # rounding of a float32 gradient (6e-8), far below what different logits give (of order one).
 ROWS = 1e-4
+
+# Chance that errors are longer than a bound of few tests says, and all of them look honest: that of
+# the other decisions that are made once an answer (see ON, SCATTER).
+FALSELY = 1e-4
+# Times that SAFETY is wider than the largest of 10^6 normal entries, at 5 standard errors.
+SPARE = 2.0
+# Ratio of the largest to the smallest entry of k from which zeros of x are its own: none of n
+# values spread over [0, 1] is between a half and that over 4 with chance (5/8)^n, n = 12: 0.4%.
+PARTED = 4.0

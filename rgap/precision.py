@@ -16,10 +16,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from rgap.limits import SCATTER
 from rgap.rounding import ABSENT
 
 UNKNOWN = 1e150  # standard error of a value that no equation fixes
 OPEN = 1e100  # above which it is one, whatever scale a normalisation has put on it
+ENDS = 3.0  # square of the largest error of a rounding over its variance
 GROWTH = 2.0  # rounding of an accumulated sum over the rounding of its terms
 
 
@@ -170,6 +172,16 @@ class Precision:
         """
         variance = self.noise_std(name, like).flatten(1).square()
         return float(variance.sum(1).max().sqrt() + variance.sum(0).max().sqrt())
+
+    def noise_length(self, name: str, like: Tensor) -> float:
+        """Frobenius norm that the noise of a gradient has at most.
+
+        Normal entries scatter about ``Σσ²`` by ``SCATTER √Σσ⁴``; errors of rounding are no random
+        ones, and at the ends of their range all together add up to ``3 Σσ²``.
+        """
+        variance = self.noise_std(name, like).square()
+        total, scatter = float(variance.sum()), float(variance.square().sum()) ** 0.5
+        return float(max(ENDS * total, total + SCATTER * scatter) ** 0.5)
 
     def projected(self, name: str, basis: Tensor) -> Precision:
         """Of an update whose gradient G [m, n] of that name is given as G V, V [n, r] orthonormal.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import Enum, StrEnum
 from functools import cached_property
 from math import isfinite, log10
@@ -131,6 +131,9 @@ class LayerReport:
         return state
 
 
+_PLAIN = [f.name for f in fields(LayerReport) if not f.name.startswith("_")]
+
+
 @dataclass(frozen=True, eq=False)
 class Candidate:
     """One of several batches that send the same update, or come nearest to it."""
@@ -172,6 +175,8 @@ class Recovery:
         features: of one sample whose recursion ended before the data: certified inputs of layers
             ``[1, *in_shape]`` by layer name, from the lowest one up.  Empty for a batch, without
             a certificate, and where the data themselves were found.
+        targets_error_bound: of soft and real-valued ``labels``: the largest error of any entry that
+            the certificate allows.  None for classes and 0/1 labels, which are right or open.
     """
 
     inputs: Tensor | None
@@ -193,6 +198,7 @@ class Recovery:
     scale: float | Tensor | None = None
     partial: Tensor | None = None
     features: Mapping[str, Tensor] = field(default_factory=dict)
+    targets_error_bound: float | None = None
 
     @property
     def exact(self) -> bool:
@@ -275,6 +281,10 @@ class Recovery:
                 f"The predicted error is {rms:.2g} rms (PSNR {_decibel(rms)} for pictures in "
                 f"[0, 1]); the certified bound for every entry is {self.error_bound:.2g}."
             )
+        if given and self.targets_error_bound is not None:
+            lines.append(
+                f"The bound for every entry of the targets: {self.targets_error_bound:.2g}."
+            )
         if self.residual is not None:
             which = "answer" if given else "nearest answer (not returned)"
             if self.partial is not None:
@@ -304,22 +314,6 @@ class Recovery:
 
     def summary(self) -> dict[str, object]:
         """The recovery as plain numbers, for JSON; None where a number is not finite."""
-        fields = (
-            "layer",
-            "kind",
-            "unknowns",
-            "gradient_rank",
-            "joint_rank",
-            "nullity",
-            "gap",
-            "condition",
-            "residual",
-            "seconds",
-            "route",
-            "note",
-            "unread",
-            "predicted_error",
-        )
         return {
             "status": self.status.name,
             "reason": self.reason,
@@ -327,6 +321,7 @@ class Recovery:
             "residual": _plain(self.residual),
             "predicted_error": _plain(self.predicted_error),
             "error_bound": _plain(self.error_bound),
+            "targets_error_bound": _plain(self.targets_error_bound),
             "multiplicities": _plain(self.multiplicities),
             "separation": self.separation,
             "halt": None if self.halt is None else self.halt.numbers,
@@ -337,14 +332,15 @@ class Recovery:
             "candidates": len(self.candidates),
             "warnings": list(self.warnings),
             "seconds": _plain(self.seconds),
-            "layers": [{f: _plain(getattr(r, f)) for f in fields} for r in self.layers],
+            "layers": [{f: _plain(getattr(r, f)) for f in _PLAIN} for r in self.layers],
         }
 
     def __repr__(self) -> str:
         shape = None if self.inputs is None else tuple(self.inputs.shape)
         return (
             f"Recovery({self.status.name}, inputs={shape}, labels={_labels(self.labels)}, "
-            f"error_bound={self.error_bound}, reason={self.reason!r})"
+            f"error_bound={self.error_bound}, "
+            f"targets_error_bound={self.targets_error_bound}, reason={self.reason!r})"
         )
 
     def _repr_html_(self) -> str:

@@ -19,6 +19,7 @@ from rgap.solvers.priors import Operator, Prior
 
 SHORTEST = 1e-3  # step length at which the line search gives up
 ROUNDED = 1e-14  # of the mean diagonal: keeps a formed normal matrix definite
+TOGETHER = 64  # vectors that a curvature is taken of at once
 HASTE = 4  # power of the decay of λ after a step that changed next to nothing
 SLOW, ENOUGH = 0.5, 1e-8  # factor on a misfit, below the second, that counts as no change any more
 STOPPED = "whoever watches said so"
@@ -284,7 +285,7 @@ def _solved(
     if size == 0:
         return torch.zeros_like(rhs)
     eye = torch.eye(rhs.numel(), dtype=rhs.dtype, device=rhs.device)[kept].reshape(-1, *rhs.shape)
-    curved = torch.stack([bend(e).flatten()[kept] for e in eye])
+    curved = _images(bend, eye).flatten(1)[:, kept]
     own = jacobian[:, kept]
     matrix = own.T @ own + 0.25 * weight * (curved + curved.T)
     scale = float(matrix.diagonal().mean())
@@ -295,6 +296,15 @@ def _solved(
     found = torch.zeros_like(rhs).flatten()
     found[kept] = torch.cholesky_solve(rhs.flatten()[kept, None], factor)[:, 0]
     return found.reshape(rhs.shape)
+
+
+def _images(operator: Operator, vectors: Tensor) -> Tensor:
+    """The operator on every vector, many at once; one by one where it branches on their values."""
+    try:
+        together: Tensor = torch.vmap(operator, chunk_size=TOGETHER)(vectors)
+    except (RuntimeError, ValueError):
+        return torch.stack([operator(v) for v in vectors])
+    return together
 
 
 def _normal(point: Point, curvature: Operator, weight: float, damping: float) -> Operator:

@@ -14,18 +14,21 @@ import torch
 from torch import Tensor
 
 from rgap.solvers.kronecker import Kronecker
+from rgap.solvers.limits import (
+    BEYOND,
+    INDEPENDENT,
+    INHERITED,
+    LEAST_SINE,
+    PROBES,
+    PROJECTED,
+    SUSPECT,
+)
 from rgap.solvers.positive import STRIP, backsolve, cholesky_in_place, extremes, transposed_product
 from rgap.solvers.rank import Rank, numerical_rank, resolve_rcond
 from rgap.solvers.spaces import RowSpaces, group_bases
 from rgap.solvers.subspace import SMALL, full_column_rank, top_eigenpairs
 from rgap.solvers.svd import singular_values
 from rgap.solvers.tall import tall_qr
-
-SUSPECT = 1e-3  # sines below this are recomputed without cancellation
-PROBES = 10  # random sums of tables whose distance bounds that of all
-BEYOND = 10.0  # by how much the bound exceeds them
-INDEPENDENT = 1e-5  # σ/σ_1 down to which directions that are known to be shared span a space
-PROJECTED = 64.0  # rounding units of a unit direction that a projector may leave of what it removes
 
 
 class JointRows:
@@ -59,7 +62,7 @@ class JointRows:
         total = gradient.channels * size
         tolerance = resolve_rcond(rcond, (rows, size), noise=noise)
         # Angles inherit the error of both bases, amplified by the smallest singular value kept.
-        self._cutoff = max(tolerance * 1e2, 1e-10)
+        self._cutoff = max(tolerance * INHERITED, LEAST_SINE)
         self._gradient, self._noise, self._rcond = gradient, noise, rcond
         self._common: Tensor | None = None  # the shared directions, in the smaller space
         self._rest: Tensor | None = None  # 1 − cos² there, the shared directions set to 1
@@ -245,12 +248,12 @@ class JointRows:
         def first(count: int) -> Kronecker:
             return Kronecker(matrix[:, :, : count * spaces.positions], channels)
 
-        found = (
+        counts = (
             count
             for count in range(least, most + 1)
             if first(count).rank(self._rcond, self._noise).rank == rank
         )
-        count = next(found, None)
+        count = next(counts, None)
         if count is None:
             return None
         own, known = first(count), shared[:, :, : count * spaces.positions]
@@ -326,14 +329,14 @@ def rank_on_open(
         ]
         columns.append(torch.cat(blocks).flatten(1))
     sines = torch.cat(columns, 1)
-    cutoff = max(tolerance * 1e2, 1e-10)
+    cutoff = max(tolerance * INHERITED, LEAST_SINE)
     ends = full_column_rank(sines.T @ sines) if sines.shape[1] else (1.0, 1.0)
     if ends is not None and ends[1] > cutoff:  # full, and not of rounding errors alone
         return Rank(total, total, cutoff, inf, 1.0, min(ends[1], 1.0), total)
-    found = singular_values(sines)
-    kept = found[found > cutoff]
+    every = singular_values(sines)
+    kept = every[every > cutoff]
     smallest = float(kept.min()) if kept.numel() else 1.0
-    dropped = float(found[found <= cutoff].amax()) if kept.numel() < found.numel() else 0.0
+    dropped = float(every[every <= cutoff].amax()) if kept.numel() < every.numel() else 0.0
     rank = own.rank + kept.numel()
     gap = smallest / dropped if dropped > 0 else inf
     return Rank(rank, total, cutoff, gap, 1.0, smallest, rank)

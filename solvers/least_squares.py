@@ -19,7 +19,7 @@ from rgap.solvers.tall import tall_qr
 FIRST = 1e-2  # damping of the first step, relative to the diagonal of the Gauss–Newton matrix
 EASIER, HARDER = 0.2, 4.0  # what a step that helps and one that does not do to it
 STEEPER = 2.5  # the second of them with acceleration, where a refusal means less
-LEAST, MOST = 1e-14, 1e8
+LEAST, MOST = 1e-14, 1e8  # of the damping: rounding of the diagonal, and no step at all
 BEND = 0.1  # share of a step at which the residual's second derivative is measured
 WORTH = 0.25  # of the cost: a last step that leaves more than this was the last one
 STILL = 1e-9  # a step this small against the unknowns changes nothing any more

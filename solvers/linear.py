@@ -13,6 +13,7 @@ from scipy.sparse.linalg import LinearOperator, lsmr
 from torch import Tensor
 
 from rgap.solvers.kronecker import Coupling, Kronecker
+from rgap.solvers.limits import DEPENDENT, ENDS, OPEN, SINGULAR
 
 
 class Products(Protocol):
@@ -72,7 +73,7 @@ def solve_lsmr(
     rhs: Tensor,
     start: Tensor | None = None,
     limit: int = 4000,
-    tolerance: float = 1e-13,
+    tolerance: float = ENDS,
 ) -> Iterate:
     """Least-squares solution closest to ``start``.
 
@@ -92,7 +93,7 @@ def solve_lsmr(
     x0 = rhs.new_zeros(system.shape[1]) if start is None else start.flatten()
     gap = rhs - system.apply(x0)
     result = lsmr(
-        operator, gap.cpu().numpy(), atol=tolerance, btol=tolerance, conlim=1e14, maxiter=limit
+        operator, gap.cpu().numpy(), atol=tolerance, btol=tolerance, conlim=SINGULAR, maxiter=limit
     )
     step, reason, count = result[0], int(result[1]), int(result[2])
     x = x0 + torch.as_tensor(step, dtype=torch.float64, device=rhs.device)
@@ -100,15 +101,15 @@ def solve_lsmr(
 
 
 def null_projection(stacked: Stacked, vectors: Tensor, limit: int = 4000) -> Tensor:
-    """Project rows [k, C·P] on the null space of A, orthonormalised; components below 1e-6 go."""
+    """Project rows [k, C·P] on the null space of A, orthonormalised; short components go."""
     kept = []
     for vector in vectors:
         v = vector / vector.norm()
         part = solve_lsmr(stacked, v.new_zeros(stacked.shape[0]), v, limit).x
-        if float(part.norm()) > 1e-6:
+        if float(part.norm()) > OPEN:
             kept.append(part)
     if not kept:
         return vectors[:0]
     q, r = torch.linalg.qr(torch.stack(kept).T)
-    basis: Tensor = q[:, r.diagonal().abs() > 1e-9].T
+    basis: Tensor = q[:, r.diagonal().abs() > DEPENDENT].T
     return basis

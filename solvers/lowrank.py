@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rgap.solvers.limits import ABOVE
 from rgap.solvers.rank import Rank, numerical_rank, resolve_rcond
 from rgap.solvers.tall import tall_qr
 
 SPARE = 10  # columns of the block beyond the rank: they measure the noise
-ABOVE = 3.0  # singular values below this multiple of the largest noise value are noise
 SMALL = 96  # rows or columns up to which the whole decomposition is cheap
 
 

@@ -34,7 +34,7 @@ Residues = NDArray[np.float64]
 Rows = NDArray[np.intp]
 BITS = 31  # primes lie in (2^30, 2^31)
 PRIMES = 50_697_537  # number of primes in there
-HALF = 2.0**15
+HALF = 2.0**15  # a residue is split there, so that products are exact
 TERMS = 128  # 2^7 terms of 2^15 · 2^30 sum up to at most 2^52, and rounding off p stays below 2^53
 SPARSE = 0.8  # share of rows that are not 0 below which the others are set aside
 WITNESSES = (2, 3, 5, 7)  # decide primality below 3,215,031,751
@@ -161,13 +161,13 @@ def skeleton(matrix: Residues, prime: int) -> Skeleton:
         prime: p.
     """
     rows, columns = matrix.shape
-    found = _eliminate(matrix, prime, True) if columns else _nothing()
+    eliminated = _eliminate(matrix, prime, True) if columns else _nothing()
     rest = np.ones(rows, dtype=np.bool_)
-    rest[found.top] = False
+    rest[eliminated.top] = False
     bottom = np.flatnonzero(rest)
-    factors = np.zeros((len(bottom), found.rank))
-    factors[np.searchsorted(bottom, found.bottom)] = found.factors
-    return Skeleton(found.top, bottom, factors)
+    factors = np.zeros((len(bottom), eliminated.rank))
+    factors[np.searchsorted(bottom, eliminated.bottom)] = eliminated.factors
+    return Skeleton(eliminated.top, bottom, factors)
 
 
 def rank(matrix: NDArray[Any], prime: int) -> int:
@@ -191,10 +191,10 @@ def null_space(matrix: Residues, prime: int) -> Residues:
     >>> null_space(residues(np.array([[1, 2, 3]]), 101), 101).shape
     (3, 2)
     """
-    found = skeleton(matrix.T, prime)
-    basis = np.zeros((matrix.shape[1], len(found.bottom)))
-    basis[found.top] = -found.factors.T
-    basis[found.bottom, np.arange(len(found.bottom))] = 1.0
+    pivots = skeleton(matrix.T, prime)
+    basis = np.zeros((matrix.shape[1], len(pivots.bottom)))
+    basis[pivots.top] = -pivots.factors.T
+    basis[pivots.bottom, np.arange(len(pivots.bottom))] = 1.0
     return basis
 
 

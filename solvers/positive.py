@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 STEPS = 3  # of subspace iteration
-BLOCK = 4
+BLOCK = 4  # vectors of it
 STRIP = 512  # rows of a product at once
 
 
@@ -23,12 +23,12 @@ def cholesky_in_place(matrix: Tensor) -> Tensor | None:
 def outer_products(rows: Tensor) -> Tensor:
     """A Aᵀ of A [n, m], strip by strip of its lower half: BLAS's ``syrk``, which torch lacks."""
     size = len(rows)
-    found = rows.new_empty(size, size)
+    products = rows.new_empty(size, size)
     for start in range(0, size, STRIP):
         own = slice(start, min(start + STRIP, size))
-        torch.mm(rows[own], rows[: own.stop].T, out=found[own, : own.stop])
-        found[:start, own] = found[own, :start].T
-    return found
+        torch.mm(rows[own], rows[: own.stop].T, out=products[own, : own.stop])
+        products[:start, own] = products[own, :start].T
+    return products
 
 
 def transposed_product(matrix: Tensor, columns: Tensor) -> Tensor:

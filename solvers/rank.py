@@ -13,7 +13,9 @@ from math import erf, inf
 import torch
 from torch import Tensor
 
-SMALL_GAP = 10.0  # below this ratio σ_r/σ_{r+1} the two sides of the cutoff are not separated
+from rgap.solvers.limits import SMALL_GAP
+
+DECADES = 1e3  # about the cutoff, in which another rank is looked for and named
 
 
 def resolve_rcond(
@@ -180,7 +182,9 @@ def _alternative(values: Tensor, rank: int, gap: float) -> int:
         return rank
     positive = values.clamp_min(torch.finfo(values.dtype).tiny)
     ratios = positive[:-1] / positive[1:]
-    near = (positive[:-1] < positive[rank - 1] * 1e3) & (positive[:-1] > positive[rank - 1] / 1e3)
+    near = (positive[:-1] < positive[rank - 1] * DECADES) & (
+        positive[:-1] > positive[rank - 1] / DECADES
+    )
     if not bool(near.any()):
         return rank
     return int(torch.where(near, ratios, torch.zeros_like(ratios)).argmax()) + 1

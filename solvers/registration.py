@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+RISE = 1e-6  # of a correlation: less is its rounding, and the pictures stay where they are
+
 
 def registered_mean(pictures: Tensor) -> Tensor:
     """Mean of several versions of a picture, each shifted to where it fits their plain mean best.
@@ -35,11 +37,11 @@ def registered_mean(pictures: Tensor) -> Tensor:
     )
     spectrum = torch.fft.fftn(centred, dim=axes)
     # Entry d: the correlation of the mean with a version that is shifted by d.
-    found = torch.fft.ifftn(goal * spectrum.conj(), dim=axes).real.sum(2)
-    flat = found.flatten(2)
+    correlation = torch.fft.ifftn(goal * spectrum.conj(), dim=axes).real.sum(2)
+    flat = correlation.flatten(2)
     best = flat.argmax(2)
     gain = flat.gather(2, best[..., None])[..., 0] - flat[..., 0]
-    best = torch.where(gain > 1e-6 * flat[..., 0].abs(), best, torch.zeros_like(best))
+    best = torch.where(gain > RISE * flat[..., 0].abs(), best, torch.zeros_like(best))
     shifted = []
     for version, places in zip(pictures, best, strict=True):
         rows = []

@@ -81,7 +81,7 @@ class RowSpaces:
         channels, size, batch = self.channels, self.positions, len(self.weight)
         flat = self.weight[0].flatten(1)
         projector = outer_products(flat.T.contiguous()).reshape(channels, size, channels, size)
-        found = flat.new_empty(self.ranks[0], self.ranks[0])
+        squares = flat.new_empty(self.ranks[0], self.ranks[0])
         places = self._places()
         for c in range(channels):
             left, row = self.gradient[c // self.per_group], places[c]
@@ -94,18 +94,18 @@ class RowSpaces:
                     block = projector[c, :, start:stop]
                     image = torch.einsum("nkm,rbm->bnkr", block, parts).flatten(0, 1).flatten(1)
                     own = slice(places[start].start, places[stop - 1].stop)
-                    torch.mm(left, image, out=found[row, own])
-            found[: row.start, row] = found[row, : row.start].T
-        return found
+                    torch.mm(left, image, out=squares[row, own])
+            squares[: row.start, row] = squares[row, : row.start].T
+        return squares
 
     def _places(self) -> list[slice]:
         """Rows of T of every channel."""
-        found, start = [], 0
+        places, start = [], 0
         for c in range(self.channels):
             stop = start + len(self.gradient[c // self.per_group])
-            found.append(slice(start, stop))
+            places.append(slice(start, stop))
             start = stop
-        return found
+        return places
 
     def to_gradient(self, x: Tensor) -> Tensor:
         """Coordinates of tables [S, C, B·N] in the gradient rows, [S, rank]."""

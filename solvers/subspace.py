@@ -8,13 +8,14 @@ from math import inf
 import torch
 from torch import Tensor
 
+from rgap.solvers.limits import GRAM, SURE
 from rgap.solvers.positive import backsolve, extremes, transposed_product
 from rgap.solvers.rank import Rank, numerical_rank, resolve_rcond
 from rgap.solvers.square import factored
 from rgap.solvers.svd import right_singular_vectors
 
+SHIFT = 1e-8  # δ that keeps (1 + δ)I − M definite: it separates eigenvalues near 1, no more
 SMALL = 800  # matrices up to this size are decomposed in full
-SAFE = 1e3  # of the cutoff: an estimated σ_n above it needs no SVD
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def row_space(matrix: Tensor, rcond: float | None = None, noise: float = 0.0) ->
     if rows >= columns > 64:
         made = factored(matrix) if rows == columns else None
         ends = _triangular_extremes(matrix) if made is None else made.extremes
-        if ends[1] > SAFE * resolve_rcond(rcond, (rows, columns), noise=noise) * ends[0]:
+        if ends[1] > SURE * resolve_rcond(rcond, (rows, columns), noise=noise) * ends[0]:
             identity = torch.eye(columns, dtype=matrix.dtype, device=matrix.device)
             return RowSpace(identity, Rank(columns, columns, 0.0, inf, *ends, columns))
     if 64 < rows <= columns:
@@ -56,7 +57,7 @@ def full_column_rank(gram: Tensor) -> tuple[float, float] | None:
         return None
     squares = extremes(lambda x: gram @ x, lambda x: backsolve(lower, x), len(gram), gram)
     largest, smallest = squares[0] ** 0.5, squares[1] ** 0.5
-    return (largest, smallest) if smallest > 1e-6 * largest else None
+    return (largest, smallest) if smallest > GRAM * largest else None
 
 
 def _triangular_extremes(matrix: Tensor) -> tuple[float, float]:
@@ -103,7 +104,7 @@ def top_eigenpairs(matrix: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
         values, vectors = torch.linalg.eigh(matrix)
         return values, vectors
     eye = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
-    shifted, info = torch.linalg.cholesky_ex((1.0 + 1e-8) * eye - matrix)
+    shifted, info = torch.linalg.cholesky_ex((1.0 + SHIFT) * eye - matrix)
     generator = torch.Generator().manual_seed(0)
     block = 192
     while not bool(info) and 2 * block <= size:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-NEAR = 0.1  # ‖I − QᵀQ‖ after the first pass up to which the second one is sure to repair it
+from rgap.solvers.limits import NEAR
 
 
 def tall_qr(matrix: Tensor) -> tuple[Tensor, Tensor]:

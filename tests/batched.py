@@ -6,10 +6,10 @@ from collections.abc import Callable
 from itertools import pairwise
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 import rgap
+from rgap.analysis import score
 from rgap.precision import Precision
 from rgap.recovery import Recovery, Status
 from rgap.separation.batch import Batch
@@ -95,17 +95,13 @@ def distance(recovery: Recovery, x: Tensor, y: Tensor) -> float:
 
     Infinite where the number of samples or any label is wrong.
     """
-    found, named = expanded(recovery)
-    if len(found) != len(x):
+    beside = score(recovery, x, y)
+    if beside.surplus or beside.worst == float("inf"):
         return float("inf")
-    gaps = (found.double().flatten(1)[:, None] - x.double().flatten(1)[None]).abs().amax(2)
     if y.is_floating_point():
-        gaps = gaps.maximum((named.double()[:, None] - y.double()[None]).flatten(2).abs().amax(2))
-    else:
-        gaps[named[:, None] != y[None]] = 1e6
-    rows, columns = linear_sum_assignment(gaps.numpy())
-    worst = float(gaps[rows, columns].max())
-    return float("inf") if worst >= 1e6 else worst
+        named = expanded(recovery)[1][beside.order].double()
+        return max(beside.worst, float((named - y.double()).abs().max()))
+    return beside.worst if beside.label_accuracy == 1.0 else float("inf")
 
 
 def counted(recovery: Recovery, x: Tensor, y: Tensor) -> bool:

@@ -164,6 +164,43 @@ class ConvolvedResidual(Convolved):
         return self.head(h + torch.tanh(self.inner(h)))
 
 
+class OnePlace(LayerNorm):
+    """A kernel as large as the picture falls on one place: a fully connected layer."""
+
+    shape = (3, 2, 2)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 20, 2)
+
+    def middle(self, h: Tensor) -> Tensor:
+        return super().middle(h.flatten(1))
+
+
+class OneLine(OnePlace):
+    shape = (2, 6)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv1d(2, 20, 6, stride=3)
+
+
+class OneToken(LayerNorm):
+    """Fully connected layers along [B, 1, n], once for every sample."""
+
+    shape = (1, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)[:, 0]
+
+
+class OneTokenInside(OneToken):
+    shape = (1, 1, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.middle(F.linear(x, self.first.weight, self.first.bias))).mean((1, 2))
+
+
 class TwoHeads(Layered):
     def __init__(self) -> None:
         super().__init__()
@@ -191,7 +228,8 @@ class TwoInputs(Layered):
 
 REPLAYED = [
     LayerNorm, GroupNorm, Residual, Shared, Gated, Concatenated, Softmaxed, Maxout, Attention,
-    ControlFlow, Functional, Permuted, Convolved, ConvolvedResidual,
+    ControlFlow, Functional, Permuted, Convolved, ConvolvedResidual, OnePlace, OneLine, OneToken,
+    OneTokenInside,
 ]  # fmt: skip
 INPUTS_ONLY = [Dropped, TwoHeads, Dictionary, TwoInputs]
 

@@ -72,6 +72,17 @@ for spelled, pool in SPELLINGS.items():
     case(
         spelled, PICTURE, conv_head(), lambda m, x, pool=pool: m.fc(pool(m.a(x).tanh())), {"fc": 48}
     )
+for border in ("reflect", "replicate", "circular"):
+    case(
+        f"a {border} border",
+        PICTURE,
+        lambda border=border: {
+            "a": nn.Conv2d(2, 2, 3, 2, 1, padding_mode=border),
+            "b": nn.Conv2d(2, 3, 3, padding=1, padding_mode=border),
+            "fc": nn.Linear(12, 4),
+        },
+        lambda m, x: m.fc(m.b(m.a(x).tanh()).sigmoid().flatten(1)),
+    )
 case(
     "F.avg_pool2d halves",
     PICTURE,

@@ -8,6 +8,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+BORDERS = ("zeros", "zeros", "zeros", "reflect", "replicate", "circular")
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -43,7 +45,10 @@ def layers(draw: st.DrawFn) -> Geometry:
         reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
         space = tuple(max(draw(st.integers(2, limit)), r) for r in reach)
         make = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
-        module = make(channels, filters, kernel, stride, padding, dilation, groups, bias)
+        most = [r // 2 for r in reach] if isinstance(padding, str) else padding
+        fits = all(p < n for p, n in zip(most, space, strict=True))  # a reflection stays inside
+        border = draw(st.sampled_from(BORDERS if fits else BORDERS[:1]))
+        module = make(channels, filters, kernel, stride, padding, dilation, groups, bias, border)
         return Geometry(module.double(), (channels, *space), batch, seed)
 
 

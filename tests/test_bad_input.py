@@ -18,6 +18,7 @@ from networks import picture, small_conv
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
+import rgap
 from rgap import Recovery, Status, Update, capture, invert
 from rgap.cli.app import app
 
@@ -281,3 +282,44 @@ def test_an_update_of_another_network_on_the_command_line(update: Update, tmp_pa
     line = refused("invert", "lenet", tmp_path / "u.safetensors")
     assert "'conv1.bias' has shape" in line or "is missing" in line
     assert "expected" in line
+
+
+class Tokens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.e, self.a, self.head = nn.Embedding(9, 6), nn.Linear(30, 12), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.a(self.e(x).flatten(1))))
+
+
+ENTRIES: dict[str, Callable[[nn.Module, rgap.Update], object]] = {
+    "invert": rgap.invert,
+    "match": rgap.match,
+    "audit": lambda m, u: rgap.analysis.audit(m, (5,), (1,)),
+    "formula": lambda m, u: rgap.analysis.audit(m, (5,), (1,), method="formula"),
+    "identifiability": lambda m, u: rgap.analysis.identifiability(m, (5,), 1),
+    "noise": lambda m, u: rgap.analysis.noise(m, torch.rand(1, 5)),
+    "harden": lambda m, u: rgap.analysis.harden(m, (5,)),
+    "capture": lambda m, u: rgap.capture(
+        m, torch.ones(1, 5, dtype=torch.long), torch.ones(1).long()
+    ),
+}
+
+
+def test_models_of_tokens_are_refused_in_one_sentence_or_served() -> None:
+    torch.manual_seed(0)
+    model = Tokens().eval()
+    loss = nn.functional.cross_entropy(model(torch.tensor([[1, 2, 3, 4, 5]])), torch.tensor([2]))
+    sent = torch.autograd.grad(loss, list(model.parameters()))
+    names = [name for name, _ in model.named_parameters()]
+    update = rgap.Update(dict(zip(names, sent, strict=True)), batch_size=1, input_shape=(5,))
+    for name, entry in ENTRIES.items():
+        try:
+            said = entry(model, update).reason  # type: ignore[attr-defined]
+        except (TypeError, ValueError) as error:
+            said = str(error)
+        assert "write a module that starts behind the embedding" in said, (name, said)
+        assert ("matching" not in said and "scalar types" not in said) or name == "formula", said
+    assert rgap.labels.estimate(model, update).labels.tolist() == [2]
+    assert rgap.check(model, update).findings == ()

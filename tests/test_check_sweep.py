@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import mistakes
+import mistakes_table
 import pytest
 import torch
 from mistakes import case, changed, clipped, moved, noisy, scaled
@@ -124,6 +125,18 @@ def test_a_mistake_is_named_or_what_looks_the_same(name: str, size: int, classes
         if found.best.kind is not kind:
             assert classes < 3 and name == "lenet", "a head of few rows shows no spectrum"
             assert kind.claim in found.explain()
+
+
+SPREAD = list(mistakes_table.trials(1))[::37]  # every mistake, on another network each
+
+
+@pytest.mark.parametrize("part", range(3))
+def test_the_first_finding_is_never_another_mistake(part: int) -> None:
+    for trial in SPREAD[part::3]:
+        end, first, found = trial.outcome()
+        assert end != "wrong", (trial, first, found.explain())
+        kinds = mistakes_table.MISTAKES[trial.mistake].kinds
+        assert end != "silent" or trial.mistake not in mistakes_table.ALWAYS, (trial, kinds)
 
 
 FACTORED = ["weight", "focal_loss", "nll_loss", "sigmoid_focal_loss"]

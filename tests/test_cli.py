@@ -11,10 +11,19 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file, save_model
 from typer.testing import CliRunner
 
 from rgap.cli.app import app
+from rgap.cli.options import (
+    LabelMethod,
+    MatchMethod,
+    Precision,
+    PriorName,
+    RankMethod,
+    Reduction,
+)
 from rgap.models.spec import resolve
 
 NETS = """
@@ -265,6 +274,37 @@ def test_usage_errors_and_exit_codes_are_documented() -> None:
     shown = call("invert", "--help").out
     for word in ("EXACT", "UNDERDETERMINED", "INCONSISTENT", "UNSUPPORTED"):
         assert word in shown
+
+
+COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+CHOICES = {
+    "capture": (Precision, Reduction),
+    "invert": (PriorName,),
+    "match": (MatchMethod, PriorName),
+    "labels": (LabelMethod,),
+    "audit": (RankMethod,),
+}
+OWN = {"labels", "method", "input_shape", "batch_size", "output", "prior", "time_limit"}
+
+
+def test_an_option_of_several_commands_is_declared_once() -> None:
+    """One name means one thing everywhere, but for the options that a command makes its own."""
+    declared: dict[str, set[Any]] = {}
+    for command in COMMANDS.values():
+        for option in command.params:
+            said = (tuple(option.opts), option.help, option.default)
+            declared.setdefault(option.name, set()).add(said)
+    assert {name for name, said in declared.items() if len(said) > 1} == OWN
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_help_fits_its_terminal_and_breaks_no_name(command: str, columns: int) -> None:
+    told = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": str(columns)}).output
+    assert max(map(len, told.splitlines())) <= columns
+    names = [name for option in COMMANDS[command].params[1:] for name in option.opts[:1]]
+    for name in (*names, *(value for choices in CHOICES.get(command, ()) for value in choices)):
+        assert name.lower() in told.lower(), name
 
 
 def test_help_and_version_do_not_import_torch() -> None:

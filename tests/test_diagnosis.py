@@ -14,6 +14,8 @@ import mistakes
 import pytest
 import torch
 from mistakes import case, changed, clipped, moved, noisy, scaled
+from mistakes_table import MISTAKES as TABLE
+from mistakes_table import one_by_one, stepped
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -272,6 +274,76 @@ def pruned(g: Tensor) -> Tensor:
 def test_compression(name: str, how: object) -> None:
     given = case(name, 1)
     only(check(given.model, changed(given.update, how)), Kind.COMPRESSION)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("loss", [CROSS, SQUARED])
+def test_labels_that_are_not_those_of_the_batch(loss: str) -> None:
+    given = case("mlp", 1, loss)
+    wrong = (given.targets + 1) % 10 if loss == CROSS else given.targets.roll(1, -1)
+    found = check(given.model, given.update, labels=wrong)
+    label = int(given.targets if loss == CROSS else given.targets.argmax())
+    assert only(found, Kind.LABELS).value == label
+    assert [f.kind for f in found.findings] == [Kind.LABELS]
+    assert check(given.model, given.update, labels=given.targets).ok
+
+
+def test_a_batch_size_that_is_not_that_of_the_mean() -> None:
+    given = case("mlp", 4)
+    found = only(check(given.model, replace(given.update, batch_size=8)), Kind.BATCH_SIZE)
+    assert found.value == 4 and found.rivals == (Kind.SCALE,)
+    assert "batch_size=4" in found.remedy and "g / 2" in found.evidence
+    assert check(given.model, follow(given.model, replace(given.update, batch_size=8))).ok
+
+
+def test_what_clipping_sample_by_sample_says_of_each() -> None:
+    given = case("mlp", 4)
+    found = only(check(given.model, one_by_one(given, 1.5)), Kind.CLIPPING)
+    for label in given.targets.tolist():
+        own = capture(
+            given.model, *(t[given.targets == label] for t in (given.inputs, given.targets))
+        )
+        norm = sum(float(g.square().sum()) for g in own.gradients.values()) ** 0.5
+        if norm > 1.5:
+            assert f"(label {label}, norm {norm / 1.5:.3g} c)" in found.evidence
+
+
+@pytest.mark.parametrize(("name", "batch"), [("mlp", 1), ("lenet", 4)])
+def test_a_layer_whose_gradient_is_zero(name: str, batch: int) -> None:
+    given = case(name, batch)
+    stages = [n.removesuffix(".weight") for n in given.update.gradients if n.endswith("weight")]
+    for frozen in stages[1:]:  # below the first nothing has a gradient that shows it
+        sent = {
+            n: torch.zeros_like(g) if n.startswith(frozen) else g
+            for n, g in given.update.gradients.items()
+        }
+        update = replace(given.update, gradients=sent)
+        found = only(check(given.model, update), Kind.ABSENT)
+        assert f"'{frozen}'" in found.evidence
+        model = copy.deepcopy(given.model)
+        exec(found.remedy, {"model": model, "update": update})
+        assert check(model, update).ok, "declared, it is no mistake"
+
+
+def test_dead_units_are_no_missing_layer() -> None:
+    """A dead layer leaves zeros in its own gradient, in those below and in what reads it."""
+    model = mistakes.mlp(0, nn.ReLU, 10)
+    with torch.no_grad():
+        model[3].bias.fill_(-10.0)
+    update = capture(model, torch.rand(2, 2, 6, 6), torch.tensor([1, 2]))
+    assert not update.gradients["1.weight"].any()
+    assert not update.gradients["3.weight"].any()
+    assert check(model, update).ok
+
+
+@pytest.mark.parametrize(("name", "batch"), [("mlp", 1), ("lenet", 4)])
+def test_an_optimiser_that_divides_by_the_gradient(name: str, batch: int) -> None:
+    given = case(name, batch)
+    made = {n: m.make(given) for n, m in TABLE.items() if Kind.OPTIMISER in m.kinds}
+    assert len(made) > 6
+    made["5 of Adam"] = stepped(given, lambda p: torch.optim.Adam(p, 1e-3), 5)
+    for rule, sent in made.items():
+        found = only(check(given.model, sent), Kind.OPTIMISER)
+        assert "SGD" in found.remedy and "exp_avg" in found.remedy, rule
 
 
 def test_names() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rgap.solvers.gauss_newton import Schedule, conjugate_gradients, gauss_newton
+from rgap.solvers.gauss_newton import Schedule, _images, conjugate_gradients, gauss_newton
 from rgap.solvers.priors import Prior, Squares, Sum, TotalVariation, natural
 
 F64 = torch.float64
@@ -186,3 +186,21 @@ def test_conjugate_gradients_solve_and_survive_a_singular_matrix() -> None:
     assert torch.allclose(matrix @ x, rhs, atol=1e-9) and count <= 8
     x, _ = conjugate_gradients(lambda v: torch.zeros_like(v), rhs, 50, 1e-12)
     assert torch.equal(x, torch.zeros(5, dtype=F64))
+
+
+def test_a_curvature_is_taken_of_many_vectors_at_once() -> None:
+    calls = []
+
+    def counted(v: Tensor) -> Tensor:
+        calls.append(1)
+        return bend(v)
+
+    def branching(v: Tensor) -> Tensor:
+        return bend(v) if float(v.sum()) > 0.5 else 0.0 * v
+
+    bend = natural(3).curvature(torch.rand(1, 3, 8, 8, dtype=torch.float64))
+    eye = torch.eye(192, dtype=torch.float64).reshape(192, 1, 3, 8, 8)
+    expected = torch.stack([bend(e) for e in eye])
+    torch.testing.assert_close(_images(counted, eye), expected, rtol=0, atol=0)
+    assert len(calls) == 3
+    torch.testing.assert_close(_images(branching, eye), expected, rtol=0, atol=0)

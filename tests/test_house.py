@@ -35,3 +35,12 @@ def test_no_module_stands_beside_the_folder_of_its_name() -> None:
     for top in ("rgap", "analysis", "solvers"):
         for folder in (ROOT / top).glob("**/__init__.py"):
             assert not folder.parent.with_suffix(".py").exists()
+
+
+def test_no_step_of_an_inversion_loads_the_compiler() -> None:
+    """``torch.func`` and forward mode import ``torch._dynamo``, two seconds of every process."""
+    rooms = ("network", "update", "head", "constraints", "separation", "recursion", "inversion")
+    for room in rooms:
+        for path in (ROOT / "rgap" / room).rglob("*.py"):
+            text = path.read_text(encoding="utf-8")
+            assert not re.search(r"torch\.func\.(vjp|jvp|grad|hessian)|forward_ad", text), path

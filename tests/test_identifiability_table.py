@@ -67,7 +67,7 @@ def test_pixels_that_no_equation_reads_are_the_undetermined_ones(method: str) ->
 def test_the_share_of_a_pixel_is_what_least_squares_keeps_of_it(short: Identifiability) -> None:
     """Diagonal of the projector J⁺J on the row space, by NumPy's pseudo-inverse."""
     model, x = network(), picture(SHAPE, 3, 2).double()
-    from rgap.analysis.probe_batch import probe_targets
+    from rgap.analysis.probe import probe_targets
     from rgap.update.losses import Loss
 
     labels = probe_targets(model, x, Loss(), None, 0)

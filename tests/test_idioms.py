@@ -1,14 +1,12 @@
 """Public entry points on networks in many idioms: an answer or one sentence, and no traceback.
 
-``benchmarks/sweep_idioms.py`` runs every entry point on every idiom; here each idiom meets the
+``benchmarks/sweeps/idioms.py`` runs every entry point on every idiom; here each idiom meets the
 cheap ones, and every third one of the others in turn.
 """
 
 from __future__ import annotations
 
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,11 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from written import Written
 
 import rgap
+from benchmarks.sweeps.idioms import POINTS, sent, verdict
 from rgap.labels import estimate, head_features
 from rgap.network.running import run
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from sweep_idioms import POINTS, sent, verdict
 
 CHEAP = ("capture", "labels exact")
 EVERY = 3  # idiom meets one of the dear ones

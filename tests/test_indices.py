@@ -6,10 +6,11 @@ import json
 
 import pytest
 import torch
-from study_indices import BINARY, narrow, softmax
 from torch import nn
 
 import rgap
+from benchmarks.common.networks import BINARY
+from benchmarks.studies.indices import narrow, softmax
 from rgap.analysis.joint_rank.indices import leakage_indices
 
 

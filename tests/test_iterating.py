@@ -11,6 +11,7 @@ from networks import picture, small_conv
 from torch import Tensor, nn
 
 import rgap
+from rgap.jacobian.module_update import Outside
 from rgap.matching.first_order import EXPLODED, Standing, first
 from rgap.matching.objective import TOGETHER, Objective
 from rgap.matching.presets import PRESETS, Preset
@@ -27,7 +28,7 @@ def objective(preset: Preset, dtype: torch.dtype = F64, labels: Tensor | None = 
     update = rgap.capture(model, picture(SHAPE[1:], 1), LABEL, dtype=F64)
     where = preset.coordinates((0.0, 1.0))
     return Objective(
-        model, update.gradients, update.loss, labels, SHAPE, preset, where, dtype=dtype
+        model, update.gradients, Outside(update.loss, labels), SHAPE, preset, where, dtype=dtype
     )
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import rgap
 from rgap.labels import idlg
 from rgap.update.capture import capture
 from rgap.update.losses import Loss
@@ -147,3 +148,16 @@ def test_a_model_in_the_place_of_its_gradient_is_refused() -> None:
         idlg(model)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="bias_gradient: expected a tensor, got str"):
         idlg(torch.ones(4, 3), "bias")  # type: ignore[arg-type]
+
+
+def test_outputs_over_one_place_are_refused_in_words():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(1, 20, 4), nn.ReLU(), nn.Conv2d(20, 3, 1)).double().eval()
+    x, y = torch.rand(2, 1, 4, 4).double(), torch.zeros(2, 1, 1, dtype=torch.long)
+    update = rgap.capture(network, x, y)
+    assert rgap.check(network, update).findings == ()
+    with pytest.raises(ValueError, match=r"expected logits \[B, C\], got outputs \[B, 3, 1, 1\]"):
+        rgap.labels.estimate(network, update)
+    flat = nn.Sequential(*network, nn.Flatten()).eval()
+    update = rgap.capture(flat, x, torch.tensor([2, 0]))
+    assert rgap.labels.estimate(flat, update).labels.tolist() == [0, 2]

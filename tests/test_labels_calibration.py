@@ -1,6 +1,6 @@
 """What the confidence of ``best`` says is so: balanced, random and skewed batches.
 
-``benchmarks/study_calibration.py`` does the same on more kinds of networks.
+``benchmarks/studies/calibration.py`` does the same on more kinds of networks.
 """
 
 from __future__ import annotations

@@ -30,6 +30,37 @@ DECIDING = (
     "inversion/merging",
     "recursion/stage",
 )
+NUMERICS = [
+    path.relative_to(ROOT).as_posix()
+    for package in ("analysis", "solvers")
+    for path in sorted((ROOT / package).rglob("*.py"))
+    if "plots" not in path.parts  # sizes of figures
+]
+INSIDE = {
+    ("analysis/discard/layer_ranks.py", "_refuse_large", 8e-9): "bytes of a number, in GB",
+    ("analysis/discard/layer_ranks.py", "needs", 3): "matrices that are held",
+    ("analysis/discard/layer_ranks.py", "needs", 8): "bytes of a number",
+    ("analysis/joint_rank/blocks.py", "jacobian_blocks", 8): "bytes of a number",
+    ("analysis/joint_rank/identifiability.py", "answered", 8): "bytes of a number",
+    ("analysis/joint_rank/stage.py", "fits", 8): "bytes of a number",
+    ("analysis/joint_rank/stage.py", "kept", 8): "bytes of a number",
+    ("analysis/noise_bound/fisher.py", "information", 4): "matrices that are held",
+    ("analysis/noise_bound/fisher.py", "information", 8): "bytes of a number",
+    ("analysis/noise_bound/report.py", "psnr", 10): "decibel",
+    ("analysis/noise_bound/report.py", "psnr", 20): "decibel",
+    ("analysis/scoring.py", "_decibel", 10): "decibel",
+    ("solvers/conjugate.py", "cgls", 1e-8): "a default: where an iteration ends",
+    ("solvers/kronecker.py", "solve", 1e-15): "a default: where a refinement ends",
+    ("solvers/first_order.py", "step", 1e-8): "of Adam, as published",
+    ("solvers/first_order.py", "step", 1e-30): "against a division by zero",
+    ("solvers/gauss_newton.py", "Schedule", 1e-9): "a default of the schedule",
+    ("solvers/gauss_newton.py", "Schedule", 1e-4): "a default of the schedule",
+    ("solvers/gauss_newton.py", "gauss_newton", 10): "growth of the damping after a failed step",
+    ("solvers/least_squares.py", "levenberg_marquardt", 4): "growth of the damping",
+    ("solvers/least_squares.py", "geodesic", 1e-18): "least damping of steps that bend",
+    ("solvers/least_squares.py", "_step", 1e-12): "keeps a diagonal of zeros invertible",
+    ("solvers/lowrank.py", "_leading", 1e-15): "rounding: a block has reached the noise",
+}
 GUARD = 1e-300  # against a division by zero
 NO_LIMITS = {
     ("head/target", "LISTED", 4096): "effort: targets that are tried one by one",
@@ -77,7 +108,7 @@ COUNTED = {
     "solvers/kronecker.py": "the sum of the groups' ranks",
     "solvers/solution.py": "an example",
     "rgap/constraints/ranks.py": "extreme singular values, and sums of exact counts",
-    "analysis/joint_rank/weight_inverse.py": "extreme singular values of a matrix of full rank",
+    "analysis/joint_rank/inverses.py": "extreme singular values of a matrix of full rank",
     "analysis/joint_rank/nullspace.py": "an upper bound of the largest singular value",
     "analysis/joint_rank/blocks.py": "no rows at all: an exact 0",
     "analysis/generic_rank/sketched.py": "the sum of the ranks of the blocks",
@@ -101,6 +132,8 @@ def place(node: ast.AST) -> str:
         node = node.parent  # type: ignore[attr-defined]
     if isinstance(node, ast.Assign):
         return ast.unparse(node.targets[0]).strip("()")
+    if isinstance(node, ast.AnnAssign):
+        return ast.unparse(node.target)
     return getattr(node, "name", "")
 
 
@@ -130,6 +163,41 @@ def test_numbers_that_decide_are_in_limits(module: str) -> None:
     found = set(numbers(source(path)))
     strange = sorted(found - allowed)
     assert not strange, f"{path}: name these in rgap/limits.py and say what they follow from"
+
+
+@pytest.mark.parametrize("path", NUMERICS)
+def test_numbers_of_analysis_and_solvers_have_a_name_and_a_reason(path: str) -> None:
+    tree = source(path)
+    lines = (ROOT / path).read_text(encoding="utf-8").splitlines()
+    named = set()
+    for node in tree.body:
+        value = getattr(node, "value", None)
+        if not isinstance(node, ast.Assign | ast.AnnAssign) or value is None:
+            continue
+        written = [c.value for c in ast.walk(value) if isinstance(c, ast.Constant)]
+        if not any(type(number) in (int, float) for number in written):
+            continue
+        named.add(place(value))
+        own = "\n".join(lines[node.lineno - 1 : node.end_lineno])
+        assert "#" in own or lines[node.lineno - 2].startswith("#"), f"{path}: no reason: {own}"
+    allowed = {(where, float(value)) for name, where, value in INSIDE if name == path}
+    inside = {(where, value) for where, value in numbers(tree) if where not in named and value != 2}
+    assert not inside - allowed, f"{path}: name these, in solvers/limits.py if they decide"
+
+
+def test_limits_of_the_solvers_have_one_home() -> None:
+    """Each stands under its derivation, and no other module sets one of the same name."""
+    home = "solvers/limits.py"
+    lines = (ROOT / home).read_text(encoding="utf-8").splitlines()
+    names: set[str] = set()
+    for node in source(home).body:
+        if isinstance(node, ast.Assign):
+            assert lines[node.lineno - 2].startswith("#"), f"{ast.unparse(node)} has no derivation"
+            names |= {c.id for c in ast.walk(node.targets[0]) if isinstance(c, ast.Name)}
+    assert len(names) > 20
+    for path in set(NUMERICS) - {home}:
+        own = {where for where, _ in numbers(source(path)) if where.isupper()}
+        assert not own & names, f"{path} defines {own & names} again"
 
 
 def test_the_walk_sees_a_number_written_out() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,9 +21,14 @@ from rgap.cli.app import app
 from rgap.doubles import Doubles, blocks, row_blocks
 from rgap.head.bias_attack import bias_attack, rank_one_residual
 from rgap.head.features import features_from_bias
+from rgap.inversion.batch_rows import batch_of
+from rgap.inversion.problem import prepare
 from rgap.network import affine as maps
 from rgap.precision import Precision
 from rgap.recovery import Status
+from rgap.separation.batch import HELD, Separated
+from rgap.separation.route import separate
+from rgap.update.preflight import ClientView
 
 
 def test_sizes_are_read_as_people_write_them() -> None:
@@ -301,3 +307,21 @@ def test_a_replay_and_a_polish_that_do_not_fit_are_refused(monkeypatch: pytest.M
     assert rgap.invert(network, update, memory_budget=8.0 * numbers * 40).status is Status.EXACT
     with pytest.raises(ValueError, match="the update of an answer"):
         rgap.invert(network, update, memory_budget=8.0 * numbers * 2)
+
+
+def test_separating_keeps_its_budget_or_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Starts go through in fewer at a time, and where not one fits that is said."""
+    monkeypatch.setattr(memory, "LEAST", 1.0)
+    torch.manual_seed(0)
+    size = 24
+    network = nn.Sequential(
+        nn.Linear(64, 60), nn.Tanh(), nn.Linear(60, 60), nn.Tanh(), nn.Linear(60, 10)
+    )
+    update = rgap.capture(network.eval(), torch.rand(size, 64), torch.arange(size) % 10)
+    batch = batch_of(prepare(ClientView.of(network, update)))
+    free = batch.starts(size, 16, 8)
+    tight = replace(batch, room=8.0 * HELD * 8 * size**2 * 3)
+    assert (free, tight.starts(size, 16, 8)) == (16, 3)
+    assert isinstance(separate(tight), Separated)
+    with pytest.raises(memory.OutOfMemory, match=r"telling 24 samples apart.*write memory_budget="):
+        separate(replace(batch, room=1e3))

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import rgap
-from rgap.models import published as models
+from rgap import models
 from rgap.models.build import Plan, Residual
 
 EVERY = pytest.mark.parametrize("name", sorted(models.BUILTIN))

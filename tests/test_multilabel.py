@@ -12,6 +12,7 @@ import rgap
 from rgap import Status
 from rgap.inversion.batch_rows import errors_of_targets
 from rgap.inversion.problem import prepare
+from rgap.update.preflight import ClientView
 
 LOGITS = 14
 BINARY = "binary_cross_entropy_with_logits"
@@ -86,7 +87,7 @@ def test_noise_of_the_head_moves_targets_as_it_is_stated_by_name() -> None:
     noise = {n: torch.zeros_like(g) for n, g in update.gradients.items()}
     noise["2.weight"], noise["2.bias"] = torch.rand(4, 9).double(), 3 * torch.rand(4).double()
     noisy = replace(update, noise=noise)
-    problem = prepare(model, noisy, 2, None, 0.0, None, None, 0, 4e9)
+    problem = prepare(ClientView.of(model, noisy, batch_size=2), budget=4e9)
     features = torch.rand(2, 9, dtype=torch.float64)
     table = torch.nn.functional.pad(features, (0, 1), value=1.0)
     std = torch.cat([noise["2.weight"], noise["2.bias"][:, None]], 1)

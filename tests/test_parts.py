@@ -40,7 +40,7 @@ def chain_of(seed: int) -> tuple[nn.Module, torch.Tensor]:
 GENERIC = (16, 21)  # the null space of their first layer touches every entry
 
 
-@pytest.mark.parametrize("seed", [2, 4, 7, 12, *GENERIC])  # more: benchmarks/parts.py
+@pytest.mark.parametrize("seed", [2, 4, 7, 12, *GENERIC])  # more: benchmarks/sweeps/parts.py
 def test_random_geometry_gives_what_is_determined_and_nothing_else(seed):
     net, x = chain_of(seed)
     dtype = torch.float64 if seed % 2 else torch.float32

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import struct
-import sys
 from importlib import resources
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -17,10 +14,10 @@ import torch
 from matplotlib.image import imread, imsave
 from numpy.typing import NDArray
 
+from benchmarks import cut_photographs
 from rgap.photos import packaged as photos
 
 Pixels = NDArray[np.uint8]
-HERE = Path(__file__).resolve().parent
 
 
 def noise(*shape: int, seed: int = 0) -> Pixels:
@@ -81,21 +78,8 @@ def test_boxes_of_one_picture_do_not_overlap() -> None:
         assert all(right - left == low - top >= 64 for left, top, right, low in of_one)
 
 
-def cutter() -> ModuleType:
-    file = HERE.parent / "benchmarks" / "cut_photographs.py"
-    spec = importlib.util.spec_from_file_location("cut_photographs", file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up by name
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        del sys.modules[spec.name]
-    return module
-
-
 def test_a_cut_averages_areas() -> None:
-    script = cutter()
+    script = cut_photographs
     picture = noise(200, 150, 3)
     doubled = script.cut(picture, 10, 30, 128)
     blocks = picture[30:158, 10:138].reshape(64, 2, 64, 2, 3).astype(float).mean((1, 3))
@@ -112,7 +96,7 @@ def test_a_cut_averages_areas() -> None:
 def test_the_script_cuts_what_is_stored() -> None:
     pytest.importorskip("skimage")
     pytest.importorskip("sklearn")
-    script = cutter()
+    script = cut_photographs
     assert tuple(script.CROPS) == photos.names()
     pictures = {name: source.pixels() for name, source in script.SOURCES.items()}
     for name, (source, *box) in script.CROPS.items():

@@ -88,7 +88,12 @@ def test_commands_list_what_is_installed(site: Path) -> None:
         env={**os.environ, "PYTHONPATH": paths},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    for names in ("idlg|all|uniform]", "gradinversion|quick]", "squares|flat]", "sign|mask]"):
+    for names in (
+        "idlg, all or uniform",
+        "gradinversion or quick",
+        "squares or flat",
+        "sign or mask",
+    ):
         assert names in done.stdout
     update = site / "update.safetensors"
     model = rgap.models.mlp(classes=4, seed=0)

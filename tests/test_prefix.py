@@ -289,15 +289,41 @@ def matched(found: Tensor, true: Tensor) -> float:
     return float(gap.amin(1).max())
 
 
+class PlacePair(Pair):
+    """The same with the two layers as convolutions that have one place each."""
+
+    def __init__(self, act, conv: bool) -> None:
+        super().__init__(act, conv)
+        self.a, self.b = nn.Conv2d(8 if conv else 1, 36, 4), nn.Conv2d(36, 24, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.conv is not None:
+            x = torch.tanh(self.conv(x))
+        h = self.norm(self.b(self.act(self.a(x))).squeeze(-1).squeeze(-1))
+        return self.head(h + torch.sin(h))
+
+
+class TokenPair(Pair):
+    """The same along [B, 1, n]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if self.conv is None else torch.tanh(self.conv(x))
+        h = self.norm(self.b(self.act(self.a(x.flatten(1).unsqueeze(1)))))
+        return self.head(h + torch.sin(h)).squeeze(1)
+
+
 @pytest.mark.parametrize(
-    ("act", "conv"),
-    [(torch.tanh, True), (F.gelu, False), (F.relu, True), (torch.sin, False)],
+    ("made", "act", "conv"),
+    [
+        (Pair, torch.tanh, True), (Pair, F.gelu, False), (Pair, F.relu, True),
+        (Pair, torch.sin, False), (PlacePair, torch.tanh, True), (TokenPair, F.gelu, False),
+    ],
     ids=lambda v: getattr(v, "__name__", str(v)),
-)
-def test_a_batch_is_told_apart_below_what_no_equation_covers(act, conv):
+)  # fmt: skip
+def test_a_batch_is_told_apart_below_what_no_equation_covers(made, act, conv):
     for size, dtype in ((2, torch.float64), (5, torch.float32)):
         torch.manual_seed(size)
-        network = Pair(act, conv).to(dtype).eval()
+        network = made(act, conv).to(dtype).eval()
         x, labels = torch.rand(size, 1, 4, 4, dtype=dtype), torch.zeros(size, dtype=torch.long)
         update = rgap.capture(network, x, labels, half)
         for loss in (half, "unknown"):

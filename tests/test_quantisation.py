@@ -18,6 +18,9 @@ from rgap.update.update import Update
 SHAPE = (1, 6, 6)
 
 
+SCALED = "float16 over a loss scale"  # as mixed precision leaves a gradient
+
+
 def network(kind: str = "mlp", seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     steps = {
@@ -50,6 +53,7 @@ def sent(kind: str, way: str, seed: int = 0) -> tuple[nn.Module, Update]:
     update = capture(model, sample(), torch.tensor([2]))
     ways = {
         "float16": lambda g: g.half().float(),
+        SCALED: lambda g: (g * 1024).half().float() / 1024,
         "bfloat16": lambda g: g.bfloat16().float(),
         "float32": lambda g: g.double(),
         "8-bit integers": lambda g: integers(g, 8),
@@ -60,7 +64,7 @@ def sent(kind: str, way: str, seed: int = 0) -> tuple[nn.Module, Update]:
     return model, dataclasses.replace(update, gradients=gradients, dtype=None)
 
 
-WAYS = ["float16", "bfloat16", "float32", "8-bit integers", "16-bit integers", "unsigned"]
+WAYS = ["float16", SCALED, "bfloat16", "float32", "8-bit integers", "16-bit integers", "unsigned"]
 
 
 @pytest.mark.parametrize("kind", ["mlp", "conv"])
@@ -77,13 +81,16 @@ def test_a_coarse_update_is_recognised_and_answered_within_its_bound(kind: str, 
     if recovery.inputs is not None:
         assert float((recovery.inputs - sample()).abs().max()) <= recovery.error_bound
         assert recovery.labels.tolist() == [2]
-    if way in ("float16", "float32", "16-bit integers"):
+    if way in ("float16", SCALED, "float32", "16-bit integers"):
         assert recovery.status.name == "EXACT", recovery.reason
     found_by = update.as_rounded()[0]
-    assert found_by.dtype == (getattr(torch, way) if way.startswith(("f", "bf")) else torch.float32)
+    format_ = way.split(maxsplit=1)[0]
+    assert found_by.dtype == (
+        getattr(torch, format_) if way.startswith(("f", "bf")) else torch.float32
+    )
 
 
-@pytest.mark.parametrize("way", ["float16", "bfloat16", "8-bit integers"])
+@pytest.mark.parametrize("way", ["float16", SCALED, "bfloat16", "8-bit integers"])
 def test_its_noise_is_the_error_of_its_entries(way: str) -> None:
     model, update = sent("mlp", way)
     truth = capture(model, sample(), torch.tensor([2])).gradients
@@ -131,6 +138,9 @@ def ordinary(seed: int) -> dict[str, dict[str, Tensor]]:
         "signs": {"w": 0.01 * torch.randn(50, 50, generator=rng).sign()},
         "mostly zero": dead,
         "zeros": {"w": torch.zeros(64, 64)},
+        "underflowed": {
+            n: torch.tensor([1.0, 1e-9, 3e-11, -4e-12, 1e-13, 0.0]) for n in "abcdef"
+        },
         "counts": {"w": torch.randint(0, 100, (64, 64), generator=rng).float()},
     }  # fmt: skip
 

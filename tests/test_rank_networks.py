@@ -7,13 +7,14 @@ its input at that k, the weight constraints its own derivative.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from math import prod
 
 import numpy as np
 import pytest
 import torch
-from rank_networks import CASES, SPELLINGS
+from rank_networks import CASES, PICTURE, SPELLINGS
 from reference import dense_blocks
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -249,3 +250,39 @@ def test_strided_convolution_whose_last_outputs_are_unread() -> None:
     ).eval()  # fmt: skip
     row = audit(model, (3, 32, 32), (1, 2), method="formula").row("0", 1)
     assert (row.joint_rank, row.unknowns) == (3 * 29 * 29, 3 * 32 * 32)
+
+
+NORMS: dict[str, Callable[[], nn.Module]] = {
+    "group": lambda: nn.GroupNorm(2, 4), "groups of one": lambda: nn.GroupNorm(4, 4),
+    "instance": lambda: nn.InstanceNorm2d(4, affine=True), "rows": lambda: nn.LayerNorm(4),
+    "layer": lambda: nn.LayerNorm([4, 4, 4]), "batch": lambda: nn.BatchNorm2d(4).eval(),
+}  # fmt: skip
+CONSTANT = ("groups of one", "instance", "rows")  # after a mean of each channel
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("pool", ["mean", "adaptive 2", "sum"])
+def test_what_is_left_of_a_sum_that_cancels_is_no_cotangent(norm: str, pool: str) -> None:
+    """The mean of a normalised channel is a constant: nothing of the layer below is heard."""
+    torch.manual_seed(0)
+    pools = {"mean": lambda x: x.mean((2, 3)), "sum": lambda x: x.sum((2, 3))}
+    after = pools.get(pool, lambda x: F.adaptive_avg_pool2d(x, 2).flatten(1))
+    head = nn.Linear(16 if pool == "adaptive 2" else 4, 3)
+    parts = {"a": nn.Conv2d(2, 4, 3, padding=1), "norm": NORMS[norm](), "fc": head}
+    model = Written(lambda m, x: m.fc(after(m.norm(m.a(x)))), **parts).double().eval()
+    x = torch.rand(2, 2, 4, 4, dtype=torch.float64)
+    measured = {row.layer: row for row in audit(model, PICTURE, (2,), inputs=x).rows}["a"]
+    z = model.a(x).detach().requires_grad_()
+    value = F.cross_entropy(model.fc(after(model.norm(z))), torch.arange(2))
+    (k,) = torch.autograd.grad(value, z)
+    k = k * (k.abs() > 1e-12)
+    rows_k, rows_w = dense_blocks(model.a, k, PICTURE)
+    rows_w = rows_w[k.flatten() != 0]
+    both = torch.cat([unit(rows_k), unit(rows_w)])
+    expected = (rank(rows_k), rank(rows_w), rank(both))
+    assert (measured.gradient_rank, measured.weight_rank, measured.joint_rank) == expected
+    assert (measured.joint_rank == 0) == (norm in CONSTANT and pool != "adaptive 2")
+    counted = {r.layer: r for r in audit(model, PICTURE, (2,), method="formula").rows}["a"]
+    free = norm == "rows"  # counted for any factors of the norm, of which all are 1 here
+    assert free or counted.joint_rank >= measured.joint_rank
+    assert free or counted.joint_rank == measured.joint_rank or not counted.exact

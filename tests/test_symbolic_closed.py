@@ -15,11 +15,11 @@ from torch import nn
 
 import rgap
 from rgap.analysis import ClosedForm, closed_form
-from rgap.analysis.closed_forms.residue_classes import axis, count
+from rgap.analysis.closed_forms.residue_classes import axis, bounds, count
 from rgap.network.affine import Affine, linear
 from rgap.network.chain import parse
 
-SLICE = layers(40)  # of the five hundred of benchmarks/study_ranks.py
+SLICE = layers(40)  # of the five hundred of benchmarks/studies/ranks.py
 
 
 def affine_of(case: Geometry) -> Affine:
@@ -74,20 +74,9 @@ def test_exact_nine_times_in_ten() -> None:
 def test_residue_classes_never_fall_below_the_matchings(case: Geometry) -> None:
     """Both are upper bounds on one rank; the matchings are the sharper one or as sharp."""
     affine = affine_of(case)
-    geometry = affine.geometry
-    if geometry is None:
+    if affine.geometry is None:
         return
-    sides = zip(
-        affine.in_shape[1:],
-        geometry.kernel,
-        geometry.stride,
-        geometry.padding,
-        geometry.dilation,
-        strict=True,
-    )
-    groups = geometry.groups
-    sizes = (case.batch, affine.out_shape[0] // groups, affine.in_shape[0] // groups, groups)
-    ranks = count(*sizes, [axis(*side) for side in sides])
+    ranks = bounds(affine, case.batch)
     form = closed_form(affine, case.batch)
     assert ranks.weight >= (form.weight_rank if form.weight_exact else 0)
     assert ranks.gradient >= (form.gradient_rank if form.gradient_exact else 0)

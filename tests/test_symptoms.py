@@ -107,6 +107,19 @@ def test_a_kernel_that_mostly_meets_padding_is_not_a_compression() -> None:
     assert not compressed_by(model, update)
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_pruned_sums_are_told_by_their_biases(batch: int) -> None:
+    """Windows of a convolution are too many outer products to count: a live row has ∂b."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 12, 3, 1, 1), nn.Sigmoid(), nn.Conv2d(12, 6, 3), nn.Sigmoid(), nn.Flatten(),
+        nn.Linear(216, 2),
+    ).eval()  # fmt: skip
+    update = capture(model, picture((2, 8, 8), 0, batch), torch.arange(batch) % 2)
+    assert not compressed_by(model, update)
+    assert compressed_by(model, compressed(update, largest(0.1)))
+
+
 def test_too_few_numbers_prove_nothing() -> None:
     assert compression({"w": torch.ones(2, 4), "b": torch.ones(2)}, {"w": 1}) is None
     assert compression({"w": torch.eye(4)}, {"w": 1}) is None

@@ -14,7 +14,8 @@ import rgap
 from rgap import allowance
 from rgap.allowance import PLAIN, SYMMETRIC
 from rgap.analysis import audit, harden, identifiability, noise
-from rgap.jacobian.module_update import ModulePoint, ModuleUpdate
+from rgap.jacobian.module_update import ModuleUpdate
+from rgap.jacobian.products import GraphProducts
 from rgap.jacobian.update_map import UpdateMap
 from rgap.matching.search import match
 from rgap.progress import Report
@@ -32,11 +33,11 @@ class Clock:
         monkeypatch.setattr(time, "perf_counter", lambda: self.now)
         for owner, name in (
             (ModuleUpdate, "rows"), (ModuleUpdate, "direction"), (ModuleUpdate, "features"),
-            (ModulePoint, "push"), (ModulePoint, "pull"),
+            (GraphProducts, "push"), (GraphProducts, "pull"),
         ):  # fmt: skip
             monkeypatch.setattr(owner, name, self._costly(getattr(owner, name)))
         # With the Jacobian formed a step is two passes; conjugate gradients are what takes long.
-        monkeypatch.setattr(ModulePoint, "jacobian", lambda self: None)
+        monkeypatch.setattr(GraphProducts, "jacobian", lambda self: None)
 
     def _costly(self, function: Callable) -> Callable:
         def costly(*args: object) -> object:
@@ -101,7 +102,7 @@ def test_the_recursion_counts_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
     model = NETWORKS["kinks"]()
     update = sent(model)
     clock = Clock(monkeypatch)
-    module = sys.modules["rgap.inversion.invert"]
+    module = sys.modules["rgap.inversion.problem"]
     descend = module.descend
 
     def slow(*args: object) -> object:

@@ -36,7 +36,7 @@ def test_a_max_pool_is_passed_where_the_layer_below_names_its_winners() -> None:
     model, x = pooled(), picture((2, 6, 6), 1)
     update = capture(model, x, LABEL, dtype=F64)
     assert invert(model, update).status is Status.UNSUPPORTED
-    found = invert(model, update, complete=True, time_limit=20.0)
+    found = invert(model, update, complete=True, time_limit=120.0)
     reports = {report.layer: report for report in found.layers}
     assert reports["2"].nullity == 0 and reports["2"].route != "not reached"
     assert found.status is Status.COMPLETED, found.reason

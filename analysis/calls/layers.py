@@ -57,14 +57,14 @@ def calls_of(model: nn.Module, shape: tuple[int, ...]) -> list[Call]:
         module._forward_pre_hooks.clear()
     x = torch.empty(1, *shape, device="meta", dtype=torch.float64)
     try:
-        found = record(twin, x, torch.sum)
+        recording = record(twin, x, torch.sum)
     except ValueError:
         raise
     except Exception as error:  # whatever a user's forward raises
         raise refusal(model, shape, error) from error
     calls = [
         Call(event.name, event.module, event.in_shape, event.out_shape, event.use)
-        for event in found.events
+        for event in recording.events
         if event.use is not None or isinstance(event.module, (*POOLS, _BatchNorm))
     ]
     if not any(call.use for call in calls):
@@ -96,11 +96,6 @@ def sizes_of(call: Call, *, head: bool) -> tuple[str, dict[str, Any], int]:
     dims = len(shape) - 1
     sizes: dict[str, Any] = {"input_size": shape[1:]}
     if isinstance(module, _ConvNd):
-        if module.padding_mode != "zeros":
-            raise ValueError(
-                f"'{call.name}' ({type(module).__name__}): expected padding_mode='zeros', got "
-                f"{module.padding_mode!r}; its border repeats unknowns, which is not counted"
-            )
         kernel = per_dimension(module.kernel_size, dims)
         dilation = per_dimension(module.dilation, dims)
         return (
@@ -114,6 +109,7 @@ def sizes_of(call: Call, *, head: bool) -> tuple[str, dict[str, Any], int]:
                 "padding": sides_of(module.padding, kernel, dilation),
                 "dilation": dilation,
                 "groups": module.groups,
+                "padding_mode": module.padding_mode,
             },
             1,
         )

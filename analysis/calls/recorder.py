@@ -22,13 +22,16 @@ from rgap.analysis.calls.step_kinds import CHOOSE, CHOOSE_BY_INDEX, POINTWISE
 from rgap.analysis.calls.substitutes import SUBSTITUTES
 from rgap.analysis.calls.uses import CONVOLUTIONS, Event, Node, Recording, Use
 from rgap.network.agreement import refuse_meta
-from rgap.network.running import first_line
+from rgap.network.running import first_line, looks_up
 
 __all__ = ["record", "refusal", "structural_twin", "uncounted"]
 
 Loss = Callable[[Tensor], Tensor]
 OPTIONS = ("stride", "padding", "dilation", "groups")
+# Of torch.nn.functional.conv1d and its like.
 DEFAULTS = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+OTHERWISE = 1.0 / 0.7310585786300049  # by which a loss is multiplied to round it in another way
+ROUNDED = 1e3  # times what that moves a cotangent, below which it is rounding; others move by 1e-13
 LARGEST_POOL = 1024  # positions of a pool up to which the rank of its windows is computed
 
 
@@ -62,13 +65,11 @@ def record(model: nn.Module, inputs: Tensor, loss: Loss, *, substitute: str = ""
         )
     uses = recorder.uses
     value = loss(outputs)
-    grads: Sequence[Tensor | None] = [None] * len(uses)
+    cotangents = [torch.zeros_like(use.outputs) for use in uses]
     if uses and value.requires_grad:
-        grads = torch.autograd.grad(value, [use.outputs for use in uses], allow_unused=True)
-    for use, k in zip(uses, grads, strict=True):
-        use.inputs, z = use.inputs.detach(), use.outputs.detach()
-        use.outputs = z
-        use.cotangents = torch.zeros_like(z) if k is None else k.detach()
+        cotangents = _cotangents(value, uses)
+    for use, k in zip(uses, cotangents, strict=True):
+        use.inputs, use.outputs, use.cotangents = use.inputs.detach(), use.outputs.detach(), k
     return Recording(
         tuple(recorder.nodes),
         tuple(uses),
@@ -78,6 +79,24 @@ def record(model: nn.Module, inputs: Tensor, loss: Loss, *, substitute: str = ""
         len(inputs),
         frozenset(path for path, m in recorder.modules.items() if path and not list(m.children())),
     )
+
+
+def _cotangents(value: Tensor, uses: Sequence[Use]) -> list[Tensor]:
+    """The derivative by every output, 0 for a filter of which it is rounding alone.
+
+    The mean of a normalised channel does not depend on the channel: its cotangents are what the
+    terms of a sum leave when they cancel.  Times a constant and over it they are others.
+    """
+    outputs = [use.outputs for use in uses]
+    once = torch.autograd.grad(value, outputs, materialize_grads=True, retain_graph=True)
+    again = torch.autograd.grad(OTHERWISE * value, outputs, materialize_grads=True)
+    found = []
+    for use, k, other in zip(uses, once, again, strict=True):
+        axis = k.ndim - 1 if use.kind == "linear" or k.ndim < 2 else 1
+        rest = [d for d in range(k.ndim) if d != axis]
+        gap = (other / OTHERWISE - k).square().sum(rest, keepdim=True)
+        found.append(k * (k.square().sum(rest, keepdim=True) > ROUNDED**2 * gap))
+    return found
 
 
 def structural_twin(
@@ -106,8 +125,8 @@ def refusal(model: nn.Module, shape: Sequence[int], error: Exception) -> ValueEr
     """The error of a forward that failed, in words."""
     return ValueError(
         f"expected a model that takes [B, {', '.join(map(str, shape))}], got from "
-        f"{type(model).__name__}: {first_line(error)}; write the input_shape the model was "
-        "built for"
+        f"{type(model).__name__}: {first_line(error)}. "
+        + (looks_up(model) or "Write the input_shape the model was built for.")
     )
 
 
@@ -115,7 +134,7 @@ def uncounted(model: nn.Module, recording: Recording) -> list[str]:
     """Modules with weights of their own that the equations do not cover."""
     counted = {event.name for event in recording.events if isinstance(event.module, _BatchNorm)}
     used = {name for use in recording.uses for name in use.parameters}
-    found = []
+    names = []
     for path, module in model.named_modules():
         own = [name for name, _ in module.named_parameters(path, recurse=False)]
         if not own or path in counted or isinstance(module, nn.PReLU) or used.issuperset(own):
@@ -123,8 +142,8 @@ def uncounted(model: nn.Module, recording: Recording) -> list[str]:
         if isinstance(module, (nn.Linear, _ConvNd)) and not isinstance(module, _ConvTransposeNd):
             continue  # a layer that is never called
         kind = type(module).__name__
-        found.append(f"'{path}' ({kind})" if path else kind)
-    return found
+        names.append(f"'{path}' ({kind})" if path else kind)
+    return names
 
 
 class _Recorder(TorchFunctionMode):
@@ -141,6 +160,7 @@ class _Recorder(TorchFunctionMode):
         self.chooses: list[str] = []
         self.at: dict[int, int] = {}
         self.made: set[int] = set()  # tensors computed from parameters
+        self.bordered: dict[int, Tensor] = {}  # what a convolution put its own border around
         self.told: set[int] = set()  # masks and indices that depend on the data
         self._kept: list[Tensor] = []  # what is kept alive keeps its id
         self._stack: list[str] = [""]
@@ -205,6 +225,11 @@ class _Recorder(TorchFunctionMode):
             if self.mode and (name in CHOOSE or by_data):
                 self.chooses.append(name)
             out = func(*args, **kwargs)
+        running = self.modules[self._stack[-1]]
+        if name == "pad" and isinstance(running, _ConvNd) and running.padding_mode != "zeros":
+            self.bordered[id(out)], self.at[id(out)] = args[0], reads[0]
+            self._kept.append(out)
+            return out
         if owned and name not in POINTWISE:
             return self._opaque(name, owned[0], args, out, reads)
         if name in ("__setitem__", "copy_"):
@@ -244,8 +269,12 @@ class _Recorder(TorchFunctionMode):
         path, module = self._owner(weight)
         z = func(*args, **kwargs)
         fresh: Tensor = z if z.requires_grad else z.requires_grad_()
-        node = self._add(name, (self.at[id(u)],), fresh, use=len(self.uses))
         options = {what: given.get(what, DEFAULTS[what]) for what in OPTIONS}
+        options["border"] = "zeros"
+        if id(u) in self.bordered and isinstance(module, _ConvNd):
+            u, options["padding"] = self.bordered[id(u)], module.padding
+            options["border"] = module.padding_mode
+        node = self._add(name, (self.at[id(u)],), fresh, use=len(self.uses))
         use = Use(path, name, weight, bias, options, u, fresh, (self.at[id(u)],), node, module)
         use.parameters = tuple(self.names[id(p)] for p in (weight, bias) if id(p) in self.names)
         self.uses.append(use)

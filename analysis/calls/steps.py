@@ -74,7 +74,7 @@ def narrow_steps(recording: Recording) -> tuple[Narrow, ...]:
     >>> [(one.step, one.before, one.after, one.use) for one in found]
     [('1', 32, 2, 1)]
     """
-    found: dict[tuple[str, int | None], Narrow] = {}
+    by_step: dict[tuple[str, int | None], Narrow] = {}
     values: list[int] = []
     for start, node in enumerate(recording.nodes):
         width = min(node.entries, node.rank)
@@ -85,9 +85,9 @@ def narrow_steps(recording: Recording) -> tuple[Narrow, ...]:
         if narrow is None:
             continue
         key = (narrow.step, narrow.use)
-        if key not in found or found[key].lost < narrow.lost:
-            found[key] = narrow
-    return tuple(found.values())
+        if key not in by_step or by_step[key].lost < narrow.lost:
+            by_step[key] = narrow
+    return tuple(by_step.values())
 
 
 def linear_reads(recording: Recording, node: int) -> tuple[int, ...] | None:
@@ -102,13 +102,13 @@ def linear_reads(recording: Recording, node: int) -> tuple[int, ...] | None:
     for number, use in enumerate(recording.uses):
         for read in use.read:
             into.setdefault(read, []).append(number)
-    found: list[int] = []
+    numbers: list[int] = []
     seen, rest = {node}, [node]
     while rest:
         place = rest.pop()
         if place == recording.output:
             return None
-        found += into.get(place, [])
+        numbers += into.get(place, [])
         for reader in readers[place]:
             if recording.nodes[reader].use is not None or reader in seen:
                 continue
@@ -116,7 +116,7 @@ def linear_reads(recording: Recording, node: int) -> tuple[int, ...] | None:
                 return None
             seen.add(reader)
             rest.append(reader)
-    return tuple(sorted(set(found)))
+    return tuple(sorted(set(numbers)))
 
 
 def always_read(recording: Recording, node: int) -> bool:

@@ -32,8 +32,8 @@ def _average(dims: int) -> Callable[..., Tensor]:
             ceil_mode: bool = False, return_indices: bool = False) -> Tensor:  # fmt: skip
         if per_dimension(dilation, dims) != (1,) * dims or return_indices:
             raise ValueError("a max-pool with dilation or with indices has no plain mean")
-        found: Tensor = pool(x, kernel_size, stride, padding, ceil_mode)
-        return found
+        mean: Tensor = pool(x, kernel_size, stride, padding, ceil_mode)
+        return mean
 
     return run
 

@@ -17,7 +17,7 @@ from rgap.network.geometry import per_dimension, sides_of
 
 __all__ = ["CONVOLUTIONS", "Event", "Node", "Recording", "Use"]
 
-CONVOLUTIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
+CONVOLUTIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}  # by their dimensions
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Use:
         kind: "linear", "conv1d", "conv2d", "conv3d", or the name of a step that is not covered.
         weight: the parameter; None for a step that is not covered.
         bias: the parameter, if there is one.
-        options: stride, padding, dilation and groups of a convolution.
+        options: stride, padding, dilation, groups and border of a convolution.
         inputs: u, [B, ...].
         outputs: z, [B, ...].
         read: node of u.
@@ -124,6 +124,7 @@ class Use:
             "padding": sides_of(self.options["padding"], kernel, dilation),
             "dilation": dilation,
             "groups": self.options["groups"],
+            "padding_mode": self.options["border"],
         }
 
 
@@ -171,8 +172,8 @@ class Recording:
 
     def readers(self) -> list[list[int]]:
         """For every node, the nodes that were made from it."""
-        found: list[list[int]] = [[] for _ in self.nodes]
+        places: list[list[int]] = [[] for _ in self.nodes]
         for number, node in enumerate(self.nodes):
             for source in set(node.inputs):
-                found[source].append(number)
-        return found
+                places[source].append(number)
+        return places

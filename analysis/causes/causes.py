@@ -31,7 +31,7 @@ def causes(
     if model is not None and update is not None and update.input_shape is not None:
         chain = parse(model, update.input_shape)
     batch = _batch(recovery, update, chain)
-    found = [
+    decided = [
         *_compressed(update, chain),
         *head_causes(recovery, update, chain, batch, pairs),
         *_no_inverse(recovery),
@@ -39,20 +39,20 @@ def causes(
         *_several(recovery),
         *_precision(recovery),
     ]
-    fits = all(one.kind not in (CauseKind.COMPRESSED, CauseKind.MISFIT) for one in found)
+    fits = all(one.kind not in (CauseKind.COMPRESSED, CauseKind.MISFIT) for one in decided)
     if recovery.status is Status.INCONSISTENT and fits:
         number = inf if recovery.residual is None else recovery.residual
         words = sentence(recovery.reason)
         words += "" if recovery.residual is None else f" The replay differs by {number:.1e}."
-        found.append(cause(CauseKind.MISFIT, "", number, words, FIT))
-    if not found and (recovery.certified or recovery.determined is not None):
+        decided.append(cause(CauseKind.MISFIT, "", number, words, FIT))
+    if not decided and (recovery.certified or recovery.determined is not None):
         words = sentence(recovery.reason)
-        found.append(cause(CauseKind.PARTS, "", float(batch), words, _PARTS))
-    if not found:
+        decided.append(cause(CauseKind.PARTS, "", float(batch), words, _PARTS))
+    if not decided:
         words = "the samples of the batch were not told apart: " if batch > 1 else ""
         words = sentence(words + recovery.reason)
-        found.append(cause(CauseKind.NOT_SEPARATED, "", float(batch), words, _APART))
-    return tuple(sorted(found, key=lambda one: -one.weight))
+        decided.append(cause(CauseKind.NOT_SEPARATED, "", float(batch), words, _APART))
+    return tuple(sorted(decided, key=lambda one: -one.weight))
 
 
 _PARTS = (
@@ -115,7 +115,7 @@ _ALWAYS = (
 def _missing(
     recovery: Recovery, model: nn.Module | None, update: Update | None, batch: int
 ) -> list[Cause]:
-    found = []
+    open_layers = []
     for report in recovery.layers:
         if not report.nullity or report.route is Route.NOT_REACHED:
             continue
@@ -131,18 +131,18 @@ def _missing(
         changes = changes or (*general, *_more(report))
         if recovery.status is Status.COMPLETED:
             words += " A prior chose what they leave open."
-        found.append(
+        open_layers.append(
             cause(
                 CauseKind.MISSING, report.layer, float(report.nullity), sentence(words),
                 (*changes, "equations of the layers below, which this count leaves out"), share,
             )
         )  # fmt: skip
     halt = recovery.halt
-    if not found and halt is not None and halt.kind is HaltKind.DEFICIENT and halt.missing:
+    if not open_layers and halt is not None and halt.kind is HaltKind.DEFICIENT and halt.missing:
         # A step between layers, such as a pool of what it takes in.
         words = sentence(recovery.reason)
-        found.append(cause(CauseKind.MISSING, halt.stage, float(halt.missing), words, _STEP))
-    return found
+        open_layers.append(cause(CauseKind.MISSING, halt.stage, float(halt.missing), words, _STEP))
+    return open_layers
 
 
 _STEP = ("a smaller pooling window", "a strided convolution in place of the pool")

@@ -133,13 +133,13 @@ def explain(
     if model is not None and update is not None:
         update.check(model)
     pairs = _pairs(recovery, model, update, inputs, labels)
-    found = causes(recovery, model, update, pairs)
-    return Explanation(recovery.status, _summary(recovery, found), found, pairs)
+    ranked = causes(recovery, model, update, pairs)
+    return Explanation(recovery.status, _summary(recovery, ranked), ranked, pairs)
 
 
-def _summary(recovery: Recovery, found: tuple[Cause, ...]) -> str:
+def _summary(recovery: Recovery, ranked: tuple[Cause, ...]) -> str:
     if not recovery.exact:
-        count = "one cause" if len(found) == 1 else f"{len(found)} causes, the first decides"
+        count = "one cause" if len(ranked) == 1 else f"{len(ranked)} causes, the first decides"
         return f"the batch is not recovered for certain; {count}."
     words = "the batch is recovered, with nothing left open."
     solved = [r for r in recovery.layers if isfinite(r.condition)]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rgap.analysis.causes.cause import FIT, Cause, CauseKind, cause, sentence
+from rgap.limits import LAW
 from rgap.network.chain import Chain
 from rgap.recovery import Recovery, Status
 from rgap.solvers.rank import numerical_rank
@@ -16,7 +17,6 @@ from rgap.update.losses import Loss
 from rgap.update.targets import CROSS_ENTROPY
 from rgap.update.update import Update
 
-LAW = 100.0  # rounding units: σ_B/σ_1 of a head's gradient below it is not told from zero
 PAIRS = 3  # shown
 
 __all__ = ["Pair", "head_causes", "same_class_pairs"]
@@ -63,7 +63,7 @@ def same_class_pairs(
     (0, 1, 0.0667)
     """
     share = 1 / len(features) if loss.reduction == "mean" else 1.0
-    found = []
+    pairs = []
     for a in range(len(features)):
         for b in range(a + 1, len(features)):
             if int(labels[a]) != int(labels[b]):
@@ -71,8 +71,8 @@ def same_class_pairs(
             distance = float((features[a] - features[b]).norm())
             difference = float((predictions[a] - predictions[b]).norm())
             value = distance * difference * share / 2
-            found.append(Pair(a, b, int(labels[a]), distance, difference, value))
-    return tuple(sorted(found, key=lambda pair: pair.value))
+            pairs.append(Pair(a, b, int(labels[a]), distance, difference, value))
+    return tuple(sorted(pairs, key=lambda pair: pair.value))
 
 
 def head_causes(
@@ -86,7 +86,7 @@ def head_causes(
     if update is None or chain is None or not chain.stages:
         return []
     stage = chain.stages[-1]
-    gradient = update.gradients[stage.affine.weight_name]
+    gradient = stage.affine.sent(update.gradients)
     if stage.affine.geometry is not None or not bool(gradient.any()):
         return []
     values = torch.linalg.svdvals(gradient.double())

@@ -72,22 +72,22 @@ def remedies(
         return ()
     most = "" if prod(mine[0].in_shape) <= MEASURED else " at most"
     least = "" if prod(mine[0].in_shape) <= MEASURED else " at least"
-    found = []
+    advice = []
     fewer = _largest(batch - 1, lambda b: determined(sizes, b))
     if fewer:
-        found.append(f"a batch of {fewer}{most}")
+        advice.append(f"a batch of {fewer}{most}")
     if kind.startswith("conv") and prod(sizes["stride"]) > 1:
         old = "×".join(str(n) for n in sizes["stride"])
         if determined(sizes | {"stride": tuple(1 for _ in sizes["stride"])}):
-            found.append(f"stride 1 (now {old})")
+            advice.append(f"stride 1 (now {old})")
     name, word = ("out_features", "output features")
     if kind.startswith("conv"):
         name, word = "out_channels", "output channels"
     now, groups = sizes[name], sizes.get("groups", 1)
     more = _smallest(now // groups, lambda n: determined(sizes | {name: n * groups}))
     if more:
-        found.append(f"{more * groups} {word}{least} (now {now})")
-    return tuple(found)
+        advice.append(f"{more * groups} {word}{least} (now {now})")
+    return tuple(advice)
 
 
 def _largest(most: int, holds: Callable[[int], bool]) -> int:

@@ -14,11 +14,19 @@ from math import prod
 import numpy as np
 from torch import Tensor
 
-from rgap.analysis.closed_forms.matching import leading_term, structural
-from rgap.analysis.closed_forms.pattern import Entries, Ints, Mask, Reads, entries, reads
-from rgap.analysis.closed_forms.residue_classes import axis, count
-from rgap.analysis.closed_forms.symbolic_degrees import STYLES, degrees
-from rgap.analysis.closed_forms.symbolic_shared import left_out, pieces, relations
+from rgap.analysis.closed_forms.matching import STYLES, degrees, leading_term, structural
+from rgap.analysis.closed_forms.pattern import (
+    Entries,
+    Ints,
+    Mask,
+    Reads,
+    entries,
+    left_out,
+    pieces,
+    reads,
+    relations,
+)
+from rgap.analysis.closed_forms.residue_classes import bounds
 from rgap.analysis.closed_forms.witness import Witness
 from rgap.network.affine import Affine
 
@@ -109,19 +117,20 @@ def closed_form(affine: Affine, batch: int, active: Tensor | None = None) -> Clo
     groups = 1 if affine.geometry is None else affine.geometry.groups
     filters, channels = affine.out_shape[0] // groups, affine.in_shape[0] // groups
     unknowns = batch * prod(affine.in_shape)
-    found = reads(affine)
+    triples = reads(affine)
     if affine.geometry is None and (active is None or bool(active.all())):
         return _product(batch, filters, channels)
-    if len(found.tap) * filters * channels * batch > LARGEST:
+    again = affine.geometry is not None and affine.geometry.border != "zeros"
+    if again or len(triples.tap) * filters * channels * batch > LARGEST:
         return _by_classes(affine, batch, active)
     if active is None or bool(active.all()):
-        masks = [np.ones((batch, filters, found.sizes[1]), dtype=bool)]
+        masks = [np.ones((batch, filters, triples.sizes[1]), dtype=bool)]
         times = groups
     else:
         flat = active.detach().cpu().numpy().reshape(batch, groups, filters, -1)
         masks = [flat[:, group] for group in range(groups)]
         times = 1
-    parts = [_group(found, mask, channels) for mask in masks]
+    parts = [_group(triples, mask, channels) for mask in masks]
     gradient, weight, joint = (
         _Count(times * sum(c.rank for c in counts), times * sum(c.proved for c in counts))
         for counts in zip(*parts, strict=True)
@@ -143,39 +152,39 @@ def closed_form(affine: Affine, batch: int, active: Tensor | None = None) -> Clo
     )
 
 
-def _group(found: Reads, active: Mask, channels: int) -> tuple[_Count, _Count, _Count]:
+def _group(triples: Reads, active: Mask, channels: int) -> tuple[_Count, _Count, _Count]:
     """Ranks of the gradient block, the weight block and both, of one group."""
     batch, filters, _ = active.shape
-    taps = found.sizes[0]
+    taps = triples.sizes[0]
     rng = np.random.default_rng(0)  # one answer for one pattern
     lead = np.zeros(filters, dtype=np.int64)
-    one, _ = entries(found, active, 1)
-    gradient = _proved(one, found, (batch, filters, 1), lead, rng)
+    one, _ = entries(triples, active, 1)
+    gradient = _proved(one, triples, (batch, filters, 1), lead, rng)
     gradient = _Count(channels * gradient.rank, channels * gradient.proved)
     samples: dict[bytes, _Count] = {}
     for mask in active:
         if mask.tobytes() not in samples:
-            _, own = entries(found, mask[None], channels)
-            samples[mask.tobytes()] = _proved(own, found, (1, filters, channels), lead, rng)
+            _, own = entries(triples, mask[None], channels)
+            samples[mask.tobytes()] = _proved(own, triples, (1, filters, channels), lead, rng)
     counts = [samples[mask.tobytes()] for mask in active]
     weight = _Count(sum(c.rank for c in counts), sum(c.proved for c in counts))
-    unknowns = batch * channels * found.sizes[2]
+    unknowns = batch * channels * triples.sizes[2]
     for block in (gradient, weight):
         if block.proved == unknowns:
             return gradient, weight, _Count(unknowns, unknowns)
 
-    upper, lower = entries(found, active, channels)
-    parts = pieces(found, active)
-    carried = relations(found, active, parts)
+    upper, lower = entries(triples, active, channels)
+    parts = pieces(triples, active)
+    carried = relations(triples, active, parts)
     best, proved = min(unknowns, gradient.rank + weight.rank), max(gradient.proved, weight.proved)
-    ranked = _tap_order(found, filters, batch)
+    ranked = _tap_order(triples, filters, batch)
     pairs = np.arange(channels)[None, :] * taps + ranked[:, None]
     fixed = (pairs.ravel(), pairs.T.ravel())
     for choice in range(CHOICES):
         order = fixed[choice] if choice < len(fixed) else rng.permutation(pairs.size)
         out, lead = left_out(parts, carried, (filters, channels, taps), order)
         reduced = lower.below(upper.rows(~out))
-        found_proof = _proved(reduced, found, (batch, filters, channels), lead, rng, best)
+        found_proof = _proved(reduced, triples, (batch, filters, channels), lead, rng, best)
         best, proved = min(best, found_proof.rank), max(proved, found_proof.proved)
         if best == proved:
             break
@@ -184,7 +193,7 @@ def _group(found: Reads, active: Mask, channels: int) -> tuple[_Count, _Count, _
 
 def _proved(
     matrix: Entries,
-    found: Reads,
+    triples: Reads,
     size: tuple[int, int, int],
     lead: Ints,
     rng: np.random.Generator,
@@ -198,19 +207,19 @@ def _proved(
     for style in STYLES:
         if proved == rank:
             break
-        proved = max(proved, leading_term(matrix, degrees(found, size, lead, style, rng)))
+        proved = max(proved, leading_term(matrix, degrees(triples, size, lead, style, rng)))
     return _Count(rank, proved)
 
 
-def _tap_order(found: Reads, filters: int, batch: int) -> Ints:
+def _tap_order(triples: Reads, filters: int, batch: int) -> Ints:
     """Taps by how far their residue class is from filling its pixels, the emptiest first."""
-    place = np.stack(np.unravel_index(np.arange(found.sizes[0]), found.taps), axis=1)
-    residue = place * np.array(found.dilation) % np.array(found.stride)
+    place = np.stack(np.unravel_index(np.arange(triples.sizes[0]), triples.taps), axis=1)
+    residue = place * np.array(triples.dilation) % np.array(triples.stride)
     _, own = np.unique(residue, axis=0, return_inverse=True)
     own = own.reshape(-1)
     rows = filters * np.bincount(own)
     columns = np.zeros(len(rows))
-    pairs = np.unique(np.stack([own[found.tap], found.pixel]), axis=1)
+    pairs = np.unique(np.stack([own[triples.tap], triples.pixel]), axis=1)
     np.add.at(columns, pairs[0], batch)
     return np.argsort((rows / np.maximum(columns, 0.5))[own], kind="stable")
 
@@ -234,15 +243,7 @@ def _product(batch: int, filters: int, channels: int) -> ClosedForm:
 
 def _by_classes(affine: Affine, batch: int, active: Tensor | None) -> ClosedForm:
     """Sums of minima over residue classes, for layers too large for matchings."""
-    geometry = affine.geometry
-    groups = 1 if geometry is None else geometry.groups
-    filters, channels = affine.out_shape[0] // groups, affine.in_shape[0] // groups
-    axes = []
-    if geometry is not None:
-        for dim, size in enumerate(affine.in_shape[1:]):
-            kernel, stride = geometry.kernel[dim], geometry.stride[dim]
-            axes.append(axis(size, kernel, stride, geometry.padding[dim], geometry.dilation[dim]))
-    ranks = count(batch, filters, channels, groups, axes)
+    ranks = bounds(affine, batch)
     unknowns = batch * prod(affine.in_shape)
     known = batch * prod(affine.out_shape) if active is None else int(active.sum())
     weight = min(ranks.weight, known)

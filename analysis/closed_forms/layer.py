@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["EFFORT", "FIELDS", "SymbolicLayer", "layer_form", "made"]
+__all__ = ["FIELDS", "SymbolicLayer", "made"]
 
 FIELDS = ("unknowns", "gradient_rank", "weight_rank", "joint_rank", "overlap", "nullity")
-EFFORT = 3e10  # a few seconds
 TEXT_SIGNS = {"=": "=", "<=": "≤", ">=": "≥"}
 TEX_SIGNS = {"=": "=", "<=": r"\leq", ">=": r"\geq"}  # mathtext knows no \le
 
@@ -60,14 +59,14 @@ class SymbolicLayer:
     @property
     def overlap(self) -> Any:
         """Equations that both blocks contain."""
-        from rgap.analysis.closed_forms.symbolic_lines import stepwise
+        from rgap.analysis.closed_forms.batches import stepwise
 
         return stepwise([self.gradient_rank, self.weight_rank], [self.joint_rank], self._symbol())
 
     @property
     def nullity(self) -> Any:
         """Unknowns that the equations leave open."""
-        from rgap.analysis.closed_forms.symbolic_lines import open_part
+        from rgap.analysis.closed_forms.batches import open_part
 
         if self.left_open is not None:
             return self.left_open
@@ -82,6 +81,7 @@ class SymbolicLayer:
         Raises:
             ValueError: a symbol without a value.
 
+        >>> from rgap.analysis import layer_form
         >>> layer_form("linear", {"in_features": 4, "out_features": 3}).at({"B": 5})["nullity"]
         2
         """
@@ -102,6 +102,7 @@ class SymbolicLayer:
     def text(self) -> str:
         """The counts, one a line; ≤ and ≥ mark bounds.
 
+        >>> from rgap.analysis import layer_form
         >>> print(layer_form("linear", {"in_features": 4, "out_features": 3}).text())
         linear: exact; the null space is the product of those of k and W
           unknowns       = 4·B
@@ -128,6 +129,7 @@ class SymbolicLayer:
     def latex(self) -> str:
         r"""The counts as a LaTeX ``aligned`` block.
 
+        >>> from rgap.analysis import layer_form
         >>> form = layer_form("linear", {"in_features": "n", "out_features": "m"})
         >>> r"\text{nullity} &= \max\left(0, B - m\right) \max\left(0, n - m\right)" in form.latex()
         True
@@ -186,7 +188,7 @@ def made(
     """A layer from (unknowns, gradient, weight, joint) and what of the last three is exact."""
     import sympy
 
-    from rgap.analysis.closed_forms.symbolic_lines import tidy
+    from rgap.analysis.closed_forms.batches import tidy
 
     samples = sympy.sympify(batch)
     symbols = samples.free_symbols
@@ -207,43 +209,3 @@ def made(
         weight_exact=exact[1],
         left_open=left_open,
     )
-
-
-def layer_form(
-    kind: str, sizes: Mapping[str, Any], *, name: str | None = None, effort: float = EFFORT
-) -> SymbolicLayer:
-    """Counts of one layer; every size is a number, a sympy symbol, or the name of one.
-
-    ``sizes`` takes the arguments of the PyTorch module, and ``batch`` (the symbol B if left out).
-    Convolutions take ``in_channels, out_channels, kernel_size, input_size`` and, if they differ
-    from PyTorch's defaults, ``stride, padding, dilation, groups``; a size per dimension is a tuple,
-    a padding per side a pair in that tuple; ``output_size`` names output sizes that the symbols
-    leave as expressions.  ``linear`` and ``head`` (a linear layer below a softmax loss) take
-    ``in_features, out_features``; pools ``channels, input_size, kernel_size``; ``batch_norm``,
-    ``invertible`` and ``relu`` take ``features``, and ``relu`` the fraction ``active`` of units
-    that are on.
-
-    Where all sizes but B are numbers, most convolutions are proved for every B; with sizes left as
-    symbols their ranks are upper bounds, and called that.
-
-    Args:
-        kind: "linear", "head", "conv1d", "conv2d", "conv3d", "average_pool", "max_pool",
-            "batch_norm", "invertible" or "relu".
-        sizes: by name.
-        name: of the layer; its kind if None.
-        effort: multiplications that one step of a proof may take; what is not proved is a bound.
-
-    Raises:
-        ValueError: an unknown kind, a missing or an unknown size, a number below 1.
-
-    >>> sizes = {"in_channels": 12, "out_channels": 12, "kernel_size": 5, "input_size": (16, 16),
-    ...          "stride": 2, "padding": 2}
-    >>> conv = layer_form("conv2d", sizes)
-    >>> conv.joint_rank, conv.nullity, conv.critical_batch, conv.exact
-    (Min(3072*B, 768*B + 3456), 1152*Max(0, 2*B - 3), 2, True)
-    """
-    from rgap.analysis.closed_forms.kinds import KINDS
-
-    if kind not in KINDS:
-        raise ValueError(f"expected kind in {sorted(KINDS)}, got {kind!r}; write kind='conv2d'")
-    return KINDS[kind](kind, dict(sizes), name or kind, effort)

@@ -30,8 +30,7 @@ from rgap.analysis.calls.steps import linear_reads
 from rgap.analysis.calls.uses import Recording, Use
 from rgap.analysis.generic_rank.sketched import sketched_rank
 from rgap.analysis.generic_rank.together import as_samples, branch_rank, stacked_gradient
-from rgap.analysis.probe import Probe
-from rgap.analysis.probe_batch import probe_targets
+from rgap.analysis.probe import Probe, probe_targets
 from rgap.network.affine import Affine
 from rgap.network.modules import affine_map
 from rgap.update.losses import Loss
@@ -85,75 +84,84 @@ class Met:
 
     def probes(self, numbers: Sequence[int], batch: int, mode: str) -> list[Probe] | None:
         """The uses as a batch of the random network meets them; None if that takes too much."""
-        found = self._run(batch, mode)
-        if found is None:
+        recording = self._run(batch, mode)
+        if recording is None:
             return None
         assert self._twin is not None
         names = {id(p): name for name, p in self._twin.named_parameters()}
-        return [_as_probe(found.uses[n], names, n) for n in numbers]
+        return [_as_probe(recording.uses[n], names, n) for n in numbers]
 
     def modes(self) -> tuple[str, ...]:
         """How the network is run: as it is, and linear where it is linear in pieces."""
-        found = self._run(1, "")
-        if found is not None and any(node.op in PIECES for node in found.nodes):
+        recording = self._run(1, "")
+        if recording is not None and any(node.op in PIECES for node in recording.nodes):
             return "", "linear"
         return ("",)
 
     def on(self, numbers: Sequence[int], masks: Sequence[Tensor]) -> bool | None:
         """True if every output that is read has a cotangent; None if that takes too much."""
-        found = self._run(1, "")
-        if found is None:
+        recording = self._run(1, "")
+        if recording is None:
             return None
         pairs = zip(numbers, masks, strict=True)
-        return all(bool(found.uses[n].read_outputs(1)[m].all()) for n, m in pairs)
+        return all(bool(recording.uses[n].read_outputs(1)[m].all()) for n, m in pairs)
 
     def gradient(self, numbers: Sequence[int], batch: int, count: int, kind: str) -> bool:
         """True if the gradient constraints have at least this rank at B samples."""
-        if count == 0:
-            return True
-        for mode in self.modes():
-            probes = self.probes(numbers, batch, mode)
-            if probes is None:
-                return False
-            kept = [as_samples(probes)] if kind == "shared" else probes
-            affine = kept[0].affine
-            rows = sum(prod(p.affine.weight.shape[1:]) * p.affine.out_shape[0] for p in kept)
-            rows //= affine.weight.shape[1]
-            columns = len(kept[0].inputs) * prod(affine.in_shape[1:])
-            if float(rows) * columns * min(rows, columns) > self.effort:
-                return False
-            system = stacked_gradient([p.affine for p in kept], [p.cotangents for p in kept])
-            if sketched_rank(system).rank < count:
-                return False
-        return True
+        return count == 0 or self._everywhere(numbers, batch, count, kind, self._gradient_rank)
 
     def joint(self, numbers: Sequence[int], batch: int, count: int, kind: str) -> bool:
         """True if all constraints together have at least this rank at B samples."""
+        return self._everywhere(numbers, batch, count, kind, self._joint_rank)
+
+    def _everywhere(
+        self,
+        numbers: Sequence[int],
+        batch: int,
+        count: int,
+        kind: str,
+        rank: Callable[[Sequence[Probe]], int],
+    ) -> bool:
+        """True if a rank reaches ``count`` in every mode; False too where that costs too much."""
         for mode in self.modes():
             probes = self.probes(numbers, batch, mode)
             if probes is None:
                 return False
-            kept = [as_samples(probes)] if kind == "shared" else probes
-            size = prod(kept[0].affine.in_shape)
-            rows = sum(prod(p.affine.out_shape) for p in kept)
-            if float(len(kept[0].inputs)) * size**2 * min(rows, size) > self.effort:
-                return False
-            if branch_rank(kept).rank < count:
+            if rank([as_samples(probes)] if kind == "shared" else probes) < count:
                 return False
         return True
+
+    def _gradient_rank(self, probes: Sequence[Probe]) -> int:
+        """Rank of the gradient constraints of all probes; -1 where that takes too much."""
+        affine = probes[0].affine
+        rows = sum(prod(p.affine.weight.shape[1:]) * p.affine.out_shape[0] for p in probes)
+        rows //= affine.weight.shape[1]
+        columns = len(probes[0].inputs) * prod(affine.in_shape[1:])
+        if float(rows) * columns * min(rows, columns) > self.effort:
+            return -1
+        system = stacked_gradient([p.affine for p in probes], [p.cotangents for p in probes])
+        return sketched_rank(system).rank
+
+    def _joint_rank(self, probes: Sequence[Probe]) -> int:
+        """Rank of all constraints of all probes together; -1 where that takes too much."""
+        size = prod(probes[0].affine.in_shape)
+        rows = sum(prod(p.affine.out_shape) for p in probes)
+        if float(len(probes[0].inputs)) * size**2 * min(rows, size) > self.effort:
+            return -1
+        return branch_rank(probes).rank
 
     def _run(self, batch: int, mode: str) -> Recording | None:
         if (batch, mode) in self._runs:
             return self._runs[batch, mode]
-        found = None
+        recording = None
         if self._make is not None and batch <= SAMPLES and self._fits(batch):
             self._twin = self._twin or self._make()
             generator = torch.Generator().manual_seed(batch)
             x = torch.randn(batch, *self.shape, generator=generator, dtype=torch.float64)
             targets = probe_targets(self._twin, x, self.loss, None, 0)
-            found = record(self._twin, x, lambda out: self.loss(out, targets), substitute=mode)
-        self._runs[batch, mode] = found
-        return found
+            recording = record(self._twin, x, lambda out: self.loss(out, targets), substitute=mode)
+        self._runs[batch, mode] = recording
+        return recording
 
     def _fits(self, batch: int) -> bool:
         one = self._runs.get((1, ""))

@@ -9,7 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from rgap.analysis.closed_forms.layer import EFFORT, TEX_SIGNS, TEXT_SIGNS, SymbolicLayer
+from rgap.analysis.closed_forms.kinds import symbol
+from rgap.analysis.closed_forms.layer import TEX_SIGNS, TEXT_SIGNS, SymbolicLayer
+from rgap.analysis.closed_forms.witness import EFFORT
 
 __all__ = ["SymbolicNetwork", "symbolic"]
 
@@ -51,7 +53,7 @@ class SymbolicNetwork:
     @property
     def total_nullity(self) -> Any:
         """What layer after layer leaves open."""
-        from rgap.analysis.closed_forms.symbolic_lines import open_part
+        from rgap.analysis.closed_forms.batches import open_part
 
         return open_part(self.total_unknowns, self.total_equations, self._symbol())
 
@@ -69,10 +71,10 @@ class SymbolicNetwork:
         """
         import sympy
 
-        found = [layer.critical_batch for layer in self.layers]
-        if 1 in found:
+        critical = [layer.critical_batch for layer in self.layers]
+        if 1 in critical:
             return sympy.Integer(1)
-        return None if any(value is None for value in found) else sympy.Min(*found)
+        return None if any(value is None for value in critical) else sympy.Min(*critical)
 
     def text(self) -> str:
         """A table in plain text; ≤ and ≥ mark bounds."""
@@ -160,7 +162,7 @@ class SymbolicNetwork:
     def _total(self, what: str) -> Any:
         import sympy
 
-        from rgap.analysis.closed_forms.symbolic_lines import tidy
+        from rgap.analysis.closed_forms.batches import tidy
 
         return tidy(sympy.Add(*(getattr(layer, what) for layer in self.layers)), self._symbol())
 
@@ -207,7 +209,6 @@ def symbolic(
         raise ValueError(f"expected batch >= 1, got {batch}; write batch=1 or batch=None")
     from rgap.analysis.closed_forms.met import Met
     from rgap.analysis.closed_forms.rows import in_order, recorded_notes, structure_of
-    from rgap.analysis.closed_forms.symbolic_sizes import symbol
     from rgap.analysis.closed_forms.uses import Counter
     from rgap.analysis.probe import frozen_weights
     from rgap.update.losses import Loss

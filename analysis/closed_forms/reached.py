@@ -75,6 +75,8 @@ def reached(use: Use, read: Tensor) -> Reached:
     else:
         plain = False
         sizes["out_channels"] = groups * int(per_group.max())
+    if sizes["padding_mode"] != "zeros":  # a part of it would show what is outside of it
+        return Reached(sizes, pictures, plain and bool(boxes.all()), count)
     for dim in range(boxes.ndim):
         others = tuple(d for d in range(boxes.ndim) if d != dim)
         at = np.flatnonzero(np.any(boxes, axis=others))

@@ -20,11 +20,13 @@ from itertools import product
 from math import gcd, prod
 from typing import Any
 
+from rgap.network.affine import Affine
+
 __all__ = ["Axis", "Ranks", "axis", "count", "smallest"]
 
 Size = Any  # an int or a sympy expression
 Counts = tuple[tuple[Size, Size], ...]
-MOST_CLASSES = 64
+MOST_CLASSES = 64  # beyond which all are counted as one, which is a bound still
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,33 @@ def axis(
     else:
         classes = [(kernel, size)]
     return Axis(tuple(classes), ((positions, size),), positions)
+
+
+def axes_of(affine: Affine) -> list[Axis]:
+    """The axes of a layer, none for a matrix; a border that shows the picture again is part of it.
+
+    Its positions are those of the picture once more, so that ranks on the wider picture are bounds.
+    """
+    geometry = affine.geometry
+    if geometry is None:
+        return []
+    space, padding = affine.in_shape[1:], geometry.padding
+    if geometry.border != "zeros":
+        space = tuple(n + sum(pair) for n, pair in zip(space, padding, strict=True))
+        padding = tuple((0, 0) for _ in padding)
+    sides = (geometry.kernel, geometry.stride, padding, geometry.dilation)
+    return [axis(*side) for side in zip(space, *sides, strict=True)]
+
+
+def bounds(affine: Affine, batch: Size) -> Ranks:
+    """Bounds on the ranks of a layer."""
+    groups = 1 if affine.geometry is None else affine.geometry.groups
+    filters, channels = affine.out_shape[0] // groups, affine.in_shape[0] // groups
+    found = count(batch, filters, channels, groups, axes_of(affine))
+    if affine.geometry is None or affine.geometry.border == "zeros":
+        return found
+    most = batch * prod(affine.in_shape)
+    return Ranks(*(smallest(rank, most) for rank in (found.gradient, found.weight, found.joint)))
 
 
 def _every(size: Size, first: int, step: int) -> Size:

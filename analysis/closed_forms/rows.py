@@ -14,7 +14,8 @@ from rgap.analysis.calls.layers import POOLS, Call, sizes_of
 from rgap.analysis.calls.recorder import record, refusal, structural_twin, uncounted
 from rgap.analysis.calls.steps import Narrow, narrow_steps
 from rgap.analysis.calls.uses import Recording
-from rgap.analysis.closed_forms.layer import SymbolicLayer, layer_form, made
+from rgap.analysis.closed_forms.kinds import layer_form
+from rgap.analysis.closed_forms.layer import SymbolicLayer, made
 
 __all__ = ["in_order", "recorded_notes", "structure_of"]
 
@@ -28,7 +29,7 @@ def structure_of(model: nn.Module, shape: tuple[int, ...]) -> tuple[Recording, d
     cotangent is zero only where nothing reads it.
 
     Raises:
-        ValueError: the shape does not fit, or a convolution's padding is not zeros.
+        ValueError: the shape does not fit.
     """
     light = sum(p.numel() for p in model.parameters()) <= LIGHT
     twin = structural_twin(model, dtype=torch.float64 if light else torch.float32)
@@ -44,25 +45,22 @@ def structure_of(model: nn.Module, shape: tuple[int, ...]) -> tuple[Recording, d
         return record(twin, x, combined, substitute="smooth")
 
     try:
-        found = recorded(1)
-        for use, again in zip(found.uses, recorded(1).uses if light else (), strict=False):
+        recording = recorded(1)
+        for use, again in zip(recording.uses, recorded(1).uses if light else (), strict=False):
             use.cotangents = torch.where(use.cotangents == 0, again.cotangents, use.cotangents)
     except Exception:  # somebody else's forward may raise anything; squeeze() drops a batch of one
         try:
-            found = recorded(2)
+            recording = recorded(2)
         except ValueError:
             raise
         except Exception as error:
             raise refusal(model, shape, error) from error
-    if not any(use.covered for use in found.uses):
+    if not any(use.covered for use in recording.uses):
         raise ValueError(
             f"expected a model with fully connected or convolutional layers, got "
             f"{type(model).__name__} with none: there is nothing to count"
         )
-    for use in found.uses:
-        if use.module is not None and getattr(use.module, "padding_mode", "zeros") != "zeros":
-            sizes_of(Call(use.name, use.module, tuple(use.inputs.shape[1:]), ()), head=False)
-    return found, names
+    return recording, names
 
 
 def in_order(

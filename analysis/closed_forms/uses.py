@@ -19,11 +19,11 @@ from torch import Tensor
 
 from rgap.analysis.calls.steps import always_read, arbitrary, head_use
 from rgap.analysis.calls.uses import Recording, Use
-from rgap.analysis.closed_forms.batches import first_open
-from rgap.analysis.closed_forms.layer import SymbolicLayer, layer_form, made
+from rgap.analysis.closed_forms.batches import first_open, lines_of, turns
+from rgap.analysis.closed_forms.kinds import layer_form
+from rgap.analysis.closed_forms.layer import SymbolicLayer, made
 from rgap.analysis.closed_forms.met import Met, curved
 from rgap.analysis.closed_forms.reached import Reached, reached
-from rgap.analysis.closed_forms.symbolic_lines import lines_of, turns
 from rgap.analysis.generic_rank.together import gather
 
 __all__ = ["Counter"]
@@ -81,21 +81,21 @@ class Counter:
             [(use.read[0], tuple(use.inputs.shape)) for use in uses],
             [(self.names[id(use.weight)], str(use.options), use.inputs.shape[1:]) for use in uses],
         )
-        found: dict[int, SymbolicLayer] = {}
+        by_use: dict[int, SymbolicLayer] = {}
         mixed: list[int] = []
         for group in groups:
             numbers = [covered[i] for i in group.members]
             if group.kind == "branches":
-                found |= self._branches(numbers)
+                by_use |= self._branches(numbers)
             elif group.kind == "shared":
                 row = self._alone(numbers, "shared").row
                 for n in numbers:
                     name = self.recording.uses[n].name
-                    found[n] = replace(row, name=name, beside=name)
+                    by_use[n] = replace(row, name=name, beside=name)
             else:
-                found[numbers[0]] = self._alone(numbers, group.kind).row
+                by_use[numbers[0]] = self._alone(numbers, group.kind).row
                 mixed += numbers if group.kind == "mixed" else []
-        return found | self._mixed({n: found[n] for n in mixed})
+        return by_use | self._mixed({n: by_use[n] for n in mixed})
 
     def _alone(self, numbers: list[int], kind: str) -> _Counted:
         """One use, or the calls of one weight as samples of one use."""
@@ -229,13 +229,13 @@ class Counter:
                     self.met.joint(numbers, b, value, "branches") for b, value in at
                 )
         names = [p.use.name for p in parts]
-        found = {}
+        by_use = {}
         for p in parts:
             beside = ", ".join(dict.fromkeys(n for n in names if n != p.use.name))
             row = replace(p.row, joint_rank=joint, exact=exact, left_open=None, beside=beside,
                           reason=f"together with {beside}, on one input; {reason}")  # fmt: skip
-            found[p.number] = self._critical(row, unknowns)
-        return found
+            by_use[p.number] = self._critical(row, unknowns)
+        return by_use
 
     def _stacked(self, parts: Sequence[_Counted], numbers: list[int]) -> SymbolicLayer | None:
         """The count of layers of one geometry as one layer with the outputs of all of them."""
@@ -266,7 +266,7 @@ class Counter:
         return self._honest(row, numbers, masks, part, all(p.free for p in parts), "branches")
 
     def _mixed(self, rows: dict[int, SymbolicLayer]) -> dict[int, SymbolicLayer]:
-        found = {}
+        by_use = {}
         for n, row in rows.items():
             use = self.recording.uses[n]
             beside = [m for m in rows if self.recording.uses[m].read == use.read]
@@ -274,10 +274,10 @@ class Counter:
             unknowns = use.unknowns(self.recording.batch)
             joint = _least(sympy.sympify(self.batch * unknowns), total, self.batch)
             names = ", ".join(self.recording.uses[m].name for m in beside if m != n)
-            found[n] = self._critical(
+            by_use[n] = self._critical(
                 replace(row, joint_rank=joint, left_open=None, beside=names), unknowns
             )
-        return found
+        return by_use
 
     def _critical(self, row: SymbolicLayer, unknowns: int) -> SymbolicLayer:
         """The smallest batch that leaves something open, of the count as it is now."""
@@ -303,7 +303,7 @@ def _as_bound(row: SymbolicLayer, why: str) -> SymbolicLayer:
 
 
 def _least(whole: Any, total: Any, batch: Any) -> Any:
-    from rgap.analysis.closed_forms.symbolic_lines import tidy
+    from rgap.analysis.closed_forms.batches import tidy
 
     return tidy(sympy.Min(whole, total), batch if isinstance(batch, sympy.Symbol) else None)
 

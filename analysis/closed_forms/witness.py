@@ -20,7 +20,6 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from rgap.analysis.closed_forms.layer import EFFORT
 from rgap.analysis.generic_rank.layout import Layout, layout
 from rgap.analysis.generic_rank.modular import (
     gradient_matrix,
@@ -29,10 +28,11 @@ from rgap.analysis.generic_rank.modular import (
     sparse_null_space,
 )
 from rgap.network.affine import Affine
-from rgap.solvers.modular import Residues, multiply, random_prime, residue_rank
+from rgap.solvers.modular import Residues, multiply, random_prime, reduce, residue_rank
 
-__all__ = ["Witness"]
+__all__ = ["EFFORT", "Witness"]
 
+EFFORT = 3e10  # a few seconds
 Block = tuple[int, int]  # filters of W, and the channels that they read
 
 
@@ -67,7 +67,7 @@ class Witness:
         rows, columns = plan.filters * plan.offsets, batch * plan.positions
         if _effort(rows, columns) > self.most:
             return 0
-        matrix = gradient_matrix(plan, self._k(batch))
+        matrix = gradient_matrix(plan, self._k(batch), self.prime)
         return plan.groups * plan.channels * residue_rank(matrix, self.prime)
 
     def weight(self, enough: int) -> int:
@@ -83,11 +83,12 @@ class Witness:
             shapes = [(f * plan.outputs, c * plan.positions) for f, c in blocks]
             if max(_effort(*shape) for shape in shapes) > self.most:
                 break
-            found = sum(
-                times * residue_rank(_weight_matrix(plan, self._filters(block)), self.prime)
+            rank = sum(
+                times
+                * residue_rank(_weight_matrix(plan, self._filters(block), self.prime), self.prime)
                 for block, times in blocks.items()
             )
-            self._weight = max(self._weight, found)
+            self._weight = max(self._weight, rank)
         return self._weight * plan.groups
 
     def joint(self, batch: int, enough: int) -> int:
@@ -106,8 +107,8 @@ class Witness:
                 break
             if max(min(self._efforts(batch, rank_k, block)) for block in blocks) > self.most:
                 break
-            found = sum(times * self._block(batch, rank_k, b) for b, times in blocks.items())
-            best = max(best, plan.groups * found)
+            rank = sum(times * self._block(batch, rank_k, b) for b, times in blocks.items())
+            best = max(best, plan.groups * rank)
         return best
 
     def _efforts(self, batch: int, rank_k: int, block: Block) -> tuple[float, float]:
@@ -125,7 +126,7 @@ class Witness:
 
     def _w_on_kernel(self, batch: int, block: Block) -> int:
         plan, (filters, channels) = self.plan, block
-        kernel = sparse_null_space(gradient_matrix(plan, self._k(batch)), self.prime)
+        kernel = sparse_null_space(gradient_matrix(plan, self._k(batch), self.prime), self.prime)
         part = Layout(1, filters, channels, plan.positions, plan.outputs, plan.table)
         on = np.ones((batch, filters, plan.outputs), dtype=np.bool_)
         rest = projected(part, self._filters(block), kernel, on, self.prime)
@@ -135,7 +136,9 @@ class Witness:
     def _k_on_kernel(self, batch: int, block: Block) -> int:
         """B rank W and the rank of [K_1 V, …, K_B V] with V the null space of W."""
         plan, channels = self.plan, block[1]
-        kernel = sparse_null_space(_weight_matrix(plan, self._filters(block)), self.prime)
+        kernel = sparse_null_space(
+            _weight_matrix(plan, self._filters(block), self.prime), self.prime
+        )
         width = int(kernel.shape[1])
         rank_w = len(kernel) - width
         v = kernel.reshape(channels, plan.positions, width)
@@ -170,13 +173,15 @@ def _splits(plan: Layout) -> Iterator[Counter[Block]]:
         parts //= 2
 
 
-def _weight_matrix(plan: Layout, w: Residues) -> Residues:
+def _weight_matrix(plan: Layout, w: Residues, prime: int) -> Residues:
     """W of one sample for filters [f, c, offsets]: [O·f, N·c], outputs first and so banded."""
     filters, channels, _ = w.shape
     matrix = np.zeros((filters, plan.outputs, channels, plan.positions))
     for offset, position in enumerate(plan.table):
         inside = np.flatnonzero(position >= 0)
-        matrix[:, inside, :, position[inside]] = w[:, :, offset]
+        matrix[:, inside, :, position[inside]] += w[:, :, offset]
+    if plan.again:
+        reduce(matrix, prime)
     rows = matrix.transpose(1, 0, 2, 3)
     return rows.reshape(plan.outputs * filters, channels * plan.positions)
 
@@ -192,7 +197,7 @@ def _one_tap_each(plan: Layout) -> int:
     left = [row[row >= 0] for row in plan.table]
     gains: list[int] = []
     while left and len(gains) * plan.channels < plan.filters:  # gains only fall
-        fresh = [int((~seen[row]).sum()) for row in left]
+        fresh = [len(np.unique(row[~seen[row]])) for row in left]
         best = int(np.argmax(fresh))
         if fresh[best] == 0:
             break

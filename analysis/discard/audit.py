@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from operator import index
 
@@ -14,10 +15,9 @@ from rgap import memory
 from rgap.allowance import OutOfTime, Timed
 from rgap.analysis.calls.recorder import uncounted
 from rgap.analysis.discard.layer_ranks import Spaces, counted_rows
-from rgap.analysis.discard.probed_rows import probed_rows
+from rgap.analysis.discard.probed_rows import AuditOptions, probed_rows
 from rgap.analysis.discard.table import MEASURED, Audit, AuditRow
-from rgap.analysis.probe import probed
-from rgap.analysis.probe_batch import probe_targets
+from rgap.analysis.probe import probe_targets, probed
 from rgap.network.chain import parse
 from rgap.progress import Shown
 from rgap.update.losses import Loss
@@ -65,8 +65,7 @@ def audit(
         weights: "given", or "random" to audit the architecture with weights drawn anew.
         seed: of the probe and of random weights.
         device: where to compute; default the CPU.
-        progress: True for a line on a terminal, or a function that is told; see
-            :mod:`rgap.progress`.
+        progress: True for a line on a terminal, or a function; see :mod:`rgap.progress`.
         memory_budget: bytes to take on top of the model; by default half of what the machine has
             free.  A layer that needs more is refused by name before anything is allocated.
         time_limit: seconds, kept within a tenth; None for none.  The batch sizes that were finished
@@ -87,50 +86,46 @@ def audit(
     1
     """
     shape = tuple(int(n) for n in input_shape)
-    batches = _checked(batch_sizes)
-    if method not in METHODS:
-        raise ValueError(
-            f"expected method in {list(METHODS)}, got {method!r}; write method='exact'"
-        )
-    if weights not in WEIGHTS:
-        raise ValueError(
-            f"expected weights in {list(WEIGHTS)}, got {weights!r}; write weights='random', or "
-            "load the weights into the model"
-        )
-    loss = Loss.of(loss)
-    place = device_of(device)
+    batches = _checked(batch_sizes, method, weights)
+    chosen, place = Loss.of(loss), device_of(device)
     show = Timed(progress, time_limit, place)
     pictures = _pictures(inputs, shape, max(batches), seed).to(place)
-    if weights == "random":
-        model = redrawn(model, seed)
+    model = redrawn(model, seed) if weights == "random" else model
     if method == "formula":
-        counted, left = counted_rows(model, shape, batches, loss.name)
-        return Audit(type(model).__name__, method, tuple(counted), (*_notes(counted), *left))
-    room = memory.budget_of(memory_budget, place)
-    memory.require_copies(model, 2, room, "method='formula', which looks at no weight")
-    parse(model, shape)  # refuses a shape that does not fit, and train mode
+        rows, notes = counted_rows(model, shape, batches, chosen.name)
+    else:
+        room = memory.budget_of(memory_budget, place)
+        memory.require_copies(model, 2, room, "method='formula', which looks at no weight")
+        parse(model, shape)  # refuses a shape that does not fit, and train mode
+        options = AuditOptions(method, chosen, seed, room)
+        with show:
+            rows, notes = _measured(model, pictures, batches, options, show)
+    return Audit(type(model).__name__, method, tuple(rows), (*_notes(rows), *notes))
+
+
+def _measured(
+    model: nn.Module, pictures: Tensor, batches: Sequence[int], options: AuditOptions, show: Timed
+) -> tuple[list[AuditRow], tuple[str, ...]]:
+    """Rows of every batch size that the time allows, and what was not measured or not counted."""
     rows: list[AuditRow] = []
     spaces: Spaces = {}
-    late = ""
-    with show:
-        for batch in batches:
-            watch = partial(_told, show, batch)
-            try:
-                show.stage(f"probe of B = {batch}")
-                targets = probe_targets(model, pictures[:batch], loss, None, seed)
-                probes, recording = probed(model, pictures[:batch], targets, loss)
-                rows += probed_rows(
-                    probes, recording, batch, method, spaces, loss.name, watch, room, show.ahead
-                )
-            except OutOfTime as reason:
-                if not rows:
-                    raise
-                late = f"B = {batch} and what follows was not measured ({reason})."
-                break
+    late: tuple[str, ...] = ()
+    for batch in batches:
+        watched = replace(options, watch=partial(_told, show, batch), ahead=show.ahead)
+        x = pictures[:batch]
+        try:
+            show.stage(f"probe of B = {batch}")
+            targets = probe_targets(model, x, options.loss, None, options.seed)
+            probes, recording = probed(model, x, targets, options.loss)
+            rows += probed_rows(probes, recording, batch, spaces, watched)
+        except OutOfTime as reason:
+            if not rows:
+                raise
+            late = (f"B = {batch} and what follows was not measured ({reason}).",)
+            break
     others = uncounted(model, recording)
-    uncovered = [f"Not counted: {', '.join(others)}."] if others else []
-    notes = (*_notes(rows), *uncovered, *([late] if late else []))
-    return Audit(type(model).__name__, method, tuple(rows), notes)
+    uncovered = (f"Not counted: {', '.join(others)}.",) if others else ()
+    return rows, uncovered + late
 
 
 def _told(
@@ -169,7 +164,8 @@ def redrawn(model: nn.Module, seed: int) -> nn.Module:
     return twin
 
 
-def _checked(batch_sizes: Sequence[int]) -> tuple[int, ...]:
+def _checked(batch_sizes: Sequence[int], method: str, weights: str) -> tuple[int, ...]:
+    """The batch sizes; refuses them, a method and weights that are none."""
     try:
         batches = tuple(index(b) for b in batch_sizes)
     except TypeError:
@@ -178,6 +174,15 @@ def _checked(batch_sizes: Sequence[int]) -> tuple[int, ...]:
         raise ValueError(
             f"expected batch sizes, whole numbers >= 1, got {batch_sizes!r}; write "
             "batch_sizes=(1, 2, 4, 8)"
+        )
+    if method not in METHODS:
+        raise ValueError(
+            f"expected method in {list(METHODS)}, got {method!r}; write method='exact'"
+        )
+    if weights not in WEIGHTS:
+        raise ValueError(
+            f"expected weights in {list(WEIGHTS)}, got {weights!r}; write weights='random', or "
+            "load the weights into the model"
         )
     return batches
 

@@ -223,10 +223,10 @@ def counted_rows(
         batches: the batch sizes.
         loss: name of the client's loss.
     """
-    found = symbolic(model, shape, loss=loss, effort=PROOF)
+    network = symbolic(model, shape, loss=loss, effort=PROOF)
     rows = []
     for batch in batches:
-        for layer in found.layers:
+        for layer in network.layers:
             if not layer.kind.startswith(("conv", "linear", "head", "step")):
                 continue
             sizes = layer.at({"B": batch})
@@ -250,7 +250,7 @@ def counted_rows(
                     layer.beside,
                 )
             )
-    return rows, found.notes
+    return rows, network.notes
 
 
 def _row(
@@ -291,8 +291,8 @@ def _weight_spaces(affine: Affine, active: Tensor, spaces: Spaces) -> Sequence[R
     """
     keys = [(affine.name, mask.numpy().tobytes()) for mask in active.flatten(1).cpu()]
     missing = [b for b, key in enumerate(keys) if key not in spaces]
-    found = weight_row_spaces(affine, active[missing]) if missing else []
-    fresh = {keys[b]: space for b, space in zip(missing, found, strict=True)}
+    measured = weight_row_spaces(affine, active[missing]) if missing else []
+    fresh = {keys[b]: space for b, space in zip(missing, measured, strict=True)}
     if keys[0] in fresh:
         spaces[keys[0]] = fresh[keys[0]]
     return [fresh[key] if key in fresh else spaces[key] for key in keys]

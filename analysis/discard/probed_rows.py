@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import inf
 
 from rgap.allowance import Ahead, freely
@@ -22,21 +22,39 @@ from rgap.analysis.discard.table import AuditRow
 from rgap.analysis.generic_rank.together import as_samples, together
 from rgap.analysis.probe import Probe
 from rgap.progress import Watch, silent
+from rgap.update.losses import Loss
 from rgap.update.targets import CROSS_ENTROPY
 
-__all__ = ["probed_rows", "step_row"]
+__all__ = ["AuditOptions", "probed_rows", "step_row"]
+
+
+@dataclass(frozen=True)
+class AuditOptions:
+    """How the rows of a network are measured.
+
+    Attributes:
+        method: "exact" or "sketch".
+        loss: of the client: the logits of a softmax are not known from above.
+        seed: of the targets that are drawn.
+        room: bytes that the matrices of a layer may take.
+        watch: told of every layer.
+        ahead: asked before every layer whether there is time.
+    """
+
+    method: str
+    loss: Loss
+    seed: int = 0
+    room: float = inf
+    watch: Watch = silent
+    ahead: Ahead = freely
 
 
 def probed_rows(
     probes: Sequence[Probe],
     recording: Recording,
     batch: int,
-    method: str,
     spaces: Spaces,
-    loss: str = "",
-    watch: Watch = silent,
-    room: float = inf,
-    ahead: Ahead = freely,
+    options: AuditOptions,
 ) -> list[AuditRow]:
     """One row per use of a weight and per step that discards by itself, in forward order.
 
@@ -44,24 +62,21 @@ def probed_rows(
         probes: the layers, of ``recording``.
         recording: of the forward.
         batch: B.
-        method: "exact" or "sketch".
         spaces: row spaces of the weights that are known; added to.
-        loss: name of the client's loss: the logits of a softmax are not known from above.
-        watch: told of every layer.
-        room: bytes that the matrices of a layer may take.
-        ahead: asked before every layer whether there is time.
+        options: how they are measured.
     """
     narrow = narrow_steps(recording)
-    head = head_use(recording) if loss == CROSS_ENTROPY else None
+    head = head_use(recording) if options.loss.name == CROSS_ENTROPY else None
     into = {one.use: one for one in narrow if one.use is not None}
+    method, room = options.method, options.room
     make = measured_row if method == "exact" else sketched_row
-    found: list[tuple[int, AuditRow]] = []
+    placed: list[tuple[int, AuditRow]] = []
     mixed: dict[int, list[tuple[int, AuditRow]]] = {}
     groups = together(probes)
     for number, group in enumerate(groups, 1):
         own = [probes[i] for i in group.members]
-        watch(own[0].affine.name, number, len(groups))
-        ahead(sum(work(p.affine, p.active, method) for p in own))
+        options.watch(own[0].affine.name, number, len(groups))
+        options.ahead(sum(work(p.affine, p.active, method) for p in own))
         steps = [into[p.use] for p in own if p.use in into]
         before = max((_ahead(recording, s) for s in steps), default=0)
         if group.kind == "branches":
@@ -81,13 +96,13 @@ def probed_rows(
             if group.kind == "mixed":
                 mixed.setdefault(probe.read, []).append((place, replace(row, exact=False)))
             else:
-                found.append((place, row))
+                placed.append((place, row))
     for parts in mixed.values():
         rows = summed([row for _, row in parts], max(row.unknowns for _, row in parts))
-        found += [(place, replace(row, exact=False))
+        placed += [(place, replace(row, exact=False))
                   for (place, _), row in zip(parts, rows, strict=True)]  # fmt: skip
-    found += [(one.node, step_row(one, batch)) for one in narrow if one.use is None]
-    return [row for _, row in sorted(found, key=lambda pair: pair[0])]
+    placed += [(one.node, step_row(one, batch)) for one in narrow if one.use is None]
+    return [row for _, row in sorted(placed, key=lambda pair: pair[0])]
 
 
 def _others(probes: Sequence[Probe], own: Sequence[Probe], probe: Probe, kind: str) -> list[Probe]:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from math import inf
 from typing import TYPE_CHECKING, Any
 
-from rgap.analysis.frames import data_frame
+from rgap.analysis.finding import data_frame
 
 if TYPE_CHECKING:
     import pandas

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rgap.analysis.discard.audit import audit
 from rgap.analysis.discard.table import Audit, AuditRow
-from rgap.analysis.frames import data_frame
+from rgap.analysis.finding import data_frame
 from rgap.network.running import first_line
 from rgap.progress import Progress, Shown
 from rgap.update.losses import Loss
@@ -42,7 +42,7 @@ class TrainingAudit:
         Raises:
             KeyError: naming what there is.
         """
-        return tuple(found.row(layer, batch_size) for found in self.audits)
+        return tuple(table.row(layer, batch_size) for table in self.audits)
 
     def explain(self) -> str:
         """What training does to every layer, in words."""
@@ -74,15 +74,15 @@ class TrainingAudit:
         return data_frame(
             [
                 {"checkpoint": name, **asdict(row)}
-                for name, found in zip(self.names, self.audits, strict=True)
-                for row in found.rows
+                for name, table in zip(self.names, self.audits, strict=True)
+                for row in table.rows
             ]
         )
 
     def summary(self) -> dict[str, Any]:
         """Plain numbers, for JSON."""
         pairs = zip(self.names, self.audits, strict=True)
-        return {"checkpoints": [{"name": name, **found.summary()} for name, found in pairs]}
+        return {"checkpoints": [{"name": name, **table.summary()} for name, table in pairs]}
 
     def _repr_html_(self) -> str:
         """Discard, and in brackets the condition, layer and batch size by checkpoint."""
@@ -90,9 +90,9 @@ class TrainingAudit:
         body = ""
         for row in self.audits[0].rows:
             cells = [html.escape(row.layer), str(row.batch_size)]
-            for found in self.series(row.layer, row.batch_size):
-                size = "" if found.condition is None else f" ({found.condition:.0e})"
-                cells.append(f"{found.discard:.1%}{size}")
+            for row_then in self.series(row.layer, row.batch_size):
+                size = "" if row_then.condition is None else f" ({row_then.condition:.0e})"
+                cells.append(f"{row_then.discard:.1%}{size}")
             body += "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
         return f"<table><tr>{head}</tr>{body}</table>"
 

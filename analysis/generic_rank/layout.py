@@ -25,6 +25,7 @@ class Layout:
         positions: N, of one channel.
         outputs: O, of one filter.
         table: input position read by output o through offset δ, [offsets, O]; −1 is padding.
+        again: True where a border shows positions again: two taps of an output may read one.
     """
 
     groups: int
@@ -33,6 +34,7 @@ class Layout:
     positions: int
     outputs: int
     table: NDArray[np.int64]
+    again: bool = False
 
     @property
     def offsets(self) -> int:
@@ -61,6 +63,7 @@ def layout(affine: Affine) -> Layout:
         prod(space),
         prod(out),
         taps(geometry, space, out).numpy(),
+        geometry.border != "zeros",
     )
 
 
@@ -87,5 +90,5 @@ def active_units(affine: Affine, batch: int, active: Tensor | None) -> NDArray[n
             f"'{affine.name}' ({affine.kind}): expected active of shape {list(shape)}, got "
             f"{list(active.shape)}; write one mask per sample, [B, *out_shape]"
         )
-    found = active.cpu().numpy().reshape(batch, plan.groups, plan.filters, plan.outputs)
-    return np.asarray(found, dtype=np.bool_)
+    units = active.cpu().numpy().reshape(batch, plan.groups, plan.filters, plan.outputs)
+    return np.asarray(units, dtype=np.bool_)

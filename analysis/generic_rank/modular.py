@@ -102,20 +102,20 @@ def modular_ranks(
         raise ValueError(f"expected points >= 1, got {points}; write points=2")
     plan, on = layout(affine), active_units(affine, batch, active)
     rng = random.Random(f"modular ranks {seed}")
-    primes, found, failure = [], [], 1.0
+    primes, counts, failure = [], [], 1.0
     rows = prod(affine.weight.shape) * int(on.any()) + int(on.sum())
     degree = min(rows, batch * prod(affine.in_shape))
     longest = max(batch * plan.outputs, plan.channels * plan.offsets)
     for _ in range(points):
         prime = random_prime(rng)
         point = np.random.default_rng(rng.getrandbits(64))
-        found.append(_at(plan, on, prime, point))
+        counts.append(_at(plan, on, prime, point))
         primes.append(prime)
         failure *= failure_bound(degree, degree, degree * log2(longest) / 2, prime)
-    best = found[0]
-    for other in found[1:]:
+    best = counts[0]
+    for other in counts[1:]:
         best = best.largest(other)
-    agree = all(ranks == found[0] for ranks in found)
+    agree = all(ranks == counts[0] for ranks in counts)
     return ModularRanks(best.gradient, best.weight, best.joint, tuple(primes), failure, agree)
 
 
@@ -126,7 +126,7 @@ def _at(plan: Layout, on: NDArray[np.bool_], prime: int, point: np.random.Genera
         mask = on[:, group]
         k = random_point(mask.shape, prime, point) * mask
         w = random_point((plan.filters, plan.channels, plan.offsets), prime, point)
-        kernel = sparse_null_space(gradient_matrix(plan, k), prime)
+        kernel = sparse_null_space(gradient_matrix(plan, k, prime), prime)
         own = plan.channels * (len(kernel) - kernel.shape[1])
         gradient += own
         alone = _weight_rank(plan, w, mask, prime)
@@ -144,14 +144,19 @@ def random_point(shape: tuple[int, ...], prime: int, point: np.random.Generator)
     return reduce(point.integers(0, prime, shape).astype(np.float64), prime)
 
 
-def gradient_matrix(plan: Layout, k: Residues) -> Residues:
+def gradient_matrix(plan: Layout, k: Residues, prime: int) -> Residues:
     """K of one group, [F/g · offsets, B·N], from k [B, F/g, O]."""
     batch = len(k)
     matrix = np.zeros((plan.filters, plan.offsets, batch, plan.positions))
     for offset, position in enumerate(plan.table):
-        inside = position >= 0
-        matrix[:, offset, :, position[inside]] = k[:, :, inside].transpose(2, 1, 0)
-    return matrix.reshape(plan.filters * plan.offsets, batch * plan.positions)
+        inside = np.flatnonzero(position >= 0)
+        rows, own = k[:, :, inside].transpose(2, 1, 0), matrix[:, offset].transpose(2, 0, 1)
+        if plan.again:
+            np.add.at(own, position[inside], rows)
+        else:
+            own[position[inside]] = rows
+    found = reduce(matrix, prime) if plan.again else matrix
+    return found.reshape(plan.filters * plan.offsets, batch * plan.positions)
 
 
 def sparse_null_space(matrix: Residues, prime: int) -> Residues:
@@ -185,8 +190,10 @@ def _weight_rank(plan: Layout, w: Residues, mask: NDArray[np.bool_], prime: int)
         matrix = np.zeros((*on.shape, plan.positions, plan.channels))
         for offset, position in enumerate(plan.table):
             inside = np.flatnonzero(position >= 0)
-            matrix[:, inside, position[inside]] = w[:, None, :, offset]
+            matrix[:, inside, position[inside]] += w[:, None, :, offset]
         # outputs first: neighbours read neighbouring pixels, which keeps the elimination banded
+        if plan.again:
+            reduce(matrix, prime)
         rows = matrix.transpose(1, 0, 2, 3)[on.T]
         return residue_rank(rows.reshape(len(rows), plan.positions * plan.channels), prime)
 

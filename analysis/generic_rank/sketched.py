@@ -12,7 +12,7 @@ from rgap.solvers.svd import singular_values
 __all__ = ["sketched_rank"]
 
 ROOM = 2  # width of a sketch over the smaller side of what it compresses
-SPARE = 64
+SPARE = 64  # columns beyond it: a small K is compressed by less, or not at all
 
 
 def sketched_rank(kronecker: Kronecker, seed: int = 0) -> Rank:

@@ -121,9 +121,9 @@ def structural_parts(
         rank += value
         touched = network.touched()
         parts = (~touched, under & touched, ~under & ~over, over)
-        for found, part in zip(masks, parts, strict=True):
+        for mask, part in zip(masks, parts, strict=True):
             table = torch.from_numpy(part).reshape(batch, 1, plan.positions)
-            found.append(table.expand(-1, plan.channels, -1))
+            mask.append(table.expand(-1, plan.channels, -1))
     shape = (batch, *affine.in_shape)
     untouched, below, well, above = (torch.cat(m, dim=1).reshape(shape) for m in masks)
     return StructuralParts(untouched, below, well, above, rank)
@@ -150,9 +150,9 @@ class _Network:
 
     def touched(self) -> NDArray[np.bool_]:
         """Pixels that an equation reads."""
-        found = np.zeros(self.pixels, dtype=np.bool_)
-        found[self.pixel] = True
-        return found
+        pixels = np.zeros(self.pixels, dtype=np.bool_)
+        pixels[self.pixel] = True
+        return pixels
 
     def flow(self, which: str) -> tuple[int, sparse.csr_array]:
         """Maximum matching of one block or both, and the flow between all nodes that shows it."""
@@ -174,8 +174,8 @@ class _Network:
         graph = sparse.csr_matrix(
             (np.concatenate(limits).astype(np.int32), places), (sink + 1, sink + 1)
         )
-        found = csgraph.maximum_flow(graph, source, sink, method="dinic")
-        return int(found.flow_value), found.flow
+        result = csgraph.maximum_flow(graph, source, sink, method="dinic")
+        return int(result.flow_value), result.flow
 
     def parts(self) -> tuple[int, NDArray[np.bool_], NDArray[np.bool_]]:
         """Structural rank; pixels of the under-determined and of the over-determined part.
@@ -246,6 +246,6 @@ def _reached(
         np.concatenate([*targets, starts]),
     )
     graph = sparse.csr_array((np.ones(len(ends[0])), ends), (size + 1, size + 1))
-    found = np.zeros(size + 1, dtype=np.bool_)
-    found[csgraph.breadth_first_order(graph, size, return_predecessors=False)] = True
-    return found[:size]
+    reached = np.zeros(size + 1, dtype=np.bool_)
+    reached[csgraph.breadth_first_order(graph, size, return_predecessors=False)] = True
+    return reached[:size]

@@ -56,7 +56,7 @@ def gather(reads: Sequence[Key], weights: Sequence[Key]) -> list[Together]:
     """
     again = Counter(weight[0] for weight in weights)
     beside = Counter(reads)
-    found: list[Together] = []
+    groups: list[Together] = []
     done: set[int] = set()
     for i, (read, weight) in enumerate(zip(reads, weights, strict=True)):
         if i in done:
@@ -70,8 +70,8 @@ def gather(reads: Sequence[Key], weights: Sequence[Key]) -> list[Together]:
         else:
             made = Together((i,), "mixed")
         done |= set(made.members)
-        found.append(made)
-    return found
+        groups.append(made)
+    return groups
 
 
 def together(probes: Sequence[Probe]) -> list[Together]:

@@ -27,6 +27,7 @@ from rgap.update.losses import Loss
 
 __all__ = ["harden"]
 
+HAIR = 1e-9  # share by which σ goes above the boundary: the error has to exceed the range
 CHANGES = ("batch size", "channels", "stride", "noise")
 
 
@@ -71,14 +72,12 @@ def harden(
         largest_batch: no batch above it is looked at.
         largest_stride: no stride above it is looked at.
         value_range: of the data.
-        memory_budget: bytes to take on top of the model; by default half of what the machine has
-            free.
+        memory_budget: bytes to take on top of the model; by default half of what is free.
         time_limit: seconds, kept within a tenth; None for none.  What was found before is returned,
             and what was not looked at is named.
         seed: of the batch and of weights that are drawn anew.
         device: where to compute; default the CPU.
-        progress: True for a line on a terminal, or a function that is told; see
-            :mod:`rgap.progress`.
+        progress: True for a line on a terminal, or a function; see :mod:`rgap.progress`.
 
     Returns:
         The :class:`Hardening`.
@@ -97,7 +96,24 @@ def harden(
     (0.1, 2)
     """
     start = time.perf_counter()
+    limits = {"batch size": index(largest_batch), "stride": index(largest_stride)}
+    _refuse(fraction, changes, limits, index(batch_size))
+    names = (defence,) if isinstance(defence, str) else tuple(defence)
+    levels = {name: _levels(name) for name in names}
     shape = tuple(index(n) for n in input_shape)
+    show = Timed(progress, time_limit, device or "cpu")
+    search = _Search(
+        model, shape, index(batch_size), fraction, Loss.of(loss), value_range, memory_budget, seed,
+        device, show, levels,
+    )  # fmt: skip
+    with show:
+        now = search.run(changes, limits)
+    return search.table(now, time.perf_counter() - start)
+
+
+def _refuse(
+    fraction: float, changes: Sequence[str], limits: Mapping[str, int], batch_size: int
+) -> None:
     if not 0.0 < fraction <= 1.0:
         raise ValueError(f"expected fraction in (0, 1], got {fraction}; write fraction=0.1")
     unknown = [kind for kind in changes if kind not in CHANGES]
@@ -106,43 +122,13 @@ def harden(
             f"expected changes among {list(CHANGES)}, got {changes!r}; write "
             "changes=('batch size', 'noise')"
         )
-    if min(index(largest_batch), index(largest_stride)) < 1:
+    if min(limits.values()) < 1:
         raise ValueError(
-            f"expected largest_batch and largest_stride >= 1, got {largest_batch} and "
-            f"{largest_stride}; write largest_batch=32"
+            f"expected largest_batch and largest_stride >= 1, got {limits['batch size']} and "
+            f"{limits['stride']}; write largest_batch=32"
         )
-    names = (defence,) if isinstance(defence, str) else tuple(defence)
-    levels = {name: _levels(name) for name in names}
-    chosen = Loss.of(loss)
-    if index(batch_size) < 1:
+    if batch_size < 1:
         raise ValueError(f"expected batch_size >= 1, got {batch_size}; write batch_size=1")
-    show = Timed(progress, time_limit, device or "cpu")
-    search = _Search(
-        model, shape, index(batch_size), fraction, chosen, value_range, memory_budget, seed, device,
-        show,
-    )  # fmt: skip
-    with show:
-        now = search.missing(model, search.batch)
-        for what, look in search.looks(changes, levels, largest_batch, largest_stride):
-            if now >= search.wanted:
-                break
-            try:
-                show.stage(what)
-                look()
-            except (OutOfMemory, OutOfTime) as reason:
-                search.failed.append(f"{what}: not found out ({reason}).")
-    order = {kind: at for at, kind in enumerate((*CHANGES, *names))}
-    return Hardening(
-        type(model).__name__,
-        shape,
-        search.batch,
-        fraction,
-        now,
-        search.unknowns,
-        tuple(sorted(search.found, key=lambda c: (order[c.kind], _relative(c)))),
-        tuple(search.failed),
-        time.perf_counter() - start,
-    )
 
 
 @dataclass
@@ -159,7 +145,8 @@ class _Search:
     seed: int
     device: torch.device | str | None
     show: Timed
-    found: list[Change] = field(default_factory=list)
+    levels: Mapping[str, Sequence[Defence]]
+    smallest: list[Change] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
     tried: int = 0
 
@@ -171,28 +158,52 @@ class _Search:
     def wanted(self) -> float:
         return self.fraction * self.unknowns
 
+    def run(self, changes: Sequence[str], limits: Mapping[str, int]) -> int:
+        """Look for every change that is asked for; the joint nullity as the system is."""
+        now = self.missing(self.model, self.batch)
+        for what, look in self.looks(changes, limits):
+            if now >= self.wanted:
+                break
+            try:
+                self.show.stage(what)
+                look()
+            except (OutOfMemory, OutOfTime) as reason:
+                self.failed.append(f"{what}: not found out ({reason}).")
+        return now
+
+    def table(self, now: int, seconds: float) -> Hardening:
+        """What was found: the changes by kind, the smallest of a kind first."""
+        kinds = (*CHANGES, *self.levels)
+        return Hardening(
+            type(self.model).__name__,
+            self.shape,
+            self.batch,
+            self.fraction,
+            now,
+            self.unknowns,
+            tuple(sorted(self.smallest, key=lambda c: (kinds.index(c.kind), _relative(c)))),
+            tuple(self.failed),
+            seconds,
+        )
+
     def looks(
-        self,
-        changes: Sequence[str],
-        defences: Mapping[str, Sequence[Defence]],
-        largest_batch: int,
-        largest_stride: int,
+        self, changes: Sequence[str], limits: Mapping[str, int]
     ) -> Iterator[tuple[str, Callable[[], None]]]:
         """What to look for, by its name."""
         layers = called_layers(self.model, self.shape)
         if "batch size" in changes:
-            yield "batch size", partial(self.larger_batch, largest_batch)
+            yield "batch size", partial(self.larger_batch, limits["batch size"])
         if "channels" in changes:
             for name, module in layers[:-1]:
                 yield f"channels of '{name}'", partial(self.fewer_channels, name, module)
         if "stride" in changes:
             for name, module in layers:
                 if isinstance(module, _ConvNd):
-                    look = partial(self.larger_stride, name, module, largest_stride)
+                    look = partial(self.larger_stride, name, module, limits["stride"])
                     yield f"stride of '{name}'", look
         if "noise" in changes:
             yield "noise", self.more_noise
-        for name, levels in defences.items():
+        for name, levels in self.levels.items():
             yield name, partial(self.stronger, name, levels)
 
     def missing(self, network: nn.Module, batch: int) -> int:
@@ -227,7 +238,7 @@ class _Search:
             return
         batch, left = best
         share = left / (batch * size)
-        self.found.append(Change("batch size", "", self.batch, batch, left, batch * size, share))
+        self.smallest.append(Change("batch size", "", self.batch, batch, left, batch * size, share))
 
     def fewer_channels(self, name: str, module: nn.Module) -> None:
         """Fewest channels taken away from one hidden layer."""
@@ -273,8 +284,7 @@ class _Search:
             return
         kept = report.spectrum[: report.decision.rank].sort().values
         more = max(0, ceil(self.wanted) - report.decision.nullity)
-        # A hair above the boundary: the error has to exceed the range.
-        sigma = report.width * float(kept[more - 1]) * (1 + 1e-9) if more else 0.0
+        sigma = report.width * float(kept[more - 1]) * (1 + HAIR) if more else 0.0
         left = report.decision.nullity + int((sigma > report.width * kept).sum())
         self._note("noise", "", 0.0, sigma, left)
 
@@ -312,7 +322,7 @@ class _Search:
 
     def _note(self, kind: str, layer: str, before: float, after: float, left: int) -> None:
         share = left / self.unknowns
-        self.found.append(Change(kind, layer, before, after, left, self.unknowns, share))
+        self.smallest.append(Change(kind, layer, before, after, left, self.unknowns, share))
 
 
 def _levels(name: str) -> Sequence[Defence]:
@@ -345,15 +355,15 @@ def _first(
     while top < high:
         low, top = top, min(top + step, high)
         step *= 2
-        found = value(top)
-        if found >= wanted(top):
-            reached = (top, found)
+        here = value(top)
+        if here >= wanted(top):
+            reached = (top, here)
             break
     while reached is not None and reached[0] - low > 1:
         middle = (low + reached[0]) // 2
-        found = value(middle)
-        if found >= wanted(middle):
-            reached = (middle, found)
+        here = value(middle)
+        if here >= wanted(middle):
+            reached = (middle, here)
         else:
             low = middle
     return reached

@@ -6,7 +6,7 @@ import html
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from rgap.analysis.frames import data_frame
+from rgap.analysis.finding import data_frame
 
 if TYPE_CHECKING:
     import pandas
@@ -92,8 +92,8 @@ class Hardening:
 
     def summary(self) -> dict[str, Any]:
         """Plain numbers, for JSON."""
-        found = asdict(self)
-        return {**found, "input_shape": list(self.input_shape), "failed": list(self.failed)}
+        numbers = asdict(self)
+        return {**numbers, "input_shape": list(self.input_shape), "failed": list(self.failed)}
 
     def to_frame(self) -> pandas.DataFrame:
         """The changes as a pandas data frame.

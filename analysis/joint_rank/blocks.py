@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from rgap import memory
-from rgap.allowance import PLAIN, Ahead, factorisation, freely
-from rgap.analysis.joint_rank.nullspace import eliminate
+from rgap.allowance import PLAIN, factorisation
+from rgap.analysis.joint_rank.nullspace import RankOptions, eliminate
 from rgap.jacobian.update_map import SignSketch, UpdateMap
 from rgap.progress import Watch, silent
+from rgap.solvers.limits import BASIS
 from rgap.solvers.rank import Rank, numerical_rank, resolve_rcond
 
 FORMED = 4  # matrices of the Jacobian's size that are held at a time
@@ -41,57 +42,44 @@ class BlockNull:
 
 
 def eliminate_blocks(
-    update: UpdateMap,
-    *,
-    sketch: bool,
-    rcond: float | None = None,
-    noise: float = 0.0,
-    dtype: torch.dtype = torch.float64,
-    room: float = inf,
-    seed: int = 0,
-    watch: Watch = silent,
-    ahead: Ahead = freely,
+    update: UpdateMap, options: RankOptions, *, sketch: bool, seed: int = 0
 ) -> BlockNull:
     """Rank layer by layer, each in its own units on what the layers above it left open.
 
     Args:
         update: the map whose Jacobian is meant.
+        options: of every decision.
         sketch: compress layers with more equations than unknowns by random signs.
-        rcond: relative cutoff, None for the default.
-        noise: relative error of the update.
-        dtype: precision in which it is known.
-        room: bytes.
         seed: of the signs.
-        watch: told of every layer.
-        ahead: asked before every factorisation whether there is time.
 
     Raises:
         OutOfMemory: they need more.
     """
-    blocks = jacobian_blocks(update, sketch, room, seed, watch)
+    blocks = jacobian_blocks(update, sketch, options.memory, seed, options.watch)
     size = update.unknowns
     open_ = _identity(size, update.inputs)
     ranks: list[int] = []
     decisions: list[Rank] = []
     spectra: list[tuple[str, Tensor]] = []
-    error = noise
+    rcond, error = options.rcond, options.noise
     for block, rows in reversed(list(zip(update.blocks, blocks, strict=True))):
-        ahead(factorisation(len(rows), open_.shape[1]))
-        natural = _largest(rows)
-        found = eliminate(rows @ open_, rcond=rcond, noise=error, dtype=dtype, scale=natural)
-        open_ = open_ @ found.basis
-        if rcond is None and found.rank.rank:
+        options.ahead(factorisation(len(rows), open_.shape[1]))
+        own = eliminate(
+            rows @ open_, rcond=rcond, noise=error, dtype=options.dtype, scale=_largest(rows)
+        )
+        open_ = open_ @ own.basis
+        if rcond is None and own.rank.rank:
             # The basis inherits the rounding of this decision, enlarged by its condition.
-            error = max(error, 4.0 * torch.finfo(torch.float64).eps * found.rank.condition)
+            error = max(error, BASIS * torch.finfo(torch.float64).eps * own.rank.condition)
         ranks.insert(0, size - open_.shape[1])
-        decisions.insert(0, found.rank)
-        spectra.insert(0, (block.layer, found.values))
+        decisions.insert(0, own.rank)
+        spectra.insert(0, (block.layer, own.values))
     joint: Rank | None = None
     notes: list[str] = []
     if not sketch:
         total = sum(map(len, blocks))
-        ahead(factorisation(total, size, PLAIN) + factorisation(min(total, size), size))
-        joint, values, vectors = _joint(blocks, size, rcond, noise, dtype)
+        options.ahead(factorisation(total, size, PLAIN) + factorisation(min(total, size), size))
+        joint, values, vectors = _joint(blocks, size, options)
         spectra.insert(0, ("all layers", values))
         if joint.rank != ranks[0]:
             notes.append(
@@ -145,9 +133,7 @@ def jacobian_blocks(
     return [target.T for target in out]
 
 
-def _joint(
-    blocks: list[Tensor], size: int, rcond: float | None, noise: float, dtype: torch.dtype
-) -> tuple[Rank, Tensor, Tensor]:
+def _joint(blocks: list[Tensor], size: int, options: RankOptions) -> tuple[Rank, Tensor, Tensor]:
     """Rank, singular values and null space of all rows, every layer of norm one."""
     scaled = [rows / rows.norm() for rows in blocks if bool(rows.any())]
     if not scaled:
@@ -158,7 +144,8 @@ def _joint(
         matrix = torch.linalg.qr(matrix, mode="r").R
     _, values, vh = torch.linalg.svd(matrix, full_matrices=True)
     total = sum(len(rows) for rows in blocks)
-    rank = numerical_rank(values, size, resolve_rcond(rcond, (total, size), dtype, noise))
+    cutoff = resolve_rcond(options.rcond, (total, size), options.dtype, options.noise)
+    rank = numerical_rank(values, size, cutoff)
     return rank, values, vh[rank.rank :].T
 
 

@@ -14,25 +14,25 @@ import torch
 from torch import Tensor
 
 from rgap.analysis.joint_rank.elimination import ChainNull
-from rgap.analysis.joint_rank.weight_inverse import WeightInverse
+from rgap.analysis.joint_rank.inverses import WeightInverse
 from rgap.jacobian.linearisation import Linearisation
 from rgap.jacobian.node import Node, push
 from rgap.solvers.rank import numerical_rank, resolve_rcond
 from rgap.solvers.subspace import full_column_rank
 
 
-def cumulative_ranks(linear: Linearisation, found: ChainNull) -> list[tuple[int, bool]]:
+def cumulative_ranks(linear: Linearisation, null: ChainNull) -> list[tuple[int, bool]]:
     """(rank, exact) of the update of layers i..L as a function of the data, in forward order.
 
     ``exact`` False: the rank is an upper bound.
     """
     unknowns = linear.x.numel()
-    ranks: list[tuple[int, bool]] = [(unknowns - found.stages[0].nullity, True)]
+    ranks: list[tuple[int, bool]] = [(unknowns - null.stages[0].nullity, True)]
     onto = True
     tangents: list[Tensor] | None = None
-    for below, stage in zip(linear.nodes, found.stages[1:], strict=False):
+    for below, stage in zip(linear.nodes, null.stages[1:], strict=False):
         own = stage.unknowns - stage.nullity
-        onto = onto and _onto(below, found)
+        onto = onto and _onto(below, null)
         if onto:
             ranks.append((own, True))
             continue
@@ -54,26 +54,26 @@ def cumulative_ranks(linear: Linearisation, found: ChainNull) -> list[tuple[int,
     return ranks
 
 
-def _onto(node: Node, found: ChainNull) -> bool:
+def _onto(node: Node, null: ChainNull) -> bool:
     """The stage reaches every direction of its output (its tail is invertible)."""
     affine = node.stage.affine
     if prod(affine.out_shape) > prod(affine.in_shape):
         return False
-    known = found.onto.get(affine.name)
+    known = null.onto.get(affine.name)
     return WeightInverse(affine).onto if known is None else known
 
 
 def _forward(node: Node, tangents: list[Tensor]) -> list[Tensor]:
     """Directions [S, 1, ...] of each sample through one stage."""
-    found = []
+    images = []
     for b, value in enumerate(tangents):
         for op, before in zip(node.stage.lead, node.lead_inputs, strict=True):
             value = push(op, before[b : b + 1], value)
         value = node.stage.affine.linear(value.flatten(0, 1))[:, None]
         for op, before in zip(node.stage.tail, node.tail_inputs, strict=True):
             value = push(op, before[b : b + 1], value)
-        found.append(value)
-    return found
+        images.append(value)
+    return images
 
 
 def _rank(matrix: Tensor) -> int:

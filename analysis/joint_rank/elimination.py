@@ -14,21 +14,19 @@ is S_0: no Jacobian is formed.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
 from torch import Tensor
 
-from rgap.allowance import Ahead, freely
-from rgap.analysis.joint_rank.directions import Open
-from rgap.analysis.joint_rank.stage import Options, eliminate_stage
+from rgap.analysis.joint_rank.nullspace import Open, RankOptions
+from rgap.analysis.joint_rank.stage import ChainOptions, Decision, eliminate_stage
 from rgap.jacobian.linearisation import Linearisation
 from rgap.jacobian.node import Node, each
 from rgap.network.activations import Activation
 from rgap.network.reshape import Rearrange, Reshape
-from rgap.progress import Watch, silent
 from rgap.solvers.rank import Rank
 
 
@@ -75,53 +73,88 @@ class ChainNull:
     onto: dict[str, bool]
 
 
+@dataclass(frozen=True)
+class Draw:
+    """Directions that are carried down the chain, and what they stand for.
+
+    Attributes:
+        open: the directions, in the first ``samples`` samples of the batch.
+        count: dimension of the space that they are drawn from, in the whole batch.
+        samples: b.
+    """
+
+    open: Open
+    count: int
+    samples: int
+
+    @property
+    def whole(self) -> bool:
+        """They are a basis."""
+        return self.count == len(self.open.du)
+
+
+Step = Callable[[int, Node, Draw], tuple[Decision, Draw]]
+"""(number of the stage, the stage, what is open of its z) → the decision, what it leaves open."""
+
+
 def chain_nullspace(
-    linear: Linearisation,
-    trained: Collection[str],
-    *,
-    rcond: float | None = None,
-    noise: float = 0.0,
-    dtype: torch.dtype = torch.float64,
-    memory: float = 4e9,
-    watch: Watch = silent,
-    ahead: Ahead = freely,
+    linear: Linearisation, trained: Collection[str], options: RankOptions
 ) -> ChainNull:
     """Null space of the Jacobian of a chain's update, without the Jacobian.
 
     Args:
         linear: the update map at the batch, with the loss that gives κ.
         trained: names of the parameters that have a gradient; the others give no equation.
-        rcond: relative cutoff of every decision, None for the default.
-        noise: relative error of the entries.
-        dtype: precision in which the entries are known.
-        memory: bytes for everything.
-        watch: told of every layer.
-        ahead: asked before every factorisation whether there is time.
+        options: of every decision.
 
     Raises:
         NotStructuredError: a step that has no inverse (a pool, a ReLU that is off, a step after the
             last layer).
-        TooLargeError: matrices beyond ``memory``.
+        TooLargeError: matrices beyond ``options.memory``.
     """
-    options = Options(rcond, noise, dtype, frozenset(trained), memory, ahead)
+    chain = ChainOptions(**vars(options), trained=frozenset(trained))
     require_invertible(linear)
+    stages, left = descend(linear, chain, lambda _, node, above: eliminated(node, above, chain))
+    return ChainNull(stages, left.open.du, chain.onto)
+
+
+def eliminated(node: Node, above: Draw, options: ChainOptions) -> tuple[Decision, Draw]:
+    """What a stage leaves open of a basis of all that is open above it."""
+    decision, left = eliminate_stage(node, above.open, options)
+    return decision, Draw(left, len(left.du), above.samples)
+
+
+def descend(
+    linear: Linearisation, options: RankOptions, step: Step
+) -> tuple[tuple[StageNull, ...], Draw]:
+    """From every direction of the logits down to the data: the stages in forward order, the rest.
+
+    Args:
+        linear: the update map at the batch.
+        options: whose ``watch`` is told of every layer.
+        step: decides one stage.
+    """
     head = linear.nodes[-1]
     batch, outputs = head.z.shape[0], head.z[0].numel()
     z = torch.eye(batch * outputs, dtype=head.z.dtype, device=head.z.device)
     z = z.reshape(-1, *head.z.shape)
-    open_ = Open(z, linear.bend(z))
-    found: list[StageNull] = []
-    for number, node in enumerate(reversed(linear.nodes), 1):
-        watch(node.stage.name, number, len(linear.nodes))
+    draw = Draw(Open(z, linear.bend(z)), len(z), batch)
+    stages: list[StageNull] = []
+    for at in range(len(linear.nodes) - 1, -1, -1):
         start = time.perf_counter()
-        if node is not head:
-            open_ = through_tail(node, open_)
-        stage, open_ = eliminate_stage(node, open_, options)
+        node = linear.nodes[at].first(draw.samples)
+        name, unknowns = node.stage.name, linear.nodes[at].u.numel()
+        options.watch(name, len(linear.nodes) - at, len(linear.nodes))
+        if node.stage is not head.stage:
+            draw = replace(draw, open=through_tail(node, draw.open))
+        decision, draw = step(at, node, draw)
         seconds = time.perf_counter() - start
-        found.insert(0, StageNull(node.stage.name, node.u.numel(), len(open_.du), *stage, seconds))
+        stages.insert(0, StageNull(name, unknowns, draw.count, *decision, seconds))
+        left = draw.open
         for op in reversed(node.stage.lead):
-            open_ = Open(each(op.adjoint, open_.du), each(op.adjoint, open_.dk))
-    return ChainNull(tuple(found), open_.du, options.onto)
+            left = Open(each(op.adjoint, left.du), each(op.adjoint, left.dk))
+        draw = replace(draw, open=left)
+    return tuple(stages), draw
 
 
 def through_tail(node: Node, above: Open) -> Open:

@@ -8,8 +8,8 @@ they try to predict: the rank of the whole update as a function of the data.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from rgap.analysis.calls.layers import calls_of
 from rgap.analysis.discard.audit import audit
+from rgap.analysis.discard.table import Audit
 from rgap.analysis.joint_rank.identifiability import identifiability
 from rgap.progress import Shown
 from rgap.update.losses import Loss
@@ -90,15 +91,15 @@ class LeakageIndices:
 
         0 is the most vulnerable; 0 without convolutions.
         """
-        found = self._convolutions
-        depth = len(found)
-        return sum(-(depth - i) / depth * row.nullity for i, row in enumerate(found))
+        rows = self._convolutions
+        depth = len(rows)
+        return sum(-(depth - i) / depth * row.nullity for i, row in enumerate(rows))
 
     @property
     def copa_share(self) -> float:
         """The same over ``Σ_i (d − i + 1)/d · n_i``: from −1 to 0, whatever the size."""
-        found = self._convolutions
-        whole = sum((len(found) - i) / len(found) * row.unknowns for i, row in enumerate(found))
+        rows = self._convolutions
+        whole = sum((len(rows) - i) / len(rows) * row.unknowns for i, row in enumerate(rows))
         return self.copa / whole if whole else 0.0
 
     @property
@@ -115,15 +116,15 @@ class LeakageIndices:
         """Where an index and the rank of the whole update disagree, in words."""
         if self.nullity is None:
             return ()
-        found = []
+        words = []
         true = "determines the batch" if self.nullity == 0 else f"leaves {self.nullity} open"
         if (self.rank_analysis <= 0) is not (self.nullity == 0):
             says = "recoverable" if self.rank_analysis <= 0 else "not recoverable"
-            found.append(f"rank analysis says {says} ({self.rank_analysis:+d}), the update {true}")
+            words.append(f"rank analysis says {says} ({self.rank_analysis:+d}), the update {true}")
         if (self.copa == 0) is not (self.nullity == 0):
             says = "no deficit" if self.copa == 0 else "a deficit"
-            found.append(f"c(M) says {says} ({self.copa:.4g}), the update {true}")
-        return tuple(found)
+            words.append(f"c(M) says {says} ({self.copa:.4g}), the update {true}")
+        return tuple(words)
 
     def explain(self) -> str:
         """Both indices and the truth, in words."""
@@ -200,25 +201,47 @@ def leakage_indices(
         model, shape, (batch_size,), loss=loss, inputs=inputs, seed=seed, device=device,
         progress=progress,
     )  # fmt: skip
+    rows = _rows(table, _sizes(model, shape), batch_size)
+    joint_rank = None
+    if joint:
+        if inputs is None:
+            drawn = torch.Generator().manual_seed(seed)
+            inputs = torch.rand(batch_size, *shape, generator=drawn, dtype=torch.float64)
+        joint_rank = identifiability(
+            model, inputs[:batch_size], loss=loss, sequential=False, seed=seed, device=device,
+            progress=progress,
+        ).joint_rank  # fmt: skip
+    unknowns = batch_size * prod(shape)
+    return LeakageIndices(type(model).__name__, batch_size, rows, unknowns, joint_rank)
+
+
+def _sizes(model: nn.Module, shape: tuple[int, ...]) -> dict[str, tuple[int, int, int]]:
+    """Entries of a layer's input, of its weight and of its output at one sample, by layer."""
     sizes: dict[str, tuple[int, int, int]] = {}
     for call in calls_of(model, shape):
-        if call.use is not None and call.use.weight is not None:
-            weight = call.use.weight
-            counts = (prod(call.in_shape), weight.numel(), prod(call.out_shape))
-            if call.name in sizes:
-                raise ValueError(
-                    f"expected every layer to be called once, got '{call.name}' twice: its "
-                    "gradient is a sum, which neither index covers; write "
-                    "rgap.analysis.identifiability(model, input_shape)"
-                )
-            sizes[call.name] = counts
+        if call.use is None or call.use.weight is None:
+            continue
+        if call.name in sizes:
+            raise ValueError(
+                f"expected every layer to be called once, got '{call.name}' twice: its "
+                "gradient is a sum, which neither index covers; write "
+                "rgap.analysis.identifiability(model, input_shape)"
+            )
+        sizes[call.name] = (prod(call.in_shape), call.use.weight.numel(), prod(call.out_shape))
+    return sizes
+
+
+def _rows(
+    table: Audit, sizes: Mapping[str, tuple[int, int, int]], batch: int
+) -> tuple[IndexRow, ...]:
+    """``|X|, |W|, |Z|, |V|`` of every layer in forward order, and its measured rank."""
     rows: list[IndexRow] = []
     surplus = 0
     for row in table.rows:
         if row.kind == "step":
             continue
         own, gradient, outputs = sizes[row.layer]
-        unknowns, made = batch_size * own, batch_size * outputs
+        unknowns, made = batch * own, batch * outputs
         rows.append(
             IndexRow(
                 row.layer,
@@ -232,21 +255,4 @@ def leakage_indices(
             )
         )
         surplus += max(made - unknowns, 0)
-    found = LeakageIndices(
-        type(model).__name__, batch_size, tuple(rows), batch_size * prod(shape), None
-    )
-    if not joint:
-        return found
-    batch = torch.rand(
-        batch_size, *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    )
-    whole = identifiability(
-        model,
-        batch if inputs is None else inputs[:batch_size],
-        loss=loss,
-        sequential=False,
-        seed=seed,
-        device=device,
-        progress=progress,
-    )
-    return replace(found, joint_rank=whole.joint_rank)
+    return tuple(rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -15,6 +15,11 @@ from rgap.allowance import Timed
 from rgap.analysis.joint_rank.identifiability import identifiability
 from rgap.progress import Shown
 from rgap.update.losses import Loss
+
+NOT_GROWING = (
+    "The nullity does not grow with the batch everywhere: a rank was decided inside the spectrum; "
+    "look at the gaps in tried."
+)
 
 
 @dataclass(frozen=True)
@@ -99,44 +104,42 @@ def largest_identifiable_batch(
     shape = tuple(index(n) for n in input_shape)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     bound = trained // max(1, prod(shape))
+    top = min(limit, bound)
     generator = torch.Generator().manual_seed(seed)
-    pictures = torch.rand(max(1, min(limit, bound)), *shape, generator=generator).double()
+    pictures = torch.rand(max(1, top), *shape, generator=generator).double()
     tried: dict[int, tuple[int, float]] = {}
 
     def full(batch: int) -> bool:
         shown.stage(f"B = {batch}", len(tried) + 1)
-        found = identifiability(
-            model,
-            pictures[:batch],
-            loss=loss,
-            method=method,
-            sequential=False,
-            null_space=False,
-            memory_budget=memory_budget,
-            seed=seed,
-            device=device,
-            progress=shown.within,
+        answer = identifiability(
+            model, pictures[:batch], loss=loss, method=method, sequential=False, null_space=False,
+            memory_budget=memory_budget, seed=seed, device=device, progress=shown.within,
             time_limit=shown.left,
-        )
-        tried[batch] = (found.joint_nullity, found.gap)
-        return found.identifiable
+        )  # fmt: skip
+        tried[batch] = (answer.joint_nullity, answer.gap)
+        return answer.identifiable
 
     with Timed(progress, time_limit) as shown:
-        top = min(limit, bound)
-        good, step = 0, 1
+        good = _last(full, top)
         if top == 0:
             full(1)  # for the nullity, and for the errors of a model that no batch fits
-        while good < top and full(min(step, top)):
-            good, step = min(step, top), 2 * step
-        bad = min(step, top) if good < top else top + 1
-        while bad - good > 1:
-            middle = (good + bad) // 2
-            good, bad = (middle, bad) if full(middle) else (good, middle)
     rows = tuple((b, *tried[b]) for b in sorted(tried))
-    notes = []
-    if any(first[1] > second[1] for first, second in pairwise(rows)):
-        notes.append(
-            "The nullity does not grow with the batch everywhere: a rank was decided inside the "
-            "spectrum; look at the gaps in tried."
-        )
-    return LargestBatch(good, bound, rows, good == limit and bound > limit, tuple(notes))
+    grows = all(first[1] <= second[1] for first, second in pairwise(rows))
+    return LargestBatch(
+        good, bound, rows, good == limit and bound > limit, () if grows else (NOT_GROWING,)
+    )
+
+
+def _last(holds: Callable[[int], bool], top: int) -> int:
+    """Largest n in 1 … top at which ``holds``, by doubling and halving; 0 if it never does.
+
+    Right where what holds at n holds below it.
+    """
+    good, step = 0, 1
+    while good < top and holds(min(step, top)):
+        good, step = min(step, top), 2 * step
+    bad = min(step, top) if good < top else top + 1
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        good, bad = (middle, bad) if holds(middle) else (good, middle)
+    return good

@@ -3,20 +3,46 @@
 Equations come in blocks.  Each block is restricted to what the blocks before it left open,
 ``A_i N``, so that its rank is decided in its own units; what remains open after it is
 ``N ← N·null(A_i N)``.  The ranks of the restricted blocks add up to the rank of all together.
+Below: sets of directions ``[S, B, ...]``, their lengths, combinations and orthonormal bases.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from rgap.allowance import Ahead, freely
+from rgap.progress import Watch, silent
+from rgap.solvers.limits import CLEAR, GRAM, NOTHING
+from rgap.solvers.positive import outer_products
 from rgap.solvers.rank import Rank, numerical_rank, resolve_rcond
 
 TALL = 1.5  # aspect ratio from which a QR factorisation first pays
-CLEAR = 1e-4  # σ/σ_1 that the squares of the entries still tell from 0, with digits to spare
+
+
+@dataclass(frozen=True)
+class RankOptions:
+    """How every rank of an elimination is decided, and what it may take.
+
+    Attributes:
+        rcond: relative cutoff of singular values, None for the default.
+        noise: relative error of the update's entries.
+        dtype: precision in which the update is known.
+        memory: bytes for everything.
+        watch: told of every layer.
+        ahead: asked before every factorisation whether there is time.
+    """
+
+    rcond: float | None = None
+    noise: float = 0.0
+    dtype: torch.dtype = torch.float64
+    memory: float = inf
+    watch: Watch = silent
+    ahead: Ahead = freely
 
 
 @dataclass(frozen=True)
@@ -99,7 +125,7 @@ def _by_gram(matrix: Tensor, cutoff: float, scale: float | None) -> Elimination 
     largest = float(squares[-1])
     kept = squares > CLEAR**2 * largest
     r = int(kept.sum())
-    if bool((squares[~kept].abs() > 1e-13 * largest).any()):
+    if bool((squares[~kept].abs() > NOTHING * largest).any()):
         return None
     if cutoff * max(1.0, (scale or 0.0) / largest**0.5) > CLEAR:
         return None
@@ -146,3 +172,53 @@ def orthonormal(directions: Tensor) -> Tensor:
     flat = flat / flat.norm(dim=1, keepdim=True)
     basis: Tensor = torch.linalg.qr(flat.T).Q
     return basis.T.reshape(directions.shape).contiguous()
+
+
+@dataclass(frozen=True)
+class Open:
+    """Directions left open: at some place, with the cotangent direction that each entails.
+
+    Attributes:
+        du: [S, B, ...].
+        dk: [S, B, ...], of the cotangent there.
+    """
+
+    du: Tensor
+    dk: Tensor
+
+
+def orthonormalising(directions: Tensor) -> Tensor:
+    """Change C with orthonormal Cᵀ du: by the Cholesky factor where that is accurate enough."""
+    if len(directions) == 0:
+        return directions.new_zeros(0, 0)
+    scale = 1.0 / lengths(directions).clamp_min(1e-300)
+    flat = directions.flatten(1)
+    lower, info = torch.linalg.cholesky_ex(outer_products(flat) * scale[:, None] * scale)
+    upper = lower.T
+    diagonal = upper.diagonal().abs()
+    if bool(info) or float(diagonal.min()) < GRAM * float(diagonal.max()):
+        upper = torch.linalg.qr(flat.T * scale, mode="r").R
+    eye = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
+    inverse: Tensor = torch.linalg.solve_triangular(upper, eye, upper=True)
+    return scale[:, None] * inverse
+
+
+def combined(change: Tensor, directions: Tensor) -> Tensor:
+    """changeᵀ directions, [a, b] and [a, *shape] → [b, *shape]."""
+    return (change.T @ directions.flatten(1)).reshape(change.shape[1], *directions.shape[1:])
+
+
+def padded(rows: Tensor, before: int) -> Tensor:
+    """The rows below ``before`` rows of zeros."""
+    return torch.cat([rows.new_zeros(before, rows.shape[1]), rows])
+
+
+def lengths(directions: Tensor) -> Tensor:
+    """Length of each direction, [S]."""
+    length: Tensor = directions.flatten(1).norm(dim=1)  # norm() is untyped
+    return length
+
+
+def scaled(scale: Tensor, directions: Tensor) -> Tensor:
+    """Each direction times its entry of ``scale`` [S]."""
+    return directions * scale.reshape(-1, *(1 for _ in directions.shape[1:]))

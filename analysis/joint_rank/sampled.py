@@ -11,35 +11,32 @@ away: no larger batch can take more.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 
 import torch
 
-from rgap.allowance import Ahead, freely
-from rgap.analysis.joint_rank.directions import Open, combined, orthonormalising
 from rgap.analysis.joint_rank.elimination import (
     ChainNull,
-    StageNull,
+    Draw,
     chain_nullspace,
+    descend,
+    eliminated,
     require_invertible,
-    through_tail,
 )
+from rgap.analysis.joint_rank.nullspace import Open, RankOptions, combined, orthonormalising
 from rgap.analysis.joint_rank.stage import (
     WEIGHTS,
+    ChainOptions,
     Decision,
-    Options,
-    eliminate_stage,
     fits,
     weights_first,
 )
 from rgap.constraints import gradient_constraint, weight_constraint
 from rgap.constraints.ranks import joint_rows, weight_row_spaces
 from rgap.jacobian.linearisation import Linearisation
-from rgap.jacobian.node import Node, each
-from rgap.progress import Watch, silent
+from rgap.jacobian.node import Node
 
 SPARE = 64  # directions beyond the equations below
 LEFT = 32  # that must be left of them at the end, or too few were drawn
@@ -49,37 +46,7 @@ class _UnclearError(Exception):
     """The sample cannot decide; the whole null space has to."""
 
 
-@dataclass(frozen=True)
-class _Draw:
-    """Directions that are carried down, and what they stand for.
-
-    Attributes:
-        open: the directions, in the first ``samples`` samples of the batch.
-        count: dimension of the space that they are drawn from, in the whole batch.
-        samples: b.
-    """
-
-    open: Open
-    count: int
-    samples: int
-
-    @property
-    def whole(self) -> bool:
-        """They are a basis."""
-        return self.count == len(self.open.du)
-
-
-def chain_ranks(
-    linear: Linearisation,
-    trained: Collection[str],
-    *,
-    rcond: float | None = None,
-    noise: float = 0.0,
-    dtype: torch.dtype = torch.float64,
-    memory: float = 4e9,
-    watch: Watch = silent,
-    ahead: Ahead = freely,
-) -> ChainNull:
+def chain_ranks(linear: Linearisation, trained: Collection[str], options: RankOptions) -> ChainNull:
     """What `chain_nullspace` finds, without the null directions.
 
     Draws only where every rank is decided in float64 by a wide gap; everything else goes through
@@ -88,72 +55,42 @@ def chain_ranks(
     Args:
         linear: the update map at the batch, with the loss that gives κ.
         trained: names of the parameters that have a gradient.
-        rcond: relative cutoff of every decision, None for the default.
-        noise: relative error of the entries.
-        dtype: precision in which the entries are known.
-        memory: bytes for everything.
-        watch: told of every layer.
-        ahead: asked before every factorisation whether there is time.
+        options: of every decision.
 
     Raises:
         NotStructuredError: a step that has no inverse.
-        TooLargeError: matrices beyond ``memory``.
+        TooLargeError: matrices beyond ``options.memory``.
     """
     require_invertible(linear)
-    if rcond is None and noise == 0.0 and dtype == torch.float64:
+    if options.rcond is None and options.noise == 0.0 and options.dtype == torch.float64:
         for part in (True, False):
             try:
-                return _sampled(
-                    linear, Options(None, 0.0, dtype, trained, memory, ahead), part, watch
-                )
+                return _sampled(linear, ChainOptions(**vars(options), trained=trained), part)
             except _UnclearError:
                 continue
-    found = chain_nullspace(
-        linear,
-        trained,
-        rcond=rcond,
-        noise=noise,
-        dtype=dtype,
-        memory=memory,
-        watch=watch,
-        ahead=ahead,
-    )
-    return replace(found, directions=None)
+    return replace(chain_nullspace(linear, trained, options), directions=None)
 
 
-def _sampled(linear: Linearisation, options: Options, part: bool, watch: Watch) -> ChainNull:
-    head = linear.nodes[-1]
-    batch, outputs = head.z.shape[0], head.z[0].numel()
-    z = torch.eye(batch * outputs, dtype=head.z.dtype, device=head.z.device)
-    z = z.reshape(-1, *head.z.shape)
-    draw = _Draw(Open(z, linear.bend(z)), len(z), batch)
-    found: list[StageNull] = []
-    for at in range(len(linear.nodes) - 1, -1, -1):
-        start = time.perf_counter()
-        node = linear.nodes[at].first(draw.samples)
-        watch(node.stage.name, len(linear.nodes) - at, len(linear.nodes))
-        if node.stage is not head.stage:
-            draw = replace(draw, open=through_tail(node, draw.open))
-        if draw.count == 0:
-            decision, draw = _begin(linear, at, options, part)
-        elif draw.whole:
-            decision, left = eliminate_stage(node, draw.open, options)
-            draw = _Draw(left, len(left.du), draw.samples)
+def _sampled(linear: Linearisation, options: ChainOptions, part: bool) -> ChainNull:
+    batch = len(linear.nodes[-1].z)
+
+    def step(at: int, node: Node, above: Draw) -> tuple[Decision, Draw]:
+        if above.count == 0:
+            decision, left = _begin(linear, at, options, part)
+        elif above.whole:
+            decision, left = eliminated(node, above, options)
         else:
-            decision, draw = _continue(node, draw, batch, options)
+            decision, left = _continue(node, above, batch, options)
         if not decision[0].clear:
             raise _UnclearError
-        seconds = time.perf_counter() - start
-        unknowns = linear.nodes[at].u.numel()
-        found.insert(0, StageNull(node.stage.name, unknowns, draw.count, *decision, seconds))
-        left = draw.open
-        for op in reversed(node.stage.lead):
-            left = Open(each(op.adjoint, left.du), each(op.adjoint, left.dk))
-        draw = replace(draw, open=left)
-    return ChainNull(tuple(found), None, options.onto)
+        return decision, left
+
+    return ChainNull(descend(linear, options, step)[0], None, options.onto)
 
 
-def _begin(linear: Linearisation, at: int, options: Options, part: bool) -> tuple[Decision, _Draw]:
+def _begin(
+    linear: Linearisation, at: int, options: ChainOptions, part: bool
+) -> tuple[Decision, Draw]:
     """A stage with nothing open above: K du = 0 and W du = 0."""
     node = linear.nodes[at]
     affine, batch = node.stage.affine, len(node.u)
@@ -161,11 +98,10 @@ def _begin(linear: Linearisation, at: int, options: Options, part: bool) -> tupl
     nothing, no_values = Open(none, none), node.u.new_zeros(0)
     size = prod(affine.in_shape)
     if not options.trains(affine)[0]:
-        decision, left = eliminate_stage(node, nothing, options)
-        return decision, _Draw(left, len(left.du), batch)
+        return eliminated(node, Draw(nothing, 0, batch), options)
     if prod(affine.out_shape) >= size and options.inverse(affine).rank.nullity == 0:
         rank = options.inverse(affine).rank
-        return (rank, no_values, "nothing open"), _Draw(nothing, 0, batch)
+        return (rank, no_values, "nothing open"), Draw(nothing, 0, batch)
     fits(prod(affine.out_shape), size, options, WEIGHTS)
     gradient = gradient_constraint(affine, node.k)
     own = gradient.rank()
@@ -180,7 +116,7 @@ def _begin(linear: Linearisation, at: int, options: Options, part: bool) -> tupl
     decision = (rows.rank, no_values, "angles")
     below = linear.nodes[:at]
     if count == 0 or not below:
-        return decision, _Draw(nothing, count, batch)
+        return decision, Draw(nothing, count, batch)
     wanted = sum(_equations(n, options) + _excess(n) for n in below) + SPARE
     samples = batch
     if count > wanted:
@@ -201,10 +137,10 @@ def _begin(linear: Linearisation, at: int, options: Options, part: bool) -> tupl
     du = weight_constraint(affine, samples).fold(table).reshape(drawn, samples, *affine.in_shape)
     if drawn == count:
         du = combined(orthonormalising(du), du)
-    return decision, _Draw(Open(du, torch.zeros_like(du)), count, samples)
+    return decision, Draw(Open(du, torch.zeros_like(du)), count, samples)
 
 
-def _continue(node: Node, draw: _Draw, batch: int, options: Options) -> tuple[Decision, _Draw]:
+def _continue(node: Node, draw: Draw, batch: int, options: ChainOptions) -> tuple[Decision, Draw]:
     """A stage below the one that the directions were drawn from; its weights are injective."""
     before = len(draw.open.du)
     fits(before, max(node.z.numel(), node.u.numel()), options)
@@ -214,10 +150,10 @@ def _continue(node: Node, draw: _Draw, batch: int, options: Options) -> tuple[De
     all_met = met == _equations(node, options)
     if len(left.du) < LEFT or (draw.samples < batch and not all_met):
         raise _UnclearError
-    return decision, _Draw(left, draw.count - met, draw.samples)
+    return decision, Draw(left, draw.count - met, draw.samples)
 
 
-def _equations(node: Node, options: Options) -> int:
+def _equations(node: Node, options: ChainOptions) -> int:
     """Entries of the stage's gradient."""
     affine = node.stage.affine
     weight, bias = options.trains(affine)

@@ -17,18 +17,19 @@ from math import prod, sqrt
 import torch
 from torch import Tensor
 
-from rgap.allowance import PLAIN, Ahead, factorisation, freely
-from rgap.analysis.joint_rank.directions import (
+from rgap.allowance import PLAIN, factorisation
+from rgap.analysis.joint_rank.inverses import GradientInverse, WeightInverse
+from rgap.analysis.joint_rank.nullspace import (
+    Elimination,
     Open,
+    RankOptions,
     combined,
+    eliminate,
     lengths,
     orthonormalising,
     padded,
     scaled,
 )
-from rgap.analysis.joint_rank.inverses import GradientInverse
-from rgap.analysis.joint_rank.nullspace import Elimination, eliminate
-from rgap.analysis.joint_rank.weight_inverse import WeightInverse
 from rgap.constraints import gradient_rows
 from rgap.jacobian.layer import Rows
 from rgap.jacobian.node import Node, each
@@ -49,26 +50,16 @@ class TooLargeError(ValueError):
 
 
 @dataclass(frozen=True)
-class Options:
-    """How every rank is decided, and what is known already.
+class ChainOptions(RankOptions):
+    """How the ranks of a chain are decided, and what is known of its layers already.
 
     Attributes:
-        rcond: relative cutoff, None for the default.
-        noise: relative error of the entries.
-        dtype: precision in which the entries are known.
         trained: names of the parameters that have a gradient.
-        memory: bytes for everything.
-        ahead: asked before every factorisation whether there is time.
         inverses: weights that were factored, by layer; added to.
         onto: whether the weights reach every output, by layer; added to.
     """
 
-    rcond: float | None
-    noise: float
-    dtype: torch.dtype
-    trained: Collection[str]
-    memory: float
-    ahead: Ahead = freely
+    trained: Collection[str] = frozenset()
     inverses: dict[str, WeightInverse] = field(default_factory=dict)
     onto: dict[str, bool] = field(default_factory=dict)
 
@@ -93,7 +84,7 @@ class Options:
         return affine.weight_name in self.trained, bias
 
 
-def eliminate_stage(node: Node, above: Open, options: Options) -> tuple[Decision, Open]:
+def eliminate_stage(node: Node, above: Open, options: ChainOptions) -> tuple[Decision, Open]:
     """What the equations of one stage leave open of its input.
 
     Args:
@@ -134,16 +125,16 @@ def eliminate_stage(node: Node, above: Open, options: Options) -> tuple[Decision
 
 
 def _gradient_first(
-    node: Node, kernel: GradientInverse, above: Open, bias: bool, options: Options
+    node: Node, kernel: GradientInverse, above: Open, bias: bool, options: ChainOptions
 ) -> tuple[Decision, Open]:
     """Du = N_K y − K⁺ U D c; then W du = Z c, and the rows of U D c outside the range of K."""
     affine, count = node.stage.affine, kernel.free
     forward = kernel.forward() / _size(node)
     if len(above.du) == 0:
-        found = _decide(forward, options)
-        du = kernel.combine(found.basis)
+        left_open = _decide(forward, options)
+        du = kernel.combine(left_open.basis)
         still = above.dk.new_zeros(len(du), *node.u.shape)
-        return (found.rank, found.values, "gradient first"), Open(du, still)
+        return (left_open.rank, left_open.values, "gradient first"), Open(du, still)
     moved = push_rows(node, above.dk.new_zeros(len(above.dk), *node.u.shape), above.dk)
     inner = gradient_rows(affine, moved[affine.weight_name])
     reached, left = kernel.split(inner)
@@ -157,15 +148,15 @@ def _gradient_first(
     if bias and affine.bias_name is not None:
         rows = scaled(scale, moved[affine.bias_name])
         blocks.append(padded(rows / _bias_size(node, dk), count))
-    found = _decide(torch.cat(blocks, 1), options)
-    solved = kernel.combine(found.basis[:count]) - combined(found.basis[count:], reached)
-    return (found.rank, found.values, "gradient first"), _below(
-        node, solved, combined(found.basis[count:], dk)
+    left_open = _decide(torch.cat(blocks, 1), options)
+    solved = kernel.combine(left_open.basis[:count]) - combined(left_open.basis[count:], reached)
+    return (left_open.rank, left_open.values, "gradient first"), _below(
+        node, solved, combined(left_open.basis[count:], dk)
     )
 
 
 def weights_first(
-    node: Node, above: Open, weight: bool, bias: bool, options: Options
+    node: Node, above: Open, weight: bool, bias: bool, options: ChainOptions
 ) -> tuple[Decision, Open]:
     """Du = N_W w + W⁺ Z c; then what of Z c no W du can reach, and the gradient."""
     affine, batch = node.stage.affine, node.u.shape[0]
@@ -201,17 +192,17 @@ def weights_first(
     if blocks and count + len(reached):
         raw = torch.cat(blocks, 1)
         carried = _residual(node, inverse, change, reached, above.du)
-        found = _decide(torch.cat([raw[:count], change.T @ raw[count:]]), options, carried)
-        rank = found.rank
+        left_open = _decide(torch.cat([raw[:count], change.T @ raw[count:]]), options, carried)
+        rank = left_open.rank
     else:
-        found = eliminate(reached.new_zeros(0, count + len(reached)))
+        left_open = eliminate(reached.new_zeros(0, count + len(reached)))
         rank = inverse.rank
     if first is not None and first.rank.gap < rank.gap:
         rank = first.rank
-    final = change @ found.basis[count:]
-    solved = combined(final, reached) + combined(found.basis[:count], free)
+    final = change @ left_open.basis[count:]
+    solved = combined(final, reached) + combined(left_open.basis[:count], free)
     below = _below(node, solved, combined(final, above.dk))
-    return (rank, found.values, "weights first"), below
+    return (rank, left_open.values, "weights first"), below
 
 
 def _residual(
@@ -259,7 +250,7 @@ def _below(node: Node, du: Tensor, dk: Tensor) -> Open:
     return Open(basis, back)
 
 
-def _decide(matrix: Tensor, options: Options, carried: float = 0.0) -> Elimination:
+def _decide(matrix: Tensor, options: ChainOptions, carried: float = 0.0) -> Elimination:
     return eliminate(
         matrix.T.contiguous(),
         rcond=options.rcond,
@@ -280,7 +271,7 @@ def push_rows(node: Node, du: Tensor, dk: Tensor) -> Rows:
     return empty
 
 
-def fits(unknowns: int, entries: int, options: Options, copies: int = HELD) -> None:
+def fits(unknowns: int, entries: int, options: ChainOptions, copies: int = HELD) -> None:
     """Refuse matrices [unknowns, entries] that are beyond the memory or the time.
 
     Raises:

@@ -10,16 +10,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rgap.analysis.finding import Finding, plain
-from rgap.analysis.frames import data_frame
+from rgap.analysis.finding import Finding, data_frame, plain
 from rgap.analysis.joint_rank.nullspace import determined
-from rgap.solvers.rank import SMALL_GAP
+from rgap.limits import ROW
+from rgap.solvers.limits import SMALL_GAP
 
 if TYPE_CHECKING:
     import pandas
     from matplotlib.figure import Figure
 
-TOLERANCE = 1e-6  # of a unit null direction: an entry below it does not move
 
 PROOFS = {
     "structured": (
@@ -130,7 +129,7 @@ class Identifiability(Finding):
         basis = self._basis()
         if len(basis) == 0:
             return basis.new_ones(basis.shape[1:], dtype=torch.bool)
-        return basis.square().sum(0).sqrt() < TOLERANCE
+        return basis.square().sum(0).sqrt() < ROW
 
     def pictures(self, count: int = 8) -> Tensor:
         """The smoothest null directions, ``[≤ count, B, *input_shape]``, largest entry ±1.
@@ -250,8 +249,8 @@ class Identifiability(Finding):
 
         shape = self.input_shape
         pictures = len(shape) == 3 and shape[0] in (1, 3) and prod(shape[1:]) > 1
-        found = self.null_basis is not None and self.joint_nullity > 0
-        return null_pictures(self) if found and pictures else spectra(self)
+        drawn = self.null_basis is not None and self.joint_nullity > 0
+        return null_pictures(self) if drawn and pictures else spectra(self)
 
     def _basis(self) -> Tensor:
         if self.null_basis is None:

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rgap.analysis.noise_bound.defences import Defence, Sending
+from rgap.analysis.probe import ProbePoint
 from rgap.jacobian.update_map import UpdateMap
-from rgap.update.losses import Loss
+from rgap.solvers.limits import EQUAL
 
-__all__ = ["Channel", "channel", "stacked"]
+__all__ = ["Channel", "channel"]
 
 
 @dataclass(frozen=True)
@@ -50,17 +51,15 @@ class Channel:
         return self.scales[part] * (rows - (rows @ unit)[:, None] * unit)
 
 
-def channel(
-    update: UpdateMap,
-    targets: Tensor,
-    model: nn.Module,
-    loss: Loss,
-    sigma: float,
-    chain: tuple[Defence, ...],
-) -> Channel:
-    """The defences at this batch: rows kept, their variance, what clipping takes away."""
-    gradient = update.gradient(update.inputs)
-    g = stacked(update, gradient)
+def channel(point: ProbePoint, sigma: float, chain: tuple[Defence, ...]) -> Channel:
+    """The defences at this batch: rows kept, their variance, what clipping takes away.
+
+    Args:
+        point: the network at the batch.
+        sigma: standard deviation of the stated noise in every entry of the update.
+        chain: the defences in the order in which they act.
+    """
+    g = point.update.value(point.inputs)
     sent = Sending(
         g,
         variance=torch.full_like(g, sigma**2),
@@ -69,9 +68,9 @@ def channel(
         units=None,
         information=None,
         notes=(),
-        sizes=tuple(gradient[name].numel() for block in update.blocks for name in block.names),
-        mean=loss.reduction == "mean",
-        by_sample=partial(_by_sample, update, targets, model, loss),
+        sizes=point.update.sizes,
+        mean=point.loss.reduction == "mean",
+        by_sample=partial(_by_sample, point),
     )
     for one in chain:
         sent = one.act(sent)
@@ -79,7 +78,7 @@ def channel(
     if weights is None:
         noisy = variance[kept]
         level = float(noisy.amax()) if len(noisy) else 0.0
-        uniform = level == 0 or bool((noisy >= level * (1 - 1e-12)).all())
+        uniform = level == 0 or bool((noisy >= level * (1 - EQUAL)).all())
         weights = torch.where(kept, level / variance if level else 1.0, 0.0)
         if uniform:
             weights = kept.double()
@@ -91,16 +90,11 @@ def channel(
     return Channel(weights, level, uniform, sent.scales, sent.units, sent.notes)
 
 
-def stacked(update: UpdateMap, found: dict[str, Tensor]) -> Tensor:
-    """An update by name as one vector, in the order of ``update.blocks``."""
-    return torch.cat([found[name].flatten() for block in update.blocks for name in block.names])
-
-
-def _by_sample(update: UpdateMap, targets: Tensor, model: nn.Module, loss: Loss) -> Tensor:
+def _by_sample(point: ProbePoint) -> Tensor:
     """The gradient of every sample by itself, [B, equations]."""
-    found = []
-    for b in range(len(update.inputs)):
-        alone = UpdateMap(model, update.inputs[b : b + 1], targets[b : b + 1], loss)
-        own = alone.gradient(alone.inputs)
-        found.append(stacked(update, own))
-    return torch.stack(found)
+    gradients = []
+    for b in range(len(point.inputs)):
+        x = point.inputs[b : b + 1]
+        alone = UpdateMap(point.model, x, point.targets[b : b + 1], point.loss)
+        gradients.append(alone.value(x))
+    return torch.stack(gradients)

@@ -2,7 +2,10 @@
 
 To first order least squares sends noise e on the update to ``J⁺ e`` on the batch, so that
 ``E‖x̂ − x‖² = σ² tr((JᵀJ)⁻¹)``.  No unbiased estimate does better, and least squares attains it for
-small noise.  The diagonal says it pixel by pixel.
+small noise.  The diagonal says it pixel by pixel.  It holds while the noise moves the answer by
+little: clamping to the range of pictures, or another prior, can do better once the noise is large.
+
+Source: Cramér (1946), Rao (1945).
 """
 
 from __future__ import annotations
@@ -15,14 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rgap import memory, validation
+from rgap import validation
 from rgap.allowance import Timed
 from rgap.analysis.noise_bound.channel import channel
 from rgap.analysis.noise_bound.defences import Defence, check
-from rgap.analysis.noise_bound.fisher import Sent, information
+from rgap.analysis.noise_bound.fisher import Information, Sent, information
 from rgap.analysis.noise_bound.report import NoiseReport
-from rgap.analysis.probe_batch import probe_batch, probe_targets, require_evaluation
-from rgap.jacobian.update_map import UpdateMap
+from rgap.analysis.probe import ProbePoint, probe_batch
 from rgap.progress import Shown
 from rgap.update.losses import Loss
 
@@ -56,48 +58,35 @@ def noise(
     update.  Where J has a null space, this is the error in the directions that are identifiable;
     the others are not in the update at any noise, and the report counts them.
 
-    The prediction is first order: it holds while the noise moves the answer by little.  Clamping to
-    the range of pictures, or any other prior, can do better once the noise is large.
-
-    How it is computed:
-
-    * ``"dense"``: singular values of the whole matrix.
-    * ``"normal"``: eigenvalues of ``JᵀΣ⁻¹J``, for updates too long to be stored for every pixel.
-    * ``"sampled"``: sampled noise through least squares by products alone, with the standard error
-      stated.
-    * ``"auto"``: the first of them that the budget allows, the formed ones up to 4096 unknowns.
-
     Args:
         model: in eval mode; any module.  Left as it was.
         inputs: the batch ``[B, *input_shape]``, or the shape of one sample for a random batch.
         batch_size: B, with a shape; 1 if left out.
         sigma: standard deviation of Gaussian noise in every entry of the update, after clipping.
-        defence: one of :class:`Clip`, :class:`DifferentialPrivacy`, :class:`Prune`,
-            :class:`Quantise`, :class:`Sign`, or several in that order.
+        defence: one of Clip, DifferentialPrivacy, Prune, Quantise, Sign, or several in that order.
         loss: of the client.
         labels: targets as the loss wants them; drawn, and different as far as possible, if None.
         value_range: of the data; its width is the peak of the PSNR.
-        method: as above.
-        memory_budget: bytes to take on top of the model; by default half of what the machine has
-            free.  What needs more is refused before anything is allocated.
+        method: "dense" takes the singular values of the weighed J, "normal" the eigenvalues of
+            ``JᵀΣ⁻¹J``, "sampled" sends sampled noise through least squares by products alone and
+            states the standard error; "auto" is the first that the budget allows, of the formed
+            ones up to 4096 unknowns.
+        memory_budget: bytes on top of the model, by default half of what is free; kept.
         time_limit: seconds, kept within a tenth; None for none.
         samples: of ``"sampled"``.
         iterations: of one solve of ``"sampled"``, at most.
         seed: of a random batch, labels and samples.
         device: where to compute; default the CPU.
-        progress: True for a line on a terminal, or a function that is told; see
-            :mod:`rgap.progress`.
+        progress: True for a line on a terminal, or a function; see :mod:`rgap.progress`.
 
     Returns:
         The :class:`NoiseReport`.
 
     Raises:
-        ValueError: negative noise, train mode, no trained parameters, shapes that do not fit, a
-            method that needs more than the budget (:class:`rgap.memory.OutOfMemory`),
-            no answer within the time (:class:`rgap.allowance.OutOfTime`).
+        ValueError: negative noise, train mode, no trained parameters, shapes that do not fit, no
+            answer within the budget (:class:`rgap.memory.OutOfMemory`) or the time
+            (:class:`rgap.allowance.OutOfTime`).
         TypeError: inputs that are neither a floating tensor nor whole numbers, an unknown defence.
-
-    Source: Cramér (1946), Rao (1945).
 
     >>> import rgap
     >>> net = rgap.models.mlp((16,), 4, "tanh", input_shape=(1, 4, 4), seed=0)
@@ -109,52 +98,40 @@ def noise(
     """
     start = time.perf_counter()
     show = Timed(progress, time_limit, device or "cpu")
-    _arguments(sigma, method, samples, iterations)
-    chain = check(defence)
-    limits = validation.bounds(value_range)
-    if limits is None:
-        raise ValueError(
-            "value_range: expected (low, high), got None, and a PSNR needs a peak; write "
-            "value_range=(0, 1)"
-        )
-    chosen = Loss.of(loss)
+    chain, width = check(defence), _arguments(sigma, value_range, method, samples, iterations)
     pictures = probe_batch(inputs, batch_size, seed, device)
-    require_evaluation(model)
-    room = memory.budget_of(memory_budget, pictures.device)
-    memory.require_copies(model, 1, room)
-    targets = probe_targets(model, pictures, chosen, labels, seed)
-    update = UpdateMap(model, pictures, targets, chosen, room)
-    sent = Sent(update, channel(update, targets, model, chosen, float(sigma), chain))
+    point = ProbePoint.of(model, pictures, loss, labels, seed, memory_budget=memory_budget)
+    sent = Sent(point.update, channel(point, float(sigma), chain))
     with show:
         show.stage("Fisher information")
-        route, found = information(
-            sent, method, room=room, samples=samples, iterations=iterations, seed=seed,
+        route, seen = information(
+            sent, method, room=point.room, samples=samples, iterations=iterations, seed=seed,
             watch=show.stage, ahead=show.ahead,
         )  # fmt: skip
     return NoiseReport(
-        model=type(model).__name__,
-        input_shape=tuple(pictures.shape[1:]),
-        batch_size=len(pictures),
-        loss=chosen.name,
-        sigma=float(sigma),
-        defences=chain,
-        width=limits[1] - limits[0],
-        method=route,
-        unknowns=update.unknowns,
-        equations=int((sent.channel.weights > 0).sum()),
-        variance=found.variance * sent.channel.variance,
-        share=found.share,
-        unit_variance=found.variance if sent.channel.uniform else None,
-        level=sent.channel.variance**0.5,
-        decision=found.rank,
-        spectrum=found.values,
-        sampling=found.sampling,
-        notes=(*sent.channel.notes, *found.notes),
-        seconds=time.perf_counter() - start,
-    )
+        **point.about, **_predicted(sent, seen), sigma=float(sigma), defences=chain, width=width,
+        method=route, seconds=time.perf_counter() - start,
+    )  # fmt: skip
 
 
-def _arguments(sigma: Any, method: str, samples: int, iterations: int) -> None:
+def _predicted(sent: Sent, seen: Information) -> dict[str, Any]:
+    """Error at the noise of the channel, from the information at unit noise."""
+    noisy = sent.channel
+    return {
+        "equations": int((noisy.weights > 0).sum()),
+        "variance": seen.variance * noisy.variance,
+        "share": seen.share,
+        "unit_variance": seen.variance if noisy.uniform else None,
+        "level": noisy.variance**0.5,
+        "decision": seen.rank,
+        "spectrum": seen.values,
+        "sampling": seen.sampling,
+        "notes": (*noisy.notes, *seen.notes),
+    }
+
+
+def _arguments(sigma: Any, value_range: Any, method: str, samples: int, iterations: int) -> float:
+    """Refuse what cannot be meant; the width of the range."""
     if method not in METHODS:
         raise ValueError(f"expected method in {list(METHODS)}, got {method!r}; write method='auto'")
     if not (isfinite(sigma) and sigma >= 0):
@@ -163,3 +140,10 @@ def _arguments(sigma: Any, method: str, samples: int, iterations: int) -> None:
         )
     validation.count("samples", samples)
     validation.count("iterations", iterations)
+    limits = validation.bounds(value_range)
+    if limits is None:
+        raise ValueError(
+            "value_range: expected (low, high), got None, and a PSNR needs a peak; write "
+            "value_range=(0, 1)"
+        )
+    return limits[1] - limits[0]

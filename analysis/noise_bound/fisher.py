@@ -7,18 +7,16 @@ matrix ``Aᵀ A`` where only that fits, from sampled noise sent through least sq
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
 from math import inf
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rgap import memory
 from rgap.allowance import PLAIN, SYMMETRIC, Ahead, factorisation, freely
-from rgap.analysis.noise_bound.channel import Channel, stacked
+from rgap.analysis.noise_bound.channel import Channel
 from rgap.jacobian.update_map import UpdateMap
 from rgap.progress import Watch, silent
 from rgap.solvers.conjugate import cgls
@@ -79,28 +77,12 @@ class Sent:
         """Aᵀ y for cotangents [S, equations]: [S, B, *input_shape]."""
         weighed = cotangents * self.channel.weights.sqrt()
         if self.channel.parts == 1:
-            return self._pull(self.channel.clipped(weighed, 0))
+            return self.update.rows(self.channel.clipped(weighed, 0))
         parts = [
-            self._pull(self.channel.clipped(weighed, b))[:, b] for b in range(self.channel.parts)
+            self.update.rows(self.channel.clipped(weighed, b))[:, b]
+            for b in range(self.channel.parts)
         ]
         return torch.stack(parts, 1)
-
-    def _pull(self, cotangents: Tensor) -> Tensor:
-        """Jᵀ y: one reverse pass through the gradient a cotangent."""
-
-        def flat(x: Tensor) -> Tensor:
-            return stacked(self.update, self.update.gradient(x))
-
-        fast = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)
-        try:
-            with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
-                pull: Callable[[Tensor], tuple[Tensor]] = torch.func.vjp(flat, self.update.inputs)[
-                    1
-                ]
-                return torch.vmap(lambda y: pull(y)[0])(cotangents).detach()
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def information(
@@ -171,8 +153,8 @@ def _normal(sent: Sent, watch: Watch) -> Information:
     for piece, directions in _units(sent):
         watch("rows of the information", piece.stop, size)
         square[piece] = sent.rows(sent.columns(directions)).flatten(1)
-    found, vectors = torch.linalg.eigh((square + square.T) / 2)
-    values = found.flip(0).clamp_min(0).sqrt()
+    squares, vectors = torch.linalg.eigh((square + square.T) / 2)
+    values = squares.flip(0).clamp_min(0).sqrt()
     # Forming AᵀA squares the condition: its rounding hides what is below the root of eps.
     rcond = resolve_rcond(None, (rows, size)) ** 0.5
     rank = numerical_rank(values, size, rcond)

@@ -67,8 +67,8 @@ class NoiseReport(Finding):
 
         NaN where nothing at all is identifiable.
         """
-        found = self.variance.flatten(1).mean(1)
-        return torch.full_like(found, nan) if self.rank == 0 else found
+        error = self.variance.flatten(1).mean(1)
+        return torch.full_like(error, nan) if self.rank == 0 else error
 
     @property
     def psnr(self) -> Tensor:

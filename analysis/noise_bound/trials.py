@@ -16,17 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from rgap import validation
-from rgap.analysis.noise_bound.channel import channel, stacked
+from rgap.analysis.noise_bound.channel import channel
 from rgap.analysis.noise_bound.cramer_rao import noise
 from rgap.analysis.noise_bound.fisher import Sent, weighed_jacobian
 from rgap.analysis.noise_bound.report import NoiseReport
-from rgap.analysis.probe_batch import probe_batch, probe_targets, require_evaluation
+from rgap.analysis.probe import ProbePoint, probe_batch
 from rgap.jacobian.update_map import UpdateMap
 from rgap.progress import Progress, Shown
 from rgap.update.losses import Loss
 
 SETTLED = 1e-6  # of the error: a last step below it changes no digit that is reported
-STEPS = 60
+STEPS = 60  # at most; each gains a digit or more where the bound is attained
 TOGETHER = 64  # trials at once
 
 __all__ = ["NoiseTrials", "noise_trials"]
@@ -67,11 +67,11 @@ class NoiseTrials:
 
     def explain(self) -> str:
         """The comparison in one sentence."""
-        found = (
+        words = (
             f"{len(self.totals)} noisy updates at σ = {self.report.level:.2g}: measured over "
             f"predicted squared error {self.ratio:.3f} ± {self.standard_error:.3f}"
         )
-        return found + ("." if self.settled else "; some estimates had not settled.")
+        return words + ("." if self.settled else "; some estimates had not settled.")
 
 
 def noise_trials(
@@ -132,26 +132,9 @@ def noise_trials(
             f"{report.unknowns} directions that it does not; write a smaller batch, or noise(...) "
             "for the error in the others"
         )
-    chosen = Loss.of(loss)
     truth = probe_batch(inputs, batch_size, seed, device)
-    require_evaluation(model)
-    targets = probe_targets(model, truth, chosen, labels, seed)
-    update = UpdateMap(model, truth, targets, chosen)
-    sent = Sent(update, channel(update, targets, model, chosen, sigma, ()))
-    upper = torch.linalg.qr(weighed_jacobian(sent), mode="r").R
-    clean = stacked(update, update.gradient(truth))
-    generator = torch.Generator().manual_seed(seed)
-    errors, slowest, settled = [], 0, True
-    with Progress(progress) as show:
-        for begin in range(0, trials, TOGETHER):
-            count = min(TOGETHER, trials - begin)
-            show.stage("trial", begin + 1, trials)
-            drawn = torch.randn(count, len(clean), generator=generator, dtype=torch.float64)
-            noisy = clean + sigma * drawn.to(clean)
-            found, steps, done = _most_likely(update, upper, noisy)
-            errors.append(found - truth)
-            slowest, settled = max(slowest, steps), settled and done
-    error = torch.cat(errors)
+    point = ProbePoint.of(model, truth, loss, labels, seed)
+    error, slowest, settled = _errors(point, sigma, trials, seed, progress)
     return NoiseTrials(
         report,
         error.square().flatten(1).sum(1),
@@ -163,12 +146,32 @@ def noise_trials(
     )
 
 
+def _errors(
+    point: ProbePoint, sigma: float, trials: int, seed: int, progress: Shown
+) -> tuple[Tensor, int, bool]:
+    """``x̂ − x₀`` of every trial [T, B, *input_shape], steps of the slowest, whether all settled."""
+    update = point.update
+    upper = torch.linalg.qr(weighed_jacobian(Sent(update, channel(point, sigma, ()))), mode="r").R
+    clean = update.value(point.inputs)
+    generator = torch.Generator().manual_seed(seed)
+    errors, slowest, settled = [], 0, True
+    with Progress(progress) as show:
+        for begin in range(0, trials, TOGETHER):
+            count = min(TOGETHER, trials - begin)
+            show.stage("trial", begin + 1, trials)
+            drawn = torch.randn(count, len(clean), generator=generator, dtype=torch.float64)
+            estimate, steps, done = _most_likely(update, upper, clean + sigma * drawn.to(clean))
+            errors.append(estimate - point.inputs)
+            slowest, settled = max(slowest, steps), settled and done
+    return torch.cat(errors), slowest, settled
+
+
 def _most_likely(update: UpdateMap, upper: Tensor, noisy: Tensor) -> tuple[Tensor, int, bool]:
     """``argmin_x ‖g(x) − y‖`` for updates [T, equations]: [T, B, *input_shape], steps, settled."""
 
     def slope(x: Tensor, y: Tensor) -> Tensor:
-        found = torch.func.vjp(lambda at: stacked(update, update.gradient(at)), x)
-        value, pull = found[0], found[1]
+        forward = torch.func.vjp(update.value, x)
+        value, pull = forward[0], forward[1]
         out: Tensor = pull(value - y)[0]
         return out
 

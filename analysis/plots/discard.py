@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from rgap.analysis.plots.canvas import INK, MUTED
+from rgap.analysis.scoring import psnr
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -98,30 +99,6 @@ def discard_heatmap(audit: Audit) -> Figure:
     bar.set_label("missing equations / unknowns", fontsize=9, color=INK)
     bar.outline.set_visible(False)
     return figure
-
-
-def psnr(original: Tensor, recovered: Tensor, value_range: tuple[float, float] = (0, 1)) -> float:
-    """Peak signal-to-noise ratio in dB, ``20 log10(range / rms error)``; infinite if identical.
-
-    Computed in float64 by `torchmetrics` with the range of the data given, not guessed from it;
-    nothing is clipped and nothing is capped.
-
-    Args:
-        original: a picture, any shape.
-        recovered: of the same shape.
-        value_range: of the data.
-
-    >>> import torch
-    >>> round(psnr(torch.zeros(3, 2, 2), torch.full((3, 2, 2), 1e-5)), 4)
-    100.0
-    """
-    from torchmetrics.functional.image import peak_signal_noise_ratio
-
-    low, high = value_range
-    value = peak_signal_noise_ratio(
-        recovered.detach().cpu().double(), original.detach().cpu().double(), float(high - low)
-    )
-    return float(value)
 
 
 def percent(share: float) -> str:

@@ -33,10 +33,10 @@ _STYLES = (
     ("#56B4E9", (0, (3, 1, 1, 1)), "P"),
     ("#000000", (0, (1, 1)), "X"),
 )
-_FLOOR = 1e-20
+_FLOOR = 1e-20  # of the largest: no axis goes below it
 
 
-def null_pictures(found: Identifiability, count: int = 5) -> Figure:
+def null_pictures(answer: Identifiability, count: int = 5) -> Figure:
     """Draw the smoothest null directions of every sample, and what share of each pixel is known.
 
     A row per sample, a column per direction: moving the batch along all pictures of one column
@@ -45,7 +45,7 @@ def null_pictures(found: Identifiability, count: int = 5) -> Figure:
     variance, averaged over the channels.
 
     Args:
-        found: with an ``input_shape`` [C, H, W] of a picture.
+        answer: with an ``input_shape`` [C, H, W] of a picture.
         count: directions to draw, at most.
 
     Raises:
@@ -57,18 +57,18 @@ def null_pictures(found: Identifiability, count: int = 5) -> Figure:
     >>> [axes.get_title() for axes in figure.axes[:4]]
     ['direction 1', 'direction 2', 'direction 3', 'determined share']
     """
-    shape = found.input_shape
+    shape = answer.input_shape
     if len(shape) != 3:
         raise ValueError(
             f"expected input_shape [C, H, W] for pictures, got {list(shape)}; write spectra(found)"
         )
-    if found.joint_nullity == 0:
+    if answer.joint_nullity == 0:
         raise ValueError(
             "expected a null space to draw, got none: the batch is determined; write spectra(found)"
         )
-    pictures = found.pictures(count).mean(2)  # over the channels
-    share = found.share.mean(1)
-    batch, columns = found.batch_size, len(pictures) + 1
+    pictures = answer.pictures(count).mean(2)  # over the channels
+    share = answer.share.mean(1)
+    batch, columns = answer.batch_size, len(pictures) + 1
     figure = Figure(figsize=(0.7 + 1.5 * columns, 0.9 + 1.5 * batch), layout="constrained")
     grid: Any = figure.subplots(batch, columns, squeeze=False)
     limit = float(pictures.abs().max()) or 1.0
@@ -103,22 +103,22 @@ def null_pictures(found: Identifiability, count: int = 5) -> Figure:
         bar.ax.tick_params(length=0, labelsize=8, labelcolor=INK)
         bar.outline.set_visible(False)
     figure.suptitle(
-        f"{found.joint_nullity:,} of {found.unknowns:,} directions leave the update of "
-        f"{found.model} as it is",
+        f"{answer.joint_nullity:,} of {answer.unknowns:,} directions leave the update of "
+        f"{answer.model} as it is",
         fontsize=11,
         color=INK,
     )
     return figure
 
 
-def spectra(found: Identifiability) -> Figure:
+def spectra(answer: Identifiability) -> Figure:
     """Draw the singular values that decided the ranks, with the cutoff's two sides and the gap.
 
     One curve per decision, each over its largest value; what lies beyond the rank is drawn hollow.
     Values that are exactly zero have no place on the axis and are left out.
 
     Args:
-        found: any finding with spectra.
+        answer: any finding with spectra.
 
     Raises:
         ValueError: no singular values were needed.
@@ -128,16 +128,16 @@ def spectra(found: Identifiability) -> Figure:
     >>> spectra(rgap.analysis.identifiability(net, (1, 4, 4))).axes[0].get_yscale()
     'log'
     """
-    curves = [(name, values) for name, values in found.spectra if values.numel()]
-    if found.method == "dense":
+    curves = [(name, values) for name, values in answer.spectra if values.numel()]
+    if answer.method == "dense":
         curves = [(name, values) for name, values in curves if name == "all layers"]
     if not curves:
         raise ValueError(
             "expected singular values to draw, got none: every rank followed from small factors; "
             "write identifiability(..., method='dense')"
         )
-    gaps = {row.layer: row.gap for row in found.rows}
-    gaps["all layers"] = found.gap
+    gaps = {row.layer: row.gap for row in answer.rows}
+    gaps["all layers"] = answer.gap
     figure, axes = panel(6.4, 4.0)
     low = 1.0
     for i, (name, values) in enumerate(curves):
@@ -149,7 +149,8 @@ def spectra(found: Identifiability) -> Figure:
         axes,
         "index",
         "singular value / largest",
-        f"{found.model}, B = {found.batch_size}: rank {found.joint_rank:,} of {found.unknowns:,}",
+        f"{answer.model}, B = {answer.batch_size}: rank {answer.joint_rank:,} of "
+        f"{answer.unknowns:,}",
         "best",
     )
     return figure
@@ -170,25 +171,25 @@ def nullity_curves(findings: Sequence[Identifiability]) -> Figure:
     >>> [line.get_label() for line in nullity_curves(found).axes[0].lines]
     ['layer by layer', 'jointly', 'all unknowns']
     """
-    ordered = sorted(findings, key=lambda found: found.batch_size)
-    sizes = [found.batch_size for found in ordered]
-    same = len({(found.model, found.input_shape) for found in ordered}) == 1
+    ordered = sorted(findings, key=lambda answer: answer.batch_size)
+    sizes = [answer.batch_size for answer in ordered]
+    same = len({(answer.model, answer.input_shape) for answer in ordered}) == 1
     if not same or len(set(sizes)) != len(sizes):
         raise ValueError(
             f"expected findings of one network, one per batch size, got {len(ordered)} with batch "
             f"sizes {sizes}; write [identifiability(model, shape, b) for b in (1, 2, 4)]"
         )
     figure, axes = panel(5.6, 3.8)
-    with_own = [found for found in ordered if found.sequential_nullity is not None]
+    with_own = [answer for answer in ordered if answer.sequential_nullity is not None]
     if with_own:
         axes.plot(
-            [found.batch_size for found in with_own],
-            [found.sequential_nullity or 0 for found in with_own],
+            [answer.batch_size for answer in with_own],
+            [answer.sequential_nullity or 0 for answer in with_own],
             color=ORANGE, linestyle="--", marker="s", label="layer by layer",
         )  # fmt: skip
-    joint = [found.joint_nullity for found in ordered]
+    joint = [answer.joint_nullity for answer in ordered]
     axes.plot(sizes, joint, color=BLUE, marker="o", label="jointly")
-    unknowns = [found.unknowns for found in ordered]
+    unknowns = [answer.unknowns for answer in ordered]
     axes.plot(sizes, unknowns, color=MUTED, linestyle=":", linewidth=1.2, label="all unknowns")
     for size, missing in zip(sizes, joint, strict=True):
         if missing:

@@ -1,4 +1,4 @@
-"""``rgap check``, which :mod:`rgap.cli` registers beside its own."""
+"""``rgap check``: what may be wrong with an update before it is inverted."""
 
 from __future__ import annotations
 
@@ -6,69 +6,48 @@ from typing import Annotated
 
 import typer
 
-from rgap.cli.arguments import loaded, targets_of, usable_device
-from rgap.cli.console import clean, print_json, stdout
-from rgap.cli.options import (
-    BatchSize,
-    Device,
-    InputShape,
-    Json,
-    KnownLabels,
-    Model,
-    Noise,
-    Quiet,
-    Seed,
-    UpdatePath,
-    Weights,
-)
+from rgap.cli.command import command
+from rgap.cli.console import print_json, stdout
+from rgap.cli.options import Json, Labelled, Running, usable_device
 from rgap.cli.spoken import options_of, spoken
 
 __all__ = ["check"]
 
 
+@command
 def check(
     context: typer.Context,
-    model: Model,
-    update: UpdatePath,
-    weights: Weights = None,
-    batch_size: BatchSize = None,
-    labels: KnownLabels = None,
-    noise: Noise = 0.0,
-    input_shape: InputShape = None,
-    device: Device = "cpu",
+    sent: Labelled,
+    work: Running,
     time_limit: Annotated[
-        float, typer.Option(help="Seconds after which no further trial begins.")
+        float, typer.Option(help="Seconds after which no further trial begins.", metavar="SECONDS")
     ] = 20.0,
-    quiet: Quiet = False,
     as_json: Json = False,
-    seed: Seed = 0,
-) -> None:
+) -> int:
     """Look for what may be wrong with an update: its sign, scale, mode, noise, weights."""
-    with clean(context):
-        import rgap
-        from rgap.models.spec import resolve
-        from rgap.progress import Progress
-        from rgap.report.tables import finding_table
+    import rgap
+    from rgap.progress import Progress
+    from rgap.report.tables import finding_table
 
-        sent = loaded(update, input_shape)
-        network = resolve(model, weights).to(usable_device(device))
-        known = None if labels is None else targets_of(labels, None, sent.loss.name)
-        with Progress(not quiet) as show:
-            show.stage("trying what may be wrong")
-            found = rgap.check(
-                network,
-                sent,
-                batch_size=batch_size,
-                labels=known,
-                noise=noise,
-                seed=seed,
-                time_limit=time_limit,
-            )
-        if as_json:
-            print_json(found.summary())
-        else:
-            if found.findings:
-                stdout().print(finding_table(found))
-            words = spoken(found.explain(), options_of(context))
-            stdout().print(words, highlight=False, markup=False, soft_wrap=True)
-    raise typer.Exit(0 if found.ok else 1)
+    update = sent.read()
+    network = sent.network().to(usable_device(work.device))
+    labels = sent.known(update)
+    with Progress(not work.quiet) as show:
+        show.stage("trying what may be wrong")
+        result = rgap.check(
+            network,
+            update,
+            batch_size=sent.batch_size,
+            labels=labels,
+            noise=sent.noise,
+            seed=work.seed,
+            time_limit=time_limit,
+        )
+    if as_json:
+        print_json(result.summary())
+    else:
+        if result.findings:
+            stdout().print(finding_table(result))
+        words = spoken(result.explain(), options_of(context))
+        stdout().print(words, highlight=False, markup=False, soft_wrap=True)
+    return 0 if result.ok else 1

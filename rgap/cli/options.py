@@ -1,88 +1,51 @@
-"""Arguments and options that several commands share, and the choices that an option offers."""
+"""The options of the commands, declared once: each by itself, and in the groups that they share.
+
+A group is a frozen dataclass whose fields are options of every command that takes it
+(:mod:`rgap.cli.command`); its methods read what was typed, before any work is done.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar, TypedDict
 
 import typer
 
 from rgap.plugins import offered
 
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from rgap.update.update import Update
+
 __all__ = [
     "DefenceName",
-    "InputShape",
+    "Device",
     "Json",
     "LabelMethod",
+    "Labelled",
     "LossName",
     "MatchMethod",
-    "MemoryLimit",
-    "Method",
-    "Model",
-    "Noise",
+    "Network",
     "Precision",
     "PriorName",
-    "Quiet",
+    "RankMethod",
     "Reduction",
+    "Running",
+    "Sample",
     "Seed",
+    "Sent",
     "TimeLimit",
-    "Weights",
-    "choices",
+    "Work",
+    "check_output",
+    "either",
+    "shape_of",
+    "targets_of",
+    "usable_device",
+    "whole_numbers",
 ]
-
-_HINTS = {
-    "model": "A built-in network (lenet, cnn6, cnn6d, fcn3, mlp, lenet5, vgg, resnet), with "
-    "options as in lenet:activation=tanh,classes=100, or package.module:factory.",
-    "weights": "Safetensors file with the network's weights; without it they are drawn with "
-    "seed 0, the same in every command.",
-    "loss": "A loss by name: cross_entropy, binary_cross_entropy_with_logits, mse_loss, nll_loss, "
-    "binary_cross_entropy, focal_loss or sigmoid_focal_loss; default: the built-in "
-    "network's own, else cross_entropy.",
-    "json": "Print one JSON document on standard output and nothing else.",
-}
-
-Model = Annotated[str, typer.Argument(metavar="MODEL", help=_HINTS["model"], show_default=False)]
-Weights = Annotated[Path | None, typer.Option(help=_HINTS["weights"], show_default=False)]
-LossName = Annotated[str | None, typer.Option(help=_HINTS["loss"], show_default=False)]
-UpdatePath = Annotated[
-    Path, typer.Argument(metavar="UPDATE", help="What rgap capture wrote.", show_default=False)
-]
-BatchSize = Annotated[
-    int | None, typer.Option(help="If the update does not state it.", min=1, show_default=False)
-]
-InputShape = Annotated[
-    str | None,
-    typer.Option(
-        help="Shape of one sample, as in 3,32,32, if the update does not state it.",
-        show_default=False,
-    ),
-]
-KnownLabels = Annotated[
-    str | None, typer.Option(help="If they are known, as in 3,5.", show_default=False)
-]
-Noise = Annotated[float, typer.Option(help="Standard deviation of noise in every entry.", min=0.0)]
-Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, …")]
-MemoryLimit = Annotated[
-    str | None,
-    typer.Option(
-        help="To take on top of model and update, as in 4GB, 500MB or 2GiB; default: half of what "
-        "is free.",
-        show_default=False,
-    ),
-]
-TimeLimit = Annotated[
-    float | None,
-    typer.Option(
-        help="Seconds for the whole command, kept within a tenth; default: none.",
-        show_default=False,
-    ),
-]
-Quiet = Annotated[
-    bool, typer.Option("--quiet", "--no-progress", "-q", help="Show no progress.", metavar="")
-]
-Json = Annotated[bool, typer.Option("--json", help=_HINTS["json"], metavar="")]
-Seed = Annotated[int, typer.Option(help="Of everything that is drawn at random.", min=0)]
 
 
 class Precision(StrEnum):
@@ -92,7 +55,7 @@ class Precision(StrEnum):
     float64 = "float64"
 
 
-class Method(StrEnum):
+class RankMethod(StrEnum):
     """How `rgap audit` finds joint ranks."""
 
     exact = "exact"
@@ -132,15 +95,6 @@ class LabelMethod(StrEnum):
     all = "all"
 
 
-def choices(built_in: type[StrEnum], group: str) -> str:
-    """Names as the help shows them: what is built in, and what installed distributions offer.
-
-    >>> choices(Reduction, "rgap.nothing")
-    '[mean|sum]'
-    """
-    return f"[{'|'.join(dict.fromkeys((*built_in, *offered(group))))}]"
-
-
 class DefenceName(StrEnum):
     """What `rgap harden` may look for; a test compares the names with those that have levels."""
 
@@ -154,3 +108,257 @@ class Reduction(StrEnum):
 
     mean = "mean"
     sum = "sum"
+
+
+def either(choices: type[StrEnum], group: str = "") -> str:
+    """The values of an option in words, with those that installed distributions offer.
+
+    Args:
+        choices: what is built in.
+        group: of entry points, as "rgap.labels"; "" for none.
+
+    >>> either(Reduction)
+    'mean or sum'
+    """
+    *values, last = dict.fromkeys((*choices, *(offered(group) if group else ())))
+    return f"{', '.join(values)} or {last}"
+
+
+_HINTS = {
+    "model": "A built-in network (lenet, cnn6, cnn6d, fcn3, mlp, lenet5, vgg, resnet), with "
+    "options as in lenet:activation=tanh,classes=100, or package.module:factory.",
+    "weights": "Safetensors file with the network's weights; without it they are drawn with "
+    "seed 0, the same in every command.",
+    "loss": "A loss by name: cross_entropy, binary_cross_entropy_with_logits, mse_loss, nll_loss, "
+    "binary_cross_entropy, focal_loss or sigmoid_focal_loss; default: the built-in "
+    "network's own, else cross_entropy.",
+    "json": "Print one JSON document on standard output and nothing else.",
+    "memory": "To take on top of model and update, as in 4GB, 500MB or 2GiB; default: half of what "
+    "is free.",
+}
+
+Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, …", metavar="NAME")]
+Json = Annotated[bool, typer.Option("--json", help=_HINTS["json"], metavar="")]
+LossName = Annotated[
+    str | None, typer.Option(help=_HINTS["loss"], metavar="NAME", show_default=False)
+]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "--no-progress", "-q", help="Show no progress.", metavar="")
+]
+Seed = Annotated[
+    int, typer.Option(help="Of everything that is drawn at random.", min=0, metavar="N")
+]
+TimeLimit = Annotated[
+    float | None,
+    typer.Option(
+        help="Seconds for the whole command, kept within a tenth; default: none.",
+        metavar="SECONDS",
+        show_default=False,
+    ),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """The network of a command: its name, and where its weights come from."""
+
+    panel: ClassVar[str] = "Network"
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=_HINTS["model"], show_default=False)]
+    weights: Annotated[
+        Path | None, typer.Option(help=_HINTS["weights"], metavar="FILE", show_default=False)
+    ] = None
+
+    def network(self) -> nn.Module:
+        """The network itself."""
+        from rgap.models.spec import resolve
+
+        return resolve(self.model, self.weights)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample(Network):
+    """A network, and what a client would give it: of commands that read no update."""
+
+    panel: ClassVar[str] = "Network and samples"
+    input_shape: Annotated[
+        str | None,
+        typer.Option(
+            help="Shape of one sample, as in 3,32,32; default: the built-in network's, else "
+            "3,32,32.",
+            metavar="SHAPE",
+            show_default=False,
+        ),
+    ] = None
+    loss: LossName = None
+
+    def declared(self) -> tuple[tuple[int, ...], str]:
+        """Shape of one sample and name of the loss, those of the built-in network by default."""
+        from rgap.models.spec import expected
+
+        shape, usual = expected(self.model)
+        return shape_of(self.input_shape) or shape or (3, 32, 32), self.loss or usual
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sent(Network):
+    """An update, the network that it was computed on, and what the update does not state."""
+
+    panel: ClassVar[str] = "Network and update"
+    update: Annotated[
+        Path, typer.Argument(metavar="UPDATE", help="What rgap capture wrote.", show_default=False)
+    ]
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            help="If the update does not state it.", min=1, metavar="N", show_default=False
+        ),
+    ] = None
+    input_shape: Annotated[
+        str | None,
+        typer.Option(
+            help="Shape of one sample, as in 3,32,32, if the update does not state it.",
+            metavar="SHAPE",
+            show_default=False,
+        ),
+    ] = None
+    noise: Annotated[
+        float,
+        typer.Option(help="Standard deviation of noise in every entry.", min=0.0, metavar="X"),
+    ] = 0.0
+
+    def read(self) -> Update:
+        """The update in the file, of samples of another shape than it states where one is given."""
+        from rgap.update.update import Update
+
+        if not self.update.is_file():
+            raise ValueError(f"UPDATE: no file {self.update}; write one with rgap capture")
+        shape, update = shape_of(self.input_shape), Update.load(self.update)
+        return update if shape is None else replace(update, input_shape=shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labelled(Sent):
+    """An update whose labels may be known."""
+
+    labels: Annotated[
+        str | None,
+        typer.Option(help="If they are known, as in 3,5.", metavar="LABELS", show_default=False),
+    ] = None
+
+    def known(self, update: Update) -> Tensor | None:
+        """The labels as targets of the update's loss, None if they are not given."""
+        return None if self.labels is None else targets_of(self.labels, None, update.loss.name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Running:
+    """Where a command computes, what it draws, and whether it shows how far it is."""
+
+    panel: ClassVar[str] = "Computation"
+    device: Device = "cpu"
+    quiet: Quiet = False
+    seed: Seed = 0
+
+
+class Arguments(TypedDict):
+    """Keyword arguments that the functions behind the commands share."""
+
+    device: str
+    seed: int
+    progress: bool
+    memory_budget: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work(Running):
+    """A computation that is held against a limit of memory."""
+
+    memory_limit: Annotated[
+        str | None, typer.Option(help=_HINTS["memory"], metavar="SIZE", show_default=False)
+    ] = None
+
+    def arguments(self) -> Arguments:
+        """The options as arguments of the library's functions.
+
+        >>> Work(quiet=True, memory_limit="500MB").arguments()["memory_budget"]
+        500000000.0
+        """
+        from rgap.memory import bytes_of
+
+        limit = self.memory_limit
+        return {
+            "device": usable_device(self.device),
+            "seed": self.seed,
+            "progress": not self.quiet,
+            "memory_budget": None if limit is None else bytes_of(limit, "--memory-limit"),
+        }
+
+
+def check_output(path: Path, suffix: str | None = None) -> None:
+    """Refuse before the work what could not be written after it."""
+    if suffix is not None and path.suffix.lower() != suffix:
+        raise ValueError(
+            f"--output: expected a {suffix} file, got {path}; write {path.with_suffix(suffix)}"
+        )
+    if path.is_dir():
+        raise ValueError(f"expected a file name, got the folder {path}")
+    if not path.parent.is_dir():
+        raise ValueError(f"no folder {path.parent} to write {path.name} to; create it first")
+
+
+def shape_of(text: str | None) -> tuple[int, ...] | None:
+    """``3,32,32`` as the shape of one sample; None stays None."""
+    return None if text is None else whole_numbers(text, "--input-shape", "3,32,32")
+
+
+def whole_numbers(text: str, option: str, example: str) -> tuple[int, ...]:
+    """Whole numbers of at least 1, separated by commas.
+
+    >>> whole_numbers("1,2,4", "--batch-sizes", "1,2")
+    (1, 2, 4)
+    """
+    try:
+        numbers = tuple(int(part) for part in text.replace("x", ",").split(","))
+    except ValueError:
+        numbers = ()
+    if not numbers or min(numbers) < 1:
+        raise ValueError(f"{option}: expected whole numbers such as {example}, got {text!r}")
+    return numbers
+
+
+def targets_of(text: str, count: int | None, loss: str) -> Tensor:
+    """``3,5`` as targets of ``loss`` for ``count`` pictures."""
+    import torch
+
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--labels: expected numbers such as 3,5, got {text!r}") from None
+    if loss == "mse_loss":
+        if count is not None and len(numbers) % count:
+            raise ValueError(
+                f"--labels: expected the same number of targets for each of {count} pictures, got "
+                f"{len(numbers)} numbers"
+            )
+        return torch.tensor(numbers, dtype=torch.float64).reshape(count or 1, -1)
+    if any(number != int(number) for number in numbers):
+        raise ValueError(f"--labels: {loss} expects whole numbers such as 3,5, got {text!r}")
+    if count is not None and len(numbers) != count:
+        raise ValueError(f"--labels: expected {count}, one per picture, got {len(numbers)}")
+    return torch.tensor([int(number) for number in numbers])
+
+
+def usable_device(name: str) -> str:
+    """``name`` if a float64 tensor can be made there, which everything here needs.
+
+    Raises:
+        ValueError: the device is unknown, absent, or has no float64.
+    """
+    import torch
+
+    try:
+        torch.zeros(1, device=name, dtype=torch.float64)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device: {name!r} does not work here ({reason}); try cpu") from None
+    return name

@@ -13,21 +13,21 @@ import typer
 
 __all__ = ["options_of", "spoken"]
 
-_VALUE = r"\([^()]*\)|\"[^\"]*\"|'[^']*'|[^\s,;()]*[^\s,;().]|"
+_VALUE = r"torch\.tensor\(\[[^\[\]]*\]\)|\([^()]*\)|\"[^\"]*\"|'[^']*'|[^\s,;()]*[^\s,;().]|"
 _CALL = re.compile(r"rgap\.(\w+)\(model, update((?:, \w+=(?:\([^()]*\)|[^,()]+))*)\)")
 _REPLACED = re.compile(r"dataclasses\.replace\(update((?:, \w+=(?:\([^()]*\)|[^,()]+))+)\)")
 
 
 def options_of(context: typer.Context) -> dict[str, str]:
     """What a command calls its parameters, by their names in Python."""
-    found = {}
+    names = {}
     for parameter in context.command.params:
         name = parameter.name or ""
         if parameter.param_type_name == "argument":
-            found[name] = name.upper()
+            names[name] = name.upper()
         else:
-            found[name] = max(parameter.opts, key=len)
-    return found
+            names[name] = max(parameter.opts, key=len)
+    return names
 
 
 def spoken(text: str, options: Mapping[str, str]) -> str:
@@ -52,8 +52,12 @@ def spoken(text: str, options: Mapping[str, str]) -> str:
         name, value = match.group(1), match.group(2)
         if name not in options:
             return match.group(0)
-        plain = value.strip("()\"'").replace(", ", ",").rstrip(",")
+        plain = re.sub(r"torch\.tensor|[()\[\]\"']", "", value).replace(", ", ",").rstrip(",")
+        plain = f'"{plain}"' if " " in plain else plain
         return f"{options[name]} {plain}".rstrip()
+
+    def named(match: re.Match[str]) -> str:
+        return options.get(match.group(0), match.group(0))
 
     def known(listed: str) -> bool:
         return all(name in options for name in re.findall(r"(\w+)=", listed))
@@ -70,14 +74,15 @@ def spoken(text: str, options: Mapping[str, str]) -> str:
     kept: list[str] = []
     calls: list[bool] = []  # of every open bracket, whether it belongs to a call in Python
     for part in re.split(rf"(\b\w+=(?:{_VALUE}))", text):
-        found = re.fullmatch(rf"(\w+)=({_VALUE})", part)
-        kept.append(flag(found) if found and not any(calls) else part)
-        for bracket in () if found else re.finditer(r"\w\(|\(|\)", part):
+        pair = re.fullmatch(rf"(\w+)=({_VALUE})", part)
+        kept.append(flag(pair) if pair and not any(calls) else part)
+        for bracket in () if pair else re.finditer(r"\w\(|\(|\)", part):
             if bracket.group() == ")":
                 calls[-1:] = []
             else:
                 calls.append(len(bracket.group()) == 2)
-    text = "".join(kept)
+    # A name with an underscore is no word of a sentence: "a smaller input_shape".
+    text = re.sub(r"(?<![\w.'\"-])\w+_\w+(?![\w(='\"]|\.\w)", named, "".join(kept))
     start = re.match(r"(\w+):", text)
     if start and start.group(1) in options:
         text = options[start.group(1)] + text[start.end(1) :]

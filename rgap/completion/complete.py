@@ -107,7 +107,7 @@ def inside(
         known = Whole(reached.u.value, float(reached.u.std.square().sum()))
     else:
         assert reached.z is not None
-        sent = gradients[stage.affine.weight_name]
+        sent = stage.affine.sent(gradients)
         k = reached.k
         if not precision.sent(stage.affine.weight_name):  # as in the recursion: K = 0
             k = Known(0.0 * k.value, 0.0 * k.error)

@@ -4,7 +4,8 @@
   ``K[(f,δ),(b,position)]`` for every channel c of the group (Kronecker structure I_C ⊗ K);
 * weight constraint: ``W ⋆ u = z − b``; the same map for every sample (I_B ⊗ W).
 
-Padding is never an unknown: taps that fall outside the picture are left out of both.
+Padding is never an unknown: taps that fall on zeros outside the picture are left out of both, and
+those that fall on a border that shows the picture again read what it shows.
 """
 
 from __future__ import annotations
@@ -45,14 +46,14 @@ def taps(
     dims = len(space)
     for axis, size in enumerate(space):
         reach = torch.arange(out[axis], device=place) * geometry.stride[axis]
-        reach = reach - geometry.padding[axis][0]
+        shown = torch.tensor(geometry.shown(axis, size), device=place)
         offset = torch.arange(geometry.kernel[axis], device=place) * geometry.dilation[axis]
-        line = offset[:, None] + reach[None, :]
+        line = shown[offset[:, None] + reach[None, :]]
         shape = [1] * (2 * dims)  # offsets of every axis, then outputs of every axis
         shape[axis], shape[dims + axis] = line.shape
         line = line.reshape(shape)
         position = position * size + line
-        inside = inside & (line >= 0) & (line < size)
+        inside = inside & (line >= 0)
     found = torch.where(inside, position, -1)
     return found.reshape(prod(geometry.kernel), prod(out[:dims]))
 
@@ -94,7 +95,7 @@ def gradient_constraint(affine: Affine, cotangent: Tensor, *, read_only: bool = 
     matrix = k.new_zeros(filters, table.shape[0], batch, len(kept))
     for offset, position in enumerate(table):
         inside = position >= 0
-        matrix[:, offset, :, position[inside]] = k[:, :, inside]
+        matrix[:, offset].index_add_(2, position[inside], k[:, :, inside])
     matrix = matrix.reshape(geometry.groups, -1, batch * len(kept))
     return Kronecker(matrix, affine.in_shape[0])
 
@@ -121,7 +122,7 @@ def dense_weights(affine: Affine) -> Tensor:
             f = torch.arange(g * filters // groups, (g + 1) * filters // groups, device=place)
             c = torch.arange(g * channels // groups, (g + 1) * channels // groups, device=place)
             at = (f[:, None, None], inside[None, None], c[None, :, None], position[inside])
-            dense[at] = weight[g, :, :, offset, None].expand(-1, -1, len(inside))
+            dense[at] += weight[g, :, :, offset, None]
     return dense.reshape(filters * table.shape[1], -1)
 
 
@@ -194,6 +195,9 @@ class WeightConstraint:
             whole = into.ndim == 4
             block = view[own, b, :, own, b, :] if whole else view[g, :, b, :, :, b, :]
             scaled = torch.einsum("fci,fo->icfo", w[g], d[b, g])
+            if geometry.border != "zeros":
+                _add_pairs(scaled, w[g], table, block)
+                continue
             for pairs in _differences(geometry.kernel):
                 total = w.new_zeros(per_group, per_group, positions)
                 partner = torch.full((positions,), -1, device=table.device)
@@ -222,6 +226,21 @@ class WeightConstraint:
             gram = (part.T * d[b, g]) @ part
             block = into[g] if into.ndim == 7 else into
             block[:, b, :, :, b] += gram.reshape(own, len(kept), own, len(kept))
+
+
+def _add_pairs(scaled: Tensor, weight: Tensor, table: Tensor, into: Tensor) -> None:
+    """The same where a border shows the picture again: outputs with one difference do not meet.
+
+    Args:
+        scaled: w[f,c,δ] weights[f,o], [offsets, C, F, O].
+        weight: w, [F, C, offsets].
+        table: position of every tap, [offsets, O]; −1: nothing is read.
+        into: [C, P, C, P].
+    """
+    block = into.permute(1, 3, 0, 2)
+    for (i, first), (j, second) in product(enumerate(table), repeat=2):
+        entries = torch.einsum("cfo,fe->oce", scaled[i], weight[:, :, j])
+        block.index_put_((first, second), entries, accumulate=True)
 
 
 def _differences(kernel: tuple[int, ...]) -> list[list[tuple[int, int]]]:

@@ -7,6 +7,8 @@ a few steps reach the rounding.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,7 @@ from rgap.diagnosis.evidence import Evidence
 from rgap.diagnosis.finding import Finding, Kind
 from rgap.diagnosis.noise import CLEAR, FEWEST, STATED, Floor
 
-ALONG = 0.9  # cosine with the weights; of noise it is 1/4 at most
+LEFT = 0.4  # of what is beneath, where the decay is taken off; of noise nearly all of it stays
 SAME = 0.02  # relative difference of λ between layers
 STEPS = 6
 
@@ -32,19 +34,32 @@ def read(evidence: Evidence, layers: list[Floor]) -> tuple[list[Finding], dict[s
         f"{f.name}.weight": evidence.model.get_parameter(f"{f.name}.weight").detach().double()
         for f in high
     }
-    rate, cosine = 0.0, 1.0
-    for step in range(STEPS):
-        seen = [_beneath(gradients[n] - rate * w, w, evidence.batch) for n, w in weights.items()]
-        if step == 0:
-            cosine = min((c for _, _, c in seen), key=abs)
-            rates = [product / size for product, size, _ in seen]
-            near = max(rates) - min(rates) <= SAME * max(abs(r) for r in rates)
-            if abs(cosine) < ALONG or not near:
-                return [], gradients
-        rate += sum(p for p, _, _ in seen) / sum(s for _, s, _ in seen)
+    size = evidence.batch
+    dense = {n: gradients[n] for n in weights}
+    shared = sum(float((dense[n] * w).sum()) for n, w in weights.items())
+    whole = shared / sum(float(w.square().sum()) for w in weights.values())
+    first = [_beneath(dense[n], w, size) for n, w in weights.items()]
+    best: tuple[float, float] | None = None
+    for start in (0.0, whole):  # the second where the decay is larger than the gradient
+        rate = start
+        for _ in range(STEPS):
+            seen = [_beneath(dense[n] - rate * w, w, size) for n, w in weights.items()]
+            rate += sum(s.product for s in seen) / sum(s.size for s in seen)
+        seen = [_beneath(dense[n] - rate * w, w, size) for n, w in weights.items()]
+        rates = [rate + s.product / s.size for s in seen]
+        left = max(a.rest / max(b.rest, 1e-300) for a, b in zip(seen, first, strict=True))
+        if (
+            max(rates) - min(rates) <= SAME * abs(rate)
+            and left <= LEFT
+            and (not best or left < best[1])
+        ):
+            best = rate, left
+    if best is None:
+        return [], gradients
+    rate, left = best
     said = (
         f"beneath rank {evidence.batch} the gradient of '{high[0].name}' is {rate:.4g} times its "
-        f"weights (cosine {abs(cosine):.4f}), and so in {len(high)} layers; "
+        f"weights, up to {left:.1e} of what is there, and so in {len(high)} layers; "
         "Update.from_delta(..., weight_decay=) undoes it too"
     )
     line = (
@@ -58,14 +73,27 @@ def read(evidence: Evidence, layers: list[Floor]) -> tuple[list[Finding], dict[s
     }
 
 
-def _beneath(gradient: Tensor, weight: Tensor, batch: int) -> tuple[float, float, float]:
-    """⟨R, W⟩, ‖W‖² and their cosine, both seen by the singular vectors beyond the batch."""
+@dataclass(frozen=True)
+class Seen:
+    """What the singular vectors beyond the batch see.
+
+    Attributes:
+        product: ⟨R, W⟩.
+        size: ‖W‖².
+        rest: ‖R‖.
+    """
+
+    product: float
+    size: float
+    rest: float
+
+
+def _beneath(gradient: Tensor, weight: Tensor, batch: int) -> Seen:
     rows, columns = (gradient != 0).any(1), (gradient != 0).any(0)
     gradient, weight = gradient[rows][:, columns], weight[rows][:, columns]
     if min(gradient.shape, default=0) - batch < FEWEST:
-        return 0.0, 1.0, 0.0
+        return Seen(0.0, 1.0, 0.0)
     left, values, right = torch.linalg.svd(gradient, full_matrices=False)
     rest = torch.diag(values[batch:])
     seen = left[:, batch:].T @ weight @ right[batch:].T
-    product, size = float((rest * seen).sum()), float(seen.square().sum())
-    return product, size, product / max((size * float(rest.square().sum())) ** 0.5, 1e-300)
+    return Seen(float((rest * seen).sum()), float(seen.square().sum()), float(rest.norm()))

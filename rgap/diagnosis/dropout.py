@@ -17,7 +17,8 @@ from rgap.diagnosis.evidence import Call, Evidence
 from rgap.diagnosis.finding import Finding, Kind
 from rgap.head.bias_attack import bias_attack, rank_one_residual
 
-FEWEST = 2  # columns of zeros
+FEWEST = 2  # ratios that agree
+MISSED = 10.0  # columns of zeros that are expected: e^-10 is the chance of none
 WIDE = (-40.0, -1.0, 1.0, 40.0)  # times the probes' pre-activations that data may reach
 AFFINE = (nn.Linear, nn.modules.conv._ConvNd)
 RARE = 0.5  # of the zeros that are expected, below which they come from elsewhere
@@ -27,13 +28,8 @@ LINE = "model.eval() on the client before it computes the gradient"
 
 def read(evidence: Evidence) -> list[Finding]:
     """Dropout layers whose readers have columns of zeros that the model does not make."""
-    layers = [
-        c
-        for c in evidence.calls
-        if isinstance(c.module, nn.modules.dropout._DropoutNd) and c.module.p > 0
-    ]
     found = []
-    for layer in layers:
+    for layer in dropping(evidence):
         for reader in evidence.calls:
             if not evidence.feeds(layer.made, reader.given) or reader is layer:
                 continue
@@ -41,6 +37,12 @@ def read(evidence: Evidence) -> list[Finding]:
             if finding is not None:
                 found.append(finding)
     return found[:1]
+
+
+def dropping(evidence: Evidence) -> list[Call]:
+    """Dropout layers that would drop something."""
+    kind = nn.modules.dropout._DropoutNd
+    return [c for c in evidence.calls if isinstance(c.module, kind) and c.module.p > 0]
 
 
 def _columns(evidence: Evidence, reader: Call) -> tuple[Tensor, Tensor] | None:
@@ -81,12 +83,13 @@ def _zeros(evidence: Evidence, layer: Call, reader: Call) -> Finding | None:
     both = _columns(evidence, reader)
     if both is None or bool(both[1].any()) or _makes_zeros(evidence, layer):
         return None
-    evidence.tested.add(Kind.DROPOUT)
     gone, count = both[0], len(both[0])
     zeros = int(gone.sum())
     rate = float(layer.module.p)  # type: ignore[arg-type]
     expected = rate ** (evidence.batch or 1) * count  # a column that no sample fills
-    if zeros < max(FEWEST, RARE * expected) or zeros == count:
+    if expected > MISSED:
+        evidence.tested.add(Kind.DROPOUT)
+    if zeros < max(1, RARE * expected) or zeros == count:
         return None
     said = (
         f"{zeros} of the {count} inputs of '{reader.name}' are exactly zero ({zeros / count:.2f}); "

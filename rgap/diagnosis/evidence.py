@@ -193,9 +193,9 @@ def gather(
     for parameter in twin.parameters():
         parameter.requires_grad_()
     shape = input_shape or update.input_shape or _shape_of(twin)
-    usual = {} if shape is None or batch == 1 else _usual(twin, shape, update.loss, batch)
+    sizes = {} if shape is None or batch == 1 else usual(twin, shape, update.loss, batch)
     doubles = {n: g.detach().to(place, torch.float64) for n, g in update.gradients.items()}
-    gradients = {n: g for n, g in doubles.items() if _audible(n, g, precision, usual.get(n, 0.0))}
+    gradients = {n: g for n, g in doubles.items() if _audible(n, g, precision, sizes.get(n, 0.0))}
     lost = {n: torch.full_like(g, ABSENT) for n, g in doubles.items() if n not in gradients}
     if lost:
         precision = replace(precision, entries={**precision.entries, **lost})
@@ -225,7 +225,7 @@ def gather(
         calls,
         outputs,
         deadline,
-        usual,
+        sizes,
     )
 
 
@@ -236,7 +236,7 @@ def _audible(name: str, g: Tensor, precision: Precision, usual: float) -> bool:
     return size > max(AUDIBLE * noise, CANCELLED * precision.unit * usual)
 
 
-def _usual(
+def usual(
     model: nn.Module, shape: tuple[int, ...], loss: Loss, batch: int | None
 ) -> dict[str, float]:
     """Root mean square of every gradient of one sample of a batch, by parameter name.

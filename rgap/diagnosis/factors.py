@@ -54,12 +54,14 @@ class Factors:
         tolerance: relative, of the worst.
         misfit: of the worst sample's own equations.
         unique: False where two targets of other signs fit.
+        targets: that were chosen, as in :class:`Fit`.
     """
 
     values: tuple[float, ...]
     tolerance: float
     misfit: float
     unique: bool
+    targets: tuple[int, ...] = ()
 
     @property
     def common(self) -> float | None:
@@ -189,7 +191,11 @@ def measured(evidence: Evidence, samples: Samples, loss: Loss) -> Factors | None
         dense = loss.dense(labels, samples.logits)
         weigh = loss.divisor(dense, torch.ones_like(dense[:, 0]))
     return Factors(
-        tuple(weigh * f.factor for f in chosen), tolerance, max(f.misfit for f in chosen), unique
+        tuple(weigh * f.factor for f in chosen),
+        tolerance,
+        max(f.misfit for f in chosen),
+        unique,
+        tuple(f.target for f in chosen),
     )
 
 

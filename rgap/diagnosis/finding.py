@@ -13,6 +13,8 @@ class Kind(StrEnum):
 
     NAMES = "names"
     PARAMETERS = "parameters"
+    ABSENT = "absent layer"
+    OPTIMISER = "optimiser"
     COMPRESSION = "compression"
     PRECISION = "precision"
     SIGN = "sign"
@@ -21,6 +23,7 @@ class Kind(StrEnum):
     CLIPPING = "clipping"
     SCALE = "scale"
     LOSS = "loss"
+    LABELS = "labels"
     MODE = "mode"
     DROPOUT = "dropout"
     STEPS = "steps"
@@ -38,6 +41,8 @@ class Kind(StrEnum):
 _CLAIMS = {
     Kind.NAMES: "the tensors are not named, or not ordered, as the model's parameters",
     Kind.PARAMETERS: "the tensors look like parameters of the model, not like gradients",
+    Kind.ABSENT: "a layer's gradient is missing: it was frozen at the client, or set to zero",
+    Kind.OPTIMISER: "the client's optimiser is not SGD: its step is no multiple of the gradient",
     Kind.COMPRESSION: "the update is compressed",
     Kind.PRECISION: "the values were rounded to a coarser precision than the declared one",
     Kind.SIGN: "the sign is reversed: before and after were exchanged",
@@ -47,10 +52,11 @@ _CLAIMS = {
     Kind.CLIPPING: "the update was clipped",
     Kind.SCALE: "the update is off by a factor: another learning rate, or a scaled loss",
     Kind.LOSS: "the client minimised another loss than the declared one",
+    Kind.LABELS: "the stated labels are not those of the batch",
     Kind.MODE: "batch norm was in train mode on the client",
     Kind.DROPOUT: "dropout was on at the client",
     Kind.STEPS: "the update is that of several local steps",
-    Kind.BATCH_SIZE: "the batch is larger than declared",
+    Kind.BATCH_SIZE: "the batch has another size than declared",
     Kind.DECAY: "weight decay is in the update: it is no gradient of the loss alone",
     Kind.NOISE: "noise was added that is not stated",
     Kind.WEIGHTS: "the model does not have the weights that the update was computed on",

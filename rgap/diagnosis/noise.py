@@ -37,6 +37,7 @@ class Floor:
         rank: singular values above the rounding.
         full: all of them are.
         stated: noise that is known to be in an entry.
+        next: the largest singular value beneath over the largest of all.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Floor:
     rank: int
     full: bool
     stated: float
+    next: float
 
     @property
     def flat(self) -> bool:
@@ -78,7 +80,8 @@ def floors(evidence: Evidence) -> list[Floor]:
         full = seen == min(m, n)
         stated = evidence.added(call.weight_name)
         seen = min(seen, int((values > STATED * stated * (m**0.5 + n**0.5)).sum()))
-        found.append(Floor(call.name, level, ratio, rounding, freedom, seen, full, stated))
+        next_ = float(beneath[0] / values[0])
+        found.append(Floor(call.name, level, ratio, rounding, freedom, seen, full, stated, next_))
     return found
 
 

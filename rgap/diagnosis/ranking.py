@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from rgap import validation
@@ -14,9 +15,11 @@ from rgap.diagnosis import (
     mode,
     names,
     noise,
+    optimiser,
     parameters,
     samples,
     scale,
+    silent,
     steps,
     values,
     weights,
@@ -27,10 +30,18 @@ from rgap.precision import Precision
 from rgap.update.update import Update
 
 EXPLAIN = frozenset(
-    (Kind.MODE, Kind.DROPOUT, Kind.STEPS, Kind.NOISE, Kind.BATCH_SIZE, Kind.LOSS, Kind.PRECISION)
+    (
+        Kind.MODE,
+        Kind.DROPOUT,
+        Kind.STEPS,
+        Kind.NOISE,
+        Kind.BATCH_SIZE,
+        Kind.LOSS,
+        Kind.DECAY,
+        Kind.LABELS,
+    )
 )
 """Findings that break identities between layers: other weights are not needed to explain these."""
-TELLING = 3  # logits from which a factor is overdetermined
 SAME = 1e3  # roundings by which the gradient of one sample may miss rank one
 
 
@@ -95,6 +106,7 @@ def check(
     tested: set[Kind] = {Kind.NAMES}
     deadline = began + time_limit
     found = _examine(model, update, size, known, input_shape, noise, seed, deadline, tested)
+    tested |= {finding.kind for finding in found}
     ranked = tuple(sorted(found, key=lambda finding: -finding.strength))
     return Check(ranked, frozenset(tested), time.perf_counter() - began)
 
@@ -125,10 +137,16 @@ def _examine(
         update = update.as_rounded()[0]
     precision = Precision(update.dtype, added, seed=seed, entries=update.noise or {})
     evidence = gather(model, update, size, known, shape, precision, deadline)
+    tested.add(Kind.OPTIMISER)
     compressed = values.compressed(replace(evidence, update=plain))
+    stepped = optimiser.read(plain)
     if compressed is not None:
-        return [*found, compressed]
+        rivals = (Kind.OPTIMISER,) if stepped else ()
+        return [*found, replace(compressed, rivals=rivals)]
     found += [rounded] if rounded else []
+    if stepped is not None and (rounded is None or rounded.kind is Kind.PRECISION):
+        return [*found, stepped]
+    found += silent.read(model, evidence)
     if update.local_steps > 1 or not evidence.gradients:
         return found
     found += _equations(evidence)
@@ -146,7 +164,11 @@ def _equations(evidence: Evidence) -> list[Finding]:
     layers = noise.floors(evidence)
     decayed, gradients = decay.read(evidence, layers)
     if decayed:
-        evidence = replace(evidence, gradients=gradients)
+        unit, known = evidence.unit, evidence.precision.entries
+        lost = {n: 2 * unit * (evidence.gradients[n] - g).abs() for n, g in gradients.items()}
+        entries = {n: torch.hypot(e, known[n]) if n in known else e for n, e in lost.items()}
+        precision = replace(evidence.precision, entries={**known, **entries})
+        evidence = replace(evidence, gradients=gradients, precision=precision)
         layers = noise.floors(evidence)
     found = noise.read(evidence, layers)
     if found:
@@ -165,7 +187,7 @@ def _equations(evidence: Evidence) -> list[Finding]:
     if any(f.kind in EXPLAIN for f in found) or evidence.late:
         return found
     other = weights.read(evidence, sent)
-    if other and sent is not None and sent.logits.numel() < TELLING:
+    if other and sent is not None and sent.logits.numel() < scale.TELLING:
         found = [f for f in found if f.kind not in scale.GRADES]  # some factor always fits these
     return [*found, *other]
 

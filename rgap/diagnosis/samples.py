@@ -259,7 +259,7 @@ def _collected(mixed: Batch, source: Source) -> Samples | None:
     u = (found.roots @ samples.right.T).reshape(-1, *stage.affine.in_shape)
     features, logits = top(mixed.chain, stage.index, u)
     last = mixed.chain.stages[-1].affine
-    weight = mixed.gradients[last.weight_name]
+    weight = last.sent(mixed.gradients)
     columns, sent = [features.flatten(1)], [weight]
     if last.bias_name is not None:
         columns.append(torch.ones_like(columns[0][:, :1]))
@@ -278,12 +278,13 @@ def _collected(mixed: Batch, source: Source) -> Samples | None:
     )
 
 
-def nearest_sample(evidence: Evidence) -> tuple[float, float, str] | None:
+def nearest_sample(evidence: Evidence) -> tuple[float, float, str, bool] | None:
     """How near any point of the row space comes to the equations of a sample.
 
     Returns:
-        ``‖(I − PPᵀ) f‖/‖f‖`` at the best end of many starts, what rounding explains of it, and the
-        layer; None where no equations separate the batch.
+        ``‖(I − PPᵀ) f‖/‖f‖`` at the best end of many starts, what rounding explains of it, the
+        layer, and whether the equations are those of its softmax; None where no equations separate
+        the batch.
     """
     chain = evidence.chain
     if chain is None or not evidence.batch or evidence.batch > MOST:
@@ -308,12 +309,15 @@ def nearest_sample(evidence: Evidence) -> tuple[float, float, str] | None:
         ends = levenberg_marquardt(left, start)
         best = min(best, float(ends.cost.min()))
     rounding = LIKELY * max(rounding_cost(left), SOLVED)
-    return best**0.5, LENIENT * rounding**0.5, source.samples.stage.name
+    name = source.samples.stage.name
+    return best**0.5, LENIENT * rounding**0.5, name, source.head is not None
 
 
 def _plain_head(chain: Chain) -> bool:
-    """True if the logits are those of a fully connected layer."""
+    """True if the logits are those of a fully connected layer, one a class."""
     last = chain.stages[-1]
+    if len(chain.output_shape) != 1:
+        return False  # the loss is one of positions
     return last.affine.geometry is None and all(idle(op) for op in last.tail)
 
 

@@ -20,6 +20,9 @@ from rgap.update.losses import Loss
 from rgap.update.targets import BINARY, CROSS_ENTROPY, SQUARED
 
 ROUND = 4e-6  # relative distance of a norm from a bound of two digits that clipping left
+LARGEST = 8  # batches whose copies are tried
+SUM = 0.05  # relative distance of a factor from the number of steps that a client summed
+TELLING = 3  # logits from which the equations of a sample overdetermine its factor
 GRADES = (Kind.SIGN, Kind.REDUCTION, Kind.SCALE, Kind.CLIPPING, Kind.LOSS)
 
 
@@ -27,6 +30,11 @@ def read(evidence: Evidence, samples: Samples) -> list[Finding]:
     """Findings at the head; empty where λ = 1, or where no target of the loss fits."""
     loss = evidence.loss
     factors = measured(evidence, samples, loss)
+    stated = evidence.labels is not None and len(samples.logits) == 1
+    if stated and (factors is None or factors.common != 1.0):
+        other = _other_label(evidence, samples, factors)
+        if other is not None:
+            return [other]
     if factors is None:
         return _other_loss(evidence, samples)
     evidence.tested.update(GRADES)
@@ -34,8 +42,32 @@ def read(evidence: Evidence, samples: Samples) -> list[Finding]:
         evidence.tested.add(Kind.ACCUMULATION)
     common = factors.common
     if common is None:
-        return _unequal(evidence, factors)
+        return _unequal(evidence, samples, factors)
     return _uniform(evidence, samples, factors, common)
+
+
+def _other_label(evidence: Evidence, samples: Samples, factors: Factors | None) -> Finding | None:
+    """Another class than the stated one that fits with λ = 1, where that one does not."""
+    evidence.tested.add(Kind.LABELS)
+    free = measured(replace(evidence, labels=None), samples, evidence.loss)
+    if free is None or not _one(free) or (factors is not None and _one(factors)):
+        return None
+    if not free.unique and factors is not None:
+        return None  # of two classes one fits with any factor
+    said = (
+        f"label {free.targets[0]} gives the head's cotangent with λ = {free.common:.6g}, misfit "
+        f"{free.misfit:.1e}; the stated one does not"
+    )
+    label = f"torch.tensor([{free.targets[0]}])"
+    if evidence.loss.targets != "index":
+        label = f"torch.eye({samples.logits.shape[1]})[{label}]"
+    line = f"dataclasses.replace(update, labels={label})"
+    return Finding(Kind.LABELS, float(free.targets[0]), said, line, inf)
+
+
+def _one(factors: Factors) -> bool:
+    near = max(EQUAL, factors.tolerance)
+    return factors.common is not None and abs(factors.common - 1.0) <= near
 
 
 def _uniform(
@@ -51,7 +83,8 @@ def _uniform(
             f"{factors.misfit:.1e}"
         )
         line = f"dataclasses.replace(update, gradients={negated})"
-        found.append(Finding(Kind.SIGN, common, said, line, 2.0 / near))
+        rivals = () if evidence.labels is None else (Kind.LABELS,)
+        found.append(Finding(Kind.SIGN, common, said, line, 2.0 / near, rivals))
     if abs(size - 1.0) <= near:
         return found
     found.append(_of_factor(evidence, samples, factors, size, abs(size - 1.0) / near))
@@ -83,6 +116,15 @@ def _of_factor(
         f"dataclasses.replace(update, gradients={{n: g / {size:.9g} for n, g in "
         f"update.gradients.items()}}{_noise(evidence, size)})"
     )
+    count = len(samples.logits)
+    if count < batch and loss.reduction == "mean" and abs(size * count / batch - 1.0) <= near:
+        said += (
+            f"; a mean over {batch} of {count} samples has this factor: a batch of {count}, or "
+            f"{batch} samples of which each occurs {batch / count:g} times, or a scaled update, "
+            f"for which write {line}"
+        )
+        line = f"dataclasses.replace(update, batch_size={count})"
+        return Finding(Kind.BATCH_SIZE, float(count), said, line, strength, (Kind.SCALE,))
     total = sum(float(g.double().square().sum()) for g in evidence.update.gradients.values()) ** 0.5
     bound = float(f"{total:.1e}")
     if size < 1.0 and abs(total / bound - 1.0) <= ROUND + 8 * evidence.unit:
@@ -97,7 +139,22 @@ def _of_factor(
         said += f"; the norm of the whole update is {total:.6g}, a bound if it was clipped"
     else:
         said += f"; a rate declared as η was {size:.6g} η"
-    return Finding(Kind.SCALE, size, said, line, strength)
+    rivals = _rivals(evidence, samples.logits.numel())
+    whole = round(size)
+    if Kind.STEPS not in (*rivals, *evidence.tested) and whole > 1 and abs(size / whole - 1) < SUM:
+        rivals += (Kind.STEPS,)  # a sum of so many
+    if size < 1.0:
+        rivals += (Kind.CLIPPING,)
+    if evidence.labels is not None and loss.targets == "value":
+        rivals += (Kind.LABELS,)
+    return Finding(Kind.SCALE, size, said, line, strength, rivals)
+
+
+def _rivals(evidence: Evidence, logits: int) -> tuple[Kind, ...]:
+    """What a factor may be besides where its sample's equations are no more than it is."""
+    if logits >= TELLING:
+        return ()
+    return (Kind.LOSS, *(k for k in (Kind.STEPS, Kind.WEIGHTS) if k not in evidence.tested))
 
 
 def _noise(evidence: Evidence, size: float) -> str:
@@ -107,7 +164,7 @@ def _noise(evidence: Evidence, size: float) -> str:
     return f", noise={{n: s / {size:.9g} for n, s in (update.noise or {{}}).items()}}"
 
 
-def _unequal(evidence: Evidence, factors: Factors) -> list[Finding]:
+def _unequal(evidence: Evidence, samples: Samples, factors: Factors) -> list[Finding]:
     """Factors that differ from sample to sample."""
     values, near = factors.values, max(EQUAL, factors.tolerance)
     copies = [round(v) for v in values]
@@ -126,19 +183,53 @@ def _unequal(evidence: Evidence, factors: Factors) -> list[Finding]:
             "micro-batch by its size"
         )
         return [Finding(Kind.ACCUMULATION, float(len(split)), said, line, strength)]
+    total = _of_copies(values, size, near)
+    if total is not None:
+        said = f"the samples weigh {listed}, as whole numbers of copies do in a mean over {total}"
+        line = f"dataclasses.replace(update, batch_size={total})"
+        return [Finding(Kind.BATCH_SIZE, float(total), said, line, strength, (Kind.SCALE,))]
+    rivals = _rivals(evidence, samples.logits.shape[1])
     if min(values) > 0 and max(values) <= 1.0 + near:
-        said = f"the samples weigh {listed}, none more than 1: clipped sample by sample"
+        said = _each(factors, near)
         line = (
             "rgap.invert(model, update): below two fully connected layers it finds a factor a "
             "sample (Recovery.scale); elsewhere ask for the gradients of single samples"
         )
-        return [Finding(Kind.CLIPPING, min(values), said, line, strength)]
+        return [Finding(Kind.CLIPPING, min(values), said, line, strength, rivals)]
     said = f"the samples weigh {listed}: class weights, a focal loss, or weights of samples"
     line = (
         "dataclasses.replace(update, loss=rgap.Loss(weight=weights)) with the client's class "
         "weights, or have it send a loss with equal weights"
     )
-    return [Finding(Kind.SCALE, max(values), said, line, strength)]
+    return [Finding(Kind.SCALE, max(values), said, line, strength, rivals)]
+
+
+def _each(factors: Factors, near: float) -> str:
+    """What norms that were clipped sample by sample say of each: ``λ_i = min(1, c/‖g_i‖)``."""
+    rows = sorted(zip(factors.values, factors.targets, strict=True))
+    clipped = [(v, t) for v, t in rows if v < 1.0 - near]
+    listed = ", ".join(f"{v:.4g} (label {t}, norm {1 / v:.3g} c)" for v, t in clipped[:8])
+    said = (
+        f"{len(clipped)} of {len(rows)} samples were clipped, sample by sample: to a bound c by "
+        f"the factors {listed}"
+    )
+    if len(clipped) > 8:
+        said += f" and {len(clipped) - 8} more"
+    if len(clipped) < len(rows):
+        said += f"; {len(rows) - len(clipped)} not, of a norm below c"
+    return said
+
+
+def _of_copies(values: tuple[float, ...], size: int, near: float) -> int | None:
+    """B with ``λ_i = m_i size/B`` for whole numbers m_i of copies, ``Σ m_i = B``, or None."""
+    for total in range(len(values), LARGEST + 1):
+        copies = [v * total / size for v in values]
+        whole = [round(c) for c in copies]
+        if sum(whole) == total and all(
+            c > 0 and abs(m / c - 1) <= near for m, c in zip(copies, whole, strict=True) if c
+        ):
+            return None if min(whole) < 1 else total
+    return None
 
 
 def _micro_batches(values: tuple[float, ...], size: int, near: float) -> list[int] | None:

@@ -38,6 +38,8 @@ FIRST = 1e-4  # relative residual of rank one at the data, at most
 KNOWN = 1e3  # roundings that one gradient may leave
 SUBSTITUTIONS = 6  # of a real-valued target
 OPTIONS = 10  # classes that are tried
+SPECK = 1e-9  # of the largest singular value: what a difference of weights rounds lies below
+FAINT = 0.05  # of the largest singular value: steps leave less beneath the batch, samples more
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,11 @@ class Training:
     residual: float
     single: float
 
+    @property
+    def clear(self) -> bool:
+        """True if the steps explain the update, and one gradient does not."""
+        return self.residual <= FITS and self.residual * BETTER <= self.single
+
 
 def data(evidence: Evidence) -> tuple[Call, Tensor] | None:
     """The input of a batch of one, read off the fully connected layer that reads it."""
@@ -76,7 +83,7 @@ def data(evidence: Evidence) -> tuple[Call, Tensor] | None:
 
 
 def repeated(evidence: Evidence, x: Tensor) -> Training | None:
-    """The training whose update comes nearest, if it comes much nearer than one gradient."""
+    """The training whose update comes nearest, if it comes nearer than one gradient."""
     loss, outputs = evidence.update.loss, evidence.outputs
     if outputs is None or outputs.ndim != 2 or not loss.known:
         return None
@@ -101,8 +108,6 @@ def repeated(evidence: Evidence, x: Tensor) -> Training | None:
                 break  # to first order in the rate all numbers of steps are alike
             if best is None or found.residual < CLOSER * best.residual:
                 best = found
-    if best is None or best.residual > FITS or best.residual * BETTER > best.single:
-        return None
     return best
 
 
@@ -227,11 +232,13 @@ def read(evidence: Evidence, layers: list[Floor]) -> list[Finding]:
     if evidence.batch is None:
         return []
     given = data(evidence)
-    if given is not None:
-        found = repeated(evidence, given[1])
-        if found is not None:
-            return [_trained_finding(found)]
-    return _by_rank(evidence, layers)
+    best = None if given is None else repeated(evidence, given[1])
+    if best is not None and best.clear:
+        return [_trained_finding(best)]
+    found = _by_rank(evidence, layers)
+    if best is not None and not found:
+        evidence.tested.discard(Kind.STEPS)  # nearer than one gradient, but not near
+    return found
 
 
 def _trained_finding(found: Training) -> Finding:
@@ -252,30 +259,48 @@ def _trained_finding(found: Training) -> Finding:
 
 
 def _by_rank(evidence: Evidence, layers: list[Floor]) -> list[Finding]:
-    """A layer whose rank is more than the batch allows."""
+    """A layer whose rank is more than the batch allows.
+
+    Where it reads the data, T steps see no more samples than one; above, both are possible.
+    """
     size = evidence.batch or 1
     if not layers:
         return []
-    evidence.tested.update((Kind.STEPS, Kind.BATCH_SIZE))
-    over = [f for f in layers if f.rank > size and not f.flat]
+    lowest, calls = layers[0], {c.name: c for c in evidence.calls}
+    reads = evidence.feeds(evidence.calls[0].given, calls[lowest.name].given)
+    if max(f.rank for f in layers) >= size:  # below, more samples or steps had room
+        evidence.tested.update((Kind.BATCH_SIZE, *((Kind.STEPS,) if layers[reads:] else ())))
+    over = [f for f in layers if f.rank > size and not f.flat and f.next > SPECK]
     if not over or any(f.flat and f.level > 20 * f.rounding for f in layers):
         return []
     worst = max(over, key=lambda f: f.rank)
-    limit = worst.rank
     said = f"the gradient of '{worst.name}' has rank {worst.rank}, a batch of {size} at most {size}"
     strength = max(worst.level / worst.rounding, 1.0)
-    lowest = layers[0]
-    if lowest.rank > size or len(layers) == 1:
-        larger = batch(replace(evidence, batch=limit))
-        if larger is not None:
-            line = f"dataclasses.replace(update, batch_size={limit})"
-            said += f"; {larger.route}"
-            return [Finding(Kind.BATCH_SIZE, float(limit), said, line, strength)]
-    else:
-        said += f"; '{lowest.name}' below has rank {lowest.rank}: the same data, other weights"
-    steps = max(2, -(-worst.rank // size))
-    line = (
-        f"rgap.match(model, dataclasses.replace(update, local_steps={steps}), "
-        "local=rgap.LocalTraining(rate)) with the client's rate"
+    count = lowest.rank if reads else worst.rank
+    larger = Finding(
+        Kind.BATCH_SIZE,
+        float(count),
+        said,
+        f"dataclasses.replace(update, batch_size={count})",
+        strength,
     )
-    return [Finding(Kind.STEPS, float(steps), said, line, strength)]
+    if reads and lowest in over:
+        said += f"; '{lowest.name}' reads the data, of which no step sees more"
+        return [replace(larger, evidence=said)]
+    told = None if reads else batch(replace(evidence, batch=count))
+    if told is not None:
+        return [replace(larger, evidence=f"{said}; {told.route}")]
+    if reads:
+        said += f"; '{lowest.name}' below has no more: the same data, other weights"
+    least = max(2, -(-worst.rank // size))
+    said += f"; {least} steps at least"
+    line = (
+        "rgap.match(model, dataclasses.replace(update, local_steps=steps), "
+        "local=rgap.LocalTraining(rate)) with the client's steps and rate"
+    )
+    several = Finding(Kind.STEPS, float(least), said, line, strength)
+    if reads:
+        return [several]
+    if worst.next > FAINT:
+        return [replace(larger, rivals=(Kind.STEPS,))]
+    return [replace(several, rivals=(Kind.BATCH_SIZE,))]

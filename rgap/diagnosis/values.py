@@ -36,14 +36,14 @@ def rounded(update: Update) -> Finding | None:
     said = (
         f"{found.evidence} distinct values of {len(found.noise)} tensors are {found.kind} numbers"
     )
-    line = f"{ROUNDED}, or dataclasses.replace(update, dtype=torch.{found.kind})"
+    line = f"{ROUNDED}, or dataclasses.replace(update, dtype={found.dtype})"
     return Finding(Kind.PRECISION, eps, said, line, inf)
 
 
 def compressed(evidence: Evidence) -> Finding | None:
     """Signs, or pruned entries."""
     sent = evidence.update.gradients
-    words = compression(sent, evidence.terms, evidence.update.noise)
+    words = compression(sent, evidence.terms, evidence.update.noise, evidence.precision.dtype)
     if words is None:
         return None
     zeros = sum(int((g == 0).sum()) for g in sent.values())

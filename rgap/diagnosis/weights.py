@@ -21,10 +21,10 @@ from itertools import pairwise
 from math import prod
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rgap.diagnosis import mode
-from rgap.diagnosis.dropout import predicted
+from rgap.diagnosis.dropout import dropping, predicted
 from rgap.diagnosis.evidence import Call, Evidence
 from rgap.diagnosis.factors import smallest_misfit
 from rgap.diagnosis.finding import Finding, Kind
@@ -35,12 +35,14 @@ from rgap.limits import REFUTED
 from rgap.network.activations.piecewise import Activation
 from rgap.network.chain import Chain, Stage
 from rgap.network.reshape import Op, Reshape
-from rgap.recursion.descend import descend
+from rgap.recursion.descend import Reached, descend
 from rgap.update.targets import SQUARED
 
 SAFETY = 100.0
 LARGEST = 20_000  # unknowns of a stage up to which the recursion is tried
 WHOLE = 2.0  # relative misfit above which nothing was solved
+COMMON = (Kind.DECAY, Kind.NOISE, Kind.STEPS)  # these break every identity
+SPARSE = 0.45  # share of zeros that pruning may have left, where nothing proves that it did not
 LINE = "model.load_state_dict(weights) with the weights that the server sent for this round"
 
 
@@ -52,11 +54,13 @@ class Contradiction:
         what: the identity, in words.
         misfit: relative.
         tolerance: of the misfit, by rounding and stated noise.
+        also: kinds that break it too, beside those of ``COMMON``.
     """
 
     what: str
     misfit: float
     tolerance: float
+    also: tuple[Kind, ...] = ()
 
     @property
     def strength(self) -> float:
@@ -77,7 +81,7 @@ def read(evidence: Evidence, samples: Samples | None) -> list[Finding]:
         target = None if free else smallest_misfit(evidence, samples, loss)
         if target is not None:
             what = f"the nearest target of {loss.name} at the head"
-            found.append(Contradiction(what, *target))
+            found.append(Contradiction(what, *target, (Kind.LOSS,)))
     broken = [c for c in found if c.strength > 1.0]
     if not broken and not evidence.late:
         further = _recursion(evidence) if evidence.batch == 1 else _search(evidence, samples)
@@ -96,19 +100,31 @@ def read(evidence: Evidence, samples: Samples | None) -> list[Finding]:
         f"{worst.what}: relative misfit {worst.misfit:.1e}, rounding explains "
         f"{worst.tolerance:.1e}; {len(broken)} of {len(found)} identities fail"
     )
-    rivals = tuple(k for k in (Kind.DECAY, Kind.NOISE, Kind.STEPS) if k not in evidence.tested)
+    rivals = _rivals(evidence, broken)
     return [Finding(Kind.WEIGHTS, worst.misfit, said, LINE, worst.strength, rivals)]
+
+
+def _rivals(evidence: Evidence, broken: list[Contradiction]) -> tuple[Kind, ...]:
+    """What else breaks every one of these identities, and no trial excludes."""
+    open_ = [k for k in COMMON if k not in evidence.tested]
+    shared = set.intersection(*(set(c.also) for c in broken))
+    if Kind.LOSS in shared:
+        open_.append(Kind.LOSS)  # of which only a few were tried
+    if Kind.DROPOUT in shared - evidence.tested and dropping(evidence):
+        open_.append(Kind.DROPOUT)
+    if Kind.BATCH_SIZE in shared - evidence.tested:
+        open_.append(Kind.BATCH_SIZE)
+    sent = evidence.gradients.values()
+    if sum(int((g == 0).sum()) for g in sent) > SPARSE * sum(g.numel() for g in sent):
+        open_.append(Kind.COMPRESSION)
+    return tuple(open_)
 
 
 def _masked(
     evidence: Evidence, balances: list[Contradiction], worst: Contradiction
 ) -> Finding | None:
     """Dropout that was on: its masks keep the balance, which other weights do not."""
-    layers = [
-        c
-        for c in evidence.calls
-        if isinstance(c.module, nn.modules.dropout._DropoutNd) and c.module.p > 0
-    ]
+    layers = dropping(evidence)
     if not layers:
         return None
     evidence.tested.add(Kind.DROPOUT)
@@ -142,7 +158,7 @@ def _predictions(evidence: Evidence) -> list[Contradiction]:
         misfit = float((sent - expected).norm() / expected.norm())
         tolerance = SAFETY * (max(1.0, gain) * own + other)
         what = f"the input of '{upper.name}' predicted from that of '{lower.name}'"
-        found.append(Contradiction(what, misfit, tolerance))
+        found.append(Contradiction(what, misfit, tolerance, (Kind.DROPOUT,)))
     return found
 
 
@@ -232,8 +248,9 @@ def _search(evidence: Evidence, samples: Samples | None) -> list[Contradiction]:
     nearest = nearest_sample(evidence)
     if nearest is None:
         return []
-    misfit, tolerance, name = nearest
-    return [Contradiction(f"the nearest sample at '{name}'", misfit, tolerance)]
+    misfit, tolerance, name, softmax = nearest
+    also = (Kind.LOSS if softmax else Kind.DROPOUT, Kind.BATCH_SIZE)
+    return [Contradiction(f"the nearest sample at '{name}'", misfit, tolerance, also)]
 
 
 def _recursion(evidence: Evidence) -> list[Contradiction]:
@@ -250,13 +267,15 @@ def _recursion(evidence: Evidence) -> list[Contradiction]:
     named = {n for s in chain.stages for n in (s.affine.weight_name, s.affine.bias_name) if n}
     if not named.issubset(evidence.gradients):
         return []
-    weight, bias = evidence.gradients[last.affine.weight_name], evidence.gradients[name]
+    weight, bias = last.affine.sent(evidence.gradients), evidence.gradients[name]
     x, k = features_from_bias(last.affine, weight, bias, evidence.precision)
     x = type(x)(
         x.value.reshape(-1, *last.affine.in_shape),
         x.error.reshape(len(x.error), -1, *last.affine.in_shape),
     )
-    descent = descend(chain, dict(evidence.gradients), last.index, x, k, evidence.precision)
+    descent = descend(
+        chain, dict(evidence.gradients), Reached(last.index, k, x, None), evidence.precision
+    )
     index, misfit = descent.worst
     if index < 0:
         return []
@@ -264,5 +283,5 @@ def _recursion(evidence: Evidence) -> list[Contradiction]:
     if not relative < WHOLE:
         return []
     what = f"the equations of '{chain.stages[index].name}' below the head"
-    relative = max(relative, 1e-300)
-    return [Contradiction(what, relative, relative * REFUTED / max(misfit, 1e-300))]
+    tolerance = max(relative * REFUTED / max(misfit, 1e-300), SAFETY * evidence.unit)
+    return [Contradiction(what, relative, tolerance, (Kind.DROPOUT,))]

@@ -19,6 +19,7 @@ from rgap.limits import VANISHING
 from rgap.network.activations.piecewise import Identity
 from rgap.network.chain import Chain
 from rgap.network.reshape import Op, Reshape
+from rgap.reverse import hessian_product
 from rgap.update.losses import Loss
 from rgap.update.targets import CLASSES
 
@@ -70,19 +71,13 @@ class Behind(Loss):
     def cotangent_jvp(
         self, outputs: Tensor, direction: Tensor, targets: Tensor | None = None
     ) -> Tensor:
-        """``∂k/∂z v``: the Hessian of L is symmetric, so the gradient of ``⟨k, v⟩``."""
+        """``∂k/∂z v``."""
         if targets is None:
             raise ValueError(
                 f"targets: the curvature of {self.name} behind {self.words()} depends on them; "
                 "write loss.cotangent_jvp(outputs, direction, targets)"
             )
-        with torch.enable_grad():
-            z = outputs.detach().requires_grad_()
-            value = super().__call__(self._rise(z), targets)
-            (k,) = torch.autograd.grad(value, z, create_graph=True, materialize_grads=True)
-            if not k.requires_grad:
-                return torch.zeros_like(z)
-            return torch.autograd.grad((k * direction).sum(), z, materialize_grads=True)[0]
+        return hessian_product(lambda z: self(z, targets), outputs, direction)
 
     def targets_from(self, outputs: Tensor, cotangent: Tensor) -> Tensor:
         """Dense targets [N, C] whose k at z is ``cotangent``, as nearly as any is.
@@ -179,7 +174,7 @@ def behind(chain: Chain, loss: Loss) -> tuple[Chain, Loss]:
         return chain, loss
     last, vector = chain.stages[-1], len(chain.output_shape) == 1
     still = all(idle(op) for op in last.tail)
-    if last.affine.geometry is not None or still is vector or not chain.complete:
+    if last.affine.geometry is not None or still is vector:
         return chain, loss
     options = {f.name: getattr(loss, f.name) for f in fields(Loss)}
     if not vector:

@@ -36,7 +36,7 @@ def folded(chain: Chain, loss: Loss, batch: int | None) -> tuple[Chain, Loss]:
     """
     if loss.own or not loss.known:
         return chain, loss
-    if chain.complete and chain.stages:
+    if chain.stages and chain.output_shape:
         last = chain.stages[-1]
         tail = _without_reshapes(last.tail)
         name = _PAIRS.get((loss.name, tail[-1].kind)) if tail else None

@@ -15,12 +15,20 @@ from torch import Tensor
 
 from rgap.doubles import BLOCK, row_blocks
 from rgap.head.bias_attack import bias_attack, rank_one_residual
-from rgap.head.scale import cotangent_rounding, entry, reproduced, roots, scale_equation
+from rgap.head.scale import (
+    cotangent_rounding,
+    entry,
+    reproduced,
+    roots,
+    scale_equation,
+    sign_slack,
+)
 from rgap.head.target import Reading, read_target
 from rgap.limits import DROWNED, ROUNDED, SCATTER
 from rgap.network.chain import Stage
 from rgap.precision import UNKNOWN, Known, Named, Precision
 from rgap.update.losses import Loss
+from rgap.update.targets import BINARY
 
 
 @dataclass(frozen=True)
@@ -196,6 +204,9 @@ def _without_bias(
     if not found:
         gone = int((gradient == 0).all(1).sum())
         lost = f": {gone} of its {len(v)} rows underflowed to 0 and tell neither" if gone else ""
+        if not gone and loss.name == BINARY:  # each row's sign is a label
+            gone = int((v.abs() <= sign_slack(stage, u, precision)).sum())
+            lost = f": noise leaves the sign of {gone} of its {len(v)} rows open" if gone else ""
         return HeadFailure(
             f"no scale and no target of {loss.name} reproduce the gradient of '{stage.name}'{lost}",
             consistent=gone > 0,

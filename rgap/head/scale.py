@@ -18,7 +18,7 @@ from rgap.precision import Precision
 from rgap.update.losses import Loss
 from rgap.update.targets import BINARY, CROSS_ENTROPY
 
-__all__ = ["cotangent_rounding", "entry", "reproduced", "roots", "scale_equation"]
+__all__ = ["cotangent_rounding", "entry", "reproduced", "roots", "scale_equation", "sign_slack"]
 
 BELOW, ABOVE = 1e-4, 1e7  # range of the scale α around its natural sizes, see ``_scales``
 GRID = 215  # scales a decade
@@ -58,6 +58,12 @@ def added_noise(stage: Stage, precision: Precision) -> Tensor:
     return precision.noise_std(stage.affine.weight_name, stage.affine.weight)
 
 
+def sign_slack(stage: Stage, u: Tensor, precision: Precision) -> Tensor:
+    """Size up to which noise may have turned the sign of a row of v = G u, [m]."""
+    out: Tensor = SIGN * (added_noise(stage, precision).square() @ u.square()).sqrt()
+    return out
+
+
 def cotangent_rounding(
     stage: Stage, x: Tensor, target: Tensor, loss: Loss, precision: Precision
 ) -> Tensor:
@@ -84,7 +90,7 @@ def roots(
 ) -> list[tuple[float, Tensor]]:
     """Scales α and dense targets with α k_j(α) = v_j in one entry j of v."""
     found: list[tuple[float, Tensor]] = []
-    slack = SIGN * (added_noise(stage, precision).square() @ u.square()).sqrt()  # of v = G u
+    slack = sign_slack(stage, u, precision)
     for sign in (1.0, -1.0):
         for target in _targets(loss, sign * v, slack):
             equation = scale_equation(stage, u, v, loss, target)

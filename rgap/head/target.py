@@ -15,6 +15,7 @@ from math import inf
 import torch
 from torch import Tensor
 
+from rgap.head.target_error import standard_error
 from rgap.limits import APART, ENSEMBLE, FREE, LOGIT, NORMALISED
 from rgap.network.chain import Stage
 from rgap.precision import Known, Precision
@@ -41,6 +42,8 @@ class Reading:
         spread: standard error of λ, where it was fitted.
         tested: False where the cotangents of all targets have one direction, of which λ is the
             length, so that nothing but another sample tests it.
+        error: largest standard error of a target that may be any numbers; 0 for others.
+        unseen: what no cotangent says of it: κ = p Σt − t sums to 0 whatever Σt is.
     """
 
     target: Tensor
@@ -51,6 +54,8 @@ class Reading:
     open: str = ""
     spread: float = 0.0
     tested: bool = True
+    error: float = 0.0
+    unseen: float = 0.0
 
     @property
     def fits(self) -> bool:
@@ -111,7 +116,16 @@ def _declared(z: Known, k: Known, loss: Loss, precision: Precision) -> Reading:
     tolerance = _tolerance(z, k, loss, target, precision)
     if loss.targets == "probability":
         tolerance = max(tolerance, NORMALISED)
-    return Reading(target, labels, float(distance), tolerance, open=loss.open_at(z.value))
+    error = standard_error(loss, z, k, precision) if loss.targets != "index" else 0.0
+    opened, unseen = loss.open_at(z.value), unseen_of(loss)
+    return Reading(
+        target, labels, float(distance), tolerance, open=opened, error=error, unseen=unseen
+    )
+
+
+def unseen_of(loss: Loss) -> float:
+    """What soft targets of classes may be off by for summing to 1 only as a client stored them."""
+    return NORMALISED if loss.targets == "probability" and loss.name in CLASSES else 0.0
 
 
 def _tolerance(z: Known, k: Known, loss: Loss, target: Tensor, precision: Precision) -> float:

@@ -9,8 +9,16 @@ import torch
 from torch import Tensor
 
 from rgap.doubles import row_blocks
-from rgap.head.target import Reading, read_target
-from rgap.inversion.batch_rows import batch_of, label_identity, rows_of, several, snapped
+from rgap.head.target import Reading, read_target, unseen_of
+from rgap.inversion.batch_rows import (
+    batch_of,
+    error_of_targets,
+    label_identity,
+    rows_of,
+    several,
+    snapped,
+    tolerance_of,
+)
 from rgap.inversion.certificate import Answer, cast_of
 from rgap.inversion.polish import Polished, polish
 from rgap.inversion.problem import Problem
@@ -69,11 +77,19 @@ def read_batch(problem: Problem, descent: Descent, head: BatchLoss) -> Answer:
         head = read_from_head(batch_of(problem), _flat(features).value, logits.value, head)
     if labels:
         head, distance, tolerance = snapped(problem, head, _flat(features), logits)
+    elif continuous:
+        distance, tolerance = 0.0, tolerance_of(problem, head, _flat(features), logits)
     else:
         _, distance, tolerance = label_identity(problem, head, logits)
     rows = rows_of(head, problem.labels)
     reading = Reading(
-        head.targets, rows.labels, distance, tolerance, open=head.loss.open_at(logits.value)
+        head.targets,
+        rows.labels,
+        distance,
+        tolerance,
+        open=head.loss.open_at(logits.value),
+        error=error_of_targets(problem, head, _flat(features), logits) if continuous else 0.0,
+        unseen=unseen_of(head.loss),
     )
     return Answer(descent, polished, reading, rows, gathered=norm, cast=cast_of(problem.precision))
 
@@ -185,4 +201,4 @@ def head_gradients(
     gradients = problem.gradients if gradients is None else gradients
     name = stage.affine.bias_name
     sent = name is not None and problem.precision.sent(name)
-    return gradients[stage.affine.weight_name], gradients[name] if name and sent else None
+    return stage.affine.sent(gradients), gradients[name] if name and sent else None

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import prod
+from math import inf, prod
 
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from rgap.constraints import gradient_constraint
+from rgap.head.target_error import standard_error
 from rgap.inversion.problem import Problem
 from rgap.jacobian.batch_loss import BatchLoss, loss_scale
 from rgap.limits import DETERMINED, ENSEMBLE, PROBABILITY
@@ -38,6 +40,7 @@ def batch_of(problem: Problem) -> Batch:
         loss,
         problem.precision,
         problem.stated,
+        problem.room,
     )
 
 
@@ -71,12 +74,48 @@ def snapped(
     return exact, distance, tolerance
 
 
+def error_of_targets(problem: Problem, head: BatchLoss, features: Known, logits: Known) -> float:
+    """Largest standard error of dense targets that were read off the head's own gradient.
+
+    Args:
+        problem: the update.
+        head: the targets.
+        features: u, [R, d], with their errors.
+        logits: z, [R, C], with theirs.
+    """
+    kappa = head.cotangent(logits.value)
+    if len(kappa) > features.value.shape[1] + 1:
+        return inf  # more samples than numbers at the head: its gradient leaves some of κ open
+    own = problem.precision.normal(errors_of_targets(problem, features.value), len(logits.error))
+    k = Known(kappa / head.scale, (_carried(features, kappa) + own) / head.scale)
+    return standard_error(replace(head.loss, reduction="sum"), logits, k, problem.precision)
+
+
 def _carried(features: Known, kappa: Tensor) -> Tensor:
     """Error of κ [R, C] for every error of the features it was read by, ``δκ = −(uᵀ)⁺ δuᵀ κ``."""
     table = torch.nn.functional.pad(features.value, (0, 1), value=1.0)
     moved = torch.nn.functional.pad(features.error, (0, 1))
     carried: Tensor = -torch.linalg.pinv(table.T) @ (moved.mT @ kappa)
     return carried
+
+
+def tolerance_of(problem: Problem, head: BatchLoss, features: Known, logits: Known) -> float:
+    """How far dense targets may be off by the errors of features and logits and of the update.
+
+    Args:
+        problem: the update.
+        head: with the targets.
+        features: u, [R, d], with their errors.
+        logits: z, [R, C], with their errors.
+    """
+    kappa = head.cotangent(logits.value)
+    own = errors_of_targets(problem, features.value)
+    moved = _carried(features, kappa) + problem.precision.normal(own, len(logits.error))
+    off = [
+        head.explained(logits.value + dz, kappa + dk).targets - head.targets
+        for dz, dk in zip(logits.error, moved, strict=True)
+    ]
+    return ENSEMBLE * float(torch.stack(off).abs().max())
 
 
 def errors_of_targets(problem: Problem, features: Tensor) -> Tensor:
@@ -94,7 +133,7 @@ def errors_of_targets(problem: Problem, features: Tensor) -> Tensor:
     """
     affine, precision = problem.chain.stages[-1].affine, problem.precision
     columns, names = [features], [affine.weight_name]
-    parts = [problem.gradients[affine.weight_name].to(features)]
+    parts = [affine.sent(problem.gradients).to(features)]
     if affine.bias_name is not None:
         columns.append(torch.ones_like(features[:, :1]))
         names.append(affine.bias_name)
@@ -105,7 +144,7 @@ def errors_of_targets(problem: Problem, features: Tensor) -> Tensor:
     std = []
     for name, column, part in zip(names, columns, parts, strict=True):
         squares = kappa.square().T @ column.square()
-        like = squares.reshape(problem.gradients[name].shape)
+        like = squares.reshape(part.shape if name == affine.weight_name else (-1,))
         std.append(precision.update_std(name, like, part.reshape(like.shape)).reshape(part.shape))
     out: Tensor = (back.square() @ torch.cat(std, 1).T.square()).sqrt()
     return out
@@ -158,15 +197,30 @@ class Rows:
         return inputs[index], self.labels.repeat_interleave(self.copies, 0)
 
 
+def in_order(targets: Tensor, stated: Tensor) -> Tensor | None:
+    """The rows of ``targets`` in the order of the stated ones that is nearest to these in all.
+
+    Equal rows, and rows that errors bring to another one, are each taken once.  None where there
+    are more or fewer.
+
+    >>> in_order(torch.tensor([2, 0, 1]), torch.tensor([0, 1, 2])).tolist()
+    [1, 2, 0]
+    """
+    own, wanted = targets.reshape(len(targets), -1), stated.reshape(len(stated), -1)
+    if own.shape != wanted.shape:
+        return None
+    gaps = torch.cdist(wanted.double().cpu(), own.double().cpu())
+    return torch.as_tensor(linear_sum_assignment(gaps.numpy())[1], device=targets.device)
+
+
 def rows_of(head: BatchLoss, stated: Tensor | None) -> Rows:
     """The reported rows, by label; in the order of the stated labels where they agree."""
     dense = head.loss.targets != "index"
     if dense or (head.loss.name == BINARY and head.targets.shape[1] > 1):
         order = torch.arange(len(head.targets), device=head.targets.device)
         targets = head.targets if dense else head.targets.long()
-        if stated is not None and stated.shape == targets.shape:
-            near = torch.cdist(stated.to(head.targets), head.targets).argmin(1)
-            order = near if len(set(near.tolist())) == len(near) else order
+        near = None if stated is None else in_order(targets, stated)
+        order = order if near is None else near
         return Rows(order, targets[order], head.copies[order].long())
     counts = head.targets * head.copies[:, None]
     if head.targets.shape[1] == 1:  # one logit: label 1 as often as its target says
@@ -218,5 +272,5 @@ def start(problem: Problem, found: Separated) -> Problem:
 
 def with_separation(problem: Problem, descent: Descent, found: Separated) -> Descent:
     """The descent with the stage that it started from."""
-    descent.solutions[found.stage.index] = separated_stage(problem, found)
-    return descent
+    own = separated_stage(problem, found)
+    return replace(descent, solutions={**descent.solutions, found.stage.index: own})

@@ -19,6 +19,7 @@ from torch import Tensor
 from rgap.constraints.determined import doubt
 from rgap.head.features import HeadCandidate
 from rgap.head.target import Reading
+from rgap.inversion.backing import backing
 from rgap.inversion.batch_rows import Rows
 from rgap.inversion.outcomes import replayed, stopped
 from rgap.inversion.polish import Polished
@@ -33,15 +34,19 @@ from rgap.limits import (
     NEAREST,
     PASSES,
     REFUTED,
-    ROWS,
     SAFETY,
+    STATED,
     UNTOLD,
     USEFUL,
-    VANISHING,
 )
 from rgap.precision import Known, Precision
 from rgap.recovery import Candidate, Recovery, Status
 from rgap.recursion.descend import Descent
+
+UNTESTED = (
+    "every number of the update was used to find the answer and none is left to test it: an update "
+    "that was rounded, pruned or had noise added would look the same"
+)
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,7 @@ class Answer:
     apart: bool = False  # True if the inputs do not depend on the loss and the targets
     gathered: float = 0.0  # norm of a sample, in units of the data, that rounding is relative to
     cast: float = 0.0  # unit roundoff of a format that the data may have been cast to on their way
+    widened: float = 1.0  # times that the errors may be longer, for what few equations test them
 
     @property
     def labels(self) -> Tensor:
@@ -75,11 +81,20 @@ class Answer:
         that were rounded once, for all rows of its gradient alike: :attr:`cast` times their size.
         """
         std = float(self.polished.data.std.max())
-        bound = SAFETY * std * max(1.0, self.polished.misfit)
+        bound = self.widened * SAFETY * std * max(1.0, self.polished.misfit)
         bound += self.cast * float(self.inputs.abs().max())
         if self.rows is None:
             return bound
         return max(bound, PASSES * SAFETY * torch.finfo(torch.float64).eps * self.gathered)
+
+    @property
+    def targets_bound(self) -> float | None:
+        """The same of targets that may be any numbers; None for classes and labels."""
+        error = self.reading.error
+        if not error:
+            return None
+        bound = self.widened * SAFETY * error * max(1.0, self.polished.misfit)
+        return bound + self.reading.unseen
 
 
 def cast_of(precision: Precision) -> float:
@@ -108,7 +123,7 @@ def scaled(answer: Answer, ratio: float, candidate: HeadCandidate) -> Answer:
 
 def certify(problem: Problem, answers: Sequence[Answer]) -> Recovery:
     """Decide the status of the candidates that reached the data."""
-    scored = [(answer, *_residual(problem, answer)) for answer in answers]
+    scored = [(backed(problem, answer), *_residual(problem, answer)) for answer in answers]
     fitting = [
         s
         for s in scored
@@ -181,10 +196,11 @@ def _open(problem: Problem, answer: Answer) -> str:
         return reading.open
     # Real-valued targets have a size of their own.
     unit = max(1.0, float(reading.target.abs().max()))
-    if reading.tolerance > UNTOLD * unit or reading.distance > NEAREST:
+    off = answer.targets_bound or 0.0
+    if reading.tolerance > UNTOLD * unit or reading.distance > NEAREST or off > USEFUL * unit:
         return (
             "at the rounding and noise of this update the target is only known to "
-            f"{reading.tolerance:.1g}: several fit the gradient of the last layer"
+            f"{off or reading.tolerance:.1g}: several fit the gradient of the last layer"
         )
     again = replay(problem, *_batch(problem, answer), _errors(problem, answer))
     if again.fits:
@@ -204,8 +220,8 @@ def _inputs_alone(problem: Problem, answer: Answer, said: Recovery) -> Recovery 
     """
     if not answer.apart or answer.polished.misfit > FITS:
         return None
-    if said.status is Status.INCONSISTENT and not tested(answer):
-        return None
+    if said.status is Status.INCONSISTENT:
+        answer = backed(problem, answer, whole=False)
     status, reason = verdict(problem, answer)
     if status is not Status.EXACT or excess(answer, problem) > problem.slack:
         return None
@@ -213,6 +229,7 @@ def _inputs_alone(problem: Problem, answer: Answer, said: Recovery) -> Recovery 
     return replace(
         shown,
         labels=None,
+        targets_error_bound=None,
         status=said.status,
         certified=frozenset({"inputs"}),
         scale=None,
@@ -221,18 +238,16 @@ def _inputs_alone(problem: Problem, answer: Answer, said: Recovery) -> Recovery 
     )
 
 
-def tested(answer: Answer) -> bool:
-    """True if the rank of the gradient that the inputs were read from was tested by its rows.
+def backed(problem: Problem, answer: Answer, whole: bool = True) -> Answer:
+    """The answer with an error bound as wide as what tests it asks for.
 
-    Rows of equal size in k are copies of each other up to their sign: whatever was done to the
-    update, rounding to integers say, was done to all of them alike, and G − k xᵀ shows none of it.
+    Args:
+        problem: the update and the chain that the answer is of.
+        answer: that fits.
+        whole: False where the layers above its inputs, and the loss, contradict it.
     """
-    start = answer.descent.cotangents
-    if not start:
-        return False
-    k = start[max(start)].value.flatten().abs()
-    k = k[k > VANISHING * k.max()]
-    return len(k) > 1 and float(k.max() - k.min()) > ROWS * float(k.max())
+    reading, misfits = answer.reading if whole else None, answer.polished.misfits
+    return replace(answer, widened=backing(problem, answer.descent, reading, misfits))
 
 
 def _copies(rows: Rows) -> str:
@@ -272,6 +287,8 @@ def verdict(problem: Problem, answer: Answer) -> tuple[Status, str]:
             "update"
         )
     low, high = problem.value_range or (0.0, 1.0)
+    if answer.widened == inf:
+        return Status.UNDERDETERMINED, UNTESTED
     if not answer.bound <= USEFUL * (high - low):
         return Status.UNDERDETERMINED, (
             f"the equations have full rank but at this precision the error can reach "
@@ -292,12 +309,15 @@ def _sent(answer: Answer) -> Tensor:
 
 
 def _same_labels(answer: Answer, stated: Tensor) -> bool:
-    """Class indices agree exactly, soft and real-valued targets to three digits."""
+    """Class indices agree exactly, soft and real-valued targets within what they may be off by."""
     found = _sent(answer)
     if answer.rows is not None and found.ndim == 1:
         stated = stated.flatten().sort().values
+    off = 0.0
+    if found.is_floating_point():  # SAFETY standard errors: a tolerance is REFUTED of them
+        off = max(STATED, answer.reading.tolerance * SAFETY / REFUTED)
     return found.numel() == stated.numel() and torch.allclose(
-        found.flatten().double().cpu(), stated.flatten().double().cpu(), rtol=1e-3, atol=1e-3
+        found.flatten().double().cpu(), stated.flatten().double().cpu(), rtol=STATED, atol=off
     )
 
 
@@ -316,10 +336,12 @@ def _misfit(problem: Problem, scored: tuple[Answer, float, dict[str, float]]) ->
         reason = (
             f"no batch reproduces the update: '{name}' misses by "
             f"{answer.polished.misfits[name]:.2g} standard errors ({by_name.get(name, 0):.1e} "
-            "relative); is the update from another model, loss or precision?"
+            f"relative); "
+            f"{answer.descent.doubt or 'is the update from another model, loss or precision?'}"
         )
     # The polish moves the inputs alone: targets that were read with an error refute nothing.
     free = answer.rows is not None and problem.update.loss.targets != "index"
+    free = free or bool(answer.descent.doubt)
     status = Status.UNDERDETERMINED if free else Status.INCONSISTENT
     return replace(stopped(problem, status, reason, answer.descent), residual=residual)
 
@@ -372,6 +394,7 @@ def _assemble(
         residual=residual,
         predicted_error=predicted,
         error_bound=answer.bound,
+        targets_error_bound=answer.targets_bound if show else None,
         reason=reason,
         candidates=candidates,
         warnings=warnings(problem),

@@ -40,10 +40,11 @@ from rgap.network.prefix import find_pairs, find_prefix
 from rgap.precision import Known
 from rgap.progress import Progress, Shown
 from rgap.recovery import Recovery, Route, Status
-from rgap.recursion.descend import Descent, descend
+from rgap.recursion.descend import Descent
 from rgap.separation.batch import Separated, Unseparated
 from rgap.separation.route import mixed, separate
 from rgap.solvers.priors import Prior
+from rgap.update.preflight import ClientView
 from rgap.update.update import Update
 
 log = logging.getLogger(__name__)
@@ -137,10 +138,11 @@ def invert(
     ('EXACT', [3])
     """
     began = time.perf_counter()
-    problem = prepare(
-        model, update, batch_size, value_range, noise, labels, device, seed, memory_budget,
-        input_shape,
+    client = ClientView.of(
+        model, update, batch_size=batch_size, labels=labels, input_shape=input_shape, noise=noise,
+        device=device, ready=False,
     )  # fmt: skip
+    problem = prepare(client, value_range, seed, memory_budget)
     if complete:
         filling = Filling.of(
             prior, time_limit, problem.chain.input_shape, problem.value_range, began
@@ -197,7 +199,7 @@ def _run(problem: Problem, head: Head | None, show: Progress) -> Recovery:
         top = chain.stages[-1].affine
         x = _given("features", head.features, top.in_shape, problem)
         kappa = _given("cotangents", head.cotangents, top.out_shape, problem)
-        descent = _descend(problem, len(chain.stages) - 1, x, kappa, show)
+        descent = problem.descend(len(chain.stages) - 1, x, kappa, show.stage)
         recovery = _conclude(problem, [(descent, kappa, [])], show)
         *below, last = recovery.layers
         return replace(recovery, layers=(*below, replace(last, route=Route.GIVEN)))
@@ -282,7 +284,7 @@ def _from_batch(problem: Problem, found: Separated | Unseparated, show: Progress
         halt = Halt(HaltKind.UNSEPARATED, "", found.reason)
         return outcomes.stopped(problem, status, found.reason, None, halt)
     problem = start(problem, found)
-    descent = _descend(problem, found.stage.index, found.features, found.cotangents, show)
+    descent = problem.descend(found.stage.index, found.features, found.cotangents, show.stage)
     descent = with_separation(problem, descent, found)
     recovery = _conclude(problem, [(descent, found.head, [])], show)
     if recovery.status is Status.INCONSISTENT and bool((found.head.copies > 1).any()):
@@ -319,7 +321,7 @@ def _from_bias(problem: Problem, index: int, show: Progress) -> Recovery:
             None,
             Halt.contradiction(stage.name),
         )
-    descent = _descend(problem, index, x, k, show)
+    descent = problem.descend(index, x, k, show.stage)
     return _conclude(problem, [(descent, None, [])], show)
 
 
@@ -349,7 +351,7 @@ def _from_head(problem: Problem, show: Progress) -> Recovery:
     runs: list[Run] = []
     for family in families(matching(found, problem.labels), chain):
         first = family[0]
-        descent = _descend(problem, index, first.features, first.cotangent, show)
+        descent = problem.descend(index, first.features, first.cotangent, show.stage)
         runs.append((descent, first.cotangent, family))
     return _conclude(problem, runs, show)
 
@@ -434,12 +436,6 @@ def _answer(
 
 def _worst(descent: Descent) -> float:
     return descent.worst[1]
-
-
-def _descend(problem: Problem, index: int, x: Known, k: Known, show: Progress) -> Descent:
-    return descend(
-        problem.chain, problem.gradients, index, x, k, problem.precision, show.stage, problem.budget
-    )
 
 
 def _given(name: str, value: Tensor, shape: tuple[int, ...], problem: Problem) -> Known:

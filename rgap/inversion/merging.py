@@ -90,6 +90,7 @@ def _open(problem: Problem, found: Recovery, why: str) -> Recovery:
         status=Status.UNDERDETERMINED,
         certified=frozenset(),
         error_bound=None,
+        targets_error_bound=None,
         predicted_error=None,
         multiplicities=None,
         scale=None,

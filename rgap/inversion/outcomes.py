@@ -88,16 +88,16 @@ def over_positions(problem: Problem) -> Recovery:
 
 
 def contradiction(problem: Problem, descent: Descent) -> Recovery:
-    """INCONSISTENT, naming the layer whose equations do not fit."""
+    """INCONSISTENT, naming the layer whose equations do not fit, where their errors allow that."""
     index, misfit = descent.worst
     stage = problem.chain.stages[index]
     relative = descent.solutions[index].solution.stats.residual
     return stopped(
         problem,
-        Status.INCONSISTENT,
+        Status.UNDERDETERMINED if descent.doubt else Status.INCONSISTENT,
         f"the gradient of '{stage.name}' contradicts the layers above it: residual "
-        f"{misfit:.2g} standard errors ({relative:.1e} of the gradient); is the update from "
-        "another model, loss or precision?",
+        f"{misfit:.2g} standard errors ({relative:.1e} of the gradient); "
+        f"{descent.doubt or 'is the update from another model, loss or precision?'}",
         descent,
         Halt.contradiction(stage.name),
     )

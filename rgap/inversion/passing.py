@@ -16,7 +16,7 @@ from rgap.jacobian.module_update import Inside
 from rgap.network.reshape import Op, Reshape
 from rgap.precision import Known
 from rgap.progress import Progress
-from rgap.recursion.descend import Descent, descend
+from rgap.recursion.descend import Descent
 
 SPARE = 2.0  # equations, in multiples of the unknowns, that a search takes below the first pool
 
@@ -48,10 +48,7 @@ def unpooled(
 
     while (reached := descent.reached).u is not None and descent.halt is not None:
         last.clear()
-        fresh = descend(
-            chain, problem.gradients, reached.index, reached.u, reached.k, problem.precision,
-            show.stage, problem.budget, unpool,
-        )  # fmt: skip
+        fresh = problem.descend(reached.index, reached.u, reached.k, show.stage, unpool)
         if reached.index - 1 not in fresh.inputs or fresh.refuted:
             break
         descent = replace(

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
-import torch
 from torch import Tensor, nn
 
 from rgap import memory, validation
@@ -15,13 +13,14 @@ from rgap.completion.complete import Filling
 from rgap.doubles import Doubles
 from rgap.head.behind import behind
 from rgap.head.ending import folded
-from rgap.network.agreement import sample_shape
 from rgap.network.chain import Chain, parse, unparsed
 from rgap.network.probing import UnreadyError
-from rgap.precision import Precision
+from rgap.precision import Known, Precision
+from rgap.progress import Watch, silent
+from rgap.recursion.descend import Descent, Reached, Unpool, descend
 from rgap.recursion.stage import BUDGET
 from rgap.update.losses import Loss
-from rgap.update.preflight import as_on_the_client, device_of, precision_of
+from rgap.update.preflight import ClientView
 from rgap.update.targets import CLASSES
 from rgap.update.update import Update, view
 
@@ -36,22 +35,61 @@ BEYOND = 1.0  # slack of a range that nobody stated for this recovery: data are 
 class Problem:
     """An update and its model, checked and in float64, ready to be solved."""
 
-    model: nn.Module
-    update: Update
+    client: ClientView
+    update: Update  # under the loss as the last affine map sees it
     chain: Chain
     gradients: Doubles
     precision: Precision
     batch: int  # rows of what is recovered: different pictures
-    stated: int | None  # batch size, where the update or the caller says it
-    labels: Tensor | None
     value_range: tuple[float, float] | None
     slack: float  # widths of the range by which a candidate may leave it
     budget: float  # bytes for the matrices of one layer; without room for them: no matrices
     room: float  # bytes for everything together
-    declared: Loss  # of the model's own outputs, as the client minimised it
     unready: str = ""  # why the model, in train mode, is no function of the data
     filling: Filling | None = None  # None: stop where the equations end
     notes: tuple[str, ...] = ()  # what was read off the update before anything was solved
+
+    @property
+    def model(self) -> nn.Module:
+        """As the client had it."""
+        return self.client.model
+
+    @property
+    def stated(self) -> int | None:
+        """Batch size, where the update or the caller says it."""
+        return self.client.batch
+
+    @property
+    def labels(self) -> Tensor | None:
+        """Targets, where the update or the caller says them."""
+        return self.client.labels
+
+    @property
+    def declared(self) -> Loss:
+        """Of the model's own outputs, as the client minimised it."""
+        return self.client.update.loss
+
+    def descend(
+        self,
+        index: int,
+        features: Known,
+        cotangent: Known,
+        watch: Watch = silent,
+        unpool: Unpool | None = None,
+    ) -> Descent:
+        """The recursion from a stage whose affine input and cotangent are known down to the data.
+
+        Args:
+            index: of the stage.
+            features: u, [B, *affine.in_shape].
+            cotangent: k, [B, *affine.out_shape].
+            watch: told the name of each stage.
+            unpool: as for :func:`rgap.recursion.descend.descend`.
+        """
+        start = Reached(index, cotangent, features, None)
+        return descend(
+            self.chain, self.gradients, start, self.precision, watch, self.budget, unpool
+        )
 
     @property
     def sent(self) -> Doubles:
@@ -60,39 +98,24 @@ class Problem:
 
 
 def prepare(
-    model: nn.Module,
-    update: Update,
-    batch_size: int | None,
-    value_range: tuple[float, float] | None,
-    noise: float,
-    labels: Tensor | None,
-    device: torch.device | str | None,
-    seed: int,
-    budget: float | None,
-    input_shape: Sequence[int] | None = None,
+    client: ClientView,
+    value_range: tuple[float, float] | None = None,
+    seed: int = 0,
+    budget: float | None = None,
 ) -> Problem:
-    """Check an update against its model and bring both to float64; arguments as for ``invert``."""
-    update = update.fitted(model)
-    update, rounded = update.as_rounded()
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            raise ValueError(
-                f"model: {name!r} is on the meta device and has no values; write "
-                "model.to_empty(device='cpu') and load the weights that the update was computed on"
-            )
-    stated = update.batch_size if batch_size is None else batch_size
-    known = update.labels if labels is None else labels
-    if stated is None and isinstance(known, Tensor):
-        stated = len(known)
-    if stated is not None:
-        stated = validation.count("batch_size", stated)
-        known = validation.labels(known, stated)
-    validation.noise(noise)
+    """Bring a client's model and update to float64.
+
+    Args:
+        client: both, checked.
+        value_range: of the data, if the caller states one.
+        seed: of the sampled errors.
+        budget: bytes; by default a share of what the machine has free.
+
+    Raises:
+        ValueError: several local steps, labels out of range, a range that is none, no room.
+    """
+    update, place = client.update, client.place
     bounds = update.value_range if value_range is None else validation.bounds(value_range)
-    slack = BEYOND if value_range is None else 0.0
-    place = device_of(device)
-    update = view(update, input_shape=sample_shape(model, input_shape, update.input_shape))
-    assert update.input_shape is not None
     if update.local_steps > 1:
         raise ValueError(
             f"expected one gradient, got an average over {update.local_steps} local steps: the "
@@ -100,37 +123,32 @@ def prepare(
             "for local_steps=1, or write rgap.match(model, update, local=rgap.LocalTraining(rate))"
         )
     room = memory.budget_of(budget, place)
-    model = as_on_the_client(model, update)
-    memory.require_copies(model, 1 if place.type == "cpu" else 2, room)
-    declared, unready = update.loss, ""
+    memory.require_copies(client.model, 1 if place.type == "cpu" else 2, room)
+    unready = ""
     try:
-        chain = parse(model, update.input_shape)
+        chain = parse(client.model, client.input_shape)
     except UnreadyError as error:  # what stands below it may be read all the same
-        chain, unready = unparsed(model, update.input_shape, str(error)), str(error)
+        unready = str(error)
+        chain = unparsed(client.model, client.input_shape, unready)
     if place.type != "cpu":
         chain = chain.to(place)
-    chain, loss = behind(*folded(chain, declared, stated))
+    chain, loss = behind(*folded(chain, update.loss, client.batch))
     update = view(update, loss=loss)
-    _check_labels(known, update, chain)
-    gradients = Doubles(update.gradients, place, room / 8)
-    samples = ensemble(chain, stated or 1, room)
-    precision = precision_of(update, noise, place, seed, samples)
+    _check_labels(client.labels, update, chain)
+    samples = ensemble(chain, client.batch or 1, room)
     return Problem(
-        model,
+        client,
         update,
         chain,
-        gradients,
-        precision,
-        stated or 1,
-        stated,
-        known,
+        Doubles(update.gradients, place, room / 8),
+        client.precision(seed, samples),
+        client.batch or 1,
         bounds,
-        slack,
-        room if budget is not None else min(room, BUDGET),
-        room,
-        declared,
-        unready,
-        notes=(rounded,) if rounded else (),
+        slack=BEYOND if value_range is None else 0.0,
+        budget=room if budget is not None else min(room, BUDGET),
+        room=room,
+        unready=unready,
+        notes=(client.rounded,) if client.rounded else (),
     )
 
 

@@ -63,7 +63,7 @@ def _contradiction(problem: Problem, stage: Stage, above: Stage, u: Known) -> st
     bias = sent[affine.bias_name].to(affine.weight)
     if not bool((bias != 0).any()):
         return ""
-    weight = sent[affine.weight_name]
+    weight = affine.sent(sent)
     read, k = features_from_bias(affine, weight, bias, precision)
     misfit = rank_one_residual(weight, read.value[0], k.value[0])
     if misfit > rank_one_tolerance(affine, weight, bias, read, precision):

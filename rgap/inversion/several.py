@@ -11,19 +11,19 @@ from rgap.halt import HaltKind
 from rgap.head.target import Reading
 from rgap.inversion import certificate, outcomes
 from rgap.inversion.answer import gathered
-from rgap.inversion.batch_rows import Rows, batch_of, start, with_separation
+from rgap.inversion.batch_rows import Rows, batch_of, in_order, start, with_separation
 from rgap.inversion.certificate import Answer
 from rgap.inversion.parts import in_parts
 from rgap.inversion.polish import polish
 from rgap.inversion.problem import Problem
 from rgap.inversion.replay import replay
 from rgap.inversion.reports import layer_reports
-from rgap.inversion.weighed import in_order, weighed
+from rgap.inversion.weighed import weighed
 from rgap.network.chain import Chain
 from rgap.network.prefix import find_pairs, reaches
 from rgap.progress import Progress
 from rgap.recovery import Candidate, Recovery, Route, Status
-from rgap.recursion.descend import Descent, descend
+from rgap.recursion.descend import Descent
 from rgap.separation.batch import Separated, Unseparated
 from rgap.separation.headless import separate_headless
 
@@ -48,10 +48,7 @@ def from_pair(problem: Problem, chain: Chain, above: str, show: Progress) -> Rec
     if isinstance(found, Unseparated):
         return None
     own = start(own, found)
-    descent = descend(
-        chain, own.gradients, found.stage.index, found.features, found.cotangents,
-        own.precision, show.stage, own.budget,
-    )  # fmt: skip
+    descent = own.descend(found.stage.index, found.features, found.cotangents, show.stage)
     descent = with_separation(own, descent, found)
     if descent.refuted:
         return None
@@ -116,7 +113,7 @@ def _named(problem: Problem, recovery: Recovery, answer: Answer) -> Recovery:
     if stated is None:  # the order of a batch is not in its gradient: rows come by label
         stated = labels.sort().values if labels.ndim == 1 else labels
     order = in_order(labels, stated)
-    if order is None:
+    if order is None or not torch.equal(labels[order], stated.reshape(labels.shape).to(labels)):
         said = f"the stated labels contradict the update, whose head says {labels.tolist()}"
         return replace(recovery, reason=f"{recovery.reason}; {said}")
     again = replay(problem, data.value, labels, scale, data.error, found.spread)

@@ -15,6 +15,7 @@ from rgap.head.features import features_from_bias, rank_one_tolerance
 from rgap.head.target import Reading
 from rgap.inversion import certificate, outcomes
 from rgap.inversion.answer import head_gradients
+from rgap.inversion.backing import replayed
 from rgap.inversion.certificate import Answer
 from rgap.inversion.parts import in_parts
 from rgap.inversion.polish import polish
@@ -26,7 +27,7 @@ from rgap.network.prefix import Prefix, reaches
 from rgap.precision import Known
 from rgap.progress import Progress
 from rgap.recovery import Candidate, Recovery, Status
-from rgap.recursion.descend import Descent, descend
+from rgap.recursion.descend import Descent
 
 __all__ = ["from_prefix"]
 
@@ -67,9 +68,7 @@ def from_prefix(problem: Problem, prefix: Prefix, above: str, show: Progress) ->
             None,
             Halt.contradiction(stage.name),
         )
-    descent = descend(
-        chain, problem.gradients, stage.index, x, k, problem.precision, show.stage, problem.budget
-    )
+    descent = own.descend(stage.index, x, k, show.stage)
     if descent.refuted:
         return outcomes.contradiction(own, descent)
 
@@ -121,10 +120,10 @@ def _certified(
         worst = max(polished.misfits, key=polished.misfits.__getitem__)
         return outcomes.stopped(
             own,
-            Status.INCONSISTENT,
+            Status.UNDERDETERMINED if descent.doubt else Status.INCONSISTENT,
             f"no input reproduces '{worst}', which misses by {polished.misfit:.2g} standard "
-            f"errors, together with what '{name}' takes in; is the update from another model or "
-            "precision?",
+            f"errors, together with what '{name}' takes in; "
+            f"{descent.doubt or 'is the update from another model or precision?'}",
             descent,
             Halt.contradiction(name),
         )
@@ -143,12 +142,11 @@ def _certified(
         return outcomes.stopped(own, status, why, descent)
     show.stage("trying targets")
     trial = _trial(problem, prefix, answer.polished.data)
-    if trial.refuted and not certificate.tested(answer):
-        said = (
-            f"{trial.reason}; nor do the rows of the gradient of '{name}' test that it is of rank "
-            "one, so its input is not certified"
-        )
-        return outcomes.stopped(own, Status.UNDERDETERMINED, said, descent)
+    answer = replace(answer, widened=replayed(problem, own, descent, polished.data, trial.labels))
+    status, why = certificate.verdict(own, answer)
+    if status is not Status.EXACT:
+        said = f"{trial.reason}; " if trial.reason else ""
+        return outcomes.stopped(own, status, f"{said}{why}", descent)
     return _recovery(problem, own, answer, trial, above)
 
 
@@ -173,6 +171,7 @@ def _recovery(problem: Problem, own: Problem, answer: Answer, trial: Trial, abov
         residual=trial.residual,
         predicted_error=answer.polished.data.error.square().flatten(2).mean((0, 2)).sqrt(),
         error_bound=bound,
+        targets_error_bound=trial.bound,
         reason="",
         certified=frozenset({"inputs", "targets"} if both else {"inputs"}),
     )

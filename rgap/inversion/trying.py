@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from rgap.head.target import unseen_of
 from rgap.inversion.problem import Problem
 from rgap.inversion.replay import replay
 from rgap.limits import ROUNDED, SAFETY, USEFUL, VANISHING
@@ -23,6 +24,7 @@ from rgap.update.targets import CLASSES
 __all__ = ["Trial", "try_targets"]
 
 MOST = 1000  # labels that are tried
+MOVED = 4  # errors of the input that a dense target is read again with
 REPLAYED = 2  # of these the whole update is computed for: the nearest, and what refutes the next
 
 
@@ -35,12 +37,14 @@ class Trial:
         residual: of the best replay, or None where none was possible.
         reason: why the targets are not certified, or "".
         refuted: True if the update is that of no target that was tried.
+        bound: largest error of a target that may be any numbers; None for others, and stated ones.
     """
 
     labels: Tensor | None
     residual: float | None
     reason: str
     refuted: bool = False
+    bound: float | None = None
 
 
 def try_targets(problem: Problem, known: Known, parameter: str) -> Trial:
@@ -73,9 +77,10 @@ def try_targets(problem: Problem, known: Known, parameter: str) -> Trial:
                 "what it drew or mixed is not part of the update, so no replay gives it again",
             )
     try:
-        options = _options(problem, known.value, parameter)
-        if isinstance(options, str):
-            return Trial(None, None, options)
+        listed = _options(problem, known, parameter)
+        if isinstance(listed, str):
+            return Trial(None, None, listed)
+        options, bound = listed
         tries = [
             (replay(problem, known.value, target, 1.0, known.error), target)
             for target in options[:REPLAYED]
@@ -96,7 +101,7 @@ def try_targets(problem: Problem, known: Known, parameter: str) -> Trial:
         )
     if len(fitting) > 1:
         return Trial(None, again.residual, "several targets reproduce the update")
-    return Trial(labels if again.fits else fitting[0], again.residual, "")
+    return Trial(labels if again.fits else fitting[0], again.residual, "", bound=bound)
 
 
 def _draws(module: Any) -> bool:
@@ -105,13 +110,15 @@ def _draws(module: Any) -> bool:
     return drawn or mixes or isinstance(module, torch.nn.RReLU)
 
 
-def _options(problem: Problem, inputs: Tensor, parameter: str) -> Sequence[Tensor] | str:
-    """Targets worth a replay, the likeliest first, or why there are none."""
+def _options(
+    problem: Problem, known: Known, parameter: str
+) -> tuple[Sequence[Tensor], float | None] | str:
+    """Targets worth a replay, the likeliest first, and their bound; or why there are none."""
     if problem.labels is not None:
-        return [problem.labels]
+        return [problem.labels], None
     model = copy.deepcopy(problem.model).double().requires_grad_()
     with torch.enable_grad():
-        outputs = model(inputs.to(next(model.parameters())))
+        outputs = model(known.value.to(next(model.parameters())))
         if not isinstance(outputs, Tensor) or outputs.ndim != 2 or len(outputs) != 1:
             return (
                 "the model does not return one tensor [B, C], so the targets that the loss takes "
@@ -122,8 +129,10 @@ def _options(problem: Problem, inputs: Tensor, parameter: str) -> Sequence[Tenso
         sent = problem.gradients[parameter]
         several = not loss.own and loss.name not in CLASSES and count > 1
         if loss.targets != "index" or several:
-            found = _continuous(problem, outputs, weight, parameter)
-            return found if isinstance(found, str) else [loss.read(found)[0].cpu()]
+            found = _continuous(problem, model, known, parameter)
+            if isinstance(found, str):
+                return found
+            return [loss.read(found[0])[0].cpu()], found[1] if loss.targets != "index" else None
         labels = loss.admissible(count) if not loss.own else list(range(count))
         if labels is None or len(labels) > MOST:
             return f"{loss.name} admits too many targets to try"
@@ -137,32 +146,51 @@ def _options(problem: Problem, inputs: Tensor, parameter: str) -> Sequence[Tenso
             (g,) = torch.autograd.grad(value, weight, retain_graph=True)
             misses.append(float((g - sent.to(g)).norm()))
     order = sorted(range(len(targets)), key=misses.__getitem__)
-    return [targets[place].cpu() for place in order]
+    return [targets[place].cpu() for place in order], None
 
 
-def _continuous(problem: Problem, outputs: Tensor, weight: Tensor, parameter: str) -> Tensor | str:
-    """The dense target whose cotangent at the outputs explains one parameter's gradient."""
+def _continuous(
+    problem: Problem, model: nn.Module, known: Known, parameter: str
+) -> tuple[Tensor, float] | str:
+    """The dense target whose cotangent at the outputs explains one parameter's gradient; its bound.
+
+    A replay does not see what lies along the weakest direction: the error has to be small.
+    """
     loss, precision, sent = problem.declared, problem.precision, problem.gradients[parameter]
-    rows = [
-        torch.autograd.grad(output, weight, retain_graph=True)[0].flatten()
-        for output in outputs.flatten()
-    ]
-    matrix = torch.stack(rows, 1)
-    values = torch.linalg.svdvals(matrix)
-    if len(values) < matrix.shape[1] or float(values[-1]) < VANISHING * float(values[0]):
-        return "the cotangent at the outputs does not follow from the gradient: a target is open"
-    kappa = torch.linalg.lstsq(matrix, sent.to(matrix).flatten()[:, None]).solution
-    target = loss.targets_from(outputs.detach(), kappa.reshape(outputs.shape))
-    # A replay does not see what lies along the weakest direction: its error has to be small.
+    weight = dict(model.named_parameters())[parameter]
+
+    def fitted(inputs: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        outputs = model(inputs.to(weight))
+        rows = [
+            torch.autograd.grad(output, weight, retain_graph=True)[0].flatten()
+            for output in outputs.flatten()
+        ]
+        matrix, z = torch.stack(rows, 1), outputs.detach()
+        values = torch.linalg.svdvals(matrix)
+        if len(values) < matrix.shape[1] or float(values[-1]) < VANISHING * float(values[0]):
+            return None
+        kappa = torch.linalg.lstsq(matrix, sent.to(matrix).flatten()[:, None]).solution
+        return loss.targets_from(z, kappa.reshape(z.shape)), matrix, z
+
+    with torch.enable_grad():
+        first = fitted(known.value)
+        if first is None:
+            return (
+                "the cotangent at the outputs does not follow from the gradient: a target is open"
+            )
+        target, matrix, z = first
+        moved = [
+            again[0] - target for e in known.error[:MOVED] if (again := fitted(known.value + e))
+        ]
     rounded = ROUNDED * (sent.abs() * precision.unit + precision.floor)
     off = torch.hypot(rounded, SAFETY * precision.noise_std(parameter, sent)).flatten().to(matrix)
-    moved = (torch.linalg.pinv(matrix).square() @ off.square()).sqrt().reshape(outputs.shape)
-    z = outputs.detach()
-    shift = loss.targets_from(z, moved) - loss.targets_from(z, torch.zeros_like(moved))
-    tolerance = float(shift.abs().max())
-    if tolerance > USEFUL * max(1.0, float(target.abs().max())):
+    own = (torch.linalg.pinv(matrix).square() @ off.square()).sqrt().reshape(z.shape)
+    shift = loss.targets_from(z, own) - loss.targets_from(z, torch.zeros_like(own))
+    carried = SAFETY * max((float(m.abs().max()) for m in moved), default=0.0)
+    bound = float(shift.abs().max()) + carried + unseen_of(loss)
+    if not bound <= USEFUL * max(1.0, float(target.abs().max())):
         return (
-            f"a target is known to {tolerance:.1e} only: the cotangent at the outputs follows "
+            f"a target is known to {bound:.1e} only: the cotangent at the outputs follows "
             f"from the gradient of '{parameter}' no better"
         )
-    return target
+    return target, bound

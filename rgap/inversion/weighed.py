@@ -21,7 +21,7 @@ from rgap.limits import ENSEMBLE, FITS
 from rgap.precision import Known
 from rgap.update.losses import Loss
 
-__all__ = ["Weighed", "in_order", "weighed"]
+__all__ = ["Weighed", "weighed"]
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def _cotangents(problem: Problem, features: Known) -> Known | str:
     """κ [B, C] with its errors, from ``[G | ∂b] = κᵀ [u | 1]``."""
     affine, precision = problem.chain.stages[-1].affine, problem.precision
     table, moved = [features.value], [features.error]
-    sent = [problem.gradients[affine.weight_name]]
+    sent = [affine.sent(problem.gradients)]
     if affine.bias_name is not None and precision.sent(affine.bias_name):
         table.append(torch.ones_like(features.value[:, :1]))
         moved.append(torch.zeros_like(features.error[..., :1]))
@@ -146,23 +146,3 @@ def _cotangents(problem: Problem, features: Known) -> Known | str:
             f"{misfit:.1e} standard errors)"
         )
     return Known(kappa, own + carried) if misfit < inf else "not finite"
-
-
-def in_order(labels: Tensor, stated: Tensor) -> Tensor | None:
-    """The rows of ``labels`` in the order of the stated ones; None where they are not the same.
-
-    >>> in_order(torch.tensor([2, 0, 1]), torch.tensor([0, 1, 2])).tolist()
-    [1, 2, 0]
-    """
-    own, wanted = labels.reshape(len(labels), -1), stated.reshape(len(stated), -1).to(labels)
-    if own.shape != wanted.shape:
-        return None
-    left = list(range(len(own)))
-    order: list[int] = []
-    for row in wanted:
-        same = [i for i in left if torch.equal(own[i], row)]
-        if not same:
-            return None
-        order.append(same[0])
-        left.remove(same[0])
-    return torch.tensor(order, device=labels.device)

@@ -1,8 +1,7 @@
 """The update of any module as a function of the data, with products of its Jacobian.
 
-``g(x) = ∂L(f_θ(x), t)/∂θ``.  One graph is built at each x: ``w(y) = Jᵀ y`` is a reverse pass
-through it, and because w is linear in y a reverse pass through *its* graph is ``J v``.  No chain of
-layers is needed, only activations with a second derivative worth following.
+``g(x) = ∂L(f_θ(x), t)/∂θ``.  One graph is built at each x (:mod:`rgap.jacobian.products`).  No
+chain of layers is needed, only activations with a second derivative worth following.
 
 Where closed forms found something of the input u of some layer, and the cotangent there, the
 layers above drop out: ``G_j = ∂⟨cotangent, u(x)⟩/∂θ_j`` for every parameter below.
@@ -21,15 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from rgap.constraints.known_input import Equations
+from rgap.jacobian.products import GraphProducts
 from rgap.jacobian.smoothing import soften
 from rgap.network.isolation import plain_kernels
 from rgap.network.running import run
 from rgap.precision import GROWTH, Precision
 from rgap.update.local_training import LocalTraining, average
 from rgap.update.losses import Loss
-
-COLUMN = 2  # what a column of the Jacobian costs, in rows
-FORMED = 320  # unknowns up to which the Jacobian is formed: one batched pass costs less than CG
 
 
 def cosine_distance(own: Tensor, sent: Tensor, size: float) -> Tensor:
@@ -67,15 +64,21 @@ class Outside:
 
     Attributes:
         loss: the client's.
-        targets: of the batch, as the loss wants them.
+        targets: of the batch, as the loss wants them; None where a search finds them.
         local: how the client trains between two rounds; None: it sends one gradient.
         steps: of its training.
     """
 
     loss: Loss
-    targets: Tensor
+    targets: Tensor | None
     local: LocalTraining | None = None
     steps: int = 1
+
+    def value(self, outputs: Tensor, rows: slice = slice(None)) -> Tensor:
+        """The loss of the model's outputs for some rows of the batch."""
+        if self.targets is None:
+            raise ValueError("targets: expected those of the batch, got none; write targets=...")
+        return self.loss(outputs, self.targets[rows])
 
 
 def watchable(model: nn.Module, layer: str) -> bool:
@@ -90,7 +93,7 @@ def watchable(model: nn.Module, layer: str) -> bool:
 
 
 class ModuleUpdate:
-    """Normalised residuals of an update for any module; see :class:`ModulePoint`.
+    """Normalised residuals of an update for any module; see :meth:`at`.
 
     Args:
         model: in eval mode; a float64 copy does the work.
@@ -147,9 +150,9 @@ class ModuleUpdate:
         own = sum(g.numel() for g in self.gradients.values())
         return own + (self.source.known.equations if isinstance(self.source, Inside) else 0)
 
-    def at(self, x: Tensor) -> ModulePoint:
-        """The residual at x [B, *input_shape]."""
-        return ModulePoint(self, x)
+    def at(self, x: Tensor) -> GraphProducts:
+        """The residual at x [B, *input_shape], with the products of its Jacobian."""
+        return GraphProducts(self.rows, x)
 
     def balance(self, x: Tensor) -> None:
         """Make the misfit of what is known inside 1 at x, as that of a gradient is."""
@@ -256,7 +259,7 @@ class ModuleUpdate:
             if isinstance(source, Inside):
                 value = (source.cotangent * self._seen[0].reshape(source.shape)).sum()
             else:
-                value = source.loss(outputs, source.targets)
+                value = source.value(outputs)
             if not leaves or not value.requires_grad:
                 return leaves, (None,) * len(leaves)
             return leaves, torch.autograd.grad(
@@ -266,7 +269,7 @@ class ModuleUpdate:
     def _step(
         self, x: Tensor, source: Outside, parameters: dict[str, Tensor], rows: slice
     ) -> dict[str, Tensor]:
-        value = source.loss(self._run(x[rows], parameters), source.targets[rows])
+        value = source.value(self._run(x[rows], parameters), rows)
         found = torch.autograd.grad(
             value, list(parameters.values()), create_graph=True, materialize_grads=True
         )
@@ -279,70 +282,3 @@ class ModuleUpdate:
 
     def _note(self, _: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
         self._seen.append(args[0] if args else next(iter(named.values())))
-
-
-class ModulePoint:
-    """Residual and Jacobian products at one x, for :func:`rgap.solvers.gauss_newton`."""
-
-    def __init__(self, update: ModuleUpdate, x: Tensor) -> None:
-        with torch.enable_grad():
-            self._x = x.detach().clone().requires_grad_()
-            self._rows = update.rows(self._x)
-        self._y = torch.zeros_like(self._rows, requires_grad=True)
-        self._pulled: Tensor | None = None
-
-    @property
-    def residual(self) -> Tensor:
-        """r(x), [m]."""
-        return self._rows.detach()
-
-    def pull(self, r: Tensor) -> Tensor:
-        """Jᵀ r."""
-        found: Tensor = torch.autograd.grad(
-            self._rows, self._x, r, retain_graph=True, materialize_grads=True
-        )[0]
-        return found
-
-    def jacobian(self) -> Tensor | None:
-        """J, [m, n], in one batched pass over its rows or its columns; None where it is large."""
-        rows, unknowns = len(self._rows), self._x.numel()
-        if unknowns > FORMED or rows * unknowns > FORMED * FORMED * 10:
-            return None
-        narrow = COLUMN * unknowns < rows and self._transposed().requires_grad
-        size = unknowns if narrow else rows
-        eye = torch.eye(size, dtype=self._rows.dtype, device=self._rows.device)
-        if narrow:
-            directions = eye.reshape(unknowns, *self._x.shape)
-            return _batched(self._transposed(), self._y, directions).T
-        return _batched(self._rows, self._x, eye).flatten(1)
-
-    def push(self, v: Tensor) -> Tensor:
-        """J v."""
-        transposed = self._transposed()
-        if not transposed.requires_grad:  # nothing of the update depends on x
-            return torch.zeros_like(self._rows)
-        found: Tensor = torch.autograd.grad(
-            transposed, self._y, v, retain_graph=True, materialize_grads=True
-        )[0]
-        return found
-
-    def _transposed(self) -> Tensor:
-        """Jᵀ y as part of the graph of y, in which it is linear."""
-        if self._pulled is None:
-            self._pulled = torch.autograd.grad(
-                self._rows, self._x, self._y, create_graph=True, materialize_grads=True
-            )[0]
-        return self._pulled
-
-
-def _batched(output: Tensor, of: Tensor, directions: Tensor) -> Tensor:
-    """A reverse pass for every direction, all at once."""
-    options = {"retain_graph": True, "materialize_grads": True}
-    try:
-        found: Tensor = torch.autograd.grad(
-            output, of, directions, is_grads_batched=True, **options
-        )[0]
-    except RuntimeError:  # a kernel without a batching rule, such as group norm's second derivative
-        rows = [torch.autograd.grad(output, of, d, **options)[0] for d in directions]
-        found = torch.stack(rows)
-    return found

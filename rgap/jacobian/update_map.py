@@ -2,7 +2,7 @@
 
 ``g(x) = ∂L(f_θ(x), t)/∂θ`` at a probe batch.  Its derivative in a direction v of the data is
 ``J v``: forward over reverse, many directions at once.  Operations without a forward derivative
-go through two reverse passes instead: ``w(y) = Jᵀ y`` is linear in y, so ``J v = ∂⟨w(y), v⟩/∂y``.
+go through two reverse passes instead (:mod:`rgap.jacobian.products`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from rgap import memory
+from rgap.jacobian.products import GraphProducts
 from rgap.network.isolation import plain_kernels
 from rgap.network.running import first_line, recorded
 from rgap.update.losses import Loss
@@ -96,6 +97,11 @@ class UpdateMap:
         return sum(block.equations for block in self.blocks)
 
     @property
+    def sizes(self) -> tuple[int, ...]:
+        """Entries of each tensor of the update, in the order of the rows."""
+        return tuple(self._parameters[name].numel() for b in self.blocks for name in b.names)
+
+    @property
     def chunk(self) -> int:
         """Directions that go through at once."""
         wide = max(self.equations, 8 * self.unknowns)
@@ -117,6 +123,10 @@ class UpdateMap:
         found: dict[str, Tensor] = torch.func.grad(value)(self._parameters)
         return found
 
+    def value(self, inputs: Tensor) -> Tensor:
+        """g(x) in the order of the rows, [equations]."""
+        return self._stacked(self.gradient(inputs))
+
     def columns(self, directions: Tensor) -> Tensor:
         """J v for directions [S, B, *input_shape]: [S, equations], block by block."""
         directions = directions.to(self.inputs)
@@ -127,8 +137,14 @@ class UpdateMap:
             except RuntimeError as error:
                 log.info("no forward derivative (%s): two reverse passes", first_line(error))
                 self.forward_mode = False
-        with plain_kernels(), recorded():
-            return self._reverse_over_reverse(directions)
+        with plain_kernels():
+            at = GraphProducts(self._graph, self.inputs)
+            return torch.stack([at.push(v) for v in directions]).detach()
+
+    def rows(self, cotangents: Tensor) -> Tensor:
+        """Jᵀ y for cotangents [S, equations]: [S, B, *input_shape]."""
+        with plain_kernels():
+            return GraphProducts(self._graph, self.inputs).pulls(cotangents).detach()
 
     def chunks(self, directions: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """`columns` in pieces that fit a moderate memory: (which directions, their products)."""
@@ -138,33 +154,22 @@ class UpdateMap:
             yield piece, self.columns(directions[piece])
 
     def _forward_over_reverse(self, direction: Tensor) -> Tensor:
-        found = torch.func.jvp(self.gradient, (self.inputs,), (direction,))[1]
-        return self._stacked(found)
+        product: Tensor = torch.func.jvp(self.value, (self.inputs,), (direction,))[1]
+        return product
 
-    def _reverse_over_reverse(self, directions: Tensor) -> Tensor:
-        x = self.inputs.clone().requires_grad_()
+    def _graph(self, x: Tensor) -> Tensor:
+        """g(x) in the order of the rows, as part of the graph of x."""
         leaves = {name: p.clone().requires_grad_() for name, p in self._parameters.items()}
-        value = self._loss(
-            functional_call(self._twin, {**leaves, **self._rest}, (x,)), self._targets
-        )
-        found = torch.autograd.grad(
-            value, list(leaves.values()), create_graph=True, materialize_grads=True
-        )
-        rows = self._stacked(dict(zip(leaves, found, strict=True)))
-        y = torch.zeros_like(rows, requires_grad=True)
-        if not rows.requires_grad:
-            return rows.new_zeros(len(directions), len(rows))
-        (pulled,) = torch.autograd.grad(rows, x, y, create_graph=True, materialize_grads=True)
-        if not pulled.requires_grad:
-            return rows.new_zeros(len(directions), len(rows))
-        products = [
-            torch.autograd.grad(pulled, y, v, retain_graph=True, materialize_grads=True)[0]
-            for v in directions
-        ]
-        return torch.stack(products).detach()
+        with recorded():
+            outputs = functional_call(self._twin, {**leaves, **self._rest}, (x,))
+        slopes = torch.autograd.grad(
+            self._loss(outputs, self._targets), list(leaves.values()),
+            create_graph=True, materialize_grads=True,
+        )  # fmt: skip
+        return self._stacked(dict(zip(leaves, slopes, strict=True)))
 
-    def _stacked(self, found: dict[str, Tensor]) -> Tensor:
-        return torch.cat([found[name].flatten() for block in self.blocks for name in block.names])
+    def _stacked(self, update: dict[str, Tensor]) -> Tensor:
+        return torch.cat([update[name].flatten() for block in self.blocks for name in block.names])
 
     def _blocks(self) -> tuple[Block, ...]:
         """Layers in the order of their first call; those never called come first."""

@@ -64,7 +64,7 @@ def update_noise(point: Linearisation, kappa: Known, precision: Precision) -> Ro
 
 def residuals(point: Linearisation, gradients: Mapping[str, Tensor]) -> Rows:
     """What was sent minus what the point sends."""
-    return {name: gradients[name] - g for name, g in point.gradients().items()}
+    return {name: gradients[name].reshape(g.shape) - g for name, g in point.gradients().items()}
 
 
 def row_misfits(

@@ -20,11 +20,13 @@ from rgap.labels.locate import Located, locate
 from rgap.labels.result import LabelEstimate
 from rgap.labels.rlg import rlg
 from rgap.labels.signs import idlg
-from rgap.network.agreement import refuse_unready, sample_shape
+from rgap.network.agreement import refuse_unready
 from rgap.network.chain import Chain, parse
+from rgap.network.reshape import Reshape
 from rgap.network.running import refuse_wrapped
 from rgap.plugins import Registry
-from rgap.update.update import Update, view
+from rgap.update.preflight import ClientView
+from rgap.update.update import Update
 
 __all__ = ["METHODS", "estimate", "head_features", "head_gradient"]
 
@@ -122,23 +124,13 @@ def head_gradient(
 
     Arguments and errors as for `estimate`.
     """
-    if not isinstance(update, Update):
-        raise TypeError(
-            f"update: expected an rgap.Update, got {type(update).__name__}; write "
-            "rgap.capture(model, inputs, targets) or rgap.Update(gradients)."
-        )
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}.")
-    update = update.fitted(model)
-    stated = update.batch_size if batch_size is None else batch_size
-    if stated is None:
+    client = ClientView.of(model, update, batch_size=batch_size)
+    if client.batch is None:
         raise ValueError(
             "batch_size: expected a number of samples, got an update that does not state one; "
             "write batch_size=8."
         )
-    ready(model)
-    if update.input_shape is None:
-        update = view(update, input_shape=sample_shape(model))
+    model, update, stated = client.model, client.update, client.batch
     if device is not None:
         model = copy.deepcopy(model).to(device)
     seen = locate(model, update, dummies(update))
@@ -150,7 +142,7 @@ def head_gradient(
     refuse_loss(update.loss, stage.out_shape[0])
     name = stage.affine.bias_name
     return HeadGradient(
-        update.gradients[stage.affine.weight_name],
+        stage.affine.sent(update.gradients),
         None if name is None else update.gradients[name],
         stated,
         stage.affine.weight,
@@ -214,16 +206,23 @@ def _chain(model: nn.Module, update: Update, why: str) -> Chain:
             "returns that layer's logits."
         )
     stage = chain.stages[-1]
-    if stage.affine.kind != "linear" or len(stage.affine.in_shape) != 1:
+    if len(stage.affine.in_shape) != 1:
         raise ValueError(
             f"model: expected a fully connected last layer, got '{stage.name}' "
             f"({stage.affine.kind}, {list(stage.affine.in_shape)} to "
             f"{list(stage.affine.out_shape)}); labels are read from the layer that makes the "
             "logits."
         )
-    if stage.tail:
+    if len(chain.output_shape) != 1:
+        got = ", ".join(map(str, chain.output_shape))
         raise ValueError(
-            f"model: expected logits, got '{stage.tail[-1].kind}' after the last layer "
+            f"model: expected logits [B, C], got outputs [B, {got}] of '{stage.name}'; write a "
+            "forward that returns them flattened, .flatten(1)."
+        )
+    steps = [op for op in stage.tail if not isinstance(op, Reshape)]
+    if steps:
+        raise ValueError(
+            f"model: expected logits, got '{steps[-1].kind}' after the last layer "
             f"'{stage.name}'; write a forward that returns its input, as "
             f"torch.nn.functional.{update.loss.name} takes."
         )

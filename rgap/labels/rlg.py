@@ -70,13 +70,14 @@ def rlg(head: HeadGradient) -> LabelEstimate:
     reached = torch.tensor(shares, dtype=torch.float64, device="cpu")
     present = reached > 0.5
     confidence = torch.where(present, reached, 1.0 - reached)
-    found, rank = int(present.sum()), basis.shape[1]
-    if found == batch:
+    occurring, rank = int(present.sum()), basis.shape[1]
+    if occurring == batch:
         return LabelEstimate.of(present.long(), confidence, METHOD, ASSUMPTIONS)
     reason = (
-        f"{found} classes occur among {batch} samples: labels repeat, and how often is not said"
-        if 0 < found < batch
-        else f"{found} classes can be separated with {batch} samples"
+        f"{occurring} class{'es occur' if occurring > 1 else ' occurs'} among {batch} samples: "
+        "labels repeat, and how often is not said"
+        if 0 < occurring < batch
+        else f"{occurring} classes can be separated with {batch} samples"
     )
     if rank < batch:
         reason += f"; the gradient has rank {rank} only"

@@ -87,8 +87,7 @@ class Checkpoint:
             if held != value:
                 raise ValueError(
                     f"checkpoint: of a search with {name}={held}, expected {name}={value}; write "
-                    "checkpoint=found.checkpoint with the model, update and options of the first "
-                    "call"
+                    "the model, update and options of the first call, or begin without checkpoint="
                 )
 
 

@@ -3,59 +3,46 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf, isfinite, prod
 
 import torch
 from torch import Tensor
 
-from rgap.matching.checkpoint import Checkpoint, Ended, Progress
+from rgap.matching.checkpoint import Ended, Progress
 from rgap.matching.objective import Objective
+from rgap.matching.problem import Limits
 from rgap.solvers.first_order import State
 
 GAIN = 1e-4  # relative gain on the best value that counts as progress
 EXPLODED = 1e8  # multiples of its first value, or of a usual one, above which a start is given up
 
 
-def run(
-    objective: Objective,
-    state: State,
-    settings: dict[str, str],
-    iterations: int,
-    bounds: tuple[float, float] | None,
-    patience: int | None,
-    seconds: float,
-    callback: Callable[[Progress], bool | None] | None,
-    seed: int,
+def iterate(
+    objective: Objective, state: State, bounds: tuple[float, float] | None, limits: Limits
 ) -> tuple[Ended, State]:
     """Step all rows together; the state is that before the step that was not made any more.
 
     Args:
         objective: with its preset.
         state: of :func:`first`, or one that was saved.
-        settings: that a saved state is for.
-        iterations: at most.
         bounds: of the data, as the optimiser has them.
-        patience: iterations without progress after which it stops.
-        seconds: after which no further step is begun.
-        callback: told after every evaluation.
-        seed: of the noise.
+        limits: when to stop, and who is told.
     """
-    deadline, size = time.perf_counter() + seconds, prod(objective.shape)
-    preset, at = objective.preset, Standing.of(state)
+    deadline, size = time.perf_counter() + limits.seconds, prod(objective.shape)
+    preset, at, patience = objective.preset, Standing.of(state), limits.patience
     with objective.kernels():
         while True:
             values, slopes = objective(at.rows)
             at.judge(values, slopes, objective.usual)
             best, number = min(at.best_values), at.number
             stop = False
-            if callback is not None:
-                saved = Checkpoint(settings, at.state())
-                stop = bool(callback(Progress("iteration", number, at.values, best, saved)))
+            if limits.callback is not None:
+                point = Progress("iteration", number, at.values, best, limits.saved(at.state()))
+                stop = bool(limits.callback(point))
             if not any(at.alive):
                 return (Ended.EXPLODED if isfinite(best) else Ended.NOT_FINITE), at.state()
-            if number >= iterations:
+            if number >= limits.iterations:
                 return Ended.DONE, at.state()
             if stop:
                 return Ended.STOPPED, at.state()
@@ -63,10 +50,10 @@ def run(
                 return Ended.STILL, at.state()
             if time.perf_counter() > deadline:
                 return Ended.TIME, at.state()
-            rate = preset.rule.length(number, iterations)
+            rate = preset.rule.length(number, limits.iterations)
             rows, at.rule = preset.rule.step(at.rows, at.living(slopes, 0.0), at.rule, rate)
             if preset.noise:
-                rows[:, :size] += rate * preset.noise * drawn(rows[:, :size], seed, number)
+                rows[:, :size] += rate * preset.noise * drawn(rows[:, :size], limits.seed, number)
             if bounds is not None:
                 rows[:, :size] = rows[:, :size].clamp(*bounds)
             # A start that is given up stays at its best, where everything is finite.
@@ -144,10 +131,10 @@ class Standing:
         """Note the best rows and the ones to be given up."""
         # Not finite where an entry of the slope is not, and finite numbers times 0 are 0.
         judged = values + 0.0 * slopes.abs().amax(1)
-        found = [value if isfinite(value) else inf for value in judged.tolist()]
+        seen = [value if isfinite(value) else inf for value in judged.tolist()]
         low = min(self.best_values)
-        better = [value < best for value, best in zip(found, self.best_values, strict=True)]
-        for row, value in enumerate(found):
+        better = [value < best for value, best in zip(seen, self.best_values, strict=True)]
+        for row, value in enumerate(seen):
             if not isfinite(self.first_values[row]):
                 self.first_values[row] = value
             # A start that is right already has next to no value to compare with.
@@ -163,7 +150,7 @@ class Standing:
         best = min(self.best_values)
         if best < low - GAIN * abs(low) or not isfinite(low):
             self.progress = self.number
-        sound = all(map(isfinite, found))
+        sound = all(map(isfinite, seen))
         self.values = values if sound else torch.where(torch.isfinite(judged), values, inf)
 
 

@@ -7,7 +7,7 @@ that ends in a local minimum, once more and more slowly.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from math import inf
 
@@ -18,10 +18,9 @@ from rgap.completion.annealing import ANNEALING, BLUNT, TRAPPED, Position, annea
 from rgap.completion.complete import PASSES
 from rgap.jacobian.module_update import ModuleUpdate
 from rgap.matching.checkpoint import Checkpoint, Ended, Progress
+from rgap.matching.problem import Limits
 from rgap.solvers.gauss_newton import STOPPED, Marks, Schedule, Step
 from rgap.solvers.priors import Prior
-
-Callback = Callable[[Progress], bool | None]
 
 
 @dataclass
@@ -50,18 +49,17 @@ class Search:
         if misfit < self.lowest:
             self.lowest, self.best = misfit, x
 
-    def checkpoint(self, settings: dict[str, str]) -> Checkpoint:
+    def state(self) -> dict[str, Tensor]:
         """All of it as tensors."""
         held, place = self.position.marks, self.best.device
         marks = () if held is None else tuple(map(float, astuple(held)))
-        tensors = {
+        return {
             "place": torch.tensor([self.turn, self.position.stage, self.steps], device=place),
             "x": self.position.x,
             "best": self.best,
             "misfits": self.best.new_tensor([self.lowest, self.own], dtype=torch.float64),
             "marks": self.best.new_tensor(marks, dtype=torch.float64),
         }
-        return Checkpoint(settings, tensors)
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, like: Tensor) -> Search:
@@ -83,9 +81,7 @@ def search(
     prior: Prior,
     schedule: Schedule,
     bounds: tuple[float, float] | None,
-    settings: dict[str, str],
-    callback: Callback | None,
-    checkpoint: Checkpoint | None,
+    limits: Limits,
 ) -> tuple[Ended, Search]:
     """The batch of the lowest misfit that any start leads to.
 
@@ -95,51 +91,17 @@ def search(
         prior: of the data.
         schedule: of its weight, and the time; its ``steps`` count once the kinks are sharp.
         bounds: of the data, kept.
-        settings: that a checkpoint is for.
-        callback: told after every step; True stops.
-        checkpoint: of a search that was stopped.
+        limits: who is told, and where to go on from.
     """
     deadline = time.perf_counter() + schedule.seconds
     equations.settle(starts[0], BLUNT)
-    if checkpoint is None:
+    if limits.checkpoint is None:
         held = Search(Position(starts[0]), starts[0])
         for start in starts:  # what comes back is no worse than what went in
             held.note(start, equations.misfit(start))
         held.own = inf
     else:
-        held = Search.of(checkpoint, starts[0])
-    passes = PASSES if equations.sharpness else PASSES[:1]
-    for turn in range(held.turn, len(starts) * len(passes)):
-        number, again = divmod(turn, len(passes))
-        if turn != held.turn:
-            held.turn, held.position = turn, Position(starts[number])
-            held.own = held.own if again else inf
-        if again and held.own <= TRAPPED:
-            continue
-        ended = _pass(
-            equations, held, prior, schedule, passes[again], bounds, deadline, settings, callback
-        )
-        if ended is not None:
-            return ended, held
-    if not held.lowest < inf:
-        return Ended.NOT_FINITE, held
-    marks = held.position.marks
-    still = marks is not None and marks.over
-    return (Ended.STILL if still else Ended.DONE), held
-
-
-def _pass(
-    equations: ModuleUpdate,
-    held: Search,
-    prior: Prior,
-    schedule: Schedule,
-    levels: int,
-    bounds: tuple[float, float] | None,
-    deadline: float,
-    settings: dict[str, str],
-    callback: Callback | None,
-) -> Ended | None:
-    """The stages of one pass that are left; why it stopped before the last."""
+        held = Search.of(limits.checkpoint, starts[0])
 
     def project(x: Tensor) -> Tensor:
         return x if bounds is None else x.clamp(*bounds)
@@ -148,17 +110,31 @@ def _pass(
         held.steps += 1
         if equations.sharpness.value is None:
             held.note(x, step.misfit)
-        if callback is None:
+        if limits.callback is None:
             return False
         values = x.new_tensor([step.misfit], dtype=torch.float64)
-        point = held.checkpoint(settings)
-        return bool(callback(Progress("step", held.steps, values, held.lowest, point)))
+        point = limits.saved(held.state())
+        return bool(limits.callback(Progress("step", held.steps, values, held.lowest, point)))
 
-    found = anneal(
-        equations, held.position, prior, schedule, levels, deadline,
-        share=ANNEALING, project=project, watch=watch,
-    )  # fmt: skip
-    if found.ended == STOPPED:
-        return Ended.STOPPED
-    held.note(found.value, found.misfit)
-    return Ended.TIME if time.perf_counter() > deadline else None
+    passes = PASSES if equations.sharpness else PASSES[:1]
+    for turn in range(held.turn, len(starts) * len(passes)):
+        number, again = divmod(turn, len(passes))
+        if turn != held.turn:
+            held.turn, held.position = turn, Position(starts[number])
+            held.own = held.own if again else inf
+        if again and held.own <= TRAPPED:
+            continue
+        minimum = anneal(
+            equations, held.position, prior, schedule, passes[again], deadline,
+            share=ANNEALING, project=project, watch=watch,
+        )  # fmt: skip
+        if minimum.ended == STOPPED:
+            return Ended.STOPPED, held
+        held.note(minimum.value, minimum.misfit)
+        if time.perf_counter() > deadline:
+            return Ended.TIME, held
+    if not held.lowest < inf:
+        return Ended.NOT_FINITE, held
+    marks = held.position.marks
+    still = marks is not None and marks.over
+    return (Ended.STILL if still else Ended.DONE), held

@@ -5,21 +5,21 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from math import prod
 
 import torch
 from torch import Tensor, nn
 
-from rgap.jacobian.module_update import cosine_distance
+from rgap.jacobian.module_update import Outside, cosine_distance
 from rgap.matching.batch_norm import Statistics
 from rgap.matching.presets import Coordinates, Preset
 from rgap.network.isolation import convolution_work, plain_kernels, small_kernels
 from rgap.network.running import guarded, run
 from rgap.solvers.priors import Prior, TotalVariation, value_and_gradient
 from rgap.solvers.registration import registered_mean
-from rgap.update.local_training import LocalTraining, average
-from rgap.update.losses import Loss
+from rgap.update.local_training import average
 
 __all__ = ["Objective", "cosine_distance"]
 
@@ -35,14 +35,12 @@ class Objective:
     Args:
         model: in eval mode; a copy does the work.
         gradients: the update by parameter name.
-        loss: the client's.
-        targets: of the batch; None: unknowns, logits [B, classes] behind the data of each row.
+        source: the loss, its targets and how the client trains; no targets: unknowns, logits
+            [B, classes] behind the data of each row.
         shape: of the batch, [B, *input_shape].
         preset: distance, terms and weights.
         coordinates: of the rows.
         prior: of the data as the optimiser has them, in place of the total variation.
-        local: how the client trains between two rounds.
-        steps: of its training.
         dtype: of the arithmetic.
     """
 
@@ -50,14 +48,11 @@ class Objective:
         self,
         model: nn.Module,
         gradients: Mapping[str, Tensor],
-        loss: Loss,
-        targets: Tensor | None,
+        source: Outside,
         shape: tuple[int, ...],
         preset: Preset,
         coordinates: Coordinates,
         prior: Prior | None = None,
-        local: LocalTraining | None = None,
-        steps: int = 1,
         dtype: torch.dtype = torch.float64,
     ) -> None:
         place = next(iter(gradients.values())).device
@@ -68,13 +63,13 @@ class Objective:
         self.sent = {n: g.to(place, dtype) for n, g in gradients.items()}
         self.whole = torch.cat([g.flatten() for g in self.sent.values()])
         self.norm = float(sum(float(g.square().sum()) for g in self.sent.values()) ** 0.5)
-        self.loss, self.shape, self.preset, self.coordinates = loss, shape, preset, coordinates
-        self.local, self.steps, self.prior = local, steps, prior
+        self.shape, self.preset, self.coordinates, self.prior = shape, preset, coordinates, prior
         if prior is None and preset.variation and len(shape) > 2:
             self.prior = TotalVariation(smoothing=KINK, isotropic=False)
-        self.targets = targets
+        targets = source.targets
         if targets is not None:
-            self.targets = targets.to(place, dtype if targets.is_floating_point() else None)
+            targets = targets.to(place, dtype if targets.is_floating_point() else None)
+        self.source = replace(source, targets=targets)
         probe = torch.full(shape, coordinates.centre, dtype=dtype, device=place)
         with guarded(self.model, probe):
             self.work = convolution_work(self.model, probe)
@@ -103,8 +98,8 @@ class Objective:
 
     def goals(self, row: Tensor) -> Tensor:
         """The targets of a row; soft ones where they are unknowns."""
-        if self.targets is not None:
-            return self.targets
+        if self.source.targets is not None:
+            return self.source.targets
         return torch.softmax(row[prod(self.shape) :].reshape(self.logits), 1)
 
     def single(self, row: Tensor, graph: bool) -> Tensor:
@@ -123,22 +118,24 @@ class Objective:
             else:
                 outputs = run(self.model, x[rows], parameters)
             far = self.statistics.penalty() if self.statistics else outputs.new_zeros(())
-            return self.loss(outputs, goals[rows]), far
+            return self.source.loss(outputs, goals[rows]), far
 
         def gradient(parameters: dict[str, Tensor], rows: slice) -> dict[str, Tensor]:
             if graph:
                 loss, far = value(parameters, rows)
-                found = torch.autograd.grad(
+                slopes = torch.autograd.grad(
                     loss, list(parameters.values()), create_graph=True, materialize_grads=True
                 )
-                own = dict(zip(parameters, found, strict=True))
+                own = dict(zip(parameters, slopes, strict=True))
             else:
                 own, far = torch.func.grad(value, has_aux=True)(parameters, rows)
             kept.append(far)
             return own
 
         parameters = self.leaves if graph else self.parameters
-        total = self._distance(average(gradient, parameters, self.local, self.steps, len(x)))
+        total = self._distance(
+            average(gradient, parameters, self.source.local, self.source.steps, len(x))
+        )
         if self.statistics:
             total = total + self.preset.statistics * kept[0]
         return total

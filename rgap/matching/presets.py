@@ -107,7 +107,7 @@ weight 1e-4 are the defaults of the authors' script ``reconstruct_image.py``.
 Checked: all of these against the authors' code (JonasGeiping/invertinggradients, 0356675:
 ``reconstruct_image.py``, ``options.py``, ``reconstruction_algorithms.py``, ``metrics.py``); the
 search also by what breaching 0.1.2 finds from the same starts, which is the same to 0.12 dB
-(``benchmarks/compare_breaching.py``).  Ours: differences are averaged over all pixels, not over all
+(``benchmarks/timing/breaching.py``).  Ours: differences are averaged over all pixels, not over all
 but a row or column (a factor 31/32 for pictures of 32), and their kinks are rounded off at 1e-3.
 Breaching's later configuration has the weight 0.2, 24,000 iterations, and pixels beyond two borders
 for 0.

@@ -7,7 +7,7 @@ whose update came nearest.  Where :func:`rgap.invert` recovers exactly, use it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import inf, isfinite, prod
 
@@ -16,21 +16,20 @@ from torch import Tensor, nn
 
 from rgap import memory, validation
 from rgap.completion.complete import Filling, grey
-from rgap.jacobian.module_update import ModuleUpdate, Outside
+from rgap.jacobian.module_update import ModuleUpdate
 from rgap.matching.checkpoint import Checkpoint, Ended, Progress, digest
-from rgap.matching.declared import Declared, declare
-from rgap.matching.first_order import first, random_rows, run
+from rgap.matching.first_order import first, iterate, random_rows
 from rgap.matching.gauss_newton import search
 from rgap.matching.objective import Objective
 from rgap.matching.presets import PRESETS, Preset
-from rgap.priors import prior_of
+from rgap.matching.problem import Callback, Limits, SearchProblem
 from rgap.progress import Progress as Line
 from rgap.progress import Shown
 from rgap.recovery import Candidate, Recovery, Status
 from rgap.solvers.gauss_newton import Schedule
 from rgap.solvers.priors import Prior
 from rgap.update.local_training import LocalTraining
-from rgap.update.preflight import device_of
+from rgap.update.preflight import ClientView, device_of
 from rgap.update.update import Update
 
 __all__ = ["METHODS", "Checkpoint", "Ended", "Matching", "Progress", "match"]
@@ -54,7 +53,6 @@ class _Methods(Collection[str]):
 METHODS = _Methods()
 """Names of the methods, those of installed distributions among them."""
 
-Callback = Callable[[Progress], bool | None]
 COPIES = 4  # of the update that a step holds: as sent, of the answer, their gap, a product
 MET = 1e-3  # normalised residual up to which an answer reproduces the update
 ROUNDED = 30.0  # the same in units of the update's rounding, where that is coarser
@@ -174,7 +172,50 @@ def match(
     ('UNDERDETERMINED', torch.Size([1, 3, 32, 32]), tensor([3]), 'DONE')
     """
     began = time.perf_counter()
-    preset = _preset_of(method)
+    preset = _preset(method, time_limit, prior, patience)
+    parameters = sum(p.numel() for p in model.parameters())
+    memory.require(
+        f"matching the {parameters:,} parameters of {type(model).__name__}",
+        COPIES * parameters * (8.0 if preset is None else update.dtype.itemsize),
+        memory.budget_of(memory_budget, device_of(device)),
+    )
+    client = ClientView.of(
+        model, update, labels=labels, batch_size=batch_size, input_shape=input_shape, noise=noise,
+        device=device,
+    )  # fmt: skip
+    problem = SearchProblem.of(client, preset, start, prior, local)
+    starts, usual = (preset.restarts, preset.iterations) if preset else (1, Schedule.steps)
+    limits = Limits(
+        validation.count("restarts", starts if restarts is None else restarts),
+        validation.count("iterations", usual if iterations is None else iterations),
+        patience,
+        seed=seed,
+    )
+    settings = _settings(problem, preset, limits)
+    if checkpoint is not None:
+        checkpoint.require(settings)
+    deadline = began + time_limit if time_limit < inf else None
+    with Line(progress, deadline) as show:
+        limits = replace(
+            limits,
+            seconds=time_limit + began - time.perf_counter(),
+            callback=_told(show, callback, None if preset is None else limits.iterations),
+            settings=settings,
+            checkpoint=checkpoint,
+        )
+        answer = _published(problem, preset, limits) if preset else _newton(problem, limits)
+    return replace(answer, seconds=time.perf_counter() - began)
+
+
+def _preset(
+    method: str | Preset, time_limit: float, prior: Prior | str | None, patience: int | None
+) -> Preset | None:
+    """The preset of a published method, None for ours; refuses what a method does not take."""
+    if method not in METHODS and not isinstance(method, Preset):
+        names = ", ".join(map(repr, METHODS))
+        raise ValueError(f"method: expected one of {names}, got {method!r}; write method='ig'")
+    named = None if method == NEWTON else method
+    preset = PRESETS[named] if isinstance(named, str) else named
     if not time_limit >= 0:
         raise ValueError(
             f"time_limit: expected seconds, at least 0, got {time_limit!r}; write time_limit=60.0"
@@ -185,59 +226,27 @@ def match(
         raise ValueError(
             "patience: gauss_newton stops by itself where steps change nothing; leave it out"
         )
-    parameters = sum(p.numel() for p in model.parameters())
-    memory.require(
-        f"matching the {parameters:,} parameters of {type(model).__name__}",
-        COPIES * parameters * (8.0 if preset is None else update.dtype.itemsize),
-        memory.budget_of(memory_budget, device_of(device)),
-    )
-    given = declare(
-        model, update, preset, labels, batch_size, start, local, noise, device, input_shape
-    )
-    range_ = given.update.value_range
-    if preset is not None and range_ is not None:
-        range_ = preset.coordinates(range_).rows(range_)
-    if isinstance(prior, str):
-        prior = prior_of(prior, given.shape[1:], range_)
-    starts = preset.restarts if preset else 1
-    count = validation.count("restarts", starts if restarts is None else restarts)
-    usual = preset.iterations if preset else Schedule.steps
-    limit = validation.count("iterations", usual if iterations is None else iterations)
-    settings = {
-        "method": repr(method) if isinstance(method, Preset) else method,
-        "shape": str(list(given.shape)),
-        "labels": str(None if given.targets is None else given.targets.tolist()),
-        "restarts": str(count),
-        "iterations": str(limit),
-        "seed": str(seed),
-        "prior": repr(prior),
-        "local": repr(local),
-        "noise": repr(noise),
-        "update": digest(*given.gradients.values()),
-        "start": "None" if given.start is None else digest(given.start),
+    return preset
+
+
+def _settings(problem: SearchProblem, preset: Preset | None, limits: Limits) -> dict[str, str]:
+    """What a checkpoint must agree on with the call that goes on from it."""
+    source, start, name = problem.source, problem.start, NEWTON
+    if preset is not None:
+        name = preset.name if preset == PRESETS.get(preset.name) else repr(preset)
+    return {
+        "method": name,
+        "shape": str(list(problem.shape)),
+        "labels": str(None if source.targets is None else source.targets.tolist()),
+        "restarts": str(limits.restarts),
+        "iterations": str(limits.iterations),
+        "seed": str(limits.seed),
+        "prior": repr(problem.prior),
+        "local": repr(source.local),
+        "noise": repr(problem.client.noise),
+        "update": digest(*problem.gradients.values()),
+        "start": "None" if start is None else digest(start),
     }
-    if checkpoint is not None:
-        checkpoint.require(settings)
-    deadline = began + time_limit if time_limit < inf else None
-    with Line(progress, deadline) as show:
-        told = _told(show, callback, None if preset is None else limit)
-        left = time_limit + began - time.perf_counter()
-        if preset is None:
-            found = _newton(given, prior, count, limit, left, settings, told, checkpoint, seed)
-        else:
-            found = _published(given, preset, prior, count, limit, patience, left, settings, told,
-                               checkpoint, seed)  # fmt: skip
-    return replace(found, seconds=time.perf_counter() - began)
-
-
-def _preset_of(method: str | Preset) -> Preset | None:
-    """The preset that a method is; None for Gauss–Newton."""
-    if isinstance(method, Preset) or method == NEWTON:
-        return method if isinstance(method, Preset) else None
-    if method not in METHODS:
-        names = ", ".join(map(repr, METHODS))
-        raise ValueError(f"method: expected one of {names}, got {method!r}; write method='ig'")
-    return PRESETS[method]
 
 
 def _told(show: Line, callback: Callback | None, total: int | None) -> Callback | None:
@@ -253,106 +262,79 @@ def _told(show: Line, callback: Callback | None, total: int | None) -> Callback 
     return told
 
 
-def _newton(
-    given: Declared,
-    prior: Prior | None,
-    restarts: int,
-    steps: int,
-    seconds: float,
-    settings: dict[str, str],
-    callback: Callback | None,
-    checkpoint: Checkpoint | None,
-    seed: int,
-) -> Matching:
+def _newton(problem: SearchProblem, limits: Limits) -> Matching:
     """Gauss–Newton from one start after another; the lowest misfit wins."""
-    assert given.targets is not None
-    gradients = {n: g.double() for n, g in given.gradients.items()}
-    source = Outside(given.update.loss, given.targets, given.local, given.steps)
-    equations = ModuleUpdate(given.model, gradients, source, given.shape)
-    like, bounds = next(iter(gradients.values())), given.update.value_range
+    shape, bounds = problem.shape, problem.bounds
+    gradients = {n: g.double() for n, g in problem.gradients.items()}
+    equations = ModuleUpdate(problem.model, gradients, problem.source, shape)
+    like = next(iter(gradients.values()))
     starts = [
-        grey(given.shape[0], given.shape[1:], bounds, seed + number).to(like)
-        for number in range(restarts)
+        grey(shape[0], shape[1:], bounds, limits.seed + number).to(like)
+        for number in range(limits.restarts)
     ]
-    if given.start is not None:
-        starts[0] = given.start.to(like)
-    filling = Filling.of(prior, 1.0, given.shape[1:], bounds)
-    target = equations.expected(given.precision)
-    schedule = replace(filling.schedule, seconds=seconds, steps=steps, target=target)
-    ended, held = search(
-        equations, starts, filling.prior, schedule, bounds, settings, callback, checkpoint
+    if problem.start is not None:
+        starts[0] = problem.start.to(like)
+    filling = Filling.of(problem.prior, 1.0, shape[1:], bounds)
+    target = equations.expected(problem.precision)
+    schedule = replace(
+        filling.schedule, seconds=limits.seconds, steps=limits.iterations, target=target
     )
+    ended, held = search(equations, starts, filling.prior, schedule, bounds, limits)
+    run = Run(NEWTON, ended, held.lowest, held.steps, limits.saved(held.state()))
     best = held.best if isfinite(held.lowest) else None
-    return _answer(
-        given, best, given.targets, "gauss_newton", ended, held.lowest, held.steps,
-        held.checkpoint(settings),
-    )  # fmt: skip
+    return _answer(problem, run, best, problem.source.targets)
 
 
-def _published(
-    given: Declared,
-    preset: Preset,
-    prior: Prior | None,
-    restarts: int,
-    iterations: int,
-    patience: int | None,
-    seconds: float,
-    settings: dict[str, str],
-    callback: Callback | None,
-    checkpoint: Checkpoint | None,
-    seed: int,
-) -> Matching:
+def _published(problem: SearchProblem, preset: Preset, limits: Limits) -> Matching:
     """One of the presets, all starts together."""
-    bounds = given.update.value_range
+    bounds, start = problem.bounds, problem.start
     where = preset.coordinates(bounds)
-    dtype = torch.float64 if given.update.dtype == torch.float64 else torch.float32
+    dtype = torch.float64 if problem.client.update.dtype == torch.float64 else torch.float32
     objective = Objective(
-        given.model, given.gradients, given.update.loss, given.targets, given.shape, preset, where,
-        prior, given.local, given.steps, dtype,
+        problem.model, problem.gradients, problem.source, problem.shape, preset, where,
+        problem.prior, dtype,
     )  # fmt: skip
     box = None
     if preset.boxed and bounds is not None:
         box = where.rows(bounds)
-    rows = random_rows(objective, given.start, box, restarts, seed)
-    if checkpoint is None:
+    rows = random_rows(objective, start, box, limits.restarts, limits.seed)
+    if limits.checkpoint is None:
         state = first(objective, rows)
     else:
-        state = {n: t.to(rows.device) for n, t in checkpoint.tensors.items()}
-    ended, state = run(
-        objective, state, settings, iterations, box, patience, seconds, callback, seed
-    )
+        state = {n: t.to(rows.device) for n, t in limits.checkpoint.tensors.items()}
+    ended, state = iterate(objective, state, box, limits)
     values = state["best_values"]
     number = int(values.argmin())
     row, value = state["best"][number], float(values[number])
     best = objective.data(row).double() if isfinite(value) else None
-    if (
-        best is not None
-        and given.start is not None
-        and number == int(state["best_at"][number]) == 0
-    ):
-        best = given.start.to(best)  # it went through the optimiser's units and precision
-    targets = given.targets
+    if best is not None and start is not None and number == int(state["best_at"][number]) == 0:
+        best = start.to(best)  # it went through the optimiser's units and precision
+    targets = problem.source.targets
     if best is not None and targets is None:
         targets = objective.goals(row).argmax(1)
         if targets.ndim == 1:  # one label a pixel has no order of its own
             order = targets.argsort(stable=True)
             best, targets = best[order], targets[order]
-    saved = Checkpoint(settings, state)
-    return _answer(given, best, targets, preset.name, ended, value, int(state["iteration"]), saved)
+    run = Run(preset.name, ended, value, int(state["iteration"]), limits.saved(state))
+    return _answer(problem, run, best, targets)
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """How a search went; attributes as of :class:`Matching`."""
+
+    method: str
+    ended: Ended
+    objective: float
+    iterations: int
+    checkpoint: Checkpoint
 
 
 def _answer(
-    given: Declared,
-    best: Tensor | None,
-    targets: Tensor | None,
-    method: str,
-    ended: Ended,
-    objective: float,
-    iterations: int,
-    checkpoint: Checkpoint,
+    problem: SearchProblem, run: Run, best: Tensor | None, targets: Tensor | None
 ) -> Matching:
     """The recovery, its status and why."""
-    unknowns, numbers = prod(given.shape), sum(g.numel() for g in given.gradients.values())
+    unknowns, numbers = prod(problem.shape), sum(g.numel() for g in problem.gradients.values())
     said: tuple[str, ...] = ()
     if numbers < unknowns:
         said = (f"the update has {numbers} numbers for {unknowns} unknowns: most of the answer "
@@ -365,29 +347,31 @@ def _answer(
         residual=None,
         predicted_error=None,
         error_bound=None,
-        reason=f"{method} found no batch: {ended.value}",
+        reason=f"{run.method} found no batch: {run.ended.value}",
         warnings=said,
-        method=method,
-        ended=ended,
-        iterations=iterations,
-        checkpoint=checkpoint,
+        method=run.method,
+        ended=run.ended,
+        iterations=run.iterations,
+        checkpoint=run.checkpoint,
     )
     if best is None or targets is None:
         return empty
-    source = Outside(given.update.loss, targets, given.local, given.steps)
-    gradients = {n: g.double() for n, g in given.gradients.items()}
-    equations = ModuleUpdate(given.model, gradients, source, given.shape)
+    precision = problem.precision
+    gradients = {n: g.double() for n, g in problem.gradients.items()}
+    source = replace(problem.source, targets=targets)
+    equations = ModuleUpdate(problem.model, gradients, source, problem.shape)
     gaps = equations.gaps(best)
     misfit = sum((gap / size) ** 2 for gap, size in gaps.values() if size > 0)
     size = sum(size**2 for _, size in gaps.values())
     residual = (sum(gap**2 for gap, _ in gaps.values()) / size) ** 0.5
-    how = f"{iterations} iterations of {method}, {ended.value}"
+    how = f"{run.iterations} iterations of {run.method}, {run.ended.value}"
     met = f"a normalised residual of {misfit**0.5:.1e}"
-    found = replace(empty, residual=residual, objective=objective, misfit=misfit)
-    noisy = EXPLAINED * equations.expected(given.precision) if given.precision.noisy else 0.0
-    if misfit <= max(MET**2, (ROUNDED * torch.finfo(given.update.dtype).eps) ** 2, noisy):
+    answer = replace(empty, residual=residual, objective=run.objective, misfit=misfit)
+    noisy = EXPLAINED * equations.expected(precision) if precision.noisy else 0.0
+    eps = torch.finfo(problem.client.update.dtype).eps
+    if misfit <= max(MET**2, (ROUNDED * eps) ** 2, noisy):
         reason = f"the answer reproduces the update to {met} ({how}); {UNCERTIFIED}"
-        return replace(found, inputs=best.cpu(), status=Status.COMPLETED, reason=reason)
+        return replace(answer, inputs=best.cpu(), status=Status.COMPLETED, reason=reason)
     reason = f"the nearest batch, in candidates, does not reproduce the update: {met} ({how})"
-    nearest = Candidate(best.cpu(), found.labels, residual)
-    return replace(found, labels=None, reason=reason, candidates=(nearest,))
+    nearest = Candidate(best.cpu(), answer.labels, residual)
+    return replace(answer, labels=None, reason=reason, candidates=(nearest,))

@@ -25,23 +25,8 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from rgap.models.build import ACTIVATIONS, Activation, Plan, Weights
+from rgap.models.build import Activation, Plan, Weights
 from rgap.models.classifiers import lenet5, resnet, vgg
-
-__all__ = [
-    "ACTIVATIONS",
-    "BUILTIN",
-    "INPUT_SHAPES",
-    "LOSSES",
-    "cnn6",
-    "cnn6d",
-    "fcn3",
-    "lenet",
-    "lenet5",
-    "mlp",
-    "resnet",
-    "vgg",
-]
 
 
 def lenet(

@@ -6,7 +6,7 @@ side (so that even kernels with ``'same'`` fit), stride, dilation and groups.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
@@ -128,6 +128,8 @@ class Affine:
             groups=geometry.groups,
             dilation=geometry.dilation,
         )
+        if geometry.border != "zeros":
+            return _gathered(out, geometry, self.in_shape[1:])
         return out if symmetric else F.pad(out, geometry.pad_list(-1))
 
     def weight_gradient(self, x: Tensor, k: Tensor) -> Tensor:
@@ -158,6 +160,15 @@ class Affine:
         self._check("bias_gradient", k, self.out_shape)
         return k.sum((0, *range(2, k.ndim)))
 
+    def sent(self, gradients: Mapping[str, Tensor]) -> Tensor:
+        """∂L/∂W as an update has it, in the shape that W has here.
+
+        Args:
+            gradients: by parameter name; those of a convolution that is read as a matrix (see
+                :mod:`rgap.network.connected`) come in the shape of its kernels.
+        """
+        return gradients[self.weight_name].reshape(self.weight.shape)
+
     def bordered(self, sides: tuple[int, ...]) -> Affine:
         """The convolution of what a border of zeros was put around: the border as its padding.
 
@@ -179,7 +190,7 @@ class Affine:
         return replace(self, in_shape=(channels, *inner), geometry=wider)
 
     def squared(self) -> Affine:
-        """The map with squared weights and no bias: it adds up variances."""
+        """The map with squared weights and no bias: it adds up variances of terms."""
         return replace(self, weight=self.weight.square(), bias=None)
 
     def linear_of_squares(self, u: Tensor) -> Tensor:
@@ -209,7 +220,8 @@ class Affine:
     def _padded(x: Tensor, geometry: Geometry) -> tuple[Tensor, int | tuple[int, ...]]:
         if geometry.symmetric():
             return x, tuple(low for low, _ in geometry.padding)
-        return F.pad(x, geometry.pad_list()), 0
+        mode = "constant" if geometry.border == "zeros" else geometry.border
+        return F.pad(x, geometry.pad_list(), mode=mode), 0
 
     def _check(self, what: str, x: Tensor, shape: tuple[int, ...]) -> None:
         if x.ndim != len(shape) + 1 or tuple(x.shape[1:]) != shape:
@@ -217,6 +229,21 @@ class Affine:
                 f"'{self.name}' ({self.kind}) {what}: expected [B, {', '.join(map(str, shape))}], "
                 f"got {list(x.shape)}"
             )
+
+
+def _gathered(k: Tensor, geometry: Geometry, space: tuple[int, ...]) -> Tensor:
+    """Transpose of a border that shows the picture again: its cotangents go where they came from.
+
+    Args:
+        k: [B, C, *padded].
+        geometry: of the convolution.
+        space: of the picture.
+    """
+    for axis, size in enumerate(space):
+        shown = torch.tensor(geometry.shown(axis, size), device=k.device)
+        shape = [*k.shape[: axis + 2], size, *k.shape[axis + 3 :]]
+        k = k.new_zeros(shape).index_add(axis + 2, shown, k)
+    return k
 
 
 def linear(
@@ -269,11 +296,12 @@ def convolution(
     padding: str | int | tuple[int, ...] = 0,
     dilation: int | tuple[int, ...] = 1,
     groups: int = 1,
+    border: str = "zeros",
     copy: bool = True,
 ) -> Affine:
     """A convolution of ``weight.ndim − 2`` dimensions, arguments as in ``torch.nn.Conv2d``.
 
-    ``copy`` as in :func:`linear`.
+    ``border`` is its ``padding_mode``, ``copy`` as in :func:`linear`.
 
     Raises:
         ValueError: if ``in_shape`` has other channels or is smaller than the kernel.
@@ -282,8 +310,10 @@ def convolution(
     kind = f"conv{dims}d"
     kernel = tuple(weight.shape[2:])
     steps = per_dimension(dilation, dims)
+    sides = sides_of(padding, kernel, steps)
+    padded = any(side for pair in sides for side in pair)
     geometry = Geometry(
-        kernel, per_dimension(stride, dims), sides_of(padding, kernel, steps), steps, groups
+        kernel, per_dimension(stride, dims), sides, steps, groups, border if padded else "zeros"
     )
     channels = weight.shape[1] * groups
     got = ", ".join(map(str, in_shape))

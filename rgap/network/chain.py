@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from rgap.network.affine import Affine
 from rgap.network.agreement import disagreement, fitting_shape, refuse_unready
+from rgap.network.connected import as_matrix
 from rgap.network.graph import ADVICE_NONE, Barrier, Link, links
 from rgap.network.probing import UnreadyError
 from rgap.network.reshape import Op, Pad, Rearrange, Reshape
@@ -199,6 +200,7 @@ def unparsed(model: nn.Module, input_shape: Sequence[int], reason: str) -> Chain
 
 def assemble(found: Sequence[Link]) -> tuple[Stage, ...]:
     """Group links into stages; steps before the first affine map lead into it."""
+    found = [piece for link in found for piece in _spelled_out(link)]
     at = [i for i, link in enumerate(found) if isinstance(link, Affine)]
     stages: list[Stage] = []
     start = 0
@@ -217,12 +219,18 @@ def assemble(found: Sequence[Link]) -> tuple[Stage, ...]:
     return tuple(stages)
 
 
+def _spelled_out(link: Link) -> tuple[Link, ...]:
+    return as_matrix(link) if isinstance(link, Affine) else (link,)
+
+
 def _border(op: Op, affine: Affine) -> tuple[int, ...]:
     """Sides of a border of zeros that ``op`` puts around a convolution's picture, else ``()``.
 
     As padding of the convolution the zeros are known; as its input they would be unknowns.
     """
     if not isinstance(op, Pad) or affine.geometry is None or op.value != 0:
+        return ()
+    if affine.geometry.border != "zeros":  # that border shows the zeros too
         return ()
     spatial = 2 * len(affine.geometry.kernel)
     if min(op.sides) < 0 or any(op.sides[spatial:]):

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from rgap.network import activations as act
 from rgap.network.calls import DATA, Call
+from rgap.network.custom import REASON, CustomFunction
 from rgap.network.modules import Piece, affine_map, build, padded, parameter_name, prelu
 from rgap.network.probing import UnreadyError, Unsupported, linear_function, rearrangement
 from rgap.network.scaling import Scale
@@ -28,6 +29,8 @@ def build_call(call: Call) -> Piece:
         Unsupported: if it is none of those the registry knows.
         ValueError: if the shape does not fit, or a dropout would draw.
     """
+    if isinstance(call.target, CustomFunction):
+        raise Unsupported(REASON)
     handler = CALLS.get(call.target)
     if handler is None:
         raise Unsupported(f"{call.kind} is not among the steps that the equations cover")

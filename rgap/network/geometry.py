@@ -13,9 +13,11 @@ class Geometry:
     Attributes:
         kernel: kernel size.
         stride: step between outputs.
-        padding: zeros added before and after the picture, ``(low, high)`` per dimension.
+        padding: places added before and after the picture, ``(low, high)`` per dimension.
         dilation: step between taps.
         groups: number of independent channel groups.
+        border: what the padding shows: "zeros", or the picture again, "reflect", "replicate" or
+            "circular", as ``padding_mode`` of ``torch.nn.Conv2d``.
 
     >>> Geometry((3,), (2,), ((1, 1),), (1,), 1).out_space((8,))
     (4,)
@@ -26,6 +28,7 @@ class Geometry:
     padding: tuple[tuple[int, int], ...]
     dilation: tuple[int, ...]
     groups: int
+    border: str = "zeros"
 
     def out_space(self, space: tuple[int, ...]) -> tuple[int, ...]:
         """Output size ⌊(n + low + high − d(k − 1) − 1)/s⌋ + 1 per dimension; < 1: does not fit."""
@@ -55,22 +58,25 @@ class Geometry:
         ((True, True, False, True, True, False),)
         """
         found = []
-        for n, out, (low, _), d, k, s in zip(
-            space,
-            self.out_space(space),
-            self.padding,
-            self.dilation,
-            self.kernel,
-            self.stride,
-            strict=True,
-        ):
-            read = {s * o + d * tap - low for o in range(out) for tap in range(k)}
+        for axis, (n, out) in enumerate(zip(space, self.out_space(space), strict=True)):
+            shown = self.shown(axis, n)
+            s, d = self.stride[axis], self.dilation[axis]
+            read = {shown[s * o + d * tap] for o in range(out) for tap in range(self.kernel[axis])}
             found.append(tuple(position in read for position in range(n)))
         return tuple(found)
 
+    def shown(self, axis: int, size: int) -> list[int]:
+        """Position of the picture that each position of the padded one shows; −1: a zero.
+
+        >>> Geometry((3,), (1,), ((2, 1),), (1,), 1, "reflect").shown(0, 4)
+        [2, 1, 0, 1, 2, 3, 2]
+        """
+        low, high = self.padding[axis]
+        return [_shown(place, size, self.border) for place in range(-low, size + high)]
+
     def symmetric(self) -> bool:
-        """True if every dimension is padded alike on both sides."""
-        return all(low == high for low, high in self.padding)
+        """True if every dimension is padded with as many zeros on both sides."""
+        return self.border == "zeros" and all(low == high for low, high in self.padding)
 
     def pad_list(self, sign: int = 1) -> list[int]:
         """Padding in the order of ``torch.nn.functional.pad``: last dimension first."""
@@ -116,3 +122,15 @@ def sides_of(
         spans = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
         return tuple((span // 2, span - span // 2) for span in spans)
     return tuple((p, p) for p in per_dimension(padding, len(kernel)))
+
+
+def _shown(place: int, size: int, border: str) -> int:
+    if 0 <= place < size:
+        return place
+    if border == "zeros":
+        return -1
+    if border == "replicate":
+        return min(max(place, 0), size - 1)
+    if border == "circular":
+        return place % size
+    return -place if place < 0 else 2 * (size - 1) - place

@@ -22,6 +22,8 @@ ADVICE_NONE = (
     "the audit still measures every layer through hooks, and matching the whole update still works"
 )
 
+ADVICE_TOKENS = "the labels are still read, and the layers above it can still be inverted"
+
 
 @dataclass(frozen=True)
 class Barrier:
@@ -111,6 +113,8 @@ def _walk(
             reason = traced[node].reason or reason
             above = any(isinstance(link, Affine) for link in found)
             advice = ADVICE_PART if above else ADVICE_NONE
+            if kind_of(model, node) in ("Embedding", "EmbeddingBag", "embedding"):
+                advice = ADVICE_TOKENS
             barrier = Barrier(path_of(model, node), kind_of(model, node), reason, advice)
             return found[::-1], barrier
         if step.piece is not None:

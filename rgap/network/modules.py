@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from math import prod
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from rgap.network.affine import Affine
 from rgap.network.pooling import LinearMap, Opaque, Pool
 from rgap.network.probing import Shape, Unsupported, fitting, rearrangement
 from rgap.network.reshape import Op, Pad
+from rgap.network.running import BEHIND_TOKENS
 from rgap.network.scaling import BatchNorm
 from rgap.plugins import PluginError, Registry
 
@@ -64,8 +67,9 @@ class Parameters(dict[int, str]):
 
     def _copy(self, parameter: Tensor) -> Tensor | None:
         copy = self._held.get(self.get(id(parameter), ""))
-        if copy is None or copy.device != parameter.device or copy.shape != parameter.shape:
+        if copy is None or copy.device != parameter.device or copy.numel() != parameter.numel():
             return None
+        copy = copy.view(parameter.shape)  # a convolution may have been read as a matrix
         pairs = zip(blocks(copy), blocks(parameter), strict=True)
         return copy if all(torch.equal(own, new.double()) for own, new in pairs) else None
 
@@ -126,6 +130,8 @@ def build(module: nn.Module, name: str, in_shape: Shape, names: Names) -> Piece:
         what = "a TorchScript module has no forward to read; write the module it was made from"
     if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         what = f"{type(module).__name__} wraps a model; write model.module instead of model"
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        what = f"{type(module).__name__} takes whole numbers, {BEHIND_TOKENS}"
     if isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)):
         what = f"{type(module).__name__} normalises by the statistics of its own input"
     raise Unsupported(what)
@@ -153,12 +159,16 @@ def affine_map(
     if held is not None:
         (weight, bias), options["copy"] = held, False
     if weight.ndim == 2:
-        if len(in_shape) > 1 and in_shape[-1] == weight.shape[1]:
+        along = len(in_shape) > 1 and in_shape[-1] == weight.shape[1]
+        if along and prod(in_shape[:-1]) != 1:
             raise Unsupported(
                 f"the linear layer is applied along [B, {', '.join(map(str, in_shape))}], once "
                 "for every position, not once for every sample"
             )
-        return affine.linear(name, weight, bias, both, in_shape, copy=held is None)
+        own = in_shape[-1:] if along else in_shape
+        made = affine.linear(name, weight, bias, both, own, copy=held is None)
+        ones = in_shape[:-1] if along else ()
+        return replace(made, in_shape=(*ones, *own), out_shape=(*ones, *made.out_shape))
     return affine.convolution(name, weight, bias, both, in_shape, **options)
 
 
@@ -169,14 +179,10 @@ def _linear(module: nn.Linear, name: str, in_shape: Shape, names: Names) -> Piec
 
 @register(nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def _conv(module: nn.Conv2d, name: str, in_shape: Shape, names: Names) -> Piece:
-    if module.padding_mode != "zeros":
-        raise Unsupported(
-            f"{type(module).__name__} with padding_mode={module.padding_mode!r}: only 'zeros' is "
-            "covered"
-        )
     return affine_map(
         name, module.weight, module.bias, in_shape, names, stride=module.stride,
         padding=module.padding, dilation=module.dilation, groups=module.groups,
+        border=module.padding_mode,
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rgap.network.reshape import ADVICE, Function, Op, leading
+from rgap.reverse import pulled
 
 
 class LinearMap(Op):
@@ -41,8 +42,8 @@ class LinearMap(Op):
         """Lᵀ k, by one reverse pass."""
         lead = leading(k, self.out_shape)
         zero = k.new_zeros(prod(lead), *self.in_shape)
-        pulled: Tensor = torch.func.vjp(self.function, zero)[1](k.reshape(-1, *self.out_shape))[0]
-        return pulled.reshape(*lead, *self.in_shape)
+        out = pulled(self.function, zero, k.reshape(-1, *self.out_shape))
+        return out.reshape(*lead, *self.in_shape)
 
     def inverse(self, y: Tensor) -> Tensor:
         """X from L x where L has full column rank (a pool with as many outputs as inputs)."""

@@ -9,7 +9,7 @@ attention, skip connections, dropout, several heads and any loss.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from rgap.doubles import Doubles
 from rgap.network.affine import Affine
 from rgap.network.chain import Chain, assemble
+from rgap.network.connected import fully_connected
 from rgap.network.graph import Link, parameter_uses, shared
 from rgap.network.modules import Parameters
 from rgap.network.probing import Shape
@@ -104,8 +105,8 @@ def reaches(model: nn.Module, chain: Chain, x: Tensor) -> bool:
     taken = recording.taken.get(id(weight), [])
     if len(taken) != 1 or id(weight) not in recording.free:
         return False
-    expected = affine_input(chain, x.to(affine.weight))
-    got = taken[0].to(expected)
+    expected = affine_input(chain, x.to(affine.weight)).flatten(1)
+    got = taken[0].to(expected).flatten(1)
     if got.shape != expected.shape:
         return False
     return float((got - expected).norm()) <= AGREES * float(expected.norm().clamp_min(1e-300))
@@ -141,7 +142,7 @@ def _chains(
     found = []
     for node, made in traced.items():
         piece = made.piece
-        if not isinstance(piece, Affine) or piece.geometry is not None:
+        if not isinstance(piece, Affine) or not fully_connected(piece):
             continue
         name = piece.bias_name
         if piece.weight_name not in gradients:  # a frozen layer sent none
@@ -152,8 +153,9 @@ def _chains(
         links = _down(model, traced, node, uses)
         if links is not None:
             parameters = tuple(name for name, _ in model.named_parameters())
-            stages = assemble(links)
-            found.append(Chain(stages, None, shape, piece.out_shape, parameters))
+            *below, top = assemble(links)
+            stages = (*below, replace(top, tail=()))  # a convolution's is a reshape
+            found.append(Chain(stages, None, shape, top.affine.out_shape, parameters))
     return [chain.to(gradients.device) for chain in found]
 
 

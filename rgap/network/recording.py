@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from rgap.network.custom import CustomFunction, kept_whole
 from rgap.network.isolation import untouched
 from rgap.network.modules import covered
 from rgap.network.probing import PROBE, Shape
@@ -58,6 +59,8 @@ _LOOKS = frozenset(
     )
 )
 
+_CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
+
 
 class Recording:
     """A graph of what ran, and what every fully connected layer took in.
@@ -65,8 +68,9 @@ class Recording:
     Attributes:
         graph: calls of leaf modules and functions, in their order; a ``get_attr`` node carries its
             value in ``meta["value"]``.
-        taken: inputs of every matrix that ``F.linear`` was called with, by ``id``.
-        free: those matrices, by ``id``, that were called before the forward first looked at values.
+        taken: inputs of every weight that ``F.linear``, or a convolution with one place to fall
+            on, was called with, by ``id``.
+        free: those weights, by ``id``, that were called before the forward first looked at values.
         decides: True if it did: ``if x.max() > 1``, ``float(x.sum())``.
     """
 
@@ -92,10 +96,10 @@ class _Recorder(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is F.linear:
-            self._take(*args[:2], **{k: v for k, v in kwargs.items() if k in ("input", "weight")})
         before = None if self.muted else self._mapped(args, kwargs)
         out = func(*args, **kwargs)
+        if func is F.linear or (func in _CONVOLUTIONS and out.shape[2:].numel() == 1):
+            self._take(*args[:2], **{k: v for k, v in kwargs.items() if k in ("input", "weight")})
         if getattr(func, "__name__", "") in _LOOKS and before is not None:
             self.found.decides = True
         if before is None and isinstance(out, Tensor):
@@ -115,6 +119,18 @@ class _Recorder(TorchFunctionMode):
         for place, one in enumerate(out):
             if isinstance(one, Tensor):
                 self._know(one, self.graph.call_function(operator.getitem, (node, place)))
+
+    def whole(self, function: CustomFunction, args: Any, kwargs: Any) -> Any:
+        """A custom autograd function as one node, whatever it calls."""
+        before = None if self.muted else self._mapped(args, kwargs)
+        self.muted += 1
+        try:
+            out = function(*args, **kwargs)
+        finally:
+            self.muted -= 1
+        if before is not None and self._holds(out):
+            self.add("call_function", function, *before, out)
+        return out
 
     def _know(self, value: Tensor, node: fx.Node) -> None:
         """The tensor came from the node; forgotten when it goes, so that no activation is kept."""
@@ -232,7 +248,7 @@ def record(model: nn.Module, shape: Shape, x: Tensor | None = None) -> Recording
                 if _leaf(module):
                     hooks.append(module.register_forward_pre_hook(enter, with_kwargs=True))
                     hooks.append(module.register_forward_hook(leave, with_kwargs=True))
-            with recorder:
+            with recorder, kept_whole(recorder.whole):
                 model(x)
     except Exception:
         return None

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rgap.reverse import pulled
+
 Function = Callable[[Tensor], Tensor]
 _Op = TypeVar("_Op", bound="Op")
 
@@ -72,8 +74,7 @@ class Op(ABC):
         """
         if self.affine:
             return self.adjoint(k)
-        pulled: Tensor = torch.func.vjp(self.forward, x)[1](k)[0]
-        return pulled
+        return pulled(self.forward, x, k)
 
     def linear(self, dx: Tensor) -> Tensor:
         """L dx, without the constant (affine steps only)."""

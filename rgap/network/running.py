@@ -14,7 +14,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils import checkpoint
 
-__all__ = ["called", "first_line", "guarded", "only_tensor", "recorded", "refuse_wrapped", "run"]
+BEHIND_TOKENS = (
+    "which no equation recovers: write a module that starts behind the embedding, whose inputs are "
+    "its vectors"
+)
+
+__all__ = [
+    "BEHIND_TOKENS",
+    "called",
+    "first_line",
+    "guarded",
+    "looks_up",
+    "only_tensor",
+    "recorded",
+    "refuse_wrapped",
+    "run",
+]
 
 # Frames in these folders are not the user's.
 _LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
@@ -49,18 +64,27 @@ def called(model: nn.Module, inputs: Tensor, values: Mapping[str, Tensor] | None
         return torch.func.functional_call(model, dict(values), (inputs,))
 
 
+def refuse_meta(model: nn.Module) -> None:
+    """Raise if a parameter has no values.
+
+    Raises:
+        ValueError: the parameter, and what to write.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(
+                f"model: {name!r} is on the meta device and has no values; write "
+                "model.to_empty(device='cpu') and load the weights that the update was computed on"
+            )
+
+
 def refuse_wrapped(model: nn.Module) -> None:
     """Raise if the model cannot run with other values in the place of its parameters.
 
     Raises:
         ValueError: a scripted module, DataParallel, or parameters without values.
     """
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            raise ValueError(
-                f"model: {name!r} is on the meta device and has no values; load the weights that "
-                "the update was computed at."
-            )
+    refuse_meta(model)
     for name, module in model.named_modules():
         path = f"'{name}'" if name else "the model"
         if isinstance(module, nn.DataParallel):
@@ -142,6 +166,8 @@ def _failed(model: nn.Module, inputs: Tensor, error: Exception) -> str:
             text = linecache.getline(file, trace.tb_lineno).strip()
             line = f" at {Path(file).name}:{trace.tb_lineno}" + (f" `{text}`" if text else "")
         trace = trace.tb_next
+    if "mbedding" in where and (tokens := looks_up(model)) and inputs.is_floating_point():
+        return f"model: {where} in {type(model).__name__} got real numbers. {tokens}"
     reason = first_line(error)
     kind = "" if isinstance(error, RuntimeError) else f"{type(error).__name__}: "
     return (
@@ -157,15 +183,17 @@ def first_line_of(module: nn.Module) -> str:
     return lines[0] if len(lines) == 1 else type(module).__name__
 
 
+def looks_up(model: nn.Module) -> str:
+    """What to write of a model that takes tokens, "" for one without an embedding."""
+    if not any(isinstance(m, (nn.Embedding, nn.EmbeddingBag)) for m in model.modules()):
+        return ""
+    return f"An embedding takes whole numbers, {BEHIND_TOKENS}."
+
+
 def _advice(model: nn.Module, inputs: Tensor, error: Exception) -> str:
     text = str(error)
-    if any(isinstance(m, (nn.Embedding, nn.EmbeddingBag)) for m in model.modules()) and (
-        inputs.is_floating_point()
-    ):
-        return (
-            "An embedding takes whole numbers, which no equation recovers: write a module that "
-            "starts behind the embedding."
-        )
+    if inputs.is_floating_point() and looks_up(model):
+        return looks_up(model)
     if isinstance(error, TypeError) and "positional argument" in text:
         return "Write a module whose forward takes one tensor [B, ...] and splits it."
     if "dtype" in text or "scalar type" in text:

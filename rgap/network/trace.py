@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from rgap.network.calls import DATA, Call, evaluate
+from rgap.network.custom import CustomFunction, kept_whole
 from rgap.network.functions import build_call
 from rgap.network.isolation import meta_copy, on_meta, untouched
 from rgap.network.modules import HANDLERS, Names, Piece, build, class_path
@@ -66,7 +67,13 @@ def trace(model: nn.Module) -> fx.Graph:
         for name, p in list(inspect.signature(model.forward).parameters.items())[1:]
         if p.default is not inspect.Parameter.empty
     }
-    with untouched(model, hooks=False):
+
+    def whole(function: CustomFunction, args: Any, kwargs: Any) -> Any:
+        if not any(isinstance(value, fx.Proxy) for value in (*args, *kwargs.values())):
+            return function(*args, **kwargs)
+        return tracer.create_proxy("call_function", function, args, kwargs)
+
+    with untouched(model, hooks=False), kept_whole(whole):
         graph = tracer.trace(model, concrete_args=defaults or None)
         for node in graph.nodes:
             if node.op == "get_attr":

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rgap.constraints import weight_constraint
 from rgap.halt import Halt, HaltKind
-from rgap.limits import ON, REFUTED
+from rgap.limits import MISTAKEN, ON, REFUTED
 from rgap.network.activations import Activation
 from rgap.network.chain import Chain, Stage
 from rgap.network.pooling import LinearMap, Pool
@@ -47,7 +47,7 @@ class Reached:
     z: Known | None
 
 
-@dataclass
+@dataclass(frozen=True)
 class Descent:
     """What the recursion recovered, from the top down, and the data if it got there.
 
@@ -58,19 +58,22 @@ class Descent:
         halt: why it ended early, or None.
         inputs: recovered inputs x_i by stage index.
         features: recovered inputs u_i of the affine maps by stage index.
+        cotangents: k_i at the outputs of the affine maps by stage index.
         completed: the data come from a completion, not from the equations of every stage.
+        mistaken: units of a ReLU, on average, that are on but within their error of off.
         partial: the data where only some of their entries are determined; the others are marked
             as unknown (see :class:`Known`).
     """
 
     reached: Reached
-    solutions: dict[int, StageSolution] = field(default_factory=dict)
-    inputs: dict[int, Known] = field(default_factory=dict)
-    features: dict[int, Known] = field(default_factory=dict)
-    cotangents: dict[int, Known] = field(default_factory=dict)
+    solutions: Mapping[int, StageSolution] = field(default_factory=dict)
+    inputs: Mapping[int, Known] = field(default_factory=dict)
+    features: Mapping[int, Known] = field(default_factory=dict)
+    cotangents: Mapping[int, Known] = field(default_factory=dict)
     data: Known | None = None
     halt: Halt | None = None
     completed: bool = False
+    mistaken: float = 0.0
     partial: Known | None = None
 
     def require_data(self) -> Known:
@@ -127,9 +130,38 @@ class Descent:
         return index, misfit
 
     @property
+    def doubt(self) -> str:
+        """Why equations that contradict each other refute nothing, or "".
+
+        What is above a ReLU tells a small value from none only up to its error, and a cotangent
+        that was taken for 0 contradicts the layers below as another model would.
+        """
+        if self.mistaken < MISTAKEN:
+            return ""
+        return (
+            f"about {self.mistaken:.1g} units of a ReLU are on by less than the error of this "
+            "update and were taken for off, which contradicts like another model does"
+        )
+
+    @property
     def refuted(self) -> bool:
         """True if the equations of some stage contradict the features it started from."""
         return self.worst[1] > REFUTED
+
+
+def _mistaken(tail: tuple[Op, ...], x: Known) -> float:
+    """Units of a ReLU below x that are on by less than their error, on average.
+
+    Those that are on are spread about evenly up to twice their mean.
+    """
+    if not any(isinstance(op, Activation) and op.one_sided for op in tail):
+        return 0.0
+    value, std = x.value[x.known], x.std[x.known]
+    on = value > ON * std
+    if not bool(on.any()):
+        return float(len(value))
+    share: Tensor = (ON * std / (2.0 * value[on].mean())).clamp_max(1.0)
+    return float(share.mean() * on.sum())
 
 
 def _vanished(
@@ -149,22 +181,19 @@ def _vanished(
 def descend(
     chain: Chain,
     gradients: Mapping[str, Tensor],
-    start: int,
-    features: Known,
-    cotangent: Known,
+    start: Reached,
     precision: Precision,
     watch: Watch = silent,
     budget: float = BUDGET,
     unpool: Unpool | None = None,
 ) -> Descent:
-    """Recover the inputs of the stages below ``start`` from its input and cotangent.
+    """Recover the inputs of the stages below one from its input and cotangent.
 
     Args:
         chain: the network as stages.
         gradients: ∂L/∂W and ∂L/∂b by parameter name, float64.
-        start: index of the stage whose affine input u and cotangent k are known.
-        features: u_start, the input of that stage's affine map, [B, *affine.in_shape].
-        cotangent: k_start, [B, *affine.out_shape].
+        start: the stage whose affine input u [B, *affine.in_shape] and cotangent k
+            [B, *affine.out_shape] are known.
         precision: of the update; draws the error ensemble.
         watch: told the name of each stage before it is solved, the number of it and of how many.
         budget: bytes above which a stage is solved without forming a matrix.
@@ -174,67 +203,73 @@ def descend(
     Returns:
         The :class:`Descent`; ``data`` is None when ``halt`` says where it ended.
     """
-    descent = Descent(Reached(start, cotangent, features, None))
-    known, k = features, cotangent
-    for index in range(start, -1, -1):
+    solutions = dict[int, StageSolution]()
+    inputs, features, cotangents = dict[int, Known](), dict[int, Known](), dict[int, Known]()
+
+    def ended(
+        halt: Halt | None, *, data: Known | None = None, partial: Known | None = None
+    ) -> Descent:
+        return Descent(
+            reached, solutions, inputs, features, cotangents, data, halt, partial=partial,
+            mistaken=mistaken,
+        )  # fmt: skip
+
+    assert start.u is not None
+    reached, known, k, mistaken = start, start.u, start.k, 0.0
+    for index in range(start.index, -1, -1):
         stage = chain.stages[index]
-        if index < start:
-            watch(stage.name, start - index, start)
+        if index < start.index:
+            watch(stage.name, start.index - index, start.index)
             name = stage.affine.weight_name
             # A gradient that was not sent says nothing: K = 0, and the weight constraints are left.
             heard = precision.sent(name) and not _vanished(stage, gradients, k, precision)
             own = k if heard else Known(0.0 * k.value, 0.0 * k.error)
             step = solve_stage(
-                stage.affine,
-                gradients[name],
-                known,
-                own,
-                precision,
-                budget,
+                stage.affine, stage.affine.sent(gradients), known, own, precision, budget,
                 parts=index == 0 and chain.complete,
-            )
+            )  # fmt: skip
             # Only the first factor is needed again; each is as large as the matrix of its layer.
-            descent.solutions[index] = step if index == 0 else replace(step, factor=None)
+            solutions[index] = step if index == 0 else replace(step, factor=None)
             if step.solution.value is None:
-                descent.reached = Reached(index, k, None, known)
-                descent.halt = _shortfall(stage, step, precision.sent(name))
-                if step.partial is not None:
-                    descent.partial = _data(stage, step.partial, precision)
-                return descent
+                reached = Reached(index, k, None, known)
+                halt = _shortfall(stage, step, precision.sent(name))
+                if step.partial is None:
+                    return ended(halt)
+                return ended(halt, partial=_data(stage, step.partial, precision))
             above, known = known, step.solution.value
             whole = bool(known.known.all())
-            descent.reached = Reached(index, k, *((known, None) if whole else (None, above)))
+            reached = Reached(index, k, *((known, None) if whole else (None, above)))
             if step.misfit > REFUTED:
-                descent.halt = Halt.contradiction(stage.name)
-                return descent
-        descent.cotangents[index] = k
-        descent.features[index] = known
-        cot = Known(stage.affine.adjoint(k.value), _map(stage.affine.adjoint, k.error))
-        # The terms of the client's sum rounded, however small a result they cancel to.
-        terms = stage.affine.adjoint_of_squares(k.value.square())
-        cot = Known(cot.value, cot.error + precision.normal(precision.sum_std(terms)))
-        passed = _lift(stage, known, cot, precision, unpool)
+                return ended(Halt.contradiction(stage.name))
+        cotangents[index], features[index] = k, known
+        passed = _lift(stage, known, _carried(stage, k, precision), precision, unpool)
         if isinstance(passed, Halt):
-            descent.halt = passed
-            return descent
-        known, cot = passed
-        descent.inputs[index] = known
+            return ended(passed)
+        known, cotangent = passed
+        inputs[index] = known
         if index == 0:
             break
-        through = _through(chain.stages[index - 1].tail, known, cot, precision)
+        tail = chain.stages[index - 1].tail
+        mistaken += _mistaken(tail, known)
+        through = _through(tail, known, cotangent, precision)
         if isinstance(through, Halt):
-            descent.halt = through
-            return descent
+            return ended(through)
         known, k = through
     if chain.complete:
-        descent.halt = _cut(chain.stages[0], known)
-        descent.data = known if descent.halt is None else None
-        descent.partial = known if descent.halt is not None else None
-    else:
-        barrier = chain.barrier
-        assert barrier is not None
-        descent.halt = Halt(HaltKind.BARRIER, barrier.node, barrier.words)
-    return descent
+        cut = _cut(chain.stages[0], known)
+        return ended(None, data=known) if cut is None else ended(cut, partial=known)
+    barrier = chain.barrier
+    assert barrier is not None
+    return ended(Halt(HaltKind.BARRIER, barrier.node, barrier.words))
+
+
+def _carried(stage: Stage, k: Known, precision: Precision) -> Known:
+    """The cotangent at the input of an affine map, ``Wᵀ k``, with its errors."""
+    adjoint = stage.affine.adjoint
+    # The terms of the client's sum rounded, however small a result they cancel to.
+    terms = stage.affine.adjoint_of_squares(k.value.square())
+    rounded = precision.normal(precision.sum_std(terms))
+    return Known(adjoint(k.value), _map(adjoint, k.error) + rounded)
 
 
 def _cut(stage: Stage, data: Known) -> Halt | None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rich import box
-from rich.table import Table
 from rich.text import Text
+
+from rgap.report.tables import HeadedTable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from rich.console import Console
+    from rich.table import Table
 
     from rgap.labels import LabelEstimate
 
@@ -21,22 +22,22 @@ _PLAIN: dict[str, Any] = {"highlight": False, "markup": False}
 _SURE, _LIKELY = 0.9, 0.5
 
 
-def print_labels(console: Console, found: Mapping[str, LabelEstimate]) -> None:
+def print_labels(console: Console, estimates: Mapping[str, LabelEstimate]) -> None:
     """The table of counts, then in words what each method assumes or why it does not answer."""
-    if any(one.present is not None for one in found.values()):
-        console.print(labels_table(found))
-    for name, one in found.items():
+    if any(one.present is not None for one in estimates.values()):
+        console.print(labels_table(estimates))
+    for name, one in estimates.items():
         if one.labels is not None:
             console.print(f"{name}: labels {_written(one.labels.tolist())}", **_PLAIN)
             if one.reason:
                 console.print(f"  Note: {one.reason}.", **_PLAIN)
-            if len(found) == 1:
+            if len(estimates) == 1:
                 console.print(f"  It assumes: {'; '.join(one.assumptions)}.", **_PLAIN)
         else:
             console.print(f"{name}: undecided: {one.reason}.", **_PLAIN)
 
 
-def labels_table(found: Mapping[str, LabelEstimate]) -> Table:
+def labels_table(estimates: Mapping[str, LabelEstimate]) -> Table:
     """Counts with their confidence, a row for each class that some method names.
 
     >>> import torch
@@ -45,13 +46,8 @@ def labels_table(found: Mapping[str, LabelEstimate]) -> Table:
     >>> labels_table({"best": one}).row_count
     3
     """
-    table = Table(
-        title="Counts, with confidence",
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-    )
-    shown = {name: one for name, one in found.items() if one.present is not None}
+    table = HeadedTable("Counts, with confidence")
+    shown = {name: one for name, one in estimates.items() if one.present is not None}
     table.add_column("class", justify="right", style="bold")
     for name in shown:
         table.add_column(name, justify="right")

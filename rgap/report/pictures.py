@@ -51,19 +51,19 @@ def read_pictures(sources: Sequence[str], shape: tuple[int, ...] | None) -> Tens
             f"--input-shape: expected channels,height,width with 1 or 3 channels for pictures, got "
             f"{','.join(map(str, shape))}"
         )
-    found: list[Tensor] = []
+    pictures: list[Tensor] = []
     for source in sources:
         if source.startswith(PHOTOS):
-            found += _photos(source.removeprefix(PHOTOS), shape)
+            pictures += _photos(source.removeprefix(PHOTOS), shape)
         else:
-            found += [read_picture(file, shape) for file in _files(source)]
-    shapes = {tuple(picture.shape) for picture in found}
+            pictures += [read_picture(file, shape) for file in _files(source)]
+    shapes = {tuple(picture.shape) for picture in pictures}
     if len(shapes) > 1:
         raise ValueError(
             f"--images: expected pictures of one size, got {sorted(shapes)}; write --input-shape "
             "3,32,32 to bring all of them to one"
         )
-    return torch.stack(found)
+    return torch.stack(pictures)
 
 
 def _photos(text: str, shape: tuple[int, ...] | None) -> list[Tensor]:

@@ -153,15 +153,15 @@ def _tensors(recovery: Recovery) -> dict[str, Tensor]:
         if recovery.candidates
         else [("", recovery.inputs, recovery.labels)]
     )
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     if recovery.partial is not None and recovery.determined is not None:
-        found |= {"partial": recovery.partial, "determined": recovery.determined}
+        tensors |= {"partial": recovery.partial, "determined": recovery.determined}
     for prefix, inputs, labels in answers:
         if inputs is not None:
-            found[f"{prefix}inputs"] = inputs
+            tensors[f"{prefix}inputs"] = inputs
         if labels is not None:
-            found[f"{prefix}labels"] = labels
-    return found
+            tensors[f"{prefix}labels"] = labels
+    return tensors
 
 
 def _mask(determined: Tensor) -> Tensor:

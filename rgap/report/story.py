@@ -41,7 +41,6 @@ def tell(demo: Demo) -> RenderableType:
 
 
 def _single_table(cases: tuple[Case, ...]) -> Table:
-
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("network")
     table.add_column("unknowns", justify="right")
@@ -53,16 +52,16 @@ def _single_table(cases: tuple[Case, ...]) -> Table:
     table.add_column("time", justify="right")
     for case in cases:
         answer = case.recovery
-        found, quality, error = "–", "–", "–"
+        label, quality, error = "–", "–", "–"
         if answer.inputs is not None and case.psnr is not None:
             quality = f"{case.psnr[0]:.1f} dB"
             error = f"{float((answer.inputs - case.originals).abs().max()):.1e}"
         if answer.labels is not None:
-            found = ",".join(str(int(n)) for n in answer.labels.flatten())
+            label = ",".join(str(int(n)) for n in answer.labels.flatten())
         table.add_row(
             case.network,
             f"{case.originals.numel():,}",
-            f"{case.labels[0]} → {found}",
+            f"{case.labels[0]} → {label}",
             status_text(answer.status.name),
             quality,
             error,

@@ -5,12 +5,15 @@ from __future__ import annotations
 from math import isfinite
 from typing import TYPE_CHECKING
 
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
 from rgap.analysis.plots.discard import percent
 
 if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
+
     from rgap.analysis.discard.table import Audit, AuditRow
     from rgap.analysis.hardening.table import Hardening
     from rgap.analysis.joint_rank.table import Identifiability
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
     from rgap.recovery import LayerReport, Recovery
 
 __all__ = [
+    "HeadedTable",
     "audit_matrix",
     "audit_table",
     "change_table",
@@ -26,6 +30,20 @@ __all__ = [
     "recovery_table",
     "status_text",
 ]
+
+
+class HeadedTable(Table):
+    """A table below a heading, which wraps where the console ends and not where the table does."""
+
+    def __init__(self, heading: str = "") -> None:
+        super().__init__(box=box.SIMPLE_HEAD)
+        self._heading = heading
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if self._heading:
+            yield Text(self._heading, style="bold")
+        yield from super().__rich_console__(console, options)
+
 
 _COLOURS = {
     "EXACT": "bold green",
@@ -45,7 +63,7 @@ def finding_table(check: Check) -> Table:
     >>> finding_table(Check((one,), frozenset())).row_count
     1
     """
-    table = _table("What is wrong with the update")
+    table = HeadedTable("What is wrong with the update")
     table.add_column("finding", style="bold")
     table.add_column("value", justify="right")
     table.add_column("strength", justify="right")
@@ -65,7 +83,7 @@ def audit_table(audit: Audit) -> Table:
     1
     """
     joint = "joint rank" if all(row.exact for row in audit.rows) else "joint rank ≤"
-    table = _table(f"Equations of every layer's gradient: {audit.model}")
+    table = HeadedTable(f"Equations of every layer's gradient: {audit.model}")
     table.add_column("B", justify="right", style="bold")
     table.add_column("layer")
     table.add_column("kind", style="dim")
@@ -99,7 +117,7 @@ def _route(row: AuditRow) -> str:
 
 def audit_matrix(audit: Audit) -> Table:
     """The discard alone, layer by batch size: the heat map in figures."""
-    table = _table(None)
+    table = HeadedTable()
     table.add_column("layer")
     table.add_column("kind", style="dim")
     cells = {(row.layer, row.batch_size): row for row in audit.rows}
@@ -107,13 +125,13 @@ def audit_matrix(audit: Audit) -> Table:
     for batch in audit.batch_sizes:
         table.add_column(f"B = {batch}", justify="right")
     for layer in audit.layers:
-        found = (cells.get((layer, batch)) for batch in audit.batch_sizes)
-        shares = [Text("–") if row is None else _shortfall(row)[1] for row in found]
+        rows = (cells.get((layer, batch)) for batch in audit.batch_sizes)
+        shares = [Text("–") if row is None else _shortfall(row)[1] for row in rows]
         table.add_row(layer, kinds[layer], *shares)
     return table
 
 
-def joint_table(found: Identifiability) -> Table:
+def joint_table(answer: Identifiability) -> Table:
     """What every layer says by itself, and what it and all above it say of the data.
 
     >>> import rgap
@@ -121,12 +139,12 @@ def joint_table(found: Identifiability) -> Table:
     >>> joint_table(rgap.analysis.identifiability(net, (1, 4, 4))).row_count
     2
     """
-    table = _table(f"The update of {found.model} at B = {found.batch_size}")
+    table = HeadedTable(f"The update of {answer.model} at B = {answer.batch_size}")
     table.add_column("layer")
     table.add_column("kind", style="dim")
     for name in ("equations", "missing alone", "rank with those above", "gain"):
         table.add_column(name, justify="right")
-    for row in found.rows:
+    for row in answer.rows:
         table.add_row(
             row.layer,
             row.kind,
@@ -138,7 +156,7 @@ def joint_table(found: Identifiability) -> Table:
     return table
 
 
-def change_table(found: Hardening) -> Table:
+def change_table(hardening: Hardening) -> Table:
     """The smallest changes, kind by kind.
 
     >>> from rgap.analysis.hardening.table import Change, Hardening
@@ -146,12 +164,14 @@ def change_table(found: Hardening) -> Table:
     >>> change_table(Hardening("lenet", (3, 32, 32), 1, 0.03, 0, 3072, (one,))).row_count
     1
     """
-    table = _table(f"What takes {found.wanted:.0%} of the data out of the update: {found.model}")
+    table = HeadedTable(
+        f"What takes {hardening.wanted:.0%} of the data out of the update: {hardening.model}"
+    )
     table.add_column("change", style="bold")
     table.add_column("layer")
     for name in ("from", "to", "missing", "share"):
         table.add_column(name, justify="right")
-    for change in found.changes:
+    for change in hardening.changes:
         table.add_row(
             change.kind,
             change.layer,
@@ -165,7 +185,7 @@ def change_table(found: Hardening) -> Table:
 
 def recovery_table(recovery: Recovery) -> Table:
     """The layers of a recovery from the output down, which is the order they are solved in."""
-    table = _table("Equations, from the output down to the data")
+    table = HeadedTable("Equations, from the output down to the data")
     table.add_column("layer")
     table.add_column("kind", style="dim")
     for name in ("unknowns", "rank", "missing", "condition"):
@@ -187,12 +207,6 @@ def recovery_table(recovery: Recovery) -> Table:
 def status_text(name: str) -> Text:
     """A status in its colour: green for what is certain, red for what contradicts itself."""
     return Text(name, style=_COLOURS.get(name, ""))
-
-
-def _table(title: str | None) -> Table:
-    from rich import box
-
-    return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
 
 
 def _shortfall(row: AuditRow) -> tuple[Text, Text]:

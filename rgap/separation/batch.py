@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import inf
 
 from torch import Tensor
 
+from rgap import memory
 from rgap.jacobian.batch_loss import BatchLoss
 from rgap.network.chain import Chain, Stage
 from rgap.precision import Known, Precision
 from rgap.separation.mixture import Mixture, mixture
 from rgap.update.losses import Loss
+
+HELD = 4  # matrices of a start that are held at a time: normal, damped, its factor, the Jacobian
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,7 @@ class Batch:
         loss: the client's.
         precision: of the update.
         size: stated batch size, or None.
+        room: bytes for what separating holds at a time.
     """
 
     chain: Chain
@@ -31,6 +36,7 @@ class Batch:
     loss: Loss
     precision: Precision
     size: int | None
+    room: float = inf
     _mixtures: dict[int, Mixture] = field(default_factory=dict, repr=False, compare=False)
 
     def mixture(self, index: int) -> Mixture:
@@ -43,8 +49,23 @@ class Batch:
         stage = self.chain.stages[index]
         name = stage.affine.bias_name
         bias = self.gradients[name] if name and self.precision.sent(name) else None
-        gradient = self.gradients[stage.affine.weight_name]
+        gradient = stage.affine.sent(self.gradients)
         return mixture(stage, gradient, bias, self.precision)
+
+    def starts(self, rank: int, most: int, growth: int) -> int:
+        """Starts at once, ``most`` or fewer, whose matrices [rank, rank] fit together.
+
+        Args:
+            rank: of the mixture.
+            most: that are wanted.
+            growth: factor on them in the last round of a search.
+
+        Raises:
+            OutOfMemory: not even one start fits.
+        """
+        one = 8.0 * HELD * growth * rank**2
+        memory.require(f"telling {rank} samples apart", one, self.room)
+        return max(1, min(most, int(max(self.room, memory.LEAST) / one)))
 
     @property
     def classes(self) -> int:

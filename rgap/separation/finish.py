@@ -6,11 +6,12 @@ import time
 
 from torch import Tensor
 
+from rgap import memory
 from rgap.jacobian.batch_loss import BatchLoss
 from rgap.limits import REFUTED, SEPARABLE
 from rgap.precision import Known
 from rgap.separation.alike import hidden_distance, remark, widened
-from rgap.separation.batch import Batch, Separated, Unseparated
+from rgap.separation.batch import HELD, Batch, Separated, Unseparated
 from rgap.separation.errors import across_errors, cotangents, cotangents_above, spread
 from rgap.separation.identify import rise, top
 from rgap.separation.mixture import Mixture
@@ -95,6 +96,11 @@ def finish_together(
         return head
     k = cotangents(batch.chain, stage.index, x, head).flatten(1)
     across = across_errors(samples, found.roots, k, batch.precision)
+    memory.require(
+        f"polishing {samples.rank} samples at '{stage.name}' together",
+        8.0 * HELD * min(samples.rank, TOGETHER) ** 4,
+        batch.room,
+    )
     joint = polish_jointly(
         batch.chain, samples, batch.gradients, found.roots, head, across, batch.precision,
         largest=TOGETHER, dense=DENSE,

@@ -24,7 +24,7 @@ from rgap.separation.errors import spread
 from rgap.separation.identify import Identity, free, pullback
 from rgap.separation.lines import lines
 from rgap.separation.mixture import Mixture
-from rgap.separation.peeling import Collected, collect
+from rgap.separation.peeling import GROWTH, STARTS, Collected, collect
 from rgap.separation.route import unfit_pair
 from rgap.separation.subspace import Consistency, restricted
 from rgap.update.losses import Loss
@@ -92,7 +92,10 @@ def separate_headless(
     def admissible(identity: Identity, rough: bool) -> bool:
         return identity.accepted and identity.outside < CERTAIN
 
-    found = collect(consistency, naming, admissible, batch.precision.seed, watch=watch)
+    starts = batch.starts(lower.rank, STARTS, GROWTH)
+    found = collect(
+        consistency, naming, admissible, batch.precision.seed, starts=starts, watch=watch
+    )
     if not found.complete:
         return Unseparated(
             f"{len(found.roots)} of the {lower.rank} samples of '{lower.stage.name}' found in "

@@ -21,7 +21,7 @@ from rgap.separation.finish import finish
 from rgap.separation.identify import Identity, continuous, identify
 from rgap.separation.lines import lines
 from rgap.separation.mixture import Mixture
-from rgap.separation.peeling import Collected, collect
+from rgap.separation.peeling import GROWTH, STARTS, Collected, collect
 from rgap.separation.subspace import Consistency
 from rgap.separation.targets import admissible, contradicted, single
 
@@ -49,6 +49,7 @@ def separate_pair(
         naming,
         partial(admissible, batch, lower.rank),
         batch.precision.seed,
+        starts=batch.starts(lower.rank, STARTS, GROWTH),
         watch=watch,
     )
     if not found.complete:

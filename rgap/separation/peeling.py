@@ -22,6 +22,7 @@ from rgap.solvers.least_squares import levenberg_marquardt
 
 STARTS = 16
 IDLE = 4  # rounds without a new sample, each with twice the starts, until it gives up
+GROWTH = 2 ** (IDLE - 1)  # factor on the starts in the last of them
 PATIENT = 2  # of these rounds before targets are judged with leniency
 SOLVED = 1e-24  # relative cost at which a start needs no further step
 ROOT = 1e-3  # relative cost above which a point is no root at any precision

@@ -88,7 +88,7 @@ def polish_jointly(
     small = _reduced(chain, samples)
     sent = {n: gradients[n] for n in _names(small)}
     first = small.stages[0].affine
-    sent[first.weight_name] = sent[first.weight_name] @ samples.right
+    sent[first.weight_name] = samples.stage.affine.sent(gradients) @ samples.right
     precision = precision.projected(first.weight_name, samples.right)
     free = _frees(small, samples, head)
     point = Linearisation(small, roots, head)

@@ -9,6 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import torch
+
+from rgap.limits import ROUNDED
+from rgap.network.chain import Stage
 from rgap.separation.batch import Batch, Separated, Unseparated
 from rgap.separation.between import Between, steps_between
 from rgap.separation.mixture import Mixture
@@ -43,7 +47,7 @@ def separate(batch: Batch, watch: Watcher | None = None) -> Separated | Unsepara
         if batch.size is None or stage.affine.geometry is not None:
             continue
         rank = batch.mixture(stage.index).triplets.rank
-        if rank.rank > batch.size and rank.clear:
+        if rank.rank > batch.size and rank.clear and _beyond(batch, stage):
             return Unseparated(
                 f"the gradient of '{stage.name}' has rank {rank.rank} (σ_{rank.rank}/σ_1 "
                 f"{rank.smallest / rank.largest:.1e}): more than the stated batch_size="
@@ -66,6 +70,17 @@ def separate(batch: Batch, watch: Watcher | None = None) -> Separated | Unsepara
     if why_not is not None:
         return Unseparated(f"{alone}; {why_not.reason}", why_not.consistent)
     return _after(separate_head(batch, top, watch), whys)
+
+
+def _beyond(batch: Batch, stage: Stage) -> bool:
+    """True if what a gradient holds beyond the rank of the batch is more than errors can add.
+
+    By Eckart and Young no error E of a matrix of rank B leaves more than ‖E‖ beyond its rank.
+    """
+    held, precision, name = batch.mixture(stage.index), batch.precision, stage.affine.weight_name
+    rest = torch.cat([held.values[batch.size :], held.triplets.beneath]).norm()
+    own = ROUNDED * precision.unit * float(held.gradient.norm())
+    return float(rest) > own + precision.noise_length(name, held.gradient)
 
 
 def _after(found: Separated | Unseparated, whys: list[str]) -> Separated | Unseparated:

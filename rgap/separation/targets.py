@@ -97,6 +97,7 @@ def batch_loss(
             f"{', '.join(f'{float(v):.3g}' for v in shares[:8])}); state batch_size",
         )
     continuous = batch.loss.targets != "index"
+    certain = certain and not loose(batch, identities)
     if continuous and batch.size is None:
         return Unseparated(
             f"under {batch.loss.name} with targets {batch.loss.targets!r} nothing says how often "
@@ -164,7 +165,7 @@ def read_from_head(batch: Batch, features: Tensor, logits: Tensor, head: BatchLo
     if batch.loss.targets == "index":
         return head
     affine = batch.chain.stages[-1].affine
-    columns, sent = [features], [batch.gradients[affine.weight_name]]
+    columns, sent = [features], [affine.sent(batch.gradients)]
     if affine.bias_name is not None:
         columns.append(torch.ones_like(features[:, :1]))
         sent.append(batch.gradients[affine.bias_name][:, None])
@@ -194,8 +195,21 @@ def refuting(batch: Batch, samples: Mixture) -> bool:
     Not where at most two logits carry the loss: the cotangents of all targets are then parallel,
     and samples of different targets may be shown as one, of any weight.
     """
-    head = batch.gradients[batch.chain.stages[-1].affine.weight_name]
+    head = batch.chain.stages[-1].affine.sent(batch.gradients)
     return int((head != 0).any(1).sum()) > PARALLEL and resolved(batch, samples)
+
+
+def loose(batch: Batch, identities: Sequence[Identity]) -> bool:
+    """True if one cotangent fits at roots of different weights: it does not say where a sample is.
+
+    Where a softmax is sure of itself and activations are straight, samples of one label share their
+    cotangent, and any mixture of them is a root, of a weight that means nothing.
+    """
+    kappa = torch.stack([i.kappa / i.kappa.norm() for i in identities])
+    weights = torch.stack([kappa.new_tensor(i.share) for i in identities]).abs()
+    same = (kappa @ kappa.T).abs() > 1.0 - LAW * 2.0 * batch.precision.unit
+    apart = weights[:, None] > COMMON * weights
+    return bool((same & apart).any())
 
 
 def _silent(batch: Batch, logits: Tensor) -> bool:
@@ -249,7 +263,7 @@ def contradicted(batch: Batch, samples: Mixture, found: Collected) -> Unseparate
     ]  # copies that the rank leaves no room for may be what noise added to the rank
     if not found.roots.numel() and (common := common_factor(batch, samples.rank, clear)):
         return common
-    if not sure or not refuting(batch, samples):
+    if not sure or not refuting(batch, samples) or loose(batch, [*clear, *found.identities]):
         return None
     if len(sure) < len(found.roots):
         return None

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 
 from rgap import validation
 from rgap.network.agreement import refuse_meta
-from rgap.network.running import called, only_tensor, refuse_wrapped
+from rgap.network.running import called, looks_up, only_tensor, refuse_wrapped
 from rgap.update.losses import Loss
 from rgap.update.update import Update
 
@@ -76,7 +76,7 @@ def capture(
         )
     parameters = _parameters(model)
     _check_mode(model)
-    _check_inputs(inputs)
+    _check_inputs(model, inputs)
     _check_range(inputs, value_range)
     if not isinstance(targets, Tensor) and not loss.own:
         raise TypeError(
@@ -193,7 +193,7 @@ def _has_rate(module: nn.Module) -> bool:
     )
 
 
-def _check_inputs(inputs: Tensor) -> None:
+def _check_inputs(model: nn.Module, inputs: Tensor) -> None:
     if not isinstance(inputs, Tensor):
         raise TypeError(
             f"inputs: expected a tensor [B, ...], got {type(inputs).__name__}; write "
@@ -203,8 +203,8 @@ def _check_inputs(inputs: Tensor) -> None:
         raise TypeError(f"inputs: expected real numbers, got {inputs.dtype}.")
     if not inputs.is_floating_point():
         raise TypeError(
-            f"inputs: expected floating numbers, got {inputs.dtype}; for pictures write "
-            "inputs.float() / 255."
+            f"inputs: expected floating numbers, got {inputs.dtype}. "
+            + (looks_up(model) or "For pictures write inputs.float() / 255.")
         )
     if inputs.ndim < 2:
         raise ValueError(

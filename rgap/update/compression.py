@@ -12,6 +12,9 @@ from rgap.doubles import BLOCK
 from rgap.network.chain import Chain
 from rgap.update.pruning import pruned
 
+ROWS = (2, 3)  # biases of zero beside weights that are not: of one product, and of sums of them
+GONE = 0.2  # of the median, below which a gradient has entries
+FILLED = 8  # entries that have a median
 FEWEST = 32  # entries: below that, equal magnitudes happen by chance
 
 
@@ -19,6 +22,7 @@ def compression(
     gradients: Mapping[str, Tensor],
     terms: Mapping[str, int],
     noise: Mapping[str, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> str | None:
     """What the update looks like if it was compressed, in words; None for a plain gradient.
 
@@ -32,6 +36,7 @@ def compression(
         terms: outer products that the gradient of a weight is a sum of, samples times positions;
             other tensors are not looked at for zeros.
         noise: standard deviation of the noise of entries, by parameter name.
+        dtype: in which values underflowed, where it is not that of the tensors.
 
     Returns:
         A clause that names the compression, or None.
@@ -44,12 +49,21 @@ def compression(
     """
     if _one_magnitude(gradients):
         return "every tensor has entries of one magnitude only, as sign compression leaves them"
+    if not noise:
+        single, sums = _bared(gradients, terms)
+        exact = dtype is None or all(g.dtype == dtype for g in gradients.values())
+        if (exact and single >= ROWS[0]) or (single + sums >= ROWS[1] and _truncated(gradients)):
+            return (
+                f"{single + sums} entries of biases are exactly zero though the rows of their "
+                "weights are not, as pruning to the largest entries leaves them"
+            )
     for name, count in terms.items():
         gradient = gradients.get(name)
         if gradient is None or gradient.ndim < 2:
             continue
         own = (noise or {}).get(name)
-        if pruned(gradient, count, 0.0 if own is None else float(own.max())):
+        lost = 0.0 if dtype is None else float(torch.finfo(dtype).smallest_normal)
+        if pruned(gradient, count, lost if own is None else max(lost, float(own.max()))):
             share = float((gradient == 0).double().mean())
             products = "one outer product" if count == 1 else f"{count} outer products"
             return (
@@ -57,6 +71,33 @@ def compression(
                 f"rows and columns of {products} but as pruning to the largest entries leaves them"
             )
     return None
+
+
+def _bared(gradients: Mapping[str, Tensor], terms: Mapping[str, int]) -> tuple[int, int]:
+    """Rows with ``G_f ≠ 0`` and ``∂b_f = 0``, of one outer product and of sums of several.
+
+    ``∂b_f = Σ_t k_tf`` is no zero of one product whose row ``k_f x`` is not, and hardly of a sum.
+    """
+    rows = [0, 0]
+    for name, count in terms.items():
+        weight = gradients.get(name)
+        bias = gradients.get(f"{name.removesuffix('weight')}bias")
+        if weight is None or bias is None or bias.shape != weight.shape[:1] or not bias.any():
+            continue
+        rows[count > 1] += int(((bias == 0) & (weight != 0).flatten(1).any(1)).sum())
+    return rows[0], rows[1]
+
+
+def _truncated(gradients: Mapping[str, Tensor]) -> bool:
+    """True if the small values are missing: in every tensor, or below one level in all."""
+    sizes = [g[g != 0].abs().double() for g in gradients.values() if g.ndim > 1]
+    sizes = [s for s in sizes if len(s) >= FILLED]
+    if not sizes:
+        return False
+    return any(
+        all(float(s.min()) > GONE * float(s.median()) for s in parts)
+        for parts in (sizes, [torch.cat(sizes)])
+    )
 
 
 def terms_of(chain: Chain, batch: int | None) -> dict[str, int]:

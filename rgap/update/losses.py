@@ -34,6 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rgap import validation
+from rgap.reverse import hessian_product
 from rgap.update.loss_forms import FORMS, Form, Options
 from rgap.update.targets import (
     BINARY,
@@ -330,11 +331,7 @@ class Loss:
                 "loss.cotangent_jvp(outputs, direction, targets)."
             )
         if self.own:
-            wanted = targets
-            found: Tensor = torch.func.jvp(
-                lambda z: torch.func.grad(lambda v: self(v, wanted))(z), (outputs,), (direction,)
-            )[1]
-            return found
+            return hessian_product(lambda z: self(z, targets), outputs, direction)
         require_outputs(self.name, outputs)
         y = torch.zeros_like(outputs) if targets is None else self.dense(targets, outputs)
         options = self._options(outputs)

@@ -1,37 +1,125 @@
-"""A client's model and update, as the readers of both take them: buffers, device, errors."""
+"""A client's model and update, checked against each other once, as every reader takes them."""
 
 from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from rgap import validation
+from rgap.network.agreement import refuse_unready, sample_shape
+from rgap.network.running import refuse_meta, refuse_wrapped
 from rgap.precision import Precision
-from rgap.update.update import Update
+from rgap.update.update import Update, view
 
 log = logging.getLogger(__name__)
 
 
-def precision_of(
-    update: Update,
-    noise: float,
-    place: torch.device,
-    seed: int = 0,
-    samples: int = Precision.samples,
-) -> Precision:
-    """What is known of an update's errors: its rounding, its own noise, and noise stated beside it.
+@dataclass(frozen=True, eq=False)
+class ClientView:
+    """A model and an update that belong together, with what the caller stated about them.
 
-    Args:
-        update: what the client sent.
-        noise: standard deviation of noise that was added to every entry.
-        place: device of the work.
-        seed: of the sampled errors.
-        samples: members of the ensemble.
+    Attributes:
+        model: as the client had it (:func:`as_on_the_client`).
+        update: under the model's names, at the precision that its values show, with a shape of one
+            sample.
+        batch: samples, where the update, the caller or stated labels say it.
+        labels: targets of the batch, where the update or the caller says them.
+        noise: standard deviation of noise stated beside the update's own.
+        place: where to compute.
+        rounded: what was read off the values of the update about its precision, if anything.
     """
-    own = {n: s.to(place, torch.float64) for n, s in (update.noise or {}).items()}
-    return Precision(update.dtype, noise, samples, seed, entries=own)
+
+    model: nn.Module
+    update: Update
+    batch: int | None
+    labels: Tensor | None
+    noise: float
+    place: torch.device
+    rounded: str | None = None
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        update: Update,
+        *,
+        batch_size: int | None = None,
+        labels: Tensor | None = None,
+        input_shape: Sequence[int] | None = None,
+        noise: float = 0.0,
+        device: torch.device | str | None = None,
+        ready: bool = True,
+    ) -> ClientView:
+        """Check an update against its model; what the caller states goes before the update's.
+
+        Args:
+            model: the network; left as it is.
+            update: what the client sent.
+            batch_size: samples.
+            labels: targets of the batch.
+            input_shape: of one sample; else the update's, else as the layers fix it.
+            noise: standard deviation of noise that was added to every entry.
+            device: where to compute; default the CPU.
+            ready: refuse a model that mixes or drops samples in its mode, or cannot be run with
+                other weights.
+
+        Raises:
+            ValueError: an update of another model, a model without values, a batch size, labels,
+                noise or device that are none, a shape that the layers leave open.
+            TypeError: a model or an update that is none.
+
+        >>> net = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 2)).eval()
+        >>> sent = Update({n: torch.rand_like(p) for n, p in net.named_parameters()})
+        >>> client = ClientView.of(net, sent, labels=torch.tensor([1, 0]))
+        >>> client.batch, client.input_shape
+        (2, (3,))
+        """
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        if not isinstance(update, Update):
+            raise TypeError(
+                f"update: expected an rgap.Update, got {type(update).__name__}; write "
+                "rgap.capture(model, inputs, targets) or rgap.Update(gradients)"
+            )
+        update, rounded = update.fitted(model).as_rounded()
+        refuse_meta(model)
+        if ready:
+            refuse_unready(model)
+            refuse_wrapped(model)
+        batch = update.batch_size if batch_size is None else batch_size
+        known = update.labels if labels is None else labels
+        if batch is None and isinstance(known, Tensor):
+            batch = len(known)
+        if batch is not None:
+            batch = validation.count("batch_size", batch)
+            known = validation.labels(known, batch)
+        validation.noise(noise)
+        place = device_of(device)
+        shape = sample_shape(model, input_shape, update.input_shape)
+        update = view(update, input_shape=shape)
+        model = as_on_the_client(model, update)
+        return cls(model, update, batch, known, noise, place, rounded)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Of one sample."""
+        assert self.update.input_shape is not None
+        return self.update.input_shape
+
+    def precision(self, seed: int = 0, samples: int = Precision.samples) -> Precision:
+        """What is known of the update's errors: its rounding, its own noise, the noise stated.
+
+        Args:
+            seed: of the sampled errors.
+            samples: members of the ensemble.
+        """
+        own = {n: s.to(self.place, torch.float64) for n, s in (self.update.noise or {}).items()}
+        return Precision(self.update.dtype, self.noise, samples, seed, entries=own)
 
 
 def as_on_the_client(model: nn.Module, update: Update) -> nn.Module:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import gcd
+from math import gcd, inf, log2
 
 import torch
 from torch import Tensor
@@ -22,9 +22,10 @@ from rgap.rounding import UNIFORM, coherence, spacing
 __all__ = ["Rounded", "recognise"]
 
 FORMATS = (torch.bfloat16, torch.float16, torch.float32)  # coarsest first
-EVIDENCE = 16  # distinct values that use the last bit of a format needed
+EVIDENCE = 8  # distinct values that use the last bit of a format needed
 LEVELS = 12  # levels of integers, beside the largest of each tensor, needed in all tensors together
 USED = 0.25  # share of the distinct values that do, where rounding decided: one half
+LOSS_SCALE = 24  # largest power of two that a loss is scaled by in mixed precision
 LOOKED = 4096  # values of a tensor among which they are counted
 WIDTHS = range(4, 17)  # bits of integers that are looked for
 OFF = 4.0  # spacings of the carrying format by which a multiple of the step may be off
@@ -36,7 +37,8 @@ class Rounded:
     """What the values of an update say of the format that they went through.
 
     Attributes:
-        kind: ``"float16"``, ``"bfloat16"``, ``"float32"``, or ``"8-bit integers"`` and so on.
+        kind: ``"float16"``, ``"float16 over a loss scale"``, ``"bfloat16"``, ``"float32"``, or
+            ``"8-bit integers"`` and so on.
         dtype: the floating format; None for integers.
         noise: standard deviation of the rounding of each entry, by parameter name, for the tensors
             that show it.
@@ -89,30 +91,52 @@ def recognise(gradients: Mapping[str, Tensor]) -> Rounded | None:
 def _floating(gradients: Mapping[str, Tensor], dtype: torch.dtype) -> Rounded | None:
     """Tensors all of whose values are numbers of ``dtype`` although theirs is finer."""
     eps = torch.finfo(dtype).eps
-    exact = {
-        name: g
-        for name, g in gradients.items()
-        if torch.finfo(g.dtype).eps < eps and _numbers_of(g, dtype)
-    }
+    fine = {name: g for name, g in gradients.items() if torch.finfo(g.dtype).eps < eps}
+    shift = _shift(fine, dtype)
+    scale = 2.0**shift
+    exact = {name: g for name, g in fine.items() if _numbers_of(g, dtype, scale)}
     used = total = 0
     for g in exact.values():
-        sizes = _distinct(g)
+        sizes = _distinct(g) * scale
         odd = (sizes.double() / spacing(sizes, dtype)).remainder(2.0) == 1.0
         used, total = used + int(odd.sum()), total + len(sizes)
     if used < EVIDENCE or used < USED * total:
         return None
-    noise = {name: UNIFORM * spacing(g, dtype).to(g.dtype) for name, g in exact.items()}
-    return Rounded(str(dtype).removeprefix("torch."), dtype, noise, used)
+    noise = {
+        name: UNIFORM / scale * spacing(g * scale, dtype).to(g.dtype) for name, g in exact.items()
+    }
+    kind = str(dtype).removeprefix("torch.") + (" over a loss scale" if shift else "")
+    return Rounded(kind, dtype, noise, used)
+
+
+def _shift(gradients: Mapping[str, Tensor], dtype: torch.dtype) -> int:
+    """Power of two that a loss was scaled by while its gradients were numbers of a format.
+
+    Mixed precision divides by it afterwards, below what the format can hold.  The smallest that
+    explains the values is taken, whose grid is the coarsest: the client's may be larger.
+    """
+    if dtype != torch.float16 or not gradients:
+        return 0
+    few = [_few(g) for g in gradients.values()]
+    largest = max(float(part.abs().max()) for part in few if part.numel())
+    if not 0 < largest < inf:
+        return 0
+    top = min(LOSS_SCALE, int(log2(torch.finfo(dtype).max / largest)))
+    few = [part for part in few if top > 0 and _numbers(part * 2.0**top, dtype)]
+    return next((k for k in range(top + 1) if all(_numbers(p * 2.0**k, dtype) for p in few)), 0)
 
 
 def _integers(gradients: Mapping[str, Tensor]) -> Rounded | None:
     """Multiples of one step a tensor, the largest of them that of a signed or unsigned integer.
 
-    Errors of entries that went to zero follow the gradient where most did (see ``coherence``).
+    The width that most tensors show is that of all: one without negative values holds seven bits of
+    the eight of its neighbours.  Errors of entries that went to zero follow the gradient where most
+    did (see ``coherence``).
     """
     ends = {name: _ends(g) for name, g in gradients.items()}
+    best: Rounded | None = None
     for bits in WIDTHS:
-        noise, evidence, entries = {}, 0, 0
+        noise, evidence, entries = dict[str, Tensor](), 0, 0
         for name, g in gradients.items():
             step = _step(g, bits, *ends[name])
             if step is None:
@@ -121,15 +145,20 @@ def _integers(gradients: Mapping[str, Tensor]) -> Rounded | None:
             if g.ndim > 1:
                 noise[name] *= coherence(g == 0, (g == 0).flatten(1).all(1)).to(g)
             entries += g.numel()
-            evidence += len(_distinct(g)) - 1  # the largest is one whatever the others are
-        if entries >= FEWEST and evidence >= min(LEVELS, 2 ** (bits - 1) - 3):
-            return Rounded(f"{bits}-bit integers", None, noise, evidence)
-    return None
+            evidence += _levels(g, step) - 1  # the largest is one whatever the others are
+        shown = entries >= FEWEST and evidence >= min(LEVELS, 2 ** (bits - 1) - 3)
+        if shown and (best is None or len(noise) > len(best.noise)):
+            best = Rounded(f"{bits}-bit integers", None, noise, evidence)
+    return best
 
 
-def _numbers_of(g: Tensor, dtype: torch.dtype) -> bool:
+def _numbers_of(g: Tensor, dtype: torch.dtype, scale: float) -> bool:
     """Every value of a tensor is a number of a coarser format: a few of them first, then all."""
-    return all(torch.equal(part.to(dtype).to(g.dtype), part) for part in (_few(g), *blocks(g)))
+    return all(_numbers(part * scale, dtype) for part in (_few(g), *blocks(g)))
+
+
+def _numbers(part: Tensor, dtype: torch.dtype) -> bool:
+    return torch.equal(part.to(dtype).to(part.dtype), part)
 
 
 def _ends(g: Tensor) -> tuple[float, float]:
@@ -167,6 +196,12 @@ def _few(g: Tensor) -> Tensor:
     while gcd(stride, flat.numel()) > 1:
         stride += 1
     return flat[::stride]
+
+
+def _levels(g: Tensor, step: float) -> int:
+    """Distinct multiples of a step beside zero: what is far below it says nothing of integers."""
+    multiples = (_distinct(g).double() / step).round()
+    return len(torch.unique(multiples[multiples > 0]))
 
 
 def _distinct(g: Tensor) -> Tensor:

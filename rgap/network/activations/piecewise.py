@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rgap.network.reshape import ADVICE, Function, Op
+from rgap.reverse import pulled
 
 _INF = math.inf
 # Their second derivative is 0, and PyTorch has none for hardsigmoid.
@@ -262,12 +263,10 @@ class Opaque(Activation):
 
     def derivative(self, z: Tensor) -> Tensor:
         """φ'(z) by reverse differentiation."""
-        slope: Tensor = torch.func.vjp(self.function, z)[1](torch.ones_like(z))[0]
-        return slope
+        return pulled(self.function, z, torch.ones_like(z))
 
     def second_derivative(self, z: Tensor) -> Tensor:
         """φ''(z), by differentiating twice."""
         if self.kind in _PIECEWISE:
             return torch.zeros_like(z)
-        bend: Tensor = torch.func.vjp(self.derivative, z)[1](torch.ones_like(z))[0]
-        return bend
+        return pulled(self.derivative, z, torch.ones_like(z))

@@ -22,7 +22,7 @@ from rgap.separation.batch import Batch, Separated, Unseparated
 from rgap.separation.finish import finish, finish_together
 from rgap.separation.identify import Identity, choose, similar
 from rgap.separation.mixture import Mixture
-from rgap.separation.peeling import IDLE, Collected, collect
+from rgap.separation.peeling import GROWTH, IDLE, Collected, collect
 from rgap.separation.softmax.coupled import SCATTERS, SMALL, Coupled, agreement, refined
 from rgap.separation.softmax.equations import AtHead
 from rgap.separation.subspace import Consistency, restricted
@@ -97,12 +97,13 @@ def separate_head(
     pool, clear = likely(batch, head)
     consistency = AtHead.of(head, batch.loss.label_smoothing, pool, clear, batch.precision)
     consistency = consistency.sketched()
+    most = max(LEAST, min(MOST, PER_CLASS * len(consistency.pool)))
     found = collect(
         consistency,
         partial(identify_classes, head),
         partial(admissible, batch, head.rank),
         batch.precision.seed,
-        starts=max(LEAST, min(MOST, PER_CLASS * len(consistency.pool))),
+        starts=batch.starts(head.rank, most, GROWTH),
         watch=watch,
         first=opening(consistency),
         reach=FAR if 2 * clear < head.rank else 1.0,

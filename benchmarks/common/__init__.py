@@ -1,0 +1,1 @@
+"""What several scripts need: arguments, runs on file, pictures, judgement, measurement."""

@@ -1,0 +1,50 @@
+"""Every mistake on every network of tests/mistakes_table.py: what `rgap.check` says first.
+
+    OMP_NUM_THREADS=1 python benchmarks/study_check.py [--seeds 1] [--mistakes sign noise]
+
+A row a mistake: how often the first finding names it, names it as a rival, is another one (a fault)
+or is missing, and which ones came first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+import torch
+from mistakes_table import MISTAKES, trials
+
+
+def main() -> int:
+    """Run the study; 1 where a first finding is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--first", type=int, default=0, help="first seed")
+    parser.add_argument("--mistakes", nargs="*", default=[], choices=list(MISTAKES))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    ends: dict[str, Counter[str]] = {name: Counter() for name in MISTAKES}
+    firsts: dict[str, Counter[str]] = {name: Counter() for name in MISTAKES}
+    for seed in range(options.first, options.first + options.seeds):
+        for trial in trials(seed, tuple(options.mistakes)):
+            end, first, found = trial.outcome()
+            ends[trial.mistake][end] += 1
+            firsts[trial.mistake][first] += 1
+            if end == "wrong":
+                print(trial, found.best.sentence if found.best else "", flush=True)
+    print("| mistake | named | a rival | nothing | another | first findings |")
+    print("| --- | --: | --: | --: | --: | --- |")
+    for name, counts in ends.items():
+        if counts:
+            numbers = [str(counts[end]) for end in ("right", "rival", "silent", "wrong")]
+            listed = ", ".join(f"{kind} {n}" for kind, n in firsts[name].most_common())
+            print(f"| {name} | {' | '.join(numbers)} | {listed} |")
+    return int(any(counts["wrong"] for counts in ends.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

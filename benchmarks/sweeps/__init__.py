@@ -1,0 +1,1 @@
+"""Random networks, steps and idioms against what the library certifies."""

@@ -1,0 +1,1 @@
+"""Time and memory, beside another route where there is one."""

@@ -1,0 +1,149 @@
+"""``rgap audit``: how much of a batch an update determines, layer by layer or all of it at once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rgap.cli.command import command
+from rgap.cli.console import print_json, say, stdout
+from rgap.cli.options import (
+    Json,
+    RankMethod,
+    Sample,
+    TimeLimit,
+    Work,
+    check_output,
+    whole_numbers,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.table import Table
+
+    from rgap.analysis.joint_rank.table import Identifiability
+
+__all__ = ["audit"]
+
+
+@command
+def audit(
+    sample: Sample,
+    work: Work,
+    batch_sizes: Annotated[
+        str, typer.Option(help="Batch sizes to audit.", metavar="N,N,…")
+    ] = "1,2,4,8",
+    method: Annotated[
+        RankMethod,
+        typer.Option(
+            help="Of ranks: exact (measured), sketch (random, for large layers) or formula "
+            "(counted from the sizes alone).",
+            metavar="METHOD",
+        ),
+    ] = RankMethod.exact,
+    joint: Annotated[
+        bool,
+        typer.Option(
+            "--joint",
+            help="The whole update at once: its rank as a function of the data.",
+            metavar="",
+        ),
+    ] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write the heat map, or with --joint the curves: .png, .pdf or .svg.",
+            metavar="FILE",
+            show_default=False,
+        ),
+    ] = None,
+    time_limit: TimeLimit = None,
+    as_json: Json = False,
+) -> int:
+    """Count, layer by layer, how much of a batch the gradient determines."""
+    from rgap.report.pictures import figure_format, save_figure
+
+    if plot is not None:
+        figure_format(plot)
+        check_output(plot)
+    batches = whole_numbers(batch_sizes, "--batch-sizes", "1,2,4,8")
+    counted = (
+        _jointly(sample, work, batches, time_limit)
+        if joint
+        else _layer_by_layer(sample, work, batches, method, time_limit)
+    )
+    if plot is not None:
+        save_figure(counted.draw(), plot)
+    if as_json:
+        print_json({**counted.numbers, "plot": None if plot is None else str(plot)})
+        return 0
+    console = stdout()
+    for part in counted.parts:
+        console.print(part, highlight=False)
+    if plot is not None:
+        console.print(f"Figure: {plot}", highlight=False, soft_wrap=True)
+    return 0
+
+
+@dataclass(frozen=True)
+class _Counted:
+    """An audit, as numbers for JSON, as tables and words, and as a figure to draw."""
+
+    numbers: dict[str, Any]
+    parts: tuple[Table | str, ...]
+    draw: Callable[[], Figure]
+
+
+def _layer_by_layer(
+    sample: Sample,
+    work: Work,
+    batches: tuple[int, ...],
+    method: RankMethod,
+    time_limit: float | None,
+) -> _Counted:
+    """The rank of every layer's gradient at every batch size."""
+    from rgap.analysis.discard.audit import audit as measure
+    from rgap.report.tables import audit_table
+
+    network, (shape, loss) = sample.network(), sample.declared()
+    result = measure(
+        network, shape, batches, loss=loss, method=method.value, time_limit=time_limit,
+        **work.arguments(),
+    )  # fmt: skip
+    # The name that was asked for says more than nn.Sequential.
+    result = replace(result, model=sample.model)
+    return _Counted(result.summary(), (audit_table(result), result.explain()), result.plot)
+
+
+def _jointly(
+    sample: Sample, work: Work, batches: tuple[int, ...], time_limit: float | None
+) -> _Counted:
+    """The rank of the whole update at every batch size that the time allows."""
+    from rgap.allowance import OutOfTime, seconds_of
+    from rgap.analysis.joint_rank.identifiability import identifiability
+    from rgap.analysis.plots.null_space import nullity_curves
+    from rgap.report.tables import joint_table
+
+    network, (shape, loss), arguments = sample.network(), sample.declared(), work.arguments()
+    results: list[Identifiability] = []
+    end = time.perf_counter() + seconds_of(time_limit)
+    for batch in batches:
+        left = max(end - time.perf_counter(), 1e-3)
+        try:
+            result = identifiability(network, shape, batch, loss=loss, time_limit=left, **arguments)
+        except OutOfTime as reason:
+            if not results:
+                raise
+            say(f"B = {batch} and what follows was not measured ({reason})")
+            break
+        results.append(replace(result, model=sample.model))
+    return _Counted(
+        {"model": sample.model, "joint": [result.summary() for result in results]},
+        tuple(part for result in results for part in (joint_table(result), result.explain())),
+        lambda: nullity_curves(results),
+    )

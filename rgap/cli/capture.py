@@ -1,0 +1,140 @@
+"""``rgap capture``: the update that a client would send."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+import typer
+
+from rgap.cli.command import command
+from rgap.cli.console import print_json
+from rgap.cli.options import (
+    Device,
+    Json,
+    LossName,
+    Network,
+    Precision,
+    Reduction,
+    check_output,
+    either,
+    shape_of,
+    targets_of,
+    usable_device,
+)
+
+if TYPE_CHECKING:
+    from rgap.update.update import Update
+
+__all__ = ["capture"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """The pictures and labels of a client."""
+
+    panel: ClassVar[str] = "Batch"
+    images: Annotated[
+        list[str],
+        typer.Option(
+            help="Picture file, folder of pictures, or shipped photographs photos:0-3; "
+            "repeat for more.",
+            metavar="PATH",
+            show_default=False,
+        ),
+    ]
+    labels: Annotated[
+        str,
+        typer.Option(
+            help="One per picture, as in 3,5; for mse_loss the target numbers.",
+            metavar="LABELS",
+            show_default=False,
+        ),
+    ]
+    input_shape: Annotated[
+        str | None,
+        typer.Option(
+            help="Crop and resize pictures to channels,height,width; default: what a built-in "
+            "network takes, else the files' own size.",
+            metavar="SHAPE",
+            show_default=False,
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Client:
+    """How a client computes its gradient."""
+
+    panel: ClassVar[str] = "Client"
+    loss: LossName = None
+    reduction: Annotated[
+        Reduction,
+        typer.Option(help=f"Of the loss of a batch: {either(Reduction)}.", metavar="NAME"),
+    ] = Reduction.mean
+    dtype: Annotated[
+        Precision | None,
+        typer.Option(
+            help=f"What the client computes in: {either(Precision)}; default: the model's own.",
+            metavar="NAME",
+            show_default=False,
+        ),
+    ] = None
+    device: Device = "cpu"
+
+
+@command
+def capture(
+    network: Network,
+    batch: Batch,
+    client: Client,
+    output: Annotated[Path, typer.Option(help="Where to write the update.", metavar="FILE")] = Path(
+        "update.safetensors"
+    ),
+    share_labels: Annotated[
+        bool, typer.Option("--share-labels", help="Put the labels in the update.", metavar="")
+    ] = False,
+    as_json: Json = False,
+) -> int:
+    """Write the update that a client with these pictures and labels would send."""
+    import torch
+
+    import rgap
+    from rgap.models.spec import expected
+    from rgap.report.pictures import read_pictures
+    from rgap.update.losses import Loss
+
+    check_output(output, ".safetensors")
+    model = network.network().to(usable_device(client.device))
+    shape, usual = expected(network.model)
+    loss = Loss(client.loss or usual, reduction=client.reduction.value)
+    pictures = read_pictures(batch.images, shape_of(batch.input_shape) or shape)
+    update = rgap.capture(
+        model,
+        pictures,
+        targets_of(batch.labels, len(pictures), loss.name),
+        loss,
+        share_labels=share_labels,
+        dtype=None if client.dtype is None else getattr(torch, client.dtype.value),
+    )
+    update.save(output)
+    if as_json:
+        print_json({"output": str(output), **_numbers(update)})
+    else:
+        typer.echo(f"{update}\nwritten to {output}")
+    return 0
+
+
+def _numbers(update: Update) -> dict[str, Any]:
+    """What an update states of itself, for JSON."""
+    return {
+        "batch_size": update.batch_size,
+        "input_shape": list(update.input_shape or ()),
+        "loss": update.loss.name,
+        "reduction": update.loss.reduction,
+        "dtype": str(update.dtype).removeprefix("torch."),
+        "labels_shared": update.labels is not None,
+        "tensors": len(update.gradients),
+        "numbers": sum(g.numel() for g in update.gradients.values()),
+    }

@@ -1,0 +1,80 @@
+"""A command out of a function: its groups of options flattened, its errors in single lines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import copy
+from dataclasses import MISSING, fields, is_dataclass
+from functools import cache, wraps
+from inspect import Parameter, Signature, signature
+from typing import Annotated, Any, get_type_hints
+
+import typer
+from typer.models import OptionInfo
+
+from rgap.cli.console import clean
+
+__all__ = ["command"]
+
+
+def command(run: Callable[..., int]) -> Callable[..., None]:
+    """What typer registers for ``run``, whose result is the exit code.
+
+    A parameter whose type is a dataclass is a group of options: each field becomes an option of
+    the command, shown in the help under the group's ``panel``, and ``run`` gets the dataclass.
+    Any other parameter is an option itself.
+
+    Args:
+        run: takes groups, options and, under the name ``context``, the command's context.
+
+    >>> from rgap.cli.options import Seed, Sent
+    >>> def run(sent: Sent, seed: Seed = 0) -> int:
+    ...     return 0
+    >>> list(signature(command(run)).parameters)
+    ['context', 'model', 'weights', 'update', 'batch_size', 'input_shape', 'noise', 'seed']
+    """
+    hints = get_type_hints(run, include_extras=True)
+    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    own = signature(run).parameters
+
+    @wraps(run)
+    def called(context: typer.Context, **typed: Any) -> None:
+        with clean(context):
+            if "context" in own:
+                typed["context"] = context
+            for name, group in groups.items():
+                typed[name] = group(
+                    **{field.name: typed.pop(field.name) for field in fields(group)}
+                )
+            code = run(**typed)
+        raise typer.Exit(code)
+
+    parameters = [_parameter("context", typer.Context, Parameter.empty)]
+    for name, parameter in own.items():
+        if name in groups:
+            parameters += _flattened(groups[name])
+        elif name != "context":
+            parameters.append(_parameter(name, hints[name], parameter.default))
+    called.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    called.__annotations__ = {each.name: each.annotation for each in parameters}
+    return called
+
+
+@cache
+def _flattened(group: Any) -> tuple[Parameter, ...]:
+    """The fields of a group of options as parameters of a command."""
+    parameters = []
+    hints = get_type_hints(group, include_extras=True)
+    for field in fields(group):
+        hint = hints[field.name]
+        (declared,) = hint.__metadata__
+        if isinstance(declared, OptionInfo):
+            declared = copy(declared)
+            declared.rich_help_panel = group.panel
+        default = Parameter.empty if field.default is MISSING else field.default
+        parameters.append(_parameter(field.name, Annotated[hint.__origin__, declared], default))
+    return tuple(parameters)
+
+
+def _parameter(name: str, annotation: Any, default: Any) -> Parameter:
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)

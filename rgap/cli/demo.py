@@ -1,0 +1,34 @@
+"""``rgap demo``: photographs recovered, and where that stops."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rgap.cli.command import command
+from rgap.cli.console import print_json, stderr, stdout
+from rgap.cli.options import Json, Seed
+
+__all__ = ["demo"]
+
+
+@command
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for the figures.", metavar="FOLDER")] = Path(
+        "demo"
+    ),
+    as_json: Json = False,
+    seed: Seed = 0,
+) -> int:
+    """See it work: recover photographs, see where it stops and why (under a minute)."""
+    from rgap.report.demo import run
+    from rgap.report.story import tell
+
+    result = run(output, seed=seed, console=stderr())
+    if as_json:
+        print_json(result.summary())
+    else:
+        stdout().print(tell(result))
+    return 0

@@ -1,0 +1,174 @@
+"""What a search is given, checked before any work is done, and how long it may go on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import inf
+
+import torch
+from torch import Tensor, nn
+
+from rgap.jacobian.module_update import Outside
+from rgap.labels import estimate
+from rgap.matching.checkpoint import Checkpoint, Progress
+from rgap.matching.presets import Preset
+from rgap.network.isolation import untouched
+from rgap.network.running import run
+from rgap.precision import Precision
+from rgap.priors import prior_of
+from rgap.recovery import Recovery
+from rgap.seeding import start_of
+from rgap.solvers.priors import Prior
+from rgap.update.local_training import LocalTraining
+from rgap.update.preflight import ClientView
+
+Callback = Callable[[Progress], bool | None]
+
+
+@dataclass(frozen=True, eq=False)
+class SearchProblem:
+    """A model and an update, ready to be matched.
+
+    Attributes:
+        client: both, checked.
+        gradients: the tensors that were sent, where the work is done.
+        shape: of the batch, [B, *input_shape].
+        source: the loss, the targets and how the client trains; no targets: they are searched.
+        start: to begin with, float64.
+        prior: of the data; None for the method's own.
+        precision: of the update, with the noise that was stated.
+    """
+
+    client: ClientView
+    gradients: dict[str, Tensor]
+    shape: tuple[int, ...]
+    source: Outside
+    start: Tensor | None
+    prior: Prior | None
+    precision: Precision
+
+    @property
+    def model(self) -> nn.Module:
+        """As the client had it."""
+        return self.client.model
+
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        """Of the data."""
+        return self.client.update.value_range
+
+    @classmethod
+    def of(
+        cls,
+        client: ClientView,
+        preset: Preset | None,
+        start: Tensor | Recovery | None,
+        prior: Prior | str | None,
+        local: LocalTraining | None,
+    ) -> SearchProblem:
+        """Check what a search is given; arguments and errors as for :func:`rgap.match`.
+
+        Labels that nobody stated are read off the update, by the preset's method, unless the
+        preset searches them together with the data.
+        """
+        update, size, known = client.update, client.batch, client.labels
+        if update.local_steps > 1 and local is None:
+            raise ValueError(
+                f"local: the update is an average over {update.local_steps} local steps, expected "
+                "how the client trains; write local=rgap.LocalTraining(rate=0.01)"
+            )
+        if size is None:
+            raise ValueError(
+                "batch_size: expected a number of samples, got none; write batch_size=1"
+            )
+        if local is not None and local.size is not None and local.size > size:
+            raise ValueError(
+                f"local: expected at most {size} samples a step, the batch, got {local.size}; "
+                "write LocalTraining(rate=0.01)"
+            )
+        searched = preset is not None and preset.joint and update.loss.name == "cross_entropy"
+        if known is None and not searched:
+            method = preset.labels if preset else "best"
+            read = estimate(client.model, update, method=method, batch_size=size)
+            if read.labels is None:
+                raise ValueError(
+                    f"labels: they cannot be read off this update ({read.reason}); write "
+                    "labels=torch.tensor([3, 5])"
+                )
+            known = read.labels
+        shape, place = (size, *client.input_shape), client.place
+        if known is not None:
+            _check_targets(client, known, shape)
+            known = known.to(place)
+        precision = client.precision()
+        return cls(
+            client,
+            {n: g.detach().to(place) for n, g in update.gradients.items() if precision.sent(n)},
+            shape,
+            Outside(update.loss, known, local, update.local_steps),
+            None if start is None else _start(start, shape).to(place),
+            _prior(prior, preset, client),
+            precision,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Limits:
+    """How often, how long and under whose eyes a search goes on.
+
+    Attributes:
+        restarts: starts.
+        iterations: at most.
+        patience: iterations without progress after which it stops; None: it does not.
+        seconds: after which no further step is begun.
+        seed: of the starts, and of the noise that a method adds.
+        callback: told after every step; True stops.
+        settings: of the call, which a checkpoint is for.
+        checkpoint: of a search that was stopped, to go on from.
+    """
+
+    restarts: int
+    iterations: int
+    patience: int | None = None
+    seconds: float = inf
+    seed: int = 0
+    callback: Callback | None = None
+    settings: Mapping[str, str] | None = None
+    checkpoint: Checkpoint | None = None
+
+    def saved(self, tensors: Mapping[str, Tensor]) -> Checkpoint:
+        """Where a search under these limits stands."""
+        return Checkpoint(dict(self.settings or {}), tensors)
+
+
+def _check_targets(client: ClientView, labels: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise unless the labels are targets of the model's outputs."""
+    like = next(client.model.parameters())
+    with torch.no_grad(), untouched(client.model, hooks=False):
+        probe = torch.full(shape, 0.5, dtype=like.dtype, device=like.device)
+        outputs = run(client.model, probe)
+    client.update.loss.check_targets(outputs, labels.to(outputs.device))
+
+
+def _prior(prior: Prior | str | None, preset: Preset | None, client: ClientView) -> Prior | None:
+    """The prior, of a name the one of the data in the optimiser's units."""
+    if not isinstance(prior, str):
+        return prior
+    bounds = client.update.value_range
+    if preset is not None and bounds is not None:
+        bounds = preset.coordinates(bounds).rows(bounds)
+    return prior_of(prior, client.input_shape, bounds)
+
+
+def _start(start: Tensor | Recovery, shape: tuple[int, ...]) -> Tensor:
+    """The batch to begin with, float64."""
+    batch = start_of(start) if isinstance(start, Recovery) else start
+    if not isinstance(batch, Tensor):
+        raise TypeError(f"start: expected a tensor or a Recovery, got {type(batch).__name__}")
+    if tuple(batch.shape) != shape or not bool(torch.isfinite(batch).all()):
+        raise ValueError(
+            f"start: expected finite entries of shape {list(shape)}, got {list(batch.shape)}; "
+            "write start=recovery"
+        )
+    return batch.detach().double()

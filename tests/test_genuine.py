@@ -1,0 +1,203 @@
+"""A genuine update is never called contradictory, whatever it was sent in."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rgap import Loss, Status, Update, capture, invert
+from rgap.inversion.batch_rows import batch_of
+from rgap.inversion.problem import prepare
+from rgap.precision import Precision
+from rgap.separation.identify import Identity
+from rgap.separation.targets import loose
+from rgap.update.quantisation import recognise
+
+
+class Reversal(torch.autograd.Function):
+    """Gradient reversal: the identity forwards, −λ backwards."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: float) -> Tensor:
+        """The identity."""
+        ctx.weight = weight
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        """Reversed."""
+        return -ctx.weight * grads[0], None
+
+
+class Halved(torch.autograd.Function):
+    """The same written without a second argument, which tracing would take for the identity."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """The identity."""
+        return x * 1
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        """Reversed and halved."""
+        return -0.5 * grads[0]
+
+
+class Reversed(nn.Module):
+    """One of the two as a module."""
+
+    def __init__(self, *weight: float) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """One pass."""
+        return (Reversal if self.weight else Halved).apply(x, *self.weight)  # type: ignore
+
+
+def sent(
+    model: nn.Module, inputs: Tensor, targets: Tensor, loss: Loss | None = None, **fields: Any
+) -> Update:
+    return capture(model.eval(), inputs, targets, loss or Loss(), **fields)
+
+
+@pytest.mark.parametrize("weight", [(0.3,), ()])
+@pytest.mark.parametrize(("place", "batch"), [("first", 1), ("second", 2), ("convolution", 1)])
+def test_a_gradient_reversal_is_named_and_what_lies_below_comes_back(
+    weight: tuple[float, ...], batch: int, place: str
+) -> None:
+    torch.manual_seed(0)
+    layer, data = Reversed(*weight), torch.rand(batch, 12)
+    model = nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 16), nn.Tanh())
+    if place == "convolution":
+        data = torch.rand(batch, 1, 6, 6)
+        model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Tanh(), layer, nn.Flatten(), nn.Linear(64, 5))
+    elif place == "first":
+        model.insert(2, layer).append(nn.Linear(16, 5))
+    else:
+        model.append(nn.Linear(16, 5)).insert(4 if place == "second" else 5, layer)
+    recovery = invert(model, sent(model, data, torch.arange(batch)))
+    below = place != "convolution" and (batch == 1 or place != "first")
+    assert ("inputs" in recovery.certified) is below
+    assert recovery.status is not Status.INCONSISTENT
+    assert "is a custom autograd function" in recovery.reason
+    if batch == 1 and below:
+        assert recovery.inputs is not None and recovery.error_bound is not None
+        assert float((recovery.inputs - data).abs().max()) <= recovery.error_bound
+
+
+def dense(
+    batch: int, equal: bool, dtype: torch.dtype = torch.float32
+) -> tuple[nn.Module, Any, Any]:
+    torch.manual_seed(batch)
+    model = nn.Sequential(
+        nn.Linear(20, 32), nn.Tanh(), nn.Linear(32, 24), nn.Sigmoid(), nn.Linear(24, 8)
+    ).to(dtype)
+    targets = torch.randn(batch, 8, dtype=dtype)
+    if equal:
+        targets[1] = targets[0]
+    return model, torch.rand(batch, 20, dtype=dtype), targets
+
+
+def test_stated_real_valued_targets_are_those_of_the_batch_in_any_order() -> None:
+    model, data, targets = dense(6, True)
+    update = sent(model, data, targets, Loss("mse_loss"))
+    recovery = invert(model, update, labels=targets)
+    assert recovery.status is Status.EXACT, recovery.reason
+    assert recovery.labels is not None and recovery.inputs is not None
+    assert torch.allclose(recovery.labels.float(), targets, atol=1e-2)
+    other = invert(model, update, labels=targets + 0.5 * torch.randn(6, 8))
+    assert "labels" in other.reason and "contradict" in other.reason
+    assert "targets" not in other.certified
+
+
+def test_stated_targets_are_compared_at_the_precision_of_the_update() -> None:
+    model, data, targets = dense(1, False)
+    update = sent(model, data, targets, Loss("mse_loss", "sum"))
+    coarse = {n: g.bfloat16().float() for n, g in update.gradients.items()}
+    update = Update(
+        coarse, loss=update.loss, batch_size=1, input_shape=(20,), value_range=(0.0, 1.0)
+    )
+    assert invert(model, update, labels=targets).status is not Status.INCONSISTENT
+    wrong = invert(model, update, labels=targets + 1.0)
+    assert wrong.status is Status.INCONSISTENT and "stated labels" in wrong.reason
+
+
+def int8(gradient: Tensor) -> Tensor:
+    step = gradient.abs().max() / 127
+    return (gradient / step).round() * step
+
+
+def test_integers_of_one_sign_do_not_hide_the_width_of_the_others() -> None:
+    rng = torch.Generator().manual_seed(0)
+    update = {
+        "w": int8(torch.rand(20, 10, generator=rng)),
+        "v": int8(torch.randn(20, 10, generator=rng)),
+    }
+    found = recognise(update)
+    assert found is not None and found.kind == "8-bit integers"
+    assert set(found.noise) == {"w", "v"}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_rounding_leaves_more_beyond_a_rank_than_its_length(seed: int) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    left, right = (torch.randn(n, 3, generator=rng) for n in (10, 64))
+    sent_as = {"w": int8(left * torch.tensor([1.0, 0.1, 0.01]) @ right.T)}
+    found = recognise(sent_as)
+    assert found is not None
+    allowed = Precision(entries=found.noise).noise_length("w", sent_as["w"])
+    rest = torch.linalg.svdvals(sent_as["w"])[3:].norm()
+    assert 0.1 * allowed < float(rest) < allowed
+    model = nn.Sequential(nn.Linear(20, 24), nn.Tanh(), nn.Linear(24, 10))
+    more = sent(model, torch.rand(4, 20, generator=rng), torch.arange(4))
+    refused = invert(model, more, batch_size=2)
+    assert refused.status is Status.INCONSISTENT, refused.reason
+
+
+def test_small_units_that_int8_hides_contradict_nothing() -> None:
+    """A ReLU is on by less than the error of its output: its cotangent was taken for 0."""
+    torch.manual_seed(23)
+    layers: list[nn.Module] = []
+    for channels, stride in ((3, 2), (12, 2), (12, 1)):
+        layers += [nn.Conv2d(channels, 12, 5, stride, 2), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(192, 10))
+    update = sent(model, torch.rand(2, 3, 16, 16), torch.randint(10, (2,)))
+    coarse = {n: int8(g) for n, g in update.gradients.items()}
+    update = Update(coarse, batch_size=2, input_shape=(3, 16, 16), value_range=(0.0, 1.0))
+    recovery = invert(model, update)
+    assert recovery.status is Status.UNDERDETERMINED
+    assert "units of a ReLU" in recovery.reason
+
+
+def test_a_head_whose_signs_drown_in_stated_noise_refutes_no_target() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 40, bias=False), nn.Tanh(), nn.Linear(40, 10, bias=False))
+    loss = Loss("binary_cross_entropy_with_logits", "sum")
+    update = sent(model, torch.rand(1, 16), torch.randint(2, (1, 10)).float(), loss)
+    small = update.gradients["2.weight"].abs().amax(1).min()
+    noisy = {n: g + small * torch.randn_like(g) for n, g in update.gradients.items()}
+    update = Update(noisy, loss=loss, batch_size=1, input_shape=(16,), value_range=(0.0, 1.0))
+    recovery = invert(model, update, noise=float(small))
+    assert recovery.status is not Status.INCONSISTENT, recovery.reason
+
+
+def test_a_cotangent_of_many_roots_contradicts_no_batch_size() -> None:
+    """Where p is 0 or 1 all samples of a label share κ, and their mixtures weigh anything."""
+    kappa = torch.tensor([1.0, 0.0, -1.0], dtype=torch.float64)
+    one = Identity(kappa, kappa, 0.75, 1e-9, 1.0, 2)
+    batch = batch_of(prepare_problem())
+    assert loose(batch, [one, replace(one, share=0.6)])
+    assert not loose(batch, [one, replace(one, share=0.7501)])
+    other = torch.tensor([1.0, -1.0, 0.0], dtype=torch.float64)
+    assert not loose(batch, [one, replace(one, share=0.6, kappa=other)])
+
+
+def prepare_problem() -> Any:
+    model = nn.Linear(4, 3)
+    update = sent(model, torch.rand(2, 4), torch.arange(2))
+    return prepare(model, update, None, None, 0.0, None, None, 0, None, None)
