@@ -17,11 +17,11 @@ from reference import dense_blocks, dense_jacobian
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rgap.analysis.joint_rank.inverses import GradientInverse
-from rgap.analysis.joint_rank.weight_inverse import WeightInverse
+from rgap.analysis.joint_rank.inverses import GradientInverse, WeightInverse
 from rgap.analysis.noise_bound.channel import channel
 from rgap.analysis.noise_bound.defences import Clip, DifferentialPrivacy, Prune
 from rgap.analysis.noise_bound.fisher import Sent
+from rgap.analysis.probe import ProbePoint
 from rgap.constraints import gradient_constraint, weight_constraint
 from rgap.constraints.known_input import KnownPart
 from rgap.constraints.nullspace import null_directions
@@ -31,8 +31,9 @@ from rgap.jacobian.batch_loss import BatchLoss
 from rgap.jacobian.eliminated import Eliminated
 from rgap.jacobian.layer import Bilinear
 from rgap.jacobian.linearisation import Linearisation
-from rgap.jacobian.module_update import ModulePoint, ModuleUpdate, Outside
+from rgap.jacobian.module_update import ModuleUpdate, Outside
 from rgap.jacobian.normal import Normal
+from rgap.jacobian.products import GraphProducts
 from rgap.jacobian.update_map import UpdateMap
 from rgap.network import activations as act
 from rgap.network import pooling, reshape, scaling
@@ -580,7 +581,7 @@ def _() -> Iterator[Case]:
         )
 
 
-@row("rgap/jacobian/module_update.py:ModulePoint")
+@row("rgap/jacobian/products.py:GraphProducts")
 def _() -> Iterator[Case]:
     torch.manual_seed(0)
     model = nn.Sequential(
@@ -589,19 +590,20 @@ def _() -> Iterator[Case]:
     x, y = draw(2, 1, 5, 5).sigmoid(), torch.tensor([1, 2])
     sent = capture(model.double().eval(), x, y).gradients
     update = ModuleUpdate(model, sent, Outside(Loss(), y), tuple(x.shape))
-    own = ModulePoint(update, x + 0.1)
+    own = GraphProducts(update.rows, x + 0.1)
     yield Case(own, own.push, own.pull, x.shape, update.rows, at=x + 0.1)
+    yield Case(own, own.push, lambda y: own.pulls(y[None])[0], x.shape, update.rows, at=x + 0.1)
 
 
-def update_map() -> tuple[nn.Module, Tensor, UpdateMap]:
+def probe() -> ProbePoint:
     model, x, y, _ = linearised(True)
-    return model, y, UpdateMap(model, x, y, Loss())
+    return ProbePoint.of(model, x, Loss(), y, 0)
 
 
 @row("rgap/jacobian/update_map.py:UpdateMap")
 def _() -> Iterator[Case]:
     for forward in (True, False):
-        own = update_map()[2]
+        own = probe().update
         own.forward_mode = forward
         matrix = update_jacobian()
 
@@ -647,7 +649,7 @@ def _() -> Iterator[Case]:
 # --- analysis ------------------------------------------------------------------------------------
 
 
-@row("analysis/joint_rank/weight_inverse.py:WeightInverse")
+@row("analysis/joint_rank/inverses.py:WeightInverse")
 def _() -> Iterator[Case]:
     torch.manual_seed(0)
     for width, out in ((4, 4), (4, 7), (7, 4)):
@@ -694,11 +696,11 @@ CHAINS = ((Clip(0.1), Prune(0.5)), (DifferentialPrivacy(0.1, 0.2, True),))
 
 @row("analysis/noise_bound/channel.py:Channel")
 def _() -> Iterator[Case]:
-    model, y, update = update_map()
+    point = probe()
     for chain in CHAINS:
-        own = channel(update, y, model, Loss(), 1e-3, chain)
+        own = channel(point, 1e-3, chain)
         for part in range(own.parts):
-            matrix = torch.eye(update.equations).double()
+            matrix = torch.eye(point.update.equations).double()
             if own.units is not None:
                 unit = own.units[part]
                 matrix = own.scales[part] * (matrix - unit[:, None] * unit)
@@ -706,14 +708,14 @@ def _() -> Iterator[Case]:
             def clipped(r: Tensor, own: Any = own, part: int = part) -> Tensor:
                 return own.clipped(r, part)
 
-            yield Case(own, clipped, clipped, (1, update.equations), matrix)
+            yield Case(own, clipped, clipped, (1, point.update.equations), matrix)
 
 
 @row("analysis/noise_bound/fisher.py:Sent")
 def _() -> Iterator[Case]:
-    model, y, update = update_map()
+    point = probe()
     for chain in CHAINS:
-        own = Sent(update, channel(update, y, model, Loss(), 1e-3, chain))
+        own = Sent(point.update, channel(point, 1e-3, chain))
         total = 0.0
         for b in range(own.channel.parts):
             rows = update_jacobian().T.clone()
@@ -723,4 +725,4 @@ def _() -> Iterator[Case]:
                 rows = rows * kept_rows.flatten()[:, None]
             total = total + own.channel.clipped(rows, b)
         matrix = (total * own.channel.weights.sqrt()).T
-        yield Case(own, own.columns, own.rows, update.inputs[None], matrix, slack=10)
+        yield Case(own, own.columns, own.rows, point.inputs[None], matrix, slack=10)
