@@ -85,7 +85,7 @@ def probe_layers(model: nn.Module, inputs: Tensor, targets: Tensor, loss: Loss) 
 def probed(
     model: nn.Module, inputs: Tensor, targets: Tensor, loss: Loss
 ) -> tuple[list[Probe], Recording]:
-    """:func:`probe_layers`, and the recording that they come from."""
+    """The layers of :func:`probe_layers`, same arguments, and the recording that they come from."""
     refuse_wrapped(model)
     place = inputs.device
     twin = copy.deepcopy(model).to(place).double()
@@ -187,7 +187,21 @@ def probe_batch(
 def probe_targets(
     model: nn.Module, inputs: Tensor, loss: Loss, labels: Tensor | None, seed: int
 ) -> Tensor:
-    """Targets that were given, or such that differ from sample to sample as far as possible."""
+    """Targets that were given, or such that differ from sample to sample as far as possible.
+
+    Classes are a random order of all of them, repeated where the batch has more samples; other
+    losses draw real or binary targets of the outputs' shape.
+
+    Args:
+        model: run once in float64, on a copy, for the shape of its outputs.
+        inputs: the batch, [B, *input_shape].
+        loss: of the client.
+        labels: targets as the loss wants them, or None.
+        seed: of drawn targets.
+
+    Raises:
+        ValueError: a forward that returns no batch of outputs, a loss whose targets are unknown.
+    """
     refuse_wrapped(model)
     if labels is not None:
         return torch.as_tensor(labels).detach().to(inputs.device)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import html
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 from functools import cached_property
 from math import isfinite, log10
+from typing import Any
 
 from torch import Tensor
 
@@ -129,9 +130,6 @@ class LayerReport:
         state["_weight_rank"] = None
         state["_null_space"] = None
         return state
-
-
-_PLAIN = [f.name for f in fields(LayerReport) if not f.name.startswith("_")]
 
 
 @dataclass(frozen=True, eq=False)
@@ -306,39 +304,44 @@ class Recovery:
                     lines.append(f"Picture {row} occurs {m} times in the batch.")
         for number, candidate in enumerate(self.candidates):
             lines.append(
-                f"Candidate {number}: labels {_labels(candidate.labels)}, replay residual "
+                f"Candidate {number}: labels {plain(candidate.labels)}, replay residual "
                 f"{candidate.residual:.2g}."
             )
         lines += [f"Note: {warning}" for warning in self.warnings]
         return "\n".join(lines)
 
-    def summary(self) -> dict[str, object]:
+    def summary(self) -> dict[str, Any]:
         """The recovery as plain numbers, for JSON; None where a number is not finite."""
-        return {
+        fields = (
+            "layer", "kind", "unknowns", "gradient_rank", "joint_rank", "nullity", "gap",
+            "condition", "residual", "seconds", "route", "note", "unread", "predicted_error",
+        )  # fmt: skip
+        numbers = {
             "status": self.status.name,
             "reason": self.reason,
-            "labels": _plain(self.labels),
-            "residual": _plain(self.residual),
-            "predicted_error": _plain(self.predicted_error),
-            "error_bound": _plain(self.error_bound),
-            "targets_error_bound": _plain(self.targets_error_bound),
-            "multiplicities": _plain(self.multiplicities),
+            "labels": self.labels,
+            "residual": self.residual,
+            "predicted_error": self.predicted_error,
+            "error_bound": self.error_bound,
+            "targets_error_bound": self.targets_error_bound,
+            "multiplicities": self.multiplicities,
             "separation": self.separation,
             "halt": None if self.halt is None else self.halt.numbers,
             "certified": sorted(self.certified),
-            "scale": _plain(self.scale),
+            "scale": self.scale,
             "determined": None if self.determined is None else int(self.determined.sum()),
             "features": {name: list(value.shape) for name, value in self.features.items()},
             "candidates": len(self.candidates),
             "warnings": list(self.warnings),
-            "seconds": _plain(self.seconds),
-            "layers": [{f: _plain(getattr(r, f)) for f in _PLAIN} for r in self.layers],
+            "seconds": self.seconds,
+            "layers": [{f: getattr(r, f) for f in fields} for r in self.layers],
         }
+        return {name: plain(value) for name, value in numbers.items()}
 
     def __repr__(self) -> str:
         shape = None if self.inputs is None else tuple(self.inputs.shape)
         return (
-            f"Recovery({self.status.name}, inputs={shape}, labels={_labels(self.labels)}, "
+            f"Recovery({self.status.name}, inputs={shape}, labels={plain(self.labels)}, "
             f"error_bound={self.error_bound}, "
             f"targets_error_bound={self.targets_error_bound}, reason={self.reason!r})"
         )
@@ -388,14 +391,16 @@ def _decibel(rms: float) -> str:
     return "∞ dB" if rms <= 0 else f"{-20 * log10(rms):.0f} dB"
 
 
-def _labels(labels: Tensor | None) -> object:
-    return None if labels is None else labels.tolist()
+def plain(value: Any) -> Any:
+    """What JSON has: lists for tensors and tuples, None for a number that is not finite.
 
-
-def _plain(value: object) -> object:
-    """Numbers that JSON has: None for what is not finite, lists for tensors."""
+    >>> plain({"gap": float("inf"), "ranks": (1, float("nan"), 2.5)})
+    {'gap': None, 'ranks': [1, None, 2.5]}
+    """
     if isinstance(value, Tensor):
-        value = value.tolist()
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
+        return plain(value.tolist())
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
     return None if isinstance(value, float) and not isfinite(value) else value

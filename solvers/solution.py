@@ -36,7 +36,7 @@ class Stats:
     Attributes:
         route: how it was solved, for example "gradient", "cholesky", "lsmr".
         unknowns: number of unknowns.
-        gradient_rank: rank of the gradient block alone (None if it was not needed).
+        block_rank: rank of the first block of equations alone (None if it was not needed).
         joint: rank of all equations together, or what says that they leave nothing open where
             none was counted; None where a matrix-free solve found directions open.
         condition: condition number of the error-weighted system that was solved.
@@ -46,7 +46,7 @@ class Stats:
 
     route: str
     unknowns: int
-    gradient_rank: int | None
+    block_rank: int | None
     joint: Rank | Evidence | None
     condition: float
     residual: float

@@ -97,3 +97,25 @@ def test_what_no_layer_sees_is_no_certificate_of_an_unknown_batch() -> None:
     assert found.status is Status.UNDERDETERMINED and not found.certified
     assert "state batch_size" in found.reason and found.inputs is None
     assert rgap.invert(model, update).exact
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_samples_that_send_nothing_are_not_taken_for_absent(reduction: str) -> None:
+    """A sample of which the network is sure sends less than rounding; a sum does not miss it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 4)).eval()
+    with torch.no_grad():
+        model[2].weight.mul_(60.0)
+    x = torch.rand(40, 6)
+    sure, labels = model(x).softmax(1).max(1)
+    silent = int(sure.argmax())
+    loss = rgap.Loss(reduction=reduction)
+    wrong = (labels[:1] + 1) % 4
+    batch = torch.stack([x[0], x[silent]])
+    update = rgap.capture(model, batch, torch.cat([wrong, labels[silent : silent + 1]]), loss)
+    unstated = replace(update, batch_size=None, labels=None)
+    recovery = rgap.invert(model, unstated)
+    alone = rgap.capture(model, x[:1], wrong, loss)
+    found = rgap.invert(model, replace(alone, batch_size=None, labels=None))
+    assert recovery.inputs is None and not recovery.certified, recovery.reason
+    assert (found.inputs is not None) == (reduction == "mean"), found.reason

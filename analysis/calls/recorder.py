@@ -104,6 +104,11 @@ def structural_twin(
 ) -> nn.Module:
     """A copy on the CPU without hooks, its weights drawn anew: standard normal over √fan-in.
 
+    Args:
+        model: left as it was.
+        seed: of the weights.
+        dtype: of the copy.
+
     Raises:
         ValueError: a parameter on the meta device; buffers have no values there to copy.
     """

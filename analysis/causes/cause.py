@@ -77,7 +77,16 @@ def cause(
     changes: tuple[str, ...],
     share: float = 0.0,
 ) -> Cause:
-    """A cause of a kind in :data:`FIRST`; ``share`` in [0, 1] orders causes of one kind."""
+    """A cause with the weight by which causes are ranked, that of its kind and its share.
+
+    Args:
+        kind: one of those in :data:`FIRST`.
+        place: layer or sample that it is about.
+        number: what was measured.
+        words: the sentence without capital and full stop.
+        changes: what to write instead.
+        share: in [0, 1], orders causes of one kind.
+    """
     return Cause(kind, place, number, words, changes, FIRST[kind] + share)
 
 

@@ -24,7 +24,14 @@ def causes(
     update: Update | None,
     pairs: tuple[Pair, ...] = (),
 ) -> tuple[Cause, ...]:
-    """Every cause that shows, the heaviest first."""
+    """Why a batch was not recovered: every cause that shows, the heaviest first.
+
+    Args:
+        recovery: the answer; an exact one has no causes.
+        model: of the client, or None where it is not at hand.
+        update: that was inverted, or None.
+        pairs: samples of one class as the head saw them, where the batch is known.
+    """
     if recovery.exact:
         return ()
     chain = None

@@ -82,7 +82,17 @@ def head_causes(
     batch: int,
     pairs: tuple[Pair, ...],
 ) -> list[Cause]:
-    """What the singular values of the head's gradient say about the batch."""
+    """What the singular values σ_1 ≥ σ_2 ≥ … of the head's gradient say about the batch.
+
+    A batch of B samples with different features has B of them above the rounding of the update.
+
+    Args:
+        recovery: the answer.
+        update: that was inverted, or None.
+        chain: of the model, or None where it is no chain.
+        batch: B, as stated or counted.
+        pairs: samples of one class, the hardest to tell apart first.
+    """
     if update is None or chain is None or not chain.stages:
         return []
     stage = chain.stages[-1]

@@ -185,7 +185,18 @@ def made(
     exact: tuple[bool, bool, bool] = (True, True, True),
     left_open: Any = None,
 ) -> SymbolicLayer:
-    """A layer from (unknowns, gradient, weight, joint) and what of the last three is exact."""
+    """A layer from its counts, each written as tidily as possible.
+
+    Args:
+        name: of the layer.
+        kind: such as "conv2d".
+        batch: B, a symbol or a number.
+        counts: unknowns, and the ranks of gradient constraints, weight constraints and both.
+        critical: smallest B at which something stays open, or None.
+        reason: why the counts hold.
+        exact: which of the three ranks are exact and no bounds.
+        left_open: the nullity where a formula of its own reads better than the difference.
+    """
     import sympy
 
     from rgap.analysis.closed_forms.batches import tidy

@@ -70,6 +70,13 @@ def axis(
     With numbers, taps that see padding only and pixels that no tap reads are left out; with
     symbols they are counted, which keeps the ranks upper bounds.
 
+    Args:
+        size: pixels.
+        kernel: taps.
+        stride: pixels between positions.
+        padding: zeros before and after.
+        dilation: pixels between taps.
+
     >>> axis(17, 3, 2, (1, 1), 1).classes
     ((2, 8), (1, 9))
     """

@@ -140,7 +140,13 @@ def _at(plan: Layout, on: NDArray[np.bool_], prime: int, point: np.random.Genera
 
 
 def random_point(shape: tuple[int, ...], prime: int, point: np.random.Generator) -> Residues:
-    """Independent residues, all equally likely."""
+    """Independent residues modulo a prime, all equally likely.
+
+    Args:
+        shape: of the array.
+        prime: p; residues lie in (−p/2, p/2).
+        point: draws them.
+    """
     return reduce(point.integers(0, prime, shape).astype(np.float64), prime)
 
 
@@ -203,7 +209,18 @@ def _weight_rank(plan: Layout, w: Residues, mask: NDArray[np.bool_], prime: int)
 def projected(
     plan: Layout, w: Residues, kernel: Residues, mask: NDArray[np.bool_], prime: int
 ) -> Residues:
-    """W (I_C ⊗ Z) of the units that are on, [Σ_b units, C/g · nullity]."""
+    """``W (I_C ⊗ Z)``: weight constraints of the units that are on, on the null space of K.
+
+    Args:
+        plan: which position each tap of an output reads.
+        w: weights of one group as residues, [F/g, C/g, offsets].
+        kernel: Z, null space of K, [B·N, nullity].
+        mask: True where a unit is on, [B, F/g, O].
+        prime: p.
+
+    Returns:
+        [Σ_b units, C/g · nullity].
+    """
     batch, nullity = len(mask), kernel.shape[1]
     z = kernel.reshape(batch, plan.positions, nullity)
     z = np.concatenate([z, np.zeros((batch, 1, nullity))], axis=1)  # −1 reads the padding

@@ -109,7 +109,12 @@ def branch_rank(probes: Sequence[Probe]) -> Rank:
 
 
 def stacked_gradient(affines: Sequence[Affine], cotangents: Sequence[Tensor]) -> Kronecker:
-    """[K_1; K_2; …] of layers that read one input, rows of one size."""
+    """``[K_1; K_2; …]``, the gradient constraints of layers that read one input, as one block.
+
+    Args:
+        affines: the layers.
+        cotangents: k of each, [B, *out_shape]; each K_i is scaled to norm one.
+    """
     parts = [gradient_constraint(a, k) for a, k in zip(affines, cotangents, strict=True)]
     groups = lcm(*(len(part.matrix) for part in parts))
     rows = []

@@ -24,7 +24,15 @@ from rgap.solvers.subspace import full_column_rank
 def cumulative_ranks(linear: Linearisation, null: ChainNull) -> list[tuple[int, bool]]:
     """(rank, exact) of the update of layers i..L as a function of the data, in forward order.
 
-    ``exact`` False: the rank is an upper bound.
+    Stage i's elimination gives ``rank ∂(update_i…L)/∂u_i`` at its own input u_i, which is that in
+    the data where ∂u_i/∂x is onto, and at most ``rank ∂u_i/∂x`` otherwise.
+
+    Args:
+        linear: the update map of the chain at the batch.
+        null: what every stage leaves open, of :func:`chain_nullspace` or :func:`chain_ranks`.
+
+    Returns:
+        One pair a stage; where ``exact`` is False the rank is an upper bound.
     """
     unknowns = linear.x.numel()
     ranks: list[tuple[int, bool]] = [(unknowns - null.stages[0].nullity, True)]

@@ -119,7 +119,13 @@ def chain_nullspace(
 
 
 def eliminated(node: Node, above: Draw, options: ChainOptions) -> tuple[Decision, Draw]:
-    """What a stage leaves open of a basis of all that is open above it."""
+    """What a stage leaves open of a basis of all that is open above it.
+
+    Args:
+        node: the stage.
+        above: a whole basis, of directions at the stage's pre-activation z.
+        options: of the decision.
+    """
     decision, left = eliminate_stage(node, above.open, options)
     return decision, Draw(left, len(left.du), above.samples)
 
@@ -158,7 +164,18 @@ def descend(
 
 
 def through_tail(node: Node, above: Open) -> Open:
-    """Directions at the stage's output → at its pre-activation z."""
+    """Directions (dy, dk_y) at the output y = φ(z) of a stage → (dz, dk_z) at its pre-activation z.
+
+    ::
+
+        dz = dy / φ'(z),    dk_z = φ'(z) dk_y + k_y φ''(z) dz
+
+    with k_y = ∂L/∂y; a rearrangement of entries is undone.
+
+    Args:
+        node: the stage, its tail invertible (:func:`require_invertible`).
+        above: the directions [S, B, *out_shape].
+    """
     du, dk = above.du, above.dk
     steps = zip(node.stage.tail, node.tail_inputs, node.tail_cotangents, strict=True)
     for op, before, cotangent in reversed(list(steps)):

@@ -158,7 +158,21 @@ def _gradient_first(
 def weights_first(
     node: Node, above: Open, weight: bool, bias: bool, options: ChainOptions
 ) -> tuple[Decision, Open]:
-    """Du = N_W w + W⁺ Z c; then what of Z c no W du can reach, and the gradient."""
+    """What a stage leaves open, its forward pass solved first.
+
+    ``W du = Z c`` says that ``du = N_W w + W⁺ Z c`` with free w, for those c that some W du can
+    reach; the gradient ``K du + U D c = 0`` then decides what is left of (w, c).
+
+    Args:
+        node: the stage.
+        above: directions that are open at its z, (Z, D).
+        weight: whether the gradient of W was sent.
+        bias: whether that of the bias was.
+        options: of every decision.
+
+    Returns:
+        The decision, and the directions (du, dk) that are open at the stage's input.
+    """
     affine, batch = node.stage.affine, node.u.shape[0]
     inverse = options.inverse(affine)
     free = _per_sample(inverse.null(), batch)
@@ -261,7 +275,16 @@ def _decide(matrix: Tensor, options: ChainOptions, carried: float = 0.0) -> Elim
 
 
 def push_rows(node: Node, du: Tensor, dk: Tensor) -> Rows:
-    """K du + U dk and Σ dk by parameter name; of no direction too."""
+    """Change of a stage's gradient along directions, by parameter name.
+
+    ``K du + U dk`` for the weight, ``[S, *weight.shape]``, and ``Σ dk`` over samples and positions
+    for the bias, [S, F].
+
+    Args:
+        node: the stage, with u and k there.
+        du: directions of its input, [S, B, *in_shape]; S may be 0.
+        dk: of its cotangent, [S, B, *out_shape].
+    """
     if len(du):
         return node.gradient.push(du, dk)
     affine = node.stage.affine
@@ -273,6 +296,12 @@ def push_rows(node: Node, du: Tensor, dk: Tensor) -> Rows:
 
 def fits(unknowns: int, entries: int, options: ChainOptions, copies: int = HELD) -> None:
     """Refuse matrices [unknowns, entries] that are beyond the memory or the time.
+
+    Args:
+        unknowns: their rows.
+        entries: their columns.
+        options: with the bytes and the clock.
+        copies: that are held at a time; 1 asks for no time, its factorisation was asked for.
 
     Raises:
         TooLargeError: so many copies do not fit.

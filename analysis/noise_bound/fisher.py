@@ -96,7 +96,20 @@ def information(
     watch: Watch = silent,
     ahead: Ahead = freely,
 ) -> tuple[str, Information]:
-    """The information by the method asked for, or by the first that fits; returns which.
+    """The information by the method asked for, or by the first that fits.
+
+    Args:
+        sent: A and Aᵀ as products.
+        method: "auto", "dense", "normal" or "sampled".
+        room: bytes.
+        samples: of noise, for "sampled".
+        iterations: of its least squares, at most.
+        seed: of its noise.
+        watch: told of every piece of work.
+        ahead: asked before every factorisation whether there is time.
+
+    Returns:
+        The method that was taken, and the :class:`Information`.
 
     Raises:
         OutOfMemory: a method that needs more than ``room`` bytes.

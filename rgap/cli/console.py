@@ -62,6 +62,6 @@ def stderr() -> Console:
 
 def print_json(document: dict[str, Any]) -> None:
     """One JSON document; null for what is not finite."""
-    from rgap.report.results import finite
+    from rgap.recovery import plain
 
-    typer.echo(json.dumps(finite(document), indent=2, allow_nan=False))
+    typer.echo(json.dumps(plain(document), indent=2, allow_nan=False))

@@ -58,6 +58,13 @@ def uncounted(problem: Problem, found: Recovery) -> Recovery:
             f"the batch size is not stated, and copies of a picture with different targets send "
             f"the same as one with their mean, which {problem.update.loss.name} admits too",
         )
+    if not _whole(problem, len(inputs), found.scale):
+        return _open(
+            problem,
+            found,
+            "the batch size is not stated, and samples that the network is sure of send next to "
+            "nothing: only under a mean, and at its own scale, would they be missed",
+        )
     try:
         apart = hidden(problem, inputs, labels, 1.0 if found.scale is None else found.scale)
     except (ValueError, TypeError, RuntimeError):  # a forward that takes this batch only
@@ -78,6 +85,17 @@ def uncounted(problem: Problem, found: Recovery) -> Recovery:
         f"the batch size is not stated, and several pictures with one target, {far} from each "
         "other, send the update of the one between them",
     )
+
+
+def _whole(problem: Problem, rows: int, scale: float | Tensor | None) -> bool:
+    """True if the update is a mean over as many samples as were found.
+
+    A mean over n + 1 samples of which one sends nothing is n/(n + 1) times that over the others:
+    its scale tells.  That of a sum does not.
+    """
+    factor = torch.as_tensor(1.0 if scale is None else scale)
+    near = bool(((factor - 1.0).abs() < 0.5 / (rows + 1)).all())
+    return problem.declared.reduction == "mean" and near
 
 
 def _open(problem: Problem, found: Recovery, why: str) -> Recovery:

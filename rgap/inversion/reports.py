@@ -90,7 +90,7 @@ def _report(problem: Problem, descent: Descent | None, stage: Stage) -> LayerRep
         stage.name,
         affine.kind,
         unknowns,
-        stats.gradient_rank,
+        stats.block_rank,
         None if stats.joint is None else stats.joint.rank,
         None if stats.joint is None else stats.joint.nullity,
         stats.joint.gap if isinstance(stats.joint, Rank) else inf,

@@ -25,9 +25,8 @@ from rgap.analysis.plots.discard import discard_heatmap, psnr, side_by_side
 from rgap.inversion.invert import Head, invert
 from rgap.models import published as models
 from rgap.photos import packaged as photos
-from rgap.recovery import Recovery
+from rgap.recovery import Recovery, plain
 from rgap.report.pictures import replacing, save_figure
-from rgap.report.results import finite
 from rgap.update.capture import capture
 from rgap.update.update import Update
 
@@ -219,7 +218,7 @@ def _write(demo: Demo) -> None:
     save_figure(side_by_side(originals, answers, titles=titles), recovered)
     save_figure(discard_heatmap(demo.audit), discard)
     with replacing(numbers) as beside:
-        beside.write_text(json.dumps(finite(demo.summary()), indent=2, allow_nan=False) + "\n")
+        beside.write_text(json.dumps(plain(demo.summary()), indent=2, allow_nan=False) + "\n")
 
 
 @contextmanager

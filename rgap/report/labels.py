@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from rgap.report.tables import HeadedTable
+from rgap.report.tables import PLAIN, HeadedTable, numbers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 __all__ = ["labels_table", "print_labels"]
 
-_PLAIN: dict[str, Any] = {"highlight": False, "markup": False}
 _SURE, _LIKELY = 0.9, 0.5
 
 
@@ -28,13 +27,13 @@ def print_labels(console: Console, estimates: Mapping[str, LabelEstimate]) -> No
         console.print(labels_table(estimates))
     for name, one in estimates.items():
         if one.labels is not None:
-            console.print(f"{name}: labels {_written(one.labels.tolist())}", **_PLAIN)
+            console.print(f"{name}: labels {numbers(one.labels)}", **PLAIN)
             if one.reason:
-                console.print(f"  Note: {one.reason}.", **_PLAIN)
+                console.print(f"  Note: {one.reason}.", **PLAIN)
             if len(estimates) == 1:
-                console.print(f"  It assumes: {'; '.join(one.assumptions)}.", **_PLAIN)
+                console.print(f"  It assumes: {'; '.join(one.assumptions)}.", **PLAIN)
         else:
-            console.print(f"{name}: undecided: {one.reason}.", **_PLAIN)
+            console.print(f"{name}: undecided: {one.reason}.", **PLAIN)
 
 
 def labels_table(estimates: Mapping[str, LabelEstimate]) -> Table:
@@ -74,7 +73,3 @@ def _styled(count: str, confidence: Any) -> Text:
     style = "green" if sure >= _SURE else "yellow" if sure >= _LIKELY else "red"
     text = Text(count)
     return text.append(f"  {100 * sure:3.0f}%", style=style)
-
-
-def _written(labels: list[int]) -> str:
-    return ", ".join(map(str, labels))

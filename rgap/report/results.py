@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rgap.report.pictures import replacing, save_picture, save_tensors
-from rgap.report.tables import recovery_table, status_text
+from rgap.report.tables import PLAIN, numbers, recovery_table, status_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -15,24 +15,9 @@ if TYPE_CHECKING:
     from rgap.recovery import Recovery
     from rgap.update.update import Update
 
-__all__ = ["check_target", "finite", "print_recovery", "write_recovery"]
+__all__ = ["check_target", "print_recovery", "write_recovery"]
 
 TENSORS, PICTURE = ".safetensors", ".png"
-
-
-def finite(value: Any) -> Any:
-    """``value`` with every infinite or undefined number as None, for strict JSON.
-
-    >>> finite({"gap": float("inf"), "ranks": (1, float("nan"), 2.5)})
-    {'gap': None, 'ranks': [1, None, 2.5]}
-    """
-    if isinstance(value, dict):
-        return {str(key): finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    if isinstance(value, float) and not abs(value) < float("inf"):
-        return None
-    return value
 
 
 def print_recovery(console: Console, recovery: Recovery, *, explain: bool) -> None:
@@ -40,34 +25,31 @@ def print_recovery(console: Console, recovery: Recovery, *, explain: bool) -> No
     console.print(status_text(recovery.status.name), end="")
     if explain:
         head, _, rest = recovery.explain().partition(": ")
-        console.print(f": {rest}" if head == recovery.status.name else f"\n{head}", **_PLAIN)
+        console.print(f": {rest}" if head == recovery.status.name else f"\n{head}", **PLAIN)
     else:
-        console.print(f": {recovery.reason}", **_PLAIN)
+        console.print(f": {recovery.reason}", **PLAIN)
         for warning in recovery.warnings:
-            console.print(f"Note: {warning}", **_PLAIN)
+            console.print(f"Note: {warning}", **PLAIN)
     if recovery.labels is not None:
-        console.print(f"Labels: {_written(recovery.labels)}", **_PLAIN)
+        console.print(f"Labels: {numbers(recovery.labels)}", **PLAIN)
     if recovery.determined is not None and not explain:
         known = int(recovery.determined.sum())
         console.print(
-            f"Determined: {known} of {recovery.determined.numel()} values (NaN elsewhere)", **_PLAIN
+            f"Determined: {known} of {recovery.determined.numel()} values (NaN elsewhere)", **PLAIN
         )
     if recovery.multiplicities is not None:
-        console.print(f"Copies of each: {_written(recovery.multiplicities)}", **_PLAIN)
+        console.print(f"Copies of each: {numbers(recovery.multiplicities)}", **PLAIN)
     if recovery.separation and not explain:
-        console.print(f"Samples told apart: {recovery.separation}", **_PLAIN)
+        console.print(f"Samples told apart: {recovery.separation}", **PLAIN)
     for number, candidate in enumerate(recovery.candidates):
         if not explain:
             console.print(
-                f"Candidate {number}: labels {_written(candidate.labels)}, replay residual "
+                f"Candidate {number}: labels {numbers(candidate.labels)}, replay residual "
                 f"{candidate.residual:.1e}",
-                **_PLAIN,
+                **PLAIN,
             )
     if recovery.layers:
         console.print(recovery_table(recovery))
-
-
-_PLAIN: dict[str, Any] = {"highlight": False, "markup": False}
 
 
 def check_target(output: Path, update: Update) -> None:
@@ -167,7 +149,3 @@ def _tensors(recovery: Recovery) -> dict[str, Tensor]:
 def _mask(determined: Tensor) -> Tensor:
     """Where every channel of a picture is known, [1, H, W] of 0 and 1."""
     return determined.all(0, keepdim=True).double()
-
-
-def _written(labels: Tensor | None) -> str:
-    return "unknown" if labels is None else ", ".join(f"{n:g}" for n in labels.flatten().tolist())

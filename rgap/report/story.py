@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rgap.recovery import Route
-from rgap.report.tables import audit_matrix, status_text
+from rgap.report.tables import audit_matrix, numbers, status_text
 
 if TYPE_CHECKING:
     from rgap.analysis.discard.table import Audit
@@ -57,7 +57,7 @@ def _single_table(cases: tuple[Case, ...]) -> Table:
             quality = f"{case.psnr[0]:.1f} dB"
             error = f"{float((answer.inputs - case.originals).abs().max()):.1e}"
         if answer.labels is not None:
-            label = ",".join(str(int(n)) for n in answer.labels.flatten())
+            label = numbers(answer.labels)
         table.add_row(
             case.network,
             f"{case.originals.numel():,}",

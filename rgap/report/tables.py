@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import isfinite
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.table import Table
@@ -13,6 +13,7 @@ from rgap.analysis.plots.discard import percent
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
+    from torch import Tensor
 
     from rgap.analysis.discard.table import Audit, AuditRow
     from rgap.analysis.hardening.table import Hardening
@@ -21,12 +22,14 @@ if TYPE_CHECKING:
     from rgap.recovery import LayerReport, Recovery
 
 __all__ = [
+    "PLAIN",
     "HeadedTable",
     "audit_matrix",
     "audit_table",
     "change_table",
     "finding_table",
     "joint_table",
+    "numbers",
     "recovery_table",
     "status_text",
 ]
@@ -44,6 +47,9 @@ class HeadedTable(Table):
             yield Text(self._heading, style="bold")
         yield from super().__rich_console__(console, options)
 
+
+# The words of the library are printed as they are: "[B, 3, 8, 8]" is no markup.
+PLAIN: dict[str, Any] = {"highlight": False, "markup": False}
 
 _COLOURS = {
     "EXACT": "bold green",
@@ -202,6 +208,16 @@ def recovery_table(recovery: Recovery) -> Table:
             report.route,
         )
     return table
+
+
+def numbers(values: Tensor | None) -> str:
+    """Labels or counts with commas in between, whole numbers without a point.
+
+    >>> import torch
+    >>> numbers(torch.tensor([[3.0], [0.5]]))
+    '3, 0.5'
+    """
+    return "unknown" if values is None else ", ".join(f"{n:g}" for n in values.flatten().tolist())
 
 
 def status_text(name: str) -> Text:

@@ -1,6 +1,7 @@
 """Every mistake on every network of tests/mistakes_table.py: what `rgap.check` says first.
 
-    OMP_NUM_THREADS=1 python benchmarks/study_check.py [--seeds 1] [--mistakes sign noise]
+    OMP_NUM_THREADS=1 python -m benchmarks.sweeps.check
+    OMP_NUM_THREADS=1 python -m benchmarks.sweeps.check --mistakes sign noise
 
 A row a mistake: how often the first finding names it, names it as a rival, is another one (a fault)
 or is missing, and which ones came first.
@@ -8,23 +9,21 @@ or is missing, and which ones came first.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections import Counter
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 import torch
 from mistakes_table import MISTAKES, trials
 
+from benchmarks.common.arguments import Arguments
+
 
 def main() -> int:
     """Run the study; 1 where a first finding is wrong."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--seeds", type=int, default=1)
+    parser = Arguments(__doc__, mistakes=["sign"])
+    parser.add_argument("--seeds", type=int, default=1, help="of every trial")
     parser.add_argument("--first", type=int, default=0, help="first seed")
-    parser.add_argument("--mistakes", nargs="*", default=[], choices=list(MISTAKES))
+    parser.several("--mistakes", MISTAKES, "that are made")
     options = parser.parse_args()
     torch.set_num_threads(1)
     ends: dict[str, Counter[str]] = {name: Counter() for name in MISTAKES}
