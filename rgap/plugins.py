@@ -98,13 +98,13 @@ class Registry(Mapping[str, T], Generic[T]):
 
     def working(self) -> dict[str, T]:
         """Every name that loads; each of the others is a :class:`PluginWarning`."""
-        found = {}
+        values = {}
         for name in self:
             try:
-                found[name] = self[name]
+                values[name] = self[name]
             except PluginError as error:
                 warnings.warn(str(error), PluginWarning, stacklevel=2)
-        return found
+        return values
 
     def _load(self, point: EntryPoint) -> T:
         if point in self._loaded:
@@ -133,9 +133,9 @@ def offered(group: str) -> dict[str, EntryPoint]:
 
     ``offered.cache_clear()`` after something was installed in a running process.
     """
-    found: dict[str, EntryPoint] = {}
+    points: dict[str, EntryPoint] = {}
     for point in entry_points(group=group):
-        other = found.setdefault(point.name, point)
+        other = points.setdefault(point.name, point)
         if other != point:
             warnings.warn(
                 f"{point.name!r} of the group {group} is offered by {_distribution(other)} and by "
@@ -143,7 +143,7 @@ def offered(group: str) -> dict[str, EntryPoint]:
                 PluginWarning,
                 stacklevel=3,
             )
-    return found
+    return points
 
 
 def _distribution(point: EntryPoint) -> str:

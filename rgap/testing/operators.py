@@ -199,8 +199,8 @@ def _jacobian(function: Map, at: Any, zero: bool) -> Tensor:
     def flat(x: Tensor) -> Tensor:
         return _flat(function(_shaped(x, at)[0]))
 
-    found: Tensor = torch.autograd.functional.jacobian(flat, point)  # type: ignore[no-untyped-call]
-    return found
+    matrix: Tensor = torch.autograd.functional.jacobian(flat, point)  # type: ignore[no-untyped-call]
+    return matrix
 
 
 def _value(domain: Any, dtype: torch.dtype) -> Any:
