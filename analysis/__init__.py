@@ -15,7 +15,16 @@ from rgap.analysis.joint_rank.indices import IndexRow, LeakageIndices, leakage_i
 from rgap.analysis.joint_rank.largest_batch import LargestBatch, largest_identifiable_batch
 from rgap.analysis.joint_rank.table import Identifiability, IdentifiabilityRow
 from rgap.analysis.noise_bound.cramer_rao import noise
-from rgap.analysis.noise_bound.defences import Clip, DifferentialPrivacy, Prune, Quantise, Sign
+from rgap.analysis.noise_bound.defences import (
+    DEFENCES,
+    Clip,
+    Defence,
+    DifferentialPrivacy,
+    Prune,
+    Quantise,
+    Sending,
+    Sign,
+)
 from rgap.analysis.noise_bound.report import NoiseReport
 from rgap.analysis.noise_bound.trials import NoiseTrials, noise_trials
 from rgap.analysis.scoring import Score, score
@@ -29,12 +38,14 @@ from rgap.analysis.symbolic import (
 )
 
 __all__ = [
+    "DEFENCES",
     "Audit",
     "AuditRow",
     "Cause",
     "Change",
     "Clip",
     "ClosedForm",
+    "Defence",
     "DifferentialPrivacy",
     "Explanation",
     "Hardening",
@@ -49,6 +60,7 @@ __all__ = [
     "Prune",
     "Quantise",
     "Score",
+    "Sending",
     "Sign",
     "SymbolicLayer",
     "SymbolicNetwork",

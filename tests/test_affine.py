@@ -16,6 +16,7 @@ from rgap.network.affine import Affine, Geometry, convolution, linear
 from rgap.network.chain import parse
 from rgap.network.geometry import sides_of
 from rgap.network.modules import build
+from rgap.testing import dot_test
 
 TOL = 1e-12  # float64, sums of at most a few hundred products of size one
 EASY = settings(max_examples=40, deadline=None)
@@ -49,8 +50,7 @@ def compare(module: nn.Module, affine: Affine, x: Tensor, seed: int) -> None:
     torch.testing.assert_close(affine.weight_gradient(x, k), own[0], atol=TOL, rtol=TOL)
     if affine.bias is not None:
         torch.testing.assert_close(affine.bias_gradient(k), own[1], atol=TOL, rtol=TOL)
-    dot = (affine.linear(x) * k).sum() - (x * affine.adjoint(k)).sum()
-    assert abs(float(dot)) <= TOL * float(k.norm() * (1 + affine.linear(x).norm()))
+    dot_test(affine.linear, affine.adjoint, x, name=str(module), seed=seed)
 
 
 @EASY

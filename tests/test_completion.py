@@ -21,6 +21,7 @@ from rgap.jacobian.smoothing import soften
 from rgap.network.chain import parse
 from rgap.precision import UNKNOWN, Known, Precision
 from rgap.recursion.descend import Reached
+from rgap.testing import dense, dense_test, dot_test
 from rgap.update.losses import Loss
 
 F64 = torch.float64
@@ -62,13 +63,11 @@ def test_the_known_part_is_the_row_space_of_both_blocks(batch: int) -> None:
     )
     assert rank.nullity > 0 and part.equations == rank.rank
     assert float(part.misfit(u).norm()) < 1e-9
-    eye = torch.eye(u.numel(), dtype=F64).reshape(-1, *u.shape)
-    rows = torch.stack([part.push(e) for e in eye], 1)  # [equations, unknowns]
+    rows = dense(part.push, u)  # [equations, unknowns]
     kept = part.weights > 0
     plain = rows[kept] / part.weights[kept, None]
     assert torch.allclose(plain @ plain.T, torch.eye(len(plain), dtype=F64), atol=1e-7)
-    y = torch.randn(len(rows), dtype=F64)
-    assert torch.allclose(part.pull(y).flatten(), rows.T @ y, atol=1e-10)
+    dot_test(part.push, part.pull, u, slack=1e3)  # rows are orthonormalised
 
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
@@ -96,12 +95,11 @@ def test_products_of_any_module_are_those_of_its_jacobian(name: str) -> None:
     point = update.at(x + 0.1)
     jacobian = point.jacobian()
     assert jacobian is not None
-    v, r = torch.randn_like(x), torch.randn(len(jacobian), dtype=F64)
+    v = torch.randn_like(x)
     ahead, behind = update.at(x + 0.1 + 1e-5 * v), update.at(x + 0.1 - 1e-5 * v)
     slope = (ahead.residual - behind.residual) / 2e-5
     assert torch.allclose(jacobian @ v.flatten(), slope, atol=1e-6 * float(slope.abs().max()))
-    assert torch.allclose(point.push(v), jacobian @ v.flatten(), rtol=1e-8, atol=1e-10)
-    assert torch.allclose(point.pull(r).flatten(), jacobian.T @ r, rtol=1e-8, atol=1e-10)
+    dense_test(point.push, jacobian, x, adjoint=point.pull, slack=1e2)  # a pass each, two routes
 
 
 def test_what_is_known_inside_replaces_the_layers_above() -> None:

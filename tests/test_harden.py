@@ -13,7 +13,7 @@ from networks import small_conv, small_mlp
 from torch import nn
 from typer.testing import CliRunner
 
-from rgap.analysis import harden, identifiability, noise
+from rgap.analysis import DEFENCES, harden, identifiability, noise
 from rgap.analysis.hardening.resize import UnfitError, called_layers, with_channels, with_stride
 from rgap.analysis.hardening.table import Hardening
 from rgap.cli.app import app
@@ -163,3 +163,25 @@ def test_a_joint_audit_on_the_command_line(tmp_path: Path) -> None:
     assert [one["unknowns"] for one in joint] == [64, 128]
     shown = CliRunner().invoke(app, [*arguments, "--input-shape", "1,8,8", "--plot", str(plot)])
     assert plot.is_file() and f"determines {joint[1]['joint_rank']} of" in shown.stdout
+
+
+@pytest.mark.parametrize(("name", "share"), [("prune", 0.3), ("quantise", 0.1), ("sign", 0.3)])
+def test_the_weakest_level_of_a_defence_is_found(name: str, share: float) -> None:
+    """The level is enough by the bound itself, and the next weaker one is not."""
+    change = harden(network(), SHAPE, share, changes=(), defence=name).of(name)
+    assert change is not None and change.before == DEFENCES[name].idle
+    levels = list(DEFENCES[name].levels())
+    at = [level.strength for level in levels].index(change.after)
+    found = noise(network(), SHAPE, defence=levels[at])
+    assert found.nullity + found.lost == change.missing >= share * 50
+    weaker = noise(network(), SHAPE, defence=levels[at - 1])
+    assert at == 0 or weaker.nullity + weaker.lost < share * 50
+
+
+def test_a_defence_that_cannot_be_ordered_is_refused() -> None:
+    with pytest.raises(ValueError, match="'clip', which has none; write defence='prune'"):
+        harden(network(), SHAPE, defence=("prune", "clip"))
+    with pytest.raises(ValueError, match=r"expected one of 'clip', 'dp', .*got 'wrong'"):
+        harden(network(), SHAPE, defence="wrong")
+    answer = harden(network(), SHAPE, 1.0, changes=(), defence="prune")
+    assert answer.failed == ("prune: even Prune(keep=0.001) is not enough.",)

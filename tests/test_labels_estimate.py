@@ -260,8 +260,10 @@ def test_a_model_that_does_not_end_in_its_head_is_refused(last: nn.Module, words
         estimate(model, small(model))
 
 
-def test_a_convolution_as_the_last_layer_is_refused() -> None:
+def test_a_convolution_as_the_last_layer_is_refused_unless_it_has_one_place() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 2), nn.Flatten()).eval()
+    assert estimate(model, small(model)).labels.tolist() == [0, 2]
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten()).eval()
     with pytest.raises(ValueError, match=r"expected a fully connected last layer|logits"):
         estimate(model, small(model))
 

@@ -13,6 +13,7 @@ from rgap.network.modules import build
 from rgap.precision import Known, Precision
 from rgap.recursion.matrix_free import MatrixFree, memory
 from rgap.recursion.stage import BUDGET, solve_stage
+from rgap.testing import dense_test
 
 LAYERS = [
     (nn.Conv2d(2, 6, 3, 1, 1), (2, 6, 6)),
@@ -30,9 +31,7 @@ def test_products_equal_the_dense_rows(module: nn.Module, shape: tuple[int, ...]
     ones = torch.ones_like(k)
     system = MatrixFree(affine, k, ones.new_ones(1), ones, torch.ones(2, *shape).double())
     dense = torch.cat(dense_blocks(module, k, shape))
-    x, y = torch.randn(dense.shape[1]).double(), torch.randn(dense.shape[0]).double()
-    assert torch.allclose(system.apply(x), dense @ x)
-    assert torch.allclose(system.adjoint(y), dense.T @ y)
+    dense_test(system.apply, dense, dense.shape[1:], adjoint=system.adjoint, name=str(module))
     scaled = system.scaled().scale.flatten()
     assert torch.allclose(scaled, dense.norm(dim=0).reciprocal())
 

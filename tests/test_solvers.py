@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from operators import Coupling
 from torch import Tensor
 
 from rgap.solvers.joint_rank import joint_rank
@@ -12,34 +13,19 @@ from rgap.solvers.linear import Stacked, null_projection, solve_lsmr
 from rgap.solvers.rank import numerical_rank, resolve_rcond
 from rgap.solvers.subspace import SMALL, row_space, top_eigenpairs
 from rgap.solvers.svd import right_singular_vectors, singular_values
-
-
-class DenseCoupling:
-    """A dense second block, the simplest thing that satisfies the protocol."""
-
-    def __init__(self, matrix: Tensor, channels: int) -> None:
-        self.matrix, self.channels, self.rows = matrix, channels, matrix.shape[0]
-
-    def apply(self, x: Tensor) -> Tensor:
-        return x.flatten(1) @ self.matrix.T
-
-    def adjoint(self, y: Tensor) -> Tensor:
-        return (y @ self.matrix).reshape(len(y), self.channels, -1)
-
-    def add_gram(self, weights: Tensor, into: Tensor) -> None:
-        into += ((self.matrix.T * weights) @ self.matrix).reshape(into.shape)
+from rgap.testing import dense_test, dot_test
 
 
 def system(
     groups: int, rows: int, channels: int, size: int, extra: int, seed: int
-) -> tuple[Kronecker, DenseCoupling, Tensor]:
+) -> tuple[Kronecker, Coupling, Tensor]:
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     k = Kronecker(draw(groups, rows, size), channels)
-    w = DenseCoupling(draw(extra, channels * size), channels)
+    w = Coupling(draw(extra, channels * size), channels)
     blocks = [
         torch.block_diag(*[k.matrix[c // (channels // groups)] for c in range(channels)]),
         w.matrix,
@@ -50,10 +36,8 @@ def system(
 @pytest.mark.parametrize("groups", [1, 2])
 def test_kronecker_is_the_block_diagonal_matrix(groups: int) -> None:
     k, _, dense = system(groups, 5, 4, 7, 3, 0)
-    x = torch.randn(2, 4, 7, dtype=torch.float64)
-    y = torch.randn(2, 4, 5, dtype=torch.float64)
-    assert torch.allclose(k.apply(x).flatten(1), x.flatten(1) @ dense[:20].T)
-    assert torch.allclose((k.apply(x) * y).sum(), (x * k.adjoint(y)).sum())
+    dense_test(k.apply, dense[:20], (1, 4, 7), adjoint=k.adjoint)
+    dot_test(k.apply, k.adjoint, (2, 4, 7))
     assert k.rank().rank == 4 * 5
 
 
@@ -115,8 +99,7 @@ def test_lsmr_keeps_the_null_component_of_its_start() -> None:
     k, w, dense = system(1, 2, 3, 6, 4, 5)
     stacked = Stacked(k, w, torch.ones(4).double())
     x = torch.randn(18, dtype=torch.float64)
-    y = torch.randn(stacked.shape[0], dtype=torch.float64)
-    assert torch.allclose(stacked.apply(x) @ y, x @ stacked.adjoint(y))
+    dense_test(stacked.apply, dense, (18,), adjoint=stacked.adjoint)
     null = null_projection(stacked, torch.randn(3, 18, dtype=torch.float64))
     assert null.shape == (3, 18)
     assert (dense @ null.T).abs().max() < 1e-9

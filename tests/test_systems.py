@@ -19,6 +19,7 @@ from rgap.network.affine import Affine
 from rgap.network.modules import build
 from rgap.precision import UNKNOWN, Known, Precision
 from rgap.recursion.stage import solve_stage
+from rgap.testing import dense, dot_test
 
 MASKS = st.sampled_from([0.0, 0.0, 0.3, 0.7])
 
@@ -99,13 +100,10 @@ def test_blocks_are_the_dense_ones(case: Geometry, masked: float) -> None:
     assert torch.allclose(image, sent, atol=1e-12)
     assert torch.allclose(rows_k @ x.flatten(), affine.weight_gradient(x, k).flatten(), atol=1e-12)
     assert torch.allclose(coupling.apply(table).flatten(), rows_w @ x.flatten(), atol=1e-12)
-    y = torch.randn(1, coupling.rows, dtype=torch.float64)
-    assert torch.allclose((coupling.apply(table) * y).sum(), (table * coupling.adjoint(y)).sum())
+    dot_test(coupling.apply, coupling.adjoint, table, name=str(case))
     weights = torch.rand(coupling.rows, dtype=torch.float64)
     size = table.shape[1] * table.shape[2]
-    moved = torch.stack(
-        [coupling.apply(e.reshape(table.shape)).flatten() for e in torch.eye(size).double()], 1
-    )
+    moved = dense(coupling.apply, table)
     for small in (0.0, inf):  # offset by offset, and from the dense matrix
         gram = torch.zeros(size, size, dtype=torch.float64)
         with patch.object(convnd, "SMALL", small):

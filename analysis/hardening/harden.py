@@ -19,6 +19,8 @@ from rgap.analysis.hardening.resize import UnfitError, called_layers, with_chann
 from rgap.analysis.hardening.table import Change, Hardening
 from rgap.analysis.joint_rank.identifiability import identifiability
 from rgap.analysis.noise_bound.cramer_rao import noise
+from rgap.analysis.noise_bound.defences import DEFENCES, Defence
+from rgap.analysis.noise_bound.report import NoiseReport
 from rgap.memory import OutOfMemory
 from rgap.progress import Shown
 from rgap.update.losses import Loss
@@ -36,6 +38,7 @@ def harden(
     batch_size: int = 1,
     *,
     changes: Sequence[str] = CHANGES,
+    defence: str | Sequence[str] = (),
     loss: str | Loss | nn.Module = "cross_entropy",
     largest_batch: int = 32,
     largest_stride: int = 4,
@@ -50,8 +53,8 @@ def harden(
 
     Batch size, channels and stride are judged by the joint nullity of `identifiability` at a
     random batch: directions of the data that change nothing in the update, to first order.  Noise
-    is judged by the Cramér–Rao bound: a direction counts once its standard deviation exceeds the
-    width of ``value_range``, so that a guess from the range alone is as good.
+    and defences are judged by the Cramér–Rao bound: a direction counts once its standard deviation
+    exceeds the width of ``value_range``, so that a guess from the range alone is as good.
 
     Fewer channels and larger batches leave fewer equations per unknown, so both are found by
     bisection; strides are tried one after the other.  Layers whose sizes follow from the change
@@ -63,6 +66,8 @@ def harden(
         fraction: in (0, 1], of the unknowns.
         batch_size: B as it is.
         changes: which of "batch size", "channels", "stride" and "noise" to look for.
+        defence: names of defences ("prune", "quantise", "sign", or what a distribution offers) to
+            look for the weakest level of.
         loss: of the client.
         largest_batch: no batch above it is looked at.
         largest_stride: no stride above it is looked at.
@@ -78,37 +83,32 @@ def harden(
         The :class:`Hardening`.
 
     Raises:
-        ValueError: a fraction outside (0, 1], an unknown kind of change, a limit below 1, or what
-            `identifiability` raises.
+        ValueError: a fraction outside (0, 1], an unknown kind of change or defence, a defence
+            without levels, a limit below 1, or what `identifiability` raises.
 
     >>> import rgap
     >>> net = rgap.models.mlp((12,), 3, "tanh", input_shape=(1, 4, 4), seed=0)
     >>> found = harden(net, (1, 4, 4), 0.1, changes=("batch size", "noise"))
     >>> [(change.kind, change.missing, change.unknowns) for change in found.changes]
     [('batch size', 26, 256), ('noise', 4, 16)]
+    >>> pruned = harden(net, (1, 4, 4), 0.1, changes=(), defence="prune").of("prune")
+    >>> pruned.after, pruned.missing
+    (0.1, 2)
     """
     start = time.perf_counter()
     limits = {"batch size": index(largest_batch), "stride": index(largest_stride)}
     _refuse(fraction, changes, limits, index(batch_size))
+    names = (defence,) if isinstance(defence, str) else tuple(defence)
+    levels = {name: _levels(name) for name in names}
     shape = tuple(index(n) for n in input_shape)
     show = Timed(progress, time_limit, device or "cpu")
     search = _Search(
         model, shape, index(batch_size), fraction, Loss.of(loss), value_range, memory_budget, seed,
-        device, show,
+        device, show, levels,
     )  # fmt: skip
     with show:
         now = search.run(changes, limits)
-    return Hardening(
-        type(model).__name__,
-        shape,
-        search.batch,
-        fraction,
-        now,
-        search.unknowns,
-        search.ordered(),
-        tuple(search.failed),
-        time.perf_counter() - start,
-    )
+    return search.table(now, time.perf_counter() - start)
 
 
 def _refuse(
@@ -145,6 +145,7 @@ class _Search:
     seed: int
     device: torch.device | str | None
     show: Timed
+    levels: Mapping[str, Sequence[Defence]]
     smallest: list[Change] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
     tried: int = 0
@@ -170,9 +171,20 @@ class _Search:
                 self.failed.append(f"{what}: not found out ({reason}).")
         return now
 
-    def ordered(self) -> tuple[Change, ...]:
-        """The changes by kind, the smallest of a kind first."""
-        return tuple(sorted(self.smallest, key=lambda c: (CHANGES.index(c.kind), _relative(c))))
+    def table(self, now: int, seconds: float) -> Hardening:
+        """What was found: the changes by kind, the smallest of a kind first."""
+        kinds = (*CHANGES, *self.levels)
+        return Hardening(
+            type(self.model).__name__,
+            self.shape,
+            self.batch,
+            self.fraction,
+            now,
+            self.unknowns,
+            tuple(sorted(self.smallest, key=lambda c: (kinds.index(c.kind), _relative(c)))),
+            tuple(self.failed),
+            seconds,
+        )
 
     def looks(
         self, changes: Sequence[str], limits: Mapping[str, int]
@@ -191,6 +203,8 @@ class _Search:
                     yield f"stride of '{name}'", look
         if "noise" in changes:
             yield "noise", self.more_noise
+        for name, levels in self.levels.items():
+            yield name, partial(self.stronger, name, levels)
 
     def missing(self, network: nn.Module, batch: int) -> int:
         """Joint nullity at a random batch."""
@@ -264,19 +278,7 @@ class _Search:
 
     def more_noise(self) -> None:
         """Smallest σ at which enough directions have an error beyond the range of the data."""
-        report = noise(
-            self.model,
-            self.shape,
-            self.batch,
-            sigma=1.0,
-            loss=self.loss,
-            value_range=self.value_range,
-            memory_budget=self.room,
-            time_limit=self.show.left,
-            seed=self.seed,
-            device=self.device,
-            progress=self.show.within,
-        )
+        report = self._bound(1.0, None)
         if report.decision is None:
             self.failed.append("noise: too many unknowns to see the directions one by one.")
             return
@@ -286,9 +288,52 @@ class _Search:
         left = report.decision.nullity + int((sigma > report.width * kept).sum())
         self._note("noise", "", 0.0, sigma, left)
 
+    def stronger(self, name: str, levels: Sequence[Defence]) -> None:
+        """Weakest level of a defence at which enough directions are beyond the range."""
+        for level in levels:
+            self.tried += 1
+            self.show.stage(str(level), self.tried)
+            report = self._bound(0.0, level)
+            if report.nullity is None or report.lost is None:
+                self.failed.append(f"{name}: too many unknowns to see the directions one by one.")
+                return
+            left = report.nullity + report.lost
+            if left >= self.wanted:
+                self._note(name, "", level.idle, level.strength, left)
+                return
+        self.failed.append(f"{name}: even {levels[-1]} is not enough.")
+
+    def _bound(self, sigma: float, defence: Defence | None) -> NoiseReport:
+        """The Cramér–Rao bound at a random batch."""
+        return noise(
+            self.model,
+            self.shape,
+            self.batch,
+            sigma=sigma,
+            defence=defence,
+            loss=self.loss,
+            value_range=self.value_range,
+            memory_budget=self.room,
+            time_limit=self.show.left,
+            seed=self.seed,
+            device=self.device,
+            progress=self.show.within,
+        )
+
     def _note(self, kind: str, layer: str, before: float, after: float, left: int) -> None:
         share = left / self.unknowns
         self.smallest.append(Change(kind, layer, before, after, left, self.unknowns, share))
+
+
+def _levels(name: str) -> Sequence[Defence]:
+    """The levels of a defence from weak to strong; there is at least one."""
+    levels = DEFENCES.chosen("defence", name).levels()
+    if not levels:
+        raise ValueError(
+            f"defence: expected one with levels from weak to strong, got {name!r}, which has none; "
+            "write defence='prune', or rgap.analysis.noise(model, shape, defence=...) for one level"
+        )
+    return levels
 
 
 def _relative(change: Change) -> float:

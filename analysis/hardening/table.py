@@ -19,9 +19,10 @@ class Change:
     """One change of the system, the smallest of its kind that reaches the fraction.
 
     Attributes:
-        kind: "batch size", "channels", "stride" or "noise".
+        kind: "batch size", "channels", "stride", "noise" or the name of a defence.
         layer: module path, "" for a change of the whole system.
-        before: batch size, channels, stride or standard deviation as it is.
+        before: batch size, channels, stride, standard deviation or strength of the defence as it
+            is (the strength at which it does nothing).
         after: what it has to be.
         missing: directions of the data that are not identifiable then.
         unknowns: entries of the data then.

@@ -9,7 +9,7 @@ import typer
 
 from rgap.cli.command import command
 from rgap.cli.console import print_json, stdout
-from rgap.cli.options import Json, Sample, TimeLimit, Work
+from rgap.cli.options import DefenceName, Json, Sample, TimeLimit, Work, either
 
 __all__ = ["harden"]
 
@@ -25,6 +25,15 @@ def harden(
     changes: Annotated[
         str, typer.Option(help="What may change, with commas in between.", metavar="NAMES")
     ] = "batch size,channels,stride,noise",
+    defence: Annotated[
+        str,
+        typer.Option(
+            help="Defences to look for the weakest level of, with commas in between: "
+            f"{either(DefenceName, 'rgap.defences')}.",
+            metavar="NAMES",
+            show_default=False,
+        ),
+    ] = "",
     time_limit: TimeLimit = None,
     as_json: Json = False,
 ) -> int:
@@ -34,9 +43,10 @@ def harden(
 
     network, (shape, loss) = sample.network(), sample.declared()
     kinds = tuple(part.strip() for part in changes.split(","))
+    defences = tuple(part.strip() for part in defence.split(",") if part.strip())
     result = search(
-        network, shape, fraction, batch_size, changes=kinds, loss=loss, time_limit=time_limit,
-        **work.arguments(),
+        network, shape, fraction, batch_size, changes=kinds, defence=defences, loss=loss,
+        time_limit=time_limit, **work.arguments(),
     )  # fmt: skip
     result = replace(result, model=sample.model)
     if as_json:

@@ -9,7 +9,7 @@ import typer
 
 from rgap.cli.answer import Answer
 from rgap.cli.command import command
-from rgap.cli.options import Labelled, PriorName, Work, prior_of
+from rgap.cli.options import Labelled, PriorName, Work, either
 from rgap.cli.spoken import options_of, spoken
 
 if TYPE_CHECKING:
@@ -34,10 +34,11 @@ class Completion:
         ),
     ] = False
     prior: Annotated[
-        PriorName | None,
+        str | None,
         typer.Option(
-            help="Of --complete: tv or anisotropic (total variation), or squares (distance from "
-            "one half); default: the prior of pictures where inputs have neighbours.",
+            help=f"Of --complete: {either(PriorName, 'rgap.priors')}; natural, the default, is "
+            "that of pictures where inputs have neighbours, tv and anisotropic are total "
+            "variation, squares is the distance from one half.",
             metavar="NAME",
             show_default=False,
         ),
@@ -80,7 +81,7 @@ def invert(
         labels=sent.known(update),
         batch_size=sent.batch_size,
         complete=completion.complete,
-        prior=prior_of(completion.prior),
+        prior=completion.prior,
         time_limit=completion.time_limit,
         noise=sent.noise,
         **work.arguments(),

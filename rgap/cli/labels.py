@@ -25,11 +25,13 @@ def labels(
     sent: Sent,
     work: Work,
     method: Annotated[
-        LabelMethod,
+        str,
         typer.Option(
-            help=f"{either(LabelMethod)} of them; exact recovers the batch first.", metavar="METHOD"
+            help=f"{either(LabelMethod, 'rgap.labels')}; all is each of them, exact recovers the "
+            "batch first.",
+            metavar="METHOD",
         ),
-    ] = LabelMethod.best,
+    ] = LabelMethod.best.value,
     as_json: Json = False,
 ) -> int:
     """Read the labels of a batch off the last layer's gradient: how often each class occurs."""
@@ -37,7 +39,7 @@ def labels(
     from rgap.report.labels import print_labels
 
     update, network, arguments = sent.read(), sent.network(), work.arguments()
-    names = list(METHODS) if method is LabelMethod.all else [method.value]
+    names = list(METHODS.working()) if method == LabelMethod.all else [method]
     estimates = {name: _estimate(network, update, name, sent, arguments) for name in names}
     if as_json:
         print_json(

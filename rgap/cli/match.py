@@ -13,7 +13,7 @@ import typer
 
 from rgap.cli.answer import Answer
 from rgap.cli.command import command
-from rgap.cli.options import Labelled, MatchMethod, PriorName, Work, either, prior_of
+from rgap.cli.options import Labelled, MatchMethod, PriorName, Work, either
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,8 +32,11 @@ class Search:
 
     panel: ClassVar[str] = "Search"
     method: Annotated[
-        MatchMethod, typer.Option(help=f"How to search: {either(MatchMethod)}.", metavar="METHOD")
-    ] = MatchMethod.gauss_newton
+        str,
+        typer.Option(
+            help=f"How to search: {either(MatchMethod, 'rgap.presets')}.", metavar="METHOD"
+        ),
+    ] = MatchMethod.gauss_newton.value
     start: Annotated[
         Path | None,
         typer.Option(
@@ -44,9 +47,9 @@ class Search:
         ),
     ] = None
     prior: Annotated[
-        PriorName | None,
+        str | None,
         typer.Option(
-            help=f"What is likely: {either(PriorName)}; default: the method's own.",
+            help=f"What is likely: {either(PriorName, 'rgap.priors')}; default: the method's own.",
             metavar="NAME",
             show_default=False,
         ),
@@ -180,11 +183,11 @@ def match(sent: Labelled, answer: Answer, search: Search, local: Local, work: Wo
     recovery = rgap.match(
         sent.network(),
         update,
-        method=search.method.value,
+        method=search.method,
         labels=sent.known(update),
         batch_size=sent.batch_size,
         start=search.first(),
-        prior=prior_of(search.prior),
+        prior=search.prior,
         local=local.training(),
         noise=sent.noise,
         restarts=search.restarts,

@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, TypedDict
 
 import typer
 
+from rgap.plugins import offered
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from rgap.solvers.priors import Prior
     from rgap.update.update import Update
 
 __all__ = [
+    "DefenceName",
     "Device",
     "Json",
     "LabelMethod",
@@ -39,7 +41,6 @@ __all__ = [
     "Work",
     "check_output",
     "either",
-    "prior_of",
     "shape_of",
     "targets_of",
     "usable_device",
@@ -63,8 +64,9 @@ class RankMethod(StrEnum):
 
 
 class PriorName(StrEnum):
-    """What a completion or a search may take for likely."""
+    """What may be taken for likely; a test compares the names with `rgap.priors.PRIORS`."""
 
+    natural = "natural"
     tv = "tv"
     anisotropic = "anisotropic"
     squares = "squares"
@@ -93,6 +95,14 @@ class LabelMethod(StrEnum):
     all = "all"
 
 
+class DefenceName(StrEnum):
+    """What `rgap harden` may look for; a test compares the names with those that have levels."""
+
+    prune = "prune"
+    quantise = "quantise"
+    sign = "sign"
+
+
 class Reduction(StrEnum):
     """How the loss of a batch is formed."""
 
@@ -100,13 +110,17 @@ class Reduction(StrEnum):
     sum = "sum"
 
 
-def either(choices: type[StrEnum]) -> str:
-    """The values of an option in words.
+def either(choices: type[StrEnum], group: str = "") -> str:
+    """The values of an option in words, with those that installed distributions offer.
+
+    Args:
+        choices: what is built in.
+        group: of entry points, as "rgap.labels"; "" for none.
 
     >>> either(Reduction)
     'mean or sum'
     """
-    *values, last = choices
+    *values, last = dict.fromkeys((*choices, *(offered(group) if group else ())))
     return f"{', '.join(values)} or {last}"
 
 
@@ -332,19 +346,6 @@ def targets_of(text: str, count: int | None, loss: str) -> Tensor:
     if count is not None and len(numbers) != count:
         raise ValueError(f"--labels: expected {count}, one per picture, got {len(numbers)}")
     return torch.tensor([int(number) for number in numbers])
-
-
-def prior_of(name: str | None) -> Prior | None:
-    """The prior that a name stands for; None stays None.
-
-    >>> prior_of("anisotropic").isotropic
-    False
-    """
-    from rgap.solvers.priors import Squares, TotalVariation
-
-    if name is None:
-        return None
-    return Squares() if name == "squares" else TotalVariation(isotropic=name == "tv")
 
 
 def usable_device(name: str) -> str:

@@ -25,11 +25,12 @@ from rgap.network.activations import Activation
 from rgap.network.chain import Chain, Stage
 from rgap.network.reshape import Reshape
 from rgap.precision import Known, Precision
+from rgap.priors import prior_of
 from rgap.recursion.descend import Reached
 from rgap.recursion.matrix_free import memory
 from rgap.recursion.stage import BUDGET
 from rgap.solvers.gauss_newton import Minimum, Schedule, Step
-from rgap.solvers.priors import Prior, Squares, natural
+from rgap.solvers.priors import Prior
 
 PASSES = (16, 40)  # levels of the first try and of those after it
 MISSED = 1e-2  # misfit above which an answer does not reproduce the update
@@ -63,7 +64,7 @@ class Filling:
     @classmethod
     def of(
         cls,
-        prior: Prior | None,
+        prior: Prior | str | None,
         seconds: float,
         shape: Sequence[int],
         value_range: tuple[float, float] | None,
@@ -72,20 +73,16 @@ class Filling:
         """With the usual prior where none is given: that of pictures if entries have neighbours.
 
         Raises:
-            ValueError: no time.
+            ValueError: no time, or no prior of that name.
         """
         if not seconds > 0:
             raise ValueError(
                 f"time_limit: expected seconds above 0, got {seconds!r}; write time_limit=60.0"
             )
         low, high = value_range or (0.0, 1.0)
-        width = high - low
-        if len(shape) > 1:
-            usual = natural(shape[0], width)
-        else:
-            usual = Squares(width**-2, (low + high) / 2)
-        schedule = Schedule(seconds=float(seconds), smoothing=Schedule.smoothing * width)
-        return cls(prior or usual, schedule, time.perf_counter() if began is None else began)
+        schedule = Schedule(seconds=float(seconds), smoothing=Schedule.smoothing * (high - low))
+        chosen = prior_of("natural" if prior is None else prior, shape, value_range)
+        return cls(chosen, schedule, time.perf_counter() if began is None else began)
 
 
 def inside(

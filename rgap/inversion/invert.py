@@ -74,7 +74,7 @@ def invert(
     input_shape: Sequence[int] | None = None,
     head: Head | None = None,
     complete: bool = False,
-    prior: Prior | None = None,
+    prior: Prior | str | None = None,
     value_range: tuple[float, float] | None = None,
     noise: float = 0.0,
     device: torch.device | str | None = None,
@@ -102,8 +102,8 @@ def invert(
         complete: go on where the recursion ends: what the equations leave open below is chosen
             by the prior (``COMPLETED``), or found to be determined by all of them together.  Where
             no closed form begins, the whole update is matched (:func:`rgap.match`).
-        prior: of a completion; by default that of pictures, for inputs without neighbours
-            the distance from one half.
+        prior: of a completion, or its name in :data:`rgap.priors.PRIORS`; by default "natural":
+            that of pictures, for inputs without neighbours the distance from the middle.
         value_range: range of the data.  Candidates that leave it by more than their error are
             refuted; the range that the update declares, the default, refutes only those that
             leave it by more than its full width.

@@ -97,6 +97,11 @@ class UpdateMap:
         return sum(block.equations for block in self.blocks)
 
     @property
+    def sizes(self) -> tuple[int, ...]:
+        """Entries of each tensor of the update, in the order of the rows."""
+        return tuple(self._parameters[name].numel() for b in self.blocks for name in b.names)
+
+    @property
     def chunk(self) -> int:
         """Directions that go through at once."""
         wide = max(self.equations, 8 * self.unknowns)

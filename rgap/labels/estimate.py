@@ -24,6 +24,7 @@ from rgap.network.agreement import refuse_unready
 from rgap.network.chain import Chain, parse
 from rgap.network.reshape import Reshape
 from rgap.network.running import refuse_wrapped
+from rgap.plugins import Registry
 from rgap.update.preflight import ClientView
 from rgap.update.update import Update
 
@@ -41,17 +42,19 @@ def _single(head: HeadGradient) -> LabelEstimate:
     return LabelEstimate.undecided(head.classes, "idlg", found.assumptions, reason)
 
 
-METHODS: dict[str, Callable[[HeadGradient], LabelEstimate]] = {
-    "best": best,
-    "exact": exact,
-    "ilrg": ilrg,
-    "rlg": rlg,
-    "llg_star": llg_star,
-    "llg": llg,
-    "gradinversion": gradinversion,
-    "idlg": _single,
-}
+METHODS: Registry[Callable[[HeadGradient], LabelEstimate]] = Registry(
+    "rgap.labels", "label method", "a function from a HeadGradient to a LabelEstimate", callable
+)
 """Every method by its name, each from a `HeadGradient` to a `LabelEstimate`."""
+
+METHODS.register("best", best)
+METHODS.register("exact", exact)
+METHODS.register("ilrg", ilrg)
+METHODS.register("rlg", rlg)
+METHODS.register("llg_star", llg_star)
+METHODS.register("llg", llg)
+METHODS.register("gradinversion", gradinversion)
+METHODS.register("idlg", _single)
 
 
 def estimate(
@@ -72,7 +75,7 @@ def estimate(
     Args:
         model: as the client had it before the update; its mode and values stay.
         update: the gradient; for `Update.from_delta` over several steps see ``batch_size``.
-        method: a key of ``METHODS``.
+        method: a key of ``METHODS``: built in, or offered by an installed distribution.
         batch_size: B, if the update does not state it or to overrule it. For an average over local
             steps write the number of different samples: B if every step used the same ones.
         features: the head's inputs for the batch [B, d], where known; `exact` needs them.
@@ -99,15 +102,11 @@ def estimate(
         >>> estimate(model, update).labels
         tensor([1, 3, 3, 7])
     """
-    if method not in METHODS:
-        raise ValueError(
-            f"method: expected one of {', '.join(map(repr, METHODS))}, got {method!r}; write "
-            "method='best'."
-        )
+    read = METHODS.chosen("method", method)
     room = memory.budget_of(memory_budget, "cpu" if device is None else device)
     if isinstance(model, nn.Module):
         memory.require_copies(model, 1 if device is None else 2, room)
-    found = METHODS[method](head_gradient(model, update, batch_size, features, device))
+    found = read(head_gradient(model, update, batch_size, features, device))
     if update.local_steps > 1 and found.decided:
         flag = MOVED.format(update.local_steps)
         found = replace(found, reason=f"{found.reason}; {flag}" if found.reason else flag)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rgap.plugins import Registry
 from rgap.solvers.first_order import LBFGS, Adam, Cosine, Rule
 
 __all__ = ["PRESETS", "Coordinates", "Preset"]
@@ -18,6 +19,11 @@ class Coordinates:
 
     centre: float
     unit: float
+
+    def rows(self, value_range: tuple[float, float]) -> tuple[float, float]:
+        """A range of the data in the optimiser's units."""
+        low, high = ((end - self.centre) / self.unit for end in value_range)
+        return low, high
 
 
 @dataclass(frozen=True)
@@ -142,5 +148,10 @@ every network) and image terms are means over entries, so that the weights mean 
 network and size; the registration is a shift instead of an optical flow; four seeds.
 """
 
-PRESETS = {preset.name: preset for preset in (DLG, IG, GRADINVERSION)}
-"""The published optimisers by name."""
+PRESETS: Registry[Preset] = Registry(
+    "rgap.presets", "preset", "a Preset", lambda value: isinstance(value, Preset)
+)
+"""The published optimisers by name, and those that installed distributions offer."""
+
+for _preset in (DLG, IG, GRADINVERSION):
+    PRESETS.register(_preset.name, _preset)

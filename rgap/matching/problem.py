@@ -16,6 +16,7 @@ from rgap.matching.presets import Preset
 from rgap.network.isolation import untouched
 from rgap.network.running import run
 from rgap.precision import Precision
+from rgap.priors import prior_of
 from rgap.recovery import Recovery
 from rgap.seeding import start_of
 from rgap.solvers.priors import Prior
@@ -63,7 +64,7 @@ class SearchProblem:
         client: ClientView,
         preset: Preset | None,
         start: Tensor | Recovery | None,
-        prior: Prior | None,
+        prior: Prior | str | None,
         local: LocalTraining | None,
     ) -> SearchProblem:
         """Check what a search is given; arguments and errors as for :func:`rgap.match`.
@@ -107,7 +108,7 @@ class SearchProblem:
             shape,
             Outside(update.loss, known, local, update.local_steps),
             None if start is None else _start(start, shape).to(place),
-            prior,
+            _prior(prior, preset, client),
             precision,
         )
 
@@ -148,6 +149,16 @@ def _check_targets(client: ClientView, labels: Tensor, shape: tuple[int, ...]) -
         probe = torch.full(shape, 0.5, dtype=like.dtype, device=like.device)
         outputs = run(client.model, probe)
     client.update.loss.check_targets(outputs, labels.to(outputs.device))
+
+
+def _prior(prior: Prior | str | None, preset: Preset | None, client: ClientView) -> Prior | None:
+    """The prior, of a name the one of the data in the optimiser's units."""
+    if not isinstance(prior, str):
+        return prior
+    bounds = client.update.value_range
+    if preset is not None and bounds is not None:
+        bounds = preset.coordinates(bounds).rows(bounds)
+    return prior_of(prior, client.input_shape, bounds)
 
 
 def _start(start: Tensor | Recovery, shape: tuple[int, ...]) -> Tensor:

@@ -7,7 +7,7 @@ whose update came nearest.  Where :func:`rgap.invert` recovers exactly, use it.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import inf, isfinite, prod
 
@@ -34,8 +34,24 @@ from rgap.update.update import Update
 
 __all__ = ["METHODS", "Checkpoint", "Ended", "Matching", "Progress", "match"]
 
-METHODS = ("gauss_newton", *PRESETS)
-"""Names of the methods."""
+NEWTON = "gauss_newton"
+
+
+class _Methods(Collection[str]):
+    """Gauss–Newton and every preset that there is at the moment."""
+
+    def __contains__(self, name: object) -> bool:
+        return name == NEWTON or name in PRESETS
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((NEWTON, *PRESETS))
+
+    def __len__(self) -> int:
+        return 1 + len(PRESETS)
+
+
+METHODS = _Methods()
+"""Names of the methods, those of installed distributions among them."""
 
 COPIES = 4  # of the update that a step holds: as sent, of the answer, their gap, a product
 MET = 1e-3  # normalised residual up to which an answer reproduces the update
@@ -89,7 +105,7 @@ def match(
     batch_size: int | None = None,
     input_shape: Sequence[int] | None = None,
     start: Tensor | Recovery | None = None,
-    prior: Prior | None = None,
+    prior: Prior | str | None = None,
     local: LocalTraining | None = None,
     noise: float = 0.0,
     restarts: int | None = None,
@@ -113,13 +129,14 @@ def match(
     Args:
         model: the network that the update was computed on, in eval mode; it is left as it is.
         update: what the client sent.
-        method: one of the four, or a :class:`~rgap.matching.presets.Preset` of your own.
+        method: a name of :data:`METHODS`, or a :class:`~rgap.matching.presets.Preset` of your own.
         labels: the targets; else the update's, else read off it; ``dlg`` searches them too.
         batch_size: overrides ``update.batch_size``.
         input_shape: shape of one sample, as for :func:`rgap.invert`.
         start: a batch to begin with, or a recovery that holds one, in place of the first random
             start.  The objective of the answer is never larger than that of the start.
-        prior: of the data; by default the total variation, for ``gauss_newton`` that of pictures
+        prior: of the data, itself or by its name in :data:`rgap.priors.PRIORS`; by default the
+            total variation, for ``gauss_newton`` that of pictures
             (:func:`rgap.solvers.priors.natural`) or, without neighbours, the distance from the
             middle.  ``dlg`` has none.
         local: how the client trains, for an update over several local steps.
@@ -191,13 +208,14 @@ def match(
 
 
 def _preset(
-    method: str | Preset, time_limit: float, prior: Prior | None, patience: int | None
+    method: str | Preset, time_limit: float, prior: Prior | str | None, patience: int | None
 ) -> Preset | None:
     """The preset of a published method, None for ours; refuses what a method does not take."""
     if method not in METHODS and not isinstance(method, Preset):
         names = ", ".join(map(repr, METHODS))
         raise ValueError(f"method: expected one of {names}, got {method!r}; write method='ig'")
-    preset = method if isinstance(method, Preset) else PRESETS.get(method)
+    named = None if method == NEWTON else method
+    preset = PRESETS[named] if isinstance(named, str) else named
     if not time_limit >= 0:
         raise ValueError(
             f"time_limit: expected seconds, at least 0, got {time_limit!r}; write time_limit=60.0"
@@ -213,7 +231,7 @@ def _preset(
 
 def _settings(problem: SearchProblem, preset: Preset | None, limits: Limits) -> dict[str, str]:
     """What a checkpoint must agree on with the call that goes on from it."""
-    source, start, name = problem.source, problem.start, "gauss_newton"
+    source, start, name = problem.source, problem.start, NEWTON
     if preset is not None:
         name = preset.name if preset == PRESETS.get(preset.name) else repr(preset)
     return {
@@ -262,7 +280,7 @@ def _newton(problem: SearchProblem, limits: Limits) -> Matching:
         filling.schedule, seconds=limits.seconds, steps=limits.iterations, target=target
     )
     ended, held = search(equations, starts, filling.prior, schedule, bounds, limits)
-    run = Run("gauss_newton", ended, held.lowest, held.steps, limits.saved(held.state()))
+    run = Run(NEWTON, ended, held.lowest, held.steps, limits.saved(held.state()))
     best = held.best if isfinite(held.lowest) else None
     return _answer(problem, run, best, problem.source.targets)
 
@@ -278,8 +296,7 @@ def _published(problem: SearchProblem, preset: Preset, limits: Limits) -> Matchi
     )  # fmt: skip
     box = None
     if preset.boxed and bounds is not None:
-        low, high = bounds
-        box = ((low - where.centre) / where.unit, (high - where.centre) / where.unit)
+        box = where.rows(bounds)
     rows = random_rows(objective, start, box, limits.restarts, limits.seed)
     if limits.checkpoint is None:
         state = first(objective, rows)

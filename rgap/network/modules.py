@@ -1,5 +1,8 @@
 """From PyTorch's modules and functions to affine maps and steps: one registry.
 
+A module class of your own is added by :func:`register`, or from outside by an entry point of the
+group ``rgap.layers`` under the path of the class.
+
 ``build`` knows what to make of a module.  A functional call (``F.relu``, ``x.flatten(1)``,
 ``torch.sigmoid``) is rewritten as the module of the same meaning first, so each kind has one
 handler.  What is not in the registry raises :class:`Unsupported`, with the reason.
@@ -25,12 +28,16 @@ from rgap.network.probing import Shape, Unsupported, fitting, rearrangement
 from rgap.network.reshape import Op, Pad
 from rgap.network.running import BEHIND_TOKENS
 from rgap.network.scaling import BatchNorm
+from rgap.plugins import PluginError, Registry
 
 Names = Mapping[int, str]  # id of a parameter → its name in the model, maybe a `Parameters`
 Piece = Affine | Op | None  # None: the identity
 Handler = Callable[[Any, str, Shape, Names], Piece]
 
-HANDLERS: dict[type[nn.Module], Handler] = {}
+HANDLERS: Registry[Handler] = Registry(
+    "rgap.layers", "layer kind", "a function of (module, name, in_shape, names)", callable
+)
+"""Handlers by the path of the module's class, as ``"torch.nn.modules.linear.Linear"``."""
 
 
 class Parameters(dict[int, str]):
@@ -72,10 +79,30 @@ def register(*modules: type[nn.Module]) -> Callable[[Handler], Handler]:
 
     def add(handler: Handler) -> Handler:
         for module in modules:
-            HANDLERS[module] = handler
+            HANDLERS.register(class_path(module), handler)
         return handler
 
     return add
+
+
+def class_path(kind: type) -> str:
+    """Where a class is defined, ``package.module.Class``: the name of its entry point."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def handler_of(kind: type[nn.Module]) -> Handler | None:
+    """The handler of a module class or of the nearest class that it inherits from.
+
+    Raises:
+        PluginError: a distribution offers one that does not load.
+    """
+    paths = (class_path(base) for base in kind.__mro__)
+    return next((HANDLERS[path] for path in paths if path in HANDLERS), None)
+
+
+def covered(module: nn.Module) -> bool:
+    """True if a handler says what the module is; nothing is loaded."""
+    return any(class_path(base) in HANDLERS for base in type(module).__mro__)
 
 
 def build(module: nn.Module, name: str, in_shape: Shape, names: Names) -> Piece:
@@ -88,12 +115,16 @@ def build(module: nn.Module, name: str, in_shape: Shape, names: Names) -> Piece:
         names: parameter names by ``id``.
 
     Raises:
-        Unsupported: if the registry has no such module, or not with these options.
+        Unsupported: if the registry has no such module, or not with these options, or what a
+            distribution offers for it does not load.
         ValueError: if the shape does not fit.
     """
-    for kind in type(module).__mro__:
-        if kind in HANDLERS:
-            return HANDLERS[kind](module, name, in_shape, names)
+    try:
+        handler = handler_of(type(module))
+    except PluginError as error:
+        raise Unsupported(str(error)) from error
+    if handler is not None:
+        return handler(module, name, in_shape, names)
     what = f"{type(module).__name__} is not among the layers that the equations cover"
     if isinstance(module, torch.jit.ScriptModule):
         what = "a TorchScript module has no forward to read; write the module it was made from"

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from rgap.network.custom import CustomFunction, kept_whole
 from rgap.network.isolation import untouched
-from rgap.network.modules import HANDLERS
+from rgap.network.modules import covered
 from rgap.network.probing import PROBE, Shape
 
 __all__ = ["Recording", "record"]
@@ -259,4 +259,4 @@ def record(model: nn.Module, shape: Shape, x: Tensor | None = None) -> Recording
 
 
 def _leaf(module: nn.Module) -> bool:
-    return any(kind in HANDLERS for kind in type(module).__mro__) and not list(module.children())
+    return covered(module) and not list(module.children())

@@ -14,7 +14,7 @@ from rgap.network.calls import DATA, Call, evaluate
 from rgap.network.custom import CustomFunction, kept_whole
 from rgap.network.functions import build_call
 from rgap.network.isolation import meta_copy, on_meta, untouched
-from rgap.network.modules import Names, Piece, build
+from rgap.network.modules import HANDLERS, Names, Piece, build, class_path
 from rgap.network.probing import PROBE, Shape, Unsupported
 from rgap.network.running import first_line
 
@@ -47,9 +47,8 @@ class Traced:
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, torch.jit.ScriptModule) or super().is_leaf_module(
-            m, module_qualified_name
-        )
+        known = isinstance(m, torch.jit.ScriptModule) or class_path(type(m)) in HANDLERS
+        return known or super().is_leaf_module(m, module_qualified_name)
 
 
 def trace(model: nn.Module) -> fx.Graph:

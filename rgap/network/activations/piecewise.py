@@ -75,16 +75,20 @@ class Activation(Op):
         return self._slope(self._inside(x))
 
     def slope_derivative(self, x: Tensor) -> Tensor:
-        """D slope / dx, from the output x."""
-        raise ValueError(self.barrier)
+        """D slope / dx from the output x, ``φ''(z)/φ'(z)``."""
+        z = self.inverse(x)
+        return self.second_derivative(z) / self.derivative(z)
 
     def _inverse(self, x: Tensor) -> Tensor:
         """φ^{-1}(x); only activations with a barrier leave it as it is."""
-        raise ValueError(self.barrier)
+        raise NotImplementedError(
+            f"{type(self).__name__} has neither an inverse nor a barrier: write _inverse(self, x), "
+            "or pass barrier='why there is none'"
+        )
 
     def _slope(self, x: Tensor) -> Tensor:
-        """φ'(φ^{-1}(x)); only activations with a barrier leave it as it is."""
-        raise ValueError(self.barrier)
+        """φ'(φ^{-1}(x)); overridden where it is exact from the output."""
+        return self.derivative(self._inverse(x))
 
     def _inside(self, x: Tensor) -> Tensor:
         low, high = self.domain
