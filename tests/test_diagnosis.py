@@ -550,3 +550,12 @@ def test_a_weight_that_enters_twice_is_no_contradiction(way: str, batch: int) ->
     sent = capture(model, torch.rand(batch, 9), torch.arange(batch))
     assert check(model, sent).ok, check(model, sent).explain()
     assert rgap.invert(model, sent).status is not Status.INCONSISTENT
+
+
+@pytest.mark.parametrize("classes", [1, 2])
+def test_a_head_of_rank_one_is_no_batch_of_one(classes: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 10), nn.Tanh(), nn.Linear(10, classes)).eval()
+    target = torch.tensor([0, 1, 1]) if classes > 1 else torch.tensor([[0.0], [1.0], [1.0]])
+    sent = capture(model, torch.rand(3, 12), target, CROSS if classes > 1 else BINARY)
+    assert check(model, replace(sent, batch_size=None)).ok
