@@ -46,7 +46,7 @@ def kept_whole(call: Callable[[CustomFunction, Any, Any], Any]) -> Iterator[None
 
     def apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
         if cls.__module__.split(".")[0] == torch.__name__:
-            return super(beneath, cls).apply(*args, **kwargs)  # type: ignore[misc]
+            return super(beneath, cls).apply(*args, **kwargs)
         del beneath.apply
         try:
             return call(CustomFunction(cls), args, kwargs)
