@@ -518,3 +518,44 @@ def test_a_batch_told_apart_at_two_layers_comes_by_label() -> None:
     assert recovery.inputs is not None
     assert recovery.labels.tolist() == [1, 8, 8, 9]
     assert float((recovery.inputs[[0, 3]] - x[[3, 0]]).abs().max()) < 1e-3
+
+
+class Tied(nn.Module):
+    """Layers that share a weight, in the way of the name; then a head."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.lower, self.upper = way, nn.Linear(9, 9), nn.Linear(9, 9)
+        self.head = nn.Linear(9, 6)
+        if way == "parameter":
+            self.upper.weight = self.lower.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """One pass."""
+        y = torch.sigmoid(self.lower(x))
+        if self.way == "transpose":
+            y = nn.functional.linear(y, self.lower.weight.T)
+        elif self.way == "above":
+            y = self.upper(nn.functional.linear(y, self.head.weight.T @ self.head.weight))
+        else:
+            y = self.upper(y)
+        return self.head(torch.tanh(y))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("way", ["transpose", "parameter", "above"])
+def test_a_weight_that_enters_twice_is_no_contradiction(way: str, batch: int) -> None:
+    torch.manual_seed(3)
+    model = Tied(way).eval()
+    sent = capture(model, torch.rand(batch, 9), torch.arange(batch))
+    assert check(model, sent).ok, check(model, sent).explain()
+    assert rgap.invert(model, sent).status is not Status.INCONSISTENT
+
+
+@pytest.mark.parametrize("classes", [1, 2])
+def test_a_head_of_rank_one_is_no_batch_of_one(classes: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 10), nn.Tanh(), nn.Linear(10, classes)).eval()
+    target = torch.tensor([0, 1, 1]) if classes > 1 else torch.tensor([[0.0], [1.0], [1.0]])
+    sent = capture(model, torch.rand(3, 12), target, CROSS if classes > 1 else BINARY)
+    assert check(model, replace(sent, batch_size=None)).ok

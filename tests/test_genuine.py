@@ -48,15 +48,15 @@ class Halved(torch.autograd.Function):
 
 
 class Reversed(nn.Module):
-    """One of the two as a module."""
+    """One of the two as a module; the second by a name that it was bound to long before."""
 
     def __init__(self, *weight: float) -> None:
         super().__init__()
-        self.weight = weight
+        self.weight, self.halved = weight, Halved.apply
 
     def forward(self, x: Tensor) -> Tensor:
         """One pass."""
-        return (Reversal if self.weight else Halved).apply(x, *self.weight)  # type: ignore
+        return Reversal.apply(x, *self.weight) if self.weight else self.halved(x)  # type: ignore
 
 
 def sent(

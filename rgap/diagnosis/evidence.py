@@ -38,12 +38,14 @@ class Call:
         module: the module.
         given: its input.
         made: its output.
+        first: no parameter stands between the data and its input.
     """
 
     name: str
     module: nn.Module
     given: Tensor
     made: Tensor
+    first: bool = False
 
     @property
     def weight_name(self) -> str:
@@ -70,7 +72,8 @@ class Evidence:
         precision: of the update, with the noise that was stated.
         chain: the model as a chain of stages, up to the logits; None where it is none.
         loss: of the logits: steps behind them and formulas of probabilities are folded into it.
-        calls: of leaf modules that the model called once, in the order of the calls.
+        calls: of leaf modules that the model called once, in the order of the calls; their
+            parameters enter nowhere else.
         outputs: of the model on the probes; None where it could not be run.
         deadline: ``time.perf_counter()`` after which no further trial begins.
         usual: root mean square of the gradients of one of several samples, by parameter name.
@@ -271,7 +274,7 @@ def _shape_of(model: nn.Module) -> tuple[int, ...] | None:
 
 
 def _run(model: nn.Module, shape: tuple[int, ...]) -> tuple[tuple[Call, ...], Tensor | None]:
-    """Leaf modules called once, and the output, of a run on random data."""
+    """Leaf modules called once with parameters of their own, and the output, on random data."""
     twin = copy.deepcopy(model).double()
     like = next(twin.parameters())
     generator = torch.Generator().manual_seed(0)
@@ -282,10 +285,11 @@ def _run(model: nn.Module, shape: tuple[int, ...]) -> tuple[tuple[Call, ...], Te
     def note(module: nn.Module, args: tuple[object, ...], made: object) -> None:
         given = args[0] if args else None
         if isinstance(given, Tensor) and isinstance(made, Tensor):
-            noted.append(Call(names[id(module)], module, given.detach(), made.detach()))
+            ends = (given.detach(), made.detach())
+            noted.append(Call(names[id(module)], module, *ends, first=not given.requires_grad))
 
     try:
-        with torch.no_grad(), untouched(twin, hooks=False):
+        with torch.enable_grad(), untouched(twin, hooks=False):
             for module in twin.modules():
                 if id(module) in names:
                     module.register_forward_hook(note)
@@ -297,4 +301,27 @@ def _run(model: nn.Module, shape: tuple[int, ...]) -> tuple[tuple[Call, ...], Te
     count: dict[str, int] = {}
     for call in noted:
         count[call.name] = count.get(call.name, 0) + 1
-    return tuple(c for c in noted if count[c.name] == 1), outputs
+    uses = _uses(outputs)
+    once = tuple(
+        c
+        for c in noted
+        if count[c.name] == 1 and all(uses.get(id(p), 0) <= 1 for p in c.module.parameters())
+    )
+    return once, outputs.detach()
+
+
+def _uses(outputs: Tensor) -> dict[int, int]:
+    """How often every parameter enters a computation, by ``id``: tied ones more than once."""
+    count: dict[int, int] = {}
+    seen, left = set(), [outputs.grad_fn]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        for below, _ in node.next_functions:
+            parameter = getattr(below, "variable", None)  # of the node that ends at a leaf
+            if parameter is not None:
+                count[id(parameter)] = count.get(id(parameter), 0) + 1
+            left.append(below)
+    return count

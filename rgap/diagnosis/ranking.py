@@ -160,7 +160,10 @@ def _equations(evidence: Evidence) -> list[Finding]:
         alone = samples.single(evidence)
         if alone is None or alone.rest > SAME * evidence.unit:
             return mode.read(evidence)
-        evidence = replace(evidence, batch=1)
+        one = replace(evidence, batch=1)
+        if any(f.rank > 1 for f in noise.floors(one)):
+            return mode.read(evidence)  # two classes or one logit have rank one for any batch
+        evidence = one
     layers = noise.floors(evidence)
     decayed, gradients = decay.read(evidence, layers)
     if decayed:

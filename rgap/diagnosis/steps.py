@@ -72,7 +72,7 @@ def data(evidence: Evidence) -> tuple[Call, Tensor] | None:
         return None
     call, weight, bias = evidence.dense[0]
     first = next(iter(evidence.calls))
-    if not (evidence.feeds(first.given, call.given) and evidence.batch == 1):
+    if not (call.first and evidence.feeds(first.given, call.given) and evidence.batch == 1):
         return None
     if bias is None or not bool((bias != 0).any()):
         return None
@@ -267,7 +267,7 @@ def _by_rank(evidence: Evidence, layers: list[Floor]) -> list[Finding]:
     if not layers:
         return []
     lowest, calls = layers[0], {c.name: c for c in evidence.calls}
-    reads = evidence.feeds(evidence.calls[0].given, calls[lowest.name].given)
+    reads = calls[lowest.name].first
     if max(f.rank for f in layers) >= size:  # below, more samples or steps had room
         evidence.tested.update((Kind.BATCH_SIZE, *((Kind.STEPS,) if layers[reads:] else ())))
     over = [f for f in layers if f.rank > size and not f.flat and f.next > SPECK]

@@ -39,23 +39,23 @@ class CustomFunction:
 def kept_whole(call: Callable[[CustomFunction, Any, Any], Any]) -> Iterator[None]:
     """Hand every call of a custom function to ``call(function, args, kwargs)``.
 
-    PyTorch's own are left alone: of a checkpoint the derivative is that of its forward.
+    PyTorch's own are left alone: of a checkpoint the derivative is that of its forward.  Caught is
+    what ``Function.apply`` calls, for ``reverse = Reversal.apply`` may have been bound before.
     """
-    usual = Function.__dict__["apply"]
+    beneath: Any = Function.__mro__[1]  # where ``super()`` of ``Function.apply`` looks first
 
     def apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
-        own = usual.__get__(None, cls)
         if cls.__module__.split(".")[0] == torch.__name__:
-            return own(*args, **kwargs)
-        Function.apply = usual  # type: ignore[method-assign]
+            return super(beneath, cls).apply(*args, **kwargs)
+        del beneath.apply
         try:
             return call(CustomFunction(cls), args, kwargs)
         finally:
-            Function.apply = patched  # type: ignore[method-assign]
+            beneath.apply = patched
 
-    patched: Any = classmethod(apply)
-    Function.apply = patched  # type: ignore[method-assign]
+    patched = classmethod(apply)
+    beneath.apply = patched
     try:
         yield
     finally:
-        Function.apply = usual  # type: ignore[method-assign]
+        del beneath.apply

@@ -63,8 +63,8 @@ def unfit(batch: Batch, head: Mixture) -> Unseparated | None:
         return Unseparated(
             f"the head '{name}' has no bias: nothing fixes the scale of a sample of its row space"
         )
-    if head.rank == 0:
-        return Unseparated(f"the gradient of '{name}' is zero")
+    if head.rank == 0 or not bool(head.bias_gradient.any()):
+        return Unseparated(f"the gradient of '{name}' or of its bias is zero")
     if batch.size is not None and batch.size >= classes and head.rank == classes - 1:
         return Unseparated(
             f"a softmax head with {classes} classes has a gradient of rank at most {classes - 1}: "
