@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -146,6 +146,23 @@ def count(name: str, value: Any) -> int:
     return number
 
 
+def real(name: str, value: Any, example: float) -> None:
+    """Raise unless a value is one number."""
+    one = isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
+    if not one and (isinstance(value, Tensor) or not hasattr(value, "__float__")):
+        raise TypeError(f"{name}: expected a number, got {value!r}; write {name}={example}")
+
+
+def shape(value: Any) -> tuple[int, ...]:
+    """The shape of one sample."""
+    if not isinstance(value, Iterable) or isinstance(value, str):
+        raise TypeError(
+            f"input_shape: expected the shape of one sample, got {value!r}; write "
+            f"input_shape={_EXAMPLES['input_shape']}, or input_shape=(12,) for 12 values in a row"
+        )
+    return tuple(count("input_shape", n) for n in value)
+
+
 def labels(labels: Any, batch_size: int | None) -> Tensor | None:
     """A copy of the labels, one per sample."""
     if labels is None:
@@ -166,7 +183,11 @@ def bounds(value_range: Any) -> tuple[float, float] | None:
     """The range of values as two floats."""
     if value_range is None:
         return None
-    low, high = (float(v) for v in value_range)
+    if not isinstance(value_range, Iterable) or len(pair := tuple(value_range)) != 2:
+        raise TypeError(
+            f"value_range: expected (low, high), got {value_range!r}; write value_range=(0.0, 1.0)"
+        )
+    low, high = float(pair[0]), float(pair[1])
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise ValueError(
             f"value_range: expected (low, high) with low < high, got {value_range!r}; write None "
@@ -234,6 +255,13 @@ def check_names(got: Mapping[str, Tensor], expected: Mapping[str, Tensor], model
 def check_shapes(what: str, got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     """Raise unless every tensor has its shape in the model."""
     for name, tensor in got.items():
+        if tensor.ndim and tensor.shape[1:] == expected[name].shape:
+            raise ValueError(
+                f"{what}: {name!r} has shape {tuple(tensor.shape)}, {len(tensor)} times the "
+                f"model's {tuple(expected[name].shape)}: gradients sample by sample, as Opacus "
+                "keeps them in grad_sample; write g[0] of each for one sample with batch_size=1, "
+                "or g.mean(0) for the batch."
+            )
         if tensor.shape != expected[name].shape:
             raise ValueError(
                 f"{what}: {name!r} has shape {tuple(tensor.shape)}, expected "
@@ -274,6 +302,13 @@ def noise(value: float) -> None:
 
     >>> noise(0.1)
     """
+    if isinstance(value, Mapping):
+        raise TypeError(
+            "noise: expected one number for all entries, got a mapping; write "
+            "dataclasses.replace(update, noise={n: torch.full_like(g, 0.01) for n, g in "
+            "update.gradients.items()}) for a level of each entry"
+        )
+    real("noise", value, 0.01)
     if not 0.0 <= value < math.inf:
         raise ValueError(
             f"noise: expected a standard deviation, a finite number of at least 0, got {value!r}; "

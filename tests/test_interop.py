@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -199,3 +202,52 @@ def test_ndarrays_of_a_flower_client() -> None:
     for name, gradient in truth.gradients.items():
         assert torch.allclose(found.gradients[name], gradient, rtol=0, atol=1e-14)
     assert list(found.buffers) == list(truth.buffers)
+
+
+@pytest.mark.parametrize("carried", [np.float64, np.dtype(">f4"), list, object])
+def test_weights_round_as_the_client_kept_them_whatever_carried_them(carried: Any) -> None:
+    before, after = (network.float() for network in trained(steps=1, lr=0.1))
+    plain = [p.detach().numpy() for p in after.parameters()]
+    sent = [p.tolist() if carried is list else p.astype(carried) for p in plain]
+    if carried is object:
+        sent = np.array([*plain, None], dtype=object)[:-1]
+    expected = Update.from_ndarrays(before, plain, lr=0.1)
+    update = Update.from_ndarrays(before, sent, lr=0.1)
+    assert update.dtype == torch.float32
+    assert update.noise is not None and expected.noise is not None
+    for name, gradient in expected.gradients.items():
+        assert torch.equal(update.gradients[name], gradient)
+        assert torch.equal(update.noise[name], expected.noise[name])
+
+
+def test_weights_of_half_precision_round_by_half_precision() -> None:
+    before, after = (network.float() for network in trained(steps=1, lr=0.1))
+    halved = {n: p.detach().half() for n, p in after.named_parameters()}
+    expected = Update.from_delta(before, halved, lr=0.1)
+    update = Update.from_delta(before, {n: p.float() for n, p in halved.items()}, lr=0.1)
+    assert update.dtype == torch.float16
+    assert update.noise is not None and expected.noise is not None
+    assert all(torch.equal(update.noise[n], s) for n, s in expected.noise.items())
+
+
+@pytest.mark.parametrize(
+    ("arrays", "match"),
+    [
+        ("weights.npz", r"got str; write list\(np\.load"),
+        (Path("weights.npz"), r"PosixPath; write list\(np\.load"),
+        ({"a": np.zeros(2)}, r"got dict; write Update\(gradients\)"),
+        (SimpleNamespace(tensors=[b""]), r"write flwr\.common.parameters_to_ndarrays"),
+        ([b"x"], r"got list; write \[np\.load"),
+    ],
+)
+def test_what_is_no_list_of_arrays_is_named(arrays: Any, match: str) -> None:
+    with pytest.raises(TypeError, match=match):
+        Update.from_ndarrays(model(), arrays, lr=0.1)
+
+
+def test_whole_numbers_are_no_weights() -> None:
+    whole = [p.detach().numpy().astype("int64") for p in model().parameters()]
+    with pytest.raises(TypeError, match=r"torch\.int64, expected weights"):
+        Update.from_ndarrays(model(), whole, lr=0.1)
+    with pytest.raises(TypeError, match=r"lr: expected a number, got '0\.1'; write lr=0\.01"):
+        Update.from_ndarrays(model(), whole, lr="0.1")  # type: ignore[arg-type]

@@ -28,6 +28,7 @@ from rgap.analysis.closed_forms.pattern import (
 )
 from rgap.analysis.closed_forms.residue_classes import bounds
 from rgap.analysis.closed_forms.witness import Witness
+from rgap.analysis.generic_rank.layout import require_affine
 from rgap.network.affine import Affine
 
 __all__ = ["ClosedForm", "closed_form"]
@@ -106,6 +107,7 @@ def closed_form(affine: Affine, batch: int, active: Tensor | None = None) -> Clo
     >>> found.unknowns, found.gradient_rank, found.weight_rank, found.overlap, found.nullity
     (20, 15, 12, 9, 2)
     """
+    require_affine(affine)
     if batch < 1:
         raise ValueError(f"expected batch >= 1, got {batch}; write batch=1")
     shape = (batch, *affine.out_shape)

@@ -67,6 +67,17 @@ def layout(affine: Affine) -> Layout:
     )
 
 
+def require_affine(layer: object) -> None:
+    """Raise unless a layer is one with its input shape, which a module alone does not know."""
+    if not isinstance(layer, Affine):
+        raise TypeError(
+            f"expected a layer with its input shape, got {type(layer).__name__}; write "
+            "rgap.network.affine.convolution('conv', conv.weight, conv.bias, ('weight', 'bias'), "
+            "input_shape, stride=conv.stride, padding=conv.padding), or linear(...) there; for all "
+            "layers of a network rgap.analysis.generic_ranks(model, input_shape, batch)"
+        )
+
+
 def active_units(affine: Affine, batch: int, active: Tensor | None) -> NDArray[np.bool_]:
     """The mask of units that are on as [B, groups, F/g, O]; None means that all are.
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rgap.analysis.generic_rank.layout import active_units
+from rgap.analysis.generic_rank.layout import active_units, require_affine
 from rgap.analysis.generic_rank.modular import BlockRanks, ModularRanks, modular_ranks
 from rgap.analysis.generic_rank.structural import structural_ranks
 from rgap.analysis.generic_rank.together import as_samples, together
@@ -340,6 +340,7 @@ def _numerical(affine: Affine, cotangents: Tensor, active: Tensor) -> tuple[Bloc
 
 
 def _refuse_large(affine: Affine) -> None:
+    require_affine(affine)
     size = prod(affine.in_shape)
     if size > LARGEST:
         raise ValueError(

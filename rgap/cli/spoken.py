@@ -46,6 +46,8 @@ def spoken(text: str, options: Mapping[str, str]) -> str:
     'write rgap invert MODEL UPDATE --noise 0.01'
     >>> spoken("write dataclasses.replace(update, batch_size=4)", options)
     'write --batch-size 4'
+    >>> spoken("write noise=None to have it found", options)
+    'leave --noise out to have it found'
     """
 
     def flag(match: re.Match[str]) -> str:
@@ -83,6 +85,7 @@ def spoken(text: str, options: Mapping[str, str]) -> str:
                 calls.append(len(bracket.group()) == 2)
     # A name with an underscore is no word of a sentence: "a smaller input_shape".
     text = re.sub(r"(?<![\w.'\"-])\w+_\w+(?![\w(='\"]|\.\w)", named, "".join(kept))
+    text = re.sub(r"write (--[\w-]+) None", r"leave \1 out", text)
     start = re.match(r"(\w+):", text)
     if start and start.group(1) in options:
         text = options[start.group(1)] + text[start.end(1) :]

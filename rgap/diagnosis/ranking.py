@@ -100,7 +100,9 @@ def check(
     if batch_size is not None:
         validation.count("batch_size", batch_size)
     size = update.batch_size if batch_size is None else batch_size
-    known = update.labels if labels is None else labels
+    if input_shape is not None:
+        input_shape = validation.shape(input_shape)
+    known = update.labels if labels is None else validation.labels(labels, size)
     if size is None and known is not None:
         size = len(known)
     tested: set[Kind] = {Kind.NAMES}

@@ -254,10 +254,15 @@ def _copies(rows: Rows) -> str:
     """Copies cannot be certified: their like, moved apart where no layer looks, send the same."""
     row = int((rows.copies > 1).nonzero()[0])
     m = int(rows.copies[row])
+    number = len(rows.copies)
+    of = (
+        f"{number} different pictures, of which picture {row} occurs {m} times"
+        if number > 1
+        else f"{m} copies of one picture"
+    )
     return (
-        f"the update is that of {len(rows.copies)} different pictures, of which picture {row} "
-        f"occurs {m} times; {m} pictures around it that differ only in directions no layer sees "
-        "send the same, only their mean is certain"
+        f"the update is that of {of}; {m} pictures around it that differ only in "
+        "directions no layer sees send the same, only their mean is certain"
     )
 
 

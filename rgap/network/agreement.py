@@ -138,7 +138,7 @@ def sample_shape(model: nn.Module, *stated: Sequence[int] | None) -> Shape:
     """
     for shape in stated:
         if shape is not None:
-            return tuple(validation.count("input_shape", n) for n in shape)
+            return validation.shape(shape)
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
     layer = next((m for m in model.modules() if isinstance(m, kinds)), None)
     found: list[Shape] = []
@@ -158,7 +158,8 @@ def sample_shape(model: nn.Module, *stated: Sequence[int] | None) -> Shape:
     example = found[-1] if found else (16,) if isinstance(layer, nn.Embedding) else (3, 32, 32)
     raise ValueError(
         f"expected an input shape, got an update that does not state one, and the layers of the "
-        f"{type(model).__name__} leave it open{fits}; write input_shape={example}"
+        f"{type(model).__name__} leave it open{fits}; write input_shape={example}, or "
+        "the shape that the client's samples have"
     )
 
 

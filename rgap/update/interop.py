@@ -7,6 +7,7 @@ the sign points, and how many local steps lie between.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rgap.rounding import coherence
+from rgap.update.quantisation import recognise
 from rgap.update.sgd import Descent
 
 __all__ = ["breaching_fields", "delta_fields", "ndarray_fields"]
@@ -39,11 +41,12 @@ def delta_fields(
                 f"{name}: {absent[0]!r} is missing, expected the same parameters before and "
                 "after; write model.state_dict() of the same model twice."
             )
+        for key in names:
+            _weight(name, key, state[key])
+    last_state = _as_stored(last_state, names)
     gradients, noise, still = {}, {}, {}
     for key in names:
         first, last = first_state[key], last_state[key]
-        if not isinstance(first, Tensor) or not isinstance(last, Tensor):
-            raise TypeError(f"before, after: {key!r} is no tensor; write torch.as_tensor(array).")
         if first.shape != last.shape:
             raise ValueError(
                 f"after: {key!r} has shape {tuple(last.shape)}, expected {tuple(first.shape)} as "
@@ -61,6 +64,28 @@ def delta_fields(
         "dtype": _coarsest([s[key] for s in (first_state, last_state) for key in names]),
         "noise": noise,
     }
+
+
+def _weight(argument: str, key: str, value: Any) -> None:
+    """Raise unless an entry of a state dict is a tensor of weights."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{argument}: {key!r} is no tensor; write torch.as_tensor(array).")
+    if not value.is_floating_point():
+        raise TypeError(
+            f"{argument}: {key!r} has dtype {value.dtype}, expected weights, of a floating dtype; "
+            "write tensor.float() if they are whole numbers, step * tensor if they were quantised"
+        )
+
+
+def _as_stored(state: dict[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+    """The weights in the format whose numbers they all are: single precision sent as float64, say.
+
+    Their rounding is that of the format in which the client kept them, whatever carried them.
+    """
+    shown = recognise({key: state[key] for key in names})
+    if shown is None or shown.dtype is None or shown.scaled or len(shown.noise) < len(names):
+        return state
+    return {**state, **{key: state[key].to(shown.dtype) for key in names}}
 
 
 def breaching_fields(
@@ -104,13 +129,14 @@ def breaching_fields(
     return fields
 
 
-def ndarray_fields(model: nn.Module, arrays: Sequence[Any], step: Descent | None) -> dict[str, Any]:
+def ndarray_fields(model: nn.Module, arrays: Any, step: Descent | None) -> dict[str, Any]:
     """The fields in a list of arrays in state-dict order; see `rgap.Update.from_ndarrays`."""
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"model: expected a torch.nn.Module, got {type(model).__name__}; write "
             "Update.from_ndarrays(model, arrays)"
         )
+    arrays = _listed(arrays)
     parameters = dict(model.named_parameters())
     state = list(model.state_dict())
     if len(arrays) == len(parameters):
@@ -136,6 +162,26 @@ def ndarray_fields(model: nn.Module, arrays: Sequence[Any], step: Descent | None
     before = {name: p.detach() for name, p in parameters.items()}
     # The client's buffers have moved on with training; the gradient was taken at the model's.
     return {**delta_fields(before, sent, step), "buffers": known}
+
+
+def _listed(arrays: Any) -> list[Any]:
+    """The arrays as a list; what people give instead of one is named."""
+    mend = None
+    if isinstance(arrays, Mapping):
+        mend = "Update(gradients), Update.from_delta(model, weights, lr=0.01), or list(d.values())"
+    elif isinstance(arrays, str | bytes | os.PathLike):
+        mend = "list(np.load(path).values()) for an .npz file"
+    elif hasattr(arrays, "tensors") or not isinstance(arrays, Iterable):
+        mend = "flwr.common.parameters_to_ndarrays(parameters) for what Flower wraps"
+    else:
+        arrays = list(arrays)
+        if any(isinstance(array, bytes) for array in arrays):
+            mend = "[np.load(io.BytesIO(array)) for array in arrays] for arrays in Flower's bytes"
+    if mend is not None:
+        raise TypeError(
+            f"arrays: expected a list of NumPy arrays, got {type(arrays).__name__}; write {mend}"
+        )
+    return list(arrays)
 
 
 def _labels_in_order(by_step: Any, count: int | None) -> Tensor | None:
@@ -248,6 +294,7 @@ def _tensor(name: str, array: Any) -> Tensor:
     values = np.asarray(array)
     if values.dtype.kind not in "fiub":
         raise TypeError(f"arrays: {name!r} has dtype {values.dtype}, expected real numbers.")
+    values = values.astype(values.dtype.newbyteorder("="), copy=False)  # of another machine
     return torch.from_numpy(np.ascontiguousarray(values)).reshape(values.shape)
 
 

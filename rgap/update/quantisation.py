@@ -29,6 +29,7 @@ LOSS_SCALE = 24  # largest power of two that a loss is scaled by in mixed precis
 LOOKED = 4096  # values of a tensor among which they are counted
 WIDTHS = range(4, 17)  # bits of integers that are looked for
 OFF = 4.0  # spacings of the carrying format by which a multiple of the step may be off
+_SCALED = " over a loss scale"
 FEWEST = 24  # entries of the tensors that may show integers
 
 
@@ -56,6 +57,11 @@ class Rounded:
         for name, std in self.noise.items():
             total[name] = torch.hypot(std, total[name].to(std)) if name in total else std
         return total
+
+    @property
+    def scaled(self) -> bool:
+        """True if the numbers are those of a format only times a power of two."""
+        return self.kind.endswith(_SCALED)
 
     @property
     def words(self) -> str:
@@ -105,7 +111,7 @@ def _floating(gradients: Mapping[str, Tensor], dtype: torch.dtype) -> Rounded | 
     noise = {
         name: UNIFORM / scale * spacing(g * scale, dtype).to(g.dtype) for name, g in exact.items()
     }
-    kind = str(dtype).removeprefix("torch.") + (" over a loss scale" if shift else "")
+    kind = str(dtype).removeprefix("torch.") + (_SCALED if shift else "")
     return Rounded(kind, dtype, noise, used)
 
 

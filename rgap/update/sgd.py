@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rgap import validation
 from rgap.rounding import UNIFORM, spacing
 
 __all__ = ["Descent"]
@@ -69,6 +70,8 @@ class Descent:
     maximize: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("lr", "weight_decay", "momentum", "dampening"):
+            validation.real(name, getattr(self, name), 0.01)
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise ValueError(
                 f"lr: expected a positive learning rate, got {self.lr!r}; write lr=0.01"

@@ -78,6 +78,11 @@ def written(
     from safetensors.torch import save_file
 
     target = Path(path)
+    if not target.absolute().parent.is_dir():
+        raise FileNotFoundError(
+            f"no folder {target.parent} to write {target.name} to; write os.makedirs("
+            f"{str(target.parent)!r}) first"
+        )
     beside = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
     try:
         save_file(tensors, beside, metadata=metadata)
@@ -163,6 +168,8 @@ def _header(path: str | os.PathLike[str], metadata: dict[str, str]) -> dict[str,
 
 
 def _refuse_foreign(path: str | os.PathLike[str]) -> None:
+    if os.path.isdir(path):
+        raise ValueError(f"{path}: a folder, expected one safetensors file; name the file in it.")
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         start = file.read(16)

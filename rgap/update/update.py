@@ -97,7 +97,7 @@ class Update:
         )
         shape = self.input_shape
         if shape is not None:
-            shape = tuple(validation.count("input_shape", n) for n in shape)
+            shape = validation.shape(shape)
         self._fill(
             gradients=gradients,
             buffers=buffers,
@@ -373,7 +373,7 @@ class Update:
                 lr, steps, optimizer, weight_decay=weight_decay, momentum=momentum,
                 nesterov=nesterov, dampening=dampening,
             )  # fmt: skip
-        return cls(**{**interop.ndarray_fields(model, list(arrays), step), **fields})
+        return cls(**{**interop.ndarray_fields(model, arrays, step), **fields})
 
 
 def view(update: Update, **changes: Any) -> Update:
