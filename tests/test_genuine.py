@@ -15,6 +15,7 @@ from rgap.inversion.problem import prepare
 from rgap.precision import Precision
 from rgap.separation.identify import Identity
 from rgap.separation.targets import loose
+from rgap.update.preflight import ClientView
 from rgap.update.quantisation import recognise
 
 
@@ -200,4 +201,4 @@ def test_a_cotangent_of_many_roots_contradicts_no_batch_size() -> None:
 def prepare_problem() -> Any:
     model = nn.Linear(4, 3)
     update = sent(model, torch.rand(2, 4), torch.arange(2))
-    return prepare(model, update, None, None, 0.0, None, None, 0, None, None)
+    return prepare(ClientView.of(model, update))

@@ -443,7 +443,7 @@ def chain(step: nn.Module, width: int) -> nn.Module:
         (chain(nn.SiLU(), 256), "'1'"),
         (chain(nn.LayerNorm(8), 256), "'1'"),
         (Skip().eval(), "'add'"),
-        (nn.Sequential(nn.Conv2d(2, 5, 8), nn.Flatten()).eval(), "'0'"),
+        (nn.Sequential(nn.Conv2d(2, 5, 7), nn.Flatten()).eval(), "'0'"),
     ],
     ids=["max-pool", "gelu", "silu", "layer norm", "skip", "convolutional head"],
 )

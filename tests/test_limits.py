@@ -95,6 +95,8 @@ NO_LIMITS = {
     ("inversion/parts", "SETTLED, SMALL", 1e-12): "ends a choice of the prior",
     ("inversion/parts", "FEW", 6): "words",
     ("inversion/trying", "MOST", 1000): "effort: labels that are tried",
+    ("inversion/trying", "MOVED", 4): "effort: members of an ensemble",
+    ("recursion/descend", "_mistaken", 2.0): "the end of an even spread, in units of its mean",
     ("recursion/stage", "BUDGET", 4e9): "bytes",
     ("recursion/stage", "DEAR", 5e10): "effort: multiply-adds of a joint factor",
     ("recursion/stage", "ridge", 1e-6): "damping of a first look, that only weighs rows",

@@ -47,7 +47,7 @@ def widening(tests: int) -> float:
     if tests <= 0:
         return inf
     half = tests / 2
-    return max(1.0, float(torch.tensor(_spread(half, tests)).exp()) / SPARE)
+    return max(1.0, math.exp(_spread(half, tests)) / SPARE)
 
 
 def _spread(half: float, tests: int) -> float:

@@ -93,8 +93,8 @@ def _whole(problem: Problem, rows: int, scale: float | Tensor | None) -> bool:
     A mean over n + 1 samples of which one sends nothing is n/(n + 1) times that over the others:
     its scale tells.  That of a sum does not.
     """
-    factor = torch.as_tensor(1.0 if scale is None else scale)
-    near = bool(((factor - 1.0).abs() < 0.5 / (rows + 1)).all())
+    factors = scale.tolist() if isinstance(scale, Tensor) else [1.0 if scale is None else scale]
+    near = all(abs(factor - 1.0) < 0.5 / (rows + 1) for factor in factors)
     return problem.declared.reduction == "mean" and near
 
 

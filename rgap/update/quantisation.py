@@ -127,7 +127,7 @@ def _shift(gradients: Mapping[str, Tensor], dtype: torch.dtype) -> int:
     largest = max(float(part.abs().max()) for part in few if part.numel())
     if not 0 < largest < inf:
         return 0
-    top = min(LOSS_SCALE, int(log2(torch.finfo(dtype).max / largest)))
+    top = min(LOSS_SCALE, int(log2(torch.finfo(dtype).max) - log2(largest)))
     few = [part for part in few if top > 0 and _numbers(part * 2.0**top, dtype)]
     return next((k for k in range(top + 1) if all(_numbers(p * 2.0**k, dtype) for p in few)), 0)
 
