@@ -14,7 +14,7 @@ from torch import Tensor
 __all__ = ["BLOCK", "Doubles", "blocks", "row_blocks"]
 
 KEPT = 2.5e8  # bytes up to which all conversions are kept
-BLOCK = 2**21  # entries of a block of rows; a few temporaries of 16 MB each
+BLOCK = 5 * 2**20  # entries of a block of rows: above 32 MB, from where an allocator gives back what is freed
 
 
 class Doubles(Mapping[str, Tensor]):
