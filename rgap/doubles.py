@@ -14,7 +14,8 @@ from torch import Tensor
 __all__ = ["BLOCK", "Doubles", "blocks", "row_blocks"]
 
 KEPT = 2.5e8  # bytes up to which all conversions are kept
-BLOCK = 5 * 2**20  # entries of a block of rows: above 32 MB, from where an allocator gives back what is freed
+# Entries of a block of rows: above 32 MB, from where an allocator gives back what is freed.
+BLOCK = 5 * 2**20
 
 
 class Doubles(Mapping[str, Tensor]):
