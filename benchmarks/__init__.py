@@ -6,4 +6,4 @@ import sys
 from pathlib import Path
 
 # What a sweep runs at length, the tests run in part: layers, steps and idioms are drawn there.
-sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests/support"))

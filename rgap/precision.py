@@ -26,7 +26,7 @@ GROWTH = 2.0  # rounding of an accumulated sum over the rounding of its terms
 
 
 @dataclass(frozen=True)
-class Known:
+class Estimate:
     """A value [B, ...] and the ensemble of its errors [S, B, ...]."""
 
     value: Tensor
@@ -53,7 +53,7 @@ class Named(Protocol):
     def bias_name(self) -> str | None: ...  # noqa: D102
 
 
-def carried(function: Callable[[Tensor], Tensor], known: Known) -> Known:
+def carried(function: Callable[[Tensor], Tensor], known: Estimate) -> Estimate:
     """A function of what is known, with the ensemble carried along by finite differences.
 
     Args:
@@ -64,7 +64,7 @@ def carried(function: Callable[[Tensor], Tensor], known: Known) -> Known:
     size = known.error.abs().max().clamp_min(1e-300)
     step = 1e-6 / size  # a small multiple of the error, far above rounding
     moved = function((known.value[None] + step * known.error).flatten(0, 1))
-    return Known(value, (moved.reshape(len(known.error), *value.shape) - value) / step)
+    return Estimate(value, (moved.reshape(len(known.error), *value.shape) - value) / step)
 
 
 @dataclass

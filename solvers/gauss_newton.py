@@ -74,7 +74,7 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class Marks:
+class DescentMarks:
     """What the iteration carries from step to step besides x.
 
     Attributes:
@@ -103,7 +103,7 @@ class Step:
     weight: float
     length: float
     products: int
-    marks: Marks
+    marks: DescentMarks
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def gauss_newton(
     *,
     project: Callable[[Tensor], Tensor] = lambda x: x,
     watch: Callable[[Step, Tensor], bool | None] | None = None,
-    marks: Marks | None = None,
+    marks: DescentMarks | None = None,
 ) -> Minimum:
     """Minimise ``‖r(x)‖² + λ prior(x)`` while λ goes down; like ``scipy.optimize.least_squares``.
 
@@ -163,7 +163,7 @@ def gauss_newton(
     misfit = float(point.residual.square().sum())
     if not isfinite(misfit):
         return Minimum(x, inf, (), "the residual is not finite at the start")
-    marks = marks or Marks(0, schedule.weight, schedule.smoothing)
+    marks = marks or DescentMarks(0, schedule.weight, schedule.smoothing)
     steps: list[Step] = []
     while marks.number < schedule.steps and not marks.over:
         weight, smoothing, damping = marks.weight, marks.smoothing, marks.damping
@@ -196,7 +196,7 @@ def gauss_newton(
             damping = max(10.0 * damping, DAMPED * _largest(point, rhs))
         ends = weight <= schedule.lowest and misfit <= ENOUGH and misfit > SLOW * past
         rest = marks.rest + 1 if change < schedule.still or ends else 0
-        marks = Marks(
+        marks = DescentMarks(
             marks.number + 1,
             max(weight * schedule.decay ** (HASTE if rest else 1), schedule.lowest),
             smoothing * schedule.decay**0.5,

@@ -12,7 +12,7 @@ import pytest
 from benchmarks.common.arguments import Arguments
 from benchmarks.smallest import chosen, scripts
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "benchmarks/README.md").read_text(encoding="utf-8")
 SCRIPTS = [*scripts(), "smallest"]
 
@@ -41,7 +41,11 @@ def test_every_script_says_how_it_is_run(
 def test_what_is_named_in_the_documentation_is_there() -> None:
     pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "Makefile"]
     pages += [*ROOT.glob("docs/*.md"), *ROOT.glob("docs/*.rst"), *ROOT.glob("benchmarks/**/*.py")]
-    pages += [ROOT / "benchmarks/README.md", *ROOT.glob("tests/*.py"), *ROOT.glob("rgap/**/*.py")]
+    pages += [
+        ROOT / "benchmarks/README.md",
+        *ROOT.glob("tests/**/*.py"),
+        *ROOT.glob("rgap/**/*.py"),
+    ]
     named = set()
     for page in pages:
         text = page.read_text(encoding="utf-8")

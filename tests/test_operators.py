@@ -10,7 +10,7 @@ from operators import ROWS
 
 from rgap.testing import dense_test, dot_test
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 # What the library calls the transpose of a product, a projection, an inverse or a curvature.
 METHODS = {
     "adjoint", "pull", "pull_u", "vjp", "project", "columns", "clipped", "curvature", "explained",
@@ -65,7 +65,7 @@ def test_every_operator_has_a_row_and_every_row_an_operator() -> None:
     seen = operators()
     assert set(NONE) <= seen, "what is no operator by name either"
     seen -= set(NONE)
-    assert not seen - set(ROWS), "write a row in tests/operators.py"
+    assert not seen - set(ROWS), "write a row in tests/support/operators.py"
     assert not set(ROWS) - seen, "rows of what is no operator (any more)"
 
 

@@ -22,7 +22,7 @@ from rgap.cli.options import DefenceName, PriorName
 from rgap.plugins import PluginError, PluginWarning, Registry, offered
 from rgap.priors import PRIORS
 
-PAGE = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).resolve().parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
 GROUPS = ("layers", "labels", "priors", "presets", "defences")
 
 

@@ -31,7 +31,7 @@ from rgap.analysis.joint_rank.nullspace import (
     scaled,
 )
 from rgap.constraints import gradient_rows
-from rgap.jacobian.layer import Rows
+from rgap.jacobian.layer import ParameterRows
 from rgap.jacobian.node import Node, each
 from rgap.memory import shown
 from rgap.network.affine import Affine
@@ -274,7 +274,7 @@ def _decide(matrix: Tensor, options: ChainOptions, carried: float = 0.0) -> Elim
     )
 
 
-def push_rows(node: Node, du: Tensor, dk: Tensor) -> Rows:
+def push_rows(node: Node, du: Tensor, dk: Tensor) -> ParameterRows:
     """Change of a stage's gradient along directions, by parameter name.
 
     ``K du + U dk`` for the weight, ``[S, *weight.shape]``, and ``Σ dk`` over samples and positions

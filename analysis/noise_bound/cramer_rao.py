@@ -22,7 +22,7 @@ from rgap import validation
 from rgap.allowance import Timed
 from rgap.analysis.noise_bound.channel import channel
 from rgap.analysis.noise_bound.defences import Defence, check
-from rgap.analysis.noise_bound.fisher import Information, Sent, information
+from rgap.analysis.noise_bound.fisher import Information, WeighedJacobian, information
 from rgap.analysis.noise_bound.report import NoiseReport
 from rgap.analysis.probe import ProbePoint, probe_batch
 from rgap.progress import Shown
@@ -101,7 +101,7 @@ def noise(
     chain, width = check(defence), _arguments(sigma, value_range, method, samples, iterations)
     pictures = probe_batch(inputs, batch_size, seed, device)
     point = ProbePoint.of(model, pictures, loss, labels, seed, memory_budget=memory_budget)
-    sent = Sent(point.update, channel(point, float(sigma), chain))
+    sent = WeighedJacobian(point.update, channel(point, float(sigma), chain))
     with show:
         show.stage("Fisher information")
         route, seen = information(
@@ -114,7 +114,7 @@ def noise(
     )  # fmt: skip
 
 
-def _predicted(sent: Sent, seen: Information) -> dict[str, Any]:
+def _predicted(sent: WeighedJacobian, seen: Information) -> dict[str, Any]:
     """Error at the noise of the channel, from the information at unit noise."""
     noisy = sent.channel
     return {

@@ -49,7 +49,7 @@ class Information:
 
 
 @dataclass(frozen=True)
-class Sent:
+class WeighedJacobian:
     """A and Aᵀ as products."""
 
     update: UpdateMap
@@ -86,7 +86,7 @@ class Sent:
 
 
 def information(
-    sent: Sent,
+    sent: WeighedJacobian,
     method: str,
     *,
     room: float,
@@ -140,7 +140,7 @@ def information(
     return method, _sampled(sent, samples, iterations, seed, watch)
 
 
-def weighed_jacobian(sent: Sent, watch: Watch = silent) -> Tensor:
+def weighed_jacobian(sent: WeighedJacobian, watch: Watch = silent) -> Tensor:
     """A as a matrix, without the rows that are not sent, [≤ equations, unknowns]."""
     rows, size = sent.shape
     table = sent.update.inputs.new_empty(size, rows)
@@ -150,7 +150,7 @@ def weighed_jacobian(sent: Sent, watch: Watch = silent) -> Tensor:
     return table.T[sent.channel.weights > 0]
 
 
-def _dense(sent: Sent, watch: Watch) -> Information:
+def _dense(sent: WeighedJacobian, watch: Watch) -> Information:
     rows, size = sent.shape
     matrix = weighed_jacobian(sent, watch)
     if len(matrix) > size:
@@ -160,7 +160,7 @@ def _dense(sent: Sent, watch: Watch) -> Information:
     return _from_spectrum(sent, values, vectors, rank, ())
 
 
-def _normal(sent: Sent, watch: Watch) -> Information:
+def _normal(sent: WeighedJacobian, watch: Watch) -> Information:
     rows, size = sent.shape
     square = sent.update.inputs.new_empty(size, size)
     for piece, directions in _units(sent):
@@ -179,7 +179,7 @@ def _normal(sent: Sent, watch: Watch) -> Information:
 
 
 def _from_spectrum(
-    sent: Sent, values: Tensor, vectors: Tensor, rank: Rank, notes: tuple[str, ...]
+    sent: WeighedJacobian, values: Tensor, vectors: Tensor, rank: Rank, notes: tuple[str, ...]
 ) -> Information:
     kept = vectors[: rank.rank]
     shape = sent.update.inputs.shape
@@ -190,7 +190,9 @@ def _from_spectrum(
     return Information(variance.reshape(shape), share.reshape(shape), rank, values, 0.0, notes)
 
 
-def _sampled(sent: Sent, samples: int, iterations: int, seed: int, watch: Watch) -> Information:
+def _sampled(
+    sent: WeighedJacobian, samples: int, iterations: int, seed: int, watch: Watch
+) -> Information:
     """``A⁺ e`` for sampled unit noise e: its mean square is the diagonal of ``(AᵀA)⁺``."""
     rows = sent.update.equations
     generator = torch.Generator().manual_seed(seed)
@@ -221,7 +223,7 @@ def _sampled(sent: Sent, samples: int, iterations: int, seed: int, watch: Watch)
     return Information(mean, torch.ones_like(mean), None, empty, error, tuple(notes))
 
 
-def _units(sent: Sent) -> list[tuple[slice, Tensor]]:
+def _units(sent: WeighedJacobian) -> list[tuple[slice, Tensor]]:
     """Unit directions in pieces of moderate memory."""
     size, shape = sent.update.unknowns, sent.update.inputs.shape
     step = min(PIECE, sent.update.chunk)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from rgap import validation
 from rgap.analysis.noise_bound.channel import channel
 from rgap.analysis.noise_bound.cramer_rao import noise
-from rgap.analysis.noise_bound.fisher import Sent, weighed_jacobian
+from rgap.analysis.noise_bound.fisher import WeighedJacobian, weighed_jacobian
 from rgap.analysis.noise_bound.report import NoiseReport
 from rgap.analysis.probe import ProbePoint, probe_batch
 from rgap.jacobian.update_map import UpdateMap
@@ -151,7 +151,9 @@ def _errors(
 ) -> tuple[Tensor, int, bool]:
     """``x̂ − x₀`` of every trial [T, B, *input_shape], steps of the slowest, whether all settled."""
     update = point.update
-    upper = torch.linalg.qr(weighed_jacobian(Sent(update, channel(point, sigma, ()))), mode="r").R
+    upper = torch.linalg.qr(
+        weighed_jacobian(WeighedJacobian(update, channel(point, sigma, ()))), mode="r"
+    ).R
     clean = update.value(point.inputs)
     generator = torch.Generator().manual_seed(seed)
     errors, slowest, settled = [], 0, True

@@ -1,4 +1,4 @@
-"""Every mistake on every network of tests/mistakes_table.py: what `rgap.check` says first.
+"""Every mistake on every network of tests/support/mistakes_table.py: what `rgap.check` says first.
 
     OMP_NUM_THREADS=1 python -m benchmarks.sweeps.check
     OMP_NUM_THREADS=1 python -m benchmarks.sweeps.check --mistakes sign noise

@@ -1,4 +1,4 @@
-"""Every public entry point on every idiom of tests/idioms.py: an answer, or one sentence of ours.
+"""Every public entry point on every idiom of tests/support/idioms.py: an answer or one sentence.
 
     python -m benchmarks.sweeps.idioms                         all × all, some minutes
     python -m benchmarks.sweeps.idioms --idioms tuple dict --points match labels
@@ -190,7 +190,7 @@ def limited(seconds: int) -> Iterator[None]:
 def main() -> int:
     """Run what the command line asks for."""
     parser = Arguments(__doc__, idioms=["mlp"], points=["capture", "invert", "labels best"])
-    parser.several("--idioms", IDIOMS, "of tests/idioms.py")
+    parser.several("--idioms", IDIOMS, "of tests/support/idioms.py")
     parser.several("--points", POINTS, "entry points")
     options = parser.parse_args()
     counts: dict[str, Counter[str]] = {point: Counter() for point in options.points}

@@ -23,7 +23,7 @@ from benchmarks.common.one_photograph import OnePhotograph
 from rgap.head.features import HeadCandidate
 from rgap.inversion.answer import read_answer
 from rgap.network.chain import parse
-from rgap.precision import Known
+from rgap.precision import Estimate
 from rgap.recursion.descend import Descent
 from rgap.recursion.stage import solve_stage
 
@@ -91,7 +91,7 @@ def test_stage(benchmark: Any, cases: dict[str, Case], name: str, index: int) ->
     problem = case.problem()
     stage = problem.chain.stages[index]
     z = problem.chain.trace(case.picture.double())[index][1]
-    known = Known(z, problem.precision.rounding(z))
+    known = Estimate(z, problem.precision.rounding(z))
     step = timed(
         benchmark,
         solve_stage,

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from rgap.jacobian.module_update import ModuleUpdate
-from rgap.solvers.gauss_newton import STOPPED, Marks, Minimum, Schedule, Step, gauss_newton
+from rgap.solvers.gauss_newton import STOPPED, DescentMarks, Minimum, Schedule, Step, gauss_newton
 from rgap.solvers.priors import Prior
 
 BLUNT, SHARP = 4.0, 2000.0  # sharpness of the kinks at the first and the last level
@@ -39,7 +39,7 @@ class Position:
 
     x: Tensor
     stage: int = 0
-    marks: Marks | None = None
+    marks: DescentMarks | None = None
 
 
 def stages(schedule: Schedule, levels: int) -> list[tuple[float | None, Schedule]]:

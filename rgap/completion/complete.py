@@ -20,11 +20,11 @@ from torch import Tensor
 
 from rgap.completion.annealing import ANNEALING, TRAPPED, Position, Watch, anneal
 from rgap.constraints.known_input import Bounded, Equations, KnownPart, PlainRows, Whole
-from rgap.jacobian.module_update import Inside, ModuleUpdate
+from rgap.jacobian.module_update import KnownFeatures, ModuleUpdate
 from rgap.network.activations import Activation
 from rgap.network.chain import Chain, Stage
 from rgap.network.reshape import Reshape
-from rgap.precision import Known, Precision
+from rgap.precision import Estimate, Precision
 from rgap.priors import prior_of
 from rgap.recursion.descend import Reached
 from rgap.recursion.matrix_free import memory
@@ -38,7 +38,7 @@ MOST = 4096  # pre-activations whose Gram matrix is factored; beyond, the rows a
 
 
 @dataclass(frozen=True)
-class Filling:
+class PriorSchedule:
     """How what the equations leave open is chosen.
 
     Attributes:
@@ -69,7 +69,7 @@ class Filling:
         shape: Sequence[int],
         value_range: tuple[float, float] | None,
         began: float | None = None,
-    ) -> Filling:
+    ) -> PriorSchedule:
         """With the usual prior where none is given: that of pictures if entries have neighbours.
 
         Raises:
@@ -91,7 +91,7 @@ def inside(
     gradients: Mapping[str, Tensor],
     precision: Precision,
     budget: float = BUDGET,
-) -> Inside:
+) -> KnownFeatures:
     """What a recursion that ended early knows of the lowest stage that it reached.
 
     Args:
@@ -110,7 +110,7 @@ def inside(
         sent = stage.affine.sent(gradients)
         k = reached.k
         if not precision.sent(stage.affine.weight_name):  # as in the recursion: K = 0
-            k = Known(0.0 * k.value, 0.0 * k.error)
+            k = Estimate(0.0 * k.value, 0.0 * k.error)
         large = reached.z.value.numel() > MOST
         if large or memory(stage.affine, len(reached.k.value)) > budget:
             known = PlainRows.of(stage.affine, sent, reached.z, k, precision)
@@ -121,7 +121,7 @@ def inside(
     shape = (len(reached.k.value), *stage.affine.in_shape)
     size = float(reached.k.value.norm())
     blur = float(reached.k.std.norm()) / size if size > 0 else 0.0
-    return Inside(stage.name, shape, known, stage.affine.adjoint(reached.k.value), blur)
+    return KnownFeatures(stage.name, shape, known, stage.affine.adjoint(reached.k.value), blur)
 
 
 def _rectified(chain: Chain, stage: Stage) -> bool:

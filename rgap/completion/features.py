@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from rgap.constraints.known_input import Standardised
-from rgap.jacobian.module_update import Inside, ModuleUpdate, Outside
+from rgap.jacobian.module_update import ClientLoss, KnownFeatures, ModuleUpdate
 from rgap.network.isolation import convolution_work, small_kernels
 from rgap.solvers.first_order import Adam
 from rgap.solvers.priors import Prior
@@ -42,7 +42,7 @@ PROBE = 5  # steps after which their number is fitted to the time
 def coarse(
     model: nn.Module,
     gradients: Mapping[str, Tensor],
-    source: Inside | Outside,
+    source: KnownFeatures | ClientLoss,
     shape: tuple[int, ...],
     prior: Prior,
     value_range: tuple[float, float] | None,
@@ -68,7 +68,7 @@ def coarse(
     low, high = value_range or (0.0, 1.0)
     parts: tuple[int, ...] = (1,)
     vague = True
-    if isinstance(source, Inside):
+    if isinstance(source, KnownFeatures):
         assert isinstance(source.known, Standardised)
         vague, parts = source.known.places == 1, (0, 1) if follow else (0,)
         known, cotangent = source.known.to(torch.float32), source.cotangent.float()

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from rgap.completion.annealing import Position, anneal
 from rgap.completion.complete import grey
 from rgap.constraints.known_input import Where
-from rgap.jacobian.module_update import Inside, ModuleUpdate
+from rgap.jacobian.module_update import KnownFeatures, ModuleUpdate
 from rgap.jacobian.smoothing import rounded
 from rgap.network.affine import Affine
 from rgap.network.chain import Chain
 from rgap.network.reshape import Op
-from rgap.precision import UNKNOWN, Known
+from rgap.precision import UNKNOWN, Estimate
 from rgap.solvers.gauss_newton import Schedule, Step
 from rgap.solvers.priors import Squares, TotalVariation
 
@@ -38,7 +38,7 @@ LAST = "pooled"
 
 
 @dataclass(frozen=True)
-class Search:
+class PoolSearch:
     """What a search for winners ended with.
 
     Attributes:
@@ -48,7 +48,7 @@ class Search:
     """
 
     input: Tensor
-    passed: tuple[Known, Known] | None
+    passed: tuple[Estimate, Estimate] | None
 
 
 class _Layer(nn.Module):
@@ -83,13 +83,13 @@ def find_winners(
     gradients: Mapping[str, Tensor],
     index: int,
     pool: Op,
-    output: Known,
-    cotangent: Known,
+    output: Estimate,
+    cotangent: Estimate,
     seconds: float,
     seed: int = 0,
     surplus: float = 0.0,
     watch: Callable[[Step], None] = lambda step: None,
-) -> Search | None:
+) -> PoolSearch | None:
     """Search the winners of a pool by the equations of the stage below it.
 
     Args:
@@ -132,7 +132,7 @@ def find_winners(
     if sent["affine.weight"].shape != below.affine.weight.shape:
         return None
     known = Where(output.value, output.known)
-    source = Inside(LAST, tuple(output.value.shape), known, cotangent.value)
+    source = KnownFeatures(LAST, tuple(output.value.shape), known, cotangent.value)
     equations = ModuleUpdate(network, sent, source, shape)
     start = grey(shape[0], shape[1:], None, seed).to(output.value)
     if equations.equations < surplus * start.numel():
@@ -142,11 +142,11 @@ def find_winners(
         equations, 2.0 * size * start, size, _positive(chain, index - 1), deadline, watch
     )
     if not met:
-        return Search(u, None)
+        return PoolSearch(u, None)
     x = below.affine.forward(u)
     for op in steps[:-1]:
         x = op.forward(x)
-    return Search(u, _placed(pool, x, output, cotangent))
+    return PoolSearch(u, _placed(pool, x, output, cotangent))
 
 
 def _positive(chain: Chain, index: int) -> bool:
@@ -187,7 +187,9 @@ def _solve(
     return best, lowest <= FOUND
 
 
-def _placed(pool: Op, x: Tensor, output: Known, cotangent: Known) -> tuple[Known, Known]:
+def _placed(
+    pool: Op, x: Tensor, output: Estimate, cotangent: Estimate
+) -> tuple[Estimate, Estimate]:
     """Values and cotangents at the entries of x that the pool picks."""
     # Windows that overlap may share a winner: what they know of it is one and the same value.
     count = pool.pull(x, output.known.to(x))
@@ -199,8 +201,8 @@ def _placed(pool: Op, x: Tensor, output: Known, cotangent: Known) -> tuple[Known
 
     known = output.known.to(x)
     error = torch.stack([back(known * e) for e in output.error])
-    value = Known(
+    value = Estimate(
         back(known * output.value), torch.where(won, error, torch.full_like(error, UNKNOWN))
     )
     spread = torch.stack([pool.pull(x, e) for e in cotangent.error])
-    return value, Known(pool.pull(x, cotangent.value), spread)
+    return value, Estimate(pool.pull(x, cotangent.value), spread)

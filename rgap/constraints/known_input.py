@@ -25,7 +25,7 @@ from torch import Tensor
 
 from rgap.constraints import WeightConstraint, gradient_constraint, gradient_rows, weight_constraint
 from rgap.network.affine import Affine
-from rgap.precision import Known, Precision
+from rgap.precision import Estimate, Precision
 from rgap.solvers.kronecker import Kronecker
 from rgap.solvers.rank import numerical_rank, resolve_rcond
 
@@ -169,7 +169,7 @@ class KnownPart:
 
     @classmethod
     def of(
-        cls, affine: Affine, gradient: Tensor, z: Known, k: Known, precision: Precision
+        cls, affine: Affine, gradient: Tensor, z: Estimate, k: Estimate, precision: Precision
     ) -> KnownPart:
         """The equations of a stage.
 
@@ -299,7 +299,7 @@ class PlainRows:
 
     @classmethod
     def of(
-        cls, affine: Affine, gradient: Tensor, z: Known, k: Known, precision: Precision
+        cls, affine: Affine, gradient: Tensor, z: Estimate, k: Estimate, precision: Precision
     ) -> PlainRows:
         """The rows of a stage; arguments as for ``KnownPart.of``."""
         active = z.known.to(z.value)
@@ -365,7 +365,7 @@ class Bounded:
         return torch.cat([self.rows.misfit(u), over.flatten()])
 
 
-def _relative(kronecker: Kronecker, k: Known, precision: Precision) -> float:
+def _relative(kronecker: Kronecker, k: Estimate, precision: Precision) -> float:
     """Norm of the error of K over the norm of K."""
     _, rows, size = kronecker.matrix.shape
     scale = float(kronecker.spectra.max())
@@ -373,7 +373,7 @@ def _relative(kronecker: Kronecker, k: Known, precision: Precision) -> float:
     return entry * (rows**0.5 + size**0.5) / scale if scale > 0 else 0.0
 
 
-def entry_error(affine: Affine, gradient: Tensor, k: Known, precision: Precision) -> float:
+def entry_error(affine: Affine, gradient: Tensor, k: Estimate, precision: Precision) -> float:
     """Standard error of an entry of the gradient rows, as far as rounding and k explain it."""
     size = float(gradient.square().mean().sqrt())
     inside = float(k.std.square().mean().sqrt() / k.value.square().mean().sqrt().clamp_min(1e-300))

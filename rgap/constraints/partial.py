@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rgap.limits import EIGENVALUE, ROW
-from rgap.precision import UNKNOWN, Known
+from rgap.precision import UNKNOWN, Estimate
 from rgap.solvers.kronecker import Factor
 
 MOST = 3072  # unknowns up to which the weighted equations are decomposed (28 s on one core)
@@ -81,7 +81,7 @@ def kept(whole: Factor, matrix: Tensor, error: float) -> Kept | None:
     )
 
 
-def marked(known: Known, determined: Tensor, rows: Tensor, signs: Tensor) -> Known:
+def marked(known: Estimate, determined: Tensor, rows: Tensor, signs: Tensor) -> Estimate:
     """A solution with what is open marked as unknown, and what leaks into the rest as its error.
 
     Open entries keep the value of the shortest solution: one of many.
@@ -95,4 +95,4 @@ def marked(known: Known, determined: Tensor, rows: Tensor, signs: Tensor) -> Kno
     length = float(known.value.norm())  # that of an open part nobody has seen: of this order
     leak = rows * length * signs
     error = torch.where(determined, known.error + leak, UNKNOWN * signs)
-    return Known(known.value, error)
+    return Estimate(known.value, error)

@@ -26,7 +26,7 @@ from rgap.head.scale import (
 from rgap.head.target import Reading, read_target
 from rgap.limits import DROWNED, ROUNDED, SCATTER
 from rgap.network.chain import Stage
-from rgap.precision import UNKNOWN, Known, Named, Precision
+from rgap.precision import UNKNOWN, Estimate, Named, Precision
 from rgap.update.losses import Loss
 from rgap.update.targets import BINARY
 
@@ -43,8 +43,8 @@ class HeadCandidate:
         scale: α with x = α u for the leading right singular vector u of G; 0 with a bias.
     """
 
-    features: Known
-    cotangent: Known
+    features: Estimate
+    cotangent: Estimate
     reading: Reading
     misfit: float
     scale: float = 0.0
@@ -103,7 +103,7 @@ def solve_head(
 
 def features_from_bias(
     layer: Named, weight_gradient: Tensor, bias_gradient: Tensor, precision: Precision
-) -> tuple[Known, Known]:
+) -> tuple[Estimate, Estimate]:
     """Input x and cotangent k of a fully connected stage with a bias, with their errors.
 
     ∂b is k itself, as the client used it, so without noise it carries no error of its own.  With
@@ -133,11 +133,11 @@ def features_from_bias(
     dx = dx.nan_to_num(UNKNOWN).clamp(-UNKNOWN, UNKNOWN)
     if own <= DROWNED:
         dx = torch.full_like(dx, UNKNOWN)
-    return Known(x[None], dx[:, None]), Known(k[None], noise_k[:, None])
+    return Estimate(x[None], dx[:, None]), Estimate(k[None], noise_k[:, None])
 
 
 def rank_one_tolerance(
-    layer: Named, weight_gradient: Tensor, bias_gradient: Tensor, x: Known, precision: Precision
+    layer: Named, weight_gradient: Tensor, bias_gradient: Tensor, x: Estimate, precision: Precision
 ) -> float:
     """Relative residual ‖G − k xᵀ‖/‖G‖ of one sample that rounding and noise explain.
 
@@ -176,7 +176,7 @@ def _with_bias(
 
 
 def _candidate(
-    stage: Stage, gradient: Tensor, x: Known, k: Known, loss: Loss, precision: Precision
+    stage: Stage, gradient: Tensor, x: Estimate, k: Estimate, loss: Loss, precision: Precision
 ) -> HeadCandidate:
     misfit = rank_one_residual(gradient, x.value[0], k.value[0])
     return HeadCandidate(x, k, read_target(stage, x, k, loss, precision), misfit)
@@ -223,7 +223,7 @@ def _scaled(
     target: Tensor,
     loss: Loss,
     precision: Precision,
-) -> tuple[Known, Known]:
+) -> tuple[Estimate, Estimate]:
     """X = αu and k = v/α with errors: of the gradient's entries, and of α through the loss."""
     own = precision.noise_std(stage.affine.weight_name, gradient)
     std = (gradient.abs() * precision.unit + precision.floor).square() + own.square()
@@ -245,4 +245,4 @@ def _scaled(
     dalpha = (dv[:, j] + rounding) / (derivative if derivative else 1e-300)
     dx = dalpha[:, None] * u + alpha * du
     dk = dv / alpha - dalpha[:, None] * v / alpha**2
-    return Known((alpha * u)[None], dx[:, None]), Known((v / alpha)[None], dk[:, None])
+    return Estimate((alpha * u)[None], dx[:, None]), Estimate((v / alpha)[None], dk[:, None])

@@ -18,7 +18,7 @@ from torch import Tensor
 from rgap.head.target_error import standard_error
 from rgap.limits import APART, ENSEMBLE, FREE, LOGIT, NORMALISED
 from rgap.network.chain import Stage
-from rgap.precision import Known, Precision
+from rgap.precision import Estimate, Precision
 from rgap.update.losses import Loss
 from rgap.update.targets import BINARY, CLASSES
 
@@ -63,7 +63,9 @@ class Reading:
         return self.distance <= self.tolerance
 
 
-def read_target(stage: Stage, x: Known, k: Known, loss: Loss, precision: Precision) -> Reading:
+def read_target(
+    stage: Stage, x: Estimate, k: Estimate, loss: Loss, precision: Precision
+) -> Reading:
     """The target that explains k at the features x, and the factor λ where λ = 1 does not.
 
     A factor is only taken where something tests it: the cotangents of all targets span d
@@ -76,7 +78,9 @@ def read_target(stage: Stage, x: Known, k: Known, loss: Loss, precision: Precisi
         loss: of that output.
         precision: of the update.
     """
-    z = Known(stage.affine.forward(x.value), torch.stack([stage.affine.linear(e) for e in x.error]))
+    z = Estimate(
+        stage.affine.forward(x.value), torch.stack([stage.affine.linear(e) for e in x.error])
+    )
     first = _declared(z, k, loss, precision)
     if first.fits or first.open or loss.targets != "index":
         return first
@@ -86,7 +90,9 @@ def read_target(stage: Stage, x: Known, k: Known, loss: Loss, precision: Precisi
     return found[0]
 
 
-def read_weighed(stage: Stage, x: Known, k: Known, loss: Loss, precision: Precision) -> Reading:
+def read_weighed(
+    stage: Stage, x: Estimate, k: Estimate, loss: Loss, precision: Precision
+) -> Reading:
     """The same of one sample of a batch, whose λ is unknown: never taken to be 1.
 
     Args:
@@ -96,7 +102,9 @@ def read_weighed(stage: Stage, x: Known, k: Known, loss: Loss, precision: Precis
         loss: of that output, as a sum over the samples, with index targets.
         precision: of the update.
     """
-    z = Known(stage.affine.forward(x.value), torch.stack([stage.affine.linear(e) for e in x.error]))
+    z = Estimate(
+        stage.affine.forward(x.value), torch.stack([stage.affine.linear(e) for e in x.error])
+    )
     found = sorted(_scaled(z, k, loss, precision), key=lambda reading: reading.distance)
     fitting = [reading for reading in found if reading.fits]
     if len(fitting) == 1:
@@ -107,7 +115,7 @@ def read_weighed(stage: Stage, x: Known, k: Known, loss: Loss, precision: Precis
     return found[0] if found else replace(_declared(z, k, loss, precision), distance=inf)
 
 
-def _declared(z: Known, k: Known, loss: Loss, precision: Precision) -> Reading:
+def _declared(z: Estimate, k: Estimate, loss: Loss, precision: Precision) -> Reading:
     """With λ = 1."""
     if not loss.plain and loss.targets == "index":
         return _nearest(z, k, loss, precision)
@@ -128,7 +136,7 @@ def unseen_of(loss: Loss) -> float:
     return NORMALISED if loss.targets == "probability" and loss.name in CLASSES else 0.0
 
 
-def _tolerance(z: Known, k: Known, loss: Loss, target: Tensor, precision: Precision) -> float:
+def _tolerance(z: Estimate, k: Estimate, loss: Loss, target: Tensor, precision: Precision) -> float:
     """Distance of a dense target from an admissible one that the errors of z and k explain.
 
     The client's softmax rounds in absolute terms (p − 1), its logits relatively.
@@ -140,7 +148,7 @@ def _tolerance(z: Known, k: Known, loss: Loss, target: Tensor, precision: Precis
     return ENSEMBLE * (own + width + LOGIT * precision.unit * max(1.0, scale * precision.unit))
 
 
-def _nearest(z: Known, k: Known, loss: Loss, precision: Precision) -> Reading:
+def _nearest(z: Estimate, k: Estimate, loss: Loss, precision: Precision) -> Reading:
     """Index targets behind steps: the one whose k comes nearest, and how near the next comes."""
     options = _options(loss, z.value)
     if options is None:
@@ -153,8 +161,8 @@ def _nearest(z: Known, k: Known, loss: Loss, precision: Precision) -> Reading:
 
 
 def _compared(
-    z: Known,
-    k: Known,
+    z: Estimate,
+    k: Estimate,
     loss: Loss,
     precision: Precision,
     options: Tensor,
@@ -169,7 +177,7 @@ def _compared(
     others = (many - many[best]).abs().amax(1)
     others[best] = inf
     apart = float(others.min()) if len(options) > 1 else inf
-    error = _error(z, Known(at, k.error / scale), loss, target, precision)
+    error = _error(z, Estimate(at, k.error / scale), loss, target, precision)
     labels = loss.read(target)[0]
     if not apart > APART * error:
         twin = int(others.argmin())
@@ -183,7 +191,7 @@ def _compared(
     return Reading(target, labels, distance, error / apart, scale)
 
 
-def _error(z: Known, k: Known, loss: Loss, target: Tensor, precision: Precision) -> float:
+def _error(z: Estimate, k: Estimate, loss: Loss, target: Tensor, precision: Precision) -> float:
     """ENSEMBLE times the largest error of k and of what the loss gives at z."""
     bent = [loss.cotangent_jvp(z.value, e, target) for e in z.error]
     carried = torch.stack(bent) - k.error
@@ -193,7 +201,7 @@ def _error(z: Known, k: Known, loss: Loss, target: Tensor, precision: Precision)
     return ENSEMBLE * (float(carried.abs().max()) + float(rounded.max()))
 
 
-def _scaled(z: Known, k: Known, loss: Loss, precision: Precision) -> Iterator[Reading]:
+def _scaled(z: Estimate, k: Estimate, loss: Loss, precision: Precision) -> Iterator[Reading]:
     """Every target with the positive factor that fits it best, and whether anything tests it."""
     options = _options(loss, z.value)
     if options is None:
@@ -212,7 +220,9 @@ def _scaled(z: Known, k: Known, loss: Loss, precision: Precision) -> Iterator[Re
             yield replace(reading, tested=tested, spread=spread)
 
 
-def _spread(z: Known, k: Known, loss: Loss, target: Tensor, m: Tensor, factor: float) -> float:
+def _spread(
+    z: Estimate, k: Estimate, loss: Loss, target: Tensor, m: Tensor, factor: float
+) -> float:
     """Standard error of λ = ⟨m, k⟩/⟨m, m⟩, m the cotangent of a target at z."""
     bent = torch.stack([loss.cotangent_jvp(z.value, e, target)[0] for e in z.error])
     off = (k.error[:, 0] - factor * bent) @ m / m.square().sum().clamp_min(1e-300)
@@ -231,8 +241,8 @@ def _around(loss: Loss, z: Tensor, k: Tensor) -> Tensor | None:
 
 
 def _along(
-    z: Known,
-    k: Known,
+    z: Estimate,
+    k: Estimate,
     loss: Loss,
     precision: Precision,
     options: Tensor,
@@ -253,7 +263,7 @@ def _along(
     reading = _compared(z, k, loss, precision, options, many, place, factor)
     gap = float((many[place] - k.value[0] / factor).abs().max())
     target = options[place : place + 1]
-    error = _error(z, Known(k.value / factor, k.error / factor), loss, target, precision)
+    error = _error(z, Estimate(k.value / factor, k.error / factor), loss, target, precision)
     if not apart > APART * error:
         return replace(reading, distance=inf, tolerance=0.0)
     return replace(reading, distance=gap / apart, tolerance=error / apart, open="")

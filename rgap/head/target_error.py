@@ -13,13 +13,13 @@ from math import inf
 import torch
 from torch import Tensor
 
-from rgap.precision import Known, Precision
+from rgap.precision import Estimate, Precision
 from rgap.update.losses import Loss
 
 __all__ = ["rounding_of_cotangent", "standard_error"]
 
 
-def standard_error(loss: Loss, z: Known, k: Known, precision: Precision) -> float:
+def standard_error(loss: Loss, z: Estimate, k: Estimate, precision: Precision) -> float:
     """Largest standard error of any entry of the dense targets whose cotangent at z is k.
 
     Args:

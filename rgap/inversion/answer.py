@@ -25,13 +25,13 @@ from rgap.inversion.problem import Problem
 from rgap.jacobian.batch_loss import BatchLoss
 from rgap.limits import NEAREST, PASSES
 from rgap.network.chain import Chain, Stage
-from rgap.precision import Known, carried
+from rgap.precision import Estimate, carried
 from rgap.recovery import Route
 from rgap.recursion.descend import Descent
 from rgap.separation.targets import read_from_head
 
 
-def read_answer(problem: Problem, descent: Descent, kappa: Known, apart: bool = False) -> Answer:
+def read_answer(problem: Problem, descent: Descent, kappa: Estimate, apart: bool = False) -> Answer:
     """Polish what the recursion recovered and read its label at the head.
 
     Args:
@@ -94,20 +94,20 @@ def read_batch(problem: Problem, descent: Descent, head: BatchLoss) -> Answer:
     return Answer(descent, polished, reading, rows, gathered=norm, cast=cast_of(problem.precision))
 
 
-def _top(problem: Problem, data: Known) -> tuple[Known, Known]:
+def _top(problem: Problem, data: Estimate) -> tuple[Estimate, Estimate]:
     """Inputs of the head and its logits, with their errors."""
     features, affine = top_features(problem.chain, data), problem.chain.stages[-1].affine
     error = torch.stack([affine.linear(e) for e in features.error])
-    return features, Known(affine.forward(features.value), error)
+    return features, Estimate(affine.forward(features.value), error)
 
 
-def _flat(known: Known) -> Known:
-    return Known(known.value.flatten(1), known.error.flatten(2))
+def _flat(known: Estimate) -> Estimate:
+    return Estimate(known.value.flatten(1), known.error.flatten(2))
 
 
-def _wider(known: Known, times: float) -> Known:
+def _wider(known: Estimate, times: float) -> Estimate:
     """The same with larger errors."""
-    return Known(known.value, times * known.error)
+    return Estimate(known.value, times * known.error)
 
 
 def gathered(chain: Chain, polished: Polished) -> float:
@@ -127,7 +127,7 @@ def gathered(chain: Chain, polished: Polished) -> float:
 
 
 def _polished(
-    problem: Problem, descent: Descent, kappa: Known | BatchLoss, settled: bool = False
+    problem: Problem, descent: Descent, kappa: Estimate | BatchLoss, settled: bool = False
 ) -> Polished:
     low, high = problem.value_range or (0.0, 1.0)
     return polish(
@@ -143,7 +143,7 @@ def _polished(
     )
 
 
-def head_cotangent(problem: Problem, descent: Descent) -> Known:
+def head_cotangent(problem: Problem, descent: Descent) -> Estimate:
     """Cotangent at the head: known from the descent, or read off the head's own gradient."""
     last = len(problem.chain.stages) - 1
     if last in descent.cotangents:
@@ -152,7 +152,7 @@ def head_cotangent(problem: Problem, descent: Descent) -> Known:
     weight, bias = head_gradients(stage, problem)
     name = stage.affine.bias_name
     if bias is not None and name is not None:
-        return Known(
+        return Estimate(
             bias[None],
             problem.precision.normal(problem.precision.noise_std(name, bias))[:, None],
         )
@@ -168,10 +168,10 @@ def head_cotangent(problem: Problem, descent: Descent) -> Known:
         ]
     )
     error = precision.normal(variance.sqrt()) / scale  # rows of G are independent
-    return Known(k[None], error[:, None])
+    return Estimate(k[None], error[:, None])
 
 
-def top_features(chain: Chain, data: Known) -> Known:
+def top_features(chain: Chain, data: Estimate) -> Estimate:
     """Input of the last affine map, with the ensemble carried up."""
 
     def rise(x: Tensor) -> Tensor:

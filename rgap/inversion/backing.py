@@ -29,7 +29,7 @@ from rgap.inversion.problem import Problem
 from rgap.inversion.replay import sent_for
 from rgap.limits import FALSELY, FREE, PARTED, ROWS, SPARE, VANISHING
 from rgap.network.chain import Stage
-from rgap.precision import Known
+from rgap.precision import Estimate
 from rgap.recursion.descend import Descent
 
 LOOKED = 1000  # sizes that are compared: more of them would be near each other by chance
@@ -98,7 +98,7 @@ def backing(
 
 
 def replayed(
-    problem: Problem, own: Problem, descent: Descent, known: Known, labels: Tensor | None
+    problem: Problem, own: Problem, descent: Descent, known: Estimate, labels: Tensor | None
 ) -> float:
     """The same of a prefix of the network, where what stands above it was only replayed.
 
@@ -181,7 +181,7 @@ def _whole(problem: Problem, start: int, k: Tensor) -> int:
     return total - width * (k.shape[1] - _apart(k.norm(dim=0)))
 
 
-def _by_logits(problem: Problem, stage: Stage, x: Known, k: Known, reading: Reading) -> float:
+def _by_logits(problem: Problem, stage: Stage, x: Estimate, k: Estimate, reading: Reading) -> float:
     """By the head alone: κ at the logits of x against what was sent, in units of what x moves."""
     loss = problem.update.loss
     z = stage.affine.forward(x.value)

@@ -15,7 +15,7 @@ from rgap.inversion.problem import Problem
 from rgap.jacobian.batch_loss import BatchLoss, loss_scale
 from rgap.limits import DETERMINED, ENSEMBLE, PROBABILITY
 from rgap.network.chain import Chain
-from rgap.precision import Known
+from rgap.precision import Estimate
 from rgap.recursion.descend import Descent
 from rgap.recursion.stage import StageSolution
 from rgap.separation.batch import Batch, Separated
@@ -50,7 +50,7 @@ def several(loss: Loss, chain: Chain) -> bool:
 
 
 def snapped(
-    problem: Problem, head: BatchLoss, features: Known, logits: Known
+    problem: Problem, head: BatchLoss, features: Estimate, logits: Estimate
 ) -> tuple[BatchLoss, float, float]:
     """The labels nearest to dense targets, how far they are, and what errors explain of it.
 
@@ -74,7 +74,9 @@ def snapped(
     return exact, distance, tolerance
 
 
-def error_of_targets(problem: Problem, head: BatchLoss, features: Known, logits: Known) -> float:
+def error_of_targets(
+    problem: Problem, head: BatchLoss, features: Estimate, logits: Estimate
+) -> float:
     """Largest standard error of dense targets that were read off the head's own gradient.
 
     Args:
@@ -87,11 +89,11 @@ def error_of_targets(problem: Problem, head: BatchLoss, features: Known, logits:
     if len(kappa) > features.value.shape[1] + 1:
         return inf  # more samples than numbers at the head: its gradient leaves some of κ open
     own = problem.precision.normal(errors_of_targets(problem, features.value), len(logits.error))
-    k = Known(kappa / head.scale, (_carried(features, kappa) + own) / head.scale)
+    k = Estimate(kappa / head.scale, (_carried(features, kappa) + own) / head.scale)
     return standard_error(replace(head.loss, reduction="sum"), logits, k, problem.precision)
 
 
-def _carried(features: Known, kappa: Tensor) -> Tensor:
+def _carried(features: Estimate, kappa: Tensor) -> Tensor:
     """Error of κ [R, C] for every error of the features it was read by, ``δκ = −(uᵀ)⁺ δuᵀ κ``."""
     table = torch.nn.functional.pad(features.value, (0, 1), value=1.0)
     moved = torch.nn.functional.pad(features.error, (0, 1))
@@ -99,7 +101,7 @@ def _carried(features: Known, kappa: Tensor) -> Tensor:
     return carried
 
 
-def tolerance_of(problem: Problem, head: BatchLoss, features: Known, logits: Known) -> float:
+def tolerance_of(problem: Problem, head: BatchLoss, features: Estimate, logits: Estimate) -> float:
     """How far dense targets may be off by the errors of features and logits and of the update.
 
     Args:
@@ -178,7 +180,7 @@ def separated_stage(problem: Problem, found: Separated) -> StageSolution:
 
 
 @dataclass(frozen=True)
-class Rows:
+class BatchRows:
     """What is reported of a batch: a row for every picture and label that it occurs with.
 
     Attributes:
@@ -213,7 +215,7 @@ def in_order(targets: Tensor, stated: Tensor) -> Tensor | None:
     return torch.as_tensor(linear_sum_assignment(gaps.numpy())[1], device=targets.device)
 
 
-def rows_of(head: BatchLoss, stated: Tensor | None) -> Rows:
+def rows_of(head: BatchLoss, stated: Tensor | None) -> BatchRows:
     """The reported rows, by label; in the order of the stated labels where they agree."""
     dense = head.loss.targets != "index"
     if dense or (head.loss.name == BINARY and head.targets.shape[1] > 1):
@@ -221,7 +223,7 @@ def rows_of(head: BatchLoss, stated: Tensor | None) -> Rows:
         targets = head.targets if dense else head.targets.long()
         near = None if stated is None else in_order(targets, stated)
         order = order if near is None else near
-        return Rows(order, targets[order], head.copies[order].long())
+        return BatchRows(order, targets[order], head.copies[order].long())
     counts = head.targets * head.copies[:, None]
     if head.targets.shape[1] == 1:  # one logit: label 1 as often as its target says
         counts = torch.cat([head.copies[:, None] - counts, counts], 1)
@@ -233,11 +235,11 @@ def rows_of(head: BatchLoss, stated: Tensor | None) -> Rows:
         if torch.equal(stated.flatten().long()[order], label):
             back = order.argsort()
             label, picture, copies = label[back], picture[back], copies[back]
-    return Rows(picture, label, copies)
+    return BatchRows(picture, label, copies)
 
 
 def label_identity(
-    problem: Problem, head: BatchLoss, logits: Known
+    problem: Problem, head: BatchLoss, logits: Estimate
 ) -> tuple[Tensor | None, float, float]:
     """Class counts by the identity, their distance from those that were found, and the tolerance.
 

@@ -20,7 +20,7 @@ from rgap.constraints.determined import doubt
 from rgap.head.features import HeadCandidate
 from rgap.head.target import Reading
 from rgap.inversion.backing import backing
-from rgap.inversion.batch_rows import Rows
+from rgap.inversion.batch_rows import BatchRows
 from rgap.inversion.outcomes import replayed, stopped
 from rgap.inversion.polish import Polished
 from rgap.inversion.problem import Problem
@@ -39,7 +39,7 @@ from rgap.limits import (
     UNTOLD,
     USEFUL,
 )
-from rgap.precision import Known, Precision
+from rgap.precision import Estimate, Precision
 from rgap.recovery import Candidate, Recovery, Status
 from rgap.recursion.descend import Descent
 
@@ -56,7 +56,7 @@ class Answer:
     descent: Descent
     polished: Polished
     reading: Reading
-    rows: Rows | None = None  # of a batch; labels are theirs
+    rows: BatchRows | None = None  # of a batch; labels are theirs
     apart: bool = False  # True if the inputs do not depend on the loss and the targets
     gathered: float = 0.0  # norm of a sample, in units of the data, that rounding is relative to
     cast: float = 0.0  # unit roundoff of a format that the data may have been cast to on their way
@@ -106,7 +106,7 @@ def scaled(answer: Answer, ratio: float, candidate: HeadCandidate) -> Answer:
     """The answer of a root that differs from another one by a positive scale alone."""
     data = answer.polished.data
     members = candidate.features.error[: len(data.error)]  # the full solve carries fewer of them
-    wider = Known(
+    wider = Estimate(
         ratio * data.value,
         ratio * data.error
         + data.value
@@ -250,7 +250,7 @@ def backed(problem: Problem, answer: Answer, whole: bool = True) -> Answer:
     return replace(answer, widened=backing(problem, answer.descent, reading, misfits))
 
 
-def _copies(rows: Rows) -> str:
+def _copies(rows: BatchRows) -> str:
     """Copies cannot be certified: their like, moved apart where no layer looks, send the same."""
     row = int((rows.copies > 1).nonzero()[0])
     m = int(rows.copies[row])

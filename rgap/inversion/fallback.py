@@ -22,13 +22,13 @@ from rgap.inversion.batch_rows import rows_of
 from rgap.inversion.passing import suggested, unpooled
 from rgap.inversion.problem import Problem
 from rgap.jacobian.batch_loss import BatchLoss
-from rgap.jacobian.module_update import ModuleUpdate, Outside, watchable
+from rgap.jacobian.module_update import ClientLoss, ModuleUpdate, watchable
 from rgap.jacobian.smoothing import rounded
-from rgap.matching.checkpoint import Progress as Searching
+from rgap.matching.checkpoint import Progress as SearchProgress
 from rgap.matching.search import match
 from rgap.network.activations import Activation
 from rgap.network.chain import Chain
-from rgap.precision import Known
+from rgap.precision import Estimate
 from rgap.progress import Progress
 from rgap.recovery import Candidate, Recovery, Route, Status
 from rgap.recursion.descend import Descent
@@ -48,7 +48,7 @@ EDGE = 0.25  # share of entries at the edge of the value range that is worth a w
 def filled(
     problem: Problem,
     descent: Descent,
-    kappa: Known | BatchLoss | None,
+    kappa: Estimate | BatchLoss | None,
     family: Sequence[HeadCandidate],
     show: Progress,
 ) -> Recovery:
@@ -108,7 +108,7 @@ def filled(
         return _without(problem, descent, f"{halt.reason}; no completion: {found.ended}")
     low, high = problem.value_range or (0.0, 1.0)
     rough = problem.precision.normal(torch.full_like(found.value, ROUGH * (high - low)))
-    reached = replace(descent, data=Known(found.value, rough), halt=None, completed=True)
+    reached = replace(descent, data=Estimate(found.value, rough), halt=None, completed=True)
     if sure:
         show.stage("polish on the whole update")
         recovery = certificate.certify(problem, _read(problem, reached, kappa, family))
@@ -130,7 +130,7 @@ def filled(
 
 
 def _passed(
-    problem: Problem, descent: Descent, kappa: Known | BatchLoss | None, halt: Halt
+    problem: Problem, descent: Descent, kappa: Estimate | BatchLoss | None, halt: Halt
 ) -> Recovery:
     """The winners of every max-pool were found, and the stages determine the data."""
     inputs, labels = _samples(problem, descent, kappa, descent.require_data().value)
@@ -166,7 +166,7 @@ def searched(problem: Problem, recovery: Recovery, show: Progress) -> Recovery:
     if filling is None or begun or held or problem.stated is None:
         return recovery
 
-    def watch(progress: Searching) -> None:
+    def watch(progress: SearchProgress) -> None:
         show.stage(f"matching, misfit {progress.best:.1e}", progress.number + 1, series="match")
 
     began = time.perf_counter()
@@ -193,7 +193,7 @@ def searched(problem: Problem, recovery: Recovery, show: Progress) -> Recovery:
     if kinked and not met and targets is not None:
         shape = (problem.batch, *problem.chain.input_shape)
         drawn = coarse(
-            problem.model, problem.sent, Outside(problem.declared, targets), shape,
+            problem.model, problem.sent, ClientLoss(problem.declared, targets), shape,
             filling.prior, problem.value_range, seconds + began - time.perf_counter(),
             seed=problem.precision.seed,
         )  # fmt: skip
@@ -219,7 +219,7 @@ def _without(problem: Problem, descent: Descent, reason: str) -> Recovery:
 
 
 def _samples(
-    problem: Problem, descent: Descent, kappa: Known | BatchLoss | None, value: Tensor
+    problem: Problem, descent: Descent, kappa: Estimate | BatchLoss | None, value: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Every sample with its label: copies counted by the loss of a batch, or one by one."""
     if isinstance(kappa, BatchLoss):
@@ -227,7 +227,7 @@ def _samples(
     return value, _label(problem, descent, kappa)
 
 
-def _label(problem: Problem, descent: Descent, kappa: Known | None) -> Tensor:
+def _label(problem: Problem, descent: Descent, kappa: Estimate | None) -> Tensor:
     """The target whose cotangent is nearest to the head's."""
     if problem.labels is not None:
         return problem.labels
@@ -246,7 +246,7 @@ def _followed(chain: Chain) -> bool:
 def _read(
     problem: Problem,
     descent: Descent,
-    kappa: Known | BatchLoss | None,
+    kappa: Estimate | BatchLoss | None,
     family: Sequence[HeadCandidate],
 ) -> list[certificate.Answer]:
     """The answer, and those that differ from it by the scale of another root at the head."""

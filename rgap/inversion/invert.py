@@ -11,7 +11,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from rgap.completion.complete import Filling
+from rgap.completion.complete import PriorSchedule
 from rgap.halt import Halt, HaltKind
 from rgap.head.bias_attack import rank_one_residual
 from rgap.head.features import (
@@ -24,7 +24,7 @@ from rgap.head.features import (
 from rgap.head.mapped import Mapped
 from rgap.inversion import certificate, outcomes, parts
 from rgap.inversion.answer import head_cotangent, head_gradients, read_answer, read_batch
-from rgap.inversion.batch_rows import Rows, batch_of, start, with_separation
+from rgap.inversion.batch_rows import BatchRows, batch_of, start, with_separation
 from rgap.inversion.factor import divided, remaining
 from rgap.inversion.fallback import filled, searched
 from rgap.inversion.families import families, matching
@@ -37,7 +37,7 @@ from rgap.inversion.single import from_prefix
 from rgap.jacobian.batch_loss import BatchLoss
 from rgap.network.activations import Activation
 from rgap.network.prefix import find_pairs, find_prefix
-from rgap.precision import Known
+from rgap.precision import Estimate
 from rgap.progress import Progress, Shown
 from rgap.recovery import Recovery, Route, Status
 from rgap.recursion.descend import Descent
@@ -144,7 +144,7 @@ def invert(
     )  # fmt: skip
     problem = prepare(client, value_range, seed, memory_budget)
     if complete:
-        filling = Filling.of(
+        filling = PriorSchedule.of(
             prior, time_limit, problem.chain.input_shape, problem.value_range, began
         )
         problem = replace(problem, filling=filling)
@@ -356,7 +356,7 @@ def _from_head(problem: Problem, show: Progress) -> Recovery:
     return _conclude(problem, runs, show)
 
 
-Run = tuple[Descent, Known | BatchLoss | None, list[HeadCandidate]]
+Run = tuple[Descent, Estimate | BatchLoss | None, list[HeadCandidate]]
 
 
 def _conclude(problem: Problem, runs: list[Run], show: Progress) -> Recovery:
@@ -376,7 +376,7 @@ def _conclude(problem: Problem, runs: list[Run], show: Progress) -> Recovery:
         if len(alive) == 1 and (problem.filling is None or parts.free(problem, descent)):
             kappa = alive[0][1]
 
-            def certify(whole: Descent) -> tuple[Recovery, Rows | None]:
+            def certify(whole: Descent) -> tuple[Recovery, BatchRows | None]:
                 answer = _answer(problem, whole, kappa)
                 return certificate.certify(problem, [answer]), answer.rows
 
@@ -426,7 +426,7 @@ def _with_features(problem: Problem, recovery: Recovery, descent: Descent) -> Re
 
 
 def _answer(
-    problem: Problem, descent: Descent, kappa: Known | BatchLoss | None
+    problem: Problem, descent: Descent, kappa: Estimate | BatchLoss | None
 ) -> certificate.Answer:
     if isinstance(kappa, BatchLoss):
         return read_batch(problem, descent, kappa)
@@ -438,7 +438,7 @@ def _worst(descent: Descent) -> float:
     return descent.worst[1]
 
 
-def _given(name: str, value: Tensor, shape: tuple[int, ...], problem: Problem) -> Known:
+def _given(name: str, value: Tensor, shape: tuple[int, ...], problem: Problem) -> Estimate:
     """A given value, known to the precision of the client's arithmetic."""
     if value.ndim < 2 or len(value) != problem.batch or value[0].numel() != prod(shape):
         raise ValueError(
@@ -447,7 +447,7 @@ def _given(name: str, value: Tensor, shape: tuple[int, ...], problem: Problem) -
             "cotangent at its output, one row per sample"
         )
     value = value.detach().to(problem.chain.stages[-1].affine.weight).reshape(-1, *shape)
-    return Known(value, problem.precision.rounding(value))
+    return Estimate(value, problem.precision.rounding(value))
 
 
 def _over_positions(problem: Problem) -> bool:

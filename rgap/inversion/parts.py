@@ -11,11 +11,11 @@ from torch import Tensor
 
 from rgap.halt import Halt
 from rgap.inversion import outcomes
-from rgap.inversion.batch_rows import Rows
+from rgap.inversion.batch_rows import BatchRows
 from rgap.inversion.problem import Problem
 from rgap.inversion.reports import layer_reports
 from rgap.limits import SAFETY, USEFUL
-from rgap.precision import Known
+from rgap.precision import Estimate
 from rgap.recovery import Candidate, Recovery, Status
 from rgap.recursion.descend import Descent
 from rgap.recursion.stage import StageSolution
@@ -31,7 +31,7 @@ _NUMBERS = ("", "", "two", "three", "four", "five", "six", "seven", "eight", "ni
 _AXES = {1: ("position",), 2: ("row", "column"), 3: ("slice", "row", "column")}
 
 
-Certify = Callable[[Descent], tuple[Recovery, Rows | None]]
+Certify = Callable[[Descent], tuple[Recovery, BatchRows | None]]
 
 
 def in_parts(problem: Problem, descent: Descent, certify: Certify) -> Recovery | None:
@@ -65,7 +65,7 @@ def in_parts(problem: Problem, descent: Descent, certify: Certify) -> Recovery |
     value = partial.value
     if not short and problem.value_range is not None:  # nothing reads them: any value will do
         value = torch.where(determined, value, value.clamp(low, high))
-    start = Known(value, torch.where(determined, partial.error, 0.0))
+    start = Estimate(value, torch.where(determined, partial.error, 0.0))
     whole = replace(descent, data=start, halt=None)
     if short:
         told = _told(descent, partial.std[determined], high - low)
@@ -155,7 +155,7 @@ def _newton_step(curvature: Operator, slope: Tensor, open_: Tensor) -> Tensor:
     return step
 
 
-def _expanded(inputs: Tensor, rows: Rows | None) -> Tensor | slice:
+def _expanded(inputs: Tensor, rows: BatchRows | None) -> Tensor | slice:
     """Rows of the pictures that a candidate lists."""
     if rows is None or len(rows.picture) != len(inputs):
         return slice(None)
@@ -175,7 +175,7 @@ def _told(descent: Descent, std: Tensor, width: float) -> StageSolution:
 
 
 def _by_equations(
-    problem: Problem, descent: Descent, start: Known, determined: Tensor
+    problem: Problem, descent: Descent, start: Estimate, determined: Tensor
 ) -> Recovery | None:
     """The entries that the equations of all stages fix, where no batch is there to replay."""
     misfit = max((step.misfit for step in descent.solutions.values()), default=0.0)

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from rgap.completion.features import coarse
-from rgap.completion.max_pool import Search, find_winners
+from rgap.completion.max_pool import PoolSearch, find_winners
 from rgap.constraints.known_input import Standardised, Whole
 from rgap.inversion.problem import Problem
-from rgap.jacobian.module_update import Inside
+from rgap.jacobian.module_update import KnownFeatures
 from rgap.network.reshape import Op, Reshape
-from rgap.precision import Known
+from rgap.precision import Estimate
 from rgap.progress import Progress
 from rgap.recursion.descend import Descent
 
@@ -23,7 +23,7 @@ SPARE = 2.0  # equations, in multiples of the unknowns, that a search takes belo
 
 def unpooled(
     problem: Problem, descent: Descent, seconds: float, show: Progress
-) -> tuple[Descent, Search | None]:
+) -> tuple[Descent, PoolSearch | None]:
     """The descent through max-pools whose winners the layers below give away, as far as it goes.
 
     A pool counts as passed where the equations of the stage below it determine that stage and do
@@ -31,9 +31,9 @@ def unpooled(
     pool's winners is returned too.
     """
     chain, deadline = problem.chain, time.perf_counter() + seconds
-    top, last = descent, list[Search]()
+    top, last = descent, list[PoolSearch]()
 
-    def unpool(index: int, op: Op, u: Known, cot: Known) -> tuple[Known, Known] | None:
+    def unpool(index: int, op: Op, u: Estimate, cot: Estimate) -> tuple[Estimate, Estimate] | None:
         if index != descent.reached.index:  # one at a time: what was passed before is kept
             return None
         show.stage(f"winners of {op.name}")
@@ -61,7 +61,11 @@ def unpooled(
 
 
 def suggested(
-    problem: Problem, descent: Descent, known: Inside, near: Search | None, seconds: float
+    problem: Problem,
+    descent: Descent,
+    known: KnownFeatures,
+    near: PoolSearch | None,
+    seconds: float,
 ) -> Tensor | None:
     """A picture from known features, where no batch that meets the update was found."""
     filling, stage = problem.filling, problem.chain.stages[descent.reached.index]

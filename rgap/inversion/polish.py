@@ -19,13 +19,13 @@ from torch import Tensor
 from rgap import memory
 from rgap.jacobian.batch_loss import BatchLoss
 from rgap.jacobian.eliminated import Eliminated
-from rgap.jacobian.layer import Rows
+from rgap.jacobian.layer import ParameterRows
 from rgap.jacobian.linearisation import Linearisation
 from rgap.jacobian.normal import Inverse, Normal
 from rgap.jacobian.weights import objective, residuals, row_misfits, row_weights, update_noise
 from rgap.limits import FITS
 from rgap.network.chain import Chain
-from rgap.precision import Known, Precision
+from rgap.precision import Estimate, Precision
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class Polished:
         eliminated: they were.
     """
 
-    data: Known
+    data: Estimate
     misfit: float
     misfits: dict[str, float]
     iterations: int
@@ -69,8 +69,8 @@ class Polished:
 def polish(
     chain: Chain,
     gradients: Mapping[str, Tensor],
-    start: Known,
-    kappa: Known | BatchLoss,
+    start: Estimate,
+    kappa: Estimate | BatchLoss,
     precision: Precision,
     precondition: Inverse | None,
     width: float = 1.0,
@@ -122,7 +122,7 @@ def polish(
                 point, misfits, gradients, weights, precondition, BRIEF, free
             )
             hard = max(misfits.values()) > FITS
-        data = Known(point.x, start.error)
+        data = Estimate(point.x, start.error)
         if hard:
             numbers = sum(stage.affine.weight.numel() for stage in chain.stages)
             need = HELD * numbers
@@ -143,14 +143,14 @@ def polish(
                 max(1, min(samples, int(max(room, memory.LEAST) / need))) if room < inf else samples
             )
             few = replace(precision, samples=samples, seed=precision.seed + 1)
-            noise = update_noise(point, Known(kappa.value, kappa.error[:samples]), few)
+            noise = update_noise(point, Estimate(kappa.value, kappa.error[:samples]), few)
             errors, count, done = _normal(point, weights, free).solve(
                 noise, precondition, FULL, 3e-2
             )
             used, full = used + count, full and done
             if full and untaken > 0:  # it stopped before its own optimum: it is at least that far
                 errors = errors * max(1.0, untaken / float(errors.square().mean().sqrt()))
-            data = Known(point.x, errors if full else start.error)
+            data = Estimate(point.x, errors if full else start.error)
     log.debug("polish: %d iterations, misfit %.2g, full %s", used, max(misfits.values()), full)
     if head is not None and free:
         head = head.explained(point.outputs, point.kappa)
@@ -161,11 +161,11 @@ def polish(
 
 def _freed(
     point: Linearisation,
-    kappa: Known,
+    kappa: Estimate,
     head: BatchLoss,
     gradients: Mapping[str, Tensor],
     precision: Precision,
-) -> tuple[Linearisation, Rows] | None:
+) -> tuple[Linearisation, ParameterRows] | None:
     """The point with the κ that explains most of the update at its x, and the weights of the rows.
 
     None where the targets say what κ is, or where it cannot be eliminated; a head alone says
@@ -182,7 +182,7 @@ def _freed(
     return held.moved(held.x, held.kappa + eliminated.explained(rows)[0][0]), weights
 
 
-def _normal(point: Linearisation, weights: Rows, free: bool) -> Normal:
+def _normal(point: Linearisation, weights: ParameterRows, free: bool) -> Normal:
     return Normal(point, weights, Eliminated.of(point, weights) if free else None)
 
 
@@ -190,7 +190,7 @@ def _step(
     point: Linearisation,
     misfits: dict[str, float],
     gradients: Mapping[str, Tensor],
-    weights: Rows,
+    weights: ParameterRows,
     precondition: Inverse,
     limit: int,
     free: bool,

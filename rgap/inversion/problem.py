@@ -9,13 +9,13 @@ from math import prod
 from torch import Tensor, nn
 
 from rgap import memory, validation
-from rgap.completion.complete import Filling
+from rgap.completion.complete import PriorSchedule
 from rgap.doubles import Doubles
 from rgap.head.behind import behind
 from rgap.head.ending import folded
 from rgap.network.chain import Chain, parse, unparsed
 from rgap.network.probing import UnreadyError
-from rgap.precision import Known, Precision
+from rgap.precision import Estimate, Precision
 from rgap.progress import Watch, silent
 from rgap.recursion.descend import Descent, Reached, Unpool, descend
 from rgap.recursion.stage import BUDGET
@@ -46,7 +46,7 @@ class Problem:
     budget: float  # bytes for the matrices of one layer; without room for them: no matrices
     room: float  # bytes for everything together
     unready: str = ""  # why the model, in train mode, is no function of the data
-    filling: Filling | None = None  # None: stop where the equations end
+    filling: PriorSchedule | None = None  # None: stop where the equations end
     notes: tuple[str, ...] = ()  # what was read off the update before anything was solved
 
     @property
@@ -72,8 +72,8 @@ class Problem:
     def descend(
         self,
         index: int,
-        features: Known,
-        cotangent: Known,
+        features: Estimate,
+        cotangent: Estimate,
         watch: Watch = silent,
         unpool: Unpool | None = None,
     ) -> Descent:

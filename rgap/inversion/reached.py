@@ -18,7 +18,7 @@ from rgap.head.features import features_from_bias, rank_one_tolerance
 from rgap.inversion.problem import Problem
 from rgap.limits import SAFETY
 from rgap.network.chain import Stage
-from rgap.precision import Known, carried
+from rgap.precision import Estimate, carried
 from rgap.recursion.descend import Descent
 
 
@@ -54,7 +54,7 @@ def certified_features(problem: Problem, descent: Descent) -> Reached:
     return Reached({stages[i].name: known.value for i, known in found.items()})
 
 
-def _contradiction(problem: Problem, stage: Stage, above: Stage, u: Known) -> str:
+def _contradiction(problem: Problem, stage: Stage, above: Stage, u: Estimate) -> str:
     """Why the input of ``above``, read off its own gradient, is not what ``u`` makes; or ""."""
     affine, precision = above.affine, problem.precision
     if affine.geometry is not None or affine.bias_name is None:
@@ -79,7 +79,7 @@ def _contradiction(problem: Problem, stage: Stage, above: Stage, u: Known) -> st
             x = op.forward(x)
         return x
 
-    made = carried(rise, Known(z, own))
+    made = carried(rise, Estimate(z, own))
     made_error = made.error + precision.rounding(made.value)
     gap = float((made.value - read.value).norm())
     spread = (read.error.square() + made_error.square()).flatten(1).sum(1).mean().sqrt()

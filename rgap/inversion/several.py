@@ -11,7 +11,7 @@ from rgap.halt import HaltKind
 from rgap.head.target import Reading
 from rgap.inversion import certificate, outcomes
 from rgap.inversion.answer import gathered
-from rgap.inversion.batch_rows import Rows, batch_of, in_order, start, with_separation
+from rgap.inversion.batch_rows import BatchRows, batch_of, in_order, start, with_separation
 from rgap.inversion.certificate import Answer
 from rgap.inversion.parts import in_parts
 from rgap.inversion.polish import polish
@@ -53,7 +53,7 @@ def from_pair(problem: Problem, chain: Chain, above: str, show: Progress) -> Rec
     if descent.refuted:
         return None
 
-    def certified(whole: Descent) -> tuple[Recovery, Rows | None]:
+    def certified(whole: Descent) -> tuple[Recovery, BatchRows | None]:
         return _certified(own, whole, found, above, show)[0], None
 
     if descent.data is not None:
@@ -160,7 +160,7 @@ def _certified(
     none = torch.zeros(rows, device=place)
     answer = Answer(
         descent, polished, Reading(none[:0], none, 0.0, 0.0),
-        Rows(torch.arange(rows, device=place), none, torch.ones_like(none, dtype=torch.long)),
+        BatchRows(torch.arange(rows, device=place), none, torch.ones_like(none, dtype=torch.long)),
         gathered=gathered(own.chain, polished), cast=certificate.cast_of(own.precision),
     )  # fmt: skip
     if certificate.excess(answer, own) > own.slack:

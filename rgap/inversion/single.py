@@ -24,7 +24,7 @@ from rgap.inversion.reports import layer_reports
 from rgap.inversion.trying import Trial, try_targets
 from rgap.limits import REFUTED
 from rgap.network.prefix import Prefix, reaches
-from rgap.precision import Known
+from rgap.precision import Estimate
 from rgap.progress import Progress
 from rgap.recovery import Candidate, Recovery, Status
 from rgap.recursion.descend import Descent
@@ -92,7 +92,7 @@ def _certified(
     own: Problem,
     prefix: Prefix,
     descent: Descent,
-    k: Known,
+    k: Estimate,
     above: str,
     show: Progress,
 ) -> Recovery:
@@ -150,7 +150,7 @@ def _certified(
     return _recovery(problem, own, answer, trial, above)
 
 
-def _trial(problem: Problem, prefix: Prefix, known: Known) -> Trial:
+def _trial(problem: Problem, prefix: Prefix, known: Estimate) -> Trial:
     if prefix.argument:
         return Trial(
             None, None, f"the model takes other inputs besides '{prefix.argument}', not known here"

@@ -18,7 +18,7 @@ from rgap.head.target import unseen_of
 from rgap.inversion.problem import Problem
 from rgap.inversion.replay import replay
 from rgap.limits import ROUNDED, SAFETY, USEFUL, VANISHING
-from rgap.precision import Known
+from rgap.precision import Estimate
 from rgap.update.targets import CLASSES
 
 __all__ = ["Trial", "try_targets"]
@@ -47,7 +47,7 @@ class Trial:
     bound: float | None = None
 
 
-def try_targets(problem: Problem, known: Known, parameter: str) -> Trial:
+def try_targets(problem: Problem, known: Estimate, parameter: str) -> Trial:
     """The one target of a single known input that reproduces the whole update.
 
     A target is reproduced if every tensor of its replay is within what rounding, noise and the
@@ -111,7 +111,7 @@ def _draws(module: Any) -> bool:
 
 
 def _options(
-    problem: Problem, known: Known, parameter: str
+    problem: Problem, known: Estimate, parameter: str
 ) -> tuple[Sequence[Tensor], float | None] | str:
     """Targets worth a replay, the likeliest first, and their bound; or why there are none."""
     if problem.labels is not None:
@@ -150,7 +150,7 @@ def _options(
 
 
 def _continuous(
-    problem: Problem, model: nn.Module, known: Known, parameter: str
+    problem: Problem, model: nn.Module, known: Estimate, parameter: str
 ) -> tuple[Tensor, float] | str:
     """The dense target whose cotangent at the outputs explains one parameter's gradient; its bound.
 

@@ -18,7 +18,7 @@ from rgap.head.target import Reading, read_weighed
 from rgap.inversion.answer import top_features
 from rgap.inversion.problem import Problem
 from rgap.limits import ENSEMBLE, FITS
-from rgap.precision import Known
+from rgap.precision import Estimate
 from rgap.update.losses import Loss
 
 __all__ = ["Weighed", "weighed"]
@@ -39,7 +39,7 @@ class Weighed:
     spread: float | Tensor
 
 
-def weighed(problem: Problem, data: Known) -> Weighed | str:
+def weighed(problem: Problem, data: Estimate) -> Weighed | str:
     """The target and the factor of every sample, or why they do not follow.
 
     Args:
@@ -55,7 +55,7 @@ def weighed(problem: Problem, data: Known) -> Weighed | str:
         return f"under {loss.name} with targets {loss.targets!r} a factor is part of the target"
     stage = chain.stages[-1]
     features = top_features(chain, data)
-    flat = Known(features.value.flatten(1), features.error.flatten(2))
+    flat = Estimate(features.value.flatten(1), features.error.flatten(2))
     kappa = _cotangents(problem, flat)
     if isinstance(kappa, str):
         return kappa
@@ -63,8 +63,8 @@ def weighed(problem: Problem, data: Known) -> Weighed | str:
     readings = [
         read_weighed(
             stage,
-            Known(features.value[i : i + 1], features.error[:, i : i + 1]),
-            Known(kappa.value[i : i + 1], kappa.error[:, i : i + 1]),
+            Estimate(features.value[i : i + 1], features.error[:, i : i + 1]),
+            Estimate(kappa.value[i : i + 1], kappa.error[:, i : i + 1]),
             single,
             problem.precision,
         )
@@ -107,7 +107,7 @@ def _together(z: Tensor, readings: list[Reading], loss: Loss) -> Weighed | str:
     return Weighed(labels, factors, spread)
 
 
-def _cotangents(problem: Problem, features: Known) -> Known | str:
+def _cotangents(problem: Problem, features: Estimate) -> Estimate | str:
     """κ [B, C] with its errors, from ``[G | ∂b] = κᵀ [u | 1]``."""
     affine, precision = problem.chain.stages[-1].affine, problem.precision
     table, moved = [features.value], [features.error]
@@ -145,4 +145,4 @@ def _cotangents(problem: Problem, features: Known) -> Known | str:
             f"the gradient of the last layer is not that of these samples (it misses by "
             f"{misfit:.1e} standard errors)"
         )
-    return Known(kappa, own + carried) if misfit < inf else "not finite"
+    return Estimate(kappa, own + carried) if misfit < inf else "not finite"

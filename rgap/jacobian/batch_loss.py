@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rgap.precision import Known, Precision
+from rgap.precision import Estimate, Precision
 from rgap.update.losses import Loss
 from rgap.update.targets import CLASSES
 
@@ -60,7 +60,7 @@ class BatchLoss:
         )
         return self.scale * flat.reshape(count, rows, classes)
 
-    def known(self, outputs: Tensor, precision: Precision) -> Known:
+    def known(self, outputs: Tensor, precision: Precision) -> Estimate:
         """κ with what the client's own evaluation of the loss rounds, [R, C].
 
         A softmax rounds p relative to itself, and p − 1 relative to 1.
@@ -71,7 +71,7 @@ class BatchLoss:
         else:
             own = self._single.rounding(outputs, self.targets)
         near = torch.maximum(kappa.abs(), self.scale * own)
-        return Known(kappa, precision.normal(2.0 * near * precision.unit + precision.floor))
+        return Estimate(kappa, precision.normal(2.0 * near * precision.unit + precision.floor))
 
     @property
     def _single(self) -> Loss:

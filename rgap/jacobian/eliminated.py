@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rgap.jacobian.layer import Rows
+from rgap.jacobian.layer import ParameterRows
 from rgap.jacobian.linearisation import Linearisation
 from rgap.solvers.positive import backsolve, cholesky_in_place
 
@@ -35,11 +35,11 @@ class Eliminated:
     """
 
     point: Linearisation
-    weights: Rows
+    weights: ParameterRows
     lower: Tensor
 
     @classmethod
-    def of(cls, point: Linearisation, weights: Rows) -> Eliminated | None:
+    def of(cls, point: Linearisation, weights: ParameterRows) -> Eliminated | None:
         """None where κ has too many entries, or the features do not tell them apart."""
         kappa = point.kappa
         size = kappa.numel()
@@ -53,7 +53,7 @@ class Eliminated:
         lower = cholesky_in_place((matrix + matrix.T) / 2)
         return None if lower is None else cls(point, weights, lower)
 
-    def explained(self, rows: Rows) -> tuple[Tensor, Rows]:
+    def explained(self, rows: ParameterRows) -> tuple[Tensor, ParameterRows]:
         """The κ that explains most of S updates [S, B, C], and what it leaves of them, P r."""
         found, left = None, rows
         for _ in range(PASSES):
@@ -66,5 +66,5 @@ class Eliminated:
         return found, left
 
 
-def _on_kappa(point: Linearisation, weights: Rows, rows: Rows) -> Tensor:
+def _on_kappa(point: Linearisation, weights: ParameterRows, rows: ParameterRows) -> Tensor:
     return point.pulls({n: rows[n] * weights[n].square() for n in rows})[1]

@@ -13,7 +13,7 @@ from torch import Tensor
 from rgap.constraints import convnd, gradient_constraint, gradient_rows, weight_constraint
 from rgap.network.affine import Affine
 
-Rows = dict[str, Tensor]  # by parameter name, each [S, *parameter.shape]
+ParameterRows = dict[str, Tensor]  # by parameter name, each [S, *parameter.shape]
 
 
 class Bilinear:
@@ -31,7 +31,7 @@ class Bilinear:
         self.cotangent = k
         self.patches = _patches(affine, u)  # U, [groups, C/g·offsets, B·outputs]
 
-    def push(self, du: Tensor, dk: Tensor) -> Rows:
+    def push(self, du: Tensor, dk: Tensor) -> ParameterRows:
         """DG = K du + U dk and d∂b = Σ dk, for S directions [S, B, ...]."""
         affine, count = self.affine, du.shape[0]
         if affine.geometry is None:
@@ -52,7 +52,7 @@ class Bilinear:
             out[affine.bias_name] = k.sum(-1).flatten(1)
         return out
 
-    def power(self, du: Tensor, dk: Tensor) -> Rows:
+    def power(self, du: Tensor, dk: Tensor) -> ParameterRows:
         """Mean square over each filter of what :meth:`push` gives, [S, filters].
 
         A row of a fully connected layer's is ``[dk k]ᵀ [u; du]``: its square is a form in the inner
@@ -72,7 +72,7 @@ class Bilinear:
             out[affine.bias_name] = dk.reshape(count, batch, -1).sum(1).square()
         return out
 
-    def pull_u(self, rows: Rows) -> Tensor:
+    def pull_u(self, rows: ParameterRows) -> Tensor:
         """Kᵀ y, [S, *u.shape]."""
         y = rows[self.affine.weight_name]
         if self.affine.geometry is None:
@@ -85,7 +85,7 @@ class Bilinear:
         folded = weight_constraint(self.affine, self.u_shape[0]).fold(table)
         return folded.reshape(y.shape[0], *self.u_shape)
 
-    def pull_k(self, rows: Rows) -> Tensor:
+    def pull_k(self, rows: ParameterRows) -> Tensor:
         """Uᵀ y, and the bias rows, [S, *k.shape]."""
         y = rows[self.affine.weight_name]
         if self.affine.geometry is None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rgap.jacobian.batch_loss import BatchLoss
-from rgap.jacobian.layer import Bilinear, Rows
+from rgap.jacobian.layer import Bilinear, ParameterRows
 from rgap.jacobian.node import Node, each, pull, push
 from rgap.network.activations import Activation
 from rgap.network.chain import Chain
@@ -73,9 +73,9 @@ class Linearisation:
             return torch.zeros_like(dz)
         return self.source.curvature(self.outputs, dz)
 
-    def gradients(self) -> Rows:
+    def gradients(self) -> ParameterRows:
         """g(x): the update's weight and bias gradients, by parameter name."""
-        out: Rows = {}
+        out: ParameterRows = {}
         for node in self.nodes:
             out[node.stage.affine.weight_name] = node.stage.affine.weight_gradient(node.u, node.k)
             if node.stage.affine.bias_name is not None:
@@ -84,7 +84,7 @@ class Linearisation:
 
     def jvp(
         self, dx: Tensor | None, dkappa: Tensor | None = None, inject: Precision | None = None
-    ) -> Rows:
+    ) -> ParameterRows:
         """J dx for S directions [S, B, *input_shape].
 
         Args:
@@ -93,16 +93,16 @@ class Linearisation:
             inject: add the rounding of the client's own forward and backward pass at every
                 step: the result is then a sample of what rounding does to the update.
         """
-        rows: Rows = {}
+        rows: ParameterRows = {}
         for node, (du, dk) in zip(self.nodes, self.tangents(dx, dkappa, inject), strict=True):
             rows |= node.gradient.push(du, dk)
         return rows
 
     def power(
         self, dx: Tensor | None, dkappa: Tensor | None = None, inject: Precision | None = None
-    ) -> Rows:
+    ) -> ParameterRows:
         """Mean square over each filter of :meth:`jvp`, by parameter name [S, filters]."""
-        rows: Rows = {}
+        rows: ParameterRows = {}
         for node, (du, dk) in zip(self.nodes, self.tangents(dx, dkappa, inject), strict=True):
             rows |= node.gradient.power(du, dk)
         return rows
@@ -171,11 +171,11 @@ class Linearisation:
                     dk = pull(op, before, dk)
         return found
 
-    def vjp(self, rows: Rows) -> Tensor:
+    def vjp(self, rows: ParameterRows) -> Tensor:
         """Jᵀ y for S row vectors: the directions [S, B, *input_shape]."""
         return self.pulls(rows)[0]
 
-    def pulls(self, rows: Rows) -> tuple[Tensor, Tensor]:
+    def pulls(self, rows: ParameterRows) -> tuple[Tensor, Tensor]:
         """Transpose of :meth:`jvp` in both arguments: on x, and on κ [S, B, *head.out_shape]."""
         last = len(self.nodes) - 1
         bar_z: list[Tensor | None] = [None] * len(self.nodes)
@@ -213,9 +213,9 @@ class Linearisation:
         assert back is not None
         return back, own
 
-    def squares(self) -> Rows:
+    def squares(self) -> ParameterRows:
         """Σ k²u² (and Σ k²) per gradient entry: what the rounding of its sum scales with."""
-        out: Rows = {}
+        out: ParameterRows = {}
         for node in self.nodes:
             affine = node.stage.affine
             k2 = node.k.square()

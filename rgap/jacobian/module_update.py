@@ -40,7 +40,7 @@ def cosine_distance(own: Tensor, sent: Tensor, size: float) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Inside:
+class KnownFeatures:
     """What closed forms found inside the network.
 
     Attributes:
@@ -59,7 +59,7 @@ class Inside:
 
 
 @dataclass(frozen=True)
-class Outside:
+class ClientLoss:
     """The loss itself, where no closed form began.
 
     Attributes:
@@ -114,7 +114,7 @@ class ModuleUpdate:
         self,
         model: nn.Module,
         gradients: Mapping[str, Tensor],
-        source: Inside | Outside,
+        source: KnownFeatures | ClientLoss,
         shape: tuple[int, ...],
         dtype: torch.dtype = torch.float64,
     ) -> None:
@@ -123,7 +123,7 @@ class ModuleUpdate:
         self.sharpness = soften(self.model)
         self.source = source
         self._seen: list[Tensor] = []
-        if isinstance(source, Inside):
+        if isinstance(source, KnownFeatures):
             if not watchable(self.model, source.layer):
                 raise ValueError(
                     f"source: expected a module of the model, whose input can be watched, got "
@@ -148,7 +148,7 @@ class ModuleUpdate:
     def equations(self) -> int:
         """An upper bound on the independent equations of the data."""
         own = sum(g.numel() for g in self.gradients.values())
-        return own + (self.source.known.equations if isinstance(self.source, Inside) else 0)
+        return own + (self.source.known.equations if isinstance(self.source, KnownFeatures) else 0)
 
     def at(self, x: Tensor) -> GraphProducts:
         """The residual at x [B, *input_shape], with the products of its Jacobian."""
@@ -156,7 +156,7 @@ class ModuleUpdate:
 
     def balance(self, x: Tensor) -> None:
         """Make the misfit of what is known inside 1 at x, as that of a gradient is."""
-        if isinstance(self.source, Inside):
+        if isinstance(self.source, KnownFeatures):
             with torch.no_grad():
                 self._run(x, {})
                 misfit = self.source.known.misfit(self._seen[0].reshape(self.source.shape))
@@ -168,7 +168,7 @@ class ModuleUpdate:
         Each gradient by its rounding, the error of the cotangent, and the noise that was added to
         it; what is known inside by its own errors (Morozov's discrepancy principle).
         """
-        inside = self.source if isinstance(self.source, Inside) else None
+        inside = self.source if isinstance(self.source, KnownFeatures) else None
         blur = (GROWTH * precision.unit) ** 2 + (inside.blur**2 if inside else 0.0)
         total = sum(
             blur + precision.noise_rms(n, g) ** 2 * g.numel() * self.scales[n] ** 2
@@ -213,7 +213,7 @@ class ModuleUpdate:
 
     def features(self, x: Tensor) -> Tensor:
         """Mean square of the misfit of what is known inside, as part of the graph of x."""
-        assert isinstance(self.source, Inside)
+        assert isinstance(self.source, KnownFeatures)
         with torch.enable_grad():
             self._run(x, {})
             return (
@@ -227,7 +227,7 @@ class ModuleUpdate:
         own = torch.cat([g.flatten() for g in found if g is not None])
         sent = torch.cat([self.gradients[n].flatten() for n in leaves])
         value = cosine_distance(own, sent, float(sent.norm()))
-        if isinstance(self.source, Inside):
+        if isinstance(self.source, KnownFeatures):
             u = self._seen[0].reshape(self.source.shape)
             value = value + share * self.source.known.misfit(u).square().mean()
         return value
@@ -239,7 +239,7 @@ class ModuleUpdate:
         for n, own in zip(leaves, found, strict=True):
             assert own is not None
             parts.append(((own - self.gradients[n]) * self.scales[n]).flatten())
-        if isinstance(self.source, Inside):
+        if isinstance(self.source, KnownFeatures):
             u = self._seen[0].reshape(self.source.shape)
             parts.insert(0, self.source.known.misfit(u) * self.unit)
         return torch.cat(parts)
@@ -250,13 +250,13 @@ class ModuleUpdate:
         source = self.source
         with torch.enable_grad():
             leaves = {n: p.clone().requires_grad_() for n, p in self.parameters.items()}
-            if isinstance(source, Outside) and source.local is not None:
+            if isinstance(source, ClientLoss) and source.local is not None:
                 found = average(
                     partial(self._step, x, source), leaves, source.local, source.steps, len(x)
                 )
                 return leaves, tuple(found.values())
             outputs = self._run(x, leaves)
-            if isinstance(source, Inside):
+            if isinstance(source, KnownFeatures):
                 value = (source.cotangent * self._seen[0].reshape(source.shape)).sum()
             else:
                 value = source.value(outputs)
@@ -267,7 +267,7 @@ class ModuleUpdate:
             )
 
     def _step(
-        self, x: Tensor, source: Outside, parameters: dict[str, Tensor], rows: slice
+        self, x: Tensor, source: ClientLoss, parameters: dict[str, Tensor], rows: slice
     ) -> dict[str, Tensor]:
         value = source.value(self._run(x[rows], parameters), rows)
         found = torch.autograd.grad(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rgap.jacobian.eliminated import Eliminated
-from rgap.jacobian.layer import Rows
+from rgap.jacobian.layer import ParameterRows
 from rgap.jacobian.linearisation import Linearisation
 from rgap.solvers.positive import backsolve, cholesky_in_place, extremes
 
@@ -34,21 +34,21 @@ class Normal:
     """
 
     point: Linearisation
-    weights: Rows
+    weights: ParameterRows
     free: Eliminated | None = None
 
     def apply(self, v: Tensor) -> Tensor:
         """JᵀΣ⁻¹J v for S directions [S, B, *input_shape]."""
         return self.adjoint(self.point.jvp(v))
 
-    def adjoint(self, rows: Rows) -> Tensor:
+    def adjoint(self, rows: ParameterRows) -> Tensor:
         """JᵀΣ⁻¹ r for S updates, or JᵀΣ⁻¹P r."""
         if self.free is not None:
             rows = self.free.explained(rows)[1]
         return self.point.vjp({n: rows[n] * self.weights[n].square() for n in rows})
 
     def solve(
-        self, rows: Rows, precondition: Inverse, limit: int, tolerance: float
+        self, rows: ParameterRows, precondition: Inverse, limit: int, tolerance: float
     ) -> tuple[Tensor, int, bool]:
         """Least-squares solutions for S updates by preconditioned CG, all at once.
 

@@ -8,17 +8,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from rgap.jacobian.layer import Rows, pooled
+from rgap.jacobian.layer import ParameterRows, pooled
 from rgap.jacobian.linearisation import Linearisation
-from rgap.precision import Known, Precision
+from rgap.precision import Estimate, Precision
 
 
 def row_weights(
     point: Linearisation,
-    kappa: Known,
+    kappa: Estimate,
     precision: Precision,
-    others: Iterable[Rows] = (),
-) -> Rows:
+    others: Iterable[ParameterRows] = (),
+) -> ParameterRows:
     """1/σ per gradient entry, pooled over each filter.
 
     σ holds the rounding of the entry's own sum, the stated noise, and what the client's rounding
@@ -48,27 +48,27 @@ def row_weights(
     }
 
 
-def _update_std(point: Linearisation, precision: Precision) -> Rows:
+def _update_std(point: Linearisation, precision: Precision) -> ParameterRows:
     """Standard error of every entry from the rounding of its own sum, and the stated noise."""
     totals = point.gradients() if len(point.x) > 1 else {}
     squares = point.squares()
     return {name: precision.update_std(name, s, totals.get(name)) for name, s in squares.items()}
 
 
-def update_noise(point: Linearisation, kappa: Known, precision: Precision) -> Rows:
+def update_noise(point: Linearisation, kappa: Estimate, precision: Precision) -> ParameterRows:
     """Samples of the update's error: rounding of the whole computation, and the stated noise."""
     carried = point.jvp(None, kappa.error, inject=precision)
     own = {n: precision.normal(s) for n, s in _update_std(point, precision).items()}
     return {name: own[name] + carried[name] for name in own}
 
 
-def residuals(point: Linearisation, gradients: Mapping[str, Tensor]) -> Rows:
+def residuals(point: Linearisation, gradients: Mapping[str, Tensor]) -> ParameterRows:
     """What was sent minus what the point sends."""
     return {name: gradients[name].reshape(g.shape) - g for name, g in point.gradients().items()}
 
 
 def row_misfits(
-    point: Linearisation, gradients: Mapping[str, Tensor], weights: Rows
+    point: Linearisation, gradients: Mapping[str, Tensor], weights: ParameterRows
 ) -> dict[str, float]:
     """Weighted rms residual of every parameter; about 1 when consistent."""
     gaps = residuals(point, gradients)

@@ -30,7 +30,7 @@ def iterate(
         limits: when to stop, and who is told.
     """
     deadline, size = time.perf_counter() + limits.seconds, prod(objective.shape)
-    preset, at, patience = objective.preset, Standing.of(state), limits.patience
+    preset, at, patience = objective.preset, RestartState.of(state), limits.patience
     with objective.kernels():
         while True:
             values, slopes = objective(at.rows)
@@ -62,7 +62,7 @@ def iterate(
 
 
 @dataclass
-class Standing:
+class RestartState:
     """A state in numbers instead of tensors, so that an iteration makes next to none.
 
     Attributes:
@@ -90,7 +90,7 @@ class Standing:
     values: Tensor
 
     @classmethod
-    def of(cls, state: State) -> Standing:
+    def of(cls, state: State) -> RestartState:
         """From tensors."""
         return cls(
             state["rows"],

@@ -19,12 +19,12 @@ from rgap.completion.complete import PASSES
 from rgap.jacobian.module_update import ModuleUpdate
 from rgap.matching.checkpoint import Checkpoint, Ended, Progress
 from rgap.matching.problem import Limits
-from rgap.solvers.gauss_newton import STOPPED, Marks, Schedule, Step
+from rgap.solvers.gauss_newton import STOPPED, DescentMarks, Schedule, Step
 from rgap.solvers.priors import Prior
 
 
 @dataclass
-class Search:
+class SearchState:
     """The state of a search; all of it goes into a checkpoint.
 
     Attributes:
@@ -62,14 +62,14 @@ class Search:
         }
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, like: Tensor) -> Search:
+    def of(cls, checkpoint: Checkpoint, like: Tensor) -> SearchState:
         """What :meth:`checkpoint` made of it."""
         held = checkpoint.tensors
         lowest, own = held["misfits"].tolist()
         marks = None
         if len(held["marks"]):
             number, weight, smoothing, damping, rest, over = held["marks"].tolist()
-            marks = Marks(int(number), weight, smoothing, damping, int(rest), bool(over))
+            marks = DescentMarks(int(number), weight, smoothing, damping, int(rest), bool(over))
         turn, stage, steps = map(int, held["place"].tolist())
         position = Position(held["x"].to(like), stage, marks)
         return cls(position, held["best"].to(like), turn, steps, lowest, own)
@@ -82,7 +82,7 @@ def search(
     schedule: Schedule,
     bounds: tuple[float, float] | None,
     limits: Limits,
-) -> tuple[Ended, Search]:
+) -> tuple[Ended, SearchState]:
     """The batch of the lowest misfit that any start leads to.
 
     Args:
@@ -96,12 +96,12 @@ def search(
     deadline = time.perf_counter() + schedule.seconds
     equations.settle(starts[0], BLUNT)
     if limits.checkpoint is None:
-        held = Search(Position(starts[0]), starts[0])
+        held = SearchState(Position(starts[0]), starts[0])
         for start in starts:  # what comes back is no worse than what went in
             held.note(start, equations.misfit(start))
         held.own = inf
     else:
-        held = Search.of(limits.checkpoint, starts[0])
+        held = SearchState.of(limits.checkpoint, starts[0])
 
     def project(x: Tensor) -> Tensor:
         return x if bounds is None else x.clamp(*bounds)

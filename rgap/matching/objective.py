@@ -12,7 +12,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from rgap.jacobian.module_update import Outside, cosine_distance
+from rgap.jacobian.module_update import ClientLoss, cosine_distance
 from rgap.matching.batch_norm import Statistics
 from rgap.matching.presets import Coordinates, Preset
 from rgap.network.isolation import convolution_work, plain_kernels, small_kernels
@@ -48,7 +48,7 @@ class Objective:
         self,
         model: nn.Module,
         gradients: Mapping[str, Tensor],
-        source: Outside,
+        source: ClientLoss,
         shape: tuple[int, ...],
         preset: Preset,
         coordinates: Coordinates,

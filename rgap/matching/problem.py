@@ -9,7 +9,7 @@ from math import inf
 import torch
 from torch import Tensor, nn
 
-from rgap.jacobian.module_update import Outside
+from rgap.jacobian.module_update import ClientLoss
 from rgap.labels import estimate
 from rgap.matching.checkpoint import Checkpoint, Progress
 from rgap.matching.presets import Preset
@@ -43,7 +43,7 @@ class SearchProblem:
     client: ClientView
     gradients: dict[str, Tensor]
     shape: tuple[int, ...]
-    source: Outside
+    source: ClientLoss
     start: Tensor | None
     prior: Prior | None
     precision: Precision
@@ -106,7 +106,7 @@ class SearchProblem:
             client,
             {n: g.detach().to(place) for n, g in update.gradients.items() if precision.sent(n)},
             shape,
-            Outside(update.loss, known, local, update.local_steps),
+            ClientLoss(update.loss, known, local, update.local_steps),
             None if start is None else _start(start, shape).to(place),
             _prior(prior, preset, client),
             precision,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rgap import memory, validation
-from rgap.completion.complete import Filling, grey
+from rgap.completion.complete import PriorSchedule, grey
 from rgap.jacobian.module_update import ModuleUpdate
 from rgap.matching.checkpoint import Checkpoint, Ended, Progress, digest
 from rgap.matching.first_order import first, iterate, random_rows
@@ -274,7 +274,7 @@ def _newton(problem: SearchProblem, limits: Limits) -> Matching:
     ]
     if problem.start is not None:
         starts[0] = problem.start.to(like)
-    filling = Filling.of(problem.prior, 1.0, shape[1:], bounds)
+    filling = PriorSchedule.of(problem.prior, 1.0, shape[1:], bounds)
     target = equations.expected(problem.precision)
     schedule = replace(
         filling.schedule, seconds=limits.seconds, steps=limits.iterations, target=target

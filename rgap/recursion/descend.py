@@ -21,13 +21,13 @@ from rgap.network.activations import Activation
 from rgap.network.chain import Chain, Stage
 from rgap.network.pooling import LinearMap, Pool
 from rgap.network.reshape import Op, Reshape
-from rgap.precision import UNKNOWN, Known, Precision
+from rgap.precision import UNKNOWN, Estimate, Precision
 from rgap.progress import Watch, silent
 from rgap.recursion.stage import BUDGET, StageSolution, solve_stage
 
 log = logging.getLogger(__name__)
 
-Unpool = Callable[[int, Op, Known, Known], tuple[Known, Known] | None]
+Unpool = Callable[[int, Op, Estimate, Estimate], tuple[Estimate, Estimate] | None]
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ class Reached:
     """
 
     index: int
-    k: Known
-    u: Known | None
-    z: Known | None
+    k: Estimate
+    u: Estimate | None
+    z: Estimate | None
 
 
 @dataclass(frozen=True)
@@ -62,21 +62,21 @@ class Descent:
         completed: the data come from a completion, not from the equations of every stage.
         mistaken: units of a ReLU, on average, that are on but within their error of off.
         partial: the data where only some of their entries are determined; the others are marked
-            as unknown (see :class:`Known`).
+            as unknown (see :class:`Estimate`).
     """
 
     reached: Reached
     solutions: Mapping[int, StageSolution] = field(default_factory=dict)
-    inputs: Mapping[int, Known] = field(default_factory=dict)
-    features: Mapping[int, Known] = field(default_factory=dict)
-    cotangents: Mapping[int, Known] = field(default_factory=dict)
-    data: Known | None = None
+    inputs: Mapping[int, Estimate] = field(default_factory=dict)
+    features: Mapping[int, Estimate] = field(default_factory=dict)
+    cotangents: Mapping[int, Estimate] = field(default_factory=dict)
+    data: Estimate | None = None
     halt: Halt | None = None
     completed: bool = False
     mistaken: float = 0.0
-    partial: Known | None = None
+    partial: Estimate | None = None
 
-    def require_data(self) -> Known:
+    def require_data(self) -> Estimate:
         """The recovered data.
 
         Raises:
@@ -149,7 +149,7 @@ class Descent:
         return self.worst[1] > REFUTED
 
 
-def _mistaken(tail: tuple[Op, ...], x: Known) -> float:
+def _mistaken(tail: tuple[Op, ...], x: Estimate) -> float:
     """Units of a ReLU below x that are on by less than their error, on average.
 
     Those that are on are spread about evenly up to twice their mean.
@@ -165,7 +165,7 @@ def _mistaken(tail: tuple[Op, ...], x: Known) -> float:
 
 
 def _vanished(
-    stage: Stage, gradients: Mapping[str, Tensor], k: Known, precision: Precision
+    stage: Stage, gradients: Mapping[str, Tensor], k: Estimate, precision: Precision
 ) -> bool:
     """True if ∂b = k of one sample is 0 throughout, as above saturated units, and G with it.
 
@@ -204,10 +204,14 @@ def descend(
         The :class:`Descent`; ``data`` is None when ``halt`` says where it ended.
     """
     solutions = dict[int, StageSolution]()
-    inputs, features, cotangents = dict[int, Known](), dict[int, Known](), dict[int, Known]()
+    inputs, features, cotangents = (
+        dict[int, Estimate](),
+        dict[int, Estimate](),
+        dict[int, Estimate](),
+    )
 
     def ended(
-        halt: Halt | None, *, data: Known | None = None, partial: Known | None = None
+        halt: Halt | None, *, data: Estimate | None = None, partial: Estimate | None = None
     ) -> Descent:
         return Descent(
             reached, solutions, inputs, features, cotangents, data, halt, partial=partial,
@@ -223,7 +227,7 @@ def descend(
             name = stage.affine.weight_name
             # A gradient that was not sent says nothing: K = 0, and the weight constraints are left.
             heard = precision.sent(name) and not _vanished(stage, gradients, k, precision)
-            own = k if heard else Known(0.0 * k.value, 0.0 * k.error)
+            own = k if heard else Estimate(0.0 * k.value, 0.0 * k.error)
             step = solve_stage(
                 stage.affine, stage.affine.sent(gradients), known, own, precision, budget,
                 parts=index == 0 and chain.complete,
@@ -263,16 +267,16 @@ def descend(
     return ended(Halt(HaltKind.BARRIER, barrier.node, barrier.words))
 
 
-def _carried(stage: Stage, k: Known, precision: Precision) -> Known:
+def _carried(stage: Stage, k: Estimate, precision: Precision) -> Estimate:
     """The cotangent at the input of an affine map, ``Wᵀ k``, with its errors."""
     adjoint = stage.affine.adjoint
     # The terms of the client's sum rounded, however small a result they cancel to.
     terms = stage.affine.adjoint_of_squares(k.value.square())
     rounded = precision.normal(precision.sum_std(terms))
-    return Known(adjoint(k.value), _map(adjoint, k.error) + rounded)
+    return Estimate(adjoint(k.value), _map(adjoint, k.error) + rounded)
 
 
-def _cut(stage: Stage, data: Known) -> Halt | None:
+def _cut(stage: Stage, data: Estimate) -> Halt | None:
     """What a ReLU of the data leaves open, and what no kernel of the first layer reads."""
     missing = int((~data.known).sum())
     if not missing:
@@ -283,9 +287,9 @@ def _cut(stage: Stage, data: Known) -> Halt | None:
     return Halt.unread(stage.name, data.known.numel(), missing)
 
 
-def _data(stage: Stage, u: Known, precision: Precision) -> Known | None:
+def _data(stage: Stage, u: Estimate, precision: Precision) -> Estimate | None:
     """Data of which u is the input of the first affine map, some entries marked as unknown."""
-    k = Known(torch.zeros_like(u.value), torch.zeros_like(u.error))
+    k = Estimate(torch.zeros_like(u.value), torch.zeros_like(u.error))
     lifted = _lift(stage, u, k, precision)
     return None if isinstance(lifted, Halt) else lifted[0]
 
@@ -315,8 +319,8 @@ def _no_inverse(op: Op) -> Halt:
 
 
 def _lift(
-    stage: Stage, u: Known, cot: Known, precision: Precision, unpool: Unpool | None = None
-) -> tuple[Known, Known] | Halt:
+    stage: Stage, u: Estimate, cot: Estimate, precision: Precision, unpool: Unpool | None = None
+) -> tuple[Estimate, Estimate] | Halt:
     """From the affine map's input u to the stage's input x, through the lead; k alike."""
     for op in reversed(stage.lead):
         if op.barrier is not None:
@@ -331,14 +335,14 @@ def _lift(
         if isinstance(op, Activation):  # of the data, or above a pooling: relu(pool(conv(x)))
             u, cot = _invert_activation(op, u, cot, precision)
             continue
-        u = Known(op.inverse(u.value), _affine_error(op, u.error))
-        cot = Known(op.adjoint(cot.value), _map(op.adjoint, cot.error))
+        u = Estimate(op.inverse(u.value), _affine_error(op, u.error))
+        cot = Estimate(op.adjoint(cot.value), _map(op.adjoint, cot.error))
     return u, cot
 
 
 def _through(
-    tail: tuple[Op, ...], x: Known, k: Known, precision: Precision
-) -> tuple[Known, Known] | Halt:
+    tail: tuple[Op, ...], x: Estimate, k: Estimate, precision: Precision
+) -> tuple[Estimate, Estimate] | Halt:
     """From a stage's output x and the cotangent there to its pre-activation z and k."""
     for op in reversed(tail):
         if op.barrier is not None:
@@ -346,14 +350,14 @@ def _through(
         if isinstance(op, Activation):
             x, k = _invert_activation(op, x, k, precision)
         else:
-            x = Known(op.inverse(x.value), _affine_error(op, x.error))
-            k = Known(op.adjoint(k.value), _map(op.adjoint, k.error))
+            x = Estimate(op.inverse(x.value), _affine_error(op, x.error))
+            k = Estimate(op.adjoint(k.value), _map(op.adjoint, k.error))
     return x, k
 
 
 def _invert_activation(
-    op: Activation, x: Known, k: Known, precision: Precision
-) -> tuple[Known, Known]:
+    op: Activation, x: Estimate, k: Estimate, precision: Precision
+) -> tuple[Estimate, Estimate]:
     """The pre-activation φ^{-1}(x) and k ⊙ φ'(z), with the errors of both.
 
     A unit of a piecewise linear φ whose sign the error leaves open shows up in the ensemble: its
@@ -364,10 +368,10 @@ def _invert_activation(
     if not bool(known.all()):  # of entries that nothing read: any value will do, none is known
         value = torch.where(known, x.value, op.forward(torch.zeros_like(x.value)))
         z, below = _invert_activation(
-            op, Known(value, torch.where(known, x.error, 0.0)), k, precision
+            op, Estimate(value, torch.where(known, x.error, 0.0)), k, precision
         )
         error = torch.where(known, z.error, x.error)
-        return Known(torch.where(known, z.value, 0.0), error), below
+        return Estimate(torch.where(known, z.value, 0.0), error), below
     # The client's own φ rounded its result, so even an exact x fixes z only to that precision.
     error = x.error + precision.rounding(x.value)
     value = x.value
@@ -375,19 +379,19 @@ def _invert_activation(
         std = error.square().mean(0).sqrt()
         active = value > ON * std
         zero = torch.zeros_like(value)
-        z = Known(
+        z = Estimate(
             torch.where(active, value, zero),
             torch.where(active, error, torch.full_like(error, UNKNOWN)),
         )
         mask = active.to(value)
-        return z, Known(k.value * mask, k.error * mask)
+        return z, Estimate(k.value * mask, k.error * mask)
     slope = op.slope(value)
     curved = op.slope_derivative(value) * error
     bend = op.slope(value + error) - slope if op.homogeneous else curved
-    z = Known(op.inverse(value), (error / slope.clamp_min(1e-300)).clamp(-UNKNOWN, UNKNOWN))
+    z = Estimate(op.inverse(value), (error / slope.clamp_min(1e-300)).clamp(-UNKNOWN, UNKNOWN))
     product = k.value * slope
     spread = k.error * slope + k.value * bend + precision.rounding(product)
-    return z, Known(product, spread)
+    return z, Estimate(product, spread)
 
 
 def _map(function: Callable[[Tensor], Tensor], ensemble: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rgap.limits import AGREE
 from rgap.network.affine import Affine
-from rgap.precision import Known, Precision
+from rgap.precision import Estimate, Precision
 from rgap.solvers.linear import Iterate, solve_lsmr
 
 MEMBERS = 4  # members of the ensemble that are solved for; the others repeat them
@@ -77,7 +77,7 @@ class MatrixFree:
 class Outcome:
     """u with its ensemble, or None where two starts disagree."""
 
-    value: Known | None
+    value: Estimate | None
     iterations: int
     condition: float
     disagreement: float
@@ -85,7 +85,7 @@ class Outcome:
 
 
 def solve_matrix_free(
-    affine: Affine, gradient: Tensor, z: Known, k: Known, precision: Precision
+    affine: Affine, gradient: Tensor, z: Estimate, k: Estimate, precision: Precision
 ) -> Outcome:
     """Weighted least squares for u by LSMR; arguments as for ``solve_stage``."""
     bias = affine.forward(z.value.new_zeros(1, *affine.in_shape))
@@ -126,11 +126,11 @@ def solve_matrix_free(
     gap = system.rows(affine.weight_gradient(u, k.value) - gradient, affine.linear(u) - target)
     cut = affine.weight.numel()
     misfits = (float(gap[:cut].square().mean().sqrt()), float(gap[cut:].square().mean().sqrt()))
-    return Outcome(Known(u, ensemble), count, condition, disagreement, misfits)
+    return Outcome(Estimate(u, ensemble), count, condition, disagreement, misfits)
 
 
 def _weighted(
-    affine: Affine, z: Known, k: Known, guess: Tensor, precision: Precision
+    affine: Affine, z: Estimate, k: Estimate, guess: Tensor, precision: Precision
 ) -> MatrixFree:
     std = _update_std(affine, guess, k, precision)
     variance = std.square_()
@@ -149,7 +149,7 @@ def _weighted(
     ).scaled()
 
 
-def _update_std(affine: Affine, u: Tensor, k: Known, precision: Precision) -> Tensor:
+def _update_std(affine: Affine, u: Tensor, k: Estimate, precision: Precision) -> Tensor:
     squares = affine.weight_gradient(u.square(), k.value.square())
     return precision.update_std(affine.weight_name, squares)
 

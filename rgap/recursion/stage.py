@@ -19,7 +19,7 @@ from rgap.constraints.partial import MOST, Kept, kept, marked
 from rgap.constraints.ranks import stage_joint_rank, weight_row_spaces
 from rgap.limits import AGREE, DETERMINED, FITS, HOPELESS, SHARP, TRUSTED
 from rgap.network.affine import Affine
-from rgap.precision import UNKNOWN, Known, Precision
+from rgap.precision import UNKNOWN, Estimate, Precision
 from rgap.recursion.matrix_free import memory, solve_matrix_free
 from rgap.solvers.kronecker import Factor, factor
 from rgap.solvers.rank import Evidence, EvidenceKind, Rank
@@ -40,14 +40,14 @@ class StageSolution:
     an input that is not determined as a whole.
     """
 
-    solution: Solution[Known | None]
+    solution: Solution[Estimate | None]
     factor: Factor | None
     cotangent: Tensor
     active: Tensor  # True where z is known, [B, *out_shape]
     gradient_misfit: float  # rms of the weighted gradient residuals; about 1 when consistent
     weight_misfit: float  # the same for the weight rows
     seconds: float
-    partial: Known | None = None
+    partial: Estimate | None = None
 
     @property
     def misfit(self) -> float:
@@ -58,8 +58,8 @@ class StageSolution:
 def solve_stage(
     affine: Affine,
     gradient: Tensor,
-    z: Known,
-    k: Known,
+    z: Estimate,
+    k: Estimate,
     precision: Precision,
     budget: float = BUDGET,
     *,
@@ -81,7 +81,7 @@ def solve_stage(
         return _without_matrix(affine, gradient, z, k, precision, start)
     stage = _Stage(affine, gradient, z, k, precision)
     solution, made = stage.solve()
-    partial: Known | None = None
+    partial: Estimate | None = None
     misfits = (0.0, 0.0)
     if solution.value is not None:
         misfits = stage.misfits(solution.value.value)
@@ -92,17 +92,17 @@ def solve_stage(
     return StageSolution(solution, made, k.value, z.known, *misfits, seconds, partial)
 
 
-def _unread(affine: Affine, known: Known, precision: Precision) -> Known:
+def _unread(affine: Affine, known: Estimate, precision: Precision) -> Estimate:
     """The input of a layer with what no kernel reads marked as unknown."""
     if bool(affine.reads.all()):
         return known
     # Signs at random: what a step above mixes of two unknown entries must not cancel.
     signs = precision.signs(known.error.shape).to(known.error)
-    return Known(known.value, torch.where(affine.reads, known.error, UNKNOWN * signs))
+    return Estimate(known.value, torch.where(affine.reads, known.error, UNKNOWN * signs))
 
 
 def _without_matrix(
-    affine: Affine, gradient: Tensor, z: Known, k: Known, precision: Precision, start: float
+    affine: Affine, gradient: Tensor, z: Estimate, k: Estimate, precision: Precision, start: float
 ) -> StageSolution:
     found = solve_matrix_free(affine, gradient, z, k, precision)
     if found.value is not None:
@@ -127,7 +127,7 @@ def _without_matrix(
 
 class _Stage:
     def __init__(
-        self, affine: Affine, gradient: Tensor, z: Known, k: Known, precision: Precision
+        self, affine: Affine, gradient: Tensor, z: Estimate, k: Estimate, precision: Precision
     ) -> None:
         self.affine, self.k, self.z, self.precision = affine, k, z, precision
         self.batch = z.value.shape[0]
@@ -141,7 +141,7 @@ class _Stage:
         self.gradient_weights = self.target.new_ones(self.kronecker.matrix.shape[:2])
         self.weight_weights = torch.ones_like(self.target)
 
-    def solve(self) -> tuple[Solution[Known | None], Factor | None]:
+    def solve(self) -> tuple[Solution[Estimate | None], Factor | None]:
         own = self.kronecker.rank(noise=self.matrix_noise())
         self.weigh(self.ridge())
         made, route = None, "gradient"
@@ -213,7 +213,7 @@ class _Stage:
         whole = Factor(weighted, self.coupling, self.weight_weights, blocks[:0])
         return kept(whole, matrix.reshape(channels * size, -1), DETERMINED)
 
-    def partial(self) -> tuple[Known | None, tuple[float, float]]:
+    def partial(self) -> tuple[Estimate | None, tuple[float, float]]:
         """What the equations fix of an input that they do not fix as a whole, and the misfits.
 
         Nothing where they contradict each other.
@@ -307,7 +307,7 @@ class _Stage:
         gain = own * information  # relative gain in information, an upper bound
         return bool(gain.median() > 0.5)
 
-    def compute(self, made: Factor) -> tuple[Known, int]:
+    def compute(self, made: Factor) -> tuple[Estimate, int]:
         """Solve for u, then once more for every member of the ensemble."""
         main = self.weighted(made, self.rows[None], self.target[None])
         table, iterations = made.solve(main, tolerance=max(1e-15, 1e-3 * self.precision.unit))
@@ -325,7 +325,7 @@ class _Stage:
         else:
             errors = torch.cat([made.solve(member, 30, tolerance=1e-2)[0] for member in members])
         folded = self.coupling.fold(errors)
-        return Known(u, folded.reshape(len(errors), *u.shape)), iterations
+        return Estimate(u, folded.reshape(len(errors), *u.shape)), iterations
 
     def perturbed(self, std: Tensor, u: Tensor, error: Tensor) -> Tensor:
         """What one draw of the update's own error and one error of k do to the gradient rows."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rgap.jacobian.batch_loss import BatchLoss
 from rgap.network.chain import Chain
-from rgap.precision import Known, Precision
+from rgap.precision import Estimate, Precision
 from rgap.separation.errors import cotangents
 from rgap.separation.mixture import Mixture
 
@@ -47,11 +47,11 @@ def hidden_distance(
     return torch.where(head.copies > 1, distance, torch.zeros_like(distance))
 
 
-def widened(known: Known, distance: Tensor, precision: Precision) -> Known:
+def widened(known: Estimate, distance: Tensor, precision: Precision) -> Estimate:
     """The features with that distance as an error of their own."""
     entries = known.value[0].numel()
     std = (distance / entries**0.5).reshape(-1, *([1] * (known.value.ndim - 1)))
-    return Known(known.value, known.error + precision.normal(std.expand_as(known.value)))
+    return Estimate(known.value, known.error + precision.normal(std.expand_as(known.value)))
 
 
 def remark(samples: Mixture, head: BatchLoss, distance: Tensor, features: Tensor) -> str:

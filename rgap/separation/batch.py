@@ -11,7 +11,7 @@ from torch import Tensor
 from rgap import memory
 from rgap.jacobian.batch_loss import BatchLoss
 from rgap.network.chain import Chain, Stage
-from rgap.precision import Known, Precision
+from rgap.precision import Estimate, Precision
 from rgap.separation.mixture import Mixture, mixture
 from rgap.update.losses import Loss
 
@@ -91,8 +91,8 @@ class Separated:
     """
 
     stage: Stage
-    features: Known
-    cotangents: Known
+    features: Estimate
+    cotangents: Estimate
     head: BatchLoss
     mixture: Mixture
     worst: float

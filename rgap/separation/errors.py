@@ -17,7 +17,7 @@ from torch import Tensor
 from rgap.jacobian.batch_loss import BatchLoss
 from rgap.limits import CLOSE, SETTLED, STILL
 from rgap.network.chain import Chain
-from rgap.precision import Known, Precision
+from rgap.precision import Estimate, Precision
 from rgap.separation.identify import pullback
 from rgap.separation.mixture import Mixture
 from rgap.separation.subspace import Consistency, Restricted
@@ -42,7 +42,7 @@ class Spread:
     """
 
     roots: Tensor
-    features: Known
+    features: Estimate
     across: Tensor
     worst: float
     restless: float
@@ -103,7 +103,7 @@ def spread(
     across = torch.stack(leaks)
     errors = (torch.stack(shifts) + steps.transpose(0, 1)) @ samples.right.T + across
     x = roots @ samples.right.T
-    features = Known(_shaped(x, affine.in_shape), _shaped(errors, affine.in_shape, 2))
+    features = Estimate(_shaped(x, affine.in_shape), _shaped(errors, affine.in_shape, 2))
     return Spread(roots, features, across, worst, restless)
 
 
@@ -129,13 +129,13 @@ def cotangents(chain: Chain, index: int, u: Tensor, head: BatchLoss) -> Tensor:
     return pull(head.cotangent(logits))
 
 
-def cotangents_above(chain: Chain, index: int, features: Known, head: BatchLoss) -> Known:
+def cotangents_above(chain: Chain, index: int, features: Estimate, head: BatchLoss) -> Estimate:
     """K with the errors that it inherits from the features, by finite differences."""
     k = cotangents(chain, index, features.value, head)
     size = features.error.abs().max().clamp_min(1e-300)
     step = 1e-6 * features.value.abs().max() / size
     moved = [cotangents(chain, index, features.value + step * e, head) for e in features.error]
-    return Known(k, (torch.stack(moved) - k) / step)
+    return Estimate(k, (torch.stack(moved) - k) / step)
 
 
 def _shaped(x: Tensor, shape: tuple[int, ...], leading: int = 1) -> Tensor:

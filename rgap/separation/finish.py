@@ -9,7 +9,7 @@ from torch import Tensor
 from rgap import memory
 from rgap.jacobian.batch_loss import BatchLoss
 from rgap.limits import REFUTED, SEPARABLE
-from rgap.precision import Known
+from rgap.precision import Estimate
 from rgap.separation.alike import hidden_distance, remark, widened
 from rgap.separation.batch import HELD, Batch, Separated, Unseparated
 from rgap.separation.errors import across_errors, cotangents, cotangents_above, spread
@@ -137,7 +137,7 @@ def _reread(batch: Batch, samples: Mixture, roots: Tensor, head: BatchLoss) -> B
 def _separated(
     batch: Batch,
     samples: Mixture,
-    known: Known,
+    known: Estimate,
     head: BatchLoss,
     worst: float,
     route: str,
@@ -162,9 +162,9 @@ def _separated(
     )
 
 
-def _lifted(samples: Mixture, roots: Tensor, inside: Tensor, across: Tensor) -> Known:
+def _lifted(samples: Mixture, roots: Tensor, inside: Tensor, across: Tensor) -> Estimate:
     """X = Q Vᵀ with its errors inside and across the row space."""
     shape = samples.stage.affine.in_shape
     error = inside @ samples.right.T + across
     x = (roots @ samples.right.T).reshape(-1, *shape)
-    return Known(x, error.reshape(*error.shape[:2], *shape))
+    return Estimate(x, error.reshape(*error.shape[:2], *shape))

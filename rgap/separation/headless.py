@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rgap.jacobian.batch_loss import BatchLoss
 from rgap.limits import CERTAIN, SEPARABLE
-from rgap.precision import Known, Precision
+from rgap.precision import Estimate, Precision
 from rgap.separation.batch import Batch, Separated, Unseparated
 from rgap.separation.between import Between, steps_between
 from rgap.separation.errors import spread
@@ -52,12 +52,12 @@ class Held(BatchLoss):
         """Zero: they are held."""
         return torch.zeros_like(directions)
 
-    def known(self, outputs: Tensor, precision: Precision) -> Known:
+    def known(self, outputs: Tensor, precision: Precision) -> Estimate:
         """The cotangents with their errors."""
         value = self.cotangent(outputs)
         if self.errors is None:
-            return Known(value, precision.rounding(value))
-        return Known(value, self.errors + precision.rounding(value))
+            return Estimate(value, precision.rounding(value))
+        return Estimate(value, self.errors + precision.rounding(value))
 
 
 def separate_headless(
@@ -159,7 +159,7 @@ def _finished(
     return Separated(
         stage,
         result.features,
-        Known(k.reshape(-1, *shape), errors[0].reshape(len(moved), -1, *shape)),
+        Estimate(k.reshape(-1, *shape), errors[0].reshape(len(moved), -1, *shape)),
         Held.of(k2, errors[1]),
         lower,
         worst,

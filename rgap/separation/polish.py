@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rgap.jacobian.batch_loss import BatchLoss
-from rgap.jacobian.layer import Rows, pooled
+from rgap.jacobian.layer import ParameterRows, pooled
 from rgap.jacobian.linearisation import Linearisation
 from rgap.jacobian.weights import objective, residuals, row_misfits, row_weights, update_noise
 from rgap.limits import LOST
@@ -150,12 +150,12 @@ class _Formed:
     """
 
     def __init__(
-        self, point: Linearisation, weights: Rows, lower: Tensor, ridge: float, free: bool
+        self, point: Linearisation, weights: ParameterRows, lower: Tensor, ridge: float, free: bool
     ) -> None:
         self.point, self.weights, self.lower, self.ridge = point, weights, lower, ridge
         self.free = free
 
-    def solve(self, rows: Rows) -> tuple[Tensor, Tensor | None]:
+    def solve(self, rows: ParameterRows) -> tuple[Tensor, Tensor | None]:
         """(JᵀΣ⁻¹J)⁻¹ JᵀΣ⁻¹ r, [S, R, n], and the part of κ [S, R, C] where that is free."""
         on_x, on_k = self.point.pulls({n: rows[n] * self.weights[n].square() for n in rows})
         if not self.free:
@@ -185,7 +185,7 @@ class _Dense:
         weights: Σ^{-1/2}.
     """
 
-    def __init__(self, point: Linearisation, weights: Rows) -> None:
+    def __init__(self, point: Linearisation, weights: ParameterRows) -> None:
         count, size = point.x.shape
         self.shape, self.weights = point.x.shape, weights
         eye = torch.eye(count * size, dtype=point.x.dtype, device=point.x.device)
@@ -193,7 +193,7 @@ class _Dense:
         table = torch.cat([(rows[n] * weights[n]).flatten(1) for n in sorted(rows)], 1).T
         self.basis, self.upper = tall_qr(table)
 
-    def solve(self, rows: Rows) -> tuple[Tensor, None]:
+    def solve(self, rows: ParameterRows) -> tuple[Tensor, None]:
         """J⁺ r, [S, R, n]."""
         rhs = torch.cat([(rows[n] * self.weights[n]).flatten(1) for n in sorted(rows)], 1)
         out: Tensor = torch.linalg.solve_triangular(self.upper, self.basis.T @ rhs.T, upper=True)
@@ -208,7 +208,9 @@ class _Dense:
         return 1.0 / smallest if smallest > LOST * largest else float("inf")
 
 
-def _solver(point: Linearisation, weights: Rows, dense: int, free: bool) -> _Dense | _Formed | None:
+def _solver(
+    point: Linearisation, weights: ParameterRows, dense: int, free: bool
+) -> _Dense | _Formed | None:
     unknowns = point.x.numel()
     rows = sum(prod(node.stage.affine.weight.shape) for node in point.nodes)
     if len(point.nodes) == 1 and rows * unknowns <= dense:
@@ -217,7 +219,7 @@ def _solver(point: Linearisation, weights: Rows, dense: int, free: bool) -> _Den
     return None if lower is None else _Formed(point, weights, lower, ridge, free)
 
 
-def normal_matrix(point: Linearisation, weights: Rows, free: bool = False) -> Tensor:
+def normal_matrix(point: Linearisation, weights: ParameterRows, free: bool = False) -> Tensor:
     """JᵀΣ⁻¹J over the entries of x [R, n], for a chain of fully connected stages; [R·n, R·n].
 
     With k_b^r, u_b^r the directions that entry r of sample b causes, each stage adds
@@ -291,9 +293,9 @@ def _flat(across: Tensor, samples: Mixture) -> Tensor:
     return across.reshape(-1, *samples.stage.affine.in_shape)
 
 
-def _pushed(point: Linearisation, dz: Tensor) -> Rows:
+def _pushed(point: Linearisation, dz: Tensor) -> ParameterRows:
     """What an error of the first pre-activation does to every row, beside the first gradient."""
-    rows: Rows = {}
+    rows: ParameterRows = {}
     for node, (du, dk) in zip(point.nodes, point.tangents(None, dz_first=dz), strict=True):
         rows |= node.gradient.push(du, dk)
     return rows

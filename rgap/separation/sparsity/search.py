@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rgap.separation.sparsity.coordinates import Layer
 
-__all__ = ["Found", "Search"]
+__all__ = ["Found", "RowSearch"]
 
 CHECKS = 16  # rows that a kernel is tried on before all rows are
 HITS = 16  # kernels of one round that are looked at closely
@@ -59,7 +59,7 @@ class Found:
         )
 
 
-class Search:
+class RowSearch:
     """Random trees of row subsets; collects the sparse directions that they lead to."""
 
     def __init__(self, layer: Layer, seed: int, guided: bool) -> None:

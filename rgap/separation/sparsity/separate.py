@@ -23,7 +23,7 @@ from torch import Tensor
 
 from rgap.separation.sparsity.coordinates import coordinates
 from rgap.separation.sparsity.samples import assemble
-from rgap.separation.sparsity.search import Search
+from rgap.separation.sparsity.search import RowSearch
 
 __all__ = ["SparseSeparation", "sparse_separation"]
 
@@ -118,7 +118,7 @@ def sparse_separation(
     layer = coordinates(weight_gradient, bias_gradient, weight, bias, rank, unit)
     if isinstance(layer, str):
         return refused(layer)
-    search = Search(layer, seed, guided)
+    search = RowSearch(layer, seed, guided)
     tried, best, done = 0, 0.0, -1
     deadline = inf if seconds is None else start + seconds
     while True:

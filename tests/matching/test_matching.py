@@ -12,7 +12,7 @@ from networks import picture, small_conv, small_mlp
 from torch import Tensor, nn
 
 import rgap
-from rgap.jacobian.module_update import Outside
+from rgap.jacobian.module_update import ClientLoss
 from rgap.matching.objective import Objective
 from rgap.matching.presets import PRESETS
 from rgap.matching.search import METHODS, Checkpoint, Ended, Progress
@@ -56,7 +56,7 @@ def test_an_objective_is_the_formula(name: str) -> None:
     labels = None if preset.joint else LABEL
     where = preset.coordinates((0.0, 1.0))
     objective = Objective(
-        model, update.gradients, Outside(update.loss, labels), (1, 2, 4, 4), preset, where
+        model, update.gradients, ClientLoss(update.loss, labels), (1, 2, 4, 4), preset, where
     )
     rows = torch.rand(2, objective.unknowns, dtype=F64, generator=torch.Generator().manual_seed(0))
     values, slopes = objective(rows)
@@ -100,7 +100,7 @@ def test_a_group_pulls_to_its_registered_mean() -> None:
     for preset in (alone, group):
         where = preset.coordinates((0.0, 1.0))
         one = Objective(
-            model, update.gradients, Outside(update.loss, LABEL), (1, 2, 4, 4), preset, where
+            model, update.gradients, ClientLoss(update.loss, LABEL), (1, 2, 4, 4), preset, where
         )
         found.append(one(rows))
     gap = rows - registered_mean(rows.reshape(3, 1, 2, 4, 4)).flatten()
@@ -164,7 +164,7 @@ def test_statistics_of_batch_norms_choose_between_batches() -> None:
     preset = replace(PRESETS["gradinversion"], group=0.0, variation=0.0, size=0.0)
     shape, where = tuple(own.shape), preset.coordinates((0.0, 1.0))
     objective = Objective(
-        model, update.gradients, Outside(update.loss, labels), shape, preset, where
+        model, update.gradients, ClientLoss(update.loss, labels), shape, preset, where
     )
     rows = torch.stack([(own - 0.5) / 0.25, (own.flip(3) * 0.5 - 0.5) / 0.25]).flatten(1)
     values = objective(rows)[0]

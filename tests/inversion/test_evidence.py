@@ -11,7 +11,7 @@ import rgap
 from rgap.constraints.determined import doubt
 from rgap.limits import AGREE, CLEAR, DETERMINED
 from rgap.network.modules import build
-from rgap.precision import Known, Precision
+from rgap.precision import Estimate, Precision
 from rgap.recursion.matrix_free import solve_matrix_free
 from rgap.recursion.stage import solve_stage
 from rgap.solvers.rank import Evidence, EvidenceKind, numerical_rank
@@ -25,7 +25,7 @@ def stage_of(module: nn.Module, shape: tuple[int, ...], seed: int = 0):
     x = torch.rand(1, *shape).double()
     k = torch.randn(1, *affine.out_shape).double()
     precision = Precision(torch.float64, seed=seed)
-    known = [Known(v, precision.rounding(v)) for v in (affine.forward(x), k)]
+    known = [Estimate(v, precision.rounding(v)) for v in (affine.forward(x), k)]
     return affine, affine.weight_gradient(x, k), *known, precision
 
 
@@ -69,7 +69,7 @@ def test_the_chance_of_agreement_with_one_open_direction_is_what_happens(spread:
     module = nn.Linear(size, 40)
     module.weight.data = weight
     affine, gradient, z, k, _ = stage_of(module, (size,))
-    nothing = Known(0.0 * k.value, 0.0 * k.error)
+    nothing = Estimate(0.0 * k.value, 0.0 * k.error)
     for seed in range(40):
         precision = Precision(torch.float64, seed=seed)
         found = solve_matrix_free(affine, 0.0 * gradient, z, nothing, precision)

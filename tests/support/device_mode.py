@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 ROOMS = tuple(str(ROOT / room) + "/" for room in ("rgap", "analysis", "solvers"))
 
 FACTORIES = frozenset(

@@ -201,7 +201,7 @@ def test_the_reader_of_english_is_found_where_there_is_one(line: str) -> None:
 
 
 def test_nothing_is_read_out_of_english() -> None:
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     files = [*(root / "rgap").rglob("*.py"), *(root / "analysis").rglob("*.py")]
     assert len(files) > 100
     found = [

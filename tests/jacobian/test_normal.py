@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rgap import Status, capture, invert
 from rgap.jacobian import normal
-from rgap.jacobian.layer import Rows
+from rgap.jacobian.layer import ParameterRows
 from rgap.jacobian.linearisation import Linearisation
 from rgap.jacobian.normal import Normal
 from rgap.models import published as models
@@ -25,7 +25,7 @@ def made() -> tuple[Normal, Tensor]:
     model = small_conv("tanh", channels=4, seed=1).double()
     point = Linearisation(parse(model, (2, 8, 8)), X, KAPPA)
     generator = torch.Generator().manual_seed(1)
-    weights: Rows = {}
+    weights: ParameterRows = {}
     for name, g in point.gradients().items():
         shape = (len(g), *([1] * (g.ndim - 1)))
         weights[name] = torch.rand(shape, generator=generator, dtype=torch.float64) + 0.5

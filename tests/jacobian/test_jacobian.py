@@ -9,7 +9,7 @@ import torch
 from networks import ACTIVATIONS, small_conv, small_mlp
 from torch import Tensor, nn
 
-from rgap.jacobian.linearisation import Linearisation, Rows
+from rgap.jacobian.linearisation import Linearisation, ParameterRows
 from rgap.network.chain import parse
 from rgap.precision import Precision
 from rgap.testing import dot_test
@@ -114,7 +114,7 @@ def case(request: pytest.FixtureRequest) -> tuple[nn.Module, Linearisation]:
     return model, Linearisation(chain, x, kappa)
 
 
-def reference(model: nn.Module, linear: Linearisation) -> Callable[[Tensor], Rows]:
+def reference(model: nn.Module, linear: Linearisation) -> Callable[[Tensor], ParameterRows]:
     """x ↦ ∂⟨κ, f(x)⟩/∂θ by autograd, for the weights and biases of linear and conv layers.
 
     In the shapes of the stages: a convolution with one place is a matrix there.
@@ -122,7 +122,7 @@ def reference(model: nn.Module, linear: Linearisation) -> Callable[[Tensor], Row
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     wanted = linear.gradients()
 
-    def gradient(x: Tensor) -> Rows:
+    def gradient(x: Tensor) -> ParameterRows:
         def value(p: dict[str, Tensor]) -> Tensor:
             out = torch.func.functional_call(model, p, (x,))
             return (out.flatten(1) * linear.kappa.flatten(1)).sum()

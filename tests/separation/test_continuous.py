@@ -14,18 +14,18 @@ from rgap import Status, capture, invert
 from rgap.inversion.polish import polish
 from rgap.jacobian.batch_loss import BatchLoss
 from rgap.jacobian.eliminated import Eliminated
-from rgap.jacobian.layer import Rows
+from rgap.jacobian.layer import ParameterRows
 from rgap.jacobian.linearisation import Linearisation
 from rgap.jacobian.normal import Normal
 from rgap.limits import FITS
 from rgap.network.chain import parse
-from rgap.precision import Known, Precision
+from rgap.precision import Estimate, Precision
 from rgap.separation.polish import normal_matrix
 
 F64 = torch.float64
 
 
-def held(activation: str = "tanh") -> tuple[Linearisation, Rows]:
+def held(activation: str = "tanh") -> tuple[Linearisation, ParameterRows]:
     """Three samples of a network of three layers with a κ of any values, and weights of rows."""
     model = mlp(activation, 2, widths=(6, 7))
     draw = torch.Generator().manual_seed(0)
@@ -38,7 +38,7 @@ def held(activation: str = "tanh") -> tuple[Linearisation, Rows]:
     return point, weights
 
 
-def columns(point: Linearisation, weights: Rows) -> Tensor:
+def columns(point: Linearisation, weights: ParameterRows) -> Tensor:
     """Σ^{-1/2} [∂g/∂κ, ∂g/∂x], one column at a time."""
     found = []
     for which, like in enumerate((point.kappa, point.x)):
@@ -111,7 +111,7 @@ def test_the_polish_on_the_whole_update_moves_targets_along() -> None:
     wrong = y + 1e-4 * torch.randn(y.shape, generator=draw, dtype=F64)
     done = polish(
         chain, {n: g.double() for n, g in update.gradients.items()},
-        Known(x + 1e-5 * off, 1e-5 * off[None].expand(8, *off.shape)),
+        Estimate(x + 1e-5 * off, 1e-5 * off[None].expand(8, *off.shape)),
         BatchLoss(LOSSES["squared"], wrong, torch.ones(3, dtype=F64)),
         Precision(F64), lambda v: v,
     )  # fmt: skip

@@ -12,10 +12,10 @@ from rgap import Status, capture, invert
 from rgap.completion.features import coarse
 from rgap.completion.max_pool import find_winners
 from rgap.constraints.known_input import Standardised, Where
-from rgap.jacobian.module_update import Inside, ModuleUpdate, Outside
+from rgap.jacobian.module_update import ClientLoss, KnownFeatures, ModuleUpdate
 from rgap.jacobian.smoothing import rounded
 from rgap.network.chain import parse
-from rgap.precision import UNKNOWN, Known, Precision
+from rgap.precision import UNKNOWN, Estimate, Precision
 from rgap.solvers.priors import TotalVariation
 from rgap.update.losses import Loss
 
@@ -53,8 +53,8 @@ def test_values_stand_where_the_winners_are_and_nothing_is_said_elsewhere() -> N
     assert after.grad is not None
     precision = Precision(F64)
     value, slope = after.detach(), after.grad
-    output = Known(value, precision.rounding(value))
-    cotangent = Known(slope, precision.rounding(slope))
+    output = Estimate(value, precision.rounding(value))
+    cotangent = Estimate(slope, precision.rounding(slope))
     pool = chain.stages[2].lead[0]
     found = find_winners(model, chain, gradients, 2, pool, output, cotangent, 20.0)
     assert found is not None and found.passed is not None
@@ -74,7 +74,7 @@ def test_no_search_at_the_data_or_with_few_equations(index: int, surplus: float)
     gradients = {n: torch.ones_like(p) for n, p in model.named_parameters()}
     pool = chain.stages[2].lead[0]
     zero = torch.zeros(1, *pool.out_shape, dtype=F64)
-    known = Known(zero, zero[None])
+    known = Estimate(zero, zero[None])
     assert not find_winners(model, chain, gradients, index, pool, known, known, 1.0, 0, surplus)
 
 
@@ -97,7 +97,7 @@ def test_channels_are_measured_in_their_own_spread() -> None:
     assert averages.places == 1 and len(averages.scale.unique()) == 1
 
 
-def silu(x: Tensor) -> tuple[nn.Module, dict[str, Tensor], Inside]:
+def silu(x: Tensor) -> tuple[nn.Module, dict[str, Tensor], KnownFeatures]:
     """A network with a known layer inside."""
     torch.manual_seed(1)
     model = nn.Sequential(
@@ -109,7 +109,7 @@ def silu(x: Tensor) -> tuple[nn.Module, dict[str, Tensor], Inside]:
     nn.functional.cross_entropy(model[2:](u), LABEL).backward()
     assert u.grad is not None
     known = Standardised.of(u.detach(), 6)
-    return model, dict(sent), Inside("2", tuple(u.shape), known, u.grad)
+    return model, dict(sent), KnownFeatures("2", tuple(u.shape), known, u.grad)
 
 
 def test_direction_is_one_minus_the_cosine_and_a_share_of_the_features() -> None:
@@ -127,7 +127,7 @@ def test_direction_is_one_minus_the_cosine_and_a_share_of_the_features() -> None
     assert torch.allclose(update.features(other), apart)
     assert torch.allclose(update.direction(other, 0.0), 1.0 - cosine)
     assert torch.allclose(update.direction(other, 2.0), 1.0 - cosine + 2.0 * apart)
-    outer = ModuleUpdate(model, sent, Outside(Loss(), LABEL), tuple(x.shape))
+    outer = ModuleUpdate(model, sent, ClientLoss(Loss(), LABEL), tuple(x.shape))
     assert float(outer.direction(x.requires_grad_(), 1.0).detach().abs()) < 1e-6
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rgap.jacobian.batch_loss import BatchLoss, loss_scale
-from rgap.jacobian.linearisation import Linearisation, Rows
+from rgap.jacobian.linearisation import Linearisation, ParameterRows
 from rgap.network.chain import parse
 from rgap.precision import Precision
 from rgap.testing import dot_test
@@ -183,17 +183,17 @@ def linear(request: pytest.FixtureRequest) -> tuple[nn.Module, Linearisation, Lo
     return model, Linearisation(parse(model, (2, 4, 4)), x, head), loss, y
 
 
-def sent(model: nn.Module, loss: Loss, y: Tensor) -> Callable[[Tensor], Rows]:
+def sent(model: nn.Module, loss: Loss, y: Tensor) -> Callable[[Tensor], ParameterRows]:
     """The client's gradient as a function of the data, the second picture twice, by autograd."""
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     index = torch.tensor([0, 1, 1, 2])
 
-    def gradient(x: Tensor) -> Rows:
-        def value(p: Rows) -> Tensor:
+    def gradient(x: Tensor) -> ParameterRows:
+        def value(p: ParameterRows) -> Tensor:
             out = torch.func.functional_call(model, p, (x[index],))
             return F.cross_entropy(out, y[index], label_smoothing=loss.label_smoothing)
 
-        found: Rows = torch.func.grad(value)(parameters)
+        found: ParameterRows = torch.func.grad(value)(parameters)
         return found
 
     return gradient

@@ -10,7 +10,7 @@ from torch import nn
 
 from rgap import Status, capture, invert
 from rgap.network.modules import build
-from rgap.precision import Known, Precision
+from rgap.precision import Estimate, Precision
 from rgap.recursion.matrix_free import MatrixFree, memory
 from rgap.recursion.stage import BUDGET, solve_stage
 from rgap.testing import dense_test
@@ -43,7 +43,7 @@ def test_both_routes_agree(module: nn.Module, shape: tuple[int, ...]) -> None:
     x = torch.rand(1, *shape).double()
     k = torch.randn(1, *affine.out_shape).double()
     precision = Precision(torch.float32)
-    known = [Known(v, precision.rounding(v)) for v in (affine.forward(x), k)]
+    known = [Estimate(v, precision.rounding(v)) for v in (affine.forward(x), k)]
     gradient = affine.weight_gradient(x, k)
     fast = solve_stage(affine, gradient, *known, precision)
     slow = solve_stage(affine, gradient, *known, precision, budget=0.0)
@@ -58,7 +58,7 @@ def test_a_deficient_layer_is_noticed() -> None:
     affine = build(module, "layer", (3, 8, 8), {id(p): n for n, p in module.named_parameters()})
     x, k = torch.rand(1, 3, 8, 8).double(), torch.randn(1, *affine.out_shape).double()
     precision = Precision(torch.float32)
-    known = [Known(v, precision.rounding(v)) for v in (affine.forward(x), k)]
+    known = [Estimate(v, precision.rounding(v)) for v in (affine.forward(x), k)]
     found = solve_stage(affine, affine.weight_gradient(x, k), *known, precision, budget=0.0)
     assert found.solution.value is None
     assert found.solution.stats.joint is None

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from rgap.analysis.joint_rank.inverses import GradientInverse, WeightInverse
 from rgap.analysis.noise_bound.channel import channel
 from rgap.analysis.noise_bound.defences import Clip, DifferentialPrivacy, Prune
-from rgap.analysis.noise_bound.fisher import Sent
+from rgap.analysis.noise_bound.fisher import WeighedJacobian
 from rgap.analysis.probe import ProbePoint
 from rgap.constraints import gradient_constraint, weight_constraint
 from rgap.constraints.known_input import KnownPart
@@ -31,7 +31,7 @@ from rgap.jacobian.batch_loss import BatchLoss
 from rgap.jacobian.eliminated import Eliminated
 from rgap.jacobian.layer import Bilinear
 from rgap.jacobian.linearisation import Linearisation
-from rgap.jacobian.module_update import ModuleUpdate, Outside
+from rgap.jacobian.module_update import ClientLoss, ModuleUpdate
 from rgap.jacobian.normal import Normal
 from rgap.jacobian.products import GraphProducts
 from rgap.jacobian.update_map import UpdateMap
@@ -39,7 +39,7 @@ from rgap.network import activations as act
 from rgap.network import pooling, reshape, scaling
 from rgap.network.chain import parse
 from rgap.network.modules import build
-from rgap.precision import Known, Precision
+from rgap.precision import Estimate, Precision
 from rgap.recursion.matrix_free import MatrixFree
 from rgap.separation.between import Between, steps_between
 from rgap.separation.headless import Held
@@ -375,8 +375,8 @@ def _() -> Iterator[Case]:
         own = KnownPart.of(
             affine,
             affine.weight_gradient(u, k),
-            Known(z, precision.rounding(z)),
-            Known(k, precision.rounding(k)),
+            Estimate(z, precision.rounding(z)),
+            Estimate(k, precision.rounding(k)),
             precision,
         )
         amplified = float(1 + own.rest.norm() * dense(affine.linear, u.shape).norm())
@@ -589,7 +589,7 @@ def _() -> Iterator[Case]:
     )
     x, y = draw(2, 1, 5, 5).sigmoid(), torch.tensor([1, 2])
     sent = capture(model.double().eval(), x, y).gradients
-    update = ModuleUpdate(model, sent, Outside(Loss(), y), tuple(x.shape))
+    update = ModuleUpdate(model, sent, ClientLoss(Loss(), y), tuple(x.shape))
     own = GraphProducts(update.rows, x + 0.1)
     yield Case(own, own.push, own.pull, x.shape, update.rows, at=x + 0.1)
     yield Case(own, own.push, lambda y: own.pulls(y[None])[0], x.shape, update.rows, at=x + 0.1)
@@ -715,7 +715,7 @@ def _() -> Iterator[Case]:
 def _() -> Iterator[Case]:
     point = probe()
     for chain in CHAINS:
-        own = Sent(point.update, channel(point, 1e-3, chain))
+        own = WeighedJacobian(point.update, channel(point, 1e-3, chain))
         total = 0.0
         for b in range(own.channel.parts):
             rows = update_jacobian().T.clone()

@@ -17,7 +17,7 @@ from rgap.constraints.nullspace import null_directions
 from rgap.constraints.ranks import overlap_bound, stage_joint_rank, weight_row_spaces
 from rgap.network.affine import Affine
 from rgap.network.modules import build
-from rgap.precision import UNKNOWN, Known, Precision
+from rgap.precision import UNKNOWN, Estimate, Precision
 from rgap.recursion.stage import solve_stage
 from rgap.testing import dense, dot_test
 
@@ -79,12 +79,12 @@ def test_ranks_and_solution_equal_the_dense_reference(case: Geometry, masked: fl
         assert solved.solution.stats.joint.nullity == unknowns - expected
 
 
-def with_unknown(z: Known, alive: Tensor) -> Known:
-    return Known(z.value * alive, torch.where(alive, z.error, UNKNOWN))
+def with_unknown(z: Estimate, alive: Tensor) -> Estimate:
+    return Estimate(z.value * alive, torch.where(alive, z.error, UNKNOWN))
 
 
-def exact(value: Tensor) -> Known:
-    return Known(value, Precision(torch.float64, seed=1).rounding(value))
+def exact(value: Tensor) -> Estimate:
+    return Estimate(value, Precision(torch.float64, seed=1).rounding(value))
 
 
 @settings(max_examples=60, deadline=None)
@@ -163,15 +163,15 @@ def test_predicted_error_matches_the_error_made(kind: str) -> None:
         x = torch.rand(batch, *shape, dtype=torch.float64)
         k = torch.randn(batch, *affine.out_shape, dtype=torch.float64)
         g = affine.weight_gradient(x, k)
-        z = Known(
+        z = Estimate(
             affine.forward(x),
             Precision(torch.float64, seed=trial).normal(
                 torch.full((batch, *affine.out_shape), 1e-6, dtype=torch.float64)
             ),
         )
         sent = g + 1e-6 * torch.randn_like(g)
-        noisy = Known(z.value + 1e-6 * torch.randn_like(z.value), z.error)
-        solved = solve_stage(affine, sent, noisy, Known(k, 0 * exact(k).error), precision)
+        noisy = Estimate(z.value + 1e-6 * torch.randn_like(z.value), z.error)
+        solved = solve_stage(affine, sent, noisy, Estimate(k, 0 * exact(k).error), precision)
         found = solved.solution.value
         true = float((found.value - x).square().mean().sqrt())
         ratios.append(float(found.error.square().mean().sqrt()) / true)

@@ -12,7 +12,7 @@ from rgap.jacobian.batch_loss import BatchLoss
 from rgap.jacobian.linearisation import Linearisation
 from rgap.jacobian.weights import row_misfits, row_weights
 from rgap.limits import FITS
-from rgap.precision import Known
+from rgap.precision import Estimate
 from rgap.separation import peeling
 from rgap.separation.batch import Batch
 from rgap.separation.errors import Spread, spread
@@ -89,7 +89,7 @@ def test_a_settled_start_that_misses_is_polished_after_all() -> None:
         torch.ones(len(LABELS), dtype=torch.float64),
     )
     draw = torch.randn(9, *x.shape, generator=torch.Generator().manual_seed(0)).double()
-    start = Known(x + 1e-9 * draw[0], 1e-12 * draw[1:])
+    start = Estimate(x + 1e-9 * draw[0], 1e-12 * draw[1:])
     point = Linearisation(batch.chain, start.value, loss)
     weights = row_weights(point, loss.known(point.outputs, batch.precision), batch.precision)
     before = max(row_misfits(point, batch.gradients, weights).values())

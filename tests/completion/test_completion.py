@@ -16,10 +16,10 @@ from rgap.completion.complete import grey, inside
 from rgap.constraints import gradient_constraint
 from rgap.constraints.known_input import Bounded, KnownPart, PlainRows, Whole
 from rgap.constraints.ranks import stage_joint_rank, weight_row_spaces
-from rgap.jacobian.module_update import Inside, ModuleUpdate, Outside
+from rgap.jacobian.module_update import ClientLoss, KnownFeatures, ModuleUpdate
 from rgap.jacobian.smoothing import soften
 from rgap.network.chain import parse
-from rgap.precision import UNKNOWN, Known, Precision
+from rgap.precision import UNKNOWN, Estimate, Precision
 from rgap.recursion.descend import Reached
 from rgap.testing import dense, dense_test, dot_test
 from rgap.update.losses import Loss
@@ -53,8 +53,8 @@ def test_the_known_part_is_the_row_space_of_both_blocks(batch: int) -> None:
     part = KnownPart.of(
         affine,
         affine.weight_gradient(u, k),
-        Known(z, precision.rounding(z)),
-        Known(k, precision.rounding(k)),
+        Estimate(z, precision.rounding(z)),
+        Estimate(k, precision.rounding(k)),
         precision,
     )
     active = torch.ones_like(z, dtype=torch.bool)
@@ -90,7 +90,7 @@ def test_products_of_any_module_are_those_of_its_jacobian(name: str) -> None:
     x = picture((2, 8, 8), 2, batch=2).double()
     targets = torch.tensor([1, 4])
     sent = capture(model, x, targets).gradients
-    update = ModuleUpdate(model, sent, Outside(Loss(), targets), tuple(x.shape))
+    update = ModuleUpdate(model, sent, ClientLoss(Loss(), targets), tuple(x.shape))
     assert float(update.at(x).residual.norm()) < 1e-9
     point = update.at(x + 0.1)
     jacobian = point.jacobian()
@@ -113,7 +113,7 @@ def test_what_is_known_inside_replaces_the_layers_above() -> None:
     u = model[1](model[0](x)).detach().requires_grad_()
     torch.nn.functional.cross_entropy(model[2:](u), LABEL).backward()
     assert u.grad is not None
-    source = Inside("2", tuple(u.shape), Whole(u.detach()), u.grad)
+    source = KnownFeatures("2", tuple(u.shape), Whole(u.detach()), u.grad)
     update = ModuleUpdate(model, sent, source, tuple(x.shape))
     assert set(update.gradients) == {"0.weight", "0.bias"}
     assert update.equations == u.numel() + sum(g.numel() for g in update.gradients.values())
@@ -214,7 +214,7 @@ def test_not_a_number_ends_in_a_stated_status() -> None:
 def test_without_room_for_a_matrix_the_rows_are_used_as_they_are() -> None:
     chain, u, z, k = stage_of(2)
     affine, precision = chain.stages[0].affine, Precision(F64)
-    known = [Known(t, precision.rounding(t)) for t in (z, k)]
+    known = [Estimate(t, precision.rounding(t)) for t in (z, k)]
     rows = PlainRows.of(affine, affine.weight_gradient(u, k), *known, precision)
     assert float(rows.misfit(u).norm()) < 1e-12 and float(rows.misfit(u + 0.1).norm()) > 1e-3
     assert torch.autograd.gradcheck(rows.misfit, (u + 0.1).requires_grad_())
@@ -229,7 +229,7 @@ def test_a_unit_that_is_off_is_an_inequality() -> None:
     """Only the units that are off and positive miss it, by their distance from the half-space."""
     chain, u, z, k = stage_of(1)
     affine, precision = chain.stages[0].affine, Precision(F64)
-    known = [Known(t, precision.rounding(t)) for t in (z, k)]
+    known = [Estimate(t, precision.rounding(t)) for t in (z, k)]
     rows = PlainRows.of(affine, affine.weight_gradient(u, k), *known, precision)
     off = z < z.median()
     bounded = Bounded.of(rows, affine, off)
@@ -273,7 +273,7 @@ def test_an_entry_that_did_not_win_a_pool_may_have_either_sign(pooled: bool) -> 
     error = precision.rounding(z)
     error[:, z < 0] = UNKNOWN
     k = torch.randn(z.shape, dtype=F64) * (z > 0)
-    reached = Reached(0, Known(k, precision.rounding(k)), None, Known(z, error))
+    reached = Reached(0, Estimate(k, precision.rounding(k)), None, Estimate(z, error))
     known = inside(chain, reached, sent, precision).known
     assert isinstance(known, KnownPart if pooled else Bounded)
 
@@ -290,7 +290,7 @@ def test_the_prior_keeps_its_weight_where_noise_explains_the_misfit() -> None:
     noisy = replace(update, gradients=sent, labels=torch.tensor([0, 1]))
     told = rgap.match(model, noisy, noise=noise, iterations=14)
     untold = rgap.match(model, noisy, iterations=14)
-    source = Outside(Loss(), torch.tensor([0, 1]))
+    source = ClientLoss(Loss(), torch.tensor([0, 1]))
     equations = ModuleUpdate(model, sent, source, tuple(x.shape))
     target = equations.expected(Precision(F64, noise))
     truth = equations.misfit(x)

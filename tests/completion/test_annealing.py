@@ -14,7 +14,7 @@ from torch import nn
 import rgap
 from rgap.completion.annealing import Position, anneal, stages
 from rgap.constraints.known_input import Whole
-from rgap.jacobian.module_update import Inside, ModuleUpdate, Outside, watchable
+from rgap.jacobian.module_update import ClientLoss, KnownFeatures, ModuleUpdate, watchable
 from rgap.solvers.gauss_newton import STOPPED, Schedule
 from rgap.solvers.priors import Squares
 
@@ -25,7 +25,7 @@ def equations(activation: nn.Module) -> ModuleUpdate:
         model = nn.Sequential(nn.Linear(4, 6), activation, nn.Linear(6, 3)).double().eval()
     x = torch.rand(1, 4, generator=torch.Generator().manual_seed(1)).double()
     update = rgap.capture(model, x, torch.tensor([1]), dtype=torch.float64)
-    source = Outside(update.loss, torch.tensor([1]))
+    source = ClientLoss(update.loss, torch.tensor([1]))
     return ModuleUpdate(model, update.gradients, source, (1, 4))
 
 
@@ -100,7 +100,7 @@ def test_an_exception_leaves_no_kink_rounded_off() -> None:
 
 
 def test_sharpness_is_set_in_one_place() -> None:
-    root = Path(__file__).resolve().parent.parent / "rgap"
+    root = Path(__file__).resolve().parents[2] / "rgap"
     found = {
         path.name
         for path in root.rglob("*.py")
@@ -127,7 +127,7 @@ def test_a_stage_that_is_no_module_is_asked_for_and_not_tried() -> None:
     model = Functional().double().eval()
     assert watchable(model, "fc") and not watchable(model, "linear")
     u = torch.rand(1, 4).double()
-    known = Inside("linear", (1, 4), Whole(u), u)
+    known = KnownFeatures("linear", (1, 4), Whole(u), u)
     sent = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
     with pytest.raises(ValueError, match="source: expected a module of the model"):
         ModuleUpdate(model, sent, known, (1, 4))

@@ -11,8 +11,8 @@ from networks import picture, small_conv
 from torch import Tensor, nn
 
 import rgap
-from rgap.jacobian.module_update import Outside
-from rgap.matching.first_order import EXPLODED, Standing, first
+from rgap.jacobian.module_update import ClientLoss
+from rgap.matching.first_order import EXPLODED, RestartState, first
 from rgap.matching.objective import TOGETHER, Objective
 from rgap.matching.presets import PRESETS, Preset
 from rgap.network.isolation import SMALL, convolution_work, small_kernels
@@ -28,14 +28,14 @@ def objective(preset: Preset, dtype: torch.dtype = F64, labels: Tensor | None = 
     update = rgap.capture(model, picture(SHAPE[1:], 1), LABEL, dtype=F64)
     where = preset.coordinates((0.0, 1.0))
     return Objective(
-        model, update.gradients, Outside(update.loss, labels), SHAPE, preset, where, dtype=dtype
+        model, update.gradients, ClientLoss(update.loss, labels), SHAPE, preset, where, dtype=dtype
     )
 
 
-def standing(count: int) -> Standing:
+def standing(count: int) -> RestartState:
     rows = torch.arange(2.0 * count, dtype=F64).reshape(count, 2)
     state = first(objective(PRESETS["ig"]), rows)
-    return Standing.of(state)
+    return RestartState.of(state)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -56,7 +56,7 @@ def test_a_standing_is_its_state() -> None:
     at.judge(torch.tensor([1.0, nan, 3.0], dtype=F64), torch.ones(3, 2, dtype=F64), 1.0)
     at.number = 7
     state = at.state()
-    again = Standing.of(state).state()
+    again = RestartState.of(state).state()
     assert all(torch.equal(tensor, again[name]) for name, tensor in state.items())
     assert all(tensor.dtype == again[name].dtype for name, tensor in state.items())
     assert state["iteration"].item() == 7 and state["best_at"].tolist() == [0, 0, 0]
