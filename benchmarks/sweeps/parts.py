@@ -12,7 +12,7 @@ import sys
 from collections import Counter
 
 import torch
-from test_parts import chain_of
+from random_geometry import chain_of
 
 import rgap
 from benchmarks.common.arguments import Arguments
