@@ -9,7 +9,7 @@ import typer
 
 from rgap.cli.command import command
 from rgap.cli.console import print_json, stdout
-from rgap.cli.options import Arguments, Json, LabelMethod, WeighedJacobian, Work, either
+from rgap.cli.options import Arguments, Json, LabelMethod, Sent, Work, either
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,7 +22,7 @@ __all__ = ["labels"]
 
 @command
 def labels(
-    sent: WeighedJacobian,
+    sent: Sent,
     work: Work,
     method: Annotated[
         str,
@@ -55,7 +55,7 @@ def labels(
 
 
 def _estimate(
-    network: nn.Module, update: Update, method: str, sent: WeighedJacobian, arguments: Arguments
+    network: nn.Module, update: Update, method: str, sent: Sent, arguments: Arguments
 ) -> LabelEstimate:
     """One method's answer; ``exact`` inverts the update for the features that it needs."""
     import torch
