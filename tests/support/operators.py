@@ -711,7 +711,7 @@ def _() -> Iterator[Case]:
             yield Case(own, clipped, clipped, (1, point.update.equations), matrix)
 
 
-@row("analysis/noise_bound/fisher.py:Sent")
+@row("analysis/noise_bound/fisher.py:WeighedJacobian")
 def _() -> Iterator[Case]:
     point = probe()
     for chain in CHAINS:
