@@ -1,16 +1,18 @@
-"""From recovered data back up to the head: its cotangent, its target, its label."""
+"""From recovered data back up to the head: its cotangent, its target, its label; and one answer."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from rgap.doubles import row_blocks
+from rgap.head.features import HeadCandidate
 from rgap.head.target import Reading, read_target, unseen_of
 from rgap.inversion.batch_rows import (
+    BatchRows,
     batch_of,
     error_of_targets,
     label_identity,
@@ -19,16 +21,134 @@ from rgap.inversion.batch_rows import (
     snapped,
     tolerance_of,
 )
-from rgap.inversion.certificate import Answer, cast_of
 from rgap.inversion.polish import Polished, polish
 from rgap.inversion.problem import Problem
 from rgap.jacobian.batch_loss import BatchLoss
-from rgap.limits import NEAREST, PASSES
+from rgap.limits import NEAREST, PASSES, SAFETY
 from rgap.network.chain import Chain, Stage
-from rgap.precision import Estimate, carried
+from rgap.network.pooling import LinearMap
+from rgap.network.reshape import Rearrange, Reshape
+from rgap.precision import Estimate, Precision, carried
 from rgap.recovery import Route
 from rgap.recursion.descend import Descent
 from rgap.separation.targets import read_from_head
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One candidate that reached the data."""
+
+    descent: Descent
+    polished: Polished
+    reading: Reading
+    rows: BatchRows | None = None  # of a batch; labels are theirs
+    apart: bool = False  # True if the inputs do not depend on the loss and the targets
+    gathered: float = 0.0  # norm of a sample, in units of the data, that rounding is relative to
+    cast: float = 0.0  # unit roundoff of a format that the data may have been cast to on their way
+    widened: float = 1.0  # times that the errors may be longer, for what few equations test them
+
+    @property
+    def labels(self) -> Tensor:
+        """The targets, in the form that the loss takes them."""
+        return self.reading.labels
+
+    @property
+    def inputs(self) -> Tensor:
+        """The recovered batch, float64."""
+        return self.polished.data.value
+
+    @property
+    def bound(self) -> float:
+        """Largest error of any entry: SAFETY standard errors, more if the misfit is larger.
+
+        A batch comes out of an orthogonal decomposition in float64, whose rounding can gather in
+        a few entries: eps times :attr:`gathered`.  Under autocast the first layer takes in data
+        that were rounded once, for all rows of its gradient alike: :attr:`cast` times their size.
+        """
+        std = float(self.polished.data.std.max())
+        bound = self.widened * SAFETY * std * max(1.0, self.polished.misfit)
+        bound += self.cast * float(self.inputs.abs().max())
+        if self.rows is None:
+            return bound
+        return max(bound, PASSES * SAFETY * torch.finfo(torch.float64).eps * self.gathered)
+
+    @property
+    def targets_bound(self) -> float | None:
+        """The same of targets that may be any numbers; None for classes and labels."""
+        error = self.reading.error
+        if not error:
+            return None
+        bound = self.widened * SAFETY * error * max(1.0, self.polished.misfit)
+        return bound + self.reading.unseen
+
+
+def cast_of(precision: Precision) -> float:
+    """Unit roundoff of half precision, to which autocast takes the data; 0 for finer formats."""
+    return precision.unit if precision.unit > torch.finfo(torch.float32).eps else 0.0
+
+
+def scaled(answer: Answer, ratio: float, candidate: HeadCandidate) -> Answer:
+    """The answer of a root that differs from another one by a positive scale alone."""
+    data = answer.polished.data
+    members = candidate.features.error[: len(data.error)]  # the full solve carries fewer of them
+    wider = Estimate(
+        ratio * data.value,
+        ratio * data.error
+        + data.value
+        * ratio
+        * members.norm(dim=-1, keepdim=True).reshape(-1, *([1] * (data.value.ndim)))
+        / candidate.features.value.norm(),
+    )
+    polished = replace(answer.polished, data=wider)
+    return replace(answer, polished=polished, reading=candidate.reading)
+
+
+def families(candidates: list[HeadCandidate], chain: Chain) -> list[list[HeadCandidate]]:
+    """Candidates that one descent answers together.
+
+    In a chain without biases whose activations are positively homogeneous, (c·x, k/c) satisfies
+    every equation below the head that (x, k) does: roots of one sign differ by a scale alone.
+    """
+    homogeneous = all(
+        stage.affine.bias is None
+        and all(isinstance(op, Reshape) or getattr(op, "homogeneous", False) for op in stage.tail)
+        and all(isinstance(op, (Reshape, Rearrange, LinearMap)) for op in stage.lead)
+        for stage in chain.stages
+    )
+    if not homogeneous:
+        return [[candidate] for candidate in candidates]
+    signs = (True, False)
+    groups = [[c for c in candidates if (c.scale > 0) is positive] for positive in signs]
+    return [group for group in groups if group]
+
+
+def matching(candidates: list[HeadCandidate], labels: Tensor | None) -> list[HeadCandidate]:
+    """The candidates whose labels are the stated ones."""
+    if labels is None:
+        return candidates
+    wanted = labels.flatten().double()
+    return [c for c in candidates if torch.equal(c.labels.flatten().double(), wanted)]
+
+
+def answers_of(
+    problem: Problem,
+    descent: Descent,
+    kappa: Estimate | BatchLoss | None,
+    family: Sequence[HeadCandidate] = (),
+) -> list[Answer]:
+    """The answer of a descent, and those that differ from it by the scale of another root.
+
+    Args:
+        problem: the update.
+        descent: that reached the data.
+        kappa: cotangent at the head, the loss of a batch, or None where the head had no part.
+        family: roots at the head, the first of which was descended from.
+    """
+    if isinstance(kappa, BatchLoss):
+        return [read_batch(problem, descent, kappa)]
+    known = head_cotangent(problem, descent) if kappa is None else kappa
+    answer = read_answer(problem, descent, known, apart=kappa is None)
+    return [answer, *(scaled(answer, one.scale / family[0].scale, one) for one in family[1:])]
 
 
 def read_answer(problem: Problem, descent: Descent, kappa: Estimate, apart: bool = False) -> Answer:

@@ -10,19 +10,17 @@ sampled through the whole update, that is small against the data.  All numbers a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import inf
 
 import torch
 from torch import Tensor
 
 from rgap.constraints.determined import doubt
-from rgap.head.features import HeadCandidate
-from rgap.head.target import Reading
+from rgap.inversion.answer import Answer
 from rgap.inversion.backing import backing
 from rgap.inversion.batch_rows import BatchRows
 from rgap.inversion.outcomes import replayed, stopped
-from rgap.inversion.polish import Polished
 from rgap.inversion.problem import Problem
 from rgap.inversion.replay import replay
 from rgap.inversion.reports import layer_reports
@@ -32,93 +30,18 @@ from rgap.limits import (
     DETERMINED,
     FITS,
     NEAREST,
-    PASSES,
     REFUTED,
     SAFETY,
     STATED,
     UNTOLD,
     USEFUL,
 )
-from rgap.precision import Estimate, Precision
 from rgap.recovery import Candidate, Recovery, Status
-from rgap.recursion.descend import Descent
 
 UNTESTED = (
     "every number of the update was used to find the answer and none is left to test it: an update "
     "that was rounded, pruned or had noise added would look the same"
 )
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One candidate that reached the data."""
-
-    descent: Descent
-    polished: Polished
-    reading: Reading
-    rows: BatchRows | None = None  # of a batch; labels are theirs
-    apart: bool = False  # True if the inputs do not depend on the loss and the targets
-    gathered: float = 0.0  # norm of a sample, in units of the data, that rounding is relative to
-    cast: float = 0.0  # unit roundoff of a format that the data may have been cast to on their way
-    widened: float = 1.0  # times that the errors may be longer, for what few equations test them
-
-    @property
-    def labels(self) -> Tensor:
-        """The targets, in the form that the loss takes them."""
-        return self.reading.labels
-
-    @property
-    def inputs(self) -> Tensor:
-        """The recovered batch, float64."""
-        return self.polished.data.value
-
-    @property
-    def bound(self) -> float:
-        """Largest error of any entry: SAFETY standard errors, more if the misfit is larger.
-
-        A batch comes out of an orthogonal decomposition in float64, whose rounding can gather in
-        a few entries: eps times :attr:`gathered`.  Under autocast the first layer takes in data
-        that were rounded once, for all rows of its gradient alike: :attr:`cast` times their size.
-        """
-        std = float(self.polished.data.std.max())
-        bound = self.widened * SAFETY * std * max(1.0, self.polished.misfit)
-        bound += self.cast * float(self.inputs.abs().max())
-        if self.rows is None:
-            return bound
-        return max(bound, PASSES * SAFETY * torch.finfo(torch.float64).eps * self.gathered)
-
-    @property
-    def targets_bound(self) -> float | None:
-        """The same of targets that may be any numbers; None for classes and labels."""
-        error = self.reading.error
-        if not error:
-            return None
-        bound = self.widened * SAFETY * error * max(1.0, self.polished.misfit)
-        return bound + self.reading.unseen
-
-
-def cast_of(precision: Precision) -> float:
-    """Unit roundoff of half precision, to which autocast takes the data; 0 for finer formats."""
-    return precision.unit if precision.unit > torch.finfo(torch.float32).eps else 0.0
-
-
-def scaled(answer: Answer, ratio: float, candidate: HeadCandidate) -> Answer:
-    """The answer of a root that differs from another one by a positive scale alone."""
-    data = answer.polished.data
-    members = candidate.features.error[: len(data.error)]  # the full solve carries fewer of them
-    wider = Estimate(
-        ratio * data.value,
-        ratio * data.error
-        + data.value
-        * ratio
-        * members.norm(dim=-1, keepdim=True).reshape(-1, *([1] * (data.value.ndim)))
-        / candidate.features.value.norm(),
-    )
-    return replace(
-        answer,
-        polished=replace(answer.polished, data=wider),
-        reading=candidate.reading,
-    )
 
 
 def certify(problem: Problem, answers: Sequence[Answer]) -> Recovery:

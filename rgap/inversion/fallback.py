@@ -17,7 +17,7 @@ from rgap.halt import Halt
 from rgap.head.features import HeadCandidate
 from rgap.head.target import read_target
 from rgap.inversion import certificate, outcomes
-from rgap.inversion.answer import head_cotangent, read_answer, read_batch, top_features
+from rgap.inversion.answer import answers_of, head_cotangent, top_features
 from rgap.inversion.batch_rows import rows_of
 from rgap.inversion.passing import suggested, unpooled
 from rgap.inversion.problem import Problem
@@ -111,7 +111,7 @@ def filled(
     reached = replace(descent, data=Estimate(found.value, rough), halt=None, completed=True)
     if sure:
         show.stage("polish on the whole update")
-        recovery = certificate.certify(problem, _read(problem, reached, kappa, family))
+        recovery = certificate.certify(problem, answers_of(problem, reached, kappa, family))
         if recovery.status in (Status.EXACT, Status.AMBIGUOUS):
             return recovery
     inputs, labels = _samples(problem, reached, kappa, found.value)
@@ -241,24 +241,6 @@ def _followed(chain: Chain) -> bool:
     """True if every step of the network has a derivative that a polish can follow."""
     ops = [op for stage in chain.stages for op in (*stage.lead, *stage.tail)]
     return chain.complete and all(op.affine or isinstance(op, Activation) for op in ops)
-
-
-def _read(
-    problem: Problem,
-    descent: Descent,
-    kappa: Estimate | BatchLoss | None,
-    family: Sequence[HeadCandidate],
-) -> list[certificate.Answer]:
-    """The answer, and those that differ from it by the scale of another root at the head."""
-    if isinstance(kappa, BatchLoss):
-        return [read_batch(problem, descent, kappa)]
-    known = head_cotangent(problem, descent) if kappa is None else kappa
-    answer = read_answer(problem, descent, known)
-    others = family[1:]
-    return [
-        answer,
-        *(certificate.scaled(answer, one.scale / family[0].scale, one) for one in others),
-    ]
 
 
 def _edges(problem: Problem, value: Tensor) -> str:

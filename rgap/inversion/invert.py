@@ -23,11 +23,10 @@ from rgap.head.features import (
 )
 from rgap.head.mapped import Mapped
 from rgap.inversion import certificate, outcomes, parts
-from rgap.inversion.answer import head_cotangent, head_gradients, read_answer, read_batch
+from rgap.inversion.answer import answers_of, families, head_gradients, matching
 from rgap.inversion.batch_rows import BatchRows, batch_of, start, with_separation
 from rgap.inversion.factor import divided, remaining
 from rgap.inversion.fallback import filled, searched
-from rgap.inversion.families import families, matching
 from rgap.inversion.merging import uncounted, unrefuted
 from rgap.inversion.problem import Problem, prepare
 from rgap.inversion.reached import certified_features
@@ -377,7 +376,7 @@ def _conclude(problem: Problem, runs: list[Run], show: Progress) -> Recovery:
             kappa = alive[0][1]
 
             def certify(whole: Descent) -> tuple[Recovery, BatchRows | None]:
-                answer = _answer(problem, whole, kappa)
+                [answer] = answers_of(problem, whole, kappa)
                 return certificate.certify(problem, [answer]), answer.rows
 
             found = parts.in_parts(problem, descent, certify)
@@ -397,13 +396,7 @@ def _conclude(problem: Problem, runs: list[Run], show: Progress) -> Recovery:
         single = len(alive) == 1 and problem.batch == 1 and not alive[0][2]
         return _with_features(problem, recovery, descent) if single else recovery
     show.stage("polish on the whole update")
-    answers = []
-    for descent, kappa, family in reached:
-        answer = _answer(problem, descent, kappa)
-        answers.append(answer)
-        answers += [
-            certificate.scaled(answer, other.scale / family[0].scale, other) for other in family[1:]
-        ]
+    answers = [answer for run in reached for answer in answers_of(problem, *run)]
     recovery = certificate.certify(problem, answers)
     unsettled = [run[0].require_halt() for run in alive if run[0].data is None]
     if recovery.status is Status.EXACT and unsettled:
@@ -423,15 +416,6 @@ def _with_features(problem: Problem, recovery: Recovery, descent: Descent) -> Re
     found = certified_features(problem, descent)
     notes = (f"no features are certified: {found.doubt}",) if found.doubt else ()
     return replace(recovery, features=found.features, warnings=(*recovery.warnings, *notes))
-
-
-def _answer(
-    problem: Problem, descent: Descent, kappa: Estimate | BatchLoss | None
-) -> certificate.Answer:
-    if isinstance(kappa, BatchLoss):
-        return read_batch(problem, descent, kappa)
-    known = head_cotangent(problem, descent) if kappa is None else kappa
-    return read_answer(problem, descent, known, apart=kappa is None)
 
 
 def _worst(descent: Descent) -> float:

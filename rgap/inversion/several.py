@@ -10,9 +10,8 @@ from torch import Tensor
 from rgap.halt import HaltKind
 from rgap.head.target import Reading
 from rgap.inversion import certificate, outcomes
-from rgap.inversion.answer import gathered
+from rgap.inversion.answer import Answer, cast_of, gathered
 from rgap.inversion.batch_rows import BatchRows, batch_of, in_order, start, with_separation
-from rgap.inversion.certificate import Answer
 from rgap.inversion.parts import in_parts
 from rgap.inversion.polish import polish
 from rgap.inversion.problem import Problem
@@ -161,7 +160,7 @@ def _certified(
     answer = Answer(
         descent, polished, Reading(none[:0], none, 0.0, 0.0),
         BatchRows(torch.arange(rows, device=place), none, torch.ones_like(none, dtype=torch.long)),
-        gathered=gathered(own.chain, polished), cast=certificate.cast_of(own.precision),
+        gathered=gathered(own.chain, polished), cast=cast_of(own.precision),
     )  # fmt: skip
     if certificate.excess(answer, own) > own.slack:
         return outcomes.outside(own, descent, answer.inputs), None

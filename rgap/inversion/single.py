@@ -14,9 +14,8 @@ from rgap.head.bias_attack import rank_one_residual
 from rgap.head.features import features_from_bias, rank_one_tolerance
 from rgap.head.target import Reading
 from rgap.inversion import certificate, outcomes
-from rgap.inversion.answer import head_gradients
+from rgap.inversion.answer import Answer, cast_of, head_gradients
 from rgap.inversion.backing import replayed
-from rgap.inversion.certificate import Answer
 from rgap.inversion.parts import in_parts
 from rgap.inversion.polish import polish
 from rgap.inversion.problem import Problem
@@ -113,7 +112,7 @@ def _certified(
         descent,
         polished,
         Reading(k.value, k.value.new_empty(0), 0.0, 0.0),
-        cast=certificate.cast_of(own.precision),
+        cast=cast_of(own.precision),
     )
     name = own.chain.stages[-1].name
     if polished.misfit > REFUTED:
