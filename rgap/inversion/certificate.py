@@ -20,10 +20,9 @@ from rgap.constraints.determined import doubt
 from rgap.inversion.answer import Answer
 from rgap.inversion.backing import backing
 from rgap.inversion.batch_rows import BatchRows
-from rgap.inversion.outcomes import replayed, stopped
+from rgap.inversion.outcomes import layer_reports, stopped
 from rgap.inversion.problem import Problem
-from rgap.inversion.replay import replay
-from rgap.inversion.reports import layer_reports
+from rgap.inversion.replay import replay, replayed
 from rgap.inversion.symptoms import warnings
 from rgap.limits import (
     CLEAR,

@@ -21,6 +21,7 @@ from rgap.inversion.answer import answers_of, head_cotangent, top_features
 from rgap.inversion.batch_rows import rows_of
 from rgap.inversion.passing import suggested, unpooled
 from rgap.inversion.problem import Problem
+from rgap.inversion.replay import replayed
 from rgap.jacobian.batch_loss import BatchLoss
 from rgap.jacobian.module_update import ClientLoss, ModuleUpdate, watchable
 from rgap.jacobian.smoothing import rounded
@@ -123,7 +124,7 @@ def filled(
         if drawn is not None:
             inputs, _ = _samples(problem, reached, kappa, drawn)
             reason += f"; beyond it the one in candidates comes from {SUGGESTED}"
-        residual = outcomes.replayed(problem, inputs, labels)[0]
+        residual = replayed(problem, inputs, labels)[0]
         nearest = Candidate(inputs, labels, residual)
         return replace(_without(problem, descent, reason), candidates=(nearest,))
     return outcomes.completed(problem, descent, inputs, labels, reason)
@@ -197,7 +198,7 @@ def searched(problem: Problem, recovery: Recovery, show: Progress) -> Recovery:
             filling.prior, problem.value_range, seconds + began - time.perf_counter(),
             seed=problem.precision.seed,
         )  # fmt: skip
-        candidates = (Candidate(drawn, targets, outcomes.replayed(problem, drawn, targets)[0]),)
+        candidates = (Candidate(drawn, targets, replayed(problem, drawn, targets)[0]),)
         reason += f"; beyond it the one in candidates comes from {SUGGESTED}"
     return replace(
         recovery,

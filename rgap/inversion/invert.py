@@ -30,7 +30,6 @@ from rgap.inversion.fallback import filled, searched
 from rgap.inversion.merging import uncounted, unrefuted
 from rgap.inversion.problem import Problem, prepare
 from rgap.inversion.reached import certified_features
-from rgap.inversion.reason import explained
 from rgap.inversion.several import beside_targets, from_pair
 from rgap.inversion.single import from_prefix
 from rgap.jacobian.batch_loss import BatchLoss
@@ -150,7 +149,7 @@ def invert(
     with Progress(progress) as show:
         found = _run(problem, head, show)
         recovery = searched(problem, found if head is not None else _counted(problem, found), show)
-        recovery = recovery if head is not None else explained(problem, recovery)
+        recovery = recovery if head is not None else outcomes.explained(problem, recovery)
     return replace(recovery, seconds=time.perf_counter() - began)
 
 

@@ -13,7 +13,6 @@ from rgap.halt import Halt
 from rgap.inversion import outcomes
 from rgap.inversion.batch_rows import BatchRows
 from rgap.inversion.problem import Problem
-from rgap.inversion.reports import layer_reports
 from rgap.limits import SAFETY, USEFUL
 from rgap.precision import Estimate
 from rgap.recovery import Candidate, Recovery, Status
@@ -94,7 +93,7 @@ def in_parts(problem: Problem, descent: Descent, certify: Certify) -> Recovery |
                       c.residual)
             for c in found.candidates
         ),
-        layers=layer_reports(problem, descent),
+        layers=outcomes.layer_reports(problem, descent),
         halt=descent.halt,
         determined=mask,
         partial=_struck(found.inputs, mask),

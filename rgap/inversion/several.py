@@ -16,7 +16,6 @@ from rgap.inversion.parts import in_parts
 from rgap.inversion.polish import polish
 from rgap.inversion.problem import Problem
 from rgap.inversion.replay import replay
-from rgap.inversion.reports import layer_reports
 from rgap.inversion.weighed import weighed
 from rgap.network.chain import Chain
 from rgap.network.prefix import find_pairs, reaches
@@ -182,7 +181,7 @@ def _certified(
         inputs=answer.inputs,
         labels=None,
         status=Status.UNDERDETERMINED,
-        layers=layer_reports(own, descent),
+        layers=outcomes.layer_reports(own, descent),
         residual=None,
         predicted_error=polished.data.error.square().flatten(2).mean((0, 2)).sqrt(),
         error_bound=answer.bound,

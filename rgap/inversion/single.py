@@ -15,11 +15,10 @@ from rgap.head.features import features_from_bias, rank_one_tolerance
 from rgap.head.target import Reading
 from rgap.inversion import certificate, outcomes
 from rgap.inversion.answer import Answer, cast_of, head_gradients
-from rgap.inversion.backing import replayed
+from rgap.inversion.backing import of_prefix
 from rgap.inversion.parts import in_parts
 from rgap.inversion.polish import polish
 from rgap.inversion.problem import Problem
-from rgap.inversion.reports import layer_reports
 from rgap.inversion.trying import Trial, try_targets
 from rgap.limits import REFUTED
 from rgap.network.prefix import Prefix, reaches
@@ -141,7 +140,7 @@ def _certified(
         return outcomes.stopped(own, status, why, descent)
     show.stage("trying targets")
     trial = _trial(problem, prefix, answer.polished.data)
-    answer = replace(answer, widened=replayed(problem, own, descent, polished.data, trial.labels))
+    answer = replace(answer, widened=of_prefix(problem, own, descent, polished.data, trial.labels))
     status, why = certificate.verdict(own, answer)
     if status is not Status.EXACT:
         said = f"{trial.reason}; " if trial.reason else ""
@@ -166,7 +165,7 @@ def _recovery(problem: Problem, own: Problem, answer: Answer, trial: Trial, abov
         inputs=inputs,
         labels=trial.labels,
         status=Status.EXACT if both else Status.UNDERDETERMINED,
-        layers=layer_reports(own, answer.descent),
+        layers=outcomes.layer_reports(own, answer.descent),
         residual=trial.residual,
         predicted_error=answer.polished.data.error.square().flatten(2).mean((0, 2)).sqrt(),
         error_bound=bound,
