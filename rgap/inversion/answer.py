@@ -21,7 +21,7 @@ from rgap.inversion.batch_rows import (
     snapped,
     tolerance_of,
 )
-from rgap.inversion.polish import Polished, polish
+from rgap.inversion.polish import Equations, Polished, polish
 from rgap.inversion.problem import Problem
 from rgap.jacobian.batch_loss import BatchLoss
 from rgap.limits import NEAREST, PASSES, SAFETY
@@ -160,7 +160,7 @@ def read_answer(problem: Problem, descent: Descent, kappa: Estimate, apart: bool
         kappa: cotangent at the head.
         apart: True if nothing of the loss went into what was recovered.
     """
-    polished = _polished(problem, descent, kappa)
+    polished = polished_from(problem, descent, kappa)
     stage = problem.chain.stages[-1]
     features = top_features(problem.chain, polished.data)
     reading = read_target(stage, features, kappa, problem.update.loss, problem.precision)
@@ -169,15 +169,13 @@ def read_answer(problem: Problem, descent: Descent, kappa: Estimate, apart: bool
 
 def read_batch(problem: Problem, descent: Descent, head: BatchLoss) -> Answer:
     """Polish the pictures of a batch all together and check their labels by the identity."""
-    lowest = descent.solutions.get(0)
-    settled = lowest is not None and lowest.solution.stats.route == Route.SEPARATION
     continuous, labels = head.continuous, several(problem.update.loss, problem.chain)
     posed = head
     if labels:
         features, logits = _top(problem, descent.require_data())
         exact, distance, _ = snapped(problem, head, _flat(features), logits)
         posed = exact if distance < NEAREST else head
-    polished = _polished(problem, descent, posed, settled)
+    polished = polished_from(problem, descent, posed)
     norm = gathered(problem.chain, polished)
     if continuous and not polished.eliminated:
         # They come from the head's gradient by its features, as well as these tell samples apart.
@@ -246,20 +244,22 @@ def gathered(chain: Chain, polished: Polished) -> float:
     return float(torch.linalg.vector_norm(u.flatten(1), dim=1).max()) / slope
 
 
-def _polished(
-    problem: Problem, descent: Descent, kappa: Estimate | BatchLoss, settled: bool = False
-) -> Polished:
+def polished_from(problem: Problem, descent: Descent, kappa: Estimate | BatchLoss) -> Polished:
+    """The data of a descent, polished on all equations of the chain.
+
+    Args:
+        problem: the update, with the chain that the descent is of.
+        descent: that reached the data.
+        kappa: cotangent at the end of the chain, or the loss of a batch.
+    """
     low, high = problem.value_range or (0.0, 1.0)
+    lowest = descent.solutions.get(0)
     return polish(
-        problem.chain,
-        problem.gradients,
+        Equations(problem.chain, problem.gradients, problem.precision, high - low, problem.room),
         descent.require_data(),
         kappa,
-        problem.precision,
         descent.preconditioner(problem.chain),
-        high - low,
-        settled,
-        problem.room,
+        settled=lowest is not None and lowest.solution.stats.route == Route.SEPARATION,
     )
 
 

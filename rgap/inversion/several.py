@@ -10,17 +10,16 @@ from torch import Tensor
 from rgap.halt import HaltKind
 from rgap.head.target import Reading
 from rgap.inversion import certificate, outcomes
-from rgap.inversion.answer import Answer, cast_of, gathered
+from rgap.inversion.answer import Answer, cast_of, gathered, polished_from
 from rgap.inversion.batch_rows import BatchRows, batch_of, in_order, start, with_separation
 from rgap.inversion.parts import in_parts
-from rgap.inversion.polish import polish
 from rgap.inversion.problem import Problem
 from rgap.inversion.replay import replay
 from rgap.inversion.weighed import weighed
 from rgap.network.chain import Chain
 from rgap.network.prefix import find_pairs, reaches
 from rgap.progress import Progress
-from rgap.recovery import Candidate, Recovery, Route, Status
+from rgap.recovery import Candidate, Recovery, Status
 from rgap.recursion.descend import Descent
 from rgap.separation.batch import Separated, Unseparated
 from rgap.separation.headless import separate_headless
@@ -146,14 +145,8 @@ def _certified(
     own: Problem, descent: Descent, found: Separated, above: str, show: Progress
 ) -> tuple[Recovery, Answer | None]:
     """The verdict on the inputs, and the answer that it is on; None where they are not shown."""
-    low, high = own.value_range or (0.0, 1.0)
     show.stage("polish on the two layers and those below")
-    lowest = descent.solutions.get(0)
-    settled = lowest is not None and lowest.solution.stats.route == Route.SEPARATION
-    polished = polish(
-        own.chain, own.gradients, descent.require_data(), found.head, own.precision,
-        descent.preconditioner(own.chain), high - low, settled, own.room,
-    )  # fmt: skip
+    polished = polished_from(own, descent, found.head)
     rows, place = len(polished.data.value), polished.data.value.device
     none = torch.zeros(rows, device=place)
     answer = Answer(

@@ -14,10 +14,9 @@ from rgap.head.bias_attack import rank_one_residual
 from rgap.head.features import features_from_bias, rank_one_tolerance
 from rgap.head.target import Reading
 from rgap.inversion import certificate, outcomes
-from rgap.inversion.answer import Answer, cast_of, head_gradients
+from rgap.inversion.answer import Answer, cast_of, head_gradients, polished_from
 from rgap.inversion.backing import of_prefix
 from rgap.inversion.parts import in_parts
-from rgap.inversion.polish import polish
 from rgap.inversion.problem import Problem
 from rgap.inversion.trying import Trial, try_targets
 from rgap.limits import REFUTED
@@ -95,18 +94,8 @@ def _certified(
     show: Progress,
 ) -> Recovery:
     """The certificate of the inputs, and the targets if a replay finds them."""
-    low, high = problem.value_range or (0.0, 1.0)
     show.stage("polish on the layers below")
-    polished = polish(
-        own.chain,
-        own.gradients,
-        descent.require_data(),
-        k,
-        own.precision,
-        descent.preconditioner(own.chain),
-        high - low,
-        room=own.room,
-    )
+    polished = polished_from(own, descent, k)
     answer = Answer(
         descent,
         polished,
