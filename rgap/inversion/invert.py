@@ -13,25 +13,17 @@ from torch import Tensor, nn
 
 from rgap.completion.complete import PriorSchedule
 from rgap.halt import Halt, HaltKind
-from rgap.head.bias_attack import rank_one_residual
-from rgap.head.features import (
-    HeadCandidate,
-    HeadFailure,
-    features_from_bias,
-    rank_one_tolerance,
-    solve_head,
-)
+from rgap.head.features import HeadCandidate, HeadFailure, solve_head
 from rgap.head.mapped import Mapped
 from rgap.inversion import certificate, outcomes, parts
 from rgap.inversion.answer import answers_of, families, head_gradients, matching
 from rgap.inversion.batch_rows import BatchRows, batch_of, start, with_separation
+from rgap.inversion.batch_size import counted
 from rgap.inversion.factor import divided, remaining
 from rgap.inversion.fallback import filled, searched
-from rgap.inversion.merging import uncounted, unrefuted
 from rgap.inversion.problem import Problem, prepare
-from rgap.inversion.reached import certified_features
 from rgap.inversion.several import beside_targets, from_pair
-from rgap.inversion.single import from_prefix
+from rgap.inversion.single import certified_features, from_bias, from_prefix
 from rgap.jacobian.batch_loss import BatchLoss
 from rgap.network.activations import Activation
 from rgap.network.prefix import find_pairs, find_prefix
@@ -147,38 +139,13 @@ def invert(
         )
         problem = replace(problem, filling=filling)
     with Progress(progress) as show:
-        found = _run(problem, head, show)
-        recovery = searched(problem, found if head is not None else _counted(problem, found), show)
-        recovery = recovery if head is not None else outcomes.explained(problem, recovery)
+        recovery = _run(problem, head, show)
+        if head is not None:
+            recovery = searched(problem, recovery, show)
+        else:
+            recovery = searched(problem, counted(problem, recovery), show)
+            recovery = outcomes.explained(problem, recovery)
     return replace(recovery, seconds=time.perf_counter() - began)
-
-
-def _counted(problem: Problem, found: Recovery) -> Recovery:
-    """The recovery without inputs that are certified only if the batch is one sample.
-
-    Where the network is affine on the data, or has one logit, several samples send a gradient of
-    rank one as well: without targets nothing says that there is one.
-    """
-    if problem.stated is not None:
-        return found
-    if found.status is Status.INCONSISTENT:
-        return unrefuted(found)
-    if not found.certified:
-        return found
-    if "targets" in found.certified and found.inputs is not None:
-        return uncounted(problem, found)
-    return replace(
-        found,
-        inputs=None,
-        labels=problem.labels,
-        determined=None,
-        partial=None,
-        certified=frozenset(),
-        error_bound=None,
-        predicted_error=None,
-        reason="the batch size is not stated, and several samples can send a gradient of rank one "
-        f"too; for one sample write batch_size=1; then: {found.reason}",
-    )
 
 
 def _run(problem: Problem, head: Head | None, show: Progress) -> Recovery:
@@ -301,24 +268,11 @@ def _from_batch(problem: Problem, found: Separated | Unseparated, show: Progress
 
 def _from_bias(problem: Problem, index: int, show: Progress) -> Recovery:
     """B = 1: the bias attack at the lowest fully connected stage starts the recursion there."""
-    chain = problem.chain
-    stage = chain.stages[index]
+    stage = problem.chain.stages[index]
     show.stage(f"bias attack at {stage.name}")
-    weight, bias = head_gradients(stage, problem, problem.gradients.original)  # block by block
-    assert bias is not None
-    x, k = features_from_bias(stage.affine, weight, bias.to(stage.affine.weight), problem.precision)
-    misfit = rank_one_residual(weight, x.value[0], k.value[0])
-    tolerance = rank_one_tolerance(stage.affine, weight, bias, x, problem.precision)
-    if misfit > tolerance:
-        return outcomes.stopped(
-            problem,
-            Status.INCONSISTENT,
-            f"the gradient of '{stage.name}' is not of rank one (relative residual {misfit:.1e}, "
-            f"where rounding and noise explain {tolerance:.1e}): it mixes several samples, does "
-            "not come with this bias gradient, or has noise that was not stated",
-            None,
-            Halt.contradiction(stage.name),
-        )
+    x, k, mixed = from_bias(problem, stage)
+    if mixed:
+        return outcomes.not_of_rank_one(problem, stage, mixed)
     descent = problem.descend(index, x, k, show.stage)
     return _conclude(problem, [(descent, None, [])], show)
 
@@ -412,9 +366,9 @@ def _conclude(problem: Problem, runs: list[Run], show: Progress) -> Recovery:
 
 def _with_features(problem: Problem, recovery: Recovery, descent: Descent) -> Recovery:
     """What the bias attack and the recursion certified above the place where it ended."""
-    found = certified_features(problem, descent)
-    notes = (f"no features are certified: {found.doubt}",) if found.doubt else ()
-    return replace(recovery, features=found.features, warnings=(*recovery.warnings, *notes))
+    features, doubt = certified_features(problem, descent)
+    notes = (f"no features are certified: {doubt}",) if doubt else ()
+    return replace(recovery, features=features, warnings=(*recovery.warnings, *notes))
 
 
 def _worst(descent: Descent) -> float:

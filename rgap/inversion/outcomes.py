@@ -115,6 +115,24 @@ def over_positions(problem: Problem) -> Recovery:
     return stopped(problem, Status.UNSUPPORTED, words, None, Halt(HaltKind.HEAD, last.name, words))
 
 
+def not_of_rank_one(problem: Problem, stage: Stage, words: str) -> Recovery:
+    """INCONSISTENT: the gradient of one sample at a fully connected layer is k xᵀ, this one is not.
+
+    Args:
+        problem: of the chain that the recovery speaks of.
+        stage: the layer.
+        words: by how much.
+    """
+    return stopped(
+        problem,
+        Status.INCONSISTENT,
+        f"the gradient of '{stage.name}' is not of rank one (relative {words}): it mixes several "
+        "samples, does not come with this bias gradient, or has noise that was not stated",
+        None,
+        Halt.contradiction(stage.name),
+    )
+
+
 def contradiction(problem: Problem, descent: Descent) -> Recovery:
     """INCONSISTENT, naming the layer whose equations do not fit, where their errors allow that."""
     index, misfit = descent.worst

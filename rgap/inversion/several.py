@@ -15,7 +15,7 @@ from rgap.inversion.batch_rows import BatchRows, batch_of, in_order, start, with
 from rgap.inversion.parts import in_parts
 from rgap.inversion.problem import Problem
 from rgap.inversion.replay import replay
-from rgap.inversion.weighed import weighed
+from rgap.inversion.targets import weighed
 from rgap.network.chain import Chain
 from rgap.network.prefix import find_pairs, reaches
 from rgap.progress import Progress
