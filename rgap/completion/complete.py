@@ -18,7 +18,7 @@ from math import isfinite
 import torch
 from torch import Tensor
 
-from rgap.completion.annealing import ANNEALING, TRAPPED, Position, Watch, anneal
+from rgap.completion.annealing import TRAPPED, Plan, Position, Watch, anneal
 from rgap.constraints.known_input import Bounded, Equations, KnownPart, PlainRows, Whole
 from rgap.jacobian.module_update import KnownFeatures, ModuleUpdate
 from rgap.network.activations import Activation
@@ -180,12 +180,10 @@ def complete(
         late = time.perf_counter() > deadline
         if best is not None and (best.misfit <= TRAPPED or late or not isfinite(best.misfit)):
             break
-        found = anneal(
-            update, Position(start), prior, schedule, levels, deadline,
-            share=ANNEALING, project=project, watch=watch,
-        )  # fmt: skip
-        steps = (*steps, *found.steps)
-        best = found if best is None or found.misfit < best.misfit else best
+        plan = Plan(prior, schedule, levels, deadline, project=project)
+        minimum = anneal(update, Position(start), plan, watch)
+        steps = (*steps, *minimum.steps)
+        best = minimum if best is None or minimum.misfit < best.misfit else best
     assert best is not None
     return replace(best, steps=steps)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -130,20 +131,23 @@ def matching(candidates: list[HeadCandidate], labels: Tensor | None) -> list[Hea
     return [c for c in candidates if torch.equal(c.labels.flatten().double(), wanted)]
 
 
-def answers_of(
-    problem: Problem,
-    descent: Descent,
-    kappa: Estimate | BatchLoss | None,
-    family: Sequence[HeadCandidate] = (),
-) -> list[Answer]:
-    """The answer of a descent, and those that differ from it by the scale of another root.
+class Run(NamedTuple):
+    """A descent and what it began with.
 
-    Args:
-        problem: the update.
-        descent: that reached the data.
-        kappa: cotangent at the head, the loss of a batch, or None where the head had no part.
-        family: roots at the head, the first of which was descended from.
+    Attributes:
+        descent: as far as it got.
+        kappa: cotangent at the head [B, m], the loss of a batch; None where the head had no part.
+        family: roots at the head that differ by a scale, the first of which was descended from.
     """
+
+    descent: Descent
+    kappa: Estimate | BatchLoss | None
+    family: Sequence[HeadCandidate] = ()
+
+
+def answers_of(problem: Problem, run: Run) -> list[Answer]:
+    """The answer of a descent to the data, and those that another root at the head scales it to."""
+    descent, kappa, family = run
     if isinstance(kappa, BatchLoss):
         return [read_batch(problem, descent, kappa)]
     known = head_cotangent(problem, descent) if kappa is None else kappa

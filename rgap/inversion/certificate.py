@@ -58,12 +58,12 @@ def certify(problem: Problem, answers: Sequence[Answer]) -> Recovery:
     if problem.labels is not None:
         fitting = [s for s in fitting if s[0].reading.open or _same_labels(s[0], problem.labels)]
         if not fitting:
-            found = _sent(scored[0][0]).flatten().tolist()
+            told = _sent(scored[0][0]).flatten().tolist()
             return stopped(
                 problem,
                 Status.INCONSISTENT,
                 f"the stated labels {problem.labels.flatten().tolist()} contradict the update, "
-                f"whose head gradient says {found}; write labels=None to take those",
+                f"whose head gradient says {told}; write labels=None to take those",
                 scored[0][0].descent,
             )
     inside = [s for s in fitting if excess(s[0], problem) <= problem.slack]
@@ -237,14 +237,14 @@ def _sent(answer: Answer) -> Tensor:
 
 def _same_labels(answer: Answer, stated: Tensor) -> bool:
     """Class indices agree exactly, soft and real-valued targets within what they may be off by."""
-    found = _sent(answer)
-    if answer.rows is not None and found.ndim == 1:
+    sent = _sent(answer)
+    if answer.rows is not None and sent.ndim == 1:
         stated = stated.flatten().sort().values
     off = 0.0
-    if found.is_floating_point():  # SAFETY standard errors: a tolerance is REFUTED of them
+    if sent.is_floating_point():  # SAFETY standard errors: a tolerance is REFUTED of them
         off = max(STATED, answer.reading.tolerance * SAFETY / REFUTED)
-    return found.numel() == stated.numel() and torch.allclose(
-        found.flatten().double().cpu(), stated.flatten().double().cpu(), rtol=STATED, atol=off
+    return sent.numel() == stated.numel() and torch.allclose(
+        sent.flatten().double().cpu(), stated.flatten().double().cpu(), rtol=STATED, atol=off
     )
 
 

@@ -69,34 +69,34 @@ def in_parts(problem: Problem, descent: Descent, certify: Certify) -> Recovery |
     if short:
         told = _told(descent, partial.std[determined], high - low)
         whole = replace(whole, solutions={**descent.solutions, 0: told})
-    found, reported = certify(whole)
-    if found.inputs is None:
+    recovery, reported = certify(whole)
+    if recovery.inputs is None:
         if not short:
-            return found
+            return recovery
         return _by_equations(problem, descent, start, determined)
     rows = slice(None) if reported is None else reported.picture
     mask = determined[rows]
-    bound = found.error_bound
+    bound = recovery.error_bound
     assert bound is not None
     reason = _reason(problem, descent, mask, bound)
-    if found.status is Status.AMBIGUOUS:
-        reason = f"{found.reason}; {reason}"
-    status = Status.UNDERDETERMINED if found.status is Status.EXACT else found.status
+    if recovery.status is Status.AMBIGUOUS:
+        reason = f"{recovery.reason}; {reason}"
+    status = Status.UNDERDETERMINED if recovery.status is Status.EXACT else recovery.status
     return replace(
-        found,
+        recovery,
         inputs=None,
         status=status,
         reason=reason,
-        certified=found.certified - {"inputs"},
+        certified=recovery.certified - {"inputs"},
         candidates=tuple(
             Candidate(_struck(c.inputs, determined[_expanded(c.inputs, reported)]), c.labels,
                       c.residual)
-            for c in found.candidates
+            for c in recovery.candidates
         ),
         layers=outcomes.layer_reports(problem, descent),
         halt=descent.halt,
         determined=mask,
-        partial=_struck(found.inputs, mask),
+        partial=_struck(recovery.inputs, mask),
     )  # fmt: skip
 
 
@@ -108,16 +108,16 @@ def free(problem: Problem, descent: Descent) -> bool:
     return descent.partial is not None and whole and not rectified
 
 
-def completed(problem: Problem, found: Recovery) -> Recovery:
+def completed(problem: Problem, recovery: Recovery) -> Recovery:
     """Data of which some are determined, with what nothing reads chosen by the prior.
 
     The least penalty with the determined values held, by Newton steps on the prior's quadratic
     bound, each solved by conjugate gradients.
     """
     filling = problem.filling
-    assert filling is not None and found.partial is not None and found.determined is not None
-    prior, free_ = filling.prior.smoothed(filling.schedule.smoothing), ~found.determined
-    x = torch.where(free_, found.partial[found.determined].mean(), found.partial)
+    assert filling is not None and recovery.partial is not None and recovery.determined is not None
+    prior, free_ = filling.prior.smoothed(filling.schedule.smoothing), ~recovery.determined
+    x = torch.where(free_, recovery.partial[recovery.determined].mean(), recovery.partial)
     for _ in range(STEPS):
         slope = torch.where(free_, prior.gradient(x), 0.0)
         step = _newton_step(prior.curvature(x), slope, free_)
@@ -127,11 +127,11 @@ def completed(problem: Problem, found: Recovery) -> Recovery:
     if problem.value_range is not None:
         x = torch.where(free_, x.clamp(*problem.value_range), x)
     return replace(
-        found,
+        recovery,
         inputs=x,
         status=Status.COMPLETED,
-        reason=f"{found.reason}; a prior chose the values that nothing reads",
-        warnings=(*found.warnings, outcomes.CHOSEN),
+        reason=f"{recovery.reason}; a prior chose the values that nothing reads",
+        warnings=(*recovery.warnings, outcomes.CHOSEN),
     )
 
 
@@ -275,7 +275,7 @@ def _space(mask: Tensor) -> str:
     if names is None or bool(mask.all()):
         return "every value" if bool(mask.all()) else ""
     union = torch.zeros_like(mask)
-    found: list[tuple[Tensor, str]] = []
+    axes: list[tuple[Tensor, str]] = []
     for axis, name in enumerate(names):
         others = tuple(a for a in range(mask.ndim) if a != axis)
         full = mask.all(others) if others else mask
@@ -283,13 +283,13 @@ def _space(mask: Tensor) -> str:
             shape = [1] * mask.ndim
             shape[axis] = -1
             union |= full.reshape(shape)
-            found.append((full, name))
+            axes.append((full, name))
     if not torch.equal(union, mask):
         return ""
-    widths = [_border(full) for full, _ in found]
-    if len(found) == mask.ndim > 1 and widths[0] and set(widths) == {widths[0]}:
+    widths = [_border(full) for full, _ in axes]
+    if len(axes) == mask.ndim > 1 and widths[0] and set(widths) == {widths[0]}:
         return f"a border of {widths[0]} pixel{'s' if widths[0] > 1 else ''}"
-    return " and ".join(_lines(full, name) for full, name in found)
+    return " and ".join(_lines(full, name) for full, name in axes)
 
 
 def _border(full: Tensor) -> int:

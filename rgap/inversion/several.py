@@ -11,7 +11,7 @@ from rgap.halt import HaltKind
 from rgap.head.target import Reading
 from rgap.inversion import certificate, outcomes
 from rgap.inversion.answer import Answer, cast_of, gathered, polished_from
-from rgap.inversion.batch_rows import BatchRows, batch_of, in_order, start, with_separation
+from rgap.inversion.batch_rows import BatchRows, batch_of, descended, in_order
 from rgap.inversion.parts import in_parts
 from rgap.inversion.problem import Problem
 from rgap.inversion.replay import replay
@@ -41,20 +41,18 @@ def from_pair(problem: Problem, chain: Chain, above: str, show: Progress) -> Rec
         not separate the batch or the layers below do not follow.
     """
     own = replace(problem, chain=chain)
-    found = separate_headless(batch_of(own), show.stage)
-    if isinstance(found, Unseparated):
+    separated = separate_headless(batch_of(own), show.stage)
+    if isinstance(separated, Unseparated):
         return None
-    own = start(own, found)
-    descent = own.descend(found.stage.index, found.features, found.cotangents, show.stage)
-    descent = with_separation(own, descent, found)
+    own, descent = descended(own, separated, show.stage)
     if descent.refuted:
         return None
 
     def certified(whole: Descent) -> tuple[Recovery, BatchRows | None]:
-        return _certified(own, whole, found, above, show)[0], None
+        return _certified(own, whole, separated, above, show)[0], None
 
     if descent.data is not None:
-        recovery, answer = _certified(own, descent, found, above, show)
+        recovery, answer = _certified(own, descent, separated, above, show)
         if answer is not None and "inputs" in recovery.certified:
             recovery = _named(problem, recovery, answer)
     else:
@@ -62,7 +60,7 @@ def from_pair(problem: Problem, chain: Chain, above: str, show: Progress) -> Rec
         if parts is None:
             return None
         recovery = parts
-    return replace(recovery, separation=found.route)
+    return replace(recovery, separation=separated.route)
 
 
 def beside_targets(problem: Problem, recovery: Recovery, show: Progress) -> Recovery:
@@ -102,10 +100,10 @@ def _named(problem: Problem, recovery: Recovery, answer: Answer) -> Recovery:
     data = answer.polished.data
     if len(data.value) != problem.stated:
         return recovery
-    found = weighed(problem, data)
-    if isinstance(found, str):
-        return replace(recovery, reason=f"{recovery.reason}; {found}")
-    labels, scale = found.labels, found.scale
+    read = weighed(problem, data)
+    if isinstance(read, str):
+        return replace(recovery, reason=f"{recovery.reason}; {read}")
+    labels, scale = read.labels, read.scale
     stated = problem.labels
     if stated is None:  # the order of a batch is not in its gradient: rows come by label
         stated = labels.sort().values if labels.ndim == 1 else labels
@@ -113,7 +111,7 @@ def _named(problem: Problem, recovery: Recovery, answer: Answer) -> Recovery:
     if order is None or not torch.equal(labels[order], stated.reshape(labels.shape).to(labels)):
         said = f"the stated labels contradict the update, whose head says {labels.tolist()}"
         return replace(recovery, reason=f"{recovery.reason}; {said}")
-    again = replay(problem, data.value, labels, scale, data.error, found.spread)
+    again = replay(problem, data.value, labels, scale, data.error, read.spread)
     if not again.fits:
         name = again.worst
         said = (
@@ -142,11 +140,11 @@ def _named(problem: Problem, recovery: Recovery, answer: Answer) -> Recovery:
 
 
 def _certified(
-    own: Problem, descent: Descent, found: Separated, above: str, show: Progress
+    own: Problem, descent: Descent, separated: Separated, above: str, show: Progress
 ) -> tuple[Recovery, Answer | None]:
     """The verdict on the inputs, and the answer that it is on; None where they are not shown."""
     show.stage("polish on the two layers and those below")
-    polished = polished_from(own, descent, found.head)
+    polished = polished_from(own, descent, separated.head)
     rows, place = len(polished.data.value), polished.data.value.device
     none = torch.zeros(rows, device=place)
     answer = Answer(
@@ -157,7 +155,7 @@ def _certified(
     if certificate.excess(answer, own) > own.slack:
         return outcomes.outside(own, descent, answer.inputs), None
     status, why = certificate.verdict(own, answer)
-    name = found.stage.name
+    name = separated.stage.name
     if status is Status.EXACT and not reaches(own.model, own.chain, answer.inputs):
         status, why = (
             Status.UNDERDETERMINED,
