@@ -64,7 +64,14 @@ class Plan:
 
 
 def stages(schedule: Schedule, levels: int) -> list[tuple[float | None, Schedule]]:
-    """Sharpness of the kinks, None for the network's own, and schedule of every stage of a pass."""
+    """Sharpness β of the kinks, None for the network's own, and schedule of every stage of a pass.
+
+    β grows from BLUNT to SHARP and the weight of the prior falls by FADING, both geometrically.
+
+    Args:
+        schedule: weight of the prior at the first stage; steps and target of the last one.
+        levels: of sharpness before the network's own.
+    """
     weight, softened = schedule.weight, list[tuple[float | None, Schedule]]()
     for level in range(levels + 1):
         here = replace(

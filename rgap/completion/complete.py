@@ -191,7 +191,14 @@ def complete(
 def grey(
     batch: int, shape: Sequence[int], value_range: tuple[float, float] | None, seed: int
 ) -> Tensor:
-    """The middle of the range and a little noise, [B, *shape]."""
+    """The middle of the range and a little noise, [B, *shape], float64.
+
+    Args:
+        batch: B.
+        shape: of one sample.
+        value_range: of the data; [0, 1] for None.
+        seed: of the noise.
+    """
     low, high = value_range or (0.0, 1.0)
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(batch, *shape, generator=generator, dtype=torch.float64)

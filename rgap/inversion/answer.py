@@ -59,6 +59,11 @@ class Answer:
         return self.polished.data.value
 
     @property
+    def predicted(self) -> Tensor:
+        """Rms error of every sample, [B], from its ensemble."""
+        return self.polished.data.error.square().flatten(2).mean((0, 2)).sqrt()
+
+    @property
     def bound(self) -> float:
         """Largest error of any entry: SAFETY standard errors, more if the misfit is larger.
 
@@ -89,17 +94,20 @@ def cast_of(precision: Precision) -> float:
 
 
 def scaled(answer: Answer, ratio: float, candidate: HeadCandidate) -> Answer:
-    """The answer of a root that differs from another one by a positive scale alone."""
-    data = answer.polished.data
-    members = candidate.features.error[: len(data.error)]  # the full solve carries fewer of them
-    wider = Estimate(
-        ratio * data.value,
-        ratio * data.error
-        + data.value
-        * ratio
-        * members.norm(dim=-1, keepdim=True).reshape(-1, *([1] * (data.value.ndim)))
-        / candidate.features.value.norm(),
-    )
+    """The answer of a root that differs from another one by a positive scale c alone.
+
+    ``x → c·x`` with the errors ``c·e + c·x ‖e_h‖/‖h‖``, h the features of the other root.
+
+    Args:
+        answer: of the root that was descended from, x [1, *input_shape].
+        ratio: c.
+        candidate: the other root.
+    """
+    data, h = answer.polished.data, candidate.features
+    value = ratio * data.value
+    members = h.error[: len(data.error)]  # the full solve carries fewer of them
+    sizes = members.norm(dim=-1, keepdim=True).reshape(-1, *([1] * value.ndim))
+    wider = Estimate(value, ratio * data.error + value * sizes / h.value.norm())
     polished = replace(answer.polished, data=wider)
     return replace(answer, polished=polished, reading=candidate.reading)
 
@@ -109,6 +117,13 @@ def families(candidates: list[HeadCandidate], chain: Chain) -> list[list[HeadCan
 
     In a chain without biases whose activations are positively homogeneous, (c·x, k/c) satisfies
     every equation below the head that (x, k) does: roots of one sign differ by a scale alone.
+
+    Args:
+        candidates: solutions of the head equations.
+        chain: the network.
+
+    Returns:
+        Lists of candidates, the first of each to descend from.
     """
     homogeneous = all(
         stage.affine.bias is None
@@ -172,7 +187,13 @@ def read_answer(problem: Problem, descent: Descent, kappa: Estimate, apart: bool
 
 
 def read_batch(problem: Problem, descent: Descent, head: BatchLoss) -> Answer:
-    """Polish the pictures of a batch all together and check their labels by the identity."""
+    """Polish the pictures of a batch all together and check their labels by the identity.
+
+    Args:
+        problem: the update, one row a different picture.
+        descent: that reached the data.
+        head: loss, targets and copies of the batch, as it was separated with.
+    """
     continuous, labels = head.continuous, several(problem.update.loss, problem.chain)
     posed = head
     if labels:
@@ -236,7 +257,11 @@ def gathered(chain: Chain, polished: Polished) -> float:
     """Norm of the largest sample at the first affine map, as long as it is in units of the data.
 
     Steps on the data themselves, a sigmoid or a scale, lengthen an error on the way back by one
-    over their slope.
+    over their slope: ``max_b ‖u_b‖ / min |du/dx|``, u = lead(x).
+
+    Args:
+        chain: the network.
+        polished: the data, [B, *input_shape].
     """
     data = u = polished.data.value
     step = 1e-7 * float(data.abs().max().clamp_min(1e-300))
@@ -256,10 +281,9 @@ def polished_from(problem: Problem, descent: Descent, kappa: Estimate | BatchLos
         descent: that reached the data.
         kappa: cotangent at the end of the chain, or the loss of a batch.
     """
-    low, high = problem.value_range or (0.0, 1.0)
     lowest = descent.solutions.get(0)
     return polish(
-        Equations(problem.chain, problem.gradients, problem.precision, high - low, problem.room),
+        Equations(problem.chain, problem.gradients, problem.precision, problem.width, problem.room),
         descent.require_data(),
         kappa,
         descent.preconditioner(problem.chain),
@@ -268,7 +292,14 @@ def polished_from(problem: Problem, descent: Descent, kappa: Estimate | BatchLos
 
 
 def head_cotangent(problem: Problem, descent: Descent) -> Estimate:
-    """Cotangent at the head: known from the descent, or read off the head's own gradient."""
+    """Cotangent k at the head [1, m]: known from the descent, or read off the head's own gradient.
+
+    ``k = ∂b`` where a bias gradient was sent, else ``k = G x / ‖x‖²`` with x the input of the head.
+
+    Args:
+        problem: of one sample.
+        descent: that reached the data.
+    """
     last = len(problem.chain.stages) - 1
     if last in descent.cotangents:
         return descent.cotangents[last]
@@ -276,10 +307,8 @@ def head_cotangent(problem: Problem, descent: Descent) -> Estimate:
     weight, bias = head_gradients(stage, problem)
     name = stage.affine.bias_name
     if bias is not None and name is not None:
-        return Estimate(
-            bias[None],
-            problem.precision.normal(problem.precision.noise_std(name, bias))[:, None],
-        )
+        noise = problem.precision.normal(problem.precision.noise_std(name, bias))
+        return Estimate(bias[None], noise[:, None])
     x = top_features(problem.chain, descent.require_data())
     scale = x.value[0].square().sum().clamp_min(1e-300)
     k = weight @ x.value[0] / scale
@@ -296,7 +325,7 @@ def head_cotangent(problem: Problem, descent: Descent) -> Estimate:
 
 
 def top_features(chain: Chain, data: Estimate) -> Estimate:
-    """Input of the last affine map, with the ensemble carried up."""
+    """Input u of the last affine map for data x [B, *input_shape], with the ensemble carried up."""
 
     def rise(x: Tensor) -> Tensor:
         for stage in chain.stages[:-1]:

@@ -157,6 +157,10 @@ def separated_stage(problem: Problem, separated: Separated) -> StageSolution:
     """The separated stage as the recursion reports its own: ranks, errors, a factor to polish with.
 
     The factor is that of the gradient rows alone, ``Kᵀ Σ⁻¹ K``, the same for every input feature.
+
+    Args:
+        problem: the update, one row a different picture.
+        separated: features [B, n] and cotangents [B, m] of the stage, with their errors.
     """
     affine = separated.stage.affine
     unknowns = separated.features.value.numel()
@@ -217,7 +221,12 @@ def in_order(targets: Tensor, stated: Tensor) -> Tensor | None:
 
 
 def rows_of(head: BatchLoss, stated: Tensor | None) -> BatchRows:
-    """The reported rows, by label; in the order of the stated labels where they agree."""
+    """The reported rows, by label; in the order of the stated labels where they agree.
+
+    Args:
+        head: targets [R, C] and copies [R] of the pictures.
+        stated: labels of the caller, [B], or None.
+    """
     dense = head.loss.targets != "index"
     if dense or (head.loss.name == BINARY and head.targets.shape[1] > 1):
         order = torch.arange(len(head.targets), device=head.targets.device)
@@ -244,8 +253,19 @@ def label_identity(
 ) -> tuple[Tensor | None, float, float]:
     """Class counts by the identity, their distance from those that were found, and the tolerance.
 
-    ``n_j = Σ m p_j − ∂b_j/s`` under cross-entropy (label smoothing taken out); None where the head
-    has no bias or the loss has no such identity.
+    Under cross-entropy with label smoothing ε, m copies a row and C classes
+
+        n_j = (Σ m p_j − ∂b_j/s − Σ m · ε/C) / (1 − ε);
+
+    None where the head has no bias or the loss has no such identity.
+
+    Args:
+        problem: the update.
+        head: the loss of the batch with targets and copies, [R, C] and [R].
+        logits: z [R, C], with their errors.
+
+    Returns:
+        n [C], the largest distance from the counts that were found, what errors explain of it.
     """
     stage, loss = problem.chain.stages[-1], head.loss
     name = stage.affine.bias_name

@@ -46,6 +46,10 @@ def counted(problem: Problem, recovery: Recovery) -> Recovery:
 
     Where the network is affine on the data, or has one logit, several samples send a gradient of
     rank one as well: without targets nothing says that there is one.
+
+    Args:
+        problem: with or without a stated batch size.
+        recovery: its answer for the smallest batch.
     """
     if problem.stated is not None:
         return recovery
@@ -99,8 +103,7 @@ def _uncounted(problem: Problem, recovery: Recovery) -> Recovery:
         apart = hidden(problem, inputs, labels, 1.0 if recovery.scale is None else recovery.scale)
     except (ValueError, TypeError, RuntimeError):  # a forward that takes this batch only
         apart = inf
-    low, high = problem.value_range or (0.0, 1.0)
-    if bound + apart <= USEFUL * (high - low):
+    if bound + apart <= USEFUL * problem.width:
         return replace(
             recovery,
             error_bound=bound + apart,

@@ -44,7 +44,17 @@ UNTESTED = (
 
 
 def certify(problem: Problem, answers: Sequence[Answer]) -> Recovery:
-    """Decide the status of the candidates that reached the data."""
+    """Decide the status of the candidates that reached the data.
+
+    Args:
+        problem: the update, in float64.
+        answers: every root, sign or label that no equation has refuted so far.
+
+    Returns:
+        ``EXACT``, or what (a) to (d) lack: ``AMBIGUOUS`` for several answers that fit,
+        ``INCONSISTENT`` for none, ``UNDERDETERMINED`` for one that could be another; the inputs
+        may then be certified alone.
+    """
     scored = [(backed(problem, answer), *_residual(problem, answer)) for answer in answers]
     fitting = [
         s
@@ -66,7 +76,7 @@ def certify(problem: Problem, answers: Sequence[Answer]) -> Recovery:
                 f"whose head gradient says {told}; write labels=None to take those",
                 scored[0][0].descent,
             )
-    inside = [s for s in fitting if excess(s[0], problem) <= problem.slack]
+    inside = [s for s in fitting if problem.excess(s[0].inputs, s[0].bound) <= problem.slack]
     low, high = problem.value_range or (-inf, inf)
     if not inside and problem.slack == 0:
         first = fitting[0][0]
@@ -145,7 +155,7 @@ def _inputs_alone(problem: Problem, answer: Answer, said: Recovery) -> Recovery 
     if said.status is Status.INCONSISTENT:
         answer = backed(problem, answer, whole=False)
     status, reason = verdict(problem, answer)
-    if status is not Status.EXACT or excess(answer, problem) > problem.slack:
+    if status is not Status.EXACT or problem.excess(answer.inputs, answer.bound) > problem.slack:
         return None
     shown = _assemble(problem, answer, said.residual, Status.EXACT, reason, ())
     return replace(
@@ -170,6 +180,34 @@ def backed(problem: Problem, answer: Answer, whole: bool = True) -> Answer:
     """
     reading, misfits = answer.reading if whole else None, answer.polished.misfits
     return replace(answer, widened=backing(problem, answer.descent, reading, misfits))
+
+
+def inputs_only(problem: Problem, answer: Answer, reason: str) -> Recovery:
+    """The certified inputs of an answer above which nothing names the targets.
+
+    Args:
+        problem: with the chain that the answer is of.
+        answer: whose verdict is EXACT.
+        reason: why its targets are open, in words.
+    """
+    return Recovery(
+        inputs=answer.inputs,
+        labels=None,
+        status=Status.UNDERDETERMINED,
+        layers=layer_reports(problem, answer.descent),
+        residual=None,
+        predicted_error=answer.predicted,
+        error_bound=answer.bound,
+        reason=reason,
+        certified=frozenset({"inputs"}),
+    )
+
+
+def as_candidate(recovery: Recovery, reason: str) -> Recovery:
+    """The same inputs uncertified, where a batch size that nobody states leaves them open."""
+    assert recovery.inputs is not None
+    listed = (Candidate(recovery.inputs, None, float("nan")),)
+    return replace(recovery, inputs=None, certified=frozenset(), candidates=listed, reason=reason)
 
 
 def _copies(rows: BatchRows) -> str:
@@ -213,10 +251,9 @@ def verdict(problem: Problem, answer: Answer) -> tuple[Status, str]:
             "errors: too far for a certificate, too near to be refuted; state the noise of the "
             "update"
         )
-    low, high = problem.value_range or (0.0, 1.0)
     if answer.widened == inf:
         return Status.UNDERDETERMINED, UNTESTED
-    if not answer.bound <= USEFUL * (high - low):
+    if not answer.bound <= USEFUL * problem.width:
         return Status.UNDERDETERMINED, (
             f"the equations have full rank but at this precision the error can reach "
             f"{answer.bound:.2g}"
@@ -308,8 +345,7 @@ def _assemble(
     candidates: tuple[Candidate, ...],
 ) -> Recovery:
     show = status in (Status.EXACT, Status.AMBIGUOUS)
-    predicted = answer.polished.data.error.square().flatten(2).mean((0, 2)).sqrt()
-    inputs, copies = answer.inputs, None
+    inputs, predicted, copies = answer.inputs, answer.predicted, None
     if answer.rows is not None:
         inputs, predicted = inputs[answer.rows.picture], predicted[answer.rows.picture]
         copies = answer.rows.copies if bool((answer.rows.copies > 1).any()) else None
@@ -329,12 +365,3 @@ def _assemble(
         certified=frozenset({"inputs", "targets"} if status is Status.EXACT else ()),
         scale=answer.reading.scale if show else None,
     )
-
-
-def excess(answer: Answer, problem: Problem) -> float:
-    """How far the data leave their range beyond what their error explains, in its widths."""
-    if problem.value_range is None:
-        return 0.0
-    low, high = problem.value_range
-    over = float(torch.maximum(answer.inputs - high, low - answer.inputs).max()) - answer.bound
-    return max(over, 0.0) / (high - low)

@@ -81,8 +81,7 @@ def filled(problem: Problem, run: Run, show: Progress) -> Recovery:
     minimum = _completion(problem, update, known, sure, show)
     if not isfinite(minimum.misfit):
         return _without(problem, descent, f"{halt.reason}; no completion: {minimum.ended}")
-    low, high = problem.value_range or (0.0, 1.0)
-    rough = problem.precision.normal(torch.full_like(minimum.value, ROUGH * (high - low)))
+    rough = problem.precision.normal(torch.full_like(minimum.value, ROUGH * problem.width))
     whole = replace(descent, data=Estimate(minimum.value, rough), halt=None, completed=True)
     reached = run._replace(descent=whole)
     if sure:

@@ -134,7 +134,12 @@ def not_of_rank_one(problem: Problem, stage: Stage, words: str) -> Recovery:
 
 
 def contradiction(problem: Problem, descent: Descent) -> Recovery:
-    """INCONSISTENT, naming the layer whose equations do not fit, where their errors allow that."""
+    """INCONSISTENT, naming the layer whose equations do not fit, where their errors allow that.
+
+    Args:
+        problem: the update.
+        descent: of which some stage's equations contradict each other.
+    """
     index, misfit = descent.worst
     stage = problem.chain.stages[index]
     relative = descent.solutions[index].solution.stats.residual
@@ -172,7 +177,15 @@ def outside(problem: Problem, descent: Descent, inputs: Tensor) -> Recovery:
 def completed(
     problem: Problem, descent: Descent, inputs: Tensor, labels: Tensor, reason: str
 ) -> Recovery:
-    """A batch of which a prior chose a part: no error is predicted, and none is bounded."""
+    """A batch of which a prior chose a part: no error is predicted, and none is bounded.
+
+    Args:
+        problem: with its filling.
+        descent: as far as the equations went.
+        inputs: the whole batch, [B, *input_shape].
+        labels: its targets.
+        reason: what the prior chose, in words.
+    """
     recovery = stopped(problem, Status.COMPLETED, reason, descent)
     return replace(
         recovery,
@@ -188,6 +201,10 @@ def explained(problem: Problem, recovery: Recovery) -> Recovery:
 
     Where the equations contradict the update, and where a batch was not told apart: a sum that is
     declared as a mean looks like a batch without a solution.
+
+    Args:
+        problem: the update and its model, on which the trials of a check run.
+        recovery: that failed, or did not; one that did not comes back as it is.
     """
     contradicted = recovery.status is Status.INCONSISTENT
     apart = recovery.status is Status.UNDERDETERMINED and (problem.stated or 1) > 1

@@ -8,7 +8,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from rgap.halt import Halt
 from rgap.inversion import outcomes
 from rgap.inversion.batch_rows import BatchRows
 from rgap.inversion.places import described
@@ -51,8 +50,7 @@ def in_parts(problem: Problem, descent: Descent, certify: Certify) -> Recovery |
     partial = descent.partial
     if partial is None:
         return None
-    low, high = problem.value_range or (0.0, 1.0)
-    sharp = SAFETY * partial.std <= USEFUL * (high - low)
+    sharp = SAFETY * partial.std <= USEFUL * problem.width
     determined = partial.known & sharp
     if not bool(determined.any()):
         return None
@@ -60,11 +58,11 @@ def in_parts(problem: Problem, descent: Descent, certify: Certify) -> Recovery |
     short = step is not None and step.solution.value is None
     value = partial.value
     if not short and problem.value_range is not None:  # nothing reads them: any value will do
-        value = torch.where(determined, value, value.clamp(low, high))
+        value = torch.where(determined, value, value.clamp(*problem.value_range))
     start = Estimate(value, torch.where(determined, partial.error, 0.0))
     whole = replace(descent, data=start, halt=None)
     if short:
-        told = _told(descent, partial.std[determined], high - low)
+        told = _told(descent, partial.std[determined], problem.width)
         whole = replace(whole, solutions={**descent.solutions, 0: told})
     recovery, reported = certify(whole)
     if recovery.inputs is None:
@@ -98,7 +96,12 @@ def in_parts(problem: Problem, descent: Descent, certify: Certify) -> Recovery |
 
 
 def free(problem: Problem, descent: Descent) -> bool:
-    """True if what is open of the data is read by nothing: any value of it sends the update."""
+    """True if what is open of the data is read by nothing: any value of it sends the update.
+
+    Args:
+        problem: the update.
+        descent: that ended at the data or before.
+    """
     step = descent.solutions.get(0)
     rectified = any(getattr(op, "one_sided", False) for op in problem.chain.stages[0].lead)
     whole = step is None or step.solution.value is not None
@@ -108,8 +111,14 @@ def free(problem: Problem, descent: Descent) -> bool:
 def completed(problem: Problem, recovery: Recovery) -> Recovery:
     """Data of which some are determined, with what nothing reads chosen by the prior.
 
-    The least penalty with the determined values held, by Newton steps on the prior's quadratic
-    bound, each solved by conjugate gradients.
+    With D the determined entries, by Newton steps on the prior's quadratic bound, each solved by
+    conjugate gradients:
+
+        min prior(x)   subject to   x_D = x̂_D.
+
+    Args:
+        problem: with its filling.
+        recovery: with ``partial`` and ``determined``, [B, *input_shape].
     """
     filling = problem.filling
     assert filling is not None and recovery.partial is not None and recovery.determined is not None
@@ -176,22 +185,11 @@ def _by_equations(
     """The entries that the equations of all stages fix, where no batch is there to replay."""
     misfit = max((step.misfit for step in descent.solutions.values()), default=0.0)
     bound = SAFETY * float(start.std.max()) * max(1.0, misfit)
-    low, high = problem.value_range or (0.0, 1.0)
-    if not bound <= USEFUL * (high - low):
+    if not bound <= USEFUL * problem.width:
         return None
-    if problem.value_range is not None:
-        inside = start.value[determined]
-        excess = float(torch.maximum(inside - high, low - inside).max()) - bound
-        if excess > problem.slack * (high - low):
-            return outcomes.stopped(
-                problem,
-                Status.INCONSISTENT,
-                f"the value_range [{low:g}, {high:g}] contradicts the update, which determines "
-                f"values in [{float(inside.min()):.3g}, {float(inside.max()):.3g}]; write the "
-                "range of the data as the network sees them",
-                descent,
-                Halt.contradiction(problem.chain.stages[0].name),
-            )
+    values = start.value[determined]
+    if problem.excess(values, bound) > problem.slack:
+        return outcomes.outside(problem, descent, values)
     stopped = outcomes.stopped(
         problem,
         Status.UNDERDETERMINED,

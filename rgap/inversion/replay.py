@@ -163,7 +163,10 @@ def _distances(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[s
 def replayed(
     problem: Problem, inputs: Tensor, labels: Tensor, scale: float | Tensor = 1.0
 ) -> tuple[float, dict[str, float]]:
-    """Relative difference between the update and the gradient of a batch, in all and by name."""
+    """Relative difference between the update and the gradient of a batch, in all and by name.
+
+    Arguments as of :func:`sent_for`.
+    """
     return _compared(problem, sent_for(problem, inputs, labels, scale))
 
 

@@ -19,7 +19,7 @@ from rgap.inversion.targets import weighed
 from rgap.network.chain import Chain
 from rgap.network.prefix import find_pairs, reaches
 from rgap.progress import Progress
-from rgap.recovery import Candidate, Recovery, Status
+from rgap.recovery import Recovery, Status
 from rgap.recursion.descend import Descent
 from rgap.separation.batch import Separated, Unseparated
 from rgap.separation.headless import separate_headless
@@ -68,6 +68,11 @@ def beside_targets(problem: Problem, recovery: Recovery, show: Progress) -> Reco
 
     A factor, a sum for a mean, other weights of the samples or targets that no equation finds leave
     the ranges of the two gradients as they are.
+
+    Args:
+        problem: the update and its model.
+        recovery: of a batch; comes back as it is unless its targets failed.
+        show: told how far it is.
     """
     untold = recovery.halt is not None and recovery.halt.kind is HaltKind.UNSEPARATED
     open_targets = untold or recovery.status is Status.INCONSISTENT
@@ -152,7 +157,7 @@ def _certified(
         BatchRows(torch.arange(rows, device=place), none, torch.ones_like(none, dtype=torch.long)),
         gathered=gathered(own.chain, polished), cast=cast_of(own.precision),
     )  # fmt: skip
-    if certificate.excess(answer, own) > own.slack:
+    if own.excess(answer.inputs, answer.bound) > own.slack:
         return outcomes.outside(own, descent, answer.inputs), None
     status, why = certificate.verdict(own, answer)
     name = separated.stage.name
@@ -168,26 +173,15 @@ def _certified(
         f"'{name}' and the next layer tell {rows} samples apart, no entry of the data is off by "
         f"more than {answer.bound:.1e}"
     )
-    recovery = Recovery(
-        inputs=answer.inputs,
-        labels=None,
-        status=Status.UNDERDETERMINED,
-        layers=outcomes.layer_reports(own, descent),
-        residual=None,
-        predicted_error=polished.data.error.square().flatten(2).mean((0, 2)).sqrt(),
-        error_bound=answer.bound,
-        reason=f"the inputs are certified: {said}; targets not certified: nothing below the loss "
-        f"names them ({above})",
-        certified=frozenset({"inputs"}),
+    reason = (
+        f"the inputs are certified: {said}; targets not certified: nothing below the loss names "
+        f"them ({above})"
     )
+    recovery = certificate.inputs_only(own, answer, reason)
     if own.stated is not None:
         return recovery, answer
-    recovery = replace(
-        recovery,
-        inputs=None,
-        certified=frozenset(),
-        candidates=(Candidate(answer.inputs, None, float("nan")),),
-        reason=f"{said}; how often each of them occurs is open: state batch_size to have them "
-        f"certified ({above})",
+    reason = (
+        f"{said}; how often each of them occurs is open: state batch_size to have them certified "
+        f"({above})"
     )
-    return recovery, None
+    return certificate.as_candidate(recovery, reason), None

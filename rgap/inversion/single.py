@@ -31,7 +31,7 @@ from rgap.network.chain import Stage
 from rgap.network.prefix import Prefix, reaches
 from rgap.precision import Estimate, carried
 from rgap.progress import Progress
-from rgap.recovery import Candidate, Recovery, Status
+from rgap.recovery import Recovery, Status
 from rgap.recursion.descend import Descent
 
 __all__ = ["certified_features", "from_bias", "from_prefix"]
@@ -129,7 +129,7 @@ def _certified(
             descent,
             Halt.contradiction(name),
         )
-    if certificate.excess(answer, own) > problem.slack:
+    if own.excess(answer.inputs, answer.bound) > own.slack:
         return outcomes.outside(own, descent, answer.inputs)
     status, why = certificate.verdict(own, answer)
     inputs = answer.inputs
@@ -163,40 +163,27 @@ def _trial(problem: Problem, prefix: Prefix, known: Estimate) -> Trial:
 
 
 def _recovery(problem: Problem, own: Problem, answer: Answer, trial: Trial, above: str) -> Recovery:
-    inputs, bound, name = answer.inputs, answer.bound, own.chain.stages[-1].name
-    both = trial.labels is not None
-    recovery = Recovery(
-        inputs=inputs,
-        labels=trial.labels,
-        status=Status.EXACT if both else Status.UNDERDETERMINED,
-        layers=outcomes.layer_reports(own, answer.descent),
-        residual=trial.residual,
-        predicted_error=answer.polished.data.error.square().flatten(2).mean((0, 2)).sqrt(),
-        error_bound=bound,
-        targets_error_bound=trial.bound,
-        reason="",
-        certified=frozenset({"inputs", "targets"} if both else {"inputs"}),
-    )
-    said = f"'{name}' gives its input, no entry of the data is off by more than {bound:.1e}"
-    if both:
+    name = own.chain.stages[-1].name
+    said = f"'{name}' gives its input, no entry of the data is off by more than {answer.bound:.1e}"
+    reason = f"the inputs are certified: {said}; targets not certified: {trial.reason} ({above})"
+    recovery = certificate.inputs_only(own, answer, reason)
+    recovery = replace(recovery, residual=trial.residual, targets_error_bound=trial.bound)
+    if trial.labels is not None:
         return replace(
             recovery,
+            labels=trial.labels,
+            status=Status.EXACT,
             reason=f"{said}; of all targets one alone reproduces the whole update ({above})",
+            certified=frozenset({"inputs", "targets"}),
         )
     if problem.stated is None:
         # Samples whose cotangents are parallel have a gradient of rank one as well.
-        return replace(
-            recovery,
-            inputs=None,
-            certified=frozenset(),
-            candidates=(Candidate(inputs, None, float("nan")),),
-            reason=f"if the batch holds one sample, or copies of one, {said}; state batch_size=1 "
-            f"to have it certified (targets not certified: {trial.reason}; {above})",
+        reason = (
+            f"if the batch holds one sample, or copies of one, {said}; state batch_size=1 to have "
+            f"it certified (targets not certified: {trial.reason}; {above})"
         )
-    return replace(
-        recovery,
-        reason=f"the inputs are certified: {said}; targets not certified: {trial.reason} ({above})",
-    )
+        return certificate.as_candidate(recovery, reason)
+    return recovery
 
 
 def certified_features(problem: Problem, descent: Descent) -> tuple[dict[str, Tensor], str]:

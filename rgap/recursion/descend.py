@@ -99,7 +99,13 @@ class Descent:
     def preconditioner(self, chain: Chain) -> Callable[[Tensor], Tensor] | None:
         """The data stage's factored equations as an approximate inverse of the whole update's.
 
-        Acts on directions [S, B, *input_shape]; None if the data came straight from a bias.
+        ``(Kᵀ Σ⁻¹ K + Wᵀ Ω⁻¹ W)⁻¹`` of stage 0, pulled through its lead.
+
+        Args:
+            chain: the network.
+
+        Returns:
+            A map of directions [S, B, *input_shape]; None if the data came straight from a bias.
         """
         if self.completed:
             return lambda v: v
