@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import html
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum, StrEnum
 from functools import cached_property
-from math import isfinite, log10
+from math import inf, isfinite, log10
 from typing import Any
 
 from torch import Tensor
 
 from rgap.halt import Halt, HaltKind
+from rgap.solvers.rank import Rank
+from rgap.solvers.solution import Stats
 
 
 class Status(Enum):
@@ -113,6 +115,54 @@ class LayerReport:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "route", Route(self.route))
+
+    @classmethod
+    def unreached(
+        cls,
+        layer: str,
+        kind: str,
+        unknowns: int,
+        unread: int = 0,
+        note: str = "",
+        weight_rank: Callable[[], int] | None = None,
+    ) -> LayerReport:
+        """Of a layer that the recursion did not get to; attributes as above."""
+        return cls(
+            layer, kind, unknowns, None, None, None, inf, inf, inf, 0.0, Route.NOT_REACHED,
+            note, unread, weight_rank,
+        )  # fmt: skip
+
+    def read_off(
+        self, route: Route, null_space: Callable[[int], Tensor], predicted_error: float | None
+    ) -> LayerReport:
+        """The same layer where its own gradient gave all of its input."""
+        return replace(
+            self, gradient_rank=self.unknowns, joint_rank=self.unknowns, nullity=0, condition=1.0,
+            residual=0.0, route=route, _null_space=null_space, predicted_error=predicted_error,
+        )  # fmt: skip
+
+    def solved(
+        self,
+        stats: Stats,
+        seconds: float,
+        null_space: Callable[[int], Tensor],
+        predicted_error: float | None,
+    ) -> LayerReport:
+        """The same layer where its equations were solved, or counted and found short."""
+        joint = stats.joint
+        return replace(
+            self,
+            gradient_rank=stats.block_rank,
+            joint_rank=None if joint is None else joint.rank,
+            nullity=None if joint is None else joint.nullity,
+            gap=joint.gap if isinstance(joint, Rank) else inf,
+            condition=stats.condition,
+            residual=stats.residual,
+            seconds=seconds,
+            route=Route(stats.route),
+            _null_space=null_space,
+            predicted_error=predicted_error,
+        )
 
     @cached_property
     def weight_rank(self) -> int | None:

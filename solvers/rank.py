@@ -6,6 +6,7 @@ equations are known to leave nothing open by other means, there is an :class:`Ev
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from math import erf, inf
@@ -78,6 +79,40 @@ class Rank:
     largest: float
     smallest: float
     alternative: int
+
+    @classmethod
+    def agreed(
+        cls, rank: int, size: int, gap: float, ends: tuple[float, float], cutoff: float = 0.0
+    ) -> Rank:
+        """A rank beside which no other one is near; ``ends`` are σ_1 and σ_r.
+
+        >>> Rank.agreed(2, 3, 1e9, (2.0, 0.5)).alternative
+        2
+        """
+        return cls(rank, size, cutoff, gap, *ends, rank)
+
+    @classmethod
+    def full(cls, size: int, ends: tuple[float, float] = (1.0, 1.0), cutoff: float = 0.0) -> Rank:
+        """Every unknown is determined: nothing was cut."""
+        return cls.agreed(size, size, inf, ends, cutoff)
+
+    @classmethod
+    def none(cls, size: int, cutoff: float = 0.0, gap: float = inf, largest: float = 0.0) -> Rank:
+        """No unknown is determined: everything was cut, the largest singular value with it."""
+        return cls.agreed(0, size, gap, (largest, 0.0), cutoff)
+
+    @classmethod
+    def summed(cls, ranks: Sequence[Rank], size: int, times: int = 1) -> Rank:
+        """Of diagonal blocks, each of which occurs ``times`` times; the smallest gap of all."""
+        return cls(
+            times * sum(one.rank for one in ranks),
+            size,
+            max(one.cutoff for one in ranks),
+            min(one.gap for one in ranks),
+            max(one.largest for one in ranks),
+            min((one.smallest for one in ranks if one.rank), default=0.0),
+            times * sum(one.alternative for one in ranks),
+        )
 
     @property
     def nullity(self) -> int:
@@ -166,7 +201,7 @@ def numerical_rank(singular: Tensor, size: int, rcond: float) -> Rank:
     """
     values = singular.double().flatten().sort(descending=True).values
     if values.numel() == 0 or float(values[0]) == 0.0:
-        return Rank(0, size, 0.0, inf, 0.0, 0.0, 0)
+        return Rank.none(size)
     largest = float(values[0])
     cutoff = rcond * largest
     rank = int((values > cutoff).sum())

@@ -177,7 +177,7 @@ class WeightInverse:
         if not smallest > MARGIN * cutoff * largest:
             return False
         self._lu = made
-        self.rank = Rank(self.size, self.size, cutoff * largest, inf, largest, smallest, self.size)
+        self.rank = Rank.full(self.size, made.extremes, cutoff * largest)
         return True
 
     def _moderate(self) -> bool:
@@ -187,7 +187,7 @@ class WeightInverse:
         ends = full_column_rank(gram)
         if ends is None or ends[0] > NORMAL * ends[1]:
             return False
-        self.rank = Rank(len(gram), self.size, 0.0, inf, *ends, len(gram))
+        self.rank = Rank.agreed(len(gram), self.size, inf, ends)
         self._lower = torch.linalg.cholesky(gram)
         return True
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from math import inf, prod
+from math import prod
 
 import torch
 from torch import Tensor
@@ -80,7 +80,7 @@ def _full_on_what_is_read(affine: Affine, mask: Tensor | None, on: int) -> RowSp
     if extremes is None:
         return None
     basis = torch.eye(used, dtype=gram.dtype, device=gram.device)
-    return _spread(basis, read, Rank(used, size, 0.0, inf, *extremes, used))
+    return _spread(basis, read, Rank.full(used, extremes))
 
 
 def _spread(basis: Tensor, read: Tensor, rank: Rank) -> RowSpace:
@@ -120,7 +120,7 @@ def stage_joint_rank(
     fixed = sum(space.rank.rank for space, done in zip(weight, settled, strict=True) if done)
     if all(settled):
         worst = min(weight, key=lambda space: space.rank.smallest).rank
-        return Rank(fixed, total, 0.0, worst.gap, worst.largest, worst.smallest, fixed)
+        return Rank.agreed(fixed, total, worst.gap, (worst.largest, worst.smallest))
     open_ones = [b for b, done in enumerate(settled) if not done]
     if len(open_ones) < batch:
         matrix = gradient.matrix

@@ -35,7 +35,7 @@ from rgap.recursion.descend import Descent
 LOOKED = 1000  # sizes that are compared: more of them would be near each other by chance
 MEMBERS = 4  # of the ensemble of an answer that are replayed
 
-__all__ = ["backing", "replayed", "widening"]
+__all__ = ["backing", "of_prefix", "widening"]
 
 
 def widening(tests: int) -> float:
@@ -97,7 +97,7 @@ def backing(
     return widening(tests) * max(1.0, misfit / max((1.0, *misfits.values())))
 
 
-def replayed(
+def of_prefix(
     problem: Problem, own: Problem, descent: Descent, known: Estimate, labels: Tensor | None
 ) -> float:
     """The same of a prefix of the network, where what stands above it was only replayed.

@@ -99,7 +99,13 @@ class Descent:
     def preconditioner(self, chain: Chain) -> Callable[[Tensor], Tensor] | None:
         """The data stage's factored equations as an approximate inverse of the whole update's.
 
-        Acts on directions [S, B, *input_shape]; None if the data came straight from a bias.
+        ``(Kᵀ Σ⁻¹ K + Wᵀ Ω⁻¹ W)⁻¹`` of stage 0, pulled through its lead.
+
+        Args:
+            chain: the network.
+
+        Returns:
+            A map of directions [S, B, *input_shape]; None if the data came straight from a bias.
         """
         if self.completed:
             return lambda v: v
@@ -125,8 +131,8 @@ class Descent:
     @property
     def worst(self) -> tuple[int, float]:
         """Stage whose equations contradict each other most, with its weighted rms residual."""
-        found = [(step.misfit, index) for index, step in self.solutions.items()]
-        misfit, index = max(found, default=(0.0, -1))
+        misfits = [(step.misfit, index) for index, step in self.solutions.items()]
+        misfit, index = max(misfits, default=(0.0, -1))
         return index, misfit
 
     @property
@@ -204,11 +210,7 @@ def descend(
         The :class:`Descent`; ``data`` is None when ``halt`` says where it ended.
     """
     solutions = dict[int, StageSolution]()
-    inputs, features, cotangents = (
-        dict[int, Estimate](),
-        dict[int, Estimate](),
-        dict[int, Estimate](),
-    )
+    inputs, features, cotangents = (dict[int, Estimate]() for _ in range(3))
 
     def ended(
         halt: Halt | None, *, data: Estimate | None = None, partial: Estimate | None = None
@@ -224,22 +226,16 @@ def descend(
         stage = chain.stages[index]
         if index < start.index:
             watch(stage.name, start.index - index, start.index)
-            name = stage.affine.weight_name
-            # A gradient that was not sent says nothing: K = 0, and the weight constraints are left.
-            heard = precision.sent(name) and not _vanished(stage, gradients, k, precision)
-            own = k if heard else Estimate(0.0 * k.value, 0.0 * k.error)
-            step = solve_stage(
-                stage.affine, stage.affine.sent(gradients), known, own, precision, budget,
-                parts=index == 0 and chain.complete,
-            )  # fmt: skip
+            parts = index == 0 and chain.complete
+            step = _solve(stage, gradients, known, k, precision, budget, parts)
             # Only the first factor is needed again; each is as large as the matrix of its layer.
             solutions[index] = step if index == 0 else replace(step, factor=None)
             if step.solution.value is None:
                 reached = Reached(index, k, None, known)
-                halt = _shortfall(stage, step, precision.sent(name))
-                if step.partial is None:
-                    return ended(halt)
-                return ended(halt, partial=_data(stage, step.partial, precision))
+                halt = _shortfall(stage, step, precision.sent(stage.affine.weight_name))
+                left = step.partial
+                partial = None if left is None else _data(stage, left, precision)
+                return ended(halt, partial=partial)
             above, known = known, step.solution.value
             whole = bool(known.known.all())
             reached = Reached(index, k, *((known, None) if whole else (None, above)))
@@ -265,6 +261,22 @@ def descend(
     barrier = chain.barrier
     assert barrier is not None
     return ended(Halt(HaltKind.BARRIER, barrier.node, barrier.words))
+
+
+def _solve(
+    stage: Stage,
+    gradients: Mapping[str, Tensor],
+    z: Estimate,
+    k: Estimate,
+    precision: Precision,
+    budget: float,
+    parts: bool,
+) -> StageSolution:
+    """The equations of a stage; those of a gradient that says nothing are left out: K = 0."""
+    affine = stage.affine
+    heard = precision.sent(affine.weight_name) and not _vanished(stage, gradients, k, precision)
+    k = k if heard else Estimate(0.0 * k.value, 0.0 * k.error)
+    return solve_stage(affine, affine.sent(gradients), z, k, precision, budget, parts=parts)
 
 
 def _carried(stage: Stage, k: Estimate, precision: Precision) -> Estimate:

@@ -104,24 +104,24 @@ def _unread(affine: Affine, known: Estimate, precision: Precision) -> Estimate:
 def _without_matrix(
     affine: Affine, gradient: Tensor, z: Estimate, k: Estimate, precision: Precision, start: float
 ) -> StageSolution:
-    found = solve_matrix_free(affine, gradient, z, k, precision)
-    if found.value is not None:
-        found = replace(found, value=_unread(affine, found.value, precision))
+    iterated = solve_matrix_free(affine, gradient, z, k, precision)
+    if iterated.value is not None:
+        iterated = replace(iterated, value=_unread(affine, iterated.value, precision))
     unknowns = len(z.value) * int(affine.reads.sum())
-    solved = found.value is not None
-    seen = Evidence(EvidenceKind.AGREEMENT, found.disagreement, AGREE, unknowns)
+    solved = iterated.value is not None
+    seen = Evidence(EvidenceKind.AGREEMENT, iterated.disagreement, AGREE, unknowns)
     residual = inf
-    if found.value is not None:
-        gap = affine.weight_gradient(found.value.value, k.value) - gradient
+    if iterated.value is not None:
+        gap = affine.weight_gradient(iterated.value.value, k.value) - gradient
         residual = float(gap.norm() / gradient.norm().clamp_min(1e-300))
     stats = Stats(
-        "lsmr", unknowns, None, seen if solved else None, found.condition, residual,
-        found.iterations,
+        "lsmr", unknowns, None, seen if solved else None, iterated.condition, residual,
+        iterated.iterations,
     )  # fmt: skip
     result = Result.SOLVED if solved else Result.DEFICIENT
     seconds = time.perf_counter() - start
     return StageSolution(
-        Solution(found.value, result, stats), None, k.value, z.known, *found.misfits, seconds
+        Solution(iterated.value, result, stats), None, k.value, z.known, *iterated.misfits, seconds
     )
 
 
@@ -196,8 +196,8 @@ class _Stage:
         """Rank of both blocks, of the rows that are known at all."""
         spaces = weight_row_spaces(self.affine, self.z.known)
         every = gradient_constraint(self.affine, self.k.value)
-        found = stage_joint_rank(self.affine, every, spaces, self.matrix_noise(), self.k.value)
-        return replace(found, size=self.unknowns)
+        rank = stage_joint_rank(self.affine, every, spaces, self.matrix_noise(), self.k.value)
+        return replace(rank, size=self.unknowns)
 
     def fixed(self) -> Kept | None:
         """The directions of the input that the equations fix, where they leave others open."""

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import rgap
-from rgap.inversion.parts import described
+from rgap.inversion.places import described
 from rgap.recovery import Status
 from rgap.report.results import write_recovery
 

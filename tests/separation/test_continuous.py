@@ -11,7 +11,7 @@ from steps_table import LOSSES, Case, drawn, fault, network
 from torch import Tensor, nn
 
 from rgap import Status, capture, invert
-from rgap.inversion.polish import polish
+from rgap.inversion.polish import Equations, polish
 from rgap.jacobian.batch_loss import BatchLoss
 from rgap.jacobian.eliminated import Eliminated
 from rgap.jacobian.layer import ParameterRows
@@ -110,10 +110,10 @@ def test_the_polish_on_the_whole_update_moves_targets_along() -> None:
     off = torch.randn(x.shape, generator=draw, dtype=F64)
     wrong = y + 1e-4 * torch.randn(y.shape, generator=draw, dtype=F64)
     done = polish(
-        chain, {n: g.double() for n, g in update.gradients.items()},
+        Equations(chain, {n: g.double() for n, g in update.gradients.items()}, Precision(F64)),
         Estimate(x + 1e-5 * off, 1e-5 * off[None].expand(8, *off.shape)),
         BatchLoss(LOSSES["squared"], wrong, torch.ones(3, dtype=F64)),
-        Precision(F64), lambda v: v,
+        lambda v: v,
     )  # fmt: skip
     assert done.eliminated and done.head is not None
     assert done.full and done.misfit < FITS

@@ -1,4 +1,6 @@
-"""How far apart pictures may be that an update of unknown batch size shows as one.
+"""A batch size that nobody states: what it leaves open of an answer.
+
+Only what no other batch sends is certified.  How far apart may pictures be that are shown as one?
 
 Samples x ± e with one label send, at a fully connected layer with input u and cotangent k,
 
@@ -32,14 +34,46 @@ from rgap.limits import ALIKE, LEANING, MERGED, ROUNDING_SHARE, USEFUL
 from rgap.network.running import called
 from rgap.recovery import Candidate, Recovery, Status
 
-__all__ = ["hidden", "uncounted", "unrefuted"]
+__all__ = ["counted", "hidden"]
 
 DRAWS = 8  # directions of each of four kinds
 STEP = 1e-5  # of the largest entry: of a central difference
 TOGETHER = 1 << 21  # entries of the data of one pass
 
 
-def uncounted(problem: Problem, found: Recovery) -> Recovery:
+def counted(problem: Problem, recovery: Recovery) -> Recovery:
+    """The recovery without inputs that are certified only if the batch is one sample.
+
+    Where the network is affine on the data, or has one logit, several samples send a gradient of
+    rank one as well: without targets nothing says that there is one.
+
+    Args:
+        problem: with or without a stated batch size.
+        recovery: its answer for the smallest batch.
+    """
+    if problem.stated is not None:
+        return recovery
+    if recovery.status is Status.INCONSISTENT:
+        return _unrefuted(recovery)
+    if not recovery.certified:
+        return recovery
+    if "targets" in recovery.certified and recovery.inputs is not None:
+        return _uncounted(problem, recovery)
+    return replace(
+        recovery,
+        inputs=None,
+        labels=problem.labels,
+        determined=None,
+        partial=None,
+        certified=frozenset(),
+        error_bound=None,
+        predicted_error=None,
+        reason="the batch size is not stated, and several samples can send a gradient of rank one "
+        f"too; for one sample write batch_size=1; then: {recovery.reason}",
+    )
+
+
+def _uncounted(problem: Problem, recovery: Recovery) -> Recovery:
     """A certified recovery of unknown batch size, with what may be merged in its bound.
 
     ``EXACT`` then says of every picture of the batch that it lies within ``error_bound`` of one
@@ -47,41 +81,40 @@ def uncounted(problem: Problem, found: Recovery) -> Recovery:
 
     Args:
         problem: without a stated batch size.
-        found: its recovery, inputs and targets certified.
+        recovery: with inputs and targets certified.
     """
-    inputs, labels, bound = found.inputs, found.labels, found.error_bound
+    inputs, labels, bound = recovery.inputs, recovery.labels, recovery.error_bound
     assert inputs is not None and labels is not None and bound is not None
     if problem.update.loss.targets != "index":
         return _open(
             problem,
-            found,
+            recovery,
             f"the batch size is not stated, and copies of a picture with different targets send "
             f"the same as one with their mean, which {problem.update.loss.name} admits too",
         )
-    if not _whole(problem, len(inputs), found.scale):
+    if not _whole(problem, len(inputs), recovery.scale):
         return _open(
             problem,
-            found,
+            recovery,
             "the batch size is not stated, and samples that the network is sure of send next to "
             "nothing: only under a mean, and at its own scale, would they be missed",
         )
     try:
-        apart = hidden(problem, inputs, labels, 1.0 if found.scale is None else found.scale)
+        apart = hidden(problem, inputs, labels, 1.0 if recovery.scale is None else recovery.scale)
     except (ValueError, TypeError, RuntimeError):  # a forward that takes this batch only
         apart = inf
-    low, high = problem.value_range or (0.0, 1.0)
-    if bound + apart <= USEFUL * (high - low):
+    if bound + apart <= USEFUL * problem.width:
         return replace(
-            found,
+            recovery,
             error_bound=bound + apart,
             reason=f"the batch size is not stated: no picture of the batch is further than "
             f"{bound + apart:.1e} from one of these, {apart:.1e} of it because several may be "
-            f"shown as one; if it has {len(inputs)}: {found.reason}",
+            f"shown as one; if it has {len(inputs)}: {recovery.reason}",
         )
     far = "any distance" if apart == inf else f"up to {apart:.1g}"
     return _open(
         problem,
-        found,
+        recovery,
         f"the batch size is not stated, and several pictures with one target, {far} from each "
         "other, send the update of the one between them",
     )
@@ -98,11 +131,11 @@ def _whole(problem: Problem, rows: int, scale: float | Tensor | None) -> bool:
     return problem.declared.reduction == "mean" and near
 
 
-def _open(problem: Problem, found: Recovery, why: str) -> Recovery:
+def _open(problem: Problem, recovery: Recovery, why: str) -> Recovery:
     """The recovery of a batch of unknown size as a candidate, which nothing certifies."""
-    assert found.inputs is not None
+    assert recovery.inputs is not None
     return replace(
-        found,
+        recovery,
         inputs=None,
         labels=problem.labels,
         status=Status.UNDERDETERMINED,
@@ -112,16 +145,16 @@ def _open(problem: Problem, found: Recovery, why: str) -> Recovery:
         predicted_error=None,
         multiplicities=None,
         scale=None,
-        candidates=(Candidate(found.inputs, found.labels, found.residual or 0.0),),
+        candidates=(Candidate(recovery.inputs, recovery.labels, recovery.residual or 0.0),),
         reason=f"{why}; state batch_size (for one sample batch_size=1) to have it certified; "
-        f"then: {found.reason}",
+        f"then: {recovery.reason}",
     )
 
 
-def unrefuted(found: Recovery) -> Recovery:
+def _unrefuted(recovery: Recovery) -> Recovery:
     """A contradiction of the smallest batch, which refutes no larger one: not ``INCONSISTENT``."""
     return replace(
-        found,
+        recovery,
         inputs=None,
         status=Status.UNDERDETERMINED,
         certified=frozenset(),
@@ -129,7 +162,7 @@ def unrefuted(found: Recovery) -> Recovery:
         predicted_error=None,
         reason="the batch size is not stated, and the smallest batch does not send this update; a "
         "larger one may: state batch_size (for one sample batch_size=1) to have it tested; "
-        f"then: {found.reason}",
+        f"then: {recovery.reason}",
     )
 
 
@@ -206,17 +239,17 @@ class _Seen:
 def _directions(inputs: Tensor, seed: int) -> list[Tensor]:
     """Differences of the largest entry 1: noise, brightness, contrast, single entries."""
     generator = torch.Generator().manual_seed(seed)
-    found = []
+    drawn = []
     for _ in range(DRAWS):
         plain = torch.randn(inputs.shape, generator=generator, dtype=torch.float64).to(inputs)
         even = torch.rand(inputs.shape, generator=generator, dtype=torch.float64).to(inputs)
         place = torch.randint(inputs[0].numel(), (len(inputs), 1), generator=generator)
         single = torch.zeros_like(inputs).flatten(1).scatter_(1, place.to(inputs.device), 1.0)
         middle = inputs - inputs.flatten(1).mean(1).reshape(-1, *([1] * (inputs.ndim - 1)))
-        found += [plain, even, middle + 0.1 * middle.abs().amax() * plain,
+        drawn += [plain, even, middle + 0.1 * middle.abs().amax() * plain,
                   single.reshape(inputs.shape)]  # fmt: skip
     shape = (-1, *([1] * (inputs.ndim - 1)))
-    return [d / d.abs().flatten(1).amax(1).clamp_min(1e-300).reshape(shape) for d in found]
+    return [d / d.abs().flatten(1).amax(1).clamp_min(1e-300).reshape(shape) for d in drawn]
 
 
 def _layers(
