@@ -1,10 +1,12 @@
 """Updates that were rounded on their way, recognised by their values.
 
 A gradient that went through float16, bfloat16 or 8-bit integers and came back as float32 looks
-like any other, but its entries lie on a coarse grid.  Numbers of one format are found in a coarser
-one by chance with probability 2^−(bits between them) each, 2^−13 for float32 in float16.  Gradients
-that are small fractions for another reason (weights of zero, pictures of few levels) leave the last
-bit of that format unused, and integers of b bits fill their range only where they were scaled to.
+like any other, but its entries lie on a coarse grid.  A number of one format is found in a coarser
+one by chance with probability 2^−(bits between them), 2^−13 for float32 in float16: two distinct
+values are evidence enough, whatever tensors they stand in, for those of one update share a format.
+Gradients that are small fractions for another reason (weights of zero, pictures of few levels)
+leave many of its last bits unused; of numbers that were rounded one half ends in 0, a quarter in
+00.  Integers of b bits reach the end of their range only where they were scaled to.
 """
 
 from __future__ import annotations
@@ -22,15 +24,15 @@ from rgap.rounding import UNIFORM, coherence, spacing
 __all__ = ["Rounded", "recognise"]
 
 FORMATS = (torch.bfloat16, torch.float16, torch.float32)  # coarsest first
-EVIDENCE = 8  # distinct values that use the last bit of a format needed
-LEVELS = 12  # levels of integers, beside the largest of each tensor, needed in all tensors together
-USED = 0.25  # share of the distinct values that do, where rounding decided: one half
+EVIDENCE = 24.0  # bits: the values lie on a coarser grid by chance with 2^-24
+UNUSED = 4.0  # standard deviations by which their trailing zeros may exceed those of rounding
+LEVELS = 12  # levels of integers of few bits, beside the largest, needed in all tensors together
+FEW_BITS = 8  # below which small fractions fill the range of integers too
 LOSS_SCALE = 24  # largest power of two that a loss is scaled by in mixed precision
 LOOKED = 4096  # values of a tensor among which they are counted
 WIDTHS = range(4, 17)  # bits of integers that are looked for
 OFF = 4.0  # spacings of the carrying format by which a multiple of the step may be off
 _SCALED = " over a loss scale"
-FEWEST = 24  # entries of the tensors that may show integers
 
 
 @dataclass(frozen=True)
@@ -101,18 +103,18 @@ def _floating(gradients: Mapping[str, Tensor], dtype: torch.dtype) -> Rounded | 
     shift = _shift(fine, dtype)
     scale = 2.0**shift
     exact = {name: g for name, g in fine.items() if _numbers_of(g, dtype, scale)}
-    used = total = 0
-    for g in exact.values():
-        sizes = _distinct(g) * scale
-        odd = (sizes.double() / spacing(sizes, dtype)).remainder(2.0) == 1.0
-        used, total = used + int(odd.sum()), total + len(sizes)
-    if used < EVIDENCE or used < USED * total:
+    if not exact:
         return None
+    bits = min(log2(eps / torch.finfo(g.dtype).eps) for g in exact.values())
+    sizes = _union([_distinct(g) * scale for g in exact.values()])
+    zeros, count = _trailing_zeros(sizes / spacing(sizes, dtype)), len(sizes)
+    if count * bits < EVIDENCE or zeros > count + UNUSED * (2 * count) ** 0.5:
+        return None  # of rounded numbers each has 1 ± √2
     noise = {
         name: UNIFORM / scale * spacing(g * scale, dtype).to(g.dtype) for name, g in exact.items()
     }
     kind = str(dtype).removeprefix("torch.") + (_SCALED if shift else "")
-    return Rounded(kind, dtype, noise, used)
+    return Rounded(kind, dtype, noise, count)
 
 
 def _shift(gradients: Mapping[str, Tensor], dtype: torch.dtype) -> int:
@@ -141,21 +143,28 @@ def _integers(gradients: Mapping[str, Tensor]) -> Rounded | None:
     """
     ends = {name: _ends(g) for name, g in gradients.items()}
     best: Rounded | None = None
-    for bits in WIDTHS:
-        noise, evidence, entries = dict[str, Tensor](), 0, 0
-        for name, g in gradients.items():
-            step = _step(g, bits, *ends[name])
-            if step is None:
-                continue
-            noise[name] = torch.full_like(g, UNIFORM * step)
-            if g.ndim > 1:
-                noise[name] *= coherence(g == 0, (g == 0).flatten(1).all(1)).to(g)
-            entries += g.numel()
-            evidence += _levels(g, step) - 1  # the largest is one whatever the others are
-        shown = entries >= FEWEST and evidence >= min(LEVELS, 2 ** (bits - 1) - 3)
-        if shown and (best is None or len(noise) > len(best.noise)):
-            best = Rounded(f"{bits}-bit integers", None, noise, evidence)
+    for width in WIDTHS:
+        steps = {
+            name: step
+            for name, g in gradients.items()
+            if (step := _step(g, width, *ends[name])) is not None
+        }
+        if not steps or (best is not None and len(steps) <= len(best.noise)):
+            continue
+        # the largest is a multiple whatever the others are
+        levels = len(_union([_levels(gradients[n], step)[:-1] for n, step in steps.items()]))
+        bits = min(log2(s / (2 * _slack(gradients[n], *ends[n]))) for n, s in steps.items())
+        needed = min(LEVELS, 2 ** (width - 1) - 3) if width < FEW_BITS else 1
+        if levels >= needed and levels * bits >= EVIDENCE:
+            noise = {n: _noise(gradients[n], step) for n, step in steps.items()}
+            best = Rounded(f"{width}-bit integers", None, noise, levels)
     return best
+
+
+def _noise(g: Tensor, step: float) -> Tensor:
+    """Standard deviation of rounding to multiples of a step."""
+    noise = torch.full_like(g, UNIFORM * step)
+    return noise if g.ndim < 2 else noise * coherence(g == 0, (g == 0).flatten(1).all(1)).to(g)
 
 
 def _numbers_of(g: Tensor, dtype: torch.dtype, scale: float) -> bool:
@@ -178,7 +187,7 @@ def _step(g: Tensor, bits: int, low: float, high: float) -> float | None:
     largest = max(abs(low), abs(high))
     if largest == 0:
         return None
-    slack = OFF * torch.finfo(g.dtype).eps * largest
+    slack = _slack(g, low, high)
 
     def holds(part: Tensor) -> bool:
         values = part.double()
@@ -189,6 +198,11 @@ def _step(g: Tensor, bits: int, low: float, high: float) -> float | None:
         if step > 0 and slack < step / 8 and holds(_few(g)) and all(map(holds, blocks(g))):
             return float(step)
     return None
+
+
+def _slack(g: Tensor, low: float, high: float) -> float:
+    """Distance from a multiple of a step that the carrying format explains."""
+    return float(OFF * torch.finfo(g.dtype).eps * max(abs(low), abs(high)))
 
 
 def _few(g: Tensor) -> Tensor:
@@ -204,14 +218,27 @@ def _few(g: Tensor) -> Tensor:
     return flat[::stride]
 
 
-def _levels(g: Tensor, step: float) -> int:
+def _levels(g: Tensor, step: float) -> Tensor:
     """Distinct multiples of a step beside zero: what is far below it says nothing of integers."""
-    multiples = (_distinct(g).double() / step).round()
-    return len(torch.unique(multiples[multiples > 0]))
+    multiples = (_distinct(g) / step).round()
+    levels: Tensor = torch.unique(multiples[multiples > 0])
+    return levels
 
 
 def _distinct(g: Tensor) -> Tensor:
-    """Distinct sizes of a few entries that are not zero."""
-    sizes = _few(g).abs()
+    """Distinct sizes of a few entries that are not zero, float64."""
+    sizes = _few(g).abs().double()
     distinct: Tensor = torch.unique(sizes[sizes > 0])
     return distinct
+
+
+def _union(parts: list[Tensor]) -> Tensor:
+    """Distinct values of all tensors together."""
+    union: Tensor = torch.unique(torch.cat([part.cpu() for part in parts]))
+    return union
+
+
+def _trailing_zeros(whole: Tensor) -> float:
+    """Zeros that whole numbers end in, written in base two, all together."""
+    lowest = whole.long() & -whole.long()
+    return float(lowest.double().log2().sum())
