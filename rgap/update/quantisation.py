@@ -21,7 +21,7 @@ from torch import Tensor
 from rgap.doubles import blocks
 from rgap.rounding import UNIFORM, coherence, spacing
 
-__all__ = ["Rounded", "recognise"]
+__all__ = ["Rounded", "recognise", "stored"]
 
 FORMATS = (torch.bfloat16, torch.float16, torch.float32)  # coarsest first
 EVIDENCE = 24.0  # bits: the values lie on a coarser grid by chance with 2^-24
@@ -52,13 +52,6 @@ class Rounded:
     dtype: torch.dtype | None
     noise: Mapping[str, Tensor]
     evidence: int
-
-    def added_to(self, noise: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-        """This rounding and other noise of the same update together, by parameter name."""
-        total = dict(noise or {})
-        for name, std in self.noise.items():
-            total[name] = torch.hypot(std, total[name].to(std)) if name in total else std
-        return total
 
     @property
     def scaled(self) -> bool:
@@ -96,6 +89,35 @@ def recognise(gradients: Mapping[str, Tensor]) -> Rounded | None:
     return _integers(gradients)
 
 
+def stored(gradients: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Standard deviation of the rounding of tensors that are kept in a format of less precision.
+
+    Args:
+        gradients: by parameter name, as sent.
+        dtype: that the client computed in.
+
+    Returns:
+        By name, of the tensors in a coarser format than that, or than float32.
+
+    >>> sent = stored({"w": torch.ones(1).half(), "b": torch.ones(1)}, torch.float32)
+    >>> [(name, f"{std.item():.1e}") for name, std in sent.items()]
+    [('w', '2.8e-04')]
+    """
+    eps = min(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+    coarse = {n: g for n, g in gradients.items() if torch.finfo(g.dtype).eps > eps}
+    return {n: _rounding(g.to(torch.float32), g.dtype) for n, g in coarse.items()}
+
+
+def _rounding(g: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    """Standard deviation of rounding to numbers of a format, over a power of two."""
+    return _following(g, UNIFORM / scale * spacing(g * scale, dtype).to(g.dtype))
+
+
+def _following(g: Tensor, noise: Tensor) -> Tensor:
+    """Rounding, wider where most entries went to zero: their errors follow the gradient."""
+    return noise if g.ndim < 2 else noise * coherence(g == 0, (g == 0).flatten(1).all(1)).to(g)
+
+
 def _floating(gradients: Mapping[str, Tensor], dtype: torch.dtype) -> Rounded | None:
     """Tensors all of whose values are numbers of ``dtype`` although theirs is finer."""
     eps = torch.finfo(dtype).eps
@@ -110,9 +132,7 @@ def _floating(gradients: Mapping[str, Tensor], dtype: torch.dtype) -> Rounded | 
     zeros, count = _trailing_zeros(sizes / spacing(sizes, dtype)), len(sizes)
     if count * bits < EVIDENCE or zeros > count + UNUSED * (2 * count) ** 0.5:
         return None  # of rounded numbers each has 1 ± √2
-    noise = {
-        name: UNIFORM / scale * spacing(g * scale, dtype).to(g.dtype) for name, g in exact.items()
-    }
+    noise = {name: _rounding(g, dtype, scale) for name, g in exact.items()}
     kind = str(dtype).removeprefix("torch.") + (_SCALED if shift else "")
     return Rounded(kind, dtype, noise, count)
 
@@ -138,8 +158,7 @@ def _integers(gradients: Mapping[str, Tensor]) -> Rounded | None:
     """Multiples of one step a tensor, the largest of them that of a signed or unsigned integer.
 
     The width that most tensors show is that of all: one without negative values holds seven bits of
-    the eight of its neighbours.  Errors of entries that went to zero follow the gradient where most
-    did (see ``coherence``).
+    the eight of its neighbours.
     """
     ends = {name: _ends(g) for name, g in gradients.items()}
     best: Rounded | None = None
@@ -156,15 +175,12 @@ def _integers(gradients: Mapping[str, Tensor]) -> Rounded | None:
         bits = min(log2(s / (2 * _slack(gradients[n], *ends[n]))) for n, s in steps.items())
         needed = min(LEVELS, 2 ** (width - 1) - 3) if width < FEW_BITS else 1
         if levels >= needed and levels * bits >= EVIDENCE:
-            noise = {n: _noise(gradients[n], step) for n, step in steps.items()}
+            noise = {
+                n: _following(gradients[n], torch.full_like(gradients[n], UNIFORM * step))
+                for n, step in steps.items()
+            }
             best = Rounded(f"{width}-bit integers", None, noise, levels)
     return best
-
-
-def _noise(g: Tensor, step: float) -> Tensor:
-    """Standard deviation of rounding to multiples of a step."""
-    noise = torch.full_like(g, UNIFORM * step)
-    return noise if g.ndim < 2 else noise * coherence(g == 0, (g == 0).flatten(1).all(1)).to(g)
 
 
 def _numbers_of(g: Tensor, dtype: torch.dtype, scale: float) -> bool:
