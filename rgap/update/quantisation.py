@@ -25,9 +25,12 @@ __all__ = ["Rounded", "recognise", "stored"]
 
 FORMATS = (torch.bfloat16, torch.float16, torch.float32)  # coarsest first
 EVIDENCE = 24.0  # bits: the values lie on a coarser grid by chance with 2^-24
-UNUSED = 4.0  # standard deviations by which their trailing zeros may exceed those of rounding
+ZEROS = 4  # that values of evidence end in at most; rounded ones end in more with 2^-5
+USED = 0.25  # share of these that use the last bit at least, where rounding decided: one half
+BY_CHANCE = 2  # of few values, that fewer may
 LEVELS = 12  # levels of integers of few bits, beside the largest, needed in all tensors together
 FEW_BITS = 8  # below which small fractions fill the range of integers too
+FEWEST = 2  # levels of others: that of C = 2^b classes before training, 1/(C - 1), is one
 LOSS_SCALE = 24  # largest power of two that a loss is scaled by in mixed precision
 LOOKED = 4096  # values of a tensor among which they are counted
 WIDTHS = range(4, 17)  # bits of integers that are looked for
@@ -129,9 +132,10 @@ def _floating(gradients: Mapping[str, Tensor], dtype: torch.dtype) -> Rounded | 
         return None
     bits = min(log2(eps / torch.finfo(g.dtype).eps) for g in exact.values())
     sizes = _union([_distinct(g) * scale for g in exact.values()])
-    zeros, count = _trailing_zeros(sizes / spacing(sizes, dtype)), len(sizes)
-    if count * bits < EVIDENCE or zeros > count + UNUSED * (2 * count) ** 0.5:
-        return None  # of rounded numbers each has 1 ± √2
+    last = _last_bit(sizes / spacing(sizes, dtype))
+    count, used = int((last <= 2**ZEROS).sum()), int((last == 1).sum())
+    if count * bits < EVIDENCE or 2 * count < len(sizes) or used < USED * count - BY_CHANCE:
+        return None
     noise = {name: _rounding(g, dtype, scale) for name, g in exact.items()}
     kind = str(dtype).removeprefix("torch.") + (_SCALED if shift else "")
     return Rounded(kind, dtype, noise, count)
@@ -173,7 +177,7 @@ def _integers(gradients: Mapping[str, Tensor]) -> Rounded | None:
         # the largest is a multiple whatever the others are
         levels = len(_union([_levels(gradients[n], step)[:-1] for n, step in steps.items()]))
         bits = min(log2(s / (2 * _slack(gradients[n], *ends[n]))) for n, s in steps.items())
-        needed = min(LEVELS, 2 ** (width - 1) - 3) if width < FEW_BITS else 1
+        needed = min(LEVELS, 2 ** (width - 1) - 3) if width < FEW_BITS else FEWEST
         if levels >= needed and levels * bits >= EVIDENCE:
             noise = {
                 n: _following(gradients[n], torch.full_like(gradients[n], UNIFORM * step))
@@ -235,10 +239,13 @@ def _few(g: Tensor) -> Tensor:
 
 
 def _levels(g: Tensor, step: float) -> Tensor:
-    """Distinct multiples of a step beside zero: what is far below it says nothing of integers."""
+    """Distinct multiples of a step beside zero: what is far below it says nothing of integers.
+
+    None where all are multiples of a longer one: thirds end 85 steps of the 255 of nine bits.
+    """
     multiples = (_distinct(g) / step).round()
     levels: Tensor = torch.unique(multiples[multiples > 0])
-    return levels
+    return levels if gcd(*levels.long().tolist()) == 1 else levels[:0]
 
 
 def _distinct(g: Tensor) -> Tensor:
@@ -254,7 +261,6 @@ def _union(parts: list[Tensor]) -> Tensor:
     return union
 
 
-def _trailing_zeros(whole: Tensor) -> float:
-    """Zeros that whole numbers end in, written in base two, all together."""
-    lowest = whole.long() & -whole.long()
-    return float(lowest.double().log2().sum())
+def _last_bit(whole: Tensor) -> Tensor:
+    """The power of two that the last bit of whole numbers stands for which is not 0."""
+    return whole.long() & -whole.long()
