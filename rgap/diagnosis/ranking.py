@@ -140,7 +140,7 @@ def _examine(
     evidence = gather(model, update, size, known, shape, precision, deadline)
     tested.add(Kind.OPTIMISER)
     compressed = values.compressed(replace(evidence, update=plain))
-    stepped = optimiser.read(plain)
+    stepped = optimiser.read(update)
     if compressed is not None:
         rivals = (Kind.OPTIMISER,) if stepped else ()
         return [*found, replace(compressed, rivals=rivals)]
