@@ -135,13 +135,12 @@ def _examine(
     if weights_sent is not None:
         return [*found, weights_sent]
     rounded, plain = values.rounded(update), update
-    if rounded is not None:
-        update = update.as_rounded()[0]
+    update = update.as_rounded()[0]
     precision = Precision(update.dtype, added, seed=seed, entries=update.noise or {})
     evidence = gather(model, update, size, known, shape, precision, deadline)
     tested.add(Kind.OPTIMISER)
     compressed = values.compressed(replace(evidence, update=plain))
-    stepped = optimiser.read(plain)
+    stepped = optimiser.read(update)
     if compressed is not None:
         rivals = (Kind.OPTIMISER,) if stepped else ()
         return [*found, replace(compressed, rivals=rivals)]
