@@ -77,6 +77,8 @@ class Evidence:
         outputs: of the model on the probes; None where it could not be run.
         deadline: ``time.perf_counter()`` after which no further trial begins.
         usual: root mean square of the gradients of one of several samples, by parameter name.
+        presumed: the batch size is not stated, and 1 because the head shows one sample; copies of
+            it, and samples whose cotangent vanishes, show none.
         tested: kinds that some trial could have shown.
     """
 
@@ -92,6 +94,7 @@ class Evidence:
     outputs: Tensor | None
     deadline: float
     usual: Mapping[str, float] = field(default_factory=dict)
+    presumed: bool = False
     tested: set[Kind] = field(default_factory=set)
 
     @property

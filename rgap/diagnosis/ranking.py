@@ -158,12 +158,9 @@ def _examine(
 def _equations(evidence: Evidence) -> list[Finding]:
     """The trials that need the network."""
     if evidence.batch is None:
-        alone = samples.single(evidence)
-        if alone is None or alone.rest > SAME * evidence.unit:
-            return mode.read(evidence)
-        one = replace(evidence, batch=1)
-        if any(f.rank > 1 for f in noise.floors(one)):
-            return mode.read(evidence)  # two classes or one logit have rank one for any batch
+        one = samples.presumed(evidence)
+        if one is None or any(f.rank > 1 for f in noise.floors(one)):
+            return mode.read(evidence) or weights.read(evidence, None)
         evidence = one
     layers = noise.floors(evidence)
     decayed, gradients = decay.read(evidence, layers)
