@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,8 @@ def _updates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = resolve("mlp:widths=32")
     sent = rgap.capture(model, x, torch.tensor([3]))
     sent.save("right")
-    rgap.Update({n: -g for n, g in sent.gradients.items()}, input_shape=(3, 32, 32)).save("wrong")
+    turned = replace(sent, gradients={n: -g for n, g in sent.gradients.items()})
+    turned.save("wrong")
 
 
 def ended(line: str, out: int, err: int, monkeypatch: pytest.MonkeyPatch) -> int:
