@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 import re
+from math import inf
+from numbers import Real
 from pathlib import Path
 
 import torch
@@ -26,7 +28,7 @@ __all__ = [
 ]
 
 SHARE = 0.5  # of what is free: other processes grow, and an allocator keeps what it gave back
-LEAST = 64 * 2.0**20  # bytes that no budget goes below: less than PyTorch takes by itself
+LEAST = 64e6  # bytes that no budget goes below: less than PyTorch takes by itself
 FALLBACK = 4e9  # bytes, where the machine does not say what it has
 
 _UNITS = {
@@ -53,10 +55,10 @@ def bytes_of(text: str, option: str = "--memory-limit") -> float:
     >>> bytes_of("500MB"), bytes_of("2GiB") == 2 * 2**30
     (500000000.0, True)
     """
-    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*([a-z]*)\s*", text.lower())
-    unit = None if found is None else _UNITS.get(found[2])
-    size = 0.0 if found is None or unit is None else float(found[1]) * unit
-    if not size > 0:
+    parts = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:e\+?[0-9]+)?)\s*([a-z]*)\s*", text.lower())
+    unit = None if parts is None else _UNITS.get(parts[2])
+    size = 0.0 if parts is None or unit is None else float(parts[1]) * unit
+    if not 0 < size < inf:
         raise ValueError(f"{option}: expected a size such as 4GB, 500MB or 2GiB, got {text!r}")
     return size
 
@@ -77,30 +79,29 @@ def shown(size: float) -> str:
 def budget_of(memory_budget: float | None, device: torch.device | str = "cpu") -> float:
     """The bytes that may be taken: those stated, else half of what ``device`` has free.
 
-    Less than :data:`LEAST` takes the smallest routes; they are refused only above that.
-
     Args:
         memory_budget: as given by the caller, or None.
         device: whose memory it is.
 
     Raises:
         TypeError: no number.
-        ValueError: negative or NaN.
+        ValueError: below :data:`LEAST`, or not finite.
 
     >>> budget_of(2e9)
     2000000000.0
     """
     if memory_budget is None:
         return SHARE * free(device)
-    if isinstance(memory_budget, bool) or not isinstance(memory_budget, (int, float)):
+    if isinstance(memory_budget, bool) or not isinstance(memory_budget, Real):
         raise TypeError(
             f"memory_budget: expected a number of bytes, got {memory_budget!r}; write "
-            "memory_budget=4e9 for 4 GB, or None for half of what the machine has free"
+            "memory_budget=4e9, or memory_budget=None for half of what the machine has free"
         )
-    if not memory_budget >= 0:
+    if not LEAST <= memory_budget < inf:
         raise ValueError(
-            f"memory_budget: expected bytes of at least 0, got {memory_budget!r}; write "
-            "memory_budget=4e9 for 4 GB"
+            f"memory_budget: expected at least {shown(LEAST)}, which PyTorch takes by itself, got "
+            f"{memory_budget:g} bytes; write memory_budget=4e9, or memory_budget=None for half of "
+            "what the machine has free"
         )
     return float(memory_budget)
 
@@ -128,8 +129,7 @@ def require(what: str, need: float, budget: float, instead: str = "") -> None:
     other = f", or {instead}" if instead else ""
     raise OutOfMemory(
         f"{what} needs {shown(need)}, and the budget is {shown(max(budget, LEAST))}; write "
-        f"memory_budget={ask:.1e} (--memory-limit {ask / 1e9:.2g}GB) where the machine has "
-        f"it{other}"
+        f"memory_budget={ask:.1e} where the machine has it{other}"
     )
 
 

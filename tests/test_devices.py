@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from allocations import smallest_routes
 from device_mode import ALLOWED, ROOMS, ROOT, Devices
 from torch import nn
 
@@ -146,7 +147,7 @@ CASES: dict[str, Callable[[], object]] = {
     "homogeneous": lambda: inverted(dense(nn.LeakyReLU(0.3), bias=False), [1]),
     "given head": lambda: known_head(conv(nn.Tanh())),
     "missing equations": null_spaces,
-    "matrix free": lambda: inverted(conv(nn.Tanh()), [1], memory_budget=1e3),
+    "matrix free": smallest_routes()(lambda: inverted(conv(nn.Tanh()), [1])),
     "pair": lambda: inverted(dense(nn.Tanh()), [0, 1, 2]),
     "pair of relu": lambda: inverted(dense(nn.ReLU()), [0, 1, 1]),
     "softmax head": lambda: inverted(conv(nn.Tanh()), [0, 1, 2]),

@@ -8,6 +8,7 @@ import textwrap
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from allocations import Allocations
@@ -32,17 +33,64 @@ from rgap.update.preflight import ClientView
 
 
 def test_sizes_are_read_as_people_write_them() -> None:
-    read = {"4GB": 4e9, "500 mb": 5e8, "2GiB": 2 * 2**30, "1e9": 1e9, "1.5g": 1.5e9}
+    read = {
+        "4GB": 4e9,
+        "500 mb": 5e8,
+        "2GiB": 2 * 2**30,
+        "1e9": 1e9,
+        "1.5g": 1.5e9,
+        "1.1e+09": 1.1e9,
+    }
     assert {text: memory.bytes_of(text) for text in read} == read
-    for wrong in ("", "much", "4XB", "-1GB", "0"):
+    for wrong in ("", "much", "4XB", "-1GB", "-1", "0", "abc", "nan"):
         with pytest.raises(ValueError, match="--memory-limit: expected a size such as 4GB"):
             memory.bytes_of(wrong)
 
 
-@pytest.mark.parametrize("wrong", ["4GB", True, -1.0, float("nan")])
-def test_a_budget_that_is_none_is_refused(wrong: object) -> None:
-    with pytest.raises((TypeError, ValueError), match="memory_budget: expected"):
-        memory.budget_of(wrong)  # type: ignore[arg-type]
+TAKING = {
+    "invert": lambda net, sent, budget: rgap.invert(net, sent, memory_budget=budget),
+    "match": lambda net, sent, budget: rgap.match(net, sent, memory_budget=budget, iterations=1),
+    "estimate": lambda net, sent, budget: rgap.labels.estimate(net, sent, memory_budget=budget),
+    "audit": lambda net, _, budget: audit(net, (1, 4, 4), (1,), memory_budget=budget),
+    "identifiability": lambda net, _, budget: identifiability(net, (1, 4, 4), memory_budget=budget),
+    "noise": lambda net, _, budget: noise(net, (1, 4, 4), sigma=0.1, memory_budget=budget),
+    "harden": lambda net, _, budget: harden(
+        net, (1, 4, 4), 0.5, changes=("batch size",), memory_budget=budget
+    ),
+}
+
+
+def test_numbers_of_any_kind_are_a_budget() -> None:
+    assert memory.budget_of(np.float32(4e9)) == memory.budget_of(4 * 10**9) == 4e9
+    assert memory.budget_of(memory.LEAST) == memory.LEAST
+
+
+@pytest.mark.parametrize("name", TAKING)
+def test_a_budget_that_is_none_is_refused(name: str) -> None:
+    net = rgap.models.mlp((8,), 3, input_shape=(1, 4, 4), seed=0)
+    sent = rgap.capture(net, torch.rand(1, 1, 4, 4), torch.tensor([1]))
+    for wrong in ("4GB", True, [4e9], -1.0, 0, 10, float("nan"), float("inf")):
+        with pytest.raises((TypeError, ValueError), match="memory_budget: expected") as refusal:
+            TAKING[name](net, sent, wrong)
+        assert "write memory_budget=4e9" in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [("1KB", "1000 bytes; write --memory-limit 4GB, or leave --memory-limit out"), ("63MB", "6.3e+07"),
+     ("0", "'0'"), ("-1", "'-1'"), ("abc", "'abc'"), ("1e400GB", "1e400GB")],
+)  # fmt: skip
+def test_a_limit_that_is_none_is_one_line(
+    typed: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    net = rgap.models.mlp((8,), seed=0)
+    rgap.capture(net, torch.rand(1, 3, 32, 32), torch.tensor([1])).save("update")
+    for line in ("invert NET update", "match NET update", "labels NET update", "audit NET"):
+        words = line.replace("NET", "mlp:widths=8").split()
+        ran = CliRunner().invoke(app, [*words, "--memory-limit", typed, "-q"])
+        assert ran.exit_code == 2 and len(ran.output.splitlines()) == 1, ran.output
+        assert "--memory-limit: expected" in ran.output and said in ran.output, ran.output
 
 
 def test_the_tightest_control_group_decides(tmp_path: Path) -> None:
@@ -173,9 +221,9 @@ def test_a_refusal_names_the_layer_the_need_and_what_to_write(
         assert what in str(refusal.value), str(refusal.value)
 
 
-@pytest.mark.parametrize("budget", [1e6, 1e8])
+@pytest.mark.parametrize("budget", [memory.LEAST, 1e8])
 def test_peak_memory_follows_the_budget(budget: float) -> None:
-    """In a process of its own: what invert takes on top is below four times the budget's floor."""
+    """In a process of its own: what invert takes on top is below four times the budget."""
     code = f"""
         import resource, torch, rgap
         torch.manual_seed(0)
@@ -197,7 +245,7 @@ def test_peak_memory_follows_the_budget(budget: float) -> None:
     )
     assert ran.returncode == 0, ran.stderr
     *_, taken = ran.stdout.split()
-    assert float(taken) * 1024 < 4 * max(budget, memory.LEAST), ran.stdout
+    assert float(taken) * 1024 < 4 * budget, ran.stdout
 
 
 def test_a_large_layer_is_copied_once_and_the_update_read_block_by_block(

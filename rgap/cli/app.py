@@ -5,6 +5,7 @@ Nothing here imports torch until a command needs it, so that ``rgap --help`` ans
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
@@ -13,6 +14,7 @@ from rgap._version import __version__
 from rgap.cli.audit import audit
 from rgap.cli.capture import capture
 from rgap.cli.check import check
+from rgap.cli.console import say, unbroken
 from rgap.cli.demo import demo
 from rgap.cli.harden import harden
 from rgap.cli.invert import invert
@@ -73,4 +75,9 @@ for _command in (match, labels, harden):
 
 def main() -> None:
     """Entry point of the ``rgap`` command."""
-    app(prog_name="rgap")
+    sys.stdout, sys.stderr = unbroken(sys.stdout), unbroken(sys.stderr)
+    try:
+        app(prog_name="rgap")
+    except OSError as error:  # of --help and --version: a command says its own
+        say(f"error: {error}")
+        sys.exit(2)

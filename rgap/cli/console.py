@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
@@ -16,7 +19,53 @@ from rgap.cli.spoken import options_of, spoken
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["clean", "print_json", "say", "stderr", "stdout"]
+__all__ = ["clean", "print_json", "say", "stderr", "stdout", "unbroken"]
+
+
+class _Pipe(io.FileIO):
+    """A file that takes and drops what nobody reads any more, as behind ``| head -1``."""
+
+    _ended = False
+
+    def write(self, data: Any) -> int:
+        """Write; a closed pipe drops everything, any other error is raised once."""
+        if not self._ended:
+            try:
+                return super().write(data)
+            except BrokenPipeError:
+                self._ended = True
+            except OSError:
+                self._ended = True
+                raise
+        return len(data)
+
+
+def unbroken(stream: TextIO | None) -> TextIO:
+    """Standard output or error such that a closed pipe changes nothing of a command's end.
+
+    The exit code says what the answer is, and files are written; only the words have no reader.
+
+    Args:
+        stream: ``sys.stdout`` or ``sys.stderr``; None, as Python has it where it was closed.
+
+    Returns:
+        The same where it is a terminal or has no file.
+    """
+    if stream is None:
+        return Path(os.devnull).open("w", encoding="utf-8")
+    if stream.isatty():
+        return stream
+    try:
+        stream.flush()
+        raw = _Pipe(os.dup(stream.fileno()), "w")
+    except (OSError, ValueError):  # put there by whoever calls: no file of the system
+        return stream
+    return io.TextIOWrapper(
+        io.BufferedWriter(raw),
+        encoding=stream.encoding,
+        errors=stream.errors,
+        line_buffering=stream is sys.stderr,
+    )
 
 
 @contextmanager

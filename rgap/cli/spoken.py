@@ -27,6 +27,8 @@ def options_of(context: typer.Context) -> dict[str, str]:
             names[name] = name.upper()
         else:
             names[name] = max(parameter.opts, key=len)
+    if "memory_limit" in names:
+        names["memory_budget"] = names["memory_limit"]
     return names
 
 
@@ -49,12 +51,15 @@ def spoken(text: str, options: Mapping[str, str]) -> str:
     >>> spoken("write noise=None to have it found", options)
     'leave --noise out to have it found'
     """
+    from rgap.memory import shown
 
     def flag(match: re.Match[str]) -> str:
         name, value = match.group(1), match.group(2)
         if name not in options:
             return match.group(0)
         plain = re.sub(r"torch\.tensor|[()\[\]\"']", "", value).replace(", ", ",").rstrip(",")
+        if name == "memory_budget" and plain != "None":
+            plain = shown(float(plain)).replace(".0 ", "").replace(" ", "")
         plain = f'"{plain}"' if " " in plain else plain
         return f"{options[name]} {plain}".rstrip()
 
@@ -85,7 +90,7 @@ def spoken(text: str, options: Mapping[str, str]) -> str:
                 calls.append(len(bracket.group()) == 2)
     # A name with an underscore is no word of a sentence: "a smaller input_shape".
     text = re.sub(r"(?<![\w.'\"-])\w+_\w+(?![\w(='\"]|\.\w)", named, "".join(kept))
-    text = re.sub(r"write (--[\w-]+) None", r"leave \1 out", text)
+    text = re.sub(r"(?:write )?(--[\w-]+) None", r"leave \1 out", text)
     start = re.match(r"(\w+):", text)
     if start and start.group(1) in options:
         text = options[start.group(1)] + text[start.end(1) :]

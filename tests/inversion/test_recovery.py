@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from allocations import smallest_routes
 from networks import picture, small_conv, small_mlp
 from reference import dense_blocks, dense_rank
 from torch import Tensor, nn
@@ -65,7 +66,8 @@ def batch() -> Recovery:
 
 def matrix_free() -> Recovery:
     model = small_conv("sigmoid", channels=3, stride=2, seed=0)
-    return invert(model, capture(model, X, LABEL), memory_budget=1.0)
+    with smallest_routes():
+        return invert(model, capture(model, X, LABEL))
 
 
 MAKERS = [exact, deficient, ambiguous, inconsistent, unsupported, noisy, batch, matrix_free]
