@@ -18,6 +18,7 @@ from rgap.analysis.calls.uses import Recording, Use
 from rgap.jacobian.update_map import UpdateMap
 from rgap.network.affine import Affine
 from rgap.network.agreement import refuse_unready
+from rgap.network.isolation import bare_copy
 from rgap.network.modules import affine_map
 from rgap.network.probing import Unsupported
 from rgap.network.running import refuse_wrapped, run
@@ -88,10 +89,7 @@ def probed(
     """The layers of :func:`probe_layers`, same arguments, and the recording that they come from."""
     refuse_wrapped(model)
     place = inputs.device
-    twin = copy.deepcopy(model).to(place).double()
-    for module in twin.modules():
-        module._forward_hooks.clear()
-        module._forward_pre_hooks.clear()
+    twin = bare_copy(model, place)
     wanted = targets.to(place)
     recording = record(twin, inputs.detach().double(), lambda out: loss(out, wanted))
     if not any(use.covered for use in recording.uses):

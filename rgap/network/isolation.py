@@ -77,6 +77,15 @@ def meta_copy(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, memo)
 
 
+def bare_copy(module: nn.Module, device: torch.device | str) -> nn.Module:
+    """A copy in float64 without the hooks on forwards that the module has."""
+    twin = copy.deepcopy(module).to(device).double()
+    for part in twin.modules():
+        part._forward_hooks.clear()
+        part._forward_pre_hooks.clear()
+    return twin
+
+
 def on_meta(value: Tensor) -> Tensor:
     """The shape of a tensor alone, in the precision of the chain."""
     dtype = torch.float64 if value.is_floating_point() else value.dtype

@@ -6,6 +6,7 @@ dense matrix that it stands for, or a function whose Jacobian it is.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -31,10 +32,10 @@ from rgap.jacobian.batch_loss import BatchLoss
 from rgap.jacobian.eliminated import Eliminated
 from rgap.jacobian.layer import Bilinear
 from rgap.jacobian.linearisation import Linearisation
-from rgap.jacobian.module_update import ClientLoss, ModuleUpdate
+from rgap.jacobian.module_gradient import ClientLoss, ModuleGradient
+from rgap.jacobian.module_update import ModuleUpdate
 from rgap.jacobian.normal import Normal
 from rgap.jacobian.products import GraphProducts
-from rgap.jacobian.update_map import UpdateMap
 from rgap.network import activations as act
 from rgap.network import pooling, reshape, scaling
 from rgap.network.chain import parse
@@ -593,6 +594,10 @@ def _() -> Iterator[Case]:
     own = GraphProducts(update.rows, x + 0.1)
     yield Case(own, own.push, own.pull, x.shape, update.rows, at=x + 0.1)
     yield Case(own, own.push, lambda y: own.pulls(y[None])[0], x.shape, update.rows, at=x + 0.1)
+    module, x, y, _ = linearised(True)
+    names = [name for name, _ in module.named_parameters()]
+    at = ModuleGradient(copy.deepcopy(module), ClientLoss(Loss(), y), names).at(x)
+    yield Case(at, at.push, at.pull, x.shape, update_jacobian())
 
 
 def probe() -> ProbePoint:
@@ -605,15 +610,7 @@ def _() -> Iterator[Case]:
     for forward in (True, False):
         own = probe().update
         own.forward_mode = forward
-        matrix = update_jacobian()
-
-        def back(y: Tensor, own: UpdateMap = own) -> Tensor:
-            def flat(x: Tensor) -> Tensor:
-                return torch.cat([g.flatten() for g in own.gradient(x).values()])
-
-            return torch.func.vjp(flat, own.inputs)[1](y[0])[0][None]
-
-        yield Case(own, own.columns, back, own.inputs[None], matrix)
+        yield Case(own, own.columns, own.pulls, own.inputs[None], update_jacobian())
 
 
 # --- separation ----------------------------------------------------------------------------------
