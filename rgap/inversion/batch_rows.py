@@ -36,12 +36,7 @@ def batch_of(problem: Problem) -> Batch:
     if several(loss, problem.chain):
         loss = replace(loss, targets="probability")
     return Batch(
-        problem.chain,
-        problem.gradients,
-        loss,
-        problem.precision,
-        problem.stated,
-        problem.room,
+        problem.chain, problem.gradients, loss, problem.precision, problem.stated, problem.room
     )
 
 

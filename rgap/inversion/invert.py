@@ -139,11 +139,9 @@ def invert(
         problem = replace(problem, filling=filling)
     with Progress(progress) as show:
         recovery = _run(problem, head, show)
-        if head is not None:
-            recovery = searched(problem, recovery, show)
-        else:
-            recovery = searched(problem, counted(problem, recovery), show)
-            recovery = outcomes.explained(problem, recovery)
+        recovery = counted(problem, recovery) if head is None else recovery
+        recovery = searched(problem, recovery, show)
+        recovery = outcomes.explained(problem, recovery) if head is None else recovery
     return replace(recovery, seconds=time.perf_counter() - began)
 
 
