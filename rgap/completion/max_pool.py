@@ -107,22 +107,17 @@ class PooledStage:
         if self.index < 2:
             return None
         below = self.chain.stages[self.index - 1]
-        sent = {
-            f"affine.{part}": gradients[name]
-            for part, name in (
-                ("weight", below.affine.weight_name),
-                ("bias", below.affine.bias_name),
-            )
-            if name is not None and name in gradients
-        }
+        names = (("weight", below.affine.weight_name), ("bias", below.affine.bias_name))
+        held = [(part, name) for part, name in names if name is not None and name in gradients]
+        sent = {f"affine.{part}": gradients[name] for part, name in held}
         modules = dict(model.named_modules())
         if self.pool.name not in modules or not rounded(modules[self.pool.name]):
             return None
         network = nn.Sequential()
         network.add_module("affine", _Layer(below.affine))
         for number, op in enumerate(self.steps):
-            held = modules.get(op.name)
-            network.add_module(f"step{number}", held if held and rounded(held) else _Step(op))
+            own = modules.get(op.name)
+            network.add_module(f"step{number}", own if own and rounded(own) else _Step(op))
         network.add_module(LAST, nn.Identity())
         if sent["affine.weight"].shape != below.affine.weight.shape:
             return None

@@ -184,7 +184,7 @@ class KnownPart:
         kronecker = gradient_constraint(affine, k.value)
         groups, rows, size = kronecker.matrix.shape
         left, spectrum, right = torch.linalg.svd(kronecker.matrix, full_matrices=False)
-        noise = _relative(kronecker, k, precision)
+        noise = matrix_noise(kronecker, k, precision)
         cutoff = resolve_rcond(None, (rows, size), noise=noise)
         kept = torch.zeros_like(spectrum)
         for g, values in enumerate(spectrum):
@@ -365,8 +365,8 @@ class Bounded:
         return torch.cat([self.rows.misfit(u), over.flatten()])
 
 
-def _relative(kronecker: Kronecker, k: Estimate, precision: Precision) -> float:
-    """Norm of the error of K over the norm of K."""
+def matrix_noise(kronecker: Kronecker, k: Estimate, precision: Precision) -> float:
+    """Norm of the error of K over the norm of K, for rank decisions."""
     _, rows, size = kronecker.matrix.shape
     scale = float(kronecker.spectra.max())
     entry = float(k.error.square().mean().sqrt() + precision.unit * k.value.square().mean().sqrt())

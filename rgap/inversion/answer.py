@@ -17,8 +17,8 @@ from rgap.inversion.batch_rows import (
     batch_of,
     error_of_targets,
     label_identity,
+    multilabel,
     rows_of,
-    several,
     snapped,
     tolerance_of,
 )
@@ -138,7 +138,7 @@ def families(candidates: list[HeadCandidate], chain: Chain) -> list[list[HeadCan
     return [group for group in groups if group]
 
 
-def matching(candidates: list[HeadCandidate], labels: Tensor | None) -> list[HeadCandidate]:
+def of_labels(candidates: list[HeadCandidate], labels: Tensor | None) -> list[HeadCandidate]:
     """The candidates whose labels are the stated ones."""
     if labels is None:
         return candidates
@@ -194,7 +194,7 @@ def read_batch(problem: Problem, descent: Descent, head: BatchLoss) -> Answer:
         descent: that reached the data.
         head: loss, targets and copies of the batch, as it was separated with.
     """
-    continuous, labels = head.continuous, several(problem.update.loss, problem.chain)
+    continuous, labels = head.continuous, multilabel(problem.update.loss, problem.chain)
     posed = head
     if labels:
         features, logits = _top(problem, descent.require_data())

@@ -47,11 +47,8 @@ def widening(tests: int) -> float:
     if tests <= 0:
         return inf
     half = tests / 2
-    return max(1.0, math.exp(_spread(half, tests)) / SPARE)
-
-
-def _spread(half: float, tests: int) -> float:
-    return (half * log(half) - lgamma(half + 1) - log(FALSELY)) / tests
+    spread = (half * log(half) - lgamma(half + 1) - log(FALSELY)) / tests
+    return max(1.0, math.exp(spread) / SPARE)
 
 
 def backing(

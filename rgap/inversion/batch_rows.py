@@ -33,19 +33,14 @@ def batch_of(problem: Problem) -> Batch:
     Several labels a sample are told apart like any dense targets: see :func:`snapped`.
     """
     loss = problem.update.loss
-    if several(loss, problem.chain):
+    if multilabel(loss, problem.chain):
         loss = replace(loss, targets="probability")
     return Batch(
-        problem.chain,
-        problem.gradients,
-        loss,
-        problem.precision,
-        problem.stated,
-        problem.room,
+        problem.chain, problem.gradients, loss, problem.precision, problem.stated, problem.room
     )
 
 
-def several(loss: Loss, chain: Chain) -> bool:
+def multilabel(loss: Loss, chain: Chain) -> bool:
     """True if a sample may have several labels, or none: 0/1 for each of several logits."""
     return loss.name == BINARY and loss.targets == "index" and prod(chain.output_shape) > 1
 

@@ -59,15 +59,10 @@ def counted(problem: Problem, recovery: Recovery) -> Recovery:
         return recovery
     if "targets" in recovery.certified and recovery.inputs is not None:
         return _uncounted(problem, recovery)
-    return replace(
-        recovery,
-        inputs=None,
+    return recovery.uncertified(
         labels=problem.labels,
         determined=None,
         partial=None,
-        certified=frozenset(),
-        error_bound=None,
-        predicted_error=None,
         reason="the batch size is not stated, and several samples can send a gradient of rank one "
         f"too; for one sample write batch_size=1; then: {recovery.reason}",
     )
@@ -134,15 +129,10 @@ def _whole(problem: Problem, rows: int, scale: float | Tensor | None) -> bool:
 def _open(problem: Problem, recovery: Recovery, why: str) -> Recovery:
     """The recovery of a batch of unknown size as a candidate, which nothing certifies."""
     assert recovery.inputs is not None
-    return replace(
-        recovery,
-        inputs=None,
+    return recovery.uncertified(
         labels=problem.labels,
         status=Status.UNDERDETERMINED,
-        certified=frozenset(),
-        error_bound=None,
         targets_error_bound=None,
-        predicted_error=None,
         multiplicities=None,
         scale=None,
         candidates=(Candidate(recovery.inputs, recovery.labels, recovery.residual or 0.0),),
@@ -153,13 +143,8 @@ def _open(problem: Problem, recovery: Recovery, why: str) -> Recovery:
 
 def _unrefuted(recovery: Recovery) -> Recovery:
     """A contradiction of the smallest batch, which refutes no larger one: not ``INCONSISTENT``."""
-    return replace(
-        recovery,
-        inputs=None,
+    return recovery.uncertified(
         status=Status.UNDERDETERMINED,
-        certified=frozenset(),
-        error_bound=None,
-        predicted_error=None,
         reason="the batch size is not stated, and the smallest batch does not send this update; a "
         "larger one may: state batch_size (for one sample batch_size=1) to have it tested; "
         f"then: {recovery.reason}",

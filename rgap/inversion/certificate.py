@@ -24,17 +24,7 @@ from rgap.inversion.outcomes import layer_reports, stopped
 from rgap.inversion.problem import Problem
 from rgap.inversion.replay import replay, replayed
 from rgap.inversion.symptoms import warnings
-from rgap.limits import (
-    CLEAR,
-    DETERMINED,
-    FITS,
-    NEAREST,
-    REFUTED,
-    SAFETY,
-    STATED,
-    UNTOLD,
-    USEFUL,
-)
+from rgap.limits import CLEAR, DETERMINED, FITS, NEAREST, REFUTED, SAFETY, STATED, UNTOLD, USEFUL
 from rgap.recovery import Candidate, Recovery, Status
 
 UNTESTED = (
@@ -55,7 +45,7 @@ def certify(problem: Problem, answers: Sequence[Answer]) -> Recovery:
         ``INCONSISTENT`` for none, ``UNDERDETERMINED`` for one that could be another; the inputs
         may then be certified alone.
     """
-    scored = [(backed(problem, answer), *_residual(problem, answer)) for answer in answers]
+    scored = [(backed(problem, a), *replayed(problem, *_batch(problem, a))) for a in answers]
     fitting = [
         s
         for s in scored
@@ -308,15 +298,6 @@ def _misfit(problem: Problem, scored: tuple[Answer, float, dict[str, float]]) ->
     free = free or bool(answer.descent.doubt)
     status = Status.UNDERDETERMINED if free else Status.INCONSISTENT
     return replace(stopped(problem, status, reason, answer.descent), residual=residual)
-
-
-def _residual(problem: Problem, answer: Answer) -> tuple[float, dict[str, float]]:
-    """Relative difference between the update and the gradient of the recovered batch.
-
-    The loss and the target are used here, not the observed head cotangent: this is what the
-    client would send for the answer.
-    """
-    return replayed(problem, *_batch(problem, answer))
 
 
 def _batch(problem: Problem, answer: Answer) -> tuple[Tensor, Tensor, float | Tensor]:

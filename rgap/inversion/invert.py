@@ -16,7 +16,7 @@ from rgap.halt import Halt, HaltKind
 from rgap.head.features import HeadFailure, solve_head
 from rgap.head.mapped import Mapped
 from rgap.inversion import certificate, outcomes, parts
-from rgap.inversion.answer import Run, answers_of, families, head_gradients, matching
+from rgap.inversion.answer import Run, answers_of, families, head_gradients, of_labels
 from rgap.inversion.batch_rows import BatchRows, batch_of, descended
 from rgap.inversion.batch_size import counted
 from rgap.inversion.factor import divided, remaining
@@ -139,11 +139,9 @@ def invert(
         problem = replace(problem, filling=filling)
     with Progress(progress) as show:
         recovery = _run(problem, head, show)
-        if head is not None:
-            recovery = searched(problem, recovery, show)
-        else:
-            recovery = searched(problem, counted(problem, recovery), show)
-            recovery = outcomes.explained(problem, recovery)
+        recovery = counted(problem, recovery) if head is None else recovery
+        recovery = searched(problem, recovery, show)
+        recovery = outcomes.explained(problem, recovery) if head is None else recovery
     return replace(recovery, seconds=time.perf_counter() - began)
 
 
@@ -299,7 +297,7 @@ def _from_head(problem: Problem, show: Progress) -> Recovery:
         halt = Halt(kind, stage.name, roots.reason)
         return outcomes.stopped(problem, status, roots.reason, None, halt)
     runs: list[Run] = []
-    for family in families(matching(roots, problem.labels), chain):
+    for family in families(of_labels(roots, problem.labels), chain):
         first = family[0]
         descent = problem.descend(index, first.features, first.cotangent, show.stage)
         runs.append(Run(descent, first.cotangent, family))

@@ -49,11 +49,7 @@ CHOSEN = (
 
 
 def stopped(
-    problem: Problem,
-    status: Status,
-    reason: str,
-    descent: Descent | None,
-    halt: Halt | None = None,
+    problem: Problem, status: Status, reason: str, descent: Descent | None, halt: Halt | None = None
 ) -> Recovery:
     """A recovery without inputs; of a compressed update the reason begins with the compression.
 
@@ -254,7 +250,9 @@ def _report(problem: Problem, descent: Descent | None, stage: Stage) -> LayerRep
             return affine.weight.new_empty(0, batch, *affine.in_shape)
         return null_directions(affine, step.cotangent, step.active, nullity, count)
 
-    report = LayerReport.unreached(stage.name, affine.kind, batch * read, unread, note, weight_rank)
+    report = LayerReport(
+        stage.name, affine.kind, batch * read, note=note, unread=unread, _weight_rank=weight_rank
+    )
     if descent is None or (step is None and stage.index not in descent.cotangents):
         return report
     known = descent.features.get(stage.index)

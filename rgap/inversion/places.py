@@ -45,7 +45,8 @@ def described(mask: Tensor) -> str:
                 if bool(one.any())
             ]
             return "; ".join(said)
-        return f"{where[0] if len(set(where)) == 1 else _counted_box(mask)} of {count} pictures"
+        what = where[0] if len(set(where)) == 1 else f"{int(mask.sum())} values"
+        return f"{what} of {count} pictures"
     one = mask[0]
     if one.ndim == 1:
         return _lines(one, "entry") or _box(one)
@@ -56,10 +57,6 @@ def described(mask: Tensor) -> str:
     if torch.equal(touched, full):
         return _lines(full, "channel") or _box(one)
     return _box(one)
-
-
-def _counted_box(mask: Tensor) -> str:
-    return f"{int(mask.sum())} values"
 
 
 def _space(mask: Tensor) -> str:

@@ -86,15 +86,10 @@ def weighed(problem: Problem, data: Estimate) -> Weighed | str:
     ]
     for row, reading in enumerate(readings):
         if reading.open or not reading.fits:
-            return f"the target of sample {row} does not follow: {reading.open or _misses(reading)}"
+            missed = f"misses by {reading.distance:.1e} (tolerance {reading.tolerance:.1e})"
+            why = reading.open or f"the nearest one with a factor of its own {missed}"
+            return f"the target of sample {row} does not follow: {why}"
     return _together(stage.affine.forward(features.value), readings, loss)
-
-
-def _misses(reading: Reading) -> str:
-    return (
-        f"the nearest one with a factor of its own misses by {reading.distance:.1e} (tolerance "
-        f"{reading.tolerance:.1e})"
-    )
 
 
 def _together(z: Tensor, readings: list[Reading], loss: Loss) -> Weighed | str:
@@ -139,10 +134,8 @@ def _cotangents(problem: Problem, features: Estimate) -> Estimate | str:
         return "their features at the last layer are linearly dependent within their errors"
     back = torch.linalg.pinv(u.T)  # [B, d]
     kappa = back @ g.T
-    std = [
-        precision.update_std(affine.weight_name, s, t)
-        for s, t in [(kappa.square().T @ features.value.square(), kappa.T @ features.value)]
-    ]
+    squares = kappa.square().T @ features.value.square()
+    std = [precision.update_std(affine.weight_name, squares, kappa.T @ features.value)]
     if len(sent) > 1:
         assert affine.bias_name is not None
         std.append(

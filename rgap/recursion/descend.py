@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rgap.constraints import weight_constraint
 from rgap.halt import Halt, HaltKind
+from rgap.jacobian.node import each
 from rgap.limits import MISTAKEN, ON, REFUTED
 from rgap.network.activations import Activation
 from rgap.network.chain import Chain, Stage
@@ -119,7 +120,7 @@ class Descent:
             coupling = weight_constraint(stage.affine, v.shape[1], read_only=True)
             u = v
             for op in stage.lead:  # (L⁻¹)ᵀ: a reshape is orthogonal, a scaling its own transpose
-                u = _map(op.forward, u) if isinstance(op, Reshape) else _affine_error(op, u)
+                u = each(op.forward, u) if isinstance(op, Reshape) else _affine_error(op, u)
             table = coupling.unfold(u.flatten(0, 1), u.shape[0])
             solved = coupling.fold(made.precondition(table)).reshape(u.shape)
             for op in reversed(stage.lead):
@@ -285,7 +286,7 @@ def _carried(stage: Stage, k: Estimate, precision: Precision) -> Estimate:
     # The terms of the client's sum rounded, however small a result they cancel to.
     terms = stage.affine.adjoint_of_squares(k.value.square())
     rounded = precision.normal(precision.sum_std(terms))
-    return Estimate(adjoint(k.value), _map(adjoint, k.error) + rounded)
+    return Estimate(adjoint(k.value), each(adjoint, k.error) + rounded)
 
 
 def _cut(stage: Stage, data: Estimate) -> Halt | None:
@@ -331,39 +332,46 @@ def _no_inverse(op: Op) -> Halt:
 
 
 def _lift(
-    stage: Stage, u: Estimate, cot: Estimate, precision: Precision, unpool: Unpool | None = None
+    stage: Stage, u: Estimate, k: Estimate, precision: Precision, unpool: Unpool | None = None
 ) -> tuple[Estimate, Estimate] | Halt:
     """From the affine map's input u to the stage's input x, through the lead; k alike."""
-    for op in reversed(stage.lead):
-        if op.barrier is not None:
-            passed = None if unpool is None else unpool(stage.index, op, u, cot)
-            if passed is None:
-                return _no_inverse(op)
-            u, cot = passed
-            continue
-        taken, given = prod(op.in_shape), prod(op.out_shape)
-        if taken > given:
-            return Halt.narrowing(op.name, op.kind, u.value.shape[0], taken, given)
-        if isinstance(op, Activation):  # of the data, or above a pooling: relu(pool(conv(x)))
-            u, cot = _invert_activation(op, u, cot, precision)
-            continue
-        u = Estimate(op.inverse(u.value), _affine_error(op, u.error))
-        cot = Estimate(op.adjoint(cot.value), _map(op.adjoint, cot.error))
-    return u, cot
+
+    def passed(op: Op, u: Estimate, k: Estimate) -> tuple[Estimate, Estimate] | None:
+        return None if unpool is None else unpool(stage.index, op, u, k)
+
+    return _through(stage.lead, u, k, precision, passed)
 
 
 def _through(
-    tail: tuple[Op, ...], x: Estimate, k: Estimate, precision: Precision
+    ops: tuple[Op, ...],
+    x: Estimate,
+    k: Estimate,
+    precision: Precision,
+    passed: Callable[[Op, Estimate, Estimate], tuple[Estimate, Estimate] | None] | None = None,
 ) -> tuple[Estimate, Estimate] | Halt:
-    """From a stage's output x and the cotangent there to its pre-activation z and k."""
-    for op in reversed(tail):
+    """From what comes out of some steps and the cotangent there to what goes in and its own.
+
+    Args:
+        ops: the steps, in forward order: a lead, or a tail.
+        x: their output, [B, ...].
+        k: the cotangent at it.
+        precision: of the update.
+        passed: asked at a step that has no inverse.
+    """
+    for op in reversed(ops):
+        taken, given = prod(op.in_shape), prod(op.out_shape)
         if op.barrier is not None:
-            return _no_inverse(op)
-        if isinstance(op, Activation):
+            both = None if passed is None else passed(op, x, k)
+            if both is None:
+                return _no_inverse(op)
+            x, k = both
+        elif taken > given:
+            return Halt.narrowing(op.name, op.kind, x.value.shape[0], taken, given)
+        elif isinstance(op, Activation):  # in a lead: of the data, or above a pooling
             x, k = _invert_activation(op, x, k, precision)
         else:
             x = Estimate(op.inverse(x.value), _affine_error(op, x.error))
-            k = Estimate(op.adjoint(k.value), _map(op.adjoint, k.error))
+            k = Estimate(op.adjoint(k.value), each(op.adjoint, k.error))
     return x, k
 
 
@@ -406,13 +414,7 @@ def _invert_activation(
     return z, Estimate(product, spread)
 
 
-def _map(function: Callable[[Tensor], Tensor], ensemble: Tensor) -> Tensor:
-    """Apply a batched linear map to [S, B, ...]."""
-    out = function(ensemble.flatten(0, 1))
-    return out.reshape(*ensemble.shape[:2], *out.shape[1:])
-
-
 def _affine_error(op: Op, error: Tensor) -> Tensor:
     """D(op^{-1}) error for an affine op: op^{-1}(e) − op^{-1}(0)."""
     zero = op.inverse(torch.zeros_like(error[0]))
-    return _map(op.inverse, error) - zero
+    return each(op.inverse, error) - zero

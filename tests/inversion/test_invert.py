@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from networks import picture, small_conv, small_mlp
 from torch import Tensor, nn
 
 from rgap import Head, Loss, Recovery, Status, Update, capture, invert
+from rgap.precision import Precision
 
 BINARY = "binary_cross_entropy_with_logits"
 X = picture((2, 8, 8), 1)
@@ -134,6 +135,16 @@ def test_a_seed_fixes_every_number(model: nn.Module) -> None:
     assert first.error_bound != other.error_bound, "the seed draws the sampled errors"
     for recovery in (first, other):
         error(recovery, X)
+
+
+def test_draws_follow_from_the_seed_whatever_was_drawn_before() -> None:
+    used, std = Precision(seed=3), torch.ones(4)
+    first, second = used.normal(std), used.normal(std)
+    assert not torch.equal(first, second), "errors of two numbers are independent"
+    for fresh in (Precision(seed=3), replace(used)):
+        assert torch.equal(fresh.normal(std), first)
+    with pytest.raises(FrozenInstanceError):
+        used.seed = 4  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("frozen", ["all", "some"])
