@@ -88,9 +88,9 @@ def recognise(gradients: Mapping[str, Tensor]) -> Rounded | None:
     '8-bit integers'
     """
     for dtype in FORMATS:
-        found = _floating(gradients, dtype)
-        if found is not None:
-            return found
+        shown = _floating(gradients, dtype)
+        if shown is not None:
+            return shown
     return _integers(gradients)
 
 
@@ -110,17 +110,23 @@ def stored(gradients: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Ten
     """
     eps = min(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
     coarse = {n: g for n, g in gradients.items() if torch.finfo(g.dtype).eps > eps}
-    return {n: _rounding(g.to(torch.float32), g.dtype) for n, g in coarse.items()}
+    return {n: _rounding(g, g.dtype) for n, g in coarse.items()}
 
 
 def _rounding(g: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
     """Standard deviation of rounding to numbers of a format, over a power of two."""
-    return _following(g, UNIFORM / scale * spacing(g * scale, dtype).to(g.dtype))
+    wide = torch.promote_types(g.dtype, torch.float32)
+    std = torch.empty(g.shape, dtype=wide, device=g.device)
+    for part, own in zip(blocks(g), blocks(std), strict=True):
+        own.copy_(UNIFORM / scale * spacing(part.double() * scale, dtype))
+    return _following(g, std)
 
 
 def _following(g: Tensor, noise: Tensor) -> Tensor:
     """Rounding, wider where most entries went to zero: their errors follow the gradient."""
-    return noise if g.ndim < 2 else noise * coherence(g == 0, (g == 0).flatten(1).all(1)).to(g)
+    if g.ndim < 2:
+        return noise
+    return noise * coherence(g == 0, (g == 0).flatten(1).all(1)).to(noise)
 
 
 def _floating(gradients: Mapping[str, Tensor], dtype: torch.dtype) -> Rounded | None:

@@ -155,6 +155,12 @@ def test_what_was_sent_in_half_precision_was_not_computed_in_it() -> None:
         assert check(model, update).ok or check(model, update).best.kind == "precision", name
 
 
+def test_rounding_follows_the_entries_of_any_layout() -> None:
+    g = torch.randn(3, 5, generator=torch.Generator().manual_seed(0)).half()
+    turned = stored({"w": g.T}, torch.float32)["w"]
+    assert torch.equal(turned, stored({"w": g}, torch.float32)["w"].T)
+
+
 def test_a_coarser_format_adds_to_other_noise() -> None:
     g = torch.ones(2, 2).half()
     stated = {"w": torch.full((2, 2), 1.0)}
