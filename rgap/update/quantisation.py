@@ -28,7 +28,7 @@ FORMATS = (torch.bfloat16, torch.float16, torch.float32)  # coarsest first
 EVIDENCE = 12.0  # bits: the values lie on a coarser grid by chance with 2^-12, and with
 FOR_INTEGERS = 24.0  # 2^-24 for each of 26 grids that are looked at
 ZEROS = 4  # that values of evidence end in at most; rounded ones end in more with 2^-5
-USED = 0.25  # share of these that use the last bit at least, where rounding decided: one half
+USED = 0.25  # share of all that are evidence, and of these that use the last bit (rounded: half)
 BY_CHANCE = 2  # of few values, that fewer may
 MANY = 16  # values of evidence needed where not all tensors show the format
 LEVELS = 12  # levels of integers, where tensors do not or where
@@ -143,7 +143,7 @@ def _floating(gradients: Mapping[str, Tensor], dtype: torch.dtype) -> Rounded | 
     last = _last_bit(sizes / spacing(sizes, dtype))
     count, used = int((last <= 2**ZEROS).sum()), int((last == 1).sum())
     needed = EVIDENCE / bits if len(exact) == len(fine) else MANY
-    if count < needed or 2 * count < len(sizes) or used < USED * count - BY_CHANCE:
+    if count < max(needed, USED * len(sizes)) or used < USED * count - BY_CHANCE:
         return None
     noise = {name: _rounding(g, dtype, scale) for name, g in exact.items()}
     kind = str(dtype).removeprefix("torch.") + (_SCALED if shift else "")
