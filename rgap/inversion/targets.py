@@ -164,7 +164,8 @@ class Trial:
         residual: of the best replay, or None where none was possible.
         reason: why the targets are not certified, or "".
         refuted: True if the update is that of no target that was tried.
-        bound: largest error of a target that may be any numbers; None for others, and stated ones.
+        bound: largest error of a target that may be any numbers; None for others, and for stated
+            ones where only the replay of all of them tests them.
     """
 
     labels: Tensor | None
@@ -242,7 +243,7 @@ def _options(
 ) -> tuple[Sequence[Tensor], float | None] | str:
     """Targets worth a replay, the likeliest first, and their bound; or why there are none."""
     if problem.labels is not None:
-        return [problem.labels], None
+        return [problem.labels], _bound_of_stated(problem, known, parameter, problem.labels)
     model = copy.deepcopy(problem.model).double().requires_grad_()
     with torch.enable_grad():
         outputs = model(known.value.to(next(model.parameters())))
@@ -274,6 +275,24 @@ def _options(
             misses.append(float((g - sent.to(g)).norm()))
     order = sorted(range(len(targets)), key=misses.__getitem__)
     return [targets[place].cpu() for place in order], None
+
+
+def _bound_of_stated(
+    problem: Problem, known: Estimate, parameter: str, stated: Tensor
+) -> float | None:
+    """Largest error of stated targets that may be any numbers: their distance from those read."""
+    loss = problem.declared
+    if loss.own or loss.targets == "index":
+        return None
+    model = copy.deepcopy(problem.model).double().requires_grad_()
+    try:
+        read = _continuous(problem, model, known, parameter)
+    except (ValueError, TypeError, RuntimeError, IndexError, AttributeError):
+        return None  # outputs that are no tensor [1, C]
+    if isinstance(read, str):
+        return None
+    target, bound = read
+    return float((stated.to(target).reshape(target.shape) - target).abs().max()) + bound
 
 
 def _continuous(

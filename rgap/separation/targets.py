@@ -18,9 +18,11 @@ from rgap.separation.mixture import Mixture
 from rgap.separation.multiplicity import batch_of, multiplicity, split_counts, whole
 from rgap.separation.peeling import Collected
 from rgap.solvers.tall import tall_qr
+from rgap.update.targets import CLASSES
 
 COMMON = 1.05  # ratio of weights that are taken for one factor; a replay decides
 SILENT = 0.25  # share of the distance of logits at which nothing is sent that the others may have
+DRAWS, FEW = 3, 8  # features at which a head is looked at, and labels whose vectors are listed
 PARALLEL = 2  # logits of which all cotangents are parallel: p − y sums to 0
 
 
@@ -193,10 +195,34 @@ def refuting(batch: Batch, samples: Mixture) -> bool:
     """True if weights that are no whole numbers contradict a stated batch size.
 
     Not where at most two logits carry the loss: the cotangents of all targets are then parallel,
-    and samples of different targets may be shown as one, of any weight.
+    and samples of different targets may be shown as one, of any weight.  Nor where those of one
+    target are (:func:`_blind`).
     """
     head = batch.chain.stages[-1].affine.sent(batch.gradients)
-    return int((head != 0).any(1).sum()) > PARALLEL and resolved(batch, samples)
+    told = int((head != 0).any(1).sum()) > PARALLEL and not _blind(batch)
+    return told and resolved(batch, samples)
+
+
+def _blind(batch: Batch) -> bool:
+    """True if the cotangents of one target are parallel wherever a sample is.
+
+    So they are where rows of the head are alike, as before training.  Any mixture of the samples
+    with that target is then a root, of a weight that means nothing.
+    """
+    affine, loss = batch.chain.stages[-1].affine, batch.loss
+    generator = torch.Generator().manual_seed(0)
+    z = affine.forward(torch.randn(DRAWS, *affine.in_shape, generator=generator).to(affine.weight))
+    outputs = loss.outputs(z.shape[1])
+    if loss.name not in CLASSES and outputs > FEW:
+        return False
+    for option in loss.admissible(outputs) or []:
+        targets = torch.tensor([option] * DRAWS, device=z.device)
+        kappa = loss.cotangent(z, loss.dense(targets, z))
+        kappa = kappa / kappa.norm(dim=1, keepdim=True).clamp_min(1e-300)
+        away = kappa - (kappa @ kappa[0])[:, None] * kappa[0]
+        if float(away.norm(dim=1).max()) <= LAW * 2.0 * batch.precision.unit:
+            return True
+    return False
 
 
 def loose(batch: Batch, identities: Sequence[Identity]) -> bool:

@@ -2,11 +2,12 @@
 
 A gradient that went through float16, bfloat16 or 8-bit integers and came back as float32 looks
 like any other, but its entries lie on a coarse grid.  A number of one format is found in a coarser
-one by chance with probability 2^−(bits between them), 2^−13 for float32 in float16: two distinct
-values are evidence enough, whatever tensors they stand in, for those of one update share a format.
-Gradients that are small fractions for another reason (weights of zero, pictures of few levels)
-leave many of its last bits unused; of numbers that were rounded one half ends in 0, a quarter in
-00.  Integers of b bits reach the end of their range only where they were scaled to.
+one by chance with probability 2^−(bits between them), 2^−13 for float32 in float16.  The tensors of
+an update share its format: where all of them show it a distinct value or two are evidence enough,
+whatever tensors they stand in, and more are asked for where only some do.  Gradients that are small
+fractions for another reason (weights of zero, pictures of few levels) leave many of its last bits
+unused; of numbers that were rounded one half ends in 0, a quarter in 00.  Integers of b bits reach
+the end of their range only where they were scaled to.
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ from rgap.rounding import UNIFORM, coherence, spacing
 __all__ = ["Rounded", "recognise", "stored"]
 
 FORMATS = (torch.bfloat16, torch.float16, torch.float32)  # coarsest first
-EVIDENCE = 24.0  # bits: the values lie on a coarser grid by chance with 2^-24
+EVIDENCE = 12.0  # bits: the values lie on a coarser grid by chance with 2^-12, and with
+FOR_INTEGERS = 24.0  # 2^-24 for each of 26 grids that are looked at
 ZEROS = 4  # that values of evidence end in at most; rounded ones end in more with 2^-5
-USED = 0.25  # share of these that use the last bit at least, where rounding decided: one half
+USED = 0.25  # share of all that are evidence, and of these that use the last bit (rounded: half)
 BY_CHANCE = 2  # of few values, that fewer may
-LEVELS = 12  # levels of integers of few bits, beside the largest, needed in all tensors together
-FEW_BITS = 8  # below which small fractions fill the range of integers too
-FEWEST = 2  # levels of others: that of C = 2^b classes before training, 1/(C - 1), is one
+MANY = 16  # values of evidence needed where not all tensors show the format
+LEVELS = 12  # levels of integers, where tensors do not or where
+FEW_BITS = 8  # is more than they have: small fractions fill their range too
 LOSS_SCALE = 24  # largest power of two that a loss is scaled by in mixed precision
 LOOKED = 4096  # values of a tensor among which they are counted
 WIDTHS = range(4, 17)  # bits of integers that are looked for
@@ -86,9 +88,9 @@ def recognise(gradients: Mapping[str, Tensor]) -> Rounded | None:
     '8-bit integers'
     """
     for dtype in FORMATS:
-        found = _floating(gradients, dtype)
-        if found is not None:
-            return found
+        shown = _floating(gradients, dtype)
+        if shown is not None:
+            return shown
     return _integers(gradients)
 
 
@@ -108,17 +110,23 @@ def stored(gradients: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Ten
     """
     eps = min(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
     coarse = {n: g for n, g in gradients.items() if torch.finfo(g.dtype).eps > eps}
-    return {n: _rounding(g.to(torch.float32), g.dtype) for n, g in coarse.items()}
+    return {n: _rounding(g, g.dtype) for n, g in coarse.items()}
 
 
 def _rounding(g: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
     """Standard deviation of rounding to numbers of a format, over a power of two."""
-    return _following(g, UNIFORM / scale * spacing(g * scale, dtype).to(g.dtype))
+    wide = torch.promote_types(g.dtype, torch.float32)
+    std = torch.empty(g.shape, dtype=wide, device=g.device)
+    for part, own in zip(blocks(g), blocks(std), strict=True):
+        own.copy_(UNIFORM / scale * spacing(part.double() * scale, dtype))
+    return _following(g, std)
 
 
 def _following(g: Tensor, noise: Tensor) -> Tensor:
     """Rounding, wider where most entries went to zero: their errors follow the gradient."""
-    return noise if g.ndim < 2 else noise * coherence(g == 0, (g == 0).flatten(1).all(1)).to(g)
+    if g.ndim < 2:
+        return noise
+    return noise * coherence(g == 0, (g == 0).flatten(1).all(1)).to(noise)
 
 
 def _floating(gradients: Mapping[str, Tensor], dtype: torch.dtype) -> Rounded | None:
@@ -134,7 +142,8 @@ def _floating(gradients: Mapping[str, Tensor], dtype: torch.dtype) -> Rounded | 
     sizes = _union([_distinct(g) * scale for g in exact.values()])
     last = _last_bit(sizes / spacing(sizes, dtype))
     count, used = int((last <= 2**ZEROS).sum()), int((last == 1).sum())
-    if count * bits < EVIDENCE or 2 * count < len(sizes) or used < USED * count - BY_CHANCE:
+    needed = EVIDENCE / bits if len(exact) == len(fine) else MANY
+    if count < max(needed, USED * len(sizes)) or used < USED * count - BY_CHANCE:
         return None
     noise = {name: _rounding(g, dtype, scale) for name, g in exact.items()}
     kind = str(dtype).removeprefix("torch.") + (_SCALED if shift else "")
@@ -165,20 +174,22 @@ def _integers(gradients: Mapping[str, Tensor]) -> Rounded | None:
     the eight of its neighbours.
     """
     ends = {name: _ends(g) for name, g in gradients.items()}
+    moved = [name for name, (low, high) in ends.items() if low < 0 or high > 0]
     best: Rounded | None = None
     for width in WIDTHS:
         steps = {
             name: step
-            for name, g in gradients.items()
-            if (step := _step(g, width, *ends[name])) is not None
+            for name in moved
+            if (step := _step(gradients[name], width, *ends[name])) is not None
         }
         if not steps or (best is not None and len(steps) <= len(best.noise)):
             continue
         # the largest is a multiple whatever the others are
         levels = len(_union([_levels(gradients[n], step)[:-1] for n, step in steps.items()]))
         bits = min(log2(s / (2 * _slack(gradients[n], *ends[n]))) for n, s in steps.items())
-        needed = min(LEVELS, 2 ** (width - 1) - 3) if width < FEW_BITS else FEWEST
-        if levels >= needed and levels * bits >= EVIDENCE:
+        shared = len(steps) == len(moved) and width >= FEW_BITS
+        needed = 0 if shared else min(LEVELS, 2 ** (width - 1) - 3)
+        if levels >= max(needed, FOR_INTEGERS / bits):
             noise = {
                 n: _following(gradients[n], torch.full_like(gradients[n], UNIFORM * step))
                 for n, step in steps.items()
@@ -204,10 +215,7 @@ def _ends(g: Tensor) -> tuple[float, float]:
 
 def _step(g: Tensor, bits: int, low: float, high: float) -> float | None:
     """Step of a tensor that is ``step · n`` with n of so many bits, scaled to their range."""
-    largest = max(abs(low), abs(high))
-    if largest == 0:
-        return None
-    slack = _slack(g, low, high)
+    largest, slack = max(abs(low), abs(high)), _slack(g, low, high)
 
     def holds(part: Tensor) -> bool:
         values = part.double()

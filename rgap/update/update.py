@@ -178,9 +178,9 @@ class Update:
             given = [name for name in gradients if name not in unsent]
             if given == [name for name in parameters if name in given]:  # else the check says so
                 gradients = {name: gradients[name] for name in parameters if name in gradients}
-        found = view(self, gradients=gradients, buffers=buffers, noise=noise or None)
-        found.check(model)
-        return found
+        fitted = view(self, gradients=gradients, buffers=buffers, noise=noise or None)
+        fitted.check(model)
+        return fitted
 
     def check(self, model: nn.Module) -> None:
         """Raise unless this update has the form of a gradient of ``model``.
@@ -394,6 +394,6 @@ def view(update: Update, **changes: Any) -> Update:
     >>> seen.batch_size, seen.gradients["weight"] is update.gradients["weight"]
     (1, True)
     """
-    found = object.__new__(Update)
-    found._fill(**{f.name: getattr(update, f.name) for f in dataclasses.fields(update)} | changes)
-    return found
+    seen = object.__new__(Update)
+    seen._fill(**{f.name: getattr(update, f.name) for f in dataclasses.fields(update)} | changes)
+    return seen
