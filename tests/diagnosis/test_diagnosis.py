@@ -437,6 +437,33 @@ def test_bad_input_is_refused() -> None:
         check(given.model, given.update, batch_size=0)
 
 
+WRONG = {
+    "labels": (3, [1], torch.tensor([-1]), torch.tensor([10]), torch.tensor([1.5]),
+               torch.tensor([1, 2]), torch.tensor(1), torch.zeros(1, 10), torch.tensor([True])),
+    "seed": ("a", None, 2.5, True, 10**20, torch.tensor([1.0])),
+    "time_limit": ("a", None, -1.0, float("nan"), torch.zeros(2)),
+    "noise": ("a", None, float("inf"), {}, torch.zeros(2)),
+    "batch_size": ("a", 2.5, -1, True, torch.tensor([True, True])),
+    "input_shape": (3, "a", b"a", {}, torch.tensor(3), (0,), (2.5,)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_an_argument_of_another_kind_is_named(name: str) -> None:
+    given = case("mlp", 1)
+    for value in WRONG[name]:
+        with pytest.raises((TypeError, ValueError), match=f"^{name}: "):
+            check(given.model, given.update, **{name: value})  # type: ignore[arg-type]
+    for value in () if name in ("noise", "batch_size", "input_shape") else WRONG[name]:
+        with pytest.raises((TypeError, ValueError), match=r"^(labels|targets|seed|time_limit): "):
+            rgap.invert(given.model, given.update, **{name: value})  # type: ignore[arg-type]
+
+
+def test_a_seed_is_a_whole_number_of_any_kind() -> None:
+    given = case("mlp", 1)
+    assert check(given.model, given.update, seed=torch.tensor([3]), batch_size=torch.tensor(1)).ok  # type: ignore[arg-type]
+
+
 def test_the_command(tmp_path: Path) -> None:
     model = rgap.models.lenet(seed=0)
     x = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
