@@ -298,6 +298,7 @@ def test_a_batch_size_that_is_not_that_of_the_mean() -> None:
 def test_what_clipping_sample_by_sample_says_of_each() -> None:
     given = case("mlp", 4)
     found = only(check(given.model, one_by_one(given, 1.5)), Kind.CLIPPING)
+    assert "by the factors " in found.evidence and f"{found.value:.4g} to " in found.evidence
     for label in given.targets.tolist():
         own = capture(
             given.model, *(t[given.targets == label] for t in (given.inputs, given.targets))
