@@ -221,7 +221,7 @@ def _each(factors: Factors, near: float) -> str:
     listed = ", ".join(f"{v:.4g} (label {t}, norm {1 / v:.3g} c)" for v, t in clipped[:8])
     said = (
         f"{len(clipped)} of {len(rows)} samples were clipped, sample by sample: to a bound c by "
-        f"the factors {listed}"
+        f"the factors {clipped[0][0]:.4g} to {clipped[-1][0]:.4g}: {listed}"
     )
     if len(clipped) > 8:
         said += f" and {len(clipped) - 8} more"

@@ -11,6 +11,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
+from rgap import validation
 from rgap.completion.complete import PriorSchedule
 from rgap.halt import Halt, HaltKind
 from rgap.head.features import HeadFailure, solve_head
@@ -127,11 +128,17 @@ def invert(
     ('EXACT', [3])
     """
     began = time.perf_counter()
+    validation.seconds("time_limit", time_limit)
+    if head is not None and not isinstance(head, Head):
+        raise TypeError(
+            f"head: expected a Head, got {head!r}; write "
+            "rgap.Head(features, cotangents), or head=None to have it read off the update"
+        )
     client = ClientView.of(
         model, update, batch_size=batch_size, labels=labels, input_shape=input_shape, noise=noise,
         device=device, ready=False,
     )  # fmt: skip
-    problem = prepare(client, value_range, seed, memory_budget)
+    problem = prepare(client, value_range, validation.seed(seed), memory_budget)
     if complete:
         filling = PriorSchedule.of(
             prior, time_limit, problem.chain.input_shape, problem.value_range, began

@@ -298,6 +298,7 @@ def test_a_batch_size_that_is_not_that_of_the_mean() -> None:
 def test_what_clipping_sample_by_sample_says_of_each() -> None:
     given = case("mlp", 4)
     found = only(check(given.model, one_by_one(given, 1.5)), Kind.CLIPPING)
+    assert "by the factors " in found.evidence and f"{found.value:.4g} to " in found.evidence
     for label in given.targets.tolist():
         own = capture(
             given.model, *(t[given.targets == label] for t in (given.inputs, given.targets))
@@ -435,6 +436,33 @@ def test_bad_input_is_refused() -> None:
         check(given.model, given.update, noise=-1.0)
     with pytest.raises(ValueError, match="batch_size"):
         check(given.model, given.update, batch_size=0)
+
+
+WRONG = {
+    "labels": (3, [1], torch.tensor([-1]), torch.tensor([10]), torch.tensor([1.5]),
+               torch.tensor([1, 2]), torch.tensor(1), torch.zeros(1, 10), torch.tensor([True])),
+    "seed": ("a", None, 2.5, True, 10**20, torch.tensor([1.0])),
+    "time_limit": ("a", None, -1.0, float("nan"), torch.zeros(2)),
+    "noise": ("a", None, float("inf"), {}, torch.zeros(2)),
+    "batch_size": ("a", 2.5, -1, True, torch.tensor([True, True])),
+    "input_shape": (3, "a", b"a", {}, torch.tensor(3), (0,), (2.5,)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_an_argument_of_another_kind_is_named(name: str) -> None:
+    given = case("mlp", 1)
+    for value in WRONG[name]:
+        with pytest.raises((TypeError, ValueError), match=f"^{name}: "):
+            check(given.model, given.update, **{name: value})  # type: ignore[arg-type]
+    for value in () if name in ("noise", "batch_size", "input_shape") else WRONG[name]:
+        with pytest.raises((TypeError, ValueError), match=r"^(labels|targets|seed|time_limit): "):
+            rgap.invert(given.model, given.update, **{name: value})  # type: ignore[arg-type]
+
+
+def test_a_seed_is_a_whole_number_of_any_kind() -> None:
+    given = case("mlp", 1)
+    assert check(given.model, given.update, seed=torch.tensor([3]), batch_size=torch.tensor(1)).ok  # type: ignore[arg-type]
 
 
 def test_the_command(tmp_path: Path) -> None:
