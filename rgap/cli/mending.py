@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
-from rgap.cli.options import LossName, Reduction, either
+from rgap.cli.options import Reduction, either
 
 if TYPE_CHECKING:
     from torch import nn
@@ -89,7 +89,14 @@ class Mending:
             show_default=False,
         ),
     ] = None
-    loss: LossName = None
+    loss: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the client, where it is another than stated.",
+            metavar="NAME",
+            show_default=False,
+        ),
+    ] = None
     reduction: Annotated[
         Reduction | None,
         typer.Option(
@@ -102,7 +109,9 @@ class Mending:
     ] = None
     class_weights: Annotated[
         str | None,
-        typer.Option(help="Of the client's loss, as in 1,2.5,1.", metavar="X,X,…"),
+        typer.Option(
+            help="Of the client's loss, as in 1,2.5,1.", metavar="X,X,…", show_default=False
+        ),
     ] = None
     weight_decay: Annotated[
         float | None,
