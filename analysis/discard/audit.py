@@ -210,8 +210,9 @@ def _notes(rows: Sequence[AuditRow]) -> tuple[str, ...]:
         bounds = [r.layer for r in rows if not r.exact and (r.route == MEASURED) == measured]
         names = list(dict.fromkeys(bounds))
         if names:
-            shown = f"{names[:4]}" + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-            notes.append(f"Of {shown} joint_rank is an upper bound: {why}.")
+            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+            shown = ", ".join(map(repr, names[:4])) + more
+            notes.append(f"Of {shown} the joint rank is an upper bound: {why}.")
     notes += [
         f"'{row.step}' leads into '{row.layer}' and discards: its input of "
         f"{row.unknowns // row.batch_size} values a sample is what is unknown there."
@@ -230,7 +231,8 @@ def _notes(rows: Sequence[AuditRow]) -> tuple[str, ...]:
     ]
     dead = sorted({row.layer for row in rows if row.gradient_rank == 0})
     if dead:
-        notes.append(f"No gradient at all reaches {dead}: their cotangents are zero.")
+        names = ", ".join(map(repr, dead))
+        notes.append(f"No gradient at all reaches {names}: their cotangents are zero.")
     return tuple(notes)
 
 

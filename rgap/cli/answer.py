@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -10,12 +11,13 @@ import typer
 
 from rgap.cli.console import print_json, say, stdout
 from rgap.cli.options import Json
+from rgap.cli.spoken import spoken
 
 if TYPE_CHECKING:
     from rgap.recovery import Recovery
     from rgap.update.update import Update
 
-__all__ = ["Answer"]
+__all__ = ["Answer", "worded"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,3 +75,12 @@ class Answer:
             console.print(f"\n{text}", highlight=False, soft_wrap=True)
         if written is not None:
             console.print(f"Pictures: {written}", highlight=False, soft_wrap=True)
+
+
+def worded(recovery: Recovery, options: Mapping[str, str]) -> Recovery:
+    """A recovery whose words name the options of a command."""
+    return replace(
+        recovery,
+        reason=spoken(recovery.reason, options),
+        warnings=tuple(spoken(warning, options) for warning in recovery.warnings),
+    )

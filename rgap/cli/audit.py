@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,6 +21,7 @@ from rgap.cli.options import (
     check_output,
     whole_numbers,
 )
+from rgap.cli.spoken import options_of, spoken
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,6 +34,7 @@ __all__ = ["audit"]
 
 @command
 def audit(
+    context: typer.Context,
     sample: Sample,
     work: Work,
     batch_sizes: Annotated[
@@ -75,7 +77,7 @@ def audit(
     counted = (
         _jointly(sample, work, batches, time_limit)
         if joint
-        else _layer_by_layer(sample, work, batches, method, time_limit)
+        else _layer_by_layer(sample, work, batches, method, time_limit, options_of(context))
     )
     if plot is not None:
         save_figure(counted.draw(), plot)
@@ -105,6 +107,7 @@ def _layer_by_layer(
     batches: tuple[int, ...],
     method: RankMethod,
     time_limit: float | None,
+    options: Mapping[str, str],
 ) -> _Counted:
     """The rank of every layer's gradient at every batch size."""
     from rgap.analysis.discard.audit import audit as measure
@@ -116,7 +119,8 @@ def _layer_by_layer(
         **work.arguments(),
     )  # fmt: skip
     # The name that was asked for says more than nn.Sequential.
-    result = replace(result, model=sample.model)
+    notes = tuple(spoken(note, options) for note in result.notes)
+    result = replace(result, model=sample.model, notes=notes)
     return _Counted(result.summary(), (audit_table(result), result.explain()), result.plot)
 
 

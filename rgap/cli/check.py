@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated
 
 import typer
 
 from rgap.cli.command import command
 from rgap.cli.console import print_json, stdout
+from rgap.cli.mending import Mending
 from rgap.cli.options import Json, Labelled, Running, usable_device
 from rgap.cli.spoken import options_of, spoken
 
@@ -18,6 +20,7 @@ __all__ = ["check"]
 def check(
     context: typer.Context,
     sent: Labelled,
+    mending: Mending,
     work: Running,
     time_limit: Annotated[
         float, typer.Option(help="Seconds after which no further trial begins.", metavar="SECONDS")
@@ -29,8 +32,9 @@ def check(
     from rgap.progress import Progress
     from rgap.report.tables import finding_table
 
-    update = sent.read()
-    network = sent.network().to(usable_device(work.device))
+    network = sent.network()
+    update = mending.mended(sent.read(), network)
+    network.to(usable_device(work.device))
     labels = sent.known(update)
     with Progress(not work.quiet) as show:
         show.stage("trying what may be wrong")
@@ -43,11 +47,16 @@ def check(
             seed=work.seed,
             time_limit=time_limit,
         )
+    options = options_of(context)
+    findings = tuple(
+        replace(one, evidence=spoken(one.evidence, options), remedy=spoken(one.remedy, options))
+        for one in result.findings
+    )
+    result = replace(result, findings=findings)
     if as_json:
         print_json(result.summary())
     else:
         if result.findings:
             stdout().print(finding_table(result))
-        words = spoken(result.explain(), options_of(context))
-        stdout().print(words, highlight=False, markup=False, soft_wrap=True)
+        stdout().print(result.explain(), highlight=False, markup=False, soft_wrap=True)
     return 0 if result.ok else 1

@@ -98,8 +98,9 @@ def stdout() -> Console:
     """Where results go."""
     from rich.console import Console
 
-    # A pipe has no width of its own; 80 columns would cut tables that a file can hold.
-    return Console() if sys.stdout.isatty() else Console(width=120)
+    # A pipe has no width of its own; 80 columns would fold tables that a file can hold.
+    told = sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdigit()
+    return Console() if told else Console(width=120)
 
 
 def stderr() -> Console:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
-from rgap.cli.answer import Answer
+from rgap.cli.answer import Answer, worded
 from rgap.cli.command import command
+from rgap.cli.mending import Mending
 from rgap.cli.options import Labelled, PriorName, Work, either
-from rgap.cli.spoken import options_of, spoken
+from rgap.cli.spoken import options_of
 
 if TYPE_CHECKING:
     from rgap.recovery import Recovery
@@ -61,6 +62,7 @@ def invert(
     sent: Labelled,
     answer: Answer,
     completion: Completion,
+    mending: Mending,
     work: Work,
     explain: Annotated[
         bool, typer.Option("--explain", help="Say it layer by layer.", metavar="")
@@ -72,9 +74,9 @@ def invert(
     """Recover from an update what its equations determine, and say what they do not."""
     import rgap
 
-    update = sent.read()
-    answer.check(update)
     network = sent.network()
+    update = mending.mended(sent.read(), network)
+    answer.check(update)
     recovery = rgap.invert(
         network,
         update,
@@ -86,7 +88,7 @@ def invert(
         noise=sent.noise,
         **work.arguments(),
     )
-    recovery = replace(recovery, reason=spoken(recovery.reason, options_of(context)))
+    recovery = worded(recovery, options_of(context))
     written = answer.write(recovery, update, _why_not(recovery))
     numbers, text = recovery.summary(), ""
     if why:

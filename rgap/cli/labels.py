@@ -9,7 +9,9 @@ import typer
 
 from rgap.cli.command import command
 from rgap.cli.console import print_json, stdout
+from rgap.cli.mending import Mending
 from rgap.cli.options import Arguments, Json, LabelMethod, Sent, Work, either
+from rgap.cli.spoken import options_of, spoken
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,7 +24,9 @@ __all__ = ["labels"]
 
 @command
 def labels(
+    context: typer.Context,
     sent: Sent,
+    mending: Mending,
     work: Work,
     method: Annotated[
         str,
@@ -38,9 +42,14 @@ def labels(
     from rgap.labels import METHODS
     from rgap.report.labels import print_labels
 
-    update, network, arguments = sent.read(), sent.network(), work.arguments()
+    network, arguments = sent.network(), work.arguments()
+    update = mending.mended(sent.read(), network)
     names = list(METHODS.working()) if method == LabelMethod.all else [method]
     estimates = {name: _estimate(network, update, name, sent, arguments) for name in names}
+    options = options_of(context)
+    estimates = {
+        name: replace(one, reason=spoken(one.reason, options)) for name, one in estimates.items()
+    }
     if as_json:
         print_json(
             {

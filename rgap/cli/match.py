@@ -11,15 +11,18 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
-from rgap.cli.answer import Answer
+from rgap.cli.answer import Answer, worded
 from rgap.cli.command import command
+from rgap.cli.mending import Mending
 from rgap.cli.options import Labelled, MatchMethod, PriorName, Work, either
+from rgap.cli.spoken import options_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from rgap.matching.checkpoint import Checkpoint, Progress
     from rgap.update.local_training import LocalTraining
+    from rgap.update.update import Update
 
 __all__ = ["match"]
 
@@ -146,6 +149,15 @@ class Local:
     """The training of a client that made several steps."""
 
     panel: ClassVar[str] = "Local training"
+    local_steps: Annotated[
+        int | None,
+        typer.Option(
+            help="Steps of the client, if the update does not state them.",
+            min=1,
+            metavar="N",
+            show_default=False,
+        ),
+    ] = None
     local_rate: Annotated[
         float | None,
         typer.Option(
@@ -161,6 +173,11 @@ class Local:
         ),
     ] = None
 
+    def stepped(self, update: Update) -> Update:
+        """The update as one over these steps."""
+        steps = self.local_steps
+        return update if steps is None else replace(update, local_steps=steps)
+
     def training(self) -> LocalTraining | None:
         """The training as the search declares it, None for a single step."""
         from rgap.update.local_training import LocalTraining
@@ -173,15 +190,24 @@ class Local:
 
 
 @command
-def match(sent: Labelled, answer: Answer, search: Search, local: Local, work: Work) -> int:
+def match(
+    context: typer.Context,
+    sent: Labelled,
+    answer: Answer,
+    search: Search,
+    local: Local,
+    mending: Mending,
+    work: Work,
+) -> int:
     """Search the batch whose update comes nearest, on any network; nothing is certified."""
     import rgap
 
-    update = sent.read()
+    network = sent.network()
+    update = local.stepped(mending.mended(sent.read(), network))
     answer.check(update)
     checkpoint = search.held()
     recovery = rgap.match(
-        sent.network(),
+        network,
         update,
         method=search.method,
         labels=sent.known(update),
@@ -198,6 +224,7 @@ def match(sent: Labelled, answer: Answer, search: Search, local: Local, work: Wo
         checkpoint=checkpoint,
         **work.arguments(),
     )
+    recovery = worded(recovery, options_of(context))
     if search.checkpoint is not None and recovery.checkpoint is not None:
         recovery.checkpoint.save(search.checkpoint)
     nearest = replace(

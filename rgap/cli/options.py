@@ -126,11 +126,11 @@ def either(choices: type[StrEnum], group: str = "") -> str:
 
 _HINTS = {
     "model": "A built-in network (lenet, cnn6, cnn6d, fcn3, mlp, lenet5, vgg, resnet), with "
-    "options as in lenet:activation=tanh,classes=100, or package.module:factory.",
+    "options as in lenet:classes=100, or package.module:factory.",
     "weights": "Safetensors file with the network's weights; without it they are drawn with "
     "seed 0, the same in every command.",
-    "loss": "A loss by name: cross_entropy, binary_cross_entropy_with_logits, mse_loss, nll_loss, "
-    "binary_cross_entropy, focal_loss or sigmoid_focal_loss; default: the built-in "
+    "loss": "A loss by name: cross_entropy, nll_loss, mse_loss, binary_cross_entropy, the same "
+    "with _with_logits behind it, focal_loss or sigmoid_focal_loss; default: the built-in "
     "network's own, else cross_entropy.",
     "json": "Print one JSON document on standard output and nothing else.",
     "memory": "To take on top of model and update, as in 4GB, 500MB or 2GiB; default: half of what "

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 
 import typer
 
+from rgap.cli.mending import remedied
+
 __all__ = ["options_of", "spoken"]
 
 _VALUE = r"torch\.tensor\(\[[^\[\]]*\]\)|\([^()]*\)|\"[^\"]*\"|'[^']*'|[^\s,;()]*[^\s,;().]|"
@@ -77,6 +79,8 @@ def spoken(text: str, options: Mapping[str, str]) -> str:
         command = f"rgap {match.group(1)} MODEL UPDATE" if match.re is _CALL else ""
         return f"{command}{flags}".strip()
 
+    if "factor" in options:
+        text = remedied(text)
     text = _CALL.sub(listed, _REPLACED.sub(listed, text))
     kept: list[str] = []
     calls: list[bool] = []  # of every open bracket, whether it belongs to a call in Python
@@ -91,7 +95,7 @@ def spoken(text: str, options: Mapping[str, str]) -> str:
     # A name with an underscore is no word of a sentence: "a smaller input_shape".
     text = re.sub(r"(?<![\w.'\"-])\w+_\w+(?![\w(='\"]|\.\w)", named, "".join(kept))
     text = re.sub(r"(?:write )?(--[\w-]+) None", r"leave \1 out", text)
-    start = re.match(r"(\w+):", text)
+    start = re.match(r"(?:Loss\.)?(\w+):", text)
     if start and start.group(1) in options:
         text = options[start.group(1)] + text[start.end(1) :]
     return text

@@ -169,11 +169,12 @@ class Affine:
         """
         return gradients[self.weight_name].reshape(self.weight.shape)
 
-    def bordered(self, sides: tuple[int, ...]) -> Affine:
-        """The convolution of what a border of zeros was put around: the border as its padding.
+    def bordered(self, sides: tuple[int, ...], border: str = "zeros") -> Affine:
+        """The convolution of what a border was put around: the border as its padding.
 
         Args:
             sides: of the border, as for ``torch.nn.functional.pad``, last dimension first.
+            border: what it shows, as :class:`~rgap.network.geometry.Geometry` has it.
         """
         geometry = self.geometry
         if geometry is None or len(sides) > 2 * len(geometry.kernel) or min(sides) < 0:
@@ -181,7 +182,7 @@ class Affine:
                 f"'{self.name}' ({self.kind}): expected a border along the dimensions of a "
                 f"convolution, got sides {sides}"
             )
-        wider = geometry.bordered(sides)
+        wider = replace(geometry.bordered(sides), border=border)
         channels, *space = self.in_shape
         added = [
             sum(new) - sum(old) for new, old in zip(wider.padding, geometry.padding, strict=True)

@@ -212,7 +212,7 @@ def assemble(found: Sequence[Link]) -> tuple[Stage, ...]:
         assert isinstance(affine, Affine)
         lead, tail = list(_steps(found[start:place])), _steps(rest[:cut])
         while lead and (sides := _border(lead[-1], affine)):
-            affine = affine.bordered(sides)
+            affine = affine.bordered(sides, getattr(lead[-1], "border", "") or "zeros")
             lead.pop()
         stages.append(Stage(index, affine.name, tuple(lead), affine, tail))
         start = place + 1 + cut
@@ -224,14 +224,17 @@ def _spelled_out(link: Link) -> tuple[Link, ...]:
 
 
 def _border(op: Op, affine: Affine) -> tuple[int, ...]:
-    """Sides of a border of zeros that ``op`` puts around a convolution's picture, else ``()``.
+    """Sides of a border that ``op`` puts around a convolution's picture, else ``()``.
 
-    As padding of the convolution the zeros are known; as its input they would be unknowns.
+    As padding of the convolution it is known; as its input it would be unknowns.
     """
-    if not isinstance(op, Pad) or affine.geometry is None or op.value != 0:
+    if not isinstance(op, Pad | Rearrange) or affine.geometry is None:
         return ()
-    if affine.geometry.border != "zeros":  # that border shows the zeros too
+    padding = any(map(any, affine.geometry.padding))
+    if isinstance(op, Rearrange) and (padding or not op.border):
         return ()
+    if isinstance(op, Pad) and (op.value != 0 or affine.geometry.border != "zeros"):
+        return ()  # a border of the picture shows the constant one too
     spatial = 2 * len(affine.geometry.kernel)
     if min(op.sides) < 0 or any(op.sides[spatial:]):
         return ()

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from rgap.network import activations as act
 from rgap.network.calls import DATA, Call
 from rgap.network.custom import REASON, CustomFunction
-from rgap.network.modules import Piece, affine_map, build, padded, parameter_name, prelu
+from rgap.network.modules import Piece, affine_map, build, padded, parameter_name, prelu, repeated
 from rgap.network.probing import UnreadyError, Unsupported, linear_function, rearrangement
 from rgap.network.scaling import Scale
 
@@ -97,10 +97,10 @@ def _dropout(call: Call) -> Piece:
 
 def _pad(call: Call) -> Piece:
     given = _arguments(call, "pad", "mode", "value")
-    mode = given.get("mode", "constant")
-    if mode != "constant":
-        raise Unsupported(f"pad with mode={mode!r}: only constant borders are covered")
-    return padded(call.name, call.in_shape, tuple(given["pad"]), float(given.get("value") or 0.0))
+    mode, sides = given.get("mode", "constant"), tuple(given["pad"])
+    if mode != "constant":  # a border that shows the picture again
+        return repeated(call.name, call.in_shape, sides, mode)
+    return padded(call.name, call.in_shape, sides, float(given.get("value") or 0.0))
 
 
 def _prelu(call: Call) -> Piece:

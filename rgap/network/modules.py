@@ -13,11 +13,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from rgap.doubles import blocks
 from rgap.network import activations as act
@@ -25,7 +27,7 @@ from rgap.network import affine
 from rgap.network.affine import Affine
 from rgap.network.pooling import LinearMap, Opaque, Pool
 from rgap.network.probing import Shape, Unsupported, fitting, rearrangement
-from rgap.network.reshape import Op, Pad
+from rgap.network.reshape import Op, Pad, Rearrange
 from rgap.network.running import BEHIND_TOKENS
 from rgap.network.scaling import BatchNorm
 from rgap.plugins import PluginError, Registry
@@ -326,6 +328,25 @@ def _average(module: nn.Module, name: str, in_shape: Shape, names: Names) -> Pie
           nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)  # fmt: skip
 def _pad(module: nn.ConstantPad2d, name: str, in_shape: Shape, names: Names) -> Piece:
     return padded(name, in_shape, tuple(module.padding), float(module.value))
+
+
+_BORDERS = {"reflection": "reflect", "replication": "replicate", "circular": "circular"}
+
+
+@register(nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d,
+          nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d,
+          nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d)  # fmt: skip
+def _repeat(module: nn.Module, name: str, in_shape: Shape, names: Names) -> Piece:
+    mode = type(module).__name__.partition("Pad")[0].lower()
+    return repeated(name, in_shape, tuple(module.padding), _BORDERS[mode])  # type: ignore[arg-type]
+
+
+def repeated(name: str, in_shape: Shape, sides: tuple[int, ...], mode: str) -> Piece:
+    """A border that shows the picture again; arguments as for ``torch.nn.functional.pad``."""
+    step = rearrangement(partial(F.pad, pad=sides, mode=mode), name, "pad", in_shape)
+    if isinstance(step, Rearrange):
+        step.border, step.sides = mode, sides
+    return step
 
 
 def padded(name: str, in_shape: Shape, sides: tuple[int, ...], value: float) -> Piece:

@@ -128,13 +128,20 @@ class Reshape(Op):
 
 
 class Rearrange(Op):
-    """y = x[index]: permute, transpose, flip, pixel shuffle, slices.
+    """y = x[index]: permute, transpose, flip, pixel shuffle, slices, borders that repeat.
 
     Args:
         index: for every output position the flat input position it reads, ``[*out_shape]``.
+
+    Attributes:
+        border: of a picture with a border that shows it again, the ``mode`` of
+            ``torch.nn.functional.pad``; else "".
+        sides: of the border, as there.
     """
 
     affine = True
+    border = ""
+    sides: tuple[int, ...] = ()
 
     def __init__(self, name: str, kind: str, in_shape: tuple[int, ...], index: Tensor) -> None:
         super().__init__(name, kind, in_shape, tuple(index.shape))

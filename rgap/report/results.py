@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from rich.text import Text
 
 from rgap.report.pictures import replacing, save_picture, save_tensors
 from rgap.report.tables import PLAIN, numbers, recovery_table, status_text
@@ -22,12 +25,10 @@ TENSORS, PICTURE = ".safetensors", ".png"
 
 def print_recovery(console: Console, recovery: Recovery, *, explain: bool) -> None:
     """Status and reason, the table of equations, and with ``explain`` every layer in words."""
-    console.print(status_text(recovery.status.name), end="")
-    if explain:
-        head, _, rest = recovery.explain().partition(": ")
-        console.print(f": {rest}" if head == recovery.status.name else f"\n{head}", **PLAIN)
-    else:
-        console.print(f": {recovery.reason}", **PLAIN)
+    _, _, words = recovery.explain().partition(": ") if explain else ("", "", recovery.reason)
+    words = re.sub(r"recovery\.features\[.*?\]", "--output FILE.safetensors writes it", words)
+    console.print(Text.assemble(status_text(recovery.status.name), f": {words}"), **PLAIN)
+    if not explain:
         for warning in recovery.warnings:
             console.print(f"Note: {warning}", **PLAIN)
     if recovery.labels is not None:
@@ -92,7 +93,8 @@ def write_recovery(
 ) -> Path | None:
     """Write the recovered pictures, or every candidate's; None if there is nothing to write.
 
-    A folder gets ``picture-0.png`` … and ``recovery.safetensors`` with ``inputs`` and ``labels``
+    A ``.safetensors`` file has the certified inputs of layers as well, as ``features-NAME``.  A
+    folder gets ``picture-0.png`` … and ``recovery.safetensors`` with ``inputs`` and ``labels``
     in full precision; for an ambiguous answer ``candidate-0-picture-0.png`` … and the tensors of
     every candidate.  Where only some values are determined they are written as ``partial`` (NaN
     elsewhere) with the mask ``determined``: ``picture-0.png`` with hatching in the open places and
@@ -101,9 +103,10 @@ def write_recovery(
     suffix, bounds = output.suffix.lower(), value_range or (0.0, 1.0)
     # One picture in place of several candidates would hide that they are several.
     several = suffix == PICTURE and len(recovery.candidates) > 1
-    if (recovery.inputs is None and recovery.partial is None) or several:
-        return None
     tensors = _tensors(recovery)
+    pictured = recovery.inputs is not None or recovery.partial is not None
+    if several or not (pictured or (tensors and suffix == TENSORS)):
+        return None
     metadata = {"status": recovery.status.name, "reason": recovery.reason}
     if suffix == TENSORS:
         save_tensors(tensors, output, metadata)
@@ -138,6 +141,7 @@ def _tensors(recovery: Recovery) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     if recovery.partial is not None and recovery.determined is not None:
         tensors |= {"partial": recovery.partial, "determined": recovery.determined}
+    tensors |= {f"features-{name}": value for name, value in recovery.features.items()}
     for prefix, inputs, labels in answers:
         if inputs is not None:
             tensors[f"{prefix}inputs"] = inputs

@@ -36,7 +36,13 @@ __all__ = [
 
 
 class HeadedTable(Table):
-    """A table below a heading, which wraps where the console ends and not where the table does."""
+    """A table below a heading; where the console is too narrow for it, a paragraph a row.
+
+    Nothing is cut: numbers keep their line, names are folded, headings wrap at words.
+    """
+
+    FOLDED = 16  # characters of a name below which no column of names goes
+    FRAME = 3  # characters beside a column's own
 
     def __init__(self, heading: str = "") -> None:
         super().__init__(box=box.SIMPLE_HEAD)
@@ -45,7 +51,29 @@ class HeadedTable(Table):
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         if self._heading:
             yield Text(self._heading, style="bold")
-        yield from super().__rich_console__(console, options)
+        least, wish = [], []
+        for column in self.columns:
+            words, cells = str(column.header), [len(str(cell)) for cell in column.cells]
+            whole = max(cells, default=0)
+            kept = whole if column.justify == "right" else min(whole, self.FOLDED)
+            least.append(max(kept, *(len(word) for word in words.split())))
+            wish.append(max(whole, len(words)))
+            column.overflow = "fold"
+        room = options.max_width - sum(least) - self.FRAME * len(least) - 1
+        if room >= 0:
+            for place in sorted(range(len(least)), key=lambda n: wish[n] - least[n]):
+                more = min(room, wish[place] - least[place])
+                self.columns[place].width = least[place] + more
+                room -= more
+            yield from super().__rich_console__(console, options)
+            return
+        above = ""  # the first column names a block of rows only once
+        for first, *cells in zip(*(column.cells for column in self.columns), strict=True):
+            above = str(first) or above
+            heads = [str(column.header) for column in self.columns]
+            parts = zip(heads, [above, *map(str, cells)], strict=True)
+            yield Text(", ".join(f"{head} {cell}" for head, cell in parts if cell))
+        yield Text()
 
 
 # The words of the library are printed as they are: "[B, 3, 8, 8]" is no markup.

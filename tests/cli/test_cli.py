@@ -284,7 +284,17 @@ CHOICES = {
     "labels": (LabelMethod,),
     "audit": (RankMethod,),
 }
-OWN = {"labels", "method", "input_shape", "batch_size", "output", "prior", "time_limit"}
+OWN = {
+    "labels",
+    "loss",
+    "reduction",
+    "method",
+    "input_shape",
+    "batch_size",
+    "output",
+    "prior",
+    "time_limit",
+}
 
 
 def test_an_option_of_several_commands_is_declared_once() -> None:

@@ -112,6 +112,67 @@ def test_a_border_of_another_value_stays_a_step(value: float) -> None:
     torch.testing.assert_close(stage.forward(x)[0], model(x).detach())
 
 
+AGAIN = {
+    "reflect": (nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d),
+    "replicate": (nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d),
+    "circular": (nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d),
+}
+
+
+class Again(nn.Module):
+    """A border that shows the picture again, by a functional call."""
+
+    def __init__(self, sides: tuple[int, ...], mode: str) -> None:
+        super().__init__()
+        self.sides, self.mode = sides, mode
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x, self.sides, mode=self.mode)
+
+
+@pytest.mark.parametrize("mode", AGAIN)
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("call", [False, True])
+@pytest.mark.parametrize("padding", [0, 1])
+def test_a_border_that_shows_the_picture_again(
+    mode: str, dims: int, call: bool, padding: int
+) -> None:
+    sides = (2, 1, 0, 2, 1, 1)[: 2 * dims]
+    make = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
+    conv = make(2, 3, 2, 2, padding).double()
+    model = nn.Sequential(Again(sides, mode) if call else AGAIN[mode][dims - 1](sides), conv)
+    shape = (2, 4, 3, 5)[: dims + 1]
+    stage = parse(model, shape).stages[0]
+    x = tensors((2, *shape), 0).requires_grad_()
+    z, u = stage.forward(x)[0], x
+    torch.testing.assert_close(z, model(x))
+    if not padding:  # known: the convolution's own
+        assert stage.lead == () and stage.in_shape == shape
+        compare(model, stage.affine, x.detach(), 0)
+        return
+    assert [op.kind for op in stage.lead] == ["pad"]  # zeros around it, that it does not show
+    (step,) = stage.lead
+    k = tensors((2, *step.out_shape), 1)
+    (own,) = torch.autograd.grad((model[0](u) * k).sum(), u)
+    torch.testing.assert_close(step.adjoint(k), own)
+    torch.testing.assert_close(step.inverse(step.forward(x)), x)
+
+
+@pytest.mark.parametrize("mode", AGAIN)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_network_with_such_borders_is_inverted(mode: str, batch: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        AGAIN[mode][1](1), nn.Conv2d(2, 16, 3), nn.Tanh(), Again((1, 2, 0, 1), mode),
+        nn.Conv2d(16, 16, 3, 2), nn.Tanh(), nn.Flatten(), nn.Linear(96, 24), nn.Tanh(),
+        nn.Linear(24, 10),
+    ).eval()  # fmt: skip
+    x = torch.rand(batch, 2, 5, 5, generator=torch.Generator().manual_seed(1))
+    found = rgap.invert(model, rgap.capture(model, x, torch.arange(batch)))
+    assert found.exact and found.inputs is not None and found.error_bound is not None
+    assert float((found.inputs - x).abs().max()) <= found.error_bound < 1e-4
+
+
 def test_a_border_along_the_channels_stays_a_step() -> None:
     model = Bordered(nn.Identity(), (1, 1, 0, 0, 1, 0), nn.Conv2d(3, 2, 2).double())
     stage = parse(model, (2, 3, 3)).stages[0]

@@ -162,7 +162,7 @@ def test_a_layer_that_no_gradient_reaches_is_noted() -> None:
         model.conv1.bias.fill_(-100.0)
     table = audit(model, (2, 4, 4), (1,))
     assert [row.gradient_rank for row in table.rows[:2]] == [0, 0]
-    assert "No gradient at all reaches ['conv0', 'conv1']" in table.explain()
+    assert "No gradient at all reaches 'conv0', 'conv1'" in table.explain()
 
 
 def test_a_layer_that_is_called_twice_has_a_row_per_call() -> None:
