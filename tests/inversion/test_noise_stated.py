@@ -142,7 +142,7 @@ def test_noise_of_one_size_says_the_same_entry_by_entry(kind: str) -> None:
     order = [1, 0] if count == 2 else [0]  # by label
     assert float((by_entry.inputs - sample(count)[order]).abs().max()) <= by_entry.error_bound
     silent = invert(models[kind], dataclasses.replace(update, noise=None))
-    assert silent.error_bound is None or silent.error_bound < by_float.error_bound / 10
+    assert silent.status.name == "INCONSISTENT" and not silent.certified
 
 
 # --- every test meets it ----------------------------------------------------------------------
