@@ -23,10 +23,10 @@ from rgap.head.features import features_from_bias
 from rgap.limits import OUTSIDE
 from rgap.network.chain import Chain
 from rgap.separation.batch import Batch
-from rgap.separation.between import Between, steps_between
 from rgap.separation.identify import Identity as Target
 from rgap.separation.identify import continuous, identify, top
 from rgap.separation.mixture import Mixture
+from rgap.separation.pair import Between, steps_between
 from rgap.separation.peeling import LIKELY, SOLVED, collect, fresh_starts, rounding_cost
 from rgap.separation.route import unfit_pair
 from rgap.separation.softmax.equations import AtHead

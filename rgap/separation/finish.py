@@ -10,9 +10,16 @@ from rgap import memory
 from rgap.jacobian.batch_loss import BatchLoss
 from rgap.limits import REFUTED, SEPARABLE
 from rgap.precision import Estimate
-from rgap.separation.alike import hidden_distance, remark, widened
 from rgap.separation.batch import HELD, Batch, Separated, Unseparated
-from rgap.separation.errors import across_errors, cotangents, cotangents_above, spread
+from rgap.separation.errors import (
+    across_errors,
+    cotangents,
+    cotangents_above,
+    hidden_distance,
+    remark,
+    spread,
+    widened,
+)
 from rgap.separation.identify import rise, top
 from rgap.separation.mixture import Mixture
 from rgap.separation.peeling import Collected, Identify

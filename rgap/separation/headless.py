@@ -19,11 +19,10 @@ from rgap.jacobian.batch_loss import BatchLoss
 from rgap.limits import CERTAIN, SEPARABLE
 from rgap.precision import Estimate, Precision
 from rgap.separation.batch import Batch, Separated, Unseparated
-from rgap.separation.between import Between, steps_between
 from rgap.separation.errors import spread
 from rgap.separation.identify import Identity, free, pullback
-from rgap.separation.lines import lines
 from rgap.separation.mixture import Mixture
+from rgap.separation.pair import Between, lines, steps_between
 from rgap.separation.peeling import GROWTH, STARTS, Collected, collect
 from rgap.separation.route import unfit_pair
 from rgap.separation.subspace import Consistency, restricted

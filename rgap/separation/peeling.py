@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from rgap.separation.identify import Identity
-from rgap.separation.lines import on_line, open_directions
-from rgap.separation.subspace import Consistency, Restricted, restricted
+from rgap.separation.subspace import Consistency, Restricted, on_line, open_directions, restricted
 from rgap.solvers.least_squares import levenberg_marquardt
 
 STARTS = 16

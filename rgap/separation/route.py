@@ -14,9 +14,8 @@ import torch
 from rgap.limits import ROUNDED
 from rgap.network.chain import Stage
 from rgap.separation.batch import Batch, Separated, Unseparated
-from rgap.separation.between import Between, steps_between
 from rgap.separation.mixture import Mixture
-from rgap.separation.pair import separate_pair
+from rgap.separation.pair import Between, separate_pair, steps_between
 from rgap.separation.softmax.separate import separate_head, unfit
 
 Watcher = Callable[[str], None]

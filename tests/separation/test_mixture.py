@@ -14,9 +14,9 @@ from rgap.network.chain import Chain
 from rgap.network.reshape import Rearrange
 from rgap.precision import Precision
 from rgap.separation.batch import Batch
-from rgap.separation.between import Between, steps_between
 from rgap.separation.errors import cotangents
 from rgap.separation.mixture import mixture, relative_rounding
+from rgap.separation.pair import Between, steps_between
 from rgap.separation.softmax.equations import AtHead
 from rgap.separation.subspace import Consistency, restricted
 from rgap.update.losses import Loss

@@ -12,15 +12,14 @@ from torch import Tensor, nn
 
 from rgap.precision import Precision
 from rgap.separation.batch import Batch, Separated, Unseparated
-from rgap.separation.between import Between, steps_between
 from rgap.separation.identify import LISTED, Identity, continuous, identify, rise
-from rgap.separation.multiplicity import multiplicity, smallest_batch
+from rgap.separation.pair import Between, steps_between
 from rgap.separation.peeling import Collected, collect
 from rgap.separation.route import mixed, separate
 from rgap.separation.softmax.equations import AtHead
 from rgap.separation.softmax.separate import identify_classes, likely, separate_head
 from rgap.separation.subspace import restricted
-from rgap.separation.targets import batch_loss, contradicted
+from rgap.separation.targets import batch_loss, contradicted, multiplicity, smallest_batch
 from rgap.update.losses import Loss
 
 F64 = torch.float64

@@ -41,8 +41,8 @@ from rgap.network.chain import parse
 from rgap.network.modules import build
 from rgap.precision import Estimate, Precision
 from rgap.recursion.matrix_free import MatrixFree
-from rgap.separation.between import Between, steps_between
 from rgap.separation.headless import Held
+from rgap.separation.pair import Between, steps_between
 from rgap.separation.softmax.equations import AtHead
 from rgap.separation.softmax.separate import likely
 from rgap.solvers.kronecker import Factor, Kronecker, factor
