@@ -67,9 +67,7 @@ def finish(
             f"standard errors long (σ_B/σ_1 {samples.ratio:.1e})"
         )
     known, worst = result.features, result.worst / float(result.roots.norm(dim=1).mean())
-    joint = polish_jointly(
-        batch.chain, samples, batch.gradients, result.roots, head, result.across, batch.precision
-    )
+    joint = polish_jointly(batch, samples, result.roots, head, result.across)
     if joint is not None and batch.loss.targets != "index" and not joint.free:
         joint = None  # it held targets that were read at these roots, and err as they do
     if joint is not None and joint.errors is not None:
@@ -108,10 +106,7 @@ def finish_together(
         8.0 * HELD * min(samples.rank, TOGETHER) ** 4,
         batch.room,
     )
-    joint = polish_jointly(
-        batch.chain, samples, batch.gradients, found.roots, head, across, batch.precision,
-        largest=TOGETHER, dense=DENSE,
-    )  # fmt: skip
+    joint = polish_jointly(batch, samples, found.roots, head, across, largest=TOGETHER, dense=DENSE)
     if joint is not None and joint.misfit > REFUTED:
         return Unseparated(
             f"all {samples.rank} samples at '{stage.name}' together miss its gradient by "

@@ -23,7 +23,7 @@ from rgap.separation.errors import spread
 from rgap.separation.identify import Identity, free, pullback
 from rgap.separation.mixture import Mixture
 from rgap.separation.pair import Between, lines, steps_between
-from rgap.separation.peeling import GROWTH, STARTS, Collected, collect
+from rgap.separation.peeling import GROWTH, STARTS, Collected, Starts, collect
 from rgap.separation.route import unfit_pair
 from rgap.separation.subspace import Consistency, restricted
 from rgap.update.losses import Loss
@@ -91,10 +91,8 @@ def separate_headless(
     def admissible(identity: Identity, rough: bool) -> bool:
         return identity.accepted and identity.outside < CERTAIN
 
-    starts = batch.starts(lower.rank, STARTS, GROWTH)
-    found = collect(
-        consistency, naming, admissible, batch.precision.seed, starts=starts, watch=watch
-    )
+    starts = Starts(batch.precision.seed, batch.starts(lower.rank, STARTS, GROWTH))
+    found = collect(consistency, naming, admissible, starts, watch)
     if not found.complete:
         return Unseparated(
             f"{len(found.roots)} of the {lower.rank} samples of '{lower.stage.name}' found in "

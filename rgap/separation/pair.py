@@ -24,7 +24,7 @@ from rgap.separation.batch import Batch, Separated, Unseparated
 from rgap.separation.finish import finish
 from rgap.separation.identify import Identity, continuous, identify
 from rgap.separation.mixture import Mixture
-from rgap.separation.peeling import GROWTH, STARTS, Collected, collect
+from rgap.separation.peeling import GROWTH, STARTS, Collected, Starts, collect
 from rgap.separation.subspace import Consistency, along_directions, on_line
 from rgap.separation.targets import admissible, contradicted, single
 
@@ -168,9 +168,8 @@ def separate_pair(
         consistency,
         naming,
         partial(admissible, batch, lower.rank),
-        batch.precision.seed,
-        starts=batch.starts(lower.rank, STARTS, GROWTH),
-        watch=watch,
+        Starts(batch.precision.seed, batch.starts(lower.rank, STARTS, GROWTH)),
+        watch,
     )
     if not found.complete:
         short = Unseparated(_shortfall(consistency, found))

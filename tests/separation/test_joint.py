@@ -72,11 +72,9 @@ def separated(
 def polished(batch: Batch, roots: Tensor, head: BatchLoss):
     samples = batch.mixture(0)
     across = torch.zeros(batch.precision.samples, len(roots), 48, dtype=F64)
-    found = polish_jointly(
-        batch.chain, samples, batch.gradients, roots, head, across, batch.precision
-    )
-    assert found is not None
-    return found
+    joint = polish_jointly(batch, samples, roots, head, across)
+    assert joint is not None
+    return joint
 
 
 @pytest.mark.parametrize("size", [2, 5])
@@ -118,7 +116,4 @@ def test_too_many_samples_are_left_as_they_are() -> None:
     rank = replace(samples.triplets.rank, rank=LARGEST + 1)
     large = replace(samples, triplets=replace(samples.triplets, rank=rank))
     across = torch.zeros(batch.precision.samples, 3, 48, dtype=F64)
-    found = polish_jointly(
-        batch.chain, large, batch.gradients, roots, head, across, batch.precision
-    )
-    assert found is None
+    assert polish_jointly(batch, large, roots, head, across) is None

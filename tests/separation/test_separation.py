@@ -14,7 +14,7 @@ from rgap.precision import Precision
 from rgap.separation.batch import Batch, Separated, Unseparated
 from rgap.separation.identify import LISTED, Identity, continuous, identify, rise
 from rgap.separation.pair import Between, steps_between
-from rgap.separation.peeling import Collected, collect
+from rgap.separation.peeling import Collected, Starts, collect
 from rgap.separation.route import mixed, separate
 from rgap.separation.softmax.equations import AtHead
 from rgap.separation.softmax.separate import identify_classes, likely, separate_head
@@ -128,7 +128,9 @@ def test_continuous_targets_below_a_pair(loss: Loss) -> None:
 
 def collected(batch: Batch, seed: int = 0) -> Collected:
     consistency = between(batch)
-    return collect(consistency, lambda roots, _: named(batch, roots), lambda i, _: i.accepted, seed)
+    return collect(
+        consistency, lambda roots, _: named(batch, roots), lambda i, _: i.accepted, Starts(seed)
+    )
 
 
 @pytest.mark.parametrize("kind", ["distinct", "equal"])

@@ -22,7 +22,7 @@ from rgap.separation.batch import Batch, Separated, Unseparated
 from rgap.separation.finish import finish, finish_together
 from rgap.separation.identify import Identity, choose, similar
 from rgap.separation.mixture import Mixture
-from rgap.separation.peeling import GROWTH, IDLE, Collected, collect
+from rgap.separation.peeling import GROWTH, IDLE, Collected, Starts, collect
 from rgap.separation.softmax.coupled import SCATTERS, SMALL, Coupled, agreement, refined
 from rgap.separation.softmax.equations import AtHead
 from rgap.separation.subspace import Consistency, restricted
@@ -102,12 +102,14 @@ def separate_head(
         consistency,
         partial(identify_classes, head),
         partial(admissible, batch, head.rank),
-        batch.precision.seed,
-        starts=batch.starts(head.rank, most, GROWTH),
-        watch=watch,
-        first=opening(consistency),
-        reach=FAR if 2 * clear < head.rank else 1.0,
-        rounds=IDLE if resolved(batch, head) else HASTY,
+        Starts(
+            batch.precision.seed,
+            batch.starts(head.rank, most, GROWTH),
+            first=opening(consistency),
+            reach=FAR if 2 * clear < head.rank else 1.0,
+            rounds=IDLE if resolved(batch, head) else HASTY,
+        ),
+        watch,
     )
     if found.complete:
         answer = conclude(batch, consistency, found, began)
