@@ -164,27 +164,27 @@ def separate_pair(
     def naming(roots: Tensor, _: Consistency) -> list[Identity]:
         return identify_roots(batch, lower, top, roots)
 
-    found = collect(
+    collected = collect(
         consistency,
         naming,
         partial(admissible, batch, lower.rank),
         Starts(batch.precision.seed, batch.starts(lower.rank, STARTS, GROWTH)),
         watch,
     )
-    if not found.complete:
-        short = Unseparated(_shortfall(consistency, found))
-        return contradicted(batch, lower, found) or short
+    if not collected.complete:
+        short = Unseparated(_shortfall(consistency, collected))
+        return contradicted(batch, lower, collected) or short
     result = finish(
         batch,
         consistency,
-        found,
+        collected,
         naming,
         f"every sample of '{stage.name}' must map into the row space of "
         f"'{consistency.above.stage.name}' (for each {consistency.equations} equations, unknowns: "
         f"{lower.rank - 1})",
         began,
     )
-    where = "" if isinstance(result, Separated) else lines(consistency, found.roots)
+    where = "" if isinstance(result, Separated) else lines(consistency, collected.roots)
     if isinstance(result, Unseparated) and where:
         return replace(result, reason=f"{result.reason}; {where}", consistent=True)
     return result
@@ -192,39 +192,38 @@ def separate_pair(
 
 def identify_roots(batch: Batch, samples: Mixture, top: Mixture, roots: Tensor) -> list[Identity]:
     """The target of every root; one picture with several labels where no single class fits."""
-    found = identify(batch.chain, samples, top, roots, batch.loss)
-    missing = [i for i, identity in enumerate(found) if not identity.accepted]
+    identities = identify(batch.chain, samples, top, roots, batch.loss)
+    missing = [i for i, identity in enumerate(identities) if not identity.accepted]
     if single(batch, samples.rank):  # then no picture has two labels, each occurs once
-        return found
+        return identities
     if not missing or batch.classes > samples.gradient.shape[0] - samples.rank:
-        return found
+        return identities
     again = continuous(batch.chain, samples, roots[missing], batch.loss)
     for i, identity in zip(missing, again, strict=True):
         if identity.accepted:
-            found[i] = identity
-    return found
+            identities[i] = identity
+    return identities
 
 
-def _shortfall(consistency: Between, found: Collected) -> str:
+def _shortfall(consistency: Between, collected: Collected) -> str:
     lower = consistency.samples
-    name = lower.stage.name
+    where = f"of '{lower.stage.name}'"
     said = (
-        f"{len(found.roots)} of the {lower.rank} samples of '{name}' found in {found.starts} "
-        f"starts (σ_B/σ_1 {lower.ratio:.1e} there, {consistency.above.ratio:.1e} at "
-        f"'{consistency.above.stage.name}')"
+        f"{collected.tally(where)} (σ_B/σ_1 {lower.ratio:.1e} there, "
+        f"{consistency.above.ratio:.1e} at '{consistency.above.stage.name}')"
     )
-    where = lines(consistency, torch.cat([found.roots, *(q[None] for q in found.stray)]))
-    if where:
-        return f"{said}; {where}"
-    if found.rejected <= OUTSIDE:
+    points = torch.cat([collected.roots, *(q[None] for q in collected.stray)])
+    if on_lines := lines(consistency, points):
+        return f"{said}; {on_lines}"
+    if collected.rejected <= OUTSIDE:
         return (
-            f"{said}; targets fit there (the nearest misses by {found.rejected:.1e}), but not one "
-            "alone whose weight is that of a sample"
+            f"{said}; targets fit there (the nearest misses by {collected.rejected:.1e}), but not "
+            "one alone whose weight is that of a sample"
         )
-    if found.rejected < 1.0:
+    if collected.rejected < 1.0:
         return (
             f"{said}; points that satisfy the equations were no samples: the nearest target misses "
-            f"by {found.rejected:.1e}"
+            f"by {collected.rejected:.1e}"
         )
     return said
 

@@ -63,6 +63,11 @@ class Collected:
         """True if there is one root for every dimension of the mixture."""
         return len(self.roots) == self.roots.shape[1]
 
+    def tally(self, where: str) -> str:
+        """How many samples of ``where`` came of how many starts, in words."""
+        count, rank = self.roots.shape
+        return f"{count} of the {rank} samples {where} found in {self.starts} starts"
+
 
 @dataclass(frozen=True)
 class Starts:

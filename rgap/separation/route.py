@@ -82,9 +82,9 @@ def _beyond(batch: Batch, stage: Stage) -> bool:
     return float(rest) > own + precision.noise_length(name, held.gradient)
 
 
-def _after(found: Separated | Unseparated, whys: list[str]) -> Separated | Unseparated:
+def _after(answer: Separated | Unseparated, whys: list[str]) -> Separated | Unseparated:
     """The answer with what kept lower layers from giving it."""
-    return replace(found, passed="; ".join(whys)) if isinstance(found, Separated) else found
+    return replace(answer, passed="; ".join(whys)) if isinstance(answer, Separated) else answer
 
 
 def unfit_pair(lower: Mixture, upper: Mixture) -> str | None:

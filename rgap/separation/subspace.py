@@ -188,11 +188,11 @@ class Restricted:
         """Undamped Gauss–Newton steps, [S, n]."""
         if len(t) == 0 or t.shape[1] == 0:
             return torch.zeros_like(t)
-        found = []
+        steps = []
         for index in self._few(t):
             residual, jacobian = self.some(index).linear(t[index])
-            found.append(-triangular_solve(jacobian, residual))
-        return torch.cat(found)
+            steps.append(-triangular_solve(jacobian, residual))
+        return torch.cat(steps)
 
     def linear(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Residual [S, m] and Jacobian [S, m, n], over ‖f‖."""

@@ -135,14 +135,14 @@ def batch_loss(
             targets.append(dense)
             copies.append(1.0)
             continue
-        found = split_counts(z.softmax(0), excess) if batch.loss.plain else None
-        if found is None or batch.loss.label_smoothing:
+        counts = split_counts(z.softmax(0), excess) if batch.loss.plain else None
+        if counts is None or batch.loss.label_smoothing:
             return Unseparated(
                 "the cotangent of one sample belongs to no class, nor to one picture with several "
                 "labels; is the loss, its targets or the model another one?",
             )
-        targets.append(found[1] / found[0])
-        copies.append(float(found[0]))
+        targets.append(counts[1] / counts[0])
+        copies.append(float(counts[0]))
     total = int(sum(copies))
     if batch.size is not None and total != batch.size and batch.loss.targets == "index":
         return Unseparated(
@@ -257,23 +257,23 @@ def common_factor(batch: Batch, rank: int, identities: Sequence[Identity]) -> Un
     )
 
 
-def contradicted(batch: Batch, samples: Mixture, found: Collected) -> Unseparated | None:
+def contradicted(batch: Batch, samples: Mixture, collected: Collected) -> Unseparated | None:
     """A stated batch size in which samples that were found would not occur whole times.
 
     A size that is wrong makes most of them fractional; one among many is a root that rounding made.
     """
     if batch.size is None:
         return None
-    clear = [i for i in found.refused if i.outside < SURE and _clear(i) and i.label is not None]
+    clear = [i for i in collected.refused if i.outside < SURE and _clear(i) and i.label is not None]
     weights = [_copies(batch, i, batch.size) for i in clear]
     sure = [
         m for m in weights if LEAST < m < batch.size / LEAST and not whole(m, batch.size)
     ]  # copies that the rank leaves no room for may be what noise added to the rank
-    if not found.roots.numel() and (common := common_factor(batch, samples.rank, clear)):
+    if not collected.roots.numel() and (common := common_factor(batch, samples.rank, clear)):
         return common
-    if not sure or not refuting(batch, samples) or loose(batch, [*clear, *found.identities]):
+    if not sure or not refuting(batch, samples) or loose(batch, [*clear, *collected.identities]):
         return None
-    if len(sure) < len(found.roots):
+    if len(sure) < len(collected.roots):
         return None
     return _fractional(batch, batch.size, sure[0])
 
