@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from networks import picture, small_mlp
+from cases import picture, small_mlp
 from scipy.optimize import brentq
 from torch import Tensor, nn
 

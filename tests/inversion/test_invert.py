@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from networks import picture, small_conv, small_mlp
+from cases import picture, small_conv, small_mlp, state
 from torch import Tensor, nn
 
 from rgap import Head, Loss, Recovery, Status, Update, capture, invert
@@ -52,23 +52,6 @@ def update(model: nn.Module) -> Update:
 
 
 # --- manners --------------------------------------------------------------------------------
-
-
-def state(model: nn.Module) -> list[Any]:
-    """Everything about a model that could be disturbed."""
-    tensors = [*model.parameters(), *model.buffers()]
-    modules = list(model.modules())
-    return [
-        [id(t) for t in tensors],
-        [t.dtype for t in tensors],
-        [t.requires_grad for t in tensors],
-        [t._version for t in tensors],
-        [t.detach().clone().numpy().tobytes() for t in tensors],
-        [None if p.grad is None else p.grad.clone().numpy().tobytes() for p in model.parameters()],
-        [m.training for m in modules],
-        [list(m.__dict__) for m in modules],
-        [list(v) for m in modules for k, v in m.__dict__.items() if k.endswith("_hooks")],
-    ]
 
 
 def random_state() -> list[Any]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from pathlib import Path
 
 import pytest
 import torch
+from cases import dense
 from torch import nn
 
 from rgap.inversion.invert import invert
@@ -18,12 +18,8 @@ from rgap.update.update import Update
 F64 = torch.float64
 
 
-def mlp(*widths: int, seed: int = 0) -> nn.Sequential:
-    torch.manual_seed(seed)
-    steps: list[nn.Module] = [nn.Flatten()]
-    for i, (n, m) in enumerate(itertools.pairwise(widths)):
-        steps += [nn.Tanh()] * (i > 0) + [nn.Linear(n, m)]
-    return nn.Sequential(*steps).double().eval()
+def mlp(*widths: int) -> nn.Sequential:
+    return dense(*widths).double()
 
 
 def sample(count: int = 1, seed: int = 7) -> torch.Tensor:

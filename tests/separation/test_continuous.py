@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from batched import mlp, pictures
+from cases import mlp, pictures
 from steps_table import LOSSES, Case, drawn, fault, network
 from torch import Tensor, nn
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from batched import KINDS, batch_of, mlp, pictures
+from batched import batch_of, true_roots
+from cases import KINDS, mlp, pictures
 from torch import Tensor, nn
 
 from rgap.precision import Precision
@@ -24,11 +25,6 @@ from rgap.update.losses import Loss
 
 F64 = torch.float64
 MSE = "mse_loss"
-
-
-def true_roots(batch: Batch, x: Tensor) -> Tensor:
-    """Q of the different pictures x at the first layer."""
-    return x.double().flatten(1) @ batch.mixture(0).right
 
 
 def between(batch: Batch) -> Between:

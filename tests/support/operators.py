@@ -12,7 +12,8 @@ from functools import cache
 from typing import Any
 
 import torch
-from batched import batch_of, mlp, pictures
+from batched import batch_of
+from cases import mlp, pictures
 from reference import dense_blocks, dense_jacobian
 from torch import Tensor, nn
 from torch.nn import functional as F

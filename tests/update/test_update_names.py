@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from cases import dense
 from torch import nn
 
 from rgap.inversion.invert import invert
@@ -22,11 +24,7 @@ X = torch.rand(1, *SHAPE, generator=torch.Generator().manual_seed(3))
 Y = torch.tensor([2])
 
 
-def mlp(seed: int = 0) -> nn.Sequential:
-    torch.manual_seed(seed)
-    return nn.Sequential(
-        nn.Flatten(), nn.Linear(36, 48), nn.Tanh(), nn.Linear(48, 60), nn.Tanh(), nn.Linear(60, 6)
-    ).eval()
+mlp = partial(dense, 36, 48, 60, 6)
 
 
 def conv(seed: int = 0) -> nn.Sequential:
