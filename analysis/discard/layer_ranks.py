@@ -16,8 +16,7 @@ from rgap.analysis.generic_rank.together import branch_rank
 from rgap.analysis.probe import Probe
 from rgap.analysis.symbolic import closed_form, symbolic
 from rgap.constraints import gradient_constraint
-from rgap.constraints.overlap import shared_equations
-from rgap.constraints.ranks import stage_joint_rank, weight_row_spaces
+from rgap.constraints.ranks import shared_equations, stage_joint_rank, weight_row_spaces
 from rgap.network.affine import Affine
 from rgap.solvers.rank import Rank
 from rgap.solvers.subspace import RowSpace

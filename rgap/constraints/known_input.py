@@ -207,8 +207,8 @@ class KnownPart:
         gap = target - coupling.apply(start.lifted(table)[None])[0] * active
         std = (z.std.flatten() * active).nan_to_num(0.0, posinf=0.0)
         weight_blur = (rest.square() @ std.square()).sqrt()
-        found = cls(affine, coupling, active, basis, rest, table, rest @ gap, table[:0, 0])
-        return found.weighed(torch.cat([blur.flatten(), weight_blur]))
+        part = cls(affine, coupling, active, basis, rest, table, rest @ gap, table[:0, 0])
+        return part.weighed(torch.cat([blur.flatten(), weight_blur]))
 
     def weighed(self, std: Tensor) -> KnownPart:
         """The same with weights 1/√(s² + s̄²), relative to the best-known equation."""

@@ -23,11 +23,11 @@ from rgap.head.features import features_from_bias
 from rgap.limits import OUTSIDE
 from rgap.network.chain import Chain
 from rgap.separation.batch import Batch
-from rgap.separation.between import Between, steps_between
 from rgap.separation.identify import Identity as Target
 from rgap.separation.identify import continuous, identify, top
 from rgap.separation.mixture import Mixture
-from rgap.separation.peeling import LIKELY, SOLVED, collect, fresh_starts, rounding_cost
+from rgap.separation.pair import Between, steps_between
+from rgap.separation.peeling import LIKELY, SOLVED, Starts, collect, fresh_starts, rounding_cost
 from rgap.separation.route import unfit_pair
 from rgap.separation.softmax.equations import AtHead
 from rgap.separation.softmax.separate import identify_classes, likely, opening, unfit
@@ -289,9 +289,8 @@ def _collected(mixed: Batch, source: Source) -> Samples | None:
     """All roots, and the cotangents that the head's gradient gives them."""
     seed, samples = mixed.precision.seed, source.samples
     first = None if source.head is None else opening(source.head)
-    found = collect(
-        source.consistency, source.naming, _any_weight, seed, first=first, rounds=ROUNDS
-    )
+    starts = Starts(seed, first=first, rounds=ROUNDS)
+    found = collect(source.consistency, source.naming, _any_weight, starts)
     if not found.complete:
         return None
     stage = samples.stage

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from networks import picture
+from cases import picture
 from torch import Tensor, nn
 
 import rgap

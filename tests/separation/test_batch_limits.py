@@ -9,7 +9,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from batched import SHAPE, certified, distance, expanded, labels, mlp, pictures
+from batched import certified, distance, expanded
+from cases import SHAPE, labels, mlp, pictures
 from torch import Tensor, nn
 
 import rgap

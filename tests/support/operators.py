@@ -13,7 +13,8 @@ from functools import cache
 from typing import Any
 
 import torch
-from batched import batch_of, mlp, pictures
+from batched import batch_of
+from cases import mlp, pictures
 from reference import dense_blocks, dense_jacobian
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -42,8 +43,8 @@ from rgap.network.chain import parse
 from rgap.network.modules import build
 from rgap.precision import Estimate, Precision
 from rgap.recursion.matrix_free import MatrixFree
-from rgap.separation.between import Between, steps_between
 from rgap.separation.headless import Held
+from rgap.separation.pair import Between, steps_between
 from rgap.separation.softmax.equations import AtHead
 from rgap.separation.softmax.separate import likely
 from rgap.solvers.kronecker import Factor, Kronecker, factor
