@@ -152,14 +152,14 @@ class Linearisation:
         dk = self.bend(dz[-1])
         if dkappa is not None:
             dk = dk + dkappa
-        found: list[tuple[Tensor, Tensor]] = []
+        directions: list[tuple[Tensor, Tensor]] = []
         for i in range(len(self.nodes) - 1, -1, -1):
             node = self.nodes[i]
             if i < len(self.nodes) - 1:
                 dk = self._pull_tail(node, dz[i], dk, rounded[i], inject)
                 if inject is not None:
                     dk = dk + inject.rounding(node.k)
-            found.insert(0, (du[i], dk))
+            directions.insert(0, (du[i], dk))
             if i:
                 dk = each(node.stage.affine.adjoint, dk)
                 if inject is not None:
@@ -169,7 +169,7 @@ class Linearisation:
                     reversed(node.stage.lead), reversed(node.lead_inputs), strict=True
                 ):
                     dk = pull(op, before, dk)
-        return found
+        return directions
 
     def vjp(self, rows: ParameterRows) -> Tensor:
         """Jᵀ y for S row vectors: the directions [S, B, *input_shape]."""
