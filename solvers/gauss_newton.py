@@ -182,9 +182,8 @@ def gauss_newton(
             return Minimum(x, misfit, tuple(steps), "the next step is not finite")
         value, past = partial(_value, prior=current, weight=weight), misfit
         moved = _shortened(linearise, project, x, dx, value, value(x, misfit), deadline)
-        change = 0.0
+        change = float((moved.x - x).norm() / x.norm().clamp_min(1e-300)) if moved else 0.0
         if moved is not None:
-            change = float((moved.x - x).norm() / x.norm().clamp_min(1e-300))
             x, point, misfit, damping = moved.x, moved.point, moved.misfit, 0.1 * damping
         else:
             damping = max(10.0 * damping, DAMPED * _largest(point, rhs))
