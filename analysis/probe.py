@@ -182,6 +182,37 @@ def probe_batch(
     return torch.rand(batch, *shape, generator=generator, dtype=torch.float64).to(place)
 
 
+def probe_pictures(
+    inputs: Tensor | None,
+    shape: Sequence[int],
+    count: int,
+    seed: int,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """So many samples of a shape, the first that were given or random ones, [count, *shape].
+
+    Args:
+        inputs: at least so many; None for :func:`probe_batch`.
+        shape: of a sample.
+        count: of samples.
+        seed: of random ones.
+        device: where to compute; default the CPU.
+
+    Raises:
+        ValueError: too few, of another shape, or not finite.
+    """
+    if inputs is None:
+        return probe_batch(shape, count, seed, device)
+    inputs = torch.as_tensor(inputs)
+    if tuple(inputs.shape[1:]) != tuple(shape) or len(inputs) < count:
+        raise ValueError(
+            f"expected inputs of shape [{count} or more, {', '.join(map(str, shape))}], got "
+            f"{list(inputs.shape)}; give one probe picture per sample of the largest batch"
+        )
+    require_finite("inputs", inputs, "give probe pictures of finite numbers, or write inputs=None")
+    return inputs[:count].to(device_of(device), torch.float64)
+
+
 def probe_targets(
     model: nn.Module, inputs: Tensor, loss: Loss, labels: Tensor | None, seed: int
 ) -> Tensor:

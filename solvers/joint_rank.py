@@ -79,7 +79,7 @@ class JointRows:
         dropped = float(sines[sines <= self._cutoff].max()) if self.common else 0.0
         gap = smallest / dropped if dropped > 0 else inf
         rank = sum(self.spaces.ranks) - self.common
-        self.rank = Rank.agreed(rank, total, gap, (1.0, smallest), self._cutoff)
+        self.rank = Rank.agreed(rank, total, cutoff=self._cutoff, gap=gap, smallest=smallest)
 
     def open_directions(self, count: int, generator: torch.Generator) -> Tensor | None:
         """Random tables [count, C, B·N] with K x = 0 and W x = 0, of length one or less.
@@ -339,7 +339,7 @@ def rank_on_open(
     dropped = float(every[every <= cutoff].amax()) if kept.numel() < every.numel() else 0.0
     rank = own.rank + kept.numel()
     gap = smallest / dropped if dropped > 0 else inf
-    return Rank.agreed(rank, total, gap, (1.0, smallest), cutoff)
+    return Rank.agreed(rank, total, cutoff=cutoff, gap=gap, smallest=smallest)
 
 
 def joint_rank(

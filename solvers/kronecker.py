@@ -72,10 +72,9 @@ class Kronecker:
     def rank(self, rcond: float | None = None, noise: float = 0.0) -> Rank:
         """Rank of the whole block, summed over groups with one cutoff per group."""
         groups, rows, size = self.matrix.shape
-        per_group = self.channels // groups
         tolerance = resolve_rcond(rcond, (rows, size), noise=noise)
         ranks = [numerical_rank(values, size, tolerance) for values in self.spectra]
-        return Rank.summed(ranks, self.channels * size, per_group)
+        return Rank.summed(ranks, self.channels // groups)
 
 
 @dataclass(frozen=True)

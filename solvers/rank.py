@@ -82,36 +82,33 @@ class Rank:
 
     @classmethod
     def agreed(
-        cls, rank: int, size: int, gap: float, ends: tuple[float, float], cutoff: float = 0.0
-    ) -> Rank:
-        """A rank beside which no other one is near; ``ends`` are σ_1 and σ_r.
-
-        >>> Rank.agreed(2, 3, 1e9, (2.0, 0.5)).alternative
-        2
-        """
-        return cls(rank, size, cutoff, gap, *ends, rank)
+        cls, rank: int, size: int, *, cutoff: float = 0.0, gap: float = inf,
+        largest: float = 1.0, smallest: float = 1.0,
+    ) -> Rank:  # fmt: skip
+        """A rank that the values on the other side of the cutoff leave as it is."""
+        return cls(rank, size, cutoff, gap, largest, smallest, rank)
 
     @classmethod
     def full(cls, size: int, ends: tuple[float, float] = (1.0, 1.0), cutoff: float = 0.0) -> Rank:
-        """Every unknown is determined: nothing was cut."""
-        return cls.agreed(size, size, inf, ends, cutoff)
+        """That of equations which fix everything; ``ends``: σ_1 and σ_r."""
+        return cls.agreed(size, size, cutoff=cutoff, largest=ends[0], smallest=ends[1])
 
     @classmethod
-    def none(cls, size: int, cutoff: float = 0.0, gap: float = inf, largest: float = 0.0) -> Rank:
-        """No unknown is determined: everything was cut, the largest singular value with it."""
-        return cls.agreed(0, size, gap, (largest, 0.0), cutoff)
+    def none(cls, size: int) -> Rank:
+        """That of no equations, or of zeros alone."""
+        return cls.agreed(0, size, largest=0.0, smallest=0.0)
 
     @classmethod
-    def summed(cls, ranks: Sequence[Rank], size: int, times: int = 1) -> Rank:
-        """Of diagonal blocks, each of which occurs ``times`` times; the smallest gap of all."""
+    def summed(cls, ranks: Sequence[Rank], copies: int) -> Rank:
+        """That of a block diagonal matrix, in which each block of ``ranks`` stands so often."""
         return cls(
-            times * sum(one.rank for one in ranks),
-            size,
-            max(one.cutoff for one in ranks),
-            min(one.gap for one in ranks),
-            max(one.largest for one in ranks),
-            min((one.smallest for one in ranks if one.rank), default=0.0),
-            times * sum(one.alternative for one in ranks),
+            copies * sum(rank.rank for rank in ranks),
+            copies * sum(rank.size for rank in ranks),
+            max(rank.cutoff for rank in ranks),
+            min(rank.gap for rank in ranks),
+            max(rank.largest for rank in ranks),
+            min((rank.smallest for rank in ranks if rank.rank), default=0.0),
+            copies * sum(rank.alternative for rank in ranks),
         )
 
     @property

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import inf
 
 import torch
 from torch import Tensor
@@ -44,7 +43,8 @@ def row_space(matrix: Tensor, rcond: float | None = None, noise: float = 0.0) ->
         basis = _cholesky_qr(matrix)
         if basis is not None:
             largest, smallest, orthonormal = basis
-            return RowSpace(orthonormal, Rank.agreed(rows, columns, inf, (largest, smallest)))
+            rank = Rank.agreed(rows, columns, largest=largest, smallest=smallest)
+            return RowSpace(orthonormal, rank)
     values, vh = right_singular_vectors(matrix)
     rank = numerical_rank(values, columns, resolve_rcond(rcond, (rows, columns), noise=noise))
     return RowSpace(vh[: rank.rank], rank)

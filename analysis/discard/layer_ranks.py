@@ -126,14 +126,8 @@ def sketched_row(
     """Gradient rank from a random compression of K; the overlap of the two blocks counted.
 
     The weight rank is measured up to 20,000 inputs and counted above.  The joint rank is an upper
-    bound, unless one block alone, or none of the other, already decides it.
-
-    Args:
-        probe: the layer with its inputs and cotangents.
-        batch: B.
-        before: entries of one sample ahead of a pool that leads into the layer, 0 without one.
-        spaces: row spaces of the weights that are known; added to.
-        room: bytes that its matrices may take.
+    bound, unless one block alone, or none of the other, already decides it.  Arguments as for
+    :func:`measured_row`.
     """
     affine = probe.affine
     gradient_bytes, weight_bytes, _ = needs(affine, probe.active)

@@ -39,5 +39,4 @@ def sketched_rank(kronecker: Kronecker, seed: int = 0) -> Rank:
     small = torch.stack([sketch(part if wide else part.T) for part in matrix])
     cutoff = resolve_rcond(None, (rows, columns))
     ranks = [numerical_rank(values, columns, cutoff) for values in singular_values(small)]
-    per_group = kronecker.channels // groups
-    return Rank.summed(ranks, kronecker.channels * columns, per_group)
+    return Rank.summed(ranks, kronecker.channels // groups)

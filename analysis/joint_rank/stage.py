@@ -31,8 +31,7 @@ from rgap.analysis.joint_rank.nullspace import (
     scaled,
 )
 from rgap.constraints import gradient_rows
-from rgap.jacobian.layer import ParameterRows
-from rgap.jacobian.node import Node, each
+from rgap.jacobian.layer import Node, ParameterRows, each
 from rgap.memory import shown
 from rgap.network.affine import Affine
 from rgap.solvers.rank import Rank

@@ -119,7 +119,9 @@ def stage_joint_rank(
     fixed = sum(space.rank.rank for space, done in zip(weight, settled, strict=True) if done)
     if all(settled):
         worst = min(weight, key=lambda space: space.rank.smallest).rank
-        return Rank.agreed(fixed, total, worst.gap, (worst.largest, worst.smallest))
+        return Rank.agreed(
+            fixed, total, gap=worst.gap, largest=worst.largest, smallest=worst.smallest
+        )
     open_ones = [b for b, done in enumerate(settled) if not done]
     if len(open_ones) < batch:
         matrix = gradient.matrix

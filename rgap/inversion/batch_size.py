@@ -21,7 +21,6 @@ network, the distance is infinite.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from math import inf
 
@@ -32,6 +31,7 @@ from rgap.doubles import row_blocks
 from rgap.inversion.problem import Problem
 from rgap.limits import ALIKE, LEANING, MERGED, ROUNDING_SHARE, USEFUL
 from rgap.network.running import called
+from rgap.network.watching import LayerCall, watched
 from rgap.recovery import Candidate, Recovery, Status
 
 __all__ = ["counted", "hidden"]
@@ -252,29 +252,16 @@ def _layers(
     rows, size = torch.cat(batches), len(batches[0])
     calls: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
-    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-        def hook(_: nn.Module, given: tuple[Tensor, ...], made: Tensor) -> Tensor:
-            made = made if made.requires_grad else made.detach().requires_grad_()
-            calls.setdefault(name, []).append((given[0], made))
-            return made
-
-        return hook
+    def keep(call: LayerCall) -> None:
+        calls.setdefault(call.name, []).append((call.given, call.made.requires_grad_()))
 
     weights = {f"{name}.weight".lstrip("."): m for name, m in model.named_modules()}
-    hooks = [
-        module.register_forward_hook(keep(name))
-        for name, module in weights.items()
-        if isinstance(module, nn.Linear) and name in problem.sent
-    ]
-    try:
-        with torch.enable_grad():
-            outputs = called(model, rows.detach().requires_grad_(), tensors)
-            loss = torch.stack(
-                [problem.declared(own, labels.to(place)) for own in outputs.split(size)]
-            ).sum()
-    finally:
-        for hook in hooks:
-            hook.remove()
+    layers = {n: m for n, m in weights.items() if isinstance(m, nn.Linear) and n in problem.sent}
+    with torch.enable_grad(), watched(layers, leave=keep):
+        outputs = called(model, rows.detach().requires_grad_(), tensors)
+        loss = torch.stack(
+            [problem.declared(own, labels.to(place)) for own in outputs.split(size)]
+        ).sum()
     once = {
         name: kept[0]
         for name, kept in calls.items()

@@ -19,6 +19,7 @@ from rgap.constraints.known_input import Equations
 from rgap.jacobian.products import GraphProducts
 from rgap.network.isolation import plain_kernels
 from rgap.network.running import run
+from rgap.network.watching import LayerCall, watched
 from rgap.update.local_training import LocalTraining, average
 from rgap.update.losses import Loss
 
@@ -79,7 +80,8 @@ class ModuleGradient:
         model: in eval mode; it is kept and its ``requires_grad`` set, so give a copy.
         source: the loss, or what is known inside.
         names: of the parameters θ by which the derivative is taken, in the model's order.
-        beside: called after every forward, for what hooks have noted of it; see :meth:`gradient`.
+        watch: paths of modules whose calls are noted in every forward.
+        beside: what to compute of those calls; see :meth:`gradient`.
 
     Raises:
         ValueError: the source is a layer that is no module of the model (see :func:`watchable`).
@@ -96,13 +98,14 @@ class ModuleGradient:
         model: nn.Module,
         source: KnownFeatures | ClientLoss,
         names: Collection[str],
-        beside: Callable[[], Tensor] | None = None,
+        watch: Collection[str] = (),
+        beside: Callable[[list[LayerCall]], Tensor] | None = None,
     ) -> None:
         self.model = model.requires_grad_(False)
         self.source = source
         own = {n: p for n, p in model.named_parameters() if n in names}
         self.parameters = {n: p.requires_grad_() for n, p in own.items()}
-        self._seen: list[Tensor] = []
+        self.calls: list[LayerCall] = []
         self._beside = beside
         if isinstance(source, KnownFeatures):
             if not watchable(model, source.layer):
@@ -110,8 +113,8 @@ class ModuleGradient:
                     f"source: expected a module of the model, whose input can be watched, got "
                     f"{source.layer!r}; write the path of one of model.named_modules()"
                 )
-            layer = model.get_submodule(source.layer)
-            layer.register_forward_pre_hook(self._note, with_kwargs=True)
+            watch = {source.layer, *watch}
+        self._watched = {name: model.get_submodule(name) for name in watch}
 
     def rows(self, x: Tensor) -> Tensor:
         """g(x) of all parameters after one another, [m], as part of the graph of x."""
@@ -140,7 +143,8 @@ class ModuleGradient:
         def step(parameters: dict[str, Tensor], rows: slice) -> dict[str, Tensor]:
             def value(at: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
                 loss = self._value(x[rows], at, targets, rows)
-                return loss, self._beside() if self._beside else loss.new_zeros(())
+                more = self._beside(self.calls) if self._beside else loss.new_zeros(())
+                return loss, more
 
             if graph:
                 loss, more = value(parameters)
@@ -179,15 +183,16 @@ class ModuleGradient:
 
     def run(self, x: Tensor, parameters: dict[str, Tensor] | None = None) -> Tensor:
         """The outputs, with other values in the place of θ where some are given."""
-        self._seen.clear()
-        with plain_kernels():
+        with plain_kernels(), watched(self._watched) as self.calls:
             return run(self.model, x, None if parameters is self.parameters else parameters)
 
     @property
     def seen(self) -> Tensor:
         """The input u at the last :meth:`run`, [B, *in_shape]."""
         assert isinstance(self.source, KnownFeatures)
-        return self._seen[0].reshape(self.source.shape)
+        own = next(call for call in self.calls if call.name == self.source.layer)
+        u: Tensor = own.given.reshape(self.source.shape)
+        return u
 
     def _value(
         self,
@@ -204,6 +209,3 @@ class ModuleGradient:
         if targets is None:
             raise ValueError("targets: expected those of the batch, got none; write targets=...")
         return source.loss(outputs, targets if rows == WHOLE else targets[rows])
-
-    def _note(self, _: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
-        self._seen.append(args[0] if args else next(iter(named.values())))

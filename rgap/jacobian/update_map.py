@@ -19,6 +19,7 @@ from rgap import memory
 from rgap.jacobian.module_gradient import ClientLoss, ModuleGradient
 from rgap.network.isolation import bare_copy, plain_kernels
 from rgap.network.running import first_line
+from rgap.network.watching import watched
 from rgap.update.losses import Loss
 
 log = logging.getLogger(__name__)
@@ -149,17 +150,11 @@ class UpdateMap(ModuleGradient):
         owners: dict[str, list[str]] = {}
         for name in self.parameters:
             owners.setdefault(name.rpartition(".")[0], []).append(name)
-        order: list[str] = []
-        for path in owners:
-            modules[path].register_forward_pre_hook(lambda *_, path=path: order.append(path))
-        try:
-            with torch.no_grad():
-                outputs = self.run(self.inputs)
-        finally:
-            for path in owners:
-                modules[path]._forward_pre_hooks.clear()
+        called: dict[str, None] = {}  # in the order of their first call
+        layers = {path: modules[path] for path in owners}
+        with torch.no_grad(), watched(layers, lambda call: called.setdefault(call.name)):
+            outputs = self.run(self.inputs)
         source.loss.check_targets(outputs, source.targets)
-        called = list(dict.fromkeys(order))
         gathered = {path: list(owners[path]) for path in called}
         lost: list[str] = []
         for path, own in owners.items():
@@ -174,13 +169,13 @@ class UpdateMap(ModuleGradient):
                 lost.append(path)
         for path in lost:
             gathered = {path: list(owners[path]), **gathered}
-        found = []
+        blocks = []
         for path, own in gathered.items():
             names = tuple(own)
             count = sum(prod(self.parameters[name].shape) for name in names)
             kind = type(modules[path]).__name__.lower()
-            found.append(Block(path, kind, names, count))
-        return tuple(found)
+            blocks.append(Block(path, kind, names, count))
+        return tuple(blocks)
 
 
 class SignSketch:

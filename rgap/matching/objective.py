@@ -69,8 +69,8 @@ class Objective:
             targets = targets.to(place, dtype if targets.is_floating_point() else None)
         self.source = replace(source, targets=targets)
         names = [name for name, _ in model.named_parameters()]
-        penalty = self.statistics.penalty if self.statistics else None
-        self.update = ModuleGradient(twin, self.source, names, penalty)
+        watch = (self.statistics.norms, self.statistics.penalty) if self.statistics else ()
+        self.update = ModuleGradient(twin, self.source, names, *watch)
         probe = torch.full(shape, coordinates.centre, dtype=dtype, device=place)
         with guarded(twin, probe):
             self.work = convolution_work(twin, probe)

@@ -23,7 +23,7 @@ def test_a_layer_is_not_reached_read_off_or_solved() -> None:
     off = report.read_off(Route.BIAS_ATTACK, nothing, 1e-7)
     assert off.determined and off.gradient_rank == off.joint_rank == 9
     assert (off.gap, off.condition, off.residual, off.seconds) == (inf, 1.0, 0.0, 0.0)
-    counted = Rank.agreed(7, 9, 1e8, (2.0, 1.0))
+    counted = Rank.agreed(7, 9, gap=1e8, largest=2.0)
     short = report.solved(Stats("cholesky", 9, 4, counted, 2.0, 1e-9), 0.5, nothing, None)
     assert (short.gradient_rank, short.joint_rank, short.nullity, short.gap) == (4, 7, 2, 1e8)
     seen = Evidence(EvidenceKind.ERROR, 1e-9, 1e-3, 9)
@@ -40,7 +40,7 @@ def test_the_rank_of_diagonal_blocks_is_that_of_the_matrix() -> None:
     blocks = [block.double() for block in blocks]
     ranks = [numerical_rank(torch.linalg.svdvals(block), 5, 1e-6) for block in blocks]
     whole = torch.block_diag(*blocks, *blocks)
-    summed = Rank.summed(ranks, 20, times=2)
+    summed = Rank.summed(ranks, 2)
     values = torch.linalg.svdvals(whole)
     dense = numerical_rank(values, 20, 1e-6)
     assert (summed.rank, summed.nullity) == (dense.rank, dense.nullity) == (10, 10)

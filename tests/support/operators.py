@@ -28,7 +28,7 @@ from rgap.constraints import gradient_constraint, weight_constraint
 from rgap.constraints.known_input import KnownPart
 from rgap.constraints.nullspace import null_directions
 from rgap.constraints.partial import kept
-from rgap.jacobian import node
+from rgap.jacobian import layer
 from rgap.jacobian.batch_loss import BatchLoss
 from rgap.jacobian.eliminated import Eliminated
 from rgap.jacobian.layer import Bilinear
@@ -567,16 +567,16 @@ ROWS |= {
 }  # fmt: skip
 
 
-@row("rgap/jacobian/node.py:pull")
+@row("rgap/jacobian/layer.py:pull")
 def _() -> Iterator[Case]:
     for op, function in steps():
         if not (op.affine or isinstance(op, (act.Tanh, act.Opaque))):
             continue
         x = draw(1, *op.in_shape)
         yield Case(
-            node.pull,
-            lambda v, op=op, x=x: node.push(op, x, v),
-            lambda k, op=op, x=x: node.pull(op, x, k),
+            layer.pull,
+            lambda v, op=op, x=x: layer.push(op, x, v),
+            lambda k, op=op, x=x: layer.pull(op, x, k),
             x[None],
             lambda at, function=function: function(at[0]),
             at=x[None],
