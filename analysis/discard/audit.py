@@ -216,8 +216,8 @@ def _notes(rows: Sequence[AuditRow]) -> tuple[str, ...]:
     ]
     dead = sorted({row.layer for row in rows if row.gradient_rank == 0})
     if dead:
-        names = ", ".join(map(repr, dead))
-        notes.append(f"No gradient at all reaches {names}: their cotangents are zero.")
+        silent = ", ".join(map(repr, dead))
+        notes.append(f"No gradient at all reaches {silent}: their cotangents are zero.")
     return tuple(notes)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
 import typer
 
@@ -16,6 +16,8 @@ from rgap.cli.spoken import spoken
 if TYPE_CHECKING:
     from rgap.recovery import Recovery
     from rgap.update.update import Update
+
+Result = TypeVar("Result", bound="Recovery")
 
 __all__ = ["Answer", "worded"]
 
@@ -77,7 +79,7 @@ class Answer:
             console.print(f"Pictures: {written}", highlight=False, soft_wrap=True)
 
 
-def worded(recovery: Recovery, options: Mapping[str, str]) -> Recovery:
+def worded(recovery: Result, options: Mapping[str, str]) -> Result:
     """A recovery whose words name the options of a command."""
     return replace(
         recovery,

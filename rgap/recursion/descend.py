@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rgap.constraints import weight_constraint
 from rgap.halt import Halt, HaltKind
-from rgap.jacobian.node import each
+from rgap.jacobian.layer import each
 from rgap.limits import MISTAKEN, ON, REFUTED
 from rgap.network.activations import Activation
 from rgap.network.chain import Chain, Stage

@@ -623,7 +623,7 @@ def projections(own: Any) -> Iterator[Case]:
     yield Case(own, own.project, own.project, (1, size), projector)
 
 
-@row("rgap/separation/between.py:Between")
+@row("rgap/separation/pair.py:Between")
 def _() -> Iterator[Case]:
     batch = batch_of(mlp("gelu", 1, widths=(12, 10)), pictures(3, 1), torch.tensor([0, 1, 1]))
     at = steps_between(batch.chain, 0)
