@@ -100,6 +100,9 @@ def structural_twin(
 ) -> nn.Module:
     """A copy on the CPU without hooks, its weights drawn anew: standard normal over √fan-in.
 
+    The scale and shift of a normalisation stay where all their entries are equal, as they are
+    before training: the mean over normalised features is then constant, with others it is not.
+
     Args:
         model: left as it was.
         seed: of the weights.
@@ -112,11 +115,23 @@ def structural_twin(
     twin = bare_copy(model, "cpu").to(dtype).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in twin.parameters():
+        kept = _constant(twin)
+        for parameter in (p for p in twin.parameters() if id(p) not in kept):
             width = prod(parameter.shape[1:]) if parameter.ndim > 1 else 1
             parameter.normal_(0.0, width**-0.5, generator=generator)
-            parameter.requires_grad_(True)
+        twin.requires_grad_(True)
     return twin
+
+
+def _constant(model: nn.Module) -> set[int]:
+    """Parameters with one value in all places, of what is neither a matrix nor a convolution."""
+    return {
+        id(p)
+        for module in model.modules()
+        if not isinstance(module, (nn.Linear, _ConvNd))
+        for p in module.parameters(recurse=False)
+        if p.numel() > 1 and bool((p == p.flatten()[0]).all())
+    }
 
 
 def refusal(model: nn.Module, shape: Sequence[int], error: Exception) -> ValueError:

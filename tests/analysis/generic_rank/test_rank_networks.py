@@ -283,6 +283,21 @@ def test_what_is_left_of_a_sum_that_cancels_is_no_cotangent(norm: str, pool: str
     assert (measured.gradient_rank, measured.weight_rank, measured.joint_rank) == expected
     assert (measured.joint_rank == 0) == (norm in CONSTANT and pool != "adaptive 2")
     counted = {r.layer: r for r in audit(model, PICTURE, (2,), method="formula").rows}["a"]
-    free = norm == "rows"  # counted for any factors of the norm, of which all are 1 here
-    assert free or counted.joint_rank >= measured.joint_rank
-    assert free or counted.joint_rank == measured.joint_rank or not counted.exact
+    assert counted.joint_rank >= measured.joint_rank
+    assert counted.joint_rank == measured.joint_rank or not counted.exact
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_mean_over_normalised_features_is_heard_only_with_factors_that_differ(
+    trained: bool,
+) -> None:
+    torch.manual_seed(0)
+    parts = {"a": nn.Linear(6, 8), "norm": nn.LayerNorm(8), "fc": nn.Linear(5, 4)}
+    model = Written(lambda m, x: m.fc(m.norm(m.a(x)).mean(-1)), **parts).double().eval()
+    if trained:
+        nn.init.uniform_(model.norm.weight, 0.5, 1.5)
+    shown = [audit(model, (5, 6), (1, 2), method=how).rows for how in ("formula", "exact")]
+    for counted, measured in zip(*shown, strict=True):
+        assert counted.joint_rank >= measured.joint_rank
+        assert counted.joint_rank == measured.joint_rank or not counted.exact
+    assert {row.joint_rank > 0 for row in shown[1] if row.layer == "a"} == {trained}
