@@ -156,7 +156,7 @@ class LBFGS:
         return self.rate
 
     def step(self, x: Tensor, gradient: Tensor, state: State, rate: float) -> tuple[Tensor, State]:
-        """The two-loop recursion, all rows at once."""
+        """``x − rate · H ∇f``, H from the last steps and slopes by the two-loop recursion."""
         s, y, rho, scale = state["s"], state["y"], state["rho"], state["scale"]
         begun = float(state["count"]) > 0
         if begun:

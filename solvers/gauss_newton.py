@@ -308,7 +308,7 @@ def _direction(
 def _solved(
     jacobian: Tensor, bend: Operator, weight: float, damping: float, rhs: Tensor, free: Tensor
 ) -> Tensor | None:
-    """By Cholesky; None where rounding leaves no positive definite matrix."""
+    """The step of :func:`_direction` by Cholesky; None if the matrix is not positive definite."""
     kept = free.flatten() > 0
     size = int(kept.sum())
     if size == 0:

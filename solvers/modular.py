@@ -249,7 +249,11 @@ def _eliminate(matrix: Residues, prime: int, wanted: bool) -> Skeleton:
 
 
 def _joined(left: Skeleton, inner: Skeleton, others: Rows, top: Rows, prime: int) -> Skeleton:
-    """What both halves say of a row: R = M₁ A₁ + S and S = M₂ S₂ with S₂ = A₂ − M₁₂ A₁."""
+    """The skeleton of a matrix from those of its left columns and of what they leave.
+
+    A row R is ``M₁ A₁ + S``: A₁ the rows kept on the left, S its rest there.  That is ``M₂ S₂``
+    with ``S₂ = A₂ − M₁₂ A₁`` for the rows A₂ kept of the rest, so ``R = (M₁ − M₂ M₁₂) A₁ + M₂ A₂``.
+    """
     rows = len(others) + left.rank
     before = np.full(rows, -1)
     before[left.bottom] = np.arange(len(left.bottom))

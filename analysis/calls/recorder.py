@@ -294,7 +294,7 @@ class _Recorder(TorchFunctionMode):
     def _opaque(
         self, name: str, parameter: str, args: Any, out: Any, reads: tuple[int, ...]
     ) -> Any:
-        """A step with weights that is not covered: what it takes in is read, no one says how."""
+        """A use without equations: a step with weights that are not covered, as an embedding."""
         path = self._stack[-1] or parameter
         for tensor in _tensors(out):
             if not tensor.is_floating_point() or not tensor.requires_grad:
@@ -334,7 +334,7 @@ class _Recorder(TorchFunctionMode):
 
 
 def _window_rank(func: Any, args: Any, kwargs: Any, entries: int, batch: int) -> int:
-    """Rank of a mean over windows; its number of values where the picture is large."""
+    """Rank of the linear map from a picture to its window means; large pictures: its outputs."""
     x, *rest = args if args else (kwargs["input"],)
     kwargs = {k: v for k, v in kwargs.items() if k != "input"}
     space = tuple(x.shape[2:])

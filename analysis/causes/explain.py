@@ -161,7 +161,7 @@ def _pairs(
     inputs: Tensor | None,
     labels: Tensor | None,
 ) -> tuple[Pair, ...]:
-    """Pairs of one class by their features, where those are known."""
+    """Samples of one class whose head features lie close together, if features are known."""
     pictures = recovery.inputs if inputs is None else inputs
     classes = recovery.labels if labels is None else labels
     if model is None or update is None or pictures is None or classes is None:

@@ -83,7 +83,7 @@ class Met:
         self._runs: dict[tuple[int, str], Recording | None] = {}
 
     def probes(self, numbers: Sequence[int], batch: int, mode: str) -> list[Probe] | None:
-        """The uses as a batch of the random network meets them; None if that takes too much."""
+        """Inputs u and cotangents k of the numbered uses, for B random samples, or None."""
         recording = self._run(batch, mode)
         if recording is None:
             return None
@@ -107,11 +107,11 @@ class Met:
         return all(bool(recording.uses[n].read_outputs(1)[m].all()) for n, m in pairs)
 
     def gradient(self, numbers: Sequence[int], batch: int, count: int, kind: str) -> bool:
-        """True if the gradient constraints have at least this rank at B samples."""
+        """Whether rank ``K(k) ≥ count`` for B random samples, in every mode of the network."""
         return count == 0 or self._everywhere(numbers, batch, count, kind, self._gradient_rank)
 
     def joint(self, numbers: Sequence[int], batch: int, count: int, kind: str) -> bool:
-        """True if all constraints together have at least this rank at B samples."""
+        """Whether rank ``[I_C ⊗ K; I_B ⊗ W] ≥ count`` for B random samples, in every mode."""
         return self._everywhere(numbers, batch, count, kind, self._joint_rank)
 
     def _everywhere(
@@ -122,7 +122,7 @@ class Met:
         kind: str,
         rank: Callable[[Sequence[Probe]], int],
     ) -> bool:
-        """True if a rank reaches ``count`` in every mode; False too where that costs too much."""
+        """Whether ``rank(probes) ≥ count`` in every mode; False too where that costs too much."""
         for mode in self.modes():
             probes = self.probes(numbers, batch, mode)
             if probes is None:

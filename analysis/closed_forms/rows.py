@@ -66,7 +66,7 @@ def structure_of(model: nn.Module, shape: tuple[int, ...]) -> tuple[Recording, d
 def in_order(
     recording: Recording, counted: dict[int, SymbolicLayer], batch: Any, effort: float
 ) -> tuple[SymbolicLayer, ...]:
-    """Layers, pools, norms and other steps that discard, in forward order."""
+    """The table of a network: its layers, and the steps that discard values, in forward order."""
     narrow = narrow_steps(recording)
     into = {one.use: one for one in narrow if one.use is not None}
     numbers = {id(use): n for n, use in enumerate(recording.uses)}

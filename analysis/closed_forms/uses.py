@@ -128,7 +128,7 @@ class Counter:
         return reached(use, mask), mask
 
     def _form(self, use: Use, part: Reached, unknowns: int, calls: int) -> SymbolicLayer:
-        """The count of the part that is read, all else open."""
+        """Ranks of one use, from the outputs that the loss reads; the other unknowns stay open."""
         kind = "head" if use is self.head and calls == 1 else use.kind
         if part.sizes is None:
             zero, reason = sympy.Integer(0), "the loss does not read it"

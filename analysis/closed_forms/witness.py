@@ -112,7 +112,7 @@ class Witness:
         return best
 
     def _efforts(self, batch: int, rank_k: int, block: Block) -> tuple[float, float]:
-        """Of W on the null space of K, and of K on the null space of W."""
+        """Multiplications to take W N(K), and K N(W): the rank of either is that of the block."""
         plan, (filters, channels) = self.plan, block
         on_k = _effort(batch * filters * plan.outputs, channels * (batch * plan.positions - rank_k))
         size = channels * plan.positions

@@ -106,7 +106,7 @@ def probed_rows(
 
 
 def _others(probes: Sequence[Probe], own: Sequence[Probe], probe: Probe, kind: str) -> list[Probe]:
-    """Uses that a row is counted together with."""
+    """The other layers whose equations are about the unknowns of ``probe``: they read its input."""
     if kind == "mixed":
         own = [p for p in probes if p.read == probe.read]
     return [p for p in own if p is not probe]

@@ -262,7 +262,7 @@ class _Search:
             self._note("channels", name, int(out), (groups - best[0]) * step, best[1])
 
     def larger_stride(self, name: str, module: _ConvNd, largest: int) -> None:
-        """Smallest larger stride of one convolution."""
+        """Note the smallest larger stride of a convolution that leaves enough open, if any does."""
         before = max(module.stride)
         for stride in range(before + 1, largest + 1):
             try:

@@ -91,7 +91,7 @@ def _sampled(linear: Linearisation, options: ChainOptions, part: bool) -> ChainN
 def _begin(
     linear: Linearisation, at: int, options: ChainOptions, part: bool
 ) -> tuple[Decision, Draw]:
-    """A stage with nothing open above: K du = 0 and W du = 0."""
+    """Directions du of ``K du = 0, W du = 0``: the null space of a stage with none open above."""
     node = linear.nodes[at]
     affine, batch = node.stage.affine, len(node.u)
     none = node.u.new_zeros(0, *node.u.shape)
@@ -141,7 +141,7 @@ def _begin(
 
 
 def _continue(node: Node, draw: Draw, batch: int, options: ChainOptions) -> tuple[Decision, Draw]:
-    """A stage below the one that the directions were drawn from; its weights are injective."""
+    """The drawn directions (dz, dk) of the stage above, carried to one whose W is injective."""
     before = len(draw.open.du)
     fits(before, max(node.z.numel(), node.u.numel()), options)
     weight, bias = options.trains(node.stage.affine)

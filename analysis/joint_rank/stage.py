@@ -126,7 +126,12 @@ def eliminate_stage(node: Node, above: Open, options: ChainOptions) -> tuple[Dec
 def _gradient_first(
     node: Node, kernel: GradientInverse, above: Open, bias: bool, options: ChainOptions
 ) -> tuple[Decision, Open]:
-    """Du = N_K y − K⁺ U D c; then W du = Z c, and the rows of U D c outside the range of K."""
+    """Directions ``(du, c)`` of a stage: ``K du + U D c = 0`` and ``W du = Z c``.
+
+    c are coordinates of the directions open above, Z c = dz and D c = dk.  The first equation is
+    solved by ``du = N_K y − K⁺ U D c``; the second, and the rows of U D c outside the range of K,
+    decide y and c.
+    """
     affine, count = node.stage.affine, kernel.free
     forward = kernel.forward() / _size(node)
     if len(above.du) == 0:

@@ -131,7 +131,7 @@ def _predicted(sent: WeighedJacobian, seen: Information) -> dict[str, Any]:
 
 
 def _arguments(sigma: Any, value_range: Any, method: str, samples: int, iterations: int) -> float:
-    """Refuse what cannot be meant; the width of the range."""
+    """The width of ``value_range``; arguments out of their ranges are refused."""
     if method not in METHODS:
         raise ValueError(f"expected method in {list(METHODS)}, got {method!r}; write method='auto'")
     if not (isfinite(sigma) and sigma >= 0):

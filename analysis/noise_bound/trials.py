@@ -149,7 +149,11 @@ def noise_trials(
 def _errors(
     point: ProbePoint, sigma: float, trials: int, seed: int, progress: Shown
 ) -> tuple[Tensor, int, bool]:
-    """``x̂ − x₀`` of every trial [T, B, *input_shape], steps of the slowest, whether all settled."""
+    """Errors of the most likely batch at so many drawn noises of standard deviation σ.
+
+    Returns:
+        ``x̂ − x₀`` [T, B, *input_shape], the Gauss–Newton steps of the slowest, whether all settled.
+    """
     update = point.update
     upper = torch.linalg.qr(
         weighed_jacobian(WeighedJacobian(update, channel(point, sigma, ()))), mode="r"

@@ -152,7 +152,14 @@ class Node:
     def pull_tail(
         self, dz: Tensor, dk: Tensor, rounded: list[Tensor], inject: Precision | None
     ) -> Tensor:
-        """d(k at z) from dz, d(k at the tail's output) and the rounding of the activations."""
+        """Direction of the cotangent at z, ``d(φ'(z) κ) = φ'(z) dκ + φ''(z) κ dz`` step by step.
+
+        Args:
+            dz: direction of the pre-activation, [S, B, *out_shape].
+            dk: direction dκ of the cotangent at the tail's output, [S, B, ...].
+            rounded: error of each activation's output.
+            inject: adds the client's rounding of every step; None for none.
+        """
         rounded = list(rounded)
         directions = []
         value = dz
@@ -179,7 +186,7 @@ class Node:
         return dk
 
     def push_tail(self, bar: Tensor) -> tuple[Tensor, Tensor]:
-        """Transpose of :meth:`pull_tail`: (on k at the tail's output, on z)."""
+        """Transpose of :meth:`pull_tail` at ``bar`` [S, B, *out_shape]: on dκ, and on dz."""
         curved = []
         for op, before, above in zip(
             self.stage.tail, self.tail_inputs, self.tail_cotangents, strict=True

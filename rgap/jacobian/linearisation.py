@@ -100,7 +100,7 @@ class Linearisation:
     def power(
         self, dx: Tensor | None, dkappa: Tensor | None = None, inject: Precision | None = None
     ) -> ParameterRows:
-        """Mean square over each filter of :meth:`jvp`, by parameter name [S, filters]."""
+        """Mean over each filter of ``(J dx)²``, by parameter name [S, filters]; as :meth:`jvp`."""
         rows: ParameterRows = {}
         for node, (du, dk) in zip(self.nodes, self.tangents(dx, dkappa, inject), strict=True):
             rows |= node.gradient.power(du, dk)

@@ -21,9 +21,13 @@ def row_weights(
 ) -> ParameterRows:
     """1/σ per gradient entry, pooled over each filter.
 
-    σ holds the rounding of the entry's own sum, the stated noise, and what the client's rounding
-    at every other step does to the entry, sampled; and ``others``, the mean
-    squares over each filter of samples of any other error, by parameter name [S, filters].
+    ``σ² = rounding of the entry's own sum + stated noise + Σ mean squares of sampled errors``.
+
+    Args:
+        point: the update linearised at x.
+        kappa: the head's cotangent with samples of its error, which are carried to every entry.
+        precision: of the client's arithmetic, and the noise that it states.
+        others: mean squares over each filter of samples of any other error, [S, filters].
     """
     single = replace(precision, samples=1, seed=precision.seed + 2)
     squares = _update_std(point, precision)
@@ -63,7 +67,7 @@ def update_noise(point: Linearisation, kappa: Estimate, precision: Precision) ->
 
 
 def residuals(point: Linearisation, gradients: Mapping[str, Tensor]) -> ParameterRows:
-    """What was sent minus what the point sends."""
+    """``G − g(x)`` by parameter name: what was sent minus what the batch x would send."""
     return {name: gradients[name].reshape(g.shape) - g for name, g in point.gradients().items()}
 
 
