@@ -231,8 +231,8 @@ def _notes(rows: Sequence[AuditRow]) -> tuple[str, ...]:
     ]
     dead = sorted({row.layer for row in rows if row.gradient_rank == 0})
     if dead:
-        names = ", ".join(map(repr, dead))
-        notes.append(f"No gradient at all reaches {names}: their cotangents are zero.")
+        shown = ", ".join(map(repr, dead))
+        notes.append(f"No gradient at all reaches {shown}: their cotangents are zero.")
     return tuple(notes)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
 import typer
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from rgap.update.update import Update
 
 __all__ = ["Answer", "worded"]
+
+_Answer = TypeVar("_Answer", bound="Recovery")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +79,7 @@ class Answer:
             console.print(f"Pictures: {written}", highlight=False, soft_wrap=True)
 
 
-def worded(recovery: Recovery, options: Mapping[str, str]) -> Recovery:
+def worded(recovery: _Answer, options: Mapping[str, str]) -> _Answer:
     """A recovery whose words name the options of a command."""
     return replace(
         recovery,
