@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -55,15 +54,6 @@ class Finding:
     def _numbers(self) -> dict[str, Any]:
         """What this kind of result adds to the summary."""
         return {}
-
-
-def plain(value: float) -> float | None:
-    """A number for JSON, which has no infinities.
-
-    >>> plain(1.5), plain(float("inf"))
-    (1.5, None)
-    """
-    return value if isfinite(value) else None
 
 
 def data_frame(rows: Sequence[Mapping[str, Any]]) -> pandas.DataFrame:

@@ -18,6 +18,7 @@ from rgap.analysis.calls.uses import Recording, Use
 from rgap.jacobian.update_map import UpdateMap
 from rgap.network.affine import Affine
 from rgap.network.agreement import refuse_unready
+from rgap.network.isolation import bare_copy
 from rgap.network.modules import affine_map
 from rgap.network.probing import Unsupported
 from rgap.network.running import refuse_wrapped, run
@@ -88,10 +89,7 @@ def probed(
     """The layers of :func:`probe_layers`, same arguments, and the recording that they come from."""
     refuse_wrapped(model)
     place = inputs.device
-    twin = copy.deepcopy(model).to(place).double()
-    for module in twin.modules():
-        module._forward_hooks.clear()
-        module._forward_pre_hooks.clear()
+    twin = bare_copy(model, place)
     wanted = targets.to(place)
     recording = record(twin, inputs.detach().double(), lambda out: loss(out, wanted))
     if not any(use.covered for use in recording.uses):
@@ -182,6 +180,37 @@ def probe_batch(
         )
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(batch, *shape, generator=generator, dtype=torch.float64).to(place)
+
+
+def probe_pictures(
+    inputs: Tensor | None,
+    shape: Sequence[int],
+    count: int,
+    seed: int,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """So many samples of a shape, the first that were given or random ones, [count, *shape].
+
+    Args:
+        inputs: at least so many; None for :func:`probe_batch`.
+        shape: of a sample.
+        count: of samples.
+        seed: of random ones.
+        device: where to compute; default the CPU.
+
+    Raises:
+        ValueError: too few, of another shape, or not finite.
+    """
+    if inputs is None:
+        return probe_batch(shape, count, seed, device)
+    inputs = torch.as_tensor(inputs)
+    if tuple(inputs.shape[1:]) != tuple(shape) or len(inputs) < count:
+        raise ValueError(
+            f"expected inputs of shape [{count} or more, {', '.join(map(str, shape))}], got "
+            f"{list(inputs.shape)}; give one probe picture per sample of the largest batch"
+        )
+    require_finite("inputs", inputs, "give probe pictures of finite numbers, or write inputs=None")
+    return inputs[:count].to(device_of(device), torch.float64)
 
 
 def probe_targets(

@@ -10,7 +10,6 @@ with labels where pictures are alike.  A score judges an answer and takes no par
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import isfinite
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from rgap import validation
-from rgap.recovery import Recovery, Status
+from rgap.recovery import Recovery, Status, plain
 
 __all__ = ["Score", "psnr", "score", "ssim"]
 
@@ -96,9 +95,9 @@ class Score:
         return {
             "status": self.status.name,
             "order": self.order.tolist(),
-            "error": _plain(self.error),
-            "psnr": _plain(self.psnr),
-            "ssim": None if self.ssim is None else _plain(self.ssim),
+            "error": plain(self.error),
+            "psnr": plain(self.psnr),
+            "ssim": None if self.ssim is None else plain(self.ssim),
             "labels_right": None if self.labels_right is None else self.labels_right.tolist(),
             "label_accuracy": self.label_accuracy,
             "surplus": self.surplus,
@@ -279,7 +278,3 @@ def ssim(original: Tensor, recovered: Tensor, peak: float = 1.0) -> Tensor:
     likeness = (2 * middle + first) * (2 * spread + second)
     likeness = likeness / ((power + first) * (variance + second))
     return likeness.reshape(len(original), -1).mean(1)
-
-
-def _plain(values: Tensor) -> list[float | None]:
-    return [value if isfinite(value) else None for value in values.tolist()]

@@ -67,7 +67,7 @@ def carried(function: Callable[[Tensor], Tensor], known: Estimate) -> Estimate:
     return Estimate(value, (moved.reshape(len(known.error), *value.shape) - value) / step)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Precision:
     """Sampled errors of numbers computed in ``dtype`` and sent with additional noise.
 
@@ -81,6 +81,7 @@ class Precision:
         seed: of the private generator; the global random state is not touched.
         entries: standard deviation of noise that is known entry by entry, by parameter name
             (`rgap.Update.noise`); it adds to ``noise`` in variance.
+        generator: the one stream of all draws, so that no two of them are alike; a copy begins it.
 
     >>> precision = Precision(noise=3.0, entries={"weight": torch.tensor([4.0, 0.0])})
     >>> precision.noise_std("weight", torch.zeros(2)).tolist()
@@ -95,7 +96,7 @@ class Precision:
     generator: torch.Generator = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self.generator = torch.Generator().manual_seed(self.seed)
+        object.__setattr__(self, "generator", torch.Generator().manual_seed(self.seed))
 
     @property
     def unit(self) -> float:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import html
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum, StrEnum
 from functools import cached_property
-from math import isfinite, log10
+from math import inf, isfinite, log10
 from typing import Any
 
 from torch import Tensor
 
 from rgap.halt import Halt, HaltKind
+from rgap.solvers.rank import Rank
+from rgap.solvers.solution import Stats
 
 
 class Status(Enum):
@@ -74,7 +76,7 @@ _WORDS = {
 
 @dataclass(frozen=True)
 class LayerReport:
-    """The equations of one stage, as ``invert`` met them.
+    """The equations of one stage, as ``invert`` met them; by default not at all.
 
     Attributes:
         layer: module path.
@@ -97,14 +99,14 @@ class LayerReport:
     layer: str
     kind: str
     unknowns: int
-    gradient_rank: int | None
-    joint_rank: int | None
-    nullity: int | None
-    gap: float
-    condition: float
-    residual: float
-    seconds: float
-    route: Route
+    gradient_rank: int | None = None
+    joint_rank: int | None = None
+    nullity: int | None = None
+    gap: float = inf
+    condition: float = inf
+    residual: float = inf
+    seconds: float = 0.0
+    route: Route = Route.NOT_REACHED
     note: str = ""
     unread: int = 0
     _weight_rank: Callable[[], int] | None = field(default=None, repr=False, compare=False)
@@ -113,6 +115,31 @@ class LayerReport:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "route", Route(self.route))
+
+    def read_off(
+        self, route: Route, null_space: Callable[[int], Tensor], predicted_error: float | None
+    ) -> LayerReport:
+        """The same layer where its own gradient gave all of its input."""
+        n = self.unknowns
+        stats = Stats(route, n, n, Rank.full(n), 1.0, 0.0)
+        return self.solved(stats, 0.0, null_space, predicted_error)
+
+    def solved(
+        self,
+        stats: Stats,
+        seconds: float,
+        null_space: Callable[[int], Tensor],
+        predicted_error: float | None,
+    ) -> LayerReport:
+        """The same layer where its equations were solved, or counted and found short."""
+        rank = stats.joint
+        return replace(
+            self, gradient_rank=stats.block_rank, joint_rank=None if rank is None else rank.rank,
+            nullity=None if rank is None else rank.nullity, condition=stats.condition,
+            gap=rank.gap if isinstance(rank, Rank) else inf, residual=stats.residual,
+            seconds=seconds, route=Route(stats.route), _null_space=null_space,
+            predicted_error=predicted_error,
+        )  # fmt: skip
 
     @cached_property
     def weight_rank(self) -> int | None:
@@ -219,6 +246,11 @@ class Recovery:
         if self.inputs is None and self.candidates:
             return self.candidates[0].labels
         return self.labels
+
+    def uncertified(self, **changes: Any) -> Recovery:
+        """The same without its inputs and what was certified of them; ``changes`` go on top."""
+        none = dict.fromkeys(("inputs", "error_bound", "predicted_error"))
+        return replace(self, **{**none, "certified": frozenset(), **changes})
 
     def layer(self, name: str) -> LayerReport:
         """The report of one layer by module path.

@@ -153,9 +153,28 @@ def real(name: str, value: Any, example: float) -> None:
         raise TypeError(f"{name}: expected a number, got {value!r}; write {name}={example}")
 
 
+def seconds(name: str, value: Any) -> None:
+    """Raise unless a value is a time limit: a number, at least 0."""
+    real(name, value, 60.0)
+    if not value >= 0:
+        raise ValueError(f"{name}: expected seconds, at least 0, got {value!r}; write {name}=60.0")
+
+
+def seed(value: Any) -> int:
+    """A whole number of 63 bits and a sign, as torch.manual_seed takes."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"seed: expected a whole number, got {value!r}; write seed=0") from None
+    if isinstance(value, bool) or not -(2**63) <= number < 2**63 - 2**10:  # a few are added to it
+        raise ValueError(f"seed: expected a whole number of 64 bits, got {value!r}; write seed=0")
+    return number
+
+
 def shape(value: Any) -> tuple[int, ...]:
     """The shape of one sample."""
-    if not isinstance(value, Iterable) or isinstance(value, str):
+    flat = isinstance(value, Tensor) and value.ndim == 0
+    if flat or not isinstance(value, Iterable) or isinstance(value, str | bytes | Mapping):
         raise TypeError(
             f"input_shape: expected the shape of one sample, got {value!r}; write "
             f"input_shape={_EXAMPLES['input_shape']}, or input_shape=(12,) for 12 values in a row"
@@ -183,7 +202,8 @@ def bounds(value_range: Any) -> tuple[float, float] | None:
     """The range of values as two floats."""
     if value_range is None:
         return None
-    if not isinstance(value_range, Iterable) or len(pair := tuple(value_range)) != 2:
+    flat = isinstance(value_range, Tensor) and value_range.ndim == 0
+    if flat or not isinstance(value_range, Iterable) or len(pair := tuple(value_range)) != 2:
         raise TypeError(
             f"value_range: expected (low, high), got {value_range!r}; write value_range=(0.0, 1.0)"
         )

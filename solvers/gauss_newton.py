@@ -9,8 +9,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import inf, isfinite
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -179,19 +180,11 @@ def gauss_newton(
         )
         if not bool(torch.isfinite(dx).all()):
             return Minimum(x, misfit, tuple(steps), "the next step is not finite")
-        past, before = misfit, misfit + weight * float(current.value(x))
-        length, trial, fresh, found, moved = 1.0, x, point, inf, False
-        while length > SHORTEST:
-            trial = project(x + length * dx)
-            fresh = linearise(trial)
-            found = float(fresh.residual.square().sum())
-            moved = isfinite(found) and found + weight * float(current.value(trial)) < before
-            if moved or time.perf_counter() > deadline:
-                break
-            length *= 0.5
-        change = float((trial - x).norm() / x.norm().clamp_min(1e-300)) if moved else 0.0
-        if moved:
-            x, point, misfit, damping = trial, fresh, found, 0.1 * damping
+        value, past = partial(_value, prior=current, weight=weight), misfit
+        moved = _shortened(linearise, project, x, dx, value, value(x, misfit), deadline)
+        change = float((moved.x - x).norm() / x.norm().clamp_min(1e-300)) if moved else 0.0
+        if moved is not None:
+            x, point, misfit, damping = moved.x, moved.point, moved.misfit, 0.1 * damping
         else:
             damping = max(10.0 * damping, DAMPED * _largest(point, rhs))
         ends = weight <= schedule.lowest and misfit <= ENOUGH and misfit > SLOW * past
@@ -202,15 +195,51 @@ def gauss_newton(
             smoothing * schedule.decay**0.5,
             damping,
             rest,
-            rest >= 2 and (weight <= schedule.lowest or not moved),
+            rest >= 2 and (weight <= schedule.lowest or moved is None),
         )
-        made = length if moved else 0.0
-        steps.append(Step(marks.number - 1, misfit, weight, made, count, marks))
+        length = moved.length if moved else 0.0
+        steps.append(Step(marks.number - 1, misfit, weight, length, count, marks))
         if watch is not None and watch(steps[-1], x):
             return Minimum(x, misfit, tuple(steps), STOPPED)
     if marks.over:
         return Minimum(x, misfit, tuple(steps), "steps change nothing any more")
     return Minimum(x, misfit, tuple(steps), f"{schedule.steps} steps are done")
+
+
+class _Moved(NamedTuple):
+    """A step that made the function smaller: its length, and x, r and ``‖r‖²`` after it."""
+
+    length: float
+    x: Tensor
+    point: Point
+    misfit: float
+
+
+def _value(x: Tensor, misfit: float, prior: Prior, weight: float) -> float:
+    return misfit + weight * float(prior.value(x))
+
+
+def _shortened(
+    linearise: Callable[[Tensor], Point],
+    project: Callable[[Tensor], Tensor],
+    x: Tensor,
+    dx: Tensor,
+    value: Callable[[Tensor, float], float],
+    before: float,
+    deadline: float,
+) -> _Moved | None:
+    """The first of the steps dx, dx/2, dx/4, … with a value below ``before``."""
+    length = 1.0
+    while length > SHORTEST:
+        trial = project(x + length * dx)
+        point = linearise(trial)
+        misfit = float(point.residual.square().sum())
+        if isfinite(misfit) and value(trial, misfit) < before:
+            return _Moved(length, trial, point, misfit)
+        if time.perf_counter() > deadline:
+            return None
+        length *= 0.5
+    return None
 
 
 def conjugate_gradients(
@@ -267,9 +296,9 @@ def _direction(
     free = (rhs != 0).to(rhs)
     jacobian = point.jacobian()
     if jacobian is not None:
-        found = _solved(jacobian, bend, weight, damping, rhs, free)
-        if found is not None:
-            return found, 0
+        dx = _solved(jacobian, bend, weight, damping, rhs, free)
+        if dx is not None:
+            return dx, 0
     normal = _normal(point, bend, weight, damping)
     return conjugate_gradients(
         lambda v: free * normal(free * v), rhs, schedule.products, schedule.accuracy, deadline
@@ -293,9 +322,9 @@ def _solved(
     factor, failed = torch.linalg.cholesky_ex(matrix)
     if int(failed) or not bool(torch.isfinite(factor).all()):
         return None
-    found = torch.zeros_like(rhs).flatten()
-    found[kept] = torch.cholesky_solve(rhs.flatten()[kept, None], factor)[:, 0]
-    return found.reshape(rhs.shape)
+    dx = torch.zeros_like(rhs).flatten()
+    dx[kept] = torch.cholesky_solve(rhs.flatten()[kept, None], factor)[:, 0]
+    return dx.reshape(rhs.shape)
 
 
 def _images(operator: Operator, vectors: Tensor) -> Tensor:

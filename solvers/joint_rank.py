@@ -70,7 +70,7 @@ class JointRows:
         self.spaces = RowSpaces(bases, sample_rows, gradient.channels)
         if total in self.spaces.ranks:  # one block fixes everything: the other is in its space
             self.common = min(self.spaces.ranks)
-            self.rank = Rank(total, total, self._cutoff, inf, 1.0, 1.0, total)
+            self.rank = Rank.full(total, cutoff=self._cutoff)
             return
         sines = self._sines(shared)
         self.common = int((sines <= self._cutoff).sum())
@@ -79,7 +79,7 @@ class JointRows:
         dropped = float(sines[sines <= self._cutoff].max()) if self.common else 0.0
         gap = smallest / dropped if dropped > 0 else inf
         rank = sum(self.spaces.ranks) - self.common
-        self.rank = Rank(rank, total, self._cutoff, gap, 1.0, smallest, rank)
+        self.rank = Rank.agreed(rank, total, cutoff=self._cutoff, gap=gap, smallest=smallest)
 
     def open_directions(self, count: int, generator: torch.Generator) -> Tensor | None:
         """Random tables [count, C, B·N] with K x = 0 and W x = 0, of length one or less.
@@ -332,14 +332,14 @@ def rank_on_open(
     cutoff = max(tolerance * INHERITED, LEAST_SINE)
     ends = full_column_rank(sines.T @ sines) if sines.shape[1] else (1.0, 1.0)
     if ends is not None and ends[1] > cutoff:  # full, and not of rounding errors alone
-        return Rank(total, total, cutoff, inf, 1.0, min(ends[1], 1.0), total)
+        return Rank.full(total, (1.0, min(ends[1], 1.0)), cutoff)
     every = singular_values(sines)
     kept = every[every > cutoff]
     smallest = float(kept.min()) if kept.numel() else 1.0
     dropped = float(every[every <= cutoff].amax()) if kept.numel() < every.numel() else 0.0
     rank = own.rank + kept.numel()
     gap = smallest / dropped if dropped > 0 else inf
-    return Rank(rank, total, cutoff, gap, 1.0, smallest, rank)
+    return Rank.agreed(rank, total, cutoff=cutoff, gap=gap, smallest=smallest)
 
 
 def joint_rank(
@@ -354,5 +354,5 @@ def joint_rank(
     total = gradient.channels * size
     if sum(len(q) for q in sample_rows) == total:  # W fixes everything, no angle is asked for
         cutoff = resolve_rcond(rcond, (rows, size), noise=noise)
-        return Rank(total, total, cutoff, inf, 1.0, 1.0, total)
+        return Rank.full(total, cutoff=cutoff)
     return JointRows(gradient, sample_rows, rcond, noise, shared).rank

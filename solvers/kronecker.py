@@ -72,20 +72,9 @@ class Kronecker:
     def rank(self, rcond: float | None = None, noise: float = 0.0) -> Rank:
         """Rank of the whole block, summed over groups with one cutoff per group."""
         groups, rows, size = self.matrix.shape
-        per_group = self.channels // groups
         tolerance = resolve_rcond(rcond, (rows, size), noise=noise)
         ranks = [numerical_rank(values, size, tolerance) for values in self.spectra]
-        worst = min(ranks, key=lambda r: r.gap)
-        used = [r for r in ranks if r.rank]
-        return Rank(
-            per_group * sum(r.rank for r in ranks),
-            self.channels * size,
-            max(r.cutoff for r in ranks),
-            worst.gap,
-            max(r.largest for r in ranks),
-            min((r.smallest for r in used), default=0.0),
-            per_group * sum(r.alternative for r in ranks),
-        )
+        return Rank.summed(ranks, self.channels // groups)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ equations are known to leave nothing open by other means, there is an :class:`Ev
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from math import erf, inf
@@ -78,6 +79,37 @@ class Rank:
     largest: float
     smallest: float
     alternative: int
+
+    @classmethod
+    def agreed(
+        cls, rank: int, size: int, *, cutoff: float = 0.0, gap: float = inf,
+        largest: float = 1.0, smallest: float = 1.0,
+    ) -> Rank:  # fmt: skip
+        """A rank that the values on the other side of the cutoff leave as it is."""
+        return cls(rank, size, cutoff, gap, largest, smallest, rank)
+
+    @classmethod
+    def full(cls, size: int, ends: tuple[float, float] = (1.0, 1.0), cutoff: float = 0.0) -> Rank:
+        """That of equations which fix everything; ``ends``: σ_1 and σ_r."""
+        return cls.agreed(size, size, cutoff=cutoff, largest=ends[0], smallest=ends[1])
+
+    @classmethod
+    def none(cls, size: int) -> Rank:
+        """That of no equations, or of zeros alone."""
+        return cls.agreed(0, size, largest=0.0, smallest=0.0)
+
+    @classmethod
+    def summed(cls, ranks: Sequence[Rank], copies: int) -> Rank:
+        """That of a block diagonal matrix, in which each block of ``ranks`` stands so often."""
+        return cls(
+            copies * sum(rank.rank for rank in ranks),
+            copies * sum(rank.size for rank in ranks),
+            max(rank.cutoff for rank in ranks),
+            min(rank.gap for rank in ranks),
+            max(rank.largest for rank in ranks),
+            min((rank.smallest for rank in ranks if rank.rank), default=0.0),
+            copies * sum(rank.alternative for rank in ranks),
+        )
 
     @property
     def nullity(self) -> int:
@@ -166,7 +198,7 @@ def numerical_rank(singular: Tensor, size: int, rcond: float) -> Rank:
     """
     values = singular.double().flatten().sort(descending=True).values
     if values.numel() == 0 or float(values[0]) == 0.0:
-        return Rank(0, size, 0.0, inf, 0.0, 0.0, 0)
+        return Rank.none(size)
     largest = float(values[0])
     cutoff = rcond * largest
     rank = int((values > cutoff).sum())

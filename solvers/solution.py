@@ -58,7 +58,7 @@ class Solution(Generic[T]):
     """Value, result and statistics of one solve.
 
     >>> from rgap.solvers.rank import Rank
-    >>> rank = Rank(2, 2, 0.0, float("inf"), 1.0, 1.0, 2)
+    >>> rank = Rank.full(2)
     >>> Solution(1.5, Result.SOLVED, Stats("demo", 2, 2, rank, 1.0, 0.0)).solved
     True
     """

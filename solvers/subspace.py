@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import inf
 
 import torch
 from torch import Tensor
@@ -39,12 +38,13 @@ def row_space(matrix: Tensor, rcond: float | None = None, noise: float = 0.0) ->
         ends = _triangular_extremes(matrix) if made is None else made.extremes
         if ends[1] > SURE * resolve_rcond(rcond, (rows, columns), noise=noise) * ends[0]:
             identity = torch.eye(columns, dtype=matrix.dtype, device=matrix.device)
-            return RowSpace(identity, Rank(columns, columns, 0.0, inf, *ends, columns))
+            return RowSpace(identity, Rank.full(columns, ends))
     if 64 < rows <= columns:
         basis = _cholesky_qr(matrix)
         if basis is not None:
             largest, smallest, orthonormal = basis
-            return RowSpace(orthonormal, Rank(rows, columns, 0.0, inf, largest, smallest, rows))
+            rank = Rank.agreed(rows, columns, largest=largest, smallest=smallest)
+            return RowSpace(orthonormal, rank)
     values, vh = right_singular_vectors(matrix)
     rank = numerical_rank(values, columns, resolve_rcond(rcond, (rows, columns), noise=noise))
     return RowSpace(vh[: rank.rank], rank)

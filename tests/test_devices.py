@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from allocations import smallest_routes
+from cases import redrawn
 from device_mode import ALLOWED, ROOMS, ROOT, Devices
 from torch import nn
 
@@ -18,25 +19,15 @@ from rgap.matching.search import match
 DOUBLE = torch.float64
 
 
-def network(*layers: nn.Module) -> nn.Module:
-    """Drawn from seed 0."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        for layer in layers:
-            if hasattr(layer, "reset_parameters"):
-                layer.reset_parameters()
-    return nn.Sequential(*layers).eval()
-
-
 def conv(act: nn.Module, *, bias: bool = True, channels: int = 6) -> nn.Module:
-    return network(
+    return redrawn(
         nn.Conv2d(2, channels, 3, padding=1), act, nn.Conv2d(channels, 4, 3, stride=2), nn.Tanh(),
         nn.Flatten(), nn.Linear(36, 5, bias=bias),
     )  # fmt: skip
 
 
 def dense(act: nn.Module, *, bias: bool = True, outputs: int = 6) -> nn.Module:
-    return network(
+    return redrawn(
         nn.Flatten(), nn.Linear(128, 24, bias=bias), act, nn.Linear(24, 20, bias=bias), act,
         nn.Linear(20, outputs, bias=bias),
     )  # fmt: skip
@@ -48,7 +39,7 @@ class Gated(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first, self.gate, self.last = (
-            dense(nn.Tanh())[1], network(nn.Linear(24, 24))[0], network(nn.Linear(24, 5))[0],
+            dense(nn.Tanh())[1], redrawn(nn.Linear(24, 24))[0], redrawn(nn.Linear(24, 5))[0],
         )  # fmt: skip
         self.eval()
 
@@ -70,7 +61,7 @@ def inverted(model: nn.Module, labels: list, loss: str = "cross_entropy", **opti
 
 
 def completed(*layers: nn.Module, seconds: float = 2.0) -> None:
-    model = network(*layers)
+    model = redrawn(*layers)
     rgap.invert(model, sent(model, [1]), complete=True, time_limit=seconds)
 
 
@@ -127,7 +118,7 @@ CASES: dict[str, Callable[[], object]] = {
         conv(nn.Tanh()), (2, 8, 8), 2, method="structured", null_space=False, sequential=False
     ),
     "audit of a mean": lambda: rgap.analysis.audit(
-        network(nn.Conv2d(2, 4, 3), nn.Tanh(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(36, 5)),
+        redrawn(nn.Conv2d(2, 4, 3), nn.Tanh(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(36, 5)),
         (2, 8, 8), (1,),
     ),
     "hardening": lambda: rgap.analysis.harden(
@@ -227,7 +218,7 @@ def test_cuda_recovers_what_the_cpu_does(made: Callable[[], nn.Module], labels: 
 @pytest.mark.cuda
 @needs_cuda
 def test_cuda_completes_and_matches_what_the_cpu_does() -> None:
-    model = network(nn.Conv2d(2, 2, 3), nn.Tanh(), nn.Flatten(), nn.Linear(72, 5))
+    model = redrawn(nn.Conv2d(2, 2, 3), nn.Tanh(), nn.Flatten(), nn.Linear(72, 5))
     update = sent(model, [1])
     for call in (
         lambda place: rgap.invert(model, update, complete=True, device=place),

@@ -20,6 +20,25 @@ def test_every_formula_stands_in_a_file_that_is_there() -> None:
             )
 
 
+def test_what_a_paragraph_names_is_in_its_folder() -> None:
+    """A module, a folder, or what one of its modules defines."""
+    for paragraph in re.split(r"\n\n|(?<=\.\s)(?=\*\*`)", PAGE):
+        named = re.match(r"\*\*`((?:rgap|analysis|solvers)/(?:\w+/)*)`\*\*", paragraph)
+        if named is None or named[1] == "rgap/":
+            continue
+        files = list((ROOT / named[1]).rglob("*.py"))
+        text = "\n".join(path.read_text(encoding="utf-8") for path in files)
+        known = {path.stem for path in files} | {path.parent.name for path in files}
+        for name in re.findall(r"`(\w+)/?`", paragraph):
+            defined = re.search(rf"^(def|class) {name}\b", text, flags=re.MULTILINE)
+            assert name in known or defined, f"docs/architecture.md: {named[1]} has no {name}"
+
+
+def test_every_station_of_the_road_is_on_the_page() -> None:
+    for path in (ROOT / "rgap/inversion").glob("[!_]*.py"):
+        assert f"`{path.stem}`" in PAGE, f"docs/architecture.md does not name {path.name}"
+
+
 def test_every_folder_has_a_paragraph_and_a_floor() -> None:
     floors = (ROOT / ".importlinter").read_text(encoding="utf-8")
     for top in ("rgap", "analysis"):

@@ -19,7 +19,6 @@ METHODS = {
 FUNCTIONS = {"pull", "null_projection", "null_directions", "transposed_product"}
 NONE = {
     "analysis/joint_rank/stage.py:ChainOptions": "its `inverse` makes a WeightInverse",
-    "rgap/cli/options.py:Labelled": "inherits from another Sent, the update of a command",
 }
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from cases import redrawn
 from torch import Tensor, nn
 
 import rgap
@@ -48,12 +49,7 @@ class Clock:
 
 
 def network(*layers: nn.Module) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        for layer in layers:
-            if hasattr(layer, "reset_parameters"):
-                layer.reset_parameters()
-    return nn.Sequential(*layers).double().eval()
+    return redrawn(*layers).double()
 
 
 NETWORKS = {

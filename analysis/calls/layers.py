@@ -15,7 +15,7 @@ from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AvgPoolNd, _MaxPoolNd
 from rgap.analysis.calls.recorder import record, refusal
 from rgap.analysis.calls.uses import Use
 from rgap.network.geometry import per_dimension, sides_of
-from rgap.network.isolation import meta_copy
+from rgap.network.isolation import meta_copy, without_hooks
 
 __all__ = ["Call", "calls_of", "sizes_of"]
 
@@ -51,10 +51,7 @@ def calls_of(model: nn.Module, shape: tuple[int, ...]) -> list[Call]:
     Raises:
         ValueError: the shape does not fit, or there is no such layer.
     """
-    twin = meta_copy(model).eval()
-    for module in twin.modules():
-        module._forward_hooks.clear()
-        module._forward_pre_hooks.clear()
+    twin = without_hooks(meta_copy(model).eval())
     x = torch.empty(1, *shape, device="meta", dtype=torch.float64)
     try:
         recording = record(twin, x, torch.sum)

@@ -7,7 +7,6 @@ is its cotangent k, and tells which outputs are read at all.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from math import prod
 from typing import Any
@@ -22,7 +21,9 @@ from rgap.analysis.calls.step_kinds import CHOOSE, CHOOSE_BY_INDEX, POINTWISE
 from rgap.analysis.calls.substitutes import SUBSTITUTES
 from rgap.analysis.calls.uses import CONVOLUTIONS, Event, Node, Recording, Use
 from rgap.network.agreement import refuse_meta
+from rgap.network.isolation import bare_copy
 from rgap.network.running import first_line, looks_up
+from rgap.network.watching import LayerCall, watched
 
 __all__ = ["record", "refusal", "structural_twin", "uncounted"]
 
@@ -51,13 +52,8 @@ def record(model: nn.Module, inputs: Tensor, loss: Loss, *, substitute: str = ""
         ValueError: outputs that are no tensor.
     """
     recorder = _Recorder(model, len(inputs), substitute)
-    handles = recorder.watch()
-    try:
-        with recorder:
-            outputs = model(recorder.start(inputs))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with watched(recorder.modules, recorder.enter, recorder.leave), recorder:
+        outputs = model(recorder.start(inputs))
     if not isinstance(outputs, Tensor):
         raise ValueError(
             f"expected one tensor from {type(model).__name__}.forward, got a "
@@ -90,13 +86,13 @@ def _cotangents(value: Tensor, uses: Sequence[Use]) -> list[Tensor]:
     outputs = [use.outputs for use in uses]
     once = torch.autograd.grad(value, outputs, materialize_grads=True, retain_graph=True)
     again = torch.autograd.grad(OTHERWISE * value, outputs, materialize_grads=True)
-    found = []
+    kept = []
     for use, k, other in zip(uses, once, again, strict=True):
         axis = k.ndim - 1 if use.kind == "linear" or k.ndim < 2 else 1
         rest = [d for d in range(k.ndim) if d != axis]
         gap = (other / OTHERWISE - k).square().sum(rest, keepdim=True)
-        found.append(k * (k.square().sum(rest, keepdim=True) > ROUNDED**2 * gap))
-    return found
+        kept.append(k * (k.square().sum(rest, keepdim=True) > ROUNDED**2 * gap))
+    return kept
 
 
 def structural_twin(
@@ -116,11 +112,8 @@ def structural_twin(
         ValueError: a parameter on the meta device; buffers have no values there to copy.
     """
     refuse_meta(model)
-    twin = copy.deepcopy(model).cpu().to(dtype).eval()
+    twin = bare_copy(model, "cpu").to(dtype).eval()
     generator = torch.Generator().manual_seed(seed)
-    for module in twin.modules():
-        module._forward_hooks.clear()
-        module._forward_pre_hooks.clear()
     with torch.no_grad():
         kept = _constant(twin)
         for parameter in (p for p in twin.parameters() if id(p) not in kept):
@@ -191,30 +184,23 @@ class _Recorder(TorchFunctionMode):
         self._add("input", (), inputs)
         return inputs
 
-    def watch(self) -> list[Any]:
-        """Hooks that say which module is running."""
-        handles = []
-        for path, module in self.modules.items():
-            if isinstance(module, torch.jit.ScriptModule):
-                continue
+    def enter(self, call: LayerCall) -> None:
+        """A module begins to run."""
+        self._stack.append(call.name)
 
-            def enter(_: nn.Module, __: Any, path: str = path) -> None:
-                self._stack.append(path)
-
-            def leave(own: nn.Module, args: Any, output: Any, path: str = path) -> None:
-                self._stack.pop()
-                if not list(own.children()) and args and isinstance(args[0], Tensor):
-                    out = output[0] if isinstance(output, tuple) else output
-                    if self.events and self.events[-1].module is own:
-                        return  # the use that it made
-                    if isinstance(out, Tensor) and id(args[0]) in self.at:
-                        shapes = tuple(args[0].shape[1:]), tuple(out.shape[1:])
-                        folded = max(1, len(args[0]) // self.batch)
-                        self.events.append(Event(path, own, *shapes, folded=folded))
-
-            handles += [module.register_forward_pre_hook(enter),
-                        module.register_forward_hook(leave)]  # fmt: skip
-        return handles
+    def leave(self, call: LayerCall) -> None:
+        """It has run: an event, unless it has parts or has made the use of a weight."""
+        self._stack.pop()
+        own, u = call.module, call.args[0] if call.args else None
+        if list(own.children()) or id(u) not in self.at:
+            return
+        if self.events and self.events[-1].module is own:
+            return  # the use that it made
+        made = call.made[0] if isinstance(call.made, tuple) else call.made
+        if isinstance(u, Tensor) and isinstance(made, Tensor):
+            shapes = tuple(u.shape[1:]), tuple(made.shape[1:])
+            folded = max(1, len(u) // self.batch)
+            self.events.append(Event(call.name, own, *shapes, folded=folded))
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None

@@ -15,7 +15,7 @@ from rgap.analysis.causes.causes import causes
 from rgap.analysis.causes.head import Pair, same_class_pairs
 from rgap.labels import head_features
 from rgap.network.chain import parse
-from rgap.recovery import Recovery, Status
+from rgap.recovery import Recovery, Status, plain
 from rgap.update.targets import CROSS_ENTROPY
 from rgap.update.update import Update
 
@@ -72,7 +72,7 @@ class Explanation:
                 {
                     "kind": cause.kind,
                     "place": cause.place,
-                    "number": cause.number if isfinite(cause.number) else None,
+                    "number": plain(cause.number),
                     "words": cause.words,
                     "changes": list(cause.changes),
                 }

@@ -123,11 +123,11 @@ def bounds(affine: Affine, batch: Size) -> Ranks:
     """Bounds on the ranks of a layer."""
     groups = 1 if affine.geometry is None else affine.geometry.groups
     filters, channels = affine.out_shape[0] // groups, affine.in_shape[0] // groups
-    found = count(batch, filters, channels, groups, axes_of(affine))
+    ranks = count(batch, filters, channels, groups, axes_of(affine))
     if affine.geometry is None or affine.geometry.border == "zeros":
-        return found
+        return ranks
     most = batch * prod(affine.in_shape)
-    return Ranks(*(smallest(rank, most) for rank in (found.gradient, found.weight, found.joint)))
+    return Ranks(*(smallest(rank, most) for rank in (ranks.gradient, ranks.weight, ranks.joint)))
 
 
 def _every(size: Size, first: int, step: int) -> Size:

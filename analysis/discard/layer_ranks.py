@@ -16,8 +16,7 @@ from rgap.analysis.generic_rank.together import branch_rank
 from rgap.analysis.probe import Probe
 from rgap.analysis.symbolic import closed_form, symbolic
 from rgap.constraints import gradient_constraint
-from rgap.constraints.overlap import shared_equations
-from rgap.constraints.ranks import stage_joint_rank, weight_row_spaces
+from rgap.constraints.ranks import shared_equations, stage_joint_rank, weight_row_spaces
 from rgap.network.affine import Affine
 from rgap.solvers.rank import Rank
 from rgap.solvers.subspace import RowSpace
@@ -127,14 +126,8 @@ def sketched_row(
     """Gradient rank from a random compression of K; the overlap of the two blocks counted.
 
     The weight rank is measured up to 20,000 inputs and counted above.  The joint rank is an upper
-    bound, unless one block alone, or none of the other, already decides it.
-
-    Args:
-        probe: the layer with its inputs and cotangents.
-        batch: B.
-        before: entries of one sample ahead of a pool that leads into the layer, 0 without one.
-        spaces: row spaces of the weights that are known; added to.
-        room: bytes that its matrices may take.
+    bound, unless one block alone, or none of the other, already decides it.  Arguments as for
+    :func:`measured_row`.
     """
     affine = probe.affine
     gradient_bytes, weight_bytes, _ = needs(affine, probe.active)

@@ -161,8 +161,8 @@ def gradient_matrix(plan: Layout, k: Residues, prime: int) -> Residues:
             np.add.at(own, position[inside], rows)
         else:
             own[position[inside]] = rows
-    found = reduce(matrix, prime) if plan.again else matrix
-    return found.reshape(plan.filters * plan.offsets, batch * plan.positions)
+    matrix = reduce(matrix, prime) if plan.again else matrix
+    return matrix.reshape(plan.filters * plan.offsets, batch * plan.positions)
 
 
 def sparse_null_space(matrix: Residues, prime: int) -> Residues:

@@ -13,7 +13,6 @@ value and not by position.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -26,16 +25,14 @@ from rgap.analysis.generic_rank.layout import active_units, require_affine
 from rgap.analysis.generic_rank.modular import BlockRanks, ModularRanks, modular_ranks
 from rgap.analysis.generic_rank.structural import structural_ranks
 from rgap.analysis.generic_rank.together import as_samples, together
-from rgap.analysis.probe import Probe, probe_layers
+from rgap.analysis.probe import Probe, probe_layers, probe_pictures, probe_targets
 from rgap.constraints import gradient_constraint
 from rgap.constraints.ranks import stage_joint_rank, weight_row_spaces
 from rgap.network.affine import Affine
 from rgap.network.agreement import refuse_meta
 from rgap.network.chain import parse
-from rgap.network.running import run
 from rgap.solvers.limits import SMALL_GAP
 from rgap.update.losses import Loss
-from rgap.update.preflight import device_of
 
 LARGEST = 8192  # inputs of a layer: its weight block then takes half a gigabyte and a minute
 
@@ -270,28 +267,9 @@ def generic_ranks(
         raise ValueError(f"expected batch_size >= 1, got {batch_size}; write batch_size=1")
     parse(model, shape)
     refuse_meta(model)
-    generator = torch.Generator().manual_seed(seed)
-    if inputs is None:
-        inputs = torch.rand(batch_size, *shape, generator=generator, dtype=torch.float64)
-    if tuple(inputs.shape) != (batch_size, *shape):
-        raise ValueError(
-            f"expected inputs of shape {[batch_size, *shape]}, got {list(inputs.shape)}; give one "
-            "probe picture per sample"
-        )
     loss = Loss.of(loss)
-    inputs = inputs.to(device_of(device), torch.float64)
-    with torch.no_grad():
-        outputs = run(copy.deepcopy(model).to(inputs), inputs)
-    if not isinstance(outputs, Tensor) or outputs.ndim < 2:
-        raise ValueError(
-            f"expected outputs [B, ...] in one tensor from {type(model).__name__}.forward, got "
-            f"{list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__}; "
-            "wrap it in a module whose forward returns the logits only"
-        )
-    if loss.name == "cross_entropy" and loss.targets == "index":
-        targets = torch.arange(batch_size, device=outputs.device) % outputs.shape[1]
-    else:
-        targets = (torch.rand(outputs.shape, generator=generator) < 0.5).to(outputs)
+    inputs = probe_pictures(inputs, shape, batch_size, seed, device)
+    targets = probe_targets(model, inputs, loss, None, seed)
     probes = probe_layers(model, inputs, targets, loss)
     by_use: dict[int, LayerRanks] = {}
     for group in together(probes):

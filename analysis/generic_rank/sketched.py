@@ -39,14 +39,4 @@ def sketched_rank(kronecker: Kronecker, seed: int = 0) -> Rank:
     small = torch.stack([sketch(part if wide else part.T) for part in matrix])
     cutoff = resolve_rcond(None, (rows, columns))
     ranks = [numerical_rank(values, columns, cutoff) for values in singular_values(small)]
-    per_group = kronecker.channels // groups
-    worst = min(ranks, key=lambda rank: rank.gap)
-    return Rank(
-        per_group * sum(rank.rank for rank in ranks),
-        kronecker.channels * columns,
-        max(rank.cutoff for rank in ranks),
-        worst.gap,
-        max(rank.largest for rank in ranks),
-        min((rank.smallest for rank in ranks if rank.rank), default=0.0),
-        per_group * sum(rank.alternative for rank in ranks),
-    )
+    return Rank.summed(ranks, kronecker.channels // groups)

@@ -5,14 +5,6 @@ matching between equations and unknowns, the rank that the pattern would have if
 were independent.  They are not: the same k and the same w stand in many places, and the two blocks
 share equations (Σ_u w_f(u) (K_f' x)_u = ⟨k_f', W_f x⟩).  So it is an upper bound on the rank,
 often a loose one, and never a reason to call a layer solvable.
-
-The **Dulmage-Mendelsohn decomposition** sorts the unknowns by it.  What is certain of its parts:
-
-* *untouched*: no equation reads the pixel; no value of k or W determines it;
-* *under*: fewer equations touch these pixels than there are pixels, and no other equation touches
-  them; so at least ``unknowns − structural rank`` directions among them stay open for every value
-  of k and W.  A single one of them may still be determined;
-* *well* and *over*: the pattern does not forbid that they are determined, which proves nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +12,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from scipy import sparse
 from scipy.sparse import csgraph
@@ -28,42 +19,6 @@ from torch import Tensor
 
 from rgap.analysis.generic_rank.layout import Layout, active_units, layout
 from rgap.network.affine import Affine
-
-
-@dataclass(frozen=True)
-class StructuralParts:
-    """Dulmage-Mendelsohn parts of a layer's unknowns, one mask [B, *in_shape] each.
-
-    Attributes:
-        untouched: no equation reads the pixel.
-        under: touched, but by fewer equations than there are pixels.
-        well: as many equations as pixels.
-        over: more equations than pixels.
-        rank: structural rank of the layer.
-    """
-
-    untouched: Tensor
-    under: Tensor
-    well: Tensor
-    over: Tensor
-    rank: int
-
-    @property
-    def nullity(self) -> int:
-        """Directions that stay open for every k and W: unknowns − structural rank."""
-        return self.under.numel() - self.rank
-
-    def explain(self) -> str:
-        """How many pixels are in which part, in one sentence."""
-        total = self.under.numel()
-        counts = {
-            "read by no equation": int(self.untouched.sum()),
-            "structurally under-determined": int(self.under.sum()),
-            "well-determined": int(self.well.sum()),
-            "over-determined": int(self.over.sum()),
-        }
-        parts = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
-        return f"{total} unknowns: {parts}; structural nullity {self.nullity}"
 
 
 def structural_ranks(
@@ -88,45 +43,9 @@ def structural_ranks(
     (18, 32, 36)
     """
     networks = _networks(affine, batch, active)
-    gradient = sum(network.flow("gradient")[0] for network in networks)
-    weight = sum(network.flow("weight")[0] for network in networks)
-    return gradient, weight, sum(network.flow("both")[0] for network in networks)
-
-
-def structural_parts(
-    affine: Affine, batch: int = 1, active: Tensor | None = None
-) -> StructuralParts:
-    """Dulmage-Mendelsohn decomposition of a layer's equations, as masks over the input.
-
-    Args:
-        affine: the layer; its weights are not read.
-        batch: B.
-        active: True where a unit is on, [B, *out_shape]; None: all.
-
-    Returns:
-        The :class:`StructuralParts`; every pixel is in exactly one of the four masks.
-
-    >>> import torch
-    >>> from rgap.network.affine import convolution
-    >>> w = torch.ones(4, 3, 1, 1)
-    >>> conv = convolution("conv", w, None, ("conv.weight", None), (3, 8, 8), stride=2)
-    >>> int(structural_parts(conv).untouched.sum()), 3 * 8 * 8 * 3 // 4
-    (144, 144)
-    """
-    plan = layout(affine)
-    masks: list[list[Tensor]] = [[], [], [], []]
-    rank = 0
-    for network in _networks(affine, batch, active):
-        value, under, over = network.parts()
-        rank += value
-        touched = network.touched()
-        parts = (~touched, under & touched, ~under & ~over, over)
-        for mask, part in zip(masks, parts, strict=True):
-            table = torch.from_numpy(part).reshape(batch, 1, plan.positions)
-            mask.append(table.expand(-1, plan.channels, -1))
-    shape = (batch, *affine.in_shape)
-    untouched, below, well, above = (torch.cat(m, dim=1).reshape(shape) for m in masks)
-    return StructuralParts(untouched, below, well, above, rank)
+    gradient = sum(network.flow("gradient") for network in networks)
+    weight = sum(network.flow("weight") for network in networks)
+    return gradient, weight, sum(network.flow("both") for network in networks)
 
 
 @dataclass(frozen=True)
@@ -148,14 +67,8 @@ class _Network:
     pixels: int
     channels: int
 
-    def touched(self) -> NDArray[np.bool_]:
-        """Pixels that an equation reads."""
-        pixels = np.zeros(self.pixels, dtype=np.bool_)
-        pixels[self.pixel] = True
-        return pixels
-
-    def flow(self, which: str) -> tuple[int, sparse.csr_array]:
-        """Maximum matching of one block or both, and the flow between all nodes that shows it."""
+    def flow(self, which: str) -> int:
+        """Maximum matching of one block or both."""
         keep = {
             "gradient": self.node < self.gradient,
             "weight": self.node >= self.gradient,
@@ -174,30 +87,7 @@ class _Network:
         graph = sparse.csr_matrix(
             (np.concatenate(limits).astype(np.int32), places), (sink + 1, sink + 1)
         )
-        result = csgraph.maximum_flow(graph, source, sink, method="dinic")
-        return int(result.flow_value), result.flow
-
-    def parts(self) -> tuple[int, NDArray[np.bool_], NDArray[np.bool_]]:
-        """Structural rank; pixels of the under-determined and of the over-determined part.
-
-        Alternating paths from what is left over: from a pixel that is not used up, to any equation
-        that reads it, to any pixel which that equation serves; from an equation that serves less
-        than it could, the same with the two kinds exchanged.
-        """
-        rank, flow = self.flow("both")
-        nodes = len(self.capacity)
-        flow = flow.tocoo()
-        serves = (flow.row < nodes) & (flow.col >= nodes) & (flow.data > 0)
-        server, served = flow.row[serves], flow.col[serves]
-        pixel = nodes + self.pixel
-        size = nodes + self.pixels
-        supply = np.bincount(server, weights=flow.data[serves], minlength=size)[:nodes]
-        use = np.bincount(served, weights=flow.data[serves], minlength=size)[nodes:]
-        spare = nodes + np.flatnonzero(use < self.channels)
-        under = _reached((pixel, server), (self.node, served), spare, size)
-        idle = np.flatnonzero(supply < self.capacity)
-        over = _reached((self.node, served), (pixel, server), idle, size)
-        return rank, under[nodes:], over[nodes:]
+        return int(csgraph.maximum_flow(graph, source, sink, method="dinic").flow_value)
 
 
 def _networks(affine: Affine, batch: int, active: Tensor | None) -> list[_Network]:
@@ -232,20 +122,3 @@ def _network(plan: Layout, on: NDArray[np.bool_]) -> _Network:
         batch * plan.positions,
         plan.channels,
     )
-
-
-def _reached(
-    sources: tuple[NDArray[np.int64], ...],
-    targets: tuple[NDArray[np.int64], ...],
-    starts: NDArray[np.int64],
-    size: int,
-) -> NDArray[np.bool_]:
-    """Nodes that directed edges lead to from the starts, the starts included."""
-    ends = (
-        np.concatenate([*sources, np.full(len(starts), size)]),
-        np.concatenate([*targets, starts]),
-    )
-    graph = sparse.csr_array((np.ones(len(ends[0])), ends), (size + 1, size + 1))
-    reached = np.zeros(size + 1, dtype=np.bool_)
-    reached[csgraph.breadth_first_order(graph, size, return_predecessors=False)] = True
-    return reached[:size]

@@ -6,12 +6,13 @@ import copy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from rgap.analysis.calls.layers import calls_of
 from rgap.network.running import first_line
+from rgap.network.watching import LayerCall, watched
 
 __all__ = ["UnfitError", "called_layers", "with_channels", "with_stride"]
 
@@ -91,33 +92,32 @@ def _resizable(module: nn.Module | None) -> bool:
 
 def _fitted(twin: nn.Module, shape: tuple[int, ...], seed: int) -> nn.Module:
     """Run once; every layer that was changed or meets another width has its weights drawn anew."""
-    handles = [
-        module.register_forward_pre_hook(_fit)
+    layers = {
+        name: module
         for name, module in twin.named_modules()
         if _resizable(module) or isinstance(module, _BatchNorm)
-    ]
-    with torch.random.fork_rng(devices=[]):
+    }
+    with torch.random.fork_rng(devices=[]), watched(layers, _fit):
         torch.manual_seed(seed)
         _run(twin, shape)
-    for handle in handles:
-        handle.remove()
     return twin
 
 
-def _fit(module: Any, args: tuple[Tensor, ...]) -> None:
+def _fit(call: LayerCall) -> None:
+    module: Any = call.module
     if isinstance(module, _BatchNorm):
-        width = args[0].shape[1]
+        width = call.given.shape[1]
         if width != module.num_features:
-            fresh = type(module)(width, eps=module.eps, affine=module.affine).to(args[0])
+            fresh = type(module)(width, eps=module.eps, affine=module.affine).to(call.given)
             module.num_features = width
             module._parameters, module._buffers = fresh._parameters, fresh._buffers
         return
     if isinstance(module, nn.Linear):
-        width = args[0].shape[-1]
+        width = call.given.shape[-1]
         module.in_features = width
         size: tuple[int, ...] = (module.out_features, width)
     else:
-        width = args[0].shape[1]
+        width = call.given.shape[1]
         module.in_channels = width
         if width % module.groups:
             raise UnfitError(f"{width} channels meet {module.groups} groups")

@@ -138,7 +138,7 @@ def _joint(blocks: list[Tensor], size: int, options: RankOptions) -> tuple[Rank,
     scaled = [rows / rows.norm() for rows in blocks if bool(rows.any())]
     if not scaled:
         nothing = blocks[0].new_zeros(0)
-        return Rank(0, size, 0.0, inf, 0.0, 0.0, 0), nothing, _identity(size, blocks[0])
+        return Rank.none(size), nothing, _identity(size, blocks[0])
     matrix = torch.cat(scaled)
     if len(matrix) > size:
         matrix = torch.linalg.qr(matrix, mode="r").R

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from rgap.analysis.joint_rank.elimination import ChainNull
 from rgap.analysis.joint_rank.inverses import WeightInverse
+from rgap.jacobian.layer import Node, push
 from rgap.jacobian.linearisation import Linearisation
-from rgap.jacobian.node import Node, push
 from rgap.solvers.rank import numerical_rank, resolve_rcond
 from rgap.solvers.subspace import full_column_rank
 

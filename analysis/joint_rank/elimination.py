@@ -23,8 +23,8 @@ from torch import Tensor
 
 from rgap.analysis.joint_rank.nullspace import Open, RankOptions
 from rgap.analysis.joint_rank.stage import ChainOptions, Decision, eliminate_stage
+from rgap.jacobian.layer import Node, each
 from rgap.jacobian.linearisation import Linearisation
-from rgap.jacobian.node import Node, each
 from rgap.network.activations import Activation
 from rgap.network.reshape import Rearrange, Reshape
 from rgap.solvers.rank import Rank

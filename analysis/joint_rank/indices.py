@@ -20,6 +20,7 @@ from rgap.analysis.calls.layers import calls_of
 from rgap.analysis.discard.audit import audit
 from rgap.analysis.discard.table import Audit
 from rgap.analysis.joint_rank.identifiability import identifiability
+from rgap.analysis.probe import probe_pictures
 from rgap.progress import Shown
 from rgap.update.losses import Loss
 
@@ -204,11 +205,9 @@ def leakage_indices(
     rows = _rows(table, _sizes(model, shape), batch_size)
     joint_rank = None
     if joint:
-        if inputs is None:
-            drawn = torch.Generator().manual_seed(seed)
-            inputs = torch.rand(batch_size, *shape, generator=drawn, dtype=torch.float64)
+        pictures = probe_pictures(inputs, shape, batch_size, seed)
         joint_rank = identifiability(
-            model, inputs[:batch_size], loss=loss, sequential=False, seed=seed, device=device,
+            model, pictures, loss=loss, sequential=False, seed=seed, device=device,
             progress=progress,
         ).joint_rank  # fmt: skip
     unknowns = batch_size * prod(shape)

@@ -6,7 +6,7 @@ space of that matrix for every channel; W acts on every sample by itself.
 
 from __future__ import annotations
 
-from math import inf, prod
+from math import prod
 
 import torch
 from torch import Tensor
@@ -104,9 +104,7 @@ class WeightInverse:
 
     Args:
         affine: the layer.
-        rcond: relative cutoff, None for the default.
-        noise: relative error of the weights.
-        dtype: precision in which they are known.
+        rcond, noise, dtype: as for :class:`GradientInverse`, of the weights.
     """
 
     def __init__(
@@ -177,7 +175,7 @@ class WeightInverse:
         if not smallest > MARGIN * cutoff * largest:
             return False
         self._lu = made
-        self.rank = Rank(self.size, self.size, cutoff * largest, inf, largest, smallest, self.size)
+        self.rank = Rank.full(self.size, made.extremes, cutoff * largest)
         return True
 
     def _moderate(self) -> bool:
@@ -187,7 +185,7 @@ class WeightInverse:
         ends = full_column_rank(gram)
         if ends is None or ends[0] > NORMAL * ends[1]:
             return False
-        self.rank = Rank(len(gram), self.size, 0.0, inf, *ends, len(gram))
+        self.rank = Rank.agreed(len(gram), self.size, largest=ends[0], smallest=ends[1])
         self._lower = torch.linalg.cholesky(gram)
         return True
 

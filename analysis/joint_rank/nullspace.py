@@ -112,7 +112,9 @@ def _count(values: Tensor, size: int, rcond: float, scale: float | None) -> Rank
     natural = max(largest, scale or 0.0)
     if largest > rcond * natural:
         return numerical_rank(values, size, rcond * natural / largest)
-    return Rank(0, size, rcond * natural, natural / largest, natural, 0.0, 0)
+    return Rank.agreed(
+        0, size, cutoff=rcond * natural, gap=natural / largest, largest=natural, smallest=0.0
+    )
 
 
 def _by_gram(matrix: Tensor, cutoff: float, scale: float | None) -> Elimination | None:

@@ -35,8 +35,8 @@ from rgap.analysis.joint_rank.stage import (
 )
 from rgap.constraints import gradient_constraint, weight_constraint
 from rgap.constraints.ranks import joint_rows, weight_row_spaces
+from rgap.jacobian.layer import Node
 from rgap.jacobian.linearisation import Linearisation
-from rgap.jacobian.node import Node
 
 SPARE = 64  # directions beyond the equations below
 LEFT = 32  # that must be left of them at the end, or too few were drawn

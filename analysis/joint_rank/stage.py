@@ -31,8 +31,7 @@ from rgap.analysis.joint_rank.nullspace import (
     scaled,
 )
 from rgap.constraints import gradient_rows
-from rgap.jacobian.layer import ParameterRows
-from rgap.jacobian.node import Node, each
+from rgap.jacobian.layer import Node, ParameterRows, each
 from rgap.memory import shown
 from rgap.network.affine import Affine
 from rgap.solvers.rank import Rank
@@ -112,7 +111,7 @@ def eliminate_stage(node: Node, above: Open, options: ChainOptions) -> tuple[Dec
     by_weights = batch * max(0, size - prod(affine.out_shape)) + count
     if by_gradient == 0:
         nothing = above.du.new_zeros(0, *node.u.shape)
-        rank = Rank(0, 0, 0.0, float("inf"), 0.0, 0.0, 0)
+        rank = Rank.none(0)
         if kernel is not None:
             rank = kernel.rank
         return (rank, node.u.new_zeros(0), "nothing open"), Open(nothing, nothing)

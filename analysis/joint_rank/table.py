@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rgap.analysis.finding import Finding, data_frame, plain
+from rgap.analysis.finding import Finding, data_frame
 from rgap.analysis.joint_rank.nullspace import determined
 from rgap.limits import ROW
+from rgap.recovery import plain
 from rgap.solvers.limits import SMALL_GAP
 
 if TYPE_CHECKING:

@@ -77,9 +77,9 @@ class WeighedJacobian:
         """Aᵀ y for cotangents [S, equations]: [S, B, *input_shape]."""
         weighed = cotangents * self.channel.weights.sqrt()
         if self.channel.parts == 1:
-            return self.update.rows(self.channel.clipped(weighed, 0))
+            return self.update.pulls(self.channel.clipped(weighed, 0))
         parts = [
-            self.update.rows(self.channel.clipped(weighed, b))[:, b]
+            self.update.pulls(self.channel.clipped(weighed, b))[:, b]
             for b in range(self.channel.parts)
         ]
         return torch.stack(parts, 1)

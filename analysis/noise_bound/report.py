@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rgap.analysis.finding import Finding, plain
+from rgap.analysis.finding import Finding
 from rgap.analysis.noise_bound.defences import Defence
+from rgap.recovery import plain
 from rgap.solvers.rank import Rank
 
 if TYPE_CHECKING:

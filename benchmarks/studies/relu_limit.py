@@ -20,8 +20,8 @@ from benchmarks.common.arguments import Arguments
 from benchmarks.common.pictures import drawn_labels, pictures
 from rgap.precision import Precision
 from rgap.separation.batch import Batch
-from rgap.separation.between import Between, steps_between
-from rgap.separation.lines import open_directions
+from rgap.separation.pair import Between, steps_between
+from rgap.separation.subspace import open_directions
 
 SHARES = (0.25, 0.375, 0.4, 0.44, 0.47, 0.5)  # batch sizes, of the width
 

@@ -30,7 +30,7 @@ from benchmarks.common.arguments import Arguments
 from benchmarks.common.json_lines import append
 from benchmarks.common.judging import match, middle
 from rgap.recovery import Status
-from rgap.separation.sparsity.separate import sparse_separation
+from rgap.separation.sparsity.separate import SparseOptions, sparse_separation
 
 SIZES = (2, 3, 4, 6, 8, 10, 12, 16, 20, 25)
 CLOSE = 1e-3
@@ -95,10 +95,12 @@ def one(size: int, labels: str, dtype: torch.dtype, seed: int, options: argparse
         first.weight.detach(),
         first.bias.detach(),
         size,
-        unit=torch.finfo(dtype).eps / 2,
-        seconds=options.limit_s,
-        seed=seed,
-        guided=not options.uniform,
+        SparseOptions(
+            unit=torch.finfo(dtype).eps / 2,
+            seconds=options.limit_s,
+            seed=seed,
+            guided=not options.uniform,
+        ),
     )
     run = {
         "size": size,

@@ -27,8 +27,8 @@ def command(run: Callable[..., int]) -> Callable[..., None]:
     Args:
         run: takes groups, options and, under the name ``context``, the command's context.
 
-    >>> from rgap.cli.options import Seed, WeighedJacobian
-    >>> def run(sent: WeighedJacobian, seed: Seed = 0) -> int:
+    >>> from rgap.cli.options import Seed, Sent
+    >>> def run(sent: Sent, seed: Seed = 0) -> int:
     ...     return 0
     >>> list(signature(command(run)).parameters)
     ['context', 'model', 'weights', 'update', 'batch_size', 'input_shape', 'noise', 'seed']

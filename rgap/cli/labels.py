@@ -10,7 +10,7 @@ import typer
 from rgap.cli.command import command
 from rgap.cli.console import print_json, stdout
 from rgap.cli.mending import Mending
-from rgap.cli.options import Arguments, Json, LabelMethod, WeighedJacobian, Work, either
+from rgap.cli.options import Arguments, Json, LabelMethod, Sent, Work, either
 from rgap.cli.spoken import options_of, spoken
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ __all__ = ["labels"]
 @command
 def labels(
     context: typer.Context,
-    sent: WeighedJacobian,
+    sent: Sent,
     mending: Mending,
     work: Work,
     method: Annotated[
@@ -64,7 +64,7 @@ def labels(
 
 
 def _estimate(
-    network: nn.Module, update: Update, method: str, sent: WeighedJacobian, arguments: Arguments
+    network: nn.Module, update: Update, method: str, sent: Sent, arguments: Arguments
 ) -> LabelEstimate:
     """One method's answer; ``exact`` inverts the update for the features that it needs."""
     import torch

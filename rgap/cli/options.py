@@ -36,8 +36,8 @@ __all__ = [
     "Running",
     "Sample",
     "Seed",
+    "Sent",
     "TimeLimit",
-    "WeighedJacobian",
     "Work",
     "check_output",
     "either",
@@ -200,7 +200,7 @@ class Sample(Network):
 
 
 @dataclass(frozen=True, kw_only=True)
-class WeighedJacobian(Network):
+class Sent(Network):
     """An update, the network that it was computed on, and what the update does not state."""
 
     panel: ClassVar[str] = "Network and update"
@@ -237,7 +237,7 @@ class WeighedJacobian(Network):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Labelled(WeighedJacobian):
+class Labelled(Sent):
     """An update whose labels may be known."""
 
     labels: Annotated[

@@ -42,9 +42,37 @@ class Position:
     marks: DescentMarks | None = None
 
 
+@dataclass(frozen=True)
+class Plan:
+    """How a pass goes down.
+
+    Attributes:
+        prior: of the data.
+        schedule: of its weight; its ``steps`` and ``target`` count once the kinks are sharp.
+        levels: of sharpness.
+        deadline: of ``time.perf_counter``, of the whole pass.
+        share: of the time left that softened stages may take.
+        project: on the admissible x.
+    """
+
+    prior: Prior
+    schedule: Schedule
+    levels: int
+    deadline: float
+    share: float = ANNEALING
+    project: Callable[[Tensor], Tensor] = lambda x: x
+
+
 def stages(schedule: Schedule, levels: int) -> list[tuple[float | None, Schedule]]:
-    """Sharpness of the kinks, None for the network's own, and schedule of every stage of a pass."""
-    weight, found = schedule.weight, list[tuple[float | None, Schedule]]()
+    """Sharpness β of the kinks, None for the network's own, and schedule of every stage of a pass.
+
+    β grows from BLUNT to SHARP and the weight of the prior falls by FADING, both geometrically.
+
+    Args:
+        schedule: weight of the prior at the first stage; steps and target of the last one.
+        levels: of sharpness before the network's own.
+    """
+    weight, softened = schedule.weight, list[tuple[float | None, Schedule]]()
     for level in range(levels + 1):
         here = replace(
             schedule,
@@ -54,23 +82,14 @@ def stages(schedule: Schedule, levels: int) -> list[tuple[float | None, Schedule
             steps=STEPS,
             target=0.0,
         )
-        found.append((BLUNT * (SHARP / BLUNT) ** (level / levels), here))
+        softened.append((BLUNT * (SHARP / BLUNT) ** (level / levels), here))
         weight = max(weight * FADING ** (1.0 / levels), schedule.lowest)
     last = replace(schedule, weight=weight, smoothing=min(schedule.smoothing, 10.0 * weight))
-    return [*found, (None, last)]
+    return [*softened, (None, last)]
 
 
 def anneal(
-    update: ModuleUpdate,
-    position: Position,
-    prior: Prior,
-    schedule: Schedule,
-    levels: int,
-    deadline: float,
-    *,
-    share: float = 1.0,
-    project: Callable[[Tensor], Tensor] = lambda x: x,
-    watch: Watch | None = None,
+    update: ModuleUpdate, position: Position, plan: Plan, watch: Watch | None = None
 ) -> Minimum:
     """What is left of one pass: the softened stages, then the network itself.
 
@@ -80,12 +99,7 @@ def anneal(
     Args:
         update: the equations.
         position: where to begin; kept up to date, so that what stops can be gone on with.
-        prior: of the data.
-        schedule: of its weight; its ``steps`` and ``target`` count once the kinks are sharp.
-        levels: of sharpness.
-        deadline: of ``time.perf_counter``, of the whole pass.
-        share: of the time left that softened stages may take.
-        project: on the admissible x.
+        plan: how it goes down.
         watch: told of every step; True stops the pass.
 
     Returns:
@@ -97,29 +111,31 @@ def anneal(
         position.x, position.marks = x, step.marks
         return watch is not None and bool(watch(step, x))
 
-    plan = stages(schedule, levels) if update.sharpness else [(None, schedule)]
-    last = len(plan) - 1
+    ahead: list[tuple[float | None, Schedule]] = [(None, plan.schedule)]
+    if update.sharpness:
+        ahead = stages(plan.schedule, plan.levels)
+    last = len(ahead) - 1
     now = time.perf_counter()
-    soft = now + share * (deadline - now)
+    soft = now + plan.share * (plan.deadline - now)
     steps: tuple[Step, ...] = ()
     number = position.stage
     while True:
-        sharpness, here = plan[number]
+        sharpness, here = ahead[number]
         now = time.perf_counter()
         if number < last and now >= soft:
-            final = plan[last][1]
-            plan[last] = (None, replace(final, weight=here.weight, smoothing=here.smoothing))
+            final = ahead[last][1]
+            ahead[last] = (None, replace(final, weight=here.weight, smoothing=here.smoothing))
             number = last
             continue
         if number != position.stage:
             position.stage, position.marks = number, None
-        here = replace(here, seconds=(soft if number < last else deadline) - now)
+        here = replace(here, seconds=(soft if number < last else plan.deadline) - now)
         with update.softened(sharpness):
-            found = gauss_newton(
-                update.at, position.x, prior, here,
-                project=project, watch=noted, marks=position.marks,
+            minimum = gauss_newton(
+                update.at, position.x, plan.prior, here,
+                project=plan.project, watch=noted, marks=position.marks,
             )  # fmt: skip
-        position.x, steps = found.value, (*steps, *found.steps)
-        if number == last or found.ended == STOPPED:
-            return replace(found, steps=steps)
+        position.x, steps = minimum.value, (*steps, *minimum.steps)
+        if number == last or minimum.ended == STOPPED:
+            return replace(minimum, steps=steps)
         number += 1

@@ -18,7 +18,7 @@ from math import isfinite
 import torch
 from torch import Tensor
 
-from rgap.completion.annealing import ANNEALING, TRAPPED, Position, Watch, anneal
+from rgap.completion.annealing import TRAPPED, Plan, Position, Watch, anneal
 from rgap.constraints.known_input import Bounded, Equations, KnownPart, PlainRows, Whole
 from rgap.jacobian.module_update import KnownFeatures, ModuleUpdate
 from rgap.network.activations import Activation
@@ -180,12 +180,10 @@ def complete(
         late = time.perf_counter() > deadline
         if best is not None and (best.misfit <= TRAPPED or late or not isfinite(best.misfit)):
             break
-        found = anneal(
-            update, Position(start), prior, schedule, levels, deadline,
-            share=ANNEALING, project=project, watch=watch,
-        )  # fmt: skip
-        steps = (*steps, *found.steps)
-        best = found if best is None or found.misfit < best.misfit else best
+        plan = Plan(prior, schedule, levels, deadline, project=project)
+        minimum = anneal(update, Position(start), plan, watch)
+        steps = (*steps, *minimum.steps)
+        best = minimum if best is None or minimum.misfit < best.misfit else best
     assert best is not None
     return replace(best, steps=steps)
 
@@ -193,7 +191,14 @@ def complete(
 def grey(
     batch: int, shape: Sequence[int], value_range: tuple[float, float] | None, seed: int
 ) -> Tensor:
-    """The middle of the range and a little noise, [B, *shape]."""
+    """The middle of the range and a little noise, [B, *shape], float64.
+
+    Args:
+        batch: B.
+        shape: of one sample.
+        value_range: of the data; [0, 1] for None.
+        seed: of the noise.
+    """
     low, high = value_range or (0.0, 1.0)
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(batch, *shape, generator=generator, dtype=torch.float64)

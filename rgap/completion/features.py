@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -39,17 +39,45 @@ LATE = 1.05  # share of its time after which a part ends, wherever it is
 PROBE = 5  # steps after which their number is fitted to the time
 
 
+@dataclass(frozen=True)
+class Suggestion:
+    """What a suggested batch is to be like, and how long it may take.
+
+    Attributes:
+        shape: of the batch.
+        prior: of the data.
+        value_range: of the data, kept; None for none.
+        seconds: to spend, about.
+        seed: of the start.
+    """
+
+    shape: tuple[int, ...]
+    prior: Prior
+    value_range: tuple[float, float] | None
+    seconds: float
+    seed: int = 0
+
+    @property
+    def width(self) -> float:
+        """Of the range."""
+        low, high = self.value_range or (0.0, 1.0)
+        return high - low
+
+    def start(self, number: int) -> Tensor:
+        """Noise about the middle of the range, float32."""
+        low, high = self.value_range or (0.0, 1.0)
+        generator = torch.Generator().manual_seed(self.seed + number)
+        noise = torch.randn(self.shape, generator=generator)
+        return noise * NOISE * (high - low) + (low + high) / 2
+
+
 def coarse(
     model: nn.Module,
     gradients: Mapping[str, Tensor],
     source: KnownFeatures | ClientLoss,
-    shape: tuple[int, ...],
-    prior: Prior,
-    value_range: tuple[float, float] | None,
-    seconds: float,
+    wanted: Suggestion,
     *,
     follow: bool = True,
-    seed: int = 0,
 ) -> Tensor:
     """The batch that known features, the directions of gradients and a prior suggest; no more.
 
@@ -57,15 +85,13 @@ def coarse(
         model: the network.
         gradients: the update.
         source: the loss; or features, :class:`Standardised`, with the cotangent there.
-        shape: of the batch.
-        prior: of the data.
-        value_range: of the data, kept; None for none.
-        seconds: to spend, about.
+        wanted: shape, prior and range of the batch, and the time.
         follow: False where the features are not certain and the cotangent is not known: they alone.
-        seed: of the start.
+
+    Returns:
+        [B, *input_shape], float64; certified by nothing.
     """
-    deadline = time.perf_counter() + seconds
-    low, high = value_range or (0.0, 1.0)
+    deadline = time.perf_counter() + wanted.seconds
     parts: tuple[int, ...] = (1,)
     vague = True
     if isinstance(source, KnownFeatures):
@@ -73,11 +99,10 @@ def coarse(
         vague, parts = source.known.places == 1, (0, 1) if follow else (0,)
         known, cotangent = source.known.to(torch.float32), source.cotangent.float()
         source = replace(source, known=known, cotangent=cotangent)
-    update = ModuleUpdate(model, gradients, source, shape, torch.float32)
-    starts, found = STARTS if vague or not follow else 1, list[Tensor]()
+    update = ModuleUpdate(model, gradients, source, wanted.shape, torch.float32)
+    starts, ends = STARTS if vague or not follow else 1, list[Tensor]()
     for start in range(starts):
-        generator = torch.Generator().manual_seed(seed + start)
-        x = torch.randn(shape, generator=generator) * NOISE * (high - low) + (low + high) / 2
+        x = wanted.start(start)
         x = x.to(next(iter(update.gradients.values()))) if update.gradients else x
         with small_kernels(convolution_work(update.model, x)):
             for part in parts:
@@ -86,40 +111,32 @@ def coarse(
                 first = WEIGHTS[0] if follow else NEARLY
                 weight = (first, POOLED if vague else WEIGHTS[1])[part]
                 share = left if part == parts[-1] else (BRIEF if vague else 0.5) * left
-                x = _descended(update, x, prior, value_range, part, rate, weight, share)
-        found.append(x.double())
-    return torch.stack(found).mean(0)
+                x = _descended(update, x, replace(wanted, seconds=share), part, rate, weight)
+        ends.append(x.double())
+    return torch.stack(ends).mean(0)
 
 
 def _descended(
-    update: ModuleUpdate,
-    x: Tensor,
-    prior: Prior,
-    value_range: tuple[float, float] | None,
-    part: int,
-    rate: float,
-    weight: float,
-    seconds: float,
+    update: ModuleUpdate, x: Tensor, wanted: Suggestion, part: int, rate: float, weight: float
 ) -> Tensor:
     """One part of the way; its steps are fitted to the time."""
-    low, high = value_range or (0.0, 1.0)
     began, total, shape = time.perf_counter(), STEPS[part], x.shape
-    rate *= high - low
+    rate *= wanted.width
     state, row, number = RULE.begin(x.reshape(1, -1)), x.reshape(1, -1), 0
     while number < total:
         at = row.reshape(shape).requires_grad_()
         with torch.enable_grad():
             value = update.direction(at, FEATURES) if part else update.features(at)
             slope = torch.autograd.grad(value, at)[0]
-        slope = slope + weight * prior.gradient(at.detach())
+        slope = slope + weight * wanted.prior.gradient(at.detach())
         row, state = RULE.step(
             row.detach(), slope.reshape(1, -1), state, rate * RULE.length(number, total)
         )
-        row = row if value_range is None else row.clamp(low, high)
+        row = row if wanted.value_range is None else row.clamp(*wanted.value_range)
         number += 1
         spent = time.perf_counter() - began
         if number == PROBE:
-            total = max(PROBE + 1, min(total, int(PROBE * seconds / max(spent, 1e-9))))
-        if spent > LATE * seconds:
+            total = max(PROBE + 1, min(total, int(PROBE * wanted.seconds / max(spent, 1e-9))))
+        if spent > LATE * wanted.seconds:
             break
     return row.detach().reshape(shape)

@@ -12,14 +12,14 @@ the solution make the pool linear: values and cotangents at their places, nothin
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import inf
 
 import torch
 from torch import Tensor, nn
 
-from rgap.completion.annealing import Position, anneal
+from rgap.completion.annealing import Plan, Position, anneal
 from rgap.completion.complete import grey
 from rgap.constraints.known_input import Where
 from rgap.jacobian.module_update import KnownFeatures, ModuleUpdate
@@ -28,7 +28,7 @@ from rgap.network.affine import Affine
 from rgap.network.chain import Chain
 from rgap.network.reshape import Op
 from rgap.precision import UNKNOWN, Estimate
-from rgap.solvers.gauss_newton import Schedule, Step
+from rgap.solvers.gauss_newton import Schedule
 from rgap.solvers.priors import Squares, TotalVariation
 
 PASSES = (8, 40, 100)  # levels of the first try and of those after it
@@ -77,76 +77,119 @@ class _Step(nn.Module):
         return self._op.forward(x)
 
 
+@dataclass(frozen=True)
+class PooledStage:
+    """A max-pool of which what comes out is known, and the layer below it.
+
+    Attributes:
+        chain: the stages of the network.
+        index: of the stage with the pool in its lead.
+        pool: of that lead.
+        output: û, [B, *pool.out_shape].
+        cotangent: κ there.
+    """
+
+    chain: Chain
+    index: int
+    pool: Op
+    output: Estimate
+    cotangent: Estimate
+
+    def equations(self, model: nn.Module, gradients: Mapping[str, Tensor]) -> ModuleUpdate | None:
+        """The update of the layer below alone, as a function of the input of its affine map.
+
+        None where there is no layer between it and the data, or the pool is no max-pool.
+
+        Args:
+            model: the network, whose modules the kinks are.
+            gradients: the update, float64.
+        """
+        if self.index < 2:
+            return None
+        below = self.chain.stages[self.index - 1]
+        names = (("weight", below.affine.weight_name), ("bias", below.affine.bias_name))
+        held = [(part, name) for part, name in names if name is not None and name in gradients]
+        sent = {f"affine.{part}": gradients[name] for part, name in held}
+        modules = dict(model.named_modules())
+        if self.pool.name not in modules or not rounded(modules[self.pool.name]):
+            return None
+        network = nn.Sequential()
+        network.add_module("affine", _Layer(below.affine))
+        for number, op in enumerate(self.steps):
+            own = modules.get(op.name)
+            network.add_module(f"step{number}", own if own and rounded(own) else _Step(op))
+        network.add_module(LAST, nn.Identity())
+        if sent["affine.weight"].shape != below.affine.weight.shape:
+            return None
+        value = self.output.value
+        known = Where(value, self.output.known)
+        source = KnownFeatures(LAST, tuple(value.shape), known, self.cotangent.value)
+        return ModuleUpdate(network, sent, source, (len(value), *below.affine.in_shape))
+
+    @property
+    def steps(self) -> list[Op]:
+        """From the affine map of the layer below through the pool."""
+        lead = self.chain.stages[self.index].lead
+        return [*self.chain.stages[self.index - 1].tail, *lead[: lead.index(self.pool) + 1]]
+
+    def placed(self, u: Tensor) -> tuple[Estimate, Estimate]:
+        """Values and cotangents at the entries that the pool picks where the layer takes in u."""
+        x = self.chain.stages[self.index - 1].affine.forward(u)
+        for op in self.steps[:-1]:
+            x = op.forward(x)
+        pool, output = self.pool, self.output
+        # Windows that overlap may share a winner: what they know of it is one and the same value.
+        known = output.known.to(x)
+        count = pool.pull(x, known)
+        won = count > 0
+        share = torch.where(won, 1.0 / count.clamp_min(1.0), 0.0)
+
+        def back(values: Tensor) -> Tensor:
+            return share * pool.pull(x, values)
+
+        error = torch.stack([back(known * e) for e in output.error])
+        error = torch.where(won, error, torch.full_like(error, UNKNOWN))
+        spread = torch.stack([pool.pull(x, e) for e in self.cotangent.error])
+        pulled = Estimate(pool.pull(x, self.cotangent.value), spread)
+        return Estimate(back(known * output.value), error), pulled
+
+
 def find_winners(
     model: nn.Module,
-    chain: Chain,
+    stage: PooledStage,
     gradients: Mapping[str, Tensor],
-    index: int,
-    pool: Op,
-    output: Estimate,
-    cotangent: Estimate,
     seconds: float,
+    *,
     seed: int = 0,
     surplus: float = 0.0,
-    watch: Callable[[Step], None] = lambda step: None,
 ) -> PoolSearch | None:
     """Search the winners of a pool by the equations of the stage below it.
 
     Args:
         model: the network, whose modules the kinks are.
-        chain: its stages.
+        stage: with the pool in its lead.
         gradients: the update, float64.
-        index: of the stage with the pool in its lead.
-        pool: of that lead.
-        output: û, [B, *pool.out_shape].
-        cotangent: κ there.
         seconds: to spend.
         seed: of the start.
         surplus: equations that it takes to begin, in multiples of the unknowns.
-        watch: told of every step.
 
     Returns:
         How it ended; None where it was not begun: other steps than max-pools, a pool of the data,
         or of the layer at the data, which a completion searches with its prior.
     """
     deadline = time.perf_counter() + seconds
-    if index < 2:
+    equations = stage.equations(model, gradients)
+    if equations is None:
         return None
-    below, above = chain.stages[index - 1], chain.stages[index]
-    sent = {
-        f"affine.{part}": gradients[name]
-        for part, name in (("weight", below.affine.weight_name), ("bias", below.affine.bias_name))
-        if name is not None and name in gradients
-    }
-    steps = [*below.tail, *above.lead[: above.lead.index(pool) + 1]]
-    modules = dict(model.named_modules())
-    if pool.name not in modules or not rounded(modules[pool.name]):
-        return None
-    network = nn.Sequential()
-    network.add_module("affine", _Layer(below.affine))
-    for number, op in enumerate(steps):
-        held = modules.get(op.name)
-        network.add_module(f"step{number}", held if held and rounded(held) else _Step(op))
-    network.add_module(LAST, nn.Identity())
-    shape = (len(output.value), *below.affine.in_shape)
-    if sent["affine.weight"].shape != below.affine.weight.shape:
-        return None
-    known = Where(output.value, output.known)
-    source = KnownFeatures(LAST, tuple(output.value.shape), known, cotangent.value)
-    equations = ModuleUpdate(network, sent, source, shape)
-    start = grey(shape[0], shape[1:], None, seed).to(output.value)
+    output, shape = stage.output, stage.chain.stages[stage.index - 1].affine.in_shape
+    start = grey(len(output.value), shape, None, seed).to(output.value)
     if equations.equations < surplus * start.numel():
         return None
-    size = float(output.value[output.known].abs().mean()) if known.equations else 1.0
-    u, met = _solve(
-        equations, 2.0 * size * start, size, _positive(chain, index - 1), deadline, watch
-    )
-    if not met:
-        return PoolSearch(u, None)
-    x = below.affine.forward(u)
-    for op in steps[:-1]:
-        x = op.forward(x)
-    return PoolSearch(u, _placed(pool, x, output, cotangent))
+    some = bool(output.known.any())
+    size = float(output.value[output.known].abs().mean()) if some else 1.0
+    positive = _positive(stage.chain, stage.index - 1)
+    u, met = _solve(equations, 2.0 * size * start, size, positive, deadline)
+    return PoolSearch(u, stage.placed(u) if met else None)
 
 
 def _positive(chain: Chain, index: int) -> bool:
@@ -156,12 +199,7 @@ def _positive(chain: Chain, index: int) -> bool:
 
 
 def _solve(
-    equations: ModuleUpdate,
-    start: Tensor,
-    size: float,
-    positive: bool,
-    deadline: float,
-    watch: Callable[[Step], None],
+    equations: ModuleUpdate, start: Tensor, size: float, positive: bool, deadline: float
 ) -> tuple[Tensor, bool]:
     """Anneal ever more slowly until the equations are met: the nearest input, and if it does."""
     picture = start.ndim > 2
@@ -170,39 +208,13 @@ def _solve(
     def project(u: Tensor) -> Tensor:
         return u.clamp_min(0.0) if positive else u
 
-    def told(step: Step, _: Tensor) -> None:
-        watch(step)
-
     equations.balance(start)
     best, lowest = start, inf
     for levels in PASSES:
-        found = anneal(
-            equations, Position(start), prior, Schedule(products=PRODUCTS), levels, deadline,
-            project=project, watch=told,
-        )  # fmt: skip
-        if found.misfit < lowest:
-            best, lowest = found.value, found.misfit
+        plan = Plan(prior, Schedule(products=PRODUCTS), levels, deadline, 1.0, project)
+        minimum = anneal(equations, Position(start), plan)
+        if minimum.misfit < lowest:
+            best, lowest = minimum.value, minimum.misfit
         if lowest <= FOUND or time.perf_counter() > deadline:
             break
     return best, lowest <= FOUND
-
-
-def _placed(
-    pool: Op, x: Tensor, output: Estimate, cotangent: Estimate
-) -> tuple[Estimate, Estimate]:
-    """Values and cotangents at the entries of x that the pool picks."""
-    # Windows that overlap may share a winner: what they know of it is one and the same value.
-    count = pool.pull(x, output.known.to(x))
-    won = count > 0
-    share = torch.where(won, 1.0 / count.clamp_min(1.0), 0.0)
-
-    def back(values: Tensor) -> Tensor:
-        return share * pool.pull(x, values)
-
-    known = output.known.to(x)
-    error = torch.stack([back(known * e) for e in output.error])
-    value = Estimate(
-        back(known * output.value), torch.where(won, error, torch.full_like(error, UNKNOWN))
-    )
-    spread = torch.stack([pool.pull(x, e) for e in cotangent.error])
-    return value, Estimate(pool.pull(x, cotangent.value), spread)

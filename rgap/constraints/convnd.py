@@ -54,8 +54,8 @@ def taps(
         line = line.reshape(shape)
         position = position * size + line
         inside = inside & (line >= 0)
-    found = torch.where(inside, position, -1)
-    return found.reshape(prod(geometry.kernel), prod(out[:dims]))
+    index = torch.where(inside, position, -1)
+    return index.reshape(prod(geometry.kernel), prod(out[:dims]))
 
 
 def columns(affine: Affine, read_only: bool, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -246,11 +246,11 @@ def _add_pairs(scaled: Tensor, weight: Tensor, table: Tensor, into: Tensor) -> N
 def _differences(kernel: tuple[int, ...]) -> list[list[tuple[int, int]]]:
     """Pairs i ≤ j of flat kernel offsets, gathered by their difference."""
     offsets = list(product(*(range(k) for k in kernel)))
-    found: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+    by_step: dict[tuple[int, ...], list[tuple[int, int]]] = {}
     for (i, first), (j, second) in combinations_with_replacement(enumerate(offsets), 2):
         step = tuple(b - a for a, b in zip(first, second, strict=True))
-        found.setdefault(step, []).append((i, j))
-    return list(found.values())
+        by_step.setdefault(step, []).append((i, j))
+    return list(by_step.values())
 
 
 def _geometry(affine: Affine) -> Geometry:

@@ -184,7 +184,7 @@ class KnownPart:
         kronecker = gradient_constraint(affine, k.value)
         groups, rows, size = kronecker.matrix.shape
         left, spectrum, right = torch.linalg.svd(kronecker.matrix, full_matrices=False)
-        noise = _relative(kronecker, k, precision)
+        noise = matrix_noise(kronecker, k, precision)
         cutoff = resolve_rcond(None, (rows, size), noise=noise)
         kept = torch.zeros_like(spectrum)
         for g, values in enumerate(spectrum):
@@ -207,8 +207,8 @@ class KnownPart:
         gap = target - coupling.apply(start.lifted(table)[None])[0] * active
         std = (z.std.flatten() * active).nan_to_num(0.0, posinf=0.0)
         weight_blur = (rest.square() @ std.square()).sqrt()
-        found = cls(affine, coupling, active, basis, rest, table, rest @ gap, table[:0, 0])
-        return found.weighed(torch.cat([blur.flatten(), weight_blur]))
+        part = cls(affine, coupling, active, basis, rest, table, rest @ gap, table[:0, 0])
+        return part.weighed(torch.cat([blur.flatten(), weight_blur]))
 
     def weighed(self, std: Tensor) -> KnownPart:
         """The same with weights 1/√(s² + s̄²), relative to the best-known equation."""
@@ -365,8 +365,8 @@ class Bounded:
         return torch.cat([self.rows.misfit(u), over.flatten()])
 
 
-def _relative(kronecker: Kronecker, k: Estimate, precision: Precision) -> float:
-    """Norm of the error of K over the norm of K."""
+def matrix_noise(kronecker: Kronecker, k: Estimate, precision: Precision) -> float:
+    """Norm of the error of K over the norm of K, for rank decisions."""
     _, rows, size = kronecker.matrix.shape
     scale = float(kronecker.spectra.max())
     entry = float(k.error.square().mean().sqrt() + precision.unit * k.value.square().mean().sqrt())

@@ -1,10 +1,10 @@
-"""Ranks of one stage's equations: gradient block, weight block, and both together."""
+"""Ranks of one stage's equations: gradient block, weight block, what both share, and together."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from math import inf, prod
+from math import prod
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from rgap.solvers.subspace import RowSpace, full_column_rank, row_space
 
 LARGE = 32  # filters per group up to which the span of the shared equations is measured
 ROOM = 5e7  # entries up to which the shared equations are written down
+LARGEST = 2048  # of their products that are compared; fewer leave a bound a bound
+CHUNK = 16  # products formed at a time
 
 
 def weight_row_spaces(affine: Affine, active: Tensor) -> list[RowSpace]:
@@ -30,14 +32,11 @@ def weight_row_spaces(affine: Affine, active: Tensor) -> list[RowSpace]:
     Returns:
         One row space per sample, basis [rank, C·positions] in the order of ``in_shape``.
     """
-    known: dict[bytes, RowSpace] = {}  # samples mostly have the same units on
-    found = []
-    for mask in active.flatten(1).cpu():
-        key = mask.numpy().tobytes()
-        if key not in known:
-            known[key] = _row_space(affine, None if bool(mask.all()) else mask)
-        found.append(known[key])
-    return found
+    masks = {mask.numpy().tobytes(): mask for mask in active.flatten(1).cpu()}
+    known = {
+        key: _row_space(affine, None if bool(mask.all()) else mask) for key, mask in masks.items()
+    }  # samples mostly have the same units on
+    return [known[mask.numpy().tobytes()] for mask in active.flatten(1).cpu()]
 
 
 def _row_space(affine: Affine, mask: Tensor | None) -> RowSpace:
@@ -80,7 +79,7 @@ def _full_on_what_is_read(affine: Affine, mask: Tensor | None, on: int) -> RowSp
     if extremes is None:
         return None
     basis = torch.eye(used, dtype=gram.dtype, device=gram.device)
-    return _spread(basis, read, Rank(used, size, 0.0, inf, *extremes, used))
+    return _spread(basis, read, Rank.full(used, extremes))
 
 
 def _spread(basis: Tensor, read: Tensor, rank: Rank) -> RowSpace:
@@ -120,7 +119,9 @@ def stage_joint_rank(
     fixed = sum(space.rank.rank for space, done in zip(weight, settled, strict=True) if done)
     if all(settled):
         worst = min(weight, key=lambda space: space.rank.smallest).rank
-        return Rank(fixed, total, 0.0, worst.gap, worst.largest, worst.smallest, fixed)
+        return Rank.agreed(
+            fixed, total, gap=worst.gap, largest=worst.largest, smallest=worst.smallest
+        )
     open_ones = [b for b, done in enumerate(settled) if not done]
     if len(open_ones) < batch:
         matrix = gradient.matrix
@@ -214,16 +215,11 @@ def shared_products(affine: Affine, cotangent: Tensor) -> Iterator[Tensor]:
     """
     groups = 1 if affine.geometry is None else affine.geometry.groups
     per_group = affine.out_shape[0] // groups
-    for group in range(groups):
-        own = range(group * per_group, (group + 1) * per_group)
-        vectors = []
-        for target in own:
-            placed = cotangent.new_zeros(per_group, *cotangent.shape)
-            for row, source in enumerate(own):
-                placed[row, :, target] = cotangent[:, source]
-            out = affine.adjoint(placed.flatten(0, 1))
-            vectors.append(out.reshape(per_group, len(cotangent), *affine.in_shape))
-        yield torch.cat(vectors)
+    every = torch.arange(affine.out_shape[0], device=cotangent.device)
+    for own in torch.split(every, per_group):
+        parts = torch.split(torch.cartesian_prod(own, own), per_group)
+        vectors = torch.cat([_products(affine, cotangent, part) for part in parts])
+        yield vectors.reshape(-1, len(cotangent), *affine.in_shape)
 
 
 def overlap_bound(affine: Affine, cotangent: Tensor, rcond: float = 1e-10) -> int:
@@ -256,3 +252,50 @@ def overlap_bound(affine: Affine, cotangent: Tensor, rcond: float = 1e-10) -> in
         values = torch.linalg.eigvalsh(gram * scale[:, None] * scale[None, :])
         total += int((values > rcond * values.max()).sum())
     return total
+
+
+def shared_equations(
+    affine: Affine, cotangent: Tensor, active: Tensor, rcond: float = 1e-10
+) -> int:
+    """Dimension of span{W_fᵀ k_f' : supp k_f' ⊆ active(f), f and f' of one group}.
+
+    Every such vector is in both row spaces, because Σ_u w_f(u) (K_f' x)_u = ⟨k_f', W_f x⟩ and all
+    rows of W_f that this reads are known; so ``joint rank ≤ rank K + rank W − dimension``.  A unit
+    that is off leaves its row of W_f out, and only filters f that are on wherever f' is keep
+    their product: f = f' always does.
+
+    Args:
+        affine: the layer.
+        cotangent: k, [B, *out_shape].
+        active: True where z is known, [B, *out_shape].
+        rcond: relative cutoff for the dimension.
+    """
+    if bool(active.all()):
+        return overlap_bound(affine, cotangent)
+    k = cotangent.transpose(0, 1).flatten(1)
+    support = k != 0
+    off = ~active.transpose(0, 1).flatten(1)
+    covered = (off.double() @ support.double().T) == 0
+    groups = 1 if affine.geometry is None else affine.geometry.groups
+    group = torch.arange(len(k), device=k.device) * groups // len(k)
+    usable = covered & (group[:, None] == group[None, :]) & support.any(1)
+    pairs = usable.nonzero()
+    if len(pairs) > LARGEST:
+        pairs = pairs[pairs[:, 0] == pairs[:, 1]][:LARGEST]
+    if not len(pairs):
+        return 0
+    products = torch.cat([_products(affine, cotangent, part) for part in torch.split(pairs, CHUNK)])
+    products = products / products.norm(dim=1, keepdim=True).clamp_min(1e-300)
+    values = torch.linalg.eigvalsh(products @ products.T)
+    return int((values > rcond * values.max()).sum())
+
+
+def _products(affine: Affine, cotangent: Tensor, pairs: Tensor) -> Tensor:
+    """W_fᵀ k_f' for pairs (f, f'), [pairs, B·n]."""
+    if affine.geometry is None:
+        rows = cotangent.T[pairs[:, 1]][:, :, None] * affine.weight[pairs[:, 0]][:, None, :]
+        return rows.flatten(1)
+    placed = cotangent.new_zeros(len(pairs), *cotangent.shape)
+    for row, (own, source) in enumerate(pairs.tolist()):
+        placed[row, :, own] = cotangent[:, source]
+    return affine.adjoint(placed.flatten(0, 1)).reshape(len(pairs), -1)

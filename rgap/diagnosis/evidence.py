@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -19,6 +20,7 @@ from rgap.network.affine import Affine, linear
 from rgap.network.agreement import fitting_shape
 from rgap.network.chain import Chain, parse
 from rgap.network.isolation import untouched
+from rgap.network.watching import LayerCall, watched
 from rgap.precision import Precision
 from rgap.rounding import ABSENT
 from rgap.update.losses import Loss
@@ -77,6 +79,8 @@ class Evidence:
         outputs: of the model on the probes; None where it could not be run.
         deadline: ``time.perf_counter()`` after which no further trial begins.
         usual: root mean square of the gradients of one of several samples, by parameter name.
+        presumed: the batch size is not stated, and 1 because the head shows one sample; copies of
+            it, and samples whose cotangent vanishes, show none.
         tested: kinds that some trial could have shown.
     """
 
@@ -92,6 +96,7 @@ class Evidence:
     outputs: Tensor | None
     deadline: float
     usual: Mapping[str, float] = field(default_factory=dict)
+    presumed: bool = False
     tested: set[Kind] = field(default_factory=set)
 
     @property
@@ -279,28 +284,24 @@ def _run(model: nn.Module, shape: tuple[int, ...]) -> tuple[tuple[Call, ...], Te
     like = next(twin.parameters())
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(PROBES, *shape, generator=generator, dtype=torch.float64).to(like.device)
-    names = {id(m): n for n, m in twin.named_modules() if not list(m.children())}
+    leaves = {n: m for n, m in twin.named_modules() if not list(m.children())}
     noted: list[Call] = []
 
-    def note(module: nn.Module, args: tuple[object, ...], made: object) -> None:
-        given = args[0] if args else None
-        if isinstance(given, Tensor) and isinstance(made, Tensor):
-            ends = (given.detach(), made.detach())
-            noted.append(Call(names[id(module)], module, *ends, first=not given.requires_grad))
+    def note(call: LayerCall) -> None:
+        if call.args and call.tensors:
+            u, z = call.tensors
+            noted.append(
+                Call(call.name, call.module, u.detach(), z.detach(), first=not u.requires_grad)
+            )
 
     try:
-        with torch.enable_grad(), untouched(twin, hooks=False):
-            for module in twin.modules():
-                if id(module) in names:
-                    module.register_forward_hook(note)
+        with torch.enable_grad(), untouched(twin, hooks=False), watched(leaves, leave=note):
             outputs = twin(x)
     except Exception:  # a model that wants other inputs is no mistake of the update
         return (), None
     if not isinstance(outputs, Tensor):
         return (), None
-    count: dict[str, int] = {}
-    for call in noted:
-        count[call.name] = count.get(call.name, 0) + 1
+    count = Counter(call.name for call in noted)
     uses = _uses(outputs)
     once = tuple(
         c

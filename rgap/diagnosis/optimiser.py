@@ -26,7 +26,7 @@ MOST = 0.9  # of the entries, that are so near
 PEAKS = 0.02  # relative distance between the largest entries of any two tensors
 FULL = 0.5  # of the largest entry, above which there are
 SHARE = 0.3  # of the entries, where the largest of every tensor are alike
-LOUD = 3.0  # times its noise, above which an entry is seen
+LOUD = 1.0 / ALIKE  # times its noise, above which an entry's magnitude is seen as well as that
 LINE = (
     "rgap.Update({n: optimizer.state[p]['exp_avg'] / (1 - beta1) for n, p in "
     "model.named_parameters()}) on the client after Adam's first step, or have it take one of "
@@ -65,7 +65,7 @@ def read(update: Update) -> Finding | None:
     near = sum(s.near * s.count for s in sizes) / count
     full = sum(s.full * s.count for s in sizes) / count
     middles, peaks = [s.middle for s in sizes], [s.peak for s in sizes]
-    if min(s.near for s in sizes) >= MOST:
+    if all(s.near >= MOST and FULL * s.peak < s.middle for s in sizes):
         said = (
             f"{100 * near:.1f} % of {count} entries have one magnitude, {sizes[0].middle:.4g} in "
             f"'{sizes[0].name}' and {min(middles):.4g} to {max(middles):.4g} in {len(sizes)} "
@@ -85,9 +85,9 @@ def read(update: Update) -> Finding | None:
 
 def _sizes(name: str, g: Tensor, noise: Mapping[str, Tensor]) -> Sizes | None:
     """Of the entries that stand out of their noise; None for too few."""
-    values = g.detach().abs().flatten()
+    values = g.detach().abs().flatten().double()  # where noise of half precision is none either
     floor = noise[name].to(values).flatten() * LOUD if name in noise else 0.0
-    values = values[values > floor].double()
+    values = values[values > floor]
     if len(values) < FEWEST:
         return None
     peak, middle = float(values.max()), float(values.median())

@@ -27,6 +27,7 @@ from rgap.diagnosis import (
 from rgap.diagnosis.evidence import Evidence, gather
 from rgap.diagnosis.finding import Check, Finding, Kind
 from rgap.precision import Precision
+from rgap.update import targets
 from rgap.update.update import Update
 
 EXPLAIN = frozenset(
@@ -76,8 +77,9 @@ def check(
         A :class:`Check`; ``best`` is the clearest finding, ``ok`` says that there is none.
 
     Raises:
-        TypeError: no module, or no update.
-        ValueError: a batch size below 1, noise that is none.
+        TypeError: no module, no update, or an argument that is none of its kind.
+        ValueError: a batch size below 1, noise or a time that is none, labels that are none of the
+            loss's.
 
     >>> import dataclasses, rgap, torch
     >>> model = rgap.models.mlp((32, 32), classes=5, seed=0)
@@ -97,74 +99,81 @@ def check(
             f"update: expected an Update, got {type(update).__name__}; write rgap.Update(gradients)"
         )
     validation.noise(noise)
-    if batch_size is not None:
-        validation.count("batch_size", batch_size)
-    size = update.batch_size if batch_size is None else batch_size
+    validation.seconds("time_limit", time_limit)
+    size = update.batch_size if batch_size is None else validation.count("batch_size", batch_size)
     if input_shape is not None:
         input_shape = validation.shape(input_shape)
     known = update.labels if labels is None else validation.labels(labels, size)
     if size is None and known is not None:
         size = len(known)
+    seed = validation.seed(seed)
     tested: set[Kind] = {Kind.NAMES}
-    deadline = began + time_limit
-    found = _examine(model, update, size, known, input_shape, noise, seed, deadline, tested)
-    tested |= {finding.kind for finding in found}
-    ranked = tuple(sorted(found, key=lambda finding: -finding.strength))
+    renamed, misnamed = names.mended(model, update)
+    findings = [misnamed] if misnamed else []
+    if renamed is not None:
+        tested.update((Kind.PARAMETERS, Kind.COMPRESSION, Kind.PRECISION))
+        weights_sent = parameters.sent(model, renamed)
+        if weights_sent is not None:
+            findings.append(weights_sent)
+        else:
+            rounded = values.rounded(renamed)
+            plain, update = renamed, renamed.as_rounded()[0]
+            precision = Precision(update.dtype, noise, seed=seed, entries=update.noise or {})
+            deadline = began + time_limit
+            evidence = gather(model, update, size, known, input_shape, precision, deadline)
+            _require_targets(evidence)
+            findings += _examine(model, evidence, plain, rounded)
+            tested |= evidence.tested
+    tested |= {finding.kind for finding in findings}
+    ranked = tuple(sorted(findings, key=lambda finding: -finding.strength))
     return Check(ranked, frozenset(tested), time.perf_counter() - began)
 
 
+def _require_targets(evidence: Evidence) -> None:
+    """Raise unless stated targets are those of the loss and of the model's outputs."""
+    loss, known, outputs = evidence.update.loss, evidence.labels, evidence.outputs
+    if known is None or outputs is None or loss.own or not loss.known:
+        return
+    try:
+        targets.check(
+            loss.name, loss.targets, outputs[:1].expand(len(known), *outputs.shape[1:]), known
+        )
+    except (TypeError, ValueError) as error:
+        words = str(error).replace("targets:", "labels:", 1)
+        raise type(error)(f"{words} Or write labels=None to have them found.") from None
+
+
 def _examine(
-    model: nn.Module,
-    update: Update,
-    size: int | None,
-    known: Tensor | None,
-    shape: tuple[int, ...] | None,
-    added: float,
-    seed: int,
-    deadline: float,
-    tested: set[Kind],
+    model: nn.Module, evidence: Evidence, plain: Update, rounded: Finding | None
 ) -> list[Finding]:
-    found: list[Finding] = []
-    renamed, finding = names.mended(model, update)
-    found += [finding] if finding else []
-    if renamed is None:
-        return found
-    update = renamed
-    tested.update((Kind.PARAMETERS, Kind.COMPRESSION, Kind.PRECISION))
-    weights_sent = parameters.sent(model, update)
-    if weights_sent is not None:
-        return [*found, weights_sent]
-    rounded, plain = values.rounded(update), update
-    if rounded is not None:
-        update = update.as_rounded()[0]
-    precision = Precision(update.dtype, added, seed=seed, entries=update.noise or {})
-    evidence = gather(model, update, size, known, shape, precision, deadline)
-    tested.add(Kind.OPTIMISER)
+    """The trials of an update under the model's names.
+
+    Args:
+        model: the caller's.
+        evidence: of the update, with what its format rounds.
+        plain: the update as it was sent.
+        rounded: the finding that its values have a format of their own, or None.
+    """
+    evidence.tested.add(Kind.OPTIMISER)
     compressed = values.compressed(replace(evidence, update=plain))
-    stepped = optimiser.read(plain)
+    stepped = optimiser.read(evidence.update)
     if compressed is not None:
-        rivals = (Kind.OPTIMISER,) if stepped else ()
-        return [*found, replace(compressed, rivals=rivals)]
-    found += [rounded] if rounded else []
+        return [replace(compressed, rivals=(Kind.OPTIMISER,) if stepped else ())]
+    findings = [rounded] if rounded else []
     if stepped is not None and (rounded is None or rounded.kind is Kind.PRECISION):
-        return [*found, stepped]
-    found += silent.read(model, evidence)
-    if update.local_steps > 1 or not evidence.gradients:
-        return found
-    found += _equations(evidence)
-    tested |= evidence.tested
-    return found
+        return [*findings, stepped]
+    findings += silent.read(model, evidence)
+    if evidence.update.local_steps > 1 or not evidence.gradients:
+        return findings
+    return findings + _equations(evidence)
 
 
 def _equations(evidence: Evidence) -> list[Finding]:
     """The trials that need the network."""
     if evidence.batch is None:
-        alone = samples.single(evidence)
-        if alone is None or alone.rest > SAME * evidence.unit:
-            return mode.read(evidence)
-        one = replace(evidence, batch=1)
-        if any(f.rank > 1 for f in noise.floors(one)):
-            return mode.read(evidence)  # two classes or one logit have rank one for any batch
+        one = samples.presumed(evidence)
+        if one is None or any(f.rank > 1 for f in noise.floors(one)):
+            return mode.read(evidence) or weights.read(evidence, None)
         evidence = one
     layers = noise.floors(evidence)
     decayed, gradients = decay.read(evidence, layers)

@@ -23,18 +23,19 @@ from rgap.head.features import features_from_bias
 from rgap.limits import OUTSIDE
 from rgap.network.chain import Chain
 from rgap.separation.batch import Batch
-from rgap.separation.between import Between, steps_between
 from rgap.separation.identify import Identity as Target
 from rgap.separation.identify import continuous, identify, top
 from rgap.separation.mixture import Mixture
-from rgap.separation.peeling import LIKELY, SOLVED, collect, fresh_starts, rounding_cost
+from rgap.separation.pair import Between, steps_between
+from rgap.separation.peeling import LIKELY, SOLVED, Starts, collect, fresh_starts, rounding_cost
 from rgap.separation.route import unfit_pair
 from rgap.separation.softmax.equations import AtHead
 from rgap.separation.softmax.separate import identify_classes, likely, opening, unfit
 from rgap.separation.subspace import Consistency, restricted
 from rgap.separation.targets import resolved
 from rgap.solvers.least_squares import levenberg_marquardt
-from rgap.update.targets import CROSS_ENTROPY
+from rgap.update.losses import Loss
+from rgap.update.targets import CLASSES, CROSS_ENTROPY
 
 SAFETY = 30.0  # standard errors within which a cotangent may miss
 LOOSEST = 0.02  # relative error of a cotangent above which it tests nothing
@@ -44,6 +45,8 @@ LENIENT = 10.0  # times what a root may miss by, from which no start came near o
 SHAKEN = 2  # times that they are told apart again with other rounding
 SWING = 10.0  # times what that moves, that the client's own rounding may have moved
 MOST = 16  # samples that are told apart for a check
+ALONE = 4.0  # roundings by which the gradient of one sample misses rank one, at most
+SEVERAL = 8.0  # times that, by which any two samples must miss it
 REST = 0.05  # share of the head's gradient that its samples may leave
 
 
@@ -93,6 +96,42 @@ def single(evidence: Evidence) -> Samples | None:
     return Samples(
         x.value, z, k.value, width, SAFETY * tolerance, rest, f"∂b of '{call.name}'", evidence.unit
     )
+
+
+def presumed(evidence: Evidence) -> Evidence | None:
+    """The evidence with a batch of one that nobody stated; None where there may be more samples.
+
+    Cotangents of several samples add up: a head of one logit, of two classes, or above features
+    that are the same for any input has rank one for any batch, and says nothing of their number.
+    Where two random samples, of the same target and of others, leave rank two, the samples of a
+    gradient of rank one have the same features.
+    """
+    alone, head = single(evidence), evidence.head
+    if alone is None or head is None or alone.rest > ALONE * evidence.unit:
+        return None
+    if head[0].made.shape[1] < 3:
+        return None  # with two, a cross-entropy that was declared as another loss
+    features, logits = head[0].given[:2], head[0].made[:2]
+    if head[2] is not None:
+        features = torch.cat([features, torch.ones_like(features[:, :1])], 1)
+    loss = evidence.loss if evidence.loss.known else Loss()
+    for targets in _pairs(loss, logits):
+        try:
+            values = torch.linalg.svdvals(loss.cotangent(logits, targets).T @ features)
+        except Exception:  # a loss of one's own that wants other targets
+            return None
+        if len(values) < 2 or not values[1] > SEVERAL * ALONE * evidence.unit * values[0]:
+            return None
+    return replace(evidence, batch=1, presumed=True)
+
+
+def _pairs(loss: Loss, logits: Tensor) -> list[Tensor]:
+    """Targets of two samples: the same, and others."""
+    if loss.own or (loss.name in CLASSES and loss.targets == "index"):
+        last = min(1, logits.shape[1] - 1)
+        return [torch.tensor([0, c], device=logits.device) for c in (0, last)]
+    one = torch.arange(loss.outputs(logits.shape[1]), device=logits.device) % 2
+    return [torch.stack([one, other]).to(logits) for other in (one, 1 - one)]
 
 
 def _without_bias(evidence: Evidence, weight: Tensor) -> Samples | None:
@@ -250,9 +289,8 @@ def _collected(mixed: Batch, source: Source) -> Samples | None:
     """All roots, and the cotangents that the head's gradient gives them."""
     seed, samples = mixed.precision.seed, source.samples
     first = None if source.head is None else opening(source.head)
-    found = collect(
-        source.consistency, source.naming, _any_weight, seed, first=first, rounds=ROUNDS
-    )
+    starts = Starts(seed, first=first, rounds=ROUNDS)
+    found = collect(source.consistency, source.naming, _any_weight, starts)
     if not found.complete:
         return None
     stage = samples.stage

@@ -37,6 +37,8 @@ def read(evidence: Evidence, samples: Samples) -> list[Finding]:
             return [other]
     if factors is None:
         return _other_loss(evidence, samples)
+    if evidence.presumed and not factors.unique:
+        return []  # a mixture of the two targets has any factor
     evidence.tested.update(GRADES)
     if len(samples.logits) > 1:
         evidence.tested.add(Kind.ACCUMULATION)
@@ -85,10 +87,18 @@ def _uniform(
         line = f"dataclasses.replace(update, gradients={negated})"
         rivals = () if evidence.labels is None else (Kind.LABELS,)
         found.append(Finding(Kind.SIGN, common, said, line, 2.0 / near, rivals))
-    if abs(size - 1.0) <= near:
+    if abs(size - 1.0) <= near or (evidence.presumed and _repeated(evidence.loss, size, near)):
         return found
     found.append(_of_factor(evidence, samples, factors, size, abs(size - 1.0) / near))
     return found
+
+
+def _repeated(loss: Loss, size: float, near: float) -> bool:
+    """True for a factor of a copies of one sample in a batch whose other cotangents vanish."""
+    batches = range(1, LARGEST + 1) if loss.reduction == "mean" else (1,)
+    return any(
+        round(size * b) >= 1 and abs(size * b / round(size * b) - 1.0) <= near for b in batches
+    ) and (size < 1.0 or loss.reduction == "sum")
 
 
 def _samples(samples: Samples) -> str:
@@ -211,7 +221,7 @@ def _each(factors: Factors, near: float) -> str:
     listed = ", ".join(f"{v:.4g} (label {t}, norm {1 / v:.3g} c)" for v, t in clipped[:8])
     said = (
         f"{len(clipped)} of {len(rows)} samples were clipped, sample by sample: to a bound c by "
-        f"the factors {listed}"
+        f"the factors {clipped[0][0]:.4g} to {clipped[-1][0]:.4g}: {listed}"
     )
     if len(clipped) > 8:
         said += f" and {len(clipped) - 8} more"

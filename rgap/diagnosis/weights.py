@@ -75,7 +75,7 @@ def read(evidence: Evidence, samples: Samples | None) -> list[Finding]:
     norm = mode.contradiction(evidence)
     if norm is not None:
         found.append(Contradiction(f"∂b = γ/σ ∂β at '{norm[2]}'", norm[0], norm[1]))
-    if samples is not None and len(samples.logits) == 1:
+    if samples is not None and len(samples.logits) == 1 and not evidence.presumed:
         loss = evidence.loss
         free = loss.name == SQUARED and evidence.labels is None  # every target is admissible
         target = None if free else smallest_misfit(evidence, samples, loss)

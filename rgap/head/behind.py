@@ -130,13 +130,13 @@ class Behind(Loss):
 
     def _nearest(self, outputs: Tensor, cotangent: Tensor) -> Tensor:
         """Class of every sample whose k comes nearest, [N]."""
-        found = []
+        nearest = []
         scale = self._scale(outputs.new_zeros(len(outputs), self.outputs(0)), torch.empty(0))
         for z, k in zip(outputs, cotangent, strict=True):
             labels = torch.arange(self.outputs(0), device=z.device)
             many = replace(self, reduction="sum").cotangent(z.expand(len(labels), -1), labels)
-            found.append((scale * many - k).square().sum(1).argmin())
-        return torch.stack(found)
+            nearest.append((scale * many - k).square().sum(1).argmin())
+        return torch.stack(nearest)
 
     def _rise(self, z: Tensor) -> Tensor:
         for op in self.steps:

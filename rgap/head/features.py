@@ -193,15 +193,18 @@ def _without_bias(
             "a free scale; 1 equation is missing",
             consistent=True,
         )
-    u = torch.linalg.svd(gradient, full_matrices=False).Vh[0]
-    v = gradient @ u  # row by row to full relative precision, unlike the left singular vector
-    found = []
+    # Entry by entry to full relative precision, unlike singular vectors: what was off is 0.
+    table = gradient / gradient.abs().max()  # whose squares do not underflow
+    u = table.T @ (table @ torch.linalg.svd(table, full_matrices=False).Vh[0])
+    u = u / u.norm()
+    v = gradient @ u
+    candidates = []
     for alpha, target in roots(stage, u, v, loss, precision):
         if reproduced(stage, u, v, alpha, target, loss, precision):
             x, cot = _scaled(stage, gradient, u, v, alpha, target, loss, precision)
             candidate = _candidate(stage, gradient, x, cot, loss, precision)
-            found.append(replace(candidate, scale=alpha))
-    if not found:
+            candidates.append(replace(candidate, scale=alpha))
+    if not candidates:
         gone = int((gradient == 0).all(1).sum())
         lost = f": {gone} of its {len(v)} rows underflowed to 0 and tell neither" if gone else ""
         if not gone and loss.name == BINARY:  # each row's sign is a label
@@ -211,7 +214,7 @@ def _without_bias(
             f"no scale and no target of {loss.name} reproduce the gradient of '{stage.name}'{lost}",
             consistent=gone > 0,
         )
-    return sorted(found, key=lambda candidate: candidate.uncertainty)
+    return sorted(candidates, key=lambda candidate: candidate.uncertainty)
 
 
 def _scaled(

@@ -89,14 +89,14 @@ def roots(
     stage: Stage, u: Tensor, v: Tensor, loss: Loss, precision: Precision
 ) -> list[tuple[float, Tensor]]:
     """Scales α and dense targets with α k_j(α) = v_j in one entry j of v."""
-    found: list[tuple[float, Tensor]] = []
+    pairs: list[tuple[float, Tensor]] = []
     slack = sign_slack(stage, u, precision)
     for sign in (1.0, -1.0):
         for target in _targets(loss, sign * v, slack):
             equation = scale_equation(stage, u, v, loss, target)
             grid = _scales(stage, u, v, loss, target)
-            found += [(root, target) for root in _zeros(equation, sign * grid)]
-    return found
+            pairs += [(root, target) for root in _zeros(equation, sign * grid)]
+    return pairs
 
 
 def _scales(stage: Stage, u: Tensor, v: Tensor, loss: Loss, target: Tensor) -> Tensor:

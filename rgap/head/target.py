@@ -84,10 +84,10 @@ def read_target(
     first = _declared(z, k, loss, precision)
     if first.fits or first.open or loss.targets != "index":
         return first
-    found = [r for r in _scaled(z, k, loss, precision) if r.fits and r.tested]
-    if len(found) != 1:
+    scaled = [r for r in _scaled(z, k, loss, precision) if r.fits and r.tested]
+    if len(scaled) != 1:
         return first
-    return found[0]
+    return scaled[0]
 
 
 def read_weighed(
@@ -105,14 +105,14 @@ def read_weighed(
     z = Estimate(
         stage.affine.forward(x.value), torch.stack([stage.affine.linear(e) for e in x.error])
     )
-    found = sorted(_scaled(z, k, loss, precision), key=lambda reading: reading.distance)
-    fitting = [reading for reading in found if reading.fits]
+    readings = sorted(_scaled(z, k, loss, precision), key=lambda reading: reading.distance)
+    fitting = [reading for reading in readings if reading.fits]
     if len(fitting) == 1:
         return replace(fitting[0], open=loss.open_at(z.value))
     if fitting:
         twins = " and ".join(str(reading.labels.flatten().tolist()) for reading in fitting[:2])
         return replace(fitting[0], open=f"targets {twins}, each with a factor of its own, send it")
-    return found[0] if found else replace(_declared(z, k, loss, precision), distance=inf)
+    return readings[0] if readings else replace(_declared(z, k, loss, precision), distance=inf)
 
 
 def _declared(z: Estimate, k: Estimate, loss: Loss, precision: Precision) -> Reading:

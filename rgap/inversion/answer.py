@@ -1,34 +1,173 @@
-"""From recovered data back up to the head: its cotangent, its target, its label."""
+"""From recovered data back up to the head: its cotangent, its target, its label; and one answer."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rgap.doubles import row_blocks
+from rgap.head.features import HeadCandidate
 from rgap.head.target import Reading, read_target, unseen_of
 from rgap.inversion.batch_rows import (
+    BatchRows,
     batch_of,
     error_of_targets,
     label_identity,
+    multilabel,
     rows_of,
-    several,
     snapped,
     tolerance_of,
 )
-from rgap.inversion.certificate import Answer, cast_of
-from rgap.inversion.polish import Polished, polish
+from rgap.inversion.polish import Equations, Polished, polish
 from rgap.inversion.problem import Problem
 from rgap.jacobian.batch_loss import BatchLoss
-from rgap.limits import NEAREST, PASSES
+from rgap.limits import NEAREST, PASSES, SAFETY
 from rgap.network.chain import Chain, Stage
-from rgap.precision import Estimate, carried
+from rgap.network.pooling import LinearMap
+from rgap.network.reshape import Rearrange, Reshape
+from rgap.precision import Estimate, Precision, carried
 from rgap.recovery import Route
 from rgap.recursion.descend import Descent
 from rgap.separation.targets import read_from_head
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One candidate that reached the data."""
+
+    descent: Descent
+    polished: Polished
+    reading: Reading
+    rows: BatchRows | None = None  # of a batch; labels are theirs
+    apart: bool = False  # True if the inputs do not depend on the loss and the targets
+    gathered: float = 0.0  # norm of a sample, in units of the data, that rounding is relative to
+    cast: float = 0.0  # unit roundoff of a format that the data may have been cast to on their way
+    widened: float = 1.0  # times that the errors may be longer, for what few equations test them
+
+    @property
+    def labels(self) -> Tensor:
+        """The targets, in the form that the loss takes them."""
+        return self.reading.labels
+
+    @property
+    def inputs(self) -> Tensor:
+        """The recovered batch, float64."""
+        return self.polished.data.value
+
+    @property
+    def predicted(self) -> Tensor:
+        """Rms error of every sample, [B], from its ensemble."""
+        return self.polished.data.error.square().flatten(2).mean((0, 2)).sqrt()
+
+    @property
+    def bound(self) -> float:
+        """Largest error of any entry: SAFETY standard errors, more if the misfit is larger.
+
+        A batch comes out of an orthogonal decomposition in float64, whose rounding can gather in
+        a few entries: eps times :attr:`gathered`.  Under autocast the first layer takes in data
+        that were rounded once, for all rows of its gradient alike: :attr:`cast` times their size.
+        """
+        std = float(self.polished.data.std.max())
+        bound = self.widened * SAFETY * std * max(1.0, self.polished.misfit)
+        bound += self.cast * float(self.inputs.abs().max())
+        if self.rows is None:
+            return bound
+        return max(bound, PASSES * SAFETY * torch.finfo(torch.float64).eps * self.gathered)
+
+    @property
+    def targets_bound(self) -> float | None:
+        """The same of targets that may be any numbers; None for classes and labels."""
+        error = self.reading.error
+        if not error:
+            return None
+        bound = self.widened * SAFETY * error * max(1.0, self.polished.misfit)
+        return bound + self.reading.unseen
+
+
+def cast_of(precision: Precision) -> float:
+    """Unit roundoff of half precision, to which autocast takes the data; 0 for finer formats."""
+    return precision.unit if precision.unit > torch.finfo(torch.float32).eps else 0.0
+
+
+def scaled(answer: Answer, ratio: float, candidate: HeadCandidate) -> Answer:
+    """The answer of a root that differs from another one by a positive scale c alone.
+
+    ``x → c·x`` with the errors ``c·e + c·x ‖e_h‖/‖h‖``, h the features of the other root.
+
+    Args:
+        answer: of the root that was descended from, x [1, *input_shape].
+        ratio: c.
+        candidate: the other root.
+    """
+    data, h = answer.polished.data, candidate.features
+    value = ratio * data.value
+    members = h.error[: len(data.error)]  # the full solve carries fewer of them
+    sizes = members.norm(dim=-1, keepdim=True).reshape(-1, *([1] * value.ndim))
+    wider = Estimate(value, ratio * data.error + value * sizes / h.value.norm())
+    polished = replace(answer.polished, data=wider)
+    return replace(answer, polished=polished, reading=candidate.reading)
+
+
+def families(candidates: list[HeadCandidate], chain: Chain) -> list[list[HeadCandidate]]:
+    """Candidates that one descent answers together.
+
+    In a chain without biases whose activations are positively homogeneous, (c·x, k/c) satisfies
+    every equation below the head that (x, k) does: roots of one sign differ by a scale alone.
+
+    Args:
+        candidates: solutions of the head equations.
+        chain: the network.
+
+    Returns:
+        Lists of candidates, the first of each to descend from.
+    """
+    homogeneous = all(
+        stage.affine.bias is None
+        and all(isinstance(op, Reshape) or getattr(op, "homogeneous", False) for op in stage.tail)
+        and all(isinstance(op, (Reshape, Rearrange, LinearMap)) for op in stage.lead)
+        for stage in chain.stages
+    )
+    if not homogeneous:
+        return [[candidate] for candidate in candidates]
+    signs = (True, False)
+    groups = [[c for c in candidates if (c.scale > 0) is positive] for positive in signs]
+    return [group for group in groups if group]
+
+
+def of_labels(candidates: list[HeadCandidate], labels: Tensor | None) -> list[HeadCandidate]:
+    """The candidates whose labels are the stated ones."""
+    if labels is None:
+        return candidates
+    wanted = labels.flatten().double()
+    return [c for c in candidates if torch.equal(c.labels.flatten().double(), wanted)]
+
+
+class Run(NamedTuple):
+    """A descent and what it began with.
+
+    Attributes:
+        descent: as far as it got.
+        kappa: cotangent at the head [B, m], the loss of a batch; None where the head had no part.
+        family: roots at the head that differ by a scale, the first of which was descended from.
+    """
+
+    descent: Descent
+    kappa: Estimate | BatchLoss | None
+    family: Sequence[HeadCandidate] = ()
+
+
+def answers_of(problem: Problem, run: Run) -> list[Answer]:
+    """The answer of a descent to the data, and those that another root at the head scales it to."""
+    descent, kappa, family = run
+    if isinstance(kappa, BatchLoss):
+        return [read_batch(problem, descent, kappa)]
+    known = head_cotangent(problem, descent) if kappa is None else kappa
+    answer = read_answer(problem, descent, known, apart=kappa is None)
+    return [answer, *(scaled(answer, one.scale / family[0].scale, one) for one in family[1:])]
 
 
 def read_answer(problem: Problem, descent: Descent, kappa: Estimate, apart: bool = False) -> Answer:
@@ -40,7 +179,7 @@ def read_answer(problem: Problem, descent: Descent, kappa: Estimate, apart: bool
         kappa: cotangent at the head.
         apart: True if nothing of the loss went into what was recovered.
     """
-    polished = _polished(problem, descent, kappa)
+    polished = polished_from(problem, descent, kappa)
     stage = problem.chain.stages[-1]
     features = top_features(problem.chain, polished.data)
     reading = read_target(stage, features, kappa, problem.update.loss, problem.precision)
@@ -48,16 +187,20 @@ def read_answer(problem: Problem, descent: Descent, kappa: Estimate, apart: bool
 
 
 def read_batch(problem: Problem, descent: Descent, head: BatchLoss) -> Answer:
-    """Polish the pictures of a batch all together and check their labels by the identity."""
-    lowest = descent.solutions.get(0)
-    settled = lowest is not None and lowest.solution.stats.route == Route.SEPARATION
-    continuous, labels = head.continuous, several(problem.update.loss, problem.chain)
+    """Polish the pictures of a batch all together and check their labels by the identity.
+
+    Args:
+        problem: the update, one row a different picture.
+        descent: that reached the data.
+        head: loss, targets and copies of the batch, as it was separated with.
+    """
+    continuous, labels = head.continuous, multilabel(problem.update.loss, problem.chain)
     posed = head
     if labels:
         features, logits = _top(problem, descent.require_data())
         exact, distance, _ = snapped(problem, head, _flat(features), logits)
         posed = exact if distance < NEAREST else head
-    polished = _polished(problem, descent, posed, settled)
+    polished = polished_from(problem, descent, posed)
     norm = gathered(problem.chain, polished)
     if continuous and not polished.eliminated:
         # They come from the head's gradient by its features, as well as these tell samples apart.
@@ -114,7 +257,11 @@ def gathered(chain: Chain, polished: Polished) -> float:
     """Norm of the largest sample at the first affine map, as long as it is in units of the data.
 
     Steps on the data themselves, a sigmoid or a scale, lengthen an error on the way back by one
-    over their slope.
+    over their slope: ``max_b ‖u_b‖ / min |du/dx|``, u = lead(x).
+
+    Args:
+        chain: the network.
+        polished: the data, [B, *input_shape].
     """
     data = u = polished.data.value
     step = 1e-7 * float(data.abs().max().clamp_min(1e-300))
@@ -126,25 +273,33 @@ def gathered(chain: Chain, polished: Polished) -> float:
     return float(torch.linalg.vector_norm(u.flatten(1), dim=1).max()) / slope
 
 
-def _polished(
-    problem: Problem, descent: Descent, kappa: Estimate | BatchLoss, settled: bool = False
-) -> Polished:
-    low, high = problem.value_range or (0.0, 1.0)
+def polished_from(problem: Problem, descent: Descent, kappa: Estimate | BatchLoss) -> Polished:
+    """The data of a descent, polished on all equations of the chain.
+
+    Args:
+        problem: the update, with the chain that the descent is of.
+        descent: that reached the data.
+        kappa: cotangent at the end of the chain, or the loss of a batch.
+    """
+    lowest = descent.solutions.get(0)
     return polish(
-        problem.chain,
-        problem.gradients,
+        Equations(problem.chain, problem.gradients, problem.precision, problem.width, problem.room),
         descent.require_data(),
         kappa,
-        problem.precision,
         descent.preconditioner(problem.chain),
-        high - low,
-        settled,
-        problem.room,
+        settled=lowest is not None and lowest.solution.stats.route == Route.SEPARATION,
     )
 
 
 def head_cotangent(problem: Problem, descent: Descent) -> Estimate:
-    """Cotangent at the head: known from the descent, or read off the head's own gradient."""
+    """Cotangent k at the head [1, m]: known from the descent, or read off the head's own gradient.
+
+    ``k = ∂b`` where a bias gradient was sent, else ``k = G x / ‖x‖²`` with x the input of the head.
+
+    Args:
+        problem: of one sample.
+        descent: that reached the data.
+    """
     last = len(problem.chain.stages) - 1
     if last in descent.cotangents:
         return descent.cotangents[last]
@@ -152,10 +307,8 @@ def head_cotangent(problem: Problem, descent: Descent) -> Estimate:
     weight, bias = head_gradients(stage, problem)
     name = stage.affine.bias_name
     if bias is not None and name is not None:
-        return Estimate(
-            bias[None],
-            problem.precision.normal(problem.precision.noise_std(name, bias))[:, None],
-        )
+        noise = problem.precision.normal(problem.precision.noise_std(name, bias))
+        return Estimate(bias[None], noise[:, None])
     x = top_features(problem.chain, descent.require_data())
     scale = x.value[0].square().sum().clamp_min(1e-300)
     k = weight @ x.value[0] / scale
@@ -172,7 +325,7 @@ def head_cotangent(problem: Problem, descent: Descent) -> Estimate:
 
 
 def top_features(chain: Chain, data: Estimate) -> Estimate:
-    """Input of the last affine map, with the ensemble carried up."""
+    """Input u of the last affine map for data x [B, *input_shape], with the ensemble carried up."""
 
     def rise(x: Tensor) -> Tensor:
         for stage in chain.stages[:-1]:

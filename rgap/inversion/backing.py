@@ -35,7 +35,7 @@ from rgap.recursion.descend import Descent
 LOOKED = 1000  # sizes that are compared: more of them would be near each other by chance
 MEMBERS = 4  # of the ensemble of an answer that are replayed
 
-__all__ = ["backing", "replayed", "widening"]
+__all__ = ["backing", "of_prefix", "widening"]
 
 
 def widening(tests: int) -> float:
@@ -47,11 +47,8 @@ def widening(tests: int) -> float:
     if tests <= 0:
         return inf
     half = tests / 2
-    return max(1.0, math.exp(_spread(half, tests)) / SPARE)
-
-
-def _spread(half: float, tests: int) -> float:
-    return (half * log(half) - lgamma(half + 1) - log(FALSELY)) / tests
+    spread = (half * log(half) - lgamma(half + 1) - log(FALSELY)) / tests
+    return max(1.0, math.exp(spread) / SPARE)
 
 
 def backing(
@@ -97,7 +94,7 @@ def backing(
     return widening(tests) * max(1.0, misfit / max((1.0, *misfits.values())))
 
 
-def replayed(
+def of_prefix(
     problem: Problem, own: Problem, descent: Descent, known: Estimate, labels: Tensor | None
 ) -> float:
     """The same of a prefix of the network, where what stands above it was only replayed.

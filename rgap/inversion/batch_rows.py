@@ -16,6 +16,7 @@ from rgap.jacobian.batch_loss import BatchLoss, loss_scale
 from rgap.limits import DETERMINED, ENSEMBLE, PROBABILITY
 from rgap.network.chain import Chain
 from rgap.precision import Estimate
+from rgap.progress import Watch, silent
 from rgap.recursion.descend import Descent
 from rgap.recursion.stage import StageSolution
 from rgap.separation.batch import Batch, Separated
@@ -32,19 +33,14 @@ def batch_of(problem: Problem) -> Batch:
     Several labels a sample are told apart like any dense targets: see :func:`snapped`.
     """
     loss = problem.update.loss
-    if several(loss, problem.chain):
+    if multilabel(loss, problem.chain):
         loss = replace(loss, targets="probability")
     return Batch(
-        problem.chain,
-        problem.gradients,
-        loss,
-        problem.precision,
-        problem.stated,
-        problem.room,
+        problem.chain, problem.gradients, loss, problem.precision, problem.stated, problem.room
     )
 
 
-def several(loss: Loss, chain: Chain) -> bool:
+def multilabel(loss: Loss, chain: Chain) -> bool:
     """True if a sample may have several labels, or none: 0/1 for each of several logits."""
     return loss.name == BINARY and loss.targets == "index" and prod(chain.output_shape) > 1
 
@@ -152,30 +148,34 @@ def errors_of_targets(problem: Problem, features: Tensor) -> Tensor:
     return out
 
 
-def separated_stage(problem: Problem, found: Separated) -> StageSolution:
+def separated_stage(problem: Problem, separated: Separated) -> StageSolution:
     """The separated stage as the recursion reports its own: ranks, errors, a factor to polish with.
 
     The factor is that of the gradient rows alone, ``Kᵀ Σ⁻¹ K``, the same for every input feature.
+
+    Args:
+        problem: the update, one row a different picture.
+        separated: features [B, n] and cotangents [B, m] of the stage, with their errors.
     """
-    affine = found.stage.affine
-    unknowns = found.features.value.numel()
-    k, x = found.cotangents.value.flatten(1), found.features.value.flatten(1)
+    affine = separated.stage.affine
+    unknowns = separated.features.value.numel()
+    k, x = separated.cotangents.value.flatten(1), separated.features.value.flatten(1)
     std = problem.precision.update_std(affine.weight_name, k.square().T @ x.square(), k.T @ x)
     weights = std.square().mean(1).sqrt().clamp_min(1e-300).reciprocal()
     made = factor(gradient_constraint(affine, k), weights[None], None, None)
-    gradient = found.mixture.gradient
+    gradient = separated.mixture.gradient
     residual = float((k.T @ x - gradient).norm() / gradient.norm())
-    seen = Evidence(EvidenceKind.ERROR, found.worst, DETERMINED, unknowns)
-    condition = 1.0 / found.mixture.ratio
+    seen = Evidence(EvidenceKind.ERROR, separated.worst, DETERMINED, unknowns)
+    condition = 1.0 / separated.mixture.ratio
     stats = Stats("separation", unknowns, unknowns, seen, condition, residual)
     return StageSolution(
-        Solution(found.features, Result.SOLVED, stats),
+        Solution(separated.features, Result.SOLVED, stats),
         made,
-        found.cotangents.value,
+        separated.cotangents.value,
         x.new_ones(len(x), *affine.out_shape, dtype=torch.bool),
         0.0,
         0.0,
-        found.seconds,
+        separated.seconds,
     )
 
 
@@ -216,7 +216,12 @@ def in_order(targets: Tensor, stated: Tensor) -> Tensor | None:
 
 
 def rows_of(head: BatchLoss, stated: Tensor | None) -> BatchRows:
-    """The reported rows, by label; in the order of the stated labels where they agree."""
+    """The reported rows, by label; in the order of the stated labels where they agree.
+
+    Args:
+        head: targets [R, C] and copies [R] of the pictures.
+        stated: labels of the caller, [B], or None.
+    """
     dense = head.loss.targets != "index"
     if dense or (head.loss.name == BINARY and head.targets.shape[1] > 1):
         order = torch.arange(len(head.targets), device=head.targets.device)
@@ -243,8 +248,19 @@ def label_identity(
 ) -> tuple[Tensor | None, float, float]:
     """Class counts by the identity, their distance from those that were found, and the tolerance.
 
-    ``n_j = Σ m p_j − ∂b_j/s`` under cross-entropy (label smoothing taken out); None where the head
-    has no bias or the loss has no such identity.
+    Under cross-entropy with label smoothing ε, m copies a row and C classes
+
+        n_j = (Σ m p_j − ∂b_j/s − Σ m · ε/C) / (1 − ε);
+
+    None where the head has no bias or the loss has no such identity.
+
+    Args:
+        problem: the update.
+        head: the loss of the batch with targets and copies, [R, C] and [R].
+        logits: z [R, C], with their errors.
+
+    Returns:
+        n [C], the largest distance from the counts that were found, what errors explain of it.
     """
     stage, loss = problem.chain.stages[-1], head.loss
     name = stage.affine.bias_name
@@ -258,21 +274,30 @@ def label_identity(
     smoothing = loss.label_smoothing
     expected = (head.copies[:, None] * p).sum(0)
     counts = (expected - bias / s - total * smoothing / len(bias)) / (1.0 - smoothing)
-    found = (head.copies[:, None] * head.targets).sum(0)
+    met = (head.copies[:, None] * head.targets).sum(0)
     dp = p * (logits.error - (p * logits.error).sum(-1, keepdim=True))
     moved = (head.copies[:, None] * dp).sum(1).square().mean(0).sqrt()
     precision = problem.precision
     own = total * (PROBABILITY * precision.unit) + precision.noise_std(name, bias) / s
     tolerance = ENSEMBLE * float((moved + own).max()) / (1.0 - smoothing)
-    return counts, float((counts - found).abs().max()), tolerance
+    return counts, float((counts - met).abs().max()), tolerance
 
 
-def start(problem: Problem, found: Separated) -> Problem:
-    """The problem with one row a different picture."""
-    return replace(problem, batch=len(found.features.value))
+def descended(
+    problem: Problem, separated: Separated, watch: Watch = silent
+) -> tuple[Problem, Descent]:
+    """The recursion from the stage at which a batch was told apart.
 
+    Args:
+        problem: the update.
+        separated: its samples, those that are copies of one picture only once.
+        watch: told the name of each stage.
 
-def with_separation(problem: Problem, descent: Descent, found: Separated) -> Descent:
-    """The descent with the stage that it started from."""
-    own = separated_stage(problem, found)
-    return replace(descent, solutions={**descent.solutions, found.stage.index: own})
+    Returns:
+        The problem with one row a different picture, and the descent with the stage it began at.
+    """
+    own = replace(problem, batch=len(separated.features.value))
+    index = separated.stage.index
+    descent = own.descend(index, separated.features, separated.cotangents, watch)
+    solutions = {**descent.solutions, index: separated_stage(own, separated)}
+    return own, replace(descent, solutions=solutions)

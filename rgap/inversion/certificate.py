@@ -10,38 +10,22 @@ sampled through the whole update, that is small against the data.  All numbers a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import inf
 
 import torch
 from torch import Tensor
 
 from rgap.constraints.determined import doubt
-from rgap.head.features import HeadCandidate
-from rgap.head.target import Reading
+from rgap.inversion.answer import Answer
 from rgap.inversion.backing import backing
 from rgap.inversion.batch_rows import BatchRows
-from rgap.inversion.outcomes import replayed, stopped
-from rgap.inversion.polish import Polished
+from rgap.inversion.outcomes import layer_reports, stopped
 from rgap.inversion.problem import Problem
-from rgap.inversion.replay import replay
-from rgap.inversion.reports import layer_reports
+from rgap.inversion.replay import replay, replayed
 from rgap.inversion.symptoms import warnings
-from rgap.limits import (
-    CLEAR,
-    DETERMINED,
-    FITS,
-    NEAREST,
-    PASSES,
-    REFUTED,
-    SAFETY,
-    STATED,
-    UNTOLD,
-    USEFUL,
-)
-from rgap.precision import Estimate, Precision
+from rgap.limits import CLEAR, DETERMINED, FITS, NEAREST, REFUTED, SAFETY, STATED, UNTOLD, USEFUL
 from rgap.recovery import Candidate, Recovery, Status
-from rgap.recursion.descend import Descent
 
 UNTESTED = (
     "every number of the update was used to find the answer and none is left to test it: an update "
@@ -49,81 +33,19 @@ UNTESTED = (
 )
 
 
-@dataclass(frozen=True)
-class Answer:
-    """One candidate that reached the data."""
-
-    descent: Descent
-    polished: Polished
-    reading: Reading
-    rows: BatchRows | None = None  # of a batch; labels are theirs
-    apart: bool = False  # True if the inputs do not depend on the loss and the targets
-    gathered: float = 0.0  # norm of a sample, in units of the data, that rounding is relative to
-    cast: float = 0.0  # unit roundoff of a format that the data may have been cast to on their way
-    widened: float = 1.0  # times that the errors may be longer, for what few equations test them
-
-    @property
-    def labels(self) -> Tensor:
-        """The targets, in the form that the loss takes them."""
-        return self.reading.labels
-
-    @property
-    def inputs(self) -> Tensor:
-        """The recovered batch, float64."""
-        return self.polished.data.value
-
-    @property
-    def bound(self) -> float:
-        """Largest error of any entry: SAFETY standard errors, more if the misfit is larger.
-
-        A batch comes out of an orthogonal decomposition in float64, whose rounding can gather in
-        a few entries: eps times :attr:`gathered`.  Under autocast the first layer takes in data
-        that were rounded once, for all rows of its gradient alike: :attr:`cast` times their size.
-        """
-        std = float(self.polished.data.std.max())
-        bound = self.widened * SAFETY * std * max(1.0, self.polished.misfit)
-        bound += self.cast * float(self.inputs.abs().max())
-        if self.rows is None:
-            return bound
-        return max(bound, PASSES * SAFETY * torch.finfo(torch.float64).eps * self.gathered)
-
-    @property
-    def targets_bound(self) -> float | None:
-        """The same of targets that may be any numbers; None for classes and labels."""
-        error = self.reading.error
-        if not error:
-            return None
-        bound = self.widened * SAFETY * error * max(1.0, self.polished.misfit)
-        return bound + self.reading.unseen
-
-
-def cast_of(precision: Precision) -> float:
-    """Unit roundoff of half precision, to which autocast takes the data; 0 for finer formats."""
-    return precision.unit if precision.unit > torch.finfo(torch.float32).eps else 0.0
-
-
-def scaled(answer: Answer, ratio: float, candidate: HeadCandidate) -> Answer:
-    """The answer of a root that differs from another one by a positive scale alone."""
-    data = answer.polished.data
-    members = candidate.features.error[: len(data.error)]  # the full solve carries fewer of them
-    wider = Estimate(
-        ratio * data.value,
-        ratio * data.error
-        + data.value
-        * ratio
-        * members.norm(dim=-1, keepdim=True).reshape(-1, *([1] * (data.value.ndim)))
-        / candidate.features.value.norm(),
-    )
-    return replace(
-        answer,
-        polished=replace(answer.polished, data=wider),
-        reading=candidate.reading,
-    )
-
-
 def certify(problem: Problem, answers: Sequence[Answer]) -> Recovery:
-    """Decide the status of the candidates that reached the data."""
-    scored = [(backed(problem, answer), *_residual(problem, answer)) for answer in answers]
+    """Decide the status of the candidates that reached the data.
+
+    Args:
+        problem: the update, in float64.
+        answers: every root, sign or label that no equation has refuted so far.
+
+    Returns:
+        ``EXACT``, or what (a) to (d) lack: ``AMBIGUOUS`` for several answers that fit,
+        ``INCONSISTENT`` for none, ``UNDERDETERMINED`` for one that could be another; the inputs
+        may then be certified alone.
+    """
+    scored = [(backed(problem, a), *replayed(problem, *_batch(problem, a))) for a in answers]
     fitting = [
         s
         for s in scored
@@ -136,15 +58,15 @@ def certify(problem: Problem, answers: Sequence[Answer]) -> Recovery:
     if problem.labels is not None:
         fitting = [s for s in fitting if s[0].reading.open or _same_labels(s[0], problem.labels)]
         if not fitting:
-            found = _sent(scored[0][0]).flatten().tolist()
+            told = _sent(scored[0][0]).flatten().tolist()
             return stopped(
                 problem,
                 Status.INCONSISTENT,
                 f"the stated labels {problem.labels.flatten().tolist()} contradict the update, "
-                f"whose head gradient says {found}; write labels=None to take those",
+                f"whose head gradient says {told}; write labels=None to take those",
                 scored[0][0].descent,
             )
-    inside = [s for s in fitting if excess(s[0], problem) <= problem.slack]
+    inside = [s for s in fitting if problem.excess(s[0].inputs, s[0].bound) <= problem.slack]
     low, high = problem.value_range or (-inf, inf)
     if not inside and problem.slack == 0:
         first = fitting[0][0]
@@ -223,7 +145,7 @@ def _inputs_alone(problem: Problem, answer: Answer, said: Recovery) -> Recovery 
     if said.status is Status.INCONSISTENT:
         answer = backed(problem, answer, whole=False)
     status, reason = verdict(problem, answer)
-    if status is not Status.EXACT or excess(answer, problem) > problem.slack:
+    if status is not Status.EXACT or problem.excess(answer.inputs, answer.bound) > problem.slack:
         return None
     shown = _assemble(problem, answer, said.residual, Status.EXACT, reason, ())
     return replace(
@@ -248,6 +170,34 @@ def backed(problem: Problem, answer: Answer, whole: bool = True) -> Answer:
     """
     reading, misfits = answer.reading if whole else None, answer.polished.misfits
     return replace(answer, widened=backing(problem, answer.descent, reading, misfits))
+
+
+def inputs_only(problem: Problem, answer: Answer, reason: str) -> Recovery:
+    """The certified inputs of an answer above which nothing names the targets.
+
+    Args:
+        problem: with the chain that the answer is of.
+        answer: whose verdict is EXACT.
+        reason: why its targets are open, in words.
+    """
+    return Recovery(
+        inputs=answer.inputs,
+        labels=None,
+        status=Status.UNDERDETERMINED,
+        layers=layer_reports(problem, answer.descent),
+        residual=None,
+        predicted_error=answer.predicted,
+        error_bound=answer.bound,
+        reason=reason,
+        certified=frozenset({"inputs"}),
+    )
+
+
+def as_candidate(recovery: Recovery, reason: str) -> Recovery:
+    """The same inputs uncertified, where a batch size that nobody states leaves them open."""
+    assert recovery.inputs is not None
+    listed = (Candidate(recovery.inputs, None, float("nan")),)
+    return replace(recovery, inputs=None, certified=frozenset(), candidates=listed, reason=reason)
 
 
 def _copies(rows: BatchRows) -> str:
@@ -291,10 +241,9 @@ def verdict(problem: Problem, answer: Answer) -> tuple[Status, str]:
             "errors: too far for a certificate, too near to be refuted; state the noise of the "
             "update"
         )
-    low, high = problem.value_range or (0.0, 1.0)
     if answer.widened == inf:
         return Status.UNDERDETERMINED, UNTESTED
-    if not answer.bound <= USEFUL * (high - low):
+    if not answer.bound <= USEFUL * problem.width:
         return Status.UNDERDETERMINED, (
             f"the equations have full rank but at this precision the error can reach "
             f"{answer.bound:.2g}"
@@ -315,14 +264,14 @@ def _sent(answer: Answer) -> Tensor:
 
 def _same_labels(answer: Answer, stated: Tensor) -> bool:
     """Class indices agree exactly, soft and real-valued targets within what they may be off by."""
-    found = _sent(answer)
-    if answer.rows is not None and found.ndim == 1:
+    sent = _sent(answer)
+    if answer.rows is not None and sent.ndim == 1:
         stated = stated.flatten().sort().values
     off = 0.0
-    if found.is_floating_point():  # SAFETY standard errors: a tolerance is REFUTED of them
+    if sent.is_floating_point():  # SAFETY standard errors: a tolerance is REFUTED of them
         off = max(STATED, answer.reading.tolerance * SAFETY / REFUTED)
-    return found.numel() == stated.numel() and torch.allclose(
-        found.flatten().double().cpu(), stated.flatten().double().cpu(), rtol=STATED, atol=off
+    return sent.numel() == stated.numel() and torch.allclose(
+        sent.flatten().double().cpu(), stated.flatten().double().cpu(), rtol=STATED, atol=off
     )
 
 
@@ -351,15 +300,6 @@ def _misfit(problem: Problem, scored: tuple[Answer, float, dict[str, float]]) ->
     return replace(stopped(problem, status, reason, answer.descent), residual=residual)
 
 
-def _residual(problem: Problem, answer: Answer) -> tuple[float, dict[str, float]]:
-    """Relative difference between the update and the gradient of the recovered batch.
-
-    The loss and the target are used here, not the observed head cotangent: this is what the
-    client would send for the answer.
-    """
-    return replayed(problem, *_batch(problem, answer))
-
-
 def _batch(problem: Problem, answer: Answer) -> tuple[Tensor, Tensor, float | Tensor]:
     """Inputs, targets and factors of the whole batch, every copy a row of its own."""
     inputs = answer.inputs.reshape(problem.batch, *problem.chain.input_shape)
@@ -386,8 +326,7 @@ def _assemble(
     candidates: tuple[Candidate, ...],
 ) -> Recovery:
     show = status in (Status.EXACT, Status.AMBIGUOUS)
-    predicted = answer.polished.data.error.square().flatten(2).mean((0, 2)).sqrt()
-    inputs, copies = answer.inputs, None
+    inputs, predicted, copies = answer.inputs, answer.predicted, None
     if answer.rows is not None:
         inputs, predicted = inputs[answer.rows.picture], predicted[answer.rows.picture]
         copies = answer.rows.copies if bool((answer.rows.copies > 1).any()) else None
@@ -407,12 +346,3 @@ def _assemble(
         certified=frozenset({"inputs", "targets"} if status is Status.EXACT else ()),
         scale=answer.reading.scale if show else None,
     )
-
-
-def excess(answer: Answer, problem: Problem) -> float:
-    """How far the data leave their range beyond what their error explains, in its widths."""
-    if problem.value_range is None:
-        return 0.0
-    low, high = problem.value_range
-    over = float(torch.maximum(answer.inputs - high, low - answer.inputs).max()) - answer.bound
-    return max(over, 0.0) / (high - low)

@@ -43,7 +43,7 @@ def divided(problem: Problem, factor: float) -> Problem:
     )
 
 
-def remaining(problem: Problem, found: Separated) -> float:
+def remaining(problem: Problem, separated: Separated) -> float:
     """The factor that is left, of which the samples know nothing yet.
 
     A Gauss-Newton step on ``G V = (1 + μ) k(Q)ᵀ Q`` for the rows Q of the mixture and μ together:
@@ -51,16 +51,16 @@ def remaining(problem: Problem, found: Separated) -> float:
 
     Args:
         problem: the update, divided by what λ is known to be.
-        found: its samples.
+        separated: its samples.
     """
-    samples, affine = found.mixture, found.stage.affine
-    roots = found.features.value.flatten(1) @ samples.right
+    samples, affine = separated.mixture, separated.stage.affine
+    roots = separated.features.value.flatten(1) @ samples.right
     rank = len(roots)
     sent = samples.gradient @ samples.right
 
     def own(q: Tensor) -> Tensor:
         x = (q @ samples.right.T).reshape(-1, *affine.in_shape)
-        k = cotangents(problem.chain, found.stage.index, x, found.head).flatten(1)
+        k = cotangents(problem.chain, separated.stage.index, x, separated.head).flatten(1)
         return k.T @ q
 
     at = own(roots)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from math import isfinite, prod
 
@@ -11,23 +10,24 @@ import torch
 from torch import Tensor
 
 from rgap.completion.complete import MISSED, complete, grey, inside
-from rgap.completion.features import coarse
-from rgap.constraints.known_input import Whole
+from rgap.completion.features import Suggestion, coarse
+from rgap.completion.max_pool import PooledStage, PoolSearch, find_winners
+from rgap.constraints.known_input import Standardised, Whole
 from rgap.halt import Halt
-from rgap.head.features import HeadCandidate
 from rgap.head.target import read_target
 from rgap.inversion import certificate, outcomes
-from rgap.inversion.answer import head_cotangent, read_answer, read_batch, top_features
+from rgap.inversion.answer import Run, answers_of, head_cotangent, top_features
 from rgap.inversion.batch_rows import rows_of
-from rgap.inversion.passing import suggested, unpooled
 from rgap.inversion.problem import Problem
+from rgap.inversion.replay import replayed
 from rgap.jacobian.batch_loss import BatchLoss
-from rgap.jacobian.module_update import ClientLoss, ModuleUpdate, watchable
+from rgap.jacobian.module_update import ClientLoss, KnownFeatures, ModuleUpdate, watchable
 from rgap.jacobian.smoothing import rounded
 from rgap.matching.checkpoint import Progress as SearchProgress
 from rgap.matching.search import match
 from rgap.network.activations import Activation
 from rgap.network.chain import Chain
+from rgap.network.reshape import Op, Reshape
 from rgap.precision import Estimate
 from rgap.progress import Progress
 from rgap.recovery import Candidate, Recovery, Route, Status
@@ -35,6 +35,7 @@ from rgap.recursion.descend import Descent
 from rgap.solvers.gauss_newton import Minimum, Step
 from rgap.update.update import view
 
+SPARE = 2.0  # equations, in multiples of the unknowns, that a search takes below the first pool
 SURE, SHARE = 16, 0.01  # surplus of equations, also relative, from which a solution is the only one
 SEARCHING = 0.6  # share of the time that winners of max-pools are searched for
 COMPLETING = 0.2  # share of the rest for a completion over kinks, where all of a layer is known
@@ -45,13 +46,7 @@ ROUGH = 1e-2  # error, in widths of the range, that a completion is assumed to h
 EDGE = 0.25  # share of entries at the edge of the value range that is worth a word
 
 
-def filled(
-    problem: Problem,
-    descent: Descent,
-    kappa: Estimate | BatchLoss | None,
-    family: Sequence[HeadCandidate],
-    show: Progress,
-) -> Recovery:
+def filled(problem: Problem, run: Run, show: Progress) -> Recovery:
     """Complete the batch below the stage at which the recursion ended.
 
     Where all equations together determine the data, though no stage alone does, the answer is
@@ -61,93 +56,168 @@ def filled(
 
     Args:
         problem: with its filling.
-        descent: that ended early.
-        kappa: the head's cotangent, or the loss of a batch.
-        family: roots at the head that differ from the one descended from by a scale.
+        run: a descent that ended early.
         show: told how far it is.
     """
-    filling = problem.filling
+    filling, chain = problem.filling, problem.chain
     assert filling is not None
-    deadline = filling.deadline
-    chain = problem.chain
-    halt = descent.require_halt()
-    descent, near = unpooled(problem, descent, SEARCHING * filling.left, show)
+    halt = run.descent.require_halt()
+    descent, near = _unpooled(problem, run.descent, SEARCHING * filling.left, show)
+    run = run._replace(descent=descent)
     if descent.data is not None:
-        return _passed(problem, descent, kappa, halt)
+        return _passed(problem, run, halt)
     halt = descent.require_halt()
     name = chain.stages[descent.reached.index].name
-    shape = (problem.batch, *chain.input_shape)
     show.stage(f"completion below {name}")
     known = inside(chain, descent.reached, problem.gradients, problem.precision, problem.budget)
     if not watchable(problem.model, name):
         why = f"no completion: '{name}' is no module of the model, its input cannot be watched"
         return _without(problem, descent, f"{halt.reason}; {why}")
+    shape = (problem.batch, *chain.input_shape)
     update = ModuleUpdate(problem.model, problem.sent, known, shape)
+    unknowns = prod(shape)
+    surplus = update.equations - unknowns
+    sure = surplus >= max(SURE, SHARE * unknowns) and _followed(chain)
+    minimum = _completion(problem, update, known, sure, show)
+    if not isfinite(minimum.misfit):
+        return _without(problem, descent, f"{halt.reason}; no completion: {minimum.ended}")
+    rough = problem.precision.normal(torch.full_like(minimum.value, ROUGH * problem.width))
+    whole = replace(descent, data=Estimate(minimum.value, rough), halt=None, completed=True)
+    reached = run._replace(descent=whole)
+    if sure:
+        show.stage("polish on the whole update")
+        recovery = certificate.certify(problem, answers_of(problem, reached))
+        if recovery.status in (Status.EXACT, Status.AMBIGUOUS):
+            return recovery
+    inputs, labels = _samples(problem, reached, minimum.value)
+    reason = _words(halt.reason, -surplus, unknowns, minimum)
+    if minimum.misfit <= MISSED:
+        return outcomes.completed(problem, descent, inputs, labels, reason)
+    reason += _edges(problem, minimum.value)
+    left = filling.left
+    drawn = _suggested(problem, descent, known, near, left) if update.sharpness else None
+    if drawn is not None:
+        inputs, _ = _samples(problem, reached, drawn)
+        reason += f"; beyond it the one in candidates comes from {SUGGESTED}"
+    nearest = Candidate(inputs, labels, replayed(problem, inputs, labels)[0])
+    return replace(_without(problem, descent, reason), candidates=(nearest,))
 
-    made = 0
+
+def _completion(
+    problem: Problem, update: ModuleUpdate, known: KnownFeatures, sure: bool, show: Progress
+) -> Minimum:
+    """From grey noise to what meets the update; where a polish takes over, only near to it."""
+    filling, made = problem.filling, 0
+    assert filling is not None
 
     def watch(step: Step, _: Tensor) -> None:
         nonlocal made
         made += 1
-        show.stage(f"completion below {name}, misfit {step.misfit:.1e}", made, series="complete")
+        said = f"completion below {known.layer}, misfit {step.misfit:.1e}"
+        show.stage(said, made, series="complete")
 
-    unknowns = prod(shape)
-    surplus = update.equations - unknowns
-    seed = problem.precision.seed
-    start = grey(problem.batch, chain.input_shape, problem.value_range, seed).to(known.cotangent)
-    left = max(deadline - time.perf_counter(), 0.0)
+    bounds, precision = problem.value_range, problem.precision
+    start = grey(problem.batch, problem.chain.input_shape, bounds, precision.seed)
     share = COMPLETING if update.sharpness and isinstance(known.known, Whole) else 1.0
-    schedule = replace(filling.schedule, seconds=share * left)
-    sure = surplus >= max(SURE, SHARE * unknowns) and _followed(chain)
-    if sure:  # the polish takes over once the solution is near
-        schedule = replace(schedule, steps=min(schedule.steps, NEAR))
-    found = complete(
-        update, start, filling.prior, schedule, problem.value_range, problem.precision, watch=watch
-    )
-    if not isfinite(found.misfit):
-        return _without(problem, descent, f"{halt.reason}; no completion: {found.ended}")
-    low, high = problem.value_range or (0.0, 1.0)
-    rough = problem.precision.normal(torch.full_like(found.value, ROUGH * (high - low)))
-    reached = replace(descent, data=Estimate(found.value, rough), halt=None, completed=True)
+    schedule = replace(filling.schedule, seconds=share * filling.left)
     if sure:
-        show.stage("polish on the whole update")
-        recovery = certificate.certify(problem, _read(problem, reached, kappa, family))
-        if recovery.status in (Status.EXACT, Status.AMBIGUOUS):
-            return recovery
-    inputs, labels = _samples(problem, reached, kappa, found.value)
-    reason = _words(halt.reason, -surplus, unknowns, found)
-    if found.misfit > MISSED:
-        reason += _edges(problem, found.value)
-        left = deadline - time.perf_counter()
-        drawn = suggested(problem, descent, known, near, left) if update.sharpness else None
-        if drawn is not None:
-            inputs, _ = _samples(problem, reached, kappa, drawn)
-            reason += f"; beyond it the one in candidates comes from {SUGGESTED}"
-        residual = outcomes.replayed(problem, inputs, labels)[0]
-        nearest = Candidate(inputs, labels, residual)
-        return replace(_without(problem, descent, reason), candidates=(nearest,))
-    return outcomes.completed(problem, descent, inputs, labels, reason)
+        schedule = replace(schedule, steps=min(schedule.steps, NEAR))
+    start = start.to(known.cotangent)
+    return complete(update, start, filling.prior, schedule, bounds, precision, watch=watch)
 
 
-def _passed(
-    problem: Problem, descent: Descent, kappa: Estimate | BatchLoss | None, halt: Halt
-) -> Recovery:
+def _passed(problem: Problem, run: Run, halt: Halt) -> Recovery:
     """The winners of every max-pool were found, and the stages determine the data."""
-    inputs, labels = _samples(problem, descent, kappa, descent.require_data().value)
-    found = outcomes.completed(
+    inputs, labels = _samples(problem, run, run.descent.require_data().value)
+    recovery = outcomes.completed(
         problem,
-        descent,
+        run.descent,
         inputs,
         labels,
         f"{halt.reason}; the winners of every max-pool were found by the equations of the layer "
         "below it, and with them every stage is determined",
     )
-    assert found.residual is not None
-    if found.residual**2 <= MISSED:
-        return found
-    nearest = Candidate(inputs, labels, found.residual)
-    halted = replace(descent, data=None, halt=halt)
+    assert recovery.residual is not None
+    if recovery.residual**2 <= MISSED:
+        return recovery
+    nearest = Candidate(inputs, labels, recovery.residual)
+    halted = replace(run.descent, data=None, halt=halt)
     return replace(_without(problem, halted, halt.reason), candidates=(nearest,))
+
+
+def _unpooled(
+    problem: Problem, descent: Descent, seconds: float, show: Progress
+) -> tuple[Descent, PoolSearch | None]:
+    """The descent through max-pools whose winners the layers below give away, as far as it goes.
+
+    A pool counts as passed where the equations of the stage below it determine that stage and do
+    not contradict each other, as with wrong winners they do.  A search that ended near the first
+    pool's winners is returned too.
+    """
+    deadline = time.perf_counter() + seconds
+    top, last = descent, list[PoolSearch]()
+
+    def unpool(index: int, op: Op, u: Estimate, cot: Estimate) -> tuple[Estimate, Estimate] | None:
+        if index != descent.reached.index:  # one at a time: what was passed before is kept
+            return None
+        show.stage(f"winners of {op.name}")
+        winners = find_winners(
+            problem.model,
+            PooledStage(problem.chain, index, op, u, cot),
+            problem.sent,
+            deadline - time.perf_counter(),
+            seed=problem.precision.seed,
+            surplus=0.0 if descent is top else SPARE,
+        )
+        if winners is not None:
+            last.append(winners)
+        return None if winners is None else winners.passed
+
+    while (reached := descent.reached).u is not None and descent.halt is not None:
+        last.clear()
+        fresh = problem.descend(reached.index, reached.u, reached.k, show.stage, unpool)
+        if reached.index - 1 not in fresh.inputs or fresh.refuted:
+            break
+        descent = replace(
+            fresh,
+            solutions={**descent.solutions, **fresh.solutions},
+            inputs={**descent.inputs, **fresh.inputs},
+            cotangents={**descent.cotangents, **fresh.cotangents},
+        )
+    return descent, last[0] if last and descent is top else None
+
+
+def _suggested(
+    problem: Problem,
+    descent: Descent,
+    known: KnownFeatures,
+    near: PoolSearch | None,
+    seconds: float,
+) -> Tensor | None:
+    """A picture from known features, where no batch that meets the update was found."""
+    stage = problem.chain.stages[descent.reached.index]
+    if not isinstance(known.known, Whole):
+        return None
+    value = known.known.value
+    if near is not None:
+        stage, value = problem.chain.stages[descent.reached.index - 1], near.input
+        size = tuple(value.shape)
+        known = replace(known, layer=stage.name, shape=size, cotangent=torch.zeros_like(value))
+    channels = value.shape[1]
+    for op in stage.lead:
+        if isinstance(op, Reshape) and len(op.in_shape) > 1:
+            channels = op.in_shape[0]
+    source = replace(known, known=Standardised.of(value, channels))
+    wanted = _wanted(problem, seconds)
+    return coarse(problem.model, problem.sent, source, wanted, follow=near is None)
+
+
+def _wanted(problem: Problem, seconds: float) -> Suggestion:
+    """The batch that is suggested where none that meets the update was found."""
+    shape, filling = (problem.batch, *problem.chain.input_shape), problem.filling
+    assert filling is not None
+    seed = problem.precision.seed
+    return Suggestion(shape, filling.prior, problem.value_range, seconds, seed)
 
 
 def searched(problem: Problem, recovery: Recovery, show: Progress) -> Recovery:
@@ -173,7 +243,7 @@ def searched(problem: Problem, recovery: Recovery, show: Progress) -> Recovery:
     kinked = any(rounded(module) for module in problem.model.modules())
     seconds = filling.left
     try:
-        found = match(
+        matched = match(
             problem.model,
             view(problem.update, loss=problem.declared, value_range=problem.value_range),
             labels=problem.labels,
@@ -187,27 +257,23 @@ def searched(problem: Problem, recovery: Recovery, show: Progress) -> Recovery:
         )
     except ValueError as error:  # labels, above all, that only a closed form would have found
         return replace(recovery, reason=f"{recovery.reason}; no search either: {error}")
-    met = found.status is Status.COMPLETED
-    reason, candidates = found.reason, found.candidates
-    targets = found.nearest_labels
+    met = matched.status is Status.COMPLETED
+    reason, candidates = matched.reason, matched.candidates
+    targets = matched.nearest_labels
     if kinked and not met and targets is not None:
-        shape = (problem.batch, *problem.chain.input_shape)
-        drawn = coarse(
-            problem.model, problem.sent, ClientLoss(problem.declared, targets), shape,
-            filling.prior, problem.value_range, seconds + began - time.perf_counter(),
-            seed=problem.precision.seed,
-        )  # fmt: skip
-        candidates = (Candidate(drawn, targets, outcomes.replayed(problem, drawn, targets)[0]),)
+        wanted = _wanted(problem, seconds + began - time.perf_counter())
+        drawn = coarse(problem.model, problem.sent, ClientLoss(problem.declared, targets), wanted)
+        candidates = (Candidate(drawn, targets, replayed(problem, drawn, targets)[0]),)
         reason += f"; beyond it the one in candidates comes from {SUGGESTED}"
     return replace(
         recovery,
-        inputs=found.inputs,
-        labels=found.labels if met else recovery.labels,
-        status=found.status if met else recovery.status,
-        residual=found.residual,
+        inputs=matched.inputs,
+        labels=matched.labels if met else recovery.labels,
+        status=matched.status if met else recovery.status,
+        residual=matched.residual,
         candidates=candidates,
         reason=f"{recovery.reason}; the whole update was matched instead: {reason}",
-        warnings=(*recovery.warnings, *found.warnings),
+        warnings=(*recovery.warnings, *matched.warnings),
     )
 
 
@@ -218,47 +284,27 @@ def _without(problem: Problem, descent: Descent, reason: str) -> Recovery:
     return outcomes.stopped(problem, status, reason, descent)
 
 
-def _samples(
-    problem: Problem, descent: Descent, kappa: Estimate | BatchLoss | None, value: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Every sample with its label: copies counted by the loss of a batch, or one by one."""
+def _samples(problem: Problem, run: Run, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Every sample with its label: copies counted by the loss of a batch, or one by one.
+
+    Without stated labels the target is that whose cotangent is nearest to the head's.
+    """
+    descent, kappa = run.descent, run.kappa
     if isinstance(kappa, BatchLoss):
         return rows_of(kappa, problem.labels).expanded(value)
-    return value, _label(problem, descent, kappa)
-
-
-def _label(problem: Problem, descent: Descent, kappa: Estimate | None) -> Tensor:
-    """The target whose cotangent is nearest to the head's."""
     if problem.labels is not None:
-        return problem.labels
+        return value, problem.labels
     known = head_cotangent(problem, descent) if kappa is None else kappa
-    stage = problem.chain.stages[-1]
     features = top_features(problem.chain, descent.require_data())
-    return read_target(stage, features, known, problem.update.loss, problem.precision).labels
+    stage = problem.chain.stages[-1]
+    reading = read_target(stage, features, known, problem.update.loss, problem.precision)
+    return value, reading.labels
 
 
 def _followed(chain: Chain) -> bool:
     """True if every step of the network has a derivative that a polish can follow."""
     ops = [op for stage in chain.stages for op in (*stage.lead, *stage.tail)]
     return chain.complete and all(op.affine or isinstance(op, Activation) for op in ops)
-
-
-def _read(
-    problem: Problem,
-    descent: Descent,
-    kappa: Estimate | BatchLoss | None,
-    family: Sequence[HeadCandidate],
-) -> list[certificate.Answer]:
-    """The answer, and those that differ from it by the scale of another root at the head."""
-    if isinstance(kappa, BatchLoss):
-        return [read_batch(problem, descent, kappa)]
-    known = head_cotangent(problem, descent) if kappa is None else kappa
-    answer = read_answer(problem, descent, known)
-    others = family[1:]
-    return [
-        answer,
-        *(certificate.scaled(answer, one.scale / family[0].scale, one) for one in others),
-    ]
 
 
 def _edges(problem: Problem, value: Tensor) -> str:
@@ -274,14 +320,15 @@ def _edges(problem: Problem, value: Tensor) -> str:
     )
 
 
-def _words(why: str, missing: int, unknowns: int, found: Minimum) -> str:
+def _words(why: str, missing: int, unknowns: int, minimum: Minimum) -> str:
+    """Why there is a completion, and how near it came."""
     open_ = (
         f"at least {missing} of {unknowns} unknowns were chosen by the prior"
         if missing > 0
         else "what they leave open, or leave too badly conditioned, was chosen by the prior"
     )
-    size, how = f"{found.misfit**0.5:.1e}", f"{len(found.steps)} steps: {found.ended}"
-    if found.misfit > MISSED:
+    size, how = f"{minimum.misfit**0.5:.1e}", f"{len(minimum.steps)} steps: {minimum.ended}"
+    if minimum.misfit > MISSED:
         return (
             f"{why}; a completion was tried and did not find a batch that reproduces the update: "
             f"the nearest, in candidates, has the normalised residual {size} ({how})"

@@ -11,30 +11,20 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
+from rgap import validation
 from rgap.completion.complete import PriorSchedule
 from rgap.halt import Halt, HaltKind
-from rgap.head.bias_attack import rank_one_residual
-from rgap.head.features import (
-    HeadCandidate,
-    HeadFailure,
-    features_from_bias,
-    rank_one_tolerance,
-    solve_head,
-)
+from rgap.head.features import HeadFailure, solve_head
 from rgap.head.mapped import Mapped
 from rgap.inversion import certificate, outcomes, parts
-from rgap.inversion.answer import head_cotangent, head_gradients, read_answer, read_batch
-from rgap.inversion.batch_rows import BatchRows, batch_of, start, with_separation
+from rgap.inversion.answer import Run, answers_of, families, head_gradients, of_labels
+from rgap.inversion.batch_rows import BatchRows, batch_of, descended
+from rgap.inversion.batch_size import counted
 from rgap.inversion.factor import divided, remaining
 from rgap.inversion.fallback import filled, searched
-from rgap.inversion.families import families, matching
-from rgap.inversion.merging import uncounted, unrefuted
 from rgap.inversion.problem import Problem, prepare
-from rgap.inversion.reached import certified_features
-from rgap.inversion.reason import explained
 from rgap.inversion.several import beside_targets, from_pair
-from rgap.inversion.single import from_prefix
-from rgap.jacobian.batch_loss import BatchLoss
+from rgap.inversion.single import certified_features, from_bias, from_prefix
 from rgap.network.activations import Activation
 from rgap.network.prefix import find_pairs, find_prefix
 from rgap.precision import Estimate
@@ -138,49 +128,28 @@ def invert(
     ('EXACT', [3])
     """
     began = time.perf_counter()
+    validation.seconds("time_limit", time_limit)
+    if head is not None and not isinstance(head, Head):
+        raise TypeError(
+            f"head: expected a Head, got {head!r}; write "
+            "rgap.Head(features, cotangents), or head=None to have it read off the update"
+        )
     client = ClientView.of(
         model, update, batch_size=batch_size, labels=labels, input_shape=input_shape, noise=noise,
         device=device, ready=False,
     )  # fmt: skip
-    problem = prepare(client, value_range, seed, memory_budget)
+    problem = prepare(client, value_range, validation.seed(seed), memory_budget)
     if complete:
         filling = PriorSchedule.of(
             prior, time_limit, problem.chain.input_shape, problem.value_range, began
         )
         problem = replace(problem, filling=filling)
     with Progress(progress) as show:
-        found = _run(problem, head, show)
-        recovery = searched(problem, found if head is not None else _counted(problem, found), show)
-        recovery = recovery if head is not None else explained(problem, recovery)
+        recovery = _run(problem, head, show)
+        recovery = counted(problem, recovery) if head is None else recovery
+        recovery = searched(problem, recovery, show)
+        recovery = outcomes.explained(problem, recovery) if head is None else recovery
     return replace(recovery, seconds=time.perf_counter() - began)
-
-
-def _counted(problem: Problem, found: Recovery) -> Recovery:
-    """The recovery without inputs that are certified only if the batch is one sample.
-
-    Where the network is affine on the data, or has one logit, several samples send a gradient of
-    rank one as well: without targets nothing says that there is one.
-    """
-    if problem.stated is not None:
-        return found
-    if found.status is Status.INCONSISTENT:
-        return unrefuted(found)
-    if not found.certified:
-        return found
-    if "targets" in found.certified and found.inputs is not None:
-        return uncounted(problem, found)
-    return replace(
-        found,
-        inputs=None,
-        labels=problem.labels,
-        determined=None,
-        partial=None,
-        certified=frozenset(),
-        error_bound=None,
-        predicted_error=None,
-        reason="the batch size is not stated, and several samples can send a gradient of rank one "
-        f"too; for one sample write batch_size=1; then: {found.reason}",
-    )
 
 
 def _run(problem: Problem, head: Head | None, show: Progress) -> Recovery:
@@ -200,20 +169,20 @@ def _run(problem: Problem, head: Head | None, show: Progress) -> Recovery:
         x = _given("features", head.features, top.in_shape, problem)
         kappa = _given("cotangents", head.cotangents, top.out_shape, problem)
         descent = problem.descend(len(chain.stages) - 1, x, kappa, show.stage)
-        recovery = _conclude(problem, [(descent, kappa, [])], show)
+        recovery = _conclude(problem, [Run(descent, kappa)], show)
         *below, last = recovery.layers
         return replace(recovery, layers=(*below, replace(last, route=Route.GIVEN)))
     lowest = _lowest_fully_connected(problem)
     if _over_positions(problem):
         return outcomes.over_positions(problem)
     if problem.stated != 1 and not isinstance(problem.update.loss, Mapped):
-        found = separate(batch_of(problem), show.stage)
+        separated = separate(batch_of(problem), show.stage)
         # One sample of a batch of unknown size has routes of its own where this one has none.
         single = problem.stated is None and not mixed(batch_of(problem))
-        if not (single and isinstance(found, Unseparated)):
-            recovery = _from_batch(problem, found, show)
-            if isinstance(found, Unseparated) and found.factor is not None:
-                recovery = _divided(problem, found.factor, show) or recovery
+        if not (single and isinstance(separated, Unseparated)):
+            recovery = _from_batch(problem, separated, show)
+            if isinstance(separated, Unseparated) and separated.factor is not None:
+                recovery = _divided(problem, separated.factor, show) or recovery
             return beside_targets(problem, recovery, show)
     if not problem.update.loss.equations:
         return outcomes.no_equations(problem)
@@ -245,13 +214,13 @@ def _from_data(problem: Problem, show: Progress) -> Recovery | None:
     held = [stage.affine for stage in chain.stages]
     if problem.stated in (None, 1):
         prefix = find_prefix(problem.model, chain.input_shape, problem.sent, held)
-        found = None if prefix is None else from_prefix(problem, prefix, above, show)
-        if found is not None or problem.stated == 1:
-            return found
+        recovery = None if prefix is None else from_prefix(problem, prefix, above, show)
+        if recovery is not None or problem.stated == 1:
+            return recovery
     for pair in find_pairs(problem.model, chain.input_shape, problem.sent, held):
-        found = from_pair(problem, pair, above, show)
-        if found is not None:
-            return found
+        recovery = from_pair(problem, pair, above, show)
+        if recovery is not None:
+            return recovery
     return None
 
 
@@ -262,14 +231,14 @@ def _divided(problem: Problem, factor: float, show: Progress) -> Recovery | None
     """
     for _ in range(REFINED):
         own = divided(problem, factor)
-        found = separate(batch_of(own), show.stage)
-        if isinstance(found, Unseparated):
+        separated = separate(batch_of(own), show.stage)
+        if isinstance(separated, Unseparated):
             return None
-        left = remaining(own, found)
+        left = remaining(own, separated)
         factor *= left
         if abs(left - 1.0) <= problem.precision.unit:
             break
-    recovery = _from_batch(divided(problem, factor), found, show)
+    recovery = _from_batch(divided(problem, factor), separated, show)
     if recovery.status is Status.INCONSISTENT:
         return None
     said = f"{recovery.reason}; the update is {factor:.6g} times that of the declared loss"
@@ -277,52 +246,38 @@ def _divided(problem: Problem, factor: float, show: Progress) -> Recovery | None
     return replace(recovery, scale=known, reason=said)
 
 
-def _from_batch(problem: Problem, found: Separated | Unseparated, show: Progress) -> Recovery:
+def _from_batch(problem: Problem, separated: Separated | Unseparated, show: Progress) -> Recovery:
     """B > 1: the samples were told apart at some stage; descend from there."""
-    if isinstance(found, Unseparated):
-        status = Status.UNDERDETERMINED if found.consistent else Status.INCONSISTENT
-        halt = Halt(HaltKind.UNSEPARATED, "", found.reason)
-        return outcomes.stopped(problem, status, found.reason, None, halt)
-    problem = start(problem, found)
-    descent = problem.descend(found.stage.index, found.features, found.cotangents, show.stage)
-    descent = with_separation(problem, descent, found)
-    recovery = _conclude(problem, [(descent, found.head, [])], show)
-    if recovery.status is Status.INCONSISTENT and bool((found.head.copies > 1).any()):
+    if isinstance(separated, Unseparated):
+        status = Status.UNDERDETERMINED if separated.consistent else Status.INCONSISTENT
+        halt = Halt(HaltKind.UNSEPARATED, "", separated.reason)
+        return outcomes.stopped(problem, status, separated.reason, None, halt)
+    problem, descent = descended(problem, separated, show.stage)
+    recovery = _conclude(problem, [Run(descent, separated.head)], show)
+    if recovery.status is Status.INCONSISTENT and bool((separated.head.copies > 1).any()):
         # Copies are what the head cannot tell apart; the layers below may well see a difference.
         reason = (
-            f"{found.note}; taken as copies they contradict the layers below ({recovery.reason}): "
-            "more likely they are different pictures, which the head cannot show"
+            f"{separated.note}; taken as copies they contradict the layers below "
+            f"({recovery.reason}): more likely they are different pictures, which the head cannot "
+            "show"
         )
         recovery = replace(recovery, status=Status.UNDERDETERMINED, reason=reason)
-    notes = (found.note,) if found.note else ()
-    if found.passed and recovery.inputs is None:
-        reason = f"{found.passed}; the batch was separated above: {recovery.reason}"
+    notes = (separated.note,) if separated.note else ()
+    if separated.passed and recovery.inputs is None:
+        reason = f"{separated.passed}; the batch was separated above: {recovery.reason}"
         recovery = replace(recovery, reason=reason)
-    return replace(recovery, separation=found.route, warnings=(*notes, *recovery.warnings))
+    return replace(recovery, separation=separated.route, warnings=(*notes, *recovery.warnings))
 
 
 def _from_bias(problem: Problem, index: int, show: Progress) -> Recovery:
     """B = 1: the bias attack at the lowest fully connected stage starts the recursion there."""
-    chain = problem.chain
-    stage = chain.stages[index]
+    stage = problem.chain.stages[index]
     show.stage(f"bias attack at {stage.name}")
-    weight, bias = head_gradients(stage, problem, problem.gradients.original)  # block by block
-    assert bias is not None
-    x, k = features_from_bias(stage.affine, weight, bias.to(stage.affine.weight), problem.precision)
-    misfit = rank_one_residual(weight, x.value[0], k.value[0])
-    tolerance = rank_one_tolerance(stage.affine, weight, bias, x, problem.precision)
-    if misfit > tolerance:
-        return outcomes.stopped(
-            problem,
-            Status.INCONSISTENT,
-            f"the gradient of '{stage.name}' is not of rank one (relative residual {misfit:.1e}, "
-            f"where rounding and noise explain {tolerance:.1e}): it mixes several samples, does "
-            "not come with this bias gradient, or has noise that was not stated",
-            None,
-            Halt.contradiction(stage.name),
-        )
+    x, k, mixed = from_bias(problem, stage)
+    if mixed:
+        return outcomes.not_of_rank_one(problem, stage, mixed)
     descent = problem.descend(index, x, k, show.stage)
-    return _conclude(problem, [(descent, None, [])], show)
+    return _conclude(problem, [Run(descent, None)], show)
 
 
 def _from_head(problem: Problem, show: Progress) -> Recovery:
@@ -342,21 +297,18 @@ def _from_head(problem: Problem, show: Progress) -> Recovery:
         )
     show.stage(f"head equations at {stage.name}")
     weight, bias = head_gradients(stage, problem)
-    found = solve_head(stage, weight, bias, problem.update.loss, problem.precision)
-    if isinstance(found, HeadFailure):
-        status = Status.UNDERDETERMINED if found.consistent else Status.INCONSISTENT
-        kind = HaltKind.HEAD if found.consistent else HaltKind.CONTRADICTION
-        halt = Halt(kind, stage.name, found.reason)
-        return outcomes.stopped(problem, status, found.reason, None, halt)
+    roots = solve_head(stage, weight, bias, problem.update.loss, problem.precision)
+    if isinstance(roots, HeadFailure):
+        status = Status.UNDERDETERMINED if roots.consistent else Status.INCONSISTENT
+        kind = HaltKind.HEAD if roots.consistent else HaltKind.CONTRADICTION
+        halt = Halt(kind, stage.name, roots.reason)
+        return outcomes.stopped(problem, status, roots.reason, None, halt)
     runs: list[Run] = []
-    for family in families(matching(found, problem.labels), chain):
+    for family in families(of_labels(roots, problem.labels), chain):
         first = family[0]
         descent = problem.descend(index, first.features, first.cotangent, show.stage)
-        runs.append((descent, first.cotangent, family))
+        runs.append(Run(descent, first.cotangent, family))
     return _conclude(problem, runs, show)
-
-
-Run = tuple[Descent, Estimate | BatchLoss | None, list[HeadCandidate]]
 
 
 def _conclude(problem: Problem, runs: list[Run], show: Progress) -> Recovery:
@@ -365,77 +317,61 @@ def _conclude(problem: Problem, runs: list[Run], show: Progress) -> Recovery:
         words = "the stated labels contradict the head's gradient"
         halt = Halt(HaltKind.CONTRADICTION, problem.chain.stages[-1].name, words)
         return outcomes.stopped(problem, Status.INCONSISTENT, words, None, halt)
-    alive = [run for run in runs if not run[0].refuted]
+    alive = [run for run in runs if not run.descent.refuted]
     if not alive:
-        return outcomes.contradiction(problem, min((r[0] for r in runs), key=_worst))
-    reached = [run for run in alive if run[0].data is not None]
+        descents = (run.descent for run in runs)
+        return outcomes.contradiction(problem, min(descents, key=lambda d: d.worst[1]))
+    reached = [run for run in alive if run.descent.data is not None]
     if not reached:
-        descent = alive[0][0]
-        halt = descent.require_halt()
-        status = Status.UNDERDETERMINED if halt.supported else Status.UNSUPPORTED
-        if len(alive) == 1 and (problem.filling is None or parts.free(problem, descent)):
-            kappa = alive[0][1]
-
-            def certify(whole: Descent) -> tuple[Recovery, BatchRows | None]:
-                answer = _answer(problem, whole, kappa)
-                return certificate.certify(problem, [answer]), answer.rows
-
-            found = parts.in_parts(problem, descent, certify)
-            whole_targets = found is not None and found.labels is not None
-            if found is not None and problem.filling is None:
-                return found
-            if found is not None and whole_targets and found.partial is not None:
-                return parts.completed(problem, found)
-        if problem.filling is not None and len(alive) == 1:
-            return filled(problem, descent, alive[0][1], alive[0][2], show)
-        reason = halt.reason
-        if problem.filling is not None:
-            reason += (
-                f"; no completion: {len(alive)} roots at the head are open, each needs its own"
-            )
-        recovery = outcomes.stopped(problem, status, reason, descent)
-        single = len(alive) == 1 and problem.batch == 1 and not alive[0][2]
-        return _with_features(problem, recovery, descent) if single else recovery
+        return _ended_early(problem, alive, show)
     show.stage("polish on the whole update")
-    answers = []
-    for descent, kappa, family in reached:
-        answer = _answer(problem, descent, kappa)
-        answers.append(answer)
-        answers += [
-            certificate.scaled(answer, other.scale / family[0].scale, other) for other in family[1:]
-        ]
+    answers = [answer for run in reached for answer in answers_of(problem, run)]
     recovery = certificate.certify(problem, answers)
-    unsettled = [run[0].require_halt() for run in alive if run[0].data is None]
+    unsettled = [run.descent.require_halt() for run in alive if run.descent.data is None]
     if recovery.status is Status.EXACT and unsettled:
         return outcomes.stopped(
             problem,
             Status.UNDERDETERMINED,
             f"one answer reproduces the update, but another root at the head is not refuted: its "
             f"recursion stops at '{unsettled[0].stage}' ({unsettled[0].reason})",
-            reached[0][0],
+            reached[0].descent,
             unsettled[0],
         )
     return recovery
 
 
+def _ended_early(problem: Problem, runs: Sequence[Run], show: Progress) -> Recovery:
+    """No recursion reached the data: what is determined of them, or what a prior completes."""
+    run, alone = runs[0], len(runs) == 1
+    descent = run.descent
+    halt = descent.require_halt()
+    if alone and (problem.filling is None or parts.free(problem, descent)):
+
+        def certify(whole: Descent) -> tuple[Recovery, BatchRows | None]:
+            [answer] = answers_of(problem, Run(whole, run.kappa))
+            return certificate.certify(problem, [answer]), answer.rows
+
+        partly = parts.in_parts(problem, descent, certify)
+        if partly is not None and problem.filling is None:
+            return partly
+        if partly is not None and partly.labels is not None and partly.partial is not None:
+            return parts.completed(problem, partly)
+    if problem.filling is not None and alone:
+        return filled(problem, run, show)
+    reason = halt.reason
+    if problem.filling is not None:
+        reason += f"; no completion: {len(runs)} roots at the head are open, each needs its own"
+    status = Status.UNDERDETERMINED if halt.supported else Status.UNSUPPORTED
+    recovery = outcomes.stopped(problem, status, reason, descent)
+    single = alone and problem.batch == 1 and not run.family
+    return _with_features(problem, recovery, descent) if single else recovery
+
+
 def _with_features(problem: Problem, recovery: Recovery, descent: Descent) -> Recovery:
     """What the bias attack and the recursion certified above the place where it ended."""
-    found = certified_features(problem, descent)
-    notes = (f"no features are certified: {found.doubt}",) if found.doubt else ()
-    return replace(recovery, features=found.features, warnings=(*recovery.warnings, *notes))
-
-
-def _answer(
-    problem: Problem, descent: Descent, kappa: Estimate | BatchLoss | None
-) -> certificate.Answer:
-    if isinstance(kappa, BatchLoss):
-        return read_batch(problem, descent, kappa)
-    known = head_cotangent(problem, descent) if kappa is None else kappa
-    return read_answer(problem, descent, known, apart=kappa is None)
-
-
-def _worst(descent: Descent) -> float:
-    return descent.worst[1]
+    features, doubt = certified_features(problem, descent)
+    notes = (f"no features are certified: {doubt}",) if doubt else ()
+    return replace(recovery, features=features, warnings=(*recovery.warnings, *notes))
 
 
 def _given(name: str, value: Tensor, shape: tuple[int, ...], problem: Problem) -> Estimate:

@@ -1,19 +1,47 @@
-"""Recoveries that are no certificate: where the equations end, contradict, or are filled in."""
+"""Recoveries that are no certificate: where the equations end, contradict, or are filled in.
+
+A recovery that failed says first what a check finds wrong with the update, and of every layer what
+the recursion did there.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
+from rgap.constraints.nullspace import null_directions
+from rgap.constraints.ranks import weight_row_spaces
+from rgap.diagnosis.finding import Kind
+from rgap.diagnosis.ranking import check
 from rgap.halt import Halt, HaltKind
 from rgap.inversion.problem import Problem
-from rgap.inversion.replay import sent_for
-from rgap.inversion.reports import layer_reports
+from rgap.inversion.replay import replayed
 from rgap.inversion.symptoms import compressed, warnings
-from rgap.recovery import Recovery, Status
+from rgap.network.chain import Stage
+from rgap.recovery import LayerReport, Recovery, Route, Status
 from rgap.recursion.descend import Descent
+from rgap.update.update import view
 
+# The cotangents of all targets of a head with two classes are parallel: any factor fits a mixture.
+PARALLEL = 2
+LIMIT = 10.0  # seconds after which no further trial begins
+REFUTES = frozenset(
+    (
+        Kind.SIGN,
+        Kind.REDUCTION,
+        Kind.ACCUMULATION,
+        Kind.CLIPPING,
+        Kind.SCALE,
+        Kind.LOSS,
+        Kind.MODE,
+        Kind.STEPS,
+        Kind.DECAY,
+        Kind.BATCH_SIZE,
+    )
+)
+"""Findings that contradict what was declared: no smaller batch would help."""
 CHOSEN = (
     "a prior chose what the equations leave open: details of these pictures may be its own and not "
     "the client's; the layer reports say how much is open"
@@ -21,11 +49,7 @@ CHOSEN = (
 
 
 def stopped(
-    problem: Problem,
-    status: Status,
-    reason: str,
-    descent: Descent | None,
-    halt: Halt | None = None,
+    problem: Problem, status: Status, reason: str, descent: Descent | None, halt: Halt | None = None
 ) -> Recovery:
     """A recovery without inputs; of a compressed update the reason begins with the compression.
 
@@ -87,8 +111,31 @@ def over_positions(problem: Problem) -> Recovery:
     return stopped(problem, Status.UNSUPPORTED, words, None, Halt(HaltKind.HEAD, last.name, words))
 
 
+def not_of_rank_one(problem: Problem, stage: Stage, words: str) -> Recovery:
+    """INCONSISTENT: the gradient of one sample at a fully connected layer is k xᵀ, this one is not.
+
+    Args:
+        problem: of the chain that the recovery speaks of.
+        stage: the layer.
+        words: by how much.
+    """
+    return stopped(
+        problem,
+        Status.INCONSISTENT,
+        f"the gradient of '{stage.name}' is not of rank one (relative {words}): it mixes several "
+        "samples, does not come with this bias gradient, or has noise that was not stated",
+        None,
+        Halt.contradiction(stage.name),
+    )
+
+
 def contradiction(problem: Problem, descent: Descent) -> Recovery:
-    """INCONSISTENT, naming the layer whose equations do not fit, where their errors allow that."""
+    """INCONSISTENT, naming the layer whose equations do not fit, where their errors allow that.
+
+    Args:
+        problem: the update.
+        descent: of which some stage's equations contradict each other.
+    """
     index, misfit = descent.worst
     stage = problem.chain.stages[index]
     relative = descent.solutions[index].solution.stats.residual
@@ -126,7 +173,15 @@ def outside(problem: Problem, descent: Descent, inputs: Tensor) -> Recovery:
 def completed(
     problem: Problem, descent: Descent, inputs: Tensor, labels: Tensor, reason: str
 ) -> Recovery:
-    """A batch of which a prior chose a part: no error is predicted, and none is bounded."""
+    """A batch of which a prior chose a part: no error is predicted, and none is bounded.
+
+    Args:
+        problem: with its filling.
+        descent: as far as the equations went.
+        inputs: the whole batch, [B, *input_shape].
+        labels: its targets.
+        reason: what the prior chose, in words.
+    """
     recovery = stopped(problem, Status.COMPLETED, reason, descent)
     return replace(
         recovery,
@@ -137,14 +192,72 @@ def completed(
     )
 
 
-def replayed(
-    problem: Problem, inputs: Tensor, labels: Tensor, scale: float | Tensor = 1.0
-) -> tuple[float, dict[str, float]]:
-    """Relative difference between the update and the gradient of a batch, in all and by name."""
-    again = sent_for(problem, inputs, labels, scale)
-    parts, total, size = {}, 0.0, 0.0
-    for name, sent in problem.sent.items():
-        gap, own = float((again[name] - sent).norm()), float(sent.norm())
-        parts[name] = gap / own if own > 0 else gap
-        total, size = total + gap**2, size + own**2
-    return (total / size) ** 0.5 if size > 0 else total**0.5, parts
+def explained(problem: Problem, recovery: Recovery) -> Recovery:
+    """The recovery with the best finding at the front of its reason.
+
+    Where the equations contradict the update, and where a batch was not told apart: a sum that is
+    declared as a mean looks like a batch without a solution.
+
+    Args:
+        problem: the update and its model, on which the trials of a check run.
+        recovery: that failed, or did not; one that did not comes back as it is.
+    """
+    contradicted = recovery.status is Status.INCONSISTENT
+    apart = recovery.status is Status.UNDERDETERMINED and (problem.stated or 1) > 1
+    untold = recovery.halt is not None and recovery.halt.kind is HaltKind.UNSEPARATED
+    if not contradicted and not (apart and (recovery.inputs is None or untold)):
+        return recovery
+    outputs = problem.chain.output_shape
+    if not contradicted and (not outputs or outputs[-1] <= PARALLEL):
+        return recovery
+    best = check(
+        problem.model,
+        view(problem.update, loss=problem.declared),
+        batch_size=problem.stated,
+        labels=problem.labels,
+        noise=problem.precision.noise,
+        seed=problem.precision.seed,
+        time_limit=LIMIT,
+    ).best
+    if best is None or best.kind is Kind.COMPRESSION or (best.kind is Kind.WEIGHTS and apart):
+        return recovery
+    status = Status.INCONSISTENT if best.kind in REFUTES else recovery.status
+    return replace(recovery, status=status, reason=f"{best.sentence}; {recovery.reason}")
+
+
+def layer_reports(problem: Problem, descent: Descent | None) -> tuple[LayerReport, ...]:
+    """What the recursion did at every stage, or that it did not reach it, in forward order."""
+    return tuple(_report(problem, descent, stage) for stage in problem.chain.stages)
+
+
+def _report(problem: Problem, descent: Descent | None, stage: Stage) -> LayerReport:
+    affine, batch = stage.affine, problem.batch
+    read = int(affine.reads.sum())
+    unread = batch * (affine.reads.numel() - read)
+    step = None if descent is None else descent.solutions.get(stage.index)
+    halt = None if descent is None else descent.halt
+    note = halt.reason if halt is not None and halt.stage == stage.name else ""
+
+    def weight_rank() -> int:
+        active = affine.weight.new_ones(batch, *affine.out_shape, dtype=torch.bool)
+        spaces = weight_row_spaces(affine, active if step is None else step.active)
+        return sum(space.rank.rank for space in spaces)
+
+    def null_space(count: int) -> Tensor:
+        joint = None if step is None else step.solution.stats.joint
+        nullity = count if joint is None else joint.nullity + unread
+        if step is None or nullity == 0:
+            return affine.weight.new_empty(0, batch, *affine.in_shape)
+        return null_directions(affine, step.cotangent, step.active, nullity, count)
+
+    report = LayerReport(
+        stage.name, affine.kind, batch * read, note=note, unread=unread, _weight_rank=weight_rank
+    )
+    if descent is None or (step is None and stage.index not in descent.cotangents):
+        return report
+    known = descent.features.get(stage.index)
+    predicted = None if known is None else float(known.error.square().mean().sqrt())
+    if step is None:  # where the recursion started: all of u was read off the gradient
+        route = Route.HEAD_EQUATIONS if affine.bias_name is None else Route.BIAS_ATTACK
+        return report.read_off(route, null_space, predicted)
+    return report.solved(step.solution.stats, step.seconds, null_space, predicted)

@@ -1,19 +1,17 @@
-"""What is determined of the data where not all of them are, and what is open, in words."""
+"""What is determined of the data where not all of them are, and what a prior makes of the rest."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from rgap.halt import Halt
 from rgap.inversion import outcomes
 from rgap.inversion.batch_rows import BatchRows
+from rgap.inversion.places import described
 from rgap.inversion.problem import Problem
-from rgap.inversion.reports import layer_reports
 from rgap.limits import SAFETY, USEFUL
 from rgap.precision import Estimate
 from rgap.recovery import Candidate, Recovery, Status
@@ -22,13 +20,10 @@ from rgap.recursion.stage import StageSolution
 from rgap.solvers.priors import Operator
 from rgap.solvers.rank import Evidence, EvidenceKind
 
-__all__ = ["completed", "described", "free", "in_parts"]
+__all__ = ["completed", "free", "in_parts"]
 
 STEPS, SOLVING = 30, 200  # Newton steps of a prior, and of the solve of each
 SETTLED, SMALL = 1e-6, 1e-12  # a step that changes nothing, and the decrease that ends a solve
-FEW = 6  # lines of a picture that are listed one by one
-_NUMBERS = ("", "", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-_AXES = {1: ("position",), 2: ("row", "column"), 3: ("slice", "row", "column")}
 
 
 Certify = Callable[[Descent], tuple[Recovery, BatchRows | None]]
@@ -55,8 +50,7 @@ def in_parts(problem: Problem, descent: Descent, certify: Certify) -> Recovery |
     partial = descent.partial
     if partial is None:
         return None
-    low, high = problem.value_range or (0.0, 1.0)
-    sharp = SAFETY * partial.std <= USEFUL * (high - low)
+    sharp = SAFETY * partial.std <= USEFUL * problem.width
     determined = partial.known & sharp
     if not bool(determined.any()):
         return None
@@ -64,61 +58,72 @@ def in_parts(problem: Problem, descent: Descent, certify: Certify) -> Recovery |
     short = step is not None and step.solution.value is None
     value = partial.value
     if not short and problem.value_range is not None:  # nothing reads them: any value will do
-        value = torch.where(determined, value, value.clamp(low, high))
+        value = torch.where(determined, value, value.clamp(*problem.value_range))
     start = Estimate(value, torch.where(determined, partial.error, 0.0))
     whole = replace(descent, data=start, halt=None)
     if short:
-        told = _told(descent, partial.std[determined], high - low)
+        told = _told(descent, partial.std[determined], problem.width)
         whole = replace(whole, solutions={**descent.solutions, 0: told})
-    found, reported = certify(whole)
-    if found.inputs is None:
+    recovery, reported = certify(whole)
+    if recovery.inputs is None:
         if not short:
-            return found
+            return recovery
         return _by_equations(problem, descent, start, determined)
     rows = slice(None) if reported is None else reported.picture
     mask = determined[rows]
-    bound = found.error_bound
+    bound = recovery.error_bound
     assert bound is not None
     reason = _reason(problem, descent, mask, bound)
-    if found.status is Status.AMBIGUOUS:
-        reason = f"{found.reason}; {reason}"
-    status = Status.UNDERDETERMINED if found.status is Status.EXACT else found.status
+    if recovery.status is Status.AMBIGUOUS:
+        reason = f"{recovery.reason}; {reason}"
+    status = Status.UNDERDETERMINED if recovery.status is Status.EXACT else recovery.status
     return replace(
-        found,
+        recovery,
         inputs=None,
         status=status,
         reason=reason,
-        certified=found.certified - {"inputs"},
+        certified=recovery.certified - {"inputs"},
         candidates=tuple(
             Candidate(_struck(c.inputs, determined[_expanded(c.inputs, reported)]), c.labels,
                       c.residual)
-            for c in found.candidates
+            for c in recovery.candidates
         ),
-        layers=layer_reports(problem, descent),
+        layers=outcomes.layer_reports(problem, descent),
         halt=descent.halt,
         determined=mask,
-        partial=_struck(found.inputs, mask),
+        partial=_struck(recovery.inputs, mask),
     )  # fmt: skip
 
 
 def free(problem: Problem, descent: Descent) -> bool:
-    """True if what is open of the data is read by nothing: any value of it sends the update."""
+    """True if what is open of the data is read by nothing: any value of it sends the update.
+
+    Args:
+        problem: the update.
+        descent: that ended at the data or before.
+    """
     step = descent.solutions.get(0)
     rectified = any(getattr(op, "one_sided", False) for op in problem.chain.stages[0].lead)
     whole = step is None or step.solution.value is not None
     return descent.partial is not None and whole and not rectified
 
 
-def completed(problem: Problem, found: Recovery) -> Recovery:
+def completed(problem: Problem, recovery: Recovery) -> Recovery:
     """Data of which some are determined, with what nothing reads chosen by the prior.
 
-    The least penalty with the determined values held, by Newton steps on the prior's quadratic
-    bound, each solved by conjugate gradients.
+    With D the determined entries, by Newton steps on the prior's quadratic bound, each solved by
+    conjugate gradients:
+
+        min prior(x)   subject to   x_D = x̂_D.
+
+    Args:
+        problem: with its filling.
+        recovery: with ``partial`` and ``determined``, [B, *input_shape].
     """
     filling = problem.filling
-    assert filling is not None and found.partial is not None and found.determined is not None
-    prior, free_ = filling.prior.smoothed(filling.schedule.smoothing), ~found.determined
-    x = torch.where(free_, found.partial[found.determined].mean(), found.partial)
+    assert filling is not None and recovery.partial is not None and recovery.determined is not None
+    prior, free_ = filling.prior.smoothed(filling.schedule.smoothing), ~recovery.determined
+    x = torch.where(free_, recovery.partial[recovery.determined].mean(), recovery.partial)
     for _ in range(STEPS):
         slope = torch.where(free_, prior.gradient(x), 0.0)
         step = _newton_step(prior.curvature(x), slope, free_)
@@ -128,11 +133,11 @@ def completed(problem: Problem, found: Recovery) -> Recovery:
     if problem.value_range is not None:
         x = torch.where(free_, x.clamp(*problem.value_range), x)
     return replace(
-        found,
+        recovery,
         inputs=x,
         status=Status.COMPLETED,
-        reason=f"{found.reason}; a prior chose the values that nothing reads",
-        warnings=(*found.warnings, outcomes.CHOSEN),
+        reason=f"{recovery.reason}; a prior chose the values that nothing reads",
+        warnings=(*recovery.warnings, outcomes.CHOSEN),
     )
 
 
@@ -180,22 +185,11 @@ def _by_equations(
     """The entries that the equations of all stages fix, where no batch is there to replay."""
     misfit = max((step.misfit for step in descent.solutions.values()), default=0.0)
     bound = SAFETY * float(start.std.max()) * max(1.0, misfit)
-    low, high = problem.value_range or (0.0, 1.0)
-    if not bound <= USEFUL * (high - low):
+    if not bound <= USEFUL * problem.width:
         return None
-    if problem.value_range is not None:
-        inside = start.value[determined]
-        excess = float(torch.maximum(inside - high, low - inside).max()) - bound
-        if excess > problem.slack * (high - low):
-            return outcomes.stopped(
-                problem,
-                Status.INCONSISTENT,
-                f"the value_range [{low:g}, {high:g}] contradicts the update, which determines "
-                f"values in [{float(inside.min()):.3g}, {float(inside.max()):.3g}]; write the "
-                "range of the data as the network sees them",
-                descent,
-                Halt.contradiction(problem.chain.stages[0].name),
-            )
+    values = start.value[determined]
+    if problem.excess(values, bound) > problem.slack:
+        return outcomes.outside(problem, descent, values)
     stopped = outcomes.stopped(
         problem,
         Status.UNDERDETERMINED,
@@ -220,121 +214,3 @@ def _reason(problem: Problem, descent: Descent, determined: Tensor, bound: float
         f"{count} of {total} values are determined, none of them off by more than {bound:.1e}; "
         f"open: {described(~determined)} ({descent.require_halt().reason})"
     )
-
-
-def described(mask: Tensor) -> str:
-    """The place of some entries of a batch, in words.
-
-    Args:
-        mask: True at them, [B, *shape] with shape [n], [C, L], [C, H, W] or [C, D, H, W].
-
-    >>> mask = torch.zeros(1, 3, 4, 4, dtype=torch.bool)
-    >>> mask[..., 3, :] = True
-    >>> described(mask)
-    'the last row'
-    >>> mask[..., :, 0] = True
-    >>> described(mask)
-    'the last row and the first column'
-    >>> mask[:] = False
-    >>> mask[:, 1:] = True
-    >>> described(mask)
-    'channels 1 to 2'
-    """
-    if not bool(mask.any()):
-        return "nothing"
-    alike = bool((mask == mask[:1]).all())
-    if not alike:
-        count = int(mask.flatten(1).any(1).sum())
-        where = [described(one[None]) for one in mask if bool(one.any())]
-        if len(mask) <= FEW and len(set(where)) > 1:
-            said = [
-                f"of picture {number} {described(one[None])}"
-                for number, one in enumerate(mask)
-                if bool(one.any())
-            ]
-            return "; ".join(said)
-        return f"{where[0] if len(set(where)) == 1 else _counted_box(mask)} of {count} pictures"
-    one = mask[0]
-    if one.ndim == 1:
-        return _lines(one, "entry") or _box(one)
-    channels = one.flatten(1)
-    if bool((channels == channels[:1]).all()):
-        return _space(one[0]) or _box(one)
-    touched, full = channels.any(1), channels.all(1)
-    if torch.equal(touched, full):
-        return _lines(full, "channel") or _box(one)
-    return _box(one)
-
-
-def _counted_box(mask: Tensor) -> str:
-    return f"{int(mask.sum())} values"
-
-
-def _space(mask: Tensor) -> str:
-    """Whole lines of a picture's positions [*space]; "" where they are no lines."""
-    names = _AXES.get(mask.ndim)
-    if names is None or bool(mask.all()):
-        return "every value" if bool(mask.all()) else ""
-    union = torch.zeros_like(mask)
-    found: list[tuple[Tensor, str]] = []
-    for axis, name in enumerate(names):
-        others = tuple(a for a in range(mask.ndim) if a != axis)
-        full = mask.all(others) if others else mask
-        if bool(full.any()):
-            shape = [1] * mask.ndim
-            shape[axis] = -1
-            union |= full.reshape(shape)
-            found.append((full, name))
-    if not torch.equal(union, mask):
-        return ""
-    widths = [_border(full) for full, _ in found]
-    if len(found) == mask.ndim > 1 and widths[0] and set(widths) == {widths[0]}:
-        return f"a border of {widths[0]} pixel{'s' if widths[0] > 1 else ''}"
-    return " and ".join(_lines(full, name) for full, name in found)
-
-
-def _border(full: Tensor) -> int:
-    """Width p where the first and the last p lines are meant and no others; else 0."""
-    rest = torch.nonzero(~full).flatten()
-    low, high = int(rest[0]), len(full) - 1 - int(rest[-1])
-    return low if low == high and len(rest) == len(full) - 2 * low else 0
-
-
-def _lines(full: Tensor, name: str) -> str:
-    """Which of the lines of one axis, bool [n]."""
-    index = torch.nonzero(full).flatten().tolist()
-    first, last, count, size = index[0], index[-1], len(index), len(full)
-    names = f"{name}s" if name != "entry" else "entries"
-    if count == size:
-        return f"all {size} {names}"
-    if last - first + 1 == count:
-        if name != "channel" and last == size - 1:
-            return f"the last {name}" if count == 1 else f"the last {_number(count)} {names}"
-        if name != "channel" and first == 0:
-            return f"the first {name}" if count == 1 else f"the first {_number(count)} {names}"
-        return f"{name} {first}" if count == 1 else f"{names} {first} to {last}"
-    steps = {b - a for a, b in pairwise(index)}
-    if len(steps) == 1 and count > 2:
-        return f"every {_ordinal(steps.pop())} {name} from {first} to {last}"
-    if count <= FEW:
-        return f"{names} {', '.join(map(str, index[:-1]))} and {index[-1]}"
-    return f"{count} of {size} {names} (between {first} and {last})"
-
-
-def _box(one: Tensor) -> str:
-    """How many entries, and the smallest box around them."""
-    where = torch.nonzero(one)
-    low, high = where.amin(0).tolist(), where.amax(0).tolist()
-    names = ("entries",) if one.ndim == 1 else (
-        "channels", *(f"{name}s" for name in _AXES.get(one.ndim - 1, ("places",) * (one.ndim - 1)))
-    )  # fmt: skip
-    ranges = ", ".join(f"{name} {a} to {b}" for name, a, b in zip(names, low, high, strict=True))
-    return f"{len(where)} values within {ranges}"
-
-
-def _number(count: int) -> str:
-    return _NUMBERS[count] if 1 < count < len(_NUMBERS) else str(count)
-
-
-def _ordinal(step: int) -> str:
-    return {2: "second", 3: "third"}.get(step, f"{step}th")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import inf
 
 from torch import Tensor
@@ -66,106 +67,147 @@ class Polished:
     eliminated: bool = False
 
 
+@dataclass(frozen=True)
+class Equations:
+    """An update as equations for the data, ``g(x) = g`` weighed by their errors.
+
+    Attributes:
+        chain: complete chain, from the data up.
+        gradients: g by parameter name, float64.
+        precision: of the update.
+        width: of the value range, the unit of ``HARD``.
+        room: bytes for everything together; fewer errors are solved for where they do not fit.
+    """
+
+    chain: Chain
+    gradients: Mapping[str, Tensor]
+    precision: Precision
+    width: float = 1.0
+    room: float = inf
+
+
 def polish(
-    chain: Chain,
-    gradients: Mapping[str, Tensor],
+    update: Equations,
     start: Estimate,
     kappa: Estimate | BatchLoss,
-    precision: Precision,
     precondition: Inverse | None,
-    width: float = 1.0,
     settled: bool = False,
-    room: float = inf,
 ) -> Polished:
     """Minimise ``Σ ‖(g(x) − g)/σ‖²`` from a start that is already close.
 
     Args:
-        chain: complete chain.
-        gradients: the update, float64, by parameter name.
+        update: the equations.
         start: x from the recursion with its errors, [B, *input_shape].
-        kappa: head cotangent with its errors; for a batch the loss that gives it.
-        precision: of the update.
+        kappa: head cotangent with its errors, [B, m]; for a batch the loss that gives it.
         precondition: approximate inverse of the normal matrix on [S, B, *input_shape]; None
             where the data came straight from a bias attack, which leaves nothing to polish.
-        width: of the value range, the unit of ``HARD``.
         settled: the start was polished on the whole update already; its misfit is measured in
             units that its own error is part of.
-        room: bytes for everything together; fewer errors are solved for where they do not fit.
 
     Raises:
         OutOfMemory: the update does not fit beside its weights and its residual.
     """
-    head = kappa if isinstance(kappa, BatchLoss) else None
+    precision, head = update.precision, None
     if isinstance(kappa, BatchLoss):
-        point = Linearisation(chain, start.value, kappa)
-        kappa = kappa.known(point.outputs, precision)
+        head, point = kappa, Linearisation(update.chain, start.value, kappa)
+        known = kappa.known(point.outputs, precision)
     else:
-        point = Linearisation(chain, start.value, kappa.value)
-    found = None if head is None else _freed(point, kappa, head, gradients, precision)
-    free = found is not None
-    if found is not None:
-        point, weights = found
-    else:
+        known, point = kappa, Linearisation(update.chain, start.value, kappa.value)
+    at = None if head is None else _freed(update, point, known, head)
+    if at is None:
         own = start.error[:MEMBERS] if settled else start.error[:0]
-        weights = row_weights(point, kappa, precision, (point.power(e[None]) for e in own))
-    misfits = row_misfits(point, gradients, weights)
-    if settled and max(misfits.values()) > FITS and precondition is not None:
+        weights = row_weights(point, known, precision, (point.power(e[None]) for e in own))
+        at = _Point(point, update.gradients, weights)
+    if settled and at.misfit > FITS and precondition is not None:
         # Rounding of our own left it beside the optimum: its error is no excuse any more.
-        weights, settled = weights if free else row_weights(point, kappa, precision), False
-        misfits = row_misfits(point, gradients, weights)
-    used, data, full, worst, untaken = 0, start, False, inf, 0.0
+        settled = False
+        at = at if at.free else replace(at, weights=row_weights(point, known, precision))
+    used, data, full, worst = 0, start, False, inf
     if not settled and precondition is not None:
         # The recursion took the targets for known: where they are free its errors are too small.
-        hard = free or float(start.error.square().mean().sqrt()) > HARD * width
+        hard = at.free or float(start.error.square().mean().sqrt()) > HARD * update.width
         if not hard:
-            point, misfits, used, _, _ = _step(
-                point, misfits, gradients, weights, precondition, BRIEF, free
-            )
-            hard = max(misfits.values()) > FITS
-        data = Estimate(point.x, start.error)
+            at, used, _, _ = at.step(precondition, BRIEF)
+            hard = at.misfit > FITS
+        errors = start.error
         if hard:
-            numbers = sum(stage.affine.weight.numel() for stage in chain.stages)
-            need = HELD * numbers
-            memory.require(f"the polish on the whole update of {numbers:,} numbers", need, room)
-            factored = _normal(point, weights, free).factored()
-            if factored is not None:
-                precondition, worst = factored.inverse, factored.worst()
-            for _ in range(STEPS):
-                before = objective(misfits, gradients)
-                point, misfits, count, full, untaken = _step(
-                    point, misfits, gradients, weights, precondition, FULL, free
-                )
-                used += count
-                if objective(misfits, gradients) > 0.98 * before:
-                    break
-            samples = SAMPLES if factored is None else precision.samples
-            samples = (
-                max(1, min(samples, int(max(room, memory.LEAST) / need))) if room < inf else samples
-            )
-            few = replace(precision, samples=samples, seed=precision.seed + 1)
-            noise = update_noise(point, Estimate(kappa.value, kappa.error[:samples]), few)
-            errors, count, done = _normal(point, weights, free).solve(
-                noise, precondition, FULL, 3e-2
-            )
-            used, full = used + count, full and done
-            if full and untaken > 0:  # it stopped before its own optimum: it is at least that far
-                errors = errors * max(1.0, untaken / float(errors.square().mean().sqrt()))
-            data = Estimate(point.x, errors if full else start.error)
-    log.debug("polish: %d iterations, misfit %.2g, full %s", used, max(misfits.values()), full)
-    if head is not None and free:
-        head = head.explained(point.outputs, point.kappa)
-    return Polished(
-        data, max(misfits.values()), misfits, used, full, worst if full else inf, head, free
-    )
+            at, solved, count, worst = _solved(update, at, known, precondition)
+            used, full = used + count, solved is not None
+            errors = errors if solved is None else solved
+        data = Estimate(at.point.x, errors)
+    log.debug("polish: %d iterations, misfit %.2g, full %s", used, at.misfit, full)
+    if head is not None and at.free:
+        head = head.explained(at.point.outputs, at.point.kappa)
+    worst = worst if full else inf
+    return Polished(data, at.misfit, at.misfits, used, full, worst, head, at.free)
+
+
+@dataclass(frozen=True)
+class _Point:
+    """Where the polish stands.
+
+    Attributes:
+        point: the network there.
+        gradients: the update.
+        weights: 1/σ of its rows.
+        free: the cotangents of the head are unknowns too, and are eliminated.
+    """
+
+    point: Linearisation
+    gradients: Mapping[str, Tensor]
+    weights: ParameterRows
+    free: bool = False
+
+    @cached_property
+    def misfits(self) -> dict[str, float]:
+        """Weighted rms residual by parameter."""
+        return row_misfits(self.point, self.gradients, self.weights)
+
+    @property
+    def misfit(self) -> float:
+        """The largest of them."""
+        return max(self.misfits.values())
+
+    @property
+    def objective(self) -> float:
+        """What a step has to lower."""
+        return objective(self.misfits, self.gradients)
+
+    def normal(self) -> Normal:
+        """JᵀΣ⁻¹J, without what free cotangents explain."""
+        free = Eliminated.of(self.point, self.weights) if self.free else None
+        return Normal(self.point, self.weights, free)
+
+    def step(self, precondition: Inverse, limit: int) -> tuple[_Point, int, bool, float]:
+        """One Gauss–Newton step, shortened until it lowers the objective; undone where none does.
+
+        A unit whose sign changes on the way bends the objective: the whole step can rise where its
+        first half descends.  Where the cotangents are free they take the step that goes with it.
+
+        Returns:
+            The point, CG iterations, whether they converged, and the rms of the part of the step
+            that was not taken.
+        """
+        point = self.point
+        rhs = {name: r[None] for name, r in residuals(point, self.gradients).items()}
+        normal = self.normal()
+        dx, count, done = normal.solve(rhs, precondition, limit, 1e-3)
+        dkappa = None
+        if normal.free is not None:
+            sent = point.jvp(dx)
+            dkappa = normal.free.explained({name: rhs[name] - sent[name] for name in rhs})[0][0]
+        length = float(dx.square().mean().sqrt())
+        for share in SHARES:
+            kappa = None if dkappa is None else point.kappa + share * dkappa
+            trial = replace(self, point=point.moved(point.x + share * dx[0], kappa))
+            if trial.objective < self.objective:
+                return trial, count, done, (1.0 - share) * length
+        return self, count, done, length
 
 
 def _freed(
-    point: Linearisation,
-    kappa: Estimate,
-    head: BatchLoss,
-    gradients: Mapping[str, Tensor],
-    precision: Precision,
-) -> tuple[Linearisation, ParameterRows] | None:
+    update: Equations, point: Linearisation, kappa: Estimate, head: BatchLoss
+) -> _Point | None:
     """The point with the κ that explains most of the update at its x, and the weights of the rows.
 
     None where the targets say what κ is, or where it cannot be eliminated; a head alone says
@@ -174,48 +216,44 @@ def _freed(
     if not head.continuous or len(point.nodes) == 1:
         return None
     held = point.moved(point.x, point.kappa)
-    weights = row_weights(held, kappa, precision)
+    weights = row_weights(held, kappa, update.precision)
     eliminated = Eliminated.of(held, weights)
     if eliminated is None:
         return None
-    rows = {name: r[None] for name, r in residuals(held, gradients).items()}
-    return held.moved(held.x, held.kappa + eliminated.explained(rows)[0][0]), weights
+    rows = {name: r[None] for name, r in residuals(held, update.gradients).items()}
+    freed = held.moved(held.x, held.kappa + eliminated.explained(rows)[0][0])
+    return _Point(freed, update.gradients, weights, free=True)
 
 
-def _normal(point: Linearisation, weights: ParameterRows, free: bool) -> Normal:
-    return Normal(point, weights, Eliminated.of(point, weights) if free else None)
-
-
-def _step(
-    point: Linearisation,
-    misfits: dict[str, float],
-    gradients: Mapping[str, Tensor],
-    weights: ParameterRows,
-    precondition: Inverse,
-    limit: int,
-    free: bool,
-) -> tuple[Linearisation, dict[str, float], int, bool, float]:
-    """One Gauss–Newton step, shortened until it lowers the objective; undone where none does.
-
-    A unit whose sign changes on the way bends the objective: the whole step can rise where its
-    first half descends.  Where the cotangents are free they take the step that goes with it.
+def _solved(
+    update: Equations, at: _Point, kappa: Estimate, precondition: Inverse
+) -> tuple[_Point, Tensor | None, int, float]:
+    """Gauss–Newton to its end, and noise samples solved along with it.
 
     Returns:
-        The point and its misfits, CG iterations, whether they converged, and the rms of the part
-        of the step that was not taken.
+        The point, the errors of its x [S, B, *input_shape] or None where an iteration did not
+        converge, CG iterations, and the standard error of the direction that is fixed least.
     """
-    rhs = {name: r[None] for name, r in residuals(point, gradients).items()}
-    normal = _normal(point, weights, free)
-    dx, count, done = normal.solve(rhs, precondition, limit, 1e-3)
-    dkappa = None
-    if normal.free is not None:
-        sent = point.jvp(dx)
-        dkappa = normal.free.explained({name: rhs[name] - sent[name] for name in rhs})[0][0]
-    before, length = objective(misfits, gradients), float(dx.square().mean().sqrt())
-    for share in SHARES:
-        kappa = None if dkappa is None else point.kappa + share * dkappa
-        trial = point.moved(point.x + share * dx[0], kappa)
-        fresh = row_misfits(trial, gradients, weights)
-        if objective(fresh, gradients) < before:
-            return trial, fresh, count, done, (1.0 - share) * length
-    return point, misfits, count, done, length
+    numbers = sum(stage.affine.weight.numel() for stage in update.chain.stages)
+    need, precision, room = HELD * numbers, update.precision, update.room
+    memory.require(f"the polish on the whole update of {numbers:,} numbers", need, room)
+    factored, worst, used, untaken = at.normal().factored(), inf, 0, 0.0
+    if factored is not None:
+        precondition, worst = factored.inverse, factored.worst()
+    for _ in range(STEPS):
+        before = at.objective
+        at, count, full, untaken = at.step(precondition, FULL)
+        used += count
+        if at.objective > 0.98 * before:
+            break
+    samples = SAMPLES if factored is None else precision.samples
+    if room < inf:
+        samples = max(1, min(samples, int(max(room, memory.LEAST) / need)))
+    few = replace(precision, samples=samples, seed=precision.seed + 1)
+    noise = update_noise(at.point, Estimate(kappa.value, kappa.error[:samples]), few)
+    errors, count, done = at.normal().solve(noise, precondition, FULL, 3e-2)
+    if not (full and done):
+        return at, None, used + count, worst
+    if untaken > 0:  # it stopped before its own optimum: it is at least that far
+        errors = errors * max(1.0, untaken / float(errors.square().mean().sqrt()))
+    return at, errors, used + count, worst

@@ -6,6 +6,7 @@ import logging
 from dataclasses import dataclass
 from math import prod
 
+import torch
 from torch import Tensor, nn
 
 from rgap import memory, validation
@@ -92,6 +93,25 @@ class Problem:
         )
 
     @property
+    def width(self) -> float:
+        """Of the value range; 1 where there is none."""
+        low, high = self.value_range or (0.0, 1.0)
+        return high - low
+
+    def excess(self, values: Tensor, bound: float) -> float:
+        """How far data leave their range beyond what their error explains, in its widths.
+
+        Args:
+            values: of the data, any shape.
+            bound: largest error of any of them.
+        """
+        if self.value_range is None:
+            return 0.0
+        low, high = self.value_range
+        over = float(torch.maximum(values - high, low - values).max()) - bound
+        return max(over, 0.0) / (high - low)
+
+    @property
     def sent(self) -> Doubles:
         """The gradients without those of layers that the client had frozen."""
         return self.gradients.only(n for n in self.gradients if self.precision.sent(n))
@@ -154,6 +174,11 @@ def prepare(
 
 def ensemble(chain: Chain, batch: int, room: float) -> int:
     """Members of the error ensemble that fit: fewer where the values of a layer are many.
+
+    Args:
+        chain: the network.
+        batch: samples.
+        room: bytes.
 
     Raises:
         OutOfMemory: not even the fewest do.

@@ -20,7 +20,7 @@ from rgap.limits import ROUNDED, SAFETY
 from rgap.update.capture import capture
 from rgap.update.losses import Loss
 
-__all__ = ["Replay", "replay", "sent_for"]
+__all__ = ["Replay", "replay", "replayed", "sent_for"]
 
 LOW = torch.float32  # the arithmetic whose rounding is measured
 MEMBERS = 2  # of its ensemble that are replayed
@@ -144,19 +144,36 @@ def replay(
         carried = {name: max(carried[name], moved[name]) for name in exact}
     unit = problem.precision.unit
     ratio = unit / (torch.finfo(LOW).eps / 2)
-    parts, allowed, total, size = {}, {}, 0.0, 0.0
+    residual, parts = _compared(problem, exact)
+    allowed = {}
     for name, sent in problem.sent.items():
-        gap = float((exact[name] - sent).norm())
         own = float(sent.norm())
-        total, size = total + gap**2, size + own**2
         rounding = ratio * rounded[name] + unit * own
         rounding += problem.precision.floor * sent.numel() ** 0.5
         noise = float(problem.precision.noise_std(name, sent).square().sum()) ** 0.5
-        parts[name] = gap / own if own > 0 else gap
         may = ROUNDED * rounding + SAFETY * (noise + carried[name])
         allowed[name] = may / own if own > 0 else may
-    return Replay((total / size) ** 0.5 if size > 0 else total**0.5, parts, allowed)
+    return Replay(residual, parts, allowed)
 
 
 def _distances(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, float]:
     return {name: float((other[name] - g).norm()) for name, g in one.items()}
+
+
+def replayed(
+    problem: Problem, inputs: Tensor, labels: Tensor, scale: float | Tensor = 1.0
+) -> tuple[float, dict[str, float]]:
+    """Relative difference between the update and the gradient of a batch, in all and by name.
+
+    Arguments as of :func:`sent_for`.
+    """
+    return _compared(problem, sent_for(problem, inputs, labels, scale))
+
+
+def _compared(problem: Problem, again: Mapping[str, Tensor]) -> tuple[float, dict[str, float]]:
+    parts, total, size = {}, 0.0, 0.0
+    for name, sent in problem.sent.items():
+        gap, own = float((again[name] - sent).norm()), float(sent.norm())
+        parts[name] = gap / own if own > 0 else gap
+        total, size = total + gap**2, size + own**2
+    return (total / size) ** 0.5 if size > 0 else total**0.5, parts

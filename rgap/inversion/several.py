@@ -10,19 +10,16 @@ from torch import Tensor
 from rgap.halt import HaltKind
 from rgap.head.target import Reading
 from rgap.inversion import certificate, outcomes
-from rgap.inversion.answer import gathered
-from rgap.inversion.batch_rows import BatchRows, batch_of, in_order, start, with_separation
-from rgap.inversion.certificate import Answer
+from rgap.inversion.answer import Answer, cast_of, gathered, polished_from
+from rgap.inversion.batch_rows import BatchRows, batch_of, descended, in_order
 from rgap.inversion.parts import in_parts
-from rgap.inversion.polish import polish
 from rgap.inversion.problem import Problem
 from rgap.inversion.replay import replay
-from rgap.inversion.reports import layer_reports
-from rgap.inversion.weighed import weighed
+from rgap.inversion.targets import weighed
 from rgap.network.chain import Chain
 from rgap.network.prefix import find_pairs, reaches
 from rgap.progress import Progress
-from rgap.recovery import Candidate, Recovery, Route, Status
+from rgap.recovery import Recovery, Status
 from rgap.recursion.descend import Descent
 from rgap.separation.batch import Separated, Unseparated
 from rgap.separation.headless import separate_headless
@@ -44,20 +41,18 @@ def from_pair(problem: Problem, chain: Chain, above: str, show: Progress) -> Rec
         not separate the batch or the layers below do not follow.
     """
     own = replace(problem, chain=chain)
-    found = separate_headless(batch_of(own), show.stage)
-    if isinstance(found, Unseparated):
+    separated = separate_headless(batch_of(own), show.stage)
+    if isinstance(separated, Unseparated):
         return None
-    own = start(own, found)
-    descent = own.descend(found.stage.index, found.features, found.cotangents, show.stage)
-    descent = with_separation(own, descent, found)
+    own, descent = descended(own, separated, show.stage)
     if descent.refuted:
         return None
 
     def certified(whole: Descent) -> tuple[Recovery, BatchRows | None]:
-        return _certified(own, whole, found, above, show)[0], None
+        return _certified(own, whole, separated, above, show)[0], None
 
     if descent.data is not None:
-        recovery, answer = _certified(own, descent, found, above, show)
+        recovery, answer = _certified(own, descent, separated, above, show)
         if answer is not None and "inputs" in recovery.certified:
             recovery = _named(problem, recovery, answer)
     else:
@@ -65,7 +60,7 @@ def from_pair(problem: Problem, chain: Chain, above: str, show: Progress) -> Rec
         if parts is None:
             return None
         recovery = parts
-    return replace(recovery, separation=found.route)
+    return replace(recovery, separation=separated.route)
 
 
 def beside_targets(problem: Problem, recovery: Recovery, show: Progress) -> Recovery:
@@ -73,6 +68,11 @@ def beside_targets(problem: Problem, recovery: Recovery, show: Progress) -> Reco
 
     A factor, a sum for a mean, other weights of the samples or targets that no equation finds leave
     the ranges of the two gradients as they are.
+
+    Args:
+        problem: the update and its model.
+        recovery: of a batch; comes back as it is unless its targets failed.
+        show: told how far it is.
     """
     untold = recovery.halt is not None and recovery.halt.kind is HaltKind.UNSEPARATED
     open_targets = untold or recovery.status is Status.INCONSISTENT
@@ -105,10 +105,10 @@ def _named(problem: Problem, recovery: Recovery, answer: Answer) -> Recovery:
     data = answer.polished.data
     if len(data.value) != problem.stated:
         return recovery
-    found = weighed(problem, data)
-    if isinstance(found, str):
-        return replace(recovery, reason=f"{recovery.reason}; {found}")
-    labels, scale = found.labels, found.scale
+    read = weighed(problem, data)
+    if isinstance(read, str):
+        return replace(recovery, reason=f"{recovery.reason}; {read}")
+    labels, scale = read.labels, read.scale
     stated = problem.labels
     if stated is None:  # the order of a batch is not in its gradient: rows come by label
         stated = labels.sort().values if labels.ndim == 1 else labels
@@ -116,7 +116,7 @@ def _named(problem: Problem, recovery: Recovery, answer: Answer) -> Recovery:
     if order is None or not torch.equal(labels[order], stated.reshape(labels.shape).to(labels)):
         said = f"the stated labels contradict the update, whose head says {labels.tolist()}"
         return replace(recovery, reason=f"{recovery.reason}; {said}")
-    again = replay(problem, data.value, labels, scale, data.error, found.spread)
+    again = replay(problem, data.value, labels, scale, data.error, read.spread)
     if not again.fits:
         name = again.worst
         said = (
@@ -145,28 +145,22 @@ def _named(problem: Problem, recovery: Recovery, answer: Answer) -> Recovery:
 
 
 def _certified(
-    own: Problem, descent: Descent, found: Separated, above: str, show: Progress
+    own: Problem, descent: Descent, separated: Separated, above: str, show: Progress
 ) -> tuple[Recovery, Answer | None]:
     """The verdict on the inputs, and the answer that it is on; None where they are not shown."""
-    low, high = own.value_range or (0.0, 1.0)
     show.stage("polish on the two layers and those below")
-    lowest = descent.solutions.get(0)
-    settled = lowest is not None and lowest.solution.stats.route == Route.SEPARATION
-    polished = polish(
-        own.chain, own.gradients, descent.require_data(), found.head, own.precision,
-        descent.preconditioner(own.chain), high - low, settled, own.room,
-    )  # fmt: skip
+    polished = polished_from(own, descent, separated.head)
     rows, place = len(polished.data.value), polished.data.value.device
     none = torch.zeros(rows, device=place)
     answer = Answer(
         descent, polished, Reading(none[:0], none, 0.0, 0.0),
         BatchRows(torch.arange(rows, device=place), none, torch.ones_like(none, dtype=torch.long)),
-        gathered=gathered(own.chain, polished), cast=certificate.cast_of(own.precision),
+        gathered=gathered(own.chain, polished), cast=cast_of(own.precision),
     )  # fmt: skip
-    if certificate.excess(answer, own) > own.slack:
+    if own.excess(answer.inputs, answer.bound) > own.slack:
         return outcomes.outside(own, descent, answer.inputs), None
     status, why = certificate.verdict(own, answer)
-    name = found.stage.name
+    name = separated.stage.name
     if status is Status.EXACT and not reaches(own.model, own.chain, answer.inputs):
         status, why = (
             Status.UNDERDETERMINED,
@@ -179,26 +173,15 @@ def _certified(
         f"'{name}' and the next layer tell {rows} samples apart, no entry of the data is off by "
         f"more than {answer.bound:.1e}"
     )
-    recovery = Recovery(
-        inputs=answer.inputs,
-        labels=None,
-        status=Status.UNDERDETERMINED,
-        layers=layer_reports(own, descent),
-        residual=None,
-        predicted_error=polished.data.error.square().flatten(2).mean((0, 2)).sqrt(),
-        error_bound=answer.bound,
-        reason=f"the inputs are certified: {said}; targets not certified: nothing below the loss "
-        f"names them ({above})",
-        certified=frozenset({"inputs"}),
+    reason = (
+        f"the inputs are certified: {said}; targets not certified: nothing below the loss names "
+        f"them ({above})"
     )
+    recovery = certificate.inputs_only(own, answer, reason)
     if own.stated is not None:
         return recovery, answer
-    recovery = replace(
-        recovery,
-        inputs=None,
-        certified=frozenset(),
-        candidates=(Candidate(answer.inputs, None, float("nan")),),
-        reason=f"{said}; how often each of them occurs is open: state batch_size to have them "
-        f"certified ({above})",
+    reason = (
+        f"{said}; how often each of them occurs is open: state batch_size to have them certified "
+        f"({above})"
     )
-    return recovery, None
+    return certificate.as_candidate(recovery, reason), None

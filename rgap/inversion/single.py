@@ -3,33 +3,60 @@
 ``G = k xᵀ`` and ``∂b = k`` give ``x = Gᵀ∂b/‖∂b‖²``; below it the recursion goes on with that k.
 The inputs carry a certificate of their own.  The targets are certified only if the whole network
 replays the update with one of them.
+
+Where the recursion ends before the data, the inputs of layers above that place may be certified:
+the layer's gradient is of rank one to the rounding of the update, and the layer above, whose input
+its own gradient carries too, agrees: ``x_{i+1} = φ(W_i x_i + b_i)`` within the errors of both.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+from torch import Tensor
+
 from rgap.halt import Halt
 from rgap.head.bias_attack import rank_one_residual
 from rgap.head.features import features_from_bias, rank_one_tolerance
 from rgap.head.target import Reading
 from rgap.inversion import certificate, outcomes
-from rgap.inversion.answer import head_gradients
-from rgap.inversion.backing import replayed
-from rgap.inversion.certificate import Answer
+from rgap.inversion.answer import Answer, cast_of, head_gradients, polished_from
+from rgap.inversion.backing import of_prefix
 from rgap.inversion.parts import in_parts
-from rgap.inversion.polish import polish
 from rgap.inversion.problem import Problem
-from rgap.inversion.reports import layer_reports
-from rgap.inversion.trying import Trial, try_targets
-from rgap.limits import REFUTED
+from rgap.inversion.targets import Trial, try_targets
+from rgap.limits import REFUTED, SAFETY
+from rgap.network.chain import Stage
 from rgap.network.prefix import Prefix, reaches
-from rgap.precision import Estimate
+from rgap.precision import Estimate, carried
 from rgap.progress import Progress
-from rgap.recovery import Candidate, Recovery, Status
+from rgap.recovery import Recovery, Status
 from rgap.recursion.descend import Descent
 
-__all__ = ["from_prefix"]
+__all__ = ["certified_features", "from_bias", "from_prefix"]
+
+
+def from_bias(problem: Problem, stage: Stage) -> tuple[Estimate, Estimate, str]:
+    """The input and the cotangent of a fully connected layer, ``x = Gᵀk/‖k‖²`` and ``k = ∂b``.
+
+    Args:
+        problem: the update.
+        stage: the layer, whose bias gradient was sent and is not 0.
+
+    Returns:
+        x [1, *in_shape], k [1, m], and by how much G is not of rank one, in words, or "".
+    """
+    affine, precision = stage.affine, problem.precision
+    weight, bias = head_gradients(stage, problem, problem.gradients.original)  # block by block
+    assert bias is not None
+    bias = bias.to(affine.weight)
+    x, k = features_from_bias(affine, weight, bias, precision)
+    misfit = rank_one_residual(weight, x.value[0], k.value[0])
+    tolerance = rank_one_tolerance(affine, weight, bias, x, precision)
+    if misfit > tolerance:
+        return x, k, f"residual {misfit:.1e}, where rounding and noise explain {tolerance:.1e}"
+    return x, k, ""
 
 
 def from_prefix(problem: Problem, prefix: Prefix, above: str, show: Progress) -> Recovery | None:
@@ -50,24 +77,9 @@ def from_prefix(problem: Problem, prefix: Prefix, above: str, show: Progress) ->
     own = replace(problem, chain=chain)
     stage = chain.stages[-1]
     show.stage(f"bias attack at {stage.name}")
-    weight, bias = head_gradients(stage, problem, problem.gradients.original)  # block by block
-    assert bias is not None
-    bias = bias.to(stage.affine.weight)
-    x, k = features_from_bias(stage.affine, weight, bias, problem.precision)
-    misfit = rank_one_residual(weight, x.value[0], k.value[0])
-    tolerance = rank_one_tolerance(stage.affine, weight, bias, x, problem.precision)
-    if misfit > tolerance:
-        if problem.stated is None:
-            return None
-        return outcomes.stopped(
-            own,
-            Status.INCONSISTENT,
-            f"the gradient of '{stage.name}' is not of rank one (relative residual {misfit:.1e}, "
-            f"where rounding and noise explain {tolerance:.1e}): it mixes several samples, does "
-            "not come with this bias gradient, or has noise that was not stated",
-            None,
-            Halt.contradiction(stage.name),
-        )
+    x, k, mixed = from_bias(problem, stage)
+    if mixed:
+        return None if problem.stated is None else outcomes.not_of_rank_one(own, stage, mixed)
     descent = own.descend(stage.index, x, k, show.stage)
     if descent.refuted:
         return outcomes.contradiction(own, descent)
@@ -77,9 +89,9 @@ def from_prefix(problem: Problem, prefix: Prefix, above: str, show: Progress) ->
 
     if descent.data is not None:
         return certified(descent)[0]
-    found = in_parts(own, descent, certified)
-    if found is not None:
-        return found
+    partly = in_parts(own, descent, certified)
+    if partly is not None:
+        return partly
     if problem.chain.complete or problem.filling is not None:
         return None  # the equations of the whole network say more
     halt = descent.require_halt()
@@ -97,23 +109,13 @@ def _certified(
     show: Progress,
 ) -> Recovery:
     """The certificate of the inputs, and the targets if a replay finds them."""
-    low, high = problem.value_range or (0.0, 1.0)
     show.stage("polish on the layers below")
-    polished = polish(
-        own.chain,
-        own.gradients,
-        descent.require_data(),
-        k,
-        own.precision,
-        descent.preconditioner(own.chain),
-        high - low,
-        room=own.room,
-    )
+    polished = polished_from(own, descent, k)
     answer = Answer(
         descent,
         polished,
         Reading(k.value, k.value.new_empty(0), 0.0, 0.0),
-        cast=certificate.cast_of(own.precision),
+        cast=cast_of(own.precision),
     )
     name = own.chain.stages[-1].name
     if polished.misfit > REFUTED:
@@ -127,7 +129,7 @@ def _certified(
             descent,
             Halt.contradiction(name),
         )
-    if certificate.excess(answer, own) > problem.slack:
+    if own.excess(answer.inputs, answer.bound) > own.slack:
         return outcomes.outside(own, descent, answer.inputs)
     status, why = certificate.verdict(own, answer)
     inputs = answer.inputs
@@ -142,7 +144,7 @@ def _certified(
         return outcomes.stopped(own, status, why, descent)
     show.stage("trying targets")
     trial = _trial(problem, prefix, answer.polished.data)
-    answer = replace(answer, widened=replayed(problem, own, descent, polished.data, trial.labels))
+    answer = replace(answer, widened=of_prefix(problem, own, descent, polished.data, trial.labels))
     status, why = certificate.verdict(own, answer)
     if status is not Status.EXACT:
         said = f"{trial.reason}; " if trial.reason else ""
@@ -161,37 +163,82 @@ def _trial(problem: Problem, prefix: Prefix, known: Estimate) -> Trial:
 
 
 def _recovery(problem: Problem, own: Problem, answer: Answer, trial: Trial, above: str) -> Recovery:
-    inputs, bound, name = answer.inputs, answer.bound, own.chain.stages[-1].name
-    both = trial.labels is not None
-    found = Recovery(
-        inputs=inputs,
-        labels=trial.labels,
-        status=Status.EXACT if both else Status.UNDERDETERMINED,
-        layers=layer_reports(own, answer.descent),
-        residual=trial.residual,
-        predicted_error=answer.polished.data.error.square().flatten(2).mean((0, 2)).sqrt(),
-        error_bound=bound,
-        targets_error_bound=trial.bound,
-        reason="",
-        certified=frozenset({"inputs", "targets"} if both else {"inputs"}),
-    )
-    said = f"'{name}' gives its input, no entry of the data is off by more than {bound:.1e}"
-    if both:
+    name = own.chain.stages[-1].name
+    said = f"'{name}' gives its input, no entry of the data is off by more than {answer.bound:.1e}"
+    reason = f"the inputs are certified: {said}; targets not certified: {trial.reason} ({above})"
+    recovery = certificate.inputs_only(own, answer, reason)
+    recovery = replace(recovery, residual=trial.residual, targets_error_bound=trial.bound)
+    if trial.labels is not None:
         return replace(
-            found,
+            recovery,
+            labels=trial.labels,
+            status=Status.EXACT,
             reason=f"{said}; of all targets one alone reproduces the whole update ({above})",
+            certified=frozenset({"inputs", "targets"}),
         )
     if problem.stated is None:
         # Samples whose cotangents are parallel have a gradient of rank one as well.
-        return replace(
-            found,
-            inputs=None,
-            certified=frozenset(),
-            candidates=(Candidate(inputs, None, float("nan")),),
-            reason=f"if the batch holds one sample, or copies of one, {said}; state batch_size=1 "
-            f"to have it certified (targets not certified: {trial.reason}; {above})",
+        reason = (
+            f"if the batch holds one sample, or copies of one, {said}; state batch_size=1 to have "
+            f"it certified (targets not certified: {trial.reason}; {above})"
         )
-    return replace(
-        found,
-        reason=f"the inputs are certified: {said}; targets not certified: {trial.reason} ({above})",
+        return certificate.as_candidate(recovery, reason)
+    return recovery
+
+
+def certified_features(problem: Problem, descent: Descent) -> tuple[dict[str, Tensor], str]:
+    """The inputs that a recursion from a bias attack determined, from the lowest layer up.
+
+    Args:
+        problem: of one sample.
+        descent: where the recursion went; it began at a bias attack whose gradient is of rank one.
+
+    Returns:
+        Inputs of affine maps by layer name, [1, *in_shape], and what contradicts them, or "".
+    """
+    stages = problem.chain.stages
+    start = max(descent.features, default=None)
+    if start is None or descent.refuted:
+        return {}, ""
+    if start + 1 < len(stages):
+        doubt = _contradiction(problem, stages[start], stages[start + 1], descent.features[start])
+        if doubt:
+            return {}, doubt
+    whole = {i: u.value for i, u in sorted(descent.features.items()) if bool(u.known.all())}
+    return {stages[i].name: value for i, value in whole.items()}, ""
+
+
+def _contradiction(problem: Problem, stage: Stage, above: Stage, u: Estimate) -> str:
+    """Why the input of ``above``, read off its own gradient, is not what ``u`` makes; or ""."""
+    affine, precision = above.affine, problem.precision
+    if affine.geometry is not None or affine.bias_name is None:
+        return ""
+    sent = problem.gradients.original
+    bias = sent[affine.bias_name].to(affine.weight)
+    if not bool((bias != 0).any()):
+        return ""
+    read, _, mixed = from_bias(problem, above)
+    if mixed:
+        return f"the gradient of '{above.name}' is not of rank one, as that of one sample is"
+    z = stage.affine.forward(u.value)
+    own = torch.stack([stage.affine.linear(error) for error in u.error])
+    own = own + precision.normal(
+        precision.sum_std(stage.affine.linear_of_squares(u.value.square()))
+    )
+
+    def rise(x: Tensor) -> Tensor:
+        for op in (*stage.tail, *above.lead):
+            x = op.forward(x)
+        return x
+
+    made = carried(rise, Estimate(z, own))
+    made_error = made.error + precision.rounding(made.value)
+    gap = float((made.value - read.value).norm())
+    spread = (read.error.square() + made_error.square()).flatten(1).sum(1).mean().sqrt()
+    if gap <= SAFETY * float(spread):
+        return ""
+    return (
+        f"the input of '{above.name}' that its gradient carries is not what '{stage.name}' makes "
+        f"of its own: they differ by {gap / max(float(read.value.norm()), 1e-300):.1e} of their "
+        f"size, {gap / max(float(spread), 1e-300):.2g} standard errors"
     )

@@ -19,15 +19,15 @@ def warnings(problem: Problem) -> tuple[str, ...]:
     """What the head's gradient says about itself: underflow, and another loss than declared."""
     if not problem.chain.stages or compressed(problem) is not None:
         return problem.notes
-    found = [*problem.notes, *_underflow(problem)]
+    said = [*problem.notes, *_underflow(problem)]
     if _softmax_shaped(problem):
-        found.append(
+        said.append(
             "the head's bias gradient sums to 0 and exactly one of its entries is negative: the "
             f"shape of cross_entropy, not of {problem.update.loss.name}, which admits every "
             "target; if the client used cross_entropy, the labels recovered here mean nothing (at "
             "a batch of one the inputs do not depend on them)"
         )
-    return tuple(found)
+    return tuple(said)
 
 
 def compressed(problem: Problem) -> str | None:
@@ -38,7 +38,7 @@ def compressed(problem: Problem) -> str | None:
 
 def _underflow(problem: Problem) -> list[str]:
     head = problem.chain.stages[-1].affine
-    found = []
+    said = []
     info = torch.finfo(problem.update.dtype)
     for name in (n for n in (head.bias_name, head.weight_name) if n is not None):
         if not problem.precision.sent(name):
@@ -48,11 +48,11 @@ def _underflow(problem: Problem) -> list[str]:
         rows = g.flatten(1).amax(1) if g.ndim > 1 else g
         gone = int((rows == 0).sum())
         if low or gone:
-            found.append(
+            said.append(
                 f"head gradient '{name}' underflowed in {problem.update.dtype}: {gone} rows are "
                 f"zero, {low} entries are subnormal"
             )
-    return found
+    return said
 
 
 def _softmax_shaped(problem: Problem) -> bool:

@@ -55,15 +55,14 @@ class Eliminated:
 
     def explained(self, rows: ParameterRows) -> tuple[Tensor, ParameterRows]:
         """The κ that explains most of S updates [S, B, C], and what it leaves of them, P r."""
-        found, left = None, rows
+        kappa, left = torch.zeros_like(self.point.kappa)[None], rows
         for _ in range(PASSES):
             rhs = _on_kappa(self.point, self.weights, left)
             step = backsolve(self.lower, rhs.flatten(1).T).T.reshape(rhs.shape)
-            found = step if found is None else found + step
+            kappa = kappa + step
             sent = self.point.jvp(None, step)
             left = {name: left[name] - sent[name] for name in left}
-        assert found is not None
-        return found, left
+        return kappa, left
 
 
 def _on_kappa(point: Linearisation, weights: ParameterRows, rows: ParameterRows) -> Tensor:

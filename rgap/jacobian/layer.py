@@ -1,17 +1,24 @@
-"""The gradient of one layer, linear in its input u and in its cotangent k, and both derivatives.
+"""One layer of a chain at a batch: its gradient, and directions through its steps.
 
+The gradient is linear in the input u and in the cotangent k at the output,
 ``G(u, k) = K(k) u = U(u) k``: K is the matrix of the gradient constraint, U holds the patches of u.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from math import prod
 
 import torch
 from torch import Tensor
 
 from rgap.constraints import convnd, gradient_constraint, gradient_rows, weight_constraint
+from rgap.network.activations import Activation
 from rgap.network.affine import Affine
+from rgap.network.chain import Stage
+from rgap.network.reshape import Op
+from rgap.precision import Precision
 
 ParameterRows = dict[str, Tensor]  # by parameter name, each [S, *parameter.shape]
 
@@ -100,6 +107,118 @@ class Bilinear:
             k = k + rows[self.affine.bias_name][:, :, None]
         k = k.reshape(k.shape[0], k.shape[1], self.u_shape[0], -1).transpose(1, 2)
         return k.reshape(k.shape[0], *self.k_shape)
+
+
+@dataclass(frozen=True)
+class Node:
+    """Everything that one stage needs to push directions through it.
+
+    Attributes:
+        stage: the stage.
+        u: its input, [B, *in_shape].
+        z: its pre-activation, [B, *out_shape].
+        k: the cotangent at z.
+        lead_inputs: what went into each step before the affine map.
+        tail_inputs: what went into each step after it.
+        tail_cotangents: the cotangent at the output of each step after it.
+        gradient: G(u, k).
+    """
+
+    stage: Stage
+    u: Tensor
+    z: Tensor
+    k: Tensor
+    lead_inputs: list[Tensor]
+    tail_inputs: list[Tensor]
+    tail_cotangents: list[Tensor]
+    gradient: Bilinear
+
+    def first(self, count: int) -> Node:
+        """The same stage at the first ``count`` samples: what directions in them alone meet."""
+        if count == len(self.u):
+            return self
+        u, k = self.u[:count], self.k[:count]
+        return Node(
+            self.stage,
+            u,
+            self.z[:count],
+            k,
+            [value[:count] for value in self.lead_inputs],
+            [value[:count] for value in self.tail_inputs],
+            [value[:count] for value in self.tail_cotangents],
+            Bilinear(self.stage.affine, u, k),
+        )
+
+    def pull_tail(
+        self, dz: Tensor, dk: Tensor, rounded: list[Tensor], inject: Precision | None
+    ) -> Tensor:
+        """d(k at z) from dz, d(k at the tail's output) and the rounding of the activations."""
+        rounded = list(rounded)
+        directions = []
+        value = dz
+        for op, before in zip(self.stage.tail, self.tail_inputs, strict=True):
+            directions.append(value)
+            value = push(op, before, value)
+        steps = zip(
+            reversed(self.stage.tail),
+            reversed(self.tail_inputs),
+            reversed(directions),
+            reversed(self.tail_cotangents),
+            strict=True,
+        )
+        for op, before, direction, above in steps:
+            dk = pull(op, before, dk)
+            if isinstance(op, Activation):
+                dk = dk + above * op.second_derivative(before) * direction
+                if inject is not None and op.slope_cancels:
+                    dk = dk + inject.normal(2.0 * inject.unit * above.abs())
+                own = rounded.pop() if rounded else None
+                if own is not None and op.slope_from_output:
+                    # 1 − y² of a saturated y: all that is left of it may be the rounding of y.
+                    dk = dk + above * op.slope_derivative(op.forward(before)) * own
+        return dk
+
+    def push_tail(self, bar: Tensor) -> tuple[Tensor, Tensor]:
+        """Transpose of :meth:`pull_tail`: (on k at the tail's output, on z)."""
+        curved = []
+        for op, before, above in zip(
+            self.stage.tail, self.tail_inputs, self.tail_cotangents, strict=True
+        ):
+            curved.append(
+                above * op.second_derivative(before) * bar if isinstance(op, Activation) else None
+            )
+            bar = push(op, before, bar)
+        on_z: Tensor | None = None
+        for op, before, part in zip(
+            reversed(self.stage.tail), reversed(self.tail_inputs), reversed(curved), strict=True
+        ):
+            if on_z is not None:
+                on_z = pull(op, before, on_z)
+            if part is not None:
+                on_z = part if on_z is None else on_z + part
+        if on_z is None:
+            on_z = torch.zeros_like(bar).reshape(bar.shape[0], *self.z.shape)
+        return bar, on_z
+
+
+def each(function: Callable[[Tensor], Tensor], ensemble: Tensor) -> Tensor:
+    """A map of samples [B, ...] applied to every direction of [S, B, ...]."""
+    out = function(ensemble.flatten(0, 1))
+    return out.reshape(*ensemble.shape[:2], *out.shape[1:])
+
+
+def push(op: Op, before: Tensor, direction: Tensor) -> Tensor:
+    """D op(before) applied to directions [S, B, ...]."""
+    if isinstance(op, Activation):
+        return op.derivative(before) * direction
+    return each(op.linear, direction)
+
+
+def pull(op: Op, before: Tensor, cotangent: Tensor) -> Tensor:
+    """D op(before)ᵀ applied to cotangents [S, B, ...]."""
+    if isinstance(op, Activation):
+        return op.derivative(before) * cotangent
+    return each(op.adjoint, cotangent)
 
 
 def pooled(variance: Tensor) -> Tensor:

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from rgap.jacobian.batch_loss import BatchLoss
-from rgap.jacobian.layer import Bilinear, ParameterRows
-from rgap.jacobian.node import Node, each, pull, push
+from rgap.jacobian.layer import Bilinear, Node, ParameterRows, each, pull, push
 from rgap.network.activations import Activation
 from rgap.network.chain import Chain
 from rgap.precision import Precision
@@ -152,14 +151,14 @@ class Linearisation:
         dk = self.bend(dz[-1])
         if dkappa is not None:
             dk = dk + dkappa
-        found: list[tuple[Tensor, Tensor]] = []
+        directions: list[tuple[Tensor, Tensor]] = []
         for i in range(len(self.nodes) - 1, -1, -1):
             node = self.nodes[i]
             if i < len(self.nodes) - 1:
-                dk = self._pull_tail(node, dz[i], dk, rounded[i], inject)
+                dk = node.pull_tail(dz[i], dk, rounded[i], inject)
                 if inject is not None:
                     dk = dk + inject.rounding(node.k)
-            found.insert(0, (du[i], dk))
+            directions.insert(0, (du[i], dk))
             if i:
                 dk = each(node.stage.affine.adjoint, dk)
                 if inject is not None:
@@ -169,7 +168,7 @@ class Linearisation:
                     reversed(node.stage.lead), reversed(node.lead_inputs), strict=True
                 ):
                     dk = pull(op, before, dk)
-        return found
+        return directions
 
     def vjp(self, rows: ParameterRows) -> Tensor:
         """Jᵀ y for S row vectors: the directions [S, B, *input_shape]."""
@@ -191,7 +190,7 @@ class Linearisation:
             if i == last:
                 bar_z[i] = self.bend(own)
                 break
-            bar_k, bar_z[i] = self._push_tail(node, own)
+            bar_k, bar_z[i] = node.push_tail(own)
         back: Tensor | None = None
         for i in range(last, -1, -1):
             node = self.nodes[i]
@@ -223,56 +222,3 @@ class Linearisation:
             if affine.bias_name is not None:
                 out[affine.bias_name] = affine.bias_gradient(k2)
         return out
-
-    @staticmethod
-    def _pull_tail(
-        node: Node, dz: Tensor, dk: Tensor, rounded: list[Tensor], inject: Precision | None
-    ) -> Tensor:
-        """d(k at z) from dz, d(k at the tail's output) and the rounding of the activations."""
-        rounded = list(rounded)
-        directions = []
-        value = dz
-        for op, before in zip(node.stage.tail, node.tail_inputs, strict=True):
-            directions.append(value)
-            value = push(op, before, value)
-        steps = zip(
-            reversed(node.stage.tail),
-            reversed(node.tail_inputs),
-            reversed(directions),
-            reversed(node.tail_cotangents),
-            strict=True,
-        )
-        for op, before, direction, above in steps:
-            dk = pull(op, before, dk)
-            if isinstance(op, Activation):
-                dk = dk + above * op.second_derivative(before) * direction
-                if inject is not None and op.slope_cancels:
-                    dk = dk + inject.normal(2.0 * inject.unit * above.abs())
-                own = rounded.pop() if rounded else None
-                if own is not None and op.slope_from_output:
-                    # 1 − y² of a saturated y: all that is left of it may be the rounding of y.
-                    dk = dk + above * op.slope_derivative(op.forward(before)) * own
-        return dk
-
-    @staticmethod
-    def _push_tail(node: Node, bar: Tensor) -> tuple[Tensor, Tensor]:
-        """Transpose of :meth:`_pull_tail`: (on k at the tail's output, on z)."""
-        curved = []
-        for op, before, above in zip(
-            node.stage.tail, node.tail_inputs, node.tail_cotangents, strict=True
-        ):
-            curved.append(
-                above * op.second_derivative(before) * bar if isinstance(op, Activation) else None
-            )
-            bar = push(op, before, bar)
-        on_z: Tensor | None = None
-        for op, before, part in zip(
-            reversed(node.stage.tail), reversed(node.tail_inputs), reversed(curved), strict=True
-        ):
-            if on_z is not None:
-                on_z = pull(op, before, on_z)
-            if part is not None:
-                on_z = part if on_z is None else on_z + part
-        if on_z is None:
-            on_z = torch.zeros_like(bar).reshape(bar.shape[0], *node.z.shape)
-        return bar, on_z

@@ -1,32 +1,20 @@
-"""The update of any module as a function of the data, with products of its Jacobian.
-
-``g(x) = ∂L(f_θ(x), t)/∂θ``.  One graph is built at each x (:mod:`rgap.jacobian.products`).  No
-chain of layers is needed, only activations with a second derivative worth following.
-
-Where closed forms found something of the input u of some layer, and the cotangent there, the
-layers above drop out: ``G_j = ∂⟨cotangent, u(x)⟩/∂θ_j`` for every parameter below.
-"""
+"""How far the update that a module would send for some data is from the one that was sent."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
 from math import inf, isfinite
 
 import torch
 from torch import Tensor, nn
 
-from rgap.constraints.known_input import Equations
-from rgap.jacobian.products import GraphProducts
+from rgap.jacobian.module_gradient import ClientLoss, KnownFeatures, ModuleGradient, watchable
 from rgap.jacobian.smoothing import soften
-from rgap.network.isolation import plain_kernels
-from rgap.network.running import run
 from rgap.precision import GROWTH, Precision
-from rgap.update.local_training import LocalTraining, average
-from rgap.update.losses import Loss
+
+__all__ = ["ClientLoss", "KnownFeatures", "ModuleUpdate", "cosine_distance", "watchable"]
 
 
 def cosine_distance(own: Tensor, sent: Tensor, size: float) -> Tensor:
@@ -39,65 +27,14 @@ def cosine_distance(own: Tensor, sent: Tensor, size: float) -> Tensor:
     return 1.0 - (own * sent).sum() / (own.square().sum().sqrt() * size)
 
 
-@dataclass(frozen=True)
-class KnownFeatures:
-    """What closed forms found inside the network.
+class ModuleUpdate(ModuleGradient):
+    """Normalised residuals of an update, ``r_j(x) = (g_j(x) − G_j)/‖G_j‖``; see :meth:`at`.
 
-    Attributes:
-        layer: module path.
-        shape: of the layer's input for the batch, [B, *in_shape].
-        known: equations of that input.
-        cotangent: of the loss there, like the input.
-        blur: relative error of the cotangent.
-    """
-
-    layer: str
-    shape: tuple[int, ...]
-    known: Equations
-    cotangent: Tensor
-    blur: float = 0.0
-
-
-@dataclass(frozen=True)
-class ClientLoss:
-    """The loss itself, where no closed form began.
-
-    Attributes:
-        loss: the client's.
-        targets: of the batch, as the loss wants them; None where a search finds them.
-        local: how the client trains between two rounds; None: it sends one gradient.
-        steps: of its training.
-    """
-
-    loss: Loss
-    targets: Tensor | None
-    local: LocalTraining | None = None
-    steps: int = 1
-
-    def value(self, outputs: Tensor, rows: slice = slice(None)) -> Tensor:
-        """The loss of the model's outputs for some rows of the batch."""
-        if self.targets is None:
-            raise ValueError("targets: expected those of the batch, got none; write targets=...")
-        return self.loss(outputs, self.targets[rows])
-
-
-def watchable(model: nn.Module, layer: str) -> bool:
-    """True if a layer is a module of the model: then a hook sees its input.
-
-    A call of ``F.linear`` is a stage of the network, but no module.
-
-    >>> watchable(nn.Sequential(nn.Linear(2, 2)), "0"), watchable(nn.Linear(2, 2), "linear")
-    (True, False)
-    """
-    return any(name == layer for name, _ in model.named_modules(remove_duplicate=False))
-
-
-class ModuleUpdate:
-    """Normalised residuals of an update for any module; see :meth:`at`.
+    Where the source is known features, their misfit at x is the first part of r.
 
     Args:
-        model: in eval mode; a float64 copy does the work.
-        gradients: the update, float64, by parameter name.
+        model: in eval mode; a copy does the work.
+        gradients: the update G, by parameter name.
         source: the loss, or what is known inside.
         shape: of the batch, [B, *input_shape].
         dtype: of the arithmetic.
@@ -119,25 +56,12 @@ class ModuleUpdate:
         dtype: torch.dtype = torch.float64,
     ) -> None:
         place = next(iter(gradients.values())).device
-        self.model = copy.deepcopy(model).to(place, dtype).requires_grad_(False)
-        self.sharpness = soften(self.model)
-        self.source = source
-        self._seen: list[Tensor] = []
-        if isinstance(source, KnownFeatures):
-            if not watchable(self.model, source.layer):
-                raise ValueError(
-                    f"source: expected a module of the model, whose input can be watched, got "
-                    f"{source.layer!r}; write the path of one of model.named_modules()"
-                )
-            layer = self.model.get_submodule(source.layer)
-            layer.register_forward_pre_hook(self._note, with_kwargs=True)
-        self.parameters = {n: p for n, p in self.model.named_parameters() if n in gradients}
-        probe = torch.full(shape, 0.5, dtype=dtype, device=place)
-        leaves, found = self._gradients(probe, create_graph=False)
-        self.gradients = {
-            n: gradients[n].to(dtype) for n, g in zip(leaves, found, strict=True) if g is not None
-        }
-        self.parameters = {n: self.parameters[n] for n in self.gradients}
+        twin = copy.deepcopy(model).to(place, dtype)
+        self.sharpness = soften(twin)
+        super().__init__(twin, source, gradients)
+        reached = self.reached(torch.full(shape, 0.5, dtype=dtype, device=place))
+        self.gradients = {n: gradients[n].to(dtype) for n in reached}
+        self.parameters = {n: self.parameters[n] for n in reached}
         self.scales = {
             n: 1.0 / float(g.norm()) if float(g.norm()) > 0 else 0.0
             for n, g in self.gradients.items()
@@ -150,16 +74,12 @@ class ModuleUpdate:
         own = sum(g.numel() for g in self.gradients.values())
         return own + (self.source.known.equations if isinstance(self.source, KnownFeatures) else 0)
 
-    def at(self, x: Tensor) -> GraphProducts:
-        """The residual at x [B, *input_shape], with the products of its Jacobian."""
-        return GraphProducts(self.rows, x)
-
     def balance(self, x: Tensor) -> None:
         """Make the misfit of what is known inside 1 at x, as that of a gradient is."""
         if isinstance(self.source, KnownFeatures):
             with torch.no_grad():
-                self._run(x, {})
-                misfit = self.source.known.misfit(self._seen[0].reshape(self.source.shape))
+                self.run(x)
+                misfit = self.source.known.misfit(self.seen)
             self.unit = 1.0 / max(float(misfit.norm()), 1e-300)
 
     def expected(self, precision: Precision) -> float:
@@ -183,19 +103,17 @@ class ModuleUpdate:
         return value if isfinite(value) else inf
 
     def gaps(self, x: Tensor) -> dict[str, tuple[float, float]]:
-        """‖G_j(x) − G_j‖ and ‖G_j‖ by parameter name."""
-        leaves, found = self._gradients(x, create_graph=False)
+        """‖g_j(x) − G_j‖ and ‖G_j‖ by parameter name."""
         return {
             n: (float((own.detach() - self.gradients[n]).norm()), float(self.gradients[n].norm()))
-            for n, own in zip(leaves, found, strict=True)
-            if own is not None
+            for n, own in self.gradient(x)[0].items()
         }
 
     def settle(self, x: Tensor, sharpness: float) -> None:
         """Take the spreads of softened modules from x (:mod:`rgap.jacobian.smoothing`), once."""
         if self.sharpness:
             with self.softened(sharpness), torch.no_grad():
-                self._run(x, {})
+                self.run(x)
 
     @contextmanager
     def softened(self, sharpness: float | None) -> Iterator[None]:
@@ -215,70 +133,25 @@ class ModuleUpdate:
         """Mean square of the misfit of what is known inside, as part of the graph of x."""
         assert isinstance(self.source, KnownFeatures)
         with torch.enable_grad():
-            self._run(x, {})
-            return (
-                self.source.known.misfit(self._seen[0].reshape(self.source.shape)).square().mean()
-            )
+            self.run(x)
+            return self.source.known.misfit(self.seen).square().mean()
 
     def direction(self, x: Tensor, share: float) -> Tensor:
         """1 − cosine of the gradients, and a share of :meth:`features`, in the graph of x."""
-        leaves, found = self._gradients(x, create_graph=True)
-        assert all(g is not None for g in found)
-        own = torch.cat([g.flatten() for g in found if g is not None])
-        sent = torch.cat([self.gradients[n].flatten() for n in leaves])
+        gradient = self.gradient(x)[0]
+        own = torch.cat([g.flatten() for g in gradient.values()])
+        sent = torch.cat([self.gradients[n].flatten() for n in gradient])
         value = cosine_distance(own, sent, float(sent.norm()))
         if isinstance(self.source, KnownFeatures):
-            u = self._seen[0].reshape(self.source.shape)
-            value = value + share * self.source.known.misfit(u).square().mean()
+            value = value + share * self.source.known.misfit(self.seen).square().mean()
         return value
 
     def rows(self, x: Tensor) -> Tensor:
-        """Residual as part of the graph of x: what is known inside, then normalised gradients."""
-        parts = []
-        leaves, found = self._gradients(x, create_graph=True)
-        for n, own in zip(leaves, found, strict=True):
-            assert own is not None
-            parts.append(((own - self.gradients[n]) * self.scales[n]).flatten())
+        """r(x) as part of the graph of x: what is known inside, then the gradients."""
+        parts = [
+            ((own - self.gradients[n]) * self.scales[n]).flatten()
+            for n, own in self.gradient(x)[0].items()
+        ]
         if isinstance(self.source, KnownFeatures):
-            u = self._seen[0].reshape(self.source.shape)
-            parts.insert(0, self.source.known.misfit(u) * self.unit)
+            parts.insert(0, self.source.known.misfit(self.seen) * self.unit)
         return torch.cat(parts)
-
-    def _gradients(
-        self, x: Tensor, create_graph: bool
-    ) -> tuple[dict[str, Tensor], tuple[Tensor | None, ...]]:
-        source = self.source
-        with torch.enable_grad():
-            leaves = {n: p.clone().requires_grad_() for n, p in self.parameters.items()}
-            if isinstance(source, ClientLoss) and source.local is not None:
-                found = average(
-                    partial(self._step, x, source), leaves, source.local, source.steps, len(x)
-                )
-                return leaves, tuple(found.values())
-            outputs = self._run(x, leaves)
-            if isinstance(source, KnownFeatures):
-                value = (source.cotangent * self._seen[0].reshape(source.shape)).sum()
-            else:
-                value = source.value(outputs)
-            if not leaves or not value.requires_grad:
-                return leaves, (None,) * len(leaves)
-            return leaves, torch.autograd.grad(
-                value, list(leaves.values()), create_graph=create_graph, allow_unused=True
-            )
-
-    def _step(
-        self, x: Tensor, source: ClientLoss, parameters: dict[str, Tensor], rows: slice
-    ) -> dict[str, Tensor]:
-        value = source.value(self._run(x[rows], parameters), rows)
-        found = torch.autograd.grad(
-            value, list(parameters.values()), create_graph=True, materialize_grads=True
-        )
-        return dict(zip(parameters, found, strict=True))
-
-    def _run(self, x: Tensor, leaves: Mapping[str, Tensor]) -> Tensor:
-        self._seen.clear()
-        with plain_kernels():
-            return run(self.model, x, leaves)
-
-    def _note(self, _: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
-        self._seen.append(args[0] if args else next(iter(named.values())))

@@ -1,13 +1,12 @@
 """The Jacobian of an update with respect to the data, for any module: products, blocks, sketches.
 
-``g(x) = ∂L(f_θ(x), t)/∂θ`` at a probe batch.  Its derivative in a direction v of the data is
-``J v``: forward over reverse, many directions at once.  Operations without a forward derivative
-go through two reverse passes instead (:mod:`rgap.jacobian.products`).
+The derivative of g (:mod:`rgap.jacobian.module_gradient`) in a direction v of the data is ``J v``:
+forward over reverse, many directions at once.  Operations without a forward derivative go through
+two reverse passes instead (:mod:`rgap.jacobian.products`).
 """
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,12 +14,12 @@ from math import inf, prod
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from rgap import memory
-from rgap.jacobian.products import GraphProducts
-from rgap.network.isolation import plain_kernels
-from rgap.network.running import first_line, recorded
+from rgap.jacobian.module_gradient import ClientLoss, ModuleGradient
+from rgap.network.isolation import bare_copy, plain_kernels
+from rgap.network.running import first_line
+from rgap.network.watching import watched
 from rgap.update.losses import Loss
 
 log = logging.getLogger(__name__)
@@ -47,11 +46,11 @@ class Block:
     equations: int
 
 
-class UpdateMap:
-    """``x ↦ update`` of any module, on a float64 copy, at one batch.
+class UpdateMap(ModuleGradient):
+    """The update of any module at one batch: its Jacobian, and what each layer adds to it.
 
     Args:
-        model: in eval mode; left as it was.
+        model: in eval mode; left as it was, a float64 copy without its hooks does the work.
         inputs: the batch [B, *input_shape]; all is computed on its device.
         targets: as the loss wants them.
         loss: of the client.
@@ -73,17 +72,10 @@ class UpdateMap:
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
         if not trained:
             raise ValueError(_nothing_trained(model))
-        self._twin = copy.deepcopy(model).to(inputs.device).double()
-        for module in self._twin.modules():
-            module._forward_hooks.clear()
-            module._forward_pre_hooks.clear()
-        self._targets, self._loss = targets.to(inputs.device), loss
         self.inputs = inputs.detach().double()
-        values = {name: p.detach() for name, p in self._twin.named_parameters()}
-        self._parameters = {name: p for name, p in values.items() if name in trained}
-        self._rest = {name: p for name, p in values.items() if name not in trained}
-        self._rest |= {name: b.detach() for name, b in self._twin.named_buffers()}
-        self.blocks = self._blocks()
+        source = ClientLoss(loss, targets.to(inputs.device))
+        super().__init__(bare_copy(model, inputs.device), source, trained)
+        self.blocks = self._blocks(source)
         self.forward_mode = True
 
     @property
@@ -99,7 +91,7 @@ class UpdateMap:
     @property
     def sizes(self) -> tuple[int, ...]:
         """Entries of each tensor of the update, in the order of the rows."""
-        return tuple(self._parameters[name].numel() for b in self.blocks for name in b.names)
+        return tuple(self.parameters[name].numel() for b in self.blocks for name in b.names)
 
     @property
     def chunk(self) -> int:
@@ -112,39 +104,31 @@ class UpdateMap:
         """Bytes that a chunk of directions takes on its way."""
         return 8.0 * WITHIN * self.chunk * max(self.equations, self.unknowns)
 
-    def gradient(self, inputs: Tensor) -> dict[str, Tensor]:
-        """g(x) by parameter name."""
-
-        def value(parameters: dict[str, Tensor]) -> Tensor:
-            with recorded():
-                outputs = functional_call(self._twin, {**parameters, **self._rest}, (inputs,))
-            return self._loss(outputs, self._targets)
-
-        found: dict[str, Tensor] = torch.func.grad(value)(self._parameters)
-        return found
-
     def value(self, inputs: Tensor) -> Tensor:
-        """g(x) in the order of the rows, [equations]."""
-        return self._stacked(self.gradient(inputs))
+        """g(x) in the order of the rows, [equations]; differentiable by function transforms."""
+        return self._stacked(self.gradient(inputs, graph=False)[0])
+
+    def rows(self, x: Tensor) -> Tensor:
+        """g(x) in the order of the rows, [equations], as part of the graph of x."""
+        return self._stacked(self.gradient(x)[0])
 
     def columns(self, directions: Tensor) -> Tensor:
         """J v for directions [S, B, *input_shape]: [S, equations], block by block."""
         directions = directions.to(self.inputs)
         if self.forward_mode:
             try:
-                with plain_kernels(), recorded():
-                    return torch.vmap(self._forward_over_reverse)(directions)
-            except RuntimeError as error:
+                return torch.vmap(self._forward_over_reverse)(directions)
+            except (RuntimeError, ValueError) as error:  # ValueError: raised by the forward itself
                 log.info("no forward derivative (%s): two reverse passes", first_line(error))
                 self.forward_mode = False
         with plain_kernels():
-            at = GraphProducts(self._graph, self.inputs)
+            at = self.at(self.inputs)
             return torch.stack([at.push(v) for v in directions]).detach()
 
-    def rows(self, cotangents: Tensor) -> Tensor:
+    def pulls(self, cotangents: Tensor) -> Tensor:
         """Jᵀ y for cotangents [S, equations]: [S, B, *input_shape]."""
         with plain_kernels():
-            return GraphProducts(self._graph, self.inputs).pulls(cotangents).detach()
+            return self.at(self.inputs).pulls(cotangents).detach()
 
     def chunks(self, directions: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """`columns` in pieces that fit a moderate memory: (which directions, their products)."""
@@ -157,48 +141,20 @@ class UpdateMap:
         product: Tensor = torch.func.jvp(self.value, (self.inputs,), (direction,))[1]
         return product
 
-    def _graph(self, x: Tensor) -> Tensor:
-        """g(x) in the order of the rows, as part of the graph of x."""
-        leaves = {name: p.clone().requires_grad_() for name, p in self._parameters.items()}
-        with recorded():
-            outputs = functional_call(self._twin, {**leaves, **self._rest}, (x,))
-        slopes = torch.autograd.grad(
-            self._loss(outputs, self._targets), list(leaves.values()),
-            create_graph=True, materialize_grads=True,
-        )  # fmt: skip
-        return self._stacked(dict(zip(leaves, slopes, strict=True)))
-
     def _stacked(self, update: dict[str, Tensor]) -> Tensor:
         return torch.cat([update[name].flatten() for block in self.blocks for name in block.names])
 
-    def _blocks(self) -> tuple[Block, ...]:
+    def _blocks(self, source: ClientLoss) -> tuple[Block, ...]:
         """Layers in the order of their first call; those never called come first."""
-        modules = dict(self._twin.named_modules())
+        modules = dict(self.model.named_modules())
         owners: dict[str, list[str]] = {}
-        for name in self._parameters:
+        for name in self.parameters:
             owners.setdefault(name.rpartition(".")[0], []).append(name)
-        order: list[str] = []
-        for path in owners:
-            modules[path].register_forward_pre_hook(lambda *_, path=path: order.append(path))
-        try:
-            with torch.no_grad(), plain_kernels():
-                outputs = self._twin(self.inputs)
-        except RuntimeError as error:
-            raise ValueError(
-                f"model: the forward pass of {type(self._twin).__name__} failed for inputs "
-                f"{list(self.inputs.shape)}: {first_line(error)}; write the input_shape that the "
-                "model was built for"
-            ) from error
-        finally:
-            for path in owners:
-                modules[path]._forward_pre_hooks.clear()
-        if not isinstance(outputs, Tensor):
-            raise ValueError(
-                f"expected one tensor from {type(self._twin).__name__}.forward, got a "
-                f"{type(outputs).__name__}; wrap it in a module whose forward returns the logits"
-            )
-        self._loss.check_targets(outputs, self._targets)
-        called = list(dict.fromkeys(order))
+        called: dict[str, None] = {}  # in the order of their first call
+        layers = {path: modules[path] for path in owners}
+        with torch.no_grad(), watched(layers, lambda call: called.setdefault(call.name)):
+            outputs = self.run(self.inputs)
+        source.loss.check_targets(outputs, source.targets)
         gathered = {path: list(owners[path]) for path in called}
         lost: list[str] = []
         for path, own in owners.items():
@@ -213,13 +169,13 @@ class UpdateMap:
                 lost.append(path)
         for path in lost:
             gathered = {path: list(owners[path]), **gathered}
-        found = []
+        blocks = []
         for path, own in gathered.items():
             names = tuple(own)
-            count = sum(prod(self._parameters[name].shape) for name in names)
+            count = sum(prod(self.parameters[name].shape) for name in names)
             kind = type(modules[path]).__name__.lower()
-            found.append(Block(path, kind, names, count))
-        return tuple(found)
+            blocks.append(Block(path, kind, names, count))
+        return tuple(blocks)
 
 
 class SignSketch:

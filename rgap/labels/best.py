@@ -61,10 +61,10 @@ def best(head: HeadGradient) -> LabelEstimate:
         >>> best(HeadGradient(k.T @ x / 3, k.mean(0), 3, W, probes=x)).labels
         tensor([0, 0, 2])
     """
-    found = bias_sums(head)
-    if isinstance(found, str):
-        return LabelEstimate.undecided(head.classes, METHOD, ASSUMPTIONS, found)
-    sums, reason = found
+    read = bias_sums(head)
+    if isinstance(read, str):
+        return LabelEstimate.undecided(head.classes, METHOD, ASSUMPTIONS, read)
+    sums, reason = read
     contrasts, batch = Contrasts(head, sums), head.batch_size
     plain = nearest_counts(contrasts.plain(), batch)
     free = contrasts.fit()
@@ -106,7 +106,7 @@ def _pool(tops: list[Tensor], fits: list[Posterior]) -> Tensor:
     distinct = torch.unique(torch.stack(tops), dim=0)
     precisions = [torch.linalg.inv(fit.covariance) for fit in fits]
     costs = [costs_of(distinct, f.estimates, p) for f, p in zip(fits, precisions, strict=True)]
-    found = [distinct]
+    pool = [distinct]
     for k, counts in enumerate(distinct):
         beyond = torch.stack([
             cost[k] - cost.min() + swaps(counts, fit.estimates, precision)
@@ -118,6 +118,6 @@ def _pool(tops: list[Tensor], fits: list[Posterior]) -> Tensor:
         index = torch.arange(len(places), device=counts.device)
         moved[index, places // len(counts)] += 1
         moved[index, places % len(counts)] -= 1
-        found.append(moved)
-    every: Tensor = torch.unique(torch.cat(found), dim=0)
+        pool.append(moved)
+    every: Tensor = torch.unique(torch.cat(pool), dim=0)
     return every

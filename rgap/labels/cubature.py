@@ -38,8 +38,8 @@ class MeanSoftmax:
     Example:
         >>> two = torch.eye(2, dtype=torch.float64)
         >>> z, none = torch.zeros(1, 2).double(), torch.zeros(2).double()
-        >>> found = MeanSoftmax(two, none, z, torch.ones(1).double(), two)
-        >>> found.mean.tolist(), bool((found.slope(torch.ones(1).double()).sum(0) < 1e-12).all())
+        >>> means = MeanSoftmax(two, none, z, torch.ones(1).double(), two)
+        >>> means.mean.tolist(), bool((means.slope(torch.ones(1).double()).sum(0) < 1e-12).all())
         ([[0.5, 0.5]], True)
     """
 

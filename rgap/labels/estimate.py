@@ -35,11 +35,11 @@ MOVED = "average over {} local steps: the model's weights are those before the f
 
 
 def _single(head: HeadGradient) -> LabelEstimate:
-    found = idlg(head.weight_gradient, head.bias_gradient)
+    signs = idlg(head.weight_gradient, head.bias_gradient)
     if head.batch_size == 1:
-        return found
+        return signs
     reason = f"expected one sample, got a batch of {head.batch_size}"
-    return LabelEstimate.undecided(head.classes, "idlg", found.assumptions, reason)
+    return LabelEstimate.undecided(head.classes, "idlg", signs.assumptions, reason)
 
 
 METHODS: Registry[Callable[[HeadGradient], LabelEstimate]] = Registry(
@@ -106,11 +106,11 @@ def estimate(
     room = memory.budget_of(memory_budget, "cpu" if device is None else device)
     if isinstance(model, nn.Module):
         memory.require_copies(model, 1 if device is None else 2, room)
-    found = read(head_gradient(model, update, batch_size, features, device))
-    if update.local_steps > 1 and found.decided:
+    answer = read(head_gradient(model, update, batch_size, features, device))
+    if update.local_steps > 1 and answer.decided:
         flag = MOVED.format(update.local_steps)
-        found = replace(found, reason=f"{found.reason}; {flag}" if found.reason else flag)
-    return found
+        answer = replace(answer, reason=f"{answer.reason}; {flag}" if answer.reason else flag)
+    return answer
 
 
 def head_gradient(

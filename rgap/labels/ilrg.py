@@ -48,10 +48,10 @@ def ilrg(head: HeadGradient) -> LabelEstimate:
         >>> ilrg(HeadGradient(k.T @ x / 3, k.mean(0), 3, W)).labels
         tensor([0, 0, 2])
     """
-    found = bias_sums(head)
-    if isinstance(found, str):
-        return LabelEstimate.undecided(head.classes, METHOD, ASSUMPTIONS, found)
-    sums, reason = found
+    read = bias_sums(head)
+    if isinstance(read, str):
+        return LabelEstimate.undecided(head.classes, METHOD, ASSUMPTIONS, read)
+    sums, reason = read
     estimates = solve(head, sums).cpu()
     counts = nearest_counts(estimates, head.batch_size)
     return LabelEstimate.rounded(estimates, counts, METHOD, ASSUMPTIONS, reason)

@@ -41,8 +41,8 @@ def search(estimates: Tensor, covariance: Tensor, total: int) -> Tensor:
         tensor([3, 1, 3])
     """
     precision = torch.linalg.inv(covariance)
-    found = torch.unique(_rounded_along(estimates, covariance, total), dim=0)
-    best: Tensor = found[costs_of(found, estimates, precision).argmin()]
+    rounded = torch.unique(_rounded_along(estimates, covariance, total), dim=0)
+    best: Tensor = rounded[costs_of(rounded, estimates, precision).argmin()]
     for _ in range(SWAPS):
         gains = swaps(best, estimates, precision)
         up, down = divmod(int(gains.argmin()), len(best))

@@ -54,11 +54,11 @@ class Located:
 
     def gradient(self, update: Update, batch_size: int, **known: Any) -> HeadGradient:
         """Its part of an update, as that of the weights ``c·W``."""
-        found = update.gradients[self.weight_name]
-        found = (found.T if self.across else found) / self.factor
+        gradient = update.gradients[self.weight_name]
+        gradient = (gradient.T if self.across else gradient) / self.factor
         bias = None if self.bias_name is None else update.gradients[self.bias_name] / self.factor
         return HeadGradient(
-            found, bias, batch_size, self.weight, self.bias, update.loss, **known,
+            gradient, bias, batch_size, self.weight, self.bias, update.loss, **known,
             local_steps=update.local_steps,
         )  # fmt: skip
 
@@ -75,8 +75,8 @@ class _Product:
 
     def again(self) -> Tensor:
         """The output once more: ``out`` may have been written to."""
-        found = self.x @ (self.weight if self.across else self.weight.T)
-        return found if self.bias is None else found + self.bias
+        logits = self.x @ (self.weight if self.across else self.weight.T)
+        return logits if self.bias is None else logits + self.bias
 
 
 class _Watch(TorchFunctionMode):
@@ -133,7 +133,7 @@ def locate(model: nn.Module, update: Update, inputs: Tensor) -> Located | str:
 
 
 def _located(model: nn.Module, update: Update, inputs: Tensor) -> Located | str:
-    values, found, outputs, watch = _watched(model, update, inputs)
+    values, ran_in, outputs, watch = _watched(model, update, inputs)
     if len(outputs) != len(inputs) or outputs.ndim != 2:
         return (
             f"{type(model).__name__} gives outputs {list(outputs.shape)} for {len(inputs)} "
@@ -153,7 +153,7 @@ def _located(model: nn.Module, update: Update, inputs: Tensor) -> Located | str:
             bias = names[id(product.bias)]
         if any(watch.uses.get(id(values[n]), 0) > 1 for n in (weight, bias) if n is not None):
             return f"the weights of its last layer, '{weight}', are used elsewhere as well"
-        few = _watched(model, update, inputs[:FEW], found)
+        few = _watched(model, update, inputs[:FEW], ran_in)
         again = [_factor(p, few[2]) for p in few[3].products if p.out.shape == few[2].shape]
         if not any(c is not None and abs(c / factor - 1.0) < 1e-3 for c in again):
             return "its output is its last layer's times a number that depends on the batch"
@@ -206,13 +206,13 @@ def _watched(
         if dtype is None:
             raise
         return _watched(model, update, inputs, None)
-    found = _logits(outputs)
-    if found is None:
+    logits = _logits(outputs)
+    if logits is None:
         raise TypeError(
             f"model: {type(model).__name__}.forward returned a {type(outputs).__name__} without a "
             f"tensor; wrap it in a module whose forward returns the logits only"
         )
-    return values, dtype, found, watch
+    return values, dtype, logits, watch
 
 
 def _logits(outputs: Any) -> Tensor | None:

@@ -44,8 +44,8 @@ LEVEL = 1e-4  # of the dummy logits' mean square, in S: dummy data may all be al
 
 def inverse_of(a: Tensor) -> Tensor:
     """The inverse of a symmetric matrix; its pseudoinverse where rounding left it singular."""
-    found, info = torch.linalg.inv_ex(a)
-    inverse: Tensor = torch.linalg.pinv(a.nan_to_num(), hermitian=True) if int(info) else found
+    inverted, info = torch.linalg.inv_ex(a)
+    inverse: Tensor = torch.linalg.pinv(a.nan_to_num(), hermitian=True) if int(info) else inverted
     return inverse
 
 
@@ -145,7 +145,7 @@ class Contrasts:
         noise = scatter / max(now.information, TINY)
         precise = inverse_of(noise)
         away = now.shown - self.mean
-        found, logs = [], []
+        counts, logs = [], []
         for width in WIDTHS:
             prior = inverse_of(width * self.scatter + scatter / batch)
             covariance = inverse_of(prior + precise)
@@ -153,12 +153,12 @@ class Contrasts:
             total = (width + 1.0 / batch) * self.scatter + noise
             far = float(away @ torch.linalg.solve(total, away))
             logs.append(-(float(torch.logdet(total)) + far) / 2.0)
-            found.append(self._errors(now, mean, covariance))
+            counts.append(self._errors(now, mean, covariance))
         spread = max(float(scatter.trace() / len(scatter)), 0.0) ** 0.5
         odds = torch.log_softmax(torch.tensor(logs, dtype=torch.float64, device="cpu"), 0)
         return [
             Posterior(*pair, spread, float(odd) + size_odds)
-            for pair, odd in zip(found, odds, strict=True)
+            for pair, odd in zip(counts, odds, strict=True)
         ]
 
     def _fixed_point(self, known: Tensor | None, adapt: bool = True) -> _State:
@@ -210,20 +210,20 @@ class Contrasts:
             apart[present] = now.apart[present] + (between - now.apart[present]) / half
             fixed[present] = ((away @ inverse) * away).sum(1).clamp(0.0, 1.0)
             now.apart, now.fixed = apart, fixed
-            found = self._scatter(left.T @ inverse @ left, now, prior)
+            scatter = self._scatter(left.T @ inverse @ left, now, prior)
             if adapt:
-                now.scatter = (now.scatter + found) / 2.0
+                now.scatter = (now.scatter + scatter) / 2.0
         return now
 
-    def _scatter(self, found: Tensor, now: _State, prior: Tensor) -> Tensor:
+    def _scatter(self, left: Tensor, now: _State, prior: Tensor) -> Tensor:
         """S: the dummy data's, in size and then in shape drawn to what the rows leave, [q, q]."""
-        q = len(found)
+        q = len(left)
         # The mean takes away one of q rows where the gradient says more of it than the prior.
         doubt = float((now.scatter * prior).sum()) / q
         freedom = max(q - now.information / (now.information + doubt), 0.0)
-        size = float((self.precision * found).sum()) / q
+        size = float((self.precision * left).sum()) / q
         scale = (SIZED + size) / (SIZED + freedom)
-        scatter = ((q + SHAPED) * scale * self.scatter + found) / (q + SHAPED + freedom)
+        scatter = ((q + SHAPED) * scale * self.scatter + left) / (q + SHAPED + freedom)
         return (scatter + scatter.T) / 2.0
 
     def _errors(self, now: _State, mean: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:

@@ -48,8 +48,7 @@ def idlg(weight_gradient: Tensor, bias_gradient: Tensor | None = None) -> LabelE
         tensor([1])
     """
     check_gradients(weight_gradient, bias_gradient)
-    classes = weight_gradient.shape[0]
-    single = classes == 1
+    classes, single = len(weight_gradient), len(weight_gradient) == 1
     method = "single negative entry of the " + (
         "bias gradient" if bias_gradient is not None else "gradient along its singular vector"
     )
@@ -75,19 +74,19 @@ def idlg(weight_gradient: Tensor, bias_gradient: Tensor | None = None) -> LabelE
             return undecided("a single logit without a bias: the sign of the features is unknown")
         if not bool(oriented[0].any()):
             return undecided("the bias gradient underflowed to zero")
-        found = {int(oriented[0][0] < 0): oriented[0]}
+        named = {int(oriented[0][0] < 0): oriented[0]}
     else:
-        found = {c: k for k in oriented for c in _possible_labels(k)}
+        named = {c: k for k in oriented for c in _possible_labels(k)}
     zeros = int((oriented[0] == 0).sum())
     underflow = f"{zeros} of {classes} entries underflowed to zero" if zeros else ""
-    if len(found) != 1:
+    if len(named) != 1:
         why = (
             "the sign of the features is unknown, and both signs name a label"
-            if found and bias_gradient is None
+            if named and bias_gradient is None
             else "no sign pattern of a single sample's cross-entropy"
         )
         return undecided(f"{why}; {underflow}" if underflow else why)
-    label, k = found.popitem()
+    label, k = named.popitem()
     balance = 1.0 if single else 1.0 - float(k.sum().abs() / k.abs().sum())
     counts = torch.bincount(torch.tensor([label], device="cpu"), minlength=max(classes, 2))
     confidence = torch.full((len(counts),), balance, dtype=torch.float64, device="cpu")

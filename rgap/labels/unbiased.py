@@ -59,5 +59,5 @@ def bias_sums(head: HeadGradient) -> tuple[Tensor, str] | str:
     k = values.index(min(values))
     if not 0 < k < PLACES - 1:
         return "the head has no bias gradient, and no size of its features fits the model"
-    found = minimize_scalar(misfit, bounds=(grid[k - 1], grid[k + 1]), method="bounded")
-    return r / math.exp(float(found.x)), FLAG
+    nearest = minimize_scalar(misfit, bounds=(grid[k - 1], grid[k + 1]), method="bounded")
+    return r / math.exp(float(nearest.x)), FLAG

@@ -26,10 +26,10 @@ def digest(*tensors: Tensor) -> str:
     >>> digest(torch.ones(2)) == digest(torch.ones(2)) != digest(torch.zeros(2))
     True
     """
-    found = hashlib.sha256()
+    state = hashlib.sha256()
     for tensor in tensors:
-        found.update(tensor.detach().double().cpu().contiguous().numpy().tobytes())
-    return found.hexdigest()[:16]
+        state.update(tensor.detach().double().cpu().contiguous().numpy().tobytes())
+    return state.hexdigest()[:16]
 
 
 class Ended(Enum):

@@ -161,20 +161,11 @@ def drawn(like: Tensor, seed: int, number: int) -> Tensor:
 
 
 def first(objective: Objective, rows: Tensor) -> State:
-    """The state before the first iteration."""
-    own = {f"rule.{n}": t for n, t in objective.preset.rule.begin(rows).items()}
-    count = len(rows)
-    return {
-        "rows": rows,
-        "best": torch.zeros_like(rows),
-        "best_values": rows.new_full((count,), inf),
-        "best_at": torch.zeros(count, dtype=torch.int64, device=rows.device),
-        "first_values": rows.new_full((count,), inf),
-        "alive": torch.ones(count, dtype=torch.bool, device=rows.device),
-        "iteration": torch.tensor(0, device=rows.device),
-        "progress": torch.tensor(0, device=rows.device),
-        **own,
-    }
+    """The state before the first iteration, of starts [R, n]."""
+    none = [inf] * len(rows)
+    rule, best = objective.preset.rule.begin(rows), torch.zeros_like(rows)
+    counts, alive = [0] * len(rows), [True] * len(rows)
+    return RestartState(rows, best, rule, none, counts, none, alive, 0, 0, rows).state()
 
 
 def random_rows(

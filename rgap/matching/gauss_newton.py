@@ -14,7 +14,7 @@ from math import inf
 import torch
 from torch import Tensor
 
-from rgap.completion.annealing import ANNEALING, BLUNT, TRAPPED, Position, anneal
+from rgap.completion.annealing import BLUNT, TRAPPED, Plan, Position, anneal
 from rgap.completion.complete import PASSES
 from rgap.jacobian.module_update import ModuleUpdate
 from rgap.matching.checkpoint import Checkpoint, Ended, Progress
@@ -124,10 +124,8 @@ def search(
             held.own = held.own if again else inf
         if again and held.own <= TRAPPED:
             continue
-        minimum = anneal(
-            equations, held.position, prior, schedule, passes[again], deadline,
-            share=ANNEALING, project=project, watch=watch,
-        )  # fmt: skip
+        plan = Plan(prior, schedule, passes[again], deadline, project=project)
+        minimum = anneal(equations, held.position, plan, watch)
         if minimum.ended == STOPPED:
             return Ended.STOPPED, held
         held.note(minimum.value, minimum.misfit)

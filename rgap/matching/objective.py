@@ -12,14 +12,14 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from rgap.jacobian.module_update import ClientLoss, cosine_distance
+from rgap.jacobian.module_gradient import ClientLoss, ModuleGradient
+from rgap.jacobian.module_update import cosine_distance
 from rgap.matching.batch_norm import Statistics
 from rgap.matching.presets import Coordinates, Preset
 from rgap.network.isolation import convolution_work, plain_kernels, small_kernels
-from rgap.network.running import guarded, run
+from rgap.network.running import guarded
 from rgap.solvers.priors import Prior, TotalVariation, value_and_gradient
 from rgap.solvers.registration import registered_mean
-from rgap.update.local_training import average
 
 __all__ = ["Objective", "cosine_distance"]
 
@@ -56,10 +56,8 @@ class Objective:
         dtype: torch.dtype = torch.float64,
     ) -> None:
         place = next(iter(gradients.values())).device
-        self.model = copy.deepcopy(model).to(place, dtype).requires_grad_()
-        self.statistics = Statistics(self.model) if preset.statistics else None
-        self.leaves: dict[str, Tensor] = dict(self.model.named_parameters())
-        self.parameters = {n: p.detach() for n, p in self.leaves.items()}
+        twin = copy.deepcopy(model).to(place, dtype)
+        self.statistics = Statistics(twin) if preset.statistics else None
         self.sent = {n: g.to(place, dtype) for n, g in gradients.items()}
         self.whole = torch.cat([g.flatten() for g in self.sent.values()])
         self.norm = float(sum(float(g.square().sum()) for g in self.sent.values()) ** 0.5)
@@ -70,13 +68,16 @@ class Objective:
         if targets is not None:
             targets = targets.to(place, dtype if targets.is_floating_point() else None)
         self.source = replace(source, targets=targets)
+        names = [name for name, _ in model.named_parameters()]
+        watch = (self.statistics.norms, self.statistics.penalty) if self.statistics else ()
+        self.update = ModuleGradient(twin, self.source, names, *watch)
         probe = torch.full(shape, coordinates.centre, dtype=dtype, device=place)
-        with guarded(self.model, probe):
-            self.work = convolution_work(self.model, probe)
+        with guarded(twin, probe):
+            self.work = convolution_work(twin, probe)
         self.logits: tuple[int, ...] = (0,)
         if targets is None:
-            with torch.no_grad(), plain_kernels():
-                self.logits = tuple(run(self.model, probe).shape)
+            with torch.no_grad():
+                self.logits = tuple(self.update.run(probe).shape)
 
     @property
     def unknowns(self) -> int:
@@ -110,34 +111,10 @@ class Objective:
             graph: by PyTorch's graph, in half the time; else by function transforms, which can be
                 batched.
         """
-        x, goals, kept = self.data(row), self.goals(row), list[Tensor]()
-
-        def value(parameters: dict[str, Tensor], rows: slice) -> tuple[Tensor, Tensor]:
-            if parameters is self.leaves:
-                outputs = run(self.model, x[rows])
-            else:
-                outputs = run(self.model, x[rows], parameters)
-            far = self.statistics.penalty() if self.statistics else outputs.new_zeros(())
-            return self.source.loss(outputs, goals[rows]), far
-
-        def gradient(parameters: dict[str, Tensor], rows: slice) -> dict[str, Tensor]:
-            if graph:
-                loss, far = value(parameters, rows)
-                slopes = torch.autograd.grad(
-                    loss, list(parameters.values()), create_graph=True, materialize_grads=True
-                )
-                own = dict(zip(parameters, slopes, strict=True))
-            else:
-                own, far = torch.func.grad(value, has_aux=True)(parameters, rows)
-            kept.append(far)
-            return own
-
-        parameters = self.leaves if graph else self.parameters
-        total = self._distance(
-            average(gradient, parameters, self.source.local, self.source.steps, len(x))
-        )
+        own, far = self.update.gradient(self.data(row), self.goals(row), graph=graph)
+        total = self._distance(own)
         if self.statistics:
-            total = total + self.preset.statistics * kept[0]
+            total = total + self.preset.statistics * far[0]
         return total
 
     def _distance(self, own: dict[str, Tensor]) -> Tensor:

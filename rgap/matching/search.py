@@ -189,7 +189,7 @@ def match(
         validation.count("restarts", starts if restarts is None else restarts),
         validation.count("iterations", usual if iterations is None else iterations),
         patience,
-        seed=seed,
+        seed=validation.seed(seed),
     )
     settings = _settings(problem, preset, limits)
     if checkpoint is not None:
@@ -216,10 +216,7 @@ def _preset(
         raise ValueError(f"method: expected one of {names}, got {method!r}; write method='ig'")
     named = None if method == NEWTON else method
     preset = PRESETS[named] if isinstance(named, str) else named
-    if not time_limit >= 0:
-        raise ValueError(
-            f"time_limit: expected seconds, at least 0, got {time_limit!r}; write time_limit=60.0"
-        )
+    validation.seconds("time_limit", time_limit)
     if preset is not None and preset.joint and prior is not None:
         raise ValueError(f"prior: {preset.name!r} has none; write method='ig'")
     if preset is None and patience is not None:

@@ -15,6 +15,7 @@ from rgap.network.graph import Link, links
 from rgap.network.isolation import untouched
 from rgap.network.probing import Shape, UnreadyError
 from rgap.network.running import first_line
+from rgap.network.watching import watched
 
 SQUARE = 65  # sides that are tried one by one; beyond, only usual ones
 LARGE = (80, 84, 96, 112, 128, 144, 160, 192, 224, 227, 256, 299, 320, 384, 448, 512)
@@ -71,18 +72,10 @@ def _difference(
     first = next(model.parameters())
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(2, *shape, generator=generator, dtype=torch.float64).to(first.device)
-    seen = [] if entry is not None else [x]
-    hook = None
-    if entry is not None:
-        hook = model.get_submodule(entry).register_forward_pre_hook(
-            lambda module, args: seen.extend(a.double() for a in args)
-        )
-    try:
-        with torch.no_grad():
-            expected = model(x.to(first.dtype))
-    finally:
-        if hook is not None:
-            hook.remove()
+    entries = {} if entry is None else {entry: model.get_submodule(entry)}
+    with torch.no_grad(), watched(entries) as calls:
+        expected = model(x.to(first.dtype))
+    seen = [x] if entry is None else [a.double() for call in calls for a in call.args]
     if len(seen) != 1 or tuple(seen[0].shape[1:]) != steps[0].in_shape:
         return None  # called more than once, or the steps begin with a fused border
     rows = []

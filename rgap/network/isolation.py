@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rgap.network.watching import LayerCall, watched
+
 
 @contextmanager
 def untouched(model: nn.Module, *, hooks: bool = True) -> Iterator[None]:
@@ -77,6 +79,19 @@ def meta_copy(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, memo)
 
 
+def bare_copy(module: nn.Module, device: torch.device | str) -> nn.Module:
+    """A copy in float64, :func:`without_hooks`."""
+    return without_hooks(copy.deepcopy(module).to(device).double())
+
+
+def without_hooks(module: nn.Module) -> nn.Module:
+    """The module itself, the hooks on its forwards taken away."""
+    for part in module.modules():
+        part._forward_hooks.clear()
+        part._forward_pre_hooks.clear()
+    return module
+
+
 def on_meta(value: Tensor) -> Tensor:
     """The shape of a tensor alone, in the precision of the chain."""
     dtype = torch.float64 if value.is_floating_point() else value.dtype
@@ -106,22 +121,17 @@ def convolution_work(model: nn.Module, *inputs: Tensor) -> float:
     >>> convolution_work(nn.Conv1d(2, 3, 4), torch.zeros(1, 2, 10)) == 7 * 3 * 2 * 4
     True
     """
-    found: list[int] = []
+    work: list[int] = []
 
-    def note(module: nn.Module, _: Any, output: Tensor) -> None:
-        weight = module.weight
-        assert isinstance(weight, Tensor)
-        found.append(output.numel() * weight[0].numel())
+    def note(call: LayerCall) -> None:
+        assert isinstance(call.module, kinds)
+        work.append(call.made.numel() * call.module.weight[0].numel())
 
     kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    hooks = [m.register_forward_hook(note) for m in model.modules() if isinstance(m, kinds)]
-    try:
-        with torch.no_grad():
-            model(*inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return sum(found) / len(found) if found else 0.0
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, kinds)}
+    with torch.no_grad(), watched(layers, leave=note):
+        model(*inputs)
+    return sum(work) / len(work) if work else 0.0
 
 
 @contextmanager

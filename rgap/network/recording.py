@@ -20,6 +20,7 @@ from rgap.network.custom import CustomFunction, kept_whole
 from rgap.network.isolation import untouched
 from rgap.network.modules import covered
 from rgap.network.probing import PROBE, Shape
+from rgap.network.watching import LayerCall, watched
 
 __all__ = ["Recording", "record"]
 
@@ -227,34 +228,26 @@ def record(model: nn.Module, shape: Shape, x: Tensor | None = None) -> Recording
     x = x.to(first)
     found = Recording()
     recorder = _Recorder(found, x)
-    paths = {id(m): name for name, m in model.named_modules()}
+    leaves = {name: module for name, module in model.named_modules() if _leaf(module)}
+    inputs: dict[LayerCall, fx.Node | None] = {}
 
-    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+    def enter(call: LayerCall) -> None:
         recorder.muted += 1
-        module.__dict__["_recorded_input"] = (
-            recorder.node_of(args[0]) if recorder.muted == 1 and len(args) == 1 else None
-        )
+        alone = recorder.muted == 1 and len(call.args) == 1
+        inputs[call] = recorder.node_of(call.args[0]) if alone else None
 
-    def leave(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+    def leave(call: LayerCall) -> None:
         recorder.muted -= 1
-        node = module.__dict__.pop("_recorded_input", None)
-        if node is not None and isinstance(out, Tensor) and not kwargs:
-            recorder.add("call_module", paths[id(module)], (node,), {}, out)
+        node = inputs.pop(call)
+        if node is not None and isinstance(call.made, Tensor) and not call.kwargs:
+            recorder.add("call_module", call.name, (node,), {}, call.made)
 
-    hooks: list[Any] = []
     try:
-        with untouched(model), torch.no_grad():
-            for module in model.modules():
-                if _leaf(module):
-                    hooks.append(module.register_forward_pre_hook(enter, with_kwargs=True))
-                    hooks.append(module.register_forward_hook(leave, with_kwargs=True))
-            with recorder, kept_whole(recorder.whole):
-                model(x)
+        watch = watched(leaves, enter, leave)
+        with untouched(model), torch.no_grad(), watch, recorder, kept_whole(recorder.whole):
+            model(x)
     except Exception:
         return None
-    finally:
-        for hook in hooks:
-            hook.remove()
     return found
 
 

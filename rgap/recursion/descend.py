@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rgap.constraints import weight_constraint
 from rgap.halt import Halt, HaltKind
+from rgap.jacobian.layer import each
 from rgap.limits import MISTAKEN, ON, REFUTED
 from rgap.network.activations import Activation
 from rgap.network.chain import Chain, Stage
@@ -99,7 +100,13 @@ class Descent:
     def preconditioner(self, chain: Chain) -> Callable[[Tensor], Tensor] | None:
         """The data stage's factored equations as an approximate inverse of the whole update's.
 
-        Acts on directions [S, B, *input_shape]; None if the data came straight from a bias.
+        ``(Kᵀ Σ⁻¹ K + Wᵀ Ω⁻¹ W)⁻¹`` of stage 0, pulled through its lead.
+
+        Args:
+            chain: the network.
+
+        Returns:
+            A map of directions [S, B, *input_shape]; None if the data came straight from a bias.
         """
         if self.completed:
             return lambda v: v
@@ -113,7 +120,7 @@ class Descent:
             coupling = weight_constraint(stage.affine, v.shape[1], read_only=True)
             u = v
             for op in stage.lead:  # (L⁻¹)ᵀ: a reshape is orthogonal, a scaling its own transpose
-                u = _map(op.forward, u) if isinstance(op, Reshape) else _affine_error(op, u)
+                u = each(op.forward, u) if isinstance(op, Reshape) else _affine_error(op, u)
             table = coupling.unfold(u.flatten(0, 1), u.shape[0])
             solved = coupling.fold(made.precondition(table)).reshape(u.shape)
             for op in reversed(stage.lead):
@@ -125,8 +132,8 @@ class Descent:
     @property
     def worst(self) -> tuple[int, float]:
         """Stage whose equations contradict each other most, with its weighted rms residual."""
-        found = [(step.misfit, index) for index, step in self.solutions.items()]
-        misfit, index = max(found, default=(0.0, -1))
+        misfits = [(step.misfit, index) for index, step in self.solutions.items()]
+        misfit, index = max(misfits, default=(0.0, -1))
         return index, misfit
 
     @property
@@ -204,11 +211,7 @@ def descend(
         The :class:`Descent`; ``data`` is None when ``halt`` says where it ended.
     """
     solutions = dict[int, StageSolution]()
-    inputs, features, cotangents = (
-        dict[int, Estimate](),
-        dict[int, Estimate](),
-        dict[int, Estimate](),
-    )
+    inputs, features, cotangents = (dict[int, Estimate]() for _ in range(3))
 
     def ended(
         halt: Halt | None, *, data: Estimate | None = None, partial: Estimate | None = None
@@ -224,22 +227,16 @@ def descend(
         stage = chain.stages[index]
         if index < start.index:
             watch(stage.name, start.index - index, start.index)
-            name = stage.affine.weight_name
-            # A gradient that was not sent says nothing: K = 0, and the weight constraints are left.
-            heard = precision.sent(name) and not _vanished(stage, gradients, k, precision)
-            own = k if heard else Estimate(0.0 * k.value, 0.0 * k.error)
-            step = solve_stage(
-                stage.affine, stage.affine.sent(gradients), known, own, precision, budget,
-                parts=index == 0 and chain.complete,
-            )  # fmt: skip
+            parts = index == 0 and chain.complete
+            step = _solve(stage, gradients, known, k, precision, budget, parts)
             # Only the first factor is needed again; each is as large as the matrix of its layer.
             solutions[index] = step if index == 0 else replace(step, factor=None)
             if step.solution.value is None:
                 reached = Reached(index, k, None, known)
-                halt = _shortfall(stage, step, precision.sent(name))
-                if step.partial is None:
-                    return ended(halt)
-                return ended(halt, partial=_data(stage, step.partial, precision))
+                halt = _shortfall(stage, step, precision.sent(stage.affine.weight_name))
+                left = step.partial
+                partial = None if left is None else _data(stage, left, precision)
+                return ended(halt, partial=partial)
             above, known = known, step.solution.value
             whole = bool(known.known.all())
             reached = Reached(index, k, *((known, None) if whole else (None, above)))
@@ -267,13 +264,29 @@ def descend(
     return ended(Halt(HaltKind.BARRIER, barrier.node, barrier.words))
 
 
+def _solve(
+    stage: Stage,
+    gradients: Mapping[str, Tensor],
+    z: Estimate,
+    k: Estimate,
+    precision: Precision,
+    budget: float,
+    parts: bool,
+) -> StageSolution:
+    """The equations of a stage; those of a gradient that says nothing are left out: K = 0."""
+    affine = stage.affine
+    heard = precision.sent(affine.weight_name) and not _vanished(stage, gradients, k, precision)
+    k = k if heard else Estimate(0.0 * k.value, 0.0 * k.error)
+    return solve_stage(affine, affine.sent(gradients), z, k, precision, budget, parts=parts)
+
+
 def _carried(stage: Stage, k: Estimate, precision: Precision) -> Estimate:
     """The cotangent at the input of an affine map, ``Wᵀ k``, with its errors."""
     adjoint = stage.affine.adjoint
     # The terms of the client's sum rounded, however small a result they cancel to.
     terms = stage.affine.adjoint_of_squares(k.value.square())
     rounded = precision.normal(precision.sum_std(terms))
-    return Estimate(adjoint(k.value), _map(adjoint, k.error) + rounded)
+    return Estimate(adjoint(k.value), each(adjoint, k.error) + rounded)
 
 
 def _cut(stage: Stage, data: Estimate) -> Halt | None:
@@ -319,39 +332,46 @@ def _no_inverse(op: Op) -> Halt:
 
 
 def _lift(
-    stage: Stage, u: Estimate, cot: Estimate, precision: Precision, unpool: Unpool | None = None
+    stage: Stage, u: Estimate, k: Estimate, precision: Precision, unpool: Unpool | None = None
 ) -> tuple[Estimate, Estimate] | Halt:
     """From the affine map's input u to the stage's input x, through the lead; k alike."""
-    for op in reversed(stage.lead):
-        if op.barrier is not None:
-            passed = None if unpool is None else unpool(stage.index, op, u, cot)
-            if passed is None:
-                return _no_inverse(op)
-            u, cot = passed
-            continue
-        taken, given = prod(op.in_shape), prod(op.out_shape)
-        if taken > given:
-            return Halt.narrowing(op.name, op.kind, u.value.shape[0], taken, given)
-        if isinstance(op, Activation):  # of the data, or above a pooling: relu(pool(conv(x)))
-            u, cot = _invert_activation(op, u, cot, precision)
-            continue
-        u = Estimate(op.inverse(u.value), _affine_error(op, u.error))
-        cot = Estimate(op.adjoint(cot.value), _map(op.adjoint, cot.error))
-    return u, cot
+
+    def passed(op: Op, u: Estimate, k: Estimate) -> tuple[Estimate, Estimate] | None:
+        return None if unpool is None else unpool(stage.index, op, u, k)
+
+    return _through(stage.lead, u, k, precision, passed)
 
 
 def _through(
-    tail: tuple[Op, ...], x: Estimate, k: Estimate, precision: Precision
+    ops: tuple[Op, ...],
+    x: Estimate,
+    k: Estimate,
+    precision: Precision,
+    passed: Callable[[Op, Estimate, Estimate], tuple[Estimate, Estimate] | None] | None = None,
 ) -> tuple[Estimate, Estimate] | Halt:
-    """From a stage's output x and the cotangent there to its pre-activation z and k."""
-    for op in reversed(tail):
+    """From what comes out of some steps and the cotangent there to what goes in and its own.
+
+    Args:
+        ops: the steps, in forward order: a lead, or a tail.
+        x: their output, [B, ...].
+        k: the cotangent at it.
+        precision: of the update.
+        passed: asked at a step that has no inverse.
+    """
+    for op in reversed(ops):
+        taken, given = prod(op.in_shape), prod(op.out_shape)
         if op.barrier is not None:
-            return _no_inverse(op)
-        if isinstance(op, Activation):
+            both = None if passed is None else passed(op, x, k)
+            if both is None:
+                return _no_inverse(op)
+            x, k = both
+        elif taken > given:
+            return Halt.narrowing(op.name, op.kind, x.value.shape[0], taken, given)
+        elif isinstance(op, Activation):  # in a lead: of the data, or above a pooling
             x, k = _invert_activation(op, x, k, precision)
         else:
             x = Estimate(op.inverse(x.value), _affine_error(op, x.error))
-            k = Estimate(op.adjoint(k.value), _map(op.adjoint, k.error))
+            k = Estimate(op.adjoint(k.value), each(op.adjoint, k.error))
     return x, k
 
 
@@ -394,13 +414,7 @@ def _invert_activation(
     return z, Estimate(product, spread)
 
 
-def _map(function: Callable[[Tensor], Tensor], ensemble: Tensor) -> Tensor:
-    """Apply a batched linear map to [S, B, ...]."""
-    out = function(ensemble.flatten(0, 1))
-    return out.reshape(*ensemble.shape[:2], *out.shape[1:])
-
-
 def _affine_error(op: Op, error: Tensor) -> Tensor:
     """D(op^{-1}) error for an affine op: op^{-1}(e) − op^{-1}(0)."""
     zero = op.inverse(torch.zeros_like(error[0]))
-    return _map(op.inverse, error) - zero
+    return each(op.inverse, error) - zero

@@ -16,7 +16,7 @@ from torch import Tensor
 from rgap.limits import AGREE
 from rgap.network.affine import Affine
 from rgap.precision import Estimate, Precision
-from rgap.solvers.linear import Iterate, solve_lsmr
+from rgap.solvers.linear import solve_lsmr
 
 MEMBERS = 4  # members of the ensemble that are solved for; the others repeat them
 LIMIT = 4000  # LSMR iterations of one run
@@ -92,15 +92,16 @@ def solve_matrix_free(
     target = torch.where(z.known, z.value - bias, 0.0)
     guess = z.value.new_ones(len(z.value), *affine.in_shape)
     system = _weighted(affine, z, k, guess, precision)
-    first = _run(system, system.rows(gradient, target), None, 60)
+    first = solve_lsmr(system, system.rows(gradient, target), None, 60)
     guess = first.x.reshape(guess.shape) * system.scale
     system = _weighted(affine, z, k, guess, precision)
     rows = system.rows(gradient, target)
     generator = torch.Generator().manual_seed(precision.seed)
     size = guess.square().mean().sqrt() / system.scale.mean()
     scaled = torch.where(affine.reads, guess / system.scale, 0.0)
-    starts = [scaled + _draw(guess, generator) * size for _ in range(2)]
-    runs = [_run(system, rows, start.flatten(), LIMIT) for start in starts]
+    draws = [torch.randn(guess.shape, generator=generator, dtype=guess.dtype) for _ in range(2)]
+    starts = [scaled + draw.to(guess) * size for draw in draws]
+    runs = [solve_lsmr(system, rows, start.flatten(), LIMIT) for start in starts]
     # Of the scaled unknowns, in which the difference of the starts has no preferred direction.
     apart = float(((starts[0] - starts[1]) * affine.reads).norm())
     gap = (runs[0].x - runs[1].x).reshape(guess.shape) * affine.reads
@@ -109,7 +110,7 @@ def solve_matrix_free(
     if not disagreement < AGREE:
         return Outcome(None, count, condition, disagreement, (0.0, 0.0))
     # The tolerance of a run is relative to how far it started from the answer: go on from there.
-    refined = _run(system, rows, runs[0].x, LIMIT)
+    refined = solve_lsmr(system, rows, runs[0].x, LIMIT)
     count += refined.iterations
     u = refined.x.reshape(guess.shape) * system.scale
     errors = []
@@ -119,7 +120,7 @@ def solve_matrix_free(
     for member in range(members):
         noise = precision.normal(own, samples=1)[0] - affine.weight_gradient(u, k.error[member])
         shift = torch.where(z.known, z.error[member] + forward[member], 0.0)
-        run = _run(system, system.rows(noise, shift), None, LIMIT, 1e-4)
+        run = solve_lsmr(system, system.rows(noise, shift), None, LIMIT, 1e-4)
         errors.append(run.x.reshape(u.shape) * system.scale)
     repeat = -(-len(k.error) // members)
     ensemble = torch.stack(errors).repeat(repeat, *([1] * u.ndim))[: len(k.error)]
@@ -152,13 +153,3 @@ def _weighted(
 def _update_std(affine: Affine, u: Tensor, k: Estimate, precision: Precision) -> Tensor:
     squares = affine.weight_gradient(u.square(), k.value.square())
     return precision.update_std(affine.weight_name, squares)
-
-
-def _draw(like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
-
-
-def _run(
-    system: MatrixFree, rows: Tensor, start: Tensor | None, limit: int, tolerance: float = 1e-13
-) -> Iterate:
-    return solve_lsmr(system, rows, start, limit, tolerance)

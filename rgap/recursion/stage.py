@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rgap.constraints import WeightConstraint, gradient_constraint, gradient_rows, weight_constraint
+from rgap.constraints.known_input import matrix_noise
 from rgap.constraints.partial import MOST, Kept, kept, marked
 from rgap.constraints.ranks import stage_joint_rank, weight_row_spaces
 from rgap.limits import AGREE, DETERMINED, FITS, HOPELESS, SHARP, TRUSTED
@@ -104,24 +105,24 @@ def _unread(affine: Affine, known: Estimate, precision: Precision) -> Estimate:
 def _without_matrix(
     affine: Affine, gradient: Tensor, z: Estimate, k: Estimate, precision: Precision, start: float
 ) -> StageSolution:
-    found = solve_matrix_free(affine, gradient, z, k, precision)
-    if found.value is not None:
-        found = replace(found, value=_unread(affine, found.value, precision))
+    iterated = solve_matrix_free(affine, gradient, z, k, precision)
+    if iterated.value is not None:
+        iterated = replace(iterated, value=_unread(affine, iterated.value, precision))
     unknowns = len(z.value) * int(affine.reads.sum())
-    solved = found.value is not None
-    seen = Evidence(EvidenceKind.AGREEMENT, found.disagreement, AGREE, unknowns)
+    solved = iterated.value is not None
+    seen = Evidence(EvidenceKind.AGREEMENT, iterated.disagreement, AGREE, unknowns)
     residual = inf
-    if found.value is not None:
-        gap = affine.weight_gradient(found.value.value, k.value) - gradient
+    if iterated.value is not None:
+        gap = affine.weight_gradient(iterated.value.value, k.value) - gradient
         residual = float(gap.norm() / gradient.norm().clamp_min(1e-300))
     stats = Stats(
-        "lsmr", unknowns, None, seen if solved else None, found.condition, residual,
-        found.iterations,
+        "lsmr", unknowns, None, seen if solved else None, iterated.condition, residual,
+        iterated.iterations,
     )  # fmt: skip
     result = Result.SOLVED if solved else Result.DEFICIENT
     seconds = time.perf_counter() - start
     return StageSolution(
-        Solution(found.value, result, stats), None, k.value, z.known, *found.misfits, seconds
+        Solution(iterated.value, result, stats), None, k.value, z.known, *iterated.misfits, seconds
     )
 
 
@@ -142,7 +143,7 @@ class _Stage:
         self.weight_weights = torch.ones_like(self.target)
 
     def solve(self) -> tuple[Solution[Estimate | None], Factor | None]:
-        own = self.kronecker.rank(noise=self.matrix_noise())
+        own = self.kronecker.rank(noise=matrix_noise(self.kronecker, self.k, self.precision))
         self.weigh(self.ridge())
         made, route = None, "gradient"
         if own.nullity == 0:
@@ -196,8 +197,9 @@ class _Stage:
         """Rank of both blocks, of the rows that are known at all."""
         spaces = weight_row_spaces(self.affine, self.z.known)
         every = gradient_constraint(self.affine, self.k.value)
-        found = stage_joint_rank(self.affine, every, spaces, self.matrix_noise(), self.k.value)
-        return replace(found, size=self.unknowns)
+        noise = matrix_noise(self.kronecker, self.k, self.precision)
+        rank = stage_joint_rank(self.affine, every, spaces, noise, self.k.value)
+        return replace(rank, size=self.unknowns)
 
     def fixed(self) -> Kept | None:
         """The directions of the input that the equations fix, where they leave others open."""
@@ -230,15 +232,6 @@ class _Stage:
         rows = self.coupling.fold(made.rows.reshape(shape))
         signs = self.precision.signs(known.error.shape).to(rows)
         return marked(known, inside, rows, signs), misfits
-
-    def matrix_noise(self) -> float:
-        """Norm of the error of K over the norm of K, for the rank decision."""
-        _, rows, size = self.kronecker.matrix.shape
-        scale = float(self.kronecker.spectra.max())
-        entry = float(self.k.error.square().mean().sqrt()) + self.precision.unit * float(
-            self.k.value.square().mean().sqrt()
-        )
-        return entry * (rows**0.5 + size**0.5) / scale if scale > 0 else 0.0
 
     def ridge(self) -> Tensor:
         """A first look at u from the gradient block alone, to weigh rows with; [C, P]."""

@@ -24,6 +24,7 @@ from rgap.analysis.discard.table import Audit
 from rgap.analysis.plots.discard import discard_heatmap, psnr, side_by_side
 from rgap.inversion.invert import Head, invert
 from rgap.models import published as models
+from rgap.network.watching import watched
 from rgap.photos import packaged as photos
 from rgap.recovery import Recovery, plain
 from rgap.report.pictures import replacing, save_figure
@@ -174,18 +175,10 @@ def head_of(model: nn.Module, update: Update, inputs: Tensor, targets: Tensor) -
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
     if not linear:
         raise ValueError(f"expected a network with a linear head, got {type(model).__name__}")
-    seen: dict[str, Tensor] = {}
-
-    def keep(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        seen["features"], seen["outputs"] = args[0].detach(), output
-
-    hook = linear[-1].register_forward_hook(keep)
-    try:
+    with watched({"head": linear[-1]}) as calls:
         value = update.loss(model(inputs), targets)
-        (cotangents,) = torch.autograd.grad(value, seen["outputs"])
-    finally:
-        hook.remove()
-    return Head(seen["features"], cotangents)
+    (cotangents,) = torch.autograd.grad(value, calls[-1].made)
+    return Head(calls[-1].given.detach(), cotangents)
 
 
 def _attack(

@@ -10,9 +10,16 @@ from rgap import memory
 from rgap.jacobian.batch_loss import BatchLoss
 from rgap.limits import REFUTED, SEPARABLE
 from rgap.precision import Estimate
-from rgap.separation.alike import hidden_distance, remark, widened
 from rgap.separation.batch import HELD, Batch, Separated, Unseparated
-from rgap.separation.errors import across_errors, cotangents, cotangents_above, spread
+from rgap.separation.errors import (
+    across_errors,
+    cotangents,
+    cotangents_above,
+    hidden_distance,
+    remark,
+    spread,
+    widened,
+)
 from rgap.separation.identify import rise, top
 from rgap.separation.mixture import Mixture
 from rgap.separation.peeling import Collected, Identify
@@ -27,7 +34,7 @@ DENSE = 2**23  # entries of J up to which such a batch is polished by QR
 def finish(
     batch: Batch,
     consistency: Consistency,
-    found: Collected,
+    collected: Collected,
     naming: Identify,
     route: str,
     began: float,
@@ -37,7 +44,7 @@ def finish(
     Args:
         batch: the update.
         consistency: of the roots, row by row.
-        found: all roots.
+        collected: all roots.
         naming: targets of roots.
         route: which equations, in words.
         began: ``time.perf_counter()`` at the start.
@@ -45,24 +52,22 @@ def finish(
     samples = consistency.samples
     stage = samples.stage
     affine = stage.affine
-    features = (found.roots @ samples.right.T).reshape(-1, *affine.in_shape)
+    features = (collected.roots @ samples.right.T).reshape(-1, *affine.in_shape)
     logits = rise(batch.chain, stage.index, affine.forward(features))
-    common = common_factor(batch, samples.rank, found.identities)
-    head = common or batch_loss(batch, logits, found.identities, refuting(batch, samples))
+    common = common_factor(batch, samples.rank, collected.identities)
+    head = common or batch_loss(batch, logits, collected.identities, refuting(batch, samples))
     if isinstance(head, Unseparated):
         return head
-    head = _reread(batch, samples, found.roots, head)
+    head = _reread(batch, samples, collected.roots, head)
     whole = restricted(consistency, samples.weights, samples.weights.new_zeros(0, samples.rank))
-    result = spread(consistency, whole, found.roots, batch.chain, head, batch.precision)
+    result = spread(consistency, whole, collected.roots, batch.chain, head, batch.precision)
     if result.restless:
         return Unseparated(
             f"a sample at '{stage.name}' does not settle: its last step is {result.restless:.1e} "
             f"standard errors long (σ_B/σ_1 {samples.ratio:.1e})"
         )
     known, worst = result.features, result.worst / float(result.roots.norm(dim=1).mean())
-    joint = polish_jointly(
-        batch.chain, samples, batch.gradients, result.roots, head, result.across, batch.precision
-    )
+    joint = polish_jointly(batch, samples, result.roots, head, result.across)
     if joint is not None and batch.loss.targets != "index" and not joint.free:
         joint = None  # it held targets that were read at these roots, and err as they do
     if joint is not None and joint.errors is not None:
@@ -83,28 +88,27 @@ def finish(
 
 
 def finish_together(
-    batch: Batch, consistency: Consistency, found: Collected, route: str, began: float
+    batch: Batch, consistency: Consistency, collected: Collected, route: str, began: float
 ) -> Separated | Unseparated:
     """The same where one sample's own equations do not determine it: errors from all together."""
     samples = consistency.samples
     stage = samples.stage
-    x = (found.roots @ samples.right.T).reshape(-1, *stage.affine.in_shape)
+    x = (collected.roots @ samples.right.T).reshape(-1, *stage.affine.in_shape)
     logits = stage.affine.forward(x)
-    common = common_factor(batch, samples.rank, found.identities)
-    head = common or batch_loss(batch, logits, found.identities, refuting(batch, samples))
+    common = common_factor(batch, samples.rank, collected.identities)
+    head = common or batch_loss(batch, logits, collected.identities, refuting(batch, samples))
     if isinstance(head, Unseparated):
         return head
     k = cotangents(batch.chain, stage.index, x, head).flatten(1)
-    across = across_errors(samples, found.roots, k, batch.precision)
+    across = across_errors(samples, collected.roots, k, batch.precision)
     memory.require(
         f"polishing {samples.rank} samples at '{stage.name}' together",
         8.0 * HELD * min(samples.rank, TOGETHER) ** 4,
         batch.room,
     )
     joint = polish_jointly(
-        batch.chain, samples, batch.gradients, found.roots, head, across, batch.precision,
-        largest=TOGETHER, dense=DENSE,
-    )  # fmt: skip
+        batch, samples, collected.roots, head, across, largest=TOGETHER, dense=DENSE
+    )
     if joint is not None and joint.misfit > REFUTED:
         return Unseparated(
             f"all {samples.rank} samples at '{stage.name}' together miss its gradient by "

@@ -19,12 +19,11 @@ from rgap.jacobian.batch_loss import BatchLoss
 from rgap.limits import CERTAIN, SEPARABLE
 from rgap.precision import Estimate, Precision
 from rgap.separation.batch import Batch, Separated, Unseparated
-from rgap.separation.between import Between, steps_between
 from rgap.separation.errors import spread
 from rgap.separation.identify import Identity, free, pullback
-from rgap.separation.lines import lines
 from rgap.separation.mixture import Mixture
-from rgap.separation.peeling import GROWTH, STARTS, Collected, collect
+from rgap.separation.pair import Between, lines, steps_between
+from rgap.separation.peeling import GROWTH, STARTS, Collected, Starts, collect
 from rgap.separation.route import unfit_pair
 from rgap.separation.subspace import Consistency, restricted
 from rgap.update.losses import Loss
@@ -92,16 +91,13 @@ def separate_headless(
     def admissible(identity: Identity, rough: bool) -> bool:
         return identity.accepted and identity.outside < CERTAIN
 
-    starts = batch.starts(lower.rank, STARTS, GROWTH)
-    found = collect(
-        consistency, naming, admissible, batch.precision.seed, starts=starts, watch=watch
-    )
-    if not found.complete:
-        return Unseparated(
-            f"{len(found.roots)} of the {lower.rank} samples of '{lower.stage.name}' found in "
-            f"{found.starts} starts; {lines(consistency, found.roots) or 'no target helps here'}"
-        )
-    return _finished(batch, consistency, upper, found, began)
+    starts = Starts(batch.precision.seed, batch.starts(lower.rank, STARTS, GROWTH))
+    collected = collect(consistency, naming, admissible, starts, watch)
+    if not collected.complete:
+        why = lines(consistency, collected.roots) or "no target helps here"
+        tally = collected.tally(f"of '{lower.stage.name}'")
+        return Unseparated(f"{tally}; {why}")
+    return _finished(batch, consistency, upper, collected, began)
 
 
 def cotangents_of(
@@ -122,20 +118,20 @@ def cotangents_of(
     outputs, pull = pullback(batch.chain, lower.stage.index, z)
     rows = [pull(u.expand_as(outputs)).flatten(1) for u in upper.left.T]
     table = torch.stack(rows, 1)  # [S, R, m₁]
-    found = [free(lower, q, own, False) for q, own in zip(roots, table, strict=True)]
-    c = torch.stack([identity.kappa for identity in found])
-    return found, torch.einsum("sr,srm->sm", c, table), c @ upper.left.T
+    identities = [free(lower, q, own, False) for q, own in zip(roots, table, strict=True)]
+    c = torch.stack([identity.kappa for identity in identities])
+    return identities, torch.einsum("sr,srm->sm", c, table), c @ upper.left.T
 
 
 def _finished(
-    batch: Batch, consistency: Between, upper: Mixture, found: Collected, began: float
+    batch: Batch, consistency: Between, upper: Mixture, collected: Collected, began: float
 ) -> Separated | Unseparated:
     """Errors of the samples and of their cotangents."""
     lower = consistency.samples
     stage = lower.stage
-    k2 = cotangents_of(batch, lower, upper, found.roots)[2]
+    k2 = cotangents_of(batch, lower, upper, collected.roots)[2]
     whole = restricted(consistency, lower.weights, lower.weights.new_zeros(0, lower.rank))
-    result = spread(consistency, whole, found.roots, batch.chain, Held.of(k2), batch.precision)
+    result = spread(consistency, whole, collected.roots, batch.chain, Held.of(k2), batch.precision)
     if result.restless:
         return Unseparated(
             f"a sample at '{stage.name}' does not settle: its last step is {result.restless:.1e} "

@@ -168,12 +168,12 @@ def _labels(loss: Loss, logits: Tensor, head: Mixture) -> list[int] | None:
         return [0, 1] if classes == 1 else None
     if classes <= LISTED:
         return list(range(classes))
-    found: set[int] = set()
+    listed: set[int] = set()
     every = torch.arange(classes, device=logits.device)
     for z in logits:
         many = loss.cotangent(z.expand(classes, -1), every)
-        found |= set(head.outside(many).argsort()[:SHORT].tolist())
-    return sorted(found)
+        listed |= set(head.outside(many).argsort()[:SHORT].tolist())
+    return sorted(listed)
 
 
 def free(samples: Mixture, q: Tensor, jacobian: Tensor, centred: bool) -> Identity:

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from rgap.separation.identify import Identity
-from rgap.separation.lines import on_line, open_directions
-from rgap.separation.subspace import Consistency, Restricted, restricted
+from rgap.separation.subspace import Consistency, Restricted, on_line, open_directions, restricted
 from rgap.solvers.least_squares import levenberg_marquardt
 
 STARTS = 16
@@ -64,17 +63,37 @@ class Collected:
         """True if there is one root for every dimension of the mixture."""
         return len(self.roots) == self.roots.shape[1]
 
+    def tally(self, where: str) -> str:
+        """How many samples of ``where`` came of how many starts, in words."""
+        count, rank = self.roots.shape
+        return f"{count} of the {rank} samples {where} found in {self.starts} starts"
+
+
+@dataclass(frozen=True)
+class Starts:
+    """Where a search begins, and when it gives up.
+
+    Attributes:
+        seed: of the random starts.
+        count: starts at once; twice as many after a round without a new sample.
+        first: equations and rows q [S, R] of a first round that is better than a random one.
+        reach: how far out the first random starts are, at least 1.
+        rounds: without a new sample until it gives up.
+    """
+
+    seed: int = 0
+    count: int = STARTS
+    first: tuple[Consistency, Tensor] | None = None
+    reach: float = 1.0
+    rounds: int = IDLE
+
 
 def collect(
     consistency: Consistency,
     identify: Identify,
     admissible: Callable[[Identity, bool], bool],
-    seed: int = 0,
-    starts: int = STARTS,
+    starts: Starts | None = None,
     watch: Callable[[str], None] | None = None,
-    first: tuple[Consistency, Tensor] | None = None,
-    reach: float = 1.0,
-    rounds: int = IDLE,
 ) -> Collected:
     """All roots of ``(I − PPᵀ) f(q) = 0, w·q = 1`` that are samples.
 
@@ -83,85 +102,126 @@ def collect(
         identify: targets of a few roots.
         admissible: False for a target that cannot belong to a sample; the flag asks for leniency,
             where rounds without success have passed.
-        seed: of the starts.
-        starts: at once; twice as many after a round without a new sample.
+        starts: of the search; None for 16 at random.
         watch: told of the progress.
-        first: equations and rows q of a first round that is better than a random one.
-        reach: how far out the first random starts are, at least 1.
-        rounds: without a new sample until it gives up.
     """
-    samples = consistency.samples
-    w, rank = samples.weights, samples.rank
-    generator = torch.Generator().manual_seed(seed)
-    roots = w.new_zeros(0, rank)
-    duals = w.new_zeros(0, rank)
-    identities: list[Identity] = []
-    refused: list[Identity] = []
-    stray: list[Tensor] = []
-    tried, idle, rejected = 0, 0, 1.0
-    while len(roots) < rank and idle < rounds:
+    starts = Starts() if starts is None else starts
+    w, rank = consistency.samples.weights, consistency.samples.rank
+    generator = torch.Generator().manual_seed(starts.seed)
+    held = _Held(consistency, admissible)
+    tried, idle, first, reach = 0, 0, starts.first, starts.reach
+    while len(held.roots) < rank and idle < starts.rounds:
         if first is not None:
             begun, q = first
-            count, first = len(q), None
-            left = restricted(begun, w, duals)
-            start = left.coordinates(q)
+            left = restricted(begun, w, held.duals)
+            start, first = left.coordinates(q), None
         else:
-            count = starts * 2**idle
+            count = starts.count * 2**idle
             begun = consistency.begin(count, idle, generator)
             # Every other round without success looks everywhere: duals of rough roots mislead.
-            left = restricted(begun, w, duals if idle % 2 == 0 else duals[:0])
+            left = restricted(begun, w, held.duals if idle % 2 == 0 else held.duals[:0])
             if left.directions.shape[1] == 0:  # nothing is free but the kind of equations
                 each = _firsts(begun.kinds(count))
                 count, begun = len(each), begun.at(each)
-                left = restricted(begun, w, duals)
-            start = fresh_starts(left, roots, duals, count, generator, reach)
-        tried += count
-        ends = levenberg_marquardt(
-            left, start, tolerance=rounding_cost(left), enough=0.7, patience=PATIENCE
-        )
-        forced = left.directions.shape[1] == 0  # nothing is free: polish what is left
-        good = ends.cost.argsort()[: count if forced else int((ends.cost < ROOT).sum())]
-        near = len(good)
-        good = good[_distinct(left.rows(ends.value[good]), begun.kinds(count)[good])]
+                left = restricted(begun, w, held.duals)
+            start = fresh_starts(left, held.roots, held.duals, count, generator, reach)
+        tried += len(start)
+        good, ends, near = _ends(left, start, begun.kinds(len(start)))
         # Starts that lie close together end at the few samples next to them.
         if len(good) < CROWDED * near:
             reach = min(REACH * reach, FURTHEST)
-        elif near < CROWDED * count:
+        elif near < CROWDED * len(start):
             reach = max(reach / REACH, 1.0)
-        before = len(roots)
+        before = len(held.roots)
         if len(good):
             whole = restricted(begun.at(good), w, w.new_zeros(0, rank))
-            fresh, fits, still = _polished(whole, left.rows(ends.value[good]))
-            found = identify(fresh[fits], begun.at(good[fits]))
-            for q, identity, at_rest in zip(fresh[fits], found, still, strict=True):
-                alike = [i.label == identity.label for i in identities]
-                same = torch.tensor(alike, device=q.device)
-                if len(duals) and bool(((duals @ q > APART) & same).any()):
-                    continue
-                if not (at_rest or open_directions(consistency, q)):
-                    continue
-                if not bool(identity.dual.isfinite().all()):
-                    continue  # no cotangent gives it any weight
-                # On a line of solutions some κ fits everywhere: only class indices end it.
-                between = identity.label is None and on_line(consistency, q)
-                if between or not admissible(identity, idle >= PATIENT):
-                    rejected = min(rejected, identity.outside)
-                    if between or open_directions(consistency, q):
-                        stray.append(q)
-                    elif identity.accepted:
-                        refused.append(identity)
-                    continue
-                roots = torch.cat([roots, q[None]])
-                duals = torch.cat([duals, identity.dual[None]])
-                identities.append(identity)
-                if len(roots) == rank:
-                    break
-        if len(roots) > before:
-            duals = _orthogonal(duals, roots)
-        idle = 0 if len(roots) > before else idle + 1
+            fresh, fits, still = _polished(whole, ends)
+            named = identify(fresh[fits], begun.at(good[fits]))
+            held.take(fresh[fits], named, still, idle >= PATIENT)
+        idle = 0 if len(held.roots) > before else idle + 1
         if watch is not None:
-            watch(f"separating samples: {len(roots)} of {rank}")
-    return Collected(roots, identities, tried, rejected, tuple(stray), tuple(refused))
+            watch(f"separating samples: {len(held.roots)} of {rank}")
+    return Collected(
+        held.roots, held.identities, tried, held.rejected, tuple(held.stray), tuple(held.refused)
+    )
+
+
+class _Held:
+    """The samples found so far, each with its dual, and what was no sample; see Collected."""
+
+    def __init__(
+        self, consistency: Consistency, admissible: Callable[[Identity, bool], bool]
+    ) -> None:
+        self.consistency, self.admissible = consistency, admissible
+        samples = consistency.samples
+        self.roots = self.duals = samples.weights.new_zeros(0, samples.rank)
+        self.identities: list[Identity] = []
+        self.refused: list[Identity] = []
+        self.stray: list[Tensor] = []
+        self.rejected = 1.0
+
+    def take(
+        self, roots: Tensor, identities: list[Identity], still: list[bool], lenient: bool
+    ) -> None:
+        """Keep the roots that are samples and new.
+
+        Args:
+            roots: rows q, [S, R].
+            identities: the target of each.
+            still: whether a full Gauss–Newton step moves it no more.
+            lenient: judge targets with leniency.
+        """
+        before = len(self.roots)
+        for q, identity, at_rest in zip(roots, identities, still, strict=True):
+            if not self._new(q, identity):
+                continue
+            if not (at_rest or open_directions(self.consistency, q)):
+                continue
+            if not bool(identity.dual.isfinite().all()):
+                continue  # no cotangent gives it any weight
+            # On a line of solutions some κ fits everywhere: only class indices end it.
+            between = identity.label is None and on_line(self.consistency, q)
+            if between or not self.admissible(identity, lenient):
+                self.rejected = min(self.rejected, identity.outside)
+                if between or open_directions(self.consistency, q):
+                    self.stray.append(q)
+                elif identity.accepted:
+                    self.refused.append(identity)
+                continue
+            self.roots = torch.cat([self.roots, q[None]])
+            self.duals = torch.cat([self.duals, identity.dual[None]])
+            self.identities.append(identity)
+            if len(self.roots) == self.roots.shape[1]:
+                break
+        if len(self.roots) > before:
+            self.duals = _orthogonal(self.duals, self.roots)
+
+    def _new(self, q: Tensor, identity: Identity) -> bool:
+        """False for a root that is held already, with this target."""
+        alike = [held.label == identity.label for held in self.identities]
+        same = torch.tensor(alike, dtype=torch.bool, device=q.device)
+        return not bool(((self.duals @ q > APART) & same).any())
+
+
+def _ends(left: Restricted, start: Tensor, kinds: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Where Levenberg–Marquardt ends.
+
+    Args:
+        left: the equations without what was found.
+        start: points t, [S, n].
+        kinds: a number for the equations of each, [S].
+
+    Returns:
+        Which starts end near a root, one for every root [G], the rows q of their ends [G, R], and
+        how many end near one at all.
+    """
+    ends = levenberg_marquardt(
+        left, start, tolerance=rounding_cost(left), enough=0.7, patience=PATIENCE
+    )
+    forced = left.directions.shape[1] == 0  # nothing is free: polish what is left
+    good = ends.cost.argsort()[: len(start) if forced else int((ends.cost < ROOT).sum())]
+    kept = good[_distinct(left.rows(ends.value[good]), kinds[good])]
+    return kept, left.rows(ends.value[kept]), len(good)
 
 
 def rounding_cost(left: Restricted) -> float:
@@ -175,8 +235,8 @@ def rounding_cost(left: Restricted) -> float:
 def _orthogonal(duals: Tensor, roots: Tensor) -> Tensor:
     """The nearest duals that are 1 on their own root and 0 on the others that were found."""
     gap = torch.eye(len(roots), dtype=roots.dtype, device=roots.device) - duals @ roots.T
-    found: Tensor = duals + torch.linalg.lstsq(roots, gap.T, driver="gelsd").solution.T
-    return found
+    nearest: Tensor = duals + torch.linalg.lstsq(roots, gap.T, driver="gelsd").solution.T
+    return nearest
 
 
 def fresh_starts(

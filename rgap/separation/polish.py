@@ -22,7 +22,7 @@ from rgap.jacobian.linearisation import Linearisation
 from rgap.jacobian.weights import objective, residuals, row_misfits, row_weights, update_noise
 from rgap.limits import LOST
 from rgap.network.chain import Chain
-from rgap.precision import Precision
+from rgap.separation.batch import Batch
 from rgap.separation.mixture import Mixture
 from rgap.solvers.positive import backsolve, cholesky_in_place, extremes
 from rgap.solvers.tall import tall_qr
@@ -59,37 +59,33 @@ class Joint:
 
 
 def polish_jointly(
-    chain: Chain,
+    batch: Batch,
     samples: Mixture,
-    gradients: Mapping[str, Tensor],
     roots: Tensor,
     head: BatchLoss,
     across: Tensor,
-    precision: Precision,
     largest: int = LARGEST,
     dense: int = DENSE,
 ) -> Joint | None:
     """Gauss–Newton on Q, or None where the layers above are not all fully connected.
 
     Args:
-        chain: the network.
+        batch: the update.
         samples: the mixture.
-        gradients: the update by parameter name.
         roots: Q, [R, R].
         head: targets and multiplicities.
         across: errors of the samples across the row space, [S, R, n]; noise for Q.
-        precision: of the update.
         largest: number of samples up to which it is worth its cost.
         dense: entries of J up to which a head alone is solved by QR.
     """
-    index = samples.stage.index
+    chain, index = batch.chain, samples.stage.index
     if samples.rank > largest or any(s.affine.geometry for s in chain.stages[index:]):
         return None
     small = _reduced(chain, samples)
-    sent = {n: gradients[n] for n in _names(small)}
+    sent = {n: batch.gradients[n] for n in _names(small)}
     first = small.stages[0].affine
-    sent[first.weight_name] = samples.stage.affine.sent(gradients) @ samples.right
-    precision = precision.projected(first.weight_name, samples.right)
+    sent[first.weight_name] = samples.stage.affine.sent(batch.gradients) @ samples.right
+    precision = batch.precision.projected(first.weight_name, samples.right)
     free = _frees(small, samples, head)
     point = Linearisation(small, roots, head)
     if free:
@@ -283,10 +279,8 @@ def _reduced(chain: Chain, samples: Mixture) -> Chain:
 
 
 def _names(chain: Chain) -> list[str]:
-    found = []
-    for stage in chain.stages:
-        found += [n for n in (stage.affine.weight_name, stage.affine.bias_name) if n is not None]
-    return found
+    both = [(stage.affine.weight_name, stage.affine.bias_name) for stage in chain.stages]
+    return [name for names in both for name in names if name is not None]
 
 
 def _flat(across: Tensor, samples: Mixture) -> Tensor:

@@ -14,9 +14,8 @@ import torch
 from rgap.limits import ROUNDED
 from rgap.network.chain import Stage
 from rgap.separation.batch import Batch, Separated, Unseparated
-from rgap.separation.between import Between, steps_between
 from rgap.separation.mixture import Mixture
-from rgap.separation.pair import separate_pair
+from rgap.separation.pair import Between, separate_pair, steps_between
 from rgap.separation.softmax.separate import separate_head, unfit
 
 Watcher = Callable[[str], None]
@@ -83,9 +82,9 @@ def _beyond(batch: Batch, stage: Stage) -> bool:
     return float(rest) > own + precision.noise_length(name, held.gradient)
 
 
-def _after(found: Separated | Unseparated, whys: list[str]) -> Separated | Unseparated:
+def _after(answer: Separated | Unseparated, whys: list[str]) -> Separated | Unseparated:
     """The answer with what kept lower layers from giving it."""
-    return replace(found, passed="; ".join(whys)) if isinstance(found, Separated) else found
+    return replace(answer, passed="; ".join(whys)) if isinstance(answer, Separated) else answer
 
 
 def unfit_pair(lower: Mixture, upper: Mixture) -> str | None:

@@ -4,6 +4,11 @@ Some function f of the sample must lie in a known subspace with orthonormal basi
 ``(I − PPᵀ) f(q) = 0`` for x = V q.  Below a second fully connected layer f is that layer's input
 and P the row space of its gradient; at a softmax head f is the cotangent p − e_c and P the range of
 the head's gradient.  Nothing is inverted, so any activation serves.
+
+Where φ is linear between two samples, every point of the line through them satisfies the equations
+of both: ``f(q)`` moves inside the span of their own images.  That is so for samples that share a
+whole pattern of active units of a piecewise linear φ, and to working precision for samples that are
+nearly alike.
 """
 
 from __future__ import annotations
@@ -22,6 +27,9 @@ from rgap.solvers.least_squares import refine, triangular_solve
 
 LARGEST = 2**21  # entries of the Jacobians that are formed at once
 VANISHED = 1e-40  # ‖f‖² below which f is nothing
+FLAT = 1e-8  # σ of a direction that no equation of a root sees, relative
+BLURRED = 3.0  # times the error of P that such a direction may seem to be seen by
+MOST = 1e-2  # relative σ above which a direction counts as seen, whatever the error of P
 
 
 @dataclass(frozen=True)
@@ -180,11 +188,11 @@ class Restricted:
         """Undamped Gauss–Newton steps, [S, n]."""
         if len(t) == 0 or t.shape[1] == 0:
             return torch.zeros_like(t)
-        found = []
+        steps = []
         for index in self._few(t):
             residual, jacobian = self.some(index).linear(t[index])
-            found.append(-triangular_solve(jacobian, residual))
-        return torch.cat(found)
+            steps.append(-triangular_solve(jacobian, residual))
+        return torch.cat(steps)
 
     def linear(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Residual [S, m] and Jacobian [S, m, n], over ‖f‖."""
@@ -209,6 +217,26 @@ def restricted(consistency: Consistency, w: Tensor, duals: Tensor) -> Restricted
     directions = full[:, count:]
     origin = (full[:, :count] @ inner)[:, 0]
     return Restricted(consistency.within(directions), origin, directions)
+
+
+def open_directions(consistency: Consistency, q: Tensor) -> int:
+    """How many directions the equations leave open at q [R], up to the error of P."""
+    samples = consistency.samples
+    whole = restricted(consistency, samples.weights, samples.weights.new_zeros(0, samples.rank))
+    if whole.directions.shape[1] == 0:
+        return 0
+    slope = consistency.derivative(q[None], whole.directions)[1][0]
+    values = torch.linalg.svdvals(consistency.project(slope.T))
+    blur = float(consistency.blur.max()) * consistency.basis.shape[0] ** 0.5
+    # Against f's own slope: where all samples share one pattern nothing is left of it.
+    largest = float(torch.linalg.matrix_norm(slope, 2))
+    return int((values < max(FLAT, min(BLURRED * blur, MOST)) * largest).sum())
+
+
+def on_line(consistency: Consistency, q: Tensor) -> bool:
+    """True if q [R] lies on a line of solutions, or at its end: a kink, open from one side."""
+    points = torch.cat([q[None], consistency.across_kinks(q)])
+    return any(open_directions(consistency, point) > 0 for point in points)
 
 
 def along_directions(matrix: Tensor, along: Tensor | None) -> Tensor:

@@ -1,4 +1,9 @@
-"""From the cotangents of separated samples to targets and multiplicities of the batch."""
+"""From the cotangents of separated samples to targets and multiplicities of the batch.
+
+What a cotangent weighs in the gradient says how often its picture occurs: ``xᵀG⁺k = 1/(s m)`` with
+s the scale of the loss (1/B for a mean) and m the multiplicity.  In a mean a batch and the same
+batch sent twice give one gradient: a batch size that is not stated is the smallest one that fits.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +20,18 @@ from rgap.limits import CERTAIN, LAW, LEAST, OUTSIDE, ROUGH, SIMILAR, SURE, SURE
 from rgap.separation.batch import Batch, Unseparated
 from rgap.separation.identify import Identity
 from rgap.separation.mixture import Mixture
-from rgap.separation.multiplicity import batch_of, multiplicity, split_counts, whole
 from rgap.separation.peeling import Collected
 from rgap.solvers.tall import tall_qr
+from rgap.update.losses import Loss
+from rgap.update.targets import CLASSES
 
 COMMON = 1.05  # ratio of weights that are taken for one factor; a replay decides
 SILENT = 0.25  # share of the distance of logits at which nothing is sent that the others may have
+DRAWS, FEW = 3, 8  # features at which a head is looked at, and labels whose vectors are listed
 PARALLEL = 2  # logits of which all cotangents are parallel: p − y sums to 0
+EVEN = 1.5  # ratio of two weights below which they are taken for equal
+NEAR = 0.02  # the same where no batch size is stated: any ratios are near some fractions
+MOST = 1024  # copies of one picture that are looked for where no batch size is stated
 
 
 def single(batch: Batch, rank: int) -> bool:
@@ -127,14 +137,14 @@ def batch_loss(
             targets.append(dense)
             copies.append(1.0)
             continue
-        found = split_counts(z.softmax(0), excess) if batch.loss.plain else None
-        if found is None or batch.loss.label_smoothing:
+        counts = split_counts(z.softmax(0), excess) if batch.loss.plain else None
+        if counts is None or batch.loss.label_smoothing:
             return Unseparated(
                 "the cotangent of one sample belongs to no class, nor to one picture with several "
                 "labels; is the loss, its targets or the model another one?",
             )
-        targets.append(found[1] / found[0])
-        copies.append(float(found[0]))
+        targets.append(counts[1] / counts[0])
+        copies.append(float(counts[0]))
     total = int(sum(copies))
     if batch.size is not None and total != batch.size and batch.loss.targets == "index":
         return Unseparated(
@@ -193,10 +203,34 @@ def refuting(batch: Batch, samples: Mixture) -> bool:
     """True if weights that are no whole numbers contradict a stated batch size.
 
     Not where at most two logits carry the loss: the cotangents of all targets are then parallel,
-    and samples of different targets may be shown as one, of any weight.
+    and samples of different targets may be shown as one, of any weight.  Nor where those of one
+    target are (:func:`_blind`).
     """
     head = batch.chain.stages[-1].affine.sent(batch.gradients)
-    return int((head != 0).any(1).sum()) > PARALLEL and resolved(batch, samples)
+    told = int((head != 0).any(1).sum()) > PARALLEL and not _blind(batch)
+    return told and resolved(batch, samples)
+
+
+def _blind(batch: Batch) -> bool:
+    """True if the cotangents of one target are parallel wherever a sample is.
+
+    So they are where rows of the head are alike, as before training.  Any mixture of the samples
+    with that target is then a root, of a weight that means nothing.
+    """
+    affine, loss = batch.chain.stages[-1].affine, batch.loss
+    generator = torch.Generator().manual_seed(0)
+    z = affine.forward(torch.randn(DRAWS, *affine.in_shape, generator=generator).to(affine.weight))
+    outputs = loss.outputs(z.shape[1])
+    if loss.name not in CLASSES and outputs > FEW:
+        return False
+    for option in loss.admissible(outputs) or []:
+        targets = torch.tensor([option] * DRAWS, device=z.device)
+        kappa = loss.cotangent(z, loss.dense(targets, z))
+        kappa = kappa / kappa.norm(dim=1, keepdim=True).clamp_min(1e-300)
+        away = kappa - (kappa @ kappa[0])[:, None] * kappa[0]
+        if float(away.norm(dim=1).max()) <= LAW * 2.0 * batch.precision.unit:
+            return True
+    return False
 
 
 def loose(batch: Batch, identities: Sequence[Identity]) -> bool:
@@ -249,23 +283,23 @@ def common_factor(batch: Batch, rank: int, identities: Sequence[Identity]) -> Un
     )
 
 
-def contradicted(batch: Batch, samples: Mixture, found: Collected) -> Unseparated | None:
+def contradicted(batch: Batch, samples: Mixture, collected: Collected) -> Unseparated | None:
     """A stated batch size in which samples that were found would not occur whole times.
 
     A size that is wrong makes most of them fractional; one among many is a root that rounding made.
     """
     if batch.size is None:
         return None
-    clear = [i for i in found.refused if i.outside < SURE and _clear(i) and i.label is not None]
+    clear = [i for i in collected.refused if i.outside < SURE and _clear(i) and i.label is not None]
     weights = [_copies(batch, i, batch.size) for i in clear]
     sure = [
         m for m in weights if LEAST < m < batch.size / LEAST and not whole(m, batch.size)
     ]  # copies that the rank leaves no room for may be what noise added to the rank
-    if not found.roots.numel() and (common := common_factor(batch, samples.rank, clear)):
+    if not collected.roots.numel() and (common := common_factor(batch, samples.rank, clear)):
         return common
-    if not sure or not refuting(batch, samples) or loose(batch, [*clear, *found.identities]):
+    if not sure or not refuting(batch, samples) or loose(batch, [*clear, *collected.identities]):
         return None
-    if len(sure) < len(found.roots):
+    if len(sure) < len(collected.roots):
         return None
     return _fractional(batch, batch.size, sure[0])
 
@@ -281,3 +315,76 @@ def _fractional(batch: Batch, size: int, m: float, certain: bool = True) -> Unse
         f"{'the stated' if batch.size is not None else 'every'} batch size",
         consistent=batch.size is None,
     )
+
+
+def multiplicity(share: float, loss: Loss, batch: int, classes: int) -> float:
+    """M of a sample of a batch of ``batch``; a whole number if both are right."""
+    return 1.0 / (loss_scale(loss, batch, classes) * share)
+
+
+def whole(m: float, most: int | None = None) -> bool:
+    """True if m is a positive whole number, at most ``most``, up to the error of a target."""
+    if not 0.5 <= m <= (MOST if most is None else most) + WHOLE:
+        return False
+    return abs(m - round(m)) <= WHOLE
+
+
+def smallest_batch(shares: Sequence[float], loss: Loss, classes: int) -> int | None:
+    """The smallest batch size in which every sample occurs a whole number of times.
+
+    Args:
+        shares: xᵀG⁺k of every sample.
+        loss: the client's.
+        classes: entries of an output.
+
+    Returns:
+        B, or None if none up to ``MOST`` copies a picture fits.
+
+    >>> smallest_batch([4.0, 4.0, 2.0], Loss(), 10)  # B/m: the third picture occurs twice
+    4
+    """
+    if loss.reduction == "sum":
+        counts = [1.0 / share if share > 0 else 0.0 for share in shares]
+        return sum(round(m) for m in counts) if all(whole(m) for m in counts) else None
+    one = loss_scale(loss, 1.0, classes)
+    ratios = [share * one for share in shares]
+    if min(ratios) <= 0:
+        return None
+    for copies in range(1, MOST + 1):  # of the picture that occurs least
+        batch = round(copies * max(ratios))
+        if abs(batch - copies * max(ratios)) > NEAR * batch:
+            continue
+        counts = [batch / ratio for ratio in ratios]
+        near = all(abs(m - round(m)) <= NEAR * m and round(m) >= 1 for m in counts)
+        if near and sum(round(m) for m in counts) == batch:
+            return batch
+    return None
+
+
+def split_counts(probabilities: Tensor, excess: Tensor) -> tuple[int, Tensor] | None:
+    """Copies m and class counts n of one picture with several labels: m p − n = κ/s.
+
+    Args:
+        probabilities: p, [C].
+        excess: κ/s, [C].
+
+    Returns:
+        (m, n [C]) with the smallest m, or None.
+    """
+    for m in range(1, MOST + 1):
+        n = m * probabilities - excess
+        nearest = n.round()
+        near = float((n - nearest).abs().max()) <= 0.05 and float(nearest.min()) >= 0
+        if near and int(nearest.sum()) == m:
+            return m, nearest
+    return None
+
+
+def batch_of(stated: int | None, shares: Tensor, loss: Loss, classes: int) -> int | None:
+    """The stated batch size, or the smallest that fits."""
+    if stated is not None:
+        return stated
+    finite = shares[torch.isfinite(shares)].tolist()
+    if finite and loss.reduction == "mean" and 0 < max(finite) < EVEN * min(finite):
+        return len(shares)  # rough weights that are alike: each occurs once
+    return smallest_batch(finite, loss, classes) if finite else len(shares)

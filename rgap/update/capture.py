@@ -68,21 +68,11 @@ def capture(
         >>> list(update.gradients), update.input_shape, update.labels
         (['1.weight', '1.bias'], (3, 2, 2), None)
     """
-    loss = Loss.of(loss)
-    if not loss.known:
-        raise ValueError(
-            f"loss: expected one that can be computed, got {loss.name!r}; write its name, or "
-            "dataclasses.replace(update, loss=the_function) for one of your own."
-        )
+    loss = _computable(loss, targets)
     parameters = _parameters(model)
     _check_mode(model)
     _check_inputs(model, inputs)
     _check_range(inputs, value_range)
-    if not isinstance(targets, Tensor) and not loss.own:
-        raise TypeError(
-            f"targets: expected a tensor, got {type(targets).__name__}; write "
-            "torch.tensor(targets)."
-        )
     if share_labels and not share_batch_size:
         raise ValueError(
             "share_labels=True gives the batch size away; write share_batch_size=True as well."
@@ -111,6 +101,22 @@ def capture(
     )
 
 
+def _computable(loss: Any, targets: Any) -> Loss:
+    """The loss, once it can be computed with these targets."""
+    declared: Loss = Loss.of(loss)
+    if not declared.known:
+        raise ValueError(
+            f"loss: expected one that can be computed, got {declared.name!r}; write its name, or "
+            "dataclasses.replace(update, loss=the_function) for one of your own."
+        )
+    if not isinstance(targets, Tensor) and not declared.own:
+        raise TypeError(
+            f"targets: expected a tensor, got {type(targets).__name__}; write "
+            "torch.tensor(targets)."
+        )
+    return declared
+
+
 def _gradients(
     model: nn.Module,
     parameters: dict[str, Tensor],
@@ -132,13 +138,15 @@ def _gradients(
         loss.check_targets(outputs, targets)
         value = loss(outputs, targets)
         try:
-            found = torch.autograd.grad(value, list(parameters.values()), materialize_grads=True)
+            gradients = torch.autograd.grad(
+                value, list(parameters.values()), materialize_grads=True
+            )
         except RuntimeError as error:
             raise ValueError(
                 f"model: the backward pass of {type(model).__name__} failed: "
                 f"{str(error).splitlines()[0]}. Write a forward whose steps are differentiable."
             ) from error
-    return dict(zip(parameters, found, strict=True))
+    return dict(zip(parameters, gradients, strict=True))
 
 
 def _parameters(model: nn.Module) -> dict[str, Tensor]:

@@ -107,12 +107,12 @@ def terms_of(chain: Chain, batch: int | None) -> dict[str, int]:
     """
     if batch is None:
         return {}
-    found = {}
+    terms = {}
     for stage in chain.stages:
         affine = stage.affine
         groups = 1 if affine.geometry is None else affine.geometry.groups
-        found[affine.weight_name] = batch * groups * prod(affine.out_shape[1:])
-    return found
+        terms[affine.weight_name] = batch * groups * prod(affine.out_shape[1:])
+    return terms
 
 
 def _one_magnitude(gradients: Mapping[str, Tensor]) -> bool:

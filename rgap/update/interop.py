@@ -223,8 +223,8 @@ def _by_shape(arrays: Sequence[Any], shapes: Mapping[str, tuple[int, ...]]) -> d
     if not wrong:
         return dict(zip(shapes, arrays, strict=True))
     if sorted(sent) == sorted(shapes.values()) and len(set(sent)) == len(sent):
-        found = dict(zip(sent, arrays, strict=True))
-        return {name: found[shape] for name, shape in shapes.items()}
+        placed = dict(zip(sent, arrays, strict=True))
+        return {name: placed[shape] for name, shape in shapes.items()}
     place = wrong[0]
     name, shape = list(shapes.items())[place]
     twice = next((s for s in sent if sent.count(s) > 1), None)
@@ -250,14 +250,14 @@ def _started(
             "from which the client's differences were taken; write "
             "server_payload['parameters'] = list(model.parameters())"
         )
-    found = {n: p.detach() for n, p in zip(deltas, sent, strict=True)}
-    for name, p in found.items():
+    started = {n: p.detach() for n, p in zip(deltas, sent, strict=True)}
+    for name, p in started.items():
         if p.shape != deltas[name].shape:
             raise ValueError(
                 f"server_payload: parameter {name!r} has shape {tuple(p.shape)}, expected "
                 f"{tuple(deltas[name].shape)} as its difference"
             )
-    return found
+    return started
 
 
 def _state(state: nn.Module | Mapping[str, Tensor], name: str) -> dict[str, Tensor]:

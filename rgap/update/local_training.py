@@ -72,8 +72,8 @@ def average(
         return gradient(parameters, slice(0, batch))
     current, total = parameters, dict[str, Tensor]()
     for number in range(steps):
-        found = gradient(current, local.rows(number, batch))
-        total = {n: total[n] + g if total else g for n, g in found.items()}
+        step = gradient(current, local.rows(number, batch))
+        total = {n: total[n] + g if total else g for n, g in step.items()}
         if number + 1 < steps:
-            current = {n: p - local.rate * found[n] for n, p in current.items()}
+            current = {n: p - local.rate * step[n] for n, p in current.items()}
     return {n: t / steps for n, t in total.items()}

@@ -483,10 +483,10 @@ class Loss:
         best, least = outputs, math.inf
         for labels in self._classes_at(outputs, cotangent):
             guess = _one_hot(labels, outputs)
-            found = form.target(outputs, cotangent / self._scale(outputs, guess), options)
-            gap = float((found - guess).abs().max())
+            target = form.target(outputs, cotangent / self._scale(outputs, guess), options)
+            gap = float((target - guess).abs().max())
             if gap < least or least == math.inf:
-                best, least = found, gap
+                best, least = target, gap
         return best
 
     def _classes_at(self, outputs: Tensor, cotangent: Tensor) -> list[Tensor]:
@@ -576,13 +576,13 @@ def _numbers(name: str, values: Any) -> tuple[float, ...] | None:
     if values is None:
         return None
     listed = values.detach().flatten().tolist() if isinstance(values, Tensor) else values
-    found = tuple(float(v) for v in (listed if isinstance(listed, Sequence) else [listed]))
-    if not found or not all(0.0 < v < math.inf for v in found):
+    numbers = tuple(float(v) for v in (listed if isinstance(listed, Sequence) else [listed]))
+    if not numbers or not all(0.0 < v < math.inf for v in numbers):
         raise ValueError(
-            f"Loss.{name}: expected positive numbers, got {found}; a class of weight 0 leaves no "
+            f"Loss.{name}: expected positive numbers, got {numbers}; a class of weight 0 leaves no "
             "trace in the gradient: leave its samples out of the batch."
         )
-    return found
+    return numbers
 
 
 def _one_hot(labels: Tensor, like: Tensor) -> Tensor:

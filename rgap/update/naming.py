@@ -57,9 +57,9 @@ def renaming(sent: Iterable[str], model: Iterable[str]) -> dict[str, str]:
     pairs = [(head, "") for head in _heads(plain.values())]
     pairs += [("", head) for head in _heads(known)]  # one side is wrapped, never both
     for theirs, ours in pairs:
-        found = {n: known.get(ours + p.removeprefix(theirs)) for n, p in plain.items()}
-        if all(found.values()):
-            return {n: own for n, own in found.items() if own is not None}
+        matched = {n: known.get(ours + p.removeprefix(theirs)) for n, p in plain.items()}
+        if all(matched.values()):
+            return {n: own for n, own in matched.items() if own is not None}
     return {}
 
 

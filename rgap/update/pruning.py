@@ -60,8 +60,8 @@ def pruned(gradient: Tensor, terms: int, hidden: float = 0.0) -> bool:
         zeros = 1.0 - len(sizes) / table.numel()
         return gap > 2 * GAP and zeros > EMPTY and table.numel() >= ENTRIES
     most = MANY[0] * terms + MANY[1]
-    found = fooling_set(table, most)
-    return found > most or (found > terms and gap > GAP)
+    rectangles = fooling_set(table, most)
+    return rectangles > most or (rectangles > terms and gap > GAP)
 
 
 def fooling_set(table: Tensor, most: int) -> int:

@@ -1,10 +1,13 @@
 """Updates that were rounded on their way, recognised by their values.
 
 A gradient that went through float16, bfloat16 or 8-bit integers and came back as float32 looks
-like any other, but its entries lie on a coarse grid.  Numbers of one format are found in a coarser
-one by chance with probability 2^−(bits between them) each, 2^−13 for float32 in float16.  Gradients
-that are small fractions for another reason (weights of zero, pictures of few levels) leave the last
-bit of that format unused, and integers of b bits fill their range only where they were scaled to.
+like any other, but its entries lie on a coarse grid.  A number of one format is found in a coarser
+one by chance with probability 2^−(bits between them), 2^−13 for float32 in float16.  The tensors of
+an update share its format: where all of them show it a distinct value or two are evidence enough,
+whatever tensors they stand in, and more are asked for where only some do.  Gradients that are small
+fractions for another reason (weights of zero, pictures of few levels) leave many of its last bits
+unused; of numbers that were rounded one half ends in 0, a quarter in 00.  Integers of b bits reach
+the end of their range only where they were scaled to.
 """
 
 from __future__ import annotations
@@ -19,18 +22,22 @@ from torch import Tensor
 from rgap.doubles import blocks
 from rgap.rounding import UNIFORM, coherence, spacing
 
-__all__ = ["Rounded", "recognise"]
+__all__ = ["Rounded", "recognise", "stored"]
 
 FORMATS = (torch.bfloat16, torch.float16, torch.float32)  # coarsest first
-EVIDENCE = 8  # distinct values that use the last bit of a format needed
-LEVELS = 12  # levels of integers, beside the largest of each tensor, needed in all tensors together
-USED = 0.25  # share of the distinct values that do, where rounding decided: one half
+EVIDENCE = 12.0  # bits: the values lie on a coarser grid by chance with 2^-12, and with
+FOR_INTEGERS = 24.0  # 2^-24 for each of 26 grids that are looked at
+ZEROS = 4  # that values of evidence end in at most; rounded ones end in more with 2^-5
+USED = 0.25  # share of all that are evidence, and of these that use the last bit (rounded: half)
+BY_CHANCE = 2  # of few values, that fewer may
+MANY = 16  # values of evidence needed where not all tensors show the format
+LEVELS = 12  # levels of integers, where tensors do not or where
+FEW_BITS = 8  # is more than they have: small fractions fill their range too
 LOSS_SCALE = 24  # largest power of two that a loss is scaled by in mixed precision
 LOOKED = 4096  # values of a tensor among which they are counted
 WIDTHS = range(4, 17)  # bits of integers that are looked for
 OFF = 4.0  # spacings of the carrying format by which a multiple of the step may be off
 _SCALED = " over a loss scale"
-FEWEST = 24  # entries of the tensors that may show integers
 
 
 @dataclass(frozen=True)
@@ -50,13 +57,6 @@ class Rounded:
     dtype: torch.dtype | None
     noise: Mapping[str, Tensor]
     evidence: int
-
-    def added_to(self, noise: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-        """This rounding and other noise of the same update together, by parameter name."""
-        total = dict(noise or {})
-        for name, std in self.noise.items():
-            total[name] = torch.hypot(std, total[name].to(std)) if name in total else std
-        return total
 
     @property
     def scaled(self) -> bool:
@@ -88,10 +88,45 @@ def recognise(gradients: Mapping[str, Tensor]) -> Rounded | None:
     '8-bit integers'
     """
     for dtype in FORMATS:
-        found = _floating(gradients, dtype)
-        if found is not None:
-            return found
+        shown = _floating(gradients, dtype)
+        if shown is not None:
+            return shown
     return _integers(gradients)
+
+
+def stored(gradients: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Standard deviation of the rounding of tensors that are kept in a format of less precision.
+
+    Args:
+        gradients: by parameter name, as sent.
+        dtype: that the client computed in.
+
+    Returns:
+        By name, of the tensors in a coarser format than that, or than float32.
+
+    >>> sent = stored({"w": torch.ones(1).half(), "b": torch.ones(1)}, torch.float32)
+    >>> [(name, f"{std.item():.1e}") for name, std in sent.items()]
+    [('w', '2.8e-04')]
+    """
+    eps = min(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+    coarse = {n: g for n, g in gradients.items() if torch.finfo(g.dtype).eps > eps}
+    return {n: _rounding(g, g.dtype) for n, g in coarse.items()}
+
+
+def _rounding(g: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    """Standard deviation of rounding to numbers of a format, over a power of two."""
+    wide = torch.promote_types(g.dtype, torch.float32)
+    std = torch.empty(g.shape, dtype=wide, device=g.device)
+    for part, own in zip(blocks(g), blocks(std), strict=True):
+        own.copy_(UNIFORM / scale * spacing(part.double() * scale, dtype))
+    return _following(g, std)
+
+
+def _following(g: Tensor, noise: Tensor) -> Tensor:
+    """Rounding, wider where most entries went to zero: their errors follow the gradient."""
+    if g.ndim < 2:
+        return noise
+    return noise * coherence(g == 0, (g == 0).flatten(1).all(1)).to(noise)
 
 
 def _floating(gradients: Mapping[str, Tensor], dtype: torch.dtype) -> Rounded | None:
@@ -101,18 +136,18 @@ def _floating(gradients: Mapping[str, Tensor], dtype: torch.dtype) -> Rounded | 
     shift = _shift(fine, dtype)
     scale = 2.0**shift
     exact = {name: g for name, g in fine.items() if _numbers_of(g, dtype, scale)}
-    used = total = 0
-    for g in exact.values():
-        sizes = _distinct(g) * scale
-        odd = (sizes.double() / spacing(sizes, dtype)).remainder(2.0) == 1.0
-        used, total = used + int(odd.sum()), total + len(sizes)
-    if used < EVIDENCE or used < USED * total:
+    if not exact:
         return None
-    noise = {
-        name: UNIFORM / scale * spacing(g * scale, dtype).to(g.dtype) for name, g in exact.items()
-    }
+    bits = min(log2(eps / torch.finfo(g.dtype).eps) for g in exact.values())
+    sizes = _union([_distinct(g) * scale for g in exact.values()])
+    last = _last_bit(sizes / spacing(sizes, dtype))
+    count, used = int((last <= 2**ZEROS).sum()), int((last == 1).sum())
+    needed = EVIDENCE / bits if len(exact) == len(fine) else MANY
+    if count < max(needed, USED * len(sizes)) or used < USED * count - BY_CHANCE:
+        return None
+    noise = {name: _rounding(g, dtype, scale) for name, g in exact.items()}
     kind = str(dtype).removeprefix("torch.") + (_SCALED if shift else "")
-    return Rounded(kind, dtype, noise, used)
+    return Rounded(kind, dtype, noise, count)
 
 
 def _shift(gradients: Mapping[str, Tensor], dtype: torch.dtype) -> int:
@@ -136,25 +171,30 @@ def _integers(gradients: Mapping[str, Tensor]) -> Rounded | None:
     """Multiples of one step a tensor, the largest of them that of a signed or unsigned integer.
 
     The width that most tensors show is that of all: one without negative values holds seven bits of
-    the eight of its neighbours.  Errors of entries that went to zero follow the gradient where most
-    did (see ``coherence``).
+    the eight of its neighbours.
     """
     ends = {name: _ends(g) for name, g in gradients.items()}
+    moved = [name for name, (low, high) in ends.items() if low < 0 or high > 0]
     best: Rounded | None = None
-    for bits in WIDTHS:
-        noise, evidence, entries = dict[str, Tensor](), 0, 0
-        for name, g in gradients.items():
-            step = _step(g, bits, *ends[name])
-            if step is None:
-                continue
-            noise[name] = torch.full_like(g, UNIFORM * step)
-            if g.ndim > 1:
-                noise[name] *= coherence(g == 0, (g == 0).flatten(1).all(1)).to(g)
-            entries += g.numel()
-            evidence += _levels(g, step) - 1  # the largest is one whatever the others are
-        shown = entries >= FEWEST and evidence >= min(LEVELS, 2 ** (bits - 1) - 3)
-        if shown and (best is None or len(noise) > len(best.noise)):
-            best = Rounded(f"{bits}-bit integers", None, noise, evidence)
+    for width in WIDTHS:
+        steps = {
+            name: step
+            for name in moved
+            if (step := _step(gradients[name], width, *ends[name])) is not None
+        }
+        if not steps or (best is not None and len(steps) <= len(best.noise)):
+            continue
+        # the largest is a multiple whatever the others are
+        levels = len(_union([_levels(gradients[n], step)[:-1] for n, step in steps.items()]))
+        bits = min(log2(s / (2 * _slack(gradients[n], *ends[n]))) for n, s in steps.items())
+        shared = len(steps) == len(moved) and width >= FEW_BITS
+        needed = 0 if shared else min(LEVELS, 2 ** (width - 1) - 3)
+        if levels >= max(needed, FOR_INTEGERS / bits):
+            noise = {
+                n: _following(gradients[n], torch.full_like(gradients[n], UNIFORM * step))
+                for n, step in steps.items()
+            }
+            best = Rounded(f"{width}-bit integers", None, noise, levels)
     return best
 
 
@@ -175,10 +215,7 @@ def _ends(g: Tensor) -> tuple[float, float]:
 
 def _step(g: Tensor, bits: int, low: float, high: float) -> float | None:
     """Step of a tensor that is ``step · n`` with n of so many bits, scaled to their range."""
-    largest = max(abs(low), abs(high))
-    if largest == 0:
-        return None
-    slack = OFF * torch.finfo(g.dtype).eps * largest
+    largest, slack = max(abs(low), abs(high)), _slack(g, low, high)
 
     def holds(part: Tensor) -> bool:
         values = part.double()
@@ -189,6 +226,11 @@ def _step(g: Tensor, bits: int, low: float, high: float) -> float | None:
         if step > 0 and slack < step / 8 and holds(_few(g)) and all(map(holds, blocks(g))):
             return float(step)
     return None
+
+
+def _slack(g: Tensor, low: float, high: float) -> float:
+    """Distance from a multiple of a step that the carrying format explains."""
+    return float(OFF * torch.finfo(g.dtype).eps * max(abs(low), abs(high)))
 
 
 def _few(g: Tensor) -> Tensor:
@@ -204,14 +246,29 @@ def _few(g: Tensor) -> Tensor:
     return flat[::stride]
 
 
-def _levels(g: Tensor, step: float) -> int:
-    """Distinct multiples of a step beside zero: what is far below it says nothing of integers."""
-    multiples = (_distinct(g).double() / step).round()
-    return len(torch.unique(multiples[multiples > 0]))
+def _levels(g: Tensor, step: float) -> Tensor:
+    """Distinct multiples of a step beside zero: what is far below it says nothing of integers.
+
+    None where all are multiples of a longer one: thirds end 85 steps of the 255 of nine bits.
+    """
+    multiples = (_distinct(g) / step).round()
+    levels: Tensor = torch.unique(multiples[multiples > 0])
+    return levels if gcd(*levels.long().tolist()) == 1 else levels[:0]
 
 
 def _distinct(g: Tensor) -> Tensor:
-    """Distinct sizes of a few entries that are not zero."""
-    sizes = _few(g).abs()
+    """Distinct sizes of a few entries that are not zero, float64."""
+    sizes = _few(g).abs().double()
     distinct: Tensor = torch.unique(sizes[sizes > 0])
     return distinct
+
+
+def _union(parts: list[Tensor]) -> Tensor:
+    """Distinct values of all tensors together."""
+    union: Tensor = torch.unique(torch.cat([part.cpu() for part in parts]))
+    return union
+
+
+def _last_bit(whole: Tensor) -> Tensor:
+    """The power of two that the last bit of whole numbers stands for which is not 0."""
+    return whole.long() & -whole.long()

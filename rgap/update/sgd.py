@@ -114,21 +114,21 @@ class Descent:
                 different options, options that contradict those of the optimiser.
             TypeError: something that is no optimiser.
         """
-        found = {} if optimizer is None else _declared(optimizer)
+        stated = {} if optimizer is None else _declared(optimizer)
         if lr is not None:
             options["lr"] = lr
         for name, value in options.items():
             if value is None:
                 continue
-            if name in found and value and found[name] != value:
+            if name in stated and value and stated[name] != value:
                 raise ValueError(
-                    f"{name}: stated as {value!r}, but the optimiser has {found[name]!r}; write "
+                    f"{name}: stated as {value!r}, but the optimiser has {stated[name]!r}; write "
                     "the one that the client used, once"
                 )
-            found.setdefault(name, value)
-        if "lr" not in found:
+            stated.setdefault(name, value)
+        if "lr" not in stated:
             raise ValueError("lr: expected the client's learning rate, got none; write lr=0.01")
-        return cls(steps=steps, **found)
+        return cls(steps=steps, **stated)
 
     @property
     def rate(self) -> float:
@@ -188,24 +188,24 @@ def _declared(optimizer: Any) -> dict[str, Any]:
             f"optimizer: expected the name of an optimiser, an optimiser or its param_groups, got "
             f"{type(optimizer).__name__}; write optimizer='sgd'"
         )
-    found = [_options(group) for group in groups]
-    if not found or any(one != found[0] for one in found):
+    each = [_options(group) for group in groups]
+    if not each or any(one != each[0] for one in each):
         raise ValueError(
-            f"optimizer: expected the same options for all parameters, got {len(found)} groups "
+            f"optimizer: expected the same options for all parameters, got {len(each)} groups "
             "with different ones; write one dict of gradients from Update.from_delta(...) of each "
             "group's parameters and Update(gradients)"
         )
-    return found[0]
+    return each[0]
 
 
 def _options(group: Mapping[str, Any]) -> dict[str, Any]:
     for mark, name in _MARKS.items():
         if mark in group:
             _refuse(name)
-    found = {name: group[name] for name in _OPTIONS if group.get(name)}
+    options = {name: group[name] for name in _OPTIONS if group.get(name)}
     if "lr" in group:
-        found["lr"] = float(group["lr"])
-    return found
+        options["lr"] = float(group["lr"])
+    return options
 
 
 def _refuse(name: str) -> None:

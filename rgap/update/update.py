@@ -17,7 +17,7 @@ from rgap.rounding import ABSENT
 from rgap.update import interop, storage
 from rgap.update.losses import Loss
 from rgap.update.naming import renamed, renaming
-from rgap.update.quantisation import recognise
+from rgap.update.quantisation import recognise, stored
 from rgap.update.sgd import Descent
 
 __all__ = ["Update", "view"]
@@ -41,6 +41,8 @@ class Update:
         input_shape: shape of one sample, without the batch dimension.
         value_range: (low, high) that every input value lies in, None when unbounded.
         dtype: precision the client computed in; None takes the coarsest of the gradients' dtypes.
+            Tensors in a coarser one were rounded to it when they were sent: what it costs them is
+            known, and every reader takes it into account.
         noise: standard deviation of what else is wrong with each entry, by parameter name, of the
             parameter's shape: rounding of weights whose difference was sent, quantisation, added
             noise. A name that is missing has none; None: nothing of the kind. The float ``noise``
@@ -176,9 +178,9 @@ class Update:
             given = [name for name in gradients if name not in unsent]
             if given == [name for name in parameters if name in given]:  # else the check says so
                 gradients = {name: gradients[name] for name in parameters if name in gradients}
-        found = view(self, gradients=gradients, buffers=buffers, noise=noise or None)
-        found.check(model)
-        return found
+        fitted = view(self, gradients=gradients, buffers=buffers, noise=noise or None)
+        fitted.check(model)
+        return fitted
 
     def check(self, model: nn.Module) -> None:
         """Raise unless this update has the form of a gradient of ``model``.
@@ -222,20 +224,25 @@ class Update:
             )
 
     def as_rounded(self) -> tuple[Update, str | None]:
-        """The update with the precision that its values show, and in words what they show.
+        """The update with the rounding of what was sent as noise, and in words what values show.
 
-        A gradient that went through float16, bfloat16 or 8-bit integers and came back as float32
-        is recognised by its grid (:func:`rgap.update.quantisation.recognise`). A coarse floating
-        format becomes ``dtype``, for whether the client computed in it or only sent it the values
-        do not tell, and the rounding of each entry adds to ``noise``; that of integers is noise
-        alone.
+        Tensors in a coarser format than ``dtype``, in which the client computed, or than float32
+        were rounded to it: the error of each entry adds to ``noise``. A gradient that went through
+        float16, bfloat16 or 8-bit integers and came back as float32 is recognised by its grid
+        (:func:`rgap.update.quantisation.recognise`), and so does its rounding. A floating format
+        that is recognised becomes ``dtype`` as well, for whether the client computed in it or only
+        sent it the values do not tell.
         """
-        found = recognise(self.gradients)
-        if found is None:
+        shown = recognise(self.gradients)
+        rounding = stored(self.gradients, self.dtype) | dict(shown.noise if shown else {})
+        if not rounding:
             return self, None
-        own = self.dtype if found.dtype is None else found.dtype
-        dtype = max(self.dtype, own, key=lambda d: torch.finfo(d).eps)
-        return view(self, dtype=dtype, noise=found.added_to(self.noise)), found.words
+        noise, dtype = dict(self.noise or {}), self.dtype
+        for name, std in rounding.items():
+            noise[name] = torch.hypot(std, noise[name].to(std)) if name in noise else std
+        if shown is not None and shown.dtype is not None:
+            dtype = max(dtype, shown.dtype, key=lambda d: torch.finfo(d).eps)
+        return view(self, dtype=dtype, noise=noise), shown.words if shown else None
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file (no pickle), atomically; see `load`."""
@@ -387,6 +394,6 @@ def view(update: Update, **changes: Any) -> Update:
     >>> seen.batch_size, seen.gradients["weight"] is update.gradients["weight"]
     (1, True)
     """
-    found = object.__new__(Update)
-    found._fill(**{f.name: getattr(update, f.name) for f in dataclasses.fields(update)} | changes)
-    return found
+    seen = object.__new__(Update)
+    seen._fill(**{f.name: getattr(update, f.name) for f in dataclasses.fields(update)} | changes)
+    return seen

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import rgap
-from rgap.completion.annealing import Position, anneal, stages
+from rgap.completion.annealing import Plan, Position, anneal, stages
 from rgap.constraints.known_input import Whole
 from rgap.jacobian.module_update import ClientLoss, KnownFeatures, ModuleUpdate, watchable
 from rgap.solvers.gauss_newton import STOPPED, Schedule
@@ -37,7 +37,7 @@ LATE = float("inf")
 def test_a_pass_that_was_stopped_goes_on_as_it_would_have() -> None:
     """Stopped after any step, of any stage, and resumed: bit for bit the same."""
     update = equations(nn.ReLU())
-    whole = anneal(update, Position(START), PRIOR, Schedule(steps=6), 4, LATE)
+    whole = anneal(update, Position(START), Plan(PRIOR, Schedule(steps=6), 4, LATE, 1.0))
     assert len(whole.steps) > 6
     for stop in range(1, len(whole.steps)):
         position, count = Position(START), 0
@@ -47,10 +47,10 @@ def test_a_pass_that_was_stopped_goes_on_as_it_would_have() -> None:
             count += 1
             return count == stop
 
-        first = anneal(update, position, PRIOR, Schedule(steps=6), 4, LATE, watch=watch)
+        first = anneal(update, position, Plan(PRIOR, Schedule(steps=6), 4, LATE, 1.0), watch)
         assert first.ended == STOPPED and len(first.steps) == stop
         assert torch.equal(position.x, first.value) and position.marks is not None
-        rest = anneal(update, position, PRIOR, Schedule(steps=6), 4, LATE)
+        rest = anneal(update, position, Plan(PRIOR, Schedule(steps=6), 4, LATE, 1.0))
         assert torch.equal(rest.value, whole.value), stop
         assert len(first.steps) + len(rest.steps) == len(whole.steps)
 
@@ -63,16 +63,16 @@ def test_out_of_time_the_kinks_are_the_networks_own() -> None:
         sharp.append(update.sharpness.value)
 
     late = time.perf_counter() + 1e6
-    anneal(update, Position(START), PRIOR, Schedule(steps=3), 4, late, share=0.0, watch=watch)
+    anneal(update, Position(START), Plan(PRIOR, Schedule(steps=3), 4, late, 0.0), watch)
     assert sharp == [None] * 3
-    over = anneal(update, Position(START), PRIOR, Schedule(steps=3), 4, 0.0)
+    over = anneal(update, Position(START), Plan(PRIOR, Schedule(steps=3), 4, 0.0, 1.0))
     assert over.steps == () and over.misfit == update.misfit(over.value)
 
 
 def test_a_network_without_kinks_has_one_stage() -> None:
     update = equations(nn.Tanh())
     position = Position(START)
-    found = anneal(update, position, PRIOR, Schedule(), 4, LATE)
+    found = anneal(update, position, Plan(PRIOR, Schedule(), 4, LATE, 1.0))
     assert position.stage == 0 and found.misfit < 1e-8
     assert len(stages(Schedule(), 4)) == 6
 
@@ -90,7 +90,7 @@ def test_an_exception_leaves_no_kink_rounded_off() -> None:
         raise PurposeError
 
     with pytest.raises(PurposeError):
-        anneal(update, Position(START), PRIOR, Schedule(), 4, LATE, watch=watch)
+        anneal(update, Position(START), Plan(PRIOR, Schedule(), 4, LATE, 1.0), watch)
     assert update.sharpness.value is None and update.misfit(START) == before
     with update.softened(3.0):
         with update.softened(None):

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from allocations import smallest_routes
-from networks import picture, small_conv
+from cases import picture, small_conv
 from torch import Tensor, nn
 
 import rgap

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import random
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -11,74 +10,13 @@ import mistakes
 import mistakes_table
 import pytest
 import torch
+from genuine_updates import BINARY, drawn, own
 from mistakes import case, changed, clipped, moved, noisy, scaled
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from rgap import Loss, Update, capture, check
 from rgap.diagnosis import Kind
-
-BINARY = "binary_cross_entropy_with_logits"
-ACTIVATIONS = (nn.ReLU, nn.Tanh, nn.GELU, nn.Sigmoid, nn.ELU, nn.Softshrink)
-
-
-def own(outputs: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(outputs, targets) + 0.1 * outputs.square().mean()
-
-
-def margin(outputs: Tensor, targets: Tensor) -> Tensor:
-    return F.multi_margin_loss(outputs, targets)
-
-
-def drawn(seed: int) -> tuple[nn.Module, Update]:
-    """A network, a loss, a batch and what a client without mistakes sends of it."""
-    r = random.Random(seed)
-    act, classes = r.choice(ACTIVATIONS), r.choice((1, 2, 3, 5, 10))
-    size, dtype = r.choice((1, 1, 2, 3, 5)), r.choice((torch.float32, torch.float64))
-    losses = ["nll_loss", "focal", "weight", "own", "margin", "cross_entropy", "mse_loss", BINARY]
-    name = r.choice(losses) if classes > 1 else r.choice((BINARY, "mse_loss", "sigmoid_focal_loss"))
-    narrow = r.choice((2, 6, 24))
-
-    def build() -> nn.Module:
-        if r.random() < 0.5:
-            parts = [nn.Flatten(), nn.Linear(36, 18), act(), nn.Linear(18, narrow), act()]
-        else:
-            parts = [nn.Conv2d(1, 4, 3, 2, 1), act(), nn.Flatten(), nn.Linear(36, narrow), act()]
-        parts.append(nn.Linear(narrow, classes))
-        return nn.Sequential(*parts, *([nn.LogSoftmax(1)] if name == "nll_loss" else []))
-
-    model = mistakes.seeded(build, seed).to(dtype)
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.rand(size, 1, 6, 6, generator=generator).to(dtype)
-    style = r.choice(("plain", "binary", "wide", "dark"))
-    x = {"plain": x, "binary": (x > 0.5).to(dtype), "wide": 20 * x - 10, "dark": x * (x > 0.7)}[
-        style
-    ]
-    y = torch.randint(0, max(classes, 2), (size,), generator=generator)
-    if name in (BINARY, "sigmoid_focal_loss"):
-        y = torch.randint(0, 2, (size, classes), generator=generator).to(dtype)
-    elif name == "mse_loss":
-        y = torch.randn(size, classes, generator=generator).to(dtype)
-    weight = tuple(r.uniform(0.3, 3.0) for _ in range(classes))
-    given: dict[str, Loss] = {
-        "own": Loss("own", function=own),
-        "margin": Loss("margin", function=margin),
-        "weight": Loss(weight=weight),
-        "focal": Loss("focal_loss", weight=weight),
-    }
-    if r.random() < 0.2:
-        model[1].requires_grad_(False)
-    update = capture(model, x, y, given.get(name, name), value_range=None)
-    if r.random() < 0.3:  # a weight difference rounds, and loses what is small
-        rate = 10 ** r.uniform(-5, 0)
-        before = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
-        after = {n: p - rate * update.gradients[n] for n, p in before.items()}
-        options = {"loss": update.loss, "batch_size": size, "input_shape": (1, 6, 6)}
-        update = Update.from_delta(before, after, rate, **options)  # type: ignore[arg-type]
-    elif r.random() < 0.2:  # frozen layers sent as zeros
-        gradients = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
-        update = replace(update, gradients=gradients | update.gradients)
-    return model, update
 
 
 @pytest.mark.parametrize("part", range(3))
@@ -88,6 +26,15 @@ def test_a_genuine_update_has_no_finding(part: int) -> None:
         found = check(model, update)
         wrong = [f for f in found.findings if f.kind is not Kind.NAMES]
         assert not wrong, (seed, update.loss, found.explain())
+
+
+@pytest.mark.parametrize("part", range(2))
+def test_a_genuine_update_of_a_batch_nobody_counted_has_no_finding(part: int) -> None:
+    for seed in range(part, 70, 2):
+        model, update = drawn(seed)
+        found = check(model, replace(update, batch_size=None))
+        wrong = [f for f in found.findings if f.kind is not Kind.NAMES]
+        assert not wrong, (seed, update.batch_size, update.loss, found.explain())
 
 
 def half(update: Update) -> Update:
@@ -128,15 +75,15 @@ def test_a_mistake_is_named_or_what_looks_the_same(name: str, size: int, classes
 
 
 SPREAD = list(mistakes_table.trials(1))[::37]  # every mistake, on another network each
+UNSTATED = list(mistakes_table.trials(2, stated=False))[::61]
 
 
 @pytest.mark.parametrize("part", range(3))
 def test_the_first_finding_is_never_another_mistake(part: int) -> None:
-    for trial in SPREAD[part::3]:
+    for trial in [*SPREAD, *UNSTATED][part::3]:
         end, first, found = trial.outcome()
         assert end != "wrong", (trial, first, found.explain())
-        kinds = mistakes_table.MISTAKES[trial.mistake].kinds
-        assert end != "silent" or trial.mistake not in mistakes_table.ALWAYS, (trial, kinds)
+        assert end != "silent" or trial.mistake not in mistakes_table.ALWAYS, (trial, trial.kinds)
 
 
 FACTORED = ["weight", "focal_loss", "nll_loss", "sigmoid_focal_loss"]

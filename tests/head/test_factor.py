@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from cases import dense
 from torch import Tensor, nn
 
 import rgap
@@ -13,11 +14,9 @@ from rgap.inversion.batch_rows import in_order
 MANY = "binary_cross_entropy_with_logits"
 
 
-def pair(classes: int, seed: int, dtype: torch.dtype = torch.float64) -> nn.Sequential:
+def pair(classes: int, seed: int) -> nn.Sequential:
     """Fully connected layers, two in a row."""
-    torch.manual_seed(seed)
-    layers = [nn.Flatten(), nn.Linear(12, 24), nn.Tanh(), nn.Linear(24, 24), nn.Tanh()]
-    return nn.Sequential(*layers, nn.Linear(24, classes)).to(dtype)
+    return dense(12, 24, 24, classes, seed=seed).double()
 
 
 def convolutions(seed: int) -> nn.Sequential:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from networks import picture, small_mlp
+from cases import picture, small_mlp
 from scipy.optimize import brentq
 from torch import Tensor, nn
 
@@ -314,8 +314,10 @@ def test_a_saturated_softmax_is_right_or_flagged(
             invert(model, update)
         return
     recovery = invert(model, update)
-    assert recovery.status is not Status.INCONSISTENT, recovery.reason
-    if recovery.exact:
+    if factor == 1e4 and right and bias:  # what is left of the cotangent is below 1e-300
+        assert recovery.status is Status.UNDERDETERMINED and recovery.inputs is None
+    else:
+        assert recovery.exact, recovery.reason
         assert recovery.inputs is not None and recovery.error_bound is not None
         assert float((recovery.inputs - x).abs().max()) <= recovery.error_bound
         assert recovery.labels is not None

@@ -18,10 +18,10 @@ SATURATED = [Case("mask of one entry", "input", 1, loss) for loss in ("index", "
 OPEN = [Case(step, "head", 1, "soft") for step in ("pad", "clamp", "relu", "buffer with zero")]
 
 
-@pytest.mark.parametrize("case", [*SOME, *SATURATED, *OPEN], ids=str)
-def test_nothing_wrong_is_certified(case: Case) -> None:
-    status, why = wrong(case)
-    assert not why, f"{status}: {why}"
+def test_nothing_wrong_is_certified_and_most_are() -> None:
+    judged = {str(case): wrong(case) for case in [*SOME, *SATURATED, *OPEN]}
+    assert not {case: said for case, said in judged.items() if said[1]}
+    assert sum(status == "EXACT" for status, _ in judged.values()) >= 40
 
 
 KEPT = ["temperature", "half", "batch norm", "negation", "shift", "buffer", "flip", "roll",

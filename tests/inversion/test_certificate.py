@@ -7,7 +7,7 @@ from statistics import median
 
 import pytest
 import torch
-from networks import picture, small_conv, small_mlp
+from cases import picture, small_conv, small_mlp
 from torch import Tensor, nn
 
 from rgap import Status, capture, invert

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from allocations import smallest_routes
-from networks import picture, small_conv, small_mlp
+from cases import picture, small_conv, small_mlp
 from reference import dense_blocks, dense_rank
 from torch import Tensor, nn
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from networks import picture, small_conv, small_mlp
+from cases import picture, small_conv, small_mlp
 from torch import Tensor, nn
 
 from rgap import Loss, Status, Update, capture, invert

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from networks import small_conv, small_mlp
+from cases import small_conv, small_mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from networks import ACTIVATIONS, small_conv, small_mlp
+from cases import ACTIVATIONS, small_conv, small_mlp
 from torch import Tensor, nn
 
 from rgap.jacobian.linearisation import Linearisation, ParameterRows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from networks import small_conv
+from cases import small_conv
 from torch import Tensor
 
 from rgap import Status, capture, invert

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from networks import picture, small_conv, small_mlp
+from cases import picture, small_conv, small_mlp
 from torch import Tensor, nn
 
 import rgap

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from networks import small_conv, small_mlp
+from cases import small_conv, small_mlp
 from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from networks import picture
+from cases import picture
 from torch import Tensor, nn
 from torch.nn import functional as F
 from written import Written

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from batched import batch_of, mlp, pictures
+from batched import batch_of
+from cases import mlp, pictures
 from torch import Tensor
 
 from rgap.jacobian.batch_loss import loss_scale

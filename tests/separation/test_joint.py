@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from batched import batch_of, mlp, pictures
+from batched import batch_of
+from cases import mlp, pictures
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -72,11 +73,9 @@ def separated(
 def polished(batch: Batch, roots: Tensor, head: BatchLoss):
     samples = batch.mixture(0)
     across = torch.zeros(batch.precision.samples, len(roots), 48, dtype=F64)
-    found = polish_jointly(
-        batch.chain, samples, batch.gradients, roots, head, across, batch.precision
-    )
-    assert found is not None
-    return found
+    joint = polish_jointly(batch, samples, roots, head, across)
+    assert joint is not None
+    return joint
 
 
 @pytest.mark.parametrize("size", [2, 5])
@@ -118,7 +117,4 @@ def test_too_many_samples_are_left_as_they_are() -> None:
     rank = replace(samples.triplets.rank, rank=LARGEST + 1)
     large = replace(samples, triplets=replace(samples.triplets, rank=rank))
     across = torch.zeros(batch.precision.samples, 3, 48, dtype=F64)
-    found = polish_jointly(
-        batch.chain, large, batch.gradients, roots, head, across, batch.precision
-    )
-    assert found is None
+    assert polish_jointly(batch, large, roots, head, across) is None

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from batched import KINDS, batch_of, mlp, pictures
+from batched import batch_of, true_roots
+from cases import KINDS, mlp, pictures
 from torch import Tensor, nn
 
 from rgap.jacobian.batch_loss import BatchLoss
@@ -14,9 +15,9 @@ from rgap.network.chain import Chain
 from rgap.network.reshape import Rearrange
 from rgap.precision import Precision
 from rgap.separation.batch import Batch
-from rgap.separation.between import Between, steps_between
 from rgap.separation.errors import cotangents
 from rgap.separation.mixture import mixture, relative_rounding
+from rgap.separation.pair import Between, steps_between
 from rgap.separation.softmax.equations import AtHead
 from rgap.separation.subspace import Consistency, restricted
 from rgap.update.losses import Loss
@@ -50,10 +51,6 @@ PAIRS: dict[str, Callable[[], nn.Module]] = {
         *mlp("tanh", 1, widths=(24,))[:3], nn.GELU(), *mlp("tanh", 1, widths=(24,))[3:]
     ),
 }  # fmt: skip
-
-
-def true_roots(batch: Batch, x: Tensor) -> Tensor:
-    return x.double().flatten(1) @ batch.mixture(0).right
 
 
 def between(batch: Batch) -> Between:

@@ -7,29 +7,24 @@ from dataclasses import replace
 
 import pytest
 import torch
-from batched import KINDS, batch_of, mlp, pictures
+from batched import batch_of, true_roots
+from cases import KINDS, mlp, pictures
 from torch import Tensor, nn
 
 from rgap.precision import Precision
 from rgap.separation.batch import Batch, Separated, Unseparated
-from rgap.separation.between import Between, steps_between
 from rgap.separation.identify import LISTED, Identity, continuous, identify, rise
-from rgap.separation.multiplicity import multiplicity, smallest_batch
-from rgap.separation.peeling import Collected, collect
+from rgap.separation.pair import Between, steps_between
+from rgap.separation.peeling import Collected, Starts, collect
 from rgap.separation.route import mixed, separate
 from rgap.separation.softmax.equations import AtHead
 from rgap.separation.softmax.separate import identify_classes, likely, separate_head
 from rgap.separation.subspace import restricted
-from rgap.separation.targets import batch_loss, contradicted
+from rgap.separation.targets import batch_loss, contradicted, multiplicity, smallest_batch
 from rgap.update.losses import Loss
 
 F64 = torch.float64
 MSE = "mse_loss"
-
-
-def true_roots(batch: Batch, x: Tensor) -> Tensor:
-    """Q of the different pictures x at the first layer."""
-    return x.double().flatten(1) @ batch.mixture(0).right
 
 
 def between(batch: Batch) -> Between:
@@ -129,7 +124,9 @@ def test_continuous_targets_below_a_pair(loss: Loss) -> None:
 
 def collected(batch: Batch, seed: int = 0) -> Collected:
     consistency = between(batch)
-    return collect(consistency, lambda roots, _: named(batch, roots), lambda i, _: i.accepted, seed)
+    return collect(
+        consistency, lambda roots, _: named(batch, roots), lambda i, _: i.accepted, Starts(seed)
+    )
 
 
 @pytest.mark.parametrize("kind", ["distinct", "equal"])

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from batched import batch_of, mlp, pictures
+from batched import batch_of
+from cases import mlp, pictures
 from torch import Tensor
 
-from rgap.inversion.polish import polish
+from rgap.inversion.polish import Equations, polish
 from rgap.jacobian.batch_loss import BatchLoss
 from rgap.jacobian.linearisation import Linearisation
 from rgap.jacobian.weights import row_misfits, row_weights
@@ -93,9 +94,8 @@ def test_a_settled_start_that_misses_is_polished_after_all() -> None:
     point = Linearisation(batch.chain, start.value, loss)
     weights = row_weights(point, loss.known(point.outputs, batch.precision), batch.precision)
     before = max(row_misfits(point, batch.gradients, weights).values())
-    done = polish(
-        batch.chain, batch.gradients, start, loss, batch.precision, lambda r: r, settled=True
-    )
+    update = Equations(batch.chain, batch.gradients, batch.precision)
+    done = polish(update, start, loss, lambda r: r, settled=True)
     assert done.iterations > 0 and done.misfit < 0.5 * before
-    kept = polish(batch.chain, batch.gradients, start, loss, batch.precision, None, settled=True)
+    kept = polish(update, start, loss, None, settled=True)
     assert kept.iterations == 0 and kept.misfit > FITS

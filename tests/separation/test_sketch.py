@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from batched import batch_of, mlp, pictures
+from batched import batch_of
+from cases import mlp, pictures
 from torch import Tensor
 
 from rgap.separation.batch import Separated

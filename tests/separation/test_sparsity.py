@@ -9,7 +9,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import rgap
-from rgap.separation.sparsity.separate import SparseSeparation, sparse_separation
+from rgap.separation.sparsity.separate import (
+    SparseOptions,
+    SparseSeparation,
+    sparse_separation,
+)
 
 
 def batch(
@@ -45,10 +49,11 @@ def gradients(model: nn.Sequential, x: Tensor, labels: Tensor) -> tuple[Tensor, 
     return z.grad, {n: p.grad for n, p in model[0].named_parameters()}
 
 
-def separate(layer: nn.Linear, grads: dict[str, Tensor], rank: int, **options) -> SparseSeparation:
+def separate(layer: nn.Linear, grads: dict[str, Tensor], rank: int, watch=None, **options):
     return sparse_separation(
-        grads["weight"], grads["bias"], layer.weight.detach(), layer.bias.detach(), rank, **options
-    )
+        grads["weight"], grads["bias"], layer.weight.detach(), layer.bias.detach(), rank,
+        SparseOptions(**options), watch,
+    )  # fmt: skip
 
 
 def assert_same(result: SparseSeparation, x: Tensor, k: Tensor, tolerance: float) -> None:

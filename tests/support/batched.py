@@ -1,9 +1,6 @@
-"""Batches of small fully connected networks, and what a recovery of them has to keep to."""
+"""What a recovery of a batch has to keep to."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -14,60 +11,6 @@ from rgap.precision import Precision
 from rgap.recovery import Recovery, Status
 from rgap.separation.batch import Batch
 from rgap.update.losses import Loss
-
-SHAPE = (3, 4, 4)
-KINDS: dict[str, Callable[[], nn.Module]] = {
-    "gelu": nn.GELU,
-    "silu": nn.SiLU,
-    "relu": nn.ReLU,
-    "leaky_relu": lambda: nn.LeakyReLU(0.2),
-    "tanh": nn.Tanh,
-    "sigmoid": nn.Sigmoid,
-}
-
-
-def mlp(
-    activation: str,
-    seed: int,
-    *,
-    widths: tuple[int, ...] = (32, 32),
-    classes: int = 5,
-    dtype: torch.dtype = torch.float64,
-    bias: bool = True,
-    gain: float = 1.0,
-) -> nn.Module:
-    """``[3, 4, 4]`` → widths → classes; ``bias`` is the first layer's."""
-    sizes = (48, *widths, classes)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        parts: list[nn.Module] = [nn.Flatten()]
-        for i, (width, out) in enumerate(pairwise(sizes)):
-            parts += [nn.Linear(width, out, bias=bias or i > 0), KINDS[activation]()]
-        model = nn.Sequential(*parts[:-1]).to(dtype).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(gain)
-    return model
-
-
-def pictures(
-    count: int, seed: int, dtype: torch.dtype = torch.float64, apart: float = 1.0
-) -> Tensor:
-    """Random pictures in [0, 1]; ``apart`` below 1 makes them alike."""
-    generator = torch.Generator().manual_seed(seed)
-    own = torch.rand(count, *SHAPE, generator=generator, dtype=torch.float64)
-    common = torch.rand(1, *SHAPE, generator=generator, dtype=torch.float64)
-    return (apart * own + (1.0 - apart) * common).to(dtype)
-
-
-def labels(kind: str, count: int, classes: int, seed: int) -> Tensor:
-    """Distinct (as far as they go), equal or random labels."""
-    generator = torch.Generator().manual_seed(seed)
-    if kind == "equal":
-        return torch.full((count,), seed % classes)
-    if kind == "distinct":
-        return torch.randperm(classes, generator=generator)[torch.arange(count) % classes]
-    return torch.randint(0, classes, (count,), generator=generator)
 
 
 def batch_of(model: nn.Module, x: Tensor, y: Tensor, loss: str | Loss = "cross_entropy") -> Batch:
@@ -116,9 +59,14 @@ def counted(recovery: Recovery, x: Tensor, y: Tensor) -> bool:
 def certified(recovery: Recovery, x: Tensor, y: Tensor) -> bool:
     """True if ``EXACT``; asserts that every picture then is within its bound, and every label."""
     if not recovery.exact:
-        assert recovery.error_bound is None
+        assert recovery.certified != {"inputs", "targets"}
         return False
     assert recovery.error_bound is not None
     error = distance(recovery, x, y)
     assert error <= recovery.error_bound, (error, recovery.error_bound, recovery.reason)
     return True
+
+
+def true_roots(batch: Batch, x: Tensor) -> Tensor:
+    """Q of the different pictures x at the first layer."""
+    return x.double().flatten(1) @ batch.mixture(0).right

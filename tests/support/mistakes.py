@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from cases import dense
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,13 +21,7 @@ def seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
 
 
 def mlp(seed: int, act: Callable[[], nn.Module] = nn.Tanh, classes: int = 5) -> nn.Module:
-    return seeded(
-        lambda: nn.Sequential(
-            nn.Flatten(), nn.Linear(72, 32), act(), nn.Linear(32, 24), act(),
-            nn.Linear(24, classes),
-        ),
-        seed,
-    )  # fmt: skip
+    return seeded(lambda: dense(72, 32, 24, classes, act=act, seed=seed), seed)
 
 
 def lenet(seed: int, act: Callable[[], nn.Module] = nn.Sigmoid, classes: int = 10) -> nn.Module:

@@ -252,6 +252,7 @@ class Trial:
     classes: int
     trained: bool
     seed: int
+    stated: bool = True  # the batch size
 
     def made(self) -> tuple[nn.Module, Update]:
         """The model of the server and what it gets."""
@@ -267,12 +268,18 @@ class Trial:
         sent = MISTAKES[self.mistake].make(given)
         if self.mistake == "weights":
             model = mistakes.moved(model, 0.2, self.seed)
-        return model, sent
+        return model, sent if self.stated else replace(sent, batch_size=None)
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """Kinds that name the mistake: train mode switches batch norms too."""
+        both = self.mistake == "dropout" and self.network == "normed"
+        return (*MISTAKES[self.mistake].kinds, *((Kind.MODE,) if both else ()))
 
     def outcome(self) -> tuple[str, str, Check]:
         """Right, rival, silent or wrong; the first finding; everything."""
         found = check(*self.made())
-        kinds = MISTAKES[self.mistake].kinds
+        kinds = self.kinds
         best = found.best
         first = "-" if best is None else best.kind.value
         if best is None:
@@ -282,12 +289,14 @@ class Trial:
         return ("rival" if set(kinds) & set(best.rivals) else "wrong"), first, found
 
 
-def trials(seed: int, names: tuple[str, ...] = ()) -> Iterator[Trial]:
-    """All of them."""
+def trials(seed: int, names: tuple[str, ...] = (), stated: bool = True) -> Iterator[Trial]:
+    """All of them; without a stated batch size those that do not misstate it."""
     for name, one in MISTAKES.items():
         for net, batch, classes, trained in itertools.product(
             BODIES, one.batches, (2, 10), (False, True)
         ):
             if (name == "mode" and net != "normed") or (names and name not in names):
                 continue
-            yield Trial(name, net, batch, classes, trained, seed)
+            if not stated and Kind.BATCH_SIZE in one.kinds:
+                continue
+            yield Trial(name, net, batch, classes, trained, seed, stated)

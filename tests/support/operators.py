@@ -6,13 +6,15 @@ dense matrix that it stands for, or a function whose Jacobian it is.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
-from batched import batch_of, mlp, pictures
+from batched import batch_of
+from cases import mlp, pictures
 from reference import dense_blocks, dense_jacobian
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -26,23 +28,23 @@ from rgap.constraints import gradient_constraint, weight_constraint
 from rgap.constraints.known_input import KnownPart
 from rgap.constraints.nullspace import null_directions
 from rgap.constraints.partial import kept
-from rgap.jacobian import node
+from rgap.jacobian import layer
 from rgap.jacobian.batch_loss import BatchLoss
 from rgap.jacobian.eliminated import Eliminated
 from rgap.jacobian.layer import Bilinear
 from rgap.jacobian.linearisation import Linearisation
-from rgap.jacobian.module_update import ClientLoss, ModuleUpdate
+from rgap.jacobian.module_gradient import ClientLoss, ModuleGradient
+from rgap.jacobian.module_update import ModuleUpdate
 from rgap.jacobian.normal import Normal
 from rgap.jacobian.products import GraphProducts
-from rgap.jacobian.update_map import UpdateMap
 from rgap.network import activations as act
 from rgap.network import pooling, reshape, scaling
 from rgap.network.chain import parse
 from rgap.network.modules import build
 from rgap.precision import Estimate, Precision
 from rgap.recursion.matrix_free import MatrixFree
-from rgap.separation.between import Between, steps_between
 from rgap.separation.headless import Held
+from rgap.separation.pair import Between, steps_between
 from rgap.separation.softmax.equations import AtHead
 from rgap.separation.softmax.separate import likely
 from rgap.solvers.kronecker import Factor, Kronecker, factor
@@ -565,16 +567,16 @@ ROWS |= {
 }  # fmt: skip
 
 
-@row("rgap/jacobian/node.py:pull")
+@row("rgap/jacobian/layer.py:pull")
 def _() -> Iterator[Case]:
     for op, function in steps():
         if not (op.affine or isinstance(op, (act.Tanh, act.Opaque))):
             continue
         x = draw(1, *op.in_shape)
         yield Case(
-            node.pull,
-            lambda v, op=op, x=x: node.push(op, x, v),
-            lambda k, op=op, x=x: node.pull(op, x, k),
+            layer.pull,
+            lambda v, op=op, x=x: layer.push(op, x, v),
+            lambda k, op=op, x=x: layer.pull(op, x, k),
             x[None],
             lambda at, function=function: function(at[0]),
             at=x[None],
@@ -593,6 +595,10 @@ def _() -> Iterator[Case]:
     own = GraphProducts(update.rows, x + 0.1)
     yield Case(own, own.push, own.pull, x.shape, update.rows, at=x + 0.1)
     yield Case(own, own.push, lambda y: own.pulls(y[None])[0], x.shape, update.rows, at=x + 0.1)
+    module, x, y, _ = linearised(True)
+    names = [name for name, _ in module.named_parameters()]
+    at = ModuleGradient(copy.deepcopy(module), ClientLoss(Loss(), y), names).at(x)
+    yield Case(at, at.push, at.pull, x.shape, update_jacobian())
 
 
 def probe() -> ProbePoint:
@@ -605,15 +611,7 @@ def _() -> Iterator[Case]:
     for forward in (True, False):
         own = probe().update
         own.forward_mode = forward
-        matrix = update_jacobian()
-
-        def back(y: Tensor, own: UpdateMap = own) -> Tensor:
-            def flat(x: Tensor) -> Tensor:
-                return torch.cat([g.flatten() for g in own.gradient(x).values()])
-
-            return torch.func.vjp(flat, own.inputs)[1](y[0])[0][None]
-
-        yield Case(own, own.columns, back, own.inputs[None], matrix)
+        yield Case(own, own.columns, own.pulls, own.inputs[None], update_jacobian())
 
 
 # --- separation ----------------------------------------------------------------------------------
@@ -625,7 +623,7 @@ def projections(own: Any) -> Iterator[Case]:
     yield Case(own, own.project, own.project, (1, size), projector)
 
 
-@row("rgap/separation/between.py:Between")
+@row("rgap/separation/pair.py:Between")
 def _() -> Iterator[Case]:
     batch = batch_of(mlp("gelu", 1, widths=(12, 10)), pictures(3, 1), torch.tensor([0, 1, 1]))
     at = steps_between(batch.chain, 0)
@@ -711,7 +709,7 @@ def _() -> Iterator[Case]:
             yield Case(own, clipped, clipped, (1, point.update.equations), matrix)
 
 
-@row("analysis/noise_bound/fisher.py:Sent")
+@row("analysis/noise_bound/fisher.py:WeighedJacobian")
 def _() -> Iterator[Case]:
     point = probe()
     for chain in CHAINS:

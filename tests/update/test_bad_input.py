@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from networks import picture, small_conv
+from cases import picture, small_conv
 from torch import Tensor, nn
 from typer.testing import CliRunner
 

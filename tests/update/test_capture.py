@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import normed, state
 from torch import Tensor, nn
 
 from rgap.update.capture import capture
@@ -53,14 +54,7 @@ class Counter(nn.Module):
 
 
 def convolutional() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(3, 4, 3, stride=2),
-        nn.BatchNorm2d(4),
-        nn.Sigmoid(),
-        nn.Dropout(0.5),
-        nn.Flatten(),
-        nn.Linear(16, 5),
-    )
+    return normed(dropout=True)
 
 
 MODELS: list[Callable[[], nn.Module]] = [convolutional, Residual, Counter]
@@ -137,23 +131,6 @@ def test_every_loss(loss: Any, outputs: int, targets: Tensor) -> None:
 
 
 # --- manners --------------------------------------------------------------------------------
-
-
-def state(model: nn.Module) -> list[Any]:
-    """Everything about a model that capture could disturb."""
-    tensors = [*model.parameters(), *model.buffers()]
-    modules = list(model.modules())
-    return [
-        [id(t) for t in tensors],
-        [t.dtype for t in tensors],
-        [t.requires_grad for t in tensors],
-        [t._version for t in tensors],
-        [t.detach().clone().numpy().tobytes() for t in tensors],
-        [None if p.grad is None else p.grad.clone().numpy().tobytes() for p in model.parameters()],
-        [m.training for m in modules],
-        [list(m.__dict__) for m in modules],
-        [list(v) for m in modules for k, v in m.__dict__.items() if k.endswith("_hooks")],
-    ]
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float64])

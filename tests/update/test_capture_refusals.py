@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import normed
 from torch import Tensor, nn
 
 from rgap import check
@@ -17,17 +18,6 @@ from rgap.update.update import Update
 
 INPUTS = torch.rand(2, 3, 6, 6, generator=torch.Generator().manual_seed(11))
 TARGETS = torch.tensor([1, 4])
-
-
-def convolutional() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(3, 4, 3, stride=2),
-        nn.BatchNorm2d(4),
-        nn.Sigmoid(),
-        nn.Dropout(0.5),
-        nn.Flatten(),
-        nn.Linear(16, 5),
-    )
 
 
 @pytest.mark.parametrize(
@@ -86,7 +76,7 @@ def test_functional_randomness_is_refused_and_leaves_the_random_state() -> None:
 )
 def test_bad_inputs(inputs: Any, error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
-        capture(convolutional().eval(), inputs, TARGETS)
+        capture(normed(dropout=True).eval(), inputs, TARGETS)
 
 
 def test_a_sample_without_a_batch_dimension() -> None:
@@ -106,11 +96,11 @@ def test_a_sample_without_a_batch_dimension() -> None:
 )
 def test_bad_targets(targets: Any, error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
-        capture(convolutional().eval(), INPUTS, targets)
+        capture(normed(dropout=True).eval(), INPUTS, targets)
 
 
 def test_frozen_parameters_are_left_out_and_the_others_stay_what_they_are() -> None:
-    network = convolutional().eval()
+    network = normed(dropout=True).eval()
     whole = capture(network, INPUTS, TARGETS).gradients
     network[0].requires_grad_(False)
     update = capture(network, INPUTS, TARGETS)
@@ -182,7 +172,7 @@ def test_bad_dtype() -> None:
 
 
 def test_a_false_value_range_is_pointed_out() -> None:
-    network = convolutional().eval()
+    network = normed(dropout=True).eval()
     with pytest.warns(UserWarning, match="value_range=None"):
         capture(network, 2 * INPUTS, TARGETS)
     with warnings.catch_warnings():

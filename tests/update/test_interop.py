@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cases import normed
 from torch import nn
 
 from rgap.update.capture import capture
@@ -17,9 +18,7 @@ from rgap.update.update import Update
 
 def model(seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
-    return nn.Sequential(
-        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Sigmoid(), nn.Flatten(), nn.Linear(16, 5)
-    ).eval()
+    return normed().eval()
 
 
 INPUTS = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(7))

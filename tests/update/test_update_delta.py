@@ -118,11 +118,9 @@ def test_two_samples_below_a_pair_from_a_small_learning_rate() -> None:
         after, _ = stepped(model, x, y, lr)
         update = Update.from_delta(model, after, lr, batch_size=2, input_shape=SHAPE)
         found = invert(model, update)
-        assert found.status.name in ("EXACT", "UNDERDETERMINED"), (lr, found.reason)
-        if found.inputs is not None:
-            order = torch.cdist(found.inputs.flatten(1).float(), x.flatten(1)).argmin(1)
-            assert float((found.inputs - x[order]).abs().max()) <= found.error_bound
-        assert lr < 0.1 or found.status.name == "EXACT"
+        assert found.exact, (lr, found.reason)
+        order = torch.cdist(found.inputs.flatten(1).float(), x.flatten(1)).argmin(1)
+        assert float((found.inputs - x[order]).abs().max()) <= found.error_bound
 
 
 def test_most_weights_that_did_not_move_are_no_contradiction() -> None:

@@ -203,8 +203,8 @@ class Coupled:
         turn = vectors @ ((vectors.mT @ (moment - moment.mT) @ vectors) / sums) @ vectors.mT
         turn = torch.where(turn.isfinite(), turn, torch.zeros_like(turn))
         turned = torch.linalg.matrix_exp(turn) @ (before + change - turn @ before)
-        found: Tensor = (mean @ (old + new) + basis @ turned).flatten(1)
-        return found
+        moved: Tensor = (mean @ (old + new) + basis @ turned).flatten(1)
+        return moved
 
     def starts(self, count: int, generator: torch.Generator) -> Tensor:
         """Class means from the gradient at a softmax that varies little, and a scatter around them.
@@ -243,8 +243,8 @@ class Coupled:
             draw = draw / max(rank - len(classes), 1) ** 0.5
         turn = torch.arange(count, device=base.device) % len(SCATTERS)
         size = base.new_tensor(SCATTERS)[turn]
-        found: Tensor = (base + size[:, None, None] * (draw @ root)).flatten(1)
-        return found
+        drawn: Tensor = (base + size[:, None, None] * (draw @ root)).flatten(1)
+        return drawn
 
     def _residual(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(β, T), and in standard errors K, ∂K/∂t of each sample and the residual [S, C, R]."""

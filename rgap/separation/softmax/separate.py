@@ -22,7 +22,7 @@ from rgap.separation.batch import Batch, Separated, Unseparated
 from rgap.separation.finish import finish, finish_together
 from rgap.separation.identify import Identity, choose, similar
 from rgap.separation.mixture import Mixture
-from rgap.separation.peeling import GROWTH, IDLE, Collected, collect
+from rgap.separation.peeling import GROWTH, IDLE, Collected, Starts, collect
 from rgap.separation.softmax.coupled import SCATTERS, SMALL, Coupled, agreement, refined
 from rgap.separation.softmax.equations import AtHead
 from rgap.separation.subspace import Consistency, restricted
@@ -98,22 +98,24 @@ def separate_head(
     consistency = AtHead.of(head, batch.loss.label_smoothing, pool, clear, batch.precision)
     consistency = consistency.sketched()
     most = max(LEAST, min(MOST, PER_CLASS * len(consistency.pool)))
-    found = collect(
+    collected = collect(
         consistency,
         partial(identify_classes, head),
         partial(admissible, batch, head.rank),
-        batch.precision.seed,
-        starts=batch.starts(head.rank, most, GROWTH),
-        watch=watch,
-        first=opening(consistency),
-        reach=FAR if 2 * clear < head.rank else 1.0,
-        rounds=IDLE if resolved(batch, head) else HASTY,
+        Starts(
+            batch.precision.seed,
+            batch.starts(head.rank, most, GROWTH),
+            first=opening(consistency),
+            reach=FAR if 2 * clear < head.rank else 1.0,
+            rounds=IDLE if resolved(batch, head) else HASTY,
+        ),
+        watch,
     )
-    if found.complete:
-        answer = conclude(batch, consistency, found, began)
+    if collected.complete:
+        answer = conclude(batch, consistency, collected, began)
     else:
-        short = Unseparated(_shortfall(consistency, found))
-        answer = contradicted(batch, head, found) or short
+        short = Unseparated(_shortfall(consistency, collected))
+        answer = contradicted(batch, head, collected) or short
     if isinstance(answer, Separated) or not answer.consistent or head.rank > RESCUED:
         return answer
     if batch.size != head.rank or not resolved(batch, head):
@@ -150,8 +152,8 @@ def _together(
     first = problem.starts(len(SCATTERS) if rank <= FEW else 2, generator)
     runs = len(first)
     steps = STEPS if rank <= RESCUED else FEW_STEPS
-    found = levenberg_marquardt(problem, first, tolerance=floor, max_iterations=steps)
-    answer = agreement(problem, refined(problem, found.value), floor)
+    solved = levenberg_marquardt(problem, first, tolerance=floor, max_iterations=steps)
+    answer = agreement(problem, refined(problem, solved.value), floor)
     ends = first[:0]
     for _ in range(ROUNDS):
         if not isinstance(answer, str) or rank > SMALL:
@@ -212,12 +214,12 @@ def _labels_of(batch: Batch, head: Mixture) -> HeadGradient:
 def conclude(
     batch: Batch,
     consistency: AtHead,
-    found: Collected,
+    collected: Collected,
     began: float,
 ) -> Separated | Unseparated:
     """Samples from the roots and classes of a head."""
     place = consistency.samples.weights.device
-    labels = torch.tensor([identity.label for identity in found.identities], device=place)
+    labels = torch.tensor([identity.label for identity in collected.identities], device=place)
     own = AtHead.of(
         consistency.samples, consistency.smoothing, labels, len(labels), batch.precision
     ).labelled(labels)
@@ -225,7 +227,7 @@ def conclude(
     return finish(
         batch,
         own,
-        found,
+        collected,
         partial(identify_classes, consistency.samples),
         f"every cotangent p − e_c must lie in the range of the gradient of '{name}' "
         f"(for each {consistency.equations} equations, unknowns: {rank - 1})",
@@ -288,21 +290,21 @@ def identify_classes(head: Mixture, roots: Tensor, at: Consistency) -> list[Iden
     # Of the other classes only those of a similar weight come into question at all.
     uniform = at.smoothing * weights.mean(1, keepdim=True)
     shares = (p * weights).sum(1, keepdim=True) - (1.0 - at.smoothing) * weights - uniform
-    found = []
+    identities = []
     for q, row, share, label in zip(roots, p, shares, at.labels.tolist(), strict=True):
         near = similar(share, share[label])
         near[label] = True
         listed = near.nonzero().flatten()
         k = row - at.labelled(listed).target
         best = int((listed == label).nonzero())
-        found.append(replace(choose(head, q, k, k, best), label=label))
-    return found
+        identities.append(replace(choose(head, q, k, k, best), label=label))
+    return identities
 
 
-def _shortfall(consistency: AtHead, found: Collected) -> str:
+def _shortfall(consistency: AtHead, collected: Collected) -> str:
     head = consistency.samples
+    where = f"at the head '{head.stage.name}'"
     return (
-        f"{len(found.roots)} of the {head.rank} samples at the head '{head.stage.name}' found in "
-        f"{found.starts} starts ({consistency.equations} equations for {head.rank - 1} unknowns a "
-        f"sample, σ_B/σ_1 {head.ratio:.1e})"
+        f"{collected.tally(where)} ({consistency.equations} equations for {head.rank - 1} unknowns "
+        f"a sample, σ_B/σ_1 {head.ratio:.1e})"
     )

@@ -6,7 +6,7 @@ is off (``z_bj ≤ 0``): any B−1 independent rows of ``G V`` at units that are
 d_b as their kernel.  Such rows are looked for at random (Dimitrov et al. 2024, "SPEAR", take them
 uniformly, one kernel a subset, and need about 2^{B−1} subsets).  Here the eliminations of a tree
 of subsets are shared, rows are drawn with a preference for units that are off in the mean picture,
-and a direction that is not sparse enough is improved by exchanging rows (``sparse_search``).
+and a direction that is not sparse enough is improved by exchanging rows (``search.py``).
 
 The scales of the directions follow from the bias gradient (``∂b = G V w`` and ``D 1 = w``), and the
 forward pass certifies the result: the units with ``k_bj = 0`` must be those with ``z_bj ≤ 0``.
@@ -21,11 +21,11 @@ from math import inf, nan
 
 from torch import Tensor
 
-from rgap.separation.sparsity.coordinates import coordinates
+from rgap.separation.sparsity.coordinates import Layer, coordinates
 from rgap.separation.sparsity.samples import assemble
 from rgap.separation.sparsity.search import RowSearch
 
-__all__ = ["SparseSeparation", "sparse_separation"]
+__all__ = ["SparseOptions", "SparseSeparation", "sparse_separation"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,18 +54,33 @@ class SparseSeparation:
     error: float = nan
 
 
+@dataclass(frozen=True)
+class SparseOptions:
+    """How the zeros are looked for.
+
+    Attributes:
+        unit: unit roundoff of the client's arithmetic; an entry of G counts as known up to
+            16·unit times the size of its row.
+        trials: subsets of B−1 rows to try at most.
+        seconds: time limit, None for none.
+        seed: of the private generator; the global random state is not touched.
+        guided: prefer rows of units that are off in the mean picture; False draws uniformly.
+    """
+
+    unit: float = 2**-53
+    trials: int = 1 << 27
+    seconds: float | None = None
+    seed: int = 0
+    guided: bool = True
+
+
 def sparse_separation(
     weight_gradient: Tensor,
     bias_gradient: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
     rank: int,
-    *,
-    unit: float = 2**-53,
-    trials: int = 1 << 27,
-    seconds: float | None = None,
-    seed: int = 0,
-    guided: bool = True,
+    options: SparseOptions | None = None,
     watch: Callable[[str], None] | None = None,
 ) -> SparseSeparation:
     """Split the mixture ``G = Kᵀ X`` of a fully connected layer before ReLU into samples.
@@ -78,12 +93,7 @@ def sparse_separation(
         weight: W, [m, n].
         bias: b, [m].
         rank: B, the number of different samples, which is the rank of G.
-        unit: unit roundoff of the client's arithmetic; an entry of G counts as known up to
-            16·unit times the size of its row.
-        trials: subsets of B−1 rows to try at most.
-        seconds: time limit, None for none.
-        seed: of the private generator; the global random state is not touched.
-        guided: prefer rows of units that are off in the mean picture; False draws uniformly.
+        options: of the search; None for those of :class:`SparseOptions`.
         watch: called with a line on the progress.
 
     Returns:
@@ -102,55 +112,50 @@ def sparse_separation(
         >>> result.agreement, bool(torch.cdist(result.inputs, X).amin(0).max() < 1e-9)
         (1.0, True)
     """
-    start = time.perf_counter()
+    start, options = time.perf_counter(), options or SparseOptions()
     _check(weight_gradient, bias_gradient, weight, bias, rank)
-
-    def refused(
-        reason: str, agreement: float = 0.0, tried: int = 0, found: int = 0
-    ) -> SparseSeparation:
-        spent = time.perf_counter() - start
-        return SparseSeparation(None, None, agreement, tried, spent, reason, found)
-
-    if bias_gradient is None or bias is None:
-        return refused(
-            "the layer has no bias gradient: the zeros give each sample only up to its scale"
-        )
-    layer = coordinates(weight_gradient, bias_gradient, weight, bias, rank, unit)
+    layer: Layer | str = (
+        "the layer has no bias gradient: the zeros give each sample only up to its scale"
+    )
+    if bias_gradient is not None and bias is not None:
+        layer = coordinates(weight_gradient, bias_gradient, weight, bias, rank, options.unit)
     if isinstance(layer, str):
-        return refused(layer)
-    search = RowSearch(layer, seed, guided)
+        return SparseSeparation(None, None, 0.0, 0, time.perf_counter() - start, layer)
+    return _searched(layer, options, start, watch)
+
+
+def _searched(
+    layer: Layer, options: SparseOptions, start: float, watch: Callable[[str], None] | None
+) -> SparseSeparation:
+    """Search until B directions explain every sign, or a limit is reached."""
+    search, rank = RowSearch(layer, options.seed, options.guided), len(layer.weights)
     tried, best, done = 0, 0.0, -1
-    deadline = inf if seconds is None else start + seconds
+    deadline = inf if options.seconds is None else start + options.seconds
     while True:
         if search.count != done and search.count >= rank:
             done = search.count
             answer = assemble(layer, search.found)
             best = max(best, answer.agreement)
             if answer.certified:
-                return SparseSeparation(
-                    answer.inputs,
-                    answer.cotangents,
-                    answer.agreement,
-                    tried,
-                    time.perf_counter() - start,
+                reason = (
                     f"the signs of {answer.cotangents.numel()} pre-activations fit, "
-                    f"{answer.undecided:.1%} of them too close to zero to tell",
-                    done,
-                    answer.error,
+                    f"{answer.undecided:.1%} of them too close to zero to tell"
                 )
-        if rank == 1:
-            return refused(f"the zeros of k fit only {best:.1%} of the signs of z", best, 0, 1)
-        spent = time.perf_counter() - start
-        limit = tried >= trials
-        if limit or (seconds is not None and spent > seconds):
-            what = f"{trials} subsets" if limit else f"{seconds:g} s"
-            return refused(
+                return SparseSeparation(
+                    answer.inputs, answer.cotangents, answer.agreement, tried,
+                    time.perf_counter() - start, reason, done, answer.error,
+                )  # fmt: skip
+        spent, limit = time.perf_counter() - start, tried >= options.trials
+        late = options.seconds is not None and spent > options.seconds
+        if rank == 1 or limit or late:
+            what = f"{options.trials} subsets" if limit else f"{options.seconds or 0:g} s"
+            reason = (
                 f"{search.count} sparse directions of {rank} after {tried} subsets of {rank - 1} "
-                f"rows and {spent:.1f} s (limit: {what}), signs explained: {best:.1%}",
-                best,
-                tried,
-                search.count,
+                f"rows and {spent:.1f} s (limit: {what}), signs explained: {best:.1%}"
             )
+            if rank == 1:  # its one direction is all that there is to find
+                reason = f"the zeros of k fit only {best:.1%} of the signs of z"
+            return SparseSeparation(None, None, best, tried, spent, reason, search.count)
         tried += search.round(max(rank, done + 1), deadline)
         if watch is not None:
             watch(f"sparse directions: {search.count} of {rank}, {tried} subsets")

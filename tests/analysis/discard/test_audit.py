@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cases import picture, small_conv, small_mlp
 from graphs import concatenated, odd_geometry, pooled, residual, seeded
-from networks import picture, small_conv, small_mlp
 from reference import dense_blocks
 from torch import Tensor, nn
 from written import Written

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from networks import picture, small_conv, small_mlp
+from cases import picture, small_conv, small_mlp
 from torch import nn
 
 import rgap

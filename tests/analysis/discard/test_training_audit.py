@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from networks import small_mlp
+from cases import small_mlp
 from torch import Tensor, nn
 
 from rgap.analysis import TrainingAudit, audit, audit_training

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from cases import small_conv, small_mlp
 from graphs import residual, seeded
-from networks import small_conv, small_mlp
 from torch import nn
 from typer.testing import CliRunner
 

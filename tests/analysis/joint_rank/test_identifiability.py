@@ -7,6 +7,7 @@ from functools import cache
 
 import pytest
 import torch
+from cases import picture, small_conv, small_mlp
 from graphs import (
     attention,
     called_twice,
@@ -17,7 +18,6 @@ from graphs import (
     seeded,
     tied,
 )
-from networks import picture, small_conv, small_mlp
 from reference import dense_jacobian
 from torch import Tensor, nn
 

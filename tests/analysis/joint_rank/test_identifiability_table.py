@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cases import picture, small_conv, small_mlp
 from graphs import called_twice, seeded, tied
-from networks import picture, small_conv, small_mlp
 from reference import dense_jacobian
 from torch import Tensor, nn
 from written import Written

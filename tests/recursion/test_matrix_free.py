@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from allocations import smallest_routes
-from networks import picture, small_conv
+from cases import picture, small_conv
 from reference import dense_blocks
 from torch import nn
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from networks import picture
+from cases import picture
 from torch import Tensor, nn
 
 import rgap
 from rgap import Status, capture, invert
-from rgap.completion.features import coarse
-from rgap.completion.max_pool import find_winners
+from rgap.completion.features import Suggestion, coarse
+from rgap.completion.max_pool import PooledStage, find_winners
 from rgap.constraints.known_input import Standardised, Where
 from rgap.jacobian.module_update import ClientLoss, KnownFeatures, ModuleUpdate
 from rgap.jacobian.smoothing import rounded
@@ -56,7 +56,7 @@ def test_values_stand_where_the_winners_are_and_nothing_is_said_elsewhere() -> N
     output = Estimate(value, precision.rounding(value))
     cotangent = Estimate(slope, precision.rounding(slope))
     pool = chain.stages[2].lead[0]
-    found = find_winners(model, chain, gradients, 2, pool, output, cotangent, 20.0)
+    found = find_winners(model, PooledStage(chain, 2, pool, output, cotangent), gradients, 20.0)
     assert found is not None and found.passed is not None
     assert torch.allclose(found.input, model[:2](x), atol=1e-8)
     placed, pulled = found.passed
@@ -75,7 +75,8 @@ def test_no_search_at_the_data_or_with_few_equations(index: int, surplus: float)
     pool = chain.stages[2].lead[0]
     zero = torch.zeros(1, *pool.out_shape, dtype=F64)
     known = Estimate(zero, zero[None])
-    assert not find_winners(model, chain, gradients, index, pool, known, known, 1.0, 0, surplus)
+    stage = PooledStage(chain, index, pool, known, known)
+    assert not find_winners(model, stage, gradients, 1.0, surplus=surplus)
 
 
 def test_where_counts_and_compares_known_entries_alone() -> None:
@@ -136,7 +137,7 @@ def test_a_suggestion_is_near_the_known_features(follow: bool) -> None:
     x = rgap.photos.load(1, 6)[:, :2]
     model, sent, source = silu(x)
     prior = TotalVariation()
-    arguments = (model, sent, source, tuple(x.shape), prior, (0.0, 1.0), 20.0)
+    arguments = (model, sent, source, Suggestion(tuple(x.shape), prior, (0.0, 1.0), 20.0))
     found = coarse(*arguments, follow=follow)
     assert found.dtype == F64 and bool(((found >= 0) & (found <= 1)).all())
     assert torch.equal(found, coarse(*arguments, follow=follow))

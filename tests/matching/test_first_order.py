@@ -7,7 +7,7 @@ from math import inf, nan
 
 import pytest
 import torch
-from networks import picture, small_conv
+from cases import picture, small_conv
 from torch import Tensor, nn
 
 import rgap

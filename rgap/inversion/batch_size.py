@@ -1,4 +1,6 @@
-"""How far apart pictures may be that an update of unknown batch size shows as one.
+"""A batch size that nobody states: what it leaves open of an answer.
+
+Only what no other batch sends is certified.  How far apart may pictures be that are shown as one?
 
 Samples x ± e with one label send, at a fully connected layer with input u and cotangent k,
 
@@ -19,7 +21,6 @@ network, the distance is infinite.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from math import inf
 
@@ -30,16 +31,44 @@ from rgap.doubles import row_blocks
 from rgap.inversion.problem import Problem
 from rgap.limits import ALIKE, LEANING, MERGED, ROUNDING_SHARE, USEFUL
 from rgap.network.running import called
+from rgap.network.watching import LayerCall, watched
 from rgap.recovery import Candidate, Recovery, Status
 
-__all__ = ["hidden", "uncounted", "unrefuted"]
+__all__ = ["counted", "hidden"]
 
 DRAWS = 8  # directions of each of four kinds
 STEP = 1e-5  # of the largest entry: of a central difference
 TOGETHER = 1 << 21  # entries of the data of one pass
 
 
-def uncounted(problem: Problem, found: Recovery) -> Recovery:
+def counted(problem: Problem, recovery: Recovery) -> Recovery:
+    """The recovery without inputs that are certified only if the batch is one sample.
+
+    Where the network is affine on the data, or has one logit, several samples send a gradient of
+    rank one as well: without targets nothing says that there is one.
+
+    Args:
+        problem: with or without a stated batch size.
+        recovery: its answer for the smallest batch.
+    """
+    if problem.stated is not None:
+        return recovery
+    if recovery.status is Status.INCONSISTENT:
+        return _unrefuted(recovery)
+    if not recovery.certified:
+        return recovery
+    if "targets" in recovery.certified and recovery.inputs is not None:
+        return _uncounted(problem, recovery)
+    return recovery.uncertified(
+        labels=problem.labels,
+        determined=None,
+        partial=None,
+        reason="the batch size is not stated, and several samples can send a gradient of rank one "
+        f"too; for one sample write batch_size=1; then: {recovery.reason}",
+    )
+
+
+def _uncounted(problem: Problem, recovery: Recovery) -> Recovery:
     """A certified recovery of unknown batch size, with what may be merged in its bound.
 
     ``EXACT`` then says of every picture of the batch that it lies within ``error_bound`` of one
@@ -47,41 +76,40 @@ def uncounted(problem: Problem, found: Recovery) -> Recovery:
 
     Args:
         problem: without a stated batch size.
-        found: its recovery, inputs and targets certified.
+        recovery: with inputs and targets certified.
     """
-    inputs, labels, bound = found.inputs, found.labels, found.error_bound
+    inputs, labels, bound = recovery.inputs, recovery.labels, recovery.error_bound
     assert inputs is not None and labels is not None and bound is not None
     if problem.update.loss.targets != "index":
         return _open(
             problem,
-            found,
+            recovery,
             f"the batch size is not stated, and copies of a picture with different targets send "
             f"the same as one with their mean, which {problem.update.loss.name} admits too",
         )
-    if not _whole(problem, len(inputs), found.scale):
+    if not _whole(problem, len(inputs), recovery.scale):
         return _open(
             problem,
-            found,
+            recovery,
             "the batch size is not stated, and samples that the network is sure of send next to "
             "nothing: only under a mean, and at its own scale, would they be missed",
         )
     try:
-        apart = hidden(problem, inputs, labels, 1.0 if found.scale is None else found.scale)
+        apart = hidden(problem, inputs, labels, 1.0 if recovery.scale is None else recovery.scale)
     except (ValueError, TypeError, RuntimeError):  # a forward that takes this batch only
         apart = inf
-    low, high = problem.value_range or (0.0, 1.0)
-    if bound + apart <= USEFUL * (high - low):
+    if bound + apart <= USEFUL * problem.width:
         return replace(
-            found,
+            recovery,
             error_bound=bound + apart,
             reason=f"the batch size is not stated: no picture of the batch is further than "
             f"{bound + apart:.1e} from one of these, {apart:.1e} of it because several may be "
-            f"shown as one; if it has {len(inputs)}: {found.reason}",
+            f"shown as one; if it has {len(inputs)}: {recovery.reason}",
         )
     far = "any distance" if apart == inf else f"up to {apart:.1g}"
     return _open(
         problem,
-        found,
+        recovery,
         f"the batch size is not stated, and several pictures with one target, {far} from each "
         "other, send the update of the one between them",
     )
@@ -98,38 +126,28 @@ def _whole(problem: Problem, rows: int, scale: float | Tensor | None) -> bool:
     return problem.declared.reduction == "mean" and near
 
 
-def _open(problem: Problem, found: Recovery, why: str) -> Recovery:
+def _open(problem: Problem, recovery: Recovery, why: str) -> Recovery:
     """The recovery of a batch of unknown size as a candidate, which nothing certifies."""
-    assert found.inputs is not None
-    return replace(
-        found,
-        inputs=None,
+    assert recovery.inputs is not None
+    return recovery.uncertified(
         labels=problem.labels,
         status=Status.UNDERDETERMINED,
-        certified=frozenset(),
-        error_bound=None,
         targets_error_bound=None,
-        predicted_error=None,
         multiplicities=None,
         scale=None,
-        candidates=(Candidate(found.inputs, found.labels, found.residual or 0.0),),
+        candidates=(Candidate(recovery.inputs, recovery.labels, recovery.residual or 0.0),),
         reason=f"{why}; state batch_size (for one sample batch_size=1) to have it certified; "
-        f"then: {found.reason}",
+        f"then: {recovery.reason}",
     )
 
 
-def unrefuted(found: Recovery) -> Recovery:
+def _unrefuted(recovery: Recovery) -> Recovery:
     """A contradiction of the smallest batch, which refutes no larger one: not ``INCONSISTENT``."""
-    return replace(
-        found,
-        inputs=None,
+    return recovery.uncertified(
         status=Status.UNDERDETERMINED,
-        certified=frozenset(),
-        error_bound=None,
-        predicted_error=None,
         reason="the batch size is not stated, and the smallest batch does not send this update; a "
         "larger one may: state batch_size (for one sample batch_size=1) to have it tested; "
-        f"then: {found.reason}",
+        f"then: {recovery.reason}",
     )
 
 
@@ -206,17 +224,17 @@ class _Seen:
 def _directions(inputs: Tensor, seed: int) -> list[Tensor]:
     """Differences of the largest entry 1: noise, brightness, contrast, single entries."""
     generator = torch.Generator().manual_seed(seed)
-    found = []
+    drawn = []
     for _ in range(DRAWS):
         plain = torch.randn(inputs.shape, generator=generator, dtype=torch.float64).to(inputs)
         even = torch.rand(inputs.shape, generator=generator, dtype=torch.float64).to(inputs)
         place = torch.randint(inputs[0].numel(), (len(inputs), 1), generator=generator)
         single = torch.zeros_like(inputs).flatten(1).scatter_(1, place.to(inputs.device), 1.0)
         middle = inputs - inputs.flatten(1).mean(1).reshape(-1, *([1] * (inputs.ndim - 1)))
-        found += [plain, even, middle + 0.1 * middle.abs().amax() * plain,
+        drawn += [plain, even, middle + 0.1 * middle.abs().amax() * plain,
                   single.reshape(inputs.shape)]  # fmt: skip
     shape = (-1, *([1] * (inputs.ndim - 1)))
-    return [d / d.abs().flatten(1).amax(1).clamp_min(1e-300).reshape(shape) for d in found]
+    return [d / d.abs().flatten(1).amax(1).clamp_min(1e-300).reshape(shape) for d in drawn]
 
 
 def _layers(
@@ -234,29 +252,16 @@ def _layers(
     rows, size = torch.cat(batches), len(batches[0])
     calls: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
-    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-        def hook(_: nn.Module, given: tuple[Tensor, ...], made: Tensor) -> Tensor:
-            made = made if made.requires_grad else made.detach().requires_grad_()
-            calls.setdefault(name, []).append((given[0], made))
-            return made
-
-        return hook
+    def keep(call: LayerCall) -> None:
+        calls.setdefault(call.name, []).append((call.given, call.made.requires_grad_()))
 
     weights = {f"{name}.weight".lstrip("."): m for name, m in model.named_modules()}
-    hooks = [
-        module.register_forward_hook(keep(name))
-        for name, module in weights.items()
-        if isinstance(module, nn.Linear) and name in problem.sent
-    ]
-    try:
-        with torch.enable_grad():
-            outputs = called(model, rows.detach().requires_grad_(), tensors)
-            loss = torch.stack(
-                [problem.declared(own, labels.to(place)) for own in outputs.split(size)]
-            ).sum()
-    finally:
-        for hook in hooks:
-            hook.remove()
+    layers = {n: m for n, m in weights.items() if isinstance(m, nn.Linear) and n in problem.sent}
+    with torch.enable_grad(), watched(layers, leave=keep):
+        outputs = called(model, rows.detach().requires_grad_(), tensors)
+        loss = torch.stack(
+            [problem.declared(own, labels.to(place)) for own in outputs.split(size)]
+        ).sum()
     once = {
         name: kept[0]
         for name, kept in calls.items()
