@@ -17,12 +17,11 @@ from rgap.analysis.calls.recorder import uncounted
 from rgap.analysis.discard.layer_ranks import Spaces, counted_rows
 from rgap.analysis.discard.probed_rows import AuditOptions, probed_rows
 from rgap.analysis.discard.table import MEASURED, Audit, AuditRow
-from rgap.analysis.probe import probe_targets, probed
+from rgap.analysis.probe import probe_pictures, probe_targets, probed
 from rgap.network.chain import parse
 from rgap.progress import Shown
 from rgap.update.losses import Loss
 from rgap.update.preflight import device_of
-from rgap.validation import require_finite
 
 METHODS = ("exact", "sketch", "formula")
 WEIGHTS = ("given", "random")
@@ -89,7 +88,7 @@ def audit(
     batches = _checked(batch_sizes, method, weights)
     chosen, place = Loss.of(loss), device_of(device)
     show = Timed(progress, time_limit, place)
-    pictures = _pictures(inputs, shape, max(batches), seed).to(place)
+    pictures = probe_pictures(inputs, shape, max(batches), seed, place)
     model = redrawn(model, seed) if weights == "random" else model
     if method == "formula":
         rows, notes = counted_rows(model, shape, batches, chosen.name)
@@ -187,20 +186,6 @@ def _checked(batch_sizes: Sequence[int], method: str, weights: str) -> tuple[int
     return batches
 
 
-def _pictures(inputs: Tensor | None, shape: tuple[int, ...], count: int, seed: int) -> Tensor:
-    if inputs is None:
-        generator = torch.Generator().manual_seed(seed)
-        return torch.rand(count, *shape, generator=generator, dtype=torch.float64)
-    inputs = torch.as_tensor(inputs)
-    if tuple(inputs.shape[1:]) != shape or len(inputs) < count:
-        raise ValueError(
-            f"expected inputs of shape [{count} or more, {', '.join(map(str, shape))}], got "
-            f"{list(inputs.shape)}; give one probe picture per sample of the largest batch"
-        )
-    require_finite("inputs", inputs, "give probe pictures of finite numbers, or write inputs=None")
-    return inputs.double()
-
-
 def _notes(rows: Sequence[AuditRow]) -> tuple[str, ...]:
     notes = []
     for measured, why in (
@@ -231,8 +216,8 @@ def _notes(rows: Sequence[AuditRow]) -> tuple[str, ...]:
     ]
     dead = sorted({row.layer for row in rows if row.gradient_rank == 0})
     if dead:
-        shown = ", ".join(map(repr, dead))
-        notes.append(f"No gradient at all reaches {shown}: their cotangents are zero.")
+        silent = ", ".join(map(repr, dead))
+        notes.append(f"No gradient at all reaches {silent}: their cotangents are zero.")
     return tuple(notes)
 
 
