@@ -92,8 +92,8 @@ def budget_of(memory_budget: float | None, device: torch.device | str = "cpu") -
     """
     if memory_budget is None:
         return SHARE * free(device)
-    stated: object = memory_budget
-    if isinstance(stated, bool) or not isinstance(stated, Real):
+    given: object = memory_budget  # whatever the caller gave
+    if isinstance(given, bool) or not isinstance(given, Real):
         raise TypeError(
             f"memory_budget: expected a number of bytes, got {memory_budget!r}; write "
             "memory_budget=4e9, or memory_budget=None for half of what the machine has free"

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from rgap.recovery import Recovery
     from rgap.update.update import Update
 
-Result = TypeVar("Result", bound="Recovery")
-
 __all__ = ["Answer", "worded"]
+
+_Answer = TypeVar("_Answer", bound="Recovery")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,7 @@ class Answer:
             console.print(f"Pictures: {written}", highlight=False, soft_wrap=True)
 
 
-def worded(recovery: Result, options: Mapping[str, str]) -> Result:
+def worded(recovery: _Answer, options: Mapping[str, str]) -> _Answer:
     """A recovery whose words name the options of a command."""
     return replace(
         recovery,
