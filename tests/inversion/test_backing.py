@@ -58,7 +58,7 @@ TARGETS: dict[str, tuple[Loss, Callable[[int], Tensor]]] = {
 EXACT = {
     "int8": (2, 1, 1, 2, 1),
     "int16": (2, 1, 1, 2, 1),
-    "float16": (1, 1, 1, 2, 1),
+    "float16": (2, 1, 1, 2, 1),
     "bfloat16": (0, 0, 1, 2, 1),
 }
 
