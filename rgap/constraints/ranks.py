@@ -213,8 +213,8 @@ def shared_products(affine: Affine, cotangent: Tensor) -> Iterator[Tensor]:
     """
     groups = 1 if affine.geometry is None else affine.geometry.groups
     per_group = affine.out_shape[0] // groups
-    for own in torch.arange(affine.out_shape[0], device=cotangent.device).split(per_group):
-        parts = torch.cartesian_prod(own, own).split(per_group)
+    for own in torch.split(torch.arange(affine.out_shape[0], device=cotangent.device), per_group):
+        parts = torch.split(torch.cartesian_prod(own, own), per_group)
         vectors = torch.cat([_products(affine, cotangent, part) for part in parts])
         yield vectors.reshape(-1, len(cotangent), *affine.in_shape)
 
