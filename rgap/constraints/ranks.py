@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from math import prod
+from math import inf, prod
 
 import torch
 from torch import Tensor
@@ -79,7 +79,7 @@ def _full_on_what_is_read(affine: Affine, mask: Tensor | None, on: int) -> RowSp
     if extremes is None:
         return None
     basis = torch.eye(used, dtype=gram.dtype, device=gram.device)
-    return _spread(basis, read, Rank.full(used, extremes))
+    return _spread(basis, read, Rank(used, size, 0.0, inf, *extremes, used))
 
 
 def _spread(basis: Tensor, read: Tensor, rank: Rank) -> RowSpace:
@@ -119,9 +119,7 @@ def stage_joint_rank(
     fixed = sum(space.rank.rank for space, done in zip(weight, settled, strict=True) if done)
     if all(settled):
         worst = min(weight, key=lambda space: space.rank.smallest).rank
-        return Rank.agreed(
-            fixed, total, gap=worst.gap, largest=worst.largest, smallest=worst.smallest
-        )
+        return Rank(fixed, total, 0.0, worst.gap, worst.largest, worst.smallest, fixed)
     open_ones = [b for b, done in enumerate(settled) if not done]
     if len(open_ones) < batch:
         matrix = gradient.matrix
@@ -215,8 +213,7 @@ def shared_products(affine: Affine, cotangent: Tensor) -> Iterator[Tensor]:
     """
     groups = 1 if affine.geometry is None else affine.geometry.groups
     per_group = affine.out_shape[0] // groups
-    every = torch.arange(affine.out_shape[0], device=cotangent.device)
-    for own in torch.split(every, per_group):
+    for own in torch.split(torch.arange(affine.out_shape[0], device=cotangent.device), per_group):
         parts = torch.split(torch.cartesian_prod(own, own), per_group)
         vectors = torch.cat([_products(affine, cotangent, part) for part in parts])
         yield vectors.reshape(-1, len(cotangent), *affine.in_shape)

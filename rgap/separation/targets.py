@@ -256,8 +256,8 @@ def _silent(batch: Batch, logits: Tensor) -> bool:
 
 
 def _clear(identity: Identity) -> bool:
-    """True if the next class misses by so much more that the root is at a sample."""
-    return identity.next > max(SURELY * identity.outside, SURE)
+    """True if the class fits, and the next one misses by so much more that the root is a sample."""
+    return identity.outside < SURE < identity.next > SURELY * identity.outside
 
 
 def common_factor(batch: Batch, rank: int, identities: Sequence[Identity]) -> Unseparated | None:
@@ -270,7 +270,7 @@ def common_factor(batch: Batch, rank: int, identities: Sequence[Identity]) -> Un
     """
     if not single(batch, rank) or len(identities) < rank:
         return None
-    if any(i.label is None or i.outside >= SURE or not _clear(i) for i in identities):
+    if any(i.label is None or not _clear(i) for i in identities):
         return None
     weights = [_copies(batch, i, rank) for i in identities]
     if not 0.0 < max(weights) < COMMON * min(weights) or abs(median(weights) - 1.0) <= WHOLE:
@@ -290,7 +290,7 @@ def contradicted(batch: Batch, samples: Mixture, collected: Collected) -> Unsepa
     """
     if batch.size is None:
         return None
-    clear = [i for i in collected.refused if i.outside < SURE and _clear(i) and i.label is not None]
+    clear = [i for i in collected.refused if _clear(i) and i.label is not None]
     weights = [_copies(batch, i, batch.size) for i in clear]
     sure = [
         m for m in weights if LEAST < m < batch.size / LEAST and not whole(m, batch.size)

@@ -114,6 +114,11 @@ HONEST = {
         mlp("relu", 3, widths=(), classes=10), pictures(5, 5), labels("random", 5, 10, 5), Loss(),
         False, Status.EXACT,
     ),
+    "two labels where all cotangents are nearly parallel": lambda: (
+        mlp("sigmoid", 7, widths=(24, 40), classes=3, gain=0.3),
+        pictures(7, 7)[[0, 0, 2, 3, 4, 5, 6]], labels("random", 7, 3, 7), Loss(), True,
+        Status.UNDERDETERMINED,
+    ),
     "many labels": lambda: (
         mlp("gelu", 7, classes=3), X, torch.tensor([[1, 0, 1], [0, 0, 1], [1, 1, 1], [0, 0, 0]]),
         Loss(BCE), True, Status.EXACT,
