@@ -19,6 +19,7 @@ from rgap.diagnosis.noise import CLEAR, FEWEST, STATED, Floor
 LEFT = 0.4  # of what is beneath, where the decay is taken off; of noise nearly all of it stays
 SAME = 0.02  # relative difference of λ between layers
 STEPS = 6
+NOTHING = 1e-300  # in place of the square of weights of zero, which explain nothing beneath
 
 
 def read(evidence: Evidence, layers: list[Floor]) -> tuple[list[Finding], dict[str, Tensor]]:
@@ -37,7 +38,7 @@ def read(evidence: Evidence, layers: list[Floor]) -> tuple[list[Finding], dict[s
     size = evidence.batch
     dense = {n: gradients[n] for n in weights}
     shared = sum(float((dense[n] * w).sum()) for n, w in weights.items())
-    whole = shared / sum(float(w.square().sum()) for w in weights.values())
+    whole = shared / max(NOTHING, sum(float(w.square().sum()) for w in weights.values()))
     first = [_beneath(dense[n], w, size) for n, w in weights.items()]
     best: tuple[float, float] | None = None
     for start in (0.0, whole):  # the second where the decay is larger than the gradient
@@ -47,7 +48,7 @@ def read(evidence: Evidence, layers: list[Floor]) -> tuple[list[Finding], dict[s
             rate += sum(s.product for s in seen) / sum(s.size for s in seen)
         seen = [_beneath(dense[n] - rate * w, w, size) for n, w in weights.items()]
         rates = [rate + s.product / s.size for s in seen]
-        left = max(a.rest / max(b.rest, 1e-300) for a, b in zip(seen, first, strict=True))
+        left = max(a.rest / max(b.rest, NOTHING) for a, b in zip(seen, first, strict=True))
         if (
             max(rates) - min(rates) <= SAME * abs(rate)
             and left <= LEFT
@@ -96,4 +97,5 @@ def _beneath(gradient: Tensor, weight: Tensor, batch: int) -> Seen:
     left, values, right = torch.linalg.svd(gradient, full_matrices=False)
     rest = torch.diag(values[batch:])
     seen = left[:, batch:].T @ weight @ right[batch:].T
-    return Seen(float((rest * seen).sum()), float(seen.square().sum()), float(rest.norm()))
+    size = max(NOTHING, float(seen.square().sum()))
+    return Seen(float((rest * seen).sum()), size, float(rest.norm()))

@@ -112,9 +112,10 @@ def _check_indices(loss: str, outputs: Tensor, targets: Tensor) -> None:
         )
     require_shape(loss, outputs, targets, index=True)
     classes = outputs.shape[1]
-    if bool(((targets < 0) | (targets >= classes)).any()):
+    wrong = targets[(targets < 0) | (targets >= classes)]
+    if len(wrong):
         raise ValueError(
             f"targets: expected class indices 0 to {classes - 1} (the model has {classes} "
-            f"outputs), got {int(targets.min())} to {int(targets.max())}; ignore_index is not "
+            f"outputs), got {wrong.unique().tolist()[:5]}; ignore_index is not "
             "offered, leave those samples out of the batch."
         )

@@ -489,6 +489,16 @@ def follow(model: nn.Module, update: rgap.Update) -> rgap.Update:
     return mended
 
 
+def test_weights_of_zero_have_not_decayed() -> None:
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(9, 8))
+    for p in model.parameters():
+        nn.init.zeros_(p)
+    sent = capture(model, torch.rand(3, 9), torch.tensor([0, 1, 2]), value_range=None)
+    found = check(model, replace(sent, batch_size=1))
+    assert Kind.DECAY not in [finding.kind for finding in found.findings]
+
+
 @pytest.mark.parametrize(("batch", "rate"), [(1, 5e-4), (1, -1e-2), (4, 5e-4)])
 def test_weight_decay_is_no_noise(batch: int, rate: float) -> None:
     given = case("mlp", batch)
