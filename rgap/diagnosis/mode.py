@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from rgap.diagnosis.evidence import Call, Evidence
-from rgap.diagnosis.finding import Finding, Kind
+from rgap.diagnosis.finding import MENDING, Finding, Kind
 
 SAFETY = 100.0
 APART = 30.0  # times as much as the one mode must miss, for the other to be meant
@@ -134,7 +134,7 @@ def read(evidence: Evidence) -> list[Finding]:
             f"{what} is {worst.train_misfit:.1e} of its terms, 0 in train mode; eval mode misses "
             f"by {worst.eval_misfit:.1e}"
         )
-        line = "model.eval() on the client before it computes the gradient"
+        line = MENDING[Kind.DROPOUT]  # the switch is the same
         strength = worst.eval_misfit / max(worst.train_misfit, worst.rounding, 1e-300)
         return [Finding(Kind.MODE, worst.train_misfit, said, line, strength)]
     return []

@@ -20,7 +20,7 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
 from rgap.diagnosis.evidence import Call, Evidence
-from rgap.diagnosis.finding import Finding, Kind
+from rgap.diagnosis.finding import MENDING, Finding, Kind
 from rgap.diagnosis.noise import Floor
 from rgap.diagnosis.samples import batch
 from rgap.head.bias_attack import bias_attack, rank_one_residual
@@ -294,11 +294,7 @@ def _by_rank(evidence: Evidence, layers: list[Floor]) -> list[Finding]:
         said += f"; '{lowest.name}' below has no more: the same data, other weights"
     least = max(2, -(-worst.rank // size))
     said += f"; {least} steps at least"
-    line = (
-        "rgap.match(model, dataclasses.replace(update, local_steps=steps), "
-        "local=rgap.LocalTraining(rate)) with the client's steps and rate"
-    )
-    several = Finding(Kind.STEPS, float(least), said, line, strength)
+    several = Finding(Kind.STEPS, float(least), said, MENDING[Kind.STEPS], strength)
     if reads:
         return [several]
     if worst.next > FAINT:

@@ -10,13 +10,12 @@ from math import inf
 import torch
 
 from rgap.diagnosis.evidence import Evidence
-from rgap.diagnosis.finding import Finding, Kind
+from rgap.diagnosis.finding import MENDING, Finding, Kind
 from rgap.rounding import UNIFORM
 from rgap.update.compression import compression
 from rgap.update.quantisation import recognise
 from rgap.update.update import Update
 
-LINE = "rgap.match(model, update); the equations need the gradient as it was"
 ROUNDED = "update.as_rounded()[0]"
 
 
@@ -48,4 +47,4 @@ def compressed(evidence: Evidence) -> Finding | None:
         return None
     zeros = sum(int((g == 0).sum()) for g in sent.values())
     share = zeros / sum(g.numel() for g in sent.values())
-    return Finding(Kind.COMPRESSION, share, words, LINE, inf)
+    return Finding(Kind.COMPRESSION, share, words, MENDING[Kind.COMPRESSION], inf)

@@ -27,7 +27,7 @@ from rgap.diagnosis import mode
 from rgap.diagnosis.dropout import dropping, predicted
 from rgap.diagnosis.evidence import Call, Evidence
 from rgap.diagnosis.factors import smallest_misfit
-from rgap.diagnosis.finding import Finding, Kind
+from rgap.diagnosis.finding import MENDING, Finding, Kind
 from rgap.diagnosis.samples import Samples, nearest_sample
 from rgap.head.bias_attack import bias_attack, rank_one_residual
 from rgap.head.features import features_from_bias
@@ -43,7 +43,6 @@ LARGEST = 20_000  # unknowns of a stage up to which the recursion is tried
 WHOLE = 2.0  # relative misfit above which nothing was solved
 COMMON = (Kind.DECAY, Kind.NOISE, Kind.STEPS)  # these break every identity
 SPARSE = 0.45  # share of zeros that pruning may have left, where nothing proves that it did not
-LINE = "model.load_state_dict(weights) with the weights that the server sent for this round"
 
 
 @dataclass(frozen=True)
@@ -100,8 +99,8 @@ def read(evidence: Evidence, samples: Samples | None) -> list[Finding]:
         f"{worst.what}: relative misfit {worst.misfit:.1e}, rounding explains "
         f"{worst.tolerance:.1e}; {len(broken)} of {len(found)} identities fail"
     )
-    rivals = _rivals(evidence, broken)
-    return [Finding(Kind.WEIGHTS, worst.misfit, said, LINE, worst.strength, rivals)]
+    kinds = (Kind.WEIGHTS, *_rivals(evidence, broken))
+    return [Finding.among(kinds, worst.misfit, said, worst.strength)]
 
 
 def _rivals(evidence: Evidence, broken: list[Contradiction]) -> tuple[Kind, ...]:
@@ -134,7 +133,7 @@ def _masked(
         f"{held.what} holds to {held.misfit:.1e}, so the weights are right, but {worst.what} "
         f"misses by {worst.misfit:.1e}: '{layers[0].name}' (p = {rate:g}) was on"
     )
-    line = "model.eval() on the client before it computes the gradient"
+    line = MENDING[Kind.DROPOUT]
     return Finding(Kind.DROPOUT, rate, said, line, worst.strength)
 
 

@@ -241,7 +241,10 @@ SHOWN = [given for given in SPREAD if (given[0], given[1], given[3]) != ("lenet"
 @pytest.mark.parametrize(("name", "batch", "loss", "dtype"), SHOWN)
 def test_other_weights(name: str, batch: int, loss: str, dtype: torch.dtype) -> None:
     given = case(name, batch, loss, dtype=dtype)
-    found = only(check(moved(given.model, 0.1), given.update), Kind.WEIGHTS)
+    found = check(moved(given.model, 0.1), given.update).best
+    assert found is not None
+    # At a convolution network's head the target is all that is looked at: a loss gives it too.
+    assert found.kind is Kind.WEIGHTS or found.rivals == (Kind.WEIGHTS, Kind.LOSS)
     assert found.value < 1.0
     assert found.strength > 3.0
 

@@ -277,7 +277,7 @@ class Trial:
         return (*MISTAKES[self.mistake].kinds, *((Kind.MODE,) if both else ()))
 
     def outcome(self) -> tuple[str, str, Check]:
-        """Right, rival, silent or wrong; the first finding; everything."""
+        """Right, open, rival, silent or wrong; the first finding; everything."""
         found = check(*self.made())
         kinds = self.kinds
         best = found.best
@@ -286,7 +286,9 @@ class Trial:
             return ("silent" if kinds else "right"), first, found
         if best.kind in kinds:
             return "right", first, found
-        return ("rival" if set(kinds) & set(best.rivals) else "wrong"), first, found
+        if not set(kinds) & set(best.rivals):
+            return "wrong", first, found
+        return ("open" if best.kind is Kind.UNDECIDED else "rival"), first, found
 
 
 def trials(seed: int, names: tuple[str, ...] = (), stated: bool = True) -> Iterator[Trial]:
