@@ -27,15 +27,15 @@ RATIO = 1e-3  # relative spread of the factor 1/(1 − p)
 
 def read(evidence: Evidence) -> list[Finding]:
     """Dropout layers whose readers have columns of zeros that the model does not make."""
-    found = []
+    findings = []
     for layer in dropping(evidence):
         for reader in evidence.calls:
             if not evidence.feeds(layer.made, reader.given) or reader is layer:
                 continue
             finding = _zeros(evidence, layer, reader) or _scaled(evidence, layer, reader)
             if finding is not None:
-                found.append(finding)
-    return found[:1]
+                findings.append(finding)
+    return findings[:1]
 
 
 def dropping(evidence: Evidence) -> list[Call]:

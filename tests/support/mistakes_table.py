@@ -226,6 +226,15 @@ MISTAKES: dict[str, Mistake] = {
         lambda c: stepped(c, lambda p: RULES.Adagrad(p, 0.1 * RATE)), (K.OPTIMISER,)
     ),
     "RMSprop": Mistake(lambda c: stepped(c, lambda p: RULES.RMSprop(p, RATE)), (K.OPTIMISER,)),
+    "Adam, 3 steps": Mistake(
+        lambda c: stepped(c, lambda p: RULES.Adam(p, RATE), 3), (K.OPTIMISER,)
+    ),
+    "Adagrad, 8 steps": Mistake(
+        lambda c: stepped(c, lambda p: RULES.Adagrad(p, 0.1 * RATE), 8), (K.OPTIMISER,)
+    ),
+    "RMSprop, 2 steps": Mistake(
+        lambda c: stepped(c, lambda p: RULES.RMSprop(p, RATE), 2), (K.OPTIMISER,)
+    ),
     "Adamax": Mistake(lambda c: stepped(c, lambda p: RULES.Adamax(p, RATE)), (K.OPTIMISER,)),
     "signSGD": Mistake(signed, (K.OPTIMISER,)),
     "Lion": Mistake(lambda c: signed(c, 0.1), (K.OPTIMISER,)),
