@@ -5,8 +5,9 @@
     OMP_NUM_THREADS=1 python -m benchmarks.sweeps.check --unstated
     OMP_NUM_THREADS=1 python -m benchmarks.sweeps.check --genuine 400
 
-A row a mistake: how often the first finding names it, names it as a rival, is another one (a fault)
-or is missing, and which ones came first.  With ``--unstated`` the server does not know the batch
+A row a mistake: how often the first finding names it, names it among those that no equation tells
+apart ("undecided"), names it as a rival, is missing, or is another one (a fault), and which ones
+came first.  With ``--unstated`` the server does not know the batch
 size.  With ``--genuine`` random networks, losses and batches of clients without mistakes, each with
 its batch size and without; every finding is a fault.
 """
@@ -61,11 +62,11 @@ def main() -> int:
             firsts[trial.mistake][first] += 1
             if end == "wrong":
                 print(trial, found.best.sentence if found.best else "", flush=True)
-    print("| mistake | named | a rival | nothing | another | first findings |")
-    print("| --- | --: | --: | --: | --: | --- |")
+    print("| mistake | named | undecided | a rival | nothing | another | first findings |")
+    print("| --- | --: | --: | --: | --: | --: | --- |")
     for name, counts in ends.items():
         if counts:
-            numbers = [str(counts[end]) for end in ("right", "rival", "silent", "wrong")]
+            numbers = [str(counts[end]) for end in ("right", "open", "rival", "silent", "wrong")]
             listed = ", ".join(f"{kind} {n}" for kind, n in firsts[name].most_common())
             print(f"| {name} | {' | '.join(numbers)} | {listed} |")
     return int(any(counts["wrong"] for counts in ends.values()))

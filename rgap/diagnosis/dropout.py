@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rgap.diagnosis.evidence import Call, Evidence
-from rgap.diagnosis.finding import Finding, Kind
+from rgap.diagnosis.finding import MENDING, Finding, Kind
 from rgap.head.bias_attack import bias_attack, rank_one_residual
 
 FEWEST = 2  # ratios that agree
@@ -23,20 +23,19 @@ WIDE = (-40.0, -1.0, 1.0, 40.0)  # times the probes' pre-activations that data m
 AFFINE = (nn.Linear, nn.modules.conv._ConvNd)
 RARE = 0.5  # of the zeros that are expected, below which they come from elsewhere
 RATIO = 1e-3  # relative spread of the factor 1/(1 − p)
-LINE = "model.eval() on the client before it computes the gradient"
 
 
 def read(evidence: Evidence) -> list[Finding]:
     """Dropout layers whose readers have columns of zeros that the model does not make."""
-    found = []
+    findings = []
     for layer in dropping(evidence):
         for reader in evidence.calls:
             if not evidence.feeds(layer.made, reader.given) or reader is layer:
                 continue
             finding = _zeros(evidence, layer, reader) or _scaled(evidence, layer, reader)
             if finding is not None:
-                found.append(finding)
-    return found[:1]
+                findings.append(finding)
+    return findings[:1]
 
 
 def dropping(evidence: Evidence) -> list[Call]:
@@ -95,7 +94,7 @@ def _zeros(evidence: Evidence, layer: Call, reader: Call) -> Finding | None:
         f"{zeros} of the {count} inputs of '{reader.name}' are exactly zero ({zeros / count:.2f}); "
         f"without '{layer.name}' (p = {rate:g}) none would be"
     )
-    return Finding(Kind.DROPOUT, zeros / count, said, LINE, inf)
+    return Finding(Kind.DROPOUT, zeros / count, said, MENDING[Kind.DROPOUT], inf)
 
 
 def _scaled(evidence: Evidence, layer: Call, reader: Call) -> Finding | None:
@@ -135,7 +134,7 @@ def _scaled(evidence: Evidence, layer: Call, reader: Call) -> Finding | None:
         f"{zeros} of the {count} active inputs of '{reader.name}' are zero and the others "
         f"{factor:.6g} times what '{call.name}' predicts, 1/(1 − p) for p = {rate:.4g}"
     )
-    return Finding(Kind.DROPOUT, rate, said, LINE, inf)
+    return Finding(Kind.DROPOUT, rate, said, MENDING[Kind.DROPOUT], inf)
 
 
 def predicted(evidence: Evidence, lower: Call, reader: Call, x: Tensor) -> Tensor | None:

@@ -108,7 +108,7 @@ class Evidence:
     @property
     def terms(self) -> dict[str, int]:
         """Outer products that the gradient of a layer's weight is a sum of; {} without a batch."""
-        found = {}
+        counts = {}
         for call in self.calls:
             module, made = call.module, call.made
             if self.batch is None or not isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
@@ -116,8 +116,8 @@ class Evidence:
             wide = isinstance(module, nn.Linear)
             groups = 1 if isinstance(module, nn.Linear) else module.groups
             ends = [t.shape[1:-1] if wide else t.shape[2:] for t in (call.given, made)]
-            found[call.weight_name] = self.batch * groups * max(prod(e) for e in ends)
-        return found
+            counts[call.weight_name] = self.batch * groups * max(prod(e) for e in ends)
+        return counts
 
     @property
     def late(self) -> bool:
@@ -153,12 +153,12 @@ class Evidence:
     @property
     def dense(self) -> list[tuple[Call, Tensor, Tensor | None]]:
         """Fully connected layers with ∂W and ∂b, in the order of the calls."""
-        found = []
+        layers = []
         for call in self.calls:
             pair = self.linear(call)
             if pair is not None:
-                found.append((call, *pair))
-        return found
+                layers.append((call, *pair))
+        return layers
 
     @property
     def head(self) -> tuple[Call, Tensor, Tensor | None] | None:
@@ -259,11 +259,11 @@ def usual(
     try:
         with torch.enable_grad():
             outputs = twin(x.to(next(iter(named.values())).device))
-            found = torch.autograd.grad(outputs.norm(), list(named.values()), allow_unused=True)
+            slopes = torch.autograd.grad(outputs.norm(), list(named.values()), allow_unused=True)
     except Exception:  # as in _run
         return {}
     scale = loss_scale(loss, batch or 1, outputs[0].numel())
-    sizes = zip(named, found, strict=True)
+    sizes = zip(named, slopes, strict=True)
     return {n: scale * float(g.square().mean()) ** 0.5 for n, g in sizes if g is not None}
 
 

@@ -92,7 +92,7 @@ def fits_of(evidence: Evidence, samples: Samples, loss: Loss) -> list[list[Fit]]
         return None  # behind other steps the sign of k_j says nothing of y_j
     if (loss.own and not 3 <= outputs <= FEW) or loss.targets == "probability":
         return None
-    found = []
+    ranked = []
     for row in range(len(samples.logits)):
         targets = _targets(samples, row, loss, outputs)
         try:
@@ -101,8 +101,8 @@ def fits_of(evidence: Evidence, samples: Samples, loss: Loss) -> list[list[Fit]]
             if loss.own:
                 return None
             raise
-        found.append(sorted(fits, key=lambda fit: fit.misfit))
-    return found
+        ranked.append(sorted(fits, key=lambda fit: fit.misfit))
+    return ranked
 
 
 def _weighed(loss: Loss) -> bool:

@@ -31,6 +31,7 @@ class Kind(StrEnum):
     DECAY = "weight decay"
     NOISE = "noise"
     WEIGHTS = "weights"
+    UNDECIDED = "undecided"
 
     @property
     def claim(self) -> str:
@@ -60,7 +61,24 @@ _CLAIMS = {
     Kind.DECAY: "weight decay is in the update: it is no gradient of the loss alone",
     Kind.NOISE: "noise was added that is not stated",
     Kind.WEIGHTS: "the model does not have the weights that the update was computed on",
+    Kind.UNDECIDED: "one of several mistakes, which no equation of this network and batch tells "
+    "apart",
 }
+MENDING = {
+    Kind.SCALE: "dataclasses.replace(update, gradients=gradients) divided by the client's factor",
+    Kind.CLIPPING: "gradients that the client did not clip",
+    Kind.LOSS: "dataclasses.replace(update, loss=loss) with the client's loss",
+    Kind.DROPOUT: "model.eval() on the client before it computes the gradient",
+    Kind.STEPS: "rgap.match(model, dataclasses.replace(update, local_steps=steps), "
+    "local=rgap.LocalTraining(rate)) with the client's steps and rate",
+    Kind.BATCH_SIZE: "dataclasses.replace(update, batch_size=size) with the client's size",
+    Kind.DECAY: "rgap.Update.from_delta(..., weight_decay=rate) with the client's rate",
+    Kind.NOISE: "rgap.invert(model, update, noise=level) with the client's standard deviation",
+    Kind.WEIGHTS: "model.load_state_dict(weights) with the weights that the server sent for this "
+    "round",
+    Kind.COMPRESSION: "rgap.match(model, update); the equations need the gradient as it was",
+}
+"""The line that mends each, where no trial gives its number."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +93,7 @@ class Finding:
         strength: how clearly: the misfit as declared over that which the finding leaves, or over
             what rounding explains.  Findings are ranked by it.
         rivals: other kinds that would explain the same, and that no equation of this network and
-            batch tells from it.
+            batch tells from it; of ``UNDECIDED`` all that are possible.
     """
 
     kind: Kind
@@ -88,7 +106,19 @@ class Finding:
     @property
     def claim(self) -> str:
         """What is found, in half a sentence: with what no equation here tells from it."""
+        if self.kind is Kind.UNDECIDED:
+            return f"{self.kind.claim}: {'; or '.join(kind.claim for kind in self.rivals)}"
         return ", or ".join([self.kind.claim, *(kind.claim for kind in self.rivals)])
+
+    @classmethod
+    def among(
+        cls, kinds: tuple[Kind, ...], value: float, evidence: str, strength: float
+    ) -> Finding:
+        """The mistake if one alone is possible; else ``UNDECIDED``, with a line for each."""
+        if len(kinds) == 1:
+            return cls(kinds[0], value, evidence, MENDING[kinds[0]], strength)
+        lines = "; or ".join(f"{MENDING[kind]} (if {kind})" for kind in kinds)
+        return cls(Kind.UNDECIDED, value, evidence, lines, strength, kinds)
 
     @property
     def sentence(self) -> str:
@@ -135,7 +165,7 @@ class Check:
     @property
     def untested(self) -> tuple[Kind, ...]:
         """Kinds of which no equation of this network and batch says anything."""
-        return tuple(kind for kind in Kind if kind not in self.tested)
+        return tuple(k for k in Kind if k not in self.tested and k is not Kind.UNDECIDED)
 
     def explain(self) -> str:
         """All findings in words, and what could not be tested."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from rgap.diagnosis.evidence import Call, Evidence
-from rgap.diagnosis.finding import Finding, Kind
+from rgap.diagnosis.finding import MENDING, Finding, Kind
 
 SAFETY = 100.0
 APART = 30.0  # times as much as the one mode must miss, for the other to be meant
@@ -57,25 +57,20 @@ class Pair:
 
 def pairs(evidence: Evidence) -> list[Pair]:
     """Every affine map whose output goes into a batch norm."""
-    norms = [
-        c
-        for c in evidence.calls
-        if isinstance(c.module, nn.modules.batchnorm._BatchNorm)
-        and c.module.affine
-        and c.module.running_mean is not None
-    ]
-    affine = [
-        c for c in evidence.calls if isinstance(c.module, (nn.Linear, nn.modules.conv._ConvNd))
-    ]
-    found = []
+    kinds = (nn.Linear, nn.modules.conv._ConvNd)
+    affine = [c for c in evidence.calls if isinstance(c.module, kinds)]
+    norms = [c for c in evidence.calls if isinstance(c.module, nn.modules.batchnorm._BatchNorm)]
+    known = []
     for norm in norms:
+        if not norm.module.affine or norm.module.running_mean is None:
+            continue
         before = [c for c in affine if evidence.feeds(c.made, norm.given)]
         names = [c.weight_name for c in (*before, norm)] + [norm.bias_name]
         if len(before) == 1 and all(n in evidence.gradients for n in names):
             pair = _pair(evidence, before[0], norm)
             if pair is not None:
-                found.append(pair)
-    return found
+                known.append(pair)
+    return known
 
 
 def _pair(evidence: Evidence, affine: Call, norm: Call) -> Pair | None:
@@ -120,21 +115,21 @@ def _pair(evidence: Evidence, affine: Call, norm: Call) -> Pair | None:
 
 def read(evidence: Evidence) -> list[Finding]:
     """Train mode where it explains the identities that eval mode contradicts."""
-    found = pairs(evidence)
-    if not found:
+    tried = pairs(evidence)
+    if not tried:
         return []
     evidence.tested.update((Kind.MODE, Kind.WEIGHTS))
-    wrong = [p for p in found if p.eval_misfit > max(SAFETY * p.rounding, 1e-6)]
+    wrong = [p for p in tried if p.eval_misfit > max(SAFETY * p.rounding, 1e-6)]
     train = [p for p in wrong if p.train_misfit * APART < p.eval_misfit or _zero(p)]
     if train and len(train) == len(wrong):
         worst = max(train, key=lambda p: p.eval_misfit / max(p.train_misfit, 1e-300))
         what = "⟨W, G⟩" if worst.train_misfit < 1 and worst.rounding else "∂b"
         said = (
-            f"{len(train)} of {len(found)} affine maps before a batch norm, '{worst.name}' first: "
+            f"{len(train)} of {len(tried)} affine maps before a batch norm, '{worst.name}' first: "
             f"{what} is {worst.train_misfit:.1e} of its terms, 0 in train mode; eval mode misses "
             f"by {worst.eval_misfit:.1e}"
         )
-        line = "model.eval() on the client before it computes the gradient"
+        line = MENDING[Kind.DROPOUT]  # the switch is the same
         strength = worst.eval_misfit / max(worst.train_misfit, worst.rounding, 1e-300)
         return [Finding(Kind.MODE, worst.train_misfit, said, line, strength)]
     return []
@@ -146,8 +141,8 @@ def _zero(pair: Pair) -> bool:
 
 def contradiction(evidence: Evidence) -> tuple[float, float, str] | None:
     """The eval-mode identity that misses most: its misfit, its tolerance and the layer."""
-    found = pairs(evidence)
-    if not found:
+    tried = pairs(evidence)
+    if not tried:
         return None
-    worst = max(found, key=lambda p: p.eval_misfit / max(p.rounding, 1e-300))
+    worst = max(tried, key=lambda p: p.eval_misfit / max(p.rounding, 1e-300))
     return worst.eval_misfit, max(SAFETY * worst.rounding, 1e-6), worst.name

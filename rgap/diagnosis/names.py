@@ -47,12 +47,8 @@ def mended(model: nn.Module, update: Update) -> tuple[Update | None, Finding | N
         return update.fitted(model), None  # nothing is sent of what the client did not train
     if missing:
         device = next(iter(gradients.values())).device
-        full = {
-            n: gradients[n]
-            if n in gradients
-            else torch.zeros(wanted[n], dtype=update.dtype, device=device)
-            for n in wanted
-        }
+        rest = {n: torch.zeros(wanted[n], dtype=update.dtype, device=device) for n in missing}
+        full = {n: rest[n] if n in rest else gradients[n] for n in wanted}
         said = f"{len(missing)} of {len(wanted)} parameters are missing, '{missing[0]}' first"
         line = (
             "[p.requires_grad_(False) for n, p in model.named_parameters() "
@@ -60,11 +56,9 @@ def mended(model: nn.Module, update: Update) -> tuple[Update | None, Finding | N
         )
         if prefix:
             said += f", and every name begins with '{prefix}'"
-        if len(missing) == len(wanted):
-            return None, Finding(Kind.NAMES, float(len(missing)), said, line, inf)
-        return replace(update, gradients=full), Finding(
-            Kind.NAMES, float(len(missing)), said, line, inf
-        )
+        lacking = Finding(Kind.NAMES, float(len(missing)), said, line, inf)
+        nothing = len(missing) == len(wanted)
+        return None if nothing else replace(update, gradients=full), lacking
     ordered = replace(update, gradients={n: gradients[n] for n in wanted})
     if prefix:
         line = (

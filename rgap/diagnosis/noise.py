@@ -59,7 +59,7 @@ class Floor:
 def floors(evidence: Evidence) -> list[Floor]:
     """Of every fully connected layer with enough rows and columns."""
     batch = evidence.batch or 1
-    found = []
+    layers = []
     for call, weight, _ in evidence.dense:
         # Rows of dead units and columns of dark pixels carry neither signal nor, maybe, noise.
         table = weight[(weight != 0).any(1)][:, (weight != 0).any(0)]
@@ -81,8 +81,8 @@ def floors(evidence: Evidence) -> list[Floor]:
         stated = evidence.added(call.weight_name)
         seen = min(seen, int((values > STATED * stated * (m**0.5 + n**0.5)).sum()))
         next_ = float(beneath[0] / values[0])
-        found.append(Floor(call.name, level, ratio, rounding, freedom, seen, full, stated, next_))
-    return found
+        layers.append(Floor(call.name, level, ratio, rounding, freedom, seen, full, stated, next_))
+    return layers
 
 
 def read(evidence: Evidence, layers: list[Floor]) -> list[Finding]:

@@ -30,18 +30,10 @@ from rgap.precision import Precision
 from rgap.update import targets
 from rgap.update.update import Update
 
-EXPLAIN = frozenset(
-    (
-        Kind.MODE,
-        Kind.DROPOUT,
-        Kind.STEPS,
-        Kind.NOISE,
-        Kind.BATCH_SIZE,
-        Kind.LOSS,
-        Kind.DECAY,
-        Kind.LABELS,
-    )
-)
+EXPLAIN = frozenset((
+    Kind.MODE, Kind.DROPOUT, Kind.STEPS, Kind.NOISE, Kind.BATCH_SIZE, Kind.LOSS, Kind.DECAY,
+    Kind.LABELS,
+))  # fmt: skip
 """Findings that break identities between layers: other weights are not needed to explain these."""
 SAME = 1e3  # roundings by which the gradient of one sample may miss rank one
 
@@ -104,8 +96,7 @@ def check(
     if input_shape is not None:
         input_shape = validation.shape(input_shape)
     known = update.labels if labels is None else validation.labels(labels, size)
-    if size is None and known is not None:
-        size = len(known)
+    size = len(known) if size is None and known is not None else size
     seed = validation.seed(seed)
     tested: set[Kind] = {Kind.NAMES}
     renamed, misnamed = names.mended(model, update)
@@ -184,26 +175,27 @@ def _equations(evidence: Evidence) -> list[Finding]:
         precision = replace(evidence.precision, entries={**known, **entries})
         evidence = replace(evidence, gradients=gradients, precision=precision)
         layers = noise.floors(evidence)
-    found = noise.read(evidence, layers)
-    if found:
-        precision = replace(evidence.precision, noise=found[0].value)
+    findings = noise.read(evidence, layers)
+    if findings:
+        precision = replace(evidence.precision, noise=findings[0].value)
         evidence = replace(evidence, precision=precision)
-    found += decayed
+    findings += decayed
     modes = [*mode.read(evidence), *dropout.read(evidence)]
-    found += modes
-    if not any(f.kind is Kind.NOISE for f in found):
-        found += steps.read(evidence, layers)
+    findings += modes
+    if not any(f.kind is Kind.NOISE for f in findings):
+        findings += steps.read(evidence, layers)
     sent = None
-    if not any(f.kind in (Kind.STEPS, Kind.BATCH_SIZE) for f in found):
+    if not any(f.kind in (Kind.STEPS, Kind.BATCH_SIZE) for f in findings):
         sent = _sent(evidence)
     if sent is not None:
-        found += scale.read(evidence, sent)
-    if any(f.kind in EXPLAIN for f in found) or evidence.late:
-        return found
+        findings += scale.read(evidence, sent)
+    if any(f.kind in EXPLAIN for f in findings) or evidence.late:
+        return findings
     other = weights.read(evidence, sent)
     if other and sent is not None and sent.logits.numel() < scale.TELLING:
-        found = [f for f in found if f.kind not in scale.GRADES]  # some factor always fits these
-    return [*found, *other]
+        # Some factor always fits these.
+        findings = [f for f in findings if f.kind not in scale.GRADES]
+    return [*findings, *other]
 
 
 def _sent(evidence: Evidence) -> samples.Samples | None:

@@ -197,18 +197,18 @@ def batch(evidence: Evidence) -> Samples | None:
         sent = {n: sign * g for n, g in evidence.sent.items()}
         mixed = Batch(chain, sent, evidence.loss, evidence.precision, evidence.batch)
         source = _source(mixed)
-        found = None if source is None else _collected(mixed, source)
-        if found is None:
+        samples = None if source is None else _collected(mixed, source)
+        if samples is None:
             continue
         for draw in range(SHAKEN):
-            found = _shaken(mixed, found, draw)
-            if found is None:
+            samples = _shaken(mixed, samples, draw)
+            if samples is None:
                 return None
-        return replace(found, cotangents=sign * found.cotangents)
+        return replace(samples, cotangents=sign * samples.cotangents)
     return None
 
 
-def _shaken(mixed: Batch, found: Samples, draw: int) -> Samples | None:
+def _shaken(mixed: Batch, samples: Samples, draw: int) -> Samples | None:
     """The samples with the errors that another draw of the update's rounding shows.
 
     How much a root of the equations moves with them is measured: the update is changed by as much
@@ -224,20 +224,20 @@ def _shaken(mixed: Batch, found: Samples, draw: int) -> Samples | None:
     again = Batch(mixed.chain, moved, mixed.loss, mixed.precision, mixed.size)
     source = _source(again)
     other = None if source is None else _collected(again, source)
-    if other is None or len(other.logits) != len(found.logits):
+    if other is None or len(other.logits) != len(samples.logits):
         return None
-    apart = torch.cdist(found.features, other.features)
+    apart = torch.cdist(samples.features, other.features)
     order = apart.argmin(1)
     if len(set(order.tolist())) < len(order):
         return None
-    gap = (other.cotangents[order] - found.cotangents).norm(dim=1)
-    relative = float((gap / found.cotangents.norm(dim=1).clamp_min(1e-300)).max())
-    width = float((other.logits[order] - found.logits).abs().max())
-    tolerance = max(found.tolerance, SWING * relative)
+    gap = (other.cotangents[order] - samples.cotangents).norm(dim=1)
+    relative = float((gap / samples.cotangents.norm(dim=1).clamp_min(1e-300)).max())
+    width = float((other.logits[order] - samples.logits).abs().max())
+    tolerance = max(samples.tolerance, SWING * relative)
     return (
         None
         if tolerance > LOOSEST
-        else replace(found, width=max(found.width, SWING * width), tolerance=tolerance)
+        else replace(samples, width=max(samples.width, SWING * width), tolerance=tolerance)
     )
 
 
@@ -290,11 +290,11 @@ def _collected(mixed: Batch, source: Source) -> Samples | None:
     seed, samples = mixed.precision.seed, source.samples
     first = None if source.head is None else opening(source.head)
     starts = Starts(seed, first=first, rounds=ROUNDS)
-    found = collect(source.consistency, source.naming, _any_weight, starts)
-    if not found.complete:
+    roots = collect(source.consistency, source.naming, _any_weight, starts)
+    if not roots.complete:
         return None
     stage = samples.stage
-    u = (found.roots @ samples.right.T).reshape(-1, *stage.affine.in_shape)
+    u = (roots.roots @ samples.right.T).reshape(-1, *stage.affine.in_shape)
     features, logits = top(mixed.chain, stage.index, u)
     last = mixed.chain.stages[-1].affine
     weight = last.sent(mixed.gradients)

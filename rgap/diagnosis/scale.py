@@ -76,7 +76,7 @@ def _uniform(
     evidence: Evidence, samples: Samples, factors: Factors, common: float
 ) -> list[Finding]:
     near = max(EQUAL, factors.tolerance)
-    found = []
+    findings = []
     size = abs(common)
     if common < 0:
         negated = "{n: -g for n, g in update.gradients.items()}"
@@ -86,11 +86,11 @@ def _uniform(
         )
         line = f"dataclasses.replace(update, gradients={negated})"
         rivals = () if evidence.labels is None else (Kind.LABELS,)
-        found.append(Finding(Kind.SIGN, common, said, line, 2.0 / near, rivals))
+        findings.append(Finding(Kind.SIGN, common, said, line, 2.0 / near, rivals))
     if abs(size - 1.0) <= near or (evidence.presumed and _repeated(evidence.loss, size, near)):
-        return found
-    found.append(_of_factor(evidence, samples, factors, size, abs(size - 1.0) / near))
-    return found
+        return findings
+    findings.append(_of_factor(evidence, samples, factors, size, abs(size - 1.0) / near))
+    return findings
 
 
 def _repeated(loss: Loss, size: float, near: float) -> bool:

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 
 import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
 from rgap.diagnosis.evidence import Call, Evidence
-from rgap.diagnosis.finding import Finding, Kind
+from rgap.diagnosis.finding import MENDING, Finding, Kind
 from rgap.diagnosis.noise import Floor
 from rgap.diagnosis.samples import batch
 from rgap.head.bias_attack import bias_attack, rank_one_residual
@@ -103,11 +104,11 @@ def repeated(evidence: Evidence, x: Tensor) -> Training | None:
         for steps in range(2, MOST + 1):
             if evidence.late:
                 return None
-            found = _fitted(client, target, steps, single)
-            if steps == 2 and found.residual > HOPE * single:
+            training = _fitted(client, target, steps, single)
+            if steps == 2 and training.residual > HOPE * single:
                 break  # to first order in the rate all numbers of steps are alike
-            if best is None or found.residual < CLOSER * best.residual:
-                best = found
+            if best is None or training.residual < CLOSER * best.residual:
+                best = training
     return best
 
 
@@ -135,15 +136,12 @@ class Client:
     def of(cls, evidence: Evidence, x: Tensor) -> Client:
         """The client of an update."""
         model = copy.deepcopy(evidence.model).double().requires_grad_(False)
-        gradients, place, head = evidence.gradients, 0, evidence.head
-        wanted = None if head is None else f"{head[0].name}.bias"
-        found = None
-        for name, g in gradients.items():
-            if name == wanted:
-                found = slice(place, place + g.numel())
-            place += g.numel()
+        gradients, head = evidence.gradients, evidence.head
+        ends = pairwise(accumulate((g.numel() for g in gradients.values()), initial=0))
+        places = {name: slice(*end) for name, end in zip(gradients, ends, strict=True)}
+        bias = None if head is None else places.get(head[0].bias_name)
         sent = torch.cat([g.flatten() for g in gradients.values()])
-        return cls(model, evidence.update.loss, x, sent, tuple(gradients), found)
+        return cls(model, evidence.update.loss, x, sent, tuple(gradients), bias)
 
     def update(self, target: Tensor, local: LocalTraining | None, steps: int) -> Tensor:
         """The average of ``steps`` gradients, flattened."""
@@ -153,8 +151,8 @@ class Client:
             with torch.enable_grad():
                 outputs = torch.func.functional_call(self.model, leaves, (self.data,))
                 value = self.loss(outputs, target)
-                found = torch.autograd.grad(value, list(leaves.values()), materialize_grads=True)
-            return dict(zip(leaves, found, strict=True))
+                slopes = torch.autograd.grad(value, list(leaves.values()), materialize_grads=True)
+            return dict(zip(leaves, slopes, strict=True))
 
         parameters = {n: p.detach() for n, p in self.model.named_parameters() if n in self.names}
         total = average(gradient, parameters, local, steps, 1)
@@ -219,10 +217,10 @@ def _fitted(client: Client, target: Tensor, steps: int, single: float) -> Traini
     grid = [0.5 * k for k in range(-10, 3)]
     values = [misfit(place) for place in grid]
     k = min(max(values.index(min(values)), 1), len(grid) - 2)
-    found = minimize_scalar(
+    best = minimize_scalar(
         misfit, bounds=(grid[k - 1], grid[k + 1]), method="bounded", options={"xatol": 1e-7}
     )
-    rate = 10.0 ** float(found.x)
+    rate = 10.0 ** float(best.x)
     residual, scale = client.misfit(target, rate, steps)
     return Training(steps, rate, scale, residual, single)
 
@@ -235,27 +233,27 @@ def read(evidence: Evidence, layers: list[Floor]) -> list[Finding]:
     best = None if given is None else repeated(evidence, given[1])
     if best is not None and best.clear:
         return [_trained_finding(best)]
-    found = _by_rank(evidence, layers)
-    if best is not None and not found:
+    findings = _by_rank(evidence, layers)
+    if best is not None and not findings:
         evidence.tested.discard(Kind.STEPS)  # nearer than one gradient, but not near
-    return found
+    return findings
 
 
-def _trained_finding(found: Training) -> Finding:
+def _trained_finding(fit: Training) -> Finding:
     said = (
-        f"{found.steps} steps at rate {found.rate:.4g} from the data of the lowest layer give the "
-        f"update up to {found.residual:.1e}, one gradient up to {found.single:.1e}"
+        f"{fit.steps} steps at rate {fit.rate:.4g} from the data of the lowest layer give the "
+        f"update up to {fit.residual:.1e}, one gradient up to {fit.single:.1e}"
     )
     line = (
-        f"rgap.match(model, dataclasses.replace(update, local_steps={found.steps}), "
-        f"local=rgap.LocalTraining({found.rate:.4g}))"
+        f"rgap.match(model, dataclasses.replace(update, local_steps={fit.steps}), "
+        f"local=rgap.LocalTraining({fit.rate:.4g}))"
     )
-    if abs(found.scale / found.steps - 1) < 1e-2:
+    if abs(fit.scale / fit.steps - 1) < 1e-2:
         said += "; they are summed, not averaged"
-        shared = f"gradients={{n: g / {found.steps} for n, g in update.gradients.items()}}"
+        shared = f"gradients={{n: g / {fit.steps} for n, g in update.gradients.items()}}"
         line = line.replace("(update, ", f"(update, {shared}, ")
-    strength = found.single / max(found.residual, 1e-16)
-    return Finding(Kind.STEPS, float(found.steps), said, line, strength)
+    strength = fit.single / max(fit.residual, 1e-16)
+    return Finding(Kind.STEPS, float(fit.steps), said, line, strength)
 
 
 def _by_rank(evidence: Evidence, layers: list[Floor]) -> list[Finding]:
@@ -277,30 +275,21 @@ def _by_rank(evidence: Evidence, layers: list[Floor]) -> list[Finding]:
     said = f"the gradient of '{worst.name}' has rank {worst.rank}, a batch of {size} at most {size}"
     strength = max(worst.level / worst.rounding, 1.0)
     count = lowest.rank if reads else worst.rank
-    larger = Finding(
-        Kind.BATCH_SIZE,
-        float(count),
-        said,
-        f"dataclasses.replace(update, batch_size={count})",
-        strength,
-    )
+    line = f"dataclasses.replace(update, batch_size={count})"
+    larger = Finding(Kind.BATCH_SIZE, float(count), said, line, strength)
+    told = None if reads and lowest not in over else batch(replace(evidence, batch=count))
     if reads and lowest in over:
-        said += f"; '{lowest.name}' reads the data, of which no step sees more"
-        return [replace(larger, evidence=said)]
-    told = None if reads else batch(replace(evidence, batch=count))
+        said += f"; '{lowest.name}' reads the data, of which no step of SGD sees more"
+        return [replace(larger, evidence=said, rivals=() if told else (Kind.OPTIMISER,))]
     if told is not None:
         return [replace(larger, evidence=f"{said}; {told.route}")]
     if reads:
         said += f"; '{lowest.name}' below has no more: the same data, other weights"
     least = max(2, -(-worst.rank // size))
     said += f"; {least} steps at least"
-    line = (
-        "rgap.match(model, dataclasses.replace(update, local_steps=steps), "
-        "local=rgap.LocalTraining(rate)) with the client's steps and rate"
-    )
-    several = Finding(Kind.STEPS, float(least), said, line, strength)
+    several = Finding(Kind.STEPS, float(least), said, MENDING[Kind.STEPS], strength)
     if reads:
         return [several]
     if worst.next > FAINT:
-        return [replace(larger, rivals=(Kind.STEPS,))]
-    return [replace(several, rivals=(Kind.BATCH_SIZE,))]
+        return [replace(larger, rivals=(Kind.STEPS, Kind.OPTIMISER))]
+    return [replace(several, rivals=(Kind.BATCH_SIZE, Kind.OPTIMISER))]

@@ -10,33 +10,30 @@ from math import inf
 import torch
 
 from rgap.diagnosis.evidence import Evidence
-from rgap.diagnosis.finding import Finding, Kind
+from rgap.diagnosis.finding import MENDING, Finding, Kind
 from rgap.rounding import UNIFORM
 from rgap.update.compression import compression
 from rgap.update.quantisation import recognise
 from rgap.update.update import Update
 
-LINE = "rgap.match(model, update); the equations need the gradient as it was"
 ROUNDED = "update.as_rounded()[0]"
 
 
 def rounded(update: Update) -> Finding | None:
     """A format coarser than the declared one, or integers, that the values show."""
-    found = recognise(update.gradients)
-    if found is None or set(found.noise) <= set(update.noise or {}):
+    grid = recognise(update.gradients)
+    if grid is None or set(grid.noise) <= set(update.noise or {}):
         return None
-    if found.dtype is None:
-        name = max(found.noise, key=lambda n: update.gradients[n].numel())
-        step = float(found.noise[name].flatten()[0]) / UNIFORM
-        said = f"{found.evidence} distinct values are multiples of a step, {step:.3g} in '{name}'"
-        return Finding(Kind.COMPRESSION, step, f"{said}: {found.kind}", ROUNDED, inf)
-    eps = torch.finfo(found.dtype).eps
+    if grid.dtype is None:
+        name = max(grid.noise, key=lambda n: update.gradients[n].numel())
+        step = float(grid.noise[name].flatten()[0]) / UNIFORM
+        said = f"{grid.evidence} distinct values are multiples of a step, {step:.3g} in '{name}'"
+        return Finding(Kind.COMPRESSION, step, f"{said}: {grid.kind}", ROUNDED, inf)
+    eps = torch.finfo(grid.dtype).eps
     if eps <= torch.finfo(update.dtype).eps:
         return None
-    said = (
-        f"{found.evidence} distinct values of {len(found.noise)} tensors are {found.kind} numbers"
-    )
-    line = f"{ROUNDED}, or dataclasses.replace(update, dtype={found.dtype})"
+    said = f"{grid.evidence} distinct values of {len(grid.noise)} tensors are {grid.kind} numbers"
+    line = f"{ROUNDED}, or dataclasses.replace(update, dtype={grid.dtype})"
     return Finding(Kind.PRECISION, eps, said, line, inf)
 
 
@@ -48,4 +45,4 @@ def compressed(evidence: Evidence) -> Finding | None:
         return None
     zeros = sum(int((g == 0).sum()) for g in sent.values())
     share = zeros / sum(g.numel() for g in sent.values())
-    return Finding(Kind.COMPRESSION, share, words, LINE, inf)
+    return Finding(Kind.COMPRESSION, share, words, MENDING[Kind.COMPRESSION], inf)

@@ -27,7 +27,7 @@ from rgap.diagnosis import mode
 from rgap.diagnosis.dropout import dropping, predicted
 from rgap.diagnosis.evidence import Call, Evidence
 from rgap.diagnosis.factors import smallest_misfit
-from rgap.diagnosis.finding import Finding, Kind
+from rgap.diagnosis.finding import MENDING, Finding, Kind
 from rgap.diagnosis.samples import Samples, nearest_sample
 from rgap.head.bias_attack import bias_attack, rank_one_residual
 from rgap.head.features import features_from_bias
@@ -43,7 +43,6 @@ LARGEST = 20_000  # unknowns of a stage up to which the recursion is tried
 WHOLE = 2.0  # relative misfit above which nothing was solved
 COMMON = (Kind.DECAY, Kind.NOISE, Kind.STEPS)  # these break every identity
 SPARSE = 0.45  # share of zeros that pruning may have left, where nothing proves that it did not
-LINE = "model.load_state_dict(weights) with the weights that the server sent for this round"
 
 
 @dataclass(frozen=True)
@@ -71,23 +70,23 @@ class Contradiction:
 def read(evidence: Evidence, samples: Samples | None) -> list[Finding]:
     """The finding that nothing else explains; searches and recursions only where need be."""
     balances = _balances(evidence)
-    found = [*_predictions(evidence), *balances]
+    identities = [*_predictions(evidence), *balances]
     norm = mode.contradiction(evidence)
     if norm is not None:
-        found.append(Contradiction(f"∂b = γ/σ ∂β at '{norm[2]}'", norm[0], norm[1]))
+        identities.append(Contradiction(f"∂b = γ/σ ∂β at '{norm[2]}'", norm[0], norm[1]))
     if samples is not None and len(samples.logits) == 1 and not evidence.presumed:
         loss = evidence.loss
         free = loss.name == SQUARED and evidence.labels is None  # every target is admissible
         target = None if free else smallest_misfit(evidence, samples, loss)
         if target is not None:
             what = f"the nearest target of {loss.name} at the head"
-            found.append(Contradiction(what, *target, (Kind.LOSS,)))
-    broken = [c for c in found if c.strength > 1.0]
+            identities.append(Contradiction(what, *target, (Kind.LOSS,)))
+    broken = [c for c in identities if c.strength > 1.0]
     if not broken and not evidence.late:
         further = _recursion(evidence) if evidence.batch == 1 else _search(evidence, samples)
-        found += further
+        identities += further
         broken = [c for c in further if c.strength > 1.0]
-    if found:
+    if identities:
         evidence.tested.add(Kind.WEIGHTS)
     if not broken:
         return []
@@ -98,10 +97,10 @@ def read(evidence: Evidence, samples: Samples | None) -> list[Finding]:
             return [masked]
     said = (
         f"{worst.what}: relative misfit {worst.misfit:.1e}, rounding explains "
-        f"{worst.tolerance:.1e}; {len(broken)} of {len(found)} identities fail"
+        f"{worst.tolerance:.1e}; {len(broken)} of {len(identities)} identities fail"
     )
-    rivals = _rivals(evidence, broken)
-    return [Finding(Kind.WEIGHTS, worst.misfit, said, LINE, worst.strength, rivals)]
+    kinds = (Kind.WEIGHTS, *_rivals(evidence, broken))
+    return [Finding.among(kinds, worst.misfit, said, worst.strength)]
 
 
 def _rivals(evidence: Evidence, broken: list[Contradiction]) -> tuple[Kind, ...]:
@@ -134,7 +133,7 @@ def _masked(
         f"{held.what} holds to {held.misfit:.1e}, so the weights are right, but {worst.what} "
         f"misses by {worst.misfit:.1e}: '{layers[0].name}' (p = {rate:g}) was on"
     )
-    line = "model.eval() on the client before it computes the gradient"
+    line = MENDING[Kind.DROPOUT]
     return Finding(Kind.DROPOUT, rate, said, line, worst.strength)
 
 
@@ -149,7 +148,7 @@ def _predictions(evidence: Evidence) -> list[Contradiction]:
         x = bias_attack(weight, bias)
         rest = rank_one_residual(weight, x, bias)
         known.append((call, x, _tolerance(evidence, call, weight, bias) + rest))
-    found = []
+    identities = []
     for (lower, x, own), (upper, sent, other) in pairwise(known):
         expected = predicted(evidence, lower, upper, x)
         if expected is None or not bool((expected != 0).any()):
@@ -158,8 +157,8 @@ def _predictions(evidence: Evidence) -> list[Contradiction]:
         misfit = float((sent - expected).norm() / expected.norm())
         tolerance = SAFETY * (max(1.0, gain) * own + other)
         what = f"the input of '{upper.name}' predicted from that of '{lower.name}'"
-        found.append(Contradiction(what, misfit, tolerance, (Kind.DROPOUT,)))
-    return found
+        identities.append(Contradiction(what, misfit, tolerance, (Kind.DROPOUT,)))
+    return identities
 
 
 def _tolerance(evidence: Evidence, call: Call, weight: Tensor, bias: Tensor) -> float:
@@ -174,7 +173,7 @@ def _balances(evidence: Evidence) -> list[Contradiction]:
     chain = evidence.chain
     if chain is None:
         return []
-    found = []
+    identities = []
     for lower, upper in pairwise(chain.stages):
         steps = (*lower.tail, *upper.lead)
         norms = [op for op in steps if op.kind.startswith("batch_norm")]
@@ -185,8 +184,8 @@ def _balances(evidence: Evidence) -> list[Contradiction]:
             continue
         contradiction = _balance(evidence, chain, lower, upper, norms[0] if norms else None)
         if contradiction is not None:
-            found.append(contradiction)
-    return found
+            identities.append(contradiction)
+    return identities
 
 
 def _homogeneous(op: Op) -> bool:

@@ -26,6 +26,7 @@ from rgap.update.update import view
 
 # The cotangents of all targets of a head with two classes are parallel: any factor fits a mixture.
 PARALLEL = 2
+OPEN = (Kind.WEIGHTS, Kind.UNDECIDED)  # no reason where a batch was not told apart
 LIMIT = 10.0  # seconds after which no further trial begins
 REFUTES = frozenset(
     (
@@ -219,7 +220,7 @@ def explained(problem: Problem, recovery: Recovery) -> Recovery:
         seed=problem.precision.seed,
         time_limit=LIMIT,
     ).best
-    if best is None or best.kind is Kind.COMPRESSION or (best.kind is Kind.WEIGHTS and apart):
+    if best is None or best.kind is Kind.COMPRESSION or (best.kind in OPEN and apart):
         return recovery
     status = Status.INCONSISTENT if best.kind in REFUTES else recovery.status
     return replace(recovery, status=status, reason=f"{best.sentence}; {recovery.reason}")

@@ -241,7 +241,10 @@ SHOWN = [given for given in SPREAD if (given[0], given[1], given[3]) != ("lenet"
 @pytest.mark.parametrize(("name", "batch", "loss", "dtype"), SHOWN)
 def test_other_weights(name: str, batch: int, loss: str, dtype: torch.dtype) -> None:
     given = case(name, batch, loss, dtype=dtype)
-    found = only(check(moved(given.model, 0.1), given.update), Kind.WEIGHTS)
+    found = check(moved(given.model, 0.1), given.update).best
+    assert found is not None
+    # At a convolution network's head the target is all that is looked at: a loss gives it too.
+    assert found.kind is Kind.WEIGHTS or found.rivals == (Kind.WEIGHTS, Kind.LOSS)
     assert found.value < 1.0
     assert found.strength > 3.0
 
@@ -332,6 +335,8 @@ def test_an_optimiser_that_divides_by_the_gradient(name: str, batch: int) -> Non
     made = {n: m.make(given) for n, m in TABLE.items() if Kind.OPTIMISER in m.kinds}
     assert len(made) > 6
     made["5 of Adam"] = stepped(given, lambda p: torch.optim.Adam(p, 1e-3), 5)
+    made["8 of Adagrad"] = stepped(given, lambda p: torch.optim.Adagrad(p, 1e-3), 8)
+    made.pop("RMSprop, 2 steps")  # the second step is smaller, by what the gradient has changed
     for rule, sent in made.items():
         found = only(check(given.model, sent), Kind.OPTIMISER)
         assert "SGD" in found.remedy and "exp_avg" in found.remedy, rule

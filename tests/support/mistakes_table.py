@@ -226,6 +226,15 @@ MISTAKES: dict[str, Mistake] = {
         lambda c: stepped(c, lambda p: RULES.Adagrad(p, 0.1 * RATE)), (K.OPTIMISER,)
     ),
     "RMSprop": Mistake(lambda c: stepped(c, lambda p: RULES.RMSprop(p, RATE)), (K.OPTIMISER,)),
+    "Adam, 3 steps": Mistake(
+        lambda c: stepped(c, lambda p: RULES.Adam(p, RATE), 3), (K.OPTIMISER,)
+    ),
+    "Adagrad, 8 steps": Mistake(
+        lambda c: stepped(c, lambda p: RULES.Adagrad(p, 0.1 * RATE), 8), (K.OPTIMISER,)
+    ),
+    "RMSprop, 2 steps": Mistake(
+        lambda c: stepped(c, lambda p: RULES.RMSprop(p, RATE), 2), (K.OPTIMISER,)
+    ),
     "Adamax": Mistake(lambda c: stepped(c, lambda p: RULES.Adamax(p, RATE)), (K.OPTIMISER,)),
     "signSGD": Mistake(signed, (K.OPTIMISER,)),
     "Lion": Mistake(lambda c: signed(c, 0.1), (K.OPTIMISER,)),
@@ -277,7 +286,7 @@ class Trial:
         return (*MISTAKES[self.mistake].kinds, *((Kind.MODE,) if both else ()))
 
     def outcome(self) -> tuple[str, str, Check]:
-        """Right, rival, silent or wrong; the first finding; everything."""
+        """Right, open, rival, silent or wrong; the first finding; everything."""
         found = check(*self.made())
         kinds = self.kinds
         best = found.best
@@ -286,7 +295,9 @@ class Trial:
             return ("silent" if kinds else "right"), first, found
         if best.kind in kinds:
             return "right", first, found
-        return ("rival" if set(kinds) & set(best.rivals) else "wrong"), first, found
+        if not set(kinds) & set(best.rivals):
+            return "wrong", first, found
+        return ("open" if best.kind is Kind.UNDECIDED else "rival"), first, found
 
 
 def trials(seed: int, names: tuple[str, ...] = (), stated: bool = True) -> Iterator[Trial]:
