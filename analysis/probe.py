@@ -121,9 +121,8 @@ def frozen_weights(model: nn.Module) -> frozenset[str]:
 def _probe(use: Use, names: dict[int, str], number: int) -> Probe | None:
     u, _, k = use.rows
     try:
-        options = {} if use.kind == "linear" else use.options
         assert use.weight is not None
-        affine = affine_map(use.name, use.weight, use.bias, tuple(u.shape[1:]), names, **options)
+        affine = affine_map(use.name, use.weight, use.bias, tuple(u.shape[1:]), names, use.geometry)
     except Unsupported as refusal:
         log.warning("'%s' is left out of the audit: %s", use.name, refusal.reason)
         return None

@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AvgPoolNd, _MaxPoolNd
 
 from rgap.analysis.calls.recorder import record, refusal
 from rgap.analysis.calls.uses import Use
-from rgap.network.geometry import per_dimension, sides_of
+from rgap.network.geometry import per_dimension
 from rgap.network.isolation import meta_copy, without_hooks
 
 __all__ = ["Call", "calls_of", "sizes_of"]
@@ -78,38 +77,14 @@ def sizes_of(call: Call, *, head: bool) -> tuple[str, dict[str, Any], int]:
     Args:
         call: of a covered layer.
         head: True for a fully connected layer below a softmax loss.
-
-    Raises:
-        ValueError: a padding mode that is not zeros.
     """
     module, shape = call.module, call.in_shape
-    if module is None and call.use is not None:
+    if call.use is not None:
         return ("head" if head else call.use.kind), call.use.sizes(), call.use.repeats
-    if isinstance(module, nn.Linear):
-        features = {"in_features": module.in_features, "out_features": module.out_features}
-        return ("head" if head else "linear"), features, prod(shape[:-1])
     if isinstance(module, _BatchNorm):
         return "batch_norm", {"features": prod(shape)}, 1
     dims = len(shape) - 1
     sizes: dict[str, Any] = {"input_size": shape[1:]}
-    if isinstance(module, _ConvNd):
-        kernel = per_dimension(module.kernel_size, dims)
-        dilation = per_dimension(module.dilation, dims)
-        return (
-            f"conv{dims}d",
-            sizes
-            | {
-                "in_channels": module.in_channels,
-                "out_channels": module.out_channels,
-                "kernel_size": kernel,
-                "stride": per_dimension(module.stride, dims),
-                "padding": sides_of(module.padding, kernel, dilation),
-                "dilation": dilation,
-                "groups": module.groups,
-                "padding_mode": module.padding_mode,
-            },
-            1,
-        )
     sizes |= {"channels": shape[0], "output_size": call.out_shape[1:]}
     if isinstance(module, _AdaptiveAvgPoolNd):
         pairs = zip(shape[1:], call.out_shape[1:], strict=True)

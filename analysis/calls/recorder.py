@@ -8,6 +8,7 @@ is its cotangent k, and tells which outputs are read at all.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -21,6 +22,7 @@ from rgap.analysis.calls.step_kinds import CHOOSE, CHOOSE_BY_INDEX, POINTWISE
 from rgap.analysis.calls.substitutes import SUBSTITUTES
 from rgap.analysis.calls.uses import CONVOLUTIONS, Event, Node, Recording, Use
 from rgap.network.agreement import refuse_meta
+from rgap.network.geometry import Geometry
 from rgap.network.isolation import bare_copy
 from rgap.network.running import first_line, looks_up
 from rgap.network.watching import LayerCall, watched
@@ -29,8 +31,6 @@ __all__ = ["record", "refusal", "structural_twin", "uncounted"]
 
 Loss = Callable[[Tensor], Tensor]
 OPTIONS = ("stride", "padding", "dilation", "groups")
-# Of torch.nn.functional.conv1d and its like.
-DEFAULTS = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
 OTHERWISE = 1.0 / 0.7310585786300049  # by which a loss is multiplied to round it in another way
 ROUNDED = 1e3  # times what that moves a cotangent, below which it is rounding; others move by 1e-13
 LARGEST_POOL = 1024  # positions of a pool up to which the rank of its windows is computed
@@ -159,6 +159,16 @@ def uncounted(model: nn.Module, recording: Recording) -> list[str]:
     return names
 
 
+@dataclass(frozen=True, eq=False)
+class _Border:
+    """A border around a tensor of the forward; ``sides`` and ``shows`` as ``Geometry`` has them."""
+
+    around: Tensor
+    node: int
+    sides: tuple[int, ...]
+    shows: str
+
+
 class _Recorder(TorchFunctionMode):
     """Notes nodes and uses while it is active."""
 
@@ -173,7 +183,7 @@ class _Recorder(TorchFunctionMode):
         self.chooses: list[str] = []
         self.at: dict[int, int] = {}
         self.made: set[int] = set()  # tensors computed from parameters
-        self.bordered: dict[int, Tensor] = {}  # what a convolution put its own border around
+        self.bordered: dict[int, _Border] = {}  # tensors that are others with a border around
         self.told: set[int] = set()  # masks and indices that depend on the data
         self._kept: list[Tensor] = []  # what is kept alive keeps its id
         self._stack: list[str] = [""]
@@ -231,11 +241,6 @@ class _Recorder(TorchFunctionMode):
             if self.mode and (name in CHOOSE or by_data):
                 self.chooses.append(name)
             out = func(*args, **kwargs)
-        running = self.modules[self._stack[-1]]
-        if name == "pad" and isinstance(running, _ConvNd) and running.padding_mode != "zeros":
-            self.bordered[id(out)], self.at[id(out)] = args[0], reads[0]
-            self._kept.append(out)
-            return out
         if owned and name not in POINTWISE:
             return self._opaque(name, owned[0], args, out, reads)
         if name in ("__setitem__", "copy_"):
@@ -244,7 +249,35 @@ class _Recorder(TorchFunctionMode):
         for tensor in _tensors(out):
             if tensor.is_floating_point():
                 self._add(name, reads, tensor, func, args, kwargs)
+        if name == "pad":
+            self._surround(out, *args, **kwargs)
         return self._tell(out)
+
+    def _surround(
+        self, out: Tensor, input: Tensor, pad: Sequence[int], mode: str = "constant",
+        value: float | None = None,
+    ) -> None:  # fmt: skip
+        """Remember what a border was put around; arguments as for ``F.pad``."""
+        known = mode != "constant" or not value
+        if known and id(input) in self.at and min(pad) >= 0 and len(pad) <= 2 * (input.ndim - 2):
+            border = "zeros" if mode == "constant" else mode
+            self.bordered[id(out)] = _Border(input, self.at[id(input)], tuple(pad), border)
+
+    def _within(self, u: Tensor, geometry: Geometry) -> tuple[Tensor, Geometry]:
+        """The values ahead of the borders of a convolution's input, the borders as its padding.
+
+        The border shows these values again, or zeros: it adds no unknowns.  A border around
+        another goes along with it where both are zeros.
+        """
+        while (border := self.bordered.get(id(u))) is not None:
+            padded = any(map(any, geometry.padding))
+            if padded and (border.shows, geometry.border) != ("zeros", "zeros"):
+                break
+            if self.at[id(border.around)] != border.node:  # written to since
+                break
+            u = border.around
+            geometry = replace(geometry.bordered(border.sides), border=border.shows)
+        return u, geometry
 
     def _derive(self, out: Any, given: list[Tensor]) -> None:
         """Remember what is made of parameters alone by the name of the first of them."""
@@ -275,13 +308,12 @@ class _Recorder(TorchFunctionMode):
         path, module = self._owner(weight)
         z = func(*args, **kwargs)
         fresh: Tensor = z if z.requires_grad else z.requires_grad_()
-        options = {what: given.get(what, DEFAULTS[what]) for what in OPTIONS}
-        options["border"] = "zeros"
-        if id(u) in self.bordered and isinstance(module, _ConvNd):
-            u, options["padding"] = self.bordered[id(u)], module.padding
-            options["border"] = module.padding_mode
+        geometry = None
+        if name != "linear":
+            options = {what: given[what] for what in OPTIONS if what in given}
+            u, geometry = self._within(u, Geometry.of(tuple(weight.shape[2:]), **options))
         node = self._add(name, (self.at[id(u)],), fresh, use=len(self.uses))
-        use = Use(path, name, weight, bias, options, u, fresh, (self.at[id(u)],), node, module)
+        use = Use(path, name, weight, bias, geometry, u, fresh, (self.at[id(u)],), node, module)
         use.parameters = tuple(self.names[id(p)] for p in (weight, bias) if id(p) in self.names)
         self.uses.append(use)
         shapes = tuple(u.shape[1:]), tuple(z.shape[1:])
@@ -301,7 +333,7 @@ class _Recorder(TorchFunctionMode):
                 continue
             node = self._add(name, reads, tensor, use=len(self.uses))
             first = next(t for t in _tensors(args) if id(t) in self.at)
-            self.uses.append(Use(path, name, None, None, {}, first, tensor, reads, node))
+            self.uses.append(Use(path, name, None, None, None, first, tensor, reads, node))
         return out
 
     def _owner(self, weight: Tensor) -> tuple[str, nn.Module | None]:
@@ -329,6 +361,7 @@ class _Recorder(TorchFunctionMode):
             rank = len(func(places, *args[1:], **(kwargs or {})).unique()) // self.batch
         self.nodes.append(Node(op, inputs, entries, rank, self._stack[-1], use))
         self._kept.append(tensor)
+        self.bordered.pop(id(tensor), None)  # written to
         self.at[id(tensor)] = len(self.nodes) - 1
         return len(self.nodes) - 1
 

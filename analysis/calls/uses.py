@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rgap.network.geometry import per_dimension, sides_of
+from rgap.network.geometry import Geometry
 
 __all__ = ["CONVOLUTIONS", "Event", "Node", "Recording", "Use"]
 
@@ -51,8 +51,8 @@ class Use:
         kind: "linear", "conv1d", "conv2d", "conv3d", or the name of a step that is not covered.
         weight: the parameter; None for a step that is not covered.
         bias: the parameter, if there is one.
-        options: stride, padding, dilation, groups and border of a convolution.
-        inputs: u, [B, ...].
+        geometry: of a convolution, borders that the forward put around u counted as padding.
+        inputs: u, [B, ...], without such borders.
         outputs: z, [B, ...].
         read: node of u.
         node: node of z.
@@ -65,7 +65,7 @@ class Use:
     kind: str
     weight: Tensor | None
     bias: Tensor | None
-    options: dict[str, Any]
+    geometry: Geometry | None
     inputs: Tensor
     outputs: Tensor
     read: tuple[int, ...]
@@ -109,22 +109,20 @@ class Use:
     def sizes(self) -> dict[str, Any]:
         """Sizes as ``layer_form`` takes them."""
         assert self.weight is not None
-        if self.kind == "linear":
+        geometry = self.geometry
+        if geometry is None:
             out, width = self.weight.shape
             return {"in_features": width, "out_features": out}
-        dims = CONVOLUTIONS[self.kind]
-        kernel = tuple(self.weight.shape[2:])
-        dilation = per_dimension(self.options["dilation"], dims)
         return {
             "input_size": tuple(self.inputs.shape[2:]),
             "in_channels": self.inputs.shape[1],
             "out_channels": self.weight.shape[0],
-            "kernel_size": kernel,
-            "stride": per_dimension(self.options["stride"], dims),
-            "padding": sides_of(self.options["padding"], kernel, dilation),
-            "dilation": dilation,
-            "groups": self.options["groups"],
-            "padding_mode": self.options["border"],
+            "kernel_size": geometry.kernel,
+            "stride": geometry.stride,
+            "padding": geometry.padding,
+            "dilation": geometry.dilation,
+            "groups": geometry.groups,
+            "padding_mode": geometry.border,
         }
 
 

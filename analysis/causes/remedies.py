@@ -18,7 +18,7 @@ from torch import nn
 from rgap.analysis.calls.layers import calls_of, sizes_of
 from rgap.constraints import gradient_constraint
 from rgap.constraints.ranks import stage_joint_rank, weight_row_spaces
-from rgap.network.affine import Affine, convolution, linear
+from rgap.network.affine import Affine, Geometry, convolution, linear
 
 MEASURED = 1024  # inputs of a layer up to which its joint rank is measured
 LARGEST = 65536  # up to which it is counted
@@ -146,15 +146,19 @@ def _random(kind: str, sizes: dict[str, Any]) -> Affine:
         weight = drawn(sizes["out_features"], sizes["in_features"])
         return linear("", weight, None, ("", None), (sizes["in_features"],))
     channels, groups = sizes["in_channels"], sizes["groups"]
-    even = all(low == high for low, high in sizes["padding"])
+    geometry = Geometry(
+        sizes["kernel_size"],
+        sizes["stride"],
+        sizes["padding"],
+        sizes["dilation"],
+        groups,
+        sizes["padding_mode"],
+    )
     return convolution(
         "",
         drawn(sizes["out_channels"], channels // groups, *sizes["kernel_size"]),
         None,
         ("", None),
         (channels, *sizes["input_size"]),
-        stride=sizes["stride"],
-        padding=tuple(low for low, _ in sizes["padding"]) if even else "same",
-        dilation=sizes["dilation"],
-        groups=groups,
+        geometry,
     )

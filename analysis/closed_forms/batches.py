@@ -268,9 +268,10 @@ def every_batch(affine: Affine, batch: Any, effort: float = EFFORT) -> EveryBatc
         effort: multiplications that one elimination of a proof may take.
 
     >>> import torch
-    >>> from rgap.network.affine import convolution
+    >>> from rgap.network.affine import Geometry, convolution
     >>> w = torch.ones(12, 12, 5, 5)
-    >>> conv = convolution("c", w, None, ("w", None), (12, 16, 16), stride=2, padding=2)
+    >>> spread = Geometry.of((5, 5), stride=2, padding=2)
+    >>> conv = convolution("c", w, None, ("w", None), (12, 16, 16), spread)
     >>> found = every_batch(conv, sympy.Symbol("B", positive=True, integer=True))
     >>> found.joint, found.exact, found.critical
     (Min(3072*B, 768*B + 3456), True, 2)

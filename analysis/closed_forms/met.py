@@ -172,8 +172,7 @@ class Met:
 
 def _as_probe(use: Use, names: dict[int, str], number: int) -> Probe:
     u, _, k = use.rows
-    options = {} if use.kind == "linear" else use.options
     assert use.weight is not None
-    affine = affine_map(use.name, use.weight, use.bias, tuple(u.shape[1:]), names, **options)
+    affine = affine_map(use.name, use.weight, use.bias, tuple(u.shape[1:]), names, use.geometry)
     assert isinstance(affine, Affine)
     return Probe(affine, u, k, read=use.read[0], use=number)

@@ -69,8 +69,9 @@ def reads(affine: Affine) -> Reads:
     """The reads of one filter of a layer; a linear layer is a 1×1 kernel on a 1×1 picture.
 
     >>> import torch
-    >>> from rgap.network.affine import convolution
-    >>> layer = convolution("c", torch.ones(1, 1, 2), None, ("w", None), (1, 4), stride=2)
+    >>> from rgap.network.affine import Geometry, convolution
+    >>> apart = Geometry.of((2,), stride=2)
+    >>> layer = convolution("c", torch.ones(1, 1, 2), None, ("w", None), (1, 4), apart)
     >>> found = reads(layer)
     >>> found.tap.tolist(), found.position.tolist(), found.pixel.tolist()
     ([0, 0, 1, 1], [0, 1, 0, 1], [0, 2, 1, 3])

@@ -79,7 +79,7 @@ class Counter:
         uses = [self.recording.uses[n] for n in covered]
         groups = gather(
             [(use.read[0], tuple(use.inputs.shape)) for use in uses],
-            [(self.names[id(use.weight)], str(use.options), use.inputs.shape[1:]) for use in uses],
+            [(self.names[id(use.weight)], str(use.geometry), use.inputs.shape[1:]) for use in uses],
         )
         by_use: dict[int, SymbolicLayer] = {}
         mixed: list[int] = []

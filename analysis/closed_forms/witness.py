@@ -45,8 +45,9 @@ class Witness:
             leaves lower bounds lower bounds.
 
     >>> import torch
-    >>> from rgap.network.affine import convolution
-    >>> conv = convolution("c", torch.ones(2, 3, 3, 3), None, ("w", None), (3, 6, 6), padding=1)
+    >>> from rgap.network.affine import Geometry, convolution
+    >>> around = Geometry.of((3, 3), padding=1)
+    >>> conv = convolution("c", torch.ones(2, 3, 3, 3), None, ("w", None), (3, 6, 6), around)
     >>> seen = Witness(conv)
     >>> seen.gradient(2), 2 * seen.weight(72), seen.joint(2, 194)
     (54, 144, 194)

@@ -73,8 +73,9 @@ def require_affine(layer: object) -> None:
         raise TypeError(
             f"expected a layer with its input shape, got {type(layer).__name__}; write "
             "rgap.network.affine.convolution('conv', conv.weight, conv.bias, ('weight', 'bias'), "
-            "input_shape, stride=conv.stride, padding=conv.padding), or linear(...) there; for all "
-            "layers of a network rgap.analysis.generic_ranks(model, input_shape, batch)"
+            "input_shape, Geometry.of(conv.kernel_size, stride=conv.stride, padding=conv.padding))"
+            ", or linear(...) there; for all layers of a network "
+            "rgap.analysis.generic_ranks(model, input_shape, batch)"
         )
 
 

@@ -89,9 +89,10 @@ def modular_ranks(
         TypeError: a mask that is not boolean.
 
     >>> import torch
-    >>> from rgap.network.affine import convolution
+    >>> from rgap.network.affine import Geometry, convolution
     >>> w = torch.ones(2, 3, 3, 3)
-    >>> conv = convolution("conv", w, None, ("conv.weight", None), (3, 6, 6), padding=1)
+    >>> around = Geometry.of((3, 3), padding=1)
+    >>> conv = convolution("conv", w, None, ("conv.weight", None), (3, 6, 6), around)
     >>> found = modular_ranks(conv, 2)
     >>> found.gradient, found.weight, found.joint, found.shared
     (54, 144, 194, 4)

@@ -185,9 +185,10 @@ def layer_ranks(
         TypeError: a mask that is not boolean.
 
     >>> import torch
-    >>> from rgap.network.affine import convolution
+    >>> from rgap.network.affine import Geometry, convolution
     >>> w = torch.randn(2, 3, 3, 3, generator=torch.Generator().manual_seed(0))
-    >>> conv = convolution("conv", w, None, ("conv.weight", None), (3, 6, 6), padding=1)
+    >>> around = Geometry.of((3, 3), padding=1)
+    >>> conv = convolution("conv", w, None, ("conv.weight", None), (3, 6, 6), around)
     >>> found = layer_ranks(conv, 2)
     >>> found.numerical.joint, found.modular.joint, found.structural.joint, found.unknowns
     (194, 194, 198, 216)

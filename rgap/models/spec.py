@@ -145,15 +145,15 @@ def _module(name: str) -> Any:
 
 
 def _attribute(module: Any, name: str, attribute: str) -> Any:
-    found = module
+    place = module
     for part in attribute.split("."):
-        if not hasattr(found, part):
-            names = [n for n, v in vars(found).items() if callable(v) and not n.startswith("_")]
+        if not hasattr(place, part):
+            names = [n for n, v in vars(place).items() if callable(v) and not n.startswith("_")]
             close = difflib.get_close_matches(part, names, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"it has {listed(names)}"
             raise ValueError(f"model: the module {name!r} has no {attribute!r}; {hint}")
-        found = getattr(found, part)
-    return found
+        place = getattr(place, part)
+    return place
 
 
 def _call(factory: Callable[..., Any], options: dict[str, Any], name: str) -> nn.Module:

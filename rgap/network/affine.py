@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.nn import grad as nn_grad
 
 from rgap.doubles import row_blocks
-from rgap.network.geometry import Geometry, per_dimension, sides_of
+from rgap.network.geometry import Geometry
 
 __all__ = ["Affine", "Geometry", "convolution", "linear"]
 
@@ -79,10 +79,12 @@ class Affine:
         does not count: the gradient of that weight still sees its input.
 
         >>> w = torch.zeros(1, 1, 3, dtype=torch.float64)
-        >>> conv = convolution("c", w, None, ("c.weight", None), (1, 6), stride=3)
+        >>> third = Geometry.of((3,), stride=3)
+        >>> conv = convolution("c", w, None, ("c.weight", None), (1, 6), third)
         >>> conv.reads.int().tolist()
         [[1, 1, 1, 1, 1, 1]]
-        >>> convolution("c", w, None, ("c.weight", None), (1, 5), stride=3).reads.int().tolist()
+        >>> short = convolution("c", w, None, ("c.weight", None), (1, 5), third)
+        >>> short.reads.int().tolist()
         [[1, 1, 1, 0, 0]]
         """
         mask = torch.ones(self.in_shape, dtype=torch.bool, device=self.weight.device)
@@ -292,31 +294,27 @@ def convolution(
     bias: Tensor | None,
     names: tuple[str, str | None],
     in_shape: tuple[int, ...],
-    *,
-    stride: int | tuple[int, ...] = 1,
-    padding: str | int | tuple[int, ...] = 0,
-    dilation: int | tuple[int, ...] = 1,
-    groups: int = 1,
-    border: str = "zeros",
+    geometry: Geometry | None = None,
     copy: bool = True,
 ) -> Affine:
-    """A convolution of ``weight.ndim − 2`` dimensions, arguments as in ``torch.nn.Conv2d``.
+    """A convolution of ``weight.ndim − 2`` dimensions.
 
-    ``border`` is its ``padding_mode``, ``copy`` as in :func:`linear`.
+    Args:
+        name: path of the layer.
+        weight: W, [F, C/groups, *kernel].
+        bias: b, [F], or None.
+        names: of W and b in ``model.named_parameters()``.
+        in_shape: [C, *space].
+        geometry: where its taps fall, see :meth:`Geometry.of`; None: stride 1, no padding.
+        copy: as in :func:`linear`.
 
     Raises:
         ValueError: if ``in_shape`` has other channels or is smaller than the kernel.
     """
     dims = weight.ndim - 2
     kind = f"conv{dims}d"
-    kernel = tuple(weight.shape[2:])
-    steps = per_dimension(dilation, dims)
-    sides = sides_of(padding, kernel, steps)
-    padded = any(side for pair in sides for side in pair)
-    geometry = Geometry(
-        kernel, per_dimension(stride, dims), sides, steps, groups, border if padded else "zeros"
-    )
-    channels = weight.shape[1] * groups
+    geometry = geometry or Geometry.of(tuple(weight.shape[2:]))
+    channels = weight.shape[1] * geometry.groups
     got = ", ".join(map(str, in_shape))
     axes = ("length",) if dims == 1 else ("depth", "height", "width")[-dims:]
     if len(in_shape) != dims + 1 or in_shape[0] != channels:
@@ -329,8 +327,9 @@ def convolution(
     space = geometry.out_space(in_shape[1:])
     if min(space) < 1:
         raise ValueError(
-            f"'{name}' ({kind}) expects at least one position of its kernel {kernel} (dilation "
-            f"{steps}, padding {geometry.padding}), got [B, {got}]; write a larger input_shape"
+            f"'{name}' ({kind}) expects at least one position of its kernel {geometry.kernel} "
+            f"(dilation {geometry.dilation}, padding {geometry.padding}), got [B, {got}]; "
+            "write a larger input_shape"
         )
     return Affine(
         name,

@@ -134,21 +134,21 @@ def sample_shape(model: nn.Module, *stated: Sequence[int] | None) -> Shape:
             return validation.shape(shape)
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
     layer = next((m for m in model.modules() if isinstance(m, kinds)), None)
-    found: list[Shape] = []
+    fitting: list[Shape] = []
     if isinstance(layer, nn.Linear):
-        found = [shape for shape in [(layer.in_features,)] if _runs(model, shape)]
+        fitting = [shape for shape in [(layer.in_features,)] if _runs(model, shape)]
     elif isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         dims, channels = len(layer.kernel_size), layer.in_channels
         sides = chain(range(1, SQUARE), LARGE) if dims < 3 else range(1, 17)
         shapes = ((channels, *(n,) * dims) for n in sides)
-        found = list(islice((s for s in shapes if _runs(model, s)), 2))
-        if len(found) == 1 and found[0][1] >= SQUARE:  # between those that were tried
-            near = ((channels, *(found[0][1] + n,) * dims) for n in (-1, 1))
-            found += [shape for shape in near if _runs(model, shape)]
-    if len(found) == 1:
-        return found[0]
-    fits = f" ({found[0]} and {found[1]} both fit)" if found else ""
-    example = found[-1] if found else (16,) if isinstance(layer, nn.Embedding) else (3, 32, 32)
+        fitting = list(islice((s for s in shapes if _runs(model, s)), 2))
+        if len(fitting) == 1 and fitting[0][1] >= SQUARE:  # between those that were tried
+            near = ((channels, *(fitting[0][1] + n,) * dims) for n in (-1, 1))
+            fitting += [shape for shape in near if _runs(model, shape)]
+    if len(fitting) == 1:
+        return fitting[0]
+    fits = f" ({fitting[0]} and {fitting[1]} both fit)" if fitting else ""
+    example = fitting[-1] if fitting else (16,) if isinstance(layer, nn.Embedding) else (3, 32, 32)
     raise ValueError(
         f"expected an input shape, got an update that does not state one, and the layers of the "
         f"{type(model).__name__} leave it open{fits}; write input_shape={example}, or "

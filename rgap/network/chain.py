@@ -91,10 +91,10 @@ class Chain:
     @property
     def steps(self) -> tuple[Link, ...]:
         """Every affine map and step, in forward order."""
-        found: list[Link] = []
+        pieces: list[Link] = []
         for stage in self.stages:
-            found += [*stage.lead, stage.affine, *stage.tail]
-        return tuple(found)
+            pieces += [*stage.lead, stage.affine, *stage.tail]
+        return tuple(pieces)
 
     @property
     def complete(self) -> bool:
@@ -169,7 +169,7 @@ def parse(model: nn.Module, input_shape: Sequence[int]) -> Chain:
         )
     refuse_unready(model)
     try:
-        found, barrier, output = links(model, shape)
+        pieces, barrier, output = links(model, shape)
     except UnreadyError:
         raise
     except ValueError as error:
@@ -177,7 +177,7 @@ def parse(model: nn.Module, input_shape: Sequence[int]) -> Chain:
         if fits is None:
             raise
         raise ValueError(f"{error}; input_shape={fits} would fit") from error
-    stages = assemble(found)
+    stages = assemble(pieces)
     if barrier is None and not stages:
         barrier = Barrier(
             type(model).__name__, "model", "it has no linear or convolutional layer", ADVICE_NONE
@@ -198,19 +198,19 @@ def unparsed(model: nn.Module, input_shape: Sequence[int], reason: str) -> Chain
     return Chain((), barrier, _shape(input_shape), (), parameters)
 
 
-def assemble(found: Sequence[Link]) -> tuple[Stage, ...]:
+def assemble(pieces: Sequence[Link]) -> tuple[Stage, ...]:
     """Group links into stages; steps before the first affine map lead into it."""
-    found = [piece for link in found for piece in _spelled_out(link)]
-    at = [i for i, link in enumerate(found) if isinstance(link, Affine)]
+    pieces = [piece for link in pieces for piece in _spelled_out(link)]
+    at = [i for i, link in enumerate(pieces) if isinstance(link, Affine)]
     stages: list[Stage] = []
     start = 0
     for index, place in enumerate(at):
-        end = at[index + 1] if index + 1 < len(at) else len(found)
-        rest = found[place + 1 : end]
+        end = at[index + 1] if index + 1 < len(at) else len(pieces)
+        rest = pieces[place + 1 : end]
         cut = len(rest) if index + 1 == len(at) else _tail_length(rest)
-        affine = found[place]
+        affine = pieces[place]
         assert isinstance(affine, Affine)
-        lead, tail = list(_steps(found[start:place])), _steps(rest[:cut])
+        lead, tail = list(_steps(pieces[start:place])), _steps(rest[:cut])
         while lead and (sides := _border(lead[-1], affine)):
             affine = affine.bordered(sides, getattr(lead[-1], "border", "") or "zeros")
             lead.pop()
@@ -257,8 +257,8 @@ def _permutes(op: Op) -> bool:
     return isinstance(op, Rearrange) and op.barrier is None and len(op.index) == len(op.where)
 
 
-def _steps(found: Sequence[Link]) -> tuple[Op, ...]:
-    return tuple(link for link in found if isinstance(link, Op))
+def _steps(pieces: Sequence[Link]) -> tuple[Op, ...]:
+    return tuple(link for link in pieces if isinstance(link, Op))
 
 
 def _shape(input_shape: Sequence[int]) -> tuple[int, ...]:

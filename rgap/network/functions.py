@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from rgap.network import activations as act
 from rgap.network.calls import DATA, Call
 from rgap.network.custom import REASON, CustomFunction
+from rgap.network.geometry import Geometry
 from rgap.network.modules import Piece, affine_map, build, padded, parameter_name, prelu, repeated
 from rgap.network.probing import UnreadyError, Unsupported, linear_function, rearrangement
 from rgap.network.scaling import Scale
@@ -81,7 +82,8 @@ def _linear(call: Call) -> Piece:
 def _conv(call: Call) -> Piece:
     given = _arguments(call, "weight", "bias", "stride", "padding", "dilation", "groups")
     weight, bias = given.pop("weight"), given.pop("bias", None)
-    return affine_map(call.name, weight, bias, call.in_shape, call.names, **given)
+    geometry = Geometry.of(tuple(weight.shape[2:]), **given)
+    return affine_map(call.name, weight, bias, call.in_shape, call.names, geometry)
 
 
 def _dropout(call: Call) -> Piece:

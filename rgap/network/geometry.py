@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+Padding = str | int | tuple[int, ...]
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -29,6 +31,28 @@ class Geometry:
     dilation: tuple[int, ...]
     groups: int
     border: str = "zeros"
+
+    @classmethod
+    def of(
+        cls,
+        kernel: tuple[int, ...],
+        *,
+        stride: int | tuple[int, ...] = 1,
+        padding: Padding = 0,
+        dilation: int | tuple[int, ...] = 1,
+        groups: int = 1,
+        border: str = "zeros",
+    ) -> Geometry:
+        """From options as ``torch.nn.Conv2d`` has them, ``border`` its ``padding_mode``.
+
+        >>> Geometry.of((3, 3), padding=1).padding
+        ((1, 1), (1, 1))
+        """
+        dims = len(kernel)
+        steps = per_dimension(dilation, dims)
+        sides = sides_of(padding, kernel, steps)
+        shows = border if any(map(any, sides)) else "zeros"
+        return cls(kernel, per_dimension(stride, dims), sides, steps, groups, shows)
 
     def out_space(self, space: tuple[int, ...]) -> tuple[int, ...]:
         """Output size ⌊(n + low + high − d(k − 1) − 1)/s⌋ + 1 per dimension; < 1: does not fit."""
@@ -57,13 +81,13 @@ class Geometry:
         >>> Geometry((2,), (3,), ((0, 0),), (1,), 1).reads((6,))
         ((True, True, False, True, True, False),)
         """
-        found = []
+        lines = []
         for axis, (n, out) in enumerate(zip(space, self.out_space(space), strict=True)):
             shown = self.shown(axis, n)
             s, d = self.stride[axis], self.dilation[axis]
             read = {shown[s * o + d * tap] for o in range(out) for tap in range(self.kernel[axis])}
-            found.append(tuple(position in read for position in range(n)))
-        return tuple(found)
+            lines.append(tuple(position in read for position in range(n)))
+        return tuple(lines)
 
     def shown(self, axis: int, size: int) -> list[int]:
         """Position of the picture that each position of the padded one shows; −1: a zero.
@@ -109,7 +133,7 @@ def per_dimension(value: int | tuple[int, ...], dims: int) -> tuple[int, ...]:
 
 
 def sides_of(
-    padding: str | int | tuple[int, ...], kernel: tuple[int, ...], dilation: tuple[int, ...]
+    padding: Padding, kernel: tuple[int, ...], dilation: tuple[int, ...]
 ) -> tuple[tuple[int, int], ...]:
     """PyTorch's ``padding`` as ``(low, high)`` per dimension.
 

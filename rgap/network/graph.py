@@ -71,10 +71,10 @@ def links(model: nn.Module, shape: Shape) -> tuple[list[Link], Barrier | None, S
         reason = f"its forward reads {got} instead of one tensor; write forward(self, x)"
         return [], Barrier("input", kind, reason, ADVICE_NONE), ()
     traced = propagate(model, [node for node in graph.nodes if node in live], shape)
-    found, barrier = _walk(model, traced, result, _overwritten(model, graph, live))
+    pieces, barrier = _walk(model, traced, result, _overwritten(model, graph, live))
     value = traced[result].value
     out = tuple(value.shape[1:]) if isinstance(value, Tensor) else ()
-    return found, barrier, out
+    return pieces, barrier, out
 
 
 def _ancestors(node: fx.Node) -> set[fx.Node]:
@@ -96,7 +96,7 @@ def _walk(
 ) -> tuple[list[Link], Barrier | None]:
     """From the output down to the data or the first node that is no link."""
     uses = parameter_uses(model, traced)
-    found: list[Link] = []
+    pieces: list[Link] = []
     node = result
     while node.op != "placeholder":
         step = traced[node]
@@ -111,17 +111,17 @@ def _walk(
         if reason is not None:
             node = _culprit(traced, node)
             reason = traced[node].reason or reason
-            above = any(isinstance(link, Affine) for link in found)
+            above = any(isinstance(link, Affine) for link in pieces)
             advice = ADVICE_PART if above else ADVICE_NONE
             if kind_of(model, node) in ("Embedding", "EmbeddingBag", "embedding"):
                 advice = ADVICE_TOKENS
             barrier = Barrier(path_of(model, node), kind_of(model, node), reason, advice)
-            return found[::-1], barrier
+            return pieces[::-1], barrier
         if step.piece is not None:
-            found.append(step.piece)
+            pieces.append(step.piece)
         assert step.source is not None
         node = step.source
-    return found[::-1], None
+    return pieces[::-1], None
 
 
 def _culprit(traced: dict[fx.Node, Traced], node: fx.Node) -> fx.Node:

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from rgap.doubles import blocks
 from rgap.network import activations as act
 from rgap.network import affine
-from rgap.network.affine import Affine
+from rgap.network.affine import Affine, Geometry
 from rgap.network.pooling import LinearMap, Opaque, Pool
 from rgap.network.probing import Shape, Unsupported, fitting, rearrangement
 from rgap.network.reshape import Op, Pad, Rearrange
@@ -152,14 +152,19 @@ def parameter_name(owner: str, what: str, value: Any, names: Names) -> str:
 
 
 def affine_map(
-    name: str, weight: Tensor, bias: Tensor | None, in_shape: Shape, names: Names, **options: Any
+    name: str,
+    weight: Tensor,
+    bias: Tensor | None,
+    in_shape: Shape,
+    names: Names,
+    geometry: Geometry | None = None,
 ) -> Affine:
     """A linear layer (matrix weight) or a convolution (weight of 3 to 5 dimensions)."""
     weight_name = parameter_name(name, "weight", weight, names)
     both = (weight_name, None if bias is None else parameter_name(name, "bias", bias, names))
     held = names.held(weight, bias) if isinstance(names, Parameters) else None
     if held is not None:
-        (weight, bias), options["copy"] = held, False
+        weight, bias = held
     if weight.ndim == 2:
         along = len(in_shape) > 1 and in_shape[-1] == weight.shape[1]
         if along and prod(in_shape[:-1]) != 1:
@@ -171,7 +176,7 @@ def affine_map(
         made = affine.linear(name, weight, bias, both, own, copy=held is None)
         ones = in_shape[:-1] if along else ()
         return replace(made, in_shape=(*ones, *own), out_shape=(*ones, *made.out_shape))
-    return affine.convolution(name, weight, bias, both, in_shape, **options)
+    return affine.convolution(name, weight, bias, both, in_shape, geometry, held is None)
 
 
 @register(nn.Linear)
@@ -182,9 +187,9 @@ def _linear(module: nn.Linear, name: str, in_shape: Shape, names: Names) -> Piec
 @register(nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def _conv(module: nn.Conv2d, name: str, in_shape: Shape, names: Names) -> Piece:
     return affine_map(
-        name, module.weight, module.bias, in_shape, names, stride=module.stride,
-        padding=module.padding, dilation=module.dilation, groups=module.groups,
-        border=module.padding_mode,
+        name, module.weight, module.bias, in_shape, names, Geometry.of(
+            tuple(module.weight.shape[2:]), stride=module.stride, padding=module.padding,
+            dilation=module.dilation, groups=module.groups, border=module.padding_mode),
     )  # fmt: skip
 
 

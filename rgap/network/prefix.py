@@ -52,13 +52,13 @@ def find_pairs(
     recording = record(model, shape)
     if recording is None:
         return []
-    found = []
+    chains = []
     for chain in _chains(model, recording.graph, shape, gradients, held, biased=False):
         layers = [stage.affine for stage in chain.stages[-2:]]
         pair = len(layers) == 2 and all(affine.geometry is None for affine in layers)
         if pair and reaches(model, chain, _trial(model, shape)):
-            found.append(chain)
-    return found
+            chains.append(chain)
+    return chains
 
 
 def find_prefix(
@@ -139,7 +139,7 @@ def _chains(
     """Chains to the fully connected layers of a graph, or those with a bias, the lowest first."""
     traced = _propagated(model, graph, shape, data, held)
     uses = parameter_uses(model, traced)
-    found = []
+    chains = []
     for node, made in traced.items():
         piece = made.piece
         if not isinstance(piece, Affine) or not fully_connected(piece):
@@ -155,8 +155,8 @@ def _chains(
             parameters = tuple(name for name, _ in model.named_parameters())
             *below, top = assemble(links)
             stages = (*below, replace(top, tail=()))  # a convolution's is a reshape
-            found.append(Chain(stages, None, shape, top.affine.out_shape, parameters))
-    return [chain.to(gradients.device) for chain in found]
+            chains.append(Chain(stages, None, shape, top.affine.out_shape, parameters))
+    return [chain.to(gradients.device) for chain in chains]
 
 
 def _propagated(
@@ -211,7 +211,7 @@ def _down(
 
     A value between two affine maps has to go to the upper one alone: else its cotangent is a sum.
     """
-    found: list[Link] = []
+    pieces: list[Link] = []
     crowded = False
     node = top
     while node.op != "placeholder":
@@ -225,6 +225,6 @@ def _down(
             if crowded and isinstance(made.piece, Affine):
                 return None
         if made.piece is not None:
-            found.append(made.piece)
+            pieces.append(made.piece)
         node = made.source
-    return None if traced[node].reason is not None else found[::-1]
+    return None if traced[node].reason is not None else pieces[::-1]

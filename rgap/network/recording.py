@@ -146,11 +146,11 @@ class _Recorder(TorchFunctionMode):
 
     def _derive(self, out: Tensor, given: Any) -> None:
         """A tensor without data in it remembers the parameters that it was computed from."""
-        found = frozenset[int]().union(*map(self._parameters, _leaves(given)))
-        if found and not isinstance(out, nn.Parameter):
+        parameters = frozenset[int]().union(*map(self._parameters, _leaves(given)))
+        if parameters and not isinstance(out, nn.Parameter):
             key = id(out)
             gone = weakref.ref(out, lambda _: self.made_of.pop(key, None))
-            self.made_of[key] = gone, found
+            self.made_of[key] = gone, parameters
 
     def _parameters(self, value: Any) -> frozenset[int]:
         if isinstance(value, nn.Parameter):

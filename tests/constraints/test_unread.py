@@ -32,8 +32,9 @@ def _layer(seed: int) -> tuple[Affine, Tensor, Tensor]:
     space = tuple(rng.choice([5, 6, 9]) for _ in range(dims))
     weight = torch.randn(filters, channels // groups, *kernel)
     layer = maps.convolution(
-        "conv", weight, None, ("w", None), (channels, *space), stride=stride, padding=padding,
-        dilation=dilation, groups=groups,
+        "conv", weight, None, ("w", None), (channels, *space),
+        maps.Geometry.of(
+            kernel, stride=stride, padding=padding, dilation=dilation, groups=groups),
     )  # fmt: skip
     k = torch.randn(rng.choice([1, 2, 3]), *layer.out_shape).double()
     if seed % 3 == 1:
@@ -84,7 +85,12 @@ def test_an_audit_with_unread_borders_decomposes_no_layer(monkeypatch: pytest.Mo
 def test_groups_are_factored_apart_and_to_the_same_solution() -> None:
     torch.manual_seed(0)
     layer = maps.convolution(
-        "conv", torch.randn(8, 2, 3, 3), None, ("w", None), (8, 6, 6), padding=1, groups=4
+        "conv",
+        torch.randn(8, 2, 3, 3),
+        None,
+        ("w", None),
+        (8, 6, 6),
+        maps.Geometry.of((3, 3), padding=1, groups=4),
     )
     k = torch.randn(1, *layer.out_shape).double()
     first = gradient_constraint(layer, k)

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from rgap.network.affine import convolution, linear
+from rgap.network.affine import Geometry, convolution, linear
 
 
 def _random_convolution(seed):
@@ -25,10 +25,13 @@ def _random_convolution(seed):
         None,
         ("c.weight", None),
         (channels, *space),
-        stride=tuple(draw.randint(1, 5) for _ in range(dims)),
-        padding=tuple(draw.randint(0, k // 2) for k in kernel),
-        dilation=dilation,
-        groups=groups,
+        Geometry.of(
+            kernel,
+            stride=tuple(draw.randint(1, 5) for _ in range(dims)),
+            padding=tuple(draw.randint(0, k // 2) for k in kernel),
+            dilation=dilation,
+            groups=groups,
+        ),
     )
 
 

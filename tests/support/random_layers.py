@@ -20,7 +20,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from rgap.network.affine import Affine, convolution, linear
+from rgap.network.affine import Affine, Geometry, convolution, linear
 
 LARGEST = 1500  # unknowns of a layer with its batch
 ROWS = 6000  # equations of a layer with its batch
@@ -125,9 +125,7 @@ def _general(
                 None,
                 ("conv.weight", None),
                 (blocks * inner, *wide),
-                stride=stride,
-                dilation=dilation,
-                groups=blocks,
+                Geometry.of(kernel, stride=stride, dilation=dilation, groups=blocks),
             )
             flat = tuple(side for pair in reversed(sides) for side in pair)
             return affine.bordered(flat) if any(flat) else affine

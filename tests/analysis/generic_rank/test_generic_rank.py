@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import rgap
 from rgap.analysis.generic_rank.modular import BlockRanks, ModularRanks, modular_ranks
 from rgap.analysis.generic_rank.ranks import generic_ranks, layer_ranks
-from rgap.network.affine import Affine, convolution, linear
+from rgap.network.affine import Affine, Geometry, convolution, linear
 from rgap.network.chain import parse
 from rgap.solvers.modular import rank
 
@@ -97,8 +97,9 @@ def test_published_layers() -> None:
 
 
 def small(weight: Tensor, **options: int) -> Affine:
+    geometry = Geometry.of(tuple(weight.shape[2:]), **options)
     return convolution(
-        "conv", weight, None, ("conv.weight", None), (weight.shape[1], 6, 6), **options
+        "conv", weight, None, ("conv.weight", None), (weight.shape[1], 6, 6), geometry
     )
 
 

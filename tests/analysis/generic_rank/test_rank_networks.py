@@ -116,6 +116,54 @@ def test_formula_and_measurement_against_autograd(name: str) -> None:
             assert form.nullity == unknowns - form.joint_rank
 
 
+PADS = {"reflect": nn.ReflectionPad2d, "replicate": nn.ReplicationPad2d,
+        "circular": nn.CircularPad2d, "zeros": nn.ZeroPad2d}  # fmt: skip
+
+
+def padded(border: str, where: str) -> nn.Module:
+    """Two convolutions behind borders: their own, modules of their own, or calls of ``F.pad``."""
+    own = {"padding": 1, "padding_mode": border} if where == "conv" else {}
+    parts: dict[str, object] = {
+        "a": nn.Conv2d(2, 2, 3, 2, **own), "b": nn.Conv2d(2, 3, 3, **own), "fc": nn.Linear(12, 4),
+    }  # fmt: skip
+    mode = "constant" if border == "zeros" else border
+    pad: Callable[[Tensor], Tensor] = lambda x: x  # noqa: E731
+    if where == "module":
+        parts["pad"] = pad = PADS[border](1)
+    if where == "function":
+        pad = lambda x: F.pad(x, (1, 1, 1, 1), mode)  # noqa: E731
+    return Written(
+        lambda m, x: m.fc(m.b(pad(m.a(pad(x)).tanh())).sigmoid().flatten(1)), **parts
+    ).double()
+
+
+@pytest.mark.parametrize("where", ["module", "function"])
+@pytest.mark.parametrize("border", PADS)
+def test_a_border_ahead_of_a_convolution_adds_no_unknowns(border: str, where: str) -> None:
+    """The ranks that autograd has of the same network with ``padding_mode``."""
+    own, split = padded(border, "conv"), padded(border, where)
+    split.load_state_dict(own.state_dict())
+    x = torch.randn(2, *PICTURE, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    truth = reference(own, x)
+    measured = audit(split, PICTURE, (2,), inputs=x)
+    for row, (layer, unknowns, ranks) in zip(measured.rows, truth, strict=True):
+        assert (row.layer, row.unknowns) == (layer, unknowns)
+        assert (row.gradient_rank, row.weight_rank, row.joint_rank) == ranks
+    counted = audit(split, PICTURE, (2,), method="formula")
+    assert [row.unknowns for row in counted.rows] == [unknowns for _, unknowns, _ in truth]
+
+
+def test_a_border_that_was_written_to_is_no_border() -> None:
+    """What stands between the border and the convolution is what it reads."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        wide = F.pad(x, (1, 1, 1, 1), "reflect")
+        return m.fc(m.a(wide.sigmoid_()).flatten(1))
+
+    model = Written(forward, a=nn.Conv2d(2, 2, 3, 2), fc=nn.Linear(8, 4)).double()
+    assert audit(model, PICTURE, (1,)).rows[0].unknowns == 72
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_steps_that_discard_are_never_passed_over(name: str) -> None:
     """As a row of their own, or in the row of the layer that they lead into; and in words."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import rgap
 from rgap.analysis.generic_rank.structural import structural_ranks
-from rgap.network.affine import Affine, convolution
+from rgap.network.affine import Affine, Geometry, convolution
 from rgap.network.chain import parse
 
 SMALL = [layer for layer in layers(150) if layer.batch * prod(layer.affine.in_shape) <= 120]
@@ -41,7 +41,8 @@ def test_flows_find_what_matchings_find(layer: RandomLayer) -> None:
 
 def conv(*shape: int, size: int, **options: int) -> Affine:
     weight = torch.zeros(shape)  # only the pattern counts
-    return convolution("conv", weight, None, ("conv.weight", None), (3, size, size), **options)
+    geometry = Geometry.of(shape[2:], **options)
+    return convolution("conv", weight, None, ("conv.weight", None), (3, size, size), geometry)
 
 
 def test_published_networks() -> None:
