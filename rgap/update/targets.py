@@ -116,6 +116,6 @@ def _check_indices(loss: str, outputs: Tensor, targets: Tensor) -> None:
     if len(wrong):
         raise ValueError(
             f"targets: expected class indices 0 to {classes - 1} (the model has {classes} "
-            f"outputs), got {wrong.unique().tolist()[:5]}; ignore_index is not "
+            f"outputs), got {sorted(set(wrong.tolist()))[:5]}; ignore_index is not "
             "offered, leave those samples out of the batch."
         )
