@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rgap import memory
 from rgap.analysis.calls.recorder import record
 from rgap.analysis.calls.uses import Recording, Use
 from rgap.jacobian.update_map import UpdateMap
+from rgap.machine import memory
 from rgap.network.affine import Affine
 from rgap.network.agreement import refuse_unready
 from rgap.network.isolation import bare_copy

@@ -16,8 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from rgap.arithmetic.rounding import ABSENT
 from rgap.limits import SCATTER
-from rgap.rounding import ABSENT
 
 UNKNOWN = 1e150  # standard error of a value that no equation fixes
 OPEN = 1e100  # above which it is one, whatever scale a normalisation has put on it

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rgap.doubles import blocks
+from rgap.arithmetic.doubles import blocks
 
 # What people write instead; answered with the name to write, never silently translated.
 _MEANT = {

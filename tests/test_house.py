@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
 
@@ -37,6 +39,11 @@ def test_what_a_paragraph_names_is_in_its_folder() -> None:
 def test_every_station_of_the_road_is_on_the_page() -> None:
     for path in (ROOT / "rgap/inversion").glob("[!_]*.py"):
         assert f"`{path.stem}`" in PAGE, f"docs/architecture.md does not name {path.name}"
+
+
+@pytest.mark.parametrize(("top", "most"), [("rgap", 10), ("analysis", 6)])
+def test_few_modules_stand_outside_the_folders(top: str, most: int) -> None:
+    assert len(list((ROOT / top).glob("*.py"))) <= most
 
 
 def test_every_folder_has_a_paragraph_and_a_floor() -> None:

@@ -16,14 +16,14 @@ from torch import nn
 from typer.testing import CliRunner
 
 import rgap
-from rgap import memory
 from rgap.analysis import audit, harden, identifiability, noise
+from rgap.arithmetic.doubles import Doubles, blocks, row_blocks
 from rgap.cli.app import app
-from rgap.doubles import Doubles, blocks, row_blocks
 from rgap.head.bias_attack import bias_attack, rank_one_residual
 from rgap.head.features import features_from_bias
 from rgap.inversion.batch_rows import batch_of
 from rgap.inversion.problem import prepare
+from rgap.machine import memory
 from rgap.network import affine as maps
 from rgap.precision import Precision
 from rgap.recovery import Status

@@ -12,12 +12,12 @@ from cases import redrawn
 from torch import Tensor, nn
 
 import rgap
-from rgap import allowance
-from rgap.allowance import PLAIN, SYMMETRIC
 from rgap.analysis import audit, harden, identifiability, noise
 from rgap.jacobian.module_update import ModuleUpdate
 from rgap.jacobian.products import GraphProducts
 from rgap.jacobian.update_map import UpdateMap
+from rgap.machine import allowance
+from rgap.machine.allowance import PLAIN, SYMMETRIC
 from rgap.matching.search import match
 from rgap.progress import Report
 from rgap.solvers.gauss_newton import Schedule, gauss_newton

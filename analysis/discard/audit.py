@@ -11,13 +11,13 @@ from operator import index
 import torch
 from torch import Tensor, nn
 
-from rgap import memory
-from rgap.allowance import OutOfTime, Timed
 from rgap.analysis.calls.recorder import uncounted
 from rgap.analysis.discard.layer_ranks import Spaces, counted_rows
 from rgap.analysis.discard.probed_rows import AuditOptions, probed_rows
 from rgap.analysis.discard.table import MEASURED, Audit, AuditRow
 from rgap.analysis.probe import probe_pictures, probe_targets, probed
+from rgap.machine import memory
+from rgap.machine.allowance import OutOfTime, Timed
 from rgap.network.chain import parse
 from rgap.progress import Shown
 from rgap.update.losses import Loss
@@ -77,7 +77,7 @@ def audit(
         ValueError: a layer too large for exact ranks or for the budget, batch size below 1,
             unknown method or weights, too few probe pictures, a shape that does not fit, or
             train mode; no batch size finished within the time
-            (:class:`rgap.allowance.OutOfTime`).
+            (:class:`rgap.machine.allowance.OutOfTime`).
 
     >>> import rgap
     >>> table = audit(rgap.models.lenet(seed=0), (3, 32, 32), batch_sizes=(1,))

@@ -8,8 +8,6 @@ from math import inf, prod
 
 from torch import Tensor, nn
 
-from rgap import memory
-from rgap.allowance import PLAIN, SYMMETRIC, factorisation
 from rgap.analysis.discard.table import AuditRow
 from rgap.analysis.generic_rank.sketched import sketched_rank
 from rgap.analysis.generic_rank.together import branch_rank
@@ -17,6 +15,8 @@ from rgap.analysis.probe import Probe
 from rgap.analysis.symbolic import closed_form, symbolic
 from rgap.constraints import gradient_constraint
 from rgap.constraints.ranks import shared_equations, stage_joint_rank, weight_row_spaces
+from rgap.machine import memory
+from rgap.machine.allowance import PLAIN, SYMMETRIC, factorisation
 from rgap.network.affine import Affine
 from rgap.solvers.rank import Rank
 from rgap.solvers.subspace import RowSpace
@@ -176,7 +176,7 @@ def needs(affine: Affine, active: Tensor) -> tuple[float, float, float]:
 
 
 def work(affine: Affine, active: Tensor, method: str) -> float:
-    """Work of a layer's ranks, as :func:`rgap.allowance.factorisation` counts it.
+    """Work of a layer's ranks, as :func:`rgap.machine.allowance.factorisation` counts it.
 
     Args:
         affine: the layer.

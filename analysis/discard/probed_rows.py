@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import inf
 
-from rgap.allowance import Ahead, freely
 from rgap.analysis.calls.steps import Narrow, head_use, narrow_steps
 from rgap.analysis.calls.uses import Recording
 from rgap.analysis.discard.layer_ranks import (
@@ -21,6 +20,7 @@ from rgap.analysis.discard.layer_ranks import (
 from rgap.analysis.discard.table import AuditRow
 from rgap.analysis.generic_rank.together import as_samples, together
 from rgap.analysis.probe import Probe
+from rgap.machine.allowance import Ahead, freely
 from rgap.progress import Watch, silent
 from rgap.update.losses import Loss
 from rgap.update.targets import CROSS_ENTROPY

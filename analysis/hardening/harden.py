@@ -14,14 +14,14 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from rgap.allowance import OutOfTime, Timed
 from rgap.analysis.hardening.resize import UnfitError, called_layers, with_channels, with_stride
 from rgap.analysis.hardening.table import Change, Hardening
 from rgap.analysis.joint_rank.identifiability import identifiability
 from rgap.analysis.noise_bound.cramer_rao import noise
 from rgap.analysis.noise_bound.defences import DEFENCES, Defence
 from rgap.analysis.noise_bound.report import NoiseReport
-from rgap.memory import OutOfMemory
+from rgap.machine.allowance import OutOfTime, Timed
+from rgap.machine.memory import OutOfMemory
 from rgap.progress import Shown
 from rgap.update.losses import Loss
 

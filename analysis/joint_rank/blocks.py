@@ -8,10 +8,10 @@ from math import inf
 import torch
 from torch import Tensor
 
-from rgap import memory
-from rgap.allowance import PLAIN, factorisation
 from rgap.analysis.joint_rank.nullspace import RankOptions, eliminate
 from rgap.jacobian.update_map import SignSketch, UpdateMap
+from rgap.machine import memory
+from rgap.machine.allowance import PLAIN, factorisation
 from rgap.progress import Watch, silent
 from rgap.solvers.limits import BASIS
 from rgap.solvers.rank import Rank, numerical_rank, resolve_rcond

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from rgap.allowance import Timed
 from rgap.analysis.joint_rank.blocks import FORMED, eliminate_blocks
 from rgap.analysis.joint_rank.cumulative import cumulative_ranks
 from rgap.analysis.joint_rank.elimination import NotStructuredError, chain_nullspace
@@ -25,6 +24,7 @@ from rgap.analysis.joint_rank.table import Identifiability, IdentifiabilityRow
 from rgap.analysis.probe import ProbePoint, probe_batch
 from rgap.jacobian.batch_loss import BatchLoss
 from rgap.jacobian.linearisation import Linearisation
+from rgap.machine.allowance import Timed
 from rgap.network.chain import parse
 from rgap.progress import Shown
 from rgap.solvers.rank import Rank
@@ -90,9 +90,9 @@ def identifiability(
 
     Raises:
         ValueError: no trained parameters, train mode, a shape or labels that do not fit, more
-            unknowns than the budget allows (:class:`rgap.memory.OutOfMemory`),
+            unknowns than the budget allows (:class:`rgap.machine.memory.OutOfMemory`),
             ``method="structured"`` for a model without structure; no answer within the time
-            (:class:`rgap.allowance.OutOfTime`).
+            (:class:`rgap.machine.allowance.OutOfTime`).
         TypeError: inputs that are neither a floating tensor nor whole numbers.
 
     >>> import rgap

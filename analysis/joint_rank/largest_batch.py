@@ -11,8 +11,8 @@ from operator import index
 import torch
 from torch import nn
 
-from rgap.allowance import Timed
 from rgap.analysis.joint_rank.identifiability import identifiability
+from rgap.machine.allowance import Timed
 from rgap.progress import Shown
 from rgap.update.losses import Loss
 

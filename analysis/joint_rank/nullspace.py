@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rgap.allowance import Ahead, freely
+from rgap.machine.allowance import Ahead, freely
 from rgap.progress import Watch, silent
 from rgap.solvers.limits import CLEAR, GRAM, NOTHING
 from rgap.solvers.positive import outer_products

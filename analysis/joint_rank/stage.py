@@ -17,7 +17,6 @@ from math import prod, sqrt
 import torch
 from torch import Tensor
 
-from rgap.allowance import PLAIN, factorisation
 from rgap.analysis.joint_rank.inverses import GradientInverse, WeightInverse
 from rgap.analysis.joint_rank.nullspace import (
     Elimination,
@@ -32,7 +31,8 @@ from rgap.analysis.joint_rank.nullspace import (
 )
 from rgap.constraints import gradient_rows
 from rgap.jacobian.layer import Node, ParameterRows, each
-from rgap.memory import shown
+from rgap.machine.allowance import PLAIN, factorisation
+from rgap.machine.memory import shown
 from rgap.network.affine import Affine
 from rgap.solvers.rank import Rank
 

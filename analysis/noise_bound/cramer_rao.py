@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from rgap import validation
-from rgap.allowance import Timed
 from rgap.analysis.noise_bound.channel import channel
 from rgap.analysis.noise_bound.defences import Defence, check
 from rgap.analysis.noise_bound.fisher import Information, WeighedJacobian, information
 from rgap.analysis.noise_bound.report import NoiseReport
 from rgap.analysis.probe import ProbePoint, probe_batch
+from rgap.machine.allowance import Timed
 from rgap.progress import Shown
 from rgap.update.losses import Loss
 
@@ -84,8 +84,8 @@ def noise(
 
     Raises:
         ValueError: negative noise, train mode, no trained parameters, shapes that do not fit, no
-            answer within the budget (:class:`rgap.memory.OutOfMemory`) or the time
-            (:class:`rgap.allowance.OutOfTime`).
+            answer within the budget (:class:`rgap.machine.memory.OutOfMemory`) or the time
+            (:class:`rgap.machine.allowance.OutOfTime`).
         TypeError: inputs that are neither a floating tensor nor whole numbers, an unknown defence.
 
     >>> import rgap

@@ -14,10 +14,10 @@ from math import inf
 import torch
 from torch import Tensor
 
-from rgap import memory
-from rgap.allowance import PLAIN, SYMMETRIC, Ahead, factorisation, freely
 from rgap.analysis.noise_bound.channel import Channel
 from rgap.jacobian.update_map import UpdateMap
+from rgap.machine import memory
+from rgap.machine.allowance import PLAIN, SYMMETRIC, Ahead, factorisation, freely
 from rgap.progress import Watch, silent
 from rgap.solvers.conjugate import cgls
 from rgap.solvers.rank import Rank, numerical_rank, resolve_rcond

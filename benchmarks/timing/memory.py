@@ -21,7 +21,7 @@ import rgap
 from benchmarks.common.arguments import Arguments
 from benchmarks.common.measuring import Stopwatch, peak, run_script
 from benchmarks.common.networks import seeded, vgg16
-from rgap.memory import bytes_of
+from rgap.machine.memory import bytes_of
 
 
 def client(folder: Path, narrower: int) -> None:

@@ -128,9 +128,9 @@ def _jointly(
     sample: Sample, work: Work, batches: tuple[int, ...], time_limit: float | None
 ) -> _Counted:
     """The rank of the whole update at every batch size that the time allows."""
-    from rgap.allowance import OutOfTime, seconds_of
     from rgap.analysis.joint_rank.identifiability import identifiability
     from rgap.analysis.plots.null_space import nullity_curves
+    from rgap.machine.allowance import OutOfTime, seconds_of
     from rgap.report.tables import joint_table
 
     network, (shape, loss), arguments = sample.network(), sample.declared(), work.arguments()

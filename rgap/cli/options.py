@@ -283,7 +283,7 @@ class Work(Running):
         >>> Work(quiet=True, memory_limit="500MB").arguments()["memory_budget"]
         500000000.0
         """
-        from rgap.memory import bytes_of
+        from rgap.machine.memory import bytes_of
 
         limit = self.memory_limit
         return {

@@ -53,7 +53,7 @@ def spoken(text: str, options: Mapping[str, str]) -> str:
     >>> spoken("write noise=None to have it found", options)
     'leave --noise out to have it found'
     """
-    from rgap.memory import shown
+    from rgap.machine.memory import shown
 
     def flag(match: re.Match[str]) -> str:
         name, value = match.group(1), match.group(2)

@@ -12,6 +12,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
+from rgap.arithmetic.rounding import ABSENT
 from rgap.diagnosis.finding import Kind
 from rgap.head.behind import behind, idle
 from rgap.head.ending import folded
@@ -22,7 +23,6 @@ from rgap.network.chain import Chain, parse
 from rgap.network.isolation import untouched
 from rgap.network.watching import LayerCall, watched
 from rgap.precision import Precision
-from rgap.rounding import ABSENT
 from rgap.update.losses import Loss
 from rgap.update.update import Update
 

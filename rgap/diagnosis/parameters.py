@@ -10,8 +10,8 @@ from math import inf
 
 from torch import nn
 
+from rgap.arithmetic.doubles import blocks
 from rgap.diagnosis.finding import Finding, Kind
-from rgap.doubles import blocks
 from rgap.update.update import Update
 
 ALIKE = 0.9  # cosine; the gradient of a network is within about 0.3 of its weights

@@ -9,9 +9,9 @@ from math import inf
 
 import torch
 
+from rgap.arithmetic.rounding import UNIFORM
 from rgap.diagnosis.evidence import Evidence
 from rgap.diagnosis.finding import MENDING, Finding, Kind
-from rgap.rounding import UNIFORM
 from rgap.update.compression import compression
 from rgap.update.quantisation import recognise
 from rgap.update.update import Update

@@ -14,12 +14,12 @@ from math import prod
 import torch
 from torch import Tensor
 
+from rgap.arithmetic.reverse import hessian_product
 from rgap.head.mapped import Mapped
 from rgap.limits import VANISHING
 from rgap.network.activations.piecewise import Identity
 from rgap.network.chain import Chain
 from rgap.network.reshape import Op, Reshape
-from rgap.reverse import hessian_product
 from rgap.update.losses import Loss
 from rgap.update.targets import CLASSES
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rgap.doubles import row_blocks
+from rgap.arithmetic.doubles import row_blocks
 
 
 def bias_attack(weight_gradient: Tensor, bias_gradient: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from math import inf
 import torch
 from torch import Tensor
 
-from rgap.doubles import BLOCK, row_blocks
+from rgap.arithmetic.doubles import BLOCK, row_blocks
 from rgap.head.bias_attack import bias_attack, rank_one_residual
 from rgap.head.scale import (
     cotangent_rounding,

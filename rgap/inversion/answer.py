@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rgap.doubles import row_blocks
+from rgap.arithmetic.doubles import row_blocks
 from rgap.head.features import HeadCandidate
 from rgap.head.target import Reading, read_target, unseen_of
 from rgap.inversion.batch_rows import (

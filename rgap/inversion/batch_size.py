@@ -27,7 +27,7 @@ from math import inf
 import torch
 from torch import Tensor, nn
 
-from rgap.doubles import row_blocks
+from rgap.arithmetic.doubles import row_blocks
 from rgap.inversion.problem import Problem
 from rgap.limits import ALIKE, LEANING, MERGED, ROUNDING_SHARE, USEFUL
 from rgap.network.running import called

@@ -12,9 +12,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from rgap.doubles import Doubles
+from rgap.arithmetic.doubles import Doubles
+from rgap.arithmetic.rounding import ABSENT
 from rgap.inversion.problem import Problem
-from rgap.rounding import ABSENT
 from rgap.separation.batch import Separated
 from rgap.separation.errors import cotangents
 

@@ -117,7 +117,7 @@ def invert(
     Raises:
         ValueError: the update does not belong to a model of this shape, the input shape is
             unknown, labels are out of range, the model is in train mode, or the budget is too
-            small (:class:`rgap.memory.OutOfMemory`, which says for what).
+            small (:class:`rgap.machine.memory.OutOfMemory`, which says for what).
 
     >>> import rgap, torch
     >>> model = rgap.models.lenet(seed=0)

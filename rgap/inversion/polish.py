@@ -17,7 +17,6 @@ from math import inf
 
 from torch import Tensor
 
-from rgap import memory
 from rgap.jacobian.batch_loss import BatchLoss
 from rgap.jacobian.eliminated import Eliminated
 from rgap.jacobian.layer import ParameterRows
@@ -25,6 +24,7 @@ from rgap.jacobian.linearisation import Linearisation
 from rgap.jacobian.normal import Inverse, Normal
 from rgap.jacobian.weights import objective, residuals, row_misfits, row_weights, update_noise
 from rgap.limits import FITS
+from rgap.machine import memory
 from rgap.network.chain import Chain
 from rgap.precision import Estimate, Precision
 

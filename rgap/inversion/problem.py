@@ -9,11 +9,12 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from rgap import memory, validation
+from rgap import validation
+from rgap.arithmetic.doubles import Doubles
 from rgap.completion.complete import PriorSchedule
-from rgap.doubles import Doubles
 from rgap.head.behind import behind
 from rgap.head.ending import folded
+from rgap.machine import memory
 from rgap.network.chain import Chain, parse, unparsed
 from rgap.network.probing import UnreadyError
 from rgap.precision import Estimate, Precision

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rgap import memory
 from rgap.inversion.problem import Problem
 from rgap.jacobian.batch_loss import loss_scale
 from rgap.limits import ROUNDED, SAFETY
+from rgap.machine import memory
 from rgap.update.capture import capture
 from rgap.update.losses import Loss
 

@@ -15,8 +15,8 @@ from math import inf, prod
 import torch
 from torch import Tensor, nn
 
-from rgap import memory
 from rgap.jacobian.module_gradient import ClientLoss, ModuleGradient
+from rgap.machine import memory
 from rgap.network.isolation import bare_copy, plain_kernels
 from rgap.network.running import first_line
 from rgap.network.watching import watched

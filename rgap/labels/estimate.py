@@ -9,7 +9,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from rgap import memory
 from rgap.labels.best import best
 from rgap.labels.exact import exact
 from rgap.labels.gradient import HeadGradient, refuse_loss
@@ -20,6 +19,7 @@ from rgap.labels.locate import Located, locate
 from rgap.labels.result import LabelEstimate
 from rgap.labels.rlg import rlg
 from rgap.labels.signs import idlg
+from rgap.machine import memory
 from rgap.network.agreement import refuse_unready
 from rgap.network.chain import Chain, parse
 from rgap.network.reshape import Reshape
@@ -90,7 +90,7 @@ def estimate(
     Raises:
         ValueError: an unknown method, an unknown batch size, soft or real-valued targets, a model
             whose output is not a fully connected layer, an update of another model, a model of
-            which no float64 copy fits the budget (:class:`rgap.memory.OutOfMemory`).
+            which no float64 copy fits the budget (:class:`rgap.machine.memory.OutOfMemory`).
         TypeError: a model or an update that is none.
 
     Example:

@@ -14,9 +14,10 @@ from math import inf, isfinite, prod
 import torch
 from torch import Tensor, nn
 
-from rgap import memory, validation
+from rgap import validation
 from rgap.completion.complete import PriorSchedule, grey
 from rgap.jacobian.module_update import ModuleUpdate
+from rgap.machine import memory
 from rgap.matching.checkpoint import Checkpoint, Ended, Progress, digest
 from rgap.matching.first_order import first, iterate, random_rows
 from rgap.matching.gauss_newton import search

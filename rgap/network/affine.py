@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn import grad as nn_grad
 
-from rgap.doubles import row_blocks
+from rgap.arithmetic.doubles import row_blocks
 from rgap.network.geometry import Geometry
 
 __all__ = ["Affine", "Geometry", "convolution", "linear"]

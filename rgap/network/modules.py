@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rgap.doubles import blocks
+from rgap.arithmetic.doubles import blocks
 from rgap.network import activations as act
 from rgap.network import affine
 from rgap.network.affine import Affine, Geometry

@@ -7,8 +7,8 @@ from math import prod
 import torch
 from torch import Tensor
 
+from rgap.arithmetic.reverse import pulled
 from rgap.network.reshape import ADVICE, Function, Op, leading
-from rgap.reverse import pulled
 
 
 class LinearMap(Op):

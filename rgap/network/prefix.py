@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx, nn
 
-from rgap.doubles import Doubles
+from rgap.arithmetic.doubles import Doubles
 from rgap.network.affine import Affine
 from rgap.network.chain import Chain, assemble
 from rgap.network.connected import fully_connected

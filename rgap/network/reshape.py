@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rgap.reverse import pulled
+from rgap.arithmetic.reverse import pulled
 
 Function = Callable[[Tensor], Tensor]
 _Op = TypeVar("_Op", bound="Op")

@@ -8,8 +8,8 @@ from math import inf
 
 from torch import Tensor
 
-from rgap import memory
 from rgap.jacobian.batch_loss import BatchLoss
+from rgap.machine import memory
 from rgap.network.chain import Chain, Stage
 from rgap.precision import Estimate, Precision
 from rgap.separation.mixture import Mixture, mixture

@@ -6,9 +6,9 @@ import time
 
 from torch import Tensor
 
-from rgap import memory
 from rgap.jacobian.batch_loss import BatchLoss
 from rgap.limits import REFUTED, SEPARABLE
+from rgap.machine import memory
 from rgap.precision import Estimate
 from rgap.separation.batch import HELD, Batch, Separated, Unseparated
 from rgap.separation.errors import (

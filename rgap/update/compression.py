@@ -8,7 +8,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from rgap.doubles import BLOCK
+from rgap.arithmetic.doubles import BLOCK
 from rgap.network.chain import Chain
 from rgap.update.pruning import pruned
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rgap.rounding import coherence
+from rgap.arithmetic.rounding import coherence
 from rgap.update.quantisation import recognise
 from rgap.update.sgd import Descent
 
@@ -199,7 +199,7 @@ def _labels_in_order(by_step: Any, count: int | None) -> Tensor | None:
 
 
 def _widen(noise: dict[str, Tensor], still: Mapping[str, Tensor]) -> None:
-    """Widen, in place, rounding that follows the gradient (:func:`rgap.rounding.coherence`)."""
+    """Widen, in place, rounding that follows the gradient (``rounding.coherence``)."""
     for name, std in noise.items():
         if std.ndim < 2:
             continue

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rgap import validation
-from rgap.reverse import hessian_product
+from rgap.arithmetic.reverse import hessian_product
 from rgap.update.loss_forms import FORMS, Form, Options
 from rgap.update.targets import (
     BINARY,

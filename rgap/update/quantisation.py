@@ -19,8 +19,8 @@ from math import gcd, inf, log2
 import torch
 from torch import Tensor
 
-from rgap.doubles import blocks
-from rgap.rounding import UNIFORM, coherence, spacing
+from rgap.arithmetic.doubles import blocks
+from rgap.arithmetic.rounding import UNIFORM, coherence, spacing
 
 __all__ = ["Rounded", "recognise", "stored"]
 

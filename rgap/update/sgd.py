@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from rgap import validation
-from rgap.rounding import UNIFORM, spacing
+from rgap.arithmetic.rounding import UNIFORM, spacing
 
 __all__ = ["Descent"]
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from rgap import validation
-from rgap.doubles import blocks
-from rgap.rounding import ABSENT
+from rgap.arithmetic.doubles import blocks
+from rgap.arithmetic.rounding import ABSENT
 from rgap.update import interop, storage
 from rgap.update.losses import Loss
 from rgap.update.naming import renamed, renaming

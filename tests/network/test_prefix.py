@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import rgap
-from rgap.doubles import Doubles
+from rgap.arithmetic.doubles import Doubles
 from rgap.network.prefix import affine_input, find_prefix
 from rgap.recovery import Status
 from rgap.update.losses import Loss

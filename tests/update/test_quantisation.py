@@ -9,8 +9,8 @@ import torch
 from allocations import Allocations
 from torch import Tensor, nn
 
+from rgap.arithmetic.rounding import UNIFORM, spacing
 from rgap.inversion.invert import invert
-from rgap.rounding import UNIFORM, spacing
 from rgap.update.capture import capture
 from rgap.update.quantisation import recognise
 from rgap.update.update import Update

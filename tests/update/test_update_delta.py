@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
+from rgap.arithmetic.rounding import spacing
 from rgap.inversion.invert import invert
-from rgap.rounding import spacing
 from rgap.update.capture import capture
 from rgap.update.update import Update
 

@@ -13,8 +13,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from rgap.arithmetic.reverse import pulled
 from rgap.network.reshape import ADVICE, Function, Op
-from rgap.reverse import pulled
 
 _INF = math.inf
 # Their second derivative is 0, and PyTorch has none for hardsigmoid.

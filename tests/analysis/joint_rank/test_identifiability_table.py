@@ -16,9 +16,9 @@ from reference import dense_jacobian
 from torch import Tensor, nn
 from written import Written
 
-from rgap import memory
 from rgap.analysis import Identifiability, audit, identifiability, largest_identifiable_batch
 from rgap.analysis.plots.null_space import null_pictures, nullity_curves, spectra
+from rgap.machine import memory
 
 SHAPE = (2, 6, 6)
 

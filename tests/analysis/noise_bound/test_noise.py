@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 import rgap
-from rgap import memory
 from rgap.analysis.noise_bound.cramer_rao import noise
 from rgap.analysis.noise_bound.defences import (
     Clip,
@@ -21,6 +20,7 @@ from rgap.analysis.noise_bound.defences import (
     Sign,
 )
 from rgap.analysis.noise_bound.trials import noise_trials
+from rgap.machine import memory
 
 SHAPE = (1, 4, 4)
 

@@ -1,0 +1,1 @@
+"""Floating-point arithmetic: float64 in blocks, rounding of formats, derivatives by reverse passes."""
