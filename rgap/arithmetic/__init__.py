@@ -1,1 +1,1 @@
-"""Floating-point arithmetic: float64 in blocks, rounding of formats, derivatives by reverse passes."""
+"""Floating-point arithmetic: float64 in blocks, rounding of formats, derivatives in reverse mode."""
