@@ -1,1 +1,1 @@
-"""Floating-point arithmetic: float64 in blocks, rounding of formats, derivatives in reverse mode."""
+"""Floating-point arithmetic: float64 in blocks, rounding to formats, derivatives in reverse."""
