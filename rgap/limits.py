@@ -40,6 +40,11 @@ ON = 6.0
 # refutes nothing: one in ten updates has one then.
 MISTAKEN = 0.1
 
+# Share of the largest slope by which that of a unit changes within ON standard errors of a kink:
+# all of it for ReLU.  A smooth activation changes as much only where z is known to a tenth of its
+# width.
+KINK = 0.1
+
 # Standard errors of noise by which an entry of a head's gradient may have the wrong sign before
 # the targets that it contradicts are left out: chance 1e-9 an entry, as for ON.
 SIGN = 6.0

@@ -24,7 +24,22 @@ from rgap.inversion.outcomes import layer_reports, stopped
 from rgap.inversion.problem import Problem
 from rgap.inversion.replay import replay, replayed
 from rgap.inversion.symptoms import warnings
-from rgap.limits import CLEAR, DETERMINED, FITS, NEAREST, REFUTED, SAFETY, STATED, UNTOLD, USEFUL
+from rgap.limits import (
+    CLEAR,
+    DETERMINED,
+    FITS,
+    KINK,
+    NEAREST,
+    ON,
+    REFUTED,
+    SAFETY,
+    STATED,
+    UNTOLD,
+    USEFUL,
+)
+from rgap.network.activations import Activation
+from rgap.network.reshape import Op
+from rgap.precision import carried
 from rgap.recovery import Candidate, Recovery, Status
 
 UNTESTED = (
@@ -277,6 +292,7 @@ def _same_labels(answer: Answer, stated: Tensor) -> bool:
 
 def _misfit(problem: Problem, scored: tuple[Answer, float, dict[str, float]]) -> Recovery:
     answer, residual, by_name = scored
+    excuse = answer.descent.doubt
     if not answer.reading.fits and answer.polished.misfit <= REFUTED:
         stage = problem.chain.stages[-1].name
         reason = (
@@ -287,17 +303,49 @@ def _misfit(problem: Problem, scored: tuple[Answer, float, dict[str, float]]) ->
         )
     else:
         name = max(answer.polished.misfits, key=lambda n: answer.polished.misfits[n])
+        excuse = excuse or _at_kinks(problem, answer)
         reason = (
             f"no batch reproduces the update: '{name}' misses by "
             f"{answer.polished.misfits[name]:.2g} standard errors ({by_name.get(name, 0):.1e} "
             f"relative); "
-            f"{answer.descent.doubt or 'is the update from another model, loss or precision?'}"
+            f"{excuse or 'is the update from another model, loss or precision?'}"
         )
     # The polish moves the inputs alone: targets that were read with an error refute nothing.
     free = answer.rows is not None and problem.update.loss.targets != "index"
-    free = free or bool(answer.descent.doubt)
-    status = Status.UNDERDETERMINED if free else Status.INCONSISTENT
+    status = Status.UNDERDETERMINED if free or excuse else Status.INCONSISTENT
     return replace(stopped(problem, status, reason, answer.descent), residual=residual)
+
+
+def _at_kinks(problem: Problem, answer: Answer) -> str:
+    """Why the tensors that an answer misses refute nothing, or "".
+
+    The slope of a unit whose z lies within its error of a kink is either of two; the gradients of
+    its layer and of those below follow from it, and an answer that is fitted to them misses all.
+    """
+    for stage in problem.chain.stages:
+        read = answer.descent.features.get(stage.index)
+        if read is None:
+            continue
+        z = carried(stage.affine.forward, read)
+        count = _turning(stage.tail, z.value, ON * z.std)
+        if count:
+            return (
+                f"{count} outputs of '{stage.name}' lie within their error of a kink of the "
+                "activation, where either slope may have been the client's"
+            )
+    return ""
+
+
+def _turning(tail: Sequence[Op], z: Tensor, off: Tensor) -> int:
+    """Units of which the slope is another at z − off and at z + off, up to the first activation."""
+    low, high = z - off, z + off
+    for op in tail:
+        if isinstance(op, Activation):
+            one, other = op.derivative(low), op.derivative(high)
+            steep = torch.maximum(one.abs().amax(), other.abs().amax())
+            return int(((one - other).abs() > KINK * steep).sum())
+        low, high = op.forward(low), op.forward(high)
+    return 0
 
 
 def _batch(problem: Problem, answer: Answer) -> tuple[Tensor, Tensor, float | Tensor]:
