@@ -20,6 +20,7 @@ from rgap.constraints.determined import doubt
 from rgap.inversion.answer import Answer
 from rgap.inversion.backing import backing
 from rgap.inversion.batch_rows import BatchRows
+from rgap.inversion.kinks import at_kinks
 from rgap.inversion.outcomes import layer_reports, stopped
 from rgap.inversion.problem import Problem
 from rgap.inversion.replay import replay, replayed
@@ -28,18 +29,13 @@ from rgap.limits import (
     CLEAR,
     DETERMINED,
     FITS,
-    KINK,
     NEAREST,
-    ON,
     REFUTED,
     SAFETY,
     STATED,
     UNTOLD,
     USEFUL,
 )
-from rgap.network.activations import Activation
-from rgap.network.reshape import Op
-from rgap.precision import carried
 from rgap.recovery import Candidate, Recovery, Status
 
 UNTESTED = (
@@ -303,7 +299,7 @@ def _misfit(problem: Problem, scored: tuple[Answer, float, dict[str, float]]) ->
         )
     else:
         name = max(answer.polished.misfits, key=lambda n: answer.polished.misfits[n])
-        excuse = excuse or _at_kinks(problem, answer)
+        excuse = excuse or at_kinks(problem, answer.descent)
         reason = (
             f"no batch reproduces the update: '{name}' misses by "
             f"{answer.polished.misfits[name]:.2g} standard errors ({by_name.get(name, 0):.1e} "
@@ -314,38 +310,6 @@ def _misfit(problem: Problem, scored: tuple[Answer, float, dict[str, float]]) ->
     free = answer.rows is not None and problem.update.loss.targets != "index"
     status = Status.UNDERDETERMINED if free or excuse else Status.INCONSISTENT
     return replace(stopped(problem, status, reason, answer.descent), residual=residual)
-
-
-def _at_kinks(problem: Problem, answer: Answer) -> str:
-    """Why the tensors that an answer misses refute nothing, or "".
-
-    The slope of a unit whose z lies within its error of a kink is either of two; the gradients of
-    its layer and of those below follow from it, and an answer that is fitted to them misses all.
-    """
-    for stage in problem.chain.stages:
-        read = answer.descent.features.get(stage.index)
-        if read is None:
-            continue
-        z = carried(stage.affine.forward, read)
-        count = _turning(stage.tail, z.value, ON * z.std)
-        if count:
-            return (
-                f"{count} outputs of '{stage.name}' lie within their error of a kink of the "
-                "activation, where either slope may have been the client's"
-            )
-    return ""
-
-
-def _turning(tail: Sequence[Op], z: Tensor, off: Tensor) -> int:
-    """Units of which the slope is another at z − off and at z + off, up to the first activation."""
-    low, high = z - off, z + off
-    for op in tail:
-        if isinstance(op, Activation):
-            one, other = op.derivative(low), op.derivative(high)
-            steep = torch.maximum(one.abs().amax(), other.abs().amax())
-            return int(((one - other).abs() > KINK * steep).sum())
-        low, high = op.forward(low), op.forward(high)
-    return 0
 
 
 def _batch(problem: Problem, answer: Answer) -> tuple[Tensor, Tensor, float | Tensor]:
