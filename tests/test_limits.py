@@ -16,6 +16,8 @@ DECIDING = (
     "head/behind",
     "inversion/polish",
     "recursion/descend",
+    "recursion/reached",
+    "recursion/steps",
     "inversion/batch_rows",
     "head/features",
     "head/scale",

@@ -30,7 +30,7 @@ from rgap.network.prefix import find_pairs, find_prefix
 from rgap.precision import Estimate
 from rgap.progress import Progress, Shown
 from rgap.recovery import Recovery, Route, Status
-from rgap.recursion.descend import Descent
+from rgap.recursion.reached import Descent
 from rgap.separation.batch import Separated, Unseparated
 from rgap.separation.route import mixed, separate
 from rgap.solvers.priors import Prior
