@@ -110,7 +110,7 @@ COUNTED = {
     "solvers/joint_rank.py": "singular values of the joint rows, or sizes that make it full",
     "solvers/kronecker.py": "the sum of the groups' ranks",
     "solvers/solution.py": "an example",
-    "rgap/recovery.py": "a layer whose input was read off its gradient, entry by entry",
+    "rgap/recovery/layers.py": "a layer whose input was read off its gradient, entry by entry",
     "rgap/constraints/ranks.py": "extreme singular values, and sums of exact counts",
     "analysis/joint_rank/inverses.py": "extreme singular values of a matrix of full rank",
     "analysis/joint_rank/nullspace.py": "an upper bound of the largest singular value",
