@@ -5,32 +5,15 @@ Every message says what was expected, what came, and what to write instead, and 
 
 from __future__ import annotations
 
-import difflib
 import math
 import operator
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rgap.arithmetic.doubles import blocks
-
-# What people write instead; answered with the name to write, never silently translated.
-_MEANT = {
-    "ce": "cross_entropy",
-    "crossentropy": "cross_entropy",
-    "crossentropyloss": "cross_entropy",
-    "nll": "nll_loss",
-    "nllloss": "nll_loss",
-    "focal": "focal_loss",
-    "bce": "binary_cross_entropy_with_logits",
-    "bcewithlogitsloss": "binary_cross_entropy_with_logits",
-    "bceloss": "binary_cross_entropy",
-    "mse": "mse_loss",
-    "mseloss": "mse_loss",
-    "l2": "mse_loss",
-}
 
 WEIGHTS = 0.2  # distance from the weights, over their size, up to which gradients are weights
 
@@ -288,30 +271,6 @@ def check_shapes(what: str, got: Mapping[str, Tensor], expected: Mapping[str, Te
                 f"{tuple(expected[name].shape)} as in the model; was it captured from a model with "
                 "other widths? Build the model that the client trained."
             )
-
-
-def refuse_loss_options(loss: nn.Module) -> None:
-    """Raise if a PyTorch loss module has an option that `rgap.Loss` has not."""
-    if isinstance(loss, (nn.BCELoss, nn.BCEWithLogitsLoss)) and loss.weight is not None:
-        raise ValueError(
-            f"loss: {type(loss).__name__}(weight=...) weighs places of the batch, not classes, and "
-            "is not offered by name; write the loss as a function of outputs and targets."
-        )
-    if getattr(loss, "ignore_index", -100) != -100:
-        raise ValueError(
-            f"loss: {type(loss).__name__}(ignore_index=...) is not supported; leave the ignored "
-            "samples out of the batch."
-        )
-
-
-def unknown_loss(name: object, names: list[str]) -> str:
-    """The message for a loss that is not among ``names``."""
-    known = ", ".join(map(repr, names))
-    text = f"loss: expected one of {known}, got {name!r}"
-    key = str(name).lower()
-    close = difflib.get_close_matches(key, names, n=1)
-    guess = _MEANT.get(key) or (close[0] if close else None)
-    return f"{text}; write loss={guess!r}." if guess else f"{text}."
 
 
 def noise(value: float) -> None:

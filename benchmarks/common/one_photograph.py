@@ -13,7 +13,7 @@ from benchmarks.common.networks import BINARY
 from rgap.head.features import HeadCandidate, HeadFailure, solve_head
 from rgap.inversion.answer import head_gradients
 from rgap.inversion.problem import Problem, prepare
-from rgap.recursion.descend import Descent
+from rgap.recursion.reached import Descent
 from rgap.recursion.stage import BUDGET
 from rgap.update.preflight import ClientView
 

@@ -32,7 +32,7 @@ from benchmarks.common.measuring import Stopwatch, peak
 from benchmarks.common.one_photograph import OnePhotograph
 from rgap.constraints import gradient_constraint, gradient_rows
 from rgap.network.chain import Chain, parse
-from rgap.recursion.descend import Descent
+from rgap.recursion.reached import Descent
 
 Json = dict[str, Any]
 MIB = 2**20

@@ -24,7 +24,7 @@ from rgap.head.features import HeadCandidate
 from rgap.inversion.answer import read_answer
 from rgap.network.chain import parse
 from rgap.precision import Estimate
-from rgap.recursion.descend import Descent
+from rgap.recursion.reached import Descent
 from rgap.recursion.stage import solve_stage
 
 ROUNDS = 3

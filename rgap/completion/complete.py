@@ -26,8 +26,8 @@ from rgap.network.chain import Chain, Stage
 from rgap.network.reshape import Reshape
 from rgap.precision import Estimate, Precision
 from rgap.priors import prior_of
-from rgap.recursion.descend import Reached
 from rgap.recursion.matrix_free import memory
+from rgap.recursion.reached import Reached
 from rgap.recursion.stage import BUDGET
 from rgap.solvers.gauss_newton import Minimum, Schedule, Step
 from rgap.solvers.priors import Prior

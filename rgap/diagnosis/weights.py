@@ -35,7 +35,8 @@ from rgap.limits import REFUTED
 from rgap.network.activations.piecewise import Activation
 from rgap.network.chain import Chain, Stage
 from rgap.network.reshape import Op, Reshape
-from rgap.recursion.descend import Reached, descend
+from rgap.recursion.descend import descend
+from rgap.recursion.reached import Reached
 from rgap.update.targets import SQUARED
 
 SAFETY = 100.0

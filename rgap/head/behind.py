@@ -131,7 +131,9 @@ class Behind(Loss):
     def _nearest(self, outputs: Tensor, cotangent: Tensor) -> Tensor:
         """Class of every sample whose k comes nearest, [N]."""
         nearest = []
-        scale = self._scale(outputs.new_zeros(len(outputs), self.outputs(0)), torch.empty(0))
+        scale = self._reduction.scale(
+            outputs.new_zeros(len(outputs), self.outputs(0)), torch.empty(0)
+        )
         for z, k in zip(outputs, cotangent, strict=True):
             labels = torch.arange(self.outputs(0), device=z.device)
             many = replace(self, reduction="sum").cotangent(z.expand(len(labels), -1), labels)

@@ -31,7 +31,7 @@ from rgap.network.pooling import LinearMap
 from rgap.network.reshape import Rearrange, Reshape
 from rgap.precision import Estimate, Precision, carried
 from rgap.recovery import Route
-from rgap.recursion.descend import Descent
+from rgap.recursion.reached import Descent
 from rgap.separation.targets import read_from_head
 
 

@@ -30,7 +30,7 @@ from rgap.inversion.replay import sent_for
 from rgap.limits import FALSELY, FREE, PARTED, ROWS, SPARE, VANISHING
 from rgap.network.chain import Stage
 from rgap.precision import Estimate
-from rgap.recursion.descend import Descent
+from rgap.recursion.reached import Descent
 
 LOOKED = 1000  # sizes that are compared: more of them would be near each other by chance
 MEMBERS = 4  # of the ensemble of an answer that are replayed

@@ -17,7 +17,7 @@ from rgap.limits import DETERMINED, ENSEMBLE, PROBABILITY
 from rgap.network.chain import Chain
 from rgap.precision import Estimate
 from rgap.progress import Watch, silent
-from rgap.recursion.descend import Descent
+from rgap.recursion.reached import Descent
 from rgap.recursion.stage import StageSolution
 from rgap.separation.batch import Batch, Separated
 from rgap.solvers.kronecker import factor

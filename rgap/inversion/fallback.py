@@ -31,7 +31,7 @@ from rgap.network.reshape import Op, Reshape
 from rgap.precision import Estimate
 from rgap.progress import Progress
 from rgap.recovery import Candidate, Recovery, Route, Status
-from rgap.recursion.descend import Descent
+from rgap.recursion.reached import Descent
 from rgap.solvers.gauss_newton import Minimum, Step
 from rgap.update.update import view
 

@@ -21,7 +21,7 @@ from rgap.inversion.replay import replayed
 from rgap.inversion.symptoms import compressed, warnings
 from rgap.network.chain import Stage
 from rgap.recovery import LayerReport, Recovery, Route, Status
-from rgap.recursion.descend import Descent
+from rgap.recursion.reached import Descent
 from rgap.update.update import view
 
 # The cotangents of all targets of a head with two classes are parallel: any factor fits a mixture.

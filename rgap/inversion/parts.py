@@ -15,7 +15,7 @@ from rgap.inversion.problem import Problem
 from rgap.limits import SAFETY, USEFUL
 from rgap.precision import Estimate
 from rgap.recovery import Candidate, Recovery, Status
-from rgap.recursion.descend import Descent
+from rgap.recursion.reached import Descent
 from rgap.recursion.stage import StageSolution
 from rgap.solvers.priors import Operator
 from rgap.solvers.rank import Evidence, EvidenceKind

@@ -19,8 +19,10 @@ from rgap.network.chain import Chain, parse, unparsed
 from rgap.network.probing import UnreadyError
 from rgap.precision import Estimate, Precision
 from rgap.progress import Watch, silent
-from rgap.recursion.descend import Descent, Reached, Unpool, descend
+from rgap.recursion.descend import descend
+from rgap.recursion.reached import Descent, Reached
 from rgap.recursion.stage import BUDGET
+from rgap.recursion.steps import Unpool
 from rgap.update.losses import Loss
 from rgap.update.preflight import ClientView
 from rgap.update.targets import CLASSES

@@ -20,7 +20,7 @@ from rgap.network.chain import Chain
 from rgap.network.prefix import find_pairs, reaches
 from rgap.progress import Progress
 from rgap.recovery import Recovery, Status
-from rgap.recursion.descend import Descent
+from rgap.recursion.reached import Descent
 from rgap.separation.batch import Separated, Unseparated
 from rgap.separation.headless import separate_headless
 

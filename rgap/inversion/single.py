@@ -32,7 +32,7 @@ from rgap.network.prefix import Prefix, reaches
 from rgap.precision import Estimate, carried
 from rgap.progress import Progress
 from rgap.recovery import Recovery, Status
-from rgap.recursion.descend import Descent
+from rgap.recursion.reached import Descent
 
 __all__ = ["certified_features", "from_bias", "from_prefix"]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
-from rgap.recursion.descend import Descent, Reached, Unpool, descend
+from rgap.recursion.descend import descend
+from rgap.recursion.reached import Descent, Reached
+from rgap.recursion.steps import Unpool
 
 __all__ = ["Descent", "Reached", "Unpool", "descend"]

@@ -18,6 +18,7 @@ A class-index loss has its classes along dimension 1 and may have positions afte
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -35,7 +36,7 @@ from rgap.update.targets import (
     SQUARED,
 )
 
-__all__ = ["FORMS", "Form", "Options"]
+__all__ = ["FORMS", "Form", "Options", "per_class"]
 
 SMALLEST = 1e-12  # p(1 − p) below which PyTorch's binary_cross_entropy holds its derivative
 
@@ -57,6 +58,11 @@ class Options:
     smoothing: float
     gamma: float
     alpha: float | None
+
+
+def per_class(values: Sequence[float], outputs: Tensor) -> Tensor:
+    """One number a class, or one for all, to be multiplied with outputs [B, C, *positions]."""
+    return outputs.new_tensor(values).reshape(-1, *[1] * max(outputs.ndim - 2, 0))
 
 
 class Form(Protocol):

@@ -23,69 +23,31 @@ The formulas in full are those of :mod:`rgap.update.loss_forms`.  A loss of one'
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from rgap import validation
-from rgap.arithmetic.reverse import hessian_product
-from rgap.update.loss_forms import FORMS, Form, Options
-from rgap.update.targets import (
-    BINARY,
-    CLASSES,
-    CROSS_ENTROPY,
-    FOCAL,
-    LOG_PROBABILITIES,
-    PROBABILITIES,
-    SIGMOID_FOCAL,
-    SQUARED,
-    check,
-    outside,
-    require_outputs,
-    require_shape,
+from rgap.update import targets as admitted
+from rgap.update.formula import Formula, Lost, Own
+from rgap.update.loss_options import (
+    OPTIONS,
+    TARGETS,
+    UNKNOWN,
+    of_module,
+    require_classes,
+    require_none,
+    require_reduction,
+    settled,
 )
+from rgap.update.reduction import Reduction
+from rgap.update.targets import BINARY, CLASSES, CROSS_ENTROPY, LOG_PROBABILITIES, SQUARED
 
 __all__ = ["UNKNOWN", "Loss"]
 
-UNKNOWN = "unknown"
-_TARGETS = {
-    CROSS_ENTROPY: ("index", "probability"),
-    BINARY: ("index", "probability"),
-    SQUARED: ("value",),
-    LOG_PROBABILITIES: ("index",),
-    PROBABILITIES: ("index", "probability"),
-    FOCAL: ("index",),
-    SIGMOID_FOCAL: ("index",),
-}
-_WEIGHTED = {
-    "weight": (CROSS_ENTROPY, LOG_PROBABILITIES, FOCAL),
-    "pos_weight": (BINARY,),
-    "gamma": (FOCAL, SIGMOID_FOCAL),
-    "alpha": (SIGMOID_FOCAL,),
-}
 _EQUATIONS = (CROSS_ENTROPY, BINARY, SQUARED)
-_GAMMA = 2.0  # of Lin et al. 2017, and torchvision's default
-# 2**16 label vectors is the most that anyone can usefully enumerate.
-_MOST_LOGITS_LISTED = 16
-
-
-@dataclass(frozen=True)
-class _Lost:
-    """A loss of one's own that a file could only name."""
-
-    name: str
-
-    def __call__(self, outputs: Any, targets: Any) -> Tensor:
-        raise ValueError(
-            f"loss: the update was sent under {self.name!r}, a function that a file cannot hold; "
-            "write dataclasses.replace(update, loss=the_function)."
-        )
 
 
 @dataclass(frozen=True)
@@ -138,29 +100,14 @@ class Loss:
     function: Callable[[Any, Any], Tensor] | None = None
 
     def __post_init__(self) -> None:
-        self._require_reduction()
+        require_reduction(self.reduction)
+        options = {option: getattr(self, option) for option in OPTIONS}
         if self.function is not None or self.name == UNKNOWN:
-            self._require_plain()
+            require_none(self.name, self.label_smoothing, options)
             return
-        if self.name not in _TARGETS:
-            raise ValueError(validation.unknown_loss(self.name, list(_TARGETS)))
-        self._require_smoothing()
-        for option, losses in _WEIGHTED.items():
-            if getattr(self, option) is not None and self.name not in losses:
-                raise ValueError(
-                    f"Loss.{option}: {self.name} has none; it is an option of "
-                    f"{' and '.join(losses)}."
-                )
-        object.__setattr__(self, "weight", _numbers("weight", self.weight))
-        object.__setattr__(self, "pos_weight", _numbers("pos_weight", self.pos_weight))
-        self._require_focus()
-        if self.name == SQUARED and self.targets == "index":
-            object.__setattr__(self, "targets", "value")  # the only kind it has
-        if self.targets not in _TARGETS[self.name]:
-            raise ValueError(
-                f"Loss.targets: {self.name} takes {' or '.join(map(repr, _TARGETS[self.name]))}, "
-                f"got {self.targets!r}."
-            )
+        declared = settled(self.name, self.label_smoothing, self.targets, options)
+        for option, value in declared.items():
+            object.__setattr__(self, option, value)
 
     @classmethod
     def of(cls, loss: object) -> Loss:
@@ -177,7 +124,7 @@ class Loss:
         Example:
             >>> Loss.of("mse_loss").targets
             'value'
-            >>> Loss.of(nn.BCELoss()).name, Loss.of(None).known
+            >>> Loss.of(torch.nn.BCELoss()).name, Loss.of(None).known
             ('binary_cross_entropy', False)
         """
         if isinstance(loss, Loss):
@@ -186,23 +133,13 @@ class Loss:
             return cls(UNKNOWN)
         if isinstance(loss, str):
             return cls(loss)
-        names: dict[type[nn.Module], str] = {
-            nn.CrossEntropyLoss: CROSS_ENTROPY,
-            nn.BCEWithLogitsLoss: BINARY,
-            nn.MSELoss: SQUARED,
-            nn.BCELoss: PROBABILITIES,
-            nn.NLLLoss: LOG_PROBABILITIES,
-        }
-        for kind, name in names.items():
-            if isinstance(loss, kind):
-                validation.refuse_loss_options(loss)
-                smoothing = float(getattr(loss, "label_smoothing", 0.0))
-                options = {key: getattr(loss, key, None) for key in ("weight", "pos_weight")}
-                return cls(name, str(loss.reduction), smoothing, **options)  # type: ignore[arg-type]
+        options = of_module(loss)
+        if options is not None:
+            return cls(**options)
         if callable(loss) and not isinstance(loss, type):
             return cls(str(getattr(loss, "__name__", type(loss).__name__)), function=loss)
         raise TypeError(
-            f"loss: expected one of {', '.join(map(repr, _TARGETS))}, a Loss or a function of "
+            f"loss: expected one of {', '.join(map(repr, TARGETS))}, a Loss or a function of "
             f"outputs and targets, got {type(loss).__name__}; write for instance "
             "Loss('cross_entropy')."
         )
@@ -210,12 +147,12 @@ class Loss:
     @classmethod
     def lost(cls, name: str) -> Loss:
         """A loss of one's own of which only the name is left, as a file has it."""
-        return cls(name, function=_Lost(name))
+        return cls(name, function=Lost(name))
 
     @property
     def known(self) -> bool:
         """True if the loss of given outputs and targets can be computed."""
-        return self.name != UNKNOWN and not isinstance(self.function, _Lost)
+        return self.name != UNKNOWN and not isinstance(self.function, Lost)
 
     @property
     def own(self) -> bool:
@@ -248,7 +185,7 @@ class Loss:
 
         The same everywhere where :attr:`equations` hold.
         """
-        scale = self._scale(outputs, torch.empty(0, device=outputs.device))
+        scale = self._reduction.scale(outputs, torch.empty(0, device=outputs.device))
         assert isinstance(scale, float)
         smooth = (1.0 - self.label_smoothing) * scale
         return 2.0 * scale if self.name == SQUARED else smooth
@@ -273,43 +210,14 @@ class Loss:
         a float32 loss. Only shapes are checked here (this runs inside Jacobian products); values
         are checked by `check_targets`.
         """
-        if self.function is not None:
-            return self._scalar(self.function(outputs, targets))
-        form = self._form()
-        if self.name == CROSS_ENTROPY:
-            require_outputs(self.name, outputs)
-            if targets.is_floating_point():
-                targets = self.dense(targets, outputs)
-                if self.weight is not None and self.targets == "index":  # PyTorch divides by B
-                    scale = self._scale(outputs, targets)
-                    return scale * form.value(outputs, targets, self._options(outputs))
-            else:
-                require_shape(self.name, outputs, targets, index=True)
-                targets = targets.long()
-            weight = None if self.weight is None else outputs.new_tensor(self.weight)
-            return F.cross_entropy(
-                outputs, targets, weight, reduction=self.reduction,
-                label_smoothing=self.label_smoothing,
-            )  # fmt: skip
-        dense = self.dense(targets, outputs)
-        if self.name == BINARY:
-            positive = self._options(outputs).positive
-            return F.binary_cross_entropy_with_logits(
-                outputs, dense, reduction=self.reduction, pos_weight=positive
-            )
-        if self.name == SQUARED:
-            return F.mse_loss(outputs, dense, reduction=self.reduction)
-        return self._scale(outputs, dense) * form.value(outputs, dense, self._options(outputs))
+        return self._formula.value(outputs, targets)
 
     def cotangent(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """``dL / d outputs`` in closed form (table in the module's docstring), shape of outputs.
 
         That of a loss of one's own is autograd's.
         """
-        if self.own:
-            return self._derivative(outputs, targets)
-        y = self.dense(targets, outputs)
-        return self._scale(outputs, y) * self._form().cotangent(outputs, y, self._options(outputs))
+        return self._formula.cotangent(outputs, targets)
 
     def cotangent_jvp(
         self, outputs: Tensor, direction: Tensor, targets: Tensor | None = None
@@ -330,13 +238,7 @@ class Loss:
                 f"targets: the curvature of {self.name} with these options depends on them; write "
                 "loss.cotangent_jvp(outputs, direction, targets)."
             )
-        if self.own:
-            return hessian_product(lambda z: self(z, targets), outputs, direction)
-        require_outputs(self.name, outputs)
-        y = torch.zeros_like(outputs) if targets is None else self.dense(targets, outputs)
-        options = self._options(outputs)
-        scale = self._scale(outputs, y)
-        return scale * self._form().curvature(outputs, y, direction, options)
+        return self._formula.curvature(outputs, targets, direction)
 
     def targets_from(self, outputs: Tensor, cotangent: Tensor) -> Tensor:
         """Dense targets, before label smoothing, whose cotangent at ``outputs`` is ``cotangent``.
@@ -353,12 +255,7 @@ class Loss:
                 f"cotangent: expected the outputs' shape {tuple(outputs.shape)}, got "
                 f"{tuple(cotangent.shape)}."
             )
-        form, options = self._form(), self._options(outputs)
-        require_outputs(self.name, outputs)
-        if self._weighs_batch:
-            return self._weighted_targets(outputs, cotangent)
-        scale = self._scale(outputs, outputs.new_empty(0))
-        return form.target(outputs, cotangent / scale, options)
+        return self._formula.targets(outputs, cotangent)
 
     def read(self, dense: Tensor) -> tuple[Tensor, float]:
         """Nearest admissible targets to ``dense`` and the max-abs distance to the admissible set.
@@ -369,19 +266,7 @@ class Loss:
         distance is how far they lie outside the probabilities, for real values it is 0. Anything
         not finite is at distance infinity.
         """
-        finite = bool(torch.isfinite(dense).all())
-        if self.targets == "index":
-            if self.name in CLASSES:
-                labels = dense.argmax(dim=1)
-                nearest = _one_hot(labels, dense)
-            else:
-                nearest = (dense > 0.5).to(dense.dtype)
-                single = dense.ndim == 2 and dense.shape[1] == 1
-                labels = nearest.long().reshape(-1) if single else nearest.long()
-            return labels, float((dense - nearest).abs().max()) if finite else math.inf
-        if not finite:
-            return dense, math.inf
-        return dense, outside(self.name, dense) if self.targets == "probability" else 0.0
+        return admitted.nearest(self.name, self.targets, dense)
 
     def admissible(self, classes: int) -> list[int] | list[tuple[int, ...]] | None:
         """Every target one sample can have with ``classes`` outputs, or None when continuous.
@@ -394,18 +279,7 @@ class Loss:
             >>> Loss("cross_entropy").admissible(3)
             [0, 1, 2]
         """
-        if self.targets != "index":
-            return None
-        if self.name in CLASSES:
-            return list(range(classes))
-        if classes == 1:
-            return [0, 1]
-        if classes > _MOST_LOGITS_LISTED:
-            raise ValueError(
-                f"classes: {classes} logits have 2**{classes} label vectors, too many to list; "
-                "read them from the cotangent with Loss.read(Loss.targets_from(outputs, k))."
-            )
-        return list(itertools.product((0, 1), repeat=classes))
+        return admitted.admissible(self.name, self.targets, classes)
 
     def dense(self, targets: Tensor, outputs: Tensor) -> Tensor:
         """Targets in the shape and dtype of ``outputs`` (one-hot for indices), before smoothing.
@@ -413,12 +287,7 @@ class Loss:
         Targets that are dense already pass through. Targets [B] are taken for outputs [B, 1] by
         the binary and the squared loss, as labels usually come.
         """
-        require_outputs(self.name, outputs)
-        if self.name in CLASSES and not targets.is_floating_point():
-            require_shape(self.name, outputs, targets, index=True)
-            return _one_hot(targets.long(), outputs)
-        require_shape(self.name, outputs, targets)
-        return targets.to(outputs.dtype).reshape(outputs.shape)  # [B] to [B, 1]
+        return admitted.dense(self.name, targets, outputs)
 
     def check_targets(self, outputs: Any, targets: Any) -> None:
         """Raise unless ``targets`` are admissible for ``outputs``: kind, shape and values.
@@ -430,161 +299,30 @@ class Loss:
             ValueError: wrong shape, an index out of range, a probability outside [0, 1] or rows
                 that do not sum to 1, NaN or infinity; outputs that are none of the loss's.
         """
-        if self.own:
+        if isinstance(self._formula, Own):
             return
-        self._form()
-        check(self.name, self.targets, outputs, targets)
-        if self.name == PROBABILITIES and not bool(((outputs >= 0) & (outputs <= 1)).all()):
-            raise ValueError(
-                "outputs: binary_cross_entropy expects probabilities in [0, 1], got values from "
-                f"{float(outputs.min()):.3g} to {float(outputs.max()):.3g}; for logits write "
-                "loss='binary_cross_entropy_with_logits'."
-            )
+        admitted.check(self.name, self.targets, outputs, targets)
+        admitted.require_probabilities(self.name, outputs)
         classes = outputs.shape[1] if outputs.ndim > 1 else 1
-        for option in ("weight", "pos_weight"):
-            given: tuple[float, ...] | None = getattr(self, option)
-            if given is not None and len(given) not in ((1, classes) if classes else (1,)):
-                raise ValueError(
-                    f"Loss.{option}: expected {classes} numbers, one a class, got {len(given)}."
-                )
-
-    @property
-    def _weighs_batch(self) -> bool:
-        """True if the divisor of the mean is the sum of the weights of the batch's classes."""
-        weighted = self.weight is not None and self.name in (CROSS_ENTROPY, LOG_PROBABILITIES)
-        return weighted and self.targets == "index" and self.reduction == "mean"
+        require_classes("weight", self.weight, classes)
+        require_classes("pos_weight", self.pos_weight, classes)
 
     def divisor(self, targets: Tensor, copies: Tensor) -> float:
         """What the mean divides by: of dense targets [R, C] that occur ``copies`` [R] times."""
-        if self.reduction == "sum":
-            return 1.0
-        if self._weighs_batch:
-            assert self.weight is not None
-            return float(copies @ (targets @ targets.new_tensor(self.weight)))
-        count = float(copies.sum())
-        return count if self.name in CLASSES else count * targets.shape[1]
+        return self._reduction.divisor(targets, copies)
 
-    def _scale(self, outputs: Tensor, dense: Tensor) -> float | Tensor:
-        if self.reduction == "sum":
-            return 1.0
-        if self._weighs_batch:
-            weight = self._options(outputs).weight
-            assert weight is not None
-            return 1.0 / (weight * dense).sum()
-        count = outputs.numel()
-        return 1.0 / (count // outputs.shape[1] if self.name in CLASSES else count)
+    @property
+    def _reduction(self) -> Reduction:
+        # PyTorch divides a mean by the weights of the batch's classes where it takes class indices.
+        by_weight = self.targets == "index" and self.name in (CROSS_ENTROPY, LOG_PROBABILITIES)
+        weight = self.weight if by_weight else None
+        return Reduction(self.reduction == "mean", self.name in CLASSES, weight)
 
-    def _weighted_targets(self, outputs: Tensor, cotangent: Tensor) -> Tensor:
-        """Targets of a mean that is weighed by them: the class of each sample first, by its sign.
-
-        With all classes known the divisor is, and with it the scale.
-        """
-        form, options = self._form(), self._options(outputs)
-        best, least = outputs, math.inf
-        for labels in self._classes_at(outputs, cotangent):
-            guess = _one_hot(labels, outputs)
-            target = form.target(outputs, cotangent / self._scale(outputs, guess), options)
-            gap = float((target - guess).abs().max())
-            if gap < least or least == math.inf:
-                best, least = target, gap
-        return best
-
-    def _classes_at(self, outputs: Tensor, cotangent: Tensor) -> list[Tensor]:
-        """The classes with the least cotangent; for one sample every class."""
-        if len(outputs) == 1 and outputs.ndim == 2:
-            every = torch.arange(outputs.shape[1], device=outputs.device)
-            return [c.reshape(1) for c in every]
-        return [cotangent.argmin(1)]
-
-    def _form(self) -> Form:
-        if self.name not in FORMS or self.own:
-            raise ValueError(
-                f"loss: {self.name!r} has no formula here; write one of "
-                f"{', '.join(map(repr, FORMS))}, or a function of outputs and targets to replay it."
-            )
-        return FORMS[self.name]
-
-    def _options(self, outputs: Tensor) -> Options:
-        def broadcast(values: Sequence[float] | None) -> Tensor | None:
-            if values is None:
-                return None
-            return outputs.new_tensor(values).reshape(-1, *[1] * max(outputs.ndim - 2, 0))
-
-        return Options(
-            broadcast(self.weight),
-            broadcast(self.pos_weight),
-            self.label_smoothing,
-            _GAMMA if self.gamma is None else self.gamma,
-            self.alpha,
-        )
-
-    def _scalar(self, value: Any) -> Tensor:
-        if not isinstance(value, Tensor) or value.numel() != 1:
-            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(
-                f"loss: {self.name} returned {got}, expected one number; a client sends the "
-                "gradient of a scalar: write its mean or its sum."
-            )
-        return value.reshape(())
-
-    def _derivative(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        with torch.enable_grad():
-            leaf = outputs.detach().requires_grad_()
-            return torch.autograd.grad(self(leaf, targets), leaf)[0]
-
-    def _require_reduction(self) -> None:
-        if self.reduction not in ("mean", "sum"):
-            raise ValueError(
-                f"Loss.reduction: expected 'mean' or 'sum', got {self.reduction!r}; a client sends "
-                "the gradient of a scalar, so write the reduction it used."
-            )
-
-    def _require_smoothing(self) -> None:
-        if not (0.0 <= self.label_smoothing < 1.0):
-            raise ValueError(
-                f"Loss.label_smoothing: expected a number in [0, 1), got {self.label_smoothing!r}; "
-                "at 1 the gradient no longer depends on the labels."
-            )
-        if self.label_smoothing and self.name != CROSS_ENTROPY:
-            raise ValueError(
-                f"Loss.label_smoothing: {self.name} has none in PyTorch; smooth the targets "
-                "yourself and write Loss(..., targets='probability')."
-            )
-
-    def _require_plain(self) -> None:
-        given = [option for option in _WEIGHTED if getattr(self, option) is not None]
-        if self.label_smoothing:
-            given.append("label_smoothing")
-        if given:
-            what = "an unknown loss" if self.name == UNKNOWN else "a loss of your own"
-            raise ValueError(f"Loss.{given[0]}: {what} has no options; put them into the function.")
-
-    def _require_focus(self) -> None:
-        if self.gamma is not None and not 0.0 <= self.gamma < math.inf:
-            raise ValueError(
-                f"Loss.gamma: expected a finite number of at least 0, got {self.gamma!r}; write "
-                "gamma=2.0."
-            )
-        if self.alpha is not None and not 0.0 < self.alpha < 1.0:
-            raise ValueError(
-                f"Loss.alpha: expected a number in (0, 1), got {self.alpha!r}; write alpha=0.25."
-            )
-
-
-def _numbers(name: str, values: Any) -> tuple[float, ...] | None:
-    """Weights as a tuple of positive numbers."""
-    if values is None:
-        return None
-    listed = values.detach().flatten().tolist() if isinstance(values, Tensor) else values
-    numbers = tuple(float(v) for v in (listed if isinstance(listed, Sequence) else [listed]))
-    if not numbers or not all(0.0 < v < math.inf for v in numbers):
-        raise ValueError(
-            f"Loss.{name}: expected positive numbers, got {numbers}; a class of weight 0 leaves no "
-            "trace in the gradient: leave its samples out of the batch."
-        )
-    return numbers
-
-
-def _one_hot(labels: Tensor, like: Tensor) -> Tensor:
-    """Class indices [B, *positions] as dense targets with the classes along dimension 1."""
-    return F.one_hot(labels, like.shape[1]).movedim(-1, 1).to(like.dtype)
+    @property
+    def _formula(self) -> Formula | Own:
+        if self.function is not None:
+            return Own(self.name, self.function)
+        return Formula(
+            self.name, self._reduction, self.label_smoothing, self.weight, self.pos_weight,
+            self.gamma, self.alpha,
+        )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Targets that a loss admits: their kind, shape and values.
+"""Targets that a loss admits: their kind, shape and values, dense ones, and the nearest to some.
 
 ``loss`` is the name of the ``torch.nn.functional`` function, ``kind`` what `rgap.Loss.targets`
 says: ``"index"``, ``"probability"`` or ``"value"``.
@@ -6,7 +6,11 @@ says: ``"index"``, ``"probability"`` or ``"value"``.
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rgap import validation
@@ -20,9 +24,14 @@ __all__ = [
     "PROBABILITIES",
     "SIGMOID_FOCAL",
     "SQUARED",
+    "admissible",
     "check",
+    "dense",
+    "nearest",
+    "one_hot",
     "outside",
     "require_outputs",
+    "require_probabilities",
     "require_shape",
 ]
 
@@ -34,6 +43,8 @@ PROBABILITIES = "binary_cross_entropy"
 FOCAL = "focal_loss"
 SIGMOID_FOCAL = "sigmoid_focal_loss"
 CLASSES = (CROSS_ENTROPY, LOG_PROBABILITIES, FOCAL)  # one class a sample, along dimension 1
+# 2**16 label vectors is the most that anyone can usefully enumerate.
+_MOST_LOGITS_LISTED = 16
 
 
 def check(loss: str, kind: str, outputs: Tensor, targets: Tensor) -> None:
@@ -66,6 +77,54 @@ def check(loss: str, kind: str, outputs: Tensor, targets: Tensor) -> None:
             raise ValueError(f"targets: expected probabilities in [0, 1]{rows}.")
 
 
+def dense(loss: str, targets: Tensor, outputs: Tensor) -> Tensor:
+    """Targets in the shape and dtype of ``outputs``; see `rgap.Loss.dense`."""
+    require_outputs(loss, outputs)
+    if loss in CLASSES and not targets.is_floating_point():
+        require_shape(loss, outputs, targets, index=True)
+        return one_hot(targets.long(), outputs)
+    require_shape(loss, outputs, targets)
+    return targets.to(outputs.dtype).reshape(outputs.shape)  # [B] to [B, 1]
+
+
+def one_hot(labels: Tensor, like: Tensor) -> Tensor:
+    """Class indices [B, *positions] as dense targets with the classes along dimension 1."""
+    return F.one_hot(labels, like.shape[1]).movedim(-1, 1).to(like.dtype)
+
+
+def nearest(loss: str, kind: str, dense: Tensor) -> tuple[Tensor, float]:
+    """The admissible targets next to dense ones, and how far off; see `rgap.Loss.read`."""
+    finite = bool(torch.isfinite(dense).all())
+    if kind == "index":
+        if loss in CLASSES:
+            labels = dense.argmax(dim=1)
+            rounded = one_hot(labels, dense)
+        else:
+            rounded = (dense > 0.5).to(dense.dtype)
+            single = dense.ndim == 2 and dense.shape[1] == 1
+            labels = rounded.long().reshape(-1) if single else rounded.long()
+        return labels, float((dense - rounded).abs().max()) if finite else math.inf
+    if not finite:
+        return dense, math.inf
+    return dense, outside(loss, dense) if kind == "probability" else 0.0
+
+
+def admissible(loss: str, kind: str, classes: int) -> list[int] | list[tuple[int, ...]] | None:
+    """Every target one sample can have, or None when continuous; see `rgap.Loss.admissible`."""
+    if kind != "index":
+        return None
+    if loss in CLASSES:
+        return list(range(classes))
+    if classes == 1:
+        return [0, 1]
+    if classes > _MOST_LOGITS_LISTED:
+        raise ValueError(
+            f"classes: {classes} logits have 2**{classes} label vectors, too many to list; "
+            "read them from the cotangent with Loss.read(Loss.targets_from(outputs, k))."
+        )
+    return list(itertools.product((0, 1), repeat=classes))
+
+
 def outside(loss: str, dense: Tensor) -> float:
     """How far soft targets lie outside [0, 1], and their rows from summing to 1."""
     worst = max(float((-dense).max()), float((dense - 1).max()), 0.0)
@@ -84,6 +143,16 @@ def require_outputs(loss: str, outputs: Tensor) -> None:
             f"outputs: {loss} expects [B, C] or [B, C, ...] with C >= 2, got "
             f"{tuple(outputs.shape)}; "
             "for a single logit write loss='binary_cross_entropy_with_logits'."
+        )
+
+
+def require_probabilities(loss: str, outputs: Tensor) -> None:
+    """Raise if ``loss`` takes probabilities and the model's outputs are none."""
+    if loss == PROBABILITIES and not bool(((outputs >= 0) & (outputs <= 1)).all()):
+        raise ValueError(
+            "outputs: binary_cross_entropy expects probabilities in [0, 1], got values from "
+            f"{float(outputs.min()):.3g} to {float(outputs.max()):.3g}; for logits write "
+            "loss='binary_cross_entropy_with_logits'."
         )
 
 

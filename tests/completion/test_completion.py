@@ -21,7 +21,7 @@ from rgap.jacobian.module_update import ClientLoss, KnownFeatures, ModuleUpdate
 from rgap.jacobian.smoothing import soften
 from rgap.network.chain import parse
 from rgap.precision import UNKNOWN, Estimate, Precision
-from rgap.recursion.descend import Reached
+from rgap.recursion.reached import Reached
 from rgap.testing import dense, dense_test, dot_test
 from rgap.update.losses import Loss
 

@@ -239,6 +239,40 @@ def test_what_has_no_inverse_says_why(module: nn.Module, words: str) -> None:
             method(z)
 
 
+class Own(act.Activation):
+    """φ(z) = asinh z, without a word on its inverse."""
+
+    kind_name = "asinh"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.asinh(x)
+
+    def derivative(self, z: Tensor) -> Tensor:
+        return (1 + z.square()).rsqrt()
+
+    def second_derivative(self, z: Tensor) -> Tensor:
+        return -z * (1 + z.square()) ** -1.5
+
+
+class Invertible(Own):
+    def _inverse(self, x: Tensor) -> Tensor:
+        return torch.sinh(x)
+
+
+def test_an_own_activation_has_an_inverse_or_says_why_not() -> None:
+    with pytest.raises(TypeError, match=r"Own: expected an inverse .*_inverse\(self.*barrier="):
+        Own("a", (3,))
+    z = points()[:, :, 0]
+    own = Own("a", (3,), barrier="is kept closed")
+    torch.testing.assert_close(own.forward(z), torch.asinh(z))
+    op = Invertible("a", (3,))
+    torch.testing.assert_close(op.inverse(op.forward(z)), z)
+    torch.testing.assert_close(op.slope(op.forward(z)), op.derivative(z))
+    for name in ("inverse", "slope", "slope_derivative"):
+        with pytest.raises(ValueError, match=r"'a' \(asinh\) is kept closed; "):
+            getattr(own, name)(z)
+
+
 def test_leaky_relu_of_slope_zero_is_relu() -> None:
     op = build(nn.LeakyReLU(0.0), "a", (3,), {})
     assert isinstance(op, act.ReLU) and op.one_sided

@@ -55,7 +55,9 @@ from rgap.solvers.square import factored
 from rgap.testing import dense
 from rgap.update import loss_forms
 from rgap.update.capture import capture
+from rgap.update.formula import Formula, Own
 from rgap.update.losses import Loss
+from rgap.update.reduction import Reduction
 
 Map = Callable[[Any], Any]
 
@@ -565,6 +567,20 @@ ROWS |= {
         "SigmoidFocal", "Squared",
     )
 }  # fmt: skip
+
+
+@row("rgap/update/formula.py:Formula", "rgap/update/formula.py:Own")
+def _() -> Iterator[Case]:
+    z, y = draw(3, 4), torch.softmax(draw(3, 4, seed=1), 1)
+    by_samples, by_weight = Reduction(True, True), Reduction(True, True, (1.0, 2.0, 1.0, 3.0))
+    for own in (
+        Formula("cross_entropy", by_samples, smoothing=0.2),
+        Formula("cross_entropy", by_weight, weight=by_weight.weight),
+        Formula("mse_loss", Reduction(False, False)),
+        Own("fourth powers", lambda z, y: (z - y).pow(4).sum()),
+    ):
+        slope = torch.func.grad(lambda at, own=own: own.value(at, y))
+        yield Case(own, *[lambda v, own=own: own.curvature(z, y, v)] * 2, z.shape, slope, at=z)
 
 
 @row("rgap/jacobian/layer.py:pull")

@@ -24,6 +24,17 @@ _PIECEWISE = ("hardsigmoid", "hardtanh", "relu6", "hardshrink", "softshrink", "t
 class Activation(Op):
     """x = φ(z), the same φ in every place.
 
+    A class of one's own writes φ (``forward``), its two derivatives, and ``_inverse`` or a barrier.
+
+    Args:
+        name: path of the module, or name of the traced call, in the model.
+        in_shape: shape of one input, without the batch dimension.
+        barrier: why φ has no inverse, as in "'name' (kind) has no element-wise inverse".
+        kind: what it is, by default the class's ``kind_name``.
+
+    Raises:
+        TypeError: a class that writes no ``_inverse`` and passes no barrier.
+
     Attributes:
         domain: open interval of the outputs that φ attains.
         one_sided: True for ReLU: x > 0 is an equality, x = 0 only says z ≤ 0.
@@ -42,9 +53,22 @@ class Activation(Op):
     slope_cancels: bool = False
     domain: tuple[float, float] = (-_INF, _INF)
 
-    def __init__(self, name: str, in_shape: tuple[int, ...], barrier: str | None = None) -> None:
-        reason = None if barrier is None else f"'{name}' ({self.kind_name}) {barrier}; {ADVICE}"
-        super().__init__(name, self.kind_name, in_shape, barrier=reason)
+    def __init__(
+        self,
+        name: str,
+        in_shape: tuple[int, ...],
+        barrier: str | None = None,
+        kind: str | None = None,
+    ) -> None:
+        if barrier is None and type(self)._inverse is Activation._inverse:
+            raise TypeError(
+                f"{type(self).__name__}: expected an inverse or the reason why there is none, got "
+                "neither; write the method _inverse(self, x), φ^{-1} of outputs inside domain, or "
+                "super().__init__(name, in_shape, barrier='has no element-wise inverse')"
+            )
+        kind = self.kind_name if kind is None else kind
+        reason = None if barrier is None else f"'{name}' ({kind}) {barrier}; {ADVICE}"
+        super().__init__(name, kind, in_shape, barrier=reason)
 
     def pull(self, x: Tensor, k: Tensor) -> Tensor:
         """K ⊙ φ'(z) at the input z = ``x``."""
@@ -60,8 +84,6 @@ class Activation(Op):
 
     def inverse(self, y: Tensor) -> Tensor:
         """Z with φ(z) = y; a y that rounding moved out of :attr:`domain` is moved back inside."""
-        if self.barrier is not None:
-            raise ValueError(self.barrier)
         return self._inverse(self._inside(y))
 
     def slope(self, x: Tensor) -> Tensor:
@@ -70,8 +92,6 @@ class Activation(Op):
         The polynomials below know nothing of the domain: x (1 − x) is negative beyond 1, where
         rounding or noise moves a saturated sigmoid, and would turn the sign of its cotangent.
         """
-        if self.barrier is not None:
-            raise ValueError(self.barrier)
         return self._slope(self._inside(x))
 
     def slope_derivative(self, x: Tensor) -> Tensor:
@@ -80,17 +100,17 @@ class Activation(Op):
         return self.second_derivative(z) / self.derivative(z)
 
     def _inverse(self, x: Tensor) -> Tensor:
-        """φ^{-1}(x); only activations with a barrier leave it as it is."""
-        raise NotImplementedError(
-            f"{type(self).__name__} has neither an inverse nor a barrier: write _inverse(self, x), "
-            "or pass barrier='why there is none'"
-        )
+        """φ^{-1}(x), where there is no barrier."""
+        raise ValueError(self.barrier)
 
     def _slope(self, x: Tensor) -> Tensor:
         """φ'(φ^{-1}(x)); overridden where it is exact from the output."""
         return self.derivative(self._inverse(x))
 
     def _inside(self, x: Tensor) -> Tensor:
+        """The output x as the inverse takes it."""
+        if self.barrier is not None:
+            raise ValueError(self.barrier)
         low, high = self.domain
         if low > -_INF:
             x = x.clamp_min(math.nextafter(low, _INF))
@@ -150,17 +170,21 @@ class ReLU(Activation):
         """0."""
         return torch.zeros_like(z)
 
-    def slope(self, x: Tensor) -> Tensor:
-        """1 where x > 0, else 0."""
-        return (x > 0).to(x)
-
     def slope_derivative(self, x: Tensor) -> Tensor:
         """0."""
         return torch.zeros_like(x)
 
-    def inverse(self, y: Tensor) -> Tensor:
-        """Y itself: z where y > 0; at 0 it only says z ≤ 0."""
-        return y
+    def _slope(self, x: Tensor) -> Tensor:
+        """1 where x > 0, else 0."""
+        return self.derivative(x)
+
+    def _inverse(self, x: Tensor) -> Tensor:
+        """X itself: z where x > 0; at 0 it only says z ≤ 0."""
+        return x
+
+    def _inside(self, x: Tensor) -> Tensor:
+        """X itself: the 0 is an output too."""
+        return x
 
 
 class LeakyReLU(Activation):
@@ -249,13 +273,9 @@ class Opaque(Activation):
     slope_cancels = True  # GELU: Φ(z) + z φ(z), which nearly vanishes for negative z
 
     def __init__(self, name: str, in_shape: tuple[int, ...], function: Function, kind: str) -> None:
-        super().__init__(name, in_shape)
-        self.kind = kind
+        reason = "has no element-wise inverse: several inputs share one output"
+        super().__init__(name, in_shape, reason, kind)
         self.function = function
-        self.barrier = (
-            f"'{name}' ({kind}) has no element-wise inverse: several inputs share one output; "
-            f"{ADVICE}"
-        )
 
     def forward(self, x: Tensor) -> Tensor:
         """φ(z)."""

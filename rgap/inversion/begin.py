@@ -1,0 +1,179 @@
+"""Where a recursion begins: at the data, below a batch told apart, at a bias, at the head."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from rgap.halt import Halt, HaltKind
+from rgap.head.features import HeadFailure, solve_head
+from rgap.head.mapped import Mapped
+from rgap.inversion import outcomes
+from rgap.inversion.answer import Run, families, head_gradients, of_labels
+from rgap.inversion.batch_rows import batch_of, descended
+from rgap.inversion.conclude import concluded
+from rgap.inversion.factor import divided, remaining
+from rgap.inversion.problem import Problem
+from rgap.inversion.several import from_pair
+from rgap.inversion.single import from_bias, from_prefix
+from rgap.network.activations import Activation
+from rgap.network.prefix import find_pairs, find_prefix
+from rgap.progress import Progress
+from rgap.recovery import Recovery, Status
+from rgap.separation.batch import Separated, Unseparated
+from rgap.separation.route import separate
+
+__all__ = [
+    "at_batch",
+    "at_bias",
+    "at_data",
+    "at_head",
+    "at_scaled_batch",
+    "lowest_fully_connected",
+    "over_positions",
+]
+
+REFINED = 3  # times that a factor on a batch is taken out of it
+
+
+def at_data(problem: Problem, show: Progress) -> Recovery | None:
+    """Where the network is no chain, or its loss unknown: what the chain at the data determines.
+
+    None where the equations of the whole network apply, or no such chain is there.
+    """
+    chain, loss = problem.chain, problem.update.loss
+    followed = all(
+        op.affine or isinstance(op, Activation)
+        for stage in chain.stages
+        for op in (*stage.lead, *stage.tail)
+    )
+    covered = chain.complete and loss.equations and followed
+    covered = covered and chain.stages[-1].affine.geometry is None
+    if covered and not over_positions(problem):
+        return None
+    show.stage("reading the network from the data up")
+    above = "above it no equation of the loss is needed"
+    if chain.barrier is not None:
+        barrier = chain.barrier
+        above = f"above it: '{barrier.node}' ({barrier.kind}): {barrier.reason}"
+    held = [stage.affine for stage in chain.stages]
+    if problem.stated in (None, 1):
+        prefix = find_prefix(problem.model, chain.input_shape, problem.sent, held)
+        recovery = None if prefix is None else from_prefix(problem, prefix, above, show)
+        if recovery is not None or problem.stated == 1:
+            return recovery
+    for pair in find_pairs(problem.model, chain.input_shape, problem.sent, held):
+        recovery = from_pair(problem, pair, above, show)
+        if recovery is not None:
+            return recovery
+    return None
+
+
+def at_batch(problem: Problem, separated: Separated | Unseparated, show: Progress) -> Recovery:
+    """B > 1: the samples were told apart at some stage; descend from there."""
+    if isinstance(separated, Unseparated):
+        status = Status.UNDERDETERMINED if separated.consistent else Status.INCONSISTENT
+        halt = Halt(HaltKind.UNSEPARATED, "", separated.reason)
+        return outcomes.stopped(problem, status, separated.reason, None, halt)
+    problem, descent = descended(problem, separated, show.stage)
+    recovery = concluded(problem, [Run(descent, separated.head)], show)
+    if recovery.status is Status.INCONSISTENT and bool((separated.head.copies > 1).any()):
+        # Copies are what the head cannot tell apart; the layers below may well see a difference.
+        reason = (
+            f"{separated.note}; taken as copies they contradict the layers below "
+            f"({recovery.reason}): more likely they are different pictures, which the head cannot "
+            "show"
+        )
+        recovery = replace(recovery, status=Status.UNDERDETERMINED, reason=reason)
+    notes = (separated.note,) if separated.note else ()
+    if separated.passed and recovery.inputs is None:
+        reason = f"{separated.passed}; the batch was separated above: {recovery.reason}"
+        recovery = replace(recovery, reason=reason)
+    return replace(recovery, separation=separated.route, warnings=(*notes, *recovery.warnings))
+
+
+def at_scaled_batch(problem: Problem, factor: float, show: Progress) -> Recovery | None:
+    """A batch whose update is λ times the declared one: read as the update over λ.
+
+    None where that contradicts it as well.
+    """
+    for _ in range(REFINED):
+        own = divided(problem, factor)
+        separated = separate(batch_of(own), show.stage)
+        if isinstance(separated, Unseparated):
+            return None
+        left = remaining(own, separated)
+        factor *= left
+        if abs(left - 1.0) <= problem.precision.unit:
+            break
+    recovery = at_batch(divided(problem, factor), separated, show)
+    if recovery.status is Status.INCONSISTENT:
+        return None
+    said = f"{recovery.reason}; the update is {factor:.6g} times that of the declared loss"
+    known = factor if recovery.inputs is not None else None
+    return replace(recovery, scale=known, reason=said)
+
+
+def at_bias(problem: Problem, index: int, show: Progress) -> Recovery:
+    """B = 1: the bias attack at the lowest fully connected stage starts the recursion there."""
+    stage = problem.chain.stages[index]
+    show.stage(f"bias attack at {stage.name}")
+    x, k, mixed = from_bias(problem, stage)
+    if mixed:
+        return outcomes.not_of_rank_one(problem, stage, mixed)
+    descent = problem.descend(index, x, k, show.stage)
+    return concluded(problem, [Run(descent, None)], show)
+
+
+def at_head(problem: Problem, show: Progress) -> Recovery:
+    """B = 1, no fully connected stage with a bias: the loss fixes the scale of the features."""
+    chain = problem.chain
+    index = len(chain.stages) - 1
+    stage = chain.stages[index]
+    if stage.affine.geometry is not None:
+        return outcomes.over_positions(problem)
+    if not problem.precision.sent(stage.affine.weight_name):
+        return outcomes.stopped(
+            problem,
+            Status.UNDERDETERMINED,
+            f"the gradient of the last layer '{stage.name}' was not sent (frozen on the client): "
+            "nothing says where the recursion could begin; ask the client to train that layer too",
+            None,
+        )
+    show.stage(f"head equations at {stage.name}")
+    weight, bias = head_gradients(stage, problem)
+    roots = solve_head(stage, weight, bias, problem.update.loss, problem.precision)
+    if isinstance(roots, HeadFailure):
+        status = Status.UNDERDETERMINED if roots.consistent else Status.INCONSISTENT
+        kind = HaltKind.HEAD if roots.consistent else HaltKind.CONTRADICTION
+        halt = Halt(kind, stage.name, roots.reason)
+        return outcomes.stopped(problem, status, roots.reason, None, halt)
+    runs: list[Run] = []
+    for family in families(of_labels(roots, problem.labels), chain):
+        first = family[0]
+        descent = problem.descend(index, first.features, first.cotangent, show.stage)
+        runs.append(Run(descent, first.cotangent, family))
+    return concluded(problem, runs, show)
+
+
+def over_positions(problem: Problem) -> bool:
+    """True for outputs [B, C, *positions] but those of one sample that a bias gradient reads."""
+    chain = problem.chain
+    if not chain.complete or len(chain.output_shape) < 2:
+        return False
+    read = isinstance(problem.update.loss, Mapped) and problem.stated in (None, 1)
+    return not read or lowest_fully_connected(problem) is None
+
+
+def lowest_fully_connected(problem: Problem) -> int | None:
+    """Index of the lowest fully connected stage whose bias gradient carries its input."""
+    for stage in problem.chain.stages:
+        name, sent = stage.affine.bias_name, problem.precision.sent
+        if (
+            stage.affine.geometry is None
+            and name is not None
+            and sent(name)
+            and sent(stage.affine.weight_name)
+            and bool((problem.gradients[name] != 0).any())
+        ):
+            return stage.index
+    return None

@@ -1,0 +1,82 @@
+"""How a recursion ends: refuted, certified, or short of the data with what is determined."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from rgap.halt import Halt, HaltKind
+from rgap.inversion import certificate, outcomes, parts
+from rgap.inversion.answer import Run, answers_of
+from rgap.inversion.batch_rows import BatchRows
+from rgap.inversion.fallback import filled
+from rgap.inversion.problem import Problem
+from rgap.inversion.single import certified_features
+from rgap.progress import Progress
+from rgap.recovery import Recovery, Status
+from rgap.recursion.reached import Descent
+
+__all__ = ["concluded"]
+
+
+def concluded(problem: Problem, runs: list[Run], show: Progress) -> Recovery:
+    """Refute candidates, polish what is left, certify."""
+    if not runs:
+        words = "the stated labels contradict the head's gradient"
+        halt = Halt(HaltKind.CONTRADICTION, problem.chain.stages[-1].name, words)
+        return outcomes.stopped(problem, Status.INCONSISTENT, words, None, halt)
+    alive = [run for run in runs if not run.descent.refuted]
+    if not alive:
+        descents = (run.descent for run in runs)
+        return outcomes.contradiction(problem, min(descents, key=lambda d: d.worst[1]))
+    reached = [run for run in alive if run.descent.data is not None]
+    if not reached:
+        return _ended_early(problem, alive, show)
+    show.stage("polish on the whole update")
+    answers = [answer for run in reached for answer in answers_of(problem, run)]
+    recovery = certificate.certify(problem, answers)
+    unsettled = [run.descent.require_halt() for run in alive if run.descent.data is None]
+    if recovery.status is Status.EXACT and unsettled:
+        return outcomes.stopped(
+            problem,
+            Status.UNDERDETERMINED,
+            f"one answer reproduces the update, but another root at the head is not refuted: its "
+            f"recursion stops at '{unsettled[0].stage}' ({unsettled[0].reason})",
+            reached[0].descent,
+            unsettled[0],
+        )
+    return recovery
+
+
+def _ended_early(problem: Problem, runs: Sequence[Run], show: Progress) -> Recovery:
+    """No recursion reached the data: what is determined of them, or what a prior completes."""
+    run, alone = runs[0], len(runs) == 1
+    descent = run.descent
+    halt = descent.require_halt()
+    if alone and (problem.filling is None or parts.free(problem, descent)):
+
+        def certify(whole: Descent) -> tuple[Recovery, BatchRows | None]:
+            [answer] = answers_of(problem, Run(whole, run.kappa))
+            return certificate.certify(problem, [answer]), answer.rows
+
+        partly = parts.in_parts(problem, descent, certify)
+        if partly is not None and problem.filling is None:
+            return partly
+        if partly is not None and partly.labels is not None and partly.partial is not None:
+            return parts.completed(problem, partly)
+    if problem.filling is not None and alone:
+        return filled(problem, run, show)
+    reason = halt.reason
+    if problem.filling is not None:
+        reason += f"; no completion: {len(runs)} roots at the head are open, each needs its own"
+    status = Status.UNDERDETERMINED if halt.supported else Status.UNSUPPORTED
+    recovery = outcomes.stopped(problem, status, reason, descent)
+    single = alone and problem.batch == 1 and not run.family
+    return _with_features(problem, recovery, descent) if single else recovery
+
+
+def _with_features(problem: Problem, recovery: Recovery, descent: Descent) -> Recovery:
+    """What the bias attack and the recursion certified above the place where it ended."""
+    features, doubt = certified_features(problem, descent)
+    notes = (f"no features are certified: {doubt}",) if doubt else ()
+    return replace(recovery, features=features, warnings=(*recovery.warnings, *notes))

@@ -1,0 +1,128 @@
+"""The way down through steps that have no weights: activations, shapes, pools, scalings.
+
+``z = φ^{-1}(x)`` and ``k ⊙ φ'(z)``, each with an ensemble of its errors; a step without an inverse
+ends the way, or is handed to whoever may open it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+
+import torch
+from torch import Tensor
+
+from rgap.halt import Halt, HaltKind
+from rgap.jacobian.layer import each
+from rgap.limits import ON
+from rgap.network.activations import Activation
+from rgap.network.chain import Stage
+from rgap.network.pooling import LinearMap, Pool
+from rgap.network.reshape import Op
+from rgap.precision import UNKNOWN, Estimate, Precision
+
+__all__ = ["Unpool", "affine_error", "lift", "through"]
+
+Unpool = Callable[[int, Op, Estimate, Estimate], tuple[Estimate, Estimate] | None]
+
+
+def lift(
+    stage: Stage, u: Estimate, k: Estimate, precision: Precision, unpool: Unpool | None = None
+) -> tuple[Estimate, Estimate] | Halt:
+    """From the affine map's input u to the stage's input x, through the lead; k alike."""
+
+    def passed(op: Op, u: Estimate, k: Estimate) -> tuple[Estimate, Estimate] | None:
+        return None if unpool is None else unpool(stage.index, op, u, k)
+
+    return through(stage.lead, u, k, precision, passed)
+
+
+def through(
+    ops: tuple[Op, ...],
+    x: Estimate,
+    k: Estimate,
+    precision: Precision,
+    passed: Callable[[Op, Estimate, Estimate], tuple[Estimate, Estimate] | None] | None = None,
+) -> tuple[Estimate, Estimate] | Halt:
+    """From what comes out of some steps and the cotangent there to what goes in and its own.
+
+    Args:
+        ops: the steps, in forward order: a lead, or a tail.
+        x: their output, [B, ...].
+        k: the cotangent at it.
+        precision: of the update.
+        passed: asked at a step that has no inverse.
+    """
+    for op in reversed(ops):
+        taken, given = prod(op.in_shape), prod(op.out_shape)
+        if op.barrier is not None:
+            both = None if passed is None else passed(op, x, k)
+            if both is None:
+                return _no_inverse(op)
+            x, k = both
+        elif taken > given:
+            return Halt.narrowing(op.name, op.kind, x.value.shape[0], taken, given)
+        elif isinstance(op, Activation):  # in a lead: of the data, or above a pooling
+            x, k = _invert_activation(op, x, k, precision)
+        else:
+            x = Estimate(op.inverse(x.value), affine_error(op, x.error))
+            k = Estimate(op.adjoint(k.value), each(op.adjoint, k.error))
+    return x, k
+
+
+def _invert_activation(
+    op: Activation, x: Estimate, k: Estimate, precision: Precision
+) -> tuple[Estimate, Estimate]:
+    """The pre-activation φ^{-1}(x) and k ⊙ φ'(z), with the errors of both.
+
+    A unit of a piecewise linear φ whose sign the error leaves open shows up in the ensemble: its
+    slope is taken at each perturbed value.  One-sided units (ReLU at 0) carry no equation: their
+    z gets an infinite error, hence weight 0, and their k is 0.
+    """
+    known = x.known
+    if not bool(known.all()):  # of entries that nothing read: any value will do, none is known
+        value = torch.where(known, x.value, op.forward(torch.zeros_like(x.value)))
+        z, below = _invert_activation(
+            op, Estimate(value, torch.where(known, x.error, 0.0)), k, precision
+        )
+        error = torch.where(known, z.error, x.error)
+        return Estimate(torch.where(known, z.value, 0.0), error), below
+    # The client's own φ rounded its result, so even an exact x fixes z only to that precision.
+    error = x.error + precision.rounding(x.value)
+    value = x.value
+    if op.one_sided:
+        std = error.square().mean(0).sqrt()
+        active = value > ON * std
+        zero = torch.zeros_like(value)
+        z = Estimate(
+            torch.where(active, value, zero),
+            torch.where(active, error, torch.full_like(error, UNKNOWN)),
+        )
+        mask = active.to(value)
+        return z, Estimate(k.value * mask, k.error * mask)
+    slope = op.slope(value)
+    curved = op.slope_derivative(value) * error
+    bend = op.slope(value + error) - slope if op.homogeneous else curved
+    z = Estimate(op.inverse(value), (error / slope.clamp_min(1e-300)).clamp(-UNKNOWN, UNKNOWN))
+    product = k.value * slope
+    spread = k.error * slope + k.value * bend + precision.rounding(product)
+    return z, Estimate(product, spread)
+
+
+def affine_error(op: Op, error: Tensor) -> Tensor:
+    """D(op^{-1}) error for an affine op: op^{-1}(e) − op^{-1}(0)."""
+    zero = op.inverse(torch.zeros_like(error[0]))
+    return each(op.inverse, error) - zero
+
+
+def _no_inverse(op: Op) -> Halt:
+    """The halt at a step that has a barrier, by what kind of step it is."""
+    kind = HaltKind.STEP
+    if isinstance(op, Pool):
+        kind = HaltKind.POOL
+    elif isinstance(op, LinearMap):
+        kind = HaltKind.AVERAGE
+    elif isinstance(op, Activation):
+        kind = HaltKind.ACTIVATION
+    assert op.barrier is not None
+    return Halt(kind, op.name, op.barrier)
