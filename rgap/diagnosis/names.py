@@ -51,10 +51,10 @@ def mended(model: nn.Module, update: Update) -> tuple[Update | None, Finding | N
         rest = {n: torch.zeros(wanted[n], dtype=update.dtype, device=device) for n in missing}
         full = {n: rest[n] if n in rest else gradients[n] for n in wanted}
         said = f"{len(missing)} of {len(wanted)} parameters are missing, '{missing[0]}' first"
-        line = str(frozen_where("n not in update.gradients"))
+        line = frozen_where("n not in update.gradients")
         if prefix:
             said += f", and every name begins with '{prefix}'"
-        lacking = Finding(Kind.NAMES, float(len(missing)), said, line, inf)
+        lacking = Finding(Kind.NAMES, float(len(missing)), said, str(line), inf)
         nothing = len(missing) == len(wanted)
         return None if nothing else replace(update, gradients=full), lacking
     ordered = replace(update, gradients={n: gradients[n] for n in wanted})
