@@ -253,10 +253,10 @@ def check_names(got: Mapping[str, Tensor], expected: Mapping[str, Tensor], model
         )
     if missing:
         also = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        found = f"; it has {', '.join(map(repr, extra[:3]))} instead" if extra else ""
+        instead = f"; it has {', '.join(map(repr, extra[:3]))} instead" if extra else ""
         raise ValueError(
             f"gradients: {missing[0]!r} is missing{also}, expected the {len(expected)} parameters "
-            f"of the {model}{found}. Write Update({{n: p.grad for n, p in "
+            f"of the {model}{instead}. Write Update({{n: p.grad for n, p in "
             "model.named_parameters()}), or, if the client froze it, "
             f"model.get_parameter({missing[0]!r}).requires_grad_(False)."
         )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
-from rgap.cli.options import Reduction, either
+from rgap.cli.options import Reduction, either, optional
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,49 +25,26 @@ class Mending:
     panel: ClassVar[str] = "Where the update is not what it says"
     factor: Annotated[
         float | None,
-        typer.Option(
-            help="It is that many times the gradient: -1 where before and after were exchanged.",
-            metavar="X",
-            show_default=False,
+        optional(
+            "It is that many times the gradient: -1 where before and after were exchanged.", "X"
         ),
     ] = None
     loss: Annotated[
-        str | None,
-        typer.Option(
-            help="Of the client, where it is another than stated.",
-            metavar="NAME",
-            show_default=False,
-        ),
+        str | None, optional("Of the client, where it is another than stated.", "NAME")
     ] = None
     reduction: Annotated[
-        Reduction | None,
-        typer.Option(
-            help=f"Of the client's loss: {either(Reduction)}.", metavar="NAME", show_default=False
-        ),
+        Reduction | None, optional(f"Of the client's loss: {either(Reduction)}.", "NAME")
     ] = None
-    label_smoothing: Annotated[
-        float | None,
-        typer.Option(help="Of the client's loss.", metavar="X", show_default=False),
-    ] = None
+    label_smoothing: Annotated[float | None, optional("Of the client's loss.", "X")] = None
     class_weights: Annotated[
-        str | None,
-        typer.Option(
-            help="Of the client's loss, as in 1,2.5,1.", metavar="X,X,…", show_default=False
-        ),
+        str | None, optional("Of the client's loss, as in 1,2.5,1.", "X,X,…")
     ] = None
     weight_decay: Annotated[
-        float | None,
-        typer.Option(
-            help="It contains that many times the weights.", metavar="X", show_default=False
-        ),
+        float | None, optional("It contains that many times the weights.", "X")
     ] = None
     after_step: Annotated[
         float | None,
-        typer.Option(
-            help="It holds the weights after a step of SGD at this rate, no gradients.",
-            metavar="RATE",
-            show_default=False,
-        ),
+        optional("It holds the weights after a step of SGD at this rate, no gradients.", "RATE"),
     ] = None
     frozen: Annotated[
         bool,
