@@ -51,21 +51,21 @@ def mended(model: nn.Module, update: Update) -> tuple[Update | None, Finding | N
         rest = {n: torch.zeros(wanted[n], dtype=update.dtype, device=device) for n in missing}
         full = {n: rest[n] if n in rest else gradients[n] for n in wanted}
         said = f"{len(missing)} of {len(wanted)} parameters are missing, '{missing[0]}' first"
-        line = frozen_where("n not in update.gradients")
+        untrained = str(frozen_where("n not in update.gradients"))
         if prefix:
             said += f", and every name begins with '{prefix}'"
-        lacking = Finding(Kind.NAMES, float(len(missing)), said, str(line), inf)
+        lacking = Finding(Kind.NAMES, float(len(missing)), said, untrained, inf)
         nothing = len(missing) == len(wanted)
         return None if nothing else replace(update, gradients=full), lacking
     ordered = replace(update, gradients={n: gradients[n] for n in wanted})
     if prefix:
-        line = Remedy(
+        without = Remedy(
             f"dataclasses.replace(update, gradients={{n.removeprefix({prefix!r}): g for n, g in "
             "update.gradients.items()})",
             "rgap invert MODEL UPDATE, which leaves the prefix out",
         )
         said = f"every name begins with '{prefix}', without it they are the model's"
-        return ordered, Finding(Kind.NAMES, float(len(sent)), said, str(line), inf)
+        return ordered, Finding(Kind.NAMES, float(len(sent)), said, str(without), inf)
     if extra:
         said = f"{len(extra)} tensors are no parameters of the model, '{extra[0]}' first"
         return ordered, Finding(Kind.NAMES, float(len(extra)), said, str(NAMED), inf)
