@@ -14,7 +14,12 @@ import torch
 from torch import Tensor
 
 from rgap.arithmetic.doubles import blocks
+from rgap.remedy import NAMED, Remedy
 
+_AFTER_STEP = Remedy(
+    "Update.from_ndarrays(model, arrays, lr=0.01) or Update.from_delta(model, weights, lr=0.01)",
+    "--after-step 0.01",
+)
 WEIGHTS = 0.2  # distance from the weights, over their size, up to which gradients are weights
 
 # What to write for a count that is refused; 1 where nothing else is usual.
@@ -216,8 +221,7 @@ def refuse_weights(gradients: Mapping[str, Tensor], parameters: Mapping[str, Ten
         raise ValueError(
             f"gradients: they are the model's own parameters to within {(apart / size) ** 0.5:.1e} "
             "of their size: weights after training, expected gradients. Write "
-            "Update.from_ndarrays(model, arrays, lr=0.01) or Update.from_delta(model, weights, "
-            "lr=0.01) with the client's learning rate."
+            f"{_AFTER_STEP} with the client's learning rate."
         )
 
 
@@ -232,26 +236,24 @@ def check_names(got: Mapping[str, Tensor], expected: Mapping[str, Tensor], model
         )
     if missing:
         also = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        found = f"; it has {', '.join(map(repr, extra[:3]))} instead" if extra else ""
+        instead = f"; it has {', '.join(map(repr, extra[:3]))} instead" if extra else ""
         raise ValueError(
             f"gradients: {missing[0]!r} is missing{also}, expected the {len(expected)} parameters "
-            f"of the {model}{found}. Write Update({{n: p.grad for n, p in "
+            f"of the {model}{instead}. Write Update({{n: p.grad for n, p in "
             "model.named_parameters()}), or, if the client froze it, "
             f"model.get_parameter({missing[0]!r}).requires_grad_(False)."
         )
     if extra:
         raise ValueError(
             f"gradients: {extra[0]!r} is not a parameter of the {model}; write "
-            "dataclasses.replace(update, gradients={n: update.gradients[n] for n, _ in "
-            "model.named_parameters()}) if it does not belong."
+            f"{NAMED} if it does not belong."
         )
     for place, (have, want) in enumerate(zip(got, expected, strict=True)):
         if have != want:
             raise ValueError(
                 f"gradients: the order differs from the model's at place {place}: expected "
                 f"{want!r}, got {have!r}. Names that follow another order may be mixed up; if "
-                "they are right, write dataclasses.replace(update, gradients={n: "
-                "update.gradients[n] for n, _ in model.named_parameters()})."
+                f"they are right, write {NAMED}."
             )
 
 

@@ -26,8 +26,8 @@ def pulled(function: Callable[[Tensor], Tensor], x: Tensor, k: Tensor) -> Tensor
         out = function(at)
         if not out.requires_grad:  # it does not depend on x
             return torch.zeros_like(x)
-        found = torch.autograd.grad(out, at, k, create_graph=graph, materialize_grads=True)
-    return found[0]
+        pull = torch.autograd.grad(out, at, k, create_graph=graph, materialize_grads=True)
+    return pull[0]
 
 
 def hessian_product(value: Callable[[Tensor], Tensor], x: Tensor, direction: Tensor) -> Tensor:

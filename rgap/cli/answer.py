@@ -7,10 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
-import typer
-
 from rgap.cli.console import print_json, say, stdout
-from rgap.cli.options import Json
+from rgap.cli.options import Json, optional
 from rgap.cli.spoken import spoken
 
 if TYPE_CHECKING:
@@ -29,11 +27,10 @@ class Answer:
     panel: ClassVar[str] = "Answer"
     output: Annotated[
         Path | None,
-        typer.Option(
-            help="Where the pictures go: a new folder, a .png (batch of one), or a .safetensors "
+        optional(
+            "Where the pictures go: a new folder, a .png (batch of one), or a .safetensors "
             "file with every digit.",
-            metavar="PATH",
-            show_default=False,
+            "PATH",
         ),
     ] = None
     as_json: Json = False

@@ -19,6 +19,7 @@ from rgap.cli.options import (
     TimeLimit,
     Work,
     check_output,
+    optional,
     whole_numbers,
 )
 from rgap.cli.spoken import options_of, spoken
@@ -58,11 +59,7 @@ def audit(
     ] = False,
     plot: Annotated[
         Path | None,
-        typer.Option(
-            help="Write the heat map, or with --joint the curves: .png, .pdf or .svg.",
-            metavar="FILE",
-            show_default=False,
-        ),
+        optional("Write the heat map, or with --joint the curves: .png, .pdf or .svg.", "FILE"),
     ] = None,
     time_limit: TimeLimit = None,
     as_json: Json = False,

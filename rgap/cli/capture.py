@@ -19,6 +19,7 @@ from rgap.cli.options import (
     Reduction,
     check_output,
     either,
+    optional,
     shape_of,
     targets_of,
     usable_device,
@@ -37,28 +38,20 @@ class Batch:
     panel: ClassVar[str] = "Batch"
     images: Annotated[
         list[str],
-        typer.Option(
-            help="Picture file, folder of pictures, or shipped photographs photos:0-3; "
-            "repeat for more.",
-            metavar="PATH",
-            show_default=False,
+        optional(
+            "Picture file, folder of pictures, or shipped photographs photos:0-3; repeat for more.",
+            "PATH",
         ),
     ]
     labels: Annotated[
-        str,
-        typer.Option(
-            help="One per picture, as in 3,5; for mse_loss the target numbers.",
-            metavar="LABELS",
-            show_default=False,
-        ),
+        str, optional("One per picture, as in 3,5; for mse_loss the target numbers.", "LABELS")
     ]
     input_shape: Annotated[
         str | None,
-        typer.Option(
-            help="Crop and resize pictures to channels,height,width; default: what a built-in "
+        optional(
+            "Crop and resize pictures to channels,height,width; default: what a built-in "
             "network takes, else the files' own size.",
-            metavar="SHAPE",
-            show_default=False,
+            "SHAPE",
         ),
     ] = None
 
@@ -75,10 +68,8 @@ class Client:
     ] = Reduction.mean
     dtype: Annotated[
         Precision | None,
-        typer.Option(
-            help=f"What the client computes in: {either(Precision)}; default: the model's own.",
-            metavar="NAME",
-            show_default=False,
+        optional(
+            f"What the client computes in: {either(Precision)}; default: the model's own.", "NAME"
         ),
     ] = None
     device: Device = "cpu"

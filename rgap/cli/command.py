@@ -13,6 +13,8 @@ import typer
 from typer.models import OptionInfo
 
 from rgap.cli.console import clean
+from rgap.cli.mending import Mending
+from rgap.remedy import in_options
 
 __all__ = ["command"]
 
@@ -39,7 +41,7 @@ def command(run: Callable[..., int]) -> Callable[..., None]:
 
     @wraps(run)
     def called(context: typer.Context, **typed: Any) -> None:
-        with clean(context):
+        with clean(context), in_options(Mending in groups.values()):
             if "context" in own:
                 typed["context"] = context
             for name, group in groups.items():

@@ -9,7 +9,7 @@ import typer
 
 from rgap.cli.command import command
 from rgap.cli.console import print_json, stdout
-from rgap.cli.options import DefenceName, Json, Sample, TimeLimit, Work, either
+from rgap.cli.options import DefenceName, Json, Sample, TimeLimit, Work, either, optional
 
 __all__ = ["harden"]
 
@@ -27,11 +27,10 @@ def harden(
     ] = "batch size,channels,stride,noise",
     defence: Annotated[
         str,
-        typer.Option(
-            help="Defences to look for the weakest level of, with commas in between: "
+        optional(
+            "Defences to look for the weakest level of, with commas in between: "
             f"{either(DefenceName, 'rgap.defences')}.",
-            metavar="NAMES",
-            show_default=False,
+            "NAMES",
         ),
     ] = "",
     time_limit: TimeLimit = None,

@@ -10,7 +10,7 @@ import typer
 from rgap.cli.answer import Answer, worded
 from rgap.cli.command import command
 from rgap.cli.mending import Mending
-from rgap.cli.options import Labelled, PriorName, Work, either
+from rgap.cli.options import Labelled, PriorName, Work, either, optional
 from rgap.cli.spoken import options_of
 
 if TYPE_CHECKING:
@@ -36,12 +36,11 @@ class Completion:
     ] = False
     prior: Annotated[
         str | None,
-        typer.Option(
-            help=f"Of --complete: {either(PriorName, 'rgap.priors')}; natural, the default, is "
+        optional(
+            f"Of --complete: {either(PriorName, 'rgap.priors')}; natural, the default, is "
             "that of pictures where inputs have neighbours, tv and anisotropic are total "
             "variation, squares is the distance from one half.",
-            metavar="NAME",
-            show_default=False,
+            "NAME",
         ),
     ] = None
     time_limit: Annotated[

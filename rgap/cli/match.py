@@ -14,7 +14,7 @@ import typer
 from rgap.cli.answer import Answer, worded
 from rgap.cli.command import command
 from rgap.cli.mending import Mending
-from rgap.cli.options import Labelled, MatchMethod, PriorName, Work, either
+from rgap.cli.options import Labelled, MatchMethod, PriorName, Work, either, optional
 from rgap.cli.spoken import options_of
 
 if TYPE_CHECKING:
@@ -42,61 +42,36 @@ class Search:
     ] = MatchMethod.gauss_newton.value
     start: Annotated[
         Path | None,
-        typer.Option(
-            help="Begin with the batch in this .safetensors file, as rgap invert --output writes "
-            "it.",
-            metavar="FILE",
-            show_default=False,
+        optional(
+            "Begin with the batch in this .safetensors file, as rgap invert --output writes it.",
+            "FILE",
         ),
     ] = None
     prior: Annotated[
         str | None,
-        typer.Option(
-            help=f"What is likely: {either(PriorName, 'rgap.priors')}; default: the method's own.",
-            metavar="NAME",
-            show_default=False,
+        optional(
+            f"What is likely: {either(PriorName, 'rgap.priors')}; default: the method's own.",
+            "NAME",
         ),
     ] = None
     restarts: Annotated[
-        int | None,
-        typer.Option(
-            help="How often to begin anew; default: the method's own.",
-            min=1,
-            metavar="N",
-            show_default=False,
-        ),
+        int | None, optional("How often to begin anew; default: the method's own.", "N", min=1)
     ] = None
     iterations: Annotated[
-        int | None,
-        typer.Option(
-            help="Of a start, at most; default: the method's own.",
-            min=1,
-            metavar="N",
-            show_default=False,
-        ),
+        int | None, optional("Of a start, at most; default: the method's own.", "N", min=1)
     ] = None
     patience: Annotated[
-        int | None,
-        typer.Option(
-            help="Iterations without progress that end it.", min=1, metavar="N", show_default=False
-        ),
+        int | None, optional("Iterations without progress that end it.", "N", min=1)
     ] = None
     time_limit: Annotated[
-        float | None,
-        typer.Option(
-            help="Seconds after which no further step is begun.",
-            metavar="SECONDS",
-            show_default=False,
-        ),
+        float | None, optional("Seconds after which no further step is begun.", "SECONDS")
     ] = None
     checkpoint: Annotated[
         Path | None,
-        typer.Option(
+        optional(
+            "Go on from this file if it is there, and write it every ten seconds and at the end.",
+            "FILE",
             "--resume",
-            help="Go on from this file if it is there, and write it every ten seconds and at the "
-            "end.",
-            metavar="FILE",
-            show_default=False,
         ),
     ] = None
 
@@ -150,27 +125,14 @@ class Local:
 
     panel: ClassVar[str] = "Local training"
     local_steps: Annotated[
-        int | None,
-        typer.Option(
-            help="Steps of the client, if the update does not state them.",
-            min=1,
-            metavar="N",
-            show_default=False,
-        ),
+        int | None, optional("Steps of the client, if the update does not state them.", "N", min=1)
     ] = None
     local_rate: Annotated[
         float | None,
-        typer.Option(
-            help="The client's learning rate, for an update over several local steps.",
-            metavar="X",
-            show_default=False,
-        ),
+        optional("The client's learning rate, for an update over several local steps.", "X"),
     ] = None
     local_size: Annotated[
-        int | None,
-        typer.Option(
-            help="Samples of a local step; default: all.", min=1, metavar="N", show_default=False
-        ),
+        int | None, optional("Samples of a local step; default: all.", "N", min=1)
     ] = None
 
     def stepped(self, update: Update) -> Update:

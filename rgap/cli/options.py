@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypedDict
 
 import typer
 
@@ -41,6 +41,7 @@ __all__ = [
     "Work",
     "check_output",
     "either",
+    "optional",
     "shape_of",
     "targets_of",
     "usable_device",
@@ -124,6 +125,11 @@ def either(choices: type[StrEnum], group: str = "") -> str:
     return f"{', '.join(values)} or {last}"
 
 
+def optional(help: str, metavar: str, *names: str, **more: Any) -> Any:
+    """An option that is not set unless it is typed; its help says what happens then."""
+    return typer.Option(*names, help=help, metavar=metavar, show_default=False, **more)
+
+
 _HINTS = {
     "model": "A built-in network (lenet, cnn6, cnn6d, fcn3, mlp, lenet5, vgg, resnet), with "
     "options as in lenet:classes=100, or package.module:factory.",
@@ -139,9 +145,7 @@ _HINTS = {
 
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, …", metavar="NAME")]
 Json = Annotated[bool, typer.Option("--json", help=_HINTS["json"], metavar="")]
-LossName = Annotated[
-    str | None, typer.Option(help=_HINTS["loss"], metavar="NAME", show_default=False)
-]
+LossName = Annotated[str | None, optional(_HINTS["loss"], "NAME")]
 Quiet = Annotated[
     bool, typer.Option("--quiet", "--no-progress", "-q", help="Show no progress.", metavar="")
 ]
@@ -150,11 +154,7 @@ Seed = Annotated[
 ]
 TimeLimit = Annotated[
     float | None,
-    typer.Option(
-        help="Seconds for the whole command, kept within a tenth; default: none.",
-        metavar="SECONDS",
-        show_default=False,
-    ),
+    optional("Seconds for the whole command, kept within a tenth; default: none.", "SECONDS"),
 ]
 
 
@@ -164,9 +164,7 @@ class Network:
 
     panel: ClassVar[str] = "Network"
     model: Annotated[str, typer.Argument(metavar="MODEL", help=_HINTS["model"], show_default=False)]
-    weights: Annotated[
-        Path | None, typer.Option(help=_HINTS["weights"], metavar="FILE", show_default=False)
-    ] = None
+    weights: Annotated[Path | None, optional(_HINTS["weights"], "FILE")] = None
 
     def network(self) -> nn.Module:
         """The network itself."""
@@ -182,11 +180,9 @@ class Sample(Network):
     panel: ClassVar[str] = "Network and samples"
     input_shape: Annotated[
         str | None,
-        typer.Option(
-            help="Shape of one sample, as in 3,32,32; default: the built-in network's, else "
-            "3,32,32.",
-            metavar="SHAPE",
-            show_default=False,
+        optional(
+            "Shape of one sample, as in 3,32,32; default: the built-in network's, else 3,32,32.",
+            "SHAPE",
         ),
     ] = None
     loss: LossName = None
@@ -207,19 +203,12 @@ class Sent(Network):
     update: Annotated[
         Path, typer.Argument(metavar="UPDATE", help="What rgap capture wrote.", show_default=False)
     ]
-    batch_size: Annotated[
-        int | None,
-        typer.Option(
-            help="If the update does not state it.", min=1, metavar="N", show_default=False
-        ),
-    ] = None
+    batch_size: Annotated[int | None, optional("If the update does not state it.", "N", min=1)] = (
+        None
+    )
     input_shape: Annotated[
         str | None,
-        typer.Option(
-            help="Shape of one sample, as in 3,32,32, if the update does not state it.",
-            metavar="SHAPE",
-            show_default=False,
-        ),
+        optional("Shape of one sample, as in 3,32,32, if the update does not state it.", "SHAPE"),
     ] = None
     noise: Annotated[
         float,
@@ -240,10 +229,7 @@ class Sent(Network):
 class Labelled(Sent):
     """An update whose labels may be known."""
 
-    labels: Annotated[
-        str | None,
-        typer.Option(help="If they are known, as in 3,5.", metavar="LABELS", show_default=False),
-    ] = None
+    labels: Annotated[str | None, optional("If they are known, as in 3,5.", "LABELS")] = None
 
     def known(self, update: Update) -> Tensor | None:
         """The labels as targets of the update's loss, None if they are not given."""
@@ -273,9 +259,7 @@ class Arguments(TypedDict):
 class Work(Running):
     """A computation that is held against a limit of memory."""
 
-    memory_limit: Annotated[
-        str | None, typer.Option(help=_HINTS["memory"], metavar="SIZE", show_default=False)
-    ] = None
+    memory_limit: Annotated[str | None, optional(_HINTS["memory"], "SIZE")] = None
 
     def arguments(self) -> Arguments:
         """The options as arguments of the library's functions.

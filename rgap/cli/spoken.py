@@ -11,8 +11,6 @@ from collections.abc import Mapping
 
 import typer
 
-from rgap.cli.mending import remedied
-
 __all__ = ["options_of", "spoken"]
 
 _VALUE = r"torch\.tensor\(\[[^\[\]]*\]\)|\([^()]*\)|\"[^\"]*\"|'[^']*'|[^\s,;()]*[^\s,;().]|"
@@ -79,8 +77,6 @@ def spoken(text: str, options: Mapping[str, str]) -> str:
         command = f"rgap {match.group(1)} MODEL UPDATE" if match.re is _CALL else ""
         return f"{command}{flags}".strip()
 
-    if "factor" in options:
-        text = remedied(text)
     text = _CALL.sub(listed, _REPLACED.sub(listed, text))
     kept: list[str] = []
     calls: list[bool] = []  # of every open bracket, whether it belongs to a call in Python

@@ -15,6 +15,7 @@ from torch import Tensor
 from rgap.diagnosis.evidence import Evidence
 from rgap.diagnosis.finding import Finding, Kind
 from rgap.diagnosis.noise import CLEAR, FEWEST, STATED, Floor
+from rgap.remedy import Remedy
 
 LEFT = 0.4  # of what is beneath, where the decay is taken off; of noise nearly all of it stays
 SAME = 0.02  # relative difference of λ between layers
@@ -60,16 +61,17 @@ def read(evidence: Evidence, layers: list[Floor]) -> tuple[list[Finding], dict[s
     rate, left = best
     said = (
         f"beneath rank {evidence.batch} the gradient of '{high[0].name}' is {rate:.4g} times its "
-        f"weights, up to {left:.1e} of what is there, and so in {len(high)} layers; "
-        "Update.from_delta(..., weight_decay=) undoes it too"
+        f"weights, up to {left:.1e} of what is there, and so in {len(high)} layers"
+        f"{Remedy('; Update.from_delta(..., weight_decay=) undoes it too', '')}"
     )
-    line = (
+    line = Remedy(
         f"dataclasses.replace(update, gradients={{n: g - {rate:.9g} * "
-        "model.get_parameter(n).detach() for n, g in update.gradients.items()})"
+        "model.get_parameter(n).detach() for n, g in update.gradients.items()})",
+        f"--weight-decay {rate:.9g}",
     )
     strength = min(f.level / f.rounding for f in high)
     own = {n: evidence.model.get_parameter(n).detach().to(g) for n, g in gradients.items()}
-    return [Finding(Kind.DECAY, rate, said, line, strength)], {
+    return [Finding(Kind.DECAY, rate, said, str(line), strength)], {
         n: g - rate * own[n] for n, g in gradients.items()
     }
 

@@ -94,7 +94,7 @@ def _zeros(evidence: Evidence, layer: Call, reader: Call) -> Finding | None:
         f"{zeros} of the {count} inputs of '{reader.name}' are exactly zero ({zeros / count:.2f}); "
         f"without '{layer.name}' (p = {rate:g}) none would be"
     )
-    return Finding(Kind.DROPOUT, zeros / count, said, MENDING[Kind.DROPOUT], inf)
+    return Finding(Kind.DROPOUT, zeros / count, said, str(MENDING[Kind.DROPOUT]), inf)
 
 
 def _scaled(evidence: Evidence, layer: Call, reader: Call) -> Finding | None:
@@ -134,7 +134,7 @@ def _scaled(evidence: Evidence, layer: Call, reader: Call) -> Finding | None:
         f"{zeros} of the {count} active inputs of '{reader.name}' are zero and the others "
         f"{factor:.6g} times what '{call.name}' predicts, 1/(1 − p) for p = {rate:.4g}"
     )
-    return Finding(Kind.DROPOUT, rate, said, MENDING[Kind.DROPOUT], inf)
+    return Finding(Kind.DROPOUT, rate, said, str(MENDING[Kind.DROPOUT]), inf)
 
 
 def predicted(evidence: Evidence, lower: Call, reader: Call, x: Tensor) -> Tensor | None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from math import isfinite
 
+from rgap.remedy import Remedy, trained
+
 
 class Kind(StrEnum):
     """What an update may be that it was not declared to be."""
@@ -64,18 +66,18 @@ _CLAIMS = {
     Kind.UNDECIDED: "one of several mistakes, which no equation of this network and batch tells "
     "apart",
 }
-MENDING = {
+MENDING: dict[Kind, Remedy | str] = {
     Kind.SCALE: "dataclasses.replace(update, gradients=gradients) divided by the client's factor",
     Kind.CLIPPING: "gradients that the client did not clip",
     Kind.LOSS: "dataclasses.replace(update, loss=loss) with the client's loss",
     Kind.DROPOUT: "model.eval() on the client before it computes the gradient",
-    Kind.STEPS: "rgap.match(model, dataclasses.replace(update, local_steps=steps), "
-    "local=rgap.LocalTraining(rate)) with the client's steps and rate",
+    Kind.STEPS: trained("steps", "rate").then(" with the client's steps and rate"),
     Kind.BATCH_SIZE: "dataclasses.replace(update, batch_size=size) with the client's size",
     Kind.DECAY: "rgap.Update.from_delta(..., weight_decay=rate) with the client's rate",
     Kind.NOISE: "rgap.invert(model, update, noise=level) with the client's standard deviation",
-    Kind.WEIGHTS: "model.load_state_dict(weights) with the weights that the server sent for this "
-    "round",
+    Kind.WEIGHTS: Remedy("model.load_state_dict(weights)", "--weights FILE").then(
+        " with the weights that the server sent for this round"
+    ),
     Kind.COMPRESSION: "rgap.match(model, update); the equations need the gradient as it was",
 }
 """The line that mends each, where no trial gives its number."""
@@ -116,7 +118,7 @@ class Finding:
     ) -> Finding:
         """The mistake if one alone is possible; else ``UNDECIDED``, with a line for each."""
         if len(kinds) == 1:
-            return cls(kinds[0], value, evidence, MENDING[kinds[0]], strength)
+            return cls(kinds[0], value, evidence, str(MENDING[kinds[0]]), strength)
         lines = "; or ".join(f"{MENDING[kind]} (if {kind})" for kind in kinds)
         return cls(Kind.UNDECIDED, value, evidence, lines, strength, kinds)
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from rgap.diagnosis.finding import Finding, Kind
+from rgap.remedy import NAMED, NUMBERED, Remedy, frozen_where
 from rgap.update.update import Update
 
 WRAPPERS = ("module.", "_orig_mod.", "_module.", "model.", "net.", "network.", "backbone.")
@@ -50,34 +51,28 @@ def mended(model: nn.Module, update: Update) -> tuple[Update | None, Finding | N
         rest = {n: torch.zeros(wanted[n], dtype=update.dtype, device=device) for n in missing}
         full = {n: rest[n] if n in rest else gradients[n] for n in wanted}
         said = f"{len(missing)} of {len(wanted)} parameters are missing, '{missing[0]}' first"
-        line = (
-            "[p.requires_grad_(False) for n, p in model.named_parameters() "
-            "if n not in update.gradients]  # if the client froze these"
-        )
+        untrained = str(frozen_where("n not in update.gradients"))
         if prefix:
             said += f", and every name begins with '{prefix}'"
-        lacking = Finding(Kind.NAMES, float(len(missing)), said, line, inf)
+        lacking = Finding(Kind.NAMES, float(len(missing)), said, untrained, inf)
         nothing = len(missing) == len(wanted)
         return None if nothing else replace(update, gradients=full), lacking
     ordered = replace(update, gradients={n: gradients[n] for n in wanted})
     if prefix:
-        line = (
+        without = Remedy(
             f"dataclasses.replace(update, gradients={{n.removeprefix({prefix!r}): g for n, g in "
-            "update.gradients.items()})"
+            "update.gradients.items()})",
+            "rgap invert MODEL UPDATE, which leaves the prefix out",
         )
         said = f"every name begins with '{prefix}', without it they are the model's"
-        return ordered, Finding(Kind.NAMES, float(len(sent)), said, line, inf)
-    line = (
-        "dataclasses.replace(update, gradients={n: update.gradients[n] for n, _ in "
-        "model.named_parameters()})"
-    )
+        return ordered, Finding(Kind.NAMES, float(len(sent)), said, str(without), inf)
     if extra:
         said = f"{len(extra)} tensors are no parameters of the model, '{extra[0]}' first"
-        return ordered, Finding(Kind.NAMES, float(len(extra)), said, line, inf)
+        return ordered, Finding(Kind.NAMES, float(len(extra)), said, str(NAMED), inf)
     if list(gradients) != list(wanted):
         place = next(i for i, (a, b) in enumerate(zip(gradients, wanted, strict=True)) if a != b)
         said = f"the order differs from the model's at place {place}"
-        return ordered, Finding(Kind.NAMES, float(place), said, line, inf)
+        return ordered, Finding(Kind.NAMES, float(place), said, str(NAMED), inf)
     return update, None
 
 
@@ -101,10 +96,7 @@ def _numbered(model: nn.Module, update: Update) -> tuple[Update | None, Finding 
     tensors = list(update.gradients.values())
     first = next(iter(update.gradients))
     fits = all(g.shape == p.shape for g, p in zip(tensors, wanted.values(), strict=True))
-    line = (
-        "dataclasses.replace(update, gradients=dict(zip(dict(model.named_parameters()), "
-        "update.gradients.values())))"
-    )
+    line = str(NUMBERED)
     said = f"'{first}' is no parameter of the model, expected '{next(iter(wanted))}'"
     if not fits:
         said += "; in this order the shapes do not fit either"

@@ -12,6 +12,7 @@ from torch import nn
 
 from rgap.arithmetic.doubles import blocks
 from rgap.diagnosis.finding import Finding, Kind
+from rgap.remedy import Remedy
 from rgap.update.update import Update
 
 ALIKE = 0.9  # cosine; the gradient of a network is within about 0.3 of its weights
@@ -34,5 +35,5 @@ def sent(model: nn.Module, update: Update) -> Finding | None:
         f"the cosine with the model's own weights is {cosine:.6f}, the ratio of the norms "
         f"{ratio:.4f}"
     )
-    line = "rgap.Update.from_delta(model, update.gradients, lr=0.01) with the client's rate"
-    return Finding(Kind.PARAMETERS, cosine, said, line, inf)
+    line = Remedy("rgap.Update.from_delta(model, update.gradients, lr=0.01)", "--after-step 0.01")
+    return Finding(Kind.PARAMETERS, cosine, said, f"{line} with the client's rate", inf)

@@ -16,6 +16,7 @@ from rgap.diagnosis.factors import EQUAL, Factors, measured, smallest_misfit
 from rgap.diagnosis.finding import Finding, Kind
 from rgap.diagnosis.samples import Samples
 from rgap.jacobian.batch_loss import loss_scale
+from rgap.remedy import Remedy
 from rgap.update.losses import Loss
 from rgap.update.targets import BINARY, CROSS_ENTROPY, SQUARED
 
@@ -60,11 +61,13 @@ def _other_label(evidence: Evidence, samples: Samples, factors: Factors | None) 
         f"label {free.targets[0]} gives the head's cotangent with λ = {free.common:.6g}, misfit "
         f"{free.misfit:.1e}; the stated one does not"
     )
-    label = f"torch.tensor([{free.targets[0]}])"
+    label, option = f"torch.tensor([{free.targets[0]}])", f"{free.targets[0]}"
     if evidence.loss.targets != "index":
-        label = f"torch.eye({samples.logits.shape[1]})[{label}]"
-    line = f"dataclasses.replace(update, labels={label})"
-    return Finding(Kind.LABELS, float(free.targets[0]), said, line, inf)
+        classes = samples.logits.shape[1]
+        label = f"torch.eye({classes})[{label}]"
+        option = ",".join(str(int(c == free.targets[0])) for c in range(classes))
+    line = Remedy(f"dataclasses.replace(update, labels={label})", f"--labels {option}")
+    return Finding(Kind.LABELS, float(free.targets[0]), said, str(line), inf)
 
 
 def _one(factors: Factors) -> bool:
@@ -84,9 +87,9 @@ def _uniform(
             f"k = λ(∂ℓ/∂z) at the head with λ = {common:.6g} for {_samples(samples)}, misfit "
             f"{factors.misfit:.1e}"
         )
-        line = f"dataclasses.replace(update, gradients={negated})"
+        line = Remedy(f"dataclasses.replace(update, gradients={negated})", "--factor -1")
         rivals = () if evidence.labels is None else (Kind.LABELS,)
-        findings.append(Finding(Kind.SIGN, common, said, line, 2.0 / near, rivals))
+        findings.append(Finding(Kind.SIGN, common, said, str(line), 2.0 / near, rivals))
     if abs(size - 1.0) <= near or (evidence.presumed and _repeated(evidence.loss, size, near)):
         return findings
     findings.append(_of_factor(evidence, samples, factors, size, abs(size - 1.0) / near))
@@ -116,16 +119,19 @@ def _of_factor(
     ratio = 1.0 / loss_scale(replace(loss, reduction="mean"), batch, outputs)
     for reduction, expected in (("sum", ratio), ("mean", 1.0 / ratio)):
         if ratio > 1 and loss.reduction != reduction and abs(size / expected - 1.0) <= near:
-            line = (
+            told = Remedy(
                 "dataclasses.replace(update, loss=dataclasses.replace(update.loss, "
-                f'reduction="{reduction}"))'
+                f'reduction="{reduction}"))',
+                f"--reduction {reduction}",
             )
             said += f"; a {reduction} has {expected:.6g} times the gradient of a {loss.reduction}"
-            return Finding(Kind.REDUCTION, size, said, line, strength)
-    line = (
+            return Finding(Kind.REDUCTION, size, said, str(told), strength)
+    divided = Remedy(
         f"dataclasses.replace(update, gradients={{n: g / {size:.9g} for n, g in "
-        f"update.gradients.items()}}{_noise(evidence, size)})"
+        f"update.gradients.items()}}{_noise(evidence, size)})",
+        f"--factor {size:.9g}",
     )
+    line = str(divided)
     count = len(samples.logits)
     if count < batch and loss.reduction == "mean" and abs(size * count / batch - 1.0) <= near:
         said += (
@@ -207,10 +213,10 @@ def _unequal(evidence: Evidence, samples: Samples, factors: Factors) -> list[Fin
         )
         return [Finding(Kind.CLIPPING, min(values), said, line, strength, rivals)]
     said = f"the samples weigh {listed}: class weights, a focal loss, or weights of samples"
-    line = (
-        "dataclasses.replace(update, loss=rgap.Loss(weight=weights)) with the client's class "
-        "weights, or have it send a loss with equal weights"
+    weighed = Remedy(
+        "dataclasses.replace(update, loss=rgap.Loss(weight=weights))", "--class-weights X,X,…"
     )
+    line = f"{weighed} with the client's class weights, or have it send a loss with equal weights"
     return [Finding(Kind.SCALE, max(values), said, line, strength, rivals)]
 
 
@@ -291,9 +297,12 @@ def _other_loss(evidence: Evidence, samples: Samples) -> list[Finding]:
             f"with λ = {factors.common:.6g}"
         )
         stated = f'"{name}", reduction="{reduction}"{options}'
-        line = f"dataclasses.replace(update, loss=rgap.Loss({stated}))"
+        flags = f"--loss {name} --reduction {reduction}"
+        if loss.label_smoothing:
+            flags += f" --label-smoothing {loss.label_smoothing:g}"
+        line = Remedy(f"dataclasses.replace(update, loss=rgap.Loss({stated}))", flags)
         strength = missed[0] / max(factors.misfit, factors.tolerance) if factors.misfit else inf
-        return [Finding(Kind.LOSS, missed[0], said, line, strength)]
+        return [Finding(Kind.LOSS, missed[0], said, str(line), strength)]
     return []
 
 

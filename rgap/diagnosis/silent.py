@@ -18,15 +18,13 @@ from rgap.diagnosis.evidence import Evidence, usual
 from rgap.diagnosis.finding import Finding, Kind
 from rgap.network.activations.piecewise import Activation
 from rgap.network.chain import Chain, Stage
+from rgap.remedy import frozen_where
 
 LOUD = 30.0  # times its noise that the gradient should have
 TINY = 1e6  # times the smallest normal number, below which it may have underflowed
 APART = 1e-3  # relative difference of columns that are not the same
 COUNTED = 8  # samples up to which combinations of saturated features are counted
-LINE = (
-    "[p.requires_grad_(False) for n, p in model.named_parameters() if not "
-    "update.gradients[n].any()]  # if the client froze these"
-)
+LINE = frozen_where("not update.gradients[n].any()")
 
 
 def read(model: nn.Module, evidence: Evidence) -> list[Finding]:
@@ -54,7 +52,7 @@ def read(model: nn.Module, evidence: Evidence) -> list[Finding]:
     said = f"the gradient of '{name}' is exactly zero, but {why}"
     if len(silent) > 1:
         said += f"; so with {len(silent) - 1} more layers"
-    return [Finding(Kind.ABSENT, float(len(silent)), said, LINE, inf)]
+    return [Finding(Kind.ABSENT, float(len(silent)), said, str(LINE), inf)]
 
 
 def _expected(evidence: Evidence, chain: Chain, parts: set[str]) -> bool:

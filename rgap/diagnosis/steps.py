@@ -25,6 +25,7 @@ from rgap.diagnosis.finding import MENDING, Finding, Kind
 from rgap.diagnosis.noise import Floor
 from rgap.diagnosis.samples import batch
 from rgap.head.bias_attack import bias_attack, rank_one_residual
+from rgap.remedy import trained
 from rgap.update.local_training import LocalTraining, average
 from rgap.update.losses import Loss
 from rgap.update.targets import CLASSES
@@ -244,14 +245,11 @@ def _trained_finding(fit: Training) -> Finding:
         f"{fit.steps} steps at rate {fit.rate:.4g} from the data of the lowest layer give the "
         f"update up to {fit.residual:.1e}, one gradient up to {fit.single:.1e}"
     )
-    line = (
-        f"rgap.match(model, dataclasses.replace(update, local_steps={fit.steps}), "
-        f"local=rgap.LocalTraining({fit.rate:.4g}))"
-    )
+    factor = None
     if abs(fit.scale / fit.steps - 1) < 1e-2:
         said += "; they are summed, not averaged"
-        shared = f"gradients={{n: g / {fit.steps} for n, g in update.gradients.items()}}"
-        line = line.replace("(update, ", f"(update, {shared}, ")
+        factor = fit.steps
+    line = str(trained(fit.steps, f"{fit.rate:.4g}", factor))
     strength = fit.single / max(fit.residual, 1e-16)
     return Finding(Kind.STEPS, float(fit.steps), said, line, strength)
 
@@ -287,7 +285,7 @@ def _by_rank(evidence: Evidence, layers: list[Floor]) -> list[Finding]:
         said += f"; '{lowest.name}' below has no more: the same data, other weights"
     least = max(2, -(-worst.rank // size))
     said += f"; {least} steps at least"
-    several = Finding(Kind.STEPS, float(least), said, MENDING[Kind.STEPS], strength)
+    several = Finding(Kind.STEPS, float(least), said, str(MENDING[Kind.STEPS]), strength)
     if reads:
         return [several]
     if worst.next > FAINT:

@@ -12,11 +12,12 @@ import torch
 from rgap.arithmetic.rounding import UNIFORM
 from rgap.diagnosis.evidence import Evidence
 from rgap.diagnosis.finding import MENDING, Finding, Kind
+from rgap.remedy import Remedy
 from rgap.update.compression import compression
 from rgap.update.quantisation import recognise
 from rgap.update.update import Update
 
-ROUNDED = "update.as_rounded()[0]"
+COUNTED = "rgap invert MODEL UPDATE, which counts the rounding as noise"
 
 
 def rounded(update: Update) -> Finding | None:
@@ -28,13 +29,16 @@ def rounded(update: Update) -> Finding | None:
         name = max(grid.noise, key=lambda n: update.gradients[n].numel())
         step = float(grid.noise[name].flatten()[0]) / UNIFORM
         said = f"{grid.evidence} distinct values are multiples of a step, {step:.3g} in '{name}'"
-        return Finding(Kind.COMPRESSION, step, f"{said}: {grid.kind}", ROUNDED, inf)
+        line = Remedy("update.as_rounded()[0]", COUNTED)
+        return Finding(Kind.COMPRESSION, step, f"{said}: {grid.kind}", str(line), inf)
     eps = torch.finfo(grid.dtype).eps
     if eps <= torch.finfo(update.dtype).eps:
         return None
     said = f"{grid.evidence} distinct values of {len(grid.noise)} tensors are {grid.kind} numbers"
-    line = f"{ROUNDED}, or dataclasses.replace(update, dtype={grid.dtype})"
-    return Finding(Kind.PRECISION, eps, said, line, inf)
+    line = Remedy(
+        f"update.as_rounded()[0], or dataclasses.replace(update, dtype={grid.dtype})", COUNTED
+    )
+    return Finding(Kind.PRECISION, eps, said, str(line), inf)
 
 
 def compressed(evidence: Evidence) -> Finding | None:
@@ -45,4 +49,4 @@ def compressed(evidence: Evidence) -> Finding | None:
         return None
     zeros = sum(int((g == 0).sum()) for g in sent.values())
     share = zeros / sum(g.numel() for g in sent.values())
-    return Finding(Kind.COMPRESSION, share, words, MENDING[Kind.COMPRESSION], inf)
+    return Finding(Kind.COMPRESSION, share, words, str(MENDING[Kind.COMPRESSION]), inf)

@@ -134,7 +134,7 @@ def _masked(
         f"{held.what} holds to {held.misfit:.1e}, so the weights are right, but {worst.what} "
         f"misses by {worst.misfit:.1e}: '{layers[0].name}' (p = {rate:g}) was on"
     )
-    line = MENDING[Kind.DROPOUT]
+    line = str(MENDING[Kind.DROPOUT])
     return Finding(Kind.DROPOUT, rate, said, line, worst.strength)
 
 

@@ -166,8 +166,8 @@ def free(device: torch.device | str = "cpu") -> float:
     place = torch.device(device)
     if place.type == "cuda":
         return float(torch.cuda.mem_get_info(place)[0])
-    found = [size for size in (_available(), *_control_groups()) if size is not None]
-    return max(min(found), 0.0) if found else FALLBACK
+    limits = [size for size in (_available(), *_control_groups()) if size is not None]
+    return max(min(limits), 0.0) if limits else FALLBACK
 
 
 def _available(path: str = "/proc/meminfo") -> float | None:
@@ -221,7 +221,7 @@ def _reclaimable(path: Path) -> float:
     """Cache of files, which the kernel gives up before it kills."""
     try:
         pairs = (line.split() for line in path.read_text().splitlines())
-        found = {pair[0]: float(pair[1]) for pair in pairs if len(pair) == 2}
+        sizes = {pair[0]: float(pair[1]) for pair in pairs if len(pair) == 2}
     except (OSError, ValueError):
         return 0.0
-    return found.get("total_inactive_file", found.get("inactive_file", 0.0))
+    return sizes.get("total_inactive_file", sizes.get("inactive_file", 0.0))

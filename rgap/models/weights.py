@@ -71,9 +71,9 @@ def listed(names: Iterable[str], most: int = 6) -> str:
     >>> listed(["fc.weight", "fc.bias"], most=1)
     "'fc.weight' and 1 more"
     """
-    found = list(names)
-    more = f" and {len(found) - most} more" if len(found) > most else ""
-    return (", ".join(map(repr, found[:most])) or "nothing") + more
+    every = list(names)
+    more = f" and {len(every) - most} more" if len(every) > most else ""
+    return (", ".join(map(repr, every[:most])) or "nothing") + more
 
 
 def _read(file: Path) -> dict[str, Tensor]:

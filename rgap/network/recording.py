@@ -83,9 +83,9 @@ class Recording:
 
 
 class _Recorder(TorchFunctionMode):
-    def __init__(self, found: Recording, x: Tensor) -> None:
+    def __init__(self, recording: Recording, x: Tensor) -> None:
         super().__init__()
-        self.found, self.graph = found, found.graph
+        self.recording, self.graph = recording, recording.graph
         self.nodes: dict[int, fx.Node] = {}
         self.alive: dict[int, weakref.ref[Tensor]] = {}  # an id is one tensor's while it lives
         self.made_of: dict[int, tuple[weakref.ref[Tensor], frozenset[int]]] = {}
@@ -102,7 +102,7 @@ class _Recorder(TorchFunctionMode):
         if func is F.linear or (func in _CONVOLUTIONS and out.shape[2:].numel() == 1):
             self._take(*args[:2], **{k: v for k, v in kwargs.items() if k in ("input", "weight")})
         if getattr(func, "__name__", "") in _LOOKS and before is not None:
-            self.found.decides = True
+            self.recording.decides = True
         if before is None and isinstance(out, Tensor):
             self._derive(out, (args, kwargs))
         if before is not None and self._holds(out):
@@ -162,9 +162,9 @@ class _Recorder(TorchFunctionMode):
         return self.nodes.get(id(value)) if isinstance(value, Tensor) else None
 
     def _take(self, input: Tensor, weight: Tensor) -> None:
-        self.found.taken.setdefault(id(weight), []).append(input.detach().clone())
-        if not self.found.decides:
-            self.found.free.add(id(weight))
+        self.recording.taken.setdefault(id(weight), []).append(input.detach().clone())
+        if not self.recording.decides:
+            self.recording.free.add(id(weight))
 
     def _mapped(self, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """Arguments with nodes for tensors; None where no data are among them."""
@@ -226,8 +226,8 @@ def record(model: nn.Module, shape: Shape, x: Tensor | None = None) -> Recording
         generator = torch.Generator().manual_seed(0)
         x = torch.rand(PROBE, *shape, generator=generator, dtype=torch.float64)
     x = x.to(first)
-    found = Recording()
-    recorder = _Recorder(found, x)
+    recording = Recording()
+    recorder = _Recorder(recording, x)
     leaves = {name: module for name, module in model.named_modules() if _leaf(module)}
     inputs: dict[LayerCall, fx.Node | None] = {}
 
@@ -248,7 +248,7 @@ def record(model: nn.Module, shape: Shape, x: Tensor | None = None) -> Recording
             model(x)
     except Exception:
         return None
-    return found
+    return recording
 
 
 def _leaf(module: nn.Module) -> bool:

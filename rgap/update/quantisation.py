@@ -6,7 +6,8 @@ one by chance with probability 2^−(bits between them), 2^−13 for float32 in 
 an update share its format: where all of them show it a distinct value or two are evidence enough,
 whatever tensors they stand in, and more are asked for where only some do.  Gradients that are small
 fractions for another reason (weights of zero, pictures of few levels) leave many of its last bits
-unused; of numbers that were rounded one half ends in 0, a quarter in 00.  Integers of b bits reach
+unused; of numbers that were rounded one half ends in 0, a quarter in 00, and all n of them in z
+zeros with probability 2^−nz.  Integers of b bits reach
 the end of their range only where they were scaled to.
 """
 
@@ -30,6 +31,7 @@ FOR_INTEGERS = 24.0  # 2^-24 for each of 26 grids that are looked at
 ZEROS = 4  # that values of evidence end in at most; rounded ones end in more with 2^-5
 USED = 0.25  # share of all that are evidence, and of these that use the last bit (rounded: half)
 BY_CHANCE = 2  # of few values, that fewer may
+UNUSED = 8.0  # bits that all distinct values leave unused together: rounded ones do with 2^-8
 MANY = 16  # values of evidence needed where not all tensors show the format
 LEVELS = 12  # levels of integers, where tensors do not or where
 FEW_BITS = 8  # is more than they have: small fractions fill their range too
@@ -145,6 +147,8 @@ def _floating(gradients: Mapping[str, Tensor], dtype: torch.dtype) -> Rounded | 
     needed = EVIDENCE / bits if len(exact) == len(fine) else MANY
     if count < max(needed, USED * len(sizes)) or used < USED * count - BY_CHANCE:
         return None
+    if len(last) * log2(float(last.min())) >= UNUSED:
+        return None  # ratios of small integers
     noise = {name: _rounding(g, dtype, scale) for name, g in exact.items()}
     kind = str(dtype).removeprefix("torch.") + (_SCALED if shift else "")
     return Rounded(kind, dtype, noise, count)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from allocations import smallest_routes
 from cases import picture, small_conv
+from operators import known_part
 from torch import Tensor, nn
 
 import rgap
@@ -50,14 +51,7 @@ def stage_of(batch: int, seed: int = 0) -> tuple[rgap.network.Chain, Tensor, Ten
 def test_the_known_part_is_the_row_space_of_both_blocks(batch: int) -> None:
     chain, u, z, k = stage_of(batch)
     affine = chain.stages[0].affine
-    precision = Precision(F64)
-    part = KnownPart.of(
-        affine,
-        affine.weight_gradient(u, k),
-        Estimate(z, precision.rounding(z)),
-        Estimate(k, precision.rounding(k)),
-        precision,
-    )
+    part = known_part(affine, u, k)
     active = torch.ones_like(z, dtype=torch.bool)
     rank = stage_joint_rank(
         affine, gradient_constraint(affine, k), weight_row_spaces(affine, active)

@@ -39,6 +39,7 @@ from rgap.jacobian.normal import Normal
 from rgap.jacobian.products import GraphProducts
 from rgap.network import activations as act
 from rgap.network import pooling, reshape, scaling
+from rgap.network.affine import Affine
 from rgap.network.chain import parse
 from rgap.network.modules import build
 from rgap.precision import Estimate, Precision
@@ -371,18 +372,18 @@ def _() -> Iterator[Case]:
         yield Case(own, own.apply, own.adjoint, (ones.numel(),), 2.0 * matrix)
 
 
+def known_part(affine: Affine, u: Tensor, k: Tensor) -> KnownPart:
+    """What a layer knows of its input u from its weight gradient, the true z = A u + b and k."""
+    z, precision = affine.forward(u), Precision(u.dtype)
+    known = [Estimate(t, precision.rounding(t)) for t in (z, k)]
+    return KnownPart.of(affine, affine.weight_gradient(u, k), *known, precision)
+
+
 @row("rgap/constraints/known_input.py:KnownPart")
 def _() -> Iterator[Case]:
     for _, affine in layers():
         u, k = draw(2, *affine.in_shape), draw(2, *affine.out_shape, seed=1)
-        z, precision = affine.forward(u), Precision(torch.float64)
-        own = KnownPart.of(
-            affine,
-            affine.weight_gradient(u, k),
-            Estimate(z, precision.rounding(z)),
-            Estimate(k, precision.rounding(k)),
-            precision,
-        )
+        own = known_part(affine, u, k)
         amplified = float(1 + own.rest.norm() * dense(affine.linear, u.shape).norm())
         yield Case(own, own.push, own.pull, u.shape, own.misfit, slack=amplified)
 

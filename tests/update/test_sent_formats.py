@@ -115,6 +115,15 @@ def test_the_evidence_of_small_tensors_adds_up() -> None:
     assert shown is not None and shown.kind == "8-bit integers" and len(shown.noise) == 6
 
 
+@pytest.mark.parametrize("sizes", [
+    (3 / 128, 1 / 32, 5 / 128, 9 / 64, 11 / 64, 23 / 128, 25 / 128, 1 / 4),
+    (9 / 256, 31 / 256, 35 / 256, 57 / 256, 1 / 4), (3 / 32, 9 / 32, 1.0), (3 / 8, 13 / 16, 9 / 8),
+])  # fmt: skip
+def test_small_fractions_show_no_format(sizes: tuple[float, ...]) -> None:
+    """Genuine gradients of constant or zero weights and pictures of few levels."""
+    assert recognise({"weight": torch.tensor(sizes)}) is None
+
+
 @pytest.mark.parametrize("classes", [4, 128, 256, 512])
 def test_classes_before_training_show_no_integers(classes: int) -> None:
     """κ = 1/C and 1/C − 1: one step and C − 1 of them."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rgap.separation.sparsity.coordinates import Layer
-from rgap.separation.sparsity.search import Found
+from rgap.separation.sparsity.search import Directions
 
 __all__ = ["Answer", "assemble"]
 
@@ -33,30 +33,30 @@ class Answer:
         return self.agreement == 1.0 and self.undecided <= UNDECIDED
 
 
-def assemble(layer: Layer, found: Found) -> Answer:
+def assemble(layer: Layer, directions: Directions) -> Answer:
     """The B directions that explain the signs best: the sparsest, improved by exchanges."""
     rank = len(layer.weights)
-    kept = torch.nonzero(found.kept).flatten()
-    order = kept[found.zeros[kept].sum(1).argsort(descending=True, stable=True)]
+    kept = torch.nonzero(directions.kept).flatten()
+    order = kept[directions.zeros[kept].sum(1).argsort(descending=True, stable=True)]
     last = rank + max(2, EXCHANGES // rank)
     chosen, spare = order[:rank].tolist(), order[rank:last].tolist()
-    best = _answer(layer, found, chosen)
+    best = _answer(layer, directions, chosen)
     improved = True
     while improved and not best.certified:
         improved = False
         for place in range(rank):
             for new in [c for c in spare if c not in chosen]:
                 trial = [*chosen[:place], new, *chosen[place + 1 :]]
-                answer = _answer(layer, found, trial)
+                answer = _answer(layer, directions, trial)
                 if answer.agreement > best.agreement:
                     best, chosen, improved = answer, trial, True
         spare = [c for c in order[:last].tolist() if c not in chosen]
     return best
 
 
-def _answer(layer: Layer, found: Found, chosen: list[int]) -> Answer:
+def _answer(layer: Layer, directions: Directions, chosen: list[int]) -> Answer:
     """X = D⁻¹ Vᵀ, K = (L D)ᵀ, and the share λ of signs that fit."""
-    unscaled = found.directions[chosen].T  # columns
+    unscaled = directions.vectors[chosen].T  # columns
     nothing = Answer(layer.basis, layer.basis, 0.0, 1.0, inf)
     inverse, singular = torch.linalg.inv_ex(unscaled)
     if bool(singular) or not bool(inverse.isfinite().all()):
@@ -68,7 +68,7 @@ def _answer(layer: Layer, found: Found, chosen: list[int]) -> Answer:
     k = (layer.mixed @ unscaled * scales).T
     z = q @ layer.forward.T
     # Errors: of the directions (δq_b = −Σ_c (q_b·δd_c) q_c) and of the scales.
-    shift = found.errors[chosen] * scales.abs()
+    shift = directions.errors[chosen] * scales.abs()
     unknown = layer.noise / float(layer.sigma[-1]) * float(layer.weights.norm() * layer.sigma[0])
     scaling = inverse.norm(dim=1) * unknown / scales.abs()
     vague = q.norm(dim=1)[:, None] * (shift @ z.abs()) + scaling[:, None] * z.abs()

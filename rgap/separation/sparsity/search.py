@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rgap.separation.sparsity.coordinates import Layer
 
-__all__ = ["Found", "RowSearch"]
+__all__ = ["Directions", "RowSearch"]
 
 CHECKS = 16  # rows that a kernel is tried on before all rows are
 HITS = 16  # kernels of one round that are looked at closely
@@ -29,10 +29,10 @@ SIFTED = 4096  # kernels of one round that are compared with those seen
 
 
 @dataclass(frozen=True)
-class Found:
+class Directions:
     """Directions and their zeros, those refused too: their kernels are not looked at again."""
 
-    directions: Tensor  # [F, B], unit length
+    vectors: Tensor  # [F, B], unit length
     zeros: Tensor  # [F, live], boolean
     errors: Tensor  # relative error of each direction, [F]
     kept: Tensor  # [F], boolean
@@ -47,12 +47,14 @@ class Found:
         mask.scatter_(1, picks, 1.0)
         return (mask @ zeros.T > picks.shape[1] - 0.5).any(1)
 
-    def with_one(self, direction: Tensor | None, zeros: Tensor, error: float, kept: bool) -> Found:
+    def with_one(
+        self, direction: Tensor | None, zeros: Tensor, error: float, kept: bool
+    ) -> Directions:
         """One direction more, or rows that are done with."""
         if direction is None:
-            direction = self.directions.new_zeros(self.directions.shape[1])
-        return Found(
-            torch.cat([self.directions, direction[None]]),
+            direction = self.vectors.new_zeros(self.vectors.shape[1])
+        return Directions(
+            torch.cat([self.vectors, direction[None]]),
             torch.cat([self.zeros, zeros[None]]),
             torch.cat([self.errors, self.errors.new_tensor([error])]),
             torch.cat([self.kept, self.kept.new_tensor([kept])]),
@@ -68,7 +70,7 @@ class RowSearch:
         place = layer.white.device
         none = torch.zeros(0, dtype=torch.bool, device=place)
         double = torch.zeros(0, rank, dtype=torch.float64, device=place)
-        self.found = Found(double, none.reshape(0, rows), double[:, 0], none)
+        self.directions = Directions(double, none.reshape(0, rows), double[:, 0], none)
         self.generator = torch.Generator().manual_seed(seed)
         self.checks = min(CHECKS, rows - rank + 1)
         self.needed = min(2, self.checks)
@@ -79,7 +81,7 @@ class RowSearch:
         self.seen: set[bytes] = set()
         if rank == 1:
             one = torch.ones(1, dtype=torch.float64, device=place)
-            self.found = self.found.with_one(one, none.new_zeros(rows), 0.0, True)
+            self.directions = self.directions.with_one(one, none.new_zeros(rows), 0.0, True)
         if rank == 2:
             nothing = torch.zeros(0, dtype=torch.long, device=place)
             self._look(nothing, nothing)
@@ -87,7 +89,7 @@ class RowSearch:
     @property
     def count(self) -> int:
         """Number of sparse directions found."""
-        return int(self.found.kept.sum())
+        return int(self.directions.kept.sum())
 
     def round(self, goal: int, deadline: float) -> int:
         """Form the kernels of one batch of subsets and judge the best; the number of subsets.
@@ -138,8 +140,8 @@ class RowSearch:
         kernels = torch.nn.functional.normalize(kernels[best])
         before, asked = -1, 0
         for _ in range(HITS):
-            new = ~self.found.contains(picks, asked)
-            asked = len(self.found.kept)
+            new = ~self.directions.contains(picks, asked)
+            asked = len(self.directions.kept)
             if self.rounds % 2 == 0 and self.count != before:
                 before = self.count
                 known = self._known()
@@ -152,10 +154,10 @@ class RowSearch:
 
     def _known(self) -> Tensor:
         """Orthonormal basis [B, F] of the sparsest directions found, F < B."""
-        kept = torch.nonzero(self.found.kept).flatten()
-        zeros = self.found.zeros[kept].sum(1)
+        kept = torch.nonzero(self.directions.kept).flatten()
+        zeros = self.directions.zeros[kept].sum(1)
         best = kept[zeros.argsort(descending=True, stable=True)[: self.layer.rows.shape[1] - 1]]
-        white = torch.nn.functional.normalize(self.found.directions[best] * self.layer.sigma)
+        white = torch.nn.functional.normalize(self.directions.vectors[best] * self.layer.sigma)
         basis: Tensor = torch.linalg.qr(white.T)[0].float()
         return basis
 
@@ -203,7 +205,7 @@ class RowSearch:
 
         Rows whose kernel has more than two dimensions are completed from ``more``.
         """
-        self.found = self.found.with_one(None, self._mask(rows), inf, False)
+        self.directions = self.directions.with_one(None, self._mask(rows), inf, False)
         before = self.count
         waiting: list[tuple[int, int, Tensor]] = []
         new = self._planes(rows, more)
@@ -269,7 +271,7 @@ class RowSearch:
             if torch.equal(now, zeros):
                 break
             zeros = now
-        if bool((self.found.kept & (self.found.zeros == zeros).all(1)).any()):
+        if bool((self.directions.kept & (self.directions.zeros == zeros).all(1)).any()):
             return []
         error = noise * rank**0.5 / gap
         near: list[Tensor] = []
@@ -284,15 +286,15 @@ class RowSearch:
             near += others
         mixture = mixture or self._mixed(zeros, needed)
         good = not mixture and error < 0.1 and int(zeros.sum()) >= rank - 1 + self.needed
-        self.found = self.found.with_one(vh[-1], zeros, error, good)
+        self.directions = self.directions.with_one(vh[-1], zeros, error, good)
         return near
 
     def _mixed(self, zeros: Tensor, needed: Tensor) -> bool:
         """True if the kernel without the rows that only it needs is spanned by sparser ones."""
         common = zeros.clone()
         common[torch.nonzero(zeros).flatten()[needed]] = False
-        sparser = self.found.kept & (self.found.zeros.sum(1) > zeros.sum())
-        return int((sparser & (self.found.zeros | ~common).all(1)).sum()) >= len(needed) + 1
+        sparser = self.directions.kept & (self.directions.zeros.sum(1) > zeros.sum())
+        return int((sparser & (self.directions.zeros | ~common).all(1)).sum()) >= len(needed) + 1
 
 
 def _right(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -134,7 +134,7 @@ def _searched(
     while True:
         if search.count != done and search.count >= rank:
             done = search.count
-            answer = assemble(layer, search.found)
+            answer = assemble(layer, search.directions)
             best = max(best, answer.agreement)
             if answer.certified:
                 reason = (

@@ -34,6 +34,15 @@ def changed(update: rgap.Update, how) -> rgap.Update:
     return replace(update, gradients={name: how(g) for name, g in update.gradients.items()})
 
 
+def noisy_update(model: nn.Module, level: float) -> rgap.Update:
+    """Of one picture, with noise of that standard deviation."""
+    generator = torch.Generator().manual_seed(0)
+    return changed(
+        update_of(model, pictures(1), [3]),
+        lambda g: g + level * torch.randn(g.shape, generator=generator, dtype=g.dtype),
+    )
+
+
 def why(model: nn.Module, update: rgap.Update, **options) -> Explanation:
     return explain(rgap.invert(model, update, complete=False), model, update, **options)
 
@@ -148,23 +157,14 @@ def test_steps_without_an_inverse() -> None:
 
 def test_noise_that_nobody_stated_is_estimated() -> None:
     model = lenet()
-    generator = torch.Generator().manual_seed(0)
-    noisy = changed(
-        update_of(model, pictures(1), [3]),
-        lambda g: g + 1e-3 * torch.randn(g.shape, generator=generator, dtype=g.dtype),
-    )
-    first = why(model, noisy).causes[0]
+    first = why(model, noisy_update(model, 1e-3)).causes[0]
     assert (first.kind, first.place) == ("misfit", "head")
     assert first.number == pytest.approx(1e-3, rel=0.1)
 
 
 def test_stated_noise_that_is_too_large_is_a_matter_of_precision() -> None:
     model = lenet()
-    generator = torch.Generator().manual_seed(0)
-    noisy = changed(
-        update_of(model, pictures(1), [3]),
-        lambda g: g + 1e-6 * torch.randn(g.shape, generator=generator, dtype=g.dtype),
-    )
+    noisy = noisy_update(model, 1e-6)
     recovery = rgap.invert(model, noisy, noise=1e-6, complete=False)
     found = explain(recovery, model, noisy)
     (first,) = found.causes

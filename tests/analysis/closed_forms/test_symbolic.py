@@ -36,21 +36,10 @@ from rgap.network.chain import parse
 B = sympy.Symbol("B", positive=True, integer=True)
 ALL_ON = [layer for layer in layers(60) if bool(layer.active.all())]
 LENET = {
-    "in_channels": 12,
-    "out_channels": 12,
-    "kernel_size": 5,
-    "input_size": (16, 16),
-    "stride": 2,
+    "in_channels": 12, "out_channels": 12, "kernel_size": 5, "input_size": (16, 16), "stride": 2,
     "padding": 2,
-}
-CNN6D = {
-    "in_channels": 12,
-    "out_channels": 20,
-    "kernel_size": 3,
-    "input_size": (17, 17),
-    "stride": 2,
-    "padding": 1,
-}
+}  # fmt: skip
+CNN6D = LENET | {"out_channels": 20, "kernel_size": 3, "input_size": (17, 17), "padding": 1}
 
 
 @cache
