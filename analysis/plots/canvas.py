@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 INK, MUTED = "#1a1a1a", "#6b6b6b"
 BLUE, ORANGE = "#0072B2", "#D55E00"
 
-SearchPosition = Literal["best", "upper left", "lower left"]
+LegendPlace = Literal["best", "upper left", "lower left"]
 
 
 def panel(width: float, height: float) -> tuple[Figure, Axes]:
@@ -25,9 +25,7 @@ def panel(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, figure.add_subplot()
 
 
-def label(
-    axes: Axes, across: str, up: str, title: str, legend: SearchPosition | None = None
-) -> None:
+def label(axes: Axes, across: str, up: str, title: str, legend: LegendPlace | None = None) -> None:
     """Name the axes and the panel, place the legend, and take away what no one reads.
 
     Args:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import inf, prod
+from math import inf
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,8 @@ class Block:
 class UpdateMap(ModuleGradient):
     """The update of any module at one batch: its Jacobian, and what each layer adds to it.
 
+    Its rows are those of the blocks, one layer after the other.
+
     Args:
         model: in eval mode; left as it was, a float64 copy without its hooks does the work.
         inputs: the batch [B, *input_shape]; all is computed on its device.
@@ -76,6 +78,7 @@ class UpdateMap(ModuleGradient):
         source = ClientLoss(loss, targets.to(inputs.device))
         super().__init__(bare_copy(model, inputs.device), source, trained)
         self.blocks = self._blocks(source)
+        self.parameters = {n: self.parameters[n] for block in self.blocks for n in block.names}
         self.forward_mode = True
 
     @property
@@ -91,7 +94,7 @@ class UpdateMap(ModuleGradient):
     @property
     def sizes(self) -> tuple[int, ...]:
         """Entries of each tensor of the update, in the order of the rows."""
-        return tuple(self.parameters[name].numel() for b in self.blocks for name in b.names)
+        return tuple(p.numel() for p in self.parameters.values())
 
     @property
     def chunk(self) -> int:
@@ -105,12 +108,8 @@ class UpdateMap(ModuleGradient):
         return 8.0 * WITHIN * self.chunk * max(self.equations, self.unknowns)
 
     def value(self, inputs: Tensor) -> Tensor:
-        """g(x) in the order of the rows, [equations]; differentiable by function transforms."""
-        return self._stacked(self.gradient(inputs, graph=False)[0])
-
-    def rows(self, x: Tensor) -> Tensor:
-        """g(x) in the order of the rows, [equations], as part of the graph of x."""
-        return self._stacked(self.gradient(x)[0])
+        """:meth:`rows` by function transforms, which can be batched and differentiated forwards."""
+        return torch.cat([g.flatten() for g in self.gradient(inputs, graph=False)[0].values()])
 
     def columns(self, directions: Tensor) -> Tensor:
         """J v for directions [S, B, *input_shape]: [S, equations], block by block."""
@@ -141,9 +140,6 @@ class UpdateMap(ModuleGradient):
         product: Tensor = torch.func.jvp(self.value, (self.inputs,), (direction,))[1]
         return product
 
-    def _stacked(self, update: dict[str, Tensor]) -> Tensor:
-        return torch.cat([update[name].flatten() for block in self.blocks for name in block.names])
-
     def _blocks(self, source: ClientLoss) -> tuple[Block, ...]:
         """Layers in the order of their first call; those never called come first."""
         modules = dict(self.model.named_modules())
@@ -172,7 +168,7 @@ class UpdateMap(ModuleGradient):
         blocks = []
         for path, own in gathered.items():
             names = tuple(own)
-            count = sum(prod(self.parameters[name].shape) for name in names)
+            count = sum(self.parameters[name].numel() for name in names)
             kind = type(modules[path]).__name__.lower()
             blocks.append(Block(path, kind, names, count))
         return tuple(blocks)
