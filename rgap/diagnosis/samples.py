@@ -342,7 +342,7 @@ def nearest_sample(evidence: Evidence) -> tuple[float, float, str, bool] | None:
     best = inf
     for reach in (1.0, 4.0):
         begun = source.consistency.begin(STARTS, 2, generator)
-        left = restricted(begun, w, none)
+        left = restricted(begun)
         start = fresh_starts(left, none, none, STARTS, generator, reach)
         ends = levenberg_marquardt(left, start)
         best = min(best, float(ends.cost.min()))

@@ -25,7 +25,7 @@ from rgap.network.chain import Chain
 from rgap.precision import Estimate, Precision
 from rgap.separation.identify import pullback
 from rgap.separation.mixture import Mixture
-from rgap.separation.subspace import Consistency, Restricted
+from rgap.separation.subspace import Consistency, Restricted, restricted
 from rgap.solvers.least_squares import levenberg_marquardt
 from rgap.solvers.tall import tall_qr
 
@@ -56,7 +56,6 @@ class Spread:
 
 def spread(
     consistency: Consistency,
-    whole: Restricted,
     roots: Tensor,
     chain: Chain,
     head: BatchLoss,
@@ -66,7 +65,6 @@ def spread(
 
     Args:
         consistency: f and P.
-        whole: its restriction to ``w·q = 1``.
         roots: Q, [R, R].
         chain: the network.
         head: targets and multiplicities.
@@ -102,14 +100,14 @@ def spread(
         moves.append(moved - share @ wobble(e))
         shifts.append(along[:, None] * w / (w @ w))
         leaks.append(across)
-    roots, steps, smallest, restless = _solved(consistency, whole, roots, torch.stack(moves, 1))
+    roots, steps, smallest, restless = _solved(consistency, roots, torch.stack(moves, 1))
     # A standard error of f along each direction, for the verdict on the worst of them.
     entries = (own.square().mean() + _blur(consistency, share).square().mean()).sqrt()
     worst = float(entries) / max(smallest, 1e-300)
     across = torch.stack(leaks)
     errors = (torch.stack(shifts) + steps.transpose(0, 1)) @ samples.right.T + across
-    x = roots @ samples.right.T
-    features = Estimate(_shaped(x, affine.in_shape), _shaped(errors, affine.in_shape, 2))
+    x = samples.inputs(roots)
+    features = Estimate(x, _shaped(errors, affine.in_shape, 2))
     return Spread(roots, features, across, worst, restless)
 
 
@@ -155,7 +153,7 @@ def _blur(consistency: Consistency, share: Tensor) -> Tensor:
 
 
 def _solved(
-    consistency: Consistency, whole: Restricted, roots: Tensor, moved: Tensor
+    consistency: Consistency, roots: Tensor, moved: Tensor
 ) -> tuple[Tensor, Tensor, float, float]:
     """Roots after a last step, what errors of f do to them, σ_min of their equations.
 
@@ -164,7 +162,6 @@ def _solved(
 
     Args:
         consistency: of the roots.
-        whole: its restriction to ``w·q = 1``.
         roots: Q, [R, R].
         moved: errors of f of every root, [R, S, m].
 
@@ -172,6 +169,7 @@ def _solved(
         Q, errors of its rows [R, S, R], σ_min, and the longest last step in standard errors.
     """
     steps, polished, smallest, restless = [], [], float("inf"), 0.0
+    whole = restricted(consistency)
     for i, q in enumerate(roots):
         alone = replace(whole, consistency=consistency.at(torch.tensor([i], device=roots.device)))
         t = alone.coordinates(q[None])
@@ -249,6 +247,14 @@ def widened(known: Estimate, distance: Tensor, precision: Precision) -> Estimate
     entries = known.value[0].numel()
     std = (distance / entries**0.5).reshape(-1, *([1] * (known.value.ndim - 1)))
     return Estimate(known.value, known.error + precision.normal(std.expand_as(known.value)))
+
+
+def remark_restless(samples: Mixture, restless: float) -> str:
+    """Why samples of which one does not settle are none; ``restless`` as :class:`Spread` has it."""
+    return (
+        f"a sample at '{samples.stage.name}' does not settle: its last step is {restless:.1e} "
+        f"standard errors long (σ_B/σ_1 {samples.ratio:.1e})"
+    )
 
 
 def remark(samples: Mixture, head: BatchLoss, distance: Tensor, features: Tensor) -> str:

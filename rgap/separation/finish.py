@@ -17,6 +17,7 @@ from rgap.separation.errors import (
     cotangents_above,
     hidden_distance,
     remark,
+    remark_restless,
     spread,
     widened,
 )
@@ -24,7 +25,7 @@ from rgap.separation.identify import rise, top
 from rgap.separation.mixture import Mixture
 from rgap.separation.peeling import Collected, Identify
 from rgap.separation.polish import polish_jointly
-from rgap.separation.subspace import Consistency, restricted
+from rgap.separation.subspace import Consistency
 from rgap.separation.targets import batch_loss, common_factor, confirmed, read_from_head, refuting
 
 TOGETHER = 100  # samples up to which a batch that only fits as a whole is polished
@@ -51,21 +52,13 @@ def finish(
     """
     samples = consistency.samples
     stage = samples.stage
-    affine = stage.affine
-    features = (collected.roots @ samples.right.T).reshape(-1, *affine.in_shape)
-    logits = rise(batch.chain, stage.index, affine.forward(features))
-    common = common_factor(batch, samples.rank, collected.identities)
-    head = common or batch_loss(batch, logits, collected.identities, refuting(batch, samples))
+    head = _targets(batch, samples, collected)
     if isinstance(head, Unseparated):
         return head
     head = _reread(batch, samples, collected.roots, head)
-    whole = restricted(consistency, samples.weights, samples.weights.new_zeros(0, samples.rank))
-    result = spread(consistency, whole, collected.roots, batch.chain, head, batch.precision)
+    result = spread(consistency, collected.roots, batch.chain, head, batch.precision)
     if result.restless:
-        return Unseparated(
-            f"a sample at '{stage.name}' does not settle: its last step is {result.restless:.1e} "
-            f"standard errors long (σ_B/σ_1 {samples.ratio:.1e})"
-        )
+        return Unseparated(remark_restless(samples, result.restless))
     known, worst = result.features, result.worst / float(result.roots.norm(dim=1).mean())
     joint = polish_jointly(batch, samples, result.roots, head, result.across)
     if joint is not None and batch.loss.targets != "index" and not joint.free:
@@ -93,13 +86,10 @@ def finish_together(
     """The same where one sample's own equations do not determine it: errors from all together."""
     samples = consistency.samples
     stage = samples.stage
-    x = (collected.roots @ samples.right.T).reshape(-1, *stage.affine.in_shape)
-    logits = stage.affine.forward(x)
-    common = common_factor(batch, samples.rank, collected.identities)
-    head = common or batch_loss(batch, logits, collected.identities, refuting(batch, samples))
+    head = _targets(batch, samples, collected)
     if isinstance(head, Unseparated):
         return head
-    k = cotangents(batch.chain, stage.index, x, head).flatten(1)
+    k = cotangents(batch.chain, stage.index, samples.inputs(collected.roots), head).flatten(1)
     across = across_errors(samples, collected.roots, k, batch.precision)
     memory.require(
         f"polishing {samples.rank} samples at '{stage.name}' together",
@@ -130,11 +120,17 @@ def finish_together(
     return _separated(batch, samples, known, head, worst, route, began)
 
 
+def _targets(batch: Batch, samples: Mixture, collected: Collected) -> BatchLoss | Unseparated:
+    """Targets and multiplicities, or why there are none."""
+    identities, stage = collected.identities, samples.stage
+    logits = rise(batch.chain, stage.index, stage.affine.forward(samples.inputs(collected.roots)))
+    common = common_factor(batch, samples.rank, identities)
+    return common or batch_loss(batch, logits, identities, refuting(batch, samples))
+
+
 def _reread(batch: Batch, samples: Mixture, roots: Tensor, head: BatchLoss) -> BatchLoss:
     """Dense targets for the samples as they are known now."""
-    affine = samples.stage.affine
-    x = (roots @ samples.right.T).reshape(-1, *affine.in_shape)
-    features, logits = top(batch.chain, samples.stage.index, x)
+    features, logits = top(batch.chain, samples.stage.index, samples.inputs(roots))
     return read_from_head(batch, features.flatten(1), logits, head)
 
 
@@ -168,7 +164,6 @@ def _separated(
 
 def _lifted(samples: Mixture, roots: Tensor, inside: Tensor, across: Tensor) -> Estimate:
     """X = Q Vᵀ with its errors inside and across the row space."""
-    shape = samples.stage.affine.in_shape
     error = inside @ samples.right.T + across
-    x = (roots @ samples.right.T).reshape(-1, *shape)
-    return Estimate(x, error.reshape(*error.shape[:2], *shape))
+    x = samples.inputs(roots)
+    return Estimate(x, error.reshape(*error.shape[:2], *x.shape[1:]))

@@ -19,13 +19,13 @@ from rgap.jacobian.batch_loss import BatchLoss
 from rgap.limits import CERTAIN, SEPARABLE
 from rgap.precision import Estimate, Precision
 from rgap.separation.batch import Batch, Separated, Unseparated
-from rgap.separation.errors import spread
+from rgap.separation.errors import remark_restless, spread
 from rgap.separation.identify import Identity, free, pullback
 from rgap.separation.mixture import Mixture
 from rgap.separation.pair import Between, lines, steps_between
 from rgap.separation.peeling import GROWTH, STARTS, Collected, Starts, collect
 from rgap.separation.route import unfit_pair
-from rgap.separation.subspace import Consistency, restricted
+from rgap.separation.subspace import Consistency
 from rgap.update.losses import Loss
 
 
@@ -114,7 +114,7 @@ def cotangents_of(
     affine = lower.stage.affine
     if not len(roots):
         return [], roots.new_zeros(0, *affine.out_shape), roots.new_zeros(0, len(upper.left))
-    z = affine.forward((roots @ lower.right.T).reshape(-1, *affine.in_shape))
+    z = affine.forward(lower.inputs(roots))
     outputs, pull = pullback(batch.chain, lower.stage.index, z)
     rows = [pull(u.expand_as(outputs)).flatten(1) for u in upper.left.T]
     table = torch.stack(rows, 1)  # [S, R, m₁]
@@ -130,13 +130,9 @@ def _finished(
     lower = consistency.samples
     stage = lower.stage
     k2 = cotangents_of(batch, lower, upper, collected.roots)[2]
-    whole = restricted(consistency, lower.weights, lower.weights.new_zeros(0, lower.rank))
-    result = spread(consistency, whole, collected.roots, batch.chain, Held.of(k2), batch.precision)
+    result = spread(consistency, collected.roots, batch.chain, Held.of(k2), batch.precision)
     if result.restless:
-        return Unseparated(
-            f"a sample at '{stage.name}' does not settle: its last step is {result.restless:.1e} "
-            f"standard errors long (σ_B/σ_1 {lower.ratio:.1e})"
-        )
+        return Unseparated(remark_restless(lower, result.restless))
     worst = result.worst / float(result.roots.norm(dim=1).mean())
     if not worst < SEPARABLE:
         return Unseparated(

@@ -62,8 +62,7 @@ def identify(
         roots: [S, R].
         loss: the client's.
     """
-    affine = samples.stage.affine
-    z = affine.forward((roots @ samples.right.T).reshape(-1, *affine.in_shape))
+    z = samples.stage.affine.forward(samples.inputs(roots))
     logits, pull = pullback(chain, samples.stage.index, z)
     single = replace(loss, reduction="sum")
     labels = _labels(single, logits, head)
@@ -113,8 +112,7 @@ def similar(shares: Tensor, share: Tensor) -> Tensor:
 
 def continuous(chain: Chain, samples: Mixture, roots: Tensor, loss: Loss) -> list[Identity]:
     """κ with ``(I − UUᵀ) Jᵀκ = 0`` of every root: any target, where one direction fits."""
-    affine = samples.stage.affine
-    z = affine.forward((roots @ samples.right.T).reshape(-1, *affine.in_shape))
+    z = samples.stage.affine.forward(samples.inputs(roots))
     logits, pull = pullback(chain, samples.stage.index, z)
     eye = torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device)
     jacobian = torch.stack([pull(e.expand_as(logits)).flatten(1) for e in eye], 1)

@@ -84,6 +84,10 @@ class Mixture:
             raise ValueError(f"'{self.stage.name}' has no bias and hence no w")
         return self.dual(self.bias_gradient)
 
+    def inputs(self, q: Tensor) -> Tensor:
+        """X = Q Vᵀ of rows q [S, R], in the shape of the layer's input, [S, *in_shape]."""
+        return (q @ self.right.T).reshape(-1, *self.stage.affine.in_shape)
+
     def dual(self, cotangent: Tensor) -> Tensor:
         """S⁻¹Uᵀk, the functional that is 1 on its own sample and 0 on all others; [..., m]."""
         return (cotangent @ self.left) / self.values

@@ -106,24 +106,24 @@ def collect(
         watch: told of the progress.
     """
     starts = Starts() if starts is None else starts
-    w, rank = consistency.samples.weights, consistency.samples.rank
+    rank = consistency.samples.rank
     generator = torch.Generator().manual_seed(starts.seed)
     held = _Held(consistency, admissible)
     tried, idle, first, reach = 0, 0, starts.first, starts.reach
     while len(held.roots) < rank and idle < starts.rounds:
         if first is not None:
             begun, q = first
-            left = restricted(begun, w, held.duals)
+            left = restricted(begun, held.duals)
             start, first = left.coordinates(q), None
         else:
             count = starts.count * 2**idle
             begun = consistency.begin(count, idle, generator)
             # Every other round without success looks everywhere: duals of rough roots mislead.
-            left = restricted(begun, w, held.duals if idle % 2 == 0 else held.duals[:0])
+            left = restricted(begun, held.duals if idle % 2 == 0 else held.duals[:0])
             if left.directions.shape[1] == 0:  # nothing is free but the kind of equations
                 each = _firsts(begun.kinds(count))
                 count, begun = len(each), begun.at(each)
-                left = restricted(begun, w, held.duals)
+                left = restricted(begun, held.duals)
             start = fresh_starts(left, held.roots, held.duals, count, generator, reach)
         tried += len(start)
         good, ends, near = _ends(left, start, begun.kinds(len(start)))
@@ -134,7 +134,7 @@ def collect(
             reach = max(reach / REACH, 1.0)
         before = len(held.roots)
         if len(good):
-            whole = restricted(begun.at(good), w, w.new_zeros(0, rank))
+            whole = restricted(begun.at(good))
             fresh, fits, still = _polished(whole, ends)
             named = identify(fresh[fits], begun.at(good[fits]))
             held.take(fresh[fits], named, still, idle >= PATIENT)

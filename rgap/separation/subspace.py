@@ -205,9 +205,10 @@ class Restricted:
         return torch.split(torch.arange(len(t), device=t.device), max(1, LARGEST // entries))
 
 
-def restricted(consistency: Consistency, w: Tensor, duals: Tensor) -> Restricted:
+def restricted(consistency: Consistency, duals: Tensor | None = None) -> Restricted:
     """The subspace ``w·q = 1``, ``d·q = 0`` for every found d."""
-    rows = torch.cat([w[None], duals])
+    w = consistency.samples.weights
+    rows = w[None] if duals is None else torch.cat([w[None], duals])
     size = rows.norm(dim=1, keepdim=True)
     full, upper = torch.linalg.qr((rows / size).T, mode="complete")
     count = len(rows)
@@ -221,8 +222,7 @@ def restricted(consistency: Consistency, w: Tensor, duals: Tensor) -> Restricted
 
 def open_directions(consistency: Consistency, q: Tensor) -> int:
     """How many directions the equations leave open at q [R], up to the error of P."""
-    samples = consistency.samples
-    whole = restricted(consistency, samples.weights, samples.weights.new_zeros(0, samples.rank))
+    whole = restricted(consistency)
     if whole.directions.shape[1] == 0:
         return 0
     slope = consistency.derivative(q[None], whole.directions)[1][0]

@@ -176,7 +176,7 @@ def test_dimensions(pair: tuple[nn.Module, Batch, Tensor, Between]) -> None:
     _, _, _, consistency = pair
     assert consistency.equations == 24 - 4
     samples = consistency.samples
-    whole = restricted(consistency, samples.weights, samples.weights.new_zeros(0, 4))
+    whole = restricted(consistency)
     assert whole.directions.shape == (4, 3)
     assert float((samples.weights @ whole.directions).abs().max()) < 1e-9 * float(
         samples.weights.norm()
@@ -190,8 +190,7 @@ def test_the_truth_is_a_root(pair: tuple[nn.Module, Batch, Tensor, Between]) -> 
     roots = true_roots(batch, x)
     f = consistency.value(roots)
     assert float(consistency.project(f).norm()) < 1e-10 * float(f.norm())
-    samples = consistency.samples
-    whole = restricted(consistency, samples.weights, samples.weights.new_zeros(0, 4))
+    whole = restricted(consistency)
     assert bool((whole.cost(whole.coordinates(roots)) < 1e-20).all())
     mixed = roots.mean(0, keepdim=True)  # a mixture satisfies w·q = 1, and is none
     assert float(whole.cost(whole.coordinates(mixed))) > 1e-8

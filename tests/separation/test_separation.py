@@ -155,13 +155,12 @@ def test_a_found_sample_leaves_one_dimension_less() -> None:
     x = pictures(4, 7)
     batch = batch_of(mlp("gelu", 8), x, torch.tensor([0, 1, 1, 2]))
     roots, consistency = true_roots(batch, x), between(batch)
-    w = batch.mixture(0).weights
     duals = torch.stack([i.dual for i in named(batch, roots[:2])])
-    left = restricted(consistency, w, duals)
+    left = restricted(consistency, duals)
     assert left.directions.shape == (4, 1)
     assert torch.allclose(left.rows(left.coordinates(roots[2:])), roots[2:], atol=1e-7)
     assert float((left.rows(left.coordinates(roots[:1])) - roots[:1]).norm()) > 0.1
-    done = restricted(consistency, w, torch.stack([i.dual for i in named(batch, roots[:3])]))
+    done = restricted(consistency, torch.stack([i.dual for i in named(batch, roots[:3])]))
     assert done.directions.shape == (4, 0)
     assert torch.allclose(done.origin, roots[3], atol=1e-6)
 

@@ -34,17 +34,17 @@ def posed() -> tuple[Batch, Mixture, AtHead, Restricted, Tensor]:
     batch = batch_of(mlp("gelu", 4, widths=(24,), classes=CLASSES), x, LABELS)
     head = batch.mixture(1)
     at = AtHead.of(head, 0.0, *likely(batch, head), batch.precision).labelled(LABELS)
-    whole = restricted(at, head.weights, head.weights.new_zeros(0, head.rank))
+    whole = restricted(at)
     roots = batch.chain.stages[0].forward(x)[1].flatten(1) @ head.right
     return batch, head, at, whole, whole.rows(whole.coordinates(roots))
 
 
 def spread_from(roots: Tensor) -> Spread:
-    batch, _, at, whole, _ = posed()
+    batch, _, at, *_ = posed()
     targets = torch.eye(CLASSES, dtype=torch.float64)[LABELS]
     copies = torch.ones(len(LABELS), dtype=torch.float64)
     loss = BatchLoss(Loss(), targets, copies)
-    return spread(at, whole, roots, batch.chain, loss, batch.precision)
+    return spread(at, roots, batch.chain, loss, batch.precision)
 
 
 def test_a_root_that_is_not_there_yet_is_solved_to_the_end() -> None:

@@ -106,9 +106,7 @@ class AtHead(Consistency):
         sketch = Sketch.of(self.basis, self.matrix)
         if sketch is None:
             return self
-        w = self.samples.weights
-        along = restricted(self, w, w.new_zeros(0, len(w))).directions
-        return replace(self, sketch=sketch, whole=sketch.within(along))
+        return replace(self, sketch=sketch, whole=sketch.within(restricted(self).directions))
 
     def within(self, directions: Tensor) -> AtHead:
         """A sketch of fewer combinations does along fewer directions."""

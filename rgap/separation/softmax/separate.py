@@ -261,7 +261,7 @@ def opening(consistency: AtHead) -> tuple[AtHead, Tensor]:
     head = consistency.samples
     w = head.weights
     begun = consistency.labelled(consistency.pool[: max(consistency.clear, 1)])
-    left = restricted(begun, w, w.new_zeros(0, head.rank))
+    left = restricted(begun)
     t = w.new_zeros(len(begun.labels), left.directions.shape[1])
     if t.shape[1] == 0:
         return begun, left.rows(t)
