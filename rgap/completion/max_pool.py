@@ -98,7 +98,8 @@ class PooledStage:
     def equations(self, model: nn.Module, gradients: Mapping[str, Tensor]) -> ModuleUpdate | None:
         """The update of the layer below alone, as a function of the input of its affine map.
 
-        None where there is no layer between it and the data, or the pool is no max-pool.
+        None where there is no layer between it and the data, its weight was frozen on the client,
+        or the pool is no max-pool.
 
         Args:
             model: the network, whose modules the kinks are.
@@ -108,9 +109,10 @@ class PooledStage:
             return None
         below = self.chain.stages[self.index - 1]
         names = (("weight", below.affine.weight_name), ("bias", below.affine.bias_name))
-        held = [(part, name) for part, name in names if name is not None and name in gradients]
-        sent = {f"affine.{part}": gradients[name] for part, name in held}
-        modules = dict(model.named_modules())
+        sent = {f"affine.{part}": gradients[n] for part, n in names if n and n in gradients}
+        weight, modules = sent.get("affine.weight"), dict(model.named_modules())
+        if weight is None or weight.shape != below.affine.weight.shape:
+            return None
         if self.pool.name not in modules or not rounded(modules[self.pool.name]):
             return None
         network = nn.Sequential()
@@ -119,8 +121,6 @@ class PooledStage:
             own = modules.get(op.name)
             network.add_module(f"step{number}", own if own and rounded(own) else _Step(op))
         network.add_module(LAST, nn.Identity())
-        if sent["affine.weight"].shape != below.affine.weight.shape:
-            return None
         value = self.output.value
         known = Where(value, self.output.known)
         source = KnownFeatures(LAST, tuple(value.shape), known, self.cotangent.value)
@@ -174,8 +174,9 @@ def find_winners(
         surplus: equations that it takes to begin, in multiples of the unknowns.
 
     Returns:
-        How it ended; None where it was not begun: other steps than max-pools, a pool of the data,
-        or of the layer at the data, which a completion searches with its prior.
+        How it ended; None where it was not begun: other steps than max-pools, a layer below that
+        was frozen, a pool of the data, or of the layer at the data, which a completion searches
+        with its prior.
     """
     deadline = time.perf_counter() + seconds
     equations = stage.equations(model, gradients)

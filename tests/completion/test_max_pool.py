@@ -79,6 +79,13 @@ def test_no_search_at_the_data_or_with_few_equations(index: int, surplus: float)
     assert not find_winners(model, stage, gradients, 1.0, surplus=surplus)
 
 
+def test_a_frozen_layer_below_names_no_winners() -> None:
+    model, x = pooled(channels=2), picture((2, 6, 6), 1)
+    model[2].weight.requires_grad_(False)
+    found = invert(model, capture(model, x, LABEL, dtype=F64), complete=True, time_limit=1.0)
+    assert found.status is Status.UNSUPPORTED and "max_pool2d" in found.reason
+
+
 def test_where_counts_and_compares_known_entries_alone() -> None:
     where = Where(torch.tensor([1.0, 2.0]), torch.tensor([True, False]))
     assert where.equations == 1
