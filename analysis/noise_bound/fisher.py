@@ -50,7 +50,7 @@ class Information:
 
 @dataclass(frozen=True)
 class WeighedJacobian:
-    """A and Aᵀ as products."""
+    """A = Σ^{-1/2} J of an update under its channel: products with A and Aᵀ, and A itself."""
 
     update: UpdateMap
     channel: Channel
@@ -83,6 +83,15 @@ class WeighedJacobian:
             for b in range(self.channel.parts)
         ]
         return torch.stack(parts, 1)
+
+    def matrix(self, watch: Watch = silent) -> Tensor:
+        """A without the rows that are not sent, [≤ equations, unknowns]."""
+        rows, size = self.shape
+        table = self.update.inputs.new_empty(size, rows)
+        for piece, directions in _units(self):
+            watch("columns of the Jacobian", piece.stop, size)
+            table[piece] = self.columns(directions)
+        return table.T[self.channel.weights > 0]
 
 
 def information(
@@ -140,19 +149,9 @@ def information(
     return method, _sampled(sent, samples, iterations, seed, watch)
 
 
-def weighed_jacobian(sent: WeighedJacobian, watch: Watch = silent) -> Tensor:
-    """A as a matrix, without the rows that are not sent, [≤ equations, unknowns]."""
-    rows, size = sent.shape
-    table = sent.update.inputs.new_empty(size, rows)
-    for piece, directions in _units(sent):
-        watch("columns of the Jacobian", piece.stop, size)
-        table[piece] = sent.columns(directions)
-    return table.T[sent.channel.weights > 0]
-
-
 def _dense(sent: WeighedJacobian, watch: Watch) -> Information:
     rows, size = sent.shape
-    matrix = weighed_jacobian(sent, watch)
+    matrix = sent.matrix(watch)
     if len(matrix) > size:
         matrix = torch.linalg.qr(matrix, mode="r").R
     _, values, vectors = torch.linalg.svd(matrix, full_matrices=False)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from rgap import validation
 from rgap.analysis.noise_bound.channel import channel
 from rgap.analysis.noise_bound.cramer_rao import noise
-from rgap.analysis.noise_bound.fisher import WeighedJacobian, weighed_jacobian
+from rgap.analysis.noise_bound.fisher import WeighedJacobian
 from rgap.analysis.noise_bound.report import NoiseReport
 from rgap.analysis.probe import ProbePoint, probe_batch
 from rgap.jacobian.update_map import UpdateMap
@@ -155,9 +155,8 @@ def _errors(
         ``x̂ − x₀`` [T, B, *input_shape], the Gauss–Newton steps of the slowest, whether all settled.
     """
     update = point.update
-    upper = torch.linalg.qr(
-        weighed_jacobian(WeighedJacobian(update, channel(point, sigma, ()))), mode="r"
-    ).R
+    sent = WeighedJacobian(update, channel(point, sigma, ()))
+    upper = torch.linalg.qr(sent.matrix(), mode="r").R
     clean = update.value(point.inputs)
     generator = torch.Generator().manual_seed(seed)
     errors, slowest, settled = [], 0, True

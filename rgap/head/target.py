@@ -22,7 +22,7 @@ from rgap.precision import Estimate, Precision
 from rgap.update.losses import Loss
 from rgap.update.targets import BINARY, CLASSES
 
-__all__ = ["Reading", "read_target", "read_weighed"]
+__all__ = ["Reading", "logits_of", "read_target", "read_weighed"]
 
 LISTED = 4096  # targets that are tried one by one
 
@@ -78,9 +78,7 @@ def read_target(
         loss: of that output.
         precision: of the update.
     """
-    z = Estimate(
-        stage.affine.forward(x.value), torch.stack([stage.affine.linear(e) for e in x.error])
-    )
+    z = logits_of(stage, x)
     first = _declared(z, k, loss, precision)
     if first.fits or first.open or loss.targets != "index":
         return first
@@ -102,9 +100,7 @@ def read_weighed(
         loss: of that output, as a sum over the samples, with index targets.
         precision: of the update.
     """
-    z = Estimate(
-        stage.affine.forward(x.value), torch.stack([stage.affine.linear(e) for e in x.error])
-    )
+    z = logits_of(stage, x)
     readings = sorted(_scaled(z, k, loss, precision), key=lambda reading: reading.distance)
     fitting = [reading for reading in readings if reading.fits]
     if len(fitting) == 1:
@@ -113,6 +109,12 @@ def read_weighed(
         twins = " and ".join(str(reading.labels.flatten().tolist()) for reading in fitting[:2])
         return replace(fitting[0], open=f"targets {twins}, each with a factor of its own, send it")
     return readings[0] if readings else replace(_declared(z, k, loss, precision), distance=inf)
+
+
+def logits_of(stage: Stage, x: Estimate) -> Estimate:
+    """``z = W x + b`` with the errors that x brings along."""
+    error = torch.stack([stage.affine.linear(e) for e in x.error])
+    return Estimate(stage.affine.forward(x.value), error)
 
 
 def _declared(z: Estimate, k: Estimate, loss: Loss, precision: Precision) -> Reading:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rgap.arithmetic.doubles import row_blocks
 from rgap.head.features import HeadCandidate
-from rgap.head.target import Reading, read_target, unseen_of
+from rgap.head.target import Reading, logits_of, read_target, unseen_of
 from rgap.inversion.batch_rows import (
     BatchRows,
     batch_of,
@@ -239,9 +239,8 @@ def read_batch(problem: Problem, descent: Descent, head: BatchLoss) -> Answer:
 
 def _top(problem: Problem, data: Estimate) -> tuple[Estimate, Estimate]:
     """Inputs of the head and its logits, with their errors."""
-    features, affine = top_features(problem.chain, data), problem.chain.stages[-1].affine
-    error = torch.stack([affine.linear(e) for e in features.error])
-    return features, Estimate(affine.forward(features.value), error)
+    features = top_features(problem.chain, data)
+    return features, logits_of(problem.chain.stages[-1], features)
 
 
 def _flat(known: Estimate) -> Estimate:

@@ -82,7 +82,11 @@ class Linearisation:
         return out
 
     def jvp(
-        self, dx: Tensor | None, dkappa: Tensor | None = None, inject: Precision | None = None
+        self,
+        dx: Tensor | None,
+        dkappa: Tensor | None = None,
+        inject: Precision | None = None,
+        dz_first: Tensor | None = None,
     ) -> ParameterRows:
         """J dx for S directions [S, B, *input_shape].
 
@@ -91,9 +95,11 @@ class Linearisation:
             dkappa: directions of κ, [S, B, *head.out_shape].
             inject: add the rounding of the client's own forward and backward pass at every
                 step: the result is then a sample of what rounding does to the update.
+            dz_first: added to the direction of the first stage's pre-activation.
         """
         rows: ParameterRows = {}
-        for node, (du, dk) in zip(self.nodes, self.tangents(dx, dkappa, inject), strict=True):
+        tangents = self.tangents(dx, dkappa, inject, dz_first)
+        for node, (du, dk) in zip(self.nodes, tangents, strict=True):
             rows |= node.gradient.push(du, dk)
         return rows
 
@@ -113,14 +119,7 @@ class Linearisation:
         inject: Precision | None = None,
         dz_first: Tensor | None = None,
     ) -> list[tuple[Tensor, Tensor]]:
-        """Directions (du, dk) of every stage for directions dx, sample by sample.
-
-        Args:
-            dx: [S, B, *input_shape], or None.
-            dkappa: as for :meth:`jvp`.
-            inject: as for :meth:`jvp`.
-            dz_first: added to the direction of the first stage's pre-activation.
-        """
+        """Directions (du, dk) of every stage, sample by sample; arguments as for :meth:`jvp`."""
         du: list[Tensor] = []
         dz: list[Tensor] = []
         rounded: list[list[Tensor]] = []  # error of each activation's output

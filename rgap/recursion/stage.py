@@ -111,10 +111,7 @@ def _without_matrix(
     unknowns = len(z.value) * int(affine.reads.sum())
     solved = iterated.value is not None
     seen = Evidence(EvidenceKind.AGREEMENT, iterated.disagreement, AGREE, unknowns)
-    residual = inf
-    if iterated.value is not None:
-        gap = affine.weight_gradient(iterated.value.value, k.value) - gradient
-        residual = float(gap.norm() / gradient.norm().clamp_min(1e-300))
+    residual = _residual(affine, gradient, iterated.value.value, k) if iterated.value else inf
     stats = Stats(
         "lsmr", unknowns, None, seen if solved else None, iterated.condition, residual,
         iterated.iterations,
@@ -124,6 +121,12 @@ def _without_matrix(
     return StageSolution(
         Solution(iterated.value, result, stats), None, k.value, z.known, *iterated.misfits, seconds
     )
+
+
+def _residual(affine: Affine, gradient: Tensor, u: Tensor, k: Estimate) -> float:
+    """‖K u − G‖/‖G‖."""
+    gap = affine.weight_gradient(u, k.value) - gradient
+    return float(gap.norm() / gradient.norm().clamp_min(1e-300))
 
 
 class _Stage:
@@ -176,7 +179,7 @@ class _Stage:
                 known, iterations = self.compute(made)
         least = 1.0 / max(made.smallest, 1e-300)
         seen = Evidence(EvidenceKind.ERROR, least, DETERMINED, self.unknowns)
-        residual = self.residual(known.value)
+        residual = _residual(self.affine, self.gradient, known.value, self.k)
         stats = Stats(route, self.unknowns, own.rank, seen, made.condition, residual, iterations)
         return Solution(known, Result.SOLVED, stats), made
 
@@ -331,11 +334,6 @@ class _Stage:
         scaled = rows.reshape(rows.shape[0], groups, -1, count) * self.gradient_weights[:, None, :]
         first = scaled.reshape(rows.shape)
         return first, None if made.coupling is None else target * self.weight_weights
-
-    def residual(self, u: Tensor) -> float:
-        """Relative residual of the gradient rows."""
-        gap = self.affine.weight_gradient(u, self.k.value) - self.gradient
-        return float(gap.norm() / self.gradient.norm().clamp_min(1e-300))
 
     def misfits(self, u: Tensor) -> tuple[float, float]:
         """Weighted rms residuals of the gradient and of the weight rows."""

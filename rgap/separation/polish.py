@@ -91,7 +91,7 @@ def polish_jointly(
     if free:
         point = point.moved(roots, point.kappa)
     dz = samples.stage.affine.linear(_flat(across, samples)).reshape(*across.shape[:2], -1)
-    leak = _pushed(point, dz)
+    leak = point.jvp(None, dz_first=dz)
     kappa = head.known(point.outputs, precision)
     leaking = {n: pooled(rows.square()) for n, rows in leak.items()}
     weights = row_weights(point, kappa, precision, [leaking])
@@ -285,14 +285,6 @@ def _names(chain: Chain) -> list[str]:
 
 def _flat(across: Tensor, samples: Mixture) -> Tensor:
     return across.reshape(-1, *samples.stage.affine.in_shape)
-
-
-def _pushed(point: Linearisation, dz: Tensor) -> ParameterRows:
-    """What an error of the first pre-activation does to every row, beside the first gradient."""
-    rows: ParameterRows = {}
-    for node, (du, dk) in zip(point.nodes, point.tangents(None, dz_first=dz), strict=True):
-        rows |= node.gradient.push(du, dk)
-    return rows
 
 
 def _factor(matrix: Tensor) -> tuple[Tensor | None, float]:
