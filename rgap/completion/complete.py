@@ -53,7 +53,7 @@ class PriorSchedule:
 
     @property
     def deadline(self) -> float:
-        """Of ``time.perf_counter``."""
+        """When the time is up, by ``time.perf_counter``."""
         return self.began + self.schedule.seconds
 
     @property

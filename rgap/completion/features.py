@@ -59,7 +59,7 @@ class Suggestion:
 
     @property
     def width(self) -> float:
-        """Of the range."""
+        """``high − low`` of the range; 1 where there is none."""
         low, high = self.value_range or (0.0, 1.0)
         return high - low
 

@@ -159,7 +159,7 @@ def _nearest(z: Estimate, k: Estimate, loss: Loss, precision: Precision) -> Read
         tolerance = _tolerance(z, k, loss, target, precision)
         return Reading(target, labels, float(distance), tolerance, open=loss.open_at(z.value))
     many = _cotangents(loss, z.value, options)
-    return _compared(z, k, loss, precision, options, many, None)
+    return _compared(z, k, loss, precision, options, many, None)[0]
 
 
 def _compared(
@@ -171,8 +171,8 @@ def _compared(
     many: Tensor,
     chosen: int | None,
     scale: float = 1.0,
-) -> Reading:
-    """One option against k/λ: how far it is, and how far the options are from each other."""
+) -> tuple[Reading, float]:
+    """One option against k/λ: how far it is in units of the next option, and its error."""
     at = k.value / scale
     best = int((many - at).square().sum(1).argmin()) if chosen is None else chosen
     target = options[best : best + 1]
@@ -188,9 +188,9 @@ def _compared(
             f"same within what rounding and noise explain ({getattr(loss, 'words', str)()} does "
             "not tell them apart)"
         )
-        return Reading(target, labels, 0.0, inf, scale, words)
+        return Reading(target, labels, 0.0, inf, scale, words), error
     distance = float((many[best] - at).abs().max()) / apart
-    return Reading(target, labels, distance, error / apart, scale)
+    return Reading(target, labels, distance, error / apart, scale), error
 
 
 def _error(z: Estimate, k: Estimate, loss: Loss, target: Tensor, precision: Precision) -> float:
@@ -262,10 +262,8 @@ def _along(
     away = (1.0 - along.clamp_min(0.0).square()).clamp_min(0.0).sqrt()
     away[place] = inf
     apart = float(away.min()) * float(many[place].norm())
-    reading = _compared(z, k, loss, precision, options, many, place, factor)
+    reading, error = _compared(z, k, loss, precision, options, many, place, factor)
     gap = float((many[place] - k.value[0] / factor).abs().max())
-    target = options[place : place + 1]
-    error = _error(z, Estimate(k.value / factor, k.error / factor), loss, target, precision)
     if not apart > APART * error:
         return replace(reading, distance=inf, tolerance=0.0)
     return replace(reading, distance=gap / apart, tolerance=error / apart, open="")

@@ -34,7 +34,7 @@ class KnownFeatures:
         layer: module path.
         shape: of the layer's input for the batch, [B, *in_shape].
         known: equations of that input.
-        cotangent: of the loss there, like the input.
+        cotangent: k = ∂L/∂u of that input u, of its shape.
         blur: relative error of the cotangent.
     """
 

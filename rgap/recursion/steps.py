@@ -44,7 +44,7 @@ def through(
     precision: Precision,
     passed: Callable[[Op, Estimate, Estimate], tuple[Estimate, Estimate] | None] | None = None,
 ) -> tuple[Estimate, Estimate] | Halt:
-    """From what comes out of some steps and the cotangent there to what goes in and its own.
+    """Back through some steps, from their output and its cotangent to their input and its own.
 
     Args:
         ops: the steps, in forward order: a lead, or a tail.

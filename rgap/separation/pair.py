@@ -72,7 +72,7 @@ class Between(Consistency):
         return y.flatten(1)
 
     def derivative(self, q: Tensor, along: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """F and its derivative: one slope an entry, for nothing mixes entries."""
+        """``f`` and its derivative: one slope an entry, for nothing mixes entries."""
         y, slope, order = self._slopes(q @ self.matrix.T + self.shift)
         return y, slope[:, :, None] * along_directions(self.matrix, along)[order]
 
@@ -99,7 +99,7 @@ class Between(Consistency):
         return push
 
     def rounding(self, x: Tensor, precision: Precision) -> Tensor:
-        """Of the sum z, carried through φ, and of φ itself."""
+        """Standard error of f: of the sum z, carried through φ, and of φ itself."""
         affine = self.samples.stage.affine
         u = x.reshape(-1, *affine.in_shape)
         y, slope, order = self._slopes(affine.forward(u).flatten(1))

@@ -34,7 +34,7 @@ MOST = 1e-2  # relative σ above which a direction counts as seen, whatever the 
 
 @dataclass(frozen=True)
 class Consistency(ABC):
-    """f and P.
+    """The equations ``(I − PPᵀ) f(q) = 0`` that every sample of a mixture satisfies.
 
     Attributes:
         samples: the mixture whose rows q are looked for.
@@ -149,7 +149,7 @@ class Restricted:
     directions: Tensor
 
     def rows(self, t: Tensor) -> Tensor:
-        """Q of t."""
+        """Points q = q₀ + N t, [S, R]."""
         return self.origin + t @ self.directions.T
 
     def coordinates(self, q: Tensor) -> Tensor:

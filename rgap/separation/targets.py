@@ -318,7 +318,7 @@ def _fractional(batch: Batch, size: int, m: float, certain: bool = True) -> Unse
 
 
 def multiplicity(share: float, loss: Loss, batch: int, classes: int) -> float:
-    """M of a sample of a batch of ``batch``; a whole number if both are right."""
+    """How often a sample occurs in a batch of ``batch``; whole if share and size are right."""
     return 1.0 / (loss_scale(loss, batch, classes) * share)
 
 
