@@ -201,7 +201,7 @@ class _Recorder(TorchFunctionMode):
     def leave(self, call: LayerCall) -> None:
         """It has run: an event, unless it has parts or has made the use of a weight."""
         self._stack.pop()
-        own, u = call.module, call.args[0] if call.args else None
+        own, u = call.module, call.given
         if list(own.children()) or id(u) not in self.at:
             return
         if self.events and self.events[-1].module is own:

@@ -300,7 +300,7 @@ def test_any_module_with_pools_norms_and_sequences() -> None:
             self.out = nn.Linear(12, 2)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            x = self.mean(self.pool(torch.relu(self.norm(self.conv(x)))))
+            x = self.mean(input=self.pool(torch.relu(self.norm(self.conv(x)))))
             return self.out(self.rows(x.flatten(2).transpose(1, 2)).flatten(1))
 
     net = symbolic(Any().eval(), (1, 8, 8), "n")
