@@ -51,9 +51,11 @@ def read(evidence: Evidence, samples: Samples) -> list[Finding]:
 
 def _other_label(evidence: Evidence, samples: Samples, factors: Factors | None) -> Finding | None:
     """Another class than the stated one that fits with λ = 1, where that one does not."""
-    evidence.tested.add(Kind.LABELS)
-    free = measured(replace(evidence, labels=None), samples, evidence.loss)
-    if free is None or not _one(free) or (factors is not None and _one(factors)):
+    right = factors is not None and _one(factors)
+    if right or evidence.loss.targets == "index":  # of the other kinds one-hot ones alone are tried
+        evidence.tested.add(Kind.LABELS)
+    free = None if right else measured(replace(evidence, labels=None), samples, evidence.loss)
+    if free is None or not _one(free):
         return None
     if not free.unique and factors is not None:
         return None  # of two classes one fits with any factor
