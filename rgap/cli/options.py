@@ -317,27 +317,31 @@ def whole_numbers(text: str, option: str, example: str) -> tuple[int, ...]:
 def targets_of(text: str, count: int | None, loss: Loss) -> Tensor:
     """``3,5`` as targets of ``loss`` for ``count`` pictures.
 
-    Class indices and 0/1 labels are one number a picture; other targets are as many as the model
-    has outputs, picture by picture, all of one where their count is not known.
+    Class indices are one number a picture; other targets are as many as the model has outputs,
+    picture by picture, all of one where their count is not known.
     """
     import torch
+
+    from rgap.update.targets import BINARIES
 
     try:
         numbers = [float(part) for part in text.split(",")]
     except ValueError:
         raise ValueError(f"--labels: expected numbers such as 3,5, got {text!r}") from None
-    if loss.targets != "index":
-        if len(numbers) % (count or 1):
-            raise ValueError(
-                f"--labels: expected the same number of targets for each of {count} pictures, got "
-                f"{len(numbers)} numbers"
-            )
-        return torch.tensor(numbers, dtype=torch.float64).reshape(count or 1, -1)
-    if any(number != int(number) for number in numbers):
+    whole, size = loss.targets == "index", len(numbers)
+    if whole and any(number != int(number) for number in numbers):
         raise ValueError(f"--labels: {loss.name} expects whole numbers such as 3,5, got {text!r}")
-    if count is not None and len(numbers) != count:
-        raise ValueError(f"--labels: expected {count}, one per picture, got {len(numbers)}")
-    return torch.tensor([int(number) for number in numbers])
+    targets = torch.tensor(numbers, dtype=torch.long if whole else torch.float64)
+    if whole and count in (None, size):
+        return targets
+    if whole and loss.name not in BINARIES:
+        raise ValueError(f"--labels: expected {count}, one per picture, got {size}")
+    if size % (count or 1):
+        raise ValueError(
+            f"--labels: expected the same number of targets for each of {count} pictures, got "
+            f"{size} numbers"
+        )
+    return targets.reshape(count or 1, -1)
 
 
 def usable_device(name: str) -> str:

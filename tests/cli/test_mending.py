@@ -81,6 +81,7 @@ def test_what_is_written_mends_it(name: str, given: ModuleType) -> None:
     ("loss", "right", "wrong", "said"),
     [(Loss(targets="probability"), "0,1,0", "1,0,0", "leave --labels out"),
      (Loss("mse_loss"), "0,1,0", "1,0,0", "write --labels 0,1,0"),
+     (Loss("binary_cross_entropy_with_logits"), "0,1,1", "1,0,0", "write --labels 0,1,1"),
      (Loss(targets="probability"), "0.5,0.5,0,0,0.25,0.75", "1,0,0", "for each of 2 pictures"),
      (Loss("mse_loss"), "0.5,1,0,0,2,0.25", "1,0,0,1", "(2, 3)")],
 )  # fmt: skip
@@ -89,7 +90,9 @@ def test_targets_of_several_numbers_are_read(
 ) -> None:
     model = dense(12, 8, 3, flat=True).double()
     given.build = lambda: model
-    targets = torch.tensor([float(part) for part in right.split(",")]).double().reshape(-1, 3)
+    numbers = [float(part) for part in right.split(",")]
+    targets = torch.tensor(numbers, dtype=torch.float64).reshape(-1, 3)
+    targets = targets.long() if loss.targets == "index" else targets
     capture(model, torch.rand(len(targets), 12).double(), targets, loss).save("update")
 
     def told(command: str, labels: str) -> tuple[int, str]:
