@@ -7,9 +7,9 @@
 
 A row a mistake: how often the first finding names it, names it among those that no equation tells
 apart ("undecided"), names it as a rival, is missing, or is another one (a fault), and which ones
-came first.  With ``--unstated`` the server does not know the batch
-size.  With ``--genuine`` random networks, losses and batches of clients without mistakes, each with
-its batch size and without; every finding is a fault.
+came first.  With ``--unstated`` the server does not know the batch size.  With ``--genuine`` random
+networks, losses and batches of clients without mistakes, each with its batch size and without;
+every finding is a fault.
 """
 
 from __future__ import annotations

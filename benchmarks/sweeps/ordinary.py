@@ -20,6 +20,7 @@ from itertools import product
 from pathlib import Path
 
 import torch
+from batched import expanded
 from torch import nn
 from torch.nn import functional as F
 
@@ -105,20 +106,15 @@ def runs(seeds: int) -> Iterator[Run]:
                 torch.manual_seed(seed * 7 + batch)
                 x = torch.rand(batch, *SHAPE, dtype=dtype)
                 y = torch.randint(0, model[-1].out_features, (batch,))
-                found = rgap.invert(given, rgap.capture(given, x, y))
+                recovery = rgap.invert(given, rgap.capture(given, x, y))
                 right = error = None
-                if found.exact and found.inputs is not None and found.labels is not None:
-                    often = found.multiplicities
-                    often = (
-                        torch.ones(len(found.inputs), dtype=torch.long) if often is None else often
-                    )
-                    rows = found.inputs.repeat_interleave(often, 0)
-                    beside = match(rows, found.labels.repeat_interleave(often, 0), x, y)
+                if recovery.exact:
+                    beside = match(*expanded(recovery), x, y)
                     error, right = beside.worst, beside.once and beside.labels_right
                 width = str(dtype).removeprefix("torch.")
                 yield Run(
-                    name, seed, trained, width, batch, found.status.name, error,
-                    found.error_bound, right,
+                    name, seed, trained, width, batch, recovery.status.name, error,
+                    recovery.error_bound, right,
                 )  # fmt: skip
 
 

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from rgap.cli.console import print_json, say, stdout
 from rgap.cli.options import Json, optional
-from rgap.cli.spoken import spoken
 
 if TYPE_CHECKING:
     from rgap.recovery import Recovery
     from rgap.update.update import Update
 
-__all__ = ["Answer", "worded"]
-
-_Answer = TypeVar("_Answer", bound="Recovery")
+__all__ = ["Answer"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,12 +70,3 @@ class Answer:
             console.print(f"\n{text}", highlight=False, soft_wrap=True)
         if written is not None:
             console.print(f"Pictures: {written}", highlight=False, soft_wrap=True)
-
-
-def worded(recovery: _Answer, options: Mapping[str, str]) -> _Answer:
-    """A recovery whose words name the options of a command."""
-    return replace(
-        recovery,
-        reason=spoken(recovery.reason, options),
-        warnings=tuple(spoken(warning, options) for warning in recovery.warnings),
-    )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
@@ -22,7 +22,7 @@ from rgap.cli.options import (
     optional,
     whole_numbers,
 )
-from rgap.cli.spoken import options_of, spoken
+from rgap.cli.spoken import worded
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,14 +33,14 @@ if TYPE_CHECKING:
 __all__ = ["audit"]
 
 
-@command
-def audit(
-    context: typer.Context,
-    sample: Sample,
-    work: Work,
-    batch_sizes: Annotated[
-        str, typer.Option(help="Batch sizes to audit.", metavar="N,N,…")
-    ] = "1,2,4,8",
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """Which ranks are counted, at which batch sizes, and for how long."""
+
+    panel: ClassVar[str] = "Ranks"
+    batch_sizes: Annotated[str, typer.Option(help="Batch sizes to audit.", metavar="N,N,…")] = (
+        "1,2,4,8"
+    )
     method: Annotated[
         RankMethod,
         typer.Option(
@@ -48,7 +48,7 @@ def audit(
             "(counted from the sizes alone).",
             metavar="METHOD",
         ),
-    ] = RankMethod.exact,
+    ] = RankMethod.exact
     joint: Annotated[
         bool,
         typer.Option(
@@ -56,12 +56,25 @@ def audit(
             help="The whole update at once: its rank as a function of the data.",
             metavar="",
         ),
-    ] = False,
+    ] = False
+    time_limit: TimeLimit = None
+
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """The batch sizes."""
+        return whole_numbers(self.batch_sizes, "--batch-sizes", "1,2,4,8")
+
+
+@command
+def audit(
+    context: typer.Context,
+    sample: Sample,
+    ranks: Ranks,
+    work: Work,
     plot: Annotated[
         Path | None,
         optional("Write the heat map, or with --joint the curves: .png, .pdf or .svg.", "FILE"),
     ] = None,
-    time_limit: TimeLimit = None,
     as_json: Json = False,
 ) -> int:
     """Count, layer by layer, how much of a batch the gradient determines."""
@@ -70,12 +83,10 @@ def audit(
     if plot is not None:
         figure_format(plot)
         check_output(plot)
-    batches = whole_numbers(batch_sizes, "--batch-sizes", "1,2,4,8")
-    counted = (
-        _jointly(sample, work, batches, time_limit)
-        if joint
-        else _layer_by_layer(sample, work, batches, method, time_limit, options_of(context))
-    )
+    if ranks.joint:
+        counted = _jointly(sample, ranks, work)
+    else:
+        counted = _layer_by_layer(sample, ranks, work, context)
     if plot is not None:
         save_figure(counted.draw(), plot)
     if as_json:
@@ -98,41 +109,32 @@ class _Counted:
     draw: Callable[[], Figure]
 
 
-def _layer_by_layer(
-    sample: Sample,
-    work: Work,
-    batches: tuple[int, ...],
-    method: RankMethod,
-    time_limit: float | None,
-    options: Mapping[str, str],
-) -> _Counted:
+def _layer_by_layer(sample: Sample, ranks: Ranks, work: Work, context: typer.Context) -> _Counted:
     """The rank of every layer's gradient at every batch size."""
     from rgap.analysis.discard.audit import audit as measure
     from rgap.report.tables import audit_table
 
-    network, (shape, loss) = sample.network(), sample.declared()
+    batches, network, (shape, loss) = ranks.batches, sample.network(), sample.declared()
     result = measure(
-        network, shape, batches, loss=loss, method=method.value, time_limit=time_limit,
-        **work.arguments(),
+        network, shape, batches, loss=loss, method=ranks.method.value,
+        time_limit=ranks.time_limit, **work.arguments(),
     )  # fmt: skip
     # The name that was asked for says more than nn.Sequential.
-    notes = tuple(spoken(note, options) for note in result.notes)
-    result = replace(result, model=sample.model, notes=notes)
+    result = replace(worded(result, context, "notes"), model=sample.model)
     return _Counted(result.summary(), (audit_table(result), result.explain()), result.plot)
 
 
-def _jointly(
-    sample: Sample, work: Work, batches: tuple[int, ...], time_limit: float | None
-) -> _Counted:
+def _jointly(sample: Sample, ranks: Ranks, work: Work) -> _Counted:
     """The rank of the whole update at every batch size that the time allows."""
     from rgap.analysis.joint_rank.identifiability import identifiability
     from rgap.analysis.plots.null_space import nullity_curves
     from rgap.machine.allowance import OutOfTime, seconds_of
     from rgap.report.tables import joint_table
 
-    network, (shape, loss), arguments = sample.network(), sample.declared(), work.arguments()
+    batches, network, (shape, loss) = ranks.batches, sample.network(), sample.declared()
+    arguments = work.arguments()
     results: list[Identifiability] = []
-    end = time.perf_counter() + seconds_of(time_limit)
+    end = time.perf_counter() + seconds_of(ranks.time_limit)
     for batch in batches:
         left = max(end - time.perf_counter(), 1e-3)
         try:

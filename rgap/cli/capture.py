@@ -104,7 +104,7 @@ def capture(
     update = rgap.capture(
         model,
         pictures,
-        targets_of(batch.labels, len(pictures), loss.name),
+        targets_of(batch.labels, len(pictures), loss),
         loss,
         share_labels=share_labels,
         dtype=None if client.dtype is None else getattr(torch, client.dtype.value),

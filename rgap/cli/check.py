@@ -11,7 +11,7 @@ from rgap.cli.command import command
 from rgap.cli.console import print_json, stdout
 from rgap.cli.mending import Mending
 from rgap.cli.options import Json, Labelled, Running, usable_device
-from rgap.cli.spoken import options_of, spoken
+from rgap.cli.spoken import worded
 
 __all__ = ["check"]
 
@@ -47,11 +47,7 @@ def check(
             seed=work.seed,
             time_limit=time_limit,
         )
-    options = options_of(context)
-    findings = tuple(
-        replace(one, evidence=spoken(one.evidence, options), remedy=spoken(one.remedy, options))
-        for one in result.findings
-    )
+    findings = tuple(worded(one, context, "evidence", "remedy") for one in result.findings)
     result = replace(result, findings=findings)
     if as_json:
         print_json(result.summary())

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
-from rgap.cli.answer import Answer, worded
+from rgap.cli.answer import Answer
 from rgap.cli.command import command
 from rgap.cli.mending import Mending
 from rgap.cli.options import Labelled, PriorName, Work, either, optional
-from rgap.cli.spoken import options_of
+from rgap.cli.spoken import worded
 
 if TYPE_CHECKING:
     from rgap.recovery import Recovery
@@ -87,7 +87,7 @@ def invert(
         noise=sent.noise,
         **work.arguments(),
     )
-    recovery = worded(recovery, options_of(context))
+    recovery = worded(recovery, context, "reason", "warnings")
     written = answer.write(recovery, update, _why_not(recovery))
     numbers, text = recovery.summary(), ""
     if why:

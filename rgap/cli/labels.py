@@ -11,7 +11,7 @@ from rgap.cli.command import command
 from rgap.cli.console import print_json, stdout
 from rgap.cli.mending import Mending
 from rgap.cli.options import Arguments, Json, LabelMethod, Sent, Work, either
-from rgap.cli.spoken import options_of, spoken
+from rgap.cli.spoken import worded
 
 if TYPE_CHECKING:
     from torch import nn
@@ -45,10 +45,9 @@ def labels(
     network, arguments = sent.network(), work.arguments()
     update = mending.mended(sent.read(), network)
     names = list(METHODS.working()) if method == LabelMethod.all else [method]
-    estimates = {name: _estimate(network, update, name, sent, arguments) for name in names}
-    options = options_of(context)
     estimates = {
-        name: replace(one, reason=spoken(one.reason, options)) for name, one in estimates.items()
+        name: worded(_estimate(network, update, name, sent, arguments), context, "reason")
+        for name in names
     }
     if as_json:
         print_json(

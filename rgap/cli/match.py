@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
-from rgap.cli.answer import Answer, worded
+from rgap.cli.answer import Answer
 from rgap.cli.command import command
 from rgap.cli.mending import Mending
 from rgap.cli.options import Labelled, MatchMethod, PriorName, Work, either, optional
-from rgap.cli.spoken import options_of
+from rgap.cli.spoken import worded
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -186,7 +186,7 @@ def match(
         checkpoint=checkpoint,
         **work.arguments(),
     )
-    recovery = worded(recovery, options_of(context))
+    recovery = worded(recovery, context, "reason", "warnings")
     if search.checkpoint is not None and recovery.checkpoint is not None:
         recovery.checkpoint.save(search.checkpoint)
     nearest = replace(

@@ -57,12 +57,12 @@ class Mending:
         """The update as it is; with ``frozen`` the network's parameters are made so."""
         from rgap.update.update import Update as Sent
 
-        weights = {n: p.detach() for n, p in network.named_parameters()}
         if self.after_step is not None:
             names = ("loss", "batch_size", "input_shape", "labels", "value_range", "buffers")
             kept = {name: getattr(update, name) for name in names}
             update = Sent.from_delta(network, update.gradients, lr=self.after_step, **kept)
         if self.weight_decay is not None:
+            weights = {n: p.detach() for n, p in network.named_parameters()}
             update = replace(
                 update,
                 gradients={
@@ -83,7 +83,8 @@ class Mending:
                 gradient = update.gradients.get(name)
                 if gradient is None or not gradient.any():
                     parameter.requires_grad_(False)
-        return replace(update, loss=self._declared(update))
+        loss = self._declared(update)
+        return update if loss == update.loss else replace(update, loss=loss)
 
     def _declared(self, update: Update) -> Any:
         """The loss of an update with what is given of it."""

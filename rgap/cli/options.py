@@ -18,6 +18,7 @@ from rgap.plugins import offered
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from rgap.update.losses import Loss
     from rgap.update.update import Update
 
 __all__ = [
@@ -229,11 +230,14 @@ class Sent(Network):
 class Labelled(Sent):
     """An update whose labels may be known."""
 
-    labels: Annotated[str | None, optional("If they are known, as in 3,5.", "LABELS")] = None
+    labels: Annotated[
+        str | None, optional("If they are known, as in 3,5; soft ones as in 0.1,0.9.", "LABELS")
+    ] = None
 
     def known(self, update: Update) -> Tensor | None:
         """The labels as targets of the update's loss, None if they are not given."""
-        return None if self.labels is None else targets_of(self.labels, None, update.loss.name)
+        size = update.batch_size if self.batch_size is None else self.batch_size
+        return None if self.labels is None else targets_of(self.labels, size, update.loss)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -310,26 +314,34 @@ def whole_numbers(text: str, option: str, example: str) -> tuple[int, ...]:
     return numbers
 
 
-def targets_of(text: str, count: int | None, loss: str) -> Tensor:
-    """``3,5`` as targets of ``loss`` for ``count`` pictures."""
+def targets_of(text: str, count: int | None, loss: Loss) -> Tensor:
+    """``3,5`` as targets of ``loss`` for ``count`` pictures.
+
+    Class indices are one number a picture; other targets are as many as the model has outputs,
+    picture by picture, all of one where their count is not known.
+    """
     import torch
+
+    from rgap.update.targets import BINARIES
 
     try:
         numbers = [float(part) for part in text.split(",")]
     except ValueError:
         raise ValueError(f"--labels: expected numbers such as 3,5, got {text!r}") from None
-    if loss == "mse_loss":
-        if count is not None and len(numbers) % count:
-            raise ValueError(
-                f"--labels: expected the same number of targets for each of {count} pictures, got "
-                f"{len(numbers)} numbers"
-            )
-        return torch.tensor(numbers, dtype=torch.float64).reshape(count or 1, -1)
-    if any(number != int(number) for number in numbers):
-        raise ValueError(f"--labels: {loss} expects whole numbers such as 3,5, got {text!r}")
-    if count is not None and len(numbers) != count:
-        raise ValueError(f"--labels: expected {count}, one per picture, got {len(numbers)}")
-    return torch.tensor([int(number) for number in numbers])
+    whole, size = loss.targets == "index", len(numbers)
+    if whole and any(number != int(number) for number in numbers):
+        raise ValueError(f"--labels: {loss.name} expects whole numbers such as 3,5, got {text!r}")
+    targets = torch.tensor(numbers, dtype=torch.long if whole else torch.float64)
+    if whole and count in (None, size):
+        return targets
+    if whole and loss.name not in BINARIES:
+        raise ValueError(f"--labels: expected {count}, one per picture, got {size}")
+    if size % (count or 1):
+        raise ValueError(
+            f"--labels: expected the same number of targets for each of {count} pictures, got "
+            f"{size} numbers"
+        )
+    return targets.reshape(count or 1, -1)
 
 
 def usable_device(name: str) -> str:

@@ -8,10 +8,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
-__all__ = ["options_of", "spoken"]
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+__all__ = ["options_of", "spoken", "worded"]
+
+T = TypeVar("T", bound="DataclassInstance")
 
 _VALUE = r"torch\.tensor\(\[[^\[\]]*\]\)|\([^()]*\)|\"[^\"]*\"|'[^']*'|[^\s,;()]*[^\s,;().]|"
 _CALL = re.compile(r"rgap\.(\w+)\(model, update((?:, \w+=(?:\([^()]*\)|[^,()]+))*)\)")
@@ -95,3 +102,20 @@ def spoken(text: str, options: Mapping[str, str]) -> str:
     if start and start.group(1) in options:
         text = options[start.group(1)] + text[start.end(1) :]
     return text
+
+
+def worded(result: T, context: typer.Context, *fields: str) -> T:
+    """A dataclass whose words name the options of a command.
+
+    Args:
+        result: what the library returned.
+        context: of the command.
+        fields: of the result, each a sentence or several.
+    """
+    options = options_of(context)
+    words: dict[str, Any] = {}
+    for name in fields:
+        said = getattr(result, name)
+        single = isinstance(said, str)
+        words[name] = spoken(said, options) if single else tuple(spoken(s, options) for s in said)
+    return replace(result, **words)

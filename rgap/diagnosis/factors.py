@@ -21,9 +21,8 @@ from rgap.diagnosis.samples import LOOSEST, SAFETY, Samples
 from rgap.head.mapped import Mapped
 from rgap.jacobian.batch_loss import loss_scale
 from rgap.update.losses import Loss
-from rgap.update.targets import BINARY, CLASSES, PROBABILITIES, SIGMOID_FOCAL, SQUARED
+from rgap.update.targets import BINARIES, CLASSES, SQUARED
 
-BINARIES = (BINARY, PROBABILITIES, SIGMOID_FOCAL)  # y_j = 1 sends k_j < 0
 FEW = 64  # classes up to which a function of one's own is tried
 LISTED = 512  # classes up to which every target is tried
 EQUAL = 1e-3  # relative difference of factors that are the same
@@ -35,13 +34,14 @@ class Fit:
 
     Attributes:
         factor: λ.
-        target: index of the class, or the bits of a binary target.
+        target: a class [1] of a loss of one's own, 0/1 labels [1, C], else one-hot [1, C]; or the
+            stated one.
         misfit: ‖k − λ r‖/‖k‖.
         tolerance: of the misfit, and relative of λ.
     """
 
     factor: float
-    target: int
+    target: Tensor
     misfit: float
     tolerance: float
 
@@ -62,7 +62,15 @@ class Factors:
     tolerance: float
     misfit: float
     unique: bool
-    targets: tuple[int, ...] = ()
+    targets: tuple[Tensor, ...] = ()
+
+    def label(self, row: int) -> str:
+        """The target of a sample in words: its class, or its 0/1 labels."""
+        target = self.targets[row]
+        one_hot = target.is_floating_point() and target.ndim > 1
+        return ",".join(
+            str(n) for n in (target.argmax(1) if one_hot else target.flatten()).tolist()
+        )
 
     @property
     def common(self) -> float | None:
@@ -80,7 +88,7 @@ def fits_of(evidence: Evidence, samples: Samples, loss: Loss) -> list[list[Fit]]
     scale = 1.0 if loss.own or _weighed(loss) else loss_scale(loss, evidence.batch or 1, outputs)
     known = evidence.labels
     if known is not None and len(known) == len(samples.logits) == 1:
-        return [[_fit(evidence, samples, 0, loss, scale, known.to(samples.logits.device), -1)]]
+        return [[_fit(evidence, samples, 0, loss, scale, known.to(samples.logits.device))]]
     if isinstance(loss, Mapped):
         return None  # a target at every place: there are too many to list
     if not (loss.own or loss.name in BINARIES):
@@ -96,7 +104,7 @@ def fits_of(evidence: Evidence, samples: Samples, loss: Loss) -> list[list[Fit]]
     for row in range(len(samples.logits)):
         targets = _targets(samples, row, loss, outputs)
         try:
-            fits = [_fit(evidence, samples, row, loss, scale, t, i) for i, t in enumerate(targets)]
+            fits = [_fit(evidence, samples, row, loss, scale, target) for target in targets]
         except Exception:  # a function of one's own that wants other targets
             if loss.own:
                 return None
@@ -129,7 +137,7 @@ def _binary(samples: Samples, row: int) -> list[Tensor]:
     k = samples.cotangents[row]
     gone = k.abs() <= max(SAFETY * samples.unit, samples.tolerance) * k.abs().max()
     sure = samples.logits[row] > 0
-    return [torch.where(gone, sure, side)[None].double() for side in (k < 0, k > 0)]
+    return [torch.where(gone, sure, side)[None].long() for side in (k < 0, k > 0)]
 
 
 def _fit(
@@ -139,7 +147,6 @@ def _fit(
     loss: Loss,
     scale: float,
     target: Tensor,
-    index: int,
 ) -> Fit:
     """λ = ⟨k, r⟩/‖r‖², and how far it leaves the sample's equations."""
     k, z = samples.cotangents[row], samples.logits[row][None]
@@ -151,7 +158,7 @@ def _fit(
     r = residual(z)
     size = float(r.norm())
     if size == 0.0:
-        return Fit(0.0, index, 1.0, inf)
+        return Fit(0.0, target, 1.0, inf)
     factor = float(k @ r) / size**2
     misfit = float((k - factor * r).norm() / k.norm())
     moved = max(float((residual(z + samples.width * s) - r).norm()) for s in _signs(z))
@@ -160,7 +167,7 @@ def _fit(
     if loss.equations:
         rounding = float(summed.rounding(z, target).norm().clamp_min(1.0))
     own = (2 * moved + SAFETY * rounding * scale * evidence.unit) / size + samples.tolerance
-    return Fit(factor, index, misfit, own)
+    return Fit(factor, target, misfit, own)
 
 
 def _signs(z: Tensor) -> list[Tensor]:
@@ -190,8 +197,7 @@ def measured(evidence: Evidence, samples: Samples, loss: Loss) -> Factors | None
     if _weighed(loss):
         if evidence.batch != len(chosen):
             return None  # copies, of which nobody knows how many
-        labels = torch.tensor([f.target for f in chosen], device=samples.logits.device)
-        dense = loss.dense(labels, samples.logits)
+        dense = loss.dense(torch.cat([f.target for f in chosen]), samples.logits)
         weigh = loss.divisor(dense, torch.ones_like(dense[:, 0]))
     return Factors(
         tuple(weigh * f.factor for f in chosen),

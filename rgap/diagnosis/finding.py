@@ -73,6 +73,7 @@ MENDING: dict[Kind, Remedy | str] = {
     Kind.DROPOUT: "model.eval() on the client before it computes the gradient",
     Kind.STEPS: trained("steps", "rate").then(" with the client's steps and rate"),
     Kind.BATCH_SIZE: "dataclasses.replace(update, batch_size=size) with the client's size",
+    Kind.LABELS: "labels=None to have them found",
     Kind.DECAY: "rgap.Update.from_delta(..., weight_decay=rate) with the client's rate",
     Kind.NOISE: "rgap.invert(model, update, noise=level) with the client's standard deviation",
     Kind.WEIGHTS: Remedy("model.load_state_dict(weights)", "--weights FILE").then(

@@ -26,9 +26,9 @@ ROWS = 3  # of a single tensor, which two outputs and a binary input give one ma
 ALIKE = 0.05  # relative distance of an entry from the magnitude of the others
 MOST = 0.9  # of the entries, that are so near
 FULL = 0.5  # of the largest entry of a tensor, above which entries are counted
-# Ratio of the largest entries of any two tensors, and share of the entries above half of them: one
-# step that weight decay shifts, and several steps; a gradient keeps outside
-# of one bound of either (``python -m benchmarks.sweeps.check --genuine 400`` counts what does not).
+# Largest ratio of the largest entries of any two tensors, and least share of entries above FULL: of
+# one step that weight decay shifts, and of several.  A gradient does not keep both bounds of either
+# (``python -m benchmarks.sweeps.check --genuine 400`` counts those that do).
 ALIGNED = ((1.02, 0.2), (1.5, 0.6))
 LOUD = 1.0 / ALIKE  # times its noise, above which an entry's magnitude is seen as well as that
 _MEANS = "optimizer.state[p]['exp_avg'] / (1 - beta1)"

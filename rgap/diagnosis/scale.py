@@ -51,23 +51,26 @@ def read(evidence: Evidence, samples: Samples) -> list[Finding]:
 
 def _other_label(evidence: Evidence, samples: Samples, factors: Factors | None) -> Finding | None:
     """Another class than the stated one that fits with λ = 1, where that one does not."""
-    evidence.tested.add(Kind.LABELS)
-    free = measured(replace(evidence, labels=None), samples, evidence.loss)
-    if free is None or not _one(free) or (factors is not None and _one(factors)):
+    right = factors is not None and _one(factors)
+    if right or evidence.loss.targets == "index":  # of the other kinds one-hot ones alone are tried
+        evidence.tested.add(Kind.LABELS)
+    free = None if right else measured(replace(evidence, labels=None), samples, evidence.loss)
+    if free is None or not _one(free):
         return None
     if not free.unique and factors is not None:
         return None  # of two classes one fits with any factor
     said = (
-        f"label {free.targets[0]} gives the head's cotangent with λ = {free.common:.6g}, misfit "
+        f"label {free.label(0)} gives the head's cotangent with λ = {free.common:.6g}, misfit "
         f"{free.misfit:.1e}; the stated one does not"
     )
-    label, option = f"torch.tensor([{free.targets[0]}])", f"{free.targets[0]}"
-    if evidence.loss.targets != "index":
-        classes = samples.logits.shape[1]
-        label = f"torch.eye({classes})[{label}]"
-        option = ",".join(str(int(c == free.targets[0])) for c in range(classes))
-    line = Remedy(f"dataclasses.replace(update, labels={label})", f"--labels {option}")
-    return Finding(Kind.LABELS, float(free.targets[0]), said, str(line), inf)
+    target, loss = free.targets[0], evidence.loss
+    label = target if loss.own else loss.read(target)[0]
+    line = Remedy(
+        f"dataclasses.replace(update, labels=torch.tensor({label.tolist()}))",
+        f"--labels {','.join(f'{number:g}' for number in label.flatten().tolist())}",
+    )
+    number = label if len(label.flatten()) == 1 else label.argmax()
+    return Finding(Kind.LABELS, float(number), said, str(line), inf)
 
 
 def _one(factors: Factors) -> bool:
@@ -222,7 +225,7 @@ def _unequal(evidence: Evidence, samples: Samples, factors: Factors) -> list[Fin
 
 def _each(factors: Factors, near: float) -> str:
     """What norms that were clipped sample by sample say of each: ``λ_i = min(1, c/‖g_i‖)``."""
-    rows = sorted(zip(factors.values, factors.targets, strict=True))
+    rows = sorted((value, factors.label(row)) for row, value in enumerate(factors.values))
     clipped = [(v, t) for v, t in rows if v < 1.0 - near]
     listed = ", ".join(f"{v:.4g} (label {t}, norm {1 / v:.3g} c)" for v, t in clipped[:8])
     said = (

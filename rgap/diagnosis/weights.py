@@ -81,7 +81,8 @@ def read(evidence: Evidence, samples: Samples | None) -> list[Finding]:
         target = None if free else smallest_misfit(evidence, samples, loss)
         if target is not None:
             what = f"the nearest target of {loss.name} at the head"
-            identities.append(Contradiction(what, *target, (Kind.LOSS,)))
+            stated = () if evidence.labels is None else (Kind.LABELS,)
+            identities.append(Contradiction(what, *target, (Kind.LOSS, *stated)))
     broken = [c for c in identities if c.strength > 1.0]
     if not broken and not evidence.late:
         further = _recursion(evidence) if evidence.batch == 1 else _search(evidence, samples)
@@ -112,8 +113,7 @@ def _rivals(evidence: Evidence, broken: list[Contradiction]) -> tuple[Kind, ...]
         open_.append(Kind.LOSS)  # of which only a few were tried
     if Kind.DROPOUT in shared - evidence.tested and dropping(evidence):
         open_.append(Kind.DROPOUT)
-    if Kind.BATCH_SIZE in shared - evidence.tested:
-        open_.append(Kind.BATCH_SIZE)
+    open_ += [k for k in (Kind.BATCH_SIZE, Kind.LABELS) if k in shared - evidence.tested]
     sent = evidence.gradients.values()
     if sum(int((g == 0).sum()) for g in sent) > SPARSE * sum(g.numel() for g in sent):
         open_.append(Kind.COMPRESSION)

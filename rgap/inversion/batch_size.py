@@ -87,7 +87,8 @@ def _uncounted(problem: Problem, recovery: Recovery) -> Recovery:
             f"the batch size is not stated, and copies of a picture with different targets send "
             f"the same as one with their mean, which {problem.update.loss.name} admits too",
         )
-    if not _whole(problem, len(inputs), recovery.scale):
+    scale = 1.0 if recovery.scale is None else recovery.scale
+    if not _whole(problem, len(inputs), scale):
         return _open(
             problem,
             recovery,
@@ -95,7 +96,7 @@ def _uncounted(problem: Problem, recovery: Recovery) -> Recovery:
             "nothing: only under a mean, and at its own scale, would they be missed",
         )
     try:
-        apart = hidden(problem, inputs, labels, 1.0 if recovery.scale is None else recovery.scale)
+        apart = hidden(problem, inputs, labels, scale)
     except (ValueError, TypeError, RuntimeError):  # a forward that takes this batch only
         apart = inf
     if bound + apart <= USEFUL * problem.width:
@@ -115,13 +116,13 @@ def _uncounted(problem: Problem, recovery: Recovery) -> Recovery:
     )
 
 
-def _whole(problem: Problem, rows: int, scale: float | Tensor | None) -> bool:
+def _whole(problem: Problem, rows: int, scale: float | Tensor) -> bool:
     """True if the update is a mean over as many samples as were found.
 
     A mean over n + 1 samples of which one sends nothing is n/(n + 1) times that over the others:
     its scale tells.  That of a sum does not.
     """
-    factors = scale.tolist() if isinstance(scale, Tensor) else [1.0 if scale is None else scale]
+    factors = scale.tolist() if isinstance(scale, Tensor) else [scale]
     near = all(abs(factor - 1.0) < 0.5 / (rows + 1) for factor in factors)
     return problem.declared.reduction == "mean" and near
 

@@ -36,6 +36,7 @@ from rgap.limits import (
     UNTOLD,
     USEFUL,
 )
+from rgap.network.prefix import reaches
 from rgap.recovery import Candidate, Recovery, Status
 
 UNTESTED = (
@@ -224,6 +225,24 @@ def _copies(rows: BatchRows) -> str:
     return (
         f"the update is that of {of}; {m} pictures around it that differ only in "
         "directions no layer sees send the same, only their mean is certain"
+    )
+
+
+def verdict_followed(problem: Problem, answer: Answer, name: str) -> tuple[Status, str]:
+    """The verdict on inputs below the top of a network, which the model itself has to follow.
+
+    Args:
+        problem: the update, and the chain from the data to a layer below the top.
+        answer: that fits.
+        name: of the layer whose input the chain gives.
+    """
+    status, why = verdict(problem, answer)
+    if status is not Status.EXACT or reaches(problem.model, problem.chain, answer.inputs):
+        return status, why
+    return (
+        Status.UNDERDETERMINED,
+        f"on the recovered {'input' if answer.rows is None else 'batch'} the model's own '{name}' "
+        "takes in something else: its forward decides by the values of the data",
     )
 
 

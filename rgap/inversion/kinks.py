@@ -16,7 +16,7 @@ from rgap.limits import KINK, ON
 from rgap.network.activations import Activation
 from rgap.network.reshape import Op
 from rgap.precision import carried
-from rgap.recursion.descend import Descent
+from rgap.recursion.reached import Descent
 
 __all__ = ["at_kinks"]
 

@@ -26,8 +26,8 @@ from rgap.update.update import view
 
 # The cotangents of all targets of a head with two classes are parallel: any factor fits a mixture.
 PARALLEL = 2
-OPEN = (Kind.WEIGHTS, Kind.UNDECIDED)  # no reason where a batch was not told apart
-LIMIT = 10.0  # seconds after which no further trial begins
+OPEN = (Kind.WEIGHTS, Kind.UNDECIDED)  # findings too weak to explain a batch not told apart
+LIMIT = 10.0  # seconds after which no further trial of the check begins
 REFUTES = frozenset(
     (
         Kind.SIGN,

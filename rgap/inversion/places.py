@@ -34,29 +34,22 @@ def described(mask: Tensor) -> str:
     """
     if not bool(mask.any()):
         return "nothing"
-    alike = bool((mask == mask[:1]).all())
-    if not alike:
-        count = int(mask.flatten(1).any(1).sum())
-        where = [described(one[None]) for one in mask if bool(one.any())]
-        if len(mask) <= FEW and len(set(where)) > 1:
-            said = [
-                f"of picture {number} {described(one[None])}"
-                for number, one in enumerate(mask)
-                if bool(one.any())
-            ]
-            return "; ".join(said)
-        what = where[0] if len(set(where)) == 1 else f"{int(mask.sum())} values"
-        return f"{what} of {count} pictures"
+    if not bool((mask == mask[:1]).all()):
+        where = {n: described(one[None]) for n, one in enumerate(mask) if bool(one.any())}
+        places = set(where.values())
+        if len(places) == 1:
+            return f"{places.pop()} of {len(where)} pictures"
+        if len(mask) <= FEW:
+            return "; ".join(f"of picture {n} {said}" for n, said in where.items())
+        return f"{int(mask.sum())} values of {len(where)} pictures"
     one = mask[0]
     if one.ndim == 1:
-        return _lines(one, "entry") or _box(one)
+        return _lines(one, "entry")
     channels = one.flatten(1)
     if bool((channels == channels[:1]).all()):
         return _space(one[0]) or _box(one)
-    touched, full = channels.any(1), channels.all(1)
-    if torch.equal(touched, full):
-        return _lines(full, "channel") or _box(one)
-    return _box(one)
+    full = channels.all(1)
+    return _lines(full, "channel") if torch.equal(channels.any(1), full) else _box(one)
 
 
 def _space(mask: Tensor) -> str:

@@ -17,7 +17,7 @@ from rgap.inversion.problem import Problem
 from rgap.inversion.replay import replay
 from rgap.inversion.targets import weighed
 from rgap.network.chain import Chain
-from rgap.network.prefix import find_pairs, reaches
+from rgap.network.prefix import find_pairs
 from rgap.progress import Progress
 from rgap.recovery import Recovery, Status
 from rgap.recursion.reached import Descent
@@ -159,14 +159,8 @@ def _certified(
     )  # fmt: skip
     if own.excess(answer.inputs, answer.bound) > own.slack:
         return outcomes.outside(own, descent, answer.inputs), None
-    status, why = certificate.verdict(own, answer)
     name = separated.stage.name
-    if status is Status.EXACT and not reaches(own.model, own.chain, answer.inputs):
-        status, why = (
-            Status.UNDERDETERMINED,
-            f"on the recovered batch the model's own '{name}' takes in something else: its "
-            "forward decides by the values of the data",
-        )
+    status, why = certificate.verdict_followed(own, answer, name)
     if status is not Status.EXACT:
         return outcomes.stopped(own, status, why, descent), None
     said = (

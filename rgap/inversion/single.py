@@ -28,7 +28,7 @@ from rgap.inversion.problem import Problem
 from rgap.inversion.targets import Trial, try_targets
 from rgap.limits import REFUTED, SAFETY
 from rgap.network.chain import Stage
-from rgap.network.prefix import Prefix, reaches
+from rgap.network.prefix import Prefix
 from rgap.precision import Estimate, carried
 from rgap.progress import Progress
 from rgap.recovery import Recovery, Status
@@ -131,15 +131,10 @@ def _certified(
         )
     if own.excess(answer.inputs, answer.bound) > own.slack:
         return outcomes.outside(own, descent, answer.inputs)
-    status, why = certificate.verdict(own, answer)
-    inputs = answer.inputs
-    known = status is Status.EXACT and not prefix.argument
-    if known and not reaches(problem.model, own.chain, inputs):
-        status, why = (
-            Status.UNDERDETERMINED,
-            f"on the recovered input the model's own '{name}' takes in something else: its "
-            "forward decides by the values of the data",
-        )
+    if prefix.argument:  # the model takes other inputs too, which are not known
+        status, why = certificate.verdict(own, answer)
+    else:
+        status, why = certificate.verdict_followed(own, answer, name)
     if status is not Status.EXACT:
         return outcomes.stopped(own, status, why, descent)
     show.stage("trying targets")

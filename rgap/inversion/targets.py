@@ -17,7 +17,6 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import inf
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +26,7 @@ from rgap.inversion.answer import top_features
 from rgap.inversion.problem import Problem
 from rgap.inversion.replay import replay
 from rgap.limits import ENSEMBLE, FITS, ROUNDED, SAFETY, USEFUL, VANISHING
+from rgap.network.agreement import by_mode
 from rgap.precision import Estimate
 from rgap.update.losses import Loss
 from rgap.update.targets import CLASSES
@@ -197,7 +197,7 @@ def try_targets(problem: Problem, known: Estimate, parameter: str) -> Trial:
             )
         return Trial(None, None, why)
     for name, module in problem.model.named_modules():
-        if module.training and _draws(module):
+        if by_mode(module):
             return Trial(
                 None,
                 None,
@@ -230,12 +230,6 @@ def try_targets(problem: Problem, known: Estimate, parameter: str) -> Trial:
     if len(fitting) > 1:
         return Trial(None, again.residual, "several targets reproduce the update")
     return Trial(labels if again.fits else fitting[0], again.residual, "", bound=bound)
-
-
-def _draws(module: Any) -> bool:
-    drawn = isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.p > 0
-    mixes = isinstance(module, torch.nn.modules.batchnorm._BatchNorm)
-    return drawn or mixes or isinstance(module, torch.nn.RReLU)
 
 
 def _options(

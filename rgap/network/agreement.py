@@ -202,20 +202,21 @@ def refuse_unready(model: nn.Module) -> None:
                 "model(example) once before"
             )
     for name, module in model.named_modules():
-        if not module.training:
-            continue
-        path = name or type(model).__name__
-        kind = type(module).__name__
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        does = by_mode(module)
+        if does:
+            path, kind = name or type(model).__name__, type(module).__name__
             raise UnreadyError(
-                f"'{path}' ({kind}) is in train mode: it mixes the samples of the batch; write "
-                "model.eval() before capture, parse and invert"
+                f"'{path}' ({kind}) is in train mode: it {does}; write model.eval() before "
+                "capture, parse and invert"
             )
-        random = isinstance(module, nn.RReLU) or (
-            isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
-        )
-        if random:
-            raise UnreadyError(
-                f"'{path}' ({kind}) is in train mode: it draws random numbers that the update "
-                "does not state; write model.eval() before capture, parse and invert"
-            )
+
+
+def by_mode(module: nn.Module) -> str:
+    """What a module does in train mode that no update states, in words; "" for nothing."""
+    if not module.training:
+        return ""
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return "mixes the samples of the batch"
+    dropout = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
+    random = dropout or isinstance(module, nn.RReLU)
+    return "draws random numbers that the update does not state" if random else ""

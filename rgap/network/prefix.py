@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from rgap.arithmetic.doubles import Doubles
 from rgap.network.affine import Affine
+from rgap.network.agreement import by_mode
 from rgap.network.chain import Chain, assemble
 from rgap.network.connected import fully_connected
 from rgap.network.graph import Link, parameter_uses, shared
@@ -191,14 +192,7 @@ def _propagated(
 
 def _draws(model: nn.Module, node: fx.Node) -> bool:
     """True for a module that draws, or mixes the batch, because it is in train mode."""
-    if node.op != "call_module":
-        return False
-    module = module_of(model, node)
-    norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
-    drawn = isinstance(module, nn.RReLU) or (
-        isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
-    )
-    return module.training and (norm or drawn)
+    return node.op == "call_module" and bool(by_mode(module_of(model, node)))
 
 
 def _down(

@@ -7,8 +7,8 @@ an update share its format: where all of them show it a distinct value or two ar
 whatever tensors they stand in, and more are asked for where only some do.  Gradients that are small
 fractions for another reason (weights of zero, pictures of few levels) leave many of its last bits
 unused; of numbers that were rounded one half ends in 0, a quarter in 00, and all n of them in z
-zeros with probability 2^−nz.  Integers of b bits reach
-the end of their range only where they were scaled to.
+zeros with probability 2^−nz.  Integers of b bits reach the end of their range only where they were
+scaled to.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from rgap.arithmetic.rounding import UNIFORM, coherence, spacing
 __all__ = ["Rounded", "recognise", "stored"]
 
 FORMATS = (torch.bfloat16, torch.float16, torch.float32)  # coarsest first
-EVIDENCE = 12.0  # bits: the values lie on a coarser grid by chance with 2^-12, and with
-FOR_INTEGERS = 24.0  # 2^-24 for each of 26 grids that are looked at
-ZEROS = 4  # that values of evidence end in at most; rounded ones end in more with 2^-5
-USED = 0.25  # share of all that are evidence, and of these that use the last bit (rounded: half)
-BY_CHANCE = 2  # of few values, that fewer may
+EVIDENCE = 12.0  # bits: values lie on a coarser floating grid by chance with probability 2^-12,
+FOR_INTEGERS = 24.0  # on one of integers with 2^-24, for 26 of these are looked at
+ZEROS = 4  # last bits of a value of evidence that may be zero; of a rounded one more are with 2^-5
+USED = 0.25  # least share of evidence in all values, and of a last bit that is 1 in it (about half)
+BY_CHANCE = 2  # values by which evidence may fall short of that second share
 UNUSED = 8.0  # bits that all distinct values leave unused together: rounded ones do with 2^-8
 MANY = 16  # values of evidence needed where not all tensors show the format
-LEVELS = 12  # levels of integers, where tensors do not or where
-FEW_BITS = 8  # is more than they have: small fractions fill their range too
+LEVELS = 12  # distinct integers needed where not all tensors show them, or they have less than
+FEW_BITS = 8  # these bits: small fractions fill their range too
 LOSS_SCALE = 24  # largest power of two that a loss is scaled by in mixed precision
 LOOKED = 4096  # values of a tensor among which they are counted
 WIDTHS = range(4, 17)  # bits of integers that are looked for

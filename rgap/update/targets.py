@@ -16,6 +16,7 @@ from torch import Tensor
 from rgap import validation
 
 __all__ = [
+    "BINARIES",
     "BINARY",
     "CLASSES",
     "CROSS_ENTROPY",
@@ -43,6 +44,7 @@ PROBABILITIES = "binary_cross_entropy"
 FOCAL = "focal_loss"
 SIGMOID_FOCAL = "sigmoid_focal_loss"
 CLASSES = (CROSS_ENTROPY, LOG_PROBABILITIES, FOCAL)  # one class a sample, along dimension 1
+BINARIES = (BINARY, PROBABILITIES, SIGMOID_FOCAL)  # a 0/1 label an output: 1 sends κ_j < 0
 # 2**16 label vectors is the most that anyone can usefully enumerate.
 _MOST_LOGITS_LISTED = 16
 

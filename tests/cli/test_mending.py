@@ -11,10 +11,14 @@ from types import ModuleType
 
 import mistakes_table
 import pytest
+import torch
+from cases import dense
 from mistakes_table import MISTAKES
 from typer.testing import CliRunner
 
+from rgap import capture
 from rgap.cli.app import app
+from rgap.update.losses import Loss
 
 PYTHON = re.compile(r"rgap\.|Update\(|=\[|dataclasses|update\.|replace\(")
 ONE_OF_A_KIND = {one.kinds: name for name, one in MISTAKES.items()}.values()
@@ -71,6 +75,34 @@ def test_what_is_written_mends_it(name: str, given: ModuleType) -> None:
         assert "missing" not in told["reason"], told["reason"]
     else:
         assert (code, told["status"]) == (0, "EXACT"), told["reason"]
+
+
+@pytest.mark.parametrize(
+    ("loss", "right", "wrong", "said"),
+    [(Loss(targets="probability"), "0,1,0", "1,0,0", "leave --labels out"),
+     (Loss("mse_loss"), "0,1,0", "1,0,0", "write --labels 0,1,0"),
+     (Loss("binary_cross_entropy_with_logits"), "0,1,1", "1,0,0", "write --labels 0,1,1"),
+     (Loss(targets="probability"), "0.5,0.5,0,0,0.25,0.75", "1,0,0", "for each of 2 pictures"),
+     (Loss("mse_loss"), "0.5,1,0,0,2,0.25", "1,0,0,1", "(2, 3)")],
+)  # fmt: skip
+def test_targets_of_several_numbers_are_read(
+    loss: Loss, right: str, wrong: str, said: str, given: ModuleType
+) -> None:
+    model = dense(12, 8, 3, flat=True).double()
+    given.build = lambda: model
+    numbers = [float(part) for part in right.split(",")]
+    targets = torch.tensor(numbers, dtype=torch.float64).reshape(-1, 3)
+    targets = targets.long() if loss.targets == "index" else targets
+    capture(model, torch.rand(len(targets), 12).double(), targets, loss).save("update")
+
+    def told(command: str, labels: str) -> tuple[int, str]:
+        words = [command, "given_network:build", "update", "-q", "--labels", labels]
+        result = CliRunner().invoke(app, words)
+        return result.exit_code, result.output
+
+    assert told("check", right)[0] == told("invert", right)[0] == 0
+    code, output = told("check", wrong)
+    assert code in (1, 2) and said in output, output
 
 
 def test_weights_after_a_step_are_read(given: ModuleType) -> None:

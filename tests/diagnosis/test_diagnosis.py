@@ -280,6 +280,26 @@ def test_labels_that_are_not_those_of_the_batch(loss: str) -> None:
     assert check(given.model, given.update, labels=given.targets).ok
 
 
+def test_0_1_labels_of_several_outputs_are_written_out() -> None:
+    given = case("mlp", 1, classes=3)
+    right, wrong = torch.tensor([[0, 1, 1]]), torch.tensor([[1, 0, 0]])
+    update = capture(given.model, given.inputs, right, BINARY)
+    finding = only(check(given.model, update, labels=wrong), Kind.LABELS)
+    assert finding.evidence.startswith("label 0,1,1 gives")
+    assert finding.remedy.endswith("labels=torch.tensor([[0, 1, 1]]))")
+    assert check(given.model, update, labels=right).ok
+
+
+@pytest.mark.parametrize("loss", [Loss(targets="probability"), Loss(SQUARED)])
+def test_stated_targets_of_any_numbers_may_be_wrong_where_none_fits(loss: Loss) -> None:
+    given = case("mlp", 1)
+    right = torch.linspace(0.01, 0.19, 10)[None]
+    update = capture(given.model, torch.rand(1, *(given.update.input_shape or ())), right, loss)
+    finding = only(check(given.model, update, labels=right.flip(1)), Kind.UNDECIDED)
+    assert Kind.LABELS in finding.rivals and "labels=None" in finding.remedy
+    assert check(given.model, update, labels=right).ok
+
+
 def test_a_batch_size_that_is_not_that_of_the_mean() -> None:
     given = case("mlp", 4)
     found = only(check(given.model, replace(given.update, batch_size=8)), Kind.BATCH_SIZE)
