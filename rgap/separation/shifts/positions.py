@@ -1,0 +1,225 @@
+"""Positions of a convolution told apart by shifts alone: K and X up to one B×B matrix.
+
+No search, no start, no label, no activation, nothing of the layers above: a null space for each
+axis, and a walk from the corners.  (Array processing knows rotational invariance as ESPRIT, Roy and
+Kailath 1989; chains of a linear relation are those of Kronecker's canonical form of a pencil.)
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import product
+from math import inf
+
+import torch
+from torch import Tensor
+
+from rgap.constraints import gradient_constraint, gradient_rows, weight_constraint
+from rgap.constraints.convnd import taps
+from rgap.limits import FITS
+from rgap.network.affine import Affine
+from rgap.separation.batch import Unseparated
+from rgap.separation.shifts.arrangement import Arrangement, Place, arrangements
+from rgap.separation.shifts.relations import Relation, corners, relation
+from rgap.solvers.limits import ABOVE, SMALL_GAP
+from rgap.solvers.rank import Rank, numerical_rank, resolve_rcond
+from rgap.solvers.svd import right_singular_vectors, singular_values
+from rgap.solvers.tall import tall_qr
+
+log = logging.getLogger(__name__)
+
+__all__ = ["Positions", "tell_positions_apart"]
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Cotangents and inputs of a convolution, up to one invertible matrix Γ [B, B].
+
+    The true ones are ``Σ_a Γ[a, b] cotangents[a]`` and ``Σ_a (Γ⁻¹)[b, a] inputs[a]``, the same Γ for
+    every position, filter and channel.
+
+    Attributes:
+        cotangents: [B, F, *out].
+        inputs: [B, C, *space]; 0 where no tap reads.
+        rank: of the gradient, B times the positions of a sample.
+        relations: of the equations of one step, by axis.
+        condition: of the basis that is walked, ‖A‖‖A⁻¹‖.
+        gap: the weakest of the gaps that decided a dimension.
+        misfit: rms of G − Kᵀ S X over the standard error of an entry.
+        arrangement: of the taps.
+    """
+
+    cotangents: Tensor
+    inputs: Tensor
+    rank: Rank
+    relations: dict[int, Rank]
+    condition: float
+    gap: float
+    misfit: float
+    arrangement: Arrangement
+
+    @property
+    def batch(self) -> int:
+        """B: samples that the gradient tells apart, from the dimension of the corners."""
+        return len(self.cotangents)
+
+
+def tell_positions_apart(
+    affine: Affine, gradient: Tensor, noise: float = 0.0
+) -> Positions | Unseparated:
+    """K and X of ``G_u = Kᵀ S_u X`` up to Γ, or why not.
+
+    Claim: let every position read something through the taps of an arrangement, L have full column
+    rank, and what the positions and their neighbours along each axis read full row rank.  Then K
+    and X are unique up to Γ, and B follows from the rank of the gradient.
+
+    Args:
+        affine: the convolution, without groups.
+        gradient: G, [F, C, *kernel], float64.
+        noise: standard error of an entry of G, beside the rounding of float64.
+
+    Returns:
+        The :class:`Positions`, or an :class:`Unseparated` that names the condition and its numbers.
+
+    Raises:
+        ValueError: the layer is no convolution, or has groups.
+
+    >>> from rgap.network.affine import convolution
+    >>> from rgap.network.geometry import Geometry
+    >>> pads = Geometry.of((3,), padding=1)
+    >>> w = torch.ones(9, 8, 3, dtype=torch.float64)
+    >>> conv = convolution("conv", w, None, ("w", None), (8, 4), pads)
+    >>> generator = torch.Generator().manual_seed(0)
+    >>> x, k = torch.randn(2, 2, 9, 4, generator=generator, dtype=torch.float64)
+    >>> told = tell_positions_apart(conv, conv.weight_gradient(x[:, :8], k))
+    >>> told.batch, told.rank.rank
+    (2, 8)
+    """
+    geometry = affine.geometry
+    if geometry is None or geometry.groups != 1:
+        raise ValueError(
+            f"'{affine.name}': expected a convolution with groups=1, got {affine.kind}; write one "
+            "call for each group"
+        )
+    filters, channels = gradient.shape[:2]
+    why = few = ""
+    rms = float(gradient.square().mean().sqrt())
+    noise = max(noise, torch.finfo(gradient.dtype).eps * rms)
+    for arrangement in arrangements(geometry, affine.in_shape[1:]):
+        sides = (channels, filters) if arrangement.exchanged else (filters, channels)
+        if arrangement.largest_batch(*sides) < 1:
+            few = few or f"{filters} filters and {channels} channels are too few for one sample"
+            continue
+        told = _told(affine, gradient, arrangement, noise)
+        if isinstance(told, Positions):
+            return told
+        log.debug("'%s', stack %s: %s", affine.name, arrangement.stack, told)
+        why = why or told
+    why = why or few or "no two taps are one step of the output apart along every axis"
+    return Unseparated(f"positions of '{affine.name}' are not told apart by shifts: {why}")
+
+
+def _told(
+    affine: Affine, gradient: Tensor, arrangement: Arrangement, noise: float
+) -> Positions | str:
+    """K and X by one arrangement, or which of its conditions fails."""
+    blocks = arrangement.blocks(gradient)
+    basis, rank = _range(torch.cat(list(blocks.values()), 1), noise)
+    batch, rest = divmod(rank.rank, arrangement.size)
+    if rest or not batch or not rank.clear:
+        return (
+            f"the gradient has rank {rank.rank} (gap {rank.gap:.1f}), expected B times its "
+            f"{arrangement.size} positions"
+        )
+    inner = {u: basis.T @ block for u, block in blocks.items()}
+    steps: dict[int, Relation] = {}
+    for axis in arrangement.axes:
+        steps[axis] = one = relation(inner, arrangement, axis, noise)
+        wanted = rank.rank - rank.rank // arrangement.grid[axis]
+        if one.rank.nullity != wanted or not one.rank.clear:
+            return (
+                f"a step along axis {axis} relates {one.rank.nullity} of {rank.rank} positions "
+                f"(gap {one.rank.gap:.1f}), expected {wanted}"
+            )
+    rows, gap = _walked(steps, arrangement, basis.new_zeros(rank.rank, batch))
+    if gap < SMALL_GAP:
+        return f"the corners of {batch} samples are not clear (gap {gap:.1f})"
+    values = singular_values(rows)
+    condition = float(values[0] / values[-1])
+    left = basis @ torch.linalg.inv(rows.T)
+    sizes = (affine.in_shape if arrangement.exchanged else affine.out_shape)[1:]
+    first = arrangement.cotangents(left, sizes)
+    k = _cotangents(affine, gradient, first) if arrangement.exchanged else first
+    x = _inputs(affine, gradient, k)
+    k = _cotangents(affine, gradient, x)  # all taps at once, where the stack saw some
+    x = _inputs(affine, gradient, k)
+    rest_of = gradient - affine.weight_gradient(x, k)
+    misfit = float(rest_of.square().mean().sqrt()) / noise
+    if not misfit <= FITS * condition:
+        return f"K and X of {batch} samples miss the gradient by {misfit:.1e} standard errors"
+    relations = {axis: one.rank for axis, one in steps.items()}
+    return Positions(k, x, rank, relations, condition, gap, misfit, arrangement)
+
+
+def _range(table: Tensor, noise: float) -> tuple[Tensor, Rank]:
+    """Left singular vectors above the noise, [rows, r]."""
+    rows, columns = table.shape
+    values, vh = right_singular_vectors(table.T)
+    expected = noise * (rows**0.5 + columns**0.5) / max(float(values[0]), 1e-300)
+    rank = numerical_rank(
+        values, rows, resolve_rcond(None, (rows, columns), noise=ABOVE * expected)
+    )
+    return vh[: rank.rank].T, rank
+
+
+def _walked(
+    steps: Mapping[int, Relation], arrangement: Arrangement, like: Tensor
+) -> tuple[Tensor, float]:
+    """Rows v of every position, [r, |grid|·B], from the corners on; the weakest gap they took.
+
+    Args:
+        steps: by axis.
+        arrangement: of the positions.
+        like: zeros [r, B].
+    """
+    begun = [one.first(arrangement.grid[axis]) for axis, one in steps.items()]
+    size, count = like.shape
+    if not begun:  # a kernel over its whole input: there is one position
+        return torch.eye(size, dtype=like.dtype, device=like.device), inf
+    corner, gap = corners([first for first, _ in begun], count)
+    at: dict[Place, Tensor] = {(0,) * len(arrangement.grid): corner}
+    for axis, one in steps.items():
+        for place in list(at):
+            v = at[place]
+            for number in range(1, arrangement.grid[axis]):
+                v = one.step(v)
+                at[(*place[:axis], number, *place[axis + 1 :])] = v
+    ordered = [at[place] for place in product(*map(range, arrangement.grid))]
+    return torch.cat(ordered, 1), min(gap, *(weakest for _, weakest in begun))
+
+
+def _inputs(affine: Affine, gradient: Tensor, k: Tensor) -> Tensor:
+    """X [B, C, *space] from the gradient constraint of K."""
+    block = gradient_constraint(affine, k, read_only=True)
+    solved = _least_squares(block.matrix[0], gradient_rows(affine, gradient).T).T
+    coupling = weight_constraint(affine, len(k), read_only=True)
+    return coupling.fold(solved[None]).reshape(len(k), *affine.in_shape)
+
+
+def _cotangents(affine: Affine, gradient: Tensor, x: Tensor) -> Tensor:
+    """K [B, F, *out] from what X shows to each tap."""
+    space, out = affine.in_shape[1:], affine.out_shape[1:]
+    assert affine.geometry is not None
+    table = taps(affine.geometry, space, out, x.device)
+    seen = x.flatten(2)[:, :, table.clamp_min(0)] * (table >= 0)  # [B, C, offsets, outputs]
+    matrix = seen.permute(1, 2, 0, 3).reshape(-1, len(x) * table.shape[1])
+    solved = _least_squares(matrix, gradient.flatten(1).T)  # [B·outputs, F]
+    return solved.reshape(len(x), -1, len(gradient)).transpose(1, 2).reshape(len(x), -1, *out)
+
+
+def _least_squares(matrix: Tensor, rhs: Tensor) -> Tensor:
+    basis, upper = tall_qr(matrix)
+    solved: Tensor = torch.linalg.solve_triangular(upper, basis.T @ rhs, upper=True)
+    return solved
