@@ -44,8 +44,7 @@ class Convolution:
         assert self.affine.geometry is not None
         filters, channels = self.affine.weight.shape[:2]
         return any(
-            one.largest_batch(*((channels, filters) if one.exchanged else (filters, channels)))
-            >= len(self.inputs)
+            one.largest_batch(filters, channels) >= len(self.inputs)
             for one in arrangements(self.affine.geometry, self.affine.in_shape[1:])
         )
 

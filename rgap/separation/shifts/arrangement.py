@@ -67,16 +67,18 @@ class Arrangement:
         shared[axis] -= self.step[axis]
         return prod(shared)
 
-    def largest_batch(self, rows: int, columns: int) -> int:
+    def largest_batch(self, filters: int, channels: int) -> int:
         """B up to which L can have full column rank, and what two neighbours read full row rank.
 
-        ``B |grid| ≤ |V| rows``, and along each axis ``B |grid| (1 + 1/grid_a) < |U_a| columns``:
-        one column more than rows to read, so that a null space is seen and not forced.
+        ``B |grid| ≤ |V| F``, and along each axis ``B |grid| (1 + 1/grid_a) < |U_a| C``, F and C
+        exchanged where k and x are: one column more than rows to read, so that a null space is
+        seen and not forced.
 
         Args:
-            rows: filters of G, or channels where k and x have changed places.
-            columns: the other ones.
+            filters: F.
+            channels: C.
         """
+        rows, columns = (channels, filters) if self.exchanged else (filters, channels)
         most = prod(self.stack) * rows // self.size
         for axis in self.axes:
             read = self.size + self.size // self.grid[axis]

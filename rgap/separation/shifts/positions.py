@@ -37,8 +37,8 @@ __all__ = ["Positions", "tell_positions_apart"]
 class Positions:
     """Cotangents and inputs of a convolution, up to one invertible matrix Γ [B, B].
 
-    The true ones are ``Σ_a Γ[a, b] cotangents[a]`` and ``Σ_a (Γ⁻¹)[b, a] inputs[a]``, the same Γ for
-    every position, filter and channel.
+    The true ones are ``Σ_a Γ[a, b] cotangents[a]`` and ``Σ_a (Γ⁻¹)[b, a] inputs[a]``, with the same
+    Γ for every position, filter and channel.
 
     Attributes:
         cotangents: [B, F, *out].
@@ -108,11 +108,11 @@ def tell_positions_apart(
     rms = float(gradient.square().mean().sqrt())
     noise = max(noise, torch.finfo(gradient.dtype).eps * rms)
     for arrangement in arrangements(geometry, affine.in_shape[1:]):
-        sides = (channels, filters) if arrangement.exchanged else (filters, channels)
-        if arrangement.largest_batch(*sides) < 1:
+        most = arrangement.largest_batch(filters, channels)
+        if most < 1:
             few = few or f"{filters} filters and {channels} channels are too few for one sample"
             continue
-        told = _told(affine, gradient, arrangement, noise)
+        told = _told(affine, gradient, arrangement, most, noise)
         if isinstance(told, Positions):
             return told
         log.debug("'%s', stack %s: %s", affine.name, arrangement.stack, told)
@@ -122,9 +122,9 @@ def tell_positions_apart(
 
 
 def _told(
-    affine: Affine, gradient: Tensor, arrangement: Arrangement, noise: float
+    affine: Affine, gradient: Tensor, arrangement: Arrangement, most: int, noise: float
 ) -> Positions | str:
-    """K and X by one arrangement, or which of its conditions fails."""
+    """K and X of up to ``most`` samples by one arrangement, or which of its conditions fails."""
     blocks = arrangement.blocks(gradient)
     basis, rank = _range(torch.cat(list(blocks.values()), 1), noise)
     batch, rest = divmod(rank.rank, arrangement.size)
@@ -133,6 +133,8 @@ def _told(
             f"the gradient has rank {rank.rank} (gap {rank.gap:.1f}), expected B times its "
             f"{arrangement.size} positions"
         )
+    if batch > most:
+        return f"the gradient has the rank of {batch} samples or more, its taps bear {most}"
     inner = {u: basis.T @ block for u, block in blocks.items()}
     steps: dict[int, Relation] = {}
     for axis in arrangement.axes:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from rgap.separation.shifts.arrangement import Arrangement, Place
+from rgap.solvers.limits import ABOVE
 from rgap.solvers.rank import Rank, numerical_rank, resolve_rcond
 from rgap.solvers.svd import right_singular_vectors
 
@@ -76,7 +77,7 @@ def relation(
     table = torch.cat([torch.cat([blocks[w], -blocks[u]]) for u, w in taps], 1)
     values, vh = _all_right(table.T)
     rows, columns = table.shape
-    expected = noise * 2**0.5 * (rows**0.5 + columns**0.5)
+    expected = ABOVE * noise * 2**0.5 * (rows**0.5 + columns**0.5)
     rcond = resolve_rcond(None, (rows, columns), noise=expected / max(float(values[0]), 1e-300))
     rank = numerical_rank(values, rows, rcond)
     null = vh[rank.rank :].T
