@@ -111,7 +111,7 @@ def test_random_convolutions_within_the_condition_are_told_apart_and_no_other(nu
 
 
 def test_more_samples_than_the_published_pencil_bears() -> None:
-    """One pair of offsets a shift bears r ≤ 3 C; all pairs that a step relates r (1 + 1/H) < 6 C."""
+    """One pair of offsets a shift bears r ≤ 3 C; all that a step relates, r (1 + 1/H) < 6 C."""
     case = _case(64, 14, 8, 1)
     told = _told(case)
     assert 64 > 3 * 14 and isinstance(told, Positions)
@@ -148,7 +148,6 @@ def _random(gradient: Tensor) -> Tensor:
 
 def _of_one_rank(gradient: Tensor) -> Tensor:
     """Of the right rank, but no shifts."""
-    filters, channels = gradient.shape[:2]
     left = _random(gradient[:, :16, 0, 0])
     return (left @ _random(gradient.flatten(1)[:16])).reshape(gradient.shape)
 

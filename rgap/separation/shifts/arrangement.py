@@ -91,7 +91,7 @@ class Arrangement:
             gradient = gradient.transpose(0, 1).flip(*range(2, gradient.ndim))
         below = list(product(*map(range, self.stack)))
         return {
-            u: torch.cat([gradient[(..., *self._tap(u, v))] for v in below])
+            u: torch.cat([self._tap(gradient, u, v) for v in below])
             for u in product(*map(range, self.span))
         }
 
@@ -116,8 +116,12 @@ class Arrangement:
             k += part[(slice(None), *(slice(a, a + n) for a, n in zip(v, out, strict=True)))]
         return k.movedim(-1, 0) / len(below)
 
-    def _tap(self, u: Place, v: Place) -> Place:
-        return tuple(a + b * s for a, b, s in zip(u, v, self.step, strict=True))
+    def _tap(self, gradient: Tensor, u: Place, v: Place) -> Tensor:
+        """G_{u + v}, [F, C]."""
+        place = [a + b * s for a, b, s in zip(u, v, self.step, strict=True)]
+        for number in place:  # each selection takes its axis away
+            gradient = gradient.select(2, number)
+        return gradient
 
 
 def arrangements(geometry: Geometry, space: tuple[int, ...]) -> list[Arrangement]:

@@ -43,7 +43,8 @@ class Relation:
 
     def step(self, v: Tensor) -> Tensor:
         """For each column v [r, n] its w."""
-        return self.after @ torch.linalg.lstsq(self.before, v).solution
+        combined: Tensor = torch.linalg.lstsq(self.before, v).solution
+        return self.after @ combined
 
     def first(self, length: int) -> tuple[Tensor, float]:
         """Where the chains of that length begin, [r, pairs/(length − 1)], and the weakest gap.

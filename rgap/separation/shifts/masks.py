@@ -1,0 +1,112 @@
+"""Γ from what rectifiers do to cotangents that are known above them: a linear problem.
+
+A ReLU above the convolution passes each entry of the cotangent k or stops it, so that of a sample
+
+    K̃ g = k ⊙ u,    u ∈ {0, 1},    hence    (K̃ g)² = k ⊙ (K̃ g)    entry by entry,
+
+with K̃ the cotangents up to Γ and g its column of Γ.  That is quadratic in the B numbers of g, and
+linear in the B(B + 1)/2 products g gᵀ and in g: one null vector of a matrix with a row for every
+entry of k.  No start, no search.  (Such a lifting is usual in phase retrieval and in blind
+separation of signals with constant modulus, van der Veen and Paulraj 1996.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rgap.separation.batch import Unseparated
+from rgap.solvers.limits import SMALL_GAP
+from rgap.solvers.svd import right_singular_vectors
+from rgap.solvers.tall import tall_qr
+
+__all__ = ["Masked", "gauge_by_masks"]
+
+DECIDED = 0.25  # distance from 0 or 1 below which an entry of a mask is one of them: half of a half
+
+
+@dataclass(frozen=True)
+class Masked:
+    """Γ, and which entries of the cotangent above each sample's rectifier let through.
+
+    Attributes:
+        gauge: Γ [B, B], a column a sample.
+        open: u, bool [B, F, *out]; meaningless where the cotangent above is 0.
+        distance: largest distance of an entry of u from 0 or 1, over what the error of k allows.
+        gap: smallest gap between the null vector of a sample and the next singular value.
+    """
+
+    gauge: Tensor
+    open: Tensor
+    distance: float
+    gap: float
+
+    @property
+    def inverse(self) -> Tensor:
+        """Γ⁻¹, which mixes the inputs."""
+        return torch.linalg.inv(self.gauge)
+
+
+def gauge_by_masks(cotangents: Tensor, above: Tensor, error: float = 0.0) -> Masked | Unseparated:
+    """Γ of cotangents K̃ that are those above, each entry passed or stopped.
+
+    Args:
+        cotangents: K̃ [B, F, *out], of a convolution whose output passes through a rectifier; with
+            what is constant between the two (batch norm in eval form) divided out.
+        above: k [B, F, *out], at the output of the rectifier, in any order of the samples.
+        error: standard error of an entry of k.
+
+    Returns:
+        The :class:`Masked`, samples in the order of ``above``, or an :class:`Unseparated`.
+
+    >>> generator = torch.Generator().manual_seed(0)
+    >>> k = torch.randn(2, 30, 1, dtype=torch.float64, generator=generator).expand(2, 30, 8)
+    >>> u = torch.rand(2, 30, 8, generator=generator) < 0.5
+    >>> mixed = torch.einsum("ab,bfp->afp", torch.tensor([[1.0, 2], [3, 4]]).double(), k * u)
+    >>> told = gauge_by_masks(mixed, k)
+    >>> bool((told.open == u).all())
+    True
+    """
+    batch = len(cotangents)
+    basis, upper = tall_qr(cotangents.flatten(1).T)
+    columns, weakest, furthest = [], float("inf"), 0.0
+    masks = torch.zeros(above.shape, dtype=torch.bool, device=above.device)
+    for sample, k in enumerate(above.flatten(1)):
+        g, gap = _column(basis, k)
+        passed = basis @ g
+        known = k.abs() > 0
+        size = float((k * passed.pow(3)).sum() / passed.pow(4).sum())
+        share = torch.where(known, size * passed / torch.where(known, k, 1.0), 0.0)
+        masks[sample] = (share > 0.5).reshape(above.shape[1:])
+        own = (share - masks[sample].flatten().to(share)).abs()
+        doubt = own - error * share.abs() / k.abs().clamp_min(1e-300)
+        far, weakest = float(doubt[known].max()), min(weakest, gap)
+        furthest = max(furthest, far)
+        if gap < SMALL_GAP:
+            return Unseparated(f"no mask of sample {sample} stands out (gap {gap:.1f})")
+        if far > DECIDED:
+            return Unseparated(f"an entry of the mask of sample {sample} is {far:.2f} off 0 or 1")
+        columns.append(size * g)
+    gauge = torch.linalg.solve_triangular(upper, torch.stack(columns, 1), upper=True)
+    ends = torch.linalg.svdvals(torch.stack(columns, 1))
+    if float(ends[-1]) < torch.finfo(gauge.dtype).eps * batch * float(ends[0]):
+        return Unseparated("two samples have one mask")
+    return Masked(gauge, masks, furthest, weakest)
+
+
+def _column(basis: Tensor, k: Tensor) -> tuple[Tensor, float]:
+    """Direction g of one sample in an orthonormal basis [n, B], and the gap that it stands out by."""
+    size = basis.shape[1]
+    first, second = torch.triu_indices(size, size, device=basis.device)
+    products = basis[:, first] * basis[:, second]
+    products = products * torch.where(first == second, 1.0, 2.0).to(basis)
+    linear = -k[:, None] * basis
+    scale = linear.norm() / products.norm().clamp_min(1e-300)
+    values, vh = right_singular_vectors(torch.cat([scale * products, linear], 1))
+    lifted = basis.new_zeros(size, size)
+    lifted[first, second] = lifted[second, first] = vh[-1, : len(first)]
+    eigenvalues, vectors = torch.linalg.eigh(lifted)
+    gap = float(values[-2] / values[-1].clamp_min(1e-300))
+    return vectors[:, int(eigenvalues.abs().argmax())], gap
