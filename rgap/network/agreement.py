@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import chain, islice
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from rgap import validation
-from rgap.network.graph import Link, links
+from rgap.network.graph import links
 from rgap.network.isolation import untouched
 from rgap.network.probing import Shape, UnreadyError
 from rgap.network.running import first_line
@@ -21,8 +22,23 @@ SQUARE = 65  # sides that are tried one by one; beyond, only usual ones
 LARGE = (80, 84, 96, 112, 128, 144, 160, 192, 224, 227, 256, 299, 320, 384, 448, 512)
 
 
+class Runs(Protocol):
+    """A step, or all of them at once."""
+
+    @property
+    def name(self) -> str:
+        """Its path in the model."""
+
+    @property
+    def in_shape(self) -> Shape:
+        """Of one sample that it takes."""
+
+    def forward(self, x: Tensor, /) -> Tensor:
+        """The step itself."""
+
+
 def disagreement(
-    model: nn.Module, steps: Sequence[Link], shape: Shape, *, complete: bool
+    model: nn.Module, steps: Sequence[Runs], shape: Shape, *, complete: bool
 ) -> str | None:
     """Why a chain is not what its model computes, or None.
 
@@ -64,7 +80,7 @@ def disagreement(
 
 def _difference(
     model: nn.Module,
-    steps: Sequence[Link],
+    steps: Sequence[Runs],
     shape: Shape,
     entry: str | None,
 ) -> float | None:

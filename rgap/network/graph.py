@@ -63,7 +63,7 @@ def links(model: nn.Module, shape: Shape) -> tuple[list[Link], Barrier | None, S
         what = type(result).__name__.removeprefix("immutable_")
         reason = f"it returns a {what} instead of one tensor; write a forward that returns one"
         return [], Barrier("output", kind, reason, ADVICE_NONE), ()
-    live = _ancestors(result)
+    live = ancestors(result)
     inputs = [node for node in graph.nodes if node.op == "placeholder" and node in live]
     starred = any(str(node.target).startswith("*") for node in inputs)
     if len(inputs) != 1 or starred:
@@ -77,7 +77,8 @@ def links(model: nn.Module, shape: Shape) -> tuple[list[Link], Barrier | None, S
     return pieces, barrier, out
 
 
-def _ancestors(node: fx.Node) -> set[fx.Node]:
+def ancestors(node: fx.Node) -> set[fx.Node]:
+    """The node and all that its value depends on."""
     seen: set[fx.Node] = set()
     todo = [node]
     while todo:
@@ -146,7 +147,7 @@ def _overwritten(model: nn.Module, graph: fx.Graph, live: set[fx.Node]) -> dict[
                 f"'{path_of(model, node)}' changes it in place and its result is not used, which "
                 "the graph cannot show; write x = f(x) instead of f(x)"
             )
-            reasons.update(dict.fromkeys(_ancestors(node) - {node}, reason))
+            reasons.update(dict.fromkeys(ancestors(node) - {node}, reason))
     return reasons
 
 

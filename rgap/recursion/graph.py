@@ -1,0 +1,302 @@
+"""Down a directed graph by gradient constraints alone: what wide networks give away.
+
+A value is solved once every cotangent above it is known: the gradients of all layers that read it
+are linear equations for it, ``K u = G``, and in wide layers K has full column rank.  Nothing is
+inverted; activation, sum, normalisation and pooling only pass cotangents down.  The mask of a
+rectifier is the sign of what it gives, where that was solved; above the highest solved value it is
+read off the convolution below (:mod:`rgap.separation.shifts`).
+
+Source: gradient constraints alone down a chain of one sample are R-CONV (Eltaras et al. 2024).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from rgap.constraints import gradient_constraint, gradient_rows, weight_constraint
+from rgap.constraints.known_input import matrix_noise
+from rgap.halt import Halt
+from rgap.jacobian.layer import each
+from rgap.limits import DETERMINED, FITS, TRUSTED
+from rgap.network.activations import Activation
+from rgap.network.affine import Affine
+from rgap.network.flow import Flow
+from rgap.precision import Estimate, Precision
+from rgap.recursion.steps import through
+from rgap.separation.shifts.masks import Masked, gauge_by_masks
+from rgap.separation.shifts.positions import Positions, tell_positions_apart
+from rgap.solvers.kronecker import Kronecker, factor
+from rgap.solvers.rank import Rank
+
+__all__ = ["GraphDescent", "descend_graph"]
+
+
+@dataclass
+class GraphDescent:
+    """What is known of the values of a network.
+
+    Attributes:
+        values: by place, those that gradients determine, [B, *shape].
+        cotangents: by place, ∂L/∂value.
+        masks: by place of a rectifier, what it lets through, as 0 and 1.
+        shifts: places of convolutions whose gradients told the positions apart.
+        ends: by place, why nothing is known of it or below it.
+    """
+
+    values: dict[int, Estimate] = field(default_factory=dict)
+    cotangents: dict[int, Estimate] = field(default_factory=dict)
+    masks: dict[int, Tensor] = field(default_factory=dict)
+    shifts: list[int] = field(default_factory=list)
+    ends: dict[int, str] = field(default_factory=dict)
+
+
+def descend_graph(
+    flow: Flow,
+    gradients: Mapping[str, Tensor],
+    top: Estimate,
+    precision: Precision,
+    watch: Callable[[str], None] | None = None,
+) -> GraphDescent:
+    """From the cotangent at the output down to the lowest values that gradients determine.
+
+    Args:
+        flow: the network.
+        gradients: by parameter name, float64.
+        top: ∂L/∂output [B, *output_shape] with its ensemble.
+        precision: of the update.
+        watch: told the name of each value that is solved.
+    """
+    walk = _Walk(flow, gradients, precision, watch or (lambda name: None))
+    while walk.down(top):
+        pass
+    return walk.state
+
+
+class _Walk:
+    def __init__(
+        self,
+        flow: Flow,
+        gradients: Mapping[str, Tensor],
+        precision: Precision,
+        watch: Callable[[str], None],
+    ) -> None:
+        self.flow, self.gradients, self.precision = flow, gradients, precision
+        self.watch, self.state = watch, GraphDescent()
+        self.behind: dict[int, int] = {}  # cotangents that are known up to the mask of a rectifier
+
+    def down(self, top: Estimate) -> bool:
+        """One pass; True if a mask was read off below its rectifier, so that the next goes on."""
+        nodes, state = self.flow.nodes, self.state
+        state.cotangents, state.ends, self.behind = {len(nodes) - 1: top}, {}, {}
+        for place in reversed(range(len(nodes))):
+            node = nodes[place]
+            if place not in state.ends:
+                if place in self.behind and isinstance(node.link, Affine):
+                    why = self.unmask(place, node.link)
+                    if why is None:
+                        return True
+                    state.ends[place] = why
+                elif place not in self.behind:
+                    self.solve(place)
+            passed = None if place in state.ends or not place else self.passed(place)
+            for number, source in enumerate(node.sources):
+                if passed is None:
+                    state.ends.setdefault(source, f"the cotangent at '{node.name}' is not known")
+                else:
+                    self.push(source, passed[number], place)
+        return False
+
+    def push(self, source: int, k: Estimate, user: int) -> None:
+        """Add what a user sends to the cotangent of what it reads."""
+        known, state = self.state.cotangents.get(source), self.state
+        mask = user if self.unopened(user) else self.behind.get(user)
+        if known is not None and (mask is not None or source in self.behind):
+            rectifier = self.flow.nodes[self.behind[source] if mask is None else mask].name
+            state.ends[source] = f"what '{rectifier}' lets through is not known"
+        elif known is None:
+            state.cotangents[source] = k
+            if mask is not None:
+                self.behind[source] = mask
+        else:
+            state.cotangents[source] = Estimate(known.value + k.value, known.error + k.error)
+
+    def unopened(self, place: int) -> bool:
+        """True at a rectifier of which neither the output nor the mask is known."""
+        link = self.flow.nodes[place].link
+        rectifier = isinstance(link, Activation) and link.one_sided
+        return rectifier and place not in self.state.masks and place not in self.state.values
+
+    def passed(self, place: int) -> list[Estimate] | None:
+        """The cotangents at the sources of a node; None, with the reason noted, where it ends."""
+        node, state, k = self.flow.nodes[place], self.state, self.state.cotangents[place]
+        link = node.link
+        if link is None:
+            sizes = [self.flow.nodes[source].shape[0] for source in node.sources]
+            parts = zip(node.spread(k.value, sizes), node.spread(k.error, sizes), strict=True)
+            return [Estimate(value, error) for value, error in parts]
+        if isinstance(link, Affine) or (link.affine and link.barrier is None):
+            return [Estimate(link.adjoint(k.value), each(link.adjoint, k.error))]
+        if not isinstance(link, Activation) or link.barrier is not None:
+            state.ends[place] = link.barrier or f"'{node.name}' ({link.kind}) is not inverted"
+            return None
+        if place in state.masks:
+            open_ = state.masks[place].to(k.value)
+            return [Estimate(k.value * open_, k.error * open_)]
+        if place in state.values:
+            taken = through((link,), state.values[place], k, self.precision)
+            assert not isinstance(taken, Halt)
+            z, below = taken
+            if bool(z.known.all()):
+                state.values.setdefault(node.sources[0], z)
+            return [below]
+        if link.one_sided and place not in self.behind:
+            return [k]  # behind a mask that the convolution below may tell
+        state.ends[place] = f"the output of '{node.name}' is not determined"
+        return None
+
+    def unmask(self, place: int, affine: Affine) -> str | None:
+        """Read the mask of a rectifier above off the positions of a convolution, or say why not."""
+        state, k = self.state, self.state.cotangents[place]
+        rectifier = self.behind[place]
+        if affine.geometry is None or affine.geometry.groups != 1:
+            return f"'{affine.name}' is no convolution that tells what a rectifier lets through"
+        gradient = affine.sent(self.gradients)
+        noise = self.precision.noise_rms(affine.weight_name, gradient)
+        noise += self.precision.unit * float(gradient.square().mean().sqrt())
+        told = tell_positions_apart(affine, gradient, noise)
+        if not isinstance(told, Positions):
+            return told.reason
+        if told.batch != len(k.value):
+            return f"'{affine.name}' tells {told.batch} samples apart, expected {len(k.value)}"
+        masked = gauge_by_masks(told.cotangents, k.value, float(k.std.square().mean().sqrt()))
+        if not isinstance(masked, Masked):
+            return masked.reason
+        state.masks[rectifier] = masked.open.to(k.value)
+        state.shifts.append(place)
+        return None
+
+    def solve(self, place: int) -> None:
+        """The value, from the gradients of all layers that read it, if these determine it."""
+        state, readers = self.state, list[tuple[Affine, Estimate]]()
+        if place in state.values:
+            return
+        for user in self.flow.users(place):
+            node = self.flow.nodes[user]
+            known = user in state.cotangents and user not in state.ends and user not in self.behind
+            if isinstance(node.link, Affine) and known and not node.shared:
+                if self.precision.sent(node.link.weight_name):
+                    readers.append((node.link, state.cotangents[user]))
+        if not readers:
+            return
+        found = from_gradients(readers, self.gradients, self.precision)
+        if isinstance(found, Estimate):
+            state.values[place] = found
+            self.watch(self.flow.nodes[place].name)
+        elif self.flow.nodes[place].link is not None:
+            state.ends[place] = found
+
+
+def from_gradients(
+    readers: Sequence[tuple[Affine, Estimate]],
+    gradients: Mapping[str, Tensor],
+    precision: Precision,
+) -> Estimate | str:
+    """The input that several layers read, from all their gradients, or why these leave it open.
+
+    Args:
+        readers: layers, each with the cotangent k at its output.
+        gradients: by parameter name.
+        precision: of the update.
+    """
+    stack = _Stack(readers, gradients, precision)
+    rows, size = stack.whole.matrix.shape[1:]
+    if rows < size:
+        return f"{stack.names}: {rows} equations for {size} unknowns of a channel"
+    weights = stack.whole.matrix.new_ones(stack.whole.matrix.shape[:2])
+    for _ in range(2):  # once to see how large the errors of the rows are, once weighed by them
+        made = factor(stack.whole, weights, None, None)
+        if made is None or not made.condition <= TRUSTED:
+            rank = stack.rank()
+            return f"{stack.names}: rank {rank.rank} for {rank.size} unknowns"
+        main = stack.weighed(stack.sent, weights)
+        table, _ = made.solve((main, None), tolerance=max(1e-15, 1e-3 * precision.unit))
+        u = stack.fold(table)
+        weights = stack.weights(u)
+    if made.smallest * DETERMINED <= 1.0:
+        return f"{stack.names}: a direction is known to {1.0 / made.smallest:.1e} only"
+    gap = stack.weighed(
+        stack.sent - stack.rows([a.weight_gradient(u, k.value) for a, k in readers]), weights
+    )
+    misfit = float(gap.square().mean().sqrt())
+    if misfit > FITS:
+        return f"{stack.names}: the gradients contradict each other by {misfit:.1e} errors"
+    members = stack.weighed(stack.perturbed(u), weights)
+    errors = stack.fold(made.precondition(made.adjoint((members, None))))
+    return Estimate(u, errors.reshape(-1, *u.shape))
+
+
+class _Stack:
+    """The gradient constraints of several layers that read one value."""
+
+    def __init__(
+        self,
+        readers: Sequence[tuple[Affine, Estimate]],
+        gradients: Mapping[str, Tensor],
+        precision: Precision,
+    ) -> None:
+        first, k = readers[0]
+        self.readers, self.precision = readers, precision
+        self.names = " and ".join(f"'{affine.name}'" for affine, _ in readers)
+        self.blocks = [gradient_constraint(affine, k.value) for affine, k in readers]
+        self.whole = Kronecker(torch.cat([b.matrix for b in self.blocks], 1), first.in_shape[0])
+        self.fold = weight_constraint(first, len(k.value)).fold
+        self.sent = self.rows([affine.sent(gradients) for affine, _ in readers])
+        self.stds = list[Tensor]()
+
+    def rows(self, parts: Sequence[Tensor]) -> Tensor:
+        """Gradients of all layers as right-hand sides, [..., C, rows]."""
+        layers = [affine for affine, _ in self.readers]
+        return torch.cat([gradient_rows(a, g) for a, g in zip(layers, parts, strict=True)], -1)
+
+    def rank(self) -> Rank:
+        """That of all constraints, against the errors of the cotangents."""
+        known = zip(self.blocks, self.readers, strict=True)
+        noises = [matrix_noise(block, k, self.precision) for block, (_, k) in known]
+        return self.whole.rank(noise=max(noises))
+
+    def weights(self, u: Tensor) -> Tensor:
+        """One over the standard errors of the rows, those of a filter alike, [groups, rows]."""
+        groups, parts = len(self.whole.matrix), []
+        for affine, k in self.readers:
+            squares = affine.weight_gradient(u.square(), k.value.square())
+            std = self.precision.update_std(affine.weight_name, squares)
+            self.stds.append(std)
+            variance = std.square()
+            for error in k.error:
+                variance += affine.weight_gradient(u, error).square() / len(k.error)
+            table = gradient_rows(affine, variance)
+            filters = affine.weight.shape[0] // groups
+            own = table.reshape(groups, -1, filters, table.shape[-1] // filters).mean((1, 3))
+            parts.append(own.repeat_interleave(table.shape[-1] // filters, 1))
+        self.stds = self.stds[-len(self.readers) :]
+        return torch.cat(parts, 1).sqrt().clamp_min(1e-300).reciprocal()
+
+    def weighed(self, rows: Tensor, weights: Tensor) -> Tensor:
+        """Rows [..., C, rows] times their weights, [S, C, rows]."""
+        per_channel = weights.repeat_interleave(rows.shape[-2] // len(weights), 0)
+        return (rows * per_channel).reshape(-1, *rows.shape[-2:])
+
+    def perturbed(self, u: Tensor) -> Tensor:
+        """What draws of the update's own errors and errors of k do to the rows, [S, C, rows]."""
+        members = []
+        for member in range(len(self.readers[0][1].error)):
+            parts = []
+            for (affine, k), std in zip(self.readers, self.stds, strict=True):
+                noise = self.precision.normal(std, samples=1)[0]
+                parts.append(noise - affine.weight_gradient(u, k.error[member]))
+            members.append(self.rows(parts))
+        return torch.stack(members)
