@@ -75,29 +75,25 @@ class Halt:
         return None if self.unknowns is None or self.rank is None else self.unknowns - self.rank
 
     @classmethod
+    def short(cls, stage: str, what: str, unknowns: int, missing: int) -> Halt:
+        """Fewer equations than unknowns; the reason is ``what`` with their number behind it."""
+        reason = f"{what}: {missing} equations are missing"
+        return cls(HaltKind.DEFICIENT, stage, reason, unknowns, unknowns - missing)
+
+    @classmethod
     def deficient(cls, stage: str, rank: int, unknowns: int) -> Halt:
         """The equations of a layer have too low a rank."""
-        return cls(
-            HaltKind.DEFICIENT,
-            stage,
-            f"the equations of '{stage}' have rank {rank} for {unknowns} unknowns: "
-            f"{unknowns - rank} equations are missing",
-            unknowns,
-            rank,
-        )
+        what = f"the equations of '{stage}' have rank {rank} for {unknowns} unknowns"
+        return cls.short(stage, what, unknowns, unknowns - rank)
 
     @classmethod
     def unsent(cls, stage: str, rank: int, unknowns: int) -> Halt:
         """The gradient of a layer was not sent, and its weights alone do not fix its input."""
-        return cls(
-            HaltKind.DEFICIENT,
-            stage,
+        what = (
             f"the gradient of '{stage}' was not sent (frozen on the client), and its weight "
-            f"constraints alone have rank {rank} for {unknowns} unknowns: {unknowns - rank} "
-            "equations are missing",
-            unknowns,
-            rank,
+            f"constraints alone have rank {rank} for {unknowns} unknowns"
         )
+        return cls.short(stage, what, unknowns, unknowns - rank)
 
     @classmethod
     def ill_conditioned(cls, stage: str, unknowns: int) -> Halt:
@@ -131,26 +127,14 @@ class Halt:
     @classmethod
     def narrowing(cls, step: str, kind: str, batch: int, taken: int, given: int) -> Halt:
         """A linear step that gives fewer values than it takes, for every sample of a batch."""
-        missing = batch * (taken - given)
-        return cls(
-            HaltKind.DEFICIENT,
-            step,
-            f"'{step}' ({kind}) maps {taken} values to {given}: {missing} equations are missing",
-            batch * taken,
-            batch * given,
-        )
+        what = f"'{step}' ({kind}) maps {taken} values to {given}"
+        return cls.short(step, what, batch * taken, batch * (taken - given))
 
     @classmethod
     def cut(cls, step: str, kind: str, unknowns: int, missing: int) -> Halt:
         """A ReLU of the data themselves sets some of them to 0."""
-        return cls(
-            HaltKind.DEFICIENT,
-            step,
-            f"'{step}' ({kind}) sets {missing} values of the data to 0: {missing} equations are "
-            "missing",
-            unknowns,
-            unknowns - missing,
-        )
+        what = f"'{step}' ({kind}) sets {missing} values of the data to 0"
+        return cls.short(step, what, unknowns, missing)
 
     @classmethod
     def unread(cls, stage: str, unknowns: int, missing: int) -> Halt:

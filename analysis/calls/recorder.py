@@ -21,10 +21,9 @@ from torch.overrides import TorchFunctionMode
 from rgap.analysis.calls.step_kinds import CHOOSE, CHOOSE_BY_INDEX, POINTWISE
 from rgap.analysis.calls.substitutes import SUBSTITUTES
 from rgap.analysis.calls.uses import CONVOLUTIONS, Event, Node, Recording, Use
-from rgap.network.agreement import refuse_meta
 from rgap.network.geometry import Geometry
 from rgap.network.isolation import bare_copy
-from rgap.network.running import first_line, looks_up
+from rgap.network.running import first_line, looks_up, refuse_meta
 from rgap.network.watching import LayerCall, watched
 
 __all__ = ["record", "refusal", "structural_twin", "uncounted"]
