@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
+
+from rgap.solvers.solution import Explained
 
 __all__ = ["Halt", "HaltKind"]
 
 
-class HaltKind(Enum):
+class HaltKind(Explained):
     """What ended an inversion; the value says it in words."""
 
     POOL = "a pool that keeps less than its windows: a winner without its place, a norm"
@@ -22,11 +23,6 @@ class HaltKind(Enum):
     ILL_CONDITIONED = "full rank, but directions stay open at the precision of the update"
     UNSOLVED = "solves from different starts end at different answers, and nobody counted the rank"
     CONTRADICTION = "equations that contradict each other"
-
-    @property
-    def explanation(self) -> str:
-        """The kind in words."""
-        return str(self.value)
 
     @property
     def supported(self) -> bool:
