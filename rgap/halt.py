@@ -94,26 +94,21 @@ class Halt:
     @classmethod
     def ill_conditioned(cls, stage: str, unknowns: int) -> Halt:
         """They have full rank, but not at this precision."""
-        return cls(
-            HaltKind.ILL_CONDITIONED,
-            stage,
+        reason = (
             f"the equations of '{stage}' have full rank {unknowns}, but at the precision of what "
-            "is known above them some directions stay open",
-            unknowns,
-            unknowns,
+            "is known above them some directions stay open"
         )
+        return cls(HaltKind.ILL_CONDITIONED, stage, reason, unknowns, unknowns)
 
     @classmethod
     def unsolved(cls, stage: str, unknowns: int) -> Halt:
         """Nobody counted the rank, and two iterative solves disagree."""
-        return cls(
-            HaltKind.UNSOLVED,
-            stage,
+        reason = (
             f"two solves of the {unknowns} unknowns of '{stage}' from different starts end at "
             "different answers: directions are open, or too badly conditioned for LSMR; a larger "
-            "memory_budget counts them",
-            unknowns,
+            "memory_budget counts them"
         )
+        return cls(HaltKind.UNSOLVED, stage, reason, unknowns)
 
     @classmethod
     def contradiction(cls, stage: str) -> Halt:
@@ -135,13 +130,8 @@ class Halt:
     @classmethod
     def unread(cls, stage: str, unknowns: int, missing: int) -> Halt:
         """No kernel of the first layer reads some of the data."""
-        return cls(
-            HaltKind.DEFICIENT,
-            stage,
-            f"no kernel of '{stage}' reads {missing} values of the data",
-            unknowns,
-            unknowns - missing,
-        )
+        reason = f"no kernel of '{stage}' reads {missing} values of the data"
+        return cls(HaltKind.DEFICIENT, stage, reason, unknowns, unknowns - missing)
 
     @property
     def numbers(self) -> dict[str, object]:

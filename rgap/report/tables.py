@@ -186,7 +186,7 @@ def joint_table(answer: Identifiability) -> Table:
             row.layer,
             row.kind,
             f"{row.equations:,}",
-            "–" if row.own_nullity is None else f"{row.own_nullity:,}",
+            _count(row.own_nullity),
             f"{'' if row.exact else '≤ '}{row.rank:,}",
             f"{row.gain:,}",
         )
@@ -264,5 +264,5 @@ def _missing(report: LayerReport) -> Text:
     return Text(f"{report.nullity:,}", style="bold yellow" if report.nullity else "green")
 
 
-def _count(rank: int | None) -> str:
-    return "–" if rank is None else f"{rank:,}"
+def _count(number: int | None) -> str:
+    return "–" if number is None else f"{number:,}"
