@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
+
+from rgap.solvers.solution import Explained
 
 __all__ = ["Halt", "HaltKind"]
 
 
-class HaltKind(Enum):
+class HaltKind(Explained):
     """What ended an inversion; the value says it in words."""
 
     POOL = "a pool that keeps less than its windows: a winner without its place, a norm"
@@ -22,11 +23,6 @@ class HaltKind(Enum):
     ILL_CONDITIONED = "full rank, but directions stay open at the precision of the update"
     UNSOLVED = "solves from different starts end at different answers, and nobody counted the rank"
     CONTRADICTION = "equations that contradict each other"
-
-    @property
-    def explanation(self) -> str:
-        """The kind in words."""
-        return str(self.value)
 
     @property
     def supported(self) -> bool:
@@ -75,53 +71,44 @@ class Halt:
         return None if self.unknowns is None or self.rank is None else self.unknowns - self.rank
 
     @classmethod
+    def short(cls, stage: str, what: str, unknowns: int, missing: int) -> Halt:
+        """Fewer equations than unknowns; the reason is ``what`` with their number behind it."""
+        reason = f"{what}: {missing} equations are missing"
+        return cls(HaltKind.DEFICIENT, stage, reason, unknowns, unknowns - missing)
+
+    @classmethod
     def deficient(cls, stage: str, rank: int, unknowns: int) -> Halt:
         """The equations of a layer have too low a rank."""
-        return cls(
-            HaltKind.DEFICIENT,
-            stage,
-            f"the equations of '{stage}' have rank {rank} for {unknowns} unknowns: "
-            f"{unknowns - rank} equations are missing",
-            unknowns,
-            rank,
-        )
+        what = f"the equations of '{stage}' have rank {rank} for {unknowns} unknowns"
+        return cls.short(stage, what, unknowns, unknowns - rank)
 
     @classmethod
     def unsent(cls, stage: str, rank: int, unknowns: int) -> Halt:
         """The gradient of a layer was not sent, and its weights alone do not fix its input."""
-        return cls(
-            HaltKind.DEFICIENT,
-            stage,
+        what = (
             f"the gradient of '{stage}' was not sent (frozen on the client), and its weight "
-            f"constraints alone have rank {rank} for {unknowns} unknowns: {unknowns - rank} "
-            "equations are missing",
-            unknowns,
-            rank,
+            f"constraints alone have rank {rank} for {unknowns} unknowns"
         )
+        return cls.short(stage, what, unknowns, unknowns - rank)
 
     @classmethod
     def ill_conditioned(cls, stage: str, unknowns: int) -> Halt:
         """They have full rank, but not at this precision."""
-        return cls(
-            HaltKind.ILL_CONDITIONED,
-            stage,
+        reason = (
             f"the equations of '{stage}' have full rank {unknowns}, but at the precision of what "
-            "is known above them some directions stay open",
-            unknowns,
-            unknowns,
+            "is known above them some directions stay open"
         )
+        return cls(HaltKind.ILL_CONDITIONED, stage, reason, unknowns, unknowns)
 
     @classmethod
     def unsolved(cls, stage: str, unknowns: int) -> Halt:
         """Nobody counted the rank, and two iterative solves disagree."""
-        return cls(
-            HaltKind.UNSOLVED,
-            stage,
+        reason = (
             f"two solves of the {unknowns} unknowns of '{stage}' from different starts end at "
             "different answers: directions are open, or too badly conditioned for LSMR; a larger "
-            "memory_budget counts them",
-            unknowns,
+            "memory_budget counts them"
         )
+        return cls(HaltKind.UNSOLVED, stage, reason, unknowns)
 
     @classmethod
     def contradiction(cls, stage: str) -> Halt:
@@ -131,37 +118,20 @@ class Halt:
     @classmethod
     def narrowing(cls, step: str, kind: str, batch: int, taken: int, given: int) -> Halt:
         """A linear step that gives fewer values than it takes, for every sample of a batch."""
-        missing = batch * (taken - given)
-        return cls(
-            HaltKind.DEFICIENT,
-            step,
-            f"'{step}' ({kind}) maps {taken} values to {given}: {missing} equations are missing",
-            batch * taken,
-            batch * given,
-        )
+        what = f"'{step}' ({kind}) maps {taken} values to {given}"
+        return cls.short(step, what, batch * taken, batch * (taken - given))
 
     @classmethod
     def cut(cls, step: str, kind: str, unknowns: int, missing: int) -> Halt:
         """A ReLU of the data themselves sets some of them to 0."""
-        return cls(
-            HaltKind.DEFICIENT,
-            step,
-            f"'{step}' ({kind}) sets {missing} values of the data to 0: {missing} equations are "
-            "missing",
-            unknowns,
-            unknowns - missing,
-        )
+        what = f"'{step}' ({kind}) sets {missing} values of the data to 0"
+        return cls.short(step, what, unknowns, missing)
 
     @classmethod
     def unread(cls, stage: str, unknowns: int, missing: int) -> Halt:
         """No kernel of the first layer reads some of the data."""
-        return cls(
-            HaltKind.DEFICIENT,
-            stage,
-            f"no kernel of '{stage}' reads {missing} values of the data",
-            unknowns,
-            unknowns - missing,
-        )
+        reason = f"no kernel of '{stage}' reads {missing} values of the data"
+        return cls(HaltKind.DEFICIENT, stage, reason, unknowns, unknowns - missing)
 
     @property
     def numbers(self) -> dict[str, object]:

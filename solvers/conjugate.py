@@ -58,25 +58,27 @@ def cgls(
     residual = rhs.clone()
     slope = adjoint(residual)
     x = torch.zeros_like(slope)
-    direction, size = slope.clone(), _squares(slope)
+    direction, size = slope.clone(), dots(slope, slope)
     first = size.clone()
     for iteration in range(limit):
         if bool((size <= tolerance**2 * first).all()):
             return Iterates(x, iteration, True)
         image = apply(direction)
-        step = size / _squares(image).clamp_min(1e-300)
-        x = x + _times(step, direction)
-        residual = residual - _times(step, image)
+        step = size / dots(image, image).clamp_min(1e-300)
+        x = x + times(step, direction)
+        residual = residual - times(step, image)
         slope = adjoint(residual)
-        fresh = _squares(slope)
-        direction = slope + _times(fresh / size.clamp_min(1e-300), direction)
+        fresh = dots(slope, slope)
+        direction = slope + times(fresh / size.clamp_min(1e-300), direction)
         size = fresh
     return Iterates(x, limit, bool((size <= tolerance**2 * first).all()))
 
 
-def _squares(x: Tensor) -> Tensor:
-    return x.flatten(1).square().sum(1)
+def dots(a: Tensor, b: Tensor) -> Tensor:
+    """⟨a, b⟩ of each of S tensors, [S, ...] → [S]."""
+    return (a.flatten(1) * b.flatten(1)).sum(1)
 
 
-def _times(factor: Tensor, x: Tensor) -> Tensor:
+def times(factor: Tensor, x: Tensor) -> Tensor:
+    """Each of S tensors times its own factor, [S] and [S, ...]."""
     return x * factor.reshape(-1, *([1] * (x.ndim - 1)))

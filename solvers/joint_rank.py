@@ -340,19 +340,3 @@ def rank_on_open(
     rank = own.rank + kept.numel()
     gap = smallest / dropped if dropped > 0 else inf
     return Rank.agreed(rank, total, cutoff=cutoff, gap=gap, smallest=smallest)
-
-
-def joint_rank(
-    gradient: Kronecker,
-    sample_rows: Sequence[Tensor],
-    rcond: float | None = None,
-    noise: float = 0.0,
-    shared: Callable[[], Tensor] | None = None,
-) -> Rank:
-    """Rank of [I_C ⊗ K; I_B ⊗ W] by principal angles; arguments as for :class:`JointRows`."""
-    _, rows, size = gradient.matrix.shape
-    total = gradient.channels * size
-    if sum(len(q) for q in sample_rows) == total:  # W fixes everything, no angle is asked for
-        cutoff = resolve_rcond(rcond, (rows, size), noise=noise)
-        return Rank.full(total, cutoff=cutoff)
-    return JointRows(gradient, sample_rows, rcond, noise, shared).rank

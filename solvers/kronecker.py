@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from rgap.solvers.conjugate import dots, times
 from rgap.solvers.positive import backsolve, cholesky_in_place, extremes
 from rgap.solvers.rank import Rank, numerical_rank, resolve_rcond
 from rgap.solvers.svd import singular_values
@@ -163,29 +164,29 @@ class Factor:
         residual = _subtract(rhs, self.apply(x))
         gradient = self.adjoint(residual)
         z = self.precondition(gradient)
-        direction, energy = z, _dot(gradient, z)
+        direction, energy = z, dots(gradient, z)
         best = energy.clone()
         for step in range(iterations):
             image = self.apply(direction)
-            curvature = _dot(image[0], image[0])
+            curvature = dots(image[0], image[0])
             if image[1] is not None:
-                curvature = curvature + _dot(image[1], image[1])
+                curvature = curvature + dots(image[1], image[1])
             alpha = torch.where(curvature > 0, energy / curvature.clamp_min(1e-300), energy * 0)
-            update = _scale(alpha, direction)
+            update = times(alpha, direction)
             x = x + update
             change = update.flatten(1).norm(dim=1) / x.flatten(1).norm(dim=1).clamp_min(1e-300)
             if float(change.max()) < tolerance:
                 return x, step + 1
-            second = None if image[1] is None else _scale(alpha, image[1])
-            residual = _subtract(residual, (_scale(alpha, image[0]), second))
+            second = None if image[1] is None else times(alpha, image[1])
+            residual = _subtract(residual, (times(alpha, image[0]), second))
             gradient = self.adjoint(residual)
             z = self.precondition(gradient)
-            fresh = _dot(gradient, z)
+            fresh = dots(gradient, z)
             # Rounding ends the descent; going on would only random-walk around the solution.
             if bool((fresh > 0.25 * best).all()) and step > 1:
                 return x, step + 1
             best = torch.minimum(best, fresh)
-            direction = z + _scale(fresh / energy.clamp_min(1e-300), direction)
+            direction = z + times(fresh / energy.clamp_min(1e-300), direction)
             energy = fresh
         return x, iterations
 
@@ -226,14 +227,6 @@ def factor(
         matrix = matrix if parts > 1 else matrix[0]
     lower = cholesky_in_place(matrix)
     return None if lower is None else Factor(weighted, coupling, coupling_weights, lower)
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return (a.flatten(1) * b.flatten(1)).sum(1)
-
-
-def _scale(factor: Tensor, x: Tensor) -> Tensor:
-    return x * factor.reshape(-1, *([1] * (x.ndim - 1)))
 
 
 def _subtract(

@@ -11,7 +11,16 @@ from rgap.solvers.rank import Evidence, Rank
 T = TypeVar("T")
 
 
-class Result(Enum):
+class Explained(Enum):
+    """Members whose value is a sentence."""
+
+    @property
+    def explanation(self) -> str:
+        """The member in words a user can act on."""
+        return str(self.value)
+
+
+class Result(Explained):
     """How a solve ended; the text says what it means and what to do next."""
 
     SOLVED = "solved: the equations determine the unknowns"
@@ -22,11 +31,6 @@ class Result(Enum):
     NOT_CONVERGED = (
         "not converged: the iteration limit came first; raise max_iterations or the memory budget"
     )
-
-    @property
-    def explanation(self) -> str:
-        """The result in words a user can act on."""
-        return str(self.value)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,16 @@ def test_every_formula_stands_in_a_file_that_is_there() -> None:
             )
 
 
+def test_what_the_guide_to_contributing_names_is_there() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    outside = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    names = re.findall(r"`([\w.]+(?:/[\w.]*)+)`", outside)
+    assert len(names) >= 15
+    for name in names:
+        places = (ROOT / name, (ROOT / "rgap" / name).with_suffix(".py"))
+        assert any(place.exists() for place in places), f"CONTRIBUTING.md names {name}"
+
+
 def test_what_a_paragraph_names_is_in_its_folder() -> None:
     """A module, a folder, or what one of its modules defines."""
     for paragraph in re.split(r"\n\n|(?<=\.\s)(?=\*\*`)", PAGE):

@@ -77,8 +77,6 @@ NO_LIMITS = {
         "HARD",
         2e-5,
     ): "effort: when the full solve pays; its answer is judged alike",
-    ("head/features", "_scaled", 1e-6): "step of a finite difference",
-    ("head/features", "_scaled", 2e-6): "step of a finite difference",
     ("head/scale", "BELOW, ABOVE", 1e-4): "where roots are looked for",
     ("head/scale", "BELOW, ABOVE", 1e7): "where roots are looked for",
     ("head/scale", "GRID", 215): "where roots are looked for",

@@ -21,10 +21,9 @@ from torch.overrides import TorchFunctionMode
 from rgap.analysis.calls.step_kinds import CHOOSE, CHOOSE_BY_INDEX, POINTWISE
 from rgap.analysis.calls.substitutes import SUBSTITUTES
 from rgap.analysis.calls.uses import CONVOLUTIONS, Event, Node, Recording, Use
-from rgap.network.agreement import refuse_meta
 from rgap.network.geometry import Geometry
 from rgap.network.isolation import bare_copy
-from rgap.network.running import first_line, looks_up
+from rgap.network.running import first_line, looks_up, refuse_meta
 from rgap.network.watching import LayerCall, watched
 
 __all__ = ["record", "refusal", "structural_twin", "uncounted"]
@@ -230,7 +229,7 @@ class _Recorder(TorchFunctionMode):
         if not reads:
             return self._tell(func(*args, **kwargs))
         if name == "linear" or name in CONVOLUTIONS:
-            used = self._use(name, func, tuple(args), dict(kwargs), reads)
+            used = self._use(name, func, tuple(args), dict(kwargs))
             if used is not None:
                 return used
         owned = [self.names[id(t)] for t in given if id(t) in self.names]
@@ -296,9 +295,7 @@ class _Recorder(TorchFunctionMode):
                 self._kept.append(tensor)
         return out
 
-    def _use(
-        self, name: str, func: Any, args: Any, kwargs: Any, reads: tuple[int, ...]
-    ) -> Tensor | None:
+    def _use(self, name: str, func: Any, args: Any, kwargs: Any) -> Tensor | None:
         given = dict(zip(("input", "weight", "bias", *OPTIONS), args, strict=False)) | kwargs
         u, weight, bias = given["input"], given["weight"], given.get("bias")
         if id(u) not in self.at or id(weight) not in self.names or id(weight) in self.made:

@@ -80,12 +80,9 @@ class SymbolicNetwork:
         """A table in plain text; ≤ and ≥ mark bounds."""
         from rgap.analysis.closed_forms.writing import in_text
 
-        def write(value: Any, sign: str) -> str:
-            return ("" if sign == "=" else TEXT_SIGNS[sign] + " ") + in_text(value)
-
         rows = [
             ("layer", "kind", *HEADINGS),
-            *(self._cells(layer, write) for layer in self.layers),
+            *(self._cells(layer, _plain) for layer in self.layers),
         ]
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = [
@@ -146,16 +143,11 @@ class SymbolicNetwork:
         return self.latex()
 
     def _repr_html_(self) -> str:
-        from rgap.analysis.closed_forms.writing import in_text
-
-        def write(value: Any, sign: str) -> str:
-            return ("" if sign == "=" else TEXT_SIGNS[sign] + " ") + in_text(value)
-
         def line(cells: Sequence[str], tag: str) -> str:
             return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
         head = line(("layer", "kind", *HEADINGS), "th")
-        body = "".join(line(self._cells(layer, write), "td") for layer in self.layers)
+        body = "".join(line(self._cells(layer, _plain), "td") for layer in self.layers)
         notes = "".join(f"<p>{escape(note)}</p>" for note in self.notes)
         return f"<table><thead>{head}</thead><tbody>{body}</tbody></table>{notes}"
 
@@ -178,6 +170,13 @@ class SymbolicNetwork:
         signs = {what: sign for _, what, sign in layer.signed()}
         cells = (write(getattr(layer, what), signs.get(what, "=")) for _, what in COLUMNS)
         return (layer.name, layer.kind, *cells)
+
+
+def _plain(value: Any, sign: str) -> str:
+    """A number in plain text, with the sign of what it bounds."""
+    from rgap.analysis.closed_forms.writing import in_text
+
+    return ("" if sign == "=" else TEXT_SIGNS[sign] + " ") + in_text(value)
 
 
 def symbolic(

@@ -29,8 +29,8 @@ from rgap.analysis.probe import Probe, probe_layers, probe_pictures, probe_targe
 from rgap.constraints import gradient_constraint
 from rgap.constraints.ranks import stage_joint_rank, weight_row_spaces
 from rgap.network.affine import Affine
-from rgap.network.agreement import refuse_meta
 from rgap.network.chain import parse
+from rgap.network.running import refuse_meta
 from rgap.solvers.limits import SMALL_GAP
 from rgap.update.losses import Loss
 

@@ -219,8 +219,3 @@ def lengths(directions: Tensor) -> Tensor:
     """Length of each direction, [S]."""
     length: Tensor = directions.flatten(1).norm(dim=1)  # norm() is untyped
     return length
-
-
-def scaled(scale: Tensor, directions: Tensor) -> Tensor:
-    """Each direction times its entry of ``scale`` [S]."""
-    return directions * scale.reshape(-1, *(1 for _ in directions.shape[1:]))

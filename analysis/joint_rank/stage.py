@@ -27,13 +27,13 @@ from rgap.analysis.joint_rank.nullspace import (
     lengths,
     orthonormalising,
     padded,
-    scaled,
 )
 from rgap.constraints import gradient_rows
 from rgap.jacobian.layer import Node, ParameterRows, each
 from rgap.machine.allowance import PLAIN, factorisation
 from rgap.machine.memory import shown
 from rgap.network.affine import Affine
+from rgap.solvers.conjugate import times
 from rgap.solvers.rank import Rank
 
 Decision = tuple[Rank, Tensor, str]  # a rank, the singular values behind it, the order
@@ -143,14 +143,14 @@ def _gradient_first(
     inner = gradient_rows(affine, moved[affine.weight_name])
     reached, left = kernel.split(inner)
     scale = 1.0 / lengths(reached).maximum(lengths(above.du) / _size(node)).clamp_min(1e-300)
-    reached, z, dk = (scaled(scale, part) for part in (reached, above.du, above.dk))
+    reached, z, dk = (times(scale, part) for part in (reached, above.du, above.dk))
     across = each(affine.linear, reached) + z
     blocks = [torch.cat([forward, -across.flatten(1) / _size(node)])]
-    natural = float(lengths(scaled(scale, inner)).max())
+    natural = float(lengths(times(scale, inner)).max())
     if bool(left.any()) and natural > 0:
-        blocks.append(padded(scaled(scale, left) / natural, count))
+        blocks.append(padded(times(scale, left) / natural, count))
     if bias and affine.bias_name is not None:
-        rows = scaled(scale, moved[affine.bias_name])
+        rows = times(scale, moved[affine.bias_name])
         blocks.append(padded(rows / _bias_size(node, dk), count))
     left_open = _decide(torch.cat(blocks, 1), options)
     solved = kernel.combine(left_open.basis[:count]) - combined(left_open.basis[count:], reached)

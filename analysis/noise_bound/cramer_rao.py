@@ -106,7 +106,7 @@ def noise(
         show.stage("Fisher information")
         route, seen = information(
             sent, method, room=point.room, samples=samples, iterations=iterations, seed=seed,
-            watch=show.stage, ahead=show.ahead,
+            show=show,
         )  # fmt: skip
     return NoiseReport(
         **point.about, **_predicted(sent, seen), sigma=float(sigma), defences=chain, width=width,

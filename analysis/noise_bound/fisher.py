@@ -17,7 +17,7 @@ from torch import Tensor
 from rgap.analysis.noise_bound.channel import Channel
 from rgap.jacobian.update_map import UpdateMap
 from rgap.machine import memory
-from rgap.machine.allowance import PLAIN, SYMMETRIC, Ahead, factorisation, freely
+from rgap.machine.allowance import PLAIN, SYMMETRIC, Timed, factorisation
 from rgap.progress import Watch, silent
 from rgap.solvers.conjugate import cgls
 from rgap.solvers.rank import Rank, numerical_rank, resolve_rcond
@@ -102,8 +102,7 @@ def information(
     samples: int,
     iterations: int,
     seed: int,
-    watch: Watch = silent,
-    ahead: Ahead = freely,
+    show: Timed,
 ) -> tuple[str, Information]:
     """The information by the method asked for, or by the first that fits.
 
@@ -114,8 +113,7 @@ def information(
         samples: of noise, for "sampled".
         iterations: of its least squares, at most.
         seed: of its noise.
-        watch: told of every piece of work.
-        ahead: asked before every factorisation whether there is time.
+        show: told of every piece of work, and asked before every factorisation for time.
 
     Returns:
         The method that was taken, and the :class:`Information`.
@@ -141,12 +139,12 @@ def information(
         "fewer samples" if method == "sampled" else "method='sampled', or a smaller input_shape",
     )
     if method == "dense":
-        ahead(factorisation(rows, size, PLAIN) + factorisation(min(rows, size), size))
-        return method, _dense(sent, watch)
+        show.ahead(factorisation(rows, size, PLAIN) + factorisation(min(rows, size), size))
+        return method, _dense(sent, show.stage)
     if method == "normal":
-        ahead(factorisation(size, size, SYMMETRIC))
-        return method, _normal(sent, watch)
-    return method, _sampled(sent, samples, iterations, seed, watch)
+        show.ahead(factorisation(size, size, SYMMETRIC))
+        return method, _normal(sent, show.stage)
+    return method, _sampled(sent, samples, iterations, seed, show.stage)
 
 
 def _dense(sent: WeighedJacobian, watch: Watch) -> Information:

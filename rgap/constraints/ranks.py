@@ -145,11 +145,7 @@ def read_positions(gradient: Kronecker, weight: Sequence[RowSpace]) -> Tensor:
 
 
 def joint_rows(
-    affine: Affine,
-    gradient: Kronecker,
-    weight: Sequence[RowSpace],
-    noise: float = 0.0,
-    cotangent: Tensor | None = None,
+    affine: Affine, gradient: Kronecker, weight: Sequence[RowSpace], cotangent: Tensor | None = None
 ) -> JointRows:
     """Both constraints as row spaces, for their rank and what they leave open.
 
@@ -158,7 +154,7 @@ def joint_rows(
     places, device = prod(affine.in_shape[1:]), gradient.matrix.device
     every = torch.ones(places, dtype=torch.bool, device=device)
     _, tables = _kept(affine, gradient, weight, every)
-    return _joint_rows(affine, gradient, tables, noise, cotangent, every)
+    return _joint_rows(affine, gradient, tables, 0.0, cotangent, every)
 
 
 def _kept(

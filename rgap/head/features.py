@@ -13,16 +13,9 @@ from math import inf
 import torch
 from torch import Tensor
 
-from rgap.arithmetic.doubles import BLOCK, row_blocks
+from rgap.arithmetic.doubles import row_blocks
 from rgap.head.bias_attack import bias_attack, rank_one_residual
-from rgap.head.scale import (
-    cotangent_rounding,
-    entry,
-    reproduced,
-    roots,
-    scale_equation,
-    sign_slack,
-)
+from rgap.head.scale import ScaleEquation
 from rgap.head.target import Reading, read_target
 from rgap.limits import DROWNED, ROUNDED, SCATTER
 from rgap.network.chain import Stage
@@ -198,54 +191,21 @@ def _without_bias(
     u = table.T @ (table @ torch.linalg.svd(table, full_matrices=False).Vh[0])
     u = u / u.norm()
     v = gradient @ u
+    equation = ScaleEquation(stage, gradient, u, v, loss, precision)
     candidates = []
-    for alpha, target in roots(stage, u, v, loss, precision):
-        if reproduced(stage, u, v, alpha, target, loss, precision):
-            x, cot = _scaled(stage, gradient, u, v, alpha, target, loss, precision)
+    for alpha, target in equation.roots():
+        if equation.reproduced(alpha, target):
+            x, cot = equation.features(alpha, target)
             candidate = _candidate(stage, gradient, x, cot, loss, precision)
             candidates.append(replace(candidate, scale=alpha))
     if not candidates:
         gone = int((gradient == 0).all(1).sum())
         lost = f": {gone} of its {len(v)} rows underflowed to 0 and tell neither" if gone else ""
         if not gone and loss.name == BINARY:  # each row's sign is a label
-            gone = int((v.abs() <= sign_slack(stage, u, precision)).sum())
+            gone = int((v.abs() <= equation.sign_slack()).sum())
             lost = f": noise leaves the sign of {gone} of its {len(v)} rows open" if gone else ""
         return HeadFailure(
             f"no scale and no target of {loss.name} reproduce the gradient of '{stage.name}'{lost}",
             consistent=gone > 0,
         )
     return sorted(candidates, key=lambda candidate: candidate.uncertainty)
-
-
-def _scaled(
-    stage: Stage,
-    gradient: Tensor,
-    u: Tensor,
-    v: Tensor,
-    alpha: float,
-    target: Tensor,
-    loss: Loss,
-    precision: Precision,
-) -> tuple[Estimate, Estimate]:
-    """X = αu and k = v/α with errors: of the gradient's entries, and of α through the loss."""
-    own = precision.noise_std(stage.affine.weight_name, gradient)
-    std = (gradient.abs() * precision.unit + precision.floor).square() + own.square()
-    vv = v.square().sum()
-    du, dv = u.new_zeros(precision.samples, len(u)), v.new_zeros(precision.samples, len(v))
-    for rows, block in row_blocks(std, std, BLOCK // precision.samples):  # du and dv share it
-        noise = precision.normal(block.sqrt())
-        du += torch.einsum("smn,m->sn", noise, v[rows]) / vv
-        dv[:, rows] = noise @ u
-    du = du - (du @ u)[:, None] * u
-    # α from one entry: f(α) = α k_j(α) − v_j, so dα = (dv_j + α·rounding of k) / f'(α)
-    j = entry(v, loss, target)
-    equation = scale_equation(stage, u, v, loss, target)
-    ends = alpha * u.new_tensor([1 + 1e-6, 1 - 1e-6])
-    high, low = equation(ends)
-    derivative = float((high - low) / (2e-6 * alpha))
-    own = cotangent_rounding(stage, alpha * u, target, loss, precision)
-    rounding = precision.normal(2 * abs(alpha) * own[j])
-    dalpha = (dv[:, j] + rounding) / (derivative if derivative else 1e-300)
-    dx = dalpha[:, None] * u + alpha * du
-    dk = dv / alpha - dalpha[:, None] * v / alpha**2
-    return Estimate((alpha * u)[None], dx[:, None]), Estimate((v / alpha)[None], dk[:, None])

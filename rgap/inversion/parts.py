@@ -73,7 +73,7 @@ def in_parts(problem: Problem, descent: Descent, certify: Certify) -> Recovery |
     mask = determined[rows]
     bound = recovery.error_bound
     assert bound is not None
-    reason = _reason(problem, descent, mask, bound)
+    reason = _reason(descent, mask, bound)
     if recovery.status is Status.AMBIGUOUS:
         reason = f"{recovery.reason}; {reason}"
     status = Status.UNDERDETERMINED if recovery.status is Status.EXACT else recovery.status
@@ -193,7 +193,7 @@ def _by_equations(
     stopped = outcomes.stopped(
         problem,
         Status.UNDERDETERMINED,
-        _reason(problem, descent, determined, bound)
+        _reason(descent, determined, bound)
         + "; the equations of every stage are met at the rounding; which units the open values "
         "switch on is not known, so there is no batch to replay and the targets are not certified",
         descent,
@@ -208,7 +208,7 @@ def _by_equations(
     )
 
 
-def _reason(problem: Problem, descent: Descent, determined: Tensor, bound: float) -> str:
+def _reason(descent: Descent, determined: Tensor, bound: float) -> str:
     count, total = int(determined.sum()), determined.numel()
     return (
         f"{count} of {total} values are determined, none of them off by more than {bound:.1e}; "

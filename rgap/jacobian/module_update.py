@@ -59,6 +59,7 @@ class ModuleUpdate(ModuleGradient):
         twin = copy.deepcopy(model).to(place, dtype)
         self.sharpness = soften(twin)
         super().__init__(twin, source, gradients)
+        self.inside = source if isinstance(source, KnownFeatures) else None
         reached = self.reached(torch.full(shape, 0.5, dtype=dtype, device=place))
         self.gradients = {n: gradients[n].to(dtype) for n in reached}
         self.parameters = {n: self.parameters[n] for n in reached}
@@ -72,14 +73,14 @@ class ModuleUpdate(ModuleGradient):
     def equations(self) -> int:
         """An upper bound on the independent equations of the data."""
         own = sum(g.numel() for g in self.gradients.values())
-        return own + (self.source.known.equations if isinstance(self.source, KnownFeatures) else 0)
+        return own + (self.inside.known.equations if self.inside else 0)
 
     def balance(self, x: Tensor) -> None:
         """Make the misfit of what is known inside 1 at x, as that of a gradient is."""
-        if isinstance(self.source, KnownFeatures):
+        if self.inside is not None:
             with torch.no_grad():
                 self.run(x)
-                misfit = self.source.known.misfit(self.seen)
+                misfit = self.inside.known.misfit(self.seen)
             self.unit = 1.0 / max(float(misfit.norm()), 1e-300)
 
     def expected(self, precision: Precision) -> float:
@@ -88,7 +89,7 @@ class ModuleUpdate(ModuleGradient):
         Each gradient by its rounding, the error of the cotangent, and the noise that was added to
         it; what is known inside by its own errors (Morozov's discrepancy principle).
         """
-        inside = self.source if isinstance(self.source, KnownFeatures) else None
+        inside = self.inside
         blur = (GROWTH * precision.unit) ** 2 + (inside.blur**2 if inside else 0.0)
         total = sum(
             blur + precision.noise_rms(n, g) ** 2 * g.numel() * self.scales[n] ** 2
@@ -131,10 +132,10 @@ class ModuleUpdate(ModuleGradient):
 
     def features(self, x: Tensor) -> Tensor:
         """Mean square of the misfit of what is known inside, as part of the graph of x."""
-        assert isinstance(self.source, KnownFeatures)
+        assert self.inside is not None
         with torch.enable_grad():
             self.run(x)
-            return self.source.known.misfit(self.seen).square().mean()
+            return self.inside.known.misfit(self.seen).square().mean()
 
     def direction(self, x: Tensor, share: float) -> Tensor:
         """1 − cosine of the gradients, and a share of :meth:`features`, in the graph of x."""
@@ -142,8 +143,8 @@ class ModuleUpdate(ModuleGradient):
         own = torch.cat([g.flatten() for g in gradient.values()])
         sent = torch.cat([self.gradients[n].flatten() for n in gradient])
         value = cosine_distance(own, sent, float(sent.norm()))
-        if isinstance(self.source, KnownFeatures):
-            value = value + share * self.source.known.misfit(self.seen).square().mean()
+        if self.inside is not None:
+            value = value + share * self.inside.known.misfit(self.seen).square().mean()
         return value
 
     def rows(self, x: Tensor) -> Tensor:
@@ -152,6 +153,6 @@ class ModuleUpdate(ModuleGradient):
             ((own - self.gradients[n]) * self.scales[n]).flatten()
             for n, own in self.gradient(x)[0].items()
         ]
-        if isinstance(self.source, KnownFeatures):
-            parts.insert(0, self.source.known.misfit(self.seen) * self.unit)
+        if self.inside is not None:
+            parts.insert(0, self.inside.known.misfit(self.seen) * self.unit)
         return torch.cat(parts)

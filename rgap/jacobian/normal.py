@@ -15,6 +15,7 @@ from torch import Tensor
 from rgap.jacobian.eliminated import Eliminated
 from rgap.jacobian.layer import ParameterRows
 from rgap.jacobian.linearisation import Linearisation
+from rgap.solvers.conjugate import dots, times
 from rgap.solvers.positive import backsolve, cholesky_in_place, extremes
 
 Inverse = Callable[[Tensor], Tensor]
@@ -64,19 +65,19 @@ class Normal:
         residual = self.adjoint(rows)
         x = torch.zeros_like(residual)
         z = precondition(residual)
-        direction, energy = z, _dot(residual, z)
+        direction, energy = z, dots(residual, z)
         first = energy.clone()
         for iteration in range(limit):
             image = self.apply(direction)
-            curvature = _dot(direction, image)
+            curvature = dots(direction, image)
             alpha = torch.where(curvature > 0, energy / curvature.clamp_min(1e-300), 0 * energy)
-            x = x + _scale(alpha, direction)
-            residual = residual - _scale(alpha, image)
+            x = x + times(alpha, direction)
+            residual = residual - times(alpha, image)
             z = precondition(residual)
-            fresh = _dot(residual, z)
+            fresh = dots(residual, z)
             if bool((fresh <= tolerance**2 * first).all()):
                 return x, iteration + 1, True
-            direction = z + _scale(fresh / energy.clamp_min(1e-300), direction)
+            direction = z + times(fresh / energy.clamp_min(1e-300), direction)
             energy = fresh
         return x, limit, False
 
@@ -111,11 +112,3 @@ class Factored:
             self.matrix,
         )[1]  # fmt: skip
         return smallest**-0.5 if smallest > 0 else float("inf")
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return (a.flatten(1) * b.flatten(1)).sum(1)
-
-
-def _scale(factor: Tensor, x: Tensor) -> Tensor:
-    return x * factor.reshape(-1, *([1] * (x.ndim - 1)))

@@ -195,20 +195,6 @@ def _accepts(model: nn.Module, shape: Shape) -> bool:
     return True
 
 
-def refuse_meta(model: nn.Module) -> None:
-    """Raise if a parameter is on the meta device.
-
-    Raises:
-        ValueError: its name and what to write.
-    """
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            raise ValueError(
-                f"model: {name!r} is on the meta device and has no values; write "
-                "model.to_empty(device='cpu') and load its state_dict."
-            )
-
-
 def refuse_unready(model: nn.Module) -> None:
     """Raise if a module has no weights yet, or draws or mixes the batch because of its mode."""
     for name, parameter in model.named_parameters():

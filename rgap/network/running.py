@@ -65,16 +65,16 @@ def called(model: nn.Module, inputs: Tensor, values: Mapping[str, Tensor] | None
 
 
 def refuse_meta(model: nn.Module) -> None:
-    """Raise if a parameter has no values.
+    """Raise if a parameter is on the meta device, without values.
 
     Raises:
-        ValueError: the parameter, and what to write.
+        ValueError: its name, and what to write.
     """
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise ValueError(
                 f"model: {name!r} is on the meta device and has no values; write "
-                "model.to_empty(device='cpu') and load the weights that the update was computed on"
+                "model.to_empty(device='cpu') and load its state_dict."
             )
 
 

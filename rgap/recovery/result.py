@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from enum import Enum
 from math import isfinite, log10
 from typing import Any
 
@@ -13,11 +12,12 @@ from torch import Tensor
 
 from rgap.halt import Halt
 from rgap.recovery.layers import LayerReport, Route, sentence
+from rgap.solvers.solution import Explained
 
 __all__ = ["Candidate", "Recovery", "Status", "plain"]
 
 
-class Status(Enum):
+class Status(Explained):
     """How far the update determines the batch; the value says what the status promises."""
 
     EXACT = (
@@ -28,11 +28,6 @@ class Status(Enum):
     AMBIGUOUS = "several batches send exactly this update; all of them are in `candidates`"
     INCONSISTENT = "the update does not fit the model as declared"
     UNSUPPORTED = "a step of this network has no inverse in closed form"
-
-    @property
-    def explanation(self) -> str:
-        """The status in words."""
-        return str(self.value)
 
 
 @dataclass(frozen=True, eq=False)

@@ -47,9 +47,8 @@ def labels_table(estimates: Mapping[str, LabelEstimate]) -> Table:
     """
     table = HeadedTable("Counts, with confidence")
     shown = {name: one for name, one in estimates.items() if one.present is not None}
-    table.add_column("class", justify="right", style="bold")
-    for name in shown:
-        table.add_column(name, justify="right")
+    table.figures("class", style="bold")
+    table.figures(*shown)
     marks = [one.present for one in shown.values() if one.present is not None]
     classes = len(marks[0])
     named = [c for c in range(classes) if any(bool(mark[c]) for mark in marks)]

@@ -48,6 +48,16 @@ class HeadedTable(Table):
         super().__init__(box=box.SIMPLE_HEAD)
         self._heading = heading
 
+    def layers(self) -> None:
+        """A column of layers and one of their kinds."""
+        self.add_column("layer")
+        self.add_column("kind", style="dim")
+
+    def figures(self, *names: str, style: str = "") -> None:
+        """Columns of numbers."""
+        for name in names:
+            self.add_column(name, justify="right", style=style)
+
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         if self._heading:
             yield Text(self._heading, style="bold")
@@ -99,8 +109,7 @@ def finding_table(check: Check) -> Table:
     """
     table = HeadedTable("What is wrong with the update")
     table.add_column("finding", style="bold")
-    table.add_column("value", justify="right")
-    table.add_column("strength", justify="right")
+    table.figures("value", "strength")
     table.add_column("what it means")
     for finding in check.findings:
         strength = f"{finding.strength:.0e}" if isfinite(finding.strength) else "exact"
@@ -118,11 +127,9 @@ def audit_table(audit: Audit) -> Table:
     """
     joint = "joint rank" if all(row.exact for row in audit.rows) else "joint rank ≤"
     table = HeadedTable(f"Equations of every layer's gradient: {audit.model}")
-    table.add_column("B", justify="right", style="bold")
-    table.add_column("layer")
-    table.add_column("kind", style="dim")
-    for name in ("unknowns", "gradient rank", "weight rank", joint, "missing", "discard"):
-        table.add_column(name, justify="right")
+    table.figures("B", style="bold")
+    table.layers()
+    table.figures("unknowns", "gradient rank", "weight rank", joint, "missing", "discard")
     table.add_column("route", style="dim")
     for batch in audit.batch_sizes:
         rows = [row for row in audit.rows if row.batch_size == batch]
@@ -152,12 +159,10 @@ def _route(row: AuditRow) -> str:
 def audit_matrix(audit: Audit) -> Table:
     """The discard alone, layer by batch size: the heat map in figures."""
     table = HeadedTable()
-    table.add_column("layer")
-    table.add_column("kind", style="dim")
+    table.layers()
     cells = {(row.layer, row.batch_size): row for row in audit.rows}
     kinds = {row.layer: row.kind for row in audit.rows}
-    for batch in audit.batch_sizes:
-        table.add_column(f"B = {batch}", justify="right")
+    table.figures(*(f"B = {batch}" for batch in audit.batch_sizes))
     for layer in audit.layers:
         rows = (cells.get((layer, batch)) for batch in audit.batch_sizes)
         shares = [Text("–") if row is None else _shortfall(row)[1] for row in rows]
@@ -174,16 +179,14 @@ def joint_table(answer: Identifiability) -> Table:
     2
     """
     table = HeadedTable(f"The update of {answer.model} at B = {answer.batch_size}")
-    table.add_column("layer")
-    table.add_column("kind", style="dim")
-    for name in ("equations", "missing alone", "rank with those above", "gain"):
-        table.add_column(name, justify="right")
+    table.layers()
+    table.figures("equations", "missing alone", "rank with those above", "gain")
     for row in answer.rows:
         table.add_row(
             row.layer,
             row.kind,
             f"{row.equations:,}",
-            "–" if row.own_nullity is None else f"{row.own_nullity:,}",
+            _count(row.own_nullity),
             f"{'' if row.exact else '≤ '}{row.rank:,}",
             f"{row.gain:,}",
         )
@@ -203,8 +206,7 @@ def change_table(hardening: Hardening) -> Table:
     )
     table.add_column("change", style="bold")
     table.add_column("layer")
-    for name in ("from", "to", "missing", "share"):
-        table.add_column(name, justify="right")
+    table.figures("from", "to", "missing", "share")
     for change in hardening.changes:
         table.add_row(
             change.kind,
@@ -220,10 +222,8 @@ def change_table(hardening: Hardening) -> Table:
 def recovery_table(recovery: Recovery) -> Table:
     """The layers of a recovery from the output down, which is the order they are solved in."""
     table = HeadedTable("Equations, from the output down to the data")
-    table.add_column("layer")
-    table.add_column("kind", style="dim")
-    for name in ("unknowns", "rank", "missing", "condition"):
-        table.add_column(name, justify="right")
+    table.layers()
+    table.figures("unknowns", "rank", "missing", "condition")
     table.add_column("route")
     for report in reversed(recovery.layers):
         table.add_row(
@@ -264,5 +264,5 @@ def _missing(report: LayerReport) -> Text:
     return Text(f"{report.nullity:,}", style="bold yellow" if report.nullity else "green")
 
 
-def _count(rank: int | None) -> str:
-    return "–" if rank is None else f"{rank:,}"
+def _count(number: int | None) -> str:
+    return "–" if number is None else f"{number:,}"

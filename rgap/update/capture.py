@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from rgap import validation
-from rgap.network.agreement import refuse_meta
 from rgap.network.running import called, looks_up, only_tensor, refuse_wrapped
 from rgap.update.losses import Loss
 from rgap.update.update import Update
@@ -156,7 +155,6 @@ def _parameters(model: nn.Module) -> dict[str, Tensor]:
     parameters: dict[str, Tensor] = dict(model.named_parameters())
     if not parameters:
         raise ValueError(f"model: the {type(model).__name__} has no parameters, so no gradient.")
-    refuse_meta(model)
     for name, parameter in parameters.items():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise ValueError(

@@ -68,6 +68,14 @@ def per_class(values: Sequence[float], outputs: Tensor) -> Tensor:
 class Form(Protocol):
     """One loss, entry by entry; shapes are those of the outputs."""
 
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Kinds of targets that it takes."""
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Options of `rgap.Loss` that it has."""
+
     def value(self, z: Tensor, y: Tensor, o: Options) -> Tensor:
         """Σ of the loss over the batch."""
 
@@ -83,6 +91,8 @@ class Form(Protocol):
 
 class CrossEntropy:
     """``−Σ t log p``."""
+
+    targets, options = ("index", "probability"), ("weight",)
 
     def value(self, z: Tensor, y: Tensor, o: Options) -> Tensor:
         """``−Σ t log p``."""
@@ -121,6 +131,8 @@ class CrossEntropy:
 class LogProbabilities:
     """``−Σ t z``."""
 
+    targets, options = ("index",), ("weight",)
+
     def value(self, z: Tensor, y: Tensor, o: Options) -> Tensor:
         """``−Σ t z``, only where t is not 0: there −∞ is a log-probability too."""
         return -torch.where(y > 0, z * (y if o.weight is None else o.weight * y), 0.0).sum()
@@ -140,6 +152,8 @@ class LogProbabilities:
 
 class Focal:
     """``−a (1 − q)^γ log q``."""
+
+    targets, options = ("index",), ("weight", "gamma")
 
     def value(self, z: Tensor, y: Tensor, o: Options) -> Tensor:
         """``−a (1 − q)^γ log q`` over all samples."""
@@ -189,6 +203,8 @@ class Focal:
 class BinaryLogits:
     """``−ω y log p − (1 − y) log(1 − p)``."""
 
+    targets, options = ("index", "probability"), ("pos_weight",)
+
     def value(self, z: Tensor, y: Tensor, o: Options) -> Tensor:
         """Σ over all entries."""
         return F.binary_cross_entropy_with_logits(z, y, pos_weight=o.positive, reduction="sum")
@@ -214,6 +230,8 @@ class BinaryLogits:
 class BinaryProbabilities:
     """``−y log p − (1 − y) log(1 − p)`` of probabilities p."""
 
+    targets, options = ("index", "probability"), ()
+
     def value(self, z: Tensor, y: Tensor, o: Options) -> Tensor:
         """Σ over all entries."""
         return F.binary_cross_entropy(z, y, reduction="sum")
@@ -233,6 +251,8 @@ class BinaryProbabilities:
 
 class SigmoidFocal:
     """``−α_t (1 − r)^γ log r``."""
+
+    targets, options = ("index",), ("gamma", "alpha")
 
     def value(self, z: Tensor, y: Tensor, o: Options) -> Tensor:
         """Σ over all entries."""
@@ -269,6 +289,8 @@ class SigmoidFocal:
 class Squared:
     """``(z − y)²``."""
 
+    targets, options = ("value",), ()
+
     def value(self, z: Tensor, y: Tensor, o: Options) -> Tensor:
         """Σ over all entries."""
         return F.mse_loss(z, y, reduction="sum")
@@ -288,10 +310,10 @@ class Squared:
 
 FORMS: dict[str, Form] = {
     CROSS_ENTROPY: CrossEntropy(),
-    LOG_PROBABILITIES: LogProbabilities(),
-    FOCAL: Focal(),
     BINARY: BinaryLogits(),
-    PROBABILITIES: BinaryProbabilities(),
-    SIGMOID_FOCAL: SigmoidFocal(),
     SQUARED: Squared(),
+    LOG_PROBABILITIES: LogProbabilities(),
+    PROBABILITIES: BinaryProbabilities(),
+    FOCAL: Focal(),
+    SIGMOID_FOCAL: SigmoidFocal(),
 }

@@ -9,19 +9,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rgap.update.targets import (
-    BINARY,
-    CROSS_ENTROPY,
-    FOCAL,
-    LOG_PROBABILITIES,
-    PROBABILITIES,
-    SIGMOID_FOCAL,
-    SQUARED,
-)
+from rgap.update.loss_forms import FORMS
+from rgap.update.targets import BINARY, CROSS_ENTROPY, LOG_PROBABILITIES, PROBABILITIES, SQUARED
 
 __all__ = [
     "OPTIONS",
-    "TARGETS",
     "UNKNOWN",
     "of_module",
     "require_classes",
@@ -31,22 +23,10 @@ __all__ = [
 ]
 
 UNKNOWN = "unknown"
-# Kinds of targets that a loss takes.
-TARGETS = {
-    CROSS_ENTROPY: ("index", "probability"),
-    BINARY: ("index", "probability"),
-    SQUARED: ("value",),
-    LOG_PROBABILITIES: ("index",),
-    PROBABILITIES: ("index", "probability"),
-    FOCAL: ("index",),
-    SIGMOID_FOCAL: ("index",),
-}
 # Losses that have an option.
 OPTIONS = {
-    "weight": (CROSS_ENTROPY, LOG_PROBABILITIES, FOCAL),
-    "pos_weight": (BINARY,),
-    "gamma": (FOCAL, SIGMOID_FOCAL),
-    "alpha": (SIGMOID_FOCAL,),
+    option: tuple(name for name, form in FORMS.items() if option in form.options)
+    for option in ("weight", "pos_weight", "gamma", "alpha")
 }
 _MODULES: dict[type[nn.Module], str] = {
     nn.CrossEntropyLoss: CROSS_ENTROPY,
@@ -105,7 +85,7 @@ def settled(
     Raises:
         ValueError: an option that the loss does not have, or one out of range.
     """
-    if name not in TARGETS:
+    if name not in FORMS:
         raise ValueError(_unknown(name))
     if not (0.0 <= label_smoothing < 1.0):
         raise ValueError(
@@ -126,9 +106,10 @@ def settled(
     _require_focus(options["gamma"], options["alpha"])
     if name == SQUARED and targets == "index":
         targets = "value"  # the only kind it has
-    if targets not in TARGETS[name]:
+    kinds = FORMS[name].targets
+    if targets not in kinds:
         raise ValueError(
-            f"Loss.targets: {name} takes {' or '.join(map(repr, TARGETS[name]))}, got {targets!r}."
+            f"Loss.targets: {name} takes {' or '.join(map(repr, kinds))}, got {targets!r}."
         )
     return {**weights, "targets": targets}
 
@@ -201,9 +182,9 @@ def _refuse_options(loss: nn.Module) -> None:
 
 def _unknown(name: object) -> str:
     """The message for a loss that has no formula here."""
-    known = ", ".join(map(repr, TARGETS))
+    known = ", ".join(map(repr, FORMS))
     text = f"loss: expected one of {known}, got {name!r}"
     key = str(name).lower()
-    close = difflib.get_close_matches(key, list(TARGETS), n=1)
+    close = difflib.get_close_matches(key, list(FORMS), n=1)
     guess = _MEANT.get(key) or (close[0] if close else None)
     return f"{text}; write loss={guess!r}." if guess else f"{text}."

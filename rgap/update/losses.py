@@ -32,9 +32,9 @@ from torch import Tensor
 
 from rgap.update import targets as admitted
 from rgap.update.formula import Formula, Lost, Own
+from rgap.update.loss_forms import FORMS
 from rgap.update.loss_options import (
     OPTIONS,
-    TARGETS,
     UNKNOWN,
     of_module,
     require_classes,
@@ -139,7 +139,7 @@ class Loss:
         if callable(loss) and not isinstance(loss, type):
             return cls(str(getattr(loss, "__name__", type(loss).__name__)), function=loss)
         raise TypeError(
-            f"loss: expected one of {', '.join(map(repr, TARGETS))}, a Loss or a function of "
+            f"loss: expected one of {', '.join(map(repr, FORMS))}, a Loss or a function of "
             f"outputs and targets, got {type(loss).__name__}; write for instance "
             "Loss('cross_entropy')."
         )

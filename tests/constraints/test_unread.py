@@ -139,5 +139,5 @@ def test_the_rank_on_what_the_gradient_leaves_open_is_that_by_angles() -> None:
         found = joint.rank_on_open(gradient, tables)
         if found is not None:
             compared += 1
-            assert found.rank == joint.joint_rank(gradient, tables).rank
+            assert found.rank == joint.JointRows(gradient, tables).rank.rank
     assert compared > 2

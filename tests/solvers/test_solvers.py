@@ -7,7 +7,7 @@ import torch
 from operators import Coupling
 from torch import Tensor
 
-from rgap.solvers.joint_rank import joint_rank
+from rgap.solvers.joint_rank import JointRows
 from rgap.solvers.kronecker import Kronecker, factor
 from rgap.solvers.linear import Stacked, null_projection, solve_lsmr
 from rgap.solvers.rank import numerical_rank, resolve_rcond
@@ -78,10 +78,10 @@ def test_joint_rank_counts_a_planted_intersection() -> None:
     planted[1] = k.matrix[0].T @ torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64)
     rows = torch.cat([w.matrix, planted.flatten()[None]])
     basis = row_space(rows).basis.reshape(-1, 3, 6)
-    found = joint_rank(k, [basis])
+    found = JointRows(k, [basis]).rank
     assert found.rank == 12 + 6 - 1
     assert found.clear
-    assert joint_rank(k, [row_space(w.matrix).basis.reshape(-1, 3, 6)]).rank == 17
+    assert JointRows(k, [row_space(w.matrix).basis.reshape(-1, 3, 6)]).rank.rank == 17
 
 
 def test_row_space_by_cholesky_agrees_with_svd() -> None:

@@ -7,7 +7,7 @@ Besides the function and its two derivatives an activation knows its inverse and
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from typing import ClassVar
 
 import torch
@@ -119,7 +119,23 @@ class Activation(Op):
         return x
 
 
-class Identity(Activation):
+class PiecewiseLinear(Activation, ABC):
+    """Straight lines that meet at 0: φ'' = 0, and an output is on its input's side of the kink."""
+
+    def second_derivative(self, z: Tensor) -> Tensor:
+        """0."""
+        return torch.zeros_like(z)
+
+    def _slope(self, x: Tensor) -> Tensor:
+        """φ' on the side of x."""
+        return self.derivative(x)
+
+    def slope_derivative(self, x: Tensor) -> Tensor:
+        """0."""
+        return super().slope_derivative(x) if self.barrier else torch.zeros_like(x)
+
+
+class Identity(PiecewiseLinear):
     """φ(z) = z."""
 
     kind_name = "identity"
@@ -134,23 +150,11 @@ class Identity(Activation):
         """1."""
         return torch.ones_like(z)
 
-    def second_derivative(self, z: Tensor) -> Tensor:
-        """0."""
-        return torch.zeros_like(z)
-
-    def _slope(self, x: Tensor) -> Tensor:
-        """1."""
-        return torch.ones_like(x)
-
-    def slope_derivative(self, x: Tensor) -> Tensor:
-        """0."""
-        return torch.zeros_like(x)
-
     def _inverse(self, x: Tensor) -> Tensor:
         return x
 
 
-class ReLU(Activation):
+class ReLU(PiecewiseLinear):
     """φ(z) = max(z, 0): an equality where x > 0, an inequality where x = 0."""
 
     kind_name = "relu"
@@ -166,18 +170,6 @@ class ReLU(Activation):
         """1 where z > 0, else 0."""
         return (z > 0).to(z)
 
-    def second_derivative(self, z: Tensor) -> Tensor:
-        """0."""
-        return torch.zeros_like(z)
-
-    def slope_derivative(self, x: Tensor) -> Tensor:
-        """0."""
-        return torch.zeros_like(x)
-
-    def _slope(self, x: Tensor) -> Tensor:
-        """1 where x > 0, else 0."""
-        return self.derivative(x)
-
     def _inverse(self, x: Tensor) -> Tensor:
         """X itself: z where x > 0; at 0 it only says z ≤ 0."""
         return x
@@ -187,7 +179,7 @@ class ReLU(Activation):
         return x
 
 
-class LeakyReLU(Activation):
+class LeakyReLU(PiecewiseLinear):
     """φ(z) = z for z > 0, s z otherwise; invertible for s > 0."""
 
     kind_name = "leaky_relu"
@@ -215,18 +207,6 @@ class LeakyReLU(Activation):
     def derivative(self, z: Tensor) -> Tensor:
         """1 or s."""
         return torch.where(z > 0, torch.ones_like(z), self.negative_slope.to(z))
-
-    def second_derivative(self, z: Tensor) -> Tensor:
-        """0."""
-        return torch.zeros_like(z)
-
-    def _slope(self, x: Tensor) -> Tensor:
-        """1 or s, by the sign of x."""
-        return self.derivative(x)
-
-    def slope_derivative(self, x: Tensor) -> Tensor:
-        """0."""
-        return super().slope_derivative(x) if self.barrier else torch.zeros_like(x)
 
     def _inverse(self, x: Tensor) -> Tensor:
         return torch.where(x > 0, x, x / self.negative_slope)
