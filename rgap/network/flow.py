@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx, nn
 
-from rgap.network.affine import Affine
 from rgap.network.agreement import disagreement, refuse_unready
 from rgap.network.graph import Link, ancestors, parameter_uses, shared
 from rgap.network.probing import Shape

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from rgap.halt import Halt, HaltKind
-from rgap.jacobian.layer import each
 from rgap.limits import ON, REFUTED
 from rgap.network.activations import Activation
 from rgap.network.chain import Chain, Stage
@@ -22,7 +21,7 @@ from rgap.precision import Estimate, Precision
 from rgap.progress import Watch, silent
 from rgap.recursion.reached import Descent, Reached
 from rgap.recursion.stage import BUDGET, StageSolution, solve_stage
-from rgap.recursion.steps import Unpool, lift, through
+from rgap.recursion.steps import Unpool, down, lift, through
 
 __all__ = ["Descent", "Reached", "Unpool", "descend"]
 
@@ -85,7 +84,7 @@ def descend(
             if step.misfit > REFUTED:
                 return ended(Halt.contradiction(stage.name))
         cotangents[index], features[index] = k, known
-        passed = lift(stage, known, _carried(stage, k, precision), precision, unpool)
+        passed = lift(stage, known, down(stage.affine, k, precision), precision, unpool)
         if isinstance(passed, Halt):
             return ended(passed)
         known, cotangent = passed
@@ -149,15 +148,6 @@ def _vanished(
     if len(k.value) > 1 or bias is None or not precision.sent(bias):
         return False
     return not bool(gradients[bias].any()) and not bool(gradients[affine.weight_name].any())
-
-
-def _carried(stage: Stage, k: Estimate, precision: Precision) -> Estimate:
-    """The cotangent at the input of an affine map, ``Wᵀ k``, with its errors."""
-    adjoint = stage.affine.adjoint
-    # The terms of the client's sum rounded, however small a result they cancel to.
-    terms = stage.affine.adjoint_of_squares(k.value.square())
-    rounded = precision.normal(precision.sum_std(terms))
-    return Estimate(adjoint(k.value), each(adjoint, k.error) + rounded)
 
 
 def _cut(stage: Stage, data: Estimate) -> Halt | None:

@@ -21,12 +21,12 @@ from rgap.constraints import gradient_constraint, gradient_rows, weight_constrai
 from rgap.constraints.known_input import matrix_noise
 from rgap.halt import Halt
 from rgap.jacobian.layer import each
-from rgap.limits import DETERMINED, FITS, TRUSTED
+from rgap.limits import DETERMINED, FITS, ON, TRUSTED
 from rgap.network.activations import Activation
 from rgap.network.affine import Affine
 from rgap.network.flow import Flow
 from rgap.precision import Estimate, Precision
-from rgap.recursion.steps import through
+from rgap.recursion.steps import down, through
 from rgap.separation.shifts.masks import Masked, gauge_by_masks
 from rgap.separation.shifts.positions import Positions, tell_positions_apart
 from rgap.solvers.kronecker import Kronecker, factor
@@ -138,13 +138,20 @@ class _Walk:
             sizes = [self.flow.nodes[source].shape[0] for source in node.sources]
             parts = zip(node.spread(k.value, sizes), node.spread(k.error, sizes), strict=True)
             return [Estimate(value, error) for value, error in parts]
-        if isinstance(link, Affine) or (link.affine and link.barrier is None):
-            return [Estimate(link.adjoint(k.value), each(link.adjoint, k.error))]
+        if isinstance(link, Affine):
+            return [down(link, k, self.precision)]
+        if link.affine and link.barrier is None:
+            below = link.adjoint(k.value)
+            rounded = self.precision.rounding(below)
+            return [Estimate(below, each(link.adjoint, k.error) + rounded)]
         if not isinstance(link, Activation) or link.barrier is not None:
             state.ends[place] = link.barrier or f"'{node.name}' ({link.kind}) is not inverted"
             return None
+        if link.one_sided and place in state.values and place not in state.masks:
+            known = state.values[place]
+            state.masks[place] = (known.value > ON * _spread(known)).to(k.value)
         if place in state.masks:
-            open_ = state.masks[place].to(k.value)
+            open_ = state.masks[place]
             return [Estimate(k.value * open_, k.error * open_)]
         if place in state.values:
             taken = through((link,), state.values[place], k, self.precision)
@@ -198,6 +205,20 @@ class _Walk:
             self.watch(self.flow.nodes[place].name)
         elif self.flow.nodes[place].link is not None:
             state.ends[place] = found
+
+
+def _spread(known: Estimate) -> Tensor:
+    """Standard errors that few members cannot leave too small by chance.
+
+    One matrix K serves all channels, so a variance is about one factor for the place times one for
+    the channel; each is a mean over many entries.
+    """
+    variance = known.error.square().mean(0).flatten(2) if known.value.ndim > 2 else None
+    if variance is None:
+        return known.std
+    over = variance.mean((0, 2), keepdim=True) * variance.mean(1, keepdim=True)
+    fitted = over / variance.mean().clamp_min(1e-300)
+    return torch.maximum(variance, fitted).sqrt().reshape(known.value.shape)
 
 
 def from_gradients(

@@ -16,12 +16,13 @@ from rgap.halt import Halt, HaltKind
 from rgap.jacobian.layer import each
 from rgap.limits import ON
 from rgap.network.activations import Activation
+from rgap.network.affine import Affine
 from rgap.network.chain import Stage
 from rgap.network.pooling import LinearMap, Pool
 from rgap.network.reshape import Op
 from rgap.precision import UNKNOWN, Estimate, Precision
 
-__all__ = ["Unpool", "affine_error", "lift", "through"]
+__all__ = ["Unpool", "affine_error", "down", "lift", "through"]
 
 Unpool = Callable[[int, Op, Estimate, Estimate], tuple[Estimate, Estimate] | None]
 
@@ -113,6 +114,13 @@ def affine_error(op: Op, error: Tensor) -> Tensor:
     """D(op^{-1}) error for an affine op: op^{-1}(e) − op^{-1}(0)."""
     zero = op.inverse(torch.zeros_like(error[0]))
     return each(op.inverse, error) - zero
+
+
+def down(affine: Affine, k: Estimate, precision: Precision) -> Estimate:
+    """The cotangent at the input of an affine map, ``Wᵀ k``, with its errors."""
+    # The terms of the client's sum rounded, however small a result they cancel to.
+    rounded = precision.normal(precision.sum_std(affine.adjoint_of_squares(k.value.square())))
+    return Estimate(affine.adjoint(k.value), each(affine.adjoint, k.error) + rounded)
 
 
 def _no_inverse(op: Op) -> Halt:
