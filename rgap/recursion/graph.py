@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import inf
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from rgap.constraints import gradient_constraint, gradient_rows, weight_constrai
 from rgap.constraints.known_input import matrix_noise
 from rgap.halt import Halt
 from rgap.jacobian.layer import each
-from rgap.limits import DETERMINED, FITS, ON, TRUSTED
+from rgap.limits import DETERMINED, FITS, HOPELESS, TRUSTED
 from rgap.network.activations import Activation
 from rgap.network.affine import Affine
 from rgap.network.flow import Flow
@@ -31,6 +32,11 @@ from rgap.separation.shifts.masks import Masked, gauge_by_masks
 from rgap.separation.shifts.positions import Positions, tell_positions_apart
 from rgap.solvers.kronecker import Kronecker, factor
 from rgap.solvers.rank import Rank
+
+# Standard errors of a unit that is off, at least; and times the most negative value of all units,
+# in standard errors, up to which one is off and from which it is on.  Errors are symmetric, so that
+# the units that are off end as far above 0 as below; what lies between is settled by the layer below.
+LEAST, OFF, SURELY = 4.0, 1.25, 4.0
 
 __all__ = ["GraphDescent", "descend_graph"]
 
@@ -87,11 +93,16 @@ class _Walk:
         self.flow, self.gradients, self.precision = flow, gradients, precision
         self.watch, self.state = watch, GraphDescent()
         self.behind: dict[int, int] = {}  # cotangents that are known up to the mask of a rectifier
+        self.unsure: dict[
+            int, Tensor
+        ] = {}  # of a rectifier: units whose sign its error leaves open
+        self.doubted: dict[int, int] = {}  # cotangents in which such units are taken to be on
 
     def down(self, top: Estimate) -> bool:
-        """One pass; True if a mask was read off below its rectifier, so that the next goes on."""
+        """One pass; True if a mask was settled below its rectifier, so that the next goes on."""
         nodes, state = self.flow.nodes, self.state
-        state.cotangents, state.ends, self.behind = {len(nodes) - 1: top}, {}, {}
+        state.cotangents, state.ends = {len(nodes) - 1: top}, {}
+        self.behind, self.doubted = {}, {}
         for place in reversed(range(len(nodes))):
             node = nodes[place]
             if place not in state.ends:
@@ -100,8 +111,8 @@ class _Walk:
                     if why is None:
                         return True
                     state.ends[place] = why
-                elif place not in self.behind:
-                    self.solve(place)
+                elif place not in self.behind and self.solve(place):
+                    return True
             passed = None if place in state.ends or not place else self.passed(place)
             for number, source in enumerate(node.sources):
                 if passed is None:
@@ -113,6 +124,11 @@ class _Walk:
     def push(self, source: int, k: Estimate, user: int) -> None:
         """Add what a user sends to the cotangent of what it reads."""
         known, state = self.state.cotangents.get(source), self.state
+        rectifier = user if user in self.unsure else self.doubted.get(user)
+        if rectifier is not None and known is None:
+            self.doubted[source] = rectifier
+        elif rectifier is not None or source in self.doubted:
+            self.doubted.pop(source, None)  # settled before anything here is asked for
         mask = user if self.unopened(user) else self.behind.get(user)
         if known is not None and (mask is not None or source in self.behind):
             rectifier = self.flow.nodes[self.behind[source] if mask is None else mask].name
@@ -148,8 +164,7 @@ class _Walk:
             state.ends[place] = link.barrier or f"'{node.name}' ({link.kind}) is not inverted"
             return None
         if link.one_sided and place in state.values and place not in state.masks:
-            known = state.values[place]
-            state.masks[place] = (known.value > ON * _spread(known)).to(k.value)
+            self.open(place, state.values[place])
         if place in state.masks:
             open_ = state.masks[place]
             return [Estimate(k.value * open_, k.error * open_)]
@@ -164,6 +179,15 @@ class _Walk:
             return [k]  # behind a mask that the convolution below may tell
         state.ends[place] = f"the output of '{node.name}' is not determined"
         return None
+
+    def open(self, place: int, known: Estimate) -> None:
+        """The mask of a rectifier from what it gives; units in doubt count as on until settled."""
+        share = known.value / _spread(known).clamp_min(1e-300)
+        off = max(LEAST, float(-share.min()))  # of those that are off, half lie below 0
+        self.state.masks[place] = (share > OFF * off).to(known.value)
+        unsure = (share > OFF * off) & (share < SURELY * off)
+        if bool(unsure.any()):
+            self.unsure[place] = unsure
 
     def unmask(self, place: int, affine: Affine) -> str | None:
         """Read the mask of a rectifier above off the positions of a convolution, or say why not."""
@@ -186,25 +210,75 @@ class _Walk:
         state.shifts.append(place)
         return None
 
-    def solve(self, place: int) -> None:
-        """The value, from the gradients of all layers that read it, if these determine it."""
-        state, readers = self.state, list[tuple[Affine, Estimate]]()
+    def solve(self, place: int) -> bool:
+        """The value, from the gradients of all layers that read it, if these determine it.
+
+        Returns:
+            True if units that were in doubt above are settled by it.
+        """
+        state, readers = self.state, list[Reader]()
         if place in state.values:
-            return
-        for user in self.flow.users(place):
-            node = self.flow.nodes[user]
-            known = user in state.cotangents and user not in state.ends and user not in self.behind
-            if isinstance(node.link, Affine) and known and not node.shared:
-                if self.precision.sent(node.link.weight_name):
-                    readers.append((node.link, state.cotangents[user]))
+            return False
+        users = [user for user in self.flow.users(place) if self.heard(user)]
+        for user in users:
+            affine = self.flow.nodes[user].link
+            assert isinstance(affine, Affine)
+            doubt = self.doubted.get(user)
+            readers.append(Reader(affine, state.cotangents[user], self.unsure.get(doubt)))
         if not readers:
-            return
+            return False
         found = from_gradients(readers, self.gradients, self.precision)
-        if isinstance(found, Estimate):
+        if not isinstance(found, Estimate):
+            if self.flow.nodes[place].link is not None:
+                state.ends[place] = found
+            return False
+        settled = False
+        for user, reader in zip(users, readers, strict=True):
+            if reader.unsure is not None and self.doubted[user] in self.unsure:
+                rectifier = self.doubted[user]
+                on = self.settled(reader, found)
+                state.masks[rectifier][reader.unsure] = on
+                del self.unsure[rectifier]
+                settled = True
+        if not settled:
             state.values[place] = found
             self.watch(self.flow.nodes[place].name)
-        elif self.flow.nodes[place].link is not None:
-            state.ends[place] = found
+        return settled
+
+    def heard(self, user: int) -> bool:
+        """True for a layer whose gradient is its own and whose cotangent is known."""
+        node, state = self.flow.nodes[user], self.state
+        known = user in state.cotangents and user not in state.ends and user not in self.behind
+        return (
+            known
+            and isinstance(node.link, Affine)
+            and not node.shared
+            and self.precision.sent(node.link.weight_name)
+        )
+
+    def settled(self, reader: Reader, x: Estimate) -> Tensor:
+        """Whether units in doubt are on, as 0 and 1, by the rows of their own filters.
+
+        The gradient of filter f is linear in its cotangent: with x from the other filters, the
+        entries in doubt are unknowns, a few for many rows, that are 0 or what comes from above.
+        """
+        affine, unsure = reader.affine, reader.unsure
+        assert unsure is not None
+        sure = torch.where(unsure, 0.0, reader.k.value)
+        left = affine.sent(self.gradients) - affine.weight_gradient(x.value, sure)
+        on = torch.zeros_like(reader.k.value)
+        for f in unsure.flatten(2).any(2).any(0).nonzero().flatten().tolist():
+            places = unsure[:, f].nonzero()
+            columns = []
+            for place in places:
+                unit = torch.zeros_like(reader.k.value[:1])
+                unit[(0, f, *place[1:])] = reader.k.value[(place[0], f, *place[1:])]
+                row = affine.weight_gradient(x.value[place[:1]], unit)
+                columns.append(row[f].flatten())
+            share = torch.linalg.lstsq(torch.stack(columns, 1), left[f].flatten()).solution
+            for place, value in zip(places, share, strict=True):
+                on[(place[0], f, *place[1:])] = float(value > 0.5)
+        return on[unsure]
 
 
 def _spread(known: Estimate) -> Tensor:
@@ -221,15 +295,37 @@ def _spread(known: Estimate) -> Tensor:
     return torch.maximum(variance, fitted).sqrt().reshape(known.value.shape)
 
 
+@dataclass(frozen=True)
+class Reader:
+    """A layer that reads a value.
+
+    Attributes:
+        affine: the layer.
+        k: cotangent at its output, [B, *out_shape].
+        unsure: entries of k that may be 0, as bool; the filters that have one say nothing.
+    """
+
+    affine: Affine
+    k: Estimate
+    unsure: Tensor | None = None
+
+    @property
+    def heard(self) -> Tensor:
+        """1 for filters that say something, else 0, [F]."""
+        if self.unsure is None:
+            return self.k.value.new_ones(self.affine.out_shape[0])
+        return 1.0 - self.unsure.flatten(2).any(2).any(0).to(self.k.value)
+
+
 def from_gradients(
-    readers: Sequence[tuple[Affine, Estimate]],
+    readers: Sequence[Reader],
     gradients: Mapping[str, Tensor],
     precision: Precision,
 ) -> Estimate | str:
     """The input that several layers read, from all their gradients, or why these leave it open.
 
     Args:
-        readers: layers, each with the cotangent k at its output.
+        readers: all layers that are heard.
         gradients: by parameter name.
         precision: of the update.
     """
@@ -237,12 +333,17 @@ def from_gradients(
     rows, size = stack.whole.matrix.shape[1:]
     if rows < size:
         return f"{stack.names}: {rows} equations for {size} unknowns of a channel"
-    weights = stack.whole.matrix.new_ones(stack.whole.matrix.shape[:2])
+    weights = stack.heard
     for _ in range(2):  # once to see how large the errors of the rows are, once weighed by them
         made = factor(stack.whole, weights, None, None)
         if made is None or not made.condition <= TRUSTED:
-            rank = stack.rank()
-            return f"{stack.names}: rank {rank.rank} for {rank.size} unknowns"
+            rank = stack.rank(weights)
+            if made is None or rank.nullity or not (rank.clear and made.condition <= HOPELESS):
+                condition = inf if made is None else made.condition
+                return (
+                    f"{stack.names}: rank {rank.rank} for {rank.size} unknowns, condition "
+                    f"{condition:.1e}"
+                )
         main = stack.weighed(stack.sent, weights)
         table, _ = made.solve((main, None), tolerance=max(1e-15, 1e-3 * precision.unit))
         u = stack.fold(table)
@@ -250,13 +351,17 @@ def from_gradients(
     if made.smallest * DETERMINED <= 1.0:
         return f"{stack.names}: a direction is known to {1.0 / made.smallest:.1e} only"
     gap = stack.weighed(
-        stack.sent - stack.rows([a.weight_gradient(u, k.value) for a, k in readers]), weights
+        stack.sent - stack.rows([r.affine.weight_gradient(u, r.k.value) for r in readers]), weights
     )
     misfit = float(gap.square().mean().sqrt())
     if misfit > FITS:
         return f"{stack.names}: the gradients contradict each other by {misfit:.1e} errors"
     members = stack.weighed(stack.perturbed(u), weights)
-    errors = stack.fold(made.precondition(made.adjoint((members, None))))
+    if made.condition <= TRUSTED:
+        errors = made.precondition(made.adjoint((members, None)))
+    else:
+        errors = made.solve((members, None), 30, tolerance=1e-2)[0]
+    errors = stack.fold(errors)
     return Estimate(u, errors.reshape(-1, *u.shape))
 
 
@@ -265,46 +370,52 @@ class _Stack:
 
     def __init__(
         self,
-        readers: Sequence[tuple[Affine, Estimate]],
+        readers: Sequence[Reader],
         gradients: Mapping[str, Tensor],
         precision: Precision,
     ) -> None:
-        first, k = readers[0]
+        first = readers[0]
         self.readers, self.precision = readers, precision
-        self.names = " and ".join(f"'{affine.name}'" for affine, _ in readers)
-        self.blocks = [gradient_constraint(affine, k.value) for affine, k in readers]
-        self.whole = Kronecker(torch.cat([b.matrix for b in self.blocks], 1), first.in_shape[0])
-        self.fold = weight_constraint(first, len(k.value)).fold
-        self.sent = self.rows([affine.sent(gradients) for affine, _ in readers])
+        self.names = " and ".join(f"'{reader.affine.name}'" for reader in readers)
+        self.blocks = [gradient_constraint(r.affine, r.k.value) for r in readers]
+        channels = first.affine.in_shape[0]
+        self.whole = Kronecker(torch.cat([b.matrix for b in self.blocks], 1), channels)
+        self.fold = weight_constraint(first.affine, len(first.k.value)).fold
+        self.sent = self.rows([reader.affine.sent(gradients) for reader in readers])
+        self.heard = torch.cat([self.by_filter(r, r.heard) for r in readers], 1)
         self.stds = list[Tensor]()
 
     def rows(self, parts: Sequence[Tensor]) -> Tensor:
         """Gradients of all layers as right-hand sides, [..., C, rows]."""
-        layers = [affine for affine, _ in self.readers]
+        layers = [reader.affine for reader in self.readers]
         return torch.cat([gradient_rows(a, g) for a, g in zip(layers, parts, strict=True)], -1)
 
-    def rank(self) -> Rank:
-        """That of all constraints, against the errors of the cotangents."""
+    def rank(self, weights: Tensor) -> Rank:
+        """That of all rows that count, against the errors of the cotangents."""
         known = zip(self.blocks, self.readers, strict=True)
-        noises = [matrix_noise(block, k, self.precision) for block, (_, k) in known]
-        return self.whole.rank(noise=max(noises))
+        noises = [matrix_noise(block, reader.k, self.precision) for block, reader in known]
+        return self.whole.scaled((weights > 0).to(weights)).rank(noise=max(noises))
 
     def weights(self, u: Tensor) -> Tensor:
         """One over the standard errors of the rows, those of a filter alike, [groups, rows]."""
-        groups, parts = len(self.whole.matrix), []
-        for affine, k in self.readers:
+        self.stds, parts = [], []
+        for reader in self.readers:
+            affine, k = reader.affine, reader.k
             squares = affine.weight_gradient(u.square(), k.value.square())
             std = self.precision.update_std(affine.weight_name, squares)
-            self.stds.append(std)
             variance = std.square()
             for error in k.error:
                 variance += affine.weight_gradient(u, error).square() / len(k.error)
-            table = gradient_rows(affine, variance)
-            filters = affine.weight.shape[0] // groups
-            own = table.reshape(groups, -1, filters, table.shape[-1] // filters).mean((1, 3))
-            parts.append(own.repeat_interleave(table.shape[-1] // filters, 1))
-        self.stds = self.stds[-len(self.readers) :]
-        return torch.cat(parts, 1).sqrt().clamp_min(1e-300).reciprocal()
+            self.stds.append(std)
+            own = variance.flatten(1).mean(1).sqrt().clamp_min(1e-300).reciprocal()
+            parts.append(self.by_filter(reader, own * reader.heard))
+        return torch.cat(parts, 1)
+
+    def by_filter(self, reader: Reader, values: Tensor) -> Tensor:
+        """A number for every filter as one for every row of K, [groups, rows]."""
+        groups = len(self.whole.matrix)
+        per_filter = reader.affine.weight[0, 0].numel()
+        return values.reshape(groups, -1).repeat_interleave(per_filter, 1)
 
     def weighed(self, rows: Tensor, weights: Tensor) -> Tensor:
         """Rows [..., C, rows] times their weights, [S, C, rows]."""
@@ -314,10 +425,10 @@ class _Stack:
     def perturbed(self, u: Tensor) -> Tensor:
         """What draws of the update's own errors and errors of k do to the rows, [S, C, rows]."""
         members = []
-        for member in range(len(self.readers[0][1].error)):
+        for member in range(len(self.readers[0].k.error)):
             parts = []
-            for (affine, k), std in zip(self.readers, self.stds, strict=True):
+            for reader, std in zip(self.readers, self.stds, strict=True):
                 noise = self.precision.normal(std, samples=1)[0]
-                parts.append(noise - affine.weight_gradient(u, k.error[member]))
+                parts.append(noise - reader.affine.weight_gradient(u, reader.k.error[member]))
             members.append(self.rows(parts))
         return torch.stack(members)
