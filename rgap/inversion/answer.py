@@ -29,7 +29,7 @@ from rgap.limits import NEAREST, PASSES, SAFETY
 from rgap.network.chain import Chain, Stage
 from rgap.network.pooling import LinearMap
 from rgap.network.reshape import Rearrange, Reshape
-from rgap.precision import Estimate, Precision, carried
+from rgap.precision import Estimate, Precision, carried, paired
 from rgap.recovery import Route
 from rgap.recursion.reached import Descent
 from rgap.separation.targets import read_from_head
@@ -103,10 +103,9 @@ def scaled(answer: Answer, ratio: float, candidate: HeadCandidate) -> Answer:
         ratio: c.
         candidate: the other root.
     """
-    data, h = answer.polished.data, candidate.features
+    data, h = paired(answer.polished.data, candidate.features)
     value = ratio * data.value
-    members = h.error[: len(data.error)]  # the full solve carries fewer of them
-    sizes = members.norm(dim=-1, keepdim=True).reshape(-1, *([1] * value.ndim))
+    sizes = h.error.norm(dim=-1, keepdim=True).reshape(-1, *([1] * value.ndim))
     wider = Estimate(value, ratio * data.error + value * sizes / h.value.norm())
     polished = replace(answer.polished, data=wider)
     return replace(answer, polished=polished, reading=candidate.reading)
