@@ -8,13 +8,14 @@ from rgap.halt import Halt, HaltKind
 from rgap.head.features import HeadFailure, solve_head
 from rgap.head.mapped import Mapped
 from rgap.inversion import outcomes
-from rgap.inversion.answer import Run, families, head_gradients, of_labels
+from rgap.inversion.answer import Run, families, of_labels
 from rgap.inversion.batch_rows import batch_of, descended
 from rgap.inversion.conclude import concluded
 from rgap.inversion.factor import divided, remaining
 from rgap.inversion.problem import Problem
 from rgap.inversion.several import from_pair
 from rgap.inversion.single import from_bias, from_prefix
+from rgap.inversion.top import head_gradients
 from rgap.network.activations import Activation
 from rgap.network.prefix import find_pairs, find_prefix
 from rgap.progress import Progress

@@ -224,3 +224,23 @@ def test_outputs_that_are_exactly_at_a_kink_refute_nothing(
         assert recovery.status is not Status.INCONSISTENT, (seed, recovery.reason)
         told.append("lie within their error of a kink" in recovery.reason)
     assert any(told) or kink is nn.Hardtanh  # whose limits nothing tells from beyond them
+
+
+@pytest.mark.parametrize(("outputs", "told"), [(3, True), (10, False)])
+@pytest.mark.parametrize("loss", ["cross_entropy", "mse_loss"])
+def test_a_head_without_bias_that_takes_in_zeros_leaves_its_cotangent_to_the_layers_below(
+    outputs: int, told: bool, loss: str
+) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 12), nn.Linear(12, 6), nn.Linear(6, outputs, bias=False))
+    nn.init.zeros_(net[1].weight)
+    nn.init.zeros_(net[1].bias)
+    x, y = (
+        torch.rand(1, 4),
+        torch.tensor([1]) if loss == "cross_entropy" else torch.rand(1, outputs),
+    )
+    found = invert(net, capture(net, x, y, loss=loss))
+    assert float((found.inputs - x).abs().max()) <= found.error_bound
+    assert found.certified == ({"inputs", "targets"} if told else {"inputs"})
+    if told:  # ten cotangents are not told apart by six numbers
+        assert float((found.labels - y).abs().max()) <= (found.targets_error_bound or 0.0)
