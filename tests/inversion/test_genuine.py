@@ -244,3 +244,17 @@ def test_a_head_without_bias_that_takes_in_zeros_leaves_its_cotangent_to_the_lay
     assert found.certified == ({"inputs", "targets"} if told else {"inputs"})
     if told:  # ten cotangents are not told apart by six numbers
         assert float((found.labels - y).abs().max()) <= (found.targets_error_bound or 0.0)
+
+
+@pytest.mark.parametrize("loss", ["binary_cross_entropy_with_logits", "cross_entropy", "mse_loss"])
+def test_samples_that_nearly_cancel_round_by_their_own_size(loss: str) -> None:
+    torch.manual_seed(0)
+    outputs = 2 if loss == "cross_entropy" else 1
+    net = nn.Sequential(nn.Linear(9, 27), nn.Tanh(), nn.Linear(27, 27), nn.Tanh())
+    net.append(nn.Linear(27, outputs)).eval()
+    nn.init.zeros_(net[4].bias)
+    with torch.no_grad():
+        net[4].weight.mul_(1e-3)  # the model is sure of nothing: p = 1/2
+    targets = torch.tensor([0, 1]) if outputs == 2 else torch.tensor([[0.0], [1.0]])
+    found = invert(net, capture(net, torch.rand(1, 9).repeat(2, 1), targets, loss=loss))
+    assert found.status is Status.UNDERDETERMINED, found.reason
