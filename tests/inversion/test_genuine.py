@@ -258,3 +258,26 @@ def test_samples_that_nearly_cancel_round_by_their_own_size(loss: str) -> None:
     targets = torch.tensor([0, 1]) if outputs == 2 else torch.tensor([[0.0], [1.0]])
     found = invert(net, capture(net, torch.rand(1, 9).repeat(2, 1), targets, loss=loss))
     assert found.status is Status.UNDERDETERMINED, found.reason
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("off", [0, 1, 2])
+def test_samples_that_switch_all_units_off_contradict_no_batch_size(
+    off: int, reduction: str
+) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(9, 27), nn.Tanh(), nn.Linear(27, 24), nn.ReLU())
+    net.extend([nn.Linear(24, 24), nn.Sigmoid(), nn.Linear(24, 3)]).eval()
+    x = torch.rand(3, 9)
+    with torch.no_grad():
+        hidden = net[:2](x)
+        if off:
+            net[2].weight.add_(20 * torch.rand(24, 1) * (hidden[:1] - hidden[1:].mean(0)))
+            net[2].bias.copy_(-0.1 - (hidden[3 - off :] @ net[2].weight.T).amax(0))
+        assert int((net[:4](x) == 0).all(1).sum()) == off
+    update = capture(net, x, torch.arange(3), loss=Loss(reduction=reduction), dtype=torch.float64)
+    found = invert(net, update)
+    assert found.status is (Status.UNDERDETERMINED if off else Status.EXACT), found.reason
+    assert ("all units of a ReLU above are off" in found.reason) == bool(off)
+    if not off:  # no ReLU hides what the head does not hold either
+        assert invert(net, update, batch_size=4).status is Status.INCONSISTENT
