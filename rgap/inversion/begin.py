@@ -21,7 +21,7 @@ from rgap.network.prefix import find_pairs, find_prefix
 from rgap.progress import Progress
 from rgap.recovery import Recovery, Status
 from rgap.separation.batch import Separated, Unseparated
-from rgap.separation.route import separate
+from rgap.separation.route import separate, undetermined
 
 __all__ = [
     "at_batch",
@@ -84,6 +84,11 @@ def at_batch(problem: Problem, separated: Separated | Unseparated, show: Progres
             f"({recovery.reason}): more likely they are different pictures, which the head cannot "
             "show"
         )
+        recovery = replace(recovery, status=Status.UNDERDETERMINED, reason=reason)
+    elif recovery.status is Status.INCONSISTENT and (
+        why := undetermined(batch_of(problem), separated)
+    ):
+        reason = f"{recovery.reason}; which refutes none but these samples: {why}"
         recovery = replace(recovery, status=Status.UNDERDETERMINED, reason=reason)
     notes = (separated.note,) if separated.note else ()
     if separated.passed and recovery.inputs is None:

@@ -6,7 +6,7 @@ the loss has to: at a softmax head up to C − 1 samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import inf
 
@@ -15,9 +15,10 @@ import torch
 from rgap.jacobian.batch_loss import loss_scale
 from rgap.limits import ROUNDED
 from rgap.network.chain import Stage
+from rgap.network.reshape import Op
 from rgap.separation.batch import Batch, Separated, Unseparated
 from rgap.separation.mixture import Mixture
-from rgap.separation.pair import Between, separate_pair, steps_between
+from rgap.separation.pair import Between, lines, separate_pair, steps_between
 from rgap.separation.softmax.separate import separate_head, unfit
 from rgap.update.targets import BINARY, CROSS_ENTROPY
 
@@ -64,7 +65,7 @@ def separate(batch: Batch, watch: Watcher | None = None) -> Separated | Unsepara
         if isinstance(steps, str):
             continue
         lower, upper = batch.mixture(index), batch.mixture(index + 1)
-        why = unfit_pair(lower, upper)
+        why = unfit_pair(lower, upper, steps)
         if why is None:
             pair = Between.of(lower, upper, steps, batch.precision)
             return _after(separate_pair(batch, pair, top, watch), whys)
@@ -74,6 +75,19 @@ def separate(batch: Batch, watch: Watcher | None = None) -> Separated | Unsepara
     if why_not is not None:
         return Unseparated(f"{alone}; {why_not.reason}", why_not.consistent)
     return _after(separate_head(batch, top, watch), whys)
+
+
+def undetermined(batch: Batch, separated: Separated) -> str:
+    """Which samples of a pair of layers lie on lines of solutions, any point of which is as good.
+
+    "" where each has equations that determine it, and for samples of a head.
+    """
+    index, samples = separated.stage.index, separated.mixture
+    steps = "" if separated.stage is batch.chain.stages[-1] else steps_between(batch.chain, index)
+    if isinstance(steps, str):
+        return ""
+    pair = Between.of(samples, batch.mixture(index + 1), steps, batch.precision)
+    return lines(pair, separated.features.value.flatten(1) @ samples.right)
 
 
 def _beyond(batch: Batch, stage: Stage) -> bool:
@@ -114,8 +128,8 @@ def _after(answer: Separated | Unseparated, whys: list[str]) -> Separated | Unse
     return replace(answer, passed="; ".join(whys)) if isinstance(answer, Separated) else answer
 
 
-def unfit_pair(lower: Mixture, upper: Mixture) -> str | None:
-    """Why a pair of layers does not separate the batch, or None if it does."""
+def unfit_pair(lower: Mixture, upper: Mixture, steps: Sequence[Op]) -> str | None:
+    """Why a pair of layers with ``steps`` between does not separate the batch, None if it does."""
     name, above = lower.stage.name, upper.stage.name
     width = upper.gradient.shape[1]
     if lower.bias_gradient is None:
@@ -136,6 +150,8 @@ def unfit_pair(lower: Mixture, upper: Mixture) -> str | None:
             f"'{above}' with {width} inputs gives {width - lower.rank} equations a sample for "
             f"{lower.rank - 1} unknowns"
         )
+    if lower.rank > 1 and all(op.affine for op in steps):
+        return f"nothing bends between '{name}' and '{above}': mixtures of samples pass as samples"
     return None
 
 

@@ -200,10 +200,15 @@ def resolved(batch: Batch, samples: Mixture) -> bool:
     """True if every sample of the mixture stands out from what the client rounds.
 
     Where more samples are stated than the rank tells apart, some may be lost to rounding and
-    weigh on the others: then they have to stand out by as much again.
+    weigh on the others: then they have to stand out by as much again, and at every layer above by
+    the square of what they differ by: three samples on a line are two of other weights up to it.
     """
-    law = LAW if batch.size in (None, samples.rank) else LAW * LAW
-    return samples.ratio > law * 2.0 * batch.precision.unit
+    limit, ratio = LAW * 2.0 * batch.precision.unit, samples.ratio
+    if batch.size in (None, samples.rank):
+        return ratio > limit
+    above = [s.index for s in batch.chain.stages if s.affine.geometry is None]
+    least = min(batch.mixture(i).ratio for i in above if i >= samples.stage.index)
+    return ratio > LAW * limit and least**2 > limit
 
 
 def refuting(batch: Batch, samples: Mixture) -> bool:

@@ -281,3 +281,52 @@ def test_samples_that_switch_all_units_off_contradict_no_batch_size(
     assert ("all units of a ReLU above are off" in found.reason) == bool(off)
     if not off:  # no ReLU hides what the head does not hold either
         assert invert(net, update, batch_size=4).status is Status.INCONSISTENT
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("place", [0, 1])
+def test_two_layers_with_nothing_between_them_tell_no_samples_apart(
+    place: int, smoothing: float
+) -> None:
+    torch.manual_seed(1)
+    layers = [nn.Linear(6, 14), nn.Linear(14, 12), nn.Linear(12, 5)]
+    net = nn.Sequential(*layers)
+    net.insert(2 - place, nn.Tanh())  # between the other two
+    net.eval()
+    x, y = torch.rand(2, 6), torch.tensor([3, 1])
+    update = capture(net, x, y, loss=Loss(label_smoothing=smoothing), dtype=torch.float64)
+    found = invert(net, update, labels=y)
+    assert found.status is Status.EXACT, found.reason
+    assert float((found.inputs - x).abs().max()) <= found.error_bound
+
+
+@pytest.mark.parametrize("seed", [86, 111])
+def test_samples_on_lines_of_solutions_that_are_contradicted_refute_nothing(seed: int) -> None:
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(2, 12), nn.ReLU(), nn.Linear(12, 12), nn.LeakyReLU(0.2))
+    net.append(nn.Linear(12, 4)).eval()
+    with torch.no_grad():
+        for p in net.parameters():
+            p.copy_(torch.randint(-2, 3, p.shape) / 2)
+    x, y = torch.tensor([[0.0, 1.0], [0.0, 0.0], [1.0, 1.0]]), torch.tensor([0, 3, 2])
+    found = invert(net, capture(net, x, y, loss=Loss(reduction="sum")))
+    assert found.status is Status.UNDERDETERMINED, found.reason
+    assert "lie on lines of such points" in found.reason
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("apart", [1e-3, 1e-4])
+def test_three_samples_on_a_line_weigh_what_two_do_and_refute_no_batch_size(
+    apart: float, reduction: str
+) -> None:
+    torch.manual_seed(3)
+    net = nn.Sequential(nn.Linear(6, 18), nn.Tanh(), nn.Linear(18, 18), nn.Sigmoid())
+    net.append(nn.Linear(18, 6)).double().eval()
+    x, d = torch.rand(2, 1, 6, dtype=torch.float64)
+    x = torch.cat([x, x + apart * d, x - apart * d])
+    update = capture(net, x.clamp(0, 1), torch.full((3,), 3), loss=Loss(reduction=reduction))
+    found = invert(net, update)
+    assert found.status is Status.UNDERDETERMINED, found.reason
+    # Two that are apart by as much as others are do refute it.
+    two = capture(net, torch.rand(2, 6).double(), torch.tensor([3, 3]), loss=Loss(reduction="mean"))
+    assert invert(net, two, batch_size=3).status is Status.INCONSISTENT
