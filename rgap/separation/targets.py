@@ -216,11 +216,13 @@ def refuting(batch: Batch, samples: Mixture) -> bool:
 
     Not where at most two logits carry the loss: the cotangents of all targets are then parallel,
     and samples of different targets may be shown as one, of any weight.  Nor where those of one
-    target are (:func:`_blind`).
+    target are (:func:`_blind`), or where no more units are on than samples are told apart: the
+    cotangent of any target lies in the range of the gradient then.
     """
     head = batch.chain.stages[-1].affine.sent(batch.gradients)
     told = int((head != 0).any(1).sum()) > PARALLEL and not _blind(batch)
-    return told and resolved(batch, samples)
+    on = int((samples.gradient != 0).any(1).sum())
+    return told and on > samples.rank and resolved(batch, samples)
 
 
 def _blind(batch: Batch) -> bool:

@@ -328,3 +328,19 @@ def test_three_samples_on_a_line_weigh_what_two_do_and_refute_no_batch_size(
     # Two that are apart by as much as others are do refute it.
     two = capture(net, torch.rand(2, 6).double(), torch.tensor([3, 3]), loss=Loss(reduction="mean"))
     assert invert(net, two, batch_size=3).status is Status.INCONSISTENT
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_targets_that_all_fit_one_unit_refute_no_batch_size(seed: int, reduction: str) -> None:
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(9, 27), nn.ReLU(), nn.Linear(27, 6)).eval()
+    x = torch.rand(3, 9)
+    with torch.no_grad():
+        x = x[net[0](x)[:, 4].argsort(descending=True)]
+        z = net[0](x)
+        net[0].bias.sub_(z.amax(0) + 3.0)
+        net[0].bias[4] += z[:, 4].amax() - z[:, 4].median() + 3.1  # one unit, for two samples
+        net[2].weight[:, 4] = torch.tensor([-0.25, -0.06, 0.5, -0.06, -0.06, -0.07])
+    found = invert(net, capture(net, x, torch.tensor([2, 0, 5]), loss=Loss(reduction=reduction)))
+    assert found.status is Status.UNDERDETERMINED, found.reason
