@@ -79,6 +79,7 @@ def _from_below(problem: Problem, data: Estimate) -> Estimate:
             )[0][0]
         )
         point = point.moved(data.value, kappa)
+    assert eliminated is not None
     noise, moved = update_noise(point, still, precision), point.jvp(data.error)
     return Estimate(kappa, eliminated.explained({n: noise[n] + moved[n] for n in noise})[0])
 
