@@ -267,7 +267,8 @@ def _source(mixed: Batch) -> Source | None:
         if isinstance(steps, str):
             continue
         lower, upper = mixed.mixture(index), mixed.mixture(index + 1)
-        if unfit_pair(lower, upper) is None and 1 < lower.rank <= size:
+        told = lower.rank == size or (lower.rank < size and resolved(mixed, lower))
+        if told and lower.rank > 1 and unfit_pair(lower, upper, steps) is None:
             pair = Between.of(lower, upper, steps, mixed.precision)
 
             def naming(roots: Tensor, _: Consistency, lower: Mixture = lower) -> list[Target]:

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from rgap.head.target import Reading, read_weighed, unseen_of
-from rgap.inversion.answer import top_features
 from rgap.inversion.problem import Problem
 from rgap.inversion.replay import replay
+from rgap.inversion.top import top_features
 from rgap.limits import ENSEMBLE, FITS, ROUNDED, SAFETY, USEFUL, VANISHING
 from rgap.network.agreement import by_mode
 from rgap.precision import Estimate
