@@ -48,7 +48,7 @@ def check(
             time_limit=time_limit,
         )
     findings = tuple(worded(one, context, "evidence", "remedy") for one in result.findings)
-    result = replace(result, findings=findings)
+    result = worded(replace(result, findings=findings), context, "unrun")
     if as_json:
         print_json(result.summary())
     else:
