@@ -6,6 +6,7 @@ A group is a frozen dataclass whose fields are options of every command that tak
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -282,16 +283,18 @@ class Work(Running):
         }
 
 
-def check_output(path: Path, suffix: str | None = None) -> None:
+def check_output(path: Path, suffix: str | None = None, option: str = "--output") -> None:
     """Refuse before the work what could not be written after it."""
     if suffix is not None and path.suffix.lower() != suffix:
         raise ValueError(
             f"--output: expected a {suffix} file, got {path}; write {path.with_suffix(suffix)}"
         )
     if path.is_dir():
-        raise ValueError(f"expected a file name, got the folder {path}")
+        raise ValueError(f"{option}: expected a file name, got the folder {path}")
     if not path.parent.is_dir():
-        raise ValueError(f"no folder {path.parent} to write {path.name} to; create it first")
+        raise ValueError(
+            f"{option}: no folder {path.parent} to write {path.name} to; create it first"
+        )
 
 
 def shape_of(text: str | None) -> tuple[int, ...] | None:
@@ -305,13 +308,14 @@ def whole_numbers(text: str, option: str, example: str) -> tuple[int, ...]:
     >>> whole_numbers("1,2,4", "--batch-sizes", "1,2")
     (1, 2, 4)
     """
-    try:
-        numbers = tuple(int(part) for part in text.replace("x", ",").split(","))
-    except ValueError:
-        numbers = ()
-    if not numbers or min(numbers) < 1:
-        raise ValueError(f"{option}: expected whole numbers such as {example}, got {text!r}")
-    return numbers
+    parts = [part.strip() for part in re.sub(r"(?<=\d)x(?=\d)", ",", text).split(",")]
+    wrong = [part for part in parts if not (part.isdecimal() and int(part) > 0)]
+    if wrong:
+        said = " and ".join(map(repr, wrong)) + ("" if wrong == [text] else f" in {text!r}")
+        raise ValueError(
+            f"{option}: expected whole numbers of at least 1, got {said}; write {option} {example}"
+        )
+    return tuple(map(int, parts))
 
 
 def targets_of(text: str, count: int | None, loss: Loss) -> Tensor:

@@ -207,7 +207,8 @@ def _check_labels(labels: Tensor | None, update: Update, chain: Chain) -> None:
     classes = max(outputs, 2) if loss.name in CLASSES else 2
     low, high = int(labels.min()), int(labels.max())
     if outputs and (low < 0 or high >= classes):
+        got = f"{low}" if low == high else f"values from {low} to {high}"
         raise ValueError(
-            f"labels: expected class indices from 0 to {classes - 1}, got values from {low} to "
-            f"{high}; write labels=None to have them found"
+            f"labels: expected class indices from 0 to {classes - 1}, got {got}; write "
+            "labels=None to have them found"
         )
