@@ -23,6 +23,7 @@ from rgap.recursion.descend import descend
 from rgap.recursion.reached import Descent, Reached
 from rgap.recursion.stage import BUDGET
 from rgap.recursion.steps import Unpool
+from rgap.remedy import trained
 from rgap.update.losses import Loss
 from rgap.update.preflight import ClientView
 from rgap.update.targets import CLASSES
@@ -143,7 +144,7 @@ def prepare(
         raise ValueError(
             f"expected one gradient, got an average over {update.local_steps} local steps: the "
             "weights moved between them and the equations of one step do not hold; ask the client "
-            "for local_steps=1, or write rgap.match(model, update, local=rgap.LocalTraining(rate))"
+            f"for one step, or write {trained(update.local_steps, 'rate')}"
         )
     room = memory.budget_of(budget, place)
     memory.require_copies(client.model, 1 if place.type == "cpu" else 2, room)
