@@ -36,7 +36,7 @@ def check(
     update = mending.mended(sent.read(), network)
     network.to(usable_device(work.device))
     labels = sent.known(update)
-    with Progress(not work.quiet) as show:
+    with Progress(work.shown) as show:
         show.stage("trying what may be wrong")
         result = rgap.check(
             network,

@@ -135,8 +135,8 @@ def optional(help: str, metavar: str, *names: str, **more: Any) -> Any:
 _HINTS = {
     "model": "A built-in network (lenet, cnn6, cnn6d, fcn3, mlp, lenet5, vgg, resnet), with "
     "options as in lenet:classes=100, or package.module:factory.",
-    "weights": "Safetensors file with the network's weights; without it they are drawn with "
-    "seed 0, the same in every command.",
+    "weights": "Safetensors file with the network's weights; without it those of the factory; "
+    "what is drawn is drawn with seed 0, the same in every command.",
     "loss": "A loss by name: cross_entropy, nll_loss, mse_loss, binary_cross_entropy, the same "
     "with _with_logits behind it, focal_loss or sigmoid_focal_loss; default: the built-in "
     "network's own, else cross_entropy.",
@@ -149,8 +149,10 @@ Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, …", me
 Json = Annotated[bool, typer.Option("--json", help=_HINTS["json"], metavar="")]
 LossName = Annotated[str | None, optional(_HINTS["loss"], "NAME")]
 Quiet = Annotated[
-    bool, typer.Option("--quiet", "--no-progress", "-q", help="Show no progress.", metavar="")
+    bool,
+    typer.Option("--quiet", "-q", help="Show no progress, as --no-progress.", metavar=""),
 ]
+NoProgress = Annotated[bool, typer.Option("--no-progress", hidden=True)]
 Seed = Annotated[
     int, typer.Option(help="Of everything that is drawn at random.", min=0, metavar="N")
 ]
@@ -248,7 +250,13 @@ class Running:
     panel: ClassVar[str] = "Computation"
     device: Device = "cpu"
     quiet: Quiet = False
+    no_progress: NoProgress = False
     seed: Seed = 0
+
+    @property
+    def shown(self) -> bool:
+        """Whether it shows how far it is."""
+        return not (self.quiet or self.no_progress)
 
 
 class Arguments(TypedDict):
@@ -278,7 +286,7 @@ class Work(Running):
         return {
             "device": usable_device(self.device),
             "seed": self.seed,
-            "progress": not self.quiet,
+            "progress": self.shown,
             "memory_budget": None if limit is None else bytes_of(limit, "--memory-limit"),
         }
 
