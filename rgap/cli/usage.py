@@ -78,11 +78,11 @@ def _told(group: TyperGroup, error: Exception, typed: Sequence[str], words: str)
     declared = getattr(command.callback, "__signature__", None)
     known: Mapping[str, Parameter] = {} if declared is None else declared.parameters
     named = {name: p for p in command.params for name in p.opts}
-    param = getattr(error, "param", None)
+    param: Any = getattr(error, "param", None)
     if param is None and option not in named:
         asked = "rgap" if command is group else f"rgap {command.name}"
         return _no_option(asked, option, list(named), words)
-    param = param or named[option]
+    param = param or named[str(option)]
     name = max(param.opts, key=len)
     flag = name if name.startswith("-") else param.name.upper()
     wanted, example = expected_of(known[param.name]) if param.name in known else ("a value",) * 2

@@ -103,6 +103,30 @@ def test_weights_between_data_and_head_are_replayed(
     assert found.best is not None and Kind.WEIGHTS in (found.best.kind, *found.best.rivals)
 
 
+@pytest.mark.parametrize("steps", [3, 8])
+@pytest.mark.parametrize("build", [stacked, lambda: Joined(torch.add)])
+def test_steps_of_rmsprop_are_not_called_noise_alone(
+    build: Callable[[], nn.Module], steps: int
+) -> None:
+    torch.manual_seed(3)
+    model = build()
+    before = sent(model, 3)
+    twin = copy.deepcopy(model)
+    rule = torch.optim.RMSprop(twin.parameters(), lr=1e-2)
+    x = torch.rand(3, 3, 3, 3, generator=torch.Generator().manual_seed(1))
+    for _ in range(steps):
+        rule.zero_grad()
+        nn.functional.cross_entropy(twin(x), torch.tensor([2, 0, 5])).backward()
+        rule.step()
+    update = Update.from_delta(model, twin, 1e-2, batch_size=3, input_shape=(3, 3, 3))
+    best = check(model, update).best
+    assert best is not None and Kind.OPTIMISER in (best.kind, *best.rivals), best
+    scale = max(float(g.abs().max()) for g in before.gradients.values())
+    noisy = {n: g + 0.01 * scale * torch.randn_like(g) for n, g in before.gradients.items()}
+    best = check(model, replace(before, gradients=noisy)).best
+    assert best is not None and best.kind is Kind.NOISE and not best.rivals
+
+
 def test_two_gradients_of_one_layer_have_one_cotangent() -> None:
     torch.manual_seed(3)
     model = Joined(torch.add)
