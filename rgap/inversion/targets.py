@@ -28,6 +28,7 @@ from rgap.inversion.top import top_features
 from rgap.limits import ENSEMBLE, FITS, ROUNDED, SAFETY, USEFUL, VANISHING
 from rgap.network.agreement import by_mode
 from rgap.precision import Estimate
+from rgap.remedy import FUNCTION
 from rgap.update.losses import Loss
 from rgap.update.targets import CLASSES
 
@@ -193,7 +194,7 @@ def try_targets(problem: Problem, known: Estimate, parameter: str) -> Trial:
         if loss.own:
             why = (
                 f"the update was sent under {loss.name!r}, a function that a file cannot hold: "
-                "write dataclasses.replace(update, loss=the_function)"
+                f"write {FUNCTION}"
             )
         return Trial(None, None, why)
     for name, module in problem.model.named_modules():
