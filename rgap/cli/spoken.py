@@ -9,16 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import typer
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
 __all__ = ["options_of", "spoken", "worded"]
 
-T = TypeVar("T", bound="DataclassInstance")
+T = TypeVar("T")
 
 _VALUE = r"torch\.tensor\(\[[^\[\]]*\]\)|\([^()]*\)|\"[^\"]*\"|'[^']*'|[^\s,;()]*[^\s,;().]|"
 _CALL = re.compile(r"rgap\.(\w+)\(model, update((?:, \w+=(?:\([^()]*\)|[^,()]+))*)\)")
@@ -118,4 +115,5 @@ def worded(result: T, context: typer.Context, *fields: str) -> T:
         said = getattr(result, name)
         single = isinstance(said, str)
         words[name] = spoken(said, options) if single else tuple(spoken(s, options) for s in said)
-    return replace(result, **words)
+    told: Any = result
+    return cast("T", replace(told, **words))
