@@ -100,7 +100,7 @@ DUE = [  # (layers, seed of weights and activations, samples, -log10 of d, same 
     ("conv", 2, 2, 3, True, "binary", F64),
 ]
 OPEN = [
-    ("dense", 3, 2, 4, True, "classes", F32),
+    ("dense", 5, 2, 4, False, "binary", F64),
     ("dense", 1, 2, 4, True, "squared", F64),
     ("dense", 3, 2, 6, False, "squared", F64),
     ("dense", 3, 2, 7, False, "squared", F64),
