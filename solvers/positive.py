@@ -57,7 +57,7 @@ def resolved(matrix: Tensor, lower: Tensor, squares: Tensor | None = None) -> bo
         lower: its Cholesky factor.
         squares: of the lengths of what its columns were computed from; by default its diagonal.
     """
-    rounding = len(matrix) ** 0.5 * torch.finfo(matrix.dtype).eps
+    rounding: float = len(matrix) ** 0.5 * torch.finfo(matrix.dtype).eps
     return smallest_scaled(matrix, lower, squares) > SQUARED * rounding
 
 
