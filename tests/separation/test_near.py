@@ -91,17 +91,14 @@ DUE = [  # (layers, seed of weights and activations, samples, -log10 of d, same 
     ("dense", 1, 2, 3, True, "binary", F64),
     ("dense", 2, 2, 3, True, "classes", F64),
     ("dense", 2, 2, 3, True, "squared", F64),
-    ("dense", 3, 2, 3, True, "squared", F64),
     ("dense", 1, 3, 2, True, "binary", F64),
     ("dense", 1, 3, 4, False, "squared", F64),
     ("dense", 2, 2, 4, False, "classes", F64),
-    ("dense", 1, 2, 5, False, "binary", F64),
     ("conv", 2, 2, 1, True, "classes", F64),
     ("conv", 2, 2, 3, True, "binary", F64),
 ]
 OPEN = [
     ("dense", 5, 2, 4, False, "binary", F64),
-    ("dense", 1, 2, 4, True, "squared", F64),
     ("dense", 3, 2, 6, False, "squared", F64),
     ("dense", 3, 2, 7, False, "squared", F64),
     ("dense", 2, 2, 7, True, "binary", F64),
@@ -120,11 +117,10 @@ def test_samples_that_are_too_near_are_not_certified_wrongly(case: tuple) -> Non
     assert fault(*recovered(*case)) == ""
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("condition", [1e2, 1e6, 1e10])
-def test_one_picture_behind_a_layer_of_poor_condition(condition: float, seed: int) -> None:
+@pytest.mark.parametrize("condition", [1e6, 1e10])
+def test_one_picture_behind_a_layer_of_poor_condition(condition: float) -> None:
     """Two channels carry three, and the second one next to nothing."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 2, 3, padding=1), nn.Tanh(), nn.Conv2d(2, 4, 3, padding=1), nn.Tanh(),
         nn.Flatten(), nn.Linear(144, 24), nn.Tanh(), nn.Linear(24, 5),
