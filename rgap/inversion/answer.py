@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import inf
 from typing import NamedTuple
 
 import torch
@@ -29,7 +30,7 @@ from rgap.limits import NEAREST, PASSES, SAFETY
 from rgap.network.chain import Chain
 from rgap.network.pooling import LinearMap
 from rgap.network.reshape import Rearrange, Reshape
-from rgap.precision import Estimate, Precision, paired
+from rgap.precision import OPEN, Estimate, Precision, paired
 from rgap.recovery import Route
 from rgap.recursion.reached import Descent
 from rgap.separation.targets import read_from_head
@@ -72,6 +73,8 @@ class Answer:
         that were rounded once, for all rows of its gradient alike: :attr:`cast` times their size.
         """
         std = float(self.polished.data.std.max())
+        if std > OPEN:
+            return inf
         bound = self.widened * SAFETY * std * max(1.0, self.polished.misfit)
         bound += self.cast * float(self.inputs.abs().max())
         if self.rows is None:
