@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from rgap.network.isolation import untouched
 from rgap.network.probing import Shape
@@ -32,9 +33,11 @@ def fitting_shape(model: nn.Module, shape: Shape) -> Shape | None:
 def runs(model: nn.Module, shape: Shape) -> bool:
     """True if the model maps such a sample to one output."""
     first = next(model.parameters())
+    buffers = {name: value.clone() for name, value in model.named_buffers()}
     try:
         with torch.no_grad(), untouched(model, hooks=False):
-            out = model(torch.zeros(1, *shape, dtype=first.dtype, device=first.device))
+            x = torch.zeros(1, *shape, dtype=first.dtype, device=first.device)
+            out = functional_call(model, buffers, (x,))
     except Exception:
         return False
     return isinstance(out, Tensor) and out.ndim >= 1 and len(out) == 1
