@@ -194,8 +194,9 @@ SETTLED = 30.0
 STILL = 1e-9
 # Distance of two roots that are one, as a share of their norm.
 CLOSE = 1e-3
-# σ/σ₁ of a triangular factor in float64 below which a direction is lost: 5 eps.
-LOST = 1e-15
+# Times √n·eps, which the entries of n columns of length one round by, from which a singular value
+# says how well its direction is known: to a tenth, with four roundings an entry.
+CANCELLED = 40.0
 
 # Largest standard error, in units of the input, of a full gradient block that does without a dear
 # joint factor.  A thousandth of DETERMINED: the weight rows would sharpen what is already known to

@@ -43,6 +43,12 @@ class Estimate:
         return self.error.abs().amax(0) < OPEN
 
 
+def paired(first: Estimate, second: Estimate) -> tuple[Estimate, Estimate]:
+    """Two values with as many errors as the one that has fewer: a full solve carries few."""
+    count = min(len(first.error), len(second.error))
+    return replace(first, error=first.error[:count]), replace(second, error=second.error[:count])
+
+
 class Named(Protocol):
     """A layer that knows what its parameters are called in the update."""
 
@@ -187,12 +193,13 @@ class Precision:
     def projected(self, name: str, basis: Tensor) -> Precision:
         """Of an update whose gradient G [m, n] of that name is given as G V, V [n, r] orthonormal.
 
-        One σ stays what it is; entries σ_ij become ``(Σ_j σ_ij² V_jk²)^½``.
+        One σ stays what it is; entries σ_ij become ``(Σ_j σ_ij² V_jk²)^½``.  They have the shape
+        of the parameter, which of a convolution over its whole input is [m, C, ...].
         """
         own = self.entries.get(name)
         if own is None:
             return self
-        moved = (own.to(basis).square() @ basis.square()).sqrt()
+        moved = (own.to(basis).flatten(1).square() @ basis.square()).sqrt()
         return replace(self, entries={**self.entries, name: moved})
 
     def update_std(self, name: str, squares: Tensor, total: Tensor | None = None) -> Tensor:

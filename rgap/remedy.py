@@ -7,7 +7,20 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
-__all__ = ["NAMED", "NUMBERED", "Remedy", "frozen_where", "in_options", "trained"]
+__all__ = [
+    "AS_CLASSES",
+    "FUNCTION",
+    "GRADIENTS",
+    "INVERTED",
+    "LOCAL",
+    "NAMED",
+    "NUMBERED",
+    "Remedy",
+    "frozen",
+    "frozen_where",
+    "in_options",
+    "trained",
+]
 
 _OPTIONS: ContextVar[bool] = ContextVar("options", default=False)
 
@@ -60,6 +73,22 @@ NUMBERED = Remedy(
     "update.gradients.values())))",
     _ORDERED,
 )
+GRADIENTS = Remedy(
+    "Update({n: p.grad for n, p in model.named_parameters()})",
+    "the network that UPDATE was computed on as MODEL",
+)
+FUNCTION = Remedy(
+    "dataclasses.replace(update, loss=the_function)",
+    "--loss NAME of a loss that has one, or call rgap from Python with the function",
+)
+LOCAL = Remedy("local=rgap.LocalTraining(rate=0.01)", "--local-rate 0.01")
+AS_CLASSES = Remedy("Loss('cross_entropy')", "--loss cross_entropy")
+INVERTED = Remedy("rgap.invert(model, update).labels", "rgap invert MODEL UPDATE")
+
+
+def frozen(name: str) -> Remedy:
+    """One parameter is declared frozen."""
+    return Remedy(f"model.get_parameter({name!r}).requires_grad_(False)", "--frozen")
 
 
 def frozen_where(condition: str) -> Remedy:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rgap.arithmetic.doubles import blocks
-from rgap.remedy import NAMED, Remedy
+from rgap.remedy import GRADIENTS, NAMED, Remedy, frozen
 
 _AFTER_STEP = Remedy(
     "Update.from_ndarrays(model, arrays, lr=0.01) or Update.from_delta(model, weights, lr=0.01)",
@@ -239,9 +239,8 @@ def check_names(got: Mapping[str, Tensor], expected: Mapping[str, Tensor], model
         instead = f"; it has {', '.join(map(repr, extra[:3]))} instead" if extra else ""
         raise ValueError(
             f"gradients: {missing[0]!r} is missing{also}, expected the {len(expected)} parameters "
-            f"of the {model}{instead}. Write Update({{n: p.grad for n, p in "
-            "model.named_parameters()}), or, if the client froze it, "
-            f"model.get_parameter({missing[0]!r}).requires_grad_(False)."
+            f"of the {model}{instead}. Write {GRADIENTS}, or, if the client froze it, "
+            f"{frozen(missing[0])}."
         )
     if extra:
         raise ValueError(

@@ -54,6 +54,10 @@ GRAM = 1e-6
 # A kept eigenvalue, 1e-8 of the largest or more, is then known to 1e-5 of itself.
 CLEAR, NOTHING = 1e-4, 1e-13
 
+# Times √n·eps, by which AᵀA of n columns of length one is off, from which its smallest eigenvalue
+# is known: to a few per cent, with four sums an entry that round alike.
+SQUARED = 100.0
+
 # Condition up to which normal equations solve as well as any: one solve errs by κ² n·eps = 1e-4,
 # and two steps of refinement leave the cube of that.
 NORMAL = 1e4

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from rgap.solvers.limits import SQUARED
+
 STEPS = 3  # of subspace iteration
 BLOCK = 4  # vectors of it
 STRIP = 512  # rows of a product at once
@@ -42,6 +44,33 @@ def backsolve(lower: Tensor, rhs: Tensor) -> Tensor:
     half = torch.linalg.solve_triangular(lower, rhs, upper=False)
     solved: Tensor = torch.linalg.solve_triangular(lower.mT, half, upper=True)
     return solved
+
+
+def resolved(matrix: Tensor, lower: Tensor, squares: Tensor | None = None) -> bool:
+    """True if what A = JᵀJ was formed with leaves its smallest eigenvalue, and so its inverse.
+
+    Sums round by eps of ``√(a_ii a_jj)``, so that A scaled to a diagonal of ones is off by √n·eps
+    in norm: singular values of J below the root of that are lost.
+
+    Args:
+        matrix: A, symmetric positive definite.
+        lower: its Cholesky factor.
+        squares: of the lengths of what its columns were computed from; by default its diagonal.
+    """
+    rounding: float = len(matrix) ** 0.5 * torch.finfo(matrix.dtype).eps
+    return smallest_scaled(matrix, lower, squares) > SQUARED * rounding
+
+
+def smallest_scaled(matrix: Tensor, lower: Tensor, squares: Tensor | None = None) -> float:
+    """Smallest eigenvalue of A once its columns have length one; arguments as above."""
+    squares = matrix.diagonal() if squares is None else squares
+    size = squares.clamp_min(1e-300).sqrt()[:, None]
+    return extremes(
+        lambda v: matrix @ (v / size) / size,
+        lambda v: size * backsolve(lower, size * v),
+        len(matrix),
+        matrix,
+    )[1]
 
 
 def extremes(

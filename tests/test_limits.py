@@ -69,6 +69,8 @@ NO_LIMITS = {
     ("inversion/polish", "BRIEF, FULL", 12): "effort: iterations",
     ("inversion/polish", "BRIEF, FULL", 300): "effort: iterations",
     ("inversion/polish", "HELD", 32): "bytes",
+    ("inversion/polish", "COPIES", 4): "effort: matrices that are held",
+    ("inversion/polish", "_solved", 8): "bytes of a number",
     ("inversion/replay", "COPIES", 32): "bytes",
     ("inversion/polish", "SAMPLES", 4): "effort: noise samples",
     ("inversion/polish", "MEMBERS", 8): "effort: members of an ensemble",

@@ -266,7 +266,8 @@ class _Recorder(TorchFunctionMode):
         """The values ahead of the borders of a convolution's input, the borders as its padding.
 
         The border shows these values again, or zeros: it adds no unknowns.  A border around
-        another goes along with it where both are zeros.
+        another goes along with it where both are zeros; one that stays is counted in
+        :attr:`Use.shown`.
         """
         while (border := self.bordered.get(id(u))) is not None:
             padded = any(map(any, geometry.padding))
@@ -312,6 +313,8 @@ class _Recorder(TorchFunctionMode):
         node = self._add(name, (self.at[id(u)],), fresh, use=len(self.uses))
         use = Use(path, name, weight, bias, geometry, u, fresh, (self.at[id(u)],), node, module)
         use.parameters = tuple(self.names[id(p)] for p in (weight, bias) if id(p) in self.names)
+        left = self.bordered.get(id(u)) if geometry is not None else None
+        use.shown = 0 if left is None else left.around[0].numel()
         self.uses.append(use)
         shapes = tuple(u.shape[1:]), tuple(z.shape[1:])
         self.events.append(Event(path, module, *shapes, use))

@@ -59,6 +59,8 @@ class Use:
         module: the module, where one was called.
         cotangents: k, zero where nothing came back.
         parameters: names of the weight and the bias.
+        shown: entries of one sample that u shows more than once, behind a border of the forward
+            that is no part of the geometry; 0 for none.
     """
 
     name: str
@@ -73,6 +75,7 @@ class Use:
     module: nn.Module | None = None
     cotangents: Tensor = field(default_factory=lambda: torch.empty(0, device="cpu"))
     parameters: tuple[str, ...] = ()
+    shown: int = 0
 
     @property
     def covered(self) -> bool:

@@ -37,6 +37,8 @@ class SymbolicLayer:
         beside: layers that read the same input; ``joint_rank`` is that of all of them.
         step: what leads into the layer and passes on less than it is given.
         ahead: entries of one sample ahead of that step, 0 without one.
+        shown: entries of one sample that a border ahead of the layer shows more than once, 0
+            without one; the counts take every entry for one of its own.
     """
 
     name: str
@@ -55,6 +57,7 @@ class SymbolicLayer:
     beside: str = ""
     step: str = ""
     ahead: int = 0
+    shown: int = 0
 
     @property
     def overlap(self) -> Any:

@@ -79,6 +79,9 @@ def in_order(
             if number not in counted:
                 continue
             row, at = counted[number], event.use.node
+            if event.use.shown:
+                row = replace(row, shown=event.use.shown, exact=False, gradient_exact=False,
+                              weight_exact=False)  # fmt: skip
             if number in into:
                 ahead = recording.nodes[event.use.read[0]].entries + into[number].lost
                 row = replace(row, step=into[number].step, ahead=ahead)

@@ -103,6 +103,25 @@ def with_joint(row: AuditRow, joint: int, exact: bool) -> AuditRow:
     )
 
 
+def with_shown(row: AuditRow, shown: int) -> AuditRow:
+    """The row of a layer whose input shows fewer values several times: bounds of what they are.
+
+    With z = A P v, P the border, no rank is above that of A, and none above the entries of v.
+
+    Args:
+        row: that counts every entry as an unknown of its own.
+        shown: entries of v in one sample; 0: the row stays as it is.
+    """
+    if not shown:
+        return row
+    most = min(row.unknowns, row.batch_size * shown)
+    cut = replace(
+        row, unknowns=most, gradient_rank=min(row.gradient_rank, most),
+        weight_rank=min(row.weight_rank, most),
+    )  # fmt: skip
+    return with_joint(cut, min(row.joint_rank, most), False)
+
+
 def _refuse_large(affine: Affine, active: Tensor, room: float) -> None:
     size = prod(affine.in_shape)
     if size > LARGEST:
@@ -226,21 +245,24 @@ def counted_rows(
             # A step that leads into the layer discards too: its input is the unknown.
             unknowns, joint = max(sizes["unknowns"], batch * layer.ahead), sizes["joint_rank"]
             rows.append(
-                AuditRow(
-                    layer.name,
-                    "linear" if layer.kind == "head" else layer.kind,
-                    batch,
-                    unknowns,
-                    sizes["gradient_rank"],
-                    sizes["weight_rank"],
-                    joint,
-                    unknowns - joint,
-                    (unknowns - joint) / unknowns,
-                    None,
-                    "counted",
-                    bool(layer.exact),
-                    layer.step,
-                    layer.beside,
+                with_shown(
+                    AuditRow(
+                        layer.name,
+                        "linear" if layer.kind == "head" else layer.kind,
+                        batch,
+                        unknowns,
+                        sizes["gradient_rank"],
+                        sizes["weight_rank"],
+                        joint,
+                        unknowns - joint,
+                        (unknowns - joint) / unknowns,
+                        None,
+                        "counted",
+                        bool(layer.exact),
+                        layer.step,
+                        layer.beside,
+                    ),
+                    layer.shown,
                 )
             )
     return rows, network.notes

@@ -15,6 +15,7 @@ from rgap.analysis.discard.layer_ranks import (
     sketched_row,
     summed,
     with_joint,
+    with_shown,
     work,
 )
 from rgap.analysis.discard.table import AuditRow
@@ -90,6 +91,7 @@ def probed_rows(
         for probe, row in zip(own, rows, strict=True):
             names = dict.fromkeys(p.affine.name for p in _others(probes, own, probe, group.kind))
             step = into[probe.use].step if probe.use in into else ""
+            row = with_shown(row, recording.uses[probe.use].shown)
             row = replace(row, layer=probe.affine.name, kind=probe.affine.kind, step=step,
                           beside=", ".join(names))  # fmt: skip
             place = recording.uses[probe.use].node

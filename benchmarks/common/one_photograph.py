@@ -11,8 +11,8 @@ import rgap
 from benchmarks.common.judging import decibels
 from benchmarks.common.networks import BINARY
 from rgap.head.features import HeadCandidate, HeadFailure, solve_head
-from rgap.inversion.answer import head_gradients
 from rgap.inversion.problem import Problem, prepare
+from rgap.inversion.top import head_gradients
 from rgap.recursion.reached import Descent
 from rgap.recursion.stage import BUDGET
 from rgap.update.preflight import ClientView

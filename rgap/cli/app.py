@@ -20,6 +20,7 @@ from rgap.cli.harden import harden
 from rgap.cli.invert import invert
 from rgap.cli.labels import labels
 from rgap.cli.match import match
+from rgap.cli.usage import OneLine
 
 __all__ = ["app", "main"]
 
@@ -33,6 +34,7 @@ EXIT_CODES = """Exit codes:
 
 app = typer.Typer(
     name="rgap",
+    cls=OneLine,
     help="What a client's gradient gives away about its data: counted, recovered, certified.",
     epilog=EXIT_CODES,
     no_args_is_help=True,

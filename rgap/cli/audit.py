@@ -81,8 +81,8 @@ def audit(
     from rgap.report.pictures import figure_format, save_figure
 
     if plot is not None:
-        figure_format(plot)
-        check_output(plot)
+        figure_format(plot, "--plot")
+        check_output(plot, option="--plot")
     if ranks.joint:
         counted = _jointly(sample, ranks, work)
     else:

@@ -36,7 +36,7 @@ def check(
     update = mending.mended(sent.read(), network)
     network.to(usable_device(work.device))
     labels = sent.known(update)
-    with Progress(not work.quiet) as show:
+    with Progress(work.shown) as show:
         show.stage("trying what may be wrong")
         result = rgap.check(
             network,
@@ -48,7 +48,7 @@ def check(
             time_limit=time_limit,
         )
     findings = tuple(worded(one, context, "evidence", "remedy") for one in result.findings)
-    result = replace(result, findings=findings)
+    result = worded(replace(result, findings=findings), context, "unrun")
     if as_json:
         print_json(result.summary())
     else:

@@ -42,6 +42,9 @@ def labels(
     from rgap.labels import METHODS
     from rgap.report.labels import print_labels
 
+    if method != LabelMethod.all and method not in METHODS:
+        offered = either(LabelMethod, "rgap.labels")
+        raise ValueError(f"--method: expected {offered}, got {method!r}; write --method best")
     network, arguments = sent.network(), work.arguments()
     update = mending.mended(sent.read(), network)
     names = list(METHODS.working()) if method == LabelMethod.all else [method]

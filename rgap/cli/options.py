@@ -6,6 +6,7 @@ A group is a frozen dataclass whose fields are options of every command that tak
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -134,8 +135,8 @@ def optional(help: str, metavar: str, *names: str, **more: Any) -> Any:
 _HINTS = {
     "model": "A built-in network (lenet, cnn6, cnn6d, fcn3, mlp, lenet5, vgg, resnet), with "
     "options as in lenet:classes=100, or package.module:factory.",
-    "weights": "Safetensors file with the network's weights; without it they are drawn with "
-    "seed 0, the same in every command.",
+    "weights": "Safetensors file with the network's weights; without it those of the factory; "
+    "what is drawn is drawn with seed 0, the same in every command.",
     "loss": "A loss by name: cross_entropy, nll_loss, mse_loss, binary_cross_entropy, the same "
     "with _with_logits behind it, focal_loss or sigmoid_focal_loss; default: the built-in "
     "network's own, else cross_entropy.",
@@ -148,8 +149,10 @@ Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, …", me
 Json = Annotated[bool, typer.Option("--json", help=_HINTS["json"], metavar="")]
 LossName = Annotated[str | None, optional(_HINTS["loss"], "NAME")]
 Quiet = Annotated[
-    bool, typer.Option("--quiet", "--no-progress", "-q", help="Show no progress.", metavar="")
+    bool,
+    typer.Option("--quiet", "-q", help="Show no progress, as --no-progress.", metavar=""),
 ]
+NoProgress = Annotated[bool, typer.Option("--no-progress", hidden=True)]
 Seed = Annotated[
     int, typer.Option(help="Of everything that is drawn at random.", min=0, metavar="N")
 ]
@@ -247,7 +250,13 @@ class Running:
     panel: ClassVar[str] = "Computation"
     device: Device = "cpu"
     quiet: Quiet = False
+    no_progress: NoProgress = False
     seed: Seed = 0
+
+    @property
+    def shown(self) -> bool:
+        """Whether it shows how far it is."""
+        return not (self.quiet or self.no_progress)
 
 
 class Arguments(TypedDict):
@@ -277,21 +286,23 @@ class Work(Running):
         return {
             "device": usable_device(self.device),
             "seed": self.seed,
-            "progress": not self.quiet,
+            "progress": self.shown,
             "memory_budget": None if limit is None else bytes_of(limit, "--memory-limit"),
         }
 
 
-def check_output(path: Path, suffix: str | None = None) -> None:
+def check_output(path: Path, suffix: str | None = None, option: str = "--output") -> None:
     """Refuse before the work what could not be written after it."""
     if suffix is not None and path.suffix.lower() != suffix:
         raise ValueError(
             f"--output: expected a {suffix} file, got {path}; write {path.with_suffix(suffix)}"
         )
     if path.is_dir():
-        raise ValueError(f"expected a file name, got the folder {path}")
+        raise ValueError(f"{option}: expected a file name, got the folder {path}")
     if not path.parent.is_dir():
-        raise ValueError(f"no folder {path.parent} to write {path.name} to; create it first")
+        raise ValueError(
+            f"{option}: no folder {path.parent} to write {path.name} to; create it first"
+        )
 
 
 def shape_of(text: str | None) -> tuple[int, ...] | None:
@@ -305,13 +316,14 @@ def whole_numbers(text: str, option: str, example: str) -> tuple[int, ...]:
     >>> whole_numbers("1,2,4", "--batch-sizes", "1,2")
     (1, 2, 4)
     """
-    try:
-        numbers = tuple(int(part) for part in text.replace("x", ",").split(","))
-    except ValueError:
-        numbers = ()
-    if not numbers or min(numbers) < 1:
-        raise ValueError(f"{option}: expected whole numbers such as {example}, got {text!r}")
-    return numbers
+    parts = [part.strip() for part in re.sub(r"(?<=\d)x(?=\d)", ",", text).split(",")]
+    wrong = [part for part in parts if not (part.isdecimal() and int(part) > 0)]
+    if wrong:
+        said = " and ".join(map(repr, wrong)) + ("" if wrong == [text] else f" in {text!r}")
+        raise ValueError(
+            f"{option}: expected whole numbers of at least 1, got {said}; write {option} {example}"
+        )
+    return tuple(map(int, parts))
 
 
 def targets_of(text: str, count: int | None, loss: Loss) -> Tensor:

@@ -18,9 +18,10 @@ from rgap.head.behind import behind, idle
 from rgap.head.ending import folded
 from rgap.jacobian.batch_loss import loss_scale
 from rgap.network.affine import Affine, linear
-from rgap.network.agreement import fitting_shape
 from rgap.network.chain import Chain, parse
+from rgap.network.fitting import fitting_shape
 from rgap.network.isolation import untouched
+from rgap.network.running import run
 from rgap.network.watching import LayerCall, watched
 from rgap.precision import Precision
 from rgap.update.losses import Loss
@@ -82,6 +83,7 @@ class Evidence:
         presumed: the batch size is not stated, and 1 because the head shows one sample; copies of
             it, and samples whose cotangent vanishes, show none.
         tested: kinds that some trial could have shown.
+        unrun: why trials did not run, a sentence each.
     """
 
     model: nn.Module
@@ -98,6 +100,7 @@ class Evidence:
     usual: Mapping[str, float] = field(default_factory=dict)
     presumed: bool = False
     tested: set[Kind] = field(default_factory=set)
+    unrun: list[str] = field(default_factory=list)
 
     @property
     def sent(self) -> dict[str, Tensor]:
@@ -191,7 +194,11 @@ def gather(
     precision: Precision,
     deadline: float,
 ) -> Evidence:
-    """Evidence of an update whose names are the model's."""
+    """Evidence of an update whose names are the model's.
+
+    Raises:
+        ValueError: the model takes no samples of the shape that was stated.
+    """
     place = next(model.parameters()).device
     twin = copy.deepcopy(model).eval()
     own = dict(twin.named_buffers())
@@ -200,7 +207,8 @@ def gather(
             own[name].copy_(sent)
     for parameter in twin.parameters():
         parameter.requires_grad_()
-    shape = input_shape or update.input_shape or _shape_of(twin)
+    stated = input_shape or update.input_shape
+    shape = stated or _shape_of(twin)
     sizes = {} if shape is None or batch == 1 else usual(twin, shape, update.loss, batch)
     doubles = {n: g.detach().to(place, torch.float64) for n, g in update.gradients.items()}
     gradients = {n: g for n, g in doubles.items() if _audible(n, g, precision, sizes.get(n, 0.0))}
@@ -210,14 +218,10 @@ def gather(
     calls: tuple[Call, ...] = ()
     outputs: Tensor | None = None
     chain: Chain | None = None
+    why = "the shape of a sample is not known; write input_shape=(3, 32, 32), or that of the client"
     if shape is not None:
-        calls, outputs = _run(twin, shape)
-        try:
-            chain = parse(twin, shape)
-        except ValueError:
-            chain = None
-        if chain is not None and not chain.stages:
-            chain = None
+        calls, outputs, why = _run(twin, shape)
+        chain = _parsed(twin, shape, why if stated else "")
     loss = update.loss
     if chain is not None:
         chain, loss = behind(*folded(chain, loss, batch))
@@ -234,7 +238,31 @@ def gather(
         outputs,
         deadline,
         sizes,
+        unrun=[f"those that run the network: {why}"] if why else [],
     )
+
+
+def _parsed(model: nn.Module, shape: tuple[int, ...], failed: str) -> Chain | None:
+    """The model as a chain, None where it is none.
+
+    Args:
+        model: in eval mode.
+        shape: of a sample.
+        failed: why the model does not run on samples of this shape, which somebody stated.
+
+    Raises:
+        ValueError: it does not, and runs on samples of another shape.
+    """
+    wrong = failed and fitting_shape(model, shape) is not None
+    try:
+        chain = parse(model, shape)
+    except ValueError:
+        if wrong:
+            raise
+        return None
+    if wrong:
+        raise ValueError(failed)
+    return chain if chain.stages else None
 
 
 def _audible(name: str, g: Tensor, precision: Precision, usual: float) -> bool:
@@ -278,8 +306,11 @@ def _shape_of(model: nn.Module) -> tuple[int, ...] | None:
     return fitting_shape(model, (first.in_channels, *(1,) * len(first.kernel_size)))
 
 
-def _run(model: nn.Module, shape: tuple[int, ...]) -> tuple[tuple[Call, ...], Tensor | None]:
-    """Leaf modules called once with parameters of their own, and the output, on random data."""
+def _run(model: nn.Module, shape: tuple[int, ...]) -> tuple[tuple[Call, ...], Tensor | None, str]:
+    """Leaf modules called once with parameters of their own, and the output, on random data.
+
+    The last is why there are none, "" where there are.
+    """
     twin = copy.deepcopy(model).double()
     like = next(twin.parameters())
     generator = torch.Generator().manual_seed(0)
@@ -296,11 +327,9 @@ def _run(model: nn.Module, shape: tuple[int, ...]) -> tuple[tuple[Call, ...], Te
 
     try:
         with torch.enable_grad(), untouched(twin, hooks=False), watched(leaves, leave=note):
-            outputs = twin(x)
-    except Exception:  # a model that wants other inputs is no mistake of the update
-        return (), None
-    if not isinstance(outputs, Tensor):
-        return (), None
+            outputs = run(twin, x)
+    except (TypeError, ValueError) as error:  # other inputs than these are no mistake of the update
+        return (), None, str(error)
     count = Counter(call.name for call in noted)
     uses = _uses(outputs)
     once = tuple(
@@ -308,7 +337,7 @@ def _run(model: nn.Module, shape: tuple[int, ...]) -> tuple[tuple[Call, ...], Te
         for c in noted
         if count[c.name] == 1 and all(uses.get(id(p), 0) <= 1 for p in c.module.parameters())
     )
-    return once, outputs.detach()
+    return once, outputs.detach(), ""
 
 
 def _uses(outputs: Tensor) -> dict[int, int]:

@@ -79,9 +79,11 @@ MENDING: dict[Kind, Remedy | str] = {
     Kind.WEIGHTS: Remedy("model.load_state_dict(weights)", "--weights FILE").then(
         " with the weights that the server sent for this round"
     ),
+    Kind.OPTIMISER: "a step of torch.optim.SGD on the client",
     Kind.COMPRESSION: "rgap.match(model, update); the equations need the gradient as it was",
 }
 """The line that mends each, where no trial gives its number."""
+CERTIFIED = Remedy("rgap.invert(model, update)", "rgap invert")
 
 
 @dataclass(frozen=True)
@@ -146,14 +148,16 @@ class Check:
     """What :func:`rgap.check` found.
 
     Attributes:
-        findings: the clearest first; empty where every trial agrees with what was declared.
+        findings: the clearest first; empty where no trial contradicts what was declared.
         tested: kinds of which some equation could have shown a mistake.
         seconds: wall time.
+        unrun: trials that did not run, and why.
     """
 
     findings: tuple[Finding, ...]
     tested: frozenset[Kind]
     seconds: float = 0.0
+    unrun: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -179,11 +183,17 @@ class Check:
                 f"   {finding.evidence}",
                 f"   write {finding.remedy}",
             ]
-        if not lines:
-            lines = ["Nothing found: every trial agrees with the update as it is declared."]
+        if not lines and not self.unrun:
+            lines = ["Nothing found: no trial contradicts the update as it is declared."]
+        elif not lines:
+            lines = ["Not all trials ran; those that did contradict nothing that is declared."]
+        lines += [f"Not run: {words}." for words in self.unrun]
         if self.untested:
             names = ", ".join(self.untested)
-            lines.append(f"No equation of this network and batch tests: {names}.")
+            asked = "No trial that ran" if self.unrun else "No equation of this network and batch"
+            lines.append(f"{asked} tests: {names}.")
+        if not self.findings:
+            lines.append(f"No trial is a certificate: {CERTIFIED} may still contradict the update.")
         return "\n".join(lines)
 
     __str__ = explain
@@ -194,6 +204,7 @@ class Check:
             "ok": self.ok,
             "findings": [finding.summary() for finding in self.findings],
             "untested": [kind.value for kind in self.untested],
+            "unrun": list(self.unrun),
             "seconds": self.seconds,
         }
 

@@ -22,6 +22,10 @@ SVD = 4.0  # units of the largest singular value that the others are known to
 STATED = 2.0  # times the noise that is known to be there
 FLAT = (0.6, 1.6)  # of the largest singular value over that of noise
 ALIKE = 4.0  # ratio of the levels of two layers
+# Steps of an optimiser that divides by the gradient's magnitude leave a loud flat floor too, and
+# entries of a few sizes: their fourth moment over the square of the second is below a bell's 3.
+LOUD = 0.25  # σ over the root mean square of all entries, in every layer
+BELL = 2.85  # of some layer: noise of such a level says no more
 
 
 @dataclass(frozen=True)
@@ -106,4 +110,8 @@ def read(evidence: Evidence, layers: list[Floor]) -> list[Finding]:
         level = most
     line = f"rgap.invert(model, update, noise={level:.3g})"
     strength = min(f.level / f.rounding for f in high)
-    return [Finding(Kind.NOISE, level, said, line, strength)]
+    tables = [evidence.gradients[f"{f.name}.weight"].square() for f in high]
+    loud = all(f.level > LOUD * float(t.mean()) ** 0.5 for f, t in zip(high, tables, strict=True))
+    few = any(float(t.square().mean()) < BELL * float(t.mean()) ** 2 for t in tables)
+    rivals = (Kind.OPTIMISER,) if loud and few else ()
+    return [Finding(Kind.NOISE, level, said, line, strength, rivals)]

@@ -99,6 +99,7 @@ def check(
     size = len(known) if size is None and known is not None else size
     seed = validation.seed(seed)
     tested: set[Kind] = {Kind.NAMES}
+    unrun: list[str] = []
     renamed, misnamed = names.mended(model, update)
     findings = [misnamed] if misnamed else []
     if renamed is not None:
@@ -115,9 +116,14 @@ def check(
             _require_targets(evidence)
             findings += _examine(model, evidence, plain, rounded)
             tested |= evidence.tested
+            unrun = evidence.unrun
+            if evidence.late and not findings:
+                unrun.append(
+                    f"what was left after {time_limit:g} seconds; write a larger time_limit="
+                )
     tested |= {finding.kind for finding in findings}
     ranked = tuple(sorted(findings, key=lambda finding: -finding.strength))
-    return Check(ranked, frozenset(tested), time.perf_counter() - began)
+    return Check(ranked, frozenset(tested), time.perf_counter() - began, tuple(unrun))
 
 
 def _require_targets(evidence: Evidence) -> None:
@@ -155,6 +161,13 @@ def _examine(
         return [*findings, stepped]
     findings += silent.read(model, evidence)
     if evidence.update.local_steps > 1 or not evidence.gradients:
+        steps_stated = evidence.update.local_steps > 1
+        evidence.unrun.append(
+            "the equations of one gradient: the update states that it is one of "
+            f"{evidence.update.local_steps} local steps"
+            if steps_stated
+            else "the equations: every gradient is zero, or beneath its noise"
+        )
         return findings
     return findings + _equations(evidence)
 
@@ -164,6 +177,7 @@ def _equations(evidence: Evidence) -> list[Finding]:
     if evidence.batch is None:
         one = samples.presumed(evidence)
         if one is None or any(f.rank > 1 for f in noise.floors(one)):
+            evidence.unrun.append("those that take the batch size; write batch_size=")
             return mode.read(evidence) or weights.read(evidence, None)
         evidence = one
     layers = noise.floors(evidence)
@@ -187,7 +201,7 @@ def _equations(evidence: Evidence) -> list[Finding]:
     sent = None
     if not any(f.kind in (Kind.STEPS, Kind.BATCH_SIZE) for f in findings):
         sent = _sent(evidence)
-    if sent is not None:
+    if sent is not None and not sent.foreign:
         findings += scale.read(evidence, sent)
     if any(f.kind in EXPLAIN for f in findings) or evidence.late:
         return findings

@@ -22,6 +22,7 @@ from rgap.head.bias_attack import rank_one_residual
 from rgap.head.features import features_from_bias
 from rgap.limits import OUTSIDE
 from rgap.network.chain import Chain
+from rgap.network.reshape import Reshape
 from rgap.separation.batch import Batch
 from rgap.separation.identify import Identity as Target
 from rgap.separation.identify import continuous, identify, top
@@ -47,6 +48,7 @@ SWING = 10.0  # times what that moves, that the client's own rounding may have m
 MOST = 16  # samples that are told apart for a check
 ALONE = 4.0  # roundings by which the gradient of one sample misses rank one, at most
 SEVERAL = 8.0  # times that, by which any two samples must miss it
+FOREIGN = 10.0  # times what is explained of it, that other weights leave
 REST = 0.05  # share of the head's gradient that its samples may leave
 
 
@@ -63,6 +65,8 @@ class Samples:
         rest: ‖G − KᵀX‖/‖G‖ at the head.
         route: where they come from, in words.
         unit: roundoff of the client.
+        inputs: x_i of the network, [R, ...], where they were told apart at the data.
+        explained: what rounding explains of ``rest``.
     """
 
     features: Tensor
@@ -73,6 +77,18 @@ class Samples:
     rest: float
     route: str
     unit: float = 0.0
+    inputs: Tensor | None = None
+    explained: float = inf
+
+    @property
+    def clear(self) -> bool:
+        """True if they make the head's gradient, and their cotangents say something."""
+        return self.rest <= REST and self.tolerance <= LOOSEST
+
+    @property
+    def foreign(self) -> bool:
+        """True if they do not make it, whatever their cotangents: other weights are between."""
+        return not self.clear and self.rest > FOREIGN * self.explained
 
 
 def single(evidence: Evidence) -> Samples | None:
@@ -185,7 +201,10 @@ def _parameters(evidence: Evidence, name: str) -> tuple[Tensor, Tensor]:
 
 
 def batch(evidence: Evidence) -> Samples | None:
-    """The samples of a larger batch, below two fully connected layers or at a softmax head."""
+    """The samples of a larger batch, below two fully connected layers or at a softmax head.
+
+    They come back where they do not make the head's gradient, too: see :attr:`Samples.foreign`.
+    """
     chain = evidence.chain
     if chain is None or evidence.batch is None or evidence.batch > MOST:
         return None
@@ -200,6 +219,8 @@ def batch(evidence: Evidence) -> Samples | None:
         samples = None if source is None else _collected(mixed, source)
         if samples is None:
             continue
+        if not samples.clear:
+            return samples if samples.foreign else None
         for draw in range(SHAKEN):
             samples = _shaken(mixed, samples, draw)
             if samples is None:
@@ -224,7 +245,7 @@ def _shaken(mixed: Batch, samples: Samples, draw: int) -> Samples | None:
     again = Batch(mixed.chain, moved, mixed.loss, mixed.precision, mixed.size)
     source = _source(again)
     other = None if source is None else _collected(again, source)
-    if other is None or len(other.logits) != len(samples.logits):
+    if other is None or not other.clear or len(other.logits) != len(samples.logits):
         return None
     apart = torch.cdist(samples.features, other.features)
     order = apart.argmin(1)
@@ -267,7 +288,8 @@ def _source(mixed: Batch) -> Source | None:
         if isinstance(steps, str):
             continue
         lower, upper = mixed.mixture(index), mixed.mixture(index + 1)
-        if unfit_pair(lower, upper) is None and 1 < lower.rank <= size:
+        told = lower.rank == size or (lower.rank < size and resolved(mixed, lower))
+        if told and lower.rank > 1 and unfit_pair(lower, upper, steps) is None:
             pair = Between.of(lower, upper, steps, mixed.precision)
 
             def naming(roots: Tensor, _: Consistency, lower: Mixture = lower) -> list[Target]:
@@ -306,14 +328,16 @@ def _collected(mixed: Batch, source: Source) -> Samples | None:
     k = torch.linalg.lstsq(table.T, right.T, driver="gelsd").solution
     rest = float((right - k.T @ table).norm() / right.norm())
     error = samples.entry_noise * (sum(samples.gradient.shape)) ** 0.5
-    relative = error / float(samples.values[-1]) + rest / samples.ratio + 16 * mixed.precision.unit
-    if rest > REST or SAFETY * relative > LOOSEST:
-        return None
+    own = error / float(samples.values[-1]) + 16 * mixed.precision.unit
+    relative = own + rest / samples.ratio
     width = SAFETY * relative * float(logits.abs().max())
     where = f"{len(k)} samples told apart at '{stage.name}'"
+    data = mixed.chain.complete and stage.index == 0
+    data = data and all(isinstance(op, Reshape) for op in stage.lead)
     return Samples(
-        features.flatten(1), logits, k, width, SAFETY * relative, rest, where, mixed.precision.unit
-    )
+        features.flatten(1), logits, k, width, SAFETY * relative, rest, where, mixed.precision.unit,
+        u.reshape(-1, *mixed.chain.input_shape) if data else None, SAFETY * own,
+    )  # fmt: skip
 
 
 def nearest_sample(evidence: Evidence) -> tuple[float, float, str, bool] | None:

@@ -266,9 +266,18 @@ def _by_rank(evidence: Evidence, layers: list[Floor]) -> list[Finding]:
     reads = calls[lowest.name].first
     if max(f.rank for f in layers) >= size:  # below, more samples or steps had room
         evidence.tested.update((Kind.BATCH_SIZE, *((Kind.STEPS,) if layers[reads:] else ())))
-    over = [f for f in layers if f.rank > size and not f.flat and f.next > SPECK]
-    if not over or any(f.flat and f.level > 20 * f.rounding for f in layers):
+    high = [f for f in layers if f.rank > size and f.next > SPECK]
+    over = [f for f in high if not f.flat]
+    if not over:
         return []
+    if any(f.flat and f.level > 20 * f.rounding for f in layers):
+        worst = max(high, key=lambda f: f.rank)
+        said = (
+            f"the gradient of '{worst.name}' has rank {worst.rank}, a batch of {size} at most "
+            f"{size}; the spectrum beneath is that of noise in some layers, and not in all"
+        )
+        kinds = (Kind.OPTIMISER, Kind.NOISE, Kind.STEPS, Kind.BATCH_SIZE)
+        return [Finding.among(kinds, float(worst.rank), said, worst.level / worst.rounding)]
     worst = max(over, key=lambda f: f.rank)
     said = f"the gradient of '{worst.name}' has rank {worst.rank}, a batch of {size} at most {size}"
     strength = max(worst.level / worst.rounding, 1.0)
@@ -276,6 +285,7 @@ def _by_rank(evidence: Evidence, layers: list[Floor]) -> list[Finding]:
     line = f"dataclasses.replace(update, batch_size={count})"
     larger = Finding(Kind.BATCH_SIZE, float(count), said, line, strength)
     told = None if reads and lowest not in over else batch(replace(evidence, batch=count))
+    told = told if told is not None and told.clear else None
     if reads and lowest in over:
         said += f"; '{lowest.name}' reads the data, of which no step of SGD sees more"
         return [replace(larger, evidence=said, rivals=() if told else (Kind.OPTIMISER,))]

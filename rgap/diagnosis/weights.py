@@ -10,6 +10,7 @@ Each holds for any target and any factor, so that nothing but the model is teste
   ``⟨W_f, G_f⟩ + b_f ∂b_f = Σ_p k_p·z_p = ⟨W'_{·f}, G'_{·f}⟩``, W' the weights that read it.
   A mask between the two keeps it: where it holds and another identity fails, dropout was on.
 - **Target** (B = 1): some admissible target explains the cotangent at the head.
+- **Replay** (:mod:`rgap.diagnosis.replay`): the data and the cotangents make the update.
 - **Search** (B > 1): some sample of the row space of a layer satisfies ``(I − PPᵀ) f(q) = 0``.
 - **Recursion** (B = 1): the equations of every stage of a chain agree with those above it.
 """
@@ -28,6 +29,8 @@ from rgap.diagnosis.dropout import dropping, predicted
 from rgap.diagnosis.evidence import Call, Evidence
 from rgap.diagnosis.factors import smallest_misfit
 from rgap.diagnosis.finding import MENDING, Finding, Kind
+from rgap.diagnosis.noise import floors
+from rgap.diagnosis.replay import replayed
 from rgap.diagnosis.samples import Samples, nearest_sample
 from rgap.head.bias_attack import bias_attack, rank_one_residual
 from rgap.head.features import features_from_bias
@@ -70,6 +73,9 @@ class Contradiction:
 
 def read(evidence: Evidence, samples: Samples | None) -> list[Finding]:
     """The finding that nothing else explains; searches and recursions only where need be."""
+    mixed = _two_gradients(evidence)
+    if mixed is not None:
+        return [mixed]
     balances = _balances(evidence)
     identities = [*_predictions(evidence), *balances]
     norm = mode.contradiction(evidence)
@@ -83,6 +89,10 @@ def read(evidence: Evidence, samples: Samples | None) -> list[Finding]:
             what = f"the nearest target of {loss.name} at the head"
             stated = () if evidence.labels is None else (Kind.LABELS,)
             identities.append(Contradiction(what, *target, (Kind.LOSS, *stated)))
+    again = None if samples is not None and samples.foreign else replayed(evidence, samples)
+    if again is not None:
+        what = f"the update of the data of '{again[2]}' and the cotangents of the head"
+        identities.append(Contradiction(what, *again[:2], (Kind.DROPOUT,)))
     broken = [c for c in identities if c.strength > 1.0]
     if not broken and not evidence.late:
         further = _recursion(evidence) if evidence.batch == 1 else _search(evidence, samples)
@@ -105,9 +115,31 @@ def read(evidence: Evidence, samples: Samples | None) -> list[Finding]:
     return [Finding.among(kinds, worst.misfit, said, worst.strength)]
 
 
+def _two_gradients(evidence: Evidence) -> Finding | None:
+    """``∂W = k xᵀ`` and ``∂b = k`` of one sample have one k, under any weights."""
+    if evidence.batch != 1 or evidence.presumed:
+        return None
+    for call, weight, bias in evidence.dense:
+        if bias is None or not bool((bias != 0).any()) or not bool((weight != 0).any()):
+            continue
+        rest = rank_one_residual(weight, bias_attack(weight, bias), bias)
+        rounding = SAFETY * _tolerance(evidence, call, weight, bias)
+        if rest > rounding:
+            said = (
+                f"∂W and ∂b of '{call.name}' are not k xᵀ and k of one k: relative misfit "
+                f"{rest:.1e}, rounding explains {rounding:.1e}"
+            )
+            kinds = (*COMMON, Kind.BATCH_SIZE, Kind.OPTIMISER)
+            return Finding.among(kinds, rest, said, rest / rounding)
+    return None
+
+
 def _rivals(evidence: Evidence, broken: list[Contradiction]) -> tuple[Kind, ...]:
     """What else breaks every one of these identities, and no trial excludes."""
     open_ = [k for k in COMMON if k not in evidence.tested]
+    layers = floors(evidence)
+    if not layers or max(f.rank for f in layers) > (evidence.batch or 1):
+        open_.append(Kind.OPTIMISER)  # which divides entry by entry, and leaves no rank low
     shared = set.intersection(*(set(c.also) for c in broken))
     if Kind.LOSS in shared:
         open_.append(Kind.LOSS)  # of which only a few were tried
@@ -243,6 +275,9 @@ def _balance(
 
 def _search(evidence: Evidence, samples: Samples | None) -> list[Contradiction]:
     """The nearest that any sample comes to the equations that separate a batch."""
+    if samples is not None and samples.foreign:
+        what = f"the head's gradient from {samples.route}"
+        return [Contradiction(what, samples.rest, samples.explained, (Kind.DROPOUT,))]
     if samples is not None:
         return []
     nearest = nearest_sample(evidence)

@@ -18,7 +18,7 @@ from torch import Tensor
 from rgap.head.target_error import standard_error
 from rgap.limits import APART, ENSEMBLE, FREE, LOGIT, NORMALISED
 from rgap.network.chain import Stage
-from rgap.precision import Estimate, Precision
+from rgap.precision import Estimate, Precision, paired
 from rgap.update.losses import Loss
 from rgap.update.targets import BINARY, CLASSES
 
@@ -78,7 +78,7 @@ def read_target(
         loss: of that output.
         precision: of the update.
     """
-    z = logits_of(stage, x)
+    z, k = paired(logits_of(stage, x), k)
     first = _declared(z, k, loss, precision)
     if first.fits or first.open or loss.targets != "index":
         return first
@@ -100,7 +100,7 @@ def read_weighed(
         loss: of that output, as a sum over the samples, with index targets.
         precision: of the update.
     """
-    z = logits_of(stage, x)
+    z, k = paired(logits_of(stage, x), k)
     readings = sorted(_scaled(z, k, loss, precision), key=lambda reading: reading.distance)
     fitting = [reading for reading in readings if reading.fits]
     if len(fitting) == 1:

@@ -13,7 +13,7 @@ from math import inf
 import torch
 from torch import Tensor
 
-from rgap.precision import Estimate, Precision
+from rgap.precision import Estimate, Precision, paired
 from rgap.update.losses import Loss
 
 __all__ = ["rounding_of_cotangent", "standard_error"]
@@ -29,12 +29,12 @@ def standard_error(loss: Loss, z: Estimate, k: Estimate, precision: Precision) -
         precision: of the update.
     """
     target = loss.targets_from(z.value, k.value)
-    count = min(len(z.error), len(k.error))  # a full solve carries fewer of them
+    z, k = paired(z, k)
     own = rounding_of_cotangent(loss, z.value, target, precision).abs()
-    moved_k = k.error[:count] + precision.normal(own, count)
+    moved_k = k.error + precision.normal(own, len(k.error))
     moved = [
         loss.targets_from(z.value + dz, k.value + dk) - target
-        for dz, dk in zip(z.error, moved_k, strict=False)
+        for dz, dk in zip(z.error, moved_k, strict=True)
     ]
     std = torch.stack(moved).square().mean(0).sqrt()
     return float(std.max()) if bool(torch.isfinite(std).all()) else inf

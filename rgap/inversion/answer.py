@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import inf
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from rgap.arithmetic.doubles import row_blocks
 from rgap.head.features import HeadCandidate
 from rgap.head.target import Reading, logits_of, read_target, unseen_of
 from rgap.inversion.batch_rows import (
@@ -24,12 +24,13 @@ from rgap.inversion.batch_rows import (
 )
 from rgap.inversion.polish import Equations, Polished, polish
 from rgap.inversion.problem import Problem
+from rgap.inversion.top import head_cotangent, top_features
 from rgap.jacobian.batch_loss import BatchLoss
 from rgap.limits import NEAREST, PASSES, SAFETY
-from rgap.network.chain import Chain, Stage
+from rgap.network.chain import Chain
 from rgap.network.pooling import LinearMap
 from rgap.network.reshape import Rearrange, Reshape
-from rgap.precision import Estimate, Precision, carried
+from rgap.precision import OPEN, Estimate, Precision, paired
 from rgap.recovery import Route
 from rgap.recursion.reached import Descent
 from rgap.separation.targets import read_from_head
@@ -72,6 +73,8 @@ class Answer:
         that were rounded once, for all rows of its gradient alike: :attr:`cast` times their size.
         """
         std = float(self.polished.data.std.max())
+        if std > OPEN:
+            return inf
         bound = self.widened * SAFETY * std * max(1.0, self.polished.misfit)
         bound += self.cast * float(self.inputs.abs().max())
         if self.rows is None:
@@ -103,10 +106,9 @@ def scaled(answer: Answer, ratio: float, candidate: HeadCandidate) -> Answer:
         ratio: c.
         candidate: the other root.
     """
-    data, h = answer.polished.data, candidate.features
+    data, h = paired(answer.polished.data, candidate.features)
     value = ratio * data.value
-    members = h.error[: len(data.error)]  # the full solve carries fewer of them
-    sizes = members.norm(dim=-1, keepdim=True).reshape(-1, *([1] * value.ndim))
+    sizes = h.error.norm(dim=-1, keepdim=True).reshape(-1, *([1] * value.ndim))
     wider = Estimate(value, ratio * data.error + value * sizes / h.value.norm())
     polished = replace(answer.polished, data=wider)
     return replace(answer, polished=polished, reading=candidate.reading)
@@ -288,69 +290,3 @@ def polished_from(problem: Problem, descent: Descent, kappa: Estimate | BatchLos
         descent.preconditioner(problem.chain),
         settled=lowest is not None and lowest.solution.stats.route == Route.SEPARATION,
     )
-
-
-def head_cotangent(problem: Problem, descent: Descent) -> Estimate:
-    """Cotangent k at the head [1, m]: known from the descent, or read off the head's own gradient.
-
-    ``k = ∂b`` where a bias gradient was sent, else ``k = G x / ‖x‖²`` with x the input of the head.
-
-    Args:
-        problem: of one sample.
-        descent: that reached the data.
-    """
-    last = len(problem.chain.stages) - 1
-    if last in descent.cotangents:
-        return descent.cotangents[last]
-    stage = problem.chain.stages[-1]
-    weight, bias = head_gradients(stage, problem)
-    name = stage.affine.bias_name
-    if bias is not None and name is not None:
-        noise = problem.precision.normal(problem.precision.noise_std(name, bias))
-        return Estimate(bias[None], noise[:, None])
-    x = top_features(problem.chain, descent.require_data())
-    scale = x.value[0].square().sum().clamp_min(1e-300)
-    k = weight @ x.value[0] / scale
-    name, precision = stage.affine.weight_name, problem.precision
-    variance = torch.cat(
-        [
-            ((g.abs() * precision.unit).square() + precision.noise_std(name, g, rows).square())
-            @ x.value[0].square()
-            for rows, g in row_blocks(weight, k)
-        ]
-    )
-    error = precision.normal(variance.sqrt()) / scale  # rows of G are independent
-    return Estimate(k[None], error[:, None])
-
-
-def top_features(chain: Chain, data: Estimate) -> Estimate:
-    """Input u of the last affine map for data x [B, *input_shape], with the ensemble carried up."""
-
-    def rise(x: Tensor) -> Tensor:
-        for stage in chain.stages[:-1]:
-            for op in stage.lead:
-                x = op.forward(x)
-            x = stage.affine.forward(x)
-            for op in stage.tail:
-                x = op.forward(x)
-        for op in chain.stages[-1].lead:
-            x = op.forward(x)
-        return x
-
-    return carried(rise, data)
-
-
-def head_gradients(
-    stage: Stage, problem: Problem, gradients: Mapping[str, Tensor] | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """∂L/∂W and ∂L/∂b of a stage; None for a bias that it does not have, or that was not sent.
-
-    Args:
-        stage: the layer.
-        problem: the update.
-        gradients: where they are taken from; by default in float64.
-    """
-    gradients = problem.gradients if gradients is None else gradients
-    name = stage.affine.bias_name
-    sent = name is not None and problem.precision.sent(name)
-    return stage.affine.sent(gradients), gradients[name] if name and sent else None

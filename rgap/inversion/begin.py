@@ -8,19 +8,20 @@ from rgap.halt import Halt, HaltKind
 from rgap.head.features import HeadFailure, solve_head
 from rgap.head.mapped import Mapped
 from rgap.inversion import outcomes
-from rgap.inversion.answer import Run, families, head_gradients, of_labels
+from rgap.inversion.answer import Run, families, of_labels
 from rgap.inversion.batch_rows import batch_of, descended
 from rgap.inversion.conclude import concluded
 from rgap.inversion.factor import divided, remaining
 from rgap.inversion.problem import Problem
 from rgap.inversion.several import from_pair
 from rgap.inversion.single import from_bias, from_prefix
+from rgap.inversion.top import head_gradients
 from rgap.network.activations import Activation
 from rgap.network.prefix import find_pairs, find_prefix
 from rgap.progress import Progress
 from rgap.recovery import Recovery, Status
 from rgap.separation.batch import Separated, Unseparated
-from rgap.separation.route import separate
+from rgap.separation.route import separate, undetermined
 
 __all__ = [
     "at_batch",
@@ -83,6 +84,11 @@ def at_batch(problem: Problem, separated: Separated | Unseparated, show: Progres
             f"({recovery.reason}): more likely they are different pictures, which the head cannot "
             "show"
         )
+        recovery = replace(recovery, status=Status.UNDERDETERMINED, reason=reason)
+    elif recovery.status is Status.INCONSISTENT and (
+        why := undetermined(batch_of(problem), separated)
+    ):
+        reason = f"{recovery.reason}; which refutes none but these samples: {why}"
         recovery = replace(recovery, status=Status.UNDERDETERMINED, reason=reason)
     notes = (separated.note,) if separated.note else ()
     if separated.passed and recovery.inputs is None:

@@ -16,10 +16,11 @@ from rgap.constraints.known_input import Standardised, Whole
 from rgap.halt import Halt
 from rgap.head.target import read_target
 from rgap.inversion import certificate, outcomes
-from rgap.inversion.answer import Run, answers_of, head_cotangent, top_features
+from rgap.inversion.answer import Run, answers_of
 from rgap.inversion.batch_rows import rows_of
 from rgap.inversion.problem import Problem
 from rgap.inversion.replay import replayed
+from rgap.inversion.top import head_cotangent, top_features
 from rgap.jacobian.batch_loss import BatchLoss
 from rgap.jacobian.module_update import ClientLoss, KnownFeatures, ModuleUpdate, watchable
 from rgap.jacobian.smoothing import rounded

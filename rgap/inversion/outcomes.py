@@ -220,6 +220,8 @@ def explained(problem: Problem, recovery: Recovery) -> Recovery:
         seed=problem.precision.seed,
         time_limit=LIMIT,
     ).best
+    if best is None and contradicted:
+        return replace(recovery, reason=f"{recovery.reason}; no trial of a check explains it")
     if best is None or best.kind is Kind.COMPRESSION or (best.kind in OPEN and apart):
         return recovery
     status = Status.INCONSISTENT if best.kind in REFUTES else recovery.status

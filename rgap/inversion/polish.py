@@ -15,24 +15,28 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from math import inf
 
+import torch
 from torch import Tensor
 
 from rgap.jacobian.batch_loss import BatchLoss
+from rgap.jacobian.dense import Dense
 from rgap.jacobian.eliminated import Eliminated
 from rgap.jacobian.layer import ParameterRows
 from rgap.jacobian.linearisation import Linearisation
 from rgap.jacobian.normal import Inverse, Normal
 from rgap.jacobian.weights import objective, residuals, row_misfits, row_weights, update_noise
-from rgap.limits import FITS
+from rgap.limits import FITS, SAFETY, SPARE
 from rgap.machine import memory
 from rgap.network.chain import Chain
-from rgap.precision import Estimate, Precision
+from rgap.precision import UNKNOWN, Estimate, Precision
 
 log = logging.getLogger(__name__)
 
 STEPS = 4  # Gauss–Newton steps at most
 BRIEF, FULL = 12, 300  # CG iterations of a step: while the recursion is accurate, and where not
 SHARES = (1.0, 0.5, 0.25)  # of a Gauss–Newton step, tried in turn
+DENSE = 2**24  # entries of J up to which it is formed, where the normal matrix loses a direction
+COPIES = 4  # of it that a QR holds at once
 HELD = 32.0  # bytes a number: weights, residual, noise and its product in float64
 SAMPLES = 4  # noise samples of the full solve; each averages over all pixels
 MEMBERS = 8  # of the ensemble that a settled start is measured with
@@ -49,7 +53,7 @@ class Polished:
         misfits: weighted rms residual by parameter.
         iterations: CG iterations used in all.
         full: True if the solve on the whole update converged and the errors are its own;
-            otherwise they are the recursion's, which the polish can only have lowered.
+            otherwise they are the recursion's, or as long as the way that the polish went.
         worst: standard error of the direction that the whole update fixes least; infinite where
             its normal matrix was not needed, or not formed.
         head: the loss of a batch; where its targets may be any real numbers and the cotangents
@@ -122,19 +126,17 @@ def polish(
         # Rounding of our own left it beside the optimum: its error is no excuse any more.
         settled = False
         at = at if at.free else replace(at, weights=row_weights(point, known, precision))
-    used, data, full, worst = 0, start, False, inf
+    used, data, full, worst, solved = 0, start, False, inf, None
     if not settled and precondition is not None:
         # The recursion took the targets for known: where they are free its errors are too small.
         hard = at.free or float(start.error.square().mean().sqrt()) > HARD * update.width
         if not hard:
             at, used, _, _ = at.step(precondition, BRIEF)
             hard = at.misfit > FITS
-        errors = start.error
         if hard:
             at, solved, count, worst = _solved(update, at, known, precondition)
             used, full = used + count, solved is not None
-            errors = errors if solved is None else solved
-        data = Estimate(at.point.x, errors)
+        data = Estimate(at.point.x, _moved(start, at) if solved is None else solved)
     log.debug("polish: %d iterations, misfit %.2g, full %s", used, at.misfit, full)
     if head is not None and at.free:
         head = head.explained(at.point.outputs, at.point.kappa)
@@ -178,7 +180,28 @@ class _Point:
         free = Eliminated.of(self.point, self.weights) if self.free else None
         return Normal(self.point, self.weights, free)
 
-    def step(self, precondition: Inverse, limit: int) -> tuple[_Point, int, bool, float]:
+    def solve(
+        self, rows: ParameterRows, by: Inverse | None, limit: int, tolerance: float
+    ) -> tuple[Tensor, Tensor | None, int, bool]:
+        """Steps of x and of free κ for S updates, CG iterations, and whether all converged.
+
+        Args:
+            rows: right-hand sides by parameter name, [S, *parameter.shape].
+            by: preconditioner; None for a QR of J itself.
+            limit: iterations at most.
+            tolerance: decrease of the energy norm at which they stop.
+        """
+        if by is None:
+            return *Dense(self.point, self.weights, self.free).solve(rows), 0, True
+        normal = self.normal()
+        dx, count, done = normal.solve(rows, by, limit, tolerance)
+        if normal.free is None:
+            return dx, None, count, done
+        sent = self.point.jvp(dx)
+        left = {name: rows[name] - sent[name] for name in rows}
+        return dx, normal.free.explained(left)[0], count, done
+
+    def step(self, by: Inverse | None, limit: int) -> tuple[_Point, int, bool, float]:
         """One Gauss–Newton step, shortened until it lowers the objective; undone where none does.
 
         A unit whose sign changes on the way bends the objective: the whole step can rise where its
@@ -190,19 +213,27 @@ class _Point:
         """
         point = self.point
         rhs = {name: r[None] for name, r in residuals(point, self.gradients).items()}
-        normal = self.normal()
-        dx, count, done = normal.solve(rhs, precondition, limit, 1e-3)
-        dkappa = None
-        if normal.free is not None:
-            sent = point.jvp(dx)
-            dkappa = normal.free.explained({name: rhs[name] - sent[name] for name in rhs})[0][0]
+        dx, dkappa, count, done = self.solve(rhs, by, limit, 1e-3)
         length = float(dx.square().mean().sqrt())
         for share in SHARES:
-            kappa = None if dkappa is None else point.kappa + share * dkappa
+            kappa = None if dkappa is None else point.kappa + share * dkappa[0]
             trial = replace(self, point=point.moved(point.x + share * dx[0], kappa))
             if trial.objective < self.objective:
                 return trial, count, done, (1.0 - share) * length
         return self, count, done, length
+
+
+def _moved(start: Estimate, at: _Point) -> Tensor:
+    """The recursion's errors for where the polish left it, [S, B, *input_shape].
+
+    It is off by no more than the start and the way from there.  A way that is longer than what the
+    start's own errors leave room for makes them as long; free targets they know nothing of.
+    """
+    if at.free:
+        return torch.full_like(start.error, UNKNOWN)
+    way = float((at.point.x - start.value).abs().max())
+    room = SAFETY / SPARE * float(start.std.max())
+    return start.error * max(1.0, way / max(room, 1e-300))
 
 
 def _freed(
@@ -237,21 +268,28 @@ def _solved(
     numbers = sum(stage.affine.weight.numel() for stage in update.chain.stages)
     need, precision, room = HELD * numbers, update.precision, update.room
     memory.require(f"the polish on the whole update of {numbers:,} numbers", need, room)
-    factored, worst, used, untaken = at.normal().factored(), inf, 0, 0.0
-    if factored is not None:
-        precondition, worst = factored.inverse, factored.worst()
+    by: Inverse | None = precondition
+    normal, worst, used, untaken, samples = at.normal(), inf, 0, 0.0, SAMPLES
+    if normal.small:
+        samples, factored = precision.samples, normal.factored()
+        entries = Dense.entries(at.point, at.free)
+        if factored is not None:
+            by, worst = factored.inverse, factored.worst()
+        elif entries <= DENSE and 8.0 * COPIES * entries <= room:
+            by, worst = None, Dense(at.point, at.weights, at.free).worst()
+        if worst == inf:  # a direction is lost in rounding: nothing says how well it is known
+            return at, None, used, worst
     for _ in range(STEPS):
         before = at.objective
-        at, count, full, untaken = at.step(precondition, FULL)
+        at, count, full, untaken = at.step(by, FULL)
         used += count
         if at.objective > 0.98 * before:
             break
-    samples = SAMPLES if factored is None else precision.samples
     if room < inf:
         samples = max(1, min(samples, int(max(room, memory.LEAST) / need)))
     few = replace(precision, samples=samples, seed=precision.seed + 1)
     noise = update_noise(at.point, Estimate(kappa.value, kappa.error[:samples]), few)
-    errors, count, done = at.normal().solve(noise, precondition, FULL, 3e-2)
+    errors, _, count, done = at.solve(noise, by, FULL, 3e-2)
     if not (full and done):
         return at, None, used + count, worst
     if untaken > 0:  # it stopped before its own optimum: it is at least that far

@@ -23,6 +23,7 @@ from rgap.recursion.descend import descend
 from rgap.recursion.reached import Descent, Reached
 from rgap.recursion.stage import BUDGET
 from rgap.recursion.steps import Unpool
+from rgap.remedy import trained
 from rgap.update.losses import Loss
 from rgap.update.preflight import ClientView
 from rgap.update.targets import CLASSES
@@ -143,7 +144,7 @@ def prepare(
         raise ValueError(
             f"expected one gradient, got an average over {update.local_steps} local steps: the "
             "weights moved between them and the equations of one step do not hold; ask the client "
-            "for local_steps=1, or write rgap.match(model, update, local=rgap.LocalTraining(rate))"
+            f"for one step, or write {trained(update.local_steps, 'rate')}"
         )
     room = memory.budget_of(budget, place)
     memory.require_copies(client.model, 1 if place.type == "cpu" else 2, room)
@@ -207,7 +208,8 @@ def _check_labels(labels: Tensor | None, update: Update, chain: Chain) -> None:
     classes = max(outputs, 2) if loss.name in CLASSES else 2
     low, high = int(labels.min()), int(labels.max())
     if outputs and (low < 0 or high >= classes):
+        got = f"{low}" if low == high else f"values from {low} to {high}"
         raise ValueError(
-            f"labels: expected class indices from 0 to {classes - 1}, got values from {low} to "
-            f"{high}; write labels=None to have them found"
+            f"labels: expected class indices from 0 to {classes - 1}, got {got}; write "
+            "labels=None to have them found"
         )

@@ -21,11 +21,12 @@ from rgap.head.bias_attack import rank_one_residual
 from rgap.head.features import features_from_bias, rank_one_tolerance
 from rgap.head.target import Reading
 from rgap.inversion import certificate, outcomes
-from rgap.inversion.answer import Answer, cast_of, head_gradients, polished_from
+from rgap.inversion.answer import Answer, cast_of, polished_from
 from rgap.inversion.backing import of_prefix
 from rgap.inversion.parts import in_parts
 from rgap.inversion.problem import Problem
 from rgap.inversion.targets import Trial, try_targets
+from rgap.inversion.top import head_gradients
 from rgap.limits import REFUTED, SAFETY
 from rgap.network.chain import Stage
 from rgap.network.prefix import Prefix

@@ -22,12 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from rgap.head.target import Reading, read_weighed, unseen_of
-from rgap.inversion.answer import top_features
 from rgap.inversion.problem import Problem
 from rgap.inversion.replay import replay
+from rgap.inversion.top import top_features
 from rgap.limits import ENSEMBLE, FITS, ROUNDED, SAFETY, USEFUL, VANISHING
 from rgap.network.agreement import by_mode
 from rgap.precision import Estimate
+from rgap.remedy import FUNCTION
 from rgap.update.losses import Loss
 from rgap.update.targets import CLASSES
 
@@ -193,7 +194,7 @@ def try_targets(problem: Problem, known: Estimate, parameter: str) -> Trial:
         if loss.own:
             why = (
                 f"the update was sent under {loss.name!r}, a function that a file cannot hold: "
-                "write dataclasses.replace(update, loss=the_function)"
+                f"write {FUNCTION}"
             )
         return Trial(None, None, why)
     for name, module in problem.model.named_modules():

@@ -11,17 +11,19 @@ Source: the derivative by projection is that of Golub and Pereyra 1973 without i
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil, log
 
 import torch
 from torch import Tensor
 
 from rgap.jacobian.layer import ParameterRows
 from rgap.jacobian.linearisation import Linearisation
-from rgap.solvers.positive import backsolve, cholesky_in_place
+from rgap.solvers.limits import SQUARED
+from rgap.solvers.positive import backsolve, cholesky_in_place, smallest_scaled
 
 LARGEST = 4096  # entries of κ up to which UᵀΣ⁻¹U is formed
 COLUMNS = 16  # formed at once
-PASSES = 2  # of the solve with one factor: it squares the condition, and each pass gains its digits
+GAIN, LEAST = 0.1, 2  # what a pass may leave, and passes at least
 
 
 @dataclass(frozen=True)
@@ -32,15 +34,18 @@ class Eliminated:
         point: the update linearised at a κ that is held.
         weights: 1/σ of the entries of the update, by parameter name, broadcast over each filter.
         lower: Cholesky factor of UᵀΣ⁻¹U, [B·C, B·C].
+        passes: of the solve with it: forming it squares the condition, and each gains a factor of
+            what is then left, until what U explains is gone to rounding.
     """
 
     point: Linearisation
     weights: ParameterRows
     lower: Tensor
+    passes: int
 
     @classmethod
     def of(cls, point: Linearisation, weights: ParameterRows) -> Eliminated | None:
-        """None where κ has too many entries, or the features do not tell them apart."""
+        """None where κ has too many entries, or the features do not tell them apart to rounding."""
         kappa = point.kappa
         size = kappa.numel()
         if size > LARGEST:
@@ -50,13 +55,19 @@ class Eliminated:
             _on_kappa(point, weights, point.jvp(None, part)) for part in torch.split(eye, COLUMNS)
         ]
         matrix = torch.cat(parts).flatten(1)
-        lower = cholesky_in_place((matrix + matrix.T) / 2)
-        return None if lower is None else cls(point, weights, lower)
+        matrix = (matrix + matrix.T) / 2
+        lower = cholesky_in_place(matrix.clone())
+        if lower is None:
+            return None
+        eps = torch.finfo(matrix.dtype).eps
+        gain = SQUARED * size**0.5 * eps / smallest_scaled(matrix, lower)
+        passes = ceil(log(eps) / log(gain)) if gain < GAIN else 0
+        return cls(point, weights, lower, max(passes, LEAST)) if passes else None
 
     def explained(self, rows: ParameterRows) -> tuple[Tensor, ParameterRows]:
         """The κ that explains most of S updates [S, B, C], and what it leaves of them, P r."""
         kappa, left = torch.zeros_like(self.point.kappa)[None], rows
-        for _ in range(PASSES):
+        for _ in range(self.passes):
             rhs = _on_kappa(self.point, self.weights, left)
             step = backsolve(self.lower, rhs.flatten(1).T).T.reshape(rhs.shape)
             kappa = kappa + step

@@ -16,7 +16,7 @@ from rgap.jacobian.eliminated import Eliminated
 from rgap.jacobian.layer import ParameterRows
 from rgap.jacobian.linearisation import Linearisation
 from rgap.solvers.conjugate import dots, times
-from rgap.solvers.positive import backsolve, cholesky_in_place, extremes
+from rgap.solvers.positive import backsolve, cholesky_in_place, extremes, resolved
 
 Inverse = Callable[[Tensor], Tensor]
 
@@ -82,16 +82,28 @@ class Normal:
         return x, limit, False
 
     def factored(self) -> Factored | None:
-        """The matrix formed and factored; None if it is too large or not definite."""
+        """The matrix formed and factored; None if that does not resolve its smallest direction."""
         x = self.point.x
         size = x.numel()
-        if size > LARGEST:
-            return None
         eye = torch.eye(size, dtype=x.dtype, device=x.device).reshape(size, *x.shape)
-        matrix = torch.cat([self.apply(part).flatten(1) for part in torch.split(eye, COLUMNS)])
+        columns, lengths = [], []
+        for part in torch.split(eye, COLUMNS):
+            rows = self.point.jvp(part)
+            weighed = [(rows[n] * self.weights[n]).flatten(1) for n in rows]
+            lengths.append(torch.cat(weighed, 1).square().sum(1))
+            columns.append(self.adjoint(rows).flatten(1))
+        matrix = torch.cat(columns)
         matrix = (matrix + matrix.T) / 2
         lower = cholesky_in_place(matrix.clone())
-        return None if lower is None else Factored(matrix, lower)
+        # What free cotangents explain of a column takes nothing off what the column rounds.
+        if lower is None or not resolved(matrix, lower, torch.cat(lengths)):
+            return None
+        return Factored(matrix, lower)
+
+    @property
+    def small(self) -> bool:
+        """True if the matrix may be formed."""
+        return self.point.x.numel() <= LARGEST
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rgap import validation
 from rgap.labels.signs import check_gradients
+from rgap.remedy import AS_CLASSES, INVERTED
 from rgap.update.losses import Loss
 from rgap.update.targets import BINARY, CROSS_ENTROPY
 
@@ -162,15 +163,15 @@ def refuse_loss(loss: Loss, logits: int) -> None:
     if not loss.equations:
         raise ValueError(
             f"loss: expected cross_entropy, binary_cross_entropy_with_logits or mse_loss without "
-            f"weights, got {loss}: class weights and other forms break the identity between the "
-            "gradient and the label counts; write rgap.invert(model, update).labels for a single "
+            f"weights, got {loss.name} with others: class weights and other forms break the "
+            f"identity between the gradient and the label counts; write {INVERTED} for a single "
             "sample."
         )
     if loss.targets != "index":
         raise ValueError(
             f"loss: expected class labels, got {loss.name} with targets={loss.targets!r}: "
-            "continuous targets have no counts; write rgap.invert(model, update).labels, or "
-            "Loss('cross_entropy') if the client's targets were class indices."
+            f"continuous targets have no counts; write {INVERTED}, or "
+            f"{AS_CLASSES} if the client's targets were class indices."
         )
     if loss.name == BINARY and logits > 1:
         raise ValueError(

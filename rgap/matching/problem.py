@@ -18,6 +18,7 @@ from rgap.network.running import run
 from rgap.precision import Precision
 from rgap.priors import prior_of
 from rgap.recovery import Recovery
+from rgap.remedy import LOCAL
 from rgap.seeding import start_of
 from rgap.solvers.priors import Prior
 from rgap.update.local_training import LocalTraining
@@ -75,8 +76,8 @@ class SearchProblem:
         update, size, known = client.update, client.batch, client.labels
         if update.local_steps > 1 and local is None:
             raise ValueError(
-                f"local: the update is an average over {update.local_steps} local steps, expected "
-                "how the client trains; write local=rgap.LocalTraining(rate=0.01)"
+                f"local training: the update is an average over {update.local_steps} local steps, "
+                f"expected how the client trains; write {LOCAL}"
             )
         if size is None:
             raise ValueError(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from rgap import validation
-from rgap.network.graph import links
+from rgap.network.fitting import runs
 from rgap.network.isolation import untouched
 from rgap.network.probing import Shape, UnreadyError
 from rgap.network.running import first_line
@@ -110,24 +110,6 @@ def _difference(
     return float((got - expected).abs().max()) / scale
 
 
-def fitting_shape(model: nn.Module, shape: Shape) -> Shape | None:
-    """A shape that the model accepts, for the message that refuses ``shape``."""
-    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    layer = next((m for m in model.modules() if isinstance(m, kinds)), None)
-    tries: list[Shape] = [shape[1:]] if len(shape) > 1 and shape[0] == 1 else []
-    if isinstance(layer, nn.Linear):
-        width = layer.in_features
-        sides = [(c, math.isqrt(width // c)) for c in (1, 3) if width % c == 0]
-        tries += [(c, n, n) for c, n in sides if c * n * n == width and len(shape) == 3]
-        tries += [(width,), (*shape[:-1], width)]
-    elif layer is not None:
-        dims, channels = len(layer.kernel_size), layer.in_channels
-        sizes = (8, 16, 28, 32, 48, 64, 96, 128, 224, 256, 299)
-        tries += [(channels, *shape[-dims:])] if len(shape) >= dims else []
-        tries += [(channels, *(n,) * dims) for n in (sizes if dims < 3 else (8, 16, 32))]
-    return next((one for one in tries if _accepts(model, one)), None)
-
-
 def sample_shape(model: nn.Module, *stated: Sequence[int] | None) -> Shape:
     """The shape of one sample: as stated, or as the model's own layers fix it.
 
@@ -152,15 +134,15 @@ def sample_shape(model: nn.Module, *stated: Sequence[int] | None) -> Shape:
     layer = next((m for m in model.modules() if isinstance(m, kinds)), None)
     fitting: list[Shape] = []
     if isinstance(layer, nn.Linear):
-        fitting = [shape for shape in [(layer.in_features,)] if _runs(model, shape)]
+        fitting = [shape for shape in [(layer.in_features,)] if runs(model, shape)]
     elif isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         dims, channels = len(layer.kernel_size), layer.in_channels
         sides = chain(range(1, SQUARE), LARGE) if dims < 3 else range(1, 17)
         shapes = ((channels, *(n,) * dims) for n in sides)
-        fitting = list(islice((s for s in shapes if _runs(model, s)), 2))
+        fitting = list(islice((s for s in shapes if runs(model, s)), 2))
         if len(fitting) == 1 and fitting[0][1] >= SQUARE:  # between those that were tried
             near = ((channels, *(fitting[0][1] + n,) * dims) for n in (-1, 1))
-            fitting += [shape for shape in near if _runs(model, shape)]
+            fitting += [shape for shape in near if runs(model, shape)]
     if len(fitting) == 1:
         return fitting[0]
     fits = f" ({fitting[0]} and {fitting[1]} both fit)" if fitting else ""
@@ -170,29 +152,6 @@ def sample_shape(model: nn.Module, *stated: Sequence[int] | None) -> Shape:
         f"{type(model).__name__} leave it open{fits}; write input_shape={example}, or "
         "the shape that the client's samples have"
     )
-
-
-def _runs(model: nn.Module, shape: Shape) -> bool:
-    """True if the model maps such a sample to one output."""
-    first = next(model.parameters())
-    try:
-        with torch.no_grad(), untouched(model, hooks=False):
-            out = model(torch.zeros(1, *shape, dtype=first.dtype, device=first.device))
-    except Exception:
-        return False
-    return isinstance(out, Tensor) and out.ndim >= 1 and len(out) == 1
-
-
-def _accepts(model: nn.Module, shape: Shape) -> bool:
-    first = next(model.parameters())
-    try:
-        if not links(model, shape)[0]:
-            return False
-        with torch.no_grad(), untouched(model, hooks=False):
-            model(torch.zeros(2, *shape, dtype=first.dtype, device=first.device))
-    except Exception:
-        return False
-    return True
 
 
 def refuse_unready(model: nn.Module) -> None:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from rgap.network.affine import Affine
-from rgap.network.agreement import disagreement, fitting_shape, refuse_unready
+from rgap.network.agreement import disagreement, refuse_unready
 from rgap.network.connected import as_matrix
+from rgap.network.fitting import fitting_shape
 from rgap.network.graph import ADVICE_NONE, Barrier, Link, links
 from rgap.network.probing import UnreadyError
 from rgap.network.reshape import Op, Pad, Rearrange, Reshape

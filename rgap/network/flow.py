@@ -166,9 +166,9 @@ def _node(
             return replace(made, sources=given, signs=(1.0, sign))
         return "adds branches of different shapes"
     parts = node.args[0] if node.target in _JOINS and node.args else ()
-    if isinstance(parts, (list, tuple)) and parts and _axis(node) == 1:
-        if all(part in places for part in parts):
-            return replace(made, sources=tuple(places[part] for part in parts), joined=True)
+    listed = isinstance(parts, (list, tuple)) and all(part in places for part in parts)
+    if listed and parts and _axis(node) == 1:
+        return replace(made, sources=tuple(places[part] for part in parts), joined=True)
     return step.reason
 
 

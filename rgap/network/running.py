@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import checkpoint
 
+from rgap.network.fitting import fitting_shape
+
 BEHIND_TOKENS = (
     "which no equation recovers: write a module that starts behind the embedding, whose inputs are "
     "its vectors"
@@ -32,7 +34,7 @@ __all__ = [
 ]
 
 # Frames in these folders are not the user's.
-_LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+_LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
 
 
 def run(model: nn.Module, inputs: Tensor, values: Mapping[str, Tensor] | None = None) -> Tensor:
@@ -198,7 +200,10 @@ def _advice(model: nn.Module, inputs: Tensor, error: Exception) -> str:
         return "Write a module whose forward takes one tensor [B, ...] and splits it."
     if "dtype" in text or "scalar type" in text:
         return "Write a model of one precision, whose forward casts nothing."
-    return "Write inputs of the shape the model was built for."
+    shape = tuple(inputs.shape[1:])
+    fits = fitting_shape(model, shape)
+    which = "" if fits in (None, shape) else f"; input_shape={fits} would fit"
+    return f"Write inputs of the shape the model was built for{which}."
 
 
 def first_line(error: Exception) -> str:

@@ -125,8 +125,11 @@ def run(output: Path, *, seed: int = 0, console: Console | None = None) -> Demo:
         ValueError: ``output`` is a file.
     """
     start = time.perf_counter()
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"--output: expected a folder, got the file {output}; write --output demo")
+    for place in (output, *output.parents):
+        if place.exists() and not place.is_dir():
+            raise ValueError(
+                f"--output: expected a folder, got the file {place}; write --output demo"
+            )
     count = len(photos.names())
     first, second, third = (
         photos.load(count=1, start=(seed + i) % count).float() for i in (0, 5, 9)

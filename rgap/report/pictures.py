@@ -144,8 +144,12 @@ def save_figure(figure: Figure, path: Path) -> None:
         figure.savefig(beside, dpi=200, format=figure_format(path))
 
 
-def figure_format(path: Path) -> str:
+def figure_format(path: Path, argument: str = "path") -> str:
     """The format that a figure's file name asks for.
+
+    Args:
+        path: of the figure.
+        argument: what it was given as, for the error.
 
     Raises:
         ValueError: a suffix that matplotlib does not write.
@@ -157,8 +161,8 @@ def figure_format(path: Path) -> str:
     kind = path.suffix.lower().removeprefix(".")
     if kind not in known:
         raise ValueError(
-            f"{path}: expected a figure's file name such as {path.with_suffix('.png').name} or "
-            f"{path.with_suffix('.pdf').name}"
+            f"{argument}: expected a figure's file name such as {path.with_suffix('.png').name} "
+            f"or {path.with_suffix('.pdf').name}, got {str(path)!r}"
         )
     return kind
 

@@ -12,7 +12,9 @@ from rich.text import Text
 from rgap.analysis.plots.discard import percent
 
 if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderResult
+    from collections.abc import Iterator
+
+    from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
     from torch import Tensor
 
     from rgap.analysis.discard.table import Audit, AuditRow
@@ -36,17 +38,19 @@ __all__ = [
 
 
 class HeadedTable(Table):
-    """A table below a heading; where the console is too narrow for it, a paragraph a row.
+    """A table below a heading, on a narrow console closer, or one below the other by columns.
 
-    Nothing is cut: numbers keep their line, names are folded, headings wrap at words.
+    Nothing is cut: numbers keep their line, names are folded, headings wrap at words.  Where not
+    even one column goes beside those that name a row, every row is a paragraph.
     """
 
     FOLDED = 16  # characters of a name below which no column of names goes
-    FRAME = 3  # characters beside a column's own
+    FRAMES = (3, 1)  # characters beside a column's own
 
-    def __init__(self, heading: str = "") -> None:
+    def __init__(self, heading: str = "", names: int = 1) -> None:
         super().__init__(box=box.SIMPLE_HEAD)
         self._heading = heading
+        self._names = names  # leading columns that name a row
 
     def layers(self) -> None:
         """A column of layers and one of their kinds."""
@@ -61,29 +65,66 @@ class HeadedTable(Table):
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         if self._heading:
             yield Text(self._heading, style="bold")
-        least, wish = [], []
-        for column in self.columns:
-            words, cells = str(column.header), [len(str(cell)) for cell in column.cells]
-            whole = max(cells, default=0)
-            kept = whole if column.justify == "right" else min(whole, self.FOLDED)
-            least.append(max(kept, *(len(word) for word in words.split())))
-            wish.append(max(whole, len(words)))
-            column.overflow = "fold"
-        room = options.max_width - sum(least) - self.FRAME * len(least) - 1
-        if room >= 0:
-            for place in sorted(range(len(least)), key=lambda n: wish[n] - least[n]):
-                more = min(room, wish[place] - least[place])
-                self.columns[place].width = least[place] + more
-                room -= more
-            yield from super().__rich_console__(console, options)
-            return
+        yield from self._tables(options.max_width) or self._paragraphs()
+        yield Text()
+
+    def _tables(self, width: int) -> list[Table]:
+        """Tables of this width with all columns, or with some below each other; [] for none."""
+        places = list(range(len(self.columns)))
+        for frame in self.FRAMES:
+            if self._least(places, frame) <= width:
+                return [self._of(places, frame, width)]
+        names, frame = places[: self._names], self.FRAMES[-1]
+        tables, kept = [], list(names)
+        for place in places[self._names :]:
+            if self._least([*names, place], frame) > width:
+                return []
+            if self._least([*kept, place], frame) > width:
+                tables.append(self._of(kept, frame, width))
+                kept = list(names)
+            kept.append(place)
+        return [*tables, self._of(kept, frame, width)]
+
+    def _size(self, place: int) -> tuple[int, int]:
+        """Least width of a column, and that which folds and wraps nothing."""
+        column = self.columns[place]
+        words, cells = str(column.header), [len(str(cell)) for cell in column.cells]
+        whole = max(cells, default=0)
+        kept = whole if column.justify == "right" else min(whole, self.FOLDED)
+        return max(kept, *(len(word) for word in words.split())), max(whole, len(words))
+
+    def _least(self, places: list[int], frame: int) -> int:
+        return sum(self._size(place)[0] + frame for place in places) + 1
+
+    def _of(self, places: list[int], frame: int, width: int) -> Table:
+        """Some of the columns as a table that is no wider."""
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, (frame - 1) // 2))
+        sizes = {place: self._size(place) for place in places}
+        room = width - self._least(places, frame)
+        more = dict.fromkeys(places, 0)
+        for place in sorted(places, key=lambda n: sizes[n][1] - sizes[n][0]):
+            more[place] = min(room, sizes[place][1] - sizes[place][0])
+            room -= more[place]
+        for place in places:
+            column = self.columns[place]
+            table.add_column(
+                column.header, justify=column.justify, style=column.style, overflow="fold",
+                width=sizes[place][0] + more[place],
+            )  # fmt: skip
+        for row, cells in zip(self.rows, self._cells(places), strict=True):
+            table.add_row(*cells, end_section=row.end_section)
+        return table
+
+    def _cells(self, places: list[int]) -> list[tuple[RenderableType, ...]]:
+        return list(zip(*(self.columns[place].cells for place in places), strict=True))
+
+    def _paragraphs(self) -> Iterator[Text]:
+        heads = [str(column.header) for column in self.columns]
         above = ""  # the first column names a block of rows only once
-        for first, *cells in zip(*(column.cells for column in self.columns), strict=True):
+        for first, *cells in self._cells(list(range(len(heads)))):
             above = str(first) or above
-            heads = [str(column.header) for column in self.columns]
             parts = zip(heads, [above, *map(str, cells)], strict=True)
             yield Text(", ".join(f"{head} {cell}" for head, cell in parts if cell))
-        yield Text()
 
 
 # The words of the library are printed as they are: "[B, 3, 8, 8]" is no markup.
@@ -126,7 +167,7 @@ def audit_table(audit: Audit) -> Table:
     1
     """
     joint = "joint rank" if all(row.exact for row in audit.rows) else "joint rank ≤"
-    table = HeadedTable(f"Equations of every layer's gradient: {audit.model}")
+    table = HeadedTable(f"Equations of every layer's gradient: {audit.model}", names=2)
     table.figures("B", style="bold")
     table.layers()
     table.figures("unknowns", "gradient rank", "weight rank", joint, "missing", "discard")

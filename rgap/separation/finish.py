@@ -63,17 +63,13 @@ def finish(
     joint = polish_jointly(batch, samples, result.roots, head, result.across)
     if joint is not None and batch.loss.targets != "index" and not joint.free:
         joint = None  # it held targets that were read at these roots, and err as they do
-    if joint is not None and joint.errors is not None:
+    if joint is not None:
         together = _lifted(samples, joint.roots, joint.errors, result.across)
         # All rows at once also see what the client's backward pass rounds; one root does not.
         # Free targets move with the samples; the errors of a root alone are those at known ones.
         if joint.free or float(together.error.norm()) < float(known.error.norm()):
             known, worst = together, joint.worst / float(joint.roots.norm(dim=1).mean())
             head = joint.head if joint.free else _reread(batch, samples, joint.roots, head)
-    elif joint is not None:
-        inside = (result.features.error.flatten(2) - result.across) @ samples.right
-        known = _lifted(samples, joint.roots, inside, result.across)
-        head = joint.head
     doubt = confirmed(batch, head, naming(known.value.flatten(1) @ samples.right, consistency))
     if doubt is not None:
         return Unseparated(f"{doubt} (σ_B/σ_1 {samples.ratio:.1e} at '{stage.name}')")
@@ -104,7 +100,7 @@ def finish_together(
             f"all {samples.rank} samples at '{stage.name}' together miss its gradient by "
             f"{joint.misfit:.1e} standard errors (σ_B/σ_1 {samples.ratio:.1e})"
         )
-    if joint is None or joint.errors is None:
+    if joint is None:
         return Unseparated(
             f"the equations of the {samples.rank} samples at '{stage.name}' are singular to "
             f"working precision (σ_B/σ_1 {samples.ratio:.1e})"

@@ -74,7 +74,7 @@ def separate_headless(
     if isinstance(steps, str):
         return Unseparated(steps)
     lower, upper = batch.mixture(index), batch.mixture(index + 1)
-    why = unfit_pair(lower, upper)
+    why = unfit_pair(lower, upper, steps)
     if why is not None:
         return Unseparated(why)
     if batch.size is not None and lower.rank != batch.size:

@@ -17,15 +17,14 @@ import torch
 from torch import Tensor
 
 from rgap.jacobian.batch_loss import BatchLoss
+from rgap.jacobian.dense import Dense
 from rgap.jacobian.layer import ParameterRows, pooled
 from rgap.jacobian.linearisation import Linearisation
 from rgap.jacobian.weights import objective, residuals, row_misfits, row_weights, update_noise
-from rgap.limits import LOST
 from rgap.network.chain import Chain
 from rgap.separation.batch import Batch
 from rgap.separation.mixture import Mixture
-from rgap.solvers.positive import backsolve, cholesky_in_place, extremes
-from rgap.solvers.tall import tall_qr
+from rgap.solvers.positive import backsolve, cholesky_in_place, extremes, resolved
 
 log = logging.getLogger(__name__)
 
@@ -33,8 +32,8 @@ LARGEST = 48  # samples up to which the normal matrix is formed: R⁴ entries
 UNKNOWNS = 4096  # up to which it is formed with the cotangents at the head
 FACTORS, CHORDS = 4, 4  # factorisations, and steps with each
 DENSE = 2**19  # entries of J up to which a head alone is solved by QR
+UNRESOLVED = 2**22  # the same where the normal matrix does not resolve a direction
 SETTLED = 0.98  # decrease of the objective that ends the steps
-RIDGES = (0.0, 1e-14, 1e-12, 1e-10, 1e-8)  # of the diagonal, until a factor exists
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Joint:
 
     Attributes:
         roots: Q, [R, R].
-        errors: ensemble, [S, R, R]; None where the normal matrix is singular to working precision.
+        errors: ensemble, [S, R, R].
         misfit: largest weighted rms residual of a parameter.
         worst: standard error of the direction that is fixed least.
         head: the loss, with the targets that the cotangents say where these were unknowns.
@@ -51,7 +50,7 @@ class Joint:
     """
 
     roots: Tensor
-    errors: Tensor | None
+    errors: Tensor
     misfit: float
     worst: float
     head: BatchLoss
@@ -67,7 +66,7 @@ def polish_jointly(
     largest: int = LARGEST,
     dense: int = DENSE,
 ) -> Joint | None:
-    """Gauss–Newton on Q, or None where the layers above are not all fully connected.
+    """Gauss–Newton on Q; None where a layer above is not fully connected, or a direction is lost.
 
     Args:
         batch: the update.
@@ -97,7 +96,7 @@ def polish_jointly(
     weights = row_weights(point, kappa, precision, [leaking])
     misfits = row_misfits(point, sent, weights)
     log.debug("joint polish of %d samples starts at misfit %.2g", samples.rank, _top(misfits))
-    solver: _Dense | _Formed | None = None
+    solver: Dense | _Formed | None = None
     for _ in range(FACTORS):
         solver = _solver(point, weights, dense, free)
         if solver is None:
@@ -122,7 +121,7 @@ def polish_jointly(
     if free:
         head = head.explained(point.outputs, point.kappa)
     if worst == float("inf"):
-        return Joint(point.x, None, _top(misfits), worst, head, free)
+        return None
     drawn = replace(precision, seed=precision.seed + 1)
     noise = update_noise(point, kappa, drawn)
     noise = {n: noise[n] + leak[n] for n in noise}
@@ -139,17 +138,16 @@ def _frees(small: Chain, samples: Mixture, head: BatchLoss) -> bool:
 
 
 class _Formed:
-    """JᵀΣ⁻¹J formed and factored; ``ridge`` where it is singular to working precision.
+    """JᵀΣ⁻¹J formed and factored.
 
     Where κ is free its entries come first, so that the last block of the factor is that of the
     Schur complement: what fixes x once κ is eliminated.
     """
 
     def __init__(
-        self, point: Linearisation, weights: ParameterRows, lower: Tensor, ridge: float, free: bool
+        self, point: Linearisation, weights: ParameterRows, lower: Tensor, free: bool
     ) -> None:
-        self.point, self.weights, self.lower, self.ridge = point, weights, lower, ridge
-        self.free = free
+        self.point, self.weights, self.lower, self.free = point, weights, lower, free
 
     def solve(self, rows: ParameterRows) -> tuple[Tensor, Tensor | None]:
         """(JᵀΣ⁻¹J)⁻¹ JᵀΣ⁻¹ r, [S, R, n], and the part of κ [S, R, C] where that is free."""
@@ -162,9 +160,7 @@ class _Formed:
         return out[:, size:].reshape(on_x.shape), out[:, :size].reshape(on_k.shape)
 
     def worst(self) -> float:
-        """Standard error of the direction of x that is fixed least; infinite with a ridge."""
-        if self.ridge:
-            return float("inf")
+        """Standard error of the direction of x that is fixed least."""
         first = self.point.kappa.numel() if self.free else 0
         lower = self.lower[first:, first:]
         smallest = extremes(
@@ -173,46 +169,21 @@ class _Formed:
         return smallest**-0.5 if smallest > 0 else float("inf")
 
 
-class _Dense:
-    """Σ^{-1/2} J itself, by QR: for a head alone, where the normal matrix may lose half the digits.
-
-    Args:
-        point: of a chain of one stage.
-        weights: Σ^{-1/2}.
-    """
-
-    def __init__(self, point: Linearisation, weights: ParameterRows) -> None:
-        count, size = point.x.shape
-        self.shape, self.weights = point.x.shape, weights
-        eye = torch.eye(count * size, dtype=point.x.dtype, device=point.x.device)
-        rows = point.jvp(eye.reshape(-1, count, size))
-        table = torch.cat([(rows[n] * weights[n]).flatten(1) for n in sorted(rows)], 1).T
-        self.basis, self.upper = tall_qr(table)
-
-    def solve(self, rows: ParameterRows) -> tuple[Tensor, None]:
-        """J⁺ r, [S, R, n]."""
-        rhs = torch.cat([(rows[n] * self.weights[n]).flatten(1) for n in sorted(rows)], 1)
-        out: Tensor = torch.linalg.solve_triangular(self.upper, self.basis.T @ rhs.T, upper=True)
-        return out.T.nan_to_num(0.0).reshape(-1, *self.shape), None
-
-    def worst(self) -> float:
-        """Standard error of the direction that is fixed least."""
-        if not bool(self.upper.isfinite().all()):
-            return float("inf")
-        values = torch.linalg.svdvals(self.upper)
-        smallest, largest = float(values[-1]), float(values[0])
-        return 1.0 / smallest if smallest > LOST * largest else float("inf")
-
-
 def _solver(
     point: Linearisation, weights: ParameterRows, dense: int, free: bool
-) -> _Dense | _Formed | None:
-    unknowns = point.x.numel()
-    rows = sum(prod(node.stage.affine.weight.shape) for node in point.nodes)
-    if len(point.nodes) == 1 and rows * unknowns <= dense:
-        return _Dense(point, weights)
-    lower, ridge = _factor(normal_matrix(point, weights, free))
-    return None if lower is None else _Formed(point, weights, lower, ridge, free)
+) -> Dense | _Formed | None:
+    """JᵀΣ⁻¹J factored, or J itself where forming it loses what fixes a direction.
+
+    None where J is too large for that: nothing says how well the direction is known.
+    """
+    entries = Dense.entries(point, free)
+    if len(point.nodes) == 1 and entries <= dense:
+        return Dense(point, weights)
+    matrix = normal_matrix(point, weights, free)
+    lower = cholesky_in_place(matrix.clone())
+    if lower is not None and resolved(matrix, lower):
+        return _Formed(point, weights, lower, free)
+    return Dense(point, weights, free) if entries <= max(dense, UNRESOLVED) else None
 
 
 def normal_matrix(point: Linearisation, weights: ParameterRows, free: bool = False) -> Tensor:
@@ -285,18 +256,6 @@ def _names(chain: Chain) -> list[str]:
 
 def _flat(across: Tensor, samples: Mixture) -> Tensor:
     return across.reshape(-1, *samples.stage.affine.in_shape)
-
-
-def _factor(matrix: Tensor) -> tuple[Tensor | None, float]:
-    """A Cholesky factor and the ridge that it took."""
-    diagonal = matrix.diagonal()
-    for ridge in RIDGES:
-        trial = matrix.clone()
-        trial.diagonal().add_(ridge * diagonal)
-        lower = cholesky_in_place(trial)
-        if lower is not None:
-            return lower, ridge
-    return None, 0.0
 
 
 def _top(misfits: Mapping[str, float]) -> float:

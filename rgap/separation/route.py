@@ -6,17 +6,23 @@ the loss has to: at a softmax head up to C − 1 samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from math import inf
 
 import torch
 
+from rgap.jacobian.batch_loss import loss_scale
 from rgap.limits import ROUNDED
 from rgap.network.chain import Stage
+from rgap.network.reshape import Op
 from rgap.separation.batch import Batch, Separated, Unseparated
 from rgap.separation.mixture import Mixture
-from rgap.separation.pair import Between, separate_pair, steps_between
+from rgap.separation.pair import Between, lines, separate_pair, steps_between
 from rgap.separation.softmax.separate import separate_head, unfit
+from rgap.update.targets import BINARY, CROSS_ENTROPY
+
+SURE = 50.0  # logit of which a sigmoid or a softmax is sure in float64
 
 Watcher = Callable[[str], None]
 
@@ -59,7 +65,7 @@ def separate(batch: Batch, watch: Watcher | None = None) -> Separated | Unsepara
         if isinstance(steps, str):
             continue
         lower, upper = batch.mixture(index), batch.mixture(index + 1)
-        why = unfit_pair(lower, upper)
+        why = unfit_pair(lower, upper, steps)
         if why is None:
             pair = Between.of(lower, upper, steps, batch.precision)
             return _after(separate_pair(batch, pair, top, watch), whys)
@@ -71,15 +77,50 @@ def separate(batch: Batch, watch: Watcher | None = None) -> Separated | Unsepara
     return _after(separate_head(batch, top, watch), whys)
 
 
+def undetermined(batch: Batch, separated: Separated) -> str:
+    """Which samples of a pair of layers lie on lines of solutions, any point of which is as good.
+
+    "" where each has equations that determine it, and for samples of a head.
+    """
+    index, samples = separated.stage.index, separated.mixture
+    steps = "" if separated.stage is batch.chain.stages[-1] else steps_between(batch.chain, index)
+    if isinstance(steps, str):
+        return ""
+    pair = Between.of(samples, batch.mixture(index + 1), steps, batch.precision)
+    return lines(pair, separated.features.value.flatten(1) @ samples.right)
+
+
 def _beyond(batch: Batch, stage: Stage) -> bool:
     """True if what a gradient holds beyond the rank of the batch is more than errors can add.
 
     By Eckart and Young no error E of a matrix of rank B leaves more than ‖E‖ beyond its rank.
+    Each sample rounds by its own size, which may be far above that of a sum that nearly cancels.
     """
     held, precision, name = batch.mixture(stage.index), batch.precision, stage.affine.weight_name
     rest = torch.cat([held.values[batch.size :], held.triplets.beneath]).norm()
-    own = ROUNDED * precision.unit * float(held.gradient.norm())
+    own = ROUNDED * precision.unit * float(held.gradient.norm()) * _cancelled(batch)
     return float(rest) > own + precision.noise_length(name, held.gradient)
+
+
+def _cancelled(batch: Batch) -> float:
+    """Times that the samples of a batch may be longer than their sum, ``B max‖κ‖ / ‖Σκ‖``.
+
+    A sample's κ is as long as it gets where the model is sure of anything but its target.  It has
+    no such bound where targets may be any numbers, and Σκ is not known without a bias.
+    """
+    head, loss = batch.chain.stages[-1].affine, batch.loss
+    if batch.size is None or batch.size == 1:
+        return 1.0
+    bias = None if head.bias_name is None else batch.gradients[head.bias_name]
+    if bias is None or loss.targets != "index" or loss.name not in (CROSS_ENTROPY, BINARY):
+        return inf
+    count = len(bias)
+    eye = torch.eye(count, dtype=bias.dtype, device=bias.device)
+    one_hot = loss.name == CROSS_ENTROPY
+    targets = eye if one_hot else torch.stack([torch.zeros_like(bias), torch.ones_like(bias)])
+    kappa = replace(loss, reduction="sum").cotangent(SURE * (1.0 - 2.0 * targets), targets)
+    longest = float(kappa.norm(dim=1).max()) * loss_scale(loss, batch.size, count)
+    return max(1.0, batch.size * longest / max(float(bias.norm()), 1e-300))
 
 
 def _after(answer: Separated | Unseparated, whys: list[str]) -> Separated | Unseparated:
@@ -87,8 +128,8 @@ def _after(answer: Separated | Unseparated, whys: list[str]) -> Separated | Unse
     return replace(answer, passed="; ".join(whys)) if isinstance(answer, Separated) else answer
 
 
-def unfit_pair(lower: Mixture, upper: Mixture) -> str | None:
-    """Why a pair of layers does not separate the batch, or None if it does."""
+def unfit_pair(lower: Mixture, upper: Mixture, steps: Sequence[Op]) -> str | None:
+    """Why a pair of layers with ``steps`` between does not separate the batch, None if it does."""
     name, above = lower.stage.name, upper.stage.name
     width = upper.gradient.shape[1]
     if lower.bias_gradient is None:
@@ -109,6 +150,8 @@ def unfit_pair(lower: Mixture, upper: Mixture) -> str | None:
             f"'{above}' with {width} inputs gives {width - lower.rank} equations a sample for "
             f"{lower.rank - 1} unknowns"
         )
+    if lower.rank > 1 and all(op.affine for op in steps):
+        return f"nothing bends between '{name}' and '{above}': mixtures of samples pass as samples"
     return None
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rgap.jacobian.batch_loss import BatchLoss, loss_scale
 from rgap.limits import CERTAIN, LAW, LEAST, OUTSIDE, ROUGH, SIMILAR, SURE, SURELY, WHOLE
+from rgap.network.activations import Activation
 from rgap.separation.batch import Batch, Unseparated
 from rgap.separation.identify import Identity
 from rgap.separation.mixture import Mixture
@@ -28,6 +29,7 @@ from rgap.update.targets import CLASSES
 COMMON = 1.05  # ratio of weights that are taken for one factor; a replay decides
 SILENT = 0.25  # share of the distance of logits at which nothing is sent that the others may have
 DRAWS, FEW = 3, 8  # features at which a head is looked at, and labels whose vectors are listed
+EXPLAINED = 0.01  # share of the head's bias gradient that the roots leave before their polish
 PARALLEL = 2  # logits of which all cotangents are parallel: p − y sums to 0
 EVEN = 1.5  # ratio of two weights below which they are taken for equal
 NEAR = 0.02  # the same where no batch size is stated: any ratios are near some fractions
@@ -146,14 +148,19 @@ def batch_loss(
         targets.append(counts[1] / counts[0])
         copies.append(float(counts[0]))
     total = int(sum(copies))
+    head = BatchLoss(batch.loss, torch.stack(targets), logits.new_tensor(copies))
     if batch.size is not None and total != batch.size and batch.loss.targets == "index":
+        others = ""
+        if total < batch.size and _switched_off(batch, head, logits):
+            others = "; the others left nothing here, all units of a ReLU above are off"
         return Unseparated(
             f"the update is that of {total} samples ({len(copies)} different pictures), the stated "
-            f"batch size is {batch.size}",
-            consistent=(total < batch.size and _silent(batch, logits))
+            f"batch size is {batch.size}{others}",
+            consistent=bool(others)
+            or (total < batch.size and _silent(batch, logits))
             or not (certain and all(_clear(i) for i in identities)),
         )
-    return BatchLoss(batch.loss, torch.stack(targets), logits.new_tensor(copies))
+    return head
 
 
 def read_from_head(batch: Batch, features: Tensor, logits: Tensor, head: BatchLoss) -> BatchLoss:
@@ -193,10 +200,15 @@ def resolved(batch: Batch, samples: Mixture) -> bool:
     """True if every sample of the mixture stands out from what the client rounds.
 
     Where more samples are stated than the rank tells apart, some may be lost to rounding and
-    weigh on the others: then they have to stand out by as much again.
+    weigh on the others: then they have to stand out by as much again, and at every layer above by
+    the square of what they differ by: three samples on a line are two of other weights up to it.
     """
-    law = LAW if batch.size in (None, samples.rank) else LAW * LAW
-    return samples.ratio > law * 2.0 * batch.precision.unit
+    limit, ratio = LAW * 2.0 * batch.precision.unit, samples.ratio
+    if batch.size in (None, samples.rank):
+        return ratio > limit
+    above = [s.index for s in batch.chain.stages if s.affine.geometry is None]
+    least = min(batch.mixture(i).ratio for i in above if i >= samples.stage.index)
+    return ratio > LAW * limit and least**2 > limit
 
 
 def refuting(batch: Batch, samples: Mixture) -> bool:
@@ -204,11 +216,13 @@ def refuting(batch: Batch, samples: Mixture) -> bool:
 
     Not where at most two logits carry the loss: the cotangents of all targets are then parallel,
     and samples of different targets may be shown as one, of any weight.  Nor where those of one
-    target are (:func:`_blind`).
+    target are (:func:`_blind`), or where no more units are on than samples are told apart: the
+    cotangent of any target lies in the range of the gradient then.
     """
     head = batch.chain.stages[-1].affine.sent(batch.gradients)
     told = int((head != 0).any(1).sum()) > PARALLEL and not _blind(batch)
-    return told and resolved(batch, samples)
+    on = int((samples.gradient != 0).any(1).sum())
+    return told and on > samples.rank and resolved(batch, samples)
 
 
 def _blind(batch: Batch) -> bool:
@@ -253,6 +267,22 @@ def _silent(batch: Batch, logits: Tensor) -> bool:
     """
     apart = float((logits.amax(1) - logits.amin(1)).max())
     return apart > SILENT * log(1.0 / batch.precision.unit)
+
+
+def _switched_off(batch: Batch, found: BatchLoss, logits: Tensor) -> bool:
+    """True if others may have sent nothing to the layer of the samples, but something to the head.
+
+    All units of a ReLU between are off for them then, and ``∂b ≠ s Σ m ∂ℓ(z, t)`` of those found.
+    """
+    affine, tails = batch.chain.stages[-1].affine, [s.tail for s in batch.chain.stages]
+    if not any(isinstance(op, Activation) and op.one_sided for tail in tails for op in tail):
+        return False
+    if affine.bias_name is None or batch.size is None:
+        return True
+    bias = batch.gradients[affine.bias_name]
+    summed = replace(found, loss=replace(found.loss, reduction="sum"))
+    own = summed.cotangent(logits).sum(0) * loss_scale(batch.loss, batch.size, batch.classes)
+    return float((bias - own).norm()) > EXPLAINED * float(bias.norm())
 
 
 def _clear(identity: Identity) -> bool:

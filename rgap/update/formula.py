@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rgap.arithmetic.reverse import hessian_product
+from rgap.remedy import FUNCTION
 from rgap.update.loss_forms import FORMS, Form, Options, per_class
 from rgap.update.reduction import Reduction
 from rgap.update.targets import (
@@ -171,7 +172,7 @@ class Lost:
         """Raise: there is no function."""
         raise ValueError(
             f"loss: the update was sent under {self.name!r}, a function that a file cannot hold; "
-            "write dataclasses.replace(update, loss=the_function)."
+            f"write {FUNCTION}."
         )
 
 

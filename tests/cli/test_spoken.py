@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 import typer
+from cases import dense
+from torch import nn
 from typer.testing import CliRunner
 
 import rgap
 from rgap.cli.app import app
 from rgap.cli.spoken import options_of, spoken
 
+PYTHON = re.compile(
+    r"rgap\.\w+\(|Update\(|Loss\(|LocalTraining|dataclasses|update\.\w+\(|model\.\w|\b[a-z_]+=[\w(\[]"
+)
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 OPTIONS = {
     name: options_of(typer.Context(command, info_name=name)) for name, command in COMMANDS.items()
@@ -64,3 +71,36 @@ def test_the_errors_of_the_commands_speak_of_options(tmp_path: Path) -> None:
         python = [n for n in names if re.search(rf"\b{n}\b[=:]", result.output)]
         assert not python, (arguments, result.output)
         assert "--" in result.output, (arguments, result.output)
+
+
+@pytest.mark.parametrize("command", ["check", "invert", "match", "labels"])
+def test_no_advice_of_a_command_is_a_line_of_python(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.rand(1, 2, 3, 3, generator=torch.Generator().manual_seed(0))
+    y, own = torch.tensor([3]), torch.nn.functional.cross_entropy
+    model, path = dense(18, 12, 5), str(tmp_path / "update.safetensors")
+    module = ModuleType("given_network")
+    monkeypatch.setitem(sys.modules, "given_network", module)
+    module.build = lambda: model
+    sent = rgap.capture(model, x, y)
+    soft = torch.full((1, 5), 0.2)
+    updates = {
+        "another network": rgap.capture(nn.Sequential(nn.Flatten(), nn.Linear(18, 5)), x, y),
+        "more layers": rgap.capture(dense(18, 12, 9, 5), x, y),
+        "other widths": rgap.capture(dense(18, 11, 5), x, y),
+        "wrapped": replace(sent, gradients={f"a.{n}.b": g for n, g in sent.gradients.items()}),
+        "missing": replace(sent, gradients=dict(list(sent.gradients.items())[2:])),
+        "steps": replace(sent, local_steps=3),
+        "soft": rgap.capture(model, x, soft, rgap.Loss(targets="probability")),
+        "weighted": rgap.capture(model, x, y, rgap.Loss(weight=(1.0,) * 4 + (2.0,))),
+        "own": rgap.capture(model, x, y, lambda outputs, targets: 2 * own(outputs, targets)),
+    }
+    for name, update in updates.items():
+        update.save(path)
+        limits = ("--iterations", "1", "--labels", "3") if command == "match" else ()
+        if command == "match" and name == "soft":
+            continue  # whose labels are ten numbers
+        result = CliRunner().invoke(app, [command, "given_network:build", path, "--quiet", *limits])
+        assert result.exception is None or isinstance(result.exception, SystemExit), name
+        assert not PYTHON.search(result.output), (name, result.output)

@@ -224,3 +224,123 @@ def test_outputs_that_are_exactly_at_a_kink_refute_nothing(
         assert recovery.status is not Status.INCONSISTENT, (seed, recovery.reason)
         told.append("lie within their error of a kink" in recovery.reason)
     assert any(told) or kink is nn.Hardtanh  # whose limits nothing tells from beyond them
+
+
+@pytest.mark.parametrize(("outputs", "told"), [(3, True), (10, False)])
+@pytest.mark.parametrize("loss", ["cross_entropy", "mse_loss"])
+def test_a_head_without_bias_that_takes_in_zeros_leaves_its_cotangent_to_the_layers_below(
+    outputs: int, told: bool, loss: str
+) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 12), nn.Linear(12, 6), nn.Linear(6, outputs, bias=False))
+    nn.init.zeros_(net[1].weight)
+    nn.init.zeros_(net[1].bias)
+    x, y = (
+        torch.rand(1, 4),
+        torch.tensor([1]) if loss == "cross_entropy" else torch.rand(1, outputs),
+    )
+    found = invert(net, capture(net, x, y, loss=loss))
+    assert float((found.inputs - x).abs().max()) <= found.error_bound
+    assert found.certified == ({"inputs", "targets"} if told else {"inputs"})
+    if told:  # ten cotangents are not told apart by six numbers
+        assert float((found.labels - y).abs().max()) <= (found.targets_error_bound or 0.0)
+
+
+@pytest.mark.parametrize("loss", ["binary_cross_entropy_with_logits", "cross_entropy", "mse_loss"])
+def test_samples_that_nearly_cancel_round_by_their_own_size(loss: str) -> None:
+    torch.manual_seed(0)
+    outputs = 2 if loss == "cross_entropy" else 1
+    net = nn.Sequential(nn.Linear(9, 27), nn.Tanh(), nn.Linear(27, 27), nn.Tanh())
+    net.append(nn.Linear(27, outputs)).eval()
+    nn.init.zeros_(net[4].bias)
+    with torch.no_grad():
+        net[4].weight.mul_(1e-3)  # the model is sure of nothing: p = 1/2
+    targets = torch.tensor([0, 1]) if outputs == 2 else torch.tensor([[0.0], [1.0]])
+    found = invert(net, capture(net, torch.rand(1, 9).repeat(2, 1), targets, loss=loss))
+    assert found.status is Status.UNDERDETERMINED, found.reason
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("off", [0, 1, 2])
+def test_samples_that_switch_all_units_off_contradict_no_batch_size(
+    off: int, reduction: str
+) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(9, 27), nn.Tanh(), nn.Linear(27, 24), nn.ReLU())
+    net.extend([nn.Linear(24, 24), nn.Sigmoid(), nn.Linear(24, 3)]).eval()
+    x = torch.rand(3, 9)
+    with torch.no_grad():
+        hidden = net[:2](x)
+        if off:
+            net[2].weight.add_(20 * torch.rand(24, 1) * (hidden[:1] - hidden[1:].mean(0)))
+            net[2].bias.copy_(-0.1 - (hidden[3 - off :] @ net[2].weight.T).amax(0))
+        assert int((net[:4](x) == 0).all(1).sum()) == off
+    update = capture(net, x, torch.arange(3), loss=Loss(reduction=reduction), dtype=torch.float64)
+    found = invert(net, update)
+    assert found.status is (Status.UNDERDETERMINED if off else Status.EXACT), found.reason
+    assert ("all units of a ReLU above are off" in found.reason) == bool(off)
+    if not off:  # no ReLU hides what the head does not hold either
+        assert invert(net, update, batch_size=4).status is Status.INCONSISTENT
+
+
+@pytest.mark.parametrize("seed", [1, 2, 5, 9])
+def test_two_layers_with_nothing_between_them_tell_no_samples_apart(seed: int) -> None:
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(9, 18), nn.Linear(18, 18), nn.Tanh(), nn.Linear(18, 4)).eval()
+    with torch.no_grad():
+        for p in net.parameters():
+            p.copy_(torch.randint(-2, 3, p.shape) / 2)
+    x, y = torch.rand(2, 9), torch.tensor([3, 1])
+    update = capture(net, x, y)
+    halved = {name: g.half() for name, g in update.gradients.items()}
+    found = invert(net, replace(update, gradients=halved), labels=y)
+    assert found.status is Status.EXACT, found.reason
+    assert float((found.inputs - x).abs().max()) <= found.error_bound
+
+
+@pytest.mark.parametrize("seed", [86, 111])
+def test_samples_on_lines_of_solutions_that_are_contradicted_refute_nothing(seed: int) -> None:
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(2, 12), nn.ReLU(), nn.Linear(12, 12), nn.LeakyReLU(0.2))
+    net.append(nn.Linear(12, 4)).eval()
+    with torch.no_grad():
+        for p in net.parameters():
+            p.copy_(torch.randint(-2, 3, p.shape) / 2)
+    x, y = torch.tensor([[0.0, 1.0], [0.0, 0.0], [1.0, 1.0]]), torch.tensor([0, 3, 2])
+    found = invert(net, capture(net, x, y, loss=Loss(reduction="sum")))
+    assert found.status is Status.UNDERDETERMINED, found.reason
+    assert "lie on lines of such points" in found.reason
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("apart", [1e-3, 1e-4])
+def test_three_samples_on_a_line_weigh_what_two_do_and_refute_no_batch_size(
+    apart: float, reduction: str
+) -> None:
+    torch.manual_seed(3)
+    net = nn.Sequential(nn.Linear(6, 18), nn.Tanh(), nn.Linear(18, 18), nn.Sigmoid())
+    net.append(nn.Linear(18, 6)).double().eval()
+    x, d = torch.rand(2, 1, 6, dtype=torch.float64)
+    x = torch.cat([x, x + apart * d, x - apart * d])
+    update = capture(net, x.clamp(0, 1), torch.full((3,), 3), loss=Loss(reduction=reduction))
+    found = invert(net, update)
+    assert found.status is Status.UNDERDETERMINED, found.reason
+    # Two that are apart by as much as others are do refute it.
+    two = capture(net, torch.rand(2, 6).double(), torch.tensor([3, 3]), loss=Loss(reduction="mean"))
+    assert invert(net, two, batch_size=3).status is Status.INCONSISTENT
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_targets_that_all_fit_one_unit_refute_no_batch_size(seed: int, reduction: str) -> None:
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(9, 27), nn.ReLU(), nn.Linear(27, 6)).eval()
+    x = torch.rand(3, 9)
+    with torch.no_grad():
+        x = x[net[0](x)[:, 4].argsort(descending=True)]
+        z = net[0](x)
+        net[0].bias.sub_(z.amax(0) + 3.0)
+        net[0].bias[4] += z[:, 4].amax() - z[:, 4].median() + 3.1  # one unit, for two samples
+        net[2].weight[:, 4] = torch.tensor([-0.25, -0.06, 0.5, -0.06, -0.06, -0.07])
+    found = invert(net, capture(net, x, torch.tensor([2, 0, 5]), loss=Loss(reduction=reduction)))
+    assert found.status is Status.UNDERDETERMINED, found.reason

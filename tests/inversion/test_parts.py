@@ -228,3 +228,19 @@ def test_the_causes_name_what_is_open():
     told = rgap.analysis.explain(rgap.invert(net, update), net, update)
     assert [one.kind for one in told.causes] == ["missing equations"]
     assert "read" in told.causes[0].words
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "binary_cross_entropy_with_logits"])
+def test_a_layer_of_another_model_above_unread_pixels_is_said_so(loss):
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        *(nn.Conv2d(1, 16, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(64, 64), nn.Tanh()),
+        *(nn.Linear(64, 24), nn.Tanh(), nn.Linear(24, 4)),
+    ).eval()
+    target = torch.tensor([1]) if loss == "cross_entropy" else torch.eye(4)[:1]
+    update = rgap.capture(net, torch.rand(1, 1, 5, 5), target, loss=loss)
+    with torch.no_grad():
+        net[5].weight.add_(1e-2 * torch.randn_like(net[5].weight))
+    found = rgap.invert(net, update)
+    assert found.status is Status.INCONSISTENT and found.partial is None
+    assert "is the update from another model" in found.reason

@@ -8,9 +8,10 @@ import pytest
 import torch
 from batched import batch_of
 from cases import mlp, pictures
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rgap import capture, invert
 from rgap.jacobian.batch_loss import BatchLoss
 from rgap.jacobian.linearisation import Linearisation
 from rgap.network.chain import parse
@@ -118,3 +119,18 @@ def test_too_many_samples_are_left_as_they_are() -> None:
     large = replace(samples, triplets=replace(samples.triplets, rank=rank))
     across = torch.zeros(batch.precision.samples, 3, 48, dtype=F64)
     assert polish_jointly(batch, large, roots, head, across) is None
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_a_kernel_over_its_whole_input_has_noise_in_its_own_shape(dims: int) -> None:
+    torch.manual_seed(0)
+    conv = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[dims]
+    size = {1: 25, 2: 5, 3: 3}[dims]
+    net = nn.Sequential(conv(1, 16, size), nn.Tanh(), nn.Flatten(), nn.Linear(16, 4)).eval()
+    x = torch.rand(2, 1, *[size] * dims)
+    update = capture(net, x, torch.arange(2))
+    half = {name: g.half() for name, g in update.gradients.items()}
+    found = invert(net, replace(update, gradients=half))
+    assert found.exact
+    order = found.labels.argsort()
+    assert float((found.inputs[order] - x).abs().max()) <= found.error_bound

@@ -1,0 +1,117 @@
+"""One sample at the head: its features from the data, and its cotangent from the gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.linalg import svdvals
+
+from rgap.arithmetic.doubles import row_blocks
+from rgap.inversion.problem import Problem
+from rgap.jacobian.eliminated import Eliminated
+from rgap.jacobian.linearisation import Linearisation
+from rgap.jacobian.weights import residuals, row_weights, update_noise
+from rgap.limits import SAFETY, TRUSTED
+from rgap.network.chain import Chain, Stage
+from rgap.precision import UNKNOWN, Estimate, carried
+from rgap.recursion.reached import Descent
+
+__all__ = ["head_cotangent", "head_gradients", "top_features"]
+
+
+def head_cotangent(problem: Problem, descent: Descent) -> Estimate:
+    """Cotangent k at the head [1, m]: known from the descent, or read off the head's own gradient.
+
+    ``k = ∂b`` where a bias gradient was sent, else ``k = G x / ‖x‖²`` with x the input of the head,
+    or where that is 0 the k that explains most of the gradients below.
+
+    Args:
+        problem: of one sample.
+        descent: that reached the data.
+    """
+    last = len(problem.chain.stages) - 1
+    if last in descent.cotangents:
+        return descent.cotangents[last]
+    stage = problem.chain.stages[-1]
+    weight, bias = head_gradients(stage, problem)
+    name = stage.affine.bias_name
+    if bias is not None and name is not None:
+        noise = problem.precision.normal(problem.precision.noise_std(name, bias))
+        return Estimate(bias[None], noise[:, None])
+    x = top_features(problem.chain, descent.require_data())
+    if float(x.value.norm()) <= SAFETY * float(x.error.square().sum((1, 2)).mean().sqrt()):
+        return _from_below(problem, descent.require_data())
+    scale = x.value[0].square().sum()
+    k = weight @ x.value[0] / scale
+    name, precision = stage.affine.weight_name, problem.precision
+    variance = torch.cat(
+        [
+            ((g.abs() * precision.unit).square() + precision.noise_std(name, g, rows).square())
+            @ x.value[0].square()
+            for rows, g in row_blocks(weight, k)
+        ]
+    )
+    error = precision.normal(variance.sqrt()) / scale  # rows of G are independent
+    return Estimate(k[None], error[:, None])
+
+
+def _from_below(problem: Problem, data: Estimate) -> Estimate:
+    """The cotangent at the head that explains most of the whole update at the data, [1, m].
+
+    All errors are unknown where the update does not tell its entries apart.
+    """
+    chain, precision = problem.chain, problem.precision
+    kappa = data.value.new_zeros(1, *chain.output_shape)
+    still = Estimate(kappa, kappa.new_zeros(len(data.error), *kappa.shape))
+    point = Linearisation(chain, data.value, kappa)
+    for _ in range(2):  # the rounding of the update is known with its κ
+        weights = row_weights(point, still, precision)
+        eliminated = Eliminated.of(point, weights)
+        sizes = kappa.new_zeros(1) if eliminated is None else svdvals(eliminated.lower)
+        if eliminated is None or not float(sizes[-1]) * TRUSTED > float(sizes[0]):
+            return Estimate(kappa, still.error + UNKNOWN**0.5)
+        kappa = (
+            kappa
+            + eliminated.explained(
+                {name: r[None] for name, r in residuals(point, problem.gradients).items()}
+            )[0][0]
+        )
+        point = point.moved(data.value, kappa)
+    assert eliminated is not None
+    noise, moved = update_noise(point, still, precision), point.jvp(data.error)
+    return Estimate(kappa, eliminated.explained({n: noise[n] + moved[n] for n in noise})[0])
+
+
+def top_features(chain: Chain, data: Estimate) -> Estimate:
+    """Input u of the last affine map for data x [B, *input_shape], with the ensemble carried up."""
+
+    def rise(x: Tensor) -> Tensor:
+        for stage in chain.stages[:-1]:
+            for op in stage.lead:
+                x = op.forward(x)
+            x = stage.affine.forward(x)
+            for op in stage.tail:
+                x = op.forward(x)
+        for op in chain.stages[-1].lead:
+            x = op.forward(x)
+        return x
+
+    return carried(rise, data)
+
+
+def head_gradients(
+    stage: Stage, problem: Problem, gradients: Mapping[str, Tensor] | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """∂L/∂W and ∂L/∂b of a stage; None for a bias that it does not have, or that was not sent.
+
+    Args:
+        stage: the layer.
+        problem: the update.
+        gradients: where they are taken from; by default in float64.
+    """
+    gradients = problem.gradients if gradients is None else gradients
+    name = stage.affine.bias_name
+    sent = name is not None and problem.precision.sent(name)
+    return stage.affine.sent(gradients), gradients[name] if name and sent else None

@@ -1,0 +1,75 @@
+"""Σ^{-1/2} J as a table, by QR: what the normal equations would lose half the digits of.
+
+The columns of free cotangents come first, so that the last block R₂₂ of the triangle is what fixes
+x once they are eliminated.  Every column is brought to length one, which no QR minds and which
+makes σ_min say what is lost: entries of J round by eps each, relative to their column.
+"""
+
+from __future__ import annotations
+
+from math import inf
+
+import torch
+from torch import Tensor
+
+from rgap.jacobian.layer import ParameterRows
+from rgap.jacobian.linearisation import Linearisation
+from rgap.limits import CANCELLED
+from rgap.solvers.tall import tall_qr
+
+
+class Dense:
+    """Σ^{-1/2} J = Q R.
+
+    Args:
+        point: the update linearised.
+        weights: Σ^{-1/2}, by parameter name.
+        free: the entries of κ [R, C] are unknowns too.
+    """
+
+    def __init__(self, point: Linearisation, weights: ParameterRows, free: bool = False) -> None:
+        self.point, self.weights = point, weights
+        self.first = point.kappa.numel() if free else 0
+        parts = [self._table(point.jvp(_eye(point.x)))]
+        if free:
+            parts.insert(0, self._table(point.jvp(None, _eye(point.kappa))))
+        table = torch.cat(parts, 1)
+        self.size = torch.linalg.vector_norm(table, dim=0).clamp_min(1e-300)
+        self.basis, self.upper = tall_qr(table / self.size)
+
+    @staticmethod
+    def entries(point: Linearisation, free: bool = False) -> int:
+        """Of J: a row for every number of the update."""
+        rows = sum(node.stage.affine.weight.numel() for node in point.nodes)
+        return rows * (point.x.numel() + (point.kappa.numel() if free else 0))
+
+    def _table(self, rows: ParameterRows) -> Tensor:
+        """Weighed updates as columns, [rows, S]."""
+        return torch.cat([(rows[n] * self.weights[n]).flatten(1) for n in sorted(rows)], 1).T
+
+    def solve(self, rows: ParameterRows) -> tuple[Tensor, Tensor | None]:
+        """J⁺ r of S updates, on x and, where they are free, on κ."""
+        rhs = self.basis.T @ self._table(rows)
+        out = torch.linalg.solve_triangular(self.upper, rhs, upper=True).T.nan_to_num(0.0)
+        out = out / self.size
+        x = out[:, self.first :].reshape(-1, *self.point.x.shape)
+        if not self.first:
+            return x, None
+        return x, out[:, : self.first].reshape(-1, *self.point.kappa.shape)
+
+    def worst(self) -> float:
+        """Standard error of the direction of x that is fixed least; infinite where one is lost."""
+        if not bool(self.upper.isfinite().all()):
+            return inf
+        values = torch.linalg.svdvals(self.upper)
+        rounding = torch.finfo(values.dtype).eps * len(values) ** 0.5
+        if not float(values[-1]) > CANCELLED * rounding * float(values[0]):
+            return inf
+        last = self.upper[self.first :, self.first :] * self.size[self.first :]
+        return 1.0 / float(torch.linalg.svdvals(last)[-1])
+
+
+def _eye(like: Tensor) -> Tensor:
+    """Every entry's own direction, [n, *like.shape]."""
+    size = like.numel()
+    return torch.eye(size, dtype=like.dtype, device=like.device).reshape(size, *like.shape)

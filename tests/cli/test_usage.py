@@ -1,0 +1,95 @@
+"""Wrong usage of any command is one line: what was expected, what came, what to write."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+import rgap
+from rgap.cli.app import app
+
+COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+BASE = {
+    "demo": (),
+    "capture": ("mlp", "--images", "photos:0", "--labels", "3"),
+    "check": ("mlp", "sent.safetensors"),
+    "audit": ("mlp",),
+    "invert": ("mlp", "sent.safetensors"),
+    "match": ("mlp", "sent.safetensors"),
+    "labels": ("mlp", "sent.safetensors"),
+    "harden": ("mlp",),
+}
+# What no number, choice, shape or name of a file is; of these any word is a name.
+WRONG = {"output": "taken.txt/inside.png", "plot": "heat.doc", "checkpoint": "no/folder/here"}
+ALSO = {("invert", "prior"): ("--complete",)}  # without which the option says that it needs it
+DECLARED = {  # an option that several commands share is declared once, and tried in the last
+    (option.name, option.help, str(option.default)): (name, option.name)
+    for name, command in COMMANDS.items()
+    for option in command.params
+    if option.opts[0].startswith("-") and not option.is_flag and option.name != "help"
+}
+VALUED = list(DECLARED.values())
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("usage")
+    x = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    update = rgap.capture(rgap.models.mlp(seed=0), x, torch.tensor([3]))
+    update.save(folder / "sent.safetensors")
+    (folder / "taken.txt").write_text("")
+    return folder
+
+
+def refused(here: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> str:
+    monkeypatch.chdir(here)
+    result = CliRunner().invoke(app, list(words))
+    assert result.exit_code == 2, (words, result.output, result.exception)
+    lines = result.output.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("rgap: error: "), (words, result.output)
+    return lines[0].removeprefix("rgap: error: ")
+
+
+@pytest.mark.parametrize(("command", "option"), VALUED)
+def test_a_wrong_value_of_any_option_is_one_line(
+    command: str, option: str, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (param,) = (p for p in COMMANDS[command].params if p.name == option)
+    flag, wrong = max(param.opts, key=len), WRONG.get(option, "n0nsense")
+    told = refused(
+        here, monkeypatch, command, *BASE[command], *ALSO.get((command, option), ()), flag, wrong
+    )
+    assert told.startswith(f"{flag}: ") or flag in told, told
+    assert wrong.split("/")[0] in told, told
+    assert "Input should" not in told and "Traceback" not in told
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("labels mlp sent.safetensors --method foo", r"idlg or all, got 'foo'; write .* best"),
+        ("audit mlp --batch-sizes 0,x", "got '0' and 'x' in '0,x'; write --batch-sizes 1,2,4,8"),
+        ("audit mlp --method foo", "expected exact, sketch or formula, got 'foo'"),
+        ("invert mlp sent.safetensors --labels 99", "from 0 to 9, got 99; leave"),
+        ("check mlp sent.safetensors --noise=-1", "a number of at least 0, got '-1'; write"),
+        ("match mlp sent.safetensors --restarts 0", "a whole number of at least 1, got '0'"),
+        ("audit mlp --plot", "--plot: expected FILE, got nothing; write --plot FILE"),
+        ("audit mlp --json=3", "--json: expected no value, got '3'; write --json alone"),
+        ("audit mlp b", "unexpected extra argument"),
+        ("check mlp sent.safetensors --frob", "--frob: expected an option of .*; write --frozen"),
+        ("capture mlp --images photos:0", "--labels: expected LABELS, got nothing; write"),
+        ("invert", "MODEL: expected one, got none; see rgap invert -h"),
+        ("adit mlp", "expected demo, .* got 'adit'; write rgap audit"),
+        ("--frob", "--frob: expected an option of rgap"),
+        ("check mlp sent.safetensors --input-shape 3,32", r"--input-shape .* would fit"),
+    ],
+)
+def test_what_was_expected_got_and_to_write(
+    words: str, told: str, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert re.search(told, refused(here, monkeypatch, *words.split()))

@@ -1,0 +1,137 @@
+"""Samples that nearly coincide: what is certified is right, however little tells them apart.
+
+The direction that exchanges two samples at a distance d is fixed by terms of order d² of the
+update, and is the first that rounding empties.
+"""
+
+from __future__ import annotations
+
+import random
+from itertools import permutations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rgap import Loss, Recovery, Status, capture, invert
+
+F32, F64 = torch.float32, torch.float64
+LOSSES = {
+    "classes": Loss(),
+    "squared": Loss("mse_loss"),
+    "binary": Loss("binary_cross_entropy_with_logits"),
+}
+ACTS = (nn.Tanh, nn.Sigmoid, lambda: nn.LeakyReLU(0.2))
+
+
+def network(kind: str, seed: int) -> tuple[nn.Sequential, tuple[int, ...]]:
+    """Fully connected, or convolutions below, with activations and weights of a seed."""
+    draw = random.Random(seed)
+    a, b, c = (draw.choice(ACTS)() for _ in range(3))
+    torch.manual_seed(seed)
+    if kind == "dense":
+        return nn.Sequential(
+            nn.Linear(6, 18), a, nn.Linear(18, 18), b, nn.Linear(18, 4)
+        ), (6,)  # fmt: skip
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 3, padding=1), a, nn.Conv2d(6, 8, 3, padding=1), b, nn.Flatten(),
+        nn.Linear(128, 24), c, nn.Linear(24, 4),
+    ), (1, 4, 4)  # fmt: skip
+
+
+def near(
+    shape: tuple[int, ...], count: int, apart: float, same: bool, loss: str
+) -> tuple[Tensor, Tensor]:
+    """Samples at a distance from the first one; with its targets, or with others."""
+    x = torch.rand(count, *shape, dtype=F64)
+    for i in range(1, count):
+        x[i] = x[0] + apart * torch.randn(shape, dtype=F64) * (1.0 if i == 1 else -0.6)
+    if loss == "classes":
+        return x, torch.arange(count) * (not same)
+    y = torch.rand(count, 4, dtype=F64) if loss == "squared" else torch.eye(4, dtype=F64)[:count]
+    return x, y[:1].repeat(count, 1) if same else y
+
+
+def fault(recovery: Recovery, x: Tensor, y: Tensor) -> str:
+    """What a certificate says that is not so; empty where it is right, or there is none."""
+    if "inputs" not in recovery.certified:
+        return ""
+    assert recovery.inputs is not None and recovery.error_bound is not None
+    if recovery.inputs.shape != x.shape:
+        return f"{len(recovery.inputs)} samples of {len(x)}"
+    orders = [list(order) for order in permutations(range(len(x)))]
+    errors = [float((recovery.inputs.double() - x[order]).abs().max()) for order in orders]
+    error, order = min(zip(errors, orders, strict=True))
+    if error > recovery.error_bound:
+        return f"inputs: {error:.1e} > {recovery.error_bound:.1e}"
+    if "targets" not in recovery.certified:
+        return ""
+    assert recovery.labels is not None
+    off = float((recovery.labels.double() - y[order].double()).abs().max())
+    bound = recovery.targets_error_bound or 0.0
+    return "" if off <= bound else f"targets: {off:.1e} > {bound:.1e}"
+
+
+def recovered(
+    kind: str, seed: int, count: int, digits: int, same: bool, loss: str, dtype: torch.dtype
+) -> tuple[Recovery, Tensor, Tensor]:
+    model, shape = network(kind, seed)
+    x, y = near(shape, count, 10.0**-digits, same, loss)
+    x, y = x.to(dtype), y.to(dtype) if y.is_floating_point() else y
+    update = capture(
+        model.eval().to(dtype), x, y, LOSSES[loss], dtype=dtype, value_range=None
+    )  # fmt: skip
+    return invert(model, update), x.double(), y
+
+
+DUE = [  # (layers, seed of weights and activations, samples, -log10 of d, same targets, ...)
+    ("dense", 1, 2, 1, False, "classes", F64),
+    ("dense", 2, 2, 1, False, "classes", F32),
+    ("dense", 2, 2, 2, False, "binary", F32),
+    ("dense", 1, 2, 3, True, "binary", F64),
+    ("dense", 2, 2, 3, True, "classes", F64),
+    ("dense", 2, 2, 3, True, "squared", F64),
+    ("dense", 1, 3, 2, True, "binary", F64),
+    ("dense", 1, 3, 4, False, "squared", F64),
+    ("dense", 2, 2, 4, False, "classes", F64),
+    ("conv", 2, 2, 1, True, "classes", F64),
+    ("conv", 2, 2, 3, True, "binary", F64),
+]
+OPEN = [
+    ("dense", 5, 2, 4, False, "binary", F64),
+    ("dense", 3, 2, 6, False, "squared", F64),
+    ("dense", 3, 2, 7, False, "squared", F64),
+    ("dense", 2, 2, 7, True, "binary", F64),
+]
+
+
+@pytest.mark.parametrize("case", DUE, ids=str)
+def test_near_samples_that_are_determined_are_certified(case: tuple) -> None:
+    recovery, x, y = recovered(*case)
+    assert recovery.status is Status.EXACT, recovery.reason
+    assert fault(recovery, x, y) == ""
+
+
+@pytest.mark.parametrize("case", OPEN, ids=str)
+def test_samples_that_are_too_near_are_not_certified_wrongly(case: tuple) -> None:
+    assert fault(*recovered(*case)) == ""
+
+
+@pytest.mark.parametrize("condition", [1e6, 1e10])
+def test_one_picture_behind_a_layer_of_poor_condition(condition: float) -> None:
+    """Two channels carry three, and the second one next to nothing."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 2, 3, padding=1), nn.Tanh(), nn.Conv2d(2, 4, 3, padding=1), nn.Tanh(),
+        nn.Flatten(), nn.Linear(144, 24), nn.Tanh(), nn.Linear(24, 5),
+    ).double().eval()  # fmt: skip
+    with torch.no_grad():
+        for layer, dim in ((model[0], 0), (model[2], 1)):
+            rows = layer.weight.movedim(dim, 0)
+            u, s, v = torch.linalg.svd(rows.flatten(1), full_matrices=False)
+            s[1] = s[0] / condition
+            rows.copy_((u * s @ v).view_as(rows))
+    x, y = torch.rand(1, 3, 6, 6, dtype=F64), torch.tensor([1])
+    recovery = invert(model, capture(model, x, y, dtype=F64))
+    assert recovery.exact or condition > 1e6
+    assert fault(recovery, x, y) == ""
