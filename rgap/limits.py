@@ -215,3 +215,11 @@ SPARE = 2.0
 # Ratio of the largest to the smallest entry of k from which zeros of x are its own: none of n
 # values spread over [0, 1] is between a half and that over 4 with chance (5/8)^n, n = 12: 0.4%.
 PARTED = 4.0
+
+# Distance from 0 or 1 at which an entry of a mask is neither: half way to the middle, as WHOLE.
+MASKED = 0.25
+# Standard errors of a unit that is off, at least: of 10^5 normal ones three are further above 0.
+# Times the most negative value of all units, in standard errors, up to which one is off and from
+# which it is on: errors are symmetric, so that units that are off end as far above 0 as below, to a
+# few per cent for 10^3 of them.  What lies between is settled by the layer below.
+OFF_LEAST, OFF, SURELY_ON = 4.0, 1.25, 4.0

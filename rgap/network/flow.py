@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -165,10 +166,10 @@ def _node(
         if all(traced[a].value.shape == value.shape for a in node.all_input_nodes):
             return replace(made, sources=given, signs=(1.0, sign))
         return "adds branches of different shapes"
-    parts = node.args[0] if node.target in _JOINS and node.args else ()
-    listed = isinstance(parts, (list, tuple)) and all(part in places for part in parts)
-    if listed and parts and _axis(node) == 1:
-        return replace(made, sources=tuple(places[part] for part in parts), joined=True)
+    if node.target in _JOINS and node.args and _axis(node) == 1:
+        parts: Any = node.args[0]
+        if all(part in places for part in parts):
+            return replace(made, sources=tuple(places[part] for part in parts), joined=True)
     return step.reason
 
 

@@ -11,32 +11,23 @@ Source: gradient constraints alone down a chain of one sample are R-CONV (Eltara
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from math import inf
 
 import torch
 from torch import Tensor
 
-from rgap.constraints import gradient_constraint, gradient_rows, weight_constraint
-from rgap.constraints.known_input import matrix_noise
 from rgap.halt import Halt
 from rgap.jacobian.layer import each
-from rgap.limits import DETERMINED, FITS, HOPELESS, TRUSTED
+from rgap.limits import OFF, OFF_LEAST, SURELY_ON
 from rgap.network.activations import Activation
 from rgap.network.affine import Affine
 from rgap.network.flow import Flow
 from rgap.precision import Estimate, Precision
+from rgap.recursion.readers import Reader, from_gradients
 from rgap.recursion.steps import down, through
 from rgap.separation.shifts.masks import Masked, gauge_by_masks
 from rgap.separation.shifts.positions import Positions, tell_positions_apart
-from rgap.solvers.kronecker import Kronecker, factor
-from rgap.solvers.rank import Rank
-
-# Standard errors of a unit that is off, at least; and times the most negative value of all units,
-# in standard errors, up to which one is off and from which it is on.  Errors are symmetric, so that
-# the units that are off end as far above 0 as below; what lies between is settled by the layer below.
-LEAST, OFF, SURELY = 4.0, 1.25, 4.0
 
 __all__ = ["GraphDescent", "descend_graph"]
 
@@ -131,8 +122,8 @@ class _Walk:
             self.doubted.pop(source, None)  # settled before anything here is asked for
         mask = user if self.unopened(user) else self.behind.get(user)
         if known is not None and (mask is not None or source in self.behind):
-            rectifier = self.flow.nodes[self.behind[source] if mask is None else mask].name
-            state.ends[source] = f"what '{rectifier}' lets through is not known"
+            named = self.flow.nodes[self.behind[source] if mask is None else mask].name
+            state.ends[source] = f"what '{named}' lets through is not known"
         elif known is None:
             state.cotangents[source] = k
             if mask is not None:
@@ -157,9 +148,9 @@ class _Walk:
         if isinstance(link, Affine):
             return [down(link, k, self.precision)]
         if link.affine and link.barrier is None:
-            below = link.adjoint(k.value)
-            rounded = self.precision.rounding(below)
-            return [Estimate(below, each(link.adjoint, k.error) + rounded)]
+            sent = link.adjoint(k.value)
+            rounded = self.precision.rounding(sent)
+            return [Estimate(sent, each(link.adjoint, k.error) + rounded)]
         if not isinstance(link, Activation) or link.barrier is not None:
             state.ends[place] = link.barrier or f"'{node.name}' ({link.kind}) is not inverted"
             return None
@@ -183,9 +174,9 @@ class _Walk:
     def open(self, place: int, known: Estimate) -> None:
         """The mask of a rectifier from what it gives; units in doubt count as on until settled."""
         share = known.value / _spread(known).clamp_min(1e-300)
-        off = max(LEAST, float(-share.min()))  # of those that are off, half lie below 0
+        off = max(OFF_LEAST, float(-share.min()))  # of those that are off, half lie below 0
         self.state.masks[place] = (share > OFF * off).to(known.value)
-        unsure = (share > OFF * off) & (share < SURELY * off)
+        unsure = (share > OFF * off) & (share < SURELY_ON * off)
         if bool(unsure.any()):
             self.unsure[place] = unsure
 
@@ -223,8 +214,8 @@ class _Walk:
         for user in users:
             affine = self.flow.nodes[user].link
             assert isinstance(affine, Affine)
-            doubt = self.doubted.get(user)
-            readers.append(Reader(affine, state.cotangents[user], self.unsure.get(doubt)))
+            doubt = self.unsure.get(self.doubted[user]) if user in self.doubted else None
+            readers.append(Reader(affine, state.cotangents[user], doubt))
         if not readers:
             return False
         found = from_gradients(readers, self.gradients, self.precision)
@@ -293,142 +284,3 @@ def _spread(known: Estimate) -> Tensor:
     over = variance.mean((0, 2), keepdim=True) * variance.mean(1, keepdim=True)
     fitted = over / variance.mean().clamp_min(1e-300)
     return torch.maximum(variance, fitted).sqrt().reshape(known.value.shape)
-
-
-@dataclass(frozen=True)
-class Reader:
-    """A layer that reads a value.
-
-    Attributes:
-        affine: the layer.
-        k: cotangent at its output, [B, *out_shape].
-        unsure: entries of k that may be 0, as bool; the filters that have one say nothing.
-    """
-
-    affine: Affine
-    k: Estimate
-    unsure: Tensor | None = None
-
-    @property
-    def heard(self) -> Tensor:
-        """1 for filters that say something, else 0, [F]."""
-        if self.unsure is None:
-            return self.k.value.new_ones(self.affine.out_shape[0])
-        return 1.0 - self.unsure.flatten(2).any(2).any(0).to(self.k.value)
-
-
-def from_gradients(
-    readers: Sequence[Reader],
-    gradients: Mapping[str, Tensor],
-    precision: Precision,
-) -> Estimate | str:
-    """The input that several layers read, from all their gradients, or why these leave it open.
-
-    Args:
-        readers: all layers that are heard.
-        gradients: by parameter name.
-        precision: of the update.
-    """
-    stack = _Stack(readers, gradients, precision)
-    rows, size = stack.whole.matrix.shape[1:]
-    if rows < size:
-        return f"{stack.names}: {rows} equations for {size} unknowns of a channel"
-    weights = stack.heard
-    for _ in range(2):  # once to see how large the errors of the rows are, once weighed by them
-        made = factor(stack.whole, weights, None, None)
-        if made is None or not made.condition <= TRUSTED:
-            rank = stack.rank(weights)
-            if made is None or rank.nullity or not (rank.clear and made.condition <= HOPELESS):
-                condition = inf if made is None else made.condition
-                return (
-                    f"{stack.names}: rank {rank.rank} for {rank.size} unknowns, condition "
-                    f"{condition:.1e}"
-                )
-        main = stack.weighed(stack.sent, weights)
-        table, _ = made.solve((main, None), tolerance=max(1e-15, 1e-3 * precision.unit))
-        u = stack.fold(table)
-        weights = stack.weights(u)
-    if made.smallest * DETERMINED <= 1.0:
-        return f"{stack.names}: a direction is known to {1.0 / made.smallest:.1e} only"
-    gap = stack.weighed(
-        stack.sent - stack.rows([r.affine.weight_gradient(u, r.k.value) for r in readers]), weights
-    )
-    misfit = float(gap.square().mean().sqrt())
-    if misfit > FITS:
-        return f"{stack.names}: the gradients contradict each other by {misfit:.1e} errors"
-    members = stack.weighed(stack.perturbed(u), weights)
-    if made.condition <= TRUSTED:
-        errors = made.precondition(made.adjoint((members, None)))
-    else:
-        errors = made.solve((members, None), 30, tolerance=1e-2)[0]
-    errors = stack.fold(errors)
-    return Estimate(u, errors.reshape(-1, *u.shape))
-
-
-class _Stack:
-    """The gradient constraints of several layers that read one value."""
-
-    def __init__(
-        self,
-        readers: Sequence[Reader],
-        gradients: Mapping[str, Tensor],
-        precision: Precision,
-    ) -> None:
-        first = readers[0]
-        self.readers, self.precision = readers, precision
-        self.names = " and ".join(f"'{reader.affine.name}'" for reader in readers)
-        self.blocks = [gradient_constraint(r.affine, r.k.value) for r in readers]
-        channels = first.affine.in_shape[0]
-        self.whole = Kronecker(torch.cat([b.matrix for b in self.blocks], 1), channels)
-        self.fold = weight_constraint(first.affine, len(first.k.value)).fold
-        self.sent = self.rows([reader.affine.sent(gradients) for reader in readers])
-        self.heard = torch.cat([self.by_filter(r, r.heard) for r in readers], 1)
-        self.stds = list[Tensor]()
-
-    def rows(self, parts: Sequence[Tensor]) -> Tensor:
-        """Gradients of all layers as right-hand sides, [..., C, rows]."""
-        layers = [reader.affine for reader in self.readers]
-        return torch.cat([gradient_rows(a, g) for a, g in zip(layers, parts, strict=True)], -1)
-
-    def rank(self, weights: Tensor) -> Rank:
-        """That of all rows that count, against the errors of the cotangents."""
-        known = zip(self.blocks, self.readers, strict=True)
-        noises = [matrix_noise(block, reader.k, self.precision) for block, reader in known]
-        return self.whole.scaled((weights > 0).to(weights)).rank(noise=max(noises))
-
-    def weights(self, u: Tensor) -> Tensor:
-        """One over the standard errors of the rows, those of a filter alike, [groups, rows]."""
-        self.stds, parts = [], []
-        for reader in self.readers:
-            affine, k = reader.affine, reader.k
-            squares = affine.weight_gradient(u.square(), k.value.square())
-            std = self.precision.update_std(affine.weight_name, squares)
-            variance = std.square()
-            for error in k.error:
-                variance += affine.weight_gradient(u, error).square() / len(k.error)
-            self.stds.append(std)
-            own = variance.flatten(1).mean(1).sqrt().clamp_min(1e-300).reciprocal()
-            parts.append(self.by_filter(reader, own * reader.heard))
-        return torch.cat(parts, 1)
-
-    def by_filter(self, reader: Reader, values: Tensor) -> Tensor:
-        """A number for every filter as one for every row of K, [groups, rows]."""
-        groups = len(self.whole.matrix)
-        per_filter = reader.affine.weight[0, 0].numel()
-        return values.reshape(groups, -1).repeat_interleave(per_filter, 1)
-
-    def weighed(self, rows: Tensor, weights: Tensor) -> Tensor:
-        """Rows [..., C, rows] times their weights, [S, C, rows]."""
-        per_channel = weights.repeat_interleave(rows.shape[-2] // len(weights), 0)
-        return (rows * per_channel).reshape(-1, *rows.shape[-2:])
-
-    def perturbed(self, u: Tensor) -> Tensor:
-        """What draws of the update's own errors and errors of k do to the rows, [S, C, rows]."""
-        members = []
-        for member in range(len(self.readers[0].k.error)):
-            parts = []
-            for reader, std in zip(self.readers, self.stds, strict=True):
-                noise = self.precision.normal(std, samples=1)[0]
-                parts.append(noise - reader.affine.weight_gradient(u, reader.k.error[member]))
-            members.append(self.rows(parts))
-        return torch.stack(members)

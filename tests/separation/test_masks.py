@@ -57,7 +57,7 @@ def test_filters_without_a_cotangent_say_nothing() -> None:
 
 @pytest.mark.parametrize("kind", ["unrelated", "leaky", "same"])
 def test_what_is_no_mask_is_refused(kind: str) -> None:
-    mixed, above, open_ = _mixed(2)
+    mixed, above, _ = _mixed(2)
     if kind == "unrelated":
         mixed = torch.randn(mixed.shape, generator=torch.Generator().manual_seed(2), dtype=F64)
     if kind == "leaky":

@@ -17,14 +17,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rgap.limits import MASKED
 from rgap.separation.batch import Unseparated
 from rgap.solvers.limits import SMALL_GAP
 from rgap.solvers.svd import right_singular_vectors
 from rgap.solvers.tall import tall_qr
 
 __all__ = ["Masked", "gauge_by_masks"]
-
-DECIDED = 0.25  # distance from 0 or 1 below which an entry of a mask is one of them: half of a half
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,8 @@ class Masked:
     @property
     def inverse(self) -> Tensor:
         """Γ⁻¹, which mixes the inputs."""
-        return torch.linalg.inv(self.gauge)
+        mixed: Tensor = torch.linalg.inv(self.gauge)
+        return mixed
 
 
 def gauge_by_masks(cotangents: Tensor, above: Tensor, error: float = 0.0) -> Masked | Unseparated:
@@ -86,7 +86,7 @@ def gauge_by_masks(cotangents: Tensor, above: Tensor, error: float = 0.0) -> Mas
         furthest = max(furthest, far)
         if gap < SMALL_GAP:
             return Unseparated(f"no mask of sample {sample} stands out (gap {gap:.1f})")
-        if far > DECIDED:
+        if far > MASKED:
             return Unseparated(f"an entry of the mask of sample {sample} is {far:.2f} off 0 or 1")
         columns.append(size * g)
     gauge = torch.linalg.solve_triangular(upper, torch.stack(columns, 1), upper=True)
@@ -97,7 +97,7 @@ def gauge_by_masks(cotangents: Tensor, above: Tensor, error: float = 0.0) -> Mas
 
 
 def _column(basis: Tensor, k: Tensor) -> tuple[Tensor, float]:
-    """Direction g of one sample in an orthonormal basis [n, B], and the gap that it stands out by."""
+    """Direction g of one sample in an orthonormal basis [n, B], and the gap beside it."""
     size = basis.shape[1]
     first, second = torch.triu_indices(size, size, device=basis.device)
     products = basis[:, first] * basis[:, second]

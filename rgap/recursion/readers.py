@@ -1,0 +1,168 @@
+"""The input that several layers read, from all their gradients and nothing else.
+
+The gradient constraints ``K_j u = G_j`` of every layer j that reads u stand below each other, each
+row weighed by its error; in wide layers they have full column rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import inf
+
+import torch
+from torch import Tensor
+
+from rgap.constraints import gradient_constraint, gradient_rows, weight_constraint
+from rgap.constraints.known_input import matrix_noise
+from rgap.limits import DETERMINED, FITS, HOPELESS, TRUSTED
+from rgap.network.affine import Affine
+from rgap.precision import Estimate, Precision
+from rgap.solvers.kronecker import Factor, Kronecker, factor
+from rgap.solvers.rank import Rank
+
+__all__ = ["Reader", "from_gradients"]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A layer that reads a value.
+
+    Attributes:
+        affine: the layer.
+        k: cotangent at its output, [B, *out_shape].
+        unsure: entries of k that may be 0, as bool; the filters that have one say nothing.
+    """
+
+    affine: Affine
+    k: Estimate
+    unsure: Tensor | None = None
+
+    @property
+    def heard(self) -> Tensor:
+        """1 for filters that say something, else 0, [F]."""
+        if self.unsure is None:
+            return self.k.value.new_ones(self.affine.out_shape[0])
+        return 1.0 - self.unsure.flatten(2).any(2).any(0).to(self.k.value)
+
+
+def from_gradients(
+    readers: Sequence[Reader],
+    gradients: Mapping[str, Tensor],
+    precision: Precision,
+) -> Estimate | str:
+    """The input that several layers read, from all their gradients, or why these leave it open.
+
+    Args:
+        readers: all layers that are heard.
+        gradients: by parameter name.
+        precision: of the update.
+    """
+    stack = _Stack(readers, gradients, precision)
+    rows, size = stack.whole.matrix.shape[1:]
+    if rows < size:
+        return f"{stack.names}: {rows} equations for {size} unknowns of a channel"
+    weights = stack.heard
+    for _ in range(2):  # once to see how large the errors of the rows are, once weighed by them
+        made = stack.factored(weights)
+        if isinstance(made, str):
+            return made
+        main = stack.weighed(stack.sent, weights)
+        table, _ = made.solve((main, None), tolerance=max(1e-15, 1e-3 * precision.unit))
+        u = stack.fold(table)
+        weights = stack.weights(u)
+    assert isinstance(made, Factor)
+    if made.smallest * DETERMINED <= 1.0:
+        return f"{stack.names}: a direction is known to {1.0 / made.smallest:.1e} only"
+    own = stack.rows([r.affine.weight_gradient(u, r.k.value) for r in readers])
+    misfit = float(stack.weighed(stack.sent - own, weights).square().mean().sqrt())
+    if misfit > FITS:
+        return f"{stack.names}: the gradients contradict each other by {misfit:.1e} errors"
+    members = stack.weighed(stack.perturbed(u), weights)
+    if made.condition <= TRUSTED:
+        errors = made.precondition(made.adjoint((members, None)))
+    else:
+        errors = made.solve((members, None), 30, tolerance=1e-2)[0]
+    return Estimate(u, stack.fold(errors).reshape(-1, *u.shape))
+
+
+class _Stack:
+    """The gradient constraints of several layers that read one value."""
+
+    def __init__(
+        self,
+        readers: Sequence[Reader],
+        gradients: Mapping[str, Tensor],
+        precision: Precision,
+    ) -> None:
+        first = readers[0]
+        self.readers, self.precision = readers, precision
+        self.names = " and ".join(f"'{reader.affine.name}'" for reader in readers)
+        self.blocks = [gradient_constraint(r.affine, r.k.value) for r in readers]
+        channels = first.affine.in_shape[0]
+        self.whole = Kronecker(torch.cat([b.matrix for b in self.blocks], 1), channels)
+        self.fold = weight_constraint(first.affine, len(first.k.value)).fold
+        self.sent = self.rows([reader.affine.sent(gradients) for reader in readers])
+        self.heard = torch.cat([self.by_filter(r, r.heard) for r in readers], 1)
+        self.stds = list[Tensor]()
+
+    def rows(self, parts: Sequence[Tensor]) -> Tensor:
+        """Gradients of all layers as right-hand sides, [..., C, rows]."""
+        layers = [reader.affine for reader in self.readers]
+        return torch.cat([gradient_rows(a, g) for a, g in zip(layers, parts, strict=True)], -1)
+
+    def factored(self, weights: Tensor) -> Factor | str:
+        """The normal equations, or the rank that the rows which count have."""
+        made = factor(self.whole, weights, None, None)
+        if made is not None and made.condition <= TRUSTED:
+            return made
+        rank = self.rank(weights)
+        full = rank.nullity == 0 and rank.clear
+        if made is not None and full and made.condition <= HOPELESS:
+            return made
+        condition = inf if made is None else made.condition
+        of = f"rank {rank.rank} for {rank.size} unknowns"
+        return f"{self.names}: {of}, condition {condition:.1e}"
+
+    def rank(self, weights: Tensor) -> Rank:
+        """That of all rows that count, against the errors of the cotangents."""
+        known = zip(self.blocks, self.readers, strict=True)
+        noises = [matrix_noise(block, reader.k, self.precision) for block, reader in known]
+        return self.whole.scaled((weights > 0).to(weights)).rank(noise=max(noises))
+
+    def weights(self, u: Tensor) -> Tensor:
+        """One over the standard errors of the rows, those of a filter alike, [groups, rows]."""
+        self.stds, parts = [], []
+        for reader in self.readers:
+            affine, k = reader.affine, reader.k
+            squares = affine.weight_gradient(u.square(), k.value.square())
+            std = self.precision.update_std(affine.weight_name, squares)
+            variance = std.square()
+            for error in k.error:
+                variance += affine.weight_gradient(u, error).square() / len(k.error)
+            self.stds.append(std)
+            own = variance.flatten(1).mean(1).sqrt().clamp_min(1e-300).reciprocal()
+            parts.append(self.by_filter(reader, own * reader.heard))
+        return torch.cat(parts, 1)
+
+    def by_filter(self, reader: Reader, values: Tensor) -> Tensor:
+        """A number for every filter as one for every row of K, [groups, rows]."""
+        groups = len(self.whole.matrix)
+        per_filter = reader.affine.weight[0, 0].numel()
+        return values.reshape(groups, -1).repeat_interleave(per_filter, 1)
+
+    def weighed(self, rows: Tensor, weights: Tensor) -> Tensor:
+        """Rows [..., C, rows] times their weights, [S, C, rows]."""
+        per_channel = weights.repeat_interleave(rows.shape[-2] // len(weights), 0)
+        return (rows * per_channel).reshape(-1, *rows.shape[-2:])
+
+    def perturbed(self, u: Tensor) -> Tensor:
+        """What draws of the update's own errors and errors of k do to the rows, [S, C, rows]."""
+        members = []
+        for member in range(len(self.readers[0].k.error)):
+            parts = []
+            for reader, std in zip(self.readers, self.stds, strict=True):
+                noise = self.precision.normal(std, samples=1)[0]
+                parts.append(noise - reader.affine.weight_gradient(u, reader.k.error[member]))
+            members.append(self.rows(parts))
+        return torch.stack(members)
