@@ -61,8 +61,11 @@ def finish(
         return Unseparated(remark_restless(samples, result.restless))
     known, worst = result.features, result.worst / float(result.roots.norm(dim=1).mean())
     joint = polish_jointly(batch, samples, result.roots, head, result.across)
-    if joint is not None and batch.loss.targets != "index" and not joint.free:
-        joint = None  # it held targets that were read at these roots, and err as they do
+    held = batch.loss.targets != "index" and joint is not None and not joint.free
+    if joint is not None and (held or joint.misfit > REFUTED):
+        joint = (
+            None  # its targets were read at these roots, and err as they do; or it is no optimum
+        )
     if joint is not None:
         together = _lifted(samples, joint.roots, joint.errors, result.across)
         # All rows at once also see what the client's backward pass rounds; one root does not.
