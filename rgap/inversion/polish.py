@@ -238,7 +238,7 @@ def _solved(
             by, worst = factored.inverse, factored.worst()
         elif entries <= DENSE and 8.0 * COPIES * entries <= room:
             by, worst = None, Dense(at.point, at.weights, at.free).worst()
-        if worst == inf:  # a direction is lost in rounding: nothing says how well it is known
+        if worst == inf and by is not None:  # a direction is lost in rounding, and J is too large
             return at, None, used, worst
     for _ in range(STEPS):
         before = at.objective
@@ -246,6 +246,8 @@ def _solved(
         used += count
         if at.objective > 0.98 * before:
             break
+    if by is None and worst == inf:  # nothing says how well the direction that is lost is known
+        return at, None, used, worst
     if room < inf:
         samples = max(1, min(samples, int(max(room, memory.LEAST) / need)))
     few = replace(precision, samples=samples, seed=precision.seed + 1)

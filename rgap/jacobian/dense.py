@@ -7,6 +7,7 @@ makes σ_min say what is lost: entries of J round by eps each, relative to their
 
 from __future__ import annotations
 
+from functools import cached_property
 from math import inf
 
 import torch
@@ -47,10 +48,29 @@ class Dense:
         """Weighed updates as columns, [rows, S]."""
         return torch.cat([(rows[n] * self.weights[n]).flatten(1) for n in sorted(rows)], 1).T
 
+    @cached_property
+    def kept(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Singular triplets of R whose direction rounding does not empty: U, values, Vᵀ."""
+        if not bool(self.upper.isfinite().all()):
+            return self.upper[:, :0], self.upper[0, :0], self.upper[:0]
+        u, values, vt = torch.linalg.svd(self.upper)
+        rounding = torch.finfo(values.dtype).eps * len(values) ** 0.5
+        above = values > CANCELLED * rounding * values[0]
+        return u[:, above], values[above], vt[above]
+
+    @property
+    def lost(self) -> bool:
+        """Rounding empties a direction: nothing says how well it is known, nor how far to go."""
+        return len(self.kept[1]) < len(self.upper)
+
     def solve(self, rows: ParameterRows) -> tuple[Tensor, Tensor | None]:
-        """J⁺ r of S updates, on x and, where they are free, on κ."""
+        """J⁺ r of S updates, on x and, where they are free, on κ; no step where one is lost."""
         rhs = self.basis.T @ self._table(rows)
-        out = torch.linalg.solve_triangular(self.upper, rhs, upper=True).T.nan_to_num(0.0)
+        if self.lost:
+            u, values, vt = self.kept
+            out = (vt.T @ (u.T @ rhs / values[:, None])).T
+        else:
+            out = torch.linalg.solve_triangular(self.upper, rhs, upper=True).T
         out = out / self.size
         x = out[:, self.first :].reshape(-1, *self.point.x.shape)
         if not self.first:
@@ -59,11 +79,7 @@ class Dense:
 
     def worst(self) -> float:
         """Standard error of the direction of x that is fixed least; infinite where one is lost."""
-        if not bool(self.upper.isfinite().all()):
-            return inf
-        values = torch.linalg.svdvals(self.upper)
-        rounding = torch.finfo(values.dtype).eps * len(values) ** 0.5
-        if not float(values[-1]) > CANCELLED * rounding * float(values[0]):
+        if self.lost:
             return inf
         last = self.upper[self.first :, self.first :] * self.size[self.first :]
         return 1.0 / float(torch.linalg.svdvals(last)[-1])

@@ -12,6 +12,7 @@ from rgap.machine import memory
 from rgap.precision import Estimate
 from rgap.separation.batch import HELD, Batch, Separated, Unseparated
 from rgap.separation.errors import (
+    Spread,
     across_errors,
     cotangents,
     cotangents_above,
@@ -24,7 +25,7 @@ from rgap.separation.errors import (
 from rgap.separation.identify import rise, top
 from rgap.separation.mixture import Mixture
 from rgap.separation.peeling import Collected, Identify
-from rgap.separation.polish import polish_jointly
+from rgap.separation.polish import Joint, polish_jointly
 from rgap.separation.subspace import Consistency
 from rgap.separation.targets import batch_loss, common_factor, confirmed, read_from_head, refuting
 
@@ -61,17 +62,17 @@ def finish(
         return Unseparated(remark_restless(samples, result.restless))
     known, worst = result.features, result.worst / float(result.roots.norm(dim=1).mean())
     joint = polish_jointly(batch, samples, result.roots, head, result.across)
+    # Targets that it held were read at these roots, and err as they do; a misfit is no optimum.
     held = batch.loss.targets != "index" and joint is not None and not joint.free
-    if joint is not None and (held or joint.misfit > REFUTED):
-        joint = (
-            None  # its targets were read at these roots, and err as they do; or it is no optimum
-        )
-    if joint is not None:
-        together = _lifted(samples, joint.roots, joint.errors, result.across)
+    if joint is not None and not held and joint.misfit <= REFUTED:
+        together = _together(samples, result, joint)
         # All rows at once also see what the client's backward pass rounds; one root does not.
         # Free targets move with the samples; the errors of a root alone are those at known ones.
-        if joint.free or float(together.error.norm()) < float(known.error.norm()):
-            known, worst = together, joint.worst / float(joint.roots.norm(dim=1).mean())
+        lost = joint.errors is None
+        if joint.free or lost or float(together.error.norm()) < float(known.error.norm()):
+            known = together
+            if joint.free or not lost:
+                worst = joint.worst / float(joint.roots.norm(dim=1).mean())
             head = joint.head if joint.free else _reread(batch, samples, joint.roots, head)
     doubt = confirmed(batch, head, naming(known.value.flatten(1) @ samples.right, consistency))
     if doubt is not None:
@@ -103,7 +104,7 @@ def finish_together(
             f"all {samples.rank} samples at '{stage.name}' together miss its gradient by "
             f"{joint.misfit:.1e} standard errors (σ_B/σ_1 {samples.ratio:.1e})"
         )
-    if joint is None:
+    if joint is None or joint.errors is None:
         return Unseparated(
             f"the equations of the {samples.rank} samples at '{stage.name}' are singular to "
             f"working precision (σ_B/σ_1 {samples.ratio:.1e})"
@@ -159,6 +160,20 @@ def _separated(
         note,
         time.perf_counter() - began,
     )
+
+
+def _together(samples: Mixture, alone: Spread, joint: Joint) -> Estimate:
+    """The samples of a joint polish.
+
+    One that lost a direction knows no errors: those of the roots alone, and as far as it went.
+    """
+    if joint.errors is not None:
+        return _lifted(samples, joint.roots, joint.errors, alone.across)
+    error = alone.features.error
+    way = (joint.roots - alone.roots).norm(dim=1)
+    length = error.flatten(2).square().sum(2).mean(0).sqrt().clamp_min(1e-300)
+    wider = (way / length).clamp_min(1.0).reshape(-1, *[1] * (error.ndim - 2))
+    return Estimate(samples.inputs(joint.roots), wider * error)
 
 
 def _lifted(samples: Mixture, roots: Tensor, inside: Tensor, across: Tensor) -> Estimate:

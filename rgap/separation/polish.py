@@ -41,7 +41,7 @@ class Joint:
 
     Attributes:
         roots: Q, [R, R].
-        errors: ensemble, [S, R, R].
+        errors: ensemble, [S, R, R]; None where rounding empties a direction.
         misfit: largest weighted rms residual of a parameter.
         worst: standard error of the direction that is fixed least.
         head: the loss, with the targets that the cotangents say where these were unknowns.
@@ -49,7 +49,7 @@ class Joint:
     """
 
     roots: Tensor
-    errors: Tensor
+    errors: Tensor | None
     misfit: float
     worst: float
     head: BatchLoss
@@ -65,7 +65,7 @@ def polish_jointly(
     largest: int = LARGEST,
     dense: int = DENSE,
 ) -> Joint | None:
-    """Gauss–Newton on Q; None where a layer above is not fully connected, or a direction is lost.
+    """Gauss–Newton on Q; None where a layer above is not fully connected, or J is too large.
 
     Args:
         batch: the update.
@@ -113,7 +113,7 @@ def polish_jointly(
     if free:
         head = head.explained(point.outputs, point.kappa)
     if worst == float("inf"):
-        return None
+        return Joint(point.x, None, at.misfit, worst, head, free)
     drawn = replace(precision, seed=precision.seed + 1)
     noise = update_noise(point, kappa, drawn)
     errors = solver.solve({n: noise[n] + leak[n] for n in noise})[0]

@@ -117,6 +117,15 @@ def test_samples_that_are_too_near_are_not_certified_wrongly(case: tuple) -> Non
     assert fault(*recovered(*case)) == ""
 
 
+@pytest.mark.parametrize("seed", [1, 3])
+def test_a_direction_that_rounding_empties_accuses_nobody(seed: int) -> None:
+    """The steps leave it out and go on: the update is reproduced, and the reason says why not."""
+    recovery, x, y = recovered("dense", seed, 2, 4, True, "squared", F64)
+    assert fault(recovery, x, y) == "" and not recovery.exact
+    assert "nearly coincide" in recovery.reason and "another model" not in recovery.reason
+    assert recovery.residual is None or recovery.residual < 1e-13
+
+
 @pytest.mark.parametrize("condition", [1e6, 1e10])
 def test_one_picture_behind_a_layer_of_poor_condition(condition: float) -> None:
     """Two channels carry three, and the second one next to nothing."""
