@@ -62,6 +62,7 @@ def finish(
         return Unseparated(remark_restless(samples, result.restless))
     known, worst = result.features, result.worst / float(result.roots.norm(dim=1).mean())
     joint = polish_jointly(batch, samples, result.roots, head, result.across)
+    kappa: Tensor | None = None
     # Targets that it held were read at these roots, and err as they do; a misfit is no optimum.
     held = batch.loss.targets != "index" and joint is not None and not joint.free
     if joint is not None and not held and joint.misfit <= REFUTED:
@@ -70,14 +71,14 @@ def finish(
         # Free targets move with the samples; the errors of a root alone are those at known ones.
         lost = joint.errors is None
         if joint.free or lost or float(together.error.norm()) < float(known.error.norm()):
-            known = together
+            known, kappa = together, joint.kappa
             if joint.free or not lost:
                 worst = joint.worst / float(joint.roots.norm(dim=1).mean())
             head = joint.head if joint.free else _reread(batch, samples, joint.roots, head)
     doubt = confirmed(batch, head, naming(known.value.flatten(1) @ samples.right, consistency))
     if doubt is not None:
         return Unseparated(f"{doubt} (σ_B/σ_1 {samples.ratio:.1e} at '{stage.name}')")
-    return _separated(batch, samples, known, head, worst, route, began)
+    return _separated(batch, samples, known, head, worst, route, began, kappa)
 
 
 def finish_together(
@@ -117,7 +118,8 @@ def finish_together(
             f"{worst:.1e} of their norm only (σ_B/σ_1 {samples.ratio:.1e})"
         )
     known = _lifted(samples, joint.roots, excess * joint.errors, across)
-    return _separated(batch, samples, known, head, worst, route, began)
+    kappa = None if joint.kappa is None else excess * joint.kappa
+    return _separated(batch, samples, known, joint.head, worst, route, began, kappa)
 
 
 def _targets(batch: Batch, samples: Mixture, collected: Collected) -> BatchLoss | Unseparated:
@@ -142,6 +144,7 @@ def _separated(
     worst: float,
     route: str,
     began: float,
+    kappa: Tensor | None = None,
 ) -> Separated:
     """With what copies may differ by, and the cotangents."""
     stage = samples.stage
@@ -152,7 +155,7 @@ def _separated(
     return Separated(
         stage,
         known,
-        cotangents_above(batch.chain, stage.index, known, head),
+        cotangents_above(batch.chain, stage.index, known, head, kappa),
         head,
         samples,
         worst,

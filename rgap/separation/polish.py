@@ -46,6 +46,7 @@ class Joint:
         worst: standard error of the direction that is fixed least.
         head: the loss, with the targets that the cotangents say where these were unknowns.
         free: the cotangents at the head were unknowns.
+        kappa: their errors, [S, R, C].
     """
 
     roots: Tensor
@@ -54,6 +55,7 @@ class Joint:
     worst: float
     head: BatchLoss
     free: bool = False
+    kappa: Tensor | None = None
 
 
 def polish_jointly(
@@ -116,12 +118,13 @@ def polish_jointly(
         return Joint(point.x, None, at.misfit, worst, head, free)
     drawn = replace(precision, seed=precision.seed + 1)
     noise = update_noise(point, kappa, drawn)
-    errors = solver.solve({n: noise[n] + leak[n] for n in noise})[0]
+    errors, dkappa = solver.solve({n: noise[n] + leak[n] for n in noise})
     # It is off its own optimum by the step that is left: where no step settled that is long.
     length = errors.square().sum(2).mean(0).sqrt().clamp_min(1e-300)
     excess = (solver.solve(at.left)[0][0].norm(dim=1) / length).clamp_min(1.0)
     errors, worst = excess[:, None] * errors, worst * float(excess.max())
-    return Joint(point.x, errors, at.misfit, worst, head, free)
+    dkappa = None if dkappa is None else excess[:, None] * dkappa
+    return Joint(point.x, errors, at.misfit, worst, head, free, dkappa)
 
 
 def _frees(small: Chain, samples: Mixture, head: BatchLoss) -> bool:

@@ -96,6 +96,7 @@ DUE = [  # (layers, seed of weights and activations, samples, -log10 of d, same 
     ("dense", 2, 2, 4, False, "classes", F64),
     ("conv", 2, 2, 1, True, "classes", F64),
     ("conv", 2, 2, 3, True, "binary", F64),
+    ("conv", 20, 2, 2, False, "squared", F64),  # errors of free cotangents go down with the samples
 ]
 OPEN = [
     ("dense", 5, 2, 4, False, "binary", F64),
