@@ -179,6 +179,9 @@ class _Point(Fit):
             The point, CG iterations, whether they converged, and the rms of the part of the step
             that was not taken.
         """
+        if by is None:
+            moved, share, dx = Dense(self.point, self.weights, self.free).stepped(self)
+            return moved, 0, True, (1.0 - share) * float(dx.square().mean().sqrt())
         dx, dkappa, count, done = self.solve(self.left, by, limit, 1e-3)
         moved, share = self.shortened(dx, dkappa)
         return moved, count, done, (1.0 - share) * float(dx.square().mean().sqrt())

@@ -9,14 +9,18 @@ from __future__ import annotations
 
 from functools import cached_property
 from math import inf
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from rgap.jacobian.layer import ParameterRows
 from rgap.jacobian.linearisation import Linearisation
+from rgap.jacobian.weights import Fit
 from rgap.limits import CANCELLED
 from rgap.solvers.tall import tall_qr
+
+F = TypeVar("F", bound=Fit)
 
 
 class Dense:
@@ -58,16 +62,38 @@ class Dense:
         above = values > CANCELLED * rounding * values[0]
         return u[:, above], values[above], vt[above]
 
+    def stepped(self, at: F) -> tuple[F, float, Tensor]:
+        """One Gauss–Newton step; without its weakest directions where with them none descends.
+
+        A direction that rounding all but empties takes a step longer than its slope is good for.
+
+        Returns:
+            The point, the share of the whole step that was taken, and that step of x.
+        """
+        solved = self.solve(at.left)
+        moved, share = at.shortened(*solved)
+        if not share:
+            floor = torch.finfo(self.upper.dtype).eps ** 0.5  # what normal equations would lose
+            moved = at.shortened(*self.solve(at.left, floor))[0]
+        return moved, share, solved[0]
+
     @property
     def lost(self) -> bool:
         """Rounding empties a direction: nothing says how well it is known, nor how far to go."""
         return len(self.kept[1]) < len(self.upper)
 
-    def solve(self, rows: ParameterRows) -> tuple[Tensor, Tensor | None]:
-        """J⁺ r of S updates, on x and, where they are free, on κ; no step where one is lost."""
+    def solve(self, rows: ParameterRows, floor: float = 0.0) -> tuple[Tensor, Tensor | None]:
+        """J⁺ r of S updates, on x and, where they are free, on κ.
+
+        Args:
+            rows: by parameter name, [S, *parameter.shape].
+            floor: σ/σ₁ of directions that stay where they are, beside those that are lost.
+        """
         rhs = self.basis.T @ self._table(rows)
-        if self.lost:
+        if self.lost or floor:
             u, values, vt = self.kept
+            above = values > floor * values[:1]
+            u, values, vt = u[:, above], values[above], vt[above]
             out = (vt.T @ (u.T @ rhs / values[:, None])).T
         else:
             out = torch.linalg.solve_triangular(self.upper, rhs, upper=True).T

@@ -104,7 +104,10 @@ def polish_jointly(
         begin = at.objective
         for _ in range(CHORDS):
             before = at.objective
-            at = at.shortened(*solver.solve(at.left))[0]
+            if isinstance(solver, Dense):
+                at = solver.stepped(at)[0]
+            else:
+                at = at.shortened(*solver.solve(at.left))[0]
             if at.objective > SETTLED * before:
                 break
         if at.objective > SETTLED * begin:

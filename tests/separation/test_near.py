@@ -94,6 +94,7 @@ DUE = [  # (layers, seed of weights and activations, samples, -log10 of d, same 
     ("dense", 1, 3, 2, True, "binary", F64),
     ("dense", 1, 3, 4, False, "squared", F64),
     ("dense", 2, 2, 4, False, "classes", F64),
+    ("dense", 2, 2, 4, True, "squared", F64),
     ("conv", 2, 2, 1, True, "classes", F64),
     ("conv", 2, 2, 3, True, "binary", F64),
     ("conv", 20, 2, 2, False, "squared", F64),  # errors of free cotangents go down with the samples
