@@ -33,7 +33,7 @@ def posed() -> tuple[Batch, Mixture, AtHead, Restricted, Tensor]:
     x = pictures(len(LABELS), 3)
     batch = batch_of(mlp("gelu", 4, widths=(24,), classes=CLASSES), x, LABELS)
     head = batch.mixture(1)
-    at = AtHead.of(head, 0.0, *likely(batch, head), batch.precision).labelled(LABELS)
+    at = AtHead.of(head, 0.0, *likely(head), batch.precision).labelled(LABELS)
     whole = restricted(at)
     roots = batch.chain.stages[0].forward(x)[1].flatten(1) @ head.right
     return batch, head, at, whole, whole.rows(whole.coordinates(roots))
