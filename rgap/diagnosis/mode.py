@@ -21,7 +21,6 @@ from rgap.diagnosis.finding import MENDING, Finding, Kind
 
 SAFETY = 100.0
 APART = 30.0  # times as much as the one mode must miss, for the other to be meant
-SMOOTHED = 0.05  # what ε under the root leaves of ⟨W_f, G_f⟩ in train mode, at most
 
 
 @dataclass(frozen=True)

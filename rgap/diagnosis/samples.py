@@ -302,7 +302,7 @@ def _source(mixed: Batch) -> Source | None:
         return None
     if not resolved(mixed, head) or not 1 < head.rank <= size:
         return None
-    pool, clear = likely(mixed, head)
+    pool, clear = likely(head)
     at = AtHead.of(head, mixed.loss.label_smoothing, pool, clear, mixed.precision).sketched()
     return Source(head, at, partial(identify_classes, head), at)
 

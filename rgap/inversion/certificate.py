@@ -38,6 +38,7 @@ from rgap.limits import (
 )
 from rgap.network.prefix import reaches
 from rgap.recovery import Candidate, Recovery, Status
+from rgap.solvers.rank import Evidence, EvidenceKind
 
 UNTESTED = (
     "every number of the update was used to find the answer and none is left to test it: an update "
@@ -263,7 +264,8 @@ def verdict(problem: Problem, answer: Answer) -> tuple[Status, str]:
             break
         why = doubt(step.solution.stats.joint)
         if why:
-            return Status.UNDERDETERMINED, f"'{problem.chain.stages[index].name}' {why}"
+            why = _lost(answer) or f"'{problem.chain.stages[index].name}' {why}"
+            return Status.UNDERDETERMINED, why
     if answer.polished.misfit > FITS:
         worst = max(answer.polished.misfits, key=lambda n: answer.polished.misfits[n])
         return Status.UNDERDETERMINED, (
@@ -318,7 +320,7 @@ def _misfit(problem: Problem, scored: tuple[Answer, float, dict[str, float]]) ->
         )
     else:
         name = max(answer.polished.misfits, key=lambda n: answer.polished.misfits[n])
-        excuse = excuse or at_kinks(problem, answer.descent)
+        excuse = excuse or _lost(answer) or at_kinks(problem, answer.descent)
         reason = (
             f"no batch reproduces the update: '{name}' misses by "
             f"{answer.polished.misfits[name]:.2g} standard errors ({by_name.get(name, 0):.1e} "
@@ -329,6 +331,20 @@ def _misfit(problem: Problem, scored: tuple[Answer, float, dict[str, float]]) ->
     free = answer.rows is not None and problem.update.loss.targets != "index"
     status = Status.UNDERDETERMINED if free or excuse else Status.INCONSISTENT
     return replace(stopped(problem, status, reason, answer.descent), residual=residual)
+
+
+def _lost(answer: Answer) -> str:
+    """What is not known where rounding empties a direction of the samples; "" where none is."""
+    joints = (step.solution.stats.joint for step in answer.descent.solutions.values())
+    errors = [j.value for j in joints if isinstance(j, Evidence) and j.kind is EvidenceKind.ERROR]
+    if len(answer.inputs) < 2 or inf not in errors:
+        return ""
+    x = answer.inputs.flatten(1)
+    apart = float(torch.pdist(x).min() / x.norm(dim=1).max().clamp_min(1e-300))
+    return (
+        f"samples nearly coincide, two differ by {apart:.1e} of their norm: rounding leaves "
+        "nothing of a direction that tells them apart, and how far along it they lie is not known"
+    )
 
 
 def _batch(problem: Problem, answer: Answer) -> tuple[Tensor, Tensor, float | Tensor]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from math import inf
 
 import torch
@@ -24,7 +23,7 @@ from rgap.jacobian.eliminated import Eliminated
 from rgap.jacobian.layer import ParameterRows
 from rgap.jacobian.linearisation import Linearisation
 from rgap.jacobian.normal import Inverse, Normal
-from rgap.jacobian.weights import objective, residuals, row_misfits, row_weights, update_noise
+from rgap.jacobian.weights import Fit, row_weights, update_noise
 from rgap.limits import FITS, SAFETY, SPARE
 from rgap.machine import memory
 from rgap.network.chain import Chain
@@ -34,7 +33,6 @@ log = logging.getLogger(__name__)
 
 STEPS = 4  # Gauss–Newton steps at most
 BRIEF, FULL = 12, 300  # CG iterations of a step: while the recursion is accurate, and where not
-SHARES = (1.0, 0.5, 0.25)  # of a Gauss–Newton step, tried in turn
 DENSE = 2**24  # entries of J up to which it is formed, where the normal matrix loses a direction
 COPIES = 4  # of it that a QR holds at once
 HELD = 32.0  # bytes a number: weights, residual, noise and its product in float64
@@ -145,35 +143,8 @@ def polish(
 
 
 @dataclass(frozen=True)
-class _Point:
-    """Where the polish stands.
-
-    Attributes:
-        point: the network there.
-        gradients: the update.
-        weights: 1/σ of its rows.
-        free: the cotangents of the head are unknowns too, and are eliminated.
-    """
-
-    point: Linearisation
-    gradients: Mapping[str, Tensor]
-    weights: ParameterRows
-    free: bool = False
-
-    @cached_property
-    def misfits(self) -> dict[str, float]:
-        """Weighted rms residual by parameter."""
-        return row_misfits(self.point, self.gradients, self.weights)
-
-    @property
-    def misfit(self) -> float:
-        """The largest of them."""
-        return max(self.misfits.values())
-
-    @property
-    def objective(self) -> float:
-        """What a step has to lower."""
-        return objective(self.misfits, self.gradients)
+class _Point(Fit):
+    """Where the polish stands; free cotangents are eliminated."""
 
     def normal(self) -> Normal:
         """JᵀΣ⁻¹J, without what free cotangents explain."""
@@ -204,23 +175,16 @@ class _Point:
     def step(self, by: Inverse | None, limit: int) -> tuple[_Point, int, bool, float]:
         """One Gauss–Newton step, shortened until it lowers the objective; undone where none does.
 
-        A unit whose sign changes on the way bends the objective: the whole step can rise where its
-        first half descends.  Where the cotangents are free they take the step that goes with it.
-
         Returns:
             The point, CG iterations, whether they converged, and the rms of the part of the step
             that was not taken.
         """
-        point = self.point
-        rhs = {name: r[None] for name, r in residuals(point, self.gradients).items()}
-        dx, dkappa, count, done = self.solve(rhs, by, limit, 1e-3)
-        length = float(dx.square().mean().sqrt())
-        for share in SHARES:
-            kappa = None if dkappa is None else point.kappa + share * dkappa[0]
-            trial = replace(self, point=point.moved(point.x + share * dx[0], kappa))
-            if trial.objective < self.objective:
-                return trial, count, done, (1.0 - share) * length
-        return self, count, done, length
+        if by is None:
+            moved, share, dx = Dense(self.point, self.weights, self.free).stepped(self)
+            return moved, 0, True, (1.0 - share) * float(dx.square().mean().sqrt())
+        dx, dkappa, count, done = self.solve(self.left, by, limit, 1e-3)
+        moved, share = self.shortened(dx, dkappa)
+        return moved, count, done, (1.0 - share) * float(dx.square().mean().sqrt())
 
 
 def _moved(start: Estimate, at: _Point) -> Tensor:
@@ -251,9 +215,9 @@ def _freed(
     eliminated = Eliminated.of(held, weights)
     if eliminated is None:
         return None
-    rows = {name: r[None] for name, r in residuals(held, update.gradients).items()}
-    freed = held.moved(held.x, held.kappa + eliminated.explained(rows)[0][0])
-    return _Point(freed, update.gradients, weights, free=True)
+    at = _Point(held, update.gradients, weights, free=True)
+    freed = held.moved(held.x, held.kappa + eliminated.explained(at.left)[0][0])
+    return replace(at, point=freed)
 
 
 def _solved(
@@ -277,7 +241,7 @@ def _solved(
             by, worst = factored.inverse, factored.worst()
         elif entries <= DENSE and 8.0 * COPIES * entries <= room:
             by, worst = None, Dense(at.point, at.weights, at.free).worst()
-        if worst == inf:  # a direction is lost in rounding: nothing says how well it is known
+        if worst == inf and by is not None:  # a direction is lost in rounding, and J is too large
             return at, None, used, worst
     for _ in range(STEPS):
         before = at.objective
@@ -285,6 +249,8 @@ def _solved(
         used += count
         if at.objective > 0.98 * before:
             break
+    if by is None and worst == inf:  # nothing says how well the direction that is lost is known
+        return at, None, used, worst
     if room < inf:
         samples = max(1, min(samples, int(max(room, memory.LEAST) / need)))
     few = replace(precision, samples=samples, seed=precision.seed + 1)

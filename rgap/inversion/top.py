@@ -12,7 +12,7 @@ from rgap.arithmetic.doubles import row_blocks
 from rgap.inversion.problem import Problem
 from rgap.jacobian.eliminated import Eliminated
 from rgap.jacobian.linearisation import Linearisation
-from rgap.jacobian.weights import residuals, row_weights, update_noise
+from rgap.jacobian.weights import Fit, row_weights, update_noise
 from rgap.limits import SAFETY, TRUSTED
 from rgap.network.chain import Chain, Stage
 from rgap.precision import UNKNOWN, Estimate, carried
@@ -72,12 +72,7 @@ def _from_below(problem: Problem, data: Estimate) -> Estimate:
         sizes = kappa.new_zeros(1) if eliminated is None else svdvals(eliminated.lower)
         if eliminated is None or not float(sizes[-1]) * TRUSTED > float(sizes[0]):
             return Estimate(kappa, still.error + UNKNOWN**0.5)
-        kappa = (
-            kappa
-            + eliminated.explained(
-                {name: r[None] for name, r in residuals(point, problem.gradients).items()}
-            )[0][0]
-        )
+        kappa = kappa + eliminated.explained(Fit(point, problem.gradients, weights).left)[0][0]
         point = point.moved(data.value, kappa)
     assert eliminated is not None
     noise, moved = update_noise(point, still, precision), point.jvp(data.error)

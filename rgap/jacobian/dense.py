@@ -7,15 +7,20 @@ makes σ_min say what is lost: entries of J round by eps each, relative to their
 
 from __future__ import annotations
 
+from functools import cached_property
 from math import inf
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from rgap.jacobian.layer import ParameterRows
 from rgap.jacobian.linearisation import Linearisation
+from rgap.jacobian.weights import Fit
 from rgap.limits import CANCELLED
 from rgap.solvers.tall import tall_qr
+
+F = TypeVar("F", bound=Fit)
 
 
 class Dense:
@@ -47,10 +52,51 @@ class Dense:
         """Weighed updates as columns, [rows, S]."""
         return torch.cat([(rows[n] * self.weights[n]).flatten(1) for n in sorted(rows)], 1).T
 
-    def solve(self, rows: ParameterRows) -> tuple[Tensor, Tensor | None]:
-        """J⁺ r of S updates, on x and, where they are free, on κ."""
+    @cached_property
+    def kept(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Singular triplets of R whose direction rounding does not empty: U, values, Vᵀ."""
+        if not bool(self.upper.isfinite().all()):
+            return self.upper[:, :0], self.upper[0, :0], self.upper[:0]
+        u, values, vt = torch.linalg.svd(self.upper)
+        rounding = torch.finfo(values.dtype).eps * len(values) ** 0.5
+        above = values > CANCELLED * rounding * values[0]
+        return u[:, above], values[above], vt[above]
+
+    def stepped(self, at: F) -> tuple[F, float, Tensor]:
+        """One Gauss–Newton step; without its weakest directions where with them none descends.
+
+        A direction that rounding all but empties takes a step longer than its slope is good for.
+
+        Returns:
+            The point, the share of the whole step that was taken, and that step of x.
+        """
+        solved = self.solve(at.left)
+        moved, share = at.shortened(*solved)
+        if not share:
+            floor = torch.finfo(self.upper.dtype).eps ** 0.5  # what normal equations would lose
+            moved = at.shortened(*self.solve(at.left, floor))[0]
+        return moved, share, solved[0]
+
+    @property
+    def lost(self) -> bool:
+        """Rounding empties a direction: nothing says how well it is known, nor how far to go."""
+        return len(self.kept[1]) < len(self.upper)
+
+    def solve(self, rows: ParameterRows, floor: float = 0.0) -> tuple[Tensor, Tensor | None]:
+        """J⁺ r of S updates, on x and, where they are free, on κ.
+
+        Args:
+            rows: by parameter name, [S, *parameter.shape].
+            floor: σ/σ₁ of directions that stay where they are, beside those that are lost.
+        """
         rhs = self.basis.T @ self._table(rows)
-        out = torch.linalg.solve_triangular(self.upper, rhs, upper=True).T.nan_to_num(0.0)
+        if self.lost or floor:
+            u, values, vt = self.kept
+            above = values > floor * values[:1]
+            u, values, vt = u[:, above], values[above], vt[above]
+            out = (vt.T @ (u.T @ rhs / values[:, None])).T
+        else:
+            out = torch.linalg.solve_triangular(self.upper, rhs, upper=True).T
         out = out / self.size
         x = out[:, self.first :].reshape(-1, *self.point.x.shape)
         if not self.first:
@@ -59,11 +105,7 @@ class Dense:
 
     def worst(self) -> float:
         """Standard error of the direction of x that is fixed least; infinite where one is lost."""
-        if not bool(self.upper.isfinite().all()):
-            return inf
-        values = torch.linalg.svdvals(self.upper)
-        rounding = torch.finfo(values.dtype).eps * len(values) ** 0.5
-        if not float(values[-1]) > CANCELLED * rounding * float(values[0]):
+        if self.lost:
             return inf
         last = self.upper[self.first :, self.first :] * self.size[self.first :]
         return 1.0 / float(torch.linalg.svdvals(last)[-1])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -66,20 +68,57 @@ def update_noise(point: Linearisation, kappa: Estimate, precision: Precision) ->
     return {name: own[name] + carried[name] for name in own}
 
 
-def residuals(point: Linearisation, gradients: Mapping[str, Tensor]) -> ParameterRows:
-    """``G − g(x)`` by parameter name: what was sent minus what the batch x would send."""
-    return {name: gradients[name].reshape(g.shape) - g for name, g in point.gradients().items()}
+SHARES = (1.0, 0.5, 0.25)  # of a Gauss–Newton step, tried in turn
 
 
-def row_misfits(
-    point: Linearisation, gradients: Mapping[str, Tensor], weights: ParameterRows
-) -> dict[str, float]:
-    """Weighted rms residual of every parameter; about 1 when consistent."""
-    gaps = residuals(point, gradients)
-    return {n: float((gap * weights[n]).square().mean().sqrt()) for n, gap in gaps.items()}
+@dataclass(frozen=True)
+class Fit:
+    """An update linearised beside the one that was sent.
 
+    Attributes:
+        point: the network there.
+        gradients: what was sent.
+        weights: 1/σ of its rows.
+        free: the cotangents of the head are unknowns too.
+    """
 
-def objective(misfits: Mapping[str, float], gradients: Mapping[str, Tensor]) -> float:
-    """Σ of squared weighted residuals; infinite if any is not a number."""
-    total = sum(m * m * gradients[name].numel() for name, m in misfits.items())
-    return total if total == total else float("inf")
+    point: Linearisation
+    gradients: Mapping[str, Tensor]
+    weights: ParameterRows
+    free: bool = False
+
+    @cached_property
+    def misfits(self) -> dict[str, float]:
+        """Weighted rms residual of every parameter; about 1 when consistent."""
+        weighed = {n: r * self.weights[n] for n, r in self.left.items()}
+        return {n: float(r.square().mean().sqrt()) for n, r in weighed.items()}
+
+    @property
+    def misfit(self) -> float:
+        """The largest of them."""
+        return max(self.misfits.values())
+
+    @property
+    def objective(self) -> float:
+        """Σ of squared weighted residuals, what a step has to lower; infinite if any is NaN."""
+        total = sum(m * m * self.gradients[name].numel() for name, m in self.misfits.items())
+        return total if total == total else float("inf")
+
+    @property
+    def left(self) -> ParameterRows:
+        """What was sent minus what x would send, by parameter name, [1, *parameter.shape]."""
+        rows = self.point.gradients()
+        return {n: (self.gradients[n].reshape(g.shape) - g)[None] for n, g in rows.items()}
+
+    def shortened(self, dx: Tensor, dkappa: Tensor | None) -> tuple[Self, float]:
+        """After a step [1, ...], halved until it lowers the objective; and the share taken.
+
+        A unit whose sign changes on the way bends the objective: the whole step can rise where its
+        first half descends.  Free cotangents take the step that goes with it.
+        """
+        for share in SHARES:
+            kappa = None if dkappa is None else self.point.kappa + share * dkappa[0]
+            trial = replace(self, point=self.point.moved(self.point.x + share * dx[0], kappa))
+            if trial.objective < self.objective:
+                return trial, share
+        return self, 0.0

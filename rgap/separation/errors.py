@@ -133,12 +133,29 @@ def cotangents(chain: Chain, index: int, u: Tensor, head: BatchLoss) -> Tensor:
     return pull(head.cotangent(logits))
 
 
-def cotangents_above(chain: Chain, index: int, features: Estimate, head: BatchLoss) -> Estimate:
-    """K with the errors that it inherits from the features, by finite differences."""
-    k = cotangents(chain, index, features.value, head)
+def cotangents_above(
+    chain: Chain, index: int, features: Estimate, head: BatchLoss, kappa: Tensor | None = None
+) -> Estimate:
+    """K with the errors that it inherits, by finite differences.
+
+    Args:
+        chain: the network.
+        index: of the stage.
+        features: its inputs.
+        head: the loss.
+        kappa: errors of the cotangents at the head, [S, R, C], where these were unknowns of their
+            own; else they follow from the features at targets that are known.
+    """
+    affine = chain.stages[index].affine
+    logits, pull = pullback(chain, index, affine.forward(features.value))
+    held = head.cotangent(logits)
+    k = pull(held)
     size = features.error.abs().max().clamp_min(1e-300)
     step = 1e-6 * features.value.abs().max() / size
-    moved = [cotangents(chain, index, features.value + step * e, head) for e in features.error]
+    moved = []
+    for i, e in enumerate(features.error):
+        logits, pull = pullback(chain, index, affine.forward(features.value + step * e))
+        moved.append(pull(head.cotangent(logits) if kappa is None else held + step * kappa[i]))
     return Estimate(k, (torch.stack(moved) - k) / step)
 
 

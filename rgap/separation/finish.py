@@ -12,6 +12,7 @@ from rgap.machine import memory
 from rgap.precision import Estimate
 from rgap.separation.batch import HELD, Batch, Separated, Unseparated
 from rgap.separation.errors import (
+    Spread,
     across_errors,
     cotangents,
     cotangents_above,
@@ -24,7 +25,7 @@ from rgap.separation.errors import (
 from rgap.separation.identify import rise, top
 from rgap.separation.mixture import Mixture
 from rgap.separation.peeling import Collected, Identify
-from rgap.separation.polish import polish_jointly
+from rgap.separation.polish import Joint, polish_jointly
 from rgap.separation.subspace import Consistency
 from rgap.separation.targets import batch_loss, common_factor, confirmed, read_from_head, refuting
 
@@ -61,19 +62,23 @@ def finish(
         return Unseparated(remark_restless(samples, result.restless))
     known, worst = result.features, result.worst / float(result.roots.norm(dim=1).mean())
     joint = polish_jointly(batch, samples, result.roots, head, result.across)
-    if joint is not None and batch.loss.targets != "index" and not joint.free:
-        joint = None  # it held targets that were read at these roots, and err as they do
-    if joint is not None:
-        together = _lifted(samples, joint.roots, joint.errors, result.across)
+    kappa: Tensor | None = None
+    # Targets that it held were read at these roots, and err as they do; a misfit is no optimum.
+    held = batch.loss.targets != "index" and joint is not None and not joint.free
+    if joint is not None and not held and joint.misfit <= REFUTED:
+        together = _together(samples, result, joint)
         # All rows at once also see what the client's backward pass rounds; one root does not.
         # Free targets move with the samples; the errors of a root alone are those at known ones.
-        if joint.free or float(together.error.norm()) < float(known.error.norm()):
-            known, worst = together, joint.worst / float(joint.roots.norm(dim=1).mean())
+        lost = joint.errors is None
+        if joint.free or lost or float(together.error.norm()) < float(known.error.norm()):
+            known, kappa = together, joint.kappa
+            if joint.free or not lost:
+                worst = joint.worst / float(joint.roots.norm(dim=1).mean())
             head = joint.head if joint.free else _reread(batch, samples, joint.roots, head)
     doubt = confirmed(batch, head, naming(known.value.flatten(1) @ samples.right, consistency))
     if doubt is not None:
         return Unseparated(f"{doubt} (σ_B/σ_1 {samples.ratio:.1e} at '{stage.name}')")
-    return _separated(batch, samples, known, head, worst, route, began)
+    return _separated(batch, samples, known, head, worst, route, began, kappa)
 
 
 def finish_together(
@@ -100,7 +105,7 @@ def finish_together(
             f"all {samples.rank} samples at '{stage.name}' together miss its gradient by "
             f"{joint.misfit:.1e} standard errors (σ_B/σ_1 {samples.ratio:.1e})"
         )
-    if joint is None:
+    if joint is None or joint.errors is None:
         return Unseparated(
             f"the equations of the {samples.rank} samples at '{stage.name}' are singular to "
             f"working precision (σ_B/σ_1 {samples.ratio:.1e})"
@@ -113,7 +118,8 @@ def finish_together(
             f"{worst:.1e} of their norm only (σ_B/σ_1 {samples.ratio:.1e})"
         )
     known = _lifted(samples, joint.roots, excess * joint.errors, across)
-    return _separated(batch, samples, known, head, worst, route, began)
+    kappa = None if joint.kappa is None else excess * joint.kappa
+    return _separated(batch, samples, known, joint.head, worst, route, began, kappa)
 
 
 def _targets(batch: Batch, samples: Mixture, collected: Collected) -> BatchLoss | Unseparated:
@@ -138,6 +144,7 @@ def _separated(
     worst: float,
     route: str,
     began: float,
+    kappa: Tensor | None = None,
 ) -> Separated:
     """With what copies may differ by, and the cotangents."""
     stage = samples.stage
@@ -148,7 +155,7 @@ def _separated(
     return Separated(
         stage,
         known,
-        cotangents_above(batch.chain, stage.index, known, head),
+        cotangents_above(batch.chain, stage.index, known, head, kappa),
         head,
         samples,
         worst,
@@ -156,6 +163,20 @@ def _separated(
         note,
         time.perf_counter() - began,
     )
+
+
+def _together(samples: Mixture, alone: Spread, joint: Joint) -> Estimate:
+    """The samples of a joint polish.
+
+    One that lost a direction knows no errors: those of the roots alone, and as far as it went.
+    """
+    if joint.errors is not None:
+        return _lifted(samples, joint.roots, joint.errors, alone.across)
+    error = alone.features.error
+    way = (joint.roots - alone.roots).norm(dim=1)
+    length = error.flatten(2).square().sum(2).mean(0).sqrt().clamp_min(1e-300)
+    wider = (way / length).clamp_min(1.0).reshape(-1, *[1] * (error.ndim - 2))
+    return Estimate(samples.inputs(joint.roots), wider * error)
 
 
 def _lifted(samples: Mixture, roots: Tensor, inside: Tensor, across: Tensor) -> Estimate:

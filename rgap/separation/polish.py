@@ -9,7 +9,6 @@ each entry weighed by its error.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -20,7 +19,7 @@ from rgap.jacobian.batch_loss import BatchLoss
 from rgap.jacobian.dense import Dense
 from rgap.jacobian.layer import ParameterRows, pooled
 from rgap.jacobian.linearisation import Linearisation
-from rgap.jacobian.weights import objective, residuals, row_misfits, row_weights, update_noise
+from rgap.jacobian.weights import Fit, row_weights, update_noise
 from rgap.network.chain import Chain
 from rgap.separation.batch import Batch
 from rgap.separation.mixture import Mixture
@@ -42,19 +41,21 @@ class Joint:
 
     Attributes:
         roots: Q, [R, R].
-        errors: ensemble, [S, R, R].
+        errors: ensemble, [S, R, R]; None where rounding empties a direction.
         misfit: largest weighted rms residual of a parameter.
         worst: standard error of the direction that is fixed least.
         head: the loss, with the targets that the cotangents say where these were unknowns.
         free: the cotangents at the head were unknowns.
+        kappa: their errors, [S, R, C].
     """
 
     roots: Tensor
-    errors: Tensor
+    errors: Tensor | None
     misfit: float
     worst: float
     head: BatchLoss
     free: bool = False
+    kappa: Tensor | None = None
 
 
 def polish_jointly(
@@ -66,7 +67,7 @@ def polish_jointly(
     largest: int = LARGEST,
     dense: int = DENSE,
 ) -> Joint | None:
-    """Gauss–Newton on Q; None where a layer above is not fully connected, or a direction is lost.
+    """Gauss–Newton on Q; None where a layer above is not fully connected, or J is too large.
 
     Args:
         batch: the update.
@@ -93,39 +94,40 @@ def polish_jointly(
     leak = point.jvp(None, dz_first=dz)
     kappa = head.known(point.outputs, precision)
     leaking = {n: pooled(rows.square()) for n, rows in leak.items()}
-    weights = row_weights(point, kappa, precision, [leaking])
-    misfits = row_misfits(point, sent, weights)
-    log.debug("joint polish of %d samples starts at misfit %.2g", samples.rank, _top(misfits))
+    at = Fit(point, sent, row_weights(point, kappa, precision, [leaking]), free)
+    log.debug("joint polish of %d samples starts at misfit %.2g", samples.rank, at.misfit)
     solver: Dense | _Formed | None = None
     for _ in range(FACTORS):
-        solver = _solver(point, weights, dense, free)
+        solver = _solver(at, dense)
         if solver is None:
             return None
-        begin = objective(misfits, sent)
+        begin = at.objective
         for _ in range(CHORDS):
-            before = objective(misfits, sent)
-            rows = {n: row[None] for n, row in residuals(point, sent).items()}
-            dx, dkappa = solver.solve(rows)
-            kappa_next = None if dkappa is None else point.kappa + dkappa[0]
-            trial = point.moved(point.x + dx[0], kappa_next)
-            fresh = row_misfits(trial, sent, weights)
-            if objective(fresh, sent) < before:
-                point, misfits = trial, fresh
-            if objective(misfits, sent) > SETTLED * before:
+            before = at.objective
+            if isinstance(solver, Dense):
+                at = solver.stepped(at)[0]
+            else:
+                at = at.shortened(*solver.solve(at.left))[0]
+            if at.objective > SETTLED * before:
                 break
-        if objective(misfits, sent) > SETTLED * begin:
+        if at.objective > SETTLED * begin:
             break
     assert solver is not None
-    worst = solver.worst()
-    log.debug("joint polish ends at misfit %.2g, worst direction %.2g", _top(misfits), worst)
+    worst, point = solver.worst(), at.point
+    log.debug("joint polish ends at misfit %.2g, worst direction %.2g", at.misfit, worst)
     if free:
         head = head.explained(point.outputs, point.kappa)
     if worst == float("inf"):
-        return None
+        return Joint(point.x, None, at.misfit, worst, head, free)
     drawn = replace(precision, seed=precision.seed + 1)
     noise = update_noise(point, kappa, drawn)
-    noise = {n: noise[n] + leak[n] for n in noise}
-    return Joint(point.x, solver.solve(noise)[0], _top(misfits), worst, head, free)
+    errors, dkappa = solver.solve({n: noise[n] + leak[n] for n in noise})
+    # It is off its own optimum by the step that is left: where no step settled that is long.
+    length = errors.square().sum(2).mean(0).sqrt().clamp_min(1e-300)
+    excess = (solver.solve(at.left)[0][0].norm(dim=1) / length).clamp_min(1.0)
+    errors, worst = excess[:, None] * errors, worst * float(excess.max())
+    dkappa = None if dkappa is None else excess[:, None] * dkappa
+    return Joint(point.x, errors, at.misfit, worst, head, free, dkappa)
 
 
 def _frees(small: Chain, samples: Mixture, head: BatchLoss) -> bool:
@@ -169,13 +171,12 @@ class _Formed:
         return smallest**-0.5 if smallest > 0 else float("inf")
 
 
-def _solver(
-    point: Linearisation, weights: ParameterRows, dense: int, free: bool
-) -> Dense | _Formed | None:
+def _solver(at: Fit, dense: int) -> Dense | _Formed | None:
     """JᵀΣ⁻¹J factored, or J itself where forming it loses what fixes a direction.
 
     None where J is too large for that: nothing says how well the direction is known.
     """
+    point, weights, free = at.point, at.weights, at.free
     entries = Dense.entries(point, free)
     if len(point.nodes) == 1 and entries <= dense:
         return Dense(point, weights)
@@ -256,7 +257,3 @@ def _names(chain: Chain) -> list[str]:
 
 def _flat(across: Tensor, samples: Mixture) -> Tensor:
     return across.reshape(-1, *samples.stage.affine.in_shape)
-
-
-def _top(misfits: Mapping[str, float]) -> float:
-    return max(misfits.values())

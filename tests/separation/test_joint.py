@@ -16,7 +16,7 @@ from rgap.jacobian.batch_loss import BatchLoss
 from rgap.jacobian.linearisation import Linearisation
 from rgap.network.chain import parse
 from rgap.separation.batch import Batch
-from rgap.separation.polish import LARGEST, normal_matrix, polish_jointly
+from rgap.separation.polish import LARGEST, Joint, normal_matrix, polish_jointly
 from rgap.update.losses import Loss
 
 F64 = torch.float64
@@ -71,7 +71,7 @@ def separated(
     return batch, roots, BatchLoss(batch.loss, targets, torch.ones(size, dtype=F64))
 
 
-def polished(batch: Batch, roots: Tensor, head: BatchLoss):
+def polished(batch: Batch, roots: Tensor, head: BatchLoss) -> Joint:
     samples = batch.mixture(0)
     across = torch.zeros(batch.precision.samples, len(roots), 48, dtype=F64)
     joint = polish_jointly(batch, samples, roots, head, across)
@@ -110,6 +110,43 @@ def test_a_wrong_target_shows_in_the_misfit() -> None:
     wrong = replace(head, targets=absent)
     assert polished(batch, roots, head).misfit < 10.0
     assert polished(batch, roots, wrong).misfit > 1e6
+
+
+def freed(seed: int, activation: str, off: float) -> tuple[Joint, Tensor]:
+    """The polish of a squared loss, whose targets it frees, from roots that are off; the truth."""
+    model = mlp(activation, seed, dtype=F64)
+    generator = torch.Generator().manual_seed(seed - 11)
+    x, y = pictures(3, 4, F64), torch.rand(3, 5, dtype=F64, generator=generator)
+    batch = batch_of(model, x, y, "mse_loss")
+    roots = x.flatten(1) @ batch.mixture(0).right
+    noise = torch.randn(roots.shape, generator=generator.manual_seed(1), dtype=F64)
+    joint = polished(batch, roots + off * noise, BatchLoss(batch.loss, y, torch.ones(3, dtype=F64)))
+    assert joint.free
+    return joint, roots
+
+
+@pytest.mark.parametrize(
+    "case", [(14, "leaky_relu", 0.6), (14, "leaky_relu", 0.1), (17, "relu", 0.1)]
+)
+def test_steps_across_kinks_are_shortened_until_they_settle(case: tuple) -> None:
+    joint, roots = freed(*case)
+    assert joint.misfit < 10.0
+    assert float((joint.roots - roots).norm() / roots.norm()) < 1e-12
+
+
+@pytest.mark.parametrize("activation", ["tanh", "sigmoid"])
+@pytest.mark.parametrize("off", [1e-3, 0.1])
+def test_steps_that_end_before_their_optimum_are_as_far_off_as_what_is_left(
+    activation: str, off: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rgap.separation.polish.FACTORS", 1)
+    monkeypatch.setattr("rgap.separation.polish.CHORDS", 1)
+    for seed in (11, 12, 13):
+        joint, roots = freed(seed, activation, off)
+        assert joint.misfit > 1e6
+        claimed = joint.errors.square().sum(2).mean(0).sqrt()
+        assert bool(((joint.roots - roots).norm(dim=1) < 1.3 * claimed).all())
+        assert joint.worst > 1e-10
 
 
 def test_too_many_samples_are_left_as_they_are() -> None:

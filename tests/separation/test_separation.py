@@ -169,7 +169,7 @@ def test_the_classes_of_a_head_are_guessed_and_told_apart() -> None:
     x, y = pictures(4, 6), torch.tensor([1, 30, 30, 77])
     batch = batch_of(mlp("relu", 4, widths=(), classes=100), x, y)
     head = batch.mixture(0)
-    pool, clear = likely(batch, head)
+    pool, clear = likely(head)
     assert set(y.tolist()) <= set(pool[:clear].tolist())
     at = AtHead.of(head, 0.0, pool, clear, batch.precision).labelled(y)
     found = identify_classes(head, true_roots(batch, x), at)

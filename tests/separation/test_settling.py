@@ -11,7 +11,7 @@ from torch import Tensor
 from rgap.inversion.polish import Equations, polish
 from rgap.jacobian.batch_loss import BatchLoss
 from rgap.jacobian.linearisation import Linearisation
-from rgap.jacobian.weights import row_misfits, row_weights
+from rgap.jacobian.weights import Fit, row_weights
 from rgap.limits import FITS
 from rgap.precision import Estimate
 from rgap.separation import peeling
@@ -33,7 +33,7 @@ def posed() -> tuple[Batch, Mixture, AtHead, Restricted, Tensor]:
     x = pictures(len(LABELS), 3)
     batch = batch_of(mlp("gelu", 4, widths=(24,), classes=CLASSES), x, LABELS)
     head = batch.mixture(1)
-    at = AtHead.of(head, 0.0, *likely(batch, head), batch.precision).labelled(LABELS)
+    at = AtHead.of(head, 0.0, *likely(head), batch.precision).labelled(LABELS)
     whole = restricted(at)
     roots = batch.chain.stages[0].forward(x)[1].flatten(1) @ head.right
     return batch, head, at, whole, whole.rows(whole.coordinates(roots))
@@ -93,7 +93,7 @@ def test_a_settled_start_that_misses_is_polished_after_all() -> None:
     start = Estimate(x + 1e-9 * draw[0], 1e-12 * draw[1:])
     point = Linearisation(batch.chain, start.value, loss)
     weights = row_weights(point, loss.known(point.outputs, batch.precision), batch.precision)
-    before = max(row_misfits(point, batch.gradients, weights).values())
+    before = Fit(point, batch.gradients, weights).misfit
     update = Equations(batch.chain, batch.gradients, batch.precision)
     done = polish(update, start, loss, lambda r: r, settled=True)
     assert done.iterations > 0 and done.misfit < 0.5 * before

@@ -28,7 +28,7 @@ def posed(smoothing: float) -> tuple[AtHead, Mixture, Tensor]:
     model = mlp("gelu", 2, widths=(24,), classes=CLASSES)
     batch = batch_of(model, x, y, Loss(label_smoothing=smoothing))
     head = batch.mixture(1)
-    at = AtHead.of(head, smoothing, *likely(batch, head), batch.precision).labelled(y)
+    at = AtHead.of(head, smoothing, *likely(head), batch.precision).labelled(y)
     roots = batch.chain.stages[0].forward(x)[1].flatten(1) @ head.right
     return at, head, roots
 
@@ -114,7 +114,7 @@ def test_a_batch_is_separated_with_combinations(labels: list[int]) -> None:
     x, y = pictures(6, 4), torch.tensor(labels)
     batch = batch_of(mlp("tanh", 5, widths=(24,), classes=CLASSES), x, y)
     head = batch.mixture(1)
-    at = AtHead.of(head, 0.0, *likely(batch, head), batch.precision)
+    at = AtHead.of(head, 0.0, *likely(head), batch.precision)
     assert at.sketched().sketch is not None
     found = separate_head(batch, head)
     assert isinstance(found, Separated), found

@@ -653,7 +653,7 @@ def _() -> Iterator[Case]:
     y = torch.tensor([3, 20, 7])
     batch = batch_of(mlp("gelu", 2, widths=(10,), classes=30), pictures(3, 1), y)
     head = batch.mixture(1)
-    own = AtHead.of(head, 0.0, *likely(batch, head), batch.precision).labelled(y)
+    own = AtHead.of(head, 0.0, *likely(head), batch.precision).labelled(y)
     yield from projections(own)
     small = own.sketched()
     assert small.sketch is not None

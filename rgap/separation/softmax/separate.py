@@ -94,7 +94,7 @@ def separate_head(
         return hidden
     if head.gradient.shape[0] - 1 - head.rank < head.rank - 1:
         return _together(batch, head, began, watch)
-    pool, clear = likely(batch, head)
+    pool, clear = likely(head)
     consistency = AtHead.of(head, batch.loss.label_smoothing, pool, clear, batch.precision)
     consistency = consistency.sketched()
     most = max(LEAST, min(MOST, PER_CLASS * len(consistency.pool)))
@@ -235,7 +235,7 @@ def conclude(
     )
 
 
-def likely(batch: Batch, head: Mixture) -> tuple[Tensor, int]:
+def likely(head: Mixture) -> tuple[Tensor, int]:
     """Classes by how near p − e_c is to the range of G at the mean of the batch, nearest first.
 
     Two classes that both occur differ by a vector of that range, up to what p varies.  The number
