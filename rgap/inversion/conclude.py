@@ -9,6 +9,7 @@ from rgap.halt import Halt, HaltKind
 from rgap.inversion import certificate, outcomes, parts
 from rgap.inversion.answer import Run, answers_of
 from rgap.inversion.batch_rows import BatchRows
+from rgap.inversion.branches import features_of_branches
 from rgap.inversion.fallback import filled
 from rgap.inversion.problem import Problem
 from rgap.inversion.single import certified_features
@@ -72,11 +73,18 @@ def _ended_early(problem: Problem, runs: Sequence[Run], show: Progress) -> Recov
     status = Status.UNDERDETERMINED if halt.supported else Status.UNSUPPORTED
     recovery = outcomes.stopped(problem, status, reason, descent)
     single = alone and problem.batch == 1 and not run.family
-    return _with_features(problem, recovery, descent) if single else recovery
+    return _with_features(problem, recovery, descent, show) if single else recovery
 
 
-def _with_features(problem: Problem, recovery: Recovery, descent: Descent) -> Recovery:
-    """What the bias attack and the recursion certified above the place where it ended."""
+def _with_features(
+    problem: Problem, recovery: Recovery, descent: Descent, show: Progress
+) -> Recovery:
+    """What the bias attack and the recursion certified above the place where it ended.
+
+    Below a barrier where branches meet, what wide layers say of their own inputs.
+    """
     features, doubt = certified_features(problem, descent)
+    if features:
+        features = {**features_of_branches(problem, descent, show), **features}
     notes = (f"no features are certified: {doubt}",) if doubt else ()
     return replace(recovery, features=features, warnings=(*recovery.warnings, *notes))

@@ -69,8 +69,9 @@ class Recovery:
             that ``inputs`` would have; else None.
         partial: the data where ``determined``, NaN elsewhere; ``error_bound`` is theirs then.
         features: of one sample whose recursion ended before the data: certified inputs of layers
-            ``[1, *in_shape]`` by layer name, from the lowest one up.  Empty for a batch, without
-            a certificate, and where the data themselves were found.
+            ``[1, *in_shape]`` by layer name, from the lowest one up; of a residual or concatenating
+            network also those that wide layers determine below the place where branches meet.
+            Empty for a batch, without a certificate, and where the data themselves were found.
         targets_error_bound: of soft and real-valued ``labels``: the largest error of any entry that
             the certificate allows.  None for classes and 0/1 labels, which are right or open.
     """

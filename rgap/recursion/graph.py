@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import inf
 
 import torch
 from torch import Tensor
@@ -57,6 +58,7 @@ def descend_graph(
     top: Estimate,
     precision: Precision,
     watch: Callable[[str], None] | None = None,
+    room: float = inf,
 ) -> GraphDescent:
     """From the cotangent at the output down to the lowest values that gradients determine.
 
@@ -66,8 +68,9 @@ def descend_graph(
         top: ∂L/∂output [B, *output_shape] with its ensemble.
         precision: of the update.
         watch: told the name of each value that is solved.
+        room: bytes for the equations of one value.
     """
-    walk = _Walk(flow, gradients, precision, watch or (lambda name: None))
+    walk = _Walk(flow, gradients, precision, watch or (lambda name: None), room)
     while walk.down(top):
         pass
     return walk.state
@@ -80,20 +83,21 @@ class _Walk:
         gradients: Mapping[str, Tensor],
         precision: Precision,
         watch: Callable[[str], None],
+        room: float,
     ) -> None:
         self.flow, self.gradients, self.precision = flow, gradients, precision
+        self.room = room
         self.watch, self.state = watch, GraphDescent()
         self.behind: dict[int, int] = {}  # cotangents that are known up to the mask of a rectifier
-        self.unsure: dict[
-            int, Tensor
-        ] = {}  # of a rectifier: units whose sign its error leaves open
+        self.unsure: dict[int, Tensor] = {}  # units of a rectifier whose sign is open
         self.doubted: dict[int, int] = {}  # cotangents in which such units are taken to be on
+        self.suspect: dict[int, int] = {}  # those that mix such entries with others
 
     def down(self, top: Estimate) -> bool:
         """One pass; True if a mask was settled below its rectifier, so that the next goes on."""
         nodes, state = self.flow.nodes, self.state
         state.cotangents, state.ends = {len(nodes) - 1: top}, {}
-        self.behind, self.doubted = {}, {}
+        self.behind, self.doubted, self.suspect = {}, {}, {}
         for place in reversed(range(len(nodes))):
             node = nodes[place]
             if place not in state.ends:
@@ -104,6 +108,9 @@ class _Walk:
                     state.ends[place] = why
                 elif place not in self.behind and self.solve(place):
                     return True
+            if place in self.suspect:
+                of = nodes[self.suspect[place]].name
+                state.ends.setdefault(place, f"units of '{of}' are on or off within their error")
             passed = None if place in state.ends or not place else self.passed(place)
             for number, source in enumerate(node.sources):
                 if passed is None:
@@ -116,10 +123,11 @@ class _Walk:
         """Add what a user sends to the cotangent of what it reads."""
         known, state = self.state.cotangents.get(source), self.state
         rectifier = user if user in self.unsure else self.doubted.get(user)
-        if rectifier is not None and known is None:
+        through_layer = isinstance(self.flow.nodes[user].link, Affine)
+        if rectifier is not None and known is None and not through_layer:
             self.doubted[source] = rectifier
         elif rectifier is not None or source in self.doubted:
-            self.doubted.pop(source, None)  # settled before anything here is asked for
+            self.suspect[source] = self.doubted.pop(source, rectifier or 0)
         mask = user if self.unopened(user) else self.behind.get(user)
         if known is not None and (mask is not None or source in self.behind):
             named = self.flow.nodes[self.behind[source] if mask is None else mask].name
@@ -218,7 +226,7 @@ class _Walk:
             readers.append(Reader(affine, state.cotangents[user], doubt))
         if not readers:
             return False
-        found = from_gradients(readers, self.gradients, self.precision)
+        found = from_gradients(readers, self.gradients, self.precision, self.room)
         if not isinstance(found, Estimate):
             if self.flow.nodes[place].link is not None:
                 state.ends[place] = found

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import inf
+from math import inf, prod
 
 import torch
 from torch import Tensor
@@ -50,6 +50,7 @@ def from_gradients(
     readers: Sequence[Reader],
     gradients: Mapping[str, Tensor],
     precision: Precision,
+    room: float = inf,
 ) -> Estimate | str:
     """The input that several layers read, from all their gradients, or why these leave it open.
 
@@ -57,8 +58,15 @@ def from_gradients(
         readers: all layers that are heard.
         gradients: by parameter name.
         precision: of the update.
+        room: bytes.
     """
-    stack = _Stack(readers, gradients, precision)
+    need = sum(_bytes(reader) for reader in readers)
+    names = " and ".join(f"'{reader.affine.name}'" for reader in readers)
+    if need > room:
+        return (
+            f"{names}: the equations take {need / 1e9:.1f} GB, there is room for {room / 1e9:.1f}"
+        )
+    stack = _Stack(readers, names, gradients, precision)
     rows, size = stack.whole.matrix.shape[1:]
     if rows < size:
         return f"{stack.names}: {rows} equations for {size} unknowns of a channel"
@@ -86,18 +94,27 @@ def from_gradients(
     return Estimate(u, stack.fold(errors).reshape(-1, *u.shape))
 
 
+def _bytes(reader: Reader) -> float:
+    """Of K, its weighed copy and its factor, and of all members of the right-hand side."""
+    affine, k = reader.affine, reader.k
+    rows = affine.weight.numel() / max(affine.weight.shape[1], 1)
+    positions = len(k.value) * prod(affine.in_shape[1:])
+    return 8.0 * rows * (3.0 * positions + len(k.error) * affine.in_shape[0])
+
+
 class _Stack:
     """The gradient constraints of several layers that read one value."""
 
     def __init__(
         self,
         readers: Sequence[Reader],
+        names: str,
         gradients: Mapping[str, Tensor],
         precision: Precision,
     ) -> None:
         first = readers[0]
         self.readers, self.precision = readers, precision
-        self.names = " and ".join(f"'{reader.affine.name}'" for reader in readers)
+        self.names = names
         self.blocks = [gradient_constraint(r.affine, r.k.value) for r in readers]
         channels = first.affine.in_shape[0]
         self.whole = Kronecker(torch.cat([b.matrix for b in self.blocks], 1), channels)

@@ -1,0 +1,76 @@
+"""What a network whose branches meet gives away below the place where its chain ends."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import rgap
+from rgap.recovery import Status
+
+SHAPE = (3, 16, 16)
+
+
+class Block(nn.Module):
+    def __init__(self, into: int, out: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(into, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out)
+        self.conv2, self.bn2 = nn.Conv2d(out, out, 3, 1, 1, bias=False), nn.BatchNorm2d(out)
+        self.skip = nn.Conv2d(into, out, 1, stride) if stride > 1 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.bn1(self.conv1(x)).relu()
+        return (self.bn2(self.conv2(h)) + self.skip(x)).relu()
+
+
+def network(dtype: torch.dtype, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        nn.Conv2d(3, 24, 3, 2, 1), nn.ReLU(), Block(24, 24), Block(24, 48, 2), Block(48, 48),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(48, 10),
+    )  # fmt: skip
+    model.train()(rgap.photos.load(16, 16, dtype=torch.float32))
+    return model.to(dtype).eval()
+
+
+def seen(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    taken: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.register_forward_pre_hook(lambda m, a, n=name: taken.update({n: a[0].detach()}))
+    model(x)
+    return taken
+
+
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float64, 1e-9), (torch.float32, 1e-3)])
+def test_inputs_of_wide_layers_come_back_from_one_sample(
+    dtype: torch.dtype, allowed: float
+) -> None:
+    model, x = network(dtype), rgap.photos.load(1, 16, start=3).to(dtype)
+    recovery = rgap.invert(model, rgap.capture(model, x, torch.tensor([7])))
+    assert recovery.status is Status.UNDERDETERMINED and recovery.inputs is None
+    true = seen(model, x)
+    assert {"7", "4.conv2", "4.conv1", "3.conv2", "3.conv1"} <= set(recovery.features)
+    for name, value in recovery.features.items():
+        size = float(true[name].abs().max())
+        assert float((value - true[name]).abs().max()) <= allowed * size, name
+
+
+def test_a_gradient_of_another_sample_ends_them() -> None:
+    model = network(torch.float64)
+    x = rgap.photos.load(2, 16, start=3)
+    own, other = (rgap.capture(model, x[i : i + 1], torch.tensor([7])) for i in (0, 1))
+    mixed = {**own.gradients, "4.conv1.weight": other.gradients["4.conv1.weight"]}
+    recovery = rgap.invert(model, replace(own, gradients=mixed))
+    assert not {"3.conv1", "3.conv2", "3.skip"} & set(recovery.features)
+
+
+def test_a_budget_without_room_for_the_equations_leaves_them_out() -> None:
+    model = network(torch.float32)
+    x = rgap.photos.load(1, 16, dtype=torch.float32)
+    update = rgap.capture(model, x, torch.tensor([7]))
+    assert "3.conv1" in rgap.invert(model, update).features
+    assert "7" in rgap.invert(model, update, memory_budget=64e6).features
