@@ -41,7 +41,7 @@ class Arrangement:
 
     >>> g = Geometry.of((3, 3), padding=1)
     >>> first = arrangements(g, (4, 4))[0]
-    >>> first.grid, first.columns(0), first.largest_batch(512, 512)
+    >>> first.grid, first.shared(0), first.largest_batch(512, 512)
     ((4, 4), 6, 32)
     """
 
@@ -61,11 +61,11 @@ class Arrangement:
         """Those along which there is a step to take."""
         return [axis for axis, size in enumerate(self.grid) if size > 1]
 
-    def columns(self, axis: int) -> int:
+    def shared(self, axis: int) -> int:
         """Taps u of which u and u + e stand side by side, e one step along the axis."""
-        shared = list(self.span)
-        shared[axis] -= self.step[axis]
-        return prod(shared)
+        taps = list(self.span)
+        taps[axis] -= self.step[axis]
+        return prod(taps)
 
     def largest_batch(self, filters: int, channels: int) -> int:
         """B up to which L can have full column rank, and what two neighbours read full row rank.
@@ -82,7 +82,7 @@ class Arrangement:
         most = prod(self.stack) * rows // self.size
         for axis in self.axes:
             read = self.size + self.size // self.grid[axis]
-            most = min(most, (self.columns(axis) * columns - 1) // read)
+            most = min(most, (self.shared(axis) * columns - 1) // read)
         return most
 
     def blocks(self, gradient: Tensor) -> dict[Place, Tensor]:

@@ -42,12 +42,6 @@ class Masked:
     distance: float
     gap: float
 
-    @property
-    def inverse(self) -> Tensor:
-        """Γ⁻¹, which mixes the inputs."""
-        mixed: Tensor = torch.linalg.inv(self.gauge)
-        return mixed
-
 
 def gauge_by_masks(cotangents: Tensor, above: Tensor, error: float = 0.0) -> Masked | Unseparated:
     """Γ of cotangents K̃ that are those above, each entry passed or stopped.
