@@ -135,10 +135,12 @@ def _constant(model: nn.Module) -> set[int]:
 
 def refusal(model: nn.Module, shape: Sequence[int], error: Exception) -> ValueError:
     """The error of a forward that failed, in words."""
+    tokens, why = looks_up(model), f"got from {type(model).__name__}: {first_line(error)}"
+    if tokens and "embedding" in why:  # PyTorch's words are of types, not of texts
+        why = f"got {type(model).__name__}, which looks its inputs up"
     return ValueError(
-        f"expected a model that takes [B, {', '.join(map(str, shape))}], got from "
-        f"{type(model).__name__}: {first_line(error)}. "
-        + (looks_up(model) or "Write the input_shape the model was built for.")
+        f"expected a model that takes [B, {', '.join(map(str, shape))}], {why}. "
+        + (tokens or "Write the input_shape the model was built for.")
     )
 
 

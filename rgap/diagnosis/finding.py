@@ -70,7 +70,8 @@ MENDING: dict[Kind, Remedy | str] = {
     Kind.SCALE: "dataclasses.replace(update, gradients=gradients) divided by the client's factor",
     Kind.CLIPPING: "gradients that the client did not clip",
     Kind.LOSS: "dataclasses.replace(update, loss=loss) with the client's loss",
-    Kind.DROPOUT: "model.eval() on the client before it computes the gradient",
+    Kind.DROPOUT: "model.eval() on the client before it computes the gradient, or model.train() "
+    "here: below the dropout a single sample's inputs may come back without the targets",
     Kind.STEPS: trained("steps", "rate").then(" with the client's steps and rate"),
     Kind.BATCH_SIZE: "dataclasses.replace(update, batch_size=size) with the client's size",
     Kind.LABELS: "labels=None to have them found",
@@ -161,7 +162,7 @@ class Check:
 
     @property
     def ok(self) -> bool:
-        """True if nothing was found."""
+        """True if nothing was found by the trials that ran: :attr:`unrun` names the others."""
         return not self.findings
 
     @property
@@ -187,7 +188,7 @@ class Check:
             lines = ["Nothing found: no trial contradicts the update as it is declared."]
         elif not lines:
             lines = ["Not all trials ran; those that did contradict nothing that is declared."]
-        lines += [f"Not run: {words}." for words in self.unrun]
+        lines += [f"Not run: {words.removesuffix('.')}." for words in self.unrun]
         if self.untested:
             names = ", ".join(self.untested)
             asked = "No trial that ran" if self.unrun else "No equation of this network and batch"

@@ -140,7 +140,7 @@ class Client:
         gradients, head = evidence.gradients, evidence.head
         ends = pairwise(accumulate((g.numel() for g in gradients.values()), initial=0))
         places = {name: slice(*end) for name, end in zip(gradients, ends, strict=True)}
-        bias = None if head is None else places.get(head[0].bias_name)
+        bias = None if head is None or evidence.folded else places.get(head[0].bias_name)
         sent = torch.cat([g.flatten() for g in gradients.values()])
         return cls(model, evidence.update.loss, x, sent, tuple(gradients), bias)
 

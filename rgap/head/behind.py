@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from math import prod
+from math import inf, prod
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from rgap.network.reshape import Op, Reshape
 from rgap.update.losses import Loss
 from rgap.update.targets import CLASSES
 
-__all__ = ["Behind", "behind", "idle"]
+__all__ = ["Behind", "behind", "idle", "lifted"]
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,13 @@ class Behind(Loss):
         scale = self.magnitude(above)
         shown: Tensor = moved - (back @ gap[..., None])[..., 0] / scale
         return shown
+
+    def longest(self, outputs: Tensor) -> float:
+        """``‖T‖₂`` times that of ``ℓ``; infinite where T depends on z."""
+        if not all(op.affine for op in self.steps):
+            return inf
+        own = super().longest(outputs.new_zeros(1, self.outputs(0)))
+        return own * float(torch.linalg.matrix_norm(self.jacobian(outputs[:1]), 2))
 
     def open_at(self, outputs: Tensor) -> str:
         """Which steps leave a target of some sample open, and in how many directions; "" for none.
@@ -172,7 +179,17 @@ def behind(chain: Chain, loss: Loss) -> tuple[Chain, Loss]:
     Steps that change nothing stay where they are, and so do others than shapes of outputs that are
     no vectors.
     """
-    if not chain.stages or loss.own or not loss.equations or not chain.output_shape:
+    return lifted(chain, loss) if loss.equations else (chain, loss)
+
+
+def lifted(chain: Chain, loss: Loss) -> tuple[Chain, Loss]:
+    """The same for any loss with a formula: of losses without equations, single samples are read.
+
+    Args:
+        chain: the network.
+        loss: of its outputs; one that is weighed by the batch's classes as a sum.
+    """
+    if not chain.stages or loss.own or not loss.known or not chain.output_shape:
         return chain, loss
     last, vector = chain.stages[-1], len(chain.output_shape) == 1
     still = all(idle(op) for op in last.tail)

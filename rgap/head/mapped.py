@@ -62,6 +62,10 @@ class Mapped(Loss):
         """As for the map."""
         return super().magnitude(self._map(outputs))
 
+    def longest(self, outputs: Tensor) -> float:
+        """As for the map."""
+        return super().longest(self._map(outputs))
+
     def dense(self, targets: Tensor, outputs: Tensor) -> Tensor:
         """In the shape of the map."""
         return super().dense(targets, self._map(outputs))

@@ -60,14 +60,16 @@ def snapped(
     """
     nearest = (head.targets > 0.5).to(head.targets)
     distance = float((head.targets - nearest).abs().max())
+    exact = replace(head, loss=replace(head.loss, targets="index"), targets=nearest)
+    if not head.loss.plain:
+        rounded = ENSEMBLE * PROBABILITY * problem.precision.unit
+        return exact, distance, rounded + tolerance_of(problem, head, features, logits)
     p = torch.sigmoid(logits.value)
     carried = _carried(features, (p - head.targets) * head.scale) / head.scale
     moved = (p * (1.0 - p) * logits.error - carried).square().mean(0).sqrt()
     added = errors_of_targets(problem, features.value) / head.scale
     own = PROBABILITY * problem.precision.unit + added
-    tolerance = ENSEMBLE * float((moved + own).max())
-    exact = replace(head, loss=replace(head.loss, targets="index"), targets=nearest)
-    return exact, distance, tolerance
+    return exact, distance, ENSEMBLE * float((moved + own).max())
 
 
 def error_of_targets(

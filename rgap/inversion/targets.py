@@ -21,6 +21,7 @@ from math import inf
 import torch
 from torch import Tensor, nn
 
+from rgap.head.behind import lifted
 from rgap.head.target import Reading, read_weighed, unseen_of
 from rgap.inversion.problem import Problem
 from rgap.inversion.replay import replay
@@ -68,13 +69,15 @@ def weighed(problem: Problem, data: Estimate) -> Weighed | str:
         return "the loss is not known"
     if loss.targets != "index" or loss.own:
         return f"under {loss.name} with targets {loss.targets!r} a factor is part of the target"
+    if len(chain.output_shape) > 1:
+        return "their targets are those of a map, of which no factor is read sample by sample"
+    chain, single = lifted(chain, replace(loss, reduction="sum"))
     stage = chain.stages[-1]
     features = top_features(chain, data)
     flat = Estimate(features.value.flatten(1), features.error.flatten(2))
     kappa = _cotangents(problem, flat)
     if isinstance(kappa, str):
         return kappa
-    single = replace(loss, reduction="sum")
     readings = [
         read_weighed(
             stage,

@@ -160,10 +160,17 @@ def refuse_loss(loss: Loss, logits: int) -> None:
         ValueError: soft or real-valued targets, several logits under the binary loss, one
             logit under cross-entropy.
     """
+    if loss.own:
+        raise ValueError(
+            "loss: expected cross_entropy, binary_cross_entropy_with_logits or mse_loss, got the "
+            f"function {loss.name!r}, which has no identity between the gradient and the label "
+            f"counts; write {AS_CLASSES} and a module whose forward returns the logits only, if it "
+            "is cross-entropy of these, or state the labels."
+        )
     if not loss.equations:
         raise ValueError(
             f"loss: expected cross_entropy, binary_cross_entropy_with_logits or mse_loss without "
-            f"weights, got {loss.name} with others: class weights and other forms break the "
+            f"weights, got {loss.name} with options: class weights and other forms break the "
             f"identity between the gradient and the label counts; write {INVERTED} for a single "
             "sample."
         )

@@ -146,11 +146,14 @@ def sample_shape(model: nn.Module, *stated: Sequence[int] | None) -> Shape:
     if len(fitting) == 1:
         return fitting[0]
     fits = f" ({fitting[0]} and {fitting[1]} both fit)" if fitting else ""
-    example = fitting[-1] if fitting else (16,) if isinstance(layer, nn.Embedding) else (3, 32, 32)
+    advice = (
+        f"{fitting[-1] if fitting else (3, 32, 32)}, or the shape that the client's samples have"
+    )
+    if isinstance(layer, nn.Embedding):  # its width is that of a vector, not the length of a text
+        advice = "(n,) with the number n of tokens in each of the client's texts"
     raise ValueError(
         f"expected an input shape, got an update that does not state one, and the layers of the "
-        f"{type(model).__name__} leave it open{fits}; write input_shape={example}, or "
-        "the shape that the client's samples have"
+        f"{type(model).__name__} leave it open{fits}; write input_shape={advice}"
     )
 
 

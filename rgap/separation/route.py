@@ -20,9 +20,6 @@ from rgap.separation.batch import Batch, Separated, Unseparated
 from rgap.separation.mixture import Mixture
 from rgap.separation.pair import Between, lines, separate_pair, steps_between
 from rgap.separation.softmax.separate import separate_head, unfit
-from rgap.update.targets import BINARY, CROSS_ENTROPY
-
-SURE = 50.0  # logit of which a sigmoid or a softmax is sure in float64
 
 Watcher = Callable[[str], None]
 
@@ -105,21 +102,16 @@ def _beyond(batch: Batch, stage: Stage) -> bool:
 def _cancelled(batch: Batch) -> float:
     """Times that the samples of a batch may be longer than their sum, ``B max‖κ‖ / ‖Σκ‖``.
 
-    A sample's κ is as long as it gets where the model is sure of anything but its target.  It has
-    no such bound where targets may be any numbers, and Σκ is not known without a bias.
+    There is no such bound where targets may be any numbers, and Σκ is not known without a bias.
     """
     head, loss = batch.chain.stages[-1].affine, batch.loss
     if batch.size is None or batch.size == 1:
         return 1.0
     bias = None if head.bias_name is None else batch.gradients[head.bias_name]
-    if bias is None or loss.targets != "index" or loss.name not in (CROSS_ENTROPY, BINARY):
+    if bias is None:
         return inf
-    count = len(bias)
-    eye = torch.eye(count, dtype=bias.dtype, device=bias.device)
-    one_hot = loss.name == CROSS_ENTROPY
-    targets = eye if one_hot else torch.stack([torch.zeros_like(bias), torch.ones_like(bias)])
-    kappa = replace(loss, reduction="sum").cotangent(SURE * (1.0 - 2.0 * targets), targets)
-    longest = float(kappa.norm(dim=1).max()) * loss_scale(loss, batch.size, count)
+    longest = loss.longest(torch.zeros_like(bias)[None])
+    longest *= loss_scale(loss, batch.size, len(bias))
     return max(1.0, batch.size * longest / max(float(bias.norm()), 1e-300))
 
 

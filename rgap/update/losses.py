@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf, sqrt
 from typing import Any
 
 import torch
@@ -189,6 +190,16 @@ class Loss:
         assert isinstance(scale, float)
         smooth = (1.0 - self.label_smoothing) * scale
         return 2.0 * scale if self.name == SQUARED else smooth
+
+    def longest(self, outputs: Tensor) -> float:
+        """Largest ``‖∂ℓ/∂z‖`` of a sample in a sum, at outputs [N, C, *positions] of any values.
+
+        ``|p − y| ≤ √2`` of a class, ``≤ 1`` of a label; infinite where targets are any numbers.
+        """
+        if self.targets != "index" or not self.equations:
+            return inf
+        one = outputs[:1]
+        return sqrt(2 * one[:, 0].numel() if self.name in CLASSES else one.numel())
 
     def open_at(self, outputs: Tensor) -> str:
         """Why a target does not follow from its cotangent; "" where it does."""

@@ -219,8 +219,9 @@ class Update:
         if all(not bool(g.any()) for g in self.gradients.values()):
             raise ValueError(
                 f"gradients: every tensor is zero, from {next(iter(self.gradients))!r} on, so the "
-                "update says nothing about the data. Expected a gradient; capture it before "
-                "optimizer.zero_grad(), and in float64 if it underflowed."
+                "update says nothing about the data. Expected a gradient, got zeros, as black "
+                "pictures send them where no layer has a bias, and what underflows in float16; "
+                "write p.grad.clone() before optimizer.zero_grad(), in float64 if it underflowed."
             )
 
     def as_rounded(self) -> tuple[Update, str | None]:

@@ -191,6 +191,7 @@ def test_dropout_that_was_on(activation: type[nn.Module], batch: int) -> None:
     model = dropped(activation)
     given = replace(case("mlp", batch, classes=5), model=model)
     found = only(check(model, mistakes.in_train_mode(given)), Kind.DROPOUT)
+    assert "or model.train() here" in found.remedy
     if batch == 1:
         assert found.value == pytest.approx(0.4, abs=0.15 if activation is nn.Sigmoid else 1e-4)
 

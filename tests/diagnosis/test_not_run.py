@@ -75,6 +75,8 @@ def test_what_did_not_run_is_said() -> None:
     gradients = {n: torch.randn_like(p) for n, p in net.named_parameters()}
     told = words(net, Update(gradients, batch_size=1, input_shape=(5,)))
     assert "embedding takes whole numbers" in told
+    explained = check(net, Update(gradients, batch_size=1, input_shape=(5,))).explain()
+    assert ".." not in explained
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Tanh(), nn.AdaptiveAvgPool2d(1),
                           nn.Flatten(), nn.Linear(4, 6))  # fmt: skip
     update = sent(model, 3)

@@ -6,10 +6,12 @@ import math
 from collections.abc import Callable
 
 import pytest
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 from written import Written
 
+import rgap
 from rgap.network.chain import parse
 
 Lin = nn.Linear
@@ -98,3 +100,31 @@ def test_models_that_cannot_be_read_are_refused(
 ) -> None:
     with pytest.raises(error, match=words):
         parse(model, (4,))
+
+
+class Texts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.last = nn.Embedding(20, 16), nn.Linear(16, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.last(self.table(tokens).mean(1))
+
+
+def test_the_width_of_an_embedding_is_no_length_of_a_text() -> None:
+    model = Texts()
+    update = rgap.Update({n: torch.ones_like(p) for n, p in model.named_parameters()}, batch_size=1)
+    with pytest.raises(ValueError, match=r"write input_shape=\(n,\) with the number n of tokens"):
+        rgap.invert(model, update)
+    with pytest.raises(ValueError, match=r"got Texts, which looks its inputs up") as told:
+        rgap.analysis.symbolic(model, (6,))
+    assert "argument #1" not in str(told.value)
+
+
+@pytest.mark.parametrize("call", [rgap.labels.estimate, rgap.match])
+def test_a_function_as_the_loss_has_no_label_identity(call: Callable[..., object]) -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    x, y = torch.rand(2, 4), torch.tensor([0, 2])
+    update = rgap.capture(model, x, y, loss=lambda z, t: nn.functional.cross_entropy(z, t))
+    with pytest.raises(ValueError, match=r"got the function '<lambda>'.* or state the labels"):
+        call(model, update)
