@@ -192,7 +192,7 @@ class Loss:
         return 2.0 * scale if self.name == SQUARED else smooth
 
     def longest(self, outputs: Tensor) -> float:
-        """Largest ``‖∂ℓ/∂z‖`` of a sample in a sum, at outputs ``[N, C, *positions]`` of any values.
+        """Largest ``‖∂ℓ/∂z‖`` of a sample in a sum, at any outputs ``[N, C, *positions]``.
 
         ``|p − y| ≤ √2`` of a class, ``≤ 1`` of a label; infinite where targets are any numbers.
         """
