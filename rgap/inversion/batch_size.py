@@ -192,7 +192,7 @@ def merged(
     rows: BatchRows,
     inputs: Tensor,
     scale: float | Tensor,
-    known: Tensor | None = None,
+    known: Tensor,
 ) -> float:
     """Bound on any entry's difference of the copies of a picture from it, of a stated batch size.
 
@@ -201,7 +201,7 @@ def merged(
         rows: of the batch, some with copies.
         inputs: the pictures, [R, *input_shape], float64.
         scale: factor on the update.
-        known: entries that it is asked for, [R, *input_shape]; None for all.
+        known: entries that it is asked for, [R, *input_shape].
 
     Returns:
         The bound; infinite where no layer sees all directions.
@@ -209,9 +209,7 @@ def merged(
     batch, labels = rows.expanded(inputs)
     first = (rows.copies.cumsum(0) - rows.copies).to(batch.device)
     several = rows.copies > 1
-    asked = torch.ones_like(inputs[0], dtype=torch.bool).flatten()
-    if known is not None:
-        asked = known[rows.picture[several]].flatten(1).any(0)
+    asked = known[rows.picture[several]].flatten(1).any(0)
     if isinstance(scale, Tensor):
         return inf
     base = _layers(problem, [batch], labels)[0]
@@ -225,15 +223,14 @@ def merged(
     units = torch.eye(len(asked), dtype=batch.dtype, device=batch.device)
     columns: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in seen}
     together = max(1, TOGETHER // (2 * batch.numel()))
-    for some in units.split(together):
+    for some in torch.split(units, together):
         moves = step * some.reshape(-1, *inputs.shape[1:])
         pairs = [batch + sign * move for move in moves for sign in (1, -1)]
         made = _layers(problem, pairs, labels)
         for up, down in zip(made[::2], made[1::2], strict=True):
             for name, layer in seen.items():
-                across, along = layer.second(
-                    *((v[0][first], v[1][first]) for v in (up[name], down[name])), step
-                )
+                (u, k), (v, l_) = up[name], down[name]
+                across, along = layer.second((u[first], k[first]), (v[first], l_[first]), step)
                 columns[name].append((across[several], along[several]))
     bounds = []
     for name, layer in seen.items():
@@ -241,7 +238,7 @@ def merged(
         for slopes, whole in zip(zip(*columns[name], strict=True), base[name][::-1], strict=True):
             table = torch.stack(slopes, -1)  # [pictures, m, entries]
             least *= _least(table, asked, ALIKE / step * float(whole[first].norm()))
-        bounds.append((layer.noise / least) ** 0.5 if least > 0 else inf)
+        bounds.append(float(layer.noise / least) ** 0.5 if least > 0 else inf)
     return min(bounds)
 
 
@@ -264,7 +261,7 @@ def _least(table: Tensor, asked: Tensor, floor: float) -> float:
 
 def _step(problem: Problem, inputs: Tensor) -> float:
     """Of a difference, which pictures of no size of their own have as well."""
-    return STEP * max(float(inputs.abs().max()), min(problem.width, 1.0))
+    return STEP * max(float(inputs.abs().max()), min(float(problem.width), 1.0))
 
 
 class _Seen:

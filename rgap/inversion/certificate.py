@@ -230,11 +230,14 @@ def _copies(rows: BatchRows) -> str:
 
 
 def _merged(problem: Problem, answer: Answer) -> float:
-    """How far pictures may be apart that an answer shows as copies of one; 0 where it has none."""
+    """How far entries may be apart in pictures that an answer in parts shows as copies of one.
+
+    0 where it has none, and for whole pictures: what is shown, and bounded, is their mean then.
+    """
     rows, partial = answer.rows, answer.descent.partial
-    if rows is None or not bool((rows.copies > 1).any()):
+    if rows is None or partial is None or not bool((rows.copies > 1).any()):
         return 0.0
-    known = None if partial is None else partial.known.reshape(answer.inputs.shape)
+    known = partial.known.reshape(answer.inputs.shape)
     try:
         return merged(problem, rows, answer.inputs, answer.reading.scale, known)
     except (ValueError, TypeError, RuntimeError):  # a forward that takes this batch only

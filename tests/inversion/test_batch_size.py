@@ -128,10 +128,11 @@ def test_samples_that_send_nothing_are_not_taken_for_absent(reduction: str) -> N
     assert (found.inputs is not None) == (reduction == "mean"), found.reason
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("unread", [True, False])
+@pytest.mark.parametrize(
+    ("unread", "dtype"), [(True, torch.float32), (True, torch.float64), (False, torch.float64)]
+)
 def test_dark_pictures_shown_as_copies_are_within_the_bound(unread, dtype):
-    """Stated batch size, one label: the mean is shown, and the bound holds for every picture."""
+    """Stated batch size, one label: shown in parts each is within the bound, whole their mean."""
     shown = 0
     for size, noise in ((2, 1e-3 if dtype is torch.float32 else 1e-7), (3, 1e-9)):
         torch.manual_seed(0)
@@ -147,6 +148,7 @@ def test_dark_pictures_shown_as_copies_are_within_the_bound(unread, dtype):
         if answer is None:
             continue
         shown += found.multiplicities is not None
+        x = x if unread or found.multiplicities is None else x.mean(0, keepdim=True)
         gaps = (answer[:, None] - x.double()[None]).nan_to_num(0.0).abs().flatten(2).amax(2)
         assert float(gaps.amin(0).max()) <= found.error_bound, (size, noise, found.reason)
     assert shown
