@@ -28,7 +28,7 @@ and B_r the projected ∂k and ∂u.  With A and B of all r side by side,
 from __future__ import annotations
 
 from dataclasses import replace
-from math import inf
+from math import inf, sqrt
 
 import torch
 from torch import Tensor, nn
@@ -238,7 +238,7 @@ def merged(
         for slopes, whole in zip(zip(*columns[name], strict=True), base[name][::-1], strict=True):
             table = torch.stack(slopes, -1)  # [pictures, m, entries]
             least *= _least(table, asked, ALIKE / step * float(whole[first].norm()))
-        bounds.append(float(layer.noise / least) ** 0.5 if least > 0 else inf)
+        bounds.append(sqrt(layer.noise / least) if least > 0 else inf)
     return min(bounds)
 
 
@@ -256,7 +256,7 @@ def _least(table: Tensor, asked: Tensor, floor: float) -> float:
         return 0.0
     basis = torch.linalg.qr(others)[0]
     own = own - basis @ (basis.T @ own)
-    return max(0.0, float(torch.linalg.svdvals(own)[-1]) - floor * own.shape[1] ** 0.5)
+    return max(0.0, float(torch.linalg.svdvals(own)[-1]) - floor * sqrt(own.shape[1]))
 
 
 def _step(problem: Problem, inputs: Tensor) -> float:
