@@ -17,24 +17,31 @@ decides.  Directions that no layer sees cannot be bounded by any update, so the 
 drawn: noise, brightness, contrast and single entries, and the least visible of them, with a
 margin, stands for the rest.  Where no layer sees them, as behind one logit of a piecewise linear
 network, the distance is infinite.
+
+Of a stated batch size the distance is proved, to second order.  Copies r that are in truth at
+x_r + δ_i send ``Σ_r A_r M_r B_rᵀ`` between the projections, with ``M_r = Σ_i δ_i δ_iᵀ``, and A_r
+and B_r the projected ∂k and ∂u.  With A and B of all r side by side,
+
+    max_i ‖δ_i‖² ≤ ‖M‖ ≤ ‖(I − P_K) G (I − P_X)‖ / (σ_min(A) σ_min(B)).
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from math import inf
+from math import inf, sqrt
 
 import torch
 from torch import Tensor, nn
 
 from rgap.arithmetic.doubles import row_blocks
+from rgap.inversion.batch_rows import BatchRows
 from rgap.inversion.problem import Problem
 from rgap.limits import ALIKE, LEANING, MERGED, ROUNDING_SHARE, USEFUL
 from rgap.network.running import called
 from rgap.network.watching import LayerCall, watched
 from rgap.recovery import Candidate, Recovery, Status
 
-__all__ = ["counted", "hidden"]
+__all__ = ["counted", "hidden", "merged"]
 
 DRAWS = 8  # directions of each of four kinds
 STEP = 1e-5  # of the largest entry: of a central difference
@@ -161,13 +168,12 @@ def hidden(problem: Problem, inputs: Tensor, labels: Tensor, scale: float | Tens
         labels: their targets.
         scale: factor on the update, or one a sample.
     """
-    size = float(inputs.abs().max()) or 1.0
+    step = _step(problem, inputs)
     base = _layers(problem, [inputs], labels)[0]
     seen = {name: _Seen(problem, name, u, k, scale) for name, (u, k) in base.items()}
     seen = {name: layer for name, layer in seen.items() if layer.noise < inf}
     if not seen:
         return inf
-    step = STEP * size
     moves = _directions(inputs, problem.precision.seed)
     pairs = [inputs + sign * step * move for move in moves for sign in (1, -1)]
     least = torch.full((len(inputs),), inf, dtype=torch.float64, device=inputs.device)
@@ -179,6 +185,83 @@ def hidden(problem: Problem, inputs: Tensor, labels: Tensor, scale: float | Tens
             least = least.minimum(torch.stack(visible).amax(0))
     smallest = float(least.min()) / LEANING
     return (MERGED / smallest) ** 0.5 if smallest > 0 else inf
+
+
+def merged(
+    problem: Problem,
+    rows: BatchRows,
+    inputs: Tensor,
+    scale: float | Tensor,
+    known: Tensor,
+) -> float:
+    """Bound on any entry's difference of the copies of a picture from it, of a stated batch size.
+
+    Args:
+        problem: the update and its model.
+        rows: of the batch, some with copies.
+        inputs: the pictures, [R, *input_shape], float64.
+        scale: factor on the update.
+        known: entries that it is asked for, [R, *input_shape].
+
+    Returns:
+        The bound; infinite where no layer sees all directions.
+    """
+    batch, labels = rows.expanded(inputs)
+    first = (rows.copies.cumsum(0) - rows.copies).to(batch.device)
+    several = rows.copies > 1
+    asked = known[rows.picture[several]].flatten(1).any(0)
+    if isinstance(scale, Tensor):
+        return inf
+    base = _layers(problem, [batch], labels)[0]
+    seen = {n: _Seen(problem, n, u[first], k[first], scale) for n, (u, k) in base.items()}
+    wanted = int(several.sum()) * int(asked.sum())
+    room = {n: min(base[n][0].shape[1], base[n][1].shape[1]) - len(first) for n in seen}
+    seen = {n: layer for n, layer in seen.items() if layer.noise < inf and room[n] >= wanted}
+    if not seen:
+        return inf
+    step = _step(problem, inputs)
+    units = torch.eye(len(asked), dtype=batch.dtype, device=batch.device)
+    columns: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in seen}
+    together = max(1, TOGETHER // (2 * batch.numel()))
+    for some in torch.split(units, together):
+        moves = step * some.reshape(-1, *inputs.shape[1:])
+        pairs = [batch + sign * move for move in moves for sign in (1, -1)]
+        made = _layers(problem, pairs, labels)
+        for up, down in zip(made[::2], made[1::2], strict=True):
+            for name, layer in seen.items():
+                (u, k), (v, l_) = up[name], down[name]
+                across, along = layer.second((u[first], k[first]), (v[first], l_[first]), step)
+                columns[name].append((across[several], along[several]))
+    bounds = []
+    for name, layer in seen.items():
+        least = 1.0
+        for slopes, whole in zip(zip(*columns[name], strict=True), base[name][::-1], strict=True):
+            table = torch.stack(slopes, -1)  # [pictures, m, entries]
+            least *= _least(table, asked, ALIKE / step * float(whole[first].norm()))
+        bounds.append(sqrt(layer.noise / least) if least > 0 else inf)
+    return min(bounds)
+
+
+def _least(table: Tensor, asked: Tensor, floor: float) -> float:
+    """σ_min of the columns that are asked for beside what the others, as they like, add to them.
+
+    Args:
+        table: derivatives of every picture, [pictures, m, entries].
+        asked: [entries].
+        floor: rounding of one of its columns.
+    """
+    own, others = (table[..., mask].transpose(0, 1).flatten(1) for mask in (asked, ~asked))
+    others = others[:, others.any(0)]
+    if len(own) < own.shape[1] + others.shape[1]:
+        return 0.0
+    basis = torch.linalg.qr(others)[0]
+    own = own - basis @ (basis.T @ own)
+    return max(0.0, float(torch.linalg.svdvals(own)[-1]) - floor * sqrt(own.shape[1]))
+
+
+def _step(problem: Problem, inputs: Tensor) -> float:
+    """Of a difference, which pictures of no size of their own have as well."""
+    return STEP * max(float(inputs.abs().max()), min(float(problem.width), 1.0))
 
 
 class _Seen:
@@ -212,14 +295,20 @@ class _Seen:
         self, up: tuple[Tensor, Tensor], down: tuple[Tensor, Tensor], step: float
     ) -> Tensor:
         """Second-order term of each sample over the noise, per square of its largest entry, [R]."""
-        du, dk = (up[0] - down[0]) / (2 * step), self.factor * (up[1] - down[1]) / (2 * step)
-        across = dk - dk @ self.left @ self.left.T
-        along = du - du @ self.right @ self.right.T
+        across, along = self.second(up, down, step)
         size = across.norm(dim=1)
         # What a difference of k in float64 leaves of one that is none.
         size = torch.where(size > ALIKE / step * self.floor, size, 0.0)
         shown: Tensor = size * along.norm(dim=1) / self.noise
         return shown
+
+    def second(
+        self, up: tuple[Tensor, Tensor], down: tuple[Tensor, Tensor], step: float
+    ) -> tuple[Tensor, Tensor]:
+        """∂k and ∂u of each sample beside all k and all u, from a central difference."""
+        du, dk = (up[0] - down[0]) / (2 * step), self.factor * (up[1] - down[1]) / (2 * step)
+        across, along = dk - dk @ self.left @ self.left.T, du - du @ self.right @ self.right.T
+        return across, along
 
 
 def _directions(inputs: Tensor, seed: int) -> list[Tensor]:

@@ -20,6 +20,7 @@ from rgap.constraints.determined import doubt
 from rgap.inversion.answer import Answer
 from rgap.inversion.backing import backing
 from rgap.inversion.batch_rows import BatchRows
+from rgap.inversion.batch_size import merged
 from rgap.inversion.kinks import at_kinks
 from rgap.inversion.outcomes import layer_reports, stopped
 from rgap.inversion.problem import Problem
@@ -153,7 +154,7 @@ def _inputs_alone(problem: Problem, answer: Answer, said: Recovery) -> Recovery 
 
     None where they are not certified, or depend on the targets.
     """
-    if not answer.apart or answer.polished.misfit > FITS:
+    if not answer.apart or answer.polished.misfit > FITS or _merged(problem, answer):
         return None
     if said.status is Status.INCONSISTENT:
         answer = backed(problem, answer, whole=False)
@@ -227,6 +228,21 @@ def _copies(rows: BatchRows) -> str:
         f"the update is that of {of}; {m} pictures around it that differ only in "
         "directions no layer sees send the same, only their mean is certain"
     )
+
+
+def _merged(problem: Problem, answer: Answer) -> float:
+    """How far entries may be apart in pictures that an answer in parts shows as copies of one.
+
+    0 where it has none, and for whole pictures: what is shown, and bounded, is their mean then.
+    """
+    rows, partial = answer.rows, answer.descent.partial
+    if rows is None or partial is None or not bool((rows.copies > 1).any()):
+        return 0.0
+    known = partial.known.reshape(answer.inputs.shape)
+    try:
+        return merged(problem, rows, answer.inputs, answer.reading.scale, known)
+    except (ValueError, TypeError, RuntimeError):  # a forward that takes this batch only
+        return inf
 
 
 def verdict_followed(problem: Problem, answer: Answer, name: str) -> tuple[Status, str]:
@@ -384,7 +400,7 @@ def _assemble(
         layers=layer_reports(problem, answer.descent),
         residual=residual,
         predicted_error=predicted,
-        error_bound=answer.bound,
+        error_bound=answer.bound + _merged(problem, answer),
         targets_error_bound=answer.targets_bound if show else None,
         reason=reason,
         candidates=candidates,

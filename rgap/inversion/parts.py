@@ -68,11 +68,15 @@ def in_parts(problem: Problem, descent: Descent, certify: Certify) -> Recovery |
     if recovery.inputs is None:
         if not short:
             return recovery
+        if reported is not None and bool((reported.copies > 1).any()):
+            return None  # no batch to bound by how far apart they may be
         return _by_equations(problem, descent, start, determined)
     rows = slice(None) if reported is None else reported.picture
     mask = determined[rows]
     bound = recovery.error_bound
     assert bound is not None
+    if not bound <= USEFUL * problem.width:
+        return None  # copies that may be far apart
     reason = _reason(descent, mask, bound)
     if recovery.status is Status.AMBIGUOUS:
         reason = f"{recovery.reason}; {reason}"

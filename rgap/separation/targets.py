@@ -20,7 +20,7 @@ from rgap.limits import CERTAIN, LAW, LEAST, OUTSIDE, ROUGH, SIMILAR, SURE, SURE
 from rgap.network.activations import Activation
 from rgap.separation.batch import Batch, Unseparated
 from rgap.separation.identify import Identity
-from rgap.separation.mixture import Mixture
+from rgap.separation.mixture import INSIDE, Mixture
 from rgap.separation.peeling import Collected
 from rgap.solvers.tall import tall_qr
 from rgap.update.losses import Loss
@@ -152,7 +152,7 @@ def batch_loss(
     if batch.size is not None and total != batch.size and batch.loss.targets == "index":
         others = ""
         if total < batch.size and _switched_off(batch, head, logits):
-            others = "; the others left nothing here, all units of a ReLU above are off"
+            others = "; the others left nothing here, as an input of zero or a ReLU that is off"
         return Unseparated(
             f"the update is that of {total} samples ({len(copies)} different pictures), the stated "
             f"batch size is {batch.size}{others}",
@@ -217,11 +217,15 @@ def refuting(batch: Batch, samples: Mixture) -> bool:
     Not where at most two logits carry the loss: the cotangents of all targets are then parallel,
     and samples of different targets may be shown as one, of any weight.  Nor where those of one
     target are (:func:`_blind`), or where no more units are on than samples are told apart: the
-    cotangent of any target lies in the range of the gradient then.
+    cotangent of any target lies in the range of the gradient then.  Nor where a bias gradient is
+    outside that range: a sample of zero input weighs on ``Q w = 1`` then, and sent nothing else.
     """
     head = batch.chain.stages[-1].affine.sent(batch.gradients)
     told = int((head != 0).any(1).sum()) > PARALLEL and not _blind(batch)
     on = int((samples.gradient != 0).any(1).sum())
+    bias = samples.bias_gradient
+    if bias is not None and float(samples.outside(bias)) > INSIDE:
+        return False
     return told and on > samples.rank and resolved(batch, samples)
 
 
@@ -272,13 +276,13 @@ def _silent(batch: Batch, logits: Tensor) -> bool:
 def _switched_off(batch: Batch, found: BatchLoss, logits: Tensor) -> bool:
     """True if others may have sent nothing to the layer of the samples, but something to the head.
 
-    All units of a ReLU between are off for them then, and ``∂b ≠ s Σ m ∂ℓ(z, t)`` of those found.
+    What that layer takes in is zero for them then, as data are or where all units of a ReLU are
+    off, and ``∂b ≠ s Σ m ∂ℓ(z, t)`` of those found.
     """
     affine, tails = batch.chain.stages[-1].affine, [s.tail for s in batch.chain.stages]
-    if not any(isinstance(op, Activation) and op.one_sided for tail in tails for op in tail):
-        return False
     if affine.bias_name is None or batch.size is None:
-        return True
+        off = any(isinstance(op, Activation) and op.one_sided for tail in tails for op in tail)
+        return off or len(tails) == 1
     bias = batch.gradients[affine.bias_name]
     summed = replace(found, loss=replace(found.loss, reduction="sum"))
     own = summed.cotangent(logits).sum(0) * loss_scale(batch.loss, batch.size, batch.classes)

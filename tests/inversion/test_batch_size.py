@@ -126,3 +126,29 @@ def test_samples_that_send_nothing_are_not_taken_for_absent(reduction: str) -> N
     found = rgap.invert(model, replace(alone, batch_size=None, labels=None))
     assert recovery.inputs is None and not recovery.certified, recovery.reason
     assert (found.inputs is not None) == (reduction == "mean"), found.reason
+
+
+@pytest.mark.parametrize(
+    ("unread", "dtype"), [(True, torch.float32), (True, torch.float64), (False, torch.float64)]
+)
+def test_dark_pictures_shown_as_copies_are_within_the_bound(unread, dtype):
+    """Stated batch size, one label: shown in parts each is within the bound, whole their mean."""
+    shown = 0
+    for size, noise in ((2, 1e-3 if dtype is torch.float32 else 1e-7), (3, 1e-9)):
+        torch.manual_seed(0)
+        side = 4 if unread else 2
+        net = nn.Sequential(
+            nn.Conv2d(1, 4, 1, stride=2 if unread else 1), nn.Tanh(), nn.Flatten(),
+            nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 6),
+        ).to(dtype)  # fmt: skip
+        x = noise * torch.rand(size, 1, side, side, dtype=dtype)
+        found = rgap.invert(net, rgap.capture(net, x, torch.full((size,), 2)))
+        assert found.status is not Status.INCONSISTENT, found.reason
+        answer = found.partial if unread else found.inputs
+        if answer is None:
+            continue
+        shown += found.multiplicities is not None
+        x = x if unread or found.multiplicities is None else x.mean(0, keepdim=True)
+        gaps = (answer[:, None] - x.double()[None]).nan_to_num(0.0).abs().flatten(2).amax(2)
+        assert float(gaps.amin(0).max()) <= found.error_bound, (size, noise, found.reason)
+    assert shown

@@ -320,3 +320,19 @@ def test_malformed_batches(model: nn.Module) -> None:
         rgap.capture(mlp("gelu", 7, classes=1), X, torch.zeros(4, dtype=torch.long))
     with pytest.raises(ValueError, match="class indices 0 to 4"):
         rgap.capture(model, X, torch.tensor([0, 1, 2, 5]))
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_samples_that_send_nothing_to_a_layer_refute_no_batch_size(others):
+    """One sample is zero and one in the kernel of W: the same logits, and nothing in G of one."""
+    for seed in (0,):
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Linear(6, 5)).double()
+        x = torch.rand(2 + others, 6, dtype=torch.float64)
+        x[0], x[1] = 0.0, torch.linalg.svd(net[0].weight.detach())[2][5]
+        labels = torch.tensor([4, 0, seed])[: len(x)]
+        for loss in (rgap.Loss(), rgap.Loss(reduction="sum"), rgap.Loss(label_smoothing=0.1)):
+            update = rgap.capture(net, x, labels, loss, value_range=None)
+            found = rgap.invert(net, update)
+            assert found.status is not Status.INCONSISTENT, (seed, loss, found.reason)
+            assert not found.certified
