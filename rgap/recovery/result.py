@@ -50,7 +50,8 @@ class Recovery:
         layers: one :class:`LayerReport` per stage, in forward order.
         residual: relative difference between the update and the replayed one.
         predicted_error: rms error per picture, from sampled noise through the whole update.
-        error_bound: largest error of any entry that the certificate allows, or None.
+        error_bound: largest error of any entry that the certificate allows, or None.  Where copies
+            of one picture are shown as their mean (the reason says so) it is that of the mean.
         candidates: the alternatives when ``AMBIGUOUS``; the nearest batch where a completion was
             asked for and did not reproduce the update.
         reason: one sentence that says why the status is what it is.
