@@ -99,7 +99,8 @@ def polish(
 
     Args:
         update: the equations.
-        start: x from the recursion with its errors, [B, *input_shape].
+        start: x from the recursion with its errors, [B, *input_shape].  Entries without any
+            are those that nothing reads.
         kappa: head cotangent with its errors, [B, m]; for a batch the loss that gives it.
         precondition: approximate inverse of the normal matrix on [S, B, *input_shape]; None
             where the data came straight from a bias attack, which leaves nothing to polish.
@@ -132,6 +133,8 @@ def polish(
             at, used, _, _ = at.step(precondition, BRIEF)
             hard = at.misfit > FITS
         if hard:
+            unread = (start.error == 0).all(0)  # set to some value, as nothing reads them
+            at = replace(at, held=unread if bool(unread.any()) else None)
             at, solved, count, worst = _solved(update, at, known, precondition)
             used, full = used + count, solved is not None
         data = Estimate(at.point.x, _moved(start, at) if solved is None else solved)
@@ -144,12 +147,22 @@ def polish(
 
 @dataclass(frozen=True)
 class _Point(Fit):
-    """Where the polish stands; free cotangents are eliminated."""
+    """Where the polish stands; free cotangents are eliminated.
+
+    Attributes:
+        held: entries of the data that nothing reads, as bool, or None.
+    """
+
+    held: Tensor | None = None
+
+    def dense(self) -> Dense:
+        """J itself, factored."""
+        return Dense(self.point, self.weights, self.free, self.held)
 
     def normal(self) -> Normal:
         """JᵀΣ⁻¹J, without what free cotangents explain."""
         free = Eliminated.of(self.point, self.weights) if self.free else None
-        return Normal(self.point, self.weights, free)
+        return Normal(self.point, self.weights, free, self.held)
 
     def solve(
         self, rows: ParameterRows, by: Inverse | None, limit: int, tolerance: float
@@ -163,7 +176,7 @@ class _Point(Fit):
             tolerance: decrease of the energy norm at which they stop.
         """
         if by is None:
-            return *Dense(self.point, self.weights, self.free).solve(rows), 0, True
+            return *self.dense().solve(rows), 0, True
         normal = self.normal()
         dx, count, done = normal.solve(rows, by, limit, tolerance)
         if normal.free is None:
@@ -180,7 +193,7 @@ class _Point(Fit):
             that was not taken.
         """
         if by is None:
-            moved, share, dx = Dense(self.point, self.weights, self.free).stepped(self)
+            moved, share, dx = self.dense().stepped(self)
             return moved, 0, True, (1.0 - share) * float(dx.square().mean().sqrt())
         dx, dkappa, count, done = self.solve(self.left, by, limit, 1e-3)
         moved, share = self.shortened(dx, dkappa)
@@ -240,7 +253,7 @@ def _solved(
         if factored is not None:
             by, worst = factored.inverse, factored.worst()
         elif entries <= DENSE and 8.0 * COPIES * entries <= room:
-            by, worst = None, Dense(at.point, at.weights, at.free).worst()
+            by, worst = None, at.dense().worst()
         if worst == inf and by is not None:  # a direction is lost in rounding, and J is too large
             return at, None, used, worst
     for _ in range(STEPS):

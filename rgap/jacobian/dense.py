@@ -30,17 +30,28 @@ class Dense:
         point: the update linearised.
         weights: Σ^{-1/2}, by parameter name.
         free: the entries of κ [R, C] are unknowns too.
+        held: entries of x that are no unknowns, as no layer reads them; bool, of the shape of x.
     """
 
-    def __init__(self, point: Linearisation, weights: ParameterRows, free: bool = False) -> None:
+    def __init__(
+        self,
+        point: Linearisation,
+        weights: ParameterRows,
+        free: bool = False,
+        held: Tensor | None = None,
+    ) -> None:
         self.point, self.weights = point, weights
         self.first = point.kappa.numel() if free else 0
         parts = [self._table(point.jvp(_eye(point.x)))]
         if free:
             parts.insert(0, self._table(point.jvp(None, _eye(point.kappa))))
         table = torch.cat(parts, 1)
-        self.size = torch.linalg.vector_norm(table, dim=0).clamp_min(1e-300)
-        self.basis, self.upper = tall_qr(table / self.size)
+        size = torch.linalg.vector_norm(table, dim=0)
+        self.sought = torch.ones_like(size, dtype=torch.bool)
+        if held is not None:
+            self.sought[self.first :] = ~held.flatten() | (size[self.first :] > 0)
+        self.size = size[self.sought].clamp_min(1e-300)
+        self.basis, self.upper = tall_qr(table[:, self.sought] / self.size)
 
     @staticmethod
     def entries(point: Linearisation, free: bool = False) -> int:
@@ -97,7 +108,8 @@ class Dense:
             out = (vt.T @ (u.T @ rhs / values[:, None])).T
         else:
             out = torch.linalg.solve_triangular(self.upper, rhs, upper=True).T
-        out = out / self.size
+        found, out = out / self.size, rhs.new_zeros(rhs.shape[1], len(self.sought))
+        out[:, self.sought] = found
         x = out[:, self.first :].reshape(-1, *self.point.x.shape)
         if not self.first:
             return x, None

@@ -32,11 +32,13 @@ class Normal:
         point: the update linearised.
         weights: 1/σ of the entries of the update, by parameter name, broadcast over each filter.
         free: takes out what the cotangents explain.
+        held: entries of x that are no unknowns, as no layer reads them; bool [B, *input_shape].
     """
 
     point: Linearisation
     weights: ParameterRows
     free: Eliminated | None = None
+    held: Tensor | None = None
 
     def apply(self, v: Tensor) -> Tensor:
         """JᵀΣ⁻¹J v for S directions [S, B, *input_shape]."""
@@ -93,10 +95,13 @@ class Normal:
             lengths.append(torch.cat(weighed, 1).square().sum(1))
             columns.append(self.adjoint(rows).flatten(1))
         matrix = torch.cat(columns)
-        matrix = (matrix + matrix.T) / 2
+        matrix, squares = (matrix + matrix.T) / 2, torch.cat(lengths)
+        if self.held is not None:
+            unread = self.held.flatten() & (squares == 0)
+            matrix.diagonal()[unread] = squares[unread] = 1.0
         lower = cholesky_in_place(matrix.clone())
         # What free cotangents explain of a column takes nothing off what the column rounds.
-        if lower is None or not resolved(matrix, lower, torch.cat(lengths)):
+        if lower is None or not resolved(matrix, lower, squares):
             return None
         return Factored(matrix, lower)
 

@@ -244,3 +244,24 @@ def test_a_layer_of_another_model_above_unread_pixels_is_said_so(loss):
     found = rgap.invert(net, update)
     assert found.status is Status.INCONSISTENT and found.partial is None
     assert "is the update from another model" in found.reason
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(("labels", "seed"), [([1, 1, 1, 1], 0), ([1, 1, 1, 1], 2), ([1, 3, 1], 1)])
+def test_samples_that_the_head_tells_apart_come_back_without_what_nothing_reads(
+    labels, seed, dtype
+):
+    torch.manual_seed(seed)
+    net = nn.Sequential(
+        *(nn.Conv2d(3, 6, 1, 2, 1), nn.Tanh()),
+        *(nn.Conv2d(6, 8, 2, padding=1, dilation=2), nn.Tanh()),
+        *(nn.Flatten(), nn.Linear(72, 10)),
+    )
+    net, x = net.to(dtype).eval(), torch.rand(len(labels), 3, 4, 4, dtype=dtype)
+    found = rgap.invert(net, rgap.capture(net, x, torch.tensor(labels)))
+    assert found.partial is not None, found.reason
+    known = found.determined
+    assert int(known.sum()) == len(labels) * 12 and "no kernel of '0' reads" in found.reason
+    off = (found.partial[:, None] - x[None])[:, :, known[0]].abs().amax(2)
+    assert float(off.amin(1).max()) <= found.error_bound
+    assert len(set(off.argmin(1).tolist())) == len(labels)
