@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rgap.halt import HaltKind
 from rgap.head.target import Reading
-from rgap.inversion import certificate, outcomes
+from rgap.inversion import certificate, outcomes, verdict
 from rgap.inversion.answer import Answer, cast_of, gathered, polished_from
 from rgap.inversion.batch_rows import BatchRows, batch_of, descended, in_order
 from rgap.inversion.parts import in_parts
@@ -160,7 +160,7 @@ def _certified(
     if own.excess(answer.inputs, answer.bound) > own.slack:
         return outcomes.outside(own, descent, answer.inputs), None
     name = separated.stage.name
-    status, why = certificate.verdict_followed(own, answer, name)
+    status, why = verdict.verdict_followed(own, answer, name)
     if status is not Status.EXACT:
         return outcomes.stopped(own, status, why, descent), None
     said = (

@@ -20,7 +20,7 @@ from rgap.halt import Halt
 from rgap.head.bias_attack import rank_one_residual
 from rgap.head.features import features_from_bias, rank_one_tolerance
 from rgap.head.target import Reading
-from rgap.inversion import certificate, outcomes
+from rgap.inversion import certificate, outcomes, verdict
 from rgap.inversion.answer import Answer, cast_of, polished_from
 from rgap.inversion.backing import of_prefix
 from rgap.inversion.parts import in_parts
@@ -133,15 +133,15 @@ def _certified(
     if own.excess(answer.inputs, answer.bound) > own.slack:
         return outcomes.outside(own, descent, answer.inputs)
     if prefix.argument:  # the model takes other inputs too, which are not known
-        status, why = certificate.verdict(own, answer)
+        status, why = verdict.verdict(own, answer)
     else:
-        status, why = certificate.verdict_followed(own, answer, name)
+        status, why = verdict.verdict_followed(own, answer, name)
     if status is not Status.EXACT:
         return outcomes.stopped(own, status, why, descent)
     show.stage("trying targets")
     trial = _trial(problem, prefix, answer.polished.data)
     answer = replace(answer, widened=of_prefix(problem, own, descent, polished.data, trial.labels))
-    status, why = certificate.verdict(own, answer)
+    status, why = verdict.verdict(own, answer)
     if status is not Status.EXACT:
         said = f"{trial.reason}; " if trial.reason else ""
         return outcomes.stopped(own, status, f"{said}{why}", descent)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rgap.separation.targets import MOST, multiplicity, smallest_batch, split_counts, whole
+from rgap.separation.counts import MOST, multiplicity, smallest_batch, split_counts, whole
 from rgap.update.losses import Loss
 
 F64 = torch.float64

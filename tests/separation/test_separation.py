@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rgap.precision import Precision
 from rgap.separation.batch import Batch, Separated, Unseparated
+from rgap.separation.counts import multiplicity, smallest_batch
 from rgap.separation.identify import LISTED, Identity, continuous, identify, rise
 from rgap.separation.pair import Between, steps_between
 from rgap.separation.peeling import Collected, Starts, collect
@@ -20,7 +21,7 @@ from rgap.separation.route import mixed, separate
 from rgap.separation.softmax.equations import AtHead
 from rgap.separation.softmax.separate import identify_classes, likely, separate_head
 from rgap.separation.subspace import restricted
-from rgap.separation.targets import batch_loss, contradicted, multiplicity, smallest_batch
+from rgap.separation.targets import batch_loss, contradicted
 from rgap.update.losses import Loss
 
 F64 = torch.float64
