@@ -18,7 +18,7 @@ drawn: noise, brightness, contrast and single entries, and the least visible of 
 margin, stands for the rest.  Where no layer sees them, as behind one logit of a piecewise linear
 network, the distance is infinite.
 
-Of a stated batch size the distance is proved, to second order.  Copies r that are in truth at
+Of a stated batch size the distance is bounded, to second order.  Copies r that are in truth at
 x_r + δ_i send ``Σ_r A_r M_r B_rᵀ`` between the projections, with ``M_r = Σ_i δ_i δ_iᵀ``, and A_r
 and B_r the projected ∂k and ∂u.  With A and B of all r side by side,
 
