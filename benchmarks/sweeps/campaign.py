@@ -12,7 +12,8 @@ the true batch:
   soft and real-valued ones within ``targets_error_bound``;
 * ``EXACT`` says both, and nothing else does; ``determined`` entries lie within the bound;
 * a stated ``scale`` is the true one; a genuine update is never ``INCONSISTENT``;
-* nothing raises anything but ``ValueError`` and ``TypeError`` with a sentence of the library's.
+* nothing raises anything but ``ValueError`` and ``TypeError`` with a sentence of the library's; a
+  genuine update is refused only where it underflowed to zeros.
 
 Exits with 1 on a wrong certificate.  ``--case N`` prints one case in full.  ``--genuine`` draws
 updates that are what they declare, of up to eight samples and through every format they may be
@@ -749,7 +750,8 @@ def run(case: Case, limit: int, checked: bool) -> tuple[str, list[str]]:
                 json.dumps(found.summary())
             except (ValueError, TypeError) as error:
                 status, faults = "REFUSED", refusal(error)
-                if case.genuine:
+                silent = not any(bool(g.any()) for g in case.update.gradients.values())
+                if case.genuine and not silent:
                     faults.append(f"refused: {str(error)[:200]}")
             if checked:
                 extra = {k: v for k, v in case.options.items() if k in ("noise", "labels")}

@@ -213,17 +213,20 @@ def refuting(batch: Batch, samples: Mixture) -> bool:
 
     Not where at most two logits carry the loss: the cotangents of all targets are then parallel,
     and samples of different targets may be shown as one, of any weight.  Nor where those of one
-    target are (:func:`_blind`), or where no more units are on than samples are told apart: the
-    cotangent of any target lies in the range of the gradient then.  Nor where a bias gradient is
+    target are (:func:`_blind`).  A root w [r] solves ``k(w)`` in the range of G and ``Q w = 1``,
+    n − r + 1 equations for the n units that are on (a softmax's cotangents sum to zero, one less):
+    with no more than r of them roots exist that are no sample.  Nor where a bias gradient is
     outside that range: a sample of zero input weighs on ``Q w = 1`` then, and sent nothing else.
     """
-    head = batch.chain.stages[-1].affine.sent(batch.gradients)
-    told = int((head != 0).any(1).sum()) > PARALLEL and not _blind(batch)
-    on = int((samples.gradient != 0).any(1).sum())
+    stage = batch.chain.stages[-1]
+    told = int((stage.affine.sent(batch.gradients) != 0).any(1).sum()) > PARALLEL
+    equations = int((samples.gradient != 0).any(1).sum()) - samples.rank + 1
+    if samples.stage.index == stage.index and batch.loss.name == "cross_entropy":
+        equations -= 1
     bias = samples.bias_gradient
     if bias is not None and float(samples.outside(bias)) > INSIDE:
         return False
-    return told and on > samples.rank and resolved(batch, samples)
+    return told and equations > samples.rank and not _blind(batch) and resolved(batch, samples)
 
 
 def _blind(batch: Batch) -> bool:

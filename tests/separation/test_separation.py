@@ -21,7 +21,7 @@ from rgap.separation.route import mixed, separate
 from rgap.separation.softmax.equations import AtHead
 from rgap.separation.softmax.separate import identify_classes, likely, separate_head
 from rgap.separation.subspace import restricted
-from rgap.separation.targets import batch_loss, contradicted
+from rgap.separation.targets import batch_loss, contradicted, refuting
 from rgap.update.losses import Loss
 
 F64 = torch.float64
@@ -291,16 +291,25 @@ def test_watching() -> None:
 def test_only_a_sample_beyond_doubt_contradicts_a_batch_size(
     outside: float, after: float, weight: float, speaks: bool
 ) -> None:
-    batch = batch_of(mlp("gelu", 0), pictures(3, 1), torch.tensor([0, 1, 3]))
-    head, nothing = batch.mixture(2), torch.zeros(3, dtype=F64)
-    share = 3.0 / weight
+    batch = batch_of(mlp("gelu", 0), pictures(2, 1), torch.tensor([0, 3]))
+    head, nothing = batch.mixture(2), torch.zeros(2, dtype=F64)
+    share = 2.0 / weight
     identity = Identity(nothing, nothing, share, outside, after, 1)
-    found = Collected(nothing.new_zeros(0, 3), [], 1, 1.0, 0, (identity,))
+    found = Collected(nothing.new_zeros(0, 2), [], 1, 1.0, 0, (identity,))
     said = contradicted(batch, head, found)
     assert (said is not None) is speaks
     assert said is None or not said.consistent
     coarse = replace(batch, precision=Precision(torch.bfloat16))
     assert contradicted(coarse, head, found) is None  # its rounding explains any weight
+
+
+@pytest.mark.parametrize(("classes", "speaks"), [(6, False), (7, True)])
+def test_a_root_refutes_only_where_equations_outnumber_its_unknowns(
+    classes: int, speaks: bool
+) -> None:
+    """C − 1 − r equations outside the range and one weight, for r unknowns: C > 2r."""
+    batch = batch_of(mlp("gelu", 0, classes=classes), pictures(3, 1), torch.tensor([0, 1, 3]))
+    assert refuting(batch, batch.mixture(2)) is speaks
 
 
 @pytest.mark.parametrize(("more", "words"), [(0, "near the rounding"), (3, "hides the others")])
