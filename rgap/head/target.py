@@ -150,6 +150,94 @@ def _tolerance(z: Estimate, k: Estimate, loss: Loss, target: Tensor, precision: 
     return ENSEMBLE * (own + width + LOGIT * precision.unit * max(1.0, scale * precision.unit))
 
 
+@dataclass(frozen=True)
+class _Heard:
+    """What one sample sent, and what would have sent it.
+
+    Attributes:
+        z: logits, [1, C].
+        k: cotangent, [1, m], whose errors are of the same draws as those of z.
+        loss: of the client.
+        precision: of the update.
+        options: targets that come in question, dense [options, C].
+        many: κ of each, [options, m].
+    """
+
+    z: Estimate
+    k: Estimate
+    loss: Loss
+    precision: Precision
+    options: Tensor
+    many: Tensor
+
+    @classmethod
+    def of(
+        cls, z: Estimate, k: Estimate, loss: Loss, precision: Precision, options: Tensor
+    ) -> _Heard:
+        """With the cotangents of all options at z."""
+        return cls(z, k, loss, precision, options, _cotangents(loss, z.value, options))
+
+    def compared(self, place: int | None = None, scale: float = 1.0) -> tuple[Reading, float]:
+        """One option against k/λ: how far it is in units of the next option, and its error.
+
+        Args:
+            place: of the option; None for the nearest.
+            scale: λ.
+        """
+        at, options, loss = self.k.value / scale, self.options, self.loss
+        best = int((self.many - at).square().sum(1).argmin()) if place is None else place
+        target = options[best : best + 1]
+        others = (self.many - self.many[best]).abs().amax(1)
+        others[best] = inf
+        apart = float(others.min()) if len(options) > 1 else inf
+        error = self.error(target, Estimate(at, self.k.error / scale))
+        labels = loss.read(target)[0]
+        if not apart > APART * error:
+            twin = int(others.argmin())
+            words = (
+                f"targets {_named(loss, options[best])} and {_named(loss, options[twin])} send the "
+                f"same within what rounding and noise explain ({getattr(loss, 'words', str)()} "
+                "does not tell them apart)"
+            )
+            return Reading(target, labels, 0.0, inf, scale, words), error
+        distance = float((self.many[best] - at).abs().max()) / apart
+        return Reading(target, labels, distance, error / apart, scale), error
+
+    def error(self, target: Tensor, k: Estimate) -> float:
+        """ENSEMBLE times the largest error of k and of what the loss gives at z."""
+        z, loss, precision = self.z, self.loss, self.precision
+        bent = [loss.cotangent_jvp(z.value, e, target) for e in z.error]
+        carried = torch.stack(bent) - k.error
+        kappa, own = loss.cotangent(z.value, target), loss.rounding(z.value, target)
+        size = 1.0 + float(z.value.abs().max())
+        rounded = precision.unit * (LOGIT * kappa.abs() * size + own) + precision.floor
+        return ENSEMBLE * (float(carried.abs().max()) + float(rounded.max()))
+
+    def along(self, place: int, factor: float) -> Reading:
+        """A target with its factor: the distance is that from the nearest target with its own.
+
+        Other targets have factors too, so what tells this one from them is the angle between their
+        cotangents, not their difference.
+        """
+        unit = self.many / self.many.norm(dim=1, keepdim=True).clamp_min(1e-300)
+        cosine = unit @ unit[place]
+        away = (1.0 - cosine.clamp_min(0.0).square()).clamp_min(0.0).sqrt()
+        away[place] = inf
+        apart = float(away.min()) * float(self.many[place].norm())
+        reading, error = self.compared(place, factor)
+        gap = float((self.many[place] - self.k.value[0] / factor).abs().max())
+        if not apart > APART * error:
+            return replace(reading, distance=inf, tolerance=0.0)
+        return replace(reading, distance=gap / apart, tolerance=error / apart, open="")
+
+    def spread(self, place: int, factor: float) -> float:
+        """Standard error of λ = ⟨m, k⟩/⟨m, m⟩, m the cotangent of a target at z."""
+        target, m = self.options[place : place + 1], self.many[place]
+        bent = [self.loss.cotangent_jvp(self.z.value, e, target)[0] for e in self.z.error]
+        off = (self.k.error[:, 0] - factor * torch.stack(bent)) @ m
+        return float((off / m.square().sum().clamp_min(1e-300)).square().mean().sqrt())
+
+
 def _nearest(z: Estimate, k: Estimate, loss: Loss, precision: Precision) -> Reading:
     """Index targets behind steps: the one whose k comes nearest, and how near the next comes."""
     options = _options(loss, z.value)
@@ -158,49 +246,7 @@ def _nearest(z: Estimate, k: Estimate, loss: Loss, precision: Precision) -> Read
         labels, distance = loss.read(target)
         tolerance = _tolerance(z, k, loss, target, precision)
         return Reading(target, labels, float(distance), tolerance, open=loss.open_at(z.value))
-    many = _cotangents(loss, z.value, options)
-    return _compared(z, k, loss, precision, options, many, None)[0]
-
-
-def _compared(
-    z: Estimate,
-    k: Estimate,
-    loss: Loss,
-    precision: Precision,
-    options: Tensor,
-    many: Tensor,
-    chosen: int | None,
-    scale: float = 1.0,
-) -> tuple[Reading, float]:
-    """One option against k/λ: how far it is in units of the next option, and its error."""
-    at = k.value / scale
-    best = int((many - at).square().sum(1).argmin()) if chosen is None else chosen
-    target = options[best : best + 1]
-    others = (many - many[best]).abs().amax(1)
-    others[best] = inf
-    apart = float(others.min()) if len(options) > 1 else inf
-    error = _error(z, Estimate(at, k.error / scale), loss, target, precision)
-    labels = loss.read(target)[0]
-    if not apart > APART * error:
-        twin = int(others.argmin())
-        words = (
-            f"targets {_named(loss, options[best])} and {_named(loss, options[twin])} send the "
-            f"same within what rounding and noise explain ({getattr(loss, 'words', str)()} does "
-            "not tell them apart)"
-        )
-        return Reading(target, labels, 0.0, inf, scale, words), error
-    distance = float((many[best] - at).abs().max()) / apart
-    return Reading(target, labels, distance, error / apart, scale), error
-
-
-def _error(z: Estimate, k: Estimate, loss: Loss, target: Tensor, precision: Precision) -> float:
-    """ENSEMBLE times the largest error of k and of what the loss gives at z."""
-    bent = [loss.cotangent_jvp(z.value, e, target) for e in z.error]
-    carried = torch.stack(bent) - k.error
-    kappa, own = loss.cotangent(z.value, target), loss.rounding(z.value, target)
-    size = 1.0 + float(z.value.abs().max())
-    rounded = precision.unit * (LOGIT * kappa.abs() * size + own) + precision.floor
-    return ENSEMBLE * (float(carried.abs().max()) + float(rounded.max()))
+    return _Heard.of(z, k, loss, precision, options).compared()[0]
 
 
 def _scaled(z: Estimate, k: Estimate, loss: Loss, precision: Precision) -> Iterator[Reading]:
@@ -210,25 +256,15 @@ def _scaled(z: Estimate, k: Estimate, loss: Loss, precision: Precision) -> Itera
         options = _around(loss, z.value, k.value)
     if options is None:
         return
-    many = _cotangents(loss, z.value, options)
-    values = torch.linalg.svdvals(many)
+    heard = _Heard.of(z, k, loss, precision, options)
+    values = torch.linalg.svdvals(heard.many)
     tested = int((values > FREE * values[0].clamp_min(1e-300)).sum()) > 1
-    sizes = many.square().sum(1)
-    factors = (many @ k.value[0]) / sizes.clamp_min(1e-300)
+    sizes = heard.many.square().sum(1)
+    factors = (heard.many @ k.value[0]) / sizes.clamp_min(1e-300)
     for place, factor in enumerate(factors.tolist()):
         if factor > 0 and bool(sizes[place] > 0):
-            reading = _along(z, k, loss, precision, options, many, place, factor)
-            spread = _spread(z, k, loss, options[place : place + 1], many[place], factor)
-            yield replace(reading, tested=tested, spread=spread)
-
-
-def _spread(
-    z: Estimate, k: Estimate, loss: Loss, target: Tensor, m: Tensor, factor: float
-) -> float:
-    """Standard error of λ = ⟨m, k⟩/⟨m, m⟩, m the cotangent of a target at z."""
-    bent = torch.stack([loss.cotangent_jvp(z.value, e, target)[0] for e in z.error])
-    off = (k.error[:, 0] - factor * bent) @ m / m.square().sum().clamp_min(1e-300)
-    return float(off.square().mean().sqrt())
+            reading = heard.along(place, factor)
+            yield replace(reading, tested=tested, spread=heard.spread(place, factor))
 
 
 def _around(loss: Loss, z: Tensor, k: Tensor) -> Tensor | None:
@@ -240,33 +276,6 @@ def _around(loss: Loss, z: Tensor, k: Tensor) -> Tensor | None:
         return None
     signs = (k[0] < 0).to(z)
     return torch.cat([signs[None], (signs - torch.eye(len(signs)).to(z)).abs()])
-
-
-def _along(
-    z: Estimate,
-    k: Estimate,
-    loss: Loss,
-    precision: Precision,
-    options: Tensor,
-    many: Tensor,
-    place: int,
-    factor: float,
-) -> Reading:
-    """A target with its factor: the distance is that from the nearest target with its own.
-
-    Other targets have factors too, so what tells this one from them is the angle between their
-    cotangents, not their difference.
-    """
-    unit = many / many.norm(dim=1, keepdim=True).clamp_min(1e-300)
-    along = unit @ unit[place]
-    away = (1.0 - along.clamp_min(0.0).square()).clamp_min(0.0).sqrt()
-    away[place] = inf
-    apart = float(away.min()) * float(many[place].norm())
-    reading, error = _compared(z, k, loss, precision, options, many, place, factor)
-    gap = float((many[place] - k.value[0] / factor).abs().max())
-    if not apart > APART * error:
-        return replace(reading, distance=inf, tolerance=0.0)
-    return replace(reading, distance=gap / apart, tolerance=error / apart, open="")
 
 
 def _options(loss: Loss, z: Tensor) -> Tensor | None:
