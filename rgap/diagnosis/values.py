@@ -42,9 +42,10 @@ def rounded(update: Update) -> Finding | None:
 
 
 def compressed(evidence: Evidence) -> Finding | None:
-    """Signs, or pruned entries."""
-    sent = evidence.update.gradients
-    words = compression(sent, evidence.terms, evidence.update.noise, evidence.precision.dtype)
+    """Signs, or pruned entries; not what a coarse format rounded to zero."""
+    sent, grid = evidence.update.gradients, recognise(evidence.update.gradients)
+    noise = {**({} if grid is None else grid.noise), **(evidence.update.noise or {})}
+    words = compression(sent, evidence.terms, noise, evidence.precision.dtype)
     if words is None:
         return None
     zeros = sum(int((g == 0).sum()) for g in sent.values())

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from rgap.inversion.problem import Problem
 from rgap.inversion.top import head_cotangent
 from rgap.network.affine import Affine
 from rgap.network.flow import Flow, flow_of
+from rgap.precision import Estimate
 from rgap.progress import Progress
 from rgap.recursion.graph import descend_graph
 from rgap.recursion.reached import Descent
@@ -15,7 +14,7 @@ from rgap.recursion.reached import Descent
 __all__ = ["features_of_branches"]
 
 
-def features_of_branches(problem: Problem, descent: Descent, show: Progress) -> dict[str, Tensor]:
+def features_of_branches(problem: Problem, descent: Descent, show: Progress) -> dict[str, Estimate]:
     """Inputs of layers that their own gradients determine, from the lowest layer up.
 
     Empty where the network is a chain, or no graph of calls that the walk knows.
@@ -51,7 +50,10 @@ def features_of_branches(problem: Problem, descent: Descent, show: Progress) -> 
         for user in cut.users(place):
             link = cut.nodes[user].link
             if isinstance(link, Affine):
-                features[link.name] = value.value.reshape(-1, *link.in_shape)
+                features[link.name] = Estimate(
+                    value.value.reshape(-1, *link.in_shape),
+                    value.error.reshape(len(value.error), -1, *link.in_shape),
+                )
     return features
 
 

@@ -72,7 +72,7 @@ def _ended_early(problem: Problem, runs: Sequence[Run], show: Progress) -> Recov
         reason += f"; no completion: {len(runs)} roots at the head are open, each needs its own"
     status = Status.UNDERDETERMINED if halt.supported else Status.UNSUPPORTED
     recovery = outcomes.stopped(problem, status, reason, descent)
-    single = alone and problem.batch == 1 and not run.family
+    single = alone and problem.stated in (None, 1) and problem.batch == 1 and not run.family
     return _with_features(problem, recovery, descent, show) if single else recovery
 
 
@@ -87,4 +87,11 @@ def _with_features(
     if features:
         features = {**features_of_branches(problem, descent, show), **features}
     notes = (f"no features are certified: {doubt}",) if doubt else ()
-    return replace(recovery, features=features, warnings=(*recovery.warnings, *notes))
+    return replace(
+        recovery,
+        features={name: known.value for name, known in features.items()},
+        features_error={
+            name: float(known.error.square().mean().sqrt()) for name, known in features.items()
+        },
+        warnings=(*recovery.warnings, *notes),
+    )

@@ -182,7 +182,7 @@ def _recovery(problem: Problem, own: Problem, answer: Answer, trial: Trial, abov
     return recovery
 
 
-def certified_features(problem: Problem, descent: Descent) -> tuple[dict[str, Tensor], str]:
+def certified_features(problem: Problem, descent: Descent) -> tuple[dict[str, Estimate], str]:
     """The inputs that a recursion from a bias attack determined, from the lowest layer up.
 
     Args:
@@ -190,7 +190,8 @@ def certified_features(problem: Problem, descent: Descent) -> tuple[dict[str, Te
         descent: where the recursion went; it began at a bias attack whose gradient is of rank one.
 
     Returns:
-        Inputs of affine maps by layer name, [1, *in_shape], and what contradicts them, or "".
+        Inputs of affine maps by layer name, [1, *in_shape], with their errors; what contradicts
+        them, or "".
     """
     stages = problem.chain.stages
     start = max(descent.features, default=None)
@@ -200,8 +201,8 @@ def certified_features(problem: Problem, descent: Descent) -> tuple[dict[str, Te
         doubt = _contradiction(problem, stages[start], stages[start + 1], descent.features[start])
         if doubt:
             return {}, doubt
-    whole = {i: u.value for i, u in sorted(descent.features.items()) if bool(u.known.all())}
-    return {stages[i].name: value for i, value in whole.items()}, ""
+    whole = {i: u for i, u in sorted(descent.features.items()) if bool(u.known.all())}
+    return {stages[i].name: known for i, known in whole.items()}, ""
 
 
 def _contradiction(problem: Problem, stage: Stage, above: Stage, u: Estimate) -> str:

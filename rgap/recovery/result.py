@@ -73,6 +73,7 @@ class Recovery:
             ``[1, *in_shape]`` by layer name, from the lowest one up; of a residual or concatenating
             network also those that wide layers determine below the place where branches meet.
             Empty for a batch, without a certificate, and where the data themselves were found.
+        features_error: rms standard error of each of ``features``, by the same names.
         targets_error_bound: of soft and real-valued ``labels``: the largest error of any entry that
             the certificate allows.  None for classes and 0/1 labels, which are right or open.
     """
@@ -96,6 +97,7 @@ class Recovery:
     scale: float | Tensor | None = None
     partial: Tensor | None = None
     features: Mapping[str, Tensor] = field(default_factory=dict)
+    features_error: Mapping[str, float] = field(default_factory=dict)
     targets_error_bound: float | None = None
 
     @property
@@ -197,7 +199,7 @@ class Recovery:
                 f"difference of {self.residual:.2g}."
             )
         for name, value in self.features.items():
-            error = self.layer(name).predicted_error
+            error = self.features_error.get(name)
             known = "" if error is None else f", predicted error {error:.1e} rms"
             lines.append(
                 f"Certified: the input of '{name}', {value.numel()} values{known} "
@@ -236,6 +238,7 @@ class Recovery:
             "scale": self.scale,
             "determined": None if self.determined is None else int(self.determined.sum()),
             "features": {name: list(value.shape) for name, value in self.features.items()},
+            "features_error": dict(self.features_error),
             "candidates": len(self.candidates),
             "warnings": list(self.warnings),
             "seconds": self.seconds,

@@ -131,3 +131,21 @@ def test_a_factor_under_every_loss(loss: str, size: int) -> None:
     assert found.value == pytest.approx(2.7, rel=2e-3)
     found = check(model, scaled(update, -1.0)).best
     assert found is not None and found.kind is Kind.SIGN
+
+
+def test_zeros_of_integers_are_not_taken_for_pruning() -> None:
+    """Rounding to 8 bits empties the small entries of an outer product, not in whole rows."""
+    for seed in range(12):
+        torch.manual_seed(seed)
+        model = nn.Sequential(
+            nn.Flatten(), nn.Linear(50, 24), nn.Tanh(), nn.Linear(24, 40), nn.ReLU(),
+            nn.Linear(40, 10),
+        )  # fmt: skip
+        update = capture(model, torch.rand(1, 2, 5, 5), torch.tensor([seed % 10]))
+
+        def integers(g: torch.Tensor) -> torch.Tensor:
+            step = g.abs().max() / 127
+            return (g / step).round() * step
+
+        best = check(model, changed(update, integers)).best
+        assert best is not None and "8-bit integers" in best.evidence, (seed, best)

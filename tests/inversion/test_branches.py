@@ -54,9 +54,46 @@ def test_inputs_of_wide_layers_come_back_from_one_sample(
     assert recovery.status is Status.UNDERDETERMINED and recovery.inputs is None
     true = seen(model, x)
     assert {"7", "4.conv2", "4.conv1", "3.conv2", "3.conv1"} <= set(recovery.features)
+    told, said = recovery.summary(), recovery.explain()
     for name, value in recovery.features.items():
-        size = float(true[name].abs().max())
-        assert float((value - true[name]).abs().max()) <= allowed * size, name
+        size, gap = float(true[name].abs().max()), value - true[name]
+        assert float(gap.abs().max()) <= allowed * size, name
+        own = max(recovery.features_error[name], 1e-15 * size)
+        assert float(gap.square().mean().sqrt()) <= 4.0 * own, name
+        assert f"the input of '{name}'" in said and told["features_error"][name] >= 0
+
+
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.GELU, nn.ReLU])
+def test_a_layer_beside_another_is_explained_too(activation: type[nn.Module]) -> None:
+    class Beside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.k, self.c1, self.c2 = (
+                nn.Conv2d(2, 4, 1),
+                nn.Conv2d(2, 8, 3, 1, 1),
+                nn.Conv2d(8, 4, 3, 1, 1),
+            )
+            self.a, self.h = activation(), nn.Linear(64, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.h((self.k(x) + self.c2(self.a(self.c1(x)))).flatten(1))
+
+    torch.manual_seed(0)
+    model = Beside().eval()
+    recovery = rgap.invert(model, rgap.capture(model, torch.rand(1, 2, 4, 4), torch.tensor([1])))
+    assert recovery.features and set(recovery.features) == set(recovery.features_error)
+    assert all(f"'{name}'" in recovery.explain() for name in recovery.features)
+
+
+def test_two_samples_have_no_features_of_one() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.AvgPool2d(2), nn.Flatten(), nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 5)
+    )
+    x = torch.rand(1, 1, 8, 8, dtype=torch.float64)
+    two = rgap.capture(model.double(), x.expand(2, -1, -1, -1), torch.tensor([1, 1]))
+    assert not rgap.invert(model, two).features
+    assert rgap.invert(model, rgap.capture(model, x, torch.tensor([1]))).features
 
 
 def test_a_gradient_of_another_sample_ends_them() -> None:
