@@ -43,6 +43,8 @@ class GraphDescent:
         masks: by place of a rectifier, what it lets through, as 0 and 1.
         shifts: places of convolutions whose gradients told the positions apart.
         ends: by place, why nothing is known of it or below it.
+        readers: by place of a value that they do not determine, the layers whose gradients say
+            something of it.
     """
 
     values: dict[int, Estimate] = field(default_factory=dict)
@@ -50,6 +52,7 @@ class GraphDescent:
     masks: dict[int, Tensor] = field(default_factory=dict)
     shifts: list[int] = field(default_factory=list)
     ends: dict[int, str] = field(default_factory=dict)
+    readers: dict[int, list[Reader]] = field(default_factory=dict)
 
 
 def descend_graph(
@@ -97,6 +100,7 @@ class _Walk:
         """One pass; True if a mask was settled below its rectifier, so that the next goes on."""
         nodes, state = self.flow.nodes, self.state
         state.cotangents, state.ends = {len(nodes) - 1: top}, {}
+        state.readers.clear()
         self.behind, self.doubted, self.suspect = {}, {}, {}
         for place in reversed(range(len(nodes))):
             node = nodes[place]
@@ -230,6 +234,7 @@ class _Walk:
         if not isinstance(found, Estimate):
             if self.flow.nodes[place].link is not None:
                 state.ends[place] = found
+            state.readers[place] = [reader for reader in readers if reader.unsure is None]
             return False
         settled = False
         for user, reader in zip(users, readers, strict=True):
