@@ -41,10 +41,10 @@ STALLED, GIVEN = 0.98, 8  # factor on the misfit of a round that ends a start, f
 STARTS = 3
 HEARD = 10.0  # weight of a gradient beside the values of one sample
 LAST = 6  # steps of Gauss–Newton
-MEMBERS, PROBES = 2, 4  # errors that are carried to the data, and random x that have to come back
-PRODUCTS, ACCURACY = 400, 2e-4
-BACK = 2e-3  # of a random x: share that may be lost.  A null direction holds more of one of PROBES
-# normal vectors of n < 10^5 entries but with chance (BACK √n)^PROBES = 10^-2
+MEMBERS, PROBES = 4, 3  # errors that are carried to the data, and random x that have to come back
+PRODUCTS, ACCURACY = 400, 3e-5
+BACK = 5e-4  # of a random x: share that may be lost.  A null direction holds more of one of PROBES
+# normal vectors of n entries, but with chance (0.8 BACK √n)^PROBES: 10^-5 at n = 3072
 OWN = 32.0  # rounding of float64 in units of eps of the largest value, whatever errors are stated
 
 
@@ -274,8 +274,8 @@ class _Search:
         worst = int((best / close).argmax())
         return (
             f"sample {worst}: no data give the known values nearer than "
-            f"{float(best[worst]) ** 0.5:.1e} of their size, where {float(close[worst]) ** 0.5:.1e} "
-            "is explained"
+            f"{float(best[worst]) ** 0.5:.1e} of their size, where "
+            f"{float(close[worst]) ** 0.5:.1e} is explained"
         )
 
     def descended(self, x: Tensor, close: Tensor, deadline: float) -> tuple[Tensor, Tensor]:
@@ -319,14 +319,16 @@ def _settled(full: _Map, rough: _Map, row: int, x: Tensor) -> tuple[Estimate, fl
 
     target = stacked([full.known[place].value[row][None] for place in full.edge])
     errors = stacked([full.known[place].error[:MEMBERS, row] for place in full.edge])
-    before = inf
-    for _ in range(LAST):
-        gap = target - stacked(full(x))
-        misfit = float(gap.square().mean().sqrt())
-        if misfit > 0.5 * before and misfit <= FITS:
+    misfit, step = inf, torch.zeros_like(x)
+    for number in range(LAST + 1):
+        gap = target - stacked(full(x + step))
+        now = float(gap.square().mean().sqrt())
+        if not now < misfit:
             break
-        before = misfit
-        x = x + _solved(rough, sigma, x, gap).to(x)
+        x, misfit = x + step, now
+        if number == LAST or (number and misfit <= 1.0):  # one standard error an entry
+            break
+        step = _solved(rough, sigma, x, gap).to(x)
     if not misfit <= FITS:
         return (
             f"the data nearest to the known values miss them by {misfit:.1e} standard errors: the "

@@ -1,54 +1,123 @@
-"""Below a call that ends a chain because branches meet: what wide layers give away all the same."""
+"""Below a call that ends a chain because branches meet: what wide layers give away all the same.
+
+From the cotangent at the head down the graph of calls (:mod:`rgap.recursion.graph`), then from the
+lowest values that are known to the data (:mod:`rgap.completion.preimage`), then back up: the target
+is read at the head, and nothing is certified that does not give the update again.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from rgap.completion.preimage import Preimage, preimage
+from rgap.inversion import outcomes
+from rgap.inversion.answer import Run, cast_of
+from rgap.inversion.batch_rows import in_order
 from rgap.inversion.problem import Problem
+from rgap.inversion.replay import replay
+from rgap.inversion.targets import Weighed, weighed_at
 from rgap.inversion.top import head_cotangent
+from rgap.jacobian.batch_loss import BatchLoss
+from rgap.limits import SAFETY, USEFUL
 from rgap.network.affine import Affine
 from rgap.network.flow import Flow, flow_of
-from rgap.precision import Estimate
+from rgap.precision import Estimate, carried
 from rgap.progress import Progress
-from rgap.recursion.graph import descend_graph
+from rgap.recovery import LayerReport, Recovery, Route, Status
+from rgap.recursion.graph import GraphDescent, descend_graph
 from rgap.recursion.reached import Descent
 
-__all__ = ["features_of_branches"]
+__all__ = ["Branched", "below_branches"]
+
+SPREAD = 0.25  # of a start of the search, in widths of the range
 
 
-def features_of_branches(problem: Problem, descent: Descent, show: Progress) -> dict[str, Estimate]:
-    """Inputs of layers that their own gradients determine, from the lowest layer up.
+@dataclass(frozen=True)
+class Branched:
+    """What a network whose branches meet gives away below the place where its chain ends.
 
-    Empty where the network is a chain, or no graph of calls that the walk knows.
+    Attributes:
+        features: inputs of layers [B, *in_shape] that their own gradients determine, from the
+            lowest layer up.
+        recovery: ``EXACT`` where the data follow, else None.
+        note: why they do not, or "".
+    """
+
+    features: dict[str, Estimate] = field(default_factory=dict)
+    recovery: Recovery | None = None
+    note: str = ""
+
+
+def below_branches(problem: Problem, run: Run, show: Progress) -> Branched | None:
+    """None where the network is a chain, or no graph of calls that the walk knows.
 
     Args:
-        problem: of one sample.
-        descent: that began at the head and ended at a barrier, or before it.
+        problem: the update.
+        run: that began at a fully connected layer and ended at a barrier, or before it.
         show: told which value is solved.
     """
-    last = problem.chain.stages[-1]
-    bias = last.affine.bias_name
-    read = len(problem.chain.stages) - 1 in descent.cotangents or problem.precision.sent(bias)
-    if problem.chain.complete or not read:
-        return {}
+    start = _start(problem, run)
+    if start is None:
+        return None
     flow = flow_of(problem.model, problem.chain.input_shape)
     if isinstance(flow, str):
-        return {}
-    heads = [place for place, node in enumerate(flow.nodes) if _is(node.link, last.affine.name)]
-    if len(heads) != 1:
-        return {}
-    known = head_cotangent(problem, descent)
-    if not bool(known.known.all()):
-        return {}
-    cut = Flow(flow.nodes[: heads[0] + 1], flow.name)
+        return None
+    index, known = start
+    name = problem.chain.stages[index].affine.name
+    tops = [place for place, node in enumerate(flow.nodes) if _is(node.link, name)]
+    if len(tops) != 1 or not bool(known.known.all()):
+        return None
+    cut = Flow(flow.nodes[: tops[0] + 1], flow.name)
 
     def watch(name: str) -> None:
         show.stage(f"what '{name}' gives")
 
     gradients = problem.gradients
     told = descend_graph(cut, gradients, known, problem.precision, watch, problem.room)
+    features = _features(cut, told)
+    if problem.stated != len(known.value):
+        return Branched(features)
+    found = preimage(cut, told, gradients, _starts(problem), show.stage, problem.deadline)
+    if isinstance(found, str):
+        return Branched(features, note=f"the data do not follow from the features: {found}")
+    made = _certified(problem, flow, told, found, run.descent)
+    if isinstance(made, str):
+        return Branched(features, note=f"data that give the features are not certified: {made}")
+    return Branched(features, made)
+
+
+def _start(problem: Problem, run: Run) -> tuple[int, Estimate] | None:
+    """The stage whose cotangent is known, [B, *out_shape] with its errors; None where none is."""
+    chain, descent = problem.chain, run.descent
+    if chain.complete or not chain.stages:
+        return None
+    last = len(chain.stages) - 1
+    if isinstance(run.kappa, BatchLoss):
+        if bool((run.kappa.copies > 1).any()) or not descent.cotangents:
+            return None
+        index = max(descent.cotangents)
+        return index, descent.cotangents[index]
+    if problem.stated not in (None, 1) or problem.batch != 1:
+        return None
+    bias = chain.stages[last].affine.bias_name
+    if last not in descent.cotangents and not problem.precision.sent(bias):
+        return None
+    return last, head_cotangent(problem, descent)
+
+
+def _is(link: object, name: str) -> bool:
+    return isinstance(link, Affine) and link.name == name
+
+
+def _features(flow: Flow, told: GraphDescent) -> dict[str, Estimate]:
     features = {}
     for place, value in sorted(told.values.items()):
-        for user in cut.users(place):
-            link = cut.nodes[user].link
+        for user in flow.users(place):
+            link = flow.nodes[user].link
             if isinstance(link, Affine):
                 features[link.name] = Estimate(
                     value.value.reshape(-1, *link.in_shape),
@@ -57,5 +126,109 @@ def features_of_branches(problem: Problem, descent: Descent, show: Progress) -> 
     return features
 
 
-def _is(link: object, name: str) -> bool:
-    return isinstance(link, Affine) and link.name == name
+def _starts(problem: Problem) -> Callable[[int], Tensor]:
+    low, high = problem.value_range or (0.0, 1.0)
+    shape = (problem.batch, *problem.chain.input_shape)
+
+    def start(number: int) -> Tensor:
+        """The middle of the range, later with noise about it."""
+        grey = torch.full(shape, (low + high) / 2)
+        if not number:
+            return grey
+        generator = torch.Generator().manual_seed(problem.precision.seed + number)
+        return grey + SPREAD * (high - low) * torch.randn(shape, generator=generator)
+
+    return start
+
+
+def _certified(
+    problem: Problem, flow: Flow, told: GraphDescent, found: Preimage, descent: Descent
+) -> Recovery | str:
+    """The data with their targets, if the model sends the update for them; or why not."""
+    data = found.data
+    bound = SAFETY * float(data.std.max()) * max(1.0, float(found.misfit.max()))
+    bound += cast_of(problem.precision) * float(data.value.abs().max())
+    if not bound <= USEFUL * problem.width:
+        return f"an entry of theirs may be off by {bound:.2g}"
+    if problem.excess(data.value, bound) > problem.slack:
+        low, high = float(data.value.min()), float(data.value.max())
+        return f"they reach from {low:.3g} to {high:.3g}, out of their range"
+    read = _read(problem, flow, data)
+    if isinstance(read, str):
+        return read
+    labels, stated = read.labels, problem.labels
+    if stated is None:  # the order of a batch is not in its gradient: rows come by label
+        stated = labels.sort().values if labels.ndim == 1 else labels
+    order = in_order(labels, stated)
+    if order is None or not torch.equal(labels[order], stated.reshape(labels.shape).to(labels)):
+        return f"the stated labels contradict the update, whose head says {labels.tolist()}"
+    again = replay(problem, data.value, labels, read.scale, data.error, read.spread)
+    if not again.fits:
+        name = again.worst
+        return (
+            f"the model's own update differs from '{name}' by {again.parts[name]:.1e} of it, where "
+            f"{again.allowed[name]:.1e} is explained"
+        )
+    scale = read.scale[order] if isinstance(read.scale, Tensor) else read.scale
+    plain = not isinstance(scale, Tensor) and scale == 1.0
+    words = "" if plain else "; the update is not that of the declared loss but a multiple of it"
+    lowest = flow.nodes[min(told.values)].name
+    return Recovery(
+        inputs=data.value[order],
+        labels=labels[order],
+        status=Status.EXACT,
+        layers=_reports(problem, flow, told, descent),
+        residual=again.residual,
+        predicted_error=data.error.square().flatten(2).mean((0, 2)).sqrt()[order],
+        error_bound=bound,
+        reason=f"gradients determine the values of the network down to '{lowest}', these the data "
+        f"({found.equations} that are not zero for {found.unknowns} unknowns of a sample), the "
+        f"update is reproduced, no entry is off by more than {bound:.1e}{words}",
+        certified=frozenset({"inputs", "targets"}),
+        scale=scale,
+    )
+
+
+def _read(problem: Problem, flow: Flow, data: Estimate) -> Weighed | str:
+    """Targets and factors, at the input of the last layer that the data give."""
+    stage = problem.chain.stages[-1]
+    [top] = [p for p, node in enumerate(flow.nodes) if _is(node.link, stage.affine.name)]
+    below = Flow(flow.nodes[: flow.nodes[top].sources[0] + 1], flow.name)
+    u = carried(below.forward, data)
+    features = Estimate(
+        u.value.reshape(-1, *stage.affine.in_shape),
+        u.error.reshape(len(u.error), -1, *stage.affine.in_shape),
+    )
+    loss = problem.update.loss
+    if loss.targets == "index" and not loss.own:
+        return weighed_at(problem, features)
+    if len(data.value) > 1:
+        return f"under {loss.name} with targets {loss.targets!r} those of a batch are not read here"
+    return "its target may be any numbers, which absorb what a replay would test"
+
+
+def _reports(
+    problem: Problem, flow: Flow, told: GraphDescent, descent: Descent
+) -> tuple[LayerReport, ...]:
+    """One a layer, in forward order: by its own gradient, or by the values above it."""
+    above = {report.layer: report for report in outcomes.layer_reports(problem, descent)}
+    reports = []
+    for node in flow.nodes:
+        link = node.link
+        if not isinstance(link, Affine):
+            continue
+        known = told.values.get(node.sources[0])
+        report = above.get(link.name)
+        if report is None or report.route is Route.NOT_REACHED:
+            n = problem.batch * int(link.reads.sum())
+            report = LayerReport(link.name, link.kind, n, residual=0.0)
+            if known is None:
+                report = replace(report, route=Route.VALUES)
+            else:
+                error = float(known.error.square().mean().sqrt())
+                report = replace(
+                    report, gradient_rank=n, joint_rank=n, nullity=0, route=Route.GRADIENT,
+                    predicted_error=error,
+                )  # fmt: skip
+        reports.append(report)
+    return tuple(reports)

@@ -9,10 +9,11 @@ from rgap.halt import Halt, HaltKind
 from rgap.inversion import certificate, outcomes, parts
 from rgap.inversion.answer import Run, answers_of
 from rgap.inversion.batch_rows import BatchRows
-from rgap.inversion.branches import features_of_branches
+from rgap.inversion.branches import Branched, below_branches
 from rgap.inversion.fallback import filled
 from rgap.inversion.problem import Problem
 from rgap.inversion.single import certified_features
+from rgap.precision import Estimate
 from rgap.progress import Progress
 from rgap.recovery import Recovery, Status
 from rgap.recursion.reached import Descent
@@ -54,6 +55,9 @@ def _ended_early(problem: Problem, runs: Sequence[Run], show: Progress) -> Recov
     run, alone = runs[0], len(runs) == 1
     descent = run.descent
     halt = descent.require_halt()
+    branched = below_branches(problem, run, show) if alone and not run.family else None
+    if branched is not None and branched.recovery is not None:
+        return branched.recovery
     if alone and (problem.filling is None or parts.free(problem, descent)):
 
         def certify(whole: Descent) -> tuple[Recovery, BatchRows | None]:
@@ -72,21 +76,27 @@ def _ended_early(problem: Problem, runs: Sequence[Run], show: Progress) -> Recov
         reason += f"; no completion: {len(runs)} roots at the head are open, each needs its own"
     status = Status.UNDERDETERMINED if halt.supported else Status.UNSUPPORTED
     recovery = outcomes.stopped(problem, status, reason, descent)
-    single = alone and problem.stated in (None, 1) and problem.batch == 1 and not run.family
-    return _with_features(problem, recovery, descent, show) if single else recovery
+    if not alone or run.family:
+        return recovery
+    return _with_features(problem, recovery, descent, branched)
 
 
 def _with_features(
-    problem: Problem, recovery: Recovery, descent: Descent, show: Progress
+    problem: Problem, recovery: Recovery, descent: Descent, branched: Branched | None
 ) -> Recovery:
     """What the bias attack and the recursion certified above the place where it ended.
 
-    Below a barrier where branches meet, what wide layers say of their own inputs.
+    Below a barrier where branches meet, what wide layers say of their own inputs; of several
+    samples these alone.
     """
-    features, doubt = certified_features(problem, descent)
-    if features:
-        features = {**features_of_branches(problem, descent, show), **features}
+    features, doubt = dict[str, Estimate](), ""
+    if problem.stated in (None, 1) and problem.batch == 1:
+        features, doubt = certified_features(problem, descent)
+    if branched is not None and not doubt:
+        features = {**branched.features, **features}
     notes = (f"no features are certified: {doubt}",) if doubt else ()
+    if branched is not None and branched.note:
+        notes = (*notes, branched.note)
     return replace(
         recovery,
         features={name: known.value for name, known in features.items()},

@@ -98,8 +98,9 @@ def invert(
             machine has free.  A layer whose equations need more is solved without forming any
             matrix, by LSMR (by default from 4 GB on, beyond which that is faster); what fits no
             budget is refused before it is allocated.
-        time_limit: seconds of the whole call after which a completion begins no further step; the
-            polish of an answer that all equations determine comes on top.
+        time_limit: seconds of the whole call after which neither a completion nor a search for data
+            that give known features begins a further step; the polish of an answer that all
+            equations determine comes on top.
 
     Returns:
         A :class:`Recovery`; its ``status`` and ``reason`` say how far the update determines the
@@ -131,6 +132,7 @@ def invert(
         device=device, ready=False,
     )  # fmt: skip
     problem = prepare(client, value_range, validation.seed(seed), memory_budget)
+    problem = replace(problem, deadline=began + time_limit)
     if complete:
         filling = PriorSchedule.of(
             prior, time_limit, problem.chain.input_shape, problem.value_range, began

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from math import prod
+from math import inf, prod
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,7 @@ class Problem:
     room: float  # bytes for everything together
     unready: str = ""  # why the model, in train mode, is no function of the data
     filling: PriorSchedule | None = None  # None: stop where the equations end
+    deadline: float = inf  # of time.perf_counter, after which a search begins no further step
     notes: tuple[str, ...] = ()  # what was read off the update before anything was solved
 
     @property

@@ -33,7 +33,7 @@ from rgap.remedy import FUNCTION
 from rgap.update.losses import Loss
 from rgap.update.targets import CLASSES
 
-__all__ = ["Trial", "Weighed", "try_targets", "weighed"]
+__all__ = ["Trial", "Weighed", "try_targets", "weighed", "weighed_at"]
 
 MOST = 1000  # labels that are tried
 MOVED = 4  # errors of the input that a dense target is read again with
@@ -69,11 +69,21 @@ def weighed(problem: Problem, data: Estimate) -> Weighed | str:
         return "the loss is not known"
     if loss.targets != "index" or loss.own:
         return f"under {loss.name} with targets {loss.targets!r} a factor is part of the target"
+    return weighed_at(problem, top_features(chain, data))
+
+
+def weighed_at(problem: Problem, features: Estimate) -> Weighed | str:
+    """The same from the input of the last layer, whatever stands below it.
+
+    Args:
+        problem: with index targets.
+        features: of the samples, each of which occurs once, [B, *in_shape], with their errors.
+    """
+    chain, loss = problem.chain, problem.update.loss
     if len(chain.output_shape) > 1:
         return "their targets are those of a map, of which no factor is read sample by sample"
     chain, single = lifted(chain, replace(loss, reduction="sum"))
     stage = chain.stages[-1]
-    features = top_features(chain, data)
     flat = Estimate(features.value.flatten(1), features.error.flatten(2))
     kappa = _cotangents(problem, flat)
     if isinstance(kappa, str):
@@ -86,7 +96,7 @@ def weighed(problem: Problem, data: Estimate) -> Weighed | str:
             single,
             problem.precision,
         )
-        for i in range(len(data.value))
+        for i in range(len(features.value))
     ]
     for row, reading in enumerate(readings):
         if reading.open or not reading.fits:
@@ -146,7 +156,7 @@ def _cotangents(problem: Problem, features: Estimate) -> Estimate | str:
             precision.update_std(affine.bias_name, kappa.square().sum(0), kappa.sum(0))[:, None]
         )
     sigma = torch.cat(std, 1)
-    own = precision.normal((back.square() @ sigma.T.square()).sqrt())
+    own = precision.normal((back.square() @ sigma.T.square()).sqrt(), len(features.error))
     carried = -torch.einsum("bd,sdc->sbc", back, du.mT @ kappa)
     gap = g.T - u.T @ kappa  # [d, C]
     slack = (du.mT @ kappa).square().mean(0) + sigma.T.square()

@@ -27,6 +27,7 @@ class Route(StrEnum):
     GRADIENT = "gradient"
     CHOLESKY = "cholesky"
     LSMR = "lsmr"
+    VALUES = "values above"
     RANK_ONLY = "rank only"
     NOT_REACHED = "not reached"
 
@@ -53,6 +54,7 @@ _WORDS = {
     Route.GRADIENT: "determined by its gradient alone",
     Route.CHOLESKY: "determined by its gradient and its weights",
     Route.LSMR: "determined by its gradient and its weights",
+    Route.VALUES: "determined by known values above it",
 }
 
 

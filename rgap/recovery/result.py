@@ -69,10 +69,11 @@ class Recovery:
         determined: where only some entries of the data are determined: True at these, of the shape
             that ``inputs`` would have; else None.
         partial: the data where ``determined``, NaN elsewhere; ``error_bound`` is theirs then.
-        features: of one sample whose recursion ended before the data: certified inputs of layers
-            ``[1, *in_shape]`` by layer name, from the lowest one up; of a residual or concatenating
-            network also those that wide layers determine below the place where branches meet.
-            Empty for a batch, without a certificate, and where the data themselves were found.
+        features: where the recursion ended before the data: certified inputs of layers by layer
+            name, from the lowest one up.  Of one sample ``[1, *in_shape]``; of a residual or
+            concatenating network also those that wide layers determine below the place where
+            branches meet, and there of a batch too, ``[B, *in_shape]``, one row a sample.  Empty
+            for a chain's batch, without a certificate, and where the data themselves were found.
         features_error: rms standard error of each of ``features``, by the same names.
         targets_error_bound: of soft and real-valued ``labels``: the largest error of any entry that
             the certificate allows.  None for classes and 0/1 labels, which are right or open.
