@@ -2,12 +2,16 @@
 
     python -m benchmarks.studies.graphs
     python -m benchmarks.studies.graphs --batches 8 --labels equal --dtypes float32
+    python -m benchmarks.studies.graphs --pictures --batches 1 2 4
 
 The network in its CIFAR form (64 to 512 channels), weights as PyTorch draws them, running
 statistics of photographs, eval mode; the photographs that come with the package.  Given: the
 cotangent at the output, as the client computed it.  A row: the lowest value that is solved, how
 many are, their largest error over the largest entry of the value, over that in standard errors of
 the worst entry, and seconds of processor time.
+
+With ``--pictures`` nothing is given but the update: ``rgap.invert`` is to find the batch.  A row
+then: its status, the lowest PSNR of a picture, the largest error over the bound, and wall seconds.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from torch.nn import functional as F
 
 import rgap
 from benchmarks.common.arguments import Arguments
+from benchmarks.common.judging import match
 from benchmarks.common.networks import seeded
 from benchmarks.common.pictures import drawn_labels
 from rgap.network.flow import Flow, flow_of
@@ -113,6 +118,25 @@ def row(batch: int, labels: str, dtype: torch.dtype, seed: int) -> str:
     )
 
 
+def picture_row(batch: int, labels: str, dtype: torch.dtype, seed: int, limit: float) -> str:
+    """What ``rgap.invert`` makes of the update alone."""
+    model = seeded(resnet18, seed).to(dtype)
+    x = rgap.photos.load(batch, 32, start=seed).to(dtype)
+    given = drawn_labels(labels, batch, CLASSES, seed)
+    update = rgap.capture(model, x, given)
+    began = time.perf_counter()
+    recovery = rgap.invert(model, update, time_limit=limit)
+    seconds, told = time.perf_counter() - began, ""
+    if recovery.inputs is not None and recovery.error_bound is not None:
+        found = match(recovery.inputs, recovery.labels, x, given)
+        told = f"{found.psnr:6.1f}  {found.worst / recovery.error_bound:7.3f}"
+        told += "" if found.labels_right else "  LABELS WRONG"
+    return (
+        f"{batch:>2}  {labels:<9} {str(dtype)[6:]:<8} {recovery.status.name:<15} {told:<16} "
+        f"{seconds:6.1f}  {'; '.join(recovery.warnings)}"
+    )
+
+
 def main() -> int:
     """Print a row for every batch size, kind of labels and precision."""
     parser = Arguments(__doc__, batches=[1], labels=["equal"], dtypes=["float64"])
@@ -120,7 +144,17 @@ def main() -> int:
     parser.several("--labels", ("distinct", "equal"), "in a batch")
     parser.dtypes("float64", "float32")
     parser.add_argument("--seed", type=int, default=0, help="of weights and photographs")
+    parser.add_argument("--pictures", action="store_true", help="what rgap.invert finds")
+    parser.add_argument("--limit", type=float, default=300.0, help="seconds of rgap.invert")
     options = parser.parse_args()
+    if options.pictures:
+        print(" B  labels    dtype    status           psnr  of bound       s")
+        for dtype in options.dtypes:
+            for batch in options.batches:
+                for labels in options.labels:
+                    arguments = (batch, labels, DTYPES[dtype], options.seed, options.limit)
+                    print(picture_row(*arguments), flush=True)
+        return 0
     print(" B  labels    dtype    lowest    shape       solved   error  errors  cpu s")
     for dtype in options.dtypes:
         for batch in options.batches:

@@ -147,7 +147,8 @@ def _certified(
     """The data with their targets, if the model sends the update for them; or why not."""
     data = found.data
     bound = SAFETY * float(data.std.max()) * max(1.0, float(found.misfit.max()))
-    bound += cast_of(problem.precision) * float(data.value.abs().max())
+    own = cast_of(problem.precision) + SAFETY * torch.finfo(torch.float64).eps
+    bound += own * float(data.value.abs().max())
     if not bound <= USEFUL * problem.width:
         return f"an entry of theirs may be off by {bound:.2g}"
     if problem.excess(data.value, bound) > problem.slack:

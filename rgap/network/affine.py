@@ -214,8 +214,8 @@ class Affine:
             total += k[:, rows] @ block.square()
         return total
 
-    def to(self, device: torch.device | str) -> Affine:
-        """The same map with its tensors on ``device``."""
+    def to(self, device: torch.device | str | torch.dtype) -> Affine:
+        """The same map with its tensors on ``device``, or in other arithmetic."""
         bias = None if self.bias is None else self.bias.to(device)
         return replace(self, weight=self.weight.to(device), bias=bias)
 

@@ -92,8 +92,8 @@ class Op(ABC):
             f"{list(self.out_shape)} and has no inverse"
         )
 
-    def to(self: _Op, device: torch.device | str) -> _Op:
-        """The same step with its tensors on ``device``."""
+    def to(self: _Op, device: torch.device | str | torch.dtype) -> _Op:
+        """The same step with its tensors on ``device``, or in other arithmetic."""
         moved = copy.copy(self)
         for key, value in vars(self).items():
             if isinstance(value, Tensor):

@@ -73,14 +73,15 @@ def test_a_layer_beside_another_is_explained_too(activation: type[nn.Module]) ->
                 nn.Conv2d(2, 8, 3, 1, 1),
                 nn.Conv2d(8, 4, 3, 1, 1),
             )
-            self.a, self.h = activation(), nn.Linear(64, 4)
+            self.pool, self.a, self.h = nn.AvgPool2d(2), activation(), nn.Linear(64, 4)
 
         def forward(self, x: Tensor) -> Tensor:
+            x = self.pool(x)  # no data follow from its output
             return self.h((self.k(x) + self.c2(self.a(self.c1(x)))).flatten(1))
 
     torch.manual_seed(0)
     model = Beside().eval()
-    recovery = rgap.invert(model, rgap.capture(model, torch.rand(1, 2, 4, 4), torch.tensor([1])))
+    recovery = rgap.invert(model, rgap.capture(model, torch.rand(1, 2, 8, 8), torch.tensor([1])))
     assert recovery.features and set(recovery.features) == set(recovery.features_error)
     assert all(f"'{name}'" in recovery.explain() for name in recovery.features)
 

@@ -1,0 +1,127 @@
+"""Data from known values of a network, alone and as part of an inversion."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import rgap
+from rgap.completion.preimage import frontier, preimage
+from rgap.network.flow import Flow, flow_of
+from rgap.precision import Estimate
+from rgap.recovery import Route, Status
+from rgap.recursion.graph import GraphDescent
+
+F64 = torch.float64
+
+
+class Block(nn.Module):
+    def __init__(self, into: int, out: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(into, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out)
+        self.conv2, self.bn2 = nn.Conv2d(out, out, 3, 1, 1, bias=False), nn.BatchNorm2d(out)
+        self.skip = nn.Conv2d(into, out, 1, stride) if stride > 1 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.bn1(self.conv1(x)).relu()
+        return (self.bn2(self.conv2(h)) + self.skip(x)).relu()
+
+
+def network(dtype: torch.dtype, seed: int = 1, width: int = 32) -> nn.Module:
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        nn.Conv2d(3, width, 3, 1, 1), nn.ReLU(), Block(width, width), Block(width, 64, 2),
+        Block(64, 64), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10),
+    )  # fmt: skip
+    model.train()(rgap.photos.load(16, 8, dtype=torch.float32))
+    return model.to(dtype).eval()
+
+
+def known(flow: Flow, x: Tensor, *names: str, off: float = 1e-14) -> GraphDescent:
+    """True values with errors as stated."""
+    values, told = [x], GraphDescent()
+    generator = torch.Generator().manual_seed(0)
+    for place, node in enumerate(flow.nodes[1:], 1):
+        values.append(node.forward([values[source] for source in node.sources]))
+        if node.name in names:
+            v = values[-1]
+            noise = off * torch.randn((9, *v.shape), generator=generator, dtype=F64)
+            told.values[place] = Estimate(v + noise[0], noise[1:])
+    return told
+
+
+def grey(x: Tensor) -> Tensor:
+    return torch.full_like(x, 0.5)
+
+
+@pytest.mark.parametrize("off", [1e-14, 1e-6])
+def test_data_come_back_within_the_errors_of_the_values(off: float) -> None:
+    flow = flow_of(network(F64), (3, 8, 8))
+    assert isinstance(flow, Flow)
+    x = rgap.photos.load(2, 8, start=5, dtype=F64)
+    told = known(flow, x, "relu_1", off=off)
+    assert [flow.nodes[p].name for p in frontier(flow, told.values)] == ["relu_1"]
+    found = preimage(flow, told, {}, lambda number: grey(x))
+    assert not isinstance(found, str), found
+    assert found.equations > found.unknowns == 192
+    error = found.data.value - x
+    assert float(found.misfit.max()) < 2.0
+    assert float(error.abs().max()) <= 10.0 * float(found.data.std.max()) + 1e-15
+    assert float(found.data.std.max()) < 10.0 * off + 1e-14
+
+
+def test_values_that_leave_directions_open_are_refused() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 2, 3, 1, 1), nn.ReLU(), nn.Flatten(), nn.Linear(128, 3))
+    flow = flow_of(model.double(), (3, 8, 8))
+    assert isinstance(flow, Flow)
+    x = rgap.photos.load(1, 8, dtype=F64)
+    few = preimage(flow, known(flow, x, "1"), {}, lambda number: grey(x))
+    assert isinstance(few, str) and "for 192 unknowns" in few
+    torch.manual_seed(0)
+    with torch.no_grad():  # many filters that never see one colour
+        wide = nn.Sequential(nn.Conv2d(3, 12, 3, 1, 1), nn.Flatten(), nn.Linear(768, 3)).double()
+        wide[0].weight[:, 2] = 0.0  # type: ignore[union-attr, operator, index]
+    flow = flow_of(wide, (3, 8, 8))
+    assert isinstance(flow, Flow)
+    open_ = preimage(flow, known(flow, x, "0"), {}, lambda number: grey(x))
+    assert isinstance(open_, str) and "directions of the data open" in open_
+
+
+def test_values_of_another_network_are_refused() -> None:
+    flow, other = (flow_of(network(F64, seed), (3, 8, 8)) for seed in (1, 2))
+    assert isinstance(flow, Flow) and isinstance(other, Flow)
+    x = rgap.photos.load(1, 8, dtype=F64)
+    told = known(other, x, "1", "relu_1")
+    assert isinstance(preimage(flow, told, {}, lambda number: grey(x)), str)
+
+
+@pytest.mark.parametrize(
+    ("batch", "labels"), [(1, [3]), (2, [5, 5]), (4, [3, 4, 5, 6])], ids=["one", "equal", "four"]
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_residual_network_gives_its_batch_away(
+    batch: int, labels: list[int], dtype: torch.dtype
+) -> None:
+    model, x = network(dtype), rgap.photos.load(batch, 8, start=4, dtype=dtype)
+    recovery = rgap.invert(model, rgap.capture(model, x, torch.tensor(labels)))
+    assert recovery.status is Status.EXACT, (recovery.reason, recovery.warnings)
+    assert recovery.inputs is not None and recovery.error_bound is not None
+    assert recovery.labels is not None and recovery.labels.tolist() == labels
+    apart = (recovery.inputs[:, None] - x.double()).abs().flatten(2).amax(2)
+    assert float(apart.amin(1).max()) <= recovery.error_bound < 1e-4
+    assert len(set(apart.argmin(1).tolist())) == batch
+    routes = {report.layer: report.route for report in recovery.layers}
+    assert routes["4.conv2"] is Route.GRADIENT and "EXACT" in recovery.explain()
+
+
+def test_other_running_statistics_certify_nothing() -> None:
+    model = network(torch.float64)
+    x = rgap.photos.load(1, 8, start=4, dtype=F64)
+    update = replace(rgap.capture(model, x, torch.tensor([3])), buffers={})
+    with torch.no_grad():
+        model[2].bn1.running_var.mul_(1.01)  # type: ignore[union-attr, operator]
+    recovery = rgap.invert(model, update)
+    assert recovery.inputs is None and not recovery.certified
