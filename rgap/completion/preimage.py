@@ -114,14 +114,18 @@ class _Map:
         ]
         return _Map(Flow(tuple(nodes), self.flow.name), self.edge, self.known)
 
+    def own(self, place: int) -> float:
+        """Rounding of a value on its way up from the data, in our own arithmetic."""
+        value = self.known[place].value
+        return OWN * torch.finfo(value.dtype).eps * float(value.abs().max())
+
     def sigma(self, row: int) -> list[Tensor]:
         """Standard errors of the known values of a sample, [*shape]; none below that of its map."""
         sigma = []
         for place in self.edge:
-            known = self.known[place]
-            own = OWN * torch.finfo(known.value.dtype).eps * float(known.value.abs().max())
-            std = known.std[row]
-            sigma.append(torch.maximum(std, std.square().mean().sqrt()).clamp_min(max(own, 1e-300)))
+            std = self.known[place].std[row]
+            least = max(self.own(place), 1e-300)
+            sigma.append(torch.maximum(std, std.square().mean().sqrt()).clamp_min(least))
         return sigma
 
     def on(self, row: int) -> int:
@@ -318,7 +322,14 @@ def _settled(full: _Map, rough: _Map, row: int, x: Tensor) -> tuple[Estimate, fl
         return torch.cat([(v / s).flatten(1) for v, s in zip(values, sigma, strict=True)], 1)
 
     target = stacked([full.known[place].value[row][None] for place in full.edge])
-    errors = stacked([full.known[place].error[:MEMBERS, row] for place in full.edge])
+    generator = torch.Generator().manual_seed(row)
+    errors = stacked(
+        [
+            full.known[place].error[:MEMBERS, row]
+            + full.own(place) * torch.randn((MEMBERS, *s.shape), generator=generator).to(s)
+            for place, s in zip(full.edge, sigma, strict=True)
+        ]
+    )
     misfit, step = inf, torch.zeros_like(x)
     for number in range(LAST + 1):
         gap = target - stacked(full(x + step))
@@ -334,7 +345,6 @@ def _settled(full: _Map, rough: _Map, row: int, x: Tensor) -> tuple[Estimate, fl
             f"the data nearest to the known values miss them by {misfit:.1e} standard errors: the "
             "weights or the running statistics below them are others than the client's"
         )
-    generator = torch.Generator().manual_seed(row)
     drawn = torch.randn((PROBES, *x.shape[1:]), generator=generator).to(x)
     tangent = _Tangent(rough, sigma, x)
     moved = _solved(rough, sigma, x, torch.cat([errors, tangent.push(drawn) / tangent.unit]))

@@ -22,7 +22,7 @@ from rgap.inversion.replay import replay
 from rgap.inversion.targets import Weighed, weighed_at
 from rgap.inversion.top import head_cotangent
 from rgap.jacobian.batch_loss import BatchLoss
-from rgap.limits import SAFETY, USEFUL
+from rgap.limits import PASSES, SAFETY, USEFUL
 from rgap.network.affine import Affine
 from rgap.network.flow import Flow, flow_of
 from rgap.precision import Estimate, carried
@@ -147,7 +147,7 @@ def _certified(
     """The data with their targets, if the model sends the update for them; or why not."""
     data = found.data
     bound = SAFETY * float(data.std.max()) * max(1.0, float(found.misfit.max()))
-    own = cast_of(problem.precision) + SAFETY * torch.finfo(torch.float64).eps
+    own = cast_of(problem.precision) + PASSES * SAFETY * torch.finfo(torch.float64).eps
     bound += own * float(data.value.abs().max())
     if not bound <= USEFUL * problem.width:
         return f"an entry of theirs may be off by {bound:.2g}"
