@@ -223,3 +223,11 @@ MASKED = 0.25
 # which it is on: errors are symmetric, so that units that are off end as far above 0 as below, to a
 # few per cent for 10^3 of them.  What lies between is settled by the layer below.
 OFF_LEAST, OFF, SURELY_ON = 4.0, 1.25, 4.0
+
+# Share of a random x that may be lost on the way through a Jacobian of full rank and back, and how
+# many have to come back: a null direction holds more of one of these normal vectors of n entries,
+# but with chance (0.8 BACK √n)^PROBES: 10^-5 at n = 3072.
+BACK, PROBES = 5e-4, 3
+# Rounding of our own arithmetic in values of a network, in units of eps of the largest of them: the
+# square root of a thousand terms a layer.
+OWN = 32.0

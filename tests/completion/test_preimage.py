@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import rgap
-from rgap.completion.preimage import frontier, preimage
+from rgap.completion.preimage import preimage
+from rgap.jacobian.frontier import frontier
 from rgap.network.flow import Flow, flow_of
 from rgap.precision import Estimate
 from rgap.recovery import Route, Status

@@ -31,6 +31,7 @@ from rgap.constraints.partial import kept
 from rgap.jacobian import layer
 from rgap.jacobian.batch_loss import BatchLoss
 from rgap.jacobian.eliminated import Eliminated
+from rgap.jacobian.frontier import Frontier, Tangent
 from rgap.jacobian.layer import Bilinear
 from rgap.jacobian.linearisation import Linearisation
 from rgap.jacobian.module_gradient import ClientLoss, ModuleGradient
@@ -41,6 +42,7 @@ from rgap.network import activations as act
 from rgap.network import pooling, reshape, scaling
 from rgap.network.affine import Affine
 from rgap.network.chain import parse
+from rgap.network.flow import Flow, flow_of
 from rgap.network.modules import build
 from rgap.precision import Estimate, Precision
 from rgap.recursion.matrix_free import MatrixFree
@@ -370,6 +372,36 @@ def _() -> Iterator[Case]:
         each = rows.repeat_interleave(affine.weight[0].numel())
         matrix = torch.cat([each[:, None] * first, weight.flatten()[:, None] * second])
         yield Case(own, own.apply, own.adjoint, (ones.numel(),), 2.0 * matrix)
+
+
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.c, self.d = nn.Conv2d(2, 3, 3, 1, 1), nn.Conv2d(3, 3, 3, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.silu(self.c(x))
+        return torch.cat([torch.tanh(self.d(h)) - h, h], 1)
+
+
+@row("rgap/jacobian/frontier.py:Tangent")
+def _() -> Iterator[Case]:
+    torch.manual_seed(0)
+    flow = flow_of(Branches().double(), (2, 4, 4))
+    assert isinstance(flow, Flow)
+    last, h = len(flow.nodes) - 1, flow.users(1)[0]
+    shapes = {place: flow.nodes[place].shape for place in (h, last)}
+    known = {p: Estimate(draw(1, *s), draw(3, 1, *s)) for p, s in shapes.items()}
+    function, x = Frontier(flow, [h, last], known), draw(1, 2, 4, 4)
+    sigma = [1.0 + draw(*s, seed=1).abs() for s in shapes.values()]
+    own = Tangent(function, sigma, x)
+
+    def scaled(x: Tensor) -> Tensor:
+        parts = zip(function(x), sigma, strict=True)
+        return torch.cat([(f[0] / s).flatten() for f, s in parts]) * own.unit
+
+    matrix = torch.autograd.functional.jacobian(scaled, x).flatten(1)
+    yield Case(own, lambda v: own.push(v)[0], lambda r: own.pull(r[None]), x.shape, matrix)
 
 
 def known_part(affine: Affine, u: Tensor, k: Tensor) -> KnownPart:

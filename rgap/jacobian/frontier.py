@@ -1,0 +1,169 @@
+"""Values of a network as a function of the data, nearest to them, and its derivative.
+
+The frontier is where paths from the data meet values that are known: below it nothing is, above it
+the data are not needed.  Products with the Jacobian run layer by layer, for many vectors at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from rgap.limits import CLEAR, OWN
+from rgap.network.activations import Activation
+from rgap.network.affine import Affine
+from rgap.network.flow import Flow, Node
+from rgap.precision import Estimate
+
+__all__ = ["Frontier", "Tangent", "frontier"]
+
+
+def frontier(flow: Flow, known: Mapping[int, Estimate]) -> list[int]:
+    """Places of known values that a path from the data meets before any other of them.
+
+    Empty where a path to the output meets none.
+    """
+    reached, edge = {0}, list[int]()
+    for place in range(1, len(flow.nodes)):
+        if not reached & set(flow.nodes[place].sources):
+            continue
+        if place in known:
+            edge.append(place)
+        else:
+            reached.add(place)
+    return [] if len(flow.nodes) - 1 in reached else edge
+
+
+class Frontier:
+    """Known values as a function f of the data.
+
+    Args:
+        flow: the network.
+        edge: places of the values, in order; no path to one leads through another but from below.
+        known: values [B, *shape] by place, with their errors.
+    """
+
+    def __init__(self, flow: Flow, edge: list[int], known: Mapping[int, Estimate]) -> None:
+        self.edge = edge
+        self.flow = Flow(flow.nodes[: max(edge) + 1], flow.name)
+        self.needed = _needed(self.flow, edge)
+        self.known = {place: known[place] for place in edge}
+
+    def between(self) -> list[tuple[int, Node]]:
+        """The values above the data up to the frontier, in forward order."""
+        return [(place, self.flow.nodes[place]) for place in self.needed]
+
+    def values(self, x: Tensor) -> dict[int, Tensor]:
+        """All of them, by place, of data [B, *in_shape]."""
+        values = {0: x}
+        for place, node in self.between():
+            values[place] = node.forward([values[source] for source in node.sources])
+        return values
+
+    def __call__(self, x: Tensor) -> list[Tensor]:
+        """Those of the frontier."""
+        values = self.values(x)
+        return [values[place] for place in self.edge]
+
+    def to(self, dtype: torch.dtype) -> Frontier:
+        """The same in other arithmetic."""
+        nodes = [
+            node if node.link is None else replace(node, link=node.link.to(dtype))
+            for node in self.flow.nodes
+        ]
+        return Frontier(Flow(tuple(nodes), self.flow.name), self.edge, self.known)
+
+    def own(self, place: int) -> float:
+        """Rounding of a value on its way up from the data, in our own arithmetic."""
+        value = self.known[place].value
+        return OWN * torch.finfo(value.dtype).eps * float(value.abs().max())
+
+    def sigma(self, row: int) -> list[Tensor]:
+        """Standard errors of the known values of a sample, [*shape]; none below that of its map."""
+        sigma = []
+        for place in self.edge:
+            std = self.known[place].std[row]
+            least = max(self.own(place), 1e-300)
+            sigma.append(torch.maximum(std, std.square().mean().sqrt()).clamp_min(least))
+        return sigma
+
+    def on(self, row: int) -> int:
+        """Known values of a sample that are not zero within their errors."""
+        parts = zip(self.edge, self.sigma(row), strict=True)
+        return sum(int((self.known[p].value[row].abs() > CLEAR * s).sum()) for p, s in parts)
+
+    @property
+    def undifferentiated(self) -> str:
+        """A step on the way that has no derivative in closed form, in words; or ""."""
+        for _, node in self.between():
+            link = node.link
+            if link is not None and not (isinstance(link, Activation | Affine) or link.affine):
+                return f"'{node.name}' ({link.kind})"
+        return ""
+
+
+class Tangent:
+    """The linear map that known values are at x, in units of their errors over ``unit``.
+
+    Args:
+        function: the values.
+        sigma: standard errors of each, [*shape].
+        x: [1, *in_shape], in the arithmetic of the function.
+
+    ``unit`` is the least of the errors, so that products stay in the range of float32.
+    """
+
+    def __init__(self, function: Frontier, sigma: Sequence[Tensor], x: Tensor) -> None:
+        self.function, self.unit = function, min(float(s.min()) for s in sigma)
+        self.sigma = [(s[None] / self.unit).to(x) for s in sigma]
+        values = function.values(x)
+        self.slopes = {
+            place: node.link.derivative(values[node.sources[0]])
+            for place, node in function.between()
+            if isinstance(node.link, Activation)
+        }
+
+    def push(self, v: Tensor) -> Tensor:
+        """``J v``, [S, *in_shape] → [S, m]."""
+        moved = {0: v}
+        for place, node in self.function.between():
+            parts = [moved[source] for source in node.sources]
+            if place in self.slopes:
+                moved[place] = parts[0] * self.slopes[place]
+            elif node.link is None:
+                moved[place] = node.forward(parts)
+            else:
+                moved[place] = node.link.linear(parts[0])
+        edge = zip(self.function.edge, self.sigma, strict=True)
+        return torch.cat([(moved[place] / s).flatten(1) for place, s in edge], 1)
+
+    def pull(self, r: Tensor) -> Tensor:
+        """``Jᵀ r``, [S, m] → [S, *in_shape]."""
+        sizes = [s.numel() for s in self.sigma]
+        parts = zip(self.function.edge, self.sigma, torch.split(r, sizes, 1), strict=True)
+        sent = {place: part.reshape(-1, *s.shape[1:]) / s for place, s, part in parts}
+        for place, node in reversed(self.function.between()):
+            k = sent[place]
+            if place in self.slopes:
+                parts_ = [k * self.slopes[place]]
+            elif node.link is None:
+                shapes = [self.function.flow.nodes[source].shape[0] for source in node.sources]
+                parts_ = node.spread(k, shapes)
+            else:
+                parts_ = [node.link.adjoint(k)]
+            for source, part in zip(node.sources, parts_, strict=True):
+                sent[source] = sent[source] + part if source in sent else part
+        return sent[0]
+
+
+def _needed(flow: Flow, edge: list[int]) -> list[int]:
+    """Places between the data and the frontier, in forward order."""
+    needed, held = set(edge), set(edge)
+    for place in reversed(range(1, len(flow.nodes))):
+        if place in needed:
+            needed |= set(flow.nodes[place].sources)
+    held -= {0}
+    return sorted(needed - {0})
