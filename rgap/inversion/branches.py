@@ -33,6 +33,7 @@ from rgap.recursion.reached import Descent
 
 __all__ = ["Branched", "below_branches"]
 
+MEMBERS = 12  # of the ensemble that walks: each averages over all entries of a value
 SPREAD = 0.25  # of a start of the search, in widths of the range
 
 
@@ -77,7 +78,10 @@ def below_branches(problem: Problem, run: Run, show: Progress) -> Branched | Non
         show.stage(f"what '{name}' gives")
 
     gradients = problem.gradients
-    told = descend_graph(cut, gradients, known, problem.precision, watch, problem.room)
+    few = Estimate(known.value, known.error[:MEMBERS])
+    own = problem.precision
+    own = replace(own, samples=len(few.error), seed=own.seed + 1)  # draws unlike those of `few`
+    told = descend_graph(cut, gradients, few, own, watch, problem.room)
     features = _features(cut, told)
     if problem.stated != len(known.value):
         return Branched(features)

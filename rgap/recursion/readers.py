@@ -7,7 +7,7 @@ row weighed by its error; in wide layers they have full column rank.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf, prod
 
 import torch
@@ -80,14 +80,15 @@ def from_gradients(
         u = stack.fold(table)
         weights = stack.weights(u)
     assert isinstance(made, Factor)
-    if made.smallest * DETERMINED <= 1.0:
-        return f"{stack.names}: a direction is known to {1.0 / made.smallest:.1e} only"
+    largest, smallest = stack.extremes
+    if smallest * DETERMINED <= 1.0:
+        return f"{stack.names}: a direction is known to {1.0 / smallest:.1e} only"
     own = stack.rows([r.affine.weight_gradient(u, r.k.value) for r in readers])
     misfit = float(stack.weighed(stack.sent - own, weights).square().mean().sqrt())
     if misfit > FITS:
         return f"{stack.names}: the gradients contradict each other by {misfit:.1e} errors"
     members = stack.weighed(stack.perturbed(u), weights)
-    if made.condition <= TRUSTED:
+    if largest <= TRUSTED * smallest:
         errors = made.precondition(made.adjoint((members, None)))
     else:
         errors = made.solve((members, None), 30, tolerance=1e-2)[0]
@@ -122,6 +123,7 @@ class _Stack:
         self.sent = self.rows([reader.affine.sent(gradients) for reader in readers])
         self.heard = torch.cat([self.by_filter(r, r.heard) for r in readers], 1)
         self.stds = list[Tensor]()
+        self.extremes = (0.0, 0.0)
 
     def rows(self, parts: Sequence[Tensor]) -> Tensor:
         """Gradients of all layers as right-hand sides, [..., C, rows]."""
@@ -131,15 +133,23 @@ class _Stack:
     def factored(self, weights: Tensor) -> Factor | str:
         """The normal equations, or the rank that the rows which count have."""
         made = factor(self.whole, weights, None, None)
-        if made is not None and made.condition <= TRUSTED:
+        self.extremes = (0.0, 0.0) if made is None else self.of_one_channel(made)
+        largest, smallest = self.extremes
+        if made is not None and largest <= TRUSTED * smallest:
             return made
         rank = self.rank(weights)
         full = rank.nullity == 0 and rank.clear
-        if made is not None and full and made.condition <= HOPELESS:
+        if made is not None and full and largest <= HOPELESS * smallest:
             return made
-        condition = inf if made is None else made.condition
+        condition = largest / smallest if smallest > 0 else inf
         of = f"rank {rank.rank} for {rank.size} unknowns"
         return f"{self.names}: {of}, condition {condition:.1e}"
+
+    def of_one_channel(self, made: Factor) -> tuple[float, float]:
+        """Largest and smallest singular value of the weighed matrix: all channels share it."""
+        groups = len(self.whole.matrix)
+        own = replace(made, gradient=replace(made.gradient, channels=groups))
+        return own.extremes
 
     def rank(self, weights: Tensor) -> Rank:
         """That of all rows that count, against the errors of the cotangents."""
