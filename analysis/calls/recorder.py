@@ -118,7 +118,8 @@ def structural_twin(
         for parameter in (p for p in twin.parameters() if id(p) not in kept):
             width = prod(parameter.shape[1:]) if parameter.ndim > 1 else 1
             parameter.normal_(0.0, width**-0.5, generator=generator)
-        twin.requires_grad_(True)
+        for parameter in twin.parameters():  # a scripted module has no requires_grad_ of its own
+            parameter.requires_grad_(True)
     return twin
 
 
