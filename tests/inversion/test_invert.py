@@ -404,22 +404,6 @@ def test_the_clients_buffers_are_used_where_they_differ(relative: float) -> None
 # --- networks that are no chain -------------------------------------------------------------
 
 
-class Skip(nn.Module):
-    """A residual block below a linear head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(2, 4, 3, padding=1)
-        self.block = nn.Conv2d(4, 4, 3, padding=1)
-        self.fc = nn.Linear(256, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.sigmoid(self.stem(x))
-        x = x + torch.sigmoid(self.block(x))
-        found: Tensor = self.fc(x.flatten(1))
-        return found
-
-
 def chain(step: nn.Module, width: int) -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(
@@ -434,10 +418,9 @@ def chain(step: nn.Module, width: int) -> nn.Module:
         (chain(nn.GELU(), 256), "'1'"),
         (chain(nn.SiLU(), 256), "'1'"),
         (chain(nn.LayerNorm(8), 256), "'1'"),
-        (Skip().eval(), "'add'"),
         (nn.Sequential(nn.Conv2d(2, 5, 7), nn.Flatten()).eval(), "'0'"),
     ],
-    ids=["max-pool", "gelu", "silu", "layer norm", "skip", "convolutional head"],
+    ids=["max-pool", "gelu", "silu", "layer norm", "convolutional head"],
 )
 def test_what_has_no_inverse_is_unsupported_and_named(network: nn.Module, node: str) -> None:
     recovery = invert(network, capture(network, X, LABEL))
