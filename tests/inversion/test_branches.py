@@ -6,24 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from residual import Block
 from torch import Tensor, nn
 
 import rgap
 from rgap.recovery import Status
 
 SHAPE = (3, 16, 16)
-
-
-class Block(nn.Module):
-    def __init__(self, into: int, out: int, stride: int = 1) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(into, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out)
-        self.conv2, self.bn2 = nn.Conv2d(out, out, 3, 1, 1, bias=False), nn.BatchNorm2d(out)
-        self.skip = nn.Conv2d(into, out, 1, stride) if stride > 1 else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.bn1(self.conv1(x)).relu()
-        return (self.bn2(self.conv2(h)) + self.skip(x)).relu()
 
 
 def network(dtype: torch.dtype, seed: int = 0) -> nn.Module:
