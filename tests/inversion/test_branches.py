@@ -39,7 +39,7 @@ def test_inputs_of_wide_layers_come_back_from_one_sample(
     dtype: torch.dtype, allowed: float
 ) -> None:
     model, x = network(dtype), rgap.photos.load(1, 16, start=3).to(dtype)
-    recovery = rgap.invert(model, rgap.capture(model, x, torch.tensor([7])))
+    recovery = rgap.invert(model, rgap.capture(model, x, torch.tensor([7])), time_limit=0.5)
     assert recovery.status is Status.UNDERDETERMINED and recovery.inputs is None
     true = seen(model, x)
     assert {"7", "4.conv2", "4.conv1", "3.conv2", "3.conv1"} <= set(recovery.features)
@@ -91,7 +91,7 @@ def test_a_gradient_of_another_sample_ends_them() -> None:
     x = rgap.photos.load(2, 16, start=3)
     own, other = (rgap.capture(model, x[i : i + 1], torch.tensor([7])) for i in (0, 1))
     mixed = {**own.gradients, "4.conv1.weight": other.gradients["4.conv1.weight"]}
-    recovery = rgap.invert(model, replace(own, gradients=mixed))
+    recovery = rgap.invert(model, replace(own, gradients=mixed), time_limit=0.5)
     assert not {"3.conv1", "3.conv2", "3.skip"} & set(recovery.features)
 
 
@@ -99,5 +99,5 @@ def test_a_budget_without_room_for_the_equations_leaves_them_out() -> None:
     model = network(torch.float32)
     x = rgap.photos.load(1, 16, dtype=torch.float32)
     update = rgap.capture(model, x, torch.tensor([7]))
-    assert "3.conv1" in rgap.invert(model, update).features
-    assert "7" in rgap.invert(model, update, memory_budget=64e6).features
+    assert "3.conv1" in rgap.invert(model, update, time_limit=0.5).features
+    assert "7" in rgap.invert(model, update, memory_budget=64e6, time_limit=0.5).features
