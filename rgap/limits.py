@@ -231,3 +231,7 @@ BACK, PROBES = 5e-4, 3
 # Rounding of our own arithmetic in values of a network, in units of eps of the largest of them: the
 # square root of a thousand terms a layer.
 OWN = 32.0
+
+# Equations beyond the unknowns, at least and as a share of them, from which a solution is the only
+# one: another batch would have to meet as many independent equations by chance.
+SURPLUS, SURPLUS_SHARE = 16, 0.01

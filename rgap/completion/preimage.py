@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from rgap.jacobian.frontier import Frontier, Tangent, frontier
-from rgap.limits import BACK, FITS, PROBES
+from rgap.limits import BACK, FITS, PROBES, SURPLUS, SURPLUS_SHARE
 from rgap.network.affine import Affine
 from rgap.network.flow import Flow
 from rgap.precision import Estimate
@@ -53,7 +53,7 @@ class Preimage:
         data: x [B, *in_shape] with its errors.
         misfit: rms residual of every sample, in standard errors, [B].
         unknowns: numbers of one sample.
-        equations: entries of the known values of one sample that are not zero: units that are on.
+        equations: entries of the lowest known values of one sample that are not zero.
     """
 
     data: Estimate
@@ -84,15 +84,22 @@ def preimage(
     edge = frontier(flow, known)
     if not edge:
         return "a path from the data to the output meets no value that is known"
+    lowest = edge  # all that is above them is a function of them
     above = {place: value for place, value in known.items() if place not in edge}
     edge = sorted({*edge, *frontier(flow, above)})  # the lowest are known with the largest errors
+    if 0 in known:
+        edge = [0, *edge]
     full = Frontier(flow, edge, known)
     samples, unknowns = len(known[edge[0]].value), prod(flow.in_shape)
     if full.undifferentiated:
         return f"{full.undifferentiated} stands between the data and the known values"
-    on = min(full.on(row) for row in range(samples))
-    if on < unknowns:
-        return f"{on} known values that are not zero, for {unknowns} unknowns of a sample"
+    on = min(full.on(row, lowest) for row in range(samples))
+    surplus = max(SURPLUS, int(SURPLUS_SHARE * unknowns))
+    if 0 not in known and on < unknowns + surplus:
+        return (
+            f"{on} known values that are not zero, for {unknowns} unknowns of a sample: {surplus} "
+            "more are asked for, that no second batch has them too"
+        )
     watch(f"the data below '{flow.nodes[edge[0]].name}'")
     search = _Search(full.to(torch.float32), told.readers, gradients)
     found = search.run(start, deadline)

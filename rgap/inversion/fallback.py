@@ -24,6 +24,7 @@ from rgap.inversion.top import head_cotangent, top_features
 from rgap.jacobian.batch_loss import BatchLoss
 from rgap.jacobian.module_update import ClientLoss, KnownFeatures, ModuleUpdate, watchable
 from rgap.jacobian.smoothing import rounded
+from rgap.limits import SURPLUS, SURPLUS_SHARE
 from rgap.matching.checkpoint import Progress as SearchProgress
 from rgap.matching.search import match
 from rgap.network.activations import Activation
@@ -37,7 +38,6 @@ from rgap.solvers.gauss_newton import Minimum, Step
 from rgap.update.update import view
 
 SPARE = 2.0  # equations, in multiples of the unknowns, that a search takes below the first pool
-SURE, SHARE = 16, 0.01  # surplus of equations, also relative, from which a solution is the only one
 SEARCHING = 0.6  # share of the time that winners of max-pools are searched for
 COMPLETING = 0.2  # share of the rest for a completion over kinks, where all of a layer is known
 MATCHING = 0.5  # share of the time for Gauss–Newton on the whole update, where there are kinks
@@ -78,7 +78,7 @@ def filled(problem: Problem, run: Run, show: Progress) -> Recovery:
     update = ModuleUpdate(problem.model, problem.sent, known, shape)
     unknowns = prod(shape)
     surplus = update.equations - unknowns
-    sure = surplus >= max(SURE, SHARE * unknowns) and _followed(chain)
+    sure = surplus >= max(SURPLUS, SURPLUS_SHARE * unknowns) and _followed(chain)
     minimum = _completion(problem, update, known, sure, show)
     if not isfinite(minimum.misfit):
         return _without(problem, descent, f"{halt.reason}; no completion: {minimum.ended}")

@@ -90,9 +90,9 @@ class Frontier:
             sigma.append(torch.maximum(std, std.square().mean().sqrt()).clamp_min(least))
         return sigma
 
-    def on(self, row: int) -> int:
-        """Known values of a sample that are not zero within their errors."""
-        parts = zip(self.edge, self.sigma(row), strict=True)
+    def on(self, row: int, places: Sequence[int]) -> int:
+        """Values of a sample at some places that are not zero within their errors."""
+        parts = [(p, s) for p, s in zip(self.edge, self.sigma(row), strict=True) if p in places]
         return sum(int((self.known[p].value[row].abs() > CLEAR * s).sum()) for p, s in parts)
 
     @property
