@@ -37,6 +37,9 @@ MISSED = 1e-2  # misfit above which an answer does not reproduce the update
 MOST = 4096  # pre-activations whose Gram matrix is factored; beyond, the rows are used as they are
 
 
+FAINT = 1e-3  # spread of a start's noise, in widths of the range
+
+
 @dataclass(frozen=True)
 class PriorSchedule:
     """How what the equations leave open is chosen.
@@ -189,17 +192,22 @@ def complete(
 
 
 def grey(
-    batch: int, shape: Sequence[int], value_range: tuple[float, float] | None, seed: int
+    batch: int,
+    shape: Sequence[int],
+    value_range: tuple[float, float] | None,
+    seed: int,
+    spread: float = FAINT,
 ) -> Tensor:
-    """The middle of the range and a little noise, [B, *shape], float64.
+    """The middle of the range and noise, [B, *shape], float64.
 
     Args:
         batch: B.
         shape: of one sample.
         value_range: of the data; [0, 1] for None.
         seed: of the noise.
+        spread: of the noise, in widths of the range; by default a little.
     """
     low, high = value_range or (0.0, 1.0)
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(batch, *shape, generator=generator, dtype=torch.float64)
-    return (low + high) / 2 + 1e-3 * (high - low) * noise
+    return (low + high) / 2 + spread * (high - low) * noise

@@ -9,8 +9,8 @@ piecewise linear where it has rectifiers.  L-BFGS goes down from the middle of t
 Gauss–Newton ends it.  No unit is taken to be on or off: one that lies within its error of a kink
 gives the same on both sides of it.
 
-Sources: that the features of a network give its picture away is Mahendran and Vedaldi's (2015);
-errors, full rank and refusal are ours.
+Source: pictures from the features of a network are Mahendran and Vedaldi's (2015); errors, full
+rank and refusal are ours.
 """
 
 from __future__ import annotations
@@ -42,7 +42,10 @@ STARTS = 3
 HEARD = 10.0  # weight of a gradient beside the values of one sample
 LAST = 6  # steps of Gauss–Newton
 MEMBERS = 4  # errors that are carried to the data
-PRODUCTS, ACCURACY = 400, 3e-5
+PRODUCTS, ACCURACY = 400, 3e-5  # of conjugate gradients
+COPIES = (
+    24.0  # bytes a value on the way: float32, with its cotangent, its slope and what is made of it
+)
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ def preimage(
     start: Callable[[int], Tensor],
     watch: Watch = silent,
     deadline: float = inf,
+    room: float = inf,
 ) -> Preimage | str:
     """The data that give the known values nearest to them, with errors, or why there are none.
 
@@ -79,18 +83,17 @@ def preimage(
         start: the batch to begin with, [B, *in_shape], by the number of the trial.
         watch: told how far it is.
         deadline: of ``time.perf_counter``, after which no further round is begun.
+        room: bytes for all values of the network on the way, and their cotangents.
     """
     known = told.values
-    edge = frontier(flow, known)
-    if not edge:
+    lowest = frontier(flow, known)
+    if not lowest:
         return "a path from the data to the output meets no value that is known"
-    lowest = edge  # all that is above them is a function of them
-    above = {place: value for place, value in known.items() if place not in edge}
-    edge = sorted({*edge, *frontier(flow, above)})  # the lowest are known with the largest errors
-    if 0 in known:
-        edge = [0, *edge]
-    full = Frontier(flow, edge, known)
-    samples, unknowns = len(known[edge[0]].value), prod(flow.in_shape)
+    # Values above the lowest ones are functions of them, but may be known with smaller errors.
+    above = {place: value for place, value in known.items() if place not in lowest}
+    edge = {*lowest, *frontier(flow, above), *({0} & known.keys())}
+    full = Frontier(flow, sorted(edge), known)
+    samples, unknowns = len(known[lowest[0]].value), prod(flow.in_shape)
     if full.undifferentiated:
         return f"{full.undifferentiated} stands between the data and the known values"
     on = min(full.on(row, lowest) for row in range(samples))
@@ -100,15 +103,21 @@ def preimage(
             f"{on} known values that are not zero, for {unknowns} unknowns of a sample: {surplus} "
             "more are asked for, that no second batch has them too"
         )
-    watch(f"the data below '{flow.nodes[edge[0]].name}'")
-    search = _Search(full.to(torch.float32), told.readers, gradients)
-    found = search.run(start, deadline)
+    need = COPIES * full.numbers * max(samples, MEMBERS + PROBES)
+    if need > room:
+        return f"their search takes {need / 1e9:.1f} GB, there is room for {room / 1e9:.1f}"
+    name, rough = flow.nodes[lowest[0]].name, full.to(torch.float32)
+    if 0 in known:
+        found: Tensor | str = known[0].value
+    else:
+        watch(f"the data below '{name}'")
+        found = _Search(rough, told.readers, gradients).run(start, deadline)
     if isinstance(found, str):
         return found
     rows, misfits = list[Estimate](), list[float]()
     for row in range(samples):
-        watch(f"the data below '{flow.nodes[edge[0]].name}', sample {row + 1} of {samples}")
-        settled = _settled(full, search.function, row, found[row : row + 1])
+        watch(f"the data below '{name}', sample {row + 1} of {samples}")
+        settled = _settled(full, rough, row, found[row : row + 1])
         if isinstance(settled, str):
             return f"sample {row}: {settled}"
         rows.append(settled[0])
@@ -149,29 +158,23 @@ class _Search:
 
         By the errors, but none counts as better known than to CLOSE.
         """
-        rows = list[Tensor]()
-        for row in range(len(self.function.known[self.function.edge[0]].value)):
-            values = [self.function.known[place].value[row] for place in self.function.edge]
-            own = torch.stack(
-                [
-                    torch.maximum(s.square().mean(), CLOSE**2 * v.square().mean()).clamp_min(1e-60)
-                    for v, s in zip(values, self.function.sigma(row), strict=True)
-                ]
-            )
-            whole = sum(float(v.square().sum() / w) for v, w in zip(values, own, strict=True))
-            rows.append(1.0 / (own * max(whole, 1e-300)))
-        return [w.float() for w in torch.stack(rows, 1)]
+        known = [self.function.known[place] for place in self.function.edge]
+        own = []
+        for k in known:
+            finest = CLOSE**2 * k.value.square().flatten(1).mean(1)
+            square = k.error.square().mean(0).flatten(1).mean(1)
+            own.append(torch.maximum(square, finest).clamp_min(1e-60))
+        parts = [k.value.square().flatten(1).sum(1) / o for k, o in zip(known, own, strict=True)]
+        whole = torch.stack(parts).sum(0).clamp_min(1e-300)
+        return [(1.0 / (o * whole)).float() for o in own]
 
-    def close(self, weights: Sequence[Tensor]) -> Tensor:
+    def close(self) -> Tensor:
         """Misfit of every sample that the weights explain: one unit an entry, [B]."""
-        total = torch.zeros_like(weights[0])
-        for place, w in zip(self.function.edge, weights, strict=True):
+        total = torch.zeros_like(self.scales[0])
+        for place, w in zip(self.function.edge, self.scales, strict=True):
             known = self.function.known[place]
-            for row in range(len(w)):
-                finest = CLOSE**2 * known.value[row].square().sum()
-                total[row] += w[row] * torch.maximum(
-                    known.error[:, row].square().mean(0).sum(), finest
-                )
+            finest = CLOSE**2 * known.value.square().flatten(1).sum(1)
+            total += w * torch.maximum(known.error.square().mean(0).flatten(1).sum(1), finest)
         return total
 
     def misfits(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -188,13 +191,13 @@ class _Search:
 
     def run(self, start: Callable[[int], Tensor], deadline: float) -> Tensor | str:
         """The batch [B, *in_shape], float64, or how near the nearest one came."""
-        close = self.close(self.scales)
+        close = self.close()
         best = self.wanted[0].new_full((len(self.wanted[0]),), inf)
         answer = start(0).to(self.wanted[0])
         for trial in range(STARTS):
             fresh = start(trial).to(answer)
-            open_ = best > NEAR**2 * close
-            x = torch.where(times(open_.float(), torch.ones_like(answer)) > 0, fresh, answer)
+            x, open_ = answer.clone(), best > NEAR**2 * close
+            x[open_] = fresh[open_]
             x, own = self.descended(x, close, deadline)
             better = own < best
             answer[better], best[better] = x[better], own[better]
@@ -266,7 +269,7 @@ def _settled(full: Frontier, rough: Frontier, row: int, x: Tensor) -> tuple[Esti
         x, misfit = x + step, now
         if number == LAST or (number and misfit <= 1.0):  # one standard error an entry
             break
-        step = _solved(rough, sigma, x, gap).to(x)
+        step = _solved(Tangent(rough, sigma, x.float()), gap)
     if not misfit <= FITS:
         return (
             f"the data nearest to the known values miss them by {misfit:.1e} standard errors: the "
@@ -274,22 +277,20 @@ def _settled(full: Frontier, rough: Frontier, row: int, x: Tensor) -> tuple[Esti
         )
     drawn = torch.randn((PROBES, *x.shape[1:]), generator=generator).to(x)
     tangent = Tangent(rough, sigma, x.float())
-    moved = _solved(
-        rough, sigma, x, torch.cat([errors, tangent.push(drawn.float()).to(x) / tangent.unit])
-    )
+    images = tangent.push(drawn.float()).to(x) / tangent.unit
+    moved = _solved(tangent, torch.cat([errors, images]))
     lost = (moved[MEMBERS:] - drawn).flatten(1).norm(dim=1) / drawn.flatten(1).norm(dim=1)
     if not bool((lost <= BACK).all()):
         return (
             "the known values leave directions of the data open: of a random one "
             f"{float(lost.max()):.1e} is lost"
         )
-    return Estimate(x, moved[:MEMBERS, None].to(x)), misfit
+    return Estimate(x, moved[:MEMBERS, None]), misfit
 
 
-def _solved(function: Frontier, sigma: Sequence[Tensor], x: Tensor, rhs: Tensor) -> Tensor:
-    """Least-squares solutions of ``J v = r`` at x for right-hand sides [S, m], float64."""
+def _solved(tangent: Tangent, rhs: Tensor) -> Tensor:
+    """Least-squares solutions of ``J v = r`` for right-hand sides [S, m], float64."""
     size = rhs.norm(dim=1).clamp_min(1e-300)
-    tangent = Tangent(function, sigma, x.float())
     unit = (rhs / size[:, None]).float()
     found = cgls(tangent.push, tangent.pull, unit, PRODUCTS, ACCURACY)
     return times(size * tangent.unit, found.x.double())

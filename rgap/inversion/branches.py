@@ -7,20 +7,19 @@ is read at the head, and nothing is certified that does not give the update agai
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from rgap.completion.complete import FAINT, grey
 from rgap.completion.preimage import Preimage, preimage
 from rgap.inversion import outcomes
 from rgap.inversion.answer import Run, cast_of
-from rgap.inversion.batch_rows import in_order
 from rgap.inversion.problem import Problem
-from rgap.inversion.replay import replay
-from rgap.inversion.targets import Weighed, weighed_at
+from rgap.inversion.symptoms import warnings
 from rgap.inversion.top import head_cotangent
+from rgap.inversion.weighed import named, weighed_at
 from rgap.jacobian.batch_loss import BatchLoss
 from rgap.limits import PASSES, SAFETY, USEFUL
 from rgap.network.affine import Affine
@@ -61,13 +60,13 @@ def below_branches(problem: Problem, run: Run, show: Progress) -> Branched | Non
         run: that began at a fully connected layer and ended at a barrier, or before it.
         show: told which value is solved.
     """
-    start = _start(problem, run)
-    if start is None:
+    begun = _start(problem, run)
+    if begun is None:
         return None
     flow = flow_of(problem.model, problem.chain.input_shape)
     if isinstance(flow, str):
         return None
-    index, known = start
+    index, known = begun
     name = problem.chain.stages[index].affine.name
     tops = [place for place, node in enumerate(flow.nodes) if _is(node.link, name)]
     if len(tops) != 1 or not bool(known.known.all()):
@@ -83,9 +82,16 @@ def below_branches(problem: Problem, run: Run, show: Progress) -> Branched | Non
     own = replace(own, samples=len(few.error), seed=own.seed + 1)  # draws unlike those of `few`
     told = descend_graph(cut, gradients, few, own, watch, problem.room)
     features = _features(cut, told)
-    if problem.stated != len(known.value):
-        return Branched(features)
-    found = preimage(cut, told, gradients, _starts(problem), show.stage, problem.deadline)
+    unread = _unread(problem, flow)
+    if problem.stated != len(known.value) or unread:
+        return Branched(features, note=unread)
+
+    def start(number: int) -> Tensor:
+        spread = SPREAD if number else FAINT
+        seed = problem.precision.seed + number
+        return grey(problem.batch, flow.in_shape, problem.value_range, seed, spread)
+
+    found = preimage(cut, told, gradients, start, show.stage, problem.deadline, problem.room)
     if isinstance(found, str):
         return Branched(features, note=f"the data do not follow from the features: {found}")
     made = _certified(problem, flow, told, found, run.descent)
@@ -117,32 +123,33 @@ def _is(link: object, name: str) -> bool:
     return isinstance(link, Affine) and link.name == name
 
 
+def _unread(problem: Problem, flow: Flow) -> str:
+    """Why no target would be read at the last layer, whatever the data, or ""."""
+    loss, name = problem.update.loss, problem.chain.stages[-1].affine.name
+    if loss.targets != "index" or loss.own or not loss.known:
+        return (
+            f"the data are not looked for below the features: targets {loss.targets!r} of "
+            f"{loss.name} may be any, which absorbs what a replay would test"
+        )
+    if sum(_is(node.link, name) for node in flow.nodes) != 1:
+        return f"the data are not looked for below the features: '{name}' is used more than once"
+    return ""
+
+
+def _at(affine: Affine, known: Estimate) -> Estimate:
+    """A value in the shape in which a layer takes it in."""
+    shape = (-1, *affine.in_shape)
+    return Estimate(known.value.reshape(shape), known.error.reshape(len(known.error), *shape))
+
+
 def _features(flow: Flow, told: GraphDescent) -> dict[str, Estimate]:
     features = {}
     for place, value in sorted(told.values.items()):
         for user in flow.users(place):
             link = flow.nodes[user].link
             if isinstance(link, Affine):
-                features[link.name] = Estimate(
-                    value.value.reshape(-1, *link.in_shape),
-                    value.error.reshape(len(value.error), -1, *link.in_shape),
-                )
+                features[link.name] = _at(link, value)
     return features
-
-
-def _starts(problem: Problem) -> Callable[[int], Tensor]:
-    low, high = problem.value_range or (0.0, 1.0)
-    shape = (problem.batch, *problem.chain.input_shape)
-
-    def start(number: int) -> Tensor:
-        """The middle of the range, later with noise about it."""
-        grey = torch.full(shape, (low + high) / 2)
-        if not number:
-            return grey
-        generator = torch.Generator().manual_seed(problem.precision.seed + number)
-        return grey + SPREAD * (high - low) * torch.randn(shape, generator=generator)
-
-    return start
 
 
 def _certified(
@@ -158,58 +165,29 @@ def _certified(
     if problem.excess(data.value, bound) > problem.slack:
         low, high = float(data.value.min()), float(data.value.max())
         return f"they reach from {low:.3g} to {high:.3g}, out of their range"
-    read = _read(problem, flow, data)
-    if isinstance(read, str):
-        return read
-    labels, stated = read.labels, problem.labels
-    if stated is None:  # the order of a batch is not in its gradient: rows come by label
-        stated = labels.sort().values if labels.ndim == 1 else labels
-    order = in_order(labels, stated)
-    if order is None or not torch.equal(labels[order], stated.reshape(labels.shape).to(labels)):
-        return f"the stated labels contradict the update, whose head says {labels.tolist()}"
-    again = replay(problem, data.value, labels, read.scale, data.error, read.spread)
-    if not again.fits:
-        name = again.worst
-        return (
-            f"the model's own update differs from '{name}' by {again.parts[name]:.1e} of it, where "
-            f"{again.allowed[name]:.1e} is explained"
-        )
-    scale = read.scale[order] if isinstance(read.scale, Tensor) else read.scale
-    plain = not isinstance(scale, Tensor) and scale == 1.0
-    words = "" if plain else "; the update is not that of the declared loss but a multiple of it"
+    affine = problem.chain.stages[-1].affine
+    [top] = [place for place, node in enumerate(flow.nodes) if _is(node.link, affine.name)]
+    below = Flow(flow.nodes[: flow.nodes[top].sources[0] + 1], flow.name)
+    read = weighed_at(problem, _at(affine, carried(below.forward, data)))
+    confirmed = read if isinstance(read, str) else named(problem, data, read)
+    if isinstance(confirmed, str):
+        return confirmed
     lowest = flow.nodes[min(told.values)].name
     return Recovery(
-        inputs=data.value[order],
-        labels=labels[order],
+        inputs=data.value[confirmed.order],
+        labels=confirmed.labels,
         status=Status.EXACT,
         layers=_reports(problem, flow, told, descent),
-        residual=again.residual,
-        predicted_error=data.error.square().flatten(2).mean((0, 2)).sqrt()[order],
+        residual=confirmed.replay.residual,
+        predicted_error=data.error.square().flatten(2).mean((0, 2)).sqrt()[confirmed.order],
         error_bound=bound,
         reason=f"gradients determine the values of the network down to '{lowest}', these the data "
         f"({found.equations} that are not zero for {found.unknowns} unknowns of a sample), the "
-        f"update is reproduced, no entry is off by more than {bound:.1e}{words}",
+        f"update is reproduced, no entry is off by more than {bound:.1e}{confirmed.words}",
         certified=frozenset({"inputs", "targets"}),
-        scale=scale,
+        scale=confirmed.scale,
+        warnings=warnings(problem),
     )
-
-
-def _read(problem: Problem, flow: Flow, data: Estimate) -> Weighed | str:
-    """Targets and factors, at the input of the last layer that the data give."""
-    stage = problem.chain.stages[-1]
-    [top] = [p for p, node in enumerate(flow.nodes) if _is(node.link, stage.affine.name)]
-    below = Flow(flow.nodes[: flow.nodes[top].sources[0] + 1], flow.name)
-    u = carried(below.forward, data)
-    features = Estimate(
-        u.value.reshape(-1, *stage.affine.in_shape),
-        u.error.reshape(len(u.error), -1, *stage.affine.in_shape),
-    )
-    loss = problem.update.loss
-    if loss.targets == "index" and not loss.own:
-        return weighed_at(problem, features)
-    if len(data.value) > 1:
-        return f"under {loss.name} with targets {loss.targets!r} those of a batch are not read here"
-    return "its target may be any numbers, which absorb what a replay would test"
 
 
 def _reports(

@@ -5,17 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from rgap.halt import HaltKind
 from rgap.head.target import Reading
 from rgap.inversion import certificate, outcomes, verdict
 from rgap.inversion.answer import Answer, cast_of, gathered, polished_from
-from rgap.inversion.batch_rows import BatchRows, batch_of, descended, in_order
+from rgap.inversion.batch_rows import BatchRows, batch_of, descended
 from rgap.inversion.parts import in_parts
 from rgap.inversion.problem import Problem
-from rgap.inversion.replay import replay
-from rgap.inversion.targets import weighed
+from rgap.inversion.weighed import named, weighed
 from rgap.network.chain import Chain
 from rgap.network.prefix import find_pairs
 from rgap.progress import Progress
@@ -88,12 +86,6 @@ def beside_targets(problem: Problem, recovery: Recovery, show: Progress) -> Reco
     return recovery
 
 
-def _times(scale: float | Tensor) -> str:
-    if isinstance(scale, Tensor):
-        return f"{float(scale.min()):.6g} to {float(scale.max()):.6g} times, sample by sample,"
-    return f"{scale:.6g} times"
-
-
 def _named(problem: Problem, recovery: Recovery, answer: Answer) -> Recovery:
     """The certified inputs with targets and factors, where the last layer gives them.
 
@@ -108,39 +100,23 @@ def _named(problem: Problem, recovery: Recovery, answer: Answer) -> Recovery:
     read = weighed(problem, data)
     if isinstance(read, str):
         return replace(recovery, reason=f"{recovery.reason}; {read}")
-    labels, scale = read.labels, read.scale
-    stated = problem.labels
-    if stated is None:  # the order of a batch is not in its gradient: rows come by label
-        stated = labels.sort().values if labels.ndim == 1 else labels
-    order = in_order(labels, stated)
-    if order is None or not torch.equal(labels[order], stated.reshape(labels.shape).to(labels)):
-        said = f"the stated labels contradict the update, whose head says {labels.tolist()}"
-        return replace(recovery, reason=f"{recovery.reason}; {said}")
-    again = replay(problem, data.value, labels, scale, data.error, read.spread)
-    if not again.fits:
-        name = again.worst
-        said = (
-            f"with the targets {labels.tolist()} and the factors {scale} that the last layer "
-            f"gives, the model's own update differs from '{name}' by {again.parts[name]:.1e} of "
-            f"it, where {again.allowed[name]:.1e} is explained"
-        )
-        return replace(recovery, reason=f"{recovery.reason}; {said}")
-    plain = not isinstance(scale, Tensor) and scale == 1.0
-    words = "" if plain else f"; the update is {_times(scale)} that of the declared loss"
+    told = named(problem, data, read)
+    if isinstance(told, str):
+        return replace(recovery, reason=f"{recovery.reason}; {told}")
     assert recovery.inputs is not None
     return replace(
         recovery,
-        inputs=recovery.inputs[order],
-        labels=labels[order],
+        inputs=recovery.inputs[told.order],
+        labels=told.labels,
         status=Status.EXACT,
         certified=frozenset({"inputs", "targets"}),
-        scale=scale[order] if isinstance(scale, Tensor) else scale,
-        residual=again.residual,
+        scale=told.scale,
+        residual=told.replay.residual,
         predicted_error=None
         if recovery.predicted_error is None
-        else recovery.predicted_error[order],
+        else recovery.predicted_error[told.order],
         reason=f"every sample is determined at two layers, its target at the last one, the update "
-        f"is reproduced, no entry is off by more than {answer.bound:.1e}{words}",
+        f"is reproduced, no entry is off by more than {answer.bound:.1e}{told.words}",
     )
 
 

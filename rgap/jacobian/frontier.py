@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import prod
 
 import torch
 from torch import Tensor
@@ -55,6 +56,11 @@ class Frontier:
     def between(self) -> list[tuple[int, Node]]:
         """The values above the data up to the frontier, in forward order."""
         return [(place, self.flow.nodes[place]) for place in self.needed]
+
+    @property
+    def numbers(self) -> int:
+        """Entries of all these values of one sample."""
+        return sum(prod(node.shape) for _, node in self.between())
 
     def values(self, x: Tensor) -> dict[int, Tensor]:
         """All of them, by place, of data [B, *in_shape]."""
@@ -142,28 +148,27 @@ class Tangent:
 
     def pull(self, r: Tensor) -> Tensor:
         """``Jᵀ r``, [S, m] → [S, *in_shape]."""
-        sizes = [s.numel() for s in self.sigma]
-        parts = zip(self.function.edge, self.sigma, torch.split(r, sizes, 1), strict=True)
-        sent = {place: part.reshape(-1, *s.shape[1:]) / s for place, s, part in parts}
+        pieces = torch.split(r, [s.numel() for s in self.sigma], 1)
+        edge = zip(self.function.edge, self.sigma, pieces, strict=True)
+        sent = {place: piece.reshape(-1, *s.shape[1:]) / s for place, s, piece in edge}
         for place, node in reversed(self.function.between()):
             k = sent[place]
             if place in self.slopes:
-                parts_ = [k * self.slopes[place]]
+                parts = [k * self.slopes[place]]
             elif node.link is None:
-                shapes = [self.function.flow.nodes[source].shape[0] for source in node.sources]
-                parts_ = node.spread(k, shapes)
+                sizes = [self.function.flow.nodes[source].shape[0] for source in node.sources]
+                parts = node.spread(k, sizes)
             else:
-                parts_ = [node.link.adjoint(k)]
-            for source, part in zip(node.sources, parts_, strict=True):
+                parts = [node.link.adjoint(k)]
+            for source, part in zip(node.sources, parts, strict=True):
                 sent[source] = sent[source] + part if source in sent else part
         return sent[0]
 
 
 def _needed(flow: Flow, edge: list[int]) -> list[int]:
     """Places between the data and the frontier, in forward order."""
-    needed, held = set(edge), set(edge)
-    for place in reversed(range(1, len(flow.nodes))):
+    needed = set(edge)
+    for place in reversed(range(len(flow.nodes))):
         if place in needed:
             needed |= set(flow.nodes[place].sources)
-    held -= {0}
     return sorted(needed - {0})

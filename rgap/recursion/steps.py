@@ -104,10 +104,10 @@ def _invert_activation(
     slope = op.slope(value)
     curved = op.slope_derivative(value) * error
     bend = op.slope(value + error) - slope if op.homogeneous else curved
-    # Within its error of an asymptote a value is that of any z beyond: the slope may be 0 there.
-    flat = slope <= ON * bend.square().mean(0).sqrt()
-    carried = (error / slope.clamp_min(1e-300)).clamp(-UNKNOWN, UNKNOWN)
-    z = Estimate(op.inverse(value), torch.where(flat, UNKNOWN, carried))
+    off = (error / slope.clamp_min(1e-300)).clamp(-UNKNOWN, UNKNOWN)
+    if not op.homogeneous:  # within its error of an asymptote a value is that of any z beyond
+        off = torch.where(slope <= ON * curved.square().mean(0).sqrt(), UNKNOWN, off)
+    z = Estimate(op.inverse(value), off)
     product = k.value * slope
     spread = k.error * slope + k.value * bend + precision.rounding(product)
     return z, Estimate(product, spread)
