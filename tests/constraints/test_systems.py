@@ -35,7 +35,7 @@ def draw_batch(case: Geometry, masked: float) -> tuple[Affine, Tensor, Tensor, T
     return affine, x, k * alive, alive
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(case=layers(), masked=MASKS)
 def test_ranks_and_solution_equal_the_dense_reference(case: Geometry, masked: float) -> None:
     affine, x, k, alive = draw_batch(case, masked)

@@ -23,6 +23,7 @@ import rgap
 from rgap import Check, Finding, Loss, Status, capture, check
 from rgap.cli.app import app
 from rgap.diagnosis import Kind
+from rgap.models.spec import resolve
 
 CROSS, SQUARED, BINARY = "cross_entropy", "mse_loss", "binary_cross_entropy_with_logits"
 DTYPES = (torch.float32, torch.float64)
@@ -481,27 +482,28 @@ def test_a_seed_is_a_whole_number_of_any_kind() -> None:
     assert check(given.model, given.update, seed=torch.tensor([3]), batch_size=torch.tensor(1)).ok  # type: ignore[arg-type]
 
 
+NET = "mlp:widths=16,classes=4,activation=tanh"
+
+
 def test_the_command(tmp_path: Path) -> None:
-    model = rgap.models.lenet(seed=0)
+    model = resolve(NET)
     x = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     sent = capture(model, x, torch.tensor([3]))
     sent.save(tmp_path / "clean.safetensors")
     scaled(sent, -1.0).save(tmp_path / "flipped.safetensors")
     runner = CliRunner()
-    clean = runner.invoke(app, ["check", "lenet", str(tmp_path / "clean.safetensors")])
+    clean = runner.invoke(app, ["check", NET, str(tmp_path / "clean.safetensors")])
     assert clean.exit_code == 0
     assert "Nothing found" in clean.output
-    found = runner.invoke(app, ["check", "lenet", str(tmp_path / "flipped.safetensors")])
+    found = runner.invoke(app, ["check", NET, str(tmp_path / "flipped.safetensors")])
     assert found.exit_code == 1
     assert "the sign is reversed" in found.output
-    as_json = runner.invoke(
-        app, ["check", "lenet", str(tmp_path / "flipped.safetensors"), "--json"]
-    )
+    as_json = runner.invoke(app, ["check", NET, str(tmp_path / "flipped.safetensors"), "--json"])
     assert json.loads(as_json.output)["findings"][0]["kind"] == "sign"
-    assert runner.invoke(app, ["check", "lenet", "nowhere"]).exit_code == 2
+    assert runner.invoke(app, ["check", NET, "nowhere"]).exit_code == 2
     path = str(tmp_path / "clean.safetensors")
-    assert runner.invoke(app, ["check", "lenet", path, "--device", "cpu"]).exit_code == 0
-    lost = runner.invoke(app, ["check", "lenet", path, "--device", "cudda"])
+    assert runner.invoke(app, ["check", NET, path, "--device", "cpu"]).exit_code == 0
+    lost = runner.invoke(app, ["check", NET, path, "--device", "cudda"])
     assert lost.exit_code == 2 and "--device: 'cudda'" in lost.output
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import rgap
 
-SOME = random.Random(3).sample(list(cases()), 60)
+SOME = random.Random(3).sample(list(cases()), 40)
 
 
 SATURATED = [Case("mask of one entry", "input", 1, loss) for loss in ("index", "soft")]
@@ -21,7 +21,7 @@ OPEN = [Case(step, "head", 1, "soft") for step in ("pad", "clamp", "relu", "buff
 def test_nothing_wrong_is_certified_and_most_are() -> None:
     judged = {str(case): wrong(case) for case in [*SOME, *SATURATED, *OPEN]}
     assert not {case: said for case, said in judged.items() if said[1]}
-    assert sum(status == "EXACT" for status, _ in judged.values()) >= 40
+    assert sum(status == "EXACT" for status, _ in judged.values()) >= 24
 
 
 KEPT = ["temperature", "half", "batch norm", "negation", "shift", "buffer", "flip", "roll",

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from branched import drawn
 from residual import Block
 from torch import Tensor, nn
 
@@ -101,3 +102,23 @@ def test_a_budget_without_room_for_the_equations_leaves_them_out() -> None:
     update = rgap.capture(model, x, torch.tensor([7]))
     assert "3.conv1" in rgap.invert(model, update, time_limit=0.5).features
     assert "7" in rgap.invert(model, update, memory_budget=64e6, time_limit=0.5).features
+
+
+def test_random_networks_with_branches_certify_nothing_wrong() -> None:
+    """The whole sweep is benchmarks.sweeps.graphs."""
+    exact = 0
+    for number in range(1001, 1012):
+        case = drawn(number)
+        recovery = rgap.invert(case.model, case.update, time_limit=1.0)
+        assert not (case.genuine and recovery.status is Status.INCONSISTENT), (number, case.words)
+        if recovery.inputs is None or not recovery.certified:
+            continue
+        assert recovery.error_bound is not None
+        apart = (recovery.inputs[:, None] - case.inputs.double()).abs().flatten(2).amax(2)
+        near, mate = apart.min(1)
+        assert float(near.max()) <= recovery.error_bound, (number, case.words)
+        assert sorted(mate.tolist()) == list(range(len(mate))), (number, case.words)
+        if recovery.labels is not None:
+            assert torch.equal(recovery.labels, case.labels[mate]), (number, case.words)
+        exact += recovery.exact
+    assert exact >= 1

@@ -84,7 +84,7 @@ def test_exact_is_never_wrong_and_not_withheld() -> None:
     outcomes: dict[str, int] = {}
     determined = certified = 0
     ratios = []
-    for seed in range(72):
+    for seed in range(48):
         case = draw_case(seed)
         update = capture(case.model, case.inputs, case.targets, case.loss, dtype=case.dtype)
         recovery = invert(case.model, update, seed=seed)
@@ -104,8 +104,8 @@ def test_exact_is_never_wrong_and_not_withheld() -> None:
             assert min(errors) < 1e-2, (case.name, errors)
         else:
             assert recovery.inputs is None, case.name
-    assert outcomes["EXACT"] > 20, outcomes
-    assert outcomes["UNDERDETERMINED"] > 6, outcomes
+    assert outcomes["EXACT"] > 14, outcomes
+    assert outcomes["UNDERDETERMINED"] > 4, outcomes
     assert certified >= 0.9 * determined, (certified, determined, outcomes)
     assert median(ratios) < 100
 

@@ -272,15 +272,6 @@ def test_lenet() -> None:
         assert int(net.total_nullity.subs(B, batch)) == total
 
 
-def test_cnn6d_at_one_sample() -> None:
-    net = symbolic(
-        rgap.models.cnn6d(seed=0), (3, 32, 32), 1, loss="binary_cross_entropy_with_logits"
-    )
-    assert net.exact
-    assert int(net.total_nullity) == 280
-    assert net.critical_batch == 1
-
-
 def test_mlp() -> None:
     net = symbolic(rgap.models.mlp((64, 32), 10, input_shape=(1, 8, 8), seed=0), (1, 8, 8))
     assert [layer.kind for layer in net.layers] == ["linear", "linear", "head"]

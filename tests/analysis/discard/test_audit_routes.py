@@ -45,16 +45,16 @@ def test_lenets_table_by_counting_alone() -> None:
 
 @pytest.mark.parametrize("method", ["sketch", "formula"])
 def test_a_layer_too_large_to_measure_is_counted_and_says_so(method: str) -> None:
-    """[1, 200, 200]: 40,000 inputs, whose weight constraints would be a matrix of 13 GB."""
+    """[1, 144, 144]: 20,736 inputs, whose weight constraints would be a matrix of 2.6 GB."""
     first = nn.Conv2d(1, 3, 11, 2, 5)
-    model = nn.Sequential(first, nn.Tanh(), nn.Flatten(), nn.Linear(30_000, 3)).eval()
+    model = nn.Sequential(first, nn.Tanh(), nn.Flatten(), nn.Linear(15_552, 3)).eval()
     with pytest.raises(ValueError, match=r"at most 20000 inputs.*write method='sketch'"):
-        audit(model, (1, 200, 200), (1,))
-    row = audit(model, (1, 200, 200), (1,), method=method).row("0", 1)
+        audit(model, (1, 144, 144), (1,))
+    row = audit(model, (1, 144, 144), (1,), method=method).row("0", 1)
     assert row.route == ("counted" if method == "formula" else "gradient sketched, weights counted")
-    # 363 rows of K, 30,000 of W, and 3² that both have: nothing else is known of 40,000 inputs
-    assert (row.gradient_rank, row.weight_rank, row.joint_rank) == (363, 30_000, 30_354)
-    assert (row.nullity, row.exact) == (40_000 - 30_354, False)
+    # 363 rows of K, 15,552 of W, and 3² that both have: nothing else is known of 20,736 inputs
+    assert (row.gradient_rank, row.weight_rank, row.joint_rank) == (363, 15_552, 15_906)
+    assert (row.nullity, row.exact) == (20_736 - 15_906, False)
 
 
 def test_bounds_are_called_bounds() -> None:

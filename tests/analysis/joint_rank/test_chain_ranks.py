@@ -201,18 +201,11 @@ def test_ranks_alone_say_that_they_have_no_directions() -> None:
     assert found.plot().axes
 
 
-def test_lenets_one_sample_is_determined_and_a_further_one_leaves_more_open() -> None:
-    lenet = rgap.models.lenet(seed=0)
-    for batch, ranks in {
-        1: [3072, 3072, 768, 768],
-        2: [5904, 4992, 1536, 1536],
-    }.items():
-        found = identifiability(
-            lenet,
-            rgap.photos.load(batch),
-            method="structured",
-            sequential=False,
-            null_space=False,
-        )
-        assert [row.rank for row in found.rows] == ranks
-        assert all(row.exact for row in found.rows) and found.gap > 1e6
+def test_lenets_one_sample_is_determined() -> None:
+    """Two of them leave 240 directions open: see test_identifiability."""
+    found = identifiability(
+        rgap.models.lenet(seed=0), rgap.photos.load(1), method="structured", sequential=False,
+        null_space=False,
+    )  # fmt: skip
+    assert [row.rank for row in found.rows] == [3072, 3072, 768, 768]
+    assert all(row.exact for row in found.rows) and found.gap > 1e6
