@@ -40,7 +40,9 @@ CLOSE, NEAR = 2e-6, 10.0  # relative misfit from which Gauss–Newton goes on; t
 STALLED, GIVEN = 0.98, 8  # factor on the misfit of a round that ends a start, from which round
 STARTS = 3
 HEARD = 10.0  # weight of a gradient beside the values of one sample
-LAST = 6  # steps of Gauss–Newton
+HANDED_OVER = 1e-3, 3e-5, 0.0  # relative misfits at which Gauss–Newton is tried; 0: as CLOSE says
+LAST = 8  # steps of Gauss–Newton
+FIRST = 1e-2  # accuracy of the first, which ends among the same kinks
 MEMBERS = 4  # errors that are carried to the data
 PRODUCTS, ACCURACY = 400, 3e-5  # of conjugate gradients
 COPIES = (
@@ -92,7 +94,7 @@ def preimage(
     # Values above the lowest ones are functions of them, but may be known with smaller errors.
     above = {place: value for place, value in known.items() if place not in lowest}
     edge = {*lowest, *frontier(flow, above), *({0} & known.keys())}
-    full = Frontier(flow, sorted(edge), known)
+    full = Frontier(flow, sorted(edge), known, told.unit)
     samples, unknowns = len(known[lowest[0]].value), prod(flow.in_shape)
     if full.undifferentiated:
         return f"{full.undifferentiated} stands between the data and the known values"
@@ -107,16 +109,32 @@ def preimage(
     if need > room:
         return f"their search takes {need / 1e9:.1f} GB, there is room for {room / 1e9:.1f}"
     name, rough = flow.nodes[lowest[0]].name, full.to(torch.float32)
+    below = f"the data below '{name}'"
     if 0 in known:
-        found: Tensor | str = known[0].value
+        made = _all_settled(full, rough, known[0].value, watch, below)
     else:
-        watch(f"the data below '{name}'")
-        found = _Search(rough, told.readers, gradients).run(start, deadline)
-    if isinstance(found, str):
-        return found
+        search = _Search(rough, told.readers, gradients)
+        for goal in HANDED_OVER:
+            watch(below)
+            found = search.run(start, deadline, goal)
+            if isinstance(found, str):
+                return found
+            made = _all_settled(full, rough, found, watch, below)
+            if not isinstance(made, str) or time.perf_counter() > deadline:
+                break
+    if isinstance(made, str):
+        return made
+    data, misfit = made
+    return Preimage(data, misfit, unknowns, on)
+
+
+def _all_settled(
+    full: Frontier, rough: Frontier, found: Tensor, watch: Watch, below: str
+) -> tuple[Estimate, Tensor] | str:
+    """The data with their errors, and the misfit of every sample; or of which there are none."""
     rows, misfits = list[Estimate](), list[float]()
-    for row in range(samples):
-        watch(f"the data below '{name}', sample {row + 1} of {samples}")
+    for row in range(len(found)):
+        watch(f"{below}, sample {row + 1} of {len(found)}")
         settled = _settled(full, rough, row, found[row : row + 1])
         if isinstance(settled, str):
             return f"sample {row}: {settled}"
@@ -124,7 +142,7 @@ def preimage(
         misfits.append(settled[1])
     value = torch.cat([row.value for row in rows])
     data = Estimate(value, torch.cat([row.error for row in rows], 1))
-    return Preimage(data, value.new_tensor(misfits), unknowns, on)
+    return data, value.new_tensor(misfits)
 
 
 class _Search:
@@ -142,6 +160,7 @@ class _Search:
         gradients: Mapping[str, Tensor],
     ) -> None:
         self.function = function
+        self.answer: Tensor | None = None
         self.wanted = [function.known[place].value.float() for place in function.edge]
         self.scales = self.weights()
         self.heard = list[tuple[int, Affine, Tensor, Tensor, float]]()
@@ -159,22 +178,23 @@ class _Search:
         By the errors, but none counts as better known than to CLOSE.
         """
         known = [self.function.known[place] for place in self.function.edge]
-        own = []
-        for k in known:
-            finest = CLOSE**2 * k.value.square().flatten(1).mean(1)
-            square = k.error.square().mean(0).flatten(1).mean(1)
-            own.append(torch.maximum(square, finest).clamp_min(1e-60))
+        own = [self.square(place) for place in self.function.edge]
         parts = [k.value.square().flatten(1).sum(1) / o for k, o in zip(known, own, strict=True)]
         whole = torch.stack(parts).sum(0).clamp_min(1e-300)
         return [(1.0 / (o * whole)).float() for o in own]
+
+    def square(self, place: int) -> Tensor:
+        """Mean square error of a known value of every sample, [B]."""
+        k = self.function.known[place]
+        finest = CLOSE**2 * k.value.square().flatten(1).mean(1)
+        square = k.error.square().mean(0).flatten(1).mean(1) + self.function.own(place) ** 2
+        return torch.maximum(square, finest).clamp_min(1e-60)
 
     def close(self) -> Tensor:
         """Misfit of every sample that the weights explain: one unit an entry, [B]."""
         total = torch.zeros_like(self.scales[0])
         for place, w in zip(self.function.edge, self.scales, strict=True):
-            known = self.function.known[place]
-            finest = CLOSE**2 * known.value.square().flatten(1).sum(1)
-            total += w * torch.maximum(known.error.square().mean(0).flatten(1).sum(1), finest)
+            total += w * self.square(place) * self.function.known[place].value[0].numel()
         return total
 
     def misfits(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -189,15 +209,27 @@ class _Search:
             shared = shared + weight * (affine.weight_gradient(inside, k) - sent).square().sum()
         return own, shared
 
-    def run(self, start: Callable[[int], Tensor], deadline: float) -> Tensor | str:
-        """The batch [B, *in_shape], float64, or how near the nearest one came."""
-        close = self.close()
+    def run(
+        self, start: Callable[[int], Tensor], deadline: float, goal: float = 0.0
+    ) -> Tensor | str:
+        """The batch [B, *in_shape], float64, or how near the nearest one came.
+
+        Goes on from where the last run ended.
+
+        Args:
+            start: the batch to begin with, by the number of the trial.
+            deadline: after which no further round is begun.
+            goal: relative misfit of every sample that will do.
+        """
+        close = self.close().clamp_min(goal**2)
         best = self.wanted[0].new_full((len(self.wanted[0]),), inf)
-        answer = start(0).to(self.wanted[0])
+        if self.answer is None:
+            self.answer = start(0).to(self.wanted[0])
+        answer = self.answer
         for trial in range(STARTS):
-            fresh = start(trial).to(answer)
             x, open_ = answer.clone(), best > NEAR**2 * close
-            x[open_] = fresh[open_]
+            if trial:
+                x[open_] = start(trial).to(answer)[open_]
             x, own = self.descended(x, close, deadline)
             better = own < best
             answer[better], best[better] = x[better], own[better]
@@ -269,7 +301,7 @@ def _settled(full: Frontier, rough: Frontier, row: int, x: Tensor) -> tuple[Esti
         x, misfit = x + step, now
         if number == LAST or (number and misfit <= 1.0):  # one standard error an entry
             break
-        step = _solved(Tangent(rough, sigma, x.float()), gap)
+        step = _solved(Tangent(rough, sigma, x.float()), gap, ACCURACY if number else FIRST)
     if not misfit <= FITS:
         return (
             f"the data nearest to the known values miss them by {misfit:.1e} standard errors: the "
@@ -278,7 +310,7 @@ def _settled(full: Frontier, rough: Frontier, row: int, x: Tensor) -> tuple[Esti
     drawn = torch.randn((PROBES, *x.shape[1:]), generator=generator).to(x)
     tangent = Tangent(rough, sigma, x.float())
     images = tangent.push(drawn.float()).to(x) / tangent.unit
-    moved = _solved(tangent, torch.cat([errors, images]))
+    moved = _solved(tangent, torch.cat([errors, images]), ACCURACY)
     lost = (moved[MEMBERS:] - drawn).flatten(1).norm(dim=1) / drawn.flatten(1).norm(dim=1)
     if not bool((lost <= BACK).all()):
         return (
@@ -288,9 +320,9 @@ def _settled(full: Frontier, rough: Frontier, row: int, x: Tensor) -> tuple[Esti
     return Estimate(x, moved[:MEMBERS, None]), misfit
 
 
-def _solved(tangent: Tangent, rhs: Tensor) -> Tensor:
+def _solved(tangent: Tangent, rhs: Tensor, accuracy: float) -> Tensor:
     """Least-squares solutions of ``J v = r`` for right-hand sides [S, m], float64."""
     size = rhs.norm(dim=1).clamp_min(1e-300)
     unit = (rhs / size[:, None]).float()
-    found = cgls(tangent.push, tangent.pull, unit, PRODUCTS, ACCURACY)
+    found = cgls(tangent.push, tangent.pull, unit, PRODUCTS, accuracy)
     return times(size * tangent.unit, found.x.double())

@@ -21,6 +21,7 @@ from rgap.inversion.symptoms import warnings
 from rgap.inversion.top import head_cotangent
 from rgap.inversion.weighed import named, weighed_at
 from rgap.jacobian.batch_loss import BatchLoss
+from rgap.jacobian.frontier import rounded
 from rgap.limits import PASSES, SAFETY, USEFUL
 from rgap.network.affine import Affine
 from rgap.network.flow import Flow, flow_of
@@ -168,7 +169,11 @@ def _certified(
     affine = problem.chain.stages[-1].affine
     [top] = [place for place, node in enumerate(flow.nodes) if _is(node.link, affine.name)]
     below = Flow(flow.nodes[: flow.nodes[top].sources[0] + 1], flow.name)
-    read = weighed_at(problem, _at(affine, carried(below.forward, data)))
+    features = carried(below.forward, data)
+    place = len(below.nodes) - 1
+    own = rounded(below, place, features.value, problem.precision.unit)
+    drawn = problem.precision.normal(torch.full_like(features.value, own), len(features.error))
+    read = weighed_at(problem, _at(affine, Estimate(features.value, features.error + drawn)))
     confirmed = read if isinstance(read, str) else named(problem, data, read)
     if isinstance(confirmed, str):
         return confirmed

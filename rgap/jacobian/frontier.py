@@ -13,13 +13,13 @@ from math import prod
 import torch
 from torch import Tensor
 
-from rgap.limits import CLEAR, OWN
+from rgap.limits import CLEAR, CLIENT, OWN
 from rgap.network.activations import Activation
 from rgap.network.affine import Affine
 from rgap.network.flow import Flow, Node
 from rgap.precision import Estimate
 
-__all__ = ["Frontier", "Tangent", "frontier"]
+__all__ = ["Frontier", "Tangent", "frontier", "rounded"]
 
 
 def frontier(flow: Flow, known: Mapping[int, Estimate]) -> list[int]:
@@ -38,6 +38,19 @@ def frontier(flow: Flow, known: Mapping[int, Estimate]) -> list[int]:
     return [] if len(flow.nodes) - 1 in reached else edge
 
 
+def rounded(flow: Flow, place: int, value: Tensor, unit: float) -> float:
+    """Standard error of a value that a client computed from the data, and of our own.
+
+    Args:
+        flow: the network.
+        place: of the value.
+        value: as we compute it.
+        unit: unit roundoff of the client's arithmetic.
+    """
+    own = OWN * torch.finfo(value.dtype).eps
+    return (own + CLIENT * flow.depth(place) * unit) * float(value.abs().max())
+
+
 class Frontier:
     """Known values as a function f of the data.
 
@@ -45,10 +58,13 @@ class Frontier:
         flow: the network.
         edge: places of the values, in order; no path to one leads through another but from below.
         known: values [B, *shape] by place, with their errors.
+        unit: unit roundoff of the client's arithmetic, in which the values were computed.
     """
 
-    def __init__(self, flow: Flow, edge: list[int], known: Mapping[int, Estimate]) -> None:
-        self.edge = edge
+    def __init__(
+        self, flow: Flow, edge: list[int], known: Mapping[int, Estimate], unit: float = 0.0
+    ) -> None:
+        self.edge, self.unit = edge, unit
         self.flow = Flow(flow.nodes[: max(edge) + 1], flow.name)
         self.needed = _needed(self.flow, edge)
         self.known = {place: known[place] for place in edge}
@@ -80,12 +96,11 @@ class Frontier:
             node if node.link is None else replace(node, link=node.link.to(dtype))
             for node in self.flow.nodes
         ]
-        return Frontier(Flow(tuple(nodes), self.flow.name), self.edge, self.known)
+        return Frontier(Flow(tuple(nodes), self.flow.name), self.edge, self.known, self.unit)
 
     def own(self, place: int) -> float:
-        """Rounding of a value on its way up from the data, in our own arithmetic."""
-        value = self.known[place].value
-        return OWN * torch.finfo(value.dtype).eps * float(value.abs().max())
+        """Rounding of a value on its way up from the data: the client's, and our own."""
+        return rounded(self.flow, place, self.known[place].value, self.unit)
 
     def sigma(self, row: int) -> list[Tensor]:
         """Standard errors of the known values of a sample, [*shape]; none below that of its map."""

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from rgap.network.affine import Affine
 from rgap.network.agreement import disagreement, refuse_unready
 from rgap.network.graph import Link, ancestors, parameter_uses, shared
 from rgap.network.probing import Shape
@@ -96,6 +97,14 @@ class Flow:
     def users(self, place: int) -> list[int]:
         """Places of the values that read this one."""
         return [at for at, node in enumerate(self.nodes) if place in node.sources]
+
+    def depth(self, place: int) -> int:
+        """Affine layers with parameters on the longest path from the data to a value."""
+        depths = [0]
+        for node in self.nodes[1 : place + 1]:
+            below = max(depths[source] for source in node.sources)
+            depths.append(below + isinstance(node.link, Affine))
+        return depths[place]
 
     def forward(self, x: Tensor) -> Tensor:
         """The network's output for data [B, *input_shape]."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,10 @@ _MERGES = {
     "sub": "subtracts two branches", "mul": "multiplies two branches",
     "cat": "concatenates branches", "concat": "concatenates branches", "stack": "stacks branches",
 }  # fmt: skip
+
+_ENTRYWISE = (
+    operator.add, operator.iadd, operator.sub, operator.mul, torch.add, torch.sub, torch.mul,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -233,6 +238,9 @@ def _evaluate(model: nn.Module, node: fx.Node, traced: dict[fx.Node, Traced]) ->
                 except RuntimeError:  # an embedding wants whole numbers
                     whole = [a.long() if isinstance(a, Tensor) else a for a in args]
                     return module.forward(*whole, **kwargs)
+            metas = [a for a in args if isinstance(a, Tensor) and a.is_meta]
+            if len(metas) == len(args) == 2 and not kwargs and target in _ENTRYWISE:
+                return joined_on_meta(metas[0], metas[1], target is operator.iadd)
             return evaluate(target, args, kwargs)
     except Exception as error:
         merge = str(getattr(target, "__name__", target)).strip("_") in _MERGES
@@ -243,6 +251,14 @@ def _evaluate(model: nn.Module, node: fx.Node, traced: dict[fx.Node, Traced]) ->
                 "input_shape the model was built for"
             ) from error
         return UNKNOWN
+
+
+def joined_on_meta(a: Tensor, b: Tensor, inplace: bool) -> Tensor:
+    """What a sum of meta tensors is; PyTorch's own imports its compiler for it, two seconds."""
+    both = torch.broadcast_tensors(a, b)  # type: ignore[no-untyped-call]
+    shape = b.expand_as(a).shape if inplace else both[0].shape
+    dtype = a.dtype if inplace else torch.result_type(a, b)
+    return torch.empty(shape, dtype=dtype, device=a.device)
 
 
 def _mentions(node: fx.Node, source: fx.Node) -> int:

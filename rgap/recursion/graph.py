@@ -45,6 +45,7 @@ class GraphDescent:
         ends: by place, why nothing is known of it or below it.
         readers: by place of a value that they do not determine, the layers whose gradients say
             something of it.
+        unit: unit roundoff of the client's arithmetic.
     """
 
     values: dict[int, Estimate] = field(default_factory=dict)
@@ -53,6 +54,7 @@ class GraphDescent:
     shifts: list[int] = field(default_factory=list)
     ends: dict[int, str] = field(default_factory=dict)
     readers: dict[int, list[Reader]] = field(default_factory=dict)
+    unit: float = 0.0
 
 
 def descend_graph(
@@ -90,7 +92,7 @@ class _Walk:
     ) -> None:
         self.flow, self.gradients, self.precision = flow, gradients, precision
         self.room = room
-        self.watch, self.state = watch, GraphDescent()
+        self.watch, self.state = watch, GraphDescent(unit=precision.unit)
         self.behind: dict[int, int] = {}  # cotangents that are known up to the mask of a rectifier
         self.unsure: dict[int, Tensor] = {}  # units of a rectifier whose sign is open
         self.doubted: dict[int, int] = {}  # cotangents in which such units are taken to be on

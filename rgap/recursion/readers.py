@@ -23,6 +23,8 @@ from rgap.solvers.rank import Rank
 
 __all__ = ["Reader", "from_gradients"]
 
+FEW = 4  # members whose mean square over all rows of a filter is its error
+
 
 @dataclass(frozen=True)
 class Reader:
@@ -165,8 +167,8 @@ class _Stack:
             squares = affine.weight_gradient(u.square(), k.value.square())
             std = self.precision.update_std(affine.weight_name, squares)
             variance = std.square()
-            for error in k.error:
-                variance += affine.weight_gradient(u, error).square() / len(k.error)
+            for error in k.error[:FEW]:
+                variance += affine.weight_gradient(u, error).square() / min(FEW, len(k.error))
             self.stds.append(std)
             own = variance.flatten(1).mean(1).sqrt().clamp_min(1e-300).reciprocal()
             parts.append(self.by_filter(reader, own * reader.heard))

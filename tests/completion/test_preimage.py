@@ -63,6 +63,27 @@ def test_data_come_back_within_the_errors_of_the_values(off: float) -> None:
     assert float(found.data.std.max()) < 10.0 * off + 1e-14
 
 
+def test_the_clients_own_rounding_of_its_values_is_part_of_their_errors() -> None:
+    """Values of many float32 layers, known exactly: the float64 network has slightly others."""
+    deep = nn.Sequential(*network(torch.float32)[:3], *(Block(32, 32) for _ in range(3)))
+    deep.train()(rgap.photos.load(16, 8, dtype=torch.float32))
+    deep.eval()
+    x = rgap.photos.load(1, 8, start=5, dtype=torch.float32)
+    with torch.no_grad():
+        value = deep(x).double()
+    flow = flow_of(deep.double(), (3, 8, 8))
+    assert isinstance(flow, Flow)
+    top = len(flow.nodes) - 1
+    exact = Estimate(value, 1e-12 * torch.randn((8, *value.shape), dtype=F64))
+    found = preimage(
+        flow, GraphDescent({top: exact}, unit=2.0**-24), {}, lambda number: grey(x).double()
+    )
+    assert not isinstance(found, str), found
+    assert float(found.misfit.max()) < 1.5  # 1e5 without it
+    error = found.data.value - x
+    assert float(error.abs().max()) <= 10.0 * float(found.data.std.max()) < 1e-4
+
+
 def test_values_that_leave_directions_open_are_refused() -> None:
     model = nn.Sequential(nn.Conv2d(3, 2, 3, 1, 1), nn.ReLU(), nn.Flatten(), nn.Linear(128, 3))
     flow = flow_of(model.double(), (3, 8, 8))

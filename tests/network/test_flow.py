@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rgap.network.flow import Flow, flow_of
+from rgap.network.trace import joined_on_meta
 
 
 class Branches(nn.Module):
@@ -102,3 +103,17 @@ def test_a_hook_that_changes_the_output_is_no_flow_of_the_model() -> None:
     model = Branches(operator.add).eval()
     model.right.register_forward_hook(lambda module, args, out: 2 * out)
     assert "a hook" in str(flow_of(model, (2, 5, 4)))
+
+
+@pytest.mark.parametrize("join", [operator.add, operator.iadd, operator.mul, torch.sub])
+def test_meta_tensors_are_joined_as_pytorch_joins_them(
+    join: Callable[[Tensor, Tensor], Tensor],
+) -> None:
+    """Without PyTorch's own sum of them, which takes seconds the first time."""
+    wide, short = torch.ones(2, 3, 4, 4), torch.ones(2, 3, 1, 4, dtype=torch.float64)
+    inplace = join is operator.iadd
+    meta = joined_on_meta(wide.to("meta"), short.to("meta"), inplace)
+    real = join(wide.clone(), short)
+    assert meta.is_meta and meta.shape == real.shape and meta.dtype == real.dtype
+    with pytest.raises(RuntimeError, match="size"):
+        joined_on_meta(short.to("meta"), torch.ones(2, 2, 4, 4, device="meta"), inplace)
