@@ -24,13 +24,12 @@ import torch
 from torch import Tensor
 
 from rgap.jacobian.frontier import Frontier, Tangent, frontier
-from rgap.limits import BACK, FITS, PROBES, SURPLUS, SURPLUS_SHARE
-from rgap.network.affine import Affine
+from rgap.limits import BACK, CLEAR, FITS, PROBES, SAFETY, SURPLUS, SURPLUS_SHARE
+from rgap.network.activations import Activation, Identity, ReLU
 from rgap.network.flow import Flow
 from rgap.precision import Estimate
 from rgap.progress import Watch, silent
 from rgap.recursion.graph import GraphDescent
-from rgap.recursion.readers import Reader
 from rgap.solvers.conjugate import cgls, times
 
 __all__ = ["Preimage", "preimage"]
@@ -39,7 +38,7 @@ ROUNDS, STEPS, HISTORY = 60, 20, 30  # of L-BFGS, from every start
 CLOSE, NEAR = 2e-6, 10.0  # relative misfit from which Gauss–Newton goes on; times that, if stuck
 STALLED, GIVEN = 0.98, 8  # factor on the misfit of a round that ends a start, from which round
 STARTS = 3
-HEARD = 10.0  # weight of a gradient beside the values of one sample
+BLUNT, BLUNT_ROUNDS = (2.0, 10.0), 3  # sharpness of kinks at first, and rounds with each
 HANDED_OVER = 1e-3, 3e-5, 0.0  # relative misfits at which Gauss–Newton is tried; 0: as CLOSE says
 LAST = 8  # steps of Gauss–Newton
 FIRST = 1e-2  # accuracy of the first, which ends among the same kinks
@@ -48,6 +47,8 @@ PRODUCTS, ACCURACY = 400, 3e-5  # of conjugate gradients
 COPIES = (
     24.0  # bytes a value on the way: float32, with its cotangent, its slope and what is made of it
 )
+
+Settled = tuple[Estimate, Tensor]  # data, and the misfit of every sample in standard errors
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,6 @@ class Preimage:
 def preimage(
     flow: Flow,
     told: GraphDescent,
-    gradients: Mapping[str, Tensor],
     start: Callable[[int], Tensor],
     watch: Watch = silent,
     deadline: float = inf,
@@ -80,8 +80,7 @@ def preimage(
 
     Args:
         flow: the network.
-        told: what gradients determine of its values, and the layers that say more of others.
-        gradients: by parameter name, float64.
+        told: what gradients determine of its values.
         start: the batch to begin with, [B, *in_shape], by the number of the trial.
         watch: told how far it is.
         deadline: of ``time.perf_counter``, after which no further round is begun.
@@ -110,27 +109,100 @@ def preimage(
         return f"their search takes {need / 1e9:.1f} GB, there is room for {room / 1e9:.1f}"
     name, rough = flow.nodes[lowest[0]].name, full.to(torch.float32)
     below = f"the data below '{name}'"
+    folded = _folded(full, unknowns, unknowns + surplus)
+    if isinstance(folded, str):
+        return folded
     if 0 in known:
         made = _all_settled(full, rough, known[0].value, watch, below)
     else:
-        search = _Search(rough, told.readers, gradients)
-        for goal in HANDED_OVER:
-            watch(below)
-            found = search.run(start, deadline, goal)
-            if isinstance(found, str):
-                return found
-            made = _all_settled(full, rough, found, watch, below)
-            if not isinstance(made, str) or time.perf_counter() > deadline:
-                break
+        made = _looked_for(full, rough, start, watch, below, deadline)
+        if folded and not isinstance(made, str):
+            made = _agreed(
+                made,
+                _looked_for(
+                    full, rough, lambda number: start(number + 1), watch, f"again {below}", deadline
+                ),
+            )
     if isinstance(made, str):
         return made
     data, misfit = made
     return Preimage(data, misfit, unknowns, on)
 
 
+def _folded(function: Frontier, unknowns: int, asked: int) -> bool | str:
+    """Whether other data may give the same values, by a step that maps two inputs to one output.
+
+    Such a step on as many numbers as there are unknowns is ``|x|``: each entry has its mirror. On
+    the data's image among more numbers than that, another image has to have the mirrored entries
+    by chance.  ``x − 2 tanh x`` and ``|x| = 2 relu(x) − x`` are as bad with monotone functions, on
+    branches that meet.
+
+    Args:
+        function: the known values.
+        unknowns: numbers of a sample.
+        asked: numbers that a step has to take in.
+
+    Returns:
+        True if they are to be looked for twice; why they are not unique; or False.
+    """
+    flow, doubted = function.flow, False
+    cuts = set(flow.cuts())
+    for place, node in function.between():
+        link = node.link
+        if not isinstance(link, Activation) or isinstance(link, Identity):
+            continue
+        few, [source] = prod(node.shape) < asked, node.sources
+        if link.barrier is not None and few:
+            return (
+                f"'{node.name}' ({link.kind}) may give one output for two inputs, and takes in "
+                f"{prod(node.shape)} numbers for {unknowns} unknowns: other data give the same"
+            )
+        alone = source in cuts and flow.users(source) == [place]
+        doubted |= link.barrier is not None or (few and not alone)
+    return doubted
+
+
+def _agreed(made: Settled, again: Settled | str) -> Settled | str:
+    """The data, if a second search ends at them too."""
+    if isinstance(again, str):
+        return (
+            f"a second search does not find the data again, which may not be the only ones: {again}"
+        )
+    apart = (made[0].value - again[0].value).abs().flatten(1).amax(1)
+    allowed = SAFETY * float(torch.maximum(made[0].std.max(), again[0].std.max()))
+    row = int(apart.argmax())
+    if float(apart[row]) > allowed:
+        return (
+            f"two batches give the known values: sample {row} of one is off that of the other by "
+            f"{float(apart[row]):.2g} in an entry"
+        )
+    return made
+
+
+def _looked_for(
+    full: Frontier,
+    rough: Frontier,
+    start: Callable[[int], Tensor],
+    watch: Watch,
+    below: str,
+    deadline: float,
+) -> Settled | str:
+    """The data with their errors and misfits, from the starts that are given."""
+    search = _Search(rough)
+    made: Settled | str = ""
+    for goal in HANDED_OVER:
+        found = search.run(start, deadline, watch, below, goal)
+        if isinstance(found, str):
+            return found
+        made = _all_settled(full, rough, found, watch, below)
+        if not isinstance(made, str) or time.perf_counter() > deadline:
+            break
+    return made
+
+
 def _all_settled(
     full: Frontier, rough: Frontier, found: Tensor, watch: Watch, below: str
-) -> tuple[Estimate, Tensor] | str:
+) -> Settled | str:
     """The data with their errors, and the misfit of every sample; or of which there are none."""
     rows, misfits = list[Estimate](), list[float]()
     for row in range(len(found)):
@@ -146,71 +218,50 @@ def _all_settled(
 
 
 class _Search:
-    """L-BFGS in float32 on the known values, and on the gradients of layers further down.
+    """L-BFGS in float32, sample by sample, on the known values.
 
-    A layer whose cotangent is known but whose input its gradient does not determine still says
-    ``Σ_b k_b x_bᵀ = G``: linear in a value nearer to the data, and what keeps the search from
-    ending beside the answer.
+    The network's kinks are rounded off at first: with them as they are the descent ends at other
+    data.  What a rectifier is known to let through is asked of its input, which has a slope on both
+    sides of 0.
     """
 
-    def __init__(
-        self,
-        function: Frontier,
-        readers: Mapping[int, Sequence[Reader]],
-        gradients: Mapping[str, Tensor],
-    ) -> None:
+    def __init__(self, function: Frontier) -> None:
         self.function = function
         self.answer: Tensor | None = None
         self.wanted = [function.known[place].value.float() for place in function.edge]
-        self.scales = self.weights()
-        self.heard = list[tuple[int, Affine, Tensor, Tensor, float]]()
-        for place, those in readers.items():
-            for reader in those if place in {0, *function.needed} else ():
-                sent = reader.affine.sent(gradients).float()
-                size = float(sent.square().sum())
-                if size > 0:
-                    affine = reader.affine.to(torch.float32)
-                    self.heard.append((place, affine, reader.k.value.float(), sent, HEARD / size))
-
-    def weights(self) -> list[Tensor]:
-        """Of the squares of each known value, one a sample [B]: its misfit is 1 at f = 0.
-
-        By the errors, but none counts as better known than to CLOSE.
-        """
-        known = [self.function.known[place] for place in self.function.edge]
-        own = [self.square(place) for place in self.function.edge]
-        parts = [k.value.square().flatten(1).sum(1) / o for k, o in zip(known, own, strict=True)]
-        whole = torch.stack(parts).sum(0).clamp_min(1e-300)
-        return [(1.0 / (o * whole)).float() for o in own]
+        self.squares = [self.square(place) for place in function.edge]
+        known = zip(self.wanted, self.squares, strict=True)
+        whole = sum((v.square().flatten(1).sum(1) / s for v, s in known), start=torch.zeros(()))
+        self.scales = [(1.0 / (s * whole.clamp_min(1e-300))).float() for s in self.squares]
+        sigmas = zip(*(function.sigma(row) for row in range(len(whole))), strict=True)
+        on = zip(function.edge, sigmas, strict=True)
+        self.on = [function.known[place].value > CLEAR * torch.stack(s) for place, s in on]
 
     def square(self, place: int) -> Tensor:
-        """Mean square error of a known value of every sample, [B]."""
+        """Mean square error of a known value of every sample, [B]; none is better than CLOSE."""
         k = self.function.known[place]
         finest = CLOSE**2 * k.value.square().flatten(1).mean(1)
         square = k.error.square().mean(0).flatten(1).mean(1) + self.function.own(place) ** 2
         return torch.maximum(square, finest).clamp_min(1e-60)
 
     def close(self) -> Tensor:
-        """Misfit of every sample that the weights explain: one unit an entry, [B]."""
-        total = torch.zeros_like(self.scales[0])
-        for place, w in zip(self.function.edge, self.scales, strict=True):
-            total += w * self.square(place) * self.function.known[place].value[0].numel()
+        """Misfit of every sample that the errors explain: one unit an entry, [B]."""
+        parts = zip(self.wanted, self.squares, self.scales, strict=True)
+        return torch.stack([w * s * v[0].numel() for v, s, w in parts]).sum(0).float()
+
+    def misfit(self, row: int, x: Tensor, sharp: Mapping[int, float] | None) -> Tensor:
+        """Of a sample; 1 where f(x) is 0."""
+        values, total = self.function.values(x, sharp), x.new_zeros(())
+        known = zip(self.function.edge, self.wanted, self.scales, self.on, strict=True)
+        for place, v, w, on in known:
+            node, given = self.function.flow.nodes[place], values[place]
+            if sharp is None and isinstance(node.link, ReLU):
+                given = torch.where(on[row], values[node.sources[0]], given)
+            total = total + w[row] * (given - v[row]).square().sum()
         return total
 
-    def misfits(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Of every sample, [B], 1 where nothing is explained; and of the gradients, in all."""
-        values = self.function.values(x)
-        own = x.new_zeros(len(x))
-        for place, v, w in zip(self.function.edge, self.wanted, self.scales, strict=True):
-            own = own + w * (values[place] - v).square().flatten(1).sum(1)
-        shared = x.new_zeros(())
-        for place, affine, k, sent, weight in self.heard:
-            inside = values[place].reshape(len(x), *affine.in_shape)
-            shared = shared + weight * (affine.weight_gradient(inside, k) - sent).square().sum()
-        return own, shared
-
     def run(
-        self, start: Callable[[int], Tensor], deadline: float, goal: float = 0.0
+        self, start: Callable[[int], Tensor], deadline: float, watch: Watch, below: str, goal: float
     ) -> Tensor | str:
         """The batch [B, *in_shape], float64, or how near the nearest one came.
 
@@ -219,33 +270,46 @@ class _Search:
         Args:
             start: the batch to begin with, by the number of the trial.
             deadline: after which no further round is begun.
-            goal: relative misfit of every sample that will do.
+            watch: told which sample is looked for.
+            below: what is, in words.
+            goal: relative misfit of every sample that will do; errors may allow more.
         """
         close = self.close().clamp_min(goal**2)
-        best = self.wanted[0].new_full((len(self.wanted[0]),), inf)
-        if self.answer is None:
-            self.answer = start(0).to(self.wanted[0])
-        answer = self.answer
-        for trial in range(STARTS):
-            x, open_ = answer.clone(), best > NEAR**2 * close
-            if trial:
-                x[open_] = start(trial).to(answer)[open_]
-            x, own = self.descended(x, close, deadline)
-            better = own < best
-            answer[better], best[better] = x[better], own[better]
-            if bool((best <= NEAR**2 * close).all()):
-                return answer.double()
-            if time.perf_counter() > deadline:
-                break
-        worst = int((best / close).argmax())
-        return (
-            f"sample {worst}: no data give the known values nearer than "
-            f"{float(best[worst]) ** 0.5:.1e} of their size, where "
-            f"{float(close[worst]) ** 0.5:.1e} is explained"
-        )
+        begun = self.answer is not None
+        answer = start(0).to(self.wanted[0]) if self.answer is None else self.answer
+        self.answer = answer
+        for row in range(len(answer)):
+            watch(f"{below}, sample {row + 1} of {len(answer)}")
+            best = inf
+            for trial in range(STARTS):
+                x = answer[row : row + 1].clone()
+                if trial or not begun:
+                    x = start(trial)[row : row + 1].to(answer)
+                    for beta in BLUNT:
+                        sharp = self.function.sharpness(x, beta)
+                        x, _ = self.descended(row, x, sharp, BLUNT_ROUNDS, 0.0, deadline)
+                x, own = self.descended(row, x, None, ROUNDS, float(close[row]), deadline)
+                if own < best:
+                    answer[row], best = x[0], own
+                if best <= NEAR**2 * float(close[row]) or time.perf_counter() > deadline:
+                    break
+            if not best <= NEAR**2 * float(close[row]):
+                return (
+                    f"sample {row}: no data give the known values nearer than {best**0.5:.1e} of "
+                    f"their size, where {float(close[row]) ** 0.5:.1e} is explained"
+                )
+        return answer.double()
 
-    def descended(self, x: Tensor, close: Tensor, deadline: float) -> tuple[Tensor, Tensor]:
-        """Where one start leads, and the misfit of every sample there."""
+    def descended(
+        self,
+        row: int,
+        x: Tensor,
+        sharp: Mapping[int, float] | None,
+        rounds: int,
+        close: float,
+        deadline: float,
+    ) -> tuple[Tensor, float]:
+        """Where one start leads, and the misfit there."""
         x = x.clone().requires_grad_()
         optimiser = torch.optim.LBFGS(
             [x], max_iter=STEPS, history_size=HISTORY, line_search_fn="strong_wolfe",
@@ -254,22 +318,20 @@ class _Search:
 
         def closure() -> Tensor:
             optimiser.zero_grad()
-            own, shared = self.misfits(x)
-            value = own.sum() + shared
+            value = self.misfit(row, x, sharp)
             value.backward()  # type: ignore[no-untyped-call]
             return value
 
-        last = inf
-        for number in range(ROUNDS):
+        now = last = inf
+        for number in range(rounds):
             optimiser.step(closure)  # type: ignore[no-untyped-call]
             with torch.no_grad():
-                own, shared = self.misfits(x)
-            now = float(own.sum() + shared) ** 0.5
-            stuck = number >= GIVEN and now > STALLED * last
-            if bool((own <= close).all()) or stuck or time.perf_counter() > deadline:
+                now = float(self.misfit(row, x, sharp))
+            stuck = number >= GIVEN and now**0.5 > STALLED * last**0.5
+            if now <= close or stuck or time.perf_counter() > deadline:
                 break
             last = now
-        return x.detach(), own
+        return x.detach(), now
 
 
 def _settled(full: Frontier, rough: Frontier, row: int, x: Tensor) -> tuple[Estimate, float] | str:

@@ -238,7 +238,7 @@ def _shaken(mixed: Batch, samples: Samples, draw: int) -> Samples | None:
     precision = replace(mixed.precision, seed=mixed.precision.seed + 1 + draw)
     moved = {}
     for name, g in mixed.gradients.items():
-        table = g.flatten(1) if g.ndim > 1 else g[:, None]
+        table = g.flatten(1) if g.ndim > 1 else g.reshape(-1, 1)
         size = table.norm(dim=1, keepdim=True) * table.norm(dim=0) / table.norm().clamp_min(1e-300)
         std = precision.update_std(name, size.square().reshape(g.shape))
         moved[name] = g + precision.normal(std, 1)[0] if precision.sent(name) else g

@@ -77,11 +77,10 @@ def below_branches(problem: Problem, run: Run, show: Progress) -> Branched | Non
     def watch(name: str) -> None:
         show.stage(f"what '{name}' gives")
 
-    gradients = problem.gradients
     few = Estimate(known.value, known.error[:MEMBERS])
     own = problem.precision
     own = replace(own, samples=len(few.error), seed=own.seed + 1)  # draws unlike those of `few`
-    told = descend_graph(cut, gradients, few, own, watch, problem.room)
+    told = descend_graph(cut, problem.gradients, few, own, watch, problem.room)
     features = _features(cut, told)
     unread = _unread(problem, flow)
     if problem.stated != len(known.value) or unread:
@@ -92,7 +91,7 @@ def below_branches(problem: Problem, run: Run, show: Progress) -> Branched | Non
         seed = problem.precision.seed + number
         return grey(problem.batch, flow.in_shape, problem.value_range, seed, spread)
 
-    found = preimage(cut, told, gradients, start, show.stage, problem.deadline, problem.room)
+    found = preimage(cut, told, start, show.stage, problem.deadline, problem.room)
     if isinstance(found, str):
         return Branched(features, note=f"the data do not follow from the features: {found}")
     made = _certified(problem, flow, told, found, run.descent)

@@ -13,8 +13,10 @@ from math import prod
 import torch
 from torch import Tensor
 
+from rgap.jacobian.smoothing import rounded_kink
 from rgap.limits import CLEAR, CLIENT, OWN
 from rgap.network.activations import Activation
+from rgap.network.activations.piecewise import PiecewiseLinear
 from rgap.network.affine import Affine
 from rgap.network.flow import Flow, Node
 from rgap.precision import Estimate
@@ -78,12 +80,33 @@ class Frontier:
         """Entries of all these values of one sample."""
         return sum(prod(node.shape) for _, node in self.between())
 
-    def values(self, x: Tensor) -> dict[int, Tensor]:
-        """All of them, by place, of data [B, *in_shape]."""
-        values = {0: x}
+    def values(self, x: Tensor, sharp: Mapping[int, float] | None = None) -> dict[int, Tensor]:
+        """All of them, by place, of data [B, *in_shape].
+
+        Args:
+            x: the data.
+            sharp: by place of an activation, how sharp its kink is; others are what they are.
+        """
+        values, beta = {0: x}, sharp or {}
         for place, node in self.between():
-            values[place] = node.forward([values[source] for source in node.sources])
+            inside = [values[source] for source in node.sources]
+            if place in beta:
+                assert isinstance(node.link, Activation)
+                one = torch.ones_like(inside[0][:1])
+                sides = (node.link.derivative(side * one) for side in (-1.0, 1.0))
+                values[place] = rounded_kink(inside[0], *sides, beta[place])
+            else:
+                values[place] = node.forward(inside)
         return values
+
+    def sharpness(self, x: Tensor, beta: float) -> dict[int, float]:
+        """β over the spread of what enters each activation with a kink, by place."""
+        values = self.values(x)
+        return {
+            place: beta / max(float(values[node.sources[0]].std()), 1e-12)
+            for place, node in self.between()
+            if isinstance(node.link, PiecewiseLinear) and node.link.barrier is None
+        }
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         """Those of the frontier."""

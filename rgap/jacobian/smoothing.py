@@ -20,6 +20,22 @@ NEIGHBOURS = 0.3  # spread of the entries of one window over that of the whole i
 FAR = 1e3  # multiples of the largest entry below all of them at which padding stands
 
 
+def rounded_kink(z: Tensor, left: float | Tensor, right: float | Tensor, beta: float) -> Tensor:
+    """Two lines through 0 of given slopes, with the kink between them rounded off.
+
+    Args:
+        z: input.
+        left: slope for z < 0.
+        right: slope for z > 0.
+        beta: sharpness; the kink is about 1/β wide.
+
+    >>> z = torch.tensor([-9.0, 0.0, 9.0])
+    >>> rounded_kink(z, 0.5, 1.0, 4.0).round(decimals=4).tolist()
+    [-4.5, 0.0866, 9.0]
+    """
+    return left * z + (right - left) * F.softplus(z, beta)
+
+
 class Sharpness:
     """The β that all softened modules of a network share; None: as the network is."""
 
@@ -57,9 +73,8 @@ class Softened(nn.Module):
         beta /= self._spread
         if isinstance(self.hard, (nn.MaxPool1d, nn.MaxPool2d)):
             return _boltzmann(self.hard, x, NEIGHBOURS * beta)
-        smooth = F.softplus(x, beta)
         slope = self.hard.negative_slope if isinstance(self.hard, nn.LeakyReLU) else 0.0
-        return slope * x + (1.0 - slope) * smooth
+        return rounded_kink(x, slope, 1.0, beta)
 
 
 def soften(model: nn.Module) -> Sharpness:

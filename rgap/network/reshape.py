@@ -97,7 +97,8 @@ class Op(ABC):
         moved = copy.copy(self)
         for key, value in vars(self).items():
             if isinstance(value, Tensor):
-                setattr(moved, key, value.to(device))
+                whole = isinstance(device, torch.dtype) and not value.is_floating_point()
+                setattr(moved, key, value if whole else value.to(device))
         return moved
 
 

@@ -43,8 +43,6 @@ class GraphDescent:
         masks: by place of a rectifier, what it lets through, as 0 and 1.
         shifts: places of convolutions whose gradients told the positions apart.
         ends: by place, why nothing is known of it or below it.
-        readers: by place of a value that they do not determine, the layers whose gradients say
-            something of it.
         unit: unit roundoff of the client's arithmetic.
     """
 
@@ -53,7 +51,6 @@ class GraphDescent:
     masks: dict[int, Tensor] = field(default_factory=dict)
     shifts: list[int] = field(default_factory=list)
     ends: dict[int, str] = field(default_factory=dict)
-    readers: dict[int, list[Reader]] = field(default_factory=dict)
     unit: float = 0.0
 
 
@@ -102,7 +99,6 @@ class _Walk:
         """One pass; True if a mask was settled below its rectifier, so that the next goes on."""
         nodes, state = self.flow.nodes, self.state
         state.cotangents, state.ends = {len(nodes) - 1: top}, {}
-        state.readers.clear()
         self.behind, self.doubted, self.suspect = {}, {}, {}
         for place in reversed(range(len(nodes))):
             node = nodes[place]
@@ -236,7 +232,6 @@ class _Walk:
         if not isinstance(found, Estimate):
             if self.flow.nodes[place].link is not None:
                 state.ends[place] = found
-            state.readers[place] = [reader for reader in readers if reader.unsure is None]
             return False
         settled = False
         for user, reader in zip(users, readers, strict=True):
@@ -273,7 +268,7 @@ class _Walk:
         sure = torch.where(unsure, 0.0, reader.k.value)
         left = affine.sent(self.gradients) - affine.weight_gradient(x.value, sure)
         on = torch.zeros_like(reader.k.value)
-        for f in unsure.flatten(2).any(2).any(0).nonzero().flatten().tolist():
+        for f in unsure.transpose(0, 1).flatten(1).any(1).nonzero().flatten().tolist():
             places = unsure[:, f].nonzero()
             columns = []
             for place in places:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import inf, prod
+from math import inf, lcm, prod
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ class Reader:
         """1 for filters that say something, else 0, [F]."""
         if self.unsure is None:
             return self.k.value.new_ones(self.affine.out_shape[0])
-        return 1.0 - self.unsure.flatten(2).any(2).any(0).to(self.k.value)
+        return 1.0 - self.unsure.transpose(0, 1).flatten(1).any(1).to(self.k.value)
 
 
 def from_gradients(
@@ -120,7 +120,9 @@ class _Stack:
         self.names = names
         self.blocks = [gradient_constraint(r.affine, r.k.value) for r in readers]
         channels = first.affine.in_shape[0]
-        self.whole = Kronecker(torch.cat([b.matrix for b in self.blocks], 1), channels)
+        groups = lcm(*(len(b.matrix) for b in self.blocks))
+        each = [b.matrix.repeat_interleave(groups // len(b.matrix), 0) for b in self.blocks]
+        self.whole = Kronecker(torch.cat(each, 1), channels)
         self.fold = weight_constraint(first.affine, len(first.k.value)).fold
         self.sent = self.rows([reader.affine.sent(gradients) for reader in readers])
         self.heard = torch.cat([self.by_filter(r, r.heard) for r in readers], 1)
@@ -176,9 +178,10 @@ class _Stack:
 
     def by_filter(self, reader: Reader, values: Tensor) -> Tensor:
         """A number for every filter as one for every row of K, [groups, rows]."""
-        groups = len(self.whole.matrix)
-        per_filter = reader.affine.weight[0, 0].numel()
-        return values.reshape(groups, -1).repeat_interleave(per_filter, 1)
+        geometry = reader.affine.geometry
+        groups = 1 if geometry is None else geometry.groups
+        rows = values.reshape(groups, -1).repeat_interleave(reader.affine.weight[0, 0].numel(), 1)
+        return rows.repeat_interleave(len(self.whole.matrix) // groups, 0)
 
     def weighed(self, rows: Tensor, weights: Tensor) -> Tensor:
         """Rows [..., C, rows] times their weights, [S, C, rows]."""

@@ -54,7 +54,7 @@ def test_data_come_back_within_the_errors_of_the_values(off: float) -> None:
     x = rgap.photos.load(2, 8, start=5, dtype=F64)
     told = known(flow, x, "relu_1", off=off)
     assert [flow.nodes[p].name for p in frontier(flow, told.values)] == ["relu_1"]
-    found = preimage(flow, told, {}, lambda number: grey(x))
+    found = preimage(flow, told, lambda number: grey(x))
     assert not isinstance(found, str), found
     assert found.equations > found.unknowns == 192
     error = found.data.value - x
@@ -76,7 +76,7 @@ def test_the_clients_own_rounding_of_its_values_is_part_of_their_errors() -> Non
     top = len(flow.nodes) - 1
     exact = Estimate(value, 1e-12 * torch.randn((8, *value.shape), dtype=F64))
     found = preimage(
-        flow, GraphDescent({top: exact}, unit=2.0**-24), {}, lambda number: grey(x).double()
+        flow, GraphDescent({top: exact}, unit=2.0**-24), lambda number: grey(x).double()
     )
     assert not isinstance(found, str), found
     assert float(found.misfit.max()) < 1.5  # 1e5 without it
@@ -89,7 +89,7 @@ def test_values_that_leave_directions_open_are_refused() -> None:
     flow = flow_of(model.double(), (3, 8, 8))
     assert isinstance(flow, Flow)
     x = rgap.photos.load(1, 8, dtype=F64)
-    few = preimage(flow, known(flow, x, "1"), {}, lambda number: grey(x))
+    few = preimage(flow, known(flow, x, "1"), lambda number: grey(x))
     assert isinstance(few, str) and "for 192 unknowns" in few
     torch.manual_seed(0)
     with torch.no_grad():  # many filters that never see one colour
@@ -97,7 +97,7 @@ def test_values_that_leave_directions_open_are_refused() -> None:
         wide[0].weight[:, 2] = 0.0  # type: ignore[union-attr, operator, index]
     flow = flow_of(wide, (3, 8, 8))
     assert isinstance(flow, Flow)
-    open_ = preimage(flow, known(flow, x, "0"), {}, lambda number: grey(x))
+    open_ = preimage(flow, known(flow, x, "0"), lambda number: grey(x))
     assert isinstance(open_, str) and "directions of the data open" in open_
 
 
@@ -106,7 +106,7 @@ def test_values_of_another_network_are_refused() -> None:
     assert isinstance(flow, Flow) and isinstance(other, Flow)
     x = rgap.photos.load(1, 8, dtype=F64)
     told = known(other, x, "1", "relu_1")
-    assert isinstance(preimage(flow, told, {}, lambda number: grey(x)), str)
+    assert isinstance(preimage(flow, told, lambda number: grey(x)), str)
 
 
 @pytest.mark.parametrize(

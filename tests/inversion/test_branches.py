@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -122,3 +123,112 @@ def test_random_networks_with_branches_certify_nothing_wrong() -> None:
             assert torch.equal(recovery.labels, case.labels[mate]), (number, case.words)
         exact += recovery.exact
     assert exact >= 1
+
+
+class Folded(nn.Module):
+    """A step on the data below two wide branches that meet."""
+
+    def __init__(self, step: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.step = step
+        self.c1, self.c2 = nn.Conv2d(1, 16, 3, 1, 1), nn.Conv2d(16, 16, 3, 1, 1)
+        self.p, self.h, self.a = nn.Conv2d(1, 16, 1), nn.Linear(400, 4), nn.LeakyReLU(0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.step(x)
+        return self.h((self.a(self.c2(self.a(self.c1(x)))) + self.p(x)).flatten(1))
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda x: (x - 0.5).abs(),
+        lambda x: (x - 0.5).square(),
+        lambda x: torch.nn.functional.silu(8.0 * (x - 0.5)),
+        lambda x: 2.0 * (x - 0.5).relu() - (x - 0.5),
+        lambda x: x - 2.0 * torch.tanh(3.0 * (x - 0.5)),
+    ],
+    ids=["abs", "square", "silu", "relu made abs", "bent"],
+)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_data_with_mirror_images_are_not_certified(
+    step: Callable[[Tensor], Tensor], seed: int
+) -> None:
+    torch.manual_seed(seed)
+    model, x = Folded(step).double().eval(), torch.rand(1, 1, 5, 5, dtype=torch.float64)
+    recovery = rgap.invert(model, rgap.capture(model, x, torch.tensor([1])))
+    if recovery.inputs is not None:
+        assert float((recovery.inputs - x).abs().max()) <= recovery.error_bound
+    assert recovery.status is not Status.INCONSISTENT
+
+
+@pytest.mark.parametrize("step", [lambda x: x.flip(-1), lambda x: x.roll(1, -1)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_data_come_back_through_a_step_that_only_moves_them(
+    step: Callable[[Tensor], Tensor], dtype: torch.dtype
+) -> None:
+    torch.manual_seed(3)
+    model, x = Folded(step).to(dtype).eval(), torch.rand(1, 1, 5, 5, dtype=dtype)
+    recovery = rgap.invert(model, rgap.capture(model, x, torch.tensor([1])))
+    assert recovery.status is Status.EXACT, recovery.reason
+    assert recovery.inputs is not None and recovery.error_bound is not None
+    assert float((recovery.inputs - x).abs().max()) <= recovery.error_bound < 1e-4
+
+
+class Grouped(nn.Module):
+    """Layers with other groups that read one value."""
+
+    def __init__(self, groups: tuple[int, int]) -> None:
+        super().__init__()
+        self.s, self.a = nn.Conv2d(1, 12, 3, 1, 1), nn.ELU()
+        self.c, self.p = (nn.Conv2d(12, 12, 3, 1, 1, groups=g) for g in groups)
+        self.h = nn.Linear(12 * 16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(self.s(x))
+        return self.h(self.a((self.c(x) + self.p(x)).flatten(1)))
+
+
+@pytest.mark.parametrize("groups", [(2, 1), (1, 4), (2, 3)])
+def test_layers_of_other_groups_read_one_value(groups: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    model, x = Grouped(groups).double().eval(), torch.rand(1, 1, 4, 4, dtype=torch.float64)
+    recovery = rgap.invert(model, rgap.capture(model, x, torch.tensor([1])))
+    assert recovery.status is Status.EXACT, recovery.reason
+    assert recovery.inputs is not None and recovery.error_bound is not None
+    assert float((recovery.inputs - x).abs().max()) <= recovery.error_bound < 1e-9
+
+
+class Flat(nn.Module):
+    """Fully connected branches, a number that scales one of them, few outputs."""
+
+    def __init__(self, outputs: int, activation: nn.Module) -> None:
+        super().__init__()
+        self.f, self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.h, self.act = nn.Linear(8, outputs), activation
+        self.alpha = nn.Parameter(torch.tensor(0.7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.f(x)
+        return self.h(self.alpha * h + self.b(self.act(self.a(h))))
+
+
+@pytest.mark.parametrize("outputs", [1, 2, 5])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("shared", [True, False])
+def test_no_mixture_is_a_sample_of_a_batch_of_unknown_size(
+    outputs: int, batch: int, shared: bool
+) -> None:
+    for seed, act in enumerate((nn.ReLU(), nn.Tanh(), nn.LeakyReLU(0.2))):
+        torch.manual_seed(seed)
+        model = Flat(outputs, act).double().eval()
+        x = torch.rand(batch, 4, dtype=torch.float64)
+        y, loss = torch.arange(batch) % max(outputs, 2), "cross_entropy"
+        if outputs == 1:
+            y, loss = y[:, None].double(), "binary_cross_entropy_with_logits"
+        update = rgap.capture(model, x, y, loss=loss, share_batch_size=shared)
+        recovery, true = rgap.invert(model, update, time_limit=2.0), seen(model, x)
+        assert recovery.status is not Status.INCONSISTENT, recovery.reason
+        for name, value in recovery.features.items():
+            apart = (value[:, None] - true[name]).square().mean(2).sqrt().amin(1)
+            assert float(apart.max()) <= 10.0 * recovery.features_error[name] + 1e-14, name
