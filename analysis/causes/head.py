@@ -130,13 +130,13 @@ def head_causes(
                 f"‖x_a − x_b‖·‖p_a − p_b‖/(2B) = {pair.value:.1e}, {pair.value / values[0]:.1e} of "
                 "σ_1."
             )
-        told = (
+        others = (
             *sharper(update),
             "labels that differ",
             "a smaller batch",
             "a trained or larger head",
         )
-        return [cause(CauseKind.ALIKE, stage.name, ratio, sentence(words), told)]
+        return [cause(CauseKind.ALIKE, stage.name, ratio, sentence(words), others)]
     beyond = values[batch:]
     if (
         recovery.status is Status.INCONSISTENT
