@@ -101,6 +101,15 @@ class Halt:
         return cls(HaltKind.ILL_CONDITIONED, stage, reason, unknowns, unknowns)
 
     @classmethod
+    def drowned(cls, stage: str, unknowns: int, drowned: int) -> Halt:
+        """The gradient that some of them are read off is no larger than its noise."""
+        reason = (
+            f"{drowned} of the {unknowns} values that '{stage}' takes in are drowned in the stated "
+            "noise: its gradient is no larger"
+        )
+        return cls(HaltKind.ILL_CONDITIONED, stage, reason, unknowns, unknowns)
+
+    @classmethod
     def unsolved(cls, stage: str, unknowns: int) -> Halt:
         """Nobody counted the rank, and two iterative solves disagree."""
         reason = (

@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-__all__ = ["FIT", "Cause", "CauseKind", "cause", "sentence"]
+import torch
+
+from rgap.update.update import Update
+
+__all__ = ["FIT", "Cause", "CauseKind", "cause", "sentence", "sharper"]
 
 
 class CauseKind(StrEnum):
@@ -19,6 +23,7 @@ class CauseKind(StrEnum):
     NOT_SEPARATED = "not separated"
     PARTS = "parts"  # some of the answer is certified
     MISSING = "missing equations"
+    UNCOUNTED = "uncounted rank"
     SEVERAL = "several answers"
     PRECISION = "precision"
 
@@ -36,6 +41,7 @@ FIRST = {
     CauseKind.NOT_SEPARATED: 2.5,
     CauseKind.PARTS: 2.0,
     CauseKind.MISSING: 1.0,
+    CauseKind.UNCOUNTED: 0.95,
     CauseKind.SEVERAL: 0.9,
     CauseKind.PRECISION: 0.5,
 }
@@ -88,6 +94,11 @@ def cause(
         share: in [0, 1], orders causes of one kind.
     """
     return Cause(kind, place, number, words, changes, FIRST[kind] + share)
+
+
+def sharper(update: Update | None) -> tuple[str, ...]:
+    """A finer format, of an update that is known to have a coarser one."""
+    return () if update is None or update.dtype == torch.float64 else ("float64 gradients",)
 
 
 def sentence(words: str) -> str:

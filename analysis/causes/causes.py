@@ -6,9 +6,10 @@ from math import inf, isfinite, log10, prod
 
 from torch import nn
 
-from rgap.analysis.causes.cause import FIT, Cause, CauseKind, cause, sentence
+from rgap.analysis.causes.cause import FIT, Cause, CauseKind, cause, sentence, sharper
 from rgap.analysis.causes.head import Pair, head_causes
 from rgap.analysis.causes.remedies import remedies
+from rgap.analysis.discard.layer_ranks import counted_rows
 from rgap.halt import Halt, HaltKind
 from rgap.network.chain import Chain, parse
 from rgap.recovery import LayerReport, Recovery, Route, Status
@@ -43,8 +44,9 @@ def causes(
         *head_causes(recovery, update, chain, batch, pairs),
         *_no_inverse(recovery),
         *_missing(recovery, model, update, batch),
+        *_uncounted(recovery, model, update, batch),
         *_several(recovery),
-        *_precision(recovery),
+        *_precision(recovery, update),
     ]
     fits = all(one.kind not in (CauseKind.COMPRESSED, CauseKind.MISFIT) for one in decided)
     if recovery.status is Status.INCONSISTENT and fits:
@@ -54,24 +56,34 @@ def causes(
         decided.append(cause(CauseKind.MISFIT, "", number, words, FIT))
     if not decided and (recovery.certified or recovery.determined is not None):
         words = sentence(recovery.reason)
-        decided.append(cause(CauseKind.PARTS, "", float(batch), words, _PARTS))
+        decided.append(cause(CauseKind.PARTS, "", float(batch), words, _parts(recovery, update)))
     if not decided:
         words = "the samples of the batch were not told apart: " if batch > 1 else ""
         words = sentence(words + recovery.reason)
-        decided.append(cause(CauseKind.NOT_SEPARATED, "", float(batch), words, _APART))
+        changes = (*_APART, *sharper(update))
+        decided.append(cause(CauseKind.NOT_SEPARATED, "", float(batch), words, changes))
     return tuple(sorted(decided, key=lambda one: -one.weight))
 
 
-_PARTS = (
-    "a layer above that the equations cover, and the loss declared, for the targets",
-    "strides that leave no row or column unread, for the data",
-)
+def _parts(recovery: Recovery, update: Update | None) -> tuple[str, ...]:
+    """What would have what is open of an answer of which some is certified."""
+    changes: list[str] = []
+    if "targets" not in recovery.certified:
+        if update is not None and not update.loss.known:
+            changes.append("the loss declared, for the targets")
+        elif update is not None and not update.loss.equations:
+            changes.append("a batch of one, whose targets are tried, or cross_entropy")
+        else:
+            changes.append("a layer above that the equations cover, for the targets")
+    if recovery.determined is not None:
+        changes.append("strides that leave no row or column unread, for the data")
+    return tuple(changes)
+
 
 _APART = (
     "a smaller batch",
     "two fully connected layers in a row with biases, at least 2B − 1 wide",
     "labels that differ",
-    "float64 gradients",
 )
 
 
@@ -131,11 +143,7 @@ def _missing(
             f"'{report.layer}' ({report.kind}) has {report.joint_rank:,} independent equations for "
             f"{report.unknowns:,} unknowns: {report.nullity:,} are missing ({share:.1%})."
         )
-        changes: tuple[str, ...] = ()
-        if model is not None and update is not None and update.input_shape is not None:
-            changes = remedies(model, update.input_shape, batch, report.layer, update.loss.name)
-        general = ("a smaller batch",) if batch > 1 else ()
-        changes = changes or (*general, *_more(report))
+        changes = _counted_changes(report, model, update, batch)
         if recovery.status is Status.COMPLETED:
             words += " A prior chose what they leave open."
         open_layers.append(
@@ -153,6 +161,51 @@ def _missing(
 
 
 _STEP = ("a smaller pooling window", "a strided convolution in place of the pool")
+
+
+def _counted_changes(
+    report: LayerReport, model: nn.Module | None, update: Update | None, batch: int
+) -> tuple[str, ...]:
+    """What would give a layer its equations: counted where the model is at hand."""
+    changes: tuple[str, ...] = ()
+    if model is not None and update is not None and update.input_shape is not None:
+        changes = remedies(model, update.input_shape, batch, report.layer, update.loss.name)
+    general = ("a smaller batch",) if batch > 1 else ()
+    return changes or (*general, *_more(report))
+
+
+def _uncounted(
+    recovery: Recovery, model: nn.Module | None, update: Update | None, batch: int
+) -> list[Cause]:
+    """A layer whose rank nobody measured: what its sizes alone say of it."""
+    halt = recovery.halt
+    if halt is None or not _unsolved(halt):
+        return []
+    words = f"the rank of '{halt.stage}' was not measured: {halt.reason}"
+    changes: tuple[str, ...] = ("a larger memory_budget, with which the rank is measured",)
+    rows = []
+    if model is not None and update is not None and update.input_shape is not None:
+        try:
+            counts, _ = counted_rows(model, update.input_shape, (batch,), update.loss.name)
+            rows = [row for row in counts if row.layer == halt.stage]
+        except ValueError:
+            words += ". Its sizes are those of no layer that is counted"
+    if not rows or rows[0].nullity == 0:
+        words += ". Counting its sizes finds no equation missing, which is no proof" if rows else ""
+        number = float(halt.unknowns or 0)
+        changes = (*changes, *sharper(update))
+        return [cause(CauseKind.UNCOUNTED, halt.stage, number, sentence(words), changes)]
+    row = rows[0]
+    words += (
+        f". Counted from its sizes, {'' if row.exact else 'at least '}{row.nullity:,} of "
+        f"{row.unknowns:,} equations are missing ({row.discard:.1%})"
+    )
+    report = recovery.layer(halt.stage)
+    changes = (*_counted_changes(report, model, update, batch), *changes)
+    return [
+        cause(CauseKind.MISSING, halt.stage, float(row.nullity), sentence(words), changes,
+              row.discard)
+    ]  # fmt: skip
 
 
 def _more(report: LayerReport) -> tuple[str, ...]:
@@ -175,10 +228,12 @@ def _several(recovery: Recovery) -> list[Cause]:
     return [cause(CauseKind.SEVERAL, "", float(count), sentence(words), changes)]
 
 
-def _precision(recovery: Recovery) -> list[Cause]:
+def _precision(recovery: Recovery, update: Update | None) -> list[Cause]:
     """Ranks are full, yet the answer is not fixed well enough."""
     known = [r for r in recovery.layers if r.route is not Route.NOT_REACHED]
-    told = recovery.error_bound is not None or _imprecise(recovery.halt)
+    halt = recovery.halt
+    imprecise = halt is not None and halt.kind is HaltKind.ILL_CONDITIONED
+    told = imprecise or (recovery.error_bound is not None and not _unsolved(halt))
     if recovery.status is not Status.UNDERDETERMINED or not known or not told:
         return []
     if recovery.certified or recovery.determined is not None:  # precise enough: some of it is open
@@ -200,15 +255,15 @@ def _precision(recovery: Recovery) -> list[Cause]:
         words += f", {-20 * log10(rms):.0f} dB" if rms > 0 else ""
     changes = (
         "less noise: the error is proportional to it",
-        "float64 gradients",
+        *sharper(update),
         "weights that saturate fewer units",
     )
     number = worst.condition if bound is None else bound
     return [cause(CauseKind.PRECISION, worst.layer, number, sentence(words + "."), changes)]
 
 
-def _imprecise(halt: Halt | None) -> bool:
-    return halt is not None and halt.kind in (HaltKind.ILL_CONDITIONED, HaltKind.UNSOLVED)
+def _unsolved(halt: Halt | None) -> bool:
+    return halt is not None and halt.kind is HaltKind.UNSOLVED
 
 
 def _batch(recovery: Recovery, update: Update | None, chain: Chain | None) -> int:

@@ -140,6 +140,8 @@ def explain(
 def _summary(recovery: Recovery, ranked: tuple[Cause, ...]) -> str:
     if not recovery.exact:
         count = "one cause" if len(ranked) == 1 else f"{len(ranked)} causes, the first decides"
+        if "inputs" in recovery.certified:
+            return f"the inputs are recovered and certified, their targets are not; {count}."
         return f"the batch is not recovered for certain; {count}."
     words = "the batch is recovered, with nothing left open."
     solved = [r for r in recovery.layers if isfinite(r.condition)]

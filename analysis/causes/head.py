@@ -8,7 +8,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from rgap.analysis.causes.cause import FIT, Cause, CauseKind, cause, sentence
+from rgap.analysis.causes.cause import FIT, Cause, CauseKind, cause, sentence, sharper
 from rgap.limits import LAW
 from rgap.network.chain import Chain
 from rgap.recovery import Recovery, Status
@@ -116,7 +116,7 @@ def head_causes(
     if batch > len(values):
         return []
     ratio = float(values[batch - 1] / values[0])
-    if batch > 1 and ratio < LAW * unit:
+    if batch > 1 and lost and ratio < LAW * unit:
         told = numerical_rank(values, len(values), LAW * unit).rank
         words = (
             f"the gradient of '{stage.name}' tells {told} of {batch} samples apart: σ_{batch}/σ_1 "
@@ -130,9 +130,13 @@ def head_causes(
                 f"‖x_a − x_b‖·‖p_a − p_b‖/(2B) = {pair.value:.1e}, {pair.value / values[0]:.1e} of "
                 "σ_1."
             )
-        sharper = ("float64 gradients",) if update.dtype != torch.float64 else ()
-        changes = (*sharper, "labels that differ", "a smaller batch", "a trained or larger head")
-        return [cause(CauseKind.ALIKE, stage.name, ratio, sentence(words), changes)]
+        others = (
+            *sharper(update),
+            "labels that differ",
+            "a smaller batch",
+            "a trained or larger head",
+        )
+        return [cause(CauseKind.ALIKE, stage.name, ratio, sentence(words), others)]
     beyond = values[batch:]
     if (
         recovery.status is Status.INCONSISTENT

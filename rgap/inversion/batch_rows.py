@@ -12,19 +12,23 @@ from torch import Tensor
 from rgap.constraints import gradient_constraint
 from rgap.head.target_error import standard_error
 from rgap.inversion.problem import Problem
+from rgap.inversion.top import top_features
 from rgap.jacobian.batch_loss import BatchLoss, loss_scale
-from rgap.limits import DETERMINED, ENSEMBLE, PROBABILITY
+from rgap.limits import DETERMINED, ENSEMBLE, PROBABILITY, SAFETY, USEFUL
 from rgap.network.chain import Chain
 from rgap.precision import Estimate
 from rgap.progress import Watch, silent
 from rgap.recursion.reached import Descent
 from rgap.recursion.stage import StageSolution
 from rgap.separation.batch import Batch, Separated
+from rgap.separation.route import undetermined
 from rgap.solvers.kronecker import factor
 from rgap.solvers.rank import Evidence, EvidenceKind
 from rgap.solvers.solution import Result, Solution, Stats
 from rgap.update.losses import Loss
 from rgap.update.targets import BINARY, CROSS_ENTROPY
+
+CERTAIN = USEFUL / SAFETY  # standard error, in parts of the largest value, of features handed out
 
 
 def batch_of(problem: Problem) -> Batch:
@@ -303,3 +307,37 @@ def descended(
     descent = own.descend(index, separated.features, separated.cotangents, watch)
     solutions = {**descent.solutions, index: separated_stage(own, separated)}
     return own, replace(descent, solutions=solutions)
+
+
+def certified_rows(problem: Problem, separated: Separated, descent: Descent) -> dict[str, Estimate]:
+    """Inputs of layers [B, *in_shape] of a batch whose recursion ended early, from the lowest up.
+
+    The last layer's is that of the samples, carried up.
+    Only of samples that each occur once and whose own equations outnumber their unknowns, a point
+    that a mixture of them does not satisfy; {} otherwise.
+
+    Args:
+        problem: with one row a different picture.
+        separated: where the samples were told apart.
+        descent: from there.
+    """
+    samples, rows = separated.mixture, len(separated.features.value)
+    at_head = separated.stage is problem.chain.stages[-1]
+    if descent.data is not None or descent.partial is not None or descent.refuted:
+        return {}
+    if problem.stated != rows or bool((separated.head.copies > 1).any()):
+        return {}
+    if at_head and samples.gradient.shape[0] - 1 - samples.rank <= samples.rank - 1:
+        return {}
+    if undetermined(batch_of(problem), separated):
+        return {}
+    stages = problem.chain.stages
+    top = top_features(problem.chain, separated.features, separated.stage.index)
+    own = problem.precision.unit * top.value.abs()
+    top = replace(top, error=top.error + problem.precision.normal(own, len(top.error)))
+    features = {len(stages) - 1: top, **descent.features}
+    return {
+        stages[index].name: u
+        for index, u in sorted(features.items())
+        if bool(u.known.all()) and float(u.std.max()) <= CERTAIN * float(u.value.abs().max())
+    }

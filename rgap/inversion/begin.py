@@ -9,8 +9,8 @@ from rgap.head.features import HeadFailure, solve_head
 from rgap.head.mapped import Mapped
 from rgap.inversion import outcomes
 from rgap.inversion.answer import Run, families, of_labels
-from rgap.inversion.batch_rows import batch_of, descended
-from rgap.inversion.conclude import concluded
+from rgap.inversion.batch_rows import batch_of, certified_rows, descended
+from rgap.inversion.conclude import concluded, with_features
 from rgap.inversion.factor import divided, remaining
 from rgap.inversion.problem import Problem
 from rgap.inversion.several import from_pair
@@ -94,6 +94,8 @@ def at_batch(problem: Problem, separated: Separated | Unseparated, show: Progres
     if separated.passed and recovery.inputs is None:
         reason = f"{separated.passed}; the batch was separated above: {recovery.reason}"
         recovery = replace(recovery, reason=reason)
+    if recovery.inputs is None and not recovery.features:
+        recovery = with_features(recovery, certified_rows(problem, separated, descent))
     return replace(recovery, separation=separated.route, warnings=(*notes, *recovery.warnings))
 
 

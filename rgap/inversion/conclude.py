@@ -18,7 +18,7 @@ from rgap.progress import Progress
 from rgap.recovery import Recovery, Status
 from rgap.recursion.reached import Descent
 
-__all__ = ["concluded"]
+__all__ = ["concluded", "with_features"]
 
 
 def concluded(problem: Problem, runs: list[Run], show: Progress) -> Recovery:
@@ -97,11 +97,15 @@ def _with_features(
     notes = (f"no features are certified: {doubt}",) if doubt else ()
     if branched is not None and branched.note:
         notes = (*notes, branched.note)
+    return with_features(replace(recovery, warnings=(*recovery.warnings, *notes)), features)
+
+
+def with_features(recovery: Recovery, features: dict[str, Estimate]) -> Recovery:
+    """The recovery with certified inputs of layers, from the lowest one up."""
     return replace(
         recovery,
         features={name: known.value for name, known in features.items()},
         features_error={
             name: float(known.error.square().mean().sqrt()) for name, known in features.items()
         },
-        warnings=(*recovery.warnings, *notes),
     )

@@ -224,8 +224,10 @@ def explained(problem: Problem, recovery: Recovery) -> Recovery:
         return replace(recovery, reason=f"{recovery.reason}; no trial of a check explains it")
     if best is None or best.kind is Kind.COMPRESSION or (best.kind in OPEN and apart):
         return recovery
-    status = Status.INCONSISTENT if best.kind in REFUTES else recovery.status
-    return replace(recovery, status=status, reason=f"{best.sentence}; {recovery.reason}")
+    told = replace(recovery, reason=f"{best.sentence}; {recovery.reason}")
+    if best.kind not in REFUTES:
+        return told
+    return replace(told, status=Status.INCONSISTENT, features={}, features_error={})
 
 
 def layer_reports(problem: Problem, descent: Descent | None) -> tuple[LayerReport, ...]:

@@ -190,31 +190,43 @@ def certified_features(problem: Problem, descent: Descent) -> tuple[dict[str, Es
         descent: where the recursion went; it began at a bias attack whose gradient is of rank one.
 
     Returns:
-        Inputs of affine maps by layer name, [1, *in_shape], with their errors; what contradicts
-        them, or "".
+        Inputs of affine maps by layer name, [1, *in_shape], with their errors, those above the
+        start as their own gradients carry them; what contradicts them, or "".
     """
     stages = problem.chain.stages
     start = max(descent.features, default=None)
     if start is None or descent.refuted:
         return {}, ""
-    if start + 1 < len(stages):
-        doubt = _contradiction(problem, stages[start], stages[start + 1], descent.features[start])
+    known = {i: u for i, u in sorted(descent.features.items()) if bool(u.known.all())}
+    for below, stage in zip(stages[start:], stages[start + 1 :], strict=False):
+        own = _own(problem, stage) if below.index in known else None
+        if own is None:
+            break
+        doubt = _contradiction(problem, below, stage, known[below.index], own)
         if doubt:
             return {}, doubt
-    whole = {i: u for i, u in sorted(descent.features.items()) if bool(u.known.all())}
-    return {stages[i].name: known for i, known in whole.items()}, ""
+        known[stage.index] = own[0]
+    return {stages[i].name: u for i, u in known.items()}, ""
 
 
-def _contradiction(problem: Problem, stage: Stage, above: Stage, u: Estimate) -> str:
-    """Why the input of ``above``, read off its own gradient, is not what ``u`` makes; or ""."""
-    affine, precision = above.affine, problem.precision
+def _own(problem: Problem, stage: Stage) -> tuple[Estimate, str] | None:
+    """The input that a layer's own gradient carries, and by how much that is not of rank one."""
+    affine, sent = stage.affine, problem.precision.sent
     if affine.geometry is not None or affine.bias_name is None:
-        return ""
-    sent = problem.gradients.original
-    bias = sent[affine.bias_name].to(affine.weight)
-    if not bool((bias != 0).any()):
-        return ""
-    read, _, mixed = from_bias(problem, above)
+        return None
+    if not sent(affine.bias_name) or not sent(affine.weight_name):
+        return None
+    if not bool((problem.gradients.original[affine.bias_name] != 0).any()):
+        return None
+    x, _, mixed = from_bias(problem, stage)
+    return x, mixed
+
+
+def _contradiction(
+    problem: Problem, stage: Stage, above: Stage, u: Estimate, carries: tuple[Estimate, str]
+) -> str:
+    """Why the input of ``above``, read off its own gradient, is not what ``u`` makes; or ""."""
+    precision, (read, mixed) = problem.precision, carries
     if mixed:
         return f"the gradient of '{above.name}' is not of rank one, as that of one sample is"
     z = stage.affine.forward(u.value)

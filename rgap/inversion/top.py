@@ -79,21 +79,26 @@ def _from_below(problem: Problem, data: Estimate) -> Estimate:
     return Estimate(kappa, eliminated.explained({n: noise[n] + moved[n] for n in noise})[0])
 
 
-def top_features(chain: Chain, data: Estimate) -> Estimate:
-    """Input u of the last affine map for data x [B, *input_shape], with the ensemble carried up."""
+def top_features(chain: Chain, known: Estimate, start: int | None = None) -> Estimate:
+    """Input u of the last affine map, with the ensemble carried up.
+
+    Args:
+        chain: the network.
+        known: data x [B, *input_shape], or the input of the affine map of stage ``start``.
+        start: that stage; None for data.
+    """
 
     def rise(x: Tensor) -> Tensor:
-        for stage in chain.stages[:-1]:
-            for op in stage.lead:
-                x = op.forward(x)
-            x = stage.affine.forward(x)
-            for op in stage.tail:
-                x = op.forward(x)
-        for op in chain.stages[-1].lead:
+        for op in chain.stages[0].lead if start is None else ():
             x = op.forward(x)
+        begun = start or 0
+        for stage, above in zip(chain.stages[begun:], chain.stages[begun + 1 :], strict=False):
+            x = stage.affine.forward(x)
+            for op in (*stage.tail, *above.lead):
+                x = op.forward(x)
         return x
 
-    return carried(rise, data)
+    return carried(rise, known)
 
 
 def head_gradients(

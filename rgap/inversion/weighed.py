@@ -55,7 +55,15 @@ def weighed(problem: Problem, data: Estimate) -> Weighed | str:
     if not loss.known:
         return "the loss is not known"
     if loss.targets != "index" or loss.own:
-        return f"under {loss.name} with targets {loss.targets!r} a factor is part of the target"
+        if loss.own:
+            return (
+                f"the loss {loss.name} is a function, for which no equation reads the targets of "
+                "several samples off the last layer"
+            )
+        return (
+            f"with targets {loss.targets!r} of {loss.name} any factor on a sample can be part of "
+            "its target, so neither is determined"
+        )
     return weighed_at(problem, top_features(chain, data))
 
 

@@ -54,7 +54,11 @@ def exact(head: HeadGradient) -> LabelEstimate:
         tensor([1, 0, 3])
     """
     if head.features is None:
-        return _open(head, "the features of the batch are needed; write features=...")
+        return _open(
+            head,
+            "the features of the batch are needed; write features=rgap.invert(model, update)."
+            "features[layer] with the last layer's name, where these are determined",
+        )
     if head.local_steps > 1:
         return _open(
             head,

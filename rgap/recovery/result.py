@@ -70,10 +70,11 @@ class Recovery:
             that ``inputs`` would have; else None.
         partial: the data where ``determined``, NaN elsewhere; ``error_bound`` is theirs then.
         features: where the recursion ended before the data: certified inputs of layers by layer
-            name, from the lowest one up.  Of one sample ``[1, *in_shape]``; of a residual or
-            concatenating network also those that wide layers determine below the place where
-            branches meet, and there of a batch too, ``[B, *in_shape]``, one row a sample.  Empty
-            for a chain's batch, without a certificate, and where the data themselves were found.
+            name, from the lowest one up, ``[B, *in_shape]``, one row a sample.  Of one sample also
+            those of the fully connected layers above; of a residual or concatenating network those
+            that wide layers determine below the place where branches meet.  Of a batch only where
+            every sample occurs once and its own equations outnumber its unknowns, so that no
+            mixture is taken for one.  Empty where the data themselves were found.
         features_error: rms standard error of each of ``features``, by the same names.
         targets_error_bound: of soft and real-valued ``labels``: the largest error of any entry that
             the certificate allows.  None for classes and 0/1 labels, which are right or open.

@@ -98,7 +98,7 @@ def descend(
             return ended(below)
         known, k = below
     if chain.complete:
-        cut = _cut(chain.stages[0], known)
+        cut = _cut(chain.stages[0], features[0], known)
         return ended(None, data=known) if cut is None else ended(cut, partial=known)
     barrier = chain.barrier
     assert barrier is not None
@@ -150,14 +150,17 @@ def _vanished(
     return not bool(gradients[bias].any()) and not bool(gradients[affine.weight_name].any())
 
 
-def _cut(stage: Stage, data: Estimate) -> Halt | None:
-    """What a ReLU of the data leaves open, and what no kernel of the first layer reads."""
+def _cut(stage: Stage, u: Estimate, data: Estimate) -> Halt | None:
+    """What noise or a ReLU of the data leaves open, and what no kernel of the first layer reads."""
     missing = int((~data.known).sum())
     if not missing:
         return None
     for op in stage.lead:
         if isinstance(op, Activation) and op.one_sided:
             return Halt.cut(op.name, op.kind, data.known.numel(), missing)
+    drowned = int((stage.affine.reads & ~u.known).sum())
+    if drowned:
+        return Halt.drowned(stage.name, u.known.numel(), drowned)
     return Halt.unread(stage.name, data.known.numel(), missing)
 
 

@@ -10,6 +10,7 @@ import torch
 from cases import dense
 from torch import nn
 
+import rgap
 from rgap.inversion.invert import invert
 from rgap.precision import Precision
 from rgap.update.capture import capture
@@ -209,3 +210,13 @@ def test_noise_that_was_not_stated_is_named_as_a_cause() -> None:
     assert found.status.name == "INCONSISTENT"
     assert "noise that was not stated" in found.reason
     assert "rounding and noise explain" in found.reason
+
+
+@pytest.mark.parametrize("noise", [1.0, 40.0])
+def test_values_that_drown_in_the_stated_noise_are_called_so(noise: float) -> None:
+    model = rgap.models.mlp((40, 32), 10, "tanh", input_shape=(3, 8, 8), seed=0)
+    update = capture(model, rgap.photos.load(1, 8).float(), torch.tensor([2]))
+    recovery = invert(model, update, noise=noise)
+    assert recovery.inputs is None
+    assert "192 of the 192 values" in recovery.reason and "noise" in recovery.reason
+    assert "no kernel" not in recovery.reason

@@ -11,6 +11,7 @@ from batched import batch_of, true_roots
 from cases import KINDS, mlp, pictures
 from torch import Tensor, nn
 
+import rgap
 from rgap.precision import Precision
 from rgap.separation.batch import Batch, Separated, Unseparated
 from rgap.separation.counts import multiplicity, smallest_batch
@@ -324,3 +325,13 @@ def test_what_rounding_hides_in_a_large_batch_is_not_searched_for(more: int, wor
     assert head.rank == size and head.ratio < 5.0 * torch.finfo(torch.float32).eps
     found = separate_head(batch, head)
     assert isinstance(found, Unseparated) and found.consistent and words in found.reason
+
+
+def test_a_head_of_rank_one_speaks_of_its_equations_and_not_of_unknowns() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 10)).eval()
+    x = torch.rand(4, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    update = rgap.capture(model, x, torch.tensor([3, 7, 1, 3]))
+    ones = {name: g.sign() for name, g in update.gradients.items()}
+    ones["1.weight"] = torch.outer(ones["1.bias"], torch.ones(48))
+    reason = rgap.invert(model, replace(update, gradients=ones)).reason
+    assert "has rank one" in reason and "8 equations" in reason and "unknowns" not in reason

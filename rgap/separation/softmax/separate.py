@@ -304,6 +304,11 @@ def identify_classes(head: Mixture, roots: Tensor, at: Consistency) -> list[Iden
 def _shortfall(consistency: AtHead, collected: Collected) -> str:
     head = consistency.samples
     where = f"at the head '{head.stage.name}'"
+    if head.rank == 1:
+        return (
+            f"the gradient {where} has rank one, of one input alone, and of no class does its "
+            f"cotangent satisfy the {consistency.equations} equations of cross_entropy"
+        )
     return (
         f"{collected.tally(where)} ({consistency.equations} equations for {head.rank - 1} unknowns "
         f"a sample, σ_B/σ_1 {head.ratio:.1e})"

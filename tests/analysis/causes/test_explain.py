@@ -13,6 +13,7 @@ import rgap
 from rgap.analysis.causes.explain import Explanation, explain
 from rgap.analysis.causes.head import same_class_pairs
 from rgap.analysis.causes.remedies import remedies
+from rgap.halt import Halt
 from rgap.labels import head_features
 
 SHAPE = (3, 16, 16)
@@ -67,6 +68,40 @@ def test_missing_equations_are_counted_and_the_changes_recounted() -> None:
         wider = lenet(channels=channels)
         recovery = rgap.invert(wider, update_of(wider, pictures(1), [3]), complete=False)
         assert recovery.exact is exact
+
+
+def test_a_rank_that_was_not_measured_is_counted_from_the_sizes() -> None:
+    model = lenet(channels=4)
+    update = update_of(model, pictures(1), [3])
+    short = rgap.invert(model, update)
+    halt = Halt.unsolved("conv1", 768)  # as LSMR leaves a layer that no matrix fits
+    layers = [replace(layer, joint_rank=None, nullity=None) for layer in short.layers]
+    recovery = replace(short, halt=halt, reason=halt.reason, layers=tuple(layers))
+    (first,) = explain(recovery, model, update).causes
+    assert (first.kind, first.place, first.number) == ("missing equations", "conv1", 228.0)
+    assert "was not measured" in first.words and "228 of 768 equations are missing" in first.words
+    assert any("memory_budget" in change for change in first.changes)
+    (alone,) = explain(recovery).causes
+    assert (alone.kind, alone.place) == ("uncounted rank", "conv1")
+    assert not any("float64" in change for change in (*first.changes, *alone.changes))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_certified_inputs_come_first_where_targets_are_open(dtype: torch.dtype) -> None:
+    model = rgap.models.mlp((32, 24), 10, "relu", input_shape=SHAPE, seed=0)
+    update = rgap.capture(
+        model, pictures(2), torch.tensor([3, 3]), nn.functional.multi_margin_loss, dtype=dtype
+    )
+    recovery = rgap.invert(model, update)
+    assert recovery.certified == {"inputs"} and "multi_margin_loss is a function" in recovery.reason
+    found = explain(recovery, model, update)
+    assert found.summary.startswith("the inputs are recovered and certified, their targets are not")
+    (first,) = found.causes
+    assert first.words.startswith("The inputs are certified") and "tells 1 of 2" not in first.words
+    assert first.changes == ("a batch of one, whose targets are tried, or cross_entropy",)
+    unknown = replace(update, loss=rgap.Loss("unknown"))
+    (cause,) = why(model, unknown).causes
+    assert cause.changes == ("the loss declared, for the targets",)
 
 
 def test_a_smaller_batch_is_offered_where_it_is_enough() -> None:
