@@ -84,6 +84,10 @@ MENDING: dict[Kind, Remedy | str] = {
     Kind.COMPRESSION: "rgap.match(model, update); the equations need the gradient as it was",
 }
 """The line that mends each, where no trial gives its number."""
+UNSEEN = {
+    Kind.STEPS: "those on other samples each look like one on a larger batch",
+}
+"""Why an update may be that and show nothing, where that is no lack of equations."""
 CERTIFIED = Remedy("rgap.invert(model, update)", "rgap invert")
 
 
@@ -190,7 +194,7 @@ class Check:
             lines = ["Not all trials ran; those that did contradict nothing that is declared."]
         lines += [f"Not run: {words.removesuffix('.')}." for words in self.unrun]
         if self.untested:
-            names = ", ".join(self.untested)
+            names = ", ".join(f"{k} ({UNSEEN[k]})" if k in UNSEEN else k for k in self.untested)
             asked = "No trial that ran" if self.unrun else "No equation of this network and batch"
             lines.append(f"{asked} tests: {names}.")
         if not self.findings:
