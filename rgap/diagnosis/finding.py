@@ -70,8 +70,9 @@ MENDING: dict[Kind, Remedy | str] = {
     Kind.SCALE: "dataclasses.replace(update, gradients=gradients) divided by the client's factor",
     Kind.CLIPPING: "gradients that the client did not clip",
     Kind.LOSS: "dataclasses.replace(update, loss=loss) with the client's loss",
-    Kind.DROPOUT: "model.eval() on the client before it computes the gradient, or model.train() "
-    "here: below the dropout a single sample's inputs may come back without the targets",
+    Kind.MODE: "model.eval() on the client before it computes the gradient: in train mode the "
+    "samples of its batch are mixed, and nothing here takes such an update",
+    Kind.DROPOUT: "model.eval() on the client before it computes the gradient",
     Kind.STEPS: trained("steps", "rate").then(" with the client's steps and rate"),
     Kind.BATCH_SIZE: "dataclasses.replace(update, batch_size=size) with the client's size",
     Kind.LABELS: "labels=None to have them found",

@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from rgap.diagnosis import mode
-from rgap.diagnosis.dropout import dropping, predicted
+from rgap.diagnosis.dropout import dropping, predicted, remedy
 from rgap.diagnosis.evidence import Call, Evidence
 from rgap.diagnosis.factors import smallest_misfit
-from rgap.diagnosis.finding import MENDING, Finding, Kind
+from rgap.diagnosis.finding import Finding, Kind
 from rgap.diagnosis.noise import floors
 from rgap.diagnosis.replay import replayed
 from rgap.diagnosis.samples import Samples, nearest_sample
@@ -167,8 +167,7 @@ def _masked(
         f"{held.what} holds to {held.misfit:.1e}, so the weights are right, but {worst.what} "
         f"misses by {worst.misfit:.1e}: '{layers[0].name}' (p = {rate:g}) was on"
     )
-    line = str(MENDING[Kind.DROPOUT])
-    return Finding(Kind.DROPOUT, rate, said, line, worst.strength)
+    return Finding(Kind.DROPOUT, rate, said, remedy(evidence), worst.strength)
 
 
 def _predictions(evidence: Evidence) -> list[Contradiction]:
