@@ -264,6 +264,19 @@ def test_the_names_of_another_model_are_no_frozen_layers() -> None:
     assert "froze" not in str(refused.value)
 
 
+def test_a_forgotten_loss_of_a_batch_is_the_first_suspect() -> None:
+    """Two layers tell the samples apart without any loss, so that they are right whatever it is."""
+    given = case("mlp", 2)
+
+    def own(z: Tensor, y: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(z, y) + 0.3 * z.square().mean()
+
+    sent = capture(given.model, given.inputs, given.targets, Loss("own", function=own))
+    recovery = rgap.invert(given.model, replace(sent, loss=Loss()))
+    assert recovery.certified == {"inputs"} and recovery.status is Status.INCONSISTENT
+    assert "explains it, and none could test: loss, " in recovery.reason
+
+
 def test_a_missing_layer_is_not_said_to_be_zero() -> None:
     given = case("mlp", 1)
     last = list(given.update.gradients)[-1]
