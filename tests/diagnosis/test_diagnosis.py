@@ -254,6 +254,23 @@ def test_other_weights(name: str, batch: int, loss: str, dtype: torch.dtype) -> 
 # --- values and names ------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("rate", [0.1, 0.003])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_half_weight_difference_over_its_rate(dtype: torch.dtype, rate: float) -> None:
+    """All 24 bits are used, and yet the values lie on a grid: times the rate they are halves."""
+    for batch in (1, 4):
+        given = case("mlp", batch)
+        sent = changed(given.update, lambda g: (g * rate).to(dtype).float() / rate)
+        best = only(check(given.model, sent), Kind.PRECISION)
+        assert best.value == torch.finfo(dtype).eps and "divided by the rate" in best.evidence
+        if batch == 1:
+            mended = eval(best.remedy, {"dataclasses": dataclasses, "torch": torch, "update": sent})
+            recovery = rgap.invert(given.model, mended)
+            assert recovery.status is Status.EXACT and recovery.inputs is not None
+            assert recovery.error_bound is not None
+            assert float((recovery.inputs - given.inputs).abs().max()) < recovery.error_bound
+
+
 def test_the_names_of_another_model_are_no_frozen_layers() -> None:
     given, other = case("lenet", 1), case("normed", 1)
     best = only(check(other.model, given.update), Kind.NAMES)
