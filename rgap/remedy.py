@@ -81,7 +81,9 @@ FUNCTION = Remedy(
     "dataclasses.replace(update, loss=the_function)",
     "--loss NAME of a loss that has one, or call rgap from Python with the function",
 )
-LOCAL = Remedy("local=rgap.LocalTraining(rate=0.01)", "--local-rate 0.01")
+LOCAL = Remedy("local=rgap.LocalTraining(rate)", "--local-rate RATE").then(
+    " with the client's learning rate"
+)
 AS_CLASSES = Remedy("Loss('cross_entropy')", "--loss cross_entropy")
 INVERTED = Remedy("rgap.invert(model, update).labels", "rgap invert MODEL UPDATE")
 

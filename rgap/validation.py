@@ -237,10 +237,10 @@ def check_names(got: Mapping[str, Tensor], expected: Mapping[str, Tensor], model
     if missing:
         also = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         instead = f"; it has {', '.join(map(repr, extra[:3]))} instead" if extra else ""
+        untrained = "" if extra else f", or, if the client froze it, {frozen(missing[0])}"
         raise ValueError(
             f"gradients: {missing[0]!r} is missing{also}, expected the {len(expected)} parameters "
-            f"of the {model}{instead}. Write {GRADIENTS}, or, if the client froze it, "
-            f"{frozen(missing[0])}."
+            f"of the {model}{instead}. Write {GRADIENTS}{untrained}."
         )
     if extra:
         raise ValueError(

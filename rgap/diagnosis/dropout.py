@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from rgap.diagnosis.evidence import Call, Evidence
 from rgap.diagnosis.finding import MENDING, Finding, Kind
 from rgap.head.bias_attack import bias_attack, rank_one_residual
+from rgap.remedy import Remedy
 
 FEWEST = 2  # ratios that agree
 MISSED = 10.0  # columns of zeros that are expected: e^-10 is the chance of none
@@ -23,6 +24,10 @@ WIDE = (-40.0, -1.0, 1.0, 40.0)  # times the probes' pre-activations that data m
 AFFINE = (nn.Linear, nn.modules.conv._ConvNd)
 RARE = 0.5  # of the zeros that are expected, below which they come from elsewhere
 RATIO = 1e-3  # relative spread of the factor 1/(1 − p)
+
+BELOW = Remedy("rgap.invert(model.train(), update)", "a MODEL in train mode").then(
+    ": below the dropout a single sample's inputs may come back without the targets"
+)
 
 
 def read(evidence: Evidence) -> list[Finding]:
@@ -36,6 +41,15 @@ def read(evidence: Evidence) -> list[Finding]:
             if finding is not None:
                 findings.append(finding)
     return findings[:1]
+
+
+def remedy(evidence: Evidence) -> str:
+    """The line that mends it; with what may be read as it is, where nothing mixes samples."""
+    line = str(MENDING[Kind.DROPOUT])
+    norm = nn.modules.batchnorm._BatchNorm
+    if evidence.batch != 1 or any(isinstance(m, norm) for m in evidence.model.modules()):
+        return line
+    return f"{line}, or {BELOW}"
 
 
 def dropping(evidence: Evidence) -> list[Call]:
@@ -94,7 +108,7 @@ def _zeros(evidence: Evidence, layer: Call, reader: Call) -> Finding | None:
         f"{zeros} of the {count} inputs of '{reader.name}' are exactly zero ({zeros / count:.2f}); "
         f"without '{layer.name}' (p = {rate:g}) none would be"
     )
-    return Finding(Kind.DROPOUT, zeros / count, said, str(MENDING[Kind.DROPOUT]), inf)
+    return Finding(Kind.DROPOUT, zeros / count, said, remedy(evidence), inf)
 
 
 def _scaled(evidence: Evidence, layer: Call, reader: Call) -> Finding | None:
@@ -134,7 +148,7 @@ def _scaled(evidence: Evidence, layer: Call, reader: Call) -> Finding | None:
         f"{zeros} of the {count} active inputs of '{reader.name}' are zero and the others "
         f"{factor:.6g} times what '{call.name}' predicts, 1/(1 − p) for p = {rate:.4g}"
     )
-    return Finding(Kind.DROPOUT, rate, said, str(MENDING[Kind.DROPOUT]), inf)
+    return Finding(Kind.DROPOUT, rate, said, remedy(evidence), inf)
 
 
 def predicted(evidence: Evidence, lower: Call, reader: Call, x: Tensor) -> Tensor | None:

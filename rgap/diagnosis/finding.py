@@ -70,8 +70,9 @@ MENDING: dict[Kind, Remedy | str] = {
     Kind.SCALE: "dataclasses.replace(update, gradients=gradients) divided by the client's factor",
     Kind.CLIPPING: "gradients that the client did not clip",
     Kind.LOSS: "dataclasses.replace(update, loss=loss) with the client's loss",
-    Kind.DROPOUT: "model.eval() on the client before it computes the gradient, or model.train() "
-    "here: below the dropout a single sample's inputs may come back without the targets",
+    Kind.MODE: "model.eval() on the client before it computes the gradient: in train mode the "
+    "samples of its batch are mixed, and nothing here takes such an update",
+    Kind.DROPOUT: "model.eval() on the client before it computes the gradient",
     Kind.STEPS: trained("steps", "rate").then(" with the client's steps and rate"),
     Kind.BATCH_SIZE: "dataclasses.replace(update, batch_size=size) with the client's size",
     Kind.LABELS: "labels=None to have them found",
@@ -84,6 +85,10 @@ MENDING: dict[Kind, Remedy | str] = {
     Kind.COMPRESSION: "rgap.match(model, update); the equations need the gradient as it was",
 }
 """The line that mends each, where no trial gives its number."""
+UNSEEN = {
+    Kind.STEPS: "those on other samples each look like one on a larger batch",
+}
+"""Why an update may be that and show nothing, where that is no lack of equations."""
 CERTIFIED = Remedy("rgap.invert(model, update)", "rgap invert")
 
 
@@ -190,7 +195,7 @@ class Check:
             lines = ["Not all trials ran; those that did contradict nothing that is declared."]
         lines += [f"Not run: {words.removesuffix('.')}." for words in self.unrun]
         if self.untested:
-            names = ", ".join(self.untested)
+            names = ", ".join(f"{k} ({UNSEEN[k]})" if k in UNSEEN else k for k in self.untested)
             asked = "No trial that ran" if self.unrun else "No equation of this network and batch"
             lines.append(f"{asked} tests: {names}.")
         if not self.findings:

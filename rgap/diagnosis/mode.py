@@ -128,7 +128,7 @@ def read(evidence: Evidence) -> list[Finding]:
             f"{what} is {worst.train_misfit:.1e} of its terms, 0 in train mode; eval mode misses "
             f"by {worst.eval_misfit:.1e}"
         )
-        line = str(MENDING[Kind.DROPOUT])  # the switch is the same
+        line = str(MENDING[Kind.MODE])
         strength = worst.eval_misfit / max(worst.train_misfit, worst.rounding, 1e-300)
         return [Finding(Kind.MODE, worst.train_misfit, said, line, strength)]
     return []

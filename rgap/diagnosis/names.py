@@ -13,11 +13,13 @@ from math import inf
 import torch
 from torch import nn
 
+from rgap.arithmetic.rounding import ABSENT
 from rgap.diagnosis.finding import Finding, Kind
-from rgap.remedy import NAMED, NUMBERED, Remedy, frozen_where
+from rgap.remedy import GRADIENTS, NAMED, NUMBERED, Remedy, frozen_where
 from rgap.update.update import Update
 
 WRAPPERS = ("module.", "_orig_mod.", "_module.", "model.", "net.", "network.", "backbone.")
+OTHER = Remedy("rgap.check(model, update) with the model that the client trained", GRADIENTS.option)
 
 
 def mended(model: nn.Module, update: Update) -> tuple[Update | None, Finding | None]:
@@ -36,13 +38,16 @@ def mended(model: nn.Module, update: Update) -> tuple[Update | None, Finding | N
     extra = [n for n in gradients if n not in wanted]
     missing = [n for n in wanted if n not in gradients]
     misshapen = [n for n, g in gradients.items() if n in wanted and g.shape != wanted[n]]
-    if extra and missing and not prefix and len(sent) == len(wanted):
-        return _numbered(model, update)
+    if extra and missing and not prefix and _in_order(update, wanted):
+        return _numbered(update, wanted, _foreign(extra, missing))
     if misshapen:
         name = misshapen[0]
         said = f"'{name}' has shape {list(gradients[name].shape)}, the model's {list(wanted[name])}"
-        line = "rgap.check(model, update) with the model that the client trained"
-        return None, Finding(Kind.NAMES, float(len(misshapen)), said, line, inf)
+        return None, Finding(Kind.NAMES, float(len(misshapen)), said, str(OTHER), inf)
+    if extra and missing:
+        return None, Finding(
+            Kind.NAMES, float(len(extra)), _foreign(extra, missing), str(OTHER), inf
+        )
     frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
     if missing and frozen.issuperset(missing) and not extra and not prefix:
         return update.fitted(model), None  # nothing is sent of what the client did not train
@@ -50,13 +55,15 @@ def mended(model: nn.Module, update: Update) -> tuple[Update | None, Finding | N
         device = next(iter(gradients.values())).device
         rest = {n: torch.zeros(wanted[n], dtype=update.dtype, device=device) for n in missing}
         full = {n: rest[n] if n in rest else gradients[n] for n in wanted}
+        noise = {renamed[n]: s for n, s in (update.noise or {}).items()}
+        noise |= {n: torch.full_like(zeros, ABSENT) for n, zeros in rest.items()}
         said = f"{len(missing)} of {len(wanted)} parameters are missing, '{missing[0]}' first"
         untrained = str(frozen_where("n not in update.gradients"))
         if prefix:
             said += f", and every name begins with '{prefix}'"
         lacking = Finding(Kind.NAMES, float(len(missing)), said, untrained, inf)
         nothing = len(missing) == len(wanted)
-        return None if nothing else replace(update, gradients=full), lacking
+        return None if nothing else replace(update, gradients=full, noise=noise), lacking
     ordered = replace(update, gradients={n: gradients[n] for n in wanted})
     if prefix:
         without = Remedy(
@@ -90,17 +97,21 @@ def _stripped(names: list[str], wanted: set[str]) -> tuple[str, dict[str, str]]:
     return prefix, rest
 
 
-def _numbered(model: nn.Module, update: Update) -> tuple[Update | None, Finding | None]:
+def _foreign(extra: list[str], missing: list[str]) -> str:
+    """Names of another model, in words."""
+    return (
+        f"{len(extra)} tensors, '{extra[0]}' first, are no parameters of the model, and "
+        f"{len(missing)} of its own, '{missing[0]}' first, are missing"
+    )
+
+
+def _in_order(update: Update, wanted: dict[str, torch.Size]) -> bool:
+    """True if the tensors have the shapes of the model's parameters one by one."""
+    return [g.shape for g in update.gradients.values()] == list(wanted.values())
+
+
+def _numbered(update: Update, wanted: dict[str, torch.Size], said: str) -> tuple[Update, Finding]:
     """Names say nothing: the order may still be the model's, if every shape agrees."""
-    wanted = dict(model.named_parameters())
-    tensors = list(update.gradients.values())
-    first = next(iter(update.gradients))
-    fits = all(g.shape == p.shape for g, p in zip(tensors, wanted.values(), strict=True))
-    line = str(NUMBERED)
-    said = f"'{first}' is no parameter of the model, expected '{next(iter(wanted))}'"
-    if not fits:
-        said += "; in this order the shapes do not fit either"
-        return None, Finding(Kind.NAMES, float(len(wanted)), said, line, inf)
-    said += "; in this order every shape fits"
-    named = replace(update, gradients=dict(zip(wanted, tensors, strict=True)))
-    return named, Finding(Kind.NAMES, float(len(wanted)), said, line, inf)
+    named = replace(update, gradients=dict(zip(wanted, update.gradients.values(), strict=True)))
+    said += "; in the order sent every shape fits"
+    return named, Finding(Kind.NAMES, float(len(wanted)), said, str(NUMBERED), inf)

@@ -110,6 +110,9 @@ def check(
         else:
             rounded = values.rounded(renamed)
             plain, update = renamed, renamed.as_rounded()[0]
+            quotient = values.divided(update) if rounded is None else None
+            if quotient is not None:
+                update, rounded = quotient
             precision = Precision(update.dtype, noise, seed=seed, entries=update.noise or {})
             deadline = began + time_limit
             evidence = gather(model, update, size, known, input_shape, precision, deadline)

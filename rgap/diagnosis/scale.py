@@ -41,9 +41,11 @@ def read(evidence: Evidence, samples: Samples) -> list[Finding]:
     if evidence.presumed and not factors.unique:
         return []  # a mixture of the two targets has any factor
     evidence.tested.update(GRADES)
-    if len(samples.logits) > 1:
+    common, logits = factors.common, samples.logits
+    if len(logits) > 1:
         evidence.tested.add(Kind.ACCUMULATION)
-    common = factors.common
+        if (logits.shape[1] if common is None else logits.numel()) >= TELLING:
+            evidence.tested.add(Kind.STEPS)  # no sample was seen by other weights
     if common is None:
         return _unequal(evidence, samples, factors)
     return _uniform(evidence, samples, factors, common)

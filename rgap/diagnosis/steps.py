@@ -8,6 +8,12 @@ features move with the weights and the rank grows to T.  Two trials follow.
   that fits best: one number for thousands of equations.
 - Where only the head can be read, its rank is more than the batch allows: a larger batch would
   explain that as well, and is tried.
+
+Steps on *other* samples each, ``1/T Σ_t ∇L(θ_t; X_t)``, have the rank of one step on all of them.
+In a batch of one it is too large; in a larger one the samples of the first step satisfy all
+equations and those of the later ones miss them by O(η).  They are excluded where every sample is
+found and its cotangent fits (:mod:`rgap.diagnosis.scale`), or where none is
+(:mod:`rgap.diagnosis.weights`).
 """
 
 from __future__ import annotations
@@ -265,7 +271,8 @@ def _by_rank(evidence: Evidence, layers: list[Floor]) -> list[Finding]:
     lowest, calls = layers[0], {c.name: c for c in evidence.calls}
     reads = calls[lowest.name].first
     if max(f.rank for f in layers) >= size:  # below, more samples or steps had room
-        evidence.tested.update((Kind.BATCH_SIZE, *((Kind.STEPS,) if layers[reads:] else ())))
+        whole = size == 1 and bool(layers[reads:])  # steps on parts of a batch keep its rank
+        evidence.tested.update((Kind.BATCH_SIZE, *((Kind.STEPS,) if whole else ())))
     high = [f for f in layers if f.rank > size and f.next > SPECK]
     over = [f for f in high if not f.flat]
     if not over:
@@ -287,8 +294,9 @@ def _by_rank(evidence: Evidence, layers: list[Floor]) -> list[Finding]:
     told = None if reads and lowest not in over else batch(replace(evidence, batch=count))
     told = told if told is not None and told.clear else None
     if reads and lowest in over:
-        said += f"; '{lowest.name}' reads the data, of which no step of SGD sees more"
-        return [replace(larger, evidence=said, rivals=() if told else (Kind.OPTIMISER,))]
+        said += f"; '{lowest.name}' reads the data, of which steps on one batch see no more"
+        rivals = () if told else (Kind.STEPS, Kind.OPTIMISER)
+        return [replace(larger, evidence=said, rivals=rivals)]
     if told is not None:
         return [replace(larger, evidence=f"{said}; {told.route}")]
     if reads:

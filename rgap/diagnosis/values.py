@@ -5,18 +5,26 @@ No equation is needed: a float32 tensor whose every entry is a float16 number wa
 
 from __future__ import annotations
 
+from itertools import product
 from math import inf
 
 import torch
+from torch import Tensor
 
+from rgap.arithmetic.doubles import blocks
 from rgap.arithmetic.rounding import UNIFORM
 from rgap.diagnosis.evidence import Evidence
 from rgap.diagnosis.finding import MENDING, Finding, Kind
 from rgap.remedy import Remedy
 from rgap.update.compression import compression
 from rgap.update.quantisation import recognise
-from rgap.update.update import Update
+from rgap.update.update import Update, view
 
+HALVES = (torch.bfloat16, torch.float16)
+WIDE = (torch.float32, torch.float64)
+RATES = [n * 10.0**-k for k in (6, 5, 4, 3, 2) for n in range(10, 100)]  # two digits, below one
+FEW = 16  # values of a tensor that are looked at first
+OFF = 2 * torch.finfo(torch.float32).eps  # of a quotient and the rate itself
 COUNTED = "rgap invert MODEL UPDATE, which counts the rounding as noise"
 
 
@@ -39,6 +47,57 @@ def rounded(update: Update) -> Finding | None:
         f"update.as_rounded()[0], or dataclasses.replace(update, dtype={grid.dtype})", COUNTED
     )
     return Finding(Kind.PRECISION, eps, said, str(line), inf)
+
+
+def divided(update: Update) -> tuple[Update, Finding] | None:
+    """Values that are numbers of a coarse format only times a rate: a rounded weight difference.
+
+    ``u = fl(h/η)`` with h of float16 or bfloat16 has all its digits.  Rates of two digits are
+    tried; of those that differ by a power of two the smallest that explains the values is taken,
+    whose grid is the coarsest.
+
+    Returns:
+        The update with the rounding of h, over η, as noise, and the finding; or None.
+    """
+    sent = {n: g for n, g in update.gradients.items() if g.dtype in WIDE and bool(g.any())}
+    if not sent or update.noise:
+        return None
+    few = torch.cat([_largest(g) for g in sent.values()])
+    for dtype, rate in product(HALVES, RATES):
+        if not _on_grid(few, dtype, rate):
+            continue
+        if not all(_on_grid(part, dtype, rate) for g in sent.values() for part in blocks(g)):
+            continue
+        grid = recognise({n: (g.double() * rate).to(dtype).to(g) for n, g in sent.items()})
+        if grid is None or grid.dtype != dtype or grid.scaled:
+            continue
+        said = (
+            f"{grid.evidence} distinct values of {len(grid.noise)} tensors are {grid.kind} numbers "
+            f"times 1/{rate:g}, or over a power of two more: a weight difference that was rounded "
+            "and divided by the rate"
+        )
+        line = Remedy(
+            f"dataclasses.replace(update, gradients={{n: (g * {rate:g}).to({dtype}) for n, g "
+            "in update.gradients.items()})",
+            f"an UPDATE that holds the difference of the weights as {grid.kind} numbers",
+        )
+        mended = view(update, dtype=dtype, noise={n: s / rate for n, s in grid.noise.items()})
+        eps = torch.finfo(dtype).eps
+        return mended, Finding(Kind.PRECISION, eps, said, str(line), inf)
+    return None
+
+
+def _largest(g: Tensor) -> Tensor:
+    """A few values of a tensor, on the CPU: they refute nearly every rate."""
+    sizes = g.detach().flatten().abs()
+    return sizes.topk(min(FEW, len(sizes))).values.double().cpu()
+
+
+def _on_grid(values: Tensor, dtype: torch.dtype, rate: float) -> bool:
+    """True for quotients of numbers of a format and a rate, up to the rounding of float32."""
+    wide = values.double()
+    near = (wide * rate).to(dtype).double() / rate
+    return bool(((near - wide).abs() <= OFF * wide.abs()).all())
 
 
 def compressed(evidence: Evidence) -> Finding | None:

@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from rgap.diagnosis import mode
-from rgap.diagnosis.dropout import dropping, predicted
+from rgap.diagnosis.dropout import dropping, predicted, remedy
 from rgap.diagnosis.evidence import Call, Evidence
 from rgap.diagnosis.factors import smallest_misfit
-from rgap.diagnosis.finding import MENDING, Finding, Kind
+from rgap.diagnosis.finding import Finding, Kind
 from rgap.diagnosis.noise import floors
 from rgap.diagnosis.replay import replayed
 from rgap.diagnosis.samples import Samples, nearest_sample
@@ -94,10 +94,11 @@ def read(evidence: Evidence, samples: Samples | None) -> list[Finding]:
         what = f"the update of the data of '{again[2]}' and the cotangents of the head"
         identities.append(Contradiction(what, *again[:2], (Kind.DROPOUT,)))
     broken = [c for c in identities if c.strength > 1.0]
-    if not broken and not evidence.late:
-        further = _recursion(evidence) if evidence.batch == 1 else _search(evidence, samples)
+    alone = evidence.batch == 1
+    if not evidence.late and not (broken and (alone or Kind.STEPS in evidence.tested)):
+        further = _recursion(evidence) if alone else _search(evidence, samples)
         identities += further
-        broken = [c for c in further if c.strength > 1.0]
+        broken += [c for c in further if c.strength > 1.0]
     if identities:
         evidence.tested.add(Kind.WEIGHTS)
     if not broken:
@@ -166,8 +167,7 @@ def _masked(
         f"{held.what} holds to {held.misfit:.1e}, so the weights are right, but {worst.what} "
         f"misses by {worst.misfit:.1e}: '{layers[0].name}' (p = {rate:g}) was on"
     )
-    line = str(MENDING[Kind.DROPOUT])
-    return Finding(Kind.DROPOUT, rate, said, line, worst.strength)
+    return Finding(Kind.DROPOUT, rate, said, remedy(evidence), worst.strength)
 
 
 def _predictions(evidence: Evidence) -> list[Contradiction]:
@@ -284,6 +284,8 @@ def _search(evidence: Evidence, samples: Samples | None) -> list[Contradiction]:
     if nearest is None:
         return []
     misfit, tolerance, name, softmax = nearest
+    if misfit > tolerance:
+        evidence.tested.add(Kind.STEPS)  # the samples of a first step satisfy these equations
     also = (Kind.LOSS if softmax else Kind.DROPOUT, Kind.BATCH_SIZE)
     return [Contradiction(f"the nearest sample at '{name}'", misfit, tolerance, also)]
 

@@ -211,7 +211,7 @@ def explained(problem: Problem, recovery: Recovery) -> Recovery:
     outputs = problem.chain.output_shape
     if not contradicted and (not outputs or outputs[-1] <= PARALLEL):
         return recovery
-    best = check(
+    tried = check(
         problem.model,
         view(problem.update, loss=problem.declared),
         batch_size=problem.stated,
@@ -219,9 +219,14 @@ def explained(problem: Problem, recovery: Recovery) -> Recovery:
         noise=problem.precision.noise,
         seed=problem.precision.seed,
         time_limit=LIMIT,
-    ).best
+    )
+    best = tried.best
     if best is None and contradicted:
-        return replace(recovery, reason=f"{recovery.reason}; no trial of a check explains it")
+        reason = f"{recovery.reason}; no trial of a check explains it"
+        if "inputs" in recovery.certified and Kind.LOSS in tried.untested:  # without any loss
+            causes = sorted(tried.untested, key=lambda kind: kind is not Kind.LOSS)
+            reason += f", and none could test: {', '.join(causes)}"
+        return replace(recovery, reason=reason)
     if best is None or best.kind is Kind.COMPRESSION or (best.kind in OPEN and apart):
         return recovery
     told = replace(recovery, reason=f"{best.sentence}; {recovery.reason}")

@@ -154,7 +154,7 @@ def prepare(
         chain = parse(client.model, client.input_shape)
     except UnreadyError as error:  # what stands below it may be read all the same
         unready = str(error)
-        chain = unparsed(client.model, client.input_shape, unready)
+        chain = unparsed(client.model, client.input_shape, error.state)
     if place.type != "cpu":
         chain = chain.to(place)
     chain, loss = behind(*folded(chain, update.loss, client.batch))

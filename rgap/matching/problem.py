@@ -18,12 +18,13 @@ from rgap.network.running import run
 from rgap.precision import Precision
 from rgap.priors import prior_of
 from rgap.recovery import Recovery
-from rgap.remedy import LOCAL
+from rgap.remedy import LOCAL, Remedy
 from rgap.seeding import start_of
 from rgap.solvers.priors import Prior
 from rgap.update.local_training import LocalTraining
 from rgap.update.preflight import ClientView
 
+STATED = Remedy("labels=", "--labels").then(" in the client's order if it is known")
 Callback = Callable[[Progress], bool | None]
 
 
@@ -39,6 +40,7 @@ class SearchProblem:
         start: to begin with, float64.
         prior: of the data; None for the method's own.
         precision: of the update, with the noise that was stated.
+        notes: what was assumed of it, for a reader.
     """
 
     client: ClientView
@@ -48,6 +50,7 @@ class SearchProblem:
     start: Tensor | None
     prior: Prior | None
     precision: Precision
+    notes: tuple[str, ...] = ()
 
     @property
     def model(self) -> nn.Module:
@@ -86,8 +89,9 @@ class SearchProblem:
         if local is not None and local.size is not None and local.size > size:
             raise ValueError(
                 f"local: expected at most {size} samples a step, the batch, got {local.size}; "
-                "write LocalTraining(rate=0.01)"
+                f"write LocalTraining(rate={local.rate:g})"
             )
+        notes: tuple[str, ...] = ()
         searched = preset is not None and preset.joint and update.loss.name == "cross_entropy"
         if known is None and not searched:
             method = preset.labels if preset else "best"
@@ -98,6 +102,11 @@ class SearchProblem:
                     "labels=torch.tensor([3, 5])"
                 )
             known = read.labels
+            if local is not None and update.local_steps > 1 and (local.size or size) < size:
+                notes = (
+                    "the labels were read off the update, which does not say in which step each "
+                    f"was used: their order over the steps is a guess; write {STATED}",
+                )
         shape, place = (size, *client.input_shape), client.place
         if known is not None:
             _check_targets(client, known, shape)
@@ -111,6 +120,7 @@ class SearchProblem:
             None if start is None else _start(start, shape).to(place),
             _prior(prior, preset, client),
             precision,
+            notes,
         )
 
 

@@ -333,10 +333,10 @@ def _answer(
 ) -> Matching:
     """The recovery, its status and why."""
     unknowns, numbers = prod(problem.shape), sum(g.numel() for g in problem.gradients.values())
-    said: tuple[str, ...] = ()
+    said = problem.notes
     if numbers < unknowns:
-        said = (f"the update has {numbers} numbers for {unknowns} unknowns: most of the answer "
-                "is chosen by the start and the prior",)  # fmt: skip
+        said += (f"the update has {numbers} numbers for {unknowns} unknowns: most of the answer "
+                 "is chosen by the start and the prior",)  # fmt: skip
     empty = Matching(
         inputs=None,
         labels=None if targets is None else targets.cpu(),

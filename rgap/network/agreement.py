@@ -170,8 +170,8 @@ def refuse_unready(model: nn.Module) -> None:
         if does:
             path, kind = name or type(model).__name__, type(module).__name__
             raise UnreadyError(
-                f"'{path}' ({kind}) is in train mode: it {does}; write model.eval() before "
-                "capture, parse and invert"
+                f"'{path}' ({kind}) is in train mode: it {does}",
+                "model.eval() before capture, parse and invert",
             )
 
 

@@ -90,9 +90,9 @@ def _dropout(call: Call) -> Piece:
     given = _arguments(call, "p", "training", "inplace")
     if given.get("training", not isinstance(call.target, str)) and given.get("p", 0.5) > 0:
         raise UnreadyError(
-            f"'{call.name}' ({call.kind}) draws random numbers that the update does not state; "
-            "write model.eval() before capture, parse and invert, and "
-            "F.dropout(x, training=self.training) in the model's forward"
+            f"'{call.name}' ({call.kind}) draws random numbers that the update does not state",
+            "model.eval() before capture, parse and invert, and "
+            "F.dropout(x, training=self.training) in the model's forward",
         )
     return None
 

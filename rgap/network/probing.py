@@ -24,7 +24,15 @@ class Unsupported(Exception):  # noqa: N818  (a signal inside the package, never
 
 
 class UnreadyError(ValueError):
-    """A module draws random numbers or mixes the batch because it is in train mode."""
+    """A module draws random numbers or mixes the batch because it is in train mode.
+
+    Attributes:
+        state: which one, and what it does.
+    """
+
+    def __init__(self, state: str, instead: str) -> None:
+        super().__init__(f"{state}; write {instead}")
+        self.state = state
 
 
 def rearrangement(

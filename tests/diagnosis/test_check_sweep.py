@@ -76,6 +76,27 @@ def test_a_mistake_is_named_or_what_looks_the_same(name: str, size: int, classes
             assert kind.claim in found.explain()
 
 
+@pytest.mark.parametrize(
+    ("act", "steps", "declared"), [(nn.Tanh, 2, 4), (nn.ReLU, 4, 4), (nn.ReLU, 2, 2)]
+)
+def test_steps_on_other_samples_are_no_other_mistake(
+    act: type[nn.Module], steps: int, declared: int
+) -> None:
+    """They have the rank of one step on all samples, so that hardly an equation shows them."""
+    for network in ("mlp", "lenet"):
+        given = case(network, 4, act=act)
+        if steps == declared:
+            genuine = check(given.model, given.update)
+            assert genuine.ok and Kind.STEPS not in genuine.untested  # every sample fits
+        sent = mistakes.trained_locally(given, steps, 0.05, apart=True)
+        found = check(given.model, replace(sent, batch_size=declared))
+        if found.best is None:
+            assert Kind.STEPS in found.untested
+            assert "steps (those on other samples" in found.explain()
+        else:
+            assert Kind.STEPS in (found.best.kind, *found.best.rivals), found.explain()
+
+
 NOISED = [("lenet", 1, 2), ("normed", 1, 2), ("normed", 4, 2)]
 
 

@@ -192,7 +192,7 @@ def test_dropout_that_was_on(activation: type[nn.Module], batch: int) -> None:
     model = dropped(activation)
     given = replace(case("mlp", batch, classes=5), model=model)
     found = only(check(model, mistakes.in_train_mode(given)), Kind.DROPOUT)
-    assert "or model.train() here" in found.remedy
+    assert ("or rgap.invert(model.train(), update)" in found.remedy) == (batch == 1)
     if batch == 1:
         assert found.value == pytest.approx(0.4, abs=0.15 if activation is nn.Sigmoid else 1e-4)
 
@@ -252,6 +252,66 @@ def test_other_weights(name: str, batch: int, loss: str, dtype: torch.dtype) -> 
 
 
 # --- values and names ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.003])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_half_weight_difference_over_its_rate(dtype: torch.dtype, rate: float) -> None:
+    """All 24 bits are used, and yet the values lie on a grid: times the rate they are halves."""
+    for batch in (1, 4):
+        given = case("mlp", batch)
+        sent = changed(given.update, lambda g: (g * rate).to(dtype).float() / rate)
+        best = only(check(given.model, sent), Kind.PRECISION)
+        assert best.value == torch.finfo(dtype).eps and "divided by the rate" in best.evidence
+        if batch == 1:
+            mended = eval(best.remedy, {"dataclasses": dataclasses, "torch": torch, "update": sent})
+            recovery = rgap.invert(given.model, mended)
+            assert recovery.status is Status.EXACT and recovery.inputs is not None
+            assert recovery.error_bound is not None
+            assert float((recovery.inputs - given.inputs).abs().max()) < recovery.error_bound
+
+
+def test_the_names_of_another_model_are_no_frozen_layers() -> None:
+    given, other = case("lenet", 1), case("normed", 1)
+    best = only(check(other.model, given.update), Kind.NAMES)
+    assert "no parameters of the model" in best.evidence and "are missing" in best.evidence
+    assert "with the model that the client trained" in best.remedy
+    with pytest.raises(ValueError, match="instead") as refused:
+        rgap.invert(other.model, given.update)
+    assert "froze" not in str(refused.value)
+
+
+def test_a_forgotten_loss_of_a_batch_is_the_first_suspect() -> None:
+    """Two layers tell the samples apart without any loss, so that they are right whatever it is."""
+    given = case("mlp", 2)
+
+    def own(z: Tensor, y: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(z, y) + 0.3 * z.square().mean()
+
+    sent = capture(given.model, given.inputs, given.targets, Loss("own", function=own))
+    recovery = rgap.invert(given.model, replace(sent, loss=Loss()))
+    assert recovery.certified == {"inputs"} and recovery.status is Status.INCONSISTENT
+    assert "explains it, and none could test: loss, " in recovery.reason
+
+
+def test_a_missing_layer_is_not_said_to_be_zero() -> None:
+    given = case("mlp", 1)
+    last = list(given.update.gradients)[-1]
+    sent = {n: g for n, g in given.update.gradients.items() if n != last}
+    found = only(check(given.model, replace(given.update, gradients=sent)), Kind.NAMES)
+    assert f"'{last}' first" in found.evidence
+
+
+def test_what_a_model_in_train_mode_says_is_no_advice_to_leave_it() -> None:
+    given = case("mlp", 1)
+    model = nn.Sequential(*given.model[:3], nn.Dropout(0.4), *given.model[3:]).train()
+    update = replace(given.update, gradients=dict(zip(
+        dict(model.named_parameters()), mistakes.in_train_mode(given, model).gradients.values(),
+        strict=True,
+    )))  # fmt: skip
+    recovery = rgap.invert(model, update)
+    assert recovery.certified == {"inputs"} and "in train mode" in recovery.reason
+    assert "write model.eval()" not in recovery.reason
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

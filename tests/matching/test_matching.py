@@ -273,6 +273,10 @@ def test_several_local_steps_are_followed(method: str, size: int | None) -> None
         rgap.match(model, update, method=method)
     at_truth = rgap.match(model, update, method=method, local=local, start=x, time_limit=0.0)
     assert at_truth.residual is not None and at_truth.residual < 1e-12
+    unstated = replace(update, labels=None)
+    read = rgap.match(model, unstated, method=method, local=local, time_limit=0.0)
+    assert any("order over the steps" in note for note in read.warnings) == (size == 1)
+    assert not at_truth.warnings
     if method == "gauss_newton":
         found_by = rgap.match(model, update, local=local)
         assert found_by.inputs is not None

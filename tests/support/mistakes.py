@@ -129,14 +129,18 @@ def noisy(update: Update, level: float, seed: int = 0) -> Update:
     )
 
 
-def trained_locally(given: Case, steps: int, rate: float) -> Update:
-    """(θ_0 − θ_T)/(η T), declared as one gradient; float64."""
+def trained_locally(given: Case, steps: int, rate: float, *, apart: bool = False) -> Update:
+    """(θ_0 − θ_T)/(η T), declared as one gradient; float64.
+
+    Every step is one on the whole batch, or on samples of its own (``apart``).
+    """
     twin = copy.deepcopy(given.model).double()
     before = {n: p.detach().clone() for n, p in twin.named_parameters()}
-    for _ in range(steps):
+    for step in range(steps):
+        rows = slice(step, None, steps) if apart else slice(None)
         twin.zero_grad()
         t = given.targets.double() if given.targets.is_floating_point() else given.targets
-        given.loss(twin(given.inputs.double()), t).backward()
+        given.loss(twin(given.inputs[rows].double()), t[rows]).backward()
         with torch.no_grad():
             for p in twin.parameters():
                 p -= rate * p.grad

@@ -205,6 +205,9 @@ MISTAKES: dict[str, Mistake] = {
     "squared error": Mistake(lambda c: replace(c.update, loss=Loss("mse_loss")), (K.LOSS,)),
     "smoothing": Mistake(_smoothed, (K.LOSS,)),
     "steps": Mistake(_trained, (K.STEPS,)),
+    "steps apart": Mistake(
+        lambda c: mistakes.trained_locally(c, 2, 0.05, apart=True), (K.STEPS,), (4,)
+    ),
     "batch 8": Mistake(lambda c: replace(c.update, batch_size=8), (K.BATCH_SIZE, K.SCALE), (4,)),
     "batch 2": Mistake(lambda c: replace(c.update, batch_size=2), (K.BATCH_SIZE,), (4,)),
     "decay": Mistake(_decayed, (K.DECAY,)),
