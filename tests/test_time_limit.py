@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -229,6 +230,17 @@ def test_an_audit_returns_what_it_finished(monkeypatch: pytest.MonkeyPatch) -> N
     assert len({row.layer for row in found.rows}) == 3
     with pytest.raises(allowance.OutOfTime):
         audit(_conv(), (2, 6, 6), (8,), time_limit=limit / 1e3)
+
+
+@pytest.mark.parametrize(("limit", "need"), [(5.0, 32.0), (60.0, 410.0), (20.0, 22.5)])
+def test_the_advice_is_above_its_own_estimate(
+    limit: float, need: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(allowance, "pace", lambda device: 1e-9)
+    with pytest.raises(allowance.OutOfTime) as refused, allowance.Timed(False, limit) as show:
+        show.ahead(need * 1e9)
+    advised = float(re.search(r"write time_limit=(\S+),", str(refused.value)).group(1))
+    assert 2.0 * need <= advised <= max(4.4 * limit, 2.3 * need)
 
 
 def test_hardening_returns_what_it_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,8 +114,8 @@ def _completion(
     def watch(step: Step, _: Tensor) -> None:
         nonlocal made
         made += 1
-        said = f"completion below {known.layer}, misfit {step.misfit:.1e}"
-        show.stage(said, made, series="complete")
+        said = f"misfit {step.misfit:.1e}"
+        show.stage(f"completion below {known.layer}", made, series="complete", how=said)
 
     bounds, precision = problem.value_range, problem.precision
     start = grey(problem.batch, problem.chain.input_shape, bounds, precision.seed)
@@ -238,7 +238,8 @@ def searched(problem: Problem, recovery: Recovery, show: Progress) -> Recovery:
         return recovery
 
     def watch(progress: SearchProgress) -> None:
-        show.stage(f"matching, misfit {progress.best:.1e}", progress.number + 1, series="match")
+        said = f"misfit {progress.best:.1e}"
+        show.stage("matching", progress.number + 1, series="match", how=said)
 
     began = time.perf_counter()
     kinked = any(rounded(module) for module in problem.model.modules())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import cache
-from math import inf
+from math import ceil, floor, inf, log10
 
 import torch
 
@@ -29,6 +29,7 @@ __all__ = [
 
 OVER = 0.1  # of a limit, by which it may be exceeded
 LEAST = 1e-3  # seconds
+EXACTLY = 1e-9  # of a digit, which rounding up leaves as it is
 TRIAL = 320  # size of the factorisation that others are told from: about 0.1 s
 PLAIN = 1 / 12  # work of a QR or a product of the same sizes, over that of the singular values
 SYMMETRIC = 1 / 3  # that of the eigenvalues and vectors of a symmetric matrix
@@ -103,14 +104,19 @@ class Timed(Progress):
         return max(self.end - self._clock(), LEAST)
 
     def stage(
-        self, what: str, number: int | None = None, total: int | None = None, series: str = ""
+        self,
+        what: str,
+        number: int | None = None,
+        total: int | None = None,
+        series: str = "",
+        how: str = "",
     ) -> None:
         """Say what is being done now.
 
         Raises:
             OutOfTime: the limit is over, or one more pass like the last would end after it.
         """
-        super().stage(what, number, total, series)
+        super().stage(what, number, total, series, how)
         if self.limit == inf:
             return
         now, (last, count, when) = self._clock(), self._before
@@ -122,7 +128,10 @@ class Timed(Progress):
                 if number is None
                 else f"'{what}' ({number}" + (f" of {total})" if total else ")")
             )
-            raise OutOfTime(f"time_limit: the {self.limit:g} s are over at {place}; {self._advice}")
+            rest = (now - when) * (total - (number or 1) + 1) if alike and total else 0.0
+            raise OutOfTime(
+                f"time_limit: the {self.limit:g} s are over at {place}; {self._advice(rest)}"
+            )
 
     def ahead(self, work: float) -> None:
         """Ask for time.
@@ -140,12 +149,16 @@ class Timed(Progress):
             place = self.last.what if self.last is not None else "the next step"
             raise OutOfTime(
                 f"time_limit: '{place}' takes about {need:.2g} s, and {self.left:.2g} s of "
-                f"{self.limit:g} s are left; {self._advice}"
+                f"{self.limit:g} s are left; {self._advice(need)}"
             )
 
-    @property
-    def _advice(self) -> str:
-        return f"write time_limit={4 * self.limit:g}, a smaller batch or a smaller input_shape"
+    def _advice(self, need: float) -> str:
+        """A limit of twice what was used and what is needed yet, in seconds; else four times it."""
+        used = self._clock() - (self.end - self.limit)
+        enough = max(4.0 * self.limit, 2.0 * (used + need))
+        size = 10.0 ** (floor(log10(enough)) - 1)  # two digits, rounded up
+        enough = ceil(enough / size - EXACTLY) * size
+        return f"write time_limit={enough:g}, a smaller batch or a smaller input_shape"
 
 
 @cache

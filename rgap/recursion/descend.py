@@ -67,7 +67,7 @@ def descend(
     for index in range(start.index, -1, -1):
         stage = chain.stages[index]
         if index < start.index:
-            watch(stage.name, start.index - index, start.index)
+            watch(stage.name, len(chain.stages) - index, len(chain.stages))
             parts = index == 0 and chain.complete
             step = _solve(stage, gradients, known, k, precision, budget, parts)
             # Only the first factor is needed again; each is as large as the matrix of its layer.
