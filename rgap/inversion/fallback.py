@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from math import isfinite, prod
+from math import inf, isfinite, prod
 
 import torch
 from torch import Tensor
@@ -62,6 +62,9 @@ def filled(problem: Problem, run: Run, show: Progress) -> Recovery:
     """
     filling, chain = problem.filling, problem.chain
     assert filling is not None
+    if problem.left == inf:  # no limit for the equations, and the whole of its own for this
+        filling = replace(filling, began=time.perf_counter())
+        problem = replace(problem, filling=filling)
     halt = run.descent.require_halt()
     descent, near = _unpooled(problem, run.descent, SEARCHING * filling.left, show)
     run = run._replace(descent=descent)
