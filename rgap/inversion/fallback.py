@@ -25,6 +25,7 @@ from rgap.jacobian.batch_loss import BatchLoss
 from rgap.jacobian.module_update import ClientLoss, KnownFeatures, ModuleUpdate, watchable
 from rgap.jacobian.smoothing import rounded
 from rgap.limits import SURPLUS, SURPLUS_SHARE
+from rgap.machine.allowance import Until, freely
 from rgap.matching.checkpoint import Progress as SearchProgress
 from rgap.matching.search import match
 from rgap.network.activations import Activation
@@ -39,6 +40,7 @@ from rgap.update.update import view
 
 SPARE = 2.0  # equations, in multiples of the unknowns, that a search takes below the first pool
 SEARCHING = 0.6  # share of the time that winners of max-pools are searched for
+FACTORING = 0.25  # share of what is left of a limit for the basis of what a layer says of its input
 COMPLETING = 0.2  # share of the rest for a completion over kinks, where all of a layer is known
 MATCHING = 0.5  # share of the time for Gauss–Newton on the whole update, where there are kinks
 SUGGESTED = "the prior, known features and directions of gradients, where Gauss–Newton is trapped"
@@ -73,7 +75,11 @@ def filled(problem: Problem, run: Run, show: Progress) -> Recovery:
     halt = descent.require_halt()
     name = chain.stages[descent.reached.index].name
     show.stage(f"completion below {name}")
-    known = inside(chain, descent.reached, problem.gradients, problem.precision, problem.budget)
+    place, left = str(problem.gradients.device), problem.left
+    ahead = freely if left == inf else Until(time.perf_counter(), left, FACTORING, place)
+    known = inside(
+        chain, descent.reached, problem.gradients, problem.precision, problem.budget, ahead
+    )
     if not watchable(problem.model, name):
         why = f"no completion: '{name}' is no module of the model, its input cannot be watched"
         return _without(problem, descent, f"{halt.reason}; {why}")
