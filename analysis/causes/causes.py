@@ -56,7 +56,8 @@ def causes(
         words = sentence(recovery.reason)
         decided.append(cause(CauseKind.PARTS, "", float(batch), words, _PARTS))
     if not decided:
-        words = "the samples of the batch were not told apart: " if batch > 1 else ""
+        late = recovery.halt is not None and recovery.halt.kind is HaltKind.LATE
+        words = "the samples of the batch were not told apart: " if batch > 1 and not late else ""
         words = sentence(words + recovery.reason)
         decided.append(cause(CauseKind.NOT_SEPARATED, "", float(batch), words, _APART))
     return tuple(sorted(decided, key=lambda one: -one.weight))
