@@ -56,6 +56,29 @@ class Finding:
         return {}
 
 
+def aligned(rows: Sequence[Sequence[str]], left: int = 2) -> list[str]:
+    r"""Lines of a table in plain text, the first row its heading.
+
+    Args:
+        rows: cells in words.
+        left: leading columns of names; the others are numbers.
+
+    >>> print("\n".join(aligned([("layer", "nullity"), ("conv1", "0")], 1)))
+    layer  nullity
+    -----  -------
+    conv1        0
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if place < left else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
+
+
 def data_frame(rows: Sequence[Mapping[str, Any]]) -> pandas.DataFrame:
     """One line for each row, its keys as columns; like ``pandas.DataFrame``.
 

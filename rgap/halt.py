@@ -22,6 +22,7 @@ class HaltKind(Explained):
     DEFICIENT = "fewer independent equations than unknowns"
     ILL_CONDITIONED = "full rank, but directions stay open at the precision of the update"
     UNSOLVED = "solves from different starts end at different answers, and nobody counted the rank"
+    LATE = "the time limit came before the equations of a layer were solved or counted"
     CONTRADICTION = "equations that contradict each other"
 
     @property
@@ -118,6 +119,12 @@ class Halt:
             "memory_budget counts them"
         )
         return cls(HaltKind.UNSOLVED, stage, reason, unknowns)
+
+    @classmethod
+    def late(cls, stage: str, unknowns: int, why: str) -> Halt:
+        """There was no time to solve its equations or to count their rank."""
+        reason = f"the rank of the equations of '{stage}' was not counted in the time: {why}"
+        return cls(HaltKind.LATE, stage, reason, unknowns)
 
     @classmethod
     def contradiction(cls, stage: str) -> Halt:

@@ -36,6 +36,7 @@ class Report:
         rate: finished a second, or None before the first is.
         left: seconds that the rest will take at this rate, at most until a time limit, or None.
         inner: of the call within, or None.
+        how: it goes, as in "best 2e-3".
     """
 
     what: str
@@ -45,6 +46,7 @@ class Report:
     rate: float | None = None
     left: float | None = None
     inner: Report | None = None
+    how: str = ""
 
     @property
     def words(self) -> str:
@@ -52,12 +54,14 @@ class Report:
 
         >>> Report("conv2", 2, 5, 12.0, 0.25, 16.0).words
         'conv2: 2 of 5, 4.0 s each, 16 s left'
-        >>> Report("step", 40, None, 10.0, 4.0, 50.0, Report("conv1")).words
-        'step: 40, 4.0 a second, 50 s left; conv1'
+        >>> Report("step", 40, None, 10.0, 4.0, 50.0, Report("conv1"), "best 2e-3").words
+        'step: 40, best 2e-3, 4.0 a second, 50 s left; conv1'
         """
         parts = []
         if self.number is not None:
             parts.append(f"{self.number}" + (f" of {self.total}" if self.total else ""))
+        if self.how:
+            parts.append(self.how)
         if self.rate:
             slow = self.rate < 1.0
             parts.append(f"{1 / self.rate:.1f} s each" if slow else f"{self.rate:.1f} a second")
@@ -125,7 +129,12 @@ class Progress:
             self._line.stop()
 
     def stage(
-        self, what: str, number: int | None = None, total: int | None = None, series: str = ""
+        self,
+        what: str,
+        number: int | None = None,
+        total: int | None = None,
+        series: str = "",
+        how: str = "",
     ) -> None:
         """Say what is being done now.
 
@@ -134,6 +143,7 @@ class Progress:
             number: of it in its series, from 1.
             total: of the series, where it is known.
             series: name of the series; another name begins the measurement of the rate anew.
+            how: it goes, in words.
         """
         log.debug("%s", what)
         now = self._clock()
@@ -149,7 +159,7 @@ class Progress:
         if self._deadline is not None:
             rest = max(self._deadline - now, 0.0)
             left = rest if left is None else min(left, rest)
-        self._show(Report(what, number, total, now - self._began, rate, left))
+        self._show(Report(what, number, total, now - self._began, rate, left, how=how))
 
     @property
     def listened(self) -> bool:
@@ -205,7 +215,7 @@ class _Line:
 
     def __rich__(self) -> str:
         """The report as it is now, with the time that has passed."""
-        words = "" if self.report is None else self.report.words
+        words = "beginning" if self.report is None else self.report.words
         return f"{words} [dim]({_clock(self._clock() - self._began)})[/dim]"
 
 

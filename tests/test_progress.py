@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 import time
 
@@ -57,6 +58,16 @@ def test_rate_and_time_left_follow_the_counts() -> None:
     assert last.seconds == pytest.approx(6.0)
     show.stage("another", 1, 3, series="another")
     assert told[-1].rate is None
+
+
+def test_how_it_goes_stands_behind_the_count() -> None:
+    told = list[Report]()
+    match(conv(), sent(conv()), method="ig", iterations=3, progress=told.append)
+    assert re.fullmatch(r"iteration: 1 of 3, best \d.*", told[0].words), told[0].words
+    told.clear()
+    rgap.invert(conv(), sent(conv()), progress=told.append)
+    layers = [report for report in told if report.number is not None]
+    assert [report.words[:9] for report in layers] == ["2: 2 of 3", "0: 3 of 3"]
 
 
 def test_a_time_limit_bounds_what_is_left() -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Callable
+from importlib import import_module
+from math import inf
 
 import pytest
 import torch
@@ -20,8 +23,11 @@ from rgap.machine import allowance
 from rgap.machine.allowance import PLAIN, SYMMETRIC
 from rgap.matching.search import match
 from rgap.progress import Report
+from rgap.recursion import stage
 from rgap.solvers.gauss_newton import Schedule, gauss_newton
 from rgap.solvers.priors import Squares
+
+inversion = import_module("rgap.inversion.invert")  # the function has the module's name
 
 LIMIT, UNIT = 5.0, 0.1  # seconds; a pass through the network takes a fiftieth of the limit
 
@@ -150,7 +156,7 @@ class Factoring:
         self.now = 1000.0
         monkeypatch.setattr(time, "perf_counter", lambda: self.now)
         monkeypatch.setattr(allowance, "pace", lambda device: self.RATE)
-        monkeypatch.setattr(allowance, "TRIAL", 1)  # no work is too little to be asked for
+        monkeypatch.setattr(allowance, "LEAST_ASKED", 1.0)  # no work is too little to be asked for
         for name, share in (("svd", 1.0), ("svdvals", 1.0), ("eigh", SYMMETRIC), ("qr", PLAIN)):
             self._costs(monkeypatch, torch.linalg, name, share)
         columns = UpdateMap.columns
@@ -231,6 +237,17 @@ def test_an_audit_returns_what_it_finished(monkeypatch: pytest.MonkeyPatch) -> N
         audit(_conv(), (2, 6, 6), (8,), time_limit=limit / 1e3)
 
 
+@pytest.mark.parametrize(("limit", "need"), [(5.0, 32.0), (60.0, 410.0), (20.0, 22.5)])
+def test_the_advice_is_above_its_own_estimate(
+    limit: float, need: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(allowance, "pace", lambda device: 1e-9)
+    with pytest.raises(allowance.OutOfTime) as refused, allowance.Timed(False, limit) as show:
+        show.ahead(need * 1e9)
+    advised = float(re.search(r"write time_limit=(\S+),", str(refused.value)).group(1))
+    assert 2.0 * need <= advised <= max(4.4 * limit, 2.3 * need)
+
+
 def test_hardening_returns_what_it_found(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Factoring(monkeypatch)
     began = clock.now
@@ -248,3 +265,64 @@ def test_a_limit_that_is_none_is_refused() -> None:
     for wrong in (0.0, -1.0, float("nan"), "60", True):
         with pytest.raises((TypeError, ValueError), match="time_limit: expected seconds"):
             audit(_mlp(), (1, 8, 8), (1,), time_limit=wrong)
+
+
+class _Late:
+    """Time for so many questions, and then for none."""
+
+    def __init__(self, granted: int) -> None:
+        self.granted = granted
+
+    def __call__(self, work: float) -> None:
+        self.granted -= 1
+        if self.granted < 0:
+            raise allowance.OutOfTime("it takes about 70 s, and 1 s of 2 s are left; write x")
+
+
+@pytest.mark.parametrize("budget", [None, 1.0])  # with matrices, and by LSMR alone
+def test_a_layer_without_time_is_not_determined(
+    budget: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever the time ends, the certificate is the whole one or none, and the layer is named."""
+    model = network(
+        nn.Conv2d(1, 3, 3), nn.Tanh(), nn.Conv2d(3, 2, 3, padding=1), nn.Tanh(), nn.Flatten(),
+        nn.Linear(2 * 16, 5),
+    )  # fmt: skip
+    x = torch.rand(1, 1, 6, 6, generator=torch.Generator().manual_seed(1)).double()
+    update = rgap.capture(model, x, torch.tensor([2]), dtype=torch.float64)
+    if budget is not None:
+        monkeypatch.setattr(stage, "memory", lambda affine, batch: inf)
+    ends, granted = set(), 0
+    while (late := _run(model, update, granted, monkeypatch)).status.name != "EXACT":
+        assert late.halt is not None and late.halt.kind.name == "LATE"
+        assert late.inputs is None and not late.certified and late.halt.rank is None
+        assert f"'{late.halt.stage}' was not counted in the time: it takes" in late.reason
+        assert f"{late.halt.stage} (conv2d)" in late.explain() and "not counted" in late.explain()
+        ends.add(late.halt.stage)
+        granted = 2 * granted + 1 if budget else granted + 1
+    assert ends == {"2", "0"} and (late.inputs - x).abs().max() < 1e-6
+    whole = _run(model, update, 10**9, monkeypatch)
+    assert torch.equal(whole.inputs, late.inputs)
+
+
+def _run(
+    model: nn.Module, update: rgap.Update, granted: int, monkeypatch: pytest.MonkeyPatch
+) -> rgap.Recovery:
+    monkeypatch.setattr(inversion, "Until", lambda *_: _Late(granted))
+    return rgap.invert(model, update, time_limit=1e6)
+
+
+def test_a_completion_has_its_share_of_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    shares = list[float]()
+
+    def until(began: float, limit: float, share: float, device: str) -> allowance.Ahead:
+        shares.append(share)
+        return _Late(0)
+
+    monkeypatch.setattr(inversion, "Until", until)
+    model = NETWORKS["smooth"]()
+    x = torch.rand(1, 2, 8, 8, generator=torch.Generator().manual_seed(1)).double()
+    update = rgap.capture(model, x, torch.tensor([2]), dtype=torch.float64)
+    found = rgap.invert(model, update, complete=True, time_limit=2.0)
+    assert shares == [inversion.COUNTING] and "was not counted in the time" in found.reason
+    assert "0 steps" not in found.reason and found.nearest is not None

@@ -64,7 +64,7 @@ def test_copies_of_one_picture_are_not_called_different() -> None:
 
 @pytest.mark.parametrize("count", [layer_ranks, closed_form])
 def test_a_module_has_no_input_shape(count: Any) -> None:
-    with pytest.raises(TypeError, match=r"got Conv2d; write rgap.network.affine.convolution"):
+    with pytest.raises(TypeError, match=r"got Conv2d; for a module write rgap.analysis"):
         count(nn.Conv2d(3, 4, 3), 2)
 
 

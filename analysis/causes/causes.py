@@ -58,7 +58,8 @@ def causes(
         words = sentence(recovery.reason)
         decided.append(cause(CauseKind.PARTS, "", float(batch), words, _parts(recovery, update)))
     if not decided:
-        words = "the samples of the batch were not told apart: " if batch > 1 else ""
+        late = recovery.halt is not None and recovery.halt.kind is HaltKind.LATE
+        words = "the samples of the batch were not told apart: " if batch > 1 and not late else ""
         words = sentence(words + recovery.reason)
         changes = (*_APART, *sharper(update))
         decided.append(cause(CauseKind.NOT_SEPARATED, "", float(batch), words, changes))

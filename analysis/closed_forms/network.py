@@ -12,6 +12,7 @@ from torch import nn
 from rgap.analysis.closed_forms.kinds import symbol
 from rgap.analysis.closed_forms.layer import TEX_SIGNS, TEXT_SIGNS, SymbolicLayer
 from rgap.analysis.closed_forms.witness import EFFORT
+from rgap.analysis.finding import aligned
 
 __all__ = ["SymbolicNetwork", "symbolic"]
 
@@ -84,15 +85,7 @@ class SymbolicNetwork:
             ("layer", "kind", *HEADINGS),
             *(self._cells(layer, _plain) for layer in self.layers),
         ]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = [
-            "  ".join(
-                cell.ljust(width) if i < 2 else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in rows
-        ]
-        lines.insert(1, "  ".join("-" * width for width in widths))
+        lines = aligned(rows)
         above, below = ("", "") if self.exact else ("≤ ", "≥ ")
         lines += [
             f"{self.model}: {in_text(self.total_unknowns)} unknowns in all layers",

@@ -210,9 +210,15 @@ def _notes(rows: Sequence[AuditRow]) -> tuple[str, ...]:
     ]
     notes += [
         f"'{row.layer}' is called more than once, and its calls are counted like samples."
-        if row.beside == row.layer
-        else f"'{row.layer}' is counted together with '{row.beside}': they read one input."
-        for row in _once(rows, lambda row: row.beside)
+        for row in _once(rows, lambda row: row.beside == row.layer)
+    ]
+    shared = {
+        frozenset((row.layer, *row.beside.split(", "))): row
+        for row in reversed(_once(rows, lambda row: row.beside not in ("", row.layer)))
+    }
+    notes += [
+        f"'{row.layer}' is counted together with '{row.beside}': they read one input."
+        for row in reversed(shared.values())
     ]
     dead = sorted({row.layer for row in rows if row.gradient_rank == 0})
     if dead:

@@ -14,9 +14,15 @@ from rgap.analysis.generic_rank.together import branch_rank
 from rgap.analysis.probe import Probe
 from rgap.analysis.symbolic import closed_form, symbolic
 from rgap.constraints import gradient_constraint
-from rgap.constraints.ranks import shared_equations, stage_joint_rank, weight_row_spaces
+from rgap.constraints.ranks import (
+    gradient_blocks,
+    joint_rank_work,
+    shared_equations,
+    stage_joint_rank,
+    weight_row_spaces,
+)
 from rgap.machine import memory
-from rgap.machine.allowance import PLAIN, SYMMETRIC, factorisation
+from rgap.machine.allowance import PLAIN, factorisation
 from rgap.network.affine import Affine
 from rgap.solvers.rank import Rank
 from rgap.solvers.subspace import RowSpace
@@ -182,7 +188,7 @@ def needs(affine: Affine, active: Tensor) -> tuple[float, float, float]:
         active: True where z is known, [B, *out_shape].
     """
     batch, size = len(active), prod(affine.in_shape)
-    groups, rows, positions = _of_gradient(affine, batch)
+    groups, rows, positions = gradient_blocks(affine, batch)
     of_gradient = affine.in_shape[0] * min(rows, positions)
     of_weight = min(prod(affine.out_shape), size)
     different = len({mask.numpy().tobytes() for mask in active.flatten(1).cpu()})
@@ -202,24 +208,13 @@ def work(affine: Affine, active: Tensor, method: str) -> float:
         active: True where z is known, [B, *out_shape].
         method: "exact" or "sketch".
     """
-    batch, size = len(active), prod(affine.in_shape)
-    groups, rows, positions = _of_gradient(affine, batch)
-    of_gradient = affine.in_shape[0] * min(rows, positions)
-    of_weight = min(prod(affine.out_shape), size)
+    size = prod(affine.in_shape)
+    groups, rows, positions = gradient_blocks(affine, len(active))
     total = groups * factorisation(rows, positions)
-    if method == "exact" or size <= LARGEST:
-        total += factorisation(of_weight, size, PLAIN)
     if method == "exact":
-        total += factorisation(of_gradient, batch * of_weight, PLAIN)
-        total += SYMMETRIC * min(of_gradient, batch * of_weight) ** 3
-    return total
-
-
-def _of_gradient(affine: Affine, batch: int) -> tuple[int, int, int]:
-    """K of a layer: groups, rows and columns of each."""
-    geometry = affine.geometry
-    groups, offsets = (1, 1) if geometry is None else (geometry.groups, prod(geometry.kernel))
-    return groups, affine.out_shape[0] // groups * offsets, batch * prod(affine.in_shape[1:])
+        return total + joint_rank_work(affine, len(active))
+    of_weight = min(prod(affine.out_shape), size)
+    return total + (factorisation(of_weight, size, PLAIN) if size <= LARGEST else 0.0)
 
 
 def counted_rows(

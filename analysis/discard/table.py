@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from math import inf
 from typing import TYPE_CHECKING, Any
 
-from rgap.analysis.finding import data_frame
+from rgap.analysis.finding import aligned, data_frame
 
 if TYPE_CHECKING:
     import pandas
@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 
 
 MEASURED = "measured"  # the route of a row whose ranks are those of matrices
+_SHOWN = (
+    "layer", "kind", "batch_size", "unknowns", "gradient_rank", "weight_rank", "joint_rank",
+    "nullity", "route",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -163,21 +167,22 @@ class Audit:
             "notes": list(self.notes),
         }
 
-    def _repr_html_(self) -> str:
-        names = (
-            "layer",
-            "kind",
-            "batch_size",
-            "unknowns",
-            "gradient_rank",
-            "weight_rank",
-            "joint_rank",
-            "nullity",
-            "route",
+    def __repr__(self) -> str:
+        sizes = ", ".join(map(str, self.batch_sizes))
+        return (
+            f"Audit({self.model!r}, {self.method!r}, {len(self.layers)} layers at B = {sizes}, "
+            f"largest_exact_batch={self.largest_exact_batch})"
         )
-        head = "".join(f"<th>{name.replace('_', ' ')}</th>" for name in names)
+
+    def __str__(self) -> str:
+        head = [name.replace("_", " ") for name in _SHOWN]
+        rows = [[_cell(row, name) for name in _SHOWN] for row in self.rows]
+        return "\n".join([*aligned([head, *rows]), self.explain()])
+
+    def _repr_html_(self) -> str:
+        head = "".join(f"<th>{name.replace('_', ' ')}</th>" for name in _SHOWN)
         body = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(_cell(row, n))}</td>" for n in names) + "</tr>"
+            "<tr>" + "".join(f"<td>{html.escape(_cell(row, n))}</td>" for n in _SHOWN) + "</tr>"
             for row in self.rows
         )
         return f"<table><tr>{head}</tr>{body}</table>"

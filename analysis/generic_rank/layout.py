@@ -71,11 +71,11 @@ def require_affine(layer: object) -> None:
     """Raise unless a layer is one with its input shape, which a module alone does not know."""
     if not isinstance(layer, Affine):
         raise TypeError(
-            f"expected a layer with its input shape, got {type(layer).__name__}; write "
+            f"expected a layer with its input shape, got {type(layer).__name__}; for a "
+            "module write rgap.analysis.generic_ranks(module, input_shape, batch), for own weights "
             "rgap.network.affine.convolution('conv', conv.weight, conv.bias, ('weight', 'bias'), "
             "input_shape, Geometry.of(conv.kernel_size, stride=conv.stride, padding=conv.padding))"
-            ", or linear(...) there; for all layers of a network "
-            "rgap.analysis.generic_ranks(model, input_shape, batch)"
+            ", or linear(...) there"
         )
 
 

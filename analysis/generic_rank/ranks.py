@@ -78,11 +78,25 @@ class LayerRanks:
         """True when numerical and modular ranks are the same."""
         return _plain(self.numerical) == _plain(self.modular)
 
+    @property
+    def _where(self) -> str:
+        return f"{self.layer or 'the model itself'} ({self.kind}, B = {self.batch})"
+
+    def __repr__(self) -> str:
+        ranks = [f"{k} {_plain(getattr(self, k))}" for k in ("numerical", "modular", "structural")]
+        return (
+            f"LayerRanks({self._where}: gradient, weight and joint rank {', '.join(ranks)} of "
+            f"{self.unknowns} unknowns)"
+        )
+
+    def __str__(self) -> str:
+        return self.explain()
+
     def explain(self) -> str:
         """The generic ranks, and the cause of every disagreement, in plain words."""
         exact = self.modular
         lines = [
-            f"{self.layer} ({self.kind}, B = {self.batch}): gradient {exact.gradient} + weight "
+            f"{self._where}: gradient {exact.gradient} + weight "
             f"{exact.weight} − shared {exact.shared} = {exact.joint} of {self.unknowns} unknowns "
             f"for generic weights, nullity {self.nullity} (too low a rank with probability below "
             f"{exact.failure:.0e})."

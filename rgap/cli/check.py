@@ -30,13 +30,13 @@ def check(
     """Look for what may be wrong with an update: its sign, scale, mode, noise, weights."""
     import rgap
     from rgap.progress import Progress
-    from rgap.report.tables import finding_table
 
-    network = sent.network()
-    update = mending.mended(sent.read(), network)
-    network.to(usable_device(work.device))
-    labels = sent.known(update)
-    with Progress(work.shown) as show:
+    with Progress(work.shown) as show:  # begins before torch is imported, which takes seconds
+        show.stage("reading model and update")
+        network = sent.network()
+        update = mending.mended(sent.read(), network)
+        network.to(usable_device(work.device))
+        labels = sent.known(update)
         show.stage("trying what may be wrong")
         result = rgap.check(
             network,
@@ -52,6 +52,8 @@ def check(
     if as_json:
         print_json(result.summary())
     else:
+        from rgap.report.tables import finding_table
+
         if result.findings:
             stdout().print(finding_table(result))
         stdout().print(result.explain(), highlight=False, markup=False, soft_wrap=True)

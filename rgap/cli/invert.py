@@ -44,11 +44,14 @@ class Completion:
         ),
     ] = None
     time_limit: Annotated[
-        float,
-        typer.Option(
-            help="Seconds after which --complete begins no further step.", metavar="SECONDS"
+        float | None,
+        optional(
+            "Seconds after which no layer's equations are solved or counted (with --complete "
+            "after half of them) and --complete begins no further step; telling samples apart and "
+            "a last polish come on top. Default: 60 of --complete, no limit for the equations.",
+            "SECONDS",
         ),
-    ] = 60.0
+    ] = None
 
     def __post_init__(self) -> None:
         if self.prior is not None and not self.complete:

@@ -43,7 +43,8 @@ class Search:
     start: Annotated[
         Path | None,
         optional(
-            "Begin with the batch in this .safetensors file, as rgap invert --output writes it.",
+            "Begin with the batch in this .safetensors file or folder, as rgap invert --output "
+            "writes it.",
             "FILE",
         ),
     ] = None
@@ -75,19 +76,26 @@ class Search:
         ),
     ] = None
 
-    def first(self) -> Tensor | None:
-        """The batch that ``--start`` names."""
+    def first(self, size: int | None) -> Tensor | None:
+        """The batch that ``--start`` names, of as many samples as the update has."""
         from rgap.update.storage import opened
 
         path = self.start
         if path is None:
             return None
+        path = path / "recovery.safetensors" if path.is_dir() else path
         if not path.is_file():
             raise ValueError(f"--start: no file {path}; write one with rgap invert --output")
         tensors = opened(path, "rgap invert --output")[1]
-        for name in ("inputs", "candidate-0-inputs"):
-            if name in tensors:
-                return tensors[name]
+        batch = tensors.get("inputs", tensors.get("candidate-0-inputs"))
+        if batch is not None and size in (None, len(batch)):
+            return batch
+        if batch is not None:
+            raise ValueError(
+                f"--start: expected a batch of {size}, as the update is, got one of {len(batch)} "
+                f"in {path}; write --start found/recovery.safetensors after "
+                "rgap invert MODEL UPDATE --complete --output found"
+            )
         raise ValueError(
             f"--start: expected a file with the tensor 'inputs', got {sorted(tensors)}; write one "
             f"with rgap invert --output {path.name}"
@@ -167,6 +175,7 @@ def match(
     network = sent.network()
     update = local.stepped(mending.mended(sent.read(), network))
     answer.check(update)
+    size = update.batch_size if sent.batch_size is None else sent.batch_size
     checkpoint = search.held()
     recovery = rgap.match(
         network,
@@ -174,7 +183,7 @@ def match(
         method=search.method,
         labels=sent.known(update),
         batch_size=sent.batch_size,
-        start=search.first(),
+        start=search.first(size),
         prior=search.prior,
         local=local.training(),
         noise=sent.noise,

@@ -21,6 +21,7 @@ from torch import Tensor
 from rgap.completion.annealing import TRAPPED, Plan, Position, Watch, anneal
 from rgap.constraints.known_input import Bounded, Equations, KnownPart, PlainRows, Whole
 from rgap.jacobian.module_update import KnownFeatures, ModuleUpdate
+from rgap.machine.allowance import SYMMETRIC, Ahead, OutOfTime, freely
 from rgap.network.activations import Activation
 from rgap.network.chain import Chain, Stage
 from rgap.network.reshape import Reshape
@@ -94,6 +95,7 @@ def inside(
     gradients: Mapping[str, Tensor],
     precision: Precision,
     budget: float = BUDGET,
+    ahead: Ahead = freely,
 ) -> KnownFeatures:
     """What a recursion that ended early knows of the lowest stage that it reached.
 
@@ -103,6 +105,7 @@ def inside(
         gradients: the update.
         precision: of the update.
         budget: bytes above which no matrix is formed.
+        ahead: asked for time before one is factored; without it the rows are used as they are.
     """
     stage = chain.stages[reached.index]
     known: Equations
@@ -114,8 +117,8 @@ def inside(
         k = reached.k
         if not precision.sent(stage.affine.weight_name):  # as in the recursion: K = 0
             k = Estimate(0.0 * k.value, 0.0 * k.error)
-        large = reached.z.value.numel() > MOST
-        if large or memory(stage.affine, len(reached.k.value)) > budget:
+        large = memory(stage.affine, len(k.value)) > budget
+        if large or not _factored(reached.z.value.numel(), ahead):
             known = PlainRows.of(stage.affine, sent, reached.z, k, precision)
         else:
             known = KnownPart.of(stage.affine, sent, reached.z, k, precision)
@@ -125,6 +128,17 @@ def inside(
     size = float(reached.k.value.norm())
     blur = float(reached.k.std.norm()) / size if size > 0 else 0.0
     return KnownFeatures(stage.name, shape, known, stage.affine.adjoint(reached.k.value), blur)
+
+
+def _factored(size: int, ahead: Ahead) -> bool:
+    """True if there is room and time for the eigenvectors of a Gram matrix of so many rows."""
+    if size > MOST:
+        return False
+    try:
+        ahead(SYMMETRIC * size**3)
+    except OutOfTime:
+        return False
+    return True
 
 
 def _rectified(chain: Chain, stage: Stage) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rgap.constraints import dense_weights, weight_constraint
+from rgap.machine.allowance import PLAIN, SYMMETRIC, factorisation
 from rgap.network.affine import Affine
 from rgap.solvers.joint_rank import JointRows, rank_on_open
 from rgap.solvers.kronecker import Kronecker
@@ -87,6 +88,28 @@ def _spread(basis: Tensor, read: Tensor, rank: Rank) -> RowSpace:
     wide = basis.new_zeros(len(basis), len(read))
     wide[:, read] = basis
     return RowSpace(wide, replace(rank, size=len(read)))
+
+
+def gradient_blocks(affine: Affine, batch: int) -> tuple[int, int, int]:
+    """K of a layer: groups, rows and columns of each."""
+    geometry = affine.geometry
+    groups, offsets = (1, 1) if geometry is None else (geometry.groups, prod(geometry.kernel))
+    return groups, affine.out_shape[0] // groups * offsets, batch * prod(affine.in_shape[1:])
+
+
+def joint_rank_work(affine: Affine, batch: int) -> float:
+    """Work of the weights' row space and of the joint rank, K's own rank apart.
+
+    As :func:`rgap.machine.allowance.factorisation` counts it.
+    """
+    size = prod(affine.in_shape)
+    of_gradient = affine.in_shape[0] * min(gradient_blocks(affine, batch)[1:])
+    of_weight = min(prod(affine.out_shape), size)
+    return (
+        factorisation(of_weight, size, PLAIN)
+        + factorisation(of_gradient, batch * of_weight, PLAIN)
+        + SYMMETRIC * min(of_gradient, batch * of_weight) ** 3
+    )
 
 
 def stage_joint_rank(

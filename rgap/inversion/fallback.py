@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from math import isfinite, prod
+from math import inf, isfinite, prod
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from rgap.jacobian.batch_loss import BatchLoss
 from rgap.jacobian.module_update import ClientLoss, KnownFeatures, ModuleUpdate, watchable
 from rgap.jacobian.smoothing import rounded
 from rgap.limits import SURPLUS, SURPLUS_SHARE
+from rgap.machine.allowance import Until, freely
 from rgap.matching.checkpoint import Progress as SearchProgress
 from rgap.matching.search import match
 from rgap.network.activations import Activation
@@ -39,6 +40,7 @@ from rgap.update.update import view
 
 SPARE = 2.0  # equations, in multiples of the unknowns, that a search takes below the first pool
 SEARCHING = 0.6  # share of the time that winners of max-pools are searched for
+FACTORING = 0.25  # share of what is left of a limit for the basis of what a layer says of its input
 COMPLETING = 0.2  # share of the rest for a completion over kinks, where all of a layer is known
 MATCHING = 0.5  # share of the time for Gauss–Newton on the whole update, where there are kinks
 SUGGESTED = "the prior, known features and directions of gradients, where Gauss–Newton is trapped"
@@ -62,6 +64,9 @@ def filled(problem: Problem, run: Run, show: Progress) -> Recovery:
     """
     filling, chain = problem.filling, problem.chain
     assert filling is not None
+    if problem.left == inf:  # no limit for the equations, and the whole of its own for this
+        filling = replace(filling, began=time.perf_counter())
+        problem = replace(problem, filling=filling)
     halt = run.descent.require_halt()
     descent, near = _unpooled(problem, run.descent, SEARCHING * filling.left, show)
     run = run._replace(descent=descent)
@@ -70,7 +75,11 @@ def filled(problem: Problem, run: Run, show: Progress) -> Recovery:
     halt = descent.require_halt()
     name = chain.stages[descent.reached.index].name
     show.stage(f"completion below {name}")
-    known = inside(chain, descent.reached, problem.gradients, problem.precision, problem.budget)
+    place, left = str(problem.gradients.device), problem.left
+    ahead = freely if left == inf else Until(time.perf_counter(), left, FACTORING, place)
+    known = inside(
+        chain, descent.reached, problem.gradients, problem.precision, problem.budget, ahead
+    )
     if not watchable(problem.model, name):
         why = f"no completion: '{name}' is no module of the model, its input cannot be watched"
         return _without(problem, descent, f"{halt.reason}; {why}")
@@ -114,8 +123,8 @@ def _completion(
     def watch(step: Step, _: Tensor) -> None:
         nonlocal made
         made += 1
-        said = f"completion below {known.layer}, misfit {step.misfit:.1e}"
-        show.stage(said, made, series="complete")
+        said = f"misfit {step.misfit:.1e}"
+        show.stage(f"completion below {known.layer}", made, series="complete", how=said)
 
     bounds, precision = problem.value_range, problem.precision
     start = grey(problem.batch, problem.chain.input_shape, bounds, precision.seed)
@@ -238,7 +247,8 @@ def searched(problem: Problem, recovery: Recovery, show: Progress) -> Recovery:
         return recovery
 
     def watch(progress: SearchProgress) -> None:
-        show.stage(f"matching, misfit {progress.best:.1e}", progress.number + 1, series="match")
+        said = f"misfit {progress.best:.1e}"
+        show.stage("matching", progress.number + 1, series="match", how=said)
 
     began = time.perf_counter()
     kinked = any(rounded(module) for module in problem.model.modules())

@@ -22,6 +22,7 @@ from rgap.inversion.conclude import concluded
 from rgap.inversion.fallback import searched
 from rgap.inversion.problem import Problem, prepare
 from rgap.inversion.several import beside_targets
+from rgap.machine.allowance import Until
 from rgap.precision import Estimate
 from rgap.progress import Progress, Shown
 from rgap.recovery import Recovery, Route, Status
@@ -32,6 +33,9 @@ from rgap.update.preflight import ClientView
 from rgap.update.update import Update
 
 __all__ = ["Head", "invert"]
+
+WAITING = 60.0  # seconds of a completion or a search, where no limit is given
+COUNTING = 0.5  # share of a limit for the equations, where a completion follows
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ def invert(
     seed: int = 0,
     progress: Shown = False,
     memory_budget: float | None = None,
-    time_limit: float = 60.0,
+    time_limit: float | None = None,
 ) -> Recovery:
     """Recover from an update what its equations determine, and certify it.
 
@@ -98,9 +102,12 @@ def invert(
             machine has free.  A layer whose equations need more is solved without forming any
             matrix, by LSMR (by default from 4 GB on, beyond which that is faster); what fits no
             budget is refused before it is allocated.
-        time_limit: seconds of the whole call after which neither a completion nor a search for data
-            that give known features begins a further step; the polish of an answer that all
-            equations determine comes on top.
+        time_limit: seconds of the whole call after which no equations of a layer are solved and no
+            ranks counted (with ``complete`` after half of them: the rest is the completion's), and
+            neither a completion nor a search for data that give known features begins a further
+            step.  A layer for which there is no time is not determined; the halt names it, its
+            kind is ``LATE``.  What comes on top: telling samples apart, and the polish of an answer
+            that all equations determine.  None: no limit for the equations, 60 s for the rest.
 
     Returns:
         A :class:`Recovery`; its ``status`` and ``reason`` say how far the update determines the
@@ -121,7 +128,8 @@ def invert(
     ('EXACT', [3])
     """
     began = time.perf_counter()
-    validation.seconds("time_limit", time_limit)
+    seconds = WAITING if time_limit is None else time_limit
+    validation.seconds("time_limit", seconds)
     if head is not None and not isinstance(head, Head):
         raise TypeError(
             f"head: expected a Head, got {head!r}; write "
@@ -132,10 +140,13 @@ def invert(
         device=device, ready=False,
     )  # fmt: skip
     problem = prepare(client, value_range, validation.seed(seed), memory_budget)
-    problem = replace(problem, deadline=began + time_limit)
+    problem = replace(problem, deadline=began + seconds)
+    if time_limit is not None:
+        share, place = COUNTING if complete else 1.0, str(problem.gradients.device)
+        problem = replace(problem, ahead=Until(began, seconds, share, place))
     if complete:
         filling = PriorSchedule.of(
-            prior, time_limit, problem.chain.input_shape, problem.value_range, began
+            prior, seconds, problem.chain.input_shape, problem.value_range, began
         )
         problem = replace(problem, filling=filling)
     with Progress(progress) as show:

@@ -197,7 +197,7 @@ def explained(problem: Problem, recovery: Recovery) -> Recovery:
     """The recovery with the best finding at the front of its reason.
 
     Where the equations contradict the update, and where a batch was not told apart: a sum that is
-    declared as a mean looks like a batch without a solution.
+    declared as a mean looks like a batch without a solution.  Not where a limit of time is over.
 
     Args:
         problem: the update and its model, on which the trials of a check run.
@@ -207,6 +207,8 @@ def explained(problem: Problem, recovery: Recovery) -> Recovery:
     apart = recovery.status is Status.UNDERDETERMINED and (problem.stated or 1) > 1
     untold = recovery.halt is not None and recovery.halt.kind is HaltKind.UNSEPARATED
     if not contradicted and not (apart and (recovery.inputs is None or untold)):
+        return recovery
+    if problem.left == 0.0:
         return recovery
     outputs = problem.chain.output_shape
     if not contradicted and (not outputs or outputs[-1] <= PARALLEL):
@@ -218,7 +220,7 @@ def explained(problem: Problem, recovery: Recovery) -> Recovery:
         labels=problem.labels,
         noise=problem.precision.noise,
         seed=problem.precision.seed,
-        time_limit=LIMIT,
+        time_limit=min(LIMIT, problem.left),
     )
     best = tried.best
     if best is None and contradicted:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import dataclass
 from math import inf, prod
 
@@ -15,6 +16,7 @@ from rgap.completion.complete import PriorSchedule
 from rgap.head.behind import behind
 from rgap.head.ending import folded
 from rgap.machine import memory
+from rgap.machine.allowance import Ahead, freely
 from rgap.network.chain import Chain, parse, unparsed
 from rgap.network.probing import UnreadyError
 from rgap.precision import Estimate, Precision
@@ -53,12 +55,19 @@ class Problem:
     unready: str = ""  # why the model, in train mode, is no function of the data
     filling: PriorSchedule | None = None  # None: stop where the equations end
     deadline: float = inf  # of time.perf_counter, after which a search begins no further step
+    ahead: Ahead = freely  # asked for time before equations are solved and ranks counted
     notes: tuple[str, ...] = ()  # what was read off the update before anything was solved
 
     @property
     def model(self) -> nn.Module:
         """As the client had it."""
         return self.client.model
+
+    @property
+    def left(self) -> float:
+        """Seconds of a limit that was given, at least 0; infinite where none was."""
+        limited = self.ahead is not freely
+        return max(self.deadline - time.perf_counter(), 0.0) if limited else inf
 
     @property
     def stated(self) -> int | None:
@@ -94,7 +103,14 @@ class Problem:
         """
         start = Reached(index, cotangent, features, None)
         return descend(
-            self.chain, self.gradients, start, self.precision, watch, self.budget, unpool
+            self.chain,
+            self.gradients,
+            start,
+            self.precision,
+            watch,
+            self.budget,
+            unpool,
+            self.ahead,
         )
 
     @property

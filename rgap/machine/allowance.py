@@ -8,28 +8,36 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
-from math import inf
+from math import ceil, floor, inf, log10
 
 import torch
 
 from rgap.progress import Progress, Shown
 
 __all__ = [
+    "CHOLESKY",
+    "LEAST_ASKED",
     "OVER",
     "PLAIN",
     "SYMMETRIC",
     "Ahead",
     "OutOfTime",
     "Timed",
+    "Until",
     "factorisation",
     "freely",
     "seconds_of",
+    "sufficient",
 ]
 
 OVER = 0.1  # of a limit, by which it may be exceeded
 LEAST = 1e-3  # seconds
+EXACTLY = 1e-9  # of a digit, which rounding up leaves as it is
 TRIAL = 320  # size of the factorisation that others are told from: about 0.1 s
+LEAST_ASKED = float(TRIAL**3)  # work below which there is time for it in any case
+CHOLESKY = 1 / 60  # work of a normal matrix and its factor, over that of the singular values
 PLAIN = 1 / 12  # work of a QR or a product of the same sizes, over that of the singular values
 SYMMETRIC = 1 / 3  # that of the eigenvalues and vectors of a symmetric matrix
 
@@ -103,14 +111,19 @@ class Timed(Progress):
         return max(self.end - self._clock(), LEAST)
 
     def stage(
-        self, what: str, number: int | None = None, total: int | None = None, series: str = ""
+        self,
+        what: str,
+        number: int | None = None,
+        total: int | None = None,
+        series: str = "",
+        how: str = "",
     ) -> None:
         """Say what is being done now.
 
         Raises:
             OutOfTime: the limit is over, or one more pass like the last would end after it.
         """
-        super().stage(what, number, total, series)
+        super().stage(what, number, total, series, how)
         if self.limit == inf:
             return
         now, (last, count, when) = self._clock(), self._before
@@ -122,7 +135,10 @@ class Timed(Progress):
                 if number is None
                 else f"'{what}' ({number}" + (f" of {total})" if total else ")")
             )
-            raise OutOfTime(f"time_limit: the {self.limit:g} s are over at {place}; {self._advice}")
+            rest = (now - when) * (total - (number or 1) + 1) if alike and total else 0.0
+            raise OutOfTime(
+                f"time_limit: the {self.limit:g} s are over at {place}; {self._advice(rest)}"
+            )
 
     def ahead(self, work: float) -> None:
         """Ask for time.
@@ -133,19 +149,78 @@ class Timed(Progress):
         Raises:
             OutOfTime: it would end after the limit.
         """
-        if self.limit == inf or work < TRIAL**3:
+        if self.limit == inf or work < LEAST_ASKED:
             return
         need = work * pace(self._device)
         if need > self.left + OVER * self.limit:
             place = self.last.what if self.last is not None else "the next step"
             raise OutOfTime(
                 f"time_limit: '{place}' takes about {need:.2g} s, and {self.left:.2g} s of "
-                f"{self.limit:g} s are left; {self._advice}"
+                f"{self.limit:g} s are left; {self._advice(need)}"
             )
 
-    @property
-    def _advice(self) -> str:
-        return f"write time_limit={4 * self.limit:g}, a smaller batch or a smaller input_shape"
+    def _advice(self, need: float) -> str:
+        used = self._clock() - (self.end - self.limit)
+        enough = sufficient(self.limit, used + need)
+        return f"write time_limit={enough:g}, a smaller batch or a smaller input_shape"
+
+
+@dataclass(frozen=True)
+class Until:
+    """Asks for time, as :meth:`Timed.ahead`, until a share of a limit is over.
+
+    Attributes:
+        began: of ``time.perf_counter``.
+        limit: seconds of the whole call.
+        share: of it that the work may take.
+        device: where it runs.
+
+    >>> Until(time.perf_counter(), 60.0)(1.0)
+    >>> Until(time.perf_counter() - 31.0, 60.0, 0.5)(LEAST_ASKED)
+    Traceback (most recent call last):
+    ...
+    rgap.machine.allowance.OutOfTime: it takes about ... s, and 0 s of 30 s are left; write ...
+    """
+
+    began: float
+    limit: float
+    share: float = 1.0
+    device: str = "cpu"
+
+    def __call__(self, work: float) -> None:
+        """Ask.
+
+        Args:
+            work: as :func:`factorisation` counts it.
+
+        Raises:
+            OutOfTime: it would end after the share.
+        """
+        if work < LEAST_ASKED:
+            return
+        need, used = work * pace(self.device), time.perf_counter() - self.began
+        room = self.share * self.limit
+        if used + need > room:
+            enough = sufficient(self.limit, (used + need) / self.share)
+            raise OutOfTime(
+                f"it takes about {need:.2g} s, and {max(room - used, 0.0):.2g} s of {room:g} s are "
+                f"left; write time_limit={enough:g}"
+            )
+
+
+def sufficient(limit: float, need: float) -> float:
+    """A limit to advise in the place of one that was too short: two digits, rounded up.
+
+    Args:
+        limit: seconds that were too few; four times as many are advised at least.
+        need: seconds that are needed; twice as many at least.
+
+    >>> sufficient(5.0, 36.2), sufficient(10.0, 12.0)
+    (73.0, 40.0)
+    """
+    enough = max(4.0 * limit, 2.0 * need, LEAST)
+    size = 10.0 ** (floor(log10(enough)) - 1)
+    return ceil(enough / size - EXACTLY) * size
 
 
 @cache

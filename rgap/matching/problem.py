@@ -179,7 +179,7 @@ def _start(start: Tensor | Recovery, shape: tuple[int, ...]) -> Tensor:
         raise TypeError(f"start: expected a tensor or a Recovery, got {type(batch).__name__}")
     if tuple(batch.shape) != shape or not bool(torch.isfinite(batch).all()):
         raise ValueError(
-            f"start: expected finite entries of shape {list(shape)}, got {list(batch.shape)}; "
-            "write start=recovery"
+            f"start: expected a batch of {shape[0]}, finite entries of shape {list(shape)}, got "
+            f"{list(batch.shape)}; write start=recovery, one of an update of this batch size"
         )
     return batch.detach().double()

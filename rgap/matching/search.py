@@ -254,7 +254,7 @@ def _told(show: Line, callback: Callback | None, total: int | None) -> Callback 
 
     def told(point: Progress) -> bool | None:
         number = point.number + 1 if total is None else min(point.number + 1, total)
-        show.stage(f"{point.what}, best {point.best:.2e}", number, total)
+        show.stage(point.what, number, total, how=f"best {point.best:.2e}")
         return None if callback is None else callback(point)
 
     return told

@@ -18,6 +18,7 @@ import importlib
 import inspect
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,10 +62,26 @@ def resolve(spec: str, weights: str | os.PathLike[str] | None = None) -> nn.Modu
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         model = _build(spec.strip())
+    _say_mode(spec.strip(), model)
     model.eval()
     if weights is not None:
         load_weights(model, weights)
     return model
+
+
+def _say_mode(spec: str, model: nn.Module) -> None:
+    """Warn where a factory returns a network whose train mode, here left, is another function."""
+    from rgap.network.agreement import by_mode
+
+    for name, module in model.named_modules():
+        if does := by_mode(module):
+            warnings.warn(
+                f"model: {spec!r} came in train mode, in which {name!r} "
+                f"({type(module).__name__}) {does}; it is used in eval mode. Write "
+                "`return model.eval()` in the factory, or rgap check where a client did train so",
+                stacklevel=3,
+            )
+            return
 
 
 def expected(spec: str) -> tuple[tuple[int, ...] | None, str]:
@@ -94,6 +111,14 @@ def _build(spec: str) -> nn.Module:
         if "seed" in (_parameters(BUILTIN[name]) or ()):
             options.setdefault("seed", SEED)
         return _call(BUILTIN[name], options, name)
+    file = Path(name)
+    if file.suffix == ".py":
+        here = file.absolute().parent == Path.cwd()
+        raise ValueError(
+            f"model: expected a module, got the file {name!r}; write "
+            f"{file.stem}:{rest or 'factory'} in {'this directory' if here else file.parent}, "
+            "where factory is a function in it that returns the network"
+        )
     if not rest or "=" in rest.partition(":")[0]:
         close = difflib.get_close_matches(name, BUILTIN, n=1)
         raise ValueError(

@@ -147,9 +147,10 @@ def sentence(report: LayerReport, halt: Halt | None) -> str:
     """One layer in words; its note unless it is the halt, which the reason above says already."""
     unread = f" ({report.unread} more values are read by no kernel)" if report.unread else ""
     text = f"{report.layer} ({report.kind}): {report.unknowns} unknowns{unread}, "
-    if report.route is Route.NOT_REACHED:
-        return text + "not reached."
     here = halt is not None and halt.stage == report.layer
+    if report.route is Route.NOT_REACHED:
+        late = here and halt is not None and halt.kind is HaltKind.LATE
+        return text + ("not counted; the recursion stops here." if late else "not reached.")
     said = here and halt is not None and halt.kind is not HaltKind.CONTRADICTION
     note = f": {report.note}." if report.note and not said else "."
     stop = f"the recursion stops here{note}"

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rgap.halt import Halt, HaltKind
 from rgap.limits import ON, REFUTED
+from rgap.machine.allowance import Ahead, OutOfTime, freely
 from rgap.network.activations import Activation
 from rgap.network.chain import Chain, Stage
 from rgap.network.reshape import Op
@@ -34,6 +35,7 @@ def descend(
     watch: Watch = silent,
     budget: float = BUDGET,
     unpool: Unpool | None = None,
+    ahead: Ahead = freely,
 ) -> Descent:
     """Recover the inputs of the stages below one from its input and cotangent.
 
@@ -47,6 +49,8 @@ def descend(
         budget: bytes above which a stage is solved without forming a matrix.
         unpool: asked at a step that cannot be inverted, with the index of its stage, what is known
             of its output and the cotangent there; gives what is known of its input, or None.
+        ahead: asked for time before equations are solved or their rank is counted; a layer for
+            which there is none is not determined, and the recursion ends above it.
 
     Returns:
         The :class:`Descent`; ``data`` is None when ``halt`` says where it ended.
@@ -67,9 +71,21 @@ def descend(
     for index in range(start.index, -1, -1):
         stage = chain.stages[index]
         if index < start.index:
-            watch(stage.name, start.index - index, start.index)
+            watch(stage.name, len(chain.stages) - index, len(chain.stages))
             parts = index == 0 and chain.complete
-            step = _solve(stage, gradients, known, k, precision, budget, parts)
+            heard = _heard(stage, gradients, k, precision)
+            sent = stage.affine.sent(gradients)
+            try:
+                step = solve_stage(
+                    stage.affine, sent, known, heard, precision, budget, parts=parts, ahead=ahead
+                )
+            except OutOfTime as late:
+                reached = Reached(index, k, None, known)
+                return ended(
+                    Halt.late(
+                        stage.name, len(known.value) * int(stage.affine.reads.sum()), str(late)
+                    )
+                )
             # Only the first factor is needed again; each is as large as the matrix of its layer.
             solutions[index] = step if index == 0 else replace(step, factor=None)
             if step.solution.value is None:
@@ -105,20 +121,13 @@ def descend(
     return ended(Halt(HaltKind.BARRIER, barrier.node, barrier.words))
 
 
-def _solve(
-    stage: Stage,
-    gradients: Mapping[str, Tensor],
-    z: Estimate,
-    k: Estimate,
-    precision: Precision,
-    budget: float,
-    parts: bool,
-) -> StageSolution:
-    """The equations of a stage; those of a gradient that says nothing are left out: K = 0."""
-    affine = stage.affine
-    heard = precision.sent(affine.weight_name) and not _vanished(stage, gradients, k, precision)
-    k = k if heard else Estimate(0.0 * k.value, 0.0 * k.error)
-    return solve_stage(affine, affine.sent(gradients), z, k, precision, budget, parts=parts)
+def _heard(
+    stage: Stage, gradients: Mapping[str, Tensor], k: Estimate, precision: Precision
+) -> Estimate:
+    """The cotangent, or 0, hence K = 0, at a gradient that says nothing."""
+    if precision.sent(stage.affine.weight_name) and not _vanished(stage, gradients, k, precision):
+        return k
+    return Estimate(0.0 * k.value, 0.0 * k.error)
 
 
 def _mistaken(tail: tuple[Op, ...], x: Estimate) -> float:

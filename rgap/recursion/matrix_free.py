@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rgap.limits import AGREE
+from rgap.machine.allowance import LEAST_ASKED, Ahead, freely
 from rgap.network.affine import Affine
 from rgap.precision import Estimate, Precision
 from rgap.solvers.linear import solve_lsmr
@@ -40,6 +41,7 @@ class MatrixFree:
     gradient_weights: Tensor  # one over the standard error, broadcasts against the weight
     weight_weights: Tensor  # [B, *out_shape]
     scale: Tensor  # [B, *in_shape]
+    ahead: Ahead = freely  # asked before every product
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -53,6 +55,7 @@ class MatrixFree:
 
     def apply(self, x: Tensor) -> Tensor:
         """A x as one vector."""
+        self.ahead(LEAST_ASKED)
         u = x.reshape(self.scale.shape) * self.scale
         return self.rows(self.affine.weight_gradient(u, self.cotangent), self.affine.linear(u))
 
@@ -85,16 +88,21 @@ class Outcome:
 
 
 def solve_matrix_free(
-    affine: Affine, gradient: Tensor, z: Estimate, k: Estimate, precision: Precision
+    affine: Affine,
+    gradient: Tensor,
+    z: Estimate,
+    k: Estimate,
+    precision: Precision,
+    ahead: Ahead = freely,
 ) -> Outcome:
     """Weighted least squares for u by LSMR; arguments as for ``solve_stage``."""
     bias = affine.forward(z.value.new_zeros(1, *affine.in_shape))
     target = torch.where(z.known, z.value - bias, 0.0)
     guess = z.value.new_ones(len(z.value), *affine.in_shape)
     system = _weighted(affine, z, k, guess, precision)
-    first = solve_lsmr(system, system.rows(gradient, target), None, 60)
+    first = solve_lsmr(replace(system, ahead=ahead), system.rows(gradient, target), None, 60)
     guess = first.x.reshape(guess.shape) * system.scale
-    system = _weighted(affine, z, k, guess, precision)
+    system = replace(_weighted(affine, z, k, guess, precision), ahead=ahead)
     rows = system.rows(gradient, target)
     generator = torch.Generator().manual_seed(precision.seed)
     size = guess.square().mean().sqrt() / system.scale.mean()

@@ -17,8 +17,9 @@ from torch import Tensor
 from rgap.constraints import WeightConstraint, gradient_constraint, gradient_rows, weight_constraint
 from rgap.constraints.known_input import matrix_noise
 from rgap.constraints.partial import MOST, Kept, kept, marked
-from rgap.constraints.ranks import stage_joint_rank, weight_row_spaces
+from rgap.constraints.ranks import joint_rank_work, stage_joint_rank, weight_row_spaces
 from rgap.limits import AGREE, DETERMINED, FITS, HOPELESS, SHARP, TRUSTED
+from rgap.machine.allowance import CHOLESKY, Ahead, factorisation, freely
 from rgap.network.affine import Affine
 from rgap.precision import UNKNOWN, Estimate, Precision
 from rgap.recursion.matrix_free import memory, solve_matrix_free
@@ -65,6 +66,7 @@ def solve_stage(
     budget: float = BUDGET,
     *,
     parts: bool = False,
+    ahead: Ahead = freely,
 ) -> StageSolution:
     """Solve ``K u = G`` and ``W u = z − b`` for u [B, *in_shape] with errors.
 
@@ -76,11 +78,15 @@ def solve_stage(
         precision: of the update.
         budget: bytes above which the equations are solved without forming a matrix.
         parts: where the equations fall short, find the entries that they fix all the same.
+        ahead: asked before every factorisation and rank, and at every product of an iteration.
+
+    Raises:
+        OutOfTime: ``ahead`` says that there is no time.
     """
     start = time.perf_counter()
     if memory(affine, len(z.value)) > budget:
-        return _without_matrix(affine, gradient, z, k, precision, start)
-    stage = _Stage(affine, gradient, z, k, precision)
+        return _without_matrix(affine, gradient, z, k, precision, start, ahead)
+    stage = _Stage(affine, gradient, z, k, precision, ahead)
     solution, made = stage.solve()
     partial: Estimate | None = None
     misfits = (0.0, 0.0)
@@ -103,9 +109,15 @@ def _unread(affine: Affine, known: Estimate, precision: Precision) -> Estimate:
 
 
 def _without_matrix(
-    affine: Affine, gradient: Tensor, z: Estimate, k: Estimate, precision: Precision, start: float
+    affine: Affine,
+    gradient: Tensor,
+    z: Estimate,
+    k: Estimate,
+    precision: Precision,
+    start: float,
+    ahead: Ahead,
 ) -> StageSolution:
-    iterated = solve_matrix_free(affine, gradient, z, k, precision)
+    iterated = solve_matrix_free(affine, gradient, z, k, precision, ahead)
     if iterated.value is not None:
         iterated = replace(iterated, value=_unread(affine, iterated.value, precision))
     unknowns = len(z.value) * int(affine.reads.sum())
@@ -131,9 +143,16 @@ def _residual(affine: Affine, gradient: Tensor, u: Tensor, k: Estimate) -> float
 
 class _Stage:
     def __init__(
-        self, affine: Affine, gradient: Tensor, z: Estimate, k: Estimate, precision: Precision
+        self,
+        affine: Affine,
+        gradient: Tensor,
+        z: Estimate,
+        k: Estimate,
+        precision: Precision,
+        ahead: Ahead,
     ) -> None:
         self.affine, self.k, self.z, self.precision = affine, k, z, precision
+        self.ahead = ahead
         self.batch = z.value.shape[0]
         self.gradient = gradient
         self.rows = gradient_rows(affine, gradient)
@@ -146,6 +165,8 @@ class _Stage:
         self.weight_weights = torch.ones_like(self.target)
 
     def solve(self) -> tuple[Solution[Estimate | None], Factor | None]:
+        groups, rows, columns = self.kronecker.matrix.shape
+        self.ahead(groups * factorisation(rows, columns))
         own = self.kronecker.rank(noise=matrix_noise(self.kronecker, self.k, self.precision))
         self.weigh(self.ridge())
         made, route = None, "gradient"
@@ -155,6 +176,7 @@ class _Stage:
             ceiling = self.kronecker.rank().rank + int(self.z.known.sum())
             stacked = None
             if ceiling >= self.unknowns:
+                self.ahead(factorisation(self.unknowns, self.unknowns, CHOLESKY) / groups**2)
                 stacked = factor(
                     self.kronecker,
                     self.gradient_weights,
@@ -198,6 +220,7 @@ class _Stage:
 
     def joint_rank(self) -> Rank:
         """Rank of both blocks, of the rows that are known at all."""
+        self.ahead(joint_rank_work(self.affine, self.batch))
         spaces = weight_row_spaces(self.affine, self.z.known)
         every = gradient_constraint(self.affine, self.k.value)
         noise = matrix_noise(self.kronecker, self.k, self.precision)

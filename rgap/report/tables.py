@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from math import isfinite
+from textwrap import TextWrapper
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -35,6 +37,15 @@ __all__ = [
     "recovery_table",
     "status_text",
 ]
+
+
+class _Names(TextWrapper):
+    """Folds at blanks, a longer name behind a point or an underscore, and last within a word."""
+
+    def _split(self, text: str) -> list[str]:
+        words = re.split(r"(\s+)", text)
+        names = (re.split(r"(?<=[._])(?=\w)", w) if len(w) > self.width else [w] for w in words)
+        return [part for parts in names for part in parts if part]
 
 
 class HeadedTable(Table):
@@ -112,7 +123,11 @@ class HeadedTable(Table):
                 width=sizes[place][0] + more[place],
             )  # fmt: skip
         for row, cells in zip(self.rows, self._cells(places), strict=True):
-            table.add_row(*cells, end_section=row.end_section)
+            folded = (
+                "\n".join(_Names(column.width or width).wrap(cell)) if type(cell) is str else cell
+                for column, cell in zip(table.columns, cells, strict=True)
+            )
+            table.add_row(*folded, end_section=row.end_section)
         return table
 
     def _cells(self, places: list[int]) -> list[tuple[RenderableType, ...]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -221,6 +222,8 @@ def test_weights_come_from_a_file(here: Path) -> None:
         ("lenett", "did you mean 'lenet'"),
         ("lenet:clases=3", "did you mean 'classes'"),
         ("lenet:classes", "expected options key=value"),
+        ("./clinets.py", "write clinets:factory in this directory"),
+        ("nets/clinets.py:build", "write clinets:build in nets"),
         ("clinet:build", "no module 'clinet'.*did you mean 'clinets'"),
         ("clinets:biuld", "has no 'biuld'; did you mean 'build'"),
         ("clinets:number", "return a torch.nn.Module, got a int"),
@@ -231,6 +234,21 @@ def test_weights_come_from_a_file(here: Path) -> None:
 def test_models_that_cannot_be_built(spec: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         resolve(spec)
+
+
+def test_a_factory_in_train_mode_is_said(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("clinorm.py").write_text(
+        "from torch import nn\n"
+        "def build():\n"
+        "    return nn.Sequential(nn.Flatten(), nn.BatchNorm1d(12), nn.Linear(12, 3))\n"
+        "def plain():\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(12, 3))\n"
+    )
+    with pytest.warns(UserWarning, match=r"'1' \(BatchNorm1d\) mixes the samples.*eval mode"):
+        assert not resolve("clinorm:build").training
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not resolve("clinorm:plain").training
 
 
 def test_one_name_is_one_network_and_the_random_state_stays() -> None:

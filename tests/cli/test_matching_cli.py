@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import rgap
@@ -80,6 +80,12 @@ def test_a_recovery_in_a_file_is_a_start(here: Path) -> None:
     code, text = run(f"{line} update.safetensors")
     assert code == 2 and "expected a file with the tensor 'inputs'" in text
     assert run(f"{line} nowhere.safetensors")[0] == 2
+    save_file({"inputs": torch.cat([near, near])}, here / "two.safetensors")
+    code, text = run(f"{line} two.safetensors")
+    assert code == 2 and "expected a batch of 1" in text and "of 2 in two.safetensors" in text
+    (here / "folder").mkdir()
+    save_file({"inputs": near}, here / "folder" / "recovery.safetensors")
+    assert run(f"{line} folder")[0] == 0
 
 
 def test_local_steps_need_a_rate() -> None:

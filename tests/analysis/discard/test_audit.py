@@ -275,3 +275,30 @@ def test_models_that_are_refused(parts: list[nn.Module], forward: Any, words: st
     width = getattr(parts[0], "in_features", 4)
     with pytest.raises((ValueError, TypeError), match=words):
         audit(model, (width,), (1, 2))
+
+
+class Forked(nn.Module):
+    """Two convolutions read one input, and a mean leads into the last layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Conv2d(1, 2, 3, padding=1), nn.Conv2d(1, 2, 1)
+        self.last = nn.Linear(2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.left(x).tanh() + self.right(x)
+        return self.last(nn.functional.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+def test_an_audit_prints_as_a_table_and_says_a_pair_once() -> None:
+    table = audit(Forked().eval(), (1, 4, 4), (1, 2), method="formula")
+    said = [note for note in table.notes if "they read one input" in note]
+    assert said == ["'left' is counted together with 'right': they read one input."]
+    assert repr(table) == "Audit('Forked', 'formula', 3 layers at B = 1, 2, largest_exact_batch=0)"
+    lines = str(table).splitlines()
+    assert lines[0].split()[:2] == ["layer", "kind"] and len(lines[1].split()) == 9
+    assert [line.split()[0] for line in lines[2:8]] == ["left", "right", "last"] * 2
+    assert table.explain() in str(table)
+    [ranks, *_] = rgap.analysis.generic_ranks(Forked().eval(), (1, 4, 4), 1)
+    assert "left (conv2d, B = 1)" in repr(ranks) and len(repr(ranks)) < 200
+    assert str(ranks) == ranks.explain()
