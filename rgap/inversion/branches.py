@@ -22,7 +22,7 @@ from rgap.inversion.top import head_cotangent
 from rgap.inversion.weighed import named, weighed_at
 from rgap.jacobian.batch_loss import BatchLoss
 from rgap.jacobian.frontier import rounded
-from rgap.limits import PASSES, SAFETY, USEFUL
+from rgap.limits import FITS, PASSES, SAFETY, USEFUL
 from rgap.network.affine import Affine
 from rgap.network.flow import Flow, flow_of
 from rgap.precision import Estimate, carried
@@ -110,13 +110,27 @@ def _start(problem: Problem, run: Run) -> tuple[int, Estimate] | None:
         if bool((run.kappa.copies > 1).any()) or not descent.cotangents:
             return None
         index = max(descent.cotangents)
-        return index, descent.cotangents[index]
-    if problem.stated not in (None, 1) or problem.batch != 1:
+        known = descent.cotangents[index]
+        return (index, known) if _weighs_as_declared(problem, index, known) else None
+    if not problem.stated == problem.batch == 1:
         return None
     bias = chain.stages[last].affine.bias_name
     if last not in descent.cotangents and not problem.precision.sent(bias):
         return None
     return last, head_cotangent(problem, descent)
+
+
+def _weighs_as_declared(problem: Problem, index: int, k: Estimate) -> bool:
+    """True where ∂b is ``Σ_b k_b``: samples with factors of their own would have scaled inputs."""
+    bias, precision = problem.chain.stages[index].affine.bias_name, problem.precision
+    if bias is None or not precision.sent(bias):
+        return False
+    sent = problem.gradients[bias]
+    rows = k.value.reshape(len(k.value), len(sent), -1)
+    moved = k.error.reshape(len(k.error), *rows.shape).sum((1, 3))
+    own = precision.update_std(bias, rows.square().sum((0, 2)), rows.sum((0, 2)))
+    gap = (rows.sum((0, 2)) - sent).square() / (own.square() + moved.square().mean(0))
+    return float(gap.mean().sqrt()) <= FITS
 
 
 def _is(link: object, name: str) -> bool:

@@ -87,10 +87,12 @@ def _with_features(
     """What the bias attack and the recursion certified above the place where it ended.
 
     Below a barrier where branches meet, what wide layers say of their own inputs; of several
-    samples these alone.
+    samples these alone.  Of a batch whose size nobody states, nothing.
     """
     features, doubt = dict[str, Estimate](), ""
-    if problem.stated in (None, 1) and problem.batch == 1:
+    if problem.stated is None:
+        doubt = "the batch size is not stated, and a mixture may look like one sample; write it"
+    elif problem.stated == problem.batch == 1:
         features, doubt = certified_features(problem, descent)
     if branched is not None and not doubt:
         features = {**branched.features, **features}

@@ -93,8 +93,8 @@ class Frontier:
             if place in beta:
                 assert isinstance(node.link, Activation)
                 one = torch.ones_like(inside[0][:1])
-                sides = (node.link.derivative(side * one) for side in (-1.0, 1.0))
-                values[place] = rounded_kink(inside[0], *sides, beta[place])
+                left, right = node.link.derivative(-one), node.link.derivative(one)
+                values[place] = rounded_kink(inside[0], left, right, beta[place])
             else:
                 values[place] = node.forward(inside)
         return values

@@ -232,3 +232,20 @@ def test_no_mixture_is_a_sample_of_a_batch_of_unknown_size(
         for name, value in recovery.features.items():
             apart = (value[:, None] - true[name]).square().mean(2).sqrt().amin(1)
             assert float(apart.max()) <= 10.0 * recovery.features_error[name] + 1e-14, name
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_samples_with_factors_of_their_own_hand_out_no_scaled_features(seed: int) -> None:
+    torch.manual_seed(seed)
+    model, x = Flat(10, nn.Tanh()).double().eval(), torch.rand(2, 4, dtype=torch.float64)
+    each = nn.functional.cross_entropy(model(x), torch.tensor([5, 7]), reduction="none")
+    focal = ((1.0 - torch.exp(-each)).square() * each).mean()
+    sent = torch.autograd.grad(focal, list(model.parameters()))
+    names = [name for name, _ in model.named_parameters()]
+    update = rgap.Update(
+        dict(zip(names, sent, strict=True)), loss="cross_entropy", batch_size=2, input_shape=(4,)
+    )
+    recovery, true = rgap.invert(model, update, time_limit=2.0), seen(model, x)
+    for name, value in recovery.features.items():
+        apart = (value[:, None] - true[name]).square().mean(2).sqrt().amin(1)
+        assert float(apart.max()) <= 10.0 * recovery.features_error[name] + 1e-14, name
