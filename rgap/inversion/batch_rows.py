@@ -28,7 +28,9 @@ from rgap.solvers.solution import Result, Solution, Stats
 from rgap.update.losses import Loss
 from rgap.update.targets import BINARY, CROSS_ENTROPY
 
-CERTAIN = USEFUL / SAFETY  # standard error, in parts of the largest value, of features handed out
+HANDED_OUT = (
+    USEFUL / SAFETY
+)  # standard error, in parts of the largest value, of features handed out
 
 
 def batch_of(problem: Problem) -> Batch:
@@ -339,5 +341,5 @@ def certified_rows(problem: Problem, separated: Separated, descent: Descent) -> 
     return {
         stages[index].name: u
         for index, u in sorted(features.items())
-        if bool(u.known.all()) and float(u.std.max()) <= CERTAIN * float(u.value.abs().max())
+        if bool(u.known.all()) and float(u.std.max()) <= HANDED_OUT * float(u.value.abs().max())
     }
