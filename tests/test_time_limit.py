@@ -6,6 +6,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from math import inf
 
@@ -23,6 +24,7 @@ from rgap.machine import allowance
 from rgap.machine.allowance import PLAIN, SYMMETRIC
 from rgap.matching.search import match
 from rgap.progress import Report
+from rgap.recovery import Status
 from rgap.recursion import stage
 from rgap.solvers.gauss_newton import Schedule, gauss_newton
 from rgap.solvers.priors import Squares
@@ -326,3 +328,19 @@ def test_a_completion_has_its_share_of_the_limit(monkeypatch: pytest.MonkeyPatch
     found = rgap.invert(model, update, complete=True, time_limit=2.0)
     assert shares == [inversion.COUNTING] and "was not counted in the time" in found.reason
     assert "0 steps" not in found.reason and found.nearest is not None
+
+
+def test_samples_that_there_is_no_time_to_tell_apart_contradict_nothing() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(512, 10)
+    ).double()
+    x, y = torch.rand(3, 1, 8, 8, dtype=torch.float64), torch.tensor([1, 1, 2])
+    smoothed = rgap.capture(model, x, y, loss=rgap.Loss("cross_entropy", label_smoothing=0.1))
+    update = replace(smoothed, loss="cross_entropy")  # no root of its equations is a sample
+    late, whole = (rgap.invert(model, update, time_limit=limit) for limit in (1e-3, None))
+    assert late.status is not Status.INCONSISTENT and late.inputs is None
+    assert "the time limit ended the search" in late.reason, late.reason
+    assert "the time limit" not in whole.reason
+    few, many = (int(re.findall(r"in (\d+) starts", r.reason)[0]) for r in (late, whole))
+    assert few < many

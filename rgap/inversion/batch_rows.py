@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, replace
 from math import inf, prod
 
@@ -42,8 +43,9 @@ def batch_of(problem: Problem) -> Batch:
     if multilabel(loss, problem.chain):
         loss = replace(loss, targets="probability")
     return Batch(
-        problem.chain, problem.gradients, loss, problem.precision, problem.stated, problem.room
-    )
+        problem.chain, problem.gradients, loss, problem.precision, problem.stated, problem.room,
+        deadline=time.perf_counter() + problem.left,
+    )  # fmt: skip
 
 
 def multilabel(loss: Loss, chain: Chain) -> bool:

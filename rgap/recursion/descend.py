@@ -73,27 +73,17 @@ def descend(
         if index < start.index:
             watch(stage.name, len(chain.stages) - index, len(chain.stages))
             parts = index == 0 and chain.complete
-            heard = _heard(stage, gradients, k, precision)
-            sent = stage.affine.sent(gradients)
-            try:
-                step = solve_stage(
-                    stage.affine, sent, known, heard, precision, budget, parts=parts, ahead=ahead
-                )
-            except OutOfTime as late:
+            step = _solved(stage, gradients, known, k, precision, budget, parts, ahead)
+            if isinstance(step, Halt):
                 reached = Reached(index, k, None, known)
-                return ended(
-                    Halt.late(
-                        stage.name, len(known.value) * int(stage.affine.reads.sum()), str(late)
-                    )
-                )
+                return ended(step)
             # Only the first factor is needed again; each is as large as the matrix of its layer.
             solutions[index] = step if index == 0 else replace(step, factor=None)
             if step.solution.value is None:
                 reached = Reached(index, k, None, known)
                 halt = _shortfall(stage, step, precision.sent(stage.affine.weight_name))
-                left = step.partial
-                partial = None if left is None else _data(stage, left, precision)
-                return ended(halt, partial=partial)
+                left = None if step.partial is None else _data(stage, step.partial, precision)
+                return ended(halt, partial=left)
             above, known = known, step.solution.value
             whole = bool(known.known.all())
             reached = Reached(index, k, *((known, None) if whole else (None, above)))
@@ -113,12 +103,38 @@ def descend(
         if isinstance(below, Halt):
             return ended(below)
         known, k = below
-    if chain.complete:
-        cut = _cut(chain.stages[0], features[0], known)
-        return ended(None, data=known) if cut is None else ended(cut, partial=known)
-    barrier = chain.barrier
-    assert barrier is not None
-    return ended(Halt(HaltKind.BARRIER, barrier.node, barrier.words))
+    if chain.barrier is not None:
+        return ended(Halt(HaltKind.BARRIER, chain.barrier.node, chain.barrier.words))
+    cut = _cut(chain.stages[0], features[0], known)
+    return ended(None, data=known) if cut is None else ended(cut, partial=known)
+
+
+def _solved(
+    stage: Stage,
+    gradients: Mapping[str, Tensor],
+    known: Estimate,
+    k: Estimate,
+    precision: Precision,
+    budget: float,
+    parts: bool,
+    ahead: Ahead,
+) -> StageSolution | Halt:
+    """The input of a stage, or the halt where there is no time for its equations."""
+    affine, heard = stage.affine, _heard(stage, gradients, k, precision)
+    try:
+        return solve_stage(
+            affine,
+            affine.sent(gradients),
+            known,
+            heard,
+            precision,
+            budget,
+            parts=parts,
+            ahead=ahead,
+        )
+    except OutOfTime as late:
+        unknowns = len(known.value) * int(affine.reads.sum())
+        return Halt.late(stage.name, unknowns, str(late))
 
 
 def _heard(

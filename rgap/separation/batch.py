@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import inf
@@ -29,6 +30,7 @@ class Batch:
         precision: of the update.
         size: stated batch size, or None.
         room: bytes for what separating holds at a time.
+        deadline: of ``time.perf_counter``, after which no further round of starts is begun.
     """
 
     chain: Chain
@@ -37,6 +39,7 @@ class Batch:
     precision: Precision
     size: int | None
     room: float = inf
+    deadline: float = inf
     _mixtures: dict[int, Mixture] = field(default_factory=dict, repr=False, compare=False)
 
     def mixture(self, index: int) -> Mixture:
@@ -66,6 +69,16 @@ class Batch:
         one = 8.0 * HELD * growth * rank**2
         memory.require(f"telling {rank} samples apart", one, self.room)
         return max(1, int(min(most, max(self.room, memory.LEAST) / one)))
+
+    @property
+    def late(self) -> bool:
+        """True once the deadline is over."""
+        return time.perf_counter() > self.deadline
+
+    def short(self, reason: str) -> Unseparated:
+        """Why the samples are not told apart by the starts that there was time for."""
+        late = "; the time limit ended the search: write a larger time_limit" if self.late else ""
+        return Unseparated(reason + late)
 
     @property
     def classes(self) -> int:

@@ -91,12 +91,13 @@ def separate_headless(
     def admissible(identity: Identity, rough: bool) -> bool:
         return identity.accepted and identity.outside < CERTAIN
 
-    starts = Starts(batch.precision.seed, batch.starts(lower.rank, STARTS, GROWTH))
+    count = batch.starts(lower.rank, STARTS, GROWTH)
+    starts = Starts(batch.precision.seed, count, deadline=batch.deadline)
     collected = collect(consistency, naming, admissible, starts, watch)
     if not collected.complete:
         why = lines(consistency, collected.roots) or "no target helps here"
         tally = collected.tally(f"of '{lower.stage.name}'")
-        return Unseparated(f"{tally}; {why}")
+        return batch.short(f"{tally}; {why}")
     return _finished(batch, consistency, upper, collected, began)
 
 

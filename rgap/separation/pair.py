@@ -168,12 +168,16 @@ def separate_pair(
         consistency,
         naming,
         partial(admissible, batch, lower.rank),
-        Starts(batch.precision.seed, batch.starts(lower.rank, STARTS, GROWTH)),
+        Starts(
+            batch.precision.seed,
+            batch.starts(lower.rank, STARTS, GROWTH),
+            deadline=batch.deadline,
+        ),
         watch,
     )
     if not collected.complete:
-        short = Unseparated(_shortfall(consistency, collected))
-        return contradicted(batch, lower, collected) or short
+        short = batch.short(_shortfall(consistency, collected))
+        return short if batch.late else contradicted(batch, lower, collected) or short
     result = finish(
         batch,
         consistency,

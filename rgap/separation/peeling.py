@@ -9,8 +9,10 @@ that errors do not add up.  The rank of G says how many there are.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import inf
 
 import torch
 from torch import Tensor
@@ -79,6 +81,7 @@ class Starts:
         first: equations and rows q [S, R] of a first round that is better than a random one.
         reach: how far out the first random starts are, at least 1.
         rounds: without a new sample until it gives up.
+        deadline: of ``time.perf_counter``, after which it begins no further round.
     """
 
     seed: int = 0
@@ -86,6 +89,7 @@ class Starts:
     first: tuple[Consistency, Tensor] | None = None
     reach: float = 1.0
     rounds: int = IDLE
+    deadline: float = inf
 
 
 def collect(
@@ -111,6 +115,8 @@ def collect(
     held = _Held(consistency, admissible)
     tried, idle, first, reach = 0, 0, starts.first, starts.reach
     while len(held.roots) < rank and idle < starts.rounds:
+        if tried and time.perf_counter() > starts.deadline:
+            break
         if first is not None:
             begun, q = first
             left = restricted(begun, held.duals)

@@ -108,15 +108,17 @@ def separate_head(
             first=opening(consistency),
             reach=FAR if 2 * clear < head.rank else 1.0,
             rounds=IDLE if resolved(batch, head) else HASTY,
+            deadline=batch.deadline,
         ),
         watch,
     )
     if collected.complete:
         answer = conclude(batch, consistency, collected, began)
     else:
-        short = Unseparated(_shortfall(consistency, collected))
-        answer = contradicted(batch, head, collected) or short
-    if isinstance(answer, Separated) or not answer.consistent or head.rank > RESCUED:
+        short = batch.short(_shortfall(consistency, collected))
+        answer = short if batch.late else contradicted(batch, head, collected) or short
+    done = isinstance(answer, Separated) or not answer.consistent
+    if done or head.rank > RESCUED or batch.late:
         return answer
     if batch.size != head.rank or not resolved(batch, head):
         return answer
@@ -156,7 +158,7 @@ def _together(
     answer = agreement(problem, refined(problem, solved.value), floor)
     ends = first[:0]
     for _ in range(ROUNDS):
-        if not isinstance(answer, str) or rank > SMALL:
+        if not isinstance(answer, str) or rank > SMALL or batch.late:
             break
         runs += STARTS
         begin = problem.starts(STARTS, generator)
@@ -166,7 +168,7 @@ def _together(
         ends = torch.cat([ends, refined(problem, many.value)])
         answer = agreement(problem, ends, floor)
     if isinstance(answer, str):
-        return Unseparated(
+        return batch.short(
             f"{runs} starts at the head '{name}' ({equations} equations for {rank * (rank - 1)} "
             f"unknowns, σ_B/σ_1 {head.ratio:.1e}, labels {labels.tolist()}): {answer}; samples of "
             "one label differ by the curvature of the softmax alone"
