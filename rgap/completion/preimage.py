@@ -107,22 +107,18 @@ def preimage(
     need = COPIES * full.numbers * max(samples, MEMBERS + PROBES)
     if need > room:
         return f"their search takes {need / 1e9:.1f} GB, there is room for {room / 1e9:.1f}"
-    name, rough = flow.nodes[lowest[0]].name, full.to(torch.float32)
-    below = f"the data below '{name}'"
-    folded = _folded(full, unknowns, unknowns + surplus)
-    if isinstance(folded, str):
-        return folded
+    below = f"the data below '{flow.nodes[lowest[0]].name}'"
     if 0 in known:
-        made = _all_settled(full, rough, known[0].value, watch, below)
+        made = _Settling(full, watch, below)(known[0].value)
     else:
-        made = _looked_for(full, rough, start, watch, below, deadline)
+        folded = _folded(full, unknowns, unknowns + surplus)
+        if isinstance(folded, str):
+            return folded
+        nearest = Frontier(flow, lowest, known, told.unit).to(torch.float32)
+        made = _looked_for(full, _Search(nearest, start, watch, below, deadline))
         if folded and not isinstance(made, str):
-            made = _agreed(
-                made,
-                _looked_for(
-                    full, rough, lambda number: start(number + 1), watch, f"again {below}", deadline
-                ),
-            )
+            again = _Search(nearest, lambda n: start(n + 1), watch, f"again {below}", deadline)
+            made = _agreed(made, _looked_for(full, again))
     if isinstance(made, str):
         return made
     data, misfit = made
@@ -179,42 +175,18 @@ def _agreed(made: Settled, again: Settled | str) -> Settled | str:
     return made
 
 
-def _looked_for(
-    full: Frontier,
-    rough: Frontier,
-    start: Callable[[int], Tensor],
-    watch: Watch,
-    below: str,
-    deadline: float,
-) -> Settled | str:
-    """The data with their errors and misfits, from the starts that are given."""
-    search = _Search(rough)
+def _looked_for(full: Frontier, search: _Search) -> Settled | str:
+    """The data with their errors and misfits, from the starts that a search is given."""
+    settling = _Settling(full, search.watch, search.below)
     made: Settled | str = ""
     for goal in HANDED_OVER:
-        found = search.run(start, deadline, watch, below, goal)
+        found = search.run(goal)
         if isinstance(found, str):
             return found
-        made = _all_settled(full, rough, found, watch, below)
-        if not isinstance(made, str) or time.perf_counter() > deadline:
+        made = settling(found)
+        if not isinstance(made, str) or search.late:
             break
     return made
-
-
-def _all_settled(
-    full: Frontier, rough: Frontier, found: Tensor, watch: Watch, below: str
-) -> Settled | str:
-    """The data with their errors, and the misfit of every sample; or of which there are none."""
-    rows, misfits = list[Estimate](), list[float]()
-    for row in range(len(found)):
-        watch(f"{below}, sample {row + 1} of {len(found)}")
-        settled = _settled(full, rough, row, found[row : row + 1])
-        if isinstance(settled, str):
-            return f"sample {row}: {settled}"
-        rows.append(settled[0])
-        misfits.append(settled[1])
-    value = torch.cat([row.value for row in rows])
-    data = Estimate(value, torch.cat([row.error for row in rows], 1))
-    return data, value.new_tensor(misfits)
 
 
 class _Search:
@@ -223,10 +195,25 @@ class _Search:
     The network's kinks are rounded off at first: with them as they are the descent ends at other
     data.  What a rectifier is known to let through is asked of its input, which has a slope on both
     sides of 0.
+
+    Args:
+        function: the known values nearest to the data, float32.
+        start: the batch to begin with, by the number of the trial.
+        watch: told which sample is looked for.
+        below: what is, in words.
+        deadline: of ``time.perf_counter``, after which no further round is begun.
     """
 
-    def __init__(self, function: Frontier) -> None:
-        self.function = function
+    def __init__(
+        self,
+        function: Frontier,
+        start: Callable[[int], Tensor],
+        watch: Watch,
+        below: str,
+        deadline: float,
+    ) -> None:
+        self.function, self.start = function, start
+        self.watch, self.below, self.deadline = watch, below, deadline
         self.answer: Tensor | None = None
         self.wanted = [function.known[place].value.float() for place in function.edge]
         self.squares = [self.square(place) for place in function.edge]
@@ -260,38 +247,37 @@ class _Search:
             total = total + w[row] * (given - v[row]).square().sum()
         return total
 
-    def run(
-        self, start: Callable[[int], Tensor], deadline: float, watch: Watch, below: str, goal: float
-    ) -> Tensor | str:
+    @property
+    def late(self) -> bool:
+        """True if the time is up."""
+        return time.perf_counter() > self.deadline
+
+    def run(self, goal: float) -> Tensor | str:
         """The batch [B, *in_shape], float64, or how near the nearest one came.
 
         Goes on from where the last run ended.
 
         Args:
-            start: the batch to begin with, by the number of the trial.
-            deadline: after which no further round is begun.
-            watch: told which sample is looked for.
-            below: what is, in words.
             goal: relative misfit of every sample that will do; errors may allow more.
         """
         close = self.close().clamp_min(goal**2)
         begun = self.answer is not None
-        answer = start(0).to(self.wanted[0]) if self.answer is None else self.answer
+        answer = self.start(0).to(self.wanted[0]) if self.answer is None else self.answer
         self.answer = answer
         for row in range(len(answer)):
-            watch(f"{below}, sample {row + 1} of {len(answer)}")
+            self.watch(f"{self.below}, sample {row + 1} of {len(answer)}")
             best = inf
             for trial in range(STARTS):
                 x = answer[row : row + 1].clone()
                 if trial or not begun:
-                    x = start(trial)[row : row + 1].to(answer)
+                    x = self.start(trial)[row : row + 1].to(answer)
                     for beta in BLUNT:
                         sharp = self.function.sharpness(x, beta)
-                        x, _ = self.descended(row, x, sharp, BLUNT_ROUNDS, 0.0, deadline)
-                x, own = self.descended(row, x, None, ROUNDS, float(close[row]), deadline)
+                        x, _ = self.descended(row, x, sharp, BLUNT_ROUNDS, 0.0)
+                x, own = self.descended(row, x, None, ROUNDS, float(close[row]))
                 if own < best:
                     answer[row], best = x[0], own
-                if best <= NEAR**2 * float(close[row]) or time.perf_counter() > deadline:
+                if best <= NEAR**2 * float(close[row]) or self.late:
                     break
             if not best <= NEAR**2 * float(close[row]):
                 return (
@@ -307,7 +293,6 @@ class _Search:
         sharp: Mapping[int, float] | None,
         rounds: int,
         close: float,
-        deadline: float,
     ) -> tuple[Tensor, float]:
         """Where one start leads, and the misfit there."""
         x = x.clone().requires_grad_()
@@ -328,58 +313,92 @@ class _Search:
             with torch.no_grad():
                 now = float(self.misfit(row, x, sharp))
             stuck = number >= GIVEN and now**0.5 > STALLED * last**0.5
-            if now <= close or stuck or time.perf_counter() > deadline:
+            if now <= close or stuck or self.late:
                 break
             last = now
         return x.detach(), now
 
 
-def _settled(full: Frontier, rough: Frontier, row: int, x: Tensor) -> tuple[Estimate, float] | str:
+class _Settling:
     """Gauss–Newton in units of the errors, and the errors of where it ends.
 
     Products with the Jacobian are of float32, what is left of the equations of float64: iterative
     refinement.
+
+    Args:
+        function: the known values.
+        watch: told which sample is settled.
+        below: what is, in words.
     """
-    sigma = full.sigma(row)
 
-    def stacked(values: Sequence[Tensor]) -> Tensor:
-        return torch.cat([(v / s).flatten(1) for v, s in zip(values, sigma, strict=True)], 1)
+    def __init__(self, function: Frontier, watch: Watch, below: str) -> None:
+        self.function, self.rough = function, function.to(torch.float32)
+        self.watch, self.below = watch, below
 
-    target = stacked([full.known[place].value[row][None] for place in full.edge])
-    generator = torch.Generator().manual_seed(row)
-    errors = stacked(
-        [
-            full.known[place].error[:MEMBERS, row]
-            + full.own(place) * torch.randn((MEMBERS, *s.shape), generator=generator).to(s)
-            for place, s in zip(full.edge, sigma, strict=True)
-        ]
-    )
-    misfit, step = inf, torch.zeros_like(x)
-    for number in range(LAST + 1):
-        gap = target - stacked(full(x + step))
-        now = float(gap.square().mean().sqrt())
-        if not now < misfit:
-            break
-        x, misfit = x + step, now
-        if number == LAST or (number and misfit <= 1.0):  # one standard error an entry
-            break
-        step = _solved(Tangent(rough, sigma, x.float()), gap, ACCURACY if number else FIRST)
-    if not misfit <= FITS:
-        return (
-            f"the data nearest to the known values miss them by {misfit:.1e} standard errors: the "
-            "weights or the running statistics below them are others than the client's"
+    def __call__(self, found: Tensor) -> Settled | str:
+        """The data with their errors, and the misfit of every sample; or of which there are none.
+
+        Args:
+            found: data near them, [B, *in_shape], float64.
+        """
+        rows, misfits = list[Estimate](), list[float]()
+        for row in range(len(found)):
+            self.watch(f"{self.below}, sample {row + 1} of {len(found)}")
+            settled = self.settled(row, found[row : row + 1])
+            if isinstance(settled, str):
+                return f"sample {row}: {settled}"
+            rows.append(settled[0])
+            misfits.append(settled[1])
+        value = torch.cat([row.value for row in rows])
+        data = Estimate(value, torch.cat([row.error for row in rows], 1))
+        return data, value.new_tensor(misfits)
+
+    def settled(self, row: int, x: Tensor) -> tuple[Estimate, float] | str:
+        """One sample, from data near it."""
+        full, sigma = self.function, self.function.sigma(row)
+
+        def stacked(values: Sequence[Tensor]) -> Tensor:
+            return torch.cat([(v / s).flatten(1) for v, s in zip(values, sigma, strict=True)], 1)
+
+        target = stacked([full.known[place].value[row][None] for place in full.edge])
+        generator = torch.Generator().manual_seed(row)
+        errors = stacked(
+            [
+                full.known[place].error[:MEMBERS, row]
+                + full.own(place) * torch.randn((MEMBERS, *s.shape), generator=generator).to(s)
+                for place, s in zip(full.edge, sigma, strict=True)
+            ]
         )
-    drawn = torch.randn((PROBES, *x.shape[1:]), generator=generator).to(x)
-    tangent = Tangent(rough, sigma, x.float())
-    images = tangent.push(drawn.float()).to(x) / tangent.unit
-    moved = _solved(tangent, torch.cat([errors, images]), ACCURACY)
-    lost = (moved[MEMBERS:] - drawn).flatten(1).norm(dim=1) / drawn.flatten(1).norm(dim=1)
-    if not bool((lost <= BACK).all()):
-        return (
-            "the known values leave directions of the data open: of a random one "
-            f"{float(lost.max()):.1e} is lost"
-        )
-    return Estimate(x, moved[:MEMBERS, None]), misfit
+        misfit, step, met = inf, torch.zeros_like(x), False
+        for number in range(LAST + 1):
+            gap = target - stacked(full(x + step))
+            now = float(gap.square().mean().sqrt())
+            if not now < misfit:
+                break
+            x, misfit = x + step, now
+            if met or number == LAST:
+                break
+            # Within one standard error an entry, data may still be off by many of their own: a
+            # misfit of 1 is that of the errors in all entries, theirs that in as many as unknowns.
+            met = number > 0 and misfit <= 1.0
+            tangent = Tangent(self.rough, sigma, x.float())
+            step = _solved(tangent, gap, ACCURACY if number else FIRST)
+        if not misfit <= FITS:
+            return (
+                f"the data nearest to the known values miss them by {misfit:.1e} standard errors: "
+                "the weights or the running statistics below them are others than the client's"
+            )
+        drawn = torch.randn((PROBES, *x.shape[1:]), generator=generator).to(x)
+        tangent = Tangent(self.rough, sigma, x.float())
+        images = tangent.push(drawn.float()).to(x) / tangent.unit
+        moved = _solved(tangent, torch.cat([errors, images]), ACCURACY)
+        lost = (moved[MEMBERS:] - drawn).flatten(1).norm(dim=1) / drawn.flatten(1).norm(dim=1)
+        if not bool((lost <= BACK).all()):
+            return (
+                "the known values leave directions of the data open: of a random one "
+                f"{float(lost.max()):.1e} is lost"
+            )
+        return Estimate(x, moved[:MEMBERS, None]), misfit
 
 
 def _solved(tangent: Tangent, rhs: Tensor, accuracy: float) -> Tensor:

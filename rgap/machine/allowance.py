@@ -14,7 +14,7 @@ from math import ceil, floor, inf, log10
 
 import torch
 
-from rgap.progress import Progress, Shown
+from rgap.progress import Progress, Report, Shown
 
 __all__ = [
     "CHOLESKY",
@@ -110,22 +110,12 @@ class Timed(Progress):
         """Seconds until the limit; never 0, which is no limit that a call within could take."""
         return max(self.end - self._clock(), LEAST)
 
-    def stage(
-        self,
-        what: str,
-        number: int | None = None,
-        total: int | None = None,
-        series: str = "",
-        how: str = "",
-    ) -> None:
-        """Say what is being done now.
-
-        Raises:
-            OutOfTime: the limit is over, or one more pass like the last would end after it.
-        """
-        super().stage(what, number, total, series, how)
-        if self.limit == inf:
+    def _show(self, report: Report, keep: bool = False) -> None:
+        """Show a stage, or raise OutOfTime: the limit is over, or one more pass would exceed it."""
+        super()._show(report, keep)
+        if keep or self.limit == inf:
             return
+        what, number, total = report.what, report.number, report.total
         now, (last, count, when) = self._clock(), self._before
         alike = last == what and number is not None and number > count
         self._before = (what, number or 0, now)

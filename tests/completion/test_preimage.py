@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import rgap
 from rgap.completion.preimage import preimage
-from rgap.jacobian.frontier import frontier
+from rgap.jacobian.frontier import Frontier, Tangent, frontier
 from rgap.network.flow import Flow, flow_of
 from rgap.precision import Estimate
 from rgap.recovery import Route, Status
@@ -136,3 +136,29 @@ def test_other_running_statistics_certify_nothing() -> None:
         model[2].bn1.running_var.mul_(1.01)  # type: ignore[union-attr, operator]
     recovery = rgap.invert(model, update)
     assert recovery.inputs is None and not recovery.certified
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("off", [1e-13, 1e-8, 1e-5])
+def test_data_end_where_the_values_are_met_best(off: float, seed: int) -> None:
+    """At the weighted least squares of the values: short of it the data are off by more than said.
+
+    A misfit of one standard error an entry is no sign of it: the errors of many values hide those
+    of few data.
+    """
+    flow = flow_of(network(F64, seed), (3, 8, 8))
+    assert isinstance(flow, Flow)
+    x = rgap.photos.load(1, 8, start=seed, dtype=F64)
+    told = known(flow, x, "relu_1", off=off)
+    found = preimage(flow, told, lambda number: grey(x))
+    assert not isinstance(found, str), found
+    [place] = told.values
+    full = Frontier(flow, [place], told.values)
+    data, [sigma] = found.data.value, full.sigma(0)
+    tangent = Tangent(full, [sigma], data)
+    gap = ((told.values[place].value - full(data)[0]) / sigma).flatten(1)
+    rows = tangent.pull(torch.eye(gap.shape[1], dtype=F64)).flatten(1)
+    step = torch.linalg.lstsq(rows / tangent.unit, gap.T).solution
+    std = float(found.data.std.max())
+    assert float(step.abs().max()) <= 0.1 * std
+    assert float((data - x).abs().max()) <= 6.0 * std  # of 192 normal entries
