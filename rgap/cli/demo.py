@@ -22,7 +22,10 @@ def demo(
     as_json: Json = False,
     seed: Seed = 0,
 ) -> int:
-    """See it work: recover photographs, see where it stops and why (under a minute)."""
+    """See it work: recover photographs, see where it stops and why (under a minute).
+
+    Exits with 1 if a picture that was attacked alone is not certified.
+    """
     from rgap.report.demo import run
     from rgap.report.story import tell
 
@@ -31,4 +34,4 @@ def demo(
         print_json(result.summary())
     else:
         stdout().print(tell(result))
-    return 0
+    return 0 if result.certified else 1

@@ -26,7 +26,7 @@ from rgap.inversion.invert import Head, invert
 from rgap.models import published as models
 from rgap.network.watching import watched
 from rgap.photos import packaged as photos
-from rgap.recovery import Recovery, plain
+from rgap.recovery import Recovery, Status, plain
 from rgap.report.pictures import replacing, save_figure
 from rgap.update.capture import capture
 from rgap.update.update import Update
@@ -98,6 +98,11 @@ class Demo:
     audit: Audit
     files: tuple[Path, ...]
     seconds: float
+
+    @property
+    def certified(self) -> bool:
+        """True if every picture that was attacked alone came back exactly."""
+        return all(case.recovery.status is Status.EXACT for case in self.single)
 
     def summary(self) -> dict[str, Any]:
         """Everything as plain numbers, for JSON."""

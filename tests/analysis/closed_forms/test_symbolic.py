@@ -185,34 +185,33 @@ def test_symbols_for_sizes_are_upper_bounds(c: int, f: int, k: int, n: int, p: i
     """One expression for every size, held against the counts of numbers with a proof."""
     if n + 2 * p < k:
         return
-    for stride in (1, 2):
-        form = _general(stride)
-        numbers = {"C": c, "F": f, "k": k, "H": n, "W": n, "p": p}
-        conv = nn.Conv2d(c, f, k, stride, p)
-        affine = parse(nn.Sequential(conv, nn.Flatten()), (c, n, n)).stages[0].affine
-        for batch in (1, 2):
-            counts, truth = form.at(numbers | {"B": batch}), closed_form(affine, batch)
-            assert counts["unknowns"] == truth.unknowns
-            assert counts["gradient_rank"] >= truth.gradient_rank or not truth.gradient_exact
-            assert counts["weight_rank"] >= truth.weight_rank or not truth.weight_exact
-            assert counts["joint_rank"] >= truth.joint_rank or not truth.exact
-            assert counts["nullity"] <= truth.nullity or not truth.exact
-            assert counts["nullity"] == counts["unknowns"] - counts["joint_rank"]
-        star = form.critical_batch.subs({form_symbol(s): v for s, v in numbers.items()})
-        if star != sympy.oo and star <= 4:
-            truth = closed_form(affine, int(star))
-            assert truth.nullity > 0
+    form = _general()
+    numbers = {"C": c, "F": f, "k": k, "H": n, "W": n, "p": p}
+    conv = nn.Conv2d(c, f, k, 2, p)
+    affine = parse(nn.Sequential(conv, nn.Flatten()), (c, n, n)).stages[0].affine
+    for batch in (1, 2):
+        counts, truth = form.at(numbers | {"B": batch}), closed_form(affine, batch)
+        assert counts["unknowns"] == truth.unknowns
+        assert counts["gradient_rank"] >= truth.gradient_rank or not truth.gradient_exact
+        assert counts["weight_rank"] >= truth.weight_rank or not truth.weight_exact
+        assert counts["joint_rank"] >= truth.joint_rank or not truth.exact
+        assert counts["nullity"] <= truth.nullity or not truth.exact
+        assert counts["nullity"] == counts["unknowns"] - counts["joint_rank"]
+    star = form.critical_batch.subs({form_symbol(s): v for s, v in numbers.items()})
+    if star != sympy.oo and star <= 4:
+        truth = closed_form(affine, int(star))
+        assert truth.nullity > 0
 
 
 @cache
-def _general(stride: int) -> SymbolicLayer:
+def _general() -> SymbolicLayer:
     sizes = {
         "in_channels": "C",
         "out_channels": "F",
         "kernel_size": "k",
         "input_size": ("H", "W"),
         "padding": "p",
-        "stride": stride,
+        "stride": 2,
     }
     return layer_form("conv2d", sizes)
 
@@ -322,14 +321,14 @@ def test_latex_parses() -> None:
     for cell in found:
         rendered(cell)
     assert net.latex().count("{") == net.latex().count("}")
-    for form in (_general(2), layer_form("conv2d", LENET), layer_form("relu", {"features": "n"})):
+    for form in (_general(), layer_form("conv2d", LENET), layer_form("relu", {"features": "n"})):
         body = form.latex().removeprefix(r"\begin{aligned} ").removesuffix(r" \end{aligned}")
         for line in body.split(r" \\ "):
             rendered(line.replace("&", ""))
 
 
 def test_long_expressions_get_names() -> None:
-    lines = _general(2).text().splitlines()
+    lines = _general().text().splitlines()
     assert lines[0] == ("conv2d: a bound; rows and pixels counted by residue classes of the stride")
     assert lines[-1].startswith("  where α = min(F, C·k²), ")
     assert max(map(len, lines[:-1])) <= 120
