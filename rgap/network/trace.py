@@ -28,7 +28,9 @@ _MERGES = {
 
 _ENTRYWISE = (
     operator.add, operator.iadd, operator.sub, operator.mul, torch.add, torch.sub, torch.mul,
+    "add", "add_", "sub", "mul",
 )  # fmt: skip
+_INPLACE = operator.iadd, "add_"
 
 
 @dataclass(frozen=True)
@@ -240,7 +242,7 @@ def _evaluate(model: nn.Module, node: fx.Node, traced: dict[fx.Node, Traced]) ->
                     return module.forward(*whole, **kwargs)
             metas = [a for a in args if isinstance(a, Tensor) and a.is_meta]
             if len(metas) == len(args) == 2 and not kwargs and target in _ENTRYWISE:
-                return joined_on_meta(metas[0], metas[1], target is operator.iadd)
+                return joined_on_meta(metas[0], metas[1], target in _INPLACE)
             return evaluate(target, args, kwargs)
     except Exception as error:
         merge = str(getattr(target, "__name__", target)).strip("_") in _MERGES
