@@ -94,7 +94,7 @@ def at_batch(problem: Problem, separated: Separated | Unseparated, show: Progres
     if separated.passed and recovery.inputs is None:
         reason = f"{separated.passed}; the batch was separated above: {recovery.reason}"
         recovery = replace(recovery, reason=reason)
-    if recovery.inputs is None and not recovery.features:
+    if recovery.inputs is None:
         recovery = with_features(recovery, certified_rows(problem, separated, descent))
     return replace(recovery, separation=separated.route, warnings=(*notes, *recovery.warnings))
 

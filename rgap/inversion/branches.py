@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rgap.completion.complete import FAINT, grey
 from rgap.completion.preimage import Preimage, preimage
+from rgap.halt import HaltKind
 from rgap.inversion import outcomes
 from rgap.inversion.answer import Run, cast_of
 from rgap.inversion.problem import Problem
@@ -35,6 +36,10 @@ __all__ = ["Branched", "below_branches"]
 
 MEMBERS = 12  # of the ensemble that walks: each averages over all entries of a value
 SPREAD = 0.25  # of a start of the search, in widths of the range
+
+
+# What ends a chain of equations that are inverted step by step, and lets cotangents through.
+_PASSED = HaltKind.POOL, HaltKind.AVERAGE, HaltKind.ACTIVATION
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,8 @@ def below_branches(problem: Problem, run: Run, show: Progress) -> Branched | Non
 def _start(problem: Problem, run: Run) -> tuple[int, Estimate] | None:
     """The stage whose cotangent is known, [B, *out_shape] with its errors; None where none is."""
     chain, descent = problem.chain, run.descent
-    if chain.complete or not chain.stages:
+    ended = None if descent.halt is None else descent.halt.kind
+    if not chain.stages or (chain.complete and ended not in _PASSED):
         return None
     last = len(chain.stages) - 1
     if isinstance(run.kappa, BatchLoss):

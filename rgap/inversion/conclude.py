@@ -103,11 +103,11 @@ def _with_features(
 
 
 def with_features(recovery: Recovery, features: dict[str, Estimate]) -> Recovery:
-    """The recovery with certified inputs of layers, from the lowest one up."""
+    """The recovery with certified inputs of layers, from the lowest one up, above those it has."""
+    more = {name: known for name, known in features.items() if name not in recovery.features}
+    errors = {name: float(known.error.square().mean().sqrt()) for name, known in more.items()}
     return replace(
         recovery,
-        features={name: known.value for name, known in features.items()},
-        features_error={
-            name: float(known.error.square().mean().sqrt()) for name, known in features.items()
-        },
+        features={**recovery.features, **{name: known.value for name, known in more.items()}},
+        features_error={**recovery.features_error, **errors},
     )

@@ -13,12 +13,14 @@ from math import prod
 import torch
 from torch import Tensor
 
-from rgap.jacobian.smoothing import rounded_kink
+from rgap.jacobian.smoothing import NEIGHBOURS, rounded_kink, rounded_pool
+from rgap.jacobian.smoothing import rounded as has_kinks
 from rgap.limits import CLEAR, CLIENT, OWN
 from rgap.network.activations import Activation
 from rgap.network.activations.piecewise import PiecewiseLinear
 from rgap.network.affine import Affine
 from rgap.network.flow import Flow, Node
+from rgap.network.pooling import MaxPool
 from rgap.precision import Estimate
 
 __all__ = ["Frontier", "Tangent", "frontier", "rounded"]
@@ -90,7 +92,9 @@ class Frontier:
         values, beta = {0: x}, sharp or {}
         for place, node in self.between():
             inside = [values[source] for source in node.sources]
-            if place in beta:
+            if place in beta and isinstance(node.link, MaxPool):
+                values[place] = rounded_pool(node.link.module, inside[0], beta[place])
+            elif place in beta:
                 assert isinstance(node.link, Activation)
                 one = torch.ones_like(inside[0][:1])
                 left, right = node.link.derivative(-one), node.link.derivative(one)
@@ -100,13 +104,14 @@ class Frontier:
         return values
 
     def sharpness(self, x: Tensor, beta: float) -> dict[int, float]:
-        """β over the spread of what enters each activation with a kink, by place."""
-        values = self.values(x)
-        return {
-            place: beta / max(float(values[node.sources[0]].std()), 1e-12)
-            for place, node in self.between()
-            if isinstance(node.link, PiecewiseLinear) and node.link.barrier is None
-        }
+        """β over the spread of what enters each step with a kink, by place; more in a pool."""
+        values, sharp = self.values(x), dict[int, float]()
+        for place, node in self.between():
+            pool = isinstance(node.link, MaxPool) and has_kinks(node.link.module)
+            if pool or (isinstance(node.link, PiecewiseLinear) and node.link.barrier is None):
+                over = beta / max(float(values[node.sources[0]].std()), 1e-12)
+                sharp[place] = NEIGHBOURS * over if pool else over
+        return sharp
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         """Those of the frontier."""
@@ -144,7 +149,8 @@ class Frontier:
         """A step on the way that has no derivative in closed form, in words; or ""."""
         for _, node in self.between():
             link = node.link
-            if link is not None and not (isinstance(link, Activation | Affine) or link.affine):
+            known = isinstance(link, Activation | Affine | MaxPool)
+            if link is not None and not (known or link.affine):
                 return f"'{node.name}' ({link.kind})"
         return ""
 
@@ -169,6 +175,11 @@ class Tangent:
             for place, node in function.between()
             if isinstance(node.link, Activation)
         }
+        self.winners = {
+            place: node.link.winners(values[node.sources[0]])
+            for place, node in function.between()
+            if isinstance(node.link, MaxPool)
+        }
 
     def push(self, v: Tensor) -> Tensor:
         """``J v``, [S, *in_shape] → [S, m]."""
@@ -177,6 +188,8 @@ class Tangent:
             parts = [moved[source] for source in node.sources]
             if place in self.slopes:
                 moved[place] = parts[0] * self.slopes[place]
+            elif isinstance(node.link, MaxPool):
+                moved[place] = node.link.taken(parts[0], self.winners[place])
             elif node.link is None:
                 moved[place] = node.forward(parts)
             else:
@@ -193,6 +206,8 @@ class Tangent:
             k = sent[place]
             if place in self.slopes:
                 parts = [k * self.slopes[place]]
+            elif isinstance(node.link, MaxPool):
+                parts = [node.link.put(k, self.winners[place])]
             elif node.link is None:
                 sizes = [self.function.flow.nodes[source].shape[0] for source in node.sources]
                 parts = node.spread(k, sizes)

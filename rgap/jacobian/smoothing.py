@@ -72,7 +72,7 @@ class Softened(nn.Module):
             self._spread = max(float(x.detach().std()), 1e-12)
         beta /= self._spread
         if isinstance(self.hard, (nn.MaxPool1d, nn.MaxPool2d)):
-            return _boltzmann(self.hard, x, NEIGHBOURS * beta)
+            return rounded_pool(self.hard, x, NEIGHBOURS * beta)
         slope = self.hard.negative_slope if isinstance(self.hard, nn.LeakyReLU) else 0.0
         return rounded_kink(x, slope, 1.0, beta)
 
@@ -111,7 +111,18 @@ def rounded(module: nn.Module) -> bool:
     return type(module) in (nn.ReLU, nn.LeakyReLU)
 
 
-def _boltzmann(pool: nn.MaxPool1d | nn.MaxPool2d, x: Tensor, beta: float) -> Tensor:
+def rounded_pool(pool: nn.MaxPool1d | nn.MaxPool2d, x: Tensor, beta: float) -> Tensor:
+    """A max-pool of which every entry of a window has its share, the larger the more.
+
+    Args:
+        pool: one that :func:`rounded` allows.
+        x: input, [B, C, *space].
+        beta: sharpness: entries that are 1/β below the largest have a share of about 1/e.
+
+    >>> x = torch.tensor([[[0.0, 1.0]]])
+    >>> [f"{rounded_pool(nn.MaxPool1d(2), x, beta).item():.3f}" for beta in (0.0, 2.0, 20.0)]
+    ['0.500', '0.881', '1.000']
+    """
     flat = isinstance(pool, nn.MaxPool1d)
     size, stride, padding, dilation = (
         _pair(value, flat, rest)

@@ -25,7 +25,7 @@ from rgap.arithmetic.doubles import blocks
 from rgap.network import activations as act
 from rgap.network import affine
 from rgap.network.affine import Affine, Geometry
-from rgap.network.pooling import LinearMap, Opaque, Pool
+from rgap.network.pooling import LinearMap, MaxPool, Opaque, Pool
 from rgap.network.probing import Shape, Unsupported, fitting, rearrangement
 from rgap.network.reshape import Op, Pad, Rearrange
 from rgap.network.running import BEHIND_TOKENS
@@ -293,10 +293,7 @@ _LOSSY: dict[type[nn.Module], tuple[str, str]] = {
     nn.LocalResponseNorm: ("local_response_norm", "divides by a norm of its own input"),
 }  # fmt: skip
 
-_POOLS = (
-    nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.LPPool1d, nn.LPPool2d,
-    nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d,
-)  # fmt: skip
+_POOLS = nn.LPPool1d, nn.LPPool2d
 
 
 @register(*_LOSSY)
@@ -306,8 +303,11 @@ def _lossy(module: Any, name: str, in_shape: Shape, names: Names) -> Piece:
         raise Unsupported(f"{kind} with return_indices=True returns two tensors")
     if "softm" in kind and (module.dim is None or module.dim in (0, -1 - len(in_shape))):
         raise Unsupported(f"{kind} needs dim=1 or another dimension that is not the batch")
+    function = fitting(module.forward, name, kind, in_shape)
+    if "max_pool" in kind:
+        return MaxPool(name, kind, in_shape, module, function, reason)
     made = Pool if isinstance(module, _POOLS) else Opaque
-    return made(name, kind, in_shape, fitting(module.forward, name, kind, in_shape), reason)
+    return made(name, kind, in_shape, function, reason)
 
 
 _AVERAGES: dict[type[nn.Module], str] = {

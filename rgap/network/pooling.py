@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from math import prod
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rgap.arithmetic.reverse import pulled
 from rgap.network.reshape import ADVICE, Function, Op, leading
@@ -90,3 +91,92 @@ class Opaque(Op):
 
 class Pool(Opaque):
     """A pool that keeps less than its windows: the winner without its place, or a norm."""
+
+
+class MaxPool(Pool):
+    """The largest entry of each window, without its place.
+
+    Args:
+        module: the pool of ``torch.nn``, in one to three dimensions, adaptive or not.
+        function: its forward, with shapes checked.
+        reason: why it has no inverse, in words.
+
+    >>> import torch
+    >>> pool = MaxPool("pool", "max_pool1d", (1, 4), torch.nn.MaxPool1d(2), torch.nn.MaxPool1d(2))
+    >>> x = torch.tensor([[[1.0, 3.0, 5.0, 2.0]]])
+    >>> places = pool.winners(x)
+    >>> places.tolist(), pool.taken(10 * x, places).tolist()
+    ([[[1, 2]]], [[[30.0, 50.0]]])
+    >>> pool.put(torch.ones(1, 1, 2), places).tolist(), pool.spread(torch.ones(1, 1, 2)).tolist()
+    ([[[0.0, 1.0, 1.0, 0.0]]], [[[1.0, 1.0, 1.0, 1.0]]])
+    """
+
+    def __init__(
+        self,
+        name: str,
+        kind: str,
+        in_shape: tuple[int, ...],
+        module: nn.Module,
+        function: Function,
+        reason: str = "keeps the winner but not its place",
+    ) -> None:
+        super().__init__(name, kind, in_shape, function, reason)
+        self.module = module
+        self._places = copy.copy(module)
+        self._places.return_indices = True  # type: ignore[assignment]
+        self._dims = int(kind[-2])
+
+    @property
+    def disjoint(self) -> bool:
+        """True if no entry is in two windows and none of them reaches over the border."""
+        size, step, pads, dilation = (
+            getattr(self.module, what, None)
+            for what in ("kernel_size", "stride", "padding", "dilation")
+        )
+        if size is None or self.module.ceil_mode:
+            return False
+        every = [_each(what, self._dims) for what in (size, step, pads, dilation)]
+        return all(k <= s and not p and d == 1 for k, s, p, d in zip(*every, strict=True))
+
+    def winners(self, x: Tensor) -> Tensor:
+        """Flat place of the winner of each window in its channel, whole numbers [B, *out_shape]."""
+        places: Tensor = self._places(x)[1]
+        return places
+
+    def taken(self, x: Tensor, places: Tensor) -> Tensor:
+        """Entries of x at the places of winners, [..., B, *out_shape]; the pool's derivative."""
+        flat = x.flatten(-self._dims)
+        at = places.flatten(-self._dims).expand(*flat.shape[:-1], -1)
+        return flat.gather(-1, at).reshape(*x.shape[: -self._dims], *places.shape[-self._dims :])
+
+    def put(self, k: Tensor, places: Tensor) -> Tensor:
+        """What :meth:`taken` is the transpose of: each entry added at its winner's place."""
+        flat = k.flatten(-self._dims)
+        space = self.in_shape[-self._dims :]
+        at = places.flatten(-self._dims).expand_as(flat)
+        empty = flat.new_zeros(*flat.shape[:-1], prod(space))
+        return empty.scatter_add(-1, at, flat).reshape(*flat.shape[:-1], *space)
+
+    def spread(self, k: Tensor) -> Tensor:
+        """Each entry at every place of its window, where windows are disjoint, [..., *in_shape]."""
+        lead = leading(k, self.out_shape)
+        zero = k.new_zeros(prod(lead), *self.in_shape)
+        out = pulled(self._summed, zero, k.reshape(-1, *self.out_shape))
+        return out.reshape(*lead, *self.in_shape)
+
+    def summed(self, x: Tensor) -> Tensor:
+        """The sum of each window, where they are disjoint; the transpose of :meth:`spread`."""
+        lead = leading(x, self.in_shape)
+        return self._summed(x.reshape(-1, *self.in_shape)).reshape(*lead, *self.out_shape)
+
+    def _summed(self, x: Tensor) -> Tensor:
+        size = _each(self.module.kernel_size, self._dims)
+        step = _each(self.module.stride, self._dims)
+        for axis, (k, s) in enumerate(zip(size, step, strict=True)):
+            x = x.unfold(axis - self._dims - axis, k, s)
+        return x.sum(tuple(range(-self._dims, 0)))
+
+
+def _each(value: object, dims: int) -> tuple[int, ...]:
+    """A size for each dimension."""
+    return tuple(value) if isinstance(value, (tuple, list)) else (int(value),) * dims  # type: ignore[call-overload]

@@ -24,6 +24,7 @@ from rgap.limits import OFF, OFF_LEAST, SURELY_ON
 from rgap.network.activations import Activation
 from rgap.network.affine import Affine
 from rgap.network.flow import Flow
+from rgap.network.pooling import MaxPool
 from rgap.precision import Estimate, Precision
 from rgap.recursion.readers import Reader, from_gradients
 from rgap.recursion.steps import down, through
@@ -90,7 +91,8 @@ class _Walk:
         self.flow, self.gradients, self.precision = flow, gradients, precision
         self.room = room
         self.watch, self.state = watch, GraphDescent(unit=precision.unit)
-        self.behind: dict[int, int] = {}  # cotangents that are known up to the mask of a rectifier
+        # Cotangents known up to the masks of rectifiers and max-pools: which, the highest first.
+        self.behind: dict[int, tuple[int, ...]] = {}
         self.unsure: dict[int, Tensor] = {}  # units of a rectifier whose sign is open
         self.doubted: dict[int, int] = {}  # cotangents in which such units are taken to be on
         self.suspect: dict[int, int] = {}  # those that mix such entries with others
@@ -130,22 +132,24 @@ class _Walk:
             self.doubted[source] = rectifier
         elif rectifier is not None or source in self.doubted:
             self.suspect[source] = self.doubted.pop(source, rectifier or 0)
-        mask = user if self.unopened(user) else self.behind.get(user)
-        if known is not None and (mask is not None or source in self.behind):
-            named = self.flow.nodes[self.behind[source] if mask is None else mask].name
+        masks = self.behind.get(user, ()) + ((user,) if self.unopened(user) else ())
+        if known is not None and (masks or source in self.behind):
+            named = self.flow.nodes[(masks or self.behind[source])[-1]].name
             state.ends[source] = f"what '{named}' lets through is not known"
         elif known is None:
             state.cotangents[source] = k
-            if mask is not None:
-                self.behind[source] = mask
+            if masks:
+                self.behind[source] = masks
         else:
             state.cotangents[source] = Estimate(known.value + k.value, known.error + k.error)
 
     def unopened(self, place: int) -> bool:
-        """True at a rectifier of which neither the output nor the mask is known."""
-        link = self.flow.nodes[place].link
+        """True at a rectifier, or a pool, of which what it lets through is not known."""
+        link, state = self.flow.nodes[place].link, self.state
+        if isinstance(link, MaxPool):
+            return place not in state.masks
         rectifier = isinstance(link, Activation) and link.one_sided
-        return rectifier and place not in self.state.masks and place not in self.state.values
+        return rectifier and place not in state.masks and place not in state.values
 
     def passed(self, place: int) -> list[Estimate] | None:
         """The cotangents at the sources of a node; None, with the reason noted, where it ends."""
@@ -157,6 +161,10 @@ class _Walk:
             return [Estimate(value, error) for value, error in parts]
         if isinstance(link, Affine):
             return [down(link, k, self.precision)]
+        if isinstance(link, MaxPool) and link.disjoint:
+            open_ = state.masks.get(place)
+            parts = [link.spread(k.value), each(link.spread, k.error)]
+            return [Estimate(*(part if open_ is None else part * open_ for part in parts))]
         if link.affine and link.barrier is None:
             sent = link.adjoint(k.value)
             rounded = self.precision.rounding(sent)
@@ -176,7 +184,7 @@ class _Walk:
             if bool(z.known.all()):
                 state.values.setdefault(node.sources[0], z)
             return [below]
-        if link.one_sided and place not in self.behind:
+        if link.one_sided:
             return [k]  # behind a mask that the convolution below may tell
         state.ends[place] = f"the output of '{node.name}' is not determined"
         return None
@@ -191,9 +199,16 @@ class _Walk:
             self.unsure[place] = unsure
 
     def unmask(self, place: int, affine: Affine) -> str | None:
-        """Read the mask of a rectifier above off the positions of a convolution, or say why not."""
+        """Read what steps above let through off the positions of a convolution, or say why not.
+
+        Between them and it stand maps channel by channel, so that each entry of its cotangent is
+        that of the steps' output or 0.
+        """
         state, k = self.state, self.state.cotangents[place]
-        rectifier = self.behind[place]
+        for step in self.behind[place]:
+            shape = self.flow.nodes[self.flow.nodes[step].sources[0]].shape
+            if shape != affine.out_shape:
+                return f"between '{affine.name}' and '{self.flow.nodes[step].name}' shapes change"
         if affine.geometry is None or affine.geometry.groups != 1:
             return f"'{affine.name}' is no convolution that tells what a rectifier lets through"
         gradient = affine.sent(self.gradients)
@@ -207,7 +222,13 @@ class _Walk:
         masked = gauge_by_masks(told.cotangents, k.value, float(k.std.square().mean().sqrt()))
         if not isinstance(masked, Masked):
             return masked.reason
-        state.masks[rectifier] = masked.open.to(k.value)
+        open_ = masked.open.to(k.value)
+        for step in self.behind[place]:
+            pool = self.flow.nodes[step].link
+            if isinstance(pool, MaxPool) and float(pool.summed(open_ * (k.value != 0)).max()) > 1.0:
+                return f"two entries of a window of '{pool.name}' win"
+        # A lower step lets through what the higher ones did not stop; of the rest nothing is asked.
+        state.masks.update(dict.fromkeys(self.behind[place], open_))
         state.shifts.append(place)
         return None
 
