@@ -43,6 +43,7 @@ HANDED_OVER = 1e-3, 3e-5, 0.0  # relative misfits at which Gauss–Newton is tri
 LAST = 8  # steps of Gauss–Newton
 FIRST = 1e-2  # accuracy of the first, which ends among the same kinks
 MEMBERS = 4  # errors that are carried to the data
+ALIKE = 1e-3  # relative change of known values up to which a mirror image gives the same
 PRODUCTS, ACCURACY = 400, 3e-5  # of conjugate gradients
 COPIES = (
     24.0  # bytes a value on the way: float32, with its cotangent, its slope and what is made of it
@@ -119,6 +120,8 @@ def preimage(
         if folded and not isinstance(made, str):
             again = _Search(nearest, lambda n: start(n + 1), watch, f"again {below}", deadline)
             made = _agreed(made, _looked_for(full, again))
+        if not isinstance(made, str) and (mirrored := _mirrored(nearest, made[0].value[:1])):
+            return mirrored
     if isinstance(made, str):
         return made
     data, misfit = made
@@ -156,6 +159,35 @@ def _folded(function: Frontier, unknowns: int, asked: int) -> bool | str:
         alone = source in cuts and flow.users(source) == [place]
         doubted |= link.barrier is not None or (few and not alone)
     return doubted
+
+
+def _mirrored(function: Frontier, x: Tensor) -> str:
+    """Why a mirror image of the data, of all or of parts, gives the same known values; or "".
+
+    A step that is even, be it one activation or several branches that meet, gives for −z what it
+    gives for z: where z is linear in x, or odd, −x sends the same update.
+
+    Args:
+        function: the known values, float32.
+        x: a sample that gives them, [1, *in_shape].
+    """
+    values = function.values(x.float())
+    generator = torch.Generator().manual_seed(0)
+    for place in (0, *(place for place, _ in function.between() if place not in function.edge)):
+        signs = torch.randint(0, 2, values[place].shape, generator=generator) * 2.0 - 1.0
+        given, moved = {**values, place: values[place] * signs.to(values[place])}, {place}
+        if torch.equal(given[place], values[place]):
+            continue
+        for above, node in function.between():
+            if above > place and moved & set(node.sources):
+                given[above] = node.forward([given[source] for source in node.sources])
+                moved.add(above)
+        if all(torch.allclose(given[at], values[at], rtol=ALIKE, atol=0) for at in function.edge):
+            return (
+                f"what '{function.flow.nodes[place].name}' gives has a mirror image that gives the "
+                "same: others may be the data's"
+            )
+    return ""
 
 
 def _agreed(made: Settled, again: Settled | str) -> Settled | str:

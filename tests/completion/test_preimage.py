@@ -162,3 +162,45 @@ def test_data_end_where_the_values_are_met_best(off: float, seed: int) -> None:
     std = float(found.data.std.max())
     assert float(step.abs().max()) <= 0.1 * std
     assert float((data - x).abs().max()) <= 6.0 * std  # of 192 normal entries
+
+
+class Even(nn.Module):
+    """``relu(z) + relu(−z)``, which is |z|."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z.relu() + (-z).relu()
+
+
+class Square(nn.Module):
+    def forward(self, z: Tensor) -> Tensor:
+        return z * z
+
+
+class Residual(nn.Module):
+    def __init__(self, width: int, even: nn.Module) -> None:
+        super().__init__()
+        self.first, self.even = nn.Linear(12, width, bias=False), even
+        self.inner, self.head = nn.Linear(width, width), nn.Linear(width, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.even(self.first(x))
+        return self.head(torch.relu(h + torch.relu(self.inner(h))))
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("even", [torch.abs, torch.square, Even(), Square()])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_data_whose_mirror_image_sends_the_same_update_are_not_certified(
+    even: nn.Module, batch: int, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    model = Residual(64, even).double()
+    x = 2.0 * torch.rand(batch, 12, dtype=F64) - 1.0
+    labels = torch.tensor([3, 1])[:batch]
+    update, mirrored = (
+        rgap.capture(model, data, labels, value_range=(-1.0, 1.0)) for data in (x, -x)
+    )
+    for name, sent in update.gradients.items():
+        torch.testing.assert_close(sent, mirrored.gradients[name])
+    recovery = rgap.invert(model, update)
+    assert recovery.status is not Status.EXACT and recovery.inputs is None
