@@ -30,7 +30,7 @@ from rgap.solvers.tall import tall_qr
 
 log = logging.getLogger(__name__)
 
-__all__ = ["Positions", "tell_positions_apart"]
+__all__ = ["Positions", "shown", "tell_positions_apart"]
 
 
 @dataclass(frozen=True)
@@ -212,13 +212,17 @@ def _inputs(affine: Affine, gradient: Tensor, k: Tensor) -> Tensor:
 
 def _cotangents(affine: Affine, gradient: Tensor, x: Tensor) -> Tensor:
     """K [B, F, *out] from what X shows to each tap."""
-    space, out = affine.in_shape[1:], affine.out_shape[1:]
-    assert affine.geometry is not None
-    table = taps(affine.geometry, space, out, x.device)
-    seen = x.flatten(2)[:, :, table.clamp_min(0)] * (table >= 0)  # [B, C, offsets, outputs]
-    matrix = seen.permute(1, 2, 0, 3).reshape(-1, len(x) * table.shape[1])
-    solved = _least_squares(matrix, gradient.flatten(1).T)  # [B·outputs, F]
+    solved = _least_squares(shown(affine, x), gradient.flatten(1).T)  # [B·outputs, F]
+    out = affine.out_shape[1:]
     return solved.reshape(len(x), -1, len(gradient)).transpose(1, 2).reshape(len(x), -1, *out)
+
+
+def shown(affine: Affine, x: Tensor) -> Tensor:
+    """What each output of a convolution without groups reads, [C·taps, B·outputs]."""
+    assert affine.geometry is not None
+    table = taps(affine.geometry, affine.in_shape[1:], affine.out_shape[1:], x.device)
+    seen = x.flatten(2)[:, :, table.clamp_min(0)] * (table >= 0)  # [B, C, taps, outputs]
+    return seen.permute(1, 2, 0, 3).reshape(-1, len(x) * table.shape[1])
 
 
 def _least_squares(matrix: Tensor, rhs: Tensor) -> Tensor:
