@@ -1,11 +1,13 @@
-"""How far down a ResNet-18 its gradient gives every value away, by gradient constraints alone.
+"""How far down a network its gradient gives every value away, by gradient constraints alone.
 
     python -m benchmarks.studies.graphs
     python -m benchmarks.studies.graphs --batches 8 --labels equal --dtypes float32
     python -m benchmarks.studies.graphs --pictures --batches 1 2 4
+    python -m benchmarks.studies.graphs --network vgg16 vgg16_bn --pictures --batches 1 2 --count 5
 
-The network in its CIFAR form (64 to 512 channels), weights as PyTorch draws them, running
-statistics of photographs, eval mode; the photographs that come with the package.  Given: the
+A ResNet-18 or a VGG-16 in its CIFAR form (64 to 512 channels), weights as PyTorch draws them or
+after ``--trained`` steps, running statistics of photographs, eval mode; the photographs that come
+with the package.  Given: the
 cotangent at the output, as the client computed it.  A row: the lowest value that is solved, how
 many are, their largest error over the largest entry of the value, over that in standard errors of
 the worst entry, and seconds of processor time.
@@ -18,6 +20,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
+from itertools import product
 
 import torch
 from torch import Tensor, fx, nn
@@ -66,13 +70,40 @@ def resnet18() -> nn.Module:
             into = out
     first = [nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
     last = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, CLASSES)]
-    model = nn.Sequential(*first, *blocks, *last)
+    return _with_statistics(nn.Sequential(*first, *blocks, *last))
+
+
+def _with_statistics(model: nn.Module) -> nn.Module:
+    """In eval mode, running statistics of photographs."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 1.0
     with torch.no_grad():
         model.train()(rgap.photos.load(STATISTICS, 32, dtype=torch.float32))
     return model.eval()
+
+
+VGG16 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0)
+
+
+def vgg16(normed: bool) -> nn.Module:
+    """For 32×32 pictures: thirteen convolutions, a max-pool where the table has 0, one layer."""
+    layers, into = list[nn.Module](), 3
+    for width in VGG16:
+        if not width:
+            layers.append(nn.MaxPool2d(2))
+            continue
+        layers.append(nn.Conv2d(into, width, 3, 1, 1))
+        layers += [nn.BatchNorm2d(width), nn.ReLU()] if normed else [nn.ReLU()]
+        into = width
+    return _with_statistics(nn.Sequential(*layers, nn.Flatten(), nn.Linear(512, CLASSES)))
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "resnet18": resnet18,
+    "vgg16": lambda: vgg16(False),
+    "vgg16_bn": lambda: vgg16(True),
+}
 
 
 class _Seen(fx.Interpreter):
@@ -87,9 +118,8 @@ class _Seen(fx.Interpreter):
         return value
 
 
-def row(batch: int, labels: str, dtype: torch.dtype, seed: int) -> str:
+def row(model: nn.Module, batch: int, labels: str, dtype: torch.dtype, seed: int) -> str:
     """What one batch gives."""
-    model = seeded(resnet18, seed).to(dtype)
     x = rgap.photos.load(batch, 32, start=seed).to(dtype)
     seen = _Seen(fx.GraphModule(model, trace(model)))
     seen.values = []
@@ -118,9 +148,10 @@ def row(batch: int, labels: str, dtype: torch.dtype, seed: int) -> str:
     )
 
 
-def picture_row(batch: int, labels: str, dtype: torch.dtype, seed: int, limit: float) -> str:
+def picture_row(
+    model: nn.Module, batch: int, labels: str, dtype: torch.dtype, seed: int, limit: float
+) -> str:
     """What ``rgap.invert`` makes of the update alone."""
-    model = seeded(resnet18, seed).to(dtype)
     x = rgap.photos.load(batch, 32, start=seed).to(dtype)
     given = drawn_labels(labels, batch, CLASSES, seed)
     update = rgap.capture(model, x, given)
@@ -137,29 +168,43 @@ def picture_row(batch: int, labels: str, dtype: torch.dtype, seed: int, limit: f
     )
 
 
+def trained(model: nn.Module, steps: int, seed: int) -> nn.Module:
+    """The model after steps of SGD on photographs with drawn labels, in eval mode."""
+    x = rgap.photos.load(STATISTICS, 32, dtype=torch.float32)
+    labels = drawn_labels("random", STATISTICS, CLASSES, seed)
+    optimiser = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
+    model.train()
+    for step in range(steps):
+        some = slice(8 * (step % 4), 8 * (step % 4) + 8)
+        optimiser.zero_grad()
+        F.cross_entropy(model(x[some]), labels[some]).backward()
+        optimiser.step()
+    return model.eval()
+
+
 def main() -> int:
-    """Print a row for every batch size, kind of labels and precision."""
+    """Print a row for every network, batch size, kind of labels, precision and seed."""
     parser = Arguments(__doc__, batches=[1], labels=["equal"], dtypes=["float64"])
+    parser.several("--network", tuple(NETWORKS), "whose gradients are read", ["resnet18"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 2, 4, 8], help="sizes")
-    parser.several("--labels", ("distinct", "equal"), "in a batch")
+    parser.several("--labels", ("distinct", "equal", "random"), "in a batch", ["distinct", "equal"])
     parser.dtypes("float64", "float32")
     parser.add_argument("--seed", type=int, default=0, help="of weights and photographs")
+    parser.add_argument("--count", type=int, default=1, help="seeds from that one on")
+    parser.add_argument("--trained", type=int, default=0, help="steps of SGD before")
     parser.add_argument("--pictures", action="store_true", help="what rgap.invert finds")
     parser.add_argument("--limit", type=float, default=300.0, help="seconds of rgap.invert")
     options = parser.parse_args()
     if options.pictures:
         print(" B  labels    dtype    status           psnr  of bound       s")
-        for dtype in options.dtypes:
-            for batch in options.batches:
-                for labels in options.labels:
-                    arguments = (batch, labels, DTYPES[dtype], options.seed, options.limit)
-                    print(picture_row(*arguments), flush=True)
-        return 0
-    print(" B  labels    dtype    lowest    shape       solved   error  errors  cpu s")
-    for dtype in options.dtypes:
-        for batch in options.batches:
-            for labels in options.labels:
-                print(row(batch, labels, DTYPES[dtype], options.seed), flush=True)
+    else:
+        print(" B  labels    dtype    lowest    shape       solved   error  errors  cpu s")
+    rows = product(options.network, options.dtypes, options.batches, options.labels)
+    for network, dtype, batch, labels in rows:
+        for seed in range(options.seed, options.seed + options.count):
+            model = trained(seeded(NETWORKS[network], seed), options.trained, seed)
+            case = (model.to(DTYPES[dtype]), batch, labels, DTYPES[dtype], seed)
+            print(picture_row(*case, options.limit) if options.pictures else row(*case), flush=True)
     return 0
 
 

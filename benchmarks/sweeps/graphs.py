@@ -4,8 +4,9 @@
     python -m benchmarks.sweeps.graphs --case 17
 
 Every case of ``tests/support/branched.py`` follows from its number.  An answer is wrong if it is
-``EXACT`` and an input is off by more than its ``error_bound``, or a label is another; a genuine
-update may not be ``INCONSISTENT``.  Exit status 1 if one is.
+``EXACT`` and an input is off by more than its ``error_bound``, or a label is another; so is a
+feature that is off by more than its error, rms.  A genuine update may not be ``INCONSISTENT``.
+Exit status 1 if one is.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections import Counter
 
 import torch
 from branched import Case, drawn
+from torch import Tensor
 
 import rgap
 from benchmarks.common.arguments import Arguments
@@ -28,13 +30,32 @@ def judged(case: Case) -> tuple[str, str]:
     status = recovery.status.name
     if recovery.inputs is None:
         wrong = case.genuine and status == "INCONSISTENT"
-        return ("WRONG " if wrong else "") + status, recovery.reason
+        off = features_off(case, recovery) if case.genuine else ""
+        return ("WRONG " if wrong or off else "") + status, off or recovery.reason
     found = match(recovery.inputs, recovery.labels, case.inputs, case.labels)
     assert recovery.error_bound is not None
     right = found.once and found.worst <= recovery.error_bound
     right = right and ("targets" not in recovery.certified or found.labels_right)
     words = f"off by {found.worst:.1e}, bound {recovery.error_bound:.1e}; {recovery.reason}"
     return status if right or not recovery.certified else f"WRONG {status}", words
+
+
+def features_off(case: Case, recovery: rgap.Recovery) -> str:
+    """Which of the features are off by more than ten times their error, or ""."""
+    true: dict[str, Tensor] = {}
+    for name, module in case.model.named_modules():
+        module.register_forward_pre_hook(
+            lambda _, inputs, name=name: true.__setitem__(name, inputs[0].detach())
+        )
+    case.model(case.inputs)
+    unit = torch.finfo(case.inputs.dtype).eps
+    for name, value in recovery.features.items():
+        own = true[name].double().flatten(1)
+        apart = torch.cdist(own, value.flatten(1)) / own.shape[1] ** 0.5
+        off, size = float(apart.amin(1).max()), float(own.abs().max())
+        if off > 10.0 * recovery.features_error[name] + 16.0 * unit * size:
+            return f"feature {name} is off by {off:.1e}, error {recovery.features_error[name]:.1e}"
+    return ""
 
 
 def main() -> int:

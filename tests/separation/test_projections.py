@@ -73,7 +73,7 @@ def test_what_is_let_through_is_right_or_refused(
 
 
 def test_errors_of_the_gradient_and_of_the_cotangent_are_allowed_for() -> None:
-    affine, gradient, above, mask, x = case(RECTIFIER, 1, 32, 8, 0)
+    affine, gradient, above, mask, _ = case(RECTIFIER, 1, 32, 8, 0)
     noise = 1e-6 * float(gradient.square().mean().sqrt())
     error = 1e-6 * float(above.square().mean().sqrt())
     sent = gradient + noise * torch.randn_like(gradient)

@@ -1,9 +1,10 @@
 """Random networks whose branches meet, with an update that is theirs or, a third of them, not.
 
 Residual blocks with and without a projection, before or behind their activation, concatenations,
-strides, pools, widths from too narrow to wide, batch norm with the statistics of photographs,
-B = 1 to 4 photographs with distinct, equal or random labels, float64 or float32.  Mistakes: other
-running statistics, other weights, the gradient of one layer from another batch, labels smoothed.
+strides, stacks of convolutions and max-pools, widths from too narrow to wide, batch norm with the
+statistics of photographs, B = 1 to 4 photographs with distinct, equal or random labels, float64 or
+float32.  Mistakes: other running statistics, other weights, the gradient of one layer from another
+batch, labels smoothed.
 """
 
 from __future__ import annotations
@@ -90,6 +91,9 @@ def drawn(number: int) -> Case:
             inside = copy.deepcopy(activation)
             layers.append(Residual(width, wider, stride, inside, kind == "first"))
             width = wider
+    more = random.Random(-number - 1)
+    if more.random() < 0.4:
+        size, layers = more.choice((8, 12, 16)), _stacked(more, activation)
     pooled = rng.random() < 0.8
     layers += [nn.AdaptiveAvgPool2d(1)] if pooled else []
     layers.append(nn.Flatten())
@@ -108,6 +112,22 @@ def drawn(number: int) -> Case:
     update = _sent(model, x, labels, mistake, rng)
     words = f"{size}x{size} width {width} B={batch} {kind} {str(dtype)[6:]} {mistake or 'genuine'}"
     return Case(model, update, x, labels, words, not mistake)
+
+
+def _stacked(rng: random.Random, activation: nn.Module) -> list[nn.Module]:
+    """Convolutions and max-pools one behind the other; the pool before or behind its activation."""
+    layers, into, width = list[nn.Module](), 3, rng.choice((12, 32, 48, 64))
+    normed, behind = rng.random() < 0.5, rng.random() < 0.8
+    for _ in range(rng.choice((1, 2))):
+        for last in rng.choice(([True], [False, True])):
+            layers.append(nn.Conv2d(into, width, 3, 1, 1))
+            layers += [nn.BatchNorm2d(width)] if normed else []
+            pool = nn.MaxPool2d(*rng.choice(((2,), (2,), (2,), (3, 2, 1))))
+            ends = [copy.deepcopy(activation), pool] if last else [copy.deepcopy(activation)]
+            layers += ends if behind else ends[::-1]
+            into = width
+        width *= 2
+    return layers
 
 
 def _labels(kind: str, batch: int) -> Tensor:
