@@ -11,7 +11,7 @@ from dataclasses import replace
 from math import prod
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rgap.jacobian.smoothing import NEIGHBOURS, rounded_kink, rounded_pool
 from rgap.jacobian.smoothing import rounded as has_kinks
@@ -93,6 +93,7 @@ class Frontier:
         for place, node in self.between():
             inside = [values[source] for source in node.sources]
             if place in beta and isinstance(node.link, MaxPool):
+                assert isinstance(node.link.module, nn.MaxPool1d | nn.MaxPool2d)
                 values[place] = rounded_pool(node.link.module, inside[0], beta[place])
             elif place in beta:
                 assert isinstance(node.link, Activation)
@@ -149,8 +150,9 @@ class Frontier:
         """A step on the way that has no derivative in closed form, in words; or ""."""
         for _, node in self.between():
             link = node.link
-            known = isinstance(link, Activation | Affine | MaxPool)
-            if link is not None and not (known or link.affine):
+            if link is None or isinstance(link, Activation | Affine | MaxPool):
+                continue
+            if not link.affine:
                 return f"'{node.name}' ({link.kind})"
         return ""
 
