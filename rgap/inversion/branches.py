@@ -32,7 +32,7 @@ from rgap.recovery import LayerReport, Recovery, Route, Status
 from rgap.recursion.graph import GraphDescent, descend_graph
 from rgap.recursion.reached import Descent
 
-__all__ = ["Branched", "below_branches"]
+__all__ = ["Branched", "below_branches", "by_gradients"]
 
 MEMBERS = 12  # of the ensemble that walks: each averages over all entries of a value
 SPREAD = 0.25  # of a start of the search, in widths of the range
@@ -229,13 +229,16 @@ def _reports(
         if report is None or report.route is Route.NOT_REACHED:
             n = problem.batch * int(link.reads.sum())
             report = LayerReport(link.name, link.kind, n, residual=0.0)
-            if known is None:
-                report = replace(report, route=Route.VALUES)
-            else:
-                error = float(known.error.square().mean().sqrt())
-                report = replace(
-                    report, gradient_rank=n, joint_rank=n, nullity=0, route=Route.GRADIENT,
-                    predicted_error=error,
-                )  # fmt: skip
+            values = replace(report, route=Route.VALUES)
+            report = values if known is None else by_gradients(report, known)
         reports.append(report)
     return tuple(reports)
+
+
+def by_gradients(report: LayerReport, known: Estimate) -> LayerReport:
+    """The report of a layer whose input its own gradient determines."""
+    n, error = report.unknowns, float(known.error.square().mean().sqrt())
+    return replace(
+        report, gradient_rank=n, joint_rank=n, nullity=0, route=Route.GRADIENT,
+        predicted_error=error,
+    )  # fmt: skip

@@ -9,13 +9,13 @@ from rgap.halt import Halt, HaltKind
 from rgap.inversion import certificate, outcomes, parts
 from rgap.inversion.answer import Run, answers_of
 from rgap.inversion.batch_rows import BatchRows
-from rgap.inversion.branches import Branched, below_branches
+from rgap.inversion.branches import Branched, below_branches, by_gradients
 from rgap.inversion.fallback import filled
 from rgap.inversion.problem import Problem
 from rgap.inversion.single import certified_features
 from rgap.precision import Estimate
 from rgap.progress import Progress
-from rgap.recovery import Recovery, Status
+from rgap.recovery import Recovery, Route, Status
 from rgap.recursion.reached import Descent
 
 __all__ = ["concluded", "with_features"]
@@ -95,7 +95,15 @@ def _with_features(
     elif problem.stated == problem.batch == 1:
         features, doubt = certified_features(problem, descent)
     if branched is not None and not doubt:
-        features = {**branched.features, **features}
+        own = branched.features
+        features = {**own, **features}
+        layers = [
+            by_gradients(report, own[report.layer])
+            if report.route is Route.NOT_REACHED and report.layer in own
+            else report
+            for report in recovery.layers
+        ]
+        recovery = replace(recovery, layers=tuple(layers))
     notes = (f"no features are certified: {doubt}",) if doubt else ()
     if branched is not None and branched.note:
         notes = (*notes, branched.note)
