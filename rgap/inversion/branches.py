@@ -18,6 +18,7 @@ from rgap.halt import HaltKind
 from rgap.inversion import outcomes
 from rgap.inversion.answer import Run, cast_of
 from rgap.inversion.problem import Problem
+from rgap.inversion.single import certified_features
 from rgap.inversion.symptoms import warnings
 from rgap.inversion.top import head_cotangent
 from rgap.inversion.weighed import named, weighed_at
@@ -36,10 +37,6 @@ __all__ = ["Branched", "below_branches", "by_gradients"]
 
 MEMBERS = 12  # of the ensemble that walks: each averages over all entries of a value
 SPREAD = 0.25  # of a start of the search, in widths of the range
-
-
-# What ends a chain of equations that are inverted step by step, and lets cotangents through.
-_PASSED = HaltKind.POOL, HaltKind.AVERAGE, HaltKind.ACTIVATION
 
 
 @dataclass(frozen=True)
@@ -69,10 +66,11 @@ def below_branches(problem: Problem, run: Run, show: Progress) -> Branched | Non
     begun = _start(problem, run)
     if begun is None:
         return None
-    flow = flow_of(problem.model, problem.chain.input_shape)
+    held = [stage.affine for stage in problem.chain.stages]
+    flow = flow_of(problem.model, problem.chain.input_shape, held)
     if isinstance(flow, str):
         return None
-    index, known = begun
+    index, known, read = begun
     name = problem.chain.stages[index].affine.name
     tops = [place for place, node in enumerate(flow.nodes) if _is(node.link, name)]
     if len(tops) != 1 or not bool(known.known.all()):
@@ -83,9 +81,15 @@ def below_branches(problem: Problem, run: Run, show: Progress) -> Branched | Non
         show.stage(f"what '{name}' gives")
 
     few = Estimate(known.value, known.error[:MEMBERS])
+    values = dict[int, Estimate]()
+    if read is not None:
+        [below] = cut.nodes[-1].sources
+        shape = (1, *cut.nodes[below].shape)
+        errors = read.error[: len(few.error)]
+        values[below] = Estimate(read.value.reshape(shape), errors.reshape(-1, *shape))
     own = problem.precision
     own = replace(own, samples=len(few.error), seed=own.seed + 1)  # draws unlike those of `few`
-    told = descend_graph(cut, problem.gradients, few, own, watch, problem.room)
+    told = descend_graph(cut, problem.gradients, few, own, watch, problem.room, values)
     features = _features(cut, told)
     unread = _unread(problem, flow)
     if problem.stated != len(known.value) or unread:
@@ -105,11 +109,14 @@ def below_branches(problem: Problem, run: Run, show: Progress) -> Branched | Non
     return Branched(features, made)
 
 
-def _start(problem: Problem, run: Run) -> tuple[int, Estimate] | None:
-    """The stage whose cotangent is known, [B, *out_shape] with its errors; None where none is."""
+def _start(problem: Problem, run: Run) -> tuple[int, Estimate, Estimate | None] | None:
+    """The stage to begin at, the cotangent [B, *out_shape] at it, and its input where certified.
+
+    None where no cotangent is known.
+    """
     chain, descent = problem.chain, run.descent
     ended = None if descent.halt is None else descent.halt.kind
-    if not chain.stages or (chain.complete and ended not in _PASSED):
+    if not chain.stages or (chain.complete and ended is not HaltKind.POOL):
         return None
     last = len(chain.stages) - 1
     if isinstance(run.kappa, BatchLoss):
@@ -117,13 +124,21 @@ def _start(problem: Problem, run: Run) -> tuple[int, Estimate] | None:
             return None
         index = max(descent.cotangents)
         known = descent.cotangents[index]
-        return (index, known) if _weighs_as_declared(problem, index, known) else None
+        return (index, known, None) if _weighs_as_declared(problem, index, known) else None
     if not problem.stated == problem.batch == 1:
         return None
+    certified, doubt = certified_features(problem, descent)
+    reached = [i for i in descent.features if chain.stages[i].name in certified]
+    reached = [i for i in reached if i in descent.cotangents]
+    if doubt:
+        return None
+    if reached:
+        index = min(reached)
+        return index, descent.cotangents[index], descent.features[index]
     bias = chain.stages[last].affine.bias_name
     if last not in descent.cotangents and not problem.precision.sent(bias):
         return None
-    return last, head_cotangent(problem, descent)
+    return last, head_cotangent(problem, descent), None
 
 
 def _weighs_as_declared(problem: Problem, index: int, k: Estimate) -> bool:

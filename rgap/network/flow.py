@@ -123,8 +123,15 @@ class Flow:
         return cuts
 
 
-def flow_of(model: nn.Module, input_shape: Sequence[int]) -> Flow | str:
+def flow_of(
+    model: nn.Module, input_shape: Sequence[int], held: Sequence[Affine] = ()
+) -> Flow | str:
     """The graph that ``model`` is for inputs [B, *input_shape], or why it is none that is read.
+
+    Args:
+        model: the network.
+        input_shape: of one sample.
+        held: layers that were read off the model already: they are not copied again.
 
     Raises:
         ValueError: dropout or batch norm in train mode; a shape that does not fit.
@@ -141,7 +148,7 @@ def flow_of(model: nn.Module, input_shape: Sequence[int]) -> Flow | str:
     order = [node for node in graph.nodes if node in live]
     if sum(node.op == "placeholder" for node in order) != 1:
         return "its forward reads several inputs; write forward(self, x)"
-    traced = propagate(model, order, tuple(input_shape))
+    traced = propagate(model, order, tuple(input_shape), held)
     uses = parameter_uses(model, traced)
     places: dict[fx.Node, int] = {}
     nodes: list[Node] = []

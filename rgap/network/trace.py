@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from rgap.network.affine import Affine
 from rgap.network.calls import DATA, Call, evaluate
 from rgap.network.custom import CustomFunction, kept_whole
 from rgap.network.functions import build_call
 from rgap.network.isolation import meta_copy, on_meta, untouched
-from rgap.network.modules import HANDLERS, Names, Piece, build, class_path
+from rgap.network.modules import HANDLERS, Names, Parameters, Piece, build, class_path
 from rgap.network.probing import PROBE, Shape, Unsupported
 from rgap.network.running import first_line
 
@@ -97,13 +98,21 @@ def result_of(graph: fx.Graph) -> Any:
     return result
 
 
-def propagate(model: nn.Module, nodes: Sequence[fx.Node], shape: Shape) -> dict[fx.Node, Traced]:
+def propagate(
+    model: nn.Module, nodes: Sequence[fx.Node], shape: Shape, held: Sequence[Affine] = ()
+) -> dict[fx.Node, Traced]:
     """Shape and meaning of every node, for inputs ``[B, *shape]``.
+
+    Args:
+        model: that was traced.
+        nodes: in forward order.
+        shape: of one sample of the data.
+        held: layers that were read off the model already: they are not copied again.
 
     Raises:
         ValueError: if a layer does not accept the shape that reaches it.
     """
-    names = {id(p): name for name, p in model.named_parameters()}
+    names = Parameters(model, held)
     traced: dict[fx.Node, Traced] = {}
     for node in nodes:
         if node.op == "placeholder":

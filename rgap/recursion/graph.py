@@ -65,6 +65,7 @@ def descend_graph(
     precision: Precision,
     watch: Callable[[str], None] | None = None,
     room: float = inf,
+    values: Mapping[int, Estimate] | None = None,
 ) -> GraphDescent:
     """From the cotangent at the output down to the lowest values that gradients determine.
 
@@ -75,8 +76,10 @@ def descend_graph(
         precision: of the update.
         watch: told the name of each value that is solved.
         room: bytes for the equations of one value.
+        values: by place, those that are known beforehand.
     """
     walk = _Walk(flow, gradients, precision, watch or (lambda name: None), room)
+    walk.state.values.update(values or {})
     while walk.down(top):
         pass
     return walk.state

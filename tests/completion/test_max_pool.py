@@ -33,7 +33,7 @@ def pooled(channels: int = 32, seed: int = 2) -> nn.Module:
 
 
 def test_a_max_pool_is_passed_where_the_layer_below_names_its_winners() -> None:
-    model, x = pooled(), picture((2, 6, 6), 1)
+    model, x = pooled(channels=20), picture((2, 6, 6), 1)
     update = capture(model, x, LABEL, dtype=F64)
     assert invert(model, update).status is Status.UNSUPPORTED
     found = invert(model, update, complete=True, time_limit=120.0)

@@ -320,7 +320,7 @@ def of_kind(kind: type[reshape.Op]) -> Row:
 STEPS = {
     "rgap/network/reshape.py": (reshape.Reshape, reshape.Rearrange, reshape.Pad),
     "rgap/network/scaling.py": (scaling.Scale, scaling.BatchNorm),
-    "rgap/network/pooling.py": (pooling.LinearMap, pooling.Opaque, pooling.Pool),
+    "rgap/network/pooling.py": (pooling.LinearMap, pooling.MaxPool, pooling.Opaque, pooling.Pool),
     "rgap/network/activations/piecewise.py": (
         act.Identity, act.ReLU, act.LeakyReLU, act.PReLU, act.Opaque,
     ),
