@@ -26,7 +26,8 @@ from rgap.separation.peeling import GROWTH, IDLE, Collected, Starts, collect
 from rgap.separation.softmax.coupled import SCATTERS, SMALL, Coupled, agreement, refined
 from rgap.separation.softmax.equations import AtHead
 from rgap.separation.subspace import Consistency, restricted
-from rgap.separation.targets import admissible, contradicted, resolved
+from rgap.separation.targets import admissible, contradicted, near_copies, resolved
+from rgap.separation.weights import all_weighed
 from rgap.solvers.least_squares import geodesic, levenberg_marquardt
 from rgap.update.targets import CROSS_ENTROPY
 
@@ -115,8 +116,12 @@ def separate_head(
     if collected.complete:
         answer = conclude(batch, consistency, collected, began)
     else:
-        short = batch.short(_shortfall(consistency, collected))
-        answer = short if batch.late else contradicted(batch, head, collected) or short
+        answer = batch.short(_shortfall(consistency, collected))
+        if not batch.late:
+            collected = all_weighed(batch, consistency, collected)
+            near = near_copies(head, [*collected.identities, *collected.refused])
+            answer = replace(answer, reason=answer.reason + near)
+            answer = contradicted(batch, head, collected) or answer
     done = isinstance(answer, Separated) or not answer.consistent
     if done or head.rank > RESCUED or batch.late:
         return answer
