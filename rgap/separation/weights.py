@@ -41,12 +41,10 @@ def weighed(
     if not named:
         return held
     labels = torch.tensor([held[row].label for row in named], device=roots.device)
-    own = consistency.labelled(labels)
-    whole = restricted(own)
+    whole = restricted(consistency.labelled(labels))
     for place, row in enumerate(named):
-        alone = replace(whole, consistency=own.at(torch.tensor([place], device=roots.device)))
-        error = _error(batch, alone, roots[row], held[row])
-        held[row] = replace(held[row], error=error)
+        alone = whole.some(torch.tensor([place], device=roots.device))
+        held[row] = replace(held[row], error=_error(batch, alone, roots[row], held[row]))
     return held
 
 
@@ -66,7 +64,10 @@ def _error(batch: Batch, alone: Restricted, q: Tensor, identity: Identity) -> fl
     t = alone.coordinates(q[None])
     if t.shape[1] == 0:
         return sent
-    basis, upper = tall_qr(alone.linear(t)[1][0])
+    jacobian = alone.linear(t)[1][0]
+    if len(jacobian) < jacobian.shape[1]:
+        return inf  # equations that leave a direction open
+    basis, upper = tall_qr(jacobian)
     f = alone.consistency.value(q[None])
     moved = alone.consistency.project(_blurs(batch, alone.consistency, q, f)) / f.norm()
     steps = torch.linalg.solve_triangular(upper, (moved @ basis).T, upper=True).T

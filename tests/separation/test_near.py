@@ -204,3 +204,17 @@ def test_a_factor_on_near_copies_is_found_or_left_open(factor: float, apart: flo
             assert found.scale == pytest.approx(factor, rel=1e-3), found.reason
         else:
             assert found.status is Status.UNDERDETERMINED and "near copies" in found.reason
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_no_genuine_near_copies_are_a_contradiction(seed: int) -> None:
+    draw = random.Random(seed)
+    kind, count = draw.choice(list(CHAINS)), draw.choice([2, 3])
+    classes, apart = draw.choice([4, 5, 10]), 10.0 ** draw.uniform(-5, -2)
+    torch.manual_seed(seed)
+    model = nn.Sequential(*CHAINS[kind](), nn.Linear(64, classes)).eval()
+    x, y = torch.rand(count, 12), torch.randint(classes, (count,))
+    x[1] = x[0] + apart * torch.randn(12)
+    found = invert(model, capture(model, x, y, value_range=None))
+    assert found.status is not Status.INCONSISTENT, found.reason
+    assert not (wrong := fault(found, x, y)), wrong
