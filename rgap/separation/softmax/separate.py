@@ -90,6 +90,13 @@ def separate_head(
         watch: told of the progress.
     """
     began = time.perf_counter()
+    if batch.size is not None and head.rank > batch.size:
+        return Unseparated(
+            f"the gradient of the head '{head.stage.name}' has rank {head.rank}, more than the "
+            f"stated batch_size={batch.size} sends, σ_{batch.size + 1}/σ_1 "
+            f"{float(head.values[batch.size] / head.values[0]):.1e}: what noise or rounding may "
+            "add to it hides how the samples mix; write the noise of the update, or its batch_size"
+        )
     hidden = _hidden(batch, head)
     if hidden is not None:
         return hidden
