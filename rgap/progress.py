@@ -107,6 +107,11 @@ class Progress:
         deadline: float | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
+        if not isinstance(shown, bool) and not callable(shown):
+            raise TypeError(
+                f"progress: expected True, False or a function that is told, got {shown!r}; write "
+                "progress=True for a line on a terminal, or progress=print"
+            )
         self._clock, self._deadline = clock, deadline
         self._began = clock()
         self._counted: tuple[str | None, int, float] | None = None  # first number of a series

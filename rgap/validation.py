@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rgap.arithmetic.doubles import blocks
 from rgap.remedy import GRADIENTS, NAMED, Remedy, frozen
@@ -38,6 +38,20 @@ def require_finite(name: str, tensor: Tensor, advice: str) -> None:
         raise ValueError(
             f"{name} has NaN or infinity in {bad} of {tensor.numel()} entries; {advice}."
         )
+
+
+def refuse_broken(model: nn.Module) -> None:
+    """Raise ValueError if a parameter has no shape yet, or values that are none; it is named."""
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ValueError(
+                f"model: the parameter '{name}' of a lazy layer has no shape yet; call "
+                "model(example) once before, and load the weights that the client trained from"
+            )
+        if not parameter.is_meta:
+            require_finite(
+                f"model: {name!r}", parameter, "load the weights that the client trained from"
+            )
 
 
 def named(tensors: Any, what: str) -> dict[str, Any]:
@@ -128,8 +142,10 @@ def count(name: str, value: Any) -> int:
     try:
         number = operator.index(value)
     except TypeError:
-        raise TypeError(f"{name}: expected whole numbers, got {value!r}; {advice}.") from None
-    if isinstance(value, bool) or number < 1:
+        number = None
+    if number is None or isinstance(value, bool):
+        raise TypeError(f"{name}: expected whole numbers, got {value!r}; {advice}.")
+    if number < 1:
         raise ValueError(f"{name}: expected at least 1, got {value!r}; {advice}.")
     return number
 

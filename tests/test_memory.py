@@ -73,6 +73,7 @@ def test_a_budget_that_is_none_is_refused(name: str) -> None:
         with pytest.raises((TypeError, ValueError), match="memory_budget: expected") as refusal:
             TAKING[name](net, sent, wrong)
         assert "write memory_budget=4e9" in str(refusal.value)
+        assert "got inf" not in str(refusal.value) or "a finite number" in str(refusal.value)
 
 
 @pytest.mark.parametrize(

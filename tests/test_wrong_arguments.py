@@ -31,6 +31,7 @@ def sent(count: int = 1) -> rgap.Update:
         ({"value_range": 1}, r"value_range: .* got 1; write value_range=\(0.0, 1.0\)"),
         ({"noise": "a"}, r"noise: expected a number, got 'a'; write noise=0.01"),
         ({"noise": {"0.weight": 0.1}}, r"noise: .* write dataclasses.replace\(update, noise="),
+        ({"batch_size": True}, "batch_size: expected whole numbers, got True; write batch_size=1"),
     ],
 )
 def test_arguments_of_invert(given: dict[str, Any], match: str) -> None:
@@ -39,6 +40,40 @@ def test_arguments_of_invert(given: dict[str, Any], match: str) -> None:
     if "value_range" not in given:
         with pytest.raises(TypeError, match=match):
             rgap.check(network(), sent(), **given)
+
+
+CALLS = {
+    "invert": lambda net, update: rgap.invert(net, update),
+    "check": lambda net, update: rgap.check(net, update),
+    "match": lambda net, update: rgap.match(net, update, iterations=1),
+    "labels": lambda net, update: rgap.labels.estimate(net, update),
+    "audit": lambda net, _: rgap.analysis.audit(net, (6,), (1,)),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_model_whose_weights_are_no_numbers(name: str, value: float) -> None:
+    update, broken = sent(), network()
+    with torch.no_grad():
+        broken[2].weight[0, 0] = value
+    match = r"model: '2.weight' has NaN or infinity in 1 of 24 entries; load the weights"
+    with pytest.raises(ValueError, match=match):
+        CALLS[name](broken, update)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_model_whose_lazy_layers_have_no_shape(name: str) -> None:
+    lazy = nn.Sequential(nn.LazyLinear(8), nn.Tanh(), nn.LazyLinear(3)).eval()
+    with pytest.raises(
+        ValueError, match=r"'0.weight' of a lazy layer .* call model\(example\) once"
+    ):
+        CALLS[name](lazy, sent())
+
+
+def test_a_progress_that_cannot_be_told() -> None:
+    with pytest.raises(TypeError, match=r"progress: expected True, .* got 3; write progress=True"):
+        rgap.invert(network(), sent(), progress=3)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

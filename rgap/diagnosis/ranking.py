@@ -70,8 +70,8 @@ def check(
 
     Raises:
         TypeError: no module, no update, or an argument that is none of its kind.
-        ValueError: a batch size below 1, noise or a time that is none, labels that are none of the
-            loss's.
+        ValueError: a model without shapes or finite values, a batch size below 1, noise or a time
+            that is none, labels that are none of the loss's.
 
     >>> import dataclasses, rgap, torch
     >>> model = rgap.models.mlp((32, 32), classes=5, seed=0)
@@ -90,6 +90,7 @@ def check(
         raise TypeError(
             f"update: expected an Update, got {type(update).__name__}; write rgap.Update(gradients)"
         )
+    validation.refuse_broken(model)
     validation.noise(noise)
     validation.seconds("time_limit", time_limit)
     size = update.batch_size if batch_size is None else validation.count("batch_size", batch_size)

@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from rgap import validation
+
 __all__ = [
     "LEAST",
     "OutOfMemory",
@@ -100,9 +102,9 @@ def budget_of(memory_budget: float | None, device: torch.device | str = "cpu") -
         )
     if not LEAST <= memory_budget < inf:
         raise ValueError(
-            f"memory_budget: expected at least {shown(LEAST)}, which PyTorch takes by itself, got "
-            f"{memory_budget:g} bytes; write memory_budget=4e9, or memory_budget=None for half of "
-            "what the machine has free"
+            f"memory_budget: expected a finite number of bytes, at least the {shown(LEAST)} that "
+            f"PyTorch takes by itself, got {memory_budget:g} bytes; write memory_budget=4e9, or "
+            "memory_budget=None for half of what the machine has free"
         )
     return float(memory_budget)
 
@@ -148,6 +150,7 @@ def require_copies(model: nn.Module, copies: int, budget: float, instead: str = 
 
     >>> require_copies(nn.Linear(3, 2), 2, 1e9)
     """
+    validation.refuse_broken(model)  # a lazy layer has no count
     parameters = sum(p.numel() for p in model.parameters())
     what = "a float64 copy" if copies == 1 else f"{copies} float64 copies"
     words = f"{what} of the {parameters:,} parameters of {type(model).__name__}"

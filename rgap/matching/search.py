@@ -174,6 +174,7 @@ def match(
     """
     began = time.perf_counter()
     preset = _preset(method, time_limit, prior, patience)
+    validation.refuse_broken(model)  # a lazy layer has no count
     parameters = sum(p.numel() for p in model.parameters())
     memory.require(
         f"matching the {parameters:,} parameters of {type(model).__name__}",

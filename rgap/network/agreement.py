@@ -9,7 +9,6 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
 
 from rgap import validation
 from rgap.network.fitting import runs
@@ -159,12 +158,7 @@ def sample_shape(model: nn.Module, *stated: Sequence[int] | None) -> Shape:
 
 def refuse_unready(model: nn.Module) -> None:
     """Raise if a module has no weights yet, or draws or mixes the batch because of its mode."""
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, UninitializedParameter):
-            raise ValueError(
-                f"model: the parameter '{name}' of a lazy layer has no shape yet; call "
-                "model(example) once before"
-            )
+    validation.refuse_broken(model)
     for name, module in model.named_modules():
         does = by_mode(module)
         if does:

@@ -22,12 +22,20 @@ from rgap.separation.errors import (
     spread,
     widened,
 )
-from rgap.separation.identify import rise, top
+from rgap.separation.identify import Identity, rise, top
 from rgap.separation.mixture import Mixture
 from rgap.separation.peeling import Collected, Identify
 from rgap.separation.polish import Joint, polish_jointly
 from rgap.separation.subspace import Consistency
-from rgap.separation.targets import batch_loss, common_factor, confirmed, read_from_head, refuting
+from rgap.separation.targets import (
+    batch_loss,
+    common_factor,
+    confirmed,
+    near_copies,
+    read_from_head,
+    refuting,
+)
+from rgap.separation.weights import weighed
 
 TOGETHER = 100  # samples up to which a batch that only fits as a whole is polished
 DENSE = 2**23  # entries of J up to which such a batch is polished by QR
@@ -53,7 +61,7 @@ def finish(
     """
     samples = consistency.samples
     stage = samples.stage
-    head = _targets(batch, samples, collected)
+    head = _targets(batch, consistency, collected)
     if isinstance(head, Unseparated):
         return head
     head = _reread(batch, samples, collected.roots, head)
@@ -77,7 +85,9 @@ def finish(
             head = joint.head if joint.free else _reread(batch, samples, joint.roots, head)
     doubt = confirmed(batch, head, naming(known.value.flatten(1) @ samples.right, consistency))
     if doubt is not None:
-        return Unseparated(f"{doubt} (σ_B/σ_1 {samples.ratio:.1e} at '{stage.name}')")
+        own = weighed(batch, consistency, collected.roots, collected.identities)
+        near = near_copies(samples, own)
+        return Unseparated(f"{doubt} (σ_B/σ_1 {samples.ratio:.1e} at '{stage.name}'){near}")
     return _separated(batch, samples, known, head, worst, route, began, kappa)
 
 
@@ -87,7 +97,7 @@ def finish_together(
     """The same where one sample's own equations do not determine it: errors from all together."""
     samples = consistency.samples
     stage = samples.stage
-    head = _targets(batch, samples, collected)
+    head = _targets(batch, consistency, collected)
     if isinstance(head, Unseparated):
         return head
     k = cotangents(batch.chain, stage.index, samples.inputs(collected.roots), head).flatten(1)
@@ -122,12 +132,22 @@ def finish_together(
     return _separated(batch, samples, known, joint.head, worst, route, began, kappa)
 
 
-def _targets(batch: Batch, samples: Mixture, collected: Collected) -> BatchLoss | Unseparated:
+def _targets(
+    batch: Batch, consistency: Consistency, collected: Collected
+) -> BatchLoss | Unseparated:
     """Targets and multiplicities, or why there are none."""
-    identities, stage = collected.identities, samples.stage
+    samples, stage = consistency.samples, consistency.samples.stage
     logits = rise(batch.chain, stage.index, stage.affine.forward(samples.inputs(collected.roots)))
-    common = common_factor(batch, samples.rank, identities)
-    return common or batch_loss(batch, logits, identities, refuting(batch, samples))
+    certain = refuting(batch, samples)
+
+    def read(identities: list[Identity]) -> BatchLoss | Unseparated:
+        common = common_factor(batch, samples.rank, identities)
+        return common or batch_loss(batch, logits, identities, certain)
+
+    head = read(collected.identities)
+    if isinstance(head, BatchLoss) or head.consistent:
+        return head
+    return read(weighed(batch, consistency, collected.roots, collected.identities))
 
 
 def _reread(batch: Batch, samples: Mixture, roots: Tensor, head: BatchLoss) -> BatchLoss:

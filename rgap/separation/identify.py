@@ -35,6 +35,7 @@ class Identity:
         outside: share of k outside the range of G.
         next: the same for the second best target.
         label: the class, or None for a continuous target.
+        error: standard error of the share; 0 where it was not asked for.
     """
 
     kappa: Tensor
@@ -43,6 +44,7 @@ class Identity:
     outside: float
     next: float
     label: int | None
+    error: float = 0.0
 
     @property
     def accepted(self) -> bool:

@@ -26,7 +26,8 @@ from rgap.separation.identify import Identity, continuous, identify
 from rgap.separation.mixture import Mixture
 from rgap.separation.peeling import GROWTH, STARTS, Collected, Starts, collect
 from rgap.separation.subspace import Consistency, along_directions, on_line
-from rgap.separation.targets import admissible, contradicted, single
+from rgap.separation.targets import admissible, contradicted, near_copies, single
+from rgap.separation.weights import all_weighed
 
 KINK = 1e-3  # distance of a pre-activation from a kink, in their rms, that is looked across
 BENT = 1e-2  # change of φ' within that distance, of itself, that is a kink: smooth ones change less
@@ -177,7 +178,12 @@ def separate_pair(
     )
     if not collected.complete:
         short = batch.short(_shortfall(consistency, collected))
-        return short if batch.late else contradicted(batch, lower, collected) or short
+        if batch.late:
+            return short
+        collected = all_weighed(batch, consistency, collected)
+        near = near_copies(lower, [*collected.identities, *collected.refused])
+        short = replace(short, reason=short.reason + near)
+        return contradicted(batch, lower, collected) or short
     result = finish(
         batch,
         consistency,

@@ -51,6 +51,7 @@ class Collected:
         rejected: the smallest share of k outside the range among roots without a target.
         stray: roots without a target whose own equations leave a direction open.
         refused: targets of other roots that are samples, but not of the batch that was stated.
+        turned: rows q of these, [n, R]; None where there are none.
     """
 
     roots: Tensor
@@ -59,6 +60,7 @@ class Collected:
     rejected: float
     stray: tuple[Tensor, ...] = ()
     refused: tuple[Identity, ...] = ()
+    turned: Tensor | None = None
 
     @property
     def complete(self) -> bool:
@@ -148,7 +150,13 @@ def collect(
         if watch is not None:
             watch(f"separating samples: {len(held.roots)} of {rank}")
     return Collected(
-        held.roots, held.identities, tried, held.rejected, tuple(held.stray), tuple(held.refused)
+        held.roots,
+        held.identities,
+        tried,
+        held.rejected,
+        tuple(held.stray),
+        tuple(held.refused),
+        torch.stack(held.turned) if held.turned else None,
     )
 
 
@@ -163,6 +171,7 @@ class _Held:
         self.roots = self.duals = samples.weights.new_zeros(0, samples.rank)
         self.identities: list[Identity] = []
         self.refused: list[Identity] = []
+        self.turned: list[Tensor] = []
         self.stray: list[Tensor] = []
         self.rejected = 1.0
 
@@ -193,6 +202,7 @@ class _Held:
                     self.stray.append(q)
                 elif identity.accepted:
                     self.refused.append(identity)
+                    self.turned.append(q)
                 continue
             self.roots = torch.cat([self.roots, q[None]])
             self.duals = torch.cat([self.duals, identity.dual[None]])

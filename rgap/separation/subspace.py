@@ -73,6 +73,10 @@ class Consistency(ABC):
         """The equations where q moves along some directions N, [R, n], only."""
         return self
 
+    def labelled(self, labels: Tensor) -> Consistency:
+        """The equations of points with these labels, [S], where they differ by label."""
+        return self
+
     def thorough(self) -> Consistency:
         """The equations that the last steps of a root should satisfy."""
         return self

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rgap.jacobian.batch_loss import BatchLoss, loss_scale
-from rgap.limits import CERTAIN, LAW, LEAST, OUTSIDE, ROUGH, SIMILAR, SURE, SURELY, WHOLE
+from rgap.limits import CERTAIN, FITS, LAW, LEAST, OUTSIDE, ROUGH, SIMILAR, SURE, SURELY, WHOLE
 from rgap.network.activations import Activation
 from rgap.separation.batch import Batch, Unseparated
 from rgap.separation.counts import batch_of, multiplicity, split_counts, whole
@@ -26,6 +26,7 @@ from rgap.separation.peeling import Collected
 from rgap.solvers.tall import tall_qr
 from rgap.update.targets import CLASSES
 
+COPIES = 1e-2  # σ_B/σ_1 below which samples whose weights are open are called near copies
 COMMON = 1.05  # ratio of weights that are taken for one factor; a replay decides
 SILENT = 0.25  # share of the distance of logits at which nothing is sent that the others may have
 DRAWS, FEW = 3, 8  # features at which a head is looked at, and labels whose vectors are listed
@@ -124,7 +125,8 @@ def batch_loss(
             if not single(batch, len(identities)):
                 m = _copies(batch, identity, size)
             if not whole(m, size):
-                return _fractional(batch, size, m, certain and _clear(identity))
+                sure = certain and _clear(identity) and not _explained(batch, identity, size)
+                return _fractional(batch, size, m, sure)
             label = torch.tensor([identity.label], device=z.device)
             targets.append(batch.loss.dense(label, z[None])[0])
             copies.append(float(round(m)))
@@ -155,7 +157,8 @@ def batch_loss(
             f"batch size is {batch.size}{others}",
             consistent=bool(others)
             or (total < batch.size and _silent(batch, logits))
-            or not (certain and all(_clear(i) for i in identities)),
+            or not (certain and all(_clear(i) for i in identities))
+            or any(len(_explained(batch, i, size)) > 1 for i in identities),
         )
     return head
 
@@ -289,6 +292,24 @@ def _switched_off(batch: Batch, found: BatchLoss, logits: Tensor) -> bool:
     return float((bias - own).norm()) > EXPLAINED * float(bias.norm())
 
 
+def _explained(batch: Batch, identity: Identity, size: int) -> list[int]:
+    """Copies of which a batch of ``size`` gives a root the share that it has, within its error."""
+    one = multiplicity(1.0, batch.loss, size, batch.classes)
+    fits = FITS * identity.error
+    return [m for m in range(1, size + 1) if abs(one / m - identity.share) <= fits]
+
+
+def near_copies(samples: Mixture, identities: Sequence[Identity]) -> str:
+    """What to add where samples nearly coincide, and rounding leaves their weights open; or ""."""
+    off = [i.error / abs(i.share) for i in identities if i.label is not None and i.share != 0.0]
+    if samples.ratio > COPIES or not off or max(off) * FITS < WHOLE:
+        return ""
+    return (
+        "; samples there are near copies of one another: what the client rounds leaves their "
+        f"weights open, by {max(off):.1e} of themselves in one standard error"
+    )
+
+
 def _clear(identity: Identity) -> bool:
     """True if the class fits, and the next one misses by so much more that the root is a sample."""
     return identity.outside < SURE < identity.next > SURELY * identity.outside
@@ -309,6 +330,8 @@ def common_factor(batch: Batch, rank: int, identities: Sequence[Identity]) -> Un
     weights = [_copies(batch, i, rank) for i in identities]
     if not 0.0 < max(weights) < COMMON * min(weights) or abs(median(weights) - 1.0) <= WHOLE:
         return None
+    if all(1 in _explained(batch, i, rank) for i in identities):
+        return None
     return Unseparated(
         f"every sample that was found weighs {median(weights):.3g} times what one of a batch of "
         f"{batch.size} does",
@@ -325,7 +348,7 @@ def contradicted(batch: Batch, samples: Mixture, collected: Collected) -> Unsepa
     if batch.size is None:
         return None
     clear = [i for i in collected.refused if _clear(i) and i.label is not None]
-    weights = [_copies(batch, i, batch.size) for i in clear]
+    weights = [_copies(batch, i, batch.size) for i in clear if not _explained(batch, i, batch.size)]
     sure = [
         m for m in weights if LEAST < m < batch.size / LEAST and not whole(m, batch.size)
     ]  # copies that the rank leaves no room for may be what noise added to the rank

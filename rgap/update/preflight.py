@@ -69,8 +69,8 @@ class ClientView:
                 other weights.
 
         Raises:
-            ValueError: an update of another model, a model without values, a batch size, labels,
-                noise or device that are none, a shape that the layers leave open.
+            ValueError: an update of another model, a model without finite values, a batch size,
+                labels, noise or device that are none, a shape that the layers leave open.
             TypeError: a model or an update that is none.
 
         >>> net = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 2)).eval()
@@ -86,6 +86,7 @@ class ClientView:
                 f"update: expected an rgap.Update, got {type(update).__name__}; write "
                 "rgap.capture(model, inputs, targets) or rgap.Update(gradients)"
             )
+        validation.refuse_broken(model)
         update, rounded = update.fitted(model).as_rounded()
         refuse_meta(model)
         if ready:

@@ -174,7 +174,8 @@ class Update:
             dtype = next(iter(gradients.values())).dtype
             for name in unsent:
                 gradients[name] = torch.zeros_like(parameters[name], dtype=dtype)
-                noise[name] = torch.full_like(gradients[name], ABSENT)
+                wide = torch.promote_types(dtype, torch.float32)  # float16 ends below ABSENT
+                noise[name] = torch.full_like(gradients[name], ABSENT, dtype=wide)
             given = [name for name in gradients if name not in unsent]
             if given == [name for name in parameters if name in given]:  # else the check says so
                 gradients = {name: gradients[name] for name in parameters if name in gradients}

@@ -7,13 +7,14 @@ update, and is the first that rounding empties.
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from itertools import permutations
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from rgap import Loss, Recovery, Status, capture, invert
+from rgap import Loss, Recovery, Status, Update, capture, invert
 
 F32, F64 = torch.float32, torch.float64
 LOSSES = {
@@ -146,3 +147,74 @@ def test_one_picture_behind_a_layer_of_poor_condition(condition: float) -> None:
     recovery = invert(model, capture(model, x, y, dtype=F64))
     assert recovery.exact or condition > 1e6
     assert fault(recovery, x, y) == ""
+
+
+class Residual(nn.Module):
+    """x + |…| above a layer without a bias: the head alone tells the samples apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 64, bias=False), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x + self.second(self.first(x).abs())).abs()
+
+
+class Absolute(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.abs()
+
+
+CHAINS = {
+    "head alone": lambda: (nn.Linear(12, 64, bias=False), Absolute(), Residual()),
+    "relu": lambda: (nn.Linear(12, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU()),
+    "tanh": lambda: (nn.Linear(12, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh()),
+}
+
+
+def sent_near(kind: str, apart: float, seed: int) -> tuple[nn.Sequential, Update, Tensor, Tensor]:
+    torch.manual_seed(seed)
+    model = nn.Sequential(*CHAINS[kind](), nn.Linear(64, 4)).eval()
+    x, y = torch.rand(2, 12), torch.tensor([3, 1])
+    x[1] = x[0] + apart * torch.randn(12)
+    return model, capture(model, x, y, value_range=None), x, y
+
+
+@pytest.mark.parametrize("kind", CHAINS)
+@pytest.mark.parametrize("apart", [1e-3, 2e-4, 1e-4, 3e-5])
+def test_a_weight_that_its_error_explains_contradicts_no_batch_size(
+    kind: str, apart: float
+) -> None:
+    for seed in (3, 4, 9, 14, 16):
+        model, update, x, y = sent_near(kind, apart, seed)
+        found = invert(model, update)
+        assert found.status is not Status.INCONSISTENT, found.reason
+        assert not (wrong := fault(found, x, y)), f"{seed}: {wrong}"
+
+
+@pytest.mark.parametrize("factor", [3.0, 0.5])
+@pytest.mark.parametrize("apart", [1e-2, 1e-4])
+def test_a_factor_on_near_copies_is_found_or_left_open(factor: float, apart: float) -> None:
+    for seed in (3, 4, 14):
+        model, update, x, y = sent_near("head alone", apart, seed)
+        scaled = replace(update, gradients={n: factor * g for n, g in update.gradients.items()})
+        found = invert(model, scaled)
+        assert not (wrong := fault(found, x, y)), f"{seed}: {wrong}"
+        if apart > 1e-3:
+            assert found.scale == pytest.approx(factor, rel=1e-3), found.reason
+        else:
+            assert found.status is Status.UNDERDETERMINED and "near copies" in found.reason
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_no_genuine_near_copies_are_a_contradiction(seed: int) -> None:
+    draw = random.Random(seed)
+    kind, count = draw.choice(list(CHAINS)), draw.choice([2, 3])
+    classes, apart = draw.choice([4, 5, 10]), 10.0 ** draw.uniform(-5, -2)
+    torch.manual_seed(seed)
+    model = nn.Sequential(*CHAINS[kind](), nn.Linear(64, classes)).eval()
+    x, y = torch.rand(count, 12), torch.randint(classes, (count,))
+    x[1] = x[0] + apart * torch.randn(12)
+    found = invert(model, capture(model, x, y, value_range=None))
+    assert found.status is not Status.INCONSISTENT, found.reason
+    assert not (wrong := fault(found, x, y)), wrong

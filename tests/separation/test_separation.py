@@ -335,3 +335,10 @@ def test_a_head_of_rank_one_speaks_of_its_equations_and_not_of_unknowns() -> Non
     ones["1.weight"] = torch.outer(ones["1.bias"], torch.ones(48))
     reason = rgap.invert(model, replace(update, gradients=ones)).reason
     assert "has rank one" in reason and "8 equations" in reason and "unknowns" not in reason
+
+
+def test_a_head_of_more_rank_than_samples_is_not_said_to_tell_them_apart() -> None:
+    batch = batch_of(mlp("gelu", 0), pictures(3, 1), torch.tensor([0, 1, 3]))
+    said = separate_head(replace(batch, size=2), batch.mixture(2))
+    assert isinstance(said, Unseparated) and said.consistent
+    assert "has rank 3, more than the stated batch_size=2 sends" in said.reason

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rgap import Loss, Recovery, Status, Update, capture, check, invert
+from rgap.diagnosis.finding import Kind
 from rgap.update.quantisation import recognise, stored
 
 N = 5
@@ -188,3 +189,17 @@ def test_magnitudes_of_one_spacing_are_no_step_of_an_optimiser() -> None:
     update = Update({"weight": kept}, batch_size=2)
     seen = check(model, update)
     assert all(finding.kind != "optimiser" for finding in seen.findings)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_frozen_layer_of_a_model_in_half_precision(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 4)).eval().to(dtype)
+    model[0].weight.requires_grad_(False)
+    inputs = torch.rand(1, 6)
+    update = capture(model, inputs, torch.tensor([1]))
+    judged(invert(model, update), inputs)
+    for trained in (False, True):
+        model[0].weight.requires_grad_(trained)
+        found = check(model, update)
+        assert all(f.kind is Kind.NAMES for f in found.findings), str(found)

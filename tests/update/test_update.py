@@ -83,7 +83,7 @@ def test_bad_gradients_are_named(gradients: object, error: type[Exception], matc
         ("batch_size", 0, ValueError),
         ("batch_size", -1, ValueError),
         ("batch_size", 1.5, TypeError),
-        ("batch_size", True, ValueError),
+        ("batch_size", True, TypeError),
         ("local_steps", 0, ValueError),
         ("input_shape", (3, 0), ValueError),
         ("value_range", (1.0, 0.0), ValueError),

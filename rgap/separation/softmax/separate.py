@@ -26,7 +26,8 @@ from rgap.separation.peeling import GROWTH, IDLE, Collected, Starts, collect
 from rgap.separation.softmax.coupled import SCATTERS, SMALL, Coupled, agreement, refined
 from rgap.separation.softmax.equations import AtHead
 from rgap.separation.subspace import Consistency, restricted
-from rgap.separation.targets import admissible, contradicted, resolved
+from rgap.separation.targets import admissible, contradicted, near_copies, resolved
+from rgap.separation.weights import all_weighed
 from rgap.solvers.least_squares import geodesic, levenberg_marquardt
 from rgap.update.targets import CROSS_ENTROPY
 
@@ -89,6 +90,13 @@ def separate_head(
         watch: told of the progress.
     """
     began = time.perf_counter()
+    if batch.size is not None and head.rank > batch.size:
+        return Unseparated(
+            f"the gradient of the head '{head.stage.name}' has rank {head.rank}, more than the "
+            f"stated batch_size={batch.size} sends, σ_{batch.size + 1}/σ_1 "
+            f"{float(head.values[batch.size] / head.values[0]):.1e}: what noise or rounding may "
+            "add to it hides how the samples mix; write the noise of the update, or its batch_size"
+        )
     hidden = _hidden(batch, head)
     if hidden is not None:
         return hidden
@@ -115,8 +123,12 @@ def separate_head(
     if collected.complete:
         answer = conclude(batch, consistency, collected, began)
     else:
-        short = batch.short(_shortfall(consistency, collected))
-        answer = short if batch.late else contradicted(batch, head, collected) or short
+        answer = batch.short(_shortfall(consistency, collected))
+        if not batch.late:
+            collected = all_weighed(batch, consistency, collected)
+            near = near_copies(head, [*collected.identities, *collected.refused])
+            answer = replace(answer, reason=answer.reason + near)
+            answer = contradicted(batch, head, collected) or answer
     done = isinstance(answer, Separated) or not answer.consistent
     if done or head.rank > RESCUED or batch.late:
         return answer
