@@ -93,3 +93,34 @@ def test_what_was_expected_got_and_to_write(
     words: str, told: str, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert re.search(told, refused(here, monkeypatch, *words.split()))
+
+
+@pytest.mark.parametrize(
+    ("words", "read"),
+    [
+        ("invert mlp sent.safetensors --output sent.safetensors", "UPDATE"),
+        ("match mlp sent.safetensors --output ./sent.safetensors", "UPDATE"),
+        ("invert mlp sent.safetensors --output link.safetensors", "UPDATE"),
+        ("invert mlp sent.safetensors --weights w.safetensors --output w.safetensors", "--weights"),
+        ("match mlp sent.safetensors --start w.safetensors --resume w.safetensors", "--start"),
+        ("match mlp sent.safetensors --start w.safetensors --output w.safetensors", "--start"),
+        ("audit mlp --weights w.png --plot w.png", "--weights"),
+        ("capture mlp --weights w.safetensors --images photos:0 --labels 3 "
+         "--output w.safetensors", "--weights"),
+        ("capture mlp --images photos:0 --images w.safetensors --labels 3 "
+         "--output w.safetensors", "--images"),
+    ],
+)  # fmt: skip
+def test_an_output_that_a_command_reads_is_refused(
+    words: str, read: str, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("w.safetensors", "w.png"):
+        (here / name).write_bytes(b"held")
+    if not (here / "link.safetensors").exists():
+        (here / "link.safetensors").symlink_to(here / "sent.safetensors")
+    before = {path: path.read_bytes() for path in here.iterdir() if path.is_file()}
+    told = refused(here, monkeypatch, *words.split())
+    assert re.search(rf"expected a file of its own, got .*{read} reads .*; write --\w+ ", told), (
+        told
+    )
+    assert before == {path: path.read_bytes() for path in here.iterdir() if path.is_file()}
