@@ -16,6 +16,7 @@ from rgap.analysis.calls.recorder import record
 from rgap.analysis.calls.uses import Recording, Use
 from rgap.jacobian.update_map import UpdateMap
 from rgap.machine import memory
+from rgap.machine.allowance import OVER, seconds_of
 from rgap.network.affine import Affine
 from rgap.network.agreement import refuse_unready
 from rgap.network.isolation import bare_copy
@@ -292,6 +293,7 @@ class ProbePoint:
         *,
         memory_budget: float | None = None,
         copies: int = 1,
+        time_limit: float | None = None,
     ) -> ProbePoint:
         """The point, refused where the update of a sample would depend on others or on chance.
 
@@ -303,6 +305,7 @@ class ProbePoint:
             seed: of the targets.
             memory_budget: bytes, None for the default.
             copies: of the model in float64 that are held at a time.
+            time_limit: seconds of the whole call, of which a chunk of directions takes few.
 
         Raises:
             TypeError: no module.
@@ -316,7 +319,8 @@ class ProbePoint:
         memory.require_copies(model, copies, room)
         chosen = Loss.of(loss)
         targets = probe_targets(model, inputs, chosen, labels, seed)
-        update = UpdateMap(model, inputs, targets, chosen, room)
+        seconds = OVER / 2 * seconds_of(time_limit)
+        update = UpdateMap(model, inputs, targets, chosen, room, seconds)
         return cls(model, inputs, targets, chosen, room, update)
 
     @property

@@ -184,6 +184,39 @@ class Factoring:
         monkeypatch.setattr(owner, name, costly)
 
 
+@pytest.mark.parametrize("limit", [0.5, 2.0])
+@pytest.mark.parametrize("call", ["dense", "sketch", "noise", "harden"])
+def test_columns_that_would_all_go_through_at_once_keep_the_limit(
+    call: str, limit: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, model = Factoring(monkeypatch), _mlp()
+    monkeypatch.setattr(UpdateMap, "chunk", 10_000)  # 0.02 s each, 64 a sample
+    options = {"time_limit": limit}
+    calls: dict[str, Callable[[], object]] = {
+        "dense": lambda: identifiability(model, (1, 8, 8), 4, method="dense", **options),
+        "sketch": lambda: identifiability(model, (1, 8, 8), 4, method="sketch", **options),
+        "noise": lambda: noise(model, (1, 8, 8), 4, sigma=1e-3, **options),
+        "harden": lambda: harden(model, (1, 8, 8), changes=("batch size",), **options),
+    }
+    began = clock.now
+    with pytest.raises(allowance.OutOfTime):
+        calls[call]()
+    assert clock.now - began <= (1 + allowance.OVER) * limit
+
+
+@pytest.mark.parametrize("seconds", [1e-9, 0.05, inf])
+def test_pieces_cover_every_direction_once(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Factoring(monkeypatch)
+    update = UpdateMap(_mlp(), torch.rand(1, 1, 8, 8), torch.tensor([1]), rgap.Loss())
+    update.chunk_seconds = seconds
+    eye = torch.eye(64).reshape(-1, 1, 1, 8, 8)
+    made = list(update.chunks(eye))
+    assert [at for piece, _ in made for at in range(piece.start, piece.stop)] == list(range(64))
+    assert torch.allclose(torch.cat([products for _, products in made]), update.columns(eye))
+    assert max(len(products) for _, products in made) == {1e-9: 1, 0.05: 2, inf: 4}[seconds]
+    assert clock.now > 1000.0
+
+
 def _mlp(units: int = 40, inputs: int = 64) -> nn.Sequential:
     return network(nn.Flatten(), nn.Linear(inputs, units), nn.Tanh(), nn.Linear(units, 10))
 

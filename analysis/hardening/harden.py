@@ -327,7 +327,13 @@ class _Search:
 
 def _levels(name: str) -> Sequence[Defence]:
     """The levels of a defence from weak to strong; there is at least one."""
-    levels = DEFENCES.chosen("defence", name).levels()
+    if name not in DEFENCES:
+        able = [other for other, kind in DEFENCES.working().items() if kind.levels()]
+        raise ValueError(
+            f"defence: expected one of {', '.join(map(repr, able))}, which have levels, got "
+            f"{name!r}; write defence={able[0]!r}"
+        )
+    levels = DEFENCES[name].levels()
     if not levels:
         raise ValueError(
             f"defence: expected one with levels from weak to strong, got {name!r}, which has none; "

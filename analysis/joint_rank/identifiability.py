@@ -106,7 +106,14 @@ def identifiability(
         raise ValueError(f"expected method in {list(METHODS)}, got {method!r}; write method='auto'")
     pictures = probe_batch(inputs, batch_size, seed, device)
     point = ProbePoint.of(
-        model, pictures, loss, labels, seed, memory_budget=memory_budget, copies=COPIES
+        model,
+        pictures,
+        loss,
+        labels,
+        seed,
+        memory_budget=memory_budget,
+        copies=COPIES,
+        time_limit=time_limit,
     )
     options = RankOptions(rcond, noise, dtype, point.room, shown.stage, shown.ahead)
     question = _Question(point, options, method, null_space, seed, shown)

@@ -7,6 +7,7 @@ matrix ``Aᵀ A`` where only that fits, from sampled noise sent through least sq
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
 from math import inf
@@ -220,10 +221,9 @@ def _sampled(
     return Information(mean, torch.ones_like(mean), None, empty, error, tuple(notes))
 
 
-def _units(sent: WeighedJacobian) -> list[tuple[slice, Tensor]]:
+def _units(sent: WeighedJacobian) -> Iterator[tuple[slice, Tensor]]:
     """Unit directions in pieces of moderate memory."""
-    size, shape = sent.update.unknowns, sent.update.inputs.shape
-    step = min(PIECE, sent.update.chunk)
-    like = sent.update.inputs
-    eye = torch.eye(size, dtype=like.dtype, device=like.device).reshape(size, *shape)
-    return [(slice(a, min(a + step, size)), eye[a : a + step]) for a in range(0, size, step)]
+    size, like = sent.update.unknowns, sent.update.inputs
+    eye = torch.eye(size, dtype=like.dtype, device=like.device).reshape(size, *like.shape)
+    for piece in sent.update.pieces(size, PIECE):
+        yield piece, eye[piece]

@@ -7,6 +7,8 @@ from copy import copy
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache, wraps
 from inspect import Parameter, Signature, signature
+from math import inf, isfinite
+from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
@@ -14,9 +16,13 @@ from typer.models import OptionInfo
 
 from rgap.cli.console import clean
 from rgap.cli.mending import Mending
+from rgap.cli.usage import expected_of
 from rgap.remedy import in_options
 
 __all__ = ["command"]
+
+LIMIT = "time_limit"  # the option whose infinity says that there is none
+WRITTEN = ("output", "plot", "checkpoint")  # options whose file a command replaces
 
 
 def command(run: Callable[..., int]) -> Callable[..., None]:
@@ -44,6 +50,9 @@ def command(run: Callable[..., int]) -> Callable[..., None]:
         with clean(context), in_options(Mending in groups.values()):
             if "context" in own:
                 typed["context"] = context
+            for name, value in typed.items():
+                _refuse_unbounded(parsed[name], name, value)
+            _refuse_lost(context, typed)
             for name, group in groups.items():
                 typed[name] = group(
                     **{field.name: typed.pop(field.name) for field in fields(group)}
@@ -57,9 +66,46 @@ def command(run: Callable[..., int]) -> Callable[..., None]:
             parameters += _flattened(groups[name])
         elif name != "context":
             parameters.append(_parameter(name, hints[name], parameter.default))
+    parsed = {each.name: each for each in parameters}
     called.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
     called.__annotations__ = {each.name: each.annotation for each in parameters}
     return called
+
+
+def _refuse_unbounded(declared: Parameter, name: str, value: Any) -> None:
+    """Refuse NaN of any option, and infinity of all but a limit, where it is none."""
+    if isinstance(value, float) and not (isfinite(value) or (name == LIMIT and value == inf)):
+        flag, example = f"--{name.replace('_', '-')}", expected_of(declared)[1]
+        raise ValueError(f"{flag}: expected a finite number, got {value}; write {flag} {example}")
+
+
+def _refuse_lost(context: typer.Context, typed: dict[str, Any]) -> None:
+    """Refuse an output that would replace a file that the command reads."""
+    params = {param.name: param for param in context.command.params}
+    for written in WRITTEN:
+        output = typed.get(written)
+        if output is None or not Path(output).is_file():
+            continue
+        for name, value in typed.items():
+            for path in value if isinstance(value, list) else [value]:
+                read = isinstance(path, Path) or name == "images"
+                if name != written and read and _same(Path(path), output):
+                    flag, other = _flag(params[written]), _flag(params[name])
+                    free = output.with_name(f"{output.stem}-output{output.suffix}")
+                    raise ValueError(
+                        f"{flag}: expected a file of its own, got {output}, which {other} reads "
+                        f"and which would be lost; write {flag} {free}"
+                    )
+
+
+def _same(path: Path, other: Path) -> bool:
+    return path.is_file() and path.samefile(other)
+
+
+def _flag(param: Any) -> str:
+    """An option as it is typed, an argument as the help shows it."""
+    name: str = max(param.opts, key=len)
+    return name if name.startswith("-") else name.upper()
 
 
 @cache

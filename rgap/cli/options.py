@@ -223,6 +223,11 @@ class Sent(Network):
         """The update in the file, of samples of another shape than it states where one is given."""
         from rgap.update.update import Update
 
+        if self.update.is_dir():
+            raise ValueError(
+                f"UPDATE: expected a file, got the folder {self.update}; write the name of the "
+                f"file in it, as {self.update / 'update.safetensors'}"
+            )
         if not self.update.is_file():
             raise ValueError(f"UPDATE: no file {self.update}; write one with rgap capture")
         shape, update = shape_of(self.input_shape), Update.load(self.update)

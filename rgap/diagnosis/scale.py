@@ -23,6 +23,8 @@ from rgap.update.targets import BINARY, CROSS_ENTROPY, SQUARED
 ROUND = 4e-6  # relative distance of a norm from a bound of two digits that clipping left
 LARGEST = 8  # batches whose copies are tried
 SUM = 0.05  # relative distance of a factor from the number of steps that a client summed
+SIMPLE = 1e-4  # relative distance from a simple number within which a factor is taken for it
+WHOLE = 64  # largest factor, or inverse of one, that is simple as a whole number
 TELLING = 3  # logits from which the equations of a sample overdetermine its factor
 GRADES = (Kind.SIGN, Kind.REDUCTION, Kind.SCALE, Kind.CLIPPING, Kind.LOSS)
 
@@ -131,10 +133,11 @@ def _of_factor(
             )
             said += f"; a {reduction} has {expected:.6g} times the gradient of a {loss.reduction}"
             return Finding(Kind.REDUCTION, size, said, str(told), strength)
+    by = f"{_simple(size, factors.tolerance):.9g}"
     divided = Remedy(
-        f"dataclasses.replace(update, gradients={{n: g / {size:.9g} for n, g in "
-        f"update.gradients.items()}}{_noise(evidence, size)})",
-        f"--factor {size:.9g}",
+        f"dataclasses.replace(update, gradients={{n: g / {by} for n, g in "
+        f"update.gradients.items()}}{_noise(evidence, by)})",
+        f"--factor {by}",
     )
     line = str(divided)
     count = len(samples.logits)
@@ -178,11 +181,31 @@ def _rivals(evidence: Evidence, logits: int) -> tuple[Kind, ...]:
     return (Kind.LOSS, *(k for k in (Kind.STEPS, Kind.WEIGHTS) if k not in evidence.tested))
 
 
-def _noise(evidence: Evidence, size: float) -> str:
+def _simple(size: float, error: float) -> float:
+    """The whole number, inverse of one or power of two that a factor is within its error.
+
+    What an estimate is off by contradicts the equations of a batch, so the factor itself is named.
+
+    >>> _simple(1.99999418, 1e-3), _simple(0.249998, 1e-3), _simple(65536.2, 1e-3)
+    (2.0, 0.25, 65536.0)
+    >>> _simple(1.99, 1e-3), _simple(2.0001, 1e-6)
+    (1.99, 2.0001)
+    """
+    near = min(max(error, 1e-9), SIMPLE)
+    power = 2.0 ** round(log2(size))
+    whole, inverse = float(round(size)), float(round(1.0 / size))
+    options = [power]
+    options += [whole] if 1 <= whole <= WHOLE else []
+    options += [1.0 / inverse] if 1 <= inverse <= WHOLE else []
+    best = min(options, key=lambda value: abs(size / value - 1.0))
+    return best if abs(size / best - 1.0) <= near else size
+
+
+def _noise(evidence: Evidence, by: str) -> str:
     """The noise that was stated entry by entry, as part of a line that divides the gradients."""
     if not evidence.update.noise:
         return ""
-    return f", noise={{n: s / {size:.9g} for n, s in (update.noise or {{}}).items()}}"
+    return f", noise={{n: s / {by} for n, s in (update.noise or {{}}).items()}}"
 
 
 def _unequal(evidence: Evidence, samples: Samples, factors: Factors) -> list[Finding]:

@@ -20,7 +20,7 @@ from rgap.inversion.answer import Run, answers_of
 from rgap.inversion.batch_rows import rows_of
 from rgap.inversion.problem import Problem
 from rgap.inversion.replay import replayed
-from rgap.inversion.top import head_cotangent, top_features
+from rgap.inversion.top import head_cotangent, head_features
 from rgap.jacobian.batch_loss import BatchLoss
 from rgap.jacobian.module_update import ClientLoss, KnownFeatures, ModuleUpdate, watchable
 from rgap.jacobian.smoothing import rounded
@@ -306,7 +306,7 @@ def _samples(problem: Problem, run: Run, value: Tensor) -> tuple[Tensor, Tensor]
     if problem.labels is not None:
         return value, problem.labels
     known = head_cotangent(problem, descent) if kappa is None else kappa
-    features = top_features(problem.chain, descent.require_data())
+    features = head_features(problem.chain, descent)
     stage = problem.chain.stages[-1]
     reading = read_target(stage, features, known, problem.update.loss, problem.precision)
     return value, reading.labels

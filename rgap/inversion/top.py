@@ -18,7 +18,7 @@ from rgap.network.chain import Chain, Stage
 from rgap.precision import UNKNOWN, Estimate, carried
 from rgap.recursion.reached import Descent
 
-__all__ = ["head_cotangent", "head_gradients", "top_features"]
+__all__ = ["head_cotangent", "head_features", "head_gradients", "top_features"]
 
 
 def head_cotangent(problem: Problem, descent: Descent) -> Estimate:
@@ -29,7 +29,7 @@ def head_cotangent(problem: Problem, descent: Descent) -> Estimate:
 
     Args:
         problem: of one sample.
-        descent: that reached the data.
+        descent: that reached the data, or whose data were completed.
     """
     last = len(problem.chain.stages) - 1
     if last in descent.cotangents:
@@ -40,8 +40,11 @@ def head_cotangent(problem: Problem, descent: Descent) -> Estimate:
     if bias is not None and name is not None:
         noise = problem.precision.normal(problem.precision.noise_std(name, bias))
         return Estimate(bias[None], noise[:, None])
-    x = top_features(problem.chain, descent.require_data())
+    x = head_features(problem.chain, descent)
     if float(x.value.norm()) <= SAFETY * float(x.error.square().sum((1, 2)).mean().sqrt()):
+        if not problem.chain.complete:
+            k = x.value.new_zeros(1, *problem.chain.output_shape)
+            return Estimate(k, k.new_full((len(x.error), *k.shape), UNKNOWN**0.5))
         return _from_below(problem, descent.require_data())
     scale = x.value[0].square().sum()
     k = weight @ x.value[0] / scale
@@ -79,11 +82,26 @@ def _from_below(problem: Problem, data: Estimate) -> Estimate:
     return Estimate(kappa, eliminated.explained({n: noise[n] + moved[n] for n in noise})[0])
 
 
+def head_features(chain: Chain, descent: Descent) -> Estimate:
+    """Input u of the last affine map: of the data, or above a barrier of what the descent knows.
+
+    The stages above a barrier take in no data, only the features from which the descent began.
+
+    Args:
+        chain: the network.
+        descent: that reached the data, or whose data were completed.
+    """
+    if chain.complete:
+        return top_features(chain, descent.require_data())
+    start = max(descent.features)
+    return top_features(chain, descent.features[start], start)
+
+
 def top_features(chain: Chain, known: Estimate, start: int | None = None) -> Estimate:
     """Input u of the last affine map, with the ensemble carried up.
 
     Args:
-        chain: the network.
+        chain: the network; complete where data are given.
         known: data x [B, *input_shape], or the input of the affine map of stage ``start``.
         start: that stage; None for data.
     """

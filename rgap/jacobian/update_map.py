@@ -8,6 +8,7 @@ two reverse passes instead (:mod:`rgap.jacobian.products`).
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import inf
@@ -25,6 +26,7 @@ from rgap.update.losses import Loss
 log = logging.getLogger(__name__)
 CHUNK_BYTES = 256e6  # of gradient directions held at once, at most
 PARTS = 16  # of a budget, one of which a chunk of directions takes
+GROWTH = 4  # times that a chunk is larger than the one before, at most, where time is limited
 WITHIN = 4  # chunks that are held at a time on the way
 SIGNS = 8  # entries per row of the sparse sign embedding
 
@@ -57,6 +59,7 @@ class UpdateMap(ModuleGradient):
         targets: as the loss wants them.
         loss: of the client.
         room: bytes for everything; directions go through in chunks of a share of it.
+        seconds: that a chunk may take, told from the one before; the first is one direction.
 
     Raises:
         ValueError: a model without trained parameters, or whose forward or backward pass fails.
@@ -68,8 +71,15 @@ class UpdateMap(ModuleGradient):
     """
 
     def __init__(
-        self, model: nn.Module, inputs: Tensor, targets: Tensor, loss: Loss, room: float = inf
+        self,
+        model: nn.Module,
+        inputs: Tensor,
+        targets: Tensor,
+        loss: Loss,
+        room: float = inf,
+        seconds: float = inf,
     ) -> None:
+        self.chunk_seconds = seconds
         self.chunk_bytes = min(CHUNK_BYTES, max(room, memory.LEAST) / PARTS)
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
         if not trained:
@@ -131,10 +141,28 @@ class UpdateMap(ModuleGradient):
 
     def chunks(self, directions: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """`columns` in pieces that fit a moderate memory: (which directions, their products)."""
-        size = min(len(directions), self.chunk)
-        for start in range(0, len(directions), size):
-            piece = slice(start, min(start + size, len(directions)))
+        for piece in self.pieces(len(directions)):
             yield piece, self.columns(directions[piece])
+
+    def pieces(self, count: int, most: int | None = None) -> Iterator[slice]:
+        """Which of many directions go through at once: as many as fit the memory and the time.
+
+        Args:
+            count: of the directions.
+            most: at once; None for no bound of its own.
+        """
+        most = self.chunk if most is None else min(most, self.chunk)
+        limited, start = self.chunk_seconds < inf, 0
+        size = 1 if limited else most
+        while start < count:
+            piece = slice(start, min(start + size, count))
+            began = time.perf_counter()
+            yield piece
+            if limited:
+                each = (time.perf_counter() - began) / (piece.stop - start)
+                fit = int(self.chunk_seconds / each) if each > 0 else most
+                size = max(1, min(GROWTH * size, fit, most))
+            start = piece.stop
 
     def _forward_over_reverse(self, direction: Tensor) -> Tensor:
         product: Tensor = torch.func.jvp(self.value, (self.inputs,), (direction,))[1]

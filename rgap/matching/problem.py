@@ -24,6 +24,7 @@ from rgap.solvers.priors import Prior
 from rgap.update.local_training import LocalTraining
 from rgap.update.preflight import ClientView
 
+BEST = "best"  # of the methods of labels
 STATED = Remedy("labels=", "--labels").then(" in the client's order if it is known")
 Callback = Callable[[Progress], bool | None]
 
@@ -73,8 +74,8 @@ class SearchProblem:
     ) -> SearchProblem:
         """Check what a search is given; arguments and errors as for :func:`rgap.match`.
 
-        Labels that nobody stated are read off the update, by the preset's method, unless the
-        preset searches them together with the data.
+        Labels that nobody stated are read off the update, by the preset's method, or by the best
+        one where that does not decide them, unless the preset searches them with the data.
         """
         update, size, known = client.update, client.batch, client.labels
         if update.local_steps > 1 and local is None:
@@ -94,16 +95,24 @@ class SearchProblem:
         notes: tuple[str, ...] = ()
         searched = preset is not None and preset.joint and update.loss.name == "cross_entropy"
         if known is None and not searched:
-            method = preset.labels if preset else "best"
+            method = preset.labels if preset else BEST
             read = estimate(client.model, update, method=method, batch_size=size)
+            if method != BEST and (read.labels is None or read.reason):
+                rest = estimate(client.model, update, method=BEST, batch_size=size)
+                if rest.labels is not None:
+                    notes = (
+                        f"the labels were read off by {rest.method}: {method} does not decide them "
+                        f"({read.reason})",
+                    )
+                    read = rest
             if read.labels is None:
                 raise ValueError(
-                    f"labels: they cannot be read off this update ({read.reason}); write "
-                    "labels=torch.tensor([3, 5])"
+                    f"labels: they cannot be read off this update ({read.reason}); write the "
+                    f"client's own, one class index a sample, as {STATED}"
                 )
             known = read.labels
             if local is not None and update.local_steps > 1 and (local.size or size) < size:
-                notes = (
+                notes += (
                     "the labels were read off the update, which does not say in which step each "
                     f"was used: their order over the steps is a guess; write {STATED}",
                 )

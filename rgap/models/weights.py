@@ -80,6 +80,10 @@ def _read(file: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    if file.is_dir():
+        raise ValueError(
+            f"weights: expected a file, got the folder {file}; write the name of the file in it"
+        )
     if not file.is_file():
         raise ValueError(f"weights: no file {file}")
     _refuse_pickle(file)

@@ -132,10 +132,9 @@ def save_picture(picture: Tensor, path: Path, value_range: tuple[float, float] =
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     """Write a safetensors file."""
-    from safetensors.torch import save_file
+    from rgap.update.storage import written
 
-    with replacing(path) as beside:
-        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, beside, metadata)
+    written(path, {n: t.detach().cpu().contiguous() for n, t in tensors.items()}, metadata)
 
 
 def save_figure(figure: Figure, path: Path) -> None:
@@ -186,6 +185,10 @@ def replacing(path: Path) -> Iterator[Path]:
         if beside.is_dir() and path.is_dir():
             path.rmdir()  # an empty folder; anything else raises
         os.replace(beside, path)
+    except OSError as error:
+        from rgap.update.storage import unwritable
+
+        raise unwritable(path, error) from error
     finally:
         remove: Callable[..., Any] = shutil.rmtree if beside.is_dir() else os.unlink
         if beside.exists():

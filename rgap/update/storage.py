@@ -10,6 +10,7 @@ import json
 import os
 import struct
 import uuid
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from rgap.update.losses import Loss
 
-__all__ = ["opened", "read", "write", "written"]
+__all__ = ["opened", "read", "unwritable", "write", "written"]
 
 FORMAT = "rgap.update"
 VERSION = 1
@@ -75,6 +76,7 @@ def written(
     path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, str]
 ) -> None:
     """Write a safetensors file beside its target, then rename it."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     target = Path(path)
@@ -87,8 +89,19 @@ def written(
     try:
         save_file(tensors, beside, metadata=metadata)
         os.replace(beside, target)
+    except (OSError, SafetensorError) as error:
+        raise unwritable(target, error) from error
     finally:
         beside.unlink(missing_ok=True)
+
+
+def unwritable(path: Path, error: Exception) -> OSError:
+    """What to raise for a file that could not be written: its own name, the system's reason."""
+    reason = getattr(error, "strerror", None) or str(error)
+    return OSError(
+        f"{path}: expected a place that can be written to, got '{reason}'; write the name of a "
+        "file or folder elsewhere"
+    )
 
 
 def opened(
@@ -184,12 +197,24 @@ def _refuse_foreign(path: str | os.PathLike[str]) -> None:
             )
         return
     if start[:1] == b"\x80" or start[:4] == b"PK\x03\x04":
-        kind = "a pickle or a zip of one (torch.save, np.savez)"
+        kind, read = "a pickle or a zip of one (torch.save)", "torch.load(path, weights_only=True)"
+        if _is_npz(path):
+            kind = "arrays of NumPy (np.savez)"
+            read = "{n: torch.as_tensor(a) for n, a in np.load(path).items()}"
         raise ValueError(
             f"{path}: {kind}, expected safetensors. It was not opened, because unpickling runs "
-            "code. If you trust it, write Update(torch.load(path, weights_only=True), "
-            "batch_size=..., loss=...).save('update.safetensors')."
+            f"code. If you trust it, write Update({read}, batch_size=..., loss=...)"
+            ".save('update.safetensors')."
         )
     if len(start) < 9:
         raise ValueError(f"{path}: {size} bytes, too short for a safetensors file; copy it again.")
     raise ValueError(f"{path}: not a safetensors file; expected one that update.save(path) wrote.")
+
+
+def _is_npz(path: str | os.PathLike[str]) -> bool:
+    """True for a zip of .npy files; their names alone are read."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+    return bool(names) and all(name.endswith(".npy") for name in names)

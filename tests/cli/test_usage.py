@@ -87,9 +87,53 @@ def test_a_wrong_value_of_any_option_is_one_line(
         ("adit mlp", "expected demo, .* got 'adit'; write rgap audit"),
         ("--frob", "--frob: expected an option of rgap"),
         ("check mlp sent.safetensors --input-shape 3,32", r"--input-shape .* would fit"),
+        ("invert mlp sent.safetensors --weight-decay nan", "^--weight-decay: expected a finite n"),
+        ("invert mlp sent.safetensors --factor=-inf", "^--factor: expected a finite number, got -"),
+        ("match mlp sent.safetensors --local-rate inf", "^--local-rate: expected a finite number"),
+        ("invert mlp sent.safetensors --time-limit nan", "^--time-limit: expected a finite numb"),
+        ("check mlp sent.safetensors --noise inf", "^--noise: expected a finite number, got inf"),
+        ("harden mlp --fraction nan", "^--fraction: expected a finite number, .* --fraction 0.1"),
+        ("harden mlp --defence foo", "expected one of 'prune', .*got 'foo'; write --defence prune"),
+        ("capture mlp --images photos:0 --labels 3 --output /proc/x.safetensors",
+         "/proc/x.safetensors: expected a place that can be written to, got '"),
+        ("audit mlp --batch-sizes 1 --method formula --plot /proc/x.png",
+         "/proc/x.png: expected a place that can be written to, got '[A-Za-z ]*'; write"),
+        ("invert mlp .", "^UPDATE: expected a file, got the folder .; write the name"),
+        ("invert mlp sent.safetensors --weights .", "weights: expected a file, got the folder ."),
     ],
-)
+)  # fmt: skip
 def test_what_was_expected_got_and_to_write(
     words: str, told: str, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert re.search(told, refused(here, monkeypatch, *words.split()))
+
+
+@pytest.mark.parametrize(
+    ("words", "read"),
+    [
+        ("invert mlp sent.safetensors --output sent.safetensors", "UPDATE"),
+        ("match mlp sent.safetensors --output ./sent.safetensors", "UPDATE"),
+        ("invert mlp sent.safetensors --output link.safetensors", "UPDATE"),
+        ("invert mlp sent.safetensors --weights w.safetensors --output w.safetensors", "--weights"),
+        ("match mlp sent.safetensors --start w.safetensors --resume w.safetensors", "--start"),
+        ("match mlp sent.safetensors --start w.safetensors --output w.safetensors", "--start"),
+        ("audit mlp --weights w.png --plot w.png", "--weights"),
+        ("capture mlp --weights w.safetensors --images photos:0 --labels 3 "
+         "--output w.safetensors", "--weights"),
+        ("capture mlp --images photos:0 --images w.safetensors --labels 3 "
+         "--output w.safetensors", "--images"),
+    ],
+)  # fmt: skip
+def test_an_output_that_a_command_reads_is_refused(
+    words: str, read: str, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("w.safetensors", "w.png"):
+        (here / name).write_bytes(b"held")
+    if not (here / "link.safetensors").exists():
+        (here / "link.safetensors").symlink_to(here / "sent.safetensors")
+    before = {path: path.read_bytes() for path in here.iterdir() if path.is_file()}
+    told = refused(here, monkeypatch, *words.split())
+    assert re.search(rf"expected a file of its own, got .*{read} reads .*; write --\w+ ", told), (
+        told
+    )
+    assert before == {path: path.read_bytes() for path in here.iterdir() if path.is_file()}

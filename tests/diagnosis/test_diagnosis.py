@@ -678,3 +678,18 @@ def test_a_head_of_rank_one_is_no_batch_of_one(classes: int) -> None:
     target = torch.tensor([0, 1, 1]) if classes > 1 else torch.tensor([[0.0], [1.0], [1.0]])
     sent = capture(model, torch.rand(3, 12), target, CROSS if classes > 1 else BINARY)
     assert check(model, replace(sent, batch_size=None)).ok
+
+
+@pytest.mark.parametrize("factor", [2.0, 0.25, 3.0])
+def test_a_simple_factor_on_a_batch_is_named_without_the_error_of_its_estimate(
+    factor: float,
+) -> None:
+    torch.manual_seed(9)
+    model = nn.Sequential(
+        nn.Conv2d(3, 12, 3, 2, 1), nn.Sigmoid(), nn.Flatten(), nn.Linear(192, 40), nn.Tanh(),
+        nn.Linear(40, 10),
+    ).eval()  # fmt: skip
+    update = rgap.capture(model, torch.rand(4, 3, 8, 8), torch.tensor([3, 1, 7, 5]))
+    sent = replace(update, gradients={n: factor * g for n, g in update.gradients.items()})
+    best = rgap.check(model, sent).best
+    assert best is not None and f"g / {factor:g} for" in best.remedy, best

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import rgap
 from rgap.jacobian.module_update import ClientLoss
+from rgap.labels.result import LabelEstimate
 from rgap.matching.objective import Objective
 from rgap.matching.presets import PRESETS
 from rgap.matching.search import METHODS, Checkpoint, Ended, Progress
@@ -392,3 +393,24 @@ def test_a_completion_matches_where_no_closed_form_begins() -> None:
     assert found.reason.startswith(alone.reason.split(";")[0])
     late = rgap.invert(model, update, complete=True, time_limit=1e-6)
     assert late.status is alone.status and late.inputs is None and late.nearest is not None
+
+
+@pytest.mark.parametrize("labels", [[7, 2], [3, 3]])
+def test_gradinversion_reads_labels_that_its_own_rule_does_not_decide(labels: list[int]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.SiLU(), nn.Flatten(), nn.Linear(256, 10)
+    ).eval()
+    update = rgap.capture(model, torch.rand(2, 3, 8, 8), torch.tensor(labels))
+    found = rgap.match(model, update, method="gradinversion", iterations=1, restarts=1)
+    assert found.nearest_labels.tolist() == sorted(labels)
+    assert any("the labels were read off by" in warning for warning in found.warnings)
+
+
+def test_labels_that_nothing_reads_are_asked_for_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, update = client()
+    unread = LabelEstimate.undecided(10, "best", (), "nothing says so")
+    monkeypatch.setattr("rgap.matching.problem.estimate", lambda *_, **__: unread)
+    with pytest.raises(ValueError, match="the client's own, one class index a sample") as refused:
+        rgap.match(model, replace(update, labels=None), method="gradinversion", iterations=1)
+    assert "tensor(" not in str(refused.value) and "nothing says so" in str(refused.value)

@@ -7,8 +7,10 @@ import json
 import os
 import pickle
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -199,3 +201,15 @@ def test_a_failed_save_leaves_the_old_file(
     monkeypatch.undo()
     assert os.listdir(tmp_path) == ["u"]
     assert same(Update.load(tmp_path / "u"), update)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_the_advice_for_npz_reads_npz(tmp_path: Path, save: Callable[..., None]) -> None:
+    path = tmp_path / "g.npz"
+    save(path, weight=np.ones((2, 3), np.float32), bias=np.ones(2, np.float32))
+    with pytest.raises(ValueError, match="arrays of NumPy") as refused:
+        Update.load(path)
+    line = str(refused.value).split("write ")[1].split(".save(")[0]
+    line = line.replace("batch_size=..., loss=...", "batch_size=1")
+    made = eval(line, {"Update": Update, "torch": torch, "np": np, "path": path})
+    assert made.gradients["weight"].shape == (2, 3) and made.gradients["bias"].shape == (2,)

@@ -181,7 +181,9 @@ def test_the_weakest_level_of_a_defence_is_found(name: str, share: float) -> Non
 def test_a_defence_that_cannot_be_ordered_is_refused() -> None:
     with pytest.raises(ValueError, match="'clip', which has none; write defence='prune'"):
         harden(network(), SHAPE, defence=("prune", "clip"))
-    with pytest.raises(ValueError, match=r"expected one of 'clip', 'dp', .*got 'wrong'"):
+    with pytest.raises(
+        ValueError, match=r"expected one of 'prune', .*got 'wrong'; write defence='prune'"
+    ):
         harden(network(), SHAPE, defence="wrong")
     answer = harden(network(), SHAPE, 1.0, changes=(), defence="prune")
     assert answer.failed == ("prune: even Prune(keep=0.001) is not enough.",)

@@ -1,0 +1,60 @@
+"""A completion below a barrier: the data pass through the model, not the layers above it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import rgap
+from rgap.recovery import Status
+
+
+class Branched(nn.Module):
+    """Two layers above the place where branches meet or a step is that no equation covers."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.a, self.b = nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.norm = nn.GroupNorm(2, 4)
+        self.c = nn.Conv2d(8 if kind == "concat" else 4, 8, 3, stride=2, padding=1)
+        self.d = nn.Linear(8 if kind == "mean" else 72, 12)
+        self.e = nn.Linear(12, 5, bias=kind != "bare")
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.a(x))
+        if self.kind == "concat":
+            h = torch.cat([h, torch.tanh(self.b(h))], 1)
+        elif self.kind == "norm":
+            h = torch.relu(self.norm(self.b(h)))
+        else:
+            h = h + torch.tanh(self.b(h))
+        h = torch.tanh(self.c(h))
+        h = h.mean((2, 3)) if self.kind == "mean" else h.flatten(1)
+        return self.e(F.relu(self.d(h)))
+
+
+@pytest.mark.parametrize("seconds", [0.05, 2.0])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("kind", ["sum", "concat", "norm", "mean", "bare"])
+def test_a_completion_below_a_barrier_raises_nothing(kind: str, batch: int, seconds: float) -> None:
+    torch.manual_seed(0)
+    model, x, labels = Branched(kind).eval(), torch.rand(batch, 2, 6, 6), torch.tensor([3, 1])
+    update = rgap.capture(model, x, labels[:batch])
+    found = rgap.invert(model, update, complete=True, time_limit=seconds)
+    assert found.status in (Status.COMPLETED, Status.UNSUPPORTED, Status.UNDERDETERMINED)
+    if found.status is Status.COMPLETED:
+        assert found.labels is not None and found.labels.tolist() == sorted(labels[:batch].tolist())
+    labelled = rgap.invert(model, update, complete=True, time_limit=seconds, labels=labels[:batch])
+    assert labelled.status in (Status.COMPLETED, Status.UNSUPPORTED, Status.UNDERDETERMINED)
+
+
+def test_labels_above_a_barrier_are_those_of_the_features_above_it() -> None:
+    torch.manual_seed(0)
+    model, x = Branched("mean").eval(), torch.rand(1, 2, 6, 6)
+    update = rgap.capture(model, x, torch.tensor([3]))
+    found = rgap.invert(model, update, complete=True, time_limit=5.0)
+    labels = found.labels if found.candidates == () else found.candidates[0].labels
+    assert labels is not None and labels.tolist() == [3], found.reason
