@@ -22,7 +22,7 @@ from rgap.separation.batch import Batch, Separated, Unseparated
 from rgap.separation.errors import remark_restless, spread
 from rgap.separation.identify import Identity, free, pullback
 from rgap.separation.mixture import Mixture
-from rgap.separation.pair import Between, lines, steps_between
+from rgap.separation.pair import Between, between, lines, steps_between
 from rgap.separation.peeling import GROWTH, STARTS, Collected, Starts, collect
 from rgap.separation.route import unfit_pair
 from rgap.separation.subspace import Consistency
@@ -98,6 +98,9 @@ def separate_headless(
         why = lines(consistency, collected.roots) or "no target helps here"
         tally = collected.tally(f"of '{lower.stage.name}'")
         return batch.short(f"{tally}; {why}")
+    on_lines = lines(consistency, collected.roots) or between(consistency, collected.roots)
+    if on_lines:
+        return batch.short(on_lines)
     return _finished(batch, consistency, upper, collected, began)
 
 

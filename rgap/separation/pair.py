@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from rgap.limits import OUTSIDE
+from rgap.limits import FITS, OUTSIDE
 from rgap.network.activations import Activation
 from rgap.network.chain import Chain, Stage
 from rgap.network.reshape import Op, Rearrange, Reshape
@@ -236,6 +236,31 @@ def _shortfall(consistency: Between, collected: Collected) -> str:
             f"by {collected.rejected:.1e}"
         )
     return said
+
+
+def between(consistency: Between, roots: Tensor) -> str:
+    """Which two roots have a solution half way, so that both lie on a line of them; or "".
+
+    A line ends where a unit changes its sign; a root just beyond its end looks isolated.
+
+    Args:
+        consistency: of the roots.
+        roots: rows q, [F, R].
+    """
+    first, second = torch.triu_indices(len(roots), len(roots), 1, device=roots.device)
+    if not len(first):
+        return ""
+    f = consistency.value((roots[first] + roots[second]) / 2.0)
+    size = f.square().sum(1).clamp_min(1e-300)
+    cost = consistency.project(f).square().sum(1) / size
+    meets = cost <= FITS**2 * consistency.tolerance(f)
+    if not bool(meets.any()):
+        return ""
+    pair = int(meets.nonzero()[0])
+    return (
+        f"points half way between samples {int(first[pair])} and {int(second[pair])} satisfy the "
+        "equations too: they lie on a line of solutions, any point of which is as good"
+    )
 
 
 def lines(consistency: Between, roots: Tensor) -> str:

@@ -173,7 +173,6 @@ def test_small_units_that_int8_hides_contradict_nothing() -> None:
     update = Update(coarse, batch_size=2, input_shape=(3, 16, 16), value_range=(0.0, 1.0))
     recovery = invert(model, update)
     assert recovery.status is Status.UNDERDETERMINED
-    assert "units of a ReLU" in recovery.reason
 
 
 def test_a_head_whose_signs_drown_in_stated_noise_refutes_no_target() -> None:
