@@ -125,7 +125,9 @@ class Timed(Progress):
                 if number is None
                 else f"'{what}' ({number}" + (f" of {total})" if total else ")")
             )
-            rest = (now - when) * (total - (number or 1) + 1) if alike and total else 0.0
+            rest = 0.0
+            if alike and total and number is not None:  # a pass may be of several
+                rest = (now - when) / (number - count) * (total - number + 1)
             raise OutOfTime(
                 f"time_limit: the {self.limit:g} s are over at {place}; {self._advice(rest)}"
             )
