@@ -27,7 +27,7 @@ from rgap.separation.batch import Batch
 from rgap.separation.identify import Identity as Target
 from rgap.separation.identify import continuous, identify, top
 from rgap.separation.mixture import Mixture
-from rgap.separation.pair import Between, steps_between
+from rgap.separation.pair import Between, between, steps_between
 from rgap.separation.peeling import LIKELY, SOLVED, Starts, collect, fresh_starts, rounding_cost
 from rgap.separation.route import unfit_pair
 from rgap.separation.softmax.equations import AtHead
@@ -313,7 +313,8 @@ def _collected(mixed: Batch, source: Source) -> Samples | None:
     first = None if source.head is None else opening(source.head)
     starts = Starts(seed, first=first, rounds=ROUNDS)
     roots = collect(source.consistency, source.naming, _any_weight, starts)
-    if not roots.complete:
+    pair = source.consistency
+    if not roots.complete or (isinstance(pair, Between) and between(pair, roots.roots)):
         return None
     stage = samples.stage
     u = (roots.roots @ samples.right.T).reshape(-1, *stage.affine.in_shape)
