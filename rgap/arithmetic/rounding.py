@@ -5,11 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["ABSENT", "UNIFORM", "coherence", "spacing"]
+__all__ = ["ABSENT", "UNIFORM", "absent", "coherence", "spacing"]
 
 UNIFORM = 12**-0.5  # standard deviation of an error that is uniform over one spacing
 ABSENT = 1e30  # standard deviation of the noise of an entry that was not sent at all
 LOST = 0.5  # share of still entries at which the typical one is below half a spacing
+
+
+def absent(zeros: Tensor) -> Tensor:
+    """The noise ``ABSENT`` of entries that were not sent, in numbers that reach it.
+
+    >>> absent(torch.zeros(2, dtype=torch.float16))
+    tensor([1.0000e+30, 1.0000e+30])
+    """
+    wide = torch.promote_types(zeros.dtype, torch.float32)
+    return torch.full_like(zeros, ABSENT, dtype=wide)
 
 
 def spacing(values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -13,7 +13,7 @@ from math import inf
 import torch
 from torch import nn
 
-from rgap.arithmetic.rounding import ABSENT
+from rgap.arithmetic.rounding import absent
 from rgap.diagnosis.finding import Finding, Kind
 from rgap.remedy import GRADIENTS, NAMED, NUMBERED, Remedy, frozen_where
 from rgap.update.update import Update
@@ -56,8 +56,7 @@ def mended(model: nn.Module, update: Update) -> tuple[Update | None, Finding | N
         rest = {n: torch.zeros(wanted[n], dtype=update.dtype, device=device) for n in missing}
         full = {n: rest[n] if n in rest else gradients[n] for n in wanted}
         noise = {renamed[n]: s for n, s in (update.noise or {}).items()}
-        wide = torch.promote_types(update.dtype, torch.float32)  # float16 ends below ABSENT
-        noise |= {n: torch.full_like(zeros, ABSENT, dtype=wide) for n, zeros in rest.items()}
+        noise |= {n: absent(zeros) for n, zeros in rest.items()}
         said = f"{len(missing)} of {len(wanted)} parameters are missing, '{missing[0]}' first"
         untrained = str(frozen_where("n not in update.gradients"))
         if prefix:

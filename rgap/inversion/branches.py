@@ -7,6 +7,7 @@ is read at the head, and nothing is certified that does not give the update agai
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -18,7 +19,6 @@ from rgap.halt import HaltKind
 from rgap.inversion import outcomes
 from rgap.inversion.answer import Run, cast_of
 from rgap.inversion.problem import Problem
-from rgap.inversion.single import certified_features
 from rgap.inversion.symptoms import warnings
 from rgap.inversion.top import head_cotangent
 from rgap.inversion.weighed import named, weighed_at
@@ -55,15 +55,18 @@ class Branched:
     note: str = ""
 
 
-def below_branches(problem: Problem, run: Run, show: Progress) -> Branched | None:
+def below_branches(
+    problem: Problem, run: Run, certified: Container[str], show: Progress
+) -> Branched | None:
     """None where the network is a chain, or no graph of calls that the walk knows.
 
     Args:
         problem: the update.
         run: that began at a fully connected layer and ended at a barrier, or before it.
+        certified: names of the layers whose input it determined, of one sample.
         show: told which value is solved.
     """
-    begun = _start(problem, run)
+    begun = _start(problem, run, certified)
     if begun is None:
         return None
     held = [stage.affine for stage in problem.chain.stages]
@@ -109,7 +112,9 @@ def below_branches(problem: Problem, run: Run, show: Progress) -> Branched | Non
     return Branched(features, made)
 
 
-def _start(problem: Problem, run: Run) -> tuple[int, Estimate, Estimate | None] | None:
+def _start(
+    problem: Problem, run: Run, certified: Container[str]
+) -> tuple[int, Estimate, Estimate | None] | None:
     """The stage to begin at, the cotangent [B, *out_shape] at it, and its input where certified.
 
     None where no cotangent is known.
@@ -127,11 +132,8 @@ def _start(problem: Problem, run: Run) -> tuple[int, Estimate, Estimate | None] 
         return (index, known, None) if _weighs_as_declared(problem, index, known) else None
     if not problem.stated == problem.batch == 1:
         return None
-    certified, doubt = certified_features(problem, descent)
     reached = [i for i in descent.features if chain.stages[i].name in certified]
     reached = [i for i in reached if i in descent.cotangents]
-    if doubt:
-        return None
     if reached:
         index = min(reached)
         return index, descent.cotangents[index], descent.features[index]

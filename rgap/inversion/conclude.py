@@ -55,7 +55,12 @@ def _ended_early(problem: Problem, runs: Sequence[Run], show: Progress) -> Recov
     run, alone = runs[0], len(runs) == 1
     descent = run.descent
     halt = descent.require_halt()
-    branched = below_branches(problem, run, show) if alone and not run.family else None
+    certified, doubt = dict[str, Estimate](), ""
+    if alone and not run.family and problem.stated == problem.batch == 1:
+        certified, doubt = certified_features(problem, descent)
+    branched = None
+    if alone and not run.family and not doubt:
+        branched = below_branches(problem, run, certified, show)
     if branched is not None and branched.recovery is not None:
         return branched.recovery
     if alone and (problem.filling is None or parts.free(problem, descent)):
@@ -78,22 +83,23 @@ def _ended_early(problem: Problem, runs: Sequence[Run], show: Progress) -> Recov
     recovery = outcomes.stopped(problem, status, reason, descent)
     if not alone or run.family:
         return recovery
-    return _with_features(problem, recovery, descent, branched)
+    return _with_features(problem, recovery, certified, doubt, branched)
 
 
 def _with_features(
-    problem: Problem, recovery: Recovery, descent: Descent, branched: Branched | None
+    problem: Problem,
+    recovery: Recovery,
+    features: dict[str, Estimate],
+    doubt: str,
+    branched: Branched | None,
 ) -> Recovery:
     """What the bias attack and the recursion certified above the place where it ended.
 
     Below a barrier where branches meet, what wide layers say of their own inputs; of several
     samples these alone.  Of a batch whose size nobody states, nothing.
     """
-    features, doubt = dict[str, Estimate](), ""
     if problem.stated is None:
         doubt = "the batch size is not stated, and a mixture may look like one sample; write it"
-    elif problem.stated == problem.batch == 1:
-        features, doubt = certified_features(problem, descent)
     if branched is not None and not doubt:
         own = branched.features
         features = {**own, **features}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import cached_property
 from math import prod
 
 import torch
@@ -157,17 +158,23 @@ class MaxPool(Pool):
         empty = flat.new_zeros(*flat.shape[:-1], prod(space))
         return empty.scatter_add(-1, at, flat).reshape(*flat.shape[:-1], *space)
 
+    def winning(self, x: Tensor) -> Tensor:
+        """True at the winners of all windows, bool [B, *in_shape]."""
+        places = self.winners(x)
+        return self.put(torch.ones_like(self.taken(x, places)), places) > 0.5
+
+    @cached_property
+    def sums(self) -> LinearMap:
+        """The sum of each window, where windows are disjoint."""
+        return LinearMap(self.name, "sum", self.in_shape, self._summed)
+
     def spread(self, k: Tensor) -> Tensor:
         """Each entry at every place of its window, where windows are disjoint, [..., *in_shape]."""
-        lead = leading(k, self.out_shape)
-        zero = k.new_zeros(prod(lead), *self.in_shape)
-        out = pulled(self._summed, zero, k.reshape(-1, *self.out_shape))
-        return out.reshape(*lead, *self.in_shape)
+        return self.sums.adjoint(k)
 
     def summed(self, x: Tensor) -> Tensor:
-        """The sum of each window, where they are disjoint; the transpose of :meth:`spread`."""
-        lead = leading(x, self.in_shape)
-        return self._summed(x.reshape(-1, *self.in_shape)).reshape(*lead, *self.out_shape)
+        """The transpose of :meth:`spread`."""
+        return self.sums.forward(x)
 
     def _summed(self, x: Tensor) -> Tensor:
         size = _each(self.module.kernel_size, self._dims)

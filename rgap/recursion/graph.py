@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from math import inf, prod
+from math import inf
 
 import torch
 from torch import Tensor
@@ -25,14 +25,10 @@ from rgap.network.activations import Activation
 from rgap.network.affine import Affine
 from rgap.network.flow import Flow
 from rgap.network.pooling import MaxPool
-from rgap.network.reshape import Reshape
 from rgap.precision import Estimate, Precision
 from rgap.recursion.readers import Reader, from_gradients
 from rgap.recursion.steps import down, through
-from rgap.separation.batch import Unseparated
-from rgap.separation.shifts.masks import Masked, gauge_by_masks
-from rgap.separation.shifts.positions import Positions, tell_positions_apart
-from rgap.separation.shifts.projections import Projected, Through, masks_by_projection
+from rgap.recursion.steps_above import mask_of, nonnegative, steps_above
 
 __all__ = ["GraphDescent", "descend_graph"]
 
@@ -199,7 +195,7 @@ class _Walk:
     def alive(self, place: int) -> Tensor:
         """0 where a pool above a rectifier gives 0, so that all of its window is off; else 1."""
         known, [source] = self.state.values.get(place), self.flow.nodes[place].sources
-        if known is None or not self.nonnegative(source):
+        if known is None or not nonnegative(self.flow, source):
             return torch.ones_like(self.state.cotangents[place].value)
         share, off = _shares(known)
         return (share > OFF * off).to(known.value)
@@ -219,89 +215,19 @@ class _Walk:
         that of the steps' output or 0.
         """
         state, k = self.state, self.state.cotangents[place]
-        for step in self.behind[place]:
-            shape = self.flow.nodes[self.flow.nodes[step].sources[0]].shape
-            if shape != affine.out_shape:
-                return f"between '{affine.name}' and '{self.flow.nodes[step].name}' shapes change"
         if affine.geometry is None or affine.geometry.groups != 1:
             return f"'{affine.name}' is no convolution that tells what a rectifier lets through"
         gradient = affine.sent(self.gradients)
         noise = self.precision.noise_rms(affine.weight_name, gradient)
         noise += self.precision.unit * float(gradient.square().mean().sqrt())
-        error = float(k.std.square().mean().sqrt())
-        masked: Masked | Projected | Unseparated = _shifted(affine, gradient, k.value, noise, error)
-        if isinstance(masked, Unseparated):
-            through = self.through(place)
-            turned = masks_by_projection(
-                affine, gradient, k.value, through, noise, error, self.room
-            )
-            if isinstance(turned, Unseparated):
-                return f"{masked.reason}; {turned.reason}"
-            masked = turned
-        open_ = masked.open.to(k.value)
-        for step in self.behind[place]:
-            pool = self.flow.nodes[step].link
-            if isinstance(pool, MaxPool) and float(pool.summed(open_ * (k.value != 0)).max()) > 1.0:
-                return f"two entries of a window of '{pool.name}' win"
+        steps = steps_above(self.flow, place, self.behind[place])
+        told = mask_of(affine, gradient, k, steps, noise, self.room)
+        if isinstance(told, str):
+            return told
         # A lower step lets through what the higher ones did not stop; of the rest nothing is asked.
-        state.masks.update(dict.fromkeys(self.behind[place], open_))
+        state.masks.update(dict.fromkeys(self.behind[place], told))
         state.shifts.append(place)
         return None
-
-    def through(self, place: int) -> Through:
-        """What the steps between a convolution and the cotangent above it may let through."""
-        nodes, steps = self.flow.nodes, self.behind[place]
-        pools = [nodes[step].link for step in steps if isinstance(nodes[step].link, MaxPool)]
-        [pool] = pools or [None]
-        above = [step for step in range(place + 1, steps[0] + 1) if self.below(step, place)]
-
-        def nearest(shares: Tensor) -> Tensor:
-            if not isinstance(pool, MaxPool):
-                return shares > 0.5
-            winners = pool.winners(shares)
-            return pool.put(torch.ones_like(pool.taken(shares, winners)), winners) > 0.5
-
-        def forward(z: Tensor, far: float) -> tuple[Tensor, Tensor]:
-            on, sure = torch.ones_like(z, dtype=torch.bool), torch.ones_like(z, dtype=torch.bool)
-            for step in above:
-                link = nodes[step].link
-                if isinstance(link, MaxPool):
-                    winners = link.winners(z)
-                    won = link.put(torch.ones_like(link.taken(z, winners)), winners) > 0.5
-                    beside = link.spread(link.taken(z, winners)) - z
-                    on, sure = on & won, sure & (won | (beside > far))
-                    second = torch.where(won, -torch.inf, z)
-                    gap = link.spread(link.taken(z, winners) - link.forward(second))
-                    sure &= ~won | (gap > far)
-                elif isinstance(link, Activation):
-                    on, sure = on & (z > 0), sure & (z.abs() > far)
-                    z = link.forward(z)
-                elif link is not None:
-                    z = link.forward(z)
-                if z.shape != on.shape:
-                    break
-            return on, sure
-
-        size = 1 if not isinstance(pool, MaxPool) else prod(pool.in_shape) // prod(pool.out_shape)
-        mean = 1.0 / size if size > 1 else 0.5
-        return Through(nearest, mean, forward, self.nonnegative(nodes[place].sources[0]))
-
-    def below(self, step: int, place: int) -> bool:
-        """True if a value leads through nothing but single steps down to another."""
-        while step > place:
-            sources = self.flow.nodes[step].sources
-            if len(sources) != 1:
-                return False
-            step = sources[0]
-        return step == place
-
-    def nonnegative(self, place: int) -> bool:
-        """True if no entry of a value is below 0."""
-        node = self.flow.nodes[place]
-        if isinstance(node.link, Activation):
-            return node.link.one_sided
-        kept = isinstance(node.link, MaxPool | Reshape) or (node.link is None and not node.signs)
-        return place > 0 and kept and all(self.nonnegative(source) for source in node.sources)
 
     def solve(self, place: int) -> bool:
         """The value, from the gradients of all layers that read it, if these determine it.
@@ -372,18 +298,6 @@ class _Walk:
             for place, value in zip(places, share, strict=True):
                 on[(place[0], f, *place[1:])] = float(value > 0.5)
         return on[unsure]
-
-
-def _shifted(
-    affine: Affine, gradient: Tensor, k: Tensor, noise: float, error: float
-) -> Masked | Unseparated:
-    """What is let through, by shifts of the kernel alone."""
-    told = tell_positions_apart(affine, gradient, noise)
-    if not isinstance(told, Positions):
-        return told
-    if told.batch != len(k):
-        return Unseparated(f"'{affine.name}' tells {told.batch} samples apart, expected {len(k)}")
-    return gauge_by_masks(told.cotangents, k, error)
 
 
 def _shares(known: Estimate) -> tuple[Tensor, float]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rgap import validation
 from rgap.arithmetic.doubles import blocks
-from rgap.arithmetic.rounding import ABSENT
+from rgap.arithmetic.rounding import absent
 from rgap.update import interop, storage
 from rgap.update.losses import Loss
 from rgap.update.naming import renamed, renaming
@@ -174,8 +174,7 @@ class Update:
             dtype = next(iter(gradients.values())).dtype
             for name in unsent:
                 gradients[name] = torch.zeros_like(parameters[name], dtype=dtype)
-                wide = torch.promote_types(dtype, torch.float32)  # float16 ends below ABSENT
-                noise[name] = torch.full_like(gradients[name], ABSENT, dtype=wide)
+                noise[name] = absent(gradients[name])
             given = [name for name in gradients if name not in unsent]
             if given == [name for name in parameters if name in given]:  # else the check says so
                 gradients = {name: gradients[name] for name in parameters if name in gradients}

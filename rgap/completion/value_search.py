@@ -1,0 +1,153 @@
+"""Data near those that give known values of a network: L-BFGS in float32, sample by sample."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from math import inf
+
+import torch
+from torch import Tensor
+
+from rgap.jacobian.frontier import Frontier
+from rgap.limits import CLEAR
+from rgap.network.activations import ReLU
+from rgap.progress import Watch
+
+__all__ = ["Search"]
+
+ROUNDS, STEPS, HISTORY = 60, 20, 30  # of L-BFGS, from every start
+CLOSE, NEAR = 2e-6, 10.0  # relative misfit from which Gauss–Newton goes on; times that, if stuck
+STALLED, GIVEN = 0.98, 8  # factor on the misfit of a round that ends a start, from which round
+STARTS = 3
+BLUNT, BLUNT_ROUNDS = (2.0, 10.0), 3  # sharpness of kinks at first, and rounds with each
+
+
+class Search:
+    """L-BFGS in float32, sample by sample, on the known values.
+
+    The network's kinks are rounded off at first: with them as they are the descent ends at other
+    data.  What a rectifier is known to let through is asked of its input, which has a slope on both
+    sides of 0.
+
+    Args:
+        function: the known values nearest to the data, float32.
+        start: the batch to begin with, by the number of the trial.
+        watch: told which sample is looked for.
+        below: what is, in words.
+        deadline: of ``time.perf_counter``, after which no further round is begun.
+    """
+
+    def __init__(
+        self,
+        function: Frontier,
+        start: Callable[[int], Tensor],
+        watch: Watch,
+        below: str,
+        deadline: float,
+    ) -> None:
+        self.function, self.start = function, start
+        self.watch, self.below, self.deadline = watch, below, deadline
+        self.answer: Tensor | None = None
+        self.wanted = [function.known[place].value.float() for place in function.edge]
+        self.squares = [self.square(place) for place in function.edge]
+        known = zip(self.wanted, self.squares, strict=True)
+        whole = sum((v.square().flatten(1).sum(1) / s for v, s in known), start=torch.zeros(()))
+        self.scales = [(1.0 / (s * whole.clamp_min(1e-300))).float() for s in self.squares]
+        sigmas = zip(*(function.sigma(row) for row in range(len(whole))), strict=True)
+        on = zip(function.edge, sigmas, strict=True)
+        self.on = [function.known[place].value > CLEAR * torch.stack(s) for place, s in on]
+
+    def square(self, place: int) -> Tensor:
+        """Mean square error of a known value of every sample, [B]; none is better than CLOSE."""
+        k = self.function.known[place]
+        finest = CLOSE**2 * k.value.square().flatten(1).mean(1)
+        square = k.error.square().mean(0).flatten(1).mean(1) + self.function.own(place) ** 2
+        return torch.maximum(square, finest).clamp_min(1e-60)
+
+    def close(self) -> Tensor:
+        """Misfit of every sample that the errors explain: one unit an entry, [B]."""
+        parts = zip(self.wanted, self.squares, self.scales, strict=True)
+        return torch.stack([w * s * v[0].numel() for v, s, w in parts]).sum(0).float()
+
+    def misfit(self, row: int, x: Tensor, sharp: Mapping[int, float] | None) -> Tensor:
+        """Of a sample; 1 where f(x) is 0."""
+        values, total = self.function.values(x, sharp), x.new_zeros(())
+        known = zip(self.function.edge, self.wanted, self.scales, self.on, strict=True)
+        for place, v, w, on in known:
+            node, given = self.function.flow.nodes[place], values[place]
+            if sharp is None and isinstance(node.link, ReLU):
+                given = torch.where(on[row], values[node.sources[0]], given)
+            total = total + w[row] * (given - v[row]).square().sum()
+        return total
+
+    @property
+    def late(self) -> bool:
+        """True if the time is up."""
+        return time.perf_counter() > self.deadline
+
+    def run(self, goal: float) -> Tensor | str:
+        """The batch [B, *in_shape], float64, or how near the nearest one came.
+
+        Goes on from where the last run ended.
+
+        Args:
+            goal: relative misfit of every sample that will do; errors may allow more.
+        """
+        close = self.close().clamp_min(goal**2)
+        begun = self.answer is not None
+        answer = self.start(0).to(self.wanted[0]) if self.answer is None else self.answer
+        self.answer = answer
+        for row in range(len(answer)):
+            self.watch(f"{self.below}, sample {row + 1} of {len(answer)}")
+            best = inf
+            for trial in range(STARTS):
+                x = answer[row : row + 1].clone()
+                if trial or not begun:
+                    x = self.start(trial)[row : row + 1].to(answer)
+                    for beta in BLUNT:
+                        sharp = self.function.sharpness(x, beta)
+                        x, _ = self.descended(row, x, sharp, BLUNT_ROUNDS, 0.0)
+                x, own = self.descended(row, x, None, ROUNDS, float(close[row]))
+                if own < best:
+                    answer[row], best = x[0], own
+                if best <= NEAR**2 * float(close[row]) or self.late:
+                    break
+            if not best <= NEAR**2 * float(close[row]):
+                return (
+                    f"sample {row}: no data give the known values nearer than {best**0.5:.1e} of "
+                    f"their size, where {float(close[row]) ** 0.5:.1e} is explained"
+                )
+        return answer.double()
+
+    def descended(
+        self,
+        row: int,
+        x: Tensor,
+        sharp: Mapping[int, float] | None,
+        rounds: int,
+        close: float,
+    ) -> tuple[Tensor, float]:
+        """Where one start leads, and the misfit there."""
+        x = x.clone().requires_grad_()
+        optimiser = torch.optim.LBFGS(
+            [x], max_iter=STEPS, history_size=HISTORY, line_search_fn="strong_wolfe",
+            tolerance_grad=0.0, tolerance_change=0.0,
+        )  # fmt: skip
+
+        def closure() -> Tensor:
+            optimiser.zero_grad()
+            value = self.misfit(row, x, sharp)
+            value.backward()  # type: ignore[no-untyped-call]
+            return value
+
+        now = last = inf
+        for number in range(rounds):
+            optimiser.step(closure)  # type: ignore[no-untyped-call]
+            with torch.no_grad():
+                now = float(self.misfit(row, x, sharp))
+            stuck = number >= GIVEN and now**0.5 > STALLED * last**0.5
+            if now <= close or stuck or self.late:
+                break
+            last = now
+        return x.detach(), now
