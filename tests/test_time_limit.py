@@ -6,6 +6,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from importlib import import_module
 from math import inf
@@ -14,6 +15,7 @@ import pytest
 import torch
 from cases import redrawn
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import rgap
 from rgap.analysis import audit, harden, identifiability, noise
@@ -182,6 +184,54 @@ class Factoring:
             return function(matrix, *args, **options)
 
         monkeypatch.setattr(owner, name, costly)
+
+
+class Working(TorchDispatchMode):
+    """A clock that every operation of torch advances, a long one by its work."""
+
+    RATE, PASS = 1e-6, 2e-5  # seconds of a unit of work, and of an operation
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.now = 1000.0
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(allowance, "pace", lambda device: self.RATE)
+        monkeypatch.setattr(allowance, "LEAST_ASKED", 1.0)  # no work is too little to be asked for
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        tensors = [value for value in args if isinstance(value, Tensor)]
+        count = allowance.WORK.get(func.overloadpacket.__name__)
+        self.now += self.PASS + (self.RATE * count(*tensors) if count is not None else 0.0)
+        return func(*args, **(kwargs or {}))
+
+
+WORKING: dict[str, Callable[..., object]] = {
+    "dense": lambda **o: identifiability(_conv(), (2, 6, 6), 4, method="dense", **o),
+    "sketch": lambda **o: identifiability(_conv(), (2, 6, 6), 4, method="sketch", **o),
+    "structured": lambda **o: identifiability(_conv(), (2, 6, 6), 8, method="structured", **o),
+    "ranks": lambda **o: identifiability(
+        _conv(), (2, 6, 6), 8, method="structured", null_space=False, **o
+    ),
+    "noise": lambda **o: noise(_conv(), (2, 6, 6), 2, sigma=0.1, **o),
+    "audit": lambda **o: audit(_conv(), (2, 6, 6), (1, 8, 16), **o),
+    "harden": lambda **o: harden(_mlp(12, 16), (1, 4, 4), 0.5, largest_batch=4, **o),
+}
+
+
+@pytest.mark.parametrize("share", [0.07, 0.3, 0.62, 0.9])
+@pytest.mark.parametrize("name", WORKING)
+def test_every_operation_asks_for_its_time(
+    name: str, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever the limit falls, products and solves are counted like factorisations."""
+    with Working(monkeypatch) as clock:
+        began = clock.now
+        WORKING[name]()
+        whole = clock.now - began
+        began = clock.now
+        with suppress(allowance.OutOfTime):
+            WORKING[name](time_limit=share * whole)
+        assert clock.now - began <= (1 + allowance.OVER) * share * whole
 
 
 @pytest.mark.parametrize("limit", [0.5, 2.0])

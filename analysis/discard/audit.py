@@ -116,7 +116,8 @@ def _measured(
             show.stage(f"probe of B = {batch}")
             targets = probe_targets(model, x, options.loss, None, options.seed)
             probes, recording = probed(model, x, targets, options.loss)
-            rows += probed_rows(probes, recording, batch, spaces, watched)
+            with show.every_operation():
+                rows += probed_rows(probes, recording, batch, spaces, watched)
         except OutOfTime as reason:
             if not rows:
                 raise

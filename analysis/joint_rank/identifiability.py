@@ -173,7 +173,9 @@ class _Question:
         update = self.point.update
         linear, trained = self._chain()
         ranks = chain_nullspace if self.null_space else chain_ranks
-        null = ranks(linear, trained, self.options)
+        with self.shown.every_operation():
+            null = ranks(linear, trained, self.options)
+            cumulative = cumulative_ranks(linear, null)
         equations = {block.layer: block.equations for block in update.blocks}
         measured = [
             _Measured(
@@ -185,7 +187,7 @@ class _Question:
                 exact,
             )
             for stage, node, (rank, exact) in zip(
-                null.stages, linear.nodes, cumulative_ranks(linear, null), strict=True
+                null.stages, linear.nodes, cumulative, strict=True
             )
         ]
         weakest = min((stage.rank for stage in null.stages), key=lambda rank: rank.gap)
@@ -226,7 +228,8 @@ class _Question:
 
     def _by_blocks(self, method: str, own: Mapping[str, _Own]) -> Identifiability:
         update = self.point.update
-        null = eliminate_blocks(update, self.options, sketch=method == "sketch", seed=self.seed)
+        with self.shown.every_operation():
+            null = eliminate_blocks(update, self.options, sketch=method == "sketch", seed=self.seed)
         measured = [
             _Measured(block.layer, block.kind, block.equations, rank, decision.gap)
             for block, rank, decision in zip(update.blocks, null.ranks, null.decisions, strict=True)

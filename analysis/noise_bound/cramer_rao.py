@@ -104,7 +104,7 @@ def noise(
         model, pictures, loss, labels, seed, memory_budget=memory_budget, time_limit=time_limit
     )
     sent = WeighedJacobian(point.update, channel(point, float(sigma), chain))
-    with show:
+    with show, show.every_operation():
         show.stage("Fisher information")
         route, seen = information(
             sent, method, room=point.room, samples=samples, iterations=iterations, seed=seed,

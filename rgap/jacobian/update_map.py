@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from rgap.jacobian.module_gradient import ClientLoss, ModuleGradient
 from rgap.machine import memory
+from rgap.machine.allowance import OutOfTime
 from rgap.network.isolation import bare_copy, plain_kernels
 from rgap.network.running import first_line
 from rgap.network.watching import watched
@@ -127,6 +128,8 @@ class UpdateMap(ModuleGradient):
         if self.forward_mode:
             try:
                 return torch.vmap(self._forward_over_reverse)(directions)
+            except OutOfTime:
+                raise
             except (RuntimeError, ValueError) as error:  # ValueError: raised by the forward itself
                 log.info("no forward derivative (%s): two reverse passes", first_line(error))
                 self.forward_mode = False

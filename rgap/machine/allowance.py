@@ -2,17 +2,21 @@
 
 A loop asks between its passes.  One factorisation of a large matrix can take longer than all that
 is left, and nothing interrupts it: what it will take is told from its size before it begins.
+Within :meth:`Timed.every_operation` every operation of torch asks.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from math import ceil, floor, inf, log10
+from math import ceil, floor, inf, log10, prod
+from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rgap.progress import Progress, Report, Shown
 
@@ -35,11 +39,14 @@ __all__ = [
 OVER = 0.1  # of a limit, by which it may be exceeded
 LEAST = 1e-3  # seconds
 EXACTLY = 1e-9  # of a digit, which rounding up leaves as it is
-TRIAL = 320  # size of the factorisation that others are told from: about 0.1 s
+TRIAL = 320  # size of the factorisation that others are told from
+SHORT = 0.02  # seconds of a trial, about what that one takes
 LEAST_ASKED = float(TRIAL**3)  # work below which there is time for it in any case
-CHOLESKY = 1 / 60  # work of a normal matrix and its factor, over that of the singular values
-PLAIN = 1 / 12  # work of a QR or a product of the same sizes, over that of the singular values
-SYMMETRIC = 1 / 3  # that of the eigenvalues and vectors of a symmetric matrix
+# Shares of the work of the singular values and vectors, measured at 320 … 1280 rows.
+CHOLESKY = 1 / 25  # of a normal matrix and its factor
+PLAIN = 1 / 12  # of a product of the same sizes, or of its QR by such products
+SYMMETRIC = 1 / 2  # of the eigenvalues and vectors of a symmetric matrix
+REFLECTED = 1 / 5  # of a QR by reflections
 
 Ahead = Callable[[float], None]
 """Asks whether there is time for work of so many units, see :func:`factorisation`."""
@@ -151,6 +158,33 @@ class Timed(Progress):
                 f"{self.limit:g} s are left; {self._advice(need)}"
             )
 
+    @contextmanager
+    def every_operation(self) -> Iterator[None]:
+        """Within it every operation of torch asks for the time that it takes before it begins.
+
+        What runs there must let OutOfTime through: no ``except ValueError`` around it.
+
+        >>> with Timed(False, 1e-3) as show, show.every_operation():
+        ...     torch.zeros(3000, 3000) @ torch.zeros(3000, 3000)
+        Traceback (most recent call last):
+        ...
+        rgap.machine.allowance.OutOfTime: time_limit: ...
+        """
+        if self.limit == inf:
+            yield
+            return
+        pace(self._device)  # measured outside, or its own factorisation would ask
+        with _Asking(self._ask):
+            yield
+
+    def _ask(self, work: float) -> None:
+        self.ahead(work)
+        if self._clock() > self.end:
+            place = self.last.what if self.last is not None else "the next step"
+            raise OutOfTime(
+                f"time_limit: the {self.limit:g} s are over at '{place}'; {self._advice(0.0)}"
+            )
+
     def _advice(self, need: float) -> str:
         used = self._clock() - (self.end - self.limit)
         enough = sufficient(self.limit, used + need)
@@ -215,11 +249,84 @@ def sufficient(limit: float, need: float) -> float:
     return ceil(enough / size - EXACTLY) * size
 
 
+class _Asking(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Asks before every operation of torch."""
+
+    def __init__(self, ask: Ahead) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._ask = ask
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        count = WORK.get(func.overloadpacket.__name__)
+        tensors = [value for value in args if isinstance(value, torch.Tensor)]
+        self._ask(count(*tensors) if count is not None else 0.0)
+        return func(*args, **(kwargs or {}))
+
+
+def _product(*factors: torch.Tensor) -> float:
+    """Of a sum and a product of matrices, or of the product alone: the last two factors count."""
+    left, right = factors[-2:]
+    return PLAIN * left.numel() * right.shape[-1]
+
+
+def _convolution(x: torch.Tensor, weight: torch.Tensor, *bias: torch.Tensor) -> float:
+    return PLAIN * (x.numel() // max(1, x.shape[1])) * weight.numel()
+
+
+def _convolution_backward(k: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> float:
+    return 2.0 * _convolution(x, weight)
+
+
+def _of_each(share: float) -> Callable[..., float]:
+    """Of every matrix of a batch, the first argument."""
+
+    def work(matrix: torch.Tensor, *others: torch.Tensor) -> float:
+        *outer, rows, columns = matrix.shape
+        return prod(outer) * factorisation(rows, columns, share)
+
+    return work
+
+
+def _solved(matrix: torch.Tensor, *others: torch.Tensor) -> float:
+    """A matrix factored, and its solutions."""
+    return _of_each(PLAIN)(matrix) + sum(_product(matrix, one) for one in others if one.ndim > 1)
+
+
+WORK: Mapping[str, Callable[..., float]] = {
+    "mm": _product,
+    "bmm": _product,
+    "addmm": _product,
+    "baddbmm": _product,
+    "convolution": _convolution,
+    "convolution_backward": _convolution_backward,
+    "_linalg_svd": _of_each(1.0),
+    "_linalg_eigh": _of_each(SYMMETRIC),
+    "linalg_qr": _of_each(REFLECTED),
+    "linalg_cholesky_ex": _of_each(CHOLESKY),
+    "linalg_lu_factor_ex": _of_each(PLAIN),
+    "linalg_inv_ex": _of_each(PLAIN),
+    "_linalg_solve_ex": _solved,
+    "linalg_lu_solve": _solved,
+    "linalg_solve_triangular": _solved,
+}
+"""Work of the operations that can take long; every other takes a pass over its tensors."""
+
+
 @cache
 def pace(device: str) -> float:
-    """Seconds of one unit of work here."""
+    """Seconds of one unit of work here, from the largest trial that is short."""
     generator = torch.Generator().manual_seed(0)
-    matrix = torch.randn(TRIAL, TRIAL, generator=generator, dtype=torch.float64).to(device)
-    began = time.perf_counter()
-    torch.linalg.svd(matrix).S.sum().item()
-    return (time.perf_counter() - began) / TRIAL**3
+    for size in (TRIAL // 4, TRIAL):
+        matrix = torch.randn(size, size, generator=generator, dtype=torch.float64).to(device)
+        began = time.perf_counter()
+        torch.linalg.svd(matrix).S.sum().item()
+        seconds = time.perf_counter() - began
+        if seconds > SHORT:  # a machine that others use as well: more would only take long
+            break
+    return seconds / size**3
