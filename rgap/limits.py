@@ -228,6 +228,10 @@ OFF_LEAST, OFF, SURELY_ON = 4.0, 1.25, 4.0
 # many have to come back: a null direction holds more of one of these normal vectors of n entries,
 # but with chance (0.8 BACK √n)^PROBES: 10^-5 at n = 3072.
 BACK, PROBES = 5e-4, 3
+# Relative change of values, over that of a picture whose entries change places, up to which the
+# picture may be another that gives them, and Gauss–Newton begins there: no symmetry leaves nothing,
+# or what errors of the picture do, and ordinary layers a third and more of it.
+UNMOVED = 0.03
 # Rounding of our own arithmetic in values of a network, in units of eps of the largest of them: the
 # square root of a thousand terms a layer.
 OWN = 32.0

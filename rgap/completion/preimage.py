@@ -17,16 +17,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import inf, prod
 
 import torch
 from torch import Tensor
 
+from rgap.completion.rearranged import rearrangements, steps_of, unmoved
 from rgap.completion.value_search import Search
 from rgap.completion.value_settling import MEMBERS, Settled, Settling
-from rgap.completion.value_uniqueness import agreed, folded, mirrored
+from rgap.completion.value_uniqueness import agreed, folded, mirrored, orderless
 from rgap.jacobian.frontier import Frontier, frontier
-from rgap.limits import PROBES, SURPLUS, SURPLUS_SHARE
+from rgap.limits import FITS, PROBES, SAFETY, SURPLUS, SURPLUS_SHARE
 from rgap.network.flow import Flow
 from rgap.precision import Estimate
 from rgap.progress import Watch, silent
@@ -35,6 +37,8 @@ from rgap.recursion.graph import GraphDescent
 __all__ = ["Preimage", "preimage"]
 
 HANDED_OVER = 1e-3, 3e-5, 0.0  # relative misfits at which Gauss–Newton is tried; 0: as errors say
+AGAIN = 2  # searches more where places are forgotten
+OTHERS = 3  # rearranged pictures of a sample that Gauss–Newton begins at
 COPIES = (
     24.0  # bytes a value on the way: float32, with its cotangent, its slope and what is made of it
 )
@@ -104,16 +108,25 @@ def preimage(
         if isinstance(doubted, str):
             return doubted
         nearest = Frontier(flow, lowest, known, told.unit).to(torch.float32)
-        made = _looked_for(full, Search(nearest, start, watch, below, deadline))
-        if doubted and not isinstance(made, str):
-            again = Search(nearest, lambda n: start(n + 1), watch, f"again {below}", deadline)
-            made = agreed(made, _looked_for(full, again))
+        times = max(int(doubted), AGAIN if orderless(full) else 0)
+        search = partial(Search, nearest, watch=watch, below=below, deadline=deadline)
+        made = _looked_for(full, search(start))
+        for number in range(1, times + 1):
+            if not isinstance(made, str):
+                again = search(partial(_later, start, number), below=f"again {below}")
+                made = agreed(made, _looked_for(full, again))
         if not isinstance(made, str):
-            made = mirrored(nearest, made[0].value) or made
+            other = mirrored(nearest, made[0].value)
+            made = other or _rearranged(Settling(full, watch, below), nearest, made[0]) or made
     if isinstance(made, str):
         return made
     data, misfit = made
     return Preimage(data, misfit, unknowns, on)
+
+
+def _later(start: Callable[[int], Tensor], by: int, number: int) -> Tensor:
+    """Other starts of a search: those that follow."""
+    return start(number + by)
 
 
 def _looked_for(full: Frontier, search: Search) -> Settled | str:
@@ -128,3 +141,32 @@ def _looked_for(full: Frontier, search: Search) -> Settled | str:
         if not isinstance(made, str) or search.late:
             break
     return made
+
+
+def _rearranged(settling: Settling, nearest: Frontier, data: Estimate) -> str:
+    """Why data with entries in other places give the same known values; or "".
+
+    Args:
+        settling: of the known values.
+        nearest: those nearest to the data, float32.
+        data: that give them.
+    """
+    shapes = [node.shape for _, node in nearest.between()]
+    steps = steps_of(tuple(data.value.shape[1:]), shapes)
+    for row, (x, std) in enumerate(zip(data.value, data.std, strict=True)):
+        off = 2.0 * SAFETY * float(std.max())
+        sizes = [float(v.norm()) or 1.0 for v in nearest(x[None].float())]
+
+        def values(pictures: Tensor, sizes: list[float] = sizes) -> Tensor:
+            edge = zip(nearest(pictures.float()), sizes, strict=True)
+            return torch.cat([(v / size).flatten(1) for v, size in edge], 1)
+
+        for other in unmoved(values, x, rearrangements(x, steps, off))[:OTHERS]:
+            ended, misfit = settling.nearest(row, other.value[None])
+            apart = float((ended[0] - x).abs().max())
+            if misfit <= FITS and apart > off:
+                return (
+                    f"sample {row} {other.words} gives the same known values, off by {apart:.2g} "
+                    "in an entry: neither may be the data"
+                )
+    return ""

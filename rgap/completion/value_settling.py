@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rgap.jacobian.frontier import Frontier, Tangent
-from rgap.limits import BACK, FITS, PROBES
+from rgap.limits import BACK, FITS, PROBES, SAFETY
 from rgap.precision import Estimate
 from rgap.progress import Watch
 from rgap.solvers.conjugate import cgls, times
@@ -61,22 +61,48 @@ class Settling:
     def settled(self, row: int, x: Tensor) -> tuple[Estimate, float] | str:
         """One sample, from data near it."""
         full, sigma = self.function, self.function.sigma(row)
-
-        def stacked(values: Sequence[Tensor]) -> Tensor:
-            return torch.cat([(v / s).flatten(1) for v, s in zip(values, sigma, strict=True)], 1)
-
-        target = stacked([full.known[place].value[row][None] for place in full.edge])
         generator = torch.Generator().manual_seed(row)
-        errors = stacked(
+        errors = _stacked(
             [
                 full.known[place].error[:MEMBERS, row]
                 + full.own(place) * torch.randn((MEMBERS, *s.shape), generator=generator).to(s)
                 for place, s in zip(full.edge, sigma, strict=True)
-            ]
+            ],
+            sigma,
         )
+        x, misfit = self.nearest(row, x)
+        if not misfit <= FITS:
+            return (
+                f"the data nearest to the known values miss them by {misfit:.1e} standard errors: "
+                "the weights or the running statistics below them are others than the client's"
+            )
+        drawn = torch.randn((PROBES, *x.shape[1:]), generator=generator).to(x)
+        moved = _solved(Tangent(self.rough, sigma, x.float()), errors, ACCURACY)
+        # What is read by units within their error of a kink alone is open on its other side.
+        beside = torch.cat([x + SAFETY * moved, x - SAFETY * moved])
+        tangent = Tangent(self.rough, sigma, x.float(), beside.float())
+        images = tangent.push(drawn.float()).to(x) / tangent.unit
+        back = _solved(tangent, images, ACCURACY)
+        lost = (back - drawn).flatten(1).norm(dim=1) / drawn.flatten(1).norm(dim=1)
+        if not bool((lost <= BACK).all()):
+            return (
+                "the known values leave directions of the data open: of a random one "
+                f"{float(lost.max()):.1e} is lost"
+            )
+        return Estimate(x, moved[:, None]), misfit
+
+    def nearest(self, row: int, x: Tensor) -> tuple[Tensor, float]:
+        """Where Gauss–Newton ends for one sample, and its misfit in standard errors.
+
+        Args:
+            row: of the sample.
+            x: data to begin at, [1, *in_shape].
+        """
+        full, sigma = self.function, self.function.sigma(row)
+        target = _stacked([full.known[place].value[row][None] for place in full.edge], sigma)
         misfit, step, met = inf, torch.zeros_like(x), False
         for number in range(LAST + 1):
-            gap = target - stacked(full(x + step))
+            gap = target - _stacked(full(x + step), sigma)
             now = float(gap.square().mean().sqrt())
             if not now < misfit:
                 break
@@ -88,22 +114,12 @@ class Settling:
             met = number > 0 and misfit <= 1.0
             tangent = Tangent(self.rough, sigma, x.float())
             step = _solved(tangent, gap, ACCURACY if number else FIRST)
-        if not misfit <= FITS:
-            return (
-                f"the data nearest to the known values miss them by {misfit:.1e} standard errors: "
-                "the weights or the running statistics below them are others than the client's"
-            )
-        drawn = torch.randn((PROBES, *x.shape[1:]), generator=generator).to(x)
-        tangent = Tangent(self.rough, sigma, x.float())
-        images = tangent.push(drawn.float()).to(x) / tangent.unit
-        moved = _solved(tangent, torch.cat([errors, images]), ACCURACY)
-        lost = (moved[MEMBERS:] - drawn).flatten(1).norm(dim=1) / drawn.flatten(1).norm(dim=1)
-        if not bool((lost <= BACK).all()):
-            return (
-                "the known values leave directions of the data open: of a random one "
-                f"{float(lost.max()):.1e} is lost"
-            )
-        return Estimate(x, moved[:MEMBERS, None]), misfit
+        return x, misfit
+
+
+def _stacked(values: Sequence[Tensor], sigma: Sequence[Tensor]) -> Tensor:
+    """Values of the frontier in units of their errors, [S, m]."""
+    return torch.cat([(v / s).flatten(1) for v, s in zip(values, sigma, strict=True)], 1)
 
 
 def _solved(tangent: Tangent, rhs: Tensor, accuracy: float) -> Tensor:

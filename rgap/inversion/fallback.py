@@ -18,6 +18,7 @@ from rgap.head.target import read_target
 from rgap.inversion import certificate, outcomes
 from rgap.inversion.answer import Run, answers_of
 from rgap.inversion.batch_rows import rows_of
+from rgap.inversion.elsewhere import elsewhere
 from rgap.inversion.problem import Problem
 from rgap.inversion.replay import replayed
 from rgap.inversion.top import head_cotangent, head_features
@@ -98,7 +99,8 @@ def filled(problem: Problem, run: Run, show: Progress) -> Recovery:
         show.stage("polish on the whole update")
         recovery = certificate.certify(problem, answers_of(problem, reached))
         if recovery.status in (Status.EXACT, Status.AMBIGUOUS):
-            return recovery
+            show.stage("the same entries in other places")
+            return elsewhere(problem, reached, recovery)
     inputs, labels = _samples(problem, reached, minimum.value)
     reason = _words(halt.reason, -surplus, unknowns, minimum)
     if minimum.misfit <= MISSED:

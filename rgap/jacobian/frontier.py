@@ -164,34 +164,41 @@ class Tangent:
         function: the values.
         sigma: standard errors of each, [*shape].
         x: [1, *in_shape], in the arithmetic of the function.
+        near: other data [S, *in_shape] that x may be as well: what units let through of all of
+            them, the smaller slope on the two sides of a kink and nothing of a pool with a tie.
 
     ``unit`` is the least of the errors, so that products stay in the range of float32.
     """
 
-    def __init__(self, function: Frontier, sigma: Sequence[Tensor], x: Tensor) -> None:
+    def __init__(
+        self,
+        function: Frontier,
+        sigma: Sequence[Tensor],
+        x: Tensor,
+        near: Tensor | None = None,
+    ) -> None:
         self.function, self.unit = function, min(float(s.min()) for s in sigma)
         self.sigma = [(s[None] / self.unit).to(x) for s in sigma]
-        values = function.values(x)
-        self.slopes = {
-            place: node.link.derivative(values[node.sources[0]])
-            for place, node in function.between()
-            if isinstance(node.link, Activation)
-        }
-        self.winners = {
-            place: node.link.winners(values[node.sources[0]])
-            for place, node in function.between()
-            if isinstance(node.link, MaxPool)
-        }
+        values = function.values(x if near is None else torch.cat([x, near]))
+        self.slopes, self.winners = dict[int, Tensor](), dict[int, Tensor]()
+        for place, node in function.between():
+            if isinstance(node.link, Activation):
+                self.slopes[place] = _least(node.link.derivative(values[node.sources[0]]))
+            elif isinstance(node.link, MaxPool):
+                winners = node.link.winners(values[node.sources[0]])
+                self.winners[place] = winners[:1]
+                self.slopes[place] = (winners == winners[:1]).all(0, keepdim=True).to(x)
 
     def push(self, v: Tensor) -> Tensor:
         """``J v``, [S, *in_shape] → [S, m]."""
         moved = {0: v}
         for place, node in self.function.between():
             parts = [moved[source] for source in node.sources]
-            if place in self.slopes:
+            if isinstance(node.link, MaxPool):
+                taken = node.link.taken(parts[0], self.winners[place])
+                moved[place] = taken * self.slopes[place]
+            elif place in self.slopes:
                 moved[place] = parts[0] * self.slopes[place]
-            elif isinstance(node.link, MaxPool):
-                moved[place] = node.link.taken(parts[0], self.winners[place])
             elif node.link is None:
                 moved[place] = node.forward(parts)
             else:
@@ -206,10 +213,10 @@ class Tangent:
         sent = {place: piece.reshape(-1, *s.shape[1:]) / s for place, s, piece in edge}
         for place, node in reversed(self.function.between()):
             k = sent[place]
-            if place in self.slopes:
+            if isinstance(node.link, MaxPool):
+                parts = [node.link.put(k * self.slopes[place], self.winners[place])]
+            elif place in self.slopes:
                 parts = [k * self.slopes[place]]
-            elif isinstance(node.link, MaxPool):
-                parts = [node.link.put(k, self.winners[place])]
             elif node.link is None:
                 sizes = [self.function.flow.nodes[source].shape[0] for source in node.sources]
                 parts = node.spread(k, sizes)
@@ -218,6 +225,11 @@ class Tangent:
             for source, part in zip(node.sources, parts, strict=True):
                 sent[source] = sent[source] + part if source in sent else part
         return sent[0]
+
+
+def _least(slopes: Tensor) -> Tensor:
+    """Of every unit the slope of least size, [S, *shape] → [1, *shape]."""
+    return slopes.gather(0, slopes.abs().argmin(0, keepdim=True))
 
 
 def _needed(flow: Flow, edge: list[int]) -> list[int]:
