@@ -156,9 +156,11 @@ def _parts(x: Tensor, steps: Sequence[int], off: float) -> Iterator[Rearranged]:
     """What stands before a background of one colour, each part by itself."""
     from scipy.ndimage import binary_dilation, label
 
+    if x.ndim < 2:
+        return
     flat = x.flatten(1)
     colours, counts = torch.unique(flat.round(decimals=6), dim=1, return_counts=True)
-    if x.ndim < 3 or float(counts.max()) < BACKGROUND * flat.shape[1]:
+    if float(counts.max()) < BACKGROUND * flat.shape[1]:
         return
     colour = colours[:, counts.argmax()].reshape(-1, *[1] * (x.ndim - 1))
     shown = ((x - colour).abs() > max(off, 1e-6)).any(0)

@@ -176,3 +176,10 @@ def _flat(pictures: Tensor) -> Tensor:
 
 def _mean(pictures: Tensor) -> Tensor:
     return pictures.mean((2, 3))
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 6), (1, 3, 4), (1, 2, 3, 2), (3, 1, 1)])
+def test_any_shape_is_taken(shape: tuple[int, ...]) -> None:
+    x = torch.linspace(0.0, 1.0, torch.Size(shape).numel()).reshape(shape)
+    for one in rearrangements(x, steps_of(shape, [shape]), 0.0):
+        assert one.value.shape == x.shape
