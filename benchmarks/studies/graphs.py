@@ -158,13 +158,14 @@ def picture_row(
     began = time.perf_counter()
     recovery = rgap.invert(model, update, time_limit=limit)
     seconds, told = time.perf_counter() - began, ""
+    why = "" if recovery.status is rgap.Status.EXACT else recovery.reason
     if recovery.inputs is not None and recovery.error_bound is not None:
         found = match(recovery.inputs, recovery.labels, x, given)
         told = f"{found.psnr:6.1f}  {found.worst / recovery.error_bound:7.3f}"
         told += "" if found.labels_right else "  LABELS WRONG"
     return (
         f"{batch:>2}  {labels:<9} {str(dtype)[6:]:<8} {recovery.status.name:<15} {told:<16} "
-        f"{seconds:6.1f}  {'; '.join(recovery.warnings)}"
+        f"{seconds:6.1f}  {why}"
     )
 
 

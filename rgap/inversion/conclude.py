@@ -112,7 +112,7 @@ def _with_features(
         recovery = replace(recovery, layers=tuple(layers))
     notes = (f"no features are certified: {doubt}",) if doubt else ()
     if branched is not None and branched.note:
-        notes = (*notes, branched.note)
+        recovery = replace(recovery, reason=f"{recovery.reason}; below it, {branched.note}")
     return with_features(replace(recovery, warnings=(*recovery.warnings, *notes)), features)
 
 
