@@ -101,6 +101,10 @@ ROOT = 1e-9
 # three passes (projection, factor, substitution) that each add one.
 PASSES = 3.0
 
+# Share of the client's rounding to which layers are solved: what that leaves of an entry, beside
+# the largest one, counts as its error: nothing beside the rounding of any sum but one of zeros.
+SOLVED = 1e-3
+
 # --- Directions ------------------------------------------------------------------------------
 
 # Standard error of a direction, in units of the data, above which it is open.  A certificate

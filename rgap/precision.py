@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rgap.arithmetic.rounding import ABSENT
-from rgap.limits import SCATTER
+from rgap.limits import PASSES, SCATTER, SOLVED
 
 UNKNOWN = 1e150  # standard error of a value that no equation fixes
 OPEN = 1e100  # above which it is one, whatever scale a normalisation has put on it
@@ -136,6 +136,22 @@ class Precision:
     def sum_std(self, squares: Tensor) -> Tensor:
         """Standard error of a sum whose squared terms add up to ``squares``."""
         return squares.clamp_min(0).sqrt() * (GROWTH * self.unit) + self.floor
+
+    @property
+    def solved(self) -> float:
+        """Change of a solution, as a share of it, at which a solve of ours has ended."""
+        return max(1e-15, SOLVED * self.unit)
+
+    def squares(self, value: Tensor) -> Tensor:
+        """Squares of recovered values, as :meth:`sum_std` of what is made of them takes them.
+
+        Solved for together, none of them is known better than our own arithmetic tells it from the
+        largest: a sum over entries of 0 has that error all the same.  Beside what the client's sum
+        over other entries rounds it vanishes.
+        """
+        own = max(PASSES * torch.finfo(torch.float64).eps / 2, SOLVED * self.unit)
+        least = own / (GROWTH * self.unit)
+        return value.square() + (least * value.abs().max()) ** 2
 
     @property
     def noisy(self) -> bool:

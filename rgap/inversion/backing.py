@@ -35,7 +35,7 @@ from rgap.recursion.reached import Descent
 LOOKED = 1000  # sizes that are compared: more of them would be near each other by chance
 MEMBERS = 4  # of the ensemble of an answer that are replayed
 
-__all__ = ["backing", "of_prefix", "widening"]
+__all__ = ["backing", "of_features", "of_prefix", "widening"]
 
 
 def widening(tests: int) -> float:
@@ -125,6 +125,27 @@ def of_prefix(
     gap = again - problem.gradients[top.bias_name].to(again)
     seen = gap.square() + (problem.precision.unit * again).square()
     return min(alone, _by_few(torch.stack(moved).flatten(1), seen.flatten(), 0))
+
+
+def of_features(
+    problem: Problem, stage: Stage, x: Estimate, k: Estimate, reading: Reading
+) -> float:
+    """The same of the input of the last layer alone, where the recursion ends before the data.
+
+    Args:
+        problem: the update.
+        stage: the last layer.
+        x: its input, [1, *in_shape], as its gradient carries it.
+        k: the cotangent at its output, [1, *out_shape].
+        reading: of the target.
+    """
+    columns = x.value.flatten()
+    if stage.affine.bias_name is not None:
+        columns = torch.cat([columns, columns.new_ones(1)])
+    tests = (_apart(k.value.flatten()) - 1) * (_apart(columns) - 1)
+    if tests > 0:
+        return widening(tests)
+    return inf if _dense(problem) else _by_logits(problem, stage, x, k, reading)
 
 
 def _unknowns(descent: Descent) -> int:

@@ -6,15 +6,14 @@ replays the update with one of them.
 
 Where the recursion ends before the data, the inputs of layers above that place may be certified:
 the layer's gradient is of rank one to the rounding of the update, and the layer above, whose input
-its own gradient carries too, agrees: ``x_{i+1} = φ(W_i x_i + b_i)`` within the errors of both.
+its own gradient carries too, agrees: ``x_{i+1} = φ(W_i x_i + b_i)`` within the errors of both.  The
+topmost of them has to give the head's cotangent.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-
-import torch
-from torch import Tensor
+from math import hypot
 
 from rgap.halt import Halt
 from rgap.head.bias_attack import rank_one_residual
@@ -23,6 +22,7 @@ from rgap.head.target import Reading
 from rgap.inversion import certificate, outcomes, verdict
 from rgap.inversion.answer import Answer, cast_of, polished_from
 from rgap.inversion.backing import of_prefix
+from rgap.inversion.head_test import head_test, risen, spread_of
 from rgap.inversion.parts import in_parts
 from rgap.inversion.problem import Problem
 from rgap.inversion.targets import Trial, try_targets
@@ -30,7 +30,7 @@ from rgap.inversion.top import head_gradients
 from rgap.limits import REFUTED, SAFETY
 from rgap.network.chain import Stage
 from rgap.network.prefix import Prefix
-from rgap.precision import Estimate, carried
+from rgap.precision import Estimate
 from rgap.progress import Progress
 from rgap.recovery import Recovery, Status
 from rgap.recursion.reached import Descent
@@ -206,7 +206,12 @@ def certified_features(problem: Problem, descent: Descent) -> tuple[dict[str, Es
         if doubt:
             return {}, doubt
         known[stage.index] = own[0]
-    return {stages[i].name: u for i, u in known.items()}, ""
+    if not known:
+        return {}, ""
+    doubt, wider = head_test(problem, known)
+    if doubt:
+        return {}, doubt
+    return {stages[i].name: replace(u, error=wider * u.error) for i, u in known.items()}, ""
 
 
 def _own(problem: Problem, stage: Stage) -> tuple[Estimate, str] | None:
@@ -229,25 +234,13 @@ def _contradiction(
     precision, (read, mixed) = problem.precision, carries
     if mixed:
         return f"the gradient of '{above.name}' is not of rank one, as that of one sample is"
-    z = stage.affine.forward(u.value)
-    own = torch.stack([stage.affine.linear(error) for error in u.error])
-    own = own + precision.normal(
-        precision.sum_std(stage.affine.linear_of_squares(u.value.square()))
-    )
-
-    def rise(x: Tensor) -> Tensor:
-        for op in (*stage.tail, *above.lead):
-            x = op.forward(x)
-        return x
-
-    made = carried(rise, Estimate(z, own))
-    made_error = made.error + precision.rounding(made.value)
+    made = risen(stage, above, u, precision)
     gap = float((made.value - read.value).norm())
-    spread = (read.error.square() + made_error.square()).flatten(1).sum(1).mean().sqrt()
-    if gap <= SAFETY * float(spread):
+    spread = hypot(spread_of(read), spread_of(made))
+    if gap <= SAFETY * spread:
         return ""
     return (
         f"the input of '{above.name}' that its gradient carries is not what '{stage.name}' makes "
         f"of its own: they differ by {gap / max(float(read.value.norm()), 1e-300):.1e} of their "
-        f"size, {gap / max(float(spread), 1e-300):.2g} standard errors"
+        f"size, {gap / max(spread, 1e-300):.2g} standard errors"
     )

@@ -144,6 +144,9 @@ class Linearisation:
             rounded.append([])
             for op, before in zip(node.stage.tail, node.tail_inputs, strict=True):
                 value = push(op, before, value)
+                summed = None if inject is None else op.terms(before)
+                if inject is not None and summed is not None:
+                    value = value + inject.normal(inject.sum_std(summed))
                 if inject is not None and isinstance(op, Activation):
                     rounded[-1].append(inject.rounding(op.forward(before)))
                     value = value + rounded[-1][-1]
@@ -211,13 +214,18 @@ class Linearisation:
         assert back is not None
         return back, own
 
-    def squares(self) -> ParameterRows:
-        """Σ k²u² (and Σ k²) per gradient entry: what the rounding of its sum scales with."""
+    def squares(self, precision: Precision | None = None) -> ParameterRows:
+        """Σ k²u² (and Σ k²) per gradient entry: what the rounding of its sum scales with.
+
+        Args:
+            precision: with which the inputs u were recovered; None where they are exact.
+        """
         out: ParameterRows = {}
         for node in self.nodes:
             affine = node.stage.affine
             k2 = node.k.square()
-            out[affine.weight_name] = affine.weight_gradient(node.u.square(), k2)
+            u2 = node.u.square() if precision is None else precision.squares(node.u)
+            out[affine.weight_name] = affine.weight_gradient(u2, k2)
             if affine.bias_name is not None:
                 out[affine.bias_name] = affine.bias_gradient(k2)
         return out

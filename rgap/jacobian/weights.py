@@ -57,7 +57,7 @@ def row_weights(
 def _update_std(point: Linearisation, precision: Precision) -> ParameterRows:
     """Standard error of every entry from the rounding of its own sum, and the stated noise."""
     totals = point.gradients() if len(point.x) > 1 else {}
-    squares = point.squares()
+    squares = point.squares(precision)
     return {name: precision.update_std(name, s, totals.get(name)) for name, s in squares.items()}
 
 

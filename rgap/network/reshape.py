@@ -92,6 +92,14 @@ class Op(ABC):
             f"{list(self.out_shape)} and has no inverse"
         )
 
+    def inverse_linear(self, dy: Tensor) -> Tensor:
+        """L⁻¹ dy, without the constant (affine steps only)."""
+        return self.inverse(dy) - self.inverse(torch.zeros_like(dy))
+
+    def terms(self, x: Tensor) -> Tensor | None:
+        """Sum of the squared terms that the client adds up to the output; None for no sum."""
+        return None
+
     def to(self: _Op, device: torch.device | str | torch.dtype) -> _Op:
         """The same step with its tensors on ``device``, or in other arithmetic."""
         moved = copy.copy(self)

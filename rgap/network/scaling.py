@@ -57,6 +57,14 @@ class Scale(Op):
         """(y − shift) / scale."""
         return super().inverse(y) if self.barrier else (y - self.shift) / self.scale
 
+    def inverse_linear(self, dy: Tensor) -> Tensor:
+        """Dy / scale: a difference of two inverses loses what is small beside the shift."""
+        return super().inverse(dy) if self.barrier else dy / self.scale
+
+    def terms(self, x: Tensor) -> Tensor:
+        """(scale ⊙ x)² + shift²: where the two cancel, their rounding is what is left."""
+        return self.linear(x).square() + self.shift.square()
+
 
 class BatchNorm(Scale):
     """Batch norm with running statistics: γ (x − mean)/√(var + ε) + β.
@@ -86,6 +94,11 @@ class BatchNorm(Scale):
         beta = bias[1].reshape(column) if bias else torch.zeros_like(self.mean)
         scale = gamma / self.deviation
         super().__init__(name, kind, in_shape, scale, beta - self.mean * scale)
+
+    def terms(self, x: Tensor) -> Tensor:
+        """The same with the shift as the client adds it up, β − mean ⊙ scale."""
+        centred = (self.mean * self.scale).square()
+        return self.linear(x).square() + centred + (self.shift + self.mean * self.scale).square()
 
     def normalised(self, x: Tensor) -> Tensor:
         """(x − mean)/√(var + ε): what γ multiplies."""

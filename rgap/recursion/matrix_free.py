@@ -105,7 +105,8 @@ def solve_matrix_free(
     system = replace(_weighted(affine, z, k, guess, precision), ahead=ahead)
     rows = system.rows(gradient, target)
     generator = torch.Generator().manual_seed(precision.seed)
-    size = guess.square().mean().sqrt() / system.scale.mean()
+    size = guess.square().mean().sqrt()
+    size = torch.where(size > 0, size, 1.0) / system.scale.mean()  # two starts at 0 are one
     scaled = torch.where(affine.reads, guess / system.scale, 0.0)
     draws = [torch.randn(guess.shape, generator=generator, dtype=guess.dtype) for _ in range(2)]
     starts = [scaled + draw.to(guess) * size for draw in draws]
@@ -123,7 +124,7 @@ def solve_matrix_free(
     u = refined.x.reshape(guess.shape) * system.scale
     errors = []
     own = _update_std(affine, u, k, precision)
-    forward = precision.normal(precision.sum_std(affine.squared().linear(u.square())))
+    forward = precision.normal(precision.sum_std(affine.squared().linear(precision.squares(u))))
     members = min(MEMBERS, len(k.error))
     for member in range(members):
         noise = precision.normal(own, samples=1)[0] - affine.weight_gradient(u, k.error[member])
@@ -147,7 +148,7 @@ def _weighted(
     for error in members:
         variance += affine.weight_gradient(guess, error).square_() / len(members)
     variance = variance.flatten(1).mean(1)
-    forward = precision.sum_std(affine.squared().linear(guess.square()))
+    forward = precision.sum_std(affine.squared().linear(precision.squares(guess)))
     weight = (z.std.square() + forward.square()).sqrt().clamp_min(1e-300).reciprocal()
     return MatrixFree(
         affine,
@@ -159,5 +160,5 @@ def _weighted(
 
 
 def _update_std(affine: Affine, u: Tensor, k: Estimate, precision: Precision) -> Tensor:
-    squares = affine.weight_gradient(u.square(), k.value.square())
+    squares = affine.weight_gradient(precision.squares(u), k.value.square())
     return precision.update_std(affine.weight_name, squares)

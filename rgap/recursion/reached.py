@@ -15,7 +15,6 @@ from rgap.network.chain import Chain
 from rgap.network.reshape import Reshape
 from rgap.precision import Estimate
 from rgap.recursion.stage import StageSolution
-from rgap.recursion.steps import affine_error
 
 __all__ = ["Descent", "Reached"]
 
@@ -109,11 +108,11 @@ class Descent:
             coupling = weight_constraint(stage.affine, v.shape[1], read_only=True)
             u = v
             for op in stage.lead:  # (L⁻¹)ᵀ: a reshape is orthogonal, a scaling its own transpose
-                u = each(op.forward, u) if isinstance(op, Reshape) else affine_error(op, u)
+                u = each(op.forward if isinstance(op, Reshape) else op.inverse_linear, u)
             table = coupling.unfold(u.flatten(0, 1), u.shape[0])
             solved = coupling.fold(made.precondition(table)).reshape(u.shape)
             for op in reversed(stage.lead):
-                solved = affine_error(op, solved)
+                solved = each(op.inverse_linear, solved)
             return solved
 
         return inverse

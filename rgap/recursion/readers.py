@@ -78,7 +78,7 @@ def from_gradients(
         if isinstance(made, str):
             return made
         main = stack.weighed(stack.sent, weights)
-        table, _ = made.solve((main, None), tolerance=max(1e-15, 1e-3 * precision.unit))
+        table, _ = made.solve((main, None), tolerance=precision.solved)
         u = stack.fold(table)
         weights = stack.weights(u)
     assert isinstance(made, Factor)
@@ -166,7 +166,7 @@ class _Stack:
         self.stds, parts = [], []
         for reader in self.readers:
             affine, k = reader.affine, reader.k
-            squares = affine.weight_gradient(u.square(), k.value.square())
+            squares = affine.weight_gradient(self.precision.squares(u), k.value.square())
             std = self.precision.update_std(affine.weight_name, squares)
             variance = std.square()
             for error in k.error[:FEW]:

@@ -296,11 +296,11 @@ class _Stage:
 
     def squares(self, u: Tensor) -> Tensor:
         """Σ k² u², the squared terms of each gradient entry."""
-        return self.affine.weight_gradient(u.square(), self.k.value.square())
+        return self.affine.weight_gradient(self.precision.squares(u), self.k.value.square())
 
     def affine_squares(self, u: Tensor) -> Tensor:
-        """Σ w² u² (+ b²), the squared terms of each pre-activation."""
-        return self.affine.squared().linear(u.square())
+        """Σ w² u², the squared terms of each pre-activation."""
+        return self.affine.squared().linear(self.precision.squares(u))
 
     def suffices(self, made: Factor) -> bool:
         """True if the gradient block is sharp enough, and the joint factor too dear.
@@ -329,7 +329,7 @@ class _Stage:
     def compute(self, made: Factor) -> tuple[Estimate, int]:
         """Solve for u, then once more for every member of the ensemble."""
         main = self.weighted(made, self.rows[None], self.target[None])
-        table, iterations = made.solve(main, tolerance=max(1e-15, 1e-3 * self.precision.unit))
+        table, iterations = made.solve(main, tolerance=self.precision.solved)
         u = self.coupling.fold(table)
         std = self.precision.update_std(self.affine.weight_name, self.squares(u))
         forward = self.precision.normal(self.precision.sum_std(self.affine_squares(u)))

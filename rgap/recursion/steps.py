@@ -22,7 +22,7 @@ from rgap.network.pooling import LinearMap, Pool
 from rgap.network.reshape import Op
 from rgap.precision import UNKNOWN, Estimate, Precision
 
-__all__ = ["Unpool", "affine_error", "down", "lift", "through"]
+__all__ = ["Unpool", "down", "lift", "through"]
 
 Unpool = Callable[[int, Op, Estimate, Estimate], tuple[Estimate, Estimate] | None]
 
@@ -66,9 +66,16 @@ def through(
         elif isinstance(op, Activation):  # in a lead: of the data, or above a pooling
             x, k = _invert_activation(op, x, k, precision)
         else:
-            x = Estimate(op.inverse(x.value), affine_error(op, x.error))
+            value = op.inverse(x.value)
+            x = Estimate(value, each(op.inverse_linear, x.error + _summed(op, value, precision)))
             k = Estimate(op.adjoint(k.value), each(op.adjoint, k.error))
     return x, k
+
+
+def _summed(op: Op, x: Tensor, precision: Precision) -> Tensor | float:
+    """Samples of the error that the client's sum left in the output of an affine step."""
+    squares = op.terms(x)
+    return 0.0 if squares is None else precision.normal(precision.sum_std(squares))
 
 
 def _invert_activation(
@@ -111,12 +118,6 @@ def _invert_activation(
     product = k.value * slope
     spread = k.error * slope + k.value * bend + precision.rounding(product)
     return z, Estimate(product, spread)
-
-
-def affine_error(op: Op, error: Tensor) -> Tensor:
-    """D(op^{-1}) error for an affine op: op^{-1}(e) − op^{-1}(0)."""
-    zero = op.inverse(torch.zeros_like(error[0]))
-    return each(op.inverse, error) - zero
 
 
 def down(affine: Affine, k: Estimate, precision: Precision) -> Estimate:

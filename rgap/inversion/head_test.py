@@ -1,0 +1,120 @@
+"""Whether the head bears out the certified inputs of layers: ``κ(W x + b, y) = k`` for some y.
+
+Layers that agree with each other say nothing of the topmost one: where one of its two gradients
+was changed, ``x = Gᵀ∂b/‖∂b‖²`` is off and no layer below shows it.  The loss does: x gives logits,
+these a cotangent for every target, and one of them has to be the one that was sent, up to a factor
+on the whole update, of which x does not depend, where enough targets tell it from other changes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rgap.arithmetic.doubles import row_blocks
+from rgap.head.bias_attack import rank_one_residual
+from rgap.head.features import rank_one_tolerance
+from rgap.head.target import read_target
+from rgap.inversion.backing import of_features
+from rgap.inversion.problem import Problem
+from rgap.inversion.top import head_gradients
+from rgap.limits import SAFETY
+from rgap.network.chain import Stage
+from rgap.precision import Estimate, Precision, carried
+
+__all__ = ["head_test", "risen", "spread_of"]
+
+
+def head_test(problem: Problem, known: dict[int, Estimate]) -> tuple[str, float]:
+    """What the head says of the inputs of layers below it, or of its own.
+
+    Args:
+        problem: of one sample.
+        known: inputs of affine maps by the number of the stage, [1, *in_shape].
+
+    Returns:
+        What contradicts them, or "" (also where the loss has no equations, or the head was not
+        sent); and how many times longer than stated their errors may be.
+    """
+    stages, loss, precision = problem.chain.stages, problem.update.loss, problem.precision
+    last, top = stages[-1], max(known)
+    affine = last.affine
+    if not loss.equations or affine.geometry is not None or not precision.sent(affine.weight_name):
+        return "", 1.0
+    x = known[top]
+    for below, above in zip(stages[top:], stages[top + 1 :], strict=False):
+        x = risen(below, above, x, precision)
+    weight, bias = head_gradients(last, problem)
+    if not bool(x.known.all()) or not float(x.value.norm()) > SAFETY * spread_of(x):
+        return "", 1.0
+    k = _cotangent(last, weight, bias, x, precision)
+    if not bool((k.value != 0).any()):
+        return "", 1.0
+    if top < last.index:
+        misfit = rank_one_residual(weight, x.value[0], k.value[0])
+        explained = rank_one_tolerance(affine, weight, k.value[0], x, precision)
+        explained += SAFETY * spread_of(x) / float(x.value.norm())
+        if misfit > explained:
+            return (
+                f"the gradient of '{last.name}' is not that of the input that '{stages[top].name}' "
+                f"makes of its own: residual {misfit:.1e}, where rounding, noise and errors "
+                f"explain {explained:.1e}"
+            ), 1.0
+    reading = read_target(last, x, k, loss, precision)
+    if not reading.fits:
+        return (
+            f"with the input that the gradient of '{last.name}' carries no target of {loss.name} "
+            f"gives its cotangent: the nearest is off by {reading.distance:.1e}, where rounding "
+            f"and noise explain {reading.tolerance:.1e}"
+        ), 1.0
+    return "", of_features(problem, last, x, k, reading) if top == last.index else 1.0
+
+
+def risen(stage: Stage, above: Stage, u: Estimate, precision: Precision) -> Estimate:
+    """The input of the next stage's affine map that one stage makes of its own, with its errors.
+
+    Args:
+        stage: of which u is the affine map's input.
+        above: the next one.
+        u: [1, *in_shape].
+        precision: of the update.
+    """
+    z = stage.affine.forward(u.value)
+    own = torch.stack([stage.affine.linear(error) for error in u.error])
+    squares = stage.affine.linear_of_squares(u.value.square())
+    own = own + precision.normal(precision.sum_std(squares), len(own))
+
+    def rise(x: Tensor) -> Tensor:
+        for op in (*stage.tail, *above.lead):
+            x = op.forward(x)
+        return x
+
+    made = carried(rise, Estimate(z, own))
+    rounded = precision.normal(made.value.abs() * precision.unit + precision.floor, len(own))
+    return Estimate(made.value, made.error + rounded)
+
+
+def spread_of(x: Estimate) -> float:
+    """Root of the mean square length of the errors."""
+    return float(x.error.flatten(1).square().sum(1).mean().sqrt())
+
+
+def _cotangent(
+    stage: Stage, weight: Tensor, bias: Tensor | None, x: Estimate, precision: Precision
+) -> Estimate:
+    """The cotangent at the head, ``∂b`` where it was sent, else ``G x / ‖x‖²``, with its errors."""
+    if bias is not None and stage.affine.bias_name is not None:
+        bias = bias.to(x.value)
+        noise = precision.noise_std(stage.affine.bias_name, bias)
+        return Estimate(bias[None], precision.normal(noise, len(x.error))[:, None])
+    value, name = x.value[0], stage.affine.weight_name
+    size = value.square().sum()
+    k, variance = [], []
+    for rows, block in row_blocks(weight, value):
+        std = (block.abs() * precision.unit).square() + precision.noise_std(name, block, rows) ** 2
+        k.append(block @ value / size)
+        variance.append(std @ value.square() / size.square())
+    found = torch.cat(k)
+    error = precision.normal(torch.cat(variance).sqrt(), len(x.error))
+    along = (x.error[:, 0] @ value) / size  # a longer x is a smaller k
+    return Estimate(found[None], (error - along[:, None] * found)[:, None])
