@@ -22,7 +22,7 @@ from rgap.head.target import Reading
 from rgap.inversion import certificate, outcomes, verdict
 from rgap.inversion.answer import Answer, cast_of, polished_from
 from rgap.inversion.backing import of_prefix
-from rgap.inversion.head_test import head_test, risen, spread_of
+from rgap.inversion.head_evidence import head_evidence, risen, spread_of
 from rgap.inversion.parts import in_parts
 from rgap.inversion.problem import Problem
 from rgap.inversion.targets import Trial, try_targets
@@ -208,7 +208,7 @@ def certified_features(problem: Problem, descent: Descent) -> tuple[dict[str, Es
         known[stage.index] = own[0]
     if not known:
         return {}, ""
-    doubt, wider = head_test(problem, known)
+    doubt, wider = head_evidence(problem, known)
     if doubt:
         return {}, doubt
     return {stages[i].name: replace(u, error=wider * u.error) for i, u in known.items()}, ""

@@ -22,10 +22,10 @@ from rgap.limits import SAFETY
 from rgap.network.chain import Stage
 from rgap.precision import Estimate, Precision, carried
 
-__all__ = ["head_test", "risen", "spread_of"]
+__all__ = ["head_evidence", "risen", "spread_of"]
 
 
-def head_test(problem: Problem, known: dict[int, Estimate]) -> tuple[str, float]:
+def head_evidence(problem: Problem, known: dict[int, Estimate]) -> tuple[str, float]:
     """What the head says of the inputs of layers below it, or of its own.
 
     Args:
