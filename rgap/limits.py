@@ -246,3 +246,9 @@ CLIENT = 1.0
 # Equations beyond the unknowns, at least and as a share of them, from which a solution is the only
 # one: another batch would have to meet as many independent equations by chance.
 SURPLUS, SURPLUS_SHARE = 16, 0.01
+
+# Share of the units of a mask that the layer's own input has to decide.  One in four may lie
+# within its error of a kink, or at it (a black border below a layer without bias); of these only
+# the gradient speaks.  A wrong input turns half of the units, so that 14 of them refute it but
+# with chance FALSELY, but a map that shrinks its values, or one huge bias, may leave none to say.
+TOLD = 0.75

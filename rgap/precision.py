@@ -49,6 +49,20 @@ def paired(first: Estimate, second: Estimate) -> tuple[Estimate, Estimate]:
     return replace(first, error=first.error[:count]), replace(second, error=second.error[:count])
 
 
+def smoothed(known: Estimate) -> Tensor:
+    """Standard errors that few members cannot leave too small by chance.
+
+    One matrix K serves all channels, so a variance is about one factor for the place times one for
+    the channel; each is a mean over many entries.
+    """
+    if known.value.ndim < 3:
+        return known.std
+    variance = known.error.square().mean(0).flatten(2)
+    over = variance.mean((0, 2), keepdim=True) * variance.mean(1, keepdim=True)
+    fitted = over / variance.mean().clamp_min(1e-300)
+    return torch.maximum(variance, fitted).sqrt().reshape(known.value.shape)
+
+
 class Named(Protocol):
     """A layer that knows what its parameters are called in the update."""
 

@@ -83,13 +83,13 @@ def below_branches(
     def watch(name: str) -> None:
         show.stage(f"what '{name}' gives")
 
-    few = Estimate(known.value, known.error[:MEMBERS])
+    # A layer with one place is read as a matrix in the chain, as itself in the graph.
+    few = _shaped(Estimate(known.value, known.error[:MEMBERS]), cut.nodes[-1].shape)
     values = dict[int, Estimate]()
     if read is not None:
         [below] = cut.nodes[-1].sources
-        shape = (1, *cut.nodes[below].shape)
-        errors = read.error[: len(few.error)]
-        values[below] = Estimate(read.value.reshape(shape), errors.reshape(-1, *shape))
+        few_read = Estimate(read.value, read.error[: len(few.error)])
+        values[below] = _shaped(few_read, cut.nodes[below].shape)
     own = problem.precision
     own = replace(own, samples=len(few.error), seed=own.seed + 1)  # draws unlike those of `few`
     told = descend_graph(cut, problem.gradients, few, own, watch, problem.room, values)
@@ -173,10 +173,10 @@ def _unread(problem: Problem, flow: Flow) -> str:
     return ""
 
 
-def _at(affine: Affine, known: Estimate) -> Estimate:
-    """A value in the shape in which a layer takes it in."""
-    shape = (-1, *affine.in_shape)
-    return Estimate(known.value.reshape(shape), known.error.reshape(len(known.error), *shape))
+def _shaped(known: Estimate, shape: tuple[int, ...]) -> Estimate:
+    """The same entries of every sample in another shape."""
+    value = known.value.reshape(len(known.value), *shape)
+    return Estimate(value, known.error.reshape(len(known.error), *value.shape))
 
 
 def _features(flow: Flow, told: GraphDescent) -> dict[str, Estimate]:
@@ -185,7 +185,7 @@ def _features(flow: Flow, told: GraphDescent) -> dict[str, Estimate]:
         for user in flow.users(place):
             link = flow.nodes[user].link
             if isinstance(link, Affine):
-                features[link.name] = _at(link, value)
+                features[link.name] = _shaped(value, link.in_shape)
     return features
 
 
@@ -209,7 +209,8 @@ def _certified(
     place = len(below.nodes) - 1
     own = rounded(below, place, features.value, problem.precision.unit)
     drawn = problem.precision.normal(torch.full_like(features.value, own), len(features.error))
-    read = weighed_at(problem, _at(affine, Estimate(features.value, features.error + drawn)))
+    there = Estimate(features.value, features.error + drawn)
+    read = weighed_at(problem, _shaped(there, affine.in_shape))
     confirmed = read if isinstance(read, str) else named(problem, data, read)
     if isinstance(confirmed, str):
         return confirmed

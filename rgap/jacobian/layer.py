@@ -17,6 +17,7 @@ from rgap.constraints import convnd, gradient_constraint, gradient_rows, weight_
 from rgap.network.activations import Activation
 from rgap.network.affine import Affine
 from rgap.network.chain import Stage
+from rgap.network.pooling import MaxPool
 from rgap.network.reshape import Op
 from rgap.precision import Precision
 
@@ -214,10 +215,21 @@ def each(function: Callable[[Tensor], Tensor], ensemble: Tensor) -> Tensor:
     return out.reshape(*ensemble.shape[:2], *out.shape[1:])
 
 
+def differentiable(op: Op) -> bool:
+    """True of a step of which :func:`push` and :func:`pull` are all that its derivatives are.
+
+    A max-pool is linear wherever no two entries of a window are equal, as a rectifier is away from
+    0; how a softmax between two layers bends is not known here.
+    """
+    return op.affine or isinstance(op, (Activation, MaxPool))
+
+
 def push(op: Op, before: Tensor, direction: Tensor) -> Tensor:
     """D op(before) applied to directions [S, B, ...]."""
     if isinstance(op, Activation):
         return op.derivative(before) * direction
+    if isinstance(op, MaxPool):
+        return op.taken(direction, op.winners(before))
     return each(op.linear, direction)
 
 
@@ -225,6 +237,8 @@ def pull(op: Op, before: Tensor, cotangent: Tensor) -> Tensor:
     """D op(before)ᵀ applied to cotangents [S, B, ...]."""
     if isinstance(op, Activation):
         return op.derivative(before) * cotangent
+    if isinstance(op, MaxPool):
+        return op.put(cotangent, op.winners(before))
     return each(op.adjoint, cotangent)
 
 

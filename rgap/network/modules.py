@@ -25,8 +25,15 @@ from rgap.arithmetic.doubles import blocks
 from rgap.network import activations as act
 from rgap.network import affine
 from rgap.network.affine import Affine, Geometry
-from rgap.network.pooling import LinearMap, MaxPool, Opaque, Pool
-from rgap.network.probing import Shape, Unsupported, fitting, rearrangement
+from rgap.network.pooling import MaxPool, Opaque, Pool
+from rgap.network.probing import (
+    Shape,
+    Unsupported,
+    fitting,
+    linear_function,
+    moves_only,
+    rearrangement,
+)
 from rgap.network.reshape import Op, Pad, Rearrange
 from rgap.network.running import BEHIND_TOKENS
 from rgap.network.scaling import BatchNorm
@@ -305,6 +312,8 @@ def _lossy(module: Any, name: str, in_shape: Shape, names: Names) -> Piece:
         raise Unsupported(f"{kind} needs dim=1 or another dimension that is not the batch")
     function = fitting(module.forward, name, kind, in_shape)
     if "max_pool" in kind:
+        if moves_only(function, in_shape):
+            return rearrangement(function, name, kind, in_shape)
         return MaxPool(name, kind, in_shape, module, function, reason)
     made = Pool if isinstance(module, _POOLS) else Opaque
     return made(name, kind, in_shape, function, reason)
@@ -326,7 +335,7 @@ def _average(module: nn.Module, name: str, in_shape: Shape, names: Names) -> Pie
             f"'{name}' ({kind}) expects {dims + 1} dimensions after the batch, got "
             f"[B, {', '.join(map(str, in_shape))}]; write the input_shape the model was built for"
         )
-    return LinearMap(name, kind, in_shape, fitting(module.forward, name, kind, in_shape))
+    return linear_function(module.forward, name, kind, in_shape)
 
 
 @register(nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d,

@@ -61,9 +61,26 @@ def rearrangement(
     return Rearrange(name, kind, in_shape, places)
 
 
+def moves_only(function: Callable[[Tensor], Tensor], in_shape: Shape) -> bool:
+    """True if every output of a pool is one input, whatever these are: one entry a window.
+
+    The largest of several entries turns into the smallest where their signs are turned, and a mean
+    of several distinct ones is none of them.
+
+    >>> import torch
+    >>> pools = torch.nn.AdaptiveMaxPool1d(1), torch.nn.AvgPool1d(1, stride=2)
+    >>> moves_only(pools[0], (3, 1)), moves_only(pools[0], (3, 2)), moves_only(pools[1], (3, 4))
+    (True, False, True)
+    """
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randn(1, *in_shape, dtype=torch.float64, generator=generator)
+    out = function(probe)
+    return torch.equal(function(-probe), -out) and bool(torch.isin(out, probe).all())
+
+
 def linear_function(
     function: Callable[[Tensor], Tensor], name: str, kind: str, in_shape: Shape
-) -> Op:
+) -> Op | None:
     """A function that is linear in every sample, such as a mean over positions.
 
     Raises:
@@ -74,6 +91,8 @@ def linear_function(
     out = fitting(function, name, kind, in_shape)(probe)
     if out.ndim < 1 or out.shape[0] != PROBE or not torch.allclose(function(probe[1:2]), out[1:2]):
         raise Unsupported(f"{kind} mixes the samples of the batch")
+    if moves_only(function, in_shape):
+        return rearrangement(function, name, kind, in_shape)
     return LinearMap(name, kind, in_shape, function)
 
 

@@ -25,7 +25,7 @@ from rgap.network.activations import Activation
 from rgap.network.affine import Affine
 from rgap.network.flow import Flow
 from rgap.network.pooling import MaxPool
-from rgap.precision import Estimate, Precision
+from rgap.precision import Estimate, Precision, smoothed
 from rgap.recursion.readers import Reader, from_gradients
 from rgap.recursion.steps import down, through
 from rgap.recursion.steps_above import mask_of, nonnegative, steps_above
@@ -220,7 +220,7 @@ class _Walk:
         gradient = affine.sent(self.gradients)
         noise = self.precision.noise_rms(affine.weight_name, gradient)
         noise += self.precision.unit * float(gradient.square().mean().sqrt())
-        steps = steps_above(self.flow, place, self.behind[place])
+        steps = steps_above(self.flow, place, self.behind[place], self.precision.unit)
         told = mask_of(affine, gradient, k, steps, noise, self.room)
         if isinstance(told, str):
             return told
@@ -302,19 +302,5 @@ class _Walk:
 
 def _shares(known: Estimate) -> tuple[Tensor, float]:
     """A rectifier's output in standard errors, and how far above 0 those that are off may lie."""
-    share = known.value / _spread(known).clamp_min(1e-300)
+    share = known.value / smoothed(known).clamp_min(1e-300)
     return share, max(OFF_LEAST, float(-share.min()))  # of those that are off, half lie below 0
-
-
-def _spread(known: Estimate) -> Tensor:
-    """Standard errors that few members cannot leave too small by chance.
-
-    One matrix K serves all channels, so a variance is about one factor for the place times one for
-    the channel; each is a mean over many entries.
-    """
-    variance = known.error.square().mean(0).flatten(2) if known.value.ndim > 2 else None
-    if variance is None:
-        return known.std
-    over = variance.mean((0, 2), keepdim=True) * variance.mean(1, keepdim=True)
-    fitted = over / variance.mean().clamp_min(1e-300)
-    return torch.maximum(variance, fitted).sqrt().reshape(known.value.shape)

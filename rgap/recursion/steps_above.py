@@ -13,16 +13,18 @@ from math import prod
 import torch
 from torch import Tensor
 
+from rgap.limits import SAFETY
 from rgap.network.activations import Activation
 from rgap.network.affine import Affine
 from rgap.network.flow import Flow, Node
 from rgap.network.pooling import MaxPool
-from rgap.network.reshape import Reshape
+from rgap.network.reshape import Op, Reshape
 from rgap.precision import Estimate
 from rgap.separation.batch import Unseparated
+from rgap.separation.shifts.confirmed import Through, confirmed
 from rgap.separation.shifts.masks import Masked, gauge_by_masks
 from rgap.separation.shifts.positions import Positions, tell_positions_apart
-from rgap.separation.shifts.projections import Projected, Through, masks_by_projection
+from rgap.separation.shifts.projections import Projected, masks_by_projection
 
 __all__ = ["StepsAbove", "mask_of", "nonnegative", "steps_above"]
 
@@ -37,6 +39,7 @@ class StepsAbove:
         kept: True if no input of the convolution is negative.
         fault: why they are not one mask, or "".
         alone: True if nothing else leads to the highest step.
+        unit: unit roundoff of the client's arithmetic.
     """
 
     path: tuple[Node, ...]
@@ -44,6 +47,7 @@ class StepsAbove:
     kept: bool
     fault: str = ""
     alone: bool = True
+    unit: float = 0.0
 
     @property
     def through(self) -> Through:
@@ -57,30 +61,52 @@ class StepsAbove:
         """The mask nearest to shares [B, F, *out] of the cotangent above."""
         return shares > 0.5 if self.pool is None else self.pool.winning(shares)
 
-    def forward(self, z: Tensor, far: float) -> tuple[Tensor, Tensor]:
-        """The mask at the convolution's output z, and where it is decided by more than ``far``."""
-        on = sure = torch.ones_like(z, dtype=torch.bool)
+    def forward(self, z: Tensor, far: Tensor) -> tuple[Tensor, Tensor]:
+        """The mask at the convolution's output z, and which of its entries are decided.
+
+        Args:
+            z: [B, F, *out].
+            far: how far off its entries may be; every step has them in its own scale.
+        """
+        on = open_ = torch.ones_like(z, dtype=torch.bool)
+        shut = ~on
         for node in self.path:
             link = node.link
+            here = told = torch.ones_like(on)
             if isinstance(link, MaxPool):
-                won, top = link.winning(z), link.spread(link.forward(z))
-                second = link.spread(link.forward(torch.where(won, -torch.inf, z)))
-                on, sure = on & won, sure & (torch.where(won, top - second, top - z) > far)
+                here, top = link.winning(z), link.spread(link.forward(z))
+                second = link.spread(link.forward(torch.where(here, -torch.inf, z)))
+                gap = torch.where(here, top - second, top - z)
+                told = gap > 2.0 * link.spread(link.forward(far))
             elif isinstance(link, Activation):
-                on, sure = on & (z > 0), sure & (z.abs() > far)
-            z = z if link is None else link.forward(z)
+                here, told = z > 0, z.abs() > far
+            on, open_, shut = on & here, open_ & here & told, shut | (told & ~here)
+            if link is not None:
+                assert not isinstance(link, Affine)  # masks above one end there
+                z, far = self.passed(link, z, far)
             if z.shape != on.shape:
                 break
-        return on, sure
+        return on, open_ | shut
+
+    def passed(self, link: Op, z: Tensor, far: Tensor) -> tuple[Tensor, Tensor]:
+        """The output of a step, and how far off it may be with the client's rounding."""
+        out = link.forward(z)
+        if isinstance(link, Activation):
+            return out, link.derivative(z).abs() * far
+        if not link.affine:
+            return out, link.forward(far)
+        scaled = link.linear(z)
+        return out, link.linear(far).abs() + SAFETY * self.unit * (scaled.abs() + out.abs())
 
 
-def steps_above(flow: Flow, place: int, steps: Sequence[int]) -> StepsAbove:
+def steps_above(flow: Flow, place: int, steps: Sequence[int], unit: float = 0.0) -> StepsAbove:
     """The steps above a convolution whose masks are not known.
 
     Args:
         flow: the network.
         place: of the convolution's output.
         steps: places of the rectifiers and pools, the highest first.
+        unit: unit roundoff of the client's arithmetic.
     """
     nodes, path, fault = flow.nodes, list[Node](), ""
     at = steps[0]
@@ -94,7 +120,7 @@ def steps_above(flow: Flow, place: int, steps: Sequence[int]) -> StepsAbove:
     if len(pools) > 1:
         fault = fault or f"'{pools[0].name}' and '{pools[1].name}' are two pools at once"
     kept, pool = nonnegative(flow, nodes[place].sources[0]), pools[0] if pools else None
-    return StepsAbove(tuple(reversed(path)), pool, kept, fault, at == place)
+    return StepsAbove(tuple(reversed(path)), pool, kept, fault, at == place, unit)
 
 
 def nonnegative(flow: Flow, place: int) -> bool:
@@ -125,11 +151,19 @@ def mask_of(
         return steps.fault
     error = float(k.std.square().mean().sqrt())
     told: Masked | Projected | Unseparated = _shifted(affine, gradient, k.value, noise, error)
+    if isinstance(told, Masked):
+        # Few entries have a mask by chance too: with it, the input has to meet the whole gradient.
+        through = steps.through if steps.alone else None
+        found = confirmed(affine, gradient, told.open, k.value, noise, error, through, steps.unit)
+        if isinstance(found, str):
+            told = Unseparated(f"the masks that '{affine.name}' tells are not confirmed: {found}")
     if isinstance(told, Unseparated):
         shifts = told.reason
         if not steps.alone:
             return shifts
-        told = masks_by_projection(affine, gradient, k.value, steps.through, noise, error, room)
+        told = masks_by_projection(
+            affine, gradient, k.value, steps.through, noise, error, room, steps.unit
+        )
         if isinstance(told, Unseparated):
             return f"{shifts}; {told.reason}"
     mask = told.open.to(k.value)

@@ -13,8 +13,9 @@ from math import inf
 import torch
 
 from rgap.jacobian.batch_loss import loss_scale
+from rgap.jacobian.layer import differentiable
 from rgap.limits import ROUNDED
-from rgap.network.chain import Stage
+from rgap.network.chain import Chain, Stage
 from rgap.network.reshape import Op
 from rgap.separation.batch import Batch, Separated, Unseparated
 from rgap.separation.mixture import Mixture
@@ -61,6 +62,9 @@ def separate(batch: Batch, watch: Watcher | None = None) -> Separated | Unsepara
         steps = steps_between(chain, index)
         if isinstance(steps, str):
             continue
+        if bent := _bent(chain, index):
+            whys.append(bent)
+            continue
         lower, upper = batch.mixture(index), batch.mixture(index + 1)
         why = unfit_pair(lower, upper, steps)
         if why is None:
@@ -85,6 +89,18 @@ def undetermined(batch: Batch, separated: Separated) -> str:
         return ""
     pair = Between.of(samples, batch.mixture(index + 1), steps, batch.precision)
     return lines(pair, separated.features.value.flatten(1) @ samples.right)
+
+
+def _bent(chain: Chain, index: int) -> str:
+    """Which step above a stage has derivatives that no polish here takes, or ""."""
+    steps = [*chain.stages[index].tail]
+    for stage in chain.stages[index + 1 :]:
+        steps += [*stage.lead, *stage.tail]
+    for op in steps:
+        if not differentiable(op):
+            name = chain.stages[index].name
+            return f"how '{op.name}' ({op.kind}) above '{name}' bends is not among the equations"
+    return ""
 
 
 def _beyond(batch: Batch, stage: Stage) -> bool:

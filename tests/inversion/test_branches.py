@@ -249,3 +249,30 @@ def test_samples_with_factors_of_their_own_hand_out_no_scaled_features(seed: int
     for name, value in recovery.features.items():
         apart = (value[:, None] - true[name]).square().mean(2).sqrt().amin(1)
         assert float(apart.max()) <= 10.0 * recovery.features_error[name] + 1e-14, name
+
+
+def one_place(head: bool) -> nn.Module:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 64, 3), nn.MaxPool2d(2), nn.ReLU(), nn.Conv2d(64, 64, 3)]
+    last = [nn.ReLU(), nn.Flatten(), nn.Linear(64, 10)]
+    if head:
+        layers[-1], last = nn.Conv2d(64, 10, 3), [nn.Flatten()]
+    return nn.Sequential(*layers, *last)
+
+
+@pytest.mark.parametrize("head", [False, True])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_convolution_with_one_place_is_walked_from(
+    head: bool, batch: int, dtype: torch.dtype
+) -> None:
+    """The chain reads it as a matrix, the graph as a convolution: their shapes differ."""
+    model, x = one_place(head).to(dtype).eval(), torch.rand(batch, 1, 8, 8, dtype=dtype)
+    y = torch.tensor([3, 5])[:batch]
+    recovery = rgap.invert(model, rgap.capture(model, x, y))
+    if batch == 2:
+        assert recovery.status is not Status.INCONSISTENT
+        return
+    assert recovery.status is Status.EXACT, recovery.reason
+    assert recovery.inputs is not None and recovery.error_bound is not None
+    assert float((recovery.inputs - x).abs().max()) <= recovery.error_bound < 1e-3

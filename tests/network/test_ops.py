@@ -84,7 +84,6 @@ CASES: dict[str, tuple[Op, Callable[[Tensor], Tensor], bool]] = {
         lambda x: F.avg_pool2d(x, 3, 2, 1, True, False), False,
     ),
     "avg_pool3d": (module_op(nn.AvgPool3d(2), (1, 4, 2, 2)), lambda x: F.avg_pool3d(x, 2), False),
-    "avg_pool of one": (module_op(nn.AvgPool2d(1), (2, 3, 3)), lambda x: x, True),
     "avg_pool to more": (
         module_op(nn.AvgPool2d(2, 1, 1), (2, 3, 2)), lambda x: F.avg_pool2d(x, 2, 1, 1), True,
     ),
@@ -270,3 +269,38 @@ def test_pools_of_deficient_rank_are_named() -> None:
 def test_steps_move_to_a_device_with_their_tensors() -> None:
     op = norm((4, 3)).to("meta")
     assert op.scale.is_meta and op.mean.is_meta
+
+
+@pytest.mark.parametrize(
+    ("pool", "shape"),
+    [
+        (nn.AdaptiveMaxPool2d(1), (3, 1, 1)),
+        (nn.AdaptiveAvgPool2d(1), (3, 1, 1)),
+        (nn.AdaptiveAvgPool1d(4), (2, 4)),
+        (nn.MaxPool2d(1), (3, 4, 5)),
+        (nn.MaxPool2d(2, padding=1), (3, 1, 1)),
+        (nn.AvgPool3d(1), (2, 2, 2, 2)),
+        (nn.AvgPool2d(2, padding=1, count_include_pad=False), (3, 1, 1)),
+    ],
+)
+def test_a_pool_of_single_entries_is_no_step(pool: nn.Module, shape: tuple[int, ...]) -> None:
+    assert build(pool, "pool", shape, {}) is None
+
+
+@pytest.mark.parametrize("pool", [nn.MaxPool2d(1, stride=2), nn.AvgPool2d(1, stride=2)])
+def test_a_pool_of_single_entries_that_leaves_some_out_is_a_slice(pool: nn.Module) -> None:
+    step = build(pool, "pool", (2, 5, 4), {})
+    x = torch.randn(3, 2, 5, 4, dtype=torch.float64)
+    assert isinstance(step, Rearrange) and torch.equal(step.forward(x), x[:, :, ::2, ::2])
+
+
+@pytest.mark.parametrize("pool", [nn.MaxPool2d(2), nn.AdaptiveMaxPool2d(2), nn.AvgPool2d(2, 1, 1)])
+def test_a_pool_with_a_window_of_several_entries_stays_one(pool: nn.Module) -> None:
+    assert build(pool, "pool", (2, 3, 3), {}).kind.endswith("pool2d")
+    assert not isinstance(build(pool, "pool", (2, 3, 3), {}), Rearrange)
+
+
+@pytest.mark.parametrize("take", [torch.mean, torch.sum])
+def test_a_mean_over_one_place_is_a_reshape(take: Callable[..., Tensor]) -> None:
+    step = linear_function(lambda x: take(x, (2, 3)), "mean", "mean", (4, 1, 1))
+    assert isinstance(step, Reshape) and step.out_shape == (4,)

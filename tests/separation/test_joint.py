@@ -15,6 +15,7 @@ from rgap import capture, invert
 from rgap.jacobian.batch_loss import BatchLoss
 from rgap.jacobian.linearisation import Linearisation
 from rgap.network.chain import parse
+from rgap.recovery import Status
 from rgap.separation.batch import Batch
 from rgap.separation.polish import LARGEST, Joint, normal_matrix, polish_jointly
 from rgap.update.losses import Loss
@@ -171,3 +172,35 @@ def test_a_kernel_over_its_whole_input_has_noise_in_its_own_shape(dims: int) -> 
     assert found.exact
     order = found.labels.argsort()
     assert float((found.inputs[order] - x).abs().max()) <= found.error_bound
+
+
+def batch_below(*steps: nn.Module, widths: tuple[int, int] = (16, 32), n: int = 32) -> nn.Module:
+    """Two 1×1 convolutions on one place, steps above them, a head."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3), nn.ReLU(), nn.Conv2d(16, widths[0], 1), nn.ReLU(),
+        nn.Conv2d(widths[0], widths[1], 1), nn.LeakyReLU(), *steps, nn.Flatten(), nn.Linear(n, 10),
+    ).double().eval()  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("steps", "n"),
+    [
+        ((nn.AdaptiveMaxPool2d(1),), 32),
+        ((nn.AdaptiveAvgPool2d(1),), 32),
+        ((nn.Flatten(), nn.Unflatten(1, (16, 2)), nn.MaxPool1d(2)), 16),
+        ((nn.Flatten(), nn.Unflatten(1, (16, 2)), nn.AdaptiveMaxPool1d(1)), 16),
+        ((nn.Softmax(1),), 32),
+    ],
+    ids=["max of one", "mean of one", "max", "adaptive max", "softmax"],
+)
+def test_samples_are_polished_below_steps_that_are_no_activation(
+    steps: tuple[nn.Module, ...], n: int
+) -> None:
+    """A pool has a derivative; of a softmax between two layers none is known, so it is left out."""
+    model, x = batch_below(*steps, n=n), torch.rand(2, 1, 3, 3, dtype=F64)
+    recovery = invert(model, capture(model, x, torch.tensor([1, 2])))
+    assert recovery.status is Status.EXACT, recovery.reason
+    assert recovery.inputs is not None and recovery.error_bound is not None
+    gap = min(float((recovery.inputs - x[list(p)]).abs().max()) for p in ((0, 1), (1, 0)))
+    assert gap <= recovery.error_bound < 1e-3

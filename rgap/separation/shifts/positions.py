@@ -149,6 +149,8 @@ def _told(
     if gap < SMALL_GAP:
         return f"the corners of {batch} samples are not clear (gap {gap:.1f})"
     values = singular_values(rows)
+    if not float(values[-1]) > torch.finfo(rows.dtype).eps * float(values[0]):
+        return f"the positions of {batch} samples are not independent"
     condition = float(values[0] / values[-1])
     left = basis @ torch.linalg.inv(rows.T)
     sizes = (affine.in_shape if arrangement.exchanged else affine.out_shape)[1:]

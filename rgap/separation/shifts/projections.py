@@ -9,8 +9,9 @@ to the nearest that the steps allow (Π),
 
 from the mean of what is allowed.  A padded 3×3 kernel has 9C equations a filter and 9F a channel
 for BHW unknowns of each, where shifts ask for ``BHW ≤ min(F, 3C)``.  That they end at the answer is
-no theorem: the end is accepted if G is met to its error by every filter, and forward from X the
-steps let through what K says.
+no theorem: the end is accepted if every filter meets G to its error, with enough equations beyond
+the unknowns to say something, and if forward from X the steps let through what K says
+(:mod:`rgap.separation.shifts.confirmed`).
 
 Source: for signals of a finite alphabet, Talwar, Viberg and Paulraj's (1996) iterative least
 squares with projection.
@@ -18,7 +19,6 @@ squares with projection.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 
@@ -26,36 +26,16 @@ import torch
 from torch import Tensor
 
 from rgap.constraints import gradient_constraint, gradient_rows, weight_constraint
-from rgap.limits import FITS, SAFETY
 from rgap.network.affine import Affine
 from rgap.separation.batch import Unseparated
+from rgap.separation.shifts.confirmed import Through, confirmed, short_of
 from rgap.separation.shifts.positions import shown
-from rgap.solvers.tall import tall_qr
 
 __all__ = ["Projected", "Through", "masks_by_projection"]
 
 ITERATIONS, PATIENCE = 80, 25  # at most; without a smaller misfit
 RIDGE = 1e-5  # λ over the mean eigenvalue of the normal equations
 SETTLED = 1e-3  # relative misfit from which a K that stays is solved for once more, without λ
-NEAR = 1e-3  # share of the largest pre-activation within which nothing is said of a unit's sign
-
-
-@dataclass(frozen=True)
-class Through:
-    """The steps above a convolution.
-
-    Attributes:
-        nearest: the mask that they allow nearest to shares [B, F, *out] of the cotangent above.
-        mean: share of an entry before anything is known of it.
-        forward: of the convolution's output, the mask that they are there, and entries of it that
-            are decided by more than a distance given.
-        nonnegative: True if no input of the convolution is negative.
-    """
-
-    nearest: Callable[[Tensor], Tensor]
-    mean: float
-    forward: Callable[[Tensor, float], tuple[Tensor, Tensor]]
-    nonnegative: bool
 
 
 @dataclass(frozen=True)
@@ -83,6 +63,7 @@ def masks_by_projection(
     noise: float = 0.0,
     error: float = 0.0,
     room: float = float("inf"),
+    unit: float = 0.0,
 ) -> Projected | Unseparated:
     """The mask and the input of a convolution whose cotangent is known up to a mask.
 
@@ -94,6 +75,7 @@ def masks_by_projection(
         noise: standard error of an entry of G, beside the rounding of float64.
         error: of an entry of k.
         room: bytes.
+        unit: unit roundoff of the client's arithmetic.
 
     Returns:
         The :class:`Projected`, or an :class:`Unseparated` with its numbers.
@@ -114,12 +96,12 @@ def masks_by_projection(
     filters, channels = gradient.shape[:2]
     outputs, taps = batch * prod(affine.out_shape[1:]), prod(gradient.shape[2:])
     positions = batch * int(affine.reads[0].sum())
-    rows = min(filters * taps - positions, channels * taps - outputs)
-    if rows < 0:
+    if channels * taps < outputs:
         return Unseparated(
-            f"'{name}' has {filters} filters and {channels} channels of {taps} taps for "
-            f"{outputs} outputs and {positions} inputs of a channel: too few"
+            f"'{name}' has {channels} channels of {taps} taps for {outputs} outputs: too few"
         )
+    if short := short_of(affine, gradient, above):
+        return Unseparated(f"'{name}': {short}")
     need = 8.0 * 3 * taps * (filters * positions + channels * outputs)
     if need > room:
         return Unseparated(f"'{name}': its equations take {need / 1e9:.1f} GB")
@@ -128,23 +110,10 @@ def masks_by_projection(
         return Unseparated(f"the gradient of '{name}' is 0")
     turns = _Turns(affine, gradient, above, through)
     iterations = turns.run()
-    misfits = turns.finished(max(noise, torch.finfo(gradient.dtype).eps * size), error)
-    worst = float(misfits.max())
-    # Ten times what an answer is allowed: one wrong entry misses by thousands even in float32, and
-    # who solves with the mask compares again, with the error of every row.
-    if not worst <= FITS * SAFETY:
-        return Unseparated(
-            f"no mask of what '{name}' sends meets its gradient: filter {int(misfits.argmax())} "
-            f"misses by {worst:.1e} standard errors after {iterations} steps"
-        )
-    z = affine.forward(turns.inputs)
-    there, sure = through.forward(z, NEAR * float(z.abs().max()))
-    other = (there != turns.open) & sure & (above != 0)
-    if bool(other.any()):
-        return Unseparated(
-            f"{int(other.sum())} of {other.numel()} units of '{name}' are not what its input gives"
-        )
-    return Projected(turns.open, turns.inputs, iterations, worst)
+    found = confirmed(affine, gradient, turns.open, above, noise, error, through, unit)
+    if isinstance(found, str):
+        return Unseparated(f"'{name}', after {iterations} steps: {found}")
+    return Projected(turns.open, found.inputs.value, iterations, float(found.misfits.max()))
 
 
 class _Turns:
@@ -204,32 +173,6 @@ class _Turns:
     def shares(self, k: Tensor) -> Tensor:
         """Of the cotangent above; 0 where that is 0."""
         return torch.where(self.known, k / torch.where(self.known, self.above, 1.0), 0.0)
-
-    def finished(self, noise: float, error: float) -> Tensor:
-        """Solve for X with the K that was found; the misfit of every filter in standard errors.
-
-        The errors of k reach a filter's gradient through all inputs that its taps read.
-        """
-        k = self.above * self.open
-        matrix = gradient_constraint(self.affine, k, read_only=True).matrix[0]
-        basis, upper = tall_qr(matrix)
-        table = torch.linalg.solve_triangular(upper, basis.T @ self.sent, upper=True)
-        self.place(table)
-        left = self.gradient - self.affine.weight_gradient(self.inputs, k)
-        reached = (
-            error
-            * self.affine.weight_gradient(self.inputs.square(), self.open.to(k))
-            .flatten(1)
-            .mean(1)
-            .clamp_min(0.0)
-            .sqrt()
-        )
-        own = torch.finfo(k.dtype).eps * self.affine.weight_gradient(
-            self.inputs.abs(), k.abs()
-        ).flatten(1).mean(1)
-        allowed = (noise**2 + reached.square() + own.square()).sqrt()
-        misfits: Tensor = left.flatten(1).square().mean(1).sqrt() / allowed
-        return torch.where(torch.isfinite(misfits), misfits, torch.inf)
 
 
 def _ridged(matrix: Tensor, rhs: Tensor) -> Tensor:
