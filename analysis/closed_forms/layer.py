@@ -39,6 +39,8 @@ class SymbolicLayer:
         ahead: entries of one sample ahead of that step, 0 without one.
         shown: entries of one sample that a border ahead of the layer shows more than once, 0
             without one; the counts take every entry for one of its own.
+        by_gradient: largest B at which gradient constraints alone can determine the input.
+        by_shifts: largest B at which shifts of the kernel tell all positions of all samples apart.
     """
 
     name: str
@@ -58,6 +60,8 @@ class SymbolicLayer:
     step: str = ""
     ahead: int = 0
     shown: int = 0
+    by_gradient: int | None = None
+    by_shifts: int | None = None
 
     @property
     def overlap(self) -> Any:
@@ -164,6 +168,10 @@ class SymbolicLayer:
             rows.insert(4, ("shared", "overlap", "="))
         if self.critical_batch is not None:
             rows.append(("critical batch", "critical_batch", above))
+        if self.by_gradient is not None:
+            rows.append(("k known, to B", "by_gradient", "<="))
+        if self.by_shifts is not None:
+            rows.append(("shifts, to B", "by_shifts", "="))
         return rows
 
     def _repr_latex_(self) -> str:

@@ -22,7 +22,7 @@ from typing import Any
 
 from rgap.network.affine import Affine
 
-__all__ = ["Axis", "Ranks", "axis", "count", "smallest"]
+__all__ = ["Axis", "Ranks", "axis", "count", "crossed", "smallest"]
 
 Size = Any  # an int or a sympy expression
 Counts = tuple[tuple[Size, Size], ...]
@@ -172,7 +172,8 @@ def _counted(size: int, kernel: int, stride: int, low: int, dilation: int, posit
     )
 
 
-def _crossed(axes: Sequence[Counts]) -> Counts:
+def crossed(axes: Sequence[Counts]) -> Counts:
+    """Products of one pair a dimension, for every choice of them."""
     return tuple(
         (_times(a for a, _ in pairs), _times(b for _, b in pairs)) for pairs in product(*axes)
     )
@@ -204,8 +205,8 @@ def count(
     >>> count(1, 20, 12, 1, axes)
     Ranks(gradient=1968, weight=1620, joint=3188)
     """
-    classes = _by_saturation(_crossed([a.classes for a in axes]))
-    parts = _crossed([a.parts for a in axes])
+    classes = _by_saturation(crossed([a.classes for a in axes]))
+    parts = crossed([a.parts for a in axes])
     if not classes:  # every tap of every position reads padding
         return Ranks(0, 0, 0)
     if len(classes) > MOST_CLASSES:

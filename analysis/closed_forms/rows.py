@@ -16,6 +16,7 @@ from rgap.analysis.calls.steps import Narrow, narrow_steps
 from rgap.analysis.calls.uses import Recording
 from rgap.analysis.closed_forms.kinds import layer_form
 from rgap.analysis.closed_forms.layer import SymbolicLayer, made
+from rgap.analysis.closed_forms.own_gradient import alone
 
 __all__ = ["in_order", "recorded_notes", "structure_of"]
 
@@ -82,6 +83,9 @@ def in_order(
             if event.use.shown:
                 row = replace(row, shown=event.use.shown, exact=False, gradient_exact=False,
                               weight_exact=False)  # fmt: skip
+            head = row.kind == "head"
+            by_gradient, by_shifts = alone(event.use, head)
+            row = replace(row, by_gradient=by_gradient, by_shifts=by_shifts)
             if number in into:
                 ahead = recording.nodes[event.use.read[0]].entries + into[number].lost
                 row = replace(row, step=into[number].step, ahead=ahead)

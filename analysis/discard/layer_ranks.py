@@ -256,6 +256,8 @@ def counted_rows(
                         bool(layer.exact),
                         layer.step,
                         layer.beside,
+                        layer.by_gradient,
+                        layer.by_shifts,
                     ),
                     layer.shown,
                 )

@@ -8,6 +8,7 @@ from math import inf
 
 from rgap.analysis.calls.steps import Narrow, head_use, narrow_steps
 from rgap.analysis.calls.uses import Recording
+from rgap.analysis.closed_forms.own_gradient import alone
 from rgap.analysis.discard.layer_ranks import (
     Spaces,
     branch_rows,
@@ -92,8 +93,11 @@ def probed_rows(
             names = dict.fromkeys(p.affine.name for p in _others(probes, own, probe, group.kind))
             step = into[probe.use].step if probe.use in into else ""
             row = with_shown(row, recording.uses[probe.use].shown)
+            use = recording.uses[probe.use]
+            by_gradient, by_shifts = alone(use, use is head)
             row = replace(row, layer=probe.affine.name, kind=probe.affine.kind, step=step,
-                          beside=", ".join(names))  # fmt: skip
+                          beside=", ".join(names), by_gradient=by_gradient,
+                          by_shifts=by_shifts)  # fmt: skip
             place = recording.uses[probe.use].node
             if group.kind == "mixed":
                 mixed.setdefault(probe.read, []).append((place, replace(row, exact=False)))

@@ -44,6 +44,10 @@ class AuditRow:
             mean or a selection; its input is the unknown.
         beside: layers that read the same input: ``joint_rank`` is that of all of them together; or
             the layer itself, where it is called more than once and its calls count like samples.
+        by_gradient: largest B at which gradient constraints alone can determine the input, the
+            cotangents being known; None where that is not counted.
+        by_shifts: largest B at which shifts of a kernel tell all positions of all samples apart,
+            with nothing known; 0 if one sample is too much, None where there are no shifts.
     """
 
     layer: str
@@ -60,6 +64,8 @@ class AuditRow:
     exact: bool = True
     step: str = ""
     beside: str = ""
+    by_gradient: int | None = None
+    by_shifts: int | None = None
 
 
 @dataclass(frozen=True)
@@ -135,10 +141,24 @@ class Audit:
                 f"layer that falls short: {missing if first.exact else 'at least ' + missing} "
                 f"({first.discard:.1%})."
             )
+        lines += self._given_away()
         lines.append(
             "Per layer and in sequence; a layer below can still fix what one above leaves open."
         )
         return "\n".join([*lines, *self.notes])
+
+    def _given_away(self) -> list[str]:
+        """From which layer up convolutions give their inputs away, by batch size."""
+        lines = []
+        for batch in self.batch_sizes:
+            rows = [row for row in self.rows if row.batch_size == batch]
+            told = [row.layer for row in rows if (row.by_shifts or 0) >= batch]
+            if told:
+                lines.append(
+                    f"B = {batch}: shifts of their kernels tell all positions of {len(told)} "
+                    f"convolutions apart, the lowest '{told[0]}', before anything is known of them."
+                )
+        return lines
 
     def plot(self) -> Figure:
         """The discard heat map, layer by batch size."""

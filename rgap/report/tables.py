@@ -186,6 +186,7 @@ def audit_table(audit: Audit) -> Table:
     table.figures("B", style="bold")
     table.layers()
     table.figures("unknowns", "gradient rank", "weight rank", joint, "missing", "discard")
+    table.figures("k known, to B", "by shifts, to B")
     table.add_column("route", style="dim")
     for batch in audit.batch_sizes:
         rows = [row for row in audit.rows if row.batch_size == batch]
@@ -199,6 +200,7 @@ def audit_table(audit: Audit) -> Table:
                 f"{row.weight_rank:,}",
                 f"{row.joint_rank:,}",
                 *_shortfall(row),
+                *("" if most is None else str(most) for most in (row.by_gradient, row.by_shifts)),
                 _route(row),
                 end_section=place == len(rows) - 1,
             )
