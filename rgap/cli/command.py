@@ -81,15 +81,18 @@ def _refuse_unbounded(declared: Parameter, name: str, value: Any) -> None:
 
 def _refuse_lost(context: typer.Context, typed: dict[str, Any]) -> None:
     """Refuse an output that would replace a file that the command reads."""
+    from rgap.report.results import mask_beside
+
     params = {param.name: param for param in context.command.params}
     for written in WRITTEN:
         output = typed.get(written)
-        if output is None or not Path(output).is_file():
+        if output is None:
             continue
+        made = [output, mask_beside(output)] if output.suffix else [output]
         for name, value in typed.items():
             for path in value if isinstance(value, list) else [value]:
                 read = isinstance(path, Path) or name == "images"
-                if name != written and read and _same(Path(path), output):
+                if name != written and read and any(_same(Path(path), one) for one in made):
                     flag, other = _flag(params[written]), _flag(params[name])
                     free = output.with_name(f"{output.stem}-output{output.suffix}")
                     raise ValueError(
@@ -99,7 +102,7 @@ def _refuse_lost(context: typer.Context, typed: dict[str, Any]) -> None:
 
 
 def _same(path: Path, other: Path) -> bool:
-    return path.is_file() and path.samefile(other)
+    return path.is_file() and other.is_file() and path.samefile(other)
 
 
 def _flag(param: Any) -> str:

@@ -115,8 +115,7 @@ def write_recovery(
         assert shown is not None
         save_picture(shown[0], output, bounds)
         if recovery.determined is not None:
-            beside = output.with_name(f"{output.stem}-determined{PICTURE}")
-            save_picture(_mask(recovery.determined[0]), beside)
+            save_picture(_mask(recovery.determined[0]), mask_beside(output))
     else:
         with replacing(output) as beside:
             beside.mkdir()
@@ -130,6 +129,11 @@ def write_recovery(
                     for number, picture in enumerate(pictures):
                         save_picture(picture, beside / f"{prefix}picture-{number}.png", bounds)
     return output
+
+
+def mask_beside(output: Path) -> Path:
+    """Where the mask of what is determined is written, beside a picture."""
+    return output.with_name(f"{output.stem}-determined{PICTURE}")
 
 
 def _tensors(recovery: Recovery) -> dict[str, Tensor]:

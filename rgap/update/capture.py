@@ -258,9 +258,10 @@ def _check_outputs(model: nn.Module, inputs: Tensor, outputs: object, random: bo
             "computed under torch.no_grad)."
         )
     if not bool(torch.isfinite(outputs).all()):
+        validation.refuse_broken(model)
         raise ValueError(
-            f"model: the output of {kind} has NaN or infinity; check its parameters, or write "
-            "dtype=torch.float64 if it overflowed."
+            f"model: the output of {kind} has NaN or infinity; write dtype=torch.float64 if "
+            "it overflowed."
         )
 
 

@@ -118,6 +118,7 @@ def test_what_was_expected_got_and_to_write(
         ("match mlp sent.safetensors --start w.safetensors --resume w.safetensors", "--start"),
         ("match mlp sent.safetensors --start w.safetensors --output w.safetensors", "--start"),
         ("audit mlp --weights w.png --plot w.png", "--weights"),
+        ("invert mlp sent.safetensors --weights w-determined.png --output w.png", "--weights"),
         ("capture mlp --weights w.safetensors --images photos:0 --labels 3 "
          "--output w.safetensors", "--weights"),
         ("capture mlp --images photos:0 --images w.safetensors --labels 3 "
@@ -127,7 +128,7 @@ def test_what_was_expected_got_and_to_write(
 def test_an_output_that_a_command_reads_is_refused(
     words: str, read: str, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("w.safetensors", "w.png"):
+    for name in ("w.safetensors", "w.png", "w-determined.png"):
         (here / name).write_bytes(b"held")
     if not (here / "link.safetensors").exists():
         (here / "link.safetensors").symlink_to(here / "sent.safetensors")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import rgap
 from rgap.completion.preimage import preimage
+from rgap.completion.value_uniqueness import mirrored
 from rgap.jacobian.frontier import Frontier, Tangent, frontier
 from rgap.network.flow import Flow, flow_of
 from rgap.precision import Estimate
@@ -204,3 +205,19 @@ def test_data_whose_mirror_image_sends_the_same_update_are_not_certified(
         torch.testing.assert_close(sent, mirrored.gradients[name])
     recovery = rgap.invert(model, update)
     assert recovery.status is not Status.EXACT and recovery.inputs is None
+
+
+def test_a_black_first_picture_does_not_hide_the_mirror_image_of_the_second() -> None:
+    torch.manual_seed(0)
+    model = Residual(64, Even()).double()
+    flow = flow_of(model, (12,))
+    assert isinstance(flow, Flow)
+    x = torch.cat([torch.zeros(1, 12), 2.0 * torch.rand(1, 12) - 1.0]).double()
+    [place] = [place for place, node in enumerate(flow.nodes) if node.name == "add"]
+    values = [x]
+    for node in flow.nodes[1:]:
+        values.append(node.forward([values[source] for source in node.sources]))
+    known = {place: Estimate(values[place], torch.zeros(2, *values[place].shape, dtype=F64))}
+    function = Frontier(flow, [place], known).to(torch.float32)
+    assert "mirror image" in mirrored(function, x)
+    assert not mirrored(function, x[:1])
