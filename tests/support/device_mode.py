@@ -34,6 +34,7 @@ READ = "a network is read on the CPU, its chain is moved as a whole afterwards"
 ALLOWED: dict[tuple[str, str], str] = {
     ("rgap/network/probing.py", "rearrangement"): READ,
     ("rgap/network/probing.py", "fitting"): READ,
+    ("rgap/network/probing.py", "linear_function"): READ,
     ("rgap/network/pooling.py", "Opaque.__init__"): READ,
     ("rgap/network/pooling.py", "LinearMap.__init__"): READ,
     ("rgap/network/pooling.py", "LinearMap._pseudo_inverse"): READ,
