@@ -26,7 +26,8 @@ from torch import Tensor
 from rgap.completion.rearranged import rearrangements, steps_of, unmoved
 from rgap.completion.value_search import Search
 from rgap.completion.value_settling import MEMBERS, Settled, Settling
-from rgap.completion.value_uniqueness import agreed, folded, mirrored, orderless
+from rgap.completion.value_uniqueness import agreed, folded, mirrored
+from rgap.completion.windows import confused_of_graph
 from rgap.jacobian.frontier import Frontier, frontier
 from rgap.limits import FITS, PROBES, SAFETY, SURPLUS, SURPLUS_SHARE
 from rgap.network.flow import Flow
@@ -37,7 +38,6 @@ from rgap.recursion.graph import GraphDescent
 __all__ = ["Preimage", "preimage"]
 
 HANDED_OVER = 1e-3, 3e-5, 0.0  # relative misfits at which Gauss–Newton is tried; 0: as errors say
-AGAIN = 2  # searches more where places are forgotten
 OTHERS = 3  # rearranged pictures of a sample that Gauss–Newton begins at
 COPIES = (
     24.0  # bytes a value on the way: float32, with its cotangent, its slope and what is made of it
@@ -107,14 +107,14 @@ def preimage(
         doubted = folded(full, unknowns, unknowns + surplus)
         if isinstance(doubted, str):
             return doubted
+        if confused := confused_of_graph(full):
+            return f"{confused}, others than the data give the same"
         nearest = Frontier(flow, lowest, known, told.unit).to(torch.float32)
-        times = max(int(doubted), AGAIN if orderless(full) else 0)
         search = partial(Search, nearest, watch=watch, below=below, deadline=deadline)
         made = _looked_for(full, search(start))
-        for number in range(1, times + 1):
-            if not isinstance(made, str):
-                again = search(partial(_later, start, number), below=f"again {below}")
-                made = agreed(made, _looked_for(full, again))
+        if doubted and not isinstance(made, str):
+            again = search(lambda number: start(number + 1), below=f"again {below}")
+            made = agreed(made, _looked_for(full, again))
         if not isinstance(made, str):
             other = mirrored(nearest, made[0].value)
             made = other or _rearranged(Settling(full, watch, below), nearest, made[0]) or made
@@ -122,11 +122,6 @@ def preimage(
         return made
     data, misfit = made
     return Preimage(data, misfit, unknowns, on)
-
-
-def _later(start: Callable[[int], Tensor], by: int, number: int) -> Tensor:
-    """Other starts of a search: those that follow."""
-    return start(number + by)
 
 
 def _looked_for(full: Frontier, search: Search) -> Settled | str:

@@ -11,9 +11,8 @@ from rgap.completion.value_settling import Settled
 from rgap.jacobian.frontier import Frontier
 from rgap.limits import SAFETY
 from rgap.network.activations import Activation, Identity
-from rgap.network.pooling import LinearMap, MaxPool
 
-__all__ = ["agreed", "folded", "mirrored", "orderless"]
+__all__ = ["agreed", "folded", "mirrored"]
 
 ALIKE = 1e-3  # relative change of known values up to which a mirror image gives the same
 
@@ -49,24 +48,6 @@ def folded(function: Frontier, unknowns: int, asked: int) -> bool | str:
         alone = source in cuts and flow.users(source) == [place]
         doubted |= link.barrier is not None or (few and not alone)
     return doubted
-
-
-def orderless(function: Frontier) -> bool:
-    """Whether a step forgets all places at once, as a pool over the whole map does.
-
-    What is left is a set of overlapping pieces, which may be put together in another way.
-
-    Args:
-        function: the known values.
-    """
-    for _, node in function.between():
-        pooled = isinstance(node.link, MaxPool | LinearMap)
-        if pooled and any(
-            prod(function.flow.nodes[source].shape[1:]) > prod(node.shape[1:]) == 1
-            for source in node.sources
-        ):
-            return True
-    return False
 
 
 def mirrored(function: Frontier, x: Tensor) -> str:

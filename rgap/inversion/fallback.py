@@ -12,6 +12,7 @@ from torch import Tensor
 from rgap.completion.complete import MISSED, complete, grey, inside
 from rgap.completion.features import Suggestion, coarse
 from rgap.completion.max_pool import PooledStage, PoolSearch, find_winners
+from rgap.completion.windows import confused_of_chain
 from rgap.constraints.known_input import Standardised, Whole
 from rgap.halt import Halt
 from rgap.head.target import read_target
@@ -88,7 +89,9 @@ def filled(problem: Problem, run: Run, show: Progress) -> Recovery:
     update = ModuleUpdate(problem.model, problem.sent, known, shape)
     unknowns = prod(shape)
     surplus = update.equations - unknowns
-    sure = surplus >= max(SURPLUS, SURPLUS_SHARE * unknowns) and _followed(chain)
+    confused = confused_of_chain(chain)
+    enough = surplus >= max(SURPLUS, SURPLUS_SHARE * unknowns)
+    sure = enough and _followed(chain) and not confused
     minimum = _completion(problem, update, known, sure, show)
     if not isfinite(minimum.misfit):
         return _without(problem, descent, f"{halt.reason}; no completion: {minimum.ended}")
@@ -103,6 +106,8 @@ def filled(problem: Problem, run: Run, show: Progress) -> Recovery:
             return elsewhere(problem, reached, recovery)
     inputs, labels = _samples(problem, reached, minimum.value)
     reason = _words(halt.reason, -surplus, unknowns, minimum)
+    if enough and confused:
+        reason += f"; {confused}, others than the data send the same"
     if minimum.misfit <= MISSED:
         return outcomes.completed(problem, descent, inputs, labels, reason)
     reason += _edges(problem, minimum.value)

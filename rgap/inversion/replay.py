@@ -72,7 +72,8 @@ def sent_for(
         return _weighed(problem, inputs, labels, scale, dtype)
 
     loss = problem.declared
-    if loss.targets == "probability":  # as they were read: noise may have moved them out of [0, 1]
+    if loss.targets == "probability" or (loss.targets == "index" and labels.is_floating_point()):
+        # As they were read: noise may have moved them out of [0, 1], or off 0 and 1.
         loss = Loss(loss.name, function=problem.declared)
 
     def sent(precision: torch.dtype) -> Mapping[str, Tensor]:

@@ -96,7 +96,7 @@ class ModuleUpdate(ModuleGradient):
             for n, g in self.gradients.items()
             if self.scales[n] > 0
         )
-        return total + (inside.known.expected * self.unit**2 if inside else 0.0)
+        return total + (inside.known.expected * self.unit * self.unit if inside else 0.0)
 
     def misfit(self, x: Tensor) -> float:
         """‖r(x)‖², infinite where it is not a number."""

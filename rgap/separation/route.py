@@ -19,7 +19,7 @@ from rgap.network.chain import Chain, Stage
 from rgap.network.reshape import Op
 from rgap.separation.batch import Batch, Separated, Unseparated
 from rgap.separation.mixture import Mixture
-from rgap.separation.pair import Between, lines, separate_pair, steps_between
+from rgap.separation.pair import Between, between, lines, separate_pair, steps_between
 from rgap.separation.softmax.separate import separate_head, unfit
 
 Watcher = Callable[[str], None]
@@ -88,7 +88,8 @@ def undetermined(batch: Batch, separated: Separated) -> str:
     if isinstance(steps, str):
         return ""
     pair = Between.of(samples, batch.mixture(index + 1), steps, batch.precision)
-    return lines(pair, separated.features.value.flatten(1) @ samples.right)
+    roots = separated.features.value.flatten(1) @ samples.right
+    return lines(pair, roots) or between(pair, roots)
 
 
 def _bent(chain: Chain, index: int) -> str:

@@ -98,6 +98,34 @@ SYMMETRIC: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         ),
         (1, 1, 8, 8),
     ),
+    "rows": (
+        lambda: nn.Sequential(
+            nn.Conv2d(1, 64, (1, 3), 1, (0, 1)), nn.ReLU(), nn.MaxPool2d((2, 1)), nn.Flatten(),
+            nn.Linear(512, 10),
+        ),
+        (1, 1, 4, 4),
+    ),
+    "frames": (
+        lambda: nn.Sequential(
+            nn.Conv3d(1, 128, (1, 3, 3), 1, (0, 1, 1)), nn.ReLU(), nn.MaxPool3d((2, 1, 1)),
+            nn.Flatten(), nn.Linear(128 * 18, 10),
+        ),
+        (1, 1, 4, 3, 3),
+    ),
+    "phases": (
+        lambda: nn.Sequential(
+            nn.Conv1d(1, 96, 3, 1, 2, 2), nn.ReLU(), nn.MaxPool1d(2), nn.Flatten(),
+            nn.Linear(96 * 4, 10),
+        ),
+        (1, 1, 8),
+    ),
+    "skip": (
+        lambda: nn.Sequential(
+            nn.Conv2d(1, 96, (1, 3), 1, (0, 1)), nn.ReLU(), Skip(96), nn.MaxPool2d((2, 1)),
+            nn.Flatten(), nn.Linear(96 * 6, 10),
+        ),
+        (1, 1, 4, 3),
+    ),
     "offset": (
         lambda: nn.Sequential(
             nn.Conv2d(2, 192, 2, 2, 1, padding_mode="circular"), nn.ReLU(), nn.Conv2d(192, 96, 1),
@@ -122,11 +150,14 @@ def test_nothing_is_certified_where_another_picture_sends_the_same(
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_a_border_of_zeros_tells_where_the_picture_is(seed: int) -> None:
+def test_windows_whose_places_overlap_tell_them_apart(seed: int) -> None:
     torch.manual_seed(seed)
-    make, _ = SYMMETRIC["frame"]
-    x = 0.1 + 0.9 * torch.rand(1, 1, 5, 5, dtype=F64)
-    recovery, off = inverted(make, x, torch.tensor([seed]), F64)
+    recovery, off = inverted(
+        lambda: nn.Sequential(
+            nn.Conv2d(1, 64, 3, 1, 1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(256, 10)
+        ),
+        torch.rand(1, 1, 4, 4, dtype=F64), torch.tensor([seed]), F64,
+    )  # fmt: skip
     assert recovery.status is Status.EXACT and off <= recovery.error_bound
 
 

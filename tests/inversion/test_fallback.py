@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -62,3 +64,32 @@ def test_labels_above_a_barrier_are_those_of_the_features_above_it() -> None:
     found = rgap.invert(model, update, complete=True, time_limit=5.0)
     labels = found.labels if found.candidates == () else found.candidates[0].labels
     assert labels is not None and labels.tolist() == [3], found.reason
+
+
+@pytest.mark.parametrize("batch", [2, 4])
+def test_a_completion_of_a_dead_network_is_answered(batch: int) -> None:
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(16)
+    norm.bias.data -= 1e4
+    model = nn.Sequential(
+        nn.Conv2d(2, 16, 3, 1, 1), norm, nn.SiLU(), nn.Flatten(), nn.Linear(256, 10)
+    ).double().eval()  # fmt: skip
+    x, y = torch.rand(batch, 2, 4, 4).double(), torch.arange(batch) % 3
+    update = rgap.capture(model, x, y, value_range=None)
+    for size in (batch, None):
+        sent = replace(update, batch_size=size)
+        found = rgap.invert(model, sent, complete=True, time_limit=2.0)
+        assert found.status not in (Status.EXACT, Status.INCONSISTENT)
+
+
+def test_labels_of_a_completion_that_are_not_0_and_1_are_replayed() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 32, 3, 1, 1), nn.SiLU(), nn.Flatten(), nn.Linear(512, 32), nn.SiLU(),
+        nn.Linear(32, 20),
+    ).double().eval()  # fmt: skip
+    y = (torch.rand(2, 20) > 0.5).double()
+    x = torch.rand(2, 1, 4, 4).double()
+    update = rgap.capture(model, x, y, "binary_cross_entropy_with_logits")
+    found = rgap.invert(model, update, complete=True, time_limit=2.0)
+    assert found.status not in (Status.EXACT, Status.INCONSISTENT)

@@ -81,3 +81,22 @@ def test_mixtures_and_copies_are_not_handed_out() -> None:
     assert not rgap.invert(model, copies).features
     others = rgap.models.lenet(channels=4, input_shape=(3, 16, 16), seed=1)
     assert not rgap.invert(others, update).features
+
+
+@pytest.mark.parametrize("seed", [1, 5, 9])
+def test_no_mixture_is_a_feature_where_the_layers_between_are_linear_on_the_batch(
+    seed: int,
+) -> None:
+    """Hardtanh that no unit of the batch leaves: points on the line between samples are as good."""
+    for number in range(seed, seed + 4):
+        torch.manual_seed(number)
+        model = nn.Sequential(
+            nn.Conv2d(1, 32, 3, 1, 1), nn.SiLU(), nn.Flatten(), nn.Linear(512, 32), nn.Hardtanh(),
+            nn.Linear(32, 10),
+        ).eval()  # fmt: skip
+        x, y = torch.rand(2, 1, 4, 4), torch.rand(2, 10).softmax(1)
+        sent = rgap.capture(model, x, y, rgap.Loss(targets="probability"))
+        for name, value in rgap.invert(model, sent).features.items():
+            true = model[: int(name)](x).double().detach()
+            off = min(float((value.double() - t).abs().max()) for t in (true, true.flip(0)))
+            assert off < 1e-3
