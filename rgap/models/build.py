@@ -188,7 +188,7 @@ class Plan:
         self, channels: int, kernel: int, stride: int, padding: int, *, norm: bool = False
     ) -> None:
         """Add a convolution to [channels, ·, ·], a batch norm for its bias, an activation."""
-        before, after = self._channels(), validation.count("channels", channels)
+        before, after = self.channels(), validation.count("channels", channels)
         self._slide("convolution", kernel, stride, padding, after)
         bias = self.bias and not norm
         self._add(
@@ -200,18 +200,18 @@ class Plan:
 
     def residual(self, channels: int, stride: int) -> None:
         """Add a :class:`Residual` block to [channels, ·, ·]."""
-        before, after = self._channels(), validation.count("channels", channels)
+        before, after = self.channels(), validation.count("channels", channels)
         self._slide("convolution", 3, stride, 1, after)
         self._add("block", lambda: Residual(before, after, stride, self.activation))
 
     def average(self) -> None:
         """Add the average over the whole picture."""
-        self.shape = (self._channels(), 1, 1)
+        self.shape = (self.channels(), 1, 1)
         self._add("pool", lambda: nn.AdaptiveAvgPool2d(1))
 
     def max_pool(self, kernel: int) -> None:
         """Add a max-pooling of stride ``kernel``."""
-        self._slide("max-pool", kernel, kernel, 0, self._channels())
+        self._slide("max-pool", kernel, kernel, 0, self.channels())
         self._add("pool", lambda: nn.MaxPool2d(kernel))
 
     def linear(self, width: int) -> None:
@@ -240,7 +240,8 @@ class Plan:
         self.shape = (after,)
         self._add(kind, lambda: nn.Linear(before, after, bias=self.bias, **_PLACE))
 
-    def _channels(self) -> int:
+    def channels(self) -> int:
+        """Of one sample so far, where it is a picture."""
         if len(self.shape) != 3:
             raise ValueError(
                 f"input_shape: expected [C, H, W] for a convolutional network, got "

@@ -27,6 +27,7 @@ from torch import nn
 
 from rgap.models.build import Activation, Plan, Weights
 from rgap.models.classifiers import lenet5, resnet, vgg
+from rgap.models.imagenet import IMAGENET
 
 
 def lenet(
@@ -197,9 +198,12 @@ BUILTIN: dict[str, Callable[..., nn.Module]] = {
 }
 """The factories by name; each may be called without arguments."""
 
+NAMED: dict[str, Callable[..., nn.Module]] = BUILTIN | IMAGENET
+"""These and the networks for ImageNet, which are large."""
+
 INPUT_SHAPES: dict[str, tuple[int, ...]] = {
     name: tuple(inspect.signature(make).parameters["input_shape"].default)
-    for name, make in BUILTIN.items()
+    for name, make in NAMED.items()
 }
 """Shape of one sample of each network, if ``input_shape`` is left out."""
 
@@ -207,6 +211,6 @@ _ONE_LOGIT = ("cnn6", "cnn6d", "fcn3")
 
 LOSSES: dict[str, str] = {
     name: "binary_cross_entropy_with_logits" if name in _ONE_LOGIT else "cross_entropy"
-    for name in BUILTIN
+    for name in NAMED
 }
 """Name of the loss that each network is trained with."""

@@ -103,14 +103,14 @@ def expected(spec: str) -> tuple[tuple[int, ...] | None, str]:
 
 
 def _build(spec: str) -> nn.Module:
-    from rgap.models.published import BUILTIN
+    from rgap.models.published import NAMED
 
     name, _, rest = spec.partition(":")
-    if name in BUILTIN:
-        options = _options(rest, BUILTIN[name], name)
-        if "seed" in (_parameters(BUILTIN[name]) or ()):
+    if name in NAMED:
+        options = _options(rest, NAMED[name], name)
+        if "seed" in (_parameters(NAMED[name]) or ()):
             options.setdefault("seed", SEED)
-        return _call(BUILTIN[name], options, name)
+        return _call(NAMED[name], options, name)
     file = Path(name)
     if file.suffix == ".py":
         here = file.absolute().parent == Path.cwd()
@@ -120,9 +120,9 @@ def _build(spec: str) -> nn.Module:
             "where factory is a function in it that returns the network"
         )
     if not rest or "=" in rest.partition(":")[0]:
-        close = difflib.get_close_matches(name, BUILTIN, n=1)
+        close = difflib.get_close_matches(name, NAMED, n=1)
         raise ValueError(
-            f"model: expected a built-in network ({', '.join(BUILTIN)}) or package.module:factory, "
+            f"model: expected a built-in network ({', '.join(NAMED)}) or package.module:factory, "
             f"got {spec!r}" + (f"; did you mean {close[0]!r}?" if close else "")
         )
     return _imported(name, rest)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["listed", "load_weights"]
+__all__ = ["fill", "listed", "load_weights"]
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -36,19 +36,33 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     >>> torch.equal(model.weight, saved.weight)
     True
     """
+    file = Path(path)
+    fill(model, _read(file), str(file))
+
+
+def fill(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Load tensors by name into ``model`` as :func:`load_weights` does; ``source`` in words.
+
+    Counters of batch norm (``num_batches_tracked``), which older files lack, may be missing.
+
+    Raises:
+        ValueError: missing, unexpected or misshapen tensors (named).
+    """
     import torch
 
-    file = Path(path)
-    tensors = _read(file)
     expected = model.state_dict()
     for name, tensor in tensors.items():
         if name in expected and tensor.shape != expected[name].shape:
             raise ValueError(
-                f"weights: {name!r} has shape {tuple(tensor.shape)} in {file}, expected "
+                f"weights: {name!r} has shape {tuple(tensor.shape)} in {source}, expected "
                 f"{tuple(expected[name].shape)}; was it saved from a network with other options?"
             )
     stored = {name: _stored(name, expected, tensors) for name in expected}
-    missing = sorted(name for name, other in stored.items() if other is None)
+    missing = sorted(
+        name
+        for name, other in stored.items()
+        if other is None and name.rpartition(".")[2] != "num_batches_tracked"
+    )
     unexpected = [name for name in tensors if name not in expected]
     if missing or unexpected:
         parts = [
@@ -57,12 +71,13 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
             if names
         ]
         raise ValueError(
-            f"weights: {file} does not fit the {type(model).__name__}: it {' and '.join(parts)}; "
+            f"weights: {source} does not fit the {type(model).__name__}: it {' and '.join(parts)}; "
             "write it with safetensors.torch.save_model(model, path)"
         )
     if {t.dtype for t in tensors.values() if t.is_floating_point()} == {torch.float64}:
         model.double()
-    model.load_state_dict({n: tensors[other] for n, other in stored.items() if other is not None})
+    kept = {n: expected[n] if other is None else tensors[other] for n, other in stored.items()}
+    model.load_state_dict(kept)
 
 
 def listed(names: Iterable[str], most: int = 6) -> str:
@@ -96,7 +111,7 @@ def _read(file: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def _stored(name: str, expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> str | None:
+def _stored(name: str, expected: dict[str, Tensor], tensors: Mapping[str, Tensor]) -> str | None:
     """The name under which the file has a tensor: tied ones are stored once, under either name."""
     if name in tensors:
         return name

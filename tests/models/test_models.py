@@ -261,12 +261,13 @@ def test_a_shape_must_be_a_sequence() -> None:
 
 
 def test_every_factory_takes_the_same_keywords() -> None:
-    for name, make in models.BUILTIN.items():
+    for name, make in (models.BUILTIN | models.IMAGENET).items():
         signature = inspect.signature(make).parameters
         for keyword in ("input_shape", "seed", "weights"):
             assert signature[keyword].kind is inspect.Parameter.KEYWORD_ONLY, (name, keyword)
         assert make is getattr(models, name) and name in models.__all__
-    assert models.INPUT_SHAPES.keys() == models.LOSSES.keys() == models.BUILTIN.keys()
+    named = models.BUILTIN.keys() | models.IMAGENET.keys()
+    assert models.INPUT_SHAPES.keys() == models.LOSSES.keys() == named
 
 
 def test_a_plan_follows_the_shapes_that_torch_computes() -> None:
