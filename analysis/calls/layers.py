@@ -88,7 +88,8 @@ def sizes_of(call: Call, *, head: bool) -> tuple[str, dict[str, Any], int]:
     sizes |= {"channels": shape[0], "output_size": call.out_shape[1:]}
     if isinstance(module, _AdaptiveAvgPoolNd):
         pairs = zip(shape[1:], call.out_shape[1:], strict=True)
-        return "average_pool", sizes | {"kernel_size": tuple(n // m for n, m in pairs)}, 1
+        kernel = tuple(max(1, n // m) for n, m in pairs)  # 1 where it widens
+        return "average_pool", sizes | {"kernel_size": kernel}, 1
     window: Any = module  # the base classes of pools declare no sizes
     kernel = per_dimension(window.kernel_size, dims)
     stride = per_dimension(window.stride, dims)

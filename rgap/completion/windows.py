@@ -9,7 +9,7 @@ give the same values, each isolated.  A pool over a whole axis forgets where the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rgap.jacobian.frontier import Frontier
@@ -89,9 +89,9 @@ def confused_of_chain(chain: Chain) -> str:
     Args:
         chain: from the data to the last layer.
     """
-    steps: Iterable[Affine | Op] = (
-        step for stage in chain.stages for step in (*stage.lead, stage.affine, *stage.tail)
-    )
+    steps = list[Affine | Op]()
+    for stage in chain.stages:
+        steps += [*stage.lead, stage.affine, *stage.tail]
     reach: Reach | None = Reach.of_data(len(chain.input_shape) - 1)
     for step in steps:
         why, reach = _through(step, reach, step.name)

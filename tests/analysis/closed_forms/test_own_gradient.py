@@ -81,3 +81,12 @@ def test_what_is_counted_is_what_a_recovery_does() -> None:
     assert rows["2"].by_shifts == 4 and rows["0"].by_gradient == 4
     x = rgap.photos.load(1, 8, dtype=torch.float64)
     assert rgap.invert(model, rgap.capture(model, x, torch.tensor([2]))).status.name == "EXACT"
+
+
+def test_a_pool_that_widens_its_input_is_counted() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(7), nn.Flatten(),
+        nn.Linear(196, 5),
+    )  # fmt: skip
+    rows = {row.layer: row for row in audit(model, (3, 8, 8), (1,), method="formula").rows}
+    assert rows["4"].unknowns == 196 and rows["0"].unknowns == 192
