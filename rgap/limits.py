@@ -36,6 +36,13 @@ SAFETY = 10.0
 # chance 1e-9 (one side), any of 10^5 with 1e-4; what follows from it is tested by REFUTED.
 ON = 6.0
 
+# Standard errors of a filter's cotangent k, at least, that make its row ``K u = G`` an equation.
+# Below them k seems to be there where it is 0 with chance 6e-5, less than FALSELY, and least
+# squares shrink what it is multiplied with: by 1/(1 + 4²), 6%, at this limit, towards a u = 0 at
+# which k's error counts for nothing.  One such row tells u to a quarter, less than is USEFUL; many
+# with independent noise tell more together, which is why the limit is not ON.
+HEARD = 4.0
+
 # Units, on average, whose state errors may have turned, from which a contradiction below them
 # refutes nothing: one in ten updates has one then.
 MISTAKEN = 0.1
@@ -96,6 +103,11 @@ ROUNDED = 100.0
 # Share of ‖G u‖ by which α k(α) may miss where rounding says less: α is a root of one entry, found
 # to 1e-15 of itself, and where the loss is flat k is known to the square root of that only.
 ROOT = 1e-9
+
+# Share of itself to which a root of one equation is narrowed down, and its standard error at least:
+# a tenth more than 4 eps, the least that the search takes.  Features of exactly 1 are else told
+# from the asymptote of a sigmoid by what the search has left.
+FOUND = 1e-15
 
 # Rounding units of float64 that can gather in one entry behind a decomposition: SAFETY times the
 # three passes (projection, factor, substitution) that each add one.

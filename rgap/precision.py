@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rgap.arithmetic.rounding import ABSENT
-from rgap.limits import PASSES, SCATTER, SOLVED
+from rgap.limits import HEARD, PASSES, SCATTER, SOLVED
 
 UNKNOWN = 1e150  # standard error of a value that no equation fixes
 OPEN = 1e100  # above which it is one, whatever scale a normalisation has put on it
@@ -41,6 +41,17 @@ class Estimate:
     def known(self) -> Tensor:
         """False where no equation fixes the entry, as for the z of a ReLU that is off, [B, ...]."""
         return self.error.abs().amax(0) < OPEN
+
+    @property
+    def silent(self) -> Tensor:
+        """Channels of a cotangent that are not told from 0 beside their own errors, as bool [C].
+
+        One without any error is what it is, 0 as well.
+        """
+        value = self.value.transpose(0, 1).flatten(1).norm(dim=1)
+        error = self.std.transpose(0, 1).flatten(1).norm(dim=1)
+        out: Tensor = (value <= HEARD * error) & (error > 0.0)
+        return out
 
 
 def paired(first: Estimate, second: Estimate) -> tuple[Estimate, Estimate]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rgap.arithmetic.doubles import BLOCK, row_blocks
-from rgap.limits import ROOT, ROUNDED, SAFETY, SIGN
+from rgap.limits import FOUND, ROOT, ROUNDED, SAFETY, SIGN
 from rgap.network.chain import Stage
 from rgap.precision import Estimate, Precision
 from rgap.update.losses import Loss
@@ -159,7 +159,9 @@ class ScaleEquation:
         j = self._entry(target)
         high, low = self._misfit(target)(alpha * u.new_tensor([1 + NUDGE, 1 - NUDGE]))
         derivative = float((high - low) / (2 * NUDGE * alpha))
-        rounding = precision.normal(2 * abs(alpha) * self._cotangent_rounding(alpha, target)[j])
+        narrowed = FOUND * abs(alpha * derivative)  # what the search for α has left of f
+        rounding = 2 * abs(alpha) * self._cotangent_rounding(alpha, target)[j] + narrowed
+        rounding = precision.normal(rounding)
         dalpha = (dv[:, j] + rounding) / (derivative if derivative else 1e-300)
         dx = dalpha[:, None] * u + alpha * du
         dk = dv / alpha - dalpha[:, None] * v / alpha**2
@@ -209,7 +211,7 @@ def _zeros(function: Callable[[Tensor], Tensor], grid: Tensor) -> list[float]:
     def scalar(alpha: float) -> float:
         return float(function(grid.new_tensor([alpha])))
 
-    return [float(brentq(scalar, *ends, xtol=1e-300, rtol=1e-15)) for ends in brackets]
+    return [float(brentq(scalar, *ends, xtol=1e-300, rtol=FOUND)) for ends in brackets]
 
 
 def _changes(grid: Tensor, values: Tensor) -> list[tuple[float, float]]:

@@ -43,9 +43,10 @@ class Reader:
     @property
     def heard(self) -> Tensor:
         """1 for filters that say something, else 0, [F]."""
-        if self.unsure is None:
-            return self.k.value.new_ones(self.affine.out_shape[0])
-        return 1.0 - self.unsure.transpose(0, 1).flatten(1).any(1).to(self.k.value)
+        silent = self.k.silent
+        if self.unsure is not None:
+            silent = silent | self.unsure.transpose(0, 1).flatten(1).any(1)
+        return 1.0 - silent.to(self.k.value)
 
 
 def from_gradients(

@@ -84,6 +84,7 @@ def solve_stage(
         OutOfTime: ``ahead`` says that there is no time.
     """
     start = time.perf_counter()
+    gradient, k = _heard(gradient, k)
     if memory(affine, len(z.value)) > budget:
         return _without_matrix(affine, gradient, z, k, precision, start, ahead)
     stage = _Stage(affine, gradient, z, k, precision, ahead)
@@ -97,6 +98,20 @@ def solve_stage(
         partial, misfits = stage.partial()
     seconds = time.perf_counter() - start
     return StageSolution(solution, made, k.value, z.known, *misfits, seconds, partial)
+
+
+def _heard(gradient: Tensor, k: Estimate) -> tuple[Tensor, Estimate]:
+    """Both without the filters whose cotangent is its own error: 0 = 0 is what these say.
+
+    At u = 0 the error of k carries nothing into ``K u``, so that such a row would fix u = 0 as if
+    it were certain, or contradict a gradient that is not 0.
+    """
+    silent = k.silent
+    if not bool(silent.any()):
+        return gradient, k
+    outputs = silent.reshape(-1, *[1] * (k.value.ndim - 2))
+    zeros = Estimate(k.value.masked_fill(outputs, 0.0), k.error.masked_fill(outputs, 0.0))
+    return gradient.masked_fill(silent.reshape(-1, *[1] * (gradient.ndim - 1)), 0.0), zeros
 
 
 def _unread(affine: Affine, known: Estimate, precision: Precision) -> Estimate:
