@@ -112,7 +112,7 @@ class _Counted:
 def _layer_by_layer(sample: Sample, ranks: Ranks, work: Work, context: typer.Context) -> _Counted:
     """The rank of every layer's gradient at every batch size."""
     from rgap.analysis.discard.audit import audit as measure
-    from rgap.report.tables import audit_table
+    from rgap.report.tables import audit_table, own_gradient_table
 
     batches, network, (shape, loss) = ranks.batches, sample.network(), sample.declared()
     result = measure(
@@ -121,7 +121,8 @@ def _layer_by_layer(sample: Sample, ranks: Ranks, work: Work, context: typer.Con
     )  # fmt: skip
     # The name that was asked for says more than nn.Sequential.
     result = replace(worded(result, context, "notes"), model=sample.model)
-    return _Counted(result.summary(), (audit_table(result), result.explain()), result.plot)
+    shown = (audit_table(result), own_gradient_table(result), result.explain())
+    return _Counted(result.summary(), shown, result.plot)
 
 
 def _jointly(sample: Sample, ranks: Ranks, work: Work) -> _Counted:

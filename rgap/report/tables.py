@@ -34,6 +34,7 @@ __all__ = [
     "finding_table",
     "joint_table",
     "numbers",
+    "own_gradient_table",
     "recovery_table",
     "status_text",
 ]
@@ -186,7 +187,6 @@ def audit_table(audit: Audit) -> Table:
     table.figures("B", style="bold")
     table.layers()
     table.figures("unknowns", "gradient rank", "weight rank", joint, "missing", "discard")
-    table.figures("k known, to B", "by shifts, to B")
     table.add_column("route", style="dim")
     for batch in audit.batch_sizes:
         rows = [row for row in audit.rows if row.batch_size == batch]
@@ -200,7 +200,6 @@ def audit_table(audit: Audit) -> Table:
                 f"{row.weight_rank:,}",
                 f"{row.joint_rank:,}",
                 *_shortfall(row),
-                *("" if most is None else str(most) for most in (row.by_gradient, row.by_shifts)),
                 _route(row),
                 end_section=place == len(rows) - 1,
             )
@@ -212,6 +211,26 @@ def _route(row: AuditRow) -> str:
     behind = f", behind {row.step}" if row.step else ""
     beside = f", with {row.beside}" if row.beside else ""
     return f"{row.route}{behind}{beside}"
+
+
+def own_gradient_table(audit: Audit) -> Table:
+    """Up to which batch a layer's own gradient says its input, in forward order.
+
+    >>> from rgap.analysis.discard.table import Audit, AuditRow
+    >>> row = AuditRow("fc", "linear", 2, 64, 20, 16, 48, 16, 0.25, 3.0, by_gradient=10)
+    >>> own_gradient_table(Audit("Sequential", "exact", (row,))).row_count
+    1
+    """
+    table = HeadedTable("Largest batch whose inputs a layer's own gradient can tell")
+    table.layers()
+    table.figures("its cotangents known", "by shifts alone")
+    first = {row.layer: row for row in reversed(audit.rows)}
+    for layer in audit.layers:
+        row = first[layer]
+        most = (row.by_gradient, row.by_shifts)
+        if most != (None, None):
+            table.add_row(layer, row.kind, *("" if one is None else str(one) for one in most))
+    return table
 
 
 def audit_matrix(audit: Audit) -> Table:
