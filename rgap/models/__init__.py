@@ -4,14 +4,11 @@ Small ones, for 32×32 pictures or less, are in :data:`BUILTIN`; those for Image
 :data:`IMAGENET`, with the names of parameters and the computation of torchvision's, so that a state
 dict saved there loads (``weights=``, or ``--weights`` on the command line):
 
-=================================================  ==============================================
-``resnet18``, ``resnet34``, ``resnet50``            He, Zhang, Ren and Sun 2016
-``vgg11``, ``vgg13``, ``vgg16``, ``vgg19``          Simonyan and Zisserman 2015; with batch norm as
-                                                   ``vgg11_bn`` ...
-``mobilenet_v2``                                   Sandler et al. 2018
-``densenet121``                                    Huang et al. 2017
-``convnext_tiny``                                  Liu et al. 2022
-=================================================  ==============================================
+- ``resnet18``, ``resnet34``, ``resnet50``: He, Zhang, Ren and Sun 2016
+- ``vgg11``, ``vgg13``, ``vgg16``, ``vgg19``: Simonyan and Zisserman 2015; ``vgg11_bn`` … normalised
+- ``mobilenet_v2``: Sandler et al. 2018
+- ``densenet121``: Huang et al. 2017
+- ``convnext_tiny``: Liu et al. 2022
 """
 
 from __future__ import annotations
