@@ -18,8 +18,15 @@ from rgap.network import activations as act
 from rgap.network.calls import DATA, Call
 from rgap.network.custom import REASON, CustomFunction
 from rgap.network.geometry import Geometry
-from rgap.network.modules import Piece, affine_map, build, padded, parameter_name, prelu, repeated
-from rgap.network.probing import UnreadyError, Unsupported, linear_function, rearrangement
+from rgap.network.modules import Piece, affine_map, build, parameter_name, prelu
+from rgap.network.probing import (
+    UnreadyError,
+    Unsupported,
+    linear_function,
+    padded,
+    rearrangement,
+    repeated,
+)
 from rgap.network.scaling import Scale
 
 

@@ -13,13 +13,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from functools import partial
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from rgap.arithmetic.doubles import blocks
 from rgap.network import activations as act
@@ -32,9 +30,11 @@ from rgap.network.probing import (
     fitting,
     linear_function,
     moves_only,
+    padded,
     rearrangement,
+    repeated,
 )
-from rgap.network.reshape import Op, Pad, Rearrange
+from rgap.network.reshape import Op
 from rgap.network.running import BEHIND_TOKENS
 from rgap.network.scaling import BatchNorm
 from rgap.plugins import PluginError, Registry
@@ -353,27 +353,6 @@ _BORDERS = {"reflection": "reflect", "replication": "replicate", "circular": "ci
 def _repeat(module: nn.Module, name: str, in_shape: Shape, names: Names) -> Piece:
     mode = type(module).__name__.partition("Pad")[0].lower()
     return repeated(name, in_shape, tuple(module.padding), _BORDERS[mode])  # type: ignore[arg-type]
-
-
-def repeated(name: str, in_shape: Shape, sides: tuple[int, ...], mode: str) -> Piece:
-    """A border that shows the picture again; arguments as for ``torch.nn.functional.pad``."""
-    step = rearrangement(partial(F.pad, pad=sides, mode=mode), name, "pad", in_shape)
-    if isinstance(step, Rearrange):
-        step.border, step.sides = mode, sides
-    return step
-
-
-def padded(name: str, in_shape: Shape, sides: tuple[int, ...], value: float) -> Piece:
-    """A constant border; ``sides`` as for ``torch.nn.functional.pad``."""
-    if len(sides) > 2 * len(in_shape):
-        raise Unsupported("pad along the batch dimension")
-    piece = Pad(name, in_shape, sides, value)
-    if min(piece.out_shape) < 1:
-        raise ValueError(
-            f"'{name}' (pad) cuts [B, {', '.join(map(str, in_shape))}] down to nothing; write a "
-            "larger input_shape"
-        )
-    return piece
 
 
 @register(nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from rgap.network.pooling import LinearMap
-from rgap.network.reshape import Op, Rearrange, Reshape
+from rgap.network.reshape import Op, Pad, Rearrange, Reshape
 
 Shape = tuple[int, ...]
 
@@ -76,6 +78,27 @@ def moves_only(function: Callable[[Tensor], Tensor], in_shape: Shape) -> bool:
     probe = torch.randn(1, *in_shape, dtype=torch.float64, generator=generator)
     out = function(probe)
     return torch.equal(function(-probe), -out) and bool(torch.isin(out, probe).all())
+
+
+def repeated(name: str, in_shape: Shape, sides: tuple[int, ...], mode: str) -> Op | None:
+    """A border that shows the picture again; arguments as for ``torch.nn.functional.pad``."""
+    step = rearrangement(partial(F.pad, pad=sides, mode=mode), name, "pad", in_shape)
+    if isinstance(step, Rearrange):
+        step.border, step.sides = mode, sides
+    return step
+
+
+def padded(name: str, in_shape: Shape, sides: tuple[int, ...], value: float) -> Op:
+    """A constant border; ``sides`` as for ``torch.nn.functional.pad``."""
+    if len(sides) > 2 * len(in_shape):
+        raise Unsupported("pad along the batch dimension")
+    piece = Pad(name, in_shape, sides, value)
+    if min(piece.out_shape) < 1:
+        raise ValueError(
+            f"'{name}' (pad) cuts [B, {', '.join(map(str, in_shape))}] down to nothing; write a "
+            "larger input_shape"
+        )
+    return piece
 
 
 def linear_function(
