@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from rgap.arithmetic.rounding import ABSENT
+from rgap.arithmetic.rounding import ABSENT, SMALLEST
 from rgap.limits import HEARD, PASSES, SCATTER, SOLVED
 
 UNKNOWN = 1e150  # standard error of a value that no equation fixes
@@ -138,11 +138,10 @@ class Precision:
     def floor(self) -> float:
         """Half the smallest subnormal number: the absolute rounding near zero.
 
-        At least 1e-140, below which variances leave the range of float64: a softmax that is sure
-        of itself sends cotangents down to 1e-300, and they say nothing.
+        At least ``SMALLEST``, below which variances leave the range of float64.
         """
         info = torch.finfo(self.dtype)
-        return max(info.smallest_normal * info.eps / 2, 1e-140)
+        return max(info.smallest_normal * info.eps / 2, SMALLEST)
 
     def normal(self, std: Tensor, samples: int | None = None) -> Tensor:
         """S samples with the given standard deviation, [S, *std.shape]; S = 1, say, on request."""

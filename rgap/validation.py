@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rgap.arithmetic.doubles import blocks
+from rgap.arithmetic.rounding import LARGEST
 from rgap.remedy import GRADIENTS, NAMED, Remedy, frozen
 
 _AFTER_STEP = Remedy(
@@ -93,6 +94,19 @@ def finite_gradient(name: str, tensor: Tensor) -> None:
     require_finite(
         f"gradients: {name!r}", tensor, "capture again in float64, or drop the client's update"
     )
+
+
+def gradient_sizes(gradients: Mapping[str, Tensor]) -> None:
+    """Raise ValueError if an entry of a gradient is beyond ``LARGEST``."""
+    for name, tensor in gradients.items():
+        sizes = (float(part.abs().max()) for part in blocks(tensor) if part.numel())
+        largest = max(sizes, default=0.0)
+        if largest > LARGEST:
+            raise ValueError(
+                f"gradients: {name!r} has entries of {largest:.1e}; expected at most "
+                f"{LARGEST:.0e}, from where squares leave the range of float64; divide the update "
+                "by what its loss was scaled with, or drop the client's update."
+            )
 
 
 def entrywise_noise(noise: Any, gradients: Mapping[str, Tensor]) -> dict[str, Tensor] | None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["ABSENT", "UNIFORM", "absent", "coherence", "spacing"]
+__all__ = ["ABSENT", "LARGEST", "SMALLEST", "UNIFORM", "absent", "coherence", "flushed", "spacing"]
 
 UNIFORM = 12**-0.5  # standard deviation of an error that is uniform over one spacing
 ABSENT = 1e30  # standard deviation of the noise of an entry that was not sent at all
+# Squares of squares of entries, and of the reciprocals of their errors, are float64 numbers between
+# these sizes: a softmax that is sure of itself sends cotangents down to 1e-300, which say nothing.
+SMALLEST, LARGEST = 1e-140, 1e30
 LOST = 0.5  # share of still entries at which the typical one is below half a spacing
 
 
@@ -20,6 +23,18 @@ def absent(zeros: Tensor) -> Tensor:
     """
     wide = torch.promote_types(zeros.dtype, torch.float32)
     return torch.full_like(zeros, ABSENT, dtype=wide)
+
+
+def flushed(values: Tensor) -> Tensor:
+    """The same values with 0 for those below ``SMALLEST``; as they are where there are none.
+
+    >>> flushed(torch.tensor([1e-200, 0.5], dtype=torch.float64)).tolist()
+    [0.0, 0.5]
+    """
+    if torch.finfo(values.dtype).tiny >= SMALLEST:
+        return values
+    lost = (values.abs() < SMALLEST) & (values != 0)
+    return values.masked_fill(lost, 0.0) if bool(lost.any()) else values
 
 
 def spacing(values: Tensor, dtype: torch.dtype) -> Tensor:

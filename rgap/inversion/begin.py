@@ -14,8 +14,8 @@ from rgap.inversion.conclude import concluded, with_features
 from rgap.inversion.factor import divided, remaining
 from rgap.inversion.problem import Problem
 from rgap.inversion.several import from_pair
-from rgap.inversion.single import from_bias, from_prefix
-from rgap.inversion.top import head_gradients
+from rgap.inversion.single import from_prefix
+from rgap.inversion.top import from_bias, head_gradients
 from rgap.network.activations import Activation
 from rgap.network.prefix import find_pairs, find_prefix
 from rgap.progress import Progress

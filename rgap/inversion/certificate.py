@@ -16,6 +16,7 @@ from math import inf
 import torch
 from torch import Tensor
 
+from rgap.inversion.altered import UNSEEN, shows_changes
 from rgap.inversion.answer import Answer
 from rgap.inversion.backing import backing
 from rgap.inversion.batch_rows import BatchRows
@@ -148,6 +149,9 @@ def _inputs_alone(problem: Problem, answer: Answer, said: Recovery) -> Recovery 
     if not answer.apart or answer.polished.misfit > FITS or _merged(problem, answer):
         return None
     if said.status is Status.INCONSISTENT:
+        if not shows_changes(problem, answer.descent):
+            name = problem.chain.stages[max(answer.descent.cotangents)].name
+            return replace(said, reason=f"{said.reason}; {UNSEEN.format(name)}")
         answer = backed(problem, answer, whole=False)
     status, reason = verdict(problem, answer)
     if status is not Status.EXACT or problem.excess(answer.inputs, answer.bound) > problem.slack:

@@ -45,12 +45,15 @@ def head_evidence(problem: Problem, known: dict[int, Estimate]) -> tuple[str, fl
     for below, above in zip(stages[top:], stages[top + 1 :], strict=False):
         x = risen(below, above, x, precision)
     weight, bias = head_gradients(last, problem)
-    if not bool(x.known.all()) or not float(x.value.norm()) > SAFETY * spread_of(x):
+    if not bool(x.known.all()):
+        return "", 1.0
+    nothing = not float(x.value.norm()) > SAFETY * spread_of(x)
+    if nothing and bias is None:  # no cotangent without features
         return "", 1.0
     k = _cotangent(last, weight, bias, x, precision)
     if not bool((k.value != 0).any()):
         return "", 1.0
-    if top < last.index:
+    if top < last.index and not nothing:
         misfit = rank_one_residual(weight, x.value[0], k.value[0])
         explained = rank_one_tolerance(affine, weight, k.value[0], x, precision)
         explained += SAFETY * spread_of(x) / float(x.value.norm())

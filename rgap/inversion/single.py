@@ -13,20 +13,19 @@ topmost of them has to give the head's cotangent.
 from __future__ import annotations
 
 from dataclasses import replace
-from math import hypot
+from math import hypot, isfinite
 
 from rgap.halt import Halt
-from rgap.head.bias_attack import rank_one_residual
-from rgap.head.features import features_from_bias, rank_one_tolerance
 from rgap.head.target import Reading
 from rgap.inversion import certificate, outcomes, verdict
+from rgap.inversion.altered import UNSEEN, heard_above, shows_changes
 from rgap.inversion.answer import Answer, cast_of, polished_from
 from rgap.inversion.backing import of_prefix
 from rgap.inversion.head_evidence import head_evidence, risen, spread_of
 from rgap.inversion.parts import in_parts
 from rgap.inversion.problem import Problem
 from rgap.inversion.targets import Trial, try_targets
-from rgap.inversion.top import head_gradients
+from rgap.inversion.top import from_bias
 from rgap.limits import REFUTED, SAFETY
 from rgap.network.chain import Stage
 from rgap.network.prefix import Prefix
@@ -35,29 +34,7 @@ from rgap.progress import Progress
 from rgap.recovery import Recovery, Status
 from rgap.recursion.reached import Descent
 
-__all__ = ["certified_features", "from_bias", "from_prefix"]
-
-
-def from_bias(problem: Problem, stage: Stage) -> tuple[Estimate, Estimate, str]:
-    """The input and the cotangent of a fully connected layer, ``x = Gᵀk/‖k‖²`` and ``k = ∂b``.
-
-    Args:
-        problem: the update.
-        stage: the layer, whose bias gradient was sent and is not 0.
-
-    Returns:
-        x [1, *in_shape], k [1, m], and by how much G is not of rank one, in words, or "".
-    """
-    affine, precision = stage.affine, problem.precision
-    weight, bias = head_gradients(stage, problem, problem.gradients.original)  # block by block
-    assert bias is not None
-    bias = bias.to(affine.weight)
-    x, k = features_from_bias(affine, weight, bias, precision)
-    misfit = rank_one_residual(weight, x.value[0], k.value[0])
-    tolerance = rank_one_tolerance(affine, weight, bias, x, precision)
-    if misfit > tolerance:
-        return x, k, f"residual {misfit:.1e}, where rounding and noise explain {tolerance:.1e}"
-    return x, k, ""
+__all__ = ["certified_features", "from_prefix"]
 
 
 def from_prefix(problem: Problem, prefix: Prefix, above: str, show: Progress) -> Recovery | None:
@@ -145,7 +122,14 @@ def _certified(
     if status is not Status.EXACT:
         said = f"{trial.reason}; " if trial.reason else ""
         return outcomes.stopped(own, status, f"{said}{why}", descent)
-    return _recovery(problem, own, answer, trial, above)
+    recovery = _recovery(problem, own, answer, trial, above)
+    if not trial.refuted or shows_changes(own, descent):
+        return recovery
+    if heard_above(problem, own.chain, polished.data):
+        return recovery
+    reason = f"{trial.reason} ({above}); {UNSEEN.format(name)}"
+    withheld = certificate.as_candidate(recovery, reason)
+    return replace(withheld, candidates=(), predicted_error=None, error_bound=None)
 
 
 def _trial(problem: Problem, prefix: Prefix, known: Estimate) -> Trial:
@@ -209,6 +193,8 @@ def certified_features(problem: Problem, descent: Descent) -> tuple[dict[str, Es
     if not known:
         return {}, ""
     doubt, wider = head_evidence(problem, known)
+    if not doubt and not isfinite(wider):
+        doubt = f"no equation tests the input of '{stages[max(known)].name}'"
     if doubt:
         return {}, doubt
     return {stages[i].name: replace(u, error=wider * u.error) for i, u in known.items()}, ""

@@ -1,4 +1,4 @@
-"""One sample at the head: its features from the data, and its cotangent from the gradients."""
+"""One sample at the head, or at a lower layer: its features, and its cotangent from gradients."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.linalg import svdvals
 
 from rgap.arithmetic.doubles import row_blocks
+from rgap.head.bias_attack import rank_one_residual
+from rgap.head.features import features_from_bias, rank_one_tolerance
 from rgap.inversion.problem import Problem
 from rgap.jacobian.eliminated import Eliminated
 from rgap.jacobian.linearisation import Linearisation
@@ -18,7 +20,29 @@ from rgap.network.chain import Chain, Stage
 from rgap.precision import UNKNOWN, Estimate, carried
 from rgap.recursion.reached import Descent
 
-__all__ = ["head_cotangent", "head_features", "head_gradients", "top_features"]
+__all__ = ["from_bias", "head_cotangent", "head_features", "head_gradients", "top_features"]
+
+
+def from_bias(problem: Problem, stage: Stage) -> tuple[Estimate, Estimate, str]:
+    """The input and the cotangent of a fully connected layer, ``x = Gᵀk/‖k‖²`` and ``k = ∂b``.
+
+    Args:
+        problem: the update.
+        stage: the layer, whose bias gradient was sent and is not 0.
+
+    Returns:
+        x [1, *in_shape], k [1, m], and by how much G is not of rank one, in words, or "".
+    """
+    affine, precision = stage.affine, problem.precision
+    weight, bias = head_gradients(stage, problem, problem.gradients.original)  # block by block
+    assert bias is not None
+    bias = bias.to(affine.weight)
+    x, k = features_from_bias(affine, weight, bias, precision)
+    misfit = rank_one_residual(weight, x.value[0], k.value[0])
+    tolerance = rank_one_tolerance(affine, weight, bias, x, precision)
+    if misfit > tolerance:
+        return x, k, f"residual {misfit:.1e}, where rounding and noise explain {tolerance:.1e}"
+    return x, k, ""
 
 
 def head_cotangent(problem: Problem, descent: Descent) -> Estimate:

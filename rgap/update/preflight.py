@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rgap import validation
+from rgap.arithmetic.rounding import flushed
 from rgap.network.agreement import refuse_unready, sample_shape
 from rgap.network.running import refuse_meta, refuse_wrapped
 from rgap.precision import Precision
@@ -88,6 +89,8 @@ class ClientView:
             )
         validation.refuse_broken(model)
         update, rounded = update.fitted(model).as_rounded()
+        validation.gradient_sizes(update.gradients)
+        update = view(update, gradients={n: flushed(g) for n, g in update.gradients.items()})
         refuse_meta(model)
         if ready:
             refuse_unready(model)
