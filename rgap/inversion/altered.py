@@ -104,4 +104,5 @@ def _sticks_out(gradient: Tensor, taken: list[Tensor]) -> Tensor:
     inputs = torch.cat([h.reshape(-1, rows.shape[1]) for h in taken]).to(rows)
     basis, values, _ = torch.linalg.svd(inputs.T, full_matrices=False)
     kept = basis[:, values > torch.finfo(values.dtype).eps * len(inputs) * values[:1]]
-    return rows - (rows @ kept) @ kept.T
+    inside: Tensor = (rows @ kept) @ kept.T
+    return rows - inside
