@@ -13,6 +13,7 @@ from math import inf
 import torch
 from torch import Tensor, nn
 
+from rgap.diagnosis.axes import by_input
 from rgap.diagnosis.evidence import Call, Evidence
 from rgap.diagnosis.finding import MENDING, Finding, Kind
 from rgap.head.bias_attack import bias_attack, rank_one_residual
@@ -65,10 +66,10 @@ def _columns(evidence: Evidence, reader: Call) -> tuple[Tensor, Tensor] | None:
         return None
     g = evidence.gradients[name]
     if isinstance(reader.module, nn.Linear) and reader.given.ndim == 2:
-        return (g == 0).all(0), (reader.given == 0).any(0)
+        return (by_input(reader.module, g) == 0).all(1), (reader.given == 0).any(0)
     if isinstance(reader.module, nn.modules.conv._ConvNd) and reader.module.groups == 1:
         zero = (reader.given == 0).flatten(2).all(2).any(0)
-        return (g.transpose(0, 1).flatten(1) == 0).all(1), zero
+        return (by_input(reader.module, g) == 0).all(1), zero
     return None
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from rgap.diagnosis.axes import by_filter
 from rgap.diagnosis.evidence import Call, Evidence
 from rgap.diagnosis.finding import MENDING, Finding, Kind
 
@@ -101,7 +102,7 @@ def _pair(evidence: Evidence, affine: Call, norm: Call) -> Pair | None:
     if own is not None:  # one that was not sent
         mean = mean - own.detach()  # type: ignore[operator]
     g = gradients[f"{affine.name}.weight"]
-    terms = (weight * g).flatten(1)
+    terms = by_filter(affine.module, weight * g)
     evaluated = gamma * spread + mean.double() * slope * shift
     size = float(terms.norm())
     if size == 0.0:

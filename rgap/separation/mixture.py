@@ -99,6 +99,16 @@ class Mixture:
         out: Tensor = torch.linalg.vector_norm(cotangent - kept, dim=-1) / size
         return out
 
+    def blurred(self, cotangent: Tensor) -> float:
+        """Standard error of :meth:`outside` for a cotangent in the range, [m].
+
+        A column u_i of U is off by ``ε/σ_i`` in each of the m − R directions beside the range, so
+        that ``‖(I − UUᵀ)k‖² ≈ (m − R) Σ_i (k·u_i ε/σ_i)²``.
+        """
+        share = (cotangent @ self.left) * self.entry_noise / self.values
+        beside = max(len(cotangent) - self.rank, 1)
+        return float(share.norm() / cotangent.norm().clamp_min(1e-300)) * beside**0.5
+
 
 def relative_rounding(shape: tuple[int, int], precision: Precision) -> float:
     """Spectral norm of what rounding adds to a gradient over that of the gradient.

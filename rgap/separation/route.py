@@ -146,6 +146,8 @@ def unfit_pair(lower: Mixture, upper: Mixture, steps: Sequence[Op]) -> str | Non
     if lower.rank == 0 or not bool((lower.bias_gradient != 0).any()):
         drowned = bool((lower.gradient != 0).any()) and lower.rank == 0
         return f"the gradient of '{name}' is {'all noise, as stated' if drowned else 'zero'}"
+    if not bool((lower.weights != 0).any()):
+        return f"the bias gradient of '{name}' has no part in the range of its weight's"
     if lower.rank != upper.rank:
         lost = "one of them lost samples"
         if lower.rank < upper.rank:

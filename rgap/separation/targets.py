@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rgap.jacobian.batch_loss import BatchLoss, loss_scale
-from rgap.limits import CERTAIN, FITS, LAW, LEAST, OUTSIDE, ROUGH, SIMILAR, SURE, SURELY, WHOLE
+from rgap.limits import CERTAIN, FITS, LAW, LEAST, OUTSIDE, ROOT, ROUGH, SIMILAR, SURE, SURELY, WHOLE
 from rgap.network.activations import Activation
 from rgap.separation.batch import Batch, Unseparated
 from rgap.separation.counts import batch_of, multiplicity, split_counts, whole
@@ -348,6 +348,8 @@ def contradicted(batch: Batch, samples: Mixture, collected: Collected) -> Unsepa
     if batch.size is None:
         return None
     clear = [i for i in collected.refused if _clear(i) and i.label is not None]
+    if samples.stage.index == batch.chain.stages[-1].index:
+        clear = [i for i in clear if i.outside <= ROOT * samples.blurred(i.kappa)]
     weights = [_copies(batch, i, batch.size) for i in clear if not _explained(batch, i, batch.size)]
     sure = [
         m for m in weights if LEAST < m < batch.size / LEAST and not whole(m, batch.size)
