@@ -26,10 +26,11 @@ from torch import Tensor
 from rgap.completion.rearranged import rearrangements, steps_of, unmoved
 from rgap.completion.value_search import Search
 from rgap.completion.value_settling import MEMBERS, Settled, Settling
-from rgap.completion.value_uniqueness import agreed, folded, mirrored
+from rgap.completion.value_uniqueness import agreed, folded, mirrored, paired
 from rgap.completion.windows import confused_of_graph
 from rgap.jacobian.frontier import Frontier, frontier
 from rgap.limits import FITS, PROBES, SAFETY, SURPLUS, SURPLUS_SHARE
+from rgap.network.affine import Affine
 from rgap.network.flow import Flow
 from rgap.precision import Estimate
 from rgap.progress import Watch, silent
@@ -109,6 +110,9 @@ def preimage(
             return doubted
         if confused := confused_of_graph(full):
             return f"{confused}, others than the data give the same"
+        links = (node.link for _, node in full.between())
+        if alike := paired(link for link in links if isinstance(link, Affine)):
+            return alike
         nearest = Frontier(flow, lowest, known, told.unit).to(torch.float32)
         search = partial(Search, nearest, watch=watch, below=below, deadline=deadline)
         made = _looked_for(full, search(start))

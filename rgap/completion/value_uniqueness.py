@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from math import prod
 
 import torch
@@ -11,9 +12,13 @@ from rgap.completion.value_settling import Settled
 from rgap.jacobian.frontier import Frontier
 from rgap.limits import SAFETY
 from rgap.network.activations import Activation, Identity
+from rgap.network.affine import Affine
 
-__all__ = ["agreed", "folded", "mirrored"]
+__all__ = ["agreed", "folded", "mirrored", "paired"]
 
+PARALLEL = 1e-6  # distance of two directions that weights in float32 do not tell apart
+DIRECTIONS = 32  # numbers that directions are compared in
+ROWS = 1024  # of a table of distances that are made at a time
 ALIKE = 1e-3  # relative change of known values up to which a mirror image gives the same
 
 
@@ -48,6 +53,52 @@ def folded(function: Frontier, unknowns: int, asked: int) -> bool | str:
         alone = source in cuts and flow.users(source) == [place]
         doubted |= link.barrier is not None or (few and not alone)
     return doubted
+
+
+def paired(affines: Iterable[Affine]) -> str:
+    """Why a sum of several functions of one entry may give the same for two of its values; or "".
+
+    Of ``Σ_j q_j φ(c_j u + d_j)`` with different c_j, d_j the summands are linearly independent
+    functions of u.  A mirror image ``u → 2m − u`` of one entry permutes them, so that it gives the
+    same where the q_j of those that change places agree: two columns of an affine map are parallel.
+
+    Args:
+        affines: between the data and what is known of them.
+    """
+    for affine in affines:
+        if pair := _parallel(affine):
+            return (
+                f"'{affine.name}' weighs its inputs {pair[0]} and {pair[1]} alike, and keeps no "
+                "more than their sum: other data may give the same"
+            )
+    return ""
+
+
+def _parallel(affine: Affine) -> tuple[int, int] | None:
+    """Two input channels, of one group, with the same weights up to a factor."""
+    groups = 1 if affine.geometry is None else affine.geometry.groups
+    parts = affine.weight.reshape(groups, -1, *affine.weight.shape[1:])  # [g, F/g, C/g, *k]
+    generator = torch.Generator().manual_seed(0)
+    for group, part in enumerate(parts):
+        columns = part.transpose(0, 1).flatten(1)
+        sizes = columns.norm(dim=1)
+        index = (sizes > 0).nonzero()[:, 0]
+        directions = columns[index] / sizes[index, None]
+        if directions.shape[1] > DIRECTIONS:
+            drawn = torch.randn(directions.shape[1], DIRECTIONS, generator=generator)
+            directions = directions @ (drawn / DIRECTIONS**0.5).to(directions)
+        for first in range(0, len(directions), ROWS):
+            block = directions[first : first + ROWS]
+            apart = torch.minimum(
+                torch.cdist(block, directions, compute_mode="donot_use_mm_for_euclid_dist"),
+                torch.cdist(block, -directions, compute_mode="donot_use_mm_for_euclid_dist"),
+            )
+            apart.diagonal(first).fill_(1.0)
+            if bool((apart < PARALLEL).any()):
+                row, column = (apart < PARALLEL).nonzero()[0].tolist()
+                whole = group * affine.weight.shape[1]
+                return whole + int(index[first + row]), whole + int(index[column])
+    return None
 
 
 def mirrored(function: Frontier, x: Tensor) -> str:

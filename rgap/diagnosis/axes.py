@@ -1,4 +1,4 @@
-"""Which axes of a layer's weight are its filters and its input channels, for every kind of layer."""
+"""Which axes of a layer's weight are its filters, and which its input channels."""
 
 from __future__ import annotations
 

@@ -225,7 +225,8 @@ def _certified(
         error_bound=bound,
         reason=f"gradients determine the values of the network down to '{lowest}', these the data "
         f"({found.equations} that are not zero for {found.unknowns} unknowns of a sample), the "
-        f"update is reproduced, no entry is off by more than {bound:.1e}{confirmed.words}",
+        f"update is reproduced, no entry is off by more than {bound:.1e}, other data were "
+        f"looked for and not found{confirmed.words}",
         certified=frozenset({"inputs", "targets"}),
         scale=confirmed.scale,
         warnings=warnings(problem),

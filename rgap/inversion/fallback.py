@@ -12,6 +12,7 @@ from torch import Tensor
 from rgap.completion.complete import MISSED, complete, grey, inside
 from rgap.completion.features import Suggestion, coarse
 from rgap.completion.max_pool import PooledStage, PoolSearch, find_winners
+from rgap.completion.value_uniqueness import paired
 from rgap.completion.windows import confused_of_chain
 from rgap.constraints.known_input import Standardised, Whole
 from rgap.halt import Halt
@@ -89,7 +90,8 @@ def filled(problem: Problem, run: Run, show: Progress) -> Recovery:
     update = ModuleUpdate(problem.model, problem.sent, known, shape)
     unknowns = prod(shape)
     surplus = update.equations - unknowns
-    confused = confused_of_chain(chain)
+    frozen = (s.affine for s in chain.stages if not problem.precision.sent(s.affine.weight_name))
+    confused = confused_of_chain(chain) or paired(frozen)
     enough = surplus >= max(SURPLUS, SURPLUS_SHARE * unknowns)
     sure = enough and _followed(chain) and not confused
     minimum = _completion(problem, update, known, sure, show)

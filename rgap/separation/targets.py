@@ -16,7 +16,19 @@ import torch
 from torch import Tensor
 
 from rgap.jacobian.batch_loss import BatchLoss, loss_scale
-from rgap.limits import CERTAIN, FITS, LAW, LEAST, OUTSIDE, ROOT, ROUGH, SIMILAR, SURE, SURELY, WHOLE
+from rgap.limits import (
+    CERTAIN,
+    FITS,
+    LAW,
+    LEAST,
+    OUTSIDE,
+    ROOT,
+    ROUGH,
+    SIMILAR,
+    SURE,
+    SURELY,
+    WHOLE,
+)
 from rgap.network.activations import Activation
 from rgap.separation.batch import Batch, Unseparated
 from rgap.separation.counts import batch_of, multiplicity, split_counts, whole

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
-import rgap
 import torch
-from rgap.diagnosis.axes import by_filter, by_input
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+import rgap
+from rgap.diagnosis.axes import by_filter, by_input
 
 SIZES = [(3, 3, 1), (3, 5, 1), (4, 4, 2), (4, 1, 1), (4, 6, 2)]
 
@@ -33,9 +34,7 @@ def gradient(model: nn.Module, x: Tensor, y: Tensor) -> rgap.Update:
 
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("bias", [True, False])
-def test_genuine_is_silent_and_train_mode_is_named(
-    sizes: tuple[int, int, int], bias: bool
-) -> None:
+def test_genuine_is_silent_and_train_mode_is_named(sizes: tuple[int, int, int], bias: bool) -> None:
     for seed in range(2):
         model = network(sizes, bias, seed).eval()
         x, y = torch.rand(3, sizes[0], 5, 5, dtype=torch.float64), torch.tensor([2, 7, 7])

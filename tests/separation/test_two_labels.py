@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-import rgap
 import torch
-from rgap import Status
 from torch import nn
+
+import rgap
+from rgap import Status
 
 
 @pytest.mark.parametrize("kind", ["convolutional", "biasless"])

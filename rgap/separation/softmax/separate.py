@@ -67,7 +67,9 @@ def unfit(batch: Batch, head: Mixture) -> Unseparated | None:
     if head.rank == 0 or not bool(head.bias_gradient.any()):
         return Unseparated(f"the gradient of '{name}' or of its bias is zero")
     if not bool((head.weights != 0).any()):
-        return Unseparated(f"the bias gradient of '{name}' has no part in the range of its weight's")
+        return Unseparated(
+            f"the bias gradient of '{name}' has no part in the range of its weight's"
+        )
     if batch.size is not None and batch.size >= classes and head.rank == classes - 1:
         return Unseparated(
             f"a softmax head with {classes} classes has a gradient of rank at most {classes - 1}: "
