@@ -19,6 +19,8 @@ from rgap.network.reshape import ADVICE, Function, Op
 _INF = math.inf
 # Their second derivative is 0, and PyTorch has none for hardsigmoid.
 _PIECEWISE = ("hardsigmoid", "hardtanh", "relu6", "hardshrink", "softshrink", "threshold")
+# From there on mish is the identity, φ'' < 1e-80; PyTorch's φ'' is NaN where e^z overflows, at 710.
+_LINE = 100.0
 
 
 class Activation(Op):
@@ -269,4 +271,6 @@ class Opaque(Activation):
         """φ''(z), by differentiating twice."""
         if self.kind in _PIECEWISE:
             return torch.zeros_like(z)
+        if self.kind == "mish":
+            z = z.clamp_max(_LINE)
         return pulled(self.derivative, z, torch.ones_like(z))
