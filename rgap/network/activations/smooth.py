@@ -267,6 +267,10 @@ class Softsign(Activation):
         """−2 sign(z)/(1 + |z|)³."""
         return -2 * z.sign() * (1 + z.abs()).pow(-3)
 
+    def slope_terms(self, z: Tensor) -> Tensor:
+        """1/(1 + |z|): the quotient is differentiated as ``1/(1 + |z|) − |z|/(1 + |z|)²``."""
+        return 1 / (1 + z.abs())
+
     def _slope(self, x: Tensor) -> Tensor:
         """(1 − |x|)²."""
         return (1 - x.abs()).square()
