@@ -136,12 +136,18 @@ class Precision:
 
     @property
     def floor(self) -> float:
-        """Half the smallest subnormal number: the absolute rounding near zero.
+        """Absolute rounding near zero: half the smallest subnormal number, and what functions lose.
+
+        A sigmoid is ``1/(1 + e^{-z})``, and 0 once the exponential overflows: every result below
+        the reciprocal of the largest number is lost, a quarter of the smallest normal one.
+        Devices may flush all that is below that one to 0.  Formats of fewer bits are computed with
+        in float32, and rounded after it.
 
         At least ``SMALLEST``, below which variances leave the range of float64.
         """
         info = torch.finfo(self.dtype)
-        return max(info.smallest_normal * info.eps / 2, SMALLEST)
+        wide = torch.finfo(torch.promote_types(self.dtype, torch.float32))
+        return max(info.smallest_normal * info.eps / 2, wide.smallest_normal, SMALLEST)
 
     def normal(self, std: Tensor, samples: int | None = None) -> Tensor:
         """S samples with the given standard deviation, [S, *std.shape]; S = 1, say, on request."""

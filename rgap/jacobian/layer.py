@@ -178,8 +178,9 @@ class Node:
             dk = pull(op, before, dk)
             if isinstance(op, Activation):
                 dk = dk + above * op.second_derivative(before) * direction
-                if inject is not None and op.slope_cancels:
-                    dk = dk + inject.normal(2.0 * inject.unit * above.abs())
+                terms = None if inject is None else op.slope_terms(before)
+                if inject is not None and terms is not None:
+                    dk = dk + inject.normal(2.0 * inject.unit * terms * above.abs())
                 own = rounded.pop() if rounded else None
                 if own is not None and op.slope_from_output:
                     # 1 − y² of a saturated y: all that is left of it may be the rounding of y.

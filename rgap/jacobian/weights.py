@@ -31,15 +31,17 @@ def row_weights(
         precision: of the client's arithmetic, and the noise that it states.
         others: mean squares over each filter of samples of any other error, [S, filters].
     """
-    single = replace(precision, samples=1, seed=precision.seed + 2)
     squares = _update_std(point, precision)
     variance = {name: pooled(s.square()[None])[0] for name, s in squares.items()}
     drawn = list(others)
     count = min(8, len(kappa.error))
     # The rows of convolutions are formed: one member's at a time.
-    step = 1 if any(node.stage.affine.geometry for node in point.nodes) else count
-    for members in torch.split(kappa.error[:count], max(step, 1)):
-        for name, power in point.power(None, members, inject=single).items():
+    step = 1 if any(node.stage.affine.geometry for node in point.nodes) else max(count, 1)
+    # Each with a draw of its own: one unit's rounding is a factor on all of its row, and of a
+    # single draw that is by chance near 0 every residual is many times too long.
+    drawing = replace(precision, samples=step, seed=precision.seed + 2)
+    for members in torch.split(kappa.error[:count], step):
+        for name, power in point.power(None, members, inject=drawing).items():
             variance[name] = variance[name] + power.sum(0) / count
     for one in drawn:
         for name, power in one.items():

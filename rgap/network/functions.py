@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -218,9 +219,9 @@ def _table() -> dict[Callable[..., Any] | str, Callable[[Call], Piece]]:
                      torch.special.expit),
         nn.Tanh: (F.tanh, torch.tanh, torch.tanh_, "tanh", "tanh_"),
         nn.LeakyReLU: (F.leaky_relu, F.leaky_relu_),
-        nn.ELU: (F.elu, F.elu_),
-        nn.SELU: (F.selu, torch.selu, F.selu_),
-        nn.CELU: (F.celu, torch.celu, F.celu_),
+        nn.ELU: (F.elu,),
+        nn.SELU: (F.selu, torch.selu),
+        nn.CELU: (F.celu, torch.celu),
         nn.Softplus: (F.softplus,),
         nn.Softsign: (F.softsign,),
         nn.LogSigmoid: (F.logsigmoid,),
@@ -247,6 +248,10 @@ def _table() -> dict[Callable[..., Any] | str, Callable[[Call], Piece]]:
     }  # fmt: skip
     for module, targets in plain.items():
         put(_as_module(module), *targets)
+    # Their derivatives are another computation in place, those of all others are the same.
+    put(_as_module(partial(nn.ELU, inplace=True)), F.elu_)
+    put(_as_module(partial(nn.SELU, inplace=True)), F.selu_)
+    put(_as_module(partial(nn.CELU, inplace=True)), F.celu_)
     put(_max_pool(nn.MaxPool1d), F.max_pool1d, torch.max_pool1d)
     put(_max_pool(nn.MaxPool2d), F.max_pool2d, torch.max_pool2d)
     put(_max_pool(nn.MaxPool3d), F.max_pool3d, torch.max_pool3d)

@@ -255,9 +255,9 @@ _PLAIN: dict[type[nn.Module], tuple[type[act.Activation], tuple[str, ...]]] = {
     nn.ReLU: (act.ReLU, ()),
     nn.Sigmoid: (act.Sigmoid, ()),
     nn.Tanh: (act.Tanh, ()),
-    nn.ELU: (act.ELU, ("alpha",)),
-    nn.SELU: (act.SELU, ()),
-    nn.CELU: (act.CELU, ("alpha",)),
+    nn.ELU: (act.ELU, ("alpha", "inplace")),
+    nn.SELU: (act.SELU, ("inplace",)),
+    nn.CELU: (act.CELU, ("alpha", "inplace")),
     nn.Softplus: (act.Softplus, ("beta", "threshold")),
     nn.Softsign: (act.Softsign, ()),
     nn.LogSigmoid: (act.LogSigmoid, ()),
@@ -267,7 +267,7 @@ _PLAIN: dict[type[nn.Module], tuple[type[act.Activation], tuple[str, ...]]] = {
 @register(*_PLAIN)
 def _activation(module: nn.Module, name: str, in_shape: Shape, names: Names) -> Piece:
     made, options = _PLAIN[type(module)]
-    return made(name, in_shape, *(getattr(module, option) for option in options))
+    return made(name, in_shape, **{option: getattr(module, option) for option in options})
 
 
 _CLOSED: dict[type[nn.Module], str] = {

@@ -29,7 +29,7 @@ class Residual(nn.Module):
 
 
 def even_in_one_entry(seed: int, exactly: bool) -> nn.Sequential:
-    """``tanh(c(u − m + d)) + tanh(−c(u − m − d))`` of one entry u, below a wide residual network."""
+    """``tanh(c(u − m + d)) + tanh(−c(u − m − d))`` of one entry u, below a wide network."""
     torch.manual_seed(seed)
     n, pairs = 108, 4
     wide = 2 * n + 2 * pairs

@@ -10,8 +10,9 @@ from cases import ACTIVATIONS, small_conv, small_mlp
 from torch import Tensor, nn
 
 from rgap.jacobian.linearisation import Linearisation, ParameterRows
+from rgap.jacobian.weights import row_weights
 from rgap.network.chain import parse
-from rgap.precision import Precision
+from rgap.precision import Estimate, Precision
 from rgap.testing import dot_test
 
 
@@ -289,3 +290,21 @@ def test_injected_rounding_has_the_size_of_true_rounding(dtype: torch.dtype) -> 
         assert made / predicted < 3, (name, made, predicted)
         if name != "fc.bias":  # kappa itself, a float32 number: nothing is rounded
             assert made / predicted > 0.02, (name, made, predicted)
+
+
+def test_rows_are_weighed_by_the_spread_of_many_draws() -> None:
+    """One unit's rounding is a factor on its row: a single draw near 0 would leave it no error."""
+    torch.manual_seed(0)
+    norm = nn.BatchNorm1d(64)
+    norm.running_var[:] = 1e-6  # type: ignore[index]
+    head = nn.Linear(64, 5)
+    chain = parse(nn.Sequential(nn.Linear(8, 64), norm, nn.Softplus(), head).eval().double(), (8,))
+    point = Linearisation(chain, torch.rand(1, 8, dtype=torch.float64), torch.ones(1, 5).double())
+    kappa = Estimate(point.kappa, torch.zeros(8, 1, 5, dtype=torch.float64))
+    stds = [
+        1 / row_weights(point, kappa, Precision(torch.float32, seed=seed))["0.weight"].flatten()
+        for seed in range(6)
+    ]
+    every = torch.stack(stds)
+    # eight normal draws: below a fifth of the truth with chance 2e-5 each, one draw with 16%
+    assert float((every / every.square().mean(0).sqrt()).min()) > 0.2

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from rgap.network import activations as act
 from rgap.network.modules import build
+from rgap.precision import Precision
 
 EPS = torch.finfo(torch.float64).eps
 
@@ -114,6 +115,42 @@ def test_slopes_come_from_the_output(name: str) -> None:
     torch.testing.assert_close(op.slope_derivative(x), bend, atol=1e-12, rtol=rtol)
 
 
+@pytest.mark.parametrize(
+    "module", [nn.ELU(0.3, inplace=True), nn.SELU(inplace=True), nn.CELU(0.7, inplace=True)]
+)
+def test_slopes_in_place_are_those_of_the_overwritten_output(module: nn.Module) -> None:
+    op = build(module, "a", (3, 40), {})
+    assert isinstance(op, act.Activation) and op.slope_from_output
+    z = points()
+    slope = derivative(lambda t: module(t * 1.0), z)
+    torch.testing.assert_close(op.derivative(z), slope.detach(), atol=1e-15, rtol=1e-12)
+    torch.testing.assert_close(op.slope(op.forward(z)), op.derivative(z), atol=1e-15, rtol=1e-12)
+    apart = build(type(module)(), "a", (3, 40), {})
+    assert isinstance(apart, act.Activation) and not apart.slope_from_output
+
+
+@pytest.mark.parametrize("name", [*INVERTIBLE, "gelu", "silu", "mish"])
+def test_the_rounding_of_a_slope_is_that_of_how_it_is_computed(name: str) -> None:
+    """In float32, at an input without error: how far autograd's slope is from that in float64."""
+    module, op = pair(name)
+    reach = 1e4 if name == "softsign" else 100.0
+    z = torch.linspace(-reach, reach, 1201).expand(1, 3, -1)
+    sent, at = derivative(module.float(), z).detach().double(), z.double()
+    precision = Precision(torch.float32)
+    units = 2.0 * op.derivative(at).abs()
+    if reach == 100.0:
+        units = units * (1 + at.abs())  # the product in the exponent is rounded
+    terms = op.slope_terms(at)
+    if terms is not None:
+        units = units + 2.0 * terms
+    if op.slope_from_output:
+        y = op.forward(at)
+        units = units + (op.slope_derivative(y) * y).abs()
+    off = (sent - op.derivative(at)).abs()
+    # standard errors: the largest of these numbers is up to twice as long
+    assert (off <= 2.0 * precision.unit * units + precision.floor).all()
+
+
 @pytest.mark.parametrize("name", INVERTIBLE)
 def test_inverse_undoes_forward_as_well_as_conditioning_allows(name: str) -> None:
     _, op = pair(name)
@@ -200,6 +237,12 @@ def test_flags_say_what_the_function_is(name: str) -> None:
     assert op.odd == bool(torch.allclose(op.forward(-z), -op.forward(z), atol=1e-15))
     assert op.homogeneous == bool(torch.allclose(op.forward(2.5 * z), 2.5 * op.forward(z)))
     assert op.one_sided == (name == "relu")
+
+
+def test_mish_bends_nowhere_above_its_overflow() -> None:
+    _, op = pair("mish")
+    z = torch.tensor([[709.0, 711.0, 1e4, -1e4]], dtype=torch.float64)
+    assert torch.equal(op.second_derivative(z), torch.zeros_like(z))
 
 
 def test_softplus_is_the_identity_above_its_threshold() -> None:

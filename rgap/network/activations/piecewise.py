@@ -19,6 +19,8 @@ from rgap.network.reshape import ADVICE, Function, Op
 _INF = math.inf
 # Their second derivative is 0, and PyTorch has none for hardsigmoid.
 _PIECEWISE = ("hardsigmoid", "hardtanh", "relu6", "hardshrink", "softshrink", "threshold")
+# From there on mish is the identity, φ'' < 1e-80; PyTorch's φ'' is NaN where e^z overflows, at 710.
+_LINE = 100.0
 
 
 class Activation(Op):
@@ -41,7 +43,6 @@ class Activation(Op):
         odd: φ(−z) = −φ(z).
         homogeneous: φ(c z) = c φ(z) for c > 0.
         slope_from_output: autograd computes φ' from the rounded output, not from the input.
-        slope_cancels: φ' is a difference of terms of order one, and known to that precision only.
     """
 
     elementwise = True
@@ -50,7 +51,6 @@ class Activation(Op):
     odd: bool = False
     homogeneous: bool = False
     slope_from_output: bool = False
-    slope_cancels: bool = False
     domain: tuple[float, float] = (-_INF, _INF)
 
     def __init__(
@@ -81,6 +81,13 @@ class Activation(Op):
     @abstractmethod
     def second_derivative(self, z: Tensor) -> Tensor:
         """φ''(z)."""
+
+    def slope_terms(self, z: Tensor) -> Tensor | None:
+        """Size of the terms whose difference autograd makes φ'(z) of; None where it is a product.
+
+        Where they cancel, what they round is what is left: φ' is known to their precision only.
+        """
+        return None
 
     def inverse(self, y: Tensor) -> Tensor:
         """Z with φ(z) = y; a y that rounding moved out of :attr:`domain` is moved back inside."""
@@ -250,8 +257,6 @@ class Opaque(Activation):
         kind: its name in ``torch.nn.functional``.
     """
 
-    slope_cancels = True  # GELU: Φ(z) + z φ(z), which nearly vanishes for negative z
-
     def __init__(self, name: str, in_shape: tuple[int, ...], function: Function, kind: str) -> None:
         reason = "has no element-wise inverse: several inputs share one output"
         super().__init__(name, in_shape, reason, kind)
@@ -265,8 +270,14 @@ class Opaque(Activation):
         """φ'(z) by reverse differentiation."""
         return pulled(self.function, z, torch.ones_like(z))
 
+    def slope_terms(self, z: Tensor) -> Tensor:
+        """1, as of GELU: Φ(z) + z φ(z), which nearly vanishes for negative z."""
+        return torch.ones_like(z)
+
     def second_derivative(self, z: Tensor) -> Tensor:
         """φ''(z), by differentiating twice."""
         if self.kind in _PIECEWISE:
             return torch.zeros_like(z)
+        if self.kind == "mish":
+            z = z.clamp_max(_LINE)
         return pulled(self.derivative, z, torch.ones_like(z))

@@ -89,7 +89,14 @@ class Tanh(Activation):
 
 
 class ELU(Activation):
-    """φ(z) = p z for z > 0, a (e^{r z} − 1) otherwise: ELU, SELU and CELU."""
+    """φ(z) = p z for z > 0, a (e^{r z} − 1) otherwise: ELU, SELU and CELU.
+
+    Args:
+        alpha: a/p.
+        scale: p.
+        rate: r.
+        inplace: z was overwritten: φ' is ``r (x + a)`` of the rounded x, not ``a r e^{r z}``.
+    """
 
     kind_name = "elu"
 
@@ -100,12 +107,15 @@ class ELU(Activation):
         alpha: float = 1.0,
         scale: float = 1.0,
         rate: float = 1.0,
+        *,
+        inplace: bool = False,
     ) -> None:
         ok = alpha > 0 and rate > 0
         barrier = None if ok else f"has alpha = {alpha:g}: it needs alpha > 0 to be invertible"
         super().__init__(name, in_shape, barrier)
         self.scale, self.amplitude, self.rate = scale, scale * alpha, rate
         self.domain = (-self.amplitude, _INF)
+        self.slope_from_output = inplace
 
     def forward(self, x: Tensor) -> Tensor:
         """P z or a (e^{r z} − 1)."""
@@ -142,8 +152,8 @@ class SELU(ELU):
 
     kind_name = "selu"
 
-    def __init__(self, name: str, in_shape: tuple[int, ...]) -> None:
-        super().__init__(name, in_shape, 1.6732632423543772, 1.0507009873554805)
+    def __init__(self, name: str, in_shape: tuple[int, ...], inplace: bool = False) -> None:
+        super().__init__(name, in_shape, 1.6732632423543772, 1.0507009873554805, inplace=inplace)
 
 
 class CELU(ELU):
@@ -151,24 +161,27 @@ class CELU(ELU):
 
     kind_name = "celu"
 
-    def __init__(self, name: str, in_shape: tuple[int, ...], alpha: float = 1.0) -> None:
-        super().__init__(name, in_shape, alpha, 1.0, 1 / alpha)
+    def __init__(
+        self, name: str, in_shape: tuple[int, ...], alpha: float = 1.0, inplace: bool = False
+    ) -> None:
+        super().__init__(name, in_shape, alpha, 1.0, 1 / alpha, inplace=inplace)
         # PyTorch rounds α to float32 in the derivative, and only there: the gradients it sends
         # are those of this rate, 4e-8 off for α = 0.7.
         self.backward_rate = 1 / float(torch.tensor(alpha, dtype=torch.float32))
+        self.exponent = self.rate if inplace else self.backward_rate  # x has the rate of forward
 
     def derivative(self, z: Tensor) -> Tensor:
         """1 or e^{z/α}, with PyTorch's α."""
-        low = self.amplitude * self.backward_rate * torch.exp(z.clamp_max(0) * self.backward_rate)
+        low = self.amplitude * self.backward_rate * torch.exp(z.clamp_max(0) * self.exponent)
         return torch.where(z > 0, torch.ones_like(z), low)
 
     def second_derivative(self, z: Tensor) -> Tensor:
         """0 or e^{z/α}/α, with PyTorch's α."""
-        return torch.where(z > 0, torch.zeros_like(z), self.derivative(z) * self.backward_rate)
+        return torch.where(z > 0, torch.zeros_like(z), self.derivative(z) * self.exponent)
 
     def _slope(self, x: Tensor) -> Tensor:
-        """1 or (1 + x/α)^q, with q = α over PyTorch's α."""
-        power = self.backward_rate / self.rate
+        """1 or (1 + x/α)^q, with q = α over PyTorch's α; q = 1 in place."""
+        power = self.exponent / self.rate
         low = (1 + x.clamp_max(0) / self.amplitude).clamp_min(0).pow(power)
         return torch.where(x > 0, torch.ones_like(x), self.amplitude * self.backward_rate * low)
 
@@ -176,7 +189,7 @@ class CELU(ELU):
         """0 or 1/α, to the precision of PyTorch's α."""
         if self.barrier:
             return super().slope_derivative(x)
-        power = self.backward_rate / self.rate
+        power = self.exponent / self.rate
         low = (1 + x.clamp_max(0) / self.amplitude).clamp_min(1e-300).pow(power - 1)
         return torch.where(x > 0, torch.zeros_like(x), self.backward_rate * power * low)
 
@@ -253,6 +266,10 @@ class Softsign(Activation):
     def second_derivative(self, z: Tensor) -> Tensor:
         """−2 sign(z)/(1 + |z|)³."""
         return -2 * z.sign() * (1 + z.abs()).pow(-3)
+
+    def slope_terms(self, z: Tensor) -> Tensor:
+        """1/(1 + |z|): the quotient is differentiated as ``1/(1 + |z|) − |z|/(1 + |z|)²``."""
+        return 1 / (1 + z.abs())
 
     def _slope(self, x: Tensor) -> Tensor:
         """(1 − |x|)²."""
