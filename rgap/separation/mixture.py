@@ -107,7 +107,8 @@ class Mixture:
         """
         share = (cotangent @ self.left) * self.entry_noise / self.values
         beside = max(len(cotangent) - self.rank, 1)
-        return float(share.norm() / cotangent.norm().clamp_min(1e-300)) * beside**0.5
+        relative = float(share.norm() / cotangent.norm().clamp_min(1e-300))
+        return relative * float(beside) ** 0.5
 
 
 def relative_rounding(shape: tuple[int, int], precision: Precision) -> float:
