@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from math import sqrt
 
 import torch
 from torch import Tensor
@@ -107,8 +108,7 @@ class Mixture:
         """
         share = (cotangent @ self.left) * self.entry_noise / self.values
         beside = max(len(cotangent) - self.rank, 1)
-        relative = float(share.norm() / cotangent.norm().clamp_min(1e-300))
-        return relative * float(beside) ** 0.5
+        return float(share.norm() / cotangent.norm().clamp_min(1e-300)) * sqrt(beside)
 
 
 def relative_rounding(shape: tuple[int, int], precision: Precision) -> float:
