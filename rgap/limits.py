@@ -184,7 +184,7 @@ SURELY = 100.0
 # Standard errors of the range by which the cotangent of such a root may be outside it.  Pictures
 # whose probabilities are alike have roots that are no sample 9 to 80 of them outside; samples are
 # outside by 0.2, and one that is by more refutes nothing.
-ROOT = 3.0
+OUTLYING = 3.0
 # Copies of such a root that contradict: a saturated softmax fits too, with hardly any weight.
 LEAST = 0.25
 # ε of the client, relative to σ₁, above which a weight is more than rounding.

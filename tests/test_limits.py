@@ -82,6 +82,7 @@ NO_LIMITS = {
     ("head/scale", "BELOW, ABOVE", 1e-4): "where roots are looked for",
     ("head/scale", "BELOW, ABOVE", 1e7): "where roots are looked for",
     ("head/scale", "GRID", 215): "where roots are looked for",
+    ("head/scale", "HALVINGS", 2200): "effort: steps of a bisection",
     ("head/scale", "DRAWS, NUDGE", 4): "effort: random relative errors of the logits",
     ("head/scale", "DRAWS, NUDGE", 1e-6): "step of a finite difference",
     ("inversion/batch_size", "DRAWS", 8): "effort: directions that are drawn, of each kind",
@@ -243,3 +244,16 @@ def test_a_rank_is_built_from_what_was_counted() -> None:
                 if isinstance(node, ast.Call) and "Rank" in ast.unparse(node.func).split("."):
                     found.add(name)
     assert found <= set(COUNTED), "singular values or exact counts; anything else is an Evidence"
+
+
+def test_a_limit_is_named_once() -> None:
+    """A second constant of one name would change what the first decides, without a word."""
+    tree = ast.parse((ROOT / "rgap/limits.py").read_text())
+    names = [
+        target.id
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    ]
+    assert len(names) == len(set(names)), sorted({n for n in names if names.count(n) > 1})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["ABSENT", "LARGEST", "SMALLEST", "UNIFORM", "absent", "coherence", "flushed", "spacing"]
+__all__ = ["ABSENT", "LARGEST", "SMALLEST", "UNIFORM", "absent", "coherence", "spacing"]
 
 UNIFORM = 12**-0.5  # standard deviation of an error that is uniform over one spacing
 ABSENT = 1e30  # standard deviation of the noise of an entry that was not sent at all
@@ -23,18 +23,6 @@ def absent(zeros: Tensor) -> Tensor:
     """
     wide = torch.promote_types(zeros.dtype, torch.float32)
     return torch.full_like(zeros, ABSENT, dtype=wide)
-
-
-def flushed(values: Tensor) -> Tensor:
-    """The same values with 0 for those below ``SMALLEST``; as they are where there are none.
-
-    >>> flushed(torch.tensor([1e-200, 0.5], dtype=torch.float64)).tolist()
-    [0.0, 0.5]
-    """
-    if torch.finfo(values.dtype).tiny >= SMALLEST:
-        return values
-    lost = (values.abs() < SMALLEST) & (values != 0)
-    return values.masked_fill(lost, 0.0) if bool(lost.any()) else values
 
 
 def spacing(values: Tensor, dtype: torch.dtype) -> Tensor:

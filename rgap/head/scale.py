@@ -24,6 +24,7 @@ __all__ = ["ScaleEquation"]
 
 BELOW, ABOVE = 1e-4, 1e7  # range of the scale α around its natural sizes, see ``_scales``
 GRID = 215  # scales a decade
+HALVINGS = 2200  # of a bracket: all exponents of float64, where a root is far below its upper end
 UNSURE = 1e-2  # of a scale that may be its error
 DRAWS, NUDGE = 4, 1e-6  # of relative errors of the logits, and their size
 
@@ -211,7 +212,8 @@ def _zeros(function: Callable[[Tensor], Tensor], grid: Tensor) -> list[float]:
     def scalar(alpha: float) -> float:
         return float(function(grid.new_tensor([alpha])))
 
-    return [float(brentq(scalar, *ends, xtol=1e-300, rtol=FOUND)) for ends in brackets]
+    found = (brentq(scalar, *ends, xtol=1e-300, rtol=FOUND, maxiter=HALVINGS) for ends in brackets)
+    return [float(root) for root in found]
 
 
 def _changes(grid: Tensor, values: Tensor) -> list[tuple[float, float]]:

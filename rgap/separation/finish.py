@@ -73,7 +73,11 @@ def finish(
     kappa: Tensor | None = None
     # Targets that it held were read at these roots, and err as they do; a misfit is no optimum.
     held = batch.loss.targets != "index" and joint is not None and not joint.free
-    if joint is not None and not held and joint.misfit <= REFUTED:
+    fits = joint is not None and joint.misfit <= REFUTED
+    if joint is not None and not held and not fits and not worst < SEPARABLE:
+        # Where a softmax is flat to the last bit a root may be anywhere: it contradicts nothing.
+        return _missed(samples, joint.misfit)
+    if joint is not None and not held and fits:
         together = _together(samples, result, joint)
         # All rows at once also see what the client's backward pass rounds; one root does not.
         # Free targets move with the samples; the errors of a root alone are those at known ones.
@@ -111,10 +115,7 @@ def finish_together(
         batch, samples, collected.roots, head, across, largest=TOGETHER, dense=DENSE
     )
     if joint is not None and joint.misfit > REFUTED:
-        return Unseparated(
-            f"all {samples.rank} samples at '{stage.name}' together miss its gradient by "
-            f"{joint.misfit:.1e} standard errors (σ_B/σ_1 {samples.ratio:.1e})"
-        )
+        return _missed(samples, joint.misfit)
     if joint is None or joint.errors is None:
         return Unseparated(
             f"the equations of the {samples.rank} samples at '{stage.name}' are singular to "
@@ -130,6 +131,13 @@ def finish_together(
     known = _lifted(samples, joint.roots, excess * joint.errors, across)
     kappa = None if joint.kappa is None else excess * joint.kappa
     return _separated(batch, samples, known, joint.head, worst, route, began, kappa)
+
+
+def _missed(samples: Mixture, misfit: float) -> Unseparated:
+    return Unseparated(
+        f"all {samples.rank} samples at '{samples.stage.name}' together miss its gradient by "
+        f"{misfit:.1e} standard errors (σ_B/σ_1 {samples.ratio:.1e})"
+    )
 
 
 def _targets(

@@ -21,8 +21,8 @@ from rgap.limits import (
     FITS,
     LAW,
     LEAST,
+    OUTLYING,
     OUTSIDE,
-    ROOT,
     ROUGH,
     SIMILAR,
     SURE,
@@ -361,7 +361,7 @@ def contradicted(batch: Batch, samples: Mixture, collected: Collected) -> Unsepa
         return None
     clear = [i for i in collected.refused if _clear(i) and i.label is not None]
     if samples.stage.index == batch.chain.stages[-1].index:
-        clear = [i for i in clear if i.outside <= ROOT * samples.blurred(i.kappa)]
+        clear = [i for i in clear if i.outside <= OUTLYING * samples.blurred(i.kappa)]
     weights = [_copies(batch, i, batch.size) for i in clear if not _explained(batch, i, batch.size)]
     sure = [
         m for m in weights if LEAST < m < batch.size / LEAST and not whole(m, batch.size)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from rgap import validation
-from rgap.arithmetic.rounding import flushed
 from rgap.network.agreement import refuse_unready, sample_shape
 from rgap.network.running import refuse_meta, refuse_wrapped
 from rgap.precision import Precision
@@ -90,7 +89,6 @@ class ClientView:
         validation.refuse_broken(model)
         update, rounded = update.fitted(model).as_rounded()
         validation.gradient_sizes(update.gradients)
-        update = view(update, gradients={n: flushed(g) for n, g in update.gradients.items()})
         refuse_meta(model)
         if ready:
             refuse_unready(model)

@@ -283,19 +283,24 @@ def test_watching() -> None:
 @pytest.mark.parametrize(
     ("outside", "after", "weight", "speaks"),
     [
-        (1e-9, 1e-1, 0.6, True),
-        (2e-5, 7e-5, 0.6, False),  # every class fits as well: no sign of a sample
-        (1e-9, 1e-1, 1e-3, False),  # a saturated softmax has hardly any weight
-        (1e-2, 1.0, 0.6, False),
+        (0.2, 1e-1, 0.6, True),
+        (9.0, 1e-1, 0.6, False),  # probabilities that are alike: nearly a root
+        (1e10, 4e10, 0.6, False),  # every class fits as well: no sign of a sample
+        (0.2, 1e-1, 1e-3, False),  # a saturated softmax has hardly any weight
+        (1e13, 1.0, 0.6, False),
     ],
 )
 def test_only_a_sample_beyond_doubt_contradicts_a_batch_size(
     outside: float, after: float, weight: float, speaks: bool
 ) -> None:
+    """``outside`` in standard errors of the range, 1e-16 or so of a cotangent."""
     batch = batch_of(mlp("gelu", 0), pictures(2, 1), torch.tensor([0, 3]))
     head, nothing = batch.mixture(2), torch.zeros(2, dtype=F64)
+    kappa = head.left.sum(1)
+    outside *= head.blurred(kappa)
+    after = after * head.blurred(kappa) if after > 1.0 else after
     share = 2.0 / weight
-    identity = Identity(nothing, nothing, share, outside, after, 1)
+    identity = Identity(kappa, nothing, share, outside, after, 1)
     found = Collected(nothing.new_zeros(0, 2), [], 1, 1.0, 0, (identity,))
     said = contradicted(batch, head, found)
     assert (said is not None) is speaks

@@ -42,3 +42,22 @@ def test_a_bias_gradient_outside_the_range(seed: int) -> None:
         turned = replace(sent, gradients={n: g.flip(0) if n == name else g for n, g in own.items()})
         for size in (None, 2):
             assert not rgap.invert(model, turned, batch_size=size).certified
+
+
+@pytest.mark.parametrize(("act", "bias"), [(nn.Tanh, True), (nn.Sigmoid, False)])
+def test_heads_that_are_sure_to_the_last_bit(act: type[nn.Module], bias: bool) -> None:
+    """Where a softmax is flat a root may be anywhere: all together tell, or nothing is said."""
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = nn.Sequential(
+            nn.Conv2d(2, 24, 3, padding=1, bias=bias), nn.BatchNorm2d(24), act(), nn.Flatten(),
+            nn.Linear(384, 10),
+        ).double().eval()  # fmt: skip
+        model[-1].weight.data *= 1e3
+        x, y = torch.rand(2, 2, 4, 4, dtype=torch.float64), torch.randperm(10)[:2]
+        found = rgap.invert(model, rgap.capture(model, x, y))
+        assert found.status is not Status.INCONSISTENT, (seed, found.reason)
+        if found.status is Status.EXACT:
+            assert found.inputs is not None and found.error_bound is not None
+            apart = torch.cdist(found.inputs.flatten(1), x.flatten(1), p=float("inf"))
+            assert float(apart.amin(1).max()) <= found.error_bound

@@ -220,6 +220,8 @@ class Coupled:
         for _ in range(3):
             p = torch.softmax(means @ self.matrix.T + self.shift, 1)
             k = self.scale * counts[:, None] * (p - targets)
+            if not bool(k.isfinite().all()):
+                break
             means = torch.linalg.lstsq(k.T, sent, driver="gelsd").solution
             means = means / (means @ self.head.weights)[:, None]
         if not bool(means.isfinite().all()):  # a label whose logit nothing moves

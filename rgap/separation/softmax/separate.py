@@ -284,6 +284,8 @@ def opening(consistency: AtHead) -> tuple[AtHead, Tensor]:
     if t.shape[1] == 0:
         return begun, left.rows(t)
     slope = begun.derivative(left.origin[None], left.directions)[1][0]
+    if not bool(slope.isfinite().all()):  # a mean that is beyond all numbers
+        return begun, left.rows(t)
     u, values, vt = torch.linalg.svd(begun.project(slope.T).T, full_matrices=False)
     seen = values > UNSEEN * values[0]
     back = vt[seen].T / values[seen]
