@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,8 @@ class Call:
         given: its input.
         made: its output.
         first: no parameter stands between the data and its input.
+        alone: nothing else of the network reads its input.
+        read_once: its output is read once.
     """
 
     name: str
@@ -49,6 +52,8 @@ class Call:
     given: Tensor
     made: Tensor
     first: bool = False
+    alone: bool = True
+    read_once: bool = True
 
     @property
     def weight_name(self) -> str:
@@ -316,33 +321,35 @@ def _run(model: nn.Module, shape: tuple[int, ...]) -> tuple[tuple[Call, ...], Te
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(PROBES, *shape, generator=generator, dtype=torch.float64).to(like.device)
     leaves = {n: m for n, m in twin.named_modules() if not list(m.children())}
-    noted: list[Call] = []
+    noted: list[tuple[Call, Any, Any]] = []
 
     def note(call: LayerCall) -> None:
         if call.args and call.tensors:
             u, z = call.tensors
-            noted.append(
-                Call(call.name, call.module, u.detach(), z.detach(), first=not u.requires_grad)
-            )
+            own = Call(call.name, call.module, u.detach(), z.detach(), first=not u.requires_grad)
+            noted.append((own, u.grad_fn, z.grad_fn))
 
     try:
         with torch.enable_grad(), untouched(twin, hooks=False), watched(leaves, leave=note):
             outputs = run(twin, x)
     except (TypeError, ValueError) as error:  # other inputs than these are no mistake of the update
         return (), None, str(error)
-    count = Counter(call.name for call in noted)
-    uses = _uses(outputs)
+    count = Counter(call.name for call, _, _ in noted)
+    uses, readers = _uses(outputs)
     once = tuple(
-        c
-        for c in noted
-        if count[c.name] == 1 and all(uses.get(id(p), 0) <= 1 for p in c.module.parameters())
+        replace(call, alone=readers[given] <= 1, read_once=readers[made] <= 1)
+        for call, given, made in noted
+        if count[call.name] == 1 and all(uses[id(p)] <= 1 for p in call.module.parameters())
     )
     return once, outputs.detach(), ""
 
 
-def _uses(outputs: Tensor) -> dict[int, int]:
-    """How often every parameter enters a computation, by ``id``: tied ones more than once."""
-    count: dict[int, int] = {}
+def _uses(outputs: Tensor) -> tuple[Counter[int], Counter[Any]]:
+    """How often every parameter enters a computation, by ``id``, and every result of it is read.
+
+    Tied parameters enter more than once; a result is known by its ``grad_fn``.
+    """
+    count, readers = Counter[int](), Counter[Any]()
     seen, left = set(), [outputs.grad_fn]
     while left:
         node = left.pop()
@@ -352,6 +359,7 @@ def _uses(outputs: Tensor) -> dict[int, int]:
         for below, _ in node.next_functions:
             parameter = getattr(below, "variable", None)  # of the node that ends at a leaf
             if parameter is not None:
-                count[id(parameter)] = count.get(id(parameter), 0) + 1
+                count[id(parameter)] += 1
+            readers[below] += 1
             left.append(below)
-    return count
+    return count, readers

@@ -1,7 +1,7 @@
 """Batch norm in train mode: an exact identity of the affine map before it holds in one mode only.
 
 Let s be the input of a batch norm, ``y = γ (s − μ)/σ + β``, and s = W∗x + b the output of the layer
-before.  In eval mode μ and σ are constants, so for every channel f
+before, read by nothing else.  In eval mode μ and σ are constants, so for every channel f
 
     ``∂b_f = γ_f/σ_f ∂β_f``  and  ``⟨W_f, G_f⟩ = γ_f ∂γ_f + (μ_f − b_f) γ_f/σ_f ∂β_f``.
 
@@ -65,6 +65,8 @@ def pairs(evidence: Evidence) -> list[Pair]:
         if not norm.module.affine or norm.module.running_mean is None:
             continue
         before = [c for c in affine if evidence.feeds(c.made, norm.given)]
+        if not norm.alone or not all(c.read_once for c in before):
+            continue  # a branch that goes past the norm sends to the map as well
         names = [c.weight_name for c in (*before, norm)] + [norm.bias_name]
         if len(before) == 1 and all(n in evidence.gradients for n in names):
             pair = _pair(evidence, before[0], norm)

@@ -30,6 +30,7 @@ from rgap.network.flow import Flow, flow_of
 from rgap.precision import Estimate, carried
 from rgap.progress import Progress
 from rgap.recovery import LayerReport, Recovery, Route, Status
+from rgap.recursion.agreement import disagreement_of_values
 from rgap.recursion.graph import GraphDescent, descend_graph
 from rgap.recursion.reached import Descent
 
@@ -93,6 +94,8 @@ def below_branches(
     own = problem.precision
     own = replace(own, samples=len(few.error), seed=own.seed + 1)  # draws unlike those of `few`
     told = descend_graph(cut, problem.gradients, few, own, watch, problem.room, values)
+    if apart := disagreement_of_values(cut, told.values, own.unit):
+        return Branched(note=f"no features are certified: {apart}")
     features = _features(cut, told)
     unread = _unread(problem, flow)
     if problem.stated != len(known.value) or unread:

@@ -693,3 +693,32 @@ def test_a_simple_factor_on_a_batch_is_named_without_the_error_of_its_estimate(
     sent = replace(update, gradients={n: factor * g for n, g in update.gradients.items()})
     best = rgap.check(model, sent).best
     assert best is not None and f"g / {factor:g} for" in best.remedy, best
+
+
+class _Past(nn.Module):
+    """A convolution whose output also goes past the batch norm, as in DenseNet."""
+
+    def __init__(self, joined: bool) -> None:
+        super().__init__()
+        self.joined = joined
+        self.stem, self.norm = nn.Conv2d(3, 16, 3, 2, 1), nn.BatchNorm2d(16)
+        self.inner = nn.Conv2d(16, 16, 3, 1, 1, bias=False)
+        self.head = nn.Linear(32 if joined else 16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        h = self.inner(torch.relu(self.norm(x)))
+        h = torch.cat([x, h], 1) if self.joined else x + h
+        return self.head(torch.relu(h).mean((2, 3)))
+
+
+@pytest.mark.parametrize("joined", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_branch_past_a_batch_norm_is_no_contradiction(joined: bool, dtype: torch.dtype) -> None:
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = _Past(joined).to(dtype).eval()
+        model.norm.running_mean.normal_(0, 0.3)
+        model.norm.running_var.uniform_(0.5, 2)
+        x = torch.rand(1 + seed, 3, 8, 8, dtype=dtype)
+        assert rgap.check(model, rgap.capture(model, x, torch.arange(1 + seed))).ok
