@@ -83,7 +83,8 @@ def floors(evidence: Evidence) -> list[Floor]:
         ratio = float(beneath[0]) / edge if edge > 0 else inf
         full = seen == min(m, n)
         stated = evidence.added(call.weight_name)
-        seen = min(seen, int((values > STATED * stated * (m**0.5 + n**0.5)).sum()))
+        longest = evidence.precision.noise_norm(call.weight_name, weight)
+        seen = min(seen, int((values > STATED * longest).sum()))
         next_ = float(beneath[0] / values[0])
         layers.append(Floor(call.name, level, ratio, rounding, freedom, seen, full, stated, next_))
     return layers

@@ -241,6 +241,7 @@ def _balance(
     if not all(n in gradients and evidence.precision.sent(n) for n in used if n is not None):
         return None  # a frozen layer leaves its part of the balance open
     channels = below.out_shape[0]
+    terms_of = [n for n in used if n is not None]
     if norm is None:
         terms = [product(below.weight_name).flatten(1)]
         if below.bias_name is not None:
@@ -251,6 +252,7 @@ def _balance(
         if any(n not in gradients for n in names):
             return None
         left = torch.stack([product(n) for n in names], 1)
+        terms_of = [*names, above.weight_name]
     right = product(above.weight_name)
     groups = 1 if above.geometry is None else above.geometry.groups
     if groups != 1 or prod(above.in_shape) % channels:
@@ -264,9 +266,12 @@ def _balance(
     if size == 0.0:
         return None
     misfit = float((left.sum(1) - right.sum(1)).norm()) / size
-    weights = [evidence.model.get_parameter(n) for n in (below.weight_name, above.weight_name)]
-    level = max(evidence.added(n) for n in (below.weight_name, above.weight_name))
-    added = level * float(sum(w.detach().double().norm() for w in weights))
+    # Of one channel the noise of all its terms adds up, no more than that of all channels does.
+    carried = (evidence.model.get_parameter(n).detach().double() for n in terms_of)
+    added = sum(
+        float((w * evidence.precision.noise_std(n, gradients[n])).square().sum())
+        for n, w in zip(terms_of, carried, strict=True)
+    ) ** 0.5  # fmt: skip
     count = (left.shape[1] + right.shape[1]) ** 0.5
     tolerance = SAFETY * (4 * evidence.unit * count + added / size)
     what = f"the balance ⟨W, G⟩ between '{lower.name}' and '{upper.name}'"
@@ -305,6 +310,8 @@ def _recursion(evidence: Evidence) -> list[Contradiction]:
     if not named.issubset(evidence.gradients):
         return []
     weight, bias = last.affine.sent(evidence.gradients), evidence.gradients[name]
+    if bool((bias.abs() < evidence.precision.noise_std(name, bias)).any()):
+        return []  # as of pruning: an entry that is all noise is no small error of the cotangent
     x, k = features_from_bias(last.affine, weight, bias, evidence.precision)
     x = type(x)(
         x.value.reshape(-1, *last.affine.in_shape),

@@ -67,7 +67,11 @@ def best(head: HeadGradient) -> LabelEstimate:
     sums, reason = read
     contrasts, batch = Contrasts(head, sums), head.batch_size
     plain = nearest_counts(contrasts.plain(), batch)
-    free = contrasts.fit()
+    try:
+        free = contrasts.fit()
+    except RuntimeError:  # of a decomposition, whose matrix is not finite
+        why = "the head's gradient is of a size that no probabilities at its weights send"
+        return LabelEstimate.undecided(head.classes, METHOD, ASSUMPTIONS, why)
     top = max(free, key=lambda fit: fit.weight)
     nearest = search(top.estimates, top.covariance, batch)
     hypotheses = [plain] if torch.equal(plain, nearest) else [plain, nearest]

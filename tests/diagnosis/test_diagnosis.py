@@ -722,3 +722,37 @@ def test_a_branch_past_a_batch_norm_is_no_contradiction(joined: bool, dtype: tor
         model.norm.running_var.uniform_(0.5, 2)
         x = torch.rand(1 + seed, 3, 8, 8, dtype=dtype)
         assert rgap.check(model, rgap.capture(model, x, torch.arange(1 + seed))).ok
+
+
+def _fully(seed: int) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(3, 24, 3, 2, 1), nn.LeakyReLU(), nn.Flatten(), nn.Linear(96, 30),
+        nn.LeakyReLU(), nn.Linear(30, 8),
+    ).eval()  # fmt: skip
+
+
+@pytest.mark.parametrize("sent_as", [torch.bfloat16, torch.float16])
+def test_a_coarse_format_adds_no_rank(sent_as: torch.dtype) -> None:
+    """What rounding leaves of rows that cancel is uneven, and longer than its mean says."""
+    for seed in range(12):
+        model = _fully(seed)
+        update = rgap.capture(model, torch.rand(1, 3, 4, 4), torch.tensor([seed % 8]))
+        coarse = {n: g.to(sent_as) for n, g in update.gradients.items()}
+        assert rgap.check(model, dataclasses.replace(update, gradients=coarse)).ok, seed
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3])
+def test_pruning_that_is_declared_is_no_mistake(share: float) -> None:
+    for seed in range(6):
+        model = _fully(seed).to(torch.float64 if seed % 2 else torch.float32)
+        x = torch.rand(1, 3, 4, 4, dtype=next(model.parameters()).dtype)
+        update = rgap.capture(model, x, torch.tensor([seed]))
+        kept, noise = {}, {}
+        for name, g in update.gradients.items():
+            least = g.abs().flatten().quantile(share)
+            small = g.abs() < least
+            kept[name] = torch.where(small, 0.0, g)
+            noise[name] = torch.where(small, least / 3**0.5, torch.zeros_like(g))
+        pruned = dataclasses.replace(update, gradients=kept, noise=noise)
+        assert rgap.check(model, pruned).ok, seed
