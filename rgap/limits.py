@@ -205,6 +205,10 @@ ALIKE = 2e-13
 # weight before all are polished together: looked at again after the polish, by WHOLE.
 SIMILAR = 0.5
 ROUGH = 20.0
+# Distance from a whole number up to which factors of samples are taken for copies in a larger
+# batch.  Factors of a clipping, or weights, are that near in all of B samples with chance
+# (2e-3)^(B - 1).
+COPIED = 1e-3
 # Distance from a whole number at which a count of copies is refused: half way to the middle.
 WHOLE = 0.25
 

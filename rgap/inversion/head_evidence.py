@@ -18,7 +18,7 @@ from rgap.head.target import read_target
 from rgap.inversion.backing import of_features
 from rgap.inversion.problem import Problem
 from rgap.inversion.top import head_gradients
-from rgap.limits import SAFETY
+from rgap.limits import SAFETY, UNTOLD
 from rgap.network.chain import Stage
 from rgap.precision import Estimate, Precision, carried
 
@@ -69,6 +69,11 @@ def head_evidence(problem: Problem, known: dict[int, Estimate]) -> tuple[str, fl
             f"with the input that the gradient of '{last.name}' carries no target of {loss.name} "
             f"gives its cotangent: the nearest is off by {reading.distance:.1e}, where rounding "
             f"and noise explain {reading.tolerance:.1e}"
+        ), 1.0
+    if loss.targets == "index" and reading.tolerance > UNTOLD:
+        return (
+            f"the errors of the input of '{last.name}' leave every target of {loss.name} open "
+            f"(tolerance {reading.tolerance:.1e}), so that none tests it"
         ), 1.0
     return "", of_features(problem, last, x, k, reading) if top == last.index else 1.0
 

@@ -20,7 +20,7 @@ from rgap.inversion.batch_rows import in_order
 from rgap.inversion.problem import Problem
 from rgap.inversion.replay import Replay, replay
 from rgap.inversion.top import top_features
-from rgap.limits import ENSEMBLE, FITS
+from rgap.limits import COPIED, ENSEMBLE, FITS
 from rgap.precision import Estimate
 from rgap.update.losses import Loss
 
@@ -143,10 +143,31 @@ def named(problem: Problem, data: Estimate, read: Weighed) -> Named | str:
             f"gives, the model's own update differs from '{name}' by {again.parts[name]:.1e} of "
             f"it, where {again.allowed[name]:.1e} is explained"
         )
+    if isinstance(scale, Tensor) and (total := _of_copies(scale, read.spread)):
+        return (
+            f"the samples weigh {_times(scale)} what they should, as whole numbers of copies do in "
+            f"a mean over {total}: near copies of one label send that too, each of which is off "
+            f"what is shown; write batch_size={total} if it is that of the client"
+        )
     plain = not isinstance(scale, Tensor) and scale == 1.0
     words = "" if plain else f"; the update is {_times(scale)} that of the declared loss"
     scale = scale[order] if isinstance(scale, Tensor) else scale
     return Named(order, labels[order], scale, again, words)
+
+
+def _of_copies(scale: Tensor, spread: float | Tensor) -> int | None:
+    """B' with ``λ_i = m_i B/B'`` for whole m_i ≥ 1 and ``Σ m_i = B'`` within errors, or None.
+
+    Any factors with mean 1 are that for some B': up to twice the samples are looked at.
+    """
+    samples = len(scale)
+    for total in range(samples + 1, 2 * samples + 1):
+        copies = scale * total / samples
+        whole = copies.round()
+        off = (copies - whole).abs() <= COPIED + ENSEMBLE * spread * total / samples
+        if bool((whole >= 1).all()) and int(whole.sum()) == total and bool(off.all()):
+            return total
+    return None
 
 
 def _times(scale: float | Tensor) -> str:

@@ -113,3 +113,32 @@ def test_features_of_a_head_whose_weight_gradient_is_zero() -> None:
     found = rgap.invert(model, multiplied(sent, "4.weight", 0.0), batch_size=1)
     assert not found.features
     assert any("no features are certified" in warning for warning in found.warnings)
+
+
+@pytest.mark.parametrize("factor", [1e10, 1e20, 1e28])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_features_of_a_head_that_is_many_times_too_long(factor: float, dtype: torch.dtype) -> None:
+    """A softmax of such logits is one class whatever the input: no target tests it."""
+    torch.manual_seed(1)
+    model = nn.Sequential(
+        nn.Conv2d(3, 64, 3, 1, 1), nn.Tanh(), nn.Conv2d(64, 64, 3, 1, 1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 8),
+    ).to(dtype).eval()  # fmt: skip
+    sent = rgap.capture(model, torch.rand(1, 3, 4, 4, dtype=dtype), torch.tensor([1]))
+    assert "6" in rgap.invert(model, sent).features
+    assert not rgap.invert(model, multiplied(sent, "6.weight", factor)).features
+
+
+@pytest.mark.parametrize("apart", [1e-3, 1e-4])
+def test_near_copies_under_too_small_a_size_are_no_weighed_samples(apart: float) -> None:
+    """Two near copies and another in a mean over three weigh 4/3 and 2/3 in one over two."""
+    for seed in range(4):
+        torch.manual_seed(seed)
+        model = nn.Sequential(
+            nn.Linear(48, 32), nn.Tanh(), nn.Linear(32, 24), nn.Tanh(), nn.Linear(24, 10)
+        ).eval()
+        x = torch.rand(3, 48)
+        x[1] = (x[0] + apart * torch.randn(48)).clamp(0, 1)
+        sent = rgap.capture(model, x, torch.tensor([4, 4, 3]))
+        found = rgap.invert(model, replace(sent, batch_size=2))
+        assert found.status is not Status.EXACT
