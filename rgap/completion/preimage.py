@@ -25,7 +25,7 @@ from torch import Tensor
 
 from rgap.completion.rearranged import rearrangements, steps_of, unmoved
 from rgap.completion.value_search import Search
-from rgap.completion.value_settling import MEMBERS, Settled, Settling
+from rgap.completion.value_settling import MEMBERS, Row, Settled, Settling, batch
 from rgap.completion.value_uniqueness import agreed, folded, mirrored, paired
 from rgap.completion.windows import confused_of_graph
 from rgap.jacobian.frontier import Frontier, frontier
@@ -103,7 +103,8 @@ def preimage(
         return f"their search takes {need / 1e9:.1f} GB, there is room for {room / 1e9:.1f}"
     below = f"the data below '{flow.nodes[lowest[0]].name}'"
     if 0 in known:
-        made = Settling(full, watch, below)(known[0].value)
+        settling, x = Settling(full), known[0].value
+        made = batch(samples, lambda row: settling.settled(row, x[row : row + 1]))
     else:
         doubted = folded(full, unknowns, unknowns + surplus)
         if isinstance(doubted, str):
@@ -121,7 +122,7 @@ def preimage(
             made = agreed(made, _looked_for(full, again))
         if not isinstance(made, str):
             other = mirrored(nearest, made[0].value)
-            made = other or _rearranged(Settling(full, watch, below), nearest, made[0]) or made
+            made = other or _rearranged(Settling(full), nearest, made[0]) or made
     if isinstance(made, str):
         return made
     data, misfit = made
@@ -130,16 +131,20 @@ def preimage(
 
 def _looked_for(full: Frontier, search: Search) -> Settled | str:
     """The data with their errors and misfits, from the starts that a search is given."""
-    settling = Settling(full, search.watch, search.below)
-    made: Settled | str = ""
-    for goal in HANDED_OVER:
-        found = search.run(goal)
-        if isinstance(found, str):
-            return found
-        made = settling(found)
-        if not isinstance(made, str) or search.late:
-            break
-    return made
+    settling = Settling(full)
+
+    def one(row: int) -> Row | str:
+        made: Row | str = ""
+        for goal in HANDED_OVER:
+            found = search.run(row, goal)
+            if isinstance(found, str):
+                return found
+            made = settling.settled(row, found)
+            if not isinstance(made, str) or search.late:
+                break
+        return made
+
+    return batch(len(search.explained), one)
 
 
 def _rearranged(settling: Settling, nearest: Frontier, data: Estimate) -> str:

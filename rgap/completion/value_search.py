@@ -20,7 +20,8 @@ ROUNDS, STEPS, HISTORY = 60, 20, 30  # of L-BFGS, from every start
 CLOSE, NEAR = 2e-6, 10.0  # relative misfit from which Gauss–Newton goes on; times that, if stuck
 STALLED, GIVEN = 0.98, 8  # factor on the misfit of a round that ends a start, from which round
 STARTS = 3
-BLUNT, BLUNT_ROUNDS = (2.0, 10.0), 3  # sharpness of kinks at first, and rounds with each
+BLUNT, BLUNT_ROUNDS = (2.0, 10.0), 6  # sharpness of kinks at first, and rounds with each
+SETTLED = 0.95  # factor on the misfit of such a round that ends them: other kinks leave a rest
 
 
 class Search:
@@ -48,7 +49,7 @@ class Search:
     ) -> None:
         self.function, self.start = function, start
         self.watch, self.below, self.deadline = watch, below, deadline
-        self.answer: Tensor | None = None
+        self.answers = dict[int, Tensor]()
         self.wanted = [function.known[place].value.float() for place in function.edge]
         self.squares = [self.square(place) for place in function.edge]
         known = zip(self.wanted, self.squares, strict=True)
@@ -56,6 +57,7 @@ class Search:
         self.scales = [(1.0 / (s * whole.clamp_min(1e-300))).float() for s in self.squares]
         sigmas = zip(*(function.sigma(row) for row in range(len(whole))), strict=True)
         on = zip(function.edge, sigmas, strict=True)
+        self.explained = self.close().tolist()
         self.on = [function.known[place].value > CLEAR * torch.stack(s) for place, s in on]
 
     def square(self, place: int) -> Tensor:
@@ -86,39 +88,38 @@ class Search:
         """True if the time is up."""
         return time.perf_counter() > self.deadline
 
-    def run(self, goal: float) -> Tensor | str:
-        """The batch [B, *in_shape], float64, or how near the nearest one came.
+    def run(self, row: int, goal: float) -> Tensor | str:
+        """A sample [1, *in_shape], float64, or how near the nearest one came.
 
-        Goes on from where the last run ended.
+        Goes on from where the last run for it ended.
 
         Args:
-            goal: relative misfit of every sample that will do; errors may allow more.
+            row: of the sample.
+            goal: relative misfit that will do; errors may allow more.
         """
-        close = self.close().clamp_min(goal**2)
-        begun = self.answer is not None
-        answer = self.start(0).to(self.wanted[0]) if self.answer is None else self.answer
-        self.answer = answer
-        for row in range(len(answer)):
-            self.watch(f"{self.below}, sample {row + 1} of {len(answer)}")
-            best = inf
-            for trial in range(STARTS):
-                x = answer[row : row + 1].clone()
-                if trial or not begun:
-                    x = self.start(trial)[row : row + 1].to(answer)
-                    for beta in BLUNT:
-                        sharp = self.function.sharpness(x, beta)
-                        x, _ = self.descended(row, x, sharp, BLUNT_ROUNDS, 0.0)
-                x, own = self.descended(row, x, None, ROUNDS, float(close[row]))
-                if own < best:
-                    answer[row], best = x[0], own
-                if best <= NEAR**2 * float(close[row]) or self.late:
-                    break
-            if not best <= NEAR**2 * float(close[row]):
-                return (
-                    f"sample {row}: no data give the known values nearer than {best**0.5:.1e} of "
-                    f"their size, where {float(close[row]) ** 0.5:.1e} is explained"
-                )
-        return answer.double()
+        close = max(self.explained[row], goal**2)
+        self.watch(f"{self.below}, sample {row + 1} of {len(self.explained)}")
+        x, best = self.answers.get(row), inf
+        for trial in range(STARTS):
+            begin = None if trial else x
+            if begin is None:
+                begin = self.start(trial)[row : row + 1].to(self.wanted[0])
+                for beta in BLUNT:
+                    sharp = self.function.sharpness(begin, beta)
+                    begin, _ = self.descended(row, begin, sharp, BLUNT_ROUNDS, 0.0)
+            found, own = self.descended(row, begin, None, ROUNDS, close)
+            if x is None or own < best:
+                x, best = found, own
+            if best <= NEAR**2 * close or self.late:
+                break
+        assert x is not None
+        self.answers[row] = x
+        if not best <= NEAR**2 * close:
+            return (
+                f"no data give the known values nearer than {best**0.5:.1e} of "
+                f"their size, where {close**0.5:.1e} is explained"
+            )
+        return x.double()
 
     def descended(
         self,
@@ -146,7 +147,8 @@ class Search:
             optimiser.step(closure)  # type: ignore[no-untyped-call]
             with torch.no_grad():
                 now = float(self.misfit(row, x, sharp))
-            stuck = number >= GIVEN and now**0.5 > STALLED * last**0.5
+            given, stalled = (GIVEN, STALLED) if sharp is None else (1, SETTLED)
+            stuck = number >= given and now**0.5 > stalled * last**0.5
             if now <= close or stuck or self.late:
                 break
             last = now

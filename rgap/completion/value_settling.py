@@ -2,26 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import inf
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from rgap.jacobian.frontier import Frontier, Tangent
 from rgap.limits import BACK, FITS, PROBES, SAFETY
 from rgap.precision import Estimate
-from rgap.progress import Watch
 from rgap.solvers.conjugate import cgls, times
 
-__all__ = ["MEMBERS", "Settled", "Settling"]
+__all__ = ["MEMBERS", "Row", "Settled", "Settling", "batch"]
 
 LAST = 8  # steps of Gauss–Newton
-FIRST = 1e-2  # accuracy of the first, which ends among the same kinks
+FIRST, CLOSING = 1e-2, 3e-4  # accuracy of the first, among other kinks, and of one within errors
 MEMBERS = 4  # errors that are carried to the data
 PRODUCTS, ACCURACY = 400, 3e-5  # of conjugate gradients
+FINEST = 1e-6  # accuracy at which float32 ends them
+SIGNS, BOX = 4, 3  # draws of a mean length of columns, and entries of it along an axis
+ENOUGH, LEAST = 32, 1e-2  # numbers in such a mean; the least mean, as a share of all
 
-Settled = tuple[Estimate, Tensor]  # data, and the misfit of every sample in standard errors
+_MEANS = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
+
+Row = tuple[Estimate, float]  # a sample, and its misfit in standard errors
+Settled = tuple[Estimate, Tensor]  # data, and the misfit of every sample
+
+
+def batch(samples: int, one: Callable[[int], Row | str]) -> Settled | str:
+    """All samples, each by its number, or why there is none of one."""
+    rows = list[Row]()
+    for row in range(samples):
+        made = one(row)
+        if isinstance(made, str):
+            return f"sample {row}: {made}"
+        rows.append(made)
+    value = torch.cat([row.value for row, _ in rows])
+    error = torch.cat([row.error for row, _ in rows], 1)
+    return Estimate(value, error), value.new_tensor([misfit for _, misfit in rows])
 
 
 class Settling:
@@ -32,33 +51,13 @@ class Settling:
 
     Args:
         function: the known values.
-        watch: told which sample is settled.
-        below: what is, in words.
     """
 
-    def __init__(self, function: Frontier, watch: Watch, below: str) -> None:
+    def __init__(self, function: Frontier) -> None:
         self.function, self.rough = function, function.to(torch.float32)
-        self.watch, self.below = watch, below
+        self.balances = dict[int, Tensor]()
 
-    def __call__(self, found: Tensor) -> Settled | str:
-        """The data with their errors, and the misfit of every sample; or of which there are none.
-
-        Args:
-            found: data near them, [B, *in_shape], float64.
-        """
-        rows, misfits = list[Estimate](), list[float]()
-        for row in range(len(found)):
-            self.watch(f"{self.below}, sample {row + 1} of {len(found)}")
-            settled = self.settled(row, found[row : row + 1])
-            if isinstance(settled, str):
-                return f"sample {row}: {settled}"
-            rows.append(settled[0])
-            misfits.append(settled[1])
-        value = torch.cat([row.value for row in rows])
-        data = Estimate(value, torch.cat([row.error for row in rows], 1))
-        return data, value.new_tensor(misfits)
-
-    def settled(self, row: int, x: Tensor) -> tuple[Estimate, float] | str:
+    def settled(self, row: int, x: Tensor) -> Row | str:
         """One sample, from data near it."""
         full, sigma = self.function, self.function.sigma(row)
         generator = torch.Generator().manual_seed(row)
@@ -77,19 +76,65 @@ class Settling:
                 "the weights or the running statistics below them are others than the client's"
             )
         drawn = torch.randn((PROBES, *x.shape[1:]), generator=generator).to(x)
-        moved = _solved(Tangent(self.rough, sigma, x.float()), errors, ACCURACY)
+        tangent = Tangent(self.rough, sigma, x.float())
+        moved, lost = self.back(row, tangent, drawn, errors)
         # What is read by units within their error of a kink alone is open on its other side.
         beside = torch.cat([x + SAFETY * moved, x - SAFETY * moved])
-        tangent = Tangent(self.rough, sigma, x.float(), beside.float())
-        images = tangent.push(drawn.float()).to(x) / tangent.unit
-        back = _solved(tangent, images, ACCURACY)
-        lost = (back - drawn).flatten(1).norm(dim=1) / drawn.flatten(1).norm(dim=1)
-        if not bool((lost <= BACK).all()):
+        either = Tangent(self.rough, sigma, x.float(), beside.float())
+        if not either.alike(tangent):
+            _, lost = self.back(row, either, drawn)
+        if not lost <= BACK:
             return (
                 "the known values leave directions of the data open: of a random one "
-                f"{float(lost.max()):.1e} is lost"
+                f"{lost:.1e} is lost"
             )
         return Estimate(x, moved[:, None]), misfit
+
+    def back(
+        self, row: int, tangent: Tangent, drawn: Tensor, errors: Tensor | None = None
+    ) -> tuple[Tensor, float]:
+        """What errors do to the data, and the largest share of random data that does not come back.
+
+        Whatever the iteration at which conjugate gradients are stopped, with D as balance and n
+        taken to 0 by the map, random data are lost as a whole along ``D n``.  That they are back in
+        all directions is also why the errors are by then what they end at.
+
+        Args:
+            row: of the sample.
+            tangent: the map at its data.
+            drawn: random data, [S, *in_shape].
+            errors: of the known values, in standard errors, [R, m].
+        """
+        images = tangent.push(drawn.float()).to(drawn) / tangent.unit
+        rhs = images if errors is None else torch.cat([errors, images])
+
+        def lost(found: Tensor) -> float:
+            gap = (found[-len(drawn) :] - drawn).flatten(1).norm(dim=1)
+            return float((gap / drawn.flatten(1).norm(dim=1)).max())
+
+        balance = self.balance(row, tangent)
+        found = _solved(tangent, rhs, FINEST, balance, lambda found: lost(found) <= BACK)
+        return found[: len(found) - len(drawn)], lost(found)
+
+    def balance(self, row: int, tangent: Tangent) -> Tensor | None:
+        """Squares of the lengths of the Jacobian's columns near a sample, [1, *in_shape].
+
+        They tell what is seen through many units from what is not, a border or a dark corner, and
+        halve the iterations.  ``(Jᵀs)²`` of random signs s has them for its mean, here over
+        neighbours and channels too; None where these are too few for a mean.
+        """
+        channels, *size = self.function.flow.in_shape
+        if not 1 <= len(size) <= len(_MEANS) or SIGNS * channels * BOX ** len(size) < ENOUGH:
+            return None
+        if row not in self.balances:
+            generator = torch.Generator().manual_seed(row)
+            shape = (SIGNS, sum(s.numel() for s in tangent.sigma))
+            signs = 2.0 * torch.randint(0, 2, shape, generator=generator).to(tangent.sigma[0]) - 1.0
+            squares = tangent.pull(signs).square().mean((0, 1))[None, None]
+            mean = _MEANS[len(size) - 1](squares, BOX, 1, BOX // 2, count_include_pad=False)
+            least = LEAST * float(mean.mean())
+            self.balances[row] = mean.clamp_min(least).expand(1, channels, *size)
+        return self.balances[row]
 
     def nearest(self, row: int, x: Tensor) -> tuple[Tensor, float]:
         """Where Gauss–Newton ends for one sample, and its misfit in standard errors.
@@ -106,14 +151,17 @@ class Settling:
             now = float(gap.square().mean().sqrt())
             if not now < misfit:
                 break
+            fell = now / misfit if number else 1.0
             x, misfit = x + step, now
             if met or number == LAST:
                 break
             # Within one standard error an entry, data may still be off by many of their own: a
             # misfit of 1 is that of the errors in all entries, theirs that in as many as unknowns.
             met = number > 0 and misfit <= 1.0
+            # As long as kinks are crossed, what is left of the equations is theirs.
+            accuracy = CLOSING if met else min(max(fell**2, ACCURACY), FIRST)
             tangent = Tangent(self.rough, sigma, x.float())
-            step = _solved(tangent, gap, ACCURACY if number else FIRST)
+            step = _solved(tangent, gap, accuracy, self.balance(row, tangent))
         return x, misfit
 
 
@@ -122,9 +170,20 @@ def _stacked(values: Sequence[Tensor], sigma: Sequence[Tensor]) -> Tensor:
     return torch.cat([(v / s).flatten(1) for v, s in zip(values, sigma, strict=True)], 1)
 
 
-def _solved(tangent: Tangent, rhs: Tensor, accuracy: float) -> Tensor:
+def _solved(
+    tangent: Tangent,
+    rhs: Tensor,
+    accuracy: float,
+    balance: Tensor | None,
+    enough: Callable[[Tensor], bool] | None = None,
+) -> Tensor:
     """Least-squares solutions of ``J v = r`` for right-hand sides [S, m], float64."""
     size = rhs.norm(dim=1).clamp_min(1e-300)
+
+    def scaled(x: Tensor) -> Tensor:
+        return times(size * tangent.unit, x.double())
+
     unit = (rhs / size[:, None]).float()
-    found = cgls(tangent.push, tangent.pull, unit, PRODUCTS, accuracy)
-    return times(size * tangent.unit, found.x.double())
+    done = None if enough is None else lambda x: enough(scaled(x))
+    found = cgls(tangent.push, tangent.pull, unit, PRODUCTS, accuracy, balance, done)
+    return scaled(found.x)

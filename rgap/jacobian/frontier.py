@@ -189,6 +189,10 @@ class Tangent:
                 self.winners[place] = winners[:1]
                 self.slopes[place] = (winners == winners[:1]).all(0, keepdim=True).to(x)
 
+    def alike(self, other: Tangent) -> bool:
+        """True if all units let the same through, so that the other is this very map."""
+        return all(torch.equal(slope, other.slopes[at]) for at, slope in self.slopes.items())
+
     def push(self, v: Tensor) -> Tensor:
         """``J v``, [S, *in_shape] → [S, m]."""
         moved = {0: v}

@@ -55,9 +55,10 @@ class Node:
     def forward(self, values: Sequence[Tensor]) -> Tensor:
         """The value from those of its sources, [B, *shape]."""
         if self.signs:
-            return torch.stack([sign * x for sign, x in zip(self.signs, values, strict=True)]).sum(
-                0
+            first, *others = (
+                s * x if s != 1.0 else x for s, x in zip(self.signs, values, strict=True)
             )
+            return sum(others, first)
         if self.joined:
             return torch.cat(list(values), 1)
         return values[0] if self.link is None else self.link.forward(values[0])
