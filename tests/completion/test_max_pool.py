@@ -33,7 +33,10 @@ def pooled(channels: int = 32, seed: int = 2) -> nn.Module:
 
 
 def test_a_max_pool_is_passed_where_the_layer_below_names_its_winners() -> None:
-    model, x = pooled(channels=20), picture((2, 6, 6), 1)
+    wide, x = pooled(channels=20), picture((2, 6, 6), 1)
+    known = invert(wide, capture(wide, x, LABEL, dtype=F64))  # by the values below the pool alone
+    assert known.inputs is None or float((known.inputs - x).abs().max()) < 1e-12
+    model = pooled(channels=16)  # too few of them that are not zero
     update = capture(model, x, LABEL, dtype=F64)
     assert invert(model, update).status is Status.UNSUPPORTED
     found = invert(model, update, complete=True, time_limit=120.0)
