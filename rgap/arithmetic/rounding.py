@@ -9,7 +9,7 @@ __all__ = ["ABSENT", "LARGEST", "SMALLEST", "UNIFORM", "absent", "coherence", "s
 
 UNIFORM = 12**-0.5  # standard deviation of an error that is uniform over one spacing
 ABSENT = 1e30  # standard deviation of the noise of an entry that was not sent at all
-# Between these sizes squares of errors and of their reciprocals, and of entries, are float64 numbers.
+# Between these sizes squares of entries, of errors and of their reciprocals are float64 numbers.
 # No error counts as smaller; entries may be, for probabilities down to 1e-300 still tell logits.
 SMALLEST, LARGEST = 1e-140, 1e30
 LOST = 0.5  # share of still entries at which the typical one is below half a spacing
