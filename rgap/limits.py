@@ -181,9 +181,9 @@ RIVAL = 4.0
 # next class must miss: only such roots may contradict a stated batch size.
 SURE = 1e-4
 SURELY = 100.0
-# Standard errors of the range by which the cotangent of such a root may be outside it.  Pictures
-# whose probabilities are alike have roots that are no sample 9 to 80 of them outside; samples are
-# outside by 0.2, and one that is by more refutes nothing.
+# Standard errors of the range by which the cotangent of such a root may be outside it: one entry of
+# a sample's is with chance 3e-3, and then refutes nothing.  Pictures whose probabilities are alike
+# have roots further out that are no sample (tests/separation/test_two_labels.py).
 OUTLYING = 3.0
 # Copies of such a root that contradict: a saturated softmax fits too, with hardly any weight.
 LEAST = 0.25
