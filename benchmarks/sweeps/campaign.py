@@ -4,8 +4,9 @@
 
 Every case follows from its number alone.  A network (fully connected, convolutions in 1 to 3
 dimensions, residual, gated, attention, norms, pools, steps before the first and after the last
-layer), a loss, a batch (equal labels, copies, near copies) and an update (as captured, a weight
-difference, noise, scaled, clipped, pruned, of other weights ...) are drawn, inverted and judged on
+layer), a loss, a batch (equal labels, copies, near copies, symmetric, black, two labels for one)
+and an update (as captured, a weight difference, noise, scaled, clipped, pruned, of other weights,
+one layer changed, every other layer missing ...) are drawn, inverted and judged on
 the true batch:
 
 * certified inputs lie within ``error_bound`` of the truth, certified targets are right beside them,
@@ -35,6 +36,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +98,18 @@ class Gated(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """One pass."""
         return self.value(x) * torch.sigmoid(self.gate(x))
+
+
+class Beside(nn.Module):
+    """x and f(x) one beside the other, along the channels."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        """One pass."""
+        return torch.cat((x, self.inner(x)), 1)
 
 
 class Attention(nn.Module):
@@ -192,6 +206,7 @@ def network(r: random.Random) -> tuple[nn.Module, tuple[int, ...], int]:
         groups = 1
         conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[d - 1]
         norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[d - 1]
+        up = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[d - 1]
         pools: list[Callable[[], nn.Module]] = [
             lambda: (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)[d - 1](2),
             lambda: (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)[d - 1](2),
@@ -208,8 +223,13 @@ def network(r: random.Random) -> tuple[nn.Module, tuple[int, ...], int]:
                 )
             )  # fmt: skip
             width = out
+            if r.random() < 0.1:
+                parts.append(up(width, width, 2, r.choice([1, 2]), bias=bias))
+            if r.random() < 0.1:
+                parts.append(Beside(nn.Sequential(conv(width, 4, 1, bias=bias), act())))
+                width += 4
             if r.random() < 0.2:
-                parts.append(norm(width))
+                parts.append(r.choice([norm, norm, partial(nn.GroupNorm, 1)])(width))
             parts.append(act())
             if layer == 0 and r.random() < 0.2:
                 parts.append(r.choice(pools)())
@@ -320,13 +340,19 @@ def draw_targets(r: random.Random, kind: str, batch: int, outputs: int) -> Tenso
     return torch.randn(batch, outputs)
 
 
+STYLES = [
+    "copies", "near", "binary", "zero", "wide", "two labels", "symmetric", "black", "saturated",
+    "one colour",
+]  # fmt: skip
 MISTAKES = [
     "none", "none", "none", "none", "none", "delta", "delta", "noise stated", "noise unstated",
     "noise understated", "scale", "scale", "clip", "per-sample clip", "sum for mean", "wrong B",
     "B unknown", "other weights", "wrong labels", "right labels", "pruned", "quantised", "prefix",
     "arrays", "cast half", "sign", "decay", "two steps", "frozen", "other loss", "unknown loss",
-    "train", "one weight off", "int8",
+    "train", "one weight off", "int8", "noise uneven", "layer changed", "layer changed",
+    "entry changed", "layer of another", "even frozen", "underflow",
 ]  # fmt: skip
+CHANGED = {"layer changed", "entry changed", "layer of another", "even frozen", "underflow"}
 
 
 def draw(number: int) -> Case:
@@ -344,7 +370,7 @@ def draw(number: int) -> Case:
     batch = r.choice([1, 1, 1, 2, 2, 3, 4, 5])
     loss, kind = draw_loss(r, outputs, last)
     inputs = torch.rand(batch, *shape, dtype=torch.float64)
-    style = r.choice(["plain"] * 5 + ["copies", "near", "binary", "zero", "wide"])
+    style = r.choice(["plain"] * 5 + STYLES)
     if style == "copies" and batch > 1:
         inputs[1] = inputs[0]
     elif style == "near" and batch > 1:
@@ -355,11 +381,23 @@ def draw(number: int) -> Case:
         inputs = inputs * (inputs > 0.7)
     elif style == "wide":
         inputs = inputs * 20 - 10
+    elif style == "symmetric":
+        inputs = (inputs + inputs.flip(-1)) / 2
+    elif style == "black":
+        inputs[0] = 0
+    elif style == "saturated":
+        inputs = (inputs * 3 - 1).clamp(0, 1)
+    elif style == "one colour":
+        inputs[:] = inputs.flatten(1)[:, :1].reshape(-1, *[1] * len(shape))
+    elif style == "two labels" and batch > 1:
+        inputs[1] = inputs[0]
     model = model.to(dtype)
     inputs = inputs.to(dtype)
     targets = draw_targets(r, kind, batch, outputs)
     if style == "copies" and batch > 1 and r.random() < 0.6:
         targets[1] = targets[0]
+    if style == "two labels" and kind == "index" and batch > 1:
+        targets[1] = (targets[0] + 1) % outputs
     if targets.is_floating_point():
         targets = targets.to(dtype)
     trained = r.random() < 0.2
@@ -471,7 +509,16 @@ def spoil(case: Case, r: random.Random) -> None:
         sum(float(g.double().square().sum()) for g in gradients.values())
         / sum(g.numel() for g in gradients.values())
     )
-    if mistake in ("delta", "decay"):
+    if mistake in CHANGED:
+        _change(case, gradients, r)
+    elif mistake == "noise uneven":
+        sigmas = {n: float(g.square().mean()) ** 0.5 * 10 ** r.uniform(-7, -1) * (r.random() < 0.7)
+                  for n, g in gradients.items()}  # fmt: skip
+        become(
+            gradients={n: g + sigmas[n] * torch.randn_like(g) for n, g in gradients.items()},
+            noise={n: torch.full_like(g, sigmas[n]) for n, g in gradients.items()},
+        )
+    elif mistake in ("delta", "decay"):
         lr = 10 ** r.uniform(-5, 0)
         decay = r.choice([0.0, 1e-2]) if mistake == "decay" else 0.0
         lied = mistake == "decay" and decay and r.random() < 0.5
@@ -615,6 +662,40 @@ def spoil(case: Case, r: random.Random) -> None:
         case.genuine = False
 
 
+def _change(case: Case, gradients: dict[str, Tensor], r: random.Random) -> None:
+    """Gradients of one layer that are not those of the client's batch, or are missing."""
+    layers = sorted({name.rpartition(".")[0] for name in gradients})
+    which, mistake = r.choice(layers), case.mistake
+    if len(layers) == 1 and mistake != "underflow":
+        return  # what one layer sends is another batch's then
+    if mistake == "even frozen":
+        for name in [n for n in gradients if layers.index(n.rpartition(".")[0]) % 2]:
+            gradients.pop(name)
+            case.model.get_parameter(name).requires_grad_(False)
+    elif mistake == "underflow":
+        tiny = torch.finfo(case.inputs.dtype).tiny
+        gradients = {n: g * (r.choice([1.0, 1e4]) * tiny) / (g.abs().max() + tiny)
+                     for n, g in gradients.items()}  # fmt: skip
+        case.genuine, case.scale = False, None
+    else:
+        of_layer = [n for n in gradients if n.rpartition(".")[0] == which]
+        if mistake == "layer of another":
+            inputs = case.inputs.flip(-1) * 0.9 + 0.03
+            other = rgap.capture(case.model, inputs, case.targets, case.loss, value_range=None)
+            gradients.update({n: other.gradients[n] for n in of_layer})
+        elif mistake != "entry changed":
+            factor = 1 + r.choice([-1, 1]) * 10 ** r.uniform(-6, 0)
+            some = of_layer if r.random() < 0.5 else [r.choice(of_layer)]
+            gradients.update({n: gradients[n] * factor for n in some})
+            case.words += f"{some} times {factor:.8g} "
+        else:
+            name = r.choice(of_layer)
+            flat = gradients[name].view(-1)
+            flat[r.randrange(len(flat))] += float(flat.abs().max()) * 10 ** r.uniform(-6, 1)
+        case.genuine, case.scale = False, None
+    case.update = dataclasses.replace(case.update, gradients=gradients)
+
+
 def _sent(case: Case, loss: Loss) -> Update:
     return rgap.capture(case.model, case.inputs, case.targets, loss, value_range=None)
 
@@ -637,7 +718,8 @@ def judge(case: Case, found: rgap.Recovery) -> list[str]:
             rows = rows.repeat_interleave(found.multiplicities, 0)
             if labels is not None:
                 labels = labels.repeat_interleave(found.multiplicities, 0)
-        if case.update.batch_size is None and "labels" not in case.options and len(rows) != size:
+        stated = case.update.batch_size
+        if stated != size and "labels" not in case.options and len(rows) != size:
             faults += stands_for(case, rows, labels, bound + rounding)
         elif len(rows) != size:
             faults.append(f"wrong inputs: {len(rows)} rows for {size}")

@@ -204,14 +204,19 @@ class _Heard:
         return Reading(target, labels, distance, error / apart, scale), error
 
     def error(self, target: Tensor, k: Estimate) -> float:
-        """ENSEMBLE times the largest error of k and of what the loss gives at z."""
+        """The largest that ENSEMBLE errors of k and z make of k and of what the loss gives at z.
+
+        To first order, and at z moved by that much: a kink of a step may lie between.
+        """
         z, loss, precision = self.z, self.loss, self.precision
-        bent = [loss.cotangent_jvp(z.value, e, target) for e in z.error]
-        carried = torch.stack(bent) - k.error
         kappa, own = loss.cotangent(z.value, target), loss.rounding(z.value, target)
+        bent = torch.stack([loss.cotangent_jvp(z.value, e, target) for e in z.error])
+        there = torch.cat([loss.cotangent(z.value + ENSEMBLE * e, target) for e in z.error])
+        moved = there.reshape(bent.shape) - kappa - ENSEMBLE * k.error
+        carried = max(ENSEMBLE * float((bent - k.error).abs().max()), float(moved.abs().max()))
         size = 1.0 + float(z.value.abs().max())
         rounded = precision.unit * (LOGIT * kappa.abs() * size + own) + precision.floor
-        return ENSEMBLE * (float(carried.abs().max()) + float(rounded.max()))
+        return carried + ENSEMBLE * float(rounded.max())
 
     def along(self, place: int, factor: float) -> Reading:
         """A target with its factor: the distance is that from the nearest target with its own.

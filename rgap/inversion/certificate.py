@@ -266,11 +266,12 @@ def _misfit(problem: Problem, scored: tuple[Answer, float, dict[str, float]]) ->
     excuse = answer.descent.doubt
     if not answer.reading.fits and answer.polished.misfit <= REFUTED:
         stage = problem.chain.stages[-1].name
+        excuse = excuse or at_kinks(problem, answer.descent)
         reason = (
             f"the gradient of '{stage}' fits no admissible target of {problem.update.loss.name}: "
             f"the nearest one is {answer.reading.distance:.2g} away (tolerance "
             f"{answer.reading.tolerance:.1e}); "
-            "is the loss, its reduction or the model another one?"
+            f"{excuse or 'is the loss, its reduction or the model another one?'}"
         )
     else:
         name = max(answer.polished.misfits, key=lambda n: answer.polished.misfits[n])

@@ -11,11 +11,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rgap.head.behind import Behind
 from rgap.inversion.problem import Problem
 from rgap.limits import KINK, ON
 from rgap.network.activations import Activation
+from rgap.network.chain import Stage
 from rgap.network.reshape import Op
-from rgap.precision import carried
+from rgap.precision import Estimate, carried
 from rgap.recursion.reached import Descent
 
 __all__ = ["at_kinks"]
@@ -27,18 +29,33 @@ def at_kinks(problem: Problem, descent: Descent) -> str:
     The slope of a unit whose z lies within its error of a kink is either of two; the gradients of
     its layer and of those below follow from it, and an answer that is fitted to them misses all.
     """
+    above: Estimate | None = None  # what the layer below makes of its input
     for stage in problem.chain.stages:
-        read = descent.features.get(stage.index)
+        read = descent.features.get(stage.index, above and _through(stage.lead, above))
         if read is None:
             continue
         z = carried(stage.affine.forward, read)
-        count = _turning(stage.tail, z.value, ON * z.std)
+        count = _turning(_steps(problem, stage), z.value, ON * z.std)
+        above = _through(stage.tail, z)
         if count:
             return (
                 f"{count} outputs of '{stage.name}' lie within their error of a kink of the "
                 "activation, where either slope may have been the client's"
             )
     return ""
+
+
+def _steps(problem: Problem, stage: Stage) -> Sequence[Op]:
+    """What stands between a layer and the next one, or the loss."""
+    loss, last = problem.update.loss, problem.chain.stages[-1]
+    return loss.steps if stage is last and isinstance(loss, Behind) else stage.tail
+
+
+def _through(steps: Sequence[Op], known: Estimate) -> Estimate:
+    """A value behind the steps between two layers, with its errors."""
+    for op in steps:
+        known = carried(op.forward, known)
+    return known
 
 
 def _turning(tail: Sequence[Op], z: Tensor, off: Tensor) -> int:

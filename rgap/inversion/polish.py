@@ -118,7 +118,8 @@ def polish(
         known, point = kappa, Linearisation(update.chain, start.value, kappa.value)
     at = None if head is None else _freed(update, point, known, head)
     if at is None:
-        own = start.error[:MEMBERS] if settled else start.error[:0]
+        straight = precondition is None and precision.noisy  # ∂b may be noisier than G
+        own = start.error[:MEMBERS] if settled or straight else start.error[:0]
         weights = row_weights(point, known, precision, (point.power(e[None]) for e in own))
         at = _Point(point, update.gradients, weights)
     if settled and at.misfit > FITS and precondition is not None:

@@ -128,8 +128,15 @@ def _certified(
     if heard_above(problem, own.chain, polished.data):
         return recovery
     reason = f"{trial.reason} ({above}); {UNSEEN.format(name)}"
-    withheld = certificate.as_candidate(recovery, reason)
-    return replace(withheld, candidates=(), predicted_error=None, error_bound=None)
+    return replace(
+        recovery,
+        inputs=None,
+        certified=frozenset(),
+        candidates=(),
+        predicted_error=None,
+        error_bound=None,
+        reason=reason,
+    )
 
 
 def _trial(problem: Problem, prefix: Prefix, known: Estimate) -> Trial:

@@ -14,6 +14,7 @@ from math import inf
 import torch
 from torch import Tensor
 
+from rgap.arithmetic.rounding import ABSENT
 from rgap.constraints import WeightConstraint, gradient_constraint, gradient_rows, weight_constraint
 from rgap.constraints.known_input import matrix_noise
 from rgap.constraints.partial import MOST, Kept, kept, marked
@@ -308,6 +309,22 @@ class _Stage:
         forward = self.affine_squares(u)
         variance = self.z.std.square() + self.precision.sum_std(forward).square()
         self.weight_weights = 1.0 / variance.flatten().sqrt().clamp_min(1e-300)
+        self._level()
+
+    def _level(self) -> None:
+        """Believe the weight rows to no more than a factor can hold beside the gradient rows.
+
+        Where these alone are noisy, rows that are known to the last bit outweigh them by more than
+        the digits of a Cholesky factor.  Off by 1/``TRUSTED`` of what that noise makes of them, the
+        weight rows say the same.
+        """
+        heard = self.gradient_weights * (self.gradient_weights > 2.0 / ABSENT)
+        own = float(self.kronecker.scaled(heard).matrix.square().mean())
+        weight = self.affine.weight
+        other = float(weight.square().mean() * self.weight_weights.square().max())
+        if own > 0.0 and other > TRUSTED**2 * own:
+            most = TRUSTED * (own / float(weight.square().mean())) ** 0.5
+            self.weight_weights = self.weight_weights.clamp_max(most)
 
     def squares(self, u: Tensor) -> Tensor:
         """Σ k² u², the squared terms of each gradient entry."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from rgap.jacobian.batch_loss import BatchLoss, loss_scale
 from rgap.limits import (
     CERTAIN,
+    CLOSE,
     FITS,
     LAW,
     LEAST,
@@ -327,6 +328,15 @@ def _clear(identity: Identity) -> bool:
     return identity.outside < SURE < identity.next > SURELY * identity.outside
 
 
+def _different(identities: Sequence[Identity]) -> int:
+    """Roots among those found, each counted once: starts that end at one sample list it again."""
+    if not identities:
+        return 0
+    kappa = torch.stack([i.kappa for i in identities])
+    apart = torch.cdist(kappa, kappa) > CLOSE * kappa.norm(dim=1)
+    return sum(bool(apart[row, :row].all()) for row in range(len(kappa)))
+
+
 def common_factor(batch: Batch, rank: int, identities: Sequence[Identity]) -> Unseparated | None:
     """A factor on the whole update: every sample weighs the same, and not what one sample does.
 
@@ -335,7 +345,7 @@ def common_factor(batch: Batch, rank: int, identities: Sequence[Identity]) -> Un
         rank: samples that the gradient tells apart.
         identities: of samples that were found.
     """
-    if not single(batch, rank) or len(identities) < rank:
+    if not single(batch, rank) or _different(identities) < rank:
         return None
     if any(i.label is None or not _clear(i) for i in identities):
         return None

@@ -1,0 +1,74 @@
+"""Noise of another size in every tensor, pictures under two labels, updates of nobody's loss."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import rgap
+from rgap import Loss, Status
+
+
+class Folded(nn.Module):
+    """|z|: of no logit is the sign known."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Of logits."""
+        return z.abs()
+
+
+@pytest.mark.parametrize("noisy", ["0.bias", "0.weight", "2.weight", "2.bias"])
+def test_one_tensor_alone_is_noisy(noisy: str) -> None:
+    """x = Gᵀ∂b/‖∂b‖² is as wrong as ∂b, where G is known to the last bit: that is no contradiction.
+
+    The step behind the head leaves the data to their own layer's gradient, with nothing to polish.
+    """
+    for seed in range(6):
+        torch.manual_seed(seed)
+        model = nn.Sequential(
+            nn.Linear(18, 6), nn.Tanh(), nn.Linear(6, 26), nn.Tanh(), nn.Linear(26, 8), Folded()
+        ).double().eval()  # fmt: skip
+        x = torch.rand(1, 18, dtype=torch.float64)
+        sent = rgap.capture(model, x, torch.tensor([2]))
+        sigma = 0.05 * float(sent.gradients[noisy].square().mean()) ** 0.5
+        gradients = dict(sent.gradients)
+        gradients[noisy] = gradients[noisy] + sigma * torch.randn_like(gradients[noisy])
+        noise = {noisy: torch.full_like(gradients[noisy], sigma)}
+        found = rgap.invert(model, replace(sent, gradients=gradients, noise=noise))
+        assert found.status is not Status.INCONSISTENT, (seed, found.reason)
+        if "inputs" in found.certified:
+            assert found.inputs is not None
+            assert found.error_bound is not None
+            assert float((found.inputs - x).abs().max()) <= found.error_bound
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_two_labels_that_nearly_cancel(dtype: torch.dtype) -> None:
+    """Of two classes p − y₀ + p − y₁ is small: every start ends at one root, which is no factor."""
+    for seed in range(12):
+        torch.manual_seed(seed)
+        model = nn.Sequential(
+            nn.Linear(12, 9), nn.Tanhshrink(), nn.Linear(9, 7), nn.Tanhshrink(), nn.Linear(7, 2)
+        ).to(dtype).eval()  # fmt: skip
+        with torch.no_grad():
+            model[-1].weight.mul_(0.1)
+            model[-1].bias.mul_(0.1)
+        x = torch.rand(1, 12, dtype=dtype).expand(2, 12).clone()
+        found = rgap.invert(model, rgap.capture(model, x, torch.tensor([0, 1])))
+        assert found.status is not Status.INCONSISTENT, (seed, found.reason)
+
+
+def test_refuted_targets_of_a_batch_that_nobody_counted() -> None:
+    """Four samples that send a gradient of rank one, under another loss, and no batch size."""
+    for seed in range(6):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(11, 3)).eval()
+        sent = rgap.capture(model, torch.rand(1, 11), torch.tensor([1]))
+        bent = {n: g * (1.1 if n.endswith("bias") else 1.0) for n, g in sent.gradients.items()}
+        own = Loss("own", function=lambda z, y: nn.functional.multi_margin_loss(z / 0.07, y))
+        found = rgap.invert(model, replace(sent, gradients=bent, loss=own, batch_size=None))
+        assert not found.certified
+        assert found.reason
