@@ -759,14 +759,19 @@ def judge(case: Case, found: rgap.Recovery) -> list[str]:
 
 
 def stands_for(case: Case, rows: Tensor, labels: Tensor | None, bound: float) -> list[str]:
-    """Faults of fewer rows than an unstated batch has: each stands for those near it."""
+    """Faults of fewer rows than a batch has: each stands for those near it.
+
+    Of a batch that was stated too small, the rows have to be samples of it, not all of them.
+    """
     truth, wanted = case.inputs.double().flatten(1), case.targets.double()
     gaps = (rows.flatten(1)[:, None] - truth[None]).abs().amax(2)
     if labels is not None:
         given = labels.double().reshape(len(rows), -1)
         same = (given[:, None] - wanted.reshape(len(truth), -1)[None]).abs().amax(2) < 1e-3
         gaps = torch.where(same, gaps, math.inf)
-    worst = max(float(gaps.amin(0).max()), float(gaps.amin(1).max()))
+    worst = float(gaps.amin(1).max())
+    if case.update.batch_size is None:
+        worst = max(worst, float(gaps.amin(0).max()))
     return [f"wrong inputs: {worst:.2g} from the nearest, bound {bound:.2g}"] * (worst > bound)
 
 

@@ -105,13 +105,14 @@ def _pair(evidence: Evidence, affine: Call, norm: Call) -> Pair | None:
         mean = mean - own.detach()  # type: ignore[operator]
     g = gradients[f"{affine.name}.weight"]
     terms = by_filter(affine.module, weight * g)
-    evaluated = gamma * spread + mean.double() * slope * shift
+    parts = gamma * spread, mean.double() * slope * shift  # they may cancel
+    evaluated = parts[0] + parts[1]
     size = float(terms.norm())
     if size == 0.0:
         return None
     count = terms.shape[1]
     added = noise * float(weight.norm() + gamma.norm() + (mean.double() * slope).norm())
-    rounding = 4 * evidence.unit * count**0.5
+    rounding = 4 * evidence.unit * (count**0.5 + float(parts[0].norm() + parts[1].norm()) / size)
     return Pair(affine.name, norm.name, terms.sum(1), evaluated, size, rounding + added / size)
 
 

@@ -289,7 +289,8 @@ def _source(mixed: Batch) -> Source | None:
             continue
         lower, upper = mixed.mixture(index), mixed.mixture(index + 1)
         told = lower.rank == size or (lower.rank < size and resolved(mixed, lower))
-        if told and lower.rank > 1 and unfit_pair(lower, upper, steps) is None:
+        told = told and lower.rank > 1 and not _isolated(lower)
+        if told and unfit_pair(lower, upper, steps) is None:
             pair = Between.of(lower, upper, steps, mixed.precision)
 
             def naming(roots: Tensor, _: Consistency, lower: Mixture = lower) -> list[Target]:
@@ -298,13 +299,25 @@ def _source(mixed: Batch) -> Source | None:
                 return identify(chain, lower, head, roots, mixed.loss)
 
             return Source(lower, pair, naming)
-    if unfit(mixed, head) is not None or head.gradient.shape[0] - 1 - head.rank < head.rank - 1:
+    if unfit(mixed, head) is not None or (head.rank < size and _isolated(head, 1)):
+        return None
+    if head.gradient.shape[0] - 1 - head.rank < head.rank - 1:
         return None
     if not resolved(mixed, head) or not 1 < head.rank <= size:
         return None
     pool, clear = likely(head)
     at = AtHead.of(head, mixed.loss.label_smoothing, pool, clear, mixed.precision).sketched()
     return Source(head, at, partial(identify_classes, head), at)
+
+
+def _isolated(samples: Mixture, lost: int = 0) -> bool:
+    """True if no equation is left to refute a root: other points than samples satisfy as many.
+
+    Args:
+        samples: R of them, with one equation an output that their range leaves.
+        lost: equations that follow from the others.
+    """
+    return samples.gradient.shape[0] - lost - samples.rank <= samples.rank - 1
 
 
 def _collected(mixed: Batch, source: Source) -> Samples | None:
@@ -329,8 +342,11 @@ def _collected(mixed: Batch, source: Source) -> Samples | None:
     k = torch.linalg.lstsq(table.T, right.T, driver="gelsd").solution
     rest = float((right - k.T @ table).norm() / right.norm())
     error = samples.entry_noise * (sum(samples.gradient.shape)) ** 0.5
-    own = error / float(samples.values[-1]) + 16 * mixed.precision.unit
-    relative = own + rest / samples.ratio
+    spread = torch.linalg.svdvals(table)  # features may be alike at the head
+    apart = float(spread[-1] / spread[0].clamp_min(1e-300))
+    rounding = 16 * mixed.precision.unit
+    own = error / float(samples.values[-1]) + rounding
+    relative = own + rest / samples.ratio + rounding / max(apart, 1e-300)
     width = SAFETY * relative * float(logits.abs().max())
     where = f"{len(k)} samples told apart at '{stage.name}'"
     data = mixed.chain.complete and stage.index == 0

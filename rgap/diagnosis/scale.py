@@ -9,13 +9,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import product
-from math import inf, log2
+from math import inf, log2, prod
+
+import torch
+from torch import Tensor
 
 from rgap.diagnosis.evidence import Evidence
 from rgap.diagnosis.factors import EQUAL, Factors, measured, smallest_misfit
 from rgap.diagnosis.finding import Finding, Kind
 from rgap.diagnosis.samples import Samples
 from rgap.jacobian.batch_loss import loss_scale
+from rgap.network.activations import Activation
 from rgap.remedy import Remedy
 from rgap.update.losses import Loss
 from rgap.update.targets import BINARY, CROSS_ENTROPY, SQUARED
@@ -26,6 +30,7 @@ SUM = 0.05  # relative distance of a factor from the number of steps that a clie
 SIMPLE = 1e-4  # relative distance from a simple number within which a factor is taken for it
 WHOLE = 64  # largest factor, or inverse of one, that is simple as a whole number
 TELLING = 3  # logits from which the equations of a sample overdetermine its factor
+FLAT, PLACES = 8.0, 64  # arguments of an activation at which its slope is looked at
 GRADES = (Kind.SIGN, Kind.REDUCTION, Kind.SCALE, Kind.CLIPPING, Kind.LOSS)
 
 
@@ -208,6 +213,22 @@ def _noise(evidence: Evidence, by: str) -> str:
     return f", noise={{n: s / {by} for n, s in (update.noise or {{}}).items()}}"
 
 
+def _some_silent(evidence: Evidence) -> bool:
+    """True if a step stops cotangents somewhere: samples may send to the head, and not below it."""
+    if evidence.chain is None:
+        return True
+    ops = [op for s in evidence.chain.stages for op in (*s.lead, *s.tail)]
+    like = next(iter(evidence.gradients.values()))
+    return any(isinstance(op, Activation) and _flat(op, like) for op in ops)
+
+
+def _flat(op: Activation, like: Tensor) -> bool:
+    """True if the slope is 0 somewhere on the way from -FLAT to FLAT."""
+    steps = torch.linspace(-FLAT, FLAT, PLACES, dtype=torch.float64, device=like.device)
+    at = steps[:, None].expand(-1, prod(op.out_shape)).reshape(-1, *op.out_shape)
+    return bool((op.derivative(at) == 0).any())
+
+
 def _unequal(evidence: Evidence, samples: Samples, factors: Factors) -> list[Finding]:
     """Factors that differ from sample to sample."""
     values, near = factors.values, max(EQUAL, factors.tolerance)
@@ -217,6 +238,8 @@ def _unequal(evidence: Evidence, samples: Samples, factors: Factors) -> list[Fin
         c > 0 and abs(v / c - 1) <= near for v, c in zip(values, copies, strict=True)
     ):
         return []  # pictures that occur several times
+    if len(values) < size and _some_silent(evidence):
+        return []  # the head hears others, whose features may be those of a sample that was found
     listed = ", ".join(f"{v:.4g}" for v in sorted(values)[:8])
     strength = (max(values) - min(values)) / near
     split = _micro_batches(values, size, near)

@@ -188,7 +188,8 @@ def _predictions(evidence: Evidence) -> list[Contradiction]:
             continue
         gain = float(lower.given.norm() / lower.made.norm().clamp_min(1e-300))
         misfit = float((sent - expected).norm() / expected.norm())
-        tolerance = SAFETY * (max(1.0, gain) * own + other)
+        rounded = evidence.unit * float(lower.made.norm() / upper.given.norm().clamp_min(1e-300))
+        tolerance = SAFETY * (max(1.0, gain) * own + other + rounded)  # steps may cancel
         what = f"the input of '{upper.name}' predicted from that of '{lower.name}'"
         identities.append(Contradiction(what, misfit, tolerance, (Kind.DROPOUT,)))
     return identities

@@ -13,7 +13,7 @@ from torch import Tensor
 from rgap.constraints import gradient_constraint
 from rgap.head.target_error import standard_error
 from rgap.inversion.problem import Problem
-from rgap.inversion.top import top_features
+from rgap.inversion.top import rounded_features
 from rgap.jacobian.batch_loss import BatchLoss, loss_scale
 from rgap.limits import DETERMINED, ENSEMBLE, PROBABILITY, SAFETY, USEFUL
 from rgap.network.chain import Chain
@@ -326,19 +326,21 @@ def certified_rows(problem: Problem, separated: Separated, descent: Descent) -> 
         descent: from there.
     """
     samples, rows = separated.mixture, len(separated.features.value)
-    at_head = separated.stage is problem.chain.stages[-1]
     if descent.data is not None or descent.partial is not None or descent.refuted:
         return {}
     if problem.stated != rows or bool((separated.head.copies > 1).any()):
         return {}
-    if at_head and samples.gradient.shape[0] - 1 - samples.rank <= samples.rank - 1:
+    at_head = separated.stage is problem.chain.stages[-1]
+    equations = samples.gradient.shape[0] - int(at_head) - samples.rank  # κ sums to 0 at a head
+    if equations <= samples.rank - 1:
         return {}
     if undetermined(batch_of(problem), separated):
         return {}
     stages = problem.chain.stages
-    top = top_features(problem.chain, separated.features, separated.stage.index)
-    own = problem.precision.unit * top.value.abs()
-    top = replace(top, error=top.error + problem.precision.normal(own, len(top.error)))
+    index, precision = separated.stage.index, problem.precision
+    top = rounded_features(problem.chain, separated.features, index, precision)
+    own = precision.unit * top.value.abs()
+    top = replace(top, error=top.error + precision.normal(own, len(top.error)))
     features = {len(stages) - 1: top, **descent.features}
     return {
         stages[index].name: u

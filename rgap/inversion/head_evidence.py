@@ -17,12 +17,12 @@ from rgap.head.features import rank_one_tolerance
 from rgap.head.target import read_target
 from rgap.inversion.backing import of_features
 from rgap.inversion.problem import Problem
-from rgap.inversion.top import head_gradients
+from rgap.inversion.top import head_gradients, rounded_features
 from rgap.limits import SAFETY, UNTOLD
 from rgap.network.chain import Stage
-from rgap.precision import Estimate, Precision, carried
+from rgap.precision import Estimate, Precision
 
-__all__ = ["head_evidence", "risen", "spread_of"]
+__all__ = ["head_evidence", "spread_of"]
 
 
 def head_evidence(problem: Problem, known: dict[int, Estimate]) -> tuple[str, float]:
@@ -41,9 +41,7 @@ def head_evidence(problem: Problem, known: dict[int, Estimate]) -> tuple[str, fl
     affine = last.affine
     if not loss.equations or affine.geometry is not None or not precision.sent(affine.weight_name):
         return "", 1.0
-    x = known[top]
-    for below, above in zip(stages[top:], stages[top + 1 :], strict=False):
-        x = risen(below, above, x, precision)
+    x = rounded_features(problem.chain, known[top], top, precision)
     weight, bias = head_gradients(last, problem)
     if not bool(x.known.all()):
         return "", 1.0
@@ -76,30 +74,6 @@ def head_evidence(problem: Problem, known: dict[int, Estimate]) -> tuple[str, fl
             f"(tolerance {reading.tolerance:.1e}), so that none tests it"
         ), 1.0
     return "", of_features(problem, last, x, k, reading) if top == last.index else 1.0
-
-
-def risen(stage: Stage, above: Stage, u: Estimate, precision: Precision) -> Estimate:
-    """The input of the next stage's affine map that one stage makes of its own, with its errors.
-
-    Args:
-        stage: of which u is the affine map's input.
-        above: the next one.
-        u: [1, *in_shape].
-        precision: of the update.
-    """
-    z = stage.affine.forward(u.value)
-    own = torch.stack([stage.affine.linear(error) for error in u.error])
-    squares = stage.affine.linear_of_squares(u.value.square())
-    own = own + precision.normal(precision.sum_std(squares), len(own))
-
-    def rise(x: Tensor) -> Tensor:
-        for op in (*stage.tail, *above.lead):
-            x = op.forward(x)
-        return x
-
-    made = carried(rise, Estimate(z, own))
-    rounded = precision.normal(made.value.abs() * precision.unit + precision.floor, len(own))
-    return Estimate(made.value, made.error + rounded)
 
 
 def spread_of(x: Estimate) -> float:

@@ -14,6 +14,7 @@ from rgap.inversion.batch_rows import BatchRows, batch_of, descended
 from rgap.inversion.parts import in_parts
 from rgap.inversion.problem import Problem
 from rgap.inversion.weighed import named, weighed
+from rgap.limits import FITS
 from rgap.network.chain import Chain
 from rgap.network.prefix import find_pairs
 from rgap.progress import Progress
@@ -133,7 +134,8 @@ def _certified(
         BatchRows(torch.arange(rows, device=place), none, torch.ones_like(none, dtype=torch.long)),
         gathered=gathered(own.chain, polished), cast=cast_of(own.precision),
     )  # fmt: skip
-    if own.excess(answer.inputs, answer.bound) > own.slack:
+    outside = own.excess(answer.inputs, answer.bound) > own.slack
+    if outside and polished.misfit <= FITS:  # else it is not the batch
         return outcomes.outside(own, descent, answer.inputs), None
     name = separated.stage.name
     status, why = verdict.verdict_followed(own, answer, name)

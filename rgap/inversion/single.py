@@ -21,11 +21,11 @@ from rgap.inversion import certificate, outcomes, verdict
 from rgap.inversion.altered import UNSEEN, heard_above, shows_changes
 from rgap.inversion.answer import Answer, cast_of, polished_from
 from rgap.inversion.backing import of_prefix
-from rgap.inversion.head_evidence import head_evidence, risen, spread_of
+from rgap.inversion.head_evidence import head_evidence, spread_of
 from rgap.inversion.parts import in_parts
 from rgap.inversion.problem import Problem
 from rgap.inversion.targets import Trial, try_targets
-from rgap.inversion.top import from_bias
+from rgap.inversion.top import from_bias, risen
 from rgap.limits import REFUTED, SAFETY
 from rgap.network.chain import Stage
 from rgap.network.prefix import Prefix

@@ -200,7 +200,11 @@ def _continuous(
     off = torch.hypot(rounded, SAFETY * precision.noise_std(parameter, sent)).flatten().to(matrix)
     own = (torch.linalg.pinv(matrix).square() @ off.square()).sqrt().reshape(z.shape)
     shift = loss.targets_from(z, own) - loss.targets_from(z, torch.zeros_like(own))
+    kappa = loss.cotangent(z, target)
+    blur = SAFETY * (_logits_rounded(problem, known, z) + precision.unit * z.abs())
+    seen = [loss.targets_from(z + sign * blur, kappa) - target for sign in (1.0, -1.0)]
     carried = SAFETY * max((float(m.abs().max()) for m in moved), default=0.0)
+    carried += max(float(gap.abs().max()) for gap in seen)
     bound = float(shift.abs().max()) + carried + unseen_of(loss)
     if not bound <= USEFUL * max(1.0, float(target.abs().max())):
         return (
@@ -208,3 +212,13 @@ def _continuous(
             f"from the gradient of '{parameter}' no better"
         )
     return target, bound
+
+
+def _logits_rounded(problem: Problem, known: Estimate, z: Tensor) -> Tensor:
+    """How far the logits are off that the model computes in the client's precision, or float32."""
+    coarse = torch.finfo(problem.precision.dtype).eps > torch.finfo(torch.float32).eps
+    dtype = torch.float32 if coarse else problem.precision.dtype
+    model = copy.deepcopy(problem.model).to(dtype)
+    with torch.no_grad():
+        own: Tensor = model(known.value.to(next(model.parameters()))).to(z)
+    return (own - z).abs()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,10 +18,18 @@ from rgap.jacobian.linearisation import Linearisation
 from rgap.jacobian.weights import Fit, row_weights, update_noise
 from rgap.limits import SAFETY, TRUSTED
 from rgap.network.chain import Chain, Stage
-from rgap.precision import UNKNOWN, Estimate, carried
+from rgap.precision import UNKNOWN, Estimate, Precision, carried
 from rgap.recursion.reached import Descent
 
-__all__ = ["from_bias", "head_cotangent", "head_features", "head_gradients", "top_features"]
+__all__ = [
+    "from_bias",
+    "head_cotangent",
+    "head_features",
+    "head_gradients",
+    "risen",
+    "rounded_features",
+    "top_features",
+]
 
 
 def from_bias(problem: Problem, stage: Stage) -> tuple[Estimate, Estimate, str]:
@@ -141,6 +150,46 @@ def top_features(chain: Chain, known: Estimate, start: int | None = None) -> Est
         return x
 
     return carried(rise, known)
+
+
+def rounded_features(chain: Chain, known: Estimate, start: int, precision: Precision) -> Estimate:
+    """The same with what every layer on the way up rounds: the input that the client computed.
+
+    Args:
+        chain: the network.
+        known: the input of the affine map of stage ``start``.
+        start: that stage.
+        precision: of the client.
+    """
+    for stage, above in zip(chain.stages[start:], chain.stages[start + 1 :], strict=False):
+        known = risen(stage, above, known, precision)
+    return known
+
+
+def risen(stage: Stage, above: Stage, u: Estimate, precision: Precision) -> Estimate:
+    """The input of the next stage's affine map that one stage makes of its own, with its errors.
+
+    Args:
+        stage: of which u is the affine map's input.
+        above: the next one.
+        u: [B, *in_shape].
+        precision: of the update.
+    """
+    squares = stage.affine.linear_of_squares(u.value.square())
+    linear = torch.stack([stage.affine.linear(error) for error in u.error])
+    z = Estimate(stage.affine.forward(u.value), linear)
+    known = _rounded(z, precision.sum_std(squares), precision)
+    for op in (*stage.tail, *above.lead):
+        made = carried(op.forward, known)
+        size = made.value.abs()
+        if size.shape == known.value.shape:  # x − tanh x rounds as x does
+            size = torch.maximum(size, known.value.abs() * (size != 0))
+        known = _rounded(made, size * precision.unit + precision.floor, precision)
+    return known
+
+
+def _rounded(made: Estimate, std: Tensor, precision: Precision) -> Estimate:
+    return replace(made, error=made.error + precision.normal(std, len(made.error)))
 
 
 def head_gradients(

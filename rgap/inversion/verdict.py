@@ -9,7 +9,7 @@ import torch
 from rgap.constraints.determined import doubt
 from rgap.inversion.answer import Answer
 from rgap.inversion.problem import Problem
-from rgap.limits import CLEAR, DETERMINED, FITS, USEFUL
+from rgap.limits import CLEAR, DETERMINED, FITS, REFUTED, USEFUL
 from rgap.network.prefix import reaches
 from rgap.recovery import Status
 from rgap.solvers.rank import Evidence, EvidenceKind
@@ -59,6 +59,11 @@ def verdict(problem: Problem, answer: Answer) -> tuple[Status, str]:
             return Status.UNDERDETERMINED, why
     if answer.polished.misfit > FITS:
         worst = max(answer.polished.misfits, key=lambda n: answer.polished.misfits[n])
+        if answer.polished.misfit > REFUTED:
+            return Status.UNDERDETERMINED, (
+                f"the answer misses '{worst}' by {answer.polished.misfit:.1e} standard errors: it "
+                "satisfies the equations that it was found with, and not those of the update"
+            )
         return Status.UNDERDETERMINED, (
             f"the answer reproduces '{worst}' only to {answer.polished.misfit:.1f} standard "
             "errors: too far for a certificate, too near to be refuted; state the noise of the "

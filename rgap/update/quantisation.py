@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from math import gcd, inf, log2
 
 import torch
+from scipy.special import nbdtrc
 from torch import Tensor
 
 from rgap.arithmetic.doubles import blocks
@@ -149,9 +150,24 @@ def _floating(gradients: Mapping[str, Tensor], dtype: torch.dtype) -> Rounded | 
         return None
     if len(last) * log2(float(last.min())) >= UNUSED:
         return None  # ratios of small integers
+    if len(exact) < len(fine) and _left_over(last):
+        return None
     noise = {name: _rounding(g, dtype, scale) for name, g in exact.items()}
     kind = str(dtype).removeprefix("torch.") + (_SCALED if shift else "")
     return Rounded(kind, dtype, noise, count)
+
+
+def _left_over(last: Tensor) -> bool:
+    """True if the values end in more zeros than rounded ones do, but for a chance of 2^-UNUSED.
+
+    Of n that were rounded, T zeros in all have the negative binomial law with p = 1/2.  More of
+    them has what rounding leaves of a sum that is zero, as ∂b is below a normalisation.
+
+    Args:
+        last: the power of two that the last bit of every value stands for that is not 0.
+    """
+    zeros = float(last.double().log2().sum())
+    return bool(nbdtrc(zeros - 1.0, len(last), 0.5) < 2.0**-UNUSED)
 
 
 def _shift(gradients: Mapping[str, Tensor], dtype: torch.dtype) -> int:

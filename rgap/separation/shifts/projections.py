@@ -8,10 +8,10 @@ to the nearest that the steps allow (Π),
     K ← Π argmin ‖G − K ⋆ X‖² + λ‖K − K₀‖²,
 
 from the mean of what is allowed.  A padded 3×3 kernel has 9C equations a filter and 9F a channel
-for BHW unknowns of each, where shifts ask for about ``BHW ≤ min(F, 3C)`` (``largest_batch`` of
-:mod:`rgap.separation.shifts.arrangement`).  That they end at the answer is no theorem: the end is
-accepted if every filter meets G to its error, with enough equations beyond the unknowns to say
-something, and if forward from X the steps let through what K says
+for BHW unknowns of each, where shifts ask for ``BHW ≤ F`` and ``BHW(1 + 1/H) < 6C``
+(``largest_batch`` of :mod:`rgap.separation.shifts.arrangement`).  That they end at the answer is
+no theorem: the end is accepted if every filter meets G to its error, with enough equations beyond
+the unknowns to say something, and if forward from X the steps let through what K says
 (:mod:`rgap.separation.shifts.confirmed`).
 
 Source: for signals of a finite alphabet, Talwar, Viberg and Paulraj's (1996) iterative least
