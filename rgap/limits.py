@@ -99,6 +99,10 @@ NORMALISED = 8 * torch.finfo(torch.float32).eps
 # Times the rounding of a tensor, measured by one draw or counted as one unit an entry, that what
 # is made of an answer may differ from what was sent: the coherent sum of 10,000 terms.
 ROUNDED = 100.0
+# Members of an answer's ensemble that are replayed at most, those after the first two in the
+# client's own arithmetic.  Where m units lie within rounding of a kink, each of six draws has none
+# on the other side with e^-m: all have none with e^-6m.
+REPLAYS = 8
 
 # Share of ‖G u‖ by which α k(α) may miss where rounding says less: α is a root of one entry, found
 # to 1e-15 of itself, and where the loss is flat k is known to the square root of that only.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rgap.inversion.problem import Problem
 from rgap.jacobian.batch_loss import loss_scale
-from rgap.limits import ROUNDED, SAFETY
+from rgap.limits import REPLAYS, ROUNDED, SAFETY
 from rgap.machine import memory
 from rgap.update.capture import capture
 from rgap.update.losses import Loss
@@ -140,13 +140,28 @@ def replay(
     exact = sent_for(problem, inputs, labels, scale)
     rounded = _distances(exact, sent_for(problem, inputs, labels, scale, LOW))
     carried = dict.fromkeys(exact, 0.0)
-    for e in [] if error is None else error[:MEMBERS]:
+    members = [] if error is None else list(error)
+    for e in members[:MEMBERS]:
         moved = _distances(exact, sent_for(problem, inputs + e, labels, scale + spread))
         carried = {name: max(carried[name], moved[name]) for name in exact}
-    unit = problem.precision.unit
-    ratio = unit / (torch.finfo(LOW).eps / 2)
     residual, parts = _compared(problem, exact)
-    allowed = {}
+    made = Replay(residual, parts, _allowed(problem, rounded, carried))
+    for e in members[MEMBERS:REPLAYS]:
+        if made.fits:
+            break
+        # Units at a kink are on in one arithmetic and off in another: one draw may have had none.
+        again = _distances(exact, sent_for(problem, inputs + e, labels, scale + spread, LOW))
+        carried = {name: max(carried[name], again[name]) for name in exact}
+        made = Replay(residual, parts, _allowed(problem, rounded, carried))
+    return made
+
+
+def _allowed(
+    problem: Problem, rounded: Mapping[str, float], carried: Mapping[str, float]
+) -> dict[str, float]:
+    """Relative differences that precision, noise and the errors of an answer explain."""
+    unit, allowed = problem.precision.unit, {}
+    ratio = unit / (torch.finfo(LOW).eps / 2)
     for name, sent in problem.sent.items():
         own = float(sent.norm())
         rounding = ratio * rounded[name] + unit * own
@@ -154,7 +169,7 @@ def replay(
         noise = float(problem.precision.noise_std(name, sent).square().sum()) ** 0.5
         may = ROUNDED * rounding + SAFETY * (noise + carried[name])
         allowed[name] = may / own if own > 0 else may
-    return Replay(residual, parts, allowed)
+    return allowed
 
 
 def _distances(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, float]:

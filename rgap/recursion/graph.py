@@ -26,7 +26,7 @@ from rgap.network.affine import Affine
 from rgap.network.flow import Flow
 from rgap.network.pooling import MaxPool
 from rgap.precision import Estimate, Precision, smoothed
-from rgap.recursion.readers import Reader, from_gradients
+from rgap.recursion.readers import Contradicted, Reader, from_gradients
 from rgap.recursion.steps import down, through
 from rgap.recursion.steps_above import mask_of, nonnegative, steps_above
 
@@ -98,12 +98,14 @@ class _Walk:
         self.unsure: dict[int, Tensor] = {}  # units of a rectifier whose sign is open
         self.doubted: dict[int, int] = {}  # cotangents in which such units are taken to be on
         self.suspect: dict[int, int] = {}  # those that mix such entries with others
+        self.opened: dict[int, int] = {}  # cotangents that one rectifier lets through, and which
+        self.mended = set[int]()  # rectifiers of which filters were settled for a contradiction
 
     def down(self, top: Estimate) -> bool:
         """One pass; True if a mask was settled below its rectifier, so that the next goes on."""
         nodes, state = self.flow.nodes, self.state
         state.cotangents, state.ends = {len(nodes) - 1: top}, {}
-        self.behind, self.doubted, self.suspect = {}, {}, {}
+        self.behind, self.doubted, self.suspect, self.opened = {}, {}, {}, {}
         for place in reversed(range(len(nodes))):
             node = nodes[place]
             if place not in state.ends:
@@ -128,8 +130,13 @@ class _Walk:
     def push(self, source: int, k: Estimate, user: int) -> None:
         """Add what a user sends to the cotangent of what it reads."""
         known, state = self.state.cotangents.get(source), self.state
-        rectifier = user if user in self.unsure else self.doubted.get(user)
         through_layer = isinstance(self.flow.nodes[user].link, Affine)
+        own = user if user in state.masks else self.opened.get(user)
+        if known is None and own is not None and not through_layer:
+            self.opened[source] = own
+        else:
+            self.opened.pop(source, None)
+        rectifier = user if user in self.unsure else self.doubted.get(user)
         if rectifier is not None and known is None and not through_layer:
             self.doubted[source] = rectifier
         elif rectifier is not None or source in self.doubted:
@@ -247,6 +254,10 @@ class _Walk:
         if not readers:
             return False
         found = from_gradients(readers, self.gradients, self.precision, self.room)
+        if isinstance(found, Contradicted):
+            if self.reopened(users, found):
+                return True
+            found = found.reason
         if not isinstance(found, Estimate):
             if self.flow.nodes[place].link is not None:
                 state.ends[place] = found
@@ -263,6 +274,32 @@ class _Walk:
             state.values[place] = found
             self.watch(self.flow.nodes[place].name)
         return settled
+
+    def reopened(self, users: list[int], why: Contradicted) -> bool:
+        """Put in doubt what a rectifier lets through in filters that contradict all others.
+
+        A unit that is on by less than the error of its value is taken for off.  The gradient of its
+        filter says so: with the input from the other filters it is linear in all of its cotangent.
+        """
+        state, opened = self.state, False
+        for user, filters in zip(users, why.filters, strict=bool(why.filters)):
+            rectifier = self.opened.get(user)
+            if rectifier is None or rectifier in self.mended or not bool(filters.any()):
+                continue
+            affine, known = self.flow.nodes[user].link, state.values.get(rectifier)
+            if known is None or not isinstance(affine, Affine):
+                continue
+            share, off = _shares(known)
+            near = share < SURELY_ON * off
+            near &= filters.reshape(1, -1, *[1] * (near.ndim - 2))
+            count = int(near.transpose(0, 1).flatten(1).sum(1).max())
+            if 2 * count > affine.weight[0].numel():  # equations of a filter
+                continue
+            state.masks[rectifier] = torch.where(near, 1.0, state.masks[rectifier])
+            self.unsure[rectifier] = near
+            self.mended.add(rectifier)
+            opened = True
+        return opened
 
     def heard(self, user: int) -> bool:
         """True for a layer whose gradient is its own and whose cotangent is known."""

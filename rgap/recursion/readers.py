@@ -21,9 +21,12 @@ from rgap.precision import Estimate, Precision
 from rgap.solvers.kronecker import Factor, Kronecker, factor
 from rgap.solvers.rank import Rank
 
-__all__ = ["Reader", "from_gradients"]
+__all__ = ["Contradicted", "Reader", "from_gradients"]
 
 FEW = 4  # members whose mean square over all rows of a filter is its error
+APART = 0.5  # share of the largest misfit of a filter from which filters are left out together
+ROUNDS = 12  # of leaving filters out
+MOSTLY = 0.75  # share of the rows that have to agree
 
 
 @dataclass(frozen=True)
@@ -49,12 +52,26 @@ class Reader:
         return 1.0 - silent.to(self.k.value)
 
 
+@dataclass(frozen=True)
+class Contradicted:
+    """Gradients that no input explains together.
+
+    Attributes:
+        reason: by how much, in words.
+        filters: of each layer, as bool [F], those without which the others agree; empty where no
+            few of them do.
+    """
+
+    reason: str
+    filters: list[Tensor]
+
+
 def from_gradients(
     readers: Sequence[Reader],
     gradients: Mapping[str, Tensor],
     precision: Precision,
     room: float = inf,
-) -> Estimate | str:
+) -> Estimate | Contradicted | str:
     """The input that several layers read, from all their gradients, or why these leave it open.
 
     Args:
@@ -73,23 +90,17 @@ def from_gradients(
     rows, size = stack.whole.matrix.shape[1:]
     if rows < size:
         return f"{stack.names}: {rows} equations for {size} unknowns of a channel"
-    weights = stack.heard
-    for _ in range(2):  # once to see how large the errors of the rows are, once weighed by them
-        made = stack.factored(weights)
-        if isinstance(made, str):
-            return made
-        main = stack.weighed(stack.sent, weights)
-        table, _ = made.solve((main, None), tolerance=precision.solved)
-        u = stack.fold(table)
-        weights = stack.weights(u)
-    assert isinstance(made, Factor)
+    solved = stack.solved(stack.heard)
+    if isinstance(solved, str):
+        return solved
+    u, made, weights = solved
     largest, smallest = stack.extremes
     if smallest * DETERMINED <= 1.0:
         return f"{stack.names}: a direction is known to {1.0 / smallest:.1e} only"
-    own = stack.rows([r.affine.weight_gradient(u, r.k.value) for r in readers])
-    misfit = float(stack.weighed(stack.sent - own, weights).square().mean().sqrt())
+    misfit = float(stack.misfits(u, weights).square().mean().sqrt())
     if misfit > FITS:
-        return f"{stack.names}: the gradients contradict each other by {misfit:.1e} errors"
+        why = f"{stack.names}: the gradients contradict each other by {misfit:.1e} errors"
+        return Contradicted(why, stack.apart(u, weights))
     members = stack.weighed(stack.perturbed(u), weights)
     if largest <= TRUSTED * smallest:
         errors = made.precondition(made.adjoint((members, None)))
@@ -104,6 +115,12 @@ def _bytes(reader: Reader) -> float:
     rows = affine.weight.numel() / max(affine.weight.shape[1], 1)
     positions = len(k.value) * prod(affine.in_shape[1:])
     return 8.0 * rows * (3.0 * positions + len(k.error) * affine.in_shape[0])
+
+
+def _summed(rows: Tensor, taps: Tensor) -> Tensor:
+    """Sums over the rows of every filter, which has ``taps`` of them."""
+    place = torch.arange(len(taps)).repeat_interleave(taps)
+    return rows.new_zeros(len(taps)).index_add(0, place.to(rows.device), rows)
 
 
 class _Stack:
@@ -134,6 +151,55 @@ class _Stack:
         """Gradients of all layers as right-hand sides, [..., C, rows]."""
         layers = [reader.affine for reader in self.readers]
         return torch.cat([gradient_rows(a, g) for a, g in zip(layers, parts, strict=True)], -1)
+
+    def solved(self, heard: Tensor) -> tuple[Tensor, Factor, Tensor] | str:
+        """The input by the rows that are heard, their factor, and the weights of all rows."""
+        weights = heard
+        for _ in range(2):  # once to see how large the errors of the rows are, once weighed by them
+            made = self.factored(weights)
+            if isinstance(made, str):
+                return made
+            main = self.weighed(self.sent, weights)
+            table, _ = made.solve((main, None), tolerance=self.precision.solved)
+            u = self.fold(table)
+            weights = self.weights(u) * (heard > 0)
+        assert isinstance(made, Factor)
+        return u, made, weights
+
+    def misfits(self, u: Tensor, weights: Tensor) -> Tensor:
+        """Weighted residuals of all rows, [C, rows]."""
+        own = self.rows([r.affine.weight_gradient(u, r.k.value) for r in self.readers])
+        return self.weighed(self.sent - own, weights)[0]
+
+    def apart(self, u: Tensor, weights: Tensor) -> list[Tensor]:
+        """Filters of each layer without which the others agree, or [] where no few do.
+
+        A wrong entry of a cotangent shows in the rows of its own filter.
+        """
+        if len(self.whole.matrix) > 1:
+            return []
+        taps = [reader.affine.weight[0, 0].numel() for reader in self.readers]
+        counts = [len(reader.affine.weight) for reader in self.readers]
+        filters = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+        taps_of = torch.tensor(taps)[filters]
+        heard = self.heard.clone()
+        for _ in range(ROUNDS):
+            rows = self.misfits(u, weights).square().mean(0)
+            each = _summed(rows, taps_of).div(taps_of.to(rows)).sqrt()
+            worst = float(each.max())
+            if worst <= FITS:
+                gone = _summed(heard[0], taps_of) == 0
+                ends = [gone[filters == j] for j in range(len(counts))]
+                return [e & (r.heard > 0) for e, r in zip(ends, self.readers, strict=True)]
+            agree = each <= max(FITS, APART * worst)
+            heard = heard * agree.to(heard).repeat_interleave(taps_of)[None]
+            if float((heard > 0).sum()) < MOSTLY * float((self.heard > 0).sum()):
+                return []
+            again = self.solved(heard)
+            if isinstance(again, str):
+                return []
+            u, _, weights = again
+        return []
 
     def factored(self, weights: Tensor) -> Factor | str:
         """The normal equations, or the rank that the rows which count have."""

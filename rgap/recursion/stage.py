@@ -318,7 +318,7 @@ class _Stage:
         the digits of a Cholesky factor.  Off by 1/``TRUSTED`` of what that noise makes of them, the
         weight rows say the same.
         """
-        heard = self.gradient_weights * (self.gradient_weights > 2.0 / ABSENT)
+        heard = self.gradient_weights * (self.gradient_weights > 1.0 / ABSENT)
         own = float(self.kronecker.scaled(heard).matrix.square().mean())
         weight = self.affine.weight
         other = float(weight.square().mean() * self.weight_weights.square().max())
