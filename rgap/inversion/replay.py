@@ -146,10 +146,11 @@ def replay(
         carried = {name: max(carried[name], moved[name]) for name in exact}
     residual, parts = _compared(problem, exact)
     made = Replay(residual, parts, _allowed(problem, rounded, carried))
-    for e in members[MEMBERS:REPLAYS]:
+    for number in range(MEMBERS, REPLAYS if members else 0):
         if made.fits:
             break
         # Units at a kink are on in one arithmetic and off in another: one draw may have had none.
+        e = members[number % len(members)] + problem.precision.rounding(inputs)[number]
         again = _distances(exact, sent_for(problem, inputs + e, labels, scale + spread, LOW))
         carried = {name: max(carried[name], again[name]) for name in exact}
         made = Replay(residual, parts, _allowed(problem, rounded, carried))
