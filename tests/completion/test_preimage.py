@@ -64,6 +64,15 @@ def test_data_come_back_within_the_errors_of_the_values(off: float) -> None:
     assert float(found.data.std.max()) < 10.0 * off + 1e-14
 
 
+def test_time_that_is_up_is_no_contradiction() -> None:
+    flow = flow_of(network(F64), (3, 8, 8))
+    assert isinstance(flow, Flow)
+    x = rgap.photos.load(1, 8, start=5, dtype=F64)
+    found = preimage(flow, known(flow, x, "relu_1"), lambda number: grey(x), deadline=0.0)
+    assert isinstance(found, str)
+    assert "the time was up" in found and "time_limit" in found
+
+
 def test_the_clients_own_rounding_of_its_values_is_part_of_their_errors() -> None:
     """Values of many float32 layers, known exactly: the float64 network has slightly others."""
     deep = nn.Sequential(*network(torch.float32)[:3], *(Block(32, 32) for _ in range(3)))
