@@ -116,8 +116,8 @@ class Search:
         self.answers[row] = x
         if self.late and not best <= NEAR**2 * close:
             return (
-                f"the time was up when the nearest data gave the known values to {best**0.5:.1e} of "
-                f"their size, where {close**0.5:.1e} is explained; write a longer time_limit"
+                f"the time was up when the nearest data gave the known values to {best**0.5:.1e} "
+                f"of their size, where {close**0.5:.1e} is explained; write a longer time_limit"
             )
         if not best <= NEAR**2 * close:
             return (

@@ -64,7 +64,8 @@ def test_data_come_back_within_the_errors_of_the_values(off: float) -> None:
     assert float(found.data.std.max()) < 10.0 * off + 1e-14
 
 
-def test_time_that_is_up_is_no_contradiction() -> None:
+def test_time_that_is_up_is_no_contradiction(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rgap.completion.value_search.STEPS", 1)
     flow = flow_of(network(F64), (3, 8, 8))
     assert isinstance(flow, Flow)
     x = rgap.photos.load(1, 8, start=5, dtype=F64)
