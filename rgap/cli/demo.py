@@ -22,7 +22,7 @@ def demo(
     as_json: Json = False,
     seed: Seed = 0,
 ) -> int:
-    """See it work: recover photographs, see where it stops and why (under a minute).
+    """See it work: recover photographs, see where it stops and why (two minutes).
 
     Exits with 1 if a picture that was attacked alone is not certified.
     """

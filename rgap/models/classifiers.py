@@ -6,6 +6,7 @@ No equation passes those backwards: a recursion stops there, and the audit is wh
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from torch import nn
 
@@ -105,13 +106,14 @@ def resnet(
     seed: int | None = None,
     weights: Weights = "default",
 ) -> nn.Sequential:
-    """A small residual network: one block per width, batch norm, average over the picture.
+    """A residual network: one block per width, batch norm, average over the picture.
 
     [3, 32, 32] → [16, 32, 32] → [16, 32, 32] → [32, 16, 16] → [64, 8, 8] → 64 → ``classes``.
 
     Args:
         classes: number of logits.
-        channels: of each block; the first is the stem's too, each later block halves the picture.
+        channels: of each block; the first is the stem's too, a block that is as wide as the one
+            before keeps the size of the picture, every other one halves it.
         activation: in the stem and twice in each block.
         input_shape: of one sample.
         seed: as in `rgap.models`.
@@ -121,7 +123,8 @@ def resnet(
         TypeError: an ``activation`` that gives no module.
         ValueError: an unknown name, a width below 1, no channels, an input that is no [C, H, W].
 
-    Source: the plan of He, Zhang, Ren and Sun 2016 for CIFAR-10, with one block per width.
+    Source: the plan of He, Zhang, Ren and Sun 2016 for CIFAR-10; two blocks of 64, 128, 256 and 512
+    channels each are the ResNet-18 that is usual there.
 
     Example:
         >>> resnet(seed=0).head
@@ -131,8 +134,8 @@ def resnet(
         raise ValueError("channels: expected one number per block, got none; write (16, 32, 64).")
     plan = Plan(input_shape, activation)
     plan.conv(channels[0], 3, 1, 1, norm=True)
-    for place, count in enumerate(channels):
-        plan.residual(count, 1 if place == 0 else 2)
+    for before, count in pairwise((channels[0], *channels)):
+        plan.residual(count, 1 if count == before else 2)
     plan.average()
     plan.head(classes)
     return plan.build(seed, weights)

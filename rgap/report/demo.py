@@ -1,8 +1,9 @@
 """The demonstration: what a gradient gives away, where it stops, and the figures that show it.
 
-Four parts, all on photographs that come with the package: one picture through LeNet and one
+Five parts, all on photographs that come with the package: one picture through LeNet and one
 through CNN6, recovered from float32 gradients; a batch of two, where the equations fall short by a
-number that can be counted; and that count for every layer and batch size.
+number that can be counted; that count for every layer and batch size; and four pictures of one
+label in one gradient of a ResNet-18, which is wide enough to give them away.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from torch import Tensor, nn
 from rgap.analysis.discard.audit import audit
 from rgap.analysis.discard.table import Audit
 from rgap.analysis.plots.discard import discard_heatmap, psnr, side_by_side
+from rgap.analysis.scoring import score
 from rgap.inversion.invert import Head, invert
 from rgap.models import published as models
+from rgap.models.classifiers import resnet
 from rgap.network.watching import watched
 from rgap.photos import packaged as photos
 from rgap.recovery import Recovery, Status, plain
@@ -37,7 +40,10 @@ if TYPE_CHECKING:
 __all__ = ["Case", "Demo", "head_of", "run"]
 
 BATCHES = (1, 2, 4, 8)
-STEPS = 4
+STEPS = 5
+WIDTHS = (64, 64, 128, 128, 256, 256, 512, 512)  # ResNet-18 for 32×32 pictures
+FOUR, LABEL = (2, 11, 16, 23), 5  # photographs of one batch, and the label of all
+PATIENCE = 600.0  # seconds of its recovery
 
 
 @dataclass(frozen=True)
@@ -61,11 +67,18 @@ class Case:
     given: str = ""
 
     @property
-    def psnr(self) -> tuple[float, ...] | None:
-        """PSNR of every recovered picture in dB, None when there is none."""
+    def answers(self) -> Tensor | None:
+        """The recovered pictures in the client's order, which no update holds; None for none."""
         if self.recovery.inputs is None:
             return None
-        pairs = zip(self.originals, self.recovery.inputs, strict=True)
+        return self.recovery.inputs[score(self.recovery, self.originals).order]
+
+    @property
+    def psnr(self) -> tuple[float, ...] | None:
+        """PSNR of every recovered picture in dB, None when there is none."""
+        if self.answers is None:
+            return None
+        pairs = zip(self.originals, self.answers, strict=True)
         return tuple(psnr(original, answer) for original, answer in pairs)
 
     def summary(self) -> dict[str, Any]:
@@ -88,6 +101,7 @@ class Demo:
     Attributes:
         single: the two attacks on one picture.
         pair: the attack on a batch of two.
+        residual: the attack on four pictures of one label in a ResNet-18.
         audit: the discard of LeNet, layer by batch size.
         files: figures and numbers, in the order they are named.
         seconds: wall time.
@@ -95,6 +109,7 @@ class Demo:
 
     single: tuple[Case, ...]
     pair: Case
+    residual: Case
     audit: Audit
     files: tuple[Path, ...]
     seconds: float
@@ -109,6 +124,7 @@ class Demo:
         return {
             "single": [case.summary() for case in self.single],
             "pair": self.pair.summary(),
+            "residual": self.residual.summary(),
             "audit": self.audit.summary(),
             "files": [str(file) for file in self.files],
             "seconds": self.seconds,
@@ -139,7 +155,7 @@ def run(output: Path, *, seed: int = 0, console: Console | None = None) -> Demo:
     first, second, third = (
         photos.load(count=1, start=(seed + i) % count).float() for i in (0, 5, 9)
     )
-    with _one_thread(), _Steps(console) as step:
+    with _Steps(console) as step, _one_thread():
         step("LeNet: recovering a photograph from its gradient")
         lenet = models.lenet(seed=seed)
         single = [_attack("LeNet, sigmoid", lenet, "cross_entropy", first, (3,))]
@@ -159,8 +175,13 @@ def run(output: Path, *, seed: int = 0, console: Console | None = None) -> Demo:
         probe = photos.load(count=max(BATCHES))
         table = audit(lenet, (3, 32, 32), BATCHES, inputs=probe, seed=seed)
         table = replace(table, model="LeNet")  # its class is a plain Sequential
+        step("ResNet-18: four photographs of one label in one gradient")
+        four = torch.cat([photos.load(count=1, start=(seed + i) % count) for i in FOUR])
+        residual = _attack(
+            "ResNet-18", _residual(seed), "cross_entropy", four.float(), (LABEL,) * len(FOUR)
+        )
     files = tuple(output / name for name in ("recovered.png", "discard.png", "demo.json"))
-    demo = Demo(tuple(single), pair, table, files, time.perf_counter() - start)
+    demo = Demo(tuple(single), pair, residual, table, files, time.perf_counter() - start)
     _write(demo)
     return demo
 
@@ -202,19 +223,31 @@ def _attack(
         targets = targets[:, None]
     update = capture(model, pictures, targets, loss)
     head = head_of(model, update, pictures, targets) if given else None
-    return Case(name, loss, pictures, labels, invert(model, update, head=head), given)
+    recovery = invert(model, update, head=head, time_limit=PATIENCE)
+    return Case(name, loss, pictures, labels, recovery, given)
+
+
+def _residual(seed: int) -> nn.Module:
+    """As PyTorch draws it, with the running statistics of photographs, in eval mode."""
+    model = resnet(channels=WIDTHS, seed=seed)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+    with torch.no_grad():
+        model.train()(photos.load(count=len(photos.names())).float())
+    return model.eval()
 
 
 def _write(demo: Demo) -> None:
     recovered, discard, numbers = demo.files
     recovered.parent.mkdir(parents=True, exist_ok=True)
-    cases = (*demo.single, demo.pair)
+    cases = (*demo.single, demo.pair, demo.residual)
     originals = [picture for case in cases for picture in case.originals]
     answers: list[Tensor | None] = []
     titles: list[str] = []
     for case in cases:
         batch = len(case.originals)
-        answers += [None] * batch if case.recovery.inputs is None else list(case.recovery.inputs)
+        answers += [None] * batch if case.answers is None else list(case.answers)
         titles += [f"{case.network}\nB = {batch}"] * batch
     save_figure(side_by_side(originals, answers, titles=titles), recovered)
     save_figure(discard_heatmap(demo.audit), discard)

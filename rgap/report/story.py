@@ -35,6 +35,8 @@ def tell(demo: Demo) -> RenderableType:
         _text("Share of each layer's input that its gradient discards, by batch size B:"),
         _indented(audit_matrix(demo.audit)),
         *(_text(line) for line in _audit_lines(demo.audit)),
+        _heading("4  Four pictures of one label in one gradient of a ResNet-18"),
+        *(_text(line) for line in _residual_lines(demo.residual)),
         _heading(f"Done in {demo.seconds:.0f} s. Look at the pictures"),
         *(Text(f"  {file}", style="cyan", no_wrap=True) for file in demo.files),
     )
@@ -94,6 +96,25 @@ def _pair_lines(case: Case) -> list[str]:
         )
     if answer.inputs is None:
         lines.append("So no picture is returned: a mixture of the two would be no answer.")
+    return lines
+
+
+def _residual_lines(case: Case) -> list[str]:
+    """What a wide network gives away, in three sentences."""
+    answer = case.recovery
+    lines = [
+        f"{len(case.originals)} photographs with the label {case.labels[0]}, {case.network} with "
+        "batch norm in eval mode, nothing given. Its layers have more equations than the batch has "
+        "unknowns there, so that their gradients give every value of the network away, from the "
+        "output down, and these the pictures.",
+        f"{answer.status.name}: {answer.reason}.",
+    ]
+    if answer.inputs is not None and case.psnr is not None:
+        found = "none" if answer.labels is None else numbers(answer.labels)
+        lines.append(
+            f"PSNR {', '.join(f'{value:.1f}' for value in sorted(case.psnr))} dB, labels {found}, "
+            f"{answer.seconds:.0f} s."
+        )
     return lines
 
 

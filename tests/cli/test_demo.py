@@ -26,6 +26,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> demo.Demo:
         patch.setattr(models, "cnn6", quick)
         patch.setattr(demo, "audit", functools.partial(audit, method="formula"))
         patch.setattr(demo, "BATCHES", (1,))
+        patch.setattr(demo, "WIDTHS", (4, 8))
         return demo.run(tmp_path_factory.mktemp("demo") / "out")
 
 
@@ -59,6 +60,15 @@ def test_two_pictures_stop_at_the_layer_that_falls_short(found: demo.Demo) -> No
     text = told(found)
     assert "Given here, not recovered" in text
     assert "1,152 of 6,144 are missing" in text
+
+
+def test_what_a_narrow_residual_network_does_not_give_away_is_said(found: demo.Demo) -> None:
+    answer = found.residual.recovery
+    assert answer.status is Status.UNDERDETERMINED
+    assert found.residual.psnr is None
+    text = " ".join(told(found).split())
+    assert "4 photographs with the label 5" in text
+    assert f"UNDERDETERMINED: {answer.reason[:40]}" in text
 
 
 def test_the_files_are_there_and_named_last(found: demo.Demo) -> None:
