@@ -48,6 +48,7 @@ class Answer:
     gathered: float = 0.0  # norm of a sample, in units of the data, that rounding is relative to
     cast: float = 0.0  # unit roundoff of a format that the data may have been cast to on their way
     widened: float = 1.0  # times that the errors may be longer, for what few equations test them
+    scaled: float = 0.0  # share of their size by which what was only replayed leaves the data open
 
     @property
     def labels(self) -> Tensor:
@@ -76,7 +77,7 @@ class Answer:
         if std > OPEN:
             return inf
         bound = self.widened * SAFETY * std * max(1.0, self.polished.misfit)
-        bound += self.cast * float(self.inputs.abs().max())
+        bound += (self.cast + self.scaled) * float(self.inputs.abs().max())
         if self.rows is None:
             return bound
         return max(bound, PASSES * SAFETY * torch.finfo(torch.float64).eps * self.gathered)

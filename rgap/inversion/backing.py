@@ -27,15 +27,18 @@ from rgap.head.target import Reading
 from rgap.head.target_error import rounding_of_cotangent
 from rgap.inversion.problem import Problem
 from rgap.inversion.replay import sent_for
-from rgap.limits import FALSELY, FREE, PARTED, ROWS, SPARE, VANISHING
+from rgap.limits import FALSELY, FREE, PARTED, ROUNDED, ROWS, SPARE, VANISHING
 from rgap.network.chain import Stage
 from rgap.precision import Estimate
 from rgap.recursion.reached import Descent
 
 LOOKED = 1000  # sizes that are compared: more of them would be near each other by chance
 MEMBERS = 4  # of the ensemble of an answer that are replayed
+STEP = 1e-6  # by which a sample is made longer, as a share of it
+DEAF = 1e-2  # change of tensors with the length of a sample, as a share, that says nothing of it
+SCALED = 16  # samples of which each is: of more the replays' own tolerance is taken
 
-__all__ = ["backing", "of_features", "of_prefix", "widening"]
+__all__ = ["backing", "of_features", "of_prefix", "of_replay", "widening"]
 
 
 def widening(tests: int) -> float:
@@ -125,6 +128,56 @@ def of_prefix(
     gap = again - problem.gradients[top.bias_name].to(again)
     seen = gap.square() + (problem.precision.unit * again).square()
     return min(alone, _by_few(torch.stack(moved).flatten(1), seen.flatten(), 0))
+
+
+def of_replay(
+    problem: Problem,
+    stage: Stage,
+    inputs: Tensor,
+    labels: Tensor,
+    scale: float | Tensor = 1.0,
+) -> float:
+    """By which share of its size a sample may be too long, says what was only replayed.
+
+    ``∂b → c ∂b`` or ``G → c G`` of one layer makes ``x → x/c`` or ``c x``, and that layer's own
+    gradient of rank one tests no c.  The update of a sample of another length does: with g the
+    model's own, ``g(x_b (1 + ε_b))`` nearest to what was sent, tensor by tensor by its size, with
+    all of them and without either of that layer's.
+
+    Args:
+        problem: with the whole network.
+        stage: the layer off whose gradient the samples were read.
+        inputs: [B, *input_shape].
+        labels: of these.
+        scale: factor on the update, or one a sample.
+
+    Returns:
+        The largest of twice |ε_b|.
+    """
+    if len(inputs) > SCALED:
+        return 2.0 * ROUNDED * problem.precision.unit
+    again = sent_for(problem, inputs, labels, scale)
+    sizes = {n: float(g.norm()) for n, g in again.items() if problem.precision.sent(n)}
+    longer = []
+    for row in range(len(inputs)):
+        moved = inputs.clone()
+        moved[row] *= 1.0 + STEP
+        longer.append(sent_for(problem, moved, labels, scale))
+    largest = 0.0
+    for out in (None, stage.affine.weight_name, stage.affine.bias_name):
+        used = [n for n, size in sizes.items() if size > 0.0 and n != out]
+        if not used:
+            continue
+        gap = torch.cat([((problem.sent[n] - again[n]) / sizes[n]).flatten() for n in used])
+        along = [
+            torch.cat([((there[n] - again[n]) / (STEP * sizes[n])).flatten() for n in used])
+            for there in longer
+        ]
+        table = torch.stack(along, 1)
+        if float(torch.linalg.svdvals(table)[-1]) > DEAF:
+            shares = torch.linalg.lstsq(table, gap[:, None], driver="gelsd").solution
+            largest = max(largest, 2.0 * float(shares.abs().max()))
+    return largest
 
 
 def of_features(

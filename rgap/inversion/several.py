@@ -10,12 +10,13 @@ from rgap.halt import HaltKind
 from rgap.head.target import Reading
 from rgap.inversion import certificate, outcomes, verdict
 from rgap.inversion.answer import Answer, cast_of, gathered, polished_from
+from rgap.inversion.backing import of_replay
 from rgap.inversion.batch_rows import BatchRows, batch_of, descended
 from rgap.inversion.parts import in_parts
 from rgap.inversion.problem import Problem
 from rgap.inversion.weighed import named, weighed
 from rgap.limits import FITS
-from rgap.network.chain import Chain
+from rgap.network.chain import Chain, Stage
 from rgap.network.prefix import find_pairs
 from rgap.progress import Progress
 from rgap.recovery import Recovery, Status
@@ -53,7 +54,7 @@ def from_pair(problem: Problem, chain: Chain, above: str, show: Progress) -> Rec
     if descent.data is not None:
         recovery, answer = _certified(own, descent, separated, above, show)
         if answer is not None and "inputs" in recovery.certified:
-            recovery = _named(problem, recovery, answer)
+            recovery = _named(problem, separated.stage, recovery, answer)
     else:
         parts = in_parts(own, descent, certified)
         if parts is None:
@@ -87,11 +88,12 @@ def beside_targets(problem: Problem, recovery: Recovery, show: Progress) -> Reco
     return recovery
 
 
-def _named(problem: Problem, recovery: Recovery, answer: Answer) -> Recovery:
+def _named(problem: Problem, stage: Stage, recovery: Recovery, answer: Answer) -> Recovery:
     """The certified inputs with targets and factors, where the last layer gives them.
 
     Args:
         problem: with the whole network.
+        stage: the layer off whose gradient the samples were read.
         recovery: of the inputs alone.
         answer: those inputs with their errors.
     """
@@ -105,8 +107,15 @@ def _named(problem: Problem, recovery: Recovery, answer: Answer) -> Recovery:
     if isinstance(told, str):
         return replace(recovery, reason=f"{recovery.reason}; {told}")
     assert recovery.inputs is not None
+    order = told.order
+    scaled = of_replay(problem, stage, data.value[order], told.labels, told.scale)
+    answer = replace(answer, scaled=scaled)
+    status, why = verdict.verdict(problem, answer)
+    if status is not Status.EXACT:
+        return replace(recovery, reason=f"{recovery.reason}; {why}")
     return replace(
         recovery,
+        error_bound=answer.bound,
         inputs=recovery.inputs[told.order],
         labels=told.labels,
         status=Status.EXACT,

@@ -20,13 +20,13 @@ from rgap.head.target import Reading
 from rgap.inversion import certificate, outcomes, verdict
 from rgap.inversion.altered import UNSEEN, heard_above, shows_changes
 from rgap.inversion.answer import Answer, cast_of, polished_from
-from rgap.inversion.backing import of_prefix
+from rgap.inversion.backing import of_prefix, of_replay
 from rgap.inversion.head_evidence import head_evidence, spread_of
 from rgap.inversion.parts import in_parts
 from rgap.inversion.problem import Problem
 from rgap.inversion.targets import Trial, try_targets
 from rgap.inversion.top import from_bias, risen
-from rgap.limits import REFUTED, SAFETY
+from rgap.limits import REFUTED, ROUNDED, SAFETY
 from rgap.network.chain import Stage
 from rgap.network.prefix import Prefix
 from rgap.precision import Estimate
@@ -117,7 +117,11 @@ def _certified(
         return outcomes.stopped(own, status, why, descent)
     show.stage("trying targets")
     trial = _trial(problem, prefix, answer.polished.data)
-    answer = replace(answer, widened=of_prefix(problem, own, descent, polished.data, trial.labels))
+    widened = of_prefix(problem, own, descent, polished.data, trial.labels)
+    scaled = 2.0 * SAFETY * ROUNDED * problem.precision.unit if trial.refuted else 0.0
+    if trial.labels is not None:
+        scaled = of_replay(problem, own.chain.stages[-1], polished.data.value, trial.labels)
+    answer = replace(answer, widened=widened, scaled=scaled)
     status, why = verdict.verdict(own, answer)
     if status is not Status.EXACT:
         said = f"{trial.reason}; " if trial.reason else ""
