@@ -11,7 +11,7 @@ unknowns:
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod, sqrt
 
 import torch
@@ -40,6 +40,8 @@ Decision = tuple[Rank, Tensor, str]  # a rank, the singular values behind it, th
 
 
 HELD = 6  # copies of one block of equations at a time
+FAINT = 1e-8  # singular values, in units of the block, that rounding from above may reach
+ROUNDINGS = 16.0  # of a direction that W⁺ and W take to itself
 WEIGHTS = 3  # of a layer's weights as a matrix, while they are factored
 FACTORS = 2  # of it that stay
 
@@ -189,7 +191,10 @@ def weights_first(
         # What no W du can reach goes first: W⁺ takes it to 0, so what is left of it has no length
         # that the next equations could be measured by.
         own = orthonormalising(above.du)
-        first = _decide(combined(own, left.reshape(len(reached), -1)), options)
+        # Orthonormal combinations of directions that are nearly parallel carry their rounding.
+        longest = float((own.abs().T @ lengths(above.du)).max())
+        rounding = ROUNDINGS * torch.finfo(own.dtype).eps * longest
+        first = _decide(combined(own, left.reshape(len(reached), -1)), options, rounding)
         kept = own @ first.basis
         above = Open(combined(kept, above.du), combined(kept, above.dk))
         reached = combined(kept, reached)
@@ -249,8 +254,12 @@ def _gradient_size(node: Node) -> float:
 
 
 def _bias_size(node: Node, dk: Tensor) -> float:
-    """Size of Σ dk if nothing cancels."""
+    """Size of Σ dk if nothing cancels; of a unit du at least that of k over that of u.
+
+    Where no dk is any larger than its rounding, its own size would make that count.
+    """
     largest = float(lengths(dk).max()) if len(dk) else 0.0
+    largest = max(largest, float(node.k.norm() / node.u.norm().clamp_min(1e-300)))
     terms: int = node.k[0, 0].numel() * len(node.k)
     return max(largest * sqrt(terms), 1e-300)
 
@@ -269,13 +278,22 @@ def _below(node: Node, du: Tensor, dk: Tensor) -> Open:
 
 
 def _decide(matrix: Tensor, options: ChainOptions, carried: float = 0.0) -> Elimination:
-    return eliminate(
+    made = eliminate(
         matrix.T.contiguous(),
         rcond=options.rcond,
         noise=max(options.noise, carried),
         dtype=options.dtype,
         scale=1.0,  # of every block, in its own units
     )
+    counted = made.values[: made.rank.rank].clamp_min(1e-300)
+    if len(counted) < 2:
+        return made
+    steps = counted[:-1] / counted[1:]
+    most = int(steps.argmax())
+    if float(counted[most + 1]) < FAINT and float(steps[most]) > made.rank.gap:
+        # What is faint beyond a larger gap may be rounding that came down with the directions.
+        return replace(made, rank=replace(made.rank, gap=1.0))
+    return made
 
 
 def push_rows(node: Node, du: Tensor, dk: Tensor) -> ParameterRows:

@@ -209,3 +209,35 @@ def test_lenets_one_sample_is_determined() -> None:
     )  # fmt: skip
     assert [row.rank for row in found.rows] == [3072, 3072, 768, 768]
     assert all(row.exact for row in found.rows) and found.gap > 1e6
+
+
+@pytest.mark.parametrize("act", [nn.Sigmoid, nn.LeakyReLU])
+@pytest.mark.parametrize(("classes", "batch"), [(2, 3), (5, 2), (5, 3)])
+def test_rounding_that_comes_down_is_no_clear_rank(
+    act: type[nn.Module], classes: int, batch: int
+) -> None:
+    """Two copies move against each other unseen: 15 numbers are open, however they are counted."""
+    for seed in range(2):
+        torch.manual_seed(seed)
+        model = nn.Sequential(
+            nn.Linear(15, 22), act(), nn.Linear(22, 23), act(), nn.Linear(23, classes)
+        ).double().eval()  # fmt: skip
+        x = torch.rand(batch, 15, dtype=torch.float64)
+        x[1] = x[0]
+        labels = torch.zeros(batch, dtype=torch.long)
+        found = identifiability(model, x, labels=labels, method="structured", sequential=False)
+        assert not found.clear or found.joint_rank <= 15 * (batch - 1), seed
+        assert not found.identifiable, seed
+
+
+def test_a_bias_hears_nothing_of_cotangents_that_stand_still() -> None:
+    """Two samples with one pattern of a LeakyReLU: all dk that are left are 0 up to rounding."""
+    for seed in range(24):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(13, 8), nn.LeakyReLU(), nn.Linear(8, 2)).double().eval()
+        x, labels = torch.rand(2, 13, dtype=torch.float64), torch.zeros(2, dtype=torch.long)
+        ways = ("structured", "dense")
+        found, dense = (
+            identifiability(model, x, labels=labels, method=way, sequential=False) for way in ways
+        )
+        assert found.joint_rank == dense.joint_rank, seed
