@@ -149,6 +149,9 @@ def _gradient_first(
     across = each(affine.linear, reached) + z
     blocks = [torch.cat([forward, -across.flatten(1) / _size(node)])]
     natural = float(lengths(times(scale, inner)).max())
+    if natural > 0:  # where no dk is larger than its rounding, as for the bias
+        of_k = float(node.k.norm() * (scale * lengths(above.du)).max()) / _size(node)
+        natural = max(natural, of_k)
     if bool(left.any()) and natural > 0:
         blocks.append(padded(times(scale, left) / natural, count))
     if bias and affine.bias_name is not None:
