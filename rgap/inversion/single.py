@@ -26,7 +26,7 @@ from rgap.inversion.parts import in_parts
 from rgap.inversion.problem import Problem
 from rgap.inversion.targets import Trial, try_targets
 from rgap.inversion.top import from_bias, risen
-from rgap.limits import REFUTED, ROUNDED, SAFETY
+from rgap.limits import REFUTED, SAFETY, UNHEARD
 from rgap.network.chain import Stage
 from rgap.network.prefix import Prefix
 from rgap.precision import Estimate
@@ -118,7 +118,7 @@ def _certified(
     show.stage("trying targets")
     trial = _trial(problem, prefix, answer.polished.data)
     widened = of_prefix(problem, own, descent, polished.data, trial.labels)
-    scaled = 2.0 * SAFETY * ROUNDED * problem.precision.unit if trial.refuted else 0.0
+    scaled = UNHEARD * problem.precision.unit if trial.refuted else 0.0
     if trial.labels is not None:
         scaled = of_replay(problem, own.chain.stages[-1], polished.data.value, trial.labels)
     answer = replace(answer, widened=widened, scaled=scaled)
