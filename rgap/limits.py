@@ -99,8 +99,8 @@ NORMALISED = 8 * torch.finfo(torch.float32).eps
 # Times the rounding of a tensor, measured by one draw or counted as one unit an entry, that what
 # is made of an answer may differ from what was sent: the coherent sum of 10,000 terms.
 ROUNDED = 100.0
-# Units of rounding by which a sample may be too long where the update contradicts its declaration and
-# another layer hears a change: SAFETY times what a replay allows, once for G and once for ∂b.
+# Units of rounding by which a sample may be too long where the update contradicts its declaration
+# and another layer hears a change: SAFETY times what a replay allows, once for G and once for ∂b.
 UNHEARD = 2000.0
 # Members of an answer's ensemble that are replayed at most, those after the first two in the
 # client's own arithmetic.  Where m units lie within rounding of a kink, each of six draws has none
