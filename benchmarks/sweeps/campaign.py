@@ -42,6 +42,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from residual import Residual
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
@@ -73,18 +74,6 @@ class Step(nn.Module):
     def extra_repr(self) -> str:
         """Name of the step."""
         return self.name
-
-
-class Residual(nn.Module):
-    """x + f(x)."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: Tensor) -> Tensor:
-        """One pass."""
-        return x + self.inner(x)
 
 
 class Gated(nn.Module):

@@ -20,6 +20,7 @@ ROUNDS, STEPS, HISTORY = 60, 20, 30  # of L-BFGS, from every start
 CLOSE, NEAR = 2e-6, 10.0  # relative misfit from which Gauss–Newton goes on; times that, if stuck
 STALLED, GIVEN = 0.98, 8  # factor on the misfit of a round that ends a start, from which round
 STARTS = 3
+LONGER = "write a longer time_limit"
 BLUNT, BLUNT_ROUNDS = (2.0, 10.0), 6  # sharpness of kinks at first, and rounds with each
 SETTLED = 0.95  # factor on the misfit of such a round that ends them: other kinks leave a rest
 
@@ -114,16 +115,11 @@ class Search:
                 break
         assert x is not None
         self.answers[row] = x
-        if self.late and not best <= NEAR**2 * close:
-            return (
-                f"the time was up when the nearest data gave the known values to {best**0.5:.1e} "
-                f"of their size, where {close**0.5:.1e} is explained; write a longer time_limit"
-            )
         if not best <= NEAR**2 * close:
-            return (
-                f"no data give the known values nearer than {best**0.5:.1e} of "
-                f"their size, where {close**0.5:.1e} is explained"
-            )
+            met = f"{best**0.5:.1e} of their size, where {close**0.5:.1e} is explained"
+            if self.late:
+                return f"the time was up at data that give the known values to {met}; " + LONGER
+            return f"no data give the known values nearer than {met}"
         return x.double()
 
     def descended(

@@ -289,7 +289,7 @@ def _source(mixed: Batch) -> Source | None:
             continue
         lower, upper = mixed.mixture(index), mixed.mixture(index + 1)
         told = lower.rank == size or (lower.rank < size and resolved(mixed, lower))
-        told = told and lower.rank > 1 and not _isolated(lower)
+        told = told and lower.rank > 1 and lower.spare() > 0
         if told and unfit_pair(lower, upper, steps) is None:
             pair = Between.of(lower, upper, steps, mixed.precision)
 
@@ -299,25 +299,13 @@ def _source(mixed: Batch) -> Source | None:
                 return identify(chain, lower, head, roots, mixed.loss)
 
             return Source(lower, pair, naming)
-    if unfit(mixed, head) is not None or (head.rank < size and _isolated(head, 1)):
-        return None
-    if head.gradient.shape[0] - 1 - head.rank < head.rank - 1:
+    if unfit(mixed, head) is not None or head.spare(1) < int(head.rank < size):
         return None
     if not resolved(mixed, head) or not 1 < head.rank <= size:
         return None
     pool, clear = likely(head)
     at = AtHead.of(head, mixed.loss.label_smoothing, pool, clear, mixed.precision).sketched()
     return Source(head, at, partial(identify_classes, head), at)
-
-
-def _isolated(samples: Mixture, lost: int = 0) -> bool:
-    """True if no equation is left to refute a root: other points than samples satisfy as many.
-
-    Args:
-        samples: R of them, with one equation an output that their range leaves.
-        lost: equations that follow from the others.
-    """
-    return samples.gradient.shape[0] - lost - samples.rank <= samples.rank - 1
 
 
 def _collected(mixed: Batch, source: Source) -> Samples | None:

@@ -331,8 +331,7 @@ def certified_rows(problem: Problem, separated: Separated, descent: Descent) -> 
     if problem.stated != rows or bool((separated.head.copies > 1).any()):
         return {}
     at_head = separated.stage is problem.chain.stages[-1]
-    equations = samples.gradient.shape[0] - int(at_head) - samples.rank  # κ sums to 0 at a head
-    if equations <= samples.rank - 1:
+    if samples.spare(int(at_head)) <= 0:  # κ sums to 0 at a head
         return {}
     if undetermined(batch_of(problem), separated):
         return {}

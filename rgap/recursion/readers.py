@@ -119,8 +119,8 @@ def _bytes(reader: Reader) -> float:
 
 def _summed(rows: Tensor, taps: Tensor) -> Tensor:
     """Sums over the rows of every filter, which has ``taps`` of them."""
-    place = torch.arange(len(taps)).repeat_interleave(taps)
-    return rows.new_zeros(len(taps)).index_add(0, place.to(rows.device), rows)
+    place = torch.arange(len(taps), device=taps.device).repeat_interleave(taps)
+    return rows.new_zeros(len(taps)).index_add(0, place, rows)
 
 
 class _Stack:
@@ -180,8 +180,12 @@ class _Stack:
             return []
         taps = [reader.affine.weight[0, 0].numel() for reader in self.readers]
         counts = [len(reader.affine.weight) for reader in self.readers]
-        filters = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-        taps_of = torch.tensor(taps)[filters]
+        filters, taps_of = (
+            torch.tensor(numbers, device=self.sent.device).repeat_interleave(
+                torch.tensor(counts, device=self.sent.device)
+            )
+            for numbers in (range(len(counts)), taps)
+        )
         heard = self.heard.clone()
         for _ in range(ROUNDS):
             rows = self.misfits(u, weights).square().mean(0)

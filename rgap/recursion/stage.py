@@ -320,10 +320,9 @@ class _Stage:
         """
         heard = self.gradient_weights * (self.gradient_weights > 1.0 / ABSENT)
         own = float(self.kronecker.scaled(heard).matrix.square().mean())
-        weight = self.affine.weight
-        other = float(weight.square().mean() * self.weight_weights.square().max())
-        if own > 0.0 and other > TRUSTED**2 * own:
-            most = TRUSTED * (own / float(weight.square().mean())) ** 0.5
+        other = float(self.affine.weight.square().mean())
+        if own > 0.0 and other > 0.0:
+            most = TRUSTED * (own / other) ** 0.5
             self.weight_weights = self.weight_weights.clamp_max(most)
 
     def squares(self, u: Tensor) -> Tensor:

@@ -100,6 +100,16 @@ class Mixture:
         out: Tensor = torch.linalg.vector_norm(cotangent - kept, dim=-1) / size
         return out
 
+    def spare(self, lost: int = 0) -> int:
+        """Equations that are left to refute a root: m − R of a sample, for R − 1 unknowns.
+
+        Where none is, other points than samples satisfy as many.
+
+        Args:
+            lost: equations that follow from the others, as those of a softmax that sums to 1.
+        """
+        return self.gradient.shape[0] - lost - self.rank - (self.rank - 1)
+
     def blurred(self, cotangent: Tensor) -> float:
         """Standard error of :meth:`outside` for a cotangent in the range, [m].
 

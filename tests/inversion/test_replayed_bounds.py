@@ -7,21 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor, nn
+from residual import Residual
+from torch import nn
 
 import rgap
-
-
-class Residual(nn.Module):
-    """x + f(x)."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Of features."""
-        return x + self.inner(x)
 
 
 def _residual() -> nn.Module:

@@ -1,4 +1,4 @@
-"""A residual block."""
+"""Residual networks: a block, and the sum alone."""
 
 from __future__ import annotations
 
@@ -17,3 +17,15 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.bn1(self.conv1(x)).relu()
         return (self.bn2(self.conv2(h)) + self.skip(x)).relu()
+
+
+class Residual(nn.Module):
+    """x + f(x)."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of features, or a map."""
+        return x + self.inner(x)

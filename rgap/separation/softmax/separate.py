@@ -104,7 +104,7 @@ def separate_head(
     hidden = _hidden(batch, head)
     if hidden is not None:
         return hidden
-    if head.gradient.shape[0] - 1 - head.rank < head.rank - 1:
+    if head.spare(1) < 0:
         return _together(batch, head, began, watch)
     pool, clear = likely(head)
     consistency = AtHead.of(head, batch.loss.label_smoothing, pool, clear, batch.precision)
