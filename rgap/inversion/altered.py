@@ -19,13 +19,18 @@ from rgap.inversion.answer import polished_from
 from rgap.inversion.problem import Problem
 from rgap.inversion.top import from_bias, head_cotangent
 from rgap.limits import FITS, REFUTED, ROUNDED, SAFETY
+from rgap.network.agreement import by_mode
 from rgap.network.chain import Chain
 from rgap.network.recording import record
 from rgap.precision import Estimate
 from rgap.recursion.reached import Descent
 
-__all__ = ["UNSEEN", "heard_above", "shows_changes"]
+__all__ = ["OTHER", "UNSEEN", "heard_above", "shows_changes"]
 
+OTHER = (
+    "the inputs are not certified: a layer above '{}' took in something else than the model makes "
+    "of them, so that a gradient of one of the two is not the client's, or the weights are others"
+)
 FACTOR = 2.0  # exact in every format, and far beyond what any error explains
 MEMBERS = 4  # of the ensemble that are sent through the model
 
@@ -64,8 +69,10 @@ def shows_changes(problem: Problem, descent: Descent) -> bool:
     return True
 
 
-def heard_above(problem: Problem, prefix: Chain, known: Estimate) -> bool:
+def heard_above(problem: Problem, prefix: Chain, known: Estimate) -> bool | None:
     """True if layers above a prefix took in what the model makes of the data, and of no multiple.
+
+    False if one of them took in something else; None if none tells, or a step draws at random.
 
     Rows of a fully connected layer's gradient ``Σ_p k_p h_pᵀ`` lie in the span of its inputs h_p,
     whatever the loss: none may stick out by more than rounding, noise and the errors of the data
@@ -77,6 +84,8 @@ def heard_above(problem: Problem, prefix: Chain, known: Estimate) -> bool:
         known: the data, [1, *input_shape].
     """
     held = {stage.affine.weight_name for stage in prefix.stages}
+    if any(map(by_mode, problem.model.modules())):
+        return None
     model = copy.deepcopy(problem.model).double()
     weights = {n: id(p) for n, p in model.named_parameters() if n in problem.sent and n not in held}
     value = known.value
@@ -95,7 +104,7 @@ def heard_above(problem: Problem, prefix: Chain, known: Estimate) -> bool:
         if float(at.norm()) > allowed:
             return False
         told = told or float(doubled.norm()) > REFUTED / SAFETY * allowed
-    return told
+    return told or None
 
 
 def _sticks_out(gradient: Tensor, taken: list[Tensor]) -> Tensor:

@@ -18,7 +18,7 @@ from math import hypot, isfinite
 from rgap.halt import Halt
 from rgap.head.target import Reading
 from rgap.inversion import certificate, outcomes, verdict
-from rgap.inversion.altered import UNSEEN, heard_above, shows_changes
+from rgap.inversion.altered import OTHER, UNSEEN, heard_above, shows_changes
 from rgap.inversion.answer import Answer, cast_of, polished_from
 from rgap.inversion.backing import of_prefix, of_replay
 from rgap.inversion.head_evidence import head_evidence, spread_of
@@ -127,11 +127,13 @@ def _certified(
         said = f"{trial.reason}; " if trial.reason else ""
         return outcomes.stopped(own, status, f"{said}{why}", descent)
     recovery = _recovery(problem, own, answer, trial, above)
-    if not trial.refuted or shows_changes(own, descent):
+    if trial.labels is not None or (trial.refuted and shows_changes(own, descent)):
         return recovery
-    if heard_above(problem, own.chain, polished.data):
+    heard = heard_above(problem, own.chain, polished.data)
+    if heard or (heard is None and not trial.refuted):
         return recovery
-    reason = f"{trial.reason} ({above}); {UNSEEN.format(name)}"
+    why = UNSEEN if trial.refuted else OTHER
+    reason = f"{trial.reason} ({above}); {why.format(name)}"
     return replace(
         recovery,
         inputs=None,

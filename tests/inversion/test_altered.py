@@ -142,3 +142,17 @@ def test_near_copies_under_too_small_a_size_are_no_weighed_samples(apart: float)
         sent = rgap.capture(model, x, torch.tensor([4, 4, 3]))
         found = rgap.invert(model, replace(sent, batch_size=2))
         assert found.status is not Status.EXACT
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.03, 0.5])
+def test_inputs_of_a_multiple_where_no_target_tells(factor: float) -> None:
+    """Targets are open, so nothing contradicts them; the next layer took in other features."""
+    for seed in range(6):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(16, 9), nn.LogSigmoid(), nn.Linear(9, 10)).eval()
+        x = torch.rand(1, 16)
+        sent = replace(rgap.capture(model, x, torch.tensor([1])), loss=rgap.Loss("unknown"))
+        for name in ("0.weight", "0.bias"):
+            found = rgap.invert(model, multiplied(sent, name, factor))
+            assert ("inputs" in found.certified) == (factor == 1.0), (seed, name, found.reason)
+            assert factor == 1.0 or found.inputs is None
