@@ -17,6 +17,7 @@ from rgap.solvers.limits import BASIS
 from rgap.solvers.rank import Rank, numerical_rank, resolve_rcond
 
 FORMED = 4  # matrices of the Jacobian's size that are held at a time
+BELOW = 32  # times that rounding lies below the cutoff: its size is seen in one direction
 SPARE = 64  # rows of a sketch beyond the unknowns
 
 
@@ -56,17 +57,17 @@ def eliminate_blocks(
         OutOfMemory: they need more.
     """
     blocks = jacobian_blocks(update, sketch, options.memory, seed, options.watch)
+    natural = _natural_sizes(update, options)
     size = update.unknowns
     open_ = _identity(size, update.inputs)
     ranks: list[int] = []
     decisions: list[Rank] = []
     spectra: list[tuple[str, Tensor]] = []
     rcond, error = options.rcond, options.noise
-    for block, rows in reversed(list(zip(update.blocks, blocks, strict=True))):
+    for block, rows, times in reversed(list(zip(update.blocks, blocks, natural, strict=True))):
         options.ahead(factorisation(len(rows), open_.shape[1]))
-        own = eliminate(
-            rows @ open_, rcond=rcond, noise=error, dtype=options.dtype, scale=_largest(rows)
-        )
+        scale = times * _largest(rows)
+        own = eliminate(rows @ open_, rcond=rcond, noise=error, dtype=options.dtype, scale=scale)
         open_ = open_ @ own.basis
         if rcond is None and own.rank.rank:
             # The basis inherits the rounding of this decision, enlarged by its condition.
@@ -79,7 +80,7 @@ def eliminate_blocks(
     if not sketch:
         total = sum(map(len, blocks))
         options.ahead(factorisation(total, size, PLAIN) + factorisation(min(total, size), size))
-        joint, values, vectors = _joint(blocks, size, options)
+        joint, values, vectors = _joint(blocks, natural, size, options)
         spectra.insert(0, ("all layers", values))
         if joint.rank != ranks[0]:
             notes.append(
@@ -133,9 +134,38 @@ def jacobian_blocks(
     return [target.T for target in out]
 
 
-def _joint(blocks: list[Tensor], size: int, options: RankOptions) -> tuple[Rank, Tensor, Tensor]:
-    """Rank, singular values and null space of all rows, every layer of norm one."""
-    scaled = [rows / rows.norm() for rows in blocks if bool(rows.any())]
+def _natural_sizes(update: UpdateMap, options: RankOptions) -> list[float]:
+    """What each block would measure if nothing in it cancelled, in units of its own norm; ≥ 1.
+
+    Sums that cancel (the gradient of a bias below a normalisation that subtracts means is zero
+    whatever the data) leave rounding, which has full rank.  ``J v`` is linear in v, so that what
+    ``J(v + w) − J v − J w`` leaves is rounding; where this is η of ``J(v + w)``, the terms of the
+    block were about η/ε of its norm.  In units of these it is to lie below the cutoff, BELOW times.
+    """
+    generator = torch.Generator().manual_seed(0)
+    v, w = torch.randn(2, *update.inputs.shape, generator=generator, dtype=torch.float64)
+    three = torch.stack([v + w, v, w]).to(update.inputs)
+    both, one, other = torch.cat([products for _, products in update.chunks(three)])
+    parts = [torch.split(rows, [b.equations for b in update.blocks]) for rows in (both, one, other)]
+    sizes = []
+    for block, whole, first, second in zip(update.blocks, *parts, strict=True):
+        size = float(whole.norm())
+        rounding = float((whole - first - second).norm()) / size if size else 0.0
+        shape = (block.equations, update.unknowns)
+        cutoff = resolve_rcond(options.rcond, shape, options.dtype, options.noise)
+        sizes.append(max(1.0, BELOW * rounding / cutoff) if cutoff else 1.0)
+    return sizes
+
+
+def _joint(
+    blocks: list[Tensor], natural: list[float], size: int, options: RankOptions
+) -> tuple[Rank, Tensor, Tensor]:
+    """Rank, singular values and null space of all rows, every layer of its natural size one."""
+    scaled = [
+        rows / (rows.norm() * times)
+        for rows, times in zip(blocks, natural, strict=True)
+        if bool(rows.any())
+    ]
     if not scaled:
         nothing = blocks[0].new_zeros(0)
         return Rank.none(size), nothing, _identity(size, blocks[0])

@@ -159,6 +159,8 @@ def _with_bias(
     stage: Stage, gradient: Tensor, bias_gradient: Tensor, loss: Loss, precision: Precision
 ) -> list[HeadCandidate] | HeadFailure:
     if not bool((bias_gradient != 0).any()):
+        if bool(precision.noise_std(stage.affine.bias_name or "", bias_gradient).any()):
+            return _without_bias(stage, gradient, loss, precision)  # all of it lost in noise
         return HeadFailure(
             f"the bias gradient of '{stage.name}' is zero: the loss was already minimal, or it "
             "underflowed; nothing about the features was sent",

@@ -150,6 +150,7 @@ def require_outputs(loss: str, outputs: Tensor) -> None:
 
 def require_probabilities(loss: str, outputs: Tensor) -> None:
     """Raise if ``loss`` takes probabilities and the model's outputs are none."""
+    outputs = outputs.detach()
     if loss == PROBABILITIES and not bool(((outputs >= 0) & (outputs <= 1)).all()):
         raise ValueError(
             "outputs: binary_cross_entropy expects probabilities in [0, 1], got values from "

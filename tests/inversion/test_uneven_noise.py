@@ -72,3 +72,29 @@ def test_refuted_targets_of_a_batch_that_nobody_counted() -> None:
         found = rgap.invert(model, replace(sent, gradients=bent, loss=own, batch_size=None))
         assert not found.certified
         assert found.reason
+
+
+@pytest.mark.parametrize(
+    ("loss", "target"),
+    [
+        ("binary_cross_entropy_with_logits", torch.tensor([[1.0]], dtype=torch.float64)),
+        ("mse_loss", torch.tensor([[1.0]], dtype=torch.float64)),
+        ("cross_entropy", torch.tensor([1])),
+    ],
+)
+def test_a_bias_gradient_that_was_lost_in_stated_noise(loss: str, target: Tensor) -> None:
+    """All its entries were pruned, and their sizes are declared: that a zero is sent is no news."""
+    outputs = 1 if target.is_floating_point() else 3
+    for seed in range(4):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, outputs)).double().eval()
+        x = torch.rand(1, 8, dtype=torch.float64)
+        sent = rgap.capture(model, x, target, loss=loss)
+        lost = {"2.bias": torch.zeros_like(sent.gradients["2.bias"])}
+        noise = {"2.bias": sent.gradients["2.bias"].abs()}
+        update = replace(sent, gradients={**sent.gradients, **lost}, noise=noise)
+        found = rgap.invert(model, update)
+        assert found.certified == {"inputs"}, found.reason
+        assert found.inputs is not None
+        assert found.error_bound is not None
+        assert float((found.inputs - x).abs().max()) <= found.error_bound

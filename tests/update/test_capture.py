@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import random
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -246,3 +247,14 @@ def test_buffers_are_those_before_the_forward_pass() -> None:
     counter = Counter().eval()
     update = capture(counter, INPUTS, TARGETS)
     assert update.buffers["calls"].item() == 0 and not update.buffers["mean"].any()
+
+
+def test_logits_under_a_loss_of_probabilities() -> None:
+    """The sentence says what to write, and torch adds none of its own."""
+    model, ones = nn.Linear(3, 1).double().eval(), torch.ones(1, 3, dtype=torch.float64)
+    with torch.no_grad():
+        model.bias.fill_(-9.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ValueError, match="binary_cross_entropy_with_logits"):
+            capture(model, ones, ones[:, :1], loss="binary_cross_entropy")

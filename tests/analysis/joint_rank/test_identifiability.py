@@ -135,3 +135,23 @@ def test_a_step_along_a_null_direction_moves_the_update_to_second_order_only(nam
 
     small, plain = change(1e-4 * direction), change(1e-4 * other)
     assert small < 1e-4 * plain
+
+
+@pytest.mark.parametrize("method", ["dense", "sketch"])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_a_gradient_that_is_zero_whatever_the_data_tells_nothing(method: str, scaled: bool) -> None:
+    """InstanceNorm takes out what the layer below adds to a channel: its bias says nothing."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        first = nn.Conv2d(2, 3, 3)
+        between = [nn.BatchNorm2d(3)] if scaled else []
+        above = [nn.InstanceNorm2d(3), nn.Tanh(), nn.Flatten(), nn.Linear(48, 4)]
+        model = nn.Sequential(first, *between, *above).double().eval()
+        x = torch.rand(1, 2, 6, 6).double()
+    if not scaled:
+        first.weight.requires_grad_(False)
+    told = identifiability(model, x, labels=torch.tensor([1]), method=method)
+    head = told.rows[-1].rank
+    assert head == 45
+    assert told.joint_rank == (70 if scaled else head) == told.rows[0].rank
+    assert told.clear
