@@ -1,5 +1,6 @@
 """The folders are the road: what the page on the architecture says of them is so."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -80,3 +81,68 @@ def test_no_step_of_an_inversion_loads_the_compiler() -> None:
         for path in (ROOT / "rgap" / room).rglob("*.py"):
             text = path.read_text(encoding="utf-8")
             assert not re.search(r"torch\.func\.(vjp|jvp|grad|hessian)|forward_ad", text), path
+
+
+LIBRARY = ("rgap", "analysis", "solvers")
+LONG, MANY, WINDOW = 80, 8, 6
+PUBLIC = {
+    "audit", "audit_training", "dense_test", "from_delta", "from_ndarrays", "harden",
+    "identifiability", "invert", "largest_identifiable_batch", "leakage_indices", "match", "noise",
+    "noise_trials",
+}  # fmt: skip
+
+
+def _modules() -> list[Path]:
+    return [path for top in LIBRARY for path in sorted((ROOT / top).rglob("*.py"))]
+
+
+def _functions(path: Path) -> list[ast.FunctionDef]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+
+
+def _documented(node: ast.FunctionDef | ast.ClassDef | ast.Module) -> range:
+    """Lines of the docstring."""
+    if ast.get_docstring(node, clean=False) is None:
+        return range(0)
+    return range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1)
+
+
+def test_functions_are_short_and_take_few_parameters() -> None:
+    """Docstrings apart; users name the options of the public functions, which may be more."""
+    for path in _modules():
+        for node in _functions(path):
+            lines = (node.end_lineno or 0) - node.lineno + 1 - len(_documented(node))
+            own = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
+            taken = [a.arg for a in own if a.arg not in ("self", "cls")]
+            assert lines <= LONG, f"{path}: {node.name} has {lines} lines"
+            few = len(taken) <= MANY or node.name in PUBLIC
+            assert few, f"{path}: {node.name} takes {len(taken)} parameters"
+
+
+def _code(path: Path) -> list[tuple[int, str]]:
+    """Lines that do something: no imports, signatures, docstrings and comments."""
+    text = path.read_text(encoding="utf-8")
+    left_out = set[int]()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            left_out.update(range(node.lineno, (node.end_lineno or 0) + 1))
+        if isinstance(node, ast.FunctionDef):
+            left_out.update(range(node.lineno, node.body[0].lineno))
+        if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module):
+            left_out.update(_documented(node))
+    stripped = [(at, line.split("#")[0].strip()) for at, line in enumerate(text.splitlines(), 1)]
+    return [(at, line) for at, line in stripped if line and at not in left_out]
+
+
+def test_nothing_is_written_twice() -> None:
+    """Six lines of code in a row stand in one place."""
+    places: dict[tuple[str, ...], str] = {}
+    for path in _modules():
+        lines = _code(path)
+        for first in range(len(lines) - WINDOW + 1):
+            window = tuple(line for _, line in lines[first : first + WINDOW])
+            here = f"{path.relative_to(ROOT)}:{lines[first][0]}"
+            if len(set(window)) == WINDOW:
+                assert window not in places, f"{here} repeats {places[window]}"
+            places[window] = here
