@@ -10,7 +10,8 @@ from rgap.head.mapped import Mapped
 from rgap.inversion import outcomes
 from rgap.inversion.answer import Run, families, of_labels
 from rgap.inversion.batch_rows import batch_of, certified_rows, descended
-from rgap.inversion.conclude import concluded, with_features
+from rgap.inversion.branches import Branched, without_head
+from rgap.inversion.conclude import beside_branches, concluded, with_features
 from rgap.inversion.factor import divided, remaining
 from rgap.inversion.problem import Problem
 from rgap.inversion.several import from_pair
@@ -74,7 +75,13 @@ def at_batch(problem: Problem, separated: Separated | Unseparated, show: Progres
     if isinstance(separated, Unseparated):
         status = Status.UNDERDETERMINED if separated.consistent else Status.INCONSISTENT
         halt = Halt(HaltKind.UNSEPARATED, "", separated.reason)
-        return outcomes.stopped(problem, status, separated.reason, None, halt)
+        branched = without_head(problem, show) if separated.consistent else ""
+        if isinstance(branched, Branched) and branched.recovery is not None:
+            return branched.recovery
+        recovery = outcomes.stopped(problem, status, separated.reason, None, halt)
+        if isinstance(branched, Branched):
+            return beside_branches(recovery, branched)
+        return recovery
     problem, descent = descended(problem, separated, show.stage)
     recovery = concluded(problem, [Run(descent, separated.head)], show)
     if recovery.status is Status.INCONSISTENT and bool((separated.head.copies > 1).any()):

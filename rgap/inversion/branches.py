@@ -32,9 +32,10 @@ from rgap.progress import Progress
 from rgap.recovery import LayerReport, Recovery, Route, Status
 from rgap.recursion.agreement import disagreement_of_values
 from rgap.recursion.graph import GraphDescent, descend_graph
+from rgap.recursion.outputs import cotangents_at_output
 from rgap.recursion.reached import Descent
 
-__all__ = ["Branched", "below_branches", "by_gradients"]
+__all__ = ["Branched", "below_branches", "by_gradients", "without_head"]
 
 MEMBERS = 12  # of the ensemble that walks: each averages over all entries of a value
 SPREAD = 0.25  # of a start of the search, in widths of the range
@@ -75,15 +76,9 @@ def below_branches(
     if isinstance(flow, str):
         return None
     index, known, read = begun
-    name = problem.chain.stages[index].affine.name
-    tops = [place for place, node in enumerate(flow.nodes) if _is(node.link, name)]
-    if len(tops) != 1 or not bool(known.known.all()):
+    cut = _up_to(flow, problem.chain.stages[index].affine.name)
+    if cut is None or not bool(known.known.all()):
         return None
-    cut = Flow(flow.nodes[: tops[0] + 1], flow.name)
-
-    def watch(name: str) -> None:
-        show.stage(f"what '{name}' gives")
-
     # A layer with one place is read as a matrix in the chain, as itself in the graph.
     few = _shaped(Estimate(known.value, known.error[:MEMBERS]), cut.nodes[-1].shape)
     values = dict[int, Estimate]()
@@ -91,6 +86,59 @@ def below_branches(
         [below] = cut.nodes[-1].sources
         few_read = Estimate(read.value, read.error[: len(few.error)])
         values[below] = _shaped(few_read, cut.nodes[below].shape)
+    return _descended(problem, flow, cut, few, values, run.descent, show)
+
+
+def without_head(problem: Problem, show: Progress) -> Branched | str:
+    """A batch that the head does not tell apart: by the masks above the highest convolution.
+
+    Args:
+        problem: the update, of a batch of stated size.
+        show: told which value is solved.
+
+    Returns:
+        What follows from the cotangents at the output, or why these do not.
+    """
+    chain = problem.chain
+    if problem.stated is None or not chain.stages or len(chain.output_shape) != 1:
+        return "the batch size is not stated, or the output is no vector"
+    flow = flow_of(problem.model, chain.input_shape, [stage.affine for stage in chain.stages])
+    cut = None if isinstance(flow, str) else _up_to(flow, chain.stages[-1].affine.name)
+    if isinstance(flow, str) or cut is None or len(cut.nodes[-1].shape) != 1:
+        return "no graph of calls that is read leads to a fully connected last layer"
+    show.stage("telling samples apart by shifts")
+    own = replace(problem.precision, samples=MEMBERS)
+    known = cotangents_at_output(cut, problem.gradients, own, problem.room)
+    if isinstance(known, str):
+        return known
+    if len(known.value) != problem.stated:
+        return (
+            f"shifts tell {len(known.value)} samples apart, batch_size={problem.stated}: copies, "
+            "or another batch size"
+        )
+    return _descended(problem, flow, cut, known, {}, None, show)
+
+
+def _up_to(flow: Flow, name: str) -> Flow | None:
+    """The network up to one layer, or None if it is not called once."""
+    tops = [place for place, node in enumerate(flow.nodes) if _is(node.link, name)]
+    return Flow(flow.nodes[: tops[0] + 1], flow.name) if len(tops) == 1 else None
+
+
+def _descended(
+    problem: Problem,
+    flow: Flow,
+    cut: Flow,
+    few: Estimate,
+    values: dict[int, Estimate],
+    descent: Descent | None,
+    show: Progress,
+) -> Branched:
+    """Down from the cotangents at the end of ``cut``, and to the data if they follow."""
+
+    def watch(name: str) -> None:
+        show.stage(f"what '{name}' gives")
+
     own = problem.precision
     own = replace(own, samples=len(few.error), seed=own.seed + 1)  # draws unlike those of `few`
     told = descend_graph(cut, problem.gradients, few, own, watch, problem.room, values)
@@ -98,7 +146,7 @@ def below_branches(
         return Branched(note=f"no features are certified: {apart}")
     features = _features(cut, told)
     unread = _unread(problem, flow)
-    if problem.stated != len(known.value) or unread:
+    if problem.stated != len(few.value) or unread:
         return Branched(features, note=unread)
 
     def start(number: int) -> Tensor:
@@ -109,7 +157,7 @@ def below_branches(
     found = preimage(cut, told, start, show.stage, problem.deadline, problem.room)
     if isinstance(found, str):
         return Branched(features, note=f"the data do not follow from the features: {found}")
-    made = _certified(problem, flow, told, found, run.descent)
+    made = _certified(problem, flow, told, found, descent)
     if isinstance(made, str):
         return Branched(features, note=f"data that give the features are not certified: {made}")
     return Branched(features, made)
@@ -193,7 +241,7 @@ def _features(flow: Flow, told: GraphDescent) -> dict[str, Estimate]:
 
 
 def _certified(
-    problem: Problem, flow: Flow, told: GraphDescent, found: Preimage, descent: Descent
+    problem: Problem, flow: Flow, told: GraphDescent, found: Preimage, descent: Descent | None
 ) -> Recovery | str:
     """The data with their targets, if the model sends the update for them; or why not."""
     data = found.data
@@ -237,7 +285,7 @@ def _certified(
 
 
 def _reports(
-    problem: Problem, flow: Flow, told: GraphDescent, descent: Descent
+    problem: Problem, flow: Flow, told: GraphDescent, descent: Descent | None
 ) -> tuple[LayerReport, ...]:
     """One a layer, in forward order: by its own gradient, or by the values above it."""
     above = {report.layer: report for report in outcomes.layer_reports(problem, descent)}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
 from rgap.halt import Halt, HaltKind
 from rgap.inversion import certificate, outcomes, parts
@@ -18,7 +19,7 @@ from rgap.progress import Progress
 from rgap.recovery import Recovery, Route, Status
 from rgap.recursion.reached import Descent
 
-__all__ = ["concluded", "with_features"]
+__all__ = ["beside_branches", "concluded", "with_features"]
 
 
 def concluded(problem: Problem, runs: list[Run], show: Progress) -> Recovery:
@@ -100,20 +101,29 @@ def _with_features(
     """
     if problem.stated is None:
         doubt = "the batch size is not stated, and a mixture may look like one sample; write it"
-    if branched is not None and not doubt:
-        own = branched.features
-        features = {**own, **features}
-        layers = [
-            by_gradients(report, own[report.layer])
-            if report.route is Route.NOT_REACHED and report.layer in own
-            else report
-            for report in recovery.layers
-        ]
-        recovery = replace(recovery, layers=tuple(layers))
     notes = (f"no features are certified: {doubt}",) if doubt else ()
-    if branched is not None and branched.note:
+    recovery = replace(recovery, warnings=(*recovery.warnings, *notes))
+    if branched is None:
+        return with_features(recovery, features)
+    branched = replace(branched, features={}) if doubt else branched
+    return beside_branches(recovery, branched, features)
+
+
+def beside_branches(
+    recovery: Recovery, branched: Branched, certified: Mapping[str, Estimate] = MappingProxyType({})
+) -> Recovery:
+    """The recovery with what wide layers say of their own inputs, and those certified above."""
+    own = branched.features
+    layers = [
+        by_gradients(report, own[report.layer])
+        if report.route is Route.NOT_REACHED and report.layer in own
+        else report
+        for report in recovery.layers
+    ]
+    recovery = replace(recovery, layers=tuple(layers))
+    if branched.note:
         recovery = replace(recovery, reason=f"{recovery.reason}; below it, {branched.note}")
-    return with_features(replace(recovery, warnings=(*recovery.warnings, *notes)), features)
+    return with_features(recovery, {**own, **certified})
 
 
 def with_features(recovery: Recovery, features: dict[str, Estimate]) -> Recovery:

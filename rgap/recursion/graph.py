@@ -30,7 +30,7 @@ from rgap.recursion.readers import Contradicted, Reader, from_gradients
 from rgap.recursion.steps import down, through
 from rgap.recursion.steps_above import mask_of, nonnegative, steps_above
 
-__all__ = ["GraphDescent", "descend_graph"]
+__all__ = ["GraphDescent", "Walk", "descend_graph"]
 
 
 @dataclass
@@ -74,14 +74,16 @@ def descend_graph(
         room: bytes for the equations of one value.
         values: by place, those that are known beforehand.
     """
-    walk = _Walk(flow, gradients, precision, watch or (lambda name: None), room)
+    walk = Walk(flow, gradients, precision, watch or (lambda name: None), room)
     walk.state.values.update(values or {})
     while walk.down(top):
         pass
     return walk.state
 
 
-class _Walk:
+class Walk:
+    """One walk: its passes, and what it has found."""
+
     def __init__(
         self,
         flow: Flow,
@@ -257,9 +259,11 @@ class _Walk:
         if isinstance(found, Contradicted):
             if self.reopened(users, found):
                 return True
-            found = found.reason
-        if not isinstance(found, Estimate):
             if self.flow.nodes[place].link is not None:
+                state.ends[place] = found.reason
+            return False
+        if not isinstance(found, Estimate):
+            if self.needed(place):
                 state.ends[place] = found
             return False
         settled = False
@@ -274,6 +278,11 @@ class _Walk:
             state.values[place] = found
             self.watch(self.flow.nodes[place].name)
         return settled
+
+    def needed(self, place: int) -> bool:
+        """True where no cotangent goes below a value that is not known: a step with slopes."""
+        link = self.flow.nodes[place].link
+        return isinstance(link, Activation) and not link.affine and not link.one_sided
 
     def reopened(self, users: list[int], why: Contradicted) -> bool:
         """Put in doubt what a rectifier lets through in filters that contradict all others.

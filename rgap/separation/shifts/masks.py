@@ -68,6 +68,8 @@ def gauge_by_masks(cotangents: Tensor, above: Tensor, error: float = 0.0) -> Mas
     columns, weakest, furthest = [], float("inf"), 0.0
     masks = torch.zeros(above.shape, dtype=torch.bool, device=above.device)
     for sample, k in enumerate(above.flatten(1)):
+        if not bool(k.any()):
+            return Unseparated(f"no cotangent of sample {sample} comes from above")
         g, gap = _column(basis, k)
         passed = basis @ g
         known = k.abs() > 0
