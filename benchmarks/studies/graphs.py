@@ -4,13 +4,15 @@
     python -m benchmarks.studies.graphs --batches 8 --labels equal --dtypes float32
     python -m benchmarks.studies.graphs --pictures --batches 1 2 4
     python -m benchmarks.studies.graphs --network vgg16 vgg16_bn --pictures --batches 1 2 --count 5
+    python -m benchmarks.studies.graphs --network resnet34 densenet121 --batches 1 --list
+    python -m benchmarks.studies.graphs --found --batches 16 32 --labels random equal
 
-A ResNet-18 or a VGG-16 in its CIFAR form (64 to 512 channels), weights as PyTorch draws them or
-after ``--trained`` steps, running statistics of photographs, eval mode; the photographs that come
-with the package.  Given: the
-cotangent at the output, as the client computed it.  A row: the lowest value that is solved, how
+Networks of :mod:`benchmarks.common.everyday`, weights as PyTorch draws them or after ``--trained``
+steps, running statistics of photographs, eval mode; the photographs that come with the package.
+Given: the cotangent at the output, as the client computed it.  A row: the lowest value that is solved, how
 many are, their largest error over the largest entry of the value, over that in standard errors of
-the worst entry, and seconds of processor time.
+the worst entry, and seconds of processor time.  With ``--found`` the cotangent is not given but
+read off the highest convolution, which needs no head that tells the samples apart.
 
 With ``--pictures`` nothing is given but the update: ``rgap.invert`` is to find the batch.  A row
 then: its status, the lowest PSNR of a picture, the largest error over the bound, and wall seconds.
@@ -20,15 +22,17 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import product
 
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import rgap
 from benchmarks.common.arguments import Arguments
+from benchmarks.common.everyday import CLASSES, NETWORKS, STATISTICS, side
 from benchmarks.common.judging import match
 from benchmarks.common.networks import seeded
 from benchmarks.common.pictures import drawn_labels
@@ -36,74 +40,10 @@ from rgap.network.flow import Flow, flow_of
 from rgap.network.trace import trace
 from rgap.precision import Estimate, Precision
 from rgap.recursion.graph import descend_graph
+from rgap.recursion.outputs import cotangents_at_output
 
-CLASSES, STATISTICS = 10, 32  # photographs that the running statistics are of
 MEMBERS = 12
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
-
-
-class Block(nn.Module):
-    """Two 3×3 convolutions and what leads past them."""
-
-    def __init__(self, into: int, out: int, stride: int) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(into, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out)
-        self.conv2, self.bn2 = nn.Conv2d(out, out, 3, 1, 1, bias=False), nn.BatchNorm2d(out)
-        self.skip = nn.Identity()
-        if stride > 1:
-            shorter = nn.Conv2d(into, out, 1, stride, bias=False)
-            self.skip = nn.Sequential(shorter, nn.BatchNorm2d(out))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Of the map x."""
-        h = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(h)) + self.skip(x))
-
-
-def resnet18() -> nn.Module:
-    """For 32×32 pictures: no pool, no stride in the first convolution."""
-    blocks, into = [], 64
-    for group in range(4):
-        for number in range(2):
-            out = 64 << group
-            blocks.append(Block(into, out, 2 if group and not number else 1))
-            into = out
-    first = [nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
-    last = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, CLASSES)]
-    return _with_statistics(nn.Sequential(*first, *blocks, *last))
-
-
-def _with_statistics(model: nn.Module) -> nn.Module:
-    """In eval mode, running statistics of photographs."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = 1.0
-    with torch.no_grad():
-        model.train()(rgap.photos.load(STATISTICS, 32, dtype=torch.float32))
-    return model.eval()
-
-
-VGG16 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0)
-
-
-def vgg16(normed: bool) -> nn.Module:
-    """For 32×32 pictures: thirteen convolutions, a max-pool where the table has 0, one layer."""
-    layers, into = list[nn.Module](), 3
-    for width in VGG16:
-        if not width:
-            layers.append(nn.MaxPool2d(2))
-            continue
-        layers.append(nn.Conv2d(into, width, 3, 1, 1))
-        layers += [nn.BatchNorm2d(width), nn.ReLU()] if normed else [nn.ReLU()]
-        into = width
-    return _with_statistics(nn.Sequential(*layers, nn.Flatten(), nn.Linear(512, CLASSES)))
-
-
-NETWORKS: dict[str, Callable[[], nn.Module]] = {
-    "resnet18": resnet18,
-    "vgg16": lambda: vgg16(False),
-    "vgg16_bn": lambda: vgg16(True),
-}
 
 
 class _Seen(fx.Interpreter):
@@ -118,60 +58,96 @@ class _Seen(fx.Interpreter):
         return value
 
 
-def row(model: nn.Module, batch: int, labels: str, dtype: torch.dtype, seed: int) -> str:
+@dataclass(frozen=True)
+class Case:
+    """A batch of photographs for a network; the seed says which."""
+
+    network: str
+    model: nn.Module
+    batch: int
+    labels: str
+    dtype: torch.dtype
+    seed: int
+
+    @property
+    def inputs(self) -> Tensor:
+        """The photographs."""
+        return rgap.photos.load(self.batch, side(self.network), start=self.seed).to(self.dtype)
+
+    @property
+    def targets(self) -> Tensor:
+        """Their labels."""
+        return drawn_labels(self.labels, self.batch, CLASSES, self.seed)
+
+    @property
+    def words(self) -> str:
+        """The first columns of a row."""
+        name = f"{self.network:<13}"
+        return f"{name} {self.batch:>2}  {self.labels:<9} {str(self.dtype)[6:]:<8}"
+
+
+def row(case: Case, found: bool, listed: bool) -> str:
     """What one batch gives."""
-    x = rgap.photos.load(batch, 32, start=seed).to(dtype)
+    model, x = case.model, case.inputs
     seen = _Seen(fx.GraphModule(model, trace(model)))
     seen.values = []
     with torch.no_grad():
         seen.run(x)
     out = model(x)
-    loss = F.cross_entropy(out, drawn_labels(labels, batch, CLASSES, seed))
+    loss = F.cross_entropy(out, case.targets)
     (top,) = torch.autograd.grad(loss, out, retain_graph=True)
     sent = torch.autograd.grad(loss, list(model.parameters()))
     names = [name for name, _ in model.named_parameters()]
     gradients = {name: g.double() for name, g in zip(names, sent, strict=True)}
-    flow = flow_of(model.double(), (3, 32, 32))
+    flow = flow_of(model.double(), tuple(x.shape[1:]))
     assert isinstance(flow, Flow), flow
-    precision, began = Precision(dtype=dtype, samples=MEMBERS), time.process_time()
-    known = Estimate(top.double(), precision.rounding(top.double()))
+    precision, began = Precision(dtype=case.dtype, samples=MEMBERS), time.process_time()
+    known, order = Estimate(top.double(), precision.rounding(top.double())), torch.arange(len(x))
+    if found:
+        made = cotangents_at_output(flow, gradients, precision)
+        if isinstance(made, str) or len(made.value) != len(x):
+            return f"{case.words} {made if isinstance(made, str) else len(made.value)}"
+        apart = torch.cdist(made.value, known.value).numpy()
+        known, order = made, torch.from_numpy(linear_sum_assignment(apart)[1])
     told = descend_graph(flow, gradients, known, precision)
     seconds, worst, beside = time.process_time() - began, 0.0, 0.0
+    if not told.values:
+        return f"{case.words} nothing: {'; '.join(sorted(set(told.ends.values())))}"
     for place, value in told.values.items():
-        gap = float((value.value - seen.values[place]).abs().max())
+        gap = float((value.value - seen.values[place][order]).abs().max())
         worst = max(worst, gap / float(seen.values[place].abs().max()))
         beside = max(beside, gap / float(value.std.max()))
     lowest = flow.nodes[min(told.values)]
-    return (
-        f"{batch:>2}  {labels:<9} {str(dtype)[6:]:<8} {lowest.name:<9} {lowest.shape!s:<14} "
+    line = (
+        f"{case.words} {lowest.name:<9} {lowest.shape!s:<14} "
         f"{len(told.values):>3}  {worst:8.1e}  {beside:5.1f}  {seconds:6.1f}"
     )
+    if listed:
+        nodes = [flow.nodes[place] for place in sorted(told.values, reverse=True)]
+        line += "".join(f"\n    {node.name} {node.shape}" for node in nodes)
+    return line
 
 
-def picture_row(
-    model: nn.Module, batch: int, labels: str, dtype: torch.dtype, seed: int, limit: float
-) -> str:
+def picture_row(case: Case, limit: float) -> str:
     """What ``rgap.invert`` makes of the update alone."""
-    x = rgap.photos.load(batch, 32, start=seed).to(dtype)
-    given = drawn_labels(labels, batch, CLASSES, seed)
-    update = rgap.capture(model, x, given)
+    x, given = case.inputs, case.targets
+    update = rgap.capture(case.model, x, given)
     began = time.perf_counter()
-    recovery = rgap.invert(model, update, time_limit=limit)
+    recovery = rgap.invert(case.model, update, time_limit=limit)
     seconds, told = time.perf_counter() - began, ""
     why = "" if recovery.status is rgap.Status.EXACT else recovery.reason
     if recovery.inputs is not None and recovery.error_bound is not None:
         found = match(recovery.inputs, recovery.labels, x, given)
         told = f"{found.psnr:6.1f}  {found.worst / recovery.error_bound:7.3f}"
         told += "" if found.labels_right else "  LABELS WRONG"
-    return (
-        f"{batch:>2}  {labels:<9} {str(dtype)[6:]:<8} {recovery.status.name:<15} {told:<16} "
-        f"{seconds:6.1f}  {why}"
-    )
+    return f"{case.words} {recovery.status.name:<15} {told:<16} {seconds:6.1f}  {why}"
 
 
-def trained(model: nn.Module, steps: int, seed: int) -> nn.Module:
+def trained(model: nn.Module, pixels: int, steps: int, seed: int) -> nn.Module:
     """The model after steps of SGD on photographs with drawn labels, in eval mode."""
-    x = rgap.photos.load(STATISTICS, 32, dtype=torch.float32)
+    if not steps:
+        return model
+    x = rgap.photos.load(STATISTICS, pixels, dtype=torch.float32)
     labels = drawn_labels("random", STATISTICS, CLASSES, seed)
     optimiser = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
     model.train()
@@ -193,19 +169,25 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of weights and photographs")
     parser.add_argument("--count", type=int, default=1, help="seeds from that one on")
     parser.add_argument("--trained", type=int, default=0, help="steps of SGD before")
+    parser.add_argument("--found", action="store_true", help="the cotangent, not given")
+    parser.add_argument("--list", action="store_true", help="all values that are solved")
     parser.add_argument("--pictures", action="store_true", help="what rgap.invert finds")
     parser.add_argument("--limit", type=float, default=300.0, help="seconds of rgap.invert")
     options = parser.parse_args()
     if options.pictures:
-        print(" B  labels    dtype    status           psnr  of bound       s")
+        print("network        B  labels    dtype    status           psnr  of bound       s")
     else:
-        print(" B  labels    dtype    lowest    shape       solved   error  errors  cpu s")
+        print(
+            "network        B  labels    dtype    lowest    shape       solved   error  errors  cpu s"
+        )
     rows = product(options.network, options.dtypes, options.batches, options.labels)
     for network, dtype, batch, labels in rows:
         for seed in range(options.seed, options.seed + options.count):
-            model = trained(seeded(NETWORKS[network], seed), options.trained, seed)
-            case = (model.to(DTYPES[dtype]), batch, labels, DTYPES[dtype], seed)
-            print(picture_row(*case, options.limit) if options.pictures else row(*case), flush=True)
+            model = trained(seeded(NETWORKS[network], seed), side(network), options.trained, seed)
+            kind = DTYPES[dtype]
+            case = Case(network, model.to(kind), batch, labels, kind, seed)
+            told = picture_row(case, options.limit) if options.pictures else ""
+            print(told or row(case, options.found, options.list), flush=True)
     return 0
 
 
