@@ -8,7 +8,7 @@ from math import inf
 import torch
 from torch import Tensor
 
-from rgap.analysis.joint_rank.nullspace import RankOptions, eliminate
+from rgap.analysis.joint_rank.nullspace import RankOptions, doubted, eliminate
 from rgap.jacobian.update_map import SignSketch, UpdateMap
 from rgap.machine import memory
 from rgap.machine.allowance import PLAIN, factorisation
@@ -18,6 +18,8 @@ from rgap.solvers.rank import Rank, numerical_rank, resolve_rcond
 
 FORMED = 4  # matrices of the Jacobian's size that are held at a time
 BELOW = 32  # times that rounding lies below the cutoff: its size is seen in one direction
+STEPS = 4.0  # roundings that data are moved by to see it
+SMOOTH = 1e-9  # change of an update by these, as a share of it, beyond which a unit has switched
 SPARE = 64  # rows of a sketch beyond the unknowns
 
 
@@ -68,6 +70,7 @@ def eliminate_blocks(
         options.ahead(factorisation(len(rows), open_.shape[1]))
         scale = times * _largest(rows)
         own = eliminate(rows @ open_, rcond=rcond, noise=error, dtype=options.dtype, scale=scale)
+        own = doubted(own, scale, error if error > options.noise else 0.0)
         open_ = open_ @ own.basis
         if rcond is None and own.rank.rank:
             # The basis inherits the rounding of this decision, enlarged by its condition.
@@ -128,7 +131,7 @@ def jacobian_blocks(
     unit = _identity(size, update.inputs).reshape(size, *update.inputs.shape)
     for piece, products in update.chunks(unit):
         watch("columns of the Jacobian", piece.stop, size)
-        parts = torch.split(products, [b.equations for b in update.blocks], 1)
+        parts = update.split(products)
         for target, part, sign in zip(out, parts, signs, strict=True):
             target[piece] = part if sign is None else sign(part)
     return [target.T for target in out]
@@ -138,19 +141,26 @@ def _natural_sizes(update: UpdateMap, options: RankOptions) -> list[float]:
     """What each block would measure if nothing in it cancelled, in units of its own norm; ≥ 1.
 
     Sums that cancel (the gradient of a bias below a normalisation that subtracts means is zero
-    whatever the data) leave rounding, which has full rank.  ``J v`` is linear in v, so that what
-    ``J(v + w) − J v − J w`` leaves is rounding; where this is η of ``J(v + w)``, the terms of the
-    block were about η/ε of its norm.  In units of these it is to lie below the cutoff, BELOW times.
+    whatever the data) leave rounding, which has full rank.  Its share η of ``J v`` is what differs
+    between ``J(v + w)`` and ``J v + J w``, and between J here and at data that are a few roundings
+    away; the terms of the block were about η/ε of its norm.  In units of these it is to lie below
+    the cutoff, BELOW times.
     """
     generator = torch.Generator().manual_seed(0)
     v, w = torch.randn(2, *update.inputs.shape, generator=generator, dtype=torch.float64)
     three = torch.stack([v + w, v, w]).to(update.inputs)
     both, one, other = torch.cat([products for _, products in update.chunks(three)])
-    parts = [torch.split(rows, [b.equations for b in update.blocks]) for rows in (both, one, other)]
+    rounded = [both - one - other]
+    draw = torch.randn(v.shape, generator=generator, dtype=torch.float64).to(update.inputs)
+    moved = update.moved(update.inputs * (1.0 + STEPS * torch.finfo(torch.float64).eps * draw))
+    before, after = update.value(update.inputs), moved.value(moved.inputs)
+    if float((after - before).norm()) <= SMOOTH * float(before.norm()):  # no unit lies at its kink
+        [(_, there)] = moved.chunks(three[:1])
+        rounded.append(there[0] - both)
     sizes = []
-    for block, whole, first, second in zip(update.blocks, *parts, strict=True):
-        size = float(whole.norm())
-        rounding = float((whole - first - second).norm()) / size if size else 0.0
+    for block, *parts in zip(update.blocks, *map(update.split, (both, *rounded)), strict=True):
+        size = float(parts[0].norm())
+        rounding = max(float(part.norm()) for part in parts[1:]) / size if size else 0.0
         shape = (block.equations, update.unknowns)
         cutoff = resolve_rcond(options.rcond, shape, options.dtype, options.noise)
         sizes.append(max(1.0, BELOW * rounding / cutoff) if cutoff else 1.0)
@@ -161,11 +171,8 @@ def _joint(
     blocks: list[Tensor], natural: list[float], size: int, options: RankOptions
 ) -> tuple[Rank, Tensor, Tensor]:
     """Rank, singular values and null space of all rows, every layer of its natural size one."""
-    scaled = [
-        rows / (rows.norm() * times)
-        for rows, times in zip(blocks, natural, strict=True)
-        if bool(rows.any())
-    ]
+    pairs = [pair for pair in zip(blocks, natural, strict=True) if bool(pair[0].any())]
+    scaled = [rows / (rows.norm() * times) for rows, times in pairs]
     if not scaled:
         nothing = blocks[0].new_zeros(0)
         return Rank.none(size), nothing, _identity(size, blocks[0])
@@ -175,6 +182,9 @@ def _joint(
     _, values, vh = torch.linalg.svd(matrix, full_matrices=True)
     total = sum(len(rows) for rows in blocks)
     cutoff = resolve_rcond(options.rcond, (total, size), options.dtype, options.noise)
+    # Relative to what would be the largest if nothing cancelled.
+    units = [_largest(rows) / float(rows.norm()) for rows, _ in pairs]
+    cutoff *= max(units) / max(u / times for u, (_, times) in zip(units, pairs, strict=True))
     rank = numerical_rank(values, size, cutoff)
     return rank, values, vh[rank.rank :].T
 

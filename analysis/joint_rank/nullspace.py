@@ -8,7 +8,7 @@ Below: sets of directions ``[S, B, ...]``, their lengths, combinations and ortho
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 
 import numpy as np
@@ -21,6 +21,7 @@ from rgap.solvers.limits import CLEAR, GRAM, NOTHING
 from rgap.solvers.positive import outer_products
 from rgap.solvers.rank import Rank, numerical_rank, resolve_rcond
 
+FAINT = 1e-8  # singular values, in units of the block, that rounding from above may reach
 TALL = 1.5  # aspect ratio from which a QR factorisation first pays
 
 
@@ -105,6 +106,23 @@ def eliminate(
     values = torch.linalg.svdvals(upper)
     rank = _count(values, size, cutoff, scale)
     return Elimination(rank, q[:, rank.rank :].clone(), values)
+
+
+def doubted(made: Elimination, scale: float, carried: float = 0.0) -> Elimination:
+    """The same with a gap of 1, which is no clear rank, where rounding may have been counted.
+
+    Args:
+        made: the decision.
+        scale: of the block, in which what is below FAINT may be rounding.
+        carried: relative error of the columns that came down from the decisions above.
+    """
+    counted = made.values[: made.rank.rank].clamp_min(1e-300)
+    faint = carried > FAINT
+    if len(counted) > 1:
+        steps = counted[:-1] / counted[1:]
+        most = int(steps.argmax())
+        faint |= float(counted[most + 1]) < FAINT * scale and float(steps[most]) > made.rank.gap
+    return replace(made, rank=replace(made.rank, gap=1.0)) if faint else made
 
 
 def _count(values: Tensor, size: int, rcond: float, scale: float | None) -> Rank:

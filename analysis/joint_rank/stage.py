@@ -11,7 +11,7 @@ unknowns:
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import prod, sqrt
 
 import torch
@@ -23,6 +23,7 @@ from rgap.analysis.joint_rank.nullspace import (
     Open,
     RankOptions,
     combined,
+    doubted,
     eliminate,
     lengths,
     orthonormalising,
@@ -40,7 +41,6 @@ Decision = tuple[Rank, Tensor, str]  # a rank, the singular values behind it, th
 
 
 HELD = 6  # copies of one block of equations at a time
-FAINT = 1e-8  # singular values, in units of the block, that rounding from above may reach
 ROUNDINGS = 16.0  # of a direction that W⁺ and W take to itself
 WEIGHTS = 3  # of a layer's weights as a matrix, while they are factored
 FACTORS = 2  # of it that stay
@@ -288,15 +288,7 @@ def _decide(matrix: Tensor, options: ChainOptions, carried: float = 0.0) -> Elim
         dtype=options.dtype,
         scale=1.0,  # of every block, in its own units
     )
-    counted = made.values[: made.rank.rank].clamp_min(1e-300)
-    if len(counted) < 2:
-        return made
-    steps = counted[:-1] / counted[1:]
-    most = int(steps.argmax())
-    if float(counted[most + 1]) < FAINT and float(steps[most]) > made.rank.gap:
-        # What is faint beyond a larger gap may be rounding that came down with the directions.
-        return replace(made, rank=replace(made.rank, gap=1.0))
-    return made
+    return doubted(made, 1.0)
 
 
 def push_rows(node: Node, du: Tensor, dk: Tensor) -> ParameterRows:

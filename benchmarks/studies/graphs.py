@@ -9,10 +9,10 @@
 
 Networks of :mod:`benchmarks.common.everyday`, weights as PyTorch draws them or after ``--trained``
 steps, running statistics of photographs, eval mode; the photographs that come with the package.
-Given: the cotangent at the output, as the client computed it.  A row: the lowest value that is solved, how
-many are, their largest error over the largest entry of the value, over that in standard errors of
-the worst entry, and seconds of processor time.  With ``--found`` the cotangent is not given but
-read off the highest convolution, which needs no head that tells the samples apart.
+Given: the cotangent at the output, as the client computed it.  A row: the lowest value that is
+solved, how many are, their largest error over the largest entry of the value, over that in standard
+errors of the worst entry, and seconds of processor time.  With ``--found`` the cotangent is not
+given but read off the highest convolution, which needs no head that tells the samples apart.
 
 With ``--pictures`` nothing is given but the update: ``rgap.invert`` is to find the batch.  A row
 then: its status, the lowest PSNR of a picture, the largest error over the bound, and wall seconds.
@@ -177,9 +177,8 @@ def main() -> int:
     if options.pictures:
         print("network        B  labels    dtype    status           psnr  of bound       s")
     else:
-        print(
-            "network        B  labels    dtype    lowest    shape       solved   error  errors  cpu s"
-        )
+        print("network        B  labels    dtype    lowest    shape       solved   error", end="  ")
+        print("errors  cpu s")
     rows = product(options.network, options.dtypes, options.batches, options.labels)
     for network, dtype, batch, labels in rows:
         for seed in range(options.seed, options.seed + options.count):

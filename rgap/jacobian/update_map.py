@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass
 from math import inf
 
@@ -117,6 +118,16 @@ class UpdateMap(ModuleGradient):
     def held(self) -> float:
         """Bytes that a chunk of directions takes on its way."""
         return 8.0 * WITHIN * self.chunk * max(self.equations, self.unknowns)
+
+    def split(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Vectors of all rows [..., equations] by block."""
+        return torch.split(rows, [b.equations for b in self.blocks], -1)
+
+    def moved(self, inputs: Tensor) -> UpdateMap:
+        """The same map at another batch."""
+        other = copy(self)
+        other.inputs = inputs
+        return other
 
     def value(self, inputs: Tensor) -> Tensor:
         """:meth:`rows` by function transforms, which can be batched and differentiated forwards."""
