@@ -112,7 +112,7 @@ def row(case: Case, found: bool, listed: bool) -> str:
     told = descend_graph(flow, gradients, known, precision)
     seconds, worst, beside = time.process_time() - began, 0.0, 0.0
     if not told.values:
-        return f"{case.words} nothing: {'; '.join(sorted(set(told.ends.values())))}"
+        return f"{case.words} nothing: {told.ends[max(told.ends)]}"
     for place, value in told.values.items():
         gap = float((value.value - seen.values[place][order]).abs().max())
         worst = max(worst, gap / float(seen.values[place].abs().max()))

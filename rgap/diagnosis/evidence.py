@@ -142,6 +142,14 @@ class Evidence:
         like = self.gradients.get(name)
         return 0.0 if like is None else self.precision.noise_rms(name, like)
 
+    @property
+    def stated(self) -> float:
+        """Largest share of any tensor of the update that the noise known to be in it may be."""
+        if not self.precision.noisy:
+            return 0.0
+        sizes = ((n, g, float(g.norm())) for n, g in self.gradients.items())
+        return max((self.precision.noise_length(n, g) / s for n, g, s in sizes if s), default=0.0)
+
     def affine(self, call: Call) -> Affine:
         """A fully connected layer as the equations see it."""
         module = self.model.get_submodule(call.name)

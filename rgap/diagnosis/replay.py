@@ -42,7 +42,7 @@ def replayed(evidence: Evidence, samples: Samples | None) -> tuple[float, float,
     if made is None:
         return None
     rest = sum(float((g - made[n]).square().sum()) for n, g in sent.items())
-    added = sum(evidence.added(n) ** 2 * g.numel() for n, g in sent.items())
+    added = sum(evidence.precision.noise_length(n, g) ** 2 for n, g in sent.items())
     tolerance = KNOWN * evidence.unit + samples.tolerance + (added / total) ** 0.5
     return (rest / total) ** 0.5, tolerance, evidence.dense[0][0].name
 

@@ -217,8 +217,10 @@ def batch(evidence: Evidence) -> Samples | None:
         mixed = Batch(chain, sent, evidence.loss, evidence.precision, evidence.batch)
         source = _source(mixed)
         samples = None if source is None else _collected(mixed, source)
-        if samples is None:
+        if source is None or samples is None:
             continue
+        explained = samples.explained + evidence.stated / source.samples.ratio
+        samples = replace(samples, explained=explained)
         if not samples.clear:
             return samples if samples.foreign else None
         for draw in range(SHAKEN):
@@ -377,7 +379,8 @@ def nearest_sample(evidence: Evidence) -> tuple[float, float, str, bool] | None:
         best = min(best, float(ends.cost.min()))
     rounding = LIKELY * max(rounding_cost(left), SOLVED)
     name = source.samples.stage.name
-    return best**0.5, LENIENT * rounding**0.5, name, source.head is not None
+    tolerance = LENIENT * rounding**0.5 + evidence.stated / source.samples.ratio
+    return best**0.5, tolerance, name, source.head is not None
 
 
 def _plain_head(chain: Chain) -> bool:

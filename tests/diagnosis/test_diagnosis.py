@@ -756,3 +756,36 @@ def test_pruning_that_is_declared_is_no_mistake(share: float) -> None:
             noise[name] = torch.where(small, least / 3**0.5, torch.zeros_like(g))
         pruned = dataclasses.replace(update, gradients=kept, noise=noise)
         assert rgap.check(model, pruned).ok, seed
+
+
+@pytest.mark.parametrize("level", [1e-6, 1e-3, 0.1])
+def test_noise_that_is_stated_of_one_tensor_is_no_finding(level: float) -> None:
+    for seed in range(8):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(30, 24), nn.Tanh(), nn.Linear(24, 5)).double().eval()
+        x = torch.rand(1, 30, dtype=torch.float64)
+        sent = rgap.capture(model, x, torch.tensor([1]))
+        g = sent.gradients["2.weight"]
+        sigma = level * float(g.abs().mean())
+        gradients = {**sent.gradients, "2.weight": g + sigma * torch.randn_like(g)}
+        noise = {"2.weight": torch.full_like(g, sigma)}
+        found = rgap.check(model, replace(sent, gradients=gradients, noise=noise))
+        assert found.ok, (seed, found.findings[0].evidence)
+
+
+@pytest.mark.parametrize("noisy", ["0.bias", "2.bias", "4.bias", "2.weight"])
+def test_noise_of_one_tensor_of_a_batch_is_no_finding(noisy: str) -> None:
+    """Samples are told apart by other tensors, exactly; their equations hold to that noise."""
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = nn.Sequential(
+            nn.Linear(14, 12), nn.SiLU(), nn.Linear(12, 9), nn.Tanh(), nn.Linear(9, 6)
+        ).double().eval()  # fmt: skip
+        x = torch.rand(3, 14, dtype=torch.float64)
+        sent = rgap.capture(model, x, torch.tensor([1, 4, 2]))
+        g = sent.gradients[noisy]
+        sigma = 1e-3 * float(g.abs().mean())
+        gradients = {**sent.gradients, noisy: g + sigma * torch.randn_like(g)}
+        update = replace(sent, gradients=gradients, noise={noisy: torch.full_like(g, sigma)})
+        found = rgap.check(model, update)
+        assert found.ok, (seed, found.findings[0].evidence)

@@ -168,10 +168,17 @@ def _told(
 
 
 def _range(table: Tensor, noise: float) -> tuple[Tensor, Rank]:
-    """Left singular vectors above the noise, [rows, r]."""
+    """Left singular vectors above the noise, [rows, r].
+
+    Rounding is largest where entries are: its norm is that of the longest row and the longest
+    column (Bandeira and van Handel 2016), noise in units of the rms of the entries.
+    """
     rows, columns = table.shape
     values, vh = right_singular_vectors(table.T)
-    expected = noise * (rows**0.5 + columns**0.5) / max(float(values[0]), 1e-300)
+    squares = table.square()
+    longest = squares.sum(1).max().sqrt() + squares.sum(0).max().sqrt()
+    longest = longest / squares.mean().sqrt().clamp_min(1e-300)
+    expected = noise * float(longest) / max(float(values[0]), 1e-300)
     rank = numerical_rank(
         values, rows, resolve_rcond(None, (rows, columns), noise=ABOVE * expected)
     )
