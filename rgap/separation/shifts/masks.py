@@ -25,6 +25,8 @@ from rgap.solvers.tall import tall_qr
 
 __all__ = ["Masked", "gauge_by_masks"]
 
+ROUNDS = 3  # in which a mask and what follows from it settle
+
 
 @dataclass(frozen=True)
 class Masked:
@@ -71,12 +73,14 @@ def gauge_by_masks(cotangents: Tensor, above: Tensor, error: float = 0.0) -> Mas
         if not bool(k.any()):
             return Unseparated(f"no cotangent of sample {sample} comes from above")
         g, gap = _column(basis, k)
-        passed = basis @ g
-        known = k.abs() > 0
-        size = float((k * passed.pow(3)).sum() / passed.pow(4).sum())
-        share = torch.where(known, size * passed / torch.where(known, k, 1.0), 0.0)
-        masks[sample] = (share > 0.5).reshape(above.shape[1:])
-        own = (share - masks[sample].flatten().to(share)).abs()
+        known, passed = k.abs() > 0, basis @ g
+        g = g * (k * passed.pow(3)).sum() / passed.pow(4).sum()
+        for _ in range(ROUNDS):
+            share = torch.where(known, basis @ g / torch.where(known, k, 1.0), 0.0)
+            on = share > 0.5
+            g = basis.T @ (k * on)  # with u known the equations are linear
+        masks[sample] = on.reshape(above.shape[1:])
+        own = (share - on.to(share)).abs()
         doubt = own - error * share.abs() / k.abs().clamp_min(1e-300)
         far, weakest = float(doubt[known].max()), min(weakest, gap)
         furthest = max(furthest, far)
@@ -84,7 +88,7 @@ def gauge_by_masks(cotangents: Tensor, above: Tensor, error: float = 0.0) -> Mas
             return Unseparated(f"no mask of sample {sample} stands out (gap {gap:.1f})")
         if far > MASKED:
             return Unseparated(f"an entry of the mask of sample {sample} is {far:.2f} off 0 or 1")
-        columns.append(size * g)
+        columns.append(g)
     gauge = torch.linalg.solve_triangular(upper, torch.stack(columns, 1), upper=True)
     ends = torch.linalg.svdvals(torch.stack(columns, 1))
     if float(ends[-1]) < torch.finfo(gauge.dtype).eps * batch * float(ends[0]):
