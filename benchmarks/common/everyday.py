@@ -14,10 +14,10 @@ from torch.nn import functional as F
 
 import rgap
 
-__all__ = ["CLASSES", "NETWORKS", "STATISTICS", "side"]
+__all__ = ["CLASSES", "NETWORKS", "STATISTICS", "photographs", "side"]
 
 CLASSES, STATISTICS = 10, 32  # photographs that the running statistics are of
-LARGE = 224
+LARGE, STORED = 224, 64  # pixels
 
 
 class Block(nn.Module):
@@ -114,6 +114,14 @@ def side(name: str) -> int:
     return LARGE if name.endswith("_224") else 32
 
 
+def photographs(count: int, pixels: int, start: int = 0) -> Tensor:
+    """Those of the package [count, 3, pixels, pixels]; large ones are enlarged from 64 pixels."""
+    if pixels <= STORED:
+        return rgap.photos.load(count, pixels, start=start, dtype=torch.float64)
+    stored = rgap.photos.load(count, STORED, start=start, dtype=torch.float64)
+    return F.interpolate(stored, pixels, mode="bicubic", antialias=True).clamp(0, 1)
+
+
 def _built(name: str) -> nn.Module:
     """With running statistics of photographs."""
     model = _BUILDERS[name]()
@@ -123,7 +131,7 @@ def _built(name: str) -> nn.Module:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     with torch.no_grad():
-        model.train()(rgap.photos.load(STATISTICS, side(name), dtype=torch.float32))
+        model.train()(photographs(STATISTICS, side(name)).float())
     return model.eval()
 
 

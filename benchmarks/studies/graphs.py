@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 import rgap
 from benchmarks.common.arguments import Arguments
-from benchmarks.common.everyday import CLASSES, NETWORKS, STATISTICS, side
+from benchmarks.common.everyday import CLASSES, NETWORKS, STATISTICS, photographs, side
 from benchmarks.common.judging import match
 from benchmarks.common.networks import seeded
 from benchmarks.common.pictures import drawn_labels
@@ -72,7 +72,7 @@ class Case:
     @property
     def inputs(self) -> Tensor:
         """The photographs."""
-        return rgap.photos.load(self.batch, side(self.network), start=self.seed).to(self.dtype)
+        return photographs(self.batch, side(self.network), self.seed).to(self.dtype)
 
     @property
     def targets(self) -> Tensor:
@@ -147,7 +147,7 @@ def trained(model: nn.Module, pixels: int, steps: int, seed: int) -> nn.Module:
     """The model after steps of SGD on photographs with drawn labels, in eval mode."""
     if not steps:
         return model
-    x = rgap.photos.load(STATISTICS, pixels, dtype=torch.float32)
+    x = photographs(STATISTICS, pixels).float()
     labels = drawn_labels("random", STATISTICS, CLASSES, seed)
     optimiser = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
     model.train()
