@@ -109,7 +109,7 @@ def preimage(
         doubted = folded(full, unknowns, unknowns + surplus)
         if isinstance(doubted, str):
             return doubted
-        if confused := confused_of_graph(full):
+        if confused := confused_of_graph(full, unknowns + surplus):
             return f"{confused}, others than the data give the same"
         links = (node.link for _, node in full.between())
         if alike := paired(link for link in links if isinstance(link, Affine)):

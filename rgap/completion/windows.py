@@ -59,16 +59,21 @@ class Reach:
         return Reach(tuple(one | two for one, two in pairs), self.jump)
 
 
-def confused_of_graph(function: Frontier) -> str:
+def confused_of_graph(function: Frontier, enough: int) -> str:
     """Which pool between the data and known values may not tell its places apart, or "".
 
     Args:
         function: the known values.
+        enough: entries of a sample that are not zero, of known values that no such pool stands
+            below, with which it does not matter.
     """
-    nodes = function.flow.nodes
+    nodes, first = function.flow.nodes, ""
+    confused = set[int]()
     reach: dict[int, Reach | None] = {0: Reach.of_data(len(nodes[0].shape) - 1)}
     for place, node in function.between():
         inside = [reach.get(source) for source in node.sources]
+        if confused & set(node.sources):
+            confused.add(place)
         known = [one for one in inside if one is not None]
         joined = known[0] if len(known) == len(inside) else None
         for one in known[1:]:
@@ -79,8 +84,13 @@ def confused_of_graph(function: Frontier) -> str:
             continue
         why, reach[place] = _through(node.link, joined, node.name)
         if why:
-            return why
-    return ""
+            first = first or why
+            confused.add(place)
+    clear = [place for place in function.edge if place not in confused]
+    samples = range(len(function.known[function.edge[0]].value))
+    if first and clear and min(function.on(row, clear) for row in samples) >= enough:
+        return ""
+    return first
 
 
 def confused_of_chain(chain: Chain) -> str:
