@@ -5,7 +5,7 @@ rows, ``US Q⁻¹/s``.  Both agree at the batch alone:
 
     E(Q) = p(Q) − Y − US Q⁻¹/s = 0.
 
-In multiplicative steps ``Q ← exp(P) Q`` with P 1 = 0 the slope is ``∂E = J(p) Z Pᵀ + (US Q⁻¹/s) P``,
+In multiplicative steps ``Q ← exp(P) Q`` with P 1 = 0 its slope is ``J(p) Z Pᵀ + (US Q⁻¹/s) P``,
 Z = M Qᵀ: a product costs as much as a few evaluations of the head.  Of one label the symmetric part
 of P meets differences of cotangents, the antisymmetric one (a turn) only their curvature, products
 z_a ∘ z_b of two samples.  Classes are weighed so that these products are of one size in all
@@ -26,14 +26,15 @@ from rgap.separation.softmax.coupled import Coupled
 
 CLASSES = 3  # classes for each sample that are weighed, at most: more add nothing to the search
 CUT = 1e-12  # relative variance of a product of differences below which its direction is left out
-STEPS = 400  # of the search from one start
-PRODUCTS, RELATIVE = 40, 0.1  # of conjugate gradients a step, and the residual that ends them
+STEPS = 250  # of the search from one start
+PRODUCTS, RELATIVE = 40, 0.3  # of conjugate gradients a step, and the residual that ends them
 LAST, LAST_PRODUCTS, LAST_RELATIVE = 10, 300, 1e-4  # the same near the batch
 FRESH = 4  # steps for which a preconditioner serves
+PROBED = 64  # random combinations of classes that its entries for turns are measured with
 FIRST, EASIER, HARDER = 0.1, 0.3, 3.0  # damping, and what a good and a bad step do to it
 GOOD, BAD = 0.75, 0.25  # decrease over the predicted one
 LEAST, MOST = 1e-14, 1e6  # of the damping
-STRETCHES, MOMENTA = (1.0, 2.0), (0.0, 0.5)  # of a step and of the one before that are tried
+STRETCHES, MOMENTA = (1.0, 1.5), (0.0, 0.7)  # of a step and of the one before that are tried
 FOUND = 1e-8  # cost, over that of samples at random, below which only the last steps remain
 HALF = 0.5  # decrease of the cost below which the last steps go on
 FLOOR = 1e-12  # relative curvature of the symmetric part that counts as none
@@ -107,7 +108,7 @@ class Turns:
         few = p[self.classes]
         gap = few - problem.targets[0, self.classes][:, None] - dual
         gap = gap if int(info) == 0 else torch.full_like(gap, inf)
-        return State(few, z[self.classes], p.T @ z, self.weight, self.weight @ dual, gap)
+        return State(p, z, self.classes, self.weight, self.weight @ dual, gap)
 
     def cost(self, t: Tensor) -> float:
         """‖W E‖²; infinite where the rows are dependent."""
@@ -115,7 +116,7 @@ class Turns:
         return cost if cost == cost else inf
 
     def moved(self, t: Tensor, step: Tensor) -> Tensor:
-        """T of ``exp(P) Q`` to third order, by Cayley's transform: exact for P 1 = 0 on the mean."""
+        """T of ``exp(P) Q`` up to P³, by Cayley's transform; ``Q w = 1`` stays."""
         eye = torch.eye(len(t), dtype=t.dtype, device=t.device)
         mean = t.mean(0)
         turned: Tensor = torch.linalg.solve(eye - step / 2, (eye + step / 2) @ (t - mean))
@@ -127,20 +128,35 @@ class State:
     """E at one T, and its slope.
 
     Attributes:
-        p: probabilities, [r, R].
-        z: logits less their mean over samples, [r, R].
-        inner: ``p_aᵀ z_b`` over all classes, [R, R].
+        all_p: probabilities of all classes, [C, R].
+        all_z: logits less their mean over samples, [C, R].
+        classes: those that are weighed, [r].
         weight: W.
         dual: ``W US Q⁻¹/s``, [r', R].
         gap: E, [r, R].
     """
 
-    p: Tensor
-    z: Tensor
-    inner: Tensor
+    all_p: Tensor
+    all_z: Tensor
+    classes: Tensor
     weight: Tensor
     dual: Tensor
     gap: Tensor
+
+    @cached_property
+    def p(self) -> Tensor:
+        """Probabilities, [r, R]."""
+        return self.all_p[self.classes]
+
+    @cached_property
+    def z(self) -> Tensor:
+        """Logits less their mean over samples, [r, R]."""
+        return self.all_z[self.classes]
+
+    @cached_property
+    def inner(self) -> Tensor:
+        """``p_aᵀ z_b`` over all classes, [R, R]."""
+        return self.all_p.T @ self.all_z
 
     @cached_property
     def residual(self) -> Tensor:
@@ -189,8 +205,13 @@ class Parts:
         values, vectors = torch.linalg.eigh(slope.T @ slope)
         mean = state.dual.mean(1)
         pairs = state.p[:, :, None] * (state.z[:, None] - state.inner)
-        pairs = (state.weight @ pairs.flatten(1)).reshape(-1, rank, rank)
-        pairs -= (state.dual - mean[:, None])[:, None]
+        own, dual = state.weight, state.dual - mean[:, None]
+        if len(own) > PROBED:  # ‖Ω W g‖² ≈ ‖W g‖², near enough for a preconditioner
+            generator = torch.Generator().manual_seed(1)
+            draw = torch.randn(PROBED, len(own), generator=generator, dtype=torch.float64).to(p)
+            draw = draw / PROBED**0.5
+            own, dual = draw @ own, draw @ dual
+        pairs = (own @ pairs.flatten(1)).reshape(-1, rank, rank) - dual[:, None]
         lone = pairs.square().sum(0)
         lone = (lone + lone.T) / 2
         tiny = FLOOR * float(lone.mean())
