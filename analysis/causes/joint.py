@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from dataclasses import replace
+from math import prod
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from rgap.analysis.causes.cause import Cause, CauseKind
+from rgap.machine.allowance import OutOfTime, Until, factorisation
+from rgap.machine.memory import OutOfMemory
 from rgap.progress import Shown
 from rgap.recovery import Recovery, Status
 from rgap.update.update import Update
@@ -20,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["SECONDS", "advised", "joint_count"]
 
 SECONDS = 20.0  # that a joint count may take where nothing else is asked for
+SHARE = 0.5  # of these that the singular values may take: the entries of J take as long
 DECIDED = frozenset(
     {
         CauseKind.MISSING,
@@ -62,7 +67,7 @@ def joint_count(
     Returns:
         What was found, or why nothing was counted, in words.
     """
-    from rgap.analysis.joint_rank.identifiability import identifiability
+    from rgap.analysis.joint_rank.identifiability import SMALL, identifiability
 
     if update.local_steps != 1:
         return "the update comes from several local steps"
@@ -77,13 +82,16 @@ def joint_count(
     if labels is not None and len(labels) != size:
         labels = None
     point = tuple(update.input_shape) if inputs is None else inputs.to(torch.float64)
-    try:
+    began, unknowns = time.perf_counter(), size * prod(update.input_shape)
+
+    def counted(method: str) -> Identifiability:
         return identifiability(
             model,
             point,
             size if inputs is None else None,
             loss=update.loss,
             labels=labels,
+            method=method,
             dtype=update.dtype,
             sequential=False,
             null_space=False,
@@ -91,6 +99,18 @@ def joint_count(
             time_limit=time_limit,
             progress=progress,
         )
+
+    try:
+        if unknowns <= SMALL:
+            return counted("auto")
+        try:
+            return counted("structured")
+        except (OutOfMemory, OutOfTime):
+            raise
+        except ValueError:  # no such structure: J is sketched, if there is time for its rank
+            if time_limit is not None:
+                Until(began, time_limit, SHARE)(factorisation(unknowns, unknowns))
+            return counted("sketch")
     except ValueError as reason:  # too large, too slow, or no function of each sample alone
         return str(reason)
 

@@ -103,6 +103,7 @@ def invert(
             update,
             memory_budget=limits["memory_budget"],
             progress=limits["progress"],
+            **({} if completion.time_limit is None else {"time_limit": completion.time_limit}),
         )
         numbers["why"], text = causes.numbers(), causes.text
     answer.show(recovery, numbers, written, explain=explain, text=text)
