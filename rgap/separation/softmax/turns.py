@@ -72,10 +72,13 @@ class Turns:
         z = state.z - p @ state.z / p.sum()
         mean = bare.sent_mean
         moment = (z @ z.T / problem.head.rank).square() * p[:, None] * p
-        values, vectors = torch.linalg.eigh(moment + mean[:, None] * mean)
-        kept = values > CUT * values[-2]
-        weight = (vectors[:, kept] / values[kept].sqrt()).T / len(classes) ** 0.5
-        return cls(problem, classes, weight)
+        # Apart, or beside a mean a million times its differences these would round away.
+        basis = torch.linalg.qr(mean[:, None], mode="complete").Q
+        along, beside = basis[:, :1].T / mean.norm(), basis[:, 1:]
+        values, vectors = torch.linalg.eigh(beside.T @ moment @ beside)
+        kept = values > CUT * values[-1]
+        weight = (beside @ (vectors[:, kept] / values[kept].sqrt())).T
+        return cls(problem, classes, torch.cat([along, weight]) / len(classes) ** 0.5)
 
     @property
     def rank(self) -> int:
