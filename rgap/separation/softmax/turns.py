@@ -36,6 +36,7 @@ GOOD, BAD = 0.75, 0.25  # decrease over the predicted one
 LEAST, MOST = 1e-14, 1e6  # of the damping
 STRETCHES, MOMENTA = (1.0, 1.5), (0.0, 0.7)  # of a step and of the one before that are tried
 FOUND = 1e-8  # cost, over that of samples at random, below which only the last steps remain
+ROUNDED = 0.03  # the same up to which an end that nothing improves may be one of a noisy update
 HALF = 0.5  # decrease of the cost below which the last steps go on
 FLOOR = 1e-12  # relative curvature of the symmetric part that counts as none
 
@@ -299,7 +300,7 @@ def solve_turns(
         elif not gain > BAD:
             damping *= HARDER
         if damping > MOST:
-            return None
+            return t.flatten() if cost < ROUNDED else None
     return None
 
 
