@@ -13,8 +13,11 @@ from rgap import validation
 from rgap.analysis.causes.cause import Cause
 from rgap.analysis.causes.causes import causes
 from rgap.analysis.causes.head import Pair, same_class_pairs
+from rgap.analysis.causes.joint import DECIDED, SECONDS, advised, joint_count
+from rgap.analysis.joint_rank.table import Identifiability
 from rgap.labels import head_features
 from rgap.network.chain import parse
+from rgap.progress import Shown
 from rgap.recovery import Recovery, Status, plain
 from rgap.update.targets import CROSS_ENTROPY
 from rgap.update.update import Update
@@ -32,12 +35,15 @@ class Explanation:
         causes: the heaviest first; empty for an exact recovery.
         pairs: samples of one class at the head, the hardest to tell apart first; empty where their
             features are not known.
+        joint: what all equations together determine, where that decides the advice; None where it
+            does not, or was not counted (the advice says why).
     """
 
     status: Status
     summary: str
     causes: tuple[Cause, ...]
     pairs: tuple[Pair, ...] = ()
+    joint: Identifiability | None = None
 
     @property
     def text(self) -> str:
@@ -78,6 +84,13 @@ class Explanation:
                 }
                 for cause in self.causes
             ],
+            "joint": None
+            if self.joint is None
+            else {
+                "rank": self.joint.joint_rank,
+                "unknowns": self.joint.unknowns,
+                "identifiable": self.joint.identifiable,
+            },
         }
 
 
@@ -88,12 +101,17 @@ def explain(
     *,
     inputs: Tensor | None = None,
     labels: Tensor | None = None,
+    memory_budget: float | None = None,
+    time_limit: float | None = SECONDS,
+    progress: Shown = False,
 ) -> Explanation:
     """Rank the causes why a batch is not recovered, in plain words, each with its number.
 
     From the recovery alone: missing equations layer by layer, steps without an inverse, precision,
     ambiguity.  With the model and the update also what the head's gradient tells apart, noise that
-    nobody stated, compression, and counted changes that would help.
+    nobody stated, compression, and counted changes that would help.  Where layer by layer does not
+    decide, `rgap.analysis.identifiability` counts what all equations determine together: at the
+    batch if it is known, else at a random one.  The advice follows that count.
 
     Args:
         recovery: what `rgap.invert` returned.
@@ -101,6 +119,9 @@ def explain(
         update: what the client sent; with ``model``.
         inputs: the true batch where an auditor has it; the recovered one otherwise.
         labels: its labels; the recovered ones otherwise.
+        memory_budget: bytes that the joint count may take; by default half of what is free.
+        time_limit: seconds that it may take, after which it is left out; 0 for no count.
+        progress: True for a line on a terminal, or a function; see :mod:`rgap.progress`.
 
     Returns:
         The :class:`Explanation`; print it.
@@ -116,8 +137,10 @@ def explain(
     >>> found = explain(rgap.invert(model, update, complete=False), model, update)
     >>> found.causes[0].kind, found.causes[0].place, found.causes[0].number
     ('missing equations', 'conv1', 228.0)
-    >>> found.causes[0].changes[1]
+    >>> found.causes[0].changes[2]
     '6 output channels (now 4)'
+    >>> found.joint.joint_rank, found.joint.unknowns
+    (540, 768)
     """
     if not isinstance(recovery, Recovery):
         raise TypeError(
@@ -134,7 +157,21 @@ def explain(
         update.check(model)
     pairs = _pairs(recovery, model, update, inputs, labels)
     ranked = causes(recovery, model, update, pairs)
-    return Explanation(recovery.status, _summary(recovery, ranked), ranked, pairs)
+    summary, joint = _summary(recovery, ranked), None
+    open_ = any(one.kind in DECIDED for one in ranked)
+    if open_ and model is not None and update is not None and time_limit != 0:
+        found = joint_count(
+            recovery,
+            model,
+            update,
+            (inputs, labels),
+            memory_budget=memory_budget,
+            time_limit=time_limit,
+            progress=progress,
+        )
+        ranked = advised(ranked, recovery, found)
+        joint = None if isinstance(found, str) else found
+    return Explanation(recovery.status, summary, ranked, pairs, joint)
 
 
 def _summary(recovery: Recovery, ranked: tuple[Cause, ...]) -> str:

@@ -54,7 +54,8 @@ from rgap.separation.batch import Batch, Separated, Unseparated
 from rgap.separation.softmax.separate import separate_head, unfit
 from rgap.update.losses import Loss
 
-NETWORKS = ("mlp", "lenet", "cnn")
+NETWORKS = ("mlp", "lenet", "cnn", "relu", "gauss")
+WIDTH = 256  # of features that are drawn: no network lies below the head of the last two
 BATCHES = {10: (2, 4, 8), 100: (16, 32, 64), 1000: (128,)}
 THREADS = int(os.environ.get("OMP_NUM_THREADS", "1"))
 SECONDS = {(100, 32): 1.0, (1000, 128): 10.0}
@@ -141,6 +142,8 @@ def network(kind: str, classes: int, seed: int) -> nn.Module:
         return rgap.models.mlp((256,), classes, "gelu", seed=seed)
     if kind == "lenet":
         return rgap.models.lenet(classes, seed=seed)
+    if kind in ("relu", "gauss"):
+        return seeded(lambda: nn.Sequential(nn.Linear(WIDTH, classes)), seed)
     return seeded(
         lambda: nn.Sequential(
             nn.Conv2d(3, 16, 3, 2, 1),
@@ -159,8 +162,8 @@ def one(cell: dict, seed: int) -> Run:
     size, classes = cell["size"], cell["classes"]
     dtype = getattr(torch, cell["dtype"])
     model = network(cell["network"], classes, seed)
-    x, y = pictures(size, seed), drawn_labels(cell["labels"], size, classes, seed)
-    update = rgap.capture(model, x, y, dtype=dtype)
+    x, y = data(cell["network"], size, seed), drawn_labels(cell["labels"], size, classes, seed)
+    update = rgap.capture(model, x, y, dtype=dtype, value_range=None)
     chain = parse(model, tuple(x.shape[1:]))
     gradients = {name: g.double() for name, g in update.gradients.items()}
     batch = Batch(chain, gradients, Loss(), Precision(dtype), size)
@@ -184,6 +187,14 @@ def one(cell: dict, seed: int) -> Run:
     if isinstance(answer, Unseparated):
         return {**run, "reason": answer.reason}
     return run | compared(answer, features(chain, x), y)
+
+
+def data(kind: str, size: int, seed: int) -> Tensor:
+    """Photographs, or features of a head that has nothing below it: normal, or their ReLU."""
+    if kind not in ("relu", "gauss"):
+        return pictures(size, seed)
+    drawn = torch.randn(size, WIDTH, generator=torch.Generator().manual_seed(seed))
+    return drawn.relu() if kind == "relu" else drawn
 
 
 def features(chain: rgap.network.Chain, x: Tensor) -> Tensor:

@@ -96,7 +96,15 @@ def invert(
     if why:
         from rgap.analysis.causes.explain import explain as rank_causes
 
-        causes = rank_causes(recovery, network, update)
+        limits = work.arguments()
+        causes = rank_causes(
+            recovery,
+            network,
+            update,
+            memory_budget=limits["memory_budget"],
+            progress=limits["progress"],
+            **({} if completion.time_limit is None else {"time_limit": completion.time_limit}),
+        )
         numbers["why"], text = causes.numbers(), causes.text
     answer.show(recovery, numbers, written, explain=explain, text=text)
     return _CODES.get(recovery.status.name, 1)

@@ -115,7 +115,8 @@ def test_capture_then_invert_recovers_the_photograph(here: Path) -> None:
 def test_why_ranks_the_causes() -> None:
     call("capture", "clinets:pooled", *CAPTURE, "--output", "u.safetensors")
     shown = call("invert", "clinets:pooled", "u.safetensors", "--why", code=4)
-    assert "What would change it: a convolution of stride 2" in shown.out
+    assert "What would change it: complete=True, which needs no prior" in shown.out
+    assert "; a convolution of stride 2" in shown.out
     told = json.loads(
         call("invert", "clinets:pooled", "u.safetensors", "--why", "--json", code=4).out
     )

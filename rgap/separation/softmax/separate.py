@@ -25,6 +25,7 @@ from rgap.separation.mixture import Mixture
 from rgap.separation.peeling import GROWTH, IDLE, Collected, Starts, collect
 from rgap.separation.softmax.coupled import SCATTERS, SMALL, Coupled, agreement, refined
 from rgap.separation.softmax.equations import AtHead
+from rgap.separation.softmax.turns import solve_turns
 from rgap.separation.subspace import Consistency, restricted
 from rgap.separation.targets import admissible, contradicted, near_copies, resolved
 from rgap.separation.weights import all_weighed
@@ -49,6 +50,8 @@ UNSEEN = 1e-4  # relative σ of that slope below which a direction waits for its
 FAR = 16.0  # reach of the starts where labels repeat: samples of one label share their basins
 STALLED = 0.81  # decrease of the cost below which those steps go on
 AGREE = 2  # starts that have to end at the same batch
+TURNED = 6  # starts by turns of a batch of one label
+STRONG = 1e-6  # σ_B/σ_1 above which turns are faster than one sample after the other
 
 
 def unfit(batch: Batch, head: Mixture) -> Unseparated | None:
@@ -117,7 +120,7 @@ def separate_head(
         Starts(
             batch.precision.seed,
             batch.starts(head.rank, most, GROWTH),
-            first=opening(consistency),
+            first=_all_at_once(batch, consistency) or opening(consistency),
             reach=FAR if 2 * clear < head.rank else 1.0,
             rounds=IDLE if resolved(batch, head) else HASTY,
             deadline=batch.deadline,
@@ -166,13 +169,19 @@ def _together(
     if watch is not None:
         watch(f"separating {rank} samples at '{name}' together")
     floor = problem.floor()
-    # A batch whose labels all differ is solved from the means of its classes at once.
-    first = problem.starts(len(SCATTERS) if rank <= FEW else 2, generator)
-    runs = len(first)
-    steps = STEPS if rank <= RESCUED else FEW_STEPS
-    solved = levenberg_marquardt(problem, first, tolerance=floor, max_iterations=steps)
-    answer = agreement(problem, refined(problem, solved.value), floor)
-    ends = first[:0]
+    alone = rank > SMALL and len(labels.unique()) == 1
+    runs, ends = _turned(batch, problem, generator) if alone else (0, _none(problem))
+    answer: Tensor | str = "no search by turns of the differences ended at a batch"
+    if len(ends):
+        answer = agreement(problem, ends, floor)
+    if isinstance(answer, str) and not batch.late and (not alone or rank <= RESCUED):
+        # A batch whose labels all differ is solved from the means of its classes at once.
+        first = problem.starts(len(SCATTERS) if rank <= FEW else 2, generator)
+        runs += len(first)
+        steps = STEPS if rank <= RESCUED else FEW_STEPS
+        solved = levenberg_marquardt(problem, first, tolerance=floor, max_iterations=steps)
+        answer = agreement(problem, refined(problem, solved.value), floor)
+    ends = _none(problem)
     for _ in range(ROUNDS):
         if not isinstance(answer, str) or rank > SMALL or batch.late:
             break
@@ -200,6 +209,41 @@ def _together(
         f"{rank * (rank - 1)} unknowns"
     )
     return finish_together(batch, consistency, gathered, route, began)
+
+
+def _all_at_once(batch: Batch, consistency: AtHead) -> tuple[AtHead, Tensor] | None:
+    """Starts at all samples of a large batch of one label, found by turns of their differences."""
+    head = consistency.samples
+    rank, classes = head.rank, len(consistency.shift)
+    if consistency.clear != 1 or rank <= CROWD or head.ratio < STRONG:
+        return None
+    labels = consistency.pool[:1].expand(rank)
+    scale = loss_scale(batch.loss, rank, classes)
+    problem = Coupled(head, labels, scale, consistency.smoothing, batch.precision)
+    generator = torch.Generator().manual_seed(batch.precision.seed)
+    _, ends = _turned(batch, problem, generator, 1)
+    return (consistency.labelled(labels), problem.rows(ends)[0]) if len(ends) else None
+
+
+def _none(problem: Coupled) -> Tensor:
+    """No end, [0, R(R − 1)]."""
+    rank = problem.head.rank
+    return problem.origin.new_zeros(0, rank * (rank - 1))
+
+
+def _turned(
+    batch: Batch, problem: Coupled, generator: torch.Generator, enough: int = AGREE
+) -> tuple[int, Tensor]:
+    """How many starts of a batch of one label there were, and those ends that are a batch."""
+    ends: list[Tensor] = []
+    runs = 0
+    for start in problem.starts(TURNED, generator):
+        if len(ends) == enough or batch.late:
+            break
+        runs += 1
+        end = solve_turns(problem, start, batch.deadline)
+        ends += [] if end is None else [end]
+    return runs, torch.stack(ends) if ends else _none(problem)
 
 
 def _hidden(batch: Batch, head: Mixture) -> Unseparated | None:
