@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
@@ -96,15 +96,10 @@ def invert(
     if why:
         from rgap.analysis.causes.explain import explain as rank_causes
 
-        limits = work.arguments()
-        causes = rank_causes(
-            recovery,
-            network,
-            update,
-            memory_budget=limits["memory_budget"],
-            progress=limits["progress"],
-            **({} if completion.time_limit is None else {"time_limit": completion.time_limit}),
-        )
+        limits: dict[str, Any] = {n: work.arguments()[n] for n in ("memory_budget", "progress")}
+        if completion.time_limit is not None:
+            limits["time_limit"] = completion.time_limit
+        causes = rank_causes(recovery, network, update, **limits)
         numbers["why"], text = causes.numbers(), causes.text
     answer.show(recovery, numbers, written, explain=explain, text=text)
     return _CODES.get(recovery.status.name, 1)

@@ -169,7 +169,7 @@ def _together(
     if watch is not None:
         watch(f"separating {rank} samples at '{name}' together")
     floor = problem.floor()
-    alone = rank > SMALL and len(labels.unique()) == 1
+    alone = rank > SMALL and bool((labels == labels[0]).all())
     runs, ends = _turned(batch, problem, generator) if alone else (0, _none(problem))
     answer: Tensor | str = "no search by turns of the differences ended at a batch"
     if len(ends):
