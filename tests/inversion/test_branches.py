@@ -276,29 +276,3 @@ def test_a_convolution_with_one_place_is_walked_from(
     assert recovery.status is Status.EXACT, recovery.reason
     assert recovery.inputs is not None and recovery.error_bound is not None
     assert float((recovery.inputs - x).abs().max()) <= recovery.error_bound < 1e-3
-
-
-class Before(nn.Module):
-    """Norms and rectifiers before the convolutions: nothing on the stream of sums is known."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.n1, self.c1 = nn.BatchNorm2d(width), nn.Conv2d(width, width, 3, 1, 1, bias=False)
-        self.n2, self.c2 = nn.BatchNorm2d(width), nn.Conv2d(width, width, 3, 1, 1, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.c2(self.n2(self.c1(self.n1(x).relu())).relu())
-
-
-def test_values_inside_blocks_determine_data_whose_stream_ends_in_a_pool() -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(3, 48, 3, 2, 1, bias=False), Before(48), Before(48), nn.BatchNorm2d(48),
-        nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(48, 5),
-    )  # fmt: skip
-    model.train()(rgap.photos.load(16, 8, dtype=torch.float32))
-    model, x = model.double().eval(), rgap.photos.load(1, 8, start=3)
-    recovery = rgap.invert(model, rgap.capture(model, x, torch.tensor([2])))
-    assert recovery.status is Status.EXACT, recovery.reason
-    assert recovery.inputs is not None and recovery.error_bound is not None
-    assert float((recovery.inputs - x).abs().max()) <= recovery.error_bound < 1e-9
