@@ -23,6 +23,8 @@ LARGE, STORED = 224, 64  # pixels
 class Block(nn.Module):
     """Two 3×3 convolutions and what leads past them."""
 
+    step = staticmethod(F.relu)
+
     def __init__(self, into: int, out: int, stride: int) -> None:
         super().__init__()
         self.conv1, self.bn1 = nn.Conv2d(into, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out)
@@ -34,8 +36,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Of the map x."""
-        h = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(h)) + self.skip(x))
+        h = self.step(self.bn1(self.conv1(x)))
+        return self.step(self.bn2(self.conv2(h)) + self.skip(x))
 
 
 class Before(nn.Module):
@@ -83,6 +85,17 @@ def vgg16(normed: bool) -> nn.Module:
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(512, CLASSES))
 
 
+def bent(model: nn.Module) -> nn.Module:
+    """The same network with SiLU for every ReLU."""
+    for module in model.modules():
+        for name, inner in module.named_children():
+            if isinstance(inner, nn.ReLU):
+                setattr(module, name, nn.SiLU())
+        if isinstance(module, Block):
+            module.step = F.silu
+    return model
+
+
 def small(name: str) -> nn.Module:
     """A network for ImageNet as CIFAR has it: the first convolution 3×3, no stride, no pool."""
     model = rgap.models.IMAGENET[name](classes=CLASSES)
@@ -99,6 +112,7 @@ def small(name: str) -> nn.Module:
 _BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "resnet18": lambda: _residual(Block, []),
     "preact18": lambda: _residual(Before, [nn.BatchNorm2d(512), nn.ReLU()]),
+    "silu18": lambda: bent(_residual(Block, [])),
     "vgg16": lambda: vgg16(False),
     "vgg16_bn": lambda: vgg16(True),
     "resnet34": lambda: small("resnet34"),

@@ -26,6 +26,7 @@ from rgap.network.affine import Affine
 from rgap.network.flow import Flow
 from rgap.network.pooling import MaxPool
 from rgap.precision import Estimate, Precision, smoothed
+from rgap.recursion.one_sample import cotangent_below
 from rgap.recursion.readers import Contradicted, Reader, from_gradients
 from rgap.recursion.steps import down, through
 from rgap.recursion.steps_above import mask_of, nonnegative, steps_above
@@ -41,6 +42,7 @@ class GraphDescent:
         values: by place, those that gradients determine, [B, *shape].
         cotangents: by place, ∂L/∂value.
         masks: by place of a rectifier, what it lets through, as 0 and 1.
+        below: by place of another step, ∂L/∂input where its convolution told it.
         shifts: places of convolutions whose gradients told the positions apart.
         ends: by place, why nothing is known of it or below it.
         unit: unit roundoff of the client's arithmetic.
@@ -49,6 +51,7 @@ class GraphDescent:
     values: dict[int, Estimate] = field(default_factory=dict)
     cotangents: dict[int, Estimate] = field(default_factory=dict)
     masks: dict[int, Tensor] = field(default_factory=dict)
+    below: dict[int, Estimate] = field(default_factory=dict)
     shifts: list[int] = field(default_factory=list)
     ends: dict[int, str] = field(default_factory=dict)
     unit: float = 0.0
@@ -160,7 +163,16 @@ class Walk:
         if isinstance(link, MaxPool):
             return place not in state.masks
         rectifier = isinstance(link, Activation) and link.one_sided
-        return rectifier and place not in state.masks and place not in state.values
+        opened = place in state.masks or place in state.values
+        return (rectifier and not opened) or self.bent(place)
+
+    def bent(self, place: int) -> bool:
+        """True at another step whose slopes no value tells, and of one sample may not have to."""
+        link, state = self.flow.nodes[place].link, self.state
+        step = isinstance(link, Activation) and not link.affine and not link.one_sided
+        alone = place in state.cotangents and len(state.cotangents[place].value) == 1
+        told = place in state.below or (place in state.values and link.barrier is None)
+        return step and alone and not told
 
     def passed(self, place: int) -> list[Estimate] | None:
         """The cotangents at the sources of a node; None, with the reason noted, where it ends."""
@@ -181,6 +193,10 @@ class Walk:
             sent = link.adjoint(k.value)
             rounded = self.precision.rounding(sent)
             return [Estimate(sent, each(link.adjoint, k.error) + rounded)]
+        if place in state.below:
+            return [state.below[place]]
+        if self.bent(place):
+            return [k]  # of which the convolution below may tell what is left
         if not isinstance(link, Activation) or link.barrier is not None:
             state.ends[place] = link.barrier or f"'{node.name}' ({link.kind}) is not inverted"
             return None
@@ -226,6 +242,13 @@ class Walk:
         state, k = self.state, self.state.cotangents[place]
         if affine.geometry is None or affine.geometry.groups != 1:
             return f"'{affine.name}' is no convolution that tells what a rectifier lets through"
+        if bent := [step for step in self.behind[place] if self.bent(step)]:
+            [lowest, *_] = sorted(bent)
+            below = cotangent_below(self.flow, place, lowest, self.gradients, self.precision)
+            if isinstance(below, Estimate):
+                state.below[lowest] = below
+                state.shifts.append(place)
+            return below if isinstance(below, str) else None
         gradient = affine.sent(self.gradients)
         noise = self.precision.noise_rms(affine.weight_name, gradient)
         noise += self.precision.unit * float(gradient.square().mean().sqrt())
@@ -282,7 +305,8 @@ class Walk:
     def needed(self, place: int) -> bool:
         """True where no cotangent goes below a value that is not known: a step with slopes."""
         link = self.flow.nodes[place].link
-        return isinstance(link, Activation) and not link.affine and not link.one_sided
+        step = isinstance(link, Activation) and not link.affine and not link.one_sided
+        return step and not self.bent(place)
 
     def reopened(self, users: list[int], why: Contradicted) -> bool:
         """Put in doubt what a rectifier lets through in filters that contradict all others.

@@ -1,0 +1,94 @@
+"""Below steps without a mask: the cotangent of one sample from the convolution alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import rgap
+from rgap.network.flow import Flow, flow_of
+from rgap.precision import Estimate, Precision
+from rgap.recursion.graph import descend_graph
+
+F64 = torch.float64
+
+
+class Bent(nn.Module):
+    """Two convolutions with a skip past the second, and a step of any kind behind each."""
+
+    def __init__(self, step: Callable[[Tensor], Tensor], bias: bool) -> None:
+        super().__init__()
+        self.first, self.n1 = nn.Conv2d(3, 40, 5, 3, 2, bias=False), nn.BatchNorm2d(40)
+        self.second, self.n2 = nn.Conv2d(40, 40, 3, 1, 1, bias=False), nn.BatchNorm2d(40)
+        self.third = nn.Conv2d(40, 40, 3, 1, 1, bias=bias)
+        self.pool, self.head, self.step = nn.AdaptiveAvgPool2d(1), nn.Linear(40, 4), step
+        for norm in (self.n1, self.n2):
+            norm.bias.requires_grad_(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.step(self.n1(self.first(x)))
+        b = self.step(self.n2(self.second(a)) + a)
+        return self.head(self.pool(self.step(self.third(b))).flatten(1))
+
+
+def sent(model: nn.Module, x: Tensor) -> tuple[Flow, dict[str, Tensor], Tensor]:
+    out = model(x)
+    loss = F.cross_entropy(out, torch.arange(len(x)) % 4)
+    (top,) = torch.autograd.grad(loss, out, retain_graph=True)
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    made = torch.autograd.grad(loss, [p for _, p in named])
+    gradients = {n: g.double() for (n, _), g in zip(named, made, strict=True)}
+    flow = flow_of(model.double(), tuple(x.shape[1:]))
+    assert isinstance(flow, Flow), flow
+    return flow, gradients, top.double()
+
+
+def network(step: Callable[[Tensor], Tensor], dtype: torch.dtype, bias: bool = True) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Bent(step, bias)
+        model.train()(rgap.photos.load(16, 12, dtype=torch.float32))
+    return model.to(dtype).eval()
+
+
+@pytest.mark.parametrize("step", [F.silu, F.gelu, torch.sin, F.mish])
+@pytest.mark.parametrize("dtype", [F64, torch.float32])
+def test_values_below_steps_without_an_inverse(
+    step: Callable[[Tensor], Tensor], dtype: torch.dtype
+) -> None:
+    model, x = network(step, dtype), rgap.photos.load(1, 12, start=3).to(dtype)
+    with torch.no_grad():
+        a = step(model.n1(model.first(x)))
+        b = step(model.n2(model.second(a)) + a)
+    seen = {"second": a.double(), "third": b.double()}
+    flow, gradients, top = sent(model, x)
+    precision = Precision(dtype=dtype)
+    told = descend_graph(flow, gradients, Estimate(top, precision.rounding(top)), precision)
+    names = {node.name: node.sources[0] for node in flow.nodes[1:]}
+    for name in ("second", "third"):
+        known = told.values[names[name]]
+        off = (known.value - seen[name]).abs()
+        size = float(seen[name].abs().max())
+        assert float(off.max()) <= (1e-9 if dtype is F64 else 1e-3) * size, name
+        rms = float(known.error.square().mean().sqrt())
+        assert float(off.square().mean().sqrt()) <= 5.0 * rms + 1e-14 * size, name
+
+
+def test_without_a_bias_the_size_is_open() -> None:
+    model, x = network(F.silu, F64, bias=False), rgap.photos.load(1, 12, start=3)
+    flow, gradients, top = sent(model, x)
+    precision = Precision()
+    told = descend_graph(flow, gradients, Estimate(top, precision.rounding(top)), precision)
+    assert any("no bias above it says how large" in why for why in told.ends.values())
+
+
+def test_two_samples_are_not_one() -> None:
+    model, x = network(F.silu, F64), rgap.photos.load(2, 12, start=3)
+    flow, gradients, top = sent(model, x)
+    precision = Precision()
+    told = descend_graph(flow, gradients, Estimate(top, precision.rounding(top)), precision)
+    assert not told.below
