@@ -12,6 +12,7 @@ from torch import Tensor
 from rgap.jacobian.frontier import Frontier
 from rgap.limits import CLEAR
 from rgap.network.activations import ReLU
+from rgap.network.pooling import MaxPool
 from rgap.progress import Watch
 
 __all__ = ["Search"]
@@ -38,7 +39,11 @@ class Search:
         watch: told which sample is looked for.
         below: what is, in words.
         deadline: of ``time.perf_counter``, after which no further round is begun.
+
+    ``missed`` says whether the last run ended at data that do not give the known values.
     """
+
+    missed = False
 
     def __init__(
         self,
@@ -78,18 +83,28 @@ class Search:
         values, total = self.function.values(x, sharp), x.new_zeros(())
         known = zip(self.function.edge, self.wanted, self.scales, self.on, strict=True)
         for place, v, w, on in known:
-            node, given = self.function.flow.nodes[place], values[place]
-            if sharp is None and isinstance(node.link, ReLU):
-                given = torch.where(on[row], values[node.sources[0]], given)
+            given = values[place]
+            if sharp is None:
+                given = torch.where(on[row], self.sloped(place, values), given)
             total = total + w[row] * (given - v[row]).square().sum()
         return total
+
+    def sloped(self, place: int, values: Mapping[int, Tensor]) -> Tensor:
+        """A known value where the rectifier on the way to it lets all through, with its slope."""
+        nodes = self.function.flow.nodes
+        link, below = nodes[place].link, nodes[place].sources[0]
+        if isinstance(link, ReLU):
+            return values[below]
+        if isinstance(link, MaxPool) and isinstance(nodes[below].link, ReLU):
+            return link.forward(values[nodes[below].sources[0]])
+        return values[place]
 
     @property
     def late(self) -> bool:
         """True if the time is up."""
         return time.perf_counter() > self.deadline
 
-    def run(self, row: int, goal: float) -> Tensor | str:
+    def run(self, row: int, goal: float, starts: int = STARTS) -> Tensor | str:
         """A sample [1, *in_shape], float64, or how near the nearest one came.
 
         Goes on from where the last run for it ended.
@@ -97,11 +112,12 @@ class Search:
         Args:
             row: of the sample.
             goal: relative misfit that will do; errors may allow more.
+            starts: that are tried, with that one.
         """
         close = max(self.explained[row], goal**2)
         self.watch(f"{self.below}, sample {row + 1} of {len(self.explained)}")
         x, best = self.answers.get(row), inf
-        for trial in range(STARTS):
+        for trial in range(starts):
             begin = None if trial else x
             if begin is None:
                 begin = self.start(trial)[row : row + 1].to(self.wanted[0])
@@ -115,7 +131,8 @@ class Search:
                 break
         assert x is not None
         self.answers[row] = x
-        if not best <= NEAR**2 * close:
+        self.missed = not best <= NEAR**2 * close
+        if self.missed:
             met = f"{best**0.5:.1e} of their size, where {close**0.5:.1e} is explained"
             if self.late:
                 return f"the time was up at data that give the known values to {met}; " + LONGER
