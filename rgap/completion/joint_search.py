@@ -13,8 +13,7 @@ are rounded off, and sharpened level by level; where that ends beside the answer
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from math import inf
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -26,7 +25,8 @@ from rgap.recursion.graph import GraphDescent
 __all__ = ["JointSearch"]
 
 LEVELS = 9, 7  # of sharpness, of the first pass and of those after it
-BLUNT, SHARP = (2.0, 8.0), (60.0, 200.0)  # the first and the last of each
+BLUNT, SHARP = (2.0, 8.0), (60.0, 200.0)  # the first and the last of the first and second pass
+SHARPER = 2.0  # factor on both with every pass that finds no sample
 STEPS, HISTORY = (60, 80), 30  # of L-BFGS a level
 
 
@@ -87,63 +87,90 @@ class JointSearch:
         cotangents = {place: told.cotangents[place].value for place in edge}
         return JointSearch(function, cotangents, sent, deadline) if sent else None
 
-    def misfit(self, x: Tensor, sharp: Mapping[int, float]) -> Tensor:
-        """Of all samples, 2 where values and gradients are 0; in the graph of x."""
-        values = self.function.values(x, sharp)
-        edge = list(zip(self.function.edge, self.wanted, strict=True))
-        missed = [(values[p] - v).square().flatten(1).sum(1) / self.sizes for p, v in edge]
-        sent = torch.stack([(values[p] * self.cotangents[p]).sum() for p, _ in edge]).sum()
+    def sent(self, values: Mapping[int, Tensor], rows: Tensor) -> list[Tensor]:
+        """What some samples send at the layers, in the graph of what the values are made of.
+
+        Args:
+            values: of the network, of these samples.
+            rows: which of the batch they are, [B].
+        """
+        edge = [(values[p] * self.cotangents[p][rows]).sum() for p in self.function.edge]
         outputs = [values[place] for place in self.gradients]
-        cotangents = torch.autograd.grad(sent, outputs, create_graph=True)
-        rows = []
-        for (place, gradient), k in zip(self.gradients.items(), cotangents, strict=True):
+        cotangents = torch.autograd.grad(torch.stack(edge).sum(), outputs, create_graph=True)
+        made = []
+        for place, k in zip(self.gradients, cotangents, strict=True):
             node = self.function.flow.nodes[place]
             assert isinstance(node.link, Affine)
-            own = node.link.weight_gradient(values[node.sources[0]], k)
-            rows.append((own - gradient).square().sum() / gradient.square().sum())
-        return torch.stack(missed).sum(0).mean() + torch.stack(rows).mean()
+            made.append(node.link.weight_gradient(values[node.sources[0]], k))
+        return made
+
+    def misfit(
+        self, x: Tensor, rows: Tensor, left: Sequence[Tensor], sharp: Mapping[int, float]
+    ) -> Tensor:
+        """Of some samples, in the graph of x.
+
+        Args:
+            x: these samples.
+            rows: which of the batch they are, [B].
+            left: of every gradient, without what the others send.
+            sharp: by place of a step with a kink, how sharp it is.
+        """
+        values = self.function.values(x, sharp)
+        missed = [
+            (values[place] - wanted[rows]).square().flatten(1).sum(1) / self.sizes[rows]
+            for place, wanted in zip(self.function.edge, self.wanted, strict=True)
+        ]
+        own = zip(self.sent(values, rows), left, strict=True)
+        apart = [(mine - g).square().sum() / g.square().sum() for mine, g in own]
+        return torch.stack(missed).sum(0).mean() + torch.stack(apart).mean()
 
     @property
     def late(self) -> bool:
         """True if the time is up."""
         return time.perf_counter() > self.deadline
 
-    def descended(self, number: int, x: Tensor, held: Sequence[bool]) -> tuple[Tensor, float]:
-        """Where one pass leads, [B, *in_shape], and the misfit there with its last kinks.
+    def descended(self, x: Tensor, held: Sequence[bool], vain: int | None) -> Tensor:
+        """Where one pass leads, [B, *in_shape].
 
         Args:
-            number: of the pass.
             x: where it begins.
             held: by sample, whether it is known, and stays.
+            vain: passes that found none since the last that did; None for the first pass.
         """
-        later = int(number > 0)
-        levels, blunt, sharpest = LEVELS[later], BLUNT[later], SHARP[later]
-        x, now = x.float(), inf
+        later = int(vain is not None)
+        levels, more = LEVELS[later], SHARPER ** (vain or 0)
+        blunt, sharpest = more * BLUNT[later], more * SHARP[later]
+        free, x = torch.tensor([not known for known in held]), x.float()
+        left = list(self.gradients.values())
+        if not bool(free.all()):
+            others = x[~free].requires_grad_()
+            known = self.sent(self.function.values(others), ~free)
+            left = [g - own.detach() for g, own in zip(left, known, strict=True)]
+        some = x[free]
         for level in range(levels):
             beta = blunt * (sharpest / blunt) ** (level / (levels - 1))
-            x, now = self._level(x, held, self.function.sharpness(x, beta), STEPS[later])
+            sharp = self.function.sharpness(some, beta)
+            some = _lower(
+                some, STEPS[later], lambda x, sharp=sharp: self.misfit(x, free, left, sharp)
+            )
             if self.late:
                 break
-        return x, now
+        return x.index_put((free,), some)
 
-    def _level(
-        self, x: Tensor, held: Sequence[bool], sharp: Mapping[int, float], steps: int
-    ) -> tuple[Tensor, float]:
-        free = torch.tensor([not known for known in held])
-        some = x[free].clone().requires_grad_()
-        optimiser = torch.optim.LBFGS(
-            [some], max_iter=steps, history_size=HISTORY, line_search_fn="strong_wolfe",
-            tolerance_grad=0.0, tolerance_change=0.0,
-        )  # fmt: skip
-        now = inf
 
-        def closure() -> Tensor:
-            nonlocal now
-            with torch.enable_grad():
-                value = self.misfit(x.index_put((free,), some), sharp)
-                (some.grad,) = torch.autograd.grad(value, some)
-            now = float(value.detach())
-            return value.detach()
+def _lower(x: Tensor, steps: int, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """Where steps of L-BFGS lead from x."""
+    x = x.clone().requires_grad_()
+    optimiser = torch.optim.LBFGS(
+        [x], max_iter=steps, history_size=HISTORY, line_search_fn="strong_wolfe",
+        tolerance_grad=0.0, tolerance_change=0.0,
+    )  # fmt: skip
 
-        optimiser.step(closure)  # type: ignore[no-untyped-call]
-        return x.index_put((free,), some.detach()), now
+    def closure() -> Tensor:
+        with torch.enable_grad():
+            value = function(x)
+            (x.grad,) = torch.autograd.grad(value, x)
+        return value.detach()
+
+    optimiser.step(closure)  # type: ignore[no-untyped-call]
+    return x.detach()

@@ -40,7 +40,7 @@ from rgap.recursion.graph import GraphDescent
 __all__ = ["Preimage", "preimage"]
 
 HANDED_OVER = 1e-3, 3e-5, 0.0  # relative misfits at which Gauss–Newton is tried; 0: as errors say
-PASSES, GAINED = 12, 0.9  # of all samples together; factor on their misfit that ends them
+PASSES, VAIN = 16, 3  # of all samples together, and after one that finds no more
 OTHERS = 3  # rearranged pictures of a sample that Gauss–Newton begins at
 COPIES = (
     24.0  # bytes a value on the way: float32, with its cotangent, its slope and what is made of it
@@ -158,23 +158,26 @@ def _looked_for(full: Frontier, search: Search, joint: JointSearch | None = None
 
 def _jointly(search: Search, joint: JointSearch, one: Callable[[int], Row | str]) -> Settled | str:
     """The same from where all samples together meet values and gradients."""
-    made: dict[int, Row | str] = {}
-    x, last, samples = search.start(0).float(), inf, range(len(search.explained))
+    samples = range(len(search.explained))
+    x, made = search.start(0).float(), dict[int, Row | str]()
+    held, vain = [False for _ in samples], None
     for number in range(PASSES):
-        held = [isinstance(made.get(row), tuple) for row in samples]
         search.watch(f"{search.below}, all samples together, pass {number + 1}")
-        x, now = joint.descended(number, x, held)
+        x = joint.descended(x, held, vain)
+        if vain is None and not search.late:
+            vain = 0  # the first pass ends with kinks that are too blunt for what follows
+            continue
         for row in samples:
             if not held[row]:
                 search.answers[row] = x[row : row + 1]
-                made[row] = told = one(row)
-                if isinstance(told, tuple):
-                    x[row] = told[0].value[0].float()
-        known = sum(isinstance(row, tuple) for row in made.values())
-        stuck = known == sum(held) and now > GAINED * last
-        if known == len(samples) or search.late or (number > 1 and stuck):
+                search.absolute(row, HANDED_OVER[1])
+                made[row] = one(row)
+                x[row] = search.answers[row][0]
+        found = [isinstance(made[row], tuple) for row in samples]
+        vain = 0 if found != held else (vain or 0) + 1
+        held = found
+        if all(held) or search.late or vain > VAIN:
             break
-        last = now
     return batch(len(samples), made.__getitem__)
 
 
