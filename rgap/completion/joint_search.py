@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -151,7 +152,7 @@ class JointSearch:
             beta = blunt * (sharpest / blunt) ** (level / (levels - 1))
             sharp = self.function.sharpness(some, beta)
             some = _lower(
-                some, STEPS[later], lambda x, sharp=sharp: self.misfit(x, free, left, sharp)
+                some, STEPS[later], partial(self.misfit, rows=free, left=left, sharp=sharp)
             )
             if self.late:
                 break
