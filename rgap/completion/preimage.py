@@ -15,7 +15,7 @@ rank and refusal are ours.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from math import inf, prod
@@ -23,8 +23,9 @@ from math import inf, prod
 import torch
 from torch import Tensor
 
+from rgap.completion.joint_search import JointSearch
 from rgap.completion.rearranged import rearrangements, steps_of, unmoved
-from rgap.completion.value_search import Search
+from rgap.completion.value_search import STARTS, Search
 from rgap.completion.value_settling import MEMBERS, Row, Settled, Settling, batch
 from rgap.completion.value_uniqueness import agreed, folded, mirrored, paired
 from rgap.completion.windows import confused_of_graph
@@ -39,6 +40,7 @@ from rgap.recursion.graph import GraphDescent
 __all__ = ["Preimage", "preimage"]
 
 HANDED_OVER = 1e-3, 3e-5, 0.0  # relative misfits at which Gauss–Newton is tried; 0: as errors say
+PASSES, VAIN = 16, 3  # of all samples together, and after one that finds no more
 OTHERS = 3  # rearranged pictures of a sample that Gauss–Newton begins at
 COPIES = (
     24.0  # bytes a value on the way: float32, with its cotangent, its slope and what is made of it
@@ -69,6 +71,7 @@ def preimage(
     watch: Watch = silent,
     deadline: float = inf,
     room: float = inf,
+    gradients: Mapping[str, Tensor] | None = None,
 ) -> Preimage | str:
     """The data that give the known values nearest to them, with errors, or why there are none.
 
@@ -79,6 +82,8 @@ def preimage(
         watch: told how far it is.
         deadline: of ``time.perf_counter``, after which no further round is begun.
         room: bytes for all values of the network on the way, and their cotangents.
+        gradients: the update, by parameter name: what layers below the known values say of the data
+            where these alone lead nowhere.
     """
     known = told.values
     lowest = frontier(flow, known)
@@ -116,10 +121,11 @@ def preimage(
             return alike
         nearest = Frontier(flow, lowest, known, told.unit).to(torch.float32)
         search = partial(Search, nearest, watch=watch, below=below, deadline=deadline)
-        made = _looked_for(full, search(start))
+        joint = JointSearch.of(nearest, told, gradients or {}, deadline)
+        made = _looked_for(full, search(start), joint)
         if doubted and not isinstance(made, str):
             again = search(lambda number: start(number + 1), below=f"again {below}")
-            made = agreed(made, _looked_for(full, again))
+            made = agreed(made, _looked_for(full, again, joint))
         if not isinstance(made, str):
             other = mirrored(nearest, made[0].value)
             made = other or _rearranged(Settling(full), nearest, made[0]) or made
@@ -129,14 +135,14 @@ def preimage(
     return Preimage(data, misfit, unknowns, on)
 
 
-def _looked_for(full: Frontier, search: Search) -> Settled | str:
+def _looked_for(full: Frontier, search: Search, joint: JointSearch | None = None) -> Settled | str:
     """The data with their errors and misfits, from the starts that a search is given."""
-    settling = Settling(full)
+    settling, samples = Settling(full), len(search.explained)
 
-    def one(row: int) -> Row | str:
+    def one(row: int, starts: int = STARTS) -> Row | str:
         made: Row | str = ""
         for goal in HANDED_OVER:
-            found = search.run(row, goal)
+            found = search.run(row, goal, starts)
             if isinstance(found, str):
                 return found
             made = settling.settled(row, found)
@@ -144,7 +150,35 @@ def _looked_for(full: Frontier, search: Search) -> Settled | str:
                 break
         return made
 
-    return batch(len(search.explained), one)
+    made = batch(samples, one)
+    if isinstance(made, str) and joint is not None and search.missed and not search.late:
+        return _jointly(search, joint, lambda row: one(row, 1))
+    return made
+
+
+def _jointly(search: Search, joint: JointSearch, one: Callable[[int], Row | str]) -> Settled | str:
+    """The same from where all samples together meet values and gradients."""
+    samples = range(len(search.explained))
+    x, made = search.start(0).float(), dict[int, Row | str]()
+    held, vain = [False for _ in samples], None
+    for number in range(PASSES):
+        search.watch(f"{search.below}, all samples together, pass {number + 1}")
+        x = joint.descended(x, held, vain)
+        if vain is None and not search.late:
+            vain = 0  # the first pass ends with kinks that are too blunt for what follows
+            continue
+        for row in samples:
+            if not held[row]:
+                search.answers[row] = x[row : row + 1]
+                search.absolute(row, HANDED_OVER[1])
+                made[row] = one(row)
+                x[row] = search.answers[row][0]
+        found = [isinstance(made[row], tuple) for row in samples]
+        vain = 0 if found != held else (vain or 0) + 1
+        held = found
+        if all(held) or search.late or vain > VAIN:
+            break
+    return batch(len(samples), made.__getitem__)
 
 
 def _rearranged(settling: Settling, nearest: Frontier, data: Estimate) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 from rgap.jacobian.frontier import Frontier
 from rgap.limits import CLEAR
 from rgap.network.activations import ReLU
+from rgap.network.pooling import MaxPool
 from rgap.progress import Watch
 
 __all__ = ["Search"]
@@ -22,6 +23,7 @@ STALLED, GIVEN = 0.98, 8  # factor on the misfit of a round that ends a start, f
 STARTS = 3
 LONGER = "write a longer time_limit"
 BLUNT, BLUNT_ROUNDS = (2.0, 10.0), 6  # sharpness of kinks at first, and rounds with each
+WIDTHS, ABSOLUTE_ROUNDS = (3e-2, 1e-2, 1e-3), 10  # of least absolute errors
 SETTLED = 0.95  # factor on the misfit of such a round that ends them: other kinks leave a rest
 
 
@@ -38,7 +40,11 @@ class Search:
         watch: told which sample is looked for.
         below: what is, in words.
         deadline: of ``time.perf_counter``, after which no further round is begun.
+
+    ``missed`` says whether the last run ended at data that do not give the known values.
     """
+
+    missed = False
 
     def __init__(
         self,
@@ -73,23 +79,46 @@ class Search:
         parts = zip(self.wanted, self.squares, self.scales, strict=True)
         return torch.stack([w * s * v[0].numel() for v, s, w in parts]).sum(0).float()
 
-    def misfit(self, row: int, x: Tensor, sharp: Mapping[int, float] | None) -> Tensor:
-        """Of a sample; 1 where f(x) is 0."""
+    def misfit(
+        self, row: int, x: Tensor, sharp: Mapping[int, float] | None, width: float | None = None
+    ) -> Tensor:
+        """Of a sample; 1 where f(x) is 0.
+
+        Args:
+            row: of the sample.
+            x: [1, *in_shape].
+            sharp: by place of a step with a kink, how sharp it is; None for the network's own.
+            width: over the rms of a known value, above which errors count by their size instead.
+        """
         values, total = self.function.values(x, sharp), x.new_zeros(())
         known = zip(self.function.edge, self.wanted, self.scales, self.on, strict=True)
         for place, v, w, on in known:
-            node, given = self.function.flow.nodes[place], values[place]
-            if sharp is None and isinstance(node.link, ReLU):
-                given = torch.where(on[row], values[node.sources[0]], given)
-            total = total + w[row] * (given - v[row]).square().sum()
+            given = values[place]
+            if sharp is None:
+                given = torch.where(on[row], self.sloped(place, values), given)
+            squares = (given - v[row]).square()
+            if width is not None:
+                unit = (width**2 * v[row].square().mean()).clamp_min(1e-30)
+                squares = 2.0 * unit * (torch.sqrt(1.0 + squares / unit) - 1.0)
+            total = total + w[row] * squares.sum()
         return total
+
+    def sloped(self, place: int, values: Mapping[int, Tensor]) -> Tensor:
+        """A known value where the rectifier on the way to it lets all through, with its slope."""
+        nodes = self.function.flow.nodes
+        link, below = nodes[place].link, nodes[place].sources[0]
+        if isinstance(link, ReLU):
+            return values[below]
+        if isinstance(link, MaxPool) and isinstance(nodes[below].link, ReLU):
+            return link.forward(values[nodes[below].sources[0]])
+        return values[place]
 
     @property
     def late(self) -> bool:
         """True if the time is up."""
         return time.perf_counter() > self.deadline
 
-    def run(self, row: int, goal: float) -> Tensor | str:
+    def run(self, row: int, goal: float, starts: int = STARTS) -> Tensor | str:
         """A sample [1, *in_shape], float64, or how near the nearest one came.
 
         Goes on from where the last run for it ended.
@@ -97,11 +126,12 @@ class Search:
         Args:
             row: of the sample.
             goal: relative misfit that will do; errors may allow more.
+            starts: that are tried, with that one.
         """
         close = max(self.explained[row], goal**2)
         self.watch(f"{self.below}, sample {row + 1} of {len(self.explained)}")
         x, best = self.answers.get(row), inf
-        for trial in range(STARTS):
+        for trial in range(starts):
             begin = None if trial else x
             if begin is None:
                 begin = self.start(trial)[row : row + 1].to(self.wanted[0])
@@ -115,12 +145,30 @@ class Search:
                 break
         assert x is not None
         self.answers[row] = x
-        if not best <= NEAR**2 * close:
+        self.missed = not best <= NEAR**2 * close
+        if self.missed:
             met = f"{best**0.5:.1e} of their size, where {close**0.5:.1e} is explained"
             if self.late:
                 return f"the time was up at data that give the known values to {met}; " + LONGER
             return f"no data give the known values nearer than {met}"
         return x.double()
+
+    def absolute(self, row: int, goal: float) -> None:
+        """Go on from where the last run ended by least absolute errors, ever more exactly so.
+
+        Where few windows of a pool have another winner than the data's, what they miss draws the
+        squares of all others; of absolute errors it is passed by, and the others say what they are.
+
+        Args:
+            row: of the sample.
+            goal: relative misfit that will do.
+        """
+        x = self.answers[row]
+        for width in WIDTHS:
+            x, now = self.descended(row, x, None, ABSOLUTE_ROUNDS, goal**2, width)
+            if now <= goal**2 or self.late:
+                break
+        self.answers[row] = x
 
     def descended(
         self,
@@ -129,8 +177,18 @@ class Search:
         sharp: Mapping[int, float] | None,
         rounds: int,
         close: float,
+        width: float | None = None,
     ) -> tuple[Tensor, float]:
-        """Where one start leads, and the misfit there."""
+        """Where one start leads, and the misfit there.
+
+        Args:
+            row: of the sample.
+            x: [1, *in_shape].
+            sharp: by place of a step with a kink, how sharp it is; None for the network's own.
+            rounds: of L-BFGS, at most.
+            close: misfit that will do.
+            width: below which errors count by their squares, above it by their size; None: all do.
+        """
         x = x.clone().requires_grad_()
         optimiser = torch.optim.LBFGS(
             [x], max_iter=STEPS, history_size=HISTORY, line_search_fn="strong_wolfe",
@@ -139,7 +197,7 @@ class Search:
 
         def closure() -> Tensor:
             optimiser.zero_grad()
-            value = self.misfit(row, x, sharp)
+            value = self.misfit(row, x, sharp, width)
             value.backward()  # type: ignore[no-untyped-call]
             return value
 
@@ -149,7 +207,7 @@ class Search:
             with torch.no_grad():
                 now = float(self.misfit(row, x, sharp))
             given, stalled = (GIVEN, STALLED) if sharp is None else (1, SETTLED)
-            stuck = number >= given and now**0.5 > stalled * last**0.5
+            stuck = width is None and number >= given and now**0.5 > stalled * last**0.5
             if now <= close or stuck or self.late:
                 break
             last = now

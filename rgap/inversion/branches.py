@@ -154,7 +154,9 @@ def _descended(
         seed = problem.precision.seed + number
         return grey(problem.batch, flow.in_shape, problem.value_range, seed, spread)
 
-    found = preimage(cut, told, start, show.stage, problem.deadline, problem.room)
+    found = preimage(
+        cut, told, start, show.stage, problem.deadline, problem.room, problem.gradients
+    )
     if isinstance(found, str):
         return Branched(features, note=f"the data do not follow from the features: {found}")
     made = _certified(problem, flow, told, found, descent)
