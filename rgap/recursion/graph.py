@@ -169,10 +169,11 @@ class Walk:
     def bent(self, place: int) -> bool:
         """True at another step whose slopes no value tells, and of one sample may not have to."""
         link, state = self.flow.nodes[place].link, self.state
-        step = isinstance(link, Activation) and not link.affine and not link.one_sided
+        if not isinstance(link, Activation) or link.affine or link.one_sided:
+            return False
         alone = place in state.cotangents and len(state.cotangents[place].value) == 1
         told = place in state.below or (place in state.values and link.barrier is None)
-        return step and alone and not told
+        return alone and not told
 
     def passed(self, place: int) -> list[Estimate] | None:
         """The cotangents at the sources of a node; None, with the reason noted, where it ends."""

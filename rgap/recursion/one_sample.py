@@ -22,8 +22,7 @@ from rgap.network.flow import Flow
 from rgap.network.scaling import BatchNorm, Scale
 from rgap.precision import Estimate, Precision
 from rgap.separation.batch import Unseparated
-from rgap.separation.shifts.positions import Positions, shown, tell_positions_apart
-from rgap.solvers.tall import tall_qr
+from rgap.separation.shifts.positions import Positions, moved, tell_positions_apart
 
 __all__ = ["cotangent_below"]
 
@@ -51,7 +50,7 @@ def cotangent_below(
     if told.batch != 1:
         return f"'{affine.name}' tells {told.batch} samples apart, whose scales are open"
     made = told.cotangents
-    drawn = precision.normal(_std(affine, told, noise))
+    drawn = _errors(affine, gradient, told, noise, precision)
     raised = _raised(flow, place, step, made, drawn)
     if isinstance(raised, str):
         return raised
@@ -64,16 +63,20 @@ def cotangent_below(
     return Estimate(value, members.reshape(-1, *[1] * k.ndim) * (k + error) - value)
 
 
-def _std(affine: Affine, told: Positions, noise: float) -> Tensor:
-    """Standard errors of K̃, which least squares over all taps gave with X̃, [1, F, *out]."""
-    _, upper = tall_qr(shown(affine, told.inputs))
-    eye = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
-    rows = torch.linalg.solve_triangular(upper, eye, upper=True).norm(dim=1)
-    std = noise * max(1.0, told.misfit) * rows.reshape(1, 1, *affine.out_shape[1:])
+def _errors(
+    affine: Affine, gradient: Tensor, told: Positions, noise: float, precision: Precision
+) -> Tensor:
+    """Ensemble of the error of K̃, [S, 1, F, *out].
+
+    Least squares gave K̃ and X̃ in turn, so that its entries err together, and by more than X̃ as it
+    is would let them: each member is solved again.
+    """
+    std = torch.full_like(gradient, noise * max(1.0, told.misfit))
+    changes = (precision.normal(std, 1)[0] for _ in range(precision.samples))
+    members = [moved(affine, gradient, told, change) - told.cotangents for change in changes]
     rms = told.cotangents.square().mean().sqrt()
-    return torch.hypot(std, told.condition * torch.finfo(std.dtype).eps * rms).expand_as(
-        told.cotangents
-    )
+    own = told.condition * torch.finfo(gradient.dtype).eps * rms
+    return torch.stack(members) + precision.normal(own.expand_as(told.cotangents))
 
 
 Bias = tuple[str, Tensor, Tensor]  # its name, what K̃ makes of its gradient [F], the error [S, F]
