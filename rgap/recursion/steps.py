@@ -83,9 +83,9 @@ def _invert_activation(
 ) -> tuple[Estimate, Estimate]:
     """The pre-activation φ^{-1}(x) and k ⊙ φ'(z), with the errors of both.
 
-    A unit of a piecewise linear φ whose sign the error leaves open shows up in the ensemble: its
-    slope is taken at each perturbed value.  One-sided units (ReLU at 0) carry no equation: their
-    z gets an infinite error, hence weight 0, and their k is 0.
+    A unit whose side of a kink the error leaves open shows up in the ensemble: its slope is taken
+    at each perturbed value.  One-sided units (ReLU at 0) carry no equation: their z gets an infinite
+    error, hence weight 0, and their k is 0.
     """
     known = x.known
     if not bool(known.all()):  # of entries that nothing read: any value will do, none is known
@@ -109,15 +109,25 @@ def _invert_activation(
         mask = active.to(value)
         return z, Estimate(k.value * mask, k.error * mask)
     slope = op.slope(value)
-    curved = op.slope_derivative(value) * error
-    bend = op.slope(value + error) - slope if op.homogeneous else curved
+    bend = _bend(op, value, error, slope)
     off = (error / slope.clamp_min(1e-300)).clamp(-UNKNOWN, UNKNOWN)
     if not op.homogeneous:  # within its error of an asymptote a value is that of any z beyond
-        off = torch.where(slope <= ON * curved.square().mean(0).sqrt(), UNKNOWN, off)
+        off = torch.where(slope <= ON * bend.square().mean(0).sqrt(), UNKNOWN, off)
     z = Estimate(op.inverse(value), off)
     product = k.value * slope
     spread = k.error * slope + k.value * bend + precision.rounding(product)
     return z, Estimate(product, spread)
+
+
+def _bend(op: Activation, value: Tensor, error: Tensor, slope: Tensor) -> Tensor:
+    """Samples of the error of φ'(z) that those of the output make, [S, *value.shape].
+
+    The slope at each perturbed value, which alone shows a kink near it; or the tangent of the
+    slope where that says more, as for values beyond an asymptote, which are all taken to be on it.
+    """
+    moved = op.slope(value + error) - slope
+    tangent = op.slope_derivative(value) * error
+    return torch.where(tangent.abs() > moved.abs(), tangent, moved)
 
 
 def down(affine: Affine, k: Estimate, precision: Precision) -> Estimate:
