@@ -101,6 +101,7 @@ class Separated:
         note: what a reader should know of pictures that occur more than once, or "".
         seconds: time spent.
         passed: why no layer further down separated them, or "".
+        others: batches that the equations of this stage allow as well.
     """
 
     stage: Stage
@@ -113,6 +114,7 @@ class Separated:
     note: str
     seconds: float
     passed: str = ""
+    others: tuple[Separated, ...] = ()
 
 
 @dataclass(frozen=True)
