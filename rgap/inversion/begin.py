@@ -138,7 +138,7 @@ def _told_apart(problem: Problem, separated: Separated, show: Progress) -> Recov
         )
         recovery = replace(recovery, status=Status.UNDERDETERMINED, reason=reason)
     elif recovery.status is Status.INCONSISTENT and (
-        why := undetermined(batch_of(problem), separated)
+        why := separated.beside or undetermined(batch_of(problem), separated)
     ):
         reason = f"{recovery.reason}; which refutes none but these samples: {why}"
         recovery = replace(recovery, status=Status.UNDERDETERMINED, reason=reason)

@@ -102,6 +102,7 @@ class Separated:
         seconds: time spent.
         passed: why no layer further down separated them, or "".
         others: batches that the equations of this stage allow as well.
+        beside: why another one that they allow is not known well enough to be among these, or "".
     """
 
     stage: Stage
@@ -115,6 +116,7 @@ class Separated:
     seconds: float
     passed: str = ""
     others: tuple[Separated, ...] = ()
+    beside: str = ""
 
 
 @dataclass(frozen=True)

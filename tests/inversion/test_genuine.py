@@ -346,7 +346,7 @@ def test_targets_that_all_fit_one_unit_refute_no_batch_size(seed: int, reduction
     assert found.status is Status.UNDERDETERMINED, found.reason
 
 
-@pytest.mark.parametrize("seed", [0, 10, 12])
+@pytest.mark.parametrize("seed", [0, 10, 12, 28])
 def test_two_turns_of_three_samples_of_one_label_fit_the_head(seed: int) -> None:
     """The layers below tell which of them is the batch; the one found first refutes nothing."""
     torch.manual_seed(seed)
@@ -354,6 +354,9 @@ def test_two_turns_of_three_samples_of_one_label_fit_the_head(seed: int) -> None
     net.extend([nn.LeakyReLU(0.1), nn.Flatten(), nn.Linear(64, 4)]).eval()
     x = torch.rand(3, 1, 5, 5)
     found = invert(net, capture(net, x, torch.ones(3, dtype=torch.long), value_range=None))
+    if seed == 28:  # a second batch fits that is not known well enough to be followed
+        assert found.status is Status.UNDERDETERMINED, found.reason
+        return
     assert found.status is Status.EXACT, found.reason
     assert found.inputs is not None
     assert found.error_bound is not None

@@ -268,7 +268,8 @@ def rivals(problem: Coupled, found: Tensor, floor: float) -> Tensor:
 
     Differences of samples of one label may turn by any orthogonal matrix, to first order, and only
     the curvature of the softmax says by which: in the valley of such turns another batch may fit.
-    The starts of a search need not find it, as each of them may roll down to the same one.
+    The starts of a search need not find it, as each of them may roll down to the same one; as many
+    more are for batches whose differences have other lengths.
 
     Args:
         problem: the equations.
@@ -283,7 +284,7 @@ def rivals(problem: Coupled, found: Tensor, floor: float) -> Tensor:
     generator = torch.Generator().manual_seed(problem.precision.seed)
     draw = torch.randn(TURNS, free, free, generator=generator, dtype=torch.float64).to(t)
     turned = mean @ t + basis @ (torch.linalg.qr(draw).Q @ (basis.T @ t))
-    start = turned.flatten(1)
+    start = torch.cat([turned.flatten(1), problem.starts(TURNS, generator)])
     ends = geodesic(problem, start, tolerance=floor, enough=1.0, follow=problem.follow).value
     ends = _settled(problem, ends)
     cost = problem.cost(ends).nan_to_num(torch.inf)

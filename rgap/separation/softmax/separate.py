@@ -207,7 +207,8 @@ def _together(
         return first_of
     others = [ended(roots) for roots in rivals(problem, answer, floor)]
     told = tuple(other for other in others if isinstance(other, Separated))
-    return replace(first_of, others=told)
+    untold = [other.reason for other in others if isinstance(other, Unseparated)]
+    return replace(first_of, others=told, beside=untold[0] if untold else "")
 
 
 def _hidden(batch: Batch, head: Mixture) -> Unseparated | None:
