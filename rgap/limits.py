@@ -47,6 +47,12 @@ HEARD = 4.0
 # refutes nothing: one in ten updates has one then.
 MISTAKEN = 0.1
 
+# Filters of which a unit was mistaken miss their gradients where all others agree.  Left out
+# together are those that miss by this share of the worst: what that one alone does to others,
+# through the input that they share, is less in a layer that is wide.  Where a quarter of them has
+# to go, fewer equations test what is left, and the contradiction stands.
+APART_BY, MOSTLY = 0.5, 0.75
+
 # Share of the largest slope by which that of a unit changes within ON standard errors of a kink:
 # all of it for ReLU.  A smooth activation changes as much only where z is known to a tenth of its
 # width.

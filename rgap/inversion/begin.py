@@ -82,6 +82,51 @@ def at_batch(problem: Problem, separated: Separated | Unseparated, show: Progres
         if isinstance(branched, Branched):
             return beside_branches(recovery, branched)
         return recovery
+    if separated.others:
+        return _among(problem, separated, show)
+    return _told_apart(problem, separated, show)
+
+
+def _among(problem: Problem, separated: Separated, show: Progress) -> Recovery:
+    """Several batches satisfy the equations of one layer: the one that those below do not refute.
+
+    Samples of one label differ to the head by the curvature of its softmax alone, so that turns of
+    their differences fit it too.  What is left may not be all that fits: it refutes nothing.
+    """
+    batches = (separated, *separated.others)
+    found = [_told_apart(problem, replace(one, others=()), show) for one in batches]
+    alive = [recovery for recovery in found if not _contradicted(recovery)]
+    if alive and all(_alike(alive[0], other) for other in alive[1:]):
+        return alive[0]
+    left = "several of them" if alive else f"none of them ({found[0].reason})"
+    reason = (
+        f"{len(batches)} different batches satisfy {separated.route}, and the layers below fit "
+        f"{left}; samples of one label differ by the curvature of the softmax alone"
+    )
+    halt = Halt(HaltKind.UNSEPARATED, "", reason)
+    return outcomes.stopped(problem, Status.UNDERDETERMINED, reason, None, halt)
+
+
+def _contradicted(recovery: Recovery) -> bool:
+    """True where layers below contradict these samples, also with an excuse: others need none."""
+    halt = recovery.halt
+    return recovery.status is Status.INCONSISTENT or (
+        halt is not None and halt.kind is HaltKind.CONTRADICTION
+    )
+
+
+def _alike(one: Recovery, other: Recovery) -> bool:
+    """True for two certified recoveries of the same batch, in any order."""
+    if one.inputs is None or other.inputs is None or one.inputs.shape != other.inputs.shape:
+        return False
+    if one.status is not other.status or one.error_bound is None or other.error_bound is None:
+        return False
+    gaps = (one.inputs.flatten(1)[:, None] - other.inputs.flatten(1)[None]).abs().amax(2)
+    return float(gaps.amin(1).max()) <= one.error_bound + other.error_bound
+
+
+def _told_apart(problem: Problem, separated: Separated, show: Progress) -> Recovery:
+    """From samples that are known at one stage."""
     problem, descent = descended(problem, separated, show.stage)
     recovery = concluded(problem, [Run(descent, separated.head)], show)
     if recovery.status is Status.INCONSISTENT and bool((separated.head.copies > 1).any()):
@@ -93,7 +138,7 @@ def at_batch(problem: Problem, separated: Separated | Unseparated, show: Progres
         )
         recovery = replace(recovery, status=Status.UNDERDETERMINED, reason=reason)
     elif recovery.status is Status.INCONSISTENT and (
-        why := undetermined(batch_of(problem), separated)
+        why := separated.beside or undetermined(batch_of(problem), separated)
     ):
         reason = f"{recovery.reason}; which refutes none but these samples: {why}"
         recovery = replace(recovery, status=Status.UNDERDETERMINED, reason=reason)

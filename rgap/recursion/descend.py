@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
+from math import pi
 
 import torch
 from torch import Tensor
@@ -23,6 +25,7 @@ from rgap.progress import Watch, silent
 from rgap.recursion.reached import Descent, Reached
 from rgap.recursion.stage import BUDGET, StageSolution, solve_stage
 from rgap.recursion.steps import Unpool, down, lift, through
+from rgap.recursion.unsettled import Above, settled
 
 __all__ = ["Descent", "Reached", "Unpool", "descend"]
 
@@ -59,31 +62,39 @@ def descend(
     inputs, features, cotangents = (dict[int, Estimate]() for _ in range(3))
 
     def ended(
-        halt: Halt | None, *, data: Estimate | None = None, partial: Estimate | None = None
+        halt: Halt | None, *, data: Estimate | None = None, left: Estimate | None = None
     ) -> Descent:
         return Descent(
-            reached, solutions, inputs, features, cotangents, data, halt, partial=partial,
+            reached, solutions, inputs, features, cotangents, data, halt, partial=left,
             mistaken=mistaken,
         )  # fmt: skip
 
     assert start.u is not None
     reached, known, k, mistaken = start, start.u, start.k, 0.0
+    over = None  # what is known above the tail of the stage
     for index in range(start.index, -1, -1):
         stage = chain.stages[index]
         if index < start.index:
             watch(stage.name, len(chain.stages) - index, len(chain.stages))
             parts = index == 0 and chain.complete
-            step = _solved(stage, gradients, known, k, precision, budget, parts, ahead)
+            solve = partial(
+                _solved, stage, gradients, precision=precision, budget=budget, parts=parts,
+                ahead=ahead,
+            )  # fmt: skip
+            step = solve(known, k)
             if isinstance(step, Halt):
                 reached = Reached(index, k, None, known)
                 return ended(step)
+            if step.misfit > REFUTED and over is not None:
+                mended = settled(stage, over, k, gradients, precision, solve, step)
+                step, k = mended or (step, k)
             # Only the first factor is needed again; each is as large as the matrix of its layer.
             solutions[index] = step if index == 0 else replace(step, factor=None)
             if step.solution.value is None:
                 reached = Reached(index, k, None, known)
                 halt = _shortfall(stage, step, precision.sent(stage.affine.weight_name))
                 left = None if step.partial is None else _data(stage, step.partial, precision)
-                return ended(halt, partial=left)
+                return ended(halt, left=left)
             above, known = known, step.solution.value
             whole = bool(known.known.all())
             reached = Reached(index, k, *((known, None) if whole else (None, above)))
@@ -99,6 +110,7 @@ def descend(
             break
         tail = chain.stages[index - 1].tail
         mistaken += _mistaken(tail, known)
+        over = Above(known, cotangent)
         below = through(tail, known, cotangent, precision)
         if isinstance(below, Halt):
             return ended(below)
@@ -106,7 +118,7 @@ def descend(
     if chain.barrier is not None:
         return ended(Halt(HaltKind.BARRIER, chain.barrier.node, chain.barrier.words))
     cut = _cut(chain.stages[0], features[0], known)
-    return ended(None, data=known) if cut is None else ended(cut, partial=known)
+    return ended(None, data=known) if cut is None else ended(cut, left=known)
 
 
 def _solved(
@@ -114,6 +126,7 @@ def _solved(
     gradients: Mapping[str, Tensor],
     known: Estimate,
     k: Estimate,
+    *,
     precision: Precision,
     budget: float,
     parts: bool,
@@ -147,9 +160,10 @@ def _heard(
 
 
 def _mistaken(tail: tuple[Op, ...], x: Estimate) -> float:
-    """Units of a ReLU below x that are on by less than their error, on average.
+    """Units of a ReLU below x that are on by less than their error, and taken for off, on average.
 
-    Those that are on are spread about evenly up to twice their mean.
+    Those that are on are spread about evenly up to twice their mean.  So many are mistaken at most
+    sizes of x; or more, where some are seen further above 0 than those that are off would be.
     """
     if not any(isinstance(op, Activation) and op.one_sided for op in tail):
         return 0.0
@@ -157,8 +171,12 @@ def _mistaken(tail: tuple[Op, ...], x: Estimate) -> float:
     on = value > ON * std
     if not bool(on.any()):
         return float(len(value))
-    share: Tensor = (ON * std / (2.0 * value[on].mean())).clamp_max(1.0)
-    return float(share.mean() * on.sum())
+    width: Tensor = std / (2.0 * value[on].mean())
+    before = float((ON * width).clamp_max(1.0).mean() * on.sum())
+    share = (value / std.clamp_min(1e-300))[~on]
+    likely = float(on.sum()) * width[~on] * torch.special.ndtr(share)
+    rival = float((~on).sum()) * torch.exp(-share.square() / 2) / (2 * pi) ** 0.5
+    return max(before, float((likely / (likely + rival).clamp_min(1e-300)).sum()))
 
 
 def _vanished(

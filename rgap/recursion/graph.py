@@ -30,6 +30,7 @@ from rgap.recursion.one_sample import cotangent_below
 from rgap.recursion.readers import Contradicted, Reader, from_gradients
 from rgap.recursion.steps import down, through
 from rgap.recursion.steps_above import mask_of, nonnegative, steps_above
+from rgap.recursion.unsettled import are_on
 
 __all__ = ["GraphDescent", "Walk", "descend_graph"]
 
@@ -294,8 +295,10 @@ class Walk:
         for user, reader in zip(users, readers, strict=True):
             if reader.unsure is not None and self.doubted[user] in self.unsure:
                 rectifier = self.doubted[user]
-                on = self.settled(reader, found)
-                state.masks[rectifier][reader.unsure] = on
+                affine = reader.affine
+                sent, unsure = affine.sent(self.gradients), reader.unsure
+                on = are_on(affine, reader.k.value, unsure, sent, found.value)
+                state.masks[rectifier][unsure] = on
                 del self.unsure[rectifier]
                 settled = True
         if not settled:
@@ -345,30 +348,6 @@ class Walk:
             and not node.shared
             and self.precision.sent(node.link.weight_name)
         )
-
-    def settled(self, reader: Reader, x: Estimate) -> Tensor:
-        """Whether units in doubt are on, as 0 and 1, by the rows of their own filters.
-
-        The gradient of filter f is linear in its cotangent: with x from the other filters, the
-        entries in doubt are unknowns, a few for many rows, that are 0 or what comes from above.
-        """
-        affine, unsure = reader.affine, reader.unsure
-        assert unsure is not None
-        sure = torch.where(unsure, 0.0, reader.k.value)
-        left = affine.sent(self.gradients) - affine.weight_gradient(x.value, sure)
-        on = torch.zeros_like(reader.k.value)
-        for f in unsure.transpose(0, 1).flatten(1).any(1).nonzero().flatten().tolist():
-            places = unsure[:, f].nonzero()
-            columns = []
-            for place in places:
-                unit = torch.zeros_like(reader.k.value[:1])
-                unit[(0, f, *place[1:])] = reader.k.value[(place[0], f, *place[1:])]
-                row = affine.weight_gradient(x.value[place[:1]], unit)
-                columns.append(row[f].flatten())
-            share = torch.linalg.lstsq(torch.stack(columns, 1), left[f].flatten()).solution
-            for place, value in zip(places, share, strict=True):
-                on[(place[0], f, *place[1:])] = float(value > 0.5)
-        return on[unsure]
 
 
 def _shares(known: Estimate) -> tuple[Tensor, float]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rgap.constraints import gradient_constraint, gradient_rows, weight_constraint
 from rgap.constraints.known_input import matrix_noise
-from rgap.limits import DETERMINED, FITS, HOPELESS, TRUSTED
+from rgap.limits import APART_BY, DETERMINED, FITS, HOPELESS, MOSTLY, TRUSTED
 from rgap.network.affine import Affine
 from rgap.precision import Estimate, Precision
 from rgap.solvers.kronecker import Factor, Kronecker, factor
@@ -24,9 +24,7 @@ from rgap.solvers.rank import Rank
 __all__ = ["Contradicted", "Reader", "from_gradients"]
 
 FEW = 4  # members whose mean square over all rows of a filter is its error
-APART = 0.5  # share of the largest misfit of a filter from which filters are left out together
 ROUNDS = 12  # of leaving filters out
-MOSTLY = 0.75  # share of the rows that have to agree
 
 
 @dataclass(frozen=True)
@@ -195,7 +193,7 @@ class _Stack:
                 gone = _summed(heard[0], taps_of) == 0
                 ends = [gone[filters == j] for j in range(len(counts))]
                 return [e & (r.heard > 0) for e, r in zip(ends, self.readers, strict=True)]
-            agree = each <= max(FITS, APART * worst)
+            agree = each <= max(FITS, APART_BY * worst)
             heard = heard * agree.to(heard).repeat_interleave(taps_of)[None]
             if float((heard > 0).sum()) < MOSTLY * float((self.heard > 0).sum()):
                 return []

@@ -44,6 +44,7 @@ def through(
     k: Estimate,
     precision: Precision,
     passed: Callable[[Op, Estimate, Estimate], tuple[Estimate, Estimate] | None] | None = None,
+    on: Tensor | None = None,
 ) -> tuple[Estimate, Estimate] | Halt:
     """Back through some steps, from their output and its cotangent to their input and its own.
 
@@ -53,6 +54,7 @@ def through(
         k: the cotangent at it.
         precision: of the update.
         passed: asked at a step that has no inverse.
+        on: units of rectifiers that are on whatever the errors of their values, as bool.
     """
     for op in reversed(ops):
         taken, given = prod(op.in_shape), prod(op.out_shape)
@@ -64,7 +66,7 @@ def through(
         elif taken > given:
             return Halt.narrowing(op.name, op.kind, x.value.shape[0], taken, given)
         elif isinstance(op, Activation):  # in a lead: of the data, or above a pooling
-            x, k = _invert_activation(op, x, k, precision)
+            x, k = _invert_activation(op, x, k, precision, on)
         else:
             value = op.inverse(x.value)
             x = Estimate(value, each(op.inverse_linear, x.error + _summed(op, value, precision)))
@@ -79,19 +81,19 @@ def _summed(op: Op, x: Tensor, precision: Precision) -> Tensor | float:
 
 
 def _invert_activation(
-    op: Activation, x: Estimate, k: Estimate, precision: Precision
+    op: Activation, x: Estimate, k: Estimate, precision: Precision, on: Tensor | None = None
 ) -> tuple[Estimate, Estimate]:
     """The pre-activation φ^{-1}(x) and k ⊙ φ'(z), with the errors of both.
 
-    A unit of a piecewise linear φ whose sign the error leaves open shows up in the ensemble: its
-    slope is taken at each perturbed value.  One-sided units (ReLU at 0) carry no equation: their
-    z gets an infinite error, hence weight 0, and their k is 0.
+    A unit whose side of a kink the error leaves open shows up in the ensemble: its slope is taken
+    at each perturbed value.  One-sided units (ReLU at 0) carry no equation: their z gets an
+    infinite error, hence weight 0, and their k is 0.
     """
     known = x.known
     if not bool(known.all()):  # of entries that nothing read: any value will do, none is known
         value = torch.where(known, x.value, op.forward(torch.zeros_like(x.value)))
         z, below = _invert_activation(
-            op, Estimate(value, torch.where(known, x.error, 0.0)), k, precision
+            op, Estimate(value, torch.where(known, x.error, 0.0)), k, precision, on
         )
         error = torch.where(known, z.error, x.error)
         return Estimate(torch.where(known, z.value, 0.0), error), below
@@ -101,6 +103,7 @@ def _invert_activation(
     if op.one_sided:
         std = error.square().mean(0).sqrt()
         active = value > ON * std
+        active = active if on is None else active | on
         zero = torch.zeros_like(value)
         z = Estimate(
             torch.where(active, value, zero),
@@ -109,15 +112,25 @@ def _invert_activation(
         mask = active.to(value)
         return z, Estimate(k.value * mask, k.error * mask)
     slope = op.slope(value)
-    curved = op.slope_derivative(value) * error
-    bend = op.slope(value + error) - slope if op.homogeneous else curved
+    bend = _bend(op, value, error, slope)
     off = (error / slope.clamp_min(1e-300)).clamp(-UNKNOWN, UNKNOWN)
     if not op.homogeneous:  # within its error of an asymptote a value is that of any z beyond
-        off = torch.where(slope <= ON * curved.square().mean(0).sqrt(), UNKNOWN, off)
+        off = torch.where(slope <= ON * bend.square().mean(0).sqrt(), UNKNOWN, off)
     z = Estimate(op.inverse(value), off)
     product = k.value * slope
     spread = k.error * slope + k.value * bend + precision.rounding(product)
     return z, Estimate(product, spread)
+
+
+def _bend(op: Activation, value: Tensor, error: Tensor, slope: Tensor) -> Tensor:
+    """Samples of the error of φ'(z) that those of the output make, [S, *value.shape].
+
+    The slope at each perturbed value, which alone shows a kink near it; or the tangent of the
+    slope where that says more, as for values beyond an asymptote, which are all taken to be on it.
+    """
+    moved = op.slope(value + error) - slope
+    tangent = op.slope_derivative(value) * error
+    return torch.where(tangent.abs() > moved.abs(), tangent, moved)
 
 
 def down(affine: Affine, k: Estimate, precision: Precision) -> Estimate:

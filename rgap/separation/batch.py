@@ -101,6 +101,8 @@ class Separated:
         note: what a reader should know of pictures that occur more than once, or "".
         seconds: time spent.
         passed: why no layer further down separated them, or "".
+        others: batches that the equations of this stage allow as well.
+        beside: why another one that they allow is not known well enough to be among these, or "".
     """
 
     stage: Stage
@@ -113,6 +115,8 @@ class Separated:
     note: str
     seconds: float
     passed: str = ""
+    others: tuple[Separated, ...] = ()
+    beside: str = ""
 
 
 @dataclass(frozen=True)

@@ -98,3 +98,23 @@ def test_a_bias_gradient_that_was_lost_in_stated_noise(loss: str, target: Tensor
         assert found.inputs is not None
         assert found.error_bound is not None
         assert float((found.inputs - x).abs().max()) <= found.error_bound
+
+
+@pytest.mark.parametrize("bent", [nn.ELU, nn.SELU, nn.CELU])
+def test_noise_leaves_a_unit_on_either_side_of_a_kink(bent: type[nn.Module]) -> None:
+    """A unit that is estimated just above 0 may be below it, where the slope is another."""
+    for seed in range(8):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(30, 24, bias=False), bent(), nn.Linear(24, 5)).double()
+        x = torch.rand(1, 30, dtype=torch.float64)
+        sent = rgap.capture(model, x, torch.tensor([1]), value_range=None)
+        gradients = dict(sent.gradients)
+        sigma = 1.0 * float(gradients["2.weight"].abs().mean())
+        gradients["2.weight"] = gradients["2.weight"] + sigma * torch.randn(5, 24).double()
+        noise = {"2.weight": torch.full_like(gradients["2.weight"], sigma)}
+        found = rgap.invert(model, replace(sent, gradients=gradients, noise=noise))
+        assert found.status is not Status.INCONSISTENT, (seed, found.reason)
+        if "inputs" in found.certified:
+            assert found.inputs is not None
+            assert found.error_bound is not None
+            assert float((found.inputs - x).abs().max()) <= found.error_bound

@@ -13,6 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from rgap.limits import CLOSE
 from rgap.precision import Precision
 from rgap.separation.mixture import Mixture
 from rgap.solvers.least_squares import geodesic, refine
@@ -29,6 +30,7 @@ LAST = 40  # accelerated steps of the ends that are kept
 FREE = 1e-16  # damping that they begin with
 KEPT = 8  # ends that are compared
 FORMED = 24  # samples up to which J is formed
+TURNS = 16  # of a batch that was found, from which others are looked for
 SAME = 0.1  # distance from 1 of q·d for two ends that are one sample
 
 
@@ -178,7 +180,7 @@ class Coupled:
         )
 
     @cached_property
-    def _classes(self) -> tuple[Tensor, Tensor]:
+    def classes(self) -> tuple[Tensor, Tensor]:
         """Means over samples of one label and an orthonormal basis of what they leave, [R, ...]."""
         place = torch.unique(self.labels, return_inverse=True)[1]
         member = (place[:, None] == place).to(self.origin)
@@ -193,7 +195,7 @@ class Coupled:
         To first order such a turn changes no equation: with A = FᵀT the step is split into Ω A,
         Ω antisymmetric, and the rest, and A goes to ``exp(Ω)(A + rest)``.
         """
-        mean, basis = self._classes
+        mean, basis = self.classes
         rank = self.head.rank
         old, new = (x.reshape(len(t), rank, rank - 1) for x in (t, step))
         before, change = basis.T @ old, basis.T @ new
@@ -261,6 +263,40 @@ class Coupled:
         return q, k, slope, k.transpose(1, 2) @ q - sent
 
 
+def rivals(problem: Coupled, found: Tensor, floor: float) -> Tensor:
+    """Q of other batches that fit as well, [K, R, R]: those that turns of the found one lead to.
+
+    Differences of samples of one label may turn by any orthogonal matrix, to first order, and only
+    the curvature of the softmax says by which: in the valley of such turns another batch may fit.
+    The starts of a search need not find it, as each of them may roll down to the same one; as many
+    more are for batches whose differences have other lengths.
+
+    Args:
+        problem: the equations.
+        found: Q of a batch that fits, [R, R].
+        floor: cost up to which a batch fits.
+    """
+    rank, t = problem.head.rank, (found - problem.origin) @ problem.directions
+    mean, basis = problem.classes
+    free, others = basis.shape[1], found[None, :0].new_zeros(0, rank, rank)
+    if free < 2 or rank > SMALL:  # a pair is turned by exchanging its samples
+        return others
+    generator = torch.Generator().manual_seed(problem.precision.seed)
+    draw = torch.randn(TURNS, free, free, generator=generator, dtype=torch.float64).to(t)
+    turned = mean @ t + basis @ (torch.linalg.qr(draw).Q @ (basis.T @ t))
+    start = torch.cat([turned.flatten(1), problem.starts(TURNS, generator)])
+    ends = geodesic(problem, start, tolerance=floor, enough=1.0, follow=problem.follow).value
+    ends = _settled(problem, ends)
+    cost = problem.cost(ends).nan_to_num(torch.inf)
+    order = cost.argsort()
+    known = found[None]
+    for other in problem.rows(ends[order][cost[order] <= floor]):
+        gaps = (torch.cdist(other, one).amin(1) for one in known)
+        if all(bool((gap > CLOSE * other.norm(dim=1)).any()) for gap in gaps):
+            known = torch.cat([known, other[None]])
+    return known[1:]
+
+
 def refined(problem: Coupled, t: Tensor) -> Tensor:
     """The best ends after their last steps by QR, where J is small enough to be formed.
 
@@ -271,11 +307,14 @@ def refined(problem: Coupled, t: Tensor) -> Tensor:
     if problem.head.rank > FORMED:
         return best
     if problem.head.rank <= SMALL:
-        last = geodesic(
-            problem, best, enough=1.0, max_iterations=LAST, first=FREE, follow=problem.follow
-        )
-        return last.value
+        return _settled(problem, best)
     return torch.cat([refine(problem, one[None]) for one in best])
+
+
+def _settled(problem: Coupled, t: Tensor) -> Tensor:
+    """Ends after steps that bend with the turns of equal labels, hardly damped."""
+    last = geodesic(problem, t, enough=1.0, max_iterations=LAST, first=FREE, follow=problem.follow)
+    return last.value
 
 
 def agreement(problem: Coupled, t: Tensor, floor: float) -> Tensor | str:

@@ -23,7 +23,7 @@ from rgap.separation.finish import finish, finish_together
 from rgap.separation.identify import Identity, choose, similar
 from rgap.separation.mixture import Mixture
 from rgap.separation.peeling import GROWTH, IDLE, Collected, Starts, collect
-from rgap.separation.softmax.coupled import SCATTERS, SMALL, Coupled, agreement, refined
+from rgap.separation.softmax.coupled import SCATTERS, SMALL, Coupled, agreement, refined, rivals
 from rgap.separation.softmax.equations import AtHead
 from rgap.separation.softmax.turns import solve_turns
 from rgap.separation.subspace import Consistency, restricted
@@ -198,17 +198,26 @@ def _together(
             f"unknowns, σ_B/σ_1 {head.ratio:.1e}, labels {labels.tolist()}): {answer}; samples of "
             "one label differ by the curvature of the softmax alone"
         )
-    roots = answer
     consistency = AtHead.of(
         head, batch.loss.label_smoothing, labels, len(labels), batch.precision
     ).labelled(labels)
-    identities = identify_classes(head, roots, consistency)
-    gathered = Collected(roots, identities, runs, 1.0)
     route = (
         f"K(Q)ᵀQ = US for all samples of '{name}' together: {equations} equations for "
         f"{rank * (rank - 1)} unknowns"
     )
-    return finish_together(batch, consistency, gathered, route, began)
+
+    def ended(roots: Tensor) -> Separated | Unseparated:
+        identities = identify_classes(head, roots, consistency)
+        gathered = Collected(roots, identities, runs, 1.0)
+        return finish_together(batch, consistency, gathered, route, began)
+
+    first_of = ended(answer)
+    if isinstance(first_of, Unseparated):
+        return first_of
+    others = [ended(roots) for roots in rivals(problem, answer, floor)]
+    told = tuple(other for other in others if isinstance(other, Separated))
+    untold = [other.reason for other in others if isinstance(other, Unseparated)]
+    return replace(first_of, others=told, beside=untold[0] if untold else "")
 
 
 def _all_at_once(batch: Batch, consistency: AtHead) -> tuple[AtHead, Tensor] | None:
