@@ -130,8 +130,8 @@ class JointSearch:
         """True if the time is up."""
         return time.perf_counter() > self.deadline
 
-    def descended(self, x: Tensor, held: Sequence[bool], vain: int | None) -> Tensor:
-        """Where one pass leads, [B, *in_shape].
+    def descended(self, x: Tensor, held: Sequence[bool], vain: int | None) -> tuple[Tensor, float]:
+        """Where one pass leads, [B, *in_shape], and the misfit there of samples that are not held.
 
         Args:
             x: where it begins.
@@ -156,7 +156,9 @@ class JointSearch:
             )
             if self.late:
                 break
-        return x.index_put((free,), some)
+        with torch.enable_grad():  # its own gradients are part of it
+            missed = self.misfit(some.clone().requires_grad_(), free, left, {})
+        return x.index_put((free,), some), float(missed.detach())
 
 
 def _lower(x: Tensor, steps: int, function: Callable[[Tensor], Tensor]) -> Tensor:

@@ -41,6 +41,7 @@ __all__ = ["Preimage", "preimage"]
 
 HANDED_OVER = 1e-3, 3e-5, 0.0  # relative misfits at which Gauss–Newton is tried; 0: as errors say
 PASSES, VAIN = 16, 3  # of all samples together, and after one that finds no more
+NEARER = 0.7  # of the misfit before, below which a pass that found no sample led nearer
 OTHERS = 3  # rearranged pictures of a sample that Gauss–Newton begins at
 COPIES = (
     24.0  # bytes a value on the way: float32, with its cotangent, its slope and what is made of it
@@ -160,10 +161,10 @@ def _jointly(search: Search, joint: JointSearch, one: Callable[[int], Row | str]
     """The same from where all samples together meet values and gradients."""
     samples = range(len(search.explained))
     x, made = search.start(0).float(), dict[int, Row | str]()
-    held, vain = [False for _ in samples], None
+    held, vain, before = [False for _ in samples], None, inf
     for number in range(PASSES):
         search.watch(f"{search.below}, all samples together, pass {number + 1}")
-        x = joint.descended(x, held, vain)
+        x, missed = joint.descended(x, held, vain)
         if vain is None and not search.late:
             vain = 0  # the first pass ends with kinks that are too blunt for what follows
             continue
@@ -175,8 +176,9 @@ def _jointly(search: Search, joint: JointSearch, one: Callable[[int], Row | str]
                 x[row] = search.answers[row][0]
         found = [isinstance(made[row], tuple) for row in samples]
         vain = 0 if found != held else (vain or 0) + 1
-        held = found
-        if all(held) or search.late or vain > VAIN:
+        stuck = vain > VAIN or (vain > 0 and missed > NEARER * before)
+        held, before = found, missed
+        if all(held) or search.late or stuck:
             break
     return batch(len(samples), made.__getitem__)
 

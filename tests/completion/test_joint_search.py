@@ -81,7 +81,7 @@ def test_a_sample_that_is_known_stays_and_leaves_the_rest_of_the_gradient_to_oth
     others = x[1:].float().requires_grad_()
     assert float(joint.misfit(others, some, left, {}).detach()) < 1e-9
     begun = torch.cat([x[:1], x[1:] + 0.02 * torch.randn_like(x[1:])]).float()
-    ended = joint.descended(begun, [True, False, False], 3)
+    ended, _ = joint.descended(begun, [True, False, False], 3)
     assert torch.equal(ended[0], begun[0])
     missed = [
         float(joint.misfit(batch[1:].requires_grad_(), some, left, {}).detach())

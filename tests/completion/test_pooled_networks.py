@@ -63,7 +63,7 @@ def test_other_networks_certify_nothing(wrong: str) -> None:
             model[4].running_var.mul_(1.001)  # type: ignore[union-attr, operator]
         else:
             model[-1].weight.mul_(1.001)  # type: ignore[union-attr, operator]
-    recovery = rgap.invert(model, update)
+    recovery = rgap.invert(model, update, time_limit=5.0)
     assert recovery.inputs is None and not recovery.certified
 
 

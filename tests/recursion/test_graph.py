@@ -147,7 +147,14 @@ def test_an_activation_with_an_inverse_needs_no_mask() -> None:
     case = sent(lambda: residual(nn.LeakyReLU), [3])
     told = case.descend()
     case.checked(told)
-    assert not told.shifts
+    assert not told.masks and not told.ends
+    assert [case.flow.nodes[place].name for place in told.shifts] == ["4.conv2"]  # below a pool
+
+
+def test_slopes_of_two_samples_that_no_value_tells_are_open() -> None:
+    case = sent(lambda: residual(nn.LeakyReLU), [3, 5])
+    told = case.descend()
+    case.checked(told)
     assert any("is not determined" in why for why in told.ends.values())
 
 

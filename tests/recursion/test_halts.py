@@ -85,7 +85,7 @@ def test_the_advice_follows_the_kind_and_not_the_name_of_the_layer() -> None:
     recovery, update = recovered(model)
     assert recovery.halt is not None and recovery.halt.kind is HaltKind.ACTIVATION
     changes = explain(recovery, model, update).causes[0].changes
-    assert changes[0].startswith("an activation with an inverse")
+    assert any(change.startswith("an activation with an inverse") for change in changes)
     assert not any("max-pool" in change for change in changes)
 
 

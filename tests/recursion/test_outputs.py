@@ -87,7 +87,7 @@ def test_what_does_not_follow_is_said(why: str) -> None:
 def test_a_batch_of_more_samples_than_classes_comes_back(dtype: torch.dtype) -> None:
     model, x = network(dtype), rgap.photos.load(4, 12, start=3).to(dtype)
     labels = torch.tensor([2, 0, 2, 1])
-    found = rgap.invert(model, rgap.capture(model, x, labels))
+    found = rgap.invert(model, rgap.capture(model, x, labels), time_limit=3.0)
     assert {"3", "6"} <= set(found.features), found.reason
     seen = nn.Sequential(*model[:6])(x).detach().double()
     told = found.features["6"]

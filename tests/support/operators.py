@@ -29,7 +29,7 @@ from rgap.constraints.known_input import KnownPart
 from rgap.constraints.nullspace import null_directions
 from rgap.constraints.partial import kept
 from rgap.jacobian import layer
-from rgap.jacobian.batch_loss import BatchLoss
+from rgap.jacobian.batch_loss import BatchLoss, loss_scale
 from rgap.jacobian.eliminated import Eliminated
 from rgap.jacobian.frontier import Frontier, Tangent
 from rgap.jacobian.layer import Bilinear
@@ -48,8 +48,10 @@ from rgap.precision import Estimate, Precision
 from rgap.recursion.matrix_free import MatrixFree
 from rgap.separation.headless import Held
 from rgap.separation.pair import Between, steps_between
+from rgap.separation.softmax.coupled import Coupled
 from rgap.separation.softmax.equations import AtHead
 from rgap.separation.softmax.separate import likely
+from rgap.separation.softmax.turns import Turns
 from rgap.solvers.kronecker import Factor, Kronecker, factor
 from rgap.solvers.linear import Stacked, null_projection
 from rgap.solvers.positive import transposed_product
@@ -460,6 +462,30 @@ def _() -> Iterator[Case]:
             (u[None], k[None]),
             gradient,
             at=(u[None], k[None]),
+        )
+
+
+@row("rgap/separation/softmax/turns.py:State")
+def _() -> Iterator[Case]:
+    for size, classes in ((4, 9), (6, 12)):
+        head = nn.Linear(16, classes).double()
+        x, y = draw(size, 16).clamp(0.0, 1.0), torch.ones(size, dtype=torch.long)
+        batch = batch_of(nn.Sequential(head), x, y)
+        top, scale = batch.mixture(0), loss_scale(batch.loss, size, classes)
+        problem = Coupled(top, y, scale, 0.0, batch.precision)
+        truth = (x @ top.right - problem.origin) @ problem.directions
+        state = Turns.of(problem, truth).at(truth + 0.2)
+        inside = torch.eye(size).double() - torch.ones(size, size).double() / size  # P 1 = 0
+        rows = [
+            state.push((unit.reshape(size, size)) @ inside).flatten()
+            for unit in torch.eye(size * size).double()
+        ]
+        yield Case(
+            state,
+            lambda v, s=state, n=size, q=inside: s.push(v.reshape(n, n) @ q).flatten(),
+            lambda r, s=state, n=size: s.pull(r.reshape(-1, n)).flatten(),
+            (size * size,),
+            torch.stack(rows, 1),
         )
 
 
