@@ -216,6 +216,11 @@ class Precision:
             return self.noise
         return float(self.noise_std(name, like).square().mean().sqrt())
 
+    def rms(self, name: str, gradient: Tensor) -> float:
+        """Root mean square of the error of an entry of a gradient: its noise and one rounding."""
+        rounded = self.unit * float(gradient.square().mean().sqrt())
+        return self.noise_rms(name, gradient) + rounded
+
     def noise_norm(self, name: str, like: Tensor) -> float:
         """Spectral norm that noise of a matrix has: what a cutoff of singular values must exceed.
 

@@ -19,6 +19,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from rgap.completion.value_search import lbfgs
 from rgap.jacobian.frontier import Frontier
 from rgap.network.affine import Affine
 from rgap.recursion.graph import GraphDescent
@@ -28,7 +29,7 @@ __all__ = ["JointSearch"]
 LEVELS = 9, 7  # of sharpness, of the first pass and of those after it
 BLUNT, SHARP = (2.0, 8.0), (60.0, 200.0)  # the first and the last of the first and second pass
 SHARPER = 2.0  # factor on both with every pass that finds no sample
-STEPS, HISTORY = (60, 80), 30  # of L-BFGS a level
+STEPS = 60, 80  # of L-BFGS a level
 
 
 class JointSearch:
@@ -164,10 +165,7 @@ class JointSearch:
 def _lower(x: Tensor, steps: int, function: Callable[[Tensor], Tensor]) -> Tensor:
     """Where steps of L-BFGS lead from x."""
     x = x.clone().requires_grad_()
-    optimiser = torch.optim.LBFGS(
-        [x], max_iter=steps, history_size=HISTORY, line_search_fn="strong_wolfe",
-        tolerance_grad=0.0, tolerance_change=0.0,
-    )  # fmt: skip
+    optimiser = lbfgs(x, steps)
 
     def closure() -> Tensor:
         with torch.enable_grad():

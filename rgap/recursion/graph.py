@@ -252,8 +252,7 @@ class Walk:
                 state.shifts.append(place)
             return below if isinstance(below, str) else None
         gradient = affine.sent(self.gradients)
-        noise = self.precision.noise_rms(affine.weight_name, gradient)
-        noise += self.precision.unit * float(gradient.square().mean().sqrt())
+        noise = self.precision.rms(affine.weight_name, gradient)
         steps = steps_above(self.flow, place, self.behind[place], self.precision.unit)
         told = mask_of(affine, gradient, k, steps, noise, self.room)
         if isinstance(told, str):

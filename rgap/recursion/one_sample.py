@@ -42,8 +42,7 @@ def cotangent_below(
     affine = flow.nodes[place].link
     assert isinstance(affine, Affine)
     gradient = affine.sent(gradients)
-    noise = precision.noise_rms(affine.weight_name, gradient)
-    noise += precision.unit * float(gradient.square().mean().sqrt())
+    noise = precision.rms(affine.weight_name, gradient)
     told = tell_positions_apart(affine, gradient, noise)
     if isinstance(told, Unseparated):
         return told.reason

@@ -92,8 +92,7 @@ def _from(
     if flow.nodes[place].shared or not precision.sent(affine.weight_name):
         return f"'{affine.name}' has no gradient of its own"
     gradient = affine.sent(gradients)
-    noise = precision.noise_rms(affine.weight_name, gradient)
-    noise += precision.unit * float(gradient.square().mean().sqrt())
+    noise = precision.rms(affine.weight_name, gradient)
     positions = tell_positions_apart(affine, gradient, noise)
     if isinstance(positions, Unseparated):
         return positions.reason
