@@ -193,15 +193,11 @@ class _Stage:
             stacked = None
             if ceiling >= self.unknowns:
                 self.ahead(factorisation(self.unknowns, self.unknowns, CHOLESKY) / groups**2)
-                stacked = factor(
-                    self.kronecker,
-                    self.gradient_weights,
-                    self.coupling,
-                    self.weight_weights,
-                    apart=True,
-                )
+                stacked = self.joined(apart=True)
             if stacked is not None and self.determined(stacked):
                 made, route = stacked, "cholesky"
+            elif made is not None and made.smallest * DETERMINED <= 1.0:
+                made = None  # all of it is noise
         if made is None:
             joint = self.joint_rank()
             stats = Stats("rank only", self.unknowns, own.rank, joint, joint.condition, 0.0)
@@ -209,9 +205,7 @@ class _Stage:
         known, iterations = self.compute(made)
         if not bool(self.kronecker.spectra.any()):  # no gradient rows: u is known only now
             self.weigh(self.coupling.unfold(known.value)[0])
-            again = factor(
-                self.kronecker, self.gradient_weights, self.coupling, self.weight_weights
-            )
+            again = self.joined()
             if again is not None:
                 made = again
                 known, iterations = self.compute(made)
@@ -220,6 +214,11 @@ class _Stage:
         residual = _residual(self.affine, self.gradient, known.value, self.k)
         stats = Stats(route, self.unknowns, own.rank, seen, made.condition, residual, iterations)
         return Solution(known, Result.SOLVED, stats), made
+
+    def joined(self, apart: bool = False) -> Factor | None:
+        """Of both blocks, as they are weighed."""
+        blocks = self.kronecker, self.gradient_weights, self.coupling, self.weight_weights
+        return factor(*blocks, apart=apart)
 
     def determined(self, made: Factor) -> bool:
         """True if every direction is known to ``DETERMINED``.

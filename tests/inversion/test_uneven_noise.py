@@ -118,3 +118,18 @@ def test_noise_leaves_a_unit_on_either_side_of_a_kink(bent: type[nn.Module]) -> 
             assert found.inputs is not None
             assert found.error_bound is not None
             assert float((found.inputs - x).abs().max()) <= found.error_bound
+
+
+def test_a_layer_of_which_all_is_noise_contradicts_nothing() -> None:
+    """Features above it are known to the last digits; its own gradient is stated to say nothing."""
+    for seed in range(4):
+        torch.manual_seed(seed)
+        model = nn.Sequential(
+            nn.Linear(20, 32), nn.Sigmoid(), nn.Linear(32, 8), nn.Sigmoid(), nn.Linear(8, 3)
+        ).double().eval()  # fmt: skip
+        sent = rgap.capture(model, torch.rand(2, 20).double(), torch.tensor([2, 0]))
+        g = sent.gradients["2.weight"]
+        sigma = 3.0 * float(g.abs().mean()) * 10 ** (3 * torch.rand_like(g) - 2)
+        gradients = {**sent.gradients, "2.weight": g + sigma * torch.randn_like(g)}
+        found = rgap.invert(model, replace(sent, gradients=gradients, noise={"2.weight": sigma}))
+        assert found.status is not Status.INCONSISTENT, (seed, found.reason)
