@@ -427,3 +427,13 @@ def test_samples_that_there_is_no_time_to_tell_apart_contradict_nothing() -> Non
     assert "the time limit" not in whole.reason
     few, many = (int(re.findall(r"in (\d+) starts", r.reason)[0]) for r in (late, whole))
     assert few < many
+
+
+def test_zeros_without_memory_in_forward_mode() -> None:
+    """The slope of a squared error by its target is one: torch must not crash on it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 2, 2), nn.ConvTranspose2d(4, 2, 2, 2)).double().eval()
+    told = rgap.analysis.identifiability(
+        model, (2, 6, 6), 1, loss=rgap.Loss("mse_loss"), time_limit=60.0
+    )
+    assert told.unknowns == 72

@@ -34,6 +34,7 @@ from rgap.recursion.agreement import disagreement_of_values
 from rgap.recursion.graph import GraphDescent, descend_graph
 from rgap.recursion.outputs import cotangents_at_output
 from rgap.recursion.reached import Descent
+from rgap.update.targets import CROSS_ENTROPY
 
 __all__ = ["Branched", "below_branches", "by_gradients", "without_head"]
 
@@ -50,11 +51,14 @@ class Branched:
             lowest layer up.
         recovery: ``EXACT`` where the data follow, else None.
         note: why they do not, or "".
+        contradicted: True if the values of layers do not belong to one run of the network, so that
+            none of them is certified, those that were read above included.
     """
 
     features: dict[str, Estimate] = field(default_factory=dict)
     recovery: Recovery | None = None
     note: str = ""
+    contradicted: bool = False
 
 
 def below_branches(
@@ -111,12 +115,23 @@ def without_head(problem: Problem, show: Progress) -> Branched | str:
     known = cotangents_at_output(cut, problem.gradients, own, problem.room)
     if isinstance(known, str):
         return known
+    if _unbalanced(problem, known):
+        return "cotangents of a softmax that do not sum to 0"
     if len(known.value) != problem.stated:
         return (
             f"shifts tell {len(known.value)} samples apart, batch_size={problem.stated}: copies, "
             "or another batch size"
         )
     return _descended(problem, flow, cut, known, {}, None, show)
+
+
+def _unbalanced(problem: Problem, known: Estimate) -> bool:
+    """True where cotangents of a cross-entropy at the logits do not sum to 0 in each sample."""
+    chain, loss = problem.chain, problem.update.loss
+    if loss.name != CROSS_ENTROPY or loss.own or chain.stages[-1].tail:
+        return False
+    sums, error = known.value.sum(1), known.error.sum(2)
+    return float((sums.square() / error.square().mean(0)).mean().sqrt()) > FITS
 
 
 def _up_to(flow: Flow, name: str) -> Flow | None:
@@ -143,7 +158,7 @@ def _descended(
     own = replace(own, samples=len(few.error), seed=own.seed + 1)  # draws unlike those of `few`
     told = descend_graph(cut, problem.gradients, few, own, watch, problem.room, values)
     if apart := disagreement_of_values(cut, told.values, own.unit):
-        return Branched(note=f"no features are certified: {apart}")
+        return Branched(note=f"no features are certified: {apart}", contradicted=True)
     features = _features(cut, told)
     unread = _unread(problem, flow)
     if problem.stated != len(few.value) or unread:

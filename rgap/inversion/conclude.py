@@ -106,7 +106,7 @@ def _with_features(
     if branched is None:
         return with_features(recovery, features)
     branched = replace(branched, features={}) if doubt else branched
-    return beside_branches(recovery, branched, features)
+    return beside_branches(recovery, branched, {} if branched.contradicted else features)
 
 
 def beside_branches(

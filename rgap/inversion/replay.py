@@ -146,12 +146,14 @@ def replay(
         carried = {name: max(carried[name], moved[name]) for name in exact}
     residual, parts = _compared(problem, exact)
     made = Replay(residual, parts, _allowed(problem, rounded, carried))
+    coarse = problem.precision.unit >= torch.finfo(LOW).eps / 2
     for number in range(MEMBERS, REPLAYS if members else 0):
         if made.fits:
             break
         # Units at a kink are on in one arithmetic and off in another: one draw may have had none.
         e = members[number % len(members)] + problem.precision.rounding(inputs)[number]
-        again = _distances(exact, sent_for(problem, inputs + e, labels, scale + spread, LOW))
+        own = LOW if coarse else torch.float64
+        again = _distances(exact, sent_for(problem, inputs + e, labels, scale + spread, own))
         carried = {name: max(carried[name], again[name]) for name in exact}
         made = Replay(residual, parts, _allowed(problem, rounded, carried))
     return made

@@ -148,7 +148,8 @@ def _sized(
     spread = (tables * sizes).sum(2).square().mean(0)  # of what the table gives, by its own error
     weights = (own.square() + spread).sqrt()
     sizes = _least(table, sent, weights)
-    gap = float(((sent - table @ sizes) / weights).square().mean().sqrt())
+    left = ((sent - table @ sizes) / weights).square().split([len(own) for own in sums])
+    gap = max(float(own.mean().sqrt()) for own in left)  # of every bias by itself
     if not gap <= FITS:
         return f"gradients of biases above it miss the samples told apart by {gap:.1e} errors"
     drawn = _least(table + tables, sent + precision.normal(own), weights)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch.nn import functional as F
 import rgap
 from rgap.network.flow import Flow, flow_of
 from rgap.precision import Estimate, Precision
+from rgap.recovery import Status
 from rgap.recursion.graph import descend_graph
 
 F64 = torch.float64
@@ -92,3 +95,23 @@ def test_two_samples_are_not_one() -> None:
     precision = Precision()
     told = descend_graph(flow, gradients, Estimate(top, precision.rounding(top)), precision)
     assert not told.below
+
+
+def altered(dtype: torch.dtype, step: Callable[[Tensor], Tensor], name: str, factor: float) -> Any:
+    model, x = network(step, dtype), rgap.photos.load(1, 12, start=3).to(dtype)
+    sent = rgap.capture(model, x, torch.tensor([0]))
+    changed = sent.gradients[name].clone()
+    changed[:1] *= factor
+    return rgap.invert(model, replace(sent, gradients={**sent.gradients, name: changed}))
+
+
+@pytest.mark.parametrize("name", ["first.weight", "n2.bias"])
+def test_float64_is_not_reproduced_to_the_rounding_of_float32(name: str) -> None:
+    assert altered(F64, F.leaky_relu, name, 1.0).status is Status.EXACT
+    assert altered(F64, F.leaky_relu, name, 1.0 + 1e-6).status is not Status.EXACT
+
+
+def test_layers_that_contradict_each_other_have_no_features() -> None:
+    assert altered(torch.float32, F.silu, "head.bias", 1.0).features
+    found = altered(torch.float32, F.silu, "head.bias", 1.001)
+    assert "no features are certified" in found.reason and not found.features
