@@ -97,11 +97,13 @@ def test_two_samples_are_not_one() -> None:
     assert not told.below
 
 
-def altered(dtype: torch.dtype, step: Callable[[Tensor], Tensor], name: str, factor: float) -> Any:
+def altered(
+    dtype: torch.dtype, step: Callable[[Tensor], Tensor], name: str, factor: float, rows: int = 1
+) -> Any:
     model, x = network(step, dtype), rgap.photos.load(1, 12, start=3).to(dtype)
     sent = rgap.capture(model, x, torch.tensor([0]))
     changed = sent.gradients[name].clone()
-    changed[:1] *= factor
+    changed[:rows] *= factor
     return rgap.invert(model, replace(sent, gradients={**sent.gradients, name: changed}))
 
 
@@ -113,5 +115,5 @@ def test_float64_is_not_reproduced_to_the_rounding_of_float32(name: str) -> None
 
 def test_layers_that_contradict_each_other_have_no_features() -> None:
     assert altered(torch.float32, F.silu, "head.bias", 1.0).features
-    found = altered(torch.float32, F.silu, "head.bias", 1.001)
+    found = altered(torch.float32, F.silu, "head.bias", 1.001, 4)
     assert "no features are certified" in found.reason and not found.features
