@@ -19,6 +19,7 @@ from rgap.constraints import WeightConstraint, gradient_constraint, gradient_row
 from rgap.constraints.known_input import matrix_noise
 from rgap.constraints.partial import MOST, Kept, kept, marked
 from rgap.constraints.ranks import joint_rank_work, stage_joint_rank, weight_row_spaces
+from rgap.jacobian.layer import each
 from rgap.limits import AGREE, DETERMINED, FITS, HOPELESS, SHARP, TRUSTED
 from rgap.machine.allowance import CHOLESKY, Ahead, factorisation, freely
 from rgap.network.affine import Affine
@@ -196,8 +197,6 @@ class _Stage:
                 stacked = self.joined(apart=True)
             if stacked is not None and self.determined(stacked):
                 made, route = stacked, "cholesky"
-            elif made is not None and made.smallest * DETERMINED <= 1.0:
-                made = None  # all of it is noise
         if made is None:
             joint = self.joint_rank()
             stats = Stats("rank only", self.unknowns, own.rank, joint, joint.condition, 0.0)
@@ -205,14 +204,16 @@ class _Stage:
         known, iterations = self.compute(made)
         if not bool(self.kronecker.spectra.any()):  # no gradient rows: u is known only now
             self.weigh(self.coupling.unfold(known.value)[0])
-            again = self.joined()
-            if again is not None:
+            if (again := self.joined()) is not None:
                 made = again
                 known, iterations = self.compute(made)
-        least = 1.0 / max(made.smallest, 1e-300)
-        seen = Evidence(EvidenceKind.ERROR, least, DETERMINED, self.unknowns)
-        residual = _residual(self.affine, self.gradient, known.value, self.k)
-        stats = Stats(route, self.unknowns, own.rank, seen, made.condition, residual, iterations)
+        if route == "gradient":  # which the weight rows have to meet to its own error
+            carried = each(self.affine.linear, known.error).square().mean(0).flatten()
+            self.weight_weights = (self.weight_weights.pow(-2) + carried).rsqrt()
+        error = 1.0 / max(made.smallest, 1e-300)
+        seen = Evidence(EvidenceKind.ERROR, error, DETERMINED, self.unknowns)
+        left = _residual(self.affine, self.gradient, known.value, self.k)
+        stats = Stats(route, self.unknowns, own.rank, seen, made.condition, left, iterations)
         return Solution(known, Result.SOLVED, stats), made
 
     def joined(self, apart: bool = False) -> Factor | None:
