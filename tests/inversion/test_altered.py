@@ -156,3 +156,20 @@ def test_inputs_of_a_multiple_where_no_target_tells(factor: float) -> None:
             found = rgap.invert(model, multiplied(sent, name, factor))
             assert ("inputs" in found.certified) == (factor == 1.0), (seed, name, found.reason)
             assert factor == 1.0 or found.inputs is None
+
+
+def test_an_update_too_small_for_the_client_to_have_rounded_tests_nothing() -> None:
+    """Each tensor at its own size near the smallest number; a target at the output makes it."""
+    for seed in range(4):
+        torch.manual_seed(seed)
+        model = nn.Sequential(
+            nn.Linear(16, 30), nn.LeakyReLU(0.2), nn.Linear(30, 20), nn.LayerNorm(20),
+            nn.LeakyReLU(0.2), nn.Linear(20, 1),
+        ).eval()  # fmt: skip
+        x = torch.rand(1, 16)
+        sent = rgap.capture(model, x, torch.tensor([[1.2]]), "mse_loss")
+        tiny = torch.finfo(torch.float32).tiny
+        sizes = {n: tiny * (1.0 if n == "0.weight" else 1e4) for n in sent.gradients}
+        shrunk = {n: g * (sizes[n] / g.abs().max()) for n, g in sent.gradients.items()}
+        found = rgap.invert(model, replace(sent, gradients=shrunk))
+        assert found.status is not Status.EXACT and not found.certified, seed
