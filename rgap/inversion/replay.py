@@ -53,8 +53,8 @@ class Replay:
 
     @property
     def deaf(self) -> bool:
-        """True where every tensor may be off by all of itself, so that any answer would do."""
-        return all(allowed >= 1.0 for allowed in self.allowed.values())
+        """True where one rounding is as large as every tensor, so that any answer would do."""
+        return all(allowed >= ROUNDED for allowed in self.allowed.values())
 
 
 def sent_for(

@@ -136,8 +136,6 @@ def named(problem: Problem, data: Estimate, read: Weighed) -> Named | str:
     if order is None or not torch.equal(labels[order], stated.reshape(labels.shape).to(labels)):
         return f"the stated labels contradict the update, whose head says {labels.tolist()}"
     again = replay(problem, data.value, labels, scale, data.error, read.spread)
-    if again.deaf:
-        return "what rounding makes of these samples explains any update of this size"
     if not again.fits:
         name = again.worst
         return (
