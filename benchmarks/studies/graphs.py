@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from itertools import product
 
 import torch
+from computed import computed
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
@@ -36,7 +37,6 @@ from benchmarks.common.everyday import CLASSES, NETWORKS, STATISTICS, photograph
 from benchmarks.common.judging import match
 from benchmarks.common.networks import seeded
 from benchmarks.common.pictures import drawn_labels
-from rgap.network.flow import Flow, flow_of
 from rgap.network.trace import trace
 from rgap.precision import Estimate, Precision
 from rgap.recursion.graph import descend_graph
@@ -93,16 +93,9 @@ def row(case: Case, found: bool, listed: bool) -> str:
     seen.values = []
     with torch.no_grad():
         seen.run(x)
-    out = model(x)
-    loss = F.cross_entropy(out, case.targets)
-    (top,) = torch.autograd.grad(loss, out, retain_graph=True)
-    sent = torch.autograd.grad(loss, list(model.parameters()))
-    names = [name for name, _ in model.named_parameters()]
-    gradients = {name: g.double() for name, g in zip(names, sent, strict=True)}
-    flow = flow_of(model.double(), tuple(x.shape[1:]))
-    assert isinstance(flow, Flow), flow
+    flow, gradients, top = computed(model, x, case.targets)
     precision, began = Precision(dtype=case.dtype, samples=MEMBERS), time.process_time()
-    known, order = Estimate(top.double(), precision.rounding(top.double())), torch.arange(len(x))
+    known, order = Estimate(top, precision.rounding(top)), torch.arange(len(x))
     if found:
         made = cotangents_at_output(flow, gradients, precision)
         if isinstance(made, str) or len(made.value) != len(x):

@@ -131,7 +131,7 @@ def _open(problem: Problem, answer: Answer) -> str:
             f"{off or reading.tolerance:.1g}: several fit the gradient of the last layer"
         )
     again = replay(problem, *_batch(problem, answer), _errors(problem, answer))
-    if again.deaf and problem.update.loss.targets != "index":
+    if again.deaf:
         return "what rounding makes of this answer explains any update of this size"
     if again.fits:
         return ""

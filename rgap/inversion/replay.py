@@ -8,7 +8,7 @@ what its precision, its noise and the errors of the answer explain.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -35,11 +35,13 @@ class Replay:
         residual: relative difference of the whole.
         parts: relative difference by parameter name.
         allowed: the same as precision, noise and the answer's errors explain it.
+        free: True if targets may be any numbers, so that some make an update as small as any.
     """
 
     residual: float
     parts: dict[str, float]
     allowed: dict[str, float]
+    free: bool = False
 
     @property
     def worst(self) -> str:
@@ -53,8 +55,11 @@ class Replay:
 
     @property
     def deaf(self) -> bool:
-        """True where one rounding is as large as every tensor, so that any answer would do."""
-        return all(allowed >= ROUNDED for allowed in self.allowed.values())
+        """True where one rounding is as large as every tensor, so that any answer would do.
+
+        A label cannot make an update small: of a sample that the network is sure of it is.
+        """
+        return self.free and all(allowed >= ROUNDED for allowed in self.allowed.values())
 
 
 def sent_for(
@@ -150,7 +155,8 @@ def replay(
         moved = _distances(exact, sent_for(problem, inputs + e, labels, scale + spread))
         carried = {name: max(carried[name], moved[name]) for name in exact}
     residual, parts = _compared(problem, exact)
-    made = Replay(residual, parts, _allowed(problem, rounded, carried))
+    free = problem.update.loss.targets != "index"
+    made = Replay(residual, parts, _allowed(problem, rounded, carried), free)
     coarse = problem.precision.unit >= torch.finfo(LOW).eps / 2
     for number in range(MEMBERS, REPLAYS if members else 0):
         if made.fits:
@@ -160,7 +166,7 @@ def replay(
         own = LOW if coarse else torch.float64
         again = _distances(exact, sent_for(problem, inputs + e, labels, scale + spread, own))
         carried = {name: max(carried[name], again[name]) for name in exact}
-        made = Replay(residual, parts, _allowed(problem, rounded, carried))
+        made = replace(made, allowed=_allowed(problem, rounded, carried))
     return made
 
 

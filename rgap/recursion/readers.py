@@ -21,10 +21,15 @@ from rgap.precision import Estimate, Precision
 from rgap.solvers.kronecker import Factor, Kronecker, factor
 from rgap.solvers.rank import Rank
 
-__all__ = ["Contradicted", "Reader", "from_gradients"]
+__all__ = ["ROUNDS", "Contradicted", "Reader", "disagreeing", "from_gradients"]
 
 FEW = 4  # members whose mean square over all rows of a filter is its error
 ROUNDS = 12  # of leaving filters out
+
+
+def disagreeing(misfits: Tensor) -> Tensor:
+    """Filters that are left out together, as bool [F]: those that miss most, in standard errors."""
+    return misfits > max(FITS, APART_BY * float(misfits.max()))
 
 
 @dataclass(frozen=True)
@@ -193,7 +198,7 @@ class _Stack:
                 gone = _summed(heard[0], taps_of) == 0
                 ends = [gone[filters == j] for j in range(len(counts))]
                 return [e & (r.heard > 0) for e, r in zip(ends, self.readers, strict=True)]
-            agree = each <= max(FITS, APART_BY * worst)
+            agree = ~disagreeing(each)
             heard = heard * agree.to(heard).repeat_interleave(taps_of)[None]
             if float((heard > 0).sum()) < MOSTLY * float((self.heard > 0).sum()):
                 return []

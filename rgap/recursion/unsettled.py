@@ -15,19 +15,19 @@ import torch
 from torch import Tensor
 
 from rgap.halt import Halt
-from rgap.limits import APART_BY, FITS, MOSTLY, ON, REFUTED
+from rgap.limits import FITS, MOSTLY, ON, REFUTED
 from rgap.network.activations import Activation
 from rgap.network.affine import Affine
 from rgap.network.chain import Stage
 from rgap.network.reshape import Op
 from rgap.precision import Estimate, Precision
+from rgap.recursion.readers import ROUNDS, disagreeing
 from rgap.recursion.stage import StageSolution
 from rgap.recursion.steps import through
 
 __all__ = ["Above", "are_on", "settled"]
 
 Solve = Callable[[Estimate, Estimate], StageSolution | Halt]
-ROUNDS = 12  # of leaving filters out
 ASKED = 32  # units of a filter that are asked for, at most
 
 
@@ -157,10 +157,9 @@ def _apart(
             return None
         u = step.solution.value.value
         each = _misfits(affine, u, k, sent, precision).masked_fill(out, 0.0)
-        worst = float(each.max())
-        if worst <= FITS:
+        if float(each.max()) <= FITS:
             return (u, out) if bool(out.any()) else None
-        out = out | (each > max(FITS, APART_BY * worst))
+        out = out | disagreeing(each)
         if float(out.sum()) > (1.0 - MOSTLY) * len(out):
             return None
         step = solve(_without(k, out))

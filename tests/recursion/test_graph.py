@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from computed import computed
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from rgap import photos
-from rgap.network.flow import Flow, flow_of
+from rgap.network.flow import Flow
 from rgap.precision import Estimate, Precision
 from rgap.recursion.graph import GraphDescent, descend_graph
 
@@ -99,18 +99,11 @@ def sent(
     model.to(dtype).train()(photos.load(16, 16).to(dtype))  # running statistics of pictures
     model.eval()
     bend(model, x)
-    out = model(x)
-    (top,) = torch.autograd.grad(F.cross_entropy(out, torch.tensor(labels)), out, retain_graph=True)
-    grads = torch.autograd.grad(F.cross_entropy(out, torch.tensor(labels)), [*model.parameters()])
-    names = [name for name, _ in model.named_parameters()]
-    flow = flow_of(model.double(), (3, 16, 16))
-    assert isinstance(flow, Flow), flow
+    flow, gradients, top = computed(model, x, torch.tensor(labels))
     values = [x.double()]
     for node in flow.nodes[1:]:
         values.append(node.forward([values[source] for source in node.sources]).detach())
-    precision = Precision(dtype=dtype, samples=12)
-    gradients = {name: g.double() for name, g in zip(names, grads, strict=True)}
-    return Sent(flow, gradients, values, top.double(), precision)
+    return Sent(flow, gradients, values, top, Precision(dtype=dtype, samples=12))
 
 
 @pytest.mark.parametrize(

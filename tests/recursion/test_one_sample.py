@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from computed import computed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import rgap
-from rgap.network.flow import Flow, flow_of
 from rgap.precision import Estimate, Precision
 from rgap.recovery import Status
 from rgap.recursion.graph import descend_graph
@@ -38,18 +38,6 @@ class Bent(nn.Module):
         return self.head(self.pool(self.step(self.third(b))).flatten(1))
 
 
-def sent(model: nn.Module, x: Tensor) -> tuple[Flow, dict[str, Tensor], Tensor]:
-    out = model(x)
-    loss = F.cross_entropy(out, torch.arange(len(x)) % 4)
-    (top,) = torch.autograd.grad(loss, out, retain_graph=True)
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    made = torch.autograd.grad(loss, [p for _, p in named])
-    gradients = {n: g.double() for (n, _), g in zip(named, made, strict=True)}
-    flow = flow_of(model.double(), tuple(x.shape[1:]))
-    assert isinstance(flow, Flow), flow
-    return flow, gradients, top.double()
-
-
 def network(step: Callable[[Tensor], Tensor], dtype: torch.dtype, bias: bool = True) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -68,7 +56,7 @@ def test_values_below_steps_without_an_inverse(
         a = step(model.n1(model.first(x)))
         b = step(model.n2(model.second(a)) + a)
     seen = {"second": a.double(), "third": b.double()}
-    flow, gradients, top = sent(model, x)
+    flow, gradients, top = computed(model, x, torch.arange(len(x)) % 4)
     precision = Precision(dtype=dtype)
     told = descend_graph(flow, gradients, Estimate(top, precision.rounding(top)), precision)
     names = {node.name: node.sources[0] for node in flow.nodes[1:]}
@@ -83,7 +71,7 @@ def test_values_below_steps_without_an_inverse(
 
 def test_without_a_bias_the_size_is_open() -> None:
     model, x = network(F.silu, F64, bias=False), rgap.photos.load(1, 12, start=3)
-    flow, gradients, top = sent(model, x)
+    flow, gradients, top = computed(model, x, torch.arange(len(x)) % 4)
     precision = Precision()
     told = descend_graph(flow, gradients, Estimate(top, precision.rounding(top)), precision)
     assert any("no bias above it says how large" in why for why in told.ends.values())
@@ -91,7 +79,7 @@ def test_without_a_bias_the_size_is_open() -> None:
 
 def test_two_samples_are_not_one() -> None:
     model, x = network(F.silu, F64), rgap.photos.load(2, 12, start=3)
-    flow, gradients, top = sent(model, x)
+    flow, gradients, top = computed(model, x, torch.arange(len(x)) % 4)
     precision = Precision()
     told = descend_graph(flow, gradients, Estimate(top, precision.rounding(top)), precision)
     assert not told.below

@@ -6,12 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from computed import computed
 from scipy.optimize import linear_sum_assignment
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 import rgap
-from rgap.network.flow import Flow, flow_of
 from rgap.precision import Estimate, Precision
 from rgap.recovery import Status
 from rgap.recursion.outputs import cotangents_at_output
@@ -36,24 +35,12 @@ def network(dtype: torch.dtype, normed: bool = True, bias: bool = True) -> nn.Mo
     return model.to(dtype).eval()
 
 
-def sent(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Flow, dict[str, Tensor], Tensor]:
-    out = model(x)
-    loss = F.cross_entropy(out, y)
-    (top,) = torch.autograd.grad(loss, out, retain_graph=True)
-    made = torch.autograd.grad(loss, list(model.parameters()))
-    names = [name for name, _ in model.named_parameters()]
-    gradients = {n: g.double() for n, g in zip(names, made, strict=True)}
-    flow = flow_of(model.double(), tuple(x.shape[1:]))
-    assert isinstance(flow, Flow), flow
-    return flow, gradients, top.double()
-
-
 @pytest.mark.parametrize("labels", [[0, 1, 2, 0, 1], [1, 1, 1, 1, 1]])
 @pytest.mark.parametrize("normed", [True, False])
 @pytest.mark.parametrize("dtype", [F64, torch.float32])
 def test_more_samples_than_classes(labels: list[int], normed: bool, dtype: torch.dtype) -> None:
     model, x = network(dtype, normed), rgap.photos.load(5, 12, start=3).to(dtype)
-    flow, gradients, top = sent(model, x, torch.tensor(labels))
+    flow, gradients, top = computed(model, x, torch.tensor(labels))
     told = cotangents_at_output(flow, gradients, Precision(dtype=dtype))
     assert isinstance(told, Estimate), told
     _, mate = linear_sum_assignment(torch.cdist(told.value, top).numpy())
@@ -68,7 +55,7 @@ def test_what_does_not_follow_is_said(why: str) -> None:
     model = network(F64, bias=why != "no bias")
     count = 9 if why == "too many" else 3
     x = rgap.photos.load(count, 12, start=3).to(F64)
-    flow, gradients, _ = sent(model, x, torch.arange(count) % 3)
+    flow, gradients, _ = computed(model, x, torch.arange(count) % 3)
     if why == "other bias":
         gradients["7.bias"] = 1.1 * gradients["7.bias"]
     if why == "no shifts":
