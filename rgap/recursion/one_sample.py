@@ -1,12 +1,9 @@
 """The cotangent of one sample below a step of any kind, from the convolution below it alone.
 
 Shifts give the cotangent K̃ of a convolution up to a matrix [B, B] (:mod:`rgap.separation.shifts`).
-Of one sample that is a number α, and the gradient of a bias on the way up is a sum over positions,
-
-    ∂b = α Σ_p c_p,
-
-with c the cotangent at the bias that K̃ makes: one unknown for as many equations as filters.  What
-the step does (SiLU, GELU, a function of one's own) need not be known, nor what stands above it.
+Of one sample that is a number, which the gradients of biases on the way up to the step say
+(:mod:`rgap.recursion.sizes`).  What the step does (SiLU, GELU, a function of one's own) need not be
+known, nor what stands above it.
 """
 
 from __future__ import annotations
@@ -16,11 +13,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from rgap.limits import FITS
 from rgap.network.affine import Affine
 from rgap.network.flow import Flow
 from rgap.network.scaling import BatchNorm, Scale
 from rgap.precision import Estimate, Precision
+from rgap.recursion.sizes import BiasSum, factors
 from rgap.separation.batch import Unseparated
 from rgap.separation.shifts.positions import Positions, moved, tell_positions_apart
 
@@ -41,6 +38,8 @@ def cotangent_below(
     """
     affine = flow.nodes[place].link
     assert isinstance(affine, Affine)
+    if flow.nodes[place].shared or not precision.sent(affine.weight_name):
+        return f"'{affine.name}' has no gradient of its own"
     gradient = affine.sent(gradients)
     noise = precision.rms(affine.weight_name, gradient)
     told = tell_positions_apart(affine, gradient, noise)
@@ -53,12 +52,11 @@ def cotangent_below(
     raised = _raised(flow, place, step, made, drawn)
     if isinstance(raised, str):
         return raised
-    k, error, biases = raised
-    found = _scale(biases, gradients, precision)
-    if isinstance(found, str):
-        return f"'{affine.name}': {found}"
-    alpha, members = found
-    value = alpha * k
+    k, error, sums = raised
+    alpha = factors(sums, gradients, precision)
+    if isinstance(alpha, str):
+        return f"'{affine.name}': {alpha}"
+    value, members = alpha.value * k, alpha.value + alpha.error
     return Estimate(value, members.reshape(-1, *[1] * k.ndim) * (k + error) - value)
 
 
@@ -78,18 +76,15 @@ def _errors(
     return torch.stack(members) + precision.normal(own.expand_as(told.cotangents))
 
 
-Bias = tuple[str, Tensor, Tensor]  # its name, what K̃ makes of its gradient [F], the error [S, F]
-
-
 def _raised(
     flow: Flow, place: int, step: int, k: Tensor, error: Tensor
-) -> tuple[Tensor, Tensor, list[Bias]] | str:
+) -> tuple[Tensor, Tensor, list[BiasSum]] | str:
     """K̃ at the input of the step, its error, and all biases on the way, or what hinders."""
-    biases, at = list[Bias](), place
+    sums, at = list[BiasSum](), place
 
     def heard(name: str | None) -> None:
         if name is not None:
-            biases.append((name, k.flatten(2).sum((0, 2)), error.flatten(3).sum((1, 3))))
+            sums.append(BiasSum.of(name, k, error))
 
     link = flow.nodes[at].link
     assert isinstance(link, Affine)
@@ -100,7 +95,7 @@ def _raised(
             return f"'{flow.nodes[at].name}' is read by {len(users)} others"
         [user] = users
         if user == step:
-            return k, error, biases
+            return k, error, sums
         node = flow.nodes[user]
         if isinstance(node.link, Scale) and node.link.barrier is None:
             k, error = k / node.link.scale, error / node.link.scale
@@ -112,28 +107,3 @@ def _raised(
         else:
             return f"'{node.name}' stands between '{flow.nodes[place].name}' and the step"
         at = user
-
-
-def _scale(
-    biases: list[Bias], gradients: Mapping[str, Tensor], precision: Precision
-) -> tuple[float, Tensor] | str:
-    """α by least squares, and its ensemble [S]."""
-    sent = [bias for bias in biases if precision.sent(bias[0])]
-    if not sent:
-        return "no bias above it says how large its cotangent is"
-    column = torch.cat([made for _, made, _ in sent])
-    moved = torch.cat([error for _, _, error in sent], 1)
-    sums = torch.cat([gradients[name] for name, _, _ in sent])
-    alpha, own, stds = 0.0, torch.ones_like(sums), sums
-    for _ in range(2):  # once to see how large the errors are, once weighed by them
-        alpha = float((column * sums / own**2).sum() / (column / own).square().sum())
-        squares = [(name, (alpha * made).square()) for name, made, _ in sent]
-        stds = torch.cat([precision.update_std(n, s, gradients[n]) for n, s in squares])
-        own = (stds.square() + (alpha * moved).square().mean(0)).sqrt()
-    gap = float(((sums - alpha * column) / own).square().mean().sqrt())
-    if not gap <= FITS:
-        return f"gradients of biases above it miss its cotangent by {gap:.1e} errors"
-    drawn = sums + precision.normal(stds)
-    tables = column + moved
-    members = (tables * drawn / own**2).sum(1) / (tables / own).square().sum(1)
-    return alpha, members

@@ -74,7 +74,7 @@ def test_without_a_bias_the_size_is_open() -> None:
     flow, gradients, top = computed(model, x, torch.arange(len(x)) % 4)
     precision = Precision()
     told = descend_graph(flow, gradients, Estimate(top, precision.rounding(top)), precision)
-    assert any("no bias above it says how large" in why for why in told.ends.values())
+    assert any("no gradient of a bias above it says" in why for why in told.ends.values())
 
 
 def test_two_samples_are_not_one() -> None:

@@ -62,7 +62,7 @@ def test_what_does_not_follow_is_said(why: str) -> None:
         gradients["6.weight"] = torch.randn_like(gradients["6.weight"])
     told = cotangents_at_output(flow, gradients, Precision(dtype=F64))
     said = {
-        "no bias": "gradients of biases above it say how much",
+        "no bias": "no gradient of a bias above it says",
         "other bias": "miss the samples",
         "no shifts": "not told apart by shifts",
         "too many": "not told apart by shifts",

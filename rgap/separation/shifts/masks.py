@@ -23,7 +23,7 @@ from rgap.solvers.limits import SMALL_GAP
 from rgap.solvers.svd import right_singular_vectors
 from rgap.solvers.tall import tall_qr
 
-__all__ = ["Masked", "gauge_by_masks"]
+__all__ = ["Masked", "gauge_by_masks", "products", "symmetric"]
 
 ROUNDS = 3  # in which a mask and what follows from it settle
 
@@ -96,17 +96,27 @@ def gauge_by_masks(cotangents: Tensor, above: Tensor, error: float = 0.0) -> Mas
     return Masked(gauge, masks, furthest, weakest)
 
 
-def _column(basis: Tensor, k: Tensor) -> tuple[Tensor, float]:
-    """Direction g of one sample in an orthonormal basis [n, B], and the gap beside it."""
+def products(basis: Tensor) -> Tensor:
+    """``(basis g)²`` as a matrix for the entries g_a g_b, a ≤ b, of g gᵀ; [n, B(B + 1)/2]."""
     size = basis.shape[1]
     first, second = torch.triu_indices(size, size, device=basis.device)
-    products = basis[:, first] * basis[:, second]
-    products = products * torch.where(first == second, 1.0, 2.0).to(basis)
+    return basis[:, first] * basis[:, second] * torch.where(first == second, 1.0, 2.0).to(basis)
+
+
+def symmetric(entries: Tensor, size: int) -> Tensor:
+    """Matrices [..., B, B] of their entries a ≤ b, as :func:`products` has them."""
+    first, second = torch.triu_indices(size, size, device=entries.device)
+    lifted = entries.new_zeros(*entries.shape[:-1], size, size)
+    lifted[..., first, second] = lifted[..., second, first] = entries
+    return lifted
+
+
+def _column(basis: Tensor, k: Tensor) -> tuple[Tensor, float]:
+    """Direction g of one sample in an orthonormal basis [n, B], and the gap beside it."""
+    size, squares = basis.shape[1], products(basis)
     linear = -k[:, None] * basis
-    scale = linear.norm() / products.norm().clamp_min(1e-300)
-    values, vh = right_singular_vectors(torch.cat([scale * products, linear], 1))
-    lifted = basis.new_zeros(size, size)
-    lifted[first, second] = lifted[second, first] = vh[-1, : len(first)]
-    eigenvalues, vectors = torch.linalg.eigh(lifted)
+    scale = linear.norm() / squares.norm().clamp_min(1e-300)
+    values, vh = right_singular_vectors(torch.cat([scale * squares, linear], 1))
+    eigenvalues, vectors = torch.linalg.eigh(symmetric(vh[-1, : squares.shape[1]], size))
     gap = float(values[-2] / values[-1].clamp_min(1e-300))
     return vectors[:, int(eigenvalues.abs().argmax())], gap

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from rgap.limits import MASKED, SAFETY
 from rgap.separation.batch import Unseparated
+from rgap.separation.shifts.masks import ROUNDS, products, symmetric
 from rgap.solvers.limits import SMALL_GAP
 from rgap.solvers.rank import numerical_rank, resolve_rcond
 from rgap.solvers.svd import right_singular_vectors
@@ -31,7 +32,6 @@ from rgap.solvers.tall import tall_qr
 __all__ = ["Spanned", "gauge_by_span"]
 
 DRAWS = 8  # pairs of combinations, of which that with the furthest eigenvalues is taken
-ROUNDS = 4  # in which a mask and what follows from it settle
 HELD = 3.0  # matrices of the lifted system that are held at a time
 
 
@@ -110,18 +110,14 @@ def gauge_by_span(cotangents: Tensor, span: Tensor, room: float = inf) -> Spanne
 
 def _lifted(basis: Tensor, through: Tensor) -> tuple[Tensor, float]:
     """B combinations ``Σ_b c_b g_b g_bᵀ`` [B, B, B], and the gap beside the null space."""
-    batch = basis.shape[1]
-    first, second = torch.triu_indices(batch, batch, device=basis.device)
-    products = basis[:, first] * basis[:, second]
-    products = products * torch.where(first == second, 1.0, 2.0).to(basis)
+    batch, squares = basis.shape[1], products(basis)
     linear = -(through[:, :, None] * basis[:, None]).flatten(1)
-    matrix = torch.cat([products, linear], 1)
+    matrix = torch.cat([squares, linear], 1)
     scale = matrix.norm(dim=0).clamp_min(1e-300)
     values, vh = right_singular_vectors(matrix / scale)
-    pairs = (vh[-batch:] / scale)[:, : len(first)]
-    lifted = basis.new_zeros(batch, batch, batch)
-    lifted[:, first, second] = lifted[:, second, first] = pairs
-    return lifted, float(values[-batch - 1] / values[-batch].clamp_min(1e-300))
+    pairs = (vh[-batch:] / scale)[:, : squares.shape[1]]
+    gap = float(values[-batch - 1] / values[-batch].clamp_min(1e-300))
+    return symmetric(pairs, batch), gap
 
 
 def _common(lifted: Tensor) -> Tensor:
