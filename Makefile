@@ -7,7 +7,7 @@ PIP     = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 .PHONY: demo test lint types layers docs bench study smallest clean
 
 demo: $(VENV)/core  ## recover real photographs from their gradients, in a virtual environment
-	$(BIN)/rgap demo
+	$(BIN)/rgap demo --force
 
 test: $(VENV)/test  ## tests and doctests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests rgap solvers analysis --doctest-modules

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from rgap.cli.console import print_json, say, stdout
-from rgap.cli.options import Json, optional
+from rgap.cli.options import Force, Json, optional
 
 if TYPE_CHECKING:
     from rgap.recovery import Recovery
@@ -29,6 +29,7 @@ class Answer:
             "PATH",
         ),
     ] = None
+    force: Force = False
     as_json: Json = False
 
     def check(self, update: Update) -> None:
@@ -36,7 +37,7 @@ class Answer:
         from rgap.report.results import check_target
 
         if self.output is not None:
-            check_target(self.output, update)
+            check_target(self.output, update, force=self.force)
 
     def write(self, recovery: Recovery, update: Update, why_not: str) -> Path | None:
         """Write the pictures; where there are none, None and one line that says ``why_not``."""
@@ -44,7 +45,7 @@ class Answer:
 
         if self.output is None:
             return None
-        written = write_recovery(recovery, self.output, update.value_range)
+        written = write_recovery(recovery, self.output, update.value_range, force=self.force)
         if written is None:
             say(f"nothing written to {self.output}: {why_not}")
         return written

@@ -13,6 +13,7 @@ import typer
 from rgap.cli.command import command
 from rgap.cli.console import print_json, say, stdout
 from rgap.cli.options import (
+    Force,
     Json,
     RankMethod,
     Sample,
@@ -75,6 +76,7 @@ def audit(
         Path | None,
         optional("Write the heat map, or with --joint the curves: .png, .pdf or .svg.", "FILE"),
     ] = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> int:
     """Count, layer by layer, how much of a batch the gradient determines."""

@@ -12,6 +12,7 @@ from rgap.cli.command import command
 from rgap.cli.console import print_json
 from rgap.cli.options import (
     Device,
+    Force,
     Json,
     LossName,
     Network,
@@ -83,6 +84,7 @@ def capture(
     output: Annotated[Path, typer.Option(help="Where to write the update.", metavar="FILE")] = Path(
         "update.safetensors"
     ),
+    force: Force = False,
     share_labels: Annotated[
         bool, typer.Option("--share-labels", help="Put the labels in the update.", metavar="")
     ] = False,

@@ -19,10 +19,11 @@ from rgap.cli.mending import Mending
 from rgap.cli.usage import expected_of
 from rgap.remedy import in_options
 
-__all__ = ["command"]
+__all__ = ["command", "refuse_existing"]
 
 LIMIT = "time_limit"  # the option whose infinity says that there is none
-WRITTEN = ("output", "plot", "checkpoint")  # options whose file a command replaces
+WRITTEN = ("output", "plot", "checkpoint")  # options whose file a command writes
+KEPT = ("output", "plot")  # those whose file it replaces with --force alone
 
 
 def command(run: Callable[..., int]) -> Callable[..., None]:
@@ -53,6 +54,7 @@ def command(run: Callable[..., int]) -> Callable[..., None]:
             for name, value in typed.items():
                 _refuse_unbounded(parsed[name], name, value)
             _refuse_lost(context, typed)
+            _refuse_replaced(context, typed)
             for name, group in groups.items():
                 typed[name] = group(
                     **{field.name: typed.pop(field.name) for field in fields(group)}
@@ -99,6 +101,39 @@ def _refuse_lost(context: typer.Context, typed: dict[str, Any]) -> None:
                         f"{flag}: expected a file of its own, got {output}, which {other} reads "
                         f"and which would be lost; write {flag} {free}"
                     )
+
+
+def _refuse_replaced(context: typer.Context, typed: dict[str, Any]) -> None:
+    """Refuse an output that is there already, before any work; a folder is looked into later."""
+    from rgap.report.results import mask_beside
+
+    params = {param.name: param for param in context.command.params}
+    for written in KEPT:
+        output = typed.get(written)
+        if output is not None and output.suffix and params[written].metavar != "FOLDER":
+            made = [output, mask_beside(output)] if output.suffix == ".png" else [output]
+            for one in made:
+                free = output.with_name(f"{output.stem}-2{output.suffix}")
+                refuse_existing(f"--{written}", one, free, bool(typed.get("force")))
+
+
+def refuse_existing(flag: str, path: Path, free: Path, force: bool) -> None:
+    """Refuse a file that is there already, unless it may be replaced.
+
+    Args:
+        flag: the option that names it, or its folder.
+        path: of the file.
+        free: another value of the option.
+        force: it may be replaced.
+
+    Raises:
+        ValueError: it is there, and may not.
+    """
+    if not force and path.is_file():
+        raise ValueError(
+            f"{flag}: expected a place that is free, got {path}, which exists; write {flag} {free} "
+            "or, to replace it, --force"
+        )
 
 
 def _same(path: Path, other: Path) -> bool:

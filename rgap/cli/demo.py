@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from rgap.cli.command import command
+from rgap.cli.command import command, refuse_existing
 from rgap.cli.console import print_json, stderr, stdout
-from rgap.cli.options import Json, Seed
+from rgap.cli.options import Force, Json, Seed
 
 __all__ = ["demo"]
 
@@ -19,6 +19,7 @@ def demo(
     output: Annotated[Path, typer.Option(help="Folder for the figures.", metavar="FOLDER")] = Path(
         "demo"
     ),
+    force: Force = False,
     as_json: Json = False,
     seed: Seed = 0,
 ) -> int:
@@ -26,9 +27,11 @@ def demo(
 
     Exits with 1 if a picture that was attacked alone is not certified.
     """
-    from rgap.report.demo import run
+    from rgap.report.demo import FILES, run
     from rgap.report.story import tell
 
+    for name in FILES:
+        refuse_existing("--output", output / name, output.with_name(f"{output.name}-2"), force)
     result = run(output, seed=seed, console=stderr())
     if as_json:
         print_json(result.summary())

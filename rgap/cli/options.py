@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DefenceName",
     "Device",
+    "Force",
     "Json",
     "LabelMethod",
     "Labelled",
@@ -147,6 +148,10 @@ _HINTS = {
 }
 
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, …", metavar="NAME")]
+Force = Annotated[
+    bool,
+    typer.Option("--force", help="Replace what is there already, once all is done.", metavar=""),
+]
 Json = Annotated[bool, typer.Option("--json", help=_HINTS["json"], metavar="")]
 LossName = Annotated[str | None, optional(_HINTS["loss"], "NAME")]
 Quiet = Annotated[

@@ -32,6 +32,7 @@ class Kind(StrEnum):
     BATCH_SIZE = "batch size"
     DECAY = "weight decay"
     NOISE = "noise"
+    ENTRY = "entry"
     WEIGHTS = "weights"
     UNDECIDED = "undecided"
 
@@ -62,6 +63,8 @@ _CLAIMS = {
     Kind.BATCH_SIZE: "the batch has another size than declared",
     Kind.DECAY: "weight decay is in the update: it is no gradient of the loss alone",
     Kind.NOISE: "noise was added that is not stated",
+    Kind.ENTRY: "one entry of one tensor, or one channel of it, is not that of the gradient which "
+    "all others are of",
     Kind.WEIGHTS: "the model does not have the weights that the update was computed on",
     Kind.UNDECIDED: "one of several mistakes, which no equation of this network and batch tells "
     "apart",
@@ -78,6 +81,7 @@ MENDING: dict[Kind, Remedy | str] = {
     Kind.LABELS: "labels=None to have them found",
     Kind.DECAY: "rgap.Update.from_delta(..., weight_decay=rate) with the client's rate",
     Kind.NOISE: "rgap.invert(model, update, noise=level) with the client's standard deviation",
+    Kind.ENTRY: "the update again, as the client computed it: this entry was changed on its way",
     Kind.WEIGHTS: Remedy("model.load_state_dict(weights)", "--weights FILE").then(
         " with the weights that the server sent for this round"
     ),

@@ -12,6 +12,7 @@ from rgap import validation
 from rgap.diagnosis import (
     decay,
     dropout,
+    entries,
     mode,
     names,
     noise,
@@ -189,10 +190,13 @@ def _equations(evidence: Evidence) -> list[Finding]:
     if decayed:
         unit, known = evidence.unit, evidence.precision.entries
         lost = {n: 2 * unit * (evidence.gradients[n] - g).abs() for n, g in gradients.items()}
-        entries = {n: torch.hypot(e, known[n]) if n in known else e for n, e in lost.items()}
-        precision = replace(evidence.precision, entries={**known, **entries})
+        noisier = {n: torch.hypot(e, known[n]) if n in known else e for n, e in lost.items()}
+        precision = replace(evidence.precision, entries={**known, **noisier})
         evidence = replace(evidence, gradients=gradients, precision=precision)
         layers = noise.floors(evidence)
+    altered = entries.read(evidence)
+    if altered:
+        return [*decayed, *altered]
     findings = noise.read(evidence, layers)
     if findings:
         precision = replace(evidence.precision, noise=findings[0].value)

@@ -28,24 +28,24 @@ from rgap.diagnosis import mode
 from rgap.diagnosis.dropout import dropping, predicted, remedy
 from rgap.diagnosis.evidence import Call, Evidence
 from rgap.diagnosis.factors import smallest_misfit
-from rgap.diagnosis.finding import Finding, Kind
+from rgap.diagnosis.finding import MENDING, Finding, Kind
 from rgap.diagnosis.noise import floors
 from rgap.diagnosis.replay import replayed
 from rgap.diagnosis.samples import Samples, nearest_sample
+from rgap.diagnosis.stages import changed_entry, descended
 from rgap.head.bias_attack import bias_attack, rank_one_residual
-from rgap.head.features import features_from_bias
 from rgap.limits import REFUTED
 from rgap.network.activations.piecewise import Activation
 from rgap.network.chain import Chain, Stage
 from rgap.network.reshape import Op, Reshape
-from rgap.recursion.descend import descend
-from rgap.recursion.reached import Reached
 from rgap.update.targets import SQUARED
 
 SAFETY = 100.0
-LARGEST = 20_000  # unknowns of a stage up to which the recursion is tried
 WHOLE = 2.0  # relative misfit above which nothing was solved
 COMMON = (Kind.DECAY, Kind.NOISE, Kind.STEPS)  # these break every identity
+HOLDS = 10.0  # times the tolerance that a channel must be to say that an identity holds in it
+FEWEST = 3  # rows and columns of which a changed entry is told
+OTHERS = 3  # of such channels, at least
 SPARSE = 0.45  # share of zeros that pruning may have left, where nothing proves that it did not
 
 
@@ -58,12 +58,18 @@ class Contradiction:
         misfit: relative.
         tolerance: of the misfit, by rounding and stated noise.
         also: kinds that break it too, beside those of ``COMMON``.
+        of: tensors whose gradients it is about.
+        alone: of several channels the one in which it is broken, or None.
+        recursion: it is that of the stages of a chain.
     """
 
     what: str
     misfit: float
     tolerance: float
     also: tuple[Kind, ...] = ()
+    of: tuple[str, ...] = ()
+    alone: int | None = None
+    recursion: bool = False
 
     @property
     def strength(self) -> float:
@@ -104,6 +110,12 @@ def read(evidence: Evidence, samples: Samples | None) -> list[Finding]:
     if not broken:
         return []
     worst = max(broken, key=lambda c: c.strength)
+    changed = _changed(identities, broken)
+    if all(one.recursion for one in broken):
+        changed = changed_entry(evidence)
+    if changed is not None:
+        evidence.tested.add(Kind.ENTRY)
+        return [changed]
     if balances and not any(c.strength > 1.0 for c in balances):
         masked = _masked(evidence, balances, worst)
         if masked is not None:
@@ -112,8 +124,46 @@ def read(evidence: Evidence, samples: Samples | None) -> list[Finding]:
         f"{worst.what}: relative misfit {worst.misfit:.1e}, rounding explains "
         f"{worst.tolerance:.1e}; {len(broken)} of {len(identities)} identities fail"
     )
-    kinds = (Kind.WEIGHTS, *_rivals(evidence, broken))
+    rivals = _rivals(evidence, broken)
+    kinds = (Kind.WEIGHTS, *rivals, *((Kind.ENTRY,) if rivals else ()))
     return [Finding.among(kinds, worst.misfit, said, worst.strength)]
+
+
+def _changed(identities: list[Contradiction], broken: list[Contradiction]) -> Finding | None:
+    """A tensor that was changed in one channel: no mistake of the whole update spares the others.
+
+    Every identity that fails does so in a single channel of several, and of the tensors that all
+    of these are about some are in none that holds.
+    """
+    if any(one.alone is None for one in broken):
+        return None
+    named = set.intersection(*(set(one.of) for one in broken))
+    named -= {name for one in identities if one not in broken for name in one.of}
+    if not named:
+        return None
+    worst = max(broken, key=lambda one: one.strength)
+    names = [f"'{name}'" for name in worst.of if name in named]
+    said = (
+        f"{worst.what} fails in channel {worst.alone} alone, of those of "
+        f"{' or '.join(names)}: relative misfit {worst.misfit:.1e}, rounding explains "
+        f"{worst.tolerance:.1e}, and holds in all others"
+    )
+    line = str(MENDING[Kind.ENTRY])
+    return Finding(Kind.ENTRY, float(worst.alone or 0), said, line, worst.strength)
+
+
+def _alone(gaps: Tensor, sizes: Tensor, tolerance: float) -> int | None:
+    """The channel of several in which an identity fails, where it holds in all others.
+
+    Args:
+        gaps: of every channel, relative to all of them together.
+        sizes: of its terms, likewise.
+        tolerance: of a gap.
+    """
+    failing = gaps > tolerance
+    if int(failing.sum()) != 1 or int((~failing & (sizes > HOLDS * tolerance)).sum()) < OTHERS:
+        return None
+    return int(gaps.argmax())
 
 
 def _two_gradients(evidence: Evidence) -> Finding | None:
@@ -130,7 +180,8 @@ def _two_gradients(evidence: Evidence) -> Finding | None:
                 f"∂W and ∂b of '{call.name}' are not k xᵀ and k of one k: relative misfit "
                 f"{rest:.1e}, rounding explains {rounding:.1e}"
             )
-            kinds = (*COMMON, Kind.BATCH_SIZE, Kind.OPTIMISER)
+            few = min(weight.shape) < FEWEST  # to tell the entry itself
+            kinds = (*COMMON, Kind.BATCH_SIZE, Kind.OPTIMISER, *((Kind.ENTRY,) if few else ()))
             return Finding.among(kinds, rest, said, rest / rounding)
     return None
 
@@ -266,7 +317,8 @@ def _balance(
     size = float(left.square().sum() + right.square().sum()) ** 0.5
     if size == 0.0:
         return None
-    misfit = float((left.sum(1) - right.sum(1)).norm()) / size
+    gaps = (left.sum(1) - right.sum(1)).abs() / size
+    misfit = float(gaps.norm())
     # Of one channel the noise of all its terms adds up, no more than that of all channels does.
     carried = (evidence.model.get_parameter(n).detach().double() for n in terms_of)
     added = sum(
@@ -276,7 +328,10 @@ def _balance(
     count = (left.shape[1] + right.shape[1]) ** 0.5
     tolerance = SAFETY * (4 * evidence.unit * count + added / size)
     what = f"the balance ⟨W, G⟩ between '{lower.name}' and '{upper.name}'"
-    return Contradiction(what, misfit, tolerance)
+    sizes = (left.square().sum(1) + right.square().sum(1)).sqrt() / size
+    return Contradiction(
+        what, misfit, tolerance, of=tuple(terms_of), alone=_alone(gaps, sizes, tolerance)
+    )
 
 
 def _search(evidence: Evidence, samples: Samples | None) -> list[Contradiction]:
@@ -298,35 +353,13 @@ def _search(evidence: Evidence, samples: Samples | None) -> list[Contradiction]:
 
 def _recursion(evidence: Evidence) -> list[Contradiction]:
     """The equations of the stages below the head, for one sample."""
-    chain = evidence.chain
-    if chain is None or evidence.batch != 1 or not chain.stages:
+    descent = descended(evidence)
+    if descent is None or evidence.chain is None:
         return []
-    last = chain.stages[-1]
-    name = last.affine.bias_name
-    if last.affine.geometry is not None or name is None or len(chain.stages) < 2:
-        return []
-    if max(prod(stage.affine.in_shape) for stage in chain.stages[:-1]) > LARGEST:
-        return []
-    named = {n for s in chain.stages for n in (s.affine.weight_name, s.affine.bias_name) if n}
-    if not named.issubset(evidence.gradients):
-        return []
-    weight, bias = last.affine.sent(evidence.gradients), evidence.gradients[name]
-    if bool((bias.abs() < evidence.precision.noise_std(name, bias)).any()):
-        return []  # as of pruning: an entry that is all noise is no small error of the cotangent
-    x, k = features_from_bias(last.affine, weight, bias, evidence.precision)
-    x = type(x)(
-        x.value.reshape(-1, *last.affine.in_shape),
-        x.error.reshape(len(x.error), -1, *last.affine.in_shape),
-    )
-    descent = descend(
-        chain, dict(evidence.gradients), Reached(last.index, k, x, None), evidence.precision
-    )
     index, misfit = descent.worst
-    if index < 0:
-        return []
     relative = descent.solutions[index].solution.stats.residual
     if not relative < WHOLE:
         return []
-    what = f"the equations of '{chain.stages[index].name}' below the head"
+    what = f"the equations of '{evidence.chain.stages[index].name}' below the head"
     tolerance = max(relative * REFUTED / max(misfit, 1e-300), SAFETY * evidence.unit)
-    return [Contradiction(what, relative, tolerance, (Kind.DROPOUT,))]
+    return [Contradiction(what, relative, tolerance, (Kind.DROPOUT,), recursion=True)]

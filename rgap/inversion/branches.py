@@ -24,13 +24,14 @@ from rgap.inversion.top import head_cotangent
 from rgap.inversion.weighed import named, weighed_at
 from rgap.jacobian.batch_loss import BatchLoss
 from rgap.jacobian.frontier import rounded
-from rgap.limits import FITS, PASSES, SAFETY, USEFUL
+from rgap.limits import FITS, PASSES, REFUTED, SAFETY, USEFUL
 from rgap.network.affine import Affine
 from rgap.network.flow import Flow, flow_of
 from rgap.precision import Estimate, carried
 from rgap.progress import Progress
 from rgap.recovery import LayerReport, Recovery, Route, Status
 from rgap.recursion.agreement import disagreement_of_values
+from rgap.recursion.balance import disagreement_of_gradients
 from rgap.recursion.graph import GraphDescent, descend_graph
 from rgap.recursion.outputs import cotangents_at_output
 from rgap.recursion.reached import Descent
@@ -53,12 +54,15 @@ class Branched:
         note: why they do not, or "".
         contradicted: True if the values of layers do not belong to one run of the network, so that
             none of them is certified, those that were read above included.
+        refuted: name of a layer whose gradient is not that of the cotangents above it, beyond what
+            errors explain: no batch sends this update; or "".
     """
 
     features: dict[str, Estimate] = field(default_factory=dict)
     recovery: Recovery | None = None
     note: str = ""
     contradicted: bool = False
+    refuted: str = ""
 
 
 def below_branches(
@@ -157,6 +161,11 @@ def _descended(
     own = problem.precision
     own = replace(own, samples=len(few.error), seed=own.seed + 1)  # draws unlike those of `few`
     told = descend_graph(cut, problem.gradients, few, own, watch, problem.room, values)
+    lone = disagreement_of_gradients(cut, told.values, told.cotangents, problem.gradients, own)
+    if lone is not None:
+        note = f"no features are certified: {lone.reason}"
+        refuted = lone.layer if lone.share > REFUTED else ""
+        return Branched(note=note, contradicted=True, refuted=refuted)
     if apart := disagreement_of_values(cut, told.values, own.unit):
         return Branched(note=f"no features are certified: {apart}", contradicted=True)
     features = _features(cut, told)

@@ -123,6 +123,10 @@ def beside_branches(
     recovery = replace(recovery, layers=tuple(layers))
     if branched.note:
         recovery = replace(recovery, reason=f"{recovery.reason}; below it, {branched.note}")
+    if branched.refuted:
+        halt = Halt.contradiction(branched.refuted)
+        reason = f"{branched.note}; {recovery.reason}"
+        return replace(recovery, status=Status.INCONSISTENT, halt=halt, reason=reason)
     return with_features(recovery, {**own, **certified})
 
 

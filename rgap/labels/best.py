@@ -14,6 +14,7 @@ from rgap.labels.unbiased import bias_sums
 
 __all__ = ["best"]
 
+IMPOSSIBLE = 10.0  # times the batch size, which bounds Σ p − n, that noise may leave of it
 METHOD = "best"
 ASSUMPTIONS = (
     "the mean of the batch's logits is within about two scatters of that on dummy data",
@@ -65,6 +66,13 @@ def best(head: HeadGradient) -> LabelEstimate:
     if isinstance(read, str):
         return LabelEstimate.undecided(head.classes, METHOD, ASSUMPTIONS, read)
     sums, reason = read
+    most = float(sums.abs().max())
+    if not most <= IMPOSSIBLE * head.batch_size:
+        why = (
+            f"the head's gradient is of a size that no probabilities send: an entry of Σ p − n is "
+            f"{most:.1e}, at a batch size of {head.batch_size} it is at most that"
+        )
+        return LabelEstimate.undecided(head.classes, METHOD, ASSUMPTIONS, why)
     contrasts, batch = Contrasts(head, sums), head.batch_size
     plain = nearest_counts(contrasts.plain(), batch)
     try:

@@ -37,7 +37,9 @@ from rgap.update.update import Update
 if TYPE_CHECKING:
     from rich.status import Status as Spinner
 
-__all__ = ["Case", "Demo", "head_of", "run"]
+__all__ = ["FILES", "Case", "Demo", "head_of", "run"]
+
+FILES = ("recovered.png", "discard.png", "demo.json")  # in the folder of a demonstration
 
 BATCHES = (1, 2, 4, 8)
 STEPS = 5
@@ -180,7 +182,7 @@ def run(output: Path, *, seed: int = 0, console: Console | None = None) -> Demo:
         residual = _attack(
             "ResNet-18", _residual(seed), "cross_entropy", four.float(), (LABEL,) * len(FOUR)
         )
-    files = tuple(output / name for name in ("recovered.png", "discard.png", "demo.json"))
+    files = tuple(output / name for name in FILES)
     demo = Demo(tuple(single), pair, residual, table, files, time.perf_counter() - start)
     _write(demo)
     return demo

@@ -167,10 +167,11 @@ def figure_format(path: Path, argument: str = "path") -> str:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, force: bool = False) -> Iterator[Path]:
     """A name to write to, renamed over ``path`` once all is written and removed if that fails.
 
-    Works for a file and for a folder (whose place must be free or an empty folder).
+    Works for a file and for a folder (whose place must be free or an empty folder; with ``force``
+    the folder that is there is moved away until the new one stands, then removed).
 
     >>> import tempfile
     >>> target = Path(tempfile.mkdtemp()) / "note.txt"
@@ -180,10 +181,14 @@ def replacing(path: Path) -> Iterator[Path]:
     ('whole', ['note.txt'])
     """
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    old = beside.with_suffix(".old")
     try:
         yield beside
         if beside.is_dir() and path.is_dir():
-            path.rmdir()  # an empty folder; anything else raises
+            if force:
+                os.replace(path, old)
+            else:
+                path.rmdir()  # an empty folder; anything else raises
         os.replace(beside, path)
     except OSError as error:
         from rgap.update.storage import unwritable
@@ -193,3 +198,7 @@ def replacing(path: Path) -> Iterator[Path]:
         remove: Callable[..., Any] = shutil.rmtree if beside.is_dir() else os.unlink
         if beside.exists():
             remove(beside)
+        if old.is_dir() and not path.exists():
+            os.replace(old, path)
+        elif old.is_dir():
+            shutil.rmtree(old)

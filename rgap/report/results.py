@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["check_target", "print_recovery", "write_recovery"]
 
 TENSORS, PICTURE = ".safetensors", ".png"
+_OURS = re.compile(r"recovery\.safetensors|(candidate-\d+-)?(picture|determined)-\d+\.png")
 
 
 def print_recovery(console: Console, recovery: Recovery, *, explain: bool) -> None:
@@ -53,8 +54,13 @@ def print_recovery(console: Console, recovery: Recovery, *, explain: bool) -> No
         console.print(recovery_table(recovery))
 
 
-def check_target(output: Path, update: Update) -> None:
+def check_target(output: Path, update: Update, *, force: bool = False) -> None:
     """Refuse before the work what could not be written after it.
+
+    Args:
+        output: where a recovery goes.
+        update: of which it is.
+        force: a folder that holds a recovery and nothing else may be replaced.
 
     Raises:
         ValueError: a folder that holds something, a suffix for something else, inputs that are no
@@ -84,12 +90,29 @@ def check_target(output: Path, update: Update) -> None:
         raise ValueError(
             f"--output: expected a folder, a .png or a .safetensors file, got {output}"
         )
-    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"--output: {output} exists already; name a new folder")
+    elif output.exists() and not output.is_dir():
+        raise ValueError(f"--output: expected a folder, got the file {output}; name a new folder")
+    elif output.is_dir() and (held := sorted(path.name for path in output.iterdir())):
+        others = [name for name in held if not _OURS.fullmatch(name)]
+        free = output.with_name(f"{output.name}-2")
+        if others:
+            raise ValueError(
+                f"--output: {output} exists already and holds more than a recovery, {others[0]}; "
+                f"write --output {free}"
+            )
+        if not force:
+            raise ValueError(
+                f"--output: {output} exists already, with a recovery in it; write --output {free} "
+                "or, to replace it, --force"
+            )
 
 
 def write_recovery(
-    recovery: Recovery, output: Path, value_range: tuple[float, float] | None
+    recovery: Recovery,
+    output: Path,
+    value_range: tuple[float, float] | None,
+    *,
+    force: bool = False,
 ) -> Path | None:
     """Write the recovered pictures, or every candidate's; None if there is nothing to write.
 
@@ -98,7 +121,8 @@ def write_recovery(
     in full precision; for an ambiguous answer ``candidate-0-picture-0.png`` … and the tensors of
     every candidate.  Where only some values are determined they are written as ``partial`` (NaN
     elsewhere) with the mask ``determined``: ``picture-0.png`` with hatching in the open places and
-    ``determined-0.png``, white where every channel is known.
+    ``determined-0.png``, white where every channel is known.  With ``force`` a folder that is
+    there is replaced as a whole.
     """
     suffix, bounds = output.suffix.lower(), value_range or (0.0, 1.0)
     # One picture in place of several candidates would hide that they are several.
@@ -117,7 +141,7 @@ def write_recovery(
         if recovery.determined is not None:
             save_picture(_mask(recovery.determined[0]), mask_beside(output))
     else:
-        with replacing(output) as beside:
+        with replacing(output, force=force) as beside:
             beside.mkdir()
             save_tensors(tensors, beside / "recovery.safetensors", metadata)
             for name, pictures in tensors.items():

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rgap.jacobian.batch_loss import BatchLoss, loss_scale
 from rgap.limits import (
+    ALIKE,
     CERTAIN,
     CLOSE,
     FITS,
@@ -371,7 +372,8 @@ def contradicted(batch: Batch, samples: Mixture, collected: Collected) -> Unsepa
         return None
     clear = [i for i in collected.refused if _clear(i) and i.label is not None]
     if samples.stage.index == batch.chain.stages[-1].index:
-        clear = [i for i in clear if i.outside <= OUTLYING * samples.blurred(i.kappa)]
+        # In float64 our own rounding puts them further out than the client's.
+        clear = [i for i in clear if i.outside <= max(OUTLYING * samples.blurred(i.kappa), ALIKE)]
     weights = [_copies(batch, i, batch.size) for i in clear if not _explained(batch, i, batch.size)]
     sure = [
         m for m in weights if LEAST < m < batch.size / LEAST and not whole(m, batch.size)

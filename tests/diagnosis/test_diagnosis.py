@@ -245,8 +245,10 @@ def test_other_weights(name: str, batch: int, loss: str, dtype: torch.dtype) -> 
     given = case(name, batch, loss, dtype=dtype)
     found = check(moved(given.model, 0.1), given.update).best
     assert found is not None
-    # At a convolution network's head the target is all that is looked at: a loss gives it too.
-    assert found.kind is Kind.WEIGHTS or found.rivals == (Kind.WEIGHTS, Kind.LOSS)
+    # At a convolution network's head the target is all that is looked at: a loss gives it too, and
+    # so may one changed entry.
+    likely = (Kind.WEIGHTS, Kind.LOSS, Kind.ENTRY)
+    assert found.kind is Kind.WEIGHTS or found.rivals == likely
     assert found.value < 1.0
     assert found.strength > 3.0
 

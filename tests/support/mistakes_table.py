@@ -134,6 +134,16 @@ def pruned(g: Tensor) -> Tensor:
     return torch.where(g.abs() >= least, g, torch.zeros_like(g))
 
 
+def raised(given: Case) -> Update:
+    """One entry of one weight is raised by ten times the largest of it."""
+    names = [n for n, g in given.update.gradients.items() if g.ndim > 1]
+    name = names[given.batch % len(names)]
+    changed_one = given.update.gradients[name].clone().flatten()
+    changed_one[7 % len(changed_one)] += 10.0 * changed_one.abs().max()
+    sent = {**given.update.gradients, name: changed_one.reshape(given.update.gradients[name].shape)}
+    return replace(given.update, gradients=sent)
+
+
 def silent(given: Case) -> Update:
     """One layer's gradient is zero, that of the first with a weight after the input's."""
     names = [n for n in given.update.gradients if n.endswith("weight")]
@@ -221,6 +231,7 @@ MISTAKES: dict[str, Mistake] = {
     "pruned": Mistake(lambda c: changed(c.update, pruned), (K.COMPRESSION,)),
     "signs": Mistake(lambda c: changed(c.update, torch.sign), (K.COMPRESSION,)),
     "silent": Mistake(silent, (K.ABSENT,)),
+    "raised": Mistake(raised, (K.ENTRY,)),
     "Adam": Mistake(lambda c: stepped(c, lambda p: RULES.Adam(p, RATE)), (K.OPTIMISER,)),
     "AdamW": Mistake(
         lambda c: stepped(c, lambda p: RULES.AdamW(p, RATE, weight_decay=0.05)), (K.OPTIMISER,)
