@@ -70,8 +70,10 @@ MENDING: dict[Kind, Remedy | str] = {
     Kind.SCALE: "dataclasses.replace(update, gradients=gradients) divided by the client's factor",
     Kind.CLIPPING: "gradients that the client did not clip",
     Kind.LOSS: "dataclasses.replace(update, loss=loss) with the client's loss",
-    Kind.MODE: "rgap.match(model.train(), update), which follows the statistics of the batch; what "
-    "the equations take is an update of a client that wrote model.eval() before its gradient",
+    Kind.MODE: Remedy("rgap.match(model.train(), update)", "a MODEL in train mode").then(
+        ", which follows the statistics of the batch; the equations take an update of a client "
+        "that wrote model.eval() before its gradient"
+    ),
     Kind.DROPOUT: "model.eval() on the client before it computes the gradient",
     Kind.STEPS: trained("steps", "rate").then(" with the client's steps and rate"),
     Kind.BATCH_SIZE: "dataclasses.replace(update, batch_size=size) with the client's size",
