@@ -267,7 +267,7 @@ class ProbePoint:
     """A network at one batch: the point at which its update is looked at.
 
     Attributes:
-        model: in eval mode, as it was given.
+        model: as it was given.
         inputs: [B, *input_shape], float64, on the device that computes.
         targets: as the loss wants them.
         loss: of the client.
@@ -294,6 +294,7 @@ class ProbePoint:
         memory_budget: float | None = None,
         copies: int = 1,
         time_limit: float | None = None,
+        mixing: bool = False,
     ) -> ProbePoint:
         """The point, refused where the update of a sample would depend on others or on chance.
 
@@ -306,6 +307,7 @@ class ProbePoint:
             memory_budget: bytes, None for the default.
             copies: of the model in float64 that are held at a time.
             time_limit: seconds of the whole call, of which a chunk of directions takes few.
+            mixing: batch norms in train mode are allowed: the caller takes the batch as one.
 
         Raises:
             TypeError: no module.
@@ -314,7 +316,7 @@ class ProbePoint:
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-        refuse_unready(model)
+        refuse_unready(model, mixing=mixing)
         room = memory.budget_of(memory_budget, inputs.device)
         memory.require_copies(model, copies, room)
         chosen = Loss.of(loss)

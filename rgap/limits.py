@@ -67,6 +67,11 @@ SIGN = 6.0
 # 100 alike with 1e-8.
 SCATTER = 10.0
 
+# Size of a gradient in float64 over that in float32, below which it is what rounding leaves of
+# terms that cancel: 2^-29 for those, 1 for all others unless the rounding of float32 is as large as
+# they are.  Half way between the two, in powers of 2.
+VOID = 2.0**-14
+
 # --- Targets ---------------------------------------------------------------------------------
 
 # Times the largest entry of an ensemble that a target may be off by.  The largest of S·C draws

@@ -37,7 +37,7 @@ def causes(
         return ()
     chain = None
     if model is not None and update is not None and update.input_shape is not None:
-        chain = parse(model, update.input_shape)
+        chain = parse(model, update.input_shape, mixing=True)
     batch = _batch(recovery, update, chain)
     decided = [
         *_compressed(update, chain),

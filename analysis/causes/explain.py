@@ -217,7 +217,7 @@ def _pairs(
     assert checked is not None
     if len(pictures) < 2 or shape is None:
         return ()
-    chain = parse(model, shape)
+    chain = parse(model, shape, mixing=True)
     if not chain.stages or chain.stages[-1].affine.geometry is not None or chain.stages[-1].tail:
         return ()
     features = head_features(model, update, pictures)

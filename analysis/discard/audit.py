@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rgap.analysis.calls.recorder import uncounted
+from rgap.analysis.discard.coupled import BOUNDED, COUPLED, coupling
 from rgap.analysis.discard.layer_ranks import Spaces, counted_rows
 from rgap.analysis.discard.probed_rows import AuditOptions, probed_rows
 from rgap.analysis.discard.table import MEASURED, Audit, AuditRow
@@ -50,7 +51,8 @@ def audit(
     is off, a place that lost a max-pool) has no known z and so no weight constraint.
 
     Args:
-        model: in eval mode; left as it was.
+        model: left as it was.  Below a batch norm in train mode the samples are one system, whose
+            rank is counted with the statistics of the batch differentiated.
         input_shape: of one sample, for example (3, 32, 32).
         batch_sizes: the batch sizes B to audit.
         loss: of the client.
@@ -76,7 +78,7 @@ def audit(
     Raises:
         ValueError: a layer too large for exact ranks or for the budget, batch size below 1,
             unknown method or weights, too few probe pictures, a shape that does not fit, or
-            train mode; no batch size finished within the time
+            dropout in train mode; no batch size finished within the time
             (:class:`rgap.machine.allowance.OutOfTime`).
 
     >>> import rgap
@@ -95,7 +97,7 @@ def audit(
     else:
         room = memory.budget_of(memory_budget, place)
         memory.require_copies(model, 2, room, "method='formula', which looks at no weight")
-        parse(model, shape)  # refuses a shape that does not fit, and train mode
+        parse(model, shape, mixing=True)  # refuses a shape that does not fit, and dropout
         options = AuditOptions(method, chosen, seed, room)
         with show:
             rows, notes = _measured(model, pictures, batches, options, show)
@@ -116,6 +118,8 @@ def _measured(
             show.stage(f"probe of B = {batch}")
             targets = probe_targets(model, x, options.loss, None, options.seed)
             probes, recording = probed(model, x, targets, options.loss)
+            mixed = coupling(model, recording, x, targets, options.loss)
+            watched = replace(watched, coupling=mixed)
             with show.every_operation():
                 rows += probed_rows(probes, recording, batch, spaces, watched)
         except OutOfTime as reason:
@@ -125,7 +129,7 @@ def _measured(
             break
     others = uncounted(model, recording)
     uncovered = (f"Not counted: {', '.join(others)}.",) if others else ()
-    return rows, uncovered + late
+    return rows, mixed.notes(recording) + uncovered + late
 
 
 def _told(
@@ -193,12 +197,19 @@ def _notes(rows: Sequence[AuditRow]) -> tuple[str, ...]:
         (True, "a weight is used again on an input that other layers read"),
         (False, "method='exact' measures it"),
     ):
-        bounds = [r.layer for r in rows if not r.exact and (r.route == MEASURED) == measured]
+        open_ = [r for r in rows if not r.exact and r.route not in (BOUNDED, COUPLED)]
+        bounds = [r.layer for r in open_ if (r.route == MEASURED) == measured]
         names = list(dict.fromkeys(bounds))
         if names:
             more = f" and {len(names) - 4} more" if len(names) > 4 else ""
             shown = ", ".join(map(repr, names[:4])) + more
             notes.append(f"Of {shown} the joint rank is an upper bound: {why}.")
+    taken = list(dict.fromkeys(r.layer for r in rows if r.route == BOUNDED))
+    if taken:
+        notes.append(
+            f"Of {', '.join(map(repr, taken))} the joint rank is an upper bound: the statistics of "
+            "the batch were taken as known."
+        )
     notes += [
         f"'{row.step}' leads into '{row.layer}' and discards: its input of "
         f"{row.unknowns // row.batch_size} values a sample is what is unknown there."
@@ -207,7 +218,7 @@ def _notes(rows: Sequence[AuditRow]) -> tuple[str, ...]:
     notes += [
         f"'{row.layer}' is a step without weights: of {row.unknowns // row.batch_size} values a "
         f"sample it passes {row.joint_rank // row.batch_size} on."
-        for row in _once(rows, lambda row: row.kind == "step")
+        for row in _once(rows, lambda row: row.kind == "step" and row.route != BOUNDED)
     ]
     notes += [
         f"'{row.layer}' is called more than once, and its calls are counted like samples."
@@ -221,7 +232,7 @@ def _notes(rows: Sequence[AuditRow]) -> tuple[str, ...]:
         f"'{row.layer}' is counted together with '{row.beside}': they read one input."
         for row in reversed(shared.values())
     ]
-    dead = sorted({row.layer for row in rows if row.gradient_rank == 0})
+    dead = sorted({row.layer for row in rows if row.gradient_rank == 0 and row.kind != "step"})
     if dead:
         silent = ", ".join(map(repr, dead))
         notes.append(f"No gradient at all reaches {silent}: their cotangents are zero.")

@@ -8,6 +8,7 @@ from math import inf, prod
 
 from torch import Tensor, nn
 
+from rgap.analysis.discard.coupled import COUPLED
 from rgap.analysis.discard.table import AuditRow
 from rgap.analysis.generic_rank.sketched import sketched_rank
 from rgap.analysis.generic_rank.together import branch_rank
@@ -24,6 +25,7 @@ from rgap.constraints.ranks import (
 from rgap.machine import memory
 from rgap.machine.allowance import PLAIN, factorisation
 from rgap.network.affine import Affine
+from rgap.network.batch_statistics import mixing
 from rgap.solvers.rank import Rank
 from rgap.solvers.subspace import RowSpace
 
@@ -87,6 +89,19 @@ def branch_rows(
         return summed(rows, total)
     joint = branch_rank(probes).rank
     return [with_joint(row, joint, True) for row in rows]
+
+
+def coupled_row(probe: Probe, batch: int, before: int, ranks: tuple[Rank, Rank, Rank]) -> AuditRow:
+    """The row of a layer whose samples are one system; arguments as for :func:`measured_row`.
+
+    Args:
+        probe: the layer.
+        batch: B.
+        before: entries of one sample ahead of a pool that leads into the layer, 0 without one.
+        ranks: of its gradient, of its outputs and of both (:class:`Coupling`).
+    """
+    gradient, outputs, both = ranks
+    return _row(probe, batch, before, gradient, outputs.rank, both.rank, COUPLED, both.clear)
 
 
 def summed(rows: Sequence[AuditRow], most: int) -> list[AuditRow]:
@@ -230,6 +245,12 @@ def counted_rows(
         batches: the batch sizes.
         loss: name of the client's loss.
     """
+    for path, module in mixing(model):
+        raise ValueError(
+            f"expected a model in eval mode for method='formula', got '{path}' "
+            f"({type(module).__name__}), which takes the statistics of the batch; write "
+            "method='exact' or method='sketch', or model.eval()"
+        )
     network = symbolic(model, shape, loss=loss, effort=PROOF)
     rows = []
     for batch in batches:

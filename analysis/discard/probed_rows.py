@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import inf
 
 from rgap.analysis.calls.steps import Narrow, head_use, narrow_steps
 from rgap.analysis.calls.uses import Recording
 from rgap.analysis.closed_forms.own_gradient import alone
+from rgap.analysis.discard.coupled import COUPLED, Coupling
 from rgap.analysis.discard.layer_ranks import (
     Spaces,
     branch_rows,
+    coupled_row,
     measured_row,
     sketched_row,
     summed,
@@ -39,6 +41,7 @@ class AuditOptions:
         loss: of the client: the logits of a softmax are not known from above.
         seed: of the targets that are drawn.
         room: bytes that the matrices of a layer may take.
+        coupling: what batch norms that take the statistics of the batch mix.
         watch: told of every layer.
         ahead: asked before every layer whether there is time.
     """
@@ -47,6 +50,7 @@ class AuditOptions:
     loss: Loss
     seed: int = 0
     room: float = inf
+    coupling: Coupling = field(default_factory=Coupling)
     watch: Watch = silent
     ahead: Ahead = freely
 
@@ -70,7 +74,7 @@ def probed_rows(
     narrow = narrow_steps(recording)
     head = head_use(recording) if options.loss.name == CROSS_ENTROPY else None
     into = {one.use: one for one in narrow if one.use is not None}
-    method, room = options.method, options.room
+    method, room, coupling = options.method, options.room, options.coupling
     make = measured_row if method == "exact" else sketched_row
     placed: list[tuple[int, AuditRow]] = []
     mixed: dict[int, list[tuple[int, AuditRow]]] = {}
@@ -86,7 +90,13 @@ def probed_rows(
         elif group.kind == "shared":
             rows = [make(as_samples(own), batch, before, spaces, room)] * len(own)
         else:
-            rows = [make(own[0], batch, before, spaces, room)]
+            ranks = None
+            if method == "exact" and own[0].use in coupling.direct:
+                ranks = coupling.ranks(own[0].use, recording.uses[own[0].use], room)
+            if ranks is None:
+                rows = [make(own[0], batch, before, spaces, room)]
+            else:
+                rows = [coupled_row(own[0], batch, before, ranks)]
             if recording.uses[own[0].use] is head:
                 rows = [with_joint(rows[0], rows[0].gradient_rank, True)]
         for probe, row in zip(own, rows, strict=True):
@@ -98,6 +108,9 @@ def probed_rows(
             row = replace(row, layer=probe.affine.name, kind=probe.affine.kind, step=step,
                           beside=", ".join(names), by_gradient=by_gradient,
                           by_shifts=by_shifts)  # fmt: skip
+            if probe.use in coupling.mixed:
+                own_rank = row.route == COUPLED
+                row = coupling.counted(row) if own_rank else coupling.bounded(row, probe.use, use)
             place = recording.uses[probe.use].node
             if group.kind == "mixed":
                 mixed.setdefault(probe.read, []).append((place, replace(row, exact=False)))
@@ -108,6 +121,7 @@ def probed_rows(
         placed += [(place, replace(row, exact=False))
                   for (place, _), row in zip(parts, rows, strict=True)]  # fmt: skip
     placed += [(one.node, step_row(one, batch)) for one in narrow if one.use is None]
+    placed += [(0, row) for row in coupling.rows(batch, recording)]
     return [row for _, row in sorted(placed, key=lambda pair: pair[0])]
 
 

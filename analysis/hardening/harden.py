@@ -22,6 +22,7 @@ from rgap.analysis.noise_bound.defences import DEFENCES, Defence
 from rgap.analysis.noise_bound.report import NoiseReport
 from rgap.machine.allowance import OutOfTime, Timed
 from rgap.machine.memory import OutOfMemory
+from rgap.network.agreement import refuse_unready
 from rgap.progress import Shown
 from rgap.update.losses import Loss
 
@@ -96,6 +97,7 @@ def harden(
     (0.1, 2)
     """
     start = time.perf_counter()
+    refuse_unready(model)  # what is changed is counted for samples by themselves
     limits = {"batch size": index(largest_batch), "stride": index(largest_stride)}
     _refuse(fraction, changes, limits, index(batch_size))
     names = (defence,) if isinstance(defence, str) else tuple(defence)

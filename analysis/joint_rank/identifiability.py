@@ -62,8 +62,9 @@ def identifiability(
     that the batch is lost: two equal pictures make J singular and can be recovered.
 
     Args:
-        model: in eval mode; left as it was.  Frozen parameters give no equation; one that is used
-            twice gives the equations of the sum.
+        model: left as it was.  Batch norms in train mode take the statistics of this batch, which
+            are differentiated: J is then no block a sample.  Frozen parameters give no equation;
+            one that is used twice gives the equations of the sum.
         inputs: the batch ``[B, *input_shape]``, or the shape of one sample for a random batch.
         batch_size: B, with a shape; 1 if left out.
         loss: of the client.
@@ -89,8 +90,8 @@ def identifiability(
         The :class:`Identifiability`.
 
     Raises:
-        ValueError: no trained parameters, train mode, a shape or labels that do not fit, more
-            unknowns than the budget allows (:class:`rgap.machine.memory.OutOfMemory`),
+        ValueError: no trained parameters, dropout in train mode, a shape or labels that do not
+            fit, more unknowns than the budget allows (:class:`rgap.machine.memory.OutOfMemory`),
             ``method="structured"`` for a model without structure; no answer within the time
             (:class:`rgap.machine.allowance.OutOfTime`).
         TypeError: inputs that are neither a floating tensor nor whole numbers.
@@ -114,6 +115,7 @@ def identifiability(
         memory_budget=memory_budget,
         copies=COPIES,
         time_limit=time_limit,
+        mixing=True,
     )
     options = RankOptions(rcond, noise, dtype, point.room, shown.stage, shown.ahead)
     question = _Question(point, options, method, null_space, seed, shown)
@@ -211,7 +213,8 @@ class _Question:
             NotStructuredError: the model is no chain, or other parameters than its layers' train.
         """
         update, loss = self.point.update, self.point.loss
-        chain = parse(self.point.model, tuple(update.inputs.shape[1:])).to(update.inputs.device)
+        chain = parse(self.point.model, tuple(update.inputs.shape[1:]), mixing=True)
+        chain = chain.to(update.inputs.device)
         if chain.barrier is not None:
             raise NotStructuredError(
                 f"'{chain.barrier.node}' ({chain.barrier.kind}) is no link of a chain"

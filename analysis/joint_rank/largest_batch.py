@@ -13,6 +13,7 @@ from torch import nn
 
 from rgap.analysis.joint_rank.identifiability import identifiability
 from rgap.machine.allowance import Timed
+from rgap.network.agreement import refuse_unready
 from rgap.progress import Shown
 from rgap.update.losses import Loss
 
@@ -101,6 +102,7 @@ def largest_identifiable_batch(
         limit = 0
     if limit < 1:
         raise ValueError(f"expected largest, a whole number >= 1, got {largest!r}; write 64")
+    refuse_unready(model)  # with statistics of the batch, one sample more changes all columns
     shape = tuple(index(n) for n in input_shape)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     bound = trained // max(1, prod(shape))

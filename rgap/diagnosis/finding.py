@@ -57,7 +57,7 @@ _CLAIMS = {
     Kind.SCALE: "the update is off by a factor: another learning rate, or a scaled loss",
     Kind.LOSS: "the client minimised another loss than the declared one",
     Kind.LABELS: "the stated labels are not those of the batch",
-    Kind.MODE: "batch norm was in train mode on the client",
+    Kind.MODE: "batch norm was in another mode on the client than in the model",
     Kind.DROPOUT: "dropout was on at the client",
     Kind.STEPS: "the update is that of several local steps",
     Kind.BATCH_SIZE: "the batch has another size than declared",
@@ -73,8 +73,10 @@ MENDING: dict[Kind, Remedy | str] = {
     Kind.SCALE: "dataclasses.replace(update, gradients=gradients) divided by the client's factor",
     Kind.CLIPPING: "gradients that the client did not clip",
     Kind.LOSS: "dataclasses.replace(update, loss=loss) with the client's loss",
-    Kind.MODE: "model.eval() on the client before it computes the gradient: in train mode the "
-    "samples of its batch are mixed, and nothing here takes such an update",
+    Kind.MODE: Remedy("rgap.match(model.train(), update)", "a MODEL in train mode").then(
+        ", which follows the statistics of the batch; the equations take an update of a client "
+        "that wrote model.eval() before its gradient"
+    ),
     Kind.DROPOUT: "model.eval() on the client before it computes the gradient",
     Kind.STEPS: trained("steps", "rate").then(" with the client's steps and rate"),
     Kind.BATCH_SIZE: "dataclasses.replace(update, batch_size=size) with the client's size",

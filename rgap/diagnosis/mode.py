@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from rgap.diagnosis.axes import by_filter
 from rgap.diagnosis.evidence import Call, Evidence
@@ -136,6 +137,39 @@ def read(evidence: Evidence) -> list[Finding]:
         strength = worst.eval_misfit / max(worst.train_misfit, worst.rounding, 1e-300)
         return [Finding(Kind.MODE, worst.train_misfit, said, line, strength)]
     return []
+
+
+def as_declared(model: nn.Module, evidence: Evidence, findings: list[Finding]) -> list[Finding]:
+    """The findings of trials in eval mode, for a model that was given in train mode.
+
+    Train mode is then as declared, and eval mode a mistake.  Where no affine map before a batch
+    norm tells the mode, the identities between layers say nothing: they are those of eval mode.
+
+    Args:
+        model: as it was given.
+        evidence: of the trials.
+        findings: of them.
+    """
+    if not any(isinstance(m, _BatchNorm) and m.training for m in model.modules()):
+        return findings
+    rest = [f for f in findings if f.kind is not Kind.MODE]
+    if len(rest) < len(findings):
+        return rest
+    clear = [p for p in pairs(evidence) if p.train_misfit > max(APART * p.rounding, 1e-6)]
+    evaluated = [p for p in clear if p.eval_misfit <= max(SAFETY * p.rounding, 1e-6)]
+    if evaluated:
+        worst = max(evaluated, key=lambda p: p.train_misfit / max(p.rounding, 1e-300))
+        said = (
+            f"the model is in train mode, but '{worst.name}' before a batch norm satisfies eval "
+            f"mode to {worst.eval_misfit:.1e} and misses train mode by {worst.train_misfit:.1e}"
+        )
+        strength = worst.train_misfit / max(worst.eval_misfit, worst.rounding, 1e-300)
+        mending = "model.eval() before what reads the update, as the client had it"
+        return [*rest, Finding(Kind.MODE, worst.eval_misfit, said, mending, strength)]
+    told = (Kind.WEIGHTS, Kind.UNDECIDED)
+    evidence.tested.difference_update((Kind.MODE, *told))
+    evidence.unrun.append("the identities between layers: a batch norm in train mode mixes samples")
+    return [f for f in rest if f.kind not in told]
 
 
 def _zero(pair: Pair) -> bool:

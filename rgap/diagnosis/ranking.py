@@ -57,7 +57,8 @@ def check(
     anything of a mistake, it is not found, and listed in :attr:`Check.untested`.
 
     Args:
-        model: the network; its mode does not matter, it is left as it was.
+        model: the network, its batch norms in the mode that the client is said to have had; it is
+            left as it was.
         update: what the client sent; its names need not be the model's.
         batch_size: overrides ``update.batch_size``.
         labels: targets of the batch, if they are known.
@@ -119,7 +120,8 @@ def check(
             deadline = began + time_limit
             evidence = gather(model, update, size, known, input_shape, precision, deadline)
             _require_targets(evidence)
-            findings += _examine(model, evidence, plain, rounded)
+            found = _examine(model, evidence, plain, rounded)
+            findings += mode.as_declared(model, evidence, found)
             tested |= evidence.tested
             unrun = evidence.unrun
             if evidence.late and not findings:

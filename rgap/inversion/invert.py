@@ -77,7 +77,8 @@ def invert(
     polishes, a replay through the model certifies.  The model is left as it was found.
 
     Args:
-        model: the network that the update was computed on, in eval mode.
+        model: the network that the update was computed on, in eval mode.  A batch norm in train
+            mode ends the equations: what stands above it comes back, the status is UNSUPPORTED.
         update: what the client sent.
         labels: the labels if they are known, [B]; found from the update otherwise.
         batch_size: overrides ``update.batch_size``; where neither says it, it is found.
@@ -116,7 +117,7 @@ def invert(
 
     Raises:
         ValueError: the update does not belong to a model of this shape, the input shape is
-            unknown, labels are out of range, the model is in train mode, or the budget is too
+            unknown, labels are out of range, dropout is in train mode, or the budget is too
             small (:class:`rgap.machine.memory.OutOfMemory`, which says for what).
 
     >>> import rgap, torch

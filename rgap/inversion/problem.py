@@ -167,7 +167,7 @@ def prepare(
     memory.require_copies(client.model, 1 if place.type == "cpu" else 2, room)
     unready = ""
     try:
-        chain = parse(client.model, client.input_shape)
+        chain = parse(client.model, client.input_shape, mixing=True)
     except UnreadyError as error:  # what stands below it may be read all the same
         unready = str(error)
         chain = unparsed(client.model, client.input_shape, error.state)

@@ -77,7 +77,8 @@ class ModuleGradient:
     """``x ↦ g(x)`` of one module, with the products of its Jacobian ``∂g/∂x``.
 
     Args:
-        model: in eval mode; it is kept and its ``requires_grad`` set, so give a copy.
+        model: it is kept and its ``requires_grad`` set, so give a copy: one whose forward writes
+            nothing (:func:`rgap.network.batch_statistics.without_running_statistics`).
         source: the loss, or what is known inside.
         names: of the parameters θ by which the derivative is taken, in the model's order.
         watch: paths of modules whose calls are noted in every forward.

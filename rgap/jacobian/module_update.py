@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rgap.jacobian.module_gradient import ClientLoss, KnownFeatures, ModuleGradient, watchable
 from rgap.jacobian.smoothing import soften
+from rgap.network.batch_statistics import without_running_statistics
 from rgap.precision import GROWTH, Precision
 
 __all__ = ["ClientLoss", "KnownFeatures", "ModuleUpdate", "cosine_distance", "watchable"]
@@ -33,7 +34,7 @@ class ModuleUpdate(ModuleGradient):
     Where the source is known features, their misfit at x is the first part of r.
 
     Args:
-        model: in eval mode; a copy does the work.
+        model: a copy does the work; batch norms in train mode take the statistics of the batch.
         gradients: the update G, by parameter name.
         source: the loss, or what is known inside.
         shape: of the batch, [B, *input_shape].
@@ -56,7 +57,7 @@ class ModuleUpdate(ModuleGradient):
         dtype: torch.dtype = torch.float64,
     ) -> None:
         place = next(iter(gradients.values())).device
-        twin = copy.deepcopy(model).to(place, dtype)
+        twin = without_running_statistics(copy.deepcopy(model).to(place, dtype))
         self.sharpness = soften(twin)
         super().__init__(twin, source, gradients)
         self.inside = source if isinstance(source, KnownFeatures) else None

@@ -56,7 +56,8 @@ class UpdateMap(ModuleGradient):
     Its rows are those of the blocks, one layer after the other.
 
     Args:
-        model: in eval mode; left as it was, a float64 copy without its hooks does the work.
+        model: left as it was, a float64 copy without its hooks does the work; batch norms in train
+            mode take the statistics of the batch, which are differentiated.
         inputs: the batch [B, *input_shape]; all is computed on its device.
         targets: as the loss wants them.
         loss: of the client.

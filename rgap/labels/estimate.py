@@ -169,12 +169,12 @@ def head_features(model: nn.Module, update: Update, inputs: Tensor) -> Tensor | 
 
 
 def ready(model: nn.Module) -> None:
-    """Raise if a model cannot run: lazy or on the meta device, dropout or batch norm in train mode.
+    """Raise if a model cannot run: lazy or on the meta device, dropout in train mode.
 
     Raises:
         ValueError: the module or parameter, and what to write.
     """
-    refuse_unready(model)
+    refuse_unready(model, mixing=True)
     refuse_wrapped(model)
 
 

@@ -36,6 +36,9 @@ class Statistics:
             for name, module in model.named_modules()
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
         }
+        self.kept = {
+            name: (norm.running_mean, norm.running_var) for name, norm in self.norms.items()
+        }
 
     def __bool__(self) -> bool:
         """True if there is any batch norm."""
@@ -45,12 +48,13 @@ class Statistics:
         """The distance of a batch from the statistics of norms that met it in ``calls``."""
         parts: list[Tensor] = []
         last = {call.name: call.given for call in calls}
-        for name, norm in self.norms.items():
+        for name, statistics in self.kept.items():
             u = last[name]
             axes = [0, *range(2, u.ndim)]
-            assert norm.running_mean is not None and norm.running_var is not None
-            mean, var = u.mean(axes), u.var(axes, correction=0)
-            for own, kept in ((mean, norm.running_mean), (var, norm.running_var)):
+            for own, kept in zip(
+                (u.mean(axes), u.var(axes, correction=0)), statistics, strict=True
+            ):
+                assert kept is not None
                 gap = (own - kept).square().sum()
                 parts.append((gap + 1e-12).sqrt())  # a slope where the gap is 0
         return sum(parts[1:], start=parts[0])

@@ -16,6 +16,7 @@ from rgap.jacobian.module_gradient import ClientLoss, ModuleGradient
 from rgap.jacobian.module_update import cosine_distance
 from rgap.matching.batch_norm import Statistics
 from rgap.matching.presets import Coordinates, Preset
+from rgap.network.batch_statistics import without_running_statistics
 from rgap.network.isolation import convolution_work, plain_kernels, small_kernels
 from rgap.network.running import guarded
 from rgap.solvers.priors import Prior, TotalVariation, value_and_gradient
@@ -33,7 +34,7 @@ class Objective:
     """``D(∇L(x, t), G) + Σ w·term(r)`` and its gradient, for many rows r at once; ``x = c + u·r``.
 
     Args:
-        model: in eval mode; a copy does the work.
+        model: a copy does the work; batch norms in train mode take the statistics of the batch.
         gradients: the update by parameter name.
         source: the loss, its targets and how the client trains; no targets: unknowns, logits
             [B, classes] behind the data of each row.
@@ -58,6 +59,7 @@ class Objective:
         place = next(iter(gradients.values())).device
         twin = copy.deepcopy(model).to(place, dtype)
         self.statistics = Statistics(twin) if preset.statistics else None
+        without_running_statistics(twin)
         self.sent = {n: g.to(place, dtype) for n, g in gradients.items()}
         self.whole = torch.cat([g.flatten() for g in self.sent.values()])
         self.norm = float(sum(float(g.square().sum()) for g in self.sent.values()) ** 0.5)

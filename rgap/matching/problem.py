@@ -9,10 +9,12 @@ from math import inf
 import torch
 from torch import Tensor, nn
 
+from rgap.jacobian.cancelled import cancelled
 from rgap.jacobian.module_update import ClientLoss
 from rgap.labels import estimate
 from rgap.matching.checkpoint import Checkpoint, Progress
 from rgap.matching.presets import Preset
+from rgap.network.batch_statistics import mixing
 from rgap.network.isolation import untouched
 from rgap.network.running import run
 from rgap.precision import Precision
@@ -121,9 +123,16 @@ class SearchProblem:
             _check_targets(client, known, shape)
             known = known.to(place)
         precision = client.precision()
+        void = cancelled(client.model, shape) if any(mixing(client.model)) else frozenset()
+        sent = [n for n in update.gradients if precision.sent(n)]
+        if void.intersection(sent):
+            notes += (
+                f"left out: {', '.join(n for n in sent if n in void)}: a shift before a batch norm "
+                "in train mode changes nothing, so that its gradient is what rounding leaves of 0",
+            )
         return cls(
             client,
-            {n: g.detach().to(place) for n, g in update.gradients.items() if precision.sent(n)},
+            {n: update.gradients[n].detach().to(place) for n in sent if n not in void},
             shape,
             ClientLoss(update.loss, known, local, update.local_steps),
             None if start is None else _start(start, shape).to(place),

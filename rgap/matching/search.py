@@ -128,7 +128,8 @@ def match(
     precision of the update; :mod:`rgap.matching.presets` says where each constant is from.
 
     Args:
-        model: the network that the update was computed on, in eval mode; it is left as it is.
+        model: the network that the update was computed on, in the client's mode: in train mode
+            batch norms take the statistics of the whole candidate batch.  It is left as it is.
         update: what the client sent.
         method: a name of :data:`METHODS`, or a :class:`~rgap.matching.presets.Preset` of your own.
         labels: the targets; else the update's, else read off it; ``dlg`` searches them too.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rgap import validation
+from rgap.network.batch_statistics import mixes
 from rgap.network.fitting import runs
 from rgap.network.isolation import untouched
 from rgap.network.probing import Shape, UnreadyError
@@ -156,12 +157,18 @@ def sample_shape(model: nn.Module, *stated: Sequence[int] | None) -> Shape:
     )
 
 
-def refuse_unready(model: nn.Module) -> None:
-    """Raise if a module has no weights yet, or draws or mixes the batch because of its mode."""
+def refuse_unready(model: nn.Module, *, mixing: bool = False) -> None:
+    """Raise if a module has no weights yet, or draws or mixes the batch because of its mode.
+
+    Args:
+        model: the network.
+        mixing: True: batch norms in train mode may mix the batch, for a reader that runs the whole
+            batch at once.
+    """
     validation.refuse_broken(model)
     for name, module in model.named_modules():
         does = by_mode(module)
-        if does:
+        if does and not (mixing and mixes(module)):
             path, kind = name or type(model).__name__, type(module).__name__
             raise UnreadyError(
                 f"'{path}' ({kind}) is in train mode: it {does}",

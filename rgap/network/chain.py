@@ -133,7 +133,7 @@ class Chain:
             raise ValueError(f"this chain has no stages{why}; call the model itself")
 
 
-def parse(model: nn.Module, input_shape: Sequence[int]) -> Chain:
+def parse(model: nn.Module, input_shape: Sequence[int], *, mixing: bool = False) -> Chain:
     """The chain that ``model`` is, for inputs ``[B, *input_shape]``.
 
     The model keeps its mode, parameters, buffers, hooks and attributes; nothing random is drawn.
@@ -143,6 +143,7 @@ def parse(model: nn.Module, input_shape: Sequence[int]) -> Chain:
     Args:
         model: in eval mode where it has dropout or batch norm; float32 or float64.
         input_shape: of one sample, without the batch dimension.
+        mixing: True: a batch norm in train mode is a barrier; the chain is what stands above it.
 
     Returns:
         The :class:`Chain`.  A graph that is no chain gives one with a ``barrier``.
@@ -168,7 +169,7 @@ def parse(model: nn.Module, input_shape: Sequence[int]) -> Chain:
             f"model: {type(model).__name__} has no parameters, so its update says nothing; write "
             "parse(network) with the network that was trained"
         )
-    refuse_unready(model)
+    refuse_unready(model, mixing=mixing)
     try:
         pieces, barrier, output = links(model, shape)
     except UnreadyError:

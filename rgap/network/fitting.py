@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from rgap.network.batch_statistics import FEWEST, mixing
 from rgap.network.isolation import untouched
 from rgap.network.probing import Shape
 
@@ -31,13 +32,14 @@ def fitting_shape(model: nn.Module, shape: Shape) -> Shape | None:
 
 
 def runs(model: nn.Module, shape: Shape) -> bool:
-    """True if the model maps such a sample to one output."""
+    """True if the model maps such a sample to one output, two where it mixes the batch."""
     first = next(model.parameters())
     buffers = {name: value.clone() for name, value in model.named_buffers()}
     try:
         with torch.no_grad(), untouched(model, hooks=False):
-            x = torch.zeros(1, *shape, dtype=first.dtype, device=first.device)
+            count = FEWEST if any(mixing(model)) else 1
+            x = torch.zeros(count, *shape, dtype=first.dtype, device=first.device)
             out = functional_call(model, buffers, (x,))
     except Exception:
         return False
-    return isinstance(out, Tensor) and out.ndim >= 1 and len(out) == 1
+    return isinstance(out, Tensor) and out.ndim >= 1 and len(out) == count

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from rgap.network.affine import Affine
 from rgap.network.agreement import disagreement, refuse_unready
+from rgap.network.batch_statistics import mixing
 from rgap.network.graph import Link, ancestors, parameter_uses, shared
 from rgap.network.probing import Shape
 from rgap.network.running import first_line
@@ -135,9 +136,11 @@ def flow_of(
         held: layers that were read off the model already: they are not copied again.
 
     Raises:
-        ValueError: dropout or batch norm in train mode; a shape that does not fit.
+        ValueError: dropout in train mode; a shape that does not fit.
     """
-    refuse_unready(model)
+    refuse_unready(model, mixing=True)
+    for name, module in mixing(model):
+        return f"'{name}' ({type(module).__name__}) mixes the samples of the batch"
     try:
         graph = trace(model)
     except Exception as error:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rgap.network.batch_statistics import without_running_statistics
 from rgap.network.watching import LayerCall, watched
 
 
@@ -80,8 +81,8 @@ def meta_copy(module: nn.Module) -> nn.Module:
 
 
 def bare_copy(module: nn.Module, device: torch.device | str) -> nn.Module:
-    """A copy in float64, :func:`without_hooks`."""
-    return without_hooks(copy.deepcopy(module).to(device).double())
+    """A copy in float64, :func:`without_hooks`, that writes no running statistics."""
+    return without_running_statistics(without_hooks(copy.deepcopy(module).to(device).double()))
 
 
 def without_hooks(module: nn.Module) -> nn.Module:

@@ -202,6 +202,8 @@ def _conv(module: nn.Conv2d, name: str, in_shape: Shape, names: Names) -> Piece:
 
 @register(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 def _batch_norm(module: nn.BatchNorm2d, name: str, in_shape: Shape, names: Names) -> Piece:
+    if module.training:
+        raise Unsupported(f"{type(module).__name__} in train mode mixes the samples of the batch")
     if module.running_mean is None or module.running_var is None:
         raise Unsupported(
             f"{type(module).__name__} with track_running_stats=False mixes the samples of the "

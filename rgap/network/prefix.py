@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from rgap.arithmetic.doubles import Doubles
 from rgap.network.affine import Affine
 from rgap.network.agreement import by_mode
+from rgap.network.batch_statistics import FEWEST, mixing
 from rgap.network.chain import Chain, assemble
 from rgap.network.connected import fully_connected
 from rgap.network.graph import Link, parameter_uses, shared
@@ -124,7 +125,8 @@ def affine_input(chain: Chain, x: Tensor) -> Tensor:
 
 def _trial(model: nn.Module, shape: Shape) -> Tensor:
     generator = torch.Generator().manual_seed(1)
-    x = torch.rand(1, *shape, generator=generator, dtype=torch.float64)
+    count = FEWEST if any(mixing(model)) else 1
+    x = torch.rand(count, *shape, generator=generator, dtype=torch.float64)
     return x.to(next(model.parameters()).device)
 
 

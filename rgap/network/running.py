@@ -194,6 +194,11 @@ def looks_up(model: nn.Module) -> str:
 
 def _advice(model: nn.Module, inputs: Tensor, error: Exception) -> str:
     text = str(error)
+    if "more than 1 value per channel" in text:
+        return (
+            "A batch norm in train mode divides by the spread of a channel, and one value has none:"
+            " write a batch of B >= 2 samples, or model.eval() where the client had it so."
+        )
     if inputs.is_floating_point() and looks_up(model):
         return looks_up(model)
     if isinstance(error, TypeError) and "positional argument" in text:

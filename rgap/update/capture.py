@@ -37,8 +37,10 @@ def capture(
     the user run, as they did on the client. Neither ``inputs`` nor ``targets`` are kept.
 
     Args:
-        model: any module in eval mode (batch norm and dropout in train mode are refused) whose
-            ``forward`` takes one tensor and returns one.
+        model: any module whose ``forward`` takes one tensor and returns one, in the mode that the
+            client had: in train mode a batch norm takes the statistics of this batch, which the
+            gradient is differentiated through, and its running statistics stay as they are.
+            Dropout in train mode is refused.
         inputs: ``[B, *shape]``, floating; cast to the precision that is computed in.
         targets: class indices [B] for cross-entropy, else as `Loss` says; for a function whatever
             it takes.
@@ -172,17 +174,12 @@ def _parameters(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _check_mode(model: nn.Module) -> None:
-    """Refuse train-mode layers: their gradient depends on a mask or on the rest of the batch."""
+    """Refuse layers that draw in train mode: the gradient depends on what they drew."""
     for name, module in model.named_modules():
         if not module.training:
             continue
         kind = type(module).__name__
         where = f"model: {name or 'the model itself'} ({kind}) is in train mode"
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            raise ValueError(
-                f"{where}: it normalises by the statistics of the batch, which mix the samples "
-                "and are not in the update. Write model.eval() before capture."
-            )
         dropout = float(getattr(module, "dropout", 0.0) or 0.0) if _has_rate(module) else 0.0
         if isinstance(module, nn.modules.dropout._DropoutNd):
             dropout = module.p

@@ -65,7 +65,7 @@ class ClientView:
             input_shape: of one sample; else the update's, else as the layers fix it.
             noise: standard deviation of noise that was added to every entry.
             device: where to compute; default the CPU.
-            ready: refuse a model that mixes or drops samples in its mode, or cannot be run with
+            ready: refuse a model that draws random numbers in its mode, or cannot be run with
                 other weights.
 
         Raises:
@@ -91,7 +91,7 @@ class ClientView:
         validation.gradient_sizes(update.gradients)
         refuse_meta(model)
         if ready:
-            refuse_unready(model)
+            refuse_unready(model, mixing=True)
             refuse_wrapped(model)
         batch = update.batch_size if batch_size is None else batch_size
         known = update.labels if labels is None else labels

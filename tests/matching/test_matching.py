@@ -343,10 +343,11 @@ def test_bad_input_is_refused_with_what_to_write() -> None:
         rgap.match(model, update, labels=torch.tensor([9]))
     with pytest.raises(ValueError, match="rate"):
         rgap.LocalTraining(rate=-1.0)
-    normed = small_conv("relu", size=4, norm=True)
-    sent = rgap.capture(normed, X, LABEL)
-    with pytest.raises(ValueError, match="train mode"):
-        rgap.match(normed.train(), sent)
+    normed = nn.Sequential(nn.Flatten(), nn.Linear(32, 4), nn.BatchNorm1d(4), nn.Linear(4, 5))
+    sent = rgap.capture(normed.eval(), X, LABEL)
+    for method in ("gauss_newton", "ig"):
+        with pytest.raises(ValueError, match=r"more than 1 value.*write a batch of B >= 2"):
+            rgap.match(normed.train(), sent, method=method, labels=LABEL)
 
 
 @pytest.mark.parametrize("rule", [Adam(signed=True), Adam(), LBFGS(), LBFGS(history=3)])

@@ -196,12 +196,12 @@ def test_an_unknown_batch_size(update: Update) -> None:
     assert invert(network(), silent, batch_size=1).status is Status.EXACT
 
 
-def test_batch_norm_in_train_mode() -> None:
-    model = network(norm=True)
-    update = capture(model, X, LABEL)
-    model.train()
-    for call in (lambda: capture(model, X, LABEL), lambda: invert(model, update)):
-        refusal(call, "norm0", "(BatchNorm2d) is in train mode", "rite model.eval()")
+def test_batch_norm_of_one_value_a_channel_in_train_mode() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(72, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    refusal(
+        lambda: capture(model.train(), X, LABEL),
+        *("failed in 2", "more than 1 value per channel", "[1, 4]", "write a batch of B >= 2"),
+    )
     assert model.training, "left as it was"
 
 

@@ -26,7 +26,6 @@ TARGETS = torch.tensor([1, 4])
         (nn.Dropout(0.5), "Dropout"),
         (nn.Dropout2d(0.1), "Dropout2d"),
         (nn.AlphaDropout(0.1), "AlphaDropout"),
-        (nn.BatchNorm2d(3), "BatchNorm2d"),
         (nn.RReLU(), "RReLU"),
     ],
 )

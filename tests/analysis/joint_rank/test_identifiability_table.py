@@ -217,7 +217,7 @@ def train_mode() -> nn.Module:
     [
         (nn.ReLU(), ((6,),), "ReLU has no parameters.*write identifiability"),
         (nn.Linear(6, 3).requires_grad_(False), ((6,),), r"frozen.*requires_grad_\(True\)"),
-        (train_mode(), ((6,), 2), r"'1' \(BatchNorm1d\) is in train mode.*model.eval\(\)"),
+        (train_mode(), ((6,), 1), r"failed in 1 .BatchNorm1d.*write a batch of B >= 2"),
         (nn.Linear(6, 3), ((7,),), r"forward pass.*\(1, 7\).*the shape the model was built for"),
         (nn.Linear(6, 3), ((),), r"numbers >= 1.*write identifiability\(model, \(3, 32, 32\), 2\)"),
         (nn.Linear(6, 3), ((6,), 0), "batch_size >= 1, got"),
