@@ -13,16 +13,16 @@ are rounded off, and sharpened level by level; where that ends beside the answer
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from rgap.completion.value_search import lbfgs
 from rgap.jacobian.frontier import Frontier
 from rgap.network.affine import Affine
 from rgap.recursion.graph import GraphDescent
+from rgap.solvers.lbfgs import lowered
 
 __all__ = ["JointSearch"]
 
@@ -152,7 +152,7 @@ class JointSearch:
         for level in range(levels):
             beta = blunt * (sharpest / blunt) ** (level / (levels - 1))
             sharp = self.function.sharpness(some, beta)
-            some = _lower(
+            some = lowered(
                 some, STEPS[later], partial(self.misfit, rows=free, left=left, sharp=sharp)
             )
             if self.late:
@@ -160,18 +160,3 @@ class JointSearch:
         with torch.enable_grad():  # its own gradients are part of it
             missed = self.misfit(some.clone().requires_grad_(), free, left, {})
         return x.index_put((free,), some), float(missed.detach())
-
-
-def _lower(x: Tensor, steps: int, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """Where steps of L-BFGS lead from x."""
-    x = x.clone().requires_grad_()
-    optimiser = lbfgs(x, steps)
-
-    def closure() -> Tensor:
-        with torch.enable_grad():
-            value = function(x)
-            (x.grad,) = torch.autograd.grad(value, x)
-        return value.detach()
-
-    optimiser.step(closure)  # type: ignore[no-untyped-call]
-    return x.detach()

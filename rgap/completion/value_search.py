@@ -14,10 +14,11 @@ from rgap.limits import CLEAR
 from rgap.network.activations import ReLU
 from rgap.network.pooling import MaxPool
 from rgap.progress import Watch
+from rgap.solvers.lbfgs import lbfgs
 
-__all__ = ["Search", "lbfgs"]
+__all__ = ["Search"]
 
-ROUNDS, STEPS, HISTORY = 60, 20, 30  # of L-BFGS, from every start
+ROUNDS, STEPS = 60, 20  # of L-BFGS, from every start
 CLOSE, NEAR = 2e-6, 10.0  # relative misfit from which Gauss–Newton goes on; times that, if stuck
 STALLED, GIVEN = 0.98, 8  # factor on the misfit of a round that ends a start, from which round
 STARTS = 3
@@ -25,14 +26,6 @@ LONGER = "write a longer time_limit"
 BLUNT, BLUNT_ROUNDS = (2.0, 10.0), 6  # sharpness of kinks at first, and rounds with each
 WIDTHS, ABSOLUTE_ROUNDS = (3e-2, 1e-2, 1e-3), 10  # of least absolute errors
 SETTLED = 0.95  # factor on the misfit of such a round that ends them: other kinks leave a rest
-
-
-def lbfgs(x: Tensor, steps: int) -> torch.optim.LBFGS:
-    """L-BFGS on x that ends after so many steps, not before."""
-    return torch.optim.LBFGS(
-        [x], max_iter=steps, history_size=HISTORY, line_search_fn="strong_wolfe",
-        tolerance_grad=0.0, tolerance_change=0.0,
-    )  # fmt: skip
 
 
 class Search:

@@ -25,12 +25,14 @@ from rgap.network.activations import Activation
 from rgap.network.affine import Affine
 from rgap.network.flow import Flow
 from rgap.network.pooling import MaxPool
+from rgap.network.reshape import Reshape
 from rgap.precision import Estimate, Precision, smoothed
 from rgap.recursion.one_sample import cotangent_below
 from rgap.recursion.readers import Contradicted, Reader, from_gradients
 from rgap.recursion.steps import down, through
-from rgap.recursion.steps_above import mask_of, nonnegative, steps_above
+from rgap.recursion.steps_above import StepsAbove, mask_of, nonnegative, steps_above
 from rgap.recursion.unsettled import are_on
+from rgap.recursion.winners import Above, winners_of
 
 __all__ = ["GraphDescent", "Walk", "descend_graph"]
 
@@ -66,6 +68,7 @@ def descend_graph(
     watch: Callable[[str], None] | None = None,
     room: float = inf,
     values: Mapping[int, Estimate] | None = None,
+    deadline: float = inf,
 ) -> GraphDescent:
     """From the cotangent at the output down to the lowest values that gradients determine.
 
@@ -77,8 +80,9 @@ def descend_graph(
         watch: told the name of each value that is solved.
         room: bytes for the equations of one value.
         values: by place, those that are known beforehand.
+        deadline: of ``time.perf_counter``, after which no search for winners of a pool goes on.
     """
-    walk = Walk(flow, gradients, precision, watch or (lambda name: None), room)
+    walk = Walk(flow, gradients, precision, watch or (lambda name: None), room, deadline)
     walk.state.values.update(values or {})
     while walk.down(top):
         pass
@@ -95,9 +99,10 @@ class Walk:
         precision: Precision,
         watch: Callable[[str], None],
         room: float,
+        deadline: float = inf,
     ) -> None:
         self.flow, self.gradients, self.precision = flow, gradients, precision
-        self.room = room
+        self.room, self.deadline = room, deadline
         self.watch, self.state = watch, GraphDescent(unit=precision.unit)
         # Cotangents known up to the masks of rectifiers and max-pools: which, the highest first.
         self.behind: dict[int, tuple[int, ...]] = {}
@@ -219,9 +224,19 @@ class Walk:
         state.ends[place] = f"the output of '{node.name}' is not determined"
         return None
 
+    def known(self, place: int) -> Estimate | None:
+        """The value, as it is or in another shape, if it is known."""
+        values = self.state.values
+        for user in self.flow.users(place):
+            link = self.flow.nodes[user].link
+            if place not in values and user in values and isinstance(link, Reshape):
+                of = values[user]
+                return Estimate(link.inverse(of.value), each(link.inverse, of.error))
+        return values.get(place)
+
     def alive(self, place: int) -> Tensor:
         """0 where a pool above a rectifier gives 0, so that all of its window is off; else 1."""
-        known, [source] = self.state.values.get(place), self.flow.nodes[place].sources
+        known, [source] = self.known(place), self.flow.nodes[place].sources
         if known is None or not nonnegative(self.flow, source):
             return torch.ones_like(self.state.cotangents[place].value)
         share, off = _shares(known)
@@ -256,11 +271,25 @@ class Walk:
         steps = steps_above(self.flow, place, self.behind[place], self.precision.unit)
         told = mask_of(affine, gradient, k, steps, noise, self.room)
         if isinstance(told, str):
-            return told
+            won = self.won(place, affine, steps)
+            if isinstance(won, str):
+                return f"{told}; {won}"
+            told = won
         # A lower step lets through what the higher ones did not stop; of the rest nothing is asked.
         state.masks.update(dict.fromkeys(self.behind[place], told))
         state.shifts.append(place)
         return None
+
+    def won(self, place: int, affine: Affine, steps: StepsAbove) -> Tensor | str:
+        """The winners of a pool whose output is known, by the gradient of the convolution below."""
+        state = self.state
+        pools = [p for p in self.behind[place] if self.flow.nodes[p].link is steps.pool]
+        known = self.known(pools[0]) if pools else None
+        if known is None:
+            return "no pool's output is known there"
+        self.watch(self.flow.nodes[place].name)
+        above = Above(known.value, state.cotangents[pools[0]], self.alive(pools[0]) > 0)
+        return winners_of(affine, self.gradients, steps, above, self.precision, self.deadline)
 
     def solve(self, place: int) -> bool:
         """The value, from the gradients of all layers that read it, if these determine it.
