@@ -271,7 +271,7 @@ class Walk:
         steps = steps_above(self.flow, place, self.behind[place], self.precision.unit)
         told = mask_of(affine, gradient, k, steps, noise, self.room)
         if isinstance(told, str):
-            won = self.won(place, affine, steps)
+            won = self.won(place, affine, steps, noise)
             if isinstance(won, str):
                 return f"{told}; {won}"
             told = won
@@ -280,7 +280,7 @@ class Walk:
         state.shifts.append(place)
         return None
 
-    def won(self, place: int, affine: Affine, steps: StepsAbove) -> Tensor | str:
+    def won(self, place: int, affine: Affine, steps: StepsAbove, noise: float) -> Tensor | str:
         """The winners of a pool whose output is known, by the gradient of the convolution below."""
         state = self.state
         pools = [p for p in self.behind[place] if self.flow.nodes[p].link is steps.pool]
@@ -288,8 +288,10 @@ class Walk:
         if known is None:
             return "no pool's output is known there"
         self.watch(self.flow.nodes[place].name)
-        above = Above(known.value, state.cotangents[pools[0]], self.alive(pools[0]) > 0)
-        return winners_of(affine, self.gradients, steps, above, self.precision, self.deadline)
+        on = self.alive(pools[0]) > 0
+        above = Above(known.value, state.cotangents[pools[0]].value, on)
+        k, gradient = state.cotangents[place], affine.sent(self.gradients)
+        return winners_of(affine, gradient, k, steps, above, noise, self.deadline)
 
     def solve(self, place: int) -> bool:
         """The value, from the gradients of all layers that read it, if these determine it.

@@ -18,7 +18,6 @@ Source: deterministic annealing is Rose, Gurewitz and Fox (1990); the equations 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from math import inf, prod
@@ -32,9 +31,9 @@ from rgap.network.activations import Activation
 from rgap.network.affine import Affine
 from rgap.network.pooling import MaxPool
 from rgap.network.reshape import Op
-from rgap.precision import Estimate, Precision
-from rgap.recursion.readers import Contradicted, Reader, from_gradients
+from rgap.precision import Estimate
 from rgap.recursion.steps_above import StepsAbove
+from rgap.separation.shifts.confirmed import confirmed, short_of
 from rgap.solvers.lbfgs import lowered
 
 __all__ = ["Above", "winners_of"]
@@ -60,14 +59,12 @@ class Above:
     """
 
     value: Tensor
-    cotangent: Estimate
+    cotangent: Tensor
     on: Tensor
 
     def to(self, dtype: torch.dtype) -> Above:
         """The same in other arithmetic."""
-        k = self.cotangent
-        k = Estimate(k.value.to(dtype), k.error.to(dtype))
-        return Above(self.value.to(dtype), k, self.on)
+        return Above(self.value.to(dtype), self.cotangent.to(dtype), self.on)
 
 
 class _Windows:
@@ -140,15 +137,9 @@ class _Winners:
             z = link.forward(z)
         return z
 
-    def cotangent(self, shares: Tensor, above: Tensor | None = None) -> Tensor:
-        """At the convolution's output, with shares of every window, [B, F, *out].
-
-        Args:
-            shares: of places, [B, F, *space].
-            above: κ, or an error of it.
-        """
-        above = self.above.cotangent.value if above is None else above
-        k = shares * self.windows.spread(above * self.above.on)
+    def cotangent(self, shares: Tensor) -> Tensor:
+        """At the convolution's output, with shares of every window, [B, F, *out]."""
+        k = shares * self.windows.spread(self.above.cotangent * self.above.on)
         for link in reversed(self.between):
             k = link.adjoint(k)
         return k
@@ -247,48 +238,48 @@ class _Winners:
 
 def winners_of(
     affine: Affine,
-    gradients: Mapping[str, Tensor],
+    gradient: Tensor,
+    k: Estimate,
     steps: StepsAbove,
     above: Above,
-    precision: Precision,
+    noise: float,
     deadline: float = inf,
 ) -> Tensor | str:
     """What a max-pool and the rectifiers beside it let through, 0 and 1 [B, F, *out], or why not.
 
     Args:
         affine: the convolution below them, without groups.
-        gradients: by parameter name, float64.
+        gradient: its own, float64.
+        k: the cotangent above the steps, at the convolution's output.
         steps: from it up to the pool, maps channel by channel.
         above: the pool's output and the cotangent there.
-        precision: of the update.
+        noise: standard error of an entry of the gradient.
         deadline: of ``time.perf_counter``, after which no further level is begun.
     """
-    rows, positions = affine.weight[:, 0].numel(), prod(affine.in_shape[1:])
-    unknowns = len(above.value) * positions
     links = [node.link for node in steps.path]
     if steps.fault or not steps.alone or steps.pool is None or not steps.pool.disjoint:
         return steps.fault or "no pool of windows without overlap"
-    if rows < unknowns:
-        return f"'{affine.name}': {rows} equations for {unknowns} unknowns of a channel"
+    if short := short_of(affine, gradient, k.value):
+        return short
     for link in links:
         one_sided = isinstance(link, Activation) and link.one_sided
-        scaled = (
-            links.index(link) < links.index(steps.pool) and isinstance(link, Op) and link.affine
-        )
+        below = links.index(link) < links.index(steps.pool)
+        scaled = below and isinstance(link, Op) and link.affine
         if link is not steps.pool and not one_sided and not scaled:
             return f"'{link.name if link else ''}' stands between '{affine.name}' and the pool"
-    equations = _Winners(affine, affine.sent(gradients), steps, above)
-    met: Estimate | Contradicted | str = ""
+    equations = _Winners(affine, gradient, steps, above)
+    error, why = float(k.std.square().mean().sqrt()), ""
     for blunt, levels, count in PACES:
         won = equations.settled(equations.annealed(blunt, levels, count, deadline).double())
-        k = equations.cotangent(won)
-        errors = torch.stack([equations.cotangent(won, e) for e in above.cotangent.error])
-        met = from_gradients([Reader(affine, Estimate(k, errors))], gradients, precision)
-        if isinstance(met, Estimate):
-            return won * equations.windows.spread(above.on.to(won))
+        told = won * equations.windows.spread(above.on.to(won))
+        open_, through = told > 0, steps.through
+        met = confirmed(affine, gradient, open_, k.value, noise, error, through, steps.unit)
+        if not isinstance(met, str):
+            return told
+        why = met
         if time.perf_counter() > deadline:
             break
-    return met.reason if isinstance(met, Contradicted) else str(met)
+    return why
 
 
 def _least(matrix: Tensor, rhs: Tensor) -> Tensor:

@@ -71,12 +71,17 @@ def test_black_pixels_contradict_nothing(kind: str, dtype: torch.dtype) -> None:
             said = f"{kernel} {act.__name__} {norm} {bias} {channels} {batch}: {recovery.reason}"
             assert recovery.status in (Status.EXACT, Status.UNDERDETERMINED), said
             if recovery.status is not Status.EXACT:
-                assert kind == "black" and (batch == 2 or not bias), said  # copies; nothing sent
+                copies = kind == "black" and (batch == 2 or not bias)  # or nothing sent
+                # Without a bias, outputs of dark pixels have the sign that rounding gives them.
+                open_ = kind == "half dark" and not bias and "of a kink" in recovery.reason
+                assert copies or open_, said
                 continue
             exact += 1
             assert recovery.inputs is not None and recovery.error_bound is not None
             assert nearest(recovery.inputs, x.double()) <= recovery.error_bound, said
-    assert exact >= (len(cases) - 2 if kind == "black" else 2 * len(cases)), exact
+    assert exact >= (
+        len(cases) - 2 if kind == "black" else 2 * len(cases) - (kind == "half dark")
+    ), exact
 
 
 def test_a_shift_hides_no_small_error() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import rgap
+from rgap.limits import SAFETY
 from rgap.precision import Estimate, Precision
 from rgap.recovery import Status
 from rgap.recursion.graph import descend_graph
@@ -66,7 +67,7 @@ def test_values_below_steps_without_an_inverse(
         size = float(seen[name].abs().max())
         assert float(off.max()) <= (1e-9 if dtype is F64 else 1e-3) * size, name
         rms = float(known.error.square().mean().sqrt())
-        assert float(off.square().mean().sqrt()) <= 5.0 * rms + 1e-14 * size, name
+        assert float(off.square().mean().sqrt()) <= SAFETY * rms + 1e-14 * size, name
 
 
 def test_without_a_bias_the_size_is_open() -> None:
