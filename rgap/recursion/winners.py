@@ -35,15 +35,18 @@ from rgap.precision import Estimate
 from rgap.recursion.steps_above import StepsAbove
 from rgap.separation.shifts.confirmed import confirmed, short_of
 from rgap.solvers.lbfgs import lowered
+from rgap.solvers.nonnegative import nonnegative_least
 
 __all__ = ["Above", "winners_of"]
 
 SHARP = 128.0  # the last sharpness, over the spread of z
-PACES = (2.0, 12, 30), (1.0, 24, 60)  # the first, levels, steps of L-BFGS at each: fast, slow
+# The first sharpness, levels, and steps of L-BFGS at each: fast, then slow.
+PACES = (2.0, 12, 30), (1.0, 24, 60)
 RIDGE = 1e-2  # of the start, for which all entries of a window share its cotangent
 NEGATIVE = 10.0  # weight of what lies below 0 in an input that has no such entries
 ROUNDS = 40  # of winners and least squares in turn
-STILL = 1e-9  # share of x by which a round moves it at the end
+FEW = 2.0  # equations an unknown, below which a wrong winner hides among them
+STILL = 1e-7  # share of x by which a round moves it at the end
 LEAST = 1e-12  # share of its gradient that a filter misses at least, as a weight sees it
 
 
@@ -210,10 +213,16 @@ class _Winners:
             won = torch.where(nearer.reshape(1, -1, *[1] * (won.ndim - 2)), again, won)
             matrix = torch.where(nearer.repeat_interleave(self.taps)[:, None], other, matrix)
             weights = self.trust(self.missed(matrix, table)).repeat_interleave(self.taps)[:, None]
-            before, table = table, _least(weights * matrix, weights * self.rows)
+            before, table = table, self.least(weights * matrix, weights * self.rows, table)
             if settled and float((table - before).norm()) <= STILL * float(table.norm()):
                 break
         return won
+
+    def least(self, matrix: Tensor, rhs: Tensor, start: Tensor) -> Tensor:
+        """Least squares; where equations are few, entries that are not negative count as such."""
+        if self.kept and len(matrix) < FEW * matrix.shape[1]:
+            return nonnegative_least(matrix, rhs, start)
+        return _least(matrix, rhs)
 
     @property
     def taps(self) -> int:
@@ -269,7 +278,8 @@ def winners_of(
             return f"'{link.name if link else ''}' stands between '{affine.name}' and the pool"
     equations = _Winners(affine, gradient, steps, above)
     error, why = float(k.std.square().mean().sqrt()), ""
-    for blunt, levels, count in PACES:
+    few = affine.weight[:, 0].numel() < FEW * len(above.value) * prod(affine.in_shape[1:])
+    for blunt, levels, count in PACES[few:]:
         won = equations.settled(equations.annealed(blunt, levels, count, deadline).double())
         told = won * equations.windows.spread(above.on.to(won))
         open_, through = told > 0, steps.through
