@@ -17,6 +17,7 @@ Source: deterministic annealing is Rose, Gurewitz and Fox (1990); the equations 
 
 from __future__ import annotations
 
+import copy
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -73,10 +74,10 @@ class Above:
 class _Windows:
     """The windows of a pool without overlap, as numbers of the places of its input."""
 
-    def __init__(self, pool: MaxPool) -> None:
+    def __init__(self, pool: MaxPool, device: torch.device) -> None:
         channels, *space = pool.out_shape
-        self.count, self.channels = prod(space), channels
-        number = torch.arange(self.count, dtype=torch.float64) + 1.0
+        self.count = prod(space)
+        number = torch.arange(self.count, dtype=torch.float64, device=device) + 1.0
         ids = pool.spread(number.reshape(1, 1, *space).expand(1, channels, *space))[0, 0].flatten()
         # Places that no window reads have one of their own, the last.
         self.ids = torch.where(ids > 0, ids - 1, self.count).round().long()
@@ -86,17 +87,17 @@ class _Windows:
         """Over every window, [B, F, windows + 1]."""
         flat = z.flatten(2)
         empty = flat.new_zeros(*flat.shape[:2], self.count + 1)
-        return empty.index_add(2, self.ids.to(z.device), flat)
+        return empty.index_add(2, self.ids, flat)
 
     def spread(self, of: Tensor) -> Tensor:
         """A number of every window at all of its places, [B, F, *space]."""
         whole = F.pad(of.flatten(2), (0, self.count + 1 - prod(of.shape[2:])))
-        return whole[..., self.ids.to(of.device)].reshape(*of.shape[:2], *self.space)
+        return whole[..., self.ids].reshape(*of.shape[:2], *self.space)
 
     def shares(self, z: Tensor, beta: float) -> Tensor:
         """Softmax of βz in every window, at its places."""
         highest = z.new_full((*z.shape[:2], self.count + 1), -inf)
-        ids = self.ids.to(z.device).expand(*z.shape[:2], -1)
+        ids = self.ids.expand(*z.shape[:2], -1)
         highest = highest.scatter_reduce(2, ids, z.detach().flatten(2), "amax")
         powers = torch.exp(beta * (z - self.spread(highest)))
         return powers / self.spread(self.sums(powers)).clamp_min(1e-30)
@@ -120,14 +121,13 @@ class _Winners:
             link for link in links[: links.index(steps.pool)] if isinstance(link, Op)
             and not isinstance(link, Activation)
         ]  # fmt: skip
-        self.windows = _Windows(steps.pool)
+        self.windows = _Windows(steps.pool, affine.weight.device)
         self.affine, self.gradient = affine, gradient
         self.rows = gradient_rows(affine, gradient).T  # [rows, C]
 
     def to(self, dtype: torch.dtype) -> _Winners:
         """The same in other arithmetic."""
-        other = object.__new__(_Winners)
-        other.__dict__.update(self.__dict__)
+        other = copy.copy(self)
         other.affine, other.gradient = self.affine.to(dtype), self.gradient.to(dtype)
         other.between = [link.to(dtype) for link in self.between]
         other.above = self.above.to(dtype)
@@ -214,6 +214,8 @@ class _Winners:
             matrix = torch.where(nearer.repeat_interleave(self.taps)[:, None], other, matrix)
             weights = self.trust(self.missed(matrix, table)).repeat_interleave(self.taps)[:, None]
             before, table = table, self.least(weights * matrix, weights * self.rows, table)
+            if not bool(table.isfinite().all()):
+                break  # filters that are left leave some of x open
             if settled and float((table - before).norm()) <= STILL * float(table.norm()):
                 break
         return won
@@ -280,7 +282,10 @@ def winners_of(
     error, why = float(k.std.square().mean().sqrt()), ""
     few = affine.weight[:, 0].numel() < FEW * len(above.value) * prod(affine.in_shape[1:])
     for blunt, levels, count in PACES[few:]:
-        won = equations.settled(equations.annealed(blunt, levels, count, deadline).double())
+        x = equations.annealed(blunt, levels, count, deadline).double()
+        if not bool(x.isfinite().all()):
+            return f"'{affine.name}': the search for winners overflows"
+        won = equations.settled(x)
         told = won * equations.windows.spread(above.on.to(won))
         open_, through = told > 0, steps.through
         met = confirmed(affine, gradient, open_, k.value, noise, error, through, steps.unit)
