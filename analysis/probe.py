@@ -288,8 +288,7 @@ class ProbePoint:
         model: nn.Module,
         inputs: Tensor,
         loss: str | Loss | nn.Module,
-        labels: Tensor | None,
-        seed: int,
+        labels: Tensor | int,
         *,
         memory_budget: float | None = None,
         copies: int = 1,
@@ -302,8 +301,7 @@ class ProbePoint:
             model: left as it was.
             inputs: as :func:`probe_batch` gives them.
             loss: of the client.
-            labels: targets, or None for such as :func:`probe_targets` draws.
-            seed: of the targets.
+            labels: targets, or the seed of such as :func:`probe_targets` draws.
             memory_budget: bytes, None for the default.
             copies: of the model in float64 that are held at a time.
             time_limit: seconds of the whole call, of which a chunk of directions takes few.
@@ -320,7 +318,8 @@ class ProbePoint:
         room = memory.budget_of(memory_budget, inputs.device)
         memory.require_copies(model, copies, room)
         chosen = Loss.of(loss)
-        targets = probe_targets(model, inputs, chosen, labels, seed)
+        given, seed = (None, labels) if isinstance(labels, int) else (labels, 0)
+        targets = probe_targets(model, inputs, chosen, given, seed)
         seconds = OVER / 2 * seconds_of(time_limit)
         update = UpdateMap(model, inputs, targets, chosen, room, seconds)
         return cls(model, inputs, targets, chosen, room, update)

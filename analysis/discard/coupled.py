@@ -44,7 +44,7 @@ __all__ = ["BOUNDED", "COUPLED", "Coupling", "coupling"]
 COUPLED = "measured, statistics differentiated"  # the route of a row that is counted so
 BOUNDED = "bounded, statistics taken as known"  # of one that is not
 LARGEST = 3072  # unknowns of a layer up to which its matrix is formed: a minute of one core
-FORMED = 4  # matrices of its size that are held at a time
+FORMED = 4 * 8.0  # bytes of an entry: matrices of its size that are held at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +85,7 @@ class Coupling:
         if made.shape != use.outputs.shape or not torch.allclose(made, use.outputs):
             return None
         rows = int((k != 0).sum()) + prod(stage[0].weight.shape)  # type: ignore[arg-type]
-        if FORMED * 8.0 * rows * use.inputs.numel() > max(room, memory.LEAST):
+        if FORMED * rows * use.inputs.numel() > max(room, memory.LEAST):
             return None
         return _ranks(stage, use.inputs, k)
 

@@ -100,8 +100,9 @@ def noise(
     show = Timed(progress, time_limit, device or "cpu")
     chain, width = check(defence), _arguments(sigma, value_range, method, samples, iterations)
     pictures = probe_batch(inputs, batch_size, seed, device)
+    given = seed if labels is None else labels
     point = ProbePoint.of(
-        model, pictures, loss, labels, seed, memory_budget=memory_budget, time_limit=time_limit
+        model, pictures, loss, given, memory_budget=memory_budget, time_limit=time_limit
     )
     sent = WeighedJacobian(point.update, channel(point, float(sigma), chain))
     with show, show.every_operation():

@@ -133,7 +133,7 @@ def noise_trials(
             "for the error in the others"
         )
     truth = probe_batch(inputs, batch_size, seed, device)
-    point = ProbePoint.of(model, truth, loss, labels, seed)
+    point = ProbePoint.of(model, truth, loss, seed if labels is None else labels)
     error, slowest, settled = _errors(point, sigma, trials, seed, progress)
     return NoiseTrials(
         report,

@@ -31,9 +31,6 @@ def read(evidence: Evidence) -> list[Finding]:
     found = []
     evidence.tested.update((Kind.ENTRY,) if evidence.dense else ())
     for call, weight, bias in evidence.dense:
-        stated = evidence.update.noise or {}
-        if call.weight_name in stated or call.bias_name in stated:
-            continue  # as of pruning: entries that are noise of their own size
         columns = [weight] if bias is None else [weight, bias[:, None]]
         told = _entry(evidence, call.weight_name, torch.cat(columns, 1), evidence.batch)
         if told is not None:
@@ -41,6 +38,11 @@ def read(evidence: Evidence) -> list[Finding]:
             beside = column == weight.shape[1]
             name = call.bias_name if beside else call.weight_name
             place = f"[{row}]" if beside else f"[{row}, {column}]"
+            noise = (evidence.update.noise or {}).get(name or "")
+            at = row, 0 if beside else column
+            own = 0.0 if noise is None else float(noise.reshape(len(weight), -1)[at])
+            if not abs(amount) > CLEAR * own:
+                continue  # as of pruning: an entry that is noise of its own size
             said = (
                 f"the gradient of '{call.name}' has rank {evidence.batch + 1}, a batch of "
                 f"{evidence.batch} at most {evidence.batch}; less {amount:.3g} at {place} of "

@@ -35,6 +35,7 @@ from rgap.precision import Estimate, Precision
 
 __all__ = ["Unbalanced", "disagreement_of_gradients"]
 
+LARGE = 2**18  # entries of a fully connected layer of which five copies in float64 are not made
 ROUNDED = 4.0  # operations on a scale γ/σ, each rounded, which all terms of a channel share
 
 
@@ -132,7 +133,7 @@ class _Sums:
         affine = node.link
         if not isinstance(affine, Affine) or node.shared or k is None:
             return None
-        if not self.sent(affine.weight_name, affine.bias_name):
+        if _large(affine) or not self.sent(affine.weight_name, affine.bias_name):
             return None
         value = (affine.weight * affine.sent(self.gradients)).flatten(1).sum(1)
         variance = self.spread(affine, u, k.value).flatten(1).sum(1)
@@ -216,7 +217,7 @@ class _Sums:
             if not isinstance(affine, Affine) or node.shared or k is None:
                 return None
             grouped = affine.geometry is not None and affine.geometry.groups != 1
-            if grouped or not self.sent(affine.weight_name):
+            if grouped or _large(affine) or not self.sent(affine.weight_name):
                 return None
             terms = affine.weight * affine.sent(self.gradients)
             value = value + terms.transpose(0, 1).flatten(1).sum(1)
@@ -224,6 +225,10 @@ class _Sums:
             variance = variance + spread.transpose(0, 1).flatten(1).sum(1)
         names = " and ".join(f"'{self.flow.nodes[user].name}'" for user in users)
         return _Sum(value, variance, f"⟨W, ∂W⟩ of {names}")
+
+
+def _large(affine: Affine) -> bool:
+    return affine.geometry is None and affine.weight.numel() > LARGE
 
 
 def _keeps_channels(link: object, z: Tensor) -> bool:

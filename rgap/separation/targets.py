@@ -370,15 +370,17 @@ def contradicted(batch: Batch, samples: Mixture, collected: Collected) -> Unsepa
     """
     if batch.size is None:
         return None
-    clear = [i for i in collected.refused if _clear(i) and i.label is not None]
+    near = clear = [i for i in collected.refused if _clear(i) and i.label is not None]
     if samples.stage.index == batch.chain.stages[-1].index:
+        far = [i.outside / (OUTLYING * samples.blurred(i.kappa)) for i in near]
+        clear = [i for i, share in zip(near, far, strict=True) if share <= 1.0]
         # In float64 our own rounding puts them further out than the client's.
-        clear = [i for i in clear if i.outside <= max(OUTLYING * samples.blurred(i.kappa), ALIKE)]
+        near = [i for i, s in zip(near, far, strict=True) if s <= 1.0 or i.outside <= ALIKE]
     weights = [_copies(batch, i, batch.size) for i in clear if not _explained(batch, i, batch.size)]
     sure = [
         m for m in weights if LEAST < m < batch.size / LEAST and not whole(m, batch.size)
     ]  # copies that the rank leaves no room for may be what noise added to the rank
-    if not collected.roots.numel() and (common := common_factor(batch, samples.rank, clear)):
+    if not collected.roots.numel() and (common := common_factor(batch, samples.rank, near)):
         return common
     if not sure or not refuting(batch, samples) or loose(batch, [*clear, *collected.identities]):
         return None

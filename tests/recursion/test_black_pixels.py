@@ -80,7 +80,7 @@ def test_black_pixels_contradict_nothing(kind: str, dtype: torch.dtype) -> None:
             assert recovery.inputs is not None and recovery.error_bound is not None
             assert nearest(recovery.inputs, x.double()) <= recovery.error_bound, said
     assert exact >= (
-        len(cases) - 2 if kind == "black" else 2 * len(cases) - (kind == "half dark")
+        len(cases) - 2 if kind == "black" else 2 * len(cases) - 2 * (kind == "half dark")
     ), exact
 
 

@@ -678,7 +678,7 @@ def _() -> Iterator[Case]:
 
 def probe() -> ProbePoint:
     model, x, y, _ = linearised(True)
-    return ProbePoint.of(model, x, Loss(), y, 0)
+    return ProbePoint.of(model, x, Loss(), y)
 
 
 @row("rgap/jacobian/update_map.py:UpdateMap")

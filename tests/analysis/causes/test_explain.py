@@ -187,7 +187,8 @@ def test_steps_without_an_inverse() -> None:
     pooled = rgap.models.lenet5(seed=0)
     found = why(pooled, update_of(pooled, rgap.photos.load(1, 32), [3]), time_limit=1.0)
     first = found.causes[0]
-    assert (first.kind, first.place, first.number) == ("no inverse", "pool2", 2.0)
+    assert (first.kind, first.place) == ("no inverse", "pool2")
+    assert first.number in (1.0, 2.0)  # whether winners of the lower one are told within the time
     assert "not counted here" in first.changes[0]  # at 3072 unknowns nobody waits for it
     assert "max-pool" in first.changes[1]
 
