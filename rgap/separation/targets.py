@@ -370,17 +370,15 @@ def contradicted(batch: Batch, samples: Mixture, collected: Collected) -> Unsepa
     """
     if batch.size is None:
         return None
-    near = clear = [i for i in collected.refused if _clear(i) and i.label is not None]
+    read = clear = [i for i in collected.refused if _clear(i) and i.label is not None]
     if samples.stage.index == batch.chain.stages[-1].index:
-        far = [i.outside / (OUTLYING * samples.blurred(i.kappa)) for i in near]
-        clear = [i for i, share in zip(near, far, strict=True) if share <= 1.0]
-        # In float64 our own rounding puts them further out than the client's.
-        near = [i for i, s in zip(near, far, strict=True) if s <= 1.0 or i.outside <= ALIKE]
+        clear = [i for i in read if i.outside <= OUTLYING * samples.blurred(i.kappa)]
+        # In float64 our own rounding puts those of a common factor further out than the client's.
+        read = clear + [i for i in read if OUTLYING * samples.blurred(i.kappa) < i.outside <= ALIKE]
     weights = [_copies(batch, i, batch.size) for i in clear if not _explained(batch, i, batch.size)]
-    sure = [
-        m for m in weights if LEAST < m < batch.size / LEAST and not whole(m, batch.size)
-    ]  # copies that the rank leaves no room for may be what noise added to the rank
-    if not collected.roots.numel() and (common := common_factor(batch, samples.rank, near)):
+    # Copies that the rank leaves no room for may be what noise added to the rank.
+    sure = [m for m in weights if LEAST < m < batch.size / LEAST and not whole(m, batch.size)]
+    if not collected.roots.numel() and (common := common_factor(batch, samples.rank, read)):
         return common
     if not sure or not refuting(batch, samples) or loose(batch, [*clear, *collected.identities]):
         return None
@@ -390,13 +388,9 @@ def contradicted(batch: Batch, samples: Mixture, collected: Collected) -> Unsepa
 
 
 def _fractional(batch: Batch, size: int, m: float, certain: bool = True) -> Unseparated:
+    told = f"at a batch size of {size} one picture would occur {m:.2f} times"
     if not certain:
-        return Unseparated(
-            f"what the client rounds leaves the weights of samples open: at a batch size of {size} "
-            f"one picture would occur {m:.2f} times"
-        )
-    return Unseparated(
-        f"at a batch size of {size} one picture would occur {m:.2f} times; the update contradicts "
-        f"{'the stated' if batch.size is not None else 'every'} batch size",
-        consistent=batch.size is None,
-    )
+        return Unseparated(f"what the client rounds leaves the weights of samples open: {told}")
+    which = "every" if batch.size is None else "the stated"
+    said = f"{told}; the update contradicts {which} batch size"
+    return Unseparated(said, consistent=batch.size is None)

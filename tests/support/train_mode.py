@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rgap.analysis.probe import probe_targets
+from rgap.update.losses import Loss
 
 SHAPE = (3, 8, 8)
 CLASSES = 10
@@ -45,6 +50,17 @@ def _moved(network: nn.Sequential, shape: tuple[int, ...]) -> nn.Sequential:
         for _ in range(8):
             network(torch.rand(16, *shape))
     return network
+
+
+def passed(network: nn.Sequential, x: Tensor) -> tuple[nn.Sequential, list[Tensor], list[Tensor]]:
+    """A twin in float64, its values from the data up, and the cotangents above the data."""
+    targets = probe_targets(network, x, Loss(), None, 0)
+    twin = copy.deepcopy(network).double()
+    values = [x]
+    for module in twin:
+        values.append(module(values[-1]))
+    loss = F.cross_entropy(values[-1], targets)
+    return twin, values, list(torch.autograd.grad(loss, values[1:]))
 
 
 def buffers(network: nn.Module) -> dict[str, Tensor]:

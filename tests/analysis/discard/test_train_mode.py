@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from train_mode import SHAPE, buffers, mixing_conv, mixing_mlp, untouched
+from train_mode import SHAPE, buffers, mixing_conv, mixing_mlp, passed, untouched
 
 from rgap.analysis import audit, identifiability
 from rgap.analysis.discard.coupled import BOUNDED, COUPLED
@@ -78,12 +78,7 @@ def test_layers_below_a_batch_norm_are_counted_as_one_system(name: str, count: i
     before = buffers(network)
     table = audit(network, tuple(x.shape[1:]), (count,), inputs=x)
     assert untouched(network, before)
-    targets = probe_targets(network, x, Loss(), None, 0)
-    twin = copy.deepcopy(network).double()
-    values = [x]
-    for module in twin:
-        values.append(module(values[-1]))
-    cotangents = torch.autograd.grad(F.cross_entropy(values[-1], targets), values[1:])
+    twin, values, cotangents = passed(network, x)
     for place, module in enumerate(twin):
         if not isinstance(module, nn.Linear | nn.Conv2d):
             continue
@@ -122,12 +117,7 @@ def test_a_bound_is_never_below_what_is_counted(name: str, count: int) -> None:
 def test_cotangents_below_a_batch_norm_satisfy_two_relations(name: str, count: int) -> None:
     """Σκ = 0, so that K has rank r − 1 at most; Σκx̂ = γ/σ Σk x̂ ε/σ², next to 0."""
     network, x, _ = drawn(name, count)
-    targets = probe_targets(network, x, Loss(), None, 0)
-    twin = copy.deepcopy(network).double()
-    values = [x]
-    for module in twin:
-        values.append(module(values[-1]))
-    cotangents = torch.autograd.grad(F.cross_entropy(values[-1], targets), values[1:])
+    twin, values, cotangents = passed(network, x)
     for place, norm in enumerate(twin):
         if not isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d):
             continue
@@ -140,6 +130,7 @@ def test_cotangents_below_a_batch_norm_satisfy_two_relations(name: str, count: i
         assert bool((kappa.sum(axes).abs() <= 1e-12 * size).all())
         left = norm.weight / sigma.flatten() ** 3 * norm.eps * (k * normed).sum(axes)
         assert torch.allclose((kappa * normed).sum(axes), left, rtol=1e-6, atol=1e-13)
+        targets = probe_targets(network, x, Loss(), None, 0)
         probe = probe_layers(network, x, targets, Loss())[place // 3]
         assert torch.allclose(probe.cotangents, kappa, atol=1e-12)
         if name == "mlp":
