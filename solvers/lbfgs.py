@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from contextlib import suppress
+from math import inf
 
 import torch
 from torch import Tensor
@@ -20,13 +23,20 @@ def lbfgs(x: Tensor, steps: int) -> torch.optim.LBFGS:
     )  # fmt: skip
 
 
-def lowered(x: Tensor, steps: int, function: Callable[[Tensor], Tensor]) -> Tensor:
+class _LateError(Exception):
+    """The time is up in the middle of a step."""
+
+
+def lowered(
+    x: Tensor, steps: int, function: Callable[[Tensor], Tensor], deadline: float = inf
+) -> Tensor:
     """Where steps of L-BFGS on a function lead from x.
 
     Args:
         x: where they begin.
         steps: how many.
         function: of x, to one number, with its graph.
+        deadline: of ``time.perf_counter``, after which the function is not called again.
 
     >>> x = torch.tensor([3.0, -2.0], dtype=torch.float64)
     >>> least = lowered(x, 20, lambda x: (x - 1.0).square().sum())
@@ -37,10 +47,13 @@ def lowered(x: Tensor, steps: int, function: Callable[[Tensor], Tensor]) -> Tens
     optimiser = lbfgs(x, steps)
 
     def closure() -> Tensor:
+        if time.perf_counter() > deadline:
+            raise _LateError
         with torch.enable_grad():
             value = function(x)
             (x.grad,) = torch.autograd.grad(value, x)
         return value.detach()
 
-    optimiser.step(closure)  # type: ignore[no-untyped-call]
+    with suppress(_LateError):
+        optimiser.step(closure)  # type: ignore[no-untyped-call]
     return x.detach()

@@ -152,9 +152,8 @@ class JointSearch:
         for level in range(levels):
             beta = blunt * (sharpest / blunt) ** (level / (levels - 1))
             sharp = self.function.sharpness(some, beta)
-            some = lowered(
-                some, STEPS[later], partial(self.misfit, rows=free, left=left, sharp=sharp)
-            )
+            missed_by = partial(self.misfit, rows=free, left=left, sharp=sharp)
+            some = lowered(some, STEPS[later], missed_by, self.deadline)
             if self.late:
                 break
         with torch.enable_grad():  # its own gradients are part of it

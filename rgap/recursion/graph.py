@@ -32,7 +32,7 @@ from rgap.recursion.readers import Contradicted, Reader, from_gradients
 from rgap.recursion.steps import down, through
 from rgap.recursion.steps_above import StepsAbove, mask_of, nonnegative, steps_above
 from rgap.recursion.unsettled import are_on
-from rgap.recursion.winners import Above, winners_of
+from rgap.recursion.winners import Above, bytes_of, winners_of
 
 __all__ = ["GraphDescent", "Walk", "descend_graph"]
 
@@ -287,6 +287,8 @@ class Walk:
         known = self.known(pools[0]) if pools else None
         if known is None:
             return "no pool's output is known there"
+        if (need := bytes_of(affine, len(known.value))) > self.room:
+            return f"its winners take {need / 1e9:.1f} GB, there is room for {self.room / 1e9:.1f}"
         self.watch(self.flow.nodes[place].name)
         on = self.alive(pools[0]) > 0
         above = Above(known.value, state.cotangents[pools[0]].value, on)

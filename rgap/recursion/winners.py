@@ -35,10 +35,10 @@ from rgap.network.reshape import Op
 from rgap.precision import Estimate
 from rgap.recursion.steps_above import StepsAbove
 from rgap.separation.shifts.confirmed import confirmed, short_of
-from rgap.solvers.lbfgs import lowered
+from rgap.solvers.lbfgs import HISTORY, lowered
 from rgap.solvers.nonnegative import nonnegative_least
 
-__all__ = ["Above", "winners_of"]
+__all__ = ["Above", "bytes_of", "winners_of"]
 
 SHARP = 128.0  # the last sharpness, over the spread of z
 # The first sharpness, levels, and steps of L-BFGS at each: fast, then slow.
@@ -46,6 +46,7 @@ PACES = (2.0, 12, 30), (1.0, 24, 60)
 RIDGE = 1e-2  # of the start, for which all entries of a window share its cotangent
 NEGATIVE = 10.0  # weight of what lies below 0 in an input that has no such entries
 ROUNDS = 40  # of winners and least squares in turn
+HELD = 6  # matrices of the size of K at a time: of two candidates, weighed, and its factors
 FEW = 2.0  # equations an unknown, below which a wrong winner hides among them
 STILL = 1e-7  # share of x by which a round moves it at the end
 LEAST = 1e-12  # share of its gradient that a filter misses at least, as a weight sees it
@@ -185,15 +186,13 @@ class _Winners:
             blunt: the first sharpness, over the spread of z.
             levels: of sharpness.
             steps: of L-BFGS at each.
-            deadline: of ``time.perf_counter``, after which no further level is begun.
+            deadline: of ``time.perf_counter``, after which the last x is left as it is.
         """
         rough, x = self.to(torch.float32), self.start().float()
         for level in range(levels):
             beta = blunt * (SHARP / blunt) ** (level / (levels - 1))
             spread = max(float(rough.entering(x).std()), 1e-30)
-            x = lowered(x, steps, partial(rough.misfit, beta=beta / spread))
-            if time.perf_counter() > deadline:
-                break
+            x = lowered(x, steps, partial(rough.misfit, beta=beta / spread), deadline)
         return x
 
     def winning(self, x: Tensor) -> Tensor:
@@ -247,6 +246,13 @@ class _Winners:
         return own / own.max()
 
 
+def bytes_of(affine: Affine, batch: int) -> float:
+    """Of the search: K, weighed and factored, and the steps that L-BFGS remembers."""
+    unknowns = batch * prod(affine.in_shape[1:])
+    rows = affine.weight[:, 0].numel()
+    return 8.0 * HELD * rows * unknowns + 4.0 * 2 * HISTORY * unknowns * affine.in_shape[0]
+
+
 def winners_of(
     affine: Affine,
     gradient: Tensor,
@@ -265,7 +271,7 @@ def winners_of(
         steps: from it up to the pool, maps channel by channel.
         above: the pool's output and the cotangent there.
         noise: standard error of an entry of the gradient.
-        deadline: of ``time.perf_counter``, after which no further level is begun.
+        deadline: of ``time.perf_counter``, after which none are told.
     """
     links = [node.link for node in steps.path]
     if steps.fault or not steps.alone or steps.pool is None or not steps.pool.disjoint:
@@ -283,6 +289,8 @@ def winners_of(
     few = affine.weight[:, 0].numel() < FEW * len(above.value) * prod(affine.in_shape[1:])
     for blunt, levels, count in PACES[few:]:
         x = equations.annealed(blunt, levels, count, deadline).double()
+        if time.perf_counter() > deadline:
+            return f"the time was up in the search for what a pool above '{affine.name}' took"
         if not bool(x.isfinite().all()):
             return f"'{affine.name}': the search for winners overflows"
         won = equations.settled(x)
@@ -292,8 +300,6 @@ def winners_of(
         if not isinstance(met, str):
             return told
         why = met
-        if time.perf_counter() > deadline:
-            break
     return why
 
 

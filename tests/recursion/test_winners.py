@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from math import inf
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -76,7 +79,7 @@ class Case:
             z = node.forward([z])
         return z
 
-    def told(self) -> Tensor | str:
+    def told(self, deadline: float = inf) -> Tensor | str:
         """What the library says the steps let through."""
         steps = steps_above(self.flow, self.conv, self.behind, self.precision.unit)
         noise = self.precision.rms(self.affine.weight_name, self.gradient)
@@ -90,7 +93,7 @@ class Case:
                 assert link is not None
                 k = link.adjoint(k)
         known = Estimate(k, k.new_zeros(4, *k.shape))
-        return winners_of(self.affine, self.gradient, known, steps, above, noise)
+        return winners_of(self.affine, self.gradient, known, steps, above, noise, deadline)
 
 
 @pytest.mark.parametrize(("kind", "batch"), [("plain", 1), ("plain", 2), ("norm", 1), ("1d", 1)])
@@ -132,3 +135,11 @@ def test_a_gradient_that_was_changed_has_no_winners() -> None:
     told = case.told()
     assert isinstance(told, str), "winners for a gradient that no input sends"
     assert "misses its gradient" in told
+
+
+def test_no_winners_are_told_when_the_time_is_up() -> None:
+    """Nor is the answer much later than that."""
+    case, began = Case("plain", 1, 0, torch.float64), time.perf_counter()
+    told = case.told(began + 0.05)
+    assert isinstance(told, str)
+    assert "time was up" in told
