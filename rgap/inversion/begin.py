@@ -156,6 +156,7 @@ def at_scaled_batch(problem: Problem, factor: float, show: Progress) -> Recovery
 
     None where that contradicts it as well.
     """
+    unit, moved = problem.precision.unit, list[float]()
     for _ in range(REFINED):
         own = divided(problem, factor)
         separated = separate(batch_of(own), show.stage)
@@ -163,9 +164,12 @@ def at_scaled_batch(problem: Problem, factor: float, show: Progress) -> Recovery
             return None
         left = remaining(own, separated)
         factor *= left
-        if abs(left - 1.0) <= problem.precision.unit:
+        moved.append(abs(left - 1.0))
+        if moved[-1] <= unit:
             break
-    recovery = at_batch(divided(problem, factor), separated, show)
+    # A step of Gauss-Newton after one below √u moves λ by rounding alone: so far it stays open.
+    spread = max(m for m in moved if m * m <= unit or m == moved[-1])
+    recovery = at_batch(divided(problem, factor, spread), separated, show)
     if recovery.status is Status.INCONSISTENT:
         return None
     said = f"{recovery.reason}; the update is {factor:.6g} times that of the declared loss"

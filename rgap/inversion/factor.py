@@ -23,18 +23,22 @@ __all__ = ["divided", "remaining"]
 STEP = 1e-6  # of a forward difference, in units of the largest entry
 
 
-def divided(problem: Problem, factor: float) -> Problem:
+def divided(problem: Problem, factor: float, spread: float = 0.0) -> Problem:
     """The problem of the update over λ, its noise with it.
 
     Args:
         problem: as it was sent.
         factor: λ > 0.
+        spread: relative error of λ, which every entry has then.
     """
     gradients = {n: problem.gradients[n] / factor for n in problem.gradients}
     precision = problem.precision
     entries = {
         n: torch.where(std < ABSENT, std / factor, std) for n, std in precision.entries.items()
     }
+    if spread:
+        own = {n: spread * g.abs() for n, g in gradients.items()}
+        entries |= {n: torch.hypot(e, entries[n]) if n in entries else e for n, e in own.items()}
     return replace(
         problem,
         gradients=Doubles(gradients, problem.gradients.device),
