@@ -5,7 +5,6 @@ No equation is needed: a float32 tensor whose every entry is a float16 number wa
 
 from __future__ import annotations
 
-from itertools import product
 from math import inf
 
 import torch
@@ -63,10 +62,15 @@ def divided(update: Update) -> tuple[Update, Finding] | None:
     if not sent or update.noise:
         return None
     few = torch.cat([_largest(g) for g in sent.values()])
-    for dtype, rate in product(HALVES, RATES):
-        if not _on_grid(few, dtype, rate):
-            continue
-        if not all(_on_grid(part, dtype, rate) for g in sent.values() for part in blocks(g)):
+    rates = torch.tensor(RATES, dtype=torch.float64)[:, None]
+    likely = [
+        (dtype, RATES[int(number)])
+        for dtype in HALVES
+        for number in _on_grid(few, dtype, rates).nonzero()
+    ]
+    for dtype, rate in likely:
+        parts = (part for g in sent.values() for part in blocks(g))
+        if not all(bool(_on_grid(part, dtype, rate)) for part in parts):
             continue
         grid = recognise({n: (g.double() * rate).to(dtype).to(g) for n, g in sent.items()})
         if grid is None or grid.dtype != dtype or grid.scaled:
@@ -93,11 +97,17 @@ def _largest(g: Tensor) -> Tensor:
     return sizes.topk(min(FEW, len(sizes))).values.double().cpu()
 
 
-def _on_grid(values: Tensor, dtype: torch.dtype, rate: float) -> bool:
-    """True for quotients of numbers of a format and a rate, up to the rounding of float32."""
+def _on_grid(values: Tensor, dtype: torch.dtype, rate: float | Tensor) -> Tensor:
+    """True for quotients of numbers of a format and a rate, up to the rounding of float32.
+
+    Args:
+        values: [n].
+        dtype: the format.
+        rate: one, or many [m, 1], of which each is told.
+    """
     wide = values.double()
     near = (wide * rate).to(dtype).double() / rate
-    return bool(((near - wide).abs() <= OFF * wide.abs()).all())
+    return ((near - wide).abs() <= OFF * wide.abs()).all(-1)
 
 
 def compressed(evidence: Evidence) -> Finding | None:

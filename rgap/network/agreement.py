@@ -57,8 +57,7 @@ def disagreement(
     if not steps or any(p.is_meta for p in model.parameters()):
         return None
     try:
-        with untouched(model):
-            torch.manual_seed(1)  # not the state that a constant of the trace was drawn from
+        with untouched(model, seed=1):  # not the state that a constant of the trace was drawn from
             gap = _difference(model, steps, shape, entry)
     except Exception as error:
         inputs = f"[B, {', '.join(map(str, shape))}]"

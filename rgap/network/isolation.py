@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,17 +15,18 @@ from rgap.network.watching import LayerCall, watched
 
 
 @contextmanager
-def untouched(model: nn.Module, *, hooks: bool = True) -> Iterator[None]:
+def untouched(model: nn.Module, *, hooks: bool = True, seed: int | None = None) -> Iterator[None]:
     """Restore what a forward may write: attributes, buffers, lists on modules, random state.
 
     Args:
         model: the module that is about to run.
         hooks: False: its forward hooks do not run.
+        seed: of what it draws; None: it draws on.
     """
     modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
     kept = [(m, dict(m.__dict__)) for m in modules]
     inside = [
-        (value, copy.copy(value))
+        (value, _members(value))
         for m in modules
         for value in m.__dict__.values()
         if isinstance(value, (list, dict, set))
@@ -43,6 +44,8 @@ def untouched(model: nn.Module, *, hooks: bool = True) -> Iterator[None]:
     devices = {t.device for t in model.parameters() if t.is_cuda}
     try:
         with torch.random.fork_rng(devices=list(devices)):
+            if seed is not None:
+                _seed(seed, devices)
             yield
     finally:
         for module, attributes in kept:
@@ -56,12 +59,29 @@ def untouched(model: nn.Module, *, hooks: bool = True) -> Iterator[None]:
                     tensor.copy_(before)
 
 
-def _refill(value: Any, saved: Any) -> None:
+def _seed(seed: int, devices: Iterable[torch.device]) -> None:
+    """Of the processor and of these devices: ``torch.manual_seed`` reaches all that there could be.
+
+    It formats its own stack for each kind that there is not, which takes longer than a small model.
+    """
+    torch.default_generator.manual_seed(seed)
+    for device in devices:
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+
+
+def _members(value: Any) -> tuple[Any, ...]:
+    """Of a list, dict or set, those of a dict with their keys."""
+    return tuple(value.items()) if isinstance(value, dict) else tuple(value)
+
+
+def _refill(value: Any, saved: tuple[Any, ...]) -> None:
     """Give a list, dict or set the members it had; by identity, tensors have no ``==``."""
+    members = _members(value)
     if isinstance(value, dict):
-        same = [(k, id(v)) for k, v in value.items()] == [(k, id(v)) for k, v in saved.items()]
+        same = [(k, id(v)) for k, v in members] == [(k, id(v)) for k, v in saved]
     else:
-        same = [id(v) for v in value] == [id(v) for v in saved]
+        same = [id(v) for v in members] == [id(v) for v in saved]
     if same:
         return
     value.clear()

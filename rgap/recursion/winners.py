@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from math import inf, prod
@@ -48,6 +49,9 @@ NEGATIVE = 10.0  # weight of what lies below 0 in an input that has no such entr
 ROUNDS = 40  # of winners and least squares in turn
 HELD = 6  # matrices of the size of K at a time: of two candidates, weighed, and its factors
 FEW = 2.0  # equations an unknown, below which a wrong winner hides among them
+CALM = 0.03  # share of windows whose winner a level changes, from which on least squares tell
+FALLS = 0.97  # of the lowest misfit so far, above which a level has not lowered it
+STOPS = 3  # levels in a row that have not
 STILL = 1e-7  # share of x by which a round moves it at the end
 LEAST = 1e-12  # share of its gradient that a filter misses at least, as a weight sees it
 
@@ -179,28 +183,48 @@ class _Winners:
             table.reshape(-1, prod(space), channels).transpose(1, 2).reshape(-1, channels, *space)
         )
 
-    def annealed(self, blunt: float, levels: int, steps: int, deadline: float) -> Tensor:
-        """The input where blunt windows lead, sharpened level by level, float32.
+    def annealed(
+        self, blunt: float, levels: int, steps: int, deadline: float
+    ) -> Iterator[tuple[Tensor, bool]]:
+        """Inputs where blunt windows lead, sharpened level by level, float32.
+
+        Those of which a level changed few winners, and the last.  Ends before the last level where
+        the misfit no longer falls, since what is sharper then only keeps winners that are wrong.
 
         Args:
             blunt: the first sharpness, over the spread of z.
             levels: of sharpness.
             steps: of L-BFGS at each.
-            deadline: of ``time.perf_counter``, after which the last x is left as it is.
+            deadline: of ``time.perf_counter``, after which it ends.
+
+        Yields:
+            The input, and if it is the last.
         """
         rough, x = self.to(torch.float32), self.start().float()
+        won, lowest, still = rough.winning(x), inf, 0
         for level in range(levels):
             beta = blunt * (SHARP / blunt) ** (level / (levels - 1))
-            spread = max(float(rough.entering(x).std()), 1e-30)
-            x = lowered(x, steps, partial(rough.misfit, beta=beta / spread), deadline)
-        return x
+            misfit = partial(rough.misfit, beta=beta / max(float(rough.entering(x).std()), 1e-30))
+            x = lowered(x, steps, misfit, deadline)
+            before, won, reached = won, rough.winning(x), float(misfit(x))
+            still = still + 1 if reached > FALLS * lowest else 0
+            lowest = min(lowest, reached)
+            last = still == STOPS or level + 1 == levels or time.perf_counter() > deadline
+            if last or float((won != before).sum()) <= 2.0 * CALM * float(won.sum()):
+                yield x.double(), last
+            if last:
+                return
 
     def winning(self, x: Tensor) -> Tensor:
         """1 at the places that win, else 0."""
         return self.pool.winning(self.entering(x)).to(x)
 
-    def settled(self, x: Tensor) -> Tensor:
-        """Winners that no longer change, from an input near the one that is looked for."""
+    def settled(self, x: Tensor) -> tuple[Tensor, bool]:
+        """Winners by least squares from an input near the one that is looked for.
+
+        Returns:
+            The winners, and if they no longer change.
+        """
         won, table = self.winning(x), x.flatten(2).transpose(1, 2).flatten(0, 1)
         matrix = self.matrix(won)
         for _ in range(ROUNDS):
@@ -216,8 +240,8 @@ class _Winners:
             if not bool(table.isfinite().all()):
                 break  # filters that are left leave some of x open
             if settled and float((table - before).norm()) <= STILL * float(table.norm()):
-                break
-        return won
+                return won, True
+        return won, False
 
     def least(self, matrix: Tensor, rhs: Tensor, start: Tensor) -> Tensor:
         """Least squares; where equations are few, entries that are not negative count as such."""
@@ -287,19 +311,21 @@ def winners_of(
     equations = _Winners(affine, gradient, steps, above)
     error, why = float(k.std.square().mean().sqrt()), ""
     few = affine.weight[:, 0].numel() < FEW * len(above.value) * prod(affine.in_shape[1:])
-    for blunt, levels, count in PACES[few:]:
-        x = equations.annealed(blunt, levels, count, deadline).double()
-        if time.perf_counter() > deadline:
-            return f"the time was up in the search for what a pool above '{affine.name}' took"
-        if not bool(x.isfinite().all()):
-            return f"'{affine.name}': the search for winners overflows"
-        won = equations.settled(x)
-        told = won * equations.windows.spread(above.on.to(won))
-        open_, through = told > 0, steps.through
-        met = confirmed(affine, gradient, open_, k.value, noise, error, through, steps.unit)
-        if not isinstance(met, str):
-            return told
-        why = met
+    for pace in PACES[few:]:
+        for x, last in equations.annealed(*pace, deadline):
+            if time.perf_counter() > deadline:
+                return f"the time was up in the search for what a pool above '{affine.name}' took"
+            if not bool(x.isfinite().all()):
+                return f"'{affine.name}': the search for winners overflows"
+            won, still = equations.settled(x)
+            if not (still or last):
+                continue
+            told = won * equations.windows.spread(above.on.to(won))
+            open_, through = told > 0, steps.through
+            met = confirmed(affine, gradient, open_, k.value, noise, error, through, steps.unit)
+            if not isinstance(met, str):
+                return told
+            why = met
     return why
 
 

@@ -13,7 +13,7 @@ scaled to.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import gcd, inf, log2
 
@@ -37,6 +37,7 @@ MANY = 16  # values of evidence needed where not all tensors show the format
 LEVELS = 12  # distinct integers needed where not all tensors show them, or they have less than
 FEW_BITS = 8  # these bits: small fractions fill their range too
 LOSS_SCALE = 24  # largest power of two that a loss is scaled by in mixed precision
+FIRST = 32  # values that refute nearly every step
 LOOKED = 4096  # values of a tensor among which they are counted
 WIDTHS = range(4, 17)  # bits of integers that are looked for
 OFF = 4.0  # spacings of the carrying format by which a multiple of the step may be off
@@ -194,13 +195,14 @@ def _integers(gradients: Mapping[str, Tensor]) -> Rounded | None:
     the eight of its neighbours.
     """
     ends = {name: _ends(g) for name, g in gradients.items()}
-    moved = [name for name, (low, high) in ends.items() if low < 0 or high > 0]
+    moved = {name: g for name, g in gradients.items() if any(ends[name])}
+    likely = {name: _likely_steps(g, *ends[name]) for name, g in moved.items()}
     best: Rounded | None = None
     for width in WIDTHS:
         steps = {
             name: step
-            for name in moved
-            if (step := _step(gradients[name], width, *ends[name])) is not None
+            for name, g in moved.items()
+            if (step := _step(g, likely[name].get(width, ()), *ends[name])) is not None
         }
         if not steps or (best is not None and len(steps) <= len(best.noise)):
             continue
@@ -233,19 +235,36 @@ def _ends(g: Tensor) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _step(g: Tensor, bits: int, low: float, high: float) -> float | None:
-    """Step of a tensor that is ``step · n`` with n of so many bits, scaled to their range."""
+def _likely_steps(g: Tensor, low: float, high: float) -> dict[int, list[float]]:
+    """By bits of n, steps of which a few values of a tensor are multiples ``step · n``."""
     largest, slack = max(abs(low), abs(high)), _slack(g, low, high)
+    signed = [(width, largest / (2 ** (width - 1) - 1)) for width in WIDTHS]
+    unsigned = [(width, (high - low) / (2**width - 1)) for width in WIDTHS]
+    pairs = [(width, step) for width, step in (*signed, *unsigned) if slack < step / 8]
+    steps = torch.tensor([step for _, step in pairs], dtype=torch.float64, device=g.device)
+    values, likely = _few(g).double(), dict[int, list[float]]()
+    # The first few values refute nearly all of them.
+    for part in (values[:FIRST], values):
+        met = _multiples(part, steps[:, None], slack).all(1)
+        pairs = [pair for pair, holds in zip(pairs, met.tolist(), strict=True) if holds]
+        steps = steps[met]
+    for width, step in pairs:
+        likely.setdefault(width, []).append(step)
+    return likely
 
-    def holds(part: Tensor) -> bool:
-        values = part.double()
-        off = (values - step * (values / step).round()).abs()
-        return bool((off <= slack).all())
 
-    for step in (largest / (2 ** (bits - 1) - 1), (high - low) / (2**bits - 1)):
-        if step > 0 and slack < step / 8 and holds(_few(g)) and all(map(holds, blocks(g))):
-            return float(step)
+def _step(g: Tensor, likely: Iterable[float], low: float, high: float) -> float | None:
+    """The first of some steps that all values of a tensor are multiples of."""
+    slack = _slack(g, low, high)
+    for step in likely:
+        if all(bool(_multiples(part.double(), step, slack).all()) for part in blocks(g)):
+            return step
     return None
+
+
+def _multiples(values: Tensor, step: Tensor | float, slack: float) -> Tensor:
+    """True where a value is a multiple of a step, as far as the carrying format can tell."""
+    return (values - step * (values / step).round()).abs() <= slack
 
 
 def _slack(g: Tensor, low: float, high: float) -> float:

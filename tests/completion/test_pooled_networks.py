@@ -14,9 +14,9 @@ from rgap.recovery import Recovery, Status
 SIZES = 16, 16, "pool", 32, 32, "pool", 64, 64, "pool"
 
 
-def vgg(dtype: torch.dtype, normed: bool, seed: int = 0, width: int = 4) -> nn.Module:
+def vgg(dtype: torch.dtype, normed: bool, width: int = 3) -> nn.Module:
     """For 16×16 pictures, running statistics of photographs."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     layers, into = list[nn.Module](), 3
     for size in SIZES:
         if isinstance(size, str):
@@ -70,7 +70,7 @@ def test_other_networks_certify_nothing(wrong: str) -> None:
 @pytest.mark.parametrize("level", [0.0, 0.5])
 def test_equal_entries_of_a_window_certify_nothing_wrong(level: float) -> None:
     """A picture of one grey: inside the border all entries of a window are equal."""
-    model = vgg(torch.float64, True)
+    model = vgg(torch.float64, True, width=2)
     x = torch.full((1, 3, 16, 16), level, dtype=torch.float64)
     recovery = rgap.invert(model, rgap.capture(model, x, torch.tensor([3])))
     if recovery.inputs is not None:

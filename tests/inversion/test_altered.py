@@ -58,20 +58,20 @@ def multiplied(update: rgap.Update, name: str, factor: float) -> rgap.Update:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_no_certificate_of_a_multiple(name: str, loss: str, dtype: torch.dtype) -> None:
     """x = Gᵀ∂b/‖∂b‖² of an altered pair of gradients has the bound of none."""
-    for seed in range(2):
-        model = network(name, seed).to(dtype)
-        x = torch.rand(1, 1, 3, 4, dtype=dtype)
-        sent = rgap.capture(model, x, torch.tensor([seed]), loss=loss)
-        assert "inputs" in rgap.invert(model, sent, batch_size=1).certified
-        for parameter in sent.gradients:
-            for factor in (0.5, 1.01, 3.0):
-                found = rgap.invert(model, multiplied(sent, parameter, factor), batch_size=1)
-                if found.inputs is None:
-                    assert not found.certified
-                    continue
-                assert found.error_bound is not None
-                off = (found.inputs - x.double()).abs().max()
-                assert float(off) <= found.error_bound, (seed, parameter, factor, found.reason)
+    seed = int(dtype is torch.float32)
+    model = network(name, seed).to(dtype)
+    x = torch.rand(1, 1, 3, 4, dtype=dtype)
+    sent = rgap.capture(model, x, torch.tensor([seed]), loss=loss)
+    assert "inputs" in rgap.invert(model, sent, batch_size=1).certified
+    for parameter in sent.gradients:
+        for factor in (0.5, 1.01, 3.0):
+            found = rgap.invert(model, multiplied(sent, parameter, factor), batch_size=1)
+            if found.inputs is None:
+                assert not found.certified
+                continue
+            assert found.error_bound is not None
+            off = (found.inputs - x.double()).abs().max()
+            assert float(off) <= found.error_bound, (parameter, factor, found.reason)
 
 
 @pytest.mark.parametrize("name", NAMES[1:])

@@ -30,7 +30,7 @@ def test_an_answer_whatever_the_sizes(kind: str, batch: int) -> None:
     x = torch.rand(batch, *shape, dtype=torch.float64)
     sent = rgap.capture(model, x, torch.arange(batch))
     names = list(sent.gradients)
-    for power in (-318, -300, -271, -200, -155, -140, -100, 25):
+    for power in (-318, -271, -155, -140, 25):
         factor = float(f"1e{power}")
         for chosen in (names, names[:1], names[: len(names) // 2]):
             g = {n: factor * g if n in chosen else g for n, g in sent.gradients.items()}
