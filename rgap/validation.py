@@ -34,8 +34,8 @@ _EXAMPLES = {
 
 def require_finite(name: str, tensor: Tensor, advice: str) -> None:
     """Raise ValueError if ``tensor`` has NaN or infinity, counting them; ``advice`` ends it."""
-    bad = sum(int((~torch.isfinite(part)).sum()) for part in blocks(tensor))
-    if bad:
+    if not all(bool(torch.isfinite(part).all()) for part in blocks(tensor)):
+        bad = sum(int((~torch.isfinite(part)).sum()) for part in blocks(tensor))
         raise ValueError(
             f"{name} has NaN or infinity in {bad} of {tensor.numel()} entries; {advice}."
         )

@@ -76,7 +76,8 @@ def blocks(tensor: Tensor, entries: int = BLOCK) -> Iterator[Tensor]:
     >>> [len(block) for block in blocks(torch.ones(5, 2), 4)]
     [4, 4, 2]
     """
-    yield from torch.split(tensor.detach().reshape(-1), entries)
+    flat = tensor.detach().reshape(-1)
+    yield from (flat,) if len(flat) <= entries else torch.split(flat, entries)
 
 
 def row_blocks(
