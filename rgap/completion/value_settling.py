@@ -72,8 +72,9 @@ class Settling:
         x, misfit = self.nearest(row, x)
         if not misfit <= FITS:
             return (
-                f"the data nearest to the known values miss them by {misfit:.1e} standard errors: "
-                "the weights or the running statistics below them are others than the client's"
+                f"the nearest data that were found miss the known values by {misfit:.1e} standard "
+                "errors: the search ended beside the client's data, or the weights or the running "
+                "statistics below these values are others than the client's"
             )
         drawn = torch.randn((PROBES, *x.shape[1:]), generator=generator).to(x)
         tangent = Tangent(self.rough, sigma, x.float())
