@@ -1,63 +1,150 @@
-"""One entry that was changed: the only one without which a gradient has the rank of its batch.
+"""A few entries that were changed, without which a gradient has the rank of its batch.
 
 The gradient of a fully connected layer with that of its bias beside it, ``N = Kᵀ [X | 1]``, has
-rank B at most.  One changed entry adds ``δ e_i e_jᵀ``, rank B + 1; so do one more sample and one
-more step.  But N less a multiple of ``e_i e_jᵀ`` has a rank less only if e_i is in its range and
-e_j in its row space, ``‖U_i‖ = ‖V_j‖ = 1`` of the singular vectors ``N = U S Vᵀ`` with values above
-rounding, and then for ``δ = 1/(V_j S⁻¹ U_i)`` alone.  Cotangents and features of a sample have more
-than one entry, so that neither a sample nor a step does that.
+rank B at most.  Entries changed in k rows I and as many columns J add ``E_I Δ E_Jᵀ``, rank B + k;
+so do k more samples, or steps.  But N less such a term has a rank less by k only if all of these
+e_i are in its range and all e_j in its row space, ``‖U_i‖ = ‖V_j‖ = 1`` of the singular vectors
+``N = U S Vᵀ`` with values above rounding, and then for ``Δ = (V_J S⁻¹ U_Iᵀ)⁻¹`` alone.  Cotangents
+and features of a sample have more than one entry, so that neither a sample nor a step does that.
 
 Source: J. H. M. Wedderburn, "Lectures on Matrices" (1934), for the rank that a term takes away.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from rgap.diagnosis.evidence import Evidence
+from rgap.diagnosis.evidence import Call, Evidence
 from rgap.diagnosis.finding import MENDING, Finding, Kind
 from rgap.diagnosis.noise import CLEAR
 
+MOST = 3  # entries that are looked for in one layer
 SPARE = 1  # rows and columns beyond the rank, without which every one is in the range
+ROOM = 2  # rows a rank, from which on one in the range stands out
 INSIDE = 1e-3  # share of e_i outside the range: random ones of n rows are √(1 − r/n) outside
 SVD = 16 * torch.finfo(torch.float64).eps  # of the largest value, that others are known to
 
 
+@dataclass(frozen=True)
+class Changed:
+    """Entries of N that were changed.
+
+    Attributes:
+        places: row and column of each.
+        amounts: that were added.
+        left: value B + 1 without them, over the largest.
+        explained: what rounding explains of it.
+    """
+
+    places: list[tuple[int, int]]
+    amounts: list[float]
+    left: float
+    explained: float
+
+
 def read(evidence: Evidence) -> list[Finding]:
-    """The entry, if there is one in one layer alone."""
+    """The entries, if there are any in one layer alone."""
     if evidence.batch is None or evidence.presumed:
         return []
     found = []
     evidence.tested.update((Kind.ENTRY,) if evidence.dense else ())
     for call, weight, bias in evidence.dense:
         columns = [weight] if bias is None else [weight, bias[:, None]]
-        told = _entry(evidence, call.weight_name, torch.cat(columns, 1), evidence.batch)
-        if told is not None:
-            row, column, amount, left, rounding = told
-            beside = column == weight.shape[1]
+        told = _entries(evidence, call.weight_name, torch.cat(columns, 1), evidence.batch)
+        if told is None or not _above_noise(evidence, call, weight, told):
+            continue
+        width, where = weight.shape[1], []
+        for (row, column), amount in zip(told.places, told.amounts, strict=True):
+            beside = column == width
             name = call.bias_name if beside else call.weight_name
             place = f"[{row}]" if beside else f"[{row}, {column}]"
-            noise = (evidence.update.noise or {}).get(name or "")
-            at = row, 0 if beside else column
-            own = 0.0 if noise is None else float(noise.reshape(len(weight), -1)[at])
-            if not abs(amount) > CLEAR * own:
-                continue  # as of pruning: an entry that is noise of its own size
-            said = (
-                f"the gradient of '{call.name}' has rank {evidence.batch + 1}, a batch of "
-                f"{evidence.batch} at most {evidence.batch}; less {amount:.3g} at {place} of "
-                f"'{name}' it has that, up to {left:.1e} of its size where rounding explains "
-                f"{rounding:.1e}, as it has for no sample and no step"
-            )
-            strength = abs(amount) / max(left, rounding) / float(weight.norm())
-            found.append(Finding(Kind.ENTRY, amount, said, str(MENDING[Kind.ENTRY]), strength))
+            where.append(f"{amount:.3g} at {place} of '{name}'")
+        rank = evidence.batch + len(where)
+        said = (
+            f"the gradient of '{call.name}' has rank {rank}, a batch of {evidence.batch} at most "
+            f"{evidence.batch}; less {' and '.join(where)} it has that, up to {told.left:.1e} of "
+            f"its size where rounding explains {told.explained:.1e}, as it has for no sample and "
+            "no step"
+        )
+        largest = max(told.amounts, key=abs)
+        strength = abs(largest) / max(told.left, told.explained) / float(weight.norm())
+        found.append(Finding(Kind.ENTRY, largest, said, str(MENDING[Kind.ENTRY]), strength))
     return found if len(found) == 1 else []
 
 
-def _entry(
-    evidence: Evidence, name: str, table: Tensor, batch: int
-) -> tuple[int, int, float, float, float] | None:
-    """Row, column and size of what was added, the rank left without it and what rounding explains.
+def _above_noise(evidence: Evidence, call: Call, weight: Tensor, told: Changed) -> bool:
+    """False for an entry that is noise of its own size, as of pruning."""
+    for (row, column), amount in zip(told.places, told.amounts, strict=True):
+        beside = column == weight.shape[1]
+        name = call.bias_name if beside else call.weight_name
+        noise = (evidence.update.noise or {}).get(name or "")
+        at = row, 0 if beside else column
+        own = 0.0 if noise is None else float(noise.reshape(len(weight), -1)[at])
+        if not abs(amount) > CLEAR * own:
+            return False
+    return True
+
+
+@dataclass(frozen=True)
+class _Beyond:
+    """Of a gradient of rank r = B + k, the k rows and columns most in its range and row space.
+
+    Attributes:
+        factors: U [m, r], the values, Vᵀ [r, n].
+        places: the rows, and the columns.
+        inside: whether all of the rows are in the range, all of the columns in the row space.
+    """
+
+    factors: tuple[Tensor, Tensor, Tensor]
+    places: tuple[Tensor, Tensor]
+    inside: tuple[bool, bool]
+
+
+def in_line(evidence: Evidence) -> bool:
+    """True if what a layer has beyond rank B may be all in a row, or column, for each rank."""
+    for call, weight, bias in evidence.dense:
+        table = weight if bias is None else torch.cat([weight, bias[:, None]], 1)
+        own = table[(table != 0).any(1)][:, (table != 0).any(0)]
+        if 0 in own.shape or evidence.batch is None:
+            continue
+        beyond = _beyond(evidence, call.weight_name, own, evidence.batch)
+        if beyond is not None and any(
+            inside and size >= ROOM * len(beyond.factors[1])
+            for inside, size in zip(beyond.inside, own.shape, strict=True)
+        ):
+            return True
+    return False
+
+
+def _explained(evidence: Evidence, name: str, own: Tensor, batch: int, largest: float) -> float:
+    """The value that rounding and noise make of a gradient of rank B."""
+    m, n = own.shape
+    rounding = 2 * evidence.unit * largest * (batch / (m * n)) ** 0.5
+    rounding = max(rounding, evidence.unit * evidence.usual.get(name, 0.0))
+    noise = evidence.precision.noise_norm(name, evidence.gradients[name])
+    return float(CLEAR * (rounding * (m**0.5 + n**0.5) + noise))
+
+
+def _beyond(evidence: Evidence, name: str, own: Tensor, batch: int) -> _Beyond | None:
+    """None where the rank is that of the batch, or there are too few rows and columns to say."""
+    u, values, vh = torch.linalg.svd(own, full_matrices=False)
+    explained = _explained(evidence, name, own, batch, float(values[0]))
+    rank = int((values > explained).sum())
+    count = rank - batch
+    if not 0 < count <= MOST or rank + SPARE > len(values):
+        return None
+    u, values, vh = u[:, :rank], values[:rank], vh[:rank]
+    lengths = u.square().sum(1), vh.square().sum(0)
+    rows, columns = (length.topk(count) for length in lengths)
+    inside = [bool((top.values > 1.0 - INSIDE).all()) for top in (rows, columns)]
+    return _Beyond((u, values, vh), (rows.indices, columns.indices), (inside[0], inside[1]))
+
+
+def _entries(evidence: Evidence, name: str, table: Tensor, batch: int) -> Changed | None:
+    """What was changed in k rows and k columns of a gradient of rank B + k.
 
     Args:
         evidence: of the update.
@@ -67,36 +154,22 @@ def _entry(
     """
     rows, columns = (table != 0).any(1).nonzero()[:, 0], (table != 0).any(0).nonzero()[:, 0]
     own = table[rows][:, columns]
-    if min(own.shape, default=0) < batch + 1 + SPARE:
+    beyond = None if 0 in own.shape else _beyond(evidence, name, own, batch)
+    if beyond is None or not all(beyond.inside):
         return None
-    u, values, vh = torch.linalg.svd(own, full_matrices=False)
-    m, n = own.shape
-
-    def explained(largest: float) -> float:
-        rounding = 2 * evidence.unit * largest * (batch / (m * n)) ** 0.5
-        rounding = max(rounding, evidence.unit * evidence.usual.get(name, 0.0))
-        noise = evidence.precision.noise_norm(name, evidence.gradients[name])
-        return float(CLEAR * (rounding * (m**0.5 + n**0.5) + noise))
-
-    rank = batch + 1
-    if not values[batch] > explained(float(values[0])) or values[rank] > explained(
-        float(values[0])
-    ):
-        return None
-    u, vh = u[:, :rank], vh[:rank]
-    lengths = u.square().sum(1), vh.square().sum(0)
-    i, j = (int(length.argmax()) for length in lengths)
-    if min(float(lengths[0][i]), float(lengths[1][j])) < 1.0 - INSIDE:
-        return None
-    slope = float((vh[:, j] / values[:rank]) @ u[i])
-    if slope == 0.0:
+    u, values, vh = beyond.factors
+    inside = beyond.places
+    term, singular = torch.linalg.inv_ex(vh[:, inside[1]].T / values @ u[inside[0]].T)
+    if bool(singular):
         return None
     mended = own.clone()
-    mended[i, j] -= 1.0 / slope
+    mended[inside[0][:, None], inside[1]] -= term
     left = torch.linalg.svdvals(mended)
-    allowed = explained(float(left[0])) + SVD * float(values[0])
-    if float(left[batch]) > allowed or not float(left[0]) > 0.0:
-        return None
     size = float(left[0])
-    place = int(rows[i]), int(columns[j])
-    return *place, 1.0 / slope, float(left[batch]) / size, allowed / size
+    allowed = _explained(evidence, name, own, batch, size) + SVD * float(values[0])
+    if float(left[batch]) > allowed or not size > 0.0:
+        return None
+    changed = (term.abs() > allowed).nonzero().tolist()
+    places = [(int(rows[inside[0][i]]), int(columns[inside[1][j]])) for i, j in changed]
+    amounts = [float(term[i, j]) for i, j in changed]
+    return Changed(places, amounts, float(left[batch]) / size, allowed / size)

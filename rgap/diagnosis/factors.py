@@ -56,6 +56,7 @@ class Factors:
         misfit: of the worst sample's own equations.
         unique: False where two targets of other signs fit.
         targets: that were chosen, as in :class:`Fit`.
+        either: of every sample the λ of all targets that fit.
     """
 
     values: tuple[float, ...]
@@ -63,6 +64,7 @@ class Factors:
     misfit: float
     unique: bool
     targets: tuple[Tensor, ...] = ()
+    either: tuple[tuple[float, ...], ...] = ()
 
     def label(self, row: int) -> str:
         """The target of a sample in words: its class, or its 0/1 labels."""
@@ -161,7 +163,8 @@ def _fit(
         return Fit(0.0, target, 1.0, inf)
     factor = float(k @ r) / size**2
     misfit = float((k - factor * r).norm() / k.norm())
-    moved = max(float((residual(z + samples.width * s) - r).norm()) for s in _signs(z))
+    signs = [*_signs(z), torch.where(r < 0, -1.0, 1.0).to(z)]  # the last makes all of r longer
+    moved = max(float((residual(z + samples.width * s) - r).norm()) for s in signs)
     # A softmax rounds p − 1 in absolute terms, so that little is left of a sure one.
     rounding = 1.0
     if loss.equations:
@@ -205,6 +208,7 @@ def measured(evidence: Evidence, samples: Samples, loss: Loss) -> Factors | None
         max(f.misfit for f in chosen),
         unique,
         tuple(f.target for f in chosen),
+        tuple(tuple(weigh * f.factor for f in own) for own in good),
     )
 
 

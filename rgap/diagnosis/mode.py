@@ -5,15 +5,20 @@ before, read by nothing else.  In eval mode μ and σ are constants, so for ever
 
     ``∂b_f = γ_f/σ_f ∂β_f``  and  ``⟨W_f, G_f⟩ = γ_f ∂γ_f + (μ_f − b_f) γ_f/σ_f ∂β_f``.
 
-In train mode μ and σ are those of the batch: the loss does not change when s is shifted or W_f is
-scaled, and ``∂b_f = 0``, ``⟨W_f, G_f⟩ = 0`` (up to the ε under the root).  Both are linear in the
-update, hold for any batch and do not see a factor.
+In train mode μ and σ² = v + ε are those of the batch: the loss does not change when s is shifted,
+and hardly when W_f is scaled,
+
+    ``∂b_f = 0``  and  ``⟨W_f, G_f⟩ = ε/(v_f + ε) γ_f ∂γ_f``,
+
+v_f the variance over the batch, which is not known: from a share of the running one on, all are
+taken to be possible.  All are linear in the update, hold for any batch and do not see a factor.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -22,6 +27,7 @@ from rgap.diagnosis.evidence import Call, Evidence
 from rgap.diagnosis.finding import MENDING, Finding, Kind
 
 SAFETY = 100.0
+LEAST = 0.05  # variance of a batch, over the running one, in train mode
 APART = 30.0  # times as much as the one mode must miss, for the other to be meant
 
 
@@ -34,16 +40,20 @@ class Pair:
         norm: of the batch norm.
         sent: ∂b, or ⟨W_f, G_f⟩ where there is no bias, [F].
         evaluated: what eval mode makes of it, [F].
+        trained: the end of what train mode makes of it, from 0 on, [F].
         size: of the terms of the sum, [F].
         rounding: standard error of the terms.
+        of: tensors whose gradients these are.
     """
 
     name: str
     norm: str
     sent: Tensor
     evaluated: Tensor
+    trained: Tensor
     size: float
     rounding: float
+    of: tuple[str, ...]
 
     @property
     def eval_misfit(self) -> float:
@@ -53,7 +63,10 @@ class Pair:
     @property
     def train_misfit(self) -> float:
         """Relative distance from train mode."""
-        return float(self.sent.norm()) / self.size
+        nearest = torch.minimum(
+            torch.maximum(self.sent, self.trained.clamp_max(0.0)), self.trained.clamp_min(0.0)
+        )
+        return float((self.sent - nearest).norm()) / self.size
 
 
 def pairs(evidence: Evidence) -> list[Pair]:
@@ -99,7 +112,10 @@ def _pair(evidence: Evidence, affine: Call, norm: Call) -> Pair | None:
         # Positions add up, and may cancel.
         rounding = 16 * evidence.unit * float(affine.made[0, 0].numel()) ** 0.5
         added = noise * (len(bias) + float(slope.square().sum())) ** 0.5
-        return Pair(affine.name, norm.name, bias, evaluated, size, rounding + added / size)
+        of = f"{affine.name}.bias", f"{norm.name}.bias"
+        zero = torch.zeros_like(bias)
+        rounding += added / size
+        return Pair(affine.name, norm.name, bias, evaluated, zero, size, rounding, of)
     weight = evidence.model.get_parameter(f"{affine.name}.weight").detach().double()
     own = evidence.model.get_submodule(affine.name).bias
     if own is not None:  # one that was not sent
@@ -114,16 +130,23 @@ def _pair(evidence: Evidence, affine: Call, norm: Call) -> Pair | None:
     count = terms.shape[1]
     added = noise * float(weight.norm() + gamma.norm() + (mean.double() * slope).norm())
     rounding = 4 * evidence.unit * (count**0.5 + float(parts[0].norm() + parts[1].norm()) / size)
-    return Pair(affine.name, norm.name, terms.sum(1), evaluated, size, rounding + added / size)
+    of = f"{affine.name}.weight", f"{norm.name}.weight", f"{norm.name}.bias"
+    trained = layer.eps / (LEAST * variance.double() + layer.eps) * parts[0]
+    rounding += added / size
+    return Pair(affine.name, norm.name, terms.sum(1), evaluated, trained, size, rounding, of)
 
 
 def read(evidence: Evidence) -> list[Finding]:
     """Train mode where it explains the identities that eval mode contradicts."""
     tried = pairs(evidence)
-    if not tried:
-        return []
-    evidence.tested.update((Kind.MODE, Kind.WEIGHTS))
-    wrong = [p for p in tried if p.eval_misfit > max(SAFETY * p.rounding, 1e-6)]
+    if tried:
+        evidence.tested.update((Kind.MODE, Kind.WEIGHTS))
+    return _trained(tried)
+
+
+def _trained(tried: list[Pair]) -> list[Finding]:
+    """Train mode of some that were taken to be in eval mode."""
+    wrong = [p for p in tried if p.eval_misfit > tolerance(p)]
     train = [p for p in wrong if p.train_misfit * APART < p.eval_misfit or _zero(p)]
     if train and len(train) == len(wrong):
         worst = max(train, key=lambda p: p.eval_misfit / max(p.train_misfit, 1e-300))
@@ -150,13 +173,17 @@ def as_declared(model: nn.Module, evidence: Evidence, findings: list[Finding]) -
         evidence: of the trials.
         findings: of them.
     """
-    if not any(isinstance(m, _BatchNorm) and m.training for m in model.modules()):
+    modes = {n: m.training for n, m in model.named_modules() if isinstance(m, _BatchNorm)}
+    if not any(modes.values()):
         return findings
     rest = [f for f in findings if f.kind is not Kind.MODE]
+    tried = pairs(evidence)
+    frozen = _trained([p for p in tried if not modes[p.norm]])
     if len(rest) < len(findings):
-        return rest
-    clear = [p for p in pairs(evidence) if p.train_misfit > max(APART * p.rounding, 1e-6)]
-    evaluated = [p for p in clear if p.eval_misfit <= max(SAFETY * p.rounding, 1e-6)]
+        return [*rest, *frozen]
+    tried = [p for p in tried if modes[p.norm]]
+    clear = [p for p in tried if p.train_misfit > max(APART * p.rounding, 1e-6)]
+    evaluated = [p for p in clear if p.eval_misfit <= tolerance(p)]
     if evaluated:
         worst = max(evaluated, key=lambda p: p.train_misfit / max(p.rounding, 1e-300))
         said = (
@@ -176,10 +203,6 @@ def _zero(pair: Pair) -> bool:
     return pair.train_misfit < SAFETY * pair.rounding
 
 
-def contradiction(evidence: Evidence) -> tuple[float, float, str] | None:
-    """The eval-mode identity that misses most: its misfit, its tolerance and the layer."""
-    tried = pairs(evidence)
-    if not tried:
-        return None
-    worst = max(tried, key=lambda p: p.eval_misfit / max(p.rounding, 1e-300))
-    return worst.eval_misfit, max(SAFETY * worst.rounding, 1e-6), worst.name
+def tolerance(pair: Pair) -> float:
+    """Of its identities, relative."""
+    return max(SAFETY * pair.rounding, 1e-6)

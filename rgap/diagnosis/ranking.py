@@ -207,7 +207,7 @@ def _equations(evidence: Evidence) -> list[Finding]:
     modes = [*mode.read(evidence), *dropout.read(evidence)]
     findings += modes
     if not any(f.kind is Kind.NOISE for f in findings):
-        findings += steps.read(evidence, layers)
+        findings += _beside_entries(evidence, steps.read(evidence, layers))
     sent = None
     if not any(f.kind in (Kind.STEPS, Kind.BATCH_SIZE) for f in findings):
         sent = _sent(evidence)
@@ -220,6 +220,14 @@ def _equations(evidence: Evidence) -> list[Finding]:
         # Some factor always fits these.
         findings = [f for f in findings if f.kind not in scale.GRADES]
     return [*findings, *other]
+
+
+def _beside_entries(evidence: Evidence, read: list[Finding]) -> list[Finding]:
+    """Steps and batch sizes, with changed entries of one row or column where these do as well."""
+    ranked = [f for f in read if f.kind in (Kind.STEPS, Kind.BATCH_SIZE)]
+    if not ranked or not entries.in_line(evidence):
+        return read
+    return [replace(f, rivals=(*f.rivals, Kind.ENTRY)) if f in ranked else f for f in read]
 
 
 def _sent(evidence: Evidence) -> samples.Samples | None:

@@ -183,11 +183,12 @@ def _without_bias(evidence: Evidence, weight: Tensor) -> Samples | None:
     if spread == 0.0 or fit > max(blur, 1e-3):
         return None
     z = alpha * slope + shift
-    width = (blur + fit) * float(slope.norm()) / spread
+    off = (blur + fit) / spread  # of α
+    width, relative = off * float(slope.norm()), off / abs(alpha)
     rest = rank_one_residual(weight, u, v)
     where = f"the rows of '{head[0].name}'"
     return Samples(
-        alpha * u[None], z[None], v[None] / alpha, width, width, rest, where, evidence.unit
+        alpha * u[None], z[None], v[None] / alpha, width, relative, rest, where, evidence.unit
     )
 
 

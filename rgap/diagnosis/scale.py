@@ -48,6 +48,8 @@ def read(evidence: Evidence, samples: Samples) -> list[Finding]:
     if evidence.presumed and not factors.unique:
         return []  # a mixture of the two targets has any factor
     evidence.tested.update(GRADES)
+    if _under_both_targets(factors, evidence.batch or 1):
+        return []
     common, logits = factors.common, samples.logits
     if len(logits) > 1:
         evidence.tested.add(Kind.ACCUMULATION)
@@ -85,6 +87,26 @@ def _other_label(evidence: Evidence, samples: Samples, factors: Factors | None) 
 def _one(factors: Factors) -> bool:
     near = max(EQUAL, factors.tolerance)
     return factors.common is not None and abs(factors.common - 1.0) <= near
+
+
+def _under_both_targets(factors: Factors, batch: int) -> bool:
+    """True for fewer samples than the batch has, of which some occur under either of two targets.
+
+    The cotangents of m and n copies are ``m r_0 + n r_1``, which has a factor of its own for either
+    target, ``λ_0 = m + n r_1/r_0``, and these say how many there are: ``m/λ_0 + n/λ_1 = 1``.
+    """
+    if len(factors.values) >= batch or any(len(own) != 2 for own in factors.either):
+        return False
+    near = max(EQUAL, factors.tolerance)
+    sums = {0}
+    for first, second in factors.either:
+        copies = set()
+        for m, n in product(range(batch), repeat=2):
+            shares = m / first, n / second
+            if abs(sum(shares) - 1.0) <= near * sum(map(abs, shares)):
+                copies.add(m + n)
+        sums = {told + own for told in sums for own in copies}
+    return batch in sums
 
 
 def _uniform(
@@ -169,6 +191,8 @@ def _of_factor(
     else:
         said += f"; a rate declared as η was {size:.6g} η"
     rivals = _rivals(evidence, samples.logits.numel())
+    if evidence.head is not None and evidence.head[2] is None and count == 1:
+        rivals += tuple({Kind.WEIGHTS, Kind.ENTRY} - {*rivals})  # read off one tensor alone
     whole = round(size)
     if Kind.STEPS not in (*rivals, *evidence.tested) and whole > 1 and abs(size / whole - 1) < SUM:
         rivals += (Kind.STEPS,)  # a sum of so many

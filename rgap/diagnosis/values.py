@@ -62,7 +62,7 @@ def divided(update: Update) -> tuple[Update, Finding] | None:
     if not sent or update.noise:
         return None
     few = torch.cat([_largest(g) for g in sent.values()])
-    rates = torch.tensor(RATES, dtype=torch.float64)[:, None]
+    rates = few.new_tensor(RATES)[:, None]
     likely = [
         (dtype, RATES[int(number)])
         for dtype in HALVES

@@ -84,9 +84,7 @@ def read(evidence: Evidence, samples: Samples | None) -> list[Finding]:
         return [mixed]
     balances = _balances(evidence)
     identities = [*_predictions(evidence), *balances]
-    norm = mode.contradiction(evidence)
-    if norm is not None:
-        identities.append(Contradiction(f"∂b = γ/σ ∂β at '{norm[2]}'", norm[0], norm[1]))
+    identities += [_of_norm(pair) for pair in mode.pairs(evidence)]
     if samples is not None and len(samples.logits) == 1 and not evidence.presumed:
         loss = evidence.loss
         free = loss.name == SQUARED and evidence.labels is None  # every target is admissible
@@ -127,6 +125,15 @@ def read(evidence: Evidence, samples: Samples | None) -> list[Finding]:
     rivals = _rivals(evidence, broken)
     kinds = (Kind.WEIGHTS, *rivals, *((Kind.ENTRY,) if rivals else ()))
     return [Finding.among(kinds, worst.misfit, said, worst.strength)]
+
+
+def _of_norm(pair: mode.Pair) -> Contradiction:
+    """The identity of a batch norm in eval mode."""
+    allowed = mode.tolerance(pair)
+    gaps, sizes = (pair.sent - pair.evaluated).abs() / pair.size, pair.evaluated.abs() / pair.size
+    what = f"∂b = γ/σ ∂β at '{pair.name}'"
+    alone = _alone(gaps, sizes, allowed)
+    return Contradiction(what, pair.eval_misfit, allowed, of=pair.of, alone=alone)
 
 
 def _changed(identities: list[Contradiction], broken: list[Contradiction]) -> Finding | None:
