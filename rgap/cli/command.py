@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from copy import copy
 from dataclasses import MISSING, fields, is_dataclass
@@ -90,6 +91,9 @@ def _refuse_lost(context: typer.Context, typed: dict[str, Any]) -> None:
         output = typed.get(written)
         if output is None:
             continue
+        if not output.name:
+            flag = _flag(params[written])
+            raise ValueError(f"{flag}: expected a name, got '{output}'; write {flag} found")
         made = [output, mask_beside(output)] if output.suffix else [output]
         for name, value in typed.items():
             for path in value if isinstance(value, list) else [value]:
@@ -127,9 +131,16 @@ def refuse_existing(flag: str, path: Path, free: Path, force: bool) -> None:
         force: it may be replaced.
 
     Raises:
-        ValueError: it is there, and may not.
+        ValueError: it is there, and may not; or it is no file.
     """
-    if not force and path.is_file():
+    if not os.path.lexists(path) or path.is_dir():
+        return
+    if not path.is_file():
+        raise ValueError(
+            f"{flag}: expected the name of a file, got {path}, which is a link to nothing, a pipe "
+            f"or a device; write {flag} {free}"
+        )
+    if not force:
         raise ValueError(
             f"{flag}: expected a place that is free, got {path}, which exists; write {flag} {free} "
             "or, to replace it, --force"

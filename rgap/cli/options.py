@@ -234,8 +234,13 @@ class Sent(Network):
                 f"UPDATE: expected a file, got the folder {self.update}; write the name of the "
                 f"file in it, as {self.update / 'update.safetensors'}"
             )
-        if not self.update.is_file():
+        if not self.update.exists():
             raise ValueError(f"UPDATE: no file {self.update}; write one with rgap capture")
+        if not self.update.is_file():
+            raise ValueError(
+                f"UPDATE: expected a file, got {self.update}, a pipe or a device, which cannot be "
+                "read from any place; write it to a file first"
+            )
         shape, update = shape_of(self.input_shape), Update.load(self.update)
         return update if shape is None else replace(update, input_shape=shape)
 

@@ -31,6 +31,7 @@ from rgap.completion.value_uniqueness import agreed, folded, mirrored, paired
 from rgap.completion.windows import confused_of_graph
 from rgap.jacobian.frontier import Frontier, frontier
 from rgap.limits import FITS, PROBES, SAFETY, SURPLUS, SURPLUS_SHARE
+from rgap.machine.clock import ENDLESS, LONGER, Clock
 from rgap.network.affine import Affine
 from rgap.network.flow import Flow
 from rgap.precision import Estimate
@@ -70,7 +71,7 @@ def preimage(
     told: GraphDescent,
     start: Callable[[int], Tensor],
     watch: Watch = silent,
-    deadline: float = inf,
+    clock: Clock = ENDLESS,
     room: float = inf,
     gradients: Mapping[str, Tensor] | None = None,
 ) -> Preimage | str:
@@ -81,11 +82,13 @@ def preimage(
         told: what gradients determine of its values.
         start: the batch to begin with, [B, *in_shape], by the number of the trial.
         watch: told how far it is.
-        deadline: of ``time.perf_counter``, after which no further round is begun.
+        clock: when no further round is begun.
         room: bytes for all values of the network on the way, and their cotangents.
         gradients: the update, by parameter name: what layers below the known values say of the data
             where these alone lead nowhere.
     """
+    if clock.over:
+        return f"the time was up before they were looked for; {LONGER}"
     known = told.values
     lowest = frontier(flow, known)
     if not lowest:
@@ -121,12 +124,12 @@ def preimage(
         if alike := paired(link for link in links if isinstance(link, Affine)):
             return alike
         nearest = Frontier(flow, lowest, known, told.unit).to(torch.float32)
-        search = partial(Search, nearest, watch=watch, below=below, deadline=deadline)
-        joint = JointSearch.of(nearest, told, gradients or {}, deadline)
-        made = _looked_for(full, search(start), joint)
+        search = partial(Search, nearest, watch=watch, below=below, deadline=clock.deadline)
+        joint = JointSearch.of(nearest, told, gradients or {}, clock.deadline)
+        made = _looked_for(full, search(start), joint, clock)
         if doubted and not isinstance(made, str):
             again = search(lambda number: start(number + 1), below=f"again {below}")
-            made = agreed(made, _looked_for(full, again, joint))
+            made = agreed(made, _looked_for(full, again, joint, clock))
         if not isinstance(made, str):
             other = mirrored(nearest, made[0].value)
             made = other or _rearranged(Settling(full), nearest, made[0]) or made
@@ -136,12 +139,16 @@ def preimage(
     return Preimage(data, misfit, unknowns, on)
 
 
-def _looked_for(full: Frontier, search: Search, joint: JointSearch | None = None) -> Settled | str:
+def _looked_for(
+    full: Frontier, search: Search, joint: JointSearch | None, clock: Clock
+) -> Settled | str:
     """The data with their errors and misfits, from the starts that a search is given."""
     settling, samples = Settling(full), len(search.explained)
 
     def one(row: int, starts: int = STARTS) -> Row | str:
         made: Row | str = ""
+        if clock.over:
+            return f"the time was up before it was looked for; {LONGER}"
         for goal in HANDED_OVER:
             found = search.run(row, goal, starts)
             if isinstance(found, str):

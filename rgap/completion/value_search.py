@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rgap.jacobian.frontier import Frontier
 from rgap.limits import CLEAR
+from rgap.machine.clock import LONGER
 from rgap.network.activations import ReLU
 from rgap.network.pooling import MaxPool
 from rgap.progress import Watch
@@ -22,7 +23,6 @@ ROUNDS, STEPS = 60, 20  # of L-BFGS, from every start
 CLOSE, NEAR = 2e-6, 10.0  # relative misfit from which Gauss–Newton goes on; times that, if stuck
 STALLED, GIVEN = 0.98, 8  # factor on the misfit of a round that ends a start, from which round
 STARTS = 3
-LONGER = "write a longer time_limit"
 BLUNT, BLUNT_ROUNDS = (2.0, 10.0), 6  # sharpness of kinks at first, and rounds with each
 WIDTHS, ABSOLUTE_ROUNDS = (3e-2, 1e-2, 1e-3), 10  # of least absolute errors
 SETTLED = 0.95  # factor on the misfit of such a round that ends them: other kinks leave a rest

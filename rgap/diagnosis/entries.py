@@ -12,7 +12,8 @@ Source: J. H. M. Wedderburn, "Lectures on Matrices" (1934), for the rank that a 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import combinations, islice, product
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ from rgap.diagnosis.evidence import Call, Evidence
 from rgap.diagnosis.finding import MENDING, Finding, Kind
 from rgap.diagnosis.noise import CLEAR
 
+LARGEST = 10.0  # times the largest value, that an entry may be: a cancelling one is no entry
+TRIED = 32  # sets of rows and columns
 MOST = 3  # entries that are looked for in one layer
 SPARE = 1  # rows and columns beyond the rank, without which every one is in the range
 ROOM = 2  # rows a rank, from which on one in the range stands out
@@ -94,13 +97,13 @@ class _Beyond:
 
     Attributes:
         factors: U [m, r], the values, Vᵀ [r, n].
-        places: the rows, and the columns.
-        inside: whether all of the rows are in the range, all of the columns in the row space.
+        places: rows in the range, and columns in the row space, the nearest to it first.
+        count: k.
     """
 
     factors: tuple[Tensor, Tensor, Tensor]
-    places: tuple[Tensor, Tensor]
-    inside: tuple[bool, bool]
+    places: tuple[list[int], list[int]]
+    count: int
 
 
 def in_line(evidence: Evidence) -> bool:
@@ -112,8 +115,8 @@ def in_line(evidence: Evidence) -> bool:
             continue
         beyond = _beyond(evidence, call.weight_name, own, evidence.batch)
         if beyond is not None and any(
-            inside and size >= ROOM * len(beyond.factors[1])
-            for inside, size in zip(beyond.inside, own.shape, strict=True)
+            len(inside) >= beyond.count and size >= ROOM * len(beyond.factors[1])
+            for inside, size in zip(beyond.places, own.shape, strict=True)
         ):
             return True
     return False
@@ -138,9 +141,11 @@ def _beyond(evidence: Evidence, name: str, own: Tensor, batch: int) -> _Beyond |
         return None
     u, values, vh = u[:, :rank], values[:rank], vh[:rank]
     lengths = u.square().sum(1), vh.square().sum(0)
-    rows, columns = (length.topk(count) for length in lengths)
-    inside = [bool((top.values > 1.0 - INSIDE).all()) for top in (rows, columns)]
-    return _Beyond((u, values, vh), (rows.indices, columns.indices), (inside[0], inside[1]))
+    rows, columns = (
+        length.argsort(descending=True)[: int((length > 1.0 - INSIDE).sum())].tolist()
+        for length in lengths
+    )
+    return _Beyond((u, values, vh), (rows, columns), count)
 
 
 def _entries(evidence: Evidence, name: str, table: Tensor, batch: int) -> Changed | None:
@@ -155,12 +160,34 @@ def _entries(evidence: Evidence, name: str, table: Tensor, batch: int) -> Change
     rows, columns = (table != 0).any(1).nonzero()[:, 0], (table != 0).any(0).nonzero()[:, 0]
     own = table[rows][:, columns]
     beyond = None if 0 in own.shape else _beyond(evidence, name, own, batch)
-    if beyond is None or not all(beyond.inside):
+    if beyond is None:
         return None
+    # A picture of zeros has the column of the bias in the row space as well.
+    tried = islice(product(*(combinations(p, beyond.count) for p in beyond.places)), TRIED)
+    for i, j in tried:
+        told = _without(evidence, name, own, beyond, (torch.tensor(i), torch.tensor(j)))
+        if told is not None:
+            places = [(int(rows[i]), int(columns[j])) for i, j in told.places]
+            return replace(told, places=places)
+    return None
+
+
+def _without(
+    evidence: Evidence, name: str, own: Tensor, beyond: _Beyond, inside: tuple[Tensor, Tensor]
+) -> Changed | None:
+    """What was changed in some rows and columns, if the rest has the rank of the batch.
+
+    Args:
+        evidence: of the update.
+        name: of the weight.
+        own: the gradient, without rows and columns of zeros.
+        beyond: its rank.
+        inside: numbers of the rows and the columns.
+    """
     u, values, vh = beyond.factors
-    inside = beyond.places
+    batch = len(values) - beyond.count
     term, singular = torch.linalg.inv_ex(vh[:, inside[1]].T / values @ u[inside[0]].T)
-    if bool(singular):
+    if bool(singular) or float(term.abs().max()) > LARGEST * float(values[0]):
         return None
     mended = own.clone()
     mended[inside[0][:, None], inside[1]] -= term
@@ -170,6 +197,6 @@ def _entries(evidence: Evidence, name: str, table: Tensor, batch: int) -> Change
     if float(left[batch]) > allowed or not size > 0.0:
         return None
     changed = (term.abs() > allowed).nonzero().tolist()
-    places = [(int(rows[inside[0][i]]), int(columns[inside[1][j]])) for i, j in changed]
+    places = [(int(inside[0][i]), int(inside[1][j])) for i, j in changed]
     amounts = [float(term[i, j]) for i, j in changed]
     return Changed(places, amounts, float(left[batch]) / size, allowed / size)

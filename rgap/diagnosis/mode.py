@@ -27,7 +27,7 @@ from rgap.diagnosis.evidence import Call, Evidence
 from rgap.diagnosis.finding import MENDING, Finding, Kind
 
 SAFETY = 100.0
-LEAST = 0.05  # variance of a batch, over the running one, in train mode
+LEAST = 1e-3  # variance of a batch, over the running one, in train mode
 APART = 30.0  # times as much as the one mode must miss, for the other to be meant
 
 
@@ -112,10 +112,10 @@ def _pair(evidence: Evidence, affine: Call, norm: Call) -> Pair | None:
         # Positions add up, and may cancel.
         rounding = 16 * evidence.unit * float(affine.made[0, 0].numel()) ** 0.5
         added = noise * (len(bias) + float(slope.square().sum())) ** 0.5
-        of = f"{affine.name}.bias", f"{norm.name}.bias"
+        both = f"{affine.name}.bias", f"{norm.name}.bias"
         zero = torch.zeros_like(bias)
         rounding += added / size
-        return Pair(affine.name, norm.name, bias, evaluated, zero, size, rounding, of)
+        return Pair(affine.name, norm.name, bias, evaluated, zero, size, rounding, both)
     weight = evidence.model.get_parameter(f"{affine.name}.weight").detach().double()
     own = evidence.model.get_submodule(affine.name).bias
     if own is not None:  # one that was not sent

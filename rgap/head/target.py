@@ -25,6 +25,8 @@ from rgap.update.targets import BINARY, CLASSES
 __all__ = ["Reading", "logits_of", "read_target", "read_weighed"]
 
 LISTED = 4096  # targets that are tried one by one
+BLOCK = 512  # of them that are compared to all others at a time
+NEAREST = 4  # targets of which a reading is made whether they fit or not
 
 
 @dataclass(frozen=True)
@@ -218,19 +220,28 @@ class _Heard:
         rounded = precision.unit * (LOGIT * kappa.abs() * size + own) + precision.floor
         return carried + ENSEMBLE * float(rounded.max())
 
-    def along(self, place: int, factor: float) -> Reading:
-        """A target with its factor: the distance is that from the nearest target with its own.
+    def gaps(self, factors: Tensor) -> tuple[Tensor, Tensor]:
+        """Of every target with its factor: how far it is from k/λ, and from the nearest other.
 
-        Other targets have factors too, so what tells this one from them is the angle between their
-        cotangents, not their difference.
+        Others have factors too, so what tells one from them is the angle between their cotangents,
+        not their difference.
         """
-        unit = self.many / self.many.norm(dim=1, keepdim=True).clamp_min(1e-300)
-        cosine = unit @ unit[place]
+        sizes = self.many.norm(dim=1)
+        unit = self.many / sizes[:, None].clamp_min(1e-300)
+        nearest = []
+        for first in range(0, len(unit), BLOCK):
+            cosines = unit[first : first + BLOCK] @ unit.T
+            cosines[:, first : first + BLOCK].fill_diagonal_(-inf)
+            nearest.append(cosines.amax(1))
+        cosine = torch.cat(nearest)
         away = (1.0 - cosine.clamp_min(0.0).square()).clamp_min(0.0).sqrt()
-        away[place] = inf
-        apart = float(away.min()) * float(self.many[place].norm())
+        apart = torch.where(cosine == -inf, inf, away) * sizes
+        off = self.many - self.k.value[0] / factors[:, None].clamp_min(1e-300)
+        return off.abs().amax(1), apart
+
+    def along(self, place: int, factor: float, gap: float, apart: float) -> Reading:
+        """A target with its factor; ``gap`` and ``apart`` as of :meth:`gaps`."""
         reading, error = self.compared(place, factor)
-        gap = float((self.many[place] - self.k.value[0] / factor).abs().max())
         if not apart > APART * error:
             return replace(reading, distance=inf, tolerance=0.0)
         return replace(reading, distance=gap / apart, tolerance=error / apart, open="")
@@ -255,7 +266,10 @@ def _nearest(z: Estimate, k: Estimate, loss: Loss, precision: Precision) -> Read
 
 
 def _scaled(z: Estimate, k: Estimate, loss: Loss, precision: Precision) -> Iterator[Reading]:
-    """Every target with the positive factor that fits it best, and whether anything tests it."""
+    """Targets with the positive factor that fits best, and whether anything tests it.
+
+    All that can fit, which none does from so far that its error hides the others, and the nearest.
+    """
     options = _options(loss, z.value)
     if options is None:
         options = _around(loss, z.value, k.value)
@@ -266,10 +280,14 @@ def _scaled(z: Estimate, k: Estimate, loss: Loss, precision: Precision) -> Itera
     tested = int((values > FREE * values[0].clamp_min(1e-300)).sum()) > 1
     sizes = heard.many.square().sum(1)
     factors = (heard.many @ k.value[0]) / sizes.clamp_min(1e-300)
-    for place, factor in enumerate(factors.tolist()):
-        if factor > 0 and bool(sizes[place] > 0):
-            reading = heard.along(place, factor)
-            yield replace(reading, tested=tested, spread=heard.spread(place, factor))
+    gaps, apart = heard.gaps(factors)
+    distances = torch.where((factors > 0) & (sizes > 0), gaps / apart.clamp_min(1e-300), inf)
+    for number, place in enumerate(distances.argsort().tolist()):
+        distance, factor = float(distances[place]), float(factors[place])
+        if distance == inf or (number >= NEAREST and APART * distance > 1.0):
+            return
+        reading = heard.along(place, factor, float(gaps[place]), float(apart[place]))
+        yield replace(reading, tested=tested, spread=heard.spread(place, factor))
 
 
 def _around(loss: Loss, z: Tensor, k: Tensor) -> Tensor | None:

@@ -161,7 +161,7 @@ def _descended(
     own = problem.precision
     own = replace(own, samples=len(few.error), seed=own.seed + 1)  # draws unlike those of `few`
     told = descend_graph(
-        cut, problem.gradients, few, own, watch, problem.room, values, problem.deadline
+        cut, problem.gradients, few, own, watch, problem.room, values, problem.clock
     )
     lone = disagreement_of_gradients(cut, told.values, told.cotangents, problem.gradients, own)
     if lone is not None:
@@ -180,9 +180,7 @@ def _descended(
         seed = problem.precision.seed + number
         return grey(problem.batch, flow.in_shape, problem.value_range, seed, spread)
 
-    found = preimage(
-        cut, told, start, show.stage, problem.deadline, problem.room, problem.gradients
-    )
+    found = preimage(cut, told, start, show.stage, problem.clock, problem.room, problem.gradients)
     if isinstance(found, str):
         return Branched(features, note=f"the data do not follow from the features: {found}")
     made = _certified(problem, flow, told, found, descent)

@@ -17,6 +17,7 @@ from rgap.head.behind import behind
 from rgap.head.ending import folded
 from rgap.machine import memory
 from rgap.machine.allowance import Ahead, freely
+from rgap.machine.clock import Clock
 from rgap.network.chain import Chain, parse, unparsed
 from rgap.network.probing import UnreadyError
 from rgap.precision import Estimate, Precision
@@ -66,8 +67,12 @@ class Problem:
     @property
     def left(self) -> float:
         """Seconds of a limit that was given, at least 0; infinite where none was."""
-        limited = self.ahead is not freely
-        return max(self.deadline - time.perf_counter(), 0.0) if limited else inf
+        return max(self.deadline - time.perf_counter(), 0.0) if self.clock.limited else inf
+
+    @property
+    def clock(self) -> Clock:
+        """When searches end."""
+        return Clock(self.deadline, self.ahead is not freely)
 
     @property
     def stated(self) -> int | None:

@@ -21,6 +21,7 @@ from torch import Tensor
 from rgap.halt import Halt
 from rgap.jacobian.layer import each
 from rgap.limits import OFF, OFF_LEAST, SURELY_ON
+from rgap.machine.clock import ENDLESS, LONGER, Clock
 from rgap.network.activations import Activation
 from rgap.network.affine import Affine
 from rgap.network.flow import Flow
@@ -68,7 +69,7 @@ def descend_graph(
     watch: Callable[[str], None] | None = None,
     room: float = inf,
     values: Mapping[int, Estimate] | None = None,
-    deadline: float = inf,
+    clock: Clock = ENDLESS,
 ) -> GraphDescent:
     """From the cotangent at the output down to the lowest values that gradients determine.
 
@@ -80,9 +81,9 @@ def descend_graph(
         watch: told the name of each value that is solved.
         room: bytes for the equations of one value.
         values: by place, those that are known beforehand.
-        deadline: of ``time.perf_counter``, after which no search for winners of a pool goes on.
+        clock: when no search for winners of a pool goes on, and no value is solved.
     """
-    walk = Walk(flow, gradients, precision, watch or (lambda name: None), room, deadline)
+    walk = Walk(flow, gradients, precision, watch or (lambda name: None), room, clock)
     walk.state.values.update(values or {})
     while walk.down(top):
         pass
@@ -99,10 +100,10 @@ class Walk:
         precision: Precision,
         watch: Callable[[str], None],
         room: float,
-        deadline: float = inf,
+        clock: Clock = ENDLESS,
     ) -> None:
         self.flow, self.gradients, self.precision = flow, gradients, precision
-        self.room, self.deadline = room, deadline
+        self.room, self.clock = room, clock
         self.watch, self.state = watch, GraphDescent(unit=precision.unit)
         # Cotangents known up to the masks of rectifiers and max-pools: which, the highest first.
         self.behind: dict[int, tuple[int, ...]] = {}
@@ -119,6 +120,8 @@ class Walk:
         self.behind, self.doubted, self.suspect, self.opened = {}, {}, {}, {}
         for place in reversed(range(len(nodes))):
             node = nodes[place]
+            if self.clock.over:
+                state.ends.setdefault(place, f"the time was up at '{node.name}'; {LONGER}")
             if place not in state.ends:
                 if place in self.behind and isinstance(node.link, Affine):
                     why = self.unmask(place, node.link)
@@ -293,7 +296,7 @@ class Walk:
         on = self.alive(pools[0]) > 0
         above = Above(known.value, state.cotangents[pools[0]].value, on)
         k, gradient = state.cotangents[place], affine.sent(self.gradients)
-        return winners_of(affine, gradient, k, steps, above, noise, self.deadline)
+        return winners_of(affine, gradient, k, steps, above, noise, self.clock.deadline)
 
     def solve(self, place: int) -> bool:
         """The value, from the gradients of all layers that read it, if these determine it.

@@ -87,7 +87,10 @@ def written(
         )
     beside = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
     try:
+        beside.touch()
+        mode = beside.stat().st_mode  # as every new file has; safetensors hides its own from others
         save_file(tensors, beside, metadata=metadata)
+        beside.chmod(mode)
         os.replace(beside, target)
     except (OSError, SafetensorError) as error:
         raise unwritable(target, error) from error

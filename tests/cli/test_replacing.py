@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -121,3 +122,28 @@ def test_a_demonstration_replaces_nothing(
         told.output
     )
     assert "it ran" in called("demo", "--force").output
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link"])
+def test_what_is_no_file_is_never_replaced(kind: str, here: Path) -> None:
+    path = here / "out.safetensors"
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(here / "nowhere")
+    for words in ((), ("--force",)):
+        told = called("capture", *WORDS["capture"], *words)
+        assert told.exit_code == 2 and "expected the name of a file" in told.output
+        assert path.is_fifo() if kind == "pipe" else path.is_symlink()
+
+
+def test_an_output_without_a_name_is_refused(here: Path) -> None:
+    told = called("invert", "lenet", UPDATE, "--output", "")
+    assert told.exit_code == 2
+    assert told.output == "rgap: error: --output: expected a name, got '.'; write --output found\n"
+
+
+def test_a_written_file_has_the_mode_of_every_new_one(here: Path) -> None:
+    (here / "plain").touch()
+    assert called("capture", *WORDS["capture"]).exit_code == 0
+    assert (here / "out.safetensors").stat().st_mode == (here / "plain").stat().st_mode

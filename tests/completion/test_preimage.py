@@ -13,6 +13,7 @@ import rgap
 from rgap.completion.preimage import preimage
 from rgap.completion.value_uniqueness import mirrored
 from rgap.jacobian.frontier import Frontier, Tangent, frontier
+from rgap.machine.clock import Clock
 from rgap.network.flow import Flow, flow_of
 from rgap.precision import Estimate
 from rgap.recovery import Route, Status
@@ -69,9 +70,14 @@ def test_time_that_is_up_is_no_contradiction(monkeypatch: pytest.MonkeyPatch) ->
     flow = flow_of(network(F64), (3, 8, 8))
     assert isinstance(flow, Flow)
     x = rgap.photos.load(1, 8, start=5, dtype=F64)
-    found = preimage(flow, known(flow, x, "relu_1"), lambda number: grey(x), deadline=0.0)
+    found = preimage(flow, known(flow, x, "relu_1"), lambda number: grey(x), clock=Clock(0.0))
     assert isinstance(found, str)
     assert "the time was up" in found and "time_limit" in found
+    limited = Clock(0.0, limited=True)
+    begun: list[int] = []
+    found = preimage(flow, known(flow, x, "relu_1"), begun.append, clock=limited)  # type: ignore[arg-type]
+    assert isinstance(found, str) and not begun
+    assert "the time was up before" in found and "time_limit" in found
 
 
 def test_the_clients_own_rounding_of_its_values_is_part_of_their_errors() -> None:

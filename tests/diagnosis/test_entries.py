@@ -60,6 +60,72 @@ def test_the_entry_and_what_was_added_are_told(batch: int, name: str) -> None:
     assert found.value == pytest.approx(2.0 * float(sent.abs().max()), rel=1e-6)
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("count", [2, 3])
+def test_several_entries_are_told_together(count: int, batch: int) -> None:
+    for seed in range(4):
+        torch.manual_seed(seed)
+        model = nn.Sequential(
+            nn.Flatten(), nn.Linear(30, 20), nn.Sigmoid(), nn.Linear(20, 16), nn.Sigmoid(),
+            nn.Linear(16, 10),
+        ).double()  # fmt: skip
+        x, y = torch.rand(batch, 30, dtype=torch.float64), torch.arange(batch)
+        update, name = rgap.capture(model, x, y), ("1.weight", "3.weight")[seed % 2]
+        rows, columns = torch.randperm(16)[:count].tolist(), torch.randperm(20)[:count].tolist()
+        changed = update.gradients[name].clone()
+        for row, column in zip(rows, columns, strict=True):
+            changed[row, column] += 0.3 * changed.abs().max()
+        sent = replace(update, gradients={**update.gradients, name: changed})
+        found = rgap.check(model, sent).best
+        assert found is not None and found.kind is Kind.ENTRY and not found.rivals, found
+        for row, column in zip(rows, columns, strict=True):
+            assert f"at [{row}, {column}] of '{name}'" in found.evidence
+
+
+def test_entries_of_one_row_are_among_what_more_rank_may_be() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(30, 20), nn.Tanh(), nn.Linear(20, 10)).double()
+    update = rgap.capture(model, torch.rand(3, 30, dtype=torch.float64), torch.arange(3))
+    changed = update.gradients["0.weight"].clone()
+    changed[5, [3, 17]] += changed.abs().max()
+    found = rgap.check(
+        model, replace(update, gradients={**update.gradients, "0.weight": changed})
+    ).best
+    assert found is not None and Kind.ENTRY in (found.kind, *found.rivals), found
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_bias_of_a_black_picture_is_not_blamed(dtype: torch.dtype) -> None:
+    """Its features are 0, so that the column of the bias is in the row space as well."""
+    for seed in range(6):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(6, 16), nn.Sigmoid(), nn.Linear(16, 5)).to(dtype)
+        x = torch.rand(2, 6, dtype=dtype)
+        x[0] = 0.0
+        update = rgap.capture(model, x, torch.tensor([1, 3]))
+        changed = update.gradients["0.weight"].clone()
+        changed[11, 1] += 0.02
+        found = rgap.check(
+            model, replace(update, gradients={**update.gradients, "0.weight": changed})
+        ).best
+        assert found is not None and found.kind is Kind.ENTRY, found
+        assert "at [11, 1] of '0.weight'" in found.evidence and 0.019 < found.value < 0.021
+
+
+@pytest.mark.parametrize("name", ["0.bias", "1.weight", "1.bias"])
+def test_one_channel_of_a_norm_is_no_other_weights(name: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 8, 3, padding=1, bias=name == "0.bias"), nn.BatchNorm2d(8), nn.Tanh(),
+        nn.Flatten(), nn.Linear(288, 10),
+    ).double().eval()  # fmt: skip
+    model[1].running_mean.normal_()  # type: ignore[union-attr, operator]
+    x = torch.rand(3, 2, 6, 6, dtype=torch.float64)
+    found = rgap.check(model, raised(rgap.capture(model, x, torch.arange(3)), name, 5, 0.3)).best
+    assert found is not None and found.kind is Kind.ENTRY, found
+    assert "channel 5" in found.evidence and f"'{name}'" in found.evidence
+
+
 def test_one_more_sample_or_step_is_no_entry() -> None:
     for mistake in ("steps", "steps apart", "batch 2"):
         for trial in mistakes_table.trials(1, (mistake,)):

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 import rgap
 from rgap import Loss, Status, Update
+from rgap.head.target import _Heard, _scaled
 from rgap.inversion.batch_rows import in_order
+from rgap.precision import Estimate, Precision
 
 MANY = "binary_cross_entropy_with_logits"
 
@@ -35,6 +37,31 @@ def batch(classes: int, size: int, seed: int, several: bool = False) -> tuple[Te
     x = torch.rand(size, 12, generator=generator, dtype=torch.float64)
     shape = (size, classes) if several else (size,)
     return x, torch.randint(0, 2 if several else max(classes, 2), shape, generator=generator)
+
+
+def test_targets_with_their_factors_are_compared_all_at_once() -> None:
+    torch.manual_seed(0)
+    z = torch.randn(1, 6, dtype=torch.float64)
+    loss = Loss(MANY, reduction="sum", pos_weight=(2.5,))
+    options = torch.cartesian_prod(*[torch.tensor([0.0, 1.0]).double()] * 6)
+    error = 1e-9 * torch.randn(24, 1, 6, dtype=torch.float64)
+    k = 0.7 * loss.cotangent(z, options[37:38])
+    precision = Precision(torch.float64)
+    heard = _Heard.of(Estimate(z, error), Estimate(k, error), loss, precision, options)
+    sizes = heard.many.square().sum(1)
+    gaps, apart = heard.gaps((heard.many @ k[0]) / sizes)
+    for place, own in enumerate(heard.many):
+        factor = float(own @ k[0] / sizes[place])
+        if factor > 0:
+            assert float(gaps[place]) == pytest.approx(float((own - k[0] / factor).abs().max()))
+        cosines = heard.many @ own / (sizes * sizes[place]).sqrt()
+        nearest = max(float(c) for at, c in enumerate(cosines) if at != place)
+        sine = (1.0 - max(nearest, 0.0) ** 2) ** 0.5
+        assert float(apart[place]) == pytest.approx(sine * float(own.norm()), rel=1e-6)
+    told = list(_scaled(heard.z, heard.k, loss, precision))
+    assert len(told) < 8 and told[0].fits and told[0].scale == pytest.approx(0.7)
+    assert told[0].labels.tolist() == options[37:38].long().tolist()
+    assert not any(reading.fits for reading in told[1:])
 
 
 def times(update: Update, factor: float) -> Update:
