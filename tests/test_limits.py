@@ -65,6 +65,8 @@ INSIDE = {
 GUARD = 1e-300  # against a division by zero
 NO_LIMITS = {
     ("head/target", "LISTED", 4096): "effort: targets that are tried one by one",
+    ("head/target", "BLOCK", 512): "effort: targets that are compared to all others at a time",
+    ("head/target", "READ", 4): "effort: targets of which a reading is made in any case",
     ("inversion/polish", "STEPS", 4): "effort: Gauss–Newton steps",
     ("inversion/polish", "BRIEF, FULL", 12): "effort: iterations",
     ("inversion/polish", "BRIEF, FULL", 300): "effort: iterations",

@@ -24,7 +24,7 @@ from rgap.diagnosis.noise import CLEAR
 
 LARGEST = 10.0  # times the largest value, that an entry may be: a cancelling one is no entry
 TRIED = 32  # sets of rows and columns
-MOST = 3  # entries that are looked for in one layer
+MOST = 8  # entries that are looked for in one layer
 SPARE = 1  # rows and columns beyond the rank, without which every one is in the range
 ROOM = 2  # rows a rank, from which on one in the range stands out
 INSIDE = 1e-3  # share of e_i outside the range: random ones of n rows are √(1 − r/n) outside

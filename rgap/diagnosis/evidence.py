@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from rgap.arithmetic.rounding import ABSENT
 from rgap.diagnosis.finding import Kind
@@ -87,6 +88,8 @@ class Evidence:
         usual: root mean square of the gradients of one of several samples, by parameter name.
         presumed: the batch size is not stated, and 1 because the head shows one sample; copies of
             it, and samples whose cotangent vanishes, show none.
+        mixed: parameters below the highest batch norm that is in train mode in the caller's model:
+            copies of one sample leave their gradients rounding over √ε, which has any rank.
         tested: kinds that some trial could have shown.
         unrun: why trials did not run, a sentence each.
     """
@@ -104,6 +107,7 @@ class Evidence:
     deadline: float
     usual: Mapping[str, float] = field(default_factory=dict)
     presumed: bool = False
+    mixed: frozenset[str] = frozenset()
     tested: set[Kind] = field(default_factory=set)
     unrun: list[str] = field(default_factory=list)
 
@@ -168,10 +172,10 @@ class Evidence:
 
     @property
     def dense(self) -> list[tuple[Call, Tensor, Tensor | None]]:
-        """Fully connected layers with ∂W and ∂b, in the order of the calls."""
+        """Fully connected layers with ∂W and ∂b of samples that do not mix, in their order."""
         layers = []
         for call in self.calls:
-            pair = self.linear(call)
+            pair = None if call.weight_name in self.mixed else self.linear(call)
             if pair is not None:
                 layers.append((call, *pair))
         return layers
@@ -251,8 +255,16 @@ def gather(
         outputs,
         deadline,
         sizes,
+        mixed=_mixed(model, calls),
         unrun=[f"those that run the network: {why}"] if why else [],
     )
+
+
+def _mixed(model: nn.Module, calls: Sequence[Call]) -> frozenset[str]:
+    """Parameters of the layers that are called before the last batch norm in train mode."""
+    modes = {n for n, m in model.named_modules() if isinstance(m, _BatchNorm) and m.training}
+    last = max((place for place, call in enumerate(calls) if call.name in modes), default=0)
+    return frozenset(n for call in calls[:last] for n in (call.weight_name, call.bias_name))
 
 
 def _parsed(model: nn.Module, shape: tuple[int, ...], failed: str) -> Chain | None:

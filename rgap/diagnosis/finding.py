@@ -63,9 +63,10 @@ _CLAIMS = {
     Kind.BATCH_SIZE: "the batch has another size than declared",
     Kind.DECAY: "weight decay is in the update: it is no gradient of the loss alone",
     Kind.NOISE: "noise was added that is not stated",
-    Kind.ENTRY: "one entry of one tensor, or one channel of it, is not that of the gradient which "
-    "all others are of",
-    Kind.WEIGHTS: "the model does not have the weights that the update was computed on",
+    Kind.ENTRY: "a few entries of one tensor, or one channel of it, are not those of the gradient "
+    "which all others are of",
+    Kind.WEIGHTS: "the model does not have the weights that the update was computed on, or whole "
+    "tensors of it were changed afterwards",
     Kind.UNDECIDED: "one of several mistakes, which no equation of this network and batch tells "
     "apart",
 }

@@ -126,6 +126,9 @@ def _uniform(
         findings.append(Finding(Kind.SIGN, common, said, str(line), 2.0 / near, rivals))
     if abs(size - 1.0) <= near or (evidence.presumed and _repeated(evidence.loss, size, near)):
         return findings
+    count, size_of = len(samples.logits), evidence.batch or 1
+    if evidence.loss.reduction == "sum" and abs(size * count / size_of - 1.0) <= near:
+        return findings  # each occurs as often as the others, of which a sum does not know
     findings.append(_of_factor(evidence, samples, factors, size, abs(size - 1.0) / near))
     return findings
 

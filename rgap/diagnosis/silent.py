@@ -4,7 +4,8 @@
 layer below that has a gradient got it through k_i.  And where the features above are not zero, the
 steps in between were open: a ReLU's slope is 1 there, and smooth steps that are saturated leave no
 more than two values of a feature, ``2^B`` columns of the gradient above.  What is zero then was
-frozen at the client, or set to zero afterwards.
+frozen at the client, or set to zero afterwards.  Nothing is said of a layer without a bias, whose
+input may be black, nor below a batch norm in train mode, where copies of one sample cancel.
 """
 
 from __future__ import annotations
@@ -42,8 +43,9 @@ def read(model: nn.Module, evidence: Evidence) -> list[Finding]:
     silent = []
     for stage in chain.stages:
         parts = trained.intersection((stage.affine.weight_name, stage.affine.bias_name))
+        parts -= evidence.mixed
         if parts and not any(bool(sent[n].any()) for n in parts):
-            why = _open(evidence, chain, stage)
+            why = _open(evidence, chain, stage, parts)
             if why is not None and _expected(evidence, chain, parts):
                 silent.append((stage.name, why))
     if not silent:
@@ -76,14 +78,21 @@ def _expected(evidence: Evidence, chain: Chain, parts: set[str]) -> bool:
     )
 
 
-def _open(evidence: Evidence, chain: Chain, stage: Stage) -> str | None:
-    """Why the backward pass reached a stage with something, in words; None where it may not."""
+def _open(evidence: Evidence, chain: Chain, stage: Stage, parts: set[str]) -> str | None:
+    """Why the backward pass reached a stage with something, in words; None where it may not.
+
+    Args:
+        evidence: of the update.
+        chain: of the network.
+        stage: whose gradient is zero.
+        parts: parameters of it whose gradient would not be.
+    """
     order = [c.name for c in evidence.calls]
     if stage.name in order:
         for below in order[: order.index(stage.name)]:
             if f"{below}.weight" in evidence.gradients:
                 return f"'{below}' below has one, that came through it"
-    if stage.index + 1 >= len(chain.stages):
+    if stage.index + 1 >= len(chain.stages) or stage.affine.bias_name not in parts:
         return None
     above = chain.stages[stage.index + 1]
     gradient = evidence.gradients.get(above.affine.weight_name)

@@ -81,7 +81,7 @@ def changed_entry(evidence: Evidence) -> Finding | None:
         if mended is None or other is None or mended.worst[1] <= FITS:
             break
         now = other.flatten()[place] + amount
-        slope = float(now - left) / step
+        slope = float(now - left) / step if step else 0.0
         if slope == 0.0:
             return None
         step, left = -float(now) / slope, now

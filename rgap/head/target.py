@@ -26,7 +26,7 @@ __all__ = ["Reading", "logits_of", "read_target", "read_weighed"]
 
 LISTED = 4096  # targets that are tried one by one
 BLOCK = 512  # of them that are compared to all others at a time
-NEAREST = 4  # targets of which a reading is made whether they fit or not
+READ = 4  # targets of which a reading is made whether they fit or not
 
 
 @dataclass(frozen=True)
@@ -284,7 +284,7 @@ def _scaled(z: Estimate, k: Estimate, loss: Loss, precision: Precision) -> Itera
     distances = torch.where((factors > 0) & (sizes > 0), gaps / apart.clamp_min(1e-300), inf)
     for number, place in enumerate(distances.argsort().tolist()):
         distance, factor = float(distances[place]), float(factors[place])
-        if distance == inf or (number >= NEAREST and APART * distance > 1.0):
+        if distance == inf or (number >= READ and APART * distance > 1.0):
             return
         reading = heard.along(place, factor, float(gaps[place]), float(apart[place]))
         yield replace(reading, tested=tested, spread=heard.spread(place, factor))

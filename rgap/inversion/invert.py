@@ -107,8 +107,9 @@ def invert(
             ranks counted (with ``complete`` after half of them: the rest is the completion's), and
             neither a completion nor a search for data that give known features begins a further
             step.  A layer for which there is no time is not determined; the halt names it, its
-            kind is ``LATE``.  What comes on top: telling samples apart, and the polish of an answer
-            that all equations determine.  None: no limit for the equations, 60 s for the rest.
+            kind is ``LATE``.  What comes on top: telling samples apart, values below branches that
+            gradients alone determine, and the polish of an answer that all equations determine.
+            None: no limit for the equations, 60 s for the rest.
 
     Returns:
         A :class:`Recovery`; its ``status`` and ``reason`` say how far the update determines the

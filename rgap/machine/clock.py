@@ -17,7 +17,7 @@ class Clock:
 
     Attributes:
         deadline: of ``time.perf_counter``, after which a search begins no further round.
-        limited: a limit was given, so that nothing is begun after it: no search and no equations.
+        limited: a limit was given, so that no search is begun after it.
 
     >>> Clock().late, Clock(0.0).late, Clock(0.0).over, Clock(0.0, limited=True).over
     (False, True, False, True)
@@ -33,7 +33,7 @@ class Clock:
 
     @property
     def over(self) -> bool:
-        """True if nothing may be begun."""
+        """True if no search may be begun."""
         return self.limited and self.late
 
 

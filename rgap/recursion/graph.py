@@ -21,7 +21,7 @@ from torch import Tensor
 from rgap.halt import Halt
 from rgap.jacobian.layer import each
 from rgap.limits import OFF, OFF_LEAST, SURELY_ON
-from rgap.machine.clock import ENDLESS, LONGER, Clock
+from rgap.machine.clock import ENDLESS, Clock
 from rgap.network.activations import Activation
 from rgap.network.affine import Affine
 from rgap.network.flow import Flow
@@ -81,7 +81,7 @@ def descend_graph(
         watch: told the name of each value that is solved.
         room: bytes for the equations of one value.
         values: by place, those that are known beforehand.
-        clock: when no search for winners of a pool goes on, and no value is solved.
+        clock: when no search for winners of a pool goes on.
     """
     walk = Walk(flow, gradients, precision, watch or (lambda name: None), room, clock)
     walk.state.values.update(values or {})
@@ -120,8 +120,6 @@ class Walk:
         self.behind, self.doubted, self.suspect, self.opened = {}, {}, {}, {}
         for place in reversed(range(len(nodes))):
             node = nodes[place]
-            if self.clock.over:
-                state.ends.setdefault(place, f"the time was up at '{node.name}'; {LONGER}")
             if place not in state.ends:
                 if place in self.behind and isinstance(node.link, Affine):
                     why = self.unmask(place, node.link)

@@ -108,3 +108,34 @@ def test_train_mode_is_told_whatever_epsilon(eps: float, bias: bool) -> None:
         assert not kinds(rgap.check(model, update)), seed
         found = rgap.check(model.eval(), update)
         assert kinds(found)[:1] == [Kind.MODE], (seed, found.explain())
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_copies_in_train_mode_miss_no_layer_and_have_no_noise(outputs: int) -> None:
+    """Their variance is 0: gradients below the norm are 0 or rounding over √ε, of any rank."""
+    for seed in range(4):
+        for eps in (1e-12, 1e-5):
+            model = normed(seed, eps)
+            model[6] = nn.Linear(16, outputs).double()
+            x = torch.rand(1, 20, dtype=F64).expand(4, 20).clone()
+            loss = rgap.Loss("binary_cross_entropy_with_logits")
+            y = torch.randint(2, (4, outputs)).double()
+            assert not kinds(rgap.check(model, rgap.capture(model, x, y, loss))), (seed, eps)
+
+
+def test_a_black_picture_leaves_a_layer_without_a_bias_at_zero() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 8, bias=False), nn.BatchNorm1d(8), nn.ReLU(),
+                          nn.Linear(8, 4)).double().eval()  # fmt: skip
+    model[1].bias.data.uniform_(0.1, 1.0)
+    update = rgap.capture(model, torch.zeros(1, 12, dtype=F64), torch.tensor([2]))
+    assert not bool(update.gradients["0.weight"].any())
+    assert not kinds(rgap.check(model, update))
+
+
+def test_pictures_that_occur_equally_often_have_no_factor_in_a_sum() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 6)).double()
+    x, y = torch.rand(2, 12, dtype=F64), torch.tensor([1, 4])
+    update = rgap.capture(model, x.repeat(3, 1), y.repeat(3), rgap.Loss(reduction="sum"))
+    assert not kinds(rgap.check(model, update))

@@ -110,7 +110,7 @@ def test_random_networks_with_branches_certify_nothing_wrong() -> None:
     exact = 0
     for number in range(1001, 1012):
         case = drawn(number)
-        recovery = rgap.invert(case.model, case.update, time_limit=1.0)
+        recovery = rgap.invert(case.model, case.update, time_limit=5.0)
         assert not (case.genuine and recovery.status is Status.INCONSISTENT), (number, case.words)
         if recovery.inputs is None or not recovery.certified:
             continue

@@ -11,7 +11,6 @@ from computed import computed
 from torch import Tensor, nn
 
 from rgap import photos
-from rgap.machine.clock import Clock
 from rgap.network.flow import Flow
 from rgap.precision import Estimate, Precision
 from rgap.recursion.graph import GraphDescent, descend_graph
@@ -76,11 +75,6 @@ class Sent:
         error = self.precision.rounding(self.top)
         return descend_graph(self.flow, self.gradients, Estimate(self.top, error), self.precision)
 
-    def late(self, limited: bool) -> GraphDescent:
-        """Where the time was up before anything was solved."""
-        top, clock = Estimate(self.top, self.precision.rounding(self.top)), Clock(0.0, limited)
-        return descend_graph(self.flow, self.gradients, top, self.precision, clock=clock)
-
     def checked(self, told: GraphDescent) -> list[str]:
         """Names of the values that were solved; fails where one is not the client's."""
         names = []
@@ -121,13 +115,6 @@ def test_a_residual_network_gives_away_its_values(labels: list[int], seed: int) 
     names = case.checked(told)
     assert len(told.shifts) == 1  # the last rectifier, before the pool
     assert {"6", "4.act1", "3.act2", "3.act1"} <= set(names), told.ends
-
-
-def test_nothing_is_solved_after_a_limit_that_was_given() -> None:
-    case = sent(residual, [3])
-    told = case.late(limited=True)
-    assert not told.values and "the time was up at" in told.ends[max(told.ends)]
-    assert case.late(limited=False).values.keys() == case.descend().values.keys()
 
 
 @pytest.mark.parametrize("labels", [[3], [3, 5]])
