@@ -41,6 +41,7 @@ class Pair:
         sent: ∂b, or ⟨W_f, G_f⟩ where there is no bias, [F].
         evaluated: what eval mode makes of it, [F].
         trained: the end of what train mode makes of it, from 0 on, [F].
+        still: the same if the batch has no variance at all, [F].
         size: of the terms of the sum, [F].
         rounding: standard error of the terms.
         of: tensors whose gradients these are.
@@ -51,6 +52,7 @@ class Pair:
     sent: Tensor
     evaluated: Tensor
     trained: Tensor
+    still: Tensor
     size: float
     rounding: float
     of: tuple[str, ...]
@@ -63,9 +65,16 @@ class Pair:
     @property
     def train_misfit(self) -> float:
         """Relative distance from train mode."""
-        nearest = torch.minimum(
-            torch.maximum(self.sent, self.trained.clamp_max(0.0)), self.trained.clamp_min(0.0)
-        )
+        return self._beyond(self.trained)
+
+    @property
+    def any_train_misfit(self) -> float:
+        """The same, whatever the variance of the batch."""
+        return self._beyond(self.still)
+
+    def _beyond(self, end: Tensor) -> float:
+        """Relative distance from what lies between 0 and an end."""
+        nearest = torch.minimum(torch.maximum(self.sent, end.clamp_max(0)), end.clamp_min(0))
         return float((self.sent - nearest).norm()) / self.size
 
 
@@ -115,7 +124,7 @@ def _pair(evidence: Evidence, affine: Call, norm: Call) -> Pair | None:
         both = f"{affine.name}.bias", f"{norm.name}.bias"
         zero = torch.zeros_like(bias)
         rounding += added / size
-        return Pair(affine.name, norm.name, bias, evaluated, zero, size, rounding, both)
+        return Pair(affine.name, norm.name, bias, evaluated, zero, zero, size, rounding, both)
     weight = evidence.model.get_parameter(f"{affine.name}.weight").detach().double()
     own = evidence.model.get_submodule(affine.name).bias
     if own is not None:  # one that was not sent
@@ -133,7 +142,8 @@ def _pair(evidence: Evidence, affine: Call, norm: Call) -> Pair | None:
     of = f"{affine.name}.weight", f"{norm.name}.weight", f"{norm.name}.bias"
     trained = layer.eps / (LEAST * variance.double() + layer.eps) * parts[0]
     rounding += added / size
-    return Pair(affine.name, norm.name, terms.sum(1), evaluated, trained, size, rounding, of)
+    sent = terms.sum(1)
+    return Pair(affine.name, norm.name, sent, evaluated, trained, parts[0], size, rounding, of)
 
 
 def read(evidence: Evidence) -> list[Finding]:
@@ -182,7 +192,7 @@ def as_declared(model: nn.Module, evidence: Evidence, findings: list[Finding]) -
     if len(rest) < len(findings):
         return [*rest, *frozen]
     tried = [p for p in tried if modes[p.norm]]
-    clear = [p for p in tried if p.train_misfit > max(APART * p.rounding, 1e-6)]
+    clear = [p for p in tried if p.any_train_misfit > max(APART * p.rounding, 1e-6)]
     evaluated = [p for p in clear if p.eval_misfit <= tolerance(p)]
     if evaluated:
         worst = max(evaluated, key=lambda p: p.train_misfit / max(p.rounding, 1e-300))

@@ -5,7 +5,7 @@ No equation is needed: a float32 tensor whose every entry is a float16 number wa
 
 from __future__ import annotations
 
-from math import inf
+from math import inf, log2
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from rgap.diagnosis.evidence import Evidence
 from rgap.diagnosis.finding import MENDING, Finding, Kind
 from rgap.remedy import Remedy
 from rgap.update.compression import compression
-from rgap.update.quantisation import recognise
+from rgap.update.quantisation import EVIDENCE, recognise
 from rgap.update.update import Update, view
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -75,6 +75,10 @@ def divided(update: Update) -> tuple[Update, Finding] | None:
         grid = recognise({n: (g.double() * rate).to(dtype).to(g) for n, g in sent.items()})
         if grid is None or grid.dtype != dtype or grid.scaled:
             continue
+        finer = max(torch.finfo(g.dtype).eps for g in sent.values())
+        bits = grid.evidence * log2(torch.finfo(dtype).eps / finer)
+        if bits < EVIDENCE + log2(len(HALVES) * len(RATES)):
+            continue  # of so many rates one fits a few values by chance
         said = (
             f"{grid.evidence} distinct values of {len(grid.noise)} tensors are {grid.kind} numbers "
             f"times 1/{rate:g}, or over a power of two more: a weight difference that was rounded "

@@ -333,7 +333,12 @@ def _balance(
         for n, w in zip(terms_of, carried, strict=True)
     ) ** 0.5  # fmt: skip
     count = (left.shape[1] + right.shape[1]) ** 0.5
-    tolerance = SAFETY * (4 * evidence.unit * count + added / size)
+    # Samples whose cotangents cancel leave the rounding of each.
+    whole = sum(
+        (float(w.norm()) * evidence.usual.get(n, 0.0)) ** 2
+        for n, w in ((n, evidence.model.get_parameter(n).detach()) for n in terms_of)
+    ) ** 0.5  # fmt: skip
+    tolerance = SAFETY * (4 * evidence.unit * count * max(1.0, whole / size) + added / size)
     what = f"the balance ⟨W, G⟩ between '{lower.name}' and '{upper.name}'"
     sizes = (left.square().sum(1) + right.square().sum(1)).sqrt() / size
     return Contradiction(

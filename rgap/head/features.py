@@ -207,7 +207,8 @@ def _without_bias(
             gone = int((v.abs() <= equation.sign_slack()).sum())
             lost = f": noise leaves the sign of {gone} of its {len(v)} rows open" if gone else ""
         return HeadFailure(
-            f"no scale and no target of {loss.name} reproduce the gradient of '{stage.name}'{lost}",
+            f"no size of the features and no target of {loss.name} reproduce the gradient of "
+            f"'{stage.name}'{lost}",
             consistent=gone > 0,
         )
     return sorted(candidates, key=lambda candidate: candidate.uncertainty)

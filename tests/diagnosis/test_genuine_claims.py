@@ -139,3 +139,35 @@ def test_pictures_that_occur_equally_often_have_no_factor_in_a_sum() -> None:
     x, y = torch.rand(2, 12, dtype=F64), torch.tensor([1, 4])
     update = rgap.capture(model, x.repeat(3, 1), y.repeat(3), rgap.Loss(reduction="sum"))
     assert not kinds(rgap.check(model, update))
+
+
+def test_one_value_is_no_evidence_of_a_format() -> None:
+    """A black picture and two classes send ±v alone: some of many rates takes v to float16."""
+    for seed in range(60):
+        torch.manual_seed(seed)
+        model = nn.Linear(12, 2)
+        update = rgap.capture(model, torch.zeros(1, 12), torch.tensor([seed % 2]))
+        assert not kinds(rgap.check(model, update)), seed
+
+
+@pytest.mark.parametrize("eps", [1.0, 10.0])
+def test_an_epsilon_above_every_variance_is_no_eval_mode(eps: float) -> None:
+    for seed in range(4):
+        model = normed(seed, eps)
+        near = 0.3 + 1e-3 * torch.rand(4, 20, dtype=F64)
+        assert not kinds(rgap.check(model, sent(model, near))), seed
+
+
+def test_cotangents_that_cancel_leave_the_rounding_of_each() -> None:
+    for seed in range(12):
+        torch.manual_seed(seed)
+        model = nn.Sequential(
+            nn.Conv2d(1, 6, 3, 2, 1), nn.ReLU(), nn.Conv2d(6, 8, 3, 1, 1), nn.ReLU(), nn.Flatten(),
+            nn.Linear(72, 1),
+        ).double()  # fmt: skip
+        model[5].weight.data.mul_(1e-3)  # type: ignore[operator, union-attr]
+        x = torch.rand(1, 1, 6, 6, dtype=F64).repeat(2, 1, 1, 1)
+        y = torch.tensor([[0.0], [1.0]], dtype=F64)
+        loss = rgap.Loss("binary_cross_entropy_with_logits")
+        model[5].bias.data.zero_()  # type: ignore[operator, union-attr]
+        assert not kinds(rgap.check(model, rgap.capture(model, x, y, loss))), seed
