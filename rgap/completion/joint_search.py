@@ -12,7 +12,6 @@ are rounded off, and sharpened level by level; where that ends beside the answer
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from rgap.jacobian.frontier import Frontier
+from rgap.machine.clock import Clock
 from rgap.network.affine import Affine
 from rgap.recursion.graph import GraphDescent
 from rgap.solvers.lbfgs import lowered
@@ -39,7 +39,7 @@ class JointSearch:
         function: the known values nearest to the data, float32.
         cotangents: at these, by place.
         gradients: of layers below them, float64, by place.
-        deadline: of ``time.perf_counter``.
+        clock: when no further level is begun.
     """
 
     def __init__(
@@ -47,9 +47,9 @@ class JointSearch:
         function: Frontier,
         cotangents: Mapping[int, Tensor],
         gradients: Mapping[int, Tensor],
-        deadline: float,
+        clock: Clock,
     ) -> None:
-        self.function, self.deadline = function, deadline
+        self.function, self.clock = function, clock
         self.cotangents = {place: k.float() for place, k in cotangents.items()}
         self.gradients = {place: g.float() for place, g in gradients.items()}
         self.wanted = [function.known[place].value.float() for place in function.edge]
@@ -58,7 +58,7 @@ class JointSearch:
 
     @staticmethod
     def of(
-        function: Frontier, told: GraphDescent, gradients: Mapping[str, Tensor], deadline: float
+        function: Frontier, told: GraphDescent, gradients: Mapping[str, Tensor], clock: Clock
     ) -> JointSearch | None:
         """None where no gradient below the known values is a function of the data and of them.
 
@@ -66,7 +66,7 @@ class JointSearch:
             function: the known values nearest to the data, float32.
             told: what gradients determine of the network's values.
             gradients: the update, by parameter name.
-            deadline: of ``time.perf_counter``.
+            clock: when no further level is begun.
         """
         nodes, edge, sent = function.flow.nodes, set(function.edge), dict[int, Tensor]()
         if not edge <= told.cotangents.keys() - told.ends.keys():
@@ -87,7 +87,7 @@ class JointSearch:
                 if bool(gradient.any()):
                     sent[place] = gradient
         cotangents = {place: told.cotangents[place].value for place in edge}
-        return JointSearch(function, cotangents, sent, deadline) if sent else None
+        return JointSearch(function, cotangents, sent, clock) if sent else None
 
     def sent(self, values: Mapping[int, Tensor], rows: Tensor) -> list[Tensor]:
         """What some samples send at the layers, in the graph of what the values are made of.
@@ -129,7 +129,7 @@ class JointSearch:
     @property
     def late(self) -> bool:
         """True if the time is up."""
-        return time.perf_counter() > self.deadline
+        return self.clock.late
 
     def descended(self, x: Tensor, held: Sequence[bool], vain: int | None) -> tuple[Tensor, float]:
         """Where one pass leads, [B, *in_shape], and the misfit there of samples that are not held.
@@ -153,7 +153,7 @@ class JointSearch:
             beta = blunt * (sharpest / blunt) ** (level / (levels - 1))
             sharp = self.function.sharpness(some, beta)
             missed_by = partial(self.misfit, rows=free, left=left, sharp=sharp)
-            some = lowered(some, STEPS[later], missed_by, self.deadline)
+            some = lowered(some, STEPS[later], missed_by, self.clock.deadline)
             if self.late:
                 break
         with torch.enable_grad():  # its own gradients are part of it

@@ -124,12 +124,12 @@ def preimage(
         if alike := paired(link for link in links if isinstance(link, Affine)):
             return alike
         nearest = Frontier(flow, lowest, known, told.unit).to(torch.float32)
-        search = partial(Search, nearest, watch=watch, below=below, deadline=clock.deadline)
-        joint = JointSearch.of(nearest, told, gradients or {}, clock.deadline)
-        made = _looked_for(full, search(start), joint, clock)
+        search = partial(Search, nearest, watch=watch, below=below, clock=clock)
+        joint = JointSearch.of(nearest, told, gradients or {}, clock)
+        made = _looked_for(full, search(start), joint)
         if doubted and not isinstance(made, str):
             again = search(lambda number: start(number + 1), below=f"again {below}")
-            made = agreed(made, _looked_for(full, again, joint, clock))
+            made = agreed(made, _looked_for(full, again, joint))
         if not isinstance(made, str):
             other = mirrored(nearest, made[0].value)
             made = other or _rearranged(Settling(full), nearest, made[0]) or made
@@ -139,15 +139,13 @@ def preimage(
     return Preimage(data, misfit, unknowns, on)
 
 
-def _looked_for(
-    full: Frontier, search: Search, joint: JointSearch | None, clock: Clock
-) -> Settled | str:
+def _looked_for(full: Frontier, search: Search, joint: JointSearch | None) -> Settled | str:
     """The data with their errors and misfits, from the starts that a search is given."""
     settling, samples = Settling(full), len(search.explained)
 
     def one(row: int, starts: int = STARTS) -> Row | str:
         made: Row | str = ""
-        if clock.over:
+        if search.clock.over:
             return f"the time was up before it was looked for; {LONGER}"
         for goal in HANDED_OVER:
             found = search.run(row, goal, starts)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from math import inf
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from rgap.jacobian.frontier import Frontier
 from rgap.limits import CLEAR
-from rgap.machine.clock import LONGER
+from rgap.machine.clock import LONGER, Clock
 from rgap.network.activations import ReLU
 from rgap.network.pooling import MaxPool
 from rgap.progress import Watch
@@ -40,7 +39,7 @@ class Search:
         start: the batch to begin with, by the number of the trial.
         watch: told which sample is looked for.
         below: what is, in words.
-        deadline: of ``time.perf_counter``, after which no further round is begun.
+        clock: when no further round is begun.
 
     ``missed`` says whether the last run ended at data that do not give the known values.
     """
@@ -53,10 +52,10 @@ class Search:
         start: Callable[[int], Tensor],
         watch: Watch,
         below: str,
-        deadline: float,
+        clock: Clock,
     ) -> None:
         self.function, self.start = function, start
-        self.watch, self.below, self.deadline = watch, below, deadline
+        self.watch, self.below, self.clock = watch, below, clock
         self.answers = dict[int, Tensor]()
         self.wanted = [function.known[place].value.float() for place in function.edge]
         self.squares = [self.square(place) for place in function.edge]
@@ -117,7 +116,7 @@ class Search:
     @property
     def late(self) -> bool:
         """True if the time is up."""
-        return time.perf_counter() > self.deadline
+        return self.clock.late
 
     def run(self, row: int, goal: float, starts: int = STARTS) -> Tensor | str:
         """A sample [1, *in_shape], float64, or how near the nearest one came.

@@ -195,7 +195,7 @@ def _of_factor(
         said += f"; a rate declared as η was {size:.6g} η"
     rivals = _rivals(evidence, samples.logits.numel())
     if evidence.head is not None and evidence.head[2] is None and count == 1:
-        rivals += tuple({Kind.WEIGHTS, Kind.ENTRY} - {*rivals})  # read off one tensor alone
+        rivals += tuple(k for k in (Kind.WEIGHTS, Kind.ENTRY) if k not in rivals)  # of one tensor
     whole = round(size)
     if Kind.STEPS not in (*rivals, *evidence.tested) and whole > 1 and abs(size / whole - 1) < SUM:
         rivals += (Kind.STEPS,)  # a sum of so many

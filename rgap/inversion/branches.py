@@ -161,7 +161,7 @@ def _descended(
     own = problem.precision
     own = replace(own, samples=len(few.error), seed=own.seed + 1)  # draws unlike those of `few`
     told = descend_graph(
-        cut, problem.gradients, few, own, watch, problem.room, values, problem.clock
+        cut, problem.gradients, few, own, watch, problem.room, values, problem.deadline
     )
     lone = disagreement_of_gradients(cut, told.values, told.cotangents, problem.gradients, own)
     if lone is not None:

@@ -21,7 +21,6 @@ from torch import Tensor
 from rgap.halt import Halt
 from rgap.jacobian.layer import each
 from rgap.limits import OFF, OFF_LEAST, SURELY_ON
-from rgap.machine.clock import ENDLESS, Clock
 from rgap.network.activations import Activation
 from rgap.network.affine import Affine
 from rgap.network.flow import Flow
@@ -69,7 +68,7 @@ def descend_graph(
     watch: Callable[[str], None] | None = None,
     room: float = inf,
     values: Mapping[int, Estimate] | None = None,
-    clock: Clock = ENDLESS,
+    deadline: float = inf,
 ) -> GraphDescent:
     """From the cotangent at the output down to the lowest values that gradients determine.
 
@@ -81,9 +80,9 @@ def descend_graph(
         watch: told the name of each value that is solved.
         room: bytes for the equations of one value.
         values: by place, those that are known beforehand.
-        clock: when no search for winners of a pool goes on.
+        deadline: of ``time.perf_counter``, after which no search for winners of a pool goes on.
     """
-    walk = Walk(flow, gradients, precision, watch or (lambda name: None), room, clock)
+    walk = Walk(flow, gradients, precision, watch or (lambda name: None), room, deadline)
     walk.state.values.update(values or {})
     while walk.down(top):
         pass
@@ -100,10 +99,10 @@ class Walk:
         precision: Precision,
         watch: Callable[[str], None],
         room: float,
-        clock: Clock = ENDLESS,
+        deadline: float = inf,
     ) -> None:
         self.flow, self.gradients, self.precision = flow, gradients, precision
-        self.room, self.clock = room, clock
+        self.room, self.deadline = room, deadline
         self.watch, self.state = watch, GraphDescent(unit=precision.unit)
         # Cotangents known up to the masks of rectifiers and max-pools: which, the highest first.
         self.behind: dict[int, tuple[int, ...]] = {}
@@ -294,7 +293,7 @@ class Walk:
         on = self.alive(pools[0]) > 0
         above = Above(known.value, state.cotangents[pools[0]].value, on)
         k, gradient = state.cotangents[place], affine.sent(self.gradients)
-        return winners_of(affine, gradient, k, steps, above, noise, self.clock.deadline)
+        return winners_of(affine, gradient, k, steps, above, noise, self.deadline)
 
     def solve(self, place: int) -> bool:
         """The value, from the gradients of all layers that read it, if these determine it.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from math import inf
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +11,7 @@ import rgap
 from rgap.completion.joint_search import JointSearch
 from rgap.completion.value_search import Search
 from rgap.jacobian.frontier import Frontier, frontier
+from rgap.machine.clock import ENDLESS, Clock
 from rgap.network.flow import Flow, flow_of
 from rgap.precision import Estimate
 from rgap.recursion.graph import GraphDescent
@@ -54,7 +54,7 @@ def case() -> tuple[Frontier, JointSearch, Tensor, Tensor]:
     (k,) = torch.autograd.grad(above, value)
     told.cotangents[place] = Estimate(k, torch.zeros(2, *k.shape, dtype=F64))
     near = Frontier(flow, frontier(flow, told.values), told.values).to(torch.float32)
-    joint = JointSearch.of(near, told, gradients, inf)
+    joint = JointSearch.of(near, told, gradients, ENDLESS)
     assert joint is not None
     assert [flow.nodes[p].name for p in joint.gradients] == ["2"]
     return near, joint, x, gradients["2.weight"]
@@ -92,7 +92,7 @@ def test_a_sample_that_is_known_stays_and_leaves_the_rest_of_the_gradient_to_oth
 
 def test_least_absolute_errors_come_nearer_to_the_values() -> None:
     near, _, x, _ = case()
-    late = time.perf_counter() + 60
+    late = Clock(time.perf_counter() + 60)
     search = Search(near, lambda number: x, lambda words: None, "", late)
     generator = torch.Generator().manual_seed(0)
     noise = 0.01 * torch.randn(x[:1].shape, generator=generator)
@@ -108,4 +108,4 @@ def test_no_search_where_no_cotangent_is_known() -> None:
     assert isinstance(flow, Flow)
     told = known(flow, rgap.photos.load(1, 8, dtype=F64), "4")
     near = Frontier(flow, list(told.values), told.values)
-    assert JointSearch.of(near, told, {"2.weight": torch.ones(24, 8, 3, 3)}, inf) is None
+    assert JointSearch.of(near, told, {"2.weight": torch.ones(24, 8, 3, 3)}, ENDLESS) is None

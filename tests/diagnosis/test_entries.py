@@ -138,3 +138,28 @@ def test_one_more_sample_or_step_is_no_entry() -> None:
         update = rgap.capture(model, torch.rand(batch, 30), torch.arange(batch))
         found = rgap.check(model, update, batch_size=batch - 1).best
         assert found is not None and found.kind is Kind.BATCH_SIZE, found
+
+
+@pytest.mark.parametrize("seed", [101115, 101196, 0, 1])
+def test_two_entries_of_one_filter_end_in_a_finding(seed: int) -> None:
+    """Of one sample: the value that mends the first entry is met exactly, the second is left."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        nn.Conv2d(1, 6, 3, 2, 1), nn.BatchNorm2d(6), nn.Sigmoid(), nn.Conv2d(6, 8, 3, 1, 1),
+        nn.BatchNorm2d(8), nn.Sigmoid(), nn.Flatten(), nn.Linear(72, 3),
+    )  # fmt: skip
+    for norm in (model[1], model[4]):
+        assert isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.normal_(norm.bias, 0.0, 0.3)
+        norm.running_mean.normal_(0, 0.3)
+        norm.running_var.uniform_(0.4, 2)  # type: ignore[union-attr]
+    model.double().eval()
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand(1, 1, 6, 6, generator=generator).double()
+    update = rgap.capture(model, x, torch.randint(0, 3, (1,), generator=generator))
+    changed = update.gradients["3.weight"].clone()
+    changed.view(8, -1)[2, [15, 53]] *= -1
+    sent = replace(update, gradients={**update.gradients, "3.weight": changed})
+    found = rgap.check(model, sent).best
+    assert found is not None and {Kind.ENTRY, Kind.WEIGHTS} & {found.kind, *found.rivals}
