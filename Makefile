@@ -4,13 +4,16 @@ VENV   ?= .venv
 BIN     = $(VENV)/bin
 PIP     = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint types layers docs bench study smallest clean
+.PHONY: demo test everycase lint types layers docs bench study smallest clean
 
 demo: $(VENV)/core  ## recover real photographs from their gradients, in a virtual environment
 	$(BIN)/rgap demo --force
 
 test: $(VENV)/test  ## tests and doctests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests rgap solvers analysis --doctest-modules
+
+everycase: $(VENV)/test  ## the tests with every one of their cases; half as long again
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests --every-case
 
 lint: $(VENV)/test
 	$(BIN)/ruff check .

@@ -10,7 +10,7 @@ from math import inf
 import torch
 from torch import Tensor
 
-__all__ = ["HISTORY", "lbfgs", "lowered"]
+__all__ = ["HISTORY", "lbfgs", "lowered", "stepped"]
 
 HISTORY = 30  # pairs of steps that the curvature is known by
 
@@ -44,16 +44,30 @@ def lowered(
     ['1.000', '1.000']
     """
     x = x.clone(memory_format=torch.contiguous_format).requires_grad_()
-    optimiser = lbfgs(x, steps)
 
     def closure() -> Tensor:
-        if time.perf_counter() > deadline:
-            raise _LateError
         with torch.enable_grad():
             value = function(x)
             (x.grad,) = torch.autograd.grad(value, x)
         return value.detach()
 
-    with suppress(_LateError):
-        optimiser.step(closure)  # type: ignore[no-untyped-call]
+    stepped(lbfgs(x, steps), closure, deadline)
     return x.detach()
+
+
+def stepped(optimiser: torch.optim.LBFGS, closure: Callable[[], Tensor], deadline: float) -> None:
+    """One call of an optimiser, which ends where it is once the time is up.
+
+    Args:
+        optimiser: of :func:`lbfgs`.
+        closure: the function, which leaves its gradient at x.
+        deadline: of ``time.perf_counter``, after which the function is not called again.
+    """
+
+    def timely() -> Tensor:
+        if time.perf_counter() > deadline:
+            raise _LateError
+        return closure()
+
+    with suppress(_LateError):
+        optimiser.step(timely)  # type: ignore[no-untyped-call]

@@ -218,6 +218,7 @@ WORKING: dict[str, Callable[..., object]] = {
 }
 
 
+@pytest.mark.cases(10)
 @pytest.mark.parametrize("share", [0.07, 0.3, 0.62, 0.9])
 @pytest.mark.parametrize("name", WORKING)
 def test_every_operation_asks_for_its_time(

@@ -82,7 +82,7 @@ def preimage(
         told: what gradients determine of its values.
         start: the batch to begin with, [B, *in_shape], by the number of the trial.
         watch: told how far it is.
-        clock: when no further round is begun.
+        clock: when it ends.
         room: bytes for all values of the network on the way, and their cotangents.
         gradients: the update, by parameter name: what layers below the known values say of the data
             where these alone lead nowhere.
@@ -112,7 +112,7 @@ def preimage(
         return f"their search takes {need / 1e9:.1f} GB, there is room for {room / 1e9:.1f}"
     below = f"the data below '{flow.nodes[lowest[0]].name}'"
     if 0 in known:
-        settling, x = Settling(full), known[0].value
+        settling, x = Settling(full, clock), known[0].value
         made = batch(samples, lambda row: settling.settled(row, x[row : row + 1]))
     else:
         doubted = folded(full, unknowns, unknowns + surplus)
@@ -141,7 +141,7 @@ def preimage(
 
 def _looked_for(full: Frontier, search: Search, joint: JointSearch | None) -> Settled | str:
     """The data with their errors and misfits, from the starts that a search is given."""
-    settling, samples = Settling(full), len(search.explained)
+    settling, samples = Settling(full, search.clock), len(search.explained)
 
     def one(row: int, starts: int = STARTS) -> Row | str:
         made: Row | str = ""

@@ -14,7 +14,7 @@ from rgap.machine.clock import LONGER, Clock
 from rgap.network.activations import ReLU
 from rgap.network.pooling import MaxPool
 from rgap.progress import Watch
-from rgap.solvers.lbfgs import lbfgs
+from rgap.solvers.lbfgs import lbfgs, stepped
 
 __all__ = ["Search"]
 
@@ -39,7 +39,7 @@ class Search:
         start: the batch to begin with, by the number of the trial.
         watch: told which sample is looked for.
         below: what is, in words.
-        clock: when no further round is begun.
+        clock: when it ends.
 
     ``missed`` says whether the last run ended at data that do not give the known values.
     """
@@ -200,7 +200,7 @@ class Search:
 
         now = last = inf
         for number in range(rounds):
-            optimiser.step(closure)  # type: ignore[no-untyped-call]
+            stepped(optimiser, closure, self.clock.deadline)
             with torch.no_grad():
                 now = float(self.misfit(row, x, sharp))
             given, stalled = (GIVEN, STALLED) if sharp is None else (1, SETTLED)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from rgap.jacobian.frontier import Frontier, Tangent
 from rgap.limits import BACK, FITS, PROBES, SAFETY
+from rgap.machine.clock import ENDLESS, LONGER, Clock
 from rgap.precision import Estimate
 from rgap.solvers.conjugate import cgls, times
 
@@ -24,6 +25,7 @@ FINEST = 1e-6  # accuracy at which float32 ends them
 SIGNS, BOX = 4, 3  # draws of a mean length of columns, and entries of it along an axis
 ENOUGH, LEAST = 32, 1e-2  # numbers in such a mean; the least mean, as a share of all
 
+LATE = f"the time was up as the data were settled; {LONGER}"
 _MEANS = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
 
 Row = tuple[Estimate, float]  # a sample, and its misfit in standard errors
@@ -51,10 +53,12 @@ class Settling:
 
     Args:
         function: the known values.
+        clock: when it ends, if a limit was given.
     """
 
-    def __init__(self, function: Frontier) -> None:
+    def __init__(self, function: Frontier, clock: Clock = ENDLESS) -> None:
         self.function, self.rough = function, function.to(torch.float32)
+        self.clock = clock
         self.balances = dict[int, Tensor]()
 
     def settled(self, row: int, x: Tensor) -> Row | str:
@@ -71,6 +75,8 @@ class Settling:
         )
         x, misfit = self.nearest(row, x)
         if not misfit <= FITS:
+            if self.clock.over:
+                return LATE
             return (
                 f"the nearest data that were found miss the known values by {misfit:.1e} standard "
                 "errors: the search ended beside the client's data, or the weights or the running "
@@ -85,6 +91,8 @@ class Settling:
         if not either.alike(tangent):
             _, lost = self.back(row, either, drawn)
         if not lost <= BACK:
+            if self.clock.over:
+                return LATE
             return (
                 "the known values leave directions of the data open: of a random one "
                 f"{lost:.1e} is lost"
@@ -113,8 +121,10 @@ class Settling:
             gap = (found[-len(drawn) :] - drawn).flatten(1).norm(dim=1)
             return float((gap / drawn.flatten(1).norm(dim=1)).max())
 
-        balance = self.balance(row, tangent)
-        found = _solved(tangent, rhs, FINEST, balance, lambda found: lost(found) <= BACK)
+        def enough(found: Tensor) -> bool:
+            return self.clock.over or lost(found) <= BACK
+
+        found = _solved(tangent, rhs, FINEST, self.balance(row, tangent), enough)
         return found[: len(found) - len(drawn)], lost(found)
 
     def balance(self, row: int, tangent: Tangent) -> Tensor | None:
@@ -154,7 +164,7 @@ class Settling:
                 break
             fell = now / misfit if number else 1.0
             x, misfit = x + step, now
-            if met or number == LAST:
+            if met or number == LAST or self.clock.over:
                 break
             # Within one standard error an entry, data may still be off by many of their own: a
             # misfit of 1 is that of the errors in all entries, theirs that in as many as unknowns.
@@ -162,7 +172,8 @@ class Settling:
             # As long as kinks are crossed, what is left of the equations is theirs.
             accuracy = CLOSING if met else min(max(fell**2, ACCURACY), FIRST)
             tangent = Tangent(self.rough, sigma, x.float())
-            step = _solved(tangent, gap, accuracy, self.balance(row, tangent))
+            balance = self.balance(row, tangent)
+            step = _solved(tangent, gap, accuracy, balance, lambda _: self.clock.over)
         return x, misfit
 
 
@@ -176,7 +187,7 @@ def _solved(
     rhs: Tensor,
     accuracy: float,
     balance: Tensor | None,
-    enough: Callable[[Tensor], bool] | None = None,
+    enough: Callable[[Tensor], bool],
 ) -> Tensor:
     """Least-squares solutions of ``J v = r`` for right-hand sides [S, m], float64."""
     size = rhs.norm(dim=1).clamp_min(1e-300)
@@ -185,6 +196,6 @@ def _solved(
         return times(size * tangent.unit, x.double())
 
     unit = (rhs / size[:, None]).float()
-    done = None if enough is None else lambda x: enough(scaled(x))
-    found = cgls(tangent.push, tangent.pull, unit, PRODUCTS, accuracy, balance, done)
+    pair = tangent.push, tangent.pull
+    found = cgls(*pair, unit, PRODUCTS, accuracy, balance, lambda x: enough(scaled(x)))
     return scaled(found.x)

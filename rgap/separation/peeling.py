@@ -305,10 +305,12 @@ def _firsts(kinds: Tensor) -> Tensor:
 
 def _distinct(q: Tensor, kinds: Tensor) -> Tensor:
     """Indices of one root of every cluster, the first; roots of different equations stay."""
+    gaps = torch.cdist(q, q, compute_mode="donot_use_mm_for_euclid_dist")
+    near = gaps <= 1e-3 * q.norm(dim=1, keepdim=True)
+    same = (near & (kinds[:, None] == kinds)).tolist()
     kept: list[int] = []
-    for i, row in enumerate(q):
-        near = 1e-3 * float(row.norm())
-        if all(kinds[i] != kinds[j] or float((row - q[j]).norm()) > near for j in kept):
+    for i, row in enumerate(same):
+        if not any(row[j] for j in kept):
             kept.append(i)
     return torch.tensor(kept, dtype=torch.long, device=q.device)
 

@@ -39,8 +39,11 @@ def assert_certified(recovery: Recovery, x: Tensor) -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "labels", "normed"),
-    [(torch.float64, [3], False), (torch.float32, [3], True), (torch.float64, [5, 5], True)],
-    ids=["double", "single", "equal"],
+    [
+        pytest.param(torch.float64, [3], False, id="double", marks=pytest.mark.long),
+        pytest.param(torch.float32, [3], True, id="single", marks=pytest.mark.long),
+        pytest.param(torch.float64, [5, 5], True, id="equal"),
+    ],
 )
 def test_a_pooled_network_gives_its_batch_away(
     dtype: torch.dtype, labels: list[int], normed: bool
@@ -52,6 +55,7 @@ def test_a_pooled_network_gives_its_batch_away(
     assert_certified(recovery, x)
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("wrong", ["weights", "statistics", "another batch"])
 def test_other_networks_certify_nothing(wrong: str) -> None:
     model, x = vgg(torch.float64, True), rgap.photos.load(1, 16, start=4, dtype=torch.float64)
@@ -67,6 +71,7 @@ def test_other_networks_certify_nothing(wrong: str) -> None:
     assert recovery.inputs is None and not recovery.certified
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("level", [0.0, 0.5])
 def test_equal_entries_of_a_window_certify_nothing_wrong(level: float) -> None:
     """A picture of one grey: inside the border all entries of a window are equal."""

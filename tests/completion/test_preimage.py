@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 import rgap
 from rgap.completion.preimage import preimage
+from rgap.completion.value_settling import Settling
 from rgap.completion.value_uniqueness import mirrored
 from rgap.jacobian.frontier import Frontier, Tangent, frontier
+from rgap.limits import SAFETY
 from rgap.machine.clock import Clock
 from rgap.network.flow import Flow, flow_of
 from rgap.precision import Estimate
@@ -126,6 +128,7 @@ def test_values_of_another_network_are_refused() -> None:
     assert isinstance(preimage(flow, told, lambda number: grey(x)), str)
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize(
     ("batch", "labels"), [(1, [3]), (2, [5, 5]), (4, [3, 4, 5, 6])], ids=["one", "equal", "four"]
 )
@@ -155,6 +158,7 @@ def test_other_running_statistics_certify_nothing() -> None:
     assert recovery.inputs is None and not recovery.certified
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("off", [1e-13, 1e-8, 1e-5])
 def test_data_end_where_the_values_are_met_best(off: float, seed: int) -> None:
@@ -204,6 +208,7 @@ class Residual(nn.Module):
         return self.head(torch.relu(h + torch.relu(self.inner(h))))
 
 
+@pytest.mark.cases(12)
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("even", [torch.abs, torch.square, Even(), Square()])
 @pytest.mark.parametrize("batch", [1, 2])
@@ -237,3 +242,17 @@ def test_a_black_first_picture_does_not_hide_the_mirror_image_of_the_second() ->
     function = Frontier(flow, [place], known).to(torch.float32)
     assert "mirror image" in mirrored(function, x)
     assert not mirrored(function, x[:1])
+
+
+def test_settling_ends_with_the_time() -> None:
+    flow = flow_of(network(F64), (3, 8, 8))
+    assert isinstance(flow, Flow)
+    x = rgap.photos.load(1, 8, start=5, dtype=F64)
+    told = known(flow, x, "relu_1", off=1e-6)
+    full = Frontier(flow, frontier(flow, told.values), told.values, told.unit)
+    near = x + 1e-3 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=F64)
+    late = Settling(full, Clock(0.0, limited=True)).settled(0, near)
+    assert isinstance(late, str) and "the time was up as the data were settled" in late
+    made = Settling(full, Clock(0.0)).settled(0, near)
+    assert not isinstance(made, str), made
+    assert float((made[0].value - x).abs().max()) <= SAFETY * float(made[0].std.max())

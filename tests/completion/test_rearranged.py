@@ -49,6 +49,7 @@ def patches(pool: nn.Module) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(1, 96, 2, 2), nn.ReLU(), pool, nn.Flatten(), nn.Linear(96, 10))
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(
     ("pool", "options"), [(nn.MaxPool2d(2), {}), (nn.AvgPool2d(2), {"complete": True})]
@@ -136,6 +137,7 @@ SYMMETRIC: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }  # fmt: skip
 
 
+@pytest.mark.cases(16)
 @pytest.mark.parametrize("dtype", [F64, torch.float32])
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("name", SYMMETRIC)
@@ -161,6 +163,7 @@ def test_windows_whose_places_overlap_tell_them_apart(seed: int) -> None:
     assert recovery.status is Status.EXACT and off <= recovery.error_bound
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("dtype", [F64, torch.float32])
 def test_a_picture_is_not_left_at_the_kink_where_it_becomes_open(dtype: torch.dtype) -> None:
     """Pixels that only units read that are off, or lose their pool, are open in an interval."""

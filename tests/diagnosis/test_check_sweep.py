@@ -52,6 +52,7 @@ MISTAKES: dict[Kind, Callable[[mistakes.Case], Update]] = {
 }
 
 
+@pytest.mark.cases(5)
 @pytest.mark.parametrize(
     ("name", "size", "classes"),
     [
@@ -133,6 +134,7 @@ FACTORED = ["weight", "focal_loss", "nll_loss", "sigmoid_focal_loss"]
 
 
 # A function of one's own takes the whole batch: it has no factor of a sample.
+@pytest.mark.cases(6)
 @pytest.mark.parametrize(
     ("loss", "size"), [("own", 1), *((loss, size) for loss in FACTORED for size in (1, 3))]
 )

@@ -58,6 +58,7 @@ CLEAN = [
 ]
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("part", range(6))
 def test_a_clean_update_has_no_finding(part: int) -> None:
     for number, (name, batch, loss, dtype, trained) in list(enumerate(CLEAN))[part::6]:
@@ -89,6 +90,7 @@ def test_a_clean_update_of_another_network_has_no_finding(name: str) -> None:
 # --- factors ---------------------------------------------------------------------------------
 
 
+@pytest.mark.cases(12)
 @pytest.mark.parametrize(("name", "batch", "loss", "dtype"), READABLE)
 def test_a_reversed_sign(name: str, batch: int, loss: str, dtype: torch.dtype) -> None:
     given = case(name, batch, loss, dtype=dtype)
@@ -760,6 +762,7 @@ def test_pruning_that_is_declared_is_no_mistake(share: float) -> None:
         assert rgap.check(model, pruned).ok, seed
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("level", [1e-6, 1e-3, 0.1])
 def test_noise_that_is_stated_of_one_tensor_is_no_finding(level: float) -> None:
     for seed in range(8):

@@ -22,6 +22,7 @@ def raised(update: Update, name: str, entry: int, factor: float) -> Update:
     return replace(update, gradients=sent)
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("factor", [10.0, 1.0, 0.01])
 @pytest.mark.parametrize("part", range(2))
 def test_a_raised_entry_is_no_step_and_no_sample(part: int, factor: float) -> None:

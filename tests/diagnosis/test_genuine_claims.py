@@ -17,6 +17,7 @@ def kinds(check: Check) -> list[Kind]:
     return [finding.kind for finding in check.findings]
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("batch", [3, 4])
 @pytest.mark.parametrize("outputs", [1, 2])
 def test_copies_under_both_targets_are_not_clipped(outputs: int, batch: int) -> None:

@@ -32,6 +32,7 @@ def gradient(model: nn.Module, x: Tensor, y: Tensor) -> rgap.Update:
     return rgap.Update(sent, batch_size=len(x), input_shape=tuple(x.shape[1:]))
 
 
+@pytest.mark.cases(4)
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("bias", [True, False])
 def test_genuine_is_silent_and_train_mode_is_named(sizes: tuple[int, int, int], bias: bool) -> None:

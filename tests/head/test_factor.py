@@ -94,6 +94,7 @@ def rows(recovery: rgap.Recovery, x: Tensor, y: Tensor) -> Tensor:
     return index
 
 
+@pytest.mark.cases(6)
 @pytest.mark.parametrize("factor", [0.5, 0.3137, 3.0, 65536.0])
 @pytest.mark.parametrize("classes", [1, 2, 10])
 def test_common_factor(classes: int, factor: float) -> None:

@@ -145,6 +145,7 @@ def test_weights_that_hardly_see_the_features(outputs: int, angle: float) -> Non
 # --- several classes without a bias ---------------------------------------------------------
 
 
+@pytest.mark.cases(24)
 @pytest.mark.parametrize("classes", [2, 3, 10])
 @pytest.mark.parametrize("size", [1e-4, 1e-2, 1.0, 1e2])
 @pytest.mark.parametrize("positive", [True, False])
@@ -295,6 +296,7 @@ def test_zero_gradients_are_no_contradiction() -> None:
 # --- saturated ------------------------------------------------------------------------------
 
 
+@pytest.mark.cases(28)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("right", [True, False])

@@ -29,6 +29,7 @@ KEPT = ["temperature", "half", "batch norm", "negation", "shift", "buffer", "fli
 READ = ["pad", "cumulative sum", "doubled", "reshape"]  # a batch of one is read from the data up
 
 
+@pytest.mark.cases(14)
 @pytest.mark.parametrize(
     ("step", "batch"), [*((s, b) for s in KEPT for b in (1, 2)), *((s, 1) for s in READ)]
 )

@@ -53,6 +53,7 @@ def multiplied(update: rgap.Update, name: str, factor: float) -> rgap.Update:
     return replace(update, gradients={n: factor * g if n == name else g for n, g in own.items()})
 
 
+@pytest.mark.cases(6)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("loss", ["cross_entropy", "focal_loss"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

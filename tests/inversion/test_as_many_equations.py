@@ -29,6 +29,7 @@ def _inputs_of(model: nn.Sequential, place: str, x: Tensor) -> Tensor:
     return seen[0].double()
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("units", [3, 4])
 def test_features_of_a_narrow_pair(units: int) -> None:
     """Two samples, m units: m − 2 equations for one unknown.  Of m = 3 none is a certificate."""

@@ -85,6 +85,7 @@ def judge(model: nn.Module, update: Update, x: Tensor, target: Tensor) -> rgap.R
     return found
 
 
+@pytest.mark.cases(30)
 @pytest.mark.parametrize("way", SPOILED)
 @pytest.mark.parametrize("targets", TARGETS)
 def test_a_head_that_nothing_tests_certifies_no_precision(way: str, targets: str) -> None:

@@ -62,6 +62,7 @@ def holds(found: Recovery, x: Tensor) -> bool:
 CERTIFIED = {"conv": (0, 2), "skip": (2, 2), "logit": (0, 2), "affine": (0, 3)}
 
 
+@pytest.mark.cases(4)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", ["conv", "skip", "logit", "affine"])
 def test_no_wrong_exact_of_near_copies(kind: str, dtype: torch.dtype) -> None:

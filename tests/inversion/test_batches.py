@@ -26,6 +26,7 @@ def conditioning(model: nn.Module, x: Tensor, y: Tensor) -> float:
     return min(batch.mixture(0).ratio, batch.mixture(1).ratio)
 
 
+@pytest.mark.cases(4)
 @pytest.mark.parametrize("dtype", [F64, F32], ids=["float64", "float32"])
 @pytest.mark.parametrize("activation", list(KINDS))
 def test_the_certificate_holds_and_is_given(activation: str, dtype: torch.dtype) -> None:
@@ -120,6 +121,7 @@ def test_a_sum_of_unknown_size_names_its_samples_and_certifies_none(model: nn.Mo
     assert distance(found, X, Y) < 1e-3
 
 
+@pytest.mark.cases(12)
 @pytest.mark.parametrize(("reduction", "known"), [("mean", True), ("mean", False), ("sum", True)])
 @pytest.mark.parametrize("index", [[0, 0, 2], [0, 0, 0, 2], [0, 0, 2, 2, 3], [1, 2, 2, 2, 0]])
 def test_copies_are_counted(

@@ -139,6 +139,7 @@ class Folded(nn.Module):
         return self.h((self.a(self.c2(self.a(self.c1(x)))) + self.p(x)).flatten(1))
 
 
+@pytest.mark.cases(5)
 @pytest.mark.parametrize(
     "step",
     [
@@ -260,6 +261,7 @@ def one_place(head: bool) -> nn.Module:
     return nn.Sequential(*layers, *last)
 
 
+@pytest.mark.cases(4)
 @pytest.mark.parametrize("head", [False, True])
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

@@ -38,6 +38,7 @@ class Branched(nn.Module):
         return self.e(F.relu(self.d(h)))
 
 
+@pytest.mark.cases(6)
 @pytest.mark.parametrize("seconds", [0.05, 2.0])
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("kind", ["sum", "concat", "norm", "mean", "bare"])

@@ -83,6 +83,7 @@ def test_mixtures_and_copies_are_not_handed_out() -> None:
     assert not rgap.invert(others, update).features
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("seed", [1, 5, 9])
 def test_no_mixture_is_a_feature_where_the_layers_between_are_linear_on_the_batch(
     seed: int,

@@ -216,6 +216,7 @@ def test_a_batch_is_answered_with_its_samples(labels: list[int]) -> None:
     assert min(gaps) <= recovery.error_bound
 
 
+@pytest.mark.cases(10)
 @pytest.mark.parametrize(
     "network",
     [
@@ -287,6 +288,7 @@ SOFT = torch.tensor([[0.1, 0.2, 0.3, 0.4, 0.0]])
 MIXED = torch.tensor([[0.0, 0.3, 0.0, 0.7, 0.0]])  # mixup: a convex combination of two labels
 
 
+@pytest.mark.cases(12)
 @pytest.mark.parametrize(
     ("loss", "targets"),
     [

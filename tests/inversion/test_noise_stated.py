@@ -171,6 +171,7 @@ def off(found: torch.Tensor, truth: torch.Tensor) -> float:
     return float((found - truth[nearest]).abs().max())
 
 
+@pytest.mark.cases(4)
 @pytest.mark.parametrize(
     ("kind", "count"),
     [("one layer", 1), ("mlp", 1), ("wide", 1), ("no bias", 1), ("conv", 1), ("mlp", 2),

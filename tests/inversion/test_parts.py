@@ -246,6 +246,7 @@ def test_a_layer_of_another_model_above_unread_pixels_is_said_so(loss):
     assert "is the update from another model" in found.reason
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize(("labels", "seed"), [([1, 1, 1, 1], 0), ([1, 1, 1, 1], 2), ([1, 3, 1], 1)])
 def test_samples_that_the_head_tells_apart_come_back_without_what_nothing_reads(

@@ -17,6 +17,7 @@ def _residual() -> nn.Module:
     return Residual(nn.Sequential(nn.Linear(5, 5), nn.Tanh()))
 
 
+@pytest.mark.cases(5)
 @pytest.mark.parametrize("build", [_residual, lambda: nn.LayerNorm(5)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("roundings", [0, 16, 64, 256, 1024])

@@ -79,6 +79,7 @@ def judged(net: nn.Module, dtype: torch.dtype, batch: int = 1) -> tuple[Status, 
     return recovery.status, recovery.reason
 
 
+@pytest.mark.cases(5)
 @pytest.mark.parametrize("act", [a for a in ACTIVATIONS if a != "mish"])
 def test_one_layer_is_read_in_either_precision(act: str) -> None:
     for seed, (variance, bias, head) in enumerate(product((1e-4, 1e-6), (0, 1), (0, 1))):
@@ -109,6 +110,7 @@ def test_a_convolution_is_read_all_the_same(act: str, dtype: torch.dtype) -> Non
         assert status in TOLD, (variance, why)
 
 
+@pytest.mark.cases(8)
 @pytest.mark.parametrize("act", ["sigmoid", "tanh", "softplus", "elu in place", "mish"])
 @pytest.mark.parametrize("batch", [1, 2, 3])
 def test_two_layers_above_each_other_contradict_nothing(act: str, batch: int) -> None:

@@ -30,6 +30,7 @@ def network(kind: str, dtype: torch.dtype) -> nn.Module:
 FACTORS = (1e-30, 1e-10, 1e10, 1e20, 1e25, 1e29)
 
 
+@pytest.mark.cases(16)
 @pytest.mark.parametrize(
     ("dtype", "factor"), [(F64, 1e-100), *product((F64, torch.float32), FACTORS)]
 )

@@ -132,6 +132,7 @@ def test_too_few_numbers_prove_nothing() -> None:
 # --- a loss that was declared wrongly ---------------------------------------------------------
 
 
+@pytest.mark.cases(5)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("label", range(5))
 def test_cross_entropy_declared_as_squared_error_is_noticed(dtype: torch.dtype, label: int) -> None:

@@ -50,6 +50,7 @@ def test_one_tensor_alone_is_noisy(noisy: str) -> None:
         held(found, x)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_two_labels_that_nearly_cancel(dtype: torch.dtype) -> None:
     """Of two classes p − y₀ + p − y₁ is small: every start ends at one root, which is no factor."""

@@ -62,6 +62,7 @@ def test_every_method_meets_the_truth(name: str, restarts: int) -> None:
     assert found.iterations == 2 and untouched(network, before)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize(("count", "decibels"), [(2, 45.0), (4, 35.0)])
 def test_a_batch_is_matched(count: int, decibels: float) -> None:
     """60 dB at B = 2 and 43 at B = 4, in eval mode 122 and 57: ε alone fixes a factor."""

@@ -56,6 +56,7 @@ def test_every_network_is_counted() -> None:
     assert not models.IMAGENET.keys() & models.BUILTIN.keys()
 
 
+@pytest.mark.cases(7)
 @EVERY
 def test_every_network_computes_on_a_small_picture(name: str) -> None:
     """Weights are filled, not drawn: a hundred million random numbers take a while."""

@@ -312,6 +312,7 @@ class TokenPair(Pair):
         return self.head(h + torch.sin(h)).squeeze(1)
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize(
     ("made", "act", "conv"),
     [

@@ -68,6 +68,7 @@ def drawn(seed: int, dtype: torch.dtype, **kind: bool) -> tuple[nn.Module, Tenso
     return model, x, rgap.capture(model, x, labels)
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("lone", [True, False])
 @pytest.mark.parametrize("normed", [True, False])
 @pytest.mark.parametrize("dtype", [F64, torch.float32])

@@ -56,6 +56,7 @@ def nearest(found: Tensor, x: Tensor) -> float:
     return min(float((found - other).abs().max()) for other in (x, x.flip(0)))
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("dtype", [F64, F32])
 @pytest.mark.parametrize("kind", ["framed", "half black", "half dark", "binary", "black"])
 def test_black_pixels_contradict_nothing(kind: str, dtype: torch.dtype) -> None:

@@ -51,6 +51,7 @@ def judged(net: nn.Module, x: Tensor, dtype: torch.dtype) -> tuple[str, str]:
 MOVED = [(10.0, 0.0), (30.0, 0.0), (60.0, 0.0), (1e3, 0.0), (0.0, 30.0), (0.0, 1e4), (-30.0, 0.0)]
 
 
+@pytest.mark.cases(4)
 @pytest.mark.parametrize("dtype", [F64, F32])
 @pytest.mark.parametrize("act", [nn.Sigmoid, nn.Tanh, nn.ELU, nn.Softplus])
 def test_layers_below_saturated_units_certify_no_zeros(

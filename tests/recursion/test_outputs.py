@@ -70,6 +70,7 @@ def test_what_does_not_follow_is_said(why: str) -> None:
     assert isinstance(told, str) and said[why] in told
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("dtype", [F64, torch.float32])
 def test_a_batch_of_more_samples_than_classes_comes_back(dtype: torch.dtype) -> None:
     model, x = network(dtype), rgap.photos.load(4, 12, start=3).to(dtype)

@@ -238,6 +238,7 @@ def test_one_shared_pattern_is_never_a_mixture() -> None:
 # -- what contradicts itself ----------------------------------------------------------------------
 
 
+@pytest.mark.cases(12)
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 6, 7])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_a_wrong_batch_size_is_never_exact(model: nn.Module, size: int, reduction: str) -> None:
@@ -275,6 +276,7 @@ def test_another_model_or_loss_is_never_exact(model: nn.Module) -> None:
     assert off(recovery) <= recovery.error_bound
 
 
+@pytest.mark.cases(12)
 @pytest.mark.parametrize("factor", [0.25, 3.7, 1e-3])
 @pytest.mark.parametrize("activation", ["gelu", "relu"])
 @pytest.mark.parametrize("seed", range(5, 12))
@@ -291,6 +293,7 @@ def test_another_reduction_is_a_factor(seed: int, activation: str, factor: float
     assert recovery.scale == pytest.approx(factor, rel=1e-6)
 
 
+@pytest.mark.cases(5)
 @pytest.mark.parametrize("name", ["1.bias", "3.weight", "3.bias", "5.weight", "5.bias"])
 def test_a_tampered_gradient_is_a_contradiction(model: nn.Module, name: str) -> None:
     update = rgap.capture(model, X, Y)

@@ -51,6 +51,7 @@ def shrunk(seed: int, filters: int = 16, weight: float = 1e-4, bias: float = 0.0
     ).double().eval()  # fmt: skip
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("filters", [16, 17])
 @pytest.mark.parametrize(("weight", "bias"), [(1e-4, 0.0), (1.0, 1e4)])
 @pytest.mark.parametrize("seed", [0, 1, 2])

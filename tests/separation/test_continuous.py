@@ -135,6 +135,7 @@ def test_a_batch_of_samples_that_are_alike_is_certified(seed: int, loss: str, ba
     assert fault(found, x, y) == ""
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("seed", [5, 37])
 def test_ends_of_a_line_of_solutions_are_no_samples(seed: int) -> None:
     """Two samples with one pattern of a LeakyReLU: every point between solves their equations.

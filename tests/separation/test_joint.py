@@ -36,6 +36,7 @@ def dense(point: Linearisation, weights: dict[str, Tensor]) -> Tensor:
     return jacobian.T @ jacobian
 
 
+@pytest.mark.cases(9)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("widths", [(6,), (7, 5), (5, 6, 4)])
 @pytest.mark.parametrize("activation", ["gelu", "relu", "tanh"])

@@ -181,6 +181,7 @@ def sent_near(kind: str, apart: float, seed: int) -> tuple[nn.Sequential, Update
     return model, capture(model, x, y, value_range=None), x, y
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("kind", CHAINS)
 @pytest.mark.parametrize("apart", [1e-3, 2e-4, 1e-4, 3e-5])
 def test_a_weight_that_its_error_explains_contradicts_no_batch_size(
@@ -193,6 +194,7 @@ def test_a_weight_that_its_error_explains_contradicts_no_batch_size(
         assert not (wrong := fault(found, x, y)), f"{seed}: {wrong}"
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("factor", [3.0, 0.5])
 @pytest.mark.parametrize("apart", [1e-2, 1e-4])
 def test_a_factor_on_near_copies_is_found_or_left_open(factor: float, apart: float) -> None:
@@ -208,6 +210,7 @@ def test_a_factor_on_near_copies_is_found_or_left_open(factor: float, apart: flo
             assert found.status is Status.UNDERDETERMINED and "near copies" in found.reason
 
 
+@pytest.mark.cases(10)
 @pytest.mark.parametrize("seed", range(24))
 def test_no_genuine_near_copies_are_a_contradiction(seed: int) -> None:
     draw = random.Random(seed)
@@ -222,6 +225,7 @@ def test_no_genuine_near_copies_are_a_contradiction(seed: int) -> None:
     assert not (wrong := fault(found, x, y)), wrong
 
 
+@pytest.mark.cases(6)
 @pytest.mark.parametrize("apart", [0.03, 0.1, 0.3])
 @pytest.mark.parametrize("seed", range(4))
 def test_points_on_a_line_of_solutions_are_not_certified(apart: float, seed: int) -> None:

@@ -12,6 +12,7 @@ import rgap
 from rgap import Status
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("kind", ["convolutional", "biasless"])
 def test_a_picture_with_two_labels_is_genuine(kind: str) -> None:
     """Where probabilities are alike, p − e₂ is nearly a mixture of 2p − e₂ − e₇ and p − e₇."""

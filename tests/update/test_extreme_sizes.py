@@ -23,6 +23,7 @@ def network(kind: str) -> tuple[nn.Module, tuple[int, ...]]:
     return nn.Sequential(*layers).double().eval(), (12,)
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("kind", ["convolutional", "biased", "unbiased"])
 @pytest.mark.parametrize("batch", [1, 2])
 def test_an_answer_whatever_the_sizes(kind: str, batch: int) -> None:

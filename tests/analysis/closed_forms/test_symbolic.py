@@ -54,6 +54,7 @@ def ids(layer: RandomLayer) -> str:
 # ---------------------------------------------------------------- every batch size
 
 
+@pytest.mark.cases(18)
 @pytest.mark.parametrize("layer", ALL_ON, ids=ids)
 def test_for_every_batch_never_below_and_equal_where_exact(layer: RandomLayer) -> None:
     """At the layer's own B, and at the next one."""
@@ -95,6 +96,7 @@ def test_the_critical_batch_is_the_first_with_something_open(layer: RandomLayer)
         assert modular_ranks(layer.affine, star - 1, points=1).joint == (star - 1) * single
 
 
+@pytest.mark.cases(18)
 @pytest.mark.parametrize("layer", ALL_ON, ids=ids)
 def test_a_witness_is_a_lower_bound(layer: RandomLayer) -> None:
     seen = Witness(layer.affine)
@@ -154,6 +156,7 @@ def test_published_layers() -> None:
     assert small.critical_batch == 1
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("batch", [1, 2, 3])
 @pytest.mark.parametrize("sizes", [LENET, CNN6D], ids=["lenet", "cnn6d"])
 def test_numbers_and_symbols_agree(sizes: dict[str, object], batch: int) -> None:

@@ -57,6 +57,7 @@ def test_counts_bound_the_ranks_of_dense_matrices(case: Geometry) -> None:
     assert form.nullity == form.unknowns - form.joint_rank
 
 
+@pytest.mark.cases(20)
 @pytest.mark.parametrize("layer", SLICE, ids=lambda layer: f"{layer.index}: {layer.title}")
 def test_never_below_the_truth_and_equal_where_exact(layer: RandomLayer) -> None:
     form = form_of(layer.index)

@@ -51,6 +51,7 @@ def drawn(name: str, count: int) -> tuple[nn.Sequential, Tensor, Tensor]:
     return build(), x, torch.arange(count)
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize(("name", "count"), BATCHES)
 def test_the_joint_rank_is_that_of_a_dense_jacobian(name: str, count: int) -> None:
     network, x, y = drawn(name, count)
@@ -71,6 +72,7 @@ def test_the_joint_rank_is_that_of_a_dense_jacobian(name: str, count: int) -> No
         identifiability(network, x, labels=y, sequential=False, method="structured")
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize(("name", "count"), BATCHES)
 def test_layers_below_a_batch_norm_are_counted_as_one_system(name: str, count: int) -> None:
     """Against y where its cotangent is not 0 and ∂⟨k, y⟩/∂W, by reverse passes."""

@@ -46,6 +46,7 @@ def dense_modular(layer: RandomLayer, seed: int) -> tuple[int, int, int]:
     )
 
 
+@pytest.mark.cases(20)
 @pytest.mark.parametrize(
     "layer",
     [layer for layer in SAMPLE if layer.batch * prod(layer.affine.in_shape) <= 330],
@@ -55,6 +56,7 @@ def test_structured_elimination_is_dense_elimination(layer: RandomLayer) -> None
     assert true_joint_rank(layer) == dense_modular(layer, layer.index)
 
 
+@pytest.mark.cases(15)
 @pytest.mark.parametrize("layer", SAMPLE[::2], ids=lambda layer: f"{layer.index}: {layer.title}")
 def test_three_ways_of_counting(layer: RandomLayer) -> None:
     """numerical = modular ≤ structural at random weights, and the words say what differs."""

@@ -92,6 +92,7 @@ def tables(name: str) -> tuple[nn.Module, Tensor, Audit, Audit]:
     return model, x, measured, audit(model, case.shape, batches(name), method="formula")
 
 
+@pytest.mark.cases(45)
 @pytest.mark.parametrize("name", CASES)
 def test_formula_and_measurement_against_autograd(name: str) -> None:
     """Exact means equal; a bound is one from above."""
@@ -188,6 +189,7 @@ def test_steps_that_discard_are_never_passed_over(name: str) -> None:
             assert all(f"'{step}'" in table.explain() for step in named)
 
 
+@pytest.mark.cases(40)
 @pytest.mark.parametrize("name", CASES)
 def test_modular_ranks_are_those_of_the_formula_where_it_is_exact(name: str) -> None:
     model, x, measured, counted = tables(name)

@@ -77,6 +77,7 @@ def methods_for(name: str) -> tuple[str, ...]:
     return ("dense", "sketch", *(("structured",) if name in CHAINS else ()))
 
 
+@pytest.mark.cases(24)
 @pytest.mark.parametrize("batch", [1, 2, 4])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_method_finds_the_rank_of_the_jacobian(name: str, batch: int) -> None:
@@ -103,6 +104,7 @@ def test_the_networks_above_cover_the_cases() -> None:
         assert {bool(ranks[name]) for name in group} == {True, False}, ranks
 
 
+@pytest.mark.cases(20)
 @pytest.mark.parametrize("batch", [1, 2, 4])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_null_directions_change_nothing_and_span_all_that_do(name: str, batch: int) -> None:
