@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rgap.arithmetic.doubles import BLOCK, row_blocks
-from rgap.limits import FOUND, ROOT, ROUNDED, SAFETY, SIGN
+from rgap.limits import FACTORED, FOUND, ROOT, ROUNDED, SAFETY, SIGN
 from rgap.network.chain import Stage
 from rgap.precision import Estimate, Precision
 from rgap.update.losses import Loss
@@ -29,7 +29,6 @@ GRID = 215  # scales a decade
 HALVINGS = 2200  # of a bracket: all exponents of float64, where a root is far below its upper end
 UNSURE = 1e-2  # of a scale that may be its error
 DRAWS, NUDGE = 4, 1e-6  # of relative errors of the logits, and their size
-TESTED = 3  # rows that two unknowns, α and λ, are solved of and one tests
 
 
 @dataclass(frozen=True)
@@ -205,7 +204,7 @@ class FactoredScale(ScaleEquation):
 
     def solvable(self, target: Tensor) -> bool:
         """True if a row is left that tests α and λ."""
-        return self.loss.plain and int(self._told(target).sum()) >= TESTED
+        return self.loss.plain and int(self._told(target).sum()) >= FACTORED
 
     def reproduced(self, alpha: float, target: Tensor) -> bool:
         """The same with a factor that is positive."""
