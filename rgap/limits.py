@@ -122,10 +122,6 @@ REPLAYS = 8
 # to 1e-15 of itself, and where the loss is flat k is known to the square root of that only.
 ROOT = 1e-9
 
-# Rows of a head without a bias that a factor on the update is read off: two unknowns, the scale of
-# the features and the factor, and one row to test both.  The label's row is less all the others.
-FACTORED = 3
-
 # Share of itself to which a root of one equation is narrowed down, and its standard error at least:
 # a tenth more than 4 eps, the least that the search takes.  Features of exactly 1 are else told
 # from the asymptote of a sigmoid by what the search has left.

@@ -86,8 +86,6 @@ NO_LIMITS = {
     ("head/scale", "GRID", 215): "where roots are looked for",
     ("head/scale", "HALVINGS", 2200): "effort: steps of a bisection",
     ("head/scale", "DRAWS, NUDGE", 4): "effort: random relative errors of the logits",
-    ("head/scale", "_told", 0.5): "between the targets 0 and 1",
-    ("head/scale", "_pair", 0.5): "between the targets 0 and 1",
     ("head/scale", "DRAWS, NUDGE", 1e-6): "step of a finite difference",
     ("inversion/batch_size", "DRAWS", 8): "effort: directions that are drawn, of each kind",
     ("inversion/batch_size", "STEP", 1e-5): "step of a finite difference",

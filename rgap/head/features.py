@@ -1,8 +1,7 @@
 """Head equations at B = 1: features, cotangent and target of the last layer.
 
 With a bias the features follow from the bias attack and the target from the loss.  Without one
-``G = k xᵀ`` fixes x up to a factor α, and the loss fixes α: ``α k(α) = G u`` with x = α u; or both
-α and a factor λ on the update, where no α does.  Every
+``G = k xᵀ`` fixes x up to a factor α, and the loss fixes α: ``α k(α) = G u`` with x = α u.  Every
 root and every admissible target is a candidate until an equation refutes it.
 """
 
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from rgap.arithmetic.doubles import row_blocks
 from rgap.head.bias_attack import bias_attack, rank_one_residual
-from rgap.head.scale import FactoredScale, ScaleEquation
+from rgap.head.scale import ScaleEquation
 from rgap.head.target import Reading, read_target
 from rgap.limits import DROWNED, ROUNDED, SCATTER
 from rgap.network.chain import Stage
@@ -195,10 +194,12 @@ def _without_bias(
     u = u / u.norm()
     v = gradient @ u
     equation = ScaleEquation(stage, gradient, u, v, loss, precision)
-    candidates = _solutions(equation)
-    if not candidates:
-        equation = FactoredScale(stage, gradient, u, v, loss, precision)
-        candidates = _solutions(equation)
+    candidates = []
+    for alpha, target in equation.roots():
+        if equation.reproduced(alpha, target):
+            x, cot = equation.features(alpha, target)
+            candidate = _candidate(stage, gradient, x, cot, loss, precision)
+            candidates.append(replace(candidate, scale=alpha))
     if not candidates:
         gone = int((gradient == 0).all(1).sum())
         lost = f": {gone} of its {len(v)} rows underflowed to 0 and tell neither" if gone else ""
@@ -211,14 +212,3 @@ def _without_bias(
             consistent=gone > 0,
         )
     return sorted(candidates, key=lambda candidate: candidate.uncertainty)
-
-
-def _solutions(equation: ScaleEquation) -> list[HeadCandidate]:
-    """Of every scale and target that reproduce the gradient."""
-    made = []
-    for alpha, target in equation.roots():
-        if equation.reproduced(alpha, target):
-            x, k = equation.features(alpha, target)
-            parts = equation.stage, equation.gradient, x, k, equation.loss, equation.precision
-            made.append(replace(_candidate(*parts), scale=alpha))
-    return made

@@ -1,28 +1,26 @@
 """The scale of the features under a head without a bias: every root of one scalar equation.
 
 ``G = k xᵀ`` fixes x = α u up to α, and the loss fixes α: ``α k(α) = G u``.  Different targets and
-signs give different equations, each with up to two roots; all of them are found.  Of an update that
-is a multiple λ of the declared one two rows give ``k_i(α) / k_j(α) = v_i / v_j``, all rows λ, and
-what is left of them tests both.
+signs give different equations, each with up to two roots; all of them are found.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import inf, log10
+from math import log10
 
 import torch
 from torch import Tensor
 
 from rgap.arithmetic.doubles import BLOCK, row_blocks
-from rgap.limits import FACTORED, FOUND, ROOT, ROUNDED, SAFETY, SIGN
+from rgap.limits import FOUND, ROOT, ROUNDED, SAFETY, SIGN
 from rgap.network.chain import Stage
 from rgap.precision import Estimate, Precision
 from rgap.update.losses import Loss
-from rgap.update.targets import BINARY, CLASSES, CROSS_ENTROPY
+from rgap.update.targets import BINARY, CROSS_ENTROPY
 
-__all__ = ["FactoredScale", "ScaleEquation"]
+__all__ = ["ScaleEquation"]
 
 BELOW, ABOVE = 1e-4, 1e7  # range of the scale α around its natural sizes, see ``_scales``
 GRID = 215  # scales a decade
@@ -53,36 +51,22 @@ class ScaleEquation:
 
     def reproduced(self, alpha: float, target: Tensor) -> bool:
         """True if α k(α) is v in every row, within what rounding and noise explain."""
-        u, v, precision = self.u, self.v, self.precision
-        size = ROUNDED * abs(alpha) * self.factor(alpha, target)
-        slack = size * self.cotangent_rounding(alpha, target)
+        u, v, stage, precision = self.u, self.v, self.stage, self.precision
+        k = self.loss.cotangent(stage.affine.forward((alpha * u)[None]), target)[0]
+        slack = ROUNDED * abs(alpha) * self._cotangent_rounding(alpha, target)
         slack = slack + ROUNDED * precision.floor * u.numel() ** 0.5
         # u turns with the noise too, and α k(α u) with u: bounded by the norm of all of the noise.
         slack = slack + SAFETY * self._added_noise().norm()
         relative = torch.maximum(ROUNDED * precision.unit * v.abs(), ROOT * v.norm())
         slack = torch.maximum(slack, relative)
-        high, low = (self._sent(alpha * (1 + step), target) for step in (NUDGE, -NUDGE))
-        slope = (high - low).abs() / (2 * NUDGE * abs(alpha))
-        moved = min(self._moved(alpha, target, slack, slope), UNSURE * abs(alpha))
-        off = (self._sent(alpha, target) - v).abs()
-        return bool((off <= slack + slope * moved).all())
-
-    def _sent(self, alpha: float, target: Tensor) -> Tensor:
-        """What a sample of that scale sends instead of v, [m]."""
-        k = self.loss.cotangent(self.stage.affine.forward((alpha * self.u)[None]), target)[0]
-        return self.factor(alpha, target) * alpha * k
-
-    def factor(self, alpha: float, target: Tensor) -> float:
-        """λ, by which the whole update is a multiple of the declared one."""
-        return 1.0
-
-    def _moved(self, alpha: float, target: Tensor, slack: Tensor, slope: Tensor) -> float:
-        """How far α is off where v is by ``slack``.
-
-        α solves one entry: where two roots are near each other that one hardly fixes it.
-        """
+        # α solves one entry: where two roots are near each other that one hardly fixes it.
         j = self._entry(target)
-        return float(slack[j] / slope[j].clamp_min(1e-300))
+        ends = alpha * u.new_tensor([[1 + NUDGE], [1 - NUDGE]])
+        z = stage.affine.forward(ends * u)
+        high, low = ends * self.loss.cotangent(z, target.expand(2, *target.shape[1:]))
+        slope = (high - low).abs() / (2 * NUDGE * abs(alpha))
+        moved = min(float(slack[j] / slope[j].clamp_min(1e-300)), UNSURE * abs(alpha))
+        return bool(((alpha * k - v).abs() <= slack + slope * moved).all())
 
     def _added_noise(self) -> Tensor:
         """Standard deviation of the noise added to each entry of the gradient, [m, n]."""
@@ -93,7 +77,7 @@ class ScaleEquation:
         out: Tensor = SIGN * (self._added_noise().square() @ self.u.square()).sqrt()
         return out
 
-    def cotangent_rounding(self, alpha: float, target: Tensor) -> Tensor:
+    def _cotangent_rounding(self, alpha: float, target: Tensor) -> Tensor:
         """Standard error [m] of the client's own k at the features α u.
 
         Its logits z round relatively, so p is off by unit·|z| of itself; p − y rounds to ``unit``
@@ -117,14 +101,10 @@ class ScaleEquation:
         pairs: list[tuple[float, Tensor]] = []
         slack = self.sign_slack()
         for sign in (1.0, -1.0):
-            for target in filter(self.solvable, _targets(self.loss, sign * self.v, slack)):
+            for target in _targets(self.loss, sign * self.v, slack):
                 grid = self._scales(target)
                 pairs += [(root, target) for root in _zeros(self._misfit(target), sign * grid)]
         return pairs
-
-    def solvable(self, target: Tensor) -> bool:
-        """True if there are rows enough."""
-        return True
 
     def _scales(self, target: Tensor) -> Tensor:
         """Positive scales to look for roots at.
@@ -154,11 +134,6 @@ class ScaleEquation:
 
         return equation
 
-    def _slope(self, alpha: float, target: Tensor) -> float:
-        """Derivative of the misfit."""
-        high, low = self._misfit(target)(alpha * self.u.new_tensor([1 + NUDGE, 1 - NUDGE]))
-        return float((high - low) / (2 * NUDGE * alpha))
-
     def _entry(self, target: Tensor) -> int:
         """Entry of v that fixes the scale: the largest one not rounded to absolute precision.
 
@@ -181,85 +156,17 @@ class ScaleEquation:
             du += torch.einsum("smn,m->sn", noise, v[rows]) / vv
             dv[:, rows] = noise @ u
         du = du - (du @ u)[:, None] * u
-        dalpha = self._scale_error(alpha, target, dv)
+        # α from one entry: f(α) = α k_j(α) − v_j, so dα = (dv_j + α·rounding of k) / f'(α)
+        j = self._entry(target)
+        high, low = self._misfit(target)(alpha * u.new_tensor([1 + NUDGE, 1 - NUDGE]))
+        derivative = float((high - low) / (2 * NUDGE * alpha))
+        narrowed = FOUND * abs(alpha * derivative)  # what the search for α has left of f
+        rounding = 2 * abs(alpha) * self._cotangent_rounding(alpha, target)[j] + narrowed
+        rounding = precision.normal(rounding)
+        dalpha = (dv[:, j] + rounding) / (derivative if derivative else 1e-300)
         dx = dalpha[:, None] * u + alpha * du
         dk = dv / alpha - dalpha[:, None] * v / alpha**2
         return Estimate((alpha * u)[None], dx[:, None]), Estimate((v / alpha)[None], dk[:, None])
-
-    def _scale_error(self, alpha: float, target: Tensor, dv: Tensor) -> Tensor:
-        """Errors of α, [S], with those of v, [S, m].
-
-        α is from one entry: f(α) = α k_j(α) − v_j, so dα = (dv_j + α·rounding of k) / f'(α).
-        """
-        j, derivative = self._entry(target), self._slope(alpha, target)
-        narrowed = FOUND * abs(alpha * derivative)  # what the search for α has left of f
-        rounding = 2 * abs(alpha) * self.cotangent_rounding(alpha, target)[j] + narrowed
-        rounding = self.precision.normal(rounding)
-        scale: Tensor = (dv[:, j] + rounding) / (derivative if derivative else 1e-300)
-        return scale
-
-
-class FactoredScale(ScaleEquation):
-    """``λ α k_j(α) = v_j``: the same of an update times an unknown factor λ > 0."""
-
-    def solvable(self, target: Tensor) -> bool:
-        """True if a row is left that tests α and λ."""
-        return self.loss.plain and int(self._told(target).sum()) >= FACTORED
-
-    def reproduced(self, alpha: float, target: Tensor) -> bool:
-        """The same with a factor that is positive."""
-        return self.factor(alpha, target) > 0 and super().reproduced(alpha, target)
-
-    def factor(self, alpha: float, target: Tensor) -> float:
-        """λ of least squares over all rows."""
-        z = self.stage.affine.forward((alpha * self.u)[None])
-        made = alpha * self.loss.cotangent(z, target)[0]
-        return float(made @ self.v / (made @ made).clamp_min(1e-300))
-
-    def _told(self, target: Tensor) -> Tensor:
-        """Rows that are known relatively, [m]: neither the label's nor lost in noise."""
-        floor = SAFETY * self.precision.floor * self.u.numel() ** 0.5
-        clear: Tensor = self.v.abs() > floor + self.sign_slack()
-        if self.loss.name in CLASSES:
-            clear = clear & (target[0] <= 0.5)
-        return clear
-
-    def _pair(self, target: Tensor) -> tuple[int, int]:
-        """Two such rows, whose ratio a scale changes most."""
-        logits = self.stage.affine.linear(self.u[None])[0]
-        logits = torch.where(target[0] > 0.5, -logits, logits)
-        told = self._told(target)
-        most = int(logits.masked_fill(~told, -inf).argmax())
-        return most, int(logits.masked_fill(~told, inf).argmin())
-
-    def _misfit(self, target: Tensor) -> Callable[[Tensor], Tensor]:
-        """α ↦ log |k_i(α) / k_j(α)| − log |v_i / v_j|."""
-        pair = list(self._pair(target))
-        wanted = self.v[pair].abs().clamp_min(1e-300).log()
-
-        def equation(alpha: Tensor) -> Tensor:
-            z = self.stage.affine.forward(alpha[:, None] * self.u)
-            k = self.loss.cotangent(z, target.expand(len(z), -1))
-            off = k[:, pair].abs().clamp_min(1e-300).log() - wanted
-            return off[:, 0] - off[:, 1]
-
-        return equation
-
-    def _moved(self, alpha: float, target: Tensor, slack: Tensor, slope: Tensor) -> float:
-        pair = list(self._pair(target))
-        off = float((slack[pair] / self.v[pair].abs().clamp_min(1e-300)).sum())
-        return off / max(abs(self._slope(alpha, target)), 1e-300)
-
-    def _scale_error(self, alpha: float, target: Tensor, dv: Tensor) -> Tensor:
-        i, j = self._pair(target)
-        z = self.stage.affine.forward((alpha * self.u)[None])
-        k, own = self.loss.cotangent(z, target)[0], self.cotangent_rounding(alpha, target)
-        off = dv[:, i] / self.v[i] - dv[:, j] / self.v[j]
-        for row in (i, j):
-            off = off + self.precision.normal(2 * own[row] / k[row].abs().clamp_min(1e-300))
-        slope = self._slope(alpha, target)
-        scale: Tensor = off / (slope if slope else 1e-300)
-        return scale + self.precision.normal(scale.new_tensor(FOUND * abs(alpha)))
 
 
 def _targets(loss: Loss, v: Tensor, slack: Tensor) -> list[Tensor]:

@@ -13,7 +13,6 @@ from rgap.head.target import _Heard, _scaled
 from rgap.inversion.batch_rows import in_order
 from rgap.precision import Estimate, Precision
 
-F64 = torch.float64
 MANY = "binary_cross_entropy_with_logits"
 
 
@@ -183,37 +182,3 @@ def test_another_model_is_no_factor() -> None:
     with torch.no_grad():
         model[1].weight *= 1.001
     assert "targets" not in rgap.invert(model, update).certified
-
-
-@pytest.mark.cases(10)
-@pytest.mark.parametrize("factor", [1 / 128, 0.5, 3.0])
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize(("classes", "dtype"), [(4, F64), (10, F64), (10, torch.float32)])
-def test_a_factor_above_a_head_without_a_bias(
-    classes: int, dtype: torch.dtype, smoothing: float, factor: float
-) -> None:
-    """Two rows give the scale of the features, all of them λ."""
-    torch.manual_seed(classes)
-    layers = nn.Linear(12, 20, bias=False), nn.Tanh(), nn.Linear(20, classes, bias=False)
-    model = nn.Sequential(*layers).to(dtype)
-    x, y = torch.rand(1, 12, dtype=dtype), torch.tensor([2])
-    update = rgap.capture(model, x, y, Loss("cross_entropy", label_smoothing=smoothing))
-    recovery = rgap.invert(model, times(update, factor))
-    assert recovery.status is Status.EXACT, recovery.reason
-    rows(recovery, x.double(), y)
-    assert recovery.scale == pytest.approx(factor, rel=1e-9 if dtype is F64 else 1e-4)
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_no_factor_is_read_off_a_head_that_nothing_tests(seed: int) -> None:
-    """Three classes solve for scale and factor, and test neither; other logits fit no factor."""
-    torch.manual_seed(seed)
-    for classes, moved in ((3, 0.0), (10, 0.01)):
-        layers = nn.Linear(12, 20, bias=False), nn.Tanh(), nn.Linear(20, classes, bias=False)
-        model = nn.Sequential(*layers).double()
-        x, y = torch.rand(1, 12, dtype=F64), torch.tensor([2])
-        update = times(rgap.capture(model, x, y), 0.5)
-        with torch.no_grad():
-            model[2].weight += moved * torch.randn_like(model[2].weight)
-        recovery = rgap.invert(model, update)
-        assert recovery.status is Status.INCONSISTENT and recovery.inputs is None
