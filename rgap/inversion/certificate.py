@@ -87,14 +87,7 @@ def certify(problem: Problem, answers: Sequence[Answer]) -> Recovery:
     kept = inside or fitting
     best, residual, _ = min(kept, key=lambda s: s[0].polished.misfit)
     if len(kept) > 1:
-        return _assemble(
-            problem,
-            best,
-            residual,
-            Status.AMBIGUOUS,
-            f"{len(kept)} batches send exactly this update; no equation tells them apart",
-            tuple(Candidate(a.inputs, a.labels, r) for a, r, _ in kept),
-        )
+        return _several(problem, best, residual, kept)
     status, reason = verdict(problem, best)
     if status is Status.EXACT:
         open_ = _open(problem, best)
@@ -113,6 +106,20 @@ def certify(problem: Problem, answers: Sequence[Answer]) -> Recovery:
     )
     listed = itself if status is Status.AMBIGUOUS else ()
     return _assemble(problem, best, residual, status, reason, listed)
+
+
+def _several(
+    problem: Problem, best: Answer, residual: float, kept: Sequence[tuple[Answer, float, float]]
+) -> Recovery:
+    """Of answers that all fit: that they send the update, or why it cannot be said."""
+    told = (verdict(problem, answer) for answer, _, _ in kept)
+    status, why = next(((s, why) for s, why in told if s is not Status.EXACT), (Status.EXACT, ""))
+    if status is not Status.EXACT:
+        reason = f"{len(kept)} batches fit as well as can be told; of one, {why}"
+        return _assemble(problem, best, residual, Status.UNDERDETERMINED, reason, ())
+    reason = f"{len(kept)} batches send exactly this update; no equation tells them apart"
+    candidates = tuple(Candidate(a.inputs, a.labels, r) for a, r, _ in kept)
+    return _assemble(problem, best, residual, Status.AMBIGUOUS, reason, candidates)
 
 
 def _open(problem: Problem, answer: Answer) -> str:

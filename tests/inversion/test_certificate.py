@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 import pytest
@@ -10,6 +10,7 @@ import torch
 from cases import picture, small_conv, small_mlp
 from torch import Tensor, nn
 
+import rgap
 from rgap import Status, capture, invert
 
 BINARY = "binary_cross_entropy_with_logits"
@@ -155,3 +156,18 @@ def test_stated_noise_widens_the_bound_instead_of_refusing() -> None:
     assert recovery.status is Status.EXACT, recovery.reason
     error = float((recovery.inputs - x).abs().max())
     assert 1e-9 < error < recovery.error_bound
+
+
+@pytest.mark.parametrize(("classes", "factor"), [(6, 1e25), (20, 1e12)])
+def test_answers_that_send_nothing_alike_are_not_said_to_send_the_same(
+    classes: int, factor: float
+) -> None:
+    """Saturated logits round to any size of the features: their errors are as large as they are."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, classes, bias=False)).double()
+    loss, x = rgap.Loss(label_smoothing=0.1), torch.rand(1, 12, dtype=torch.float64)
+    update = rgap.capture(model, x, torch.tensor([2]), loss, value_range=None)
+    gradients = {name: factor * g for name, g in update.gradients.items()}
+    recovery = rgap.invert(model, replace(update, gradients=gradients))
+    assert recovery.status in (Status.UNDERDETERMINED, Status.INCONSISTENT), recovery.reason
+    assert recovery.inputs is None and not recovery.candidates and not recovery.certified
