@@ -9,7 +9,7 @@ sampled through the whole update, that is small against the data.  All numbers a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import inf
 
@@ -109,7 +109,10 @@ def certify(problem: Problem, answers: Sequence[Answer]) -> Recovery:
 
 
 def _several(
-    problem: Problem, best: Answer, residual: float, kept: Sequence[tuple[Answer, float, float]]
+    problem: Problem,
+    best: Answer,
+    residual: float,
+    kept: Sequence[tuple[Answer, float, Mapping[str, float]]],
 ) -> Recovery:
     """Of answers that all fit: that they send the update, or why it cannot be said."""
     told = (verdict(problem, answer) for answer, _, _ in kept)
