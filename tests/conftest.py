@@ -26,16 +26,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption(EVERY) or any("::" in arg for arg in config.args):
         return
     left_out = {item.nodeid for item in items if item.get_closest_marker("long")}
-    drawn = defaultdict[str, list[str]](list)
+    drawn = defaultdict[tuple[str, int], list[str]](list)
     for item in items:
-        if item.get_closest_marker("cases"):
-            drawn[item.nodeid.partition("[")[0]].append(item.nodeid)
-    marks = {item.nodeid.partition("[")[0]: item.get_closest_marker("cases") for item in items}
-    for test, cases in drawn.items():
-        mark = marks[test]
-        assert mark is not None
-        # A digest of the name: a stride would keep one value of a parameter throughout.
-        shuffled = sorted(cases, key=lambda name: crc32(name.encode()))
-        left_out.update(shuffled[mark.args[0] :])
+        if mark := item.get_closest_marker("cases"):
+            drawn[item.nodeid.partition("[")[0], mark.args[0]].append(item.nodeid)
+    for (_, count), cases in drawn.items():
+        # By a digest of the name: a stride would keep one value of a parameter throughout.
+        left_out.update(sorted(cases, key=lambda name: crc32(name.encode()))[count:])
     config.hook.pytest_deselected(items=[item for item in items if item.nodeid in left_out])
     items[:] = [item for item in items if item.nodeid not in left_out]

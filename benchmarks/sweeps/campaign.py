@@ -912,10 +912,12 @@ def main() -> int:
             warnings.simplefilter("ignore")
             try:
                 case = drawn(number)
-            except ValueError as error:
-                if "NaN or infinity" not in str(error):
-                    raise
-                counts["OVERFLOWED"] += 1  # the case's format cannot hold its gradient
+            except Exception as error:
+                if isinstance(error, ValueError) and "NaN or infinity" in str(error):
+                    counts["OVERFLOWED"] += 1  # the case's format cannot hold its gradient
+                    continue
+                print(f"DRAW {number}: {type(error).__name__}: {error}", flush=True)
+                kinds["draw"] += 1
                 continue
         if arguments.mistake and case.mistake != arguments.mistake:
             continue

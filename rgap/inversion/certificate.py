@@ -115,10 +115,12 @@ def _several(
     kept: Sequence[tuple[Answer, float, Mapping[str, float]]],
 ) -> Recovery:
     """Of answers that all fit: that they send the update, or why it cannot be said."""
-    told = (verdict(problem, answer) for answer, _, _ in kept)
-    status, why = next(((s, why) for s, why in told if s is not Status.EXACT), (Status.EXACT, ""))
-    if status is not Status.EXACT:
-        reason = f"{len(kept)} batches fit as well as can be told; of one, {why}"
+    missed = max(gap for _, gap, _ in kept)
+    if not missed <= USEFUL:
+        reason = (
+            f"{len(kept)} batches fit within their errors, but one sends another update, off by "
+            f"{missed:.1e} of its size"
+        )
         return _assemble(problem, best, residual, Status.UNDERDETERMINED, reason, ())
     reason = f"{len(kept)} batches send exactly this update; no equation tells them apart"
     candidates = tuple(Candidate(a.inputs, a.labels, r) for a, r, _ in kept)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rgap import Loss, Status, capture, invert
 from rgap.head.features import HeadCandidate, HeadFailure, features_from_bias, solve_head
+from rgap.head.scale import _zeros
 from rgap.network.chain import Stage, parse
 from rgap.precision import Precision
 
@@ -329,3 +330,15 @@ def test_a_saturated_softmax_is_right_or_flagged(
         assert any("'head.weight' underflowed" in warning for warning in recovery.warnings)
     else:
         assert not recovery.warnings
+
+
+def test_a_root_at_a_grid_point_whose_sign_rounds_is_returned() -> None:
+    """Of many scales at once a sign may be another than of one."""
+
+    def function(alpha: Tensor) -> Tensor:
+        many = len(alpha) > 1
+        return (alpha - 1.0) * (alpha - 3.0) + (1e-12 if many else -1e-12)
+
+    roots = _zeros(function, torch.tensor([0.5, 1.0, 2.0, 3.5], dtype=torch.float64))
+    assert len(roots) == 2
+    assert all(min(abs(root - 1.0), abs(root - 3.0)) < 1e-6 for root in roots)

@@ -158,16 +158,37 @@ def test_stated_noise_widens_the_bound_instead_of_refusing() -> None:
     assert 1e-9 < error < recovery.error_bound
 
 
-@pytest.mark.parametrize(("classes", "factor"), [(6, 1e25), (20, 1e12)])
-def test_answers_that_send_nothing_alike_are_not_said_to_send_the_same(
-    classes: int, factor: float
+@pytest.mark.cases(20)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("factor", [1.0, 1e3, 1e4, 1e12, 1e25])
+@pytest.mark.parametrize("classes", [2, 6, 20])
+def test_batches_that_are_listed_send_the_update(
+    classes: int, factor: float, dtype: torch.dtype, smoothing: float
 ) -> None:
     """Saturated logits round to any size of the features: their errors are as large as they are."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(12, classes, bias=False)).double()
-    loss, x = rgap.Loss(label_smoothing=0.1), torch.rand(1, 12, dtype=torch.float64)
-    update = rgap.capture(model, x, torch.tensor([2]), loss, value_range=None)
+    model = nn.Sequential(nn.Linear(12, classes, bias=False)).to(dtype)
+    loss, x = rgap.Loss(label_smoothing=smoothing), torch.rand(1, 12, dtype=dtype)
+    update = rgap.capture(model, x, torch.tensor([1]), loss, value_range=None)
     gradients = {name: factor * g for name, g in update.gradients.items()}
     recovery = rgap.invert(model, replace(update, gradients=gradients))
-    assert recovery.status in (Status.UNDERDETERMINED, Status.INCONSISTENT), recovery.reason
-    assert recovery.inputs is None and not recovery.candidates and not recovery.certified
+    assert factor == 1.0 or not recovery.certified
+    assert (recovery.status is Status.AMBIGUOUS) == bool(recovery.candidates)
+    for one in recovery.candidates:
+        assert one.inputs is not None
+        sent = rgap.capture(model, one.inputs.to(dtype), one.labels, loss, value_range=None)
+        for name, wanted in gradients.items():
+            gap = float((sent.gradients[name] - wanted).norm() / wanted.norm())
+            assert gap <= 1e3 * torch.finfo(dtype).eps, (gap, recovery.reason)
+
+
+def test_a_large_multiple_of_a_smoothed_update_has_no_batches_to_list() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 20, bias=False)).double()
+    loss, x = rgap.Loss(label_smoothing=0.1), torch.rand(1, 12, dtype=torch.float64)
+    update = rgap.capture(model, x, torch.tensor([2]), loss, value_range=None)
+    gradients = {name: 1e12 * g for name, g in update.gradients.items()}
+    recovery = rgap.invert(model, replace(update, gradients=gradients))
+    assert recovery.status is Status.UNDERDETERMINED, recovery.reason
+    assert recovery.inputs is None and not recovery.candidates
