@@ -9,7 +9,7 @@ error of the picture.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -41,6 +41,15 @@ class Estimate:
     def known(self) -> Tensor:
         """False where no equation fixes the entry, as for the z of a ReLU that is off, [B, ...]."""
         return self.error.abs().amax(0) < OPEN
+
+    def shaped(self, shape: Sequence[int]) -> Estimate:
+        """The same entries of every sample in another shape."""
+        value = self.value.reshape(len(self.value), *shape)
+        return Estimate(value, self.error.reshape(len(self.error), *value.shape))
+
+    def of(self, rows: Sequence[int]) -> Estimate:
+        """Some samples of a batch."""
+        return Estimate(self.value[list(rows)], self.error[:, list(rows)])
 
     @property
     def silent(self) -> Tensor:

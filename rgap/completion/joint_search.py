@@ -28,7 +28,7 @@ __all__ = ["JointSearch"]
 
 LEVELS = 9, 7  # of sharpness, of the first pass and of those after it
 BLUNT, SHARP = (2.0, 8.0), (60.0, 200.0)  # the first and the last of the first and second pass
-SHARPER = 2.0  # factor on both with every pass that finds no sample
+SHARPER = 2.0  # factor on both with every pass after the second
 STEPS = 60, 80  # of L-BFGS a level
 
 
@@ -131,16 +131,16 @@ class JointSearch:
         """True if the time is up."""
         return self.clock.late
 
-    def descended(self, x: Tensor, held: Sequence[bool], vain: int | None) -> tuple[Tensor, float]:
+    def descended(self, x: Tensor, held: Sequence[bool], number: int) -> tuple[Tensor, float]:
         """Where one pass leads, [B, *in_shape], and the misfit there of samples that are not held.
 
         Args:
             x: where it begins.
             held: by sample, whether it is known, and stays.
-            vain: passes that found none since the last that did; None for the first pass.
+            number: passes before it.
         """
-        later = int(vain is not None)
-        levels, more = LEVELS[later], SHARPER ** (vain or 0)
+        later = int(number > 0)
+        levels, more = LEVELS[later], SHARPER ** max(number - 1, 0)
         blunt, sharpest = more * BLUNT[later], more * SHARP[later]
         free, x = torch.tensor([not known for known in held]), x.float()
         left = list(self.gradients.values())

@@ -15,9 +15,8 @@ rank and refusal are ours.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from math import inf, prod
 
 import torch
@@ -26,7 +25,7 @@ from torch import Tensor
 from rgap.completion.joint_search import JointSearch
 from rgap.completion.rearranged import rearrangements, steps_of, unmoved
 from rgap.completion.value_search import STARTS, Search
-from rgap.completion.value_settling import MEMBERS, Row, Settled, Settling, batch
+from rgap.completion.value_settling import MEMBERS, Row, Settled, Settling, gathered
 from rgap.completion.value_uniqueness import agreed, folded, mirrored, paired
 from rgap.completion.windows import confused_of_graph
 from rgap.jacobian.frontier import Frontier, frontier
@@ -38,11 +37,12 @@ from rgap.precision import Estimate
 from rgap.progress import Watch, silent
 from rgap.recursion.graph import GraphDescent
 
-__all__ = ["Preimage", "preimage"]
+__all__ = ["Astray", "Preimage", "preimage"]
 
 HANDED_OVER = 1e-3, 3e-5, 0.0  # relative misfits at which Gauss–Newton is tried; 0: as errors say
-PASSES, VAIN = 16, 3  # of all samples together, and after one that finds no more
-NEARER = 0.7  # of the misfit before, below which a pass that found no sample led nearer
+PASSES, VAIN = 60, 1  # of all samples together, and in a row that find no more
+NEARER = 0.7  # of the lowest misfit, below which a pass that found no sample led nearer
+BORNE = 1  # samples by which those that are not found outnumber the others while more are tried
 OTHERS = 3  # rearranged pictures of a sample that Gauss–Newton begins at
 COPIES = (
     24.0  # bytes a value on the way: float32, with its cotangent, its slope and what is made of it
@@ -66,6 +66,21 @@ class Preimage:
     equations: int
 
 
+@dataclass(frozen=True)
+class Astray:
+    """Why no data are certified, and the nearest that were found.
+
+    Attributes:
+        reason: in words.
+        nearest: by the number of a sample, where its search ended, [*in_shape], float64.
+        found: samples that are determined each by itself.
+    """
+
+    reason: str
+    nearest: Mapping[int, Tensor] = field(default_factory=dict)
+    found: Sequence[int] = ()
+
+
 def preimage(
     flow: Flow,
     told: GraphDescent,
@@ -74,7 +89,8 @@ def preimage(
     clock: Clock = ENDLESS,
     room: float = inf,
     gradients: Mapping[str, Tensor] | None = None,
-) -> Preimage | str:
+    near: Tensor | None = None,
+) -> Preimage | Astray:
     """The data that give the known values nearest to them, with errors, or why there are none.
 
     Args:
@@ -86,64 +102,87 @@ def preimage(
         room: bytes for all values of the network on the way, and their cotangents.
         gradients: the update, by parameter name: what layers below the known values say of the data
             where these alone lead nowhere.
+        near: data to begin Gauss–Newton at, [B, *in_shape], instead of a search.
     """
     if clock.over:
-        return f"the time was up before they were looked for; {LONGER}"
+        return Astray(f"the time was up before they were looked for; {LONGER}")
     known = told.values
     lowest = frontier(flow, known)
     if not lowest:
-        return "a path from the data to the output meets no value that is known"
+        return Astray("a path from the data to the output meets no value that is known")
     # Values above the lowest ones are functions of them, but may be known with smaller errors.
     above = {place: value for place, value in known.items() if place not in lowest}
     edge = {*lowest, *frontier(flow, above), *({0} & known.keys())}
     full = Frontier(flow, sorted(edge), known, told.unit)
     samples, unknowns = len(known[lowest[0]].value), prod(flow.in_shape)
     if full.undifferentiated:
-        return f"{full.undifferentiated} stands between the data and the known values"
+        words = f"{full.undifferentiated} stands between the data and the known values"
+        return Astray(words)
     on = min(full.on(row, lowest) for row in range(samples))
     surplus = max(SURPLUS, int(SURPLUS_SHARE * unknowns))
     if 0 not in known and on < unknowns + surplus:
-        return (
+        return Astray(
             f"{on} known values that are not zero, for {unknowns} unknowns of a sample: {surplus} "
             "more are asked for, that no second batch has them too"
         )
     need = COPIES * full.numbers * max(samples, MEMBERS + PROBES)
     if need > room:
-        return f"their search takes {need / 1e9:.1f} GB, there is room for {room / 1e9:.1f}"
+        words = f"their search takes {need / 1e9:.1f} GB, there is room for {room / 1e9:.1f}"
+        return Astray(words)
     below = f"the data below '{flow.nodes[lowest[0]].name}'"
+    settling = Settling(full, clock)
     if 0 in known:
-        settling, x = Settling(full, clock), known[0].value
-        made = batch(samples, lambda row: settling.settled(row, x[row : row + 1]))
+        made = _settled(settling, known[0].value)
     else:
         doubted = folded(full, unknowns, unknowns + surplus)
         if isinstance(doubted, str):
-            return doubted
+            return Astray(doubted)
         if confused := confused_of_graph(full, unknowns + surplus):
-            return f"{confused}, others than the data give the same"
+            return Astray(f"{confused}, others than the data give the same")
         links = (node.link for _, node in full.between())
         if alike := paired(link for link in links if isinstance(link, Affine)):
-            return alike
+            return Astray(alike)
         nearest = Frontier(flow, lowest, known, told.unit).to(torch.float32)
-        search = partial(Search, nearest, watch=watch, below=below, clock=clock)
         joint = JointSearch.of(nearest, told, gradients or {}, clock)
-        made = _looked_for(full, search(start), joint)
+        if near is not None and not doubted:
+            made = _settled(settling, near)
+        else:
+            search = Search(nearest, start, watch, below, clock)
+            ends = _looked_for(settling, search, joint)
+            made = gathered(ends, samples)
+            if isinstance(made, str):
+                found = _found(ends)
+                return Astray(made, {**search.nearest, **found}, () if doubted else list(found))
         if doubted and not isinstance(made, str):
-            again = search(lambda number: start(number + 1), below=f"again {below}")
-            made = agreed(made, _looked_for(full, again, joint))
+            again = Search(nearest, lambda n: start(n + 1), watch, f"again {below}", clock)
+            made = agreed(made, gathered(_looked_for(settling, again, joint), samples))
         if not isinstance(made, str):
             other = mirrored(nearest, made[0].value)
             made = other or _rearranged(Settling(full), nearest, made[0]) or made
     if isinstance(made, str):
-        return made
+        return Astray(made)
     data, misfit = made
     return Preimage(data, misfit, unknowns, on)
 
 
-def _looked_for(full: Frontier, search: Search, joint: JointSearch | None) -> Settled | str:
-    """The data with their errors and misfits, from the starts that a search is given."""
-    settling, samples = Settling(full, search.clock), len(search.explained)
+def _settled(settling: Settling, x: Tensor) -> Settled | str:
+    """Where Gauss–Newton ends from data near the answer."""
+    ends = {row: settling.settled(row, x[row : row + 1]) for row in range(len(x))}
+    return gathered(ends, len(x))
 
-    def one(row: int, starts: int = STARTS) -> Row | str:
+
+def _found(ends: Mapping[int, Row | str]) -> dict[int, Tensor]:
+    """Samples that are not missing, [*in_shape]."""
+    return {row: end[0].value[0] for row, end in ends.items() if not isinstance(end, str)}
+
+
+def _looked_for(
+    settling: Settling, search: Search, joint: JointSearch | None
+) -> dict[int, Row | str]:
+    """The samples with their errors and misfits, or why they are not found; not all are tried."""
+    ends, samples = dict[int, Row | str](), len(search.explained)
+
+    def one(row: int, starts: int) -> Row | str:
         made: Row | str = ""
         if search.clock.over:
             return f"the time was up before it was looked for; {LONGER}"
@@ -152,40 +191,58 @@ def _looked_for(full: Frontier, search: Search, joint: JointSearch | None) -> Se
             if isinstance(found, str):
                 return found
             made = settling.settled(row, found)
+            if not isinstance(made, str):
+                search.answers[row] = made[0].value.float()
             if not isinstance(made, str) or search.late:
                 break
         return made
 
-    made = batch(samples, one)
-    if isinstance(made, str) and joint is not None and search.missed and not search.late:
+    for row in range(samples):
+        ends[row] = one(row, STARTS if samples == 1 else 1)
+        lost = len(ends) - len(_found(ends))
+        if lost > BORNE + len(_found(ends)):
+            break
+    if _found(ends) or not search.missed or search.late:
+        return ends  # what the others send may be taken off the update
+    if joint is not None:
         return _jointly(search, joint, lambda row: one(row, 1))
-    return made
+    return {row: one(row, STARTS) for row in ends}
 
 
-def _jointly(search: Search, joint: JointSearch, one: Callable[[int], Row | str]) -> Settled | str:
+def _jointly(
+    search: Search, joint: JointSearch, one: Callable[[int], Row | str]
+) -> dict[int, Row | str]:
     """The same from where all samples together meet values and gradients."""
     samples = range(len(search.explained))
-    x, made = search.start(0).float(), dict[int, Row | str]()
-    held, vain, before = [False for _ in samples], None, inf
-    for number in range(PASSES):
-        search.watch(f"{search.below}, all samples together, pass {number + 1}")
-        x, missed = joint.descended(x, held, vain)
-        if vain is None and not search.late:
-            vain = 0  # the first pass ends with kinks that are too blunt for what follows
-            continue
+    x, ends = search.start(0).float(), dict[int, Row | str]()
+    held, begun, number, vain, best = [False for _ in samples], 0, 0, 0, inf
+    for turn in range(PASSES):
+        search.watch(f"{search.below}, all samples together, pass {turn + 1}")
+        x, missed = joint.descended(x, held, number)
+        number += 1
+        if number == 1 and not search.late:
+            continue  # the first pass ends with kinks that are too blunt for what follows
         for row in samples:
             if not held[row]:
                 search.answers[row] = x[row : row + 1]
                 search.absolute(row, HANDED_OVER[1])
-                made[row] = one(row)
+                ends[row] = one(row)
                 x[row] = search.answers[row][0]
-        found = [isinstance(made[row], tuple) for row in samples]
-        vain = 0 if found != held else (vain or 0) + 1
-        stuck = vain > VAIN or (vain > 0 and missed > NEARER * before)
-        held, before = found, missed
-        if all(held) or search.late or stuck:
+        found = _found(ends)
+        more = sum(held) < len(found)
+        if more or missed <= NEARER * best:
+            vain, best = 0, inf if more else missed
+        else:
+            vain += 1
+        held = [row in found for row in samples]
+        if all(held) or search.late or (vain > VAIN and any(held)):
             break
-    return batch(len(samples), made.__getitem__)
+        if vain > VAIN:  # among other kinks: from elsewhere
+            begun += 1
+            if begun == STARTS:
+                break
+            x, number, vain, best = search.start(begun).float(), 0, 0, inf
+    return ends
 
 
 def _rearranged(settling: Settling, nearest: Frontier, data: Estimate) -> str:

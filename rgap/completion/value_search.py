@@ -41,10 +41,9 @@ class Search:
         below: what is, in words.
         clock: when it ends.
 
-    ``missed`` says whether the last run ended at data that do not give the known values.
+    ``missed`` are the samples whose last run ended at data that do not give the known values,
+    ``answers`` where it ended.
     """
-
-    missed = False
 
     def __init__(
         self,
@@ -56,7 +55,7 @@ class Search:
     ) -> None:
         self.function, self.start = function, start
         self.watch, self.below, self.clock = watch, below, clock
-        self.answers = dict[int, Tensor]()
+        self.answers, self.missed = dict[int, Tensor](), set[int]()
         self.wanted = [function.known[place].value.float() for place in function.edge]
         self.squares = [self.square(place) for place in function.edge]
         known = zip(self.wanted, self.squares, strict=True)
@@ -114,6 +113,11 @@ class Search:
         return values[place]
 
     @property
+    def nearest(self) -> dict[int, Tensor]:
+        """Where the runs ended, by the number of the sample, [*in_shape], float64."""
+        return {row: x[0].double() for row, x in self.answers.items()}
+
+    @property
     def late(self) -> bool:
         """True if the time is up."""
         return self.clock.late
@@ -145,8 +149,9 @@ class Search:
                 break
         assert x is not None
         self.answers[row] = x
-        self.missed = not best <= NEAR**2 * close
-        if self.missed:
+        self.missed.discard(row)
+        if not best <= NEAR**2 * close:
+            self.missed.add(row)
             met = f"{best**0.5:.1e} of their size, where {close**0.5:.1e} is explained"
             if self.late:
                 return f"the time was up at data that give the known values to {met}; " + LONGER

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import inf
 
 import torch
@@ -15,7 +15,7 @@ from rgap.machine.clock import ENDLESS, LONGER, Clock
 from rgap.precision import Estimate
 from rgap.solvers.conjugate import cgls, times
 
-__all__ = ["MEMBERS", "Row", "Settled", "Settling", "batch"]
+__all__ = ["MEMBERS", "Row", "Settled", "Settling", "gathered"]
 
 LAST = 8  # steps of Gauss–Newton
 FIRST, CLOSING = 1e-2, 3e-4  # accuracy of the first, among other kinks, and of one within errors
@@ -32,14 +32,20 @@ Row = tuple[Estimate, float]  # a sample, and its misfit in standard errors
 Settled = tuple[Estimate, Tensor]  # data, and the misfit of every sample
 
 
-def batch(samples: int, one: Callable[[int], Row | str]) -> Settled | str:
-    """All samples, each by its number, or why there is none of one."""
-    rows = list[Row]()
-    for row in range(samples):
-        made = one(row)
-        if isinstance(made, str):
-            return f"sample {row}: {made}"
-        rows.append(made)
+def gathered(ends: Mapping[int, Row | str], samples: int) -> Settled | str:
+    """All samples, or why one is missing.
+
+    Args:
+        ends: by the number of a sample, the sample or why it is not found; none that was not tried.
+        samples: B.
+    """
+    lost = {row: end for row, end in ends.items() if isinstance(end, str)}
+    if lost or len(ends) < samples:
+        row = min(lost)
+        more = f", and {len(lost) - 1} more" if len(lost) > 1 else ""
+        untried = f", {samples - len(ends)} not tried" if len(ends) < samples else ""
+        return f"sample {row}{more}{untried}: {lost[row]}"
+    rows = [end for _, end in sorted(ends.items()) if not isinstance(end, str)]
     value = torch.cat([row.value for row, _ in rows])
     error = torch.cat([row.error for row, _ in rows], 1)
     return Estimate(value, error), value.new_tensor([misfit for _, misfit in rows])

@@ -80,7 +80,7 @@ def at_batch(problem: Problem, separated: Separated | Unseparated, show: Progres
             return branched.recovery
         recovery = outcomes.stopped(problem, status, separated.reason, None, halt)
         if isinstance(branched, Branched):
-            return beside_branches(recovery, branched)
+            return beside_branches(problem, recovery, branched)
         return recovery
     if separated.others:
         return _among(problem, separated, show)

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from rgap.completion.complete import FAINT, grey
-from rgap.completion.preimage import Preimage, preimage
+from rgap.completion.preimage import Astray, Preimage, preimage
 from rgap.halt import HaltKind
 from rgap.inversion import outcomes
 from rgap.inversion.answer import Run, cast_of
 from rgap.inversion.problem import Problem
+from rgap.inversion.remainder import nearest, without_found
 from rgap.inversion.symptoms import warnings
 from rgap.inversion.top import head_cotangent
 from rgap.inversion.weighed import named, weighed_at
@@ -29,7 +30,7 @@ from rgap.network.affine import Affine
 from rgap.network.flow import Flow, flow_of
 from rgap.precision import Estimate, carried
 from rgap.progress import Progress
-from rgap.recovery import LayerReport, Recovery, Route, Status
+from rgap.recovery import Candidate, LayerReport, Recovery, Route, Status
 from rgap.recursion.agreement import disagreement_of_values
 from rgap.recursion.balance import disagreement_of_gradients
 from rgap.recursion.graph import GraphDescent, descend_graph
@@ -51,6 +52,7 @@ class Branched:
         features: inputs of layers [B, *in_shape] that their own gradients determine, from the
             lowest layer up.
         recovery: ``EXACT`` where the data follow, else None.
+        nearest: data that were found, send nearly the update and are not certified; or None.
         note: why they do not, or "".
         contradicted: True if the values of layers do not belong to one run of the network, so that
             none of them is certified, those that were read above included.
@@ -60,6 +62,7 @@ class Branched:
 
     features: dict[str, Estimate] = field(default_factory=dict)
     recovery: Recovery | None = None
+    nearest: Candidate | None = None
     note: str = ""
     contradicted: bool = False
     refuted: str = ""
@@ -88,12 +91,12 @@ def below_branches(
     if cut is None or not bool(known.known.all()):
         return None
     # A layer with one place is read as a matrix in the chain, as itself in the graph.
-    few = _shaped(Estimate(known.value, known.error[:MEMBERS]), cut.nodes[-1].shape)
+    few = Estimate(known.value, known.error[:MEMBERS]).shaped(cut.nodes[-1].shape)
     values = dict[int, Estimate]()
     if read is not None:
         [below] = cut.nodes[-1].sources
         few_read = Estimate(read.value, read.error[: len(few.error)])
-        values[below] = _shaped(few_read, cut.nodes[below].shape)
+        values[below] = few_read.shaped(cut.nodes[below].shape)
     return _descended(problem, flow, cut, few, values, run.descent, show)
 
 
@@ -161,7 +164,14 @@ def _descended(
     own = problem.precision
     own = replace(own, samples=len(few.error), seed=own.seed + 1)  # draws unlike those of `few`
     told = descend_graph(
-        cut, problem.gradients, few, own, watch, problem.room, values, problem.deadline
+        cut,
+        problem.gradients,
+        few,
+        own,
+        watch,
+        problem.room,
+        GraphDescent(values),
+        problem.deadline,
     )
     lone = disagreement_of_gradients(cut, told.values, told.cotangents, problem.gradients, own)
     if lone is not None:
@@ -180,13 +190,26 @@ def _descended(
         seed = problem.precision.seed + number
         return grey(problem.batch, flow.in_shape, problem.value_range, seed, spread)
 
-    found = preimage(cut, told, start, show.stage, problem.clock, problem.room, problem.gradients)
-    if isinstance(found, str):
-        return Branched(features, note=f"the data do not follow from the features: {found}")
-    made = _certified(problem, flow, told, found, descent)
-    if isinstance(made, str):
-        return Branched(features, note=f"data that give the features are not certified: {made}")
-    return Branched(features, made)
+    def looked_for(near: Tensor | None = None) -> Preimage | Astray:
+        gradients, clock = problem.gradients, problem.clock
+        return preimage(cut, told, start, show.stage, clock, problem.room, gradients, near)
+
+    found, near = looked_for(), dict[int, Tensor]()
+    if isinstance(found, Astray) and found.found:
+        show.stage("what is left without the samples that were found")
+        rest = without_found(problem, cut, told, found, start, own, show.stage)
+        if rest is not None:
+            found, near = looked_for(rest), dict(enumerate(rest))
+    if isinstance(found, Astray):
+        near = {**near, **found.nearest}
+        note = f"the data do not follow from the features: {found.reason}"
+    else:
+        made = _certified(problem, flow, told, found, descent)
+        if not isinstance(made, str):
+            return Branched(features, made)
+        near = dict(enumerate(found.data.value))
+        note = f"data that give the features are not certified: {made}"
+    return Branched(features, None, nearest(problem, cut, told, near), note)
 
 
 def _start(
@@ -250,19 +273,13 @@ def _unread(problem: Problem, flow: Flow) -> str:
     return ""
 
 
-def _shaped(known: Estimate, shape: tuple[int, ...]) -> Estimate:
-    """The same entries of every sample in another shape."""
-    value = known.value.reshape(len(known.value), *shape)
-    return Estimate(value, known.error.reshape(len(known.error), *value.shape))
-
-
 def _features(flow: Flow, told: GraphDescent) -> dict[str, Estimate]:
     features = {}
     for place, value in sorted(told.values.items()):
         for user in flow.users(place):
             link = flow.nodes[user].link
             if isinstance(link, Affine):
-                features[link.name] = _shaped(value, link.in_shape)
+                features[link.name] = value.shaped(link.in_shape)
     return features
 
 
@@ -287,7 +304,7 @@ def _certified(
     own = rounded(below, place, features.value, problem.precision.unit)
     drawn = problem.precision.normal(torch.full_like(features.value, own), len(features.error))
     there = Estimate(features.value, features.error + drawn)
-    read = weighed_at(problem, _shaped(there, affine.in_shape))
+    read = weighed_at(problem, there.shaped(affine.in_shape))
     confirmed = read if isinstance(read, str) else named(problem, data, read)
     if isinstance(confirmed, str):
         return confirmed

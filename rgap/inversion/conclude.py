@@ -75,10 +75,11 @@ def _ended_early(problem: Problem, runs: Sequence[Run], show: Progress) -> Recov
             return partly
         if partly is not None and partly.labels is not None and partly.partial is not None:
             return parts.completed(problem, partly)
-    if problem.filling is not None and alone:
+    found = branched is not None and branched.nearest is not None
+    if problem.filling is not None and alone and not found:
         return filled(problem, run, show)
     reason = halt.reason
-    if problem.filling is not None:
+    if problem.filling is not None and not alone:
         reason += f"; no completion: {len(runs)} roots at the head are open, each needs its own"
     status = Status.UNDERDETERMINED if halt.supported else Status.UNSUPPORTED
     recovery = outcomes.stopped(problem, status, reason, descent)
@@ -106,13 +107,20 @@ def _with_features(
     if branched is None:
         return with_features(recovery, features)
     branched = replace(branched, features={}) if doubt else branched
-    return beside_branches(recovery, branched, {} if branched.contradicted else features)
+    return beside_branches(problem, recovery, branched, {} if branched.contradicted else features)
 
 
 def beside_branches(
-    recovery: Recovery, branched: Branched, certified: Mapping[str, Estimate] = MappingProxyType({})
+    problem: Problem,
+    recovery: Recovery,
+    branched: Branched,
+    certified: Mapping[str, Estimate] = MappingProxyType({}),
 ) -> Recovery:
-    """The recovery with what wide layers say of their own inputs, and those certified above."""
+    """The recovery with what wide layers say of their own inputs, and those certified above.
+
+    Data that were found below them and are not certified are its candidate; where a completion is
+    asked for and they send the update, its answer.
+    """
     own = branched.features
     layers = [
         by_gradients(report, own[report.layer])
@@ -127,6 +135,25 @@ def beside_branches(
         halt = Halt.contradiction(branched.refuted)
         reason = f"{branched.note}; {recovery.reason}"
         return replace(recovery, status=Status.INCONSISTENT, halt=halt, reason=reason)
+    near = branched.nearest
+    if near is not None:
+        where = "in candidates"
+        if problem.filling is not None:
+            where = "in inputs"
+            recovery = replace(
+                recovery,
+                status=Status.COMPLETED,
+                inputs=near.inputs,
+                labels=near.labels,
+                residual=near.residual,
+                warnings=(*recovery.warnings, outcomes.CHOSEN),
+            )
+        else:
+            recovery = replace(recovery, candidates=(near,))
+        words = (
+            f"the nearest data, {where}, send an update that is off by {near.residual:.1e} of it"
+        )
+        recovery = replace(recovery, reason=f"{recovery.reason}; {words}")
     return with_features(recovery, {**own, **certified})
 
 

@@ -218,6 +218,9 @@ def _cotangents(problem: Problem, features: Estimate) -> Estimate | str:
         return "their features at the last layer are linearly dependent within their errors"
     back = torch.linalg.pinv(u.T)  # [B, d]
     kappa = back @ g.T
+    # Features that are nearly alike: a product with the inverse leaves ε times their condition of
+    # the gradient, where the misfit below is measured in ε.
+    kappa = kappa + back @ (g.T - u.T @ kappa)
     squares = kappa.square().T @ features.value.square()
     std = [precision.update_std(affine.weight_name, squares, kappa.T @ features.value)]
     if len(sent) > 1:

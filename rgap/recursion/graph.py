@@ -11,8 +11,8 @@ Source: gradient constraints alone down a chain of one sample are R-CONV (Eltara
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import inf
 
 import torch
@@ -59,6 +59,15 @@ class GraphDescent:
     ends: dict[int, str] = field(default_factory=dict)
     unit: float = 0.0
 
+    def of(self, rows: Sequence[int]) -> GraphDescent:
+        """What is known of some samples of the batch: values, and what steps let through."""
+        return GraphDescent(
+            {place: value.of(rows) for place, value in self.values.items()},
+            masks={place: mask[list(rows)] for place, mask in self.masks.items()},
+            below={place: k.of(rows) for place, k in self.below.items()},
+            unit=self.unit,
+        )
+
 
 def descend_graph(
     flow: Flow,
@@ -67,7 +76,7 @@ def descend_graph(
     precision: Precision,
     watch: Callable[[str], None] | None = None,
     room: float = inf,
-    values: Mapping[int, Estimate] | None = None,
+    begun: GraphDescent | None = None,
     deadline: float = inf,
 ) -> GraphDescent:
     """From the cotangent at the output down to the lowest values that gradients determine.
@@ -79,11 +88,12 @@ def descend_graph(
         precision: of the update.
         watch: told the name of each value that is solved.
         room: bytes for the equations of one value.
-        values: by place, those that are known beforehand.
+        begun: what is known beforehand.
         deadline: of ``time.perf_counter``, after which no search for winners of a pool goes on.
     """
     walk = Walk(flow, gradients, precision, watch or (lambda name: None), room, deadline)
-    walk.state.values.update(values or {})
+    if begun is not None:
+        walk.state = replace(begun, unit=precision.unit)
     while walk.down(top):
         pass
     return walk.state

@@ -10,7 +10,7 @@ from residual import Block
 from torch import Tensor, nn
 
 import rgap
-from rgap.completion.preimage import preimage
+from rgap.completion.preimage import Astray, preimage
 from rgap.completion.value_settling import Settling
 from rgap.completion.value_uniqueness import mirrored
 from rgap.jacobian.frontier import Frontier, Tangent, frontier
@@ -59,7 +59,7 @@ def test_data_come_back_within_the_errors_of_the_values(off: float) -> None:
     told = known(flow, x, "relu_1", off=off)
     assert [flow.nodes[p].name for p in frontier(flow, told.values)] == ["relu_1"]
     found = preimage(flow, told, lambda number: grey(x))
-    assert not isinstance(found, str), found
+    assert not isinstance(found, Astray), found
     assert found.equations > found.unknowns == 192
     error = found.data.value - x
     assert float(found.misfit.max()) < 2.0
@@ -73,13 +73,13 @@ def test_time_that_is_up_is_no_contradiction(monkeypatch: pytest.MonkeyPatch) ->
     assert isinstance(flow, Flow)
     x = rgap.photos.load(1, 8, start=5, dtype=F64)
     found = preimage(flow, known(flow, x, "relu_1"), lambda number: grey(x), clock=Clock(0.0))
-    assert isinstance(found, str)
-    assert "the time was up" in found and "time_limit" in found
+    assert isinstance(found, Astray)
+    assert "the time was up" in found.reason and "time_limit" in found.reason
     limited = Clock(0.0, limited=True)
     begun: list[int] = []
     found = preimage(flow, known(flow, x, "relu_1"), begun.append, clock=limited)  # type: ignore[arg-type]
-    assert isinstance(found, str) and not begun
-    assert "the time was up before" in found and "time_limit" in found
+    assert isinstance(found, Astray) and not begun
+    assert "the time was up before" in found.reason and "time_limit" in found.reason
 
 
 def test_the_clients_own_rounding_of_its_values_is_part_of_their_errors() -> None:
@@ -97,7 +97,7 @@ def test_the_clients_own_rounding_of_its_values_is_part_of_their_errors() -> Non
     found = preimage(
         flow, GraphDescent({top: exact}, unit=2.0**-24), lambda number: grey(x).double()
     )
-    assert not isinstance(found, str), found
+    assert not isinstance(found, Astray), found
     assert float(found.misfit.max()) < 1.5  # 1e5 without it
     error = found.data.value - x
     assert float(error.abs().max()) <= 10.0 * float(found.data.std.max()) < 1e-4
@@ -109,7 +109,7 @@ def test_values_that_leave_directions_open_are_refused() -> None:
     assert isinstance(flow, Flow)
     x = rgap.photos.load(1, 8, dtype=F64)
     few = preimage(flow, known(flow, x, "1"), lambda number: grey(x))
-    assert isinstance(few, str) and "for 192 unknowns" in few
+    assert isinstance(few, Astray) and "for 192 unknowns" in few.reason
     torch.manual_seed(0)
     with torch.no_grad():  # many filters that never see one colour
         wide = nn.Sequential(nn.Conv2d(3, 12, 3, 1, 1), nn.Flatten(), nn.Linear(768, 3)).double()
@@ -117,7 +117,7 @@ def test_values_that_leave_directions_open_are_refused() -> None:
     flow = flow_of(wide, (3, 8, 8))
     assert isinstance(flow, Flow)
     open_ = preimage(flow, known(flow, x, "0"), lambda number: grey(x))
-    assert isinstance(open_, str) and "directions of the data open" in open_
+    assert isinstance(open_, Astray) and "directions of the data open" in open_.reason
 
 
 def test_values_of_another_network_are_refused() -> None:
@@ -125,7 +125,7 @@ def test_values_of_another_network_are_refused() -> None:
     assert isinstance(flow, Flow) and isinstance(other, Flow)
     x = rgap.photos.load(1, 8, dtype=F64)
     told = known(other, x, "1", "relu_1")
-    assert isinstance(preimage(flow, told, lambda number: grey(x)), str)
+    assert isinstance(preimage(flow, told, lambda number: grey(x)), Astray)
 
 
 @pytest.mark.cases(3)
@@ -172,7 +172,7 @@ def test_data_end_where_the_values_are_met_best(off: float, seed: int) -> None:
     x = rgap.photos.load(1, 8, start=seed, dtype=F64)
     told = known(flow, x, "relu_1", off=off)
     found = preimage(flow, told, lambda number: grey(x))
-    assert not isinstance(found, str), found
+    assert not isinstance(found, Astray), found
     [place] = told.values
     full = Frontier(flow, [place], told.values)
     data, [sigma] = found.data.value, full.sigma(0)
