@@ -15,7 +15,7 @@ rank and refusal are ours.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import inf, prod
 
@@ -73,12 +73,12 @@ class Astray:
     Attributes:
         reason: in words.
         nearest: by the number of a sample, where its search ended, [*in_shape], float64.
-        found: samples that are determined each by itself.
+        found: those that are determined each by itself, as they are.
     """
 
     reason: str
     nearest: Mapping[int, Tensor] = field(default_factory=dict)
-    found: Sequence[int] = ()
+    found: Mapping[int, Row] = field(default_factory=dict)
 
 
 def preimage(
@@ -89,7 +89,7 @@ def preimage(
     clock: Clock = ENDLESS,
     room: float = inf,
     gradients: Mapping[str, Tensor] | None = None,
-    near: Tensor | None = None,
+    near: Mapping[int, Row | Tensor] | None = None,
 ) -> Preimage | Astray:
     """The data that give the known values nearest to them, with errors, or why there are none.
 
@@ -102,7 +102,8 @@ def preimage(
         room: bytes for all values of the network on the way, and their cotangents.
         gradients: the update, by parameter name: what layers below the known values say of the data
             where these alone lead nowhere.
-        near: data to begin Gauss–Newton at, [B, *in_shape], instead of a search.
+        near: every sample by its number, as it was found, or data [*in_shape] to begin Gauss–Newton
+            at, instead of a search.
     """
     if clock.over:
         return Astray(f"the time was up before they were looked for; {LONGER}")
@@ -132,7 +133,7 @@ def preimage(
     below = f"the data below '{flow.nodes[lowest[0]].name}'"
     settling = Settling(full, clock)
     if 0 in known:
-        made = _settled(settling, known[0].value)
+        made = _settled(settling, dict(enumerate(known[0].value)))
     else:
         doubted = folded(full, unknowns, unknowns + surplus)
         if isinstance(doubted, str):
@@ -151,8 +152,8 @@ def preimage(
             ends = _looked_for(settling, search, joint)
             made = gathered(ends, samples)
             if isinstance(made, str):
-                found = _found(ends)
-                return Astray(made, {**search.nearest, **found}, () if doubted else list(found))
+                found = {} if doubted else _found(ends)
+                return Astray(made, search.nearest, found)
         if doubted and not isinstance(made, str):
             again = Search(nearest, lambda n: start(n + 1), watch, f"again {below}", clock)
             made = agreed(made, gathered(_looked_for(settling, again, joint), samples))
@@ -165,15 +166,18 @@ def preimage(
     return Preimage(data, misfit, unknowns, on)
 
 
-def _settled(settling: Settling, x: Tensor) -> Settled | str:
-    """Where Gauss–Newton ends from data near the answer."""
-    ends = {row: settling.settled(row, x[row : row + 1]) for row in range(len(x))}
-    return gathered(ends, len(x))
+def _settled(settling: Settling, near: Mapping[int, Row | Tensor]) -> Settled | str:
+    """Samples as they are, and where Gauss–Newton ends from data near the others."""
+    ends = {
+        row: settling.settled(row, x[None]) if isinstance(x, Tensor) else x
+        for row, x in near.items()
+    }
+    return gathered(ends, len(near))
 
 
-def _found(ends: Mapping[int, Row | str]) -> dict[int, Tensor]:
-    """Samples that are not missing, [*in_shape]."""
-    return {row: end[0].value[0] for row, end in ends.items() if not isinstance(end, str)}
+def _found(ends: Mapping[int, Row | str]) -> dict[int, Row]:
+    """Samples that are not missing."""
+    return {row: end for row, end in ends.items() if not isinstance(end, str)}
 
 
 def _looked_for(
@@ -235,8 +239,8 @@ def _jointly(
         else:
             vain += 1
         held = [row in found for row in samples]
-        if all(held) or search.late or (vain > VAIN and any(held)):
-            break
+        if all(held) or search.late or (vain and any(held)):
+            break  # what those that are held send may be taken off the update
         if vain > VAIN:  # among other kinks: from elsewhere
             begun += 1
             if begun == STARTS:

@@ -7,7 +7,7 @@ is read at the head, and nothing is certified that does not give the update agai
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rgap.completion.complete import FAINT, grey
 from rgap.completion.preimage import Astray, Preimage, preimage
+from rgap.completion.value_settling import Row
 from rgap.halt import HaltKind
 from rgap.inversion import outcomes
 from rgap.inversion.answer import Run, cast_of
@@ -190,7 +191,7 @@ def _descended(
         seed = problem.precision.seed + number
         return grey(problem.batch, flow.in_shape, problem.value_range, seed, spread)
 
-    def looked_for(near: Tensor | None = None) -> Preimage | Astray:
+    def looked_for(near: Mapping[int, Row | Tensor] | None = None) -> Preimage | Astray:
         gradients, clock = problem.gradients, problem.clock
         return preimage(cut, told, start, show.stage, clock, problem.room, gradients, near)
 
@@ -199,7 +200,8 @@ def _descended(
         show.stage("what is left without the samples that were found")
         rest = without_found(problem, cut, told, found, start, own, show.stage)
         if rest is not None:
-            found, near = looked_for(rest), dict(enumerate(rest))
+            found = looked_for(rest)
+            near = {n: x if isinstance(x, Tensor) else x[0].value[0] for n, x in rest.items()}
     if isinstance(found, Astray):
         near = {**near, **found.nearest}
         note = f"the data do not follow from the features: {found.reason}"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rgap.completion.preimage import Astray, Preimage, preimage
+from rgap.completion.value_settling import Row
 from rgap.inversion.batch_rows import in_order
 from rgap.inversion.problem import Problem
 from rgap.inversion.replay import replayed, sent_for
@@ -39,8 +40,8 @@ def without_found(
     start: Callable[[int], Tensor],
     precision: Precision,
     watch: Watch,
-) -> Tensor | None:
-    """The batch [B, *in_shape] with what follows of its other samples; None if none of them does.
+) -> dict[int, Row | Tensor] | None:
+    """Samples as they were found, and data near the others; None if none of these follows.
 
     Args:
         problem: the update.
@@ -54,7 +55,11 @@ def without_found(
     read = _targets(problem, flow, told)
     if isinstance(read, str):
         return None
-    data, found = _batch(start(0), astray.nearest), set(astray.found)
+    data, found = start(0), set(astray.found)
+    for row, x in astray.nearest.items():
+        data[row] = x
+    for row, (sample, _) in astray.found.items():
+        data[row] = sample.value[0]
     while 0 < len(found) < len(data) and not problem.clock.over:
         rest = [row for row in range(len(data)) if row not in found]
         known = torch.tensor([float(row in found) for row in range(len(data))]).to(data)
@@ -77,14 +82,19 @@ def without_found(
         begin = partial(_rows, start, rest)
         made = preimage(flow, fewer, begin, watch, problem.clock, problem.room, left)
         if isinstance(made, Preimage):
-            data[rest] = made.data.value
-            return data
-        for number, x in made.nearest.items():
+            more = dict(enumerate(made.data.value))
+        else:
+            more = {number: end[0].value[0] for number, end in made.found.items()}
+            for number, x in made.nearest.items():
+                data[rest[number]] = x
+        for number, x in more.items():
             data[rest[number]] = x
-        if not made.found:
+            found.add(rest[number])
+        if not more:
             break
-        found |= {rest[number] for number in made.found}
-    return data if len(found) > len(astray.found) else None
+    if len(found) == len(astray.found):
+        return None
+    return {row: astray.found.get(row, data[row]) for row in range(len(data))}
 
 
 def nearest(
@@ -125,8 +135,3 @@ def _targets(problem: Problem, flow: Flow, told: GraphDescent) -> Weighed | str:
 
 def _rows(start: Callable[[int], Tensor], rows: list[int], number: int) -> Tensor:
     return start(number)[rows]
-
-
-def _batch(start: Tensor, data: Mapping[int, Tensor]) -> Tensor:
-    """All samples; where nothing is known of one, where it began."""
-    return torch.stack([data.get(row, x) for row, x in enumerate(start)])
