@@ -159,7 +159,8 @@ class _Sums:
         assert isinstance(affine, Affine)
         z, unit = affine.forward(u), self.precision.unit
         squares = affine.linear_of_squares(self.precision.squares(u)) + z.square()
-        own = self.precision.sum_std(squares).square() * k.square()
+        made = self.precision.sum_std(squares, affine.weight[0].numel())
+        own = made.square() * k.square()
         terms = (k * z).transpose(0, 1).flatten(1)
         return own.transpose(0, 1).flatten(1).sum(1) + (unit * unit) * terms.square().sum(1)
 
@@ -223,6 +224,13 @@ class _Sums:
             value = value + terms.transpose(0, 1).flatten(1).sum(1)
             spread = self.spread(affine, u, k.value)
             variance = variance + spread.transpose(0, 1).flatten(1).sum(1)
+            # What the client makes of k on the way down rounds, and that is what it goes on with.
+            squares, count = (
+                affine.adjoint_of_squares(k.value.square()),
+                affine.weight[:, 0].numel(),
+            )
+            made = self.precision.sum_std(squares, count) * u
+            variance = variance + made.square().transpose(0, 1).flatten(1).sum(1)
         names = " and ".join(f"'{self.flow.nodes[user].name}'" for user in users)
         return _Sum(value, variance, f"⟨W, ∂W⟩ of {names}")
 

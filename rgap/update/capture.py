@@ -225,7 +225,7 @@ def _check_range(inputs: Tensor, value_range: tuple[float, float] | None) -> Non
     if value_range is None:
         return
     low, high = value_range
-    if float(inputs.min()) < low or float(inputs.max()) > high:
+    if float(inputs.detach().min()) < low or float(inputs.detach().max()) > high:
         warnings.warn(
             f"inputs: some values lie outside value_range=({low:g}, {high:g}), which the update "
             "would declare to the attacker; write value_range=None, or the range after "
