@@ -42,7 +42,7 @@ __all__ = ["Astray", "Preimage", "preimage"]
 HANDED_OVER = 1e-3, 3e-5, 0.0  # relative misfits at which Gauss–Newton is tried; 0: as errors say
 PASSES, VAIN = 60, 1  # of all samples together, and in a row that find no more
 NEARER = 0.7  # of the lowest misfit, below which a pass that found no sample led nearer
-BORNE = 1  # samples by which those that are not found outnumber the others while more are tried
+BORNE = 2  # samples by which those that are not found outnumber the others while more are tried
 OTHERS = 3  # rearranged pictures of a sample that Gauss–Newton begins at
 COPIES = (
     24.0  # bytes a value on the way: float32, with its cotangent, its slope and what is made of it
@@ -210,7 +210,7 @@ def _looked_for(
         return ends  # what the others send may be taken off the update
     if joint is not None:
         return _jointly(search, joint, lambda row: one(row, 1))
-    return {row: one(row, STARTS) for row in ends}
+    return {**ends, 0: one(0, STARTS)}
 
 
 def _jointly(
