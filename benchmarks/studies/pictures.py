@@ -48,8 +48,8 @@ WIDE = "resnet18", "vgg16", "vgg16_bn"
 OTHERS = "ig", "gradinversion"
 BATCHES = (1, 2, 4)
 PICTURES = 20
-# Weights of the total variation: --tuning --cases 1 --seconds 8, at B = 4 as at B = 2; resnet18 with
-# 15 s at B = 1; vgg16 and vgg16_bn are not tuned yet.
+# Weights of the total variation: --tuning --cases 1 --seconds 8, at B = 4 as at B = 2; of resnet18
+# with 15 s at B = 1; those of vgg16 and vgg16_bn are not tuned yet.
 BEST = {
     ("lenet5", 1): 1.0, ("lenet5", 2): 1e-2, ("lenet5", 4): 1e-2,
     ("vgg", 1): 1e-4, ("vgg", 2): 1e-4, ("vgg", 4): 1e-4,
@@ -158,7 +158,7 @@ def summary(runs: Sequence[dict]) -> None:
 def main() -> int:
     """Run what the command line asks for."""
     parser = Arguments(__doc__, rows=["lenet5"], batches=[1], cases=1, seconds=1.0)
-    parser.rows((*SMALL, *WIDE))
+    parser.rows((*SMALL, *WIDE), list(SMALL))
     parser.several("--batches", BATCHES, "batch sizes")
     parser.add_argument("--cases", type=int, help="batches a cell; default: 20 photographs")
     parser.add_argument("--seconds", type=float, default=20.0, help="of every search")
