@@ -24,8 +24,9 @@ UNKNOWN = 1e150  # standard error of a value that no equation fixes
 OPEN = 1e100  # above which it is one, whatever scale a normalisation has put on it
 ENDS = 3.0  # square of the largest error of a rounding over its variance
 # Rounding of a sum of n terms of random sign that is added up one by one, over √n and over its size
-# S: each partial sum S_j, of mean square S² j/n, rounds by a variance of 0.17 u² S_j².
-SEQUENTIAL = 0.29
+# S: each partial sum S_j, of mean square S² j/n, rounds by a variance of u² S_j² times the mean of
+# 1/(3 m²) over mantissas m in [1, 2), (1 − 1/4)/(6 ln 2) = 0.18; all of them by 0.18 u² S² n/2.
+SEQUENTIAL = 0.3
 GROWTH = 2.0  # rounding of an accumulated sum over the rounding of its terms
 
 

@@ -105,8 +105,9 @@ def preimage(
         near: every sample by its number, as it was found, or data [*in_shape] to begin Gauss–Newton
             at, instead of a search.
     """
+    begun = {row: x if isinstance(x, Tensor) else x[0].value[0] for row, x in (near or {}).items()}
     if clock.over:
-        return Astray(f"the time was up before they were looked for; {LONGER}")
+        return Astray(f"the time was up before they were looked for; {LONGER}", begun)
     known = told.values
     lowest = frontier(flow, known)
     if not lowest:
@@ -147,6 +148,8 @@ def preimage(
         joint = JointSearch.of(nearest, told, gradients or {}, clock)
         if near is not None and not doubted:
             made = _settled(settling, near)
+            if isinstance(made, str):
+                return Astray(made, begun)
         else:
             search = Search(nearest, start, watch, below, clock)
             ends = _looked_for(settling, search, joint)
@@ -161,7 +164,7 @@ def preimage(
             other = mirrored(nearest, made[0].value)
             made = other or _rearranged(Settling(full), nearest, made[0]) or made
     if isinstance(made, str):
-        return Astray(made)
+        return Astray(made)  # not the nearest: where others are as near, none is shown
     data, misfit = made
     return Preimage(data, misfit, unknowns, on)
 

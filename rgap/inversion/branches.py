@@ -195,15 +195,14 @@ def _descended(
         gradients, clock = problem.gradients, problem.clock
         return preimage(cut, told, start, show.stage, clock, problem.room, gradients, near)
 
-    found, near = looked_for(), dict[int, Tensor]()
+    found = looked_for()
     if isinstance(found, Astray) and found.found:
         show.stage("what is left without the samples that were found")
         rest = without_found(problem, cut, told, found, start, own, show.stage)
-        if rest is not None:
-            found = looked_for(rest)
-            near = {n: x if isinstance(x, Tensor) else x[0].value[0] for n, x in rest.items()}
+        found = found if rest is None else looked_for(rest)
+    near: Mapping[int, Tensor]
     if isinstance(found, Astray):
-        near = {**near, **found.nearest}
+        near = found.nearest
         note = f"the data do not follow from the features: {found.reason}"
     else:
         made = _certified(problem, flow, told, found, descent)

@@ -225,11 +225,8 @@ class _Sums:
             spread = self.spread(affine, u, k.value)
             variance = variance + spread.transpose(0, 1).flatten(1).sum(1)
             # What the client makes of k on the way down rounds, and that is what it goes on with.
-            squares, count = (
-                affine.adjoint_of_squares(k.value.square()),
-                affine.weight[:, 0].numel(),
-            )
-            made = self.precision.sum_std(squares, count) * u
+            squares = affine.adjoint_of_squares(k.value.square())
+            made = self.precision.sum_std(squares, affine.weight[:, 0].numel()) * u
             variance = variance + made.square().transpose(0, 1).flatten(1).sum(1)
         names = " and ".join(f"'{self.flow.nodes[user].name}'" for user in users)
         return _Sum(value, variance, f"⟨W, ∂W⟩ of {names}")

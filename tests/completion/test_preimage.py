@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from residual import Block
+from residual import Block, pictured
 from torch import Tensor, nn
 
 import rgap
@@ -25,13 +25,7 @@ F64 = torch.float64
 
 
 def network(dtype: torch.dtype, seed: int = 1, width: int = 32) -> nn.Module:
-    torch.manual_seed(seed)
-    model = nn.Sequential(
-        nn.Conv2d(3, width, 3, 1, 1), nn.ReLU(), Block(width, width), Block(width, 64, 2),
-        Block(64, 64), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10),
-    )  # fmt: skip
-    model.train()(rgap.photos.load(16, 8, dtype=torch.float32))
-    return model.to(dtype).eval()
+    return pictured(dtype, 8, (width, 64), seed)
 
 
 def known(flow: Flow, x: Tensor, *names: str, off: float = 1e-14) -> GraphDescent:

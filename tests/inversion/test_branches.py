@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from branched import drawn
-from residual import Block
+from residual import pictured
 from torch import Tensor, nn
 
 import rgap
@@ -18,13 +18,7 @@ SHAPE = (3, 16, 16)
 
 
 def network(dtype: torch.dtype, seed: int = 0) -> nn.Module:
-    torch.manual_seed(seed)
-    model = nn.Sequential(
-        nn.Conv2d(3, 24, 3, 2, 1), nn.ReLU(), Block(24, 24), Block(24, 48, 2), Block(48, 48),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(48, 10),
-    )  # fmt: skip
-    model.train()(rgap.photos.load(16, 16, dtype=torch.float32))
-    return model.to(dtype).eval()
+    return pictured(dtype, 16, (24, 48), seed, stride=2)
 
 
 def seen(model: nn.Module, x: Tensor) -> dict[str, Tensor]:

@@ -6,27 +6,21 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from residual import pictured
 from torch import Tensor, nn
 
 import rgap
 from rgap import Status
 from rgap.completion.value_search import Search
-from rgap.completion.value_settling import Settling
+from rgap.completion.value_settling import Row, Settling
 from rgap.inversion import branches
-from tests.support.residual import Block
 
 F64 = torch.float64
 LABELS = [3, 4, 4]
 
 
 def network(dtype: torch.dtype) -> nn.Module:
-    torch.manual_seed(1)
-    model = nn.Sequential(
-        nn.Conv2d(3, 16, 3, 1, 1), nn.ReLU(), Block(16, 16), Block(16, 64, 2), Block(64, 64),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10),
-    )  # fmt: skip
-    model.train()(rgap.photos.load(16, 8, dtype=torch.float32))
-    return model.to(dtype).eval()
+    return pictured(dtype, 8, (16, 64), seed=1)
 
 
 def blind(row: int, least: int) -> Callable[..., Tensor | str]:
@@ -41,6 +35,16 @@ def blind(row: int, least: int) -> Callable[..., Tensor | str]:
         return made
 
     return run
+
+
+def beside(row: int) -> Callable[..., Row | str]:
+    """Gauss–Newton that ends beside the data of one sample."""
+    whole = Settling.settled
+
+    def settled(self: Settling, number: int, x: Tensor) -> Row | str:
+        return "beside the data" if number == row else whole(self, number, x)
+
+    return settled
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -72,12 +76,7 @@ def test_the_nearest_data_are_a_candidate_and_where_one_is_asked_for_a_completio
     complete: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, x = network(F64), rgap.photos.load(3, 8, start=4, dtype=F64)
-    whole = Settling.settled
-    monkeypatch.setattr(
-        Settling,
-        "settled",
-        lambda self, row, x: "beside the data" if row == 1 else whole(self, row, x),
-    )
+    monkeypatch.setattr(Settling, "settled", beside(1))
     update = rgap.capture(model, x, torch.tensor(LABELS))
     recovery = rgap.invert(model, update, complete=complete, time_limit=60.0)
     assert recovery.status is (Status.COMPLETED if complete else Status.UNDERDETERMINED)
@@ -93,12 +92,7 @@ def test_the_nearest_data_are_a_candidate_and_where_one_is_asked_for_a_completio
 
 def test_data_that_send_another_update_are_no_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = network(F64), rgap.photos.load(3, 8, start=4, dtype=F64)
-    whole = Settling.settled
-    monkeypatch.setattr(
-        Settling,
-        "settled",
-        lambda self, row, x: "beside the data" if row == 1 else whole(self, row, x),
-    )
+    monkeypatch.setattr(Settling, "settled", beside(1))
     monkeypatch.setattr(branches, "without_found", lambda *args: None)
     update = rgap.capture(model, x, torch.tensor(LABELS))
     near = rgap.invert(model, update)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
+
+import rgap
 
 
 class Block(nn.Module):
@@ -29,3 +32,25 @@ class Residual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Of features, or a map."""
         return x + self.inner(x)
+
+
+def pictured(
+    dtype: torch.dtype, side: int, widths: tuple[int, int], seed: int, stride: int = 1
+) -> nn.Module:
+    """Three blocks below an average, in eval mode with running statistics of photographs.
+
+    Args:
+        dtype: of the weights.
+        side: of the photographs, in pixels.
+        widths: of the first block, and of the two after it.
+        seed: of the weights.
+        stride: of the first convolution.
+    """
+    torch.manual_seed(seed)
+    first, last = widths
+    model = nn.Sequential(
+        nn.Conv2d(3, first, 3, stride, 1), nn.ReLU(), Block(first, first), Block(first, last, 2),
+        Block(last, last), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(last, 10),
+    )  # fmt: skip
+    model.train()(rgap.photos.load(16, side, dtype=torch.float32))
+    return model.to(dtype).eval()
