@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import suppress
-from math import inf
+from math import inf, isfinite
 
 import torch
 from torch import Tensor
@@ -23,8 +22,8 @@ def lbfgs(x: Tensor, steps: int) -> torch.optim.LBFGS:
     )  # fmt: skip
 
 
-class _LateError(Exception):
-    """The time is up in the middle of a step."""
+class _LeftError(Exception):
+    """A step is left in the middle: the time is up, or the function is no number there."""
 
 
 def lowered(
@@ -36,7 +35,9 @@ def lowered(
         x: where they begin.
         steps: how many.
         function: of x, to one number, with its graph.
-        deadline: of ``time.perf_counter``, after which the function is not called again.
+        deadline: of ``time.perf_counter``, after which the function is not called again; where it
+            cuts a step, and where the function or its slope is not finite, the way ends at the
+            lowest point so far.
 
     >>> x = torch.tensor([3.0, -2.0], dtype=torch.float64)
     >>> least = lowered(x, 20, lambda x: (x - 1.0).square().sum())
@@ -44,19 +45,26 @@ def lowered(
     ['1.000', '1.000']
     """
     x = x.clone(memory_format=torch.contiguous_format).requires_grad_()
+    best, lowest = x.detach().clone(), inf
 
     def closure() -> Tensor:
+        nonlocal best, lowest
         with torch.enable_grad():
             value = function(x)
             (x.grad,) = torch.autograd.grad(value, x)
-        return value.detach()
+        value = value.detach()
+        if not (isfinite(float(value)) and bool(torch.isfinite(x.grad).all())):
+            raise _LeftError
+        if float(value) < lowest:
+            best, lowest = x.detach().clone(), float(value)
+        return value
 
-    stepped(lbfgs(x, steps), closure, deadline)
-    return x.detach()
+    ended = stepped(lbfgs(x, steps), closure, deadline)
+    return x.detach() if ended else best
 
 
-def stepped(optimiser: torch.optim.LBFGS, closure: Callable[[], Tensor], deadline: float) -> None:
-    """One call of an optimiser, which ends where it is once the time is up.
+def stepped(optimiser: torch.optim.LBFGS, closure: Callable[[], Tensor], deadline: float) -> bool:
+    """One call of an optimiser, which ends where it is once the time is up: False then.
 
     Args:
         optimiser: of :func:`lbfgs`.
@@ -66,8 +74,11 @@ def stepped(optimiser: torch.optim.LBFGS, closure: Callable[[], Tensor], deadlin
 
     def timely() -> Tensor:
         if time.perf_counter() > deadline:
-            raise _LateError
+            raise _LeftError
         return closure()
 
-    with suppress(_LateError):
+    try:
         optimiser.step(timely)  # type: ignore[no-untyped-call]
+    except _LeftError:
+        return False
+    return True

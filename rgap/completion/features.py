@@ -1,13 +1,17 @@
-"""A picture where no batch that meets the update was found: known features first, then gradients.
+"""A picture where no batch that meets the update was found: known features, gradients, a prior.
 
-Gradients of a network with kinks jump, so a search that follows them ends where it began.  The
-features u of a layer are continuous in the data, and closed forms often know them.  Adam on signs
-goes down
+Gradients of a network with kinks jump, so a search that follows them ends where it began.  With
+kinks that are rounded off at first (:mod:`rgap.jacobian.smoothing`), and with û the known features
+of a layer and k the cotangents there, L-BFGS goes down
 
-    mean((u(x) − û)²/s²) + λ prior(x),   then   1 − cos(G(x), G) + ε·(the same with a smaller λ),
+    ‖u(x) − û‖²/‖û‖²  +  mean_j ‖g_j(x) − G_j‖²/‖G_j‖²  +  λ prior(x),   g_j = ∂⟨k, u(x)⟩/∂W_j,
 
-s the spread of every channel of û over its places: a bias that all places share says nothing.
-Computed in float32, which is enough for a picture and half the time.
+level by level: kinks get sharper while λ falls.  Without known features the g_j are those of the
+loss.  Every tensor of the update has the same say, however small its gradient, and none only for
+its direction: how large a gradient is says how bright a picture is.  Computed in float32, which is
+enough for a picture and half the time.
+
+Source: L-BFGS on gradients is Zhu, Liu and Han's (2019); of the rounded kinks see there.
 """
 
 from __future__ import annotations
@@ -15,28 +19,47 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from rgap.constraints.known_input import Standardised
+from rgap.constraints.known_input import Whole
 from rgap.jacobian.module_update import ClientLoss, KnownFeatures, ModuleUpdate
 from rgap.network.isolation import convolution_work, small_kernels
-from rgap.solvers.first_order import Adam
-from rgap.solvers.priors import Prior
+from rgap.solvers.lbfgs import lowered
+from rgap.solvers.priors import Prior, value_and_gradient
 
-RULE = Adam(0.025, signed=True)  # in widths of the range
-STEPS = (300, 200)  # at most, on features and on gradients
-FINER = 0.4  # rate of the second part over that of the first
-WEIGHTS = (0.1, 0.01)  # of the prior, in the first part and in the second
-POOLED = 0.003  # the latter where features are averages over the picture: gradients decide
-NEARLY = 0.2  # of the prior where features are not known but nearly so
-BRIEF = 0.2  # share of the time for features that are averages, of which few numbers are left
-STARTS = 2  # where one answer is as good as another: the mean is nearer than each
-FEATURES = 0.1  # ε: weight of known features beside the cosine
-NOISE = 0.25  # spread of the start, in widths of the range
-LATE = 1.05  # share of its time after which a part ends, wherever it is
-PROBE = 5  # steps after which their number is fitted to the time
+__all__ = ["Suggestion", "coarse"]
+
+STEPS = 200  # of L-BFGS a level at most
+HEAVY, LIGHT = 0.1, 1e-3  # weight of the prior at the first level of a pass and at the last
+NOISE = 0.1  # spread of the start, in widths of the range
+STARTS = 4  # where one answer is as good as another: the mean is nearer than each
+
+
+class Pass(NamedTuple):
+    """Levels of sharpness that are gone through with the gradients of some layers.
+
+    Attributes:
+        layers: how many, the highest first; 0 for all.
+        blunt: sharpness of the first level.
+        sharp: of the last.
+        levels: how many.
+        share: of the time, in parts.
+    """
+
+    layers: int
+    blunt: float
+    sharp: float
+    levels: int
+    share: float = 1.0
+
+
+# The gradient of the layer next below the features depends on the fewest kinks.
+DESCENDING = Pass(1, 2.0, 100.0, 12, 3.0), Pass(2, 20.0, 200.0, 7), Pass(3, 20.0, 200.0, 7)
+TOGETHER = (Pass(0, 4.0, 100.0, 9),)  # where no features are known, or only averages
 
 
 @dataclass(frozen=True)
@@ -70,6 +93,16 @@ class Suggestion:
         noise = torch.randn(self.shape, generator=generator)
         return noise * NOISE * (high - low) + (low + high) / 2
 
+    def outside(self, x: Tensor) -> Tensor:
+        """Mean square of what lies out of the range, in its widths."""
+        if self.value_range is None:
+            return x.new_zeros(())
+        return ((x - x.clamp(*self.value_range)) / self.width).square().mean()
+
+    def kept(self, x: Tensor) -> Tensor:
+        """The nearest data in the range."""
+        return x if self.value_range is None else x.clamp(*self.value_range)
+
 
 def coarse(
     model: nn.Module,
@@ -77,66 +110,76 @@ def coarse(
     source: KnownFeatures | ClientLoss,
     wanted: Suggestion,
     *,
-    follow: bool = True,
+    averages: bool = False,
 ) -> Tensor:
-    """The batch that known features, the directions of gradients and a prior suggest; no more.
+    """The batch that known features, gradients and a prior suggest; no more.
 
     Args:
         model: the network.
         gradients: the update.
-        source: the loss; or features, :class:`Standardised`, with the cotangent there.
+        source: the loss; or all features of a layer, with the cotangent there.
         wanted: shape, prior and range of the batch, and the time.
-        follow: False where the features are not certain and the cotangent is not known: they alone.
+        averages: True if the features are averages over pictures, which say little of places.
 
     Returns:
         [B, *input_shape], float64; certified by nothing.
     """
     deadline = time.perf_counter() + wanted.seconds
-    parts: tuple[int, ...] = (1,)
-    vague = True
+    passes: tuple[Pass, ...] = TOGETHER
+    starts, place = STARTS, next(iter(gradients.values())).device
     if isinstance(source, KnownFeatures):
-        assert isinstance(source.known, Standardised)
-        vague, parts = source.known.places == 1, (0, 1) if follow else (0,)
-        known, cotangent = source.known.to(torch.float32), source.cotangent.float()
-        source = replace(source, known=known, cotangent=cotangent)
+        assert isinstance(source.known, Whole)
+        known = replace(source.known, value=source.known.value.float())
+        source = replace(source, known=known, cotangent=source.cotangent.float())
+        if not averages:
+            passes, starts = DESCENDING, 1
     update = ModuleUpdate(model, gradients, source, wanted.shape, torch.float32)
-    starts, ends = STARTS if vague or not follow else 1, list[Tensor]()
-    for start in range(starts):
-        x = wanted.start(start)
-        x = x.to(next(iter(update.gradients.values()))) if update.gradients else x
-        with small_kernels(convolution_work(update.model, x)):
-            for part in parts:
-                left = (deadline - time.perf_counter()) / (starts - start)
-                rate = FINER if part and not vague else 1.0
-                first = WEIGHTS[0] if follow else NEARLY
-                weight = (first, POOLED if vague else WEIGHTS[1])[part]
-                share = left if part == parts[-1] else (BRIEF if vague else 0.5) * left
-                x = _descended(update, x, replace(wanted, seconds=share), part, rate, weight)
-        ends.append(x.double())
-    return torch.stack(ends).mean(0)
+    layers = _layers(update.gradients)
+    passes = passes[: max(len(layers), 1)]
+    ends = list[Tensor]()
+    with small_kernels(convolution_work(update.model, wanted.start(0).to(place))):
+        for start in range(starts):
+            x = wanted.start(start).to(place)
+            ahead = (starts - start) * sum(made.share for made in passes)
+            for made in passes:
+                taken = layers[: made.layers or None]
+                names = {name for layer in taken for name in layer}
+                left = (deadline - time.perf_counter()) * made.share / ahead
+                ahead -= made.share
+                x = _descended(update.only(names), x, wanted, made, left)
+            ends.append(x.double())
+    return wanted.kept(torch.stack(ends).mean(0))
+
+
+def _layers(gradients: Mapping[str, Tensor]) -> list[list[str]]:
+    """Names of tensors by layer, the highest first: norms and biases count to the one before."""
+    layers = list[list[str]]()
+    for name, gradient in gradients.items():
+        if gradient.ndim > 1 or not layers:
+            layers.append([])
+        layers[-1].append(name)
+    return layers[::-1]
 
 
 def _descended(
-    update: ModuleUpdate, x: Tensor, wanted: Suggestion, part: int, rate: float, weight: float
+    update: ModuleUpdate, x: Tensor, wanted: Suggestion, made: Pass, seconds: float
 ) -> Tensor:
-    """One part of the way; its steps are fitted to the time."""
-    began, total, shape = time.perf_counter(), STEPS[part], x.shape
-    rate *= wanted.width
-    state, row, number = RULE.begin(x.reshape(1, -1)), x.reshape(1, -1), 0
-    while number < total:
-        at = row.reshape(shape).requires_grad_()
-        with torch.enable_grad():
-            value = update.direction(at, FEATURES) if part else update.features(at)
-            slope = torch.autograd.grad(value, at)[0]
-        slope = slope + weight * wanted.prior.gradient(at.detach())
-        row, state = RULE.step(
-            row.detach(), slope.reshape(1, -1), state, rate * RULE.length(number, total)
-        )
-        row = row if wanted.value_range is None else row.clamp(*wanted.value_range)
-        number += 1
-        spent = time.perf_counter() - began
-        if number == PROBE:
-            total = max(PROBE + 1, min(total, int(PROBE * wanted.seconds / max(spent, 1e-9))))
-        if spent > LATE * wanted.seconds:
-            break
-    return row.detach().reshape(shape)
+    """Where one pass leads."""
+    deadline, levels = time.perf_counter() + seconds, made.levels if update.sharpness else 1
+    for level in range(levels):
+        along = level / max(levels - 1, 1)
+        weight = HEAVY * (LIGHT / HEAVY) ** along
+        sharpness = made.blunt * (made.sharp / made.blunt) ** along if update.sharpness else None
+        now = time.perf_counter()
+        update.settle(x, made.blunt if sharpness is None else sharpness)
+        with update.softened(sharpness):
+            value = partial(_value, update, wanted, weight)
+            x = lowered(x, STEPS, value, now + max(deadline - now, 0.0) / (levels - level))
+    return x
+
+
+def _value(update: ModuleUpdate, wanted: Suggestion, weight: float, x: Tensor) -> Tensor:
+    """What is lowered, in the graph of x; the prior with its slope alone."""
+    penalty, slope = value_and_gradient(wanted.prior, x.detach())
+    prior = penalty + (slope * (x - x.detach())).sum()
+    return update.apart(x) + weight * prior + wanted.outside(x)

@@ -37,20 +37,6 @@ PRODUCTS = 100  # conjugate-gradient iterations a step
 LAST = "pooled"
 
 
-@dataclass(frozen=True)
-class PoolSearch:
-    """What a search for winners ended with.
-
-    Attributes:
-        input: of the affine map below the pool, [B, *in_shape]; near it where nothing was found.
-        passed: values and cotangents at the pool's input, nothing known of the entries that did
-            not win; None where the equations are not met.
-    """
-
-    input: Tensor
-    passed: tuple[Estimate, Estimate] | None
-
-
 class _Layer(nn.Module):
     """An affine map whose parameters are leaves."""
 
@@ -162,7 +148,7 @@ def find_winners(
     *,
     seed: int = 0,
     surplus: float = 0.0,
-) -> PoolSearch | None:
+) -> tuple[Estimate, Estimate] | None:
     """Search the winners of a pool by the equations of the stage below it.
 
     Args:
@@ -174,9 +160,10 @@ def find_winners(
         surplus: equations that it takes to begin, in multiples of the unknowns.
 
     Returns:
-        How it ended; None where it was not begun: other steps than max-pools, a layer below that
-        was frozen, a pool of the data, or of the layer at the data, which a completion searches
-        with its prior.
+        Values and cotangents at the pool's input, nothing known of the entries that did not win;
+        None where the equations are not met, or the search was not begun: other steps than
+        max-pools, a layer below that was frozen, a pool of the data, or of the layer at the data,
+        which a completion searches with its prior.
     """
     deadline = time.perf_counter() + seconds
     equations = stage.equations(model, gradients)
@@ -190,7 +177,7 @@ def find_winners(
     size = float(output.value[output.known].abs().mean()) if some else 1.0
     positive = _positive(stage.chain, stage.index - 1)
     u, met = _solve(equations, 2.0 * size * start, size, positive, deadline)
-    return PoolSearch(u, stage.placed(u) if met else None)
+    return stage.placed(u) if met else None
 
 
 def _positive(chain: Chain, index: int) -> bool:

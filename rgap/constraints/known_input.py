@@ -3,7 +3,6 @@
 Every class here is one kind of knowledge as residuals for Gauss–Newton (:class:`Equations`):
 
 - :class:`Whole` and :class:`Where`: the values of all entries, or of some.
-- :class:`Standardised`: all values, each channel in units of its spread.
 - :class:`KnownPart`: an orthonormal basis ``C u = c`` of both blocks of a stage.  With K = U S Vᵀ,
   the gradient rows fix the coordinates Vᵀu of every channel, and the weight rows, projected on the
   rest, those along the eigenvectors of ``W(I − VVᵀ)Wᵀ``: every equation that there is once, with
@@ -31,7 +30,6 @@ from rgap.solvers.rank import numerical_rank, resolve_rcond
 
 CHUNK = 64  # null vectors of K whose images under W are formed at once
 WEAK = 1e-10  # relative eigenvalue of the projected Gram matrix below which nothing is known
-FLAT = 1e-3  # spread of a channel below which it says nothing, relative to the largest
 
 
 class Equations(Protocol):
@@ -93,52 +91,6 @@ class Where:
     def misfit(self, u: Tensor) -> Tensor:
         """The difference where û is known, 0 elsewhere, flat."""
         return ((u - self.value) * self.known).flatten()
-
-
-@dataclass(frozen=True)
-class Standardised:
-    """Known input of a layer, each channel in units of its spread over places and samples.
-
-    Attributes:
-        value: û, [B, *in_shape].
-        scale: 1/s like û, 0 where a channel is the same everywhere.
-        channels: of û.
-        expected: squared misfit that the error of û explains; a suggestion allows for none.
-    """
-
-    value: Tensor
-    scale: Tensor
-    channels: int
-    expected: float = 0.0
-
-    @classmethod
-    def of(cls, value: Tensor, channels: int) -> Standardised:
-        """With the spread of every channel, the first axis of a sample in ``channels`` parts."""
-        parts = value.reshape(len(value), channels, -1)
-        if parts.shape[2] > 1:
-            spread = parts.std((0, 2), correction=0, keepdim=True).expand_as(parts)
-        else:  # samples that are alike would make a channel look flat
-            spread = parts.std(correction=0).expand_as(parts)
-        scale = torch.where(spread > FLAT * spread.max(), 1.0 / spread.clamp_min(1e-300), 0.0)
-        return cls(value, scale.reshape(value.shape), channels)
-
-    @property
-    def places(self) -> int:
-        """Of every channel; 1 for averages over the picture."""
-        return self.value[0].numel() // self.channels
-
-    @property
-    def equations(self) -> int:
-        """As many as entries of channels that are not flat."""
-        return int((self.scale > 0).sum())
-
-    def misfit(self, u: Tensor) -> Tensor:
-        """(u − û)/s, flat."""
-        return ((u - self.value) * self.scale).flatten()
-
-    def to(self, dtype: torch.dtype) -> Standardised:
-        """The same in another precision."""
-        return replace(self, value=self.value.to(dtype), scale=self.scale.to(dtype))
 
 
 @dataclass(frozen=True)

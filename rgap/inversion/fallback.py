@@ -11,10 +11,10 @@ from torch import Tensor
 
 from rgap.completion.complete import MISSED, complete, grey, inside
 from rgap.completion.features import Suggestion, coarse
-from rgap.completion.max_pool import PooledStage, PoolSearch, find_winners
+from rgap.completion.max_pool import PooledStage, find_winners
 from rgap.completion.value_uniqueness import paired
 from rgap.completion.windows import confused_of_chain
-from rgap.constraints.known_input import Standardised, Whole
+from rgap.constraints.known_input import Whole
 from rgap.halt import Halt
 from rgap.head.target import read_target
 from rgap.inversion import certificate, outcomes
@@ -41,12 +41,12 @@ from rgap.recursion.reached import Descent
 from rgap.solvers.gauss_newton import Minimum, Step
 from rgap.update.update import view
 
-SPARE = 2.0  # equations, in multiples of the unknowns, that a search takes below the first pool
-SEARCHING = 0.6  # share of the time that winners of max-pools are searched for
+SPARE = 3.0  # equations, in multiples of the unknowns, that a search for winners takes
+SEARCHING = 0.4  # share of the time that winners of max-pools are searched for
 FACTORING = 0.25  # share of what is left of a limit for the basis of what a layer says of its input
-COMPLETING = 0.2  # share of the rest for a completion over kinks, where all of a layer is known
+COMPLETING = 0.1  # share of the rest for a completion over kinks, where all of a layer is known
 MATCHING = 0.5  # share of the time for Gauss–Newton on the whole update, where there are kinks
-SUGGESTED = "the prior, known features and directions of gradients, where Gauss–Newton is trapped"
+SUGGESTED = "the prior, known features and gradients one by one, where Gauss–Newton is trapped"
 NEAR = 12  # steps of a completion that a polish follows
 ROUGH = 1e-2  # error, in widths of the range, that a completion is assumed to have before a polish
 EDGE = 0.25  # share of entries at the edge of the value range that is worth a word
@@ -71,7 +71,7 @@ def filled(problem: Problem, run: Run, show: Progress) -> Recovery:
         filling = replace(filling, began=time.perf_counter())
         problem = replace(problem, filling=filling)
     halt = run.descent.require_halt()
-    descent, near = _unpooled(problem, run.descent, SEARCHING * filling.left, show)
+    descent = _unpooled(problem, run.descent, SEARCHING * filling.left, show)
     run = run._replace(descent=descent)
     if descent.data is not None:
         return _passed(problem, run, halt)
@@ -114,11 +114,13 @@ def filled(problem: Problem, run: Run, show: Progress) -> Recovery:
         return outcomes.completed(problem, descent, inputs, labels, reason)
     reason += _edges(problem, minimum.value)
     left = filling.left
-    drawn = _suggested(problem, descent, known, near, left) if update.sharpness else None
+    drawn = _suggested(problem, descent, known, left) if update.sharpness else None
+    nearest = _sending(problem, inputs, labels)
     if drawn is not None:
-        inputs, _ = _samples(problem, reached, drawn)
-        reason += f"; beyond it the one in candidates comes from {SUGGESTED}"
-    nearest = Candidate(inputs, labels, replayed(problem, inputs, labels)[0])
+        other = _sending(problem, _samples(problem, reached, drawn)[0], labels)
+        if other.residual < nearest.residual:
+            nearest = other
+            reason += f"; nearer than it, and in candidates, is the one from {SUGGESTED}"
     return replace(_without(problem, descent, reason), candidates=(nearest,))
 
 
@@ -164,36 +166,28 @@ def _passed(problem: Problem, run: Run, halt: Halt) -> Recovery:
     return replace(_without(problem, halted, halt.reason), candidates=(nearest,))
 
 
-def _unpooled(
-    problem: Problem, descent: Descent, seconds: float, show: Progress
-) -> tuple[Descent, PoolSearch | None]:
+def _unpooled(problem: Problem, descent: Descent, seconds: float, show: Progress) -> Descent:
     """The descent through max-pools whose winners the layers below give away, as far as it goes.
 
     A pool counts as passed where the equations of the stage below it determine that stage and do
-    not contradict each other, as with wrong winners they do.  A search that ended near the first
-    pool's winners is returned too.
+    not contradict each other, as with wrong winners they do.
     """
     deadline = time.perf_counter() + seconds
-    top, last = descent, list[PoolSearch]()
 
     def unpool(index: int, op: Op, u: Estimate, cot: Estimate) -> tuple[Estimate, Estimate] | None:
         if index != descent.reached.index:  # one at a time: what was passed before is kept
             return None
         show.stage(f"winners of {op.name}")
-        winners = find_winners(
+        return find_winners(
             problem.model,
             PooledStage(problem.chain, index, op, u, cot),
             problem.sent,
             deadline - time.perf_counter(),
             seed=problem.precision.seed,
-            surplus=0.0 if descent is top else SPARE,
+            surplus=SPARE,
         )
-        if winners is not None:
-            last.append(winners)
-        return None if winners is None else winners.passed
 
     while (reached := descent.reached).u is not None and descent.halt is not None:
-        last.clear()
         fresh = problem.descend(reached.index, reached.u, reached.k, show.stage, unpool)
         if reached.index - 1 not in fresh.inputs or fresh.refuted:
             break
@@ -203,32 +197,21 @@ def _unpooled(
             inputs={**descent.inputs, **fresh.inputs},
             cotangents={**descent.cotangents, **fresh.cotangents},
         )
-    return descent, last[0] if last and descent is top else None
+    return descent
 
 
 def _suggested(
-    problem: Problem,
-    descent: Descent,
-    known: KnownFeatures,
-    near: PoolSearch | None,
-    seconds: float,
+    problem: Problem, descent: Descent, known: KnownFeatures, seconds: float
 ) -> Tensor | None:
     """A picture from known features, where no batch that meets the update was found."""
-    stage = problem.chain.stages[descent.reached.index]
     if not isinstance(known.known, Whole):
         return None
-    value = known.known.value
-    if near is not None:
-        stage, value = problem.chain.stages[descent.reached.index - 1], near.input
-        size = tuple(value.shape)
-        known = replace(known, layer=stage.name, shape=size, cotangent=torch.zeros_like(value))
-    channels = value.shape[1]
-    for op in stage.lead:
-        if isinstance(op, Reshape) and len(op.in_shape) > 1:
-            channels = op.in_shape[0]
-    source = replace(known, known=Standardised.of(value, channels))
+    lead = problem.chain.stages[descent.reached.index].lead
+    shapes = [op.in_shape for op in lead if isinstance(op, Reshape) and len(op.in_shape) > 1]
+    channels = shapes[-1][0] if shapes else known.shape[1]
+    averages = prod(known.shape[1:]) == channels
     wanted = _wanted(problem, seconds)
-    return coarse(problem.model, problem.sent, source, wanted, follow=near is None)
+    return coarse(problem.model, problem.sent, known, wanted, averages=averages)
 
 
 def _wanted(problem: Problem, seconds: float) -> Suggestion:
@@ -278,23 +261,30 @@ def searched(problem: Problem, recovery: Recovery, show: Progress) -> Recovery:
     except ValueError as error:  # labels, above all, that only a closed form would have found
         return replace(recovery, reason=f"{recovery.reason}; no search either: {error}")
     met = matched.status is Status.COMPLETED
-    reason, candidates = matched.reason, matched.candidates
+    reason, candidates, residual = matched.reason, matched.candidates, matched.residual
     targets = matched.nearest_labels
     if kinked and not met and targets is not None:
         wanted = _wanted(problem, seconds + began - time.perf_counter())
         drawn = coarse(problem.model, problem.sent, ClientLoss(problem.declared, targets), wanted)
-        candidates = (Candidate(drawn, targets, replayed(problem, drawn, targets)[0]),)
-        reason += f"; beyond it the one in candidates comes from {SUGGESTED}"
+        other = _sending(problem, drawn, targets)
+        if residual is None or other.residual < residual:
+            candidates, residual = (other,), other.residual
+            reason += f"; nearer than it, and in candidates, is the one from {SUGGESTED}"
     return replace(
         recovery,
         inputs=matched.inputs,
         labels=matched.labels if met else recovery.labels,
         status=matched.status if met else recovery.status,
-        residual=matched.residual,
+        residual=residual,
         candidates=candidates,
         reason=f"{recovery.reason}; the whole update was matched instead: {reason}",
         warnings=(*recovery.warnings, *matched.warnings),
     )
+
+
+def _sending(problem: Problem, inputs: Tensor, labels: Tensor) -> Candidate:
+    """A batch with how far its update is from the one that was sent."""
+    return Candidate(inputs, labels, replayed(problem, inputs, labels)[0])
 
 
 def _without(problem: Problem, descent: Descent, reason: str) -> Recovery:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from math import inf, isfinite
 
@@ -70,6 +70,13 @@ class ModuleUpdate(ModuleGradient):
         }
         self.unit = 1.0
 
+    def only(self, names: Collection[str]) -> ModuleUpdate:
+        """The same with the gradients of some parameters alone."""
+        part = copy.copy(self)
+        part.gradients = {n: g for n, g in self.gradients.items() if n in names}
+        part.parameters = {n: p for n, p in self.parameters.items() if n in names}
+        return part
+
     @property
     def equations(self) -> int:
         """An upper bound on the independent equations of the data."""
@@ -131,21 +138,15 @@ class ModuleUpdate(ModuleGradient):
         finally:
             self.sharpness.value = before
 
-    def features(self, x: Tensor) -> Tensor:
-        """Mean square of the misfit of what is known inside, as part of the graph of x."""
-        assert self.inside is not None
-        with torch.enable_grad():
-            self.run(x)
-            return self.inside.known.misfit(self.seen).square().mean()
-
-    def direction(self, x: Tensor, share: float) -> Tensor:
-        """1 − cosine of the gradients, and a share of :meth:`features`, in the graph of x."""
-        gradient = self.gradient(x)[0]
-        own = torch.cat([g.flatten() for g in gradient.values()])
-        sent = torch.cat([self.gradients[n].flatten() for n in gradient])
-        value = cosine_distance(own, sent, float(sent.norm()))
+    def apart(self, x: Tensor) -> Tensor:
+        """``‖u − û‖²/‖û‖² + mean_j ‖g_j − G_j‖²/‖G_j‖²`` in the graph of x; every tensor counts."""
+        own = self.gradient(x)[0].items()
+        misses = [((g - self.gradients[n]) * self.scales[n]).square().sum() for n, g in own]
+        value = torch.stack(misses).mean() if misses else x.new_zeros(())
         if self.inside is not None:
-            value = value + share * self.inside.known.misfit(self.seen).square().mean()
+            known = self.inside.known
+            size = known.misfit(torch.zeros_like(self.seen)).square().sum()
+            value = value + known.misfit(self.seen).square().sum() / size.clamp_min(1e-30)
         return value
 
     def rows(self, x: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ import rgap
 from rgap import Status, capture, invert
 from rgap.completion.features import Suggestion, coarse
 from rgap.completion.max_pool import PooledStage, find_winners
-from rgap.constraints.known_input import Standardised, Where
+from rgap.constraints.known_input import Where, Whole
+from rgap.inversion import fallback
 from rgap.jacobian.module_update import ClientLoss, KnownFeatures, ModuleUpdate
 from rgap.jacobian.smoothing import rounded
 from rgap.network.chain import parse
@@ -57,9 +58,8 @@ def test_values_stand_where_the_winners_are_and_nothing_is_said_elsewhere() -> N
     cotangent = Estimate(slope, precision.rounding(slope))
     pool = chain.stages[2].lead[0]
     found = find_winners(model, PooledStage(chain, 2, pool, output, cotangent), gradients, 20.0)
-    assert found is not None and found.passed is not None
-    assert torch.allclose(found.input, model[:2](x), atol=1e-8)
-    placed, pulled = found.passed
+    assert found is not None
+    placed, pulled = found
     assert torch.allclose(pool.forward(placed.value), value, atol=1e-12)
     on = placed.known & (placed.value > 0)
     assert torch.allclose(placed.value[on], before[on], atol=1e-8)
@@ -92,19 +92,6 @@ def test_where_counts_and_compares_known_entries_alone() -> None:
     assert where.misfit(torch.tensor([3.0, 7.0])).tolist() == [2.0, 0.0]
 
 
-def test_channels_are_measured_in_their_own_spread() -> None:
-    generator = torch.Generator().manual_seed(0)
-    value = torch.randn(2, 3, 4, 4, generator=generator, dtype=F64)
-    value[:, 1] = 100.0 + 0.01 * value[:, 1]
-    value[:, 2] = 7.0
-    known = Standardised.of(value.flatten(1), 3)
-    parts = (known.scale * value.flatten(1)).reshape(2, 3, -1)
-    assert torch.allclose(parts[:, :2].std((0, 2), correction=0), torch.ones(2, dtype=F64))
-    assert bool((parts[:, 2] == 0).all()) and known.equations == 2 * 2 * 16 and known.places == 16
-    averages = Standardised.of(value[:, :, 0, 0], 3)
-    assert averages.places == 1 and len(averages.scale.unique()) == 1
-
-
 def silu(x: Tensor) -> tuple[nn.Module, dict[str, Tensor], KnownFeatures]:
     """A network with a known layer inside."""
     torch.manual_seed(1)
@@ -116,38 +103,37 @@ def silu(x: Tensor) -> tuple[nn.Module, dict[str, Tensor], KnownFeatures]:
     u = model[:2](x).detach().requires_grad_()
     nn.functional.cross_entropy(model[2:](u), LABEL).backward()
     assert u.grad is not None
-    known = Standardised.of(u.detach(), 6)
-    return model, dict(sent), KnownFeatures("2", tuple(u.shape), known, u.grad)
+    return model, dict(sent), KnownFeatures("2", tuple(u.shape), Whole(u.detach()), u.grad)
 
 
-def test_direction_is_one_minus_the_cosine_and_a_share_of_the_features() -> None:
+def test_every_tensor_and_the_features_have_the_same_say() -> None:
     x = picture((2, 6, 6), 1).double()
     model, sent, source = silu(x)
     update = ModuleUpdate(model, sent, source, tuple(x.shape))
     other = (0.9 * x).requires_grad_()
     u = model[:2](other)
     value = (source.cotangent * u).sum()
-    own = torch.cat([g.flatten() for g in torch.autograd.grad(value, model[:2].parameters())])
-    theirs = torch.cat([sent[n].double().flatten() for n in ("0.weight", "0.bias")])
-    cosine = nn.functional.cosine_similarity(own, theirs, dim=0)
-    assert isinstance(source.known, Standardised)
-    apart = source.known.misfit(u.detach()).square().mean()
-    assert torch.allclose(update.features(other), apart)
-    assert torch.allclose(update.direction(other, 0.0), 1.0 - cosine)
-    assert torch.allclose(update.direction(other, 2.0), 1.0 - cosine + 2.0 * apart)
+    slopes = torch.autograd.grad(value, model[:2].parameters())
+    own = dict(zip(("0.weight", "0.bias"), slopes, strict=True))
+    parts = {n: ((own[n] - sent[n]).norm() / sent[n].norm()).square() for n in own}
+    assert isinstance(source.known, Whole)
+    apart = ((u - source.known.value).norm() / source.known.value.norm()).square().detach()
+    assert torch.allclose(update.apart(other), torch.stack([*parts.values()]).mean() + apart)
+    assert torch.allclose(update.only(["0.bias"]).apart(other), parts["0.bias"] + apart)
+    assert torch.allclose(update.only([]).apart(other), apart)
     outer = ModuleUpdate(model, sent, ClientLoss(Loss(), LABEL), tuple(x.shape))
-    assert float(outer.direction(x.requires_grad_(), 1.0).detach().abs()) < 1e-6
+    assert float(outer.apart(x.requires_grad_()).detach()) < 1e-12
 
 
-@pytest.mark.parametrize("follow", [True, False])
-def test_a_suggestion_is_near_the_known_features(follow: bool) -> None:
+@pytest.mark.parametrize("averages", [True, False])
+@pytest.mark.parametrize("known", [True, False])
+def test_a_suggestion_is_near_what_the_update_says(averages: bool, known: bool) -> None:
     x = rgap.photos.load(1, 6)[:, :2]
-    model, sent, source = silu(x)
-    prior = TotalVariation()
-    arguments = (model, sent, source, Suggestion(tuple(x.shape), prior, (0.0, 1.0), 20.0))
-    found = coarse(*arguments, follow=follow)
+    model, sent, features = silu(x)
+    source = features if known else ClientLoss(Loss(), LABEL)
+    wanted = Suggestion(tuple(x.shape), TotalVariation(), (0.0, 1.0), 5.0)
+    found = coarse(model, sent, source, wanted, averages=averages)
     assert found.dtype == F64 and bool(((found >= 0) & (found <= 1)).all())
-    assert torch.equal(found, coarse(*arguments, follow=follow))
     assert float((found - x).square().mean()) < 0.1 * float((x - 0.5).square().mean())
 
 
@@ -163,4 +149,18 @@ def test_where_no_winner_is_found_the_status_stays_and_a_picture_is_suggested() 
     found = invert(model, update, complete=True, time_limit=0.05)
     assert found.status is Status.UNSUPPORTED and found.inputs is None
     assert found.nearest is not None and found.nearest.shape == x.shape
-    assert "directions of gradients" in found.reason
+
+
+@pytest.mark.parametrize("good", [True, False])
+def test_the_candidate_is_the_batch_that_sends_the_nearer_update(
+    good: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = pooled(channels=2)
+    x = picture((2, 6, 6), 1)
+    drawn = x.double() if good else torch.full_like(x, 50.0).double()
+    monkeypatch.setattr(fallback, "coarse", lambda *_, **__: drawn)
+    found = invert(model, capture(model, x, LABEL, dtype=F64), complete=True, time_limit=0.3)
+    assert found.status is Status.UNSUPPORTED and found.nearest is not None
+    assert torch.equal(found.nearest, drawn) == good
+    assert ("gradients one by one" in found.reason) == good
+    assert (found.candidates[0].residual < 1e-12) == good
