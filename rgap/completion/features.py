@@ -58,7 +58,7 @@ class Pass(NamedTuple):
 
 
 # The gradient of the layer next below the features depends on the fewest kinks.
-DESCENDING = Pass(1, 2.0, 100.0, 12, 3.0), Pass(2, 20.0, 200.0, 7), Pass(3, 20.0, 200.0, 7)
+DESCENDING = Pass(1, 2.0, 200.0, 9, 3.0), Pass(3, 60.0, 200.0, 3)
 TOGETHER = (Pass(0, 4.0, 100.0, 9),)  # where no features are known, or only averages
 
 
@@ -135,7 +135,7 @@ def coarse(
             passes, starts = DESCENDING, 1
     update = ModuleUpdate(model, gradients, source, wanted.shape, torch.float32)
     layers = _layers(update.gradients)
-    passes = passes[: max(len(layers), 1)]
+    passes = passes[: max(len(layers), 1)]  # one layer has no second pass
     ends = list[Tensor]()
     with small_kernels(convolution_work(update.model, wanted.start(0).to(place))):
         for start in range(starts):

@@ -42,7 +42,7 @@ from rgap.solvers.gauss_newton import Minimum, Step
 from rgap.update.update import view
 
 SPARE = 3.0  # equations, in multiples of the unknowns, that a search for winners takes
-SEARCHING = 0.4  # share of the time that winners of max-pools are searched for
+SEARCHING = 0.2  # share of the time that winners of max-pools are searched for
 FACTORING = 0.25  # share of what is left of a limit for the basis of what a layer says of its input
 COMPLETING = 0.1  # share of the rest for a completion over kinks, where all of a layer is known
 MATCHING = 0.5  # share of the time for Gauss–Newton on the whole update, where there are kinks
