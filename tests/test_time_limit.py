@@ -43,8 +43,8 @@ class Clock:
         self.now = 1000.0
         monkeypatch.setattr(time, "perf_counter", lambda: self.now)
         for owner, name in (
-            (ModuleUpdate, "rows"), (ModuleUpdate, "direction"), (ModuleUpdate, "features"),
-            (GraphProducts, "push"), (GraphProducts, "pull"),
+            (ModuleUpdate, "rows"), (ModuleUpdate, "apart"), (GraphProducts, "push"),
+            (GraphProducts, "pull"),
         ):  # fmt: skip
             monkeypatch.setattr(owner, name, self._costly(getattr(owner, name)))
         # With the Jacobian formed a step is two passes; conjugate gradients are what takes long.
