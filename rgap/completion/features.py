@@ -33,7 +33,7 @@ from rgap.solvers.priors import Prior, value_and_gradient
 
 __all__ = ["Suggestion", "coarse"]
 
-STEPS = 200  # of L-BFGS a level at most
+STEPS = 400  # of L-BFGS a level at most
 HEAVY, LIGHT = 0.1, 1e-3  # weight of the prior at the first level of a pass and at the last
 NOISE = 0.1  # spread of the start, in widths of the range
 STARTS = 4  # where one answer is as good as another: the mean is nearer than each
@@ -59,6 +59,7 @@ class Pass(NamedTuple):
 
 # The gradient of the layer next below the features depends on the fewest kinks.
 DESCENDING = Pass(1, 2.0, 200.0, 9, 3.0), Pass(3, 60.0, 200.0, 3)
+FULL = 2  # axes of a fully connected layer's weight
 TOGETHER = (Pass(0, 4.0, 100.0, 9),)  # where no features are known, or only averages
 
 
@@ -119,7 +120,7 @@ def coarse(
         gradients: the update.
         source: the loss; or all features of a layer, with the cotangent there.
         wanted: shape, prior and range of the batch, and the time.
-        averages: True if the features are averages over pictures, which say little of places.
+        averages: True if known features are averages over pictures, which say little of places.
 
     Returns:
         [B, *input_shape], float64; certified by nothing.
@@ -131,10 +132,10 @@ def coarse(
         assert isinstance(source.known, Whole)
         known = replace(source.known, value=source.known.value.float())
         source = replace(source, known=known, cotangent=source.cotangent.float())
-        if not averages:
-            passes, starts = DESCENDING, 1
     update = ModuleUpdate(model, gradients, source, wanted.shape, torch.float32)
     layers = _layers(update.gradients)
+    if not (averages if isinstance(source, KnownFeatures) else _averaged(update.gradients)):
+        passes, starts = DESCENDING, 1
     passes = passes[: max(len(layers), 1)]  # one layer has no second pass
     ends = list[Tensor]()
     with small_kernels(convolution_work(update.model, wanted.start(0).to(place))):
@@ -152,13 +153,29 @@ def coarse(
 
 
 def _layers(gradients: Mapping[str, Tensor]) -> list[list[str]]:
-    """Names of tensors by layer, the highest first: norms and biases count to the one before."""
-    layers = list[list[str]]()
+    """Names of tensors by layer, the highest first.
+
+    Norms and biases count to the layer before, and fully connected layers above a convolution to
+    it: they say of its output what known features do.
+    """
+    layers, above = list[list[str]](), False
     for name, gradient in gradients.items():
-        if gradient.ndim > 1 or not layers:
+        above = above or gradient.ndim > FULL
+        if (gradient.ndim > 1 and not (above and gradient.ndim == FULL)) or not layers:
             layers.append([])
         layers[-1].append(name)
     return layers[::-1]
+
+
+def _averaged(gradients: Mapping[str, Tensor]) -> bool:
+    """True if a convolution's output is averaged over its places before a full layer takes it."""
+    last: Tensor | None = None
+    for gradient in gradients.values():
+        if gradient.ndim > FULL:
+            last = gradient
+        elif gradient.ndim == FULL and last is not None:
+            return gradient.shape[1] == last.shape[0]
+    return last is None
 
 
 def _descended(

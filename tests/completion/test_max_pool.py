@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import rgap
 from rgap import Status, capture, invert
+from rgap.completion import features
 from rgap.completion.features import Suggestion, coarse
 from rgap.completion.max_pool import PooledStage, find_winners
 from rgap.constraints.known_input import Where, Whole
@@ -129,8 +130,8 @@ def test_every_tensor_and_the_features_have_the_same_say() -> None:
 @pytest.mark.parametrize("known", [True, False])
 def test_a_suggestion_is_near_what_the_update_says(averages: bool, known: bool) -> None:
     x = rgap.photos.load(1, 6)[:, :2]
-    model, sent, features = silu(x)
-    source = features if known else ClientLoss(Loss(), LABEL)
+    model, sent, inside = silu(x)
+    source = inside if known else ClientLoss(Loss(), LABEL)
     wanted = Suggestion(tuple(x.shape), TotalVariation(), (0.0, 1.0), 5.0)
     found = coarse(model, sent, source, wanted, averages=averages)
     assert found.dtype == F64 and bool(((found >= 0) & (found <= 1)).all())
@@ -164,3 +165,17 @@ def test_the_candidate_is_the_batch_that_sends_the_nearer_update(
     assert torch.equal(found.nearest, drawn) == good
     assert ("gradients one by one" in found.reason) == good
     assert (found.candidates[0].residual < 1e-12) == good
+
+
+def test_full_layers_above_a_convolution_say_of_its_output_what_features_do() -> None:
+    def sent(model: nn.Module) -> dict[str, Tensor]:
+        return {name: p.detach() for name, p in model.named_parameters()}
+
+    flat = sent(rgap.models.lenet5(seed=0))
+    assert features._layers(flat)[0] == [n for n in flat if not n.startswith("conv1")]
+    assert features._layers(flat)[1:] == [["conv1.weight", "conv1.bias"]]
+    assert not features._averaged(flat)
+    averaged = sent(rgap.models.resnet(seed=0))
+    assert features._averaged(averaged) and len(features._layers(averaged)) > 5
+    full = sent(rgap.models.mlp(seed=0))
+    assert features._averaged(full) and all(len(layer) == 2 for layer in features._layers(full))
