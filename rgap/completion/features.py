@@ -37,6 +37,7 @@ STEPS = 400  # of L-BFGS a level at most
 HEAVY, LIGHT = 0.1, 1e-3  # weight of the prior at the first level of a pass and at the last
 NOISE = 0.1  # spread of the start, in widths of the range
 STARTS = 4  # where one answer is as good as another: the mean is nearer than each
+FEWEST = 300  # calls of the function that a start is worth
 
 
 class Pass(NamedTuple):
@@ -137,8 +138,14 @@ def coarse(
     if not (averages if isinstance(source, KnownFeatures) else _averaged(update.gradients)):
         passes, starts = DESCENDING, 1
     passes = passes[: max(len(layers), 1)]  # one layer has no second pass
-    ends = list[Tensor]()
-    with small_kernels(convolution_work(update.model, wanted.start(0).to(place))):
+    ends, x = list[Tensor](), wanted.start(0).to(place)
+    with small_kernels(convolution_work(update.model, x)):
+        if starts > 1:
+            began = time.perf_counter()
+            lowered(x, 1, partial(_value, update, wanted, HEAVY), deadline)
+            call = (time.perf_counter() - began) / 2.0
+            fit = int(wanted.seconds / max(FEWEST * call, 1e-9))
+            starts = min(starts, max(fit, 1))
         for start in range(starts):
             x = wanted.start(start).to(place)
             ahead = (starts - start) * sum(made.share for made in passes)
