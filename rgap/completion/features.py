@@ -111,8 +111,6 @@ def coarse(
     gradients: Mapping[str, Tensor],
     source: KnownFeatures | ClientLoss,
     wanted: Suggestion,
-    *,
-    averages: bool = False,
 ) -> Tensor:
     """The batch that known features, gradients and a prior suggest; no more.
 
@@ -121,28 +119,27 @@ def coarse(
         gradients: the update.
         source: the loss; or all features of a layer, with the cotangent there.
         wanted: shape, prior and range of the batch, and the time.
-        averages: True if known features are averages over pictures, which say little of places.
 
     Returns:
         [B, *input_shape], float64; certified by nothing.
     """
     deadline = time.perf_counter() + wanted.seconds
-    passes: tuple[Pass, ...] = TOGETHER
-    starts, place = STARTS, next(iter(gradients.values())).device
+    place, entries = next(iter(gradients.values())).device, 0
     if isinstance(source, KnownFeatures):
         assert isinstance(source.known, Whole)
         known = replace(source.known, value=source.known.value.float())
         source = replace(source, known=known, cotangent=source.cotangent.float())
+        entries = known.value[0].numel()
     update = ModuleUpdate(model, gradients, source, wanted.shape, torch.float32)
     layers = _layers(update.gradients)
-    if not (averages if isinstance(source, KnownFeatures) else _averaged(update.gradients)):
-        passes, starts = DESCENDING, 1
-    passes = passes[: max(len(layers), 1)]  # one layer has no second pass
+    averaged = _averaged(update.gradients, entries)
+    starts = STARTS if averaged else 1
+    passes = (TOGETHER if averaged else DESCENDING)[: max(len(layers), 1)]
     ends, x = list[Tensor](), wanted.start(0).to(place)
     with small_kernels(convolution_work(update.model, x)):
         if starts > 1:
             began = time.perf_counter()
-            lowered(x, 1, partial(_value, update, wanted, HEAVY), deadline)
+            lowered(x / wanted.width, 1, partial(_value, update, wanted, HEAVY), deadline)
             call = (time.perf_counter() - began) / 2.0
             fit = int(wanted.seconds / max(FEWEST * call, 1e-9))
             starts = min(starts, max(fit, 1))
@@ -174,22 +171,30 @@ def _layers(gradients: Mapping[str, Tensor]) -> list[list[str]]:
     return layers[::-1]
 
 
-def _averaged(gradients: Mapping[str, Tensor]) -> bool:
-    """True if a convolution's output is averaged over its places before a full layer takes it."""
+def _averaged(gradients: Mapping[str, Tensor], entries: int) -> bool:
+    """True if a convolution's output is averaged over its places before it is taken in or known.
+
+    Such averages say little of where in a picture something is.  True without a convolution too.
+
+    Args:
+        gradients: of the layers below what is known, in forward order.
+        entries: of known features of one sample; 0 for none.
+    """
     last: Tensor | None = None
     for gradient in gradients.values():
         if gradient.ndim > FULL:
             last = gradient
         elif gradient.ndim == FULL and last is not None:
             return gradient.shape[1] == last.shape[0]
-    return last is None
+    return last is None or entries == last.shape[0]
 
 
 def _descended(
     update: ModuleUpdate, x: Tensor, wanted: Suggestion, made: Pass, seconds: float
 ) -> Tensor:
-    """Where one pass leads."""
+    """Where one pass leads; L-BFGS has the data in widths of their range."""
     deadline, levels = time.perf_counter() + seconds, made.levels if update.sharpness else 1
+    width = wanted.width
     for level in range(levels):
         along = level / max(levels - 1, 1)
         weight = HEAVY * (LIGHT / HEAVY) ** along
@@ -198,12 +203,14 @@ def _descended(
         update.settle(x, made.blunt if sharpness is None else sharpness)
         with update.softened(sharpness):
             value = partial(_value, update, wanted, weight)
-            x = lowered(x, STEPS, value, now + max(deadline - now, 0.0) / (levels - level))
+            until = now + max(deadline - now, 0.0) / (levels - level)
+            x = width * lowered(x / width, STEPS, value, until)
     return x
 
 
-def _value(update: ModuleUpdate, wanted: Suggestion, weight: float, x: Tensor) -> Tensor:
-    """What is lowered, in the graph of x; the prior with its slope alone."""
+def _value(update: ModuleUpdate, wanted: Suggestion, weight: float, unit: Tensor) -> Tensor:
+    """What is lowered, in the graph of the data in widths; the prior with its slope alone."""
+    x = wanted.width * unit
     penalty, slope = value_and_gradient(wanted.prior, x.detach())
     prior = penalty + (slope * (x - x.detach())).sum()
     return update.apart(x) + weight * prior + wanted.outside(x)

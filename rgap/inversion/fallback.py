@@ -33,7 +33,7 @@ from rgap.matching.checkpoint import Progress as SearchProgress
 from rgap.matching.search import match
 from rgap.network.activations import Activation
 from rgap.network.chain import Chain
-from rgap.network.reshape import Op, Reshape
+from rgap.network.reshape import Op
 from rgap.precision import Estimate
 from rgap.progress import Progress
 from rgap.recovery import Candidate, Recovery, Route, Status
@@ -113,10 +113,9 @@ def filled(problem: Problem, run: Run, show: Progress) -> Recovery:
     if minimum.misfit <= MISSED:
         return outcomes.completed(problem, descent, inputs, labels, reason)
     reason += _edges(problem, minimum.value)
-    left = filling.left
-    drawn = _suggested(problem, descent, known, left) if update.sharpness else None
     nearest = _sending(problem, inputs, labels)
-    if drawn is not None:
+    if update.sharpness and isinstance(known.known, Whole):
+        drawn = coarse(problem.model, problem.sent, known, _wanted(problem, filling.left))
         other = _sending(problem, _samples(problem, reached, drawn)[0], labels)
         if other.residual < nearest.residual:
             nearest = other
@@ -198,20 +197,6 @@ def _unpooled(problem: Problem, descent: Descent, seconds: float, show: Progress
             cotangents={**descent.cotangents, **fresh.cotangents},
         )
     return descent
-
-
-def _suggested(
-    problem: Problem, descent: Descent, known: KnownFeatures, seconds: float
-) -> Tensor | None:
-    """A picture from known features, where no batch that meets the update was found."""
-    if not isinstance(known.known, Whole):
-        return None
-    lead = problem.chain.stages[descent.reached.index].lead
-    shapes = [op.in_shape for op in lead if isinstance(op, Reshape) and len(op.in_shape) > 1]
-    channels = shapes[-1][0] if shapes else known.shape[1]
-    averages = prod(known.shape[1:]) == channels
-    wanted = _wanted(problem, seconds)
-    return coarse(problem.model, problem.sent, known, wanted, averages=averages)
 
 
 def _wanted(problem: Problem, seconds: float) -> Suggestion:

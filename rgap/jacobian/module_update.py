@@ -15,17 +15,7 @@ from rgap.jacobian.smoothing import soften
 from rgap.network.batch_statistics import without_running_statistics
 from rgap.precision import GROWTH, Precision
 
-__all__ = ["ClientLoss", "KnownFeatures", "ModuleUpdate", "cosine_distance", "watchable"]
-
-
-def cosine_distance(own: Tensor, sent: Tensor, size: float) -> Tensor:
-    """``1 − ⟨own, sent⟩/(‖own‖ ‖sent‖)`` of flat updates; ``size`` is the norm of ``sent``.
-
-    >>> own, sent = torch.tensor([0.0, 2.0]), torch.tensor([3.0, 4.0])
-    >>> round(float(cosine_distance(own, sent, 5.0)), 6)
-    0.2
-    """
-    return 1.0 - (own * sent).sum() / (own.square().sum().sqrt() * size)
+__all__ = ["ClientLoss", "KnownFeatures", "ModuleUpdate", "watchable"]
 
 
 class ModuleUpdate(ModuleGradient):

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from rgap.jacobian.module_gradient import ClientLoss, ModuleGradient
-from rgap.jacobian.module_update import cosine_distance
 from rgap.matching.batch_norm import Statistics
 from rgap.matching.presets import Coordinates, Preset
 from rgap.network.batch_statistics import without_running_statistics
@@ -28,6 +27,16 @@ TOGETHER = (
     4  # rows from which one batched evaluation is faster on a processor than one after another
 )
 KINK = 1e-3  # rounding of the total variation, in the optimiser's units
+
+
+def cosine_distance(own: Tensor, sent: Tensor, size: float) -> Tensor:
+    """``1 − ⟨own, sent⟩/(‖own‖ ‖sent‖)`` of flat updates; ``size`` is the norm of ``sent``.
+
+    >>> own, sent = torch.tensor([0.0, 2.0]), torch.tensor([3.0, 4.0])
+    >>> round(float(cosine_distance(own, sent, 5.0)), 6)
+    0.2
+    """
+    return 1.0 - (own * sent).sum() / (own.square().sum().sqrt() * size)
 
 
 class Objective:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import picture
@@ -126,15 +128,19 @@ def test_every_tensor_and_the_features_have_the_same_say() -> None:
     assert float(outer.apart(x.requires_grad_()).detach()) < 1e-12
 
 
-@pytest.mark.parametrize("averages", [True, False])
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (-1.0, 1.0), (0.0, 255.0), (3.0, 3.01)])
 @pytest.mark.parametrize("known", [True, False])
-def test_a_suggestion_is_near_what_the_update_says(averages: bool, known: bool) -> None:
+def test_a_suggestion_is_near_what_the_update_says(known: bool, low: float, high: float) -> None:
     x = rgap.photos.load(1, 6)[:, :2]
     model, sent, inside = silu(x)
     source = inside if known else ClientLoss(Loss(), LABEL)
-    wanted = Suggestion(tuple(x.shape), TotalVariation(), (0.0, 1.0), 5.0)
-    found = coarse(model, sent, source, wanted, averages=averages)
-    assert found.dtype == F64 and bool(((found >= 0) & (found <= 1)).all())
+    units = nn.Sequential(nn.Identity(), *model)  # data in other units through the same network
+    units[0].register_forward_pre_hook(lambda _, given: ((given[0] - low) / (high - low),))
+    sent = {f"{int(n[0]) + 1}{n[1:]}": g for n, g in sent.items()}
+    source = replace(inside, layer="3") if known else source
+    wanted = Suggestion(tuple(x.shape), TotalVariation(1.0 / (high - low)), (low, high), 3.0)
+    found = (coarse(units, sent, source, wanted) - low) / (high - low)
+    assert found.dtype == F64 and bool(((found > -1e-6) & (found < 1.0 + 1e-6)).all())
     assert float((found - x).square().mean()) < 0.1 * float((x - 0.5).square().mean())
 
 
@@ -174,8 +180,11 @@ def test_full_layers_above_a_convolution_say_of_its_output_what_features_do() ->
     flat = sent(rgap.models.lenet5(seed=0))
     assert features._layers(flat)[0] == [n for n in flat if not n.startswith("conv1")]
     assert features._layers(flat)[1:] == [["conv1.weight", "conv1.bias"]]
-    assert not features._averaged(flat)
+    assert not features._averaged(flat, 0) and not features._averaged(flat, 120)
     averaged = sent(rgap.models.resnet(seed=0))
-    assert features._averaged(averaged) and len(features._layers(averaged)) > 5
+    assert features._averaged(averaged, 0) and len(features._layers(averaged)) > 5
+    below = {name: g for name, g in averaged.items() if not name.startswith("head")}
+    assert features._averaged(below, 64) and not features._averaged(below, 64 * 8 * 8)
     full = sent(rgap.models.mlp(seed=0))
-    assert features._averaged(full) and all(len(layer) == 2 for layer in features._layers(full))
+    assert features._averaged(full, 0)
+    assert all(len(layer) == 2 for layer in features._layers(full))
