@@ -107,13 +107,15 @@ def filled(problem: Problem, run: Run, show: Progress) -> Recovery:
             show.stage("the same entries in other places")
             return elsewhere(problem, reached, recovery)
     inputs, labels = _samples(problem, reached, minimum.value)
-    reason = _words(halt.reason, -surplus, unknowns, minimum)
+    nearest = _sending(problem, inputs, labels)
+    # A tensor that was sent as zero has no norm to be measured by: it counts in the whole.
+    misfit = max(minimum.misfit, nearest.residual**2)
+    reason = _words(halt.reason, -surplus, unknowns, minimum, misfit)
     if enough and confused:
         reason += f"; {confused}, others than the data send the same"
-    if minimum.misfit <= MISSED:
-        return outcomes.completed(problem, descent, inputs, labels, reason)
+    if misfit <= MISSED:
+        return outcomes.completed(problem, descent, nearest, reason)
     reason += _edges(problem, minimum.value)
-    nearest = _sending(problem, inputs, labels)
     if update.sharpness and isinstance(known.known, Whole):
         drawn = coarse(problem.model, problem.sent, known, _wanted(problem, filling.left))
         other = _sending(problem, _samples(problem, reached, drawn)[0], labels)
@@ -149,20 +151,18 @@ def _completion(
 def _passed(problem: Problem, run: Run, halt: Halt) -> Recovery:
     """The winners of every max-pool were found, and the stages determine the data."""
     inputs, labels = _samples(problem, run, run.descent.require_data().value)
+    batch = _sending(problem, inputs, labels)
     recovery = outcomes.completed(
         problem,
         run.descent,
-        inputs,
-        labels,
+        batch,
         f"{halt.reason}; the winners of every max-pool were found by the equations of the layer "
         "below it, and with them every stage is determined",
     )
-    assert recovery.residual is not None
-    if recovery.residual**2 <= MISSED:
+    if batch.residual**2 <= MISSED:
         return recovery
-    nearest = Candidate(inputs, labels, recovery.residual)
     halted = replace(run.descent, data=None, halt=halt)
-    return replace(_without(problem, halted, halt.reason), candidates=(nearest,))
+    return replace(_without(problem, halted, halt.reason), candidates=(batch,))
 
 
 def _unpooled(problem: Problem, descent: Descent, seconds: float, show: Progress) -> Descent:
@@ -315,15 +315,15 @@ def _edges(problem: Problem, value: Tensor) -> str:
     )
 
 
-def _words(why: str, missing: int, unknowns: int, minimum: Minimum) -> str:
+def _words(why: str, missing: int, unknowns: int, minimum: Minimum, misfit: float) -> str:
     """Why there is a completion, and how near it came."""
     open_ = (
         f"at least {missing} of {unknowns} unknowns were chosen by the prior"
         if missing > 0
         else "what they leave open, or leave too badly conditioned, was chosen by the prior"
     )
-    size, how = f"{minimum.misfit**0.5:.1e}", f"{len(minimum.steps)} steps: {minimum.ended}"
-    if minimum.misfit > MISSED:
+    size, how = f"{misfit**0.5:.1e}", f"{len(minimum.steps)} steps: {minimum.ended}"
+    if misfit > MISSED:
         return (
             f"{why}; a completion was tried and did not find a batch that reproduces the update: "
             f"the nearest, in candidates, has the normalised residual {size} ({how})"

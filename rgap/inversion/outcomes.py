@@ -17,10 +17,9 @@ from rgap.diagnosis.finding import Kind
 from rgap.diagnosis.ranking import check
 from rgap.halt import Halt, HaltKind
 from rgap.inversion.problem import Problem
-from rgap.inversion.replay import replayed
 from rgap.inversion.symptoms import compressed, warnings
 from rgap.network.chain import Stage
-from rgap.recovery import LayerReport, Recovery, Route, Status
+from rgap.recovery import Candidate, LayerReport, Recovery, Route, Status
 from rgap.recursion.reached import Descent
 from rgap.update.update import view
 
@@ -171,24 +170,21 @@ def outside(problem: Problem, descent: Descent, inputs: Tensor) -> Recovery:
     )
 
 
-def completed(
-    problem: Problem, descent: Descent, inputs: Tensor, labels: Tensor, reason: str
-) -> Recovery:
+def completed(problem: Problem, descent: Descent, batch: Candidate, reason: str) -> Recovery:
     """A batch of which a prior chose a part: no error is predicted, and none is bounded.
 
     Args:
         problem: with its filling.
         descent: as far as the equations went.
-        inputs: the whole batch, [B, *input_shape].
-        labels: its targets.
+        batch: the whole of it, with its targets.
         reason: what the prior chose, in words.
     """
     recovery = stopped(problem, Status.COMPLETED, reason, descent)
     return replace(
         recovery,
-        inputs=inputs,
-        labels=labels,
-        residual=replayed(problem, inputs, labels)[0],
+        inputs=batch.inputs,
+        labels=batch.labels,
+        residual=batch.residual,
         warnings=(*recovery.warnings, CHOSEN),
     )
 

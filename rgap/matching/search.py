@@ -361,9 +361,11 @@ def _answer(
     source = replace(problem.source, targets=targets)
     equations = ModuleUpdate(problem.model, gradients, source, problem.shape)
     gaps = equations.gaps(best)
-    misfit = sum((gap / size) ** 2 for gap, size in gaps.values() if size > 0)
     size = sum(size**2 for _, size in gaps.values())
     residual = (sum(gap**2 for gap, _ in gaps.values()) / size) ** 0.5
+    # A tensor that was sent as zero has no norm to be measured by: it counts in the whole.
+    normalised = sum((gap / size) ** 2 for gap, size in gaps.values() if size > 0)
+    misfit = max(normalised, residual**2)
     how = f"{run.iterations} iterations of {run.method}, {run.ended.value}"
     met = f"a normalised residual of {misfit**0.5:.1e}"
     answer = replace(empty, residual=residual, objective=run.objective, misfit=misfit)

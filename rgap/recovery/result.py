@@ -48,7 +48,9 @@ class Recovery:
         labels: recovered labels [B] (soft or real-valued targets [B, C]), or None.
         status: see :class:`Status`.
         layers: one :class:`LayerReport` per stage, in forward order.
-        residual: relative difference between the update and the replayed one.
+        residual: relative difference between the update and the replayed one.  The replay is in
+            float64, so that it holds what rounding took from a client's own cotangents: with a
+            saturated softmax in float32 it is not small for the client's data either.
         predicted_error: rms error per picture, from sampled noise through the whole update.
         error_bound: largest error of any entry that the certificate allows, or None.  Where copies
             of one picture are shown as their mean (the reason says so) it is that of the mean.

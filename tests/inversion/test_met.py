@@ -1,0 +1,47 @@
+"""An answer that is said to reproduce the update does, tensors that were sent as zero included."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import rgap
+from rgap import Status, capture, invert
+
+F64 = torch.float64
+MOST = 0.1  # of the update, that a completion may miss
+
+
+def narrow(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    shape = (2, 16, 16)
+    return rgap.models.resnet(2, (4, 6, 8), input_shape=shape, seed=seed).double().eval()
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2, 507])
+def test_a_completion_of_an_update_with_tensors_of_zeros_reproduces_it(seed: int) -> None:
+    model, x = narrow(seed), torch.zeros(1, 2, 16, 16, dtype=F64)
+    update = capture(model, x, torch.tensor([1]), dtype=F64, share_labels=True, value_range=None)
+    assert sum(not bool(g.any()) for g in update.gradients.values()) > 1
+    found = invert(model, update, complete=True, time_limit=1.0)
+    if found.status is Status.COMPLETED:
+        assert found.residual is not None and found.residual <= MOST
+    else:
+        assert found.inputs is None and found.candidates[0].residual > MOST
+        assert "did not find a batch that reproduces the update" in found.reason
+
+
+@pytest.mark.parametrize("method", ["gauss_newton", "ig"])
+def test_a_search_does_not_pass_over_tensors_of_zeros(method: str) -> None:
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3)).double().eval()
+    with torch.no_grad():
+        model[0].bias.fill_(-1.0)
+        model[2].weight.mul_(1e-6)  # and hardly depends on the data
+    x = torch.zeros(1, 6, dtype=F64)  # no unit is on: the bias of the head alone is not zero
+    update = capture(model, x, torch.tensor([1]), dtype=F64, share_labels=True, value_range=None)
+    begin = torch.full((1, 6), 20.0, dtype=F64)
+    found = rgap.match(model, update, method=method, iterations=1, start=begin)
+    met = found.residual is not None and found.residual <= 1e-3
+    assert met == (found.status is Status.COMPLETED) == (found.inputs is not None)
