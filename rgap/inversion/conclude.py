@@ -75,9 +75,12 @@ def _ended_early(problem: Problem, runs: Sequence[Run], show: Progress) -> Recov
             return partly
         if partly is not None and partly.labels is not None and partly.partial is not None:
             return parts.completed(problem, partly)
-    found = branched is not None and branched.nearest is not None
-    if problem.filling is not None and alone and not found:
-        return filled(problem, run, show)
+    settled = branched is not None and (branched.nearest is not None or branched.refuted)
+    if problem.filling is not None and alone and not settled:
+        recovery = filled(problem, run, show)
+        if recovery.certified or run.family or problem.stated is None:
+            return recovery
+        return _kept(recovery, certified, branched)
     reason = halt.reason
     if problem.filling is not None and not alone:
         reason += f"; no completion: {len(runs)} roots at the head are open, each needs its own"
@@ -121,14 +124,7 @@ def beside_branches(
     Data that were found below them and are not certified are its candidate; where a completion is
     asked for and they send the update, its answer.
     """
-    own = branched.features
-    layers = [
-        by_gradients(report, own[report.layer])
-        if report.route is Route.NOT_REACHED and report.layer in own
-        else report
-        for report in recovery.layers
-    ]
-    recovery = replace(recovery, layers=tuple(layers))
+    recovery = _reported(recovery, branched.features)
     if branched.note:
         recovery = replace(recovery, reason=f"{recovery.reason}; below it, {branched.note}")
     if branched.refuted:
@@ -154,10 +150,33 @@ def beside_branches(
             f"the nearest data, {where}, send an update that is off by {near.residual:.1e} of it"
         )
         recovery = replace(recovery, reason=f"{recovery.reason}; {words}")
-    return with_features(recovery, {**own, **certified})
+    return with_features(recovery, {**branched.features, **certified})
 
 
-def with_features(recovery: Recovery, features: dict[str, Estimate]) -> Recovery:
+def _kept(
+    recovery: Recovery, certified: Mapping[str, Estimate], branched: Branched | None
+) -> Recovery:
+    """A completion with what was determined above and below the place where it began."""
+    if branched is None:
+        return with_features(recovery, certified)
+    if branched.contradicted:
+        return recovery
+    told = _reported(recovery, branched.features)
+    return with_features(told, {**branched.features, **certified})
+
+
+def _reported(recovery: Recovery, own: Mapping[str, Estimate]) -> Recovery:
+    """With the reports of layers whose inputs their own gradients determine."""
+    layers = [
+        by_gradients(report, own[report.layer])
+        if report.route is Route.NOT_REACHED and report.layer in own
+        else report
+        for report in recovery.layers
+    ]
+    return replace(recovery, layers=tuple(layers))
+
+
+def with_features(recovery: Recovery, features: Mapping[str, Estimate]) -> Recovery:
     """The recovery with certified inputs of layers, from the lowest one up, above those it has."""
     more = {name: known for name, known in features.items() if name not in recovery.features}
     errors = {name: float(known.error.square().mean().sqrt()) for name, known in more.items()}

@@ -46,7 +46,7 @@ SEARCHING = 0.2  # share of the time that winners of max-pools are searched for
 FACTORING = 0.25  # share of what is left of a limit for the basis of what a layer says of its input
 COMPLETING = 0.1  # share of the rest for a completion over kinks, where all of a layer is known
 MATCHING = 0.3  # share of the time for Gauss–Newton on the whole update, where there are kinks
-SUGGESTED = "the prior, known features and gradients one by one, where Gauss–Newton is trapped"
+SUGGESTED = "the prior, known features and gradients one by one"
 NEAR = 12  # steps of a completion that a polish follows
 ROUGH = 1e-2  # error, in widths of the range, that a completion is assumed to have before a polish
 EDGE = 0.25  # share of entries at the edge of the value range that is worth a word
@@ -115,13 +115,13 @@ def filled(problem: Problem, run: Run, show: Progress) -> Recovery:
         reason += f"; {confused}, others than the data send the same"
     if misfit <= MISSED:
         return outcomes.completed(problem, descent, nearest, reason)
-    reason += _edges(problem, minimum.value)
+    source, edges = "that one", _edges(problem, minimum.value)
     if update.sharpness and isinstance(known.known, Whole):
         drawn = coarse(problem.model, problem.sent, known, _wanted(problem, filling.left))
         other = _sending(problem, _samples(problem, reached, drawn)[0], labels)
         if other.residual < nearest.residual:
-            nearest = other
-            reason += f"; nearer than it, and in candidates, is the one from {SUGGESTED}"
+            nearest, source, edges = other, f"one from {SUGGESTED}", ""
+    reason += f"; in candidates is {source}: its own update is off by {nearest.residual:.1e}{edges}"
     return replace(_without(problem, descent, reason), candidates=(nearest,))
 
 
@@ -254,7 +254,7 @@ def searched(problem: Problem, recovery: Recovery, show: Progress) -> Recovery:
         other = _sending(problem, drawn, targets)
         if residual is None or other.residual < residual:
             candidates, residual = (other,), other.residual
-            reason += f"; nearer than it, and in candidates, is the one from {SUGGESTED}"
+            reason += f"; nearer, and in its place, is one from {SUGGESTED}: {residual:.1e}"
     return replace(
         recovery,
         inputs=matched.inputs,
@@ -326,7 +326,7 @@ def _words(why: str, missing: int, unknowns: int, minimum: Minimum, misfit: floa
     if misfit > MISSED:
         return (
             f"{why}; a completion was tried and did not find a batch that reproduces the update: "
-            f"the nearest, in candidates, has the normalised residual {size} ({how})"
+            f"the nearest of Gauss–Newton has the normalised residual {size} ({how})"
         )
     return (
         f"{why}; with the layers below {open_}, and the answer reproduces the update to a "

@@ -1,4 +1,4 @@
-"""An answer that is said to reproduce the update does, tensors that were sent as zero included."""
+"""A completion reproduces the update where it says so, and keeps what was determined without it."""
 
 from __future__ import annotations
 
@@ -45,3 +45,18 @@ def test_a_search_does_not_pass_over_tensors_of_zeros(method: str) -> None:
     found = rgap.match(model, update, method=method, iterations=1, start=begin)
     met = found.residual is not None and found.residual <= 1e-3
     assert met == (found.status is Status.COMPLETED) == (found.inputs is not None)
+
+
+@pytest.mark.parametrize(("name", "batch"), [("lenet5", 1), ("lenet5", 2), ("vgg", 1)])
+def test_a_completion_keeps_what_is_determined_without_it(name: str, batch: int) -> None:
+    model = getattr(rgap.models, name)(seed=0)
+    x = rgap.photos.load(batch)
+    update = capture(model, x, torch.arange(batch), dtype=F64, share_labels=True)
+    plain = invert(model, update)
+    found = invert(model, update, complete=True, time_limit=3.0)
+    assert plain.features and plain.features.keys() <= found.features.keys()
+    for layer, value in plain.features.items():
+        assert torch.allclose(found.features[layer], value, rtol=1e-9, atol=1e-9)
+    solved = [{r.layer for r in each.layers if r.nullity == 0} for each in (plain, found)]
+    assert solved[0] <= solved[1]
+    assert found.candidates[0].residual < 1.0 and "in candidates is" in found.reason
