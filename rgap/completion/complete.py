@@ -34,7 +34,8 @@ from rgap.solvers.gauss_newton import Minimum, Schedule, Step
 from rgap.solvers.priors import Prior
 
 PASSES = (16, 40)  # levels of the first try and of those after it
-MISSED = 1e-2  # misfit above which an answer does not reproduce the update
+MISSED = 1e-4  # misfit above which an answer does not reproduce the update: one per cent of it
+EXPLAINED = 2.0  # the same in units of what stated noise explains
 MOST = 4096  # pre-activations whose Gram matrix is factored; beyond, the rows are used as they are
 
 
@@ -87,6 +88,12 @@ class PriorSchedule:
         schedule = Schedule(seconds=float(seconds), smoothing=Schedule.smoothing * (high - low))
         chosen = prior_of("natural" if prior is None else prior, shape, value_range)
         return cls(chosen, schedule, time.perf_counter() if began is None else began)
+
+
+def met(update: ModuleUpdate, misfit: float, precision: Precision) -> bool:
+    """True if a squared misfit is that of an answer which reproduces the update."""
+    noisy = EXPLAINED * update.expected(precision) if precision.noisy else 0.0
+    return misfit <= max(MISSED, noisy)
 
 
 def inside(

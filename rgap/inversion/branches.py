@@ -16,6 +16,7 @@ from torch import Tensor
 from rgap.completion.complete import FAINT, grey
 from rgap.completion.preimage import Astray, Preimage, preimage
 from rgap.completion.value_settling import Row
+from rgap.constraints.known_input import Whole
 from rgap.halt import HaltKind
 from rgap.inversion import outcomes
 from rgap.inversion.answer import Run, cast_of
@@ -26,6 +27,7 @@ from rgap.inversion.top import head_cotangent
 from rgap.inversion.weighed import named, weighed_at
 from rgap.jacobian.batch_loss import BatchLoss
 from rgap.jacobian.frontier import rounded
+from rgap.jacobian.module_update import KnownFeatures
 from rgap.limits import FITS, PASSES, REFUTED, SAFETY, USEFUL
 from rgap.network.affine import Affine
 from rgap.network.flow import Flow, flow_of
@@ -59,6 +61,8 @@ class Branched:
             none of them is certified, those that were read above included.
         refuted: name of a layer whose gradient is not that of the cotangents above it, beyond what
             errors explain: no batch sends this update; or "".
+        lowest: the lowest input of a layer that is known whole, and through which every path from
+            the data leads; None where there is none.
     """
 
     features: dict[str, Estimate] = field(default_factory=dict)
@@ -67,6 +71,7 @@ class Branched:
     note: str = ""
     contradicted: bool = False
     refuted: str = ""
+    lowest: KnownFeatures | None = None
 
 
 def below_branches(
@@ -181,10 +186,10 @@ def _descended(
         return Branched(note=note, contradicted=True, refuted=refuted)
     if apart := disagreement_of_values(cut, told.values, own.unit):
         return Branched(note=f"no features are certified: {apart}", contradicted=True)
-    features = _features(cut, told)
+    features, lowest = _features(cut, told), _lowest(cut, told)
     unread = _unread(problem, flow)
     if problem.stated != len(few.value) or unread:
-        return Branched(features, note=unread)
+        return Branched(features, note=unread, lowest=lowest)
 
     def start(number: int) -> Tensor:
         spread = SPREAD if number else FAINT
@@ -210,7 +215,8 @@ def _descended(
             return Branched(features, made)
         near = dict(enumerate(found.data.value))
         note = f"data that give the features are not certified: {made}"
-    return Branched(features, None, nearest(problem, cut, told, near), note)
+    near_data = nearest(problem, cut, told, near)
+    return Branched(features, None, near_data, note, lowest=lowest)
 
 
 def _start(
@@ -282,6 +288,21 @@ def _features(flow: Flow, told: GraphDescent) -> dict[str, Estimate]:
             if isinstance(link, Affine):
                 features[link.name] = value.shaped(link.in_shape)
     return features
+
+
+def _lowest(flow: Flow, told: GraphDescent) -> KnownFeatures | None:
+    """The lowest known value that a layer reads and every path from the data meets, and k there."""
+    known = told.values.keys() & told.cotangents.keys() - told.ends.keys()
+    for place in sorted(known.intersection(flow.cuts()) - {0}):
+        for user in flow.users(place):
+            link, k = flow.nodes[user].link, told.cotangents[place]
+            if isinstance(link, Affine) and not flow.nodes[user].shared:
+                u = told.values[place].shaped(link.in_shape)
+                whole = Whole(u.value, float(u.std.square().sum()))
+                shape, size = tuple(u.value.shape), max(float(k.value.norm()), 1e-300)
+                blur = float(k.std.norm()) / size
+                return KnownFeatures(link.name, shape, whole, k.value.reshape(shape), blur)
+    return None
 
 
 def _certified(

@@ -77,7 +77,8 @@ def _ended_early(problem: Problem, runs: Sequence[Run], show: Progress) -> Recov
             return parts.completed(problem, partly)
     settled = branched is not None and (branched.nearest is not None or branched.refuted)
     if problem.filling is not None and alone and not settled:
-        recovery = filled(problem, run, show)
+        below = None if branched is None or branched.contradicted else branched.lowest
+        recovery = filled(problem, run, show, below)
         if recovery.certified or run.family or problem.stated is None:
             return recovery
         return _kept(recovery, certified, branched)

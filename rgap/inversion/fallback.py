@@ -9,7 +9,7 @@ from math import inf, isfinite, prod
 import torch
 from torch import Tensor
 
-from rgap.completion.complete import MISSED, complete, grey, inside
+from rgap.completion.complete import MISSED, complete, grey, inside, met
 from rgap.completion.features import Suggestion, coarse
 from rgap.completion.max_pool import PooledStage, find_winners
 from rgap.completion.value_uniqueness import paired
@@ -52,7 +52,9 @@ ROUGH = 1e-2  # error, in widths of the range, that a completion is assumed to h
 EDGE = 0.25  # share of entries at the edge of the value range that is worth a word
 
 
-def filled(problem: Problem, run: Run, show: Progress) -> Recovery:
+def filled(
+    problem: Problem, run: Run, show: Progress, below: KnownFeatures | None = None
+) -> Recovery:
     """Complete the batch below the stage at which the recursion ended.
 
     Where all equations together determine the data, though no stage alone does, the answer is
@@ -64,25 +66,23 @@ def filled(problem: Problem, run: Run, show: Progress) -> Recovery:
         problem: with its filling.
         run: a descent that ended early.
         show: told how far it is.
+        below: features below that stage that are known all the same.
     """
     filling, chain = problem.filling, problem.chain
     assert filling is not None
     if problem.left == inf:  # no limit for the equations, and the whole of its own for this
         filling = replace(filling, began=time.perf_counter())
         problem = replace(problem, filling=filling)
-    halt = run.descent.require_halt()
-    descent = _unpooled(problem, run.descent, SEARCHING * filling.left, show)
-    run = run._replace(descent=descent)
-    if descent.data is not None:
-        return _passed(problem, run, halt)
-    halt = descent.require_halt()
-    name = chain.stages[descent.reached.index].name
+    halt, descent = run.descent.require_halt(), run.descent
+    if below is None:
+        descent = _unpooled(problem, descent, SEARCHING * filling.left, show)
+        run = run._replace(descent=descent)
+        if descent.data is not None:
+            return _passed(problem, run, halt)
+        halt = descent.require_halt()
+    name = chain.stages[descent.reached.index].name if below is None else below.layer
     show.stage(f"completion below {name}")
-    place, left = str(problem.gradients.device), problem.left
-    ahead = freely if left == inf else Until(time.perf_counter(), left, FACTORING, place)
-    known = inside(
-        chain, descent.reached, problem.gradients, problem.precision, problem.budget, ahead
-    )
+    known = below or _inside(problem, descent)
     if not watchable(problem.model, name):
         why = f"no completion: '{name}' is no module of the model, its input cannot be watched"
         return _without(problem, descent, f"{halt.reason}; {why}")
@@ -110,10 +110,11 @@ def filled(problem: Problem, run: Run, show: Progress) -> Recovery:
     nearest = _sending(problem, inputs, labels)
     # A tensor that was sent as zero has no norm to be measured by: it counts in the whole.
     misfit = max(minimum.misfit, nearest.residual**2)
-    reason = _words(halt.reason, -surplus, unknowns, minimum, misfit)
+    reproduced = met(update, misfit, problem.precision)
+    reason = _words(halt.reason, -surplus, unknowns, minimum, misfit, reproduced)
     if enough and confused:
         reason += f"; {confused}, others than the data send the same"
-    if misfit <= MISSED:
+    if reproduced:
         return outcomes.completed(problem, descent, nearest, reason)
     source, edges = "that one", _edges(problem, minimum.value)
     if update.sharpness and isinstance(known.known, Whole):
@@ -123,6 +124,14 @@ def filled(problem: Problem, run: Run, show: Progress) -> Recovery:
             nearest, source, edges = other, f"one from {SUGGESTED}", ""
     reason += f"; in candidates is {source}: its own update is off by {nearest.residual:.1e}{edges}"
     return replace(_without(problem, descent, reason), candidates=(nearest,))
+
+
+def _inside(problem: Problem, descent: Descent) -> KnownFeatures:
+    """What the recursion knows of the lowest stage that it reached."""
+    place, left = str(problem.gradients.device), problem.left
+    ahead = freely if left == inf else Until(time.perf_counter(), left, FACTORING, place)
+    own, budget = problem.precision, problem.budget
+    return inside(problem.chain, descent.reached, problem.gradients, own, budget, ahead)
 
 
 def _completion(
@@ -315,7 +324,9 @@ def _edges(problem: Problem, value: Tensor) -> str:
     )
 
 
-def _words(why: str, missing: int, unknowns: int, minimum: Minimum, misfit: float) -> str:
+def _words(
+    why: str, missing: int, unknowns: int, minimum: Minimum, misfit: float, reproduced: bool
+) -> str:
     """Why there is a completion, and how near it came."""
     open_ = (
         f"at least {missing} of {unknowns} unknowns were chosen by the prior"
@@ -323,7 +334,7 @@ def _words(why: str, missing: int, unknowns: int, minimum: Minimum, misfit: floa
         else "what they leave open, or leave too badly conditioned, was chosen by the prior"
     )
     size, how = f"{misfit**0.5:.1e}", f"{len(minimum.steps)} steps: {minimum.ended}"
-    if misfit > MISSED:
+    if not reproduced:
         return (
             f"{why}; a completion was tried and did not find a batch that reproduces the update: "
             f"the nearest of Gauss–Newton has the normalised residual {size} ({how})"

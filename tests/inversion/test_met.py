@@ -10,7 +10,7 @@ import rgap
 from rgap import Status, capture, invert
 
 F64 = torch.float64
-MOST = 0.1  # of the update, that a completion may miss
+MOST = 0.01  # of the update, that a completion may miss
 
 
 def narrow(seed: int) -> nn.Module:
