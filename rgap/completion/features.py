@@ -34,7 +34,7 @@ from rgap.solvers.priors import Prior, value_and_gradient
 __all__ = ["Suggestion", "coarse"]
 
 STEPS = 400  # of L-BFGS a level at most
-HEAVY, LIGHT = 0.1, 1e-3  # weight of the prior at the first level of a pass and at the last
+HEAVY, LIGHT = 0.1, 1e-3  # weight of the prior at the first level and at the last
 NOISE = 0.1  # spread of the start, in widths of the range
 STARTS = 4  # where one answer is as good as another: the mean is nearer than each
 FEWEST = 300  # calls of the function that a start is worth
@@ -49,6 +49,8 @@ class Pass(NamedTuple):
         sharp: of the last.
         levels: how many.
         share: of the time, in parts.
+        heavy: weight of the prior at the first level.
+        light: at the last.
     """
 
     layers: int
@@ -56,10 +58,16 @@ class Pass(NamedTuple):
     sharp: float
     levels: int
     share: float = 1.0
+    heavy: float = HEAVY
+    light: float = LIGHT
 
 
 # The gradient of the layer next below the features depends on the fewest kinks.
 DESCENDING = Pass(1, 2.0, 200.0, 9, 3.0), Pass(3, 60.0, 200.0, 3)
+# Features that are not quite right lead near; from there kinks need not be so blunt.
+APPROACH = Pass(0, 2.0, 200.0, 9, light=1e-2)
+NEARBY = Pass(1, 20.0, 200.0, 5, 3.0, 1e-2), Pass(3, 60.0, 200.0, 3, 1.0, 1e-2)
+APPROACHING = 0.25  # share of the time
 FULL = 2  # axes of a fully connected layer's weight
 TOGETHER = (Pass(0, 4.0, 100.0, 9),)  # where no features are known, or only averages
 
@@ -111,6 +119,7 @@ def coarse(
     gradients: Mapping[str, Tensor],
     source: KnownFeatures | ClientLoss,
     wanted: Suggestion,
+    near: KnownFeatures | None = None,
 ) -> Tensor:
     """The batch that known features, gradients and a prior suggest; no more.
 
@@ -119,6 +128,8 @@ def coarse(
         gradients: the update.
         source: the loss; or all features of a layer, with the cotangent there.
         wanted: shape, prior and range of the batch, and the time.
+        near: features of a lower layer that are not quite right, to begin near: no gradient is
+            asked to agree with them.
 
     Returns:
         [B, *input_shape], float64; certified by nothing.
@@ -126,25 +137,22 @@ def coarse(
     deadline = time.perf_counter() + wanted.seconds
     place, entries = next(iter(gradients.values())).device, 0
     if isinstance(source, KnownFeatures):
-        assert isinstance(source.known, Whole)
-        known = replace(source.known, value=source.known.value.float())
-        source = replace(source, known=known, cotangent=source.cotangent.float())
-        entries = known.value[0].numel()
+        source = _rough(source)
+        entries = source.cotangent[0].numel()
     update = ModuleUpdate(model, gradients, source, wanted.shape, torch.float32)
     layers = _layers(update.gradients)
     averaged = _averaged(update.gradients, entries)
-    starts = STARTS if averaged else 1
-    passes = (TOGETHER if averaged else DESCENDING)[: max(len(layers), 1)]
+    passes = (TOGETHER if averaged else DESCENDING if near is None else NEARBY)[
+        : max(len(layers), 1)
+    ]
     ends, x = list[Tensor](), wanted.start(0).to(place)
     with small_kernels(convolution_work(update.model, x)):
-        if starts > 1:
-            began = time.perf_counter()
-            lowered(x / wanted.width, 1, partial(_value, update, wanted, HEAVY), deadline)
-            call = (time.perf_counter() - began) / 2.0
-            fit = int(wanted.seconds / max(FEWEST * call, 1e-9))
-            starts = min(starts, max(fit, 1))
+        starts = _starts(update, x, wanted, deadline) if averaged else 1
         for start in range(starts):
             x = wanted.start(start).to(place)
+            if near is not None and not averaged:
+                own = ModuleUpdate(model, gradients, _rough(near), wanted.shape, torch.float32)
+                x = _descended(own.only(()), x, wanted, APPROACH, APPROACHING * wanted.seconds)
             ahead = (starts - start) * sum(made.share for made in passes)
             for made in passes:
                 taken = layers[: made.layers or None]
@@ -154,6 +162,21 @@ def coarse(
                 x = _descended(update.only(names), x, wanted, made, left)
             ends.append(x.double())
     return wanted.kept(torch.stack(ends).mean(0))
+
+
+def _rough(source: KnownFeatures) -> KnownFeatures:
+    """The same in float32."""
+    assert isinstance(source.known, Whole)
+    known = replace(source.known, value=source.known.value.float())
+    return replace(source, known=known, cotangent=source.cotangent.float())
+
+
+def _starts(update: ModuleUpdate, x: Tensor, wanted: Suggestion, deadline: float) -> int:
+    """How many starts there is time for."""
+    began = time.perf_counter()
+    lowered(x / wanted.width, 1, partial(_value, update, wanted, HEAVY), deadline)
+    call = (time.perf_counter() - began) / 2.0
+    return min(STARTS, max(int(wanted.seconds / max(FEWEST * call, 1e-9)), 1))
 
 
 def _layers(gradients: Mapping[str, Tensor]) -> list[list[str]]:
@@ -197,7 +220,7 @@ def _descended(
     width = wanted.width
     for level in range(levels):
         along = level / max(levels - 1, 1)
-        weight = HEAVY * (LIGHT / HEAVY) ** along
+        weight = made.heavy * (made.light / made.heavy) ** along
         sharpness = made.blunt * (made.sharp / made.blunt) ** along if update.sharpness else None
         now = time.perf_counter()
         update.settle(x, made.blunt if sharpness is None else sharpness)

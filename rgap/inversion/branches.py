@@ -7,7 +7,7 @@ is read at the head, and nothing is certified that does not give the update agai
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Set
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -63,6 +63,7 @@ class Branched:
             errors explain: no batch sends this update; or "".
         lowest: the lowest input of a layer that is known whole, and through which every path from
             the data leads; None where there is none.
+        near: such an input below it that a search ended at, not quite right, without a cotangent.
     """
 
     features: dict[str, Estimate] = field(default_factory=dict)
@@ -72,6 +73,7 @@ class Branched:
     contradicted: bool = False
     refuted: str = ""
     lowest: KnownFeatures | None = None
+    near: KnownFeatures | None = None
 
 
 def below_branches(
@@ -186,10 +188,10 @@ def _descended(
         return Branched(note=note, contradicted=True, refuted=refuted)
     if apart := disagreement_of_values(cut, told.values, own.unit):
         return Branched(note=f"no features are certified: {apart}", contradicted=True)
-    features, lowest = _features(cut, told), _lowest(cut, told)
+    features, lowest, about = _features(cut, told), _lowest(cut, told), _near(cut, told)
     unread = _unread(problem, flow)
     if problem.stated != len(few.value) or unread:
-        return Branched(features, note=unread, lowest=lowest)
+        return Branched(features, note=unread, lowest=lowest, near=about)
 
     def start(number: int) -> Tensor:
         spread = SPREAD if number else FAINT
@@ -216,7 +218,7 @@ def _descended(
         near = dict(enumerate(found.data.value))
         note = f"data that give the features are not certified: {made}"
     near_data = nearest(problem, cut, told, near)
-    return Branched(features, None, near_data, note, lowest=lowest)
+    return Branched(features, None, near_data, note, lowest=lowest, near=about)
 
 
 def _start(
@@ -293,15 +295,34 @@ def _features(flow: Flow, told: GraphDescent) -> dict[str, Estimate]:
 def _lowest(flow: Flow, told: GraphDescent) -> KnownFeatures | None:
     """The lowest known value that a layer reads and every path from the data meets, and k there."""
     known = told.values.keys() & told.cotangents.keys() - told.ends.keys()
-    for place in sorted(known.intersection(flow.cuts()) - {0}):
+    read = _read(flow, known)
+    if read is None:
+        return None
+    place, affine = read
+    u, k = told.values[place].shaped(affine.in_shape), told.cotangents[place]
+    whole = Whole(u.value, float(u.std.square().sum()))
+    blur = float(k.std.norm()) / max(float(k.value.norm()), 1e-300)
+    shape = tuple(u.value.shape)
+    return KnownFeatures(affine.name, shape, whole, k.value.reshape(shape), blur)
+
+
+def _near(flow: Flow, told: GraphDescent) -> KnownFeatures | None:
+    """The lowest such value that a search ended at, if it is below those that are known."""
+    read = _read(flow, told.near.keys() - told.values.keys())
+    if read is None or read[0] > min(told.values, default=0):
+        return None
+    place, affine = read
+    u = told.near[place].reshape(-1, *affine.in_shape)
+    return KnownFeatures(affine.name, tuple(u.shape), Whole(u), torch.zeros_like(u))
+
+
+def _read(flow: Flow, places: Set[int]) -> tuple[int, Affine] | None:
+    """The lowest of some values that every path from the data meets, and a layer that reads it."""
+    for place in sorted(places & set(flow.cuts()) - {0}):
         for user in flow.users(place):
-            link, k = flow.nodes[user].link, told.cotangents[place]
+            link = flow.nodes[user].link
             if isinstance(link, Affine) and not flow.nodes[user].shared:
-                u = told.values[place].shaped(link.in_shape)
-                whole = Whole(u.value, float(u.std.square().sum()))
-                shape, size = tuple(u.value.shape), max(float(k.value.norm()), 1e-300)
-                blur = float(k.std.norm()) / size
-                return KnownFeatures(link.name, shape, whole, k.value.reshape(shape), blur)
+                return place, link
     return None
 
 

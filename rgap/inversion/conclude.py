@@ -77,8 +77,8 @@ def _ended_early(problem: Problem, runs: Sequence[Run], show: Progress) -> Recov
             return parts.completed(problem, partly)
     settled = branched is not None and (branched.nearest is not None or branched.refuted)
     if problem.filling is not None and alone and not settled:
-        below = None if branched is None or branched.contradicted else branched.lowest
-        recovery = filled(problem, run, show, below)
+        told = Branched() if branched is None or branched.contradicted else branched
+        recovery = filled(problem, run, show, told.lowest, told.near)
         if recovery.certified or run.family or problem.stated is None:
             return recovery
         return _kept(recovery, certified, branched)

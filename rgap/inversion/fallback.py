@@ -53,7 +53,11 @@ EDGE = 0.25  # share of entries at the edge of the value range that is worth a w
 
 
 def filled(
-    problem: Problem, run: Run, show: Progress, below: KnownFeatures | None = None
+    problem: Problem,
+    run: Run,
+    show: Progress,
+    below: KnownFeatures | None = None,
+    near: KnownFeatures | None = None,
 ) -> Recovery:
     """Complete the batch below the stage at which the recursion ended.
 
@@ -67,6 +71,7 @@ def filled(
         run: a descent that ended early.
         show: told how far it is.
         below: features below that stage that are known all the same.
+        near: features below these that a search ended at, not quite right.
     """
     filling, chain = problem.filling, problem.chain
     assert filling is not None
@@ -118,7 +123,8 @@ def filled(
         return outcomes.completed(problem, descent, nearest, reason)
     source, edges = "that one", _edges(problem, minimum.value)
     if update.sharpness and isinstance(known.known, Whole):
-        drawn = coarse(problem.model, problem.sent, known, _wanted(problem, filling.left))
+        wanted = _wanted(problem, filling.left)
+        drawn = coarse(problem.model, problem.sent, known, wanted, near)
         other = _sending(problem, _samples(problem, reached, drawn)[0], labels)
         if other.residual < nearest.residual:
             nearest, source, edges = other, f"one from {SUGGESTED}", ""

@@ -32,7 +32,7 @@ from rgap.recursion.readers import Contradicted, Reader, from_gradients
 from rgap.recursion.steps import down, through
 from rgap.recursion.steps_above import StepsAbove, mask_of, nonnegative, steps_above
 from rgap.recursion.unsettled import are_on
-from rgap.recursion.winners import Above, bytes_of, winners_of
+from rgap.recursion.winners import Above, Missed, bytes_of, winners_of
 
 __all__ = ["GraphDescent", "Walk", "descend_graph"]
 
@@ -48,6 +48,7 @@ class GraphDescent:
         below: by place of another step, ∂L/∂input where its convolution told it.
         shifts: places of convolutions whose gradients told the positions apart.
         ends: by place, why nothing is known of it or below it.
+        near: by place, what a search that missed the value ended at.
         unit: unit roundoff of the client's arithmetic.
     """
 
@@ -57,6 +58,7 @@ class GraphDescent:
     below: dict[int, Estimate] = field(default_factory=dict)
     shifts: list[int] = field(default_factory=list)
     ends: dict[int, str] = field(default_factory=dict)
+    near: dict[int, Tensor] = field(default_factory=dict)
     unit: float = 0.0
 
     def of(self, rows: Sequence[int]) -> GraphDescent:
@@ -153,10 +155,9 @@ class Walk:
         known, state = self.state.cotangents.get(source), self.state
         through_layer = isinstance(self.flow.nodes[user].link, Affine)
         own = user if user in state.masks else self.opened.get(user)
+        self.opened.pop(source, None)
         if known is None and own is not None and not through_layer:
             self.opened[source] = own
-        else:
-            self.opened.pop(source, None)
         rectifier = user if user in self.unsure else self.doubted.get(user)
         if rectifier is not None and known is None and not through_layer:
             self.doubted[source] = rectifier
@@ -263,8 +264,7 @@ class Walk:
     def unmask(self, place: int, affine: Affine) -> str | None:
         """Read what steps above let through off the positions of a convolution, or say why not.
 
-        Between them and it stand maps channel by channel, so that each entry of its cotangent is
-        that of the steps' output or 0.
+        Between them and it stand maps channel by channel: its cotangent is theirs or 0.
         """
         state, k = self.state, self.state.cotangents[place]
         if affine.geometry is None or affine.geometry.groups != 1:
@@ -303,7 +303,11 @@ class Walk:
         on = self.alive(pools[0]) > 0
         above = Above(known.value, state.cotangents[pools[0]].value, on)
         k, gradient = state.cotangents[place], affine.sent(self.gradients)
-        return winners_of(affine, gradient, k, steps, above, noise, self.deadline)
+        won = winners_of(affine, gradient, k, steps, above, noise, self.deadline)
+        if not isinstance(won, Missed):
+            return won
+        state.near[self.flow.nodes[place].sources[0]] = won.near
+        return won.reason
 
     def solve(self, place: int) -> bool:
         """The value, from the gradients of all layers that read it, if these determine it.
@@ -336,8 +340,7 @@ class Walk:
         settled = False
         for user, reader in zip(users, readers, strict=True):
             if reader.unsure is not None and self.doubted[user] in self.unsure:
-                rectifier = self.doubted[user]
-                affine = reader.affine
+                rectifier, affine = self.doubted[user], reader.affine
                 sent, unsure = affine.sent(self.gradients), reader.unsure
                 on = are_on(affine, reader.k.value, unsure, sent, found.value)
                 state.masks[rectifier][unsure] = on
@@ -369,10 +372,9 @@ class Walk:
             if known is None or not isinstance(affine, Affine):
                 continue
             share, off = _shares(known)
-            near = share < SURELY_ON * off
-            near &= filters.reshape(1, -1, *[1] * (near.ndim - 2))
-            count = int(near.transpose(0, 1).flatten(1).sum(1).max())
-            if 2 * count > affine.weight[0].numel():  # equations of a filter
+            near = (share < SURELY_ON * off) & filters.reshape(1, -1, *[1] * (share.ndim - 2))
+            count = near.transpose(0, 1).flatten(1).sum(1).max()
+            if 2 * int(count) > affine.weight[0].numel():  # equations of a filter
                 continue
             state.masks[rectifier] = torch.where(near, 1.0, state.masks[rectifier])
             self.unsure[rectifier] = near

@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from math import inf, prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ from rgap.separation.shifts.confirmed import confirmed, short_of
 from rgap.solvers.lbfgs import HISTORY, lowered
 from rgap.solvers.nonnegative import nonnegative_least
 
-__all__ = ["Above", "bytes_of", "winners_of"]
+__all__ = ["Above", "Missed", "bytes_of", "winners_of"]
 
 SHARP = 128.0  # the last sharpness, over the spread of z
 # The first sharpness, levels, and steps of L-BFGS at each: fast, then slow.
@@ -74,6 +75,18 @@ class Above:
     def to(self, dtype: torch.dtype) -> Above:
         """The same in other arithmetic."""
         return Above(self.value.to(dtype), self.cotangent.to(dtype), self.on)
+
+
+class Missed(NamedTuple):
+    """Winners that no gradient confirms.
+
+    Attributes:
+        reason: why, in words.
+        near: where the search ended, the input of the convolution or not quite.
+    """
+
+    reason: str
+    near: Tensor
 
 
 class _Windows:
@@ -285,7 +298,7 @@ def winners_of(
     above: Above,
     noise: float,
     deadline: float = inf,
-) -> Tensor | str:
+) -> Tensor | Missed | str:
     """What a max-pool and the rectifiers beside it let through, 0 and 1 [B, F, *out], or why not.
 
     Args:
@@ -309,7 +322,7 @@ def winners_of(
         if link is not steps.pool and not one_sided and not scaled:
             return f"'{link.name if link else ''}' stands between '{affine.name}' and the pool"
     equations = _Winners(affine, gradient, steps, above)
-    error, why = float(k.std.square().mean().sqrt()), ""
+    error, missed = float(k.std.square().mean().sqrt()), list[Missed]()
     few = affine.weight[:, 0].numel() < FEW * len(above.value) * prod(affine.in_shape[1:])
     for pace in PACES[few:]:
         for x, last in equations.annealed(*pace, deadline):
@@ -325,8 +338,8 @@ def winners_of(
             met = confirmed(affine, gradient, open_, k.value, noise, error, through, steps.unit)
             if not isinstance(met, str):
                 return told
-            why = met
-    return why
+            missed.append(Missed(met, x))
+    return missed[-1]
 
 
 def _least(matrix: Tensor, rhs: Tensor) -> Tensor:
