@@ -11,8 +11,10 @@ Source: gradient constraints alone down a chain of one sample are R-CONV (Eltara
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import inf
 
 import torch
@@ -20,14 +22,15 @@ from torch import Tensor
 
 from rgap.halt import Halt
 from rgap.jacobian.layer import each
-from rgap.limits import OFF, OFF_LEAST, SURELY_ON
+from rgap.limits import OFF, SURELY_ON
 from rgap.network.activations import Activation
 from rgap.network.affine import Affine
 from rgap.network.flow import Flow
 from rgap.network.pooling import MaxPool
 from rgap.network.reshape import Reshape
-from rgap.precision import Estimate, Precision, smoothed
+from rgap.precision import Estimate, Precision
 from rgap.recursion.one_sample import cotangent_below
+from rgap.recursion.patterns import agreeing, shares_of
 from rgap.recursion.readers import Contradicted, Reader, from_gradients
 from rgap.recursion.steps import down, through
 from rgap.recursion.steps_above import StepsAbove, mask_of, nonnegative, steps_above
@@ -203,14 +206,12 @@ class Walk:
         if isinstance(link, Affine):
             return [down(link, k, self.precision)]
         if isinstance(link, MaxPool) and link.disjoint:
-            open_ = state.masks.get(place)
-            if open_ is None:
-                open_ = link.spread(self.alive(place))
+            told = place in state.masks
+            open_ = state.masks[place] if told else link.spread(self.alive(place))
             return [Estimate(link.spread(k.value) * open_, each(link.spread, k.error) * open_)]
         if link.affine and link.barrier is None:
             sent = link.adjoint(k.value)
-            rounded = self.precision.rounding(sent)
-            return [Estimate(sent, each(link.adjoint, k.error) + rounded)]
+            return [Estimate(sent, each(link.adjoint, k.error) + self.precision.rounding(sent))]
         if place in state.below:
             return [state.below[place]]
         if self.bent(place):
@@ -250,12 +251,12 @@ class Walk:
         known, [source] = self.known(place), self.flow.nodes[place].sources
         if known is None or not nonnegative(self.flow, source):
             return torch.ones_like(self.state.cotangents[place].value)
-        share, off = _shares(known)
+        share, off = shares_of(known)
         return (share > OFF * off).to(known.value)
 
     def open(self, place: int, known: Estimate) -> None:
         """The mask of a rectifier from what it gives; units in doubt count as on until settled."""
-        share, off = _shares(known)
+        share, off = shares_of(known)
         self.state.masks[place] = (share > OFF * off).to(known.value)
         unsure = (share > OFF * off) & (share < SURELY_ON * off)
         if bool(unsure.any()):
@@ -319,37 +320,42 @@ class Walk:
         if place in state.values:
             return False
         users = [user for user in self.flow.users(place) if self.heard(user)]
-        for user in users:
-            affine = self.flow.nodes[user].link
+        doubts = [self.doubted.get(user, -1) for user in users]
+        for user, rectifier in zip(users, doubts, strict=True):
+            affine, unsure = self.flow.nodes[user].link, self.unsure.get(rectifier)
             assert isinstance(affine, Affine)
-            doubt = self.unsure.get(self.doubted[user]) if user in self.doubted else None
-            readers.append(Reader(affine, state.cotangents[user], doubt))
+            readers.append(Reader(affine, state.cotangents[user], unsure))
         if not readers:
             return False
-        found = from_gradients(readers, self.gradients, self.precision, self.room)
+        from_all = partial(
+            from_gradients, gradients=self.gradients, precision=self.precision, room=self.room
+        )
+        found = from_all(readers)
         if isinstance(found, Contradicted):
             if self.reopened(users, found):
                 return True
             if self.flow.nodes[place].link is not None:
                 state.ends[place] = found.reason
             return False
-        if not isinstance(found, Estimate):
-            if self.needed(place):
-                state.ends[place] = found
-            return False
-        settled = False
-        for user, reader in zip(users, readers, strict=True):
-            if reader.unsure is not None and self.doubted[user] in self.unsure:
-                rectifier, affine = self.doubted[user], reader.affine
-                sent, unsure = affine.sent(self.gradients), reader.unsure
-                on = are_on(affine, reader.k.value, unsure, sent, found.value)
-                state.masks[rectifier][unsure] = on
-                del self.unsure[rectifier]
-                settled = True
-        if not settled:
+        on = dict[int, Tensor]()
+        if isinstance(found, Estimate):
+            for rectifier, reader in zip(doubts, readers, strict=True):
+                if reader.unsure is not None and rectifier not in on:
+                    sent, k = reader.affine.sent(self.gradients), reader.k.value
+                    on[rectifier] = are_on(reader.affine, k, reader.unsure, sent, found.value)
+        elif time.perf_counter() < self.deadline:
+            shares = {r: shares_of(state.values[r]) for r in self.unsure if r in state.values}
+            on = agreeing(readers, doubts, shares, from_all)
+        for rectifier, units in on.items():
+            state.masks[rectifier][self.unsure.pop(rectifier)] = units
+        if on:
+            return True
+        if isinstance(found, Estimate):
             state.values[place] = found
             self.watch(self.flow.nodes[place].name)
-        return settled
+        elif self.needed(place):
+            state.ends[place] = found
+        return False
 
     def needed(self, place: int) -> bool:
         """True where no cotangent goes below a value that is not known: a step with slopes."""
@@ -371,7 +377,7 @@ class Walk:
             affine, known = self.flow.nodes[user].link, state.values.get(rectifier)
             if known is None or not isinstance(affine, Affine):
                 continue
-            share, off = _shares(known)
+            share, off = shares_of(known)
             near = (share < SURELY_ON * off) & filters.reshape(1, -1, *[1] * (share.ndim - 2))
             count = near.transpose(0, 1).flatten(1).sum(1).max()
             if 2 * int(count) > affine.weight[0].numel():  # equations of a filter
@@ -392,9 +398,3 @@ class Walk:
             and not node.shared
             and self.precision.sent(node.link.weight_name)
         )
-
-
-def _shares(known: Estimate) -> tuple[Tensor, float]:
-    """A rectifier's output in standard errors, and how far above 0 those that are off may lie."""
-    share = known.value / smoothed(known).clamp_min(1e-300)
-    return share, max(OFF_LEAST, float(-share.min()))  # of those that are off, half lie below 0
