@@ -110,5 +110,8 @@ def _why_not(recovery: Recovery) -> str:
     if recovery.inputs is not None:
         return "several batches fit; name a folder for all of them"
     if recovery.candidates:
-        return "the completion found no batch that reproduces the update"
+        return (
+            "the completion found no batch that reproduces the update; name a folder or a "
+            ".safetensors file for the nearest, which is no recovery"
+        )
     return "the batch is not determined"

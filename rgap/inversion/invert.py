@@ -118,8 +118,9 @@ def invert(
 
     Raises:
         ValueError: the update does not belong to a model of this shape, the input shape is
-            unknown, labels are out of range, dropout is in train mode, or the budget is too
-            small (:class:`rgap.machine.memory.OutOfMemory`, which says for what).
+            unknown, labels are out of range, dropout is in train mode, a prior is given without
+            ``complete``, or the budget is too small (:class:`rgap.machine.memory.OutOfMemory`,
+            which says for what).
 
     >>> import rgap, torch
     >>> model = rgap.models.lenet(seed=0)
@@ -132,6 +133,11 @@ def invert(
     began = time.perf_counter()
     seconds = WAITING if time_limit is None else time_limit
     validation.seconds("time_limit", seconds)
+    if prior is not None and not complete:
+        raise ValueError(
+            f"prior: expected none where nothing is completed, got {prior!r}; write complete=True "
+            "as well"
+        )
     if head is not None and not isinstance(head, Head):
         raise TypeError(
             f"head: expected a Head, got {head!r}; write "

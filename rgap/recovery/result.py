@@ -32,7 +32,13 @@ class Status(Explained):
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """One of several batches that send the same update, or come nearest to it."""
+    """One of several batches that send the same update, or come nearest to it.
+
+    Attributes:
+        inputs: [B, *input_shape].
+        labels: that go with them, or None.
+        residual: relative difference between the update and the replayed one.
+    """
 
     inputs: Tensor
     labels: Tensor | None
@@ -243,7 +249,9 @@ class Recovery:
             "determined": None if self.determined is None else int(self.determined.sum()),
             "features": {name: list(value.shape) for name, value in self.features.items()},
             "features_error": dict(self.features_error),
-            "candidates": len(self.candidates),
+            "candidates": [
+                {"labels": plain(c.labels), "residual": c.residual} for c in self.candidates
+            ],
             "warnings": list(self.warnings),
             "seconds": self.seconds,
             "layers": [{f: getattr(r, f) for f in fields} for r in self.layers],

@@ -118,20 +118,29 @@ def write_recovery(
 
     A ``.safetensors`` file has the certified inputs of layers as well, as ``features-NAME``.  A
     folder gets ``picture-0.png`` … and ``recovery.safetensors`` with ``inputs`` and ``labels``
-    in full precision; for an ambiguous answer ``candidate-0-picture-0.png`` … and the tensors of
-    every candidate.  Where only some values are determined they are written as ``partial`` (NaN
-    elsewhere) with the mask ``determined``: ``picture-0.png`` with hatching in the open places and
+    in full precision; for an ambiguous answer, and for the nearest batch of a completion that did
+    not reproduce the update, ``candidate-0-picture-0.png`` … and the tensors of every candidate.
+    Where only some values are determined they are written as ``partial`` (NaN elsewhere) with the
+    mask ``determined``: ``picture-0.png`` with hatching in the open places and
     ``determined-0.png``, white where every channel is known.  With ``force`` a folder that is
     there is replaced as a whole.
     """
     suffix, bounds = output.suffix.lower(), value_range or (0.0, 1.0)
-    # One picture in place of several candidates would hide that they are several.
-    several = suffix == PICTURE and len(recovery.candidates) > 1
     tensors = _tensors(recovery)
-    pictured = recovery.inputs is not None or recovery.partial is not None
-    if several or not (pictured or (tensors and suffix == TENSORS)):
+    answered = recovery.inputs is not None or recovery.partial is not None
+    if suffix == PICTURE:
+        # One picture in place of several candidates would hide that they are several, and the
+        # nearest batch that does not send the update is no recovery.
+        writable = answered and len(recovery.candidates) < 2
+    else:
+        writable = bool(tensors) if suffix == TENSORS else answered or bool(recovery.candidates)
+    if not writable:
         return None
     metadata = {"status": recovery.status.name, "reason": recovery.reason}
+    if recovery.residual is not None:
+        metadata["residual"] = repr(recovery.residual)
+    for number, candidate in enumerate(recovery.candidates):
+        metadata[f"candidate-{number}-residual"] = repr(candidate.residual)
     if suffix == TENSORS:
         save_tensors(tensors, output, metadata)
     elif suffix == PICTURE:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import typer
+from safetensors import safe_open
 from safetensors.torch import load_file, save_model
 from typer.testing import CliRunner
 
@@ -364,6 +365,25 @@ def test_a_real_process_ends_with_the_code_and_one_line() -> None:
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+def test_the_nearest_batch_of_a_missed_completion_is_written_as_a_candidate() -> None:
+    six = ["--images", "photos:0-1", "--labels", "0,1", "--input-shape", "3,32,32"]
+    call("capture", "lenet5", *six, "--output", "u.safetensors")
+    asked = ("invert", "lenet5", "u.safetensors", "--complete", "--time-limit", "2")
+    told = json.loads(call(*asked, "--json", "--output", "near", code=4).out)
+    [candidate] = told["candidates"]
+    assert told["status"] == "UNSUPPORTED" and candidate["labels"] == [0, 1]
+    assert candidate["residual"] > 0.01
+    names = sorted(path.name for path in Path("near").iterdir())
+    assert names == [*(f"candidate-0-picture-{n}.png" for n in range(2)), "recovery.safetensors"]
+    with safe_open("near/recovery.safetensors", "pt") as held:
+        assert held.metadata()["status"] == "UNSUPPORTED"
+        assert float(held.metadata()["candidate-0-residual"]) == candidate["residual"]
+    six = ["--images", "photos:0", "--labels", "0", "--input-shape", "3,32,32"]
+    call("capture", "lenet5", *six, "--output", "u.safetensors", "--force")
+    shown = call(*asked, "--output", "near.png", code=4)
+    assert "no recovery" in shown.err and not Path("near.png").exists()
+
+
 def test_invert_completes_on_request(tmp_path: Path) -> None:
     call("capture", "clinets:strided", *CAPTURE)
     stopped = call("invert", "clinets:strided", "update.safetensors", code=1)
@@ -376,4 +396,5 @@ def test_invert_completes_on_request(tmp_path: Path) -> None:
     assert (tmp_path / "found" / "picture-0.png").is_file()
     late = call(*asked, "--time-limit", "1e-6", "--output", "late", code=1)
     assert late.out.startswith("UNDERDETERMINED") and "the time is up" in " ".join(late.out.split())
-    assert "no batch that reproduces the update" in late.err and not (tmp_path / "late").exists()
+    pictures = {path.name for path in (tmp_path / "late").glob("*.png")}
+    assert pictures == {"candidate-0-picture-0.png"}
