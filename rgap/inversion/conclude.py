@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 
+from rgap.completion.complete import MISSED
 from rgap.halt import Halt, HaltKind
 from rgap.inversion import certificate, outcomes, parts
 from rgap.inversion.answer import Run, answers_of
@@ -123,7 +124,7 @@ def beside_branches(
     """The recovery with what wide layers say of their own inputs, and those certified above.
 
     Data that were found below them and are not certified are its candidate; where a completion is
-    asked for and they send the update, its answer.
+    asked for and they send the update to one per cent, its answer.
     """
     recovery = _reported(recovery, branched.features)
     if branched.note:
@@ -135,7 +136,7 @@ def beside_branches(
     near = branched.nearest
     if near is not None:
         where = "in candidates"
-        if problem.filling is not None:
+        if problem.filling is not None and near.residual**2 <= MISSED:
             where = "in inputs"
             recovery = replace(
                 recovery,
