@@ -29,6 +29,7 @@ from rgap.network.flow import Flow
 from rgap.network.pooling import MaxPool
 from rgap.network.reshape import Reshape
 from rgap.precision import Estimate, Precision
+from rgap.recursion.bias_sums import opened
 from rgap.recursion.one_sample import cotangent_below
 from rgap.recursion.patterns import agreeing, shares_of
 from rgap.recursion.readers import Contradicted, Reader, from_gradients
@@ -220,7 +221,7 @@ class Walk:
             state.ends[place] = link.barrier or f"'{node.name}' ({link.kind}) is not inverted"
             return None
         if link.one_sided and place in state.values and place not in state.masks:
-            self.open(place, state.values[place])
+            self.open(place, state.values[place], k)
         if place in state.masks:
             open_ = state.masks[place]
             return [Estimate(k.value * open_, k.error * open_)]
@@ -254,11 +255,10 @@ class Walk:
         share, off = shares_of(known)
         return (share > OFF * off).to(known.value)
 
-    def open(self, place: int, known: Estimate) -> None:
+    def open(self, place: int, known: Estimate, k: Estimate) -> None:
         """The mask of a rectifier from what it gives; units in doubt count as on until settled."""
-        share, off = shares_of(known)
-        self.state.masks[place] = (share > OFF * off).to(known.value)
-        unsure = (share > OFF * off) & (share < SURELY_ON * off)
+        on, unsure = opened(self.flow, place, known, k, self.gradients, self.precision)
+        self.state.masks[place] = on
         if bool(unsure.any()):
             self.unsure[place] = unsure
 
