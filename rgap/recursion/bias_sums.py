@@ -133,7 +133,7 @@ def told_by_bias(
     agree &= (patterns[None] * (likely == -torch.inf)[:, None].to(kappa)).sum(2) == 0
     alone = ((left[:, None] - kappa).abs() <= met) & (near > -torch.inf)
     several, single = agree.sum(1) == 1, ~agree.any(1) & (alone.sum(1) == 1)
-    on = through.scatter(1, units, patterns[agree.int().argmax(1)])
+    on = through.scatter_add(1, units, patterns[agree.int().argmax(1)])
     on = torch.where(several[:, None], on, through + alone.to(kappa) * single[:, None])
     told = several | single
     shape = k.value.transpose(0, 1).shape
