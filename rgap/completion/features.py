@@ -69,7 +69,8 @@ APPROACH = Pass(0, 2.0, 200.0, 9, light=1e-2)
 NEARBY = Pass(1, 20.0, 200.0, 5, 3.0, 1e-2), Pass(3, 60.0, 200.0, 3, 1.0, 1e-2)
 APPROACHING = 0.25  # share of the time
 FULL = 2  # axes of a fully connected layer's weight
-TOGETHER = (Pass(0, 4.0, 100.0, 9),)  # where no features are known, or only averages
+# Where no features are known, or only averages: these leave much to the prior, so it stays.
+TOGETHER = (Pass(0, 4.0, 30.0, 6, light=1e-2),)
 
 
 @dataclass(frozen=True)
