@@ -65,15 +65,15 @@ def test_features_from_lower_down_lead_nearer_than_those_from_above(batch: int) 
 
 
 def test_features_that_are_not_quite_right_lead_near() -> None:
-    case = Case(2)
+    case = Case(1)
     grey, known = case.off(torch.full_like(case.x, 0.5)), case.known("conv5")
     assert isinstance(known.known, Whole)
     noise = torch.randn(known.shape, generator=torch.Generator().manual_seed(0)).double()
     u = known.known.value + 0.05 * known.known.value.std() * noise
     near = replace(known, known=Whole(u), cotangent=torch.zeros_like(u))
     top = case.known("fc1")
-    found = case.off(coarse(case.model, case.gradients, top, case.wanted(2.5), near))
-    assert found < 0.5 * grey
+    found = case.off(coarse(case.model, case.gradients, top, case.wanted(4.0), near))
+    assert found < 0.6 * grey
 
 
 def test_the_loss_alone_suggests_a_picture_too() -> None:
