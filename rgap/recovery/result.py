@@ -35,7 +35,7 @@ class Candidate:
     """One of several batches that send the same update, or come nearest to it.
 
     Attributes:
-        inputs: [B, *input_shape].
+        inputs: ``[B, *input_shape]``.
         labels: that go with them, or None.
         residual: relative difference between the update and the replayed one.
     """
