@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -31,7 +32,9 @@ if TYPE_CHECKING:
 
     from rgap.analysis.joint_rank.table import Identifiability
 
-__all__ = ["audit"]
+__all__ = ["audit", "sizes"]
+
+MOST = 1024  # sizes of a range: each is audited
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +42,9 @@ class Ranks:
     """Which ranks are counted, at which batch sizes, and for how long."""
 
     panel: ClassVar[str] = "Ranks"
-    batch_sizes: Annotated[str, typer.Option(help="Batch sizes to audit.", metavar="N,N,…")] = (
-        "1,2,4,8"
-    )
+    batch_sizes: Annotated[
+        str, typer.Option(help="Batch sizes to audit, as in 1,2,4 or 1-8.", metavar="N,N,…")
+    ] = "1,2,4,8"
     method: Annotated[
         RankMethod,
         typer.Option(
@@ -63,7 +66,7 @@ class Ranks:
     @property
     def batches(self) -> tuple[int, ...]:
         """The batch sizes."""
-        return whole_numbers(self.batch_sizes, "--batch-sizes", "1,2,4,8")
+        return sizes(self.batch_sizes, "--batch-sizes", "1,2,4,8")
 
 
 @command
@@ -153,3 +156,19 @@ def _jointly(sample: Sample, ranks: Ranks, work: Work) -> _Counted:
         tuple(part for result in results for part in (joint_table(result), result.explain())),
         lambda: nullity_curves(results),
     )
+
+
+def sizes(text: str, option: str, example: str) -> tuple[int, ...]:
+    """Whole numbers of at least 1 and ranges of them, once each.
+
+    >>> sizes("1-3,8,2", "--batch-sizes", "1,2")
+    (1, 2, 3, 8)
+    """
+
+    def spread(found: re.Match[str]) -> str:
+        first, last = map(int, found.groups())
+        steps = range(first, last + 1)
+        return ",".join(map(str, steps)) if 0 < len(steps) <= MOST else found[0]
+
+    whole = re.sub(r"(?<![\d-])(\d+)-(\d+)(?![\d-])", spread, text)
+    return tuple(dict.fromkeys(whole_numbers(whole, option, example)))

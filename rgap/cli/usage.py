@@ -114,7 +114,8 @@ def _no_command(commands: list[str], got: str) -> str:
 def _no_option(command: str, option: str | None, known: list[str], words: str) -> str:
     """An option that a command does not have, or more arguments than it takes."""
     if option is None:
-        return f"{command}: {words[:1].lower()}{words[1:]}; see {command} -h"
+        lists = " (a list is one word, as in 1,2)" if "extra argument" in words else ""
+        return f"{command}: {words[:1].lower()}{words[1:]}{lists}; see {command} -h"
     near = get_close_matches(option, [name for name in known if name.startswith("--")], 1)
     write = f"write {near[0]}" if near else f"see {command} -h"
     return f"{option}: expected an option of {command}, which has none of this name; {write}"
