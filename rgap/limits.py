@@ -265,6 +265,9 @@ MASKED = 0.25
 # which it is on: errors are symmetric, so that units that are off end as far above 0 as below, to a
 # few per cent for 10^3 of them.  What lies between is settled by the layer below.
 OFF_LEAST, OFF, SURELY_ON = 4.0, 1.25, 4.0
+# Share of channels whose sum a subset of units makes, below which the bias is another's: by chance
+# one of 512 units makes it to 1e-4 of a typical one, as float32 rounds, in 5 of 100 channels.
+SUMMED = 0.25
 
 # Share of a random x that may be lost on the way through a Jacobian of full rank and back, and how
 # many have to come back: a null direction holds more of one of these normal vectors of n entries,

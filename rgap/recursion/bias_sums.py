@@ -17,7 +17,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from rgap.limits import OFF, SAFETY, SURELY_ON
+from rgap.limits import OFF, SAFETY, SUMMED, SURELY_ON
 from rgap.network.affine import Affine
 from rgap.network.flow import Flow
 from rgap.network.scaling import BatchNorm
@@ -107,7 +107,8 @@ def told_by_bias(
 
     Returns:
         1 where a unit is on, else 0, [B, F, ...]; and the channels where one subset of units alone
-        makes the sum, as bool [F].  None where no bias below collects the cotangent.
+        makes the sum, as bool [F].  None where no bias below collects the cotangent, or so few
+        channels agree that its gradient is another.
     """
     found = bias_below(flow, place)
     if found is None or not precision.sent(found[0]) or found[0] not in gradients:
@@ -136,5 +137,7 @@ def told_by_bias(
     on = through.scatter_add(1, units, patterns[agree.int().argmax(1)])
     on = torch.where(several[:, None], on, through + alone.to(kappa) * single[:, None])
     told = several | single
+    if float(told.double().mean()) < SUMMED:
+        return None
     shape = k.value.transpose(0, 1).shape
     return on.reshape(shape).transpose(0, 1), told

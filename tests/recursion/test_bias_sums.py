@@ -98,5 +98,4 @@ def test_a_bias_that_was_not_sent_or_does_not_agree_tells_nothing() -> None:
     frozen = replace(c.precision, entries={"norm.bias": absent, "other.bias": absent})
     assert told_by_bias(c.flow, c.place, c.k, shares, c.gradients, frozen) is None
     other = {name: g + 0.0123 for name, g in c.gradients.items()}
-    told = told_by_bias(c.flow, c.place, c.k, shares, other, c.precision)
-    assert told is not None and float(told[1].double().mean()) <= 0.25
+    assert told_by_bias(c.flow, c.place, c.k, shares, other, c.precision) is None
