@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["audit", "sizes"]
 
-MOST = 1024  # sizes of a range: each is audited
+MOST, LARGEST = 1024, 10**6  # sizes of a range, each of which is audited; samples of a batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,8 +167,18 @@ def sizes(text: str, option: str, example: str) -> tuple[int, ...]:
 
     def spread(found: re.Match[str]) -> str:
         first, last = map(int, found.groups())
-        steps = range(first, last + 1)
-        return ",".join(map(str, steps)) if 0 < len(steps) <= MOST else found[0]
+        if not 0 < first <= last < first + MOST:
+            raise ValueError(
+                f"{option}: expected a range of at most {MOST} sizes, the smallest first, got "
+                f"{found[0]!r}; write {option} 1-8"
+            )
+        return ",".join(map(str, range(first, last + 1)))
 
-    whole = re.sub(r"(?<![\d-])(\d+)-(\d+)(?![\d-])", spread, text)
-    return tuple(dict.fromkeys(whole_numbers(whole, option, example)))
+    whole = re.sub(r"(?<![^\s,])(\d+)\s*-\s*(\d+)(?![^\s,])", spread, text)
+    numbers = tuple(dict.fromkeys(whole_numbers(whole, option, example)))
+    if max(numbers) > LARGEST:
+        raise ValueError(
+            f"{option}: expected batches of at most {LARGEST} samples, got {max(numbers)}; write "
+            f"{option} {example}"
+        )
+    return numbers

@@ -90,10 +90,20 @@ class PriorSchedule:
         return cls(chosen, schedule, time.perf_counter() if began is None else began)
 
 
-def met(update: ModuleUpdate, misfit: float, precision: Precision) -> bool:
-    """True if a squared misfit is that of an answer which reproduces the update."""
-    noisy = EXPLAINED * update.expected(precision) if precision.noisy else 0.0
-    return misfit <= max(MISSED, noisy)
+def met(update: ModuleUpdate, misfit: float, residual: float, precision: Precision) -> bool:
+    """True for an answer that reproduces the update: to one per cent, or as stated noise says.
+
+    Args:
+        update: the equations.
+        misfit: squared, of each tensor by its own norm.
+        residual: relative difference of the whole update.
+        precision: of the update.
+    """
+    each = whole = 0.0
+    if precision.noisy:
+        each = EXPLAINED * update.expected(precision)
+        whole = EXPLAINED * update.expected_whole(precision)
+    return misfit <= max(MISSED, each) and residual**2 <= max(MISSED, whole)
 
 
 def inside(

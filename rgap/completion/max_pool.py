@@ -174,7 +174,7 @@ def find_winners(
     if equations.equations < surplus * start.numel():
         return None
     some = bool(output.known.any())
-    size = float(output.value[output.known].abs().mean()) if some else 1.0
+    size = (float(output.value[output.known].abs().mean()) if some else 0.0) or 1.0
     positive = _positive(stage.chain, stage.index - 1)
     u, met = _solve(equations, 2.0 * size * start, size, positive, deadline)
     return stage.placed(u) if met else None

@@ -96,6 +96,12 @@ class ModuleUpdate(ModuleGradient):
         )
         return total + (inside.known.expected * self.unit * self.unit if inside else 0.0)
 
+    def expected_whole(self, precision: Precision) -> float:
+        """Squared relative difference of two whole updates that stated noise explains."""
+        noise = sum(precision.noise_rms(n, g) ** 2 * g.numel() for n, g in self.gradients.items())
+        size = sum(float(g.square().sum()) for g in self.gradients.values())
+        return noise / size if size > 0 else 0.0
+
     def misfit(self, x: Tensor) -> float:
         """‖r(x)‖², infinite where it is not a number."""
         value = float(self.at(x).residual.square().sum())

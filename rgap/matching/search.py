@@ -369,9 +369,13 @@ def _answer(
     how = f"{run.iterations} iterations of {run.method}, {run.ended.value}"
     met = f"a normalised residual of {misfit**0.5:.1e}"
     answer = replace(empty, residual=residual, objective=run.objective, misfit=misfit)
-    noisy = EXPLAINED * equations.expected(precision) if precision.noisy else 0.0
+    each = whole = 0.0
+    if precision.noisy:
+        each = EXPLAINED * equations.expected(precision)
+        whole = EXPLAINED * equations.expected_whole(precision)
     eps = torch.finfo(problem.client.update.dtype).eps
-    if misfit <= max(MET**2, (ROUNDED * eps) ** 2, noisy):
+    least = max(MET**2, (ROUNDED * eps) ** 2)
+    if misfit <= max(least, each) and residual**2 <= max(least, whole):
         reason = f"the answer reproduces the update to {met} ({how}); {UNCERTIFIED}"
         return replace(answer, inputs=best.cpu(), status=Status.COMPLETED, reason=reason)
     reason = f"the nearest batch, in candidates, does not reproduce the update: {met} ({how})"

@@ -75,7 +75,8 @@ def bias_below(flow: Flow, place: int) -> tuple[str, float] | None:
     while open_:
         at, user, sign = open_.pop()
         node = nodes[at]
-        if node.shared or node.joined or flow.users(at) != [user]:
+        twice = nodes[user].sources.count(at) > 1  # y + y
+        if twice or node.shared or node.joined or flow.users(at) != [user]:
             continue
         if isinstance(node.link, Affine | BatchNorm):
             if node.link.bias_name is not None:
@@ -134,7 +135,13 @@ def told_by_bias(
     agree &= (patterns[None] * (likely == -torch.inf)[:, None].to(kappa)).sum(2) == 0
     alone = ((left[:, None] - kappa).abs() <= met) & (near > -torch.inf)
     several, single = agree.sum(1) == 1, ~agree.any(1) & (alone.sum(1) == 1)
-    on = through.scatter_add(1, units, patterns[agree.int().argmax(1)])
+    pattern = patterns[agree.int().argmax(1)]
+    for f in (several & (pattern > 0).any(1)).nonzero().flatten().tolist():
+        others = near[f] > -torch.inf
+        others[units[f]] = False
+        exchanged = own[f][pattern[f] > 0][:, None] - kappa[f][others]
+        several[f] = not bool((exchanged.abs() <= met[f]).any())  # below an average all κ are equal
+    on = through.scatter_add(1, units, pattern)
     on = torch.where(several[:, None], on, through + alone.to(kappa) * single[:, None])
     told = several | single
     if float(told.double().mean()) < SUMMED:

@@ -33,7 +33,7 @@ def shares_of(known: Estimate) -> tuple[Tensor, float]:
 def likely(shares: Tensor, off: float) -> Iterator[Tensor]:
     """Which units are on, as bool [n], the likeliest first.
 
-    >>> [p.tolist() for p in likely(torch.tensor([9.0, 3.0]), 1.0)][:2]
+    >>> [p.tolist() for p in likely(torch.tensor([9.0, 2.0]), 1.0)][:2]
     [[True, False], [True, True]]
 
     Args:

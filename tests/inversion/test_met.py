@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -60,3 +62,40 @@ def test_a_completion_keeps_what_is_determined_without_it(name: str, batch: int)
     solved = [{r.layer for r in each.layers if r.nullity == 0} for each in (plain, found)]
     assert solved[0] <= solved[1]
     assert found.candidates[0].residual < 1.0 and "in candidates is" in found.reason
+
+
+@pytest.mark.parametrize("half", [True, False])
+@pytest.mark.parametrize("seed", range(2))
+def test_what_noise_explains_is_asked_of_the_whole_update_too(seed: int, half: bool) -> None:
+    """A tensor whose gradient is less than its noise explains no miss of the others."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        nn.Conv2d(2, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 16, 3, 1, 1), nn.ReLU(),
+        nn.AvgPool2d(2), nn.Flatten(), nn.Linear(16, 5),
+    ).eval()  # fmt: skip
+    update = capture(model, torch.rand(2, 2, 4, 4), torch.tensor([1, 1]))
+    noise = 0.0
+    if half:
+        rounded = {name: g.half() for name, g in update.gradients.items()}
+        update = replace(update, gradients=rounded, dtype=torch.float16)
+    else:
+        entries = torch.cat([g.flatten() for g in update.gradients.values()])
+        noise = 5e-4 * float(entries.square().mean().sqrt())
+        added = {n: g + noise * torch.randn_like(g) for n, g in update.gradients.items()}
+        update = replace(update, gradients=added)
+    found = invert(model, update, complete=True, time_limit=2.0, noise=noise)
+    if found.status is Status.COMPLETED:
+        assert found.residual is not None and found.residual <= MOST
+
+
+def test_the_winners_of_a_pool_of_a_black_picture_raise_nothing() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 8, 3, 1, 1, bias=False), nn.ReLU(),
+        nn.Conv2d(8, 8, 3, 1, 1, bias=False, groups=2), nn.ReLU(),
+        nn.Conv2d(8, 8, 3, 1, 1, bias=False), nn.ReLU(),
+        nn.MaxPool2d(3, 2, 1), nn.Flatten(), nn.Linear(72, 5),
+    ).eval()  # fmt: skip
+    update = capture(model, torch.zeros(1, 1, 5, 5), torch.tensor([3]), share_batch_size=False)
+    found = invert(model, update, complete=True, time_limit=2.0)
+    assert found.status is not Status.EXACT

@@ -46,6 +46,36 @@ def test_the_bias_below_is_that_which_collects_the_cotangent() -> None:
     assert bias_below(twice, 2) is None
 
 
+class Doubled(nn.Module):
+    """A sum that reads one value twice: its bias has twice the cotangents."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv(x)
+        return torch.relu(y + y)
+
+
+def test_a_value_that_a_sum_reads_twice_has_no_bias_below() -> None:
+    flow = graph(Doubled().double().eval())
+    assert bias_below(flow, len(flow.nodes) - 1) is None
+
+
+def test_units_that_may_be_exchanged_are_not_told() -> None:
+    """Below an average all cotangents of a channel are equal: a sum counts units, no more."""
+    c = case(1, torch.float64, 1e-3)
+    k = Estimate(torch.ones_like(c.k.value), torch.zeros_like(c.k.error))
+    near = torch.zeros_like(c.true)
+    near[0, :, :, :2] = True  # ten units of a channel, of which eight are on
+    share = torch.where(near, 2.0, torch.where(c.true, 1e9, -1e9))
+    sums = (c.true & ~near).double().sum((0, 2, 3)) + 8.0
+    gradients = {"norm.bias": sums, "other.bias": -sums}
+    told = told_by_bias(c.flow, c.place, k, (share, 1.0), gradients, c.precision)
+    assert told is None or not bool(told[1].any())
+
+
 @dataclass
 class Case:
     """The upper rectifier: what it gives and its cotangent, known up to errors."""
