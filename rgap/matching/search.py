@@ -369,13 +369,9 @@ def _answer(
     how = f"{run.iterations} iterations of {run.method}, {run.ended.value}"
     met = f"a normalised residual of {misfit**0.5:.1e}"
     answer = replace(empty, residual=residual, objective=run.objective, misfit=misfit)
-    each = whole = 0.0
-    if precision.noisy:
-        each = EXPLAINED * equations.expected(precision)
-        whole = EXPLAINED * equations.expected_whole(precision)
+    noisy = EXPLAINED * equations.expected(precision) if precision.noisy else 0.0
     eps = torch.finfo(problem.client.update.dtype).eps
-    least = max(MET**2, (ROUNDED * eps) ** 2)
-    if misfit <= max(least, each) and residual**2 <= max(least, whole):
+    if misfit <= max(MET**2, (ROUNDED * eps) ** 2, noisy):
         reason = f"the answer reproduces the update to {met} ({how}); {UNCERTIFIED}"
         return replace(answer, inputs=best.cpu(), status=Status.COMPLETED, reason=reason)
     reason = f"the nearest batch, in candidates, does not reproduce the update: {met} ({how})"
