@@ -2,8 +2,8 @@
 
 A filter with a unit that may be on or off says nothing until it is settled, and where equations
 are hardly more than unknowns the other filters may not determine the value below.  With all of
-them they do, and contradict each other unless the units are as they were: of the patterns of on
-and off, the likeliest first, one agrees.
+them they do, and contradict each other unless the units are as they were: of all patterns of on
+and off one agrees.  Where several do, equations are too few to tell, and nothing is told.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rgap.recursion.readers import Reader
 
 __all__ = ["agreeing", "likely", "shares_of"]
 
-MOST = 6  # units that are asked for
+MOST = 4  # units that are asked for: 2^4 solutions
 
 
 def shares_of(known: Estimate) -> tuple[Tensor, float]:
@@ -74,6 +74,7 @@ def agreeing(
     if not 0 < sum(counts) <= MOST:
         return {}
     given = torch.cat([shares[p][0].reshape(u.shape)[u] for p, u in unsure.items()])
+    told = list[dict[int, Tensor]]()
     for pattern in likely(given, max(shares[place][1] for place in unsure)):
         parts = torch.split(pattern.to(given), counts)
         on = dict(zip(unsure, parts, strict=True))
@@ -82,8 +83,10 @@ def agreeing(
             for place, reader in zip(places, readers, strict=True)
         ]
         if isinstance(solved(tried), Estimate):
-            return on
-    return {}
+            told.append(on)
+        if len(told) > 1:
+            return {}
+    return told[0] if told else {}
 
 
 def _with(reader: Reader, on: Tensor) -> Reader:

@@ -79,6 +79,14 @@ def test_no_pattern_is_told_where_none_agrees_or_too_many_are_asked_for() -> Non
     assert agreeing([case.reader], [7], {7: (shares, 1.0)}, case.solved) == {}
 
 
+def test_nothing_is_told_where_equations_are_too_few_to_contradict_a_pattern() -> None:
+    """As many rows as unknowns: every pattern has a solution, and each is as good as another."""
+    case = Case(1, (True,), torch.float64)
+    known = Estimate(case.x, case.x.new_zeros(6, *case.x.shape))
+    shares = torch.full_like(case.k, 5.0)
+    assert agreeing([case.reader], [7], {7: (shares, 1.0)}, lambda _: known) == {}
+
+
 def test_patterns_come_in_order_of_their_likelihood() -> None:
     shares = torch.tensor([1.0, 100.0, 4.0])
     patterns = [tuple(p.tolist()) for p in likely(shares, 1.0)]
