@@ -19,6 +19,7 @@ from rgap.network.agreement import disagreement, refuse_unready
 from rgap.network.batch_statistics import mixing
 from rgap.network.graph import Link, ancestors, parameter_uses, shared
 from rgap.network.probing import Shape
+from rgap.network.reshape import Reshape
 from rgap.network.running import first_line
 from rgap.network.trace import Traced, path_of, propagate, result_of, trace
 
@@ -52,6 +53,12 @@ class Node:
     signs: tuple[float, ...] = ()
     joined: bool = False
     shared: str = ""
+
+    @property
+    def copies(self) -> bool:
+        """True for the identity and other shapes: the entries are those of the one source."""
+        plain = self.link is None and len(self.sources) == 1 and not (self.signs or self.joined)
+        return plain or isinstance(self.link, Reshape)
 
     def forward(self, values: Sequence[Tensor]) -> Tensor:
         """The value from those of its sources, [B, *shape]."""

@@ -27,14 +27,13 @@ from rgap.network.activations import Activation
 from rgap.network.affine import Affine
 from rgap.network.flow import Flow
 from rgap.network.pooling import MaxPool
-from rgap.network.reshape import Reshape
 from rgap.precision import Estimate, Precision
 from rgap.recursion.bias_sums import opened
 from rgap.recursion.one_sample import cotangent_below
 from rgap.recursion.patterns import agreeing, shares_of
 from rgap.recursion.readers import Contradicted, Reader, from_gradients
 from rgap.recursion.steps import down, through
-from rgap.recursion.steps_above import StepsAbove, mask_of, nonnegative, steps_above
+from rgap.recursion.steps_above import StepsAbove, known_at, mask_of, nonnegative, steps_above
 from rgap.recursion.unsettled import are_on
 from rgap.recursion.winners import Above, Missed, bytes_of, winners_of
 
@@ -184,7 +183,7 @@ class Walk:
         if isinstance(link, MaxPool):
             return place not in state.masks
         rectifier = isinstance(link, Activation) and link.one_sided
-        opened = place in state.masks or place in state.values
+        opened = place in state.masks or self.known(place) is not None
         return (rectifier and not opened) or self.bent(place)
 
     def bent(self, place: int) -> bool:
@@ -193,7 +192,7 @@ class Walk:
         if not isinstance(link, Activation) or link.affine or link.one_sided:
             return False
         alone = place in state.cotangents and len(state.cotangents[place].value) == 1
-        told = place in state.below or (place in state.values and link.barrier is None)
+        told = place in state.below or (self.known(place) is not None and link.barrier is None)
         return alone and not told
 
     def passed(self, place: int) -> list[Estimate] | None:
@@ -220,13 +219,14 @@ class Walk:
         if not isinstance(link, Activation) or link.barrier is not None:
             state.ends[place] = link.barrier or f"'{node.name}' ({link.kind}) is not inverted"
             return None
-        if link.one_sided and place in state.values and place not in state.masks:
-            self.open(place, state.values[place], k)
+        value = self.known(place)
+        if link.one_sided and value is not None and place not in state.masks:
+            self.open(place, value, k)
         if place in state.masks:
             open_ = state.masks[place]
             return [Estimate(k.value * open_, k.error * open_)]
-        if place in state.values:
-            taken = through((link,), state.values[place], k, self.precision)
+        if value is not None:
+            taken = through((link,), value, k, self.precision)
             assert not isinstance(taken, Halt)
             z, below = taken
             if bool(z.known.all()):
@@ -238,14 +238,8 @@ class Walk:
         return None
 
     def known(self, place: int) -> Estimate | None:
-        """The value, as it is or in another shape, if it is known."""
-        values = self.state.values
-        for user in self.flow.users(place):
-            link = self.flow.nodes[user].link
-            if place not in values and user in values and isinstance(link, Reshape):
-                of = values[user]
-                return Estimate(link.inverse(of.value), each(link.inverse, of.error))
-        return values.get(place)
+        """The value, as it is or as something that only copies it has it, if that is known."""
+        return known_at(self.flow, self.state.values, place)
 
     def alive(self, place: int) -> Tensor:
         """0 where a pool above a rectifier gives 0, so that all of its window is off; else 1."""
@@ -344,7 +338,8 @@ class Walk:
                     sent, k = reader.affine.sent(self.gradients), reader.k.value
                     on[rectifier] = are_on(reader.affine, k, reader.unsure, sent, found.value)
         elif time.perf_counter() < self.deadline:
-            shares = {r: shares_of(state.values[r]) for r in self.unsure if r in state.values}
+            values = {r: known for r in self.unsure if (known := self.known(r)) is not None}
+            shares = {r: shares_of(known) for r, known in values.items()}
             on = agreeing(readers, doubts, shares, from_all)
         for rectifier, units in on.items():
             state.masks[rectifier][self.unsure.pop(rectifier)] = units
@@ -374,7 +369,7 @@ class Walk:
             rectifier = self.opened.get(user)
             if rectifier is None or rectifier in self.mended or not bool(filters.any()):
                 continue
-            affine, known = self.flow.nodes[user].link, state.values.get(rectifier)
+            affine, known = self.flow.nodes[user].link, self.known(rectifier)
             if known is None or not isinstance(affine, Affine):
                 continue
             share, off = shares_of(known)

@@ -13,13 +13,15 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from rgap.limits import FITS
 from rgap.network.affine import Affine
 from rgap.network.flow import Flow
 from rgap.network.scaling import BatchNorm, Scale
 from rgap.precision import Estimate, Precision
 from rgap.recursion.sizes import BiasSum, factors
 from rgap.separation.batch import Unseparated
-from rgap.separation.shifts.positions import Positions, moved, tell_positions_apart
+from rgap.separation.shifts.positions import tell_positions_apart
+from rgap.separation.shifts.refined import refined
 
 __all__ = ["cotangent_below"]
 
@@ -47,9 +49,14 @@ def cotangent_below(
         return told.reason
     if told.batch != 1:
         return f"'{affine.name}' tells {told.batch} samples apart, whose scales are open"
-    made = told.cotangents
-    drawn = _errors(affine, gradient, told, noise, precision)
-    raised = _raised(flow, place, step, made, drawn)
+    made, misfit = refined(affine, gradient, told.cotangents, told.inputs, noise)
+    if not misfit <= FITS:
+        return f"what '{affine.name}' tells apart misses its gradient by {misfit:.1e} errors"
+    squares = affine.weight_gradient(made.x.square(), made.k.square())
+    std = precision.update_std(affine.weight_name, squares)
+    draws = (precision.normal(std, samples=1)[0] for _ in range(precision.samples))
+    drawn, _ = made.moved(made.solve(torch.stack([made.adjoint(draw) for draw in draws])))
+    raised = _raised(flow, place, step, made.k, drawn)
     if isinstance(raised, str):
         return raised
     k, error, sums = raised
@@ -58,22 +65,6 @@ def cotangent_below(
         return f"'{affine.name}': {alpha}"
     value, members = alpha.value * k, alpha.value + alpha.error
     return Estimate(value, members.reshape(-1, *[1] * k.ndim) * (k + error) - value)
-
-
-def _errors(
-    affine: Affine, gradient: Tensor, told: Positions, noise: float, precision: Precision
-) -> Tensor:
-    """Ensemble of the error of K̃, [S, 1, F, *out].
-
-    Least squares gave K̃ and X̃ in turn, so that its entries err together, and by more than X̃ as it
-    is would let them: each member is solved again.
-    """
-    std = torch.full_like(gradient, noise * max(1.0, told.misfit))
-    changes = (precision.normal(std, 1)[0] for _ in range(precision.samples))
-    members = [moved(affine, gradient, told, change) - told.cotangents for change in changes]
-    rms = told.cotangents.square().mean().sqrt()
-    own = told.condition * torch.finfo(gradient.dtype).eps * rms
-    return torch.stack(members) + precision.normal(own.expand_as(told.cotangents))
 
 
 def _raised(

@@ -6,13 +6,14 @@ is that above the steps, or 0: one mask for all of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
 import torch
 from torch import Tensor
 
+from rgap.jacobian.layer import each
 from rgap.limits import SAFETY
 from rgap.network.activations import Activation
 from rgap.network.affine import Affine
@@ -26,7 +27,7 @@ from rgap.separation.shifts.masks import Masked, gauge_by_masks
 from rgap.separation.shifts.positions import Positions, tell_positions_apart
 from rgap.separation.shifts.projections import Projected, masks_by_projection
 
-__all__ = ["StepsAbove", "mask_of", "nonnegative", "steps_above"]
+__all__ = ["StepsAbove", "known_at", "mask_of", "nonnegative", "steps_above"]
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,19 @@ def steps_above(flow: Flow, place: int, steps: Sequence[int], unit: float = 0.0)
         fault = fault or f"'{pools[0].name}' and '{pools[1].name}' are two pools at once"
     kept, pool = nonnegative(flow, nodes[place].sources[0]), pools[0] if pools else None
     return StepsAbove(tuple(reversed(path)), pool, kept, fault, at == place, unit)
+
+
+def known_at(flow: Flow, values: Mapping[int, Estimate], place: int) -> Estimate | None:
+    """A value that is known, or that an identity or another shape of it is known to copy."""
+    if place in values:
+        return values[place]
+    for user in flow.users(place):
+        link, copies = flow.nodes[user].link, flow.nodes[user].copies
+        if copies and (copied := known_at(flow, values, user)) is not None:
+            if not isinstance(link, Reshape):
+                return copied
+            return Estimate(link.inverse(copied.value), each(link.inverse, copied.error))
+    return None
 
 
 def nonnegative(flow: Flow, place: int) -> bool:

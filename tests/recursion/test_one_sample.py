@@ -106,3 +106,53 @@ def test_layers_that_contradict_each_other_have_no_features() -> None:
     assert altered(torch.float32, F.silu, "head.bias", 1.0).status is Status.EXACT
     found = altered(torch.float32, F.silu, "head.bias", 1.001, 4)
     assert "no features are certified" in found.reason and not found.features
+
+
+class Skipped(nn.Module):
+    """A residual block of some width; its output as it is, or its mean, goes to the head."""
+
+    def __init__(self, step: Callable[[Tensor], Tensor], width: int, side: int, pool: bool) -> None:
+        super().__init__()
+        self.stem, self.n0 = nn.Conv2d(2, width, 3, 1, 1), nn.BatchNorm2d(width)
+        self.a, self.n1 = nn.Conv2d(width, width, 3, 1, 1), nn.BatchNorm2d(width)
+        self.b, self.n2 = nn.Conv2d(width, width, 3, 1, 1), nn.BatchNorm2d(width)
+        self.pool = nn.AdaptiveAvgPool2d(1) if pool else nn.Identity()
+        self.head, self.step = nn.Linear(width if pool else width * side * side, 6), step
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.step(self.n0(self.stem(x)))
+        h = self.step(self.n2(self.b(self.step(self.n1(self.a(h))))) + h)
+        return self.head(self.pool(h).flatten(1))
+
+
+STEPS = {"silu": F.silu, "leaky": lambda x: F.leaky_relu(x, 0.1), "gelu": F.gelu}
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("pool", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_errors_of_features_are_those_that_are_stated(step: str, pool: bool, seed: int) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Skipped(STEPS[step], 24, 4, pool)
+        for norm in (model.n0, model.n1, model.n2):
+            with torch.no_grad():
+                norm.running_mean.normal_(0, 0.3)
+                norm.running_var.uniform_(0.5, 2)
+                norm.bias.normal_(0, 0.2)
+                norm.weight[::2] *= (1.0, 1e-2, 0.0)[seed]  # channels that hardly change anything
+        x = torch.rand(1, 2, 4, 4) * (seed < 2)
+    model.eval()
+    u = rgap.capture(model, x, torch.tensor([1]))
+    with torch.no_grad():
+        h = model.step(model.n0(model.stem(x)))
+        b = model.step(model.n1(model.a(h)))
+    found = rgap.invert(model, u)
+    if found.inputs is not None and found.status is Status.EXACT:
+        assert float((found.inputs - x).abs().max()) <= found.error_bound
+    truth = {"a": h.double(), "b": b.double()}
+    for name in truth.keys() & found.features.keys():
+        off = (found.features[name] - truth[name]).square().mean().sqrt()
+        assert float(off) <= SAFETY * found.features_error[name], name
+    if not pool and step == "leaky" and seed < 2:
+        assert found.status is Status.EXACT or "b" in found.features

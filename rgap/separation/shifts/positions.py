@@ -30,7 +30,7 @@ from rgap.solvers.tall import tall_qr
 
 log = logging.getLogger(__name__)
 
-__all__ = ["Positions", "moved", "shown", "tell_positions_apart"]
+__all__ = ["Positions", "shown", "tell_positions_apart"]
 
 
 @dataclass(frozen=True)
@@ -165,19 +165,6 @@ def _told(
         return f"K and X of {batch} samples miss the gradient by {misfit:.1e} standard errors"
     relations = {axis: one.rank for axis, one in steps.items()}
     return Positions(k, x, rank, relations, condition, gap, misfit, arrangement)
-
-
-def moved(affine: Affine, gradient: Tensor, told: Positions, change: Tensor) -> Tensor:
-    """K̃ where the gradient is another by so little, [B, F, *out]: one turn of least squares.
-
-    Args:
-        affine: the convolution.
-        gradient: G.
-        told: from G.
-        change: of G.
-    """
-    x = _inputs(affine, gradient + change, told.cotangents)
-    return _cotangents(affine, gradient + change, x)
 
 
 def _range(table: Tensor, noise: float) -> tuple[Tensor, Rank]:
