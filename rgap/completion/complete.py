@@ -35,7 +35,6 @@ from rgap.solvers.priors import Prior
 
 PASSES = (16, 40)  # levels of the first try and of those after it
 MISSED = 1e-4  # misfit above which an answer does not reproduce the update: one per cent of it
-EXPLAINED = 2.0  # the same in units of what stated noise explains
 MOST = 4096  # pre-activations whose Gram matrix is factored; beyond, the rows are used as they are
 
 
@@ -99,10 +98,7 @@ def met(update: ModuleUpdate, misfit: float, residual: float, precision: Precisi
         residual: relative difference of the whole update.
         precision: of the update.
     """
-    each = whole = 0.0
-    if precision.noisy:
-        each = EXPLAINED * update.expected(precision)
-        whole = EXPLAINED * update.expected_whole(precision)
+    each, whole = update.explained(precision)
     return misfit <= max(MISSED, each) and residual**2 <= max(MISSED, whole)
 
 

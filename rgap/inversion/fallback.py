@@ -92,7 +92,7 @@ def filled(
         why = f"no completion: '{name}' is no module of the model, its input cannot be watched"
         return _without(problem, descent, f"{halt.reason}; {why}")
     shape = (problem.batch, *chain.input_shape)
-    update = ModuleUpdate(problem.model, problem.sent, known, shape)
+    update = ModuleUpdate(problem.model, problem.sent, known, shape, precision=problem.precision)
     unknowns = prod(shape)
     surplus = update.equations - unknowns
     frozen = (s.affine for s in chain.stages if not problem.precision.sent(s.affine.weight_name))

@@ -18,8 +18,15 @@ from rgap.precision import GROWTH, Precision
 __all__ = ["ClientLoss", "KnownFeatures", "ModuleUpdate", "watchable"]
 
 
+EXPLAINED = 2.0  # squared miss of an answer, in units of what stated noise makes on average
+
+
 class ModuleUpdate(ModuleGradient):
     """Normalised residuals of an update, ``r_j(x) = (g_j(x) − G_j)/‖G_j‖``; see :meth:`at`.
+
+    With stated noise the units are u_j, ``1/u_j² = 1/‖G_j‖² + (E/ν²)/‖G‖²``, for E what it makes of
+    ``Σ_j ‖g_j − G_j‖²/‖G_j‖²`` and ν² of ``‖g − G‖²/‖G‖²``: either makes half of what it makes of
+    ‖r‖².  In the first sum alone a tensor that the noise drowns would leave all others open.
 
     Where the source is known features, their misfit at x is the first part of r.
 
@@ -29,6 +36,7 @@ class ModuleUpdate(ModuleGradient):
         source: the loss, or what is known inside.
         shape: of the batch, [B, *input_shape].
         dtype: of the arithmetic.
+        precision: with noise, tensors that it drowns count as little as it lets them.
 
     ``sharpness`` rounds off the kinks of the copy, for a solver that anneals them
     (:mod:`rgap.jacobian.smoothing`); the residual is the network's own outside ``with
@@ -45,6 +53,7 @@ class ModuleUpdate(ModuleGradient):
         source: KnownFeatures | ClientLoss,
         shape: tuple[int, ...],
         dtype: torch.dtype = torch.float64,
+        precision: Precision | None = None,
     ) -> None:
         place = next(iter(gradients.values())).device
         twin = without_running_statistics(copy.deepcopy(model).to(place, dtype))
@@ -54,10 +63,7 @@ class ModuleUpdate(ModuleGradient):
         reached = self.reached(torch.full(shape, 0.5, dtype=dtype, device=place))
         self.gradients = {n: gradients[n].to(dtype) for n in reached}
         self.parameters = {n: self.parameters[n] for n in reached}
-        self.scales = {
-            n: 1.0 / float(g.norm()) if float(g.norm()) > 0 else 0.0
-            for n, g in self.gradients.items()
-        }
+        self.scales = _scales(self.gradients, precision)
         self.unit = 1.0
 
     def only(self, names: Collection[str]) -> ModuleUpdate:
@@ -96,11 +102,12 @@ class ModuleUpdate(ModuleGradient):
         )
         return total + (inside.known.expected * self.unit * self.unit if inside else 0.0)
 
-    def expected_whole(self, precision: Precision) -> float:
-        """Squared relative difference of two whole updates that stated noise explains."""
-        noise = sum(precision.noise_rms(n, g) ** 2 * g.numel() for n, g in self.gradients.items())
-        size = sum(float(g.square().sum()) for g in self.gradients.values())
-        return noise / size if size > 0 else 0.0
+    def explained(self, precision: Precision) -> tuple[float, float]:
+        """What stated noise explains: of ‖r‖², and of the squared relative miss of the whole."""
+        if not precision.noisy:
+            return 0.0, 0.0
+        whole = _share(self.gradients, precision) ** 2
+        return EXPLAINED * self.expected(precision), EXPLAINED * whole
 
     def misfit(self, x: Tensor) -> float:
         """‖r(x)‖², infinite where it is not a number."""
@@ -154,3 +161,27 @@ class ModuleUpdate(ModuleGradient):
         if self.inside is not None:
             parts.insert(0, self.inside.known.misfit(self.seen) * self.unit)
         return torch.cat(parts)
+
+
+def _share(gradients: Mapping[str, Tensor], precision: Precision) -> float:
+    """ν: the noise of all gradients together over their size, 0 where all are 0."""
+    noise = sum(_noise(n, g, precision) ** 2 for n, g in gradients.items())
+    size = sum(float(g.square().sum()) for g in gradients.values())
+    return float((noise / size) ** 0.5) if size > 0 else 0.0
+
+
+def _noise(name: str, gradient: Tensor, precision: Precision) -> float:
+    """N_j: expected length of the noise in one gradient."""
+    return float(precision.noise_rms(name, gradient) * gradient.numel() ** 0.5)
+
+
+def _scales(gradients: Mapping[str, Tensor], precision: Precision | None) -> dict[str, float]:
+    """One over the unit of each gradient; 0 for one that is 0."""
+    sizes = {n: float(g.norm()) for n, g in gradients.items() if float(g.norm()) > 0}
+    own = {n: 1.0 / size**2 for n, size in sizes.items()}
+    share = _share(gradients, precision) if precision is not None else 0.0
+    if precision is not None and share > 0:
+        each = sum(_noise(n, gradients[n], precision) ** 2 * own[n] for n in sizes)
+        whole = each / share**2 / sum(size**2 for size in sizes.values())
+        own = {n: one + whole for n, one in own.items()}
+    return {n: own.get(n, 0.0) ** 0.5 for n in gradients}

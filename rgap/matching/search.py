@@ -57,7 +57,6 @@ METHODS = _Methods()
 COPIES = 4  # of the update that a step holds: as sent, of the answer, their gap, a product
 MET = 1e-3  # normalised residual up to which an answer reproduces the update
 ROUNDED = 30.0  # the same in units of the update's rounding, where that is coarser
-EXPLAINED = 2.0  # the same, squared, in units of what stated noise explains
 UNCERTIFIED = "matching certifies nothing: other batches may send the same update"
 
 
@@ -266,7 +265,9 @@ def _newton(problem: SearchProblem, limits: Limits) -> Matching:
     """Gauss–Newton from one start after another; the lowest misfit wins."""
     shape, bounds = problem.shape, problem.bounds
     gradients = {n: g.double() for n, g in problem.gradients.items()}
-    equations = ModuleUpdate(problem.model, gradients, problem.source, shape)
+    equations = ModuleUpdate(
+        problem.model, gradients, problem.source, shape, precision=problem.precision
+    )
     like = next(iter(gradients.values()))
     starts = [
         grey(shape[0], shape[1:], bounds, limits.seed + number).to(like)
@@ -359,19 +360,20 @@ def _answer(
     precision = problem.precision
     gradients = {n: g.double() for n, g in problem.gradients.items()}
     source = replace(problem.source, targets=targets)
-    equations = ModuleUpdate(problem.model, gradients, source, problem.shape)
+    equations = ModuleUpdate(problem.model, gradients, source, problem.shape, precision=precision)
     gaps = equations.gaps(best)
     size = sum(size**2 for _, size in gaps.values())
     residual = (sum(gap**2 for gap, _ in gaps.values()) / size) ** 0.5
     # A tensor that was sent as zero has no norm to be measured by: it counts in the whole.
     normalised = sum((gap / size) ** 2 for gap, size in gaps.values() if size > 0)
+    missed = sum((gap * equations.scales[n]) ** 2 for n, (gap, _) in gaps.items())
     misfit = max(normalised, residual**2)
     how = f"{run.iterations} iterations of {run.method}, {run.ended.value}"
     met = f"a normalised residual of {misfit**0.5:.1e}"
     answer = replace(empty, residual=residual, objective=run.objective, misfit=misfit)
-    noisy = EXPLAINED * equations.expected(precision) if precision.noisy else 0.0
-    eps = torch.finfo(problem.client.update.dtype).eps
-    if misfit <= max(MET**2, (ROUNDED * eps) ** 2, noisy):
+    least = max(MET, ROUNDED * torch.finfo(problem.client.update.dtype).eps) ** 2
+    each, whole = equations.explained(precision)
+    if max(missed, residual**2) <= max(least, each) and residual**2 <= max(least, whole):
         reason = f"the answer reproduces the update to {met} ({how}); {UNCERTIFIED}"
         return replace(answer, inputs=best.cpu(), status=Status.COMPLETED, reason=reason)
     reason = f"the nearest batch, in candidates, does not reproduce the update: {met} ({how})"

@@ -287,16 +287,33 @@ def test_the_prior_keeps_its_weight_where_noise_explains_the_misfit() -> None:
     told = rgap.match(model, noisy, noise=noise, iterations=14)
     untold = rgap.match(model, noisy, iterations=14)
     source = ClientLoss(Loss(), torch.tensor([0, 1]))
-    equations = ModuleUpdate(model, sent, source, tuple(x.shape))
-    target = equations.expected(Precision(F64, noise))
+    precision = Precision(F64, noise)
+    equations = ModuleUpdate(model, sent, source, tuple(x.shape), precision=precision)
+    target = equations.expected(precision)
     truth = equations.misfit(x)
     assert 0.5 * truth < target < 2.0 * truth, "what the noise explains is what the truth misses"
-    assert untold.misfit < told.misfit <= target
+    assert untold.misfit < told.misfit
     assert told.status is Status.COMPLETED and told.inputs is not None
+    assert equations.misfit(told.inputs.to(x)) <= target
     near, far = (float((r.nearest - x).square().mean()) for r in (told, untold))
-    assert near < far
+    assert near < 0.5 * far
     with pytest.raises(ValueError, match=r"write noise=0\.0"):
         rgap.match(model, noisy, noise=-1.0)
+
+
+def test_an_answer_that_misses_a_large_gradient_is_not_explained_by_noise_in_a_small_one() -> None:
+    model, x, update = pair("sigmoid")
+    sizes = {n: float(g.norm()) for n, g in update.gradients.items()}
+    small, large = min(sizes, key=sizes.__getitem__), max(sizes, key=sizes.__getitem__)
+    # Noise as large as the smallest gradient: alone it is all of the sum of normalised residuals.
+    noise = sizes[small] / update.gradients[small].numel() ** 0.5
+    precision, source = Precision(F64, noise), ClientLoss(Loss(), torch.tensor([0, 1]))
+    equations = ModuleUpdate(model, update.gradients, source, tuple(x.shape), precision=precision)
+    each, whole = equations.explained(precision)
+    off = 0.5 * sizes[large]
+    assert (off / sizes[large]) ** 2 < 1.0 <= each / 4.0  # what the plain sum would have let pass
+    assert (off * equations.scales[large]) ** 2 > each
+    assert off**2 / sum(size**2 for size in sizes.values()) > whole
 
 
 def test_roots_that_differ_by_a_scale_are_all_certified() -> None:
