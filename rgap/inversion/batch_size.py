@@ -137,13 +137,16 @@ def _whole(problem: Problem, rows: int, scale: float | Tensor) -> bool:
 def _open(problem: Problem, recovery: Recovery, why: str) -> Recovery:
     """The recovery of a batch of unknown size as a candidate, which nothing certifies."""
     assert recovery.inputs is not None
+    listed = Candidate(
+        recovery.inputs, recovery.labels, recovery.residual or 0.0, recovery.multiplicities
+    )
     return recovery.uncertified(
         labels=problem.labels,
         status=Status.UNDERDETERMINED,
         targets_error_bound=None,
         multiplicities=None,
         scale=None,
-        candidates=(Candidate(recovery.inputs, recovery.labels, recovery.residual or 0.0),),
+        candidates=(listed,),
         reason=f"{why}; state batch_size (for one sample batch_size=1) to have it certified; "
         f"then: {recovery.reason}",
     )

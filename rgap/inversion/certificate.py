@@ -101,11 +101,16 @@ def certify(problem: Problem, answers: Sequence[Answer]) -> Recovery:
         reason += f"; the update is {best.reading.scale:.6g} times that of the declared loss"
     if len(kept) < len(fitting):
         reason += f"; others would send this update too, with values outside [{low:g}, {high:g}]"
-    itself = (
-        (Candidate(best.inputs[best.rows.picture], best.labels, residual),) if best.rows else ()
-    )
-    listed = itself if status is Status.AMBIGUOUS else ()
+    listed = (_listed(best, residual),) if status is Status.AMBIGUOUS else ()
     return _assemble(problem, best, residual, status, reason, listed)
+
+
+def _listed(answer: Answer, residual: float) -> Candidate:
+    """A batch among several, every picture once with how often it occurs."""
+    if answer.rows is None:
+        return Candidate(answer.inputs, answer.labels, residual)
+    copies = answer.rows.copies if bool((answer.rows.copies > 1).any()) else None
+    return Candidate(answer.inputs[answer.rows.picture], answer.labels, residual, copies)
 
 
 def _several(
@@ -123,7 +128,7 @@ def _several(
         )
         return _assemble(problem, best, residual, Status.UNDERDETERMINED, reason, ())
     reason = f"{len(kept)} batches send exactly this update; no equation tells them apart"
-    candidates = tuple(Candidate(a.inputs, a.labels, r) for a, r, _ in kept)
+    candidates = tuple(_listed(answer, gap) for answer, gap, _ in kept)
     return _assemble(problem, best, residual, Status.AMBIGUOUS, reason, candidates)
 
 

@@ -86,7 +86,7 @@ def _polished(problem: Problem, run: Run, inputs: Tensor) -> Recovery:
 
 def _both(recovery: Recovery, again: Recovery, row: int, other: Rearranged) -> Recovery:
     listed = [
-        Candidate(one.inputs, one.labels, one.residual or 0.0)
+        Candidate(one.inputs, one.labels, one.residual or 0.0, one.multiplicities)
         for one in (recovery, again)
         if one.inputs is not None
     ]

@@ -19,6 +19,7 @@ from rgap.halt import Halt, HaltKind
 from rgap.inversion.problem import Problem
 from rgap.inversion.symptoms import compressed, warnings
 from rgap.network.chain import Stage
+from rgap.network.isolation import backward_hooks
 from rgap.recovery import Candidate, LayerReport, Recovery, Route, Status
 from rgap.recursion.reached import Descent
 from rgap.update.update import view
@@ -143,7 +144,8 @@ def contradiction(problem: Problem, descent: Descent) -> Recovery:
         problem,
         Status.UNDERDETERMINED if descent.doubt else Status.INCONSISTENT,
         f"the gradient of '{stage.name}' contradicts the layers above it: residual "
-        f"{misfit:.2g} standard errors ({relative:.1e} of the gradient); "
+        f"{misfit:.2g} standard errors (of its gradient constraints alone {relative:.1e} of the "
+        "gradient); "
         f"{descent.doubt or 'is the update from another model, loss or precision?'}",
         descent,
         Halt.contradiction(stage.name),
@@ -200,6 +202,10 @@ def explained(problem: Problem, recovery: Recovery) -> Recovery:
         recovery: that failed, or did not; one that did not comes back as it is.
     """
     contradicted = recovery.status is Status.INCONSISTENT
+    if contradicted and (hooks := backward_hooks(problem.model)):
+        where = ", ".join(map(repr, hooks))
+        words = f"backward hooks run on {where}: what they change in a gradient no equation knows"
+        recovery = replace(recovery, reason=f"{recovery.reason}; {words}")
     apart = recovery.status is Status.UNDERDETERMINED and (problem.stated or 1) > 1
     untold = recovery.halt is not None and recovery.halt.kind is HaltKind.UNSEPARATED
     if not contradicted and not (apart and (recovery.inputs is None or untold)):

@@ -14,7 +14,7 @@ from rgap.inversion.places import described
 from rgap.inversion.problem import Problem
 from rgap.limits import SAFETY, USEFUL
 from rgap.precision import Estimate
-from rgap.recovery import Candidate, Recovery, Status
+from rgap.recovery import Recovery, Status
 from rgap.recursion.reached import Descent
 from rgap.recursion.stage import StageSolution
 from rgap.solvers.priors import Operator
@@ -88,8 +88,7 @@ def in_parts(problem: Problem, descent: Descent, certify: Certify) -> Recovery |
         reason=reason,
         certified=recovery.certified - {"inputs"},
         candidates=tuple(
-            Candidate(_struck(c.inputs, determined[_expanded(c.inputs, reported)]), c.labels,
-                      c.residual)
+            replace(c, inputs=_struck(c.inputs, mask))
             for c in recovery.candidates
         ),
         layers=outcomes.layer_reports(problem, descent),
@@ -162,13 +161,6 @@ def _newton_step(curvature: Operator, slope: Tensor, open_: Tensor) -> Tensor:
         fresh = float(residual.square().sum())
         direction, energy = residual + fresh / energy * direction, fresh
     return step
-
-
-def _expanded(inputs: Tensor, rows: BatchRows | None) -> Tensor | slice:
-    """Rows of the pictures that a candidate lists."""
-    if rows is None or len(rows.picture) != len(inputs):
-        return slice(None)
-    return rows.picture
 
 
 def _struck(inputs: Tensor, determined: Tensor) -> Tensor:

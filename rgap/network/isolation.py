@@ -113,6 +113,17 @@ def without_hooks(module: nn.Module) -> nn.Module:
     return module
 
 
+def backward_hooks(model: nn.Module) -> list[str]:
+    """Paths of the modules and parameters on whose gradients a hook runs."""
+    parts: list[tuple[str, Any]] = [*model.named_modules(), *model.named_parameters()]
+    kinds = "_backward_hooks", "_backward_pre_hooks", "_post_accumulate_grad_hooks"
+    return [
+        name or type(model).__name__
+        for name, part in parts
+        if any(getattr(part, kind, None) for kind in kinds)
+    ]
+
+
 def on_meta(value: Tensor) -> Tensor:
     """The shape of a tensor alone, in the precision of the chain."""
     dtype = torch.float64 if value.is_floating_point() else value.dtype

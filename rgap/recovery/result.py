@@ -38,11 +38,14 @@ class Candidate:
         inputs: ``[B, *input_shape]``.
         labels: that go with them, or None.
         residual: relative difference between the update and the replayed one.
+        multiplicities: how often each row occurs in the batch [B'], or None where every one
+            occurs once.
     """
 
     inputs: Tensor
     labels: Tensor | None
     residual: float
+    multiplicities: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,9 +223,11 @@ class Recovery:
                 if m > 1:
                     lines.append(f"Picture {row} occurs {m} times in the batch.")
         for number, candidate in enumerate(self.candidates):
+            copies = plain(candidate.multiplicities)
             lines.append(
-                f"Candidate {number}: labels {plain(candidate.labels)}, replay residual "
-                f"{candidate.residual:.2g}."
+                f"Candidate {number}: labels {plain(candidate.labels)}, "
+                + (f"copies of each {copies}, " if copies else "")
+                + f"replay residual {candidate.residual:.2g}."
             )
         lines += [f"Note: {warning}" for warning in self.warnings]
         return "\n".join(lines)
@@ -250,7 +255,12 @@ class Recovery:
             "features": {name: list(value.shape) for name, value in self.features.items()},
             "features_error": dict(self.features_error),
             "candidates": [
-                {"labels": plain(c.labels), "residual": c.residual} for c in self.candidates
+                {
+                    "labels": plain(c.labels),
+                    "residual": c.residual,
+                    "multiplicities": plain(c.multiplicities),
+                }
+                for c in self.candidates
             ],
             "warnings": list(self.warnings),
             "seconds": self.seconds,

@@ -44,10 +44,12 @@ def print_recovery(console: Console, recovery: Recovery, *, explain: bool) -> No
     if recovery.separation and not explain:
         console.print(f"Samples told apart: {recovery.separation}", **PLAIN)
     for number, candidate in enumerate(recovery.candidates):
+        copies = candidate.multiplicities
         if not explain:
             console.print(
-                f"Candidate {number}: labels {numbers(candidate.labels)}, replay residual "
-                f"{candidate.residual:.1e}",
+                f"Candidate {number}: labels {numbers(candidate.labels)}, "
+                + (f"copies of each {numbers(copies)}, " if copies is not None else "")
+                + f"replay residual {candidate.residual:.1e}",
                 **PLAIN,
             )
     if recovery.layers:
@@ -171,19 +173,24 @@ def mask_beside(output: Path) -> Path:
 
 def _tensors(recovery: Recovery) -> dict[str, Tensor]:
     answers = (
-        [(f"candidate-{n}-", c.inputs, c.labels) for n, c in enumerate(recovery.candidates)]
+        [
+            (f"candidate-{n}-", c.inputs, c.labels, c.multiplicities)
+            for n, c in enumerate(recovery.candidates)
+        ]
         if recovery.candidates
-        else [("", recovery.inputs, recovery.labels)]
+        else [("", recovery.inputs, recovery.labels, recovery.multiplicities)]
     )
     tensors: dict[str, Tensor] = {}
     if recovery.partial is not None and recovery.determined is not None:
         tensors |= {"partial": recovery.partial, "determined": recovery.determined}
     tensors |= {f"features-{name}": value for name, value in recovery.features.items()}
-    for prefix, inputs, labels in answers:
+    for prefix, inputs, labels, copies in answers:
         if inputs is not None:
             tensors[f"{prefix}inputs"] = inputs
         if labels is not None:
             tensors[f"{prefix}labels"] = labels
+        if copies is not None:
+            tensors[f"{prefix}multiplicities"] = copies
     return tensors
 
 

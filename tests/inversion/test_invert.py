@@ -202,6 +202,8 @@ def test_batch_size_override(model: nn.Module) -> None:
     stated = capture(model, X, LABEL, dtype=torch.float64)
     recovery = invert(model, stated, batch_size=2)  # a mean: two copies send the same
     assert recovery.status is Status.AMBIGUOUS and recovery.multiplicities.tolist() == [2]
+    [alone] = recovery.candidates
+    assert alone.multiplicities.tolist() == [2] and len(alone.inputs) == 1
 
 
 @pytest.mark.parametrize("labels", [[0, 1], [2, 2]])

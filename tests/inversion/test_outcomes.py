@@ -5,8 +5,9 @@ from __future__ import annotations
 from math import inf
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import rgap
 from rgap import LayerReport
 from rgap.recovery import Route
 from rgap.solvers.rank import Evidence, EvidenceKind, Rank, numerical_rank
@@ -47,3 +48,17 @@ def test_the_rank_of_diagonal_blocks_is_that_of_the_matrix() -> None:
     assert abs(summed.largest - dense.largest) < 1e-12 * dense.largest
     assert abs(summed.smallest - dense.smallest) < 1e-12 * dense.largest
     assert Rank.none(5).nullity == 5 and Rank.full(5).nullity == 0
+
+
+def test_a_contradiction_names_the_backward_hooks() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 12, 3, 1, 1), nn.Sigmoid(), nn.Conv2d(12, 12, 3, 2, 1), nn.Sigmoid(),
+        nn.Flatten(), nn.Linear(12 * 16, 5),
+    ).double()  # fmt: skip
+    x = rgap.photos.load(1, 8, start=3).double().requires_grad_()
+    model[2].register_full_backward_hook(lambda m, i, o: tuple(1.1 * g for g in i))
+    update = rgap.capture(model, x.detach(), torch.tensor([1]))
+    found = rgap.invert(model, update)
+    assert found.status is rgap.Status.INCONSISTENT
+    assert "backward hooks run on '2'" in found.reason
