@@ -31,6 +31,7 @@ from rgap.precision import Estimate, Precision
 from rgap.recursion.bias_sums import opened
 from rgap.recursion.one_sample import cotangent_below
 from rgap.recursion.patterns import agreeing, shares_of
+from rgap.recursion.pointwise import mask_of_one_tap, one_tap
 from rgap.recursion.readers import Contradicted, Reader, from_gradients
 from rgap.recursion.steps import down, through
 from rgap.recursion.steps_above import StepsAbove, known_at, mask_of, nonnegative, steps_above
@@ -274,7 +275,11 @@ class Walk:
         gradient = affine.sent(self.gradients)
         noise = self.precision.rms(affine.weight_name, gradient)
         steps = steps_above(self.flow, place, self.behind[place], self.precision.unit)
-        told = mask_of(affine, gradient, k, steps, noise, self.room)
+        if one_tap(affine):
+            own, room = self.precision, self.room
+            told = mask_of_one_tap(self.flow, place, k, steps, self.gradients, own, room)
+        else:
+            told = mask_of(affine, gradient, k, steps, noise, self.room)
         if isinstance(told, str):
             won = self.won(place, affine, steps, noise)
             if isinstance(won, str):

@@ -29,7 +29,7 @@ from rgap.solvers.rank import numerical_rank, resolve_rcond
 from rgap.solvers.svd import right_singular_vectors
 from rgap.solvers.tall import tall_qr
 
-__all__ = ["Spanned", "gauge_by_span"]
+__all__ = ["Spanned", "common", "gauge_by_span", "lifted"]
 
 DRAWS = 8  # pairs of combinations, of which that with the furthest eigenvalues is taken
 HELD = 3.0  # matrices of the lifted system that are held at a time
@@ -92,12 +92,12 @@ def gauge_by_span(cotangents: Tensor, span: Tensor, room: float = inf) -> Spanne
         )
     if HELD * 8.0 * len(basis) * unknown > room:
         return Unseparated(f"{len(basis)} equations for {unknown} unknowns exceed the memory")
-    lifted, gap = _lifted(basis, through)
+    table, gap = lifted(basis, through, batch)
     if gap < SMALL_GAP:
         return Unseparated(f"no {batch} masks stand out (gap {gap:.1f})")
     places = cotangents[0, 0].numel()
     masks, coordinates, roots, furthest = [], [], [], 0.0
-    for sample, g in enumerate(_common(lifted).T):
+    for sample, g in enumerate(common(table).T):
         on, vector, root, far = _settled(basis, through, g, places)
         furthest = max(furthest, far)
         if not far <= MASKED:
@@ -108,28 +108,42 @@ def gauge_by_span(cotangents: Tensor, span: Tensor, room: float = inf) -> Spanne
     return Spanned(torch.stack(coordinates), torch.stack(roots), torch.stack(masks), furthest, gap)
 
 
-def _lifted(basis: Tensor, through: Tensor) -> tuple[Tensor, float]:
-    """B combinations ``Σ_b c_b g_b g_bᵀ`` [B, B, B], and the gap beside the null space."""
-    batch, squares = basis.shape[1], products(basis)
+def lifted(basis: Tensor, through: Tensor, count: int) -> tuple[Tensor, float]:
+    """As many combinations ``Σ_b c_b g_b g_bᵀ`` as there are g_b, and the gap beside them.
+
+    Args:
+        basis: of the cotangents that were passed, [n, r].
+        through: of those that come from above, [n, C]: ``(U g)² = (T κ) ⊙ (U g)``, T κ their span.
+        count: of the g.
+
+    Returns:
+        Matrices [count, r, r], and the gap.
+    """
+    squares = products(basis)
     linear = -(through[:, :, None] * basis[:, None]).flatten(1)
     matrix = torch.cat([squares, linear], 1)
     scale = matrix.norm(dim=0).clamp_min(1e-300)
     values, vh = right_singular_vectors(matrix / scale)
-    pairs = (vh[-batch:] / scale)[:, : squares.shape[1]]
-    gap = float(values[-batch - 1] / values[-batch].clamp_min(1e-300))
-    return symmetric(pairs, batch), gap
+    pairs = (vh[-count:] / scale)[:, : squares.shape[1]]
+    gap = float(values[-count - 1] / values[-count].clamp_min(1e-300))
+    return symmetric(pairs, basis.shape[1]), gap
 
 
-def _common(lifted: Tensor) -> Tensor:
-    """The g_b, as columns [B, B], of symmetric matrices ``Σ_b c_b g_b g_bᵀ``.
+def common(table: Tensor) -> Tensor:
+    """The g_b, as columns [r, B], of B symmetric matrices ``Σ_b c_b g_b g_bᵀ`` [B, r, r].
 
-    Of two combinations A, A′ of the matrices ``A A′⁻¹`` has them as its eigenvectors, as far from
-    each other as its eigenvalues.
+    In the range that they share, of two combinations A, A′ of the matrices ``A A′⁻¹`` has them as
+    its eigenvectors, as far from each other as its eigenvalues.
     """
+    count, size = table.shape[:2]
+    if count < size:
+        span = torch.linalg.svd(table.transpose(0, 1).flatten(1), full_matrices=False)[0][:, :count]
+        own: Tensor = span @ common(span.T @ table @ span)
+        return own
     generator, best, furthest = torch.Generator().manual_seed(0), None, -1.0
     for _ in range(DRAWS):
-        weights = torch.randn(2, len(lifted), generator=generator, dtype=torch.float64)
-        one, other = torch.einsum("di,ijk->djk", weights.to(lifted), lifted)
+        weights = torch.randn(2, count, generator=generator, dtype=torch.float64)
+        one, other = torch.einsum("di,ijk->djk", weights.to(table), table)
         values, vectors = torch.linalg.eig(torch.linalg.solve(other, one).T)
         apart = (values[:, None] - values).abs() / (values[:, None].abs() + values.abs())
         nearest = float((apart + torch.eye(len(apart)).to(apart)).min())
