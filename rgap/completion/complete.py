@@ -89,16 +89,19 @@ class PriorSchedule:
         return cls(chosen, schedule, time.perf_counter() if began is None else began)
 
 
-def met(update: ModuleUpdate, misfit: float, residual: float, precision: Precision) -> bool:
+def met(
+    update: ModuleUpdate, misfit: float, residual: float, precision: Precision, blank: Tensor
+) -> bool:
     """True for an answer that reproduces the update: to one per cent, or as stated noise says.
 
     Args:
         update: the equations.
+        blank: data that are no answer; noise that explains them too explains nothing.
         misfit: squared, of each tensor by its own norm.
         residual: relative difference of the whole update.
         precision: of the update.
     """
-    each, whole = update.explained(precision)
+    each, whole = update.explained(precision, blank)
     return misfit <= max(MISSED, each) and residual**2 <= max(MISSED, whole)
 
 

@@ -124,8 +124,8 @@ def preimage(
     surplus = max(SURPLUS, int(SURPLUS_SHARE * unknowns))
     if 0 not in known and on < unknowns + surplus:
         return Astray(
-            f"{on} known values that are not zero, for {unknowns} unknowns of a sample: {surplus} "
-            "more are asked for, that no second batch has them too"
+            f"{on} known values that are not zero, for {unknowns} unknowns of a sample: at least "
+            f"{unknowns + surplus} are asked for, that no second batch has them too"
         )
     need = COPIES * full.numbers * max(samples, MEMBERS + PROBES)
     if need > room:

@@ -155,7 +155,7 @@ class Search:
             met = f"{best**0.5:.1e} of their size, where {close**0.5:.1e} is explained"
             if self.late:
                 return f"the time was up at data that give the known values to {met}; " + LONGER
-            return f"no data give the known values nearer than {met}"
+            return f"the search found no data that give the known values nearer than {met}"
         return x.double()
 
     def absolute(self, row: int, goal: float) -> None:

@@ -143,6 +143,8 @@ class Settling:
         channels, *size = self.function.flow.in_shape
         if not 1 <= len(size) <= len(_MEANS) or SIGNS * channels * BOX ** len(size) < ENOUGH:
             return None
+        if min(size) < BOX:
+            return None
         if row not in self.balances:
             generator = torch.Generator().manual_seed(row)
             shape = (SIGNS, sum(s.numel() for s in tangent.sigma))

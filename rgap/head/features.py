@@ -142,13 +142,19 @@ def rank_one_tolerance(
     if not bool(x.known.all()):
         return inf  # the bias gradient is noise: nothing was read off it that could be tested
     added = precision.noise_std(layer.bias_name or "", bias_gradient.to(x.value)).square()
-    lengthened = float(x.value.square().sum())
-    square, total = 0.0, lengthened * float(added.sum())
-    scatter = lengthened**2 * float(added.square().sum())
+    square = total = scatter = 0.0
     for rows, block in row_blocks(weight_gradient, x.value):
         own = precision.noise_std(layer.weight_name, block, rows).square()
         square += float(block.square().sum())
         total, scatter = total + float(own.sum()), scatter + float(own.square().sum())
+    if bool((added > 0).any()):
+        # ‖x‖ = ‖G‖/‖k‖, and of ∂b no more than this is k; what was read off it may be shorter.
+        heard = float(bias_gradient.to(x.value).square().sum() - added.sum())
+        if heard <= 0.0:
+            return inf
+        lengthened = max(float(x.value.square().sum()), square / heard)
+        total += lengthened * float(added.sum())
+        scatter += lengthened**2 * float(added.square().sum())
     size = max(square**0.5, 1e-300)
     floor = precision.floor * weight_gradient.numel() ** 0.5
     rounding = ROUNDED * (precision.unit + floor / size)

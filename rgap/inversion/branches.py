@@ -384,8 +384,8 @@ def _reports(
         report = above.get(link.name)
         if report is None or report.route is Route.NOT_REACHED:
             n = problem.batch * int(link.reads.sum())
-            report = LayerReport(link.name, link.kind, n, residual=0.0)
-            values = replace(report, route=Route.VALUES)
+            report = LayerReport(link.name, link.kind, n)
+            values = replace(report, joint_rank=n, nullity=0, route=Route.VALUES)
             report = values if known is None else by_gradients(report, known)
         reports.append(report)
     return tuple(reports)

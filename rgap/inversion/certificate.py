@@ -230,17 +230,16 @@ def as_candidate(recovery: Recovery, reason: str) -> Recovery:
 
 def _copies(rows: BatchRows) -> str:
     """Copies cannot be certified: their like, moved apart where no layer looks, send the same."""
-    row = int((rows.copies > 1).nonzero()[0])
-    m = int(rows.copies[row])
-    number = len(rows.copies)
-    of = (
-        f"{number} different pictures, of which picture {row} occurs {m} times"
-        if number > 1
-        else f"{m} copies of one picture"
-    )
+    many = [(row, m) for row, m in enumerate(rows.copies.tolist()) if m > 1]
+    number, m = len(rows.copies), max(m for _, m in many)
+    each = " and ".join(f"picture {row} occurs {m} times" for row, m in many)
+    of = f"{number} different pictures, of which {each}"
+    of = of if number > 1 else f"{m} copies of one picture"
+    around = f"{m} pictures around it" if len(many) == 1 else "as many pictures around each"
+    mean = "their mean is" if len(many) == 1 else "their means are"
     return (
-        f"the update is that of {of}; {m} pictures around it that differ only in "
-        "directions no layer sees send the same, only their mean is certain"
+        f"the update is that of {of}; {around} that differ only in directions no layer sees send "
+        f"the same, only {mean} certain"
     )
 
 

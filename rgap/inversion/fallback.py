@@ -115,7 +115,8 @@ def filled(
     nearest = _sending(problem, inputs, labels)
     # A tensor that was sent as zero has no norm to be measured by: it counts in the whole.
     misfit = max(minimum.misfit, nearest.residual**2)
-    reproduced = met(update, misfit, nearest.residual, problem.precision)
+    blank = grey(problem.batch, chain.input_shape, problem.value_range, 0).to(minimum.value)
+    reproduced = met(update, misfit, nearest.residual, problem.precision, blank)
     reason = _words(halt.reason, -surplus, unknowns, minimum, misfit, reproduced)
     if enough and confused:
         reason += f"; {confused}, others than the data send the same"

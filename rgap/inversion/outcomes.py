@@ -192,7 +192,24 @@ def completed(problem: Problem, descent: Descent, batch: Candidate, reason: str)
 
 
 def explained(problem: Problem, recovery: Recovery) -> Recovery:
-    """The recovery with the best finding at the front of its reason.
+    """The recovery with the best finding at the front of its reason, and hooks named at its end.
+
+    Args:
+        problem: the update and its model.
+        recovery: that failed, or did not; one that did not comes back as it is.
+    """
+    told = _found(problem, recovery)
+    unsent = told.status is Status.UNDERDETERMINED and "inputs" in told.certified
+    hooks = backward_hooks(problem.model)
+    if not hooks or not (unsent or told.status is Status.INCONSISTENT):
+        return told
+    where = ", ".join(map(repr, hooks))
+    words = f"backward hooks run on {where}: what they change in a gradient no equation knows"
+    return replace(told, reason=f"{told.reason}; {words}")
+
+
+def _found(problem: Problem, recovery: Recovery) -> Recovery:
+    """The recovery with what a check finds.
 
     Where the equations contradict the update, and where a batch was not told apart: a sum that is
     declared as a mean looks like a batch without a solution.  Not where a limit of time is over.
@@ -202,10 +219,6 @@ def explained(problem: Problem, recovery: Recovery) -> Recovery:
         recovery: that failed, or did not; one that did not comes back as it is.
     """
     contradicted = recovery.status is Status.INCONSISTENT
-    if contradicted and (hooks := backward_hooks(problem.model)):
-        where = ", ".join(map(repr, hooks))
-        words = f"backward hooks run on {where}: what they change in a gradient no equation knows"
-        recovery = replace(recovery, reason=f"{recovery.reason}; {words}")
     apart = recovery.status is Status.UNDERDETERMINED and (problem.stated or 1) > 1
     untold = recovery.halt is not None and recovery.halt.kind is HaltKind.UNSEPARATED
     if not contradicted and not (apart and (recovery.inputs is None or untold)):

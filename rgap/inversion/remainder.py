@@ -122,6 +122,8 @@ def nearest(
     x = torch.stack([data[row] for row in range(len(data))])[order]
     if problem.value_range is not None:
         x = x.clamp(*problem.value_range)
+    if not bool(torch.isfinite(x).all()):
+        return None
     residual, _ = replayed(problem, x, labels)
     return Candidate(x, labels, residual) if residual <= USEFUL else None
 

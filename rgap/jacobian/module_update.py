@@ -64,6 +64,7 @@ class ModuleUpdate(ModuleGradient):
         self.gradients = {n: gradients[n].to(dtype) for n in reached}
         self.parameters = {n: self.parameters[n] for n in reached}
         self.scales = _scales(self.gradients, precision)
+        self.sent = gradients
         self.unit = 1.0
 
     def only(self, names: Collection[str]) -> ModuleUpdate:
@@ -102,12 +103,24 @@ class ModuleUpdate(ModuleGradient):
         )
         return total + (inside.known.expected * self.unit * self.unit if inside else 0.0)
 
-    def explained(self, precision: Precision) -> tuple[float, float]:
-        """What stated noise explains: of ‖r‖², and of the squared relative miss of the whole."""
+    def explained(self, precision: Precision, blank: Tensor) -> tuple[float, float]:
+        """What stated noise explains: of ‖r‖², and of the squared miss of all that was sent.
+
+        Args:
+            precision: of the update.
+            blank: data that nobody would take for an answer: noise that explains what these miss
+                tells no data from others, and explains nothing.
+        """
         if not precision.noisy:
             return 0.0, 0.0
-        whole = _share(self.gradients, precision) ** 2
-        return EXPLAINED * self.expected(precision), EXPLAINED * whole
+        each = EXPLAINED * self.expected(precision)
+        own = EXPLAINED * _share(self.gradients, precision) ** 2
+        gaps = self.gaps(blank)
+        size = sum(size**2 for _, size in gaps.values())
+        missed = sum((gap * self.scales[n]) ** 2 for n, (gap, _) in gaps.items())
+        if missed <= each and sum(gap**2 for gap, _ in gaps.values()) <= own * size:
+            return 0.0, 0.0
+        return each, EXPLAINED * _share(self.sent, precision) ** 2  # of all, not of those below
 
     def misfit(self, x: Tensor) -> float:
         """‖r(x)‖², infinite where it is not a number."""

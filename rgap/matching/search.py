@@ -372,10 +372,13 @@ def _answer(
     met = f"a normalised residual of {misfit**0.5:.1e}"
     answer = replace(empty, residual=residual, objective=run.objective, misfit=misfit)
     least = max(MET, ROUNDED * torch.finfo(problem.client.update.dtype).eps) ** 2
-    each, whole = equations.explained(precision)
+    blank = grey(problem.shape[0], problem.shape[1:], problem.bounds, 0).to(best)
+    each, whole = equations.explained(precision, blank)
     if max(missed, residual**2) <= max(least, each) and residual**2 <= max(least, whole):
         reason = f"the answer reproduces the update to {met} ({how}); {UNCERTIFIED}"
         return replace(answer, inputs=best.cpu(), status=Status.COMPLETED, reason=reason)
     reason = f"the nearest batch, in candidates, does not reproduce the update: {met} ({how})"
+    if precision.noisy and not whole:
+        reason += "; the stated noise would explain a blank batch too: no batch is told from others"
     nearest = Candidate(best.cpu(), answer.labels, residual)
     return replace(answer, labels=None, reason=reason, candidates=(nearest,))

@@ -195,9 +195,12 @@ class Recovery:
             )
         if given and self.error_bound is not None and self.predicted_error is not None:
             rms = float(self.predicted_error.max())
+            of = "the certified bound for every entry"
+            if "inputs" not in self.certified:
+                of = "the bound for every entry, of copies for that of their mean,"
             lines.append(
                 f"The predicted error is {rms:.2g} rms (PSNR {_decibel(rms)} for pictures in "
-                f"[0, 1]); the certified bound for every entry is {self.error_bound:.2g}."
+                f"[0, 1]); {of} is {self.error_bound:.2g}."
             )
         if given and self.targets_error_bound is not None:
             lines.append(

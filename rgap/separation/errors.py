@@ -285,5 +285,6 @@ def remark(samples: Mixture, head: BatchLoss, distance: Tensor, features: Tensor
     return (
         f"the gradient of '{samples.stage.name}' tells {rank} of {total} samples apart (the next "
         f"singular value is {ratio:.1e} of the largest, within its noise): the others are copies, "
-        f"or differ from what is shown by less than {apart:.1e} of its norm"
+        f"or what it reads of them differs from what it reads of the one shown by less than "
+        f"{apart:.1e} of its norm; their data may differ by more"
     )

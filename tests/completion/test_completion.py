@@ -309,7 +309,7 @@ def test_an_answer_that_misses_a_large_gradient_is_not_explained_by_noise_in_a_s
     noise = sizes[small] / update.gradients[small].numel() ** 0.5
     precision, source = Precision(F64, noise), ClientLoss(Loss(), torch.tensor([0, 1]))
     equations = ModuleUpdate(model, update.gradients, source, tuple(x.shape), precision=precision)
-    each, whole = equations.explained(precision)
+    each, whole = equations.explained(precision, 50.0 * torch.randn_like(x))
     off = 0.5 * sizes[large]
     assert (off / sizes[large]) ** 2 < 1.0 <= each / 4.0  # what the plain sum would have let pass
     assert (off * equations.scales[large]) ** 2 > each
@@ -364,3 +364,12 @@ def test_a_sharp_pool_is_the_pool(name: str) -> None:
     sharpness.value = 2.0
     blunt = model(x)
     assert bool((blunt < expected + 1e-12).all()) and not torch.allclose(blunt, expected)
+
+
+def test_noise_that_explains_a_blank_batch_explains_no_answer() -> None:
+    model, _, update = pair("sigmoid")
+    stated = replace(update, labels=torch.tensor([0, 1]))
+    size = float(torch.cat([g.flatten() for g in update.gradients.values()]).std())
+    found = rgap.match(model, stated, noise=10.0 * size, iterations=3)
+    assert found.status is Status.UNDERDETERMINED and found.inputs is None
+    assert "would explain a blank batch too" in found.reason
