@@ -204,6 +204,12 @@ def _options(text: str, factory: Callable[..., Any], name: str) -> dict[str, Any
     for item in filter(None, (part.strip() for part in text.split(","))):
         key, equals, value = (part.strip() for part in item.partition("="))
         if not equals or not value:
+            before = next(reversed(options), "")
+            if not equals and before in _sequences(factory):
+                raise ValueError(
+                    f"model: expected the sizes of {before!r} joined by x, got {item!r} after a "
+                    f"comma; write {name}:{before}=64x{key}"
+                )
             raise ValueError(
                 f"model: expected options key=value for {name!r}, got {item!r}; write "
                 f"{name}:{key or 'key'}=value"

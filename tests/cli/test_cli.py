@@ -207,6 +207,12 @@ def test_an_audit_calls_the_network_what_it_was_asked_for(spec: str) -> None:
     assert "Sequential" not in shown
 
 
+def test_sizes_of_a_list_are_joined_by_x() -> None:
+    with pytest.raises(ValueError, match=r"write resnet:channels=64x128"):
+        resolve("resnet:channels=64,128")
+    assert resolve("resnet:channels=8x16,input_shape=3x8x8") is not None
+
+
 def test_weights_come_from_a_file(here: Path) -> None:
     model = resolve("clinets:build").double()
     with torch.no_grad():
