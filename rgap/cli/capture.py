@@ -40,7 +40,8 @@ class Batch:
     images: Annotated[
         list[str],
         optional(
-            "Picture file, folder of pictures, or shipped photographs, as photos:0-3 of 0 to 31; repeat for more.",
+            "Picture file, folder of pictures, or shipped photographs, as photos:0-3 of 0 to 31; "
+            "repeat for more.",
             "PATH",
         ),
     ]

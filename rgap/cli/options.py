@@ -136,8 +136,8 @@ def optional(help: str, metavar: str, *names: str, **more: Any) -> Any:
 _HINTS = {
     "model": "A built-in network (lenet, cnn6, cnn6d, fcn3, mlp, lenet5, vgg, resnet; for ImageNet "
     "resnet18, resnet34, resnet50, vgg11 to vgg19, vgg11_bn to vgg19_bn, mobilenet_v2, "
-    "densenet121, convnext_tiny), with options as in lenet:classes=100 or resnet:channels=64x128x256, "
-    "or package.module:factory.",
+    "densenet121, convnext_tiny), with options as in lenet:classes=100 or "
+    "resnet:channels=64x128x256, or package.module:factory.",
     "weights": "Safetensors file with the network's weights; without it those of the factory; "
     "what is drawn is drawn with seed 0, the same in every command.",
     "loss": "A loss by name: cross_entropy, nll_loss, mse_loss, binary_cross_entropy, the same "
