@@ -120,6 +120,7 @@ _BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "densenet121": lambda: small("densenet121"),
     "mobilenet_v2": lambda: small("mobilenet_v2"),
     "resnet18_224": lambda: rgap.models.IMAGENET["resnet18"](classes=CLASSES),
+    "resnet50_224": lambda: rgap.models.IMAGENET["resnet50"](classes=CLASSES),
 }
 
 
