@@ -8,6 +8,7 @@ from computed import computed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import rgap
 from rgap.limits import SAFETY
 from rgap.precision import Estimate, Precision
 from rgap.recursion.graph import GraphDescent, descend_graph
@@ -87,3 +88,17 @@ def test_few_filters_and_no_shifts_below_are_said() -> None:
     told, names, _ = descended(1, F64, 0, place=False)
     assert names["c1"] not in told.values
     assert any("told apart, not where they are" in why for why in told.ends.values())
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("dtype", [F64, torch.float32])
+def test_pictures_below_bottlenecks_come_back(batch: int, dtype: torch.dtype) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(4)
+        model = Bottleneck(40, 640)
+        model.train()(torch.rand(32, 3, 6, 6))
+        x = torch.rand(batch, 3, 6, 6).to(dtype)
+    model, labels = model.eval().to(dtype), torch.arange(batch)
+    found = rgap.invert(model, rgap.capture(model, x, labels))
+    assert found.status is rgap.Status.EXACT and found.labels.tolist() == labels.tolist()
+    assert float((found.inputs - x).abs().max()) <= found.error_bound
