@@ -156,8 +156,8 @@ class Audit:
             if told:
                 lines.append(
                     f"B = {batch}: shifts of their kernels tell all positions of {len(told)} "
-                    f"convolutions apart, the lowest '{told[0]}', before anything is known of them: "
-                    "where all above these are steps that pass cotangents on, features and perhaps "
+                    f"convolutions apart, the lowest '{told[0]}', before anything is known of "
+                    "them: where all steps above these pass cotangents on, features and perhaps "
                     "the data come back whatever falls short above."
                 )
         return lines

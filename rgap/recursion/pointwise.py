@@ -63,8 +63,10 @@ def mask_of_one_tap(
     """
     affine = flow.nodes[place].link
     assert isinstance(affine, Affine)
-    if steps.fault or steps.pool is not None:
-        return steps.fault or f"'{steps.pool.name if steps.pool else ''}' is above one tap"
+    if steps.fault:
+        return steps.fault
+    if steps.pool is not None:
+        return f"'{steps.pool.name}' stands above '{affine.name}', whose kernel has one tap"
     gradient = affine.sent(gradients)
     noise = precision.rms(affine.weight_name, gradient)
     above = k.value.flatten(2)
