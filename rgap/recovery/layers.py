@@ -143,12 +143,20 @@ class LayerReport:
         return state
 
 
-def sentence(report: LayerReport, halt: Halt | None) -> str:
-    """One layer in words; its note unless it is the halt, which the reason above says already."""
+def sentence(report: LayerReport, halt: Halt | None, certified: bool = False) -> str:
+    """One layer in words; its note unless it is the halt, which the reason above says already.
+
+    Args:
+        report: of the layer.
+        halt: of the recursion.
+        certified: True if the input of the layer is among the certified features all the same.
+    """
     unread = f" ({report.unread} more values are read by no kernel)" if report.unread else ""
     text = f"{report.layer} ({report.kind}): {report.unknowns} unknowns{unread}, "
     here = halt is not None and halt.stage == report.layer
     if report.route is Route.NOT_REACHED:
+        if certified:
+            return text + "not reached from above, certified all the same."
         late = here and halt is not None and halt.kind is HaltKind.LATE
         return text + ("not counted; the recursion stops here." if late else "not reached.")
     said = here and halt is not None and halt.kind is not HaltKind.CONTRADICTION

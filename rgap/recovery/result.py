@@ -186,7 +186,7 @@ class Recovery:
         if self.layers:
             lines.append("The input of each layer, from the output down:")
         for report in reversed(self.layers):
-            lines.append("  " + sentence(report, self.halt))
+            lines.append("  " + sentence(report, self.halt, report.layer in self.features))
         given = self.inputs is not None
         if self.determined is not None and self.error_bound is not None:
             lines.append(
