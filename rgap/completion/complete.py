@@ -101,7 +101,7 @@ def met(
         residual: relative difference of the whole update.
         precision: of the update.
     """
-    each, whole = update.explained(precision, blank)
+    each, whole = update.allowed(precision, blank)
     return misfit <= max(MISSED, each) and residual**2 <= max(MISSED, whole)
 
 

@@ -103,7 +103,7 @@ class ModuleUpdate(ModuleGradient):
         )
         return total + (inside.known.expected * self.unit * self.unit if inside else 0.0)
 
-    def explained(self, precision: Precision, blank: Tensor) -> tuple[float, float]:
+    def allowed(self, precision: Precision, blank: Tensor) -> tuple[float, float]:
         """What stated noise explains: of ‖r‖², and of the squared miss of all that was sent.
 
         Args:

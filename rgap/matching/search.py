@@ -373,7 +373,7 @@ def _answer(
     answer = replace(empty, residual=residual, objective=run.objective, misfit=misfit)
     least = max(MET, ROUNDED * torch.finfo(problem.client.update.dtype).eps) ** 2
     blank = grey(problem.shape[0], problem.shape[1:], problem.bounds, 0).to(best)
-    each, whole = equations.explained(precision, blank)
+    each, whole = equations.allowed(precision, blank)
     if max(missed, residual**2) <= max(least, each) and residual**2 <= max(least, whole):
         reason = f"the answer reproduces the update to {met} ({how}); {UNCERTIFIED}"
         return replace(answer, inputs=best.cpu(), status=Status.COMPLETED, reason=reason)

@@ -54,7 +54,7 @@ def test_gauss_newton_meets_the_update_and_writes_its_picture(here: Path) -> Non
 
 def test_stated_noise_is_what_an_answer_may_miss(here: Path) -> None:
     line = f"match {MODEL} update.safetensors --iterations 3 --json"
-    told, untold = (json.loads(run(line + more)[1]) for more in (" --noise 0.1", ""))
+    told, untold = (json.loads(run(line + more)[1]) for more in (" --noise 0.01", ""))
     assert told["status"] == "COMPLETED" and told["iterations"] < untold["iterations"]
 
 

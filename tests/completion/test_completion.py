@@ -309,7 +309,7 @@ def test_an_answer_that_misses_a_large_gradient_is_not_explained_by_noise_in_a_s
     noise = sizes[small] / update.gradients[small].numel() ** 0.5
     precision, source = Precision(F64, noise), ClientLoss(Loss(), torch.tensor([0, 1]))
     equations = ModuleUpdate(model, update.gradients, source, tuple(x.shape), precision=precision)
-    each, whole = equations.explained(precision, 50.0 * torch.randn_like(x))
+    each, whole = equations.allowed(precision, 50.0 * torch.randn_like(x))
     off = 0.5 * sizes[large]
     assert (off / sizes[large]) ** 2 < 1.0 <= each / 4.0  # what the plain sum would have let pass
     assert (off * equations.scales[large]) ** 2 > each

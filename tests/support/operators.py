@@ -16,6 +16,7 @@ import torch
 from batched import batch_of
 from cases import mlp, pictures
 from reference import dense_blocks, dense_jacobian
+from shifted import random_convolution
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -48,6 +49,7 @@ from rgap.precision import Estimate, Precision
 from rgap.recursion.matrix_free import MatrixFree
 from rgap.separation.headless import Held
 from rgap.separation.pair import Between, steps_between
+from rgap.separation.shifts.refined import Linearised
 from rgap.separation.softmax.coupled import Coupled
 from rgap.separation.softmax.equations import AtHead
 from rgap.separation.softmax.separate import likely
@@ -690,6 +692,29 @@ def _() -> Iterator[Case]:
 
 
 # --- separation ----------------------------------------------------------------------------------
+
+
+@row("rgap/separation/shifts/refined.py:Linearised")
+def _() -> Iterator[Case]:
+    for seed in (0, 3):
+        case = random_convolution(seed, 24)
+        affine, k, x = case.affine, case.cotangents, case.inputs
+        own = Linearised(affine, k, x)
+
+        def gradient(v: Tensor, own: Any = own) -> Tensor:
+            dk, dx = own.moved(v)
+            return own.affine.weight_gradient(own.x + dx[0], own.k + dk[0])[None]
+
+        def push(v: Tensor, own: Any = own) -> Tensor:
+            dk, dx = own.moved(v)
+            by_k = own.affine.weight_gradient(own.x, dk[0])
+            return (by_k + own.affine.weight_gradient(dx[0], own.k))[None]
+
+        def pull(g: Tensor, own: Any = own) -> Tensor:
+            return own.adjoint(g[0])[None]
+
+        zeros = torch.zeros(1, own.size, dtype=torch.float64)
+        yield Case(own, push, pull, zeros, gradient, at=zeros)
 
 
 def projections(own: Any) -> Iterator[Case]:
