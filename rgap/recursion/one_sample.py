@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from rgap.limits import FITS
+from rgap.limits import FITS, OWN
 from rgap.network.affine import Affine
 from rgap.network.flow import Flow
 from rgap.network.scaling import BatchNorm, Scale
@@ -56,6 +56,8 @@ def cotangent_below(
     std = precision.update_std(affine.weight_name, squares)
     draws = (precision.normal(std, samples=1)[0] for _ in range(precision.samples))
     drawn, _ = made.moved(made.solve(torch.stack([made.adjoint(draw) for draw in draws])))
+    own = OWN * torch.finfo(gradient.dtype).eps * made.k.square().mean().sqrt()
+    drawn = drawn + precision.normal(own.expand_as(made.k))  # our own arithmetic
     raised = _raised(flow, place, step, made.k, drawn)
     if isinstance(raised, str):
         return raised
