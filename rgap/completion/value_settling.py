@@ -141,9 +141,8 @@ class Settling:
         neighbours and channels too; None where these are too few for a mean.
         """
         channels, *size = self.function.flow.in_shape
-        if not 1 <= len(size) <= len(_MEANS) or SIGNS * channels * BOX ** len(size) < ENOUGH:
-            return None
-        if min(size) < BOX:
+        few = SIGNS * channels * BOX ** len(size) < ENOUGH
+        if few or not 1 <= len(size) <= len(_MEANS) or min(size) < BOX:
             return None
         if row not in self.balances:
             generator = torch.Generator().manual_seed(row)

@@ -23,7 +23,7 @@ from rgap.solvers.limits import SMALL_GAP
 from rgap.solvers.svd import right_singular_vectors
 from rgap.solvers.tall import tall_qr
 
-__all__ = ["Masked", "gauge_by_masks", "products", "symmetric"]
+__all__ = ["Masked", "gauge_by_masks", "products", "settled", "symmetric"]
 
 ROUNDS = 3  # in which a mask and what follows from it settle
 
@@ -73,12 +73,8 @@ def gauge_by_masks(cotangents: Tensor, above: Tensor, error: float = 0.0) -> Mas
         if not bool(k.any()):
             return Unseparated(f"no cotangent of sample {sample} comes from above")
         g, gap = _column(basis, k)
-        known, passed = k.abs() > 0, basis @ g
-        g = g * (k * passed.pow(3)).sum() / passed.pow(4).sum()
-        for _ in range(ROUNDS):
-            share = torch.where(known, basis @ g / torch.where(known, k, 1.0), 0.0)
-            on = share > 0.5
-            g = basis.T @ (k * on)  # with u known the equations are linear
+        g, share, on = settled(basis, k, g)
+        known = k != 0
         masks[sample] = on.reshape(above.shape[1:])
         own = (share - on.to(share)).abs()
         doubt = own - error * share.abs() / k.abs().clamp_min(1e-300)
@@ -94,6 +90,23 @@ def gauge_by_masks(cotangents: Tensor, above: Tensor, error: float = 0.0) -> Mas
     if float(ends[-1]) < torch.finfo(gauge.dtype).eps * batch * float(ends[0]):
         return Unseparated("two samples have one mask")
     return Masked(gauge, masks, furthest, weakest)
+
+
+def settled(basis: Tensor, k: Tensor, direction: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A column g from its direction, the share of k that it passes, and the mask, in turn.
+
+    Args:
+        basis: orthonormal, [n, r].
+        k: what comes from above, [n].
+        direction: of g, [r], of any length and sign.
+    """
+    known, passed = k != 0, basis @ direction
+    g = direction * (k * passed.pow(3)).sum() / passed.pow(4).sum()
+    for _ in range(ROUNDS):
+        share = torch.where(known, basis @ g / torch.where(known, k, 1.0), 0.0)
+        on = share > 0.5
+        g = basis.T @ (k * on)  # with u known the equations are linear
+    return g, share, on
 
 
 def products(basis: Tensor) -> Tensor:

@@ -21,11 +21,10 @@ from torch import Tensor
 
 from rgap.limits import MASKED
 from rgap.separation.batch import Unseparated
-from rgap.separation.shifts.masks import ROUNDS
+from rgap.separation.shifts.masks import settled
+from rgap.separation.shifts.positions import range_of
 from rgap.separation.shifts.spanned import common, lifted
-from rgap.solvers.limits import ABOVE, SMALL_GAP
-from rgap.solvers.rank import numerical_rank, resolve_rcond
-from rgap.solvers.svd import right_singular_vectors
+from rgap.solvers.limits import SMALL_GAP
 
 __all__ = ["masks_alone"]
 
@@ -65,19 +64,14 @@ def masks_alone(
         return Unseparated(f"{filters} filters are equations for {unknown} products of unknowns")
     if HELD * 8.0 * filters * unknown > room:
         return Unseparated(f"{filters} equations for {unknown} unknowns exceed the memory")
-    values, vh = right_singular_vectors(gradient.T)
-    squares = gradient.square()
-    longest = (squares.sum(1).max().sqrt() + squares.sum(0).max().sqrt()) / squares.mean().sqrt()
-    noise = max(noise, torch.finfo(gradient.dtype).eps * float(squares.mean().sqrt()))
-    cut = ABOVE * noise * float(longest) / max(float(values[0]), 1e-300)
-    rcond = resolve_rcond(None, (filters, gradient.shape[1]), noise=cut)
-    rank = numerical_rank(values, gradient.shape[1], rcond)
+    least = torch.finfo(gradient.dtype).eps * float(gradient.square().mean().sqrt())
+    basis, rank = range_of(gradient, max(noise, least))
     if rank.rank != size or not rank.clear:
         return Unseparated(
             f"the gradient has rank {rank.rank} (gap {rank.gap:.1f}), expected that of {size} "
             "positions"
         )
-    basis, masks = vh[:size].T, torch.zeros(above.shape, dtype=torch.bool, device=above.device)
+    masks = torch.zeros(above.shape, dtype=torch.bool, device=above.device)
     for sample, k in enumerate(first[..., 0]):
         if not bool(k.any()):
             return Unseparated(f"no cotangent of sample {sample} comes from above")
@@ -95,15 +89,10 @@ def masks_alone(
 
 def _settled(basis: Tensor, k: Tensor, directions: Tensor) -> Tensor | float:
     """Masks [F, P] from directions [r, P], or how far the furthest entry is off 0 and 1."""
-    known, masks = k != 0, []
+    masks = []
     for direction in directions.T:
-        passed = basis @ direction
-        g = direction * (k * passed.pow(3)).sum() / passed.pow(4).sum()
-        for _ in range(ROUNDS):
-            share = torch.where(known, basis @ g / torch.where(known, k, 1.0), 0.0)
-            on = share > 0.5
-            g = basis.T @ (k * on)
-        far = float((share - on.to(share)).abs()[known].max())
+        _, share, on = settled(basis, k, direction)
+        far = float((share - on.to(share)).abs()[k != 0].max())
         if far > MASKED:
             return far
         masks.append(on)

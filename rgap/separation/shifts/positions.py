@@ -30,7 +30,7 @@ from rgap.solvers.tall import tall_qr
 
 log = logging.getLogger(__name__)
 
-__all__ = ["Positions", "shown", "tell_positions_apart"]
+__all__ = ["Positions", "range_of", "shown", "tell_positions_apart"]
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def _told(
 ) -> Positions | str:
     """K and X of up to ``most`` samples by one arrangement, or which of its conditions fails."""
     blocks = arrangement.blocks(gradient)
-    basis, rank = _range(torch.cat(list(blocks.values()), 1), noise)
+    basis, rank = range_of(torch.cat(list(blocks.values()), 1), noise)
     batch, rest = divmod(rank.rank, arrangement.size)
     if rest or not batch or not rank.clear:
         return (
@@ -167,7 +167,7 @@ def _told(
     return Positions(k, x, rank, relations, condition, gap, misfit, arrangement)
 
 
-def _range(table: Tensor, noise: float) -> tuple[Tensor, Rank]:
+def range_of(table: Tensor, noise: float) -> tuple[Tensor, Rank]:
     """Left singular vectors above the noise, [rows, r].
 
     Rounding is largest where entries are: its norm is that of the longest row and the longest
