@@ -213,7 +213,7 @@ class Sum:
         return Sum([part.smoothed(size) for part in self.parts])
 
 
-def natural(channels: int, width: float = 1.0) -> Prior:
+def natural(channels: int, width: float = 1.0, weight: float = 1.0) -> Prior:
     """The prior of photographs: first and second differences, few and large, mostly of brightness.
 
     ``Σ_k mean (|∇ᵏx|² + ε²)^{1/4}`` in units of the range of values, k = 1, 2; with three channels
@@ -223,9 +223,10 @@ def natural(channels: int, width: float = 1.0) -> Prior:
     Args:
         channels: of the data.
         width: of the range of their values.
+        weight: a factor.
     """
     chroma = CHROMA if channels == 3 else 1.0
-    first = TotalVariation(width**-POWER, 0.01 * width, power=POWER, chroma=chroma)
+    first = TotalVariation(weight * width**-POWER, 0.01 * width, power=POWER, chroma=chroma)
     return Sum([first, replace(first, order=2)])
 
 

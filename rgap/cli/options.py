@@ -71,6 +71,7 @@ class PriorName(StrEnum):
     """What may be taken for likely; a test compares the names with `rgap.priors.PRIORS`."""
 
     natural = "natural"
+    patches = "patches"
     tv = "tv"
     anisotropic = "anisotropic"
     squares = "squares"

@@ -2,7 +2,7 @@
 
 >>> from rgap.priors import PRIORS
 >>> list(PRIORS)
-['natural', 'tv', 'anisotropic', 'squares']
+['natural', 'patches', 'tv', 'anisotropic', 'squares']
 >>> PRIORS["squares"]((3, 32, 32), (0.0, 1.0))
 Squares(weight=1.0, centre=0.5)
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from rgap.plugins import Registry
+from rgap.priors.patches import photographic
 from rgap.solvers.priors import Prior, Squares, TotalVariation, natural
 
 __all__ = ["PRIORS", "prior_of"]
@@ -49,7 +50,18 @@ def _natural(shape: Sequence[int], value_range: Range) -> Prior:
     return Squares(width**-2, sum(value_range) / 2)
 
 
+def _patches(shape: Sequence[int], value_range: Range) -> Prior:
+    """That of differences and patches, of pictures."""
+    if len(shape) != 3:
+        raise ValueError(
+            f"the prior 'patches' is of pictures, [channels, height, width], got samples of "
+            f"{list(shape)}; write prior='natural'"
+        )
+    return photographic(shape[0], value_range[1] - value_range[0])
+
+
 PRIORS.register("natural", _natural)
+PRIORS.register("patches", _patches)
 PRIORS.register("tv", lambda shape, value_range: TotalVariation())
 PRIORS.register("anisotropic", lambda shape, value_range: TotalVariation(isotropic=False))
 PRIORS.register("squares", lambda shape, value_range: Squares())

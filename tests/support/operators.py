@@ -46,6 +46,7 @@ from rgap.network.chain import parse
 from rgap.network.flow import Flow, flow_of
 from rgap.network.modules import build
 from rgap.precision import Estimate, Precision
+from rgap.priors.patches import PatchPrior, Shapes
 from rgap.recursion.matrix_free import MatrixFree
 from rgap.separation.headless import Held
 from rgap.separation.pair import Between, steps_between
@@ -259,6 +260,22 @@ def _() -> Iterator[Case]:
     own = Sum(parts)
     bend = own.curvature(x)
     expected = lagged(parts[0], x) + 2.0 / 12 * torch.eye(12).double()
+    yield Case(own, bend, bend, x.shape, expected)
+
+
+@row("rgap/priors/patches.py:PatchPrior")
+def _() -> Iterator[Case]:
+    roots, x = draw(2, 4, 4), draw(1, 1, 4, 3)
+    weights = torch.full((2, 2), 0.25).double()
+    shapes = Shapes.of(roots @ roots.mT, torch.tensor([0.5, 2.0]), weights, 1, 0.1)
+    own = PatchPrior(shapes)
+    bend, n = own.curvature(x), 6 * 4
+    expected = torch.zeros(12, 12).double()
+    cut = dense(own._patches, x.shape).reshape(6, 4, 12)
+    back, members = own._assigned(own._patches(x))
+    inner = torch.cat([m.basis * m.bends[:, None] @ m.basis.T for m in members])[back]
+    for rows, middle in zip(cut, inner, strict=True):
+        expected += rows.T @ middle @ rows / n
     yield Case(own, bend, bend, x.shape, expected)
 
 

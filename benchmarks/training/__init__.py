@@ -1,0 +1,1 @@
+"""What the package ships and was learned: scripts that learn it again."""
