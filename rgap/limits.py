@@ -293,3 +293,8 @@ SURPLUS, SURPLUS_SHARE = 16, 0.01
 # the gradient speaks.  A wrong input turns half of the units, so that 14 of them refute it but
 # with chance FALSELY, but a map that shrinks its values, or one huge bias, may leave none to say.
 TOLD = 0.75
+
+# Distance of a cotangent from the span of a place, over its length, up to which it belongs there,
+# and times as far that every other place has to be.  One of F filters is by chance that near to
+# another place's span of B directions with 0.1^(F - B): 1e-8 for 9 filters more than samples.
+FITTED, AHEAD = 0.1, 4.0

@@ -15,7 +15,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from rgap.limits import SAFETY
+from rgap.limits import AHEAD, FITTED, SAFETY
 from rgap.network.activations import Activation
 from rgap.network.affine import Affine
 from rgap.network.flow import Flow
@@ -28,9 +28,6 @@ from rgap.separation.shifts.pointwise import masks_alone
 from rgap.separation.shifts.positions import tell_positions_apart
 
 __all__ = ["mask_of_one_tap", "one_tap"]
-
-FITTED = 0.1  # distance of a cotangent from the span of its place, over its length
-AHEAD = 4.0  # times as far from any other place
 
 
 def one_tap(affine: Affine) -> bool:
