@@ -15,16 +15,30 @@ __all__ = ["breaching_start", "inversefed_start", "start_of"]
 def start_of(recovery: Recovery) -> Tensor:
     """The batch that a recovery holds: the answer, else the one that came nearest.
 
+    A row that occurs several times in the batch comes as often, one after another.
+
     Raises:
         ValueError: it holds none.
     """
-    nearest = recovery.nearest
-    if nearest is None:
+    return _batch_of(recovery)[0]
+
+
+def _batch_of(recovery: Recovery) -> tuple[Tensor, Tensor | None]:
+    """The batch that a recovery holds, and its labels, rows as often as they occur."""
+    data, labels = recovery.nearest, recovery.nearest_labels
+    if data is None:
         raise ValueError(
             f"start: the recovery holds no batch ({recovery.status.name}); write "
             "rgap.invert(model, update, complete=True)"
         )
-    return nearest
+    held = recovery if recovery.inputs is not None else recovery.candidates[0]
+    copies = held.multiplicities
+    if copies is None:
+        return data, labels
+    often = copies.to(data.device)
+    if labels is not None:
+        labels = labels.repeat_interleave(copies.to(labels.device), 0)
+    return data.repeat_interleave(often, 0), labels
 
 
 def breaching_start(
@@ -58,7 +72,7 @@ def breaching_start(
 
         attacker.reconstruct([server_payload], [shared_data], {}, initial_data=start)
     """
-    data, labels = start_of(recovery), recovery.nearest_labels
+    data, labels = _batch_of(recovery)
     if labels is not None and labels.ndim == 1:
         data = data[torch.argsort(labels, stable=True).to(data.device)]
     return _normalised(data, mean, std)
@@ -73,8 +87,9 @@ def inversefed_start(
 ) -> Callable[[Sequence[int]], Tensor]:
     """What replaces ``_init_images`` of inversefed's ``GradientReconstructor``.
 
-    Its rows are those of ``recovery.labels``, which go to ``reconstruct`` as its ``labels``; only
-    the first of the restarts is the recovery, the others are random.
+    Its rows are those of ``recovery.labels``, which go to ``reconstruct`` as its ``labels``, each
+    as often as ``recovery.multiplicities`` says; only the first of the restarts is the recovery,
+    the others are random.
 
     Args:
         recovery: with a batch.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -48,3 +50,11 @@ def test_a_recovery_says_what_is_nearest() -> None:
     near = recovery(None, (Candidate(X, LABELS, 0.1),))
     assert near.nearest is X and near.nearest_labels is LABELS
     assert recovery(None).nearest is None and recovery(X).nearest is X
+
+
+def test_a_row_that_occurs_twice_starts_two_rows() -> None:
+    held = replace(recovery(X), multiplicities=torch.tensor([1, 2, 1]))
+    assert torch.equal(start_of(held), X[[0, 1, 1, 2]])
+    assert torch.equal(breaching_start(held), X[[1, 1, 2, 0]].float()), "labels 1, 1, 3, 4"
+    near = Candidate(X, LABELS, 0.1, torch.tensor([2, 1, 1]))
+    assert torch.equal(start_of(recovery(None, (near,))), X[[0, 0, 1, 2]])

@@ -87,18 +87,22 @@ class Search:
         if not path.is_file():
             raise ValueError(f"--start: no file {path}; write one with rgap invert --output")
         tensors = opened(path, "rgap invert --output")[1]
-        batch = tensors.get("inputs", tensors.get("candidate-0-inputs"))
+        near = "" if "inputs" in tensors else "candidate-0-"
+        batch = tensors.get(f"{near}inputs")
+        copies = tensors.get(f"{near}multiplicities")
+        if batch is not None and copies is not None:
+            batch = batch.repeat_interleave(copies, 0)
         if batch is not None and size in (None, len(batch)):
             return batch
         if batch is not None:
             raise ValueError(
                 f"--start: expected a batch of {size}, as the update is, got one of {len(batch)} "
-                f"in {path}; write --start found/recovery.safetensors after "
-                "rgap invert MODEL UPDATE --complete --output found"
+                f"in {path}; write --start with a file that rgap invert or rgap match made of this "
+                "update"
             )
         raise ValueError(
             f"--start: expected a file with the tensor 'inputs', got {sorted(tensors)}; write one "
-            f"with rgap invert --output {path.name}"
+            "with rgap invert MODEL UPDATE --complete --output start.safetensors"
         )
 
     def held(self) -> Checkpoint | None:
@@ -201,7 +205,7 @@ def match(
     nearest = replace(
         recovery, inputs=recovery.nearest, labels=recovery.nearest_labels, candidates=()
     )
-    written = answer.write(nearest, update, recovery.reason)
+    written = answer.write(recovery, update, recovery.reason)
     numbers = {**recovery.summary(), "labels": nearest.summary()["labels"]}
     answer.show(recovery, numbers, written)
     return 0 if recovery.inputs is not None else 1

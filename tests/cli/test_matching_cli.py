@@ -52,6 +52,15 @@ def test_gauss_newton_meets_the_update_and_writes_its_picture(here: Path) -> Non
     assert held["inputs"].shape == (1, 3, 8, 8) and (here / "found" / "picture-0.png").is_file()
 
 
+def test_a_near_miss_is_never_written_as_an_answer(here: Path) -> None:
+    line = f"match {MODEL} update.safetensors --method ig --iterations 2"
+    code, _ = run(f"{line} --output near")
+    assert code == 1 and not (here / "near" / "picture-0.png").exists()
+    assert (here / "near" / "candidate-0-picture-0.png").is_file()
+    assert "inputs" not in load_file(here / "near" / "recovery.safetensors")
+    assert run(f"{line} --start near")[0] == 1, "but a start it is"
+
+
 def test_stated_noise_is_what_an_answer_may_miss(here: Path) -> None:
     line = f"match {MODEL} update.safetensors --iterations 3 --json"
     told, untold = (json.loads(run(line + more)[1]) for more in (" --noise 0.01", ""))
@@ -83,6 +92,9 @@ def test_a_recovery_in_a_file_is_a_start(here: Path) -> None:
     save_file({"inputs": torch.cat([near, near])}, here / "two.safetensors")
     code, text = run(f"{line} two.safetensors")
     assert code == 2 and "expected a batch of 1" in text and "of 2 in two.safetensors" in text
+    save_file({"inputs": near, "multiplicities": torch.tensor([2])}, here / "copies.safetensors")
+    code, text = run(f"{line} copies.safetensors")
+    assert code == 2 and "of 2 in copies.safetensors" in text, "every row as often as it occurs"
     (here / "folder").mkdir()
     save_file({"inputs": near}, here / "folder" / "recovery.safetensors")
     assert run(f"{line} folder")[0] == 0
