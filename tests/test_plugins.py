@@ -90,7 +90,7 @@ def test_commands_list_what_is_installed(site: Path) -> None:
     assert done.returncode == 0, done.stderr
     for names in (
         "idlg, all or uniform",
-        "gradinversion or quick",
+        "untrained or quick",
         "squares or flat",
         "sign or mask",
     ):

@@ -84,6 +84,10 @@ class MatchMethod(StrEnum):
     dlg = "dlg"
     ig = "ig"
     gradinversion = "gradinversion"
+    latent = "latent"
+    gias = "gias"
+    gifd = "gifd"
+    untrained = "untrained"
 
 
 class LabelMethod(StrEnum):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf, isfinite, prod
 
@@ -15,18 +16,19 @@ from rgap.matching.problem import Limits
 from rgap.solvers.first_order import State
 
 GAIN = 1e-4  # relative gain on the best value that counts as progress
+Project = Callable[[Tensor], Tensor]
 EXPLODED = 1e8  # multiples of its first value, or of a usual one, above which a start is given up
 
 
 def iterate(
-    objective: Objective, state: State, bounds: tuple[float, float] | None, limits: Limits
+    objective: Objective, state: State, project: Project | None, limits: Limits
 ) -> tuple[Ended, State]:
     """Step all rows together; the state is that before the step that was not made any more.
 
     Args:
         objective: with its preset.
         state: of :func:`first`, or one that was saved.
-        bounds: of the data, as the optimiser has them.
+        project: on the rows that are admitted, [R, n], after every step.
         limits: when to stop, and who is told.
     """
     deadline, size = time.perf_counter() + limits.seconds, prod(objective.shape)
@@ -54,8 +56,8 @@ def iterate(
             rows, at.rule = preset.rule.step(at.rows, at.living(slopes, 0.0), at.rule, rate)
             if preset.noise:
                 rows[:, :size] += rate * preset.noise * drawn(rows[:, :size], limits.seed, number)
-            if bounds is not None:
-                rows[:, :size] = rows[:, :size].clamp(*bounds)
+            if project is not None:
+                rows = project(rows)
             # A start that is given up stays at its best, where everything is finite.
             at.rows = at.living(rows, at.best)
             at.number += 1

@@ -93,6 +93,8 @@ class Objective:
     @property
     def unknowns(self) -> int:
         """Entries of a row: the data, then the logits of unknown targets."""
+        if self.coordinates.decoder is not None:
+            return self.coordinates.decoder.size
         return prod(self.shape) + prod(self.logits)
 
     @property
@@ -102,6 +104,8 @@ class Objective:
 
     def data(self, row: Tensor) -> Tensor:
         """The batch of a row, [B, *input_shape]."""
+        if self.coordinates.decoder is not None:
+            return self.coordinates.decoder.batch(row)
         return self.coordinates.centre + self.coordinates.unit * self.normal(row)
 
     def normal(self, row: Tensor) -> Tensor:
@@ -143,6 +147,9 @@ class Objective:
 
     def __call__(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Values [R] and gradients [R, n] of rows [R, n]; in :meth:`kernels`."""
+        if self.coordinates.decoder is not None:
+            pairs = [self._decoded(row) for row in rows]
+            return torch.stack([v for v, _ in pairs]), torch.stack([g for _, g in pairs])
         if len(rows) == 1 or (len(rows) < TOGETHER and rows.device.type == "cpu"):
             pairs = [self._followed(row) for row in rows]
             values, slopes = (torch.stack(parts) for parts in zip(*pairs, strict=True))
@@ -160,6 +167,22 @@ class Objective:
         row = row.detach().requires_grad_()
         value = self.single(row, graph=True)
         return value.detach(), torch.autograd.grad(value, row)[0]
+
+    def _decoded(self, row: Tensor) -> tuple[Tensor, Tensor]:
+        """Value and slope of one row that a decoder makes a batch of, all terms included."""
+        row = row.detach().requires_grad_()
+        batch = self.data(row)
+        data = batch.detach().requires_grad_()
+        own, far = self.update.gradient(data, self.goals(row), graph=True)
+        value = self._distance(own)
+        if self.statistics:
+            value = value + self.preset.statistics * far[0]
+        (slope,) = torch.autograd.grad(value, data)
+        value = value.detach()
+        normal = (data.detach() - self.coordinates.centre) / self.coordinates.unit
+        for more, pull in self._terms(normal.reshape(1, -1)):
+            value, slope = value + more[0], slope + pull[0] / self.coordinates.unit
+        return value, torch.autograd.grad(batch, row, slope)[0]
 
     def _terms(self, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Values [R] and gradients [R, B, *input_shape] of what the update is not needed for."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import inf
 
 from rgap.plugins import Registry
+from rgap.priors.generator import Decoder
 from rgap.solvers.first_order import LBFGS, Adam, Cosine, Rule
 
-__all__ = ["PRESETS", "Coordinates", "Preset"]
+__all__ = ["PRESETS", "Coordinates", "Domain", "Preset"]
 
 DISTANCES = ("squares", "relative", "cosine")
 QUARTER = 0.25  # standard deviation of pictures, in widths of their range, about
@@ -15,15 +17,49 @@ QUARTER = 0.25  # standard deviation of pictures, in widths of their range, abou
 
 @dataclass(frozen=True)
 class Coordinates:
-    """Rows r of an optimiser and data x: ``x = centre + unit · r``."""
+    """Rows r of an optimiser and data x: ``x = centre + unit · r``.
+
+    Attributes:
+        centre: of the data.
+        unit: of the optimiser.
+        decoder: makes the data of a row; its terms are in the same units all the same.
+    """
 
     centre: float
     unit: float
+    decoder: Decoder | None = None
 
     def rows(self, value_range: tuple[float, float]) -> tuple[float, float]:
         """A range of the data in the optimiser's units."""
         low, high = ((end - self.centre) / self.unit for end in value_range)
         return low, high
+
+
+@dataclass(frozen=True)
+class Domain:
+    """What of a generator is searched, and how.
+
+    Attributes:
+        over: ``"latent"``, codes; ``"features"``, what goes into later blocks, one after another;
+            ``"weights"``, those of a copy for every sample.
+        rule: of the steps.
+        iterations: of each block.
+        radius: of the ℓ1 ball around where the features of a sample begin.
+        growth: of the radius, from block to block.
+    """
+
+    over: str
+    rule: Rule
+    iterations: int
+    radius: float = inf
+    growth: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.over not in ("latent", "features", "weights"):
+            raise ValueError(
+                f"over: expected 'latent', 'features' or 'weights', got {self.over!r}; write "
+                "over='latent'"
+            )
 
 
 @dataclass(frozen=True)
@@ -47,6 +83,7 @@ class Preset:
         noise: of a step, in multiples of its rate (Langevin).
         restarts: starts, where nobody says how many.
         labels: method of :func:`rgap.labels.estimate`.
+        domains: of a generator, one after another; none: the data themselves are searched.
     """
 
     name: str
@@ -63,6 +100,7 @@ class Preset:
     noise: float = 0.0
     restarts: int = 1
     labels: str = "best"
+    domains: tuple[Domain, ...] = ()
 
     def __post_init__(self) -> None:
         if self.distance not in DISTANCES:
@@ -148,10 +186,56 @@ every network) and image terms are means over entries, so that the weights mean 
 network and size; the registration is a shift instead of an optical flow; four seeds.
 """
 
+CODES = Domain("latent", Adam(0.03), 1000)
+
+LATENT = Preset(
+    "latent", "cosine", CODES.rule, CODES.iterations, normal=True, boxed=False, variation=1e-4,
+    size=1e-6, restarts=4, domains=(CODES,),
+)  # fmt: skip
+"""Codes of a generator alone, the first part of the two that follow."""
+
+GIAS = replace(LATENT, name="gias", domains=(CODES, Domain("weights", Adam(1e-3), 8000)))
+"""Jeon et al., *Gradient inversion with generative image prior* (NeurIPS 2021).
+
+Codes, then the weights of one copy of the generator for every picture, each from where the codes
+ended.  Adam, rate 0.03 for codes and 1e-3 for weights, a tenth after 3/8, 5/8 and 7/8 of the
+iterations; one minus the cosine of the gradients, total variation 1e-4.
+
+Checked: both domains, the copies, rates and decay against the authors' code
+(ml-postech/gradient-inversion-generative-image-prior, 5154dc1: ``reconstruction_algorithms.py``);
+rate of the codes, 1000 and 8000 iterations, four starts and the weight 1e-6 of the norm against the
+configuration that the authors of the next have for it.  The paper itself was not at hand.  Ours:
+codes are kept while the weights move.
+"""
+
+GIFD = replace(
+    LATENT, name="gifd", domains=(CODES, Domain("features", Adam(0.1), 1000, 2000.0, 1000.0))
+)
+"""Fang et al., *GIFD: a generative gradient inversion method with feature domain optimization*
+(ICCV 2023).
+
+Codes, then what goes into one block after another, inside an l1 ball around where it begins, of
+radius 2000 and 1000 more from block to block; of all domains the batch of the lowest objective is
+kept.  Adam, rate 0.1, 1000 iterations a block.
+
+Checked: domains, their order, radii, rates and iterations against the authors' configuration for
+StyleGAN2 (ffhibnese/GIFD_Gradient_Inversion_Attack, 02d13de: ``configs_stylegan2.yml``).  The paper
+itself was not at hand.  Ours: rate 0.03 of the codes, as for GIAS; noises of a StyleGAN are no
+unknowns; every block but the first is searched.
+"""
+
+UNTRAINED = replace(
+    LATENT, name="untrained", restarts=1, domains=(Domain("weights", Adam(1e-3), 5000),)
+)
+"""Weights of a generator that was trained on nothing, from random codes that are held.
+
+Source: Ulyanov, Vedaldi and Lempitsky, *Deep image prior* (CVPR 2018).  Its constants are ours.
+"""
+
 PRESETS: Registry[Preset] = Registry(
     "rgap.presets", "preset", "a Preset", lambda value: isinstance(value, Preset)
 )
 """The published optimisers by name, and those that installed distributions offer."""
 
-for _preset in (DLG, IG, GRADINVERSION):
+for _preset in (DLG, IG, GRADINVERSION, LATENT, GIAS, GIFD, UNTRAINED):
     PRESETS.register(_preset.name, _preset)

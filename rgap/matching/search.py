@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import inf, isfinite, prod
 
 import torch
@@ -21,12 +21,15 @@ from rgap.machine import memory
 from rgap.matching.checkpoint import Checkpoint, Ended, Progress, digest
 from rgap.matching.first_order import first, iterate, random_rows
 from rgap.matching.gauss_newton import search
+from rgap.matching.generative import searched
 from rgap.matching.objective import Objective
-from rgap.matching.presets import PRESETS, Preset
+from rgap.matching.presets import PRESETS, UNTRAINED, Preset
 from rgap.matching.problem import Callback, Limits, SearchProblem
+from rgap.matching.result import Matching, Run, answer_of
+from rgap.priors.generator import Decoder, Generator, untrained
 from rgap.progress import Progress as Line
 from rgap.progress import Shown
-from rgap.recovery import Candidate, Recovery, Status
+from rgap.recovery import Recovery
 from rgap.solvers.gauss_newton import Schedule
 from rgap.solvers.priors import Prior
 from rgap.update.local_training import LocalTraining
@@ -54,46 +57,8 @@ class _Methods(Collection[str]):
 METHODS = _Methods()
 """Names of the methods, those of installed distributions among them."""
 
+WEIGHED = 8  # copies of the weights that a search over them holds: two moments, slopes, the best
 COPIES = 4  # of the update that a step holds: as sent, of the answer, their gap, a product
-MET = 1e-3  # normalised residual up to which an answer reproduces the update
-ROUNDED = 30.0  # the same in units of the update's rounding, where that is coarser
-UNCERTIFIED = "matching certifies nothing: other batches may send the same update"
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Matching(Recovery):
-    """A recovery by search; ``COMPLETED`` where the update is met, never ``EXACT``.
-
-    ``inputs`` is None where the nearest batch does not reproduce the update to a thousandth,
-    parameter by parameter, to its rounding, or to its stated noise; that batch is
-    :attr:`~rgap.Recovery.nearest` then, the only candidate.
-
-    Attributes:
-        method: name.
-        ended: why it stopped.
-        objective: the method's own, at the answer.
-        misfit: ``Σ_j ‖G_j(x) − G_j‖²/‖G_j‖²`` there.
-        iterations: made.
-        checkpoint: to go on from, or None where nothing was begun.
-    """
-
-    method: str = ""
-    ended: Ended = Ended.DONE
-    objective: float = inf
-    misfit: float = inf
-    iterations: int = 0
-    checkpoint: Checkpoint | None = None
-
-    def summary(self) -> dict[str, object]:
-        """As plain numbers, for JSON."""
-        own = {
-            "method": self.method,
-            "ended": self.ended.name,
-            "objective": self.objective if isfinite(self.objective) else None,
-            "misfit": self.misfit if isfinite(self.misfit) else None,
-            "iterations": self.iterations,
-        }
-        return {**super().summary(), **own}
 
 
 def match(
@@ -101,6 +66,7 @@ def match(
     update: Update,
     *,
     method: str | Preset = "gauss_newton",
+    generator: nn.Module | Generator | None = None,
     labels: Tensor | None = None,
     batch_size: int | None = None,
     input_shape: Sequence[int] | None = None,
@@ -125,12 +91,17 @@ def match(
     falls to 0, as in a completion, in float64; kinks are annealed; starts one after another.
     ``dlg``, ``ig`` and ``gradinversion``: published optimisers, all starts at once, in the
     precision of the update; :mod:`rgap.matching.presets` says where each constant is from.
+    ``latent``, ``gias`` and ``gifd`` search what a generator makes, codes, then its weights or its
+    features; ``untrained`` the weights of one that was trained on nothing.
 
     Args:
         model: the network that the update was computed on, in the client's mode: in train mode
             batch norms take the statistics of the whole candidate batch.  It is left as it is.
         update: what the client sent.
         method: a name of :data:`METHODS`, or a :class:`~rgap.matching.presets.Preset` of your own.
+        generator: for ``latent``, ``gias``, ``gifd`` and, if it is to be another, ``untrained``: a
+            network from codes to data, an ``nn.Sequential`` of its blocks, or a
+            :class:`~rgap.priors.generator.Generator`.  It is left as it is.
         labels: the targets; else the update's, else read off it; ``dlg`` searches them too.
         batch_size: overrides ``update.batch_size``.
         input_shape: shape of one sample, as for :func:`rgap.invert`.
@@ -163,7 +134,8 @@ def match(
 
     Raises:
         ValueError: an unknown method, labels that cannot be read off the update, several local
-            steps without ``local``, a start of another shape, a checkpoint of another call.
+            steps without ``local``, a start of another shape, a checkpoint of another call, a
+            method without its generator, or one that makes data of another shape.
 
     >>> import rgap
     >>> model = rgap.models.lenet(seed=0)
@@ -174,6 +146,12 @@ def match(
     """
     began = time.perf_counter()
     preset = _preset(method, time_limit, prior, patience)
+    if generator is not None and (preset is None or not preset.domains):
+        raise ValueError(
+            "generator: expected a method that searches what a generator makes; write method='gifd'"
+        )
+    if preset is not None and preset.domains and start is not None:
+        raise ValueError(f"start: {preset.name!r} begins with codes, not data; leave it out")
     validation.refuse_broken(model)  # a lazy layer has no count
     parameters = sum(p.numel() for p in model.parameters())
     memory.require(
@@ -186,6 +164,7 @@ def match(
         device=device,
     )  # fmt: skip
     problem = SearchProblem.of(client, preset, start, prior, local)
+    maker = None if preset is None else _generator(generator, preset, problem, seed)
     starts, usual = (preset.restarts, preset.iterations) if preset else (1, Schedule.steps)
     limits = Limits(
         validation.count("restarts", starts if restarts is None else restarts),
@@ -194,6 +173,8 @@ def match(
         seed=validation.seed(seed),
     )
     settings = _settings(problem, preset, limits)
+    if maker is not None:
+        settings["generator"] = digest(*maker.blocks.state_dict().values())
     if checkpoint is not None:
         checkpoint.require(settings)
     deadline = began + time_limit if time_limit < inf else None
@@ -201,11 +182,16 @@ def match(
         limits = replace(
             limits,
             seconds=time_limit + began - time.perf_counter(),
-            callback=_told(show, callback, None if preset is None else limits.iterations),
+            callback=_told(show, callback, limits.iterations if preset and not maker else None),
             settings=settings,
             checkpoint=checkpoint,
         )
-        answer = _published(problem, preset, limits) if preset else _newton(problem, limits)
+        if preset is None:
+            answer = _newton(problem, limits)
+        elif maker is None:
+            answer = _published(problem, preset, limits)
+        else:
+            answer = _made(problem, preset, maker, limits)
     return replace(answer, seconds=time.perf_counter() - began)
 
 
@@ -283,27 +269,28 @@ def _newton(problem: SearchProblem, limits: Limits) -> Matching:
     ended, held = search(equations, starts, filling.prior, schedule, bounds, limits)
     run = Run(NEWTON, ended, held.lowest, held.steps, limits.saved(held.state()))
     best = held.best if isfinite(held.lowest) else None
-    return _answer(problem, run, best, problem.source.targets)
+    return answer_of(problem, run, best, problem.source.targets)
 
 
 def _published(problem: SearchProblem, preset: Preset, limits: Limits) -> Matching:
     """One of the presets, all starts together."""
     bounds, start = problem.bounds, problem.start
-    where = preset.coordinates(bounds)
-    dtype = torch.float64 if problem.client.update.dtype == torch.float64 else torch.float32
-    objective = Objective(
-        problem.model, problem.gradients, problem.source, problem.shape, preset, where,
-        problem.prior, dtype,
-    )  # fmt: skip
-    box = None
+    where, objective = preset.coordinates(bounds), _objective(problem, preset)
+    size, box = prod(problem.shape), None
     if preset.boxed and bounds is not None:
         box = where.rows(bounds)
+
+    def boxed(rows: Tensor) -> Tensor:
+        if box is not None:
+            rows[:, :size] = rows[:, :size].clamp(*box)
+        return rows
+
     rows = random_rows(objective, start, box, limits.restarts, limits.seed)
     if limits.checkpoint is None:
         state = first(objective, rows)
     else:
         state = {n: t.to(rows.device) for n, t in limits.checkpoint.tensors.items()}
-    ended, state = iterate(objective, state, box, limits)
+    ended, state = iterate(objective, state, boxed, limits)
     values = state["best_values"]
     number = int(values.argmin())
     row, value = state["best"][number], float(values[number])
@@ -317,68 +304,51 @@ def _published(problem: SearchProblem, preset: Preset, limits: Limits) -> Matchi
             order = targets.argsort(stable=True)
             best, targets = best[order], targets[order]
     run = Run(preset.name, ended, value, int(state["iteration"]), limits.saved(state))
-    return _answer(problem, run, best, targets)
+    return answer_of(problem, run, best, targets)
 
 
-@dataclass(frozen=True, eq=False)
-class Run:
-    """How a search went; attributes as of :class:`Matching`."""
-
-    method: str
-    ended: Ended
-    objective: float
-    iterations: int
-    checkpoint: Checkpoint
+def _objective(problem: SearchProblem, preset: Preset, decoder: Decoder | None = None) -> Objective:
+    """Of a preset's rows, in the precision of the update."""
+    dtype = torch.float64 if problem.client.update.dtype == torch.float64 else torch.float32
+    return Objective(
+        problem.model, problem.gradients, problem.source, problem.shape, preset,
+        replace(preset.coordinates(problem.bounds), decoder=decoder), problem.prior, dtype,
+    )  # fmt: skip
 
 
-def _answer(
-    problem: SearchProblem, run: Run, best: Tensor | None, targets: Tensor | None
-) -> Matching:
-    """The recovery, its status and why."""
-    unknowns, numbers = prod(problem.shape), sum(g.numel() for g in problem.gradients.values())
-    said = problem.notes
-    if numbers < unknowns:
-        said += (f"the update has {numbers} numbers for {unknowns} unknowns: most of the answer "
-                 "is chosen by the start and the prior",)  # fmt: skip
-    empty = Matching(
-        inputs=None,
-        labels=None if targets is None else targets.cpu(),
-        status=Status.UNDERDETERMINED,
-        layers=(),
-        residual=None,
-        predicted_error=None,
-        error_bound=None,
-        reason=f"{run.method} found no batch: {run.ended.value}",
-        warnings=said,
-        method=run.method,
-        ended=run.ended,
-        iterations=run.iterations,
-        checkpoint=run.checkpoint,
-    )
-    if best is None or targets is None:
-        return empty
-    precision = problem.precision
-    gradients = {n: g.double() for n, g in problem.gradients.items()}
-    source = replace(problem.source, targets=targets)
-    equations = ModuleUpdate(problem.model, gradients, source, problem.shape, precision=precision)
-    gaps = equations.gaps(best)
-    size = sum(size**2 for _, size in gaps.values())
-    residual = (sum(gap**2 for gap, _ in gaps.values()) / size) ** 0.5
-    # A tensor that was sent as zero has no norm to be measured by: it counts in the whole.
-    normalised = sum((gap / size) ** 2 for gap, size in gaps.values() if size > 0)
-    missed = sum((gap * equations.scales[n]) ** 2 for n, (gap, _) in gaps.items())
-    misfit = max(normalised, residual**2)
-    how = f"{run.iterations} iterations of {run.method}, {run.ended.value}"
-    met = f"a normalised residual of {misfit**0.5:.1e}"
-    answer = replace(empty, residual=residual, objective=run.objective, misfit=misfit)
-    least = max(MET, ROUNDED * torch.finfo(problem.client.update.dtype).eps) ** 2
-    blank = grey(problem.shape[0], problem.shape[1:], problem.bounds, 0).to(best)
-    each, whole = equations.allowed(precision, blank)
-    if max(missed, residual**2) <= max(least, each) and residual**2 <= max(least, whole):
-        reason = f"the answer reproduces the update to {met} ({how}); {UNCERTIFIED}"
-        return replace(answer, inputs=best.cpu(), status=Status.COMPLETED, reason=reason)
-    reason = f"the nearest batch, in candidates, does not reproduce the update: {met} ({how})"
-    if precision.noisy and not whole:
-        reason += "; the stated noise would explain a blank batch too: no batch is told from others"
-    nearest = Candidate(best.cpu(), answer.labels, residual)
-    return replace(answer, labels=None, reason=reason, candidates=(nearest,))
+def _made(problem: SearchProblem, preset: Preset, generator: Generator, limits: Limits) -> Matching:
+    """What a generator makes."""
+
+    def objective(decoder: Decoder, own: Preset) -> Objective:
+        return _objective(problem, own, decoder)
+
+    found = searched(generator, objective, preset, problem.shape, limits)
+    best = None if found.data is None else found.data.double()
+    run = Run(preset.name, found.ended, found.objective, found.iterations, found.checkpoint)
+    return answer_of(problem, run, best, problem.source.targets)
+
+
+def _generator(
+    generator: nn.Module | Generator | None, preset: Preset, problem: SearchProblem, seed: int
+) -> Generator | None:
+    """The generator of a method that has domains, fitted to the data; None for others."""
+    if not preset.domains:
+        return None
+    if generator is None and preset.name != UNTRAINED.name:
+        raise ValueError(
+            f"generator: {preset.name!r} searches what a generator makes, got none; write "
+            "generator=, a network from codes to data, or method='untrained'"
+        )
+    shape, bounds = problem.client.input_shape, problem.bounds
+    made = untrained(shape, seed) if generator is None else Generator.of(generator)
+    double = problem.client.update.dtype == torch.float64
+    like = torch.zeros((), dtype=torch.float64 if double else torch.float32)
+    made = made.fitted(shape, bounds, like.to(problem.client.place))
+    weights = sum(p.numel() for p in made.blocks.parameters())
+    if any(domain.over == "weights" for domain in preset.domains):
+        memory.require(
+            f"{problem.shape[0]} copies of a generator of {weights:,} weights",
+            WEIGHED * problem.shape[0] * weights * like.element_size(),
+            memory.budget_of(None, problem.client.place),
+        )
+    return made

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from typer.testing import CliRunner
 
 import rgap
@@ -22,6 +23,9 @@ def strided():
     return nn.Sequential(
         nn.Conv2d(3, 4, 3, 2, 1), nn.Sigmoid(), nn.Flatten(), nn.Linear(64, 5)
     )
+
+def drawing():
+    return nn.Sequential(nn.Linear(4, 192), nn.Sequential(nn.Sigmoid(), nn.Unflatten(1, (3, 8, 8))))
 """
 MODEL = "clinets:strided"
 
@@ -59,6 +63,20 @@ def test_a_near_miss_is_never_written_as_an_answer(here: Path) -> None:
     assert (here / "near" / "candidate-0-picture-0.png").is_file()
     assert "inputs" not in load_file(here / "near" / "recovery.safetensors")
     assert run(f"{line} --start near")[0] == 1, "but a start it is"
+
+
+def test_a_generator_is_named_like_a_network(here: Path) -> None:
+    line = f"match {MODEL} update.safetensors --method gifd --iterations 3 --json"
+    code, text = run(f"{line} --generator clinets:drawing")
+    found = json.loads(text)
+    assert code == 1 and found["method"] == "gifd" and found["iterations"] == 6
+    save_file(dict(nn.Sequential(nn.Linear(4, 192)).state_dict()), here / "weights.safetensors")
+    options = "--generator clinets:drawing --generator-weights weights.safetensors"
+    assert json.loads(run(f"{line} {options}")[1])["objective"] != found["objective"]
+    code, text = run(line)
+    assert code == 2 and "--generator" in text and "generator=" not in text
+    code, text = run(f"{line} --generator-weights weights.safetensors")
+    assert code == 2 and "write --generator PACKAGE.MODULE:FUNCTION too" in " ".join(text.split())
 
 
 def test_stated_noise_is_what_an_answer_may_miss(here: Path) -> None:

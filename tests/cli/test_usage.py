@@ -26,7 +26,11 @@ BASE = {
 }
 # What no number, choice, shape or name of a file is; of these any word is a name.
 WRONG = {"output": "taken.txt/inside.png", "plot": "heat.doc", "checkpoint": "no/folder/here"}
-ALSO = {("invert", "prior"): ("--complete",)}  # without which the option says that it needs it
+ALSO = {  # without which the option says that it needs it
+    ("invert", "prior"): ("--complete",),
+    ("match", "generator"): ("--method", "gifd"),
+    ("match", "generator_weights"): ("--method", "gifd", "--generator", "mlp"),
+}
 DECLARED = {  # an option that several commands share is declared once, and tried in the last
     (option.name, option.help, str(option.default)): (name, option.name)
     for name, command in COMMANDS.items()

@@ -1,0 +1,233 @@
+"""Generators: networks that make data of a code, whole or from a block on.
+
+Whatever is searched in place of the data, a code z, features h of a block or the weights θ_b of a
+copy for every sample, is one flat row; a :class:`Decoder` makes the batch of it,
+
+    x_b = G(z_b),    x_b = G_K ∘ … ∘ G_{k+1}(h_b),    x_b = G(z_b; θ_b).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+__all__ = ["Decoder", "FromBlock", "FromWeights", "Generator", "untrained"]
+
+WIDTH = 32  # channels of an untrained generator
+SMALLEST = 4  # side of its code, at least
+
+
+class Decoder(Protocol):
+    """From a row to a batch."""
+
+    @property
+    def size(self) -> int:
+        """Entries of a row."""
+
+    def batch(self, row: Tensor) -> Tensor:
+        """``[B, *input_shape]``, differentiable."""
+
+
+@dataclass(frozen=True, eq=False)
+class Generator:
+    """A network from codes to data, as the blocks that it is made of.
+
+    Attributes:
+        blocks: one after another; each is a network by itself.
+        latent_shape: of one code.
+        value_range: of what the last block makes.
+
+    >>> made = Generator.of(nn.Sequential(nn.Linear(4, 48), nn.Unflatten(1, (3, 4, 4))))
+    >>> made.latent_shape, made.fitted((3, 4, 4), None, torch.zeros(1)).latent_shape
+    ((4,), (4,))
+    """
+
+    blocks: nn.Sequential
+    latent_shape: tuple[int, ...]
+    value_range: tuple[float, float] = (0.0, 1.0)
+
+    @classmethod
+    def of(cls, generator: nn.Module | Generator) -> Generator:
+        """A network as a generator: its children if it is an ``nn.Sequential``, else one block.
+
+        Raises:
+            TypeError: no network.
+            ValueError: its first layer does not say what shape a code has.
+        """
+        if isinstance(generator, Generator):
+            return generator
+        if not isinstance(generator, nn.Module):
+            raise TypeError(
+                f"generator: expected a torch.nn.Module or a Generator, got "
+                f"{type(generator).__name__}"
+            )
+        whole = generator if isinstance(generator, nn.Sequential) else nn.Sequential(generator)
+        first = next((m for m in whole.modules() if isinstance(m, nn.Linear | _Transposed)), None)
+        if first is None:
+            raise ValueError(
+                "generator: its first layer does not say what shape a code has; write "
+                "rgap.priors.Generator(nn.Sequential(...), latent_shape=(128,))"
+            )
+        shape = (first.in_features,) if isinstance(first, nn.Linear) else (first.in_channels, 1, 1)
+        return cls(whole, shape)
+
+    def fitted(
+        self, shape: Sequence[int], value_range: tuple[float, float] | None, like: Tensor
+    ) -> Generator:
+        """A frozen copy in eval mode that makes data of a shape and a range of values.
+
+        Args:
+            shape: of one sample.
+            value_range: of the data; None: what the generator makes is taken as it is.
+            like: device and precision.
+
+        Raises:
+            ValueError: it makes another shape, or numbers that are not finite.
+        """
+        blocks = copy.deepcopy(self.blocks).to(like).eval().requires_grad_(False)
+        code = torch.zeros(1, *self.latent_shape).to(like)
+        try:
+            with torch.no_grad():
+                made = blocks(code)
+        except RuntimeError as error:
+            raise ValueError(
+                f"generator: expected a network that takes codes {[1, *self.latent_shape]}, it "
+                f"does not ({error}); write rgap.priors.Generator(network, latent_shape=...)"
+            ) from error
+        if made.shape[1:] != torch.Size(shape):
+            raise ValueError(
+                f"generator: expected samples of shape {list(shape)}, the data's, it makes "
+                f"{list(made.shape[1:])}; write nn.Sequential(generator, nn.Upsample({shape[-1]}))"
+            )
+        if not bool(torch.isfinite(made).all()):
+            raise ValueError(
+                "generator: expected finite data, it makes NaN or infinity of a code of zeros; "
+                "load its weights again"
+            )
+        if value_range is None or value_range == self.value_range:
+            return Generator(blocks, self.latent_shape, self.value_range)
+        (low, high), (bottom, top) = value_range, self.value_range
+        scaled = _Affine((high - low) / (top - bottom), low, bottom)
+        return Generator(nn.Sequential(*blocks, scaled), self.latent_shape, value_range)
+
+
+_Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+
+
+class _Affine(nn.Module):
+    """``low + factor · (x − bottom)``."""
+
+    def __init__(self, factor: float, low: float, bottom: float) -> None:
+        super().__init__()
+        self.factor, self.low, self.bottom = factor, low, bottom
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.low + self.factor * (x - self.bottom)
+
+
+@dataclass(frozen=True, eq=False)
+class FromBlock:
+    """Rows are what goes into a block: codes for block 0, features of the blocks above for others.
+
+    Attributes:
+        blocks: those that are still to be gone through.
+        shape: of what goes in, [B, ...].
+    """
+
+    blocks: nn.Sequential
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Entries of a row."""
+        return prod(self.shape)
+
+    def batch(self, row: Tensor) -> Tensor:
+        """``G_K ∘ … ∘ G_{k+1}(h)``."""
+        made: Tensor = self.blocks(row.reshape(self.shape))
+        return made
+
+
+@dataclass(frozen=True, eq=False)
+class FromWeights:
+    """Rows are the weights of one copy of the generator for every sample.
+
+    Attributes:
+        blocks: the generator.
+        codes: of the samples, held, [B, *latent_shape].
+    """
+
+    blocks: nn.Sequential
+    codes: Tensor
+
+    @property
+    def size(self) -> int:
+        """Entries of a row."""
+        return len(self.codes) * sum(p.numel() for p in self.blocks.parameters())
+
+    def begin(self) -> Tensor:
+        """The generator's own weights, for every sample."""
+        weights = [p.detach().flatten() for p in self.blocks.parameters()]
+        return torch.cat(weights).repeat(len(self.codes))
+
+    def batch(self, row: Tensor) -> Tensor:
+        """``G(z_b; θ_b)``."""
+        names = [name for name, _ in self.blocks.named_parameters()]
+        sizes = [p.numel() for p in self.blocks.parameters()]
+        shapes = [p.shape for p in self.blocks.parameters()]
+        parts = torch.split(row.reshape(len(self.codes), -1), sizes, 1)
+        weights = {
+            name: part.reshape(-1, *shape)
+            for name, part, shape in zip(names, parts, shapes, strict=True)
+        }
+
+        def one(own: dict[str, Tensor], code: Tensor) -> Tensor:
+            made: Tensor = functional_call(self.blocks, own, (code[None],))
+            return made[0]
+
+        return vmap(one)(weights, self.codes)
+
+
+def untrained(shape: Sequence[int], seed: int) -> Generator:
+    """A convolutional generator with random weights, whose structure alone is the prior.
+
+    1×1 convolutions, ReLU, a normalisation of every channel and doubling, down to σ.
+
+    Source: Ulyanov, Vedaldi and Lempitsky (2018); of 1×1 convolutions: Heckel and Hand (2019).
+
+    Args:
+        shape: of one sample, [channels, height, width].
+        seed: of the weights.
+
+    Raises:
+        ValueError: samples that are no pictures.
+    """
+    if len(shape) != 3:
+        raise ValueError(
+            f"method 'untrained' draws pictures, [channels, height, width], got samples of "
+            f"{list(shape)}; write generator=, a network of your own"
+        )
+    sizes = [tuple(shape[1:])]
+    while min(sizes[0]) > SMALLEST:
+        sizes.insert(0, tuple(-(-side // 2) for side in sizes[0]))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        blocks: list[nn.Module] = []
+        for size in sizes[1:]:
+            blocks.append(
+                nn.Sequential(
+                    nn.Conv2d(WIDTH, WIDTH, 1),
+                    nn.Upsample(size, mode="bilinear"),
+                    nn.ReLU(),
+                    nn.GroupNorm(WIDTH, WIDTH),
+                )
+            )
+        blocks.append(nn.Sequential(nn.Conv2d(WIDTH, shape[0], 1), nn.Sigmoid()))
+    return Generator(nn.Sequential(*blocks), (WIDTH, *sizes[0]))
