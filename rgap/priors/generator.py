@@ -161,7 +161,7 @@ class FromWeights:
 
     Attributes:
         blocks: the generator.
-        codes: of the samples, held, [B, *latent_shape].
+        codes: of the samples, held, ``[B, *latent_shape]``.
     """
 
     blocks: nn.Sequential
