@@ -19,6 +19,7 @@ STENCILS = {1: (-1.0, 1.0), 2: (1.0, -2.0, 1.0)}  # of differences, by order
 POWER, CHROMA = 0.5, 3.0  # of natural pictures: chosen on the photographs 0 to 7
 
 
+@runtime_checkable
 class Prior(Protocol):
     """A penalty on x ``[B, C, *space]`` (or ``[B, n]``)."""
 

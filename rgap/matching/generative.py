@@ -219,8 +219,8 @@ def within(rows: Tensor, radius: float) -> Tensor:
 
     Source: Duchi, Shalev-Shwartz, Singer and Chandra (2008).
 
-    >>> within(torch.tensor([[3.0, -1.0], [0.2, 0.1]]), 2.0).tolist()
-    [[2.0, 0.0], [0.20000000298023224, 0.10000000149011612]]
+    >>> within(torch.tensor([[3.0, 1.0], [0.5, 0.25]]), 2.0).tolist()
+    [[2.0, 0.0], [0.5, 0.25]]
     """
     sizes = rows.abs()
     ordered = sizes.sort(1, descending=True).values

@@ -182,8 +182,8 @@ def _check_targets(client: ClientView, labels: Tensor, shape: tuple[int, ...]) -
 
 def _prior(prior: Prior | str | None, preset: Preset | None, client: ClientView) -> Prior | None:
     """The prior, of a name the one of the data in the optimiser's units."""
-    if not isinstance(prior, str):
-        return prior
+    if prior is None:
+        return None
     bounds = client.update.value_range
     if preset is not None and bounds is not None:
         bounds = preset.coordinates(bounds).rows(bounds)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from rgap.plugins import Registry
-from rgap.priors.patches import photographic
+from rgap.priors.patches import photographic, shipped
 from rgap.solvers.priors import Prior, Squares, TotalVariation, natural
 
 __all__ = ["PRIORS", "prior_of"]
@@ -35,9 +35,15 @@ def prior_of(prior: Prior | str, shape: Sequence[int], value_range: Range | None
         value_range: of the data in the units that the prior is taken of; None for (0, 1).
 
     Raises:
+        TypeError: neither a name nor a prior.
         ValueError: no prior has that name, or what a distribution offers under it does not load.
     """
     if not isinstance(prior, str):
+        if not isinstance(prior, Prior):
+            raise TypeError(
+                f"prior: expected one of {', '.join(map(repr, PRIORS))} or an object with value, "
+                f"gradient, curvature and smoothed, got {prior!r}; write prior='natural'"
+            )
         return prior
     return PRIORS.chosen("prior", prior)(tuple(shape), value_range or (0.0, 1.0))
 
@@ -56,6 +62,11 @@ def _patches(shape: Sequence[int], value_range: Range) -> Prior:
         raise ValueError(
             f"the prior 'patches' is of pictures, [channels, height, width], got samples of "
             f"{list(shape)}; write prior='natural'"
+        )
+    if min(shape[1:]) < shipped().side:
+        raise ValueError(
+            f"the prior 'patches' is of pictures of at least {shipped().side} pixels a side, got "
+            f"samples of {list(shape)}; write prior='natural'"
         )
     return photographic(shape[0], value_range[1] - value_range[0])
 

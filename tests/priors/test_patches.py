@@ -137,6 +137,10 @@ def test_by_name_it_is_added_to_the_prior_of_differences() -> None:
 def test_bad_input_is_named() -> None:
     with pytest.raises(ValueError, match=r"1 or 3 channels, got 2; write prior='natural'"):
         prior_of("patches", (2, 32, 32), None)
+    with pytest.raises(ValueError, match=r"at least 6 pixels a side, got samples of \[3, 5, 32\]"):
+        prior_of("patches", (3, 5, 32), None)
+    with pytest.raises(TypeError, match=r"prior: expected one of 'natural'.*, got 3; write"):
+        prior_of(3, (3, 8, 8), None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"at least 6×6 pixels, got \[1, 3, 5, 32\]"):
         PatchPrior(shipped()).value(torch.zeros(1, 3, 5, 32))
     shapes = random_shapes(0)

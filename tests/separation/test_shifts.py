@@ -203,3 +203,17 @@ def test_a_layer_that_is_none_is_refused_by_name() -> None:
     grouped = convolution("here", w, None, ("w", None), (4, 5, 5), Geometry.of((3, 3), groups=2))
     with pytest.raises(ValueError, match=r"'here': expected a convolution with groups=1"):
         tell_positions_apart(grouped, w)
+
+
+@pytest.mark.parametrize("size", [1e-120, 1e-200, 1e-290])
+def test_gradients_whose_squares_are_below_all_numbers(size: float) -> None:
+    """A saturated softmax sends such: the same positions, cotangents so much smaller."""
+    w = torch.ones(9, 8, 3, dtype=torch.float64)
+    conv = convolution("conv", w, None, ("w", None), (8, 4), Geometry.of((3,), padding=1))
+    generator = torch.Generator().manual_seed(0)
+    x, k = torch.randn(2, 2, 9, 4, generator=generator, dtype=torch.float64)
+    gradient = conv.weight_gradient(x[:, :8], k)
+    told = tell_positions_apart(conv, size * gradient)
+    assert isinstance(told, Positions) and told.batch == 2
+    made = conv.weight_gradient(told.inputs, told.cotangents / size)
+    assert torch.allclose(made, gradient, atol=1e-9)

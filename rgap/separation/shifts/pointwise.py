@@ -75,6 +75,7 @@ def masks_alone(
     for sample, k in enumerate(first[..., 0]):
         if not bool(k.any()):
             return Unseparated(f"no cotangent of sample {sample} comes from above")
+        k = k / k.abs().max()  # its square may be below all numbers
         table, gap = lifted(basis, k[:, None] / k.norm(), places)
         if gap < SMALL_GAP:
             return Unseparated(f"no {places} masks of sample {sample} stand out (gap {gap:.1f})")

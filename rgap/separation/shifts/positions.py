@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from math import inf
 
@@ -31,6 +31,8 @@ from rgap.solvers.tall import tall_qr
 log = logging.getLogger(__name__)
 
 __all__ = ["Positions", "range_of", "shown", "tell_positions_apart"]
+
+SQUARED = 1e-100  # entries up to which a gradient is scaled: squares end at 1e-308
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,12 @@ def tell_positions_apart(
             f"'{affine.name}': expected a convolution with groups=1, got {affine.kind}; write one "
             "call for each group"
         )
+    size = float(gradient.abs().max())
+    if 0.0 < size < SQUARED:
+        one = tell_positions_apart(affine, gradient / size, noise / size)
+        if isinstance(one, Unseparated):
+            return one
+        return replace(one, cotangents=size * one.cotangents)
     filters, channels = gradient.shape[:2]
     why = few = ""
     rms = float(gradient.square().mean().sqrt())
