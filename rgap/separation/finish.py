@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import time
 
-import torch
 from torch import Tensor
 
 from rgap.jacobian.batch_loss import BatchLoss
-from rgap.limits import REFUTED, SAFETY, SEPARABLE
+from rgap.limits import REFUTED, SEPARABLE
 from rgap.machine import memory
-from rgap.precision import Estimate, Precision
+from rgap.precision import Estimate
 from rgap.separation.batch import HELD, Batch, Separated, Unseparated
 from rgap.separation.errors import (
     Spread,
@@ -39,7 +38,6 @@ from rgap.separation.targets import (
 from rgap.separation.weights import weighed
 
 TOGETHER = 100  # samples up to which a batch that only fits as a whole is polished
-DIRECTIONS = 8  # along which samples and cotangents are held against the gradient
 DENSE = 2**23  # entries of J up to which such a batch is polished by QR
 
 
@@ -175,57 +173,23 @@ def _separated(
     route: str,
     began: float,
     kappa: Tensor | None = None,
-) -> Separated | Unseparated:
-    """With what copies may differ by, and the cotangents; refused where they do not add up."""
+) -> Separated:
+    """With what copies may differ by, and the cotangents."""
     stage = samples.stage
-    above = cotangents_above(batch.chain, stage.index, known, head, kappa)
-    if short := _short(samples, known, above, batch.precision):
-        return Unseparated(short)
     distance = hidden_distance(batch.chain, samples, head, known.value, batch.precision)
     note = remark(samples, head, distance, known.value)
     if note:
         known = widened(known, distance, batch.precision)
-        above = cotangents_above(batch.chain, stage.index, known, head, kappa)
     return Separated(
         stage,
         known,
-        above,
+        cotangents_above(batch.chain, stage.index, known, head, kappa),
         head,
         samples,
         worst,
         route,
         note,
         time.perf_counter() - began,
-    )
-
-
-def _short(samples: Mixture, known: Estimate, above: Estimate, precision: Precision) -> str:
-    """Why samples and cotangents do not make the gradient, ``Kᵀ X = G``; "" if they do.
-
-    Compared along a few random directions, with what their errors and the client's rounding
-    explain.  A cotangent that is small beside the others satisfies its own equations, within their
-    errors, with a share of the others in it; the sum shows what is missing.  A factor on the whole
-    loss is told elsewhere.
-    """
-    k, x = above.value.flatten(1), known.value.flatten(1)
-    draw = torch.Generator().manual_seed(precision.seed)
-    some = torch.randn(x.shape[1], DIRECTIONS, generator=draw, dtype=torch.float64).to(x)
-    own, sent = k.T @ (x @ some), samples.gradient @ some
-    factor = (own * sent).sum() / own.square().sum().clamp_min(1e-300)  # on the whole loss
-    gap = own - sent / factor if factor > 0 else own - sent
-    moved = above.error.flatten(2).mT @ (x @ some) + k.T @ (known.error.flatten(2) @ some)
-    name = samples.stage.affine.weight_name
-    std = precision.update_std(name, k.square().T @ x.square(), samples.gradient)
-    rounded = (std.square() @ some.square()).sum()
-    explained = float((moved.square().mean(0).sum() + rounded).sqrt())
-    missed = float(gap.norm())
-    if missed <= SAFETY * explained:
-        return ""
-    return (
-        f"the {samples.rank} samples at '{samples.stage.name}' and their cotangents miss its "
-        f"gradient by {missed / float(own.norm()):.1e} of it, "
-        f"{missed / explained:.1e} times what their errors explain: one is a mixture (σ_B/σ_1 "
-        f"{samples.ratio:.1e})"
     )
 
 

@@ -23,6 +23,9 @@ def strided():
     return nn.Sequential(
         nn.Conv2d(3, 4, 3, 2, 1), nn.Sigmoid(), nn.Flatten(), nn.Linear(64, 5)
     )
+"""
+DRAWING = """
+from torch import nn
 
 def drawing():
     return nn.Sequential(nn.Linear(4, 192), nn.Sequential(nn.Sigmoid(), nn.Unflatten(1, (3, 8, 8))))
@@ -66,12 +69,13 @@ def test_a_near_miss_is_never_written_as_an_answer(here: Path) -> None:
 
 
 def test_a_generator_is_named_like_a_network(here: Path) -> None:
+    (here / "clidraws.py").write_text(DRAWING)
     line = f"match {MODEL} update.safetensors --method gifd --iterations 3 --json"
-    code, text = run(f"{line} --generator clinets:drawing")
+    code, text = run(f"{line} --generator clidraws:drawing")
     found = json.loads(text)
     assert code == 1 and found["method"] == "gifd" and found["iterations"] == 6
     save_file(dict(nn.Sequential(nn.Linear(4, 192)).state_dict()), here / "weights.safetensors")
-    options = "--generator clinets:drawing --generator-weights weights.safetensors"
+    options = "--generator clidraws:drawing --generator-weights weights.safetensors"
     assert json.loads(run(f"{line} {options}")[1])["objective"] != found["objective"]
     code, text = run(line)
     assert code == 2 and "--generator" in text and "generator=" not in text

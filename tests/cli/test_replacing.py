@@ -20,7 +20,16 @@ UPDATE = "sent.safetensors"
 WORDS = {
     "capture": ("lenet", "--images", "photos:0", "--labels", "3", "--output", "out.safetensors"),
     "invert": ("lenet", UPDATE, "--output", "out.safetensors"),
-    "match": ("lenet", UPDATE, "--output", "out.png", "--iterations", "1", "--restarts", "1"),
+    "match": (
+        "lenet",
+        UPDATE,
+        "--output",
+        "out.safetensors",
+        "--iterations",
+        "1",
+        "--restarts",
+        "1",
+    ),
     "audit": ("lenet", "--batch-sizes", "1", "--plot", "out.svg"),
 }
 WRITES = {name for name, command in COMMANDS.items()

@@ -29,6 +29,7 @@ from rgap.separation.softmax.turns import solve_turns
 from rgap.separation.subspace import Consistency, restricted
 from rgap.separation.targets import admissible, contradicted, near_copies, resolved
 from rgap.separation.weights import all_weighed
+from rgap.separation.whole import short_of
 from rgap.solvers.least_squares import geodesic, levenberg_marquardt
 from rgap.update.targets import CROSS_ENTROPY
 
@@ -295,7 +296,7 @@ def conclude(
         consistency.samples, consistency.smoothing, labels, len(labels), batch.precision
     ).labelled(labels)
     name, rank = consistency.samples.stage.name, consistency.samples.rank
-    return finish(
+    made = finish(
         batch,
         own,
         collected,
@@ -304,6 +305,8 @@ def conclude(
         f"(for each {consistency.equations} equations, unknowns: {rank - 1})",
         began,
     )
+    short = "" if isinstance(made, Unseparated) else short_of(made, batch.precision)
+    return Unseparated(short) if short else made
 
 
 def likely(head: Mixture) -> tuple[Tensor, int]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import rgap
+from rgap.precision import Estimate, Precision
 from rgap.separation.batch import Separated
-from rgap.separation.finish import _short
-from rgap.separation.mixture import Mixture
+from rgap.separation.softmax import separate
+from rgap.separation.whole import short_of
 
 F64 = torch.float64
 
@@ -46,38 +49,22 @@ def test_features_are_those_of_one_sample_each(seed: int, scale: float) -> None:
 
 def test_a_mixture_misses_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     """The right samples pass; with a share of another in one of them they do not."""
-    import rgap.separation.finish as finishing
+    seen = list[tuple[Separated, Precision]]()
 
-    seen = list[Separated]()
-    whole = finishing._separated
+    def noted(separated: Separated, precision: Precision) -> str:
+        seen.append((separated, precision))
+        return short_of(separated, precision)
 
-    def noted(*given: object) -> object:
-        made = whole(*given)  # type: ignore[arg-type]
-        if isinstance(made, Separated):
-            seen.append(made)
-        return made
-
-    monkeypatch.setattr(finishing, "_separated", noted)
+    monkeypatch.setattr(separate, "short_of", noted)
     model, x, y = flat_batch(0, 1.0)
-    update = rgap.capture(model, x, y, dtype=F64)
-    recovery = rgap.invert(model, update)
+    recovery = rgap.invert(model, rgap.capture(model, x, y, dtype=F64))
     assert "4" in recovery.features and seen
-    one = seen[-1]
-    samples, precision = one.mixture, _precision(model, update)
-    assert isinstance(samples, Mixture)
-    assert _short(samples, one.features, one.cotangents, precision) == ""
+    one, precision = seen[-1]
+    assert short_of(one, precision) == ""
     value = one.features.value.clone()
     value[0] = 0.9 * value[0] + 0.1 * value[1]
-    mixed = type(one.features)(value, one.features.error)
-    said = _short(samples, mixed, one.cotangents, precision)
+    mixed = replace(one, features=Estimate(value, one.features.error))
+    said = short_of(mixed, precision)
     assert "one is a mixture" in said and "3 samples at '4'" in said
-    kept = type(one.cotangents)(0.5 * one.cotangents.value, one.cotangents.error)
-    assert _short(samples, one.features, kept, precision) == "", "a factor on the whole loss"
-
-
-def _precision(model: nn.Module, update: rgap.Update) -> object:
-    from rgap.update.preflight import ClientView
-
-    return ClientView.of(
-        model, update, labels=None, batch_size=None, input_shape=None, noise=0.0, device=None
-    ).precision()
+    half = Estimate(0.5 * one.cotangents.value, one.cotangents.error)
+    assert short_of(replace(one, cotangents=half), precision) == "", "a factor on the whole loss"
