@@ -164,7 +164,7 @@ def match(
         device=device,
     )  # fmt: skip
     problem = SearchProblem.of(client, preset, start, prior, local)
-    maker = None if preset is None else _generator(generator, preset, problem, seed)
+    maker = None if preset is None else _generator(generator, preset, problem, seed, memory_budget)
     starts, usual = (preset.restarts, preset.iterations) if preset else (1, Schedule.steps)
     limits = Limits(
         validation.count("restarts", starts if restarts is None else restarts),
@@ -329,7 +329,11 @@ def _made(problem: SearchProblem, preset: Preset, generator: Generator, limits: 
 
 
 def _generator(
-    generator: nn.Module | Generator | None, preset: Preset, problem: SearchProblem, seed: int
+    generator: nn.Module | Generator | None,
+    preset: Preset,
+    problem: SearchProblem,
+    seed: int,
+    memory_budget: float | None,
 ) -> Generator | None:
     """The generator of a method that has domains, fitted to the data; None for others."""
     if not preset.domains:
@@ -349,6 +353,6 @@ def _generator(
         memory.require(
             f"{problem.shape[0]} copies of a generator of {weights:,} weights",
             WEIGHED * problem.shape[0] * weights * like.element_size(),
-            memory.budget_of(None, problem.client.place),
+            memory.budget_of(memory_budget, problem.client.place),
         )
     return made
