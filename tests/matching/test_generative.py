@@ -213,10 +213,10 @@ def test_bad_input_is_named() -> None:
 
 def test_copies_of_a_generator_keep_to_the_memory_that_is_given() -> None:
     model, _, update = sent()
-    wide = nn.Sequential(nn.Linear(6, 20000), nn.Linear(20000, 64), nn.Unflatten(1, SHAPE))
+    wide = nn.Sequential(nn.Linear(6, 40000), nn.Linear(40000, 64), nn.Unflatten(1, SHAPE))
     with pytest.raises(ValueError, match="2 copies of a generator"):
-        rgap.match(model, update, method="gias", generator=wide, memory_budget=2e7)
+        rgap.match(model, update, method="gias", generator=wide, memory_budget=1e8)
     latent = rgap.match(
-        model, update, method="latent", generator=wide, memory_budget=2e7, iterations=1
+        model, update, method="latent", generator=wide, memory_budget=1e8, iterations=1
     )
     assert latent.iterations == 1
