@@ -11,7 +11,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import product
-from math import inf
+from math import frexp, inf
 
 import torch
 from torch import Tensor
@@ -31,8 +31,6 @@ from rgap.solvers.tall import tall_qr
 log = logging.getLogger(__name__)
 
 __all__ = ["Positions", "range_of", "shown", "tell_positions_apart"]
-
-SQUARED = 1e-100  # entries up to which a gradient is scaled: squares end at 1e-308
 
 
 @dataclass(frozen=True)
@@ -105,12 +103,9 @@ def tell_positions_apart(
             f"'{affine.name}': expected a convolution with groups=1, got {affine.kind}; write one "
             "call for each group"
         )
-    size = float(gradient.abs().max())
-    if 0.0 < size < SQUARED:
-        one = tell_positions_apart(affine, gradient / size, noise / size)
-        if isinstance(one, Unseparated):
-            return one
-        return replace(one, cotangents=size * one.cotangents)
+    # in units of a power of two, which is exact: squares of entries stay within the numbers
+    unit = 2.0 ** frexp(float(gradient.abs().max()))[1]
+    gradient, noise = gradient / unit, noise / unit
     filters, channels = gradient.shape[:2]
     why = few = ""
     rms = float(gradient.square().mean().sqrt())
@@ -122,7 +117,7 @@ def tell_positions_apart(
             continue
         told = _told(affine, gradient, arrangement, most, noise)
         if isinstance(told, Positions):
-            return told
+            return replace(told, cotangents=unit * told.cotangents)
         log.debug("'%s', stack %s: %s", affine.name, arrangement.stack, told)
         why = why or told
     why = why or few or "no two taps are one step of the output apart along every axis"
