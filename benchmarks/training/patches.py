@@ -24,11 +24,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from benchmarks.common.arguments import Arguments
+from benchmarks.common.stored import written
 from rgap.photos import folder
 
 REDUCED = 1.0, 2.0 / 3.0, 1.0 / 3.0, 1.0 / 6.0  # sides of a reduced picture, of the largest
@@ -105,13 +106,6 @@ def main() -> int:
 def grew(told: list[float]) -> bool:
     """True while one of the last rounds was worth it."""
     return max(told[-VAIN:]) > max(told[:-VAIN]) + ENOUGH
-
-
-def written(path: Path, tensors: dict[str, Tensor]) -> None:
-    """The whole file or none."""
-    partial = path.with_suffix(".partial")
-    save_file({name: t.contiguous() for name, t in tensors.items()}, partial)
-    partial.replace(path)
 
 
 def drawn(pictures: Tensor, count: int, side: int, draw: torch.Generator) -> Tensor:

@@ -26,7 +26,7 @@ from rgap.network.activations import Activation
 from rgap.network.chain import Chain, Stage
 from rgap.network.reshape import Reshape
 from rgap.precision import Estimate, Precision
-from rgap.priors import prior_of
+from rgap.priors import Likely, prior_of
 from rgap.recursion.matrix_free import memory
 from rgap.recursion.reached import Reached
 from rgap.recursion.stage import BUDGET
@@ -68,7 +68,7 @@ class PriorSchedule:
     @classmethod
     def of(
         cls,
-        prior: Prior | str | None,
+        prior: Likely | None,
         seconds: float,
         shape: Sequence[int],
         value_range: tuple[float, float] | None,

@@ -24,11 +24,11 @@ from rgap.inversion.problem import Problem, prepare
 from rgap.inversion.several import beside_targets
 from rgap.machine.allowance import Until
 from rgap.precision import Estimate
+from rgap.priors import Likely
 from rgap.progress import Progress, Shown
 from rgap.recovery import Recovery, Route, Status
 from rgap.separation.batch import Unseparated
 from rgap.separation.route import mixed, separate
-from rgap.solvers.priors import Prior
 from rgap.update.preflight import ClientView
 from rgap.update.update import Update
 
@@ -60,7 +60,7 @@ def invert(
     input_shape: Sequence[int] | None = None,
     head: Head | None = None,
     complete: bool = False,
-    prior: Prior | str | None = None,
+    prior: Likely | None = None,
     value_range: tuple[float, float] | None = None,
     noise: float = 0.0,
     device: torch.device | str | None = None,
@@ -89,8 +89,10 @@ def invert(
         complete: go on where the recursion ends: what the equations leave open below is chosen
             by the prior (``COMPLETED``), or found to be determined by all of them together.  Where
             no closed form begins, the whole update is matched (:func:`rgap.match`).
-        prior: of a completion, or its name in :data:`rgap.priors.PRIORS`; by default "natural":
-            that of pictures, for inputs without neighbours the distance from the middle.
+        prior: of a completion, its name in :data:`rgap.priors.PRIORS`, or a generator of such data
+            (``nn.Module``): the distance from what it draws, :class:`rgap.priors.drawn.Drawn`.  By
+            default "natural": that of pictures, for inputs without neighbours the distance from
+            the middle.
         value_range: range of the data.  Candidates that leave it by more than their error are
             refuted; the range that the update declares, the default, refutes only those that
             leave it by more than its full width.

@@ -18,7 +18,7 @@ from rgap.network.batch_statistics import mixing
 from rgap.network.isolation import untouched
 from rgap.network.running import run
 from rgap.precision import Precision
-from rgap.priors import prior_of
+from rgap.priors import Likely, prior_of
 from rgap.recovery import Recovery
 from rgap.remedy import LOCAL, Remedy
 from rgap.seeding import start_of
@@ -71,7 +71,7 @@ class SearchProblem:
         client: ClientView,
         preset: Preset | None,
         start: Tensor | Recovery | None,
-        prior: Prior | str | None,
+        prior: Likely | None,
         local: LocalTraining | None,
     ) -> SearchProblem:
         """Check what a search is given; arguments and errors as for :func:`rgap.match`.
@@ -180,7 +180,7 @@ def _check_targets(client: ClientView, labels: Tensor, shape: tuple[int, ...]) -
     client.update.loss.check_targets(outputs, labels.to(outputs.device))
 
 
-def _prior(prior: Prior | str | None, preset: Preset | None, client: ClientView) -> Prior | None:
+def _prior(prior: Likely | None, preset: Preset | None, client: ClientView) -> Prior | None:
     """The prior, of a name the one of the data in the optimiser's units."""
     if prior is None:
         return None

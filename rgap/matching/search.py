@@ -26,12 +26,12 @@ from rgap.matching.objective import Objective
 from rgap.matching.presets import PRESETS, UNTRAINED, Preset
 from rgap.matching.problem import Callback, Limits, SearchProblem
 from rgap.matching.result import Matching, Run, answer_of
+from rgap.priors import Likely
 from rgap.priors.generator import Decoder, Generator, untrained
 from rgap.progress import Progress as Line
 from rgap.progress import Shown
 from rgap.recovery import Recovery
 from rgap.solvers.gauss_newton import Schedule
-from rgap.solvers.priors import Prior
 from rgap.update.local_training import LocalTraining
 from rgap.update.preflight import ClientView, device_of
 from rgap.update.update import Update
@@ -71,7 +71,7 @@ def match(
     batch_size: int | None = None,
     input_shape: Sequence[int] | None = None,
     start: Tensor | Recovery | None = None,
-    prior: Prior | str | None = None,
+    prior: Likely | None = None,
     local: LocalTraining | None = None,
     noise: float = 0.0,
     restarts: int | None = None,
@@ -107,10 +107,10 @@ def match(
         input_shape: shape of one sample, as for :func:`rgap.invert`.
         start: a batch to begin with, or a recovery that holds one, in place of the first random
             start.  The objective of the answer is never larger than that of the start.
-        prior: of the data, itself or by its name in :data:`rgap.priors.PRIORS`; by default the
-            total variation, for ``gauss_newton`` that of pictures
-            (:func:`rgap.solvers.priors.natural`) or, without neighbours, the distance from the
-            middle.  ``dlg`` has none.
+        prior: of the data, itself, by its name in :data:`rgap.priors.PRIORS`, or a generator: the
+            distance from what it draws; by default the total variation, for ``gauss_newton`` that
+            of pictures (:func:`rgap.solvers.priors.natural`) or, without neighbours, the distance
+            from the middle.  ``dlg`` has none.
         local: how the client trains, for an update over several local steps.
         noise: standard deviation of noise that was added to every entry of the update:
             ``gauss_newton`` stops where the misfit is what noise and rounding explain, and an
@@ -196,7 +196,7 @@ def match(
 
 
 def _preset(
-    method: str | Preset, time_limit: float, prior: Prior | str | None, patience: int | None
+    method: str | Preset, time_limit: float, prior: Likely | None, patience: int | None
 ) -> Preset | None:
     """The preset of a published method, None for ours; refuses what a method does not take."""
     if method not in METHODS and not isinstance(method, Preset):

@@ -11,14 +11,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from rgap.plugins import Registry
-from rgap.priors.patches import photographic, shipped
-from rgap.solvers.priors import Prior, Squares, TotalVariation, natural
+import torch
+from torch import nn
 
-__all__ = ["PRIORS", "prior_of"]
+from rgap.plugins import Registry
+from rgap.priors.drawn import Drawn
+from rgap.priors.generator import Generator
+from rgap.priors.patches import photographic, shipped
+from rgap.solvers.priors import Prior, Squares, Sum, TotalVariation, natural
+
+__all__ = ["PRIORS", "Likely", "prior_of"]
 
 Range = tuple[float, float]
 Made = Callable[[Sequence[int], Range], Prior]
+Likely = Prior | str | nn.Module | Generator
+"""What a caller may take for likely: a prior, its name, or a generator."""
+SPREAD = 0.05  # of data around what a generator draws, in widths of the range
 
 PRIORS: Registry[Made] = Registry(
     "rgap.priors", "prior", "a function of (input_shape, value_range)", callable
@@ -26,26 +34,34 @@ PRIORS: Registry[Made] = Registry(
 """Every prior by its name, those of installed distributions among them."""
 
 
-def prior_of(prior: Prior | str, shape: Sequence[int], value_range: Range | None) -> Prior:
-    """The prior that a name stands for; a prior as it is.
+def prior_of(prior: Likely, shape: Sequence[int], value_range: Range | None) -> Prior:
+    """The prior that a name or a generator stands for; a prior as it is.
 
     Args:
-        prior: itself, or a name of :data:`PRIORS`.
+        prior: itself, a name of :data:`PRIORS`, or a generator: the distance from what it draws
+            (:class:`~rgap.priors.drawn.Drawn`) with ``natural`` added.
         shape: of one sample.
         value_range: of the data in the units that the prior is taken of; None for (0, 1).
 
     Raises:
-        TypeError: neither a name nor a prior.
-        ValueError: no prior has that name, or what a distribution offers under it does not load.
+        TypeError: none of these.
+        ValueError: no prior has that name, or what a distribution offers under it does not load; a
+            generator of data of another shape.
     """
-    if not isinstance(prior, str):
-        if not isinstance(prior, Prior):
-            raise TypeError(
-                f"prior: expected one of {', '.join(map(repr, PRIORS))} or an object with value, "
-                f"gradient, curvature and smoothed, got {prior!r}; write prior='natural'"
-            )
+    bounds = value_range or (0.0, 1.0)
+    if isinstance(prior, str):
+        return PRIORS.chosen("prior", prior)(tuple(shape), bounds)
+    if isinstance(prior, Prior):
         return prior
-    return PRIORS.chosen("prior", prior)(tuple(shape), value_range or (0.0, 1.0))
+    if not isinstance(prior, nn.Module | Generator):
+        raise TypeError(
+            f"prior: expected one of {', '.join(map(repr, PRIORS))}, a generator, or an object "
+            f"with value, gradient, curvature and smoothed, got {prior!r}; write prior='natural'"
+        )
+    held = prior.blocks if isinstance(prior, Generator) else prior
+    like = next(held.parameters(), torch.zeros(()))
+    generator = Generator.of(prior).fitted(shape, bounds, like)
+    return Sum([_natural(shape, bounds), Drawn(generator, SPREAD * (bounds[1] - bounds[0]))])
 
 
 def _natural(shape: Sequence[int], value_range: Range) -> Prior:

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-__all__ = ["Decoder", "FromBlock", "FromWeights", "Generator", "untrained"]
+__all__ = ["Decoder", "FromBlock", "FromWeights", "Generator", "convolutional", "untrained"]
 
 WIDTH = 32  # channels of an untrained generator
 SMALLEST = 4  # side of its code, at least
+UP = 3  # doublings of a generator that is to be trained
 
 
 class Decoder(Protocol):
@@ -193,6 +194,53 @@ class FromWeights:
             return made[0]
 
         return vmap(one)(weights, self.codes)
+
+
+def convolutional(
+    shape: Sequence[int], latent: int = 64, width: int = 32, seed: int = 0
+) -> Generator:
+    """A generator of pictures to be trained: transposed convolutions that double the side, σ last.
+
+    ``[latent] → [4 width, s, s] → [2 width, 2s, 2s] → [width, 4s, 4s] → [channels, 8s, 8s]``, batch
+    norm and ReLU between.
+
+    Source: Radford, Metz and Chintala (2016), smaller.
+
+    Args:
+        shape: of one sample, [channels, side, side].
+        latent: numbers of a code.
+        width: channels before the last block.
+        seed: of the weights.
+
+    Raises:
+        ValueError: samples that are no square pictures of a side that 8 divides.
+
+    >>> convolutional((1, 32, 32)).blocks(torch.zeros(2, 64)).shape
+    torch.Size([2, 1, 32, 32])
+    """
+    if len(shape) != 3 or shape[1] != shape[2] or shape[1] % 2**UP:
+        raise ValueError(
+            f"generator: expected square pictures, [channels, side, side], of a side that {2**UP} "
+            f"divides, got {list(shape)}; write (3, 32, 32), or a network of your own"
+        )
+    channels, side = shape[0], shape[1] // 2**UP
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        wide = width * 2 ** (UP - 1)
+        blocks: list[nn.Module] = [
+            nn.Sequential(
+                nn.Linear(latent, wide * side**2),
+                nn.Unflatten(1, (wide, side, side)),
+                nn.BatchNorm2d(wide),
+                nn.ReLU(),
+            )
+        ]
+        for _ in range(UP - 1):
+            half = nn.ConvTranspose2d(wide, wide // 2, 4, 2, 1, bias=False)
+            blocks.append(nn.Sequential(half, nn.BatchNorm2d(wide // 2), nn.ReLU()))
+            wide //= 2
+        blocks.append(nn.Sequential(nn.ConvTranspose2d(wide, channels, 4, 2, 1), nn.Sigmoid()))
+    return Generator(nn.Sequential(*blocks), (latent,))
 
 
 def untrained(shape: Sequence[int], seed: int) -> Generator:

@@ -46,6 +46,8 @@ from rgap.network.chain import parse
 from rgap.network.flow import Flow, flow_of
 from rgap.network.modules import build
 from rgap.precision import Estimate, Precision
+from rgap.priors.drawn import Drawn
+from rgap.priors.generator import Generator
 from rgap.priors.patches import PatchPrior, Shapes
 from rgap.recursion.matrix_free import MatrixFree
 from rgap.separation.headless import Held
@@ -277,6 +279,17 @@ def _() -> Iterator[Case]:
     for rows, middle in zip(cut, inner, strict=True):
         expected += rows.T @ middle @ rows / n
     yield Case(own, bend, bend, x.shape, expected)
+
+
+@row("rgap/priors/drawn.py:Drawn")
+def _() -> Iterator[Case]:
+    line, spread, x = nn.Linear(3, 8, bias=False).double(), 0.3, draw(2, 8)
+    line.weight.data.copy_(draw(8, 3, seed=1))
+    own = Drawn(Generator(nn.Sequential(line), (3,)), spread, weight=2.0)
+    bend = own.curvature(x)
+    a = line.weight.detach()
+    one = torch.linalg.inv(a @ a.T + spread**2 * torch.eye(8).double())
+    yield Case(own, bend, bend, x.shape, 2.0 / 16 * torch.block_diag(one, one))
 
 
 # --- the network ---------------------------------------------------------------------------------

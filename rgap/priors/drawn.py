@@ -1,0 +1,197 @@
+"""How far data are from what a generator draws: a generator as the prior of a completion.
+
+With codes z ~ N(0, 1) and data x ~ N(G(z), s²) around what is drawn, the data are as likely as
+
+    prior(x) = 1/n Σ_b min_z [ ‖x_b − G(z)‖² / (2 s²) + ‖z‖² / 2 ],
+
+of n entries.  A search over codes alone can give nothing that G does not draw; here what equations
+say of x stays, and what they leave open goes to the nearest drawing (Bora et al. 2017 have the
+search, Dhar, Grover and Ermon 2018 data beside the range of a generator).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from torch.func import jvp, vmap
+
+from rgap.priors.generator import Generator
+from rgap.solvers.priors import Operator
+
+__all__ = ["Drawn"]
+
+STARTS = 256  # drawings that the first codes are chosen among
+ROUNDS, MORE = 12, 3  # Levenberg–Marquardt steps for the first codes, and from codes near by
+STILL = 1e-3  # relative decrease that ends them
+TOGETHER = 16  # directions that a generator is differentiated along at once
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """The nearest drawings of some data.
+
+    Attributes:
+        data: that they belong to, [B, n].
+        codes: z, [B, d].
+        drawn: G(z), [B, n].
+        slopes: ∂G/∂z there, [B, n, d].
+        factor: of ``JᵀJ + s² 1``, lower, [B, d, d].
+        cost: ``‖x − G(z)‖² + s² ‖z‖²``, [B].
+    """
+
+    data: Tensor
+    codes: Tensor
+    drawn: Tensor
+    slopes: Tensor
+    factor: Tensor
+    cost: Tensor
+
+
+@dataclass(eq=False)
+class _Last:
+    """Where the codes were found last: the next ones begin there."""
+
+    fit: Fit | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """The prior above.
+
+    Attributes:
+        generator: fitted to the data (:meth:`~rgap.priors.generator.Generator.fitted`).
+        spread: s, in units of the data.
+        weight: a factor.
+        seed: of the drawings that codes begin from.
+
+    The codes of the last data are kept, and those of the next begin at them.
+
+    >>> from torch import nn
+    >>> line = nn.Sequential(nn.Linear(1, 2, bias=False))
+    >>> _ = line[0].weight.data.copy_(torch.tensor([[1.0], [1.0]]))
+    >>> made = Generator.of(line).fitted((2,), None, torch.zeros(1))
+    >>> prior = Drawn(made, spread=0.1)
+    >>> beside, along = torch.tensor([[0.5, -0.5]]), torch.tensor([[0.5, 0.5]])
+    >>> bool(prior.value(along) < 0.1 < prior.value(beside))
+    True
+    """
+
+    generator: Generator
+    spread: float
+    weight: float = 1.0
+    seed: int = 0
+    last: _Last = field(default_factory=_Last, repr=False)
+
+    def value(self, x: Tensor) -> Tensor:
+        """The penalty, per entry."""
+        return self._factor(x) * self.fit(x).cost.sum().to(x)
+
+    def gradient(self, x: Tensor) -> Tensor:
+        """``(x − G(z)) / (n s²)`` at the best z, by the envelope theorem."""
+        off = x.flatten(1) - self.fit(x).drawn.to(x)
+        return 2.0 * self._factor(x) * off.reshape(x.shape)
+
+    def curvature(self, x: Tensor) -> Operator:
+        """``(1 − J (JᵀJ + s² 1)⁻¹ Jᵀ) / (n s²)``: that of Gauss–Newton with z eliminated."""
+        fit, factor = self.fit(x), 2.0 * self._factor(x)
+
+        def apply(v: Tensor) -> Tensor:
+            own = v.flatten(1).to(fit.slopes)
+            codes = torch.cholesky_solve(fit.slopes.mT @ own[..., None], fit.factor)
+            beside = own - (fit.slopes @ codes)[..., 0]
+            return factor * beside.reshape(v.shape).to(v)
+
+        return apply
+
+    def smoothed(self, size: float) -> Drawn:
+        """With s of at least a size: far from every drawing a step is no shorter for it."""
+        return replace(self, spread=max(self.spread, size))
+
+    def _factor(self, x: Tensor) -> float:
+        return 0.5 * self.weight / (x.numel() * self.spread**2)
+
+    def fit(self, x: Tensor) -> Fit:
+        """The nearest drawings of x, [B, ...]."""
+        like = next(self.generator.blocks.parameters())
+        data = x.detach().flatten(1).to(like)
+        held = self.last.fit
+        if held is not None and held.data.shape == data.shape:
+            codes, rounds = held.codes, MORE
+            if torch.equal(held.data, data):
+                return self._at(data, codes, held)
+        else:
+            codes, rounds = self._begun(data), ROUNDS
+        self.last.fit = self._nearest(data, codes, rounds)
+        return self.last.fit
+
+    def _begun(self, data: Tensor) -> Tensor:
+        """Of many codes the ones that are drawn nearest to each sample."""
+        draw = torch.Generator().manual_seed(self.seed)
+        codes = torch.randn(STARTS, self._size, generator=draw).to(data)
+        with torch.no_grad():
+            drawn = self._drawn(codes)
+        costs = torch.cdist(data, drawn).square() + self.spread**2 * codes.square().sum(1)
+        return codes[costs.argmin(1)]
+
+    def _nearest(self, data: Tensor, codes: Tensor, rounds: int) -> Fit:
+        """By Levenberg–Marquardt, every sample with its own damping."""
+        fit = self._at(data, codes)
+        damping = torch.full_like(fit.cost, 1e-3)
+        for _ in range(rounds):
+            slope = fit.slopes.mT @ (data - fit.drawn)[..., None]
+            slope = slope[..., 0] - self.spread**2 * fit.codes
+            normal = fit.slopes.mT @ fit.slopes
+            ridge = self.spread**2 + damping * normal.diagonal(dim1=1, dim2=2).mean(1)
+            eye = torch.eye(self._size).to(data)
+            step = torch.linalg.solve(normal + ridge[:, None, None] * eye, slope)
+            trial = self._at(data, fit.codes + step)
+            better = trial.cost < fit.cost
+            gained = float(((fit.cost - trial.cost) / fit.cost.clamp_min(1e-30)).max())
+            damping = torch.where(better, 0.1 * damping, 10.0 * damping)
+            fit = _chosen(better, trial, fit)
+            if bool(better.all()) and gained < STILL:
+                break
+        return fit
+
+    @property
+    def _size(self) -> int:
+        """Numbers of a code."""
+        return torch.Size(self.generator.latent_shape).numel()
+
+    def _drawn(self, codes: Tensor) -> Tensor:
+        """G, flat, [B, n]."""
+        made: Tensor = self.generator.blocks(codes.reshape(-1, *self.generator.latent_shape))
+        return made.flatten(1)
+
+    def _at(self, data: Tensor, codes: Tensor, held: Fit | None = None) -> Fit:
+        """Drawings of some codes beside the data; what does not depend on s from an earlier fit."""
+
+        def along(direction: Tensor) -> Tensor:
+            moved: Tensor = jvp(self._drawn, (codes,), (direction.expand_as(codes),))[1]
+            return moved
+
+        if held is None:
+            with torch.no_grad():
+                drawn = self._drawn(codes)
+                slopes = vmap(along, out_dims=2, chunk_size=TOGETHER)(
+                    torch.eye(self._size).to(codes)
+                )
+        else:
+            drawn, slopes = held.drawn, held.slopes
+        eye = torch.eye(self._size).to(codes)
+        factor = torch.linalg.cholesky(slopes.mT @ slopes + self.spread**2 * eye)
+        off = (data - drawn).square().sum(1)
+        cost = off + self.spread**2 * codes.square().sum(1)
+        return Fit(data, codes, drawn, slopes, factor, cost)
+
+
+def _chosen(which: Tensor, one: Fit, other: Fit) -> Fit:
+    """Sample by sample."""
+
+    def of(a: Tensor, b: Tensor) -> Tensor:
+        return torch.where(which.reshape(-1, *[1] * (a.ndim - 1)), a, b)
+
+    names = ("codes", "drawn", "slopes", "factor", "cost")
+    return Fit(one.data, *(of(getattr(one, name), getattr(other, name)) for name in names))

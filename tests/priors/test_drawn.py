@@ -1,0 +1,123 @@
+"""The distance from what a generator draws, as the prior of a completion."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import rgap
+from rgap.priors import prior_of
+from rgap.priors.drawn import Drawn
+from rgap.priors.generator import Generator, convolutional
+
+F64 = torch.float64
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+
+
+def linear(n: int, d: int) -> tuple[Generator, Tensor]:
+    line = nn.Linear(d, n, bias=False).double().requires_grad_(False)
+    line.weight.copy_(draw(n, d, seed=3))
+    return Generator(nn.Sequential(line), (d,)), line.weight
+
+
+def curved(seed: int = 0) -> Generator:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        blocks = nn.Sequential(
+            nn.Sequential(nn.Linear(4, 24), nn.Tanh()),
+            nn.Sequential(nn.Linear(24, 36), nn.Sigmoid(), nn.Unflatten(1, (1, 6, 6))),
+        )
+    with torch.no_grad():
+        for p in blocks.parameters():
+            p.mul_(2.0)
+    return Generator(blocks, (4,))
+
+
+@pytest.mark.parametrize("spread", [1e-3, 0.1, 3.0])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_of_a_linear_generator_in_closed_form(spread: float, batch: int) -> None:
+    """min_z ‖x − Az‖² + s² ‖z‖² = s² xᵀ (AAᵀ + s²)⁻¹ x."""
+    generator, a = linear(9, 4)
+    prior, x = Drawn(generator, spread, weight=2.0), draw(batch, 9)
+    inner = torch.linalg.inv(a @ a.T + spread**2 * torch.eye(9, dtype=F64))
+    expected = (x @ inner * x).sum() / x.numel()
+    torch.testing.assert_close(prior.value(x), expected, rtol=1e-6, atol=0.0)
+    slope = 2.0 * x @ inner / x.numel()
+    torch.testing.assert_close(prior.gradient(x), slope, rtol=1e-5, atol=1e-8)
+    v = draw(batch, 9, seed=1)
+    bent = 2.0 * v @ inner / x.numel()
+    torch.testing.assert_close(prior.curvature(x)(v), bent, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_gradient_is_that_of_the_value(seed: int) -> None:
+    generator = curved(seed)
+    generator = generator.fitted((1, 6, 6), None, torch.zeros(1, dtype=F64))
+    prior = Drawn(generator, 0.1)
+    x, v = torch.rand(2, 1, 6, 6, dtype=F64), draw(2, 1, 6, 6, seed=seed)
+    for _ in range(20):  # until the codes are those of x
+        prior.value(x + 1e-9 * v)
+        prior.value(x)
+    step = 1e-4
+    ahead, behind = float(prior.value(x + step * v)), float(prior.value(x - step * v))
+    prior.value(x)
+    slope = float((prior.gradient(x) * v).sum())
+    assert abs((ahead - behind) / (2 * step) - slope) < 1e-3 * abs(slope) + 1e-4
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_is_drawn_is_found_again(seed: int) -> None:
+    generator = curved().fitted((1, 6, 6), None, torch.zeros(1, dtype=F64))
+    codes = draw(5, 4, seed=seed)
+    with torch.no_grad():
+        x = generator.blocks(codes)
+    fit = Drawn(generator, 1e-4).fit(x)
+    off = (fit.drawn - x.flatten(1)).square().mean(1).sqrt()
+    assert float(off.max()) < 1e-3
+
+
+def test_codes_follow_the_data_and_fresh_ones_agree() -> None:
+    generator = curved().fitted((1, 6, 6), None, torch.zeros(1, dtype=F64))
+    prior, x = Drawn(generator, 0.05), torch.rand(2, 1, 6, 6, dtype=F64)
+    first = float(prior.value(x))
+    prior.value(x + 0.05)
+    again = float(prior.value(x))
+    assert again <= first * (1.0 + 1e-2)
+    assert float(Drawn(generator, 0.05).value(x)) == pytest.approx(first)
+    assert prior.value(torch.rand(3, 1, 6, 6, dtype=F64)).ndim == 0, "another batch size"
+
+
+def test_a_completion_draws_what_equations_leave_open() -> None:
+    """9 numbers of 36 pixels are known: the generator has the rest of what it drew."""
+    generator = curved()
+    with torch.no_grad():
+        picture = generator.blocks(draw(1, 4, seed=8).float()).double()
+    layers = nn.AvgPool2d(2), nn.Conv2d(1, 3, 3), nn.Sigmoid(), nn.Flatten(), nn.Linear(3, 3)
+    client = nn.Sequential(*layers).double().eval()
+    with torch.no_grad():
+        for seed, p in enumerate(client.parameters()):
+            p.copy_(0.5 * draw(*p.shape, seed=seed))
+    update = rgap.capture(client, picture, torch.tensor([1]), dtype=F64)
+    errors = {}
+    for name, prior in (("natural", "natural"), ("drawn", generator)):
+        found = rgap.invert(client, update, complete=True, prior=prior, time_limit=30.0)
+        assert found.nearest is not None, found.reason
+        errors[name] = float((found.nearest - picture).square().mean().sqrt())
+        assert found.status is rgap.Status.COMPLETED
+    assert errors["drawn"] < 0.6 * errors["natural"], errors
+
+
+def test_a_generator_may_be_given_as_a_prior_anywhere() -> None:
+    module = convolutional((1, 8, 8), latent=3, width=2).blocks
+    made = prior_of(module, (1, 8, 8), (-1.0, 1.0))
+    assert float(made.value(torch.zeros(1, 1, 8, 8, dtype=F64))) >= 0.0
+    with pytest.raises(ValueError, match=r"samples of shape \[3, 8, 8\]"):
+        prior_of(module, (3, 8, 8), None)
+    with pytest.raises(TypeError, match="a generator, or an object"):
+        prior_of(3, (1, 8, 8), None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="of a side that 8 divides"):
+        convolutional((1, 28, 28))
