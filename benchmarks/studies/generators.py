@@ -97,11 +97,6 @@ def padded() -> Tensor:
     return pad(digits()[0], (2, 2, 2, 2))
 
 
-def mean_picture() -> Tensor:
-    """Of the digits that generators are trained on, [1, 32, 32]."""
-    return padded()[:TRAINED].mean(0)
-
-
 def batch(kind: str, size: int, case: int, tuning: bool) -> Tensor:
     """Pictures that no generator and no constant has seen, float64, [B, 1, 32, 32]."""
     if kind == "digits":
@@ -113,6 +108,12 @@ def batch(kind: str, size: int, case: int, tuning: bool) -> Tensor:
     else:
         x = textures(size, torch.Generator().manual_seed(1000 + case))
     return x.mean(1, keepdim=True)
+
+
+@cache
+def mean_picture(kind: str) -> Tensor:
+    """Of pictures of a kind that were tuned on, [1, 32, 32]."""
+    return batch(kind, TUNING, 0, tuning=True).mean(0)
 
 
 def one(options: argparse.Namespace, generator: Generator, cell: Cell, name: str) -> dict:
@@ -142,7 +143,7 @@ def one(options: argparse.Namespace, generator: Generator, cell: Cell, name: str
     run |= {"status": found.status.name, "seconds": found.seconds}
     if found.nearest is None:
         return run
-    score, middle = rgap.analysis.score(found, x), mean_picture()
+    score, middle = rgap.analysis.score(found, x), mean_picture(cell.kind)
     flat = (x - middle).square().flatten(1).mean(1).sqrt()
     return run | {
         "psnr": score.psnr.tolist(),
