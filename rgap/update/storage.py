@@ -45,7 +45,7 @@ def write(path: str | os.PathLike[str], fields: dict[str, Any]) -> None:
     header = {
         **{group: list(fields[group]) for group in groups},
         "batch_size": fields["batch_size"],
-        "loss": _loss(loss),
+        "loss": described(loss),
         "input_shape": fields["input_shape"],
         "value_range": fields["value_range"],
         "dtype": str(fields["dtype"]).removeprefix("torch."),
@@ -61,14 +61,14 @@ _OPTIONS = (
 )  # fmt: skip
 
 
-def _loss(loss: Loss) -> dict[str, Any]:
+def described(loss: Loss) -> dict[str, Any]:
     """A loss as JSON; of a function only the name, which whoever loads the file declares again."""
     if loss.own:
         return {"name": loss.name, "own": True}
     return {k: getattr(loss, k) for k in _OPTIONS if getattr(loss, k) is not None}
 
 
-def _declared(header: dict[str, Any]) -> Loss:
+def declared(header: dict[str, Any]) -> Loss:
     return Loss.lost(str(header["name"])) if header.get("own") else Loss(**header)
 
 
@@ -152,7 +152,7 @@ def _decoded(path: str | os.PathLike[str], header: dict[str, Any]) -> dict[str, 
     shape, value_range = header["input_shape"], header["value_range"]
     return {
         "batch_size": header["batch_size"],
-        "loss": _declared(header["loss"]),
+        "loss": declared(header["loss"]),
         "input_shape": None if shape is None else tuple(shape),
         "value_range": None if value_range is None else tuple(value_range),
         "dtype": dtype,
