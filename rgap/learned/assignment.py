@@ -27,8 +27,7 @@ def assigned_error(made: Tensor, truth: Tensor) -> Tensor:
     """
     rows, samples = made.flatten(2), truth.flatten(2)
     if rows.shape[1] > 1:
-        gaps = rows.detach()[:, :, None] - samples[:, None]
-        costs = gaps.square().sum(3).cpu().numpy()
+        costs = torch.cdist(rows.detach(), samples).square().cpu().numpy()
         mates = torch.stack([torch.from_numpy(linear_sum_assignment(cost)[1]) for cost in costs])
         samples = torch.take_along_dim(samples, mates.to(samples.device)[:, :, None], 1)
     return (rows - samples).square().mean((1, 2))

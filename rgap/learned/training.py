@@ -20,15 +20,18 @@ from rgap.learned.gradients import HashedGradient, of_batches
 from rgap.learned.inverse import Inverse, TrainingReport, built
 from rgap.learned.schedule import Schedule
 from rgap.learned.standard import Standard
+from rgap.machine import memory
 from rgap.matching.checkpoint import Checkpoint, Ended, digest
 from rgap.network.agreement import refuse_unready
 from rgap.network.running import refuse_meta, refuse_wrapped, run
 from rgap.progress import Progress, Shown
 from rgap.update.losses import Loss
+from rgap.update.storage import require_folder
 
 __all__ = ["train"]
 
 MEASURED = 4096  # batches of each size that means and deviations are taken from
+COPIES = 2  # of all hashed gradients: as they come, and parted in two
 SAVED = 30.0  # seconds between two states on file
 PUBLISHED, LENGTH = Design(), Schedule()
 
@@ -45,6 +48,7 @@ def train(
     start: Inverse | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: Shown = False,
+    memory_budget: float | None = None,
 ) -> Inverse:
     """An inverse of one model, learned from pictures like those of its clients.
 
@@ -73,12 +77,15 @@ def train(
             taken from: a call that was killed goes on to the weights that it would have had.
         progress: True for a line on a terminal, or a function that is told; see
             :mod:`rgap.progress`.
+        memory_budget: bytes for the hashed gradients; by default half of what the machine has free.
 
     Raises:
         ValueError: no pictures, too few, NaN or values out of range among them; labels that do not
             belong to the loss; a model in train mode; a loss of one's own; a checkpoint of another
             call.
         TypeError: pictures that are no floating tensor.
+        FileNotFoundError: no folder for the checkpoint.
+        OutOfMemory: hashed gradients that do not fit.
 
     >>> import rgap
     >>> model = rgap.models.mlp((16,), 4, input_shape=(1, 4, 4), seed=0)
@@ -97,6 +104,16 @@ def train(
             f"pictures: expected at least {design.batch_sizes[-1]} to learn from and as many held "
             f"out, a batch, got {len(pictures) - held} and {held}; give more pictures"
         )
+    entries = sum(p.numel() for n, p in model.named_parameters() if n in client.names)
+    memory.require(
+        f"hashed gradients of {len(pictures):,} pictures",
+        COPIES * 4.0 * len(pictures) * (design.hash_size or entries),
+        memory.budget_of(memory_budget, next(model.parameters()).device),
+        "Design(hash_size=1024)",
+    )
+    file = None if checkpoint is None else Path(checkpoint)
+    if file is not None:
+        require_folder(file)
     fingerprint = Fingerprint.of(model)
     settings = {
         "model": digest(fingerprint.sketch),

@@ -19,7 +19,9 @@ from torch import Tensor
 
 from rgap.update.losses import Loss
 
-__all__ = ["opened", "read", "unwritable", "write", "written"]
+__all__ = [
+    "declared", "described", "opened", "read", "require_folder", "unwritable", "write", "written",
+]  # fmt: skip
 
 FORMAT = "rgap.update"
 VERSION = 1
@@ -69,6 +71,7 @@ def described(loss: Loss) -> dict[str, Any]:
 
 
 def declared(header: dict[str, Any]) -> Loss:
+    """The loss that :func:`described` wrote; of a function what is left of it."""
     return Loss.lost(str(header["name"])) if header.get("own") else Loss(**header)
 
 
@@ -80,11 +83,7 @@ def written(
     from safetensors.torch import save_file
 
     target = Path(path)
-    if not target.absolute().parent.is_dir():
-        raise FileNotFoundError(
-            f"no folder {target.parent} to write {target.name} to; write os.makedirs("
-            f"{str(target.parent)!r}) first"
-        )
+    require_folder(target)
     beside = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
     try:
         beside.touch()
@@ -96,6 +95,15 @@ def written(
         raise unwritable(target, error) from error
     finally:
         beside.unlink(missing_ok=True)
+
+
+def require_folder(target: Path) -> None:
+    """Raise FileNotFoundError unless the folder of a file that is to be written is there."""
+    if not target.absolute().parent.is_dir():
+        raise FileNotFoundError(
+            f"no folder {target.parent} to write {target.name} to; write os.makedirs("
+            f"{str(target.parent)!r}) first"
+        )
 
 
 def unwritable(path: Path, error: Exception) -> OSError:

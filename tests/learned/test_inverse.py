@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import rgap
 from rgap.learned import Design, Inverse, Schedule, adapt, load, train
 from rgap.learned.fingerprint import Fingerprint
+from rgap.machine import memory
 from rgap.update.storage import opened
 
 LABELS = torch.tensor([3, 0])
@@ -189,6 +190,18 @@ def test_pictures_that_nothing_can_be_learned_from(
     spoiled = spoil(x)
     with pytest.raises(ValueError, match=message):
         train(client(), spoiled, y[: len(spoiled)], design=Design(batch_sizes=(1, 2)))
+
+
+def test_gradients_that_do_not_fit_are_refused_before_they_are_taken() -> None:
+    many = torch.zeros(1, 1, 1, 1).expand(50_000, 1, 6, 6)
+    with pytest.raises(memory.OutOfMemory, match=r"hashed gradients of 50,000 pictures needs"):
+        train(client(), many, torch.zeros(50_000).long(), design=Design(hash_size=10**8))
+
+
+def test_a_checkpoint_without_a_folder_is_refused_at_once(tmp_path: Path) -> None:
+    x, y = smooth(40)
+    with pytest.raises(FileNotFoundError, match=r"no folder .* to write state to"):
+        train(client(), x, y, checkpoint=tmp_path / "nowhere" / "state")
 
 
 def test_an_empty_folder_is_named(tmp_path: Path) -> None:
