@@ -138,5 +138,7 @@ def of_batches(rows: Tensor, index: Tensor, loss: Loss) -> Tensor:
     >>> of_batches(torch.tensor([[1.0], [3.0]]), torch.tensor([[0, 1], [1, 1]]), Loss()).flatten()
     tensor([2., 3.])
     """
-    total = rows[index].sum(1)
+    total = rows[index[:, 0]]
+    for column in index.T[1:]:  # not all samples of all batches at a time
+        total = total + rows[column]
     return total / index.shape[1] if loss.reduction == "mean" else total

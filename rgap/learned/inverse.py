@@ -22,6 +22,7 @@ from rgap.learned.standard import Standard
 from rgap.matching.checkpoint import Ended
 from rgap.network.agreement import refuse_unready
 from rgap.update.losses import UNKNOWN
+from rgap.update.preflight import ClientView
 from rgap.update.storage import declared, described, opened, written
 from rgap.update.update import Update
 
@@ -181,8 +182,13 @@ class Inverse:
                 f"drift: expected 'refuse' or 'allow', got {drift!r}; write drift='allow'"
             )
         refuse_unready(model)
-        self.fingerprint.require(Fingerprint.of(model), moved=drift == "allow")
-        update = update.fitted(model)
+        mark = Fingerprint.of(model)
+        self.fingerprint.require(mark, moved=True)
+        view = ClientView.of(model, update, input_shape=self.client.shape)
+        if view.model is not model:
+            mark = Fingerprint.of(view.model)
+        self.fingerprint.require(mark, moved=drift == "allow")
+        model, update = view.model, view.update
         if update.local_steps > 1:
             raise ValueError(
                 f"update: expected a gradient, got an average over {update.local_steps} local "

@@ -123,7 +123,8 @@ def train(
         "schedule": repr(replace(schedule, time_limit=inf, patience=None)),
         "start": "None" if start is None else digest(*start.network.state_dict().values()),
     }
-    with Progress(progress, began + schedule.time_limit) as show:
+    limit = schedule.time_limit
+    with Progress(progress, began + limit if limit < inf else None) as show:
         source = HashedGradient.of(model, client, design)
         rows = source.rows(pictures, labels, show.stage)
         low, high = value_range
@@ -137,9 +138,7 @@ def train(
         )
         standard = measured(learned, design, schedule.seed)
         fit = _begun(client, design, schedule, standard, (learned, kept_back), start)
-        ended = _followed(
-            fit, show, None if checkpoint is None else Path(checkpoint), settings, began
-        )
+        ended = _followed(fit, show, file, settings, began)
     middle = learned.pictures.mean(0)
     report = TrainingReport(
         fit.errors(), float((kept_back.pictures - middle).square().mean()), fit.counted(), fit.step,

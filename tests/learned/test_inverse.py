@@ -103,6 +103,18 @@ def test_running_statistics_are_weights_too() -> None:
     assert before.distance(Fingerprint.of(norm)) > 0.1
 
 
+def test_the_running_statistics_that_a_client_sends_are_its_model() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(36), nn.Linear(36, 4)).eval()
+    x, y = smooth(40)
+    short = Schedule(steps=2, updates=4, every=2)
+    own = train(model, x, y, design=Design(hash_size=16, hidden=8), schedule=short)
+    update = rgap.capture(model, x[:1], y[:1])
+    assert own.pictures(model, update).shape == (1, 1, 6, 6)
+    update.buffers["1.running_mean"] += 1.0
+    with pytest.raises(ValueError, match="at a relative distance of"):
+        own.pictures(model, update)
+
+
 @pytest.mark.parametrize(
     ("build", "line"),
     [

@@ -163,5 +163,5 @@ def test_how_far_it_is() -> None:
     told: list[Report] = []
     trained(progress=told.append)
     assert [r.number for r in told if r.what == "step"] == list(range(1, SHORT.steps + 1))
-    assert told[0].what == "gradients of pictures"
+    assert told[0].words == "gradients of pictures: 1 of 100"
     assert "held out" in told[-1].words
