@@ -16,6 +16,9 @@ from benchmarks.common.pictures import FIRST, digits, windows
 from rgap.learned import Inverse
 from rgap.learned.assignment import assigned_error
 from rgap.learned.fitting import batches
+from rgap.precision import Precision
+from rgap.separation.mixture import relative_rounding
+from rgap.solvers.rank import numerical_rank
 
 CLIENTS = {
     "mlp": lambda shape: rgap.models.mlp((256,), 10, "relu", input_shape=shape, seed=0),
@@ -85,6 +88,7 @@ class Judged(NamedTuple):
 
     error: float  # mean squared
     counted: float  # share of batches whose size is guessed
+    ranked: float  # share whose size is the rank of the last layer's gradient
     seconds: float  # an inversion, without the capture
 
 
@@ -93,7 +97,7 @@ def judged(
 ) -> Judged:
     """Errors on so many batches of unseen pictures, through ``capture`` and ``pictures``."""
     index = batches(len(data.unseen), size, number, torch.Generator().manual_seed(7))
-    made, seconds, right = [], 0.0, 0
+    made, seconds, right, told = [], 0.0, 0, 0
     first = rgap.capture(model, data.unseen[index[0]], data.unseen_labels[index[0]])
     inverse.pictures(model, first, **options)  # what a first call imports is not timed
     for places in index:
@@ -103,8 +107,17 @@ def judged(
         seconds += time.perf_counter() - began
         odds = inverse.sizes(model, update, **options)
         right += max(odds, key=odds.__getitem__) == size
+        told += rank(update) == size
     error = assigned_error(torch.stack(made), data.unseen[index])
-    return Judged(float(error.mean()), right / len(index), seconds / len(index))
+    number = len(index)
+    return Judged(float(error.mean()), right / number, told / number, seconds / number)
+
+
+def rank(update: rgap.Update) -> int:
+    """Rank of the gradient of the last fully connected layer, as far as rounding leaves it."""
+    last = [g for g in update.gradients.values() if g.ndim == 2][-1]
+    rounding = relative_rounding((last.shape[0], last.shape[1]), Precision(update.dtype))
+    return numerical_rank(torch.linalg.svdvals(last.double()), last.shape[1], rounding).rank
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -8,16 +8,17 @@ Every training is a new one of at most ``--seconds``; digits need pip install ml
 mean squared ones on batches that were not learned from, of data in [0, 1], beside the mean
 picture's.
 
-``batches``: a network for every batch size, and one for all of them; ``--clients`` as in
-``benchmarks.training.inverse``.  ``hash``: the error at B = 1 against the length m of the hash; the
-rank in float32 of the hashed Jacobian at an unseen picture, of n pixels; and what is open where it
-falls short, the variance of the learned pictures along what it does not see: what is left to the
-best map that is linear near that picture, for pictures of a normal density.  ``moved``: after
-steps of SGD of the client, the inverse as it is, with each tensor over its size (conditioned), both
-adapted by a ridge regression, and trained further for a tenth of the time.  ``start``:
-Gauss–Newton on the whole update from grey and from the inverse's picture: PSNR and seconds.
-``other``: the picture that is made of another picture's gradient, in decibels over the mean
-picture, which it should not exceed by 1; exit status 1 if so.
+``batches``: a network for every batch size, and one for all of them, with the share of batches
+whose size is guessed from the gradient, and whose size is the rank of the last layer's gradient;
+``--clients`` as in ``benchmarks.training.inverse``.  ``hash``: the error at B = 1 against the
+length m of the hash; the rank in float32 of the hashed Jacobian at an unseen picture, of n pixels;
+and what is open where it falls short, the variance of the learned pictures along what it does not
+see: what is left to the best map that is linear near that picture, for pictures of a normal
+density.  ``moved``: after steps of SGD of the client, the inverse as it is, with each tensor over
+its size (conditioned), both adapted by a ridge regression, and trained further for a tenth of the
+time.  ``start``: Gauss–Newton on the whole update from grey and from the inverse's picture: PSNR
+and seconds.  ``other``: the picture that is made of another picture's gradient, in decibels over
+the mean picture, which it should not exceed by 1; exit status 1 if so.
 """
 
 from __future__ import annotations
@@ -70,8 +71,8 @@ def designed(options: argparse.Namespace, *sizes: int) -> Design:
 
 def study_batches(options: argparse.Namespace, data: Pictures) -> list[dict]:
     """A network for every batch size, and one for all."""
-    print("\n| client | trained for B | B | MSE | mean picture | size guessed | ms | steps |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("\n| client | for B | B | MSE | mean picture | size guessed | by rank | ms | steps |")
+    print("|---|---|---|---|---|---|---|---|---|")
     runs, sizes = [], tuple(options.sizes)
     for client in options.clients:
         model = CLIENTS[client](data.shape)
@@ -82,7 +83,8 @@ def study_batches(options: argparse.Namespace, data: Pictures) -> list[dict]:
                 runs.append({"client": client, "sizes": wanted, "size": size, **found._asdict()})
                 print(
                     f"| {client} | {', '.join(map(str, wanted))} | {size} | {found.error:.4f} | "
-                    f"{data.mean_error:.4f} | {found.counted:.0%} | {1e3 * found.seconds:.1f} | "
+                    f"{data.mean_error:.4f} | {found.counted:.0%} | {found.ranked:.0%} | "
+                    f"{1e3 * found.seconds:.1f} | "
                     f"{inverse.report.steps} |",
                     flush=True,
                 )

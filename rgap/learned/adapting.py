@@ -73,9 +73,8 @@ def adapt(
     >>> moved.pictures(new, rgap.capture(new, x[:1], y[:1])).shape
     torch.Size([1, 1, 3, 3])
     """
-    inverse.fingerprint.require(Fingerprint.of(before), moved=False)
-    fingerprint = Fingerprint.of(after)
-    inverse.fingerprint.require(fingerprint, moved=True)
+    inverse.fingerprint.require(before, moved=False)
+    inverse.fingerprint.require(after, moved=True)
     refuse_unready(after)
     require_pictures(pictures, inverse.client.value_range)
     if tuple(pictures.shape[1:]) != inverse.client.shape:
@@ -113,7 +112,7 @@ def adapt(
         guess = inverse.counter
         return replace(
             inverse,
-            fingerprint=fingerprint,
+            fingerprint=Fingerprint.of(after),
             standard=standard,
             network=moved(inverse.network, range(len(sizes))),
             counter=None if guess is None else moved(guess, [0] * len(sizes)),

@@ -45,16 +45,9 @@ class Fingerprint:
     @classmethod
     def of(cls, model: nn.Module) -> Fingerprint:
         """That of a model; its mode and its device do not matter."""
-        lines = [
-            f"{path or 'the model itself'}: {type(module).__name__}({module.extra_repr()})"
-            for path, module in model.named_modules()
-        ]
-        held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        lines += [f"{name}: {list(tensor.shape)}" for name, tensor in held.items()]
-        values = [t.detach().cpu().double() for t in held.values() if t.is_floating_point()]
-        values = values or [torch.zeros(1, dtype=torch.float64)]  # a model without weights
+        values = _values(model)
         norm = sum(float(value.square().sum()) for value in values) ** 0.5
-        return cls(tuple(lines), digest(*values), SKETCH.of(values), norm)
+        return cls(_architecture(model), digest(*values), SKETCH.of(values), norm)
 
     def distance(self, other: Fingerprint) -> float:
         """‖θ − θ′‖ / ‖θ‖ of two models of one architecture; exactly 0 for equal weights."""
@@ -62,27 +55,44 @@ class Fingerprint:
             return 0.0
         return float(torch.linalg.vector_norm(self.sketch - other.sketch)) / max(self.norm, 1e-300)
 
-    def require(self, other: Fingerprint, *, moved: bool) -> None:
-        """Raise unless another model is this one.
+    def require(self, model: nn.Module, *, moved: bool) -> None:
+        """Raise unless this is of a model.
 
         Args:
-            other: of the model that an update is of.
+            model: that an update is of.
             moved: True: other weights are accepted.
 
         Raises:
             ValueError: another architecture, with the first line that differs; other weights, with
                 their distance.
         """
-        for own, its in zip_longest(self.architecture, other.architecture, fillvalue="nothing"):
+        for own, its in zip_longest(self.architecture, _architecture(model), fillvalue="nothing"):
             if own != its:
                 raise ValueError(
                     f"inverse: trained for a model with {own}, got one with {its}; write "
                     "rgap.learned.train(model, pictures, labels) for this one"
                 )
-        distance = self.distance(other)
-        if distance and not moved:
-            raise ValueError(
-                f"inverse: expected the weights that it was trained for, got others at a relative "
-                f"distance of {distance:.2g}; write rgap.learned.adapt(inverse, before, model, "
-                "pictures, labels), or drift='allow' to use it as it is"
-            )
+        if moved or digest(*_values(model)) == self.weights:
+            return
+        raise ValueError(
+            f"inverse: expected the weights that it was trained for, got others at a relative "
+            f"distance of {self.distance(Fingerprint.of(model)):.2g}; write rgap.learned.adapt("
+            "inverse, before, model, pictures, labels), or drift='allow' to use it as it is"
+        )
+
+
+def _architecture(model: nn.Module) -> tuple[str, ...]:
+    """Modules with their options, tensors with their shapes."""
+    modules = [
+        f"{path or 'the model itself'}: {type(module).__name__}({module.extra_repr()})"
+        for path, module in model.named_modules()
+    ]
+    held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return (*modules, *(f"{name}: {list(tensor.shape)}" for name, tensor in held.items()))
+
+
+def _values(model: nn.Module) -> list[Tensor]:
+    """Parameters and floating buffers, float64; a zero for a model without any."""
+    held = [*model.parameters(), *model.buffers()]
+    values = [t.detach().cpu().double() for t in held if t.is_floating_point()]
+    return values or [torch.zeros(1, dtype=torch.float64)]

@@ -108,7 +108,7 @@ class Inverse:
         Args:
             model: the client's, with the weights of the day.
             update: what it sent.
-            batch_size: B; else the update's, else the guess (:meth:`sizes`).
+            batch_size: B; else the update's, that of the labels, or the guess (:meth:`sizes`).
             labels: of the batch, [B, ...]: row b is then the picture that goes with label b, by the
                 pairing whose gradient is nearest to the update.  Give :func:`rgap.match` the same.
             drift: ``"refuse"`` or ``"allow"`` weights that are not those of the training.
@@ -119,6 +119,8 @@ class Inverse:
         """
         source, hashed = self._hashed(model, update, drift)
         size = update.batch_size if batch_size is None else batch_size
+        if size is None and isinstance(labels, Tensor):
+            size = len(labels)
         if size is None:
             odds = self._odds(hashed)
             size = max(odds, key=odds.__getitem__)
@@ -182,12 +184,9 @@ class Inverse:
                 f"drift: expected 'refuse' or 'allow', got {drift!r}; write drift='allow'"
             )
         refuse_unready(model)
-        mark = Fingerprint.of(model)
-        self.fingerprint.require(mark, moved=True)
+        self.fingerprint.require(model, moved=True)
         view = ClientView.of(model, update, input_shape=self.client.shape)
-        if view.model is not model:
-            mark = Fingerprint.of(view.model)
-        self.fingerprint.require(mark, moved=drift == "allow")
+        self.fingerprint.require(view.model, moved=drift == "allow")
         model, update = view.model, view.update
         if update.local_steps > 1:
             raise ValueError(

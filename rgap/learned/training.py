@@ -116,7 +116,7 @@ def train(
         require_folder(file)
     fingerprint = Fingerprint.of(model)
     settings = {
-        "model": digest(fingerprint.sketch),
+        "model": fingerprint.weights,
         "pictures": digest(pictures, labels),
         "client": repr(client),
         "design": repr(design),
