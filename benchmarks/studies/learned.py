@@ -286,7 +286,7 @@ ROWS: dict[str, Callable[[argparse.Namespace, Pictures], list[dict]]] = {
 def main() -> int:
     """Print the tables that the command line asks for."""
     parser = Arguments(
-        __doc__, pictures="photographs", count=150, hidden=32, seconds=1.0, clients=["lenet"],
+        __doc__, pictures="photographs", count=150, hidden=32, steps=30, seconds=20.0, clients=["lenet"],
         hash_size=128, hashes=[64, 128], sizes=[1, 2], moves=[1], search=2.0, cases=1,
     )  # fmt: skip
     parser.rows(ROWS)

@@ -28,7 +28,7 @@ from rgap.learned import Design, Schedule, train
 def main() -> int:
     """Train, judge and write."""
     parser = Arguments(
-        __doc__, pictures="photographs", count=200, hash_size=256, hidden=64, seconds=5.0
+        __doc__, pictures="photographs", count=200, hash_size=256, hidden=64, steps=200
     )
     add_options(parser)
     parser.add_argument("--model", choices=list(CLIENTS), default="mlp", help="of the client")
