@@ -15,8 +15,8 @@ length m of the hash; the rank in float32 of the hashed Jacobian at an unseen pi
 and what is open where it falls short, the variance of the learned pictures along what it does not
 see: what is left to the best map that is linear near that picture, for pictures of a normal
 density.  ``moved``: after steps of SGD of the client, the inverse as it is, with each tensor over
-its size (conditioned), both adapted by a ridge regression, and trained further for a tenth of the
-time.  ``start``: Gauss–Newton on the whole update from grey and from the inverse's picture: PSNR
+its size (conditioned), both adapted by a ridge regression, and trained further for a tenth as
+long.  ``start``: Gauss–Newton on the whole update from grey and from the inverse's picture: PSNR
 and seconds.  ``other``: the picture that is made of another picture's gradient, in decibels over
 the mean picture, which it should not exceed by 1; exit status 1 if so.
 """
@@ -55,9 +55,11 @@ def trained(
     options: argparse.Namespace, model: nn.Module, data: Pictures, design: Design,
     start: Inverse | None = None,
 ) -> Inverse:  # fmt: skip
-    """An inverse after the time that the command line gives it, a tenth of it with a start."""
-    seconds = options.seconds / (10 if start else 1)
-    schedule = Schedule(options.steps, options.updates, options.rate, seconds)
+    """An inverse after what the command line gives it, a tenth of that with a start."""
+    share = 10 if start else 1
+    schedule = Schedule(
+        -(-options.steps // share), options.updates, options.rate, options.seconds / share
+    )
     return train(
         model, data.learned, data.labels, design=design, schedule=schedule, start=start,
         progress=True,
@@ -286,7 +288,7 @@ ROWS: dict[str, Callable[[argparse.Namespace, Pictures], list[dict]]] = {
 def main() -> int:
     """Print the tables that the command line asks for."""
     parser = Arguments(
-        __doc__, pictures="photographs", count=150, hidden=32, steps=30, seconds=20.0, clients=["lenet"],
+        __doc__, pictures="photographs", count=150, hidden=32, steps=30, clients=["lenet"],
         hash_size=128, hashes=[64, 128], sizes=[1, 2], moves=[1], search=2.0, cases=1,
     )  # fmt: skip
     parser.rows(ROWS)

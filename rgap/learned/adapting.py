@@ -31,7 +31,7 @@ from rgap.progress import Progress, Shown
 
 __all__ = ["adapt"]
 
-MOST = 4096  # rows of the regression: its matrix is factored once for every λ
+MOST = 2048  # rows of the regression: a matrix of so many is factored once for every λ
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # λ, in units of the mean diagonal of Z′Z′ᵀ
 TRIED = 8  # of so many rows one tells which λ is best
 
@@ -123,20 +123,20 @@ def _refitted(network: nn.Sequential, was: Tensor, now: Tensor) -> nn.Sequential
     """The network with a first layer that makes of rows now what its own made of them before."""
     m, twin = was.shape[1], copy.deepcopy(network)
     weights = first_layer(twin).weight  # behind the m columns of the hash stand those of the size
-    aims = was @ weights[:, :m].T
-    tried = torch.arange(len(now)) % TRIED == 0
-    gaps = []
-    for ridge in RIDGES:
-        fitted = _ridge(now[~tried], aims[~tried], ridge)
-        gaps.append(float((now[tried] @ fitted - aims[tried]).square().sum()))
-    best = RIDGES[gaps.index(min(gaps))]
+    aims, gram = was @ weights[:, :m].T, now @ now.T
+    tried = torch.arange(len(now), device=now.device) % TRIED == 0
+    inner, across = gram[~tried][:, ~tried], gram[tried][:, ~tried]
+    gaps = [
+        float((across @ _dual(inner, aims[~tried], ridge) - aims[tried]).square().sum())
+        for ridge in RIDGES
+    ]
     with torch.no_grad():
-        weights[:, :m] = _ridge(now, aims, best).T
+        weights[:, :m] = _dual(gram, aims, RIDGES[gaps.index(min(gaps))]).T @ now
     return twin
 
 
-def _ridge(rows: Tensor, aims: Tensor, ridge: float) -> Tensor:
-    """``Vᵀ = Zᵀ (Z Zᵀ + λ)⁻¹ A``, [m, hidden]."""
-    gram = rows @ rows.T
-    gram.diagonal().add_(ridge * gram.diagonal().mean())
-    return rows.T @ torch.cholesky_solve(aims, torch.linalg.cholesky(gram))
+def _dual(gram: Tensor, aims: Tensor, ridge: float) -> Tensor:
+    """``(Z′Z′ᵀ + λ)⁻¹ A``, [rows, hidden]."""
+    lifted = gram.clone()
+    lifted.diagonal().add_(ridge * gram.diagonal().mean())
+    return torch.cholesky_solve(aims, torch.linalg.cholesky(lifted))
