@@ -47,9 +47,9 @@ def adapt(
 ) -> Inverse:
     """An inverse for other weights of the same model, by one ridge regression.
 
-    It costs the gradients of the pictures at both weights and a factorisation, seconds where a
-    training takes minutes; how much error is left after how many steps of a client is measured by
-    ``python -m benchmarks.studies.learned --rows moved``.
+    It costs the gradients of the pictures at both weights and a few factorisations.  How much error
+    is left after how many steps of a client is measured by ``python -m benchmarks.studies.learned
+    --rows moved``; where the weights have moved far, go on with ``train(start=...)``.
 
     Args:
         inverse: trained for ``before``.

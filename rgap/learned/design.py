@@ -26,7 +26,8 @@ class Design:
         network: ``"mlp"`` or ``"convolutional"``.
         hidden: units of each hidden layer.
         conditioned: divide each tensor of a gradient by the size that gradients of noise have under
-            the weights of the day, so that sizes that grow or shrink in training drop out.
+            the weights of the day, before they are hashed together: those of small tensors drown in
+            a bucket otherwise.
         scale_free: divide the hash by its length: an update may come with any positive factor.
 
     Raises:

@@ -72,8 +72,9 @@ class HashedGradient:
         labels = torch.randint(classes, (PROBES,), generator=draw).to(noise.device)
         squares = [0.0] * len(client.names)
         for taken in own._single(noise, labels, silent):
-            for place, gradient in enumerate(taken.values()):
-                squares[place] += float(gradient.double().square().sum()) / gradient[0].numel()
+            for place, name in enumerate(client.names):
+                own_square = float(taken[name].double().square().mean())
+                squares[place] += own_square * len(taken[name])
         sizes = [(total / PROBES) ** 0.5 or 1.0 for total in squares]
         return cls(hashing, dict(zip(client.names, sizes, strict=True)), own._model, loss)
 
