@@ -53,6 +53,8 @@ def main() -> int:
         model, data.learned, data.labels, design=design, schedule=schedule,
         checkpoint=options.checkpoint, progress=True,
     )  # fmt: skip
+    if options.output is not None:
+        inverse.save(options.output)
     report = inverse.report
     print(f"{report.steps} steps in {report.seconds:.0f} s: {report.ended.value}")
     print("\n| B | MSE | mean picture | PSNR | size guessed | by rank | ms |")
@@ -65,8 +67,6 @@ def main() -> int:
             f"{found.ranked:.0%} | {1e3 * found.seconds:.1f} |",
             flush=True,
         )
-    if options.output is not None:
-        inverse.save(options.output)
     return 0
 
 
