@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from rgap._version import __version__
 
 if TYPE_CHECKING:
-    from rgap import analysis, labels, models, photos, solvers, testing
+    from rgap import analysis, labels, learned, models, photos, solvers, testing
     from rgap.diagnosis import Check, Finding, check
     from rgap.halt import Halt, HaltKind
     from rgap.inversion.invert import Head, invert
@@ -51,7 +51,7 @@ _HOMES = {
     "invert": "inversion.invert",
     "match": "matching",
 }
-_ROOMS = ("analysis", "labels", "models", "photos", "solvers", "testing")
+_ROOMS = ("analysis", "labels", "learned", "models", "photos", "solvers", "testing")
 
 __all__ = [
     "Candidate",
@@ -77,6 +77,7 @@ __all__ = [
     "idlg",
     "invert",
     "labels",
+    "learned",
     "match",
     "models",
     "photos",

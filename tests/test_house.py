@@ -88,7 +88,7 @@ LONG, MANY, WINDOW = 80, 8, 6
 PUBLIC = {
     "audit", "audit_training", "dense_test", "from_delta", "from_ndarrays", "harden",
     "identifiability", "invert", "largest_identifiable_batch", "leakage_indices", "match", "noise",
-    "noise_trials",
+    "noise_trials", "train",
 }  # fmt: skip
 
 

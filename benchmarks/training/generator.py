@@ -33,9 +33,9 @@ from torch.nn.functional import interpolate, pad, softplus
 
 from benchmarks.common.arguments import Arguments
 from benchmarks.common.pictures import SIDE, digits
-from benchmarks.common.stored import written
 from rgap.photos import folder
 from rgap.priors.generator import convolutional
+from rgap.update.storage import written
 
 BATCH = 64
 RATE = 2e-3
@@ -186,7 +186,7 @@ def trained(
                 kept |= {f"rule.{number}.{n}": t for n, t in state.items()}
             kept["at"] = torch.tensor([epoch + 1, spent], dtype=torch.float64)
             kept["draw"] = draw.get_state()
-            written(checkpoint, kept)
+            written(checkpoint, kept, {})
 
 
 def resumed(

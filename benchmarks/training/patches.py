@@ -29,8 +29,8 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from benchmarks.common.arguments import Arguments
-from benchmarks.common.stored import written
 from rgap.photos import folder
+from rgap.update.storage import written
 
 REDUCED = 1.0, 2.0 / 3.0, 1.0 / 3.0, 1.0 / 6.0  # sides of a reduced picture, of the largest
 CONTRASTS = [0.574 * 2.0 ** (-0.9 * j) for j in range(10)]  # of the range of values
@@ -90,7 +90,7 @@ def main() -> int:
             flush=True,
         )
         if options.checkpoint:
-            written(options.checkpoint, {**model._asdict(), "told": torch.tensor(told)})
+            written(options.checkpoint, {**model._asdict(), "told": torch.tensor(told)}, {})
     variances, bases = torch.linalg.eigh(model.covariances.double())
     roots = bases * variances.clamp_min(0.0).sqrt()[:, None]
     shapes = {
@@ -99,7 +99,7 @@ def main() -> int:
         "contrasts": torch.tensor(CONTRASTS),
         "noise": torch.tensor(NOISE),
     }
-    written(options.output, shapes)
+    written(options.output, shapes, {})
     return 0
 
 

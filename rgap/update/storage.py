@@ -19,7 +19,9 @@ from torch import Tensor
 
 from rgap.update.losses import Loss
 
-__all__ = ["opened", "read", "unwritable", "write", "written"]
+__all__ = [
+    "declared", "described", "opened", "read", "require_folder", "unwritable", "write", "written",
+]  # fmt: skip
 
 FORMAT = "rgap.update"
 VERSION = 1
@@ -45,7 +47,7 @@ def write(path: str | os.PathLike[str], fields: dict[str, Any]) -> None:
     header = {
         **{group: list(fields[group]) for group in groups},
         "batch_size": fields["batch_size"],
-        "loss": _loss(loss),
+        "loss": described(loss),
         "input_shape": fields["input_shape"],
         "value_range": fields["value_range"],
         "dtype": str(fields["dtype"]).removeprefix("torch."),
@@ -61,14 +63,15 @@ _OPTIONS = (
 )  # fmt: skip
 
 
-def _loss(loss: Loss) -> dict[str, Any]:
+def described(loss: Loss) -> dict[str, Any]:
     """A loss as JSON; of a function only the name, which whoever loads the file declares again."""
     if loss.own:
         return {"name": loss.name, "own": True}
     return {k: getattr(loss, k) for k in _OPTIONS if getattr(loss, k) is not None}
 
 
-def _declared(header: dict[str, Any]) -> Loss:
+def declared(header: dict[str, Any]) -> Loss:
+    """The loss that :func:`described` wrote; of a function what is left of it."""
     return Loss.lost(str(header["name"])) if header.get("own") else Loss(**header)
 
 
@@ -80,11 +83,7 @@ def written(
     from safetensors.torch import save_file
 
     target = Path(path)
-    if not target.absolute().parent.is_dir():
-        raise FileNotFoundError(
-            f"no folder {target.parent} to write {target.name} to; write os.makedirs("
-            f"{str(target.parent)!r}) first"
-        )
+    require_folder(target)
     beside = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
     try:
         beside.touch()
@@ -96,6 +95,15 @@ def written(
         raise unwritable(target, error) from error
     finally:
         beside.unlink(missing_ok=True)
+
+
+def require_folder(target: Path) -> None:
+    """Raise FileNotFoundError unless the folder of a file that is to be written is there."""
+    if not target.absolute().parent.is_dir():
+        raise FileNotFoundError(
+            f"no folder {target.parent} to write {target.name} to; write os.makedirs("
+            f"{str(target.parent)!r}) first"
+        )
 
 
 def unwritable(path: Path, error: Exception) -> OSError:
@@ -152,7 +160,7 @@ def _decoded(path: str | os.PathLike[str], header: dict[str, Any]) -> dict[str, 
     shape, value_range = header["input_shape"], header["value_range"]
     return {
         "batch_size": header["batch_size"],
-        "loss": _declared(header["loss"]),
+        "loss": declared(header["loss"]),
         "input_shape": None if shape is None else tuple(shape),
         "value_range": None if value_range is None else tuple(value_range),
         "dtype": dtype,
