@@ -94,7 +94,7 @@ def main() -> int:
     variances, bases = torch.linalg.eigh(model.covariances.double())
     roots = bases * variances.clamp_min(0.0).sqrt()[:, None]
     shapes = {
-        "roots": roots.half(),
+        "roots": roots.half().contiguous(),
         "weights": model.weights,
         "contrasts": torch.tensor(CONTRASTS),
         "noise": torch.tensor(NOISE),
