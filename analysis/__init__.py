@@ -13,6 +13,7 @@ from rgap.analysis.hardening.table import Change, Hardening
 from rgap.analysis.joint_rank.identifiability import identifiability
 from rgap.analysis.joint_rank.indices import IndexRow, LeakageIndices, leakage_indices
 from rgap.analysis.joint_rank.largest_batch import LargestBatch, largest_identifiable_batch
+from rgap.analysis.joint_rank.made_up import MadeUp, made_up
 from rgap.analysis.joint_rank.table import Identifiability, IdentifiabilityRow
 from rgap.analysis.noise_bound.cramer_rao import noise
 from rgap.analysis.noise_bound.defences import (
@@ -55,6 +56,7 @@ __all__ = [
     "LargestBatch",
     "LayerRanks",
     "LeakageIndices",
+    "MadeUp",
     "NoiseReport",
     "NoiseTrials",
     "Prune",
@@ -76,6 +78,7 @@ __all__ = [
     "layer_form",
     "layer_ranks",
     "leakage_indices",
+    "made_up",
     "noise",
     "noise_trials",
     "score",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rgap.recovery import Recovery
 
-__all__ = ["breaching_start", "inversefed_start", "start_of"]
+__all__ = ["batch_of", "breaching_start", "inversefed_start", "start_of"]
 
 
 def start_of(recovery: Recovery) -> Tensor:
@@ -20,10 +20,10 @@ def start_of(recovery: Recovery) -> Tensor:
     Raises:
         ValueError: it holds none.
     """
-    return _batch_of(recovery)[0]
+    return batch_of(recovery)[0]
 
 
-def _batch_of(recovery: Recovery) -> tuple[Tensor, Tensor | None]:
+def batch_of(recovery: Recovery) -> tuple[Tensor, Tensor | None]:
     """The batch that a recovery holds, and its labels, rows as often as they occur."""
     data, labels = recovery.nearest, recovery.nearest_labels
     if data is None:
@@ -72,7 +72,7 @@ def breaching_start(
 
         attacker.reconstruct([server_payload], [shared_data], {}, initial_data=start)
     """
-    data, labels = _batch_of(recovery)
+    data, labels = batch_of(recovery)
     if labels is not None and labels.ndim == 1:
         data = data[torch.argsort(labels, stable=True).to(data.device)]
     return _normalised(data, mean, std)

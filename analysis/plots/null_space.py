@@ -111,6 +111,49 @@ def null_pictures(answer: Identifiability, count: int = 5) -> Figure:
     return figure
 
 
+def made_up_shares(pictures: Tensor, share: Tensor) -> Figure:
+    """Draw every picture, and below it what share of each pixel no equation fixes.
+
+    Args:
+        pictures: [B, C, H, W], C = 1 or 3.
+        share: of each entry, in [0, 1], alike; drawn is its mean over the channels.
+
+    Raises:
+        ValueError: data that are no pictures.
+
+    >>> figure = made_up_shares(torch.zeros(2, 1, 4, 4), torch.ones(2, 1, 4, 4))
+    >>> len(figure.axes)
+    5
+    """
+    if pictures.ndim != 4 or pictures.shape[1] not in (1, 3):
+        raise ValueError(
+            f"expected pictures [B, C, H, W] with 1 or 3 channels, got {list(pictures.shape)}; "
+            "write made_up(...).share"
+        )
+    batch = len(pictures)
+    figure = Figure(figsize=(0.9 + 1.5 * batch, 3.6), layout="constrained")
+    grid: Any = figure.subplots(2, batch, squeeze=False)
+    drawn = None
+    for b in range(batch):
+        picture = pictures[b].clamp(0, 1).permute(1, 2, 0).squeeze(2).numpy()
+        grid[0, b].imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        drawn = grid[1, b].imshow(
+            share[b].mean(0).numpy(), cmap="cividis", vmin=0, vmax=1, interpolation="nearest"
+        )
+    grid[0, 0].set_ylabel("recovered", fontsize=10, color=INK)
+    grid[1, 0].set_ylabel("made up", fontsize=10, color=INK)
+    for axes in grid.flat:
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.spines[:].set_color("#c8c8c8")
+    assert drawn is not None
+    bar = figure.colorbar(drawn, ax=list(grid[1]), location="right", ticks=[0, 0.5, 1])
+    bar.ax.set_yticklabels(["0", "½", "1"])
+    bar.ax.tick_params(length=0, labelsize=8, labelcolor=INK)
+    bar.outline.set_visible(False)
+    return figure
+
+
 def spectra(answer: Identifiability) -> Figure:
     """Draw the singular values that decided the ranks, with the cutoff's two sides and the gap.
 

@@ -16,6 +16,7 @@ a COMPLETED does not reproduce its update to 1%, or an EXACT is off by more than
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import sys
 from collections.abc import Sequence
@@ -79,13 +80,15 @@ def batch(kind: str, size: int, case: int, tuning: bool) -> Tensor:
     return padded(size, draw)
 
 
-def one(kind: str, size: int, case: int, name: str, seconds: float, tuning: bool) -> dict:
+def one(options: argparse.Namespace, kind: str, size: int, case: int, name: str) -> dict:
     """A batch through ``invert`` with a completion."""
-    x = batch(kind, size, case, tuning)
+    x = batch(kind, size, case, options.tuning)
     model = rgap.models.lenet(10, activation="sigmoid", seed=case)
     targets = drawn_labels("random", size, 10, case)
     update = rgap.capture(model, x, targets, dtype=torch.float64)
-    recovery = rgap.invert(model, update, complete=True, prior=prior(name), time_limit=seconds)
+    recovery = rgap.invert(
+        model, update, complete=True, prior=prior(name), time_limit=options.seconds
+    )
     run = {
         "kind": kind,
         "size": size,
@@ -102,7 +105,18 @@ def one(kind: str, size: int, case: int, name: str, seconds: float, tuning: bool
         return run
     beside = match(recovery.nearest, recovery.nearest_labels, x, targets)
     psnr = statistics.fmean(map(decibels, beside.rms.tolist()))
+    if options.apart:
+        fixed, made = rgap.analysis.made_up(model, recovery).apart(x)
+        run |= {"fixed": decibels(float(fixed.square().mean().sqrt()))}
+        run |= {"made up": decibels(float(made.square().mean().sqrt()))}
     return {**run, "psnr": psnr, "worst": beside.psnr, "fault": misstated(recovery, beside)}
+
+
+def parts(run: dict) -> str:
+    """The error of a batch in its two parts, where they were asked for."""
+    if "fixed" not in run:
+        return ""
+    return f"equations {run['fixed']:.1f} dB, made up {run['made up']:.1f} dB  "
 
 
 def table(runs: Sequence[dict]) -> None:
@@ -138,6 +152,9 @@ def main() -> int:
     parser.add_argument("--start", type=int, default=0, help="first batch")
     parser.add_argument("--cases", type=int, default=20, help="batches a cell")
     parser.add_argument("--seconds", type=float, default=600.0, help="of a completion, at most")
+    parser.add_argument(
+        "--apart", action="store_true", help="also the errors of equations and of the prior apart"
+    )
     parser.add_argument("--tuning", action="store_true", help="photographs that were tuned on")
     parser.output()
     parser.read()
@@ -148,12 +165,12 @@ def main() -> int:
             for case in range(options.start, options.start + options.cases):
                 for size in options.sizes:
                     for name in options.priors:
-                        run = one(kind, size, case, name, options.seconds, options.tuning)
+                        run = one(options, kind, size, case, name)
                         runs.append(run)
                         shown = "–" if run["psnr"] is None else f"{run['psnr']:.2f} dB"
                         print(
                             f"{kind:12} B={size} batch {case:2} {name:8} {run['status']:15} "
-                            f"{shown:9} {run['seconds']:4.0f} s  {run['fault']}",
+                            f"{shown:9} {run['seconds']:4.0f} s  {parts(run)}{run['fault']}",
                             flush=True,
                         )
                         append(options.output, [run])

@@ -1,0 +1,151 @@
+"""What of a completed batch the equations fixed, and what a prior made up.
+
+At the recovered batch x̂ let N be an orthonormal basis of the null space of J = ∂(update)/∂(data).
+Along N the update says nothing, to first order: what stands there came from the prior.  Of entry i
+that is the share ``Σ_j N_ij²``, and the error of a batch falls into two parts that are orthogonal,
+
+    x̂ − x = (1 − NNᵀ)(x̂ − x) + NNᵀ(x̂ − x).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from rgap.analysis.joint_rank.identifiability import identifiability
+from rgap.analysis.joint_rank.table import Identifiability
+from rgap.analysis.scoring import score
+from rgap.progress import Shown
+from rgap.recovery import Recovery
+from rgap.seeding import batch_of
+from rgap.update.losses import Loss
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["MadeUp", "made_up"]
+
+
+@dataclass(frozen=True, eq=False)
+class MadeUp:
+    """The share of every entry of a recovered batch that no equation fixes.
+
+    Attributes:
+        recovery: with the batch, or the one that came nearest.
+        inputs: its rows, copies as often as they occur, [B, *input_shape].
+        share: of each entry, in [0, 1]: 0 where equations fix it, 1 where they say nothing of it.
+        found: the null space at the batch.
+    """
+
+    recovery: Recovery = field(repr=False)
+    inputs: Tensor = field(repr=False)
+    share: Tensor = field(repr=False)
+    found: Identifiability
+
+    @property
+    def samples(self) -> Tensor:
+        """The share of each row, [B]."""
+        return self.share.flatten(1).mean(1)
+
+    def apart(self, truth: Tensor) -> tuple[Tensor, Tensor]:
+        """The two parts of the error, rms over the entries of each sample of the truth.
+
+        Args:
+            truth: the client's batch, in any order, [B, *input_shape].
+
+        Returns:
+            ``‖(1 − NNᵀ)(x̂ − x)‖/√n`` and ``‖NNᵀ(x̂ − x)‖/√n``, [B] each.  The null space is that of
+            x̂: far from x the first holds how the equations bend on the way, too.
+
+        Raises:
+            ValueError: another batch size or shape than was recovered.
+        """
+        if truth.shape != self.inputs.shape:
+            raise ValueError(
+                f"truth: expected {list(self.inputs.shape)}, as recovered, got "
+                f"{list(truth.shape)}; give the client's batch as the model read it"
+            )
+        basis = self.found.null_basis
+        assert basis is not None  # it was asked for
+        order = score(self.recovery, truth).order
+        gap = torch.empty_like(self.share)
+        gap[order] = self.inputs[order] - truth.detach().cpu().double()
+        free = torch.tensordot(basis.flatten(1) @ gap.flatten(), basis, 1)
+        fixed, made = (
+            part.flatten(1).square().mean(1).sqrt()[order] for part in (gap - free, free)
+        )
+        return fixed, made
+
+    def explain(self) -> str:
+        """How much of the batch, and of each of its rows, was made up."""
+        free, unknowns = self.found.joint_nullity, self.found.unknowns
+        words = [
+            f"{free:,} of {unknowns:,} unknowns are open at this batch: {free / unknowns:.1%} of "
+            "it were chosen by something else than the update"
+        ]
+        words += [f"  row {b}: {share:.1%}" for b, share in enumerate(self.samples.tolist())]
+        return "\n".join(words)
+
+    def plot(self) -> Figure:
+        """Every picture, and below it the share of each pixel that was made up.
+
+        Raises:
+            ValueError: inputs that are no pictures.
+        """
+        from rgap.analysis.plots.null_space import made_up_shares
+
+        return made_up_shares(self.inputs, self.share)
+
+
+def made_up(
+    model: nn.Module,
+    recovery: Recovery,
+    *,
+    loss: str | Loss | nn.Module = "cross_entropy",
+    noise: float = 0.0,
+    time_limit: float | None = None,
+    memory_budget: float | None = None,
+    progress: Shown = False,
+) -> MadeUp:
+    """What of a batch that was completed, or searched, the update does not say.
+
+    Args:
+        model: that the update was computed on.
+        recovery: of :func:`rgap.invert` or :func:`rgap.match`, with a batch.
+        loss: of the client.
+        noise: relative error of the update's entries: what it hides counts as made up.
+        time_limit: seconds; None for none.
+        memory_budget: bytes to take on top of the model.
+        progress: see :mod:`rgap.progress`.
+
+    Returns:
+        The :class:`MadeUp`.
+
+    Raises:
+        ValueError: the recovery holds no batch or no targets; what
+            :func:`~rgap.analysis.identifiability` raises.
+
+    >>> import rgap
+    >>> model = rgap.models.mlp((4,), 3, "tanh", input_shape=(1, 3, 3), seed=0)
+    >>> draw = torch.Generator().manual_seed(0)
+    >>> x, y = torch.rand(6, 1, 3, 3, generator=draw), torch.arange(6) % 3
+    >>> found = rgap.match(model, rgap.capture(model, x, y), labels=y, iterations=30)
+    >>> share = made_up(model, found)
+    >>> share.share.shape, share.found.joint_nullity > 0
+    (torch.Size([6, 1, 3, 3]), True)
+    """
+    inputs, labels = batch_of(recovery)
+    if labels is None:
+        raise ValueError(
+            "recovery: expected one with targets, got none beside its batch; write "
+            "rgap.match(model, update, labels=...)"
+        )
+    inputs = inputs.detach().cpu().double()
+    found = identifiability(
+        model, inputs, loss=loss, labels=labels.cpu(), noise=noise, dtype=torch.float64,
+        sequential=False, time_limit=time_limit, memory_budget=memory_budget, progress=progress,
+    )  # fmt: skip
+    return MadeUp(recovery, inputs, 1.0 - found.share, found)
