@@ -28,7 +28,7 @@ def batch_of(recovery: Recovery) -> tuple[Tensor, Tensor | None]:
     data, labels = recovery.nearest, recovery.nearest_labels
     if data is None:
         raise ValueError(
-            f"start: the recovery holds no batch ({recovery.status.name}); write "
+            f"the recovery holds no batch ({recovery.status.name}); write "
             "rgap.invert(model, update, complete=True)"
         )
     held = recovery if recovery.inputs is not None else recovery.candidates[0]

@@ -63,9 +63,9 @@ class MadeUp:
         Raises:
             ValueError: another batch size or shape than was recovered.
         """
-        if truth.shape != self.inputs.shape:
+        if truth.shape != self.inputs.shape or not bool(torch.isfinite(truth).all()):
             raise ValueError(
-                f"truth: expected {list(self.inputs.shape)}, as recovered, got "
+                f"truth: expected finite entries {list(self.inputs.shape)}, as recovered, got "
                 f"{list(truth.shape)}; give the client's batch as the model read it"
             )
         basis = self.found.null_basis
@@ -125,6 +125,7 @@ def made_up(
         The :class:`MadeUp`.
 
     Raises:
+        TypeError: no recovery.
         ValueError: the recovery holds no batch or no targets; what
             :func:`~rgap.analysis.identifiability` raises.
 
@@ -137,6 +138,11 @@ def made_up(
     >>> share.share.shape, share.found.joint_nullity > 0
     (torch.Size([6, 1, 3, 3]), True)
     """
+    if not isinstance(recovery, Recovery):
+        raise TypeError(
+            f"recovery: expected a Recovery, got {type(recovery).__name__}; write "
+            "rgap.invert(model, update, complete=True), or rgap.match(model, update)"
+        )
     inputs, labels = batch_of(recovery)
     if labels is None:
         raise ValueError(

@@ -64,8 +64,10 @@ def main() -> int:
         print(f"{name.splitlines()[0]:12} {statistics.fmean(near):.1f} dB", flush=True)
 
     found = rgap.invert(model, update, labels=labels, complete=True, time_limit=options.seconds)
-    free = rgap.analysis.made_up(model, found).found.joint_nullity
-    told(f"equations,\n{free} of {x.numel()} open", ordered(found, x))
+    ranks = rgap.analysis.identifiability(
+        model, x, labels=labels, sequential=False, null_space=False
+    )
+    told(f"equations,\n{ranks.joint_nullity} of {x.numel()} open", ordered(found, x))
     for name in ("latent", "gias", "gifd", "untrained", "ig"):
         drawing = name in ("latent", "gias", "gifd")
         searched = rgap.match(

@@ -122,7 +122,7 @@ def searched(
     if limits.checkpoint is None:
         at = _Position(0, 0, _codes(generator, batch, limits), torch.zeros(*shape))
     else:
-        place = next(generator.blocks.parameters()).device
+        place = generator.like.device
         state = {n: t.to(place) for n, t in limits.checkpoint.tensors.items()}
         at = _Position.taken(state)
     while True:
@@ -166,7 +166,7 @@ def _codes(generator: Generator, batch: int, limits: Limits) -> Tensor:
     draw = torch.Generator().manual_seed(limits.seed)
     shape = (limits.restarts, batch, *generator.latent_shape)
     codes = torch.randn(shape, generator=draw, dtype=torch.float64)
-    return codes.flatten(1).to(next(generator.blocks.parameters()))
+    return codes.flatten(1).to(generator.like)
 
 
 def _opened(
@@ -191,7 +191,7 @@ def _opened(
 
 def _fed(generator: Generator, block: int) -> torch.Size:
     """Shape of what goes into a block, of one sample."""
-    code = torch.zeros(1, *generator.latent_shape).to(next(generator.blocks.parameters()))
+    code = torch.zeros(1, *generator.latent_shape).to(generator.like)
     with torch.no_grad():
         fed: Tensor = _part(generator, 0, block)(code)
     return fed.shape[1:]

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import nn
 
 from rgap.plugins import Registry
@@ -58,10 +57,9 @@ def prior_of(prior: Likely, shape: Sequence[int], value_range: Range | None) -> 
             f"prior: expected one of {', '.join(map(repr, PRIORS))}, a generator, or an object "
             f"with value, gradient, curvature and smoothed, got {prior!r}; write prior='natural'"
         )
-    held = prior.blocks if isinstance(prior, Generator) else prior
-    like = next(held.parameters(), torch.zeros(()))
-    generator = Generator.of(prior).fitted(shape, bounds, like)
-    return Sum([_natural(shape, bounds), Drawn(generator, SPREAD * (bounds[1] - bounds[0]))])
+    own = Generator.of(prior)
+    spread = SPREAD * (bounds[1] - bounds[0])
+    return Sum([_natural(shape, bounds), Drawn(own.fitted(shape, bounds, own.like), spread)])
 
 
 def _natural(shape: Sequence[int], value_range: Range) -> Prior:

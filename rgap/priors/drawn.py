@@ -114,8 +114,7 @@ class Drawn:
 
     def fit(self, x: Tensor) -> Fit:
         """The nearest drawings of x, [B, ...]."""
-        like = next(self.generator.blocks.parameters())
-        data = x.detach().flatten(1).to(like)
+        data = x.detach().flatten(1).to(self.generator.like)
         held = self.last.fit
         if held is not None and held.data.shape == data.shape:
             codes, rounds = held.codes, MORE

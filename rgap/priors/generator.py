@@ -54,6 +54,11 @@ class Generator:
     latent_shape: tuple[int, ...]
     value_range: tuple[float, float] = (0.0, 1.0)
 
+    @property
+    def like(self) -> Tensor:
+        """Device and precision of its codes."""
+        return next(self.blocks.parameters(), torch.zeros(()))
+
     @classmethod
     def of(cls, generator: nn.Module | Generator) -> Generator:
         """A network as a generator: its children if it is an ``nn.Sequential``, else one block.
@@ -93,15 +98,20 @@ class Generator:
             ValueError: it makes another shape, or numbers that are not finite.
         """
         blocks = copy.deepcopy(self.blocks).to(like).eval().requires_grad_(False)
-        code = torch.zeros(1, *self.latent_shape).to(like)
+        code = torch.zeros(2, *self.latent_shape).to(like).requires_grad_()
         try:
-            with torch.no_grad():
+            with torch.enable_grad():
                 made = blocks(code)
         except RuntimeError as error:
             raise ValueError(
-                f"generator: expected a network that takes codes {[1, *self.latent_shape]}, it "
+                f"generator: expected a network that takes codes {[2, *self.latent_shape]}, it "
                 f"does not ({error}); write rgap.priors.Generator(network, latent_shape=...)"
             ) from error
+        if len(made) != len(code):
+            raise ValueError(
+                f"generator: expected a sample of each code, it makes {len(made)} of {len(code)}; "
+                "leave the first axis of codes as it is"
+            )
         if made.shape[1:] != torch.Size(shape):
             raise ValueError(
                 f"generator: expected samples of shape {list(shape)}, the data's, it makes "
@@ -111,6 +121,11 @@ class Generator:
             raise ValueError(
                 "generator: expected finite data, it makes NaN or infinity of a code of zeros; "
                 "load its weights again"
+            )
+        if not made.requires_grad:
+            raise ValueError(
+                "generator: expected data that can be differentiated by their codes, they cannot; "
+                "leave out detach() and numpy() in its forward"
             )
         if value_range is None or value_range == self.value_range:
             return Generator(blocks, self.latent_shape, self.value_range)

@@ -76,8 +76,11 @@ def test_nothing_is_made_up_where_equations_decide() -> None:
 
 def test_bad_input() -> None:
     model, x, recovery = completed()
-    with pytest.raises(ValueError, match="as recovered, got"):
-        rgap.analysis.made_up(model, recovery).apart(x[:1])
+    for wrong in (x[:1], x * float("nan")):
+        with pytest.raises(ValueError, match="as recovered, got"):
+            rgap.analysis.made_up(model, recovery).apart(wrong)
+    with pytest.raises(TypeError, match="expected a Recovery, got Tensor"):
+        rgap.analysis.made_up(model, x)  # type: ignore[arg-type]
     y = torch.tensor([0, 1])
     empty = rgap.invert(model, rgap.capture(model, x, y), labels=y)
     if empty.nearest is None:

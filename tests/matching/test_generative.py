@@ -202,7 +202,7 @@ def test_bad_input_is_named() -> None:
         rgap.match(model, update, method="gias", generator=nn.Conv2d(1, 1, 1))
     with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module"):
         rgap.match(model, update, method="gias", generator="gan")
-    with pytest.raises(ValueError, match=r"takes codes \[1, 7\]"):
+    with pytest.raises(ValueError, match=r"takes codes \[2, 7\]"):
         rgap.match(model, update, method="gias", generator=Generator(generator(), (7,)))
     broken = generator()
     with torch.no_grad():

@@ -111,6 +111,41 @@ def test_a_completion_draws_what_equations_leave_open() -> None:
     assert errors["drawn"] < 0.6 * errors["natural"], errors
 
 
+class Made(nn.Module):
+    """What no generator may do, by name."""
+
+    def __init__(self, fault: str) -> None:
+        super().__init__()
+        self.line, self.fault = nn.Linear(5, 16), fault
+
+    def forward(self, z: Tensor) -> Tensor:
+        x: Tensor = self.line(z).reshape(-1, 1, 4, 4)
+        made = {"detached": x.detach(), "one": x[:1], "nan": x * float("nan"), "flat": x.flatten(1)}
+        return made[self.fault]
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("detached", "differentiated by their codes"),
+        ("one", "a sample of each code, it makes 1 of 2"),
+        ("nan", "expected finite data"),
+        ("flat", "expected samples of shape"),
+    ],
+)
+def test_what_no_generator_may_do(fault: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        prior_of(Made(fault), (1, 4, 4), None)
+
+
+def test_a_generator_without_parameters() -> None:
+    generator = Generator(nn.Sequential(nn.Unflatten(1, (1, 4, 4))), (16,))
+    x = torch.rand(2, 1, 4, 4, dtype=F64)
+    prior = Drawn(generator.fitted((1, 4, 4), None, generator.like), 1.0)
+    expected = x.square().sum() / (4.0 * x.numel())  # min_z (x − z)² + z² = x²/2
+    torch.testing.assert_close(prior.value(x), expected, rtol=1e-5, atol=0.0)
+
+
 def test_a_generator_may_be_given_as_a_prior_anywhere() -> None:
     module = convolutional((1, 8, 8), latent=3, width=2).blocks
     made = prior_of(module, (1, 8, 8), (-1.0, 1.0))
