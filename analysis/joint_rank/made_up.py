@@ -35,7 +35,7 @@ class MadeUp:
 
     Attributes:
         recovery: with the batch, or the one that came nearest.
-        inputs: its rows, copies as often as they occur, [B, *input_shape].
+        inputs: its rows, copies as often as they occur, ``[B, *input_shape]``.
         share: of each entry, in [0, 1]: 0 where equations fix it, 1 where they say nothing of it.
         found: the null space at the batch.
     """
@@ -54,7 +54,7 @@ class MadeUp:
         """The two parts of the error, rms over the entries of each sample of the truth.
 
         Args:
-            truth: the client's batch, in any order, [B, *input_shape].
+            truth: the client's batch, in any order, ``[B, *input_shape]``.
 
         Returns:
             ``‖(1 − NNᵀ)(x̂ − x)‖/√n`` and ``‖NNᵀ(x̂ − x)‖/√n``, [B] each.  The null space is that of
