@@ -200,6 +200,12 @@ def shape(value: Any) -> tuple[int, ...]:
     return tuple(count("input_shape", n) for n in value)
 
 
+def module(model: object) -> None:
+    """Raise TypeError unless it is a network."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+
+
 def labels(labels: Any, batch_size: int | None) -> Tensor | None:
     """A copy of the labels, one per sample."""
     if labels is None:

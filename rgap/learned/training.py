@@ -83,7 +83,7 @@ def train(
         ValueError: no pictures, too few, NaN or values out of range among them; labels that do not
             belong to the loss; a model in train mode; a loss of one's own; a checkpoint of another
             call.
-        TypeError: pictures that are no floating tensor.
+        TypeError: no network, pictures that are no floating tensor.
         FileNotFoundError: no folder for the checkpoint.
         OutOfMemory: hashed gradients that do not fit.
 
@@ -173,6 +173,7 @@ def _client(
     schedule: Schedule,
 ) -> Client:
     """What is known of the clients, after all was checked that the training is given."""
+    validation.module(model)
     refuse_meta(model)
     refuse_unready(model)
     refuse_wrapped(model)

@@ -165,3 +165,8 @@ def test_how_far_it_is() -> None:
     assert [r.number for r in told if r.what == "step"] == list(range(1, SHORT.steps + 1))
     assert told[0].words == "gradients of pictures: 1 of 100"
     assert "held out" in told[-1].words
+
+
+def test_what_is_no_network() -> None:
+    with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got int"):
+        rgap.learned.train(3, torch.rand(9, 1, 4, 4), torch.zeros(9))  # type: ignore[arg-type]
