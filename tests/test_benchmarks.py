@@ -75,5 +75,6 @@ def test_a_smallest_case_has_options_of_the_script() -> None:
 
 def test_scripts_are_chosen_by_name_and_by_folder() -> None:
     assert chosen([]) == scripts()
-    assert chosen(["timing.dense", "figures"]) == ["figures.identifiability", "timing.dense"]
+    figures = ["figures.identifiability", "figures.priors"]
+    assert chosen(["timing.dense", "figures"]) == [*figures, "timing.dense"]
     assert chosen(["nothing"]) == []
