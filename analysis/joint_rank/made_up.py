@@ -83,9 +83,14 @@ class MadeUp:
         """How much of the batch, and of each of its rows, was made up."""
         free, unknowns = self.found.joint_nullity, self.found.unknowns
         words = [
-            f"{free:,} of {unknowns:,} unknowns are open at this batch: {free / unknowns:.1%} of "
-            "it were chosen by something else than the update"
+            f"{free:,} of {unknowns:,} unknowns are open at this batch: the update leaves "
+            f"{free / unknowns:.1%} of it to something else"
         ]
+        if self.recovery.inputs is None:
+            words.append(
+                f"  this batch does not answer the update ({self.recovery.status.name}): that the "
+                "rest of it is fixed does not say that it is right"
+            )
         words += [f"  row {b}: {share:.1%}" for b, share in enumerate(self.samples.tolist())]
         return "\n".join(words)
 

@@ -58,8 +58,10 @@ def prior_of(prior: Likely, shape: Sequence[int], value_range: Range | None) -> 
             f"with value, gradient, curvature and smoothed, got {prior!r}; write prior='natural'"
         )
     own = Generator.of(prior)
+    if value_range is None:  # what it draws is taken as it is
+        bounds = own.value_range
     spread = SPREAD * (bounds[1] - bounds[0])
-    return Sum([_natural(shape, bounds), Drawn(own.fitted(shape, bounds, own.like), spread)])
+    return Sum([_natural(shape, bounds), Drawn(own.fitted(shape, value_range, own.like), spread)])
 
 
 def _natural(shape: Sequence[int], value_range: Range) -> Prior:

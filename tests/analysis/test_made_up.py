@@ -74,6 +74,16 @@ def test_nothing_is_made_up_where_equations_decide() -> None:
     assert float(made.apart(x)[1].max()) < 1e-9
 
 
+def test_a_batch_that_is_no_answer_says_so() -> None:
+    model, x, y = few()
+    far = rgap.match(model, rgap.capture(model, x, y), labels=y, method="ig", iterations=1)
+    assert far.inputs is None
+    assert (
+        "does not answer the update (UNDERDETERMINED)"
+        in rgap.analysis.made_up(model, far).explain()
+    )
+
+
 def test_bad_input() -> None:
     model, x, recovery = completed()
     for wrong in (x[:1], x * float("nan")):

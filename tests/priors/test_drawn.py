@@ -138,6 +138,14 @@ def test_what_no_generator_may_do(fault: str, words: str) -> None:
         prior_of(Made(fault), (1, 4, 4), None)
 
 
+def test_without_a_range_of_data_a_generator_is_taken_as_it_is() -> None:
+    signed = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Unflatten(1, (1, 4, 4)))
+    x = signed(torch.zeros(1, 2)).detach().double()
+    made = Generator(signed, (2,), (-1.0, 1.0))
+    near, natural = prior_of(made, (1, 4, 4), None), prior_of("natural", (1, 4, 4), (-1.0, 1.0))
+    assert float(near.value(x)) == pytest.approx(float(natural.value(x)), abs=1e-6)
+
+
 def test_a_generator_without_parameters() -> None:
     generator = Generator(nn.Sequential(nn.Unflatten(1, (1, 4, 4))), (16,))
     x = torch.rand(2, 1, 4, 4, dtype=F64)
