@@ -198,6 +198,12 @@ class Inverse:
                 f"update: expected the loss that the inverse was trained for, {self.client.loss}, "
                 f"got {update.loss}; write rgap.learned.train(..., loss=update.loss)"
             )
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        if changed := sorted(trained ^ set(self.client.names)):
+            raise ValueError(
+                f"model: expected the parameters that the inverse was trained for, {changed[0]!r} "
+                "is frozen in one and not in the other; write rgap.learned.train(...) for this one"
+            )
         source = HashedGradient.of(model, self.client, self.design)
         return source, source.sent(update.gradients).to(self.standard.centres.device)
 

@@ -170,3 +170,12 @@ def test_how_far_it_is() -> None:
 def test_what_is_no_network() -> None:
     with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got int"):
         rgap.learned.train(3, torch.rand(9, 1, 4, 4), torch.zeros(9))  # type: ignore[arg-type]
+
+
+def test_a_layer_that_is_frozen_now_is_refused() -> None:
+    inverse, frozen = trained(), client()
+    next(frozen.parameters()).requires_grad_(False)
+    x, _ = smooth(2)
+    update = rgap.capture(frozen, x[:1], torch.tensor([0]))
+    with pytest.raises(ValueError, match="frozen in one and not in the other"):
+        inverse.pictures(frozen, update)
