@@ -185,6 +185,7 @@ class Inverse:
             )
         refuse_unready(model)
         self.fingerprint.require(model, moved=True)
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
         view = ClientView.of(model, update, input_shape=self.client.shape)
         self.fingerprint.require(view.model, moved=drift == "allow")
         model, update = view.model, view.update
@@ -198,7 +199,6 @@ class Inverse:
                 f"update: expected the loss that the inverse was trained for, {self.client.loss}, "
                 f"got {update.loss}; write rgap.learned.train(..., loss=update.loss)"
             )
-        trained = {name for name, p in model.named_parameters() if p.requires_grad}
         if changed := sorted(trained ^ set(self.client.names)):
             raise ValueError(
                 f"model: expected the parameters that the inverse was trained for, {changed[0]!r} "
