@@ -26,6 +26,7 @@ WEIGHTS = 0.2  # distance from the weights, over their size, up to which gradien
 # What to write for a count that is refused; 1 where nothing else is usual.
 _EXAMPLES = {
     "input_shape": "(3, 32, 32)",
+    "latent_shape": "(128,)",
     "channels": "12",
     "classes": "10",
     "widths": "(512, 512)",
@@ -41,18 +42,18 @@ def require_finite(name: str, tensor: Tensor, advice: str) -> None:
         )
 
 
-def refuse_broken(model: nn.Module) -> None:
+def refuse_broken(
+    model: nn.Module, what: str = "model", whose: str = "that the client trained from"
+) -> None:
     """Raise ValueError if a parameter has no shape yet, or values that are none; it is named."""
     for name, parameter in model.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise ValueError(
-                f"model: the parameter '{name}' of a lazy layer has no shape yet; call "
-                "model(example) once before, and load the weights that the client trained from"
+                f"{what}: the parameter '{name}' of a lazy layer has no shape yet; call "
+                f"{what}(example) once before, and load the weights {whose}"
             )
         if not parameter.is_meta:
-            require_finite(
-                f"model: {name!r}", parameter, "load the weights that the client trained from"
-            )
+            require_finite(f"{what}: {name!r}", parameter, f"load the weights {whose}")
 
 
 def named(tensors: Any, what: str) -> dict[str, Any]:
@@ -189,15 +190,15 @@ def seed(value: Any) -> int:
     return number
 
 
-def shape(value: Any) -> tuple[int, ...]:
-    """The shape of one sample."""
+def shape(value: Any, name: str = "input_shape") -> tuple[int, ...]:
+    """The shape of one sample, or of what else is named."""
     flat = isinstance(value, Tensor) and value.ndim == 0
     if flat or not isinstance(value, Iterable) or isinstance(value, str | bytes | Mapping):
         raise TypeError(
-            f"input_shape: expected the shape of one sample, got {value!r}; write "
-            f"input_shape={_EXAMPLES['input_shape']}, or input_shape=(12,) for 12 values in a row"
+            f"{name}: expected the shape of one sample, got {value!r}; write "
+            f"{name}={_EXAMPLES[name]}, or {name}=(12,) for 12 values in a row"
         )
-    return tuple(count("input_shape", n) for n in value)
+    return tuple(count(name, n) for n in value)
 
 
 def module(model: object) -> None:

@@ -7,7 +7,7 @@ of x, so that a weight means the same for every size and batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
@@ -42,6 +42,29 @@ class _Together(Protocol):
 
     def value_and_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Both at once."""
+
+
+@runtime_checkable
+class Warm(Protocol):
+    """A prior that keeps where its own search ended, for the next; that belongs to one descent."""
+
+    def cold(self) -> Prior:
+        """The same, that remembers nothing."""
+
+    def held(self) -> dict[str, Tensor]:
+        """What it remembers."""
+
+    def hold(self, tensors: Mapping[str, Tensor]) -> None:
+        """Remember what :meth:`held` gave."""
+
+
+def cold(prior: Prior) -> Prior:
+    """A prior as a search begins with it.
+
+    >>> cold(Squares())
+    Squares(weight=1.0, centre=0.0)
+    """
+    return prior.cold() if isinstance(prior, Warm) else prior
 
 
 def value_and_gradient(prior: Prior, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -212,6 +235,30 @@ class Sum:
     def smoothed(self, size: float) -> Sum:
         """Each of them smoothed."""
         return Sum([part.smoothed(size) for part in self.parts])
+
+    def cold(self) -> Sum:
+        """Each of them without what it remembers."""
+        return Sum([cold(part) for part in self.parts])
+
+    def held(self) -> dict[str, Tensor]:
+        """What its parts remember, by their number."""
+        return {
+            f"{number}.{name}": tensor
+            for number, part in enumerate(self.parts)
+            if isinstance(part, Warm)
+            for name, tensor in part.held().items()
+        }
+
+    def hold(self, tensors: Mapping[str, Tensor]) -> None:
+        """Remember what :meth:`held` gave."""
+        for number, part in enumerate(self.parts):
+            if isinstance(part, Warm):
+                part.hold(_of(tensors, f"{number}."))
+
+
+def _of(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Those of a prefix, without it."""
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
 def natural(channels: int, width: float = 1.0, weight: float = 1.0) -> Prior:

@@ -10,7 +10,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from rgap import validation
+from rgap import priors, validation
 from rgap.completion.complete import PriorSchedule
 from rgap.halt import Halt, HaltKind
 from rgap.head.mapped import Mapped
@@ -158,6 +158,7 @@ def invert(
         filling = PriorSchedule.of(
             prior, seconds, problem.chain.input_shape, problem.value_range, began
         )
+        priors.require(filling.prior, problem.batch, problem.room)
         problem = replace(problem, filling=filling)
     with Progress(progress) as show:
         recovery = _run(problem, head, show)

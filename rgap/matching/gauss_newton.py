@@ -20,7 +20,9 @@ from rgap.jacobian.module_update import ModuleUpdate
 from rgap.matching.checkpoint import Checkpoint, Ended, Progress
 from rgap.matching.problem import Limits
 from rgap.solvers.gauss_newton import STOPPED, DescentMarks, Schedule, Step
-from rgap.solvers.priors import Prior
+from rgap.solvers.priors import Prior, Sum
+
+REMEMBERED = "prior."  # before the names of what a prior remembers, in a checkpoint
 
 
 @dataclass
@@ -29,6 +31,7 @@ class SearchState:
 
     Attributes:
         position: where the pass stands.
+        prior: of the data, with what it remembers.
         best: the batch of the lowest misfit of the network itself.
         turn: number of the pass, over all starts.
         steps: made in all.
@@ -37,6 +40,7 @@ class SearchState:
     """
 
     position: Position
+    prior: Prior
     best: Tensor
     turn: int = 0
     steps: int = 0
@@ -59,20 +63,23 @@ class SearchState:
             "best": self.best,
             "misfits": self.best.new_tensor([self.lowest, self.own], dtype=torch.float64),
             "marks": self.best.new_tensor(marks, dtype=torch.float64),
+            **{REMEMBERED + n: t for n, t in Sum([self.prior]).held().items()},
         }
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, like: Tensor) -> SearchState:
-        """What :meth:`checkpoint` made of it."""
+    def of(cls, checkpoint: Checkpoint, prior: Prior, like: Tensor) -> SearchState:
+        """What :meth:`state` made of it."""
         held = checkpoint.tensors
-        lowest, own = held["misfits"].tolist()
+        own = {n.removeprefix(REMEMBERED): t for n, t in held.items() if n.startswith(REMEMBERED)}
+        Sum([prior]).hold(own)
+        lowest, nearest = held["misfits"].tolist()
         marks = None
         if len(held["marks"]):
             number, weight, smoothing, damping, rest, over = held["marks"].tolist()
             marks = DescentMarks(int(number), weight, smoothing, damping, int(rest), bool(over))
         turn, stage, steps = map(int, held["place"].tolist())
         position = Position(held["x"].to(like), stage, marks)
-        return cls(position, held["best"].to(like), turn, steps, lowest, own)
+        return cls(position, prior, held["best"].to(like), turn, steps, lowest, nearest)
 
 
 def search(
@@ -96,12 +103,12 @@ def search(
     deadline = time.perf_counter() + schedule.seconds
     equations.settle(starts[0], BLUNT)
     if limits.checkpoint is None:
-        held = SearchState(Position(starts[0]), starts[0])
+        held = SearchState(Position(starts[0]), prior, starts[0])
         for start in starts:  # what comes back is no worse than what went in
             held.note(start, equations.misfit(start))
         held.own = inf
     else:
-        held = SearchState.of(limits.checkpoint, starts[0])
+        held = SearchState.of(limits.checkpoint, prior, starts[0])
 
     def project(x: Tensor) -> Tensor:
         return x if bounds is None else x.clamp(*bounds)

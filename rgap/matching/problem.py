@@ -18,7 +18,7 @@ from rgap.network.batch_statistics import mixing
 from rgap.network.isolation import untouched
 from rgap.network.running import run
 from rgap.precision import Precision
-from rgap.priors import Likely, prior_of
+from rgap.priors import Likely, named, prior_of
 from rgap.recovery import Recovery
 from rgap.remedy import LOCAL, Remedy
 from rgap.seeding import start_of
@@ -44,6 +44,7 @@ class SearchProblem:
         prior: of the data; None for the method's own.
         precision: of the update, with the noise that was stated.
         notes: what was assumed of it, for a reader.
+        chooser: what the prior is called in a report; "" for none.
     """
 
     client: ClientView
@@ -54,6 +55,7 @@ class SearchProblem:
     prior: Prior | None
     precision: Precision
     notes: tuple[str, ...] = ()
+    chooser: str = ""
 
     @property
     def model(self) -> nn.Module:
@@ -139,6 +141,7 @@ class SearchProblem:
             _prior(prior, preset, client),
             precision,
             notes,
+            _called(prior, preset, shape),
         )
 
 
@@ -188,6 +191,18 @@ def _prior(prior: Likely | None, preset: Preset | None, client: ClientView) -> P
     if preset is not None and bounds is not None:
         bounds = preset.coordinates(bounds).rows(bounds)
     return prior_of(prior, client.input_shape, bounds)
+
+
+def _called(prior: Likely | None, preset: Preset | None, shape: tuple[int, ...]) -> str:
+    """What a report calls the prior, or the method's own."""
+    made = "what the generator makes" if preset is not None and preset.domains else ""
+    if prior is not None:
+        own = named(prior)
+    elif preset is None:
+        own = named("natural")
+    else:
+        own = "the total variation" if preset.variation and len(shape) > 2 else ""
+    return " and ".join(filter(None, (made, own)))
 
 
 def _start(start: Tensor | Recovery, shape: tuple[int, ...]) -> Tensor:

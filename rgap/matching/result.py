@@ -19,6 +19,7 @@ __all__ = ["Matching", "Run", "answer_of"]
 MET = 1e-3  # normalised residual up to which an answer reproduces the update
 ROUNDED = 30.0  # the same in units of the update's rounding, where that is coarser
 UNCERTIFIED = "matching certifies nothing: other batches may send the same update"
+CHOSEN = "where they do, the answer was chosen among them by the start"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -31,6 +32,8 @@ class Matching(Recovery):
 
     Attributes:
         method: name.
+        prior: what chose, beside the start, among batches that send the same update; "" for
+            nothing.
         ended: why it stopped.
         objective: the method's own, at the answer.
         misfit: ``Σ_j ‖G_j(x) − G_j‖²/‖G_j‖²`` there.
@@ -39,6 +42,7 @@ class Matching(Recovery):
     """
 
     method: str = ""
+    prior: str = ""
     ended: Ended = Ended.DONE
     objective: float = inf
     misfit: float = inf
@@ -49,6 +53,7 @@ class Matching(Recovery):
         """As plain numbers, for JSON."""
         own = {
             "method": self.method,
+            "prior": self.prior,
             "ended": self.ended.name,
             "objective": self.objective if isfinite(self.objective) else None,
             "misfit": self.misfit if isfinite(self.misfit) else None,
@@ -62,6 +67,7 @@ class Run:
     """How a search went; attributes as of :class:`Matching`."""
 
     method: str
+    prior: str
     ended: Ended
     objective: float
     iterations: int
@@ -88,6 +94,7 @@ def answer_of(
         reason=f"{run.method} found no batch: {run.ended.value}",
         warnings=said,
         method=run.method,
+        prior=run.prior,
         ended=run.ended,
         iterations=run.iterations,
         checkpoint=run.checkpoint,
@@ -112,7 +119,8 @@ def answer_of(
     blank = grey(problem.shape[0], problem.shape[1:], problem.bounds, 0).to(best)
     each, whole = equations.allowed(precision, blank)
     if max(missed, residual**2) <= max(least, each) and residual**2 <= max(least, whole):
-        reason = f"the answer reproduces the update to {met} ({how}); {UNCERTIFIED}"
+        reason = f"the answer reproduces the update to {met} ({how}); {UNCERTIFIED}; "
+        reason += CHOSEN + (f" and by {run.prior}" if run.prior else "")
         return replace(answer, inputs=best.cpu(), status=Status.COMPLETED, reason=reason)
     reason = f"the nearest batch, in candidates, does not reproduce the update: {met} ({how})"
     if precision.noisy and not whole:

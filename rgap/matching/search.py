@@ -14,7 +14,7 @@ from math import inf, isfinite, prod
 import torch
 from torch import Tensor, nn
 
-from rgap import validation
+from rgap import priors, validation
 from rgap.completion.complete import PriorSchedule, grey
 from rgap.jacobian.module_update import ModuleUpdate
 from rgap.machine import memory
@@ -164,6 +164,9 @@ def match(
         device=device,
     )  # fmt: skip
     problem = SearchProblem.of(client, preset, start, prior, local)
+    if problem.prior is not None:
+        room = memory.budget_of(memory_budget, client.place)
+        priors.require(problem.prior, problem.shape[0], room)
     maker = None if preset is None else _generator(generator, preset, problem, seed, memory_budget)
     starts, usual = (preset.restarts, preset.iterations) if preset else (1, Schedule.steps)
     limits = Limits(
@@ -267,7 +270,7 @@ def _newton(problem: SearchProblem, limits: Limits) -> Matching:
         filling.schedule, seconds=limits.seconds, steps=limits.iterations, target=target
     )
     ended, held = search(equations, starts, filling.prior, schedule, bounds, limits)
-    run = Run(NEWTON, ended, held.lowest, held.steps, limits.saved(held.state()))
+    run = Run(NEWTON, problem.chooser, ended, held.lowest, held.steps, limits.saved(held.state()))
     best = held.best if isfinite(held.lowest) else None
     return answer_of(problem, run, best, problem.source.targets)
 
@@ -303,7 +306,9 @@ def _published(problem: SearchProblem, preset: Preset, limits: Limits) -> Matchi
         if targets.ndim == 1:  # one label a pixel has no order of its own
             order = targets.argsort(stable=True)
             best, targets = best[order], targets[order]
-    run = Run(preset.name, ended, value, int(state["iteration"]), limits.saved(state))
+    run = Run(
+        preset.name, problem.chooser, ended, value, int(state["iteration"]), limits.saved(state)
+    )
     return answer_of(problem, run, best, targets)
 
 
@@ -324,7 +329,14 @@ def _made(problem: SearchProblem, preset: Preset, generator: Generator, limits: 
 
     found = searched(generator, objective, preset, problem.shape, limits)
     best = None if found.data is None else found.data.double()
-    run = Run(preset.name, found.ended, found.objective, found.iterations, found.checkpoint)
+    run = Run(
+        preset.name,
+        problem.chooser,
+        found.ended,
+        found.objective,
+        found.iterations,
+        found.checkpoint,
+    )
     return answer_of(problem, run, best, problem.source.targets)
 
 

@@ -13,13 +13,14 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
+from rgap.machine import memory
 from rgap.plugins import Registry
 from rgap.priors.drawn import Drawn
 from rgap.priors.generator import Generator
 from rgap.priors.patches import photographic, shipped
-from rgap.solvers.priors import Prior, Squares, Sum, TotalVariation, natural
+from rgap.solvers.priors import Prior, Squares, Sum, TotalVariation, cold, natural
 
-__all__ = ["PRIORS", "Likely", "prior_of"]
+__all__ = ["PRIORS", "Likely", "named", "prior_of", "require"]
 
 Range = tuple[float, float]
 Made = Callable[[Sequence[int], Range], Prior]
@@ -34,7 +35,7 @@ PRIORS: Registry[Made] = Registry(
 
 
 def prior_of(prior: Likely, shape: Sequence[int], value_range: Range | None) -> Prior:
-    """The prior that a name or a generator stands for; a prior as it is.
+    """The prior that a name or a generator stands for; a prior as it is, without its memories.
 
     Args:
         prior: itself, a name of :data:`PRIORS`, or a generator: the distance from what it draws
@@ -51,7 +52,7 @@ def prior_of(prior: Likely, shape: Sequence[int], value_range: Range | None) -> 
     if isinstance(prior, str):
         return PRIORS.chosen("prior", prior)(tuple(shape), bounds)
     if isinstance(prior, Prior):
-        return prior
+        return cold(prior)
     if not isinstance(prior, nn.Module | Generator):
         raise TypeError(
             f"prior: expected one of {', '.join(map(repr, PRIORS))}, a generator, or an object "
@@ -62,6 +63,35 @@ def prior_of(prior: Likely, shape: Sequence[int], value_range: Range | None) -> 
         bounds = own.value_range
     spread = SPREAD * (bounds[1] - bounds[0])
     return Sum([_natural(shape, bounds), Drawn(own.fitted(shape, value_range, own.like), spread)])
+
+
+def named(prior: Likely) -> str:
+    """What a report calls it.
+
+    >>> named("natural"), named(Squares())
+    ("the prior 'natural'", 'a prior of the class Squares')
+    """
+    if isinstance(prior, str):
+        return f"the prior {prior!r}"
+    if isinstance(prior, nn.Module | Generator):
+        return "the distance from what a generator draws"
+    return f"a prior of the class {type(prior).__name__}"
+
+
+def require(prior: Prior, batch: int, budget: float) -> None:
+    """Refuse a prior that needs more memory than there is.
+
+    Args:
+        prior: of a search that is about to begin.
+        batch: samples.
+        budget: bytes.
+
+    Raises:
+        OutOfMemory: it needs more.
+    """
+    for part in prior.parts if isinstance(prior, Sum) else (prior,):
+        if isinstance(part, Drawn):
+            memory.require("the prior of a generator", part.bytes(batch), budget)
 
 
 def _natural(shape: Sequence[int], value_range: Range) -> Prior:

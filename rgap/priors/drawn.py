@@ -11,12 +11,15 @@ search, Dhar, Grover and Ermon 2018 data beside the range of a generator).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from math import inf
 
 import torch
 from torch import Tensor
 from torch.func import jvp, vmap
 
+from rgap import validation
 from rgap.priors.generator import Generator
 from rgap.solvers.priors import Operator
 
@@ -26,6 +29,8 @@ STARTS = 256  # drawings that the first codes are chosen among
 ROUNDS, MORE = 12, 3  # Levenberg–Marquardt steps for the first codes, and from codes near by
 STILL = 1e-3  # relative decrease that ends them
 TOGETHER = 16  # directions that a generator is differentiated along at once
+CODES = 512  # numbers of a code at most: the generator is differentiated along each of them
+HELD = 4  # copies of all slopes that a step of the codes holds
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,9 +56,15 @@ class Fit:
 
 @dataclass(eq=False)
 class _Last:
-    """Where the codes were found last: the next ones begin there."""
+    """Where the codes were found last: the next ones begin there.
+
+    Attributes:
+        fit: of the last data; None: there were none.
+        checked: that the generator has derivatives along directions.
+    """
 
     fit: Fit | None = None
+    checked: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +77,13 @@ class Drawn:
         weight: a factor.
         seed: of the drawings that codes begin from.
 
-    The codes of the last data are kept, and those of the next begin at them.
+    Raises:
+        ValueError: a spread or a weight that is no positive number, a generator of codes of more
+            than ``CODES`` numbers, or one without derivatives along directions.
+
+    The codes of the last data are kept, and those of the next begin at them: what is kept belongs
+    to one search, which begins with :meth:`cold` and can :meth:`hold` what an earlier one
+    :meth:`held`.
 
     >>> from torch import nn
     >>> line = nn.Sequential(nn.Linear(1, 2, bias=False))
@@ -83,6 +100,52 @@ class Drawn:
     weight: float = 1.0
     seed: int = 0
     last: _Last = field(default_factory=_Last, repr=False)
+
+    def __post_init__(self) -> None:
+        for name, value in (("spread", self.spread), ("weight", self.weight)):
+            validation.real(name, value, 0.05)
+            if not 0.0 < value < inf:
+                raise ValueError(
+                    f"{name}: expected a positive number, got {value!r}; write {name}=0.05"
+                )
+        if self._size > CODES:
+            raise ValueError(
+                f"generator: expected codes of at most {CODES} numbers, as the prior is "
+                f"differentiated along each, got {self._size}; write "
+                "rgap.match(..., method='gias', generator=...), which is not"
+            )
+        if self.last.checked:
+            return
+        code = torch.zeros(1, self._size).to(self.generator.like)
+        try:
+            self._at(self._drawn(code), code)
+            self.last.checked = True
+        except Exception as error:
+            raise ValueError(
+                "generator: as a prior it is differentiated along directions of its codes "
+                f"(torch.func.jvp), and cannot be ({error}); write layers of torch, or "
+                "rgap.match(..., method='gifd', generator=...)"
+            ) from error
+
+    def bytes(self, batch: int) -> float:
+        """That the slopes of a batch take."""
+        made = self._drawn(torch.zeros(1, self._size).to(self.generator.like))
+        return float(HELD * batch * made.numel() * self._size * made.element_size())
+
+    def cold(self) -> Drawn:
+        """The same, that remembers nothing."""
+        return replace(self, last=_Last(checked=True))
+
+    def held(self) -> dict[str, Tensor]:
+        """What it remembers."""
+        fit = self.last.fit
+        return {} if fit is None else {"data": fit.data, "codes": fit.codes}
+
+    def hold(self, tensors: Mapping[str, Tensor]) -> None:
+        """Remember what :meth:`held` gave."""
+        if tensors:
+            like = self.generator.like
+            self.last.fit = self._at(tensors["data"].to(like), tensors["codes"].to(like))
 
     def value(self, x: Tensor) -> Tensor:
         """The penalty, per entry."""
@@ -132,7 +195,7 @@ class Drawn:
         with torch.no_grad():
             drawn = self._drawn(codes)
         costs = torch.cdist(data, drawn).square() + self.spread**2 * codes.square().sum(1)
-        return codes[costs.argmin(1)]
+        return codes[costs.nan_to_num(inf).argmin(1)]
 
     def _nearest(self, data: Tensor, codes: Tensor, rounds: int) -> Fit:
         """By Levenberg–Marquardt, every sample with its own damping."""

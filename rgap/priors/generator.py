@@ -18,11 +18,15 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from rgap import validation
+
 __all__ = ["Decoder", "FromBlock", "FromWeights", "Generator", "convolutional", "untrained"]
 
 WIDTH = 32  # channels of an untrained generator
 SMALLEST = 4  # side of its code, at least
 UP = 3  # doublings of a generator that is to be trained
+DRAWINGS = 16  # of a generator, to see what it makes
+BEYOND, OFTEN = 0.05, 0.05  # widths outside a stated range, and the share of values, that deny it
 
 
 class Decoder(Protocol):
@@ -41,9 +45,14 @@ class Generator:
     """A network from codes to data, as the blocks that it is made of.
 
     Attributes:
-        blocks: one after another; each is a network by itself.
+        blocks: one after another; each is a network by itself.  A network of another kind becomes
+            the only block.
         latent_shape: of one code.
         value_range: of what the last block makes.
+
+    Raises:
+        TypeError: no network, or no shape.
+        ValueError: a range that is none.
 
     >>> made = Generator.of(nn.Sequential(nn.Linear(4, 48), nn.Unflatten(1, (3, 4, 4))))
     >>> made.latent_shape, made.fitted((3, 4, 4), None, torch.zeros(1)).latent_shape
@@ -53,6 +62,21 @@ class Generator:
     blocks: nn.Sequential
     latent_shape: tuple[int, ...]
     value_range: tuple[float, float] = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        given: nn.Module = self.blocks  # whatever the caller gave
+        _require_network(given)
+        if not isinstance(given, nn.Sequential):
+            object.__setattr__(self, "blocks", nn.Sequential(given))
+        latent = validation.shape(self.latent_shape, "latent_shape")
+        object.__setattr__(self, "latent_shape", latent)
+        bounds = validation.bounds(self.value_range)
+        if bounds is None:
+            raise TypeError(
+                "value_range: expected the range of what the generator makes, got None; write "
+                "value_range=(0.0, 1.0), or (-1.0, 1.0) after a Tanh"
+            )
+        object.__setattr__(self, "value_range", bounds)
 
     @property
     def like(self) -> Tensor:
@@ -69,11 +93,7 @@ class Generator:
         """
         if isinstance(generator, Generator):
             return generator
-        if not isinstance(generator, nn.Module):
-            raise TypeError(
-                f"generator: expected a torch.nn.Module or a Generator, got "
-                f"{type(generator).__name__}"
-            )
+        _require_network(generator)
         whole = generator if isinstance(generator, nn.Sequential) else nn.Sequential(generator)
         first = next((m for m in whole.modules() if isinstance(m, nn.Linear | _Transposed)), None)
         if first is None:
@@ -95,43 +115,105 @@ class Generator:
             like: device and precision.
 
         Raises:
-            ValueError: it makes another shape, or numbers that are not finite.
+            ValueError: it makes another shape, numbers that are not finite or outside its own
+                range, other data of the same code, or fails; weights without values.
+            TypeError: it makes no tensor.
         """
+        validation.refuse_broken(self.blocks, "generator", "that it was trained to")
+        if any(p.is_meta for p in self.blocks.parameters()):
+            raise ValueError(
+                "generator: its weights are on the meta device and have no values; load them"
+            )
         blocks = copy.deepcopy(self.blocks).to(like).eval().requires_grad_(False)
-        code = torch.zeros(2, *self.latent_shape).to(like).requires_grad_()
-        try:
-            with torch.enable_grad():
-                made = blocks(code)
-        except RuntimeError as error:
+        self._check(blocks, tuple(shape), like, value_range is not None)
+        if value_range is None or value_range == self.value_range:
+            return Generator(blocks, self.latent_shape, self.value_range)
+        (low, high), (bottom, top) = value_range, self.value_range
+        scaled = _Affine((high - low) / (top - bottom), low, bottom)
+        return Generator(nn.Sequential(*blocks, scaled), self.latent_shape, value_range)
+
+    def _check(
+        self, blocks: nn.Sequential, shape: tuple[int, ...], like: Tensor, ranged: bool
+    ) -> None:
+        """Draw a little, and refuse what cannot be searched; ``ranged``: its range is used."""
+        draw = torch.Generator().manual_seed(0)
+        codes = torch.randn(DRAWINGS, *self.latent_shape, generator=draw).to(like)
+        codes[0] = 0.0
+        with torch.random.fork_rng(devices=[codes.device] if codes.is_cuda else []):
+            made, again = _drawn(blocks, codes), _drawn(blocks, codes)
+        if len(made) != len(codes):
             raise ValueError(
-                f"generator: expected a network that takes codes {[2, *self.latent_shape]}, it "
-                f"does not ({error}); write rgap.priors.Generator(network, latent_shape=...)"
-            ) from error
-        if len(made) != len(code):
-            raise ValueError(
-                f"generator: expected a sample of each code, it makes {len(made)} of {len(code)}; "
+                f"generator: expected a sample of each code, it makes {len(made)} of {len(codes)}; "
                 "leave the first axis of codes as it is"
             )
         if made.shape[1:] != torch.Size(shape):
+            instead = f"a last block that makes {list(shape)}"
+            if made.ndim == len(shape) + 1 == 4 and made.shape[1] == shape[0]:
+                instead = f"nn.Sequential(generator, nn.Upsample({shape[1:]}))"
             raise ValueError(
                 f"generator: expected samples of shape {list(shape)}, the data's, it makes "
-                f"{list(made.shape[1:])}; write nn.Sequential(generator, nn.Upsample({shape[-1]}))"
+                f"{list(made.shape[1:])}; write {instead}"
             )
-        if not bool(torch.isfinite(made).all()):
+        if made.dtype != like.dtype:
             raise ValueError(
-                "generator: expected finite data, it makes NaN or infinity of a code of zeros; "
-                "load its weights again"
+                f"generator: expected {like.dtype} of such codes, it makes {made.dtype}; leave the "
+                "precision to the caller in its forward"
             )
         if not made.requires_grad:
             raise ValueError(
                 "generator: expected data that can be differentiated by their codes, they cannot; "
                 "leave out detach() and numpy() in its forward"
             )
-        if value_range is None or value_range == self.value_range:
-            return Generator(blocks, self.latent_shape, self.value_range)
-        (low, high), (bottom, top) = value_range, self.value_range
-        scaled = _Affine((high - low) / (top - bottom), low, bottom)
-        return Generator(nn.Sequential(*blocks, scaled), self.latent_shape, value_range)
+        made, again = made.detach(), again.detach()
+        for number, sample in enumerate(made):
+            if not bool(torch.isfinite(sample).all()):
+                what = "zeros" if number == 0 else "N(0, 1)"
+                raise ValueError(
+                    f"generator: expected finite data, it makes NaN or infinity of a code of "
+                    f"{what}; load its weights again"
+                )
+        if not torch.allclose(made, again, rtol=1e-4, atol=1e-6):
+            raise ValueError(
+                "generator: expected the same data of the same code, it makes others every time; "
+                "leave out what is random in its forward when it is in eval mode"
+            )
+        if not ranged:
+            return
+        (low, high), slack = self.value_range, BEYOND * (self.value_range[1] - self.value_range[0])
+        outside = ((made < low - slack) | (made > high + slack)).double().mean()
+        if outside > OFTEN:
+            ends = (float(f"{made.min():.2g}"), float(f"{made.max():.2g}"))
+            raise ValueError(
+                f"generator: expected data in {self.value_range}, {outside:.0%} of the values that "
+                f"it draws are outside, from {ends}; write rgap.priors.Generator(network, "
+                f"latent_shape={self.latent_shape}, value_range={ends})"
+            )
+
+
+def _require_network(given: object) -> None:
+    if not isinstance(given, nn.Module):
+        raise TypeError(
+            f"generator: expected a torch.nn.Module or a Generator, got {type(given).__name__}; "
+            "write rgap.priors.Generator(network, latent_shape=(128,))"
+        )
+
+
+def _drawn(blocks: nn.Module, codes: Tensor) -> Tensor:
+    """What a generator makes, differentiable."""
+    with torch.enable_grad():
+        try:
+            made: object = blocks(codes.detach().requires_grad_())
+        except Exception as error:
+            raise ValueError(
+                f"generator: expected a network that takes codes of shape {list(codes[0].shape)}, "
+                f"it does not ({error}); write rgap.priors.Generator(network, latent_shape=...)"
+            ) from error
+    if not isinstance(made, Tensor):
+        raise TypeError(
+            f"generator: expected a tensor of data, it makes a {type(made).__name__}; write a last "
+            "block that takes the data out of it"
+        )
+    return made
 
 
 _Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d

@@ -63,6 +63,8 @@ class Recovery:
         predicted_error: rms error per picture, from sampled noise through the whole update.
         error_bound: largest error of any entry that the certificate allows, or None.  Where copies
             of one picture are shown as their mean (the reason says so) it is that of the mean.
+            With ``determined`` it is that of the determined entries alone: what a prior chose has
+            none.
         candidates: the alternatives when ``AMBIGUOUS``; the nearest batch where a completion was
             asked for and did not reproduce the update.
         reason: one sentence that says why the status is what it is.

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import rgap
+from rgap.machine.memory import OutOfMemory
 from rgap.priors import prior_of
 from rgap.priors.drawn import Drawn
 from rgap.priors.generator import Generator, convolutional
@@ -111,6 +112,18 @@ def test_a_completion_draws_what_equations_leave_open() -> None:
     assert errors["drawn"] < 0.6 * errors["natural"], errors
 
 
+class Twice(torch.autograd.Function):
+    """A function that has no forward derivative."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return 2.0 * x
+
+    @staticmethod
+    def backward(ctx: object, slope: Tensor) -> Tensor:
+        return 2.0 * slope
+
+
 class Made(nn.Module):
     """What no generator may do, by name."""
 
@@ -118,24 +131,137 @@ class Made(nn.Module):
         super().__init__()
         self.line, self.fault = nn.Linear(5, 16), fault
 
-    def forward(self, z: Tensor) -> Tensor:
-        x: Tensor = self.line(z).reshape(-1, 1, 4, 4)
-        made = {"detached": x.detach(), "one": x[:1], "nan": x * float("nan"), "flat": x.flatten(1)}
-        return made[self.fault]
+    def forward(self, z: Tensor) -> object:
+        x: Tensor = self.line(z).reshape(-1, 1, 4, 4).sigmoid()
+        broken = torch.where(z.flatten(1)[:, 0].gt(0)[:, None, None, None], float("nan"), x)
+        half = x.half() if self.fault == "half" else x
+        made = {
+            "detached": lambda: x.detach(),
+            "one": lambda: x[:1],
+            "nan": lambda: x * float("nan"),
+            "sometimes nan": lambda: broken,
+            "flat": lambda: x.flatten(1),
+            "larger": lambda: x.repeat(1, 1, 2, 2),
+            "tuple": lambda: (x, z),
+            "half": lambda: half,
+            "random": lambda: x + 0.1 * torch.rand_like(x),
+            "dropout": lambda: nn.functional.dropout(x),
+            "signed": lambda: 2.0 * x - 1.0,
+            "bytes": lambda: 255.0 * x,
+            "backward only": lambda: Twice.apply(x / 2.0),
+            "raises": lambda: z["data"],  # type: ignore[call-overload]
+        }
+        return made[self.fault]()
+
+
+FAULTS = [
+    ("detached", "differentiated by their codes"),
+    ("one", "a sample of each code, it makes 1 of 16"),
+    ("nan", "NaN or infinity of a code of zeros"),
+    ("sometimes nan", r"NaN or infinity of a code of N\(0, 1\)"),
+    ("flat", r"expected samples of shape \[1, 4, 4\].*write a last block that makes"),
+    ("larger", r"it makes \[1, 8, 8\]; write nn.Sequential\(generator, nn.Upsample\(\(4, 4\)\)"),
+    ("tuple", "expected a tensor of data, it makes a tuple"),
+    ("half", "it makes torch.float16"),
+    ("random", "it makes others every time"),
+    ("dropout", "it makes others every time"),
+    ("signed", r"of the values that it draws are outside.*value_range=\(-0"),
+    ("bytes", r"are outside.*value_range=\("),
+    ("raises", r"takes codes of shape \[5\], it does not"),
+]
+
+
+@pytest.mark.parametrize(("fault", "words"), FAULTS)
+def test_what_no_generator_may_do(fault: str, words: str) -> None:
+    generator = Made(fault)
+    before = torch.get_rng_state()
+    with pytest.raises((ValueError, TypeError), match=words):
+        prior_of(generator, (1, 4, 4), (0.0, 1.0))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_what_a_prior_differentiates() -> None:
+    with pytest.raises(ValueError, match=r"along directions.*method='gifd'"):
+        prior_of(Made("backward only"), (1, 4, 4), (0.0, 1.0))
+    wide = nn.Sequential(nn.Linear(513, 16), nn.Sigmoid(), nn.Unflatten(1, (1, 4, 4)))
+    with pytest.raises(ValueError, match=r"at most 512 numbers.*got 513.*method='gias'"):
+        prior_of(wide, (1, 4, 4), (0.0, 1.0))
+    for name, value in (("spread", 0.0), ("spread", float("nan")), ("weight", -1.0)):
+        with pytest.raises(ValueError, match=f"{name}: expected a positive number"):
+            Drawn(curved(), **{"spread": 0.1, name: value})
 
 
 @pytest.mark.parametrize(
-    ("fault", "words"),
+    ("fields", "kind", "words"),
     [
-        ("detached", "differentiated by their codes"),
-        ("one", "a sample of each code, it makes 1 of 2"),
-        ("nan", "expected finite data"),
-        ("flat", "expected samples of shape"),
+        (("gan", (4,)), TypeError, r"expected a torch\.nn\.Module"),
+        ((nn.Identity(), 4), TypeError, "latent_shape: expected the shape"),
+        ((nn.Identity(), (4, 0)), ValueError, "latent_shape: expected at least 1"),
+        ((nn.Identity(), (4,), (1.0, 0.0)), ValueError, "low < high"),
+        ((nn.Identity(), (4,), (0.0, float("nan"))), ValueError, "low < high"),
+        ((nn.Identity(), (4,), None), TypeError, "write value_range="),
+        ((nn.Identity(), (4,), 1.0), TypeError, "expected \\(low, high\\)"),
     ],
 )
-def test_what_no_generator_may_do(fault: str, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        prior_of(Made(fault), (1, 4, 4), None)
+def test_fields_of_a_generator(fields: tuple, kind: type, words: str) -> None:  # type: ignore[type-arg]
+    with pytest.raises(kind, match=words):
+        Generator(*fields)
+
+
+def test_a_network_of_any_kind_is_a_block() -> None:
+    assert len(Generator(nn.Identity(), (4,)).blocks) == 1  # type: ignore[arg-type]
+
+
+def test_weights_without_values_are_refused() -> None:
+    with pytest.raises(ValueError, match="meta device"):
+        prior_of(nn.Linear(4, 6, device="meta"), (6,), None)
+    with pytest.raises(ValueError, match="no shape yet"):
+        Generator(nn.LazyLinear(6), (4,)).fitted((6,), None, torch.zeros(1))  # type: ignore[arg-type]
+
+
+def test_a_search_begins_without_what_another_remembers() -> None:
+    """The same object gives the same completion twice; so does one that was used elsewhere."""
+    generator = curved().fitted((1, 6, 6), None, torch.zeros(1, dtype=F64))
+    used = Drawn(generator, 0.05)
+    used.value(torch.rand(2, 1, 6, 6, dtype=F64))
+    x, first = torch.rand(2, 1, 6, 6, dtype=F64), Drawn(generator, 0.05)
+    again = prior_of(used, (1, 6, 6), None)
+    assert torch.equal(again.value(x), first.value(x))
+    assert again is not used
+    assert used.last.fit is not None, "the caller's own is left as it is"
+
+
+def test_a_search_with_a_generator_goes_on_to_the_same_bits() -> None:
+    generator = curved()
+    with torch.no_grad():
+        picture = generator.blocks(draw(2, 4, seed=8).float()).double()
+    layers = nn.AvgPool2d(2), nn.Conv2d(1, 3, 3), nn.Sigmoid(), nn.Flatten(), nn.Linear(3, 3)
+    client = nn.Sequential(*layers).double().eval()
+    update = rgap.capture(client, picture, torch.tensor([0, 1]), dtype=F64)
+
+    def run(**more: object) -> rgap.Matching:
+        return rgap.match(client, update, prior=generator, iterations=12, restarts=2, **more)  # type: ignore[arg-type]
+
+    whole = run()
+    for end in (1, 5, 14):
+        first = run(callback=lambda point, end=end: point.number >= end)
+        assert first.checkpoint is not None
+        rest = run(checkpoint=first.checkpoint)
+        assert rest.misfit == whole.misfit
+        one, other = ((m.nearest if m.inputs is None else m.inputs) for m in (rest, whole))
+        assert one is not None
+        assert other is not None
+        assert torch.equal(one, other)
+
+
+def test_memory_of_the_slopes_is_counted() -> None:
+    wide = nn.Sequential(nn.Linear(400, 3 * 64 * 64), nn.Sigmoid(), nn.Unflatten(1, (3, 64, 64)))
+    client = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 64, 2))
+    update = rgap.capture(client, torch.rand(2, 3, 64, 64), torch.tensor([0, 1]))
+    with pytest.raises(OutOfMemory, match="the prior of a generator needs 15"):
+        rgap.match(client, update, prior=wide, memory_budget=65e6)
+    with pytest.raises(OutOfMemory, match="the prior of a generator needs 15"):
+        rgap.invert(client, update, complete=True, prior=wide, memory_budget=65e6)
 
 
 def test_without_a_range_of_data_a_generator_is_taken_as_it_is() -> None:
