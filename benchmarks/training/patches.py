@@ -1,8 +1,8 @@
 """Learn the shapes of patches that the prior ``patches`` has, from photographs in a folder.
 
-    python -m benchmarks.training.patches                     rgap/data/patches.safetensors again
+    python -m benchmarks.training.patches --output rgap/data/patches.safetensors    those shipped
     python -m benchmarks.training.patches --pictures FOLDER --output shapes.safetensors
-    python -m benchmarks.training.patches --checkpoint em.safetensors    goes on after a kill
+    python -m benchmarks.training.patches --checkpoint em.safetensors ...    after a kill
 
 The folder is that of Debian's packages lomiri-wallpapers-16.04 and -20.04 (apt install); who made
 the photographs, and under which licence, is in rgap/data/PATCHES.md.  None of them is among those
@@ -58,7 +58,6 @@ def main() -> int:
         patches=50,
         shapes=3,
         rounds=2,
-        output="shapes.safetensors",
     )
     parser.add_argument("--pictures", type=Path, default=Path("/usr/share/backgrounds"))
     parser.add_argument("--size", type=int, default=768, help="largest side, in pixels")
@@ -68,9 +67,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=40, help="at most")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--checkpoint", type=Path, help="written after every round, gone on from")
-    parser.add_argument(
-        "--output", type=Path, default=Path("rgap/data/patches.safetensors"), help="of the shapes"
-    )
+    parser.result("the shapes, a safetensors file; those shipped: rgap/data/patches.safetensors")
     options = parser.parse_args()
     draw = torch.Generator().manual_seed(options.seed)
     patches = drawn(folder(options.pictures, options.size), options.patches, options.side, draw)
@@ -99,7 +96,8 @@ def main() -> int:
         "contrasts": torch.tensor(CONTRASTS),
         "noise": torch.tensor(NOISE),
     }
-    written(options.output, shapes, {})
+    if options.output is not None:
+        written(options.output, shapes, {})
     return 0
 
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from rgap.learned.adapting import adapt
 from rgap.learned.design import Design
-from rgap.learned.inverse import Inverse, TrainingReport, load
+from rgap.learned.inverse import Inverse, load
+from rgap.learned.report import TrainingReport
 from rgap.learned.schedule import Schedule
 from rgap.learned.training import train
 

@@ -12,6 +12,7 @@ with Z and Z′ [N, m] the standardised hashed gradients at both, and V takes th
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -20,19 +21,23 @@ from torch import Tensor, nn
 
 from rgap import validation
 from rgap.learned.fingerprint import Fingerprint
-from rgap.learned.fitting import Pool, batches
+from rgap.learned.fitting import Fitting, Pool, batches
 from rgap.learned.gradients import HashedGradient
 from rgap.learned.inverse import Inverse
 from rgap.learned.networks import first_layer
+from rgap.learned.schedule import Schedule
 from rgap.learned.standard import Standard
-from rgap.learned.training import measured, require_pictures
+from rgap.learned.training import held_out, measured, require_pictures
+from rgap.matching.checkpoint import Ended
 from rgap.network.agreement import refuse_unready
 from rgap.progress import Progress, Shown
+from rgap.update.preflight import require_targets
 
 __all__ = ["adapt"]
 
 MOST = 2048  # rows of the regression: a matrix of so many is factored once for every λ
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # λ, in units of the mean diagonal of Z′Z′ᵀ
+HELD = 0.1  # share of the pictures that the new report is of
 TRIED = 8  # of so many rows one tells which λ is best
 
 
@@ -61,7 +66,10 @@ def adapt(
 
     Raises:
         ValueError: models that are not of one architecture, ``before`` not that of the inverse,
-            pictures of another shape or with NaN.
+            pictures of another shape, with NaN or too few, labels that do not belong to the loss.
+
+    The report is that of the new weights, on a share of the pictures that the regression is not
+    made from; its seconds are those of the regression.
 
     >>> import rgap
     >>> from rgap.learned import Design, Schedule, train
@@ -84,21 +92,22 @@ def adapt(
         )
     known = validation.labels(labels, len(pictures))
     assert known is not None
+    require_targets(after, inverse.client.loss, known, inverse.client.shape)
+    began, seed, sizes = time.perf_counter(), inverse.client.seed, inverse.design.batch_sizes
+    held, (low, high) = held_out(len(pictures), HELD, inverse.design), inverse.client.value_range
     with Progress(progress) as show:
-        old, new = (
-            Pool(
-                HashedGradient.of(model, inverse.client, inverse.design).rows(
-                    pictures, known, show.stage
-                ),
-                pictures,
-                inverse.client.loss,
-            )
-            for model in (before, after)
-        )
-        standard = measured(new, inverse.design, inverse.client.seed)
-        sizes, draw = inverse.design.batch_sizes, torch.Generator().manual_seed(inverse.client.seed)
-        count = min(MOST, len(pictures) * len(sizes)) // len(sizes)
-        drawn = [batches(len(pictures), size, count, draw) for size in sizes]
+
+        def parted(model: nn.Module) -> tuple[Pool, Pool]:
+            source = HashedGradient.of(model, inverse.client, inverse.design)
+            rows = source.rows(pictures, known, show.stage)
+            unit = ((pictures - low) / (high - low)).to(rows)
+            return Pool(rows, unit, inverse.client.loss).parted(held, seed)
+
+        (old, _), (new, back) = parted(before), parted(after)
+        standard, draw = measured(new, inverse.design, seed), torch.Generator().manual_seed(seed)
+        total = len(pictures) - held
+        count = min(MOST, total * len(sizes)) // len(sizes)
+        drawn = [batches(total, size, count, draw) for size in sizes]
 
         def rows(own: Pool, by: Standard, places: Sequence[int]) -> Tensor:
             hashed = (own.drawn(index)[0] for index in drawn)
@@ -110,13 +119,15 @@ def adapt(
             return _refitted(network, was, now)
 
         guess = inverse.counter
-        return replace(
-            inverse,
-            fingerprint=Fingerprint.of(after),
-            standard=standard,
-            network=moved(inverse.network, range(len(sizes))),
-            counter=None if guess is None else moved(guess, [0] * len(sizes)),
-        )
+        network = moved(inverse.network, range(len(sizes)))
+        counter = None if guess is None else moved(guess, [0] * len(sizes))
+    seconds, plan = time.perf_counter() - began, Schedule(seed=seed)
+    judged = Fitting(inverse.design, plan, standard, network, counter, new, back)
+    report = replace(judged.report(Ended.DONE), steps=inverse.report.steps, seconds=seconds)
+    return replace(
+        inverse, fingerprint=Fingerprint.of(after), standard=standard, network=network,
+        counter=counter, report=report,
+    )  # fmt: skip
 
 
 def _refitted(network: nn.Sequential, was: Tensor, now: Tensor) -> nn.Sequential:

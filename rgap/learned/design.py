@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from rgap import validation
@@ -32,6 +33,7 @@ class Design:
 
     Raises:
         ValueError: no batch size, a size below 1, an unknown network.
+        TypeError: batch sizes that are none.
 
     >>> Design(batch_sizes=(4, 1, 2)).batch_sizes
     (1, 2, 4)
@@ -45,6 +47,12 @@ class Design:
     scale_free: bool = False
 
     def __post_init__(self) -> None:
+        given: object = self.batch_sizes  # whatever the caller gave
+        if not isinstance(given, Iterable) or isinstance(given, str):
+            raise TypeError(
+                f"batch_sizes: expected whole numbers, one after another, got {given!r}; write "
+                "batch_sizes=(1, 2)"
+            )
         sizes = sorted({validation.count("batch_sizes", size) for size in self.batch_sizes})
         if not sizes:
             raise ValueError("batch_sizes: expected at least one, got none; write batch_sizes=(1,)")

@@ -12,8 +12,10 @@ from rgap.learned.assignment import assigned_error
 from rgap.learned.design import Design
 from rgap.learned.gradients import of_batches
 from rgap.learned.networks import under, with_size
+from rgap.learned.report import TrainingReport
 from rgap.learned.schedule import Schedule
 from rgap.learned.standard import Standard
+from rgap.matching.checkpoint import Ended
 from rgap.update.losses import Loss
 
 __all__ = ["Fitting", "Pool", "batches"]
@@ -40,6 +42,17 @@ class Pool:
         """Hashed gradients and pictures of batches [N, B], ``[N, m]`` and ``[N, B, *shape]``."""
         at = index.to(self.hashed.device)
         return of_batches(self.hashed, at, self.loss), self.pictures[at]
+
+    def parted(self, held: int, seed: int) -> tuple[Pool, Pool]:
+        """Those to learn from and those that are held out, so many, in an order of the seed."""
+        order = torch.randperm(
+            len(self.pictures), generator=torch.Generator().manual_seed(seed)
+        ).to(self.hashed.device)
+        learned, back = (
+            Pool(self.hashed[part], self.pictures[part], self.loss)
+            for part in (order[held:], order[:held])
+        )
+        return learned, back
 
 
 def batches(count: int, size: int, number: int, draw: torch.Generator) -> Tensor:
@@ -149,6 +162,14 @@ class Fitting:
                 for place, index in enumerate(self._looks)
             ]
         return float(torch.cat(right).double().mean())
+
+    def report(self, ended: Ended) -> TrainingReport:
+        """How well the networks do on what was held out, and what it took."""
+        middle = self.learned.pictures.mean(0)
+        return TrainingReport(
+            self.errors(), float((self.held.pictures - middle).square().mean()), self.counted(),
+            self.step, self.seconds, ended,
+        )  # fmt: skip
 
     def finish(self) -> None:
         """Take the best weights."""

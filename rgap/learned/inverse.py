@@ -18,42 +18,21 @@ from rgap.learned.design import Client, Design
 from rgap.learned.fingerprint import Fingerprint
 from rgap.learned.gradients import HashedGradient
 from rgap.learned.networks import counter, decoder, under, with_size
+from rgap.learned.report import TrainingReport
 from rgap.learned.standard import Standard
 from rgap.matching.checkpoint import Ended
 from rgap.network.agreement import refuse_unready
 from rgap.update.losses import UNKNOWN
-from rgap.update.preflight import ClientView
-from rgap.update.storage import declared, described, opened, written
+from rgap.update.preflight import ClientView, require_targets
+from rgap.update.storage import declared, described, opened, require_whole, written
 from rgap.update.update import Update
 
-__all__ = ["Inverse", "TrainingReport", "built", "load"]
+__all__ = ["Inverse", "built", "load"]
 
 FORMAT = "rgap.inverse"
 VERSION = 1
 ALL_ORDERS = 6  # samples up to which every order of the labels is tried
 DRIFTS = ("refuse", "allow")
-
-
-@dataclass(frozen=True)
-class TrainingReport:
-    """How a training went.
-
-    Attributes:
-        errors: mean squared error on pictures that were held out, by batch size, of data in
-            [0, 1].
-        mean_picture: that of the mean of the pictures that were learned from, for every answer.
-        counted: share of held-out batches whose size is guessed right; None for a single size.
-        steps: that were made.
-        seconds: they took, the gradients included.
-        ended: why.
-    """
-
-    errors: dict[int, float]
-    mean_picture: float
-    counted: float | None
-    steps: int
-    seconds: float
-    ended: Ended
 
 
 def built(
@@ -115,7 +94,7 @@ class Inverse:
 
         Raises:
             ValueError: another model, moved weights, an update that does not fit, a batch size that
-                was not trained for.
+                was not trained for, labels that are no targets of the model.
         """
         source, hashed = self._hashed(model, update, drift)
         size = update.batch_size if batch_size is None else batch_size
@@ -129,6 +108,8 @@ class Inverse:
         low, high = self.client.value_range
         made = low + (high - low) * made
         known = validation.labels(update.labels if labels is None else labels, size)
+        if known is not None:
+            require_targets(model, self.client.loss, known, self.client.shape)
         return made if known is None else made[self._order(source, made, known, hashed)]
 
     def sizes(self, model: nn.Module, update: Update, *, drift: str = "refuse") -> dict[int, float]:
@@ -236,7 +217,8 @@ def load(path: str | os.PathLike[str]) -> Inverse:
     """Read an inverse that :meth:`Inverse.save` wrote.
 
     Raises:
-        ValueError: another file, a damaged one, one of a later version, or with tensors missing.
+        ValueError: another file, a damaged one, one of a later version, or with tensors missing or
+            not finite.
         FileNotFoundError: no such file.
     """
     again = "inverse.save(path)"
@@ -247,8 +229,22 @@ def load(path: str | os.PathLike[str]) -> Inverse:
         raise ValueError(
             f"{Path(path)}: expected an inverse of version {VERSION}, got {kind}; write {again}"
         )
-    header: dict[str, Any] = json.loads(metadata["inverse"])
-    design = Design(**header["design"])
+    try:
+        read = _read(json.loads(metadata["inverse"]), tensors)
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+        raise ValueError(
+            f"{Path(path)}: its tensors are not those of its design "
+            f"({' '.join(str(error).split())}); write {again}"
+        ) from error
+    require_whole(path, metadata, tensors)
+    return read
+
+
+def _read(header: dict[str, Any], tensors: dict[str, Tensor]) -> Inverse:
+    """What :meth:`Inverse.save` wrote."""
+    for name, tensor in tensors.items():
+        validation.require_finite(name, tensor, "train it again")
+    design, report = Design(**header["design"]), header["report"]
     client = Client(
         declared(header["client"]["loss"]),
         tuple(header["client"]["shape"]),
@@ -256,25 +252,19 @@ def load(path: str | os.PathLike[str]) -> Inverse:
         tuple(header["client"]["names"]),
         header["client"]["seed"],
     )
-    report = header["report"]
     errors = {int(size): error for size, error in report["errors"].items()}
-    try:
-        sketch = tensors["sketch"]
-        standard = Standard(tensors["centres"], tensors["spreads"], design.scale_free)
-        with torch.random.fork_rng(devices=[]):
-            network, guess = built(design, client, standard.centres.shape[1])
-        network.load_state_dict(under(tensors, "network/"))
-        if guess is not None:
-            guess.load_state_dict(under(tensors, "counter/"))
-    except (KeyError, RuntimeError) as error:
-        raise ValueError(
-            f"{Path(path)}: its tensors are not those of its design "
-            f"({' '.join(str(error).split())}); write {again}"
-        ) from error
+    standard = Standard(tensors["centres"], tensors["spreads"], design.scale_free)
+    with torch.random.fork_rng(devices=[]):
+        network, guess = built(design, client, standard.centres.shape[1])
+    network.load_state_dict(under(tensors, "network/"))
+    if guess is not None:
+        guess.load_state_dict(under(tensors, "counter/"))
     return Inverse(
         design,
         client,
-        Fingerprint(tuple(header["architecture"]), header["weights"], sketch, header["norm"]),
+        Fingerprint(
+            tuple(header["architecture"]), header["weights"], tensors["sketch"], header["norm"]
+        ),
         standard,
         network.requires_grad_(False),
         None if guess is None else guess.requires_grad_(False),

@@ -17,15 +17,16 @@ from rgap.learned.design import Client, Design
 from rgap.learned.fingerprint import Fingerprint
 from rgap.learned.fitting import Fitting, Pool, batches
 from rgap.learned.gradients import HashedGradient, of_batches
-from rgap.learned.inverse import Inverse, TrainingReport, built
+from rgap.learned.inverse import Inverse, built
 from rgap.learned.schedule import Schedule
 from rgap.learned.standard import Standard
 from rgap.machine import memory
 from rgap.matching.checkpoint import Checkpoint, Ended, digest
 from rgap.network.agreement import refuse_unready
-from rgap.network.running import refuse_meta, refuse_wrapped, run
+from rgap.network.running import refuse_meta, refuse_wrapped
 from rgap.progress import Progress, Shown
 from rgap.update.losses import Loss
+from rgap.update.preflight import require_targets
 from rgap.update.storage import require_folder
 
 __all__ = ["train"]
@@ -98,12 +99,7 @@ def train(
     """
     began = time.perf_counter()
     client = _client(model, pictures, labels, loss, value_range, schedule)
-    held = max(1, round(schedule.held_out * len(pictures)))
-    if min(held, len(pictures) - held) < design.batch_sizes[-1]:
-        raise ValueError(
-            f"pictures: expected at least {design.batch_sizes[-1]} to learn from and as many held "
-            f"out, a batch, got {len(pictures) - held} and {held}; give more pictures"
-        )
+    held = held_out(len(pictures), schedule.held_out, design)
     entries = sum(p.numel() for n, p in model.named_parameters() if n in client.names)
     memory.require(
         f"hashed gradients of {len(pictures):,} pictures",
@@ -115,6 +111,8 @@ def train(
     if file is not None:
         require_folder(file)
     fingerprint = Fingerprint.of(model)
+    if start is not None:
+        start.fingerprint.require(model, moved=True)
     settings = {
         "model": fingerprint.weights,
         "pictures": digest(pictures, labels),
@@ -127,27 +125,32 @@ def train(
     with Progress(progress, began + limit if limit < inf else None) as show:
         source = HashedGradient.of(model, client, design)
         rows = source.rows(pictures, labels, show.stage)
-        low, high = value_range
-        order = torch.randperm(
-            len(pictures), generator=torch.Generator().manual_seed(schedule.seed)
-        )
+        low, high = client.value_range
         unit = ((pictures - low) / (high - low)).to(rows)
-        learned, kept_back = (
-            Pool(rows[part.to(rows.device)], unit[part.to(rows.device)], client.loss)
-            for part in (order[held:], order[:held])
-        )
+        learned, kept_back = Pool(rows, unit, client.loss).parted(held, schedule.seed)
         standard = measured(learned, design, schedule.seed)
         fit = _begun(client, design, schedule, standard, (learned, kept_back), start)
         ended = _followed(fit, show, file, settings, began)
-    middle = learned.pictures.mean(0)
-    report = TrainingReport(
-        fit.errors(), float((kept_back.pictures - middle).square().mean()), fit.counted(), fit.step,
-        fit.seconds, ended,
-    )  # fmt: skip
+    report = fit.report(ended)
     guess = None if fit.counter is None else fit.counter.requires_grad_(False)
     return Inverse(
         design, client, fingerprint, standard, fit.network.requires_grad_(False), guess, report
     )
+
+
+def held_out(count: int, share: float, design: Design) -> int:
+    """How many of so many pictures are held out.
+
+    Raises:
+        ValueError: less than a batch is left, or held out.
+    """
+    held = max(1, round(share * count))
+    if min(held, count - held) < design.batch_sizes[-1]:
+        raise ValueError(
+            f"pictures: expected at least {design.batch_sizes[-1]} to learn from and as many held "
+            f"out, a batch, got {count - held} and {held}; give more pictures"
+        )
+    return held
 
 
 def measured(pool: Pool, design: Design, seed: int) -> Standard:
@@ -177,7 +180,7 @@ def _client(
     refuse_meta(model)
     refuse_unready(model)
     refuse_wrapped(model)
-    require_pictures(pictures, value_range)
+    bounds = require_pictures(pictures, value_range)
     known = validation.labels(labels, len(pictures))
     declared = Loss.of(loss)
     if declared.own or not declared.known or declared.weight is not None:
@@ -185,21 +188,23 @@ def _client(
             f"loss: expected a named one that weighs samples alike, got {declared.name!r}"
             f"{' with class weights' if declared.weight else ''}; write loss='cross_entropy'"
         )
-    like = next(model.parameters())
-    with torch.no_grad():
-        outputs = run(model, pictures[:1].to(like))
-    assert known is not None
-    declared.check_targets(outputs.expand(len(known), *outputs.shape[1:]), known.to(like.device))
     names = tuple(name for name, p in model.named_parameters() if p.requires_grad)
-    return Client(declared, tuple(pictures.shape[1:]), value_range, names, schedule.seed)
+    if not names:
+        raise ValueError(
+            "model: expected parameters that a client trains, got none; write "
+            "model.requires_grad_(True)"
+        )
+    assert known is not None
+    require_targets(model, declared, known, pictures.shape[1:])
+    return Client(declared, tuple(pictures.shape[1:]), bounds, names, schedule.seed)
 
 
-def require_pictures(pictures: Tensor, value_range: tuple[float, float]) -> None:
-    """Raise unless these are pictures to learn from.
+def require_pictures(pictures: Tensor, value_range: tuple[float, float]) -> tuple[float, float]:
+    """Raise unless these are pictures to learn from; the range of their values.
 
     Raises:
         TypeError: no floating tensor.
-        ValueError: none at all, NaN or infinity, values out of range.
+        ValueError: none at all, NaN or infinity, values out of range, a range that is none.
     """
     if not isinstance(pictures, Tensor) or not pictures.is_floating_point():
         kind = pictures.dtype if isinstance(pictures, Tensor) else type(pictures).__name__
@@ -213,12 +218,19 @@ def require_pictures(pictures: Tensor, value_range: tuple[float, float]) -> None
             "rgap.photos.folder(path)"
         )
     validation.require_finite("pictures", pictures, "drop those that are broken")
-    low, high = value_range
+    bounds = validation.bounds(value_range)
+    if bounds is None:
+        raise TypeError(
+            "value_range: expected the range of the pictures' values, got None; write "
+            "value_range=(0.0, 1.0)"
+        )
+    low, high = bounds
     if float(pictures.min()) < low or float(pictures.max()) > high:
         raise ValueError(
             f"pictures: expected values in [{low:g}, {high:g}], got {float(pictures.min()):.3g} to "
             f"{float(pictures.max()):.3g}; write value_range=, the range after normalisation"
         )
+    return bounds
 
 
 def _begun(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from rgap.update.storage import opened, written
+from rgap.update.storage import opened, require_whole, written
 
 __all__ = ["Checkpoint", "Ended", "Progress", "digest"]
 
@@ -71,9 +71,10 @@ class Checkpoint:
         metadata, tensors = opened(path, "checkpoint.save(path)")
         if metadata.get("format") != FORMAT:
             raise ValueError(
-                f"{Path(path)}: expected a checkpoint that a search wrote, got another safetensors "
-                "file; write found.checkpoint.save(path)"
+                f"{Path(path)}: expected a checkpoint, got another safetensors file; name one that "
+                "a search or a training wrote, or a file that is not there yet"
             )
+        require_whole(path, metadata, tensors)
         return cls(json.loads(metadata["settings"]), tensors)
 
     def require(self, settings: Mapping[str, str]) -> None:
@@ -86,8 +87,8 @@ class Checkpoint:
             held = self.settings.get(name)
             if held != value:
                 raise ValueError(
-                    f"checkpoint: of a search with {name}={held}, expected {name}={value}; write "
-                    "the model, update and options of the first call, or begin without checkpoint="
+                    f"checkpoint: of a call with {name}={held}, expected {name}={value}; write "
+                    "the model, data and options of that call, or begin without checkpoint="
                 )
 
 

@@ -15,8 +15,6 @@ from rgap.labels import estimate
 from rgap.matching.checkpoint import Checkpoint, Progress
 from rgap.matching.presets import Preset
 from rgap.network.batch_statistics import mixing
-from rgap.network.isolation import untouched
-from rgap.network.running import run
 from rgap.precision import Precision
 from rgap.priors import Likely, named, prior_of
 from rgap.recovery import Recovery
@@ -24,7 +22,7 @@ from rgap.remedy import LOCAL, Remedy
 from rgap.seeding import start_of
 from rgap.solvers.priors import Prior
 from rgap.update.local_training import LocalTraining
-from rgap.update.preflight import ClientView
+from rgap.update.preflight import ClientView, require_targets
 
 BEST = "best"  # of the methods of labels
 STATED = Remedy("labels=", "--labels").then(" in the client's order if it is known")
@@ -122,7 +120,7 @@ class SearchProblem:
                 )
         shape, place = (size, *client.input_shape), client.place
         if known is not None:
-            _check_targets(client, known, shape)
+            require_targets(client.model, client.update.loss, known, client.input_shape, size)
             known = known.to(place)
         precision = client.precision()
         void = cancelled(client.model, shape) if any(mixing(client.model)) else frozenset()
@@ -172,15 +170,6 @@ class Limits:
     def saved(self, tensors: Mapping[str, Tensor]) -> Checkpoint:
         """Where a search under these limits stands."""
         return Checkpoint(dict(self.settings or {}), tensors)
-
-
-def _check_targets(client: ClientView, labels: Tensor, shape: tuple[int, ...]) -> None:
-    """Raise unless the labels are targets of the model's outputs."""
-    like = next(client.model.parameters())
-    with torch.no_grad(), untouched(client.model, hooks=False):
-        probe = torch.full(shape, 0.5, dtype=like.dtype, device=like.device)
-        outputs = run(client.model, probe)
-    client.update.loss.check_targets(outputs, labels.to(outputs.device))
 
 
 def _prior(prior: Likely | None, preset: Preset | None, client: ClientView) -> Prior | None:

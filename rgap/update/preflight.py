@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from rgap import validation
 from rgap.network.agreement import refuse_unready, sample_shape
-from rgap.network.running import refuse_meta, refuse_wrapped
+from rgap.network.isolation import untouched
+from rgap.network.running import refuse_meta, refuse_wrapped, run
 from rgap.precision import Precision
+from rgap.update.losses import Loss
 from rgap.update.update import Update, view
 
 log = logging.getLogger(__name__)
@@ -122,6 +124,33 @@ class ClientView:
         """
         own = {n: s.to(self.place, torch.float64) for n, s in (self.update.noise or {}).items()}
         return Precision(self.update.dtype, self.noise, samples, seed, entries=own)
+
+
+def require_targets(
+    model: nn.Module, loss: Loss, labels: Tensor, shape: Sequence[int], samples: int = 1
+) -> None:
+    """Raise unless labels are targets of a model's outputs.
+
+    Args:
+        model: in the client's mode; run once, and left as it is.
+        loss: the client's.
+        labels: one a sample, [B, ...].
+        shape: of one sample.
+        samples: that the model is run on: 1, or the batch where its outputs need all of it.
+
+    Raises:
+        TypeError: targets of another kind than the loss's.
+        ValueError: another shape, an index that is no class, soft targets that are none.
+
+    >>> require_targets(nn.Linear(3, 2), Loss(), torch.tensor([0, 1]), (3,))
+    """
+    like = next(model.parameters())
+    with torch.no_grad(), untouched(model, hooks=False):
+        probe = torch.full((samples, *shape), 0.5, dtype=like.dtype, device=like.device)
+        outputs = run(model, probe)
+    if samples != len(labels):
+        outputs = outputs.expand(len(labels), *outputs.shape[1:])
+    loss.check_targets(outputs, labels.to(outputs.device))
 
 
 def as_on_the_client(model: nn.Module, update: Update) -> nn.Module:

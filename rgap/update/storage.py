@@ -6,11 +6,13 @@ unpickling runs code. A file is recognised by its first bytes before anything pa
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import struct
 import uuid
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,13 @@ from torch import Tensor
 from rgap.update.losses import Loss
 
 __all__ = [
-    "declared", "described", "opened", "read", "require_folder", "unwritable", "write", "written",
+    "declared", "described", "opened", "read", "require_folder", "require_whole", "unwritable",
+    "write", "written",
 ]  # fmt: skip
 
 FORMAT = "rgap.update"
 VERSION = 1
+DIGEST = "digest"  # of everything else in a file, in its metadata
 _GROUPS = ("gradients", "buffers")
 _NOISE = "noise"  # optional: files of version 1 that have no noise do not name the group
 _KEYS = (*_GROUPS, "batch_size", "loss", "input_shape", "value_range", "dtype", "local_steps")
@@ -78,7 +82,7 @@ def declared(header: dict[str, Any]) -> Loss:
 def written(
     path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, str]
 ) -> None:
-    """Write a safetensors file beside its target, then rename it."""
+    """Write a safetensors file beside its target, then rename it; with the digest of it all."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -88,13 +92,39 @@ def written(
     try:
         beside.touch()
         mode = beside.stat().st_mode  # as every new file has; safetensors hides its own from others
-        save_file(tensors, beside, metadata=metadata)
+        save_file(tensors, beside, {**metadata, DIGEST: _digest(metadata, tensors)})
         beside.chmod(mode)
         os.replace(beside, target)
     except (OSError, SafetensorError) as error:
         raise unwritable(target, error) from error
     finally:
         beside.unlink(missing_ok=True)
+
+
+def require_whole(
+    path: str | os.PathLike[str], metadata: Mapping[str, str], tensors: Mapping[str, Tensor]
+) -> None:
+    """Raise unless a file is as :func:`written` left it.
+
+    Raises:
+        ValueError: a number, a name or a word of it has changed since.
+    """
+    own = {name: value for name, value in metadata.items() if name != DIGEST}
+    if metadata.get(DIGEST) != _digest(own, tensors):
+        raise ValueError(
+            f"{path}: damaged: its numbers are not those that were written; copy it again, or "
+            "write it again"
+        )
+
+
+def _digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """Of all that is in a file, in any order."""
+    state = hashlib.sha256(json.dumps(sorted(metadata.items())).encode())
+    for name, tensor in sorted(tensors.items()):
+        state.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        plain = tensor.detach().cpu().contiguous().reshape(-1)
+        state.update(plain.view(torch.uint8).numpy().data)
+    return state.hexdigest()
 
 
 def require_folder(target: Path) -> None:
@@ -122,9 +152,15 @@ def opened(
 
     Raises:
         ValueError: a pickle or another file, or a damaged one.
+        FileNotFoundError: no such file.
     """
     from safetensors import SafetensorError, safe_open
 
+    if not os.path.exists(path):
+        raise FileNotFoundError(
+            f"{path}: no such file, expected one that {again} wrote; it is looked for in "
+            f"{os.getcwd()}"
+        )
     _refuse_foreign(path)
     try:
         with safe_open(os.fspath(path), framework="pt") as file:
@@ -150,7 +186,10 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
                 "was edited. Write it again with update.save(path)."
             )
     groups = {g: {k.removeprefix(f"{g}/"): tensors[k] for k in wanted[g]} for g in wanted}
-    return {**groups, "labels": tensors.get("labels"), **_decoded(path, header)}
+    fields = {**groups, "labels": tensors.get("labels"), **_decoded(path, header)}
+    if DIGEST in metadata:  # files of version 1 that have none are read too
+        require_whole(path, metadata, tensors)
+    return fields
 
 
 def _decoded(path: str | os.PathLike[str], header: dict[str, Any]) -> dict[str, Any]:

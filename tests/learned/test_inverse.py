@@ -152,6 +152,14 @@ def test_an_adapted_inverse_is_nearer_than_one_that_is_not() -> None:
         ):
             errors[adapted] += float((made[0] - x[number]).square().mean())
     assert errors[True] < 0.7 * errors[False]
+    told = new.report.errors[1]
+    assert told != own.report.errors[1], "of the new weights"
+    assert told == pytest.approx(errors[True] / 40, rel=0.6)
+    assert new.report.steps == own.report.steps
+    with pytest.raises(ValueError, match="as many held out, a batch, got 0 and 1"):
+        adapt(own, client(), other, pictures[:1], labels[:1])
+    with pytest.raises(ValueError, match="targets"):
+        adapt(own, client(), other, pictures, labels + 90)
     with pytest.raises(ValueError, match="expected the weights that it was trained for"):
         adapt(own, other, other, pictures, labels)
     with pytest.raises(ValueError, match=r"pictures: expected samples of shape \[1, 6, 6\]"):
@@ -231,6 +239,15 @@ def test_arguments_of_a_training() -> None:
         train(client(), x, y, loss=rgap.Loss(weight=(1.0, 2.0, 3.0, 4.0)))
     with pytest.raises(ValueError, match="conditioned: expected a loss of class indices"):
         train(client(), x, torch.rand(40, 4), loss="mse_loss", design=Design(conditioned=True))
+    for bounds in ((0.0, float("inf")), (1.0, 0.0), (0.0, 0.0), (float("nan"), 1.0)):
+        with pytest.raises(ValueError, match="value_range: expected"):
+            train(client(), x, y, value_range=bounds)
+    with pytest.raises(TypeError, match="value_range: expected the range"):
+        train(client(), x, y, value_range=None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="expected parameters that a client trains"):
+        train(client().requires_grad_(False), x, y)
+    with pytest.raises(ValueError, match="targets"):
+        train(client(), x, y + 90)
     flat = nn.Sequential(nn.Linear(36, 4)).eval()
     with pytest.raises(ValueError, match="network: 'convolutional' makes pictures"):
         train(flat, x.flatten(1), y, design=Design(network="convolutional"))
@@ -242,12 +259,14 @@ def test_arguments_of_a_training() -> None:
         (lambda: Design(batch_sizes=()), "batch_sizes: expected at least one"),
         (lambda: Design(batch_sizes=(0,)), "batch_sizes: expected at least 1, got 0"),
         (lambda: Design(network="unet"), "network: expected one of 'mlp', 'convolutional'"),
+        (lambda: Design(batch_sizes=2), "batch_sizes: expected whole numbers, one after another"),
+        (lambda: Design(batch_sizes="12"), "batch_sizes: expected whole numbers, one after"),
         (lambda: Schedule(rate=0.0), "rate: expected a number above 0"),
         (lambda: Schedule(held_out=1.0), "held_out: expected a share between 0 and 1"),
     ],
 )
 def test_designs_and_schedules_that_are_none(build: Callable[[], object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         build()
 
 
@@ -268,3 +287,53 @@ def test_files_that_are_no_inverse(inverse: Inverse, tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match="truncated"):
         load(path)
+    with pytest.raises(FileNotFoundError, match=r"no such file, expected one that inverse\.save"):
+        load(tmp_path / "nope")
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_file_of_which_one_byte_has_changed_is_refused(
+    inverse: Inverse, tmp_path: Path, seed: int
+) -> None:
+    path = tmp_path / "inverse.safetensors"
+    inverse.save(path)
+    held = bytearray(path.read_bytes())
+    length = 8 + int.from_bytes(held[:8], "little")
+    first, end = ((0, length), (length, len(held)))[seed % 2]  # its header, its numbers
+    place = int(torch.randint(first, end, (1,), generator=torch.Generator().manual_seed(seed)))
+    held[place] ^= 1 << seed % 7
+    path.write_bytes(held)
+    with pytest.raises(ValueError, match=str(path.name)):
+        load(path)
+
+
+def test_numbers_that_are_none_are_refused(inverse: Inverse, tmp_path: Path) -> None:
+    path = tmp_path / "inverse.safetensors"
+    spoiled = replace(
+        inverse, standard=replace(inverse.standard, spreads=torch.full((2, 256), torch.nan))
+    )
+    spoiled.save(path)
+    with pytest.raises(ValueError, match="spreads has NaN or infinity in 512 of 512"):
+        load(path)
+    inverse.save(path)
+    metadata, tensors = opened(path)
+    header = metadata["inverse"]
+    for word in ("batch_sizes", "names", "steps", "norm"):
+        save_file(tensors, path, {**metadata, "inverse": header.replace(f'"{word}"', '"other"')})
+        with pytest.raises(ValueError, match="are not those of its design"):
+            load(path)
+    save_file(tensors, path, {**metadata, "inverse": "{"})
+    with pytest.raises(ValueError, match="are not those of its design"):
+        load(path)
+
+
+def test_labels_that_are_no_classes(inverse: Inverse) -> None:
+    with pytest.raises(ValueError, match="targets"):
+        inverse.pictures(client(), sent(), labels=torch.tensor([0, 9]))
+
+
+def test_a_start_of_another_architecture_is_refused(inverse: Inverse) -> None:
+    x, y = smooth(40)
+    other = nn.Sequential(nn.Flatten(), nn.Linear(36, 24), nn.Tanh(), nn.Linear(24, 4)).eval()
+    with pytest.raises(ValueError, match=r"trained for a model with .*ReLU\(\), got one with"):
+        train(other, x, y, design=inverse.design, start=inverse)

@@ -208,7 +208,7 @@ def test_an_interrupted_run_goes_on_to_the_same_result(method: str, tmp_path: Pa
     with pytest.raises(ValueError, match="begin without checkpoint="):
         rgap.match(model, update, **{**settings, "seed": 3}, checkpoint=part.checkpoint)
     other = rgap.capture(model, X.flip(2), LABEL, dtype=F64, share_labels=True)
-    with pytest.raises(ValueError, match="of a search with update="):
+    with pytest.raises(ValueError, match="of a call with update="):
         rgap.match(model, other, **settings, checkpoint=part.checkpoint)
     update.save(tmp_path / "update.safetensors")
     with pytest.raises(ValueError, match="expected a checkpoint"):
