@@ -5,10 +5,15 @@ Along N the update says nothing, to first order: what stands there came from the
 that is the share ``Σ_j N_ij²``, and the error of a batch falls into two parts that are orthogonal,
 
     x̂ − x = (1 − NNᵀ)(x̂ − x) + NNᵀ(x̂ − x).
+
+Of copies of one picture in a batch J has equal columns: that they differ by opposite amounts is
+always in its null space.  The share of a picture that is known to occur m times is what is open
+where its copies move together: with P the mean over copies, ``m Σ_j (P N)_ij²``.
 """
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -21,12 +26,16 @@ from rgap.analysis.scoring import score
 from rgap.progress import Shown
 from rgap.recovery import Recovery
 from rgap.seeding import batch_of
+from rgap.update.capture import capture
 from rgap.update.losses import Loss
+from rgap.update.update import Update
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["MadeUp", "made_up"]
+
+AGREE, ROUNDED = 3.0, 1e-3  # of the residual that a recovery states, and of the update's rounding
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,12 +47,14 @@ class MadeUp:
         inputs: its rows, copies as often as they occur, ``[B, *input_shape]``.
         share: of each entry, in [0, 1]: 0 where equations fix it, 1 where they say nothing of it.
         found: the null space at the batch.
+        value_range: of the data; None: it is not known.
     """
 
     recovery: Recovery = field(repr=False)
     inputs: Tensor = field(repr=False)
     share: Tensor = field(repr=False)
     found: Identifiability
+    value_range: tuple[float, float] | None = None
 
     @property
     def samples(self) -> Tensor:
@@ -81,10 +92,17 @@ class MadeUp:
 
     def explain(self) -> str:
         """How much of the batch, and of each of its rows, was made up."""
-        free, unknowns = self.found.joint_nullity, self.found.unknowns
+        groups, unknowns = _copies(self.inputs, _labels(self.recovery)), self.found.unknowns
+        first = [rows[0] for rows in groups]
+        free, unknowns = float(self.share[first].sum()), self.share[first].numel()
         words = [
-            f"{free:,} of {unknowns:,} unknowns are open at this batch: the update leaves "
+            f"{free:,.0f} of {unknowns:,} unknowns are open at this batch: the update leaves "
             f"{free / unknowns:.1%} of it to something else"
+        ]
+        words += [
+            f"  rows {', '.join(map(str, rows))} are copies of one picture, counted once"
+            for rows in groups
+            if len(rows) > 1
         ]
         if self.recovery.inputs is None:
             words.append(
@@ -102,13 +120,14 @@ class MadeUp:
         """
         from rgap.analysis.plots.null_space import made_up_shares
 
-        return made_up_shares(self.inputs, self.share)
+        return made_up_shares(self.inputs, self.share, self.value_range)
 
 
 def made_up(
     model: nn.Module,
     recovery: Recovery,
     *,
+    update: Update | None = None,
     loss: str | Loss | nn.Module = "cross_entropy",
     noise: float = 0.0,
     time_limit: float | None = None,
@@ -120,7 +139,10 @@ def made_up(
     Args:
         model: that the update was computed on.
         recovery: of :func:`rgap.invert` or :func:`rgap.match`, with a batch.
-        loss: of the client.
+        update: that it is of.  With it the loss and the range of the data are its own, and the
+            model is held against it: its gradient at the batch must miss the update by what the
+            recovery says.
+        loss: of the client, where no update is given.
         noise: relative error of the update's entries: what it hides counts as made up.
         time_limit: seconds; None for none.
         memory_budget: bytes to take on top of the model.
@@ -131,8 +153,8 @@ def made_up(
 
     Raises:
         TypeError: no recovery.
-        ValueError: the recovery holds no batch or no targets; what
-            :func:`~rgap.analysis.identifiability` raises.
+        ValueError: the recovery holds no batch or no targets; a model that does not send the
+            update at it; what :func:`~rgap.analysis.identifiability` raises.
 
     >>> import rgap
     >>> model = rgap.models.mlp((4,), 3, "tanh", input_shape=(1, 3, 3), seed=0)
@@ -155,8 +177,56 @@ def made_up(
             "rgap.match(model, update, labels=...)"
         )
     inputs = inputs.detach().cpu().double()
+    if update is not None:
+        loss = update.loss
+        _require_sent(model, update, inputs, labels, recovery)
     found = identifiability(
         model, inputs, loss=loss, labels=labels.cpu(), noise=noise, dtype=torch.float64,
         sequential=False, time_limit=time_limit, memory_budget=memory_budget, progress=progress,
     )  # fmt: skip
-    return MadeUp(recovery, inputs, 1.0 - found.share, found)
+    assert found.null_basis is not None  # it was asked for
+    share = found.null_basis.square().sum(0)
+    for rows in _copies(inputs, labels):
+        if len(rows) > 1:
+            together = found.null_basis[:, rows].mean(1)
+            share[rows] = len(rows) * together.square().sum(0)
+    return MadeUp(recovery, inputs, share, found, None if update is None else update.value_range)
+
+
+def _labels(recovery: Recovery) -> Tensor | None:
+    return batch_of(recovery)[1]
+
+
+def _copies(inputs: Tensor, labels: Tensor | None) -> list[list[int]]:
+    """Rows that are copies of each other, with equal targets, group by group."""
+    groups: list[list[int]] = []
+    for row in range(len(inputs)):
+        for rows in groups:
+            same = labels is None or torch.equal(labels[row], labels[rows[0]])
+            if same and torch.equal(inputs[row], inputs[rows[0]]):
+                rows.append(row)
+                break
+        else:
+            groups.append([row])
+    return groups
+
+
+def _require_sent(
+    model: nn.Module, update: Update, inputs: Tensor, labels: Tensor, recovery: Recovery
+) -> None:
+    """Raise unless the model's gradient at a batch misses the update as its recovery says."""
+    if recovery.residual is None or update.local_steps > 1:
+        return
+    twin = copy.deepcopy(model).cpu().double()
+    own = capture(twin, inputs, labels.cpu(), loss=update.loss, value_range=None).gradients
+    apart = size = 0.0
+    for name, sent in update.fitted(model).gradients.items():
+        apart += float((own[name] - sent.cpu().double()).square().sum())
+        size += float(sent.double().square().sum())
+    off = (apart / size) ** 0.5 if size else 0.0
+    if off > AGREE * recovery.residual + ROUNDED:
+        raise ValueError(
+            f"recovery: expected one of this model and update, whose gradient at its batch is off "
+            f"by {recovery.residual:.1e} of the update, here it is off by {off:.1e}; give the "
+            "model, the update and the recovery that belong together"
+        )

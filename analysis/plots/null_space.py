@@ -34,6 +34,7 @@ _STYLES = (
     ("#000000", (0, (1, 1)), "X"),
 )
 _FLOOR = 1e-20  # of the largest: no axis goes below it
+BEYOND = 0.05  # outside [0, 1], that tells values of another range from a little overshoot
 
 
 def null_pictures(answer: Identifiability, count: int = 5) -> Figure:
@@ -111,12 +112,16 @@ def null_pictures(answer: Identifiability, count: int = 5) -> Figure:
     return figure
 
 
-def made_up_shares(pictures: Tensor, share: Tensor) -> Figure:
+def made_up_shares(
+    pictures: Tensor, share: Tensor, value_range: tuple[float, float] | None = None
+) -> Figure:
     """Draw every picture, and below it what share of each pixel no equation fixes.
 
     Args:
         pictures: [B, C, H, W], C = 1 or 3.
         share: of each entry, in [0, 1], alike; drawn is its mean over the channels.
+        value_range: of the pictures, black to white; by default [0, 1], or from the smallest to the
+            largest value where some lie outside.
 
     Raises:
         ValueError: data that are no pictures.
@@ -130,12 +135,15 @@ def made_up_shares(pictures: Tensor, share: Tensor) -> Figure:
             f"expected pictures [B, C, H, W] with 1 or 3 channels, got {list(pictures.shape)}; "
             "write made_up(...).share"
         )
+    ends = float(pictures.min()), float(pictures.max())
+    low, high = value_range or (ends if min(ends[0], 1.0 - ends[1]) < -BEYOND else (0.0, 1.0))
+    pictures = ((pictures - low) / (high - low)).clamp(0, 1)
     batch = len(pictures)
     figure = Figure(figsize=(0.9 + 1.5 * batch, 3.6), layout="constrained")
     grid: Any = figure.subplots(2, batch, squeeze=False)
     drawn = None
     for b in range(batch):
-        picture = pictures[b].clamp(0, 1).permute(1, 2, 0).squeeze(2).numpy()
+        picture = pictures[b].permute(1, 2, 0).squeeze(2).numpy()
         grid[0, b].imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         drawn = grid[1, b].imshow(
             share[b].mean(0).numpy(), cmap="cividis", vmin=0, vmax=1, interpolation="nearest"

@@ -106,7 +106,7 @@ def one(options: argparse.Namespace, kind: str, size: int, case: int, name: str)
     beside = match(recovery.nearest, recovery.nearest_labels, x, targets)
     psnr = statistics.fmean(map(decibels, beside.rms.tolist()))
     if options.apart:
-        fixed, made = rgap.analysis.made_up(model, recovery).apart(x)
+        fixed, made = rgap.analysis.made_up(model, recovery, update=update).apart(x)
         run |= {"fixed": decibels(float(fixed.square().mean().sqrt()))}
         run |= {"made up": decibels(float(made.square().mean().sqrt()))}
     return {**run, "psnr": psnr, "worst": beside.psnr, "fault": misstated(recovery, beside)}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,7 @@ import rgap
 from rgap.recovery import Recovery
 
 F64 = torch.float64
+REST = rgap.Status.COMPLETED, (), 0.0, None, None, ""
 
 
 def few(seed: int = 0, batch: int = 2) -> tuple[nn.Module, Tensor, Tensor]:
@@ -82,6 +85,42 @@ def test_a_batch_that_is_no_answer_says_so() -> None:
         "does not answer the update (UNDERDETERMINED)"
         in rgap.analysis.made_up(model, far).explain()
     )
+
+
+def test_copies_that_are_known_to_be_copies_are_one_picture() -> None:
+    """Their share is that of one of them alone; the null space itself has their differences."""
+    model, x, y = few(3, 1)
+    single = rgap.analysis.made_up(model, Recovery(x, y, *REST))
+    twice = x.repeat(3, 1, 1, 1), y.repeat(3)
+    made = rgap.analysis.made_up(model, Recovery(*twice, *REST))
+    assert made.found.joint_nullity == single.found.joint_nullity + 2 * x.numel()
+    for row in range(3):
+        torch.testing.assert_close(made.share[row], single.share[0], atol=1e-7, rtol=0.0)
+    assert made.explain().splitlines()[:2] == [
+        single.explain().splitlines()[0],
+        "  rows 0, 1, 2 are copies of one picture, counted once",
+    ]
+    other = rgap.analysis.made_up(model, Recovery(twice[0], torch.arange(3), *REST))
+    assert "copies" not in other.explain()
+
+
+def test_an_update_says_which_model_and_loss() -> None:
+    model, x, y = few(1)
+    sums = rgap.Loss(reduction="sum")
+    update = rgap.capture(model, x - 3.0, y, loss=sums, value_range=(-3.0, -2.0), dtype=F64)
+    found = rgap.match(model, update, iterations=60)
+    made = rgap.analysis.made_up(model, found, update=update)
+    assert made.value_range == (-3.0, -2.0)
+    assert float(made.plot().axes[0].images[0].get_array().max()) > 0.3
+    other, _, _ = few(2)
+    for wrong in ({"model": other, "update": update}, {"model": model, "update": replace(
+        update, loss=rgap.Loss("focal_loss", reduction="sum", gamma=2.0)
+    )}):  # fmt: skip
+        with pytest.raises(ValueError, match="expected one of this model and update"):
+            rgap.analysis.made_up(recovery=found, **wrong)  # type: ignore[arg-type]
+    outside = rgap.analysis.made_up(model, found, loss=sums)
+    drawn = [axes.images[0].get_array() for axes in outside.plot().axes[: len(x)]]
+    assert max(map(float, (d.max() for d in drawn))) == 1.0, "stretched, not cut"
 
 
 def test_bad_input() -> None:
