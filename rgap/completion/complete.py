@@ -105,6 +105,13 @@ def met(
     return misfit <= max(MISSED, each) and residual**2 <= max(MISSED, whole)
 
 
+def blank_words(update: ModuleUpdate, precision: Precision, blank: Tensor) -> str:
+    """What a reason ends with where stated noise explains data that are no answer; else ""."""
+    if not precision.noisy or update.allowed(precision, blank)[1]:
+        return ""
+    return "; the stated noise would explain a blank batch too: no batch is told from others"
+
+
 def inside(
     chain: Chain,
     reached: Reached,

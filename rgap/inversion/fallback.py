@@ -9,7 +9,7 @@ from math import inf, isfinite, prod
 import torch
 from torch import Tensor
 
-from rgap.completion.complete import MISSED, complete, grey, inside, met
+from rgap.completion.complete import MISSED, blank_words, complete, grey, inside, met
 from rgap.completion.features import Suggestion, coarse
 from rgap.completion.max_pool import PooledStage, find_winners
 from rgap.completion.value_uniqueness import paired
@@ -129,6 +129,7 @@ def filled(
         other = _sending(problem, _samples(problem, reached, drawn)[0], labels)
         if other.residual < nearest.residual:
             nearest, source, edges = other, f"one from {SUGGESTED}", ""
+    reason += blank_words(update, problem.precision, blank)
     reason += f"; in candidates is {source}: its own update is off by {nearest.residual:.1e}{edges}"
     return replace(_without(problem, descent, reason), candidates=(nearest,))
 

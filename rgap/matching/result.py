@@ -8,7 +8,7 @@ from math import inf, isfinite, prod
 import torch
 from torch import Tensor
 
-from rgap.completion.complete import grey
+from rgap.completion.complete import blank_words, grey
 from rgap.jacobian.module_update import ModuleUpdate
 from rgap.matching.checkpoint import Checkpoint, Ended
 from rgap.matching.problem import SearchProblem
@@ -123,7 +123,6 @@ def answer_of(
         reason += CHOSEN + (f" and by {run.prior}" if run.prior else "")
         return replace(answer, inputs=best.cpu(), status=Status.COMPLETED, reason=reason)
     reason = f"the nearest batch, in candidates, does not reproduce the update: {met} ({how})"
-    if precision.noisy and not whole:
-        reason += "; the stated noise would explain a blank batch too: no batch is told from others"
+    reason += blank_words(equations, precision, blank)
     nearest = Candidate(best.cpu(), answer.labels, residual)
     return replace(answer, labels=None, reason=reason, candidates=(nearest,))

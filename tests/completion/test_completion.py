@@ -373,3 +373,21 @@ def test_noise_that_explains_a_blank_batch_explains_no_answer() -> None:
     found = rgap.match(model, stated, noise=10.0 * size, iterations=3)
     assert found.status is Status.UNDERDETERMINED and found.inputs is None
     assert "would explain a blank batch too" in found.reason
+
+
+def test_a_completion_that_ends_at_such_noise_says_so() -> None:
+    draw = torch.Generator().manual_seed(0)
+    layers = nn.AvgPool2d(2), nn.Conv2d(1, 3, 3), nn.Sigmoid(), nn.Flatten(), nn.Linear(3, 3)
+    model = nn.Sequential(*layers).double().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(0.5 * torch.randn(p.shape, generator=draw, dtype=torch.float64))
+    x = torch.rand(1, 1, 6, 6, generator=draw, dtype=torch.float64)
+    update = rgap.capture(model, x, torch.tensor([1]), dtype=torch.float64)
+    noise = {n: torch.randn(g.shape, generator=draw).to(g) for n, g in update.gradients.items()}
+    gradients = {n: g + 0.01 * noise[n] for n, g in update.gradients.items()}
+    sent = replace(update, gradients=gradients, labels=torch.tensor([1]))
+    found = rgap.invert(model, sent, noise=0.01, complete=True, time_limit=5.0)
+    assert found.inputs is None
+    assert "the residual is what the noise explains" in found.reason
+    assert "would explain a blank batch too: no batch is told from others" in found.reason
