@@ -9,11 +9,13 @@ import typer
 
 from rgap.cli.answer import Answer
 from rgap.cli.command import command
+from rgap.cli.making import Making
 from rgap.cli.mending import Mending
 from rgap.cli.options import Labelled, PriorName, Work, either, optional
 from rgap.cli.spoken import worded
 
 if TYPE_CHECKING:
+    from rgap.priors import Likely
     from rgap.recovery import Recovery
 
 __all__ = ["invert"]
@@ -64,6 +66,7 @@ def invert(
     sent: Labelled,
     answer: Answer,
     completion: Completion,
+    making: Making,
     mending: Mending,
     work: Work,
     explain: Annotated[
@@ -76,6 +79,7 @@ def invert(
     """Recover from an update what its equations determine, and say what they do not."""
     import rgap
 
+    prior = _prior(completion, making)
     network = sent.network()
     update = mending.mended(sent.read(), network)
     answer.check(update)
@@ -85,7 +89,7 @@ def invert(
         labels=sent.known(update),
         batch_size=sent.batch_size,
         complete=completion.complete,
-        prior=completion.prior,
+        prior=prior,
         time_limit=completion.time_limit,
         noise=sent.noise,
         **work.arguments(),
@@ -103,6 +107,18 @@ def invert(
         numbers["why"], text = causes.numbers(), causes.text
     answer.show(recovery, numbers, written, explain=explain, text=text)
     return _CODES.get(recovery.status.name, 1)
+
+
+def _prior(completion: Completion, making: Making) -> Likely | None:
+    """The prior by its name, or the generator."""
+    made = making.made()
+    if made is None:
+        return completion.prior
+    if not completion.complete:
+        raise ValueError("--generator: chooses in a completion only; write --complete as well")
+    if completion.prior is not None:
+        raise ValueError("--prior: a generator is a prior by itself; leave one of them out")
+    return made
 
 
 def _why_not(recovery: Recovery) -> str:

@@ -13,12 +13,13 @@ import typer
 
 from rgap.cli.answer import Answer
 from rgap.cli.command import command
+from rgap.cli.making import Making
 from rgap.cli.mending import Mending
 from rgap.cli.options import Labelled, MatchMethod, PriorName, Work, either, optional
 from rgap.cli.spoken import worded
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from rgap.matching.checkpoint import Checkpoint, Progress
     from rgap.update.local_training import LocalTraining
@@ -40,16 +41,6 @@ class Search:
             help=f"How to search: {either(MatchMethod, 'rgap.presets')}.", metavar="METHOD"
         ),
     ] = MatchMethod.gauss_newton.value
-    generator: Annotated[
-        str | None,
-        optional(
-            "Network from codes to data, for latent, gias and gifd; PACKAGE.MODULE:FUNCTION.",
-            "NETWORK",
-        ),
-    ] = None
-    generator_weights: Annotated[
-        Path | None, optional("Its weights, a .safetensors file.", "FILE")
-    ] = None
     start: Annotated[
         Path | None,
         optional(
@@ -85,24 +76,6 @@ class Search:
             "--resume",
         ),
     ] = None
-
-    def maker(self) -> nn.Module | None:
-        """The network that ``--generator`` names."""
-        from rgap.models.spec import resolve
-
-        if self.generator is None:
-            if self.generator_weights is not None:
-                raise ValueError(
-                    "--generator-weights: expected the network that they are of; write --generator "
-                    "PACKAGE.MODULE:FUNCTION too"
-                )
-            return None
-        try:
-            return resolve(self.generator, self.generator_weights)
-        except ValueError as error:
-            about, _, words = str(error).partition(": ")
-            option = "--generator-weights" if about == "weights" else "--generator"
-            raise ValueError(f"{option}: {words or about}") from error
 
     def first(self, size: int | None) -> Tensor | None:
         """The batch that ``--start`` names, of as many samples as the update has."""
@@ -197,6 +170,7 @@ def match(
     sent: Labelled,
     answer: Answer,
     search: Search,
+    making: Making,
     local: Local,
     mending: Mending,
     work: Work,
@@ -215,7 +189,7 @@ def match(
         method=search.method,
         labels=sent.known(update),
         batch_size=sent.batch_size,
-        generator=search.maker(),
+        generator=making.made(),
         start=search.first(size),
         prior=search.prior,
         local=local.training(),

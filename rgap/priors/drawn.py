@@ -27,6 +27,7 @@ __all__ = ["Drawn"]
 
 STARTS = 256  # drawings that the first codes are chosen among
 ROUNDS, MORE = 12, 3  # Levenberg–Marquardt steps for the first codes, and from codes near by
+BEGUN, DAMPED = 1e-3, (1e-9, 1e6)  # the first damping, and where it is kept
 STILL = 1e-3  # relative decrease that ends them
 TOGETHER = 16  # directions that a generator is differentiated along at once
 CODES = 512  # numbers of a code at most: the generator is differentiated along each of them
@@ -44,6 +45,7 @@ class Fit:
         slopes: ∂G/∂z there, [B, n, d].
         factor: of ``JᵀJ + s² 1``, lower, [B, d, d].
         cost: ``‖x − G(z)‖² + s² ‖z‖²``, [B].
+        damping: that the next step begins with, [B].
     """
 
     data: Tensor
@@ -52,6 +54,7 @@ class Fit:
     slopes: Tensor
     factor: Tensor
     cost: Tensor
+    damping: Tensor
 
 
 @dataclass(eq=False)
@@ -81,7 +84,9 @@ class Drawn:
         ValueError: a spread or a weight that is no positive number, a generator of codes of more
             than ``CODES`` numbers, or one without derivatives along directions.
 
-    The codes of the last data are kept, and those of the next begin at them: what is kept belongs
+    Codes are searched until a step gains less than a thousandth: the value is then a little above
+    the minimum, and the gradient is that of this bound, z held.  The codes of the last data are
+    kept, and those of the next begin at them: what is kept belongs
     to one search, which begins with :meth:`cold` and can :meth:`hold` what an earlier one
     :meth:`held`.
 
@@ -139,13 +144,15 @@ class Drawn:
     def held(self) -> dict[str, Tensor]:
         """What it remembers."""
         fit = self.last.fit
-        return {} if fit is None else {"data": fit.data, "codes": fit.codes}
+        return {} if fit is None else {n: getattr(fit, n) for n in ("data", "codes", "damping")}
 
     def hold(self, tensors: Mapping[str, Tensor]) -> None:
         """Remember what :meth:`held` gave."""
         if tensors:
-            like = self.generator.like
-            self.last.fit = self._at(tensors["data"].to(like), tensors["codes"].to(like))
+            data, codes, damping = (
+                tensors[n].to(self.generator.like) for n in ("data", "codes", "damping")
+            )
+            self.last.fit = replace(self._at(data, codes), damping=damping)
 
     def value(self, x: Tensor) -> Tensor:
         """The penalty, per entry."""
@@ -180,12 +187,12 @@ class Drawn:
         data = x.detach().flatten(1).to(self.generator.like)
         held = self.last.fit
         if held is not None and held.data.shape == data.shape:
-            codes, rounds = held.codes, MORE
             if torch.equal(held.data, data):
-                return self._at(data, codes, held)
+                return self._at(data, held.codes, held)
+            fit, rounds = replace(self._at(data, held.codes), damping=held.damping), MORE
         else:
-            codes, rounds = self._begun(data), ROUNDS
-        self.last.fit = self._nearest(data, codes, rounds)
+            fit, rounds = self._at(data, self._begun(data)), ROUNDS
+        self.last.fit = self._nearest(fit, rounds)
         return self.last.fit
 
     def _begun(self, data: Tensor) -> Tensor:
@@ -197,22 +204,20 @@ class Drawn:
         costs = torch.cdist(data, drawn).square() + self.spread**2 * codes.square().sum(1)
         return codes[costs.nan_to_num(inf).argmin(1)]
 
-    def _nearest(self, data: Tensor, codes: Tensor, rounds: int) -> Fit:
+    def _nearest(self, fit: Fit, rounds: int) -> Fit:
         """By Levenberg–Marquardt, every sample with its own damping."""
-        fit = self._at(data, codes)
-        damping = torch.full_like(fit.cost, 1e-3)
         for _ in range(rounds):
-            slope = fit.slopes.mT @ (data - fit.drawn)[..., None]
+            slope = fit.slopes.mT @ (fit.data - fit.drawn)[..., None]
             slope = slope[..., 0] - self.spread**2 * fit.codes
             normal = fit.slopes.mT @ fit.slopes
-            ridge = self.spread**2 + damping * normal.diagonal(dim1=1, dim2=2).mean(1)
-            eye = torch.eye(self._size).to(data)
+            ridge = self.spread**2 + fit.damping * normal.diagonal(dim1=1, dim2=2).mean(1)
+            eye = torch.eye(self._size).to(fit.codes)
             step = torch.linalg.solve(normal + ridge[:, None, None] * eye, slope)
-            trial = self._at(data, fit.codes + step)
+            trial = self._at(fit.data, fit.codes + step)
             better = trial.cost < fit.cost
             gained = float(((fit.cost - trial.cost) / fit.cost.clamp_min(1e-30)).max())
-            damping = torch.where(better, 0.1 * damping, 10.0 * damping)
-            fit = _chosen(better, trial, fit)
+            damping = torch.where(better, 0.1 * fit.damping, 10.0 * fit.damping)
+            fit = replace(_chosen(better, trial, fit), damping=damping.clamp(*DAMPED))
             if bool(better.all()) and gained < STILL:
                 break
         return fit
@@ -246,7 +251,8 @@ class Drawn:
         factor = torch.linalg.cholesky(slopes.mT @ slopes + self.spread**2 * eye)
         off = (data - drawn).square().sum(1)
         cost = off + self.spread**2 * codes.square().sum(1)
-        return Fit(data, codes, drawn, slopes, factor, cost)
+        damping = torch.full_like(cost, BEGUN) if held is None else held.damping
+        return Fit(data, codes, drawn, slopes, factor, cost, damping)
 
 
 def _chosen(which: Tensor, one: Fit, other: Fit) -> Fit:
@@ -255,5 +261,5 @@ def _chosen(which: Tensor, one: Fit, other: Fit) -> Fit:
     def of(a: Tensor, b: Tensor) -> Tensor:
         return torch.where(which.reshape(-1, *[1] * (a.ndim - 1)), a, b)
 
-    names = ("codes", "drawn", "slopes", "factor", "cost")
+    names = ("codes", "drawn", "slopes", "factor", "cost", "damping")
     return Fit(one.data, *(of(getattr(one, name), getattr(other, name)) for name in names))

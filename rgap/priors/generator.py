@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from rgap import validation
+from rgap.remedy import Remedy
 
 __all__ = ["Decoder", "FromBlock", "FromWeights", "Generator", "convolutional", "untrained"]
 
@@ -26,7 +27,13 @@ WIDTH = 32  # channels of an untrained generator
 SMALLEST = 4  # side of its code, at least
 UP = 3  # doublings of a generator that is to be trained
 DRAWINGS = 16  # of a generator, to see what it makes
+USUAL = (-1.0, 1.0), (0.0, 255.0)  # ranges that networks draw in, beside (0, 1)
 BEYOND, OFTEN = 0.05, 0.05  # widths outside a stated range, and the share of values, that deny it
+
+
+CODES = Remedy("rgap.priors.Generator(network, latent_shape=(128,))", "--generator-codes 128").then(
+    " with the shape of its codes"
+)
 
 
 class Decoder(Protocol):
@@ -98,8 +105,7 @@ class Generator:
         first = next((m for m in whole.modules() if isinstance(m, nn.Linear | _Transposed)), None)
         if first is None:
             raise ValueError(
-                "generator: its first layer does not say what shape a code has; write "
-                "rgap.priors.Generator(nn.Sequential(...), latent_shape=(128,))"
+                f"generator: its first layer does not say what shape a code has; write {CODES}"
             )
         shape = (first.in_features,) if isinstance(first, nn.Linear) else (first.in_channels, 1, 1)
         return cls(whole, shape)
@@ -183,10 +189,15 @@ class Generator:
         outside = ((made < low - slack) | (made > high + slack)).double().mean()
         if outside > OFTEN:
             ends = (float(f"{made.min():.2g}"), float(f"{made.max():.2g}"))
+            usual = next((r for r in USUAL if r[0] <= ends[0] and ends[1] <= r[1]), ends)
+            told = Remedy(
+                f"rgap.priors.Generator(network, latent_shape={self.latent_shape}, "
+                f"value_range={usual})",
+                "--generator-range {:g},{:g}".format(*usual),
+            )
             raise ValueError(
                 f"generator: expected data in {self.value_range}, {outside:.0%} of the values that "
-                f"it draws are outside, from {ends}; write rgap.priors.Generator(network, "
-                f"latent_shape={self.latent_shape}, value_range={ends})"
+                f"it draws are outside, from {ends}; write {told}"
             )
 
 
@@ -194,7 +205,7 @@ def _require_network(given: object) -> None:
     if not isinstance(given, nn.Module):
         raise TypeError(
             f"generator: expected a torch.nn.Module or a Generator, got {type(given).__name__}; "
-            "write rgap.priors.Generator(network, latent_shape=(128,))"
+            f"write {CODES}"
         )
 
 
@@ -206,7 +217,7 @@ def _drawn(blocks: nn.Module, codes: Tensor) -> Tensor:
         except Exception as error:
             raise ValueError(
                 f"generator: expected a network that takes codes of shape {list(codes[0].shape)}, "
-                f"it does not ({error}); write rgap.priors.Generator(network, latent_shape=...)"
+                f"it does not ({error}); write {CODES}"
             ) from error
     if not isinstance(made, Tensor):
         raise TypeError(

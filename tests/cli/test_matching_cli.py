@@ -27,6 +27,13 @@ def strided():
 DRAWING = """
 from torch import nn
 
+def signed():
+    return nn.Sequential(nn.Unflatten(1, (4, 1, 1)), nn.Flatten(), nn.Linear(4, 192), nn.Tanh(),
+                         nn.Unflatten(1, (3, 8, 8)))
+
+def convolved():
+    return nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Upsample(8), nn.Sigmoid())
+
 def drawing():
     return nn.Sequential(nn.Linear(4, 192), nn.Sequential(nn.Sigmoid(), nn.Unflatten(1, (3, 8, 8))))
 """
@@ -81,6 +88,34 @@ def test_a_generator_is_named_like_a_network(here: Path) -> None:
     assert code == 2 and "--generator" in text and "generator=" not in text
     code, text = run(f"{line} --generator-weights weights.safetensors")
     assert code == 2 and "write --generator PACKAGE.MODULE:FUNCTION too" in " ".join(text.split())
+
+
+@pytest.mark.parametrize("command", ["match --method latent --iterations 2", "invert --complete"])
+def test_what_the_layers_of_a_generator_do_not_say(command: str, here: Path) -> None:
+    (here / "clidraws.py").write_text(DRAWING)
+    verb, _, rest = command.partition(" ")
+    line = f"{verb} {MODEL} update.safetensors {rest} --json"
+    code, text = run(f"{line} --generator clidraws:signed")
+    assert code == 2 and "write --generator-range -1,1" in " ".join(text.split()), text
+    code, text = run(f"{line} --generator clidraws:signed --generator-range -1,1")
+    assert code in (0, 1) and json.loads(text)["status"] != "EXACT"
+    code, text = run(f"{line} --generator clidraws:convolved")
+    assert code == 2 and "--generator-codes 128" in " ".join(text.split()), text
+    code, text = run(f"{line} --generator clidraws:convolved --generator-codes 2,4,4")
+    assert code in (0, 1) and json.loads(text)["status"] != "EXACT"
+    code, text = run(f"{line} --generator-range -1,1")
+    assert code == 2 and "--generator-range: expected the network" in " ".join(text.split())
+    code, text = run(f"{line} --generator clidraws:signed --generator-range 1")
+    assert code == 2 and "expected two numbers" in " ".join(text.split())
+
+
+def test_a_generator_is_the_prior_of_a_completion(here: Path) -> None:
+    (here / "clidraws.py").write_text(DRAWING)
+    line = f"invert {MODEL} update.safetensors --generator clidraws:drawing"
+    code, text = run(line)
+    assert code == 2 and "write --complete as well" in " ".join(text.split())
+    code, text = run(f"{line} --complete --prior tv")
+    assert code == 2 and "leave one of them out" in " ".join(text.split())
 
 
 def test_stated_noise_is_what_an_answer_may_miss(here: Path) -> None:

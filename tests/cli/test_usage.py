@@ -30,6 +30,8 @@ ALSO = {  # without which the option says that it needs it
     ("invert", "prior"): ("--complete",),
     ("match", "generator"): ("--method", "gifd"),
     ("match", "generator_weights"): ("--method", "gifd", "--generator", "mlp"),
+    ("match", "generator_codes"): ("--method", "gifd", "--generator", "mlp"),
+    ("match", "generator_range"): ("--method", "gifd", "--generator", "mlp"),
 }
 DECLARED = {  # an option that several commands share is declared once, and tried in the last
     (option.name, option.help, str(option.default)): (name, option.name)
