@@ -108,7 +108,7 @@ def test_the_core_needs_no_test_tool_and_no_extra() -> None:
 def test_every_import_of_the_package_is_a_stated_dependency() -> None:
     config = setup()
     stated = names(config["options"]["install_requires"])
-    for extra in ("frames", "interop"):
+    for extra in ("evolution", "frames", "interop"):
         stated |= names(config["options.extras_require"][extra])
     # networkx comes with torch but is not here: whoever imports it has to state it
     allowed = stated | {"rgap"} | sys.stdlib_module_names

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rgap.matching.checkpoint import Checkpoint, Ended
+from rgap.matching.evolution import evolved
 from rgap.matching.first_order import first, iterate
 from rgap.matching.objective import Objective
 from rgap.matching.presets import Domain, Preset
@@ -26,6 +27,7 @@ from rgap.solvers.first_order import State
 __all__ = ["Found", "searched", "within"]
 
 Project = Callable[[Tensor], Tensor]
+EVOLVING = 0.25  # share of the time that an evolution strategy may take
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +122,13 @@ def searched(
     stages = list(_stages(preset.domains, len(generator.blocks)))
     state: State | None = None
     if limits.checkpoint is None:
-        at = _Position(0, 0, _codes(generator, batch, limits), torch.zeros(*shape))
+        begin = _codes(generator, batch, limits)
+        if preset.evolution:
+            codes = FromBlock(_part(generator, 0), (batch, *generator.latent_shape))
+            begun, share = objective(codes, preset), EVOLVING * limits.seconds + time.perf_counter()
+            with begun.kernels():
+                begin = evolved(begun.values, begin, preset.evolution, limits.seed, share)
+        at = _Position(0, 0, begin, torch.zeros(*shape))
     else:
         place = generator.like.device
         state = {n: t.to(place) for n, t in limits.checkpoint.tensors.items()}

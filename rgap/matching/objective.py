@@ -162,6 +162,17 @@ class Objective:
             values = values + more
         return values, slopes
 
+    def values(self, rows: Tensor) -> Tensor:
+        """Values [R] alone, of rows [R, n] that a decoder makes batches of; in :meth:`kernels`."""
+        with torch.no_grad():
+            return torch.stack([self._value(row) for row in rows])
+
+    def _value(self, row: Tensor) -> Tensor:
+        value = self.single(row, graph=False)
+        for more, _ in self._terms(self._normalised(self.data(row))):
+            value = value + more[0]
+        return value
+
     def _followed(self, row: Tensor) -> tuple[Tensor, Tensor]:
         """Value and slope of one row."""
         row = row.detach().requires_grad_()
@@ -179,10 +190,13 @@ class Objective:
             value = value + self.preset.statistics * far[0]
         (slope,) = torch.autograd.grad(value, data)
         value = value.detach()
-        normal = (data.detach() - self.coordinates.centre) / self.coordinates.unit
-        for more, pull in self._terms(normal.reshape(1, -1)):
+        for more, pull in self._terms(self._normalised(data.detach())):
             value, slope = value + more[0], slope + pull[0] / self.coordinates.unit
         return value, torch.autograd.grad(batch, row, slope)[0]
+
+    def _normalised(self, batch: Tensor) -> Tensor:
+        """A batch in the optimiser's units, a row [1, n]."""
+        return ((batch - self.coordinates.centre) / self.coordinates.unit).reshape(1, -1)
 
     def _terms(self, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Values [R] and gradients [R, B, *input_shape] of what the update is not needed for."""

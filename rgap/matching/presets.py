@@ -84,6 +84,8 @@ class Preset:
         restarts: starts, where nobody says how many.
         labels: method of :func:`rgap.labels.estimate`.
         domains: of a generator, one after another; none: the data themselves are searched.
+        evolution: generations of an evolution strategy that finds the first codes (:mod:`cma`,
+            ``pip install 'rgap[evolution]'``); 0: they are drawn.
     """
 
     name: str
@@ -101,12 +103,18 @@ class Preset:
     restarts: int = 1
     labels: str = "best"
     domains: tuple[Domain, ...] = ()
+    evolution: int = 0
 
     def __post_init__(self) -> None:
         if self.distance not in DISTANCES:
             raise ValueError(
                 f"distance: expected one of {', '.join(map(repr, DISTANCES))}, got "
                 f"{self.distance!r}; write distance='cosine'"
+            )
+        if self.evolution and (not self.domains or self.domains[0].over != "latent"):
+            raise ValueError(
+                "evolution: expected a preset that begins with codes; write "
+                "dataclasses.replace(rgap.matching.PRESETS['latent'], evolution=50)"
             )
 
     def coordinates(self, value_range: tuple[float, float] | None) -> Coordinates:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -72,6 +74,7 @@ def test_slopes_of_rows_against_autograd(kind: str) -> None:
     )  # fmt: skip
     with function.kernels():
         value, slope = function(row[None])
+        torch.testing.assert_close(function.values(row[None]), value)
         for seed in range(3):
             way = torch.randn(row.shape, generator=torch.Generator().manual_seed(seed)).double()
             way *= 1e-5 / way.norm()
@@ -222,3 +225,43 @@ def test_copies_of_a_generator_keep_to_the_memory_that_is_given() -> None:
         model, update, method="latent", generator=wide, memory_budget=1e8, iterations=1
     )
     assert latent.iterations == 1
+
+
+# --- an evolution strategy for the first codes ------------------------------------------------
+
+
+def numpy_state() -> bytes:
+    """NumPy's global one, which is to be left as it is."""
+    return np.random.get_state()[1].tobytes()  # type: ignore[index]  # noqa: NPY002
+
+
+def test_an_evolution_strategy_finds_better_codes_to_begin_with() -> None:
+    model, _, update = sent()
+    plain = replace(PRESETS["latent"], restarts=1)
+    evolved = replace(plain, evolution=30)
+    before, state = torch.get_rng_state(), numpy_state()
+    firsts = {}
+    for name, preset in (("plain", plain), ("evolved", evolved)):
+        found = rgap.match(model, update, method=preset, generator=generator(), iterations=1)
+        firsts[name] = found.objective
+    assert firsts["evolved"] < 0.5 * firsts["plain"]
+    again = rgap.match(model, update, method=evolved, generator=generator(), iterations=1)
+    assert again.objective == firsts["evolved"], "the same seed, the same codes"
+    other = rgap.match(model, update, method=evolved, generator=generator(), iterations=1, seed=1)
+    assert other.objective != firsts["evolved"]
+    assert torch.equal(before, torch.get_rng_state())
+    assert numpy_state() == state
+
+
+def test_an_evolution_begins_with_codes_and_needs_its_package(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for preset in (PRESETS["ig"], PRESETS["untrained"]):
+        with pytest.raises(ValueError, match="begins with codes"):
+            replace(preset, evolution=5)
+    model, _, update = sent()
+    monkeypatch.setitem(sys.modules, "cma", None)
+    with pytest.raises(ImportError, match=r"pip install 'rgap\[evolution\]'"):
+        rgap.match(
+            model, update, method=replace(PRESETS["latent"], evolution=5), generator=generator()
+        )
