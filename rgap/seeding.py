@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rgap.recovery import Recovery
 
-__all__ = ["batch_of", "breaching_start", "inversefed_start", "start_of"]
+__all__ = ["batch_of", "breaching_start", "inversefed_start", "start_as", "start_of"]
 
 
 def start_of(recovery: Recovery) -> Tensor:
@@ -21,6 +21,28 @@ def start_of(recovery: Recovery) -> Tensor:
         ValueError: it holds none.
     """
     return batch_of(recovery)[0]
+
+
+def start_as(start: Tensor | Recovery, shape: tuple[int, ...]) -> Tensor:
+    """The batch that a search begins with, float64.
+
+    Args:
+        start: itself, or a recovery that holds one.
+        shape: that it has to have, [B, *input_shape].
+
+    Raises:
+        TypeError: neither.
+        ValueError: another shape, or entries that are not finite.
+    """
+    batch = start_of(start) if isinstance(start, Recovery) else start
+    if not isinstance(batch, Tensor):
+        raise TypeError(f"start: expected a tensor or a Recovery, got {type(batch).__name__}")
+    if tuple(batch.shape) != shape or not bool(torch.isfinite(batch).all()):
+        raise ValueError(
+            f"start: expected a batch of {shape[0]}, finite entries of shape {list(shape)}, got "
+            f"{list(batch.shape)}; write start=recovery, one of an update of this batch size"
+        )
+    return batch.detach().double()
 
 
 def batch_of(recovery: Recovery) -> tuple[Tensor, Tensor | None]:

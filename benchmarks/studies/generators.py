@@ -12,8 +12,10 @@ Clients: the LeNet of DLG with its weights from uniform(−½, ½), and an MLP w
 256 ReLUs, ten classes, float32 updates, labels known.
 
 Searches, each for the same wall time, the domains of one share it as their iterations do:
-``latent``, ``gias``, ``gifd`` and, without a generator, ``ig``.  Their constants are those of the
-library but for what depends on the size of a generator (SMALL).  Completions: ``natural`` and
+``latent``, ``gias``, ``gifd`` and, without a generator, ``ig``; ``evolved latent`` with first codes
+from an evolution strategy (pip install cma).  Their constants are those of the library but for
+rates, which depend on the size of a generator (SMALL); ``--ball 0.1`` keeps features in a tenth of
+the published ball.  Completions: ``natural`` and
 ``drawn``, the same with :class:`rgap.priors.drawn.Drawn` added.
 
 ``--another``: the update of other pictures is matched, and what is drawn is compared with the
@@ -55,18 +57,15 @@ CLIENTS = {
     "lenet": lambda seed: rgap.models.lenet(10, input_shape=SHAPE, seed=seed, weights="uniform"),
     "mlp": lambda seed: rgap.models.mlp((256,), 10, "relu", input_shape=SHAPE, seed=seed),
 }
-SEARCHES = "latent", "gias", "gifd", "ig"
+EVOLVED = "evolved "
+SEARCHES = "latent", "gias", "gifd", "ig", EVOLVED + "latent"
+GENERATIONS = 40  # of an evolution strategy for the first codes
 COMPLETIONS = "natural", "drawn"
 KINDS = "digits", "photographs", "textures"
 TUNING = 100  # of the digits that no generator is trained on
 TRAINED = 4500
-SMALL = {
-    "latent": 0.1,
-    "weights": 1e-3,
-    "features": 0.03,
-}  # rates, of a generator of 300,000 weights
+SMALL = {"latent": 0.1, "weights": 1e-3, "features": 0.03}  # rates, of 300,000 weights
 SPREAD, WEIGHT = 0.05, 1.0  # of the prior
-RADIUS, GROWTH = 200.0, 100.0  # a tenth of those for pictures of 512×512
 
 
 class Cell(NamedTuple):
@@ -78,17 +77,18 @@ class Cell(NamedTuple):
     case: int
 
 
-def preset(name: str) -> Preset:
-    """A search with the constants of a small generator."""
-    made = PRESETS[name]
+def preset(name: str, ball: float = 1.0) -> Preset:
+    """A search with the constants of a small generator, and a ball of so many published radii."""
+    evolved = name.startswith(EVOLVED)
+    made = PRESETS[name.removeprefix(EVOLVED)]
     domains = tuple(
         replace(
-            domain, rule=Adam(SMALL[domain.over]),
-            **({"radius": RADIUS, "growth": GROWTH} if domain.over == "features" else {}),
+            domain, rule=Adam(SMALL[domain.over]), radius=ball * domain.radius,
+            growth=ball * domain.growth,
         )
         for domain in made.domains
     )  # fmt: skip
-    return replace(made, domains=domains)
+    return replace(made, domains=domains, evolution=GENERATIONS if evolved else 0)
 
 
 @cache
@@ -134,8 +134,9 @@ def one(options: argparse.Namespace, generator: Generator, cell: Cell, name: str
             model, update, labels=labels, complete=True, prior=prior, time_limit=options.seconds
         )
     else:
+        method = name if name == "ig" else preset(name, options.ball)
         found = rgap.match(
-            model, update, labels=labels, method=preset(name) if name != "ig" else name,
+            model, update, labels=labels, method=method,
             generator=None if name == "ig" else generator, time_limit=options.seconds,
             seed=cell.case,
         )  # fmt: skip
@@ -188,9 +189,10 @@ def main() -> int:
     parser.several("--clients", CLIENTS, "networks")
     parser.several("--kinds", KINDS, "of pictures", ["digits"])
     parser.several("--sizes", (1, 4, 8, 16), "of a batch", [1, 4, 8])
-    parser.several("--methods", (*SEARCHES, *COMPLETIONS), "searches and completions", SEARCHES)
+    parser.several("--methods", (*SEARCHES, *COMPLETIONS), "searches and completions", SEARCHES[:4])
     parser.add_argument("--pictures", type=int, default=20, help="of a cell, at least")
     parser.add_argument("--seconds", type=float, default=30.0, help="of a search, at most")
+    parser.add_argument("--ball", type=float, default=1.0, help="of features, in published radii")
     parser.add_argument("--tuning", action="store_true", help="pictures that were tuned on")
     parser.add_argument("--another", action="store_true", help="match the update of other pictures")
     parser.output()

@@ -206,16 +206,23 @@ def study_moved(options: argparse.Namespace, data: Pictures) -> list[dict]:
 
 def searched(
     model: nn.Module, update: rgap.Update, truth: tuple[Tensor, Tensor], start: Tensor | None,
-    seconds: float,
+    options: argparse.Namespace,
 ) -> tuple[float, float]:  # fmt: skip
-    """PSNR and seconds of a search on the whole update with known labels."""
+    """PSNR and seconds of a search on the whole update, or a completion, with known labels."""
     x, y = truth
-    answer = rgap.match(model, update, labels=y, start=start, time_limit=seconds)
+    if options.by == "match":
+        answer: rgap.Recovery = rgap.match(
+            model, update, labels=y, start=start, time_limit=options.search
+        )
+    else:
+        answer = rgap.invert(
+            model, update, labels=y, complete=True, start=start, time_limit=options.search
+        )
     return decibels(answer.nearest, x), answer.seconds
 
 
 def study_start(options: argparse.Namespace, data: Pictures) -> list[dict]:
-    """Gauss–Newton on the whole update from grey, and from the picture of the inverse."""
+    """A search or a completion from grey, and from the pictures of the inverse."""
     print("\n| client | B | picture | start dB | grey dB | s | learned dB | s |")
     print("|---|---|---|---|---|---|---|---|")
     runs = []
@@ -231,8 +238,7 @@ def study_start(options: argparse.Namespace, data: Pictures) -> list[dict]:
                 update = rgap.capture(model, x, y)
                 began = inverse.pictures(model, update, labels=y)
                 (grey, slow), (learned, fast) = (
-                    searched(model, update, (x, y), start, options.search)
-                    for start in (None, began)
+                    searched(model, update, (x, y), start, options) for start in (None, began)
                 )
                 run = {"start": decibels(began, x), "grey": grey, "grey seconds": slow}
                 run |= {"learned": learned, "learned seconds": fast}
@@ -302,6 +308,7 @@ def main() -> int:
     parser.add_argument(
         "--moves", type=int, nargs="+", default=[0, 1, 10, 100, 1000], help="steps of the client"
     )
+    parser.add_argument("--by", choices=["match", "completion"], default="match")
     parser.add_argument("--search", type=float, default=60.0, help="seconds of a search, at most")
     parser.add_argument("--cases", type=int, default=5, help="searches a batch size")
     parser.output()

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from math import isfinite
 
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from rgap.completion.annealing import TRAPPED, Plan, Position, Watch, anneal
@@ -49,11 +50,13 @@ class PriorSchedule:
         prior: of the data.
         schedule: of its weight; its seconds count from ``began``.
         began: of ``time.perf_counter``.
+        start: a batch to begin with, [B, *shape]; None: grey noise.
     """
 
     prior: Prior
     schedule: Schedule
     began: float
+    start: Tensor | None = None
 
     @property
     def deadline(self) -> float:
@@ -226,6 +229,30 @@ def complete(
         best = minimum if best is None or minimum.misfit < best.misfit else best
     assert best is not None
     return replace(best, steps=steps)
+
+
+def beginning(update: ModuleUpdate, start: Tensor) -> Tensor:
+    """A start whose rows are in the order of the features that are known inside.
+
+    The order of a batch is not in its gradient, so that whoever made the start had another: where
+    all of a layer's input is known, rows are paired by the smallest sum of squared differences.
+    Rows that are left over are copies of others.
+
+    Args:
+        update: the equations, of B different samples.
+        start: x, at least B rows, ``[B', *input_shape]``.
+    """
+    assert update.inside is not None
+    size, own = update.inside.shape[0], []
+    if not isinstance(update.inside.known, Whole):
+        return start[:size]
+    with torch.no_grad():
+        for first in range(0, len(start), size):  # as many at a time as the equations are of
+            update.run(start[torch.arange(first, first + size) % len(start)])
+            own.append(update.seen.flatten(1))
+    wanted = update.inside.known.value.flatten(1)
+    costs = torch.cdist(wanted, torch.cat(own)[: len(start)].to(wanted)).square()
+    return start[torch.from_numpy(linear_sum_assignment(costs.cpu().numpy())[1]).to(start.device)]
 
 
 def grey(

@@ -9,7 +9,7 @@ from math import inf, isfinite, prod
 import torch
 from torch import Tensor
 
-from rgap.completion.complete import MISSED, blank_words, complete, grey, inside, met
+from rgap.completion.complete import MISSED, beginning, blank_words, complete, grey, inside, met
 from rgap.completion.features import Suggestion, coarse
 from rgap.completion.max_pool import PooledStage, find_winners
 from rgap.completion.value_uniqueness import paired
@@ -162,6 +162,8 @@ def _completion(
     if sure:
         schedule = replace(schedule, steps=min(schedule.steps, NEAR))
     start = start.to(known.cotangent)
+    if filling.start is not None:
+        start = beginning(update, filling.start.to(start))
     return complete(update, start, filling.prior, schedule, bounds, precision, watch=watch)
 
 
@@ -253,6 +255,7 @@ def searched(problem: Problem, recovery: Recovery, show: Progress) -> Recovery:
             view(problem.update, loss=problem.declared, value_range=problem.value_range),
             labels=problem.labels,
             batch_size=problem.batch,
+            start=filling.start,
             prior=filling.prior,
             time_limit=MATCHING * seconds if kinked else seconds,
             noise=problem.precision.noise,

@@ -27,6 +27,7 @@ from rgap.precision import Estimate
 from rgap.priors import Likely
 from rgap.progress import Progress, Shown
 from rgap.recovery import Recovery, Route, Status
+from rgap.seeding import start_as
 from rgap.separation.batch import Unseparated
 from rgap.separation.route import mixed, separate
 from rgap.update.preflight import ClientView
@@ -61,6 +62,7 @@ def invert(
     head: Head | None = None,
     complete: bool = False,
     prior: Likely | None = None,
+    start: Tensor | Recovery | None = None,
     value_range: tuple[float, float] | None = None,
     noise: float = 0.0,
     device: torch.device | str | None = None,
@@ -89,6 +91,8 @@ def invert(
         complete: go on where the recursion ends: what the equations leave open below is chosen
             by the prior (``COMPLETED``), or found to be determined by all of them together.  Where
             no closed form begins, the whole update is matched (:func:`rgap.match`).
+        start: a batch that a completion begins with in place of grey noise, rows in any order, or a
+            recovery that holds one: what an inverse of :mod:`rgap.learned` makes of the update.
         prior: of a completion, its name in :data:`rgap.priors.PRIORS`, or a generator of such data
             (``nn.Module``): the distance from what it draws, :class:`rgap.priors.drawn.Drawn`.  By
             default "natural": that of pictures, for inputs without neighbours the distance from
@@ -140,6 +144,10 @@ def invert(
             f"prior: expected none where nothing is completed, got {prior!r}; write complete=True "
             "as well"
         )
+    if start is not None and not complete:
+        raise ValueError(
+            "start: expected none where nothing is completed; write complete=True as well"
+        )
     if head is not None and not isinstance(head, Head):
         raise TypeError(
             f"head: expected a Head, got {head!r}; write "
@@ -159,6 +167,9 @@ def invert(
             prior, seconds, problem.chain.input_shape, problem.value_range, began
         )
         priors.require(filling.prior, problem.batch, problem.room)
+        if start is not None:
+            shape = (problem.batch, *problem.chain.input_shape)
+            filling = replace(filling, start=start_as(start, shape))
         problem = replace(problem, filling=filling)
     with Progress(progress) as show:
         recovery = _run(problem, head, show)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import inf
 
-import torch
 from torch import Tensor, nn
 
 from rgap.jacobian.cancelled import cancelled
@@ -19,7 +18,7 @@ from rgap.precision import Precision
 from rgap.priors import Likely, named, prior_of
 from rgap.recovery import Recovery
 from rgap.remedy import LOCAL, Remedy
-from rgap.seeding import start_of
+from rgap.seeding import start_as
 from rgap.solvers.priors import Prior
 from rgap.update.local_training import LocalTraining
 from rgap.update.preflight import ClientView, require_targets
@@ -135,7 +134,7 @@ class SearchProblem:
             {n: update.gradients[n].detach().to(place) for n in sent if n not in void},
             shape,
             ClientLoss(update.loss, known, local, update.local_steps),
-            None if start is None else _start(start, shape).to(place),
+            None if start is None else start_as(start, shape).to(place),
             _prior(prior, preset, client),
             precision,
             notes,
@@ -192,16 +191,3 @@ def _called(prior: Likely | None, preset: Preset | None, shape: tuple[int, ...])
     else:
         own = "the total variation" if preset.variation and len(shape) > 2 else ""
     return " and ".join(filter(None, (made, own)))
-
-
-def _start(start: Tensor | Recovery, shape: tuple[int, ...]) -> Tensor:
-    """The batch to begin with, float64."""
-    batch = start_of(start) if isinstance(start, Recovery) else start
-    if not isinstance(batch, Tensor):
-        raise TypeError(f"start: expected a tensor or a Recovery, got {type(batch).__name__}")
-    if tuple(batch.shape) != shape or not bool(torch.isfinite(batch).all()):
-        raise ValueError(
-            f"start: expected a batch of {shape[0]}, finite entries of shape {list(shape)}, got "
-            f"{list(batch.shape)}; write start=recovery, one of an update of this batch size"
-        )
-    return batch.detach().double()
