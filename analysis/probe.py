@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rgap import validation
 from rgap.analysis.calls.recorder import record
 from rgap.analysis.calls.uses import Recording, Use
 from rgap.jacobian.update_map import UpdateMap
@@ -312,8 +313,7 @@ class ProbePoint:
             ValueError: train mode, no trained parameters, targets that do not fit.
             OutOfMemory: no room for the copies.
         """
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        validation.module(model)
         refuse_unready(model, mixing=mixing)
         room = memory.budget_of(memory_budget, inputs.device)
         memory.require_copies(model, copies, room)

@@ -86,8 +86,7 @@ def check(
     ('SIGN', -1.0)
     """
     began = time.perf_counter()
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    validation.module(model)
     if not isinstance(update, Update):
         raise TypeError(
             f"update: expected an Update, got {type(update).__name__}; write rgap.Update(gradients)"

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from rgap import validation
 from rgap.network.affine import Affine
 from rgap.network.agreement import disagreement, refuse_unready
 from rgap.network.connected import as_matrix
@@ -161,8 +162,7 @@ def parse(model: nn.Module, input_shape: Sequence[int], *, mixing: bool = False)
     (['sigmoid'], ['flatten'])
     """
     shape = _shape(input_shape)
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    validation.module(model)
     parameters = tuple(name for name, _ in model.named_parameters())
     if not parameters:
         raise ValueError(

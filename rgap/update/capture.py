@@ -151,8 +151,7 @@ def _gradients(
 
 
 def _parameters(model: nn.Module) -> dict[str, Tensor]:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}.")
+    validation.module(model)
     refuse_wrapped(model)
     parameters: dict[str, Tensor] = dict(model.named_parameters())
     if not parameters:

@@ -81,8 +81,7 @@ class ClientView:
         >>> client.batch, client.input_shape
         (2, (3,))
         """
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        validation.module(model)
         if not isinstance(update, Update):
             raise TypeError(
                 f"update: expected an rgap.Update, got {type(update).__name__}; write "
