@@ -118,7 +118,8 @@ def write_recovery(
 ) -> Path | None:
     """Write the recovered pictures, or every candidate's; None if there is nothing to write.
 
-    A ``.safetensors`` file has the certified inputs of layers as well, as ``features-NAME``.  A
+    A ``.safetensors`` file has the certified inputs of layers as well, as ``features-NAME``; in
+    its metadata stand status, reason, residual, what is certified and the error bounds.  A
     folder gets ``picture-0.png`` … and ``recovery.safetensors`` with ``inputs`` and ``labels``
     in full precision; for an ambiguous answer, and for the nearest batch of a completion that did
     not reproduce the update, ``candidate-0-picture-0.png`` … and the tensors of every candidate.
@@ -139,8 +140,10 @@ def write_recovery(
     if not writable:
         return None
     metadata = {"status": recovery.status.name, "reason": recovery.reason}
-    if recovery.residual is not None:
-        metadata["residual"] = repr(recovery.residual)
+    metadata["certified"] = ", ".join(sorted(recovery.certified))
+    for name in ("residual", "error_bound", "targets_error_bound"):
+        if (value := getattr(recovery, name)) is not None:
+            metadata[name] = repr(value)
     for number, candidate in enumerate(recovery.candidates):
         metadata[f"candidate-{number}-residual"] = repr(candidate.residual)
     if suffix == TENSORS:

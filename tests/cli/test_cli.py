@@ -103,6 +103,10 @@ def test_capture_then_invert_recovers_the_photograph(here: Path) -> None:
     truth = photos.load(1, size=8)
     found = load_file(here / "found" / "recovery.safetensors")["inputs"]
     assert float((found - truth).abs().max()) < 1e-6
+    with safe_open(here / "found" / "recovery.safetensors", "pt") as file:
+        told = file.metadata()
+    assert told["certified"] == "inputs, targets"
+    assert float((found - truth).abs().max()) <= float(told["error_bound"]) < 1e-6
     shown = call("invert", "clinets:build", "u.safetensors", "--output", "one.png", "--explain")
     assert "EXACT" in shown.out
     assert "unknowns, determined by its gradient" in " ".join(shown.out.split())
