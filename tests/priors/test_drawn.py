@@ -38,6 +38,23 @@ def curved(seed: int = 0) -> Generator:
     return Generator(blocks, (4,))
 
 
+def sent(generator: Generator, labels: Tensor) -> tuple[nn.Module, Tensor, rgap.Update]:
+    """What it drew, through a client that sees means of four pixels."""
+    with torch.no_grad():
+        picture = generator.blocks(draw(len(labels), 4, seed=8).float()).double()
+    layers = nn.AvgPool2d(2), nn.Conv2d(1, 3, 3), nn.Sigmoid(), nn.Flatten(), nn.Linear(3, 3)
+    client = nn.Sequential(*layers).double().eval()
+    with torch.no_grad():
+        for seed, p in enumerate(client.parameters()):
+            p.copy_(0.5 * draw(*p.shape, seed=seed))
+    return client, picture, rgap.capture(client, picture, labels, dtype=F64)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
 @pytest.mark.parametrize("spread", [1e-3, 0.1, 3.0])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_of_a_linear_generator_in_closed_form(spread: float, batch: int) -> None:
@@ -97,14 +114,7 @@ def test_codes_follow_the_data_and_fresh_ones_agree() -> None:
 def test_a_completion_draws_what_equations_leave_open() -> None:
     """9 numbers of 36 pixels are known: the generator has the rest of what it drew."""
     generator = curved()
-    with torch.no_grad():
-        picture = generator.blocks(draw(1, 4, seed=8).float()).double()
-    layers = nn.AvgPool2d(2), nn.Conv2d(1, 3, 3), nn.Sigmoid(), nn.Flatten(), nn.Linear(3, 3)
-    client = nn.Sequential(*layers).double().eval()
-    with torch.no_grad():
-        for seed, p in enumerate(client.parameters()):
-            p.copy_(0.5 * draw(*p.shape, seed=seed))
-    update = rgap.capture(client, picture, torch.tensor([1]), dtype=F64)
+    client, picture, update = sent(generator, torch.tensor([1]))
     errors = {}
     for name, prior in (("natural", "natural"), ("drawn", generator)):
         found = rgap.invert(client, update, complete=True, prior=prior, time_limit=30.0)
@@ -235,11 +245,7 @@ def test_a_search_begins_without_what_another_remembers() -> None:
 
 def test_a_search_with_a_generator_goes_on_to_the_same_bits() -> None:
     generator = curved()
-    with torch.no_grad():
-        picture = generator.blocks(draw(2, 4, seed=8).float()).double()
-    layers = nn.AvgPool2d(2), nn.Conv2d(1, 3, 3), nn.Sigmoid(), nn.Flatten(), nn.Linear(3, 3)
-    client = nn.Sequential(*layers).double().eval()
-    update = rgap.capture(client, picture, torch.tensor([0, 1]), dtype=F64)
+    client, _, update = sent(generator, torch.tensor([0, 1]))
 
     def run(**more: object) -> rgap.Matching:
         return rgap.match(client, update, prior=generator, iterations=12, restarts=2, **more)  # type: ignore[arg-type]
