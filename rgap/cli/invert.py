@@ -13,6 +13,7 @@ from rgap.cli.making import Making
 from rgap.cli.mending import Mending
 from rgap.cli.options import Labelled, PriorName, Work, either, optional
 from rgap.cli.spoken import worded
+from rgap.cli.starting import StartFile, first_of
 
 if TYPE_CHECKING:
     from rgap.priors import Likely
@@ -45,6 +46,7 @@ class Completion:
             "NAME",
         ),
     ] = None
+    start: StartFile = None
     time_limit: Annotated[
         float | None,
         optional(
@@ -58,6 +60,8 @@ class Completion:
     def __post_init__(self) -> None:
         if self.prior is not None and not self.complete:
             raise ValueError("--prior: chooses in a completion only; write --complete as well")
+        if self.start is not None and not self.complete:
+            raise ValueError("--start: of a completion only; write --complete as well")
 
 
 @command
@@ -83,6 +87,7 @@ def invert(
     network = sent.network()
     update = mending.mended(sent.read(), network)
     answer.check(update)
+    size = update.batch_size if sent.batch_size is None else sent.batch_size
     recovery = rgap.invert(
         network,
         update,
@@ -90,6 +95,7 @@ def invert(
         batch_size=sent.batch_size,
         complete=completion.complete,
         prior=prior,
+        start=first_of(completion.start, size),
         time_limit=completion.time_limit,
         noise=sent.noise,
         **work.arguments(),

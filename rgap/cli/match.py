@@ -17,10 +17,9 @@ from rgap.cli.making import Making
 from rgap.cli.mending import Mending
 from rgap.cli.options import Labelled, MatchMethod, PriorName, Work, either, optional
 from rgap.cli.spoken import worded
+from rgap.cli.starting import StartFile, first_of
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from rgap.matching.checkpoint import Checkpoint, Progress
     from rgap.update.local_training import LocalTraining
     from rgap.update.update import Update
@@ -41,14 +40,7 @@ class Search:
             help=f"How to search: {either(MatchMethod, 'rgap.presets')}.", metavar="METHOD"
         ),
     ] = MatchMethod.gauss_newton.value
-    start: Annotated[
-        Path | None,
-        optional(
-            "Begin with the batch in this .safetensors file or folder, as rgap invert --output "
-            "writes it.",
-            "FILE",
-        ),
-    ] = None
+    start: StartFile = None
     prior: Annotated[
         str | None,
         optional(
@@ -76,35 +68,6 @@ class Search:
             "--resume",
         ),
     ] = None
-
-    def first(self, size: int | None) -> Tensor | None:
-        """The batch that ``--start`` names, of as many samples as the update has."""
-        from rgap.update.storage import opened
-
-        path = self.start
-        if path is None:
-            return None
-        path = path / "recovery.safetensors" if path.is_dir() else path
-        if not path.is_file():
-            raise ValueError(f"--start: no file {path}; write one with rgap invert --output")
-        tensors = opened(path, "rgap invert --output")[1]
-        near = "" if "inputs" in tensors else "candidate-0-"
-        batch = tensors.get(f"{near}inputs")
-        copies = tensors.get(f"{near}multiplicities")
-        if batch is not None and copies is not None:
-            batch = batch.repeat_interleave(copies, 0)
-        if batch is not None and size in (None, len(batch)):
-            return batch
-        if batch is not None:
-            raise ValueError(
-                f"--start: expected a batch of {size}, as the update is, got one of {len(batch)} "
-                f"in {path}; write --start with a file that rgap invert or rgap match made of this "
-                "update"
-            )
-        raise ValueError(
-            f"--start: expected a file with the tensor 'inputs', got {sorted(tensors)}; write one "
-            "with rgap invert MODEL UPDATE --complete --output start.safetensors"
-        )
 
     def held(self) -> Checkpoint | None:
         """Where an earlier search was, None at the first."""
@@ -190,7 +153,7 @@ def match(
         labels=sent.known(update),
         batch_size=sent.batch_size,
         generator=making.made(),
-        start=search.first(size),
+        start=first_of(search.start, size),
         prior=search.prior,
         local=local.training(),
         noise=sent.noise,

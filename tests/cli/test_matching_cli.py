@@ -73,6 +73,10 @@ def test_a_near_miss_is_never_written_as_an_answer(here: Path) -> None:
     assert (here / "near" / "candidate-0-picture-0.png").is_file()
     assert "inputs" not in load_file(here / "near" / "recovery.safetensors")
     assert run(f"{line} --start near")[0] == 1, "but a start it is"
+    line = f"invert {MODEL} update.safetensors --start near"
+    code, text = run(line)
+    assert code == 2 and "write --complete as well" in " ".join(text.split())
+    assert run(f"{line} --complete --time-limit 5")[0] in (0, 1)
 
 
 def test_a_generator_is_named_like_a_network(here: Path) -> None:

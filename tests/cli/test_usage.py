@@ -28,6 +28,7 @@ BASE = {
 WRONG = {"output": "taken.txt/inside.png", "plot": "heat.doc", "checkpoint": "no/folder/here"}
 ALSO = {  # without which the option says that it needs it
     ("invert", "prior"): ("--complete",),
+    ("invert", "start"): ("--complete",),
     ("match", "generator"): ("--method", "gifd"),
     ("match", "generator_weights"): ("--method", "gifd", "--generator", "mlp"),
     ("match", "generator_codes"): ("--method", "gifd", "--generator", "mlp"),
