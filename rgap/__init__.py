@@ -16,7 +16,17 @@ from typing import TYPE_CHECKING, Any
 from rgap._version import __version__
 
 if TYPE_CHECKING:
-    from rgap import analysis, labels, learned, models, photos, solvers, testing
+    from rgap import (
+        analysis,
+        labels,
+        learned,
+        matching,
+        models,
+        photos,
+        priors,
+        solvers,
+        testing,
+    )
     from rgap.diagnosis import Check, Finding, check
     from rgap.halt import Halt, HaltKind
     from rgap.inversion.invert import Head, invert
@@ -51,7 +61,9 @@ _HOMES = {
     "invert": "inversion.invert",
     "match": "matching",
 }
-_ROOMS = ("analysis", "labels", "learned", "models", "photos", "solvers", "testing")
+_ROOMS = (
+    "analysis", "labels", "learned", "matching", "models", "photos", "priors", "solvers", "testing",
+)  # fmt: skip
 
 __all__ = [
     "Candidate",
@@ -79,8 +91,10 @@ __all__ = [
     "labels",
     "learned",
     "match",
+    "matching",
     "models",
     "photos",
+    "priors",
     "solvers",
     "testing",
 ]

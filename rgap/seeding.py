@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from rgap import validation
 from rgap.recovery import Recovery
 
 __all__ = ["batch_of", "breaching_start", "inversefed_start", "start_as", "start_of"]
@@ -23,24 +24,28 @@ def start_of(recovery: Recovery) -> Tensor:
     return batch_of(recovery)[0]
 
 
-def start_as(start: Tensor | Recovery, shape: tuple[int, ...]) -> Tensor:
+def start_as(start: Tensor | Recovery, size: int | None, input_shape: Sequence[int]) -> Tensor:
     """The batch that a search begins with, float64.
 
     Args:
         start: itself, or a recovery that holds one.
-        shape: that it has to have, [B, *input_shape].
+        size: of the batch; None: nobody knows.
+        input_shape: of one sample.
 
     Raises:
         TypeError: neither.
-        ValueError: another shape, or entries that are not finite.
+        ValueError: another size or shape, or entries that are not finite.
     """
     batch = start_of(start) if isinstance(start, Recovery) else start
     if not isinstance(batch, Tensor):
         raise TypeError(f"start: expected a tensor or a Recovery, got {type(batch).__name__}")
-    if tuple(batch.shape) != shape or not bool(torch.isfinite(batch).all()):
+    shape = (len(batch) if size is None and batch.ndim else size, *input_shape)
+    validation.require_finite("start", batch, "leave it out, or write what came out of a search")
+    if tuple(batch.shape) != shape:
         raise ValueError(
-            f"start: expected a batch of {shape[0]}, finite entries of shape {list(shape)}, got "
-            f"{list(batch.shape)}; write start=recovery, one of an update of this batch size"
+            f"start: expected a batch of {'any size' if size is None else size}, samples of "
+            f"shape {list(input_shape)} each, got {list(batch.shape)}; write start=recovery, one "
+            "of an update of this batch size"
         )
     return batch.detach().double()
 

@@ -223,8 +223,10 @@ def labels(labels: Any, batch_size: int | None) -> Tensor | None:
     return labels.detach().clone()
 
 
-def bounds(value_range: Any) -> tuple[float, float] | None:
-    """The range of values as two floats."""
+def bounds(
+    value_range: Any, instead: str = "write None for values without bounds"
+) -> tuple[float, float] | None:
+    """The range of values as two floats; ``instead`` ends the message about one that is none."""
     if value_range is None:
         return None
     flat = isinstance(value_range, Tensor) and value_range.ndim == 0
@@ -235,8 +237,7 @@ def bounds(value_range: Any) -> tuple[float, float] | None:
     low, high = float(pair[0]), float(pair[1])
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise ValueError(
-            f"value_range: expected (low, high) with low < high, got {value_range!r}; write None "
-            "for values without bounds."
+            f"value_range: expected (low, high) with low < high, got {value_range!r}; {instead}."
         )
     return low, high
 

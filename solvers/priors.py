@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -48,8 +49,8 @@ class _Together(Protocol):
 class Warm(Protocol):
     """A prior that keeps where its own search ended, for the next; that belongs to one descent."""
 
-    def cold(self) -> Prior:
-        """The same, that remembers nothing."""
+    def cold(self, deadline: float = inf) -> Prior:
+        """The same, that remembers nothing and searches no longer than that."""
 
     def held(self) -> dict[str, Tensor]:
         """What it remembers."""
@@ -58,13 +59,29 @@ class Warm(Protocol):
         """Remember what :meth:`held` gave."""
 
 
-def cold(prior: Prior) -> Prior:
-    """A prior as a search begins with it.
+def cold(prior: Prior, deadline: float = inf) -> Prior:
+    """A prior as a search begins with it, which ends at a time of ``time.perf_counter``.
 
     >>> cold(Squares())
     Squares(weight=1.0, centre=0.0)
     """
-    return prior.cold() if isinstance(prior, Warm) else prior
+    return prior.cold(deadline) if isinstance(prior, Warm) else prior
+
+
+REMEMBERED = "prior."  # before the names of what a prior remembers, in a checkpoint
+
+
+def remembered(prior: object) -> dict[str, Tensor]:
+    """What a prior remembers, for a checkpoint; nothing for most, and for None."""
+    if not isinstance(prior, Warm):
+        return {}
+    return {REMEMBERED + name: tensor for name, tensor in prior.held().items()}
+
+
+def remember(prior: object, checkpoint: Mapping[str, Tensor]) -> None:
+    """Take back what :func:`remembered` gave."""
+    if isinstance(prior, Warm):
+        prior.hold(_of(checkpoint, REMEMBERED))
 
 
 def value_and_gradient(prior: Prior, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -236,9 +253,9 @@ class Sum:
         """Each of them smoothed."""
         return Sum([part.smoothed(size) for part in self.parts])
 
-    def cold(self) -> Sum:
+    def cold(self, deadline: float = inf) -> Sum:
         """Each of them without what it remembers."""
-        return Sum([cold(part) for part in self.parts])
+        return Sum([cold(part, deadline) for part in self.parts])
 
     def held(self) -> dict[str, Tensor]:
         """What its parts remember, by their number."""

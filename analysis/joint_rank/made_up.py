@@ -152,7 +152,7 @@ def made_up(
         The :class:`MadeUp`.
 
     Raises:
-        TypeError: no recovery.
+        TypeError: no recovery, or no update.
         ValueError: the recovery holds no batch or no targets; a model that does not send the
             update at it; what :func:`~rgap.analysis.identifiability` raises.
 
@@ -178,6 +178,11 @@ def made_up(
         )
     inputs = inputs.detach().cpu().double()
     if update is not None:
+        if not isinstance(update, Update):
+            raise TypeError(
+                f"update: expected an rgap.Update, got {type(update).__name__}; write update=, the "
+                "one that the recovery is of"
+            )
         loss = update.loss
         _require_sent(model, update, inputs, labels, recovery)
     found = identifiability(
@@ -219,12 +224,17 @@ def _require_sent(
         return
     twin = copy.deepcopy(model).cpu().double()
     own = capture(twin, inputs, labels.cpu(), loss=update.loss, value_range=None).gradients
-    apart = size = 0.0
-    for name, sent in update.fitted(model).gradients.items():
-        apart += float((own[name] - sent.cpu().double()).square().sum())
-        size += float(sent.double().square().sum())
+    both = [(own[n], g.cpu().double()) for n, g in update.gradients.items() if n in own]
+    size, length, common = (
+        sum(float((a * b).sum()) for a, b in pairs)
+        for pairs in ([(g, g) for _, g in both], [(g, g) for g, _ in both], both)
+    )
+    scale = max(common, 0.0) / length if length else 0.0  # of an update that came with a factor
+    apart = min(
+        sum(float((c * mine - sent).square().sum()) for mine, sent in both) for c in (1.0, scale)
+    )
     off = (apart / size) ** 0.5 if size else 0.0
-    if off > AGREE * recovery.residual + ROUNDED:
+    if not off <= AGREE * recovery.residual + ROUNDED:
         raise ValueError(
             f"recovery: expected one of this model and update, whose gradient at its batch is off "
             f"by {recovery.residual:.1e} of the update, here it is off by {off:.1e}; give the "

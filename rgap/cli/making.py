@@ -44,7 +44,7 @@ class Making:
         """The generator; None where none is named."""
         from torch import nn
 
-        from rgap.models.spec import resolve
+        from rgap.models.spec import resolve_generator
         from rgap.priors.generator import Generator
 
         if self.generator is None:
@@ -56,11 +56,15 @@ class Making:
                     )
             return None
         try:
-            network = resolve(self.generator, self.generator_weights)
+            network = resolve_generator(self.generator, self.generator_weights)
         except ValueError as error:
             about, _, words = str(error).partition(": ")
             option = "--generator-weights" if about == "weights" else "--generator"
             raise ValueError(f"{option}: {words or about}") from error
+        if isinstance(network, Generator):
+            if self.generator_codes is None and self.generator_range is None:
+                return network
+            network = network.blocks
         codes, bounds = None, self._bounds()
         if self.generator_codes is not None:
             codes = whole_numbers(self.generator_codes, "--generator-codes", "128")

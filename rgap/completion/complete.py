@@ -27,7 +27,7 @@ from rgap.network.activations import Activation
 from rgap.network.chain import Chain, Stage
 from rgap.network.reshape import Reshape
 from rgap.precision import Estimate, Precision
-from rgap.priors import Likely, prior_of
+from rgap.priors import Likely, named, prior_of
 from rgap.recursion.matrix_free import memory
 from rgap.recursion.reached import Reached
 from rgap.recursion.stage import BUDGET
@@ -51,12 +51,14 @@ class PriorSchedule:
         schedule: of its weight; its seconds count from ``began``.
         began: of ``time.perf_counter``.
         start: a batch to begin with, [B, *shape]; None: grey noise.
+        name: of the prior, in a report.
     """
 
     prior: Prior
     schedule: Schedule
     began: float
     start: Tensor | None = None
+    name: str = "the prior"
 
     @property
     def deadline(self) -> float:
@@ -88,8 +90,10 @@ class PriorSchedule:
             )
         low, high = value_range or (0.0, 1.0)
         schedule = Schedule(seconds=float(seconds), smoothing=Schedule.smoothing * (high - low))
-        chosen = prior_of("natural" if prior is None else prior, shape, value_range)
-        return cls(chosen, schedule, time.perf_counter() if began is None else began)
+        began = time.perf_counter() if began is None else began
+        own = "natural" if prior is None else prior
+        chosen = prior_of(own, shape, value_range, began + seconds)
+        return cls(chosen, schedule, began, name=named(own))
 
 
 def met(
@@ -190,6 +194,7 @@ def complete(
     precision: Precision,
     *,
     watch: Watch | None = None,
+    blank: Tensor | None = None,
 ) -> Minimum:
     """Solve for the data, the prior filling what the equations leave open.
 
@@ -205,6 +210,8 @@ def complete(
         precision: of the update: the weight of the prior stays where the misfit is what errors
             explain (Morozov's discrepancy principle).
         watch: told of every step.
+        blank: data that are no answer, by which the misfit of what is known is measured; by default
+            the start, which is none then.
 
     Returns:
         The :class:`~rgap.solvers.gauss_newton.Minimum`; ``misfit`` is that of the network itself,
@@ -215,7 +222,7 @@ def complete(
     def project(x: Tensor) -> Tensor:
         return x if value_range is None else x.clamp(*value_range)
 
-    update.balance(start)
+    update.balance(start if blank is None else blank)
     schedule = replace(schedule, target=update.expected(precision))
     best: Minimum | None = None
     steps: tuple[Step, ...] = ()
@@ -231,21 +238,24 @@ def complete(
     return replace(best, steps=steps)
 
 
-def beginning(update: ModuleUpdate, start: Tensor) -> Tensor:
-    """A start whose rows are in the order of the features that are known inside.
+def beginning(update: ModuleUpdate, start: Tensor) -> Tensor | None:
+    """A start whose rows are in the order of the features that are known inside, or None.
 
     The order of a batch is not in its gradient, so that whoever made the start had another: where
     all of a layer's input is known, rows are paired by the smallest sum of squared differences.
-    Rows that are left over are copies of others.
+    Rows that are left over are copies of others; None: there are too few, or too many of which
+    nothing says which are left over.
 
     Args:
         update: the equations, of B different samples.
-        start: x, at least B rows, ``[B', *input_shape]``.
+        start: x, ``[B', *input_shape]``.
     """
     assert update.inside is not None
     size, own = update.inside.shape[0], []
     if not isinstance(update.inside.known, Whole):
-        return start[:size]
+        return start if len(start) == size else None
+    if len(start) < size:
+        return None
     with torch.no_grad():
         for first in range(0, len(start), size):  # as many at a time as the equations are of
             update.run(start[torch.arange(first, first + size) % len(start)])

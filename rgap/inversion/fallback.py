@@ -117,7 +117,7 @@ def filled(
     misfit = max(minimum.misfit, nearest.residual**2)
     blank = grey(problem.batch, chain.input_shape, problem.value_range, 0).to(minimum.value)
     reproduced = met(update, misfit, nearest.residual, problem.precision, blank)
-    reason = _words(halt.reason, -surplus, unknowns, minimum, misfit, reproduced)
+    reason = _words(filling.name, halt.reason, -surplus, unknowns, minimum, misfit, reproduced)
     if enough and confused:
         reason += f"; {confused}, others than the data send the same"
     if reproduced:
@@ -162,9 +162,14 @@ def _completion(
     if sure:
         schedule = replace(schedule, steps=min(schedule.steps, NEAR))
     start = start.to(known.cotangent)
-    if filling.start is not None:
-        start = beginning(update, filling.start.to(start))
-    return complete(update, start, filling.prior, schedule, bounds, precision, watch=watch)
+    given = None if filling.start is None else beginning(update, filling.start.to(start))
+    minimum = complete(
+        update, start if given is None else given, filling.prior, schedule, bounds, precision,
+        watch=watch, blank=start,
+    )  # fmt: skip
+    if given is None or not (own := update.misfit(given)) < minimum.misfit:
+        return minimum
+    return replace(minimum, value=given, misfit=own, ended="the start is nearer than any step")
 
 
 def _passed(problem: Problem, run: Run, halt: Halt) -> Recovery:
@@ -336,13 +341,19 @@ def _edges(problem: Problem, value: Tensor) -> str:
 
 
 def _words(
-    why: str, missing: int, unknowns: int, minimum: Minimum, misfit: float, reproduced: bool
+    prior: str,
+    why: str,
+    missing: int,
+    unknowns: int,
+    minimum: Minimum,
+    misfit: float,
+    reproduced: bool,
 ) -> str:
     """Why there is a completion, and how near it came."""
     open_ = (
-        f"at least {missing} of {unknowns} unknowns were chosen by the prior"
+        f"at least {missing} of {unknowns} unknowns were chosen by {prior}"
         if missing > 0
-        else "what they leave open, or leave too badly conditioned, was chosen by the prior"
+        else f"what they leave open, or leave too badly conditioned, was chosen by {prior}"
     )
     size, how = f"{misfit**0.5:.1e}", f"{len(minimum.steps)} steps: {minimum.ended}"
     if not reproduced:

@@ -168,8 +168,8 @@ def invert(
         )
         priors.require(filling.prior, problem.batch, problem.room)
         if start is not None:
-            shape = (problem.batch, *problem.chain.input_shape)
-            filling = replace(filling, start=start_as(start, shape))
+            size = None if problem.stated is None else problem.batch
+            filling = replace(filling, start=start_as(start, size, problem.chain.input_shape))
         problem = replace(problem, filling=filling)
     with Progress(progress) as show:
         recovery = _run(problem, head, show)

@@ -45,7 +45,7 @@ REFUTES = frozenset(
 """Findings that contradict what was declared: no smaller batch would help."""
 CHOSEN = (
     "a prior chose what the equations leave open: details of these pictures may be its own and not "
-    "the client's; the layer reports say how much is open"
+    "the client's; rgap.analysis.made_up says of every pixel how much is open"
 )
 
 

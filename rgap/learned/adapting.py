@@ -19,7 +19,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from rgap import validation
 from rgap.learned.fingerprint import Fingerprint
 from rgap.learned.fitting import Fitting, Pool, batches
 from rgap.learned.gradients import HashedGradient
@@ -27,7 +26,7 @@ from rgap.learned.inverse import Inverse
 from rgap.learned.networks import first_layer
 from rgap.learned.schedule import Schedule
 from rgap.learned.standard import Standard
-from rgap.learned.training import held_out, measured, require_pictures
+from rgap.learned.training import held_out, measured, require_labels, require_pictures
 from rgap.matching.checkpoint import Ended
 from rgap.network.agreement import refuse_unready
 from rgap.progress import Progress, Shown
@@ -81,7 +80,14 @@ def adapt(
     >>> moved.pictures(new, rgap.capture(new, x[:1], y[:1])).shape
     torch.Size([1, 1, 3, 3])
     """
-    inverse.fingerprint.require(before, moved=False)
+    inverse.fingerprint.require(before, moved=True)
+    far = inverse.fingerprint.distance(Fingerprint.of(before))
+    if far > 0.0:
+        raise ValueError(
+            "before: expected the weights that the inverse was trained for, got others at a "
+            f"relative distance of {far:.2g}; write adapt(inverse, before, after, ...), the old "
+            "model first"
+        )
     inverse.fingerprint.require(after, moved=True)
     refuse_unready(after)
     require_pictures(pictures, inverse.client.value_range)
@@ -90,8 +96,7 @@ def adapt(
             f"pictures: expected samples of shape {list(inverse.client.shape)}, got "
             f"{list(pictures.shape[1:])}; give pictures like those of the training"
         )
-    known = validation.labels(labels, len(pictures))
-    assert known is not None
+    known = require_labels(labels, len(pictures))
     require_targets(after, inverse.client.loss, known, inverse.client.shape)
     began, seed, sizes = time.perf_counter(), inverse.client.seed, inverse.design.batch_sizes
     held, (low, high) = held_out(len(pictures), HELD, inverse.design), inverse.client.value_range

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rgap.learned.hashing import FeatureHash
-from rgap.matching.checkpoint import digest
+from rgap.update.storage import digest
 
 __all__ = ["Fingerprint"]
 

@@ -21,13 +21,13 @@ from rgap.learned.inverse import Inverse, built
 from rgap.learned.schedule import Schedule
 from rgap.learned.standard import Standard
 from rgap.machine import memory
-from rgap.matching.checkpoint import Checkpoint, Ended, digest
+from rgap.matching.checkpoint import Checkpoint, Ended
 from rgap.network.agreement import refuse_unready
 from rgap.network.running import refuse_meta, refuse_wrapped
 from rgap.progress import Progress, Shown
 from rgap.update.losses import Loss
 from rgap.update.preflight import require_targets
-from rgap.update.storage import require_folder
+from rgap.update.storage import digest, require_folder
 
 __all__ = ["train"]
 
@@ -181,7 +181,7 @@ def _client(
     refuse_unready(model)
     refuse_wrapped(model)
     bounds = require_pictures(pictures, value_range)
-    known = validation.labels(labels, len(pictures))
+    known = require_labels(labels, len(pictures))
     declared = Loss.of(loss)
     if declared.own or not declared.known or declared.weight is not None:
         raise ValueError(
@@ -194,9 +194,21 @@ def _client(
             "model: expected parameters that a client trains, got none; write "
             "model.requires_grad_(True)"
         )
-    assert known is not None
     require_targets(model, declared, known, pictures.shape[1:])
     return Client(declared, tuple(pictures.shape[1:]), bounds, names, schedule.seed)
+
+
+def require_labels(labels: Tensor, count: int) -> Tensor:
+    """A copy of the targets of so many pictures.
+
+    Raises:
+        TypeError: none at all, or no tensor.
+        ValueError: not as many.
+    """
+    known = validation.labels(labels, count)
+    if known is None:
+        raise TypeError("labels: expected a target for each picture, got None; write labels=")
+    return known
 
 
 def require_pictures(pictures: Tensor, value_range: tuple[float, float]) -> tuple[float, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -14,22 +13,9 @@ from torch import Tensor
 
 from rgap.update.storage import opened, require_whole, written
 
-__all__ = ["Checkpoint", "Ended", "Progress", "digest"]
+__all__ = ["Checkpoint", "Ended", "Progress"]
 
 FORMAT = "rgap.checkpoint"
-
-
-def digest(*tensors: Tensor) -> str:
-    """A short fingerprint of numbers: equal tensors have equal ones.
-
-    >>> import torch
-    >>> digest(torch.ones(2)) == digest(torch.ones(2)) != digest(torch.zeros(2))
-    True
-    """
-    state = hashlib.sha256()
-    for tensor in tensors:
-        state.update(tensor.detach().double().cpu().contiguous().numpy().tobytes())
-    return state.hexdigest()[:16]
 
 
 class Ended(Enum):

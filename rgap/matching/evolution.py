@@ -10,7 +10,6 @@ Source: Hansen, *The CMA evolution strategy* (2016), by the package ``cma``.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import numpy as np
@@ -23,7 +22,11 @@ WIDE = 200  # unknowns above which variances alone are learned: a covariance tak
 
 
 def evolved(
-    values: Callable[[Tensor], Tensor], rows: Tensor, generations: int, seed: int, deadline: float
+    values: Callable[[Tensor], Tensor],
+    rows: Tensor,
+    generations: int,
+    seed: int,
+    ends: Callable[[int, Tensor], bool],
 ) -> Tensor:
     """The rows, with the best code of an evolution strategy in place of the first.
 
@@ -32,12 +35,13 @@ def evolved(
         rows: starts from N(0, 1), [R, n].
         generations: at most.
         seed: of what is drawn; the global random state is not touched.
-        deadline: of ``time.perf_counter``, after which no generation begins.
+        ends: told the number and the values of every generation; True: it was the last.
 
     Raises:
         ImportError: the package is not installed.
 
-    >>> rows = evolved(lambda r: (r - 3.0).square().sum(1), torch.zeros(2, 4), 60, 0, float("inf"))
+    >>> far, never = lambda r: (r - 3.0).square().sum(1), lambda number, values: False
+    >>> rows = evolved(far, torch.zeros(2, 4), 60, 0, never)
     >>> bool((rows[0] - 3.0).abs().max() < 0.1), rows[1].tolist()
     (True, [0.0, 0.0, 0.0, 0.0])
     """
@@ -60,10 +64,13 @@ def evolved(
             "CMA_diagonal": rows.shape[1] > WIDE,
         },
     )
-    while not strategy.stop() and time.perf_counter() < deadline:
+    number, over = 0, False
+    while not (over or strategy.stop()):
         asked = strategy.ask()
-        told = values(torch.from_numpy(np.stack(asked)).to(rows)).double()
-        strategy.tell(asked, torch.nan_to_num(told, nan=torch.inf).tolist())
+        own = values(torch.from_numpy(np.stack(asked)).to(rows)).double()
+        own = torch.nan_to_num(own, nan=torch.inf)
+        strategy.tell(asked, own.tolist())
+        over, number = ends(number, own), number + 1
     best = strategy.result.xbest
     if best is None:
         return rows

@@ -14,6 +14,7 @@ from rgap.matching.checkpoint import Ended, Progress
 from rgap.matching.objective import Objective
 from rgap.matching.problem import Limits
 from rgap.solvers.first_order import State
+from rgap.solvers.priors import remember, remembered
 
 GAIN = 1e-4  # relative gain on the best value that counts as progress
 Project = Callable[[Tensor], Tensor]
@@ -33,25 +34,36 @@ def iterate(
     """
     deadline, size = time.perf_counter() + limits.seconds, prod(objective.shape)
     preset, at, patience = objective.preset, RestartState.of(state), limits.patience
+    remember(objective.prior, state)
+    before = remembered(objective.prior)
+
+    def stand() -> State:
+        """The rows that are judged now, and what the prior remembered before they were."""
+        return {**at.state(), **before}
+
     with objective.kernels():
         while True:
+            before = remembered(objective.prior)
             values, slopes = objective(at.rows)
             at.judge(values, slopes, objective.usual)
             best, number = min(at.best_values), at.number
             stop = False
             if limits.callback is not None:
-                point = Progress("iteration", number, at.values, best, limits.saved(at.state()))
+                point = Progress("iteration", number, at.values, best, limits.saved(stand()))
                 stop = bool(limits.callback(point))
             if not any(at.alive):
-                return (Ended.EXPLODED if isfinite(best) else Ended.NOT_FINITE), at.state()
+                return (Ended.EXPLODED if isfinite(best) else Ended.NOT_FINITE), {
+                    **at.state(),
+                    **before,
+                }
             if number >= limits.iterations:
-                return Ended.DONE, at.state()
+                return Ended.DONE, stand()
             if stop:
-                return Ended.STOPPED, at.state()
+                return Ended.STOPPED, stand()
             if patience is not None and number - at.progress >= patience:
-                return Ended.STILL, at.state()
+                return Ended.STILL, stand()
             if time.perf_counter() > deadline:
-                return Ended.TIME, at.state()
+                return Ended.TIME, stand()
             rate = preset.rule.length(number, limits.iterations)
             rows, at.rule = preset.rule.step(at.rows, at.living(slopes, 0.0), at.rule, rate)
             if preset.noise:

@@ -20,9 +20,7 @@ from rgap.jacobian.module_update import ModuleUpdate
 from rgap.matching.checkpoint import Checkpoint, Ended, Progress
 from rgap.matching.problem import Limits
 from rgap.solvers.gauss_newton import STOPPED, DescentMarks, Schedule, Step
-from rgap.solvers.priors import Prior, Sum
-
-REMEMBERED = "prior."  # before the names of what a prior remembers, in a checkpoint
+from rgap.solvers.priors import Prior, remember, remembered
 
 
 @dataclass
@@ -63,15 +61,14 @@ class SearchState:
             "best": self.best,
             "misfits": self.best.new_tensor([self.lowest, self.own], dtype=torch.float64),
             "marks": self.best.new_tensor(marks, dtype=torch.float64),
-            **{REMEMBERED + n: t for n, t in Sum([self.prior]).held().items()},
+            **remembered(self.prior),
         }
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, prior: Prior, like: Tensor) -> SearchState:
         """What :meth:`state` made of it."""
         held = checkpoint.tensors
-        own = {n.removeprefix(REMEMBERED): t for n, t in held.items() if n.startswith(REMEMBERED)}
-        Sum([prior]).hold(own)
+        remember(prior, held)
         lowest, nearest = held["misfits"].tolist()
         marks = None
         if len(held["marks"]):

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rgap.matching.checkpoint import Checkpoint, Ended
+from rgap.matching.checkpoint import Checkpoint, Ended, Progress
 from rgap.matching.evolution import evolved
 from rgap.matching.first_order import first, iterate
 from rgap.matching.objective import Objective
@@ -121,13 +121,13 @@ def searched(
     deadline, batch = time.perf_counter() + limits.seconds, shape[0]
     stages = list(_stages(preset.domains, len(generator.blocks)))
     state: State | None = None
-    if limits.checkpoint is None:
+    if limits.checkpoint is None or not limits.checkpoint.tensors:
         begin = _codes(generator, batch, limits)
         if preset.evolution:
             codes = FromBlock(_part(generator, 0), (batch, *generator.latent_shape))
-            begun, share = objective(codes, preset), EVOLVING * limits.seconds + time.perf_counter()
-            with begun.kernels():
-                begin = evolved(begun.values, begin, preset.evolution, limits.seed, share)
+            begin, stopped = _evolved(objective(codes, preset), begin, preset.evolution, limits)
+            if stopped:
+                return Found(Ended.STOPPED, None, inf, 0, limits.saved({}))
         at = _Position(0, 0, begin, torch.zeros(*shape))
     else:
         place = generator.like.device
@@ -156,6 +156,27 @@ def searched(
             return Found(ended, data, lowest, made, here.saved(state))
         begin = _handed_on(generator, stages[at.number + 1], stage, batch, row)
         at, state = _Position(at.number + 1, made, begin, best, lowest), None
+
+
+def _evolved(
+    objective: Objective, begin: Tensor, generations: int, limits: Limits
+) -> tuple[Tensor, bool]:
+    """First codes by an evolution strategy, and whether the callback stopped it.
+
+    Its checkpoints hold nothing: whoever goes on from one begins anew, to the same codes.
+    """
+    until, lowest, stopped = time.perf_counter() + EVOLVING * limits.seconds, inf, False
+
+    def ends(number: int, values: Tensor) -> bool:
+        nonlocal lowest, stopped
+        lowest = min(lowest, float(values.min()))
+        if limits.callback is not None:
+            point = Progress("generation", number, values, lowest, limits.saved({}))
+            stopped = bool(limits.callback(point))
+        return stopped or time.perf_counter() > until
+
+    with objective.kernels():
+        return evolved(objective.values, begin, generations, limits.seed, ends), stopped
 
 
 def _stages(domains: Sequence[Domain], blocks: int) -> Iterator[_Stage]:

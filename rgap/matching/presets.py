@@ -111,6 +111,14 @@ class Preset:
                 f"distance: expected one of {', '.join(map(repr, DISTANCES))}, got "
                 f"{self.distance!r}; write distance='cosine'"
             )
+        if isinstance(self.evolution, bool) or not isinstance(self.evolution, int):
+            raise TypeError(
+                f"evolution: expected a whole number, got {self.evolution!r}; write evolution=50"
+            )
+        if self.evolution < 0:
+            raise ValueError(
+                f"evolution: expected at least 0, got {self.evolution!r}; write evolution=50"
+            )
         if self.evolution and (not self.domains or self.domains[0].over != "latent"):
             raise ValueError(
                 "evolution: expected a preset that begins with codes; write "

@@ -72,6 +72,7 @@ class SearchProblem:
         start: Tensor | Recovery | None,
         prior: Likely | None,
         local: LocalTraining | None,
+        deadline: float = inf,
     ) -> SearchProblem:
         """Check what a search is given; arguments and errors as for :func:`rgap.match`.
 
@@ -134,8 +135,8 @@ class SearchProblem:
             {n: update.gradients[n].detach().to(place) for n in sent if n not in void},
             shape,
             ClientLoss(update.loss, known, local, update.local_steps),
-            None if start is None else start_as(start, shape).to(place),
-            _prior(prior, preset, client),
+            None if start is None else start_as(start, size, client.input_shape).to(place),
+            _prior(prior, preset, client, deadline),
             precision,
             notes,
             _called(prior, preset, shape),
@@ -171,14 +172,16 @@ class Limits:
         return Checkpoint(dict(self.settings or {}), tensors)
 
 
-def _prior(prior: Likely | None, preset: Preset | None, client: ClientView) -> Prior | None:
+def _prior(
+    prior: Likely | None, preset: Preset | None, client: ClientView, deadline: float
+) -> Prior | None:
     """The prior, of a name the one of the data in the optimiser's units."""
     if prior is None:
         return None
     bounds = client.update.value_range
     if preset is not None and bounds is not None:
         bounds = preset.coordinates(bounds).rows(bounds)
-    return prior_of(prior, client.input_shape, bounds)
+    return prior_of(prior, client.input_shape, bounds, deadline)
 
 
 def _called(prior: Likely | None, preset: Preset | None, shape: tuple[int, ...]) -> str:

@@ -18,7 +18,7 @@ from rgap import priors, validation
 from rgap.completion.complete import PriorSchedule, grey
 from rgap.jacobian.module_update import ModuleUpdate
 from rgap.machine import memory
-from rgap.matching.checkpoint import Checkpoint, Ended, Progress, digest
+from rgap.matching.checkpoint import Checkpoint, Ended, Progress
 from rgap.matching.first_order import first, iterate, random_rows
 from rgap.matching.gauss_newton import search
 from rgap.matching.generative import searched
@@ -31,14 +31,17 @@ from rgap.priors.generator import Decoder, Generator, untrained
 from rgap.progress import Progress as Line
 from rgap.progress import Shown
 from rgap.recovery import Recovery
+from rgap.remedy import Remedy
 from rgap.solvers.gauss_newton import Schedule
 from rgap.update.local_training import LocalTraining
 from rgap.update.preflight import ClientView, device_of
+from rgap.update.storage import digest
 from rgap.update.update import Update
 
 __all__ = ["METHODS", "Checkpoint", "Ended", "Matching", "Progress", "match"]
 
 NEWTON = "gauss_newton"
+SEARCHED = Remedy("method='gifd', or prior=generator to have it choose", "--method gifd")
 
 
 class _Methods(Collection[str]):
@@ -148,7 +151,7 @@ def match(
     preset = _preset(method, time_limit, prior, patience)
     if generator is not None and (preset is None or not preset.domains):
         raise ValueError(
-            "generator: expected a method that searches what a generator makes; write method='gifd'"
+            f"generator: expected a method that searches what a generator makes; write {SEARCHED}"
         )
     if preset is not None and preset.domains and start is not None:
         raise ValueError(f"start: {preset.name!r} begins with codes, not data; leave it out")
@@ -163,7 +166,8 @@ def match(
         model, update, labels=labels, batch_size=batch_size, input_shape=input_shape, noise=noise,
         device=device,
     )  # fmt: skip
-    problem = SearchProblem.of(client, preset, start, prior, local)
+    until = began + time_limit
+    problem = SearchProblem.of(client, preset, start, prior, local, until)
     if problem.prior is not None:
         room = memory.budget_of(memory_budget, client.place)
         priors.require(problem.prior, problem.shape[0], room)
@@ -177,7 +181,7 @@ def match(
     )
     settings = _settings(problem, preset, limits)
     if maker is not None:
-        settings["generator"] = digest(*maker.blocks.state_dict().values())
+        settings["generator"] = maker.identity
     if checkpoint is not None:
         checkpoint.require(settings)
     deadline = began + time_limit if time_limit < inf else None
@@ -229,7 +233,8 @@ def _settings(problem: SearchProblem, preset: Preset | None, limits: Limits) -> 
         "restarts": str(limits.restarts),
         "iterations": str(limits.iterations),
         "seed": str(limits.seed),
-        "prior": repr(problem.prior),
+        "prior": "None" if problem.prior is None else priors.identity(problem.prior),
+        "model": digest(*problem.model.state_dict().values()),
         "local": repr(source.local),
         "noise": repr(problem.client.noise),
         "update": digest(*problem.gradients.values()),

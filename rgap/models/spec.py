@@ -28,7 +28,9 @@ from rgap.models.weights import listed, load_weights
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["expected", "resolve"]
+    from rgap.priors.generator import Generator
+
+__all__ = ["expected", "resolve", "resolve_generator"]
 
 SEED = 0
 _WORDS = {"true": True, "false": False, "none": None}
@@ -59,14 +61,48 @@ def resolve(spec: str, weights: str | os.PathLike[str] | None = None) -> nn.Modu
     """
     import torch
 
+    from rgap.priors.generator import Generator
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         model = _build(spec.strip())
+    if isinstance(model, Generator):
+        raise ValueError(f"model: expected a network, {spec.strip()!r} makes a Generator")
     _say_mode(spec.strip(), model)
     model.eval()
     if weights is not None:
         load_weights(model, weights)
     return model
+
+
+def resolve_generator(
+    spec: str, weights: str | os.PathLike[str] | None = None
+) -> nn.Module | Generator:
+    """Build the generator that ``spec`` names and load ``weights`` into it.
+
+    Args:
+        spec: as for :func:`resolve`; the factory may return a
+            :class:`~rgap.priors.generator.Generator`, which says its codes and its range.
+        weights: as for :func:`resolve`.
+
+    Raises:
+        ValueError: as :func:`resolve`.
+
+    >>> resolve_generator("rgap.priors.generator:convolutional:shape=1x8x8,latent=3").latent_shape
+    (3,)
+    """
+    import torch
+
+    from rgap.priors.generator import Generator
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        made = _build(spec.strip())
+    network = made.blocks if isinstance(made, Generator) else made
+    network.eval()
+    if weights is not None:
+        load_weights(network, weights)
+    return made
 
 
 def _say_mode(spec: str, model: nn.Module) -> None:
@@ -102,7 +138,7 @@ def expected(spec: str) -> tuple[tuple[int, ...] | None, str]:
     return shape, LOSSES[name]
 
 
-def _build(spec: str) -> nn.Module:
+def _build(spec: str) -> nn.Module | Generator:
     from rgap.models.published import NAMED
 
     name, _, rest = spec.partition(":")
@@ -128,14 +164,16 @@ def _build(spec: str) -> nn.Module:
     return _imported(name, rest)
 
 
-def _imported(module_name: str, rest: str) -> nn.Module:
+def _imported(module_name: str, rest: str) -> nn.Module | Generator:
     from torch import nn
+
+    from rgap.priors.generator import Generator
 
     attribute, _, text = rest.partition(":")
     where = f"{module_name}:{attribute}"
     with _current_directory_importable():
         made: Any = _attribute(_module(module_name), module_name, attribute)
-        if not isinstance(made, nn.Module):
+        if not isinstance(made, nn.Module | Generator):
             if not callable(made):
                 raise ValueError(
                     f"model: expected {where!r} to be a factory or a torch.nn.Module, got a "
@@ -181,8 +219,10 @@ def _attribute(module: Any, name: str, attribute: str) -> Any:
     return place
 
 
-def _call(factory: Callable[..., Any], options: dict[str, Any], name: str) -> nn.Module:
+def _call(factory: Callable[..., Any], options: dict[str, Any], name: str) -> nn.Module | Generator:
     from torch import nn
+
+    from rgap.priors.generator import Generator
 
     try:
         made = factory(**options)
@@ -190,7 +230,7 @@ def _call(factory: Callable[..., Any], options: dict[str, Any], name: str) -> nn
         raise ValueError(
             f"model: {name}({_written(options)}) failed: {type(error).__name__}: {error}"
         ) from error
-    if not isinstance(made, nn.Module):
+    if not isinstance(made, nn.Module | Generator):
         raise ValueError(
             f"model: expected {name}() to return a torch.nn.Module, got a {type(made).__name__}; "
             "does the factory end in `return model`?"

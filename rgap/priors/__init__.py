@@ -10,7 +10,9 @@ Squares(weight=1.0, centre=0.5)
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import inf
 
+import torch
 from torch import nn
 
 from rgap.machine import memory
@@ -20,7 +22,7 @@ from rgap.priors.generator import Generator
 from rgap.priors.patches import photographic, shipped
 from rgap.solvers.priors import Prior, Squares, Sum, TotalVariation, cold, natural
 
-__all__ = ["PRIORS", "Likely", "named", "prior_of", "require"]
+__all__ = ["PRIORS", "Drawn", "Generator", "Likely", "identity", "named", "prior_of", "require"]
 
 Range = tuple[float, float]
 Made = Callable[[Sequence[int], Range], Prior]
@@ -34,7 +36,9 @@ PRIORS: Registry[Made] = Registry(
 """Every prior by its name, those of installed distributions among them."""
 
 
-def prior_of(prior: Likely, shape: Sequence[int], value_range: Range | None) -> Prior:
+def prior_of(
+    prior: Likely, shape: Sequence[int], value_range: Range | None, deadline: float = inf
+) -> Prior:
     """The prior that a name or a generator stands for; a prior as it is, without its memories.
 
     Args:
@@ -42,6 +46,7 @@ def prior_of(prior: Likely, shape: Sequence[int], value_range: Range | None) -> 
             (:class:`~rgap.priors.drawn.Drawn`) with ``natural`` added.
         shape: of one sample.
         value_range: of the data in the units that the prior is taken of; None for (0, 1).
+        deadline: of ``time.perf_counter``, after which a prior's own search ends where it is.
 
     Raises:
         TypeError: none of these.
@@ -52,7 +57,7 @@ def prior_of(prior: Likely, shape: Sequence[int], value_range: Range | None) -> 
     if isinstance(prior, str):
         return PRIORS.chosen("prior", prior)(tuple(shape), bounds)
     if isinstance(prior, Prior):
-        return cold(prior)
+        return cold(prior, deadline)
     if not isinstance(prior, nn.Module | Generator):
         raise TypeError(
             f"prior: expected one of {', '.join(map(repr, PRIORS))}, a generator, or an object "
@@ -61,8 +66,9 @@ def prior_of(prior: Likely, shape: Sequence[int], value_range: Range | None) -> 
     own = Generator.of(prior)
     if value_range is None:  # what it draws is taken as it is
         bounds = own.value_range
-    spread = SPREAD * (bounds[1] - bounds[0])
-    return Sum([_natural(shape, bounds), Drawn(own.fitted(shape, value_range, own.like), spread)])
+    like = own.like if own.like.dtype in (torch.float32, torch.float64) else own.like.float()
+    drawn = Drawn(own.fitted(shape, value_range, like), SPREAD * (bounds[1] - bounds[0]))
+    return Sum([_natural(shape, bounds), drawn.cold(deadline)])
 
 
 def named(prior: Likely) -> str:
@@ -76,6 +82,20 @@ def named(prior: Likely) -> str:
     if isinstance(prior, nn.Module | Generator):
         return "the distance from what a generator draws"
     return f"a prior of the class {type(prior).__name__}"
+
+
+def identity(prior: Prior) -> str:
+    """A line that tells a prior from others, for a checkpoint: of a generator its fingerprint.
+
+    >>> identity(Sum([Squares()]))
+    'Squares(weight=1.0, centre=0.0)'
+    """
+    return ", ".join(
+        f"drawn({part.generator.identity}, {part.spread}, {part.weight}, {part.seed})"
+        if isinstance(part, Drawn)
+        else repr(part)
+        for part in (prior.parts if isinstance(prior, Sum) else (prior,))
+    )
 
 
 def require(prior: Prior, batch: int, budget: float) -> None:

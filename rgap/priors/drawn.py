@@ -11,16 +11,18 @@ search, Dhar, Grover and Ermon 2018 data beside the range of a generator).
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import inf
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import jvp, vmap
 
 from rgap import validation
 from rgap.priors.generator import Generator
+from rgap.remedy import Remedy
 from rgap.solvers.priors import Operator
 
 __all__ = ["Drawn"]
@@ -31,7 +33,14 @@ BEGUN, DAMPED = 1e-3, (1e-9, 1e6)  # the first damping, and where it is kept
 STILL = 1e-3  # relative decrease that ends them
 TOGETHER = 16  # directions that a generator is differentiated along at once
 CODES = 512  # numbers of a code at most: the generator is differentiated along each of them
+LAYERS = 3  # outputs of the largest layer that are held at a time: its own, what it reads, work
 HELD = 4  # copies of all slopes that a step of the codes holds
+
+
+INSTEAD = Remedy(
+    "rgap.match(..., method='gifd', generator=...)",
+    "rgap match MODEL UPDATE --method gifd --generator NETWORK",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +88,7 @@ class Drawn:
         spread: s, in units of the data.
         weight: a factor.
         seed: of the drawings that codes begin from.
+        deadline: of ``time.perf_counter``, after which no step of the codes begins.
 
     Raises:
         ValueError: a spread or a weight that is no positive number, a generator of codes of more
@@ -104,6 +114,7 @@ class Drawn:
     spread: float
     weight: float = 1.0
     seed: int = 0
+    deadline: float = inf
     last: _Last = field(default_factory=_Last, repr=False)
 
     def __post_init__(self) -> None:
@@ -117,7 +128,7 @@ class Drawn:
             raise ValueError(
                 f"generator: expected codes of at most {CODES} numbers, as the prior is "
                 f"differentiated along each, got {self._size}; write "
-                "rgap.match(..., method='gias', generator=...), which is not"
+                f"{INSTEAD}, which is not"
             )
         if self.last.checked:
             return
@@ -129,17 +140,27 @@ class Drawn:
             raise ValueError(
                 "generator: as a prior it is differentiated along directions of its codes "
                 f"(torch.func.jvp), and cannot be ({error}); write layers of torch, or "
-                "rgap.match(..., method='gifd', generator=...)"
+                f"{INSTEAD}"
             ) from error
 
     def bytes(self, batch: int) -> float:
-        """That the slopes of a batch take."""
-        made = self._drawn(torch.zeros(1, self._size).to(self.generator.like))
-        return float(HELD * batch * made.numel() * self._size * made.element_size())
+        """That the slopes of a batch take, and what the layers hold on the way to them."""
+        held: list[int] = []
 
-    def cold(self) -> Drawn:
+        def told(_: nn.Module, __: object, out: object) -> None:
+            held.append(out.numel() if isinstance(out, Tensor) else 0)
+
+        hooks = [m.register_forward_hook(told) for m in self.generator.blocks.modules()]
+        made = self._drawn(torch.zeros(1, self._size).to(self.generator.like))
+        for hook in hooks:
+            hook.remove()
+        slopes = HELD * batch * made.numel() * self._size
+        layers = max(2 * TOGETHER * batch, TOGETHER) * max(held, default=0) * LAYERS
+        return float((slopes + layers) * made.element_size())
+
+    def cold(self, deadline: float = inf) -> Drawn:
         """The same, that remembers nothing."""
-        return replace(self, last=_Last(checked=True))
+        return replace(self, deadline=deadline, last=_Last(checked=True))
 
     def held(self) -> dict[str, Tensor]:
         """What it remembers."""
@@ -200,13 +221,15 @@ class Drawn:
         draw = torch.Generator().manual_seed(self.seed)
         codes = torch.randn(STARTS, self._size, generator=draw).to(data)
         with torch.no_grad():
-            drawn = self._drawn(codes)
+            drawn = torch.cat([self._drawn(part) for part in torch.split(codes, TOGETHER)])
         costs = torch.cdist(data, drawn).square() + self.spread**2 * codes.square().sum(1)
         return codes[costs.nan_to_num(inf).argmin(1)]
 
     def _nearest(self, fit: Fit, rounds: int) -> Fit:
         """By Levenberg–Marquardt, every sample with its own damping."""
         for _ in range(rounds):
+            if time.perf_counter() > self.deadline:
+                break
             slope = fit.slopes.mT @ (fit.data - fit.drawn)[..., None]
             slope = slope[..., 0] - self.spread**2 * fit.codes
             normal = fit.slopes.mT @ fit.slopes

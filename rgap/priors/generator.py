@@ -9,6 +9,7 @@ copy for every sample, is one flat row; a :class:`Decoder` makes the batch of it
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -20,6 +21,7 @@ from torch.func import functional_call, vmap
 
 from rgap import validation
 from rgap.remedy import Remedy
+from rgap.update.storage import digest
 
 __all__ = ["Decoder", "FromBlock", "FromWeights", "Generator", "convolutional", "untrained"]
 
@@ -28,6 +30,8 @@ SMALLEST = 4  # side of its code, at least
 UP = 3  # doublings of a generator that is to be trained
 DRAWINGS = 16  # of a generator, to see what it makes
 USUAL = (-1.0, 1.0), (0.0, 255.0)  # ranges that networks draw in, beside (0, 1)
+FILLED = 0.6  # share of such a range that drawings take at least
+TRAINED_TO = "that it was trained to"
 BEYOND, OFTEN = 0.05, 0.05  # widths outside a stated range, and the share of values, that deny it
 
 
@@ -73,17 +77,24 @@ class Generator:
     def __post_init__(self) -> None:
         given: nn.Module = self.blocks  # whatever the caller gave
         _require_network(given)
-        if not isinstance(given, nn.Sequential):
+        if not _plain(given):
             object.__setattr__(self, "blocks", nn.Sequential(given))
         latent = validation.shape(self.latent_shape, "latent_shape")
         object.__setattr__(self, "latent_shape", latent)
-        bounds = validation.bounds(self.value_range)
+        bounds = validation.bounds(self.value_range, "write value_range=(0.0, 1.0)")
         if bounds is None:
             raise TypeError(
                 "value_range: expected the range of what the generator makes, got None; write "
                 "value_range=(0.0, 1.0), or (-1.0, 1.0) after a Tanh"
             )
         object.__setattr__(self, "value_range", bounds)
+
+    @property
+    def identity(self) -> str:
+        """A fingerprint of layers, weights, codes and range, for a checkpoint."""
+        told = f"{self.blocks!r} {self.latent_shape} {self.value_range}"
+        weights = digest(*self.blocks.state_dict().values())
+        return f"{weights} {hashlib.sha256(told.encode()).hexdigest()[:16]}"
 
     @property
     def like(self) -> Tensor:
@@ -101,13 +112,14 @@ class Generator:
         if isinstance(generator, Generator):
             return generator
         _require_network(generator)
-        whole = generator if isinstance(generator, nn.Sequential) else nn.Sequential(generator)
-        first = next((m for m in whole.modules() if isinstance(m, nn.Linear | _Transposed)), None)
-        if first is None:
+        validation.refuse_broken(generator, "generator", TRAINED_TO)
+        whole = generator if _plain(generator) else nn.Sequential(generator)
+        assert isinstance(whole, nn.Sequential)
+        shape = _codes_of(whole)
+        if shape is None:
             raise ValueError(
                 f"generator: its first layer does not say what shape a code has; write {CODES}"
             )
-        shape = (first.in_features,) if isinstance(first, nn.Linear) else (first.in_channels, 1, 1)
         return cls(whole, shape)
 
     def fitted(
@@ -125,12 +137,19 @@ class Generator:
                 range, other data of the same code, or fails; weights without values.
             TypeError: it makes no tensor.
         """
-        validation.refuse_broken(self.blocks, "generator", "that it was trained to")
+        validation.refuse_broken(self.blocks, "generator", TRAINED_TO)
         if any(p.is_meta for p in self.blocks.parameters()):
             raise ValueError(
                 "generator: its weights are on the meta device and have no values; load them"
             )
-        blocks = copy.deepcopy(self.blocks).to(like).eval().requires_grad_(False)
+        try:
+            blocks = copy.deepcopy(self.blocks).to(like).eval().requires_grad_(False)
+        except RuntimeError as error:
+            raise ValueError(
+                "generator: expected a network that can be copied and frozen, it cannot "
+                f"({str(error).splitlines()[0]}); write torch.nn.utils.parametrizations in place "
+                "of weight_norm or spectral_norm, and no script"
+            ) from error
         self._check(blocks, tuple(shape), like, value_range is not None)
         if value_range is None or value_range == self.value_range:
             return Generator(blocks, self.latent_shape, self.value_range)
@@ -147,6 +166,7 @@ class Generator:
         codes[0] = 0.0
         with torch.random.fork_rng(devices=[codes.device] if codes.is_cuda else []):
             made, again = _drawn(blocks, codes), _drawn(blocks, codes)
+            alone = _drawn(blocks, codes[:1])
         if len(made) != len(codes):
             raise ValueError(
                 f"generator: expected a sample of each code, it makes {len(made)} of {len(codes)}; "
@@ -155,7 +175,7 @@ class Generator:
         if made.shape[1:] != torch.Size(shape):
             instead = f"a last block that makes {list(shape)}"
             if made.ndim == len(shape) + 1 == 4 and made.shape[1] == shape[0]:
-                instead = f"nn.Sequential(generator, nn.Upsample({shape[1:]}))"
+                instead = f"nn.Upsample({shape[1:]}) as its last block"
             raise ValueError(
                 f"generator: expected samples of shape {list(shape)}, the data's, it makes "
                 f"{list(made.shape[1:])}; write {instead}"
@@ -183,13 +203,18 @@ class Generator:
                 "generator: expected the same data of the same code, it makes others every time; "
                 "leave out what is random in its forward when it is in eval mode"
             )
+        if not torch.allclose(made[:1], alone.detach(), rtol=1e-3, atol=1e-4):
+            raise ValueError(
+                "generator: expected of a code by itself the same data as among others, it makes "
+                "other ones; let its norms use running statistics"
+            )
         if not ranged:
             return
         (low, high), slack = self.value_range, BEYOND * (self.value_range[1] - self.value_range[0])
         outside = ((made < low - slack) | (made > high + slack)).double().mean()
         if outside > OFTEN:
             ends = (float(f"{made.min():.2g}"), float(f"{made.max():.2g}"))
-            usual = next((r for r in USUAL if r[0] <= ends[0] and ends[1] <= r[1]), ends)
+            usual = next((r for r in USUAL if _fills(ends, r)), ends)
             told = Remedy(
                 f"rgap.priors.Generator(network, latent_shape={self.latent_shape}, "
                 f"value_range={usual})",
@@ -199,6 +224,26 @@ class Generator:
                 f"generator: expected data in {self.value_range}, {outside:.0%} of the values that "
                 f"it draws are outside, from {ends}; write {told}"
             )
+
+
+def _codes_of(network: nn.Module) -> tuple[int, ...] | None:
+    """The shape of a code as the first layer reads it; None where it does not say."""
+    first = next((m for m in network.modules() if isinstance(m, nn.Linear | _Transposed)), None)
+    if first is None:
+        return None
+    return (first.in_features,) if isinstance(first, nn.Linear) else (first.in_channels, 1, 1)
+
+
+def _plain(network: nn.Module) -> bool:
+    """True for children one after another and nothing else, so that they are blocks."""
+    own = isinstance(network, nn.Sequential) and type(network).forward is nn.Sequential.forward
+    return own and not (network._forward_hooks or network._forward_pre_hooks)
+
+
+def _fills(ends: tuple[float, float], bounds: tuple[float, float]) -> bool:
+    """True if values between the ends are those of a range, and of most of it."""
+    inside = bounds[0] <= ends[0] and ends[1] <= bounds[1]
+    return inside and ends[1] - ends[0] > FILLED * (bounds[1] - bounds[0])
 
 
 def _require_network(given: object) -> None:
@@ -215,9 +260,18 @@ def _drawn(blocks: nn.Module, codes: Tensor) -> Tensor:
         try:
             made: object = blocks(codes.detach().requires_grad_())
         except Exception as error:
+            own, asked = _codes_of(blocks), tuple(codes[0].shape)
+            told = f"write {CODES}"
+            if own is not None and own != asked:
+                comma = ",".join(map(str, own))
+                told = "write " + str(
+                    Remedy(f"Generator(network, latent_shape={own})", f"--generator-codes {comma}")
+                )
+            elif own is not None:
+                told = "write a network that makes data of a batch of codes and nothing else"
             raise ValueError(
-                f"generator: expected a network that takes codes of shape {list(codes[0].shape)}, "
-                f"it does not ({error}); write {CODES}"
+                f"generator: expected a network that takes codes of shape {list(asked)}, it does "
+                f"not ({error}); {told}"
             ) from error
     if not isinstance(made, Tensor):
         raise TypeError(

@@ -22,8 +22,8 @@ from torch import Tensor
 from rgap.update.losses import Loss
 
 __all__ = [
-    "declared", "described", "opened", "read", "require_folder", "require_whole", "unwritable",
-    "write", "written",
+    "declared", "described", "digest", "opened", "read", "require_folder", "require_whole",
+    "unwritable", "write", "written",
 ]  # fmt: skip
 
 FORMAT = "rgap.update"
@@ -92,7 +92,7 @@ def written(
     try:
         beside.touch()
         mode = beside.stat().st_mode  # as every new file has; safetensors hides its own from others
-        save_file(tensors, beside, {**metadata, DIGEST: _digest(metadata, tensors)})
+        save_file(tensors, beside, {**metadata, DIGEST: _digest_of_file(metadata, tensors)})
         beside.chmod(mode)
         os.replace(beside, target)
     except (OSError, SafetensorError) as error:
@@ -110,14 +110,15 @@ def require_whole(
         ValueError: a number, a name or a word of it has changed since.
     """
     own = {name: value for name, value in metadata.items() if name != DIGEST}
-    if metadata.get(DIGEST) != _digest(own, tensors):
+    held = metadata.get(DIGEST)
+    if held is not None and held != _digest_of_file(own, tensors):  # older files have none
         raise ValueError(
-            f"{path}: damaged: its numbers are not those that were written; copy it again, or "
-            "write it again"
+            f"{path}: damaged: it is not as it was written; copy it again, or, if it was edited on "
+            f"purpose, leave {DIGEST!r} out of its metadata"
         )
 
 
-def _digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+def _digest_of_file(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
     """Of all that is in a file, in any order."""
     state = hashlib.sha256(json.dumps(sorted(metadata.items())).encode())
     for name, tensor in sorted(tensors.items()):
@@ -125,6 +126,19 @@ def _digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
         plain = tensor.detach().cpu().contiguous().reshape(-1)
         state.update(plain.view(torch.uint8).numpy().data)
     return state.hexdigest()
+
+
+def digest(*tensors: Tensor) -> str:
+    """A short fingerprint of numbers: equal tensors have equal ones.
+
+    >>> import torch
+    >>> digest(torch.ones(2)) == digest(torch.ones(2)) != digest(torch.zeros(2))
+    True
+    """
+    state = hashlib.sha256()
+    for tensor in tensors:
+        state.update(tensor.detach().double().cpu().contiguous().numpy().tobytes())
+    return state.hexdigest()[:16]
 
 
 def require_folder(target: Path) -> None:
@@ -186,9 +200,13 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
                 "was edited. Write it again with update.save(path)."
             )
     groups = {g: {k.removeprefix(f"{g}/"): tensors[k] for k in wanted[g]} for g in wanted}
-    fields = {**groups, "labels": tensors.get("labels"), **_decoded(path, header)}
-    if DIGEST in metadata:  # files of version 1 that have none are read too
-        require_whole(path, metadata, tensors)
+    try:
+        fields = {**groups, "labels": tensors.get("labels"), **_decoded(path, header)}
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: the metadata do not describe an update ({error}); copy it again"
+        ) from error
+    require_whole(path, metadata, tensors)
     return fields
 
 

@@ -123,6 +123,25 @@ def test_an_update_says_which_model_and_loss() -> None:
     assert max(map(float, (d.max() for d in drawn))) == 1.0, "stretched, not cut"
 
 
+def test_frozen_parameters_and_factors_are_no_other_model() -> None:
+    model, x, y = few(4)
+    model[2].bias.requires_grad_(False)
+    update = rgap.capture(model, x, y, dtype=F64)
+    found = rgap.match(model, update, labels=y, time_limit=5.0)
+    assert rgap.analysis.made_up(model, found, update=update).share.shape == x.shape
+    mlp = rgap.models.mlp((12,), 4, "tanh", input_shape=(1, 3, 3), seed=0)
+    sent = rgap.capture(mlp, x[:1, :, :3, :3].float(), torch.tensor([1]))
+    half = replace(sent, gradients={n: 0.5 * g for n, g in sent.gradients.items()})
+    recovery = rgap.invert(mlp, half)
+    assert recovery.nearest is not None
+    assert rgap.analysis.made_up(mlp, recovery, update=half).found.joint_nullity == 0
+    with pytest.raises(TypeError, match=r"update: expected an rgap\.Update"):
+        rgap.analysis.made_up(mlp, recovery, update="x")  # type: ignore[arg-type]
+    other = rgap.models.mlp((12,), 4, "tanh", input_shape=(1, 3, 3), seed=1)
+    with pytest.raises(ValueError, match="expected one of this model and update"):
+        rgap.analysis.made_up(other, replace(recovery, residual=float("nan")), update=sent)
+
+
 def test_bad_input() -> None:
     model, x, recovery = completed()
     for wrong in (x[:1], x * float("nan")):

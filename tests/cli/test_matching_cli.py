@@ -31,6 +31,10 @@ def signed():
     return nn.Sequential(nn.Unflatten(1, (4, 1, 1)), nn.Flatten(), nn.Linear(4, 192), nn.Tanh(),
                          nn.Unflatten(1, (3, 8, 8)))
 
+def ready():
+    from rgap.priors import Generator
+    return Generator(convolved(), (2, 4, 4))
+
 def convolved():
     return nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Upsample(8), nn.Sigmoid())
 
@@ -85,7 +89,8 @@ def test_a_generator_is_named_like_a_network(here: Path) -> None:
     code, text = run(f"{line} --generator clidraws:drawing")
     found = json.loads(text)
     assert code == 1 and found["method"] == "gifd" and found["iterations"] == 6
-    save_file(dict(nn.Sequential(nn.Linear(4, 192)).state_dict()), here / "weights.safetensors")
+    drawn = nn.Sequential(nn.Linear(4, 192)).state_dict()
+    save_file({n: 0.5 * t for n, t in drawn.items()}, here / "weights.safetensors")
     options = "--generator clidraws:drawing --generator-weights weights.safetensors"
     assert json.loads(run(f"{line} {options}")[1])["objective"] != found["objective"]
     code, text = run(line)
@@ -107,6 +112,7 @@ def test_what_the_layers_of_a_generator_do_not_say(command: str, here: Path) -> 
     assert code == 2 and "--generator-codes 128" in " ".join(text.split()), text
     code, text = run(f"{line} --generator clidraws:convolved --generator-codes 2,4,4")
     assert code in (0, 1) and json.loads(text)["status"] != "EXACT"
+    assert json.loads(run(f"{line} --generator clidraws:ready")[1])["status"] != "EXACT"
     code, text = run(f"{line} --generator-range -1,1")
     assert code == 2 and "--generator-range: expected the network" in " ".join(text.split())
     code, text = run(f"{line} --generator clidraws:signed --generator-range 1")

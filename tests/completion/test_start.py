@@ -67,6 +67,36 @@ def test_a_start_does_not_change_what_equations_decide() -> None:
     assert torch.equal(found.inputs, rgap.invert(model, update).inputs)  # type: ignore[arg-type]
 
 
+def test_an_answer_is_an_answer_still() -> None:
+    """The client's batch, in any order, and what a completion gave."""
+    _, x, y, _ = sent()
+    first = completed(None)
+    assert first.status is rgap.Status.COMPLETED
+    for start in (x, x[[1, 2, 0]], x.float().double(), first):
+        again = completed(start)
+        assert again.status is rgap.Status.COMPLETED, again.reason
+        assert again.labels is not None and again.labels.tolist() == y.tolist()
+
+
+def test_nothing_worse_than_the_start_comes_back() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        layers = nn.Conv2d(1, 2, 3, 1, 1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()
+        model = nn.Sequential(*layers, nn.Linear(32, 12), nn.ReLU(), nn.Linear(12, 4))
+        model, x = model.eval().double(), torch.rand(1, 1, 8, 8, dtype=F64)
+    update = rgap.capture(model, x, torch.tensor([0]), dtype=F64)
+    found = rgap.invert(model, update, complete=True, start=x, time_limit=6.0)
+    assert found.inputs is not None and torch.equal(found.inputs, x)
+    assert "the start is nearer than any step" in found.reason
+
+
+def test_of_a_batch_of_unknown_size_any_start_is_taken() -> None:
+    model, x, _, update = sent()
+    unknown = rgap.Update(update.gradients, loss="cross_entropy", input_shape=(1, 8, 8))
+    found = rgap.invert(model, unknown, complete=True, start=x, time_limit=10.0)
+    assert found.status in (rgap.Status.COMPLETED, rgap.Status.UNDERDETERMINED)
+
+
 def test_a_recovery_is_a_start() -> None:
     _, x, _, _ = sent()
     first = completed(None)
@@ -87,7 +117,9 @@ def test_where_the_whole_update_is_matched_it_begins_there_too() -> None:
 
 def test_bad_starts() -> None:
     _, x, _, _ = sent()
-    for wrong in (x[:2], x[..., :7], x * float("nan")):
+    with pytest.raises(ValueError, match="start has NaN or infinity in 192 of 192"):
+        completed(x * float("nan"))
+    for wrong in (x[:2], x[..., :7]):
         with pytest.raises(ValueError, match="start: expected a batch of 3"):
             completed(wrong)
     with pytest.raises(TypeError, match="start: expected a tensor or a Recovery"):

@@ -160,7 +160,7 @@ def test_an_adapted_inverse_is_nearer_than_one_that_is_not() -> None:
         adapt(own, client(), other, pictures[:1], labels[:1])
     with pytest.raises(ValueError, match="targets"):
         adapt(own, client(), other, pictures, labels + 90)
-    with pytest.raises(ValueError, match="expected the weights that it was trained for"):
+    with pytest.raises(ValueError, match="before: expected the weights that the inverse"):
         adapt(own, other, other, pictures, labels)
     with pytest.raises(ValueError, match=r"pictures: expected samples of shape \[1, 6, 6\]"):
         adapt(own, client(), other, pictures[..., :5], labels)
@@ -248,6 +248,8 @@ def test_arguments_of_a_training() -> None:
         train(client().requires_grad_(False), x, y)
     with pytest.raises(ValueError, match="targets"):
         train(client(), x, y + 90)
+    with pytest.raises(TypeError, match="labels: expected a target for each picture"):
+        train(client(), x, None)  # type: ignore[arg-type]
     flat = nn.Sequential(nn.Linear(36, 4)).eval()
     with pytest.raises(ValueError, match="network: 'convolutional' makes pictures"):
         train(flat, x.flatten(1), y, design=Design(network="convolutional"))

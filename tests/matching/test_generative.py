@@ -253,6 +253,28 @@ def test_an_evolution_strategy_finds_better_codes_to_begin_with() -> None:
     assert numpy_state() == state
 
 
+def test_an_evolution_can_be_stopped_and_begun_anew() -> None:
+    model, _, update = sent()
+    preset = replace(PRESETS["latent"], evolution=20)
+    told: list[str] = []
+
+    def stop(point: rgap.matching.Progress) -> bool:
+        told.append(point.what)
+        return len(told) == 3
+
+    kwargs = {"method": preset, "generator": generator(), "iterations": 3}
+    first = rgap.match(model, update, callback=stop, **kwargs)  # type: ignore[arg-type]
+    assert told == ["generation"] * 3 and first.ended.name == "STOPPED" and first.inputs is None
+    again = rgap.match(model, update, checkpoint=first.checkpoint, **kwargs)  # type: ignore[arg-type]
+    assert again.objective == rgap.match(model, update, **kwargs).objective  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wrong", [-1, 2.5, "50", True, float("inf")])
+def test_generations_are_whole_numbers(wrong: object) -> None:
+    with pytest.raises((TypeError, ValueError), match="evolution: expected"):
+        replace(PRESETS["latent"], evolution=wrong)  # type: ignore[arg-type]
+
+
 def test_an_evolution_begins_with_codes_and_needs_its_package(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

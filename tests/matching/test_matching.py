@@ -246,7 +246,7 @@ def test_a_recovery_is_a_start() -> None:
     found = rgap.match(model, update, method="ig", start=recovery, iterations=1)
     assert found.nearest is not None
     assert float((found.nearest - X).abs().max()) < 0.2
-    with pytest.raises(ValueError, match="start: expected a batch of 1, finite entries of shape"):
+    with pytest.raises(ValueError, match="start: expected a batch of 1, samples of shape"):
         rgap.match(model, update, start=torch.zeros(1, 2, 3, 3))
     conv = small_conv("sigmoid", size=4, channels=1, stride=2).double()
     sent = rgap.capture(conv, X, LABEL, dtype=F64)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -160,6 +162,8 @@ class Made(nn.Module):
             "dropout": lambda: nn.functional.dropout(x),
             "signed": lambda: 2.0 * x - 1.0,
             "bytes": lambda: 255.0 * x,
+            "narrow": lambda: x - 0.5,
+            "mixed": lambda: (x - x.mean(0) + 0.5).clamp(0, 1),
             "backward only": lambda: Twice.apply(x / 2.0),
             "raises": lambda: z["data"],  # type: ignore[call-overload]
         }
@@ -172,12 +176,14 @@ FAULTS = [
     ("nan", "NaN or infinity of a code of zeros"),
     ("sometimes nan", r"NaN or infinity of a code of N\(0, 1\)"),
     ("flat", r"expected samples of shape \[1, 4, 4\].*write a last block that makes"),
-    ("larger", r"it makes \[1, 8, 8\]; write nn.Sequential\(generator, nn.Upsample\(\(4, 4\)\)"),
+    ("larger", r"it makes \[1, 8, 8\]; write nn.Upsample\(\(4, 4\)\) as its last block"),
     ("tuple", "expected a tensor of data, it makes a tuple"),
     ("half", "it makes torch.float16"),
     ("random", "it makes others every time"),
     ("dropout", "it makes others every time"),
     ("signed", r"of the values that it draws are outside.*value_range=\(-1"),
+    ("narrow", r"of the values that it draws are outside.*value_range=\(-0\."),
+    ("mixed", "of a code by itself the same data"),
     ("bytes", r"are outside.*value_range=\("),
     ("raises", r"takes codes of shape \[5\], it does not"),
 ]
@@ -196,7 +202,7 @@ def test_what_a_prior_differentiates() -> None:
     with pytest.raises(ValueError, match=r"along directions.*method='gifd'"):
         prior_of(Made("backward only"), (1, 4, 4), (0.0, 1.0))
     wide = nn.Sequential(nn.Linear(513, 16), nn.Sigmoid(), nn.Unflatten(1, (1, 4, 4)))
-    with pytest.raises(ValueError, match=r"at most 512 numbers.*got 513.*method='gias'"):
+    with pytest.raises(ValueError, match=r"at most 512 numbers.*got 513.*method='gifd'"):
         prior_of(wide, (1, 4, 4), (0.0, 1.0))
     for name, value in (("spread", 0.0), ("spread", float("nan")), ("weight", -1.0)):
         with pytest.raises(ValueError, match=f"{name}: expected a positive number"):
@@ -222,6 +228,44 @@ def test_fields_of_a_generator(fields: tuple, kind: type, words: str) -> None:  
 
 def test_a_network_of_any_kind_is_a_block() -> None:
     assert len(Generator(nn.Identity(), (4,)).blocks) == 1  # type: ignore[arg-type]
+
+
+class Halved(nn.Sequential):
+    """Not its children alone."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        made: Tensor = super().forward(z)
+        return 0.5 * made + 0.5
+
+
+def test_a_sequential_with_a_forward_of_its_own_is_one_block() -> None:
+    layers = nn.Linear(3, 16), nn.Tanh(), nn.Unflatten(1, (1, 4, 4))
+    own, hooked = Halved(*layers), nn.Sequential(*layers)
+    hooked.register_forward_hook(lambda module, given, made: 0.5 * made + 0.5)
+    for network in (own, hooked):
+        generator = Generator.of(network)
+        assert len(generator.blocks) == 1 and generator.latent_shape == (3,)
+        fitted, z = generator.fitted((1, 4, 4), (0.0, 255.0), torch.zeros(1)), torch.randn(5, 3)
+        torch.testing.assert_close(fitted.blocks(z), 255.0 * network(z))
+
+
+def test_generators_of_low_precision_and_old_norms() -> None:
+    made = nn.Sequential(nn.Linear(3, 16), nn.Sigmoid(), nn.Unflatten(1, (1, 4, 4)))
+    for dtype in (torch.bfloat16, torch.float16):
+        prior = prior_of(Generator.of(made).blocks.to(dtype), (1, 4, 4), (0.0, 1.0))
+        assert float(prior.value(torch.rand(2, 1, 4, 4, dtype=F64))) > 0.0
+    old = nn.utils.spectral_norm(nn.Linear(3, 16))
+    old(torch.randn(2, 3))
+    spectral = nn.Sequential(old, nn.Sigmoid(), nn.Unflatten(1, (1, 4, 4)))
+    with pytest.raises(ValueError, match=r"copied and frozen.*parametrizations"):
+        prior_of(spectral, (1, 4, 4), (0.0, 1.0))
+
+
+def test_a_search_for_codes_ends_with_the_time() -> None:
+    generator = curved().fitted((1, 6, 6), None, torch.zeros(1, dtype=F64))
+    x = torch.rand(2, 1, 6, 6, dtype=F64)
+    late, free = (Drawn(generator, 0.05).cold(at) for at in (0.0, float("inf")))
+    assert float(late.value(x)) > float(free.value(x))
 
 
 def test_weights_without_values_are_refused() -> None:
@@ -262,13 +306,51 @@ def test_a_search_with_a_generator_goes_on_to_the_same_bits() -> None:
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("method", ["gradinversion", "latent", "gifd", "gias"])
+def test_published_searches_with_a_generator_as_prior_go_on_to_the_same_bits(method: str) -> None:
+    generator = curved()
+    client, _, update = sent(generator, torch.tensor([0, 1]))
+    made = {} if method == "gradinversion" else {"generator": curved(1)}
+
+    def run(**more: object) -> rgap.Matching:
+        return rgap.match(
+            client, update, method=method, prior=generator, iterations=9, seed=1, **made, **more
+        )  # type: ignore[arg-type]
+
+    whole = run()
+    for end in (2, 6):
+        first = run(callback=lambda point, end=end: point.number >= end)
+        rest = run(checkpoint=first.checkpoint)
+        assert rest.objective == whole.objective
+        assert whole.nearest is not None and rest.nearest is not None
+        assert torch.equal(rest.nearest, whole.nearest)
+
+
+def test_a_checkpoint_is_of_one_generator_and_one_model() -> None:
+    client, _, update = sent(curved(), torch.tensor([0, 1]))
+
+    def run(prior: Generator, model: nn.Module = client, **more: object) -> rgap.Matching:
+        return rgap.match(model, update, prior=prior, iterations=6, **more)  # type: ignore[arg-type]
+
+    held = run(curved(), callback=lambda point: point.number >= 2).checkpoint
+    wider = Generator(curved().blocks, (4,), (-0.2, 1.2))
+    for other in (curved(1), wider):
+        with pytest.raises(ValueError, match="checkpoint: of a call with prior="):
+            run(other, checkpoint=held)
+    moved = copy.deepcopy(client)
+    with torch.no_grad():
+        moved[4].weight.mul_(1.5)
+    with pytest.raises(ValueError, match="checkpoint: of a call with model="):
+        run(curved(), moved, checkpoint=held)
+
+
 def test_memory_of_the_slopes_is_counted() -> None:
     wide = nn.Sequential(nn.Linear(400, 3 * 64 * 64), nn.Sigmoid(), nn.Unflatten(1, (3, 64, 64)))
     client = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 64, 2))
     update = rgap.capture(client, torch.rand(2, 3, 64, 64), torch.tensor([0, 1]))
-    with pytest.raises(OutOfMemory, match="the prior of a generator needs 15"):
+    with pytest.raises(OutOfMemory, match="the prior of a generator needs 16"):
         rgap.match(client, update, prior=wide, memory_budget=65e6)
-    with pytest.raises(OutOfMemory, match="the prior of a generator needs 15"):
+    with pytest.raises(OutOfMemory, match="the prior of a generator needs 16"):
         rgap.invert(client, update, complete=True, prior=wide, memory_budget=65e6)
 
 

@@ -17,7 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+import rgap
 from rgap.update.losses import Loss
+from rgap.update.storage import opened
 from rgap.update.update import Update
 
 
@@ -213,3 +215,42 @@ def test_the_advice_for_npz_reads_npz(tmp_path: Path, save: Callable[..., None])
     line = line.replace("batch_size=..., loss=...", "batch_size=1")
     made = eval(line, {"Update": Update, "torch": torch, "np": np, "path": path})
     assert made.gradients["weight"].shape == (2, 3) and made.gradients["bias"].shape == (2,)
+
+
+# --- files that have changed since ------------------------------------------------------------
+
+
+def test_a_changed_file_is_refused_and_an_old_one_is_read(tmp_path: Path) -> None:
+    model = rgap.models.mlp((6,), 3, input_shape=(1, 2, 2), seed=0)
+    update = rgap.capture(model, torch.rand(2, 1, 2, 2), torch.tensor([0, 2]))
+    path = tmp_path / "update.safetensors"
+    update.save(path)
+    metadata, tensors = opened(path)
+    name = next(iter(tensors))
+    moved = {**tensors, name: tensors[name] + 1.0}
+    for changed, words in ((tensors, {"note": "mine"}), (moved, {})):
+        save_file(changed, path, {**metadata, **words})
+        with pytest.raises(ValueError, match="leave 'digest' out of its metadata"):
+            rgap.Update.load(path)
+    save_file(moved, path, {n: t for n, t in metadata.items() if n != "digest"})
+    assert set(rgap.Update.load(path).gradients) == set(update.gradients)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_one_flipped_bit_is_refused_or_harmless(tmp_path: Path, seed: int) -> None:
+    """Of the name of the digest itself it takes the digest away, and nothing else."""
+    model = rgap.models.mlp((3,), 2, input_shape=(1, 2, 2), seed=0)
+    path = tmp_path / "update.safetensors"
+    draw = torch.Generator().manual_seed(seed)
+    update = rgap.capture(model, torch.rand(1, 1, 2, 2, generator=draw), torch.tensor([1]))
+    update.save(path)
+    held = bytearray(path.read_bytes())
+    end = len(held) if seed % 2 else 8 + int.from_bytes(held[:8], "little")
+    held[int(torch.randint(end, (1,), generator=draw))] ^= 1 << seed % 8
+    path.write_bytes(held)
+    try:
+        again = rgap.Update.load(path)
+    except ValueError as error:
+        assert path.name in str(error)
+        return
+    assert same(again, update)
