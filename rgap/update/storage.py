@@ -202,10 +202,9 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     groups = {g: {k.removeprefix(f"{g}/"): tensors[k] for k in wanted[g]} for g in wanted}
     try:
         fields = {**groups, "labels": tensors.get("labels"), **_decoded(path, header)}
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path}: the metadata do not describe an update ({error}); copy it again"
-        ) from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        require_whole(path, metadata, tensors)  # that it is damaged, before what is wrong in it
+        raise ValueError(f"{path}: the metadata do not describe an update: {error}") from error
     require_whole(path, metadata, tensors)
     return fields
 
