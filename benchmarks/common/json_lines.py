@@ -16,8 +16,17 @@ def append(path: Path | None, runs: Iterable[dict]) -> None:
 
 
 def read(paths: Iterable[Path]) -> list[dict]:
-    """All runs of some files."""
-    return [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+    """All runs of some files.
+
+    Raises:
+        SystemExit: no such file, or one that holds no runs.
+    """
+    try:
+        return [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise SystemExit(
+            f"--read: {error}; write a file that --output of a run has made"
+        ) from error
 
 
 def grouped(runs: Iterable[dict], *keys: str) -> dict[tuple, list[dict]]:

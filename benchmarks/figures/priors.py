@@ -22,17 +22,16 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import rgap
 from benchmarks.common.arguments import Arguments
+from benchmarks.common.generators import trained_generator
 from benchmarks.common.measuring import ROOT
 from benchmarks.common.pictures import digits, drawn_labels
 from benchmarks.studies.generators import CLIENTS, KINDS, SHAPE, TRAINED, batch, padded, preset
 from rgap.analysis.scoring import psnr
 from rgap.learned import Design, Inverse, Schedule
-from rgap.priors.generator import convolutional
 from rgap.seeding import batch_of
 
 
@@ -53,9 +52,7 @@ def main() -> int:
     labels = drawn_labels("random", options.size, 10, 0)
     model = CLIENTS["lenet"](0)
     update = rgap.capture(model, x.float(), labels)
-    generator = convolutional(SHAPE)
-    if options.generator is not None:
-        generator.blocks.load_state_dict(load_file(options.generator))
+    generator = trained_generator(options.generator, SHAPE)
     rows: list[tuple[str, Tensor]] = [("client", x)]
 
     def told(name: str, made: Tensor) -> None:

@@ -36,19 +36,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import pad
 
 import rgap
 from benchmarks.common.arguments import Arguments
+from benchmarks.common.generators import trained_generator
 from benchmarks.common.json_lines import append, grouped, read
 from benchmarks.common.judging import decibels
 from benchmarks.common.pictures import FIRST, SIDE, digits, drawn_labels, pictures
 from benchmarks.studies.priors import textures
 from rgap.matching.presets import PRESETS, Preset
 from rgap.priors.drawn import Drawn
-from rgap.priors.generator import Generator, convolutional
+from rgap.priors.generator import Generator
 from rgap.solvers.first_order import Adam
 from rgap.solvers.priors import Prior, Sum, natural
 
@@ -164,11 +164,11 @@ def table(runs: Sequence[dict]) -> None:
         if not every:
             continue
         of_batches = [statistics.fmean(run["psnr"]) for run in mine]
-        error = statistics.stdev(of_batches) / len(mine) ** 0.5 if len(mine) > 1 else float("nan")
+        error = f"{statistics.stdev(of_batches) / len(mine) ** 0.5:.1f}" if len(mine) > 1 else "–"
         alike = statistics.fmean(value for run in mine for value in run["ssim"])
         print(
             f"| {client} | {'another' if another else kind} | {size} | {method} | {len(every)} | "
-            f"{statistics.fmean(every):.1f} | {error:.1f} | {min(every):.1f} | {alike:.2f} | "
+            f"{statistics.fmean(every):.1f} | {error} | {min(every):.1f} | {alike:.2f} | "
             f"{statistics.fmean(run['mean picture'] for run in mine):.1f} | "
             f"{statistics.fmean(run['seconds'] for run in mine):.0f} |"
         )
@@ -200,11 +200,7 @@ def main() -> int:
     options = parser.parse_args()
     runs = read(options.read) if options.read is not None else []
     if options.read is None:
-        generator = convolutional(SHAPE)
-        if options.generator is None:
-            print("no --generator: its weights are random, as of one that was trained on nothing")
-        else:
-            generator.blocks.load_state_dict(load_file(options.generator))
+        generator = trained_generator(options.generator, SHAPE)
         for client, kind, size in product(options.clients, options.kinds, options.sizes):
             for case in range(-(-options.pictures // size)):
                 for name in options.methods:

@@ -367,6 +367,11 @@ def _generator(
     made = made.fitted(shape, bounds, like.to(problem.client.place))
     weights = sum(p.numel() for p in made.blocks.parameters())
     if any(domain.over == "weights" for domain in preset.domains):
+        if not weights:
+            raise ValueError(
+                f"generator: {preset.name!r} searches its weights, it has none; write "
+                "method='latent'"
+            )
         memory.require(
             f"{problem.shape[0]} copies of a generator of {weights:,} weights",
             WEIGHED * problem.shape[0] * weights * like.element_size(),

@@ -214,6 +214,13 @@ def test_bad_input_is_named() -> None:
         rgap.match(model, update, method="gias", generator=broken)
 
 
+def test_weights_that_are_not_there_cannot_be_searched() -> None:
+    model, _, update = sent()
+    fixed = Generator(nn.Sequential(nn.Sigmoid(), nn.Unflatten(1, SHAPE)), (64,))
+    with pytest.raises(ValueError, match="searches its weights, it has none"):
+        rgap.match(model, update, method="gias", generator=fixed)
+
+
 def test_copies_of_a_generator_keep_to_the_memory_that_is_given() -> None:
     model, _, update = sent()
     wide = nn.Sequential(
