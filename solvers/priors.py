@@ -63,7 +63,7 @@ def cold(prior: Prior, deadline: float = inf) -> Prior:
     """A prior as a search begins with it, which ends at a time of ``time.perf_counter``.
 
     >>> cold(Squares())
-    Squares(weight=1.0, centre=0.0)
+    Squares(weight=1.0, centre=0.5)
     """
     return prior.cold(deadline) if isinstance(prior, Warm) else prior
 

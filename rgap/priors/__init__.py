@@ -88,7 +88,7 @@ def identity(prior: Prior) -> str:
     """A line that tells a prior from others, for a checkpoint: of a generator its fingerprint.
 
     >>> identity(Sum([Squares()]))
-    'Squares(weight=1.0, centre=0.0)'
+    'Squares(weight=1.0, centre=0.5)'
     """
     return ", ".join(
         f"drawn({part.generator.identity}, {part.spread}, {part.weight}, {part.seed})"
