@@ -33,7 +33,7 @@ BEGUN, DAMPED = 1e-3, (1e-9, 1e6)  # the first damping, and where it is kept
 STILL = 1e-3  # relative decrease that ends them
 TOGETHER = 16  # directions that a generator is differentiated along at once
 CODES = 512  # numbers of a code at most: the generator is differentiated along each of them
-LAYERS = 3  # outputs of the largest layer that are held at a time: its own, what it reads, work
+LAYERS = 6  # outputs of the largest layer that are held at a time, as measured
 HELD = 4  # copies of all slopes that a step of the codes holds
 
 
