@@ -1,13 +1,16 @@
-"""What a generator adds: searches over what it draws, and completions with it as the prior.
+r"""What a generator adds: searches over what it draws, and completions with it as the prior.
 
     python -m benchmarks.studies.generators --generator digits.safetensors
     python -m benchmarks.studies.generators --generator digits.safetensors --kinds photographs
     python -m benchmarks.studies.generators --generator digits.safetensors --another
+    python -m benchmarks.studies.generators --generator photographs.safetensors --colour \
+        --kinds photographs digits
     python -m benchmarks.studies.generators --read runs.jsonl       the table of runs on file
 
 The generator is that of benchmarks.training.generator; its digits are trained on the first 4500 of
 5000, constants were chosen on the next 100 (``--tuning``), and the table is of the last 400.
-Kinds: ``digits``, and ``photographs`` and ``textures`` in grey, which no digit looks like.
+Kinds: ``digits``, and ``photographs`` and ``textures``, which no digit looks like; all in grey, or
+with ``--colour``, for a generator of such pictures (``benchmarks.training.generator --pictures``).
 Clients: the LeNet of DLG with its weights from uniform(−½, ½), and an MLP with one hidden layer of
 256 ReLUs, ten classes, float32 updates, labels known.
 
@@ -52,10 +55,11 @@ from rgap.priors.generator import Generator
 from rgap.solvers.first_order import Adam
 from rgap.solvers.priors import Prior, Sum, natural
 
-SHAPE = (1, SIDE, SIDE)
 CLIENTS = {
-    "lenet": lambda seed: rgap.models.lenet(10, input_shape=SHAPE, seed=seed, weights="uniform"),
-    "mlp": lambda seed: rgap.models.mlp((256,), 10, "relu", input_shape=SHAPE, seed=seed),
+    "lenet": lambda shape, seed: rgap.models.lenet(
+        10, input_shape=shape, seed=seed, weights="uniform"
+    ),
+    "mlp": lambda shape, seed: rgap.models.mlp((256,), 10, "relu", input_shape=shape, seed=seed),
 }
 EVOLVED = "evolved "
 SEARCHES = "latent", "gias", "gifd", "ig", EVOLVED + "latent"
@@ -97,38 +101,38 @@ def padded() -> Tensor:
     return pad(digits()[0], (2, 2, 2, 2))
 
 
-def batch(kind: str, size: int, case: int, tuning: bool) -> Tensor:
-    """Pictures that no generator and no constant has seen, float64, [B, 1, 32, 32]."""
+def batch(kind: str, size: int, case: int, tuning: bool, colour: bool) -> Tensor:
+    """Pictures that no generator and no constant has seen, float64, [B, 1 or 3, 32, 32]."""
     if kind == "digits":
         held = padded()[TRAINED:]
         some = held[:TUNING] if tuning else held[TUNING:]
-        return some[torch.arange(case * size, (case + 1) * size) % len(some)]
+        grey = some[torch.arange(case * size, (case + 1) * size) % len(some)]
+        return grey.expand(-1, 3, -1, -1).contiguous() if colour else grey
     if kind == "photographs":
         x = pictures(size, case, range(FIRST) if tuning else range(FIRST, 32))
     else:
         x = textures(size, torch.Generator().manual_seed(1000 + case))
-    return x.mean(1, keepdim=True)
+    return x if colour else x.mean(1, keepdim=True)
 
 
 @cache
-def mean_picture(kind: str) -> Tensor:
-    """Of pictures of a kind that were tuned on, [1, 32, 32]."""
-    return batch(kind, TUNING, 0, tuning=True).mean(0)
+def mean_picture(kind: str, colour: bool) -> Tensor:
+    """Of pictures of a kind that were tuned on, [1 or 3, 32, 32]."""
+    return batch(kind, TUNING, 0, True, colour).mean(0)
 
 
 def one(options: argparse.Namespace, generator: Generator, cell: Cell, name: str) -> dict:
     """A batch through a search or a completion."""
-    x = batch(cell.kind, cell.size, cell.case, options.tuning)
-    model, labels = (
-        CLIENTS[cell.client](cell.case),
-        drawn_labels("random", cell.size, 10, cell.case),
-    )
-    sent = batch(cell.kind, cell.size, cell.case + 37, options.tuning) if options.another else x
+    rest = options.tuning, options.colour
+    x = batch(cell.kind, cell.size, cell.case, *rest)
+    model = CLIENTS[cell.client](x.shape[1:], cell.case)
+    labels = drawn_labels("random", cell.size, 10, cell.case)
+    sent = batch(cell.kind, cell.size, cell.case + 37, *rest) if options.another else x
     update = rgap.capture(model, sent.float(), labels)
     if name in COMPLETIONS:
-        prior: Prior = natural(1)
+        prior: Prior = natural(x.shape[1])
         if name == "drawn":
-            fitted = generator.fitted(SHAPE, (0.0, 1.0), torch.zeros(1))
+            fitted = generator.fitted(x.shape[1:], (0.0, 1.0), torch.zeros(1))
             prior = Sum([prior, Drawn(fitted, SPREAD, WEIGHT)])
         found = rgap.invert(
             model, update, labels=labels, complete=True, prior=prior, time_limit=options.seconds
@@ -144,7 +148,7 @@ def one(options: argparse.Namespace, generator: Generator, cell: Cell, name: str
     run |= {"status": found.status.name, "seconds": found.seconds}
     if found.nearest is None:
         return run
-    score, middle = rgap.analysis.score(found, x), mean_picture(cell.kind)
+    score, middle = rgap.analysis.score(found, x), mean_picture(cell.kind, options.colour)
     flat = (x - middle).square().flatten(1).mean(1).sqrt()
     return run | {
         "psnr": score.psnr.tolist(),
@@ -192,6 +196,9 @@ def main() -> int:
     parser.several("--methods", (*SEARCHES, *COMPLETIONS), "searches and completions", SEARCHES[:4])
     parser.add_argument("--pictures", type=int, default=20, help="of a cell, at least")
     parser.add_argument("--seconds", type=float, default=30.0, help="of a search, at most")
+    parser.add_argument(
+        "--colour", action="store_true", help="pictures with three channels, as the generator's"
+    )
     parser.add_argument("--ball", type=float, default=1.0, help="of features, in published radii")
     parser.add_argument("--tuning", action="store_true", help="pictures that were tuned on")
     parser.add_argument("--another", action="store_true", help="match the update of other pictures")
@@ -200,7 +207,7 @@ def main() -> int:
     options = parser.parse_args()
     runs = read(options.read) if options.read is not None else []
     if options.read is None:
-        generator = trained_generator(options.generator, SHAPE)
+        generator = trained_generator(options.generator, (3 if options.colour else 1, SIDE, SIDE))
         for client, kind, size in product(options.clients, options.kinds, options.sizes):
             for case in range(-(-options.pictures // size)):
                 for name in options.methods:

@@ -23,15 +23,14 @@ of their codes.
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn.functional import interpolate, pad, softplus
+from torch.nn.functional import pad, softplus
 
 from benchmarks.common.arguments import Arguments
+from benchmarks.common.descent import Plan, Source, descent
 from benchmarks.common.pictures import SIDE, digits
 from rgap.photos import folder
 from rgap.priors.generator import convolutional
@@ -40,7 +39,6 @@ from rgap.update.storage import written
 BATCH = 64
 RATE = 2e-3
 HELD_OUT = 500
-REDUCED = 1.0, 0.5, 0.25, 0.125  # sides of a picture that windows are cut from, of its own
 SHIFT = 2  # pixels that a digit is moved by, at most
 
 
@@ -109,104 +107,21 @@ def main() -> int:
     torch.manual_seed(options.seed)
     model = Autoencoder(held.shape[1], options.latent, options.width, options.seed)
     model.codes(held[:1])
-    trained(model, source, held, options.epochs, options.seconds, options.checkpoint, draw)
+
+    def loss() -> Tensor:
+        x = source.batch(BATCH, draw)
+        return model.loss(x, torch.randn(BATCH, model.latent, generator=draw))
+
+    def test() -> str:
+        off = (model.generator(model.codes(held)[0]) - held).square().mean().sqrt()
+        return f"rms {float(off):.4f}"
+
+    plan = Plan(options.epochs, 4500 // BATCH, options.seconds, options.checkpoint)
+    descent(model, torch.optim.Adam(model.parameters(), RATE, (0.5, 0.999)), loss, test, plan, draw)
     told = {"shape": str(list(held.shape[1:])), "latent": str(options.latent)}
     if options.output is not None:
         written(options.output, model.generator.state_dict(), {**told, "width": str(options.width)})
     return 0
-
-
-class Source:
-    """Where batches are drawn from.
-
-    Args:
-        pictures: 32×32 ones as they are, of larger ones windows at several sizes.
-        shift: by which a picture is moved, at most.
-    """
-
-    def __init__(self, pictures: Tensor, shift: int) -> None:
-        side, self.shift = pictures.shape[-1], shift
-        sides = {max(round(share * side), SIDE) for share in REDUCED} if side > SIDE else {SIDE}
-        self.sizes = [interpolate(pictures, (size, size), mode="area") for size in sorted(sides)]
-
-    def batch(self, count: int, draw: torch.Generator) -> Tensor:
-        """Pictures, [count, C, 32, 32]."""
-        made = []
-        for which in torch.randint(len(self.sizes), (count,), generator=draw).tolist():
-            some = self.sizes[which]
-            number, top, left, mirrored = (
-                int(torch.randint(most, (1,), generator=draw))
-                for most in (len(some), *(n - SIDE + 1 for n in some.shape[2:]), 2)
-            )
-            one = some[number, :, top : top + SIDE, left : left + SIDE]
-            if self.shift:
-                moves = torch.randint(-self.shift, self.shift + 1, (2,), generator=draw).tolist()
-                one = one.roll(moves, (1, 2))
-            elif mirrored:
-                one = one.flip(2)
-            made.append(one)
-        return torch.stack(made)
-
-
-def trained(
-    model: Autoencoder,
-    source: Source,
-    held: Tensor,
-    epochs: int,
-    seconds: float,
-    checkpoint: Path | None,
-    draw: torch.Generator,
-) -> None:
-    """Adam, its rate down to nothing over the epochs."""
-    rule = torch.optim.Adam(model.parameters(), RATE, (0.5, 0.999))
-    begun, spent = 0, 0.0
-    if checkpoint and checkpoint.exists():
-        begun, spent = resumed(model, rule, checkpoint, draw)
-    for epoch in range(begun, epochs):
-        began = time.perf_counter()
-        if spent >= seconds:
-            break
-        for group in rule.param_groups:
-            group["lr"] = RATE * (1.0 - epoch / epochs)
-        model.train()
-        for _ in range(4500 // BATCH):
-            x = source.batch(BATCH, draw)
-            rule.zero_grad()
-            noise = torch.randn(BATCH, model.latent, generator=draw)
-            model.loss(x, noise).backward()
-            rule.step()
-        model.eval()
-        with torch.no_grad():
-            off = (model.generator(model.codes(held)[0]) - held).square().mean().sqrt()
-        spent += time.perf_counter() - began
-        print(f"epoch {epoch + 1}: held out, rms {float(off):.4f}, {spent:.0f} s", flush=True)
-        if checkpoint:
-            kept = {f"model.{n}": t for n, t in model.state_dict().items()}
-            for number, state in rule.state_dict()["state"].items():
-                kept |= {f"rule.{number}.{n}": t for n, t in state.items()}
-            kept["at"] = torch.tensor([epoch + 1, spent], dtype=torch.float64)
-            kept["draw"] = draw.get_state()
-            written(checkpoint, kept, {})
-
-
-def resumed(
-    model: Autoencoder, rule: torch.optim.Adam, checkpoint: Path, draw: torch.Generator
-) -> tuple[int, float]:
-    """Epochs and seconds of a run on file, which everything is set to."""
-    kept = load_file(checkpoint)
-    whole = rule.state_dict()
-    for name, value in kept.items():
-        kind, _, rest = name.partition(".")
-        if kind == "rule":
-            number, _, entry = rest.partition(".")
-            whole["state"].setdefault(int(number), {})[entry] = value
-    model.load_state_dict(
-        {n.partition(".")[2]: t for n, t in kept.items() if n.startswith("model.")}
-    )
-    rule.load_state_dict(whole)
-    draw.set_state(kept["draw"])
-    epoch, spent = kept["at"].tolist()
-    return int(epoch), spent
 
 
 if __name__ == "__main__":
