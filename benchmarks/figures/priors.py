@@ -28,11 +28,13 @@ import rgap
 from benchmarks.common.arguments import Arguments
 from benchmarks.common.generators import trained_generator
 from benchmarks.common.measuring import ROOT
-from benchmarks.common.pictures import digits, drawn_labels
-from benchmarks.studies.generators import CLIENTS, KINDS, SHAPE, TRAINED, batch, padded, preset
+from benchmarks.common.pictures import SIDE, digits, drawn_labels
+from benchmarks.studies.generators import CLIENTS, KINDS, TRAINED, batch, padded, preset
 from rgap.analysis.scoring import psnr
 from rgap.learned import Design, Inverse, Schedule
 from rgap.seeding import batch_of
+
+SHAPE = (1, SIDE, SIDE)
 
 
 def main() -> int:
@@ -48,9 +50,9 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60.0, help="of a search, at most")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "pictures" / "priors.png")
     options = parser.parse_args()
-    x = batch(options.kind, options.size, 0, tuning=False)
+    x = batch(options.kind, options.size, 0, tuning=False, colour=False)
     labels = drawn_labels("random", options.size, 10, 0)
-    model = CLIENTS["lenet"](0)
+    model = CLIENTS["lenet"](SHAPE, 0)
     update = rgap.capture(model, x.float(), labels)
     generator = trained_generator(options.generator, SHAPE)
     rows: list[tuple[str, Tensor]] = [("client", x)]
@@ -87,7 +89,9 @@ def inverse(options: argparse.Namespace, model: nn.Module) -> Inverse:
     if options.kind == "digits":
         pictures, labels = (part[:TRAINED] for part in (padded(), digits()[1]))
     else:
-        pictures = torch.cat([batch(options.kind, 20, case, tuning=True) for case in range(10)])
+        pictures = torch.cat(
+            [batch(options.kind, 20, case, tuning=True, colour=False) for case in range(10)]
+        )
         labels = torch.arange(len(pictures)) % 10
     return rgap.learned.train(
         model, pictures.float(), labels, design=Design(batch_sizes=(options.size,), hidden=1000),

@@ -7,10 +7,11 @@
 
 LeNet with sigmoids, ten classes, float64 updates, random labels, a seed of weights a batch.
 ``natural``: differences; ``heavier``: the same with ten times the weight; ``patches``: this and the
-mixture of patches.  Kinds: ``photographs``, those from number 8 on, which
-no constant was chosen on; ``greys``, their mean over the channels; ``textures``: gratings,
-checkerboards and rings; ``noise``: independent pixels; ``digits``: MNIST's.  PSNR is the mean over
-the pictures of a batch; the difference to ``natural`` is that of the same batch.  Exit status 1 if
+mixture of patches; ``denoiser``: this and the learned denoiser.  Kinds: ``photographs``, those from
+number 8 on, which no constant was chosen on; ``greys``, their mean over the channels; ``textures``:
+gratings, checkerboards and rings; ``noise``: independent pixels; ``digits``: MNIST's.  PSNR is the
+mean over the pictures of a batch; the difference to ``natural`` is that of the same batch.
+Exit status 1 if
 a COMPLETED does not reproduce its update to 1%, or an EXACT is off by more than its bound.
 """
 
@@ -34,7 +35,7 @@ from rgap.priors import prior_of
 from rgap.solvers.priors import Prior, natural
 
 KINDS = "photographs", "greys", "textures", "noise", "digits"
-PRIORS = "natural", "heavier", "patches"
+PRIORS = "natural", "heavier", "patches", "denoiser"
 SHAPE, RANGE = (3, SIDE, SIDE), (0.0, 1.0)
 
 

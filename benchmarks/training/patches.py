@@ -5,7 +5,7 @@
     python -m benchmarks.training.patches --checkpoint em.safetensors ...    after a kill
 
 The folder is that of Debian's packages lomiri-wallpapers-16.04 and -20.04 (apt install); who made
-the photographs, and under which licence, is in rgap/data/PATCHES.md.  None of them is among those
+the photographs, and under which licence, is in rgap/data/LEARNED.md.  None of them is among those
 that the library is measured on.  Every picture, cut to its central square, is reduced by area
 averages to 768, 512, 256 and 128 pixels a side and gives as many patches at each.
 

@@ -2,7 +2,7 @@
 
 >>> from rgap.priors import PRIORS
 >>> list(PRIORS)
-['natural', 'patches', 'tv', 'anisotropic', 'squares']
+['natural', 'patches', 'denoiser', 'tv', 'anisotropic', 'squares']
 >>> PRIORS["squares"]((3, 32, 32), (0.0, 1.0))
 Squares(weight=1.0, centre=0.5)
 """
@@ -17,9 +17,9 @@ from torch import nn
 
 from rgap.machine import memory
 from rgap.plugins import Registry
+from rgap.priors import denoiser, patches
 from rgap.priors.drawn import Drawn
 from rgap.priors.generator import Generator
-from rgap.priors.patches import photographic, shipped
 from rgap.solvers.priors import Prior, Squares, Sum, TotalVariation, cold, natural
 
 __all__ = ["PRIORS", "Drawn", "Generator", "Likely", "identity", "named", "prior_of", "require"]
@@ -122,23 +122,28 @@ def _natural(shape: Sequence[int], value_range: Range) -> Prior:
     return Squares(width**-2, sum(value_range) / 2)
 
 
-def _patches(shape: Sequence[int], value_range: Range) -> Prior:
-    """That of differences and patches, of pictures."""
-    if len(shape) != 3:
-        raise ValueError(
-            f"the prior 'patches' is of pictures, [channels, height, width], got samples of "
-            f"{list(shape)}; write prior='natural'"
-        )
-    if min(shape[1:]) < shipped().side:
-        raise ValueError(
-            f"the prior 'patches' is of pictures of at least {shipped().side} pixels a side, got "
-            f"samples of {list(shape)}; write prior='natural'"
-        )
-    return photographic(shape[0], value_range[1] - value_range[0])
+def _of_pictures(name: str, least: int, made: Callable[[int, float], Prior]) -> Made:
+    """One that needs pictures of so many pixels a side; ``made`` takes channels and the width."""
+
+    def of(shape: Sequence[int], value_range: Range) -> Prior:
+        if len(shape) != 3:
+            raise ValueError(
+                f"the prior {name!r} is of pictures, [channels, height, width], got samples of "
+                f"{list(shape)}; write prior='natural'"
+            )
+        if min(shape[1:]) < least:
+            raise ValueError(
+                f"the prior {name!r} is of pictures of at least {least} pixels a side, got "
+                f"samples of {list(shape)}; write prior='natural'"
+            )
+        return made(shape[0], value_range[1] - value_range[0])
+
+    return of
 
 
 PRIORS.register("natural", _natural)
-PRIORS.register("patches", _patches)
+PRIORS.register("patches", _of_pictures("patches", patches.LEAST, patches.photographic))
+PRIORS.register("denoiser", _of_pictures("denoiser", denoiser.LEAST, denoiser.denoising))
 PRIORS.register("tv", lambda shape, value_range: TotalVariation())
 PRIORS.register("anisotropic", lambda shape, value_range: TotalVariation(isotropic=False))
 PRIORS.register("squares", lambda shape, value_range: Squares())

@@ -36,6 +36,7 @@ __all__ = ["PatchPrior", "Shapes", "photographic", "shipped"]
 FLOOR = 1e-5  # of a variance, beside 1 for a patch of contrast σ_j
 WEIGHTS = 10.0, 3.0  # of differences, where they alone have 1, and of patches: photographs 0 to 7
 FILE = "patches.safetensors"
+LEAST = 6  # pixels a side of a picture: those of a patch that is shipped
 
 
 @dataclass(frozen=True, eq=False)
@@ -242,7 +243,7 @@ def _likelihoods(entries: Tensor, spread: Tensor, level: Tensor) -> Tensor:
 
 @functools.cache
 def shipped(channels: int = 3) -> Shapes:
-    """Those that come with the package; ``rgap/data/PATCHES.md`` says what they were learned on.
+    """Those that come with the package; ``rgap/data/LEARNED.md`` says what they were learned on.
 
     Args:
         channels: 3, or 1 for their mean.

@@ -46,6 +46,7 @@ from rgap.network.chain import parse
 from rgap.network.flow import Flow, flow_of
 from rgap.network.modules import build
 from rgap.precision import Estimate, Precision
+from rgap.priors.denoiser import DenoiserPrior, Features
 from rgap.priors.drawn import Drawn
 from rgap.priors.generator import Generator
 from rgap.priors.patches import PatchPrior, Shapes
@@ -279,6 +280,21 @@ def _() -> Iterator[Case]:
     for rows, middle in zip(cut, inner, strict=True):
         expected += rows.T @ middle @ rows / n
     yield Case(own, bend, bend, x.shape, expected)
+
+
+def seen(own: DenoiserPrior) -> Callable[[Tensor], Tensor]:
+    """f of pictures as the prior sees them."""
+    return lambda x: own._seen(x)[0]
+
+
+@row("rgap/priors/denoiser.py:DenoiserPrior")
+def _() -> Iterator[Case]:
+    kernels = [draw(3, 2, 4, 4), draw(2, 3, 3, 3, seed=1)]
+    features = Features(kernels, [draw(3), draw(2)], [draw(3, seed=2), draw(2, seed=3)])
+    own, x = DenoiserPrior(features, 2.0).smoothed(0.1), draw(1, 2, 5, 4)
+    bend = own.curvature(x)
+    j = torch.autograd.functional.jacobian(seen(own), x).reshape(-1, 40)
+    yield Case(own, bend, bend, x.shape, 2.0 / 40 * j.T @ j)
 
 
 @row("rgap/priors/drawn.py:Drawn")
