@@ -1,4 +1,4 @@
-"""The command line: ``rgap demo | capture | check | audit | invert | match | labels | harden``.
+"""The command line: ``rgap demo | capture | import | check | audit | invert | match`` and others.
 
 Nothing here imports torch until a command needs it, so that ``rgap --help`` answers at once.
 """
@@ -17,6 +17,7 @@ from rgap.cli.check import check
 from rgap.cli.console import say, unbroken
 from rgap.cli.demo import demo
 from rgap.cli.harden import harden
+from rgap.cli.importing import import_
 from rgap.cli.invert import invert
 from rgap.cli.labels import labels
 from rgap.cli.match import match
@@ -68,7 +69,10 @@ def options(
     context.obj = debug
 
 
-for _command in (demo, capture, audit, check):
+for _command in (demo, capture):
+    app.command()(_command)
+app.command("import")(import_)
+for _command in (audit, check):
     app.command()(_command)
 app.command(epilog=EXIT_CODES)(invert)
 for _command in (match, labels, harden):

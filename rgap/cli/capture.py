@@ -29,7 +29,7 @@ from rgap.cli.options import (
 if TYPE_CHECKING:
     from rgap.update.update import Update
 
-__all__ = ["capture"]
+__all__ = ["capture", "described"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,13 +114,13 @@ def capture(
     )
     update.save(output)
     if as_json:
-        print_json({"output": str(output), **_numbers(update)})
+        print_json({"output": str(output), **described(update)})
     else:
         typer.echo(f"{update}\nwritten to {output}")
     return 0
 
 
-def _numbers(update: Update) -> dict[str, Any]:
+def described(update: Update) -> dict[str, Any]:
     """What an update states of itself, for JSON."""
     return {
         "batch_size": update.batch_size,

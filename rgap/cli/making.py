@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from rgap.cli.options import optional, whole_numbers
+from rgap.cli.options import optional, range_of, whole_numbers
 
 if TYPE_CHECKING:
     from torch import nn
@@ -65,27 +65,12 @@ class Making:
             if self.generator_codes is None and self.generator_range is None:
                 return network
             network = network.blocks
-        codes, bounds = None, self._bounds()
+        codes, bounds = None, Generator.value_range
+        if self.generator_range is not None:
+            bounds = range_of(self.generator_range, "--generator-range", "-1,1")
         if self.generator_codes is not None:
             codes = whole_numbers(self.generator_codes, "--generator-codes", "128")
         if codes is None and bounds == Generator.value_range:
             return network
         blocks = network if isinstance(network, nn.Sequential) else nn.Sequential(network)
         return Generator(blocks, codes or Generator.of(network).latent_shape, bounds)
-
-    def _bounds(self) -> tuple[float, float]:
-        from rgap.priors.generator import Generator
-
-        text = self.generator_range
-        if text is None:
-            return Generator.value_range
-        try:
-            low, high = map(float, text.split(","))
-        except ValueError:
-            low = high = 0.0
-        if not low < high:
-            raise ValueError(
-                f"--generator-range: expected two numbers, the smaller one first, got {text!r}; "
-                "write --generator-range -1,1"
-            )
-        return low, high

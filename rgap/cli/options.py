@@ -72,6 +72,7 @@ class PriorName(StrEnum):
 
     natural = "natural"
     patches = "patches"
+    denoiser = "denoiser"
     tv = "tv"
     anisotropic = "anisotropic"
     squares = "squares"
@@ -143,7 +144,8 @@ _HINTS = {
     "resnet18, resnet34, resnet50, vgg11 to vgg19, vgg11_bn to vgg19_bn, mobilenet_v2, "
     "densenet121, convnext_tiny), with options as in lenet:classes=100 or "
     "resnet:channels=64x128x256, or package.module:factory.",
-    "weights": "Safetensors file with the network's weights; without it those of the factory; "
+    "weights": "The network's weights: safetensors, a state dict of torch.save (.pt), a checkpoint "
+    "(.ckpt) or arrays (.npz); without it those of the factory; "
     "what is drawn is drawn with seed 0, the same in every command.",
     "loss": "A loss by name: cross_entropy, nll_loss, mse_loss, binary_cross_entropy, the same "
     "with _with_logits behind it, focal_loss or sigmoid_focal_loss; default: the built-in "
@@ -159,6 +161,9 @@ Force = Annotated[
     typer.Option("--force", help="Replace what is there already, once all is done.", metavar=""),
 ]
 Json = Annotated[bool, typer.Option("--json", help=_HINTS["json"], metavar="")]
+ModelOption = Annotated[
+    str, typer.Option("--model", metavar="MODEL", help=_HINTS["model"], show_default=False)
+]
 LossName = Annotated[str | None, optional(_HINTS["loss"], "NAME")]
 Quiet = Annotated[
     bool,
@@ -346,6 +351,24 @@ def whole_numbers(text: str, option: str, example: str) -> tuple[int, ...]:
             f"{option}: expected whole numbers of at least 1, got {said}; write {option} {example}"
         )
     return tuple(map(int, parts))
+
+
+def range_of(text: str, option: str, example: str) -> tuple[float, float]:
+    """Two numbers, the smaller one first.
+
+    >>> range_of("-1,1", "--value-range", "0,1")
+    (-1.0, 1.0)
+    """
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError:
+        low = high = 0.0
+    if not low < high:
+        raise ValueError(
+            f"{option}: expected two numbers, the smaller one first, got {text!r}; write "
+            f"{option} {example}"
+        )
+    return low, high
 
 
 def targets_of(text: str, count: int | None, loss: Loss) -> Tensor:

@@ -1,10 +1,9 @@
-"""A network's weights from a safetensors file: all of them, or the network stays as it was."""
+"""A network's weights from a file: all of them, or the network stays as it was."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -14,17 +13,19 @@ __all__ = ["fill", "listed", "load_weights"]
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Load a safetensors file into ``model``, strictly: every tensor, and none besides.
+    """Load a file into ``model``, strictly: every tensor, and none besides.
 
     A file whose floating tensors are float64 turns the model into float64, so that no digit is
-    lost.  No pickle is opened.
+    lost.  Words that wrappers put before names are left out.
 
     Args:
         model: changed in place, but not at all if the file does not fit.
-        path: the file.
+        path: safetensors, a state dict of ``torch.save`` (read with ``weights_only=True``), a
+            checkpoint with one in it, or ``np.savez``; arrays without names are in the order of
+            ``model.state_dict()``.
 
     Raises:
-        ValueError: no safetensors file, missing, unexpected or misshapen tensors (named).
+        ValueError: none of these, missing, unexpected or misshapen tensors (named).
 
     >>> import tempfile
     >>> import torch
@@ -36,8 +37,11 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     >>> torch.equal(model.weight, saved.weight)
     True
     """
-    file = Path(path)
-    fill(model, _read(file), str(file))
+    from rgap.update.foreign import tensors
+    from rgap.update.interop import arrays_by_name
+
+    found = tensors(path)
+    fill(model, arrays_by_name(model, found) if isinstance(found, list) else found, str(path))
 
 
 def fill(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
@@ -50,7 +54,10 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
     """
     import torch
 
+    from rgap.update.naming import renamed, renaming
+
     expected = model.state_dict()
+    tensors = renamed(tensors, renaming(tensors, expected))
     for name, tensor in tensors.items():
         if name in expected and tensor.shape != expected[name].shape:
             raise ValueError(
@@ -91,26 +98,6 @@ def listed(names: Iterable[str], most: int = 6) -> str:
     return (", ".join(map(repr, every[:most])) or "nothing") + more
 
 
-def _read(file: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if file.is_dir():
-        raise ValueError(
-            f"weights: expected a file, got the folder {file}; write the name of the file in it"
-        )
-    if not file.is_file():
-        raise ValueError(f"weights: no file {file}")
-    _refuse_pickle(file)
-    try:
-        return load_file(file)
-    except SafetensorError as error:
-        raise ValueError(
-            f"weights: {file} is not a safetensors file ({error}); write it with "
-            "safetensors.torch.save_model(model, path)"
-        ) from error
-
-
 def _stored(name: str, expected: dict[str, Tensor], tensors: Mapping[str, Tensor]) -> str | None:
     """The name under which the file has a tensor: tied ones are stored once, under either name."""
     if name in tensors:
@@ -128,15 +115,3 @@ def _stored(name: str, expected: dict[str, Tensor], tensors: Mapping[str, Tensor
         ):
             return other
     return None
-
-
-def _refuse_pickle(file: Path) -> None:
-    with file.open("rb") as stream:
-        start = stream.read(9)
-    if (start[:1] == b"\x80" or start[:4] == b"PK\x03\x04") and start[8:9] != b"{":
-        raise ValueError(
-            f"weights: {file} is a pickle (torch.save), expected safetensors; it was not opened, "
-            "because unpickling runs code. If you trust it, write "
-            "safetensors.torch.save_file(torch.load(path, weights_only=True), "
-            f"{str(file.with_suffix('.safetensors'))!r}) and give that file"
-        )

@@ -136,6 +136,27 @@ def ndarray_fields(model: nn.Module, arrays: Any, step: Descent | None) -> dict[
             f"model: expected a torch.nn.Module, got {type(model).__name__}; write "
             "Update.from_ndarrays(model, arrays)"
         )
+    tensors, known = arrays_by_name(model, arrays), dict(model.named_buffers())
+    buffers = {name: tensor for name, tensor in tensors.items() if name in known}
+    sent = {name: tensors[name] for name, _ in model.named_parameters() if name in tensors}
+    if step is None:
+        return {"gradients": sent, "buffers": buffers}
+    before = {name: p.detach() for name, p in model.named_parameters()}
+    # The client's buffers have moved on with training; the gradient was taken at the model's.
+    return {**delta_fields(before, sent, step), "buffers": known}
+
+
+def arrays_by_name(model: nn.Module, arrays: Any) -> dict[str, Tensor]:
+    """The arrays of a list under the model's names: of its parameters, or of its state dict.
+
+    Raises:
+        TypeError: no list of arrays.
+        ValueError: another number of them, or other shapes.
+
+    >>> model = nn.Linear(2, 1)
+    >>> list(arrays_by_name(model, [np.zeros((1, 2)), np.zeros(1)]))
+    ['weight', 'bias']
+    """
     arrays = _listed(arrays)
     parameters = dict(model.named_parameters())
     state = list(model.state_dict())
@@ -151,17 +172,9 @@ def ndarray_fields(model: nn.Module, arrays: Any, step: Descent | None) -> dict[
             "[v.cpu().numpy() for v in model.state_dict().values()] on the client, or Update with "
             "the names of those that it sent"
         )
-    known = dict(model.named_buffers())
-    expected = {**parameters, **known}
+    expected = {**parameters, **dict(model.named_buffers())}
     named = _by_shape(arrays, {name: tuple(expected[name].shape) for name in names})
-    tensors = {name: _tensor(name, array) for name, array in named.items()}
-    buffers = {name: tensors[name] for name in names if name in known}
-    sent = {name: tensors[name] for name in parameters if name in tensors}
-    if step is None:
-        return {"gradients": sent, "buffers": buffers}
-    before = {name: p.detach() for name, p in parameters.items()}
-    # The client's buffers have moved on with training; the gradient was taken at the model's.
-    return {**delta_fields(before, sent, step), "buffers": known}
+    return {name: tensor_of(name, array) for name, array in named.items()}
 
 
 def _listed(arrays: Any) -> list[Any]:
@@ -290,7 +303,10 @@ def _coarsest(tensors: Iterable[Tensor]) -> torch.dtype | None:
     return max(dtypes, key=lambda d: torch.finfo(d).eps) if dtypes else None
 
 
-def _tensor(name: str, array: Any) -> Tensor:
+def tensor_of(name: str, array: Any) -> Tensor:
+    """An array of numbers as a tensor, of another machine's byte order too; a tensor as it is."""
+    if isinstance(array, Tensor):
+        return array.detach()
     values = np.asarray(array)
     if values.dtype.kind not in "fiub":
         raise TypeError(f"arrays: {name!r} has dtype {values.dtype}, expected real numbers.")

@@ -17,6 +17,7 @@ COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 BASE = {
     "demo": (),
     "capture": ("mlp", "--images", "photos:0", "--labels", "3"),
+    "import": ("--model", "mlp", "--gradients", "sent.safetensors"),
     "check": ("mlp", "sent.safetensors"),
     "audit": ("mlp",),
     "invert": ("mlp", "sent.safetensors"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from cases import small_conv, small_mlp
@@ -99,12 +100,21 @@ def test_a_file_that_does_not_fit_changes_nothing(
     assert_unchanged(model, before)
 
 
-def test_what_is_no_safetensors_file_is_not_opened(tmp_path: Path) -> None:
+def test_state_dicts_of_other_libraries(tmp_path: Path) -> None:
+    wanted = contents(small_mlp("tanh", seed=1))
+    torch.save(wanted, tmp_path / "state.pt")
+    torch.save({f"_module.{n}": t for n, t in wanted.items()}, tmp_path / "wrapped.pt")
+    torch.save({"state_dict": {f"net.{n}": t for n, t in wanted.items()}}, tmp_path / "a.ckpt")
+    np.savez(tmp_path / "row.npz", *[t.numpy() for t in wanted.values()])
+    for name in ("state.pt", "wrapped.pt", "a.ckpt", "row.npz"):
+        model = small_mlp("tanh", seed=0)
+        load_weights(model, tmp_path / name)
+        assert_unchanged(model, wanted)
+
+
+def test_what_is_no_file_of_weights(tmp_path: Path) -> None:
     model = small_mlp("tanh", seed=0)
     before = contents(model)
-    torch.save(before, tmp_path / "state.pt")
-    with pytest.raises(ValueError, match=r"is a pickle .* weights_only=True.*state\.safetensors"):
-        load_weights(model, tmp_path / "state.pt")
     (tmp_path / "text.safetensors").write_text("hello, world")
     with pytest.raises(ValueError, match="is not a safetensors file"):
         load_weights(model, tmp_path / "text.safetensors")

@@ -1,0 +1,190 @@
+"""Weights and gradients in files that other libraries write.
+
+State dicts of ``torch.save`` (Lightning's checkpoints and others around one among them),
+safetensors, and arrays of NumPy, by name or in a row as Flower has them.  Pickles are read by
+``torch.load(weights_only=True)`` alone, which makes tensors and plain containers and runs nothing;
+arrays of objects are refused.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rgap.update.interop import tensor_of
+
+__all__ = ["Tensors", "tensors"]
+
+Tensors = dict[str, Tensor] | list[Tensor]
+"""By name, or in a row."""
+
+_WITHIN = ("state_dict", "model_state_dict", "model")  # where checkpoints keep a state dict
+_SAVE = "torch.save(model.state_dict(), path)"
+
+
+def tensors(path: str | os.PathLike[str], prefix: str = "", argument: str = "weights") -> Tensors:
+    """What a file holds: tensors by name, or in a row where it has no names.
+
+    Args:
+        path: of the file; what it is its first bytes say, not its name.
+        prefix: names that begin with it are taken, without it; others are left.
+        argument: how a message calls the file.
+
+    Raises:
+        ValueError: no file, none of these, objects besides tensors, or no name with that prefix.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     torch.save({"epoch": 3, "state_dict": {"net.w": torch.ones(2)}}, f"{folder}/a.ckpt")
+    ...     tensors(f"{folder}/a.ckpt", "net.")
+    {'w': tensor([1., 1.])}
+    """
+    file = Path(path)
+    if file.is_dir():
+        raise ValueError(
+            f"{argument}: expected a file, got the folder {file}; write the name of the file in it"
+        )
+    if not file.is_file():
+        raise ValueError(f"{argument}: no file {file}")
+    found = _read(file, argument)
+    if not prefix:
+        return found
+    if isinstance(found, list):
+        raise ValueError(
+            f"{argument}: {file} holds {len(found)} arrays without names, so that no prefix "
+            f"{prefix!r} chooses among them; leave it out"
+        )
+    kept = {n.removeprefix(prefix): t for n, t in found.items() if n.startswith(prefix)}
+    if not kept:
+        raise ValueError(
+            f"prefix: expected the beginning of names in {file}, got {prefix!r}; the names are "
+            f"{_listed(found)}"
+        )
+    return kept
+
+
+def _read(file: Path, argument: str) -> Tensors:
+    """By what the first bytes say."""
+    with file.open("rb") as stream:
+        start = stream.read(9)
+    if start[:6] == b"\x93NUMPY":
+        raise ValueError(
+            f"{argument}: {file} is one array; write all of them to one file, as "
+            "np.savez(path, *arrays)"
+        )
+    if start[:4] == b"PK\x03\x04" and _of_numpy(file):
+        return _arrays(file, argument)
+    if start[8:9] != b"{" and (start[:1] == b"\x80" or start[:4] == b"PK\x03\x04"):
+        return _unpickled(file, argument)
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{argument}: {file} is not a safetensors file ({error}), nor one of torch.save or "
+            f"np.savez; write it with {_SAVE}"
+        ) from error
+
+
+def _of_numpy(file: Path) -> bool:
+    """True for a zip of .npy files; their names alone are read."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            names = archive.namelist()
+    except zipfile.BadZipFile:
+        return False
+    return bool(names) and all(name.endswith(".npy") for name in names)
+
+
+def _arrays(file: Path, argument: str) -> Tensors:
+    """Of ``np.savez``: in a row where it was given them so."""
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            made = {name: tensor_of(name, stored[name]) for name in stored.files}
+    except (ValueError, TypeError, OSError, zipfile.BadZipFile, EOFError) as error:
+        raise ValueError(
+            f"{argument}: {file} has an array that is none of numbers ({error}); write "
+            "np.savez(path, *[v.cpu().numpy() for v in model.state_dict().values()])"
+        ) from error
+    numbers = {name: name.removeprefix("arr_") for name in made}
+    if all(name.startswith("arr_") and n.isdigit() for name, n in numbers.items()):
+        return [made[name] for name in sorted(made, key=lambda name: int(numbers[name]))]
+    return made
+
+
+def _unpickled(file: Path, argument: str) -> Tensors:
+    """Of ``torch.save``, by the unpickler that knows tensors and plain containers alone."""
+    try:
+        found = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        if "Unsupported" in str(error) or "weights_only" in str(error).lower():
+            raise ValueError(
+                f"{argument}: {file} holds Python objects besides tensors, which were not loaded, "
+                f"because that runs code; write {_SAVE} where the file comes from"
+            ) from error
+        raise ValueError(
+            f"{argument}: {file} is a damaged file of torch.save ({_line(error)}); copy it again"
+        ) from error
+    except Exception as error:  # a pickle of no sense ends in any error of the unpickler
+        raise ValueError(
+            f"{argument}: {file} is a pickle that torch.save did not write "
+            f"({type(error).__name__}); write {_SAVE}"
+        ) from error
+    return _state(found, file, argument)
+
+
+def _state(found: Any, file: Path, argument: str) -> Tensors:
+    """The state dict that was saved, or is within what was."""
+    if isinstance(found, Mapping):
+        own = _named(found)
+        if own is not None:
+            return own
+        inner = {key: _named(value) for key, value in found.items() if isinstance(value, Mapping)}
+        states = {key: state for key, state in inner.items() if state is not None}
+        for key in (*_WITHIN, *states):
+            if key in states and (key in _WITHIN or len(states) == 1):
+                return states[key]
+        held = f"the entries {_listed(found)}"
+    elif isinstance(found, Sequence) and found and all(isinstance(t, Tensor) for t in found):
+        return [_plain(t) for t in found]
+    else:
+        held = f"a {type(found).__name__}"
+    raise ValueError(
+        f"{argument}: {file} holds {held}, expected a state dict, of tensors by name, or a list of "
+        f"them; write {_SAVE}"
+    )
+
+
+def _named(found: Mapping[Any, Any]) -> dict[str, Tensor] | None:
+    """A mapping as a state dict; None if it is none. Extra state of modules is no tensor."""
+    kept = {k: v for k, v in found.items() if not str(k).endswith("_extra_state")}
+    if kept and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in kept.items()):
+        return {name: _plain(tensor) for name, tensor in kept.items()}
+    return None
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """A dense tensor without a history."""
+    dense = tensor.detach()
+    return dense if dense.layout == torch.strided else dense.to_dense()
+
+
+def _listed(names: Mapping[Any, Any], most: int = 5) -> str:
+    """The first names."""
+    every = [repr(name) for name in names]
+    return ", ".join(every[:most]) + (f" and {len(every) - most} more" if every[most:] else "")
+
+
+def _line(error: Exception) -> str:
+    """The first line of what went wrong."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
