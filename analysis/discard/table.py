@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     import pandas
     from matplotlib.figure import Figure
 
+    from rgap.page import Page
+
 
 MEASURED = "measured"  # the route of a row whose ranks are those of matrices
 _SHOWN = (
@@ -167,6 +169,21 @@ class Audit:
         from rgap.analysis.plots.discard import discard_heatmap
 
         return discard_heatmap(self)
+
+    def report(self) -> Page:
+        """A page for people, one HTML file: every cell with its equation, and the table in words.
+
+        Returns:
+            The :class:`~rgap.page.Page`; ``.save("audit.html")`` writes it.
+
+        >>> import rgap
+        >>> model = rgap.models.mlp((8,), 3, input_shape=(1, 4, 4), seed=0)
+        >>> rgap.analysis.audit(model, (1, 4, 4)).report().verdict.word
+        'GIVEN AWAY'
+        """
+        from rgap.analysis.discard.page import page
+
+        return page(self, {})
 
     def to_frame(self) -> pandas.DataFrame:
         """The rows as a pandas data frame.

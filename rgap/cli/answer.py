@@ -27,6 +27,8 @@ class Answer:
             "Where the pictures go: a new folder, a .png (batch of one), or a .safetensors "
             "file with every digit.",
             "PATH",
+            "--output",
+            "-o",
         ),
     ] = None
     force: Force = False

@@ -21,6 +21,7 @@ from rgap.cli.importing import import_
 from rgap.cli.invert import invert
 from rgap.cli.labels import labels
 from rgap.cli.match import match
+from rgap.cli.report import report
 from rgap.cli.usage import OneLine
 
 __all__ = ["app", "main"]
@@ -75,7 +76,7 @@ app.command("import")(import_)
 for _command in (audit, check):
     app.command()(_command)
 app.command(epilog=EXIT_CODES)(invert)
-for _command in (match, labels, harden):
+for _command in (report, match, labels, harden):
     app.command()(_command)
 
 

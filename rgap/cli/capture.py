@@ -82,9 +82,9 @@ def capture(
     network: Network,
     batch: Batch,
     client: Client,
-    output: Annotated[Path, typer.Option(help="Where to write the update.", metavar="FILE")] = Path(
-        "update.safetensors"
-    ),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Where to write the update.", metavar="FILE")
+    ] = Path("update.safetensors"),
     force: Force = False,
     share_labels: Annotated[
         bool, typer.Option("--share-labels", help="Put the labels in the update.", metavar="")

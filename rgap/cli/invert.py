@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple
 
 import typer
 
@@ -16,12 +16,15 @@ from rgap.cli.spoken import worded
 from rgap.cli.starting import StartFile, first_of
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from rgap.priors import Likely
     from rgap.recovery import Recovery
+    from rgap.update.update import Update
 
-__all__ = ["invert"]
+__all__ = ["CODES", "Completion", "Task", "invert"]
 
-_CODES = {"EXACT": 0, "INCONSISTENT": 3, "UNSUPPORTED": 4}  # any other status: 1
+CODES = {"EXACT": 0, "INCONSISTENT": 3, "UNSUPPORTED": 4}  # any other status: 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +67,50 @@ class Completion:
             raise ValueError("--start: of a completion only; write --complete as well")
 
 
+class Task(NamedTuple):
+    """What is inverted, and how.
+
+    Attributes:
+        sent: the update's file and what it does not state.
+        completion: how it goes on.
+        network: with its weights.
+        update: mended.
+        prior: of the completion; None for the usual one.
+    """
+
+    sent: Labelled
+    completion: Completion
+    network: nn.Module
+    update: Update
+    prior: Likely | None
+
+    @classmethod
+    def of(cls, sent: Labelled, completion: Completion, making: Making, mending: Mending) -> Task:
+        """Everything read and held against each other."""
+        prior, network = _prior(completion, making), sent.network()
+        return cls(sent, completion, network, mending.mended(sent.read(), network), prior)
+
+    def recovery(self, context: typer.Context, work: Work) -> Recovery:
+        """The update inverted, in the words of the command."""
+        import rgap
+
+        sent, update = self.sent, self.update
+        size = update.batch_size if sent.batch_size is None else sent.batch_size
+        recovery = rgap.invert(
+            self.network,
+            update,
+            labels=sent.known(update),
+            batch_size=sent.batch_size,
+            complete=self.completion.complete,
+            prior=self.prior,
+            start=first_of(self.completion.start, size),
+            time_limit=self.completion.time_limit,
+            noise=sent.noise,
+            **work.arguments(),
+        )
+        return worded(recovery, context, "reason", "warnings")
+
+
 @command
 def invert(
     context: typer.Context,
@@ -81,27 +128,10 @@ def invert(
     ] = False,
 ) -> int:
     """Recover from an update what its equations determine, and say what they do not."""
-    import rgap
-
-    prior = _prior(completion, making)
-    network = sent.network()
-    update = mending.mended(sent.read(), network)
-    answer.check(update)
-    size = update.batch_size if sent.batch_size is None else sent.batch_size
-    recovery = rgap.invert(
-        network,
-        update,
-        labels=sent.known(update),
-        batch_size=sent.batch_size,
-        complete=completion.complete,
-        prior=prior,
-        start=first_of(completion.start, size),
-        time_limit=completion.time_limit,
-        noise=sent.noise,
-        **work.arguments(),
-    )
-    recovery = worded(recovery, context, "reason", "warnings")
-    written = answer.write(recovery, update, _why_not(recovery))
+    task = Task.of(sent, completion, making, mending)
+    answer.check(task.update)
+    recovery = task.recovery(context, work)
+    written = answer.write(recovery, task.update, _why_not(recovery))
     numbers, text = recovery.summary(), ""
     if why:
         from rgap.analysis.causes.explain import explain as rank_causes
@@ -109,10 +139,10 @@ def invert(
         limits: dict[str, Any] = {n: work.arguments()[n] for n in ("memory_budget", "progress")}
         if completion.time_limit is not None:
             limits["time_limit"] = completion.time_limit
-        causes = rank_causes(recovery, network, update, **limits)
+        causes = rank_causes(recovery, task.network, task.update, **limits)
         numbers["why"], text = causes.numbers(), causes.text
     answer.show(recovery, numbers, written, explain=explain, text=text)
-    return _CODES.get(recovery.status.name, 1)
+    return CODES.get(recovery.status.name, 1)
 
 
 def _prior(completion: Completion, making: Making) -> Likely | None:

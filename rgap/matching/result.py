@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import inf, isfinite, prod
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -48,6 +49,8 @@ class Matching(Recovery):
     misfit: float = inf
     iterations: int = 0
     checkpoint: Checkpoint | None = None
+
+    searched: ClassVar[bool] = True
 
     def summary(self) -> dict[str, object]:
         """As plain numbers, for JSON."""

@@ -6,13 +6,16 @@ import html
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import isfinite, log10
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
 from rgap.halt import Halt
 from rgap.recovery.layers import LayerReport, Route, sentence
 from rgap.solvers.solution import Explained
+
+if TYPE_CHECKING:
+    from rgap.page import Page
 
 __all__ = ["Candidate", "Recovery", "Status", "plain"]
 
@@ -114,6 +117,9 @@ class Recovery:
     features: Mapping[str, Tensor] = field(default_factory=dict)
     features_error: Mapping[str, float] = field(default_factory=dict)
     targets_error_bound: float | None = None
+
+    searched: ClassVar[bool] = False
+    """Whether a search found what is in it, which certifies nothing."""
 
     @property
     def exact(self) -> bool:
@@ -272,6 +278,32 @@ class Recovery:
             "layers": [{f: getattr(r, f) for f in fields} for r in self.layers],
         }
         return {name: plain(value) for name, value in numbers.items()}
+
+    def report(
+        self, originals: Tensor | None = None, value_range: tuple[float, float] | None = (0.0, 1.0)
+    ) -> Page:
+        """A page for people, one HTML file: verdict, pictures, equations layer by layer.
+
+        ``rgap report`` adds what is found of the update and of the network.
+
+        Args:
+            originals: the client's data, where they are known: shown beside what came back, each
+                beside the one that is nearest.
+            value_range: of the data; None for the smallest and largest value of each picture.
+
+        Returns:
+            The :class:`~rgap.page.Page`; ``.save("report.html")`` writes it.
+
+        >>> import rgap, torch
+        >>> model = rgap.models.mlp((8,), 3, input_shape=(1, 4, 4), seed=0)
+        >>> x = rgap.photos.load(1, 4).mean(1, keepdim=True).float()
+        >>> page = rgap.invert(model, rgap.capture(model, x, torch.tensor([1]))).report(x)
+        >>> page.verdict.word, page.html().count("<img ")
+        ('EXACT', 2)
+        """
+        from rgap.recovery.page import page
+
+        return page(self, originals, value_range, {}, getattr(self, "prior", ""))
 
     def __repr__(self) -> str:
         shape = None if self.inputs is None else tuple(self.inputs.shape)

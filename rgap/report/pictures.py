@@ -106,28 +106,15 @@ def _files(source: str) -> list[Path]:
     return [path]
 
 
-HATCHING = (0.35, 0.65)  # greys, in widths of the range, of a value that is not known
-
-
 def save_picture(picture: Tensor, path: Path, value_range: tuple[float, float] = (0, 1)) -> None:
     """Write one picture [C, H, W] as an 8-bit PNG; values beyond the range are clipped.
 
     Values that are NaN, as what an update leaves open is, become a checkerboard of greys.
     """
-    import torch
-    from PIL import Image
+    from rgap.page import png
 
-    low, high = value_range
-    rows, columns = picture.shape[-2:]
-    odd = (torch.arange(rows)[:, None] + torch.arange(columns)) % 2
-    grey = torch.tensor(HATCHING, dtype=torch.float64)[odd] * (high - low) + low
-    picture = picture.detach().cpu().double()
-    picture = torch.where(picture.isnan(), grey, picture)
-    scaled = ((picture - low) / (high - low)).clamp(0, 1) * 255
-    table = scaled.round().byte().movedim(0, -1).numpy()
-    image = Image.fromarray(table[..., 0] if table.shape[-1] == 1 else table)
     with replacing(path) as beside:
-        image.save(beside, format="PNG")
+        beside.write_bytes(png(picture, value_range))
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:

@@ -21,6 +21,7 @@ BASE = {
     "check": ("mlp", "sent.safetensors"),
     "audit": ("mlp",),
     "invert": ("mlp", "sent.safetensors"),
+    "report": ("mlp", "sent.safetensors"),
     "match": ("mlp", "sent.safetensors"),
     "labels": ("mlp", "sent.safetensors"),
     "harden": ("mlp",),
@@ -30,6 +31,8 @@ WRONG = {"output": "taken.txt/inside.png", "plot": "heat.doc", "checkpoint": "no
 ALSO = {  # without which the option says that it needs it
     ("invert", "prior"): ("--complete",),
     ("invert", "start"): ("--complete",),
+    ("report", "prior"): ("--complete",),
+    ("report", "start"): ("--complete",),
     ("match", "generator"): ("--method", "gifd"),
     ("match", "generator_weights"): ("--method", "gifd", "--generator", "mlp"),
     ("match", "generator_codes"): ("--method", "gifd", "--generator", "mlp"),
