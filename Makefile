@@ -27,6 +27,7 @@ layers: build/tree
 
 docs: $(VENV)/docs  ## the site, in build/site; every warning is an error, every example runs
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/site
+	$(BIN)/python docs/_ext/offline.py build/site
 	$(BIN)/python -m pytest -q docs --doctest-glob='*.md' --doctest-glob='*.rst'
 
 bench: $(VENV)/test  ## wall time and memory beside a dense route

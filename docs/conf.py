@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 from rgap._version import __version__
+
+sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 
 project = "rgap"
 author = "the rgap authors"
 release = version = __version__
 
 extensions = [
+    "mathml",
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
-    "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
 ]
 source_suffix = {".rst": "restructuredtext", ".md": "markdown"}
 templates_path = ["_templates"]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "_ext"]
+html_math_renderer = "mathml"
 default_role = "py:obj"  # docstrings write `Update` for a reference, resolved where there is one
 
 myst_enable_extensions = ["amsmath", "deflist", "dollarmath"]
