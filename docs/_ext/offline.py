@@ -24,7 +24,8 @@ def main(site: Path) -> int:
         for page in pages
         for first, second in LOADS.findall(page.read_text(encoding="utf-8"))
     ]
-    print("\n".join(found) or f"{len(pages)} pages, nothing is fetched")
+    sys.stdout.write("\n".join(found) or f"{len(pages)} pages, nothing is fetched")
+    sys.stdout.write("\n")
     return int(bool(found) or not pages)
 
 
