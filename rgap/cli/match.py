@@ -20,6 +20,7 @@ from rgap.cli.spoken import worded
 from rgap.cli.starting import StartFile, first_of
 
 if TYPE_CHECKING:
+    from rgap.matching import Preset
     from rgap.matching.checkpoint import Checkpoint, Progress
     from rgap.update.local_training import LocalTraining
     from rgap.update.update import Update
@@ -48,6 +49,15 @@ class Search:
             "NAME",
         ),
     ] = None
+    generations: Annotated[
+        int | None,
+        optional(
+            "Of an evolution strategy that finds a generator's first codes: of latent, gias and "
+            "gifd; needs pip install 'rgap[evolution]'.",
+            "N",
+            min=1,
+        ),
+    ] = None
     restarts: Annotated[
         int | None, optional("How often to begin anew; default: the method's own.", "N", min=1)
     ] = None
@@ -68,6 +78,20 @@ class Search:
             "--resume",
         ),
     ] = None
+
+    def how(self) -> str | Preset:
+        """The method, with an evolution strategy before it where one is asked for."""
+        from rgap.matching import PRESETS
+
+        if self.generations is None:
+            return self.method
+        preset = PRESETS.get(self.method)
+        if preset is None or not preset.domains or preset.domains[0].over != "latent":
+            raise ValueError(
+                f"--generations: of a search that begins with codes of a generator, got --method "
+                f"{self.method}; write --method gifd"
+            )
+        return replace(preset, evolution=self.generations)
 
     def held(self) -> Checkpoint | None:
         """Where an earlier search was, None at the first."""
@@ -149,7 +173,7 @@ def match(
     recovery = rgap.match(
         network,
         update,
-        method=search.method,
+        method=search.how(),
         labels=sent.known(update),
         batch_size=sent.batch_size,
         generator=making.made(),

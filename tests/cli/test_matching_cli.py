@@ -95,6 +95,9 @@ def test_a_generator_is_named_like_a_network(here: Path) -> None:
     assert json.loads(run(f"{line} {options}")[1])["objective"] != found["objective"]
     code, text = run(line)
     assert code == 2 and "--generator" in text and "generator=" not in text
+    code, text = run(f"{line} --generator clidraws:drawing --generations 2")
+    evolved = json.loads(text)
+    assert code == 1 and evolved["objective"] != found["objective"], "from other codes"
     code, text = run(f"{line} --generator-weights weights.safetensors")
     assert code == 2 and "write --generator PACKAGE.MODULE:FUNCTION too" in " ".join(text.split())
 

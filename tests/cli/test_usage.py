@@ -88,6 +88,7 @@ def test_a_wrong_value_of_any_option_is_one_line(
         ("audit mlp --method foo", "expected exact, sketch or formula, got 'foo'"),
         ("invert mlp sent.safetensors --labels 99", "from 0 to 9, got 99; leave"),
         ("check mlp sent.safetensors --noise=-1", "a number of at least 0, got '-1'; write"),
+        ("match mlp sent.safetensors --method dlg --generations 3", "got --method dlg; write"),
         ("match mlp sent.safetensors --restarts 0", "a whole number of at least 1, got '0'"),
         ("audit mlp --plot", "--plot: expected FILE, got nothing; write --plot FILE"),
         ("audit mlp --json=3", "--json: expected no value, got '3'; write --json alone"),
