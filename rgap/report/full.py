@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from rgap.analysis.discard.page import section as of_audit
-from rgap.page import Cell, Page, Section, Table, Text
+from rgap.page import Page, Section, Text
 from rgap.recovery.page import sections, verdict
 
 if TYPE_CHECKING:
@@ -72,11 +72,12 @@ def _check(check: Check) -> Section:
     if check.ok:
         words = "Nothing was found that contradicts what the update says of itself."
         return Section("Is the update what it says?", [Text(words)])
-    rows = [
-        (finding.claim, Cell(finding.evidence), Cell(finding.remedy)) for finding in check.findings
+    parts = [Text("Probably not. What may be wrong, the most likely first:")]
+    parts += [
+        Text(f"{finding.claim}:", [f"Seen: {finding.evidence}", f"To do: {finding.remedy}"])
+        for finding in check.findings
     ]
-    table = Table("Findings, the most likely first", ("finding", "evidence", "remedy"), rows)
-    return Section("Is the update what it says?", [table])
+    return Section("Is the update what it says?", parts)
 
 
 def _hardening(found: Hardening) -> Section:

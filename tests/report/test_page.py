@@ -260,3 +260,14 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
                             "--batch-sizes", "1"])  # fmt: skip
     assert json.loads(told.stdout)["status"] == "EXACT" and Path("b.html").exists()
     assert not list(tmp_path.glob(".*"))
+
+
+def test_what_is_wrong_with_an_update_is_said() -> None:
+    model, _, update = client()
+    wrong = Update({n: -g for n, g in update.gradients.items()}, batch_size=1, input_shape=SHAPE)
+    check = rgap.check(model, wrong)
+    assert check.best is not None
+    page = full(rgap.invert(model, wrong), None, {}, beside=Beside(check))
+    html = page.html().replace("&#39;", "'")
+    assert faults(page.html()) == [] and page.verdict.tone == "failed"
+    assert "Probably not." in html and check.best.claim in html
