@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rgap.update.interop import tensor_of
 
-__all__ = ["Tensors", "tensors"]
+__all__ = ["Tensors", "of_numpy", "tensors"]
 
 Tensors = dict[str, Tensor] | list[Tensor]
 """By name, or in a row."""
@@ -80,7 +80,7 @@ def _read(file: Path, argument: str) -> Tensors:
             f"{argument}: {file} is one array; write all of them to one file, as "
             "np.savez(path, *arrays)"
         )
-    if start[:4] == b"PK\x03\x04" and _of_numpy(file):
+    if start[:4] == b"PK\x03\x04" and of_numpy(file):
         return _arrays(file, argument)
     if start[8:9] != b"{" and (start[:1] == b"\x80" or start[:4] == b"PK\x03\x04"):
         return _unpickled(file, argument)
@@ -91,17 +91,17 @@ def _read(file: Path, argument: str) -> Tensors:
         return load_file(file)
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"{argument}: {file} is not a safetensors file ({error}), nor one of torch.save or "
-            f"np.savez; write it with {_SAVE}"
+            f"{argument}: {file} is not a safetensors file ({_line(error)}), nor one of "
+            f"torch.save or np.savez; write it with {_SAVE}"
         ) from error
 
 
-def _of_numpy(file: Path) -> bool:
+def of_numpy(file: str | os.PathLike[str]) -> bool:
     """True for a zip of .npy files; their names alone are read."""
     try:
         with zipfile.ZipFile(file) as archive:
             names = archive.namelist()
-    except zipfile.BadZipFile:
+    except Exception:  # what is damaged ends in any error of the zip's reader
         return False
     return bool(names) and all(name.endswith(".npy") for name in names)
 
@@ -111,9 +111,9 @@ def _arrays(file: Path, argument: str) -> Tensors:
     try:
         with np.load(file, allow_pickle=False) as stored:
             made = {name: tensor_of(name, stored[name]) for name in stored.files}
-    except (ValueError, TypeError, OSError, zipfile.BadZipFile, EOFError) as error:
+    except Exception as error:  # of the zip, its compression, or an array's own header
         raise ValueError(
-            f"{argument}: {file} has an array that is none of numbers ({error}); write "
+            f"{argument}: {file} has an array that is none of numbers ({_line(error)}); write "
             "np.savez(path, *[v.cpu().numpy() for v in model.state_dict().values()])"
         ) from error
     numbers = {name: name.removeprefix("arr_") for name in made}

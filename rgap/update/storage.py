@@ -11,7 +11,6 @@ import json
 import os
 import struct
 import uuid
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rgap.update.foreign import of_numpy
 from rgap.update.losses import Loss
 
 __all__ = [
@@ -265,7 +265,7 @@ def _refuse_foreign(path: str | os.PathLike[str]) -> None:
         return
     if start[:1] == b"\x80" or start[:4] == b"PK\x03\x04":
         kind, read = "a pickle or a zip of one (torch.save)", "torch.load(path, weights_only=True)"
-        if _is_npz(path):
+        if of_numpy(path):
             kind = "arrays of NumPy (np.savez)"
             read = "{n: torch.as_tensor(a) for n, a in np.load(path).items()}"
         raise ValueError(
@@ -276,12 +276,3 @@ def _refuse_foreign(path: str | os.PathLike[str]) -> None:
     if len(start) < 9:
         raise ValueError(f"{path}: {size} bytes, too short for a safetensors file; copy it again.")
     raise ValueError(f"{path}: not a safetensors file; expected one that update.save(path) wrote.")
-
-
-def _is_npz(path: str | os.PathLike[str]) -> bool:
-    """True for a zip of .npy files; their names alone are read."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
-    return bool(names) and all(name.endswith(".npy") for name in names)

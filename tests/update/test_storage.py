@@ -254,3 +254,15 @@ def test_one_flipped_bit_is_refused_or_harmless(tmp_path: Path, seed: int) -> No
     except ValueError as error:
         told = str(error)
     assert path.name in told if again is None else same(again, update)
+
+
+def test_a_damaged_zip_is_refused_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "update.safetensors"
+    torch.save({"w": torch.ones(2)}, path)
+    whole = bytearray(path.read_bytes())
+    start = whole.rindex(b"PK\x01\x02")  # of the table of contents
+    whole[start] = 0
+    path.write_bytes(bytes(whole))
+    with pytest.raises(ValueError, match="expected safetensors") as caught:
+        Update.load(path)
+    assert "\n" not in str(caught.value)
