@@ -41,7 +41,8 @@ def _cell(audit: Audit, layer: str, size: int) -> Cell:
         row = audit.row(layer, size)
     except KeyError:
         return Cell("–")
-    return Cell(f"{row.discard:.1%}", row.discard, _equation(row))
+    share = "< 0.1%" if row.nullity and row.discard < 0.001 else f"{row.discard:.1%}"
+    return Cell(share, row.discard, _equation(row))
 
 
 def _equation(row: AuditRow) -> str:

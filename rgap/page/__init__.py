@@ -13,6 +13,7 @@ import io
 import os
 import platform
 import re
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -26,10 +27,26 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
 
-__all__ = ["Cell", "Drawing", "Page", "Pictures", "Section", "Table", "Text", "Verdict", "png"]
+__all__ = [
+    "Cell",
+    "Drawing",
+    "Page",
+    "Part",
+    "Pictures",
+    "Section",
+    "Shown",
+    "Table",
+    "Text",
+    "Verdict",
+    "extent",
+    "picture",
+    "pictures",
+    "png",
+]
 
 Tone = Literal["given away", "partly", "open", "failed"]
 HATCHING = (0.35, 0.65)  # greys of what is not known
+WIDEST = 256  # pixels a side, beyond which every second or third is shown
 ENLARGED = 160  # pixels that the longer side of a picture is shown at, on screens that have them
 
 
@@ -214,9 +231,10 @@ class Page:
             OSError: the place cannot be written to.
         """
         target = Path(path)
-        beside = target.with_name(f".{target.name}.part")
+        beside = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
         try:
-            beside.write_text(self.html(), encoding="utf-8")
+            with beside.open("xb") as stream:  # never what is there, nor where a link leads
+                stream.write(self.html().encode("utf-8", "replace"))
             beside.replace(target)
         finally:
             beside.unlink(missing_ok=True)
@@ -236,8 +254,11 @@ def picture(
     """A sample as a picture; None for what is none: other channels than 1 or 3, no two sides."""
     if data.ndim != 3 or data.shape[0] not in (1, 3) or min(data.shape[1:]) < 2:
         return None
-    low, high = value_range or _ends(data)
-    coded = base64.b64encode(png(data, (low, high))).decode()
+    ends = value_range or extent(data)
+    if max(data.shape[1:]) > WIDEST:
+        step = -(-max(data.shape[1:]) // WIDEST)
+        data = data[:, ::step, ::step]
+    coded = base64.b64encode(png(data, ends)).decode()
     height, width = data.shape[1:]
     return Shown(f"data:image/png;base64,{coded}", width, height, words, alt)
 
@@ -270,7 +291,7 @@ def png(data: Tensor, value_range: tuple[float, float]) -> bytes:
     return stream.getvalue()
 
 
-def _ends(data: Tensor) -> tuple[float, float]:
+def extent(data: Tensor) -> tuple[float, float]:
     """Smallest and largest value, as what is white and black where no range is stated."""
     known = data[data.isfinite()]
     if known.numel() == 0 or not float(known.max()) > float(known.min()):

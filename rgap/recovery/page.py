@@ -4,19 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import inf, log10
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from rgap.page import Cell, Page, Part, Section, Table, Text, Verdict, picture, pictures
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from rgap import validation
+from rgap.page import (
+    Cell,
+    Page,
+    Part,
+    Section,
+    Shown,
+    Table,
+    Text,
+    Verdict,
+    extent,
+    picture,
+    pictures,
+)
 from rgap.recovery.layers import LayerReport, Route, sentence
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from rgap.recovery.result import Recovery
 
 __all__ = ["page", "sections", "verdict"]
 
 MOST = 32  # pictures of a batch on one page; more are counted
+CANDIDATES = 8  # on one page
+LARGEST = 1_200_000  # letters of all pictures of a batch, beyond which no more are shown
 DIRECTIONS = 6  # of a null space
 Range = tuple[float, float] | None
 
@@ -38,6 +55,13 @@ def page(
 def verdict(recovery: Recovery, prior: str = "") -> Verdict:
     """The status in a sentence for someone who is no mathematician."""
     name, made_by = recovery.status.name, f" by {prior}" if prior else " by a prior"
+    if name != "EXACT" and "inputs" in recovery.certified:
+        return Verdict(
+            name,
+            "given away",
+            "This update gives the data of its batch away: every value of them is certified. What "
+            "is not settled is the rest, its targets or how the update was declared.",
+        )
     if name == "EXACT":
         count = len(recovery.inputs) if recovery.inputs is not None else 0
         one = count == 1
@@ -65,12 +89,13 @@ def verdict(recovery: Recovery, prior: str = "") -> Verdict:
             f"them: what it leaves open was made up{made_by} and may not be the client's.",
         )
     if name == "AMBIGUOUS":
-        return Verdict(
-            name,
-            "partly",
-            f"This update leaves {len(recovery.candidates)} batches: one of those shown is the "
-            "client's, and the update does not say which.",
+        count = len(recovery.candidates)
+        left = (
+            f"This update leaves {count} batches that it does not tell apart."
+            if count > 1
+            else "This update does not tell several batches apart; one that sends it is shown."
         )
+        return Verdict(name, "partly", f"{left} None of them is certified to be the client's.")
     if name == "UNDERDETERMINED":
         return _underdetermined(recovery)
     if name == "INCONSISTENT":
@@ -99,12 +124,12 @@ def _underdetermined(recovery: Recovery) -> Verdict:
             "that send the same update: what is shown is the nearest, which is no recovery.",
         )
     if recovery.determined is not None and bool(recovery.determined.any()):
-        share = float(recovery.determined.double().mean())
+        known, every = int(recovery.determined.sum()), recovery.determined.numel()
         return Verdict(
             name,
             "partly",
-            f"This update gives {share:.0%} of the values of its data away; the others are not "
-            "determined by it.",
+            f"This update gives {known:,} of the {every:,} values of its data away; the others "
+            "are not determined by it.",
         )
     if recovery.features:
         return Verdict(
@@ -123,6 +148,9 @@ def _underdetermined(recovery: Recovery) -> Verdict:
 
 def sections(recovery: Recovery, originals: Tensor | None, value_range: Range) -> list[Section]:
     """What came back, layer by layer, and what no equation fixes."""
+    value_range = validation.bounds(value_range)
+    if originals is not None:
+        _require(originals, recovery)
     return [
         Section("What came back", _answer(recovery, originals, value_range)),
         Section("Layer by layer", _layers(recovery)),
@@ -131,20 +159,27 @@ def sections(recovery: Recovery, originals: Tensor | None, value_range: Range) -
     ]
 
 
+def _require(originals: Tensor, recovery: Recovery) -> None:
+    """Refuse originals that nothing can be held against."""
+    batch = recovery.nearest if recovery.nearest is not None else recovery.partial
+    wanted = None if batch is None else tuple(batch.shape[1:])
+    good = isinstance(originals, Tensor) and originals.ndim > 1 and len(originals) > 0
+    if not good or (wanted is not None and tuple(originals.shape[1:]) != wanted):
+        shape = "B, …" if wanted is None else ", ".join(map(str, ("B", *wanted)))
+        got = list(originals.shape) if isinstance(originals, Tensor) else type(originals).__name__
+        raise ValueError(
+            f"originals: expected the client's data [{shape}], got {got}; write originals=x as the "
+            "client had it, or leave it out"
+        )
+    if not bool(originals.isfinite().all()):
+        raise ValueError("originals: expected finite values, got NaN or infinity; leave it out")
+
+
 def _answer(recovery: Recovery, originals: Tensor | None, value_range: Range) -> list[Part]:
     """Pictures and numbers of the answer."""
     parts: list[Part] = [Text(f"{recovery.status.name}: {recovery.reason}")]
-    shown, kind = recovery.inputs, "recovered"
-    if shown is None and recovery.partial is not None:
-        shown, kind = recovery.partial, "determined values, open ones hatched"
-    elif shown is None and recovery.candidates:
-        shown, kind = recovery.candidates[0].inputs, "candidate, not certified"
-    elif recovery.searched:
-        kind = "found by a search, not certified"
-    elif recovery.status.name == "COMPLETED":
-        kind = "completed: partly made up"
-    if shown is not None:
-        parts += _pictures(shown, recovery.nearest_labels, kind, originals, value_range)
+    for shown in _shown(recovery):
+        parts += _pictures(shown, originals, value_range)
     facts = []
     if recovery.labels is not None and recovery.labels.numel() <= 10 * MOST:
         facts.append(f"Labels: {', '.join(f'{v:g}' for v in recovery.labels.flatten().tolist())}.")
@@ -161,45 +196,103 @@ def _answer(recovery: Recovery, originals: Tensor | None, value_range: Range) ->
     return [*parts, Text(items=facts)] if facts else parts
 
 
-def _pictures(
-    shown: Tensor, labels: Tensor | None, kind: str, originals: Tensor | None, value_range: Range
-) -> list[Part]:
+class _Batch(NamedTuple):
+    """A batch that is drawn.
+
+    Attributes:
+        samples: of it.
+        labels: of them, or None.
+        copies: how many samples of the client's each stands for, or None.
+        kind: what they are, in words.
+    """
+
+    samples: Tensor
+    labels: Tensor | None
+    copies: Tensor | None
+    kind: str
+
+
+def _shown(recovery: Recovery) -> list[_Batch]:
+    """What is drawn of a recovery; only what is certified is called recovered."""
+    if recovery.candidates:
+        kind = "found by a search" if recovery.searched else "candidate"
+        return [
+            _Batch(c.inputs, c.labels, c.multiplicities, f"{kind}{f' {number}' * several}, "
+                   "not certified")
+            for several in [len(recovery.candidates) > 1]
+            for number, c in enumerate(recovery.candidates[:CANDIDATES])
+        ]  # fmt: skip
+    if recovery.inputs is None:
+        if recovery.partial is None:
+            return []
+        kind = "determined values, open ones hatched"
+        return [_Batch(recovery.partial, recovery.labels, recovery.multiplicities, kind)]
+    kind = "not certified"
+    if recovery.searched:
+        kind = "found by a search, not certified"
+    elif recovery.status.name == "COMPLETED":
+        kind = "completed: partly made up"
+    elif "inputs" in recovery.certified:
+        kind = "recovered"
+    return [_Batch(recovery.inputs, recovery.labels, recovery.multiplicities, kind)]
+
+
+def _pictures(batch: _Batch, originals: Tensor | None, value_range: Range) -> list[Part]:
     """Each beside the original that is nearest to it, where these are known."""
-    made = []
-    beside = None if originals is None else _nearest(shown, originals)
-    plain = labels is not None and labels.ndim == 1 and len(labels) == len(shown)
-    for number, sample in enumerate(shown[:MOST]):
-        words = f"{number}: {kind}"
-        if plain:
-            assert labels is not None
-            words += f", label {labels[number].item():g}"
-        alt = f"Sample {number} of the batch, {kind}"
-        if beside is not None and originals is not None:
-            other = originals[beside[number]]
-            error = float((other.double() - sample.double()).square().mean().sqrt())
-            level = "equal" if error == 0 else f"{-20 * log10(error / _width(value_range)):.1f} dB"
-            made.append(picture(other, value_range, f"{number}: original", f"Original {number}"))
-            words += f", {level}" if sample.isfinite().all() else ""
-        made.append(picture(sample, value_range, words, alt))
-    more = f"{len(shown) - MOST} more are not shown." if len(shown) > MOST else ""
-    return [*pictures(made), *([Text(more)] if more else [])]
+    made: list[Shown | None] = []
+    shown, count = batch.samples, 0
+    beside = {} if originals is None else _nearest(shown, originals)
+    for number, sample in enumerate(shown):
+        if number == MOST or sum(len(each.source) for each in made if each) > LARGEST:
+            break
+        count += 1
+        words = f"{number}: {batch.kind}{_beside(batch, number)}"
+        ends, alt = value_range or extent(sample), f"Sample {number} of the batch, {batch.kind}"
+        if number in beside and originals is not None:
+            own = beside[number]
+            other = originals[own].to(sample)
+            ends = value_range or extent(torch.stack([other, sample]))
+            made.append(picture(other, ends, f"{number}: original {own}", f"Original {own}"))
+            words += _off(other, sample, value_range)
+        made.append(picture(sample, ends, words, alt))
+    more = len(shown) - count
+    return [*pictures(made), *([Text(f"{more} more are not shown.")] if more else [])]
 
 
-def _width(value_range: Range) -> float:
-    low, high = value_range or (0.0, 1.0)
-    return high - low
+def _beside(batch: _Batch, number: int) -> str:
+    """Label and copies of a sample."""
+    words, labels, copies = "", batch.labels, batch.copies
+    if labels is not None and labels.ndim == 1 and len(labels) == len(batch.samples):
+        words += f", label {labels[number].item():g}"
+    if copies is not None and len(copies) == len(batch.samples) and int(copies[number]) > 1:
+        words += f", stands for {int(copies[number])} samples"
+    return words
 
 
-def _nearest(shown: Tensor, originals: Tensor) -> list[int]:
-    """The original that belongs to each sample, the order of a batch not being in its update."""
-    import torch
-    from scipy.optimize import linear_sum_assignment
+def _off(original: Tensor, sample: Tensor, value_range: Range) -> str:
+    """How far a whole sample is off: in decibels where the range is known, else its rms error."""
+    if not bool(sample.isfinite().all()):
+        return ""
+    error = float((original.double() - sample.double()).square().mean().sqrt())
+    if error == 0:
+        return ", equal"
+    if value_range is None:
+        return f", rms error {error:.2g}"
+    return f", {-20 * log10(error / (value_range[1] - value_range[0])):.1f} dB"
 
-    mine = shown.detach().double().nan_to_num(0.5).flatten(1)
-    costs = torch.cdist(mine, originals.to(mine).flatten(1)).square()
-    if len(originals) < len(shown):
-        return [int(i) for i in costs.argmin(1)]
-    return [int(i) for i in linear_sum_assignment(costs.numpy())[1]]
+
+def _nearest(shown: Tensor, originals: Tensor) -> dict[int, int]:
+    """The original that belongs to each sample, the order of a batch not being in its update.
+
+    Entries that are not known decide nothing; where there are fewer originals than samples, some
+    have none.
+    """
+    mine, theirs = shown.detach().double().flatten(1), originals.double().flatten(1)
+    known = mine.isfinite().double()
+    mine = mine.nan_to_num(0.0, 0.0, 0.0) * known
+    costs = mine.square().sum(1, keepdim=True) - 2 * mine @ theirs.T + known @ theirs.square().T
+    rows, columns = linear_sum_assignment(costs.numpy())
+    return dict(zip(rows.tolist(), columns.tolist(), strict=True))
 
 
 def _layers(recovery: Recovery) -> list[Part]:

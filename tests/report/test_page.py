@@ -7,6 +7,7 @@ import re
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from typer.testing import CliRunner
 import rgap
 from rgap.cli.app import app
 from rgap.page import Cell, Page, Section, Table, Text, Verdict
-from rgap.recovery import Recovery
+from rgap.recovery import Recovery, Status
 from rgap.report.full import Beside, full
 from rgap.update import Update
 
@@ -269,5 +270,92 @@ def test_what_is_wrong_with_an_update_is_said() -> None:
     assert check.best is not None
     page = full(rgap.invert(model, wrong), None, {}, beside=Beside(check))
     html = page.html().replace("&#39;", "'")
-    assert faults(page.html()) == [] and page.verdict.tone == "failed"
+    assert faults(page.html()) == []
+    assert page.verdict.tone == "given away", "ratios of gradients do not know their sign"
     assert "Probably not." in html and check.best.claim in html
+
+
+def made_of(status: Status, **fields: Any) -> Recovery:
+    """A recovery by hand."""
+    usual: dict[str, Any] = dict.fromkeys(
+        ("inputs", "labels", "residual", "predicted_error", "error_bound")
+    )
+    return Recovery(**{**usual, "status": status, "layers": (), "reason": "by hand", **fields})
+
+
+def test_of_several_batches_all_are_shown_and_none_is_called_recovered() -> None:
+    torch.manual_seed(1)
+    x = 0.1 + 0.8 * torch.rand(1, 1, 8, 8).double()
+    layers = nn.Conv2d(1, 6, 3, padding=1, bias=False), nn.LeakyReLU(), nn.Flatten()
+    model = nn.Sequential(*layers, nn.Linear(384, 1, bias=False)).double().eval()
+    with torch.no_grad():
+        model[3].weight.mul_(2 / float(model(x)))
+    loss = "binary_cross_entropy_with_logits"
+    update = rgap.capture(model, x, torch.ones(1), loss, dtype=torch.float64)
+    recovery = rgap.invert(model, update)
+    assert recovery.status is Status.AMBIGUOUS and len(recovery.candidates) == 2
+    html = recovery.report(x).html()
+    assert html.count("not certified") >= 2 and "recovered" not in html
+    assert "leaves 2 batches" in html and faults(html) == []
+
+
+@pytest.mark.parametrize("status", [s for s in Status if s is not Status.EXACT])
+@pytest.mark.parametrize("certified", [True, False])
+def test_only_what_is_certified_is_called_recovered(status: Status, certified: bool) -> None:
+    x = torch.rand(2, 1, 8, 8)
+    recovery = made_of(status, inputs=x, certified=frozenset(["inputs"] if certified else []))
+    page = recovery.report(x)
+    called = ": recovered" in page.html()
+    assert called == (certified and status is not Status.COMPLETED)
+    assert (page.verdict.tone == "given away") == certified
+
+
+def test_known_entries_alone_pair_a_sample_with_its_original() -> None:
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        x = torch.rand(4, 1, 8, 8, generator=draw)
+        order = torch.randperm(4, generator=draw)
+        partial = x[order].clone()
+        partial[torch.rand(x.shape, generator=draw) < 0.7] = torch.nan
+        known = partial.isfinite()
+        recovery = made_of(Status.UNDERDETERMINED, partial=partial, determined=known)
+        html = recovery.report(x).html()
+        found = [int(n) for n in re.findall(r": original (\d)", html)]
+        assert found == order.tolist()
+
+
+def test_fewer_originals_and_no_range() -> None:
+    x = torch.rand(3, 1, 8, 8)
+    recovery = made_of(Status.EXACT, inputs=x, certified=frozenset(["inputs"]))
+    html = recovery.report(x[1:2]).html()
+    assert html.count(": original 0") == 1 and "1: recovered, equal" in html
+    wide = made_of(Status.EXACT, inputs=255 * x + 1, certified=frozenset(["inputs"]))
+    html = wide.report(255 * x, None).html()
+    assert "rms error 1" in html and " dB" not in html
+
+
+@pytest.mark.parametrize(
+    ("originals", "value_range", "words"),
+    [
+        (torch.rand(2, 1, 9, 9), (0.0, 1.0), r"originals: expected .*\[B, 1, 8, 8\], got"),
+        (torch.rand(0, 1, 8, 8), (0.0, 1.0), "originals: expected"),
+        ([1.0], (0.0, 1.0), "got list"),
+        (torch.full((2, 1, 8, 8), torch.nan), (0.0, 1.0), "finite"),
+        (None, (1.0, 0.0), "value_range"),
+    ],
+)
+def test_originals_that_are_none(originals: Any, value_range: Any, words: str) -> None:
+    recovery = made_of(Status.EXACT, inputs=torch.rand(2, 1, 8, 8))
+    with pytest.raises(ValueError, match=words):
+        recovery.report(originals, value_range)
+
+
+def test_large_pictures_make_no_large_page(tmp_path: Path) -> None:
+    x = torch.rand(16, 3, 512, 512)
+    page = made_of(Status.EXACT, inputs=x, certified=frozenset(["inputs"])).report(x)
+    assert len(page.html()) < 2_000_000 and "more are not shown" in page.html()
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    (tmp_path / ".r.html.part").symlink_to(victim)
+    page.save(tmp_path / "r.html")
+    assert victim.read_text() == "mine" and not (tmp_path / "r.html").is_symlink()
