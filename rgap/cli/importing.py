@@ -92,9 +92,10 @@ class Files:
 
     def read(self, path: Path, option: str) -> Tensors:
         """The tensors of a file."""
-        from rgap.update.foreign import tensors
+        from rgap.update.foreign import GRADIENTS, WEIGHTS, tensors
 
-        return tensors(path, self.prefix, option)
+        within = GRADIENTS if option == "--gradients" else WEIGHTS
+        return tensors(path, self.prefix, option, within)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,6 +200,11 @@ def _update(files: Files, model: nn.Module, training: Training, fields: dict[str
     from rgap.update.update import Update as Sent
 
     if files.gradients is not None:
+        if training != Training():
+            raise ValueError(
+                "--gradients: are what they are, whatever the training was; leave out --lr, "
+                "--local-steps, --weight-decay, --momentum and --nesterov"
+            )
         found = files.read(files.gradients, "--gradients")
         if isinstance(found, list):
             return Sent.from_ndarrays(model, found, **fields)

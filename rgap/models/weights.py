@@ -64,6 +64,11 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
                 f"weights: {name!r} has shape {tuple(tensor.shape)} in {source}, expected "
                 f"{tuple(expected[name].shape)}; was it saved from a network with other options?"
             )
+        if name in expected and expected[name].is_floating_point() != tensor.is_floating_point():
+            raise ValueError(
+                f"weights: {name!r} has dtype {tensor.dtype} in {source}, expected "
+                f"{expected[name].dtype}; was it quantised, or saved from another network?"
+            )
     stored = {name: _stored(name, expected, tensors) for name in expected}
     missing = sorted(
         name

@@ -26,17 +26,28 @@ __all__ = ["Tensors", "of_numpy", "tensors"]
 Tensors = dict[str, Tensor] | list[Tensor]
 """By name, or in a row."""
 
-_WITHIN = ("state_dict", "model_state_dict", "model")  # where checkpoints keep a state dict
+WEIGHTS = "state_dict", "model_state_dict", "model"  # where checkpoints keep a state dict
+GRADIENTS = "gradients", "gradient", "grads", "grad"
+NUMBERS = frozenset(
+    [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool, torch.uint8,
+     torch.int8, torch.int16, torch.int32, torch.int64]
+)  # fmt: skip
 _SAVE = "torch.save(model.state_dict(), path)"
 
 
-def tensors(path: str | os.PathLike[str], prefix: str = "", argument: str = "weights") -> Tensors:
+def tensors(
+    path: str | os.PathLike[str],
+    prefix: str = "",
+    argument: str = "weights",
+    within: Sequence[str] = WEIGHTS,
+) -> Tensors:
     """What a file holds: tensors by name, or in a row where it has no names.
 
     Args:
         path: of the file; what it is its first bytes say, not its name.
         prefix: names that begin with it are taken, without it; others are left.
         argument: how a message calls the file.
+        within: entries of a checkpoint that may hold what is looked for.
 
     Raises:
         ValueError: no file, none of these, objects besides tensors, or no name with that prefix.
@@ -54,7 +65,7 @@ def tensors(path: str | os.PathLike[str], prefix: str = "", argument: str = "wei
         )
     if not file.is_file():
         raise ValueError(f"{argument}: no file {file}")
-    found = _read(file, argument)
+    found = _dense(_read(file, argument, within), file, argument)
     if not prefix:
         return found
     if isinstance(found, list):
@@ -71,7 +82,21 @@ def tensors(path: str | os.PathLike[str], prefix: str = "", argument: str = "wei
     return kept
 
 
-def _read(file: Path, argument: str) -> Tensors:
+def _dense(found: Tensors, file: Path, argument: str) -> Tensors:
+    """Tensors of real numbers as they are; anything else is refused by its name."""
+    pairs = found.items() if isinstance(found, dict) else enumerate(found)
+    for name, tensor in pairs:
+        odd = tensor.layout != torch.strided or tensor.is_meta or tensor.is_nested
+        if odd or tensor.dtype not in NUMBERS:
+            kind = "no values of its own" if odd else f"dtype {tensor.dtype}"
+            raise ValueError(
+                f"{argument}: {name!r} in {file} has {kind}, expected a dense tensor of real "
+                "numbers; write tensor.to_dense().float() where the file comes from"
+            )
+    return found
+
+
+def _read(file: Path, argument: str, within: Sequence[str]) -> Tensors:
     """By what the first bytes say."""
     with file.open("rb") as stream:
         start = stream.read(9)
@@ -83,7 +108,7 @@ def _read(file: Path, argument: str) -> Tensors:
     if start[:4] == b"PK\x03\x04" and of_numpy(file):
         return _arrays(file, argument)
     if start[8:9] != b"{" and (start[:1] == b"\x80" or start[:4] == b"PK\x03\x04"):
-        return _unpickled(file, argument)
+        return _unpickled(file, argument, within)
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -122,7 +147,7 @@ def _arrays(file: Path, argument: str) -> Tensors:
     return made
 
 
-def _unpickled(file: Path, argument: str) -> Tensors:
+def _unpickled(file: Path, argument: str, within: Sequence[str]) -> Tensors:
     """Of ``torch.save``, by the unpickler that knows tensors and plain containers alone."""
     try:
         found = torch.load(file, map_location="cpu", weights_only=True)
@@ -140,10 +165,10 @@ def _unpickled(file: Path, argument: str) -> Tensors:
             f"{argument}: {file} is a pickle that torch.save did not write "
             f"({type(error).__name__}); write {_SAVE}"
         ) from error
-    return _state(found, file, argument)
+    return _state(found, file, argument, within)
 
 
-def _state(found: Any, file: Path, argument: str) -> Tensors:
+def _state(found: Any, file: Path, argument: str, within: Sequence[str]) -> Tensors:
     """The state dict that was saved, or is within what was."""
     if isinstance(found, Mapping):
         own = _named(found)
@@ -151,17 +176,17 @@ def _state(found: Any, file: Path, argument: str) -> Tensors:
             return own
         inner = {key: _named(value) for key, value in found.items() if isinstance(value, Mapping)}
         states = {key: state for key, state in inner.items() if state is not None}
-        for key in (*_WITHIN, *states):
-            if key in states and (key in _WITHIN or len(states) == 1):
-                return states[key]
+        likely = [key for key in within if key in states]
+        if len(likely) == 1:
+            return states[likely[0]]
         held = f"the entries {_listed(found)}"
     elif isinstance(found, Sequence) and found and all(isinstance(t, Tensor) for t in found):
-        return [_plain(t) for t in found]
+        return [t.detach() for t in found]
     else:
         held = f"a {type(found).__name__}"
     raise ValueError(
-        f"{argument}: {file} holds {held}, expected a state dict, of tensors by name, or a list of "
-        f"them; write {_SAVE}"
+        f"{argument}: {file} holds {held}, expected tensors by name, or a list of them, alone "
+        f"or under one of {', '.join(within)}; write torch.save(found[name], path) of what is meant"
     )
 
 
@@ -169,14 +194,8 @@ def _named(found: Mapping[Any, Any]) -> dict[str, Tensor] | None:
     """A mapping as a state dict; None if it is none. Extra state of modules is no tensor."""
     kept = {k: v for k, v in found.items() if not str(k).endswith("_extra_state")}
     if kept and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in kept.items()):
-        return {name: _plain(tensor) for name, tensor in kept.items()}
+        return {name: tensor.detach() for name, tensor in kept.items()}
     return None
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    """A dense tensor without a history."""
-    dense = tensor.detach()
-    return dense if dense.layout == torch.strided else dense.to_dense()
 
 
 def _listed(names: Mapping[Any, Any], most: int = 5) -> str:

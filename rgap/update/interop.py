@@ -172,7 +172,7 @@ def arrays_by_name(model: nn.Module, arrays: Any) -> dict[str, Tensor]:
             "[v.cpu().numpy() for v in model.state_dict().values()] on the client, or Update with "
             "the names of those that it sent"
         )
-    expected = {**parameters, **dict(model.named_buffers())}
+    expected = {**model.state_dict(), **parameters, **dict(model.named_buffers())}
     named = _by_shape(arrays, {name: tuple(expected[name].shape) for name in names})
     return {name: tensor_of(name, array) for name, array in named.items()}
 
