@@ -287,11 +287,30 @@ def seen(own: DenoiserPrior) -> Callable[[Tensor], Tensor]:
     return lambda x: own._seen(x)[0]
 
 
+def small_features() -> Features:
+    """Of pictures with two channels."""
+    kernels = [draw(3, 2, 4, 4), draw(2, 3, 3, 3, seed=1)]
+    return Features(kernels, [draw(3), draw(2)], [draw(3, seed=2), draw(2, seed=3)])
+
+
+@row("rgap/priors/denoiser.py:Features")
+def _() -> Iterator[Case]:
+    own, x, sigma = small_features(), draw(1, 2, 5, 4), torch.tensor([0.1]).double()
+    _, slopes = own.layers(x, sigma)
+    j = torch.autograd.functional.jacobian(lambda u: own.layers(u, sigma)[0], x).reshape(-1, 40)
+
+    def push(v: Tensor) -> Tensor:
+        return own.push(v, slopes)
+
+    def pull(w: Tensor) -> Tensor:
+        return own.pull(w, slopes, x.shape)
+
+    yield Case(own, push, pull, x.shape, j)
+
+
 @row("rgap/priors/denoiser.py:DenoiserPrior")
 def _() -> Iterator[Case]:
-    kernels = [draw(3, 2, 4, 4), draw(2, 3, 3, 3, seed=1)]
-    features = Features(kernels, [draw(3), draw(2)], [draw(3, seed=2), draw(2, seed=3)])
-    own, x = DenoiserPrior(features, 2.0).smoothed(0.1), draw(1, 2, 5, 4)
+    own, x = DenoiserPrior(small_features(), 2.0).smoothed(0.1), draw(1, 2, 5, 4)
     bend = own.curvature(x)
     j = torch.autograd.functional.jacobian(seen(own), x).reshape(-1, 40)
     yield Case(own, bend, bend, x.shape, 2.0 / 40 * j.T @ j)
