@@ -116,7 +116,7 @@ class Table:
         return {
             place
             for place, column in enumerate(columns)
-            if not all(re.fullmatch(r"[\W\d]*(e[-+]\d+)?%?", cell.words) for cell in column)
+            if not all(_numeric(cell.words) for cell in column)
         }
 
     @property
@@ -246,6 +246,11 @@ class Page:
     def __repr__(self) -> str:
         titles = ", ".join(section.title for section in self.sections)
         return f"Page({self.title!r}, {self.verdict.word}, sections: {titles})"
+
+
+def _numeric(text: str) -> bool:
+    """True for a number, a share, or a dash for none."""
+    return re.fullmatch(r"[\W\d]*(e[-+]\d+)?%?", text) is not None
 
 
 def picture(

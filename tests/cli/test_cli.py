@@ -315,6 +315,10 @@ CHOICES = {
     "audit": (RankMethod,),
 }
 OWN = {
+    "model",
+    "weight_decay",
+    "local_steps",
+    "batch_sizes",
     "labels",
     "loss",
     "reduction",

@@ -31,6 +31,17 @@ WORDS = {
         "1",
     ),
     "audit": ("lenet", "--batch-sizes", "1", "--plot", "out.svg"),
+    "import": (
+        "--model",
+        "lenet",
+        "--gradients",
+        UPDATE,
+        "--prefix",
+        "gradients/",
+        "--output",
+        "out.safetensors",
+    ),
+    "report": ("lenet", UPDATE, "--batch-sizes", "1", "--output", "out.html"),
 }
 WRITES = {name for name, command in COMMANDS.items()
           for option in command.params if option.name in ("output", "plot")}  # fmt: skip
